@@ -1,0 +1,83 @@
+"""The life of a group, one type a stage: Prompt → RolloutGroup → ScoredGroup.
+
+A *step* is one learner batch: P prompts × G completions. A group's identity is its `Slot`; its `gid` is unique
+over the whole run and a function of the slot alone, so that a group issued again after a crash is the same group.
+A new stage is a new type that holds the one before: no field is ever filled in later.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+ChatMessage: TypeAlias = dict[str, Any]
+"""One chat turn, `{"role": …, "content": …}`, as chat templates take it."""
+
+PromptText: TypeAlias = str | list[ChatMessage]
+"""A plain prompt, or a conversation."""
+
+FinishReason = Literal["stop", "length", "repetition", "aborted"]
+"""Why a completion ended: a stop token, the length limit, a repetition cut-off, or an abandoned decode."""
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, order=True):
+    """Where a group stands in the run. Slots order by step, then place, then attempt."""
+
+    step: int
+    """Learner batch k ≥ 0 that trains the group."""
+    place: int
+    """Place 0 ≤ j < P within the batch."""
+    attempt: int = 0
+    """0 for the first group in this place; a replacement of a filtered group counts up."""
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Prompter → Generator: one prompt to be completed G times."""
+
+    gid: int
+    """Unique number of the group."""
+    slot: Slot
+    epoch: int
+    """Pass over the dataset that this prompt belongs to, from 0."""
+    row: int
+    """Row of the dataset, from 0."""
+    prompt: PromptText
+    """As the dataset has it; reward functions see this."""
+    prompt_ids: tuple[int, ...]
+    """Token ids, special tokens and chat template included; length ≥ 1."""
+    columns: dict[str, Any]
+    """The other columns of the dataset row."""
+
+
+class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One completion of T tokens."""
+
+    token_ids: tuple[int, ...]
+    """(T,) sampled ids; the stop token is the last one when `finish_reason` is "stop"."""
+    log_probs: tuple[float, ...]
+    """(T,) float32 log-probability, in nats, of each token under the temperature-scaled, unfiltered distribution:
+    the one that the learner differentiates."""
+    sampling_log_probs: tuple[float, ...]
+    """(T,) the same under the distribution really sampled from; equal to `log_probs` where no filter is on."""
+    versions: tuple[int, ...]
+    """(T,) policy version whose weights made each token."""
+    finish_reason: FinishReason
+    text: str
+    """The completion decoded, without special tokens."""
+
+
+class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Generator → Scorer: the G completions of one prompt, handed over when the last of them ended."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    """(G,) in sample order."""
+
+
+class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Scorer → Learner: a group with one score per reward function and sample."""
+
+    group: RolloutGroup
+    scores: dict[str, tuple[float | None, ...]]
+    """Reward name → (G,) scores. `None` is a *missing* score (an exception, a timeout, NaN), never 0."""

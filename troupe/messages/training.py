@@ -1,0 +1,82 @@
+"""What learning tells the others: Update, Snapshot, GroupClosed; and what any actor may report: Incident, Span.
+
+Times are seconds on the monotonic clock (`time.perf_counter`) of the process that made the message.
+*Policy version* is the number of completed learner batches, so the untrained policy is version 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from troupe.messages.rollout import Slot
+
+ClosedState = Literal["trained", "filtered", "stale", "quarantined"]
+"""How a group ended: used by the learner; without signal; too old to be used; too few scores."""
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Learner → Metrics and subscribers: one learner batch is done."""
+
+    step: int
+    """Batches completed, this one included: 1 after the first."""
+    version: int
+    """Policy version that the batch made."""
+    total_steps: int
+    """Batches that the whole run will have."""
+    metrics: dict[str, float]
+    """Every metric of the step, under TRL's names where TRL has them."""
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Learner → Checkpointer: everything a checkpoint needs, by reference.
+
+    The arrays are evaluated and immutable, so later steps never change what a snapshot holds. A snapshot stays in
+    its process: it is never serialized as a message.
+    """
+
+    version: int
+    weights: Mapping[str, Any]
+    """Hugging Face tensor name → evaluated `mx.array`."""
+    optimizer_state: Mapping[str, Any]
+    """Flat name → evaluated float32 `mx.array`."""
+    behind: Mapping[int, Mapping[str, Any]]
+    """Older policy versions that generation still needs (max_staleness ≥ 1): version → weights."""
+    final: bool = False
+    """Whether the run ends here, so that the plain model folder `final/` is written too."""
+
+
+class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Learner → Prompter and Metrics: a group reached its end. Sent exactly once for every gid."""
+
+    gid: int
+    slot: Slot
+    state: ClosedState
+    version: int
+    """Policy version that existed when the group was closed."""
+
+
+class Incident(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Any actor → Metrics: a fault that did not stop the run."""
+
+    actor: str
+    kind: str
+    """A short fixed word to count by, such as `reward_timeout`."""
+    message: str
+    """One sentence for a person."""
+    gid: int | None = None
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Any actor → Metrics: one timed piece of work."""
+
+    actor: str
+    name: str
+    start_s: float
+    end_s: float
+    step: int | None = None
+    """Learner batch the work belongs to, where it belongs to one."""
+    gid: int | None = None
+    """Group the work belongs to, where it belongs to one."""
