@@ -1,1 +1,29 @@
-"""."""
+"""The algorithm: arrays in, arrays out. Knows no files, actors, models or text."""
+
+from troupe.grpo.advantages import compute_advantages, reward_statistics
+from troupe.grpo.batch import Batch, make_batch, split
+from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
+from troupe.grpo.losses import LossConfig, Normalizer, batch_normalizer, grpo_loss
+from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, learning_rate
+from troupe.grpo.step import LearnerConfig, StepResult, train_on_batch
+
+__all__ = [
+    "Batch",
+    "LearnerConfig",
+    "LossConfig",
+    "Normalizer",
+    "StepResult",
+    "adamw_init",
+    "adamw_update",
+    "batch_normalizer",
+    "clip_by_global_norm",
+    "compute_advantages",
+    "entropy_from_logits",
+    "grpo_loss",
+    "learning_rate",
+    "make_batch",
+    "reward_statistics",
+    "selective_log_softmax",
+    "split",
+    "train_on_batch",
+]

@@ -81,3 +81,5 @@ class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     group: RolloutGroup
     scores: dict[str, tuple[float | None, ...]]
     """Reward name → (G,) scores. `None` is a *missing* score (an exception, a timeout, NaN), never 0."""
+    logged: dict[str, float] = {}
+    """Metrics that the reward functions logged themselves while scoring the group."""

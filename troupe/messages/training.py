@@ -40,7 +40,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     version: int
     weights: Mapping[str, Any]
     """Hugging Face tensor name → evaluated `mx.array`."""
-    optimizer_state: Mapping[str, Any]
+    optimizer_state: dict[str, Any]
     """Flat name → evaluated float32 `mx.array`."""
     behind: Mapping[int, Mapping[str, Any]]
     """Older policy versions that generation still needs (max_staleness ≥ 1): version → weights."""

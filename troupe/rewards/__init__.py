@@ -1,1 +1,27 @@
-"""."""
+"""What a reward is, the built-in ones, and running them so that a bad call never stops a run.
+
+A reward is a function in TRL's signature (`functions.py`), called once a group, or a `RewardActor` (`actor.py`),
+called once a sample. The room knows nothing of policies, tokens to be trained or other actors.
+"""
+
+from troupe.rewards.actor import RewardActor, RewardSample
+from troupe.rewards.builtin import diversity_reward, exact_answer_reward, format_reward, length_reward
+from troupe.rewards.functions import Reward, RewardFunction, check_columns
+from troupe.rewards.loading import load_reward
+from troupe.rewards.manager import GroupScores, RewardManager, RewardsConfig
+
+__all__ = [
+    "GroupScores",
+    "Reward",
+    "RewardActor",
+    "RewardFunction",
+    "RewardManager",
+    "RewardSample",
+    "RewardsConfig",
+    "check_columns",
+    "diversity_reward",
+    "exact_answer_reward",
+    "format_reward",
+    "length_reward",
+    "load_reward",
+]

@@ -1,0 +1,21 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
+from tiny import write_tiny_model
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """MLX's device threads are joined to asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen3 folder with a byte-level tokenizer; never written to."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")

@@ -1,0 +1,224 @@
+"""One learner batch on a policy small enough to see through: a table of bigram logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+import pytest
+
+from troupe.grpo.batch import Batch, make_batch
+from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
+from troupe.grpo.losses import LossType, grpo_loss
+from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm
+from troupe.grpo.step import LearnerConfig, StepResult, train_on_batch
+
+V = 6
+Weights = Mapping[str, mx.array]
+
+
+def bigram(weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Logits of a token from the token before it."""
+    before = mx.concatenate([batch.prompt_ids[:, -1:], batch.completion_ids[:, :-1]], axis=1)
+    logits = weights["table"][before] + weights["bias"]
+    return selective_log_softmax(logits, batch.completion_ids), entropy_from_logits(logits)
+
+
+def bigram_weights(seed: int = 5) -> dict[str, mx.array]:
+    rng = np.random.default_rng(seed)
+    return {
+        "table": mx.array(rng.normal(size=(V, V)).astype(np.float32)),
+        "bias": mx.array(rng.normal(size=V).astype(np.float32)),
+    }
+
+
+def random_batch(weights: Weights, seed: int = 6, rows: int = 8, noise: float = 0.3) -> Batch:
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, V, size=rng.integers(1, 4)).tolist() for _ in range(rows)]
+    completions = [rng.integers(0, V, size=rng.integers(1, 8)).tolist() for _ in range(rows)]
+    advantages = rng.normal(size=rows).tolist()
+    plain = make_batch(prompts, completions, [[0.0] * len(c) for c in completions], advantages, pad_id=0)
+    log_probs = np.array(bigram(weights, plain)[0])
+    sampled = [(log_probs[i, : len(c)] + noise * rng.normal(size=len(c))).tolist() for i, c in enumerate(completions)]
+    truncated = [i == 2 for i in range(rows)]
+    return make_batch(prompts, completions, sampled, advantages, pad_id=0, truncated=truncated)
+
+
+def train(config: LearnerConfig, lr: Any = 0.0, batch: Batch | None = None, **arguments: Any) -> StepResult:
+    weights = bigram_weights()
+    return train_on_batch(
+        weights,
+        adamw_init(weights),
+        random_batch(weights) if batch is None else batch,
+        bigram,
+        config,
+        lr=lr,
+        ref_weights=bigram_weights(7),
+        max_completion_length=9,
+        **arguments,
+    )
+
+
+def first_moment(result: StepResult) -> np.ndarray:
+    """The gradient of the first update, times 1 − β₁."""
+    return np.concatenate([np.array(result.optimizer_state[f"m.{name}"]).reshape(-1) for name in ("table", "bias")])
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta": 0.1, "importance_sampling_level": "sequence", "vllm_importance_sampling_mode": "token_truncate"},
+        {"top_entropy_quantile": 0.4, "entropy_coef": 0.1, "mask_truncated_completions": True},
+    ],
+    ids=["plain", "sequence-kl", "entropy"],
+)
+def test_micro_batches_change_neither_gradient_nor_metrics(loss_type: LossType, settings: dict[str, Any]) -> None:
+    config = LearnerConfig(loss_type=loss_type, max_grad_norm=0.0, **settings)
+    whole = train(config)
+    assert np.abs(first_moment(whole)).max() > 1e-4
+    for n in (3, 8):
+        cut = train(msgspec.structs.replace(config, gradient_accumulation_steps=n))
+        scale = np.abs(first_moment(whole)).max()
+        np.testing.assert_allclose(first_moment(cut) / scale, first_moment(whole) / scale, atol=1e-6)
+        assert set(cut.metrics) == set(whole.metrics)
+        for name, value in whole.metrics.items():
+            assert cut.metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+
+
+def test_one_batch_is_one_update_of_the_plain_loss() -> None:
+    config = LearnerConfig(loss_type="dapo", vllm_importance_sampling_correction=False, max_grad_norm=0.05)
+    weights, batch = bigram_weights(), random_batch(bigram_weights())
+
+    def loss(w: dict[str, mx.array]) -> mx.array:
+        return grpo_loss(bigram(w, batch)[0], None, batch.advantages, batch.completion_mask, config)[0]
+
+    value, grads = mx.value_and_grad(loss)(weights)
+    grads, norm = clip_by_global_norm(grads, 0.05)
+    expected, _ = adamw_update(weights, grads, adamw_init(weights), lr=0.1)
+    result = train(config, lr=0.1)
+    assert result.updated
+    assert result.metrics["loss"] == pytest.approx(value.item(), abs=1e-7)
+    assert result.metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+    assert result.metrics["learning_rate"] == 0.1
+    assert result.metrics["nonfinite"] == 0.0
+    for name, weight in expected.items():
+        np.testing.assert_allclose(np.array(result.weights[name]), np.array(weight), atol=1e-6)
+
+
+def test_two_iterations_are_two_updates_against_the_first_log_probs() -> None:
+    config = LearnerConfig(loss_type="grpo", num_iterations=2, beta=0.05, vllm_importance_sampling_correction=False)
+    weights, batch = bigram_weights(), random_batch(bigram_weights())
+    old, ref = bigram(weights, batch)[0], bigram(bigram_weights(7), batch)[0]
+    state, losses = adamw_init(weights), []
+
+    def loss(w: dict[str, mx.array]) -> mx.array:
+        return grpo_loss(
+            bigram(w, batch)[0], old, batch.advantages, batch.completion_mask, config, ref_per_token_logps=ref
+        )[0]
+
+    for rate in (0.1, 0.05):
+        value, grads = mx.value_and_grad(loss)(weights)
+        grads, _ = clip_by_global_norm(grads, 1.0)
+        weights, state = adamw_update(weights, grads, state, lr=rate)
+        losses.append(value.item())
+    result = train(config, lr=[0.1, 0.05])
+    assert result.metrics["loss"] == pytest.approx(sum(losses) / 2, abs=1e-6)
+    assert result.metrics["learning_rate"] == 0.05
+    assert result.metrics["clip_ratio/high_max"] > 0.0
+    assert result.optimizer_state["step"].item() == 2.0
+    for name, weight in weights.items():
+        np.testing.assert_allclose(np.array(result.weights[name]), np.array(weight), atol=2e-6)
+
+
+def test_a_policy_learns_which_token_is_rewarded() -> None:
+    config = LearnerConfig(loss_type="dapo")
+    weights = {"table": mx.zeros((V, V)), "bias": mx.zeros(V)}
+    state = adamw_init(weights)
+    rng = np.random.default_rng(8)
+    for _ in range(40):
+        p = np.exp(np.array(weights["table"] + weights["bias"], dtype=np.float64))
+        p /= p.sum(-1, keepdims=True)
+        tokens = [int(rng.choice(V, p=p[1])) for _ in range(16)]
+        rewards = np.array([float(token == 3) for token in tokens])
+        sampled = [[math.log(p[1, token])] for token in tokens]
+        batch = make_batch([[1]] * 16, [[t] for t in tokens], sampled, (rewards - rewards.mean()).tolist(), pad_id=0)
+        result = train_on_batch(weights, state, batch, bigram, config, lr=0.1)
+        weights, state = result.weights, result.optimizer_state
+    assert p[1, 3] > 0.9
+
+
+def test_the_samplers_correction_weighs_every_token() -> None:
+    weights = bigram_weights()
+    exact, shifted = random_batch(weights, noise=0.0), random_batch(weights, noise=0.0)
+    config = LearnerConfig(loss_type="dapo", vllm_importance_sampling_mode="token_truncate", max_grad_norm=0.0)
+    shift = math.log(2.0)
+    shifted = make_batch([[1]] * 2, [[2], [3]], [[-1.0 - shift], [-1.0 - shift]], exact.advantages[:2], pad_id=0)
+
+    def fixed(w: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+        return w["x"] * mx.ones(batch.completion_ids.shape), mx.ones(batch.completion_ids.shape)
+
+    start = {"x": mx.array([[-1.0]])}
+    plain = msgspec.structs.replace(config, vllm_importance_sampling_correction=False)
+    corrected = train_on_batch(start, adamw_init(start), shifted, fixed, config, lr=0.0)
+    uncorrected = train_on_batch(start, adamw_init(start), shifted, fixed, plain, lr=0.0)
+    assert corrected.metrics["loss"] == pytest.approx(2 * uncorrected.metrics["loss"], rel=1e-5)
+    assert corrected.metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(2.0, rel=1e-5)
+    assert corrected.metrics["sampling/sampling_logp_difference/max"] == pytest.approx(shift, rel=1e-5)
+    same = train(config, batch=exact)
+    assert same.metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_loss_that_is_not_finite_makes_no_update(iterations: int) -> None:
+    batch = random_batch(bigram_weights())
+    spoilt = batch.rows(slice(0, 8))
+    weights = bigram_weights() | {"bias": mx.array([math.nan] * V)}
+    state = adamw_init(weights)
+    config = LearnerConfig(num_iterations=iterations, gradient_accumulation_steps=2)
+    result = train_on_batch(weights, state, spoilt, bigram, config, lr=0.1)
+    assert not result.updated
+    assert result.metrics["nonfinite"] == 1.0
+    assert math.isnan(result.metrics["loss"])
+    np.testing.assert_array_equal(np.array(result.weights["table"]), np.array(weights["table"]))
+    assert result.optimizer_state["step"].item() == 0.0
+
+
+def test_a_rerun_gives_the_same_bits() -> None:
+    config = LearnerConfig(num_iterations=2, gradient_accumulation_steps=3, beta=0.01, top_entropy_quantile=0.5)
+    a, b = train(config, lr=0.01), train(config, lr=0.01)
+    assert a.metrics == b.metrics
+    for name, weight in a.weights.items():
+        np.testing.assert_array_equal(np.array(weight), np.array(b.weights[name]))
+
+
+def test_bfloat16_weights_train() -> None:
+    weights = {name: weight.astype(mx.bfloat16) for name, weight in bigram_weights().items()}
+    batch = random_batch(bigram_weights())
+    config = LearnerConfig(gradient_accumulation_steps=2)
+    result = train_on_batch(weights, adamw_init(weights), batch, bigram, config, lr=0.1)
+    assert result.weights["table"].dtype == mx.bfloat16
+    assert result.optimizer_state["master.table"].dtype == mx.float32
+    assert mx.any(result.weights["bias"] != weights["bias"]).item()
+
+
+def test_arguments_that_are_missing_are_refused() -> None:
+    weights = bigram_weights()
+    batch, state = random_batch(weights), adamw_init(weights)
+    with pytest.raises(ValueError, match="no ref_weights"):
+        train_on_batch(weights, state, batch, bigram, LearnerConfig(beta=0.1), lr=0.1)
+    with pytest.raises(ValueError, match="lr has 1 values for num_iterations = 2"):
+        train_on_batch(weights, state, batch, bigram, LearnerConfig(num_iterations=2), lr=[0.1])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lr": -1.0}, {"num_iterations": 0}, {"adam_beta1": 1.0}, {"epochs": 0}, {"learning_rate": 1e-6}]
+)
+def test_the_configuration_has_bounds(fields: dict[str, Any]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(fields, LearnerConfig)

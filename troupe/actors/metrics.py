@@ -1,0 +1,108 @@
+"""Metrics: takes every report of the play and hands it to the sinks and to those who listen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from troupe.messages import GroupClosed, Incident, Span, Update
+from troupe.runtime import Actor, Broadcast, Mailbox, Reporter
+from troupe.sinks import Sink
+
+_MAX_FAILURES = 3
+
+
+class Tally(msgspec.Struct, kw_only=True):
+    """What the Metrics actor has counted so far; read when the run is over."""
+
+    closed_groups: Counter[str] = msgspec.field(default_factory=Counter)
+    """Groups by the state in which they closed."""
+    incidents: Counter[str] = msgspec.field(default_factory=Counter)
+    """Incidents by kind."""
+    switched_off_sinks: dict[str, str] = msgspec.field(default_factory=dict)
+    """Sink → why it was switched off."""
+    last_update: Update | None = None
+
+
+class Metrics(Actor):
+    """Receives Update, GroupClosed, Incident and Span; broadcasts Update, of which a slow listener keeps the newest.
+
+    A sink that fails is an incident; after three failures in a row it is switched off and training goes on.
+    """
+
+    name = "metrics"
+
+    def __init__(
+        self,
+        inbox: Mailbox,
+        *,
+        sinks: Sequence[Sink],
+        listeners: Broadcast[Update],
+        tally: Tally,
+        watched: Sequence[Mailbox],
+        report: Reporter | None = None,
+    ) -> None:
+        super().__init__(inbox, [listeners], report)
+        self._listeners = listeners
+        self._sinks = list(sinks)
+        self._failures: Counter[str] = Counter()
+        self._tally = tally
+        self._watched = watched
+
+    async def start(self) -> None:
+        """Open the sinks."""
+        for sink in tuple(self._sinks):
+            try:
+                sink.open()
+            except Exception as error:
+                self._switch_off(sink, error)
+
+    async def handle(self, message: Update | GroupClosed | Incident | Span) -> None:
+        """Count, pass on, and write to every sink."""
+        if isinstance(message, Update):
+            message = msgspec.structs.replace(message, metrics=message.metrics | self._queues())
+            self._tally.last_update = message
+            self._listeners.send_nowait(message)
+        elif isinstance(message, GroupClosed):
+            self._tally.closed_groups[message.state] += 1
+        elif isinstance(message, Incident):
+            self._tally.incidents[message.kind] += 1
+        self._write(message)
+
+    async def stop(self) -> None:
+        """Close the sinks."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                self._tally.switched_off_sinks[sink.name] = str(error)
+
+    def _write(self, message: object) -> None:
+        for sink in tuple(self._sinks):
+            try:
+                sink.write(message)
+                self._failures[sink.name] = 0
+            except Exception as error:
+                self._failures[sink.name] += 1
+                if self._failures[sink.name] >= _MAX_FAILURES:
+                    self._switch_off(sink, error)
+
+    def _switch_off(self, sink: Sink, error: Exception) -> None:
+        self._sinks.remove(sink)
+        self._tally.switched_off_sinks[sink.name] = f"{type(error).__name__}: {error}"
+        incident = Incident(
+            actor=self.name, kind="sink_failed", message=f"the sink {sink.name} is switched off: {error}"
+        )
+        self._tally.incidents[incident.kind] += 1
+        self._write(incident)
+
+    def _queues(self) -> dict[str, float]:
+        """Depth of every watched channel now, and the seconds its messages have waited so far."""
+        figures = {}
+        for mailbox in self._watched:
+            for stats in (channel.stats() for channel in mailbox.channels):
+                figures[f"queue/{stats.name}/depth"] = float(stats.depth)
+                figures[f"queue/{stats.name}/wait_s"] = stats.wait_s
+        return figures

@@ -1,0 +1,57 @@
+"""Prompter: decides when a group may begin. It issues prompts in slot order, as far as the credits allow."""
+
+from __future__ import annotations
+
+from troupe.messages import Drain, GroupClosed, Prompt, Slot
+from troupe.runtime import Actor, Channel, Credits, Mailbox, Reporter
+from troupe.schedule import PromptSchedule
+
+
+class Prompter(Actor):
+    """Receives GroupClosed (a credit returns) and Drain (issue no further step); sends Prompt.
+
+    When the last prompt is issued it closes the channel to the generator: that is how a run ends.
+    """
+
+    name = "prompter"
+
+    def __init__(
+        self,
+        inbox: Mailbox,
+        prompts: Channel[Prompt],
+        *,
+        schedule: PromptSchedule,
+        credits: Credits,  # noqa: A002 - the name of the thing
+        first_step: int,
+        total_steps: int,
+        report: Reporter | None = None,
+    ) -> None:
+        super().__init__(inbox, [prompts], report)
+        self._prompts = prompts
+        self._schedule = schedule
+        self._credits = credits
+        self._next = first_step * schedule.batch_size
+        self._end = total_steps * schedule.batch_size
+
+    async def start(self) -> None:
+        """Issue as many prompts as there are credits."""
+        await self._issue()
+
+    async def handle(self, message: GroupClosed | Drain) -> None:
+        """A closed group makes room for the next; a drain ends the stream after the step already begun."""
+        if isinstance(message, GroupClosed):
+            self._credits.give_back(message.gid)
+        else:
+            begun_steps = -(-self._next // self._schedule.batch_size)
+            self._end = min(self._end, begun_steps * self._schedule.batch_size)
+        await self._issue()
+
+    async def _issue(self) -> None:
+        while self._next < self._end and self._credits.free:
+            step, place = divmod(self._next, self._schedule.batch_size)
+            prompt = self._schedule.prompt(Slot(step=step, place=place))
+            self._credits.take(prompt.gid)
+            self._next += 1
+            await self._prompts.send(prompt)
+        if self._next >= self._end and not self._prompts.closed:
+            self._prompts.close()

@@ -1,0 +1,270 @@
+"""The command line. Each command turns its flags into a config and calls what Python users call too.
+
+Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec
+
+import anyio
+import click
+import msgspec
+import tomli_w
+
+from troupe import __version__, doctor
+from troupe.config import DEMO_CONFIG, RunConfig, config_table, load_config
+from troupe.errors import InputError, TroupeError
+from troupe.policy import load_policy
+from troupe.prepare import Prepared, prepare
+from troupe.rollouts import Evaluation, evaluate_folder
+from troupe.supervisor import RunResult, Supervisor
+
+EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 3, 130
+
+P = ParamSpec("P")
+_EXISTING_TEXT = click.Path(path_type=Path)
+
+
+def _report_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn Troupe's errors into one message and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+        except TroupeError as error:
+            _fail(str(error), EXIT_FAULT)
+
+    return wrapped
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"troupe: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="troupe")
+def main() -> None:
+    """Teach Qwen3 models with GRPO on Apple's MLX."""
+
+
+@main.command()
+@click.argument("run_toml", type=_EXISTING_TEXT, required=False)
+@click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder of the policy to train.")
+@click.option("-d", "--dataset", metavar="PROMPTS.json", help="Prompts, .json or .jsonl.")
+@click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: the next free runs/NAME-NNN.")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-6]")
+@click.option("--epochs", type=int, help="Passes over the prompts.  [default: 3]")
+@click.option("--batch-size", type=int, help="Prompts a step.  [default: 4]")
+@click.option("--num-generations", type=int, help="Completions a prompt.  [default: 8]")
+@click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
+@click.option("--max-steps", type=int, help="Stop after so many learner batches.")
+@click.option("--seed", type=int, help="Changes the run.  [default: 0]")
+@click.option("--resume", is_flag=True, help="Go on with the run in OUT_DIR from its newest whole checkpoint.")
+@click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved config, train nothing.")
+@_report_errors
+def train(run_toml: Path | None, *, resume: bool, dry_run: bool, **flags: Any) -> None:
+    """Train a policy with GRPO.
+
+    Without arguments it trains the small policy that ships with Troupe on the arithmetic that ships with it, and
+    tells how much it learned.
+    """
+    config = train_config(run_toml, resume=resume, **flags)
+    if dry_run:
+        _show_plan(prepare(config, resume=resume))
+        return
+    result, interrupted = anyio.run(_train, config, resume)
+    _show_result(result)
+    if interrupted and not result.complete:
+        click.echo(f"interrupted; go on with: troupe train -o {result.folder} --resume")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def train_config(
+    run_toml: Path | None,
+    *,
+    resume: bool,
+    model: str | None = None,
+    dataset: str | None = None,
+    output: str | None = None,
+    rewards: tuple[str, ...] = (),
+    settings: tuple[str, ...] = (),
+    seed: int | None = None,
+    num_generations: int | None = None,
+    **learner: float | None,
+) -> RunConfig:
+    """The config that the flags of `troupe train` mean; None means "not given"."""
+    stored = Path(output) / "run.toml" if resume and output is not None else None
+    if run_toml is None and stored is not None and stored.is_file():
+        run_toml = stored
+    if run_toml is None and model is None and dataset is None:
+        run_toml = DEMO_CONFIG
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": model},
+        "data": {"path": dataset},
+        "generation": {"num_generations": num_generations},
+        "rewards": {"functions": list(rewards) or None},
+        "learner": learner,
+    }
+    override: dict[str, Any] = {
+        section: given
+        for section, keys in sections.items()
+        if (given := {key: value for key, value in keys.items() if value is not None})
+    }
+    override |= {key: value for key, value in (("seed", seed), ("output", output)) if value is not None}
+    if run_toml is None:
+        override = _with_demo_parts(override)
+    return load_config(run_toml, [override, *settings])
+
+
+def _with_demo_parts(override: dict[str, Any]) -> dict[str, Any]:
+    """Where only the model or only the data is named, the other is the demo's."""
+    demo = config_table(load_config(DEMO_CONFIG))
+    return {
+        **override,
+        "model": {"path": demo["model"]["path"], **override.get("model", {})},
+        "data": {"path": demo["data"]["path"], **override.get("data", {})},
+    }
+
+
+async def _train(config: RunConfig, resume: bool) -> tuple[RunResult, bool]:
+    interrupted = False
+
+    async def obey_signals(run: Supervisor) -> None:
+        """First: finish the steps begun. Second: checkpoint and end. Third: leave."""
+        nonlocal interrupted
+        requests = iter((run.drain, run.stop))
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                interrupted = True
+                request = next(requests, None)
+                if request is None:
+                    os._exit(EXIT_INTERRUPTED)
+                request()
+
+    async with Supervisor(config, resume=resume) as run:
+        for notice in run.notices:
+            click.echo(f"note: {notice}")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(obey_signals, run)
+            await run.wait()
+            tasks.cancel_scope.cancel()
+    return run.result, interrupted
+
+
+def _show_plan(prepared: Prepared) -> None:
+    for notice in prepared.notices:
+        click.echo(f"note: {notice}")
+    click.echo(tomli_w.dumps(config_table(prepared.config)))
+    click.echo(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
+
+
+def _show_result(result: RunResult) -> None:
+    groups = ", ".join(f"{count} {state}" for state, count in sorted(result.closed_groups.items())) or "none"
+    click.echo(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
+    if result.incidents:
+        click.echo("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
+    for name, reason in result.switched_off_sinks.items():
+        click.echo(f"the sink {name} was switched off: {reason}")
+    if result.accuracy_before is not None and result.accuracy_after is not None:
+        click.echo(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
+    for name, after in result.rewards_after.items():
+        click.echo(f"held-out {name}: {result.rewards_before[name]:.3f} before, {after:.3f} after")
+    click.echo(f"policy: {Path(result.folder) / 'final'}")
+
+
+@main.command()
+@click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder; default: the demo's policy.")
+@click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from standard input.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True)
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=0.95, show_default=True)
+@click.option("--top-k", type=int, default=None, help="Keep this many likeliest tokens.")
+@click.option("--seed", type=click.IntRange(min=0), default=None, help="Draw the same text again.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
+@_report_errors
+def generate(
+    model: str | None,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    seed: int | None,
+    dtype: str | None,
+) -> None:
+    """Continue a text with a policy and print the completion."""
+    policy = load_policy(model or _demo_model(), dtype)
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    click.echo(policy.generate_text(text, max_new_tokens, temperature, top_p, top_k, seed))
+
+
+@main.command(name="eval")
+@click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder; default: the demo's policy.")
+@click.option("-d", "--dataset", metavar="PROMPTS.json", help="Rows to complete; default: the demo's held-out rows.")
+@click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_report_errors
+def eval_command(
+    model: str | None,
+    dataset: str | None,
+    rewards: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Complete every row of a dataset once and print the mean score of each reward."""
+    demo = load_config(DEMO_CONFIG)
+    started_s = time.perf_counter()
+    result: Evaluation = anyio.run(
+        functools.partial(
+            evaluate_folder,
+            model or _demo_model(),
+            dataset or str(demo.data.eval_path),
+            rewards,
+            max_completion_length=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+        )
+    )
+    seconds = time.perf_counter() - started_s
+    if as_json:
+        figures = {"rows": result.rows, "accuracy": result.accuracy, "rewards": result.rewards, "wall_s": seconds}
+        click.echo(msgspec.json.encode(figures).decode())
+        return
+    click.echo(f"{result.rows} rows in {seconds:.1f} s")
+    if result.accuracy is not None:
+        click.echo(f"accuracy {result.accuracy:.1%}")
+    for name, mean in result.rewards.items():
+        click.echo(f"{name} {mean:.4f}")
+
+
+@main.command(name="doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor_command(as_json: bool) -> None:
+    """Tell what this machine gives, what is slow, and how to mend it."""
+    report = doctor.examine()
+    click.echo(msgspec.json.encode(report).decode() if as_json else doctor.describe(report))
+
+
+def _demo_model() -> str:
+    return str(load_config(DEMO_CONFIG).model.path)

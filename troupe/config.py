@@ -1,0 +1,210 @@
+"""The whole configuration of a run: one frozen struct a section, read from TOML, checked before any work starts.
+
+Each section's struct lives with the room that it configures; this module joins them, reads files and overrides, and
+says what is wrong with them in the user's words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+import tomli_w
+
+from troupe.checkpoint import CheckpointConfig
+from troupe.dataset import DataConfig
+from troupe.errors import ConfigError
+from troupe.grpo import LearnerConfig
+from troupe.policy import GenerationConfig, ModelConfig
+from troupe.rewards import RewardsConfig
+from troupe.schedule import ScheduleConfig
+from troupe.sinks import MetricsConfig
+
+DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.toml"
+_INPUT_PATHS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that determines a run. Every key has a default and a bound.
+
+    Building one directly checks the relations between keys; types and bounds are checked by `load_config` and again
+    by `Supervisor`.
+    """
+
+    seed: int = 0
+    output: str | None = None
+    """The run folder; None takes the next free `runs/NAME-NNN` in the working directory."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    generation: GenerationConfig = GenerationConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    learner: LearnerConfig = LearnerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
+        if self.generation.temperature <= 0:
+            raise ValueError(
+                "generation.temperature is 0, but greedy completions of a prompt are all alike and teach nothing; "
+                "give a temperature above 0 (1.0 is usual)"
+            )
+        if self.generation.num_generations < 2 and self.learner.scale_rewards == "group":
+            raise ValueError(
+                f"generation.num_generations is {self.generation.num_generations}, but advantages compare the "
+                "completions of a prompt with each other; give at least 2"
+            )
+        rows = self.learner.batch_size * self.generation.num_generations
+        if self.learner.gradient_accumulation_steps > rows:
+            raise ValueError(
+                f"learner.gradient_accumulation_steps is {self.learner.gradient_accumulation_steps}, but a batch has "
+                f"{rows} rows (batch_size × num_generations) to split; give at most {rows}"
+            )
+        if self.rewards.min_scored > self.generation.num_generations:
+            raise ValueError(
+                f"rewards.min_scored is {self.rewards.min_scored}, but a group has only "
+                f"{self.generation.num_generations} completions (generation.num_generations); lower it"
+            )
+        weights, functions = self.rewards.weights, self.rewards.functions
+        if weights is not None and functions and len(weights) != len(functions):
+            raise ValueError(
+                f"rewards.weights has {len(weights)} numbers for {len(functions)} functions; give one weight a function"
+            )
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str | Mapping[str, Any]] = ()) -> RunConfig:
+    """Read a TOML file (or start from the defaults) and apply overrides in order.
+
+    An override is a nested mapping or a text `section.key=value`, whose value is read as TOML and, where that fails,
+    as plain text. Relative input paths (model, data, reward files) count from the folder of the file that names them,
+    those of overrides from the working directory; `output` always counts from the working directory.
+    Raises ConfigError naming the file and key.
+    """
+    table: dict[str, Any] = {}
+    source = "the configuration"
+    if path is not None:
+        source = str(path)
+        table = _read_toml(Path(path))
+        _anchor_paths(table, Path(path).parent)
+    for override in overrides:
+        change = _parse_override(override) if isinstance(override, str) else _copied(override)
+        _anchor_paths(change, Path.cwd())
+        _merge(table, change)
+    return _convert(table, source)
+
+
+def check_config(config: RunConfig) -> RunConfig:
+    """Check types and bounds of a config that was built in Python; ConfigError names the key."""
+    return _convert(config_table(config), "the configuration")
+
+
+def config_table(config: RunConfig) -> dict[str, Any]:
+    """The config as nested dicts, without the keys that are None (TOML has no null)."""
+    table: dict[str, Any] = _without_none(msgspec.to_builtins(config))
+    return table
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the whole config as TOML; `load_config` reads it back to an equal config."""
+    path.write_text(tomli_w.dumps(config_table(config)), encoding="utf-8")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the configuration cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {text}: write it as section.key=value, for instance learner.lr=1e-5")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    table: dict[str, Any] = {parts[-1]: parsed}
+    for part in reversed(parts[:-1]):
+        table = {part: table}
+    return table
+
+
+def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def _merge(table: dict[str, Any], change: Mapping[str, Any]) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
+
+
+def _anchor_paths(table: dict[str, Any], base: Path) -> None:
+    """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
+    for section, key in _INPUT_PATHS:
+        values = table.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            values[key] = str((base / Path(values[key]).expanduser()).absolute())
+    rewards = table.get("rewards")
+    if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list):
+        rewards["functions"] = [_anchor_reward(spec, base) for spec in rewards["functions"]]
+
+
+def _anchor_reward(spec: Any, base: Path) -> Any:
+    file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
+    if not colon or not file.endswith(".py"):
+        return spec
+    return f"{(base / Path(file).expanduser()).absolute()}:{name}"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _convert(table: dict[str, Any], source: str) -> RunConfig:
+    _refuse_unknown_keys(table, RunConfig, source, "")
+    try:
+        return msgspec.convert(table, RunConfig)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        key = where.rstrip("`").lstrip(".")
+        if not key:
+            raise ConfigError(f"{source}: {message}") from None
+        value = _value_at(table, key)
+        message = message[:1].lower() + message[1:]
+        raise ConfigError(f"{source}: {key} is {value!r}: {message.replace('`', '')}") from None
+
+
+def _value_at(table: Any, key: str) -> Any:
+    for part in key.split("."):
+        name = part.partition("[")[0]
+        table = table.get(name) if isinstance(table, dict) else table
+    return table
+
+
+def _refuse_unknown_keys(table: dict[str, Any], struct: type[msgspec.Struct], source: str, path: str) -> None:
+    known = get_type_hints(struct)
+    for key, value in table.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {path}{close[0]}?" if close else f"known keys here: {', '.join(sorted(known))}"
+            raise ConfigError(f"{source}: unknown key {path}{key}; {hint}")
+        section = known[key]
+        if isinstance(value, dict) and isinstance(section, type) and issubclass(section, msgspec.Struct):
+            _refuse_unknown_keys(value, section, source, f"{path}{key}.")

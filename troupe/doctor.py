@@ -1,0 +1,117 @@
+"""What this machine gives to MLX, what is slow about it, and how to mend it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import msgspec
+
+from troupe import linux_cpu
+
+_SLOW_GFLOPS = 20.0
+_SIZE, _REPEATS = 768, 5
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine as MLX sees it."""
+
+    python: str
+    platform: str
+    mlx: str
+    device: str
+    """`gpu` or `cpu`, and its name where MLX knows it."""
+    blas: str
+    """Where matrix products run on the CPU."""
+    threads: int
+    """Processors that this process may use."""
+    memory_gb: float | None
+    """Memory of the machine; None where the system does not tell."""
+    matmul_gflops: float
+    """Measured: float32 products of 768 × 768 matrices on the default device."""
+    advice: tuple[str, ...]
+    """What to mend, one line each; empty where nothing is amiss."""
+
+
+def examine() -> Report:
+    """Look at the machine; takes well under a second."""
+    gflops = _measure_matmul()
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    advice = linux_cpu.advice() if on_cpu else []
+    if on_cpu and not advice and gflops < _SLOW_GFLOPS:
+        advice = [f"matrix products reach only {gflops:.0f} GFLOP/s: is another program busy, or mlx imported first?"]
+    if (
+        not on_cpu
+        and sys.platform == "linux"
+        and "CUDA_HOME" not in os.environ
+        and not Path("/usr/local/cuda").is_dir()
+    ):
+        advice.append("no CUDA toolkit found: MLX compiles some kernels with it; install it or set CUDA_HOME")
+    return Report(
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        mlx=version("mlx"),
+        device=_device_name(),
+        blas={
+            "loaded": "OpenBLAS",
+            "missing": "the reference BLAS of the mlx wheel",
+            "too late": "the reference BLAS of the mlx wheel, loaded before OpenBLAS",
+            "not needed": "Accelerate",
+        }[linux_cpu.load_openblas()],
+        threads=_threads(),
+        memory_gb=_memory_gb(),
+        matmul_gflops=round(gflops, 1),
+        advice=tuple(advice),
+    )
+
+
+def describe(report: Report) -> str:
+    """The report as lines for a person."""
+    memory = "unknown" if report.memory_gb is None else f"{report.memory_gb:.1f} GB"
+    rows = [
+        ("Python", report.python),
+        ("platform", report.platform),
+        ("mlx", report.mlx),
+        ("device", report.device),
+        ("CPU matrix products", report.blas),
+        ("processors", str(report.threads)),
+        ("memory", memory),
+        ("measured", f"{report.matmul_gflops:,.0f} GFLOP/s, float32, on the default device"),
+    ]
+    lines = [f"{label:<20} {value}" for label, value in rows]
+    lines += [f"to mend: {line}" for line in report.advice] or ["nothing to mend"]
+    return "\n".join(lines)
+
+
+def _measure_matmul() -> float:
+    a = mx.random.normal((_SIZE, _SIZE), key=mx.random.key(0))
+    mx.eval(a @ a)
+    best_s = float("inf")
+    for _ in range(_REPEATS):
+        start_s = time.perf_counter()
+        mx.eval(a @ a)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * _SIZE**3 / best_s / 1e9
+
+
+def _device_name() -> str:
+    device = mx.default_device()
+    kind = "cpu" if device == mx.Device(mx.cpu) else "gpu"
+    name = mx.device_info().get("device_name", "")
+    return f"{kind} ({name})" if name else kind
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gb() -> float | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (ValueError, OSError):
+        return None

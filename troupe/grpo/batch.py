@@ -1,0 +1,169 @@
+"""One learner batch as arrays: padded token ids, masks from lengths, and micro-batches of it.
+
+Knows nothing of text, tokenizers, models or rewards. Which positions are padding is known from the lengths of the
+rows, never guessed from the ids, so a completion may hold any id, the padding id included.
+
+Shapes: B rows (prompts × generations), P the longest prompt, T the longest completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Prompts and completions of one learner batch, or of a micro-batch of it."""
+
+    prompt_ids: mx.array
+    """(B, P) int32, padded on the left."""
+    completion_ids: mx.array
+    """(B, T) int32, padded on the right."""
+    completion_mask: mx.array
+    """(B, T) float32: 1 where a token of the completion stands, 0 on padding and in rows left out of the loss."""
+    advantages: mx.array
+    """(B,) float32."""
+    sampling_log_probs: mx.array
+    """(B, T) float32, in nats, from the generator, under the temperature-scaled distribution that the learner
+    differentiates; 0 on padding."""
+    prompt_lengths: tuple[int, ...]
+    """(B,) tokens of each prompt."""
+    completion_lengths: tuple[int, ...]
+    """(B,) tokens of each completion, also where the mask leaves the row out."""
+    truncated: tuple[bool, ...]
+    """(B,) whether the completion was cut by the length limit."""
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.prompt_lengths)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Sum of the completion lengths."""
+        return sum(self.completion_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sum of the prompt and completion lengths."""
+        return sum(self.prompt_lengths) + self.num_completion_tokens
+
+    def rows(self, part: slice) -> Batch:
+        """The rows of a slice, without the padding columns that none of them needs."""
+        prompt_lengths = self.prompt_lengths[part]
+        completion_lengths = self.completion_lengths[part]
+        if not prompt_lengths:
+            raise ValueError(f"{part} selects none of the {self.num_rows} rows of the batch; take at least one")
+        start = self.prompt_ids.shape[1] - max(prompt_lengths)
+        stop = _width(completion_lengths)
+        return Batch(
+            prompt_ids=self.prompt_ids[part, start:],
+            completion_ids=self.completion_ids[part, :stop],
+            completion_mask=self.completion_mask[part, :stop],
+            advantages=self.advantages[part],
+            sampling_log_probs=self.sampling_log_probs[part, :stop],
+            prompt_lengths=prompt_lengths,
+            completion_lengths=completion_lengths,
+            truncated=self.truncated[part],
+        )
+
+    def without_truncated(self) -> Batch:
+        """The same rows, with the mask 0 in the truncated ones (`mask_truncated_completions`)."""
+        kept = mx.array([0.0 if cut else 1.0 for cut in self.truncated])
+        return Batch(
+            prompt_ids=self.prompt_ids,
+            completion_ids=self.completion_ids,
+            completion_mask=self.completion_mask * kept[:, None],
+            advantages=self.advantages,
+            sampling_log_probs=self.sampling_log_probs,
+            prompt_lengths=self.prompt_lengths,
+            completion_lengths=self.completion_lengths,
+            truncated=self.truncated,
+        )
+
+
+def make_batch(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    sampling_log_probs: Sequence[Sequence[float]],
+    advantages: mx.array | Sequence[float],
+    *,
+    pad_id: int,
+    truncated: Sequence[bool] | None = None,
+) -> Batch:
+    """Pads B prompts on the left and B completions on the right into one `Batch`.
+
+    `prompts[i]` (P_i,) with P_i ≥ 1, `completions[i]` and `sampling_log_probs[i]` (T_i,), `advantages` (B,). Rows keep
+    their order. `truncated` is all False where it is not given. Raises `ValueError` where the lengths disagree.
+    """
+    if not isinstance(advantages, mx.array):
+        advantages = mx.array(list(advantages))
+    advantages = advantages.astype(mx.float32)
+    _check_lengths(prompts, completions, sampling_log_probs, advantages, truncated)
+    prompt_lengths = tuple(len(ids) for ids in prompts)
+    completion_lengths = tuple(len(ids) for ids in completions)
+    P, T = max(prompt_lengths), _width(completion_lengths)
+    return Batch(
+        prompt_ids=mx.array([[pad_id] * (P - len(ids)) + list(ids) for ids in prompts], dtype=mx.int32),
+        completion_ids=mx.array([list(ids) + [pad_id] * (T - len(ids)) for ids in completions], dtype=mx.int32),
+        completion_mask=(mx.arange(T) < mx.array(completion_lengths)[:, None]).astype(mx.float32),
+        advantages=advantages,
+        sampling_log_probs=mx.array(
+            [list(row) + [0.0] * (T - len(row)) for row in sampling_log_probs], dtype=mx.float32
+        ),
+        prompt_lengths=prompt_lengths,
+        completion_lengths=completion_lengths,
+        truncated=tuple(truncated) if truncated is not None else (False,) * len(prompt_lengths),
+    )
+
+
+def split(batch: Batch, n: int) -> list[Batch]:
+    """Cuts a batch into n micro-batches of neighbouring rows whose sizes differ by at most one.
+
+    The larger ones come first; a batch of fewer than n rows gives one micro-batch a row.
+    """
+    if n < 1:
+        raise ValueError(f"a batch cannot be split into {n} micro-batches; give at least 1")
+    n = min(n, batch.num_rows)
+    if n == 1:
+        return [batch]
+    size, larger = divmod(batch.num_rows, n)
+    edges = [i * size + min(i, larger) for i in range(n + 1)]
+    return [batch.rows(slice(start, stop)) for start, stop in pairwise(edges)]
+
+
+def _width(lengths: Sequence[int]) -> int:
+    """Columns for completions of these lengths: at least one, since kernels dislike empty axes."""
+    return max(1, max(lengths))
+
+
+def _check_lengths(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    sampling_log_probs: Sequence[Sequence[float]],
+    advantages: mx.array,
+    truncated: Sequence[bool] | None,
+) -> None:
+    B = len(prompts)
+    if B == 0:
+        raise ValueError("a batch of 0 rows; give at least one prompt with its completion")
+    counts = {"completions": len(completions), "sampling_log_probs": len(sampling_log_probs)}
+    if truncated is not None:
+        counts["truncated"] = len(truncated)
+    for name, count in counts.items():
+        if count != B:
+            raise ValueError(f"{name} has {count} rows, prompts has {B}; give one for each prompt")
+    if advantages.shape != (B,):
+        raise ValueError(f"advantages has the shape {advantages.shape}, not ({B},); give one for each prompt")
+    for i in range(B):
+        if not prompts[i]:
+            raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token")
+        if len(completions[i]) != len(sampling_log_probs[i]):
+            raise ValueError(
+                f"sampling_log_probs[{i}] has {len(sampling_log_probs[i])} values for the {len(completions[i])} "
+                f"tokens of completions[{i}]; give one for each token"
+            )

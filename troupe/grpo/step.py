@@ -1,0 +1,280 @@
+"""One learner batch: `num_iterations` passes of micro-batched gradients, each ending in one AdamW update.
+
+Knows no model: log-probs come from an injected function of weights and batch. Knows no actors, files or schedule of
+the run either. All micro-batches of a batch share one normalizer, so cutting a batch into more of them changes the
+memory it takes and not its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import mlx.core as mx
+import msgspec
+
+from troupe.grpo import metrics, ratios
+from troupe.grpo.advantages import Aggregation, ScaleRewards
+from troupe.grpo.batch import Batch, split
+from troupe.grpo.losses import (
+    LossConfig,
+    NonNegative,
+    Normalizer,
+    Positive,
+    batch_normalizer,
+    loss_and_tallies,
+    sampler_tallies,
+)
+from troupe.grpo.optimizer import OptimizerState, Scheduler, adamw_update, clip_by_global_norm
+
+Weights = Mapping[str, mx.array]
+LogProbsFn = Callable[[Weights, Batch], tuple[mx.array, mx.array]]
+"""(weights, batch) → log-probs (B, T) of the completion ids and entropies (B, T), both float32, in nats, under the
+temperature-scaled distribution. What stands on padding does not matter, as long as it is finite."""
+
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+
+
+class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The section `[learner]`: the loss, and how a batch becomes updates."""
+
+    lr: NonNegative = 1e-6
+    """Peak learning rate."""
+    lr_scheduler: Scheduler = "linear"
+    """How it falls after the warm-up; see `optimizer.learning_rate`."""
+    warmup_steps: Count = 0
+    """Updates over which it rises from 0."""
+    batch_size: AtLeastOne = 4
+    """P: prompts a learner batch."""
+    epochs: AtLeastOne = 3
+    """Passes over the dataset."""
+    max_steps: AtLeastOne | None = None
+    """Learner batches after which the run ends, whatever `epochs` says; None is no such limit."""
+    num_iterations: AtLeastOne = 1
+    """Updates a batch, each from all of its rows."""
+    gradient_accumulation_steps: AtLeastOne = 1
+    """Micro-batches that a batch is *split* into (TRL multiplies); lower peak memory, the same gradient."""
+    scale_rewards: ScaleRewards = "group"
+    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing."""
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    """How several reward functions become one advantage; see `advantages.compute_advantages`."""
+    mask_truncated_completions: bool = False
+    """Leave completions that the length limit cut out of the loss."""
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.999
+    adam_epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    """Decoupled decay of matrices."""
+    max_grad_norm: NonNegative = 1.0
+    """Largest norm of the whole gradient; 0 never clips."""
+    max_nonfinite_steps: AtLeastOne = 5
+    """So many batches in a row with a loss or gradient that is not finite end the run."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh by ρ, how much likelier the learner finds a token than the sampler did (TRL's name; the sampler here is
+    Troupe's own generator, with its older weights and other kernels)."""
+    vllm_importance_sampling_mode: ratios.CorrectionMode = "sequence_mask"
+    """See `ratios.sampler_correction`."""
+    vllm_importance_sampling_clip_min: NonNegative | None = None
+    vllm_importance_sampling_clip_max: NonNegative | None = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a learner batch made. Every array is evaluated."""
+
+    weights: dict[str, mx.array]
+    optimizer_state: OptimizerState
+    metrics: dict[str, float]
+    """TRL's names where TRL has them: `loss`, `grad_norm` (before clipping), `learning_rate`, `entropy`, `kl`,
+    `clip_ratio/*`, `sampling/*`; and `nonfinite`, 1 where an update was skipped. Means over the passes."""
+    updated: bool
+    """Whether every pass made its update."""
+
+
+class _Micro(NamedTuple):
+    """A micro-batch with what stays the same over all passes; (B, T) each."""
+
+    batch: Batch
+    old: mx.array | None
+    ref: mx.array | None
+
+
+class _Fixed(NamedTuple):
+    """What all micro-batches and passes share."""
+
+    config: LearnerConfig
+    log_probs_fn: LogProbsFn
+    normalizer: Normalizer
+    entropy_threshold: mx.array | None
+
+
+def train_on_batch(
+    weights: Weights,
+    state: Mapping[str, mx.array],
+    batch: Batch,
+    log_probs_fn: LogProbsFn,
+    config: LearnerConfig,
+    *,
+    lr: float | Sequence[float],
+    ref_weights: Weights | None = None,
+    max_completion_length: int | None = None,
+) -> StepResult:
+    """Trains on one batch; the arguments stay as they are.
+
+    `weights` and `state` (from `optimizer.adamw_init`) are flat dicts of evaluated arrays; `lr` is one learning rate,
+    or one for each of the `num_iterations` updates; `ref_weights` are needed where beta ≠ 0, `max_completion_length`
+    for loss_type "dr_grpo". The old log-probs are those of `weights`. An update whose loss or gradient norm is not
+    finite is skipped, and with it the passes left. Raises `ValueError` for an argument that is missing.
+    """
+    rates = [float(lr)] * config.num_iterations if isinstance(lr, int | float) else list(lr)
+    if len(rates) != config.num_iterations:
+        raise ValueError(
+            f"lr has {len(rates)} values for num_iterations = {config.num_iterations}; give one number, or one a pass"
+        )
+    if config.beta != 0.0 and ref_weights is None:
+        raise ValueError(f"beta is {config.beta} and there are no ref_weights; give them or set beta = 0")
+    if config.mask_truncated_completions:
+        batch = batch.without_truncated()
+    micros, fixed = _prepare(weights, batch, log_probs_fn, config, ref_weights, max_completion_length)
+
+    new_weights, new_state = dict(weights), dict(state)
+    passes: list[dict[str, float]] = []
+    updated = True
+    for rate in rates:
+        grads, values = _gradients(new_weights, micros, fixed)
+        grads, norm = clip_by_global_norm(grads, config.max_grad_norm)
+        numbers = _floats(values | {"grad_norm": norm})
+        passes.append(numbers)
+        updated = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
+        if not updated:
+            break
+        new_weights, new_state = adamw_update(
+            new_weights,
+            grads,
+            new_state,
+            lr=rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        mx.eval(new_weights, new_state)
+    summary = _over_passes(passes) | {"learning_rate": rates[len(passes) - 1], "nonfinite": float(not updated)}
+    if config.entropy_coef != 0.0:
+        summary["entropy_coef"] = config.entropy_coef
+    return StepResult(weights=new_weights, optimizer_state=new_state, metrics=summary, updated=updated)
+
+
+def _prepare(
+    weights: Weights,
+    batch: Batch,
+    log_probs_fn: LogProbsFn,
+    config: LearnerConfig,
+    ref_weights: Weights | None,
+    max_completion_length: int | None,
+) -> tuple[list[_Micro], _Fixed]:
+    """Cuts the batch, and computes once what the passes share: old and reference log-probs, entropy threshold."""
+    parts = split(batch, config.gradient_accumulation_steps)
+    several_passes = config.num_iterations > 1
+    some_entropies = config.top_entropy_quantile < 1.0
+    micros, entropies = [], []
+    for part in parts:
+        old = ref = None
+        if several_passes or (some_entropies and len(parts) > 1):
+            old, part_entropies = log_probs_fn(weights, part)
+            mx.eval(old, part_entropies)
+            entropies.append(part_entropies)
+        if config.beta != 0.0 and ref_weights is not None:
+            ref, _ = log_probs_fn(ref_weights, part)
+            mx.eval(ref)
+        micros.append(_Micro(part, old if several_passes else None, ref))
+
+    threshold = entropy_tokens = None
+    if some_entropies and entropies:
+        masks = mx.concatenate([part.completion_mask.reshape(-1) for part in parts])
+        flat = mx.concatenate([part_entropies.reshape(-1) for part_entropies in entropies])
+        threshold = ratios.entropy_threshold(flat, masks, config.top_entropy_quantile)
+        entropy_tokens = mx.sum(ratios.high_entropy_mask(flat, masks, threshold))
+    normalizer = batch_normalizer(
+        config,
+        rows=batch.num_rows,
+        tokens=mx.sum(batch.completion_mask),
+        entropy_tokens=entropy_tokens,
+        max_completion_length=max_completion_length,
+    )
+    return micros, _Fixed(config, log_probs_fn, normalizer, threshold)
+
+
+def _gradients(
+    weights: Weights, micros: Sequence[_Micro], fixed: _Fixed
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """The gradient of the whole batch, and `loss` and metrics, each (). Evaluated one micro-batch at a time."""
+    value_and_grad = mx.value_and_grad(_micro_loss)
+    total: dict[str, mx.array] = {}
+    losses, tallies = [], []
+    for micro in micros:
+        (loss, parts), grads = value_and_grad(weights, micro, fixed)
+        if len(micros) > 1:  # sums of many low-precision gradients are kept in float32
+            grads = {name: grad.astype(mx.float32) for name, grad in grads.items()}
+        total = {name: total[name] + grad for name, grad in grads.items()} if total else grads
+        losses.append(loss)
+        tallies.append(parts)
+        mx.eval(total, loss, parts)
+    return total, {"loss": mx.sum(mx.stack(losses)), **metrics.averages(metrics.merge(tallies))}
+
+
+def _micro_loss(weights: Weights, micro: _Micro, fixed: _Fixed) -> tuple[mx.array, metrics.Tallies]:
+    """The share of one micro-batch in the loss of the batch."""
+    config, batch, mask = fixed.config, micro.batch, micro.batch.completion_mask
+    log_probs, entropies = fixed.log_probs_fn(weights, batch)
+    if config.entropy_coef == 0.0:
+        entropies = mx.stop_gradient(entropies)
+    old = mx.stop_gradient(log_probs) if micro.old is None else micro.old
+    correction, sampling = None, {}
+    if config.vllm_importance_sampling_correction:
+        correction = ratios.sampler_correction(
+            old,
+            batch.sampling_log_probs,
+            mask,
+            config.vllm_importance_sampling_mode,
+            config.vllm_importance_sampling_clip_min,
+            config.vllm_importance_sampling_clip_max,
+        )
+        sampling = sampler_tallies(old, batch.sampling_log_probs, correction, mask)
+    loss, tallies = loss_and_tallies(
+        log_probs,
+        old,
+        batch.advantages,
+        mask,
+        config,
+        ref_per_token_logps=micro.ref,
+        entropies=entropies,
+        sampling_per_token_logps=batch.sampling_log_probs,
+        importance_sampling_ratio=correction,
+        entropy_threshold=fixed.entropy_threshold,
+        normalizer=fixed.normalizer,
+    )
+    return loss, tallies | sampling
+
+
+def _floats(values: Mapping[str, mx.array]) -> dict[str, float]:
+    """All values in one transfer from the device."""
+    numbers: list[float] = mx.stack(list(values.values())).tolist()  # type: ignore[assignment]
+    return dict(zip(values, numbers, strict=True))
+
+
+def _over_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over the passes, or their extreme under a name that ends in "min" or "max"."""
+    summary = {}
+    for name in passes[0]:
+        column = [numbers[name] for numbers in passes]
+        if name.endswith("min"):
+            summary[name] = min(column)
+        elif name.endswith("max"):
+            summary[name] = max(column)
+        else:
+            summary[name] = math.fsum(column) / len(column)
+    return summary

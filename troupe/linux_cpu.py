@@ -1,0 +1,67 @@
+"""What MLX's CPU backend needs on Linux, and what to do without it.
+
+OpenBLAS: the `mlx[cpu]` wheel carries the reference BLAS, about 4 GFLOP/s on two cores; OpenBLAS gives 120–190. The
+dynamic linker resolves a symbol to the library loaded first, so loading OpenBLAS globally *before* `mlx.core` is
+enough; afterwards it is too late. A C++ compiler: MLX compiles fused kernels with `g++` when it first needs them.
+macOS (Accelerate, Metal) and NVIDIA cards need none of this. Imports nothing else of ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+LIBRARY_NAMES = ("libopenblas.so.0", "libopenblas.so")
+COMPILER = "g++"
+REMEDY = "install it with: sudo apt-get install -y libopenblas0-pthread g++"
+
+OpenBlasState = Literal["not needed", "loaded", "missing", "too late"]
+
+
+def load_openblas() -> OpenBlasState:
+    """Load OpenBLAS with global symbols where it helps. Safe to call at any time; never raises.
+
+    Returns "too late" where `mlx.core` was imported before without it: the caller tells the user.
+    """
+    if sys.platform != "linux":
+        return "not needed"
+    too_late = "mlx.core" in sys.modules and not _is_mapped()
+    for name in LIBRARY_NAMES:
+        try:
+            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return "too late" if too_late else "loaded"
+    return "missing"
+
+
+def run_without_compiler() -> None:
+    """Where MLX would need a compiler that is not there, let it run its kernels one by one: slower, but it runs."""
+    if sys.platform == "linux" and shutil.which(COMPILER) is None:
+        import mlx.core as mx  # not at the top: OpenBLAS has to come first
+
+        if mx.default_device() == mx.Device(mx.cpu):
+            mx.disable_compile()
+
+
+def advice() -> list[str]:
+    """What a user of the CPU backend on Linux should install, one line each; empty where nothing is amiss."""
+    if sys.platform != "linux":
+        return []
+    lines = []
+    if load_openblas() == "missing":
+        lines.append(f"OpenBLAS is not installed, so matrix products run about 30 times slower; {REMEDY}")
+    if shutil.which(COMPILER) is None:
+        lines.append(f"{COMPILER} is not installed, and MLX fuses its CPU kernels with it; {REMEDY}")
+    return lines
+
+
+def _is_mapped() -> bool:
+    """Whether some OpenBLAS is in this process already (LD_PRELOAD, or an earlier import)."""
+    try:
+        return "openblas" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

@@ -1,0 +1,154 @@
+"""Keys and values of earlier tokens, for decoding many rows that share prompts.
+
+A prompt's keys and values are computed once and lie once in memory, in a *slot*; the `width` rows of that slot read them
+together, as one matrix product. What each row has sampled itself lies in preallocated blocks that are written in place.
+All rows are equally far into their completions, so one length serves all. Knows nothing of tokens, sampling or stopping.
+
+Shapes: S slots, w rows a slot, B = S·w rows in slot order, H query heads, K key/value heads, R = H/K, d head size,
+P longest prompt, N places for own tokens.
+
+Source of the two-part attention: shared-prefix decoding as in Hydragen (arXiv:2402.05099), here with one softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from troupe.policy.elementwise import softmax
+from troupe.policy.qwen3 import WholeRows
+
+BLOCK = 64
+"""Places by which the room for own tokens grows."""
+
+
+class PromptCache(WholeRows):
+    """Attention within whole prompts, padded on the right, that keeps their keys and values."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """`lengths`: how many tokens each prompt has."""
+        super().__init__(max(lengths), None)  # causal: a token never sees the padding on its right
+        self.lengths = list(lengths)
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention.attend`; keeps k and v, (prompts, K, P, d), of one layer after the other."""
+        self.keys.append(k)
+        self.values.append(v)
+        return super().attend(layer, q, k, v, scale)
+
+
+def join_prompts(parts: Sequence[PromptCache]) -> PromptCache:
+    """Several caches as one, padded to the longest prompt; the parts are emptied layer by layer to spare memory."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = PromptCache([length for part in parts for length in part.lengths])
+    longest = max(whole.lengths)
+    for _ in range(len(parts[0].keys)):
+        for kept, pieces in ((whole.keys, [p.keys for p in parts]), (whole.values, [p.values for p in parts])):
+            layer = [piece.pop(0) for piece in pieces]
+            padded = [mx.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0))) for x in layer]
+            kept.append(mx.concatenate(padded))
+            mx.eval(kept[-1])
+    return whole
+
+
+class DecodingCache:
+    """Attention of one new token a row to the row's prompt and to its own earlier tokens."""
+
+    def __init__(self, prompts: PromptCache, width: int, limit: int) -> None:
+        """`width` rows for every prompt, none of which will have more than `limit` tokens of its own."""
+        self.width = width
+        self.length = 0
+        """Own tokens that every row holds."""
+        self._limit = limit
+        self._prompt_lengths = prompts.lengths
+        self._prompt_keys = prompts.keys
+        self._prompt_values = prompts.values
+        self._keys: list[mx.array] = []  # (S, K, w, N, d) a layer
+        self._values: list[mx.array] = []
+        self._describe_prompts()
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Rotary position of the next token: one for all where all prompts are equally long, else (B,)."""
+        if self._row_lengths is None:
+            return self._prompt_lengths[0] + self.length
+        return self._row_lengths + self.length
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array held, to be evaluated with the token that was made last."""
+        return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values]
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention.attend`; T = 1. Call `advance` when every layer has seen the token."""
+        prompt_keys, prompt_values = self._prompt_keys[layer], self._prompt_values[layer]
+        S, K, P, d = prompt_keys.shape
+        B, H = q.shape[:2]
+        w, R = self.width, H // K
+        keys = self._write(self._keys, layer, k.reshape(S, w, K, d).transpose(0, 2, 1, 3))
+        values = self._write(self._values, layer, v.reshape(S, w, K, d).transpose(0, 2, 1, 3))
+        q = (q * scale).reshape(S, w, K, R, d).transpose(0, 2, 1, 3, 4)
+        to_prompt = q.reshape(S, K, w * R, d) @ prompt_keys.swapaxes(-1, -2)
+        if self._padding is not None:
+            to_prompt = to_prompt + self._padding
+        to_own = q @ keys.swapaxes(-1, -2)
+        scores = mx.concatenate([to_prompt.reshape(S, K, w, R, P), to_own], axis=-1)
+        shares = softmax(scores)
+        o = (shares[..., :P].reshape(S, K, w * R, P) @ prompt_values).reshape(S, K, w, R, d)
+        o = o + shares[..., P:] @ values
+        return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
+
+    def advance(self) -> None:
+        """Count the token that every layer has just seen."""
+        self.length += 1
+
+    def select(self, slots: Sequence[int], rows: Sequence[int], width: int) -> None:
+        """Keep only `rows` (indexes into the B of now, `width` for each slot to be) of the prompts in `slots`."""
+        S, K, w = len(self._prompt_lengths), self._prompt_keys[0].shape[1], self.width
+        if list(slots) != list(range(S)):
+            chosen = mx.array(list(slots))
+            self._prompt_keys = [x[chosen] for x in self._prompt_keys]
+            self._prompt_values = [x[chosen] for x in self._prompt_values]
+            self._prompt_lengths = [self._prompt_lengths[slot] for slot in slots]
+        index = mx.array(list(rows))
+
+        def pick(x: mx.array) -> mx.array:
+            d, N = x.shape[-1], x.shape[-2]
+            kept = x.transpose(0, 2, 1, 3, 4).reshape(S * w, K, N, d)[index]
+            return mx.contiguous(kept.reshape(len(slots), width, K, N, d).transpose(0, 2, 1, 3, 4))
+
+        self._keys = [pick(x) for x in self._keys]
+        self._values = [pick(x) for x in self._values]
+        self.width = width
+        self._describe_prompts()
+
+    def _describe_prompts(self) -> None:
+        """Positions and the additive mask of the padding, (S, 1, 1, P); neither where all prompts are equally long."""
+        lengths = self._prompt_lengths
+        self._row_lengths: mx.array | None = None
+        self._padding: mx.array | None = None
+        P, dtype = self._prompt_keys[0].shape[2], self._prompt_keys[0].dtype
+        if min(lengths) < P:
+            padded = mx.arange(P) >= mx.array(lengths)[:, None]
+            self._padding = mx.where(padded, mx.array(-math.inf, dtype), mx.array(0, dtype))[:, None, None]
+        if min(lengths) < max(lengths):
+            self._row_lengths = mx.repeat(mx.array(lengths), self.width)
+
+    def _write(self, kept: list[mx.array], layer: int, new: mx.array) -> mx.array:
+        """Put (S, K, w, d) at the next place of one layer → everything so far, (S, K, w, length + 1, d)."""
+        if layer == len(kept):
+            kept.append(mx.zeros((*new.shape[:3], 0, new.shape[-1]), new.dtype))
+        if (held := kept[layer].shape[3]) == self.length:
+            more = min(BLOCK, self._limit - held)
+            room = mx.zeros((*new.shape[:3], max(1, more), new.shape[-1]), new.dtype)
+            kept[layer] = mx.concatenate([kept[layer], room], axis=3)
+        buffer = kept[layer]
+        del kept[layer : layer + 1]  # the update can reuse the memory only where nothing else refers to it
+        buffer[:, :, :, self.length] = new
+        kept.insert(layer, buffer)
+        return buffer[:, :, :, : self.length + 1]

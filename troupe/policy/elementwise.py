@@ -1,0 +1,96 @@
+"""Exponentials that are fast on a CPU, and what is made of them: SiLU and attention.
+
+MLX's CPU backend calls the scalar `expf`, 15–25 ns a number, which made up half of a decoding step. Here a polynomial,
+fused into one loop by `mx.compile`, takes 2–3 ns. On other devices, in other types and where no compiler is installed,
+MLX's own functions are used. Knows nothing of models. Everything is differentiable.
+
+Argument reduction after Cody and Waite, then Taylor's polynomial of degree 6: relative error below 4e-7.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from functools import cache
+
+import mlx.core as mx
+
+_TO_INTEGER = 1.5 * 2.0**23  # adding this rounds a float32 to the integer that its low bits then hold
+_LN2_HIGH = 0.693359375  # few bits, so that its product with an integer is exact
+_LN2_LOW = math.log(2.0) - _LN2_HIGH
+
+
+@cache
+def _has_compiler() -> bool:
+    return shutil.which("g++") is not None
+
+
+def is_fast_here(x: mx.array) -> bool:
+    """Whether the polynomial beats MLX's own exponential: float32 on a CPU with g++."""
+    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu) and _has_compiler()
+
+
+def _power(x: mx.array) -> mx.array:
+    """e^x = 2^i · e^r, |r| ≤ ln 2 / 2; 0 below −87.7, infinite above 88.4."""
+    x = mx.clip(x, -88.0, 89.0)
+    shifted = x * (1.0 / math.log(2.0)) + _TO_INTEGER
+    i = shifted - _TO_INTEGER
+    r = (x - i * _LN2_HIGH) - i * _LN2_LOW
+    p = mx.array(1.0 / math.factorial(6), mx.float32)
+    for n in range(5, -1, -1):
+        p = p * r + 1.0 / math.factorial(n)
+    return p * mx.view((mx.view(shifted, mx.int32) + 127) << 23, mx.float32)
+
+
+_compiled_power = mx.compile(_power)
+
+
+@mx.custom_function
+def _fast_exp(x: mx.array) -> mx.array:
+    return _compiled_power(x)
+
+
+@_fast_exp.vjp
+def _fast_exp_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    return cotangent * y
+
+
+def exp(x: mx.array) -> mx.array:
+    """e^x, elementwise."""
+    return _fast_exp(x) if is_fast_here(x) else mx.exp(x)
+
+
+@mx.compile
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * up / (1.0 + _power(-gate))
+
+
+@mx.compile
+def _gated_vjp(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
+    s = 1.0 / (1.0 + _power(-gate))
+    return cotangent * up * s * (1.0 + gate * (1.0 - s)), cotangent * gate * s
+
+
+@mx.custom_function
+def _fast_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return _gated(gate, up)
+
+
+@_fast_swiglu.vjp
+def _fast_swiglu_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    return _gated_vjp(*primals, cotangent)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gate · σ(gate) · up, elementwise (arXiv:2002.05202)."""
+    return _fast_swiglu(gate, up) if is_fast_here(gate) else gate * mx.sigmoid(gate) * up
+
+
+def softmax(scores: mx.array) -> mx.array:
+    """Over the last axis, in float32 whatever the type of `scores`, which the result has."""
+    if not is_fast_here(scores):
+        return mx.softmax(scores, axis=-1, precise=True)
+    powers = exp(scores - mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
+    return powers * (1.0 / mx.sum(powers, axis=-1, keepdims=True))

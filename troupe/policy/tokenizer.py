@@ -1,0 +1,256 @@
+"""Text ↔ token ids for byte-level BPE, as Qwen's models use it, on tiktoken.
+
+Gives the ids that Hugging Face's tokenizers gives. Knows nothing of arrays and models; the files are read next door in
+`vocabulary.py`, and chat templates filled in in `chat.py`.
+
+tiktoken merges by rank, so tokens get ranks in the order of the merges, and where that is not the order of the ids,
+ranks are mapped to ids afterwards.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import msgspec
+import tiktoken
+
+from troupe.errors import ModelError
+from troupe.policy.chat import ChatTemplate, choose_chat_template, load_chat_templates
+from troupe.policy.vocabulary import GPT2_PATTERN, QWEN_PATTERN, AddedToken, Vocabulary, read_object, read_vocabulary
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer with its added tokens and chat template. Immutable: threads may share one."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        named_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, ChatTemplate] | None = None,
+    ) -> None:
+        """`named_tokens`: "eos_token" → its text, and so on; each must be in the vocabulary, else ModelError."""
+        self._origin = vocabulary.origin
+        self._templates = dict(chat_templates or {})
+        self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
+        self._normal_forms = cast("tuple[Literal['NFC'], ...]", vocabulary.normal_forms)
+        self._named, added = _resolve_named_tokens(vocabulary, named_tokens or {})
+        self._split_raw = _added_token_splitter([token for token in added if not token.normalized], str)
+        self._split_normalized = _added_token_splitter([token for token in added if token.normalized], self._normalize)
+        self._contents = vocabulary.contents | {token.id: token.content.encode() for token in added}
+        self._special = frozenset(token.id for token in added if token.special)
+        ids = list(vocabulary.ids_by_rank.values())
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids
+        self._bpe = _byte_pair_encoding(vocabulary)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Tokenizer:
+        """Load the tokenizer of a model folder. Raises ModelError, naming the file, where that is not possible."""
+        folder = Path(path)
+        config = read_object(folder / "tokenizer_config.json") or {}
+        map_file = folder / "special_tokens_map.json"
+        sources = ((map_file, read_object(map_file) or {}), (folder / "tokenizer_config.json", config))
+        named = {name: text for file, content in sources for name, text in _named_tokens(file, content).items()}
+        return cls(read_vocabulary(folder, config), named, load_chat_templates(folder, config, named))
+
+    @property
+    def vocab_size(self) -> int:
+        """1 + the largest id, added tokens included. A model may have more logits than this, rounded up for speed."""
+        return max(self._contents) + 1
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a completion."""
+        return self._named.get("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that fills rows up."""
+        return self._named.get("pad_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text; Qwen3 has none."""
+        return self._named.get("bos_token")
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out."""
+        return self._special
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`. Added tokens written in the text become their ids, special ones too.
+
+        `add_special_tokens` adds what the tokenizer's own post-processor puts around a text; for Qwen3, nothing.
+        """
+        ids: list[int] = list(self._prefix) if add_special_tokens else []
+        for raw in self._split_raw(text):
+            if isinstance(raw, int):
+                ids.append(raw)
+                continue
+            for piece in self._split_normalized(self._normalize(raw)):
+                if isinstance(piece, int):
+                    ids.append(piece)
+                else:
+                    ids.extend(self._encode_ordinary(piece))
+        return [*ids, *self._suffix] if add_special_tokens else ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id without a token."""
+        contents = (self._bytes_of(id_, skip_special_tokens) for id_ in _listed(ids))
+        return b"".join(contents).decode("utf-8", errors="replace")
+
+    def decode_sampled(self, ids: Iterable[int]) -> str:
+        """Text of ids that a model sampled: `decode`, without those that only the model's padded vocabulary has."""
+        return self.decode(id_ for id_ in _listed(ids) if id_ in self._contents)
+
+    def batch_encode(self, texts: Iterable[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` of each text; rows are not padded."""
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = True) -> list[str]:
+        """`decode` of each row of ids."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
+        """A decoder that takes one id at a time, for one completion."""
+        return DecodeStream(lambda id_: self._bytes_of(id_, skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Prompt text of a conversation by the model's own template; `encode` it with `add_special_tokens=False`.
+
+        `tools` are JSON schemas; `kwargs` such as `enable_thinking` go to the template, but `chat_template="name"`
+        picks one of several. Raises ModelError where there is no template, or it refuses the messages.
+        """
+        name = kwargs.pop("chat_template", None)
+        template = choose_chat_template(self._templates, self._origin, bool(tools), name)
+        return template.render(messages, tools, add_generation_prompt, **kwargs)
+
+    def _normalize(self, text: str) -> str:
+        for form in self._normal_forms:
+            text = unicodedata.normalize(form, text)
+        return text
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        ranks = self._bpe.encode_ordinary(text)
+        table = self._id_of_rank
+        if table is None:
+            return ranks
+        return [id_ for id_ in (table[rank] for rank in ranks) if id_ is not None]
+
+    def _bytes_of(self, id_: int, skip_special: bool) -> bytes:
+        if skip_special and id_ in self._special:
+            return b""
+        try:
+            return self._contents[id_]
+        except KeyError:
+            raise ValueError(
+                f"token id {id_} has no text: the ids of {self._origin} lie in [0, {self.vocab_size}); "
+                "leave out ids that only the model's padded vocabulary has"
+            ) from None
+
+
+class DecodeStream:
+    """Text of tokens as they come. The pieces join to what `decode` gives; half a character waits for its rest."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; often one word, "" in the middle of a character. Errors as `decode`."""
+        return self._utf8.decode(self._bytes_of(token_id))
+
+    def finish(self) -> str:
+        """What is left at the end: "", or U+FFFD where the last character never got its rest."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _listed(ids: Iterable[int]) -> Iterable[int]:
+    """Arrays as a list of Python integers, because their elements are not hashable by value."""
+    to_list = getattr(ids, "tolist", None)
+    return cast("list[int]", to_list()) if to_list else ids
+
+
+def _added_token_splitter(
+    added: list[AddedToken], normalize: Callable[[str], str]
+) -> Callable[[str], Iterator[str | int]]:
+    """A function that cuts a text into the ids of added tokens and the non-empty text between them.
+
+    Of tokens that begin at the same place the longest wins.
+    """
+    tokens = sorted((token for token in added if token.content), key=lambda token: -len(token.content))
+    patterns = [_added_token_pattern(token, normalize(token.content)) for token in tokens]
+    finder = re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+
+    def split(text: str) -> Iterator[str | int]:
+        begin = 0
+        for match in finder.finditer(text) if finder else ():
+            if match.start() > begin:
+                yield text[begin : match.start()]
+            yield tokens[cast("int", match.lastindex) - 1].id
+            begin = match.end()
+        if begin < len(text):
+            yield text[begin:]
+
+    return split
+
+
+def _added_token_pattern(token: AddedToken, content: str) -> str:
+    pattern = re.escape(content)
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
+
+
+def _byte_pair_encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
+    # tiktoken drops what the pattern does not match; Hugging Face keeps it as a piece of its own.
+    pattern = vocabulary.pattern
+    if pattern not in (QWEN_PATTERN, GPT2_PATTERN):
+        pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+    ranks = {content: rank for rank, content in enumerate(vocabulary.ids_by_rank)}
+    try:
+        return tiktoken.Encoding(vocabulary.origin, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError as error:
+        raise ModelError(
+            f"{vocabulary.origin}: split pattern {vocabulary.pattern!r} is not supported: {error}"
+        ) from error
+
+
+def _resolve_named_tokens(vocabulary: Vocabulary, named: Mapping[str, str]) -> tuple[dict[str, int], list[AddedToken]]:
+    """Name → id, and the added tokens with every named token among them as a special one, as transformers has it."""
+    added = {token.content: token for token in vocabulary.added}
+    id_of_content = {content: id_ for id_, content in vocabulary.contents.items()}
+    ids: dict[str, int] = {}
+    for name, text in named.items():
+        token = added.get(text)
+        id_ = token.id if token else id_of_content.get(text.encode())
+        if id_ is None:
+            raise ModelError(
+                f"{vocabulary.origin}: {name} is {text!r}, which is no token; correct tokenizer_config.json"
+            )
+        added[text] = msgspec.structs.replace(token or AddedToken(text), id=id_, special=True)
+        ids[name] = id_
+    return ids, list(added.values())
+
+
+def _named_tokens(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
+    """ "eos_token" → text, …, of a tokenizer_config.json or special_tokens_map.json; a null is left out."""
+    try:
+        found = {name: msgspec.convert(content.get(name), AddedToken | str | None) for name in _NAMED_TOKENS}
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{file}: one of {', '.join(_NAMED_TOKENS)} is neither text nor a token: {error}") from error
+    texts = {name: token.content if isinstance(token, AddedToken) else token for name, token in found.items()}
+    return {name: text for name, text in texts.items() if text is not None}

@@ -1,0 +1,195 @@
+"""From a configuration to everything a run needs, checked before anything is written or sampled.
+
+Cheap checks come first, so that a typing mistake in a column name is told before gigabytes are loaded. Whatever is
+wrong is raised as an InputError; nothing on disk has been touched by then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import msgspec
+
+from troupe import linux_cpu
+from troupe.checkpoint import Checkpoint, RunState, load_newest
+from troupe.config import RunConfig, check_config
+from troupe.dataset import PromptDataset
+from troupe.errors import CheckpointError, ConfigError, DatasetError, OutputError, RewardError
+from troupe.grpo import adamw_init
+from troupe.policy import Policy, Weights, load_policy
+from troupe.rewards import Reward, RewardManager, load_reward
+from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
+
+_NUMBERED = re.compile(r"(.+)-(\d{3,})")
+
+
+class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
+    """Held-out prompts with their token ids."""
+
+    dataset: PromptDataset
+    prompt_ids: Sequence[tuple[int, ...]]
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that can begin."""
+
+    config: RunConfig
+    """Resolved: absolute paths, and the sizes that the model allows."""
+    folder: Path
+    policy: Policy
+    """The policy that the run starts from, or goes on from after a resume."""
+    source: Path
+    """The model folder that tokenizer files are copied from."""
+    reference: Weights | None
+    """Weights of the reference policy where learner.beta ≠ 0."""
+    rewards: RewardManager
+    schedule: PromptSchedule
+    total_steps: int
+    fingerprint: str
+    evaluation: EvalSet | None
+    checkpoint: Checkpoint | None
+    """Where to go on from; None starts at the beginning."""
+    optimizer_state: dict[str, mx.array]
+    """Fresh, or the checkpoint's; evaluated."""
+    notices: tuple[str, ...]
+    """What the user should know, one line each."""
+
+    @property
+    def first_step(self) -> int:
+        """Learner batches that are done already."""
+        return 0 if self.checkpoint is None else self.checkpoint.state.version
+
+
+def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> Prepared:
+    """Load and check everything. `rewards` are used beside those that the config names. Raises InputError."""
+    config = check_config(config)
+    model_path, data_path = config.model.path, config.data.path
+    notices = linux_cpu.advice() if mx.default_device() == mx.Device(mx.cpu) else []
+    if model_path is None:
+        raise ConfigError("model.path is missing: name a Hugging Face folder of a Qwen3 model (-m MODEL_DIR)")
+    if data_path is None:
+        raise ConfigError("data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)")
+    folder = run_folder(config, resume=resume)
+    dataset = PromptDataset.from_json(data_path, config.data.chat)
+    held_out = PromptDataset.from_json(config.data.eval_path, config.data.chat) if config.data.eval_path else None
+    manager, config = _rewards(config, rewards, dataset, held_out)
+    policy = load_policy(model_path, config.model.dtype)
+    positions = policy.config.max_position_embeddings
+    limit = min(config.data.max_prompt_tokens or positions, positions - 1)
+    prompt_ids = tokenize_prompts(dataset, policy.tokenizer, config.data, max_tokens=limit)
+    evaluation = None
+    if held_out is not None:
+        held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
+        evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
+    config, more = _fit_completions(config, positions, longest_prompt=max(map(len, prompt_ids)))
+    checkpoint, resumed = _newest_checkpoint(folder, dataset, config) if resume else (None, [])
+    optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
+    mx.eval(list(optimizer_state.values()))
+    return Prepared(
+        config=msgspec.structs.replace(config, output=str(folder)),
+        folder=folder,
+        policy=policy if checkpoint is None else Policy(policy.config, checkpoint.weights, policy.path),
+        source=Path(model_path),
+        reference=policy.weights if config.learner.beta else None,
+        rewards=manager,
+        schedule=PromptSchedule(
+            dataset,
+            prompt_ids,
+            batch_size=config.learner.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        ),
+        total_steps=count_steps(
+            len(dataset),
+            batch_size=config.learner.batch_size,
+            epochs=config.learner.epochs,
+            max_steps=config.learner.max_steps,
+        ),
+        fingerprint=dataset.fingerprint,
+        evaluation=evaluation,
+        checkpoint=checkpoint,
+        optimizer_state=optimizer_state,
+        notices=(*notices, *more, *resumed),
+    )
+
+
+def run_folder(config: RunConfig, *, resume: bool) -> Path:
+    """The folder a run writes to; OutputError where it may not be used. Creates nothing.
+
+    Without `output`: `runs/NAME-NNN`, NAME from the dataset's file, NNN the first number that is free.
+    """
+    if config.output is None:
+        if resume:
+            raise OutputError("nothing to resume: name the run folder to go on with (-o OUT_DIR)")
+        name = Path(config.data.path or "run").stem
+        runs = Path.cwd() / "runs"
+        taken = [_NUMBERED.fullmatch(path.name) for path in runs.glob(f"{name}-*")]
+        numbers = [int(match[2]) for match in taken if match and match[1] == name]
+        return runs / f"{name}-{max(numbers, default=0) + 1:03d}"
+    folder = Path(config.output).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: this is a file; give a folder that does not exist yet, or an empty one")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise OutputError(
+            f"{folder}: the output folder is not empty; add --resume to go on with the run in it, or give "
+            "another folder"
+        )
+    return folder
+
+
+def _rewards(
+    config: RunConfig, given: Sequence[Reward], dataset: PromptDataset, held_out: PromptDataset | None
+) -> tuple[RewardManager, RunConfig]:
+    functions = config.rewards.functions
+    if not functions and not given:
+        if "answer" not in dataset.columns:
+            raise RewardError(
+                f"{dataset.source}: the rows have no `answer` column and no reward is named; "
+                "name one with --reward (length, diversity, exact_answer, format:REGEX or FILE.py:FUNC)"
+            )
+        functions = ("exact_answer",)
+        config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
+    manager = RewardManager([*(load_reward(spec) for spec in functions), *given], config=config.rewards)
+    manager.check_columns(dataset.columns)
+    if held_out is not None and (missing := dataset.columns - held_out.columns):
+        raise DatasetError(
+            f"{held_out.source}: the held-out rows lack the column {', '.join(sorted(missing))} of the training rows"
+        )
+    return manager, config
+
+
+def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) -> tuple[RunConfig, list[str]]:
+    asked = config.generation.max_completion_length
+    room = positions - longest_prompt
+    if asked <= room:
+        return config, []
+    generation = msgspec.structs.replace(config.generation, max_completion_length=room)
+    notice = (
+        f"generation.max_completion_length lowered from {asked} to {room}: the model has {positions} positions and the "
+        f"longest prompt takes {longest_prompt}"
+    )
+    return msgspec.structs.replace(config, generation=generation), [notice]
+
+
+def _newest_checkpoint(folder: Path, dataset: PromptDataset, config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
+    notices = []
+    for found in load_newest(folder):
+        if isinstance(found, CheckpointError):
+            notices.append(f"{found}; trying the one before")
+            continue
+        _check_same_run(found.state, dataset, config, folder)
+        return found, [*notices, f"going on after step {found.state.version}"]
+    return None, [*notices, f"{folder}: no whole checkpoint yet, so the run starts from the beginning"]
+
+
+def _check_same_run(state: RunState, dataset: PromptDataset, config: RunConfig, folder: Path) -> None:
+    if state.dataset != dataset.fingerprint:
+        raise CheckpointError(
+            f"{folder}: the run was made with other prompts than those now in {dataset.source}; "
+            "restore the dataset, or start a new run in another folder"
+        )
+    if state.seed != config.seed:
+        raise CheckpointError(f"{folder}: the run has seed {state.seed}, not {config.seed}; leave --seed out to resume")

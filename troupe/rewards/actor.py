@@ -1,0 +1,55 @@
+"""RewardActor: a reward with a life of its own, scoring one sample at a time. Knows nothing of groups or retries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import msgspec
+
+from troupe.messages import ChatMessage, PromptText
+
+
+class RewardSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One completion to be scored."""
+
+    prompt: PromptText
+    """As the dataset has it."""
+    completion: str | list[ChatMessage]
+    """The text, or a list with one assistant message where the prompt is a conversation."""
+    completion_ids: tuple[int, ...]
+    """(T,) token ids; empty where the caller has none."""
+    columns: dict[str, Any]
+    """The other columns of the dataset row."""
+    gid: int | None
+    """Number of the group; None outside a run."""
+    index: int
+    """Place of the sample in its group, from 0."""
+
+
+class RewardActor(ABC):
+    """Base class of stateful, asynchronous rewards.
+
+    `start` and `stop` run once each, in one task, around all calls of `score`; they must not hold a task group or
+    cancel scope open between them. `score` runs up to `concurrency` times at once, in the event loop: it must await
+    and never block.
+    """
+
+    name: str = ""
+    """Under which the scores are reported; empty: the class's name."""
+    concurrency: int | None = None
+    """Samples scored at once, ≥ 1; None: the `[rewards]` section's."""
+    timeout_s: float | None = None
+    """Seconds that one attempt at one sample may take, > 0; None: the section's."""
+    retries: int | None = None
+    """Further attempts after the first fails, ≥ 0; None: the section's."""
+
+    async def start(self) -> None:
+        """Open what scoring needs, such as a connection. An exception ends the run before it begins."""
+
+    @abstractmethod
+    async def score(self, sample: RewardSample) -> float | None:
+        """The sample's score; None where this reward has nothing to say about it."""
+
+    async def stop(self) -> None:
+        """Close it again. Called after a fault too, but only where `start` was called."""

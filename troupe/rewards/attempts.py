@@ -1,0 +1,94 @@
+"""Trying a call that may raise, hang or take too long. Knows nothing of what is called.
+
+Backoff with jitter: the wait before attempt n ≥ 1 is min(30, 0.5·2ⁿ⁻¹)·(½ + ½u) seconds, u uniform in [0, 1), so
+that calls which failed together do not come back together.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeVar
+
+import anyio
+import msgspec
+
+from troupe.errors import RewardError
+
+T = TypeVar("T")
+
+FaultKind = Literal["reward_timeout", "reward_error", "reward_nonfinite"]
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """Why there is no score."""
+
+    kind: FaultKind
+    message: str
+
+
+def backoff_s(attempt: int, jitter: float) -> float:
+    """Seconds to wait before attempt ≥ 1 (attempt 0 is the first); jitter u in [0, 1)."""
+    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 16))
+    return longest * (0.5 + 0.5 * jitter)
+
+
+class Attempts(msgspec.Struct, frozen=True, kw_only=True):
+    """How often, how long and with what waits between."""
+
+    timeout_s: float
+    """Seconds for one attempt."""
+    retries: int
+    """Attempts after the first."""
+    sleep: Callable[[float], Awaitable[None]]
+    jitter: Callable[[], float]
+    """Uniform in [0, 1)."""
+
+    async def run(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
+        """The first answer, or the last attempt's fault.
+
+        Raises:
+            RewardError: at once, for it says that the code is wrong and not that a call failed.
+        """
+        outcome = await self._once(call)
+        for attempt in range(1, self.retries + 1):
+            if not isinstance(outcome, Fault):
+                return outcome
+            await self.sleep(backoff_s(attempt, self.jitter()))
+            outcome = await self._once(call)
+        return outcome
+
+    async def _once(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
+        late = Fault("reward_timeout", f"no answer within {self.timeout_s:g} s")
+        with anyio.move_on_after(self.timeout_s) as scope:
+            try:
+                return await call()
+            except RewardError:
+                raise
+            except BaseException as error:
+                if not _is_own_failure(error):
+                    raise
+                return late if scope.cancel_called else Fault("reward_error", _described(error))
+        return late
+
+
+def _is_own_failure(error: BaseException) -> bool:
+    """Whether the called code failed, as opposed to us or the user ending it."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_own_failure(inner) for inner in error.exceptions)
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        # Code that awaits a task cancelled elsewhere raises the same class without anybody cancelling us.
+        return anyio.current_effective_deadline() != -math.inf
+    return not isinstance(error, (KeyboardInterrupt, GeneratorExit))
+
+
+def _described(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:299] + "…"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"

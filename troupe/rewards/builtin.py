@@ -1,0 +1,140 @@
+"""The built-in rewards, in TRL's signature. Completions are texts, or message lists whose last content counts.
+
+Knows nothing of how rewards are called, timed or combined.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
+
+from troupe.errors import RewardError
+from troupe.messages import ChatMessage, PromptText
+
+Completion: TypeAlias = str | Sequence[ChatMessage]
+Words: TypeAlias = tuple[str, ...]
+
+
+def completion_text(completion: Completion) -> str:
+    """The text itself, or the content of the last message ("" where it has none)."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1].get("content") or "") if completion else ""
+
+
+def length_reward(completions: Sequence[Completion], target_length: int = 200, **columns: Any) -> list[float | None]:
+    """How near a completion's length is to a target.
+
+    rᵢ = max(0, 1 − |nᵢ − L| / L) with nᵢ = characters of the completion without surrounding white space and
+    L = `target_length` ≥ 1: 1 at the target, falling evenly to 0 for an empty text and from twice the target on.
+
+    Raises:
+        RewardError: for a target below 1, or one that is no whole number.
+    """
+    if not isinstance(target_length, int) or target_length < 1:
+        raise RewardError(
+            f"length_reward: target_length = {target_length!r}, but it counts characters; give a whole number ≥ 1"
+        )
+    lengths = [len(completion_text(completion).strip()) for completion in completions]
+    return [max(0.0, 1.0 - abs(n - target_length) / target_length) for n in lengths]
+
+
+def diversity_reward(
+    completions: Sequence[Completion],
+    prompts: Sequence[PromptText] | None = None,
+    ngram_size: int = 2,
+    **columns: Any,
+) -> list[float | None]:
+    """How little a completion repeats itself and the others of its group.
+
+    rᵢ = ½·|Dᵢ| / |Nᵢ| + ½·|Dᵢ \\ ⋃ⱼ≠ᵢ Dⱼ| / |Dᵢ|, where Nᵢ are the n-grams of the lower-cased words of completion i
+    (all its words as one n-gram where it has fewer than n), Dᵢ the distinct ones, and j runs over the completions of
+    the same prompt (all, where no prompts are given). A text without words gets 0. The first half is distinct-n (Li
+    et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models").
+
+    Raises:
+        RewardError: for an n-gram size below 1.
+    """
+    if not isinstance(ngram_size, int) or ngram_size < 1:
+        raise RewardError(f"diversity_reward: ngram_size = {ngram_size!r}; give a whole number of words ≥ 1")
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index in range(len(completions)):
+        groups[repr(prompts[index]) if prompts is not None else None].append(index)
+    grams = [_ngrams(completion_text(completion), ngram_size) for completion in completions]
+    scores: list[float | None] = [0.0] * len(completions)
+    for members in groups.values():
+        holders = Counter(gram for index in members for gram in set(grams[index]))
+        for index in members:
+            distinct = set(grams[index])
+            if distinct:
+                within = len(distinct) / len(grams[index])
+                across = sum(holders[gram] == 1 for gram in distinct) / len(distinct)
+                scores[index] = 0.5 * within + 0.5 * across
+    return scores
+
+
+def _ngrams(text: str, size: int) -> list[Words]:
+    words = text.lower().split()
+    if len(words) < size:
+        return [tuple(words)] if words else []
+    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+
+
+def format_reward(pattern: str) -> Callable[..., list[float | None]]:
+    """A reward that asks for a form: 1 where the whole completion matches the regular expression, else 0.
+
+    `re.fullmatch` with `re.DOTALL`, so that "." also matches line ends; white space counts.
+
+    Raises:
+        RewardError: for a pattern that does not compile.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except (re.error, TypeError) as error:
+        raise RewardError(f"format_reward: {pattern!r} is no regular expression: {error}; see Python's `re`") from None
+
+    def format_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+        texts = map(completion_text, completions)
+        return [1.0 if compiled.fullmatch(text) else 0.0 for text in texts]
+
+    return format_reward
+
+
+def _requires(column: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Turn the TypeError of a call that lacks a dataset column into a RewardError that says so."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # keeps the signature, by which `check_columns` sees the column
+        def call(completions: Sequence[Completion], *positional: Any, **columns: Any) -> Any:
+            if not positional and column not in columns:
+                raise RewardError(
+                    f"{function.__name__} requires the column {column!r}; add it to the dataset or leave the reward out"
+                )
+            return function(completions, *positional, **columns)
+
+        return call
+
+    return decorate
+
+
+@_requires("answer")
+def exact_answer_reward(completions: Sequence[Completion], answer: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Whether a completion is the answer: 1 where completion and `answer` are the same text, else 0.
+
+    White space around either does not count. Numbers are compared as Python writes them: 4 is "4" and not "4.0".
+    Where the row's answer is null the score is missing.
+
+    Raises:
+        RewardError: where there is no column `answer`, or it has another length.
+    """
+    if len(answer) != len(completions):
+        raise RewardError(
+            f"exact_answer_reward: {len(answer)} answers for {len(completions)} completions; give one for each"
+        )
+    return [
+        None if expected is None else float(completion_text(completion).strip() == str(expected).strip())
+        for completion, expected in zip(completions, answer, strict=True)
+    ]

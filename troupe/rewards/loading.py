@@ -1,0 +1,128 @@
+"""From the name of a reward, as a configuration or command line has it, to the reward itself.
+
+Knows nothing of configurations; user files are run as Python, so they must be the user's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+from troupe.errors import RewardError
+from troupe.rewards.actor import RewardActor
+from troupe.rewards.builtin import diversity_reward, exact_answer_reward, format_reward, length_reward
+from troupe.rewards.functions import Reward, check_signature
+
+BUILTIN = {"length": length_reward, "diversity": diversity_reward, "exact_answer": exact_answer_reward}
+
+
+def load_reward(spec: str, base: Path | None = None) -> Reward:
+    """The reward that `spec` names: "length", "diversity", "exact_answer", "format:REGEX" or "FILE.py:NAME".
+
+    NAME is a function, sync or async, in TRL's signature, a `RewardActor` or a subclass of it, which is instantiated
+    without arguments. A relative FILE starts at `base`, by default the working folder. The file is run once under a
+    module name of its own, however many rewards come from it; its folder is appended to `sys.path` and stays there,
+    so that it can import its neighbours, also later, but never hides an installed package.
+
+    Raises:
+        RewardError: with file and line, for whatever keeps the reward from being used.
+    """
+    if spec in BUILTIN:
+        return BUILTIN[spec]
+    kind, colon, rest = spec.partition(":")
+    if kind == "format" and colon:
+        return format_reward(rest)
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file or not name:
+        raise RewardError(f"reward {spec!r} is unknown{_suggestion(spec, [*BUILTIN, 'format'])}; {_FORMS}")
+    path = (base or Path()) / Path(file).expanduser()
+    return _usable(_import_file(path), name, path)
+
+
+_FORMS = "give length, diversity, exact_answer, format:REGEX or FILE.py:NAME"
+
+
+class _UncachedLoader(SourceFileLoader):
+    """Compiles the file anew: leaves no cache beside it and never runs an older one."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if path.suffix != ".py":
+        raise RewardError(f"{path}: reward code is a .py file, not {path.suffix or 'without suffix'!r}; {_FORMS}")
+    if not path.is_file():
+        raise RewardError(f"{path}: no such file; relative paths start at {path.parent.absolute()}")
+    path = path.resolve()
+    identity = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
+    name = f"troupe_reward_{path.stem}_{identity}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    loader = _UncachedLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and typing look a class's module up here
+    try:
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise RewardError(
+            f"{path}:{_line_in(path, error)}: the file does not import: {type(error).__name__}: {error}; correct it"
+        ) from error
+    return module
+
+
+def _line_in(path: Path, error: BaseException) -> int:
+    """The last line of the user's file on the way to the error."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno or 1
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return (lines[-1] if lines else None) or 1
+
+
+def _usable(module: ModuleType, name: str, path: Path) -> Reward:
+    if not hasattr(module, name):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise RewardError(f"{path}: has no {name!r}{_suggestion(name, names)}; name a function or RewardActor of it")
+    found = getattr(module, name)
+    if inspect.isclass(found):
+        return _instance(found, path)
+    if isinstance(found, RewardActor):
+        return found
+    if not callable(found):
+        raise RewardError(
+            f"{path}: {name} is a {type(found).__name__}, which cannot be called; name a function or RewardActor"
+        )
+    check_signature(found)
+    return found  # type: ignore[no-any-return]
+
+
+def _instance(found: type, path: Path) -> RewardActor:
+    line = inspect.getsourcelines(found)[1]
+    if not issubclass(found, RewardActor):
+        raise RewardError(
+            f"{path}:{line}: class {found.__name__} is no RewardActor; derive it from troupe.RewardActor or name a function"
+        )
+    try:
+        return found()
+    except Exception as error:
+        raise RewardError(
+            f"{path}:{line}: {found.__name__}() failed: {type(error).__name__}: {error}; "
+            "it is made without arguments, so give them defaults"
+        ) from error
+
+
+def _suggestion(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3)
+    return f" (did you mean {', '.join(close)}?)" if close else ""

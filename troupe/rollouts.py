@@ -1,0 +1,211 @@
+"""Completions and their scores without actors: evaluation, and one step's batch as plain arrays.
+
+The same engine, rewards and batch as in a run, called one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+
+from troupe.dataset import DataConfig, PromptDataset
+from troupe.errors import InputError, RewardError
+from troupe.grpo import LearnerConfig
+from troupe.learning import as_rollouts, assemble
+from troupe.messages import ChatMessage, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
+from troupe.policy import CompletedGroup, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
+from troupe.rewards import Reward, RewardManager, exact_answer_reward, load_reward
+from troupe.runtime import DeviceThread
+from troupe.schedule import tokenize_prompts
+
+_EVAL_ROWS = 128
+
+
+class GroupBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One step's batch: B = prompts × G rows, P and T the longest prompt and completion, evaluated arrays."""
+
+    prompt_ids: mx.array
+    """(B, P) int32, padded on the left."""
+    completion_ids: mx.array
+    """(B, T) int32, padded on the right."""
+    completion_mask: mx.array
+    """(B, T) float32, 1 on completion tokens."""
+    rewards: mx.array
+    """(B,) float32 weighted sum of the scores; NaN where no reward gave one."""
+    advantages: mx.array
+    """(B,) float32."""
+    old_log_probs: mx.array
+    """(B, T) float32, in nats, under the temperature-scaled distribution of the policy that generated."""
+    texts: tuple[str, ...]
+    """(B,) the completions decoded."""
+    metrics: dict[str, float]
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """What greedy completions of a dataset are worth."""
+
+    rows: int
+    accuracy: float | None
+    """Share of completions that equal the row's `answer`; None where the dataset has no such column."""
+    rewards: dict[str, float]
+    """Mean score of each reward over the rows that it scored."""
+    completions: tuple[str, ...]
+
+
+async def generate_and_score(
+    policy: Policy,
+    prompts: Sequence[PromptText | Mapping[str, Any]],
+    rewards: Reward | Sequence[Reward],
+    *,
+    generation: GenerationConfig | None = None,
+    learner: LearnerConfig | None = None,
+    seed: int = 0,
+    step: int = 0,
+) -> GroupBatch:
+    """Complete each prompt `generation.num_generations` times, score, and compute advantages.
+
+    `prompts` are texts, message lists, or mappings with "prompt" and the columns that the rewards want.
+    Raises DatasetError for a prompt that does not fit the model, RewardError for a reward that breaks its contract.
+    """
+    generation = generation or GenerationConfig()
+    learner = learner or LearnerConfig()
+    dataset = PromptDataset.from_rows([p if isinstance(p, Mapping) else {"prompt": p} for p in prompts], "prompts")
+    limit = policy.config.max_position_embeddings - 1
+    prompt_ids = tokenize_prompts(dataset, policy.tokenizer, DataConfig(), max_tokens=limit)
+    async with RewardManager(rewards) as manager, DeviceThread("rollouts") as device:
+        manager.check_columns(dataset.columns)
+        requests = [RolloutRequest(prompt_ids=ids, key=(seed, step, place, 0)) for place, ids in enumerate(prompt_ids)]
+        completed = await device.run(_complete, policy, generation, requests)
+        groups = []
+        for place, group in enumerate(completed):
+            rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
+            row = dataset[place]
+            prompt = Prompt(
+                gid=place,
+                slot=Slot(step=step, place=place),
+                epoch=0,
+                row=place,
+                prompt=row.prompt,
+                prompt_ids=prompt_ids[place],
+                columns=row.columns,
+            )
+            groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
+        results = [await manager.score_group(group) for group in groups]
+        scored = [
+            ScoredGroup(group=group, scores=result.scores, logged=result.metrics)
+            for group, result in zip(groups, results, strict=True)
+        ]
+        weights = dict(zip(manager.names, manager.weights, strict=True))
+        totals = [reward for result in results for reward in result.rewards]
+
+        def to_arrays() -> GroupBatch:
+            learned = assemble(scored, learner, weights=weights, pad_id=policy.tokenizer.pad_token_id or 0)
+            return GroupBatch(
+                prompt_ids=learned.batch.prompt_ids,
+                completion_ids=learned.batch.completion_ids,
+                completion_mask=learned.batch.completion_mask,
+                rewards=mx.array([float("nan") if total is None else total for total in totals]),
+                advantages=learned.batch.advantages,
+                old_log_probs=learned.batch.sampling_log_probs,
+                texts=tuple(rollout.text for group in groups for rollout in group.rollouts),
+                metrics=learned.metrics,
+            )
+
+        return await device.run(to_arrays)
+
+
+async def evaluate(
+    policy: Policy,
+    dataset: PromptDataset,
+    prompt_ids: Sequence[tuple[int, ...]],
+    *,
+    generation: GenerationConfig,
+    device: DeviceThread,
+    rewards: RewardManager | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Complete every row once and score it. Greedy where `generation.temperature` is 0, as it should be to compare."""
+    if not len(dataset):
+        raise InputError(f"{dataset.source}: no rows to evaluate")
+    once = msgspec.structs.replace(generation, num_generations=1)
+    texts: list[str] = []
+    scores: dict[str, list[float]] = {}
+    for start in range(0, len(dataset), _EVAL_ROWS):
+        rows = [dataset[i] for i in range(start, min(start + _EVAL_ROWS, len(dataset)))]
+        requests = [RolloutRequest(prompt_ids=prompt_ids[start + i], key=(seed, start + i)) for i in range(len(rows))]
+        completed = await device.run(_complete, policy, once, requests)
+        chunk = [as_rollouts(group, policy.tokenizer.decode_sampled)[0] for group in completed]
+        texts += [rollout.text for rollout in chunk]
+        if rewards is not None:
+            result = await rewards.compute_rewards(
+                [row.prompt for row in rows],
+                [as_completion(row.prompt, rollout.text) for row, rollout in zip(rows, chunk, strict=True)],
+                completion_ids=[rollout.token_ids for rollout in chunk],
+                gid=None,
+                **{name: [row.columns[name] for row in rows] for name in dataset.columns},
+            )
+            for name, column in result.scores.items():
+                scores.setdefault(name, []).extend(score for score in column if score is not None)
+    return Evaluation(
+        rows=len(dataset),
+        accuracy=_accuracy(dataset, texts),
+        rewards={name: sum(column) / len(column) if column else float("nan") for name, column in scores.items()},
+        completions=tuple(texts),
+    )
+
+
+def as_completion(prompt: PromptText, text: str) -> str | list[ChatMessage]:
+    """A completion as reward functions see it: a text, or one assistant message after a conversation."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _complete(policy: Policy, generation: GenerationConfig, requests: Sequence[RolloutRequest]) -> list[CompletedGroup]:
+    engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids)
+    engine.load(policy.weights, 0)
+    return sorted(engine.decode(requests), key=lambda group: group.index)
+
+
+def _accuracy(dataset: PromptDataset, texts: Sequence[str]) -> float | None:
+    if "answer" not in dataset.columns:
+        return None
+    scores = exact_answer_reward(texts, answer=[row.columns["answer"] for row in dataset])
+    return sum(score or 0.0 for score in scores) / len(scores)
+
+
+async def evaluate_folder(
+    model: str | Path,
+    dataset: str | Path,
+    rewards: Sequence[str | Reward] = (),
+    *,
+    max_completion_length: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str | None = None,
+) -> Evaluation:
+    """Evaluate a model folder on a dataset file; what `troupe eval` does.
+
+    Without rewards the dataset must have an `answer` column, of which the accuracy is told. Raises InputError.
+    """
+    rows = PromptDataset.from_json(dataset)
+    if not rewards and "answer" not in rows.columns:
+        raise RewardError(f"{dataset}: the rows have no `answer` column and no reward is named; name one with --reward")
+    functions = [load_reward(reward) if isinstance(reward, str) else reward for reward in rewards]
+    manager = RewardManager(functions or [exact_answer_reward])
+    manager.check_columns(rows.columns)
+    async with DeviceThread("evaluation") as device, manager:
+        policy = await device.run(load_policy, model, dtype)
+        positions = policy.config.max_position_embeddings
+        prompt_ids = tokenize_prompts(rows, policy.tokenizer, DataConfig(), max_tokens=positions - 1)
+        return await evaluate(
+            policy,
+            rows,
+            prompt_ids,
+            generation=GenerationConfig(temperature=temperature, max_completion_length=max_completion_length),
+            device=device,
+            rewards=manager,
+            seed=seed,
+        )

@@ -1,0 +1,244 @@
+"""Typed, bounded mailboxes that end when their last sender has closed.
+
+A `Mailbox` is what one actor reads: the merged inbox of its `Channel`s, in order of arrival. The overflow policy and
+the bound belong to the channel, not to the inbox, so a flood of spans never delays or drops an update. Everything
+here runs on one event loop; no locks, no sentinels, no polling. It does not know what messages mean.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, Generic, Literal, TypeVar
+
+import anyio
+import msgspec
+
+T = TypeVar("T")
+
+Overflow = Literal["block", "newest", "drop_oldest"]
+"""What a full channel does with one more message: make the sender wait; keep the newest ones of a state whose past
+nobody needs; or drop the oldest and count it as lost."""
+
+
+class ChannelStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a channel measured since it was opened."""
+
+    name: str
+    depth: int
+    """Messages waiting now."""
+    bound: int
+    peak_depth: int
+    sent: int
+    dropped: int
+    """Messages that overflow removed unread; counted for `drop_oldest`, by design 0 for `block`."""
+    wait_s: float
+    """Seconds that messages have spent in the channel, summed."""
+    blocked_s: float
+    """Seconds that senders have waited for room, summed."""
+
+
+class Channel(Generic[T]):
+    """One sender's way into a mailbox: bounded, typed, with a declared overflow policy.
+
+    `types` are the message classes that it carries; anything else is refused at the sender, where the mistake is.
+    """
+
+    def __init__(
+        self,
+        inbox: Mailbox,
+        name: str,
+        types: tuple[type, ...],
+        bound: int,
+        overflow: Overflow,
+        *,
+        side: bool,
+    ) -> None:
+        if bound < 1:
+            raise ValueError(f"channel {name}: a bound of {bound} can hold no message; give at least 1")
+        self.name = name
+        self.side = side
+        self.closed = False
+        self._inbox = inbox
+        self._types = types
+        self._bound = bound
+        self._overflow = overflow
+        self._blocked: deque[anyio.Event] = deque()
+        self._depth = self._reserved = self._peak = self._sent = self._dropped = 0
+        self._wait_s = self._blocked_s = 0.0
+
+    async def send(self, message: T) -> None:
+        """Deliver, waiting for room where the policy is `block`. Waiting senders are served in order."""
+        self._check(message)
+        if self._overflow == "block" and self._full:
+            await self._wait_for_room()
+        self._put(message)
+
+    def send_nowait(self, message: T) -> None:
+        """Deliver at once; `anyio.WouldBlock` where a `block` channel is full."""
+        self._check(message)
+        if self._overflow == "block" and self._full:
+            raise anyio.WouldBlock
+        self._put(message)
+
+    def close(self) -> None:
+        """No more messages will come; the mailbox ends once every channel that keeps it open has closed."""
+        self.closed = True
+        self._inbox._channel_closed()
+
+    def stats(self) -> ChannelStats:
+        """The channel's measurements."""
+        return ChannelStats(
+            name=self.name,
+            depth=self._depth,
+            bound=self._bound,
+            peak_depth=self._peak,
+            sent=self._sent,
+            dropped=self._dropped,
+            wait_s=self._wait_s,
+            blocked_s=self._blocked_s,
+        )
+
+    def _check(self, message: T) -> None:
+        if not isinstance(message, self._types):
+            expected = ", ".join(t.__name__ for t in self._types)
+            raise TypeError(f"channel {self.name} carries {expected}, not {type(message).__name__}")
+        if self.closed:
+            raise anyio.ClosedResourceError(f"channel {self.name} is closed")
+
+    async def _wait_for_room(self) -> None:
+        since = time.perf_counter()
+        turn = anyio.Event()
+        self._blocked.append(turn)
+        try:
+            await turn.wait()
+        except BaseException:
+            if turn.is_set():  # cancelled with a place already in hand: pass it on
+                self._reserved -= 1
+                self._grant()
+            else:
+                self._blocked.remove(turn)
+            raise
+        finally:
+            self._blocked_s += time.perf_counter() - since
+        self._reserved -= 1
+
+    @property
+    def _full(self) -> bool:
+        return self._depth + self._reserved >= self._bound
+
+    def _grant(self) -> None:
+        """Reserve a free place for the sender that has waited longest."""
+        if self._blocked and not self._full:
+            self._reserved += 1
+            self._blocked.popleft().set()
+
+    def _put(self, message: T) -> None:
+        if self._depth >= self._bound:
+            self._inbox._drop_oldest_of(self)
+            self._depth -= 1
+            self._dropped += self._overflow == "drop_oldest"
+        self._depth += 1
+        self._sent += 1
+        self._peak = max(self._peak, self._depth)
+        self._inbox._arrived(self, message)
+
+    def _taken(self, waited_s: float) -> None:
+        self._depth -= 1
+        self._wait_s += waited_s
+        self._grant()
+
+
+class Mailbox:
+    """The merged inbox of one actor: `async for message in mailbox` until every channel has closed.
+
+    Channels opened with `side=True` (control) never keep a mailbox open: an actor ends when its work ends, however
+    long somebody could still ask something of it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.channels: list[Channel[Any]] = []
+        self._queue: deque[tuple[Channel[Any], Any, float]] = deque()
+        self._arrival = anyio.Event()
+
+    def channel(
+        self,
+        name: str,
+        *types: type[T],
+        bound: int,
+        overflow: Overflow = "block",
+        side: bool = False,
+    ) -> Channel[T]:
+        """Open one more way in. All channels are opened before the actor starts reading."""
+        channel: Channel[T] = Channel(self, name, types, bound, overflow, side=side)
+        self.channels.append(channel)
+        return channel
+
+    def __aiter__(self) -> Mailbox:
+        return self
+
+    async def __anext__(self) -> Any:
+        while not self._queue:
+            if all(channel.closed or channel.side for channel in self.channels):
+                raise StopAsyncIteration
+            self._arrival = anyio.Event()
+            await self._arrival.wait()
+        channel, message, since = self._queue.popleft()
+        channel._taken(time.perf_counter() - since)
+        return message
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def _arrived(self, channel: Channel[Any], message: Any) -> None:
+        self._queue.append((channel, message, time.perf_counter()))
+        self._arrival.set()
+
+    def _channel_closed(self) -> None:
+        self._arrival.set()
+
+    def _drop_oldest_of(self, channel: Channel[Any]) -> None:
+        index = next(i for i, (owner, _, _) in enumerate(self._queue) if owner is channel)
+        del self._queue[index]
+
+
+class Broadcast(Generic[T]):
+    """A channel to any number of listeners who come and go; each keeps the newest messages only.
+
+    A listener that does not read never holds up the sender.
+    """
+
+    def __init__(self, name: str, *types: type[T]) -> None:
+        self.name = name
+        self.closed = False
+        self._types = types
+        self._channels: dict[int, Channel[T]] = {}
+
+    def listen(self, bound: int) -> Mailbox:
+        """A mailbox of the newest `bound` messages sent from now on; it ends when the broadcast closes."""
+        mailbox = Mailbox(f"{self.name} listener")
+        channel: Channel[T] = mailbox.channel(self.name, *self._types, bound=bound, overflow="newest")
+        if self.closed:
+            channel.close()
+        else:
+            self._channels[id(mailbox)] = channel
+        return mailbox
+
+    def leave(self, mailbox: Mailbox) -> None:
+        """End a listener's mailbox; leaving twice is no error."""
+        channel = self._channels.pop(id(mailbox), None)
+        if channel is not None:
+            channel.close()
+
+    def send_nowait(self, message: T) -> None:
+        """Give a message to everyone who listens now."""
+        for channel in self._channels.values():
+            channel.send_nowait(message)
+
+    def close(self) -> None:
+        """End every listener's mailbox once it has read what is left."""
+        self.closed = True
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()

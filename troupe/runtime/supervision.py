@@ -1,0 +1,37 @@
+"""Playing a whole cast: every actor at once, to the end of all, or to the first fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+
+from troupe.runtime.actor import Actor
+
+
+async def play(actors: Sequence[Actor]) -> None:
+    """Run all actors concurrently until each has ended.
+
+    There is no order of shutting down: the first actor ends when it has nothing more to say, its channels close,
+    and the end travels on. A fault in one cancels the others and is raised as itself, not as a group.
+    """
+    try:
+        async with anyio.create_task_group() as group:
+            for actor in actors:
+                group.start_soon(actor.run, name=actor.name)
+    except BaseExceptionGroup as faults:
+        raise first_fault(faults) from None
+
+
+def first_fault(faults: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first leaf of a tree of exceptions that is a fault and not a mere cancellation."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [faults]
+    while pending:
+        fault = pending.pop(0)
+        if isinstance(fault, BaseExceptionGroup):
+            pending[:0] = fault.exceptions
+        else:
+            leaves.append(fault)
+    cancelled = anyio.get_cancelled_exc_class()
+    return next((leaf for leaf in leaves if not isinstance(leaf, cancelled)), leaves[0])

@@ -1,0 +1,255 @@
+"""Supervisor: the public face of a run. Start it, listen to it, ask it to end, read what became of it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from troupe.config import RunConfig, write_config
+from troupe.errors import InputError, OutputError
+from troupe.messages import Checkpoint, Drain, Update
+from troupe.pipeline import Pipeline, build_pipeline
+from troupe.policy import Policy, load_policy
+from troupe.prepare import Prepared, prepare
+from troupe.rewards import Reward
+from troupe.rollouts import Evaluation, evaluate
+from troupe.runtime import DeviceThread, play
+
+_LISTENER_BOUND = 64
+
+
+class RunResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a run; stored as `summary.json`."""
+
+    folder: str
+    steps: int
+    """Learner batches completed, those before a resume included."""
+    total_steps: int
+    version: int
+    """Policy version in `final/`."""
+    wall_s: float
+    """Seconds of this start, evaluation included."""
+    closed_groups: dict[str, int]
+    """Groups of this start by the state in which they closed."""
+    incidents: dict[str, int]
+    """Incidents of this start by kind."""
+    switched_off_sinks: dict[str, str]
+    accuracy_before: float | None = None
+    """Share of held-out rows that the untrained policy, decoding greedily, answers exactly; None without such rows."""
+    accuracy_after: float | None = None
+    rewards_before: dict[str, float] = {}
+    """Mean score of each reward on the held-out rows, greedy, before training."""
+    rewards_after: dict[str, float] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step was made; otherwise the run can be resumed."""
+        return self.steps >= self.total_steps
+
+
+class Supervisor:
+    """Plays a run: `async with Supervisor(config, rewards=[...]) as run`.
+
+    Entering loads and checks everything (InputError before anything is written) and starts the run; leaving waits
+    until it has ended and raises what made it fail. An error in the body cancels the run.
+    """
+
+    def __init__(self, config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> None:
+        self.config = config
+        self.notices: tuple[str, ...] = ()
+        """What the user should know, one line each; filled on entering."""
+        self._rewards = rewards
+        self._resume = resume
+        self._result: RunResult | None = None
+        self._fault: BaseException | None = None
+        self._stopping = False
+        self._ended = anyio.Event()
+        self._device = DeviceThread("supervisor")
+        self._scope = anyio.CancelScope()
+        self._prepared: Prepared
+        self._pipeline: Pipeline
+        self._tasks: TaskGroup
+
+    async def __aenter__(self) -> Supervisor:
+        self._started_s = time.perf_counter()
+        try:
+            self._prepared = await self._device.run(self._prepare)
+            self.config, self.notices = self._prepared.config, self._prepared.notices
+            self._existed = self._prepared.folder.exists()
+            self._open_folder()
+            self._pipeline = build_pipeline(self._prepared)
+            self._tasks = anyio.create_task_group()
+            await self._tasks.__aenter__()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._device.close()
+            raise
+        self._tasks.start_soon(self._run, name="run")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._tasks.cancel_scope.cancel()
+        try:
+            await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._device.close()
+        if self._fault is not None and error is None:
+            raise self._fault
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self._prepared.folder
+
+    @property
+    def result(self) -> RunResult:
+        """What became of the run; RuntimeError before it has ended."""
+        if self._result is None:
+            raise RuntimeError("the run has no result yet: leave the `async with` block, or await wait(), first")
+        return self._result
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Every step's Update from now on, until the run ends. A slow reader gets the newest ones only."""
+        mailbox = self._pipeline.updates.listen(_LISTENER_BOUND)
+        try:
+            async for update in mailbox:
+                yield update
+        finally:
+            self._pipeline.updates.leave(mailbox)
+
+    async def wait(self) -> None:
+        """Wait until the run has ended, well or not."""
+        await self._ended.wait()
+
+    def drain(self) -> None:
+        """Ask the run to end after the steps already begun, with checkpoint and final policy. Returns at once."""
+        if not self._pipeline.drain.closed:
+            self._pipeline.drain.send_nowait(Drain())
+
+    def checkpoint(self) -> None:
+        """Ask for a checkpoint at the end of the step in hand. Returns at once."""
+        self._pipeline.checkpoint.send_nowait(Checkpoint())
+
+    def stop(self) -> None:
+        """Ask the run to end now, with a checkpoint of the last completed step. Returns at once."""
+        self._stopping = True
+        self._scope.cancel()
+
+    def _prepare(self) -> Prepared:
+        return prepare(self.config, self._rewards, resume=self._resume)
+
+    def _open_folder(self) -> None:
+        folder = self._prepared.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(self._prepared.config, folder / "run.toml")
+        except OSError as error:
+            self._remove_traces()
+            raise OutputError(f"{folder}: the output folder cannot be written: {error}") from None
+
+    async def _run(self) -> None:
+        try:
+            await self._play()
+        except InputError as error:
+            self._fault = error
+            if self._pipeline.learner.version == 0:
+                self._remove_traces()
+        except Exception as error:
+            self._fault = error
+        finally:
+            self._pipeline.updates.close()
+            self._ended.set()
+
+    async def _play(self) -> None:
+        rewards, tally = self._prepared.rewards, self._pipeline.tally
+        await rewards.start()
+        try:
+            before = await self._evaluate(await self._untrained_policy())
+            after = None
+            with self._scope:
+                await play(self._pipeline.actors)
+                after = await self._evaluate(self._trained_policy())
+            if self._stopping:
+                with anyio.CancelScope(shield=True):
+                    await self._device.run(self._pipeline.checkpointer.write, self._pipeline.learner.snapshot())
+        finally:
+            for incident in await rewards.stop():
+                tally.incidents[incident.kind] += 1
+        self._write_summary(before, after)
+
+    async def _untrained_policy(self) -> Policy:
+        """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
+        if self._prepared.checkpoint is None or self._prepared.evaluation is None:
+            return self._prepared.policy
+        return await self._device.run(load_policy, self._prepared.source, self.config.model.dtype)
+
+    def _trained_policy(self) -> Policy:
+        policy = self._prepared.policy
+        return Policy(policy.config, self._pipeline.learner.weights, policy.path)
+
+    async def _evaluate(self, policy: Policy) -> Evaluation | None:
+        held_out = self._prepared.evaluation
+        if held_out is None:
+            return None
+        greedy = msgspec.structs.replace(self.config.generation, temperature=0.0)
+        return await evaluate(
+            policy,
+            held_out.dataset,
+            held_out.prompt_ids,
+            generation=greedy,
+            device=self._device,
+            rewards=self._prepared.rewards,
+        )
+
+    def _write_summary(self, before: Evaluation | None, after: Evaluation | None) -> None:
+        tally, version = self._pipeline.tally, self._pipeline.learner.version
+        self._result = RunResult(
+            folder=str(self.folder),
+            steps=version,
+            total_steps=self._prepared.total_steps,
+            version=version,
+            wall_s=time.perf_counter() - self._started_s,
+            closed_groups=dict(tally.closed_groups),
+            incidents=dict(tally.incidents),
+            switched_off_sinks=dict(tally.switched_off_sinks),
+            accuracy_before=before.accuracy if before else None,
+            accuracy_after=after.accuracy if after else None,
+            rewards_before=before.rewards if before else {},
+            rewards_after=after.rewards if after else {},
+        )
+        summary = msgspec.json.format(msgspec.json.encode(self._result), indent=2)
+        (self.folder / "summary.json").write_bytes(summary + b"\n")
+
+    def _remove_traces(self) -> None:
+        """Leave the output folder as it was found: it was empty or not there, or this would be a resume."""
+        if self._resume:
+            return
+        for path in self._prepared.folder.iterdir() if self._prepared.folder.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if not self._existed:
+            self._prepared.folder.rmdir()
+
+
+def train(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> RunResult:
+    """Play a run to its end and return what became of it; the blocking form of `Supervisor`."""
+
+    async def run() -> RunResult:
+        async with Supervisor(config, rewards, resume=resume) as supervisor:
+            await supervisor.wait()
+        return supervisor.result
+
+    return anyio.run(run)
