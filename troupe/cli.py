@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
@@ -34,7 +35,7 @@ _EXISTING_TEXT = click.Path(path_type=Path)
 
 
 def _report_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn Troupe's errors into one message and an exit code."""
+    """Turn errors into an exit code; Troupe's own into one message, any other, which is a fault, into a traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -44,6 +45,11 @@ def _report_errors(command: Callable[P, None]) -> Callable[P, None]:
             _fail(str(error), EXIT_BAD_INPUT)
         except TroupeError as error:
             _fail(str(error), EXIT_FAULT)
+        except KeyboardInterrupt:  # before the run began, or where no run is
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(EXIT_FAULT)
 
     return wrapped
 
@@ -182,7 +188,9 @@ def _show_result(result: RunResult) -> None:
         click.echo(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
     for name, after in result.rewards_after.items():
         click.echo(f"held-out {name}: {result.rewards_before[name]:.3f} before, {after:.3f} after")
-    click.echo(f"policy: {Path(result.folder) / 'final'}")
+    final = Path(result.folder) / "final"
+    if final.is_dir():  # a run that was stopped has only checkpoints
+        click.echo(f"policy: {final}")
 
 
 @main.command()

@@ -16,7 +16,7 @@ from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import InputError, RewardError
 from troupe.grpo import LearnerConfig
 from troupe.learning import as_rollouts, assemble
-from troupe.messages import ChatMessage, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
+from troupe.messages import ChatMessage, Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import CompletedGroup, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
 from troupe.rewards import Reward, RewardManager, exact_answer_reward, load_reward
 from troupe.runtime import DeviceThread
@@ -52,8 +52,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: float | None
     """Share of completions that equal the row's `answer`; None where the dataset has no such column."""
     rewards: dict[str, float]
-    """Mean score of each reward over the rows that it scored."""
+    """Mean score of each reward over the rows that it scored; NaN where it scored none."""
     completions: tuple[str, ...]
+    incidents: tuple[Incident, ...] = ()
+    """Why scores are missing."""
 
 
 async def generate_and_score(
@@ -79,7 +81,7 @@ async def generate_and_score(
     async with RewardManager(rewards) as manager, DeviceThread("rollouts") as device:
         manager.check_columns(dataset.columns)
         requests = [RolloutRequest(prompt_ids=ids, key=(seed, step, place, 0)) for place, ids in enumerate(prompt_ids)]
-        completed = await device.run(_complete, policy, generation, requests)
+        completed = await _complete(policy, generation, requests, device)
         groups = []
         for place, group in enumerate(completed):
             rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
@@ -134,10 +136,11 @@ async def evaluate(
     once = msgspec.structs.replace(generation, num_generations=1)
     texts: list[str] = []
     scores: dict[str, list[float]] = {}
+    incidents: list[Incident] = []
     for start in range(0, len(dataset), _EVAL_ROWS):
         rows = [dataset[i] for i in range(start, min(start + _EVAL_ROWS, len(dataset)))]
         requests = [RolloutRequest(prompt_ids=prompt_ids[start + i], key=(seed, start + i)) for i in range(len(rows))]
-        completed = await device.run(_complete, policy, once, requests)
+        completed = await _complete(policy, once, requests, device)
         chunk = [as_rollouts(group, policy.tokenizer.decode_sampled)[0] for group in completed]
         texts += [rollout.text for rollout in chunk]
         if rewards is not None:
@@ -148,6 +151,7 @@ async def evaluate(
                 gid=None,
                 **{name: [row.columns[name] for row in rows] for name in dataset.columns},
             )
+            incidents += result.incidents
             for name, column in result.scores.items():
                 scores.setdefault(name, []).extend(score for score in column if score is not None)
     return Evaluation(
@@ -155,6 +159,7 @@ async def evaluate(
         accuracy=_accuracy(dataset, texts),
         rewards={name: sum(column) / len(column) if column else float("nan") for name, column in scores.items()},
         completions=tuple(texts),
+        incidents=tuple(incidents),
     )
 
 
@@ -163,10 +168,15 @@ def as_completion(prompt: PromptText, text: str) -> str | list[ChatMessage]:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def _complete(policy: Policy, generation: GenerationConfig, requests: Sequence[RolloutRequest]) -> list[CompletedGroup]:
+async def _complete(
+    policy: Policy, generation: GenerationConfig, requests: Sequence[RolloutRequest], device: DeviceThread
+) -> list[CompletedGroup]:
+    """Decode all requests; a cancelled caller waits for one token, not for the longest completion."""
     engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids)
     engine.load(policy.weights, 0)
-    return sorted(engine.decode(requests), key=lambda group: group.index)
+    decoding = await device.run(engine.decode, requests)
+    completed = await device.run(list, decoding, on_cancel=engine.abort)
+    return sorted(completed, key=lambda group: group.index)
 
 
 def _accuracy(dataset: PromptDataset, texts: Sequence[str]) -> float | None:

@@ -13,7 +13,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from troupe.config import RunConfig, write_config
-from troupe.errors import InputError, OutputError
+from troupe.errors import InputError, OutputError, RunError
 from troupe.messages import Checkpoint, Drain, Update
 from troupe.pipeline import Pipeline, build_pipeline
 from troupe.policy import Policy, load_policy
@@ -72,17 +72,19 @@ class Supervisor:
         self._stopping = False
         self._ended = anyio.Event()
         self._device = DeviceThread("supervisor")
-        self._scope = anyio.CancelScope()
+        self._found_empty = False
+        self._new_folders: list[Path] = []
+        self._scope: anyio.CancelScope
         self._prepared: Prepared
         self._pipeline: Pipeline
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> Supervisor:
         self._started_s = time.perf_counter()
+        self._scope = anyio.CancelScope()  # not before: one can be made only where an event loop runs
         try:
             self._prepared = await self._device.run(self._prepare)
             self.config, self.notices = self._prepared.config, self._prepared.notices
-            self._existed = self._prepared.folder.exists()
             self._open_folder()
             self._pipeline = build_pipeline(self._prepared)
             self._tasks = anyio.create_task_group()
@@ -152,6 +154,8 @@ class Supervisor:
     def _open_folder(self) -> None:
         folder = self._prepared.folder
         try:
+            self._new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+            self._found_empty = not folder.exists() or not any(folder.iterdir())
             folder.mkdir(parents=True, exist_ok=True)
             write_config(self._prepared.config, folder / "run.toml")
         except OSError as error:
@@ -173,20 +177,30 @@ class Supervisor:
 
     async def _play(self) -> None:
         rewards, tally = self._prepared.rewards, self._pipeline.tally
-        await rewards.start()
+        before = after = None
         try:
-            before = await self._evaluate(await self._untrained_policy())
-            after = None
             with self._scope:
+                await rewards.start()
+                before = await self._evaluate(await self._untrained_policy())
                 await play(self._pipeline.actors)
                 after = await self._evaluate(self._trained_policy())
             if self._stopping:
-                with anyio.CancelScope(shield=True):
-                    await self._device.run(self._pipeline.checkpointer.write, self._pipeline.learner.snapshot())
+                await self._write_checkpoint()
         finally:
             for incident in await rewards.stop():
                 tally.incidents[incident.kind] += 1
         self._write_summary(before, after)
+
+    async def _write_checkpoint(self) -> None:
+        snapshot = self._pipeline.learner.snapshot()
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._device.run(self._pipeline.checkpointer.write, snapshot)
+        except OSError as error:
+            raise RunError(
+                f"{self.folder}: the checkpoint of step {snapshot.version} could not be written: {error}; the one "
+                "before it stays"
+            ) from error
 
     async def _untrained_policy(self) -> Policy:
         """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
@@ -203,7 +217,7 @@ class Supervisor:
         if held_out is None:
             return None
         greedy = msgspec.structs.replace(self.config.generation, temperature=0.0)
-        return await evaluate(
+        evaluation = await evaluate(
             policy,
             held_out.dataset,
             held_out.prompt_ids,
@@ -211,6 +225,8 @@ class Supervisor:
             device=self._device,
             rewards=self._prepared.rewards,
         )
+        self._pipeline.tally.incidents.update(incident.kind for incident in evaluation.incidents)
+        return evaluation
 
     def _write_summary(self, before: Evaluation | None, after: Evaluation | None) -> None:
         tally, version = self._pipeline.tally, self._pipeline.learner.version
@@ -232,16 +248,19 @@ class Supervisor:
         (self.folder / "summary.json").write_bytes(summary + b"\n")
 
     def _remove_traces(self) -> None:
-        """Leave the output folder as it was found: it was empty or not there, or this would be a resume."""
-        if self._resume:
+        """Leave the disk as it was found, unless there is an earlier start of the run in the folder."""
+        if not self._found_empty:
             return
         for path in self._prepared.folder.iterdir() if self._prepared.folder.is_dir() else ():
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        if not self._existed:
-            self._prepared.folder.rmdir()
+        for folder in self._new_folders:
+            try:
+                folder.rmdir()
+            except OSError:  # it was never made, or somebody else uses it by now
+                return
 
 
 def train(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> RunResult:

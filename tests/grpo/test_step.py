@@ -155,7 +155,7 @@ def test_a_policy_learns_which_token_is_rewarded() -> None:
 
 def test_the_samplers_correction_weighs_every_token() -> None:
     weights = bigram_weights()
-    exact, shifted = random_batch(weights, noise=0.0), random_batch(weights, noise=0.0)
+    exact = random_batch(weights, noise=0.0)
     config = LearnerConfig(loss_type="dapo", vllm_importance_sampling_mode="token_truncate", max_grad_norm=0.0)
     shift = math.log(2.0)
     shifted = make_batch([[1]] * 2, [[2], [3]], [[-1.0 - shift], [-1.0 - shift]], exact.advantages[:2], pad_id=0)

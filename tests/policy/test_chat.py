@@ -45,8 +45,8 @@ def test_blocks_are_trimmed() -> None:
 
 
 def test_loop_controls_and_generation_blocks() -> None:
-    source = "{% for i in [1, 2, 3, 4] %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    assert render(source) == "13"
+    steps = "{% if i == 2 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}"
+    assert render("{% for i in [1, 2, 3, 4] %}" + steps + "{% endfor %}") == "13"
     assert render("a{% generation %}b{{ messages[0].content }}{% endgeneration %}c") == "abhelloc"
 
 

@@ -54,7 +54,7 @@ def numpy_filter(logits: npt.NDArray[Any], config: SamplingConfig) -> list[list[
             order = order[: config.top_k]
         mass = np.exp(row[order])
         before = np.concatenate([[0.0], np.cumsum(mass)[:-1]]) / mass.sum()
-        order = [i for i, b in zip(order, before, strict=True) if b < config.top_p]
+        order = [i for i, b in zip(order, before, strict=True) if config.top_p == 1.0 or b < config.top_p]
         floor = math.log(config.min_p) + row[order[0]] if config.min_p else -INF
         rows.append(sorted(int(i) for n, i in enumerate(order) if row[i] >= floor or n < config.min_tokens_to_keep))
     return rows

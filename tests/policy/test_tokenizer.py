@@ -23,17 +23,13 @@ DATA = Path(__file__).parent.parent / "data" / "tokenizer"
 VECTORS: dict[str, Any] = json.loads((DATA / "qwen3.json").read_text(encoding="utf-8"))
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-
-
-def letter(byte: int) -> str:
-    """GPT-2's character for a byte."""
-    if byte in PRINTABLE:
-        return chr(byte)
-    return chr(0x100 + sum(other not in PRINTABLE for other in range(byte)))
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+LETTERS = [chr(byte) if byte in PRINTABLE else chr(0x100 + OTHERS.index(byte)) for byte in range(256)]
+"""GPT-2's character for each byte."""
 
 
 def spelt(content: bytes) -> str:
-    return "".join(letter(byte) for byte in content)
+    return "".join(LETTERS[byte] for byte in content)
 
 
 def added(content: str, id_: int, **options: Any) -> dict[str, Any]:
@@ -49,7 +45,7 @@ def byte_tokenizer(**changes: Any) -> dict[str, Any]:
         "pre_tokenizer": BYTE_LEVEL,
         "post_processor": None,
         "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "vocab": {letter(byte): byte for byte in range(256)}, "merges": []},
+        "model": {"type": "BPE", "vocab": {LETTERS[byte]: byte for byte in range(256)}, "merges": []},
     }
     for name, value in changes.items():
         place = content
@@ -73,7 +69,7 @@ def load(folder: Path, config: Any = None, **changes: Any) -> Tokenizer:
 
 def with_merges(*merges: str) -> dict[str, Any]:
     """Changes that add the merges, their tokens numbered from 258."""
-    vocab = {letter(byte): byte for byte in range(256)}
+    vocab = {LETTERS[byte]: byte for byte in range(256)}
     made = dict.fromkeys(merge.replace(" ", "") for merge in merges)
     return {"model__vocab": vocab | {token: 258 + n for n, token in enumerate(made)}, "model__merges": list(merges)}
 
@@ -229,11 +225,11 @@ def test_split_patterns(tmp_path: Path) -> None:
     dot = {"type": "Split", "pattern": {"String": "."}, "behavior": "Isolated", "invert": False}
     # What the pattern leaves out stays, as a piece of its own.
     split = {"type": "Sequence", "pretokenizers": [digits, BYTE_LEVEL]}
-    assert load(tmp_path, pre_tokenizer=split, **merges).encode("aa11 aa") == [258, 49, 49, 260, 97]
+    assert load(tmp_path, pre_tokenizer=split, **merges).encode("aa11 aa") == [258, 49, 49, 32, 258]
     split = {"type": "Sequence", "pretokenizers": [dot, BYTE_LEVEL]}
     assert load(tmp_path, pre_tokenizer=split, **merges).encode("a.aa") == [97, 46, 258]
     gpt2 = {**BYTE_LEVEL, "use_regex": True}
-    assert load(tmp_path, pre_tokenizer=gpt2, **merges).encode("aa aa11") == [258, 260, 97, 259]
+    assert load(tmp_path, pre_tokenizer=gpt2, **merges).encode("aa aa11") == [258, 32, 258, 259]
 
 
 def test_normalizers(tmp_path: Path) -> None:
@@ -262,10 +258,21 @@ def test_added_tokens_longest_first_and_their_options(tmp_path: Path) -> None:
 
 
 def test_named_tokens_of_the_plain_vocabulary_become_special(tmp_path: Path) -> None:
-    vocab = {letter(byte): byte for byte in range(256)} | {"<end>": 258}
+    vocab = {LETTERS[byte]: byte for byte in range(256)} | {"<end>": 258}
     tokenizer = load(tmp_path, {"eos_token": "<end>"}, model__vocab=vocab)
     assert tokenizer.encode("a<end>") == [97, 258]
     assert tokenizer.decode([97, 258]) == "a"
+
+
+def test_a_vocabulary_entry_outside_the_byte_alphabet_is_plain_text(tmp_path: Path) -> None:
+    vocab = {LETTERS[byte]: byte for byte in range(256)} | {"<｜end of 日｜>": 258}
+    tokenizer = load(tmp_path, {"eos_token": "<｜end of 日｜>"}, model__vocab=vocab)
+    assert tokenizer.encode("<｜end of 日｜>") == [258]
+    assert tokenizer.decode([258], skip_special_tokens=False) == "<｜end of 日｜>"
+
+
+def test_sampled_ids_of_a_padded_vocabulary_are_left_out(tmp_path: Path) -> None:
+    assert load(tmp_path).decode_sampled([104, 300, 256, 105]) == "hi"
 
 
 def test_special_tokens_map_is_used_where_the_config_is_silent(tmp_path: Path) -> None:
@@ -277,8 +284,7 @@ def test_special_tokens_map_is_used_where_the_config_is_silent(tmp_path: Path) -
 def test_post_processor_adds_special_tokens_on_request(tmp_path: Path) -> None:
     template = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<pad>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        + [{"SpecialToken": {"id": "<eos>", "type_id": 0}}],
+        "single": [{"SpecialToken": {"id": "<pad>"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<eos>"}}],
         "special_tokens": {"<pad>": {"id": "<pad>", "ids": [257]}, "<eos>": {"id": "<eos>", "ids": [256]}},
     }
     both = {"type": "Sequence", "processors": [BYTE_LEVEL, template]}
@@ -387,7 +393,7 @@ def test_malformed_json_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_a_folder_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no tokenizer.json, nor vocab.json with merges.txt"):
+    with pytest.raises(ModelError, match=r"no tokenizer\.json, nor vocab\.json with merges\.txt"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -46,6 +46,7 @@ class Checkpointer(Actor):
         self._policy_config = policy_config
         self._source = source
         self._run_state = run_state
+        self._newest: int | None = None
         self._device = DeviceThread(self.name)
 
     async def handle(self, message: Snapshot) -> None:
@@ -71,6 +72,16 @@ class Checkpointer(Actor):
 
     def write(self, snapshot: Snapshot) -> None:
         """Write one snapshot, in the calling thread. OSError where the disk fails."""
+        try:
+            if snapshot.version != self._newest:  # what is whole on the disk is not put at risk by writing it again
+                self._write_checkpoint(snapshot)
+                self._newest = snapshot.version
+            if snapshot.final:
+                self._write_final(snapshot)
+        except RuntimeError as error:  # as which MLX tells that a tensor file could not be written
+            raise OSError(str(error)) from error
+
+    def _write_checkpoint(self, snapshot: Snapshot) -> None:
         checkpoint = Checkpoint(
             config=self._policy_config,
             weights=snapshot.weights,
@@ -80,8 +91,9 @@ class Checkpointer(Actor):
         )
         save_checkpoint(checkpoint_folder(self._run, snapshot.version), checkpoint, source=self._source)
         prune_checkpoints(self._run, self._keep)
-        if snapshot.final:
-            temporary = self._run / ".writing-final"
-            shutil.rmtree(temporary, ignore_errors=True)
-            save_model_folder(temporary, self._policy_config, snapshot.weights, self._source)
-            publish_folder(temporary, self._run / "final")
+
+    def _write_final(self, snapshot: Snapshot) -> None:
+        temporary = self._run / ".writing-final"
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model_folder(temporary, self._policy_config, snapshot.weights, self._source)
+        publish_folder(temporary, self._run / "final")

@@ -104,6 +104,10 @@ class Learner(Actor):
             groups = sorted(self._waiting.pop(self._state.version), key=lambda scored: scored.group.prompt.slot)
             await self._learn(groups)
 
+    async def start(self) -> None:
+        """The time of the first step counts from here."""
+        self._last_end_s = time.perf_counter()
+
     async def finish(self) -> None:
         """The run is over: its last version becomes the final policy."""
         await self._to.snapshots.send(self.snapshot(final=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -29,7 +30,8 @@ class Tally(msgspec.Struct, kw_only=True):
 class Metrics(Actor):
     """Receives Update, GroupClosed, Incident and Span; broadcasts Update, of which a slow listener keeps the newest.
 
-    A sink that fails is an incident; after three failures in a row it is switched off and training goes on.
+    A sink that fails three times in a row on the same type of message is switched off, which is an incident, and
+    training goes on.
     """
 
     name = "metrics"
@@ -47,7 +49,7 @@ class Metrics(Actor):
         super().__init__(inbox, [listeners], report)
         self._listeners = listeners
         self._sinks = list(sinks)
-        self._failures: Counter[str] = Counter()
+        self._failures: Counter[tuple[str, type]] = Counter()
         self._tally = tally
         self._watched = watched
 
@@ -72,7 +74,9 @@ class Metrics(Actor):
         self._write(message)
 
     async def stop(self) -> None:
-        """Close the sinks."""
+        """Take what was reported before a fault or a stop cut the play short; close the sinks."""
+        while len(self.inbox):
+            await self.handle(await anext(self.inbox))
         for sink in self._sinks:
             try:
                 sink.close()
@@ -81,16 +85,21 @@ class Metrics(Actor):
 
     def _write(self, message: object) -> None:
         for sink in tuple(self._sinks):
+            kind = sink.name, type(message)  # a sink leaves most types alone, which says nothing of its health
             try:
                 sink.write(message)
-                self._failures[sink.name] = 0
+                self._failures[kind] = 0
             except Exception as error:
-                self._failures[sink.name] += 1
-                if self._failures[sink.name] >= _MAX_FAILURES:
+                self._failures[kind] += 1
+                if self._failures[kind] >= _MAX_FAILURES:
                     self._switch_off(sink, error)
 
     def _switch_off(self, sink: Sink, error: Exception) -> None:
+        if sink not in self._sinks:  # it failed on the incident about another one
+            return
         self._sinks.remove(sink)
+        with suppress(Exception):
+            sink.close()
         self._tally.switched_off_sinks[sink.name] = f"{type(error).__name__}: {error}"
         incident = Incident(
             actor=self.name, kind="sink_failed", message=f"the sink {sink.name} is switched off: {error}"
@@ -102,7 +111,7 @@ class Metrics(Actor):
         """Depth of every watched channel now, and the seconds its messages have waited so far."""
         figures = {}
         for mailbox in self._watched:
-            for stats in (channel.stats() for channel in mailbox.channels):
+            for stats in (channel.stats() for channel in mailbox.channels if not channel.side):
                 figures[f"queue/{stats.name}/depth"] = float(stats.depth)
                 figures[f"queue/{stats.name}/wait_s"] = stats.wait_s
         return figures

@@ -34,8 +34,9 @@ class Prompter(Actor):
         self._end = total_steps * schedule.batch_size
 
     async def start(self) -> None:
-        """Issue as many prompts as there are credits."""
-        await self._issue()
+        """Issue as many prompts as there are credits, unless a drain is waiting already: then no step has begun."""
+        if not len(self.inbox):
+            await self._issue()
 
     async def handle(self, message: GroupClosed | Drain) -> None:
         """A closed group makes room for the next; a drain ends the stream after the step already begun."""

@@ -98,7 +98,8 @@ def make_batch(
     """Pads B prompts on the left and B completions on the right into one `Batch`.
 
     `prompts[i]` (P_i,) with P_i ≥ 1, `completions[i]` and `sampling_log_probs[i]` (T_i,), `advantages` (B,). Rows keep
-    their order. `truncated` is all False where it is not given. Raises `ValueError` where the lengths disagree.
+    their order. `truncated` is all False where it is not given. Every array of the result is evaluated. Raises
+    `ValueError` where the lengths disagree.
     """
     if not isinstance(advantages, mx.array):
         advantages = mx.array(list(advantages))
@@ -107,7 +108,7 @@ def make_batch(
     prompt_lengths = tuple(len(ids) for ids in prompts)
     completion_lengths = tuple(len(ids) for ids in completions)
     P, T = max(prompt_lengths), _width(completion_lengths)
-    return Batch(
+    batch = Batch(
         prompt_ids=mx.array([[pad_id] * (P - len(ids)) + list(ids) for ids in prompts], dtype=mx.int32),
         completion_ids=mx.array([list(ids) + [pad_id] * (T - len(ids)) for ids in completions], dtype=mx.int32),
         completion_mask=(mx.arange(T) < mx.array(completion_lengths)[:, None]).astype(mx.float32),
@@ -119,6 +120,8 @@ def make_batch(
         completion_lengths=completion_lengths,
         truncated=tuple(truncated) if truncated is not None else (False,) * len(prompt_lengths),
     )
+    mx.eval(batch.completion_mask, batch.advantages)
+    return batch
 
 
 def split(batch: Batch, n: int) -> list[Batch]:

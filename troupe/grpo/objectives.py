@@ -165,3 +165,5 @@ OBJECTIVES: dict[str, Objective] = {
     "vespo": Objective(vespo, masked_sum, by_tokens, takes_sampler_ratio=True),
     "gmpo": Objective(gmpo, row_values, by_rows, takes_entropy_mask=True, kl_has_ratio=False),
 }
+"""Loss type → objective. They differ in what a completion weighs: as much as any other in grpo and sapo, by its
+length in the others, most of all in luspo (Liu et al. 2026, arXiv:2602.05261), which is meant for sequence ratios."""

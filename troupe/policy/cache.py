@@ -1,8 +1,8 @@
 """Keys and values of earlier tokens, for decoding many rows that share prompts.
 
-A prompt's keys and values are computed once and lie once in memory, in a *slot*; the `width` rows of that slot read them
-together, as one matrix product. What each row has sampled itself lies in preallocated blocks that are written in place.
-All rows are equally far into their completions, so one length serves all. Knows nothing of tokens, sampling or stopping.
+A prompt's keys and values are computed once and lie once in memory, in a *slot*; the `width` rows of that slot read
+them together, as one matrix product. What each row has sampled itself lies in preallocated blocks, written in place.
+All rows are equally far into their completions, so one length serves all. Knows nothing of sampling and stopping.
 
 Shapes: S slots, w rows a slot, B = S·w rows in slot order, H query heads, K key/value heads, R = H/K, d head size,
 P longest prompt, N places for own tokens.
@@ -50,7 +50,7 @@ def join_prompts(parts: Sequence[PromptCache]) -> PromptCache:
     for _ in range(len(parts[0].keys)):
         for kept, pieces in ((whole.keys, [p.keys for p in parts]), (whole.values, [p.values for p in parts])):
             layer = [piece.pop(0) for piece in pieces]
-            padded = [mx.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0))) for x in layer]
+            padded = [mx.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)]) for x in layer]
             kept.append(mx.concatenate(padded))
             mx.eval(kept[-1])
     return whole

@@ -1,7 +1,7 @@
 """Exponentials that are fast on a CPU, and what is made of them: SiLU and attention.
 
-MLX's CPU backend calls the scalar `expf`, 15–25 ns a number, which made up half of a decoding step. Here a polynomial,
-fused into one loop by `mx.compile`, takes 2–3 ns. On other devices, in other types and where no compiler is installed,
+MLX's own exponential takes 10–20 ns a number on a CPU, which made up a third of a decoding step. Here a polynomial,
+fused into one loop by `mx.compile`, takes 2–4 ns. On other devices, in other types and where no compiler is installed,
 MLX's own functions are used. Knows nothing of models. Everything is differentiable.
 
 Argument reduction after Cody and Waite, then Taylor's polynomial of degree 6: relative error below 4e-7.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 
@@ -25,9 +26,14 @@ def _has_compiler() -> bool:
     return shutil.which("g++") is not None
 
 
+def is_on_cpu() -> bool:
+    """Whether MLX computes on the processor."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
 def is_fast_here(x: mx.array) -> bool:
     """Whether the polynomial beats MLX's own exponential: float32 on a CPU with g++."""
-    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu) and _has_compiler()
+    return x.dtype == mx.float32 and is_on_cpu() and _has_compiler()
 
 
 def _power(x: mx.array) -> mx.array:
@@ -57,7 +63,7 @@ def _fast_exp_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
 
 def exp(x: mx.array) -> mx.array:
     """e^x, elementwise."""
-    return _fast_exp(x) if is_fast_here(x) else mx.exp(x)
+    return cast(mx.array, _fast_exp(x)) if is_fast_here(x) else mx.exp(x)
 
 
 @mx.compile
@@ -85,7 +91,7 @@ def _fast_swiglu_vjp(
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """gate · σ(gate) · up, elementwise (arXiv:2002.05202)."""
-    return _fast_swiglu(gate, up) if is_fast_here(gate) else gate * mx.sigmoid(gate) * up
+    return cast(mx.array, _fast_swiglu(gate, up)) if is_fast_here(gate) else gate * mx.sigmoid(gate) * up
 
 
 def softmax(scores: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import InputError, ModelError
+from troupe.policy.elementwise import is_on_cpu
 from troupe.policy.qwen3 import (
     EMBEDDING,
     HEAD,
@@ -81,7 +82,7 @@ def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3
         raise ModelError(message if message.startswith(str(folder)) else f"{folder / CONFIG_FILE}: {message}") from None
     files = _weight_files(folder)
     _check_tensors(folder, config, files)
-    target = DTYPES[dtype] if dtype else mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+    target = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else None
     wanted = expected_shapes(config)
     weights: dict[str, mx.array] = {}
     for file in files:
@@ -128,7 +129,7 @@ def _stored_tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if size < 8 or length > size - 8:
             raise ModelError(f"{file}: truncated: {size} bytes do not even hold its header; copy it again")
         try:
-            header = msgspec.json.decode(stream.read(length), type=dict[str, dict[str, Any]])
+            header = msgspec.json.decode(stream.read(length), type=dict[str, Any])
             header.pop("__metadata__", None)
             tensors = {name: (str(e["dtype"]), tuple(int(n) for n in e["shape"])) for name, e in header.items()}
             end = 8 + length + max((int(e["data_offsets"][1]) for e in header.values()), default=0)

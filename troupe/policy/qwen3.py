@@ -19,7 +19,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.elementwise import swiglu
+from troupe.policy.elementwise import is_on_cpu, swiglu
 
 Weights: TypeAlias = Mapping[str, mx.array]
 """Hugging Face tensor name → array, such as `model.layers.0.self_attn.q_proj.weight` (H·d, D)."""
@@ -246,7 +246,7 @@ def hidden_states(
     """
     x = weights[EMBEDDING][ids]
     attention = WholeRows(ids.shape[1], lengths_of_left_padding) if cache is None else cache
-    rotate = _rotation(config, ids.shape[1], attention.offset, x.dtype)
+    rotate = _rotation(config, ids.shape[1], attention.offset)
     for index in range(config.num_hidden_layers):
         x = _layer(config, weights, index, x, attention, rotate)
     return mx.fast.rms_norm(x, weights[FINAL_NORM], config.rms_norm_eps)
@@ -280,19 +280,19 @@ _FUSED = {
 }
 
 
-def _rotation(config: Qwen3Config, T: int, offset: int | mx.array, dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
+def _rotation(config: Qwen3Config, T: int, offset: int | mx.array) -> Callable[[mx.array], mx.array]:
     """A function that turns (B, heads, T, d) by rotary positions offset … offset + T − 1."""
     d, base = config.head_dim, config.rope_theta
-    if mx.default_device() != mx.Device(mx.cpu):  # one fused kernel
+    if not is_on_cpu():  # one fused kernel
         return lambda y: mx.fast.rope(y, d, traditional=False, base=base, scale=1.0, offset=offset)
     frequencies = base ** (mx.arange(0, d, 2).astype(mx.float32) / -d)
     positions = mx.arange(T) + (offset[:, None, None] if isinstance(offset, mx.array) else offset)
     angles = positions[..., None].astype(mx.float32) * frequencies  # here once, not in each layer: (T or B·1·T, d/2)
-    cos, sin = mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
+    cos, sin = mx.cos(angles), mx.sin(angles)
 
     def rotate(y: mx.array) -> mx.array:
         a, b = y[..., : d // 2], y[..., d // 2 :]
-        return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+        return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(y.dtype)
 
     return rotate
 

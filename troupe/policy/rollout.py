@@ -14,14 +14,14 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.cache import DecodingCache, PromptCache, join_prompts
-from troupe.policy.elementwise import exp
+from troupe.policy.elementwise import exp, is_on_cpu
 from troupe.policy.qwen3 import Qwen3Config, Weights, fuse_projections, hidden_states, project
 from troupe.policy.sampling import Sampler, SamplingConfig
 
@@ -218,7 +218,7 @@ class _Batch:
         if t % NOISE_BLOCK == 0:
             self._noise = noise_block([row.key for row in rows], t // NOISE_BLOCK)
         self._ids, *log_probs = _sample(self._engine.sampler, logits, self._noise[:, t % NOISE_BLOCK])
-        mx.async_eval(self._ids, *log_probs)
+        mx.async_eval(self._ids, *log_probs)  # type: ignore[no-untyped-call]
         self._unread.append((t, rows, [self._ids, *log_probs]))
         self._versions.append(version)
 
@@ -242,14 +242,17 @@ class _Batch:
         at_end = len(self._versions) >= self._limit
         while self._unread and (at_end or len(self._unread) > 1):
             t, rows, arrays = self._unread.popleft()
-            columns = [column.tolist() for column in arrays]
-            for row, token, *log_probs in zip(rows, *columns, strict=True):
+            ids, log_probs = (
+                cast("list[int]", arrays[0].tolist()),
+                [cast("list[float]", column.tolist()) for column in arrays[1:]],
+            )
+            for place, row in enumerate(rows):
                 if row.finish_reason is not None or len(row.token_ids) > t:
                     continue  # the row ended while this token was on its way, or it is a filler's copy
-                row.token_ids.append(token)
-                row.log_probs.append(log_probs[0])
-                row.sampling_log_probs.append(log_probs[-1])
-                if token in self._engine.stop_ids:
+                row.token_ids.append(ids[place])
+                row.log_probs.append(log_probs[0][place])
+                row.sampling_log_probs.append(log_probs[-1][place])
+                if ids[place] in self._engine.stop_ids:
                     row.finish_reason = "stop"
                 elif len(row.token_ids) == row.limit:
                     row.finish_reason = "length"
@@ -313,7 +316,7 @@ def noise_block(keys: Sequence[bytes], block: int) -> mx.array:
     """Uniform numbers k/2²⁴ in [0, 1) for token positions block·16 … block·16+15 of rows → float32 (rows, 16)."""
     place = block.to_bytes(8, "little")
     digests = b"".join(hashlib.blake2b(place, key=key).digest() for key in keys)
-    numbers = mx.array(memoryview(array("I", digests)))
+    numbers = mx.array(cast(Any, memoryview(array("I", digests))))  # by the buffer protocol, as uint32
     return (numbers >> 8).astype(mx.float32).reshape(len(keys), NOISE_BLOCK) * 2.0**-24
 
 
@@ -340,7 +343,7 @@ def _sample(sampler: Sampler, logits: mx.array, uniforms: mx.array) -> list[mx.a
 def draw_by_shares(shares: mx.array, uniforms: mx.array) -> mx.array:
     """Shares (B, V) ≥ 0, in any unit, and uniforms (B,) in [0, 1) → ids (B,); an id without share is never drawn."""
     sums = mx.cumsum(shares, axis=-1)
-    if mx.default_device() != mx.Device(mx.cpu):
+    if not is_on_cpu():
         sums = mx.where(shares > 0, sums, -1.0)  # sums made in parallel may rise where nothing is added
     # below the largest sum even after rounding, so that some id with a share is past it
     target = mx.minimum(uniforms, 1.0 - 2.0**-24)[:, None] * mx.max(sums, axis=-1, keepdims=True)

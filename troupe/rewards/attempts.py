@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Awaitable, Callable
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import anyio
 import msgspec
@@ -37,13 +37,21 @@ def backoff_s(attempt: int, jitter: float) -> float:
     return longest * (0.5 + 0.5 * jitter)
 
 
-class Attempts(msgspec.Struct, frozen=True, kw_only=True):
-    """How often, how long and with what waits between."""
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of one reward's calls."""
 
-    timeout_s: float
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)]
     """Seconds for one attempt."""
-    retries: int
+    retries: Annotated[int, msgspec.Meta(ge=0)]
     """Attempts after the first."""
+    concurrency: Annotated[int, msgspec.Meta(ge=1)]
+    """Calls at once."""
+
+
+class Attempts(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls at a pace, waiting between attempts."""
+
+    pace: Pace
     sleep: Callable[[float], Awaitable[None]]
     jitter: Callable[[], float]
     """Uniform in [0, 1)."""
@@ -54,17 +62,18 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             RewardError: at once, for it says that the code is wrong and not that a call failed.
         """
-        outcome = await self._once(call)
-        for attempt in range(1, self.retries + 1):
+        outcome = await self.once(call)
+        for attempt in range(1, self.pace.retries + 1):
             if not isinstance(outcome, Fault):
                 return outcome
             await self.sleep(backoff_s(attempt, self.jitter()))
-            outcome = await self._once(call)
+            outcome = await self.once(call)
         return outcome
 
-    async def _once(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
-        late = Fault("reward_timeout", f"no answer within {self.timeout_s:g} s")
-        with anyio.move_on_after(self.timeout_s) as scope:
+    async def once(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
+        """One attempt."""
+        late = Fault("reward_timeout", f"no answer within {self.pace.timeout_s:g} s")
+        with anyio.move_on_after(self.pace.timeout_s) as scope:
             try:
                 return await call()
             except RewardError:
@@ -72,7 +81,7 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
             except BaseException as error:
                 if not _is_own_failure(error):
                     raise
-                return late if scope.cancel_called else Fault("reward_error", _described(error))
+                return late if scope.cancel_called else Fault("reward_error", described(error))
         return late
 
 
@@ -86,7 +95,8 @@ def _is_own_failure(error: BaseException) -> bool:
     return not isinstance(error, (KeyboardInterrupt, GeneratorExit))
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
+    """Class, text and place of an error in one line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:299] + "…"
     frames = traceback.extract_tb(error.__traceback__)

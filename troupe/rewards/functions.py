@@ -60,9 +60,7 @@ def check_signature(function: RewardFunction) -> None:
         RewardError: not callable, no readable signature, or one that cannot take `completions` by keyword.
     """
     if not callable(function):
-        raise RewardError(
-            f"reward {function!r} is a {type(function).__name__}, which cannot be called; give a function or RewardActor"
-        )
+        raise RewardError(f"reward {_shown(function)} cannot be called; give a function or a RewardActor")
     names, takes_all = _named_parameters(function)
     if "completions" not in names and not takes_all:
         raise RewardError(
@@ -160,16 +158,14 @@ def checked_score(value: Any, name: str, index: int) -> float | None:
     """
     if value is None:
         return None
-    try:
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise TypeError
-        return float(value)
-    except OverflowError:
-        return math.inf
-    except (TypeError, ValueError):
-        raise RewardError(
-            f"reward {name} returned {_shown(value)} for completion {index}; a score is a number or None"
-        ) from None
+    if not isinstance(value, str) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+        except (TypeError, ValueError):
+            pass  # an array of several numbers has __float__ too
+    raise RewardError(f"reward {name} returned {_shown(value)} for completion {index}; a score is a number or None")
 
 
 def checked_scores(result: Any, name: str, size: int) -> list[float | None]:

@@ -18,9 +18,13 @@ from types import CodeType, ModuleType
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.builtin import diversity_reward, exact_answer_reward, format_reward, length_reward
-from troupe.rewards.functions import Reward, check_signature
+from troupe.rewards.functions import Reward, RewardFunction, check_signature
 
-BUILTIN = {"length": length_reward, "diversity": diversity_reward, "exact_answer": exact_answer_reward}
+BUILTIN: dict[str, RewardFunction] = {
+    "length": length_reward,
+    "diversity": diversity_reward,
+    "exact_answer": exact_answer_reward,
+}
 
 
 def load_reward(spec: str, base: Path | None = None) -> Reward:
@@ -112,7 +116,7 @@ def _instance(found: type, path: Path) -> RewardActor:
     line = inspect.getsourcelines(found)[1]
     if not issubclass(found, RewardActor):
         raise RewardError(
-            f"{path}:{line}: class {found.__name__} is no RewardActor; derive it from troupe.RewardActor or name a function"
+            f"{path}:{line}: class {found.__name__} is no RewardActor; derive it from that or name a function"
         )
     try:
         return found()

@@ -1,37 +1,27 @@
 """RewardManager: every reward of a group at once, each call with timeout and retries, combined by weights.
 
-A call that raises, hangs or gives NaN makes a *missing* score (None) and an incident, never a 0. Only code that breaks
-the convention (wrong length, wrong type, missing column) ends the run. Knows nothing of advantages or channels.
+A call that raises, hangs or gives NaN makes a *missing* score (None) and an incident, never a 0. Only code that
+breaks the convention (wrong length, wrong type, missing column) ends the run. Knows nothing of advantages or channels.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Sequence, Set
 from types import TracebackType
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import anyio
 import msgspec
 
 from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
-from troupe.rewards.actor import RewardActor, RewardSample
-from troupe.rewards.attempts import Attempts, Fault
-from troupe.rewards.functions import (
-    Reward,
-    RewardFunction,
-    RewardLog,
-    call_function,
-    check_columns,
-    check_signature,
-    checked_score,
-    reward_name,
-)
-
-Sleep: TypeAlias = Callable[[float], Awaitable[None]]
+from troupe.rewards.actor import RewardActor
+from troupe.rewards.attempts import Fault, Pace, described
+from troupe.rewards.functions import Reward, check_columns, reward_name
+from troupe.rewards.runners import ActorRunner, Batch, FunctionRunner, Outcome
 
 
 class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,7 +38,7 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     concurrency: Annotated[int, msgspec.Meta(ge=1)] = 16
     """Groups that one function scores at once."""
     min_scored: Annotated[int, msgspec.Meta(ge=1)] = 2
-    """Groups with fewer scored samples are quarantined and not trained: one sample has nothing to be compared with."""
+    """Groups with fewer scored samples are quarantined, not trained: one has nothing to be compared with."""
 
 
 class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,25 +56,6 @@ class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What functions logged by `log_extra`: column → (G,) values."""
 
 
-class _Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """G completions in TRL's shape."""
-
-    arguments: dict[str, Any]
-    """`prompts`, `completions` and so on, and the columns."""
-    columns: dict[str, list[Any]]
-    gid: int | None
-
-    @property
-    def size(self) -> int:
-        return len(self.arguments["completions"])
-
-
-class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    scores: list[float | None]
-    faults: list[Fault]
-    log: RewardLog
-
-
 class RewardManager:
     """Runs rewards. Actors among them need `start` and `stop`, or `async with`; functions need neither."""
 
@@ -94,7 +65,7 @@ class RewardManager:
         weights: Sequence[float] | None = None,
         config: RewardsConfig | None = None,
         *,
-        sleep: Sleep = anyio.sleep,
+        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """`weights` default to the config's, those to 1. `sleep` and `jitter` pace the retries.
@@ -108,10 +79,11 @@ class RewardManager:
             raise RewardError("there is no reward; give at least one function or RewardActor")
         self.names = _unique_names(rewards)
         self.weights = _checked_weights(config.weights if weights is None else weights, self.names)
-        self._runners: list[_FunctionRunner | _ActorRunner] = [
-            _ActorRunner(name, reward, config, sleep, jitter)
+        pace = Pace(timeout_s=config.timeout_s, retries=config.retries, concurrency=config.concurrency)
+        self._runners: list[FunctionRunner | ActorRunner] = [
+            ActorRunner(name, reward, pace, sleep, jitter)
             if isinstance(reward, RewardActor)
-            else _FunctionRunner(name, reward, config, sleep, jitter)
+            else FunctionRunner(name, reward, pace, sleep, jitter)
             for name, reward in zip(self.names, rewards, strict=True)
         ]
 
@@ -136,7 +108,7 @@ class RewardManager:
             except Exception as error:
                 await self.stop()
                 raise RewardError(
-                    f"reward {actor.name} did not start: {type(error.__cause__ or error).__name__}: {error}"
+                    f"reward {actor.name} did not start: {described(error)}; correct what its start() needs"
                 ) from error
             except BaseException:
                 await self.stop()
@@ -184,7 +156,7 @@ class RewardManager:
                 raise RewardError(
                     f"compute_rewards: {len(values)} {name} for {len(completions)} completions; give one for each"
                 )
-        return await self._score(_Batch(arguments=arguments, columns=listed, gid=gid))
+        return await self._score(Batch(arguments=arguments, columns=listed, gid=gid))
 
     async def score_group(self, group: RolloutGroup, trainer_state: Any = None) -> GroupScores:
         """Score a group as TRL would: a conversation's completions are lists of one assistant message.
@@ -202,16 +174,16 @@ class RewardManager:
             "trainer_state": trainer_state,
         }
         columns = {name: [value] * size for name, value in prompt.columns.items()}
-        return await self._score(_Batch(arguments=arguments, columns=columns, gid=prompt.gid))
+        return await self._score(Batch(arguments=arguments, columns=columns, gid=prompt.gid))
 
-    def _actors(self) -> list[_ActorRunner]:
-        return [runner for runner in self._runners if isinstance(runner, _ActorRunner)]
+    def _actors(self) -> list[ActorRunner]:
+        return [runner for runner in self._runners if isinstance(runner, ActorRunner)]
 
-    async def _score(self, batch: _Batch) -> GroupScores:
-        outcomes: dict[str, _Outcome] = {}
+    async def _score(self, batch: Batch) -> GroupScores:
+        outcomes: dict[str, Outcome] = {}
 
-        async def play(runner: _FunctionRunner | _ActorRunner) -> None:
-            outcomes[runner.name] = _without_nonfinite(await runner.score(batch))
+        async def play(runner: FunctionRunner | ActorRunner) -> None:
+            outcomes[runner.name] = await runner.score(batch)
 
         try:
             async with anyio.create_task_group() as tasks:
@@ -224,7 +196,7 @@ class RewardManager:
             raise broken from broken.__cause__
         return self._combine(batch, [outcomes[name] for name in self.names])
 
-    def _combine(self, batch: _Batch, outcomes: list[_Outcome]) -> GroupScores:
+    def _combine(self, batch: Batch, outcomes: list[Outcome]) -> GroupScores:
         scores = {name: tuple(o.scores) for name, o in zip(self.names, outcomes, strict=True)}
         rewards: list[float | None] = []
         for sample in zip(*scores.values(), strict=True):
@@ -243,128 +215,6 @@ class RewardManager:
         )
 
 
-class _FunctionRunner:
-    """One reward function: a call a group."""
-
-    def __init__(
-        self,
-        name: str,
-        reward: RewardFunction,
-        config: RewardsConfig,
-        sleep: Sleep,
-        jitter: Callable[[], float],
-    ) -> None:
-        check_signature(reward)
-        self.name, self.reward = name, reward
-        self._attempts = Attempts(timeout_s=config.timeout_s, retries=config.retries, sleep=sleep, jitter=jitter)
-        self._limiter = anyio.CapacityLimiter(config.concurrency)
-
-    async def score(self, batch: _Batch) -> _Outcome:
-        arguments = {"trainer_state": None, **batch.columns, **batch.arguments}
-        async with self._limiter:
-            answer = await self._attempts.run(lambda: call_function(self.reward, self.name, arguments, batch.size))
-        if isinstance(answer, Fault):
-            return _Outcome(scores=[None] * batch.size, faults=[answer], log=RewardLog(batch.size))
-        scores, log = answer
-        return _Outcome(scores=scores, faults=[], log=log)
-
-
-class _ActorRunner:
-    """One reward actor: a call a sample."""
-
-    def __init__(
-        self,
-        name: str,
-        reward: RewardActor,
-        config: RewardsConfig,
-        sleep: Sleep,
-        jitter: Callable[[], float],
-    ) -> None:
-        concurrency = _setting(name, "concurrency", reward.concurrency, config.concurrency, 1)
-        self.name, self.reward, self._started = name, reward, False
-        self._attempts = Attempts(
-            timeout_s=_setting(name, "timeout_s", reward.timeout_s, config.timeout_s, None),
-            retries=int(_setting(name, "retries", reward.retries, config.retries, 0)),
-            sleep=sleep,
-            jitter=jitter,
-        )
-        self._limiter = anyio.CapacityLimiter(int(concurrency))
-
-    async def start(self) -> None:
-        self._started = True
-        await self.reward.start()
-
-    async def stop(self) -> Fault | None:
-        if not self._started:
-            return None
-        self._started = False
-        once = msgspec.structs.replace(self._attempts, retries=0)
-        outcome = await once.run(self.reward.stop)
-        if not isinstance(outcome, Fault):
-            return None
-        return msgspec.structs.replace(outcome, message=f"did not stop: {outcome.message}")
-
-    async def score(self, batch: _Batch) -> _Outcome:
-        if not self._started:
-            raise RewardError(
-                f"reward {self.name} has not been started; use `async with` the manager, or await its start()"
-            )
-        scores: list[float | None] = [None] * batch.size
-        faults: dict[int, Fault] = {}
-
-        async def play(index: int) -> None:
-            sample = _sample(batch, index)
-            async with self._limiter:
-                answer = await self._attempts.run(lambda: self._one(sample))
-            if isinstance(answer, Fault):
-                faults[index] = answer
-            else:
-                scores[index] = answer
-
-        async with anyio.create_task_group() as tasks:
-            for index in range(batch.size):
-                tasks.start_soon(play, index)
-        return _Outcome(scores=scores, faults=_summed(faults, batch.size), log=RewardLog(batch.size))
-
-    async def _one(self, sample: RewardSample) -> float | None:
-        return checked_score(await self.reward.score(sample), self.name, sample.index)
-
-
-def _sample(batch: _Batch, index: int) -> RewardSample:
-    arguments = batch.arguments
-    return RewardSample(
-        prompt=arguments["prompts"][index],
-        completion=arguments["completions"][index],
-        completion_ids=tuple(arguments["completion_ids"][index]) if "completion_ids" in arguments else (),
-        columns={name: values[index] for name, values in batch.columns.items()},
-        gid=batch.gid,
-        index=index,
-    )
-
-
-def _summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
-    """One fault a kind, for the samples that had it; its message is the first one's."""
-    kinds = sorted({fault.kind for fault in faults.values()})
-    summed = []
-    for kind in kinds:
-        samples = sorted(index for index, fault in faults.items() if fault.kind == kind)
-        shown = ", ".join(map(str, samples))
-        summed.append(Fault(kind, f"samples {shown} of {size}: {faults[samples[0]].message}"))
-    return summed
-
-
-def _without_nonfinite(outcome: _Outcome) -> _Outcome:
-    bad = {i: s for i, s in enumerate(outcome.scores) if s is not None and not math.isfinite(s)}
-    if not bad:
-        return outcome
-    shown = ", ".join(f"{score} for sample {index}" for index, score in bad.items())
-    return _Outcome(
-        scores=[None if index in bad else score for index, score in enumerate(outcome.scores)],
-        faults=[*outcome.faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite")],
-        log=outcome.log,
-    )
-
-
 def _incident(name: str, fault: Fault, gid: int | None) -> Incident:
     return Incident(actor="scorer", kind=fault.kind, message=f"reward {name}: {fault.message}", gid=gid)
 
@@ -378,20 +228,13 @@ def _first_reward_error(group: BaseExceptionGroup[BaseException]) -> RewardError
 
 
 def _unique_names(rewards: Sequence[Reward]) -> tuple[str, ...]:
-    """TRL's names; of equal ones the second gets `_2`, the third `_3`, past names that are taken."""
+    """TRL's names; of equal ones the second gets `_2`, the third `_3`, leaving out what is taken."""
     wanted = [reward_name(reward) for reward in rewards]
-    taken = set(wanted)
-    seen: Counter[str] = Counter()
-    names = []
+    names: list[str] = []
     for name in wanted:
-        seen[name] += 1
-        unique = name
-        while seen[name] > 1 and unique in taken:
-            unique = f"{name}_{seen[name]}"
-            if unique in taken:
-                seen[name] += 1
-        taken.add(unique)
-        names.append(unique)
+        candidates = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+        # A suffixed name must not take one that another reward really has.
+        names.append(next(c for c in candidates if c not in names and (c == name or c not in wanted)))
     return tuple(names)
 
 
@@ -400,7 +243,8 @@ def _checked_weights(weights: Sequence[float] | None, names: Sequence[str]) -> t
         return (1.0,) * len(names)
     if len(weights) != len(names):
         raise RewardError(
-            f"rewards.weights has {len(weights)} numbers for {len(names)} rewards ({', '.join(names)}); give one for each"
+            f"rewards.weights has {len(weights)} numbers for {len(names)} rewards "
+            f"({', '.join(names)}); give one for each"
         )
     for name, weight in zip(names, weights, strict=True):
         if not math.isfinite(weight):

@@ -29,6 +29,7 @@ _SHOWN = (
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("step_time", "seconds a step", ".2f"),
 )
+_COLUMNS = 3
 _QUEUE_PREFIX, _QUEUE_SUFFIX = "queue/", "/depth"
 
 
@@ -87,13 +88,13 @@ class ConsoleSink:
         self._live.stop()
 
     def _render(self) -> Group:
-        figures = Table.grid(padding=(0, 2))
-        cells = [Text.assemble((f"{label} ", "dim"), value) for label, value in shown_metrics(self._metrics)]
-        for start in range(0, len(cells), 4):
-            figures.add_row(*cells[start : start + 4])
+        figures = Table.grid(padding=(0, 3, 0, 0))
+        cells = [cell for label, value in shown_metrics(self._metrics) for cell in (Text(label, style="dim"), value)]
+        for start in range(0, len(cells), 2 * _COLUMNS):
+            figures.add_row(*cells[start : start + 2 * _COLUMNS])
         parts: list[Progress | Table | Text] = [self._progress, figures]
         if queues := queue_depths(self._metrics):
-            parts.append(Text("waiting  " + "  ".join(f"{name} {depth}" for name, depth in queues), style="dim"))
+            parts.append(Text("waiting in queues   " + "   ".join(f"{name} {depth}" for name, depth in queues), style="dim"))
         if self._incidents:
             parts.append(Text(f"{self._incidents} incidents, last: {self._last_incident}", style="yellow"))
         return Group(*parts)

@@ -1,0 +1,75 @@
+"""The fast exponential and its family against numpy's float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from troupe.policy import elementwise
+
+
+@pytest.fixture(params=["as here", "without a compiler"])
+def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without a compiler":
+        monkeypatch.setattr(elementwise, "_has_compiler", lambda: False)
+
+
+def slopes(function: Callable[[mx.array], mx.array], x: mx.array) -> np.ndarray:
+    return np.array(mx.grad(lambda y: function(y).sum())(x))
+
+
+@pytest.mark.usefixtures("either_path")
+def test_exp_over_its_whole_range() -> None:
+    x = mx.linspace(-87.0, 88.0, 20001)
+    theirs = np.exp(np.array(x).astype(np.float64))
+    assert np.abs(np.array(elementwise.exp(x)) / theirs - 1).max() < (
+        4e-7 if elementwise.is_fast_here(x) else 5e-6
+    )  # MLX's own is the coarser one
+    np.testing.assert_allclose(slopes(elementwise.exp, x), theirs, rtol=5e-6)
+
+
+@pytest.mark.usefixtures("either_path")
+def test_exp_at_the_edges() -> None:
+    y = elementwise.exp(mx.array([-mx.inf, -1e30, 0.0, 100.0, mx.inf, mx.nan])).tolist()
+    assert y[:5] == [0.0, 0.0, 1.0, mx.inf, mx.inf]
+    assert y[5] != y[5]
+
+
+@pytest.mark.usefixtures("either_path")
+def test_swiglu_and_both_its_slopes() -> None:
+    gate, up = mx.random.normal((7, 9), key=mx.random.key(0)) * 4, mx.random.normal((7, 9), key=mx.random.key(1))
+    g, u = np.array(gate).astype(np.float64), np.array(up).astype(np.float64)
+    s = 1 / (1 + np.exp(-g))
+    np.testing.assert_allclose(np.array(elementwise.swiglu(gate, up)), g * s * u, atol=2e-6)
+    by_gate, by_up = mx.grad(lambda a, b: elementwise.swiglu(a, b).sum(), argnums=(0, 1))(gate, up)
+    np.testing.assert_allclose(np.array(by_gate), u * s * (1 + g * (1 - s)), atol=2e-6)
+    np.testing.assert_allclose(np.array(by_up), g * s, atol=2e-6)
+
+
+@pytest.mark.usefixtures("either_path")
+def test_swiglu_of_large_gates_stays_finite() -> None:
+    y = elementwise.swiglu(mx.array([-1e4, 1e4]), mx.array([1.0, 1.0]))
+    assert y.tolist() == [0.0, 1e4]
+
+
+@pytest.mark.usefixtures("either_path")
+def test_softmax_and_its_slope() -> None:
+    scores = mx.random.normal((5, 11), key=mx.random.key(2)) * 10
+    scores[0, 3:] = -mx.inf
+    s = np.array(scores).astype(np.float64)
+    p = np.exp(s - s.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(np.array(elementwise.softmax(scores)), p, atol=1e-6)
+    c = np.arange(11.0)
+    theirs = p * (c - (p * c).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(slopes(lambda x: elementwise.softmax(x) * mx.array(c), scores), theirs, atol=2e-6)
+
+
+def test_other_types_use_what_mlx_has() -> None:
+    x = mx.array([0.5, -1.0], mx.bfloat16)
+    assert not elementwise.is_fast_here(x)
+    assert elementwise.softmax(x).dtype == mx.bfloat16
+    assert mx.array_equal(elementwise.exp(x), mx.exp(x)).item()

@@ -1,0 +1,345 @@
+"""The decoding engine against whole-row forwards, against itself row by row, and against the distribution."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+import pytest
+
+from troupe.errors import ModelError
+from troupe.policy import elementwise, rollout
+from troupe.policy.loading import Policy, load_policy, random_policy
+from troupe.policy.qwen3 import Qwen3Config, init_weights
+from troupe.policy.rollout import (
+    CompletedGroup,
+    Completion,
+    GenerationConfig,
+    RolloutEngine,
+    RolloutRequest,
+    draw_by_shares,
+    generate_batch,
+    noise_block,
+    prefill_chunks,
+    row_key,
+)
+
+CONFIG = Qwen3Config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=80,
+    initializer_range=0.25,
+)
+POLICY = random_policy(CONFIG, seed=5)
+STOP = frozenset({7, 8, 9})
+RAGGED = [
+    RolloutRequest(prompt_ids=tuple((3 * i + n) % 61 for i in range(n)), key=(0, 1, n)) for n in (4, 9, 1, 30, 17)
+]
+EQUAL = [RolloutRequest(prompt_ids=tuple(range(n, n + 6)), key=(0, 2, n)) for n in range(3)]
+
+
+def engine_for(
+    generation: GenerationConfig, *, stop_ids: frozenset[int] = STOP, policy: Policy = POLICY
+) -> RolloutEngine:
+    engine = RolloutEngine(policy.config, generation, stop_ids=stop_ids)
+    engine.load(policy.weights, 0)
+    return engine
+
+
+def by_index(groups: Iterable[CompletedGroup]) -> list[tuple[Completion, ...]]:
+    return [group.completions for group in sorted(groups, key=lambda group: group.index)]
+
+
+def scaled_log_probs(prompt: tuple[int, ...], completion: Completion, temperature: float) -> np.ndarray:
+    """(T, V) log-softmax(logits / temperature) from one forward over the whole row, in float64."""
+    ids = mx.array([[*prompt, *completion.token_ids]])
+    logits = np.array(POLICY.model(ids))[0, len(prompt) - 1 : -1].astype(np.float64) / temperature
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def largest_gap(
+    requests: list[RolloutRequest], groups: list[tuple[Completion, ...]], temperature: float = 1.0
+) -> float:
+    """Between the log-probs that the engine reports and those of whole-row forwards."""
+    gaps = []
+    for request, completions in zip(requests, groups, strict=True):
+        for completion in completions:
+            table = scaled_log_probs(request.prompt_ids, completion, temperature)
+            theirs = table[np.arange(len(table)), list(completion.token_ids)]
+            gaps.append(np.abs(theirs - completion.log_probs).max())
+    return float(max(gaps))
+
+
+@pytest.mark.parametrize("requests", [RAGGED, EQUAL])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_whole_rows(requests: list[RolloutRequest], temperature: float) -> None:
+    generation = GenerationConfig(num_generations=4, max_completion_length=40, temperature=temperature)
+    groups = by_index(engine_for(generation).decode(requests))
+    assert largest_gap(requests, groups, temperature) < 1e-4
+    assert all(c.sampling_log_probs == c.log_probs for group in groups for c in group)
+
+
+def test_a_batch_is_its_rows_alone() -> None:
+    engine = engine_for(GenerationConfig(num_generations=3, max_completion_length=30))
+    together = by_index(engine.decode(RAGGED))
+    for request, group in zip(RAGGED, together, strict=True):
+        [alone] = by_index(engine.decode([request]))
+        for one, other in zip(alone, group, strict=True):
+            assert one.token_ids == other.token_ids
+            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
+
+
+def test_runs_repeat_bit_for_bit() -> None:
+    generation = GenerationConfig(num_generations=4, max_completion_length=30)
+    first, second = (list(engine_for(generation).decode(RAGGED)) for _ in range(2))
+    assert first == second
+
+
+def test_keys_alone_tell_samples_apart() -> None:
+    engine = engine_for(GenerationConfig(num_generations=2, max_completion_length=20), stop_ids=frozenset())
+    request = EQUAL[0]
+    other = msgspec.structs.replace(request, key=(0, 2, 99))
+    same, again, different = by_index(engine.decode([request, request, other]))
+    assert [c.token_ids for c in same] == [c.token_ids for c in again]
+    assert len({c.token_ids for c in (*same, *different)}) == 4
+
+
+def test_rows_end_at_stop_ids_or_at_the_limit() -> None:
+    engine = engine_for(GenerationConfig(num_generations=6, max_completion_length=25))
+    reasons = set()
+    for group in by_index(engine.decode(RAGGED)):
+        for completion in group:
+            assert not STOP & set(completion.token_ids[:-1])
+            stopped = completion.token_ids[-1] in STOP
+            assert completion.finish_reason == ("stop" if stopped else "length")
+            assert stopped or len(completion.token_ids) == 25
+            lengths = {len(completion.token_ids), len(completion.log_probs), len(completion.versions)}
+            assert lengths == {len(completion.sampling_log_probs)}
+            reasons.add(completion.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_positions_bound_each_prompt_by_itself() -> None:
+    requests = [RolloutRequest(prompt_ids=(1,) * n, key=(n,)) for n in (10, 75, 79)]
+    engine = engine_for(GenerationConfig(num_generations=2, max_completion_length=50), stop_ids=frozenset())
+    groups = list(engine.decode(requests))
+    assert [group.index for group in groups] == [2, 1, 0]
+    assert [len(c.token_ids) for group in by_index(groups) for c in group] == [50, 50, 5, 5, 1, 1]
+    assert largest_gap(requests, by_index(groups)) < 1e-4
+
+
+def test_groups_come_when_their_last_row_ends_ties_in_request_order() -> None:
+    engine = engine_for(GenerationConfig(num_generations=2, max_completion_length=40))
+    requests = [RolloutRequest(prompt_ids=(i + 1, i + 2), key=(i,)) for i in range(12)]
+    groups = list(engine.decode(requests))
+    ends = [(max(len(c.token_ids) for c in group.completions), group.index) for group in groups]
+    assert ends == sorted(ends)
+    assert sorted(group.index for group in groups) == list(range(12))
+
+
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    sample = rollout._sample
+
+    def counting(sampler: rollout.Sampler, logits: mx.array, uniforms: mx.array) -> list[mx.array]:
+        sizes.append(logits.shape[0])
+        return sample(sampler, logits, uniforms)
+
+    monkeypatch.setattr(rollout, "_sample", counting)
+    stop = frozenset(range(0, 61, 4))
+    engine = engine_for(GenerationConfig(num_generations=8, max_completion_length=60), stop_ids=stop)
+    groups = by_index(engine.decode(RAGGED))
+    assert largest_gap(RAGGED, groups) < 1e-4
+    assert sizes[0] == 40
+    assert sizes[-1] < 20
+    changes = [t for t, (a, b) in enumerate(itertools.pairwise(sizes), 1) if a != b]
+    assert changes
+    assert all(t % rollout.COMPACT_EVERY == 0 for t in changes)
+    longest = max(len(c.token_ids) for group in groups for c in group)
+    assert len(sizes) <= min(60, longest + 1)  # one token is on its way when the last row ends
+
+
+@pytest.mark.parametrize("change", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 8, "top_p": 0.9}])
+def test_filtered_log_probs_are_renormalized(change: dict[str, float]) -> None:
+    generation = msgspec.convert(
+        {"num_generations": 3, "max_completion_length": 12, "temperature": 0.9, **change}, GenerationConfig
+    )
+    groups = by_index(engine_for(generation).decode(EQUAL))
+    assert largest_gap(EQUAL, groups, 0.9) < 1e-4
+    sampler = rollout.Sampler(generation)
+    for request, completions in zip(EQUAL, groups, strict=True):
+        for completion in completions:
+            table = scaled_log_probs(request.prompt_ids, completion, 0.9)
+            kept = np.array(sampler.filter(mx.array(table.astype(np.float32)))).astype(np.float64)
+            kept -= np.log(np.exp(kept).sum(axis=-1, keepdims=True))
+            theirs = kept[np.arange(len(kept)), list(completion.token_ids)]
+            np.testing.assert_allclose(completion.sampling_log_probs, theirs, atol=1e-4)
+
+
+def test_temperature_zero_takes_the_likeliest_and_reports_plain_log_probs() -> None:
+    generation = GenerationConfig(num_generations=2, max_completion_length=10, temperature=0.0)
+    groups = by_index(engine_for(generation).decode(RAGGED))
+    assert largest_gap(RAGGED, groups) < 1e-4
+    for request, completions in zip(RAGGED, groups, strict=True):
+        table = scaled_log_probs(request.prompt_ids, completions[0], 1.0)
+        assert list(completions[0].token_ids) == table.argmax(axis=-1).tolist()
+        assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize("change", [{}, {"top_k": 6}, {"temperature": 1.7}])
+def test_samples_follow_the_distribution(change: dict[str, float]) -> None:
+    n = 4000
+    settings = {"num_generations": n, "max_completion_length": 1, **change}
+    generation = msgspec.convert(settings, GenerationConfig)
+    request = EQUAL[1]
+    [group] = by_index(engine_for(generation).decode([request]))
+    counts = np.bincount([c.token_ids[0] for c in group], minlength=61)
+    log_probs = scaled_log_probs(request.prompt_ids, group[0], generation.temperature)[0]
+    kept = np.array(rollout.Sampler(generation).filter(mx.array(log_probs.astype(np.float32))[None]))[0]
+    shares = np.exp(kept.astype(np.float64))
+    shares /= shares.sum()
+    assert counts[shares == 0].sum() == 0
+    rare = shares * n < 5  # a chi-square wants five expected in every cell, so the rare ones share one
+    expected = np.append(shares[~rare], shares[rare].sum()) * n
+    seen = np.append(counts[~rare], counts[rare].sum())
+    filled = expected > 0
+    chi_square = ((seen - expected)[filled] ** 2 / expected[filled]).sum()
+    freedom = filled.sum() - 1
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)  # about one in 30,000
+
+
+def test_weights_exchanged_between_tokens_mark_every_token_with_its_version() -> None:
+    requests = [RolloutRequest(prompt_ids=(5, 6), key=(n,)) for n in range(4)]
+    requests.append(RolloutRequest(prompt_ids=(1,) * 70, key=(9,)))  # has room for ten tokens, so it ends first
+    engine = engine_for(GenerationConfig(num_generations=2, max_completion_length=30), stop_ids=frozenset())
+    before = by_index(engine.decode(requests))
+    newer = init_weights(CONFIG, mx.random.key(77))
+    mx.eval(newer)
+    decoding = engine.decode(requests)
+    first = next(decoding)
+    assert first.index == 4
+    engine.load(newer, 1)
+    after = by_index(decoding)
+    for old, new in zip(before[:4], after, strict=True):
+        for one, other in zip(old, new, strict=True):
+            switch = other.versions.index(1)
+            assert other.versions == (0,) * switch + (1,) * (30 - switch)
+            assert 10 <= switch <= 12
+            assert one.token_ids[:switch] == other.token_ids[:switch]
+            assert one.token_ids != other.token_ids
+    engine.load(newer, 1)
+    fresh = by_index(engine.decode(requests))
+    assert fresh[0][0].versions == (1,) * 30
+
+
+def test_abort_ends_the_iterator_from_another_thread() -> None:
+    generation = GenerationConfig(num_generations=2, max_completion_length=40)
+    requests = [RolloutRequest(prompt_ids=(5,), key=(0,)), RolloutRequest(prompt_ids=(1,) * 77, key=(1,))]
+    engine = engine_for(generation, stop_ids=frozenset())
+    decoding = engine.decode(requests)
+    assert next(decoding).index == 1
+    caller = threading.Thread(target=engine.abort)
+    caller.start()
+    caller.join()
+    assert next(decoding, None) is None
+    assert len(list(engine.decode(requests))) == 2  # and the next decode is none the worse
+
+
+def test_nothing_to_decode() -> None:
+    assert list(engine_for(GenerationConfig()).decode([])) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ((), "request 1: its prompt is empty"),
+        ((1, 61), r"request 1: id 61 is not in the model's vocabulary \[0, 61\)"),
+        ((-1,), "request 1: id -1"),
+        ((1,) * 80, "request 1: a prompt of 80 tokens leaves no room .* 80 positions"),
+    ],
+)
+def test_unusable_prompts_are_refused_before_decoding(prompt: tuple[int, ...], message: str) -> None:
+    requests = [EQUAL[0], RolloutRequest(prompt_ids=prompt, key=(1,))]
+    with pytest.raises(ModelError, match=message):
+        engine_for(GenerationConfig()).decode(requests)
+
+
+def test_decode_needs_weights() -> None:
+    engine = RolloutEngine(CONFIG, GenerationConfig(), stop_ids=STOP)
+    with pytest.raises(RuntimeError, match="decode came before load"):
+        engine.decode(EQUAL)
+
+
+@pytest.mark.parametrize("change", [{"num_generations": 0}, {"max_completion_length": 0}, {"temperature": -1.0}])
+def test_settings_out_of_bounds_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        GenerationConfig(**change)  # type: ignore[arg-type]
+
+
+def test_long_prompts_are_prefilled_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = GenerationConfig(num_generations=2, max_completion_length=6)
+    whole = by_index(engine_for(generation).decode(RAGGED))
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 20)
+    lengths = [[len(prompt) for prompt in part] for part in prefill_chunks([r.prompt_ids for r in RAGGED])]
+    assert lengths == [[4, 9], [1], [30], [17]]
+    parts = by_index(engine_for(generation).decode(RAGGED))
+    assert [[c.token_ids for c in group] for group in parts] == [[c.token_ids for c in group] for group in whole]
+
+
+def test_noise_is_uniform_and_belongs_to_key_and_block() -> None:
+    keys = [row_key((3, 1, 4), i) for i in range(2000)]
+    assert len({*keys, row_key((3, 1), 4), row_key((31, 4), 0)}) == 2002
+    noise = np.array(noise_block(keys, 0))
+    assert noise.shape == (2000, 16)
+    assert noise.min() >= 0
+    assert noise.max() < 1
+    counts = np.bincount((noise * 20).astype(int).ravel(), minlength=20)
+    assert ((counts - 1600) ** 2 / 1600).sum() < 19 + 4 * np.sqrt(38)
+    assert abs(np.corrcoef(noise[:, 0], noise[:, 1])[0, 1]) < 0.1
+    np.testing.assert_array_equal(np.array(noise_block(keys[7:8], 0)), noise[7:8])
+    assert not np.any(np.array(noise_block(keys[:1], 1)) == noise[0])
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_draw_never_leaves_the_support(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    monkeypatch.setattr(rollout, "is_on_cpu", lambda: on_cpu)
+    shares = mx.array([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]] * 7)
+    uniforms = mx.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-24, 1.0])
+    assert draw_by_shares(shares, uniforms).tolist() == [1, 1, 3, 3, 4, 4, 4]
+
+
+def test_the_draw_survives_a_real_vocabulary() -> None:
+    V = 151_936
+    shares = elementwise.exp(mx.random.normal((4, V), key=mx.random.key(0)) * 3)
+    shares[:, -1000:] = 0
+    ids = draw_by_shares(shares, mx.array([0.0, 0.5, 0.999, 1 - 2.0**-24]))
+    exact = np.array(shares).astype(np.float64)
+    ends = np.cumsum(exact, axis=-1) / exact.sum(axis=-1, keepdims=True)
+    for row, (token, uniform) in enumerate(zip(ids.tolist(), [0.0, 0.5, 0.999, 1.0], strict=True)):
+        assert token < V - 1000
+        assert ends[row, token - 1] - 1e-4 <= uniform <= ends[row, token] + 1e-4 if token else uniform == 0.0
+
+
+def test_generate_batch_returns_rows_in_prompt_order(tiny_model: Path) -> None:
+    policy = load_policy(tiny_model)
+    generation = GenerationConfig(max_completion_length=8)
+    batch = generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
+    assert batch.prompt_ids == [policy.tokenizer.encode("hello")] * 3 + [policy.tokenizer.encode("a")] * 3
+    assert batch.texts == [policy.tokenizer.decode(ids) for ids in batch.completion_ids]
+    log_probs = policy.compute_log_probs(batch.prompt_ids, batch.completion_ids).tolist()
+    assert isinstance(log_probs, list)
+    for row, ours in enumerate(batch.log_probs):
+        np.testing.assert_allclose(ours, log_probs[row][: len(ours)], atol=1e-4)
+    assert batch == generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
+    assert batch != generate_batch(policy, ["hello", "a"], 3, generation, seed=5)

@@ -1,0 +1,78 @@
+"""The built-in rewards against numbers worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from troupe.errors import RewardError
+from troupe.rewards import check_columns, diversity_reward, exact_answer_reward, format_reward, length_reward
+
+
+def chat(text: str | None) -> list[dict[str, object]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_length_is_1_at_the_target_and_falls_evenly_to_0_on_both_sides() -> None:
+    texts = ["", "abc", " abcd\n", "abcdef", "abcdefgh", "a" * 99]
+    assert length_reward(texts, target_length=4) == [0.0, 0.75, 1.0, 0.5, 0.0, 0.0]
+    assert length_reward(prompts=["p"], completions=["a" * 50], answer=["x"]) == [0.25]
+
+
+def test_message_lists_count_by_their_last_content() -> None:
+    talk = [{"role": "assistant", "content": "zz"}, {"role": "assistant", "content": "abcd"}]
+    assert length_reward([talk, chat(None), []], target_length=4) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("target", [0, -1, 2.5, "4"])
+def test_length_targets_must_count(target: object) -> None:
+    with pytest.raises(RewardError, match="target_length"):
+        length_reward(["a"], target_length=target)  # type: ignore[arg-type]
+
+
+def test_diversity_counts_repeats_within_and_across_the_group() -> None:
+    # "a b a b": bigrams ab ba ab → 2 of 3 distinct; ab and ba are its own.       ½·2/3 + ½·1 = 5/6
+    # "c d e" and "C d f": cd is shared, each has 2 distinct of 2, 1 its own.      ½·1 + ½·½ = 3/4
+    # "x" is one n-gram of its own; white space has none.
+    scores = diversity_reward(["a b a b", "c d e", "C d f", "x", " "])
+    assert scores == pytest.approx([5 / 6, 3 / 4, 3 / 4, 1.0, 0.0])
+
+
+def test_diversity_compares_completions_of_one_prompt_only() -> None:
+    completions = ["same words", "same words", "same words"]
+    assert diversity_reward(completions) == [0.5, 0.5, 0.5]
+    assert diversity_reward(completions, prompts=["p", "q", "q"]) == [1.0, 0.5, 0.5]
+    assert diversity_reward(completions, prompts=[chat("p"), chat("q"), chat("p")]) == [0.5, 1.0, 0.5]
+
+
+def test_diversity_with_single_words() -> None:
+    assert diversity_reward(["a a b"], ngram_size=1) == [pytest.approx(0.5 * 2 / 3 + 0.5)]
+    with pytest.raises(RewardError, match="ngram_size = 0"):
+        diversity_reward(["a"], ngram_size=0)
+
+
+def test_format_matches_the_whole_text_line_ends_included() -> None:
+    reward = format_reward(r"<think>.*</think>\d+")
+    texts = ["<think>a\nb</think>12", "<think>a</think>12 ", "x<think></think>1", chat("<think></think>7")]
+    assert reward(texts, answer=["1"] * 4) == [1.0, 0.0, 0.0, 1.0]
+    assert reward.__name__ == "format_reward"
+
+
+@pytest.mark.parametrize("pattern", ["(", 3])
+def test_patterns_that_do_not_compile_are_refused(pattern: str) -> None:
+    with pytest.raises(RewardError, match="is no regular expression"):
+        format_reward(pattern)
+
+
+def test_exact_answers_compare_as_text() -> None:
+    scores = exact_answer_reward(completions=[" 4\n", "4", "4.0", chat("yes"), "?"], answer=["4", 4, 4, "yes ", None])
+    assert scores == [1.0, 1.0, 0.0, 1.0, None]
+    assert exact_answer_reward(["a"], ["a"]) == [1.0]
+
+
+def test_exact_answer_names_the_column_it_misses() -> None:
+    with pytest.raises(RewardError, match="requires the column 'answer'"):
+        exact_answer_reward(completions=["a"], reply=["a"])
+    with pytest.raises(RewardError, match="requires answer, but the dataset's columns are: reply"):
+        check_columns(exact_answer_reward, {"reply"})
+    with pytest.raises(RewardError, match="2 answers for 1 completions"):
+        exact_answer_reward(["a"], ["a", "b"])

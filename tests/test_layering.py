@@ -1,0 +1,97 @@
+"""The import rules of the house: who may know whom."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import troupe
+
+PACKAGE = Path(troupe.__file__).parent
+EVERYWHERE = {"errors"}
+ROOMS = {"messages", "grpo", "policy", "runtime", "rewards", "dataset", "sinks", "checkpoint", "schedule", "learning"}
+
+# room or root module → what it may import of ours, besides itself and errors
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "linux_cpu": set(),
+    "demo": set(),
+    "messages": set(),
+    "grpo": set(),
+    "policy": set(),
+    "runtime": {"messages"},
+    "dataset": {"messages"},
+    "sinks": {"messages"},
+    "rewards": {"messages", "runtime"},
+    "checkpoint": {"messages", "policy"},
+    "schedule": {"dataset", "messages", "policy"},
+    "learning": {"messages", "policy", "grpo"},
+    "config": {"checkpoint", "dataset", "grpo", "policy", "rewards", "schedule", "sinks"},
+    "actors": ROOMS,
+    "prepare": ROOMS | {"config", "linux_cpu"},
+    "rollouts": ROOMS,
+    "pipeline": ROOMS | {"actors", "config", "prepare"},
+    "supervisor": ROOMS | {"config", "pipeline", "prepare", "rollouts"},
+    "doctor": {"linux_cpu"},
+    "cli": ROOMS | {"config", "doctor", "prepare", "rollouts", "supervisor", "__init__"},
+    "__main__": {"cli"},
+    "__init__": {"config", "linux_cpu", "rewards", "rollouts", "supervisor"},
+}
+
+
+def room_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports_of(file: Path) -> set[str]:
+    """Dotted names of ours that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide who knows whom"
+            module = node.module or ""
+            if module == "troupe":
+                submodules = {path.stem for path in PACKAGE.iterdir()}
+                found |= {f"troupe.{a.name}" if a.name in submodules else "troupe.__init__" for a in node.names}
+            else:
+                found.add(module)
+    return {name for name in found if name == "troupe" or name.startswith("troupe.")}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_whom_it_may_know(file: Path) -> None:
+    room = room_of(file)
+    known = {name.split(".")[1] for name in imports_of(file)}
+    assert known <= ALLOWED[room] | EVERYWHERE | {room}
+
+
+def test_no_actor_imports_another() -> None:
+    for file in (PACKAGE / "actors").glob("*.py"):
+        others = {name for name in imports_of(file) if name.startswith("troupe.actors")}
+        assert not others, file.name
+
+
+def test_only_the_pipeline_imports_actors_and_only_the_supervisor_the_pipeline() -> None:
+    importers = {
+        target: {room_of(file) for file in FILES if any(n.startswith(f"troupe.{target}") for n in imports_of(file))}
+        for target in ("actors", "pipeline")
+    }
+    assert importers == {"actors": {"pipeline"}, "pipeline": {"supervisor"}}
+
+
+def test_numpy_and_pickle_are_nowhere_in_the_product() -> None:
+    for file in FILES:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in names} & {"numpy", "pickle", "torch", "transformers"}, file
+        calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        assert not calls & {"eval", "exec"}, file
