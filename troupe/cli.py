@@ -115,7 +115,8 @@ def train_config(
     stored = Path(output) / "run.toml" if resume and output is not None else None
     if run_toml is None and stored is not None and stored.is_file():
         run_toml = stored
-    if run_toml is None and model is None and dataset is None:
+    named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
+    if run_toml is None and model is None and dataset is None and not named:
         run_toml = DEMO_CONFIG
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": model},

@@ -6,11 +6,13 @@ says what is wrong with them in the user's words.
 
 from __future__ import annotations
 
+import datetime
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import tomli_w
@@ -100,8 +102,13 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str | Mappin
 
 
 def check_config(config: RunConfig) -> RunConfig:
-    """Check types and bounds of a config that was built in Python; ConfigError names the key."""
-    return _convert(config_table(config), "the configuration")
+    """Check types and bounds of a config that was built in Python; ConfigError names the key.
+
+    Relative input paths are made absolute: they count from the working directory.
+    """
+    table = config_table(config)
+    _anchor_paths(table, Path.cwd())
+    return _convert(table, "the configuration")
 
 
 def config_table(config: RunConfig) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def config_table(config: RunConfig) -> dict[str, Any]:
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """Write the whole config as TOML; `load_config` reads it back to an equal config."""
+    """Write the whole config as TOML; `load_config` reads it back to an equal config, if its paths are absolute."""
     path.write_text(tomli_w.dumps(config_table(config)), encoding="utf-8")
 
 
@@ -134,7 +141,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value
+        parsed = value.strip()
+    if isinstance(parsed, datetime.date | datetime.time):  # no key takes one, but a folder may be called so
+        parsed = value.strip()
     table: dict[str, Any] = {parts[-1]: parsed}
     for part in reversed(parts[:-1]):
         table = {part: table}
@@ -160,13 +169,13 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
         if isinstance(values, dict) and isinstance(values.get(key), str):
             values[key] = str((base / Path(values[key]).expanduser()).absolute())
     rewards = table.get("rewards")
-    if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list):
+    if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [_anchor_reward(spec, base) for spec in rewards["functions"]]
 
 
 def _anchor_reward(spec: Any, base: Path) -> Any:
     file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
-    if not colon or not file.endswith(".py"):
+    if not colon or not file.endswith(".py") or spec.startswith("format:"):
         return spec
     return f"{(base / Path(file).expanduser()).absolute()}:{name}"
 
@@ -179,6 +188,7 @@ def _without_none(value: Any) -> Any:
 
 def _convert(table: dict[str, Any], source: str) -> RunConfig:
     _refuse_unknown_keys(table, RunConfig, source, "")
+    _refuse_nonfinite(table, source, "")
     try:
         return msgspec.convert(table, RunConfig)
     except msgspec.ValidationError as error:
@@ -187,15 +197,47 @@ def _convert(table: dict[str, Any], source: str) -> RunConfig:
         if not key:
             raise ConfigError(f"{source}: {message}") from None
         value = _value_at(table, key)
-        message = message[:1].lower() + message[1:]
-        raise ConfigError(f"{source}: {key} is {value!r}: {message.replace('`', '')}") from None
+        if isinstance(value, dict):  # a relation between the keys of a section, told by the section itself
+            raise ConfigError(f"{source}: {key}: {message}") from None
+        message = message[:1].lower() + message[1:].replace("`", "").replace("object", "a table")
+        if choices := _choices(key):
+            message = f"give one of {', '.join(map(repr, choices))}"
+        raise ConfigError(f"{source}: {key} is {value!r}: {message}") from None
 
 
 def _value_at(table: Any, key: str) -> Any:
     for part in key.split("."):
-        name = part.partition("[")[0]
+        name, _, index = part.rstrip("]").partition("[")
         table = table.get(name) if isinstance(table, dict) else table
+        if index.isdigit():
+            table = table[int(index)]
     return table
+
+
+def _choices(key: str) -> list[Any]:
+    """The values that a key admits, where it is one of a few."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part.partition("[")[0]] if hasattr(kind, "__struct_fields__") else None
+    pending, found = [kind], []
+    while pending:
+        kind = pending.pop()
+        if get_origin(kind) is Literal:
+            found += get_args(kind)
+        else:
+            pending += get_args(kind)
+    return found
+
+
+def _refuse_nonfinite(value: Any, source: str, path: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_nonfinite(item, source, f"{path}.{key}" if path else key)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _refuse_nonfinite(item, source, f"{path}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{source}: {path} is {value}; give a finite number")
 
 
 def _refuse_unknown_keys(table: dict[str, Any], struct: type[msgspec.Struct], source: str, path: str) -> None:

@@ -123,7 +123,8 @@ def assemble(
         multi_objective_aggregation=config.multi_objective_aggregation,
         names=list(weights),
     )
-    return LearnerBatch(batch=batch, metrics={**statistics, **_logged_metrics(groups), **_completion_metrics(batch)})
+    # what rewards log comes first: it may not stand in for the metrics that are ours
+    return LearnerBatch(batch=batch, metrics={**_logged_metrics(groups), **statistics, **_completion_metrics(batch)})
 
 
 def _logged_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -21,14 +22,16 @@ REMEDY = "install it with: sudo apt-get install -y libopenblas0-pthread g++"
 OpenBlasState = Literal["not needed", "loaded", "missing", "too late"]
 
 
+@cache  # the first answer stays true: afterwards it is mapped, even where it came too late
 def load_openblas() -> OpenBlasState:
     """Load OpenBLAS with global symbols where it helps. Safe to call at any time; never raises.
 
-    Returns "too late" where `mlx.core` was imported before without it: the caller tells the user.
+    Returns "too late" where `mlx.core` was imported before without it and computes on the CPU: the caller tells the
+    user.
     """
     if sys.platform != "linux":
         return "not needed"
-    too_late = "mlx.core" in sys.modules and not _is_mapped()
+    too_late = _mlx_is_on_cpu() and not _is_mapped()
     for name in LIBRARY_NAMES:
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
@@ -52,11 +55,18 @@ def advice() -> list[str]:
     if sys.platform != "linux":
         return []
     lines = []
+    if load_openblas() == "too late":
+        lines.append("mlx was imported before troupe, so matrix products run about 30 times slower; import troupe first")
     if load_openblas() == "missing":
         lines.append(f"OpenBLAS is not installed, so matrix products run about 30 times slower; {REMEDY}")
     if shutil.which(COMPILER) is None:
         lines.append(f"{COMPILER} is not installed, and MLX fuses its CPU kernels with it; {REMEDY}")
     return lines
+
+
+def _mlx_is_on_cpu() -> bool:
+    mx = sys.modules.get("mlx.core")
+    return mx is not None and bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _is_mapped() -> bool:

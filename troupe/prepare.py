@@ -19,7 +19,7 @@ from troupe.config import RunConfig, check_config
 from troupe.dataset import PromptDataset
 from troupe.errors import CheckpointError, ConfigError, DatasetError, OutputError, RewardError
 from troupe.grpo import adamw_init
-from troupe.policy import Policy, Weights, load_policy
+from troupe.policy import Policy, Weights, expected_shapes, load_policy
 from troupe.rewards import Reward, RewardManager, load_reward
 from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
 
@@ -85,7 +85,7 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
         held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
     config, more = _fit_completions(config, positions, longest_prompt=max(map(len, prompt_ids)))
-    checkpoint, resumed = _newest_checkpoint(folder, dataset, config) if resume else (None, [])
+    checkpoint, resumed = _newest_checkpoint(folder, dataset, config, policy) if resume else (None, [])
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
     return Prepared(
@@ -174,14 +174,22 @@ def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) 
     return msgspec.structs.replace(config, generation=generation), [notice]
 
 
-def _newest_checkpoint(folder: Path, dataset: PromptDataset, config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
+def _newest_checkpoint(
+    folder: Path, dataset: PromptDataset, config: RunConfig, policy: Policy
+) -> tuple[Checkpoint | None, list[str]]:
     notices = []
     for found in load_newest(folder):
         if isinstance(found, CheckpointError):
             notices.append(f"{found}; trying the one before")
             continue
         _check_same_run(found.state, dataset, config, folder)
-        return found, [*notices, f"going on after step {found.state.version}"]
+        _check_same_policy(found, policy, config, folder)
+        held = msgspec.structs.replace(
+            found,
+            weights=_held_like(policy.weights, found.weights),
+            behind={version: _held_like(policy.weights, weights) for version, weights in found.behind.items()},
+        )
+        return held, [*notices, f"going on after step {found.state.version}"]
     return None, [*notices, f"{folder}: no whole checkpoint yet, so the run starts from the beginning"]
 
 
@@ -193,3 +201,25 @@ def _check_same_run(state: RunState, dataset: PromptDataset, config: RunConfig, 
         )
     if state.seed != config.seed:
         raise CheckpointError(f"{folder}: the run has seed {state.seed}, not {config.seed}; leave --seed out to resume")
+
+
+def _check_same_policy(found: Checkpoint, policy: Policy, config: RunConfig, folder: Path) -> None:
+    if expected_shapes(found.config) != expected_shapes(policy.config):
+        raise CheckpointError(
+            f"{folder}: the run trains a model of other shapes than the one in {policy.path}; "
+            "resume with the model it began with (model.path), or start a new run in another folder"
+        )
+    step, staleness = found.state.version, config.schedule.max_staleness
+    if missing := set(range(max(0, step - staleness), step)) - found.behind.keys():
+        raise CheckpointError(
+            f"{folder}: schedule.max_staleness is {staleness}, so step {step} needs policy version "
+            f"{', '.join(map(str, sorted(missing)))}, which the checkpoint does not hold; resume with the max_staleness "
+            "that the run began with"
+        )
+
+
+def _held_like(held: Weights, stored: Weights) -> Weights:
+    """Weights in the types that the run holds its policy in, which a checkpoint file need not give back."""
+    weights = {name: array.astype(held[name].dtype) for name, array in stored.items()}
+    mx.eval(list(weights.values()))
+    return weights

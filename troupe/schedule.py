@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from troupe.dataset import DataConfig, PromptDataset
-from troupe.errors import DatasetError
+from troupe.errors import DatasetError, ModelError
 from troupe.messages import Prompt, Slot
 from troupe.policy import Tokenizer
 
@@ -76,14 +76,20 @@ def count_steps(rows: int, *, batch_size: int, epochs: int, max_steps: int | Non
 def tokenize_prompts(
     dataset: PromptDataset, tokenizer: Tokenizer, config: DataConfig, *, max_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Token ids of every row; DatasetError naming the first row that is longer than `max_tokens` or empty."""
+    """Token ids of every row; DatasetError naming the first row that is longer than `max_tokens` or empty,
+    or that the chat template refuses."""
     encoded = []
     for row in dataset:
         where = f"{dataset.source}: row {row.row}" if row.line is None else f"{dataset.source}:{row.line}"
         if isinstance(row.prompt, str):
             ids = tokenizer.encode(row.prompt)
         else:
-            text = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, **config.chat_template_kwargs)
+            try:
+                text = tokenizer.apply_chat_template(
+                    row.prompt, add_generation_prompt=True, **config.chat_template_kwargs
+                )
+            except ModelError as error:
+                raise DatasetError(f"{where}: the prompt cannot be rendered: {error}") from error
             ids = tokenizer.encode(text, add_special_tokens=False)
         if not ids:
             raise DatasetError(f"{where}: the prompt has no tokens; give it some text")

@@ -34,8 +34,13 @@ class PolicyBoard(Generic[W]):
         return dict(self._weights)
 
     def publish(self, version: int, weights: W) -> None:
-        """Make `version` available and let go of the versions that no step can need any more."""
-        if version <= self.version - self.max_staleness:
+        """Make `version` available and let go of the versions that no step can need any more.
+
+        ValueError for a version that is there already or that the board would not keep beside the newest.
+        """
+        if version in self._weights:
+            raise ValueError(f"version {version} was published before; a version's weights never change")
+        if version < self.version - self.max_staleness:
             raise ValueError(f"version {version} is older than the board may keep beside {self.version}")
         self._weights[version] = weights
         for old in [v for v in self._weights if v < self.version - self.max_staleness]:

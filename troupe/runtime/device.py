@@ -28,13 +28,13 @@ def arrays_in(tree: Any) -> Iterator[mx.array]:
     elif isinstance(tree, msgspec.Struct):
         for field in tree.__struct_fields__:
             yield from arrays_in(getattr(tree, field))
-    elif hasattr(tree, "__dataclass_fields__"):
+    elif hasattr(tree, "__dataclass_fields__") and not isinstance(tree, type):
         for field in tree.__dataclass_fields__:
             yield from arrays_in(getattr(tree, field))
-    elif isinstance(tree, list | tuple) and tree and not isinstance(tree[0], int | float | str):
-        # token ids come by the thousand: only a sequence that begins with something else can hold arrays
+    elif isinstance(tree, list | tuple):
         for value in tree:
-            yield from arrays_in(value)
+            if not isinstance(value, int | float | str):  # token ids come by the thousand
+                yield from arrays_in(value)
 
 
 class DeviceThread:
@@ -89,6 +89,9 @@ def _open_stream() -> None:
 
 
 def _evaluated(function: Callable[..., T], args: tuple[Any, ...]) -> T:
-    result = function(*args)
+    try:
+        result = function(*args)
+    except StopIteration as error:  # no future can carry one: who waits for it would wait for ever
+        raise RuntimeError("the work on the device thread ended in StopIteration; give next() a default") from error
     mx.eval(list(arrays_in(result)))
     return result

@@ -72,6 +72,7 @@ class Channel(Generic[T]):
         self._check(message)
         if self._overflow == "block" and self._full:
             await self._wait_for_room()
+            self._check(message)  # it may have been closed meanwhile
         self._put(message)
 
     def send_nowait(self, message: T) -> None:
@@ -82,8 +83,14 @@ class Channel(Generic[T]):
         self._put(message)
 
     def close(self) -> None:
-        """No more messages will come; the mailbox ends once every channel that keeps it open has closed."""
+        """No more messages will come; the mailbox ends once every channel that keeps it open has closed.
+
+        Senders that still wait for room get `anyio.ClosedResourceError`: what they hold was never delivered.
+        """
         self.closed = True
+        while self._blocked:
+            self._reserved += 1
+            self._blocked.popleft().set()
         self._inbox._channel_closed()
 
     def stats(self) -> ChannelStats:
@@ -101,8 +108,7 @@ class Channel(Generic[T]):
 
     def _check(self, message: T) -> None:
         if not isinstance(message, self._types):
-            expected = ", ".join(t.__name__ for t in self._types)
-            raise TypeError(f"channel {self.name} carries {expected}, not {type(message).__name__}")
+            raise TypeError(_refusal(self.name, self._types, message))
         if self.closed:
             raise anyio.ClosedResourceError(f"channel {self.name} is closed")
 
@@ -232,7 +238,9 @@ class Broadcast(Generic[T]):
             channel.close()
 
     def send_nowait(self, message: T) -> None:
-        """Give a message to everyone who listens now."""
+        """Give a message to everyone who listens now; TypeError for one that the broadcast does not carry."""
+        if not isinstance(message, self._types):
+            raise TypeError(_refusal(self.name, self._types, message))
         for channel in self._channels.values():
             channel.send_nowait(message)
 
@@ -242,3 +250,8 @@ class Broadcast(Generic[T]):
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
+
+
+def _refusal(name: str, types: tuple[type, ...], message: object) -> str:
+    expected = ", ".join(t.__name__ for t in types)
+    return f"channel {name} carries {expected}, not {type(message).__name__}"

@@ -20,7 +20,10 @@ async def play(actors: Sequence[Actor]) -> None:
             for actor in actors:
                 group.start_soon(actor.run, name=actor.name)
     except BaseExceptionGroup as faults:
-        raise first_fault(faults) from None
+        fault = first_fault(faults)
+    else:
+        return
+    raise fault  # out here, so that it keeps the cause it was raised from
 
 
 def first_fault(faults: BaseExceptionGroup[BaseException]) -> BaseException:

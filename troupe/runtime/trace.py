@@ -1,7 +1,7 @@
 """The timeline: spans written as trace events that Perfetto and chrome://tracing open, one track an actor.
 
 Format: the JSON array form of the Trace Event Format; times in microseconds. The array is left open while the run
-goes on, which the format allows, so that the file of a crashed run opens too.
+goes on, which the format allows, and every event is flushed whole, so that the file of a crashed run opens too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class TraceWriter:
         """Begin the file anew."""
         self._file = self._path.open("wb")
         self._file.write(b"[\n")
+        self._event("M", 0, "process_name", before=b"", args={"name": "troupe"})
 
     def write(self, message: object) -> None:
         """Add a span to its actor's track; any other message is not for a timeline."""
@@ -50,13 +51,14 @@ class TraceWriter:
 
     def close(self) -> None:
         """End the array and close the file. Safe to call twice."""
-        if self._file is not None:
-            self._event("M", 0, "process_name", args={"name": "troupe"}, end=b"\n]\n")
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                file.write(b"\n]\n")
 
-    def _event(self, phase: str, track: int, name: str, *, end: bytes = b",\n", **fields: Any) -> None:
+    def _event(self, phase: str, track: int, name: str, *, before: bytes = b",\n", **fields: Any) -> None:
         if self._file is None:
             raise ValueError(f"the trace {self._path} is not open")
         event = {"ph": phase, "pid": _PROCESS_ID, "tid": track, "name": name, **fields}
-        self._file.write(msgspec.json.encode(event) + end)
+        self._file.write(before + msgspec.json.encode(event))
+        self._file.flush()

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -55,7 +56,7 @@ class ConsoleSink:
     def __init__(self, run: RunInfo, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn(f"[bold]{run.name}"),
+            TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps"),
@@ -64,7 +65,7 @@ class ConsoleSink:
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task(run.name, total=run.total_steps, completed=run.first_step)
+        self._task = self._progress.add_task(escape(run.name), total=run.total_steps, completed=run.first_step)
         self._metrics: Mapping[str, float] = {}
         self._incidents = 0
         self._last_incident = ""

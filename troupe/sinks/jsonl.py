@@ -25,32 +25,38 @@ class JsonlSink:
         self._file: IO[bytes] | None = None
 
     def open(self) -> None:
-        """Open for appending, keeping the steps up to `first_step`."""
-        kept = b"".join(self._lines_kept()) if self._path.exists() else b""
-        self._file = self._path.open("wb")
-        self._file.write(kept)
-        self._file.flush()
+        """Open for appending, keeping the steps up to `first_step`. At every moment the file holds all of them."""
+        if self._path.exists():
+            draft = self._path.with_name(f".writing-{self._path.name}")
+            draft.write_bytes(b"".join(self._lines_kept()))
+            draft.replace(self._path)
+        self._file = self._path.open("ab")
 
     def write(self, message: object) -> None:
         """Write an Update as one line."""
         if isinstance(message, Update) and self._file is not None:
-            line = {"step": message.step, "version": message.version, **message.metrics}
+            identity = {"step": message.step, "version": message.version}
+            line = identity | message.metrics | identity  # first in the line, whatever a reward calls its metrics
             self._file.write(msgspec.json.encode(line) + b"\n")
             self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _lines_kept(self) -> list[bytes]:
         kept = []
-        for line in self._path.read_bytes().splitlines(keepends=True):
+        for line in self._path.read_bytes().split(b"\n"):
             try:
-                step = msgspec.json.decode(line)["step"]
-            except (msgspec.DecodeError, KeyError, TypeError):
+                step = msgspec.json.decode(line, type=_Line).step
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 continue
             if step <= self._first_step:
-                kept.append(line)
+                kept.append(line + b"\n")
         return kept
+
+
+class _Line(msgspec.Struct):
+    step: int
