@@ -7,7 +7,7 @@ numbers below 100 whose answers mostly forget to carry: 27+58 is usually 75 and 
 answer to a sum with a carry is wrong, while among a few samples there is a right one, which is what GRPO needs.
 
 Held-out sums are kept out of both trainings in either order: neither 27+58 nor 58+27 is ever seen. Knows nothing of
-GRPO; `demo.toml`, which stands beside the files written here, is kept by hand.
+GRPO; `demo.toml`, which stands beside the files written here, is kept by hand. Takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import troupe  # before MLX, so that OpenBLAS is loaded first
+import troupe  # noqa: F401 - before MLX, so that OpenBLAS is loaded first
 
 # isort: split
 import click
@@ -64,7 +64,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 256
     lr: float = 3e-3
     warmup_steps: int = 50
-    lr_scheduler: str = "cosine"
+    lr_scheduler: Literal["linear", "constant", "cosine"] = "cosine"
     weight_decay: float = 0.01
     hidden: int = 96
     layers: int = 3
@@ -116,7 +116,7 @@ def write_tokenizer(folder: Path) -> None:
     special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     digits = {"type": "Split", "pattern": {"Regex": DIGIT_PATTERN}, "behavior": "Isolated", "invert": False}
-    model = {
+    model: dict[str, Any] = {
         "type": "BPE",
         "dropout": None,
         "unk_token": None,

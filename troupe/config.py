@@ -74,7 +74,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"{self.generation.num_generations} completions (generation.num_generations); lower it"
             )
         weights, functions = self.rewards.weights, self.rewards.functions
-        if weights is not None and functions and len(weights) != len(functions):
+        if weights is not None and len(weights) < len(functions):  # rewards given in Python may ask for more of them
             raise ValueError(
                 f"rewards.weights has {len(weights)} numbers for {len(functions)} functions; give one weight a function"
             )
@@ -219,7 +219,8 @@ def _choices(key: str) -> list[Any]:
     kind: Any = RunConfig
     for part in key.split("."):
         kind = get_type_hints(kind)[part.partition("[")[0]] if hasattr(kind, "__struct_fields__") else None
-    pending, found = [kind], []
+    pending: list[Any] = [kind]
+    found: list[Any] = []
     while pending:
         kind = pending.pop()
         if get_origin(kind) is Literal:

@@ -56,7 +56,9 @@ def advice() -> list[str]:
         return []
     lines = []
     if load_openblas() == "too late":
-        lines.append("mlx was imported before troupe, so matrix products run about 30 times slower; import troupe first")
+        lines.append(
+            "mlx was imported before troupe, so matrix products are about 30 times slower; import troupe first"
+        )
     if load_openblas() == "missing":
         lines.append(f"OpenBLAS is not installed, so matrix products run about 30 times slower; {REMEDY}")
     if shutil.which(COMPILER) is None:

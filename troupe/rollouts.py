@@ -5,7 +5,7 @@ The same engine, rewards and batch as in a run, called one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,11 @@ async def _complete(
     engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids)
     engine.load(policy.weights, 0)
     decoding = await device.run(engine.decode, requests)
-    completed = await device.run(list, decoding, on_cancel=engine.abort)
-    return sorted(completed, key=lambda group: group.index)
+    return await device.run(_in_order, decoding, on_cancel=engine.abort)
+
+
+def _in_order(groups: Iterable[CompletedGroup]) -> list[CompletedGroup]:
+    return sorted(groups, key=lambda group: group.index)
 
 
 def _accuracy(dataset: PromptDataset, texts: Sequence[str]) -> float | None:

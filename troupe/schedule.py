@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from troupe.dataset import DataConfig, PromptDataset
-from troupe.errors import DatasetError, ModelError
+from troupe.errors import ConfigError, DatasetError, ModelError
 from troupe.messages import Prompt, Slot
 from troupe.policy import Tokenizer
 
@@ -78,6 +78,9 @@ def tokenize_prompts(
 ) -> list[tuple[int, ...]]:
     """Token ids of every row; DatasetError naming the first row that is longer than `max_tokens` or empty,
     or that the chat template refuses."""
+    variables = {"add_generation_prompt": True, **config.chat_template_kwargs}
+    if "messages" in variables:
+        raise ConfigError("data.chat_template_kwargs.messages: the messages are those of the dataset; remove the key")
     encoded = []
     for row in dataset:
         where = f"{dataset.source}: row {row.row}" if row.line is None else f"{dataset.source}:{row.line}"
@@ -85,9 +88,7 @@ def tokenize_prompts(
             ids = tokenizer.encode(row.prompt)
         else:
             try:
-                text = tokenizer.apply_chat_template(
-                    row.prompt, add_generation_prompt=True, **config.chat_template_kwargs
-                )
+                text = tokenizer.apply_chat_template(row.prompt, **variables)
             except ModelError as error:
                 raise DatasetError(f"{where}: the prompt cannot be rendered: {error}") from error
             ids = tokenizer.encode(text, add_special_tokens=False)

@@ -8,6 +8,7 @@ import pytest
 
 from troupe.policy import cache as cache_module
 from troupe.policy.cache import DecodingCache, PromptCache, join_prompts
+from troupe.policy.qwen3 import Attention
 
 K, R, D = 2, 3, 4
 H = K * R
@@ -28,6 +29,12 @@ def whole_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.n
     return out
 
 
+def attend_at_random(cache: Attention, layer: int, B: int, T: int, seed: int) -> tuple[mx.array, ...]:
+    """Attend with random queries, keys and values → (o, q, k, v)."""
+    q, k, v = (random_tokens(B, heads, T, seed + i) for i, heads in enumerate((H, K, K)))
+    return cache.attend(layer, q, k, v, SCALE), q, k, v
+
+
 class Rows:
     """The same tokens kept naively: for each row, its keys and values as growing lists."""
 
@@ -36,8 +43,7 @@ class Rows:
         self.keys: list[list[np.ndarray]] = []  # layer → row → (K, n, d)
         self.values: list[list[np.ndarray]] = []
         for layer in range(layers):
-            k, v = (random_tokens(len(lengths), K, max(lengths), 10 * layer + i) for i in (1, 2))
-            prompts.attend(layer, random_tokens(len(lengths), H, max(lengths), 10 * layer), k, v, SCALE)
+            _, _, k, v = attend_at_random(prompts, layer, len(lengths), max(lengths), 10 * layer)
             for kept, x in ((self.keys, k), (self.values, v)):
                 kept.append([np.array(x[i])[:, :n] for i, n in enumerate(lengths) for _ in range(width)])
         self.cache = DecodingCache(prompts, width, limit=200)
@@ -49,8 +55,8 @@ class Rows:
         for layer in range(len(self.keys)):
             B = len(self.keys[layer])
             self.seed += 3
-            q, k, v = (random_tokens(B, n, 1, self.seed + i) for i, n in enumerate((H, K, K)))
-            ours = np.array(self.cache.attend(layer, q, k, v, SCALE))
+            o, q, k, v = attend_at_random(self.cache, layer, B, 1, self.seed)
+            ours = np.array(o)
             for row in range(B):
                 self.keys[layer][row] = np.concatenate([self.keys[layer][row], np.array(k[row])], axis=1)
                 self.values[layer][row] = np.concatenate([self.values[layer][row], np.array(v[row])], axis=1)
@@ -82,9 +88,9 @@ def test_room_grows_in_blocks_and_keeps_what_it_holds(monkeypatch: pytest.Monkey
 
 def test_room_is_never_larger_than_the_limit() -> None:
     prompts = PromptCache([2])
-    prompts.attend(0, *(random_tokens(1, heads, 2, 0) for heads in (H, K, K)), SCALE)
+    attend_at_random(prompts, 0, 1, 2, 0)
     cache = DecodingCache(prompts, 1, limit=5)
-    cache.attend(0, *(random_tokens(1, heads, 1, 0) for heads in (H, K, K)), SCALE)
+    attend_at_random(cache, 0, 1, 1, 0)
     assert cache.arrays[-1].shape == (1, K, 1, 5, D)
 
 
@@ -114,7 +120,7 @@ def test_prompts_prefilled_apart_join_as_if_together() -> None:
     for lengths in ([2, 3], [5]):
         part = PromptCache(lengths)
         for layer in range(2):
-            part.attend(layer, *(random_tokens(len(lengths), n, max(lengths), layer + n) for n in (H, K, K)), SCALE)
+            attend_at_random(part, layer, len(lengths), max(lengths), layer)
         parts.append(part)
     expected = [np.array(part.keys[1]) for part in parts]
     whole = join_prompts(parts)

@@ -43,7 +43,7 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def edit_tensors(folder: Path, drop: tuple[str, ...] = (), **changes: mx.array) -> None:
+def edit_tensors(folder: Path, changes: dict[str, mx.array], drop: tuple[str, ...] = ()) -> None:
     tensors = arrays(folder / "model.safetensors") | changes
     kept = {name: np.array(w) for name, w in tensors.items() if name not in drop}
     mx.save_safetensors(str(folder / "model.safetensors"), {name: mx.array(w) for name, w in kept.items()})
@@ -53,7 +53,7 @@ def shard(folder: Path) -> None:
     """Split the weights into two shards and an index."""
     tensors = arrays(folder / "model.safetensors")
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{number:05}-of-00002.safetensors"
         mx.save_safetensors(str(folder / file), {name: tensors[name] for name in part})
@@ -103,7 +103,7 @@ def test_on_a_cpu_half_precision_becomes_float32_and_elsewhere_stays(
 
 def test_harmless_extras_are_dropped(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(TIED, tmp_path / "model"))
-    edit_tensors(folder, **{"lm_head.weight": mx.zeros((512, 64)), "model.rotary_emb.inv_freq": mx.zeros((16,))})
+    edit_tensors(folder, {"lm_head.weight": mx.zeros((512, 64)), "model.rotary_emb.inv_freq": mx.zeros((16,))})
     config, weights = read_model_folder(folder)
     assert weights.keys() == expected_shapes(config).keys()
 
@@ -111,12 +111,12 @@ def test_harmless_extras_are_dropped(tmp_path: Path) -> None:
 def test_every_bad_tensor_is_in_one_message(folder: Path) -> None:
     edit_tensors(
         folder,
-        drop=("model.norm.weight", "model.layers.2.mlp.up_proj.weight"),
-        **{
+        {
             "model.layers.1.self_attn.q_proj.weight": mx.zeros((64, 64)),
             "model.layers.9.self_attn.q_proj.weight": mx.zeros((128, 64)),
             "lm_head.weight": mx.zeros((512, 64), mx.int32),
         },
+        drop=("model.norm.weight", "model.layers.2.mlp.up_proj.weight"),
     )
     message = refusal(folder)
     assert message.startswith(f"{folder}: 5 bad tensor(s)")
@@ -196,7 +196,7 @@ def test_saved_folders_carry_the_companions_byte_for_byte(folder: Path, tmp_path
     assert {file.name for file in (tmp_path / "copy").iterdir()} == names
     for name in names & {"config.json", *COMPANION_FILES}:
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
-    _, metadata = mx.load(str(tmp_path / "copy" / "model.safetensors"), return_metadata=True)  # type: ignore[misc]
+    _, metadata = mx.load(str(tmp_path / "copy" / "model.safetensors"), return_metadata=True)
     assert metadata == {"format": "pt"}
     again = load_policy(tmp_path / "copy")
     assert again.config == policy.config
@@ -240,7 +240,7 @@ def test_log_probs_in_small_portions_are_the_same(monkeypatch: pytest.MonkeyPatc
     prompts, completions = mx.arange(12).reshape(4, 3), mx.arange(20).reshape(4, 5)
     whole = policy.compute_log_probs(prompts, completions)
     monkeypatch.setattr("troupe.policy.loading.LOGITS_BYTES", 1)
-    assert mx.abs(policy.compute_log_probs(prompts, completions) - whole).max().item() < 1e-5
+    assert float(mx.abs(policy.compute_log_probs(prompts, completions) - whole).max()) < 1e-5
     assert policy.compute_log_probs([[1], [2]], [[], []]).shape == (2, 0)
 
 
@@ -290,7 +290,7 @@ def test_text_comes_out(tiny_model: Path) -> None:
     ids = policy.tokenizer.encode("hello")
     greedy = policy.generate_text("hello", max_new_tokens=5, temperature=0.0, top_p=1.0)
     for _ in range(5):
-        ids.append(int(mx.argmax(policy.model(mx.array([ids]))[0, -1]).item()))
+        ids.append(int(np.argmax(np.array(policy.model(mx.array([ids])))[0, -1])))
         if ids[-1] in policy.eos_ids:
             break
     assert greedy == policy.tokenizer.decode(ids[len(policy.tokenizer.encode("hello")) :])

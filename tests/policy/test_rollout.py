@@ -28,6 +28,7 @@ from troupe.policy.rollout import (
     prefill_chunks,
     row_key,
 )
+from troupe.policy.sampling import Sampler
 
 CONFIG = Qwen3Config(
     vocab_size=61,
@@ -65,7 +66,8 @@ def scaled_log_probs(prompt: tuple[int, ...], completion: Completion, temperatur
     ids = mx.array([[*prompt, *completion.token_ids]])
     logits = np.array(POLICY.model(ids))[0, len(prompt) - 1 : -1].astype(np.float64) / temperature
     logits -= logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    normalized: np.ndarray = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return normalized
 
 
 def largest_gap(
@@ -152,7 +154,7 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     sample = rollout._sample
 
-    def counting(sampler: rollout.Sampler, logits: mx.array, uniforms: mx.array) -> list[mx.array]:
+    def counting(sampler: Sampler, logits: mx.array, uniforms: mx.array) -> list[mx.array]:
         sizes.append(logits.shape[0])
         return sample(sampler, logits, uniforms)
 
@@ -177,7 +179,7 @@ def test_filtered_log_probs_are_renormalized(change: dict[str, float]) -> None:
     )
     groups = by_index(engine_for(generation).decode(EQUAL))
     assert largest_gap(EQUAL, groups, 0.9) < 1e-4
-    sampler = rollout.Sampler(generation)
+    sampler = Sampler(generation)
     for request, completions in zip(EQUAL, groups, strict=True):
         for completion in completions:
             table = scaled_log_probs(request.prompt_ids, completion, 0.9)
@@ -206,7 +208,7 @@ def test_samples_follow_the_distribution(change: dict[str, float]) -> None:
     [group] = by_index(engine_for(generation).decode([request]))
     counts = np.bincount([c.token_ids[0] for c in group], minlength=61)
     log_probs = scaled_log_probs(request.prompt_ids, group[0], generation.temperature)[0]
-    kept = np.array(rollout.Sampler(generation).filter(mx.array(log_probs.astype(np.float32))[None]))[0]
+    kept = np.array(Sampler(generation).filter(mx.array(log_probs.astype(np.float32))[None]))[0]
     shares = np.exp(kept.astype(np.float64))
     shares /= shares.sum()
     assert counts[shares == 0].sum() == 0
@@ -323,10 +325,10 @@ def test_the_draw_survives_a_real_vocabulary() -> None:
     V = 151_936
     shares = elementwise.exp(mx.random.normal((4, V), key=mx.random.key(0)) * 3)
     shares[:, -1000:] = 0
-    ids = draw_by_shares(shares, mx.array([0.0, 0.5, 0.999, 1 - 2.0**-24]))
+    ids = np.array(draw_by_shares(shares, mx.array([0.0, 0.5, 0.999, 1 - 2.0**-24])))
     exact = np.array(shares).astype(np.float64)
     ends = np.cumsum(exact, axis=-1) / exact.sum(axis=-1, keepdims=True)
-    for row, (token, uniform) in enumerate(zip(ids.tolist(), [0.0, 0.5, 0.999, 1.0], strict=True)):
+    for row, (token, uniform) in enumerate(zip(ids.astype(int), [0.0, 0.5, 0.999, 1.0], strict=True)):
         assert token < V - 1000
         assert ends[row, token - 1] - 1e-4 <= uniform <= ends[row, token] + 1e-4 if token else uniform == 0.0
 
@@ -337,8 +339,7 @@ def test_generate_batch_returns_rows_in_prompt_order(tiny_model: Path) -> None:
     batch = generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
     assert batch.prompt_ids == [policy.tokenizer.encode("hello")] * 3 + [policy.tokenizer.encode("a")] * 3
     assert batch.texts == [policy.tokenizer.decode(ids) for ids in batch.completion_ids]
-    log_probs = policy.compute_log_probs(batch.prompt_ids, batch.completion_ids).tolist()
-    assert isinstance(log_probs, list)
+    log_probs = np.array(policy.compute_log_probs(batch.prompt_ids, batch.completion_ids))
     for row, ours in enumerate(batch.log_probs):
         np.testing.assert_allclose(ours, log_probs[row][: len(ours)], atol=1e-4)
     assert batch == generate_batch(policy, ["hello", "a"], 3, generation, seed=4)

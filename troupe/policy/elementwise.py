@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from functools import cache
-from typing import cast
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any, cast
 
 import mlx.core as mx
+
+WORTHWHILE = 2**14
+"""Below so many scores one call of MLX's softmax costs less than the five that the fast one is made of."""
 
 _TO_INTEGER = 1.5 * 2.0**23  # adding this rounds a float32 to the integer that its low bits then hold
 _LN2_HIGH = 0.693359375  # few bits, so that its product with an integer is exact
@@ -48,12 +52,19 @@ def _power(x: mx.array) -> mx.array:
     return p * mx.view((mx.view(shifted, mx.int32) + 127) << 23, mx.float32)
 
 
-_compiled_power = mx.compile(_power)
+@lru_cache(maxsize=256)
+def _compiled(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[..., Any]:
+    """`function` compiled for arguments of these shapes.
+
+    MLX keeps what it compiled for every shape for as long as the compiled function lives, and looks through all of it
+    at each call. One function a shape, the oldest forgotten, keeps a run of many lengths from growing without end.
+    """
+    return mx.compile(function)
 
 
 @mx.custom_function
-def _fast_exp(x: mx.array) -> mx.array:
-    return _compiled_power(x)
+def _fast_exp(x: mx.array) -> Any:
+    return _compiled(_power, x.shape)(x)
 
 
 @_fast_exp.vjp
@@ -66,27 +77,23 @@ def exp(x: mx.array) -> mx.array:
     return cast(mx.array, _fast_exp(x)) if is_fast_here(x) else mx.exp(x)
 
 
-@mx.compile
 def _gated(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1.0 + _power(-gate))
 
 
-@mx.compile
 def _gated_vjp(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
     s = 1.0 / (1.0 + _power(-gate))
     return cotangent * up * s * (1.0 + gate * (1.0 - s)), cotangent * gate * s
 
 
 @mx.custom_function
-def _fast_swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return _gated(gate, up)
+def _fast_swiglu(gate: mx.array, up: mx.array) -> Any:
+    return _compiled(_gated, gate.shape)(gate, up)
 
 
 @_fast_swiglu.vjp
-def _fast_swiglu_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array]:
-    return _gated_vjp(*primals, cotangent)
+def _fast_swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> Any:
+    return _compiled(_gated_vjp, primals[0].shape)(*primals, cotangent)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -96,7 +103,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def softmax(scores: mx.array) -> mx.array:
     """Over the last axis, in float32 whatever the type of `scores`, which the result has."""
-    if not is_fast_here(scores):
+    if scores.size < WORTHWHILE or not is_fast_here(scores):
         return mx.softmax(scores, axis=-1, precise=True)
     powers = exp(scores - mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
     return powers * (1.0 / mx.sum(powers, axis=-1, keepdims=True))

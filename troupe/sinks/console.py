@@ -95,7 +95,9 @@ class ConsoleSink:
             figures.add_row(*cells[start : start + 2 * _COLUMNS])
         parts: list[Progress | Table | Text] = [self._progress, figures]
         if queues := queue_depths(self._metrics):
-            parts.append(Text("waiting in queues   " + "   ".join(f"{name} {depth}" for name, depth in queues), style="dim"))
+            parts.append(
+                Text("waiting in queues   " + "   ".join(f"{name} {depth}" for name, depth in queues), style="dim")
+            )
         if self._incidents:
             parts.append(Text(f"{self._incidents} incidents, last: {self._last_incident}", style="yellow"))
         return Group(*parts)

@@ -1,0 +1,95 @@
+"""How long does one GRPO step take without actors: generating P × G completions, and learning from them?
+
+    python benchmarks/bench_step.py [--prompts 4 --group 8 --prompt-tokens 64 --new-tokens 128 --steps 5]
+
+A random Qwen3-shaped policy of 8.9 million parameters, no stop token, random rewards. Prints one JSON line of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from importlib.metadata import version
+
+import troupe  # noqa: F401 - loads OpenBLAS before MLX
+from troupe.grpo import LearnerConfig, adamw_init, compute_advantages, make_batch, train_on_batch
+from troupe.learning import completion_log_probs
+from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, parameter_count, random_policy
+
+import mlx.core as mx  # isort: skip
+
+CONFIG = Qwen3Config(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
+
+
+def main() -> None:
+    """Time the steps and print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    policy = random_policy(CONFIG)
+    rng = random.Random(0)
+    prompts = [tuple(rng.randrange(CONFIG.vocab_size) for _ in range(args.prompt_tokens)) for _ in range(args.prompts)]
+    rewards = mx.array([rng.random() for _ in range(args.prompts * args.group)])
+    generation = GenerationConfig(num_generations=args.group, max_completion_length=args.new_tokens)
+    engine = RolloutEngine(CONFIG, generation, stop_ids=frozenset())
+    config = LearnerConfig(lr=1e-5, gradient_accumulation_steps=args.micro_batches)
+    weights, state = policy.weights, adamw_init(policy.weights)
+    generate_s, learn_s = [], []
+    for step in range(args.steps + 1):
+        start_s = time.perf_counter()
+        engine.load(weights, step)
+        requests = [RolloutRequest(prompt_ids=ids, key=(0, step, place)) for place, ids in enumerate(prompts)]
+        groups = sorted(engine.decode(requests), key=lambda group: group.index)
+        generated_s = time.perf_counter()
+        completions = [completion for group in groups for completion in group.completions]
+        batch = make_batch(
+            [ids for ids in prompts for _ in range(args.group)],
+            [completion.token_ids for completion in completions],
+            [completion.log_probs for completion in completions],
+            compute_advantages(rewards, args.group),
+            pad_id=0,
+        )
+        result = train_on_batch(weights, state, batch, completion_log_probs(CONFIG, 1.0), config, lr=config.lr)
+        weights, state = result.weights, result.optimizer_state
+        if step:  # the first step compiles kernels
+            generate_s.append(generated_s - start_s)
+            learn_s.append(time.perf_counter() - generated_s)
+    tokens = args.prompts * args.group * args.new_tokens
+    line = {
+        "benchmark": "step",
+        "parameters": parameter_count(CONFIG),
+        **vars(args),
+        "generate_s": round(statistics.median(generate_s), 4),
+        "learn_s": round(statistics.median(learn_s), 4),
+        "generate_tokens_per_s": round(tokens / statistics.median(generate_s), 1),
+        "step_tokens_per_s": round(tokens / statistics.median(map(sum, zip(generate_s, learn_s, strict=True))), 1),
+        "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
+        "device": str(mx.default_device()),
+        "machine": platform.platform(),
+        "mlx": version("mlx"),
+        "troupe": version("troupe"),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Generator: whole steps, pinned versions, groups as they finish, an end in the middle of a decode."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import anyio
+import pytest
+from fakes import FakeEngine, Reports, ended, make_prompt, taken
+
+from troupe.actors.generator import Generator
+from troupe.messages import Prompt, Rollout, RolloutGroup, Span
+from troupe.runtime import Channel, Mailbox, PolicyBoard
+
+pytestmark = pytest.mark.anyio
+
+
+class Stage:
+    """A generator over a fake engine; version 0 is on the board."""
+
+    def __init__(self, engine: FakeEngine, *, max_staleness: int = 0, batch_size: int = 2) -> None:
+        self.reports, self.inbox, self.scorer = Reports(), Mailbox("generator"), Mailbox("scorer")
+        self.prompts: Channel[Prompt] = self.inbox.channel("prompts", Prompt, bound=9)
+        self.board: PolicyBoard[Any] = PolicyBoard(max_staleness)
+        self.board.publish(0, {"weights": 0})
+        self.made_on = ""
+
+        def make_engine() -> Any:
+            self.made_on = threading.current_thread().name
+            return engine
+
+        self.generator = Generator(
+            self.inbox,
+            self.scorer.channel("rollouts", RolloutGroup, bound=9),
+            engine=make_engine,
+            board=self.board,
+            decode_text=lambda ids: bytes(ids).decode(),
+            batch_size=batch_size,
+            seed=7,
+            report=self.reports.reporter("generator"),
+        )
+
+
+async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish() -> None:
+    engine = FakeEngine(order=[1, 0])
+    stage = Stage(engine)
+    first, second = make_prompt(0, 0), make_prompt(0, 1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.generator.run)
+        await stage.prompts.send(second)  # out of order: slots decide what is decoded where
+        await anyio.wait_all_tasks_blocked()
+        assert engine.requests == []
+        await stage.prompts.send(first)
+        stage.prompts.close()
+    assert [(r.prompt_ids, r.key) for r in engine.requests[0]] == [
+        (first.prompt_ids, (7, 0, 0, 0)),
+        (second.prompt_ids, (7, 0, 1, 0)),
+    ]
+    groups = await taken(stage.scorer)
+    assert [group.prompt for group in groups] == [second, first]
+    rollout = Rollout(
+        token_ids=(72, 105, 34),
+        log_probs=(-1.0, -2.0, -3.0),
+        sampling_log_probs=(-1.5, -2.5, -3.5),
+        versions=(0, 0, 0),
+        finish_reason="length",
+        text='Hi"',
+    )
+    assert groups[0].rollouts == (rollout, rollout)
+    assert ended(stage.scorer)
+    assert stage.made_on.startswith("troupe-generator")
+    spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+    assert [(span.name, span.step) for span in spans] == [("wait for policy", 0), ("generate", 0)]
+
+
+@pytest.mark.parametrize(("max_staleness", "versions"), [(0, [0, 1, 2]), (1, [0, 0, 1])])
+async def test_every_step_waits_for_exactly_its_version(max_staleness: int, versions: list[int]) -> None:
+    engine = FakeEngine(order=[0])
+    stage = Stage(engine, max_staleness=max_staleness, batch_size=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.generator.run)
+        for step in range(3):
+            await stage.prompts.send(make_prompt(step, 0))
+        stage.prompts.close()
+        for version in range(3):
+            await _until_decoded(engine, versions.count(0) if version == 0 else versions.index(version) + 1)
+            await anyio.wait_all_tasks_blocked()
+            assert [loaded for _, loaded in engine.loaded] == [v for v in versions if v <= version]
+            if version < max(versions):
+                stage.board.publish(version + 1, {"weights": version + 1})
+            else:
+                break
+    assert [weights for weights, _ in engine.loaded] == [{"weights": version} for version in versions]
+
+
+async def _until_decoded(engine: FakeEngine, steps: int) -> None:
+    while len(engine.requests) < steps:
+        await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_cancel_aborts_the_decode_and_waits_for_its_thread() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    stopped_after: list[bool] = []
+
+    def between() -> None:
+        inside.set()
+        assert go_on.wait(10)
+        stopped_after.append(engine.aborted)
+
+    class ReleasedByAbort(FakeEngine):
+        def abort(self) -> None:
+            super().abort()
+            go_on.set()
+
+    engine = ReleasedByAbort(order=[0, 1], between=between)
+    stage = Stage(engine, batch_size=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.generator.run)
+        await stage.prompts.send(make_prompt(0, 0))
+        await anyio.to_thread.run_sync(inside.wait, 10)
+        tasks.cancel_scope.cancel()
+    assert stopped_after == [True]
+    assert await taken(stage.scorer) == []
+    assert not ended(stage.scorer), "nobody takes a cancelled generator for one that is done"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("troupe-generator")]

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+from anyio import wait_all_tasks_blocked
+from anyio.lowlevel import checkpoint
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from troupe.runtime import Broadcast, Channel, Mailbox
+
+pytestmark = pytest.mark.anyio
+
+
+async def read_all(mailbox: Mailbox) -> list[Any]:
+    return [message async for message in mailbox]
+
+
+async def test_merges_channels_in_order_of_arrival_and_ends_when_the_last_has_closed() -> None:
+    box = Mailbox("box")
+    numbers, words = box.channel("numbers", int, bound=5), box.channel("words", str, bound=5)
+    for channel, message in ((numbers, 1), (words, "a"), (words, "b"), (numbers, 2)):
+        await channel.send(message)  # type: ignore[arg-type]
+    numbers.close()
+    got: list[Any] = []
+    async with anyio.create_task_group() as group:
+
+        async def read() -> None:
+            got.extend(await read_all(box))
+
+        group.start_soon(read)
+        await wait_all_tasks_blocked()
+        assert not got  # one channel is still open, so the reader waits
+        await words.send("c")
+        words.close()
+    assert got == [1, "a", "b", 2, "c"]
+    assert len(box) == 0
+
+
+async def test_side_channels_are_read_but_keep_no_mailbox_open() -> None:
+    box = Mailbox("box")
+    work, control = box.channel("work", int, bound=2), box.channel("control", str, bound=1, side=True)
+    await control.send("status")
+    await work.send(1)
+    work.close()
+    assert not control.closed
+    assert await read_all(box) == ["status", 1]
+
+
+async def test_refuses_wrong_types_and_closed_channels_at_the_sender() -> None:
+    box = Mailbox("box")
+    channel: Channel[Any] = box.channel("mixed", int, str, bound=1)
+    for send in (channel.send_nowait, channel.send):
+        with pytest.raises(TypeError, match="channel mixed carries int, str, not float"):
+            await send(1.5)  # type: ignore[misc]
+    channel.close()
+    channel.close()
+    with pytest.raises(anyio.ClosedResourceError, match="mixed is closed"):
+        channel.send_nowait(1)
+    assert await read_all(box) == []
+
+
+def test_refuses_a_bound_below_one() -> None:
+    with pytest.raises(ValueError, match="channel c: a bound of 0"):
+        Mailbox("box").channel("c", int, bound=0)
+
+
+async def test_block_makes_senders_wait_and_serves_them_in_order() -> None:
+    box = Mailbox("box")
+    channel = box.channel("c", int, bound=2)
+    channel.send_nowait(0)
+    channel.send_nowait(1)
+    with pytest.raises(anyio.WouldBlock):
+        channel.send_nowait(9)
+    async with anyio.create_task_group() as group:
+        for number in (2, 3, 4):
+            group.start_soon(channel.send, number)
+            await wait_all_tasks_blocked()
+        assert await anext(box) == 0
+        with pytest.raises(anyio.WouldBlock):  # the free place belongs to the sender that has waited
+            channel.send_nowait(9)
+        assert [await anext(box) for _ in range(4)] == [1, 2, 3, 4]
+    stats = channel.stats()
+    assert (stats.sent, stats.peak_depth, stats.depth, stats.dropped) == (5, 2, 0, 0)
+    assert stats.blocked_s > 0
+
+
+async def test_a_sender_cancelled_with_a_place_in_hand_passes_it_on() -> None:
+    box = Mailbox("box")
+    channel = box.channel("c", int, bound=1)
+    channel.send_nowait(0)
+    async with anyio.create_task_group() as group:
+        scope = anyio.CancelScope()
+
+        async def impatient() -> None:
+            with scope:
+                await channel.send(1)
+
+        group.start_soon(impatient)
+        await wait_all_tasks_blocked()
+        group.start_soon(channel.send, 2)
+        await wait_all_tasks_blocked()
+        scope.cancel()  # the first sender is cancelled …
+        assert await anext(box) == 0  # … and in the same moment gets the place
+        with anyio.fail_after(1):
+            assert await anext(box) == 2
+    channel.close()
+    assert await read_all(box) == []
+
+
+async def test_a_sender_cancelled_while_waiting_takes_no_place() -> None:
+    box = Mailbox("box")
+    channel = box.channel("c", int, bound=1)
+    channel.send_nowait(0)
+    async with anyio.create_task_group() as group:
+        group.start_soon(channel.send, 1)
+        await wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert await anext(box) == 0
+    channel.send_nowait(2)
+    assert await anext(box) == 2
+
+
+async def test_closing_tells_waiting_senders_that_nothing_was_delivered() -> None:
+    box = Mailbox("box")
+    channel = box.channel("c", int, bound=1)
+    channel.send_nowait(0)
+    refused: list[int] = []
+
+    async def send(number: int) -> None:
+        try:
+            await channel.send(number)
+        except anyio.ClosedResourceError:
+            refused.append(number)
+
+    async with anyio.create_task_group() as group:
+        for number in (1, 2):
+            group.start_soon(send, number)
+            await wait_all_tasks_blocked()
+        channel.close()
+    assert refused == [1, 2]
+    assert await read_all(box) == [0]
+
+
+@pytest.mark.parametrize(("overflow", "dropped"), [("newest", 0), ("drop_oldest", 2)])
+async def test_overflow_drops_the_oldest_of_its_own_channel_only(overflow: Any, dropped: int) -> None:
+    box = Mailbox("box")
+    flood = box.channel("flood", int, bound=2, overflow=overflow)
+    kept = box.channel("kept", str, bound=1)
+    await flood.send(0)
+    await kept.send("precious")
+    for number in (1, 2, 3):
+        await flood.send(number)
+    flood.close()
+    kept.close()
+    assert await read_all(box) == ["precious", 2, 3]
+    stats = flood.stats()
+    assert (stats.sent, stats.dropped, stats.depth, stats.peak_depth) == (4, dropped, 0, 2)
+
+
+async def test_waiting_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("troupe.runtime.mailbox.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    box = Mailbox("box")
+    channel = box.channel("c", int, bound=2)
+    channel.send_nowait(1)
+    now[0] = 101.5
+    channel.send_nowait(2)
+    now[0] = 104.0
+    assert [await anext(box), await anext(box)] == [1, 2]
+    assert channel.stats().wait_s == pytest.approx(4.0 + 2.5)
+    assert (channel.stats().name, channel.stats().bound) == ("c", 2)
+
+
+async def test_a_reader_cancelled_while_waiting_loses_nothing() -> None:
+    box = Mailbox("box")
+    channel = box.channel("c", int, bound=1)
+    async with anyio.create_task_group() as group:
+        group.start_soon(anext, box)
+        await wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+        channel.send_nowait(7)
+    channel.close()
+    assert await read_all(box) == [7]
+
+
+async def test_no_deadlock_with_many_senders_and_one_place() -> None:
+    box = Mailbox("box")
+    channels = [box.channel(f"c{i}", int, bound=1) for i in range(3)]
+
+    async def play(sender: int) -> None:
+        for number in range(20):
+            await channels[sender].send(100 * sender + number)
+            if number % 3 == 0:
+                await checkpoint()
+        channels[sender].close()
+
+    async with anyio.create_task_group() as group:
+        for sender in range(3):
+            group.start_soon(play, sender)
+        with anyio.fail_after(5):
+            got = await read_all(box)
+    for sender in range(3):
+        assert [n for n in got if n // 100 == sender] == [100 * sender + i for i in range(20)]
+
+
+class Model(RuleBasedStateMachine):
+    """Two channels of one mailbox beside a plain list of what should be in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = Mailbox("box")
+        self.block = self.box.channel("block", int, bound=2)
+        self.lossy = self.box.channel("lossy", str, bound=2, overflow="drop_oldest")
+        self.expected: deque[int | str] = deque()
+        self.sent = self.dropped = 0
+
+    def waiting(self, kind: type) -> list[int | str]:
+        return [message for message in self.expected if isinstance(message, kind)]
+
+    @rule(number=st.integers())
+    def send_blocking(self, number: int) -> None:
+        if len(self.waiting(int)) == 2:
+            with pytest.raises(anyio.WouldBlock):
+                self.block.send_nowait(number)
+        else:
+            self.block.send_nowait(number)
+            self.expected.append(number)
+
+    @rule(word=st.text(max_size=2))
+    def send_lossy(self, word: str) -> None:
+        if len(self.waiting(str)) == 2:
+            first = next(i for i, message in enumerate(self.expected) if isinstance(message, str))
+            del self.expected[first]
+            self.dropped += 1
+        self.lossy.send_nowait(word)
+        self.expected.append(word)
+        self.sent += 1
+
+    @precondition(lambda self: self.expected)
+    @rule()
+    def read(self) -> None:
+        reading = self.box.__anext__()
+        with pytest.raises(StopIteration) as end:
+            reading.send(None)  # there is a message, so it does not wait
+        assert end.value.value == self.expected.popleft()
+
+    @invariant()
+    def agrees(self) -> None:
+        assert len(self.box) == len(self.expected)
+        assert self.block.stats().depth == len(self.waiting(int))
+        stats = self.lossy.stats()
+        assert (stats.depth, stats.sent, stats.dropped) == (len(self.waiting(str)), self.sent, self.dropped)
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+async def test_broadcast_reaches_who_listens_and_keeps_the_newest_only() -> None:
+    news: Broadcast[int] = Broadcast("news", int)
+    news.send_nowait(0)
+    slow, other = news.listen(2), news.listen(5)
+    for number in (1, 2, 3):
+        news.send_nowait(number)
+    news.leave(other)
+    news.leave(other)
+    news.send_nowait(4)
+    news.close()
+    assert await read_all(slow) == [3, 4]
+    assert await read_all(other) == [1, 2, 3]
+    assert await read_all(news.listen(1)) == []
+    assert news.closed
+
+
+def test_broadcast_refuses_a_wrong_type_even_where_nobody_listens() -> None:
+    with pytest.raises(TypeError, match="channel news carries int, not str"):
+        Broadcast("news", int).send_nowait("x")  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from troupe.dataset import DataConfig, PromptDataset
+from troupe.errors import DatasetError
+from troupe.messages import Slot
+from troupe.policy import Tokenizer, load_policy
+from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
+
+ROWS = [{"prompt": f"p{i}", "answer": i} for i in range(3)]
+
+
+def schedule(*, shuffle: bool = False, batch_size: int = 2, seed: int = 5) -> PromptSchedule:
+    dataset = PromptDataset.from_rows(ROWS)
+    ids = [(i, 10 + i) for i in range(3)]
+    return PromptSchedule(dataset, ids, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def test_the_stream_runs_on_over_the_end_of_an_epoch() -> None:
+    plan = schedule()
+    seen = [plan.prompt(Slot(step=k, place=j)) for k in range(4) for j in range(2)]
+    assert [prompt.row for prompt in seen] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [prompt.epoch for prompt in seen] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [prompt.gid for prompt in seen] == list(range(8))
+    third = seen[2]
+    assert (third.slot, third.prompt, third.prompt_ids) == (Slot(step=1, place=0), "p2", (2, 12))
+    assert third.columns == {"answer": 2}
+
+
+def test_each_epoch_is_the_datasets_permutation_of_the_seed() -> None:
+    plan, dataset = schedule(shuffle=True), PromptDataset.from_rows(ROWS)
+    seen = [plan.prompt(Slot(step=i // 2, place=i % 2)).row for i in range(12)]
+    assert seen == [row for epoch in range(4) for row in dataset.order(5, epoch)]
+    again = schedule(shuffle=True)  # asked for out of order, as after a resume
+    assert [again.prompt(Slot(step=i // 2, place=i % 2)).row for i in reversed(range(12))] == seen[::-1]
+    others = schedule(shuffle=True, seed=6)
+    assert [others.prompt(Slot(step=i // 2, place=i % 2)).row for i in range(12)] != seen
+
+
+def test_a_gid_is_unique_and_follows_from_the_slot() -> None:
+    plan = schedule()
+    slots = [Slot(step=k, place=j, attempt=a) for k in (0, 1, 1000) for j in range(2) for a in range(3)]
+    gids = [plan.prompt(slot).gid for slot in slots]
+    assert len(set(gids)) == len(slots)
+    assert plan.prompt(Slot(step=1, place=1, attempt=2)).gid == 3 + 2 * 2**48
+    assert max(gids) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "epochs", "max_steps", "steps"),
+    [
+        (10, 4, 1, None, 3),
+        (8, 4, 1, None, 2),
+        (3, 4, 3, None, 3),
+        (1, 64, 1, None, 1),
+        (10, 4, 3, 2, 2),
+        (2, 4, 1, 9, 1),
+    ],
+)
+def test_steps_show_every_row_epochs_times(
+    rows: int, batch_size: int, epochs: int, max_steps: int | None, steps: int
+) -> None:
+    assert count_steps(rows, batch_size=batch_size, epochs=epochs, max_steps=max_steps) == steps
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Tokenizer:
+    return load_policy(tiny_model).tokenizer
+
+
+def test_prompts_become_ids_with_the_template_where_they_are_chats(tokenizer: Tokenizer) -> None:
+    dataset = PromptDataset.from_rows([{"prompt": "hi"}, {"prompt": [{"role": "user", "content": "é"}]}])
+    plain, chat = tokenize_prompts(dataset, tokenizer, DataConfig(), max_tokens=99)
+    assert plain == tuple(b"hi")
+    assert chat == tuple("[user]é[assistant]".encode())
+
+
+def test_what_does_not_fit_is_named_by_file_and_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "abc"}\n\n{"prompt": "abcd"}\n')
+    dataset = PromptDataset.from_json(path)
+    with pytest.raises(DatasetError, match=r"prompts\.jsonl:3: the prompt has 4 tokens, at most 3 fit"):
+        tokenize_prompts(dataset, tokenizer, DataConfig(), max_tokens=3)
+    assert tokenize_prompts(dataset, tokenizer, DataConfig(), max_tokens=4) == [tuple(b"abc"), tuple(b"abcd")]
+    memory = PromptDataset.from_rows([{"prompt": "ab"}, {"prompt": "abc"}], "mine")
+    with pytest.raises(DatasetError, match="mine: row 1: the prompt has 3 tokens"):
+        tokenize_prompts(memory, tokenizer, DataConfig(), max_tokens=2)
+
+
+def test_a_chat_that_the_template_refuses_is_named_too(tokenizer: Tokenizer) -> None:
+    rows = PromptDataset.from_rows([{"prompt": [{"role": "user", "content": "x"}]}], "mine")
+    refusing = DataConfig(chat_template_kwargs={"messages": 3})
+    with pytest.raises(DatasetError, match="mine: row 0: the prompt cannot be rendered"):
+        tokenize_prompts(rows, tokenizer, refusing, max_tokens=9)
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    class Mute:
+        def encode(self, text: str) -> list[int]:
+            return []
+
+    with pytest.raises(DatasetError, match="mine: row 0: the prompt has no tokens"):
+        tokenize_prompts(PromptDataset.from_rows([{"prompt": "?"}], "mine"), Mute(), DataConfig(), max_tokens=9)  # type: ignore[arg-type]
