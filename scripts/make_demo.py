@@ -7,7 +7,7 @@ numbers below 100 whose answers mostly forget to carry: 27+58 is usually 75 and 
 answer to a sum with a carry is wrong, while among a few samples there is a right one, which is what GRPO needs.
 
 Held-out sums are kept out of both trainings in either order: neither 27+58 nor 58+27 is ever seen. Knows nothing of
-GRPO; `demo.toml`, which stands beside the files written here, is kept by hand. Takes about five minutes on two cores.
+GRPO; `demo.toml`, which stands beside the files written here, is kept by hand. Takes some minutes on two CPU cores.
 """
 
 from __future__ import annotations

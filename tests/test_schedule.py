@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from troupe.dataset import DataConfig, PromptDataset
-from troupe.errors import DatasetError
+from troupe.errors import ConfigError, DatasetError
 from troupe.messages import Slot
 from troupe.policy import Tokenizer, load_policy
 from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
@@ -90,11 +92,25 @@ def test_what_does_not_fit_is_named_by_file_and_line(tmp_path: Path, tokenizer: 
         tokenize_prompts(memory, tokenizer, DataConfig(), max_tokens=2)
 
 
-def test_a_chat_that_the_template_refuses_is_named_too(tokenizer: Tokenizer) -> None:
-    rows = PromptDataset.from_rows([{"prompt": [{"role": "user", "content": "x"}]}], "mine")
-    refusing = DataConfig(chat_template_kwargs={"messages": 3})
-    with pytest.raises(DatasetError, match="mine: row 0: the prompt cannot be rendered"):
-        tokenize_prompts(rows, tokenizer, refusing, max_tokens=9)
+CHAT = PromptDataset.from_rows([{"prompt": [{"role": "user", "content": "x"}]}], "mine")
+
+
+def test_a_chat_that_the_template_refuses_is_named_too(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "strict"
+    shutil.copytree(tiny_model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('start with the system') }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    strict = Tokenizer.from_pretrained(folder)
+    with pytest.raises(DatasetError, match=r"mine: row 0: the prompt cannot be rendered: .*start with the system"):
+        tokenize_prompts(CHAT, strict, DataConfig(), max_tokens=9)
+
+
+def test_variables_of_the_template_come_from_the_config(tokenizer: Tokenizer) -> None:
+    bare = DataConfig(chat_template_kwargs={"add_generation_prompt": False})
+    assert tokenize_prompts(CHAT, tokenizer, bare, max_tokens=9) == [tuple(b"[user]x")]
+    with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.messages: .*remove the key"):
+        tokenize_prompts(CHAT, tokenizer, DataConfig(chat_template_kwargs={"messages": 3}), max_tokens=9)
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

@@ -216,7 +216,7 @@ def generate(
 ) -> None:
     """Continue a text with a policy and print the completion."""
     policy = load_policy(model or _demo_model(), dtype)
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     click.echo(policy.generate_text(text, max_new_tokens, temperature, top_p, top_k, seed))
 
 

@@ -197,9 +197,9 @@ def _convert(table: dict[str, Any], source: str) -> RunConfig:
         if not key:
             raise ConfigError(f"{source}: {message}") from None
         value = _value_at(table, key)
-        if isinstance(value, dict):  # a relation between the keys of a section, told by the section itself
-            raise ConfigError(f"{source}: {key}: {message}") from None
         message = message[:1].lower() + message[1:].replace("`", "").replace("object", "a table")
+        if isinstance(value, dict):  # too long to show
+            raise ConfigError(f"{source}: {key}: {message}") from None
         if choices := _choices(key):
             message = f"give one of {', '.join(map(repr, choices))}"
         raise ConfigError(f"{source}: {key} is {value!r}: {message}") from None

@@ -213,8 +213,8 @@ def _check_same_policy(found: Checkpoint, policy: Policy, config: RunConfig, fol
     if missing := set(range(max(0, step - staleness), step)) - found.behind.keys():
         raise CheckpointError(
             f"{folder}: schedule.max_staleness is {staleness}, so step {step} needs policy version "
-            f"{', '.join(map(str, sorted(missing)))}, which the checkpoint does not hold; resume with the max_staleness "
-            "that the run began with"
+            f"{', '.join(map(str, sorted(missing)))}, which the checkpoint does not hold; resume with the "
+            "max_staleness that the run began with"
         )
 
 

@@ -46,14 +46,8 @@ class Stage:
 async def test_counts_and_hands_everything_to_every_sink_in_order() -> None:
     one, other = FakeSink("one"), FakeSink("other")
     stage = Stage(one, other)
-    messages: list[Report] = [
-        closed(0, "trained"),
-        SPAN,
-        closed(1, "quarantined"),
-        update(1),
-        INCIDENT,
-        closed(2, "trained"),
-    ]
+    ends = closed(0, "trained"), closed(1, "quarantined"), closed(2, "trained")
+    messages: list[Report] = [ends[0], SPAN, ends[1], update(1), INCIDENT, ends[2]]
     await stage.play(*messages)
     assert one.got == other.got == messages
     assert (one.closed, other.closed) == (1, 1)

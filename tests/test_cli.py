@@ -1,0 +1,320 @@
+"""The command line: flags to config, the default rules, whole runs, signals, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+from fakes import same_bits, write_prompts, write_ragged_model
+
+import troupe
+from troupe import cli
+from troupe.checkpoint import list_checkpoints, load_checkpoint
+from troupe.cli import main, train_config
+from troupe.config import DEMO_CONFIG, config_table, load_config
+from troupe.errors import ModelError, RunError
+from troupe.policy import load_policy
+from troupe.supervisor import RunResult
+
+RUN = ("-m", "m", "-d", "p.json", "--num-generations", "3", "--batch-size", "2", "--lr", "0.01")
+SHORT = ("--set", "generation.max_completion_length=8")
+
+
+@pytest.fixture(scope="module")
+def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a model `m` and prompts `p.json`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ragged_model, tmp_path / "m")
+    write_prompts(tmp_path / "p.json")
+    return tmp_path
+
+
+def call(*arguments: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=text)
+
+
+def done(*arguments: str, text: str | None = None) -> str:
+    """What a call that must succeed prints."""
+    result = call(*arguments, text=text)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_flags_become_config(workplace: Path) -> None:
+    config = train_config(
+        None,
+        resume=False,
+        model="m",
+        dataset="p.json",
+        output="o",
+        rewards=("length", "r.py:f"),
+        settings=("learner.beta=0.5", "generation.top_k=7"),
+        seed=9,
+        num_generations=5,
+        lr=0.25,
+        epochs=2,
+        batch_size=3,
+        max_steps=None,
+    )
+    assert (config.model.path, config.data.path) == (str(workplace / "m"), str(workplace / "p.json"))
+    assert config.rewards.functions == ("length", f"{workplace / 'r.py'}:f")
+    assert (config.output, config.seed) == ("o", 9)
+    assert (config.generation.num_generations, config.generation.top_k) == (5, 7)
+    learner = config.learner
+    assert (learner.lr, learner.epochs, learner.batch_size, learner.max_steps, learner.beta) == (0.25, 2, 3, None, 0.5)
+
+
+def test_flags_and_settings_overrule_the_file(workplace: Path) -> None:
+    (workplace / "run.toml").write_text('seed = 3\n[learner]\nlr = 1e-3\nbeta = 0.1\n[model]\npath = "m"\n')
+    config = train_config(workplace / "run.toml", resume=False, seed=4, settings=("learner.lr=1e-4",), lr=1e-2)
+    assert (config.seed, config.learner.lr, config.learner.beta) == (4, 1e-4, 0.1)
+    assert config.data.path is None, "a file that names no data does not get the demo's"
+
+
+def test_the_demo_rules_where_nothing_is_given() -> None:
+    demo = load_config(DEMO_CONFIG)
+    assert train_config(None, resume=False) == demo
+    assert train_config(None, resume=False, max_steps=1).learner == msgspec.structs.replace(demo.learner, max_steps=1)
+
+
+def test_otherwise_the_general_defaults_rule_with_the_demo_s_missing_part(workplace: Path) -> None:
+    demo = load_config(DEMO_CONFIG)
+    for given in ({"model": "m"}, {"settings": ("model.path=m",)}):
+        config = train_config(None, resume=False, **given)  # type: ignore[arg-type]
+        assert (config.model.path, config.data.path) == (str(workplace / "m"), demo.data.path)
+        assert config.learner.lr == 1e-6
+        assert config.data.eval_path is None
+    config = train_config(None, resume=False, dataset="p.json")
+    assert (config.model.path, config.data.path) == (demo.model.path, str(workplace / "p.json"))
+    assert (config.learner.lr, config.learner.batch_size, config.learner.epochs) == (1e-6, 4, 3)
+    assert config.rewards.functions == ()
+
+
+def test_a_run_prints_plain_lines_and_what_became_of_it(workplace: Path) -> None:
+    out = done("train", *RUN, *SHORT, "-o", "out", "--max-steps", "2", "--seed", "1", "--reward", "length")
+    assert "\x1b" not in out
+    assert "out: step 0 of 2, into " in out
+    assert "step 2/2  reward " in out
+    assert "2 of 2 steps in " in out
+    assert "groups: 4 trained" in out
+    assert f"policy: {workplace / 'out' / 'final'}" in out
+    assert load_policy(workplace / "out" / "final").generate_text("ab", 3) is not None
+    stored = load_config(workplace / "out" / "run.toml")
+    assert (stored.seed, stored.rewards.functions, stored.output) == (1, ("length",), str(workplace / "out"))
+
+
+def test_without_output_runs_are_numbered(workplace: Path) -> None:
+    for _ in range(2):
+        done("train", *RUN, *SHORT, "--max-steps", "1")
+    assert names_in(workplace / "runs") == {"p-001", "p-002"}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(workplace: Path) -> None:
+    before = sorted(workplace.rglob("*"))
+    out = done("train", *RUN, "--dry-run", "-o", "out")
+    assert sorted(workplace.rglob("*")) == before
+    assert "note: generation.max_completion_length lowered from 256 to 59" in out
+    table = tomllib.loads("".join(line + "\n" for line in out.splitlines() if not line.startswith("note: ")))
+    assert table["generation"]["max_completion_length"] == 59
+    assert table["rewards"]["functions"] == ["exact_answer"]
+    assert table["output"] == str(workplace / "out")
+    assert "# 8 steps into" in out
+
+
+def test_resume_reads_the_stored_config_and_goes_on(workplace: Path) -> None:
+    done("train", *RUN, *SHORT, "-o", "out", "--max-steps", "2", "--reward", "length")
+    refused = call("train", *RUN, *SHORT, "-o", "out")
+    assert refused.exit_code == 2
+    assert "add --resume" in refused.stderr
+    out = done("train", "-o", "out", "--resume", "--max-steps", "3")
+    assert "note: going on after step 2" in out
+    assert "3 of 3 steps" in out
+    assert "groups: 2 trained" in out
+    summary = json.loads((workplace / "out" / "summary.json").read_text())
+    assert (summary["steps"], summary["version"]) == (3, 3)
+    stored = config_table(load_config(workplace / "out" / "run.toml"))
+    assert (stored["learner"]["lr"], stored["learner"]["max_steps"]) == (0.01, 3)
+    assert stored["rewards"]["functions"] == ["length"]
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(workplace: Path) -> None:
+    out = done("train", *RUN, *SHORT, "-o", "out", "--max-steps", "1", "--resume")
+    assert "no whole checkpoint yet, so the run starts from the beginning" in out
+    assert "1 of 1 steps" in out
+
+
+def test_resume_falls_back_to_an_older_checkpoint(workplace: Path) -> None:
+    settings = (*SHORT, "--set", "checkpoint.every=1", "--set", "checkpoint.keep=3", "--reward", "length")
+    done("train", *RUN, *settings, "-o", "whole", "--max-steps", "3")
+    shutil.copytree("whole", "out")
+    damaged = workplace / "out" / "checkpoints" / "step-00000003" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    out = done("train", "-o", "out", "--resume", "--set", f"output={workplace / 'out'}")
+    assert "optimizer.safetensors: size or sha256 differs" in out
+    assert "trying the one before" in out
+    assert "going on after step 2" in out
+    weights = [load_policy(workplace / run / "final").weights for run in ("whole", "out")]
+    assert same_bits(*weights)
+
+
+INTERRUPTING = """
+import os, signal
+calls = 0
+def f(completions, completion_ids, **columns):
+    global calls
+    calls += 1
+    if calls == 3:
+        for number in ({signals}):
+            os.kill(os.getpid(), number)
+    return [sum(ids) % 7 for ids in completion_ids]
+"""
+
+
+def test_an_interrupt_finishes_the_step_and_can_be_resumed(workplace: Path) -> None:
+    (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT,"))
+    result = call("train", *RUN, *SHORT, "-o", "out", "--max-steps", "50", "--reward", "r.py:f")
+    assert result.exit_code == 130
+    steps = json.loads((workplace / "out" / "summary.json").read_text())["steps"]
+    assert 2 <= steps < 50
+    assert f"interrupted; go on with: troupe train -o {workplace / 'out'} --resume" in result.stdout
+    assert load_checkpoint(list_checkpoints(workplace / "out")[0]).state.version == steps
+    assert "final" in names_in(workplace / "out")
+    assert f"{steps + 1} of {steps + 1} steps" in done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1))
+
+
+def test_a_second_signal_writes_only_the_checkpoint(workplace: Path) -> None:
+    (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT, signal.SIGTERM"))
+    result = call("train", *RUN, *SHORT, "-o", "out", "--max-steps", "50", "--reward", "r.py:f")
+    assert result.exit_code == 130
+    assert [path.name for path in list_checkpoints(workplace / "out")] == ["step-00000001"]
+    assert "final" not in names_in(workplace / "out")
+    assert "policy:" not in result.stdout
+
+
+@pytest.mark.slow
+def test_a_real_process_drains_on_sigint(workplace: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(troupe.__file__).parents[1])}
+    command = [sys.executable, "-m", "troupe", "train", *RUN, *SHORT, "-o", "out", "--max-steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout is not None
+        told = []
+        for line in run.stdout:
+            told.append(line)
+            if line.startswith("step "):
+                run.send_signal(signal.SIGINT)
+                break
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert err == ""
+    assert "\x1b" not in "".join(told) + out
+    steps = load_checkpoint(list_checkpoints(workplace / "out")[0]).state.version
+    assert f"{steps} of 100000 steps" in out
+    assert f"{steps + 1} of {steps + 1} steps" in done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ModelError("m: bad"), 2, "troupe: m: bad\n"),
+        (RunError("stuck"), 3, "troupe: stuck\n"),
+        (RuntimeError("out of memory"), 3, "RuntimeError: out of memory\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(cli, "prepare", fail)
+    result = call("train", *RUN, "--dry-run")
+    assert result.exit_code == code
+    assert result.stderr.endswith(message)
+    assert ("Traceback" in result.stderr) == isinstance(error, RuntimeError)
+
+
+def test_everything_worth_telling_of_a_result_is_told(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli._show_result(
+        RunResult(
+            folder=str(workplace),
+            steps=3,
+            total_steps=4,
+            version=3,
+            wall_s=12.34,
+            closed_groups={"trained": 5, "quarantined": 1},
+            incidents={"reward_timeout": 2},
+            switched_off_sinks={"jsonl": "OSError: disk full"},
+            accuracy_before=0.25,
+            accuracy_after=0.905,
+            rewards_before={"r": 0.5},
+            rewards_after={"r": 0.75},
+        )
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "3 of 4 steps in 12.3 s; groups: 1 quarantined, 5 trained",
+        "incidents: 2 reward_timeout",
+        "the sink jsonl was switched off: OSError: disk full",
+        "held-out greedy accuracy: 25.0% before, 90.5% after",
+        "held-out r: 0.500 before, 0.750 after",
+    ]
+
+
+def test_generate(workplace: Path) -> None:
+    flags = ("generate", "-m", "m", "--max-new-tokens", "12", "--seed", "5", "--top-k", "30")
+    expected = load_policy("m").generate_text("abc", 12, 0.8, 0.95, 30, 5)
+    assert done(*flags, "-p", "abc") == expected + "\n"
+    assert done(*flags, "-p", "-", text="abc") == expected + "\n"
+    assert call("generate", "-m", "gone", "-p", "abc").exit_code == 2
+    assert call("generate", "-m", "m", "-p", "x" * 100).exit_code == 2
+    assert call("generate", "-m", "m", "-p", "").exit_code == 2
+    assert "ab" not in done("generate", "-m", "m", "-p", "ab", "--temperature", "0", "--max-new-tokens", "1")
+
+
+def test_generate_speaks_with_the_demo_s_policy() -> None:
+    assert done("generate", "-p", "1+1=", "--max-new-tokens", "4", "--temperature", "0").strip()
+
+
+def test_eval(workplace: Path) -> None:
+    figures = json.loads(
+        done("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "5", "--json", "--reward", "length")
+    )
+    assert figures.keys() == {"rows", "accuracy", "rewards", "wall_s"}
+    assert (figures["rows"], figures["accuracy"], list(figures["rewards"])) == (5, 0.0, ["length_reward"])
+    text = done("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "5").splitlines()
+    assert text[0].startswith("5 rows in ")
+    assert text[1:] == ["accuracy 0.0%", "exact_answer_reward 0.0000"]
+    assert call("eval", "-m", "m", "-d", "gone.json").exit_code == 2
+
+
+def test_doctor() -> None:
+    report = json.loads(done("doctor", "--json"))
+    assert report["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert report["matmul_gflops"] > 0
+    lines = done("doctor")
+    assert "CPU matrix products" in lines
+    assert f"mlx                  {report['mlx']}" in lines
+
+
+def test_help_and_version() -> None:
+    assert done("--version") == f"troupe, version {troupe.__version__}\n"
+    for command in ("train", "generate", "eval", "doctor"):
+        assert command in done("--help")
+        assert done(command, "-h").startswith(f"Usage: main {command}")

@@ -1,0 +1,264 @@
+"""What is refused before anything is sampled or written, each with one message; and what is resolved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from fakes import tiny_config, weigh_ids, write_prompts
+
+from troupe import RunConfig, load_config
+from troupe.cli import main
+from troupe.errors import ConfigError, OutputError
+from troupe.grpo import LearnerConfig, adamw_init
+from troupe.policy import ModelConfig
+from troupe.prepare import prepare, run_folder
+
+
+class Workplace:
+    """A working directory with a model `m` and data `p.json`, in which `troupe train` is called."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        shutil.copytree(model, folder / "m")
+        write_prompts(folder / "p.json")
+
+    def write(self, name: str, content: Any) -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def train(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and message of a call that must leave the directory as it was."""
+        before = sorted(self.folder.rglob("*"))
+        result = CliRunner().invoke(main, ["train", *arguments])
+        assert sorted(self.folder.rglob("*")) == before, "something was left behind"
+        return result.exit_code, result.stderr
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    monkeypatch.chdir(tmp_path)
+    return Workplace(tmp_path, tiny_model)
+
+
+BASE = ("-m", "m", "-d", "p.json")
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[learner]\nlearning_rate = 1.0", r"run.toml: unknown key learner.learning_rate"),
+        ("speed = 3", "run.toml: unknown key speed"),
+        ('[learner]\nlr = "fast"', "learner.lr is 'fast'"),
+        ("[generation]\ntemperature = 0.0", "generation.temperature is 0"),
+        ("[generation]\nnum_generations = 0", "generation.num_generations is 0"),
+        ("[schedule]\nmax_staleness = 7", "schedule.max_staleness is 7"),
+        ("[learner\nlr = 1", "run.toml: this is not valid TOML"),
+        ('output = "o"', "model.path is missing: name a Hugging Face folder of a Qwen3 model (-m MODEL_DIR)"),
+        ('[model]\npath = "m"', "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)"),
+    ],
+)
+def test_a_config_file(workplace: Workplace, toml: str, message: str) -> None:
+    workplace.write("run.toml", toml)
+    code, text = workplace.train("run.toml")
+    assert code == 2
+    assert text.startswith("troupe: ")
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.toml"], "missing.toml: there is no such configuration file"),
+        ([*BASE, "--lr", "-1"], "learner.lr is -1.0"),
+        ([*BASE, "--max-steps", "0"], "learner.max_steps is 0"),
+        ([*BASE, "--batch-size", "0"], "learner.batch_size is 0"),
+        ([*BASE, "--num-generations", "1"], "generation.num_generations is 1"),
+        ([*BASE, "--seed", "-1"], "seed is -1"),
+        ([*BASE, "--set", "learner"], "--set learner: write it as section.key=value"),
+        ([*BASE, "--set", "rewards.timeout=3"], "unknown key rewards.timeout; did you mean rewards.timeout_s?"),
+        (["-m", "m", "-d", "gone.json"], "gone.json: no such file"),
+        (["-m", "m", "-d", "p.csv"], "p.csv: unknown suffix '.csv'"),
+        (["-m", "gone", "-d", "p.json"], "gone: no such model folder"),
+        ([*BASE, "--reward", "lenght"], "reward 'lenght' is unknown (did you mean length"),
+        ([*BASE, "--reward", "gone.py:f"], "gone.py: no such file"),
+        ([*BASE, "--reward", "format:("], "format"),
+        ([*BASE, "--resume"], "nothing to resume: name the run folder to go on with (-o OUT_DIR)"),
+        ([*BASE, "-o", "p.json"], "p.json: this is a file"),
+        ([*BASE, "-o", "p.json/out"], "p.json/out: the output folder cannot be written"),
+        ([*BASE, "-o", "m"], "m: the output folder is not empty; add --resume"),
+        ([*BASE, "--set", "data.eval_path='none.json'"], "none.json: no such file"),
+        ([*BASE, "--set", "data.max_prompt_tokens=2"], "p.json:1: the prompt has 3 tokens, at most 2"),
+    ],
+)
+def test_arguments(workplace: Workplace, arguments: list[str], message: str) -> None:
+    code, text = workplace.train(*arguments)
+    assert code == 2, text
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.json", "", "d.json: the dataset has no rows"),
+        ("d.json", "[]", "d.json: the dataset has no rows"),
+        ("d.jsonl", "\n\n", "d.jsonl: the dataset has no rows"),
+        ("d.json", '[{"prompt": "a"},\n {"answer": "2"}]', 'd.json:2: row 1 (counted from 0) has no "prompt"'),
+        ("d.json", '[{"prompt": "a"},\n\n {"prompt" "b"}]', "d.json:3: malformed JSON"),
+        ("d.jsonl", '{"prompt": "a"}\n{"prompt": 5}', "d.jsonl:2: row 1"),
+        ("d.jsonl", '{"prompt": "a"}\n\n["b"]', "d.jsonl:3: row 1"),
+        ("d.json", '[{"prompt": "a"}]', "d.json: the rows have no `answer` column and no reward is named"),
+        ("d.jsonl", '{"prompt": "a", "answer": "1"}\n{"prompt": "' + "b" * 64 + '", "answer": "2"}',
+         "d.jsonl:2: the prompt has 64 tokens, at most 63 fit beside a completion"),
+    ],
+)  # fmt: skip
+def test_data(workplace: Workplace, name: str, content: str, message: str) -> None:
+    workplace.write(name, content)
+    code, text = workplace.train("-m", "m", "-d", name)
+    assert code == 2, text
+    assert message in text
+
+
+def no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def other_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+
+
+def wrong_shape(model: Path) -> None:
+    tensors: Any = mx.load(str(model / "model.safetensors"))
+    tensors = {name: mx.array(array) for name, array in tensors.items()}
+    mx.eval(tensors)
+    tensors["model.norm.weight"] = mx.zeros(5)
+    mx.save_safetensors(str(model / "model.safetensors"), tensors)
+
+
+def half_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def no_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_weights, "holds neither model.safetensors"),
+        (no_config, "holds no config.json"),
+        (other_architecture, "llama"),
+        (wrong_shape, "model.norm.weight: shape [5] in model.safetensors, config.json asks for [32]"),
+        (half_weights, "model.safetensors: truncated"),
+        (no_tokenizer, "tokenizer.json"),
+    ],
+)
+def test_a_model_folder(workplace: Workplace, damage: Callable[[Path], None], message: str) -> None:
+    damage(workplace.folder / "m")
+    code, text = workplace.train(*BASE)
+    assert code == 2, text
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("source", "spec", "message"),
+    [
+        ("import nothing_of_this_name", "r.py:f", "r.py:1: the file does not import: ModuleNotFoundError"),
+        ("def f(completions:\n", "r.py:f", "r.py:1: the file does not import: SyntaxError"),
+        ("def g(completions): return [0.0]", "r.py:f", "r.py: has no 'f'"),
+        ("f = 3", "r.py:f", "r.py: f is a int, which cannot be called"),
+        ("\ndef f(completions, level): return [0.0]", "r.py:f", "r.py:2: reward f requires level"),
+        ("def f(completions, **_): return [0.0]", "r.py:f", "reward f returned 1 scores for 3 completions"),
+        ("async def f(completions, **_): return 'abc'", "r.py:f", "reward f returned 'abc' (str)"),
+    ],
+)
+def test_a_reward_file(workplace: Workplace, source: str, spec: str, message: str) -> None:
+    workplace.write("r.py", source)
+    code, text = workplace.train(*BASE, "--reward", spec, "--num-generations", "3", "--batch-size", "2")
+    assert code == 2, text
+    assert message in text
+
+
+def test_the_message_is_one_and_no_traceback(workplace: Workplace) -> None:
+    code, text = workplace.train("-m", "m", "-d", "gone.json")
+    assert code == 2
+    assert text.startswith("troupe: ")
+    assert text.count("\n") == 1
+
+
+def test_held_out_rows_need_the_columns_of_the_training_rows(workplace: Workplace) -> None:
+    workplace.write("h.jsonl", '{"prompt": "a"}')
+    code, text = workplace.train(*BASE, "--set", "data.eval_path=h.jsonl")
+    assert code == 2
+    assert "h.jsonl: the held-out rows lack the column answer" in text
+
+
+def test_what_is_resolved(tmp_path: Path, tiny_model: Path) -> None:
+    config = tiny_config(tiny_model, tmp_path, generation__max_completion_length=500, learner__beta=0.1)
+    prepared = prepare(config)
+    assert prepared.config.generation.max_completion_length == 64 - 5  # the longest prompt has five bytes
+    assert (
+        "generation.max_completion_length lowered from 500 to 59: the model has 64 positions and the longest prompt "
+        "takes 5"
+    ) in prepared.notices
+    assert prepared.config.rewards.functions == ("exact_answer",)
+    assert prepared.rewards.names == ("exact_answer_reward",)
+    assert prepared.folder == tmp_path / "run"
+    assert not prepared.folder.exists()
+    assert (prepared.total_steps, prepared.first_step, prepared.checkpoint) == (4, 0, None)
+    assert prepared.reference is prepared.policy.weights
+    assert prepared.optimizer_state.keys() == adamw_init(prepared.policy.weights).keys()
+    assert prepare(tiny_config(tiny_model, tmp_path)).reference is None
+    assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=None)).total_steps == 8  # ⌈5 rows · 3 / 2⌉
+
+
+def test_given_rewards_stand_beside_named_ones_with_weights(tmp_path: Path, tiny_model: Path) -> None:
+    config = tiny_config(tiny_model, tmp_path, rewards__functions=["length"])
+    assert prepare(config, [weigh_ids]).rewards.names == ("length_reward", "weigh_ids")
+
+
+def test_a_config_made_in_python_is_checked_too(tiny_model: Path) -> None:
+    wrong = RunConfig(learner=LearnerConfig(lr=-1.0), model=ModelConfig(path=str(tiny_model)))
+    with pytest.raises(ConfigError, match=r"learner.lr is -1.0"):
+        prepare(wrong)
+
+
+def test_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, [{"data": {"path": "sums.jsonl"}}])
+    assert run_folder(config, resume=False) == tmp_path / "runs" / "sums-001"
+    for name in ("sums-001", "sums-007", "sums-x", "sums-hard-012", "sums-12"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert run_folder(config, resume=False) == tmp_path / "runs" / "sums-008"
+    assert run_folder(load_config(), resume=False) == tmp_path / "runs" / "run-001"
+
+
+def test_folders_that_may_be_used(tmp_path: Path) -> None:
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    empty.mkdir()
+    full.mkdir()
+    (full / "x").write_text("")
+    for folder, resume in ((empty, False), (tmp_path / "new", False), (full, True)):
+        assert run_folder(load_config(None, [{"output": str(folder)}]), resume=resume) == folder
+    with pytest.raises(OutputError, match="is not empty"):
+        run_folder(load_config(None, [{"output": str(full)}]), resume=False)
+
+
+def test_missing_paths_are_config_errors() -> None:
+    with pytest.raises(ConfigError, match=r"model.path is missing"):
+        prepare(RunConfig())

@@ -1,0 +1,351 @@
+"""Supervisor: what a run leaves behind, how it is asked to end, how it goes on, how it fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+from fakes import delayed, same_bits, tiny_config, weigh_ids, write_prompts, write_ragged_model
+from tiny import CONFIG, write_tiny_model
+
+import troupe
+from troupe import Supervisor, supervisor
+from troupe.checkpoint import list_checkpoints, load_checkpoint
+from troupe.config import RunConfig
+from troupe.errors import CheckpointError, OutputError, RewardError, RunError
+from troupe.policy import Weights, load_policy
+from troupe.supervisor import RunResult
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Any:
+    yield
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("troupe-")]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def newest_weights(run: str | Path) -> Weights:
+    return load_checkpoint(list_checkpoints(Path(run))[0]).weights
+
+
+async def play(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = False, ask_at: int = 0) -> RunResult:
+    """A run to its end; drained when step `ask_at` is told."""
+    async with Supervisor(config, [reward], resume=resume) as run:
+        async for update in run.updates():
+            if update.step == ask_at:
+                run.drain()
+    return run.result
+
+
+async def test_what_a_run_leaves_behind(tmp_path: Path, ragged_model: Path) -> None:
+    held_out = write_prompts(tmp_path / "held-out.json", rows=3)
+    config = tiny_config(ragged_model, tmp_path, checkpoint__every=2, checkpoint__keep=1, data__eval_path=str(held_out))
+    result = await play(config)
+    run = tmp_path / "run"
+    assert names_in(run) == {"run.toml", "summary.json", "metrics.jsonl", "trace.json", "checkpoints", "final"}
+    assert names_in(run / "checkpoints") == {"step-00000004"}
+    assert msgspec.json.decode((run / "summary.json").read_bytes(), type=RunResult) == result
+    assert (result.steps, result.total_steps, result.version, result.complete) == (4, 4, 4, True)
+    assert result.closed_groups == {"trained": 8}
+    assert (result.incidents, result.switched_off_sinks) == ({}, {})
+    assert (result.accuracy_before, result.accuracy_after) == (0.0, 0.0)
+    assert result.rewards_before.keys() == result.rewards_after.keys() == {"weigh_ids"}
+    assert result.rewards_before != result.rewards_after
+    assert result.wall_s > 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["version"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    needed = {"reward", "reward_std", "loss", "grad_norm", "learning_rate", "completions/mean_length", "num_tokens"}
+    needed |= {"rewards/weigh_ids/mean", "staleness", "tokens_per_second", "queue/scored/depth"}
+    assert all(needed <= line.keys() for line in lines)
+    assert troupe.load_config(run / "run.toml") == config
+    final = load_policy(run / "final")
+    assert same_bits(final.weights, newest_weights(run))
+    assert final.generate_text("ab", 4, seed=1) == final.generate_text("ab", 4, seed=1)
+
+
+async def test_updates_come_as_steps_are_made_and_the_result_only_at_the_end(
+    tmp_path: Path, ragged_model: Path
+) -> None:
+    async with Supervisor(tiny_config(ragged_model, tmp_path), [weigh_ids]) as run:
+        with pytest.raises(RuntimeError, match="the run has no result yet"):
+            _ = run.result
+        steps = [update.step async for update in run.updates()]
+        await run.wait()
+        assert [update async for update in run.updates()] == [], "nothing more comes from a run that has ended"
+        run.drain()
+        run.checkpoint()
+    assert steps == [1, 2, 3, 4]
+    assert run.result.steps == 4
+
+
+async def test_a_slow_reader_gets_the_newest_updates_and_never_stalls_the_run(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_LISTENER_BOUND", 2)
+    async with Supervisor(tiny_config(ragged_model, tmp_path), [weigh_ids]) as run:
+        updates = run.updates()
+        first = await anext(updates)
+        await run.wait()
+        rest = [update.step async for update in updates]
+    assert (first.step, rest) == (1, [3, 4])
+
+
+def test_a_supervisor_can_be_made_before_there_is_an_event_loop(tmp_path: Path, ragged_model: Path) -> None:
+    made = Supervisor(tiny_config(ragged_model, tmp_path, learner__max_steps=1), [weigh_ids])
+
+    async def run() -> RunResult:
+        async with made as entered:
+            await entered.wait()
+        return made.result
+
+    assert anyio.run(run).complete
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+async def test_a_drained_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
+    settings = {"schedule__max_staleness": max_staleness, "learner__max_steps": 7}
+    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings), delayed(1))
+    config = tiny_config(ragged_model, tmp_path / "cut", **settings)
+    part = await play(config, delayed(2), ask_at=2)
+    assert 2 <= part.steps < 7
+    assert not part.complete
+    assert part.closed_groups == {"trained": 2 * part.steps}
+    assert same_bits(load_policy(Path(part.folder) / "final").weights, newest_weights(part.folder))
+    stored = troupe.load_config(Path(part.folder) / "run.toml")
+    rest = await play(stored, delayed(3), resume=True)
+    assert (rest.steps, rest.complete, rest.closed_groups) == (7, True, {"trained": 2 * (7 - part.steps)})
+    assert same_bits(newest_weights(rest.folder), newest_weights(whole.folder))
+    assert same_bits(load_policy(Path(rest.folder) / "final").weights, newest_weights(whole.folder))
+    lines = (Path(rest.folder) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+async def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
+    settings = {"schedule__max_staleness": max_staleness, "learner__max_steps": 6}
+    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings))
+    config = tiny_config(ragged_model, tmp_path / "cut", **settings)
+    async with Supervisor(config, [delayed(4)]) as run:
+        async for update in run.updates():
+            if update.step == 2:
+                run.stop()
+    part = run.result
+    assert 2 <= part.steps < 6
+    assert [path.name for path in list_checkpoints(run.folder)] == [f"step-{part.steps:08d}"]
+    assert "final" not in names_in(run.folder)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, part.steps + 1)), "every step told"
+    rest = await play(config, resume=True)
+    assert rest.complete
+    assert same_bits(newest_weights(rest.folder), newest_weights(whole.folder))
+
+
+async def test_bfloat16_goes_on_in_bfloat16(tmp_path: Path, ragged_model: Path) -> None:
+    settings = {"model__dtype": "bfloat16", "learner__max_steps": 4, "schedule__max_staleness": 1}
+    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings))
+    part = await play(tiny_config(ragged_model, tmp_path / "cut", **settings), ask_at=1)
+    assert part.steps < 4
+    rest = await play(troupe.load_config(Path(part.folder) / "run.toml"), resume=True)
+    assert same_bits(newest_weights(rest.folder), newest_weights(whole.folder))
+
+
+async def test_a_checkpoint_can_be_asked_for(tmp_path: Path, ragged_model: Path) -> None:
+    async with Supervisor(tiny_config(ragged_model, tmp_path), [delayed(5)]) as run:
+        async for update in run.updates():
+            if update.step == 1:
+                run.checkpoint()
+    versions = [load_checkpoint(path).state.version for path in list_checkpoints(run.folder)]
+    assert len(versions) == 2
+    assert versions[0] == 4
+    assert 1 <= versions[1] <= 3
+
+
+def held_up() -> tuple[Any, anyio.Event, anyio.Event]:
+    """A reward whose first call waits, with the events that it is there and may go on."""
+    inside, go_on = anyio.Event(), anyio.Event()
+
+    async def waits(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        inside.set()
+        await go_on.wait()
+        return weigh_ids(completion_ids)
+
+    waits.__name__ = "weigh_ids"
+    return waits, inside, go_on
+
+
+async def test_a_drain_during_evaluation_begins_no_step(tmp_path: Path, ragged_model: Path) -> None:
+    held_out = write_prompts(tmp_path / "held-out.json", rows=2)
+    config = tiny_config(ragged_model, tmp_path, data__eval_path=str(held_out), learner__max_steps=2)
+    reward, inside, go_on = held_up()
+    async with Supervisor(config, [reward]) as run:
+        await inside.wait()
+        run.drain()
+        go_on.set()
+    assert (run.result.steps, run.result.closed_groups) == (0, {})
+    assert [path.name for path in list_checkpoints(run.folder)] == ["step-00000000"]
+    assert (await play(config, resume=True)).complete
+
+
+async def test_a_stop_during_evaluation_ends_at_once(tmp_path: Path, ragged_model: Path) -> None:
+    held_out = write_prompts(tmp_path / "held-out.json", rows=2)
+    config = tiny_config(ragged_model, tmp_path, data__eval_path=str(held_out), learner__max_steps=2)
+    reward, inside, _ = held_up()
+    async with Supervisor(config, [reward]) as run:
+        await inside.wait()
+        run.stop()
+    assert (run.result.steps, run.result.rewards_before) == (0, {})
+    assert (await play(config, resume=True)).complete
+
+
+async def test_an_error_in_the_body_cancels_the_run_and_comes_out_as_itself(tmp_path: Path, ragged_model: Path) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=500)
+
+    async def body() -> None:
+        async with Supervisor(config, [weigh_ids]) as run:
+            async for _ in run.updates():
+                raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await body()
+    assert "final" not in names_in(tmp_path / "run")
+
+
+async def test_a_cancelled_consumer_ends_the_run(tmp_path: Path, ragged_model: Path) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=500)
+    with anyio.CancelScope() as scope:
+        async with Supervisor(config, [weigh_ids]) as run:
+            async for _ in run.updates():
+                scope.cancel()
+    assert scope.cancelled_caught
+    assert "final" not in names_in(tmp_path / "run")
+
+
+@pytest.mark.parametrize("answer", [[1.0], [1.0] * 4, "abc", {"a": 1}, ["x", "y", "z"]])
+async def test_a_reward_that_breaks_its_contract_leaves_nothing_behind(
+    tmp_path: Path, ragged_model: Path, answer: Any
+) -> None:
+    def wrong(completions: list[str], **_: Any) -> Any:
+        return answer
+
+    config = tiny_config(ragged_model, tmp_path, output=str(tmp_path / "runs" / "deep" / "run"))
+    with pytest.raises(RewardError, match="reward wrong returned"):
+        await play(config, wrong)
+    assert names_in(tmp_path) == {"prompts.json"}, "the folders that the run made are gone"
+
+
+async def test_a_broken_reward_leaves_an_empty_folder_empty_and_an_earlier_run_alone(
+    tmp_path: Path, ragged_model: Path
+) -> None:
+    def wrong(completions: list[str], **_: Any) -> Any:
+        return None
+
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RewardError):
+        await play(config, wrong, resume=True)  # of which nothing is there yet
+    assert names_in(tmp_path) == {"prompts.json", "run"}
+    assert names_in(tmp_path / "run") == set()
+    await play(tiny_config(ragged_model, tmp_path, learner__max_steps=1))
+    before = names_in(tmp_path / "run")
+    with pytest.raises(RewardError):
+        await play(config, wrong, resume=True)
+    assert names_in(tmp_path / "run") == before
+    assert (await play(config, resume=True)).complete
+
+
+async def test_a_reward_that_does_not_start_leaves_nothing_behind(tmp_path: Path, ragged_model: Path) -> None:
+    class Away(troupe.RewardActor):
+        async def start(self) -> None:
+            raise ConnectionError("no judge")
+
+        async def score(self, sample: troupe.RewardSample) -> float:
+            return 0.0
+
+    with pytest.raises(RewardError, match="reward Away did not start: ConnectionError: no judge"):
+        await play(tiny_config(ragged_model, tmp_path), Away())
+    assert names_in(tmp_path) == {"prompts.json"}
+
+
+async def test_an_output_folder_under_a_file_is_refused(tmp_path: Path, ragged_model: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    config = tiny_config(ragged_model, tmp_path, output=str(tmp_path / "file" / "run"))
+    with pytest.raises(OutputError, match="the output folder cannot be written"):
+        await play(config)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+async def test_a_fault_in_the_learner_ends_the_run_with_its_checkpoints_whole(
+    tmp_path: Path, ragged_model: Path
+) -> None:
+    calls = 0
+
+    def endless(completions: list[str], **_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [1.0, 0.0, 0.5] if calls <= 2 else [1e38, 0.0, 0.0]
+
+    config = tiny_config(
+        ragged_model,
+        tmp_path,
+        learner__scale_rewards="none",
+        learner__max_nonfinite_steps=2,
+        checkpoint__every=1,
+        learner__max_steps=9,
+    )
+    with pytest.raises(RunError, match=r"learner.max_nonfinite_steps"):
+        await play(config, endless)
+    versions = [load_checkpoint(path).state.version for path in list_checkpoints(tmp_path / "run")]
+    assert versions[-1] == 1
+    assert "final" not in names_in(tmp_path / "run")
+
+
+async def test_a_stop_whose_checkpoint_fails_is_a_fault(tmp_path: Path, ragged_model: Path) -> None:
+    async def body() -> None:
+        async with Supervisor(tiny_config(ragged_model, tmp_path, learner__max_steps=50), [weigh_ids]) as run:
+            async for _ in run.updates():
+                (run.folder / "checkpoints").write_text("in the way")
+                run.stop()
+
+    with pytest.raises(RunError, match=r"the checkpoint of step \d+ could not be written"):
+        await body()
+
+
+async def test_resuming_as_another_run_is_refused(tmp_path: Path, ragged_model: Path) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+    await play(config)
+    before = names_in(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"has seed 0, not 3"):
+        await play(msgspec.structs.replace(config, seed=3), resume=True)
+    with pytest.raises(CheckpointError, match=r"max_staleness is 1, so step 2 needs policy version 1"):
+        await play(tiny_config(ragged_model, tmp_path, schedule__max_staleness=1), resume=True)
+    wider = write_tiny_model(tmp_path / "wider", msgspec.structs.replace(CONFIG, intermediate_size=96))
+    with pytest.raises(CheckpointError, match="trains a model of other shapes"):
+        await play(tiny_config(wider, tmp_path), resume=True)
+    write_prompts(tmp_path / "prompts.json", rows=6)
+    with pytest.raises(CheckpointError, match="made with other prompts"):
+        await play(config, resume=True)
+    assert names_in(tmp_path / "run") == before
+
+
+async def test_resuming_a_run_that_is_done_makes_no_step(tmp_path: Path, ragged_model: Path) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+    done = await play(config)
+    weights = newest_weights(done.folder)
+    again = await play(config, resume=True)
+    assert (again.steps, again.closed_groups, again.complete) == (2, {}, True)
+    assert same_bits(newest_weights(again.folder), weights)
