@@ -99,7 +99,7 @@ def test_the_demo_rules_where_nothing_is_given() -> None:
 def test_otherwise_the_general_defaults_rule_with_the_demo_s_missing_part(workplace: Path) -> None:
     demo = load_config(DEMO_CONFIG)
     for given in ({"model": "m"}, {"settings": ("model.path=m",)}):
-        config = train_config(None, resume=False, **given)  # type: ignore[arg-type]
+        config = train_config(None, resume=False, **given)
         assert (config.model.path, config.data.path) == (str(workplace / "m"), demo.data.path)
         assert config.learner.lr == 1e-6
         assert config.data.eval_path is None
@@ -153,7 +153,7 @@ def test_resume_reads_the_stored_config_and_goes_on(workplace: Path) -> None:
     assert (summary["steps"], summary["version"]) == (3, 3)
     stored = config_table(load_config(workplace / "out" / "run.toml"))
     assert (stored["learner"]["lr"], stored["learner"]["max_steps"]) == (0.01, 3)
-    assert stored["rewards"]["functions"] == ["length"]
+    assert stored["rewards"]["functions"] == ("length",)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(workplace: Path) -> None:
@@ -191,10 +191,10 @@ def f(completions, completion_ids, **columns):
 
 def test_an_interrupt_finishes_the_step_and_can_be_resumed(workplace: Path) -> None:
     (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT,"))
-    result = call("train", *RUN, *SHORT, "-o", "out", "--max-steps", "50", "--reward", "r.py:f")
+    result = call("train", *RUN, *SHORT, "-o", "out", "--epochs", "99", "--reward", "r.py:f")
     assert result.exit_code == 130
     steps = json.loads((workplace / "out" / "summary.json").read_text())["steps"]
-    assert 2 <= steps < 50
+    assert 2 <= steps < 248
     assert f"interrupted; go on with: troupe train -o {workplace / 'out'} --resume" in result.stdout
     assert load_checkpoint(list_checkpoints(workplace / "out")[0]).state.version == steps
     assert "final" in names_in(workplace / "out")
@@ -203,7 +203,7 @@ def test_an_interrupt_finishes_the_step_and_can_be_resumed(workplace: Path) -> N
 
 def test_a_second_signal_writes_only_the_checkpoint(workplace: Path) -> None:
     (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT, signal.SIGTERM"))
-    result = call("train", *RUN, *SHORT, "-o", "out", "--max-steps", "50", "--reward", "r.py:f")
+    result = call("train", *RUN, *SHORT, "-o", "out", "--epochs", "99", "--reward", "r.py:f")
     assert result.exit_code == 130
     assert [path.name for path in list_checkpoints(workplace / "out")] == ["step-00000001"]
     assert "final" not in names_in(workplace / "out")
@@ -213,7 +213,7 @@ def test_a_second_signal_writes_only_the_checkpoint(workplace: Path) -> None:
 @pytest.mark.slow
 def test_a_real_process_drains_on_sigint(workplace: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(troupe.__file__).parents[1])}
-    command = [sys.executable, "-m", "troupe", "train", *RUN, *SHORT, "-o", "out", "--max-steps", "100000"]
+    command = [sys.executable, "-m", "troupe", "train", *RUN, *SHORT, "-o", "out", "--epochs", "9999"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stdout is not None
         told = []
@@ -227,7 +227,7 @@ def test_a_real_process_drains_on_sigint(workplace: Path) -> None:
     assert err == ""
     assert "\x1b" not in "".join(told) + out
     steps = load_checkpoint(list_checkpoints(workplace / "out")[0]).state.version
-    assert f"{steps} of 100000 steps" in out
+    assert f"{steps} of 24998 steps" in out
     assert f"{steps + 1} of {steps + 1} steps" in done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1))
 
 
@@ -293,12 +293,11 @@ def test_generate_speaks_with_the_demo_s_policy() -> None:
 
 
 def test_eval(workplace: Path) -> None:
-    figures = json.loads(
-        done("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "5", "--json", "--reward", "length")
-    )
+    flags = ("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "5")
+    figures = json.loads(done(*flags, "--json", "--reward", "length"))
     assert figures.keys() == {"rows", "accuracy", "rewards", "wall_s"}
     assert (figures["rows"], figures["accuracy"], list(figures["rewards"])) == (5, 0.0, ["length_reward"])
-    text = done("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "5").splitlines()
+    text = done(*flags).splitlines()
     assert text[0].startswith("5 rows in ")
     assert text[1:] == ["accuracy 0.0%", "exact_answer_reward 0.0000"]
     assert call("eval", "-m", "m", "-d", "gone.json").exit_code == 2
