@@ -15,7 +15,7 @@ import statistics
 import time
 from importlib.metadata import version
 
-import troupe  # noqa: F401 - loads OpenBLAS before MLX
+import troupe  # first: it loads OpenBLAS before MLX
 from troupe.grpo import LearnerConfig, adamw_init, compute_advantages, make_batch, train_on_batch
 from troupe.learning import completion_log_probs
 from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, parameter_count, random_policy
@@ -86,7 +86,7 @@ def main() -> None:
         "device": str(mx.default_device()),
         "machine": platform.platform(),
         "mlx": version("mlx"),
-        "troupe": version("troupe"),
+        "troupe": troupe.__version__,
     }
     print(json.dumps(line))
 

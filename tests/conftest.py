@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny_model
 
 import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
+from tests.tiny import write_tiny_model
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 import mlx.core as mx
 import msgspec
-from tiny import CONFIG, write_tiny_model
 
+from tests.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, load_config
 from troupe.messages import Incident, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot, Span
 from troupe.policy import CompletedGroup, Completion, RolloutRequest, Weights

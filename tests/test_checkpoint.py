@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 import pytest
-from tiny import CONFIG
 
+from tests.tiny import CONFIG
 from troupe import checkpoint as room
 from troupe.checkpoint import (
     MANIFEST,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import BATCH_SIZE, FakeSink, delayed, same_bits, tiny_config, weigh_ids, write_ragged_model
-from straight import play_straight
 
 import troupe
+from tests.fakes import BATCH_SIZE, FakeSink, delayed, same_bits, tiny_config, weigh_ids, write_ragged_model
+from tests.straight import play_straight
 from troupe import pipeline
 from troupe.checkpoint import Checkpoint, load_checkpoint
 from troupe.messages import GroupClosed, Update

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from fakes import tiny_config, weigh_ids, write_prompts
 
+from tests.fakes import tiny_config, weigh_ids, write_prompts
 from troupe import RunConfig, load_config
 from troupe.cli import main
 from troupe.errors import ConfigError, OutputError

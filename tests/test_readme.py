@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import msgspec
 import pytest
-from tiny import CONFIG, write_tiny_model
 
+from tests.tiny import CONFIG, write_tiny_model
 from troupe.cli import main
 
 ROOT = Path(__file__).parent.parent

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from fakes import weigh_ids, write_ragged_model
 
+from tests.fakes import weigh_ids, write_ragged_model
 from troupe.dataset import PromptDataset
 from troupe.errors import DatasetError, RewardError
 from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, load_policy
@@ -162,9 +161,28 @@ async def test_rows_past_one_chunk_are_the_same_and_faults_are_told(
     whole, chunked = results
     assert whole.completions == chunked.completions
     assert whole.accuracy is None
-    assert math.isnan(whole.rewards["by_number"]), "the one call with row 6 failed"
-    assert chunked.rewards["by_number"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 5) / 6)
-    assert [incident.kind for incident in chunked.incidents] == ["reward_error"]
+    for result in results:
+        assert result.rewards["by_number"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 5) / 6), "row 6 alone is missing"
+        assert [(incident.kind, incident.gid) for incident in result.incidents] == [("reward_error", 6)]
+
+
+async def test_a_column_may_have_the_name_of_any_internal_argument(ragged_model: Path) -> None:
+    policy = load_policy(ragged_model)
+    dataset = PromptDataset.from_rows([{"prompt": "ab", "gid": 5, "trainer": 6, "rewards": 7}])
+
+    def by_gid(completions: list[str], gid: list[int], **_: Any) -> list[float]:
+        return [float(number) for number in gid]
+
+    async with DeviceThread("test") as device:
+        result = await evaluate(
+            policy,
+            dataset,
+            [tuple(b"ab")],
+            generation=GenerationConfig(temperature=0.0, max_completion_length=2),
+            device=device,
+            rewards=RewardManager([by_gid]),
+        )
+    assert result.rewards == {"by_gid": 5.0}
 
 
 async def test_evaluation_without_answers_needs_a_reward(tmp_path: Path, ragged_model: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
-from fakes import delayed, same_bits, tiny_config, weigh_ids, write_prompts, write_ragged_model
-from tiny import CONFIG, write_tiny_model
 
 import troupe
+from tests.fakes import delayed, same_bits, tiny_config, weigh_ids, write_prompts, write_ragged_model
+from tests.tiny import CONFIG, write_tiny_model
 from troupe import Supervisor, supervisor
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.config import RunConfig

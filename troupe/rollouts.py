@@ -6,6 +6,7 @@ The same engine, rewards and batch as in a run, called one after the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import InputError, RewardError
 from troupe.grpo import LearnerConfig
 from troupe.learning import as_rollouts, assemble
-from troupe.messages import ChatMessage, Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
+from troupe.messages import Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import CompletedGroup, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
-from troupe.rewards import Reward, RewardManager, exact_answer_reward, load_reward
-from troupe.runtime import DeviceThread
+from troupe.rewards import GroupScores, Reward, RewardManager, exact_answer_reward, load_reward
+from troupe.runtime import DeviceThread, together
 from troupe.schedule import tokenize_prompts
 
 _EVAL_ROWS = 128
@@ -80,23 +81,8 @@ async def generate_and_score(
     prompt_ids = tokenize_prompts(dataset, policy.tokenizer, DataConfig(), max_tokens=limit)
     async with RewardManager(rewards) as manager, DeviceThread("rollouts") as device:
         manager.check_columns(dataset.columns)
-        requests = [RolloutRequest(prompt_ids=ids, key=(seed, step, place, 0)) for place, ids in enumerate(prompt_ids)]
-        completed = await _complete(policy, generation, requests, device)
-        groups = []
-        for place, group in enumerate(completed):
-            rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
-            row = dataset[place]
-            prompt = Prompt(
-                gid=place,
-                slot=Slot(step=step, place=place),
-                epoch=0,
-                row=place,
-                prompt=row.prompt,
-                prompt_ids=prompt_ids[place],
-                columns=row.columns,
-            )
-            groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
-        results = [await manager.score_group(group) for group in groups]
+        groups = await _complete(policy, dataset, prompt_ids, range(len(dataset)), generation, device, (seed, step))
+        results = await _score(manager, groups)
         scored = [
             ScoredGroup(group=group, scores=result.scores, logged=result.metrics)
             for group, result in zip(groups, results, strict=True)
@@ -138,22 +124,14 @@ async def evaluate(
     scores: dict[str, list[float]] = {}
     incidents: list[Incident] = []
     for start in range(0, len(dataset), _EVAL_ROWS):
-        rows = [dataset[i] for i in range(start, min(start + _EVAL_ROWS, len(dataset)))]
-        requests = [RolloutRequest(prompt_ids=prompt_ids[start + i], key=(seed, start + i)) for i in range(len(rows))]
-        completed = await _complete(policy, once, requests, device)
-        chunk = [as_rollouts(group, policy.tokenizer.decode_sampled)[0] for group in completed]
-        texts += [rollout.text for rollout in chunk]
+        places = range(start, min(start + _EVAL_ROWS, len(dataset)))
+        groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0))
+        texts += [group.rollouts[0].text for group in groups]
         if rewards is not None:
-            result = await rewards.compute_rewards(
-                [row.prompt for row in rows],
-                [as_completion(row.prompt, rollout.text) for row, rollout in zip(rows, chunk, strict=True)],
-                completion_ids=[rollout.token_ids for rollout in chunk],
-                gid=None,
-                **{name: [row.columns[name] for row in rows] for name in dataset.columns},
-            )
-            incidents += result.incidents
-            for name, column in result.scores.items():
-                scores.setdefault(name, []).extend(score for score in column if score is not None)
+            for result in await _score(rewards, groups):
+                incidents += result.incidents
+                for name, (score,) in result.scores.items():
+                    scores.setdefault(name, []).extend([] if score is None else [score])
     return Evaluation(
         rows=len(dataset),
         accuracy=_accuracy(dataset, texts),
@@ -163,19 +141,51 @@ async def evaluate(
     )
 
 
-def as_completion(prompt: PromptText, text: str) -> str | list[ChatMessage]:
-    """A completion as reward functions see it: a text, or one assistant message after a conversation."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
 async def _complete(
-    policy: Policy, generation: GenerationConfig, requests: Sequence[RolloutRequest], device: DeviceThread
-) -> list[CompletedGroup]:
-    """Decode all requests; a cancelled caller waits for one token, not for the longest completion."""
+    policy: Policy,
+    dataset: PromptDataset,
+    prompt_ids: Sequence[tuple[int, ...]],
+    places: range,
+    generation: GenerationConfig,
+    device: DeviceThread,
+    key: tuple[int, int],
+) -> list[RolloutGroup]:
+    """Complete the rows at `places` together, as places of one step; `key` is (seed, step).
+
+    A cancelled caller waits for one token, not for the longest completion.
+    """
+    seed, step = key
     engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids)
     engine.load(policy.weights, 0)
+    requests = [RolloutRequest(prompt_ids=prompt_ids[i], key=(seed, step, i, 0)) for i in places]
     decoding = await device.run(engine.decode, requests)
-    return await device.run(_in_order, decoding, on_cancel=engine.abort)
+    completed = await device.run(_in_order, decoding, on_cancel=engine.abort)
+    groups = []
+    for place, group in zip(places, completed, strict=True):
+        row = dataset[place]
+        prompt = Prompt(
+            gid=place,
+            slot=Slot(step=step, place=place),
+            epoch=0,
+            row=place,
+            prompt=row.prompt,
+            prompt_ids=prompt_ids[place],
+            columns=row.columns,
+        )
+        rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
+        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
+    return groups
+
+
+async def _score(rewards: RewardManager, groups: Sequence[RolloutGroup]) -> list[GroupScores]:
+    """Score all groups at once, as far as each reward's own concurrency allows; in the order given."""
+    results: dict[int, GroupScores] = {}
+
+    async def score(place: int) -> None:
+        results[place] = await rewards.score_group(groups[place])
+
+    await together([partial(score, place) for place in range(len(groups))])
+    return [results[place] for place in range(len(groups))]
 
 
 def _in_order(groups: Iterable[CompletedGroup]) -> list[CompletedGroup]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from fakes import Reports, same_bits, send_all
-from tiny import CONFIG
 
+from tests.fakes import Reports, same_bits, send_all
+from tests.tiny import CONFIG
 from troupe import checkpoint
 from troupe.actors.checkpointer import Checkpointer
 from troupe.checkpoint import RunState, list_checkpoints, load_checkpoint

@@ -7,8 +7,8 @@ from typing import Any
 
 import anyio
 import pytest
-from fakes import FakeEngine, Reports, ended, make_prompt, taken
 
+from tests.fakes import FakeEngine, Reports, ended, make_prompt, taken
 from troupe.actors.generator import Generator
 from troupe.messages import Prompt, Rollout, RolloutGroup, Span
 from troupe.runtime import Channel, Mailbox, PolicyBoard

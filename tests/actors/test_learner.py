@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import anyio
 import mlx.core as mx
 import pytest
-from fakes import Reports, ended, make_scored, same_bits, send_all, taken
-from tiny import CONFIG
 
+from tests.fakes import Reports, ended, make_scored, same_bits, send_all, taken
+from tests.tiny import CONFIG
 from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
 from troupe.errors import RunError
 from troupe.grpo import LearnerConfig, adamw_init, learning_rate, train_on_batch

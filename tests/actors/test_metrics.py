@@ -6,8 +6,8 @@ from typing import TypeAlias
 
 import anyio
 import pytest
-from fakes import FakeSink, ended, taken
 
+from tests.fakes import FakeSink, ended, taken
 from troupe.actors.metrics import Metrics, Tally
 from troupe.messages import ClosedState, Drain, GroupClosed, Incident, Slot, Span, Update
 from troupe.runtime import Broadcast, Channel, Mailbox, play

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from fakes import ended, taken
 
+from tests.fakes import ended, taken
 from troupe.actors.prompter import Prompter
 from troupe.dataset import PromptDataset
 from troupe.messages import Drain, GroupClosed, Prompt, Slot

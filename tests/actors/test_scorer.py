@@ -6,8 +6,8 @@ from typing import Any
 
 import anyio
 import pytest
-from fakes import Reports, ended, make_group, make_prompt, send_all, taken
 
+from tests.fakes import Reports, ended, make_group, make_prompt, send_all, taken
 from troupe.actors.scorer import Scorer
 from troupe.errors import RewardError
 from troupe.messages import Incident, RolloutGroup, ScoredGroup, Span

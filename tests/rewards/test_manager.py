@@ -89,7 +89,7 @@ async def test_columns_and_ids_reach_the_functions() -> None:
         return [0, 1]
 
     result = await manager([look, exact_answer_reward]).compute_rewards(
-        ["p", "q"], ["a", "b"], completion_ids=[(1,), (2, 3)], gid=4, answer=["a", "c"]
+        ["p", "q"], ["a", "b"], completion_ids=[(1,), (2, 3)], answer=["a", "c"]
     )
     assert {key: seen[key] for key in ("prompts", "completions", "completion_ids", "answer", "trainer_state")} == {
         "prompts": ["p", "q"],
@@ -159,12 +159,12 @@ async def test_hanging_and_raising_rewards_are_missing_and_named_and_the_others_
         raise BaseExceptionGroup("many", [ValueError("x"), SystemExit()])
 
     async with manager([Hangs(), raises, lengths]) as rewards:
-        result = await rewards.compute_rewards(["p"] * 2, ["a", "bb"], gid=3)
+        result = await rewards.compute_rewards(["p"] * 2, ["a", "bb"])
     assert result.scores == {"Hangs": (None, None), "raises": (None, None), "lengths": (1.0, 2.0)}
     assert result.rewards == (1.0, 2.0)
     assert [(i.actor, i.kind, i.gid) for i in result.incidents] == [
-        ("scorer", "reward_timeout", 3),
-        ("scorer", "reward_error", 3),
+        ("scorer", "reward_timeout", None),
+        ("scorer", "reward_error", None),
     ]
     assert result.incidents[0].message == "reward Hangs: samples 0, 1 of 2: no answer within 0.01 s"
     assert "BaseExceptionGroup" in result.incidents[1].message
@@ -341,14 +341,14 @@ async def test_actors_score_sample_by_sample_within_their_own_limits() -> None:
     judge = Two()
     async with manager([judge, lengths]) as rewards:
         result = await rewards.compute_rewards(
-            ["p"] * 5, ["a", "b", "c", "d", "e"], completion_ids=[[i] for i in range(5)], gid=8, answer=list("vwxyz")
+            ["p"] * 5, ["a", "b", "c", "d", "e"], completion_ids=[[i] for i in range(5)], answer=list("vwxyz")
         )
     assert result.scores["two"] == (0.0, 1.0, 2.0, 3.0, 4.0)
     assert result.rewards == (1.0, 2.0, 3.0, 4.0, 5.0)
     assert judge.most_at_once == 2
     assert judge.events == ["start", "stop"]
     assert sorted(judge.samples, key=lambda s: s.index)[3] == RewardSample(
-        prompt="p", completion="d", completion_ids=(3,), columns={"answer": "y"}, gid=8, index=3
+        prompt="p", completion="d", completion_ids=(3,), columns={"answer": "y"}, gid=None, index=3
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -120,12 +121,12 @@ class Learner(Actor):
         step = self._state.version
         usable = [group for group in groups if is_usable(group, self._min_scored)]
         started_s = time.perf_counter()
-        metrics: dict[str, float] = {}
+        metrics = {"reward": math.nan}  # what is known without a single usable group
         if usable:
             with self.report.span("learn", step=step):
                 learned = await self._device.run(self._step, usable)
             metrics = self._taken_over(*learned)
-        await self._check_finite(metrics, step)
+            await self._check_finite(metrics, step)
         self._state = msgspec.structs.replace(self._state, version=step + 1)
         with self.report.span("publish", step=step):
             self._board.publish(self._state.version, self._state.weights)
@@ -163,7 +164,7 @@ class Learner(Actor):
         return {**prepared.metrics, **result.metrics}
 
     async def _check_finite(self, metrics: Mapping[str, float], step: int) -> None:
-        if not self._skipped_in_a_row or not metrics:
+        if not self._skipped_in_a_row:
             return
         message = (
             f"step {step}: the loss ({metrics.get('loss')}) or gradient norm ({metrics.get('grad_norm')}) is not "

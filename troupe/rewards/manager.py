@@ -6,6 +6,7 @@ breaks the convention (wrong length, wrong type, missing column) ends the run. K
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -22,6 +23,7 @@ from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import Fault, Pace, described
 from troupe.rewards.functions import Reward, check_columns, reward_name
 from troupe.rewards.runners import ActorRunner, Batch, FunctionRunner, Outcome
+from troupe.runtime import together
 
 
 class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,7 +141,6 @@ class RewardManager:
         completions: Sequence[Any],
         *,
         completion_ids: Sequence[Sequence[int]] | None = None,
-        gid: int | None = None,
         **columns: Sequence[Any],
     ) -> GroupScores:
         """Score G completions, each a text or a message list, with all rewards at once.
@@ -156,7 +157,7 @@ class RewardManager:
                 raise RewardError(
                     f"compute_rewards: {len(values)} {name} for {len(completions)} completions; give one for each"
                 )
-        return await self._score(Batch(arguments=arguments, columns=listed, gid=gid))
+        return await self._score(Batch(arguments=arguments, columns=listed, gid=None))
 
     async def score_group(self, group: RolloutGroup, trainer_state: Any = None) -> GroupScores:
         """Score a group as TRL would: a conversation's completions are lists of one assistant message.
@@ -185,15 +186,7 @@ class RewardManager:
         async def play(runner: FunctionRunner | ActorRunner) -> None:
             outcomes[runner.name] = await runner.score(batch)
 
-        try:
-            async with anyio.create_task_group() as tasks:
-                for runner in self._runners:
-                    tasks.start_soon(play, runner)
-        except BaseExceptionGroup as group:
-            broken = _first_reward_error(group)
-            if broken is None:
-                raise
-            raise broken from broken.__cause__
+        await together([functools.partial(play, runner) for runner in self._runners])
         return self._combine(batch, [outcomes[name] for name in self.names])
 
     def _combine(self, batch: Batch, outcomes: list[Outcome]) -> GroupScores:
@@ -217,14 +210,6 @@ class RewardManager:
 
 def _incident(name: str, fault: Fault, gid: int | None) -> Incident:
     return Incident(actor="scorer", kind=fault.kind, message=f"reward {name}: {fault.message}", gid=gid)
-
-
-def _first_reward_error(group: BaseExceptionGroup[BaseException]) -> RewardError | None:
-    for error in group.exceptions:
-        found = _first_reward_error(error) if isinstance(error, BaseExceptionGroup) else error
-        if isinstance(found, RewardError):
-            return found
-    return None
 
 
 def _unique_names(rewards: Sequence[Reward]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from troupe.runtime.actor import Actor, Reporter
 from troupe.runtime.board import Credits, PolicyBoard
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Broadcast, Channel, ChannelStats, Mailbox, Overflow
-from troupe.runtime.supervision import play
+from troupe.runtime.supervision import play, together
 from troupe.runtime.trace import TraceWriter
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "Reporter",
     "TraceWriter",
     "play",
+    "together",
 ]

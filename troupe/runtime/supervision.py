@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 import anyio
 
@@ -15,12 +16,19 @@ async def play(actors: Sequence[Actor]) -> None:
     There is no order of shutting down: the first actor ends when it has nothing more to say, its channels close,
     and the end travels on. A fault in one cancels the others and is raised as itself, not as a group.
     """
+    await together([actor.run for actor in actors])
+
+
+async def together(works: Iterable[Callable[[], Coroutine[Any, Any, object]]]) -> None:
+    """Await all works at once. The first fault cancels the others and is raised as itself, not as a group."""
     try:
         async with anyio.create_task_group() as group:
-            for actor in actors:
-                group.start_soon(actor.run, name=actor.name)
+            for work in works:
+                group.start_soon(work)
     except BaseExceptionGroup as faults:
         fault = first_fault(faults)
+        if isinstance(fault, GeneratorExit):  # as itself it would mean that this very coroutine is being closed
+            raise
     else:
         return
     raise fault  # out here, so that it keeps the cause it was raised from
