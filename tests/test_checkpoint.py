@@ -52,7 +52,7 @@ def made(version: int, *, dtype: mx.Dtype = mx.float32, behind: tuple[int, ...] 
         weights=held,
         optimizer_state=state,
         behind={number: weights(number, dtype) for number in behind},
-        state=RunState(version=version, seed=11, dataset="abc", wall_s=1.5),
+        state=RunState(version=version, seed=11, dataset="abc"),
     )
 
 

@@ -52,8 +52,6 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int
     dataset: str
     """Fingerprint of the prompts: going on with other prompts would not be the same run."""
-    wall_s: float = 0.0
-    """Seconds of work before the cut."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

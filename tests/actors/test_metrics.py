@@ -53,7 +53,6 @@ async def test_counts_and_hands_everything_to_every_sink_in_order() -> None:
     assert (one.closed, other.closed) == (1, 1)
     assert stage.tally.closed_groups == {"trained": 2, "quarantined": 1}
     assert stage.tally.incidents == {"reward_timeout": 1}
-    assert stage.tally.last_update == update(1)
     assert stage.tally.switched_off_sinks == {}
 
 

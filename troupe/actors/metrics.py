@@ -24,7 +24,6 @@ class Tally(msgspec.Struct, kw_only=True):
     """Incidents by kind."""
     switched_off_sinks: dict[str, str] = msgspec.field(default_factory=dict)
     """Sink → why it was switched off."""
-    last_update: Update | None = None
 
 
 class Metrics(Actor):
@@ -65,7 +64,6 @@ class Metrics(Actor):
         """Count, pass on, and write to every sink."""
         if isinstance(message, Update):
             message = msgspec.structs.replace(message, metrics=message.metrics | self._queues())
-            self._tally.last_update = message
             self._listeners.send_nowait(message)
         elif isinstance(message, GroupClosed):
             self._tally.closed_groups[message.state] += 1

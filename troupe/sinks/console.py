@@ -54,7 +54,6 @@ class ConsoleSink:
     name = "console"
 
     def __init__(self, run: RunInfo, console: Console) -> None:
-        self._console = console
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
