@@ -225,7 +225,7 @@ def test_a_real_process_drains_on_sigint(workplace: Path) -> None:
                 break
         out, err = run.communicate(timeout=60)
     assert run.returncode == 130, err
-    assert err == ""
+    assert err == "interrupt: finishing the steps begun; a second signal ends at once with the last completed one\n"
     assert "\x1b" not in "".join(told) + out
     steps = load_checkpoint(list_checkpoints(workplace / "out")[0]).state.version
     assert f"{steps} of 24998 steps" in out
@@ -288,6 +288,36 @@ def test_generate(workplace: Path) -> None:
     assert call("generate", "-m", "m", "-p", "").exit_code == 2
     greedy = load_policy("m").generate_text("ab", 3, temperature=0.0)
     assert done("generate", "-m", "m", "-p", "ab", "--temperature", "0", "--max-new-tokens", "3") == greedy + "\n"
+
+
+@pytest.mark.parametrize(
+    "flag", [("--temperature", "nan"), ("--temperature", "inf"), ("--top-p", "nan"), ("--top-k", "-1")]
+)
+def test_generate_refuses_what_is_no_number_in_range(flag: tuple[str, str]) -> None:
+    result = call("generate", "-m", "m", "-p", "ab", *flag)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{flag[0]}'" in result.stderr
+
+
+def test_eval_tells_why_scores_are_missing(workplace: Path) -> None:
+    (workplace / "r.py").write_text("def f(completions, **columns):\n    raise OSError('no judge')\n")
+    result = call("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "2", "--json", "--reward", "r.py:f")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["rewards"] == {"f": None}
+    assert result.stderr.startswith("note: scores are missing, ")
+    assert "the first: reward f: OSError: no judge" in result.stderr
+
+
+def test_a_reader_who_leaves_changes_nothing_about_the_run(workplace: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(troupe.__file__).parents[1])}
+    command = [sys.executable, "-m", "troupe", "train", *RUN, *SHORT, "-o", "out", "--max-steps", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        err = run.stderr.read()
+    assert (run.returncode, err) == (0, "")
+    assert "final" in names_in(workplace / "out")
 
 
 def test_generate_speaks_with_the_demo_s_policy() -> None:

@@ -233,3 +233,13 @@ def test_what_is_written_reads_back_equal(tmp_path: Path, config: RunConfig) -> 
     write_config(config, path)
     assert load_config(path) == config
     assert check_config(config) == config
+
+
+def test_a_hub_id_stays_one_unless_a_folder_of_that_name_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\npath = "Qwen/Qwen3-0.6B"\n[data]\npath = "my/prompts.json"\n')
+    config = load_config(file)
+    assert config.model.path == "Qwen/Qwen3-0.6B"
+    assert config.data.path == str(tmp_path / "my" / "prompts.json")
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    assert load_config(file).model.path == str(tmp_path / "Qwen" / "Qwen3-0.6B")

@@ -181,7 +181,7 @@ def test_a_model_folder(workplace: Workplace, damage: Callable[[Path], None], me
         ("import nothing_of_this_name", "r.py:f", "r.py:1: the file does not import: ModuleNotFoundError"),
         ("def f(completions:\n", "r.py:f", "r.py:1: the file does not import: SyntaxError"),
         ("def g(completions): return [0.0]", "r.py:f", "r.py: has no 'f'"),
-        ("f = 3", "r.py:f", "r.py: f is a int, which cannot be called"),
+        ("f = 3", "r.py:f", "r.py: f is of type int and cannot be called"),
         ("\ndef f(completions, level): return [0.0]", "r.py:f", "r.py:2: reward f requires level"),
         ("def f(completions, **_): return [0.0]", "r.py:f", "reward f returned 1 scores for 3 completions"),
         ("async def f(completions, **_): return 'abc'", "r.py:f", "reward f returned 'abc' (str)"),
@@ -206,6 +206,11 @@ def test_held_out_rows_need_the_columns_of_the_training_rows(workplace: Workplac
     code, text = workplace.train(*BASE, "--set", "data.eval_path=h.jsonl")
     assert code == 2
     assert "h.jsonl: the held-out rows lack the column answer" in text
+
+
+def test_max_steps_overrides_epochs_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
+    assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=100, learner__epochs=1)).total_steps == 100
+    assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=1, learner__epochs=9)).total_steps == 1
 
 
 def test_what_is_resolved(tmp_path: Path, tiny_model: Path) -> None:
@@ -252,11 +257,14 @@ def test_folders_that_may_be_used(tmp_path: Path) -> None:
     empty, full = tmp_path / "empty", tmp_path / "full"
     empty.mkdir()
     full.mkdir()
-    (full / "x").write_text("")
+    (full / "run.toml").write_text("")
     for folder, resume in ((empty, False), (tmp_path / "new", False), (full, True)):
         assert run_folder(load_config(None, [{"output": str(folder)}]), resume=resume) == folder
     with pytest.raises(OutputError, match="is not empty"):
         run_folder(load_config(None, [{"output": str(full)}]), resume=False)
+    (full / "run.toml").rename(full / "thesis.txt")
+    with pytest.raises(OutputError, match="no run to go on with"):
+        run_folder(load_config(None, [{"output": str(full)}]), resume=True)
 
 
 def test_missing_paths_are_config_errors() -> None:

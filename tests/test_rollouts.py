@@ -132,6 +132,24 @@ async def test_greedy_evaluation_equals_the_argmax_of_the_uncached_model(tmp_pat
     assert result.rewards == {"exact_answer_reward": pytest.approx(2 / 3)}
 
 
+async def test_rows_without_an_answer_do_not_count_in_the_accuracy(ragged_model: Path) -> None:
+    policy = load_policy(ragged_model)
+    ids = [(97,), (98,)]
+    generation = GenerationConfig(temperature=0.0, max_completion_length=3)
+    rows: list[dict[str, Any]] = [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": None}]
+    async with DeviceThread("test") as device:
+
+        async def accuracy() -> tuple[float | None, tuple[str, ...]]:
+            dataset = PromptDataset.from_rows(rows)
+            result = await evaluate(policy, dataset, ids, generation=generation, device=device)
+            return result.accuracy, result.completions
+
+        none, texts = await accuracy()
+        assert none is None
+        rows[1]["answer"] = texts[1]
+        assert (await accuracy())[0] == 1.0
+
+
 async def test_rows_past_one_chunk_are_the_same_and_faults_are_told(
     ragged_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

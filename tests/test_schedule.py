@@ -59,10 +59,10 @@ def test_a_gid_is_unique_and_follows_from_the_slot() -> None:
         (3, 4, 3, None, 3),
         (1, 64, 1, None, 1),
         (10, 4, 3, 2, 2),
-        (2, 4, 1, 9, 1),
+        (2, 4, 1, 9, 9),
     ],
 )
-def test_steps_show_every_row_epochs_times(
+def test_steps_show_every_row_epochs_times_unless_told_their_number(
     rows: int, batch_size: int, epochs: int, max_steps: int | None, steps: int
 ) -> None:
     assert count_steps(rows, batch_size=batch_size, epochs=epochs, max_steps=max_steps) == steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -297,13 +298,14 @@ async def test_a_fault_in_the_learner_ends_the_run_with_its_checkpoints_whole(
     def endless(completions: list[str], **_: Any) -> list[float]:
         nonlocal calls
         calls += 1
-        return [1.0, 0.0, 0.5] if calls <= 2 else [1e38, 0.0, 0.0]
+        return [1e-20, 0.0, 5e-21] if calls <= 2 else [1e18, 0.0, 0.0]
 
     config = tiny_config(
         ragged_model,
         tmp_path,
         learner__scale_rewards="none",
         learner__max_nonfinite_steps=2,
+        rewards__weights=[1e20],
         checkpoint__every=1,
         learner__max_steps=9,
     )
@@ -349,3 +351,27 @@ async def test_resuming_a_run_that_is_done_makes_no_step(tmp_path: Path, ragged_
     again = await play(config, resume=True)
     assert (again.steps, again.closed_groups, again.complete) == (2, {}, True)
     assert same_bits(newest_weights(again.folder), weights)
+
+
+async def test_two_runs_cannot_share_a_folder(tmp_path: Path, ragged_model: Path) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+    async with Supervisor(config, [weigh_ids]) as run:
+        with pytest.raises(OutputError, match="another run is writing in this folder"):
+            async with Supervisor(config, [weigh_ids], resume=True):
+                pass
+    assert run.result.steps == 2
+    async with Supervisor(config, [weigh_ids], resume=True) as again:
+        pass
+    assert again.result.steps == 2
+
+
+async def test_a_folder_that_cannot_be_locked_is_used_all_the_same(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("troupe.supervisor.fcntl.flock", no_locks)
+    async with Supervisor(tiny_config(ragged_model, tmp_path, learner__max_steps=1), [weigh_ids]) as run:
+        pass
+    assert run.result.steps == 1

@@ -6,7 +6,9 @@ Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 from __future__ import annotations
 
 import functools
+import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -21,9 +23,9 @@ import msgspec
 import tomli_w
 
 from troupe import __version__, doctor
-from troupe.config import DEMO_CONFIG, RunConfig, config_table, load_config
+from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config
 from troupe.errors import InputError, TroupeError
-from troupe.policy import load_policy
+from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
 from troupe.rollouts import Evaluation, evaluate_folder
 from troupe.supervisor import RunResult, Supervisor
@@ -55,8 +57,31 @@ def _report_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"troupe: {message}", err=True)
+    _tell(f"troupe: {message}", error=True)
     sys.exit(code)
+
+
+def _tell(text: str, *, error: bool = False, newline: bool = True) -> None:
+    """Print a line, or the beginning of one.
+
+    A reader who has gone (`troupe … | head`) changes nothing about what the command has done.
+    """
+    try:
+        click.echo(text, nl=newline, err=error)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())  # so that the flush at exit succeeds
+        os.close(nowhere)
+
+
+class _Number(click.FloatRange):
+    """A float in a range; NaN, which compares as if it were in every range, is refused, and so is infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is no finite number.", param, ctx)
+        return number
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -94,7 +119,7 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, **flags: Any) -
     result, interrupted = anyio.run(_train, config, resume)
     _show_result(result)
     if interrupted and not result.complete:
-        click.echo(f"interrupted; go on with: troupe train -o {result.folder} --resume")
+        _tell(f"interrupted; go on with: troupe train -o {result.folder} --resume")
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -112,7 +137,7 @@ def train_config(
     **learner: float | None,
 ) -> RunConfig:
     """The config that the flags of `troupe train` mean; None means "not given"."""
-    stored = Path(output) / "run.toml" if resume and output is not None else None
+    stored = Path(output) / RUN_TOML if resume and output is not None else None
     if run_toml is None and stored is not None and stored.is_file():
         run_toml = stored
     named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
@@ -152,18 +177,25 @@ async def _train(config: RunConfig, resume: bool) -> tuple[RunResult, bool]:
     async def obey_signals(run: Supervisor) -> None:
         """First: finish the steps begun. Second: checkpoint and end. Third: leave."""
         nonlocal interrupted
-        requests = iter((run.drain, run.stop))
+        requests = iter(
+            (
+                (run.drain, "finishing the steps begun; a second signal ends at once with the last completed one"),
+                (run.stop, "saving the last completed step; a third signal leaves without saving"),
+            )
+        )
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
                 interrupted = True
                 request = next(requests, None)
                 if request is None:
                     os._exit(EXIT_INTERRUPTED)
-                request()
+                act, meaning = request
+                act()
+                _tell(f"interrupt: {meaning}", error=True)
 
     async with Supervisor(config, resume=resume) as run:
         for notice in run.notices:
-            click.echo(f"note: {notice}")
+            _tell(f"note: {notice}")
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(obey_signals, run)
             await run.wait()
@@ -173,51 +205,85 @@ async def _train(config: RunConfig, resume: bool) -> tuple[RunResult, bool]:
 
 def _show_plan(prepared: Prepared) -> None:
     for notice in prepared.notices:
-        click.echo(f"note: {notice}")
-    click.echo(tomli_w.dumps(config_table(prepared.config)))
-    click.echo(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
+        _tell(f"note: {notice}")
+    _tell(tomli_w.dumps(config_table(prepared.config)))
+    _tell(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
 
 
 def _show_result(result: RunResult) -> None:
     groups = ", ".join(f"{count} {state}" for state, count in sorted(result.closed_groups.items())) or "none"
-    click.echo(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
+    _tell(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
     if result.incidents:
-        click.echo("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
+        _tell("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
     for name, reason in result.switched_off_sinks.items():
-        click.echo(f"the sink {name} was switched off: {reason}")
+        _tell(f"the sink {name} was switched off: {reason}")
     if result.accuracy_before is not None and result.accuracy_after is not None:
-        click.echo(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
+        _tell(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
     for name, after in result.rewards_after.items():
-        click.echo(f"held-out {name}: {result.rewards_before[name]:.3f} before, {after:.3f} after")
+        _tell(f"held-out {name}: {result.rewards_before[name]:.3f} before, {after:.3f} after")
     final = Path(result.folder) / "final"
     if final.is_dir():  # a run that was stopped has only checkpoints
-        click.echo(f"policy: {final}")
+        _tell(f"policy: {final}")
 
 
 @main.command()
 @click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder; default: the demo's policy.")
 @click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from standard input.")
+@click.option("--chat", is_flag=True, help="Take the prompt as a user's message, and let the assistant answer.")
+@click.option("--system", metavar="TEXT", help="The system message of the chat.")
+@click.option("--no-thinking", is_flag=True, help="Ask the chat template for an answer without thinking.")
+@click.option("-n", "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Completions to draw.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True)
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=0.95, show_default=True)
-@click.option("--top-k", type=int, default=None, help="Keep this many likeliest tokens.")
+@click.option("--temperature", type=_Number(min=0), default=0.8, show_default=True)
+@click.option("--top-p", type=_Number(min=0, max=1, min_open=True), default=0.95, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Keep this many likeliest tokens.")
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Draw the same text again.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a completion, on a line of its own.")
 @_report_errors
 def generate(
+    *,
     model: str | None,
     prompt: str,
+    chat: bool,
+    system: str | None,
+    no_thinking: bool,
+    samples: int,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
     seed: int | None,
     dtype: str | None,
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
-    """Continue a text with a policy and print the completion."""
+    """Continue a text with a policy, or answer a chat, and print the completion as it comes."""
+    if not chat and (system is not None or no_thinking):
+        raise InputError("--system and --no-thinking shape a chat, and this prompt is plain text; add --chat")
+    # bytes that are no UTF-8 are refused where every prompt is
+    text = sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt
+    asked: TextPrompt = text
+    if chat:
+        asked = [{"role": "system", "content": system}] if system is not None else []
+        asked = [*asked, {"role": "user", "content": text}]
+    options: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
+    generation = GenerationConfig(num_generations=samples, max_completion_length=max_new_tokens, **sampling)
+    seed = secrets.randbits(32) if seed is None else seed
     policy = load_policy(model or _demo_model(), dtype)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    click.echo(policy.generate_text(text, max_new_tokens, temperature, top_p, top_k, seed))
+    if samples == 1 and not as_json:
+        for piece in stream_text(policy, asked, generation, seed, **options):
+            _tell(piece, newline=False)
+        _tell("")
+        return
+    started_s = time.perf_counter()
+    [completions] = complete_texts(policy, [asked], generation, seed, **options)
+    seconds = time.perf_counter() - started_s
+    tokens_per_s = sum(completion.completion_tokens for completion in completions) / seconds
+    for number, completion in enumerate(completions, 1):
+        if as_json:
+            figures = {"prompt": text, "completion": completion.text, **msgspec.structs.asdict(completion)}
+            del figures["text"]
+            _tell(msgspec.json.encode({**figures, "seed": seed, "tokens_per_s": tokens_per_s}).decode())
+        else:
+            _tell(f"# sample {number} of {samples}\n{completion.text}")
 
 
 @main.command(name="eval")
@@ -225,7 +291,7 @@ def generate(
 @click.option("-d", "--dataset", metavar="PROMPTS.json", help="Rows to complete; default: the demo's held-out rows.")
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=_Number(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -256,15 +322,18 @@ def eval_command(
         )
     )
     seconds = time.perf_counter() - started_s
+    if result.incidents:
+        first = result.incidents[0].message
+        _tell(f"note: scores are missing, {len(result.incidents)} incidents; the first: {first}", error=True)
     if as_json:
         figures = {"rows": result.rows, "accuracy": result.accuracy, "rewards": result.rewards, "wall_s": seconds}
-        click.echo(msgspec.json.encode(figures).decode())
+        _tell(msgspec.json.encode(figures).decode())
         return
-    click.echo(f"{result.rows} rows in {seconds:.1f} s")
+    _tell(f"{result.rows} rows in {seconds:.1f} s")
     if result.accuracy is not None:
-        click.echo(f"accuracy {result.accuracy:.1%}")
+        _tell(f"accuracy {result.accuracy:.1%}")
     for name, mean in result.rewards.items():
-        click.echo(f"{name} {mean:.4f}")
+        _tell(f"{name} {mean:.4f}")
 
 
 @main.command(name="doctor")
@@ -272,7 +341,7 @@ def eval_command(
 def doctor_command(as_json: bool) -> None:
     """Tell what this machine gives, what is slow, and how to mend it."""
     report = doctor.examine()
-    click.echo(msgspec.json.encode(report).decode() if as_json else doctor.describe(report))
+    _tell(msgspec.json.encode(report).decode() if as_json else doctor.describe(report))
 
 
 def _demo_model() -> str:

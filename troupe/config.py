@@ -21,10 +21,13 @@ from troupe.checkpoint import CheckpointConfig
 from troupe.dataset import DataConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
-from troupe.policy import GenerationConfig, ModelConfig
+from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
 from troupe.rewards import RewardsConfig
 from troupe.schedule import ScheduleConfig
 from troupe.sinks import MetricsConfig
+
+RUN_TOML = "run.toml"
+"""Where a run folder keeps its whole resolved config."""
 
 DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.toml"
 _INPUT_PATHS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
@@ -167,7 +170,9 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     for section, key in _INPUT_PATHS:
         values = table.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
-            values[key] = str((base / Path(values[key]).expanduser()).absolute())
+            path = (base / Path(values[key]).expanduser()).absolute()
+            if path.exists() or section != "model" or not is_hub_id(values[key]):
+                values[key] = str(path)
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [_anchor_reward(spec, base) for spec in rewards["functions"]]

@@ -89,7 +89,9 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
     generator = Generator(
         generator_box,
         scorer_box.channel("rollouts", RolloutGroup, bound=live),
-        engine=lambda: RolloutEngine(policy.config, config.generation, stop_ids=policy.eos_ids),
+        engine=lambda: RolloutEngine(
+            policy.config, config.generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer
+        ),
         board=board,
         decode_text=policy.tokenizer.decode_sampled,
         batch_size=config.learner.batch_size,

@@ -15,11 +15,11 @@ import msgspec
 
 from troupe import linux_cpu
 from troupe.checkpoint import Checkpoint, RunState, load_newest
-from troupe.config import RunConfig, check_config
+from troupe.config import RUN_TOML, RunConfig, check_config
 from troupe.dataset import PromptDataset
 from troupe.errors import CheckpointError, ConfigError, DatasetError, OutputError, RewardError
 from troupe.grpo import adamw_init
-from troupe.policy import Policy, Weights, expected_shapes, load_policy
+from troupe.policy import Policy, Weights, expected_shapes, load_policy, resolve_model
 from troupe.rewards import Reward, RewardManager, load_reward
 from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
 
@@ -76,7 +76,8 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
     dataset = PromptDataset.from_json(data_path, config.data.chat)
     held_out = PromptDataset.from_json(config.data.eval_path, config.data.chat) if config.data.eval_path else None
     manager, config = _rewards(config, rewards, dataset, held_out)
-    policy = load_policy(model_path, config.model.dtype)
+    source = resolve_model(model_path)
+    policy = load_policy(source, config.model.dtype)
     positions = policy.config.max_position_embeddings
     limit = min(config.data.max_prompt_tokens or positions, positions - 1)
     prompt_ids = tokenize_prompts(dataset, policy.tokenizer, config.data, max_tokens=limit)
@@ -85,6 +86,12 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
         held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
     config, more = _fit_completions(config, positions, longest_prompt=max(map(len, prompt_ids)))
+    total_steps = count_steps(
+        len(dataset),
+        batch_size=config.learner.batch_size,
+        epochs=config.learner.epochs,
+        max_steps=config.learner.max_steps,
+    )
     checkpoint, resumed = _newest_checkpoint(folder, dataset, config, policy) if resume else (None, [])
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
@@ -92,7 +99,7 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
         config=msgspec.structs.replace(config, output=str(folder)),
         folder=folder,
         policy=policy if checkpoint is None else Policy(policy.config, checkpoint.weights, policy.path),
-        source=Path(model_path),
+        source=source,
         reference=policy.weights if config.learner.beta else None,
         rewards=manager,
         schedule=PromptSchedule(
@@ -102,12 +109,7 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
             seed=config.seed,
             shuffle=config.data.shuffle,
         ),
-        total_steps=count_steps(
-            len(dataset),
-            batch_size=config.learner.batch_size,
-            epochs=config.learner.epochs,
-            max_steps=config.learner.max_steps,
-        ),
+        total_steps=total_steps,
         fingerprint=dataset.fingerprint,
         evaluation=evaluation,
         checkpoint=checkpoint,
@@ -132,7 +134,11 @@ def run_folder(config: RunConfig, *, resume: bool) -> Path:
     folder = Path(config.output).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: this is a file; give a folder that does not exist yet, or an empty one")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder
+    if resume and not (folder / RUN_TOML).is_file():
+        raise OutputError(f"{folder}: there is no {RUN_TOML} among these files, so this is no run to go on with")
+    if not resume:
         raise OutputError(
             f"{folder}: the output folder is not empty; add --resume to go on with the run in it, or give "
             "another folder"

@@ -51,7 +51,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
     rows: int
     accuracy: float | None
-    """Share of completions that equal the row's `answer`; None where the dataset has no such column."""
+    """Share of completions that equal the row's `answer`, over the rows that have one; None where none has."""
     rewards: dict[str, float]
     """Mean score of each reward over the rows that it scored; NaN where it scored none."""
     completions: tuple[str, ...]
@@ -155,7 +155,7 @@ async def _complete(
     A cancelled caller waits for one token, not for the longest completion.
     """
     seed, step = key
-    engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids)
+    engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer)
     engine.load(policy.weights, 0)
     requests = [RolloutRequest(prompt_ids=prompt_ids[i], key=(seed, step, i, 0)) for i in places]
     decoding = await device.run(engine.decode, requests)
@@ -196,7 +196,8 @@ def _accuracy(dataset: PromptDataset, texts: Sequence[str]) -> float | None:
     if "answer" not in dataset.columns:
         return None
     scores = exact_answer_reward(texts, answer=[row.columns["answer"] for row in dataset])
-    return sum(score or 0.0 for score in scores) / len(scores)
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
 
 
 async def evaluate_folder(

@@ -68,9 +68,8 @@ class PromptSchedule:
 
 
 def count_steps(rows: int, *, batch_size: int, epochs: int, max_steps: int | None) -> int:
-    """Learner batches of a whole run: enough to show every row `epochs` times, at most `max_steps`."""
-    steps = math.ceil(rows * epochs / batch_size)
-    return steps if max_steps is None else min(steps, max_steps)
+    """Learner batches of a whole run: enough to show every row `epochs` times; `max_steps` overrides, as in TRL."""
+    return math.ceil(rows * epochs / batch_size) if max_steps is None else max_steps
 
 
 def tokenize_prompts(

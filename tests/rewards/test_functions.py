@@ -191,6 +191,14 @@ async def test_what_a_sync_function_raises_comes_through() -> None:
         await call_function(broken, "broken", ARGUMENTS, 2)
 
 
+async def test_an_interrupt_raised_by_the_function_itself_is_a_fault_like_any_other() -> None:
+    def gives_up(completions: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"):
+        await call_function(gives_up, "gives_up", {"completions": ["a"]}, 1)
+
+
 async def test_logs_are_kept_per_call() -> None:
     def logging(
         completions: list[str],

@@ -123,7 +123,7 @@ def test_a_file_imports_its_neighbours_and_its_folder_comes_last(tmp_path: Path)
         ("mine.txt:kind", r"mine\.txt: reward code is a \.py file, not '\.txt'"),
         ("no.py:kind", r"no\.py: no such file"),
         ("mine.py:kidn", r"mine\.py: has no 'kidn' \(did you mean kind\?\)"),
-        ("mine.py:number", r"mine\.py: number is a int, which cannot be called"),
+        ("mine.py:number", r"mine\.py: number is of type int and cannot be called"),
         ("mine.py:Plain", r"mine\.py:16: class Plain is no RewardActor"),
         ("mine.py:Abstract", r"mine\.py:18: Abstract\(\) failed: TypeError"),
         ("mine.py:texts", r"mine\.py:20: reward texts cannot take `completions`"),

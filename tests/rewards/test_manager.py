@@ -221,7 +221,10 @@ async def test_nan_and_infinity_are_missing_for_their_sample_only() -> None:
     assert result.rewards == (2.0, None, None)
     (incident,) = result.incidents
     assert incident.kind == "reward_nonfinite"
-    assert incident.message == "reward odd: returned nan for sample 1, -inf for sample 2; scores must be finite"
+    assert (
+        incident.message
+        == "reward odd: returned nan for sample 1, -inf for sample 2; scores must be finite, 1e+18 at most"
+    )
 
 
 @pytest.mark.parametrize("result", [[1.0], "ab", None, ["1", "2"]])
@@ -332,6 +335,50 @@ def test_weights() -> None:
         manager([])
     with pytest.raises(RewardError, match="cannot be called"):
         manager([3])  # type: ignore[list-item]
+
+
+async def test_scores_that_float32_cannot_hold_are_missing() -> None:
+    result = await manager(lambda completions: [1e300, -1e18, 2.0]).compute_rewards(["p"] * 3, ["a", "b", "c"])
+    assert result.rewards == (None, -1e18, 2.0)
+    assert [incident.kind for incident in result.incidents] == ["reward_nonfinite"]
+
+
+async def test_what_a_reward_changes_reaches_neither_dataset_nor_other_rewards() -> None:
+    def meddles(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], tags: list[Any]
+    ) -> list[float]:
+        prompts[0].append("changed")
+        completions[0][0]["content"] = "changed"
+        completion_ids[0].clear()
+        tags[0]["seen"].append(1)
+        return [0.0] * len(completions)
+
+    class Meddler(RewardActor):
+        async def score(self, sample: RewardSample) -> float | None:
+            sample.columns["tags"]["seen"].append(2)
+            assert isinstance(sample.prompt, list)
+            sample.prompt.clear()
+            return 0.0
+
+    kept: dict[str, Any] = {}
+
+    async def looks(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], tags: list[Any]
+    ) -> list[float]:
+        kept.update(prompts=prompts, completions=completions, completion_ids=completion_ids, tags=tags)
+        return [0.0] * len(completions)
+
+    row = {"prompt": [{"role": "user", "content": "p"}], "tags": {"seen": []}}
+    async with manager([meddles, Meddler(), looks]) as rewards:
+        for _ in range(2):
+            await rewards.score_group(group(row["prompt"], tags=row["tags"]))
+    assert row == {"prompt": [{"role": "user", "content": "p"}], "tags": {"seen": []}}
+    assert kept == {
+        "prompts": [row["prompt"]] * 2,
+        "completions": [[{"role": "assistant", "content": text}] for text in ("yes", "no")],
+        "completion_ids": [[5, 6], [7]],
+        "tags": [row["tags"]] * 2,
+    }
 
 
 async def test_actors_score_sample_by_sample_within_their_own_limits() -> None:

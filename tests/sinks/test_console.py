@@ -61,6 +61,13 @@ def test_the_display_ends_with_the_last_state() -> None:
     assert "unheard" not in text
 
 
+@pytest.mark.parametrize(("width", "rows"), [(100, 2), (70, 3), (44, 6)])
+def test_a_narrow_terminal_gets_fewer_figures_in_a_row(width: int, rows: int) -> None:
+    figures = {key: value for key, value in METRICS.items() if not key.startswith("queue/")}
+    last = played(RUN, update(3, figures), width=width).split("3/4")[-1].splitlines()[1:]
+    assert len([line for line in last if line.strip(" \x1b[?25h")]) == rows
+
+
 def test_the_display_starts_where_a_resume_goes_on() -> None:
     assert "1/4" in played(RUN)
 

@@ -16,7 +16,7 @@ from troupe.checkpoint import (
 )
 from troupe.errors import RunError
 from troupe.messages import Incident, Snapshot
-from troupe.policy import Qwen3Config, save_model_folder
+from troupe.policy import MAX_SHARD_BYTES, Qwen3Config, save_model_folder
 from troupe.runtime import Actor, DeviceThread, Mailbox, Reporter
 
 
@@ -56,13 +56,16 @@ class Checkpointer(Actor):
                 await self._device.run(self.write, message)
             except OSError as error:
                 if message.final:
-                    raise RunError(f"{self._run}: the final policy could not be written: {error}") from error
+                    raise RunError(
+                        f"{self._run}: the final policy could not be written: {error}; make room or mend the "
+                        "permissions, then go on with --resume"
+                    ) from error
                 await self.report.incident(
                     Incident(
                         actor=self.name,
                         kind="checkpoint_failed",
                         message=f"the checkpoint of step {message.version} could not be written: {error}; "
-                        "training goes on and the one before it stays",
+                        "training goes on, and whole checkpoints from before stay",
                     )
                 )
 
@@ -95,5 +98,5 @@ class Checkpointer(Actor):
     def _write_final(self, snapshot: Snapshot) -> None:
         temporary = self._run / ".writing-final"
         shutil.rmtree(temporary, ignore_errors=True)
-        save_model_folder(temporary, self._policy_config, snapshot.weights, self._source)
+        save_model_folder(temporary, self._policy_config, snapshot.weights, self._source, MAX_SHARD_BYTES)
         publish_folder(temporary, self._run / "final")

@@ -167,8 +167,8 @@ class Learner(Actor):
         if not self._skipped_in_a_row:
             return
         message = (
-            f"step {step}: the loss ({metrics.get('loss')}) or gradient norm ({metrics.get('grad_norm')}) is not "
-            "finite; the update was skipped"
+            f"step {step}: the loss ({metrics.get('loss')}), gradient norm ({metrics.get('grad_norm')}) or updated "
+            "weights are not finite; the update was skipped"
         )
         await self.report.incident(Incident(actor=self.name, kind="nonfinite_step", message=message))
         if self._skipped_in_a_row >= self._config.max_nonfinite_steps:

@@ -53,7 +53,7 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     epochs: AtLeastOne = 3
     """Passes over the dataset."""
     max_steps: AtLeastOne | None = None
-    """Learner batches after which the run ends, whatever `epochs` says; None is no such limit."""
+    """Learner batches of the run, whatever `epochs` says; None: as many as `epochs` need."""
     num_iterations: AtLeastOne = 1
     """Updates a batch, each from all of its rows."""
     gradient_accumulation_steps: AtLeastOne = 1
@@ -127,8 +127,8 @@ def train_on_batch(
 
     `weights` and `state` (from `optimizer.adamw_init`) are flat dicts of evaluated arrays; `lr` is one learning rate,
     or one for each of the `num_iterations` updates; `ref_weights` are needed where beta ≠ 0, `max_completion_length`
-    for loss_type "dr_grpo". The old log-probs are those of `weights`. An update whose loss or gradient norm is not
-    finite is skipped, and with it the passes left. Raises `ValueError` for an argument that is missing.
+    for loss_type "dr_grpo". The old log-probs are those of `weights`. An update whose loss, gradient norm or new
+    weights are not finite is skipped, and with it the passes left. Raises `ValueError` for an argument that is missing.
     """
     rates = [float(lr)] * config.num_iterations if isinstance(lr, int | float) else list(lr)
     if len(rates) != config.num_iterations:
@@ -152,7 +152,7 @@ def train_on_batch(
         updated = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
         if not updated:
             break
-        new_weights, new_state = adamw_update(
+        candidate, candidate_state = adamw_update(
             new_weights,
             grads,
             new_state,
@@ -161,7 +161,12 @@ def train_on_batch(
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        mx.eval(new_weights, new_state)
+        finite = mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in candidate.values()]))
+        mx.eval(candidate, candidate_state, finite)
+        updated = bool(finite.item())
+        if not updated:
+            break
+        new_weights, new_state = candidate, candidate_state
     summary = _over_passes(passes) | {"learning_rate": rates[len(passes) - 1], "nonfinite": float(not updated)}
     if config.entropy_coef != 0.0:
         summary["entropy_coef"] = config.entropy_coef

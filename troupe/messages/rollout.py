@@ -54,12 +54,12 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One completion of T tokens."""
 
     token_ids: tuple[int, ...]
-    """(T,) sampled ids; the stop token is the last one when `finish_reason` is "stop"."""
+    """(T,) sampled ids; at `finish_reason` "stop" the last one is the stop token or completed a stop string."""
     log_probs: tuple[float, ...]
     """(T,) float32 log-probability, in nats, of each token under the temperature-scaled, unfiltered distribution:
     the one that the learner differentiates."""
     sampling_log_probs: tuple[float, ...]
-    """(T,) the same under the distribution really sampled from; equal to `log_probs` where no filter is on."""
+    """(T,) the same under the distribution really sampled from: `log_probs` where no filter or penalty is on."""
     versions: tuple[int, ...]
     """(T,) policy version whose weights made each token."""
     finish_reason: FinishReason

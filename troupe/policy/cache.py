@@ -141,12 +141,10 @@ class DecodingCache:
 
     def _write(self, kept: list[mx.array], layer: int, new: mx.array) -> mx.array:
         """Put (S, K, w, d) at the next place of one layer → everything so far, (S, K, w, length + 1, d)."""
-        if layer == len(kept):
-            kept.append(mx.zeros((*new.shape[:3], 0, new.shape[-1]), new.dtype))
-        if (held := kept[layer].shape[3]) == self.length:
-            more = min(BLOCK, self._limit - held)
-            room = mx.zeros((*new.shape[:3], max(1, more), new.shape[-1]), new.dtype)
-            kept[layer] = mx.concatenate([kept[layer], room], axis=3)
+        if layer == len(kept) or kept[layer].shape[3] == self.length:
+            more = max(1, min(BLOCK, self._limit - self.length))
+            room = mx.zeros((*new.shape[:3], more, new.shape[-1]), new.dtype)
+            kept[layer : layer + 1] = [mx.concatenate([kept[layer], room], axis=3) if self.length else room]
         buffer = kept[layer]
         del kept[layer : layer + 1]  # the update can reuse the memory only where nothing else refers to it
         buffer[:, :, :, self.length] = new

@@ -1,55 +1,35 @@
-"""Model folders: reading and writing them, and the `Policy` that stands for one.
+"""`Policy`, a language model in memory, and the ways to get one.
 
-Knows the layout of a Hugging Face folder (config.json, safetensors whole or in shards, tokenizer files). Knows nothing
-of training, nor of how text becomes ids: the tokenizer is loaded when it is first asked for.
+Ties the other files of this room together for scripts. Knows nothing of training, nor of how text becomes ids: the
+tokenizer is loaded when it is first asked for.
 """
 
 from __future__ import annotations
 
 import secrets
-import shutil
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, cast
 
 import mlx.core as mx
 import msgspec
-from safetensors import SafetensorError, safe_open
 
 from troupe.errors import InputError, ModelError
-from troupe.policy.elementwise import is_on_cpu
-from troupe.policy.qwen3 import (
-    EMBEDDING,
-    HEAD,
-    Qwen3Config,
-    Weights,
-    expected_shapes,
-    hidden_states,
-    init_weights,
-    project,
-)
-from troupe.policy.rollout import GenerationConfig, generate_batch
-
-if TYPE_CHECKING:
-    from troupe.policy.tokenizer import Tokenizer
-
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+from troupe.policy.architecture import Qwen3Config
+from troupe.policy.folders import (
+    DTYPES,
     GENERATION_CONFIG_FILE,
+    MAX_SHARD_BYTES,
+    read_json,
+    read_model_folder,
+    save_model_folder,
 )
-"""What travels with the weights, byte for byte, from a model folder into every folder made from it."""
+from troupe.policy.hub import resolve_model
+from troupe.policy.qwen3 import EMBEDDING, Weights, hidden_states, init_weights, project
+from troupe.policy.rollout import GenerationConfig
+from troupe.policy.text import TextPrompt, complete_texts, stream_text
+from troupe.policy.tokenizer import Tokenizer
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 LOGITS_BYTES = 64 * 2**20
 """Most memory that the logits of `Policy.compute_log_probs` take at a time."""
 
@@ -58,127 +38,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Which policy a run starts from."""
 
     path: str | None = None
-    """A Hugging Face model folder; None is the demo's policy."""
+    """A Hugging Face model folder, or a hub id such as "Qwen/Qwen3-0.6B"; None is the demo's policy."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type to hold the weights in; None: as stored, but float32 on a CPU."""
-
-
-def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3Config, Weights]:
-    """Read config.json and the safetensors of a folder → (config, evaluated weights).
-
-    `dtype`: a name of `DTYPES`; None keeps what is stored, except that on a CPU everything becomes float32, the only
-    type with fast matrix products there. Raises ModelError, which names the folder, the file and every bad tensor.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype: {dtype!r} is refused; it must be one of {', '.join(DTYPES)}")
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such model folder; give one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelError(f"{folder}: holds no {CONFIG_FILE}, so it is no model folder")
-    try:
-        config = Qwen3Config.from_dict(_read_json(folder / CONFIG_FILE))
-    except ModelError as error:
-        message = str(error)
-        raise ModelError(message if message.startswith(str(folder)) else f"{folder / CONFIG_FILE}: {message}") from None
-    files = _weight_files(folder)
-    _check_tensors(folder, config, files)
-    target = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else None
-    wanted = expected_shapes(config)
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        tensors = mx.load(str(file))
-        assert isinstance(tensors, dict)
-        for name in wanted.keys() & tensors.keys():
-            weights[name] = tensors[name] if target is None else tensors[name].astype(target)
-    mx.eval(weights)
-    return config, {name: weights[name] for name in wanted}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
-        raise ModelError(f"{file}: not a JSON object: {error}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the whole one, else the shards that the index names."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise ModelError(f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; convert the weights to safetensors")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError(f"{index}: weight_map: missing, or not an object of tensor name → file name")
-    shards = []
-    for name in sorted(set(weight_map.values())):
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise ModelError(f"{index}: weight_map: {name!r} leads out of the folder; shards must lie beside the index")
-        if not (folder / name).is_file():
-            raise ModelError(f"{index}: weight_map: the shard {name} is missing from {folder}")
-        shards.append(folder / name)
-    return shards
-
-
-def _stored_tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name → (dtype, shape) of what a safetensors file holds; the data are not read."""
-    tensors = {}
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            for name in stored.keys():  # noqa: SIM118 - no mapping: it has `keys` alone
-                entry = stored.get_slice(name)
-                tensors[name] = (str(entry.get_dtype()), tuple(entry.get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: truncated, damaged or no safetensors file ({error}); copy it again") from None
-    return tensors
-
-
-def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> None:
-    """Raise one ModelError that lists every missing, unexpected, mis-shaped or non-float tensor."""
-    wanted = expected_shapes(config)
-    faults: list[str] = []
-    found: set[str] = set()
-    for file in files:
-        for name, (dtype, shape) in _stored_tensors(file).items():
-            if name in found:
-                faults.append(f"{name}: stored twice")
-            found.add(name)
-            if name not in wanted:
-                if name != HEAD and not name.endswith("rotary_emb.inv_freq"):
-                    faults.append(f"{name}: unexpected in {file.name}")
-            elif shape != wanted[name]:
-                faults.append(f"{name}: shape {list(shape)} in {file.name}, config.json asks for {list(wanted[name])}")
-            elif dtype not in ("F32", "BF16", "F16"):
-                faults.append(f"{name}: dtype {dtype} in {file.name}, only F32, BF16 and F16 can be trained")
-    faults += [f"{name}: missing" for name in wanted.keys() - found]
-    if faults:
-        raise ModelError(
-            f"{folder}: {len(faults)} bad tensor(s) for its config.json:\n  " + "\n  ".join(sorted(faults))
-        )
-
-
-def save_model_folder(
-    path: str | Path, config: Qwen3Config, weights: Weights, source: str | Path | None = None
-) -> None:
-    """Write a folder that transformers and mlx-lm load: config.json, model.safetensors, and the files beside them.
-
-    config.json, the tokenizer's files and generation_config.json are byte copies of those in the folder `source`;
-    without one config.json is made from `config`. Not atomic: `checkpoint` gives a folder its name when it is whole.
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / WEIGHTS_FILE), dict(weights), metadata={"format": "pt"})
-    origin = None if source is None else Path(source)
-    if origin is None or not (origin / CONFIG_FILE).is_file():
-        text = msgspec.json.format(msgspec.json.encode(config.to_dict()), indent=2)
-        (folder / CONFIG_FILE).write_bytes(text + b"\n")
-    if origin is not None:
-        for name in (CONFIG_FILE, *COMPANION_FILES):
-            original, copy = origin / name, folder / name
-            if original.is_file() and original.resolve() != copy.resolve():
-                shutil.copyfile(original, copy)
 
 
 class Policy:
@@ -200,8 +62,6 @@ class Policy:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the folder, loaded at the first call. Raises ModelError where there is none."""
         if self._tokenizer is None:
-            from troupe.policy.tokenizer import Tokenizer  # a folder without tokenizer still serves ids
-
             if self.path is None:
                 raise ModelError("tokenizer: this policy was made at random and has no folder to read a tokenizer from")
             self._tokenizer = Tokenizer.from_pretrained(self.path)
@@ -211,7 +71,7 @@ class Policy:
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a text: generation_config.json's eos_token_id (one or a list), else config.json's."""
         file = None if self.path is None else self.path / GENERATION_CONFIG_FILE
-        eos = _read_json(file).get("eos_token_id") if file is not None and file.is_file() else None
+        eos = read_json(file).get("eos_token_id") if file is not None and file.is_file() else None
         if eos is None:
             return frozenset(self.config.eos_token_id)
         ids = eos if isinstance(eos, list) else [eos]
@@ -268,30 +128,63 @@ class Policy:
 
     def generate_text(
         self,
-        prompt: str,
+        prompt: TextPrompt,
         max_new_tokens: int = 100,
         temperature: float = 0.8,
         top_p: float = 0.95,
         top_k: int | None = None,
         seed: int | None = None,
     ) -> str:
-        """Continue `prompt` until a stop token or `max_new_tokens`; the text without prompt and special tokens.
+        """Continue `prompt`, or answer the chat that it holds, until a stop token or `max_new_tokens`.
 
-        `seed` None draws a fresh one, so that each call differs.
+        The text comes without prompt and special tokens. `seed` None draws a fresh one, so that each call differs.
+        Raises ValueError for a knob out of its bounds, and InputError for a prompt that cannot be used.
         """
-        generation = GenerationConfig(
-            num_generations=1,
-            max_completion_length=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k or 0,
-        )
-        batch = generate_batch(self, [prompt], 1, generation, seed=secrets.randbits(32) if seed is None else seed)
-        return batch.texts[0]
+        return self.generate_texts([prompt], max_new_tokens, temperature, top_p, top_k, seed)[0]
 
-    def save(self, path: str | Path) -> None:
+    def generate_texts(
+        self,
+        prompts: Sequence[TextPrompt],
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """`generate_text` of many prompts, decoded together → one text each, in order."""
+        generation = _one_completion(max_new_tokens, temperature, top_p, top_k)
+        return [samples[0].text for samples in complete_texts(self, prompts, generation, _seed(seed))]
+
+    def stream_text(
+        self,
+        prompt: TextPrompt,
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """`generate_text` in pieces as they come, never half a character; the same seed gives the same text."""
+        generation = _one_completion(max_new_tokens, temperature, top_p, top_k)
+        return stream_text(self, prompt, generation, _seed(seed))
+
+    def save(self, path: str | Path, max_shard_bytes: int | None = MAX_SHARD_BYTES) -> None:
         """Write the policy as a model folder; see `save_model_folder`."""
-        save_model_folder(path, self.config, self.weights, self.path)
+        save_model_folder(path, self.config, self.weights, self.path, max_shard_bytes)
+
+
+def _one_completion(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> GenerationConfig:
+    return GenerationConfig(
+        num_generations=1,
+        max_completion_length=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k or 0,
+    )
+
+
+def _seed(seed: int | None) -> int:
+    return secrets.randbits(32) if seed is None else seed
 
 
 def _id_rows(ids: mx.array | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -301,9 +194,13 @@ def _id_rows(ids: mx.array | Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def load_policy(path: str | Path, dtype: str | None = None) -> Policy:
-    """Read a model folder → `Policy`. See `read_model_folder` for `dtype` and errors."""
-    config, weights = read_model_folder(path, dtype)
-    return Policy(config, weights, Path(path))
+    """Read a model folder, or the one that a hub id such as "Qwen/Qwen3-0.6B" stands for → `Policy`.
+
+    See `read_model_folder` for `dtype` and errors, and `resolve_model` for hub ids.
+    """
+    folder = resolve_model(path)
+    config, weights = read_model_folder(folder, dtype)
+    return Policy(config, weights, folder)
 
 
 def random_policy(config: Qwen3Config, seed: int = 0, dtype: str = "float32") -> Policy:

@@ -13,148 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import mlx.core as mx
-import msgspec
 
-from troupe.errors import ModelError
+from troupe.policy.architecture import Qwen3Config as Qwen3Config  # where callers look for it
 from troupe.policy.elementwise import is_on_cpu, swiglu
+from troupe.policy.rotary import attention_factor, inverse_frequencies
 
 Weights: TypeAlias = Mapping[str, mx.array]
 """Hugging Face tensor name → array, such as `model.layers.0.self_attn.q_proj.weight` (H·d, D)."""
 
-ARCHITECTURE = "Qwen3ForCausalLM"
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-DEFAULT_ROPE_THETA = 10000.0
-
-
-class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes and constants of one Qwen3 network, under the names of `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int = 128
-    max_position_embeddings: int = 32768
-    rope_theta: float = DEFAULT_ROPE_THETA
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    eos_token_id: tuple[int, ...] = ()
-    """Ids that end a text, where the folder's generation_config.json names none."""
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that no network can have. Raises ModelError."""
-        for key in _SIZES:
-            if (value := getattr(self, key)) < 1:
-                raise ModelError(f"{key}: {value} is too small; it must be at least 1")
-        for key in ("rope_theta", "rms_norm_eps"):
-            if not (value := getattr(self, key)) > 0 or not math.isfinite(value):
-                raise ModelError(f"{key}: {value} is refused; it must be a finite number above 0")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ModelError(
-                f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Qwen3Config:
-        """Read a parsed `config.json`. Unknown keys are passed over; what would change the arithmetic is refused.
-
-        Raises ModelError, its message starting with the key at fault.
-        """
-        _refuse_unsupported(settings)
-        known = {field: settings[field] for field in cls.__struct_fields__ if settings.get(field) is not None}
-        known["rope_theta"] = _rope_theta(settings)
-        eos = settings.get("eos_token_id")
-        known["eos_token_id"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        for key in _REQUIRED:
-            if key not in known:
-                raise ModelError(f"{key}: missing; a Qwen3 config.json must name it")
-        for field in msgspec.structs.fields(cls):  # one at a time, so that the message can name the key
-            if field.name in known:
-                try:
-                    msgspec.convert(known[field.name], field.type)
-                except msgspec.ValidationError as error:
-                    raise ModelError(f"{field.name}: {known[field.name]!r} is refused: {error}") from None
-        return msgspec.convert(known, cls)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as a `config.json` that transformers and mlx-lm read; `from_dict` gives the same config back."""
-        settings: dict[str, Any] = msgspec.structs.asdict(self)
-        settings["eos_token_id"] = list(self.eos_token_id) or None
-        return {
-            "architectures": [ARCHITECTURE],
-            "model_type": "qwen3",
-            "attention_bias": False,
-            "hidden_act": "silu",
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            **settings,
-        }
-
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-_REQUIRED = _SIZES[:6]
-
-
-def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
-    """Raise ModelError where a setting asks for arithmetic that is not here."""
-    model_type, architectures = settings.get("model_type"), settings.get("architectures")
-    if model_type != "qwen3":
-        raise ModelError(f"model_type: {model_type!r} is not supported; Troupe trains 'qwen3' models")
-    if architectures is not None and architectures != [ARCHITECTURE]:
-        raise ModelError(f"architectures: {architectures!r} is not supported; it must be ['{ARCHITECTURE}']")
-    if settings.get("attention_bias"):
-        raise ModelError("attention_bias: true is not supported; Qwen3's projections have no bias")
-    if (activation := settings.get("hidden_act", "silu")) != "silu":
-        raise ModelError(f"hidden_act: {activation!r} is not supported; it must be 'silu'")
-    for key in ("quantization", "quantization_config"):
-        if settings.get(key):
-            raise ModelError(f"{key}: quantized weights cannot be trained; use the unquantized folder of this model")
-    layers = settings.get("layer_types")
-    if layers is not None and any(kind != "full_attention" for kind in layers):
-        raise ModelError(f"layer_types: {sorted(set(layers))} is not supported; every layer must be 'full_attention'")
-    if layers is None and settings.get("use_sliding_window") and settings.get("sliding_window"):
-        raise ModelError(f"use_sliding_window: true (window {settings['sliding_window']}) is not supported")
-
-
-def _rope_theta(settings: Mapping[str, Any]) -> Any:
-    """The rotary base, which newer folders keep inside `rope_parameters`. Refuses scaled rotary positions."""
-    theta = settings.get("rope_theta")
-    for key in ("rope_scaling", "rope_parameters"):
-        nested = settings.get(key)
-        if nested is None:
-            continue
-        if not isinstance(nested, Mapping):
-            raise ModelError(f"{key}: {nested!r} is refused; it must be an object")
-        kind = nested.get("rope_type", nested.get("type", "default"))
-        if kind != "default":
-            raise ModelError(f"{key}.rope_type: {kind!r} is not supported; it must be 'default'")
-        if nested.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ModelError(f"{key}.partial_rotary_factor: {nested['partial_rotary_factor']} is not supported")
-        if nested.get("rope_theta") is not None:
-            theta = nested["rope_theta"]
-    return DEFAULT_ROPE_THETA if theta is None else theta
 
 
 def expected_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
@@ -283,12 +155,18 @@ _FUSED = {
 def _rotation(config: Qwen3Config, T: int, offset: int | mx.array) -> Callable[[mx.array], mx.array]:
     """A function that turns (B, heads, T, d) by rotary positions offset … offset + T − 1."""
     d, base = config.head_dim, config.rope_theta
+    factor = attention_factor(config.rope_scaling)
     if not is_on_cpu():  # one fused kernel
-        return lambda y: mx.fast.rope(y, d, traditional=False, base=base, scale=1.0, offset=offset)
-    frequencies = base ** (mx.arange(0, d, 2).astype(mx.float32) / -d)
+        if config.rope_scaling is None:
+            return lambda y: mx.fast.rope(y, d, traditional=False, base=base, scale=1.0, offset=offset)
+        periods = 1.0 / mx.array(inverse_frequencies(d, base, config.rope_scaling))
+        return lambda y: mx.fast.rope(
+            y * factor, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
+        )
+    frequencies = mx.array(inverse_frequencies(d, base, config.rope_scaling))
     positions = mx.arange(T) + (offset[:, None, None] if isinstance(offset, mx.array) else offset)
     angles = positions[..., None].astype(mx.float32) * frequencies  # here once, not in each layer: (T or B·1·T, d/2)
-    cos, sin = mx.cos(angles), mx.sin(angles)
+    cos, sin = mx.cos(angles) * factor, mx.sin(angles) * factor
 
     def rotate(y: mx.array) -> mx.array:
         a, b = y[..., : d // 2], y[..., d // 2 :]

@@ -1,27 +1,61 @@
-"""Choosing the next token: temperature, filters and the draw. Arrays in, arrays out.
+"""Choosing the next token: penalties, temperature, filters and the draw. Arrays in, arrays out.
 
-Knows nothing of models, text, batches of requests or which random key belongs to which row: callers bring
-logits and randomness. Shapes are (V,) or (B, V), V the vocabulary; what a filter removes becomes −inf.
+The penalties and filters themselves are next door in `filters.py`. Knows nothing of models, text, batches of
+requests, which tokens came before or which random key belongs to which row: callers bring logits, recent ids and
+randomness. Shapes are (V,) or (B, V), V the vocabulary; what a filter removes becomes −inf.
 
-Order, stated once: temperature scaling, then top_k, top_p, min_p, each on what the one before left (the order
-of transformers' `generate`, which TRL samples with; mlx-lm applies top_k last). Shares are always those of
-the remaining mass, as if it had been renormalized.
+Order, stated once (docs/sampling.md has the table of edge values): logit bias, repetition, presence and frequency
+penalty (`Sampler.adjust`), temperature (`Sampler.scale`), top_k, top_p, min_p, XTC (`Sampler.filter`), the draw.
+Each works on what the one before left, and shares are those of the remaining mass, as if it had been renormalized.
+Temperature 0 takes the likeliest token after the penalties; filters cannot change that one, and XTC is off.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import mlx.core as mx
 import msgspec
 
+from troupe.policy.elementwise import exp, is_on_cpu
+from troupe.policy.filters import (
+    apply_frequency_penalty,
+    apply_logit_bias,
+    apply_min_p,
+    apply_presence_penalty,
+    apply_repetition_penalty,
+    apply_top_k,
+    apply_top_p,
+    apply_xtc,
+    check_bias,
+    check_min_p,
+    check_repetition,
+    check_subtracted,
+    check_top_p,
+    check_xtc,
+    exclude_top_choices,
+    mark,
+)
+
+__all__ = [
+    "GREEDY_BELOW",
+    "Sampler",
+    "SamplingConfig",
+    "apply_frequency_penalty",
+    "apply_logit_bias",
+    "apply_min_p",
+    "apply_presence_penalty",
+    "apply_repetition_penalty",
+    "apply_top_k",
+    "apply_top_p",
+    "apply_xtc",
+    "categorical_sample",
+]
+
 GREEDY_BELOW = 1e-5
 """Temperatures under this act as 0, the most likely token: dividing by less would overflow float32 logits."""
-
-ROUNDING = 1e-6
-"""Float32 sums and logarithms of shares are no finer than this, so equality at a limit is meant within it."""
 
 _LARGEST_UNIFORM = 1.0 - 2.0**-24
 
@@ -39,116 +73,35 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Remove tokens less likely than this times the likeliest; 0 is off."""
     min_tokens_to_keep: Annotated[int, msgspec.Meta(ge=1)] = 1
     """min_p leaves at least this many tokens."""
+    xtc_probability: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    """How often a token is drawn without the top choices, `apply_xtc`; 0 is off."""
+    xtc_threshold: Annotated[float, msgspec.Meta(ge=0.0, le=0.5)] = 0.1
+    """A top choice is a token likelier than this."""
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+    """Positive logits of recent tokens are divided by this, negative ones multiplied; 1 is off."""
+    repetition_context_size: Annotated[int, msgspec.Meta(ge=1)] = 20
+    """How many of the last tokens are recent for the repetition penalty."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every recent token; 0 is off."""
+    presence_context_size: Annotated[int, msgspec.Meta(ge=1)] = 20
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a recent token for every time it came; 0 is off."""
+    frequency_context_size: Annotated[int, msgspec.Meta(ge=1)] = 20
+    logit_bias: dict[Annotated[int, msgspec.Meta(ge=0)], float] = {}
+    """Token id → what is added to its logit; −inf bans the token, ids of V and more are ignored."""
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
-        _check_top_p(self.top_p)
+        check_top_p(self.top_p)
         if self.top_p > 1.0:
             raise ValueError(f"top_p is {self.top_p}, but a share is at most 1; 1 switches the filter off")
-        _check_min_p(self.min_p, self.min_tokens_to_keep)
-
-
-def apply_top_k(logprobs: mx.array, top_k: int) -> mx.array:
-    """Keep exactly the `top_k` likeliest tokens; of equal ones those with the lower id.
-
-    `top_k` ≤ 0 or ≥ V changes nothing.
-    """
-    if top_k <= 0 or top_k >= logprobs.shape[-1]:
-        return logprobs
-    removed = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
-    return mx.put_along_axis(logprobs, removed, mx.array(-math.inf, logprobs.dtype), axis=-1)
-
-
-def apply_top_p(logprobs: mx.array, top_p: float) -> mx.array:
-    """Nucleus filter (Holtzman et al. 2020): keep the fewest likeliest tokens whose share is ≥ `top_p`.
-
-    Of equal tokens the lower ids stay. The likeliest always stays; `top_p` ≥ 1 changes nothing. Raises
-    ValueError for `top_p` ≤ 0.
-    """
-    _check_top_p(top_p)
-    if top_p >= 1.0:
-        return logprobs
-    order = mx.argsort(-logprobs, axis=-1)
-    values = mx.take_along_axis(logprobs, order, axis=-1)
-    probs = mx.softmax(values.astype(mx.float32), axis=-1)
-    before = mx.cumsum(probs, axis=-1, inclusive=False)  # share of all likelier tokens
-    limit = max(top_p - ROUNDING, ROUNDING)
-    kept = mx.where(before < limit, values, -math.inf)
-    return mx.put_along_axis(logprobs, order, kept, axis=-1)
-
-
-def apply_min_p(logprobs: mx.array, min_p: float, min_tokens_to_keep: int = 1) -> mx.array:
-    """Remove tokens whose probability is below `min_p` times the largest (Nguyen et al. 2024,
-    arXiv:2407.01082).
-
-    At least the `min_tokens_to_keep` likeliest stay. `min_p` = 0 changes nothing. Raises ValueError for
-    `min_p` outside [0, 1) or `min_tokens_to_keep` < 1.
-    """
-    _check_min_p(min_p, min_tokens_to_keep)
-    if min_p == 0.0 or min_tokens_to_keep >= logprobs.shape[-1]:
-        return logprobs
-    gap = logprobs - mx.max(logprobs, axis=-1, keepdims=True)
-    too_unlikely = gap < math.log(min_p) - ROUNDING
-    if min_tokens_to_keep > 1:
-        likeliest = mx.topk(gap, min_tokens_to_keep, axis=-1)
-        too_unlikely = too_unlikely & (gap < mx.min(likeliest, axis=-1, keepdims=True))
-    return mx.where(too_unlikely, -math.inf, logprobs)
-
-
-def apply_xtc(
-    logits: mx.array,
-    xtc_probability: float,
-    xtc_threshold: float,
-    xtc_special_tokens: Sequence[int] = (),
-    key: mx.array | None = None,
-) -> mx.array:
-    """Exclude top choices: with `xtc_probability`, drawn per row, remove every token above the threshold but
-    the last.
-
-    "Last" is the least likely token whose probability is above `xtc_threshold`; `xtc_special_tokens` (ids)
-    are never removed. `key` is one random key. Raises ValueError for a probability outside [0, 1] or a
-    threshold outside [0, 0.5].
-    """
-    if not 0.0 <= xtc_probability <= 1.0:
-        raise ValueError(f"xtc_probability is {xtc_probability}, but must lie in [0, 1]")
-    if not 0.0 <= xtc_threshold <= 0.5:
-        raise ValueError(f"xtc_threshold is {xtc_threshold}, but must lie in [0, 0.5]; above, nothing is ever removed")
-    if xtc_probability == 0.0:
-        return logits
-    probs = mx.softmax(logits.astype(mx.float32), axis=-1)
-    last = mx.min(mx.where(probs > xtc_threshold, probs, math.inf), axis=-1, keepdims=True)
-    removed = probs > last
-    if xtc_special_tokens:
-        removed[..., mx.array(list(xtc_special_tokens))] = False
-    if xtc_probability < 1.0:
-        removed = removed & (mx.random.uniform(shape=last.shape, key=key) < xtc_probability)
-    return mx.where(removed, -math.inf, logits)
-
-
-def apply_repetition_penalty(
-    logits: mx.array, tokens: mx.array | Sequence[int], penalty: float, context_size: int = 20
-) -> mx.array:
-    """Make recent tokens less likely: positive logits are divided by `penalty`, negative ones multiplied
-    (Keskar 2019).
-
-    `tokens`: ids (T,), for every row, or (B, T), one list a row; only the last `context_size` count. A token
-    that comes twice is penalized once; ids outside [0, V) are ignored, so −1 can pad. Raises ValueError for
-    `penalty` ≤ 0 or `context_size` < 1.
-    """
-    if not (penalty > 0.0 and math.isfinite(penalty)):
-        raise ValueError(f"repetition penalty is {penalty}, but must be a number above 0; 1 switches it off")
-    if context_size < 1:
-        raise ValueError(f"repetition context_size is {context_size}, but must be at least 1")
-    ids = tokens if isinstance(tokens, mx.array) else mx.array(list(tokens), dtype=mx.int32)
-    if penalty == 1.0 or ids.size == 0:
-        return logits
-    V = logits.shape[-1]
-    recent = ids[..., -context_size:].astype(mx.int32)
-    recent = mx.where((recent >= 0) & (recent < V), recent, V)  # all strangers meet in a column that is cut off
-    recent = mx.broadcast_to(recent, (*logits.shape[:-1], recent.shape[-1]))
-    seen = mx.zeros((*logits.shape[:-1], V + 1), dtype=mx.bool_)
-    seen = mx.put_along_axis(seen, recent, mx.array(True), axis=-1)[..., :V]
-    return mx.where(seen, mx.where(logits < 0, logits * penalty, logits / penalty), logits)
+        check_min_p(self.min_p, self.min_tokens_to_keep)
+        check_xtc(self.xtc_probability, self.xtc_threshold)
+        check_repetition(self.repetition_penalty, self.repetition_context_size)
+        check_subtracted("presence", self.presence_penalty, self.presence_context_size)
+        check_subtracted("frequency", self.frequency_penalty, self.frequency_context_size)
+        for id_, bias in self.logit_bias.items():
+            check_bias(id_, bias)
 
 
 def categorical_sample(logits: mx.array, temperature: float, key: mx.array | None = None) -> mx.array:
@@ -174,33 +127,99 @@ def categorical_sample(logits: mx.array, temperature: float, key: mx.array | Non
     return drawn
 
 
+def draw_by_shares(shares: mx.array, uniforms: mx.array) -> mx.array:
+    """Shares (B, V) ≥ 0, in any unit, and uniforms (B,) in [0, 1) → ids (B,); an id without share is never drawn."""
+    sums = mx.cumsum(shares, axis=-1)
+    if not is_on_cpu():
+        sums = mx.where(shares > 0, sums, -1.0)  # sums made in parallel may rise where nothing is added
+    # below the largest sum even after rounding, so that some id with a share is past it
+    target = mx.minimum(uniforms, _LARGEST_UNIFORM)[..., None] * mx.max(sums, axis=-1, keepdims=True)
+    return mx.argmax(sums > target, axis=-1)
+
+
 class Sampler:
-    """Draws tokens as a `SamplingConfig` says. Holds no other state, so one serves any number of threads."""
+    """Draws tokens as a `SamplingConfig` says. Holds no other state, so one serves any number of threads.
 
-    def __init__(self, config: SamplingConfig) -> None:
+    For a decoding engine: `adjust`, `scale`, `filter`, `draw`, in this order, with the uniforms of `filter` and those
+    of `draw` independent of each other.
+    """
+
+    def __init__(self, config: SamplingConfig, special_ids: Iterable[int] = ()) -> None:
+        """`special_ids`: ids that XTC never removes, such as those that end a completion."""
         self.config = config
-
-    @property
-    def is_filtering(self) -> bool:
-        """Whether a filter is on, so that the distribution drawn from differs from the scaled one."""
-        return self.config.top_k > 0 or self.config.top_p < 1.0 or self.config.min_p > 0.0
+        self.special_ids = tuple(sorted(set(special_ids)))
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.config.temperature < GREEDY_BELOW
 
+    @property
+    def context_size(self) -> int:
+        """How many of the last ids `adjust` looks at: the longest window of the penalties that are on, else 0."""
+        config = self.config
+        return max(
+            config.repetition_context_size if config.repetition_penalty != 1.0 else 0,
+            config.presence_context_size if config.presence_penalty != 0.0 else 0,
+            config.frequency_context_size if config.frequency_penalty != 0.0 else 0,
+        )
+
+    @property
+    def is_adjusting(self) -> bool:
+        """Whether `adjust` changes anything: a penalty or a logit bias is on."""
+        return self.context_size > 0 or bool(self.config.logit_bias)
+
+    @property
+    def needs_uniforms(self) -> bool:
+        """Whether `filter` needs a random number for each row: XTC is on, but not always."""
+        return 0.0 < self.config.xtc_probability < 1.0 and not self.is_greedy
+
+    @property
+    def is_filtering(self) -> bool:
+        """Whether anything is on that makes the distribution drawn from differ from softmax(logits / temperature)."""
+        config = self.config
+        is_excluding = config.xtc_probability > 0.0 and not self.is_greedy
+        return self.is_adjusting or config.top_k > 0 or config.top_p < 1.0 or config.min_p > 0.0 or is_excluding
+
+    def adjust(self, logits: mx.array, recent: mx.array | Sequence[int] = ()) -> mx.array:
+        """Logit bias and penalties: logits (V,) or (B, V) → float32 logits of the same shape.
+
+        `recent`: int32 ids (T,) or (B, T), −1 pads, newest last; each penalty looks at its own last ids.
+        """
+        config = self.config
+        logits = apply_logit_bias(logits.astype(mx.float32), config.logit_bias)
+        logits = apply_repetition_penalty(logits, recent, config.repetition_penalty, config.repetition_context_size)
+        logits = apply_presence_penalty(logits, recent, config.presence_penalty, config.presence_context_size)
+        return apply_frequency_penalty(logits, recent, config.frequency_penalty, config.frequency_context_size)
+
     def scale(self, logits: mx.array) -> mx.array:
         """Float32 log-probs of logits / temperature, in the shape of `logits`; at temperature 0 of plain logits."""
         scaled = _divide(logits, 1.0 if self.is_greedy else self.config.temperature)
-        return scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+        return scaled - _log_sum_exp(scaled)
 
-    def filter(self, logprobs: mx.array) -> mx.array:
-        """`logprobs` with removed tokens at −inf, *not* renormalized: subtract the logsumexp for that."""
-        config = self.config
-        logprobs = apply_top_k(logprobs, config.top_k)
-        logprobs = apply_top_p(logprobs, config.top_p)
-        return apply_min_p(logprobs, config.min_p, config.min_tokens_to_keep)
+    def filter(self, logprobs: mx.array, uniforms: mx.array | None = None) -> mx.array:
+        """`logprobs` with removed tokens at −inf, *not* renormalized: subtract the logsumexp for that.
+
+        `uniforms`: a number in [0, 1) for each row, () or (B,), for XTC. Raises ValueError where it is missing.
+        """
+        values, ids = self._narrow(logprobs, uniforms)
+        if values.shape == logprobs.shape:
+            return values
+        return mx.put_along_axis(mx.full(logprobs.shape, -math.inf, logprobs.dtype), ids, values, axis=-1)
+
+    def choose(
+        self, logprobs: mx.array, uniforms: mx.array, filter_uniforms: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """`filter` and `draw` in one: log-probs (B, V) → ids (B,), uint32, and log-probs (B,) they were drawn with.
+
+        Where top_k is on, only k numbers a row are worked on. `filter_uniforms` are those of `filter`.
+        """
+        values, ids = self._narrow(logprobs, filter_uniforms)
+        values = values - mx.max(values, axis=-1, keepdims=True)
+        powers = exp(values)  # serves the draw and the log-probability
+        places = mx.argmax(values, axis=-1) if self.is_greedy else draw_by_shares(powers, uniforms)
+        chosen = mx.take_along_axis(values, places[..., None], axis=-1)[..., 0] - mx.log(mx.sum(powers, axis=-1))
+        return mx.take_along_axis(ids, places[..., None], axis=-1)[..., 0], chosen
 
     def draw(self, filtered_logprobs: mx.array, uniforms: mx.array) -> mx.array:
         """Inverse-CDF draw: log-probs (B, V), normalized or not, and one uniform [0, 1) a row (B,) → ids (B,), uint32.
@@ -210,18 +229,57 @@ class Sampler:
         """
         if self.is_greedy:
             return mx.argmax(filtered_logprobs, axis=-1)
-        probs = mx.exp(filtered_logprobs)
-        # A parallel sum may rise at an id of probability 0; at −1 such an id is never past the target.
-        reached = mx.where(probs > 0, mx.cumsum(probs, axis=-1), -1.0)
-        target = mx.minimum(uniforms, _LARGEST_UNIFORM)[..., None] * mx.max(reached, axis=-1, keepdims=True)
-        return mx.argmax(reached > target, axis=-1)
+        return draw_by_shares(exp(filtered_logprobs), uniforms)
 
-    def sample(self, logits: mx.array, key: mx.array | None = None) -> mx.array:
-        """Scale, filter and draw: (V,) → scalar id, (B, V) → (B,) ids. `key` as in `categorical_sample`."""
-        logprobs = self.scale(logits)
-        if self.is_filtering:
-            logprobs = self.filter(logprobs)
-        return categorical_sample(logprobs, 0.0 if self.is_greedy else 1.0, key)
+    def sample(self, logits: mx.array, key: mx.array | None = None, recent: mx.array | Sequence[int] = ()) -> mx.array:
+        """Adjust, scale, filter and draw: (V,) → scalar id, (B, V) → (B,) ids. `key` as in `categorical_sample`."""
+        logprobs = self.scale(self.adjust(logits, recent) if self.is_adjusting else logits)
+        if self.is_greedy:
+            return mx.argmax(logprobs, axis=-1)
+        uniforms = None
+        if self.needs_uniforms:
+            key, uniforms = _split_uniforms(key, logits.shape[:-1])
+        values, ids = self._narrow(logprobs, uniforms)
+        places = categorical_sample(values, 1.0, key)[..., None]
+        return mx.take_along_axis(ids, places, axis=-1)[..., 0]
+
+    def _narrow(self, logprobs: mx.array, uniforms: mx.array | None) -> tuple[mx.array, mx.array]:
+        """The filters' result (…, K) at the ids (…, K), ascending: the top_k likeliest where that is on, else all."""
+        config = self.config
+        if self.needs_uniforms and uniforms is None:
+            raise ValueError(
+                f"xtc_probability is {config.xtc_probability}, but filter got no uniforms; give one for each row"
+            )
+        V = logprobs.shape[-1]
+        ids = mx.broadcast_to(mx.arange(V, dtype=mx.uint32), logprobs.shape)
+        if 0 < config.top_k < V:
+            ids = mx.sort(mx.argpartition(-logprobs, kth=config.top_k - 1, axis=-1)[..., : config.top_k], axis=-1)
+            logprobs = mx.take_along_axis(logprobs, ids, axis=-1)
+        logprobs = apply_top_p(logprobs, config.top_p)
+        logprobs = apply_min_p(logprobs, config.min_p, config.min_tokens_to_keep)
+        if config.xtc_probability == 0.0 or self.is_greedy:
+            return logprobs, ids
+        spared = mark(self.special_ids, V)[ids] if self.special_ids else None
+        logprobs = exclude_top_choices(logprobs, config.xtc_probability, config.xtc_threshold, spared, uniforms)
+        return logprobs, ids
+
+
+def _split_uniforms(key: mx.array | None, rows: tuple[int, ...]) -> tuple[mx.array | None, mx.array]:
+    """What is left of `key`, and a number in [0, 1) for each of `rows`, which depends on that row's key alone."""
+    if key is None:
+        return None, mx.random.uniform(shape=rows)
+    if key.ndim == 1:
+        rest, own = mx.random.split(key)
+        return rest, mx.random.uniform(shape=rows, key=own)
+    pairs: mx.array = mx.vmap(mx.random.split)(key)
+    uniforms: mx.array = mx.vmap(lambda own: mx.random.uniform(key=own))(pairs[:, 1])
+    return pairs[:, 0], uniforms
+
+
+def _log_sum_exp(logits: mx.array) -> mx.array:
+    """log Σ e^logits over the last axis, which stays, by the exponential that is fast on a CPU."""
+    top = mx.max(logits, axis=-1, keepdims=True)
+    return top + mx.log(mx.sum(exp(logits - top), axis=-1, keepdims=True))
 
 
 def _divide(logits: mx.array, temperature: float) -> mx.array:
@@ -234,15 +292,3 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(
             f"temperature is {temperature}, but must be a number of at least 0; 0 takes the likeliest token"
         )
-
-
-def _check_top_p(top_p: float) -> None:
-    if not top_p > 0.0:
-        raise ValueError(f"top_p is {top_p}, but must be above 0; 1 switches the filter off")
-
-
-def _check_min_p(min_p: float, min_tokens_to_keep: int) -> None:
-    if not 0.0 <= min_p < 1.0:
-        raise ValueError(f"min_p is {min_p}, but must lie in [0, 1); 0 switches the filter off")
-    if min_tokens_to_keep < 1:
-        raise ValueError(f"min_tokens_to_keep is {min_tokens_to_keep}, but at least 1 token must stay")

@@ -193,15 +193,18 @@ def _added_token_splitter(
     """
     tokens = sorted((token for token in added if token.content), key=lambda token: -len(token.content))
     patterns = [_added_token_pattern(token, normalize(token.content)) for token in tokens]
-    finder = re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+    # `re` skips fast to where some token may begin, but not past groups: so one pattern finds, and one names.
+    finder = re.compile("|".join(patterns)) if patterns else None
+    namer = re.compile("|".join(f"({pattern})" for pattern in patterns))
 
     def split(text: str) -> Iterator[str | int]:
         begin = 0
-        for match in finder.finditer(text) if finder else ():
-            if match.start() > begin:
-                yield text[begin : match.start()]
-            yield tokens[cast("int", match.lastindex) - 1].id
-            begin = match.end()
+        for found in finder.finditer(text) if finder else ():
+            if found.start() > begin:
+                yield text[begin : found.start()]
+            named = cast("re.Match[str]", namer.match(text, found.start()))
+            yield tokens[cast("int", named.lastindex) - 1].id
+            begin = found.end()
         if begin < len(text):
             yield text[begin:]
 

@@ -80,18 +80,23 @@ def check_columns(reward: Reward, columns: Set[str]) -> None:
 
 
 def accepted_arguments(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `arguments` that the function's signature takes, lists copied so that it may change them.
+    """Those of `arguments` that the function's signature takes, copied as `own_copy` does.
 
     Raises:
         RewardError: where a required one is not there.
     """
     _check_available(function, arguments.keys())
     names, takes_all = _named_parameters(function)
-    return {
-        name: list(value) if isinstance(value, list) else value
-        for name, value in arguments.items()
-        if takes_all or name in names
-    }
+    return {name: own_copy(value) for name, value in arguments.items() if takes_all or name in names}
+
+
+def own_copy(value: Any) -> Any:
+    """Lists and dicts copied all the way down: what a reward changes reaches neither the dataset nor other rewards."""
+    if isinstance(value, list):
+        return [own_copy(item) for item in value]
+    if isinstance(value, dict):
+        return {key: own_copy(item) for key, item in value.items()}
+    return value
 
 
 def _named_parameters(function: RewardFunction) -> tuple[dict[str, bool], bool]:
@@ -231,6 +236,10 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
     def play() -> None:
         try:
             future.set_result(context.run(work))
+        except KeyboardInterrupt as error:  # no signal reaches this thread: it is the code's own, not the user's
+            fault = RuntimeError("the reward raised KeyboardInterrupt")
+            fault.__cause__ = error
+            future.set_exception(fault.with_traceback(error.__traceback__))
         except BaseException as error:
             future.set_exception(error)
         try:

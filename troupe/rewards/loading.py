@@ -106,7 +106,7 @@ def _usable(module: ModuleType, name: str, path: Path) -> Reward:
         return found
     if not callable(found):
         raise RewardError(
-            f"{path}: {name} is a {type(found).__name__}, which cannot be called; name a function or RewardActor"
+            f"{path}: {name} is of type {type(found).__name__} and cannot be called; name a function or RewardActor"
         )
     check_signature(found)
     return found  # type: ignore[no-any-return]

@@ -6,7 +6,6 @@ weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -22,7 +21,11 @@ from troupe.rewards.functions import (
     call_function,
     check_signature,
     checked_score,
+    own_copy,
 )
+
+_LARGEST = 1e18
+"""Of a score's size: advantages square it in float32, which ends at 3.4e38."""
 
 Sleep: TypeAlias = Callable[[float], Awaitable[None]]
 
@@ -124,10 +127,10 @@ class ActorRunner:
 def _sample(batch: Batch, index: int) -> RewardSample:
     arguments = batch.arguments
     return RewardSample(
-        prompt=arguments["prompts"][index],
-        completion=arguments["completions"][index],
+        prompt=own_copy(arguments["prompts"][index]),
+        completion=own_copy(arguments["completions"][index]),
         completion_ids=tuple(arguments["completion_ids"][index]) if "completion_ids" in arguments else (),
-        columns={name: values[index] for name, values in batch.columns.items()},
+        columns={name: own_copy(values[index]) for name, values in batch.columns.items()},
         gid=batch.gid,
         index=index,
     )
@@ -144,11 +147,11 @@ def _summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
 
 
 def _finite(scores: list[float | None], faults: list[Fault], log: RewardLog) -> Outcome:
-    """NaN and infinities become missing scores and one more fault."""
-    bad = {index: score for index, score in enumerate(scores) if score is not None and not math.isfinite(score)}
+    """NaN, infinities and what float32 arithmetic would turn into them become missing scores and one more fault."""
+    bad = {index: score for index, score in enumerate(scores) if score is not None and not abs(score) <= _LARGEST}
     if bad:
         shown = ", ".join(f"{score} for sample {index}" for index, score in bad.items())
-        faults = [*faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite")]
+        faults = [*faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite, {_LARGEST:g} at most")]
         scores = [None if index in bad else score for index, score in enumerate(scores)]
     return Outcome(scores=scores, faults=faults, log=log)
 

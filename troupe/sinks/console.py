@@ -30,7 +30,8 @@ _SHOWN = (
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("step_time", "seconds a step", ".2f"),
 )
-_COLUMNS = 3
+_COLUMNS = 3  # at most: a narrow terminal takes fewer
+_COLUMN_WIDTH = 30
 _QUEUE_PREFIX, _QUEUE_SUFFIX = "queue/", "/depth"
 
 
@@ -64,6 +65,7 @@ class ConsoleSink:
             TimeRemainingColumn(),
             console=console,
         )
+        self._console = console
         self._task = self._progress.add_task(escape(run.name), total=run.total_steps, completed=run.first_step)
         self._metrics: Mapping[str, float] = {}
         self._incidents = 0
@@ -90,8 +92,9 @@ class ConsoleSink:
     def _render(self) -> Group:
         figures = Table.grid(padding=(0, 3, 0, 0))
         cells = [cell for label, value in shown_metrics(self._metrics) for cell in (Text(label, style="dim"), value)]
-        for start in range(0, len(cells), 2 * _COLUMNS):
-            figures.add_row(*cells[start : start + 2 * _COLUMNS])
+        width = 2 * max(1, min(_COLUMNS, self._console.width // _COLUMN_WIDTH))
+        for start in range(0, len(cells), width):
+            figures.add_row(*cells[start : start + width])
         parts: list[Progress | Table | Text] = [self._progress, figures]
         if queues := queue_depths(self._metrics):
             parts.append(

@@ -1,0 +1,94 @@
+"""From what a user calls a model to a folder on this disk: a path, or an id of the Hugging Face hub.
+
+Knows how the hub's cache is laid out, so that models which other tools fetched are found without any dependency and
+without the network; fetches what is missing where `huggingface_hub` is installed (the extra `hub`). Knows nothing of
+what is in a folder but which files make it whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from pathlib import Path
+
+import msgspec
+
+from troupe.errors import ModelError
+from troupe.policy.folders import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_REVISION = "main"
+_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether `path` has the form of a hub id, "ORGANIZATION/NAME", and no file or folder of that name is here."""
+    return _HUB_ID.fullmatch(str(path)) is not None and not Path(path).exists()
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The folder that `path` means: itself, or for a hub id its newest snapshot in the local cache.
+
+    A snapshot that is absent or lacks files is fetched where `huggingface_hub` is installed; what is whole is never
+    asked for again, so a cached model works offline. Raises ModelError where no whole folder can be had. A path that
+    is no hub id comes back as it is.
+    """
+    if not is_hub_id(path):
+        return Path(path)
+    name = str(path)
+    snapshot = _snapshot(name)
+    if snapshot is not None and _is_whole(snapshot):
+        return snapshot
+    found = "not in" if snapshot is None else f"incomplete ({snapshot}) in"
+    problem = f"{name}: no such folder here, and the model of this name is {found} the cache {hub_cache()}"
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise ModelError(
+            f"{problem}; give the path of a model folder, fetch the model on a machine that is online "
+            f"(hf download {name}) and copy the cache, or install Troupe's extra `hub`, which fetches it"
+        ) from None
+    try:
+        fetched = hub.snapshot_download(name, revision=_REVISION, cache_dir=hub_cache(), allow_patterns=_FETCHED)
+    except Exception as error:  # the network's, the hub's and the disk's many kinds
+        raise ModelError(
+            f"{problem}, and fetching it failed: {type(error).__name__}: {error}; check the name and the network, or "
+            "give the path of a model folder"
+        ) from error
+    return Path(fetched)
+
+
+def hub_cache() -> Path:
+    """The folder in which Hugging Face's tools keep models, as their environment variables set it."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    return Path(os.path.expandvars(cache)).expanduser()
+
+
+def _snapshot(name: str) -> Path | None:
+    """The folder of the newest revision that was fetched, whole or not."""
+    folder = hub_cache() / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / _REVISION).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if commit.isalnum() and snapshot.is_dir() else None
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether config.json and all weights are there; a fetch that was cut off leaves fewer."""
+    if not (snapshot / CONFIG_FILE).is_file():
+        return False
+    if (snapshot / WEIGHTS_FILE).is_file():
+        return True
+    try:
+        index = msgspec.json.decode((snapshot / INDEX_FILE).read_bytes(), type=_Index)
+    except (OSError, msgspec.MsgspecError):
+        return False
+    return all((snapshot / shard).is_file() for shard in set(index.weight_map.values()))
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
