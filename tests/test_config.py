@@ -60,7 +60,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("model.dtype=int8", "model.dtype is 'int8': give one of 'float32', 'bfloat16', 'float16'"),
         ("schedule.max_staleness=7", "schedule.max_staleness is 7: give one of 0, 1"),
         ("metrics.sinks=['fax']", "metrics.sinks[0] is 'fax': give one of 'console', 'jsonl', 'trace'"),
-        ("generation.top_p=1.5", "generation.top_p is 1.5: expected float <= 1.0"),
+        ("generation.top_p=0", "generation.top_p is 0: expected float > 0.0"),
         ("checkpoint.every=0", "checkpoint.every is 0: expected int >= 1"),
         ("seed=-1", "seed is -1; give a number from 0 to 2^63 - 1"),
         ("seed=9223372036854775808", "seed is 9223372036854775808; give a number"),
@@ -243,3 +243,10 @@ def test_a_hub_id_stays_one_unless_a_folder_of_that_name_is_there(tmp_path: Path
     assert config.data.path == str(tmp_path / "my" / "prompts.json")
     (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
     assert load_config(file).model.path == str(tmp_path / "Qwen" / "Qwen3-0.6B")
+
+
+def test_a_logit_bias_is_read_from_toml_and_written_back(tmp_path: Path) -> None:
+    config = load_config(None, ["generation.logit_bias={5 = -2.5, 7 = 1}"])
+    assert config.generation.logit_bias == {5: -2.5, 7: 1.0}
+    write_config(config, tmp_path / "run.toml")
+    assert load_config(tmp_path / "run.toml").generation == config.generation

@@ -116,7 +116,7 @@ def check_config(config: RunConfig) -> RunConfig:
 
 def config_table(config: RunConfig) -> dict[str, Any]:
     """The config as nested dicts, without the keys that are None (TOML has no null)."""
-    table: dict[str, Any] = _without_none(msgspec.to_builtins(config))
+    table: dict[str, Any] = _without_none(msgspec.to_builtins(config, str_keys=True))
     return table
 
 
@@ -195,7 +195,7 @@ def _convert(table: dict[str, Any], source: str) -> RunConfig:
     _refuse_unknown_keys(table, RunConfig, source, "")
     _refuse_nonfinite(table, source, "")
     try:
-        return msgspec.convert(table, RunConfig)
+        return msgspec.convert(table, RunConfig, str_keys=True)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
         key = where.rstrip("`").lstrip(".")

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from troupe.policy.elementwise import exp, is_on_cpu
-from troupe.policy.sampling import Sampler
+from troupe.policy.elementwise import exp
+from troupe.policy.sampling import Sampler, draw_by_shares
 
 NOISE_BLOCK = 16
 """Uniform numbers that one hash of 64 bytes gives."""
@@ -65,13 +65,3 @@ def draw_tokens(
     ids = draw_by_shares(powers, uniforms)
     chosen = mx.take_along_axis(scaled, ids[:, None], axis=-1)[:, 0]
     return [ids, chosen - mx.log(mx.sum(powers, axis=-1))]
-
-
-def draw_by_shares(shares: mx.array, uniforms: mx.array) -> mx.array:
-    """Shares (B, V) ≥ 0, in any unit, and uniforms (B,) in [0, 1) → ids (B,); an id without share is never drawn."""
-    sums = mx.cumsum(shares, axis=-1)
-    if not is_on_cpu():
-        sums = mx.where(shares > 0, sums, -1.0)  # sums made in parallel may rise where nothing is added
-    # below the largest sum even after rounding, so that some id with a share is past it
-    target = mx.minimum(uniforms, 1.0 - 2.0**-24)[:, None] * mx.max(sums, axis=-1, keepdims=True)
-    return mx.argmax(sums > target, axis=-1)

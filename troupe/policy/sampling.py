@@ -65,7 +65,7 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
     """Logits are divided by this; 0 takes the most likely token."""
-    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
     """Keep the fewest likeliest tokens whose share reaches this; 1 is off."""
     top_k: int = 0
     """Keep this many likeliest tokens; 0 or less, or V and more, is off."""
@@ -93,8 +93,6 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
         check_top_p(self.top_p)
-        if self.top_p > 1.0:
-            raise ValueError(f"top_p is {self.top_p}, but a share is at most 1; 1 switches the filter off")
         check_min_p(self.min_p, self.min_tokens_to_keep)
         check_xtc(self.xtc_probability, self.xtc_threshold)
         check_repetition(self.repetition_penalty, self.repetition_context_size)
