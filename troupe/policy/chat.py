@@ -7,23 +7,30 @@ Hugging Face gives such templates. Knows nothing of token ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
 from troupe.errors import ModelError
 
 TEMPLATE_FILE = "chat_template.jinja"
 """Where newer model folders keep the template; it wins over the one in `tokenizer_config.json`."""
+
+MAX_STEPS = 1_000_000
+"""Most steps of loops and calls in one rendering, together."""
+
+_STEPS = "count of steps"
+"""No identifier, so that no template can name it."""
 
 
 class ChatTemplate:
@@ -55,6 +62,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "range": _budgeted_range(),
             **kwargs,
+            _STEPS: _Steps(),
         }
         try:
             return self._compiled.render(variables)
@@ -68,8 +76,12 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Template:
+        environment = _environment()
         try:
-            return _environment().from_string(self.source)
+            tree = environment.parse(self.source)
+            for loop in list(tree.find_all(nodes.For)):
+                loop.iter = nodes.Filter(loop.iter, _STEPS, [], [], None, None)
+            return Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
         except TemplateError as error:
             line = getattr(error, "lineno", None)
             place = f"line {line} of the chat template" if line else "the chat template"
@@ -126,8 +138,49 @@ class _Named(msgspec.Struct, frozen=True):
     template: str
 
 
+class _Steps:
+    """Counts the steps of one rendering."""
+
+    def __init__(self) -> None:
+        self._spent = 0
+
+    def spend(self, steps: int) -> None:
+        self._spent += steps
+        if self._spent > MAX_STEPS:
+            raise OverflowError(f"the template's loops and calls take more than {MAX_STEPS} steps, the limit")
+
+    def spend_on(self, items: Iterable[Any]) -> Iterable[Any]:
+        """`items`, every one a step; those of unknown number are counted as they come."""
+        if isinstance(items, Sized):
+            self.spend(len(items))
+            return items
+        return self._spend_singly(items)
+
+    def _spend_singly(self, items: Iterable[Any]) -> Iterable[Any]:
+        for item in items:
+            self.spend(1)
+            yield item
+
+
+@pass_context
+def _counted(context: Context, items: Iterable[Any]) -> Iterable[Any]:
+    """What a `for` goes over, counted."""
+    steps: _Steps = context[_STEPS]
+    return steps.spend_on(items)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, which stops at a forbidden attribute where it is reached for, not where it is later used."""
+    """The sandbox, which stops at a forbidden attribute where it is reached for, not where it is later used.
+
+    Calls are steps, because macros and recursive loops that call themselves twice at every level never end either.
+    """
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 – as in the base
+        steps: _Steps = __context[_STEPS]
+        steps.spend(1)
+        if isinstance(__obj, LoopContext) and args:
+            args = (steps.spend_on(args[0]), *args[1:])
+        return super().call(__context, __obj, *args, **kwargs)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__!r} is forbidden in chat templates")
@@ -148,6 +201,8 @@ def _environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
     )
     environment.filters["tojson"] = _to_json
+    environment.filters[_STEPS] = _counted
+    del environment.globals["lipsum"]  # placeholder text of any length, which no prompt wants
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

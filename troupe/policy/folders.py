@@ -6,8 +6,10 @@ come from, of text, nor of training.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -116,13 +118,27 @@ def _stored_tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def _names_given_twice(file: Path) -> list[str]:
+    """Tensors that the header of a sound safetensors file lists more than once; readers silently take one of them."""
+    names: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names[:] = [name for name, _ in pairs]  # the outermost object is closed last
+
+    with file.open("rb") as stored:
+        json.loads(stored.read(int.from_bytes(stored.read(8), "little")), object_pairs_hook=note)
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
 def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> None:
     """Raise one ModelError that lists every missing, unexpected, mis-shaped or non-float tensor."""
     wanted = expected_shapes(config)
     faults: list[str] = []
     found: set[str] = set()
     for file in files:
-        for name, (dtype, shape) in _stored_tensors(file).items():
+        stored = _stored_tensors(file)
+        faults += [f"{name}: stored twice in {file.name}" for name in _names_given_twice(file)]
+        for name, (dtype, shape) in stored.items():
             if name in found:
                 faults.append(f"{name}: stored twice")
             found.add(name)
@@ -168,7 +184,8 @@ def save_model_folder(
         text = msgspec.json.format(msgspec.json.encode(config.to_dict()), indent=2)
         (folder / CONFIG_FILE).write_bytes(text + b"\n")
     if origin is not None:
-        for name in (CONFIG_FILE, *COMPANION_FILES):
+        rank_files = sorted(file.name for file in origin.glob("*.tiktoken"))
+        for name in (CONFIG_FILE, *COMPANION_FILES, *rank_files):
             original, copy = origin / name, folder / name
             if original.is_file() and original.resolve() != copy.resolve():
                 shutil.copyfile(original, copy)
