@@ -130,6 +130,17 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     assert "lm_head.weight: stored twice" in refusal(folder)
 
 
+def test_a_tensor_twice_in_one_header_is_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    stored = file.read_bytes()
+    size = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + size])
+    again = json.dumps({"model.norm.weight": header["model.norm.weight"]})
+    twice = (json.dumps(header)[:-1] + "," + again[1:]).encode()
+    file.write_bytes(len(twice).to_bytes(8, "little") + twice + stored[8 + size :])
+    assert "model.norm.weight: stored twice in model.safetensors" in refusal(folder)
+
+
 def test_a_missing_folder_config_or_weights_is_named(folder: Path, tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such model folder")
     (folder / "model.safetensors").unlink()
@@ -196,6 +207,23 @@ def test_saved_folders_carry_the_companions_byte_for_byte(folder: Path, tmp_path
     again = load_policy(tmp_path / "copy")
     assert again.config == policy.config
     assert all(mx.array_equal(again.weights[name], policy.weights[name]).item() for name in policy.weights)
+
+
+def test_rank_files_travel_too(folder: Path, tmp_path: Path) -> None:
+    (folder / "qwen.tiktoken").write_bytes(b"IQ== 0\n")
+    load_policy(folder).save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "qwen.tiktoken").read_bytes() == b"IQ== 0\n"
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_saved_config_names_the_type_of_the_weights_beside_it(folder: Path, tmp_path: Path, key: str) -> None:
+    settings = json.loads((folder / "config.json").read_bytes())
+    settings.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(settings | {key: "bfloat16"}), encoding="utf-8")
+    for dtype in ("bfloat16", "float32"):
+        load_policy(folder, dtype).save(tmp_path / dtype)
+        assert json.loads((tmp_path / dtype / "config.json").read_bytes()) == settings | {key: dtype}
+    assert (tmp_path / "bfloat16" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
 def test_saving_over_the_folder_it_came_from(folder: Path) -> None:

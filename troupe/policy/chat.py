@@ -26,7 +26,7 @@ from troupe.errors import ModelError
 TEMPLATE_FILE = "chat_template.jinja"
 """Where newer model folders keep the template; it wins over the one in `tokenizer_config.json`."""
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 200_000
 """Most steps of loops and calls in one rendering, together."""
 
 _STEPS = "count of steps"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from troupe.errors import InputError, ModelError
 from troupe.policy.architecture import Qwen3Config
 from troupe.policy.elementwise import is_on_cpu
-from troupe.policy.qwen3 import HEAD, Weights, expected_shapes
+from troupe.policy.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -165,11 +165,12 @@ def save_model_folder(
 ) -> None:
     """Write a folder that transformers and mlx-lm load: config.json, the weights, and the files beside them.
 
-    The weights go into model.safetensors or, where they are more than `max_shard_bytes`, into shards of at most so
-    many bytes with an index (a tensor that is larger has a shard of its own). config.json, the tokenizer's files and
-    generation_config.json are byte copies of those in the folder `source`; without one config.json is made from
-    `config`. Older weights in the folder are removed. Not atomic: `checkpoint` gives a folder its name when it is
-    whole. Raises InputError for a limit below 1.
+    The weights go into model.safetensors or, where they are more than `max_shard_bytes`, into shards of at most so many
+    bytes with an index (a tensor that is larger has a shard of its own). config.json, the tokenizer's files and
+    generation_config.json are byte copies of those in the folder `source`, but for the type that config.json names,
+    where the weights are held in another; without one config.json is made from `config`. Older weights in the folder
+    are removed. Not atomic: `checkpoint` gives a folder its name when it is whole. Raises InputError for a limit below
+    1.
     """
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes: {max_shard_bytes} is refused; give at least 1, or None for one file")
@@ -189,6 +190,16 @@ def save_model_folder(
             original, copy = origin / name, folder / name
             if original.is_file() and original.resolve() != copy.resolve():
                 shutil.copyfile(original, copy)
+    _name_dtype(folder / CONFIG_FILE, weights)
+
+
+def _name_dtype(file: Path, weights: Weights) -> None:
+    """Correct the type that a config.json names to that of the weights, for transformers loads them in that type."""
+    held = next(name for name, dtype in DTYPES.items() if dtype == weights[EMBEDDING].dtype)
+    settings = read_json(file)
+    wrong = {key: held for key in ("dtype", "torch_dtype") if settings.get(key) not in (None, held)}
+    if wrong:
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(settings | wrong), indent=2) + b"\n")
 
 
 def _save_weights(folder: Path, weights: Weights, max_shard_bytes: int | None) -> Iterator[str]:
