@@ -115,7 +115,7 @@ def test_variables_of_the_template_come_from_the_config(tokenizer: Tokenizer) ->
 
 def test_a_prompt_without_tokens_is_refused() -> None:
     class Mute:
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
             return []
 
     with pytest.raises(DatasetError, match="mine: row 0: the prompt has no tokens"):

@@ -15,9 +15,9 @@ from typing import Literal
 import msgspec
 
 from troupe.dataset import DataConfig, PromptDataset
-from troupe.errors import ConfigError, DatasetError, ModelError
+from troupe.errors import ConfigError, DatasetError, InputError
 from troupe.messages import Prompt, Slot
-from troupe.policy import Tokenizer
+from troupe.policy import Tokenizer, encode_prompt
 
 _ATTEMPT_STRIDE = 1 << 48
 
@@ -77,20 +77,15 @@ def tokenize_prompts(
 ) -> list[tuple[int, ...]]:
     """Token ids of every row; DatasetError naming the first row that is longer than `max_tokens` or empty,
     or that the chat template refuses."""
-    variables = {"add_generation_prompt": True, **config.chat_template_kwargs}
-    if "messages" in variables:
+    if "messages" in config.chat_template_kwargs:
         raise ConfigError("data.chat_template_kwargs.messages: the messages are those of the dataset; remove the key")
     encoded = []
     for row in dataset:
         where = f"{dataset.source}: row {row.row}" if row.line is None else f"{dataset.source}:{row.line}"
-        if isinstance(row.prompt, str):
-            ids = tokenizer.encode(row.prompt)
-        else:
-            try:
-                text = tokenizer.apply_chat_template(row.prompt, **variables)
-            except ModelError as error:
-                raise DatasetError(f"{where}: the prompt cannot be rendered: {error}") from error
-            ids = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            ids = encode_prompt(tokenizer, row.prompt, **config.chat_template_kwargs)
+        except InputError as error:
+            raise DatasetError(f"{where}: the prompt cannot be rendered: {error}") from error
         if not ids:
             raise DatasetError(f"{where}: the prompt has no tokens; give it some text")
         if len(ids) > max_tokens:

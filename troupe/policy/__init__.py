@@ -25,7 +25,7 @@ from troupe.policy.rollout import (
 )
 from troupe.policy.rotary import YarnScaling
 from troupe.policy.sampling import Sampler, SamplingConfig
-from troupe.policy.text import TextCompletion, TextPrompt, complete_texts, stream_text
+from troupe.policy.text import TextCompletion, TextPrompt, complete_texts, encode_prompt, stream_text
 from troupe.policy.tokenizer import Tokenizer
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "Weights",
     "YarnScaling",
     "complete_texts",
+    "encode_prompt",
     "expected_shapes",
     "fuse_projections",
     "generate_batch",

@@ -42,7 +42,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: TextPrompt, **template_kwargs: A
     if isinstance(prompt, str):
         text, add_special_tokens = prompt, True
     else:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **template_kwargs)
+        text = tokenizer.apply_chat_template(prompt, **{"add_generation_prompt": True, **template_kwargs})
         add_special_tokens = False  # the template has written them
     try:
         text.encode()
