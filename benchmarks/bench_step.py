@@ -68,7 +68,8 @@ def main() -> None:
             compute_advantages(rewards, args.group),
             pad_id=0,
         )
-        result = train_on_batch(weights, state, batch, completion_log_probs(CONFIG, 1.0), config, lr=config.lr)
+        log_probs = completion_log_probs(CONFIG, 1.0, entropy_gradient=False)
+        result = train_on_batch(weights, state, batch, log_probs, config, lr=config.lr)
         weights, state = result.weights, result.optimizer_state
         if step:  # the first step compiles kernels
             generate_s.append(generated_s - start_s)

@@ -52,17 +52,26 @@ class Reports:
         return [message for message in await taken(self.mailbox) if isinstance(message, Incident)]
 
 
-def make_prompt(step: int, place: int, *, batch_size: int = BATCH_SIZE, **columns: Any) -> Prompt:
-    """The prompt of a slot; its ids tell slots apart."""
-    gid = step * batch_size + place
+def make_prompt(
+    step: int,
+    place: int,
+    attempt: int = 0,
+    *,
+    batch_size: int = BATCH_SIZE,
+    round_size: int | None = None,
+    **columns: Any,
+) -> Prompt:
+    """The prompt of a slot, one of a whole step if not told otherwise; its ids tell slots apart."""
+    number = step * batch_size + place
     return Prompt(
-        gid=gid,
-        slot=Slot(step=step, place=place),
+        gid=number + attempt * 2**48,
+        slot=Slot(step=step, place=place, attempt=attempt),
         epoch=0,
-        row=gid,
-        prompt=f"prompt {gid}",
-        prompt_ids=(65 + step, 66 + place, 67)[: 2 + place % 2],
+        row=number,
+        prompt=f"prompt {number}",
+        prompt_ids=(65 + step, 66 + place, 67 + attempt)[: 2 + (place + attempt) % 2],
         columns=columns,
+        round_size=batch_size if round_size is None else round_size,
     )
 
 
@@ -87,10 +96,10 @@ def make_group(prompt: Prompt, *, size: int = NUM_GENERATIONS, version: int = 0)
 
 
 def make_scored(
-    step: int, place: int, scores: Sequence[float | None] = (0.0, 1.0, 0.5), *, version: int = 0
+    step: int, place: int, scores: Sequence[float | None] = (0.0, 1.0, 0.5), *, version: int = 0, attempt: int = 0
 ) -> ScoredGroup:
     """A scored group of a slot, by one reward named `r`."""
-    group = make_group(make_prompt(step, place), size=len(scores), version=version)
+    group = make_group(make_prompt(step, place, attempt), size=len(scores), version=version)
     return ScoredGroup(group=group, scores={"r": tuple(scores)})
 
 
@@ -104,12 +113,16 @@ class FakeEngine:
         self.loaded: list[tuple[Weights, int]] = []
         self.requests: list[list[RolloutRequest]] = []
         self.aborted = False
+        self.released = 0
 
     def load(self, weights: Weights, version: int) -> None:
         self.loaded.append((weights, version))
 
     def abort(self) -> None:
         self.aborted = True
+
+    def release(self) -> None:
+        self.released += 1
 
     def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
         self.requests.append(list(requests))
@@ -169,16 +182,21 @@ def weigh_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 13 / 13 for ids in completion_ids]
 
 
-def delayed(seed: int, most_s: float = 0.005) -> Callable[..., Any]:
+def often_equal(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that many groups agree on."""
+    return [float(sum(ids) % 5 == 0) for ids in completion_ids]
+
+
+def delayed(seed: int, most_s: float = 0.005, reward: Callable[..., list[float]] = weigh_ids) -> Callable[..., Any]:
     """The same reward, async, each call after a random while of at most `most_s` seconds."""
     dice = random.Random(seed)
 
-    async def weigh_ids_later(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    async def later(completion_ids: list[list[int]], **_: Any) -> list[float]:
         await anyio.sleep(dice.random() * most_s)
-        return weigh_ids(completion_ids)
+        return reward(completion_ids)
 
-    weigh_ids_later.__name__ = "weigh_ids"
-    return weigh_ids_later
+    later.__name__ = reward.__name__
+    return later
 
 
 def write_prompts(path: Path, rows: int = 5) -> Path:

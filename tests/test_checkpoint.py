@@ -92,6 +92,40 @@ def test_comes_back_bit_for_bit(run: Path, dtype: mx.Dtype) -> None:
     assert_same(load_checkpoint(str(checkpoint_folder(run, 7))), whole)
 
 
+def test_a_reference_that_moved_and_the_tokens_so_far_come_back(run: Path) -> None:
+    whole = msgspec.structs.replace(
+        made(7, behind=(6,)),
+        reference=weights(8),
+        state=RunState(version=7, seed=11, dataset="abc", num_tokens=12345),
+    )
+    folder = checkpoint_folder(run, 7)
+    save_checkpoint(folder, whole)
+    loaded = load_checkpoint(folder)
+    assert_same(loaded, whole)
+    assert loaded.reference is not None
+    assert_same_arrays(loaded.reference, weights(8))
+    save_checkpoint(folder, made(7))
+    assert load_checkpoint(folder).reference is None, "what a checkpoint does not hold is not left in its folder"
+
+
+def test_a_reference_of_another_model_is_refused(run: Path) -> None:
+    folder = checkpoint_folder(run, 7)
+    save_checkpoint(folder, msgspec.structs.replace(made(7), reference={"w": mx.zeros(3)}))
+    with pytest.raises(CheckpointError, match=r"reference\.safetensors: its tensors are not those"):
+        load_checkpoint(folder)
+
+
+def test_every_entry_of_the_optimizers_state_comes_back(run: Path) -> None:
+    whole = made(7)
+    whole.optimizer_state["entropy_coef"] = mx.array(0.25)
+    save_checkpoint(checkpoint_folder(run, 7), whole)
+    assert load_checkpoint(checkpoint_folder(run, 7)).optimizer_state["entropy_coef"].item() == 0.25
+
+
+def test_a_state_without_a_count_of_tokens_is_read(run: Path) -> None:
+    assert msgspec.json.decode(b'{"version": 3, "seed": 1, "dataset": "x"}', type=RunState).num_tokens == 0
+
+
 def test_is_a_model_folder_with_the_tokenizer_of_its_source(run: Path, tiny_model: Path) -> None:
     folder = checkpoint_folder(run, 3)
     whole = made(3)

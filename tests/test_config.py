@@ -43,7 +43,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
     [
         ("learner.lrr=1", "unknown key learner.lrr; did you mean learner.lr?"),
         ("lerner.lr=1", "unknown key lerner; did you mean learner?"),
-        ("foo=1", "unknown key foo; known keys here: checkpoint, data, generation, learner, metrics, model, output, "),
+        ("foo=1", "unknown key foo; known keys here: checkpoint, data, generation, learner, memory_limit_gb, "),
         ("learner=3", "learner is 3: expected a table, got int"),
         ("learner.lr={peak=1.0}", "learner.lr: expected float, got a table"),
         ("learner.lr='fast'", "learner.lr is 'fast': expected float, got str"),
@@ -215,7 +215,7 @@ CONFIGS = st.builds(
     rewards=st.builds(RewardsConfig, functions=st.lists(st.just("format:") | st.just("length"), max_size=2).map(tuple)),
     learner=st.builds(
         LearnerConfig,
-        lr=POSITIVE,
+        lr=st.floats(0.0, 1.0),
         batch_size=st.integers(1, 64),
         max_steps=st.none() | st.integers(1, 10**9),
         epsilon_high=st.none() | st.floats(0.1, 0.5),

@@ -20,6 +20,7 @@ REPORT = Report(
     blas="OpenBLAS",
     threads=2,
     memory_gb=16.25,
+    memory_limit_gb=None,
     matmul_gflops=1234.5,
     advice=(),
 )
@@ -34,12 +35,14 @@ def test_the_report_as_lines() -> None:
         "CPU matrix products  OpenBLAS",
         "processors           2",
         "memory               16.2 GB",
+        "limit of a run       none",
         "measured             1,234 GFLOP/s, float32, on the default device",
         "nothing to mend",
     ]
-    ill = msgspec.structs.replace(REPORT, memory_gb=None, advice=("a", "b"))
-    assert describe(ill).splitlines()[-4:] == [
+    ill = msgspec.structs.replace(REPORT, memory_gb=None, memory_limit_gb=11.84, advice=("a", "b"))
+    assert describe(ill).splitlines()[-5:] == [
         "memory               unknown",
+        "limit of a run       11.8 GB (memory_limit_gb)",
         "measured             1,234 GFLOP/s, float32, on the default device",
         "to mend: a",
         "to mend: b",

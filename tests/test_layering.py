@@ -11,7 +11,8 @@ import troupe
 
 PACKAGE = Path(troupe.__file__).parent
 EVERYWHERE = {"errors"}
-ROOMS = {"messages", "grpo", "policy", "runtime", "rewards", "dataset", "sinks", "checkpoint", "schedule", "learning"}
+ROOMS = {"messages", "grpo", "policy", "runtime", "rewards", "dataset", "sinks", "checkpoint"}
+ROOMS |= {"schedule", "statistics", "learning"}
 
 # room or root module → what it may import of ours, besides itself and errors
 ALLOWED: dict[str, set[str]] = {
@@ -27,15 +28,17 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"messages", "runtime"},
     "checkpoint": {"messages", "policy"},
     "schedule": {"dataset", "messages", "policy"},
-    "learning": {"messages", "policy", "grpo"},
+    "statistics": {"messages", "grpo"},
+    "learning": {"messages", "policy", "grpo", "statistics"},
     "config": {"checkpoint", "dataset", "grpo", "policy", "rewards", "schedule", "sinks"},
+    "budget": {"config", "grpo", "policy"},
     "actors": ROOMS,
-    "prepare": ROOMS | {"config", "linux_cpu"},
+    "prepare": ROOMS | {"budget", "config", "linux_cpu"},
     "rollouts": ROOMS,
     "pipeline": ROOMS | {"actors", "config", "prepare"},
-    "supervisor": ROOMS | {"config", "pipeline", "prepare", "rollouts"},
-    "doctor": {"linux_cpu"},
-    "cli": ROOMS | {"config", "doctor", "prepare", "rollouts", "supervisor", "__init__"},
+    "supervisor": ROOMS | {"budget", "config", "pipeline", "prepare", "rollouts"},
+    "doctor": {"budget", "linux_cpu"},
+    "cli": ROOMS | {"budget", "config", "doctor", "prepare", "rollouts", "supervisor", "__init__"},
     "__main__": {"cli"},
     "__init__": {"config", "linux_cpu", "rewards", "rollouts", "supervisor"},
 }

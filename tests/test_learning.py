@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 import pytest
 
-from troupe.grpo import LearnerConfig, make_batch
+from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
+from troupe.grpo.step import LogProbs
 from troupe.learning import as_rollouts, assemble, completion_log_probs, is_usable
 from troupe.messages import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot
-from troupe.policy import CompletedGroup, Completion, load_policy
+from troupe.policy import CompletedGroup, Completion, Weights, load_policy
 
 
 def rollout(*ids: int, reason: FinishReason = "stop") -> Rollout:
@@ -138,30 +141,74 @@ PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [250, 3, 1, 99]]
 COMPLETIONS = [[20, 21, 22], [30], [40, 41, 42, 43, 44], [7, 8]]
 
 
-@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 3], [1]], ids=["ragged", "equal prompts", "one"])
-def test_log_probs_are_those_of_each_row_alone(tiny_model: Path, rows: list[int]) -> None:
-    policy = load_policy(tiny_model)
+def batch_of(rows: list[int]) -> Batch:
     prompts, completions = [PROMPTS[i] for i in rows], [COMPLETIONS[i] for i in rows]
-    zeros = [[0.0] * len(ids) for ids in completions]
-    batch = make_batch(prompts, completions, zeros, [0.0] * len(rows), pad_id=257)
-    log_probs, entropies = completion_log_probs(policy.config, 1.0)(policy.weights, batch)
-    expected = np.array(policy.compute_log_probs(prompts, completions))
-    mask = np.array(batch.completion_mask) > 0
-    assert log_probs.dtype == mx.float32
-    np.testing.assert_allclose(np.array(log_probs)[mask], expected[mask], rtol=0, atol=1e-5)
-    assert np.isfinite(np.array(log_probs)).all()
-    assert np.isfinite(np.array(entropies)).all()
+    return make_batch(prompts, completions, [[0.0] * len(ids) for ids in completions], [0.0] * len(rows), pad_id=257)
 
 
-def test_temperature_scales_logits_before_log_probs_and_entropies(tiny_model: Path) -> None:
-    policy, temperature = load_policy(tiny_model), 0.6
-    batch = make_batch(PROMPTS, COMPLETIONS, [[0.0] * len(ids) for ids in COMPLETIONS], [0.0] * 4, pad_id=0)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 2, 3], [0, 3], [1], [0, 0, 2]], ids=["ragged", "equal lengths", "one", "group"]
+)
+def test_log_probs_and_entropies_are_those_of_each_row_alone(
+    tiny_model: Path, rows: list[int], temperature: float
+) -> None:
+    policy, batch = load_policy(tiny_model), batch_of(rows)
     log_probs, entropies = completion_log_probs(policy.config, temperature)(policy.weights, batch)
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+    assert log_probs.dtype == entropies.dtype == mx.float32
+    assert log_probs.shape == entropies.shape == batch.completion_mask.shape
+    padding = np.array(batch.completion_mask) == 0
+    assert not np.array(log_probs)[padding].any()
+    assert not np.array(entropies)[padding].any()
+    for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
         logits = np.array(policy.model(mx.array([prompt + completion])), dtype=np.float64)[0] / temperature
-        scaled = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        scaled -= logits.max(-1, keepdims=True)
-        for t, token in enumerate(completion):
-            distribution = scaled[len(prompt) - 1 + t]
-            assert log_probs[row, t].item() == pytest.approx(distribution[token], abs=1e-5)
-            assert entropies[row, t].item() == pytest.approx(-(np.exp(distribution) * distribution).sum(), abs=1e-5)
+        logits -= logits.max(-1, keepdims=True)
+        log_p = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[len(prompt) - 1 : -1]
+        chosen = log_p[np.arange(len(completion)), list(completion)]
+        np.testing.assert_allclose(np.array(log_probs)[row, : len(completion)], chosen, atol=1e-5)
+        expected = -(np.exp(log_p) * log_p).sum(-1)
+        np.testing.assert_allclose(np.array(entropies)[row, : len(completion)], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_the_gradient_of_its_own_is_that_of_mlx(tiny_model: Path, recompute: bool, entropy_gradient: bool) -> None:
+    policy, batch = load_policy(tiny_model), batch_of([0, 0, 1, 3])
+    log_probs_fn = completion_log_probs(policy.config, 0.8, recompute=recompute, entropy_gradient=entropy_gradient)
+    assert isinstance(log_probs_fn, LogProbs)
+
+    def loss(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, mx.array]:
+        return (log_probs * log_probs + entropies).sum(), mx.max(entropies)
+
+    def of_weights(weights: Weights) -> tuple[mx.array, mx.array]:
+        log_probs, entropies = log_probs_fn(weights, batch)
+        return loss(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies))
+
+    (value, highest), portions = log_probs_fn.gradients(policy.weights, batch, loss)
+    ours = {name: gradient for portion in portions for name, gradient in portion.items()}
+    (expected, same), theirs = mx.value_and_grad(of_weights)(dict(policy.weights))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert highest.item() == pytest.approx(same.item(), rel=1e-6)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        scale = max(1.0, float(mx.abs(gradient).max()))
+        np.testing.assert_allclose(np.array(ours[name]) / scale, np.array(gradient) / scale, atol=1e-5, err_msg=name)
+
+
+def test_training_by_its_own_gradient_is_training_by_that_of_mlx(tiny_model: Path) -> None:
+    policy = load_policy(tiny_model)
+    log_probs_fn = completion_log_probs(policy.config, 0.8, recompute=True)
+    batch = replace(batch_of([0, 0, 1, 3, 2]), advantages=mx.array([1.0, -1.0, 0.5, -0.25, 2.0]))
+    plain = LearnerConfig(num_iterations=2, vllm_importance_sampling_correction=False, max_grad_norm=0.0)
+    for config in (plain, msgspec.structs.replace(plain, gradient_accumulation_steps=3, entropy_coef=0.1)):
+        ours, theirs = (
+            train_on_batch(policy.weights, adamw_init(policy.weights), batch, function, config, lr=0.0)
+            for function in (log_probs_fn, log_probs_fn.__call__)
+        )
+        assert not isinstance(log_probs_fn.__call__, LogProbs)
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4, abs=1e-6)
+        for name, moment in theirs.optimizer_state.items():
+            scale = float(mx.abs(moment).max()) or 1.0
+            np.testing.assert_allclose(
+                np.array(ours.optimizer_state[name]) / scale, np.array(moment) / scale, atol=2e-5, err_msg=name
+            )

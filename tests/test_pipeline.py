@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ from typing import Any
 import pytest
 
 import troupe
-from tests.fakes import BATCH_SIZE, FakeSink, delayed, same_bits, tiny_config, weigh_ids, write_ragged_model
+from tests.fakes import (
+    BATCH_SIZE,
+    FakeSink,
+    delayed,
+    often_equal,
+    same_bits,
+    tiny_config,
+    weigh_ids,
+    write_ragged_model,
+)
 from tests.straight import play_straight
 from troupe import pipeline
 from troupe.checkpoint import Checkpoint, load_checkpoint
@@ -29,6 +39,10 @@ def last_checkpoint(run: str | Path, version: int = 4) -> Checkpoint:
     return load_checkpoint(Path(run) / "checkpoints" / f"step-{version:08d}")
 
 
+DYNAMIC = {"learner__dynamic_sampling": True, "learner__max_resampling_attempts": 2, "learner__batch_size": 3}
+SYNCED = {"learner__beta": 0.05, "learner__sync_ref_model": True, "learner__ref_model_mixup_alpha": 0.3}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -36,18 +50,64 @@ def last_checkpoint(run: str | Path, version: int = 4) -> Checkpoint:
         {"schedule__max_staleness": 1},
         {"learner__num_iterations": 2, "learner__gradient_accumulation_steps": 2, "learner__beta": 0.05},
         {"generation__temperature": 0.7, "generation__top_k": 20, "seed": 5, "learner__loss_type": "dr_grpo"},
+        {**SYNCED, "learner__ref_model_sync_steps": 3, "learner__num_iterations": 2},
+        {**SYNCED, "learner__ref_model_sync_steps": 1, "schedule__max_staleness": 1, "learner__num_iterations": 2},
+        {"learner__use_adaptive_entropy": True, "learner__entropy_target": 9.0, "learner__entropy_coef_delta": 0.01},
     ],
-    ids=["on-policy", "one version stale", "passes and reference", "filters"],
+    ids=["on-policy", "stale", "passes and reference", "filters", "synced", "synced twice a step", "entropy"],
 )
 def test_a_run_equals_the_plain_loop_bit_for_bit(tmp_path: Path, ragged_model: Path, settings: dict[str, Any]) -> None:
     config = tiny_config(ragged_model, tmp_path, **settings)
     result = troupe.train(config, [delayed(seed=1)])
-    weights, optimizer_state = play_straight(config, weigh_ids)
+    straight = play_straight(config, weigh_ids)
     stored = last_checkpoint(result.folder)
-    assert same_bits(stored.weights, weights)
-    assert same_bits(stored.optimizer_state, optimizer_state)
-    assert same_bits(load_policy(Path(result.folder) / "final").weights, weights)
-    assert not same_bits(weights, load_policy(ragged_model).weights), "something was learned"
+    assert same_bits(stored.weights, straight.weights)
+    assert same_bits(stored.optimizer_state, straight.optimizer_state)
+    assert same_bits(load_policy(Path(result.folder) / "final").weights, straight.weights)
+    assert not same_bits(straight.weights, load_policy(ragged_model).weights), "something was learned"
+    assert stored.state.num_tokens == straight.num_tokens
+    if config.learner.sync_ref_model:
+        assert stored.reference is not None
+        assert straight.reference is not None
+        assert same_bits(stored.reference, straight.reference)
+        assert not same_bits(stored.reference, load_policy(ragged_model).weights), "the reference moved"
+    else:
+        assert stored.reference is None
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_dynamic_sampling_equals_the_plain_loop_whatever_the_delays(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, attempts: int
+) -> None:
+    settings = DYNAMIC | {"schedule__max_staleness": max_staleness, "learner__max_resampling_attempts": attempts}
+    straight = play_straight(tiny_config(ragged_model, tmp_path, **settings), often_equal)
+    assert sum(straight.filtered) >= 3, "the case is worth its name"
+    closed: list[list[GroupClosed]] = []
+    for seed in range(4):
+        sink = FakeSink()
+        with_sinks(monkeypatch, sink)
+        config = tiny_config(ragged_model, tmp_path / str(seed), **settings)
+        result = troupe.train(config, [delayed(seed, reward=often_equal)])
+        stored = last_checkpoint(result.folder)
+        assert same_bits(stored.weights, straight.weights)
+        assert same_bits(stored.optimizer_state, straight.optimizer_state)
+        assert stored.state.num_tokens == straight.num_tokens
+        updates = [message for message in sink.got if isinstance(message, Update)]
+        assert [update.metrics["groups/filtered"] for update in updates] == straight.filtered
+        closed.append([message for message in sink.got if isinstance(message, GroupClosed)])
+        assert result.closed_groups["filtered"] == sum(straight.filtered)
+    assert all(messages == closed[0] for messages in closed)
+    assert len({message.gid for message in closed[0]}) == len(closed[0]), "every group is closed once"
+    places: dict[tuple[int, int], list[GroupClosed]] = defaultdict(list)
+    for message in closed[0]:
+        places[message.slot.step, message.slot.place].append(message)
+    assert len(places) == 4 * DYNAMIC["learner__batch_size"]
+    for messages in places.values():
+        assert [message.slot.attempt for message in messages] == list(range(len(messages)))
+        *before, last = [message.state for message in messages]
+        assert set(before) <= {"filtered"}
+        assert last == "trained" or (last == "filtered" and len(messages) == attempts + 1)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])

@@ -12,12 +12,13 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from tests.fakes import tiny_config, weigh_ids, write_prompts
+from tests.fakes import same_bits, tiny_config, weigh_ids, write_prompts
 from troupe import RunConfig, load_config
+from troupe.checkpoint import Checkpoint, RunState, checkpoint_folder, save_checkpoint
 from troupe.cli import main
 from troupe.errors import ConfigError, OutputError
 from troupe.grpo import LearnerConfig, adamw_init
-from troupe.policy import ModelConfig
+from troupe.policy import ModelConfig, load_policy
 from troupe.prepare import prepare, run_folder
 
 
@@ -230,6 +231,47 @@ def test_what_is_resolved(tmp_path: Path, tiny_model: Path) -> None:
     assert prepared.optimizer_state.keys() == adamw_init(prepared.policy.weights).keys()
     assert prepare(tiny_config(tiny_model, tmp_path)).reference is None
     assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=None)).total_steps == 8  # ⌈5 rows · 3 / 2⌉
+
+
+@pytest.mark.parametrize(
+    ("learner", "stored", "held"),
+    [
+        ({"learner__beta": 0.1, "learner__sync_ref_model": True}, True, "synced"),
+        ({"learner__beta": 0.1, "learner__sync_ref_model": True}, False, "base"),
+        ({"learner__beta": 0.1}, True, "base"),
+        ({"learner__beta": 0.1}, False, "base"),
+        ({}, True, None),
+    ],
+)
+def test_the_reference_of_a_resumed_run(
+    tmp_path: Path, tiny_model: Path, learner: dict[str, Any], stored: bool, held: str | None
+) -> None:
+    config = tiny_config(tiny_model, tmp_path, **learner)
+    base = load_policy(tiny_model)
+    synced = {name: 2 * array for name, array in base.weights.items()}
+    run = tmp_path / "run"
+    fresh = prepare(config)
+    run.mkdir()
+    (run / "run.toml").write_text("")
+    save_checkpoint(
+        checkpoint_folder(run, 1),
+        Checkpoint(
+            config=base.config,
+            weights=synced,
+            optimizer_state=fresh.optimizer_state,
+            behind={},
+            state=RunState(version=1, seed=0, dataset=fresh.fingerprint, num_tokens=9),
+            reference=synced if stored else None,
+        ),
+    )
+    prepared = prepare(config, resume=True)
+    assert prepared.checkpoint is not None
+    assert prepared.checkpoint.state.num_tokens == 9
+    if held is None:
+        assert prepared.reference is None
+    else:
+        assert prepared.reference is not None
+        assert same_bits(prepared.reference, synced if held == "synced" else base.weights)
 
 
 def test_given_rewards_stand_beside_named_ones_with_weights(tmp_path: Path, tiny_model: Path) -> None:

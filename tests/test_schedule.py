@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -30,6 +32,7 @@ def test_the_stream_runs_on_over_the_end_of_an_epoch() -> None:
     third = seen[2]
     assert (third.slot, third.prompt, third.prompt_ids) == (Slot(step=1, place=0), "p2", (2, 12))
     assert third.columns == {"answer": 2}
+    assert (third.round_size, plan.rows) == (2, 3)
 
 
 def test_each_epoch_is_the_datasets_permutation_of_the_seed() -> None:
@@ -49,6 +52,59 @@ def test_a_gid_is_unique_and_follows_from_the_slot() -> None:
     assert len(set(gids)) == len(slots)
     assert plan.prompt(Slot(step=1, place=1, attempt=2)).gid == 3 + 2 * 2**48
     assert max(gids) < 2**63
+
+
+def wide(rows: int = 40, *, batch_size: int = 4, seed: int = 5) -> PromptSchedule:
+    dataset = PromptDataset.from_rows([{"prompt": f"p{i}"} for i in range(rows)])
+    return PromptSchedule(dataset, [(i,) for i in range(rows)], batch_size=batch_size, seed=seed, shuffle=True)
+
+
+def rows_of(plan: PromptSchedule, step: int, attempts: range) -> list[int]:
+    slots = [Slot(step=step, place=j, attempt=a) for a in attempts for j in range(plan.batch_size)]
+    return [plan.prompt(slot).row for slot in slots]
+
+
+@pytest.mark.parametrize("step", [0, 9, 12])
+def test_replacements_show_no_row_of_the_step_and_none_twice(step: int) -> None:
+    plan = wide()
+    rows = rows_of(plan, step, range(10))  # all 40
+    assert sorted(rows) == list(range(40))
+    again = rows_of(plan, step, range(10, 11))
+    assert len(set(again)) == 4, "then all rows are in it anew"
+
+
+def test_replacements_depend_on_seed_and_slot_alone() -> None:
+    first = rows_of(wide(), 3, range(1, 4))
+    other = wide()
+    slots = [Slot(step=3, place=j, attempt=a) for a in range(1, 4) for j in range(4)]
+    assert [other.prompt(slot).row for slot in reversed(slots)] == first[::-1]
+    assert rows_of(wide(seed=6), 3, range(1, 4)) != first
+    assert rows_of(wide(), 4, range(1, 4)) != first
+    assert [wide().prompt(Slot(step=k, place=0)).row for k in range(10)] == [
+        wide().prompt(Slot(step=k, place=0, attempt=0)).row for k in range(10)
+    ]
+    prompt = wide().prompt(slots[5], round_size=2)
+    assert (prompt.row, prompt.prompt, prompt.prompt_ids) == (first[5], f"p{first[5]}", (first[5],))
+    assert (prompt.slot, prompt.epoch, prompt.round_size) == (slots[5], 0, 2)
+
+
+def test_replacements_are_the_hash_written_down() -> None:
+    seed = int.from_bytes(hashlib.sha256(b"troupe.schedule/replacements/5/2").digest(), "big")
+    dice, plan = random.Random(seed), wide()
+    expected: list[int] = []
+    shown = set(rows_of(plan, 2, range(1)))
+    while len(expected) < 8:
+        row = int(dice.random() * 40)
+        if row not in shown:
+            shown.add(row)
+            expected.append(row)
+    assert rows_of(plan, 2, range(1, 3)) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_replacements_of_a_dataset_no_larger_than_a_step(rows: int) -> None:
+    plan = wide(rows)
+    assert set(rows_of(plan, 1, range(1, 3))) == set(range(rows))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,19 @@ import msgspec
 import pytest
 
 import troupe
-from tests.fakes import delayed, same_bits, tiny_config, weigh_ids, write_prompts, write_ragged_model
+from tests.fakes import (
+    BATCH_SIZE,
+    delayed,
+    often_equal,
+    same_bits,
+    tiny_config,
+    weigh_ids,
+    write_prompts,
+    write_ragged_model,
+)
 from tests.tiny import CONFIG, write_tiny_model
 from troupe import Supervisor, supervisor
-from troupe.checkpoint import list_checkpoints, load_checkpoint
+from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.config import RunConfig
 from troupe.errors import CheckpointError, OutputError, RewardError, RunError
 from troupe.policy import Weights, load_policy
@@ -36,12 +45,38 @@ def _no_thread_is_left() -> Any:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("troupe-")]
 
 
+TRLS_NAMES = {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "step_time", "entropy"}
+TRLS_NAMES |= {"reward", "reward_std", "frac_reward_zero_std", "rewards/weigh_ids/mean", "rewards/weigh_ids/std"}
+TRLS_NAMES |= {f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
+TRLS_NAMES |= {f"completions/{what}_length" for what in ("mean", "min", "max")} | {"completions/clipped_ratio"}
+TRLS_NAMES |= {f"completions/{what}_terminated_length" for what in ("mean", "min", "max")}
+TRLS_NAMES |= {f"sampling/sampling_logp_difference/{what}" for what in ("mean", "max")}
+TRLS_NAMES |= {f"sampling/importance_sampling_ratio/{what}" for what in ("mean", "min", "max")}
+OUR_NAMES = {"staleness", "staleness/max", "tokens_per_second", "learn_tokens_per_second", "learn_time"}
+OUR_NAMES |= {f"advantages/{what}" for what in ("mean", "std", "abs_mean", "frac_zero")}
+OUR_NAMES |= {
+    f"groups/{what}" for what in ("trained", "filtered", "quarantined", "resampled", "filtered_token_fraction")
+}
+OUR_NAMES |= {"peak_memory_gb", "queue/scored/depth"}
+
+
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
+def newest(run: str | Path) -> Checkpoint:
+    return load_checkpoint(list_checkpoints(Path(run))[0])
+
+
 def newest_weights(run: str | Path) -> Weights:
-    return load_checkpoint(list_checkpoints(Path(run))[0]).weights
+    return newest(run).weights
+
+
+def same_state(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether learning would go on from both in the same way."""
+    arrays = same_bits(one.weights, other.weights) and same_bits(one.optimizer_state, other.optimizer_state)
+    references = (one.reference or {}, other.reference or {})
+    return arrays and same_bits(*references) and one.state == other.state
 
 
 async def play(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = False, ask_at: int = 0) -> RunResult:
@@ -70,10 +105,12 @@ async def test_what_a_run_leaves_behind(tmp_path: Path, ragged_model: Path) -> N
     assert result.wall_s > 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["version"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 4)]
-    needed = {"reward", "reward_std", "loss", "grad_norm", "learning_rate", "completions/mean_length", "num_tokens"}
-    needed |= {"rewards/weigh_ids/mean", "staleness", "tokens_per_second", "queue/scored/depth"}
-    assert all(needed <= line.keys() for line in lines)
-    assert troupe.load_config(run / "run.toml") == config
+    assert all(line.keys() >= TRLS_NAMES | OUR_NAMES for line in lines)
+    assert troupe.load_config(run / "run.toml") == msgspec.structs.replace(
+        config,
+        learner=msgspec.structs.replace(config.learner, gradient_accumulation_steps=1, gradient_checkpointing=False),
+        checkpoint=msgspec.structs.replace(config.checkpoint, overlap=True),
+    ), "what was left open is chosen and kept"
     final = load_policy(run / "final")
     assert same_bits(final.weights, newest_weights(run))
     assert final.generate_text("ab", 4, seed=1) == final.generate_text("ab", 4, seed=1)
@@ -154,6 +191,84 @@ async def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_mod
     rest = await play(config, resume=True)
     assert rest.complete
     assert same_bits(newest_weights(rest.folder), newest_weights(whole.folder))
+
+
+FULL = {
+    "learner__dynamic_sampling": True,
+    "learner__max_resampling_attempts": 2,
+    "learner__beta": 0.05,
+    "learner__sync_ref_model": True,
+    "learner__ref_model_sync_steps": 3,
+    "learner__use_adaptive_entropy": True,
+    "learner__max_steps": 7,
+}
+"""Everything of which a checkpoint must keep something."""
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("ending", ["drain", "stop"])
+async def test_a_run_that_resamples_and_follows_goes_on_to_the_same_bits(
+    tmp_path: Path, ragged_model: Path, max_staleness: int, ending: str
+) -> None:
+    settings = FULL | {"schedule__max_staleness": max_staleness}
+    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings), delayed(1, reward=often_equal))
+    assert whole.closed_groups["filtered"] >= 3
+    config = tiny_config(ragged_model, tmp_path / "cut", **settings)
+    async with Supervisor(config, [delayed(2, reward=often_equal)]) as run:
+        async for update in run.updates():
+            if update.step == 4:
+                getattr(run, ending)()
+    assert 4 <= run.result.steps < 7
+    rest = await play(config, delayed(3, reward=often_equal), resume=True)
+    assert rest.complete
+    assert same_state(newest(rest.folder), newest(whole.folder))
+    assert newest(rest.folder).reference is not None
+    lines, wanted = (
+        [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        for folder in (rest.folder, whole.folder)
+    )
+    for name in ("step", "num_tokens", "groups/filtered", "groups/resampled", "epoch", "kl", "entropy_coef", "reward"):
+        assert [line[name] for line in lines] == [line[name] for line in wanted], name
+
+
+@pytest.mark.parametrize("ending", ["drain", "stop"])
+async def test_an_end_amid_a_round_of_replacements(tmp_path: Path, ragged_model: Path, ending: str) -> None:
+    inside, go_on = anyio.Event(), anyio.Event()
+    calls = 0
+
+    async def equal_then_waiting(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls > BATCH_SIZE:  # the first round is without signal
+            inside.set()
+            await go_on.wait()
+        return [0.0] * len(completion_ids) if calls <= BATCH_SIZE else weigh_ids(completion_ids)
+
+    config = tiny_config(ragged_model, tmp_path, learner__dynamic_sampling=True)
+    async with Supervisor(config, [equal_then_waiting]) as run:
+        await inside.wait()
+        getattr(run, ending)()
+        go_on.set()
+    if ending == "stop":
+        assert (run.result.steps, run.result.closed_groups) == (0, {})
+    else:
+        assert (run.result.steps, run.result.closed_groups) == (1, {"filtered": BATCH_SIZE, "trained": BATCH_SIZE})
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+async def test_a_run_without_any_signal_ends_with_the_weights_that_it_had(
+    tmp_path: Path, ragged_model: Path, max_staleness: int
+) -> None:
+    def constant(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    settings = {"learner__dynamic_sampling": True, "schedule__max_staleness": max_staleness}
+    result = await play(tiny_config(ragged_model, tmp_path, **settings), constant)
+    assert result.complete
+    assert result.closed_groups == {"filtered": 4 * BATCH_SIZE * (1 + 3)}
+    assert same_bits(newest_weights(result.folder), load_policy(ragged_model).weights)
+    lines = [json.loads(line) for line in (Path(result.folder) / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["reward"], line["groups/filtered_token_fraction"]) for line in lines] == [(1.0, 1.0)] * 4
 
 
 async def test_bfloat16_goes_on_in_bfloat16(tmp_path: Path, ragged_model: Path) -> None:

@@ -3,8 +3,9 @@
 A checkpoint is a Hugging Face model folder that other tools load as it is, plus what training needs to go on:
 
     config.json  model.safetensors  tokenizer files      the policy
-    optimizer.safetensors                                 moments of AdamW, float32
+    optimizer.safetensors                                 the optimizer's state: moments of AdamW and the like
     behind-00000009.safetensors                           older policy versions that generation still needs
+    reference.safetensors                                 the reference policy, where it follows the policy
     state.json                                            `RunState`
     MANIFEST.json                                         size and sha256 of every file, written last
 
@@ -30,6 +31,7 @@ from troupe.policy import Qwen3Config, Weights, expected_shapes, save_model_fold
 
 MANIFEST = "MANIFEST.json"
 _CONFIG, _MODEL, _OPTIMIZER, _STATE = "config.json", "model.safetensors", "optimizer.safetensors", "state.json"
+_REFERENCE = "reference.safetensors"
 _BEHIND = re.compile(r"behind-(\d{8,})\.safetensors")
 _TEMPORARY_PREFIX, _REPLACED_PREFIX = ".writing-", ".replaced-"
 _STEP_FOLDER = re.compile(rf"({re.escape(_REPLACED_PREFIX)})?step-(\d{{8,}})")
@@ -42,6 +44,9 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Steps between two checkpoints; one is written at the end in any case."""
     keep: Annotated[int, msgspec.Meta(ge=1)] = 2
     """How many of the newest checkpoints stay; older ones are removed after a newer one is whole."""
+    overlap: bool | None = None
+    """Learn on while a checkpoint is written, which holds the optimizer's state twice; otherwise the next step waits
+    with learning. None: yes, unless a run's memory limit asks for less."""
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +57,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int
     dataset: str
     """Fingerprint of the prompts: going on with other prompts would not be the same run."""
+    num_tokens: int = 0
+    """Prompt and completion tokens of the run so far."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +70,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     behind: Mapping[int, Weights]
     """Older policy versions by number; empty where generation needs only the newest."""
     state: RunState
+    reference: Weights | None = None
+    """The reference policy where it follows the policy."""
 
 
 def checkpoint_folder(run: Path, version: int) -> Path:
@@ -86,6 +95,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, source: Path | 
         mx.save_safetensors(str(temporary / _OPTIMIZER), dict(checkpoint.optimizer_state))
         for version, weights in checkpoint.behind.items():
             mx.save_safetensors(str(temporary / f"behind-{version:08d}.safetensors"), dict(weights))
+        if checkpoint.reference is not None:
+            mx.save_safetensors(str(temporary / _REFERENCE), dict(checkpoint.reference))
         (temporary / _STATE).write_bytes(msgspec.json.format(msgspec.json.encode(checkpoint.state)))
         publish_folder(temporary, path)
     except RuntimeError as error:  # how MLX says that it could not write
@@ -148,6 +159,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         optimizer_state=_load_arrays(path / _OPTIMIZER),
         behind={int(match[1]): _load_weights(path / match[0], config) for match in matches},
         state=state,
+        reference=_load_weights(path / _REFERENCE, config) if _REFERENCE in names else None,
     )
 
 

@@ -22,7 +22,7 @@ import click
 import msgspec
 import tomli_w
 
-from troupe import __version__, doctor
+from troupe import __version__, budget, doctor
 from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config
 from troupe.errors import InputError, TroupeError
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
@@ -102,6 +102,7 @@ def main() -> None:
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
 @click.option("--max-steps", type=int, help="Stop after so many learner batches.")
 @click.option("--seed", type=int, help="Changes the run.  [default: 0]")
+@click.option("--memory-limit", type=float, metavar="GB", help="Most that the run's arrays may take.")
 @click.option("--resume", is_flag=True, help="Go on with the run in OUT_DIR from its newest whole checkpoint.")
 @click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved config, train nothing.")
@@ -133,6 +134,7 @@ def train_config(
     rewards: tuple[str, ...] = (),
     settings: tuple[str, ...] = (),
     seed: int | None = None,
+    memory_limit: float | None = None,
     num_generations: int | None = None,
     **learner: float | None,
 ) -> RunConfig:
@@ -155,7 +157,8 @@ def train_config(
         for section, keys in sections.items()
         if (given := {key: value for key, value in keys.items() if value is not None})
     }
-    override |= {key: value for key, value in (("seed", seed), ("output", output)) if value is not None}
+    top = {"seed": seed, "output": output, "memory_limit_gb": memory_limit}
+    override |= {key: value for key, value in top.items() if value is not None}
     if run_toml is None:
         override = _with_demo_parts(override)
     return load_config(run_toml, [override, *settings])
@@ -207,6 +210,8 @@ def _show_plan(prepared: Prepared) -> None:
     for notice in prepared.notices:
         _tell(f"note: {notice}")
     _tell(tomli_w.dumps(config_table(prepared.config)))
+    for line in budget.describe(prepared.memory.phases).splitlines():
+        _tell(f"# {line}".rstrip())
     _tell(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
 
 

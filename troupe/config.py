@@ -43,6 +43,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seed: int = 0
     output: str | None = None
     """The run folder; None takes the next free `runs/NAME-NNN` in the working directory."""
+    memory_limit_gb: float | None = None
+    """Most that the run's arrays may take, in 10⁹ bytes; see `budget.plan_memory`. None: on a GPU what MLX says of the
+    device, on a CPU no limit."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
@@ -55,6 +58,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
+        if self.memory_limit_gb is not None and not 0.0 < self.memory_limit_gb < math.inf:
+            raise ValueError(f"memory_limit_gb is {self.memory_limit_gb}, but must be above 0; leave it out for none")
         if self.generation.temperature <= 0:
             raise ValueError(
                 "generation.temperature is 0, but greedy completions of a prompt are all alike and teach nothing; "
@@ -66,7 +71,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 "completions of a prompt with each other; give at least 2"
             )
         rows = self.learner.batch_size * self.generation.num_generations
-        if self.learner.gradient_accumulation_steps > rows:
+        if (self.learner.gradient_accumulation_steps or 1) > rows:
             raise ValueError(
                 f"learner.gradient_accumulation_steps is {self.learner.gradient_accumulation_steps}, but a batch has "
                 f"{rows} rows (batch_size × num_generations) to split; give at most {rows}"

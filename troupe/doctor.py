@@ -13,6 +13,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe import linux_cpu
+from troupe.budget import device_limit_gb
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
@@ -32,6 +33,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Processors that this process may use."""
     memory_gb: float | None
     """Memory of the machine; None where the system does not tell."""
+    memory_limit_gb: float | None
+    """What a run's arrays may take where `memory_limit_gb` names nothing else; None is no limit."""
     matmul_gflops: float
     """Measured: float32 products of 768 × 768 matrices on the default device."""
     advice: tuple[str, ...]
@@ -65,6 +68,7 @@ def examine() -> Report:
         }[linux_cpu.load_openblas()],
         threads=_threads(),
         memory_gb=_memory_gb(),
+        memory_limit_gb=device_limit_gb(),
         matmul_gflops=round(gflops, 1),
         advice=tuple(advice),
     )
@@ -73,6 +77,7 @@ def examine() -> Report:
 def describe(report: Report) -> str:
     """The report as lines for a person."""
     memory = "unknown" if report.memory_gb is None else f"{report.memory_gb:.1f} GB"
+    limit = "none" if report.memory_limit_gb is None else f"{report.memory_limit_gb:.1f} GB (memory_limit_gb)"
     rows = [
         ("Python", report.python),
         ("platform", report.platform),
@@ -81,6 +86,7 @@ def describe(report: Report) -> str:
         ("CPU matrix products", report.blas),
         ("processors", str(report.threads)),
         ("memory", memory),
+        ("limit of a run", limit),
         ("measured", f"{report.matmul_gflops:,.0f} GFLOP/s, float32, on the default device"),
     ]
     lines = [f"{label:<20} {value}" for label, value in rows]

@@ -8,23 +8,18 @@ Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocab
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 import msgspec
 
-from troupe.grpo import (
-    Batch,
-    LearnerConfig,
-    compute_advantages,
-    entropy_from_logits,
-    make_batch,
-    reward_statistics,
-    selective_log_softmax,
-)
+from troupe.grpo import Batch, LearnerConfig, make_batch
 from troupe.messages import Rollout, ScoredGroup
-from troupe.policy import CompletedGroup, Qwen3Config, Weights, hidden_states, project
+from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
+from troupe.statistics import advantage_statistics, advantages_of, group_statistics, is_truncated, num_tokens
+
+Extra = TypeVar("Extra")
 
 
 def as_rollouts(group: CompletedGroup, decode: Callable[[Sequence[int]], str]) -> tuple[Rollout, ...]:
@@ -50,27 +45,39 @@ class LearnerBatch(msgspec.Struct, frozen=True, kw_only=True):
     """Rewards, completions and advantages of the batch under TRL's names."""
 
 
-def completion_log_probs(
-    config: Qwen3Config, temperature: float
-) -> Callable[[Weights, Batch], tuple[mx.array, mx.array]]:
-    """The function (weights, batch) → log-probs and entropies of the completion tokens, both float32 (B, T), in nats.
+class completion_log_probs:  # noqa: N801 - a function (weights, batch) that knows its own gradient, see `LogProbs`
+    """Log-probs and entropies of the completion tokens of a batch, both float32 (B, T), in nats.
 
-    Both are of the distribution softmax(logits / temperature). Only positions that foretell a completion token are
-    projected to the vocabulary.
+    Both are of the distribution softmax(logits / temperature). `recompute`: a gradient computes the inside of each
+    layer again instead of keeping it (activation checkpointing). Without `entropy_gradient` entropies are constants.
     """
 
-    def log_probs(weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
-        P = batch.prompt_ids.shape[1]
-        padding = mx.array([P - length for length in batch.prompt_lengths], dtype=mx.int32)
-        ids = mx.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
-        ragged = any(length != P for length in batch.prompt_lengths)
-        hidden = hidden_states(config, weights, ids[:, :-1], lengths_of_left_padding=padding if ragged else None)
-        logits = project(config, weights, hidden[:, P - 1 :]).astype(mx.float32)
-        if temperature != 1.0:
-            logits = logits * (1.0 / temperature)
-        return selective_log_softmax(logits, batch.completion_ids), entropy_from_logits(logits)
+    def __init__(
+        self, config: Qwen3Config, temperature: float, *, recompute: bool = False, entropy_gradient: bool = True
+    ) -> None:
+        self._config = config
+        self._temperature = temperature
+        self._recompute = recompute
+        self._entropy_gradient = entropy_gradient
 
-    return log_probs
+    def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+        """See the class."""
+        return completion_statistics(self._config, weights, batch.prompts, batch.completions, self._temperature)
+
+    def gradients(
+        self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
+    ) -> tuple[tuple[mx.array, Extra], Iterator[dict[str, mx.array]]]:
+        """See `completion_gradients`."""
+        return completion_gradients(
+            self._config,
+            weights,
+            batch.prompts,
+            batch.completions,
+            lambda statistics: loss(*statistics),
+            self._temperature,
+            recompute=self._recompute,
+            entropy_gradient=self._entropy_gradient,
+        )
 
 
 def is_usable(group: ScoredGroup, min_scored: int) -> bool:
@@ -93,57 +100,18 @@ def assemble(
     """
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     G = len(groups[0].group.rollouts)
-    scores = mx.array(
-        [
-            [math.nan if score is None else score for score in row]
-            for group in groups
-            for row in zip(*(group.scores[name] for name in weights), strict=True)
-        ]
-    )
-    advantages = compute_advantages(
-        scores,
-        G,
-        config.scale_rewards,
-        weights=list(weights.values()),
-        multi_objective_aggregation=config.multi_objective_aggregation,
-    )
+    advantages = advantages_of(groups, config, weights)
     batch = make_batch(
         [group.group.prompt.prompt_ids for group in groups for _ in range(G)],
         [rollout.token_ids for rollout in rollouts],
         [rollout.log_probs for rollout in rollouts],
         advantages,
         pad_id=pad_id,
-        truncated=[rollout.finish_reason != "stop" for rollout in rollouts],
+        truncated=[is_truncated(rollout) for rollout in rollouts],
     )
-    statistics = reward_statistics(
-        scores,
-        G,
-        config.scale_rewards,
-        weights=list(weights.values()),
-        multi_objective_aggregation=config.multi_objective_aggregation,
-        names=list(weights),
-    )
-    # what rewards log comes first: it may not stand in for the metrics that are ours
-    return LearnerBatch(batch=batch, metrics={**_logged_metrics(groups), **statistics, **_completion_metrics(batch)})
-
-
-def _logged_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Mean over the groups of what reward functions logged themselves."""
-    names = {name for group in groups for name in group.logged}
-    values = {name: [group.logged[name] for group in groups if name in group.logged] for name in sorted(names)}
-    return {name: math.fsum(column) / len(column) for name, column in values.items()}
-
-
-def _completion_metrics(batch: Batch) -> dict[str, float]:
-    lengths = batch.completion_lengths
-    ended = [length for length, cut in zip(lengths, batch.truncated, strict=True) if not cut] or [0]
-    return {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(batch.truncated) / len(lengths),
-        "completions/mean_terminated_length": sum(ended) / len(ended),
-        "completions/min_terminated_length": float(min(ended)),
-        "completions/max_terminated_length": float(max(ended)),
-        "num_tokens": float(batch.num_tokens),
+    metrics = {
+        **group_statistics(groups, config, weights),
+        **advantage_statistics(advantages),
+        "num_tokens": float(num_tokens(groups)),
     }
+    return LearnerBatch(batch=batch, metrics=metrics)

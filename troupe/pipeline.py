@@ -3,7 +3,7 @@
     Prompter ──Prompt──▶ Generator ──RolloutGroup──▶ Scorer ──ScoredGroup──▶ Learner ──Snapshot──▶ Checkpointer
         ▲                    ▲                                                  │  │
         │                    └────────────── weights (PolicyBoard) ─────────────┘  └──Update, GroupClosed──▶ Metrics
-        └──────────────────────────────────────── GroupClosed ──────────────────┘
+        └─────────────────────────────────── GroupClosed, Replace ──────────────┘
 
 Every actor also reports Incident and Span to Metrics. Nobody else opens a channel or knows two actors at once.
 """
@@ -30,6 +30,7 @@ from troupe.messages import (
     GroupClosed,
     Incident,
     Prompt,
+    Replace,
     RolloutGroup,
     ScoredGroup,
     Snapshot,
@@ -59,7 +60,9 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
 
 def build_pipeline(prepared: Prepared) -> Pipeline:
     """Open every channel and hand each actor its own. Nothing runs yet."""
-    config, policy = prepared.config, prepared.policy
+    config, policy_config = prepared.config, prepared.policy.config
+    # by themselves: what the actors are given must not keep the weights that the run began with
+    tokenizer, stop_ids, fingerprint = prepared.policy.tokenizer, prepared.policy.eos_ids, prepared.fingerprint
     board: PolicyBoard[Weights] = PolicyBoard(config.schedule.max_staleness)
     start = _starting_state(prepared, board)
     credits_ = Credits((config.schedule.max_staleness + 1) * config.learner.batch_size)
@@ -84,17 +87,15 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
         credits=credits_,
         first_step=prepared.first_step,
         total_steps=prepared.total_steps,
+        replaces=config.learner.dynamic_sampling,
         report=report("prompter"),
     )
     generator = Generator(
         generator_box,
         scorer_box.channel("rollouts", RolloutGroup, bound=live),
-        engine=lambda: RolloutEngine(
-            policy.config, config.generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer
-        ),
+        engine=lambda: RolloutEngine(policy_config, config.generation, stop_ids=stop_ids, tokenizer=tokenizer),
         board=board,
-        decode_text=policy.tokenizer.decode_sampled,
-        batch_size=config.learner.batch_size,
+        decode_text=tokenizer.decode_sampled,
         seed=config.seed,
         report=report("generator"),
     )
@@ -107,32 +108,38 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
     learner = Learner(
         learner_box,
         LearnerOutputs(
-            closed_to_prompter=prompter_box.channel("closed", GroupClosed, bound=live),
+            closed_to_prompter=prompter_box.channel("closed", GroupClosed, Replace, bound=live),
             closed_to_metrics=metrics_box.channel("closed groups", GroupClosed, bound=live),
             updates=metrics_box.channel("updates", Update, bound=_UPDATES),
             snapshots=checkpointer_box.channel("snapshots", Snapshot, bound=1),
         ),
         config=config.learner,
-        policy_config=policy.config,
+        policy_config=policy_config,
         state=start,
-        reference=prepared.reference,
         board=board,
         reward_weights=dict(zip(prepared.rewards.names, prepared.rewards.weights, strict=True)),
         temperature=config.generation.temperature,
         max_completion_length=config.generation.max_completion_length,
         min_scored=config.rewards.min_scored,
-        pad_id=policy.tokenizer.pad_token_id or 0,
+        pad_id=tokenizer.pad_token_id or 0,
+        prompts_per_epoch=prepared.schedule.rows,
         total_steps=prepared.total_steps,
         checkpoint_every=config.checkpoint.every,
+        learns_beside_checkpoints=config.checkpoint.overlap is not False,
         report=report("learner"),
     )
     checkpointer = Checkpointer(
         checkpointer_box,
         run=prepared.folder,
         keep=config.checkpoint.keep,
-        policy_config=policy.config,
+        policy_config=policy_config,
         source=prepared.source,
-        run_state=lambda version: RunState(version=version, seed=config.seed, dataset=prepared.fingerprint),
+        run_state=lambda snapshot: RunState(
+            version=snapshot.version,
+            seed=config.seed,
+            dataset=fingerprint,
+            num_tokens=snapshot.num_tokens,
+        ),
         report=report("checkpointer"),
     )
     metrics = Metrics(
@@ -163,6 +170,8 @@ def _starting_state(prepared: Prepared, board: PolicyBoard[Weights]) -> LearnerS
         version=prepared.first_step,
         weights=prepared.policy.weights,
         optimizer_state=prepared.optimizer_state,
+        reference=prepared.reference,
+        num_tokens=0 if prepared.checkpoint is None else prepared.checkpoint.state.num_tokens,
     )
 
 

@@ -14,12 +14,13 @@ import mlx.core as mx
 import msgspec
 
 from troupe import linux_cpu
+from troupe.budget import Plan, Workload, plan_memory
 from troupe.checkpoint import Checkpoint, RunState, load_newest
 from troupe.config import RUN_TOML, RunConfig, check_config
 from troupe.dataset import PromptDataset
 from troupe.errors import CheckpointError, ConfigError, DatasetError, OutputError, RewardError
 from troupe.grpo import adamw_init
-from troupe.policy import Policy, Weights, expected_shapes, load_policy, resolve_model
+from troupe.policy import DTYPES, Policy, Weights, expected_shapes, is_on_cpu, load_policy, resolve_model
 from troupe.rewards import Reward, RewardManager, load_reward
 from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
 
@@ -54,8 +55,18 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """Where to go on from; None starts at the beginning."""
     optimizer_state: dict[str, mx.array]
     """Fresh, or the checkpoint's; evaluated."""
+    memory: Plan
+    """What the run takes, and what was chosen for it."""
     notices: tuple[str, ...]
     """What the user should know, one line each."""
+
+    def without_arrays(self) -> Prepared:
+        """What is to be known once a run goes on by itself, which keeps the arrays that it needs."""
+        checkpoint = self.checkpoint
+        if checkpoint is not None:
+            checkpoint = msgspec.structs.replace(checkpoint, weights={}, optimizer_state={}, behind={}, reference=None)
+        policy = Policy(self.policy.config, {}, self.policy.path)
+        return msgspec.structs.replace(self, policy=policy, reference=None, checkpoint=checkpoint, optimizer_state={})
 
     @property
     def first_step(self) -> int:
@@ -85,7 +96,13 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
     if held_out is not None:
         held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
-    config, more = _fit_completions(config, positions, longest_prompt=max(map(len, prompt_ids)))
+    longest = max(map(len, prompt_ids))
+    config, more = _fit_completions(config, positions, longest_prompt=longest)
+    memory = plan_memory(
+        config,
+        Workload(policy=policy.config, dtype=DTYPES[policy.dtype], longest_prompt=longest, on_cpu=is_on_cpu()),
+    )
+    config = memory.config
     total_steps = count_steps(
         len(dataset),
         batch_size=config.learner.batch_size,
@@ -100,7 +117,7 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
         folder=folder,
         policy=policy if checkpoint is None else Policy(policy.config, checkpoint.weights, policy.path),
         source=source,
-        reference=policy.weights if config.learner.beta else None,
+        reference=_reference(config, policy, checkpoint),
         rewards=manager,
         schedule=PromptSchedule(
             dataset,
@@ -114,8 +131,18 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
         evaluation=evaluation,
         checkpoint=checkpoint,
         optimizer_state=optimizer_state,
-        notices=(*notices, *more, *resumed),
+        memory=memory,
+        notices=(*notices, *more, *memory.notices, *resumed),
     )
+
+
+def _reference(config: RunConfig, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:
+    """The model that the run begins with; the checkpoint's where the reference follows the policy."""
+    if not config.learner.beta:
+        return None
+    if config.learner.sync_ref_model and checkpoint is not None and checkpoint.reference is not None:
+        return checkpoint.reference
+    return policy.weights
 
 
 def run_folder(config: RunConfig, *, resume: bool) -> Path:
@@ -194,6 +221,7 @@ def _newest_checkpoint(
             found,
             weights=_held_like(policy.weights, found.weights),
             behind={version: _held_like(policy.weights, weights) for version, weights in found.behind.items()},
+            reference=None if found.reference is None else _held_like(policy.weights, found.reference),
         )
         return held, [*notices, f"going on after step {found.state.version}"]
     return None, [*notices, f"{folder}: no whole checkpoint yet, so the run starts from the beginning"]

@@ -2,14 +2,18 @@
 
 The prompts form one endless stream, epoch after epoch, each epoch a permutation of the rows drawn from the seed.
 Step k, place j is element k·P + j of that stream, so the cursor of a run is derived from k alone, no row is left out
-at the end of an epoch, and every step is full. Knows nothing of actors.
+at the end of an epoch, and every step is full. Replacements (attempt ≥ 1) come from a stream of their own for every
+step, so they do not shift the others. Knows nothing of actors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -46,25 +50,63 @@ class PromptSchedule:
         shuffle: bool,
     ) -> None:
         self.batch_size = batch_size
+        self.rows = len(dataset)
+        """Prompts an epoch."""
+        self._seed = seed
         self._dataset = dataset
         self._prompt_ids = prompt_ids
         # only the epochs that the live groups touch are asked for, always the newest few
         self._order = lru_cache(maxsize=4)(lambda epoch: dataset.order(seed, epoch, shuffle=shuffle))
 
-    def prompt(self, slot: Slot) -> Prompt:
-        """The prompt of a slot, with the gid that the slot determines."""
-        index = slot.step * self.batch_size + slot.place
-        epoch, position = divmod(index, len(self._dataset))
-        row = self._order(epoch)[position]
+    def prompt(self, slot: Slot, *, round_size: int | None = None) -> Prompt:
+        """The prompt of a slot, with the gid that the slot determines.
+
+        `round_size`: prompts of the slot's step and attempt; None for a whole step.
+        """
+        epoch, row = self._in_stream(slot.step, slot.place)
+        if slot.attempt:
+            row = self._replacement(slot)
         return Prompt(
-            gid=index + slot.attempt * _ATTEMPT_STRIDE,
+            gid=self.gid(slot),
             slot=slot,
             epoch=epoch,
             row=row,
             prompt=self._dataset[row].prompt,
             prompt_ids=self._prompt_ids[row],
             columns=self._dataset[row].columns,
+            round_size=self.batch_size if round_size is None else round_size,
         )
+
+    def gid(self, slot: Slot) -> int:
+        """The unique number of the group in a slot."""
+        return slot.step * self.batch_size + slot.place + slot.attempt * _ATTEMPT_STRIDE
+
+    def _in_stream(self, step: int, place: int) -> tuple[int, int]:
+        """Epoch and row of the first attempt."""
+        epoch, position = divmod(step * self.batch_size + place, self.rows)
+        return epoch, self._order(epoch)[position]
+
+    def _replacement(self, slot: Slot) -> int:
+        """The row of a later attempt: element (attempt − 1)·P + place of the step's replacements."""
+        index = (slot.attempt - 1) * self.batch_size + slot.place
+        return next(islice(self._replacements(slot.step), index, None))
+
+    def _replacements(self, step: int) -> Iterator[int]:
+        """Rows in random order, without end: none twice, and none of the step itself, before all have been there.
+
+        `random.Random` is seeded by sha256("troupe.schedule/replacements/SEED/STEP") as a big-endian integer; Python
+        promises to keep its `random()`.
+        """
+        key = hashlib.sha256(f"troupe.schedule/replacements/{self._seed}/{step}".encode()).digest()
+        dice = random.Random(int.from_bytes(key, "big"))
+        shown = {self._in_stream(step, place)[1] for place in range(self.batch_size)}
+        while True:
+            if len(shown) == self.rows:
+                shown = set()
+            row = int(dice.random() * self.rows)
+            if row not in shown:
+                shown.add(row)
+                yield row
 
 
 def count_steps(rows: int, *, batch_size: int, epochs: int, max_steps: int | None) -> int:

@@ -14,6 +14,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from troupe.budget import memory_limited
 from troupe.config import RUN_TOML, RunConfig, write_config
 from troupe.errors import InputError, OutputError, RunError
 from troupe.messages import Checkpoint, Drain, Update
@@ -202,9 +203,10 @@ class Supervisor:
         rewards, tally = self._prepared.rewards, self._pipeline.tally
         before = after = None
         try:
-            with self._scope:
+            with self._scope, memory_limited(self._prepared.memory.limit_gb):
                 await rewards.start()
                 before = await self._evaluate(await self._untrained_policy())
+                self._prepared = self._prepared.without_arrays()
                 await play(self._pipeline.actors)
                 after = await self._evaluate(self._trained_policy())
             if self._stopping:

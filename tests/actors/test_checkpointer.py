@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import msgspec
 import pytest
 
 from tests.fakes import Reports, same_bits, send_all
@@ -31,7 +32,9 @@ class Stage:
             keep=keep,
             policy_config=CONFIG,
             source=source,
-            run_state=lambda version: RunState(version=version, seed=4, dataset="data"),
+            run_state=lambda snapshot: RunState(
+                version=snapshot.version, seed=4, dataset="data", num_tokens=snapshot.num_tokens
+            ),
             report=self.reports.reporter("checkpointer"),
         )
 
@@ -58,6 +61,15 @@ def snapshot(version: int, *, final: bool = False) -> Snapshot:
         behind={version - 1: weights_of(version - 1)},
         final=final,
     )
+
+
+async def test_what_else_a_snapshot_holds_is_written(tmp_path: Path, tiny_model: Path) -> None:
+    stage = Stage(tmp_path, tiny_model)
+    await stage.play(msgspec.structs.replace(snapshot(3), reference=weights_of(9), num_tokens=77))
+    loaded = load_checkpoint(list_checkpoints(tmp_path)[0])
+    assert loaded.reference is not None
+    assert same_bits(loaded.reference, weights_of(9))
+    assert loaded.state.num_tokens == 77
 
 
 async def test_every_snapshot_is_written_and_the_oldest_removed(tmp_path: Path, tiny_model: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.fakes import FakeEngine, Reports, ended, make_prompt, taken
+from tests.fakes import FakeEngine, Reports, ended, make_prompt, send_all, taken
 from troupe.actors.generator import Generator
 from troupe.messages import Prompt, Rollout, RolloutGroup, Span
-from troupe.runtime import Channel, Mailbox, PolicyBoard
+from troupe.runtime import Channel, Mailbox, PolicyBoard, play
 
 pytestmark = pytest.mark.anyio
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 class Stage:
     """A generator over a fake engine; version 0 is on the board."""
 
-    def __init__(self, engine: FakeEngine, *, max_staleness: int = 0, batch_size: int = 2) -> None:
+    def __init__(self, engine: FakeEngine, *, max_staleness: int = 0) -> None:
         self.reports, self.inbox, self.scorer = Reports(), Mailbox("generator"), Mailbox("scorer")
         self.prompts: Channel[Prompt] = self.inbox.channel("prompts", Prompt, bound=9)
         self.board: PolicyBoard[Any] = PolicyBoard(max_staleness)
@@ -36,7 +36,6 @@ class Stage:
             engine=make_engine,
             board=self.board,
             decode_text=lambda ids: bytes(ids).decode(),
-            batch_size=batch_size,
             seed=7,
             report=self.reports.reporter("generator"),
         )
@@ -74,14 +73,34 @@ async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish()
     assert [(span.name, span.step) for span in spans] == [("wait for policy", 0), ("generate", 0)]
 
 
+async def test_rounds_of_different_steps_and_attempts_do_not_mix() -> None:
+    engine = FakeEngine(order=[0])
+    stage = Stage(engine, max_staleness=1)
+    sent = [
+        make_prompt(1, 0, round_size=2),
+        make_prompt(0, 1, 1, round_size=2),
+        make_prompt(0, 0, 2, round_size=1),
+        make_prompt(0, 0, 1, round_size=2),
+        make_prompt(1, 1, round_size=2),
+    ]
+    await send_all(stage.prompts, sent)
+    await play([stage.generator])
+    assert [[request.key[1:] for request in decoded] for decoded in engine.requests] == [
+        [(0, 0, 2)],
+        [(0, 0, 1), (0, 1, 1)],
+        [(1, 0, 0), (1, 1, 0)],
+    ]
+    assert [version for _, version in engine.loaded] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(("max_staleness", "versions"), [(0, [0, 1, 2]), (1, [0, 0, 1])])
 async def test_every_step_waits_for_exactly_its_version(max_staleness: int, versions: list[int]) -> None:
     engine = FakeEngine(order=[0])
-    stage = Stage(engine, max_staleness=max_staleness, batch_size=1)
+    stage = Stage(engine, max_staleness=max_staleness)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stage.generator.run)
         for step in range(3):
-            await stage.prompts.send(make_prompt(step, 0))
+            await stage.prompts.send(make_prompt(step, 0, round_size=1))
         stage.prompts.close()
         for version in range(3):
             await _until_decoded(engine, versions.count(0) if version == 0 else versions.index(version) + 1)
@@ -114,10 +133,10 @@ async def test_a_cancel_aborts_the_decode_and_waits_for_its_thread() -> None:
             go_on.set()
 
     engine = ReleasedByAbort(order=[0, 1], between=between)
-    stage = Stage(engine, batch_size=1)
+    stage = Stage(engine)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stage.generator.run)
-        await stage.prompts.send(make_prompt(0, 0))
+        await stage.prompts.send(make_prompt(0, 0, round_size=1))
         await anyio.to_thread.run_sync(inside.wait, 10)
         tasks.cancel_scope.cancel()
     assert stopped_after == [True]

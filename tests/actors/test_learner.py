@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import anyio
 import mlx.core as mx
@@ -13,14 +15,15 @@ from tests.fakes import Reports, ended, make_scored, same_bits, send_all, taken
 from tests.tiny import CONFIG
 from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
 from troupe.errors import RunError
-from troupe.grpo import LearnerConfig, adamw_init, learning_rate, train_on_batch
+from troupe.grpo import LearnerConfig, StepResult, adamw_init, learning_rate, train_on_batch
 from troupe.learning import assemble, completion_log_probs
-from troupe.messages import Checkpoint, GroupClosed, ScoredGroup, Snapshot, Span, Update
+from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snapshot, Span, Update
 from troupe.policy import Weights, random_policy
-from troupe.runtime import Channel, Mailbox, PolicyBoard, play
+from troupe.runtime import Channel, Mailbox, PolicyBoard, play, together
 
 pytestmark = pytest.mark.anyio
 LEARNER = LearnerConfig(batch_size=2, lr=1e-2)
+DYNAMIC = LearnerConfig(batch_size=2, lr=1e-2, dynamic_sampling=True, max_resampling_attempts=2)
 UNDIVIDED = LearnerConfig(batch_size=2, lr=1e-2, scale_rewards="none", max_nonfinite_steps=2)
 ENDING = r"step 1: .* all of the last 2 \(learner.max_nonfinite_steps\).*lower learner.lr"
 TOTAL = 3
@@ -37,9 +40,11 @@ class Stage:
         checkpoint_every: int = 99,
         version: int = 0,
         total_steps: int = TOTAL,
+        num_tokens: int = 0,
     ) -> None:
         policy = random_policy(CONFIG, seed=3)
         self.start_weights = policy.weights
+        self.snapshots: list[Snapshot] = []
         self.reports, self.inbox = Reports(), Mailbox("learner")
         self.prompter, self.metrics, self.updates, self.checkpointer = map(Mailbox, "pmuc")
         self.scored: Channel[ScoredGroup] = self.inbox.channel("scored", ScoredGroup, bound=20)
@@ -51,21 +56,27 @@ class Stage:
         self.learner = Learner(
             self.inbox,
             LearnerOutputs(
-                closed_to_prompter=self.prompter.channel("closed", GroupClosed, bound=20),
+                closed_to_prompter=self.prompter.channel("closed", GroupClosed, Replace, bound=20),
                 closed_to_metrics=self.metrics.channel("closed", GroupClosed, bound=20),
                 updates=self.updates.channel("updates", Update, bound=20),
                 snapshots=self.checkpointer.channel("snapshots", Snapshot, bound=20),
             ),
             config=config,
             policy_config=CONFIG,
-            state=LearnerState(version=version, weights=policy.weights, optimizer_state=optimizer_state),
-            reference=policy.weights if config.beta else None,
+            state=LearnerState(
+                version=version,
+                weights=policy.weights,
+                optimizer_state=optimizer_state,
+                reference=policy.weights if config.beta else None,
+                num_tokens=num_tokens,
+            ),
             board=self.board,
             reward_weights={"r": 1.0},
             temperature=0.9,
             max_completion_length=12,
             min_scored=2,
             pad_id=257,
+            prompts_per_epoch=8,
             total_steps=total_steps,
             checkpoint_every=checkpoint_every,
             report=self.reports.reporter("learner"),
@@ -74,7 +85,12 @@ class Stage:
     async def play(self, groups: Sequence[ScoredGroup]) -> None:
         """To the end of the mailbox."""
         await send_all(self.scored, groups)
-        await play([self.learner])
+        await together([self.learner.run, self.write])
+
+    async def write(self) -> None:
+        """Take every snapshot as soon as it comes."""
+        async for snapshot in self.checkpointer:
+            self.snapshots.append(snapshot)
 
 
 def two_steps() -> list[ScoredGroup]:
@@ -84,6 +100,10 @@ def two_steps() -> list[ScoredGroup]:
         make_scored(1, 0, (1.0, 0.0, 0.0), version=1),
         make_scored(1, 1, (0.0, 0.1, 0.7), version=1),
     ]
+
+
+def both() -> list[list[ScoredGroup]]:
+    return [two_steps()[:2], two_steps()[2:]]
 
 
 def expected(stage: Stage, groups: Sequence[ScoredGroup], config: LearnerConfig = LEARNER) -> Weights:
@@ -150,18 +170,56 @@ async def test_updates_tell_the_step() -> None:
     assert second.metrics["staleness"] == 0.0
     assert first.metrics["learning_rate"] == pytest.approx(1e-2)
     assert second.metrics["learning_rate"] == pytest.approx(1e-2 * 2 / 3)  # linear over three steps
-    assert first.metrics["tokens_per_second"] * first.metrics["step_time"] == pytest.approx(
-        sum(len(r.token_ids) for scored in two_steps()[:2] for r in scored.group.rollouts)
+    tokens = [[len(r.token_ids) for scored in step for r in scored.group.rollouts] for step in both()]
+    prompts = [[len(scored.group.prompt.prompt_ids) for scored in step for _ in range(3)] for step in both()]
+    assert first.metrics["tokens_per_second"] * first.metrics["step_time"] == pytest.approx(sum(tokens[0]))
+    assert first.metrics["learn_tokens_per_second"] * first.metrics["learn_time"] == pytest.approx(
+        sum(tokens[0]) + sum(prompts[0])
     )
+    assert first.metrics["num_tokens"] == sum(tokens[0]) + sum(prompts[0])
+    assert second.metrics["num_tokens"] == sum(tokens[0]) + sum(prompts[0]) + sum(tokens[1]) + sum(prompts[1])
+    assert (first.metrics["epoch"], second.metrics["epoch"]) == (0.25, 0.5)  # 2 and 4 prompts of 8
+    assert first.metrics["completions/mean_length"] == pytest.approx(sum(tokens[0]) / 6)
+    assert first.metrics["advantages/frac_zero"] == 2 / 6  # 0.5 is the mean of its group; one score is missing
+    assert first.metrics["advantages/mean"] == pytest.approx(0, abs=1e-6)
     spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
     assert [(s.name, s.step) for s in spans] == [("learn", 0), ("publish", 0), ("learn", 1), ("publish", 1)]
 
 
 async def test_staleness_is_counted_in_versions() -> None:
     stage = Stage(max_staleness=1, version=4, total_steps=9)
-    await stage.play([make_scored(4, 0, version=3), make_scored(4, 1, version=3)])
+    older, newer = make_scored(4, 0, version=3), make_scored(4, 1, version=4)
+    await stage.play([older, newer])
     [update] = await taken(stage.updates)
-    assert (update.step, update.metrics["staleness"]) == (5, 1.0)
+    old, new = (sum(len(r.token_ids) for r in scored.group.rollouts) for scored in (older, newer))
+    assert update.step == 5
+    assert update.metrics["staleness"] == pytest.approx(old / (old + new))
+    assert update.metrics["staleness/max"] == 1.0
+
+
+async def test_tokens_of_earlier_starts_and_of_quarantined_groups_count() -> None:
+    stage, poor = Stage(num_tokens=1000), make_scored(0, 1, (0.7, None, None))
+    await stage.play([make_scored(0, 0), poor])
+    [update] = await taken(stage.updates)
+    rollouts = [r for scored in (make_scored(0, 0), poor) for r in scored.group.rollouts]
+    assert update.metrics["num_tokens"] == 1000 + 3 * 2 + 3 * 3 + sum(len(r.token_ids) for r in rollouts)
+    assert stage.snapshots[0].num_tokens == update.metrics["num_tokens"]
+
+
+async def test_peak_memory_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    peaks = iter([3_000_000_000, 2_000_000_000])
+    monkeypatch.setattr(mx, "reset_peak_memory", lambda: calls.append("reset"))
+
+    def read() -> int:
+        calls.append("read")
+        return next(peaks)
+
+    monkeypatch.setattr(mx, "get_peak_memory", read)
+    stage = Stage()
+    await stage.play(two_steps())
+    assert calls == ["reset", "read", "reset", "read", "reset"]
+    assert [update.metrics["peak_memory_gb"] for update in await taken(stage.updates)] == [3.0, 2.0]
 
 
 async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained() -> None:
@@ -220,15 +278,15 @@ async def test_too_many_of_them_in_a_row_end_the_run() -> None:
     stage = Stage(config=UNDIVIDED)
     with pytest.raises(RunError, match=ENDING):
         await stage.play([*endless_scores(0), *endless_scores(1), *two_steps()])
-    assert stage.learner.version == 1
+    assert stage.learner.version == 2
     assert not ended(stage.checkpointer), "no final policy is made of a run that failed"
-    assert await taken(stage.checkpointer) == []
+    assert stage.snapshots == []
 
 
 async def test_snapshots_by_schedule_and_one_that_is_final() -> None:
     stage = Stage(checkpoint_every=1, total_steps=2, max_staleness=1)
     await stage.play(two_steps())
-    first, final = await taken(stage.checkpointer)
+    first, final = stage.snapshots
     assert (first.version, first.final, final.version, final.final) == (1, False, 2, True)
     assert list(first.behind) == [0]
     assert first.behind[0] is stage.start_weights
@@ -243,13 +301,14 @@ async def test_a_checkpoint_on_request_holds_the_last_completed_step() -> None:
     groups = two_steps()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(stage.write)
         for group in groups[:3]:  # step 1 is not complete
             await stage.scored.send(group)
         while stage.learner.version == 0:
             await anyio.wait_all_tasks_blocked()
         stage.request.send_nowait(Checkpoint())
         await anyio.wait_all_tasks_blocked()
-        [snapshot] = await taken(stage.checkpointer)
+        [snapshot] = stage.snapshots
         assert (snapshot.version, snapshot.final) == (1, False)
         assert snapshot.weights is stage.learner.weights
         assert snapshot.behind == {}
@@ -264,3 +323,220 @@ async def test_the_first_step_is_timed_from_the_start_of_the_play(monkeypatch: p
     await stage.play(two_steps()[:2])
     [update] = await taken(stage.updates)
     assert update.metrics["step_time"] < 20
+
+
+SAME = (0.4, 0.4, None)
+NOTHING: tuple[float | None, ...] = (None, None, None)
+
+
+def replacements(messages: Sequence[GroupClosed | Replace]) -> list[list[tuple[int, int, int]]]:
+    """Step, place and attempt of what every Replace names."""
+    return [[(s.step, s.place, s.attempt) for s in m.slots] for m in messages if isinstance(m, Replace)]
+
+
+def ends(messages: Sequence[GroupClosed | Replace]) -> list[tuple[int, int, int, str]]:
+    """Step, place, attempt and state of every group closed."""
+    return [(m.slot.step, m.slot.place, m.slot.attempt, m.state) for m in messages if isinstance(m, GroupClosed)]
+
+
+async def test_groups_without_signal_are_replaced_together_when_their_round_is_scored() -> None:
+    stage = Stage(config=DYNAMIC)
+    alone = make_scored(0, 1, (0.3, 0.1, None), attempt=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(make_scored(0, 1, SAME))
+        await anyio.wait_all_tasks_blocked()
+        assert await taken(stage.prompter) == [], "the other place could be without signal too"
+        await stage.scored.send(make_scored(0, 0, (1.0, 1.0, 1.0)))
+        await _until(stage.prompter)
+        assert replacements(await taken(stage.prompter)) == [[(0, 0, 0), (0, 1, 0)]]
+        await stage.scored.send(alone)
+        await stage.scored.send(make_scored(0, 0, (0.0, 0.0, 0.0), attempt=1))
+        await _until(stage.prompter)
+        assert replacements(await taken(stage.prompter)) == [[(0, 0, 1)]]
+        assert await taken(stage.metrics) == [], "groups are closed when their step is done"
+        await stage.scored.send(make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2))
+        stage.scored.close()
+    assert stage.learner.version == 1
+    assert ends(await taken(stage.metrics)) == [
+        (0, 0, 0, "filtered"),
+        (0, 0, 1, "filtered"),
+        (0, 0, 2, "trained"),
+        (0, 1, 0, "filtered"),
+        (0, 1, 1, "trained"),
+    ]
+    to_prompter = await taken(stage.prompter)
+    assert ends(to_prompter) == [(0, 0, 2, "trained"), (0, 1, 1, "trained")], "one a credit"
+    by_hand = train_on_batch(
+        stage.start_weights,
+        adamw_init(stage.start_weights),
+        assemble([make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2), alone], DYNAMIC, weights={"r": 1.0}, pad_id=257).batch,
+        completion_log_probs(CONFIG, 0.9),
+        DYNAMIC,
+        lr=1e-2,
+        max_completion_length=12,
+    )
+    assert same_bits(stage.learner.weights, by_hand.weights)
+
+
+async def _until(mailbox: Mailbox) -> None:
+    while not len(mailbox):
+        await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_place_without_signal_to_the_last_is_left_out_and_its_credit_returned() -> None:
+    stage = Stage(config=DYNAMIC)
+    groups = [make_scored(0, 0, SAME, attempt=a) for a in range(3)]
+    good = make_scored(0, 1)
+    await stage.play([good, *groups])
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
+    assert ends(to_prompter) == [(0, 0, 2, "filtered"), (0, 1, 0, "trained")]
+    assert ends(await taken(stage.metrics)) == [*[(0, 0, a, "filtered") for a in range(3)], (0, 1, 0, "trained")]
+    [update] = await taken(stage.updates)
+    tokens = [sum(len(r.token_ids) for r in scored.group.rollouts) for scored in (*groups, good)]
+    expected = {
+        "groups/trained": 1.0,
+        "groups/filtered": 3.0,
+        "groups/resampled": 2.0,
+        "groups/quarantined": 0.0,
+        "groups/filtered_token_fraction": sum(tokens[:3]) / sum(tokens),
+        "reward": (6 * 0.4 + 0.0 + 1.0 + 0.5) / 9,  # of every group sampled: filtering does not colour it
+        "frac_reward_zero_std": 3 / 4,
+        "completions/mean_length": sum(tokens) / 12,
+        "advantages/abs_mean": 1.0 / (0.5 + 1e-4) / 3,  # of the groups trained: ±0.5 / σ and 0
+        "num_tokens": sum(tokens) + 3 * 2 + 3 * 3 + 3 * 2 + 3 * 3,  # prompts have 2 tokens, or 3 at odd place + attempt
+    }
+    assert {name: update.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert update.metrics["tokens_per_second"] * update.metrics["step_time"] == pytest.approx(sum(tokens))
+
+
+async def test_a_step_without_any_signal_makes_a_version_and_no_update() -> None:
+    stage = Stage(config=DYNAMIC)
+    await stage.play([make_scored(0, place, SAME, attempt=a) for a in range(3) for place in range(2)])
+    assert (stage.learner.version, stage.board.version) == (1, 1)
+    assert stage.learner.weights is stage.start_weights
+    [update] = await taken(stage.updates)
+    assert "loss" not in update.metrics
+    assert update.metrics["reward"] == pytest.approx(0.4)
+    assert update.metrics["learn_tokens_per_second"] == 0.0
+    assert [end[3] for end in ends(await taken(stage.prompter))] == ["filtered", "filtered"]
+
+
+async def test_a_quarantined_group_is_not_replaced() -> None:
+    stage = Stage(config=DYNAMIC)
+    await stage.play(
+        [
+            make_scored(0, 0, NOTHING),
+            make_scored(0, 1, SAME),
+            make_scored(0, 1, NOTHING, attempt=1),
+        ]
+    )
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == [[(0, 1, 0)]]
+    assert ends(to_prompter) == [(0, 0, 0, "quarantined"), (0, 1, 1, "quarantined")]
+    assert stage.learner.version == 1
+
+
+async def test_replacements_of_a_later_step_do_not_wait_for_the_earlier_one() -> None:
+    stage = Stage(config=DYNAMIC, max_staleness=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        for group in (make_scored(1, 0, SAME), make_scored(1, 1), make_scored(0, 1)):
+            await stage.scored.send(group)
+        await _until(stage.prompter)
+        assert replacements(await taken(stage.prompter)) == [[(1, 0, 0)]]
+        await stage.scored.send(make_scored(1, 0, attempt=1))
+        await stage.scored.send(make_scored(0, 0))
+        stage.scored.close()
+    assert stage.learner.version == 2
+    assert [end[:3] for end in ends(await taken(stage.prompter))] == [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 0)]
+
+
+async def test_without_dynamic_sampling_equal_rewards_are_trained_on() -> None:
+    stage = Stage()
+    await stage.play([make_scored(0, 0, SAME), make_scored(0, 1)])
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == []
+    assert [end[3] for end in ends(to_prompter)] == ["trained", "trained"]
+
+
+@pytest.mark.parametrize(
+    ("every", "passes", "synced"), [(1, 1, [1, 1]), (2, 1, [0, 1]), (2, 3, [1, 2]), (9, 2, [0, 0])]
+)
+async def test_the_reference_follows_the_policy_every_so_many_updates(
+    every: int, passes: int, synced: list[int]
+) -> None:
+    config = LearnerConfig(
+        batch_size=2,
+        lr=1e-2,
+        beta=0.1,
+        num_iterations=passes,
+        sync_ref_model=True,
+        ref_model_sync_steps=every,
+        ref_model_mixup_alpha=0.25,
+    )
+    stage = Stage(config=config, checkpoint_every=1, total_steps=2)
+    await stage.play(two_steps())
+    reference = stage.start_weights
+    for snapshot, times in zip(stage.snapshots, synced, strict=True):
+        for _ in range(times):
+            reference = {name: 0.25 * snapshot.weights[name] + 0.75 * reference[name] for name in reference}
+        assert snapshot.reference is not None
+        assert same_bits(snapshot.reference, reference)
+    assert (reference is stage.start_weights) == (sum(synced) == 0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+async def test_a_reference_that_stays_is_not_in_snapshots(beta: float) -> None:
+    stage = Stage(config=LearnerConfig(batch_size=2, lr=1e-2, beta=beta))
+    await stage.play(two_steps())
+    assert [snapshot.reference for snapshot in stage.snapshots] == [None]
+
+
+def eat_state(*args: Any, **settings: Any) -> StepResult:
+    """`train_on_batch`, which may take the optimizer's state apart."""
+    weights, state, *rest = args
+    result = train_on_batch(weights, dict(state), *rest, **settings)
+    state.clear()
+    return result
+
+
+async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("troupe.actors.learner.train_on_batch", eat_state)
+    stage, other = Stage(checkpoint_every=1, total_steps=2), Stage(checkpoint_every=1, total_steps=2)
+    await stage.play(two_steps())
+    monkeypatch.undo()
+    await other.play(two_steps())
+    mine, theirs = stage.snapshots, other.snapshots
+    assert len(mine) == 2
+    for snapshot, wanted in zip(mine, theirs, strict=True):
+        assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
+
+
+async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any, **settings: Any) -> StepResult:
+        inside.set()
+        assert go_on.wait(10)
+        return eat_state(*args, **settings)
+
+    monkeypatch.setattr("troupe.actors.learner.train_on_batch", slow)
+    stage, whole = Stage(), Stage()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        for group in two_steps()[:2]:
+            await stage.scored.send(group)
+        await anyio.to_thread.run_sync(inside.wait, 10)
+        tasks.cancel_scope.cancel()
+        go_on.set()
+    monkeypatch.undo()
+    await whole.play(two_steps()[:2])
+    snapshot, wanted = stage.learner.snapshot(), whole.learner.snapshot()
+    assert snapshot.version == 1
+    assert same_bits(snapshot.weights, wanted.weights)
+    assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
+    assert [update.step for update in await taken(stage.updates)] == [1], "and the step is told"

@@ -47,6 +47,29 @@ def test_equal_rewards_give_exactly_nothing(
     assert advantages.tolist() == [0.0] * (2 * generations)
 
 
+AWKWARD = st.floats(allow_nan=False, width=32)
+"""Any float32: subnormal, near overflow, infinite, −0."""
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@settings(deadline=None)
+@given(
+    st.lists(AWKWARD | st.just(math.nan), min_size=3, max_size=3),
+    st.lists(st.floats(-100, 100, width=32) | st.just(math.nan), min_size=15, max_size=15),
+    st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3),
+)
+def test_a_constant_group_gets_exactly_nothing_beside_any_other(
+    scale: ScaleRewards, aggregation: Aggregation, constant: list[float], others: list[float], weights: list[float]
+) -> None:
+    table = np.vstack(
+        [np.tile(np.array(constant, dtype=np.float32), (5, 1)), np.array(others, dtype=np.float32).reshape(5, 3)]
+    )
+    advantages = compute_advantages(mx.array(table), 5, scale, weights=weights, multi_objective_aggregation=aggregation)
+    assert advantages[:5].tolist() == [0.0] * 5
+    assert np.isfinite(np.array(advantages)).all()
+
+
 def test_three_times_nine_tenths_beside_another_group() -> None:
     rewards = mx.array([0.9, 0.9, 0.9, 0.0, 1.0, 0.0])
     scales: list[ScaleRewards] = ["group", "batch", "none"]

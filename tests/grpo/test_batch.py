@@ -28,6 +28,26 @@ def test_prompts_are_padded_left_and_completions_right() -> None:
     assert b.prompt_ids.dtype == b.completion_ids.dtype == mx.int32
 
 
+def test_ids_are_kept_as_they_came_and_padded_once() -> None:
+    b = make_batch([[5, 6], (7,)], [[1], (2, 3)], [[0.0], [0.0, 0.0]], [0.0, 0.0], pad_id=99)
+    assert b.prompts == ((5, 6), (7,))
+    assert b.completions == ((1,), (2, 3))
+    assert b.prompt_ids.tolist() == [[5, 6], [99, 7]]
+    assert b.completion_ids.tolist() == [[1, 99], [2, 3]]
+    assert b.prompt_ids is b.prompt_ids
+    assert b.completion_ids is b.completion_ids
+    part = b.rows(slice(1, 2))
+    assert (part.prompts, part.completions, part.pad_id) == (((7,),), ((2, 3),), 99)
+    assert part.prompt_ids.tolist() == [[7]], "a part pads its own rows"
+    assert b.without_truncated().completion_ids.tolist() == b.completion_ids.tolist()
+
+
+def test_completions_that_are_all_empty_have_one_column_of_padding() -> None:
+    b = make_batch([[1], [2]], [[], []], [[], []], [0.0, 0.0], pad_id=9)
+    assert b.completion_ids.tolist() == [[9], [9]]
+    assert b.completion_mask.tolist() == b.sampling_log_probs.tolist() == [[0], [0]]
+
+
 def test_the_mask_follows_lengths_even_where_a_completion_holds_the_padding_id() -> None:
     assert batch().completion_mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]]
 

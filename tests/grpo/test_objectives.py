@@ -60,6 +60,8 @@ def test_vespo() -> None:
     assert term("vespo", 1.0, 1.0) == pytest.approx(2.0)
     assert term("vespo", 2.0, -1.0) == pytest.approx(-2.0 * 8 * math.exp(-2.0))
     assert term("vespo", 2.0, 1.0, rho=0.5) == pytest.approx(2.0)
+    # e^115 has no float32
+    assert term("vespo", math.exp(11.5), 1.0, vespo_k_pos=10.0, vespo_lambda_pos=1e-4) == 0.0
 
 
 @pytest.mark.parametrize(

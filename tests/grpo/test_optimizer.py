@@ -9,8 +9,24 @@ import mlx.core as mx
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from troupe.grpo.optimizer import Scheduler, adamw_init, adamw_update, clip_by_global_norm, learning_rate
+from tests.fakes import same_bits
+from troupe.grpo import optimizer
+from troupe.grpo.optimizer import (
+    OptimizerState,
+    Scheduler,
+    adamw_init,
+    adamw_update,
+    adamw_update_in_place,
+    clip_by_global_norm,
+    clip_scale,
+    global_norm,
+    join_halves,
+    learning_rate,
+    split_halves,
+)
 
 
 def adamw_by_definition(
@@ -56,24 +72,151 @@ def test_the_first_update_moves_by_the_learning_rate() -> None:
 def test_bfloat16_weights_keep_updates_too_small_for_them() -> None:
     weights = {"w": mx.full((2, 2), 1.0, dtype=mx.bfloat16)}
     state = adamw_init(weights)
-    assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(
-        ["step", "m.w", "v.w", "master.w"], mx.float32
-    )
+    assert {name: value.dtype for name, value in state.items()} == {
+        "step": mx.float32,
+        "m.w": mx.float32,
+        "v.w": mx.float32,
+        "low.w": mx.uint16,
+    }
     for _ in range(100):
         grads = {"w": mx.ones((2, 2), dtype=mx.bfloat16)}
         weights, state = adamw_update(weights, grads, state, lr=1e-4)
-        mx.eval(weights, state)
     assert weights["w"].dtype == mx.bfloat16
-    np.testing.assert_allclose(np.array(state["master.w"]), 0.99, atol=1e-5)
+    np.testing.assert_allclose(np.array(join_halves(weights["w"], state["low.w"])), 0.99, atol=1e-5)
     np.testing.assert_allclose(np.array(weights["w"].astype(mx.float32)), 0.99, atol=4e-3)
+
+
+def test_float16_weights_keep_a_float32_master() -> None:
+    weights = {"w": mx.full((2, 2), 1.0, dtype=mx.float16)}
+    state = adamw_init(weights)
+    for _ in range(100):
+        weights, state = adamw_update(weights, {"w": mx.ones((2, 2), dtype=mx.float16)}, state, lr=1e-5)
+    assert (weights["w"].dtype, state["master.w"].dtype) == (mx.float16, mx.float32)
+    np.testing.assert_allclose(np.array(state["master.w"]), 0.999, atol=2e-6)
+    assert mx.array_equal(weights["w"], state["master.w"].astype(mx.float16)).item()
+
+
+FLOATS = st.integers(0, 2**32 - 1).filter(lambda bits: bits & 0x7F80_0000 != 0x7F80_0000)
+"""The bits of every float32 that is a finite number."""
+
+
+def numbers(bits: np.ndarray) -> np.ndarray:
+    """float32 of these bits as float64, with 2^128 for what lies next beyond the largest."""
+    with np.errstate(over="ignore"):
+        values = bits.astype(np.uint32).view(np.float32).astype(np.float64)
+    return np.where(np.isinf(values), np.copysign(2.0**128, values), values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(bits=st.lists(FLOATS, min_size=1, max_size=40))
+@example(bits=[0, 0x8000_0000, 1, 0x8000_0001, 0x7F7F_FFFF, 0x7F7F_8000, 0xFF7F_FFFF, 0x3F80_8000, 0x3F81_8000])
+def test_halves_are_joined_without_loss_and_the_higher_is_the_nearest_bfloat16(bits: list[int]) -> None:
+    there = np.array(bits, np.uint32)
+    weight, low = split_halves(mx.array(there.view(np.float32)))
+    assert (weight.dtype, low.dtype) == (mx.bfloat16, mx.uint16)
+    assert np.array(mx.view(join_halves(weight, low), mx.uint32)).tolist() == bits
+    below = there.astype(np.uint64) & 0xFFFF_0000
+    rounded = numbers(np.array(mx.view(weight, mx.uint16)).astype(np.uint64) << 16)
+    distances = [abs(numbers(near) - numbers(there)) for near in (below, below + 0x1_0000)]
+    np.testing.assert_array_equal(abs(rounded - numbers(there)), np.minimum(*distances))
+
+
+def test_a_bfloat16_weight_is_trained_as_the_float32_weight_would_be() -> None:
+    rng = np.random.default_rng(4)
+    start = mx.array(rng.normal(size=(7, 5)).astype(np.float32)).astype(mx.bfloat16)
+    half, full = {"w": start}, {"w": start.astype(mx.float32)}
+    half_state, full_state = adamw_init(half), adamw_init(full)
+    rates: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.1}
+    for _ in range(200):
+        grad = mx.array(rng.normal(size=(7, 5)).astype(np.float32)).astype(mx.bfloat16)
+        half, half_state = adamw_update(half, {"w": grad}, half_state, **rates)
+        full, full_state = adamw_update(full, {"w": grad.astype(mx.float32)}, full_state, **rates)
+    assert same_bits({"w": join_halves(half["w"], half_state["low.w"])}, full)
+    assert same_bits({name: half_state[name] for name in full_state}, full_state)
+    moved = mx.abs(full["w"] - start.astype(mx.float32))
+    assert 0 < float(mx.max(moved)) < 3e-4, "far less than bfloat16 could tell near 1"
 
 
 def test_the_arguments_stay_as_they_are() -> None:
     weights = {"w": mx.array([[1.0]])}
-    state = adamw_init(weights)
-    adamw_update(weights, {"w": mx.array([[1.0]])}, state, lr=0.1)
-    assert weights["w"].item() == 1.0
+    state, grads = adamw_init(weights), {"w": mx.array([[1.0]])}
+    adamw_update(weights, grads, state, lr=0.1)
+    assert weights["w"].item() == grads["w"].item() == 1.0
     assert (state["step"].item(), state["m.w"].item()) == (0.0, 0.0)
+
+
+def mixed_weights() -> dict[str, mx.array]:
+    """Large and small, of all types and ranks."""
+    rng = np.random.default_rng(9)
+    shapes = {"norm": (7,), "table": (40, 6), "wide": (3, 50), "long": (300,), "tall": (90, 2)}
+    types = [mx.float32, mx.bfloat16, mx.float16, mx.bfloat16, mx.float32]
+    return {
+        name: mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
+        for (name, shape), dtype in zip(shapes.items(), types, strict=True)
+    }
+
+
+def three_updates(weights: dict[str, mx.array], state: OptimizerState) -> None:
+    rng = np.random.default_rng(10)
+    for _ in range(3):
+        grads = {
+            name: mx.array(rng.normal(size=w.shape).astype(np.float32)).astype(w.dtype) for name, w in weights.items()
+        }
+        adamw_update_in_place(weights, grads, state, lr=1e-2, weight_decay=0.1, grad_scale=0.5)
+        assert grads == {}
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 250])
+def test_in_pieces_the_update_has_the_same_bits(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, pieces = mixed_weights(), mixed_weights()
+    state, pieces_state = adamw_init(weights), adamw_init(pieces)
+    three_updates(weights, state)
+    monkeypatch.setattr(optimizer, "UPDATED_AT_ONCE", at_once)
+    three_updates(pieces, pieces_state)
+    assert weights.keys() == pieces.keys() == mixed_weights().keys()
+    assert state["step"].item() == 3.0
+    assert same_bits(pieces, weights)
+    assert same_bits(pieces_state, state)
+    assert all(w.dtype == mixed_weights()[name].dtype for name, w in pieces.items())
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 2**24])
+def test_whoever_holds_old_arrays_keeps_them_as_they_were(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "UPDATED_AT_ONCE", at_once)
+    weights = mixed_weights()
+    state = adamw_init(weights)
+    three_updates(weights, state)
+    held, held_state = dict(weights), dict(state)
+    before = {name: np.array(array.astype(mx.float32)) for name, array in (held | held_state).items()}
+    three_updates(weights, state)
+    for name, array in (held | held_state).items():
+        np.testing.assert_array_equal(np.array(array.astype(mx.float32)), before[name], err_msg=name)
+        assert not mx.array_equal(array, (weights | state)[name]).item(), name
+
+
+def test_scaled_gradients_are_those_that_clipping_makes() -> None:
+    weights = {"a": mx.array([1.0, 2.0]), "b": mx.array([[3.0]])}
+    grads = {"a": mx.array([3.0, 0.0]), "b": mx.array([[4.0]])}
+    clipped, norm = clip_by_global_norm(grads, 1.0)
+    expected, expected_state = adamw_update(weights, clipped, adamw_init(weights), lr=0.1)
+    state = adamw_init(weights)
+    adamw_update_in_place(weights, grads, state, lr=0.1, grad_scale=clip_scale(norm, 1.0))
+    assert same_bits(weights, expected)
+    assert same_bits(state, expected_state)
+
+
+def test_the_update_in_place_takes_little_more_memory_than_there_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = 2**20
+    weights = {f"w{i}": mx.full((2**10, numbers // 2**10), 0.5) for i in range(4)}
+    state = adamw_init(weights)
+    grads = {name: mx.ones(weight.shape) for name, weight in weights.items()}
+    mx.eval(weights, state, grads)
+    monkeypatch.setattr(optimizer, "UPDATED_AT_ONCE", numbers // 8)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    adamw_update_in_place(weights, grads, state, lr=1e-3)
+    assert mx.get_peak_memory() - before < numbers * 4  # at once it would be three times four of these
+    assert mx.get_active_memory() - before <= -4 * numbers * 4 + 2**16, "the gradients are given up"
 
 
 def test_clipping_scales_all_gradients_by_one_number() -> None:
@@ -96,6 +239,20 @@ def test_the_norm_of_low_precision_gradients_is_taken_in_float32() -> None:
     clipped, norm = clip_by_global_norm(grads, 1e-3)
     assert clipped["a"].dtype == mx.bfloat16
     assert norm.item() == pytest.approx(math.sqrt(1000) * 1e-3, rel=4e-3)
+
+
+def test_the_norm_of_many_arrays_does_not_depend_on_their_order_nor_on_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    grads = {f"w{i}": mx.array(rng.normal(size=(i + 1, 3)).astype(np.float32)) for i in range(50)}
+    norm = global_norm(grads)
+    expected = math.sqrt(sum(float((np.array(grad).astype(np.float64) ** 2).sum()) for grad in grads.values()))
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    names = list(grads)
+    for _ in range(5):
+        rng.shuffle(names)
+        assert global_norm({name: grads[name] for name in names}).item() == norm.item()
+    monkeypatch.setattr(optimizer, "UPDATED_AT_ONCE", 16)
+    assert global_norm(grads).item() == pytest.approx(expected, rel=1e-6)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

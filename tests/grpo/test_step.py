@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 import mlx.core as mx
@@ -11,10 +11,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.fakes import same_bits
+from troupe.grpo import optimizer
 from troupe.grpo.batch import Batch, make_batch
 from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
 from troupe.grpo.losses import LossType, grpo_loss
-from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm
+from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, join_halves
+from troupe.grpo.ratios import CorrectionMode, Level
 from troupe.grpo.step import LearnerConfig, StepResult, train_on_batch
 
 V = 6
@@ -68,18 +71,30 @@ def first_moment(result: StepResult) -> np.ndarray:
     return np.concatenate([np.array(result.optimizer_state[f"m.{name}"]).reshape(-1) for name in ("table", "bias")])
 
 
+ENTROPY_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"top_entropy_quantile": 0.4},
+    {"top_entropy_quantile": 0.4, "entropy_coef": 0.1},
+    {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 9.0, "off_policy_mask_threshold": 0.05},
+]
+
+
+@pytest.mark.parametrize("entropy", ENTROPY_SETTINGS, ids=["", "quantile", "bonus", "adaptive"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize(("level", "mode"), [("token", "sequence_mask"), ("sequence", "token_truncate")])
 @pytest.mark.parametrize("loss_type", get_args(LossType))
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"beta": 0.1, "importance_sampling_level": "sequence", "vllm_importance_sampling_mode": "token_truncate"},
-        {"top_entropy_quantile": 0.4, "entropy_coef": 0.1, "mask_truncated_completions": True},
-    ],
-    ids=["plain", "sequence-kl", "entropy"],
-)
-def test_micro_batches_change_neither_gradient_nor_metrics(loss_type: LossType, settings: dict[str, Any]) -> None:
-    config = LearnerConfig(loss_type=loss_type, max_grad_norm=0.0, **settings)
+def test_micro_batches_change_neither_gradient_nor_metrics(
+    loss_type: LossType, level: Level, mode: CorrectionMode, beta: float, entropy: dict[str, Any]
+) -> None:
+    config = LearnerConfig(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        vllm_importance_sampling_mode=mode,
+        beta=beta,
+        mask_truncated_completions=True,  # one of the ragged rows is fully masked
+        max_grad_norm=0.0,
+        **entropy,
+    )
     whole = train(config)
     assert np.abs(first_moment(whole)).max() > 1e-4
     for n in (3, 8):
@@ -89,6 +104,45 @@ def test_micro_batches_change_neither_gradient_nor_metrics(loss_type: LossType, 
         assert set(cut.metrics) == set(whole.metrics)
         for name, value in whole.metrics.items():
             assert cut.metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+
+
+class BigramWithGradient:
+    """`bigram` that gives its gradients itself, in two portions."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+        return bigram(weights, batch)
+
+    def gradients(
+        self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Any]]
+    ) -> tuple[tuple[mx.array, Any], Iterator[dict[str, mx.array]]]:
+        self.asked += 1
+        value, grads = mx.value_and_grad(lambda weights: loss(*bigram(weights, batch)))(weights)
+        return value, iter([{"bias": grads["bias"]}, {"table": grads["table"]}])
+
+
+@pytest.mark.parametrize("entropy", ENTROPY_SETTINGS, ids=["", "quantile", "bonus", "adaptive"])
+@pytest.mark.parametrize(("iterations", "micros"), [(1, 1), (2, 3)])
+def test_log_probs_may_bring_a_gradient_of_their_own(iterations: int, micros: int, entropy: dict[str, Any]) -> None:
+    config = LearnerConfig(num_iterations=iterations, gradient_accumulation_steps=micros, beta=0.1, **entropy)
+    plain, own = train(config, lr=0.01), BigramWithGradient()
+    weights = bigram_weights()
+    same = train_on_batch(
+        weights,
+        adamw_init(weights),
+        random_batch(weights),
+        own,
+        config,
+        lr=0.01,
+        ref_weights=bigram_weights(7),
+        max_completion_length=9,
+    )
+    assert own.asked == iterations * micros
+    assert same.metrics == plain.metrics
+    assert same_bits(same.weights, plain.weights)
+    assert same_bits(same.optimizer_state, plain.optimizer_state)
 
 
 def test_one_batch_is_one_update_of_the_plain_loss() -> None:
@@ -134,6 +188,60 @@ def test_two_iterations_are_two_updates_against_the_first_log_probs() -> None:
     assert result.optimizer_state["step"].item() == 2.0
     for name, weight in weights.items():
         np.testing.assert_allclose(np.array(result.weights[name]), np.array(weight), atol=2e-6)
+
+
+ADAPTIVE = LearnerConfig(
+    use_adaptive_entropy=True,
+    entropy_coef=0.1,
+    entropy_coef_delta=0.05,
+    entropy_target=9.0,
+    entropy_coef_max=0.18,
+    vllm_importance_sampling_correction=False,
+    max_grad_norm=0.0,
+)
+
+
+def test_the_entropy_controller_starts_without_a_bonus_and_stays_in_the_optimizers_state() -> None:
+    # The entropy, below log 6, is under the target, so that the coefficient rises: 0.1, 0.15, 0.18.
+    weights, batch = bigram_weights(), random_batch(bigram_weights())
+    fixed = msgspec.structs.replace(ADAPTIVE, use_adaptive_entropy=False)
+    state, plain = adamw_init(weights), adamw_init(weights)
+    for bonus, after in ((0.0, 0.15), (0.15, 0.18), (0.18, 0.18)):
+        adaptive = train_on_batch(weights, state, batch, bigram, ADAPTIVE, lr=0.01)
+        same = train_on_batch(
+            weights, plain, batch, bigram, msgspec.structs.replace(fixed, entropy_coef=bonus), lr=0.01
+        )
+        assert adaptive.metrics["loss"] == pytest.approx(same.metrics["loss"], abs=1e-6)
+        assert adaptive.metrics["entropy_coef"] == pytest.approx(after)
+        assert adaptive.metrics["controlled_entropy"] == adaptive.metrics["entropy"]
+        state, plain = adaptive.optimizer_state, same.optimizer_state
+        assert state["entropy_coef"].item() == pytest.approx(after)
+        assert state["last_entropy"].item() == pytest.approx(adaptive.metrics["entropy"])
+        for name, weight in same.weights.items():
+            np.testing.assert_allclose(np.array(adaptive.weights[name]), np.array(weight), atol=1e-6)
+        weights = adaptive.weights
+    assert "entropy_coef" not in plain
+
+
+def test_the_entropy_controller_moves_once_an_update_and_measures_the_tokens_it_acts_on() -> None:
+    config = msgspec.structs.replace(ADAPTIVE, num_iterations=2, top_entropy_quantile=0.4, entropy_coef_delta=0.01)
+    result = train(config, lr=0.01)
+    assert result.metrics["entropy_coef"] == pytest.approx(0.12)
+    assert result.metrics["controlled_entropy"] > result.metrics["entropy"]
+    skipped = train_on_batch(
+        bigram_weights() | {"bias": mx.array([math.nan] * V)},
+        {"entropy_coef": mx.array(0.125), "last_entropy": mx.array(2.0)} | adamw_init(bigram_weights()),
+        random_batch(bigram_weights()),
+        bigram,
+        config,
+        lr=0.01,
+    )
+    assert not skipped.updated
+    assert skipped.metrics["entropy_coef"] == 0.125
+    assert (skipped.optimizer_state["entropy_coef"].item(), skipped.optimizer_state["last_entropy"].item()) == (
+        0.125,
+        2,
+    )
 
 
 def test_a_policy_learns_which_token_is_rewarded() -> None:
@@ -189,19 +297,54 @@ def test_a_loss_that_is_not_finite_makes_no_update(iterations: int) -> None:
     assert result.optimizer_state["step"].item() == 0.0
 
 
-@pytest.mark.parametrize(("rates", "updates"), [([1e300, 0.1], 0), ([0.1, 1e300], 1)])
-def test_weights_that_would_not_be_finite_are_not_taken(rates: list[float], updates: int) -> None:
+@pytest.mark.parametrize("rates", [1.5, -1e-9, math.nan, math.inf, [0.1, 2.0]])
+def test_learning_rates_outside_0_to_1_are_refused_before_anything_is_done(rates: Any) -> None:
     weights = bigram_weights()
-    batch = random_batch(weights)
+    state = adamw_init(weights)
     config = LearnerConfig(num_iterations=2)
-    result = train_on_batch(weights, adamw_init(weights), batch, bigram, config, lr=rates)
-    assert not result.updated
+    with pytest.raises(ValueError, match=r"the learning rate is .*; give a number from 0 to 1"):
+        train_on_batch(weights, state, random_batch(weights), bigram, config, lr=rates)
+    assert same_bits(state, adamw_init(weights))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e17])
+def test_a_finite_gradient_leaves_finite_weights_at_any_learning_rate(scale: float) -> None:
+    # squares of numbers beyond 1.8e19 are infinite in float32, and such gradients count as not finite
+    def steep(w: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+        log_probs, entropies = bigram(w, batch)
+        return log_probs + scale * (log_probs - mx.stop_gradient(log_probs)), entropies
+
+    weights = bigram_weights()
+    config = LearnerConfig(max_grad_norm=0.0, vllm_importance_sampling_correction=False)
+    result = train_on_batch(weights, adamw_init(weights), random_batch(weights), steep, config, lr=1.0)
+    assert result.updated == (scale < 1e19)
     assert math.isfinite(result.metrics["loss"])
-    assert result.metrics["nonfinite"] == 1.0
-    assert result.optimizer_state["step"].item() == updates
-    kept = train_on_batch(weights, adamw_init(weights), batch, bigram, LearnerConfig(), lr=0.1).weights
-    wanted = kept if updates else weights
-    np.testing.assert_allclose(np.array(result.weights["table"]), np.array(wanted["table"]), rtol=1e-6)
+    assert math.isfinite(result.metrics["grad_norm"]) == result.updated
+    assert same_bits(result.weights, weights) != result.updated
+    for array in (result.weights | result.optimizer_state).values():
+        assert mx.all(mx.isfinite(array)).item()
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("at_once", [5, 2**24])
+def test_the_state_is_used_up_and_copies_of_it_are_not(
+    spoilt: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "UPDATED_AT_ONCE", at_once)
+    batch = random_batch(bigram_weights())
+    weights = bigram_weights() | ({"bias": mx.array([math.nan] * V)} if spoilt else {})
+    kept = {name: np.array(weight) for name, weight in weights.items()}
+    state = adamw_init(weights)
+    snapshot, before = dict(state), {name: np.array(array) for name, array in state.items()}
+    result = train_on_batch(weights, state, batch, bigram, LearnerConfig(num_iterations=2), lr=0.1)
+    assert state == {}
+    assert result.optimizer_state.keys() == before.keys()
+    assert result.optimizer_state["step"].item() == (0.0 if spoilt else 2.0)
+    for name, array in snapshot.items():
+        np.testing.assert_array_equal(np.array(array), before[name])
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(np.array(weight), kept[name])
+    assert mx.array_equal(result.weights["table"], weights["table"]).item() == spoilt
 
 
 def test_a_rerun_gives_the_same_bits() -> None:
@@ -218,7 +361,15 @@ def test_bfloat16_weights_train() -> None:
     config = LearnerConfig(gradient_accumulation_steps=2)
     result = train_on_batch(weights, adamw_init(weights), batch, bigram, config, lr=0.1)
     assert result.weights["table"].dtype == mx.bfloat16
-    assert result.optimizer_state["master.table"].dtype == mx.float32
+    assert {name: array.dtype for name, array in result.optimizer_state.items() if "table" in name} == {
+        "m.table": mx.float32,
+        "v.table": mx.float32,
+        "low.table": mx.uint16,
+    }
+    exact = {name: weight.astype(mx.float32) for name, weight in weights.items()}
+    same = train_on_batch(exact, adamw_init(exact), batch, bigram, config, lr=0.1)
+    trained = join_halves(result.weights["table"], result.optimizer_state["low.table"])
+    np.testing.assert_allclose(np.array(trained), np.array(same.weights["table"]), atol=5e-3)
     assert mx.any(result.weights["bias"] != weights["bias"]).item()
 
 
@@ -232,7 +383,15 @@ def test_arguments_that_are_missing_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lr": -1.0}, {"num_iterations": 0}, {"adam_beta1": 1.0}, {"epochs": 0}, {"learning_rate": 1e-6}]
+    "fields",
+    [
+        {"lr": -1.0},
+        {"num_iterations": 0},
+        {"adam_beta1": 1.0},
+        {"epochs": 0},
+        {"learning_rate": 1e-6},
+        {"sync_ref_model": True},
+    ],
 )
 def test_the_configuration_has_bounds(fields: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError):

@@ -4,19 +4,20 @@ import mlx.core as mx
 import msgspec
 import pytest
 
-from troupe.messages import GroupClosed, Incident, Slot, Snapshot, Span, Update
+from troupe.messages import GroupClosed, Incident, Replace, Slot, Snapshot, Span, Update
 
 MESSAGES = [
     Update(step=3, version=3, total_steps=9, metrics={"loss": -0.25, "reward": 1.0}),
     GroupClosed(gid=4, slot=Slot(step=1, place=0), state="quarantined", version=2),
+    Replace(slots=(Slot(step=1, place=0), Slot(step=1, place=3))),
     Incident(actor="scorer", kind="reward_timeout", message="no answer within 60 s", gid=4),
     Span(actor="learner", name="learn", start_s=1.5, end_s=2.25, step=1),
 ]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
-def test_survives_msgpack_and_json_by_tag(message: Update | GroupClosed | Incident | Span) -> None:
-    union = Update | GroupClosed | Incident | Span
+def test_survives_msgpack_and_json_by_tag(message: Update | GroupClosed | Replace | Incident | Span) -> None:
+    union = Update | GroupClosed | Replace | Incident | Span
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=union) == message
     assert msgspec.json.decode(msgspec.json.encode(message), type=union) == message
 

@@ -50,13 +50,17 @@ def test_log_probs_are_those_of_trl(name: str, seen_by: str) -> None:
     assert np.all(ours[mask == 0] == 0)
 
 
-def test_log_probs_in_small_portions_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_log_probs_in_small_portions_are_the_same(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(TIED)
     prompts, completions = mx.arange(12).reshape(4, 3), mx.arange(20).reshape(4, 5)
     whole = policy.compute_log_probs(prompts, completions)
-    monkeypatch.setattr("troupe.policy.loading.LOGITS_BYTES", 1)
+    monkeypatch.setattr("troupe.policy.loading.ROWS_AT_ONCE", rows_at_once)
     assert float(mx.abs(policy.compute_log_probs(prompts, completions) - whole).max()) < 1e-5
     assert policy.compute_log_probs([[1], [2]], [[], []]).shape == (2, 0)
+    ragged = policy.compute_log_probs([[1], [2, 3]], [[], [4, 5]])  # alone, a row may have no tokens at all
+    assert ragged[0].tolist() == [0.0, 0.0]
+    assert float(mx.abs(ragged[1] - policy.compute_log_probs([[2, 3]], [[4, 5]])[0]).max()) < 1e-5
 
 
 @pytest.mark.parametrize(

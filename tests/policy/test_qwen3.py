@@ -16,7 +16,9 @@ from troupe.policy.architecture import Qwen3Config
 from troupe.policy.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
 from troupe.policy.qwen3 import (
+    Rotation,
     Weights,
+    WholeRows,
     expected_shapes,
     fuse_projections,
     hidden_states,
@@ -24,7 +26,7 @@ from troupe.policy.qwen3 import (
     parameter_count,
     project,
 )
-from troupe.policy.rotary import YarnScaling
+from troupe.policy.rotary import YarnScaling, attention_factor
 
 SMALL = Qwen3Config(
     vocab_size=50,
@@ -50,40 +52,87 @@ def load(name: str) -> tuple[Qwen3Config, Weights, dict[str, mx.array]]:
 def test_logits_are_those_of_transformers(name: str, fused: bool) -> None:
     config, weights, vectors = load(name)
     network = fuse_projections(config, weights) if fused else weights
-    mask = np.array(vectors["A/attention_mask"])
-    padding = mx.array((1 - mask).sum(axis=1))
-    hidden = hidden_states(config, network, vectors["A/input_ids"], lengths_of_left_padding=padding)
-    logits = project(config, network, hidden)
-
-    theirs = np.array(vectors[f"A/{name}/logits"])
-    assert np.abs(np.array(logits) - theirs)[mask == 1].max() < 1e-4
-
-    log_probs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-    ours = np.take_along_axis(log_probs[:, :-1], np.array(vectors["A/input_ids"])[:, 1:, None], axis=-1)[..., 0]
-    assert np.abs(ours - np.array(vectors[f"A/{name}/token_logprobs"]))[mask[:, :-1] == 1].max() < 1e-4
+    theirs, their_log_probs = (np.array(vectors[f"A/{name}/{what}"]) for what in ("logits", "token_logprobs"))
+    starts = (1 - np.array(vectors["A/attention_mask"])).sum(axis=1)
+    assert starts.max() > starts.min()
+    for row, start in enumerate(starts.tolist()):
+        ids = vectors["A/input_ids"][row : row + 1, start:]  # their rows are padded on the left
+        logits = project(config, network, hidden_states(config, network, ids))
+        assert np.abs(np.array(logits)[0] - theirs[row, start:]).max() < 1e-4
+        log_probs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0, :-1]
+        ours = np.take_along_axis(log_probs, np.array(ids)[0, 1:, None], axis=-1)[:, 0]
+        assert np.abs(ours - their_log_probs[row, start:]).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_padded_row_equals_the_row_alone(name: str) -> None:
+def test_padding_on_the_right_changes_nothing(name: str) -> None:
     config, weights, vectors = load(name)
-    ids = vectors["A/input_ids"]
-    padding = (1 - vectors["A/attention_mask"]).sum(axis=1)
-    padded = hidden_states(config, weights, ids, lengths_of_left_padding=padding)
-    for row, places in enumerate(np.array(padding)):
-        alone = hidden_states(config, weights, ids[row : row + 1, places:])
-        assert float(mx.abs(padded[row : row + 1, places:] - alone).max()) < 1e-4
+    mask = np.array(vectors["A/attention_mask"])
+    rows = [ids[seen == 1].tolist() for ids, seen in zip(np.array(vectors["A/input_ids"]), mask, strict=True)]
+    width = max(map(len, rows))
+    padded = hidden_states(config, weights, mx.array([row + [3] * (width - len(row)) for row in rows]))
+    for row, ids in enumerate(rows):
+        alone = hidden_states(config, weights, mx.array([ids]))
+        assert float(mx.abs(padded[row, : len(ids)] - alone[0]).max()) < 1e-4
     assert mx.all(mx.isfinite(padded)).item()
 
 
-def test_fused_rotation_kernels_agree_with_the_cpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+class FarAlong(WholeRows):
+    """Whole rows whose tokens stand at positions of their own."""
+
+    def __init__(self, offset: int | mx.array) -> None:
+        self.offset = offset
+
+
+YARNED = msgspec.structs.replace(SMALL, rope_scaling=YARN)
+OFFSETS: dict[str, int | mx.array] = {
+    "one for all": 7,
+    "a row's": mx.array([7, 30], mx.int32),
+    "a token's": mx.array([[7, 8, 9, 10], [30, 31, 32, 33]], mx.int32),
+    "a token's, out of order": mx.array([[7, 3, 3, 0], [5, 5, 40, 41]], mx.int32),
+}
+
+
+@pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
+@pytest.mark.parametrize("config", [SMALL, YARNED], ids=["plain", "stretched"])
+def test_fused_rotation_kernels_agree_with_the_cpu_path(
+    config: Qwen3Config, offset: int | mx.array, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])
-    padding = mx.array([0, 1])
-    weights = init_weights(SMALL, mx.random.key(0))
-    here = hidden_states(SMALL, weights, ids, lengths_of_left_padding=padding)
+    weights = init_weights(config, mx.random.key(0))
+
+    def forward_and_gradient() -> tuple[mx.array, dict[str, mx.array]]:
+        def score(weights: dict[str, mx.array]) -> mx.array:
+            hidden = hidden_states(config, weights, ids, attention=FarAlong(offset))
+            return (hidden * mx.random.normal(hidden.shape, key=mx.random.key(1))).sum()
+
+        hidden = hidden_states(config, weights, ids, attention=FarAlong(offset))
+        return hidden, mx.grad(score)(weights)
+
+    monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: True)
+    here, gradients = forward_and_gradient()
     monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: False)
-    fused = hidden_states(SMALL, weights, ids, lengths_of_left_padding=padding)
-    assert float(mx.abs(here - fused)[0].max()) < 1e-5
-    assert float(mx.abs(here - fused)[1, 1:].max()) < 1e-5
+    fused, theirs = forward_and_gradient()
+    assert float(mx.abs(here - fused).max()) < 1e-5
+    for name, gradient in gradients.items():
+        assert float(mx.abs(gradient - theirs[name]).max()) < 1e-4 * max(1.0, float(mx.abs(gradient).max())), name
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_positions_may_be_given_for_all_for_each_row_or_for_each_token(
+    on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: on_cpu)
+    ids = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    weights = init_weights(SMALL, mx.random.key(0))
+    of_all, of_rows, of_tokens, apart = (
+        hidden_states(SMALL, weights, ids, attention=FarAlong(offset)) for offset in OFFSETS.values()
+    )
+    assert float(mx.abs(of_all - of_rows)[0].max()) < 1e-5
+    assert float(mx.abs(of_rows - of_tokens).max()) < 1e-5
+    assert float(mx.abs(of_tokens - apart)[:, 1:].max()) > 1e-2
+    plain = hidden_states(SMALL, weights, ids)
+    assert float(mx.abs(of_all - plain).max()) < 1e-5, "rotary positions are relative"
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -150,42 +199,40 @@ def test_initial_weights_have_the_shapes_and_spread_they_should() -> None:
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_stretched_positions_decode_as_they_forward(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: on_cpu)
-    config = msgspec.structs.replace(SMALL, rope_scaling=YARN)
-    weights = init_weights(config, mx.random.key(0))
+    config, weights = YARNED, init_weights(YARNED, mx.random.key(0))
     rows = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6]]
     later = [[11, 12, 13], [21, 22, 23]]
     prompts = PromptCache([7, 4])
-    hidden_states(config, weights, mx.array([rows[0], [*rows[1], 0, 0, 0]]), cache=prompts)
+    hidden_states(config, weights, mx.array([rows[0], [*rows[1], 0, 0, 0]]), attention=prompts)
     cache = DecodingCache(prompts, 1, 3)
     for t in range(3):
-        step = hidden_states(config, weights, mx.array([[row[t]] for row in later]), cache=cache)
+        step = hidden_states(config, weights, mx.array([[row[t]] for row in later]), attention=cache)
         cache.advance()
         for row in range(2):
             whole = hidden_states(config, weights, mx.array([[*rows[row], *later[row][: t + 1]]]))
             assert float(mx.abs(step[row, 0] - whole[0, -1]).max()) < 1e-4
 
 
-def test_stretching_changes_the_network_and_both_kernels_agree_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, padding = mx.array([list(range(1, 21)), list(range(21, 41))]), mx.array([0, 3])
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
+@pytest.mark.parametrize("config", [SMALL, YARNED], ids=["plain", "stretched"])
+def test_the_gradient_of_a_rotation_turns_back(
+    config: Qwen3Config, offset: int | mx.array, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: on_cpu)
+    rotate = Rotation(config, 4, offset)
+    y, cotangent = (mx.random.normal((2, 3, 4, config.head_dim), key=mx.random.key(i)) for i in range(2))
+    by_mlx = mx.grad(lambda y: (rotate(y) * cotangent).sum())(y)
+    assert float(mx.abs(rotate.gradient(cotangent) - by_mlx).max()) < 1e-5
+    size = 1.0 if config is SMALL else attention_factor(YARN) ** 2
+    assert float(mx.abs(rotate.gradient(rotate(y)) - size * y).max()) < 1e-5
+
+
+def test_stretching_changes_the_network() -> None:
+    ids = mx.array([list(range(1, 21)), list(range(21, 41))])
     weights = init_weights(SMALL, mx.random.key(0))
-    stretched = msgspec.structs.replace(SMALL, rope_scaling=YARN)
-    plain = hidden_states(SMALL, weights, ids, lengths_of_left_padding=padding)
-    here = hidden_states(stretched, weights, ids, lengths_of_left_padding=padding)
-    monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda: False)
-    fused = hidden_states(stretched, weights, ids, lengths_of_left_padding=padding)
-    assert float(mx.abs(here - plain)[0].max()) > 1e-2
-    assert float(mx.abs(here - fused)[0].max()) < 1e-4
-    assert float(mx.abs(here - fused)[1, 3:].max()) < 1e-4
-
-
-class FarAlong:
-    """Whole rows whose first token stands at a position of its own, row by row."""
-
-    def __init__(self, offset: int | mx.array) -> None:
-        self.offset = offset
-
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    plain, stretched = (hidden_states(config, weights, ids) for config in (SMALL, YARNED))
+    assert float(mx.abs(plain - stretched).max()) > 1e-2
 
 
 ROPES: list[dict[str, Any]] = [
@@ -220,7 +267,7 @@ def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[s
     positions = torch.tensor([[start + i for i in range(60)] for start in starts])
     with torch.no_grad():
         theirs = model(torch.tensor(ids), position_ids=positions).logits
-    hidden = hidden_states(config, weights, mx.array(ids), cache=FarAlong(mx.array(starts, mx.int32)))
+    hidden = hidden_states(config, weights, mx.array(ids), attention=FarAlong(mx.array(starts, mx.int32)))
     ours = project(config, weights, hidden)
     assert float(mx.abs(ours).max()) > 1.0
     assert float(mx.abs(ours - mx.array(theirs.tolist())).max()) <= 1e-4

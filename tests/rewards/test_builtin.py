@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from troupe.errors import RewardError
-from troupe.rewards import check_columns, diversity_reward, exact_answer_reward, format_reward, length_reward
+from troupe.rewards import (
+    check_columns,
+    diversity_reward,
+    exact_answer_reward,
+    format_reward,
+    get_repetition_penalty_reward,
+    get_soft_overlong_punishment,
+    length_reward,
+    think_format_reward,
+)
+from troupe.rewards.functions import reward_name
 
 
 def chat(text: str | None) -> list[dict[str, object]]:
@@ -76,3 +86,37 @@ def test_exact_answer_names_the_column_it_misses() -> None:
         check_columns(exact_answer_reward, {"reply"})
     with pytest.raises(RewardError, match="2 answers for 1 completions"):
         exact_answer_reward(["a"], ["a", "b"])
+
+
+def test_thinking_starts_the_text_opens_once_and_ends() -> None:
+    texts = ["<think>a\n</think>b", " <think>a</think>", "<think>a", "<think><think></think>"]
+    assert think_format_reward(texts, answer=["1"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert think_format_reward([chat("<think></think>")]) == [1.0]
+
+
+def test_repetition_is_counted_over_token_ngrams() -> None:
+    # bigrams 12 21 12: 2 of 3 distinct; 55 four times: 1 of 4.
+    ids = [[1, 2, 1, 2], [5, 5, 5, 5, 5], [1, 2, 3], [1], []]
+    reward = get_repetition_penalty_reward(ngram_size=2, max_penalty=-0.5)
+    assert reward(completion_ids=ids, prompts=["p"] * 5) == [pytest.approx(-0.5 / 3), -0.375, 0.0, 0.0, 0.0]
+    assert get_repetition_penalty_reward()([[7, 7, 7, 7]]) == [-0.5]
+    assert reward_name(reward) == "repetition_penalty_reward"
+
+
+@pytest.mark.parametrize("arguments", [(0, -1.0), (2.5, -1.0), (2, 0.5), (2, float("nan")), (2, float("-inf"))])
+def test_repetition_penalties_have_bounds(arguments: tuple[int, float]) -> None:
+    with pytest.raises(RewardError, match="repetition_penalty: "):
+        get_repetition_penalty_reward(*arguments)
+
+
+def test_overlong_completions_are_punished_softly_before_the_limit() -> None:
+    reward = get_soft_overlong_punishment(10, 4)
+    assert reward([[1] * n for n in (0, 6, 7, 9, 10, 11, 99)]) == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0, -1.0]
+    assert get_soft_overlong_punishment(10, 0)([[1] * 10, [1] * 11]) == [0.0, -1.0]
+    assert reward_name(reward) == "soft_overlong_punishment_reward"
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (10.5, 1), (10, -1), (10, 11), (10, 1.5)])
+def test_overlong_bounds(arguments: tuple[int, int]) -> None:
+    with pytest.raises(RewardError, match="soft_overlong: "):
+        get_soft_overlong_punishment(*arguments)

@@ -16,6 +16,7 @@ from troupe.rewards import (
     exact_answer_reward,
     length_reward,
     load_reward,
+    think_format_reward,
 )
 
 pytestmark = pytest.mark.anyio
@@ -67,6 +68,21 @@ def test_built_in_names() -> None:
     reward = load_reward("format:a:b+")
     assert not isinstance(reward, RewardActor)
     assert reward(completions=["a:bb", "a"]) == [1.0, 0.0]
+    assert load_reward("think_format") is think_format_reward
+
+
+@pytest.mark.parametrize(
+    ("spec", "ids", "score"),
+    [
+        ("repetition_penalty", [7, 7, 7, 7], -0.5),
+        ("repetition_penalty:2:-3", [7, 7, 7, 7], -2.0),
+        ("soft_overlong:10:4", [7] * 7, -0.25),
+    ],
+)
+def test_names_with_numbers(spec: str, ids: list[int], score: float) -> None:
+    reward = load_reward(spec)
+    assert not isinstance(reward, RewardActor)
+    assert reward(completion_ids=[ids]) == [pytest.approx(score)]
 
 
 async def test_functions_and_actors_of_one_file_share_one_module(tmp_path: Path) -> None:
@@ -128,6 +144,11 @@ def test_a_file_imports_its_neighbours_and_its_folder_comes_last(tmp_path: Path)
         ("mine.py:Abstract", r"mine\.py:18: Abstract\(\) failed: TypeError"),
         ("mine.py:texts", r"mine\.py:20: reward texts cannot take `completions`"),
         ("format:(", "is no regular expression"),
+        ("soft_overlong", "write soft_overlong:LONGEST:CACHE, LONGEST a whole number and CACHE a whole number"),
+        ("soft_overlong:10:x", "'soft_overlong:10:x' cannot be read"),
+        ("soft_overlong:10:11", "soft_punish_cache = 11; give a whole number of tokens from 0 to 10"),
+        ("repetition_penalty:2", "write repetition_penalty:N:PENALTY, N a whole number and PENALTY a number"),
+        ("repetition_penalty:0:-1", "ngram_size = 0"),
     ],
 )
 def test_specs_that_name_nothing_usable(tmp_path: Path, spec: str, message: str) -> None:

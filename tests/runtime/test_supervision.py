@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import anyio
+import anyio.lowlevel
 import pytest
 from anyio import wait_all_tasks_blocked
 
@@ -72,6 +73,89 @@ async def test_a_cancelled_play_ends_without_a_fault() -> None:
         await wait_all_tasks_blocked()
         group.cancel_scope.cancel()
     assert all(relay.stopped for relay in relays)
+
+
+class LastWords(Actor):
+    """Sends a number when it has been cancelled, and some time after it."""
+
+    name: ClassVar[str] = "last words"
+
+    def __init__(self, out: Channel[int]) -> None:
+        super().__init__(Mailbox("silence"), [out])
+        self.inbox.channel("never closed", int, bound=1)
+        self.out = out
+
+    async def handle(self, message: int) -> None:
+        raise AssertionError("nobody writes")
+
+    async def stop(self) -> None:
+        for _ in range(5):
+            await anyio.lowlevel.checkpoint()
+        await self.out.send(7)
+
+
+class Listener(Actor):
+    """Keeps what it is told, and when it stops what is there still."""
+
+    name: ClassVar[str] = "listener"
+    leaves_last: ClassVar[bool] = True
+
+    def __init__(self, inbox: Mailbox) -> None:
+        super().__init__(inbox)
+        self.heard: list[int] = []
+
+    async def handle(self, message: int) -> None:
+        if message == 13:
+            raise ValueError("13 is refused")
+        self.heard.append(message)
+
+    async def stop(self) -> None:
+        while len(self.inbox):
+            await self.handle(await anext(self.inbox))
+
+
+def audience() -> tuple[LastWords, Listener, Channel[int]]:
+    box = Mailbox("listener")
+    out, other = box.channel("numbers", int, bound=3), box.channel("others", int, bound=3)
+    return LastWords(out), Listener(box), other
+
+
+async def test_who_leaves_last_hears_what_the_others_say_when_they_are_cancelled() -> None:
+    speaker, listener, _ = audience()
+    async with anyio.create_task_group() as group:
+        group.start_soon(play, [listener, speaker])
+        await wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert listener.heard == [7]
+
+
+async def test_who_leaves_last_hears_what_the_others_say_after_a_fault() -> None:
+    speaker, listener, _ = audience()
+    first, relays, _ = chain(1)
+    first.send_nowait(13)
+    with pytest.raises(ValueError, match="13 is refused"):
+        await play([speaker, listener, *relays])
+    assert listener.heard == [7]
+
+
+async def test_a_fault_of_who_leaves_last_ends_the_play_too() -> None:
+    speaker, listener, other = audience()
+    other.send_nowait(13)
+    with pytest.raises(ValueError, match="13 is refused"):
+        await play([speaker, listener])
+    assert listener.inbox.channels[0].stats().sent == 1, "the speaker was stopped"
+
+
+async def test_who_leaves_last_ends_by_itself_when_all_is_said() -> None:
+    box = Mailbox("listener")
+    listener, numbers = Listener(box), box.channel("numbers", int, bound=3)
+    relay_box = Mailbox("relay")
+    first = relay_box.channel("numbers", int, bound=3)
+    for number in (1, 2):
+        first.send_nowait(number)
+    first.close()
+    await play([listener, Relay(relay_box, numbers)])
+    assert listener.heard == [1, 2]
 
 
 async def test_first_fault_looks_through_groups_and_past_cancellations() -> None:

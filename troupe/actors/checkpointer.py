@@ -37,7 +37,7 @@ class Checkpointer(Actor):
         keep: int,
         policy_config: Qwen3Config,
         source: Path | None,
-        run_state: Callable[[int], RunState],
+        run_state: Callable[[Snapshot], RunState],
         report: Reporter | None = None,
     ) -> None:
         super().__init__(inbox, report=report)
@@ -90,7 +90,8 @@ class Checkpointer(Actor):
             weights=snapshot.weights,
             optimizer_state=snapshot.optimizer_state,
             behind=snapshot.behind,
-            state=self._run_state(snapshot.version),
+            state=self._run_state(snapshot),
+            reference=snapshot.reference,
         )
         save_checkpoint(checkpoint_folder(self._run, snapshot.version), checkpoint, source=self._source)
         prune_checkpoints(self._run, self._keep)

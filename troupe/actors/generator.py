@@ -1,7 +1,9 @@
-"""Generator: completes prompts. It decodes a whole step together and hands over each group when it is finished."""
+"""Generator: completes prompts. It decodes a whole step, or a round of replacements, together and hands over each group
+when it is finished."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from troupe.learning import as_rollouts
@@ -13,8 +15,10 @@ from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, R
 class Generator(Actor):
     """Receives Prompt; sends RolloutGroup in the order in which groups finish.
 
-    Pinned schedule: a step's decode starts when all its prompts are there and exactly the version it is pinned to is
-    published. What is decoded together is therefore a function of slots and tokens, never of timing.
+    Pinned schedule: a round's decode (the prompts of one step and attempt) starts when all its prompts are there and
+    exactly the version that the step is pinned to is published. What is decoded together is therefore a function of
+    slots and tokens, never of timing. Waiting for a version never holds up a replacement that this very version waits
+    for: step k is prompted with the credits of step k − η − 1, which come back after version k − η was published.
     """
 
     name = "generator"
@@ -27,7 +31,6 @@ class Generator(Actor):
         engine: Callable[[], RolloutEngine],
         board: PolicyBoard[Weights],
         decode_text: Callable[[Sequence[int]], str],
-        batch_size: int,
         seed: int,
         report: Reporter | None = None,
     ) -> None:
@@ -36,9 +39,8 @@ class Generator(Actor):
         self._make_engine = engine
         self._board = board
         self._decode_text = decode_text
-        self._batch_size = batch_size
         self._seed = seed
-        self._waiting: list[Prompt] = []
+        self._waiting: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
         self._device = DeviceThread(self.name)
         self._engine: RolloutEngine
 
@@ -47,11 +49,11 @@ class Generator(Actor):
         self._engine = await self._device.run(self._make_engine)
 
     async def handle(self, message: Prompt) -> None:
-        """Collect the prompts of a step; decode it when it is complete."""
-        self._waiting.append(message)
-        if len(self._waiting) == self._batch_size:
-            prompts, self._waiting = sorted(self._waiting, key=lambda prompt: prompt.slot), []
-            await self._decode(prompts)
+        """Collect the prompts of a round; decode it when it is complete."""
+        name = message.slot.step, message.slot.attempt
+        self._waiting[name].append(message)
+        if len(self._waiting[name]) == message.round_size:
+            await self._decode(sorted(self._waiting.pop(name), key=lambda prompt: prompt.slot))
 
     async def stop(self) -> None:
         """End the device thread."""
@@ -68,6 +70,7 @@ class Generator(Actor):
             while group := await self._device.run(next, decoding, None, on_cancel=self._engine.abort):
                 rollouts = as_rollouts(group, self._decode_text)
                 await self._groups.send(RolloutGroup(prompt=prompts[group.index], rollouts=rollouts))
+            await self._device.run(self._engine.release)  # the next step has other weights, and the learner needs room
 
     def _begin(self, weights: Weights, version: int, requests: list[RolloutRequest]) -> Iterator[CompletedGroup]:
         self._engine.load(weights, version)

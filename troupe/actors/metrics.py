@@ -34,6 +34,7 @@ class Metrics(Actor):
     """
 
     name = "metrics"
+    leaves_last = True
 
     def __init__(
         self,

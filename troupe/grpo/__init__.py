@@ -2,13 +2,17 @@
 
 from troupe.grpo.advantages import compute_advantages, reward_statistics
 from troupe.grpo.batch import Batch, make_batch, split
+from troupe.grpo.entropy import EntropyControl, entropy_control
 from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
 from troupe.grpo.losses import LossConfig, Normalizer, batch_normalizer, grpo_loss
+from troupe.grpo.memory import optimizer_state_bytes, update_bytes
 from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, learning_rate
+from troupe.grpo.reference import sync_reference
 from troupe.grpo.step import LearnerConfig, StepResult, train_on_batch
 
 __all__ = [
     "Batch",
+    "EntropyControl",
     "LearnerConfig",
     "LossConfig",
     "Normalizer",
@@ -18,12 +22,16 @@ __all__ = [
     "batch_normalizer",
     "clip_by_global_norm",
     "compute_advantages",
+    "entropy_control",
     "entropy_from_logits",
     "grpo_loss",
     "learning_rate",
     "make_batch",
+    "optimizer_state_bytes",
     "reward_statistics",
     "selective_log_softmax",
     "split",
+    "sync_reference",
     "train_on_batch",
+    "update_bytes",
 ]

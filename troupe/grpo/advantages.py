@@ -85,7 +85,8 @@ def _normalized(
         scores = _divided(_centered(groups), _spread(groups)).swapaxes(1, 2).reshape(B, F)
         total = _weighted_sum(scores, weights)[None]
         spread = _spread(total)
-        advantages = _divided(_centered(total), spread)
+        # Each group's scores have mean 0 and so has the batch, but for rounding, which is no signal.
+        advantages = _divided(mx.where(total == 0.0, 0.0, _centered(total)), spread)
     else:
         total = _weighted_sum(table, weights)
         groups = total.reshape(-1, G)

@@ -9,7 +9,8 @@ Shapes: B rows (prompts × generations), P the longest prompt, T the longest com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import mlx.core as mx
@@ -19,10 +20,10 @@ import mlx.core as mx
 class Batch:
     """Prompts and completions of one learner batch, or of a micro-batch of it."""
 
-    prompt_ids: mx.array
-    """(B, P) int32, padded on the left."""
-    completion_ids: mx.array
-    """(B, T) int32, padded on the right."""
+    prompts: tuple[tuple[int, ...], ...]
+    """(B,) ids of each prompt, at least one."""
+    completions: tuple[tuple[int, ...], ...]
+    """(B,) ids of each completion."""
     completion_mask: mx.array
     """(B, T) float32: 1 where a token of the completion stands, 0 on padding and in rows left out of the loss."""
     advantages: mx.array
@@ -30,17 +31,37 @@ class Batch:
     sampling_log_probs: mx.array
     """(B, T) float32, in nats, from the generator, under the temperature-scaled distribution that the learner
     differentiates; 0 on padding."""
-    prompt_lengths: tuple[int, ...]
-    """(B,) tokens of each prompt."""
-    completion_lengths: tuple[int, ...]
-    """(B,) tokens of each completion, also where the mask leaves the row out."""
     truncated: tuple[bool, ...]
     """(B,) whether the completion was cut by the length limit."""
+    pad_id: int
+    """Stands in the padding of `prompt_ids` and `completion_ids`."""
+
+    @cached_property
+    def prompt_ids(self) -> mx.array:
+        """(B, P) int32, padded on the left."""
+        P = max(self.prompt_lengths)
+        return mx.array([[self.pad_id] * (P - len(ids)) + list(ids) for ids in self.prompts], dtype=mx.int32)
+
+    @cached_property
+    def completion_ids(self) -> mx.array:
+        """(B, T) int32, padded on the right."""
+        T = _width(self.completion_lengths)
+        return mx.array([list(ids) + [self.pad_id] * (T - len(ids)) for ids in self.completions], dtype=mx.int32)
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """(B,) tokens of each prompt."""
+        return tuple(map(len, self.prompts))
+
+    @property
+    def completion_lengths(self) -> tuple[int, ...]:
+        """(B,) tokens of each completion, also where the mask leaves the row out."""
+        return tuple(map(len, self.completions))
 
     @property
     def num_rows(self) -> int:
         """B."""
-        return len(self.prompt_lengths)
+        return len(self.prompts)
 
     @property
     def num_completion_tokens(self) -> int:
@@ -54,36 +75,24 @@ class Batch:
 
     def rows(self, part: slice) -> Batch:
         """The rows of a slice, without the padding columns that none of them needs."""
-        prompt_lengths = self.prompt_lengths[part]
-        completion_lengths = self.completion_lengths[part]
-        if not prompt_lengths:
+        completions = self.completions[part]
+        if not completions:
             raise ValueError(f"{part} selects none of the {self.num_rows} rows of the batch; take at least one")
-        start = self.prompt_ids.shape[1] - max(prompt_lengths)
-        stop = _width(completion_lengths)
-        return Batch(
-            prompt_ids=self.prompt_ids[part, start:],
-            completion_ids=self.completion_ids[part, :stop],
-            completion_mask=self.completion_mask[part, :stop],
+        T = _width([len(ids) for ids in completions])
+        return replace(
+            self,
+            prompts=self.prompts[part],
+            completions=completions,
+            completion_mask=self.completion_mask[part, :T],
             advantages=self.advantages[part],
-            sampling_log_probs=self.sampling_log_probs[part, :stop],
-            prompt_lengths=prompt_lengths,
-            completion_lengths=completion_lengths,
+            sampling_log_probs=self.sampling_log_probs[part, :T],
             truncated=self.truncated[part],
         )
 
     def without_truncated(self) -> Batch:
         """The same rows, with the mask 0 in the truncated ones (`mask_truncated_completions`)."""
         kept = mx.array([0.0 if cut else 1.0 for cut in self.truncated])
-        return Batch(
-            prompt_ids=self.prompt_ids,
-            completion_ids=self.completion_ids,
-            completion_mask=self.completion_mask * kept[:, None],
-            advantages=self.advantages,
-            sampling_log_probs=self.sampling_log_probs,
-            prompt_lengths=self.prompt_lengths,
-            completion_lengths=self.completion_lengths,
-            truncated=self.truncated,
-        )
+        return replace(self, completion_mask=self.completion_mask * kept[:, None])
 
 
 def make_batch(
@@ -105,20 +114,18 @@ def make_batch(
         advantages = mx.array(list(advantages))
     advantages = advantages.astype(mx.float32)
     _check_lengths(prompts, completions, sampling_log_probs, advantages, truncated)
-    prompt_lengths = tuple(len(ids) for ids in prompts)
-    completion_lengths = tuple(len(ids) for ids in completions)
-    P, T = max(prompt_lengths), _width(completion_lengths)
+    completion_lengths = [len(ids) for ids in completions]
+    T = _width(completion_lengths)
     batch = Batch(
-        prompt_ids=mx.array([[pad_id] * (P - len(ids)) + list(ids) for ids in prompts], dtype=mx.int32),
-        completion_ids=mx.array([list(ids) + [pad_id] * (T - len(ids)) for ids in completions], dtype=mx.int32),
+        prompts=tuple(map(tuple, prompts)),
+        completions=tuple(map(tuple, completions)),
         completion_mask=(mx.arange(T) < mx.array(completion_lengths)[:, None]).astype(mx.float32),
         advantages=advantages,
         sampling_log_probs=mx.array(
             [list(row) + [0.0] * (T - len(row)) for row in sampling_log_probs], dtype=mx.float32
         ),
-        prompt_lengths=prompt_lengths,
-        completion_lengths=completion_lengths,
-        truncated=tuple(truncated) if truncated is not None else (False,) * len(prompt_lengths),
+        truncated=tuple(truncated) if truncated is not None else (False,) * len(prompts),
+        pad_id=pad_id,
     )
     mx.eval(batch.completion_mask, batch.advantages)
     return batch

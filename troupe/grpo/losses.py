@@ -51,6 +51,23 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Part of the tokens, those of highest entropy, whose policy term counts; 1 is all."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: the mean token entropy, times this, is subtracted from the loss."""
+    use_adaptive_entropy: bool = False
+    """Let `entropy_coef`, then only the first weight, follow the entropy; see `troupe.grpo.entropy`."""
+    entropy_coef_delta: NonNegative = 0.005
+    """By how much the weight rises or falls at each update."""
+    entropy_target: NonNegative = 0.2
+    """Mean token entropy, in nats, at and below which the weight rises and the bonus counts."""
+    entropy_coef_min: float = 0.0
+    """The weight falls to this and no further."""
+    entropy_coef_max: float = 1.0
+    """The weight rises to this and no further."""
+
+    def __post_init__(self) -> None:
+        if self.entropy_coef_min > self.entropy_coef_max:
+            raise ValueError(
+                f"entropy_coef_min is {self.entropy_coef_min}, above entropy_coef_max = {self.entropy_coef_max}; "
+                "lower the one or raise the other"
+            )
 
     @property
     def upper_epsilon(self) -> float:
@@ -58,9 +75,14 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has an entropy bonus, be its weight 0 at the moment."""
+        return self.entropy_coef != 0.0 or self.use_adaptive_entropy
+
+    @property
     def needs_entropies(self) -> bool:
         """Whether the loss itself, not only a metric, depends on entropies."""
-        return self.top_entropy_quantile < 1.0 or self.entropy_coef != 0.0
+        return self.top_entropy_quantile < 1.0 or self.has_entropy_bonus
 
 
 class Normalizer(NamedTuple):
@@ -107,6 +129,7 @@ def grpo_loss(
     sampling_per_token_logps: mx.array | None = None,
     importance_sampling_ratio: mx.array | None = None,
     entropy_threshold: mx.array | None = None,
+    entropy_coef: Scale | None = None,
     normalizer: Normalizer | None = None,
     max_completion_length: int | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
@@ -118,6 +141,8 @@ def grpo_loss(
     for the metric). `sampling_per_token_logps` (B, T), default the old ones, serve the off-policy mask;
     `importance_sampling_ratio` (B, T) or (B, 1) is ρ, see `ratios.sampler_correction`. `entropy_threshold` () and
     `normalizer` are those of these rows alone unless given; `max_completion_length` is read for the latter.
+    `entropy_coef` is the weight of the entropy bonus in force, default `config.entropy_coef`; where it is adaptive, the
+    metric `controlled_entropy` is what its controller goes by.
     Raises `ValueError` for an argument that is missing or has another shape.
     """
     loss, tallies = loss_and_tallies(
@@ -131,6 +156,7 @@ def grpo_loss(
         sampling_per_token_logps=sampling_per_token_logps,
         importance_sampling_ratio=importance_sampling_ratio,
         entropy_threshold=entropy_threshold,
+        entropy_coef=entropy_coef,
         normalizer=normalizer,
         max_completion_length=max_completion_length,
     )
@@ -149,6 +175,7 @@ def loss_and_tallies(
     sampling_per_token_logps: mx.array | None = None,
     importance_sampling_ratio: mx.array | None = None,
     entropy_threshold: mx.array | None = None,
+    entropy_coef: Scale | None = None,
     normalizer: Normalizer | None = None,
     max_completion_length: int | None = None,
 ) -> tuple[mx.array, Tallies]:
@@ -185,10 +212,13 @@ def loss_and_tallies(
     loss = loss / normalizer.policy
     if entropies is not None:
         tallies["entropy"] = tally(entropies, mask)
-        if config.entropy_coef != 0.0:
+        if config.has_entropy_bonus:
             tallies["policy_loss"] = mx.stack([loss, mx.array(0.0)])  # a sum over micro-batches, not a mean
+            if config.use_adaptive_entropy:
+                tallies["controlled_entropy"] = tally(entropies, kept)
+            coef = config.entropy_coef if entropy_coef is None else entropy_coef
             count = mx.maximum(mx.sum(kept), 1.0) if normalizer.entropy is None else normalizer.entropy
-            loss = loss - config.entropy_coef * mx.sum(ratios.masked_sum(entropies, kept)) / count
+            loss = loss - coef * mx.sum(ratios.masked_sum(entropies, kept)) / count
     return loss, {name: mx.stop_gradient(value) for name, value in tallies.items()}
 
 

@@ -72,7 +72,7 @@ def vespo(x: PolicyInputs, config: LossConfig) -> tuple[mx.array, Tallies]:
     """−sg(φ(w))·A·ℓ with φ(w) = w^k·e^(λ(1−w)) and w the ratio of whole sequences, the sampler's part included.
 
     log w = Σ_t clip(ℓ−ℓo, ±20)·m + Σ_t clip(log ρ, log 1e-8, 20), clipped once more; (k, λ) by the sign of A
-    (VESPO 2026, arXiv:2602.10693). ρ must be 1 where masked.
+    (VESPO 2026, arXiv:2602.10693). A weight that is not finite is 0; ρ must be 1 where masked.
     """
     lowest = math.log(1e-8)
     log_w = masked_sum(mx.clip(x.log_ratio, -20.0, 20.0), x.mask)
@@ -83,6 +83,7 @@ def vespo(x: PolicyInputs, config: LossConfig) -> tuple[mx.array, Tallies]:
     k = mx.where(positive, config.vespo_k_pos, config.vespo_k_neg)
     lam = mx.maximum(mx.where(positive, config.vespo_lambda_pos, config.vespo_lambda_neg), 1e-4)
     phi = mx.stop_gradient(mx.exp(lam + k * log_w - lam * mx.exp(log_w)))
+    phi = mx.where(mx.isfinite(phi), phi, 0.0)
     return -phi * x.advantages * x.log_probs, {"vespo/phi_seq_mean": tally(phi, x.mask)}
 
 

@@ -8,9 +8,9 @@ memory it takes and not its gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import msgspec
@@ -18,7 +18,9 @@ import msgspec
 from troupe.grpo import metrics, ratios
 from troupe.grpo.advantages import Aggregation, ScaleRewards
 from troupe.grpo.batch import Batch, split
+from troupe.grpo.entropy import entropy_control
 from troupe.grpo.losses import (
+    Fraction,
     LossConfig,
     NonNegative,
     Normalizer,
@@ -27,12 +29,29 @@ from troupe.grpo.losses import (
     loss_and_tallies,
     sampler_tallies,
 )
-from troupe.grpo.optimizer import OptimizerState, Scheduler, adamw_update, clip_by_global_norm
+from troupe.grpo.optimizer import OptimizerState, Scheduler, adamw_update_in_place, clip_scale, global_norm
 
 Weights = Mapping[str, mx.array]
 LogProbsFn = Callable[[Weights, Batch], tuple[mx.array, mx.array]]
 """(weights, batch) → log-probs (B, T) of the completion ids and entropies (B, T), both float32, in nats, under the
 temperature-scaled distribution. What stands on padding does not matter, as long as it is finite."""
+
+BatchLoss = Callable[[mx.array, mx.array], tuple[mx.array, metrics.Tallies]]
+"""Log-probs and entropies (B, T) → the loss () and tallies."""
+
+
+@runtime_checkable
+class LogProbs(Protocol):
+    """A `LogProbsFn` that knows its own gradient; that of any other is MLX's."""
+
+    def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+        """See `LogProbsFn`."""
+
+    def gradients(
+        self, weights: Weights, batch: Batch, loss: BatchLoss
+    ) -> tuple[tuple[mx.array, metrics.Tallies], Iterator[dict[str, mx.array]]]:
+        """What `loss` gives, and its gradients by the weights: each once, some at a time."""
+
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -42,7 +61,7 @@ Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The section `[learner]`: the loss, and how a batch becomes updates."""
 
-    lr: NonNegative = 1e-6
+    lr: Fraction = 1e-6
     """Peak learning rate."""
     lr_scheduler: Scheduler = "linear"
     """How it falls after the warm-up; see `optimizer.learning_rate`."""
@@ -56,14 +75,29 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """Learner batches of the run, whatever `epochs` says; None: as many as `epochs` need."""
     num_iterations: AtLeastOne = 1
     """Updates a batch, each from all of its rows."""
-    gradient_accumulation_steps: AtLeastOne = 1
-    """Micro-batches that a batch is *split* into (TRL multiplies); lower peak memory, the same gradient."""
+    gradient_accumulation_steps: AtLeastOne | None = None
+    """Micro-batches that a batch is *split* into (TRL multiplies); lower peak memory, the same gradient. None: one,
+    or as many as a run's memory limit asks for."""
+    gradient_checkpointing: bool | None = None
+    """Compute the inside of layers again for the gradient instead of keeping it: less memory, more work, the same
+    gradient. None: no, unless a run's memory limit asks for it."""
     scale_rewards: ScaleRewards = "group"
     """What advantages are divided by: the standard deviation of the group, of the batch, or nothing."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """How several reward functions become one advantage; see `advantages.compute_advantages`."""
     mask_truncated_completions: bool = False
     """Leave completions that the length limit cut out of the loss."""
+    dynamic_sampling: bool = False
+    """Leave groups whose advantages are all 0 out of the batch and sample others in their place (DAPO,
+    arXiv:2503.14476)."""
+    max_resampling_attempts: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
+    """How often a place of the batch is sampled anew before the step goes on without it."""
+    sync_ref_model: bool = False
+    """Let the reference policy follow the policy; see `reference.sync_reference`."""
+    ref_model_mixup_alpha: Fraction = 0.6
+    """The policy's share in the reference at each synchronization."""
+    ref_model_sync_steps: AtLeastOne = 512
+    """Updates between two synchronizations."""
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.999
     adam_epsilon: Positive = 1e-8
@@ -80,6 +114,14 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """See `ratios.sampler_correction`."""
     vllm_importance_sampling_clip_min: NonNegative | None = None
     vllm_importance_sampling_clip_max: NonNegative | None = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sync_ref_model and self.beta == 0.0:
+            raise ValueError(
+                "sync_ref_model is on and beta is 0, so that there is no reference policy to synchronize; "
+                "set beta above 0 or leave sync_ref_model off"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +152,13 @@ class _Fixed(NamedTuple):
     log_probs_fn: LogProbsFn
     normalizer: Normalizer
     entropy_threshold: mx.array | None
+    entropy_coef: float
+    """Weight of the entropy bonus in force."""
 
 
 def train_on_batch(
     weights: Weights,
-    state: Mapping[str, mx.array],
+    state: OptimizerState,
     batch: Batch,
     log_probs_fn: LogProbsFn,
     config: LearnerConfig,
@@ -123,36 +167,41 @@ def train_on_batch(
     ref_weights: Weights | None = None,
     max_completion_length: int | None = None,
 ) -> StepResult:
-    """Trains on one batch; the arguments stay as they are.
+    """Trains on one batch. `state` is used up: it is empty afterwards, and the result has the new one.
 
-    `weights` and `state` (from `optimizer.adamw_init`) are flat dicts of evaluated arrays; `lr` is one learning rate,
-    or one for each of the `num_iterations` updates; `ref_weights` are needed where beta ≠ 0, `max_completion_length`
-    for loss_type "dr_grpo". The old log-probs are those of `weights`. An update whose loss, gradient norm or new
-    weights are not finite is skipped, and with it the passes left. Raises `ValueError` for an argument that is missing.
+    `weights` and `state` (from `optimizer.adamw_init` or an earlier batch) are flat dicts of evaluated arrays; `lr` is
+    one learning rate, or one for each of the `num_iterations` updates; `ref_weights` are needed where beta ≠ 0,
+    `max_completion_length` for loss_type "dr_grpo". The old log-probs are those of `weights`, which stay as they are.
+    An update whose loss or gradient norm is not finite is skipped, and with it the passes left. Raises `ValueError`
+    for an argument that is missing, or a learning rate outside [0, 1].
     """
     rates = [float(lr)] * config.num_iterations if isinstance(lr, int | float) else list(lr)
     if len(rates) != config.num_iterations:
         raise ValueError(
             f"lr has {len(rates)} values for num_iterations = {config.num_iterations}; give one number, or one a pass"
         )
+    if outside := [rate for rate in rates if not 0.0 <= rate <= 1.0]:  # also what keeps a finite update finite
+        raise ValueError(f"the learning rate is {outside[0]}; give a number from 0 to 1")
     if config.beta != 0.0 and ref_weights is None:
         raise ValueError(f"beta is {config.beta} and there are no ref_weights; give them or set beta = 0")
     if config.mask_truncated_completions:
         batch = batch.without_truncated()
     micros, fixed = _prepare(weights, batch, log_probs_fn, config, ref_weights, max_completion_length)
 
+    control = entropy_control(state, config)
     new_weights, new_state = dict(weights), dict(state)
+    state.clear()
     passes: list[dict[str, float]] = []
     updated = True
     for rate in rates:
-        grads, values = _gradients(new_weights, micros, fixed)
-        grads, norm = clip_by_global_norm(grads, config.max_grad_norm)
+        grads, values = _gradients(new_weights, micros, fixed._replace(entropy_coef=control.in_force(config)))
+        norm = global_norm(grads)
         numbers = _floats(values | {"grad_norm": norm})
         passes.append(numbers)
         updated = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
         if not updated:
             break
-        candidate, candidate_state = adamw_update(
+        adamw_update_in_place(
             new_weights,
             grads,
             new_state,
@@ -160,16 +209,13 @@ def train_on_batch(
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            grad_scale=clip_scale(norm, config.max_grad_norm),
         )
-        finite = mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in candidate.values()]))
-        mx.eval(candidate, candidate_state, finite)
-        updated = bool(finite.item())
-        if not updated:
-            break
-        new_weights, new_state = candidate, candidate_state
+        control = control.after_update(numbers.get("controlled_entropy", math.inf), config)
+        new_state |= control.as_state(config)
     summary = _over_passes(passes) | {"learning_rate": rates[len(passes) - 1], "nonfinite": float(not updated)}
-    if config.entropy_coef != 0.0:
-        summary["entropy_coef"] = config.entropy_coef
+    if config.has_entropy_bonus:
+        summary["entropy_coef"] = control.coef
     return StepResult(weights=new_weights, optimizer_state=new_state, metrics=summary, updated=updated)
 
 
@@ -182,7 +228,7 @@ def _prepare(
     max_completion_length: int | None,
 ) -> tuple[list[_Micro], _Fixed]:
     """Cuts the batch, and computes once what the passes share: old and reference log-probs, entropy threshold."""
-    parts = split(batch, config.gradient_accumulation_steps)
+    parts = split(batch, config.gradient_accumulation_steps or 1)
     several_passes = config.num_iterations > 1
     some_entropies = config.top_entropy_quantile < 1.0
     micros, entropies = [], []
@@ -210,32 +256,56 @@ def _prepare(
         entropy_tokens=entropy_tokens,
         max_completion_length=max_completion_length,
     )
-    return micros, _Fixed(config, log_probs_fn, normalizer, threshold)
+    return micros, _Fixed(config, log_probs_fn, normalizer, threshold, config.entropy_coef)
 
 
 def _gradients(
     weights: Weights, micros: Sequence[_Micro], fixed: _Fixed
 ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """The gradient of the whole batch, and `loss` and metrics, each (). Evaluated one micro-batch at a time."""
-    value_and_grad = mx.value_and_grad(_micro_loss)
     total: dict[str, mx.array] = {}
     losses, tallies = [], []
     for micro in micros:
-        (loss, parts), grads = value_and_grad(weights, micro, fixed)
-        if len(micros) > 1:  # sums of many low-precision gradients are kept in float32
-            grads = {name: grad.astype(mx.float32) for name, grad in grads.items()}
-        total = {name: total[name] + grad for name, grad in grads.items()} if total else grads
+        (loss, parts), portions = _differentiate(weights, micro, fixed)
+        for portion in portions:
+            for name in list(portion) if len(micros) > 1 else ():
+                # sums of many low-precision gradients are kept in float32; popped, a sum takes the memory of the last
+                grad = portion.pop(name).astype(mx.float32)
+                portion[name] = total.pop(name) + grad if name in total else grad
+                del grad
+            mx.async_eval(portion)  # type: ignore[no-untyped-call]
+            total |= portion
         losses.append(loss)
         tallies.append(parts)
         mx.eval(total, loss, parts)
     return total, {"loss": mx.sum(mx.stack(losses)), **metrics.averages(metrics.merge(tallies))}
 
 
-def _micro_loss(weights: Weights, micro: _Micro, fixed: _Fixed) -> tuple[mx.array, metrics.Tallies]:
+def _differentiate(
+    weights: Weights, micro: _Micro, fixed: _Fixed
+) -> tuple[tuple[mx.array, metrics.Tallies], Iterator[dict[str, mx.array]]]:
+    """Loss and tallies of one micro-batch, and the gradients as they come."""
+    log_probs_fn = fixed.log_probs_fn
+
+    def loss(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, metrics.Tallies]:
+        return _micro_loss(log_probs, entropies, micro, fixed)
+
+    if isinstance(log_probs_fn, LogProbs):
+        return log_probs_fn.gradients(weights, micro.batch, loss)
+
+    def of_weights(weights: Weights) -> tuple[mx.array, metrics.Tallies]:
+        return loss(*log_probs_fn(weights, micro.batch))
+
+    value, grads = mx.value_and_grad(of_weights)(weights)
+    return value, iter([grads])
+
+
+def _micro_loss(
+    log_probs: mx.array, entropies: mx.array, micro: _Micro, fixed: _Fixed
+) -> tuple[mx.array, metrics.Tallies]:
     """The share of one micro-batch in the loss of the batch."""
     config, batch, mask = fixed.config, micro.batch, micro.batch.completion_mask
-    log_probs, entropies = fixed.log_probs_fn(weights, batch)
-    if config.entropy_coef == 0.0:
+    if not config.has_entropy_bonus:
         entropies = mx.stop_gradient(entropies)
     old = mx.stop_gradient(log_probs) if micro.old is None else micro.old
     correction, sampling = None, {}
@@ -260,6 +330,7 @@ def _micro_loss(weights: Weights, micro: _Micro, fixed: _Fixed) -> tuple[mx.arra
         sampling_per_token_logps=batch.sampling_log_probs,
         importance_sampling_ratio=correction,
         entropy_threshold=fixed.entropy_threshold,
+        entropy_coef=fixed.entropy_coef,
         normalizer=fixed.normalizer,
     )
     return loss, tallies | sampling

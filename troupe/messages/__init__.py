@@ -11,7 +11,7 @@ from troupe.messages.rollout import (
     ScoredGroup,
     Slot,
 )
-from troupe.messages.training import ClosedState, GroupClosed, Incident, Snapshot, Span, Update
+from troupe.messages.training import ClosedState, GroupClosed, Incident, Replace, Snapshot, Span, Update
 
 __all__ = [
     "ChatMessage",
@@ -23,6 +23,7 @@ __all__ = [
     "Incident",
     "Prompt",
     "PromptText",
+    "Replace",
     "Rollout",
     "RolloutGroup",
     "ScoredGroup",

@@ -1,4 +1,5 @@
-"""What learning tells the others: Update, Snapshot, GroupClosed; and what any actor may report: Incident, Span.
+"""What learning tells the others (Update, Snapshot, GroupClosed, Replace), and what any actor may report (Incident,
+Span).
 
 Times are seconds on the monotonic clock (`time.perf_counter`) of the process that made the message.
 *Policy version* is the number of completed learner batches, so the untrained policy is version 0.
@@ -41,21 +42,39 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     weights: Mapping[str, Any]
     """Hugging Face tensor name → evaluated `mx.array`."""
     optimizer_state: dict[str, Any]
-    """Flat name → evaluated float32 `mx.array`."""
+    """Flat name → evaluated `mx.array`: float32, but uint16 where it holds low halves of weights."""
     behind: Mapping[int, Mapping[str, Any]]
     """Older policy versions that generation still needs (max_staleness ≥ 1): version → weights."""
+    reference: Mapping[str, Any] | None = None
+    """Weights of the reference policy where it follows the policy; None where it is the model that the run began with,
+    or where there is none."""
+    num_tokens: int = 0
+    """Prompt and completion tokens of the run so far."""
     final: bool = False
     """Whether the run ends here, so that the plain model folder `final/` is written too."""
 
 
 class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Learner → Prompter and Metrics: a group reached its end. Sent exactly once for every gid."""
+    """Learner → Metrics, and → Prompter where the group holds a credit: a group reached its end.
+
+    Sent exactly once for every gid, when its step is done.
+    """
 
     gid: int
     slot: Slot
     state: ClosedState
     version: int
     """Policy version that existed when the group was closed."""
+
+
+class Replace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Learner → Prompter: groups turned out to be without signal; the next attempt in each place takes over its credit.
+
+    Sent once for a round of a step, when all of its groups are scored.
+    """
+
+    slots: tuple[Slot, ...]
+    """The groups to be replaced, in order; all of one step and attempt, at least one."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -1,9 +1,15 @@
 """The language model: arrays and text. Imports nothing else of ours."""
 
 from troupe.policy.architecture import PRESETS, Qwen3Config
-from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
+from troupe.policy.completions import completion_statistics
+from troupe.policy.differentiation import completion_gradients
+from troupe.policy.elementwise import is_on_cpu
+from troupe.policy.folders import DTYPES, MAX_SHARD_BYTES, read_model_folder, save_model_folder
+from troupe.policy.gradient_memory import MicroBatch, gradient_memory_bytes
+from troupe.policy.head import TokenStatistics
 from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.loading import ModelConfig, Policy, load_policy, random_policy
+from troupe.policy.memory import decode_memory_bytes, fused_copy_bytes
 from troupe.policy.qwen3 import (
     Attention,
     Weights,
@@ -29,12 +35,14 @@ from troupe.policy.text import TextCompletion, TextPrompt, complete_texts, encod
 from troupe.policy.tokenizer import Tokenizer
 
 __all__ = [
+    "DTYPES",
     "MAX_SHARD_BYTES",
     "PRESETS",
     "Attention",
     "CompletedGroup",
     "Completion",
     "GenerationConfig",
+    "MicroBatch",
     "ModelConfig",
     "Policy",
     "Qwen3Config",
@@ -45,17 +53,24 @@ __all__ = [
     "SamplingConfig",
     "TextCompletion",
     "TextPrompt",
+    "TokenStatistics",
     "Tokenizer",
     "Weights",
     "YarnScaling",
     "complete_texts",
+    "completion_gradients",
+    "completion_statistics",
+    "decode_memory_bytes",
     "encode_prompt",
     "expected_shapes",
     "fuse_projections",
+    "fused_copy_bytes",
     "generate_batch",
+    "gradient_memory_bytes",
     "hidden_states",
     "init_weights",
     "is_hub_id",
+    "is_on_cpu",
     "load_policy",
     "parameter_count",
     "project",

@@ -29,7 +29,6 @@ class PromptCache(WholeRows):
 
     def __init__(self, lengths: Sequence[int]) -> None:
         """`lengths`: how many tokens each prompt has."""
-        super().__init__(max(lengths), None)  # causal: a token never sees the padding on its right
         self.lengths = list(lengths)
         self.keys: list[mx.array] = []
         self.values: list[mx.array] = []

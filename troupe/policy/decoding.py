@@ -122,7 +122,7 @@ class Batch:
         if self._cache is None:
             hidden = self._prefill(weights)
         else:
-            hidden = hidden_states(config, weights, self._ids[:, None], cache=self._cache)[:, 0]
+            hidden = hidden_states(config, weights, self._ids[:, None], attention=self._cache)[:, 0]
             self._cache.advance()
         logits = project(config, weights, hidden)
         if t == 0:
@@ -148,7 +148,7 @@ class Batch:
             part = PromptCache([len(prompt) for prompt in prompts])
             width = max(part.lengths)
             ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-            states = hidden_states(config, weights, ids, cache=part)
+            states = hidden_states(config, weights, ids, attention=part)
             last = mx.array(part.lengths)[:, None, None] - 1
             hidden.append(mx.take_along_axis(states, last, axis=1)[:, 0])
             mx.eval(hidden[-1], part.keys, part.values)

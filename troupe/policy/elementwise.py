@@ -52,8 +52,13 @@ def _power(x: mx.array) -> mx.array:
     return p * mx.view((mx.view(shifted, mx.int32) + 127) << 23, mx.float32)
 
 
+def exponential(x: mx.array) -> mx.array:
+    """e^x, for functions that are compiled themselves: not differentiable."""
+    return _power(x) if is_fast_here(x) else mx.exp(x)
+
+
 @lru_cache(maxsize=256)
-def _compiled(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[..., Any]:
     """`function` compiled for arguments of these shapes.
 
     MLX keeps what it compiled for every shape for as long as the compiled function lives, and looks through all of it
@@ -64,7 +69,7 @@ def _compiled(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callabl
 
 @mx.custom_function
 def _fast_exp(x: mx.array) -> Any:
-    return _compiled(_power, x.shape)(x)
+    return compiled(_power, x.shape)(x)
 
 
 @_fast_exp.vjp
@@ -88,17 +93,28 @@ def _gated_vjp(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.ar
 
 @mx.custom_function
 def _fast_swiglu(gate: mx.array, up: mx.array) -> Any:
-    return _compiled(_gated, gate.shape)(gate, up)
+    return compiled(_gated, gate.shape)(gate, up)
 
 
 @_fast_swiglu.vjp
 def _fast_swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> Any:
-    return _compiled(_gated_vjp, primals[0].shape)(*primals, cotangent)
+    return compiled(_gated_vjp, primals[0].shape)(*primals, cotangent)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """gate · σ(gate) · up, elementwise (arXiv:2002.05202)."""
     return cast(mx.array, _fast_swiglu(gate, up)) if is_fast_here(gate) else gate * mx.sigmoid(gate) * up
+
+
+def swiglu_gradient(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
+    """The cotangents of `gate` and `up` from that of `swiglu`; not differentiable."""
+    function = _gated_vjp if is_fast_here(gate) else _plain_gated_vjp
+    return cast("tuple[mx.array, mx.array]", compiled(function, gate.shape)(gate, up, cotangent))
+
+
+def _plain_gated_vjp(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
+    s = mx.sigmoid(gate)
+    return cotangent * up * s * (1.0 + gate * (1.0 - s)), cotangent * gate * s
 
 
 def softmax(scores: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ import msgspec
 
 from troupe.errors import InputError, ModelError
 from troupe.policy.architecture import Qwen3Config
+from troupe.policy.completions import completion_statistics
 from troupe.policy.folders import (
     DTYPES,
     GENERATION_CONFIG_FILE,
@@ -30,8 +31,8 @@ from troupe.policy.rollout import GenerationConfig
 from troupe.policy.text import TextPrompt, complete_texts, stream_text
 from troupe.policy.tokenizer import Tokenizer
 
-LOGITS_BYTES = 64 * 2**20
-"""Most memory that the logits of `Policy.compute_log_probs` take at a time."""
+ROWS_AT_ONCE = 32
+"""Completions that `Policy.compute_log_probs` lays out at a time."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,28 +104,13 @@ class Policy:
         T = max(map(len, completions), default=0)
         if T == 0:
             return mx.zeros((len(prompts), 0))
-        rows_at_once = max(1, LOGITS_BYTES // (T * self.config.vocab_size * 4))
         parts = []
-        for start in range(0, len(prompts), rows_at_once):
-            stop = start + rows_at_once
-            parts.append(self._log_probs(prompts[start:stop], completions[start:stop], T))
+        for start in range(0, len(prompts), ROWS_AT_ONCE):
+            some = slice(start, start + ROWS_AT_ONCE)
+            part, _ = completion_statistics(self.config, self.weights, prompts[some], completions[some])
+            parts.append(mx.pad(part, [(0, 0), (0, T - part.shape[1])]))
             mx.eval(parts[-1])
         return mx.concatenate(parts)
-
-    def _log_probs(self, prompts: list[list[int]], completions: list[list[int]], T: int) -> mx.array:
-        """`compute_log_probs` for a few rows at once: each is laid out whole and padded on the right."""
-        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-        width = max(map(len, rows))
-        ids = mx.array([row + [0] * (width - len(row)) for row in rows])
-        hidden = hidden_states(self.config, self.weights, ids)
-        t = mx.arange(T)
-        before = mx.array([len(prompt) - 1 for prompt in prompts])[:, None] + t  # whose logits foretell token t
-        before = mx.minimum(before, width - 1)
-        hidden = mx.take_along_axis(hidden, before[..., None], axis=1)
-        logits = project(self.config, self.weights, hidden).astype(mx.float32)
-        targets = mx.array([row + [0] * (T - len(row)) for row in completions])
-        chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - mx.logsumexp(logits, axis=-1)
-        return mx.where(t < mx.array([len(row) for row in completions])[:, None], chosen, 0.0)
 
     def generate_text(
         self,

@@ -46,6 +46,14 @@ def cache_bytes(
     return places * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype.size
 
 
+def fused_copy_bytes(config: Qwen3Config, dtype: mx.Dtype) -> int:
+    """What `fuse_projections` copies."""
+    D, d = config.hidden_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    layer = (H + 2 * K) * d * D + 2 * config.intermediate_size * D + (H + K) * d
+    return config.num_hidden_layers * layer * dtype.size
+
+
 def decode_memory_bytes(
     config: Qwen3Config,
     prompt_lengths: Sequence[int],

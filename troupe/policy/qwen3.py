@@ -1,7 +1,7 @@
 """The Qwen3 network as pure functions over a flat dict of arrays named as in Hugging Face folders.
 
-Knows the arithmetic and the shapes of every tensor. Knows nothing of files, tokenizers, sampling or training; nor of
-how earlier keys and values are kept: whoever decodes step by step passes an `Attention` of its own.
+Knows the arithmetic and the shapes of every tensor. Knows nothing of files, tokenizers, sampling or losses; nor of
+which tokens see each other: whoever decodes step by step, or packs many rows into one, passes its own `Attention`.
 
 Shapes: B rows, T tokens, D hidden size, V vocabulary, H query heads, K key/value heads, d head size.
 
@@ -18,7 +18,8 @@ from typing import Protocol, TypeAlias
 import mlx.core as mx
 
 from troupe.policy.architecture import Qwen3Config as Qwen3Config  # where callers look for it
-from troupe.policy.elementwise import is_on_cpu, swiglu
+from troupe.policy.elementwise import WORTHWHILE, compiled, is_on_cpu, swiglu
+from troupe.policy.embedding import embed
 from troupe.policy.rotary import attention_factor, inverse_frequencies
 
 Weights: TypeAlias = Mapping[str, mx.array]
@@ -77,29 +78,20 @@ class Attention(Protocol):
 
     @property
     def offset(self) -> int | mx.array:
-        """Rotary position of the first new token: one for all rows, or int32 (B,)."""
+        """Rotary position of the first new token: one for all rows, or int32 (B,); or of every token, int32 (B, T)."""
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """Queries (B, H, T, d), new keys and values (B, K, T, d), all rotated → (B, H, T, d)."""
 
 
 class WholeRows:
-    """Attention within whole rows at once, as the learner wants it: causal, blind to padding on the left."""
+    """Attention within whole rows: a token sees itself and what comes before it."""
 
-    def __init__(self, T: int, left_padding: mx.array | None) -> None:
-        """`left_padding`: (B,) integers, how many of a row's T places come before its first token."""
-        self.offset: int | mx.array = 0
-        self._mask: str | mx.array = "causal"
-        if left_padding is not None:
-            self.offset = -left_padding.astype(mx.int32)
-            query, key = mx.arange(T)[:, None], mx.arange(T)[None, :]
-            real = key >= left_padding[:, None, None]
-            # a padding place sees itself, for a softmax over nothing would be NaN and spread by 0 · NaN
-            self._mask = mx.logical_and(key <= query, mx.logical_or(real, key == query))[:, None]
+    offset: int | mx.array = 0
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """See `Attention.attend`."""
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 
 def hidden_states(
@@ -107,18 +99,17 @@ def hidden_states(
     weights: Weights,
     ids: mx.array,
     *,
-    lengths_of_left_padding: mx.array | None = None,
-    cache: Attention | None = None,
+    attention: Attention | None = None,
 ) -> mx.array:
     """Integer ids (B, T) → hidden states (B, T, D) after the final norm, in the weights' dtype.
 
-    Without `cache` every row attends within itself; `lengths_of_left_padding` (B,) says how many places before its
-    first token each row has (their results mean nothing). With `cache`, the tokens follow those that it holds.
-    Pure, so it can be differentiated by its weights; with those of `fuse_projections` it is faster.
+    Without `attention` every row attends within itself, and padding on its right changes nothing. Pure, so it can be
+    differentiated by its weights (`differentiation.py` does that with less memory and faster); with those of
+    `fuse_projections` it is faster.
     """
-    x = weights[EMBEDDING][ids]
-    attention = WholeRows(ids.shape[1], lengths_of_left_padding) if cache is None else cache
-    rotate = _rotation(config, ids.shape[1], attention.offset)
+    attention = attention or WholeRows()
+    rotate = Rotation(config, ids.shape[1], attention.offset)
+    x = embed(weights[EMBEDDING], ids)
     for index in range(config.num_hidden_layers):
         x = _layer(config, weights, index, x, attention, rotate)
     return mx.fast.rms_norm(x, weights[FINAL_NORM], config.rms_norm_eps)
@@ -152,63 +143,117 @@ _FUSED = {
 }
 
 
-def _rotation(config: Qwen3Config, T: int, offset: int | mx.array) -> Callable[[mx.array], mx.array]:
-    """A function that turns (B, heads, T, d) by rotary positions offset … offset + T − 1."""
-    d, base = config.head_dim, config.rope_theta
-    factor = attention_factor(config.rope_scaling)
-    if not is_on_cpu():  # one fused kernel
-        if config.rope_scaling is None:
-            return lambda y: mx.fast.rope(y, d, traditional=False, base=base, scale=1.0, offset=offset)
-        periods = 1.0 / mx.array(inverse_frequencies(d, base, config.rope_scaling))
-        return lambda y: mx.fast.rope(
-            y * factor, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
-        )
-    frequencies = mx.array(inverse_frequencies(d, base, config.rope_scaling))
-    positions = mx.arange(T) + (offset[:, None, None] if isinstance(offset, mx.array) else offset)
-    angles = positions[..., None].astype(mx.float32) * frequencies  # here once, not in each layer: (T or B·1·T, d/2)
-    cos, sin = mx.cos(angles) * factor, mx.sin(angles) * factor
+class Rotation:
+    """Turns queries and keys by rotary positions."""
 
-    def rotate(y: mx.array) -> mx.array:
-        a, b = y[..., : d // 2], y[..., d // 2 :]
-        return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(y.dtype)
+    def __init__(self, config: Qwen3Config, T: int, offset: int | mx.array) -> None:
+        """`offset` as in `Attention.offset`."""
+        self._d, self._base = config.head_dim, config.rope_theta
+        self._factor = attention_factor(config.rope_scaling)
+        self._offset = offset
+        self._periods: mx.array | None = None
+        frequencies = mx.array(inverse_frequencies(self._d, self._base, config.rope_scaling))
+        self._has_tables = is_on_cpu()  # elsewhere one fused kernel is faster
+        if config.rope_scaling is not None:
+            self._periods = 1.0 / frequencies
+        if self._has_tables:
+            if isinstance(offset, mx.array):
+                positions = offset[:, None] if offset.ndim == 2 else offset[:, None, None] + mx.arange(T)
+            else:
+                positions = offset + mx.arange(T)
+            angles = positions[..., None].astype(mx.float32) * frequencies  # (T or B·1·T, d/2)
+            self._cos, self._sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
 
-    return rotate
+    def __call__(self, y: mx.array) -> mx.array:
+        """(B, heads, T, d) turned."""
+        if self._has_tables:
+            return _turned(y, self._cos, self._sin)
+        if isinstance(self._offset, int) or self._offset.ndim == 1:
+            return self._turn(y, self._offset)
+        B, heads, T, d = y.shape  # a position for every token: each is a row of its own
+        tokens = y.swapaxes(1, 2).reshape(B * T, heads, 1, d)
+        return self._turn(tokens, self._offset.reshape(-1)).reshape(B, T, heads, d).swapaxes(1, 2)
+
+    def gradient(self, cotangent: mx.array) -> mx.array:
+        """The cotangent of what was turned, from that of the result: turned back."""
+        if self._has_tables:
+            return _turned(cotangent, self._cos, -self._sin)
+        return mx.vjp(self, [cotangent], [cotangent])[1][0]  # linear: where it is taken does not matter
+
+    def _turn(self, y: mx.array, offset: int | mx.array) -> mx.array:
+        base = self._base if self._periods is None else None
+        y = y if self._periods is None else y * self._factor
+        return mx.fast.rope(y, self._d, traditional=False, base=base, scale=1.0, offset=offset, freqs=self._periods)
+
+
+def _turned(y: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    a, b = mx.split(y, 2, axis=-1)
+    turn = compiled(_turn_halves, a.shape) if a.size > WORTHWHILE else _turn_halves
+    return mx.concatenate(list(turn(a, b, cos, sin)), axis=-1).astype(y.dtype)
+
+
+def _turn_halves(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+    return a * cos - b * sin, a * sin + b * cos
 
 
 def _layer(
-    config: Qwen3Config,
-    weights: Weights,
-    index: int,
-    x: mx.array,
-    attention: Attention,
-    rotate: Callable[[mx.array], mx.array],
+    config: Qwen3Config, weights: Weights, index: int, x: mx.array, attention: Attention, rotate: Rotation
 ) -> mx.array:
     """One decoder layer, (B, T, D) → (B, T, D)."""
-    B, T, _ = x.shape
-    H, K, d, eps = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
+    H, K, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
 
     def w(name: str) -> mx.array:
         return weights[f"model.layers.{index}.{name}.weight"]
 
-    def heads(y: mx.array, name: str) -> mx.array:
-        return (y @ w(name).T).reshape(B, T, -1, d)
-
-    is_fused = f"model.layers.{index}.mlp.gate_up_proj.weight" in weights
+    if f"model.layers.{index}.mlp.gate_up_proj.weight" not in weights:
+        o = attend(config, w, *attention_inputs(config, w, x), attention, rotate, index)
+        x = x + o @ w("self_attn.o_proj").T
+        return x + swiglu(*mlp_inputs(config, w, x)) @ w("mlp.down_proj").T
     y = mx.fast.rms_norm(x, w("input_layernorm"), eps)
-    if is_fused:
-        qkv = heads(y, "self_attn.qkv_proj")
-        qk = mx.fast.rms_norm(qkv[:, :, : H + K], None, eps) * w("self_attn.qk_norm")
-        qk = rotate(qk.transpose(0, 2, 1, 3))
-        q, k, v = qk[:, :H], qk[:, H:], qkv[:, :, H + K :]
-    else:
-        q = rotate(mx.fast.rms_norm(heads(y, "self_attn.q_proj"), w("self_attn.q_norm"), eps).transpose(0, 2, 1, 3))
-        k = rotate(mx.fast.rms_norm(heads(y, "self_attn.k_proj"), w("self_attn.k_norm"), eps).transpose(0, 2, 1, 3))
-        v = heads(y, "self_attn.v_proj")
-    o = attention.attend(index, q, k, v.transpose(0, 2, 1, 3), d**-0.5)
-    x = x + o.transpose(0, 2, 1, 3).reshape(B, T, -1) @ w("self_attn.o_proj").T
+    qkv = _heads(config, y, w("self_attn.qkv_proj"))
+    qk = mx.fast.rms_norm(qkv[:, :, : H + K], None, eps) * w("self_attn.qk_norm")
+    qk = rotate(qk.swapaxes(1, 2))
+    o = attention.attend(index, qk[:, :H], qk[:, H:], qkv[:, :, H + K :].swapaxes(1, 2), config.head_dim**-0.5)
+    x = x + o.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ w("self_attn.o_proj").T
     y = mx.fast.rms_norm(x, w("post_attention_layernorm"), eps)
-    if is_fused:
-        gate, up = mx.split(y @ w("mlp.gate_up_proj").T, 2, axis=-1)
-    else:
-        gate, up = y @ w("mlp.gate_proj").T, y @ w("mlp.up_proj").T
-    return x + swiglu(gate, up) @ w("mlp.down_proj").T
+    return x + swiglu(*mx.split(y @ w("mlp.gate_up_proj").T, 2, axis=-1)) @ w("mlp.down_proj").T
+
+
+LayerWeights = Callable[[str], mx.array]
+"""Name within a layer, such as "mlp.up_proj" → weight."""
+
+
+def attention_inputs(config: Qwen3Config, w: LayerWeights, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(B, T, D) → queries, keys and values (B, T, heads, d), neither normalized nor rotated."""
+    y = mx.fast.rms_norm(x, w("input_layernorm"), config.rms_norm_eps)
+    q, k, v = (_heads(config, y, w(f"self_attn.{name}_proj")) for name in "qkv")
+    return q, k, v
+
+
+def attend(
+    config: Qwen3Config,
+    w: LayerWeights,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    attention: Attention,
+    rotate: Rotation,
+    index: int,
+) -> mx.array:
+    """What `attention_inputs` gave → (B, T, H·d)."""
+    q, k = (
+        rotate(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), config.rms_norm_eps).swapaxes(1, 2))
+        for y, name in ((q, "q"), (k, "k"))
+    )
+    o = attention.attend(index, q, k, v.swapaxes(1, 2), config.head_dim**-0.5)
+    return o.swapaxes(1, 2).reshape(*v.shape[:2], -1)
+
+
+def mlp_inputs(config: Qwen3Config, w: LayerWeights, x: mx.array) -> tuple[mx.array, mx.array]:
+    """(B, T, D) → gate and up (B, T, F)."""
+    y = mx.fast.rms_norm(x, w("post_attention_layernorm"), config.rms_norm_eps)
+    return y @ w("mlp.gate_proj").T, y @ w("mlp.up_proj").T
+
+
+def _heads(config: Qwen3Config, y: mx.array, projection: mx.array) -> mx.array:
+    return (y @ projection.T).reshape(*y.shape[:2], -1, config.head_dim)

@@ -117,6 +117,10 @@ class RolloutEngine:
             self._prepared = (weights, fuse_projections(self.config, weights), version)
         return self._prepared[1], version
 
+    def release(self) -> None:
+        """Let go of the weights and of what was made of them; `load` brings others. Not while decoding."""
+        self._loaded = self._prepared = None
+
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
         """What decoding prompts of these lengths together takes beside the weights; see `decode_memory_bytes`."""
         assert self._loaded is not None

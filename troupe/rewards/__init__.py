@@ -5,7 +5,15 @@ called once a sample. The room knows nothing of policies, tokens to be trained o
 """
 
 from troupe.rewards.actor import RewardActor, RewardSample
-from troupe.rewards.builtin import diversity_reward, exact_answer_reward, format_reward, length_reward
+from troupe.rewards.builtin import (
+    diversity_reward,
+    exact_answer_reward,
+    format_reward,
+    get_repetition_penalty_reward,
+    get_soft_overlong_punishment,
+    length_reward,
+    think_format_reward,
+)
 from troupe.rewards.functions import Reward, RewardFunction, check_columns
 from troupe.rewards.loading import load_reward
 from troupe.rewards.manager import GroupScores, RewardManager, RewardsConfig
@@ -22,6 +30,9 @@ __all__ = [
     "diversity_reward",
     "exact_answer_reward",
     "format_reward",
+    "get_repetition_penalty_reward",
+    "get_soft_overlong_punishment",
     "length_reward",
     "load_reward",
+    "think_format_reward",
 ]

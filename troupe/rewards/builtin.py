@@ -1,11 +1,15 @@
 """The built-in rewards, in TRL's signature. Completions are texts, or message lists whose last content counts.
 
+`think_format_reward`, `get_repetition_penalty_reward` and `get_soft_overlong_punishment` are those that TRL 1.16 has
+under these names, with the same scores.
+
 Knows nothing of how rewards are called, timed or combined.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -101,6 +105,59 @@ def format_reward(pattern: str) -> Callable[..., list[float | None]]:
         return [1.0 if compiled.fullmatch(text) else 0.0 for text in texts]
 
     return format_reward
+
+
+def think_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    """Whether a completion thinks first: 1 where it starts with `<think>`, opens that once and closes it, else 0."""
+    texts = map(completion_text, completions)
+    return [float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t) for t in texts]
+
+
+def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> Callable[..., list[float | None]]:
+    """A reward against loops: rᵢ = (1 − |Dᵢ| / |Nᵢ|)·p, Nᵢ the n-grams of the token ids, Dᵢ the distinct ones.
+
+    p = `max_penalty` ≤ 0; 0 for a completion of fewer than n = `ngram_size` ≥ 1 tokens (Yeo et al. 2025,
+    "Demystifying Long Chain-of-Thought Reasoning in LLMs", arXiv:2502.03373).
+
+    Raises:
+        RewardError: for a size below 1 or a penalty above 0.
+    """
+    if not isinstance(ngram_size, int) or ngram_size < 1:
+        raise RewardError(f"repetition_penalty: ngram_size = {ngram_size!r}; give a whole number of tokens ≥ 1")
+    if not -math.inf < max_penalty <= 0:
+        raise RewardError(f"repetition_penalty: max_penalty = {max_penalty!r}; give a finite number ≤ 0")
+
+    def repetition_penalty_reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float | None]:
+        return [_repeated_part(ids, ngram_size) * max_penalty or 0.0 for ids in completion_ids]
+
+    return repetition_penalty_reward
+
+
+def _repeated_part(ids: Sequence[int], size: int) -> float:
+    count = len(ids) - size + 1
+    return 1 - len({tuple(ids[start : start + size]) for start in range(count)}) / count if count > 0 else 0.0
+
+
+def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float | None]]:
+    """A reward against length: 0 up to L − C tokens, then falling evenly to −1 at L, and −1 beyond.
+
+    L = `max_completion_len` ≥ 1, usually the length limit of generation; C = `soft_punish_cache`, from 0 (no slope)
+    to L (Yu et al. 2025, DAPO, arXiv:2503.14476, eq. 13).
+
+    Raises:
+        RewardError: for numbers out of these bounds.
+    """
+    L, C = max_completion_len, soft_punish_cache
+    if not isinstance(L, int) or L < 1:
+        raise RewardError(f"soft_overlong: max_completion_len = {L!r}; give a whole number of tokens ≥ 1")
+    if not isinstance(C, int) or not 0 <= C <= L:
+        raise RewardError(f"soft_overlong: soft_punish_cache = {C!r}; give a whole number of tokens from 0 to {L}")
+
+    def soft_overlong_punishment_reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float | None]:
+        over = [min(len(ids), L + 1) - (L - C) for ids in completion_ids]
+        return [0.0 if n <= 0 else -1.0 if n > C else -n / C for n in over]
+
+    return soft_overlong_punishment_reward
 
 
 def _requires(column: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

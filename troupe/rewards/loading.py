@@ -11,25 +11,45 @@ import importlib.util
 import inspect
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.builtin import diversity_reward, exact_answer_reward, format_reward, length_reward
+from troupe.rewards.builtin import (
+    diversity_reward,
+    exact_answer_reward,
+    format_reward,
+    get_repetition_penalty_reward,
+    get_soft_overlong_punishment,
+    length_reward,
+    think_format_reward,
+)
 from troupe.rewards.functions import Reward, RewardFunction, check_signature
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,
     "diversity": diversity_reward,
     "exact_answer": exact_answer_reward,
+    "think_format": think_format_reward,
+    "repetition_penalty": get_repetition_penalty_reward(),
 }
+"""Name → reward."""
+
+NUMBERED: dict[str, tuple[Callable[..., RewardFunction], Sequence[tuple[str, type[int] | type[float]]]]] = {
+    "repetition_penalty": (get_repetition_penalty_reward, [("N", int), ("PENALTY", float)]),
+    "soft_overlong": (get_soft_overlong_punishment, [("LONGEST", int), ("CACHE", int)]),
+}
+"""Name → what makes the reward from the numbers that stand behind the name, and what they are called."""
 
 
 def load_reward(spec: str, base: Path | None = None) -> Reward:
-    """The reward that `spec` names: "length", "diversity", "exact_answer", "format:REGEX" or "FILE.py:NAME".
+    """The reward that `spec` names: one of `BUILTIN`, "format:REGEX", one of `NUMBERED` or "FILE.py:NAME".
 
+    "repetition_penalty:N:PENALTY" punishes repeated N-grams of tokens by down to PENALTY (alone: 3 and −1);
+    "soft_overlong:LONGEST:CACHE" punishes the last CACHE tokens before LONGEST, and all beyond.
     NAME is a function, sync or async, in TRL's signature, a `RewardActor` or a subclass of it, which is instantiated
     without arguments. A relative FILE starts at `base`, by default the working folder. The file is run once under a
     module name of its own, however many rewards come from it; its folder is appended to `sys.path` and stays there,
@@ -43,14 +63,31 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
     kind, colon, rest = spec.partition(":")
     if kind == "format" and colon:
         return format_reward(rest)
+    if kind in NUMBERED:
+        return _with_numbers(spec, *NUMBERED[kind])
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
-        raise RewardError(f"reward {spec!r} is unknown{_suggestion(spec, [*BUILTIN, 'format'])}; {_FORMS}")
+        raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, [*BUILTIN, *NUMBERED, 'format'])}; {_FORMS}")
     path = (base or Path()) / Path(file).expanduser()
     return _usable(_import_file(path), name, path)
 
 
-_FORMS = "give length, diversity, exact_answer, format:REGEX or FILE.py:NAME"
+def _with_numbers(
+    spec: str, make: Callable[..., RewardFunction], parameters: Sequence[tuple[str, type[int] | type[float]]]
+) -> RewardFunction:
+    name, *texts = spec.split(":")
+    try:
+        return make(*[number(text) for (_, number), text in zip(parameters, texts, strict=True)])
+    except ValueError:
+        form = ":".join([name, *(label for label, _ in parameters)])
+        kinds = " and ".join(f"{label} a {'whole ' if kind is int else ''}number" for label, kind in parameters)
+        raise RewardError(f"reward {spec!r} cannot be read; write {form}, {kinds}") from None
+
+
+_FORMS = (
+    "give length, diversity, exact_answer, think_format, format:REGEX, repetition_penalty[:N:PENALTY], "
+    "soft_overlong:LONGEST:CACHE or FILE.py:NAME"
+)
 
 
 class _UncachedLoader(SourceFileLoader):

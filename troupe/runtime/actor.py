@@ -71,6 +71,8 @@ class Actor(ABC):
     """
 
     name: ClassVar[str]
+    leaves_last: ClassVar[bool] = False
+    """Whether a play that is cut short goes on for this actor until all others have ended, as they may still report."""
     tasks: TaskGroup
 
     def __init__(
@@ -104,6 +106,7 @@ class Actor(ABC):
             async with anyio.create_task_group() as self.tasks:
                 async for message in self.inbox:
                     await self.handle(message)
+                    del message  # not kept until the next one comes: a snapshot holds gigabytes
             await self.finish()
         finally:
             with anyio.CancelScope(shield=True):

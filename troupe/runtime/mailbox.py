@@ -82,6 +82,11 @@ class Channel(Generic[T]):
             raise anyio.WouldBlock
         self._put(message)
 
+    async def settled(self) -> None:
+        """Wait until the reader is done with everything sent: it has asked for the message after the last one."""
+        while self._depth or self._inbox._in_hand is self:
+            await self._inbox._asked.wait()
+
     def close(self) -> None:
         """No more messages will come; the mailbox ends once every channel that keeps it open has closed.
 
@@ -167,6 +172,8 @@ class Mailbox:
         self.channels: list[Channel[Any]] = []
         self._queue: deque[tuple[Channel[Any], Any, float]] = deque()
         self._arrival = anyio.Event()
+        self._in_hand: Channel[Any] | None = None  # where the message came from that the reader has taken last
+        self._asked = anyio.Event()
 
     def channel(
         self,
@@ -185,6 +192,9 @@ class Mailbox:
         return self
 
     async def __anext__(self) -> Any:
+        self._in_hand = None
+        self._asked.set()
+        self._asked = anyio.Event()
         while not self._queue:
             if all(channel.closed or channel.side for channel in self.channels):
                 raise StopAsyncIteration
@@ -192,6 +202,7 @@ class Mailbox:
             await self._arrival.wait()
         channel, message, since = self._queue.popleft()
         channel._taken(time.perf_counter() - since)
+        self._in_hand = channel
         return message
 
     def __len__(self) -> int:

@@ -14,9 +14,23 @@ async def play(actors: Sequence[Actor]) -> None:
     """Run all actors concurrently until each has ended.
 
     There is no order of shutting down: the first actor ends when it has nothing more to say, its channels close,
-    and the end travels on. A fault in one cancels the others and is raised as itself, not as a group.
+    and the end travels on. A fault in one cancels the others and is raised as itself, not as a group; those that
+    leave last are cancelled when the others have ended.
     """
-    await together([actor.run for actor in actors])
+    audience = anyio.CancelScope(shield=True)
+
+    async def perform() -> None:
+        try:
+            await together([actor.run for actor in actors if not actor.leaves_last])
+        except BaseException:
+            audience.cancel()
+            raise
+
+    async def listen() -> None:
+        with audience:
+            await together([actor.run for actor in actors if actor.leaves_last])
+
+    await together([perform, listen])
 
 
 async def together(works: Iterable[Callable[[], Coroutine[Any, Any, object]]]) -> None:

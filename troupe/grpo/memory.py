@@ -1,0 +1,24 @@
+"""How much memory AdamW holds and takes. Knows numbers and types of weights, nothing of models or of what is free."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from troupe.grpo.optimizer import UPDATED_AT_ONCE
+
+
+def optimizer_state_bytes(numbers: int, dtype: mx.Dtype) -> int:
+    """Of the state of `adamw_init` for so many weights of one type: two float32 moments, and what `dtype` lacks."""
+    lacking = 2 if dtype == mx.bfloat16 else 0 if dtype == mx.float32 else 4
+    return numbers * (4 + 4 + lacking)
+
+
+def update_bytes(numbers: int, largest: int) -> int:
+    """What `adamw_update_in_place` takes beside the weights, the state and the gradients: an upper end, as measured.
+
+    `numbers` of all weights, of which `largest` are in the largest ones (embedding and head). No more than a portion
+    is under way: the new arrays of its largest weights and what their kernels make, or a little of all of it.
+    """
+    return math.ceil(max(6 * min(numbers, UPDATED_AT_ONCE), 14 * min(largest, UPDATED_AT_ONCE)))

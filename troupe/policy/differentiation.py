@@ -1,0 +1,178 @@
+"""The gradient of a loss of completions' log-probabilities, by the weights: backwards through the network by hand.
+
+Not by `mx.grad`, for three reasons. Layer after layer is evaluated and given away, so that what is in memory is known
+and not left to the order in which MLX takes one large graph. Of a layer only its input is kept, or only the results
+of its matrix products, never the many things in between. And kernels are fused, which MLX does not do inside of a
+gradient. Knows no loss and no batch.
+
+Computing activations again: Chen et al. 2016, arXiv:1604.06174; some of them: Korthikanti et al., arXiv:2205.05198.
+Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import mlx.core as mx
+
+from troupe.policy.elementwise import swiglu, swiglu_gradient
+from troupe.policy.embedding import embed, sum_by_id
+from troupe.policy.head import TokenStatistics, head_backward, head_forward
+from troupe.policy.packing import Packing
+from troupe.policy.qwen3 import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LayerWeights,
+    Qwen3Config,
+    Rotation,
+    Weights,
+    attend,
+    attention_inputs,
+    mlp_inputs,
+)
+
+Extra = TypeVar("Extra")
+Gradients = dict[str, mx.array]
+
+
+class _Kept(NamedTuple):
+    """What the gradient of a layer needs besides its input: the results of its matrix products, but the last."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    o: mx.array
+    middle: mx.array
+    gate: mx.array
+    up: mx.array
+
+
+def completion_gradients(
+    config: Qwen3Config,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    loss: Callable[[TokenStatistics], tuple[mx.array, Extra]],
+    temperature: float = 1.0,
+    *,
+    recompute: bool = False,
+    entropy_gradient: bool = True,
+) -> tuple[tuple[mx.array, Extra], Iterator[Gradients]]:
+    """((loss, whatever it gives besides), its gradients by the weights: each once, some at a time).
+
+    `loss` maps what `completion_statistics` gives of the same arguments to a scalar and arrays besides. With
+    `recompute` only the input of each layer is kept and the rest computed again. Without `entropy_gradient` the
+    entropies count as constants.
+    """
+    packing = Packing(prompts, completions)
+    rotation = Rotation(config, packing.ids.shape[0], packing.offset)
+    x = embed(weights[EMBEDDING], packing.ids[None])
+    kept: list[tuple[mx.array, _Kept | None]] = []
+    for index in range(config.num_hidden_layers):
+        w = _of_layer(weights, index)
+        inside = _inside(config, w, x, packing, rotation)
+        y = inside.middle + swiglu(inside.gate, inside.up) @ w("mlp.down_proj").T
+        kept.append((x, None if recompute else inside))
+        mx.async_eval(y, *([] if recompute else inside))  # type: ignore[no-untyped-call]
+        x = y
+
+    norm, head = weights[FINAL_NORM], weights[EMBEDDING if config.tie_word_embeddings else HEAD]
+
+    def sources(x: mx.array, norm: mx.array) -> mx.array:
+        return packing.sources(mx.fast.rms_norm(x, norm, config.rms_norm_eps)[0])
+
+    hidden = sources(x, norm)
+    outputs = head_forward(hidden, head, packing.targets, temperature, evaluate=True)
+    rows = [packing.in_rows(outputs[0]), packing.in_rows(outputs[1])]
+
+    def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:
+        return loss(TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies)))
+
+    value, cotangents = mx.value_and_grad(of_rows, argnums=(0, 1))(*rows)
+    of_targets = [mx.vjp(packing.in_rows, [outputs[0]], [grad])[1][0] for grad in cotangents]
+
+    def backwards() -> Iterator[Gradients]:
+        of_entropies = of_targets[1] if entropy_gradient else None
+        hidden_grad, head_grad = head_backward(
+            hidden, head, packing.targets, temperature, outputs, (of_targets[0], of_entropies), evaluate=True
+        )
+        x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
+        done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
+        mx.async_eval(x_grad, done)  # type: ignore[no-untyped-call]
+        for index in reversed(range(config.num_hidden_layers)):
+            layer = (config, _of_layer(weights, index), packing, rotation)
+            x_grad, grads = _backwards(*layer, *kept.pop(), x_grad)
+            mx.async_eval(x_grad, grads)  # type: ignore[no-untyped-call]
+            mx.eval(done)
+            yield done
+            done = {f"{_prefix(index)}{name}.weight": grad for name, grad in grads.items()}
+        embedding_grad = sum_by_id(x_grad[0], packing.ids, config.vocab_size)
+        yield done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
+
+    return value, backwards()
+
+
+def _inside(config: Qwen3Config, w: LayerWeights, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
+    """A layer from its input (1, N, D) to the last matrix product."""
+    q, k, v = attention_inputs(config, w, x)
+    o = attend(config, w, q, k, v, packing, rotation, 0)
+    middle = x + o @ w("self_attn.o_proj").T
+    return _Kept(q, k, v, o, middle, *mlp_inputs(config, w, middle))
+
+
+def _backwards(
+    config: Qwen3Config,
+    w: LayerWeights,
+    packing: Packing,
+    rotation: Rotation,
+    x: mx.array,
+    kept: _Kept | None,
+    y_grad: mx.array,
+) -> tuple[mx.array, Gradients]:
+    """Through one layer: the cotangent of its result → that of its input x, (1, N, D), and those of its weights."""
+    kept = kept or _inside(config, w, x, packing, rotation)
+    eps = config.rms_norm_eps
+    grads: Gradients = {}
+
+    def through_product(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
+        """y = x @ W.T, with W the weight of this name."""
+        grads[name] = y_grad.reshape(-1, y_grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return y_grad @ w(name)
+
+    def through_norm(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
+        x_grad, grads[name] = mx.vjp(lambda x, scale: mx.fast.rms_norm(x, scale, eps), [x, w(name)], [y_grad])[1]
+        return x_grad
+
+    y_part = through_product("mlp.down_proj", swiglu(kept.gate, kept.up), y_grad)
+    gate_grad, up_grad = swiglu_gradient(kept.gate, kept.up, y_part)
+    h = mx.fast.rms_norm(kept.middle, w("post_attention_layernorm"), eps)
+    h_grad = through_product("mlp.gate_proj", h, gate_grad) + through_product("mlp.up_proj", h, up_grad)
+    middle_grad = y_grad + through_norm("post_attention_layernorm", kept.middle, h_grad)
+
+    o_grad = through_product("self_attn.o_proj", kept.o, middle_grad)
+    o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
+    q, k = (
+        rotation(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), eps).swapaxes(1, 2))
+        for y, name in ((kept.q, "q"), (kept.k, "k"))
+    )
+    q_grad, k_grad, v_grad = packing.attend_gradient(q, k, kept.v.swapaxes(1, 2), config.head_dim**-0.5, o_grad)
+    q_grad, k_grad = (
+        through_norm(f"self_attn.{name}_norm", y, rotation.gradient(grad).swapaxes(1, 2))
+        for y, name, grad in ((kept.q, "q", q_grad), (kept.k, "k", k_grad))
+    )
+    h = mx.fast.rms_norm(x, w("input_layernorm"), eps)
+    h_grads = [
+        through_product(f"self_attn.{name}_proj", h, grad.reshape(*h.shape[:2], -1))
+        for name, grad in (("q", q_grad), ("k", k_grad), ("v", v_grad.swapaxes(1, 2)))
+    ]
+    return middle_grad + through_norm("input_layernorm", x, h_grads[0] + h_grads[1] + h_grads[2]), grads
+
+
+def _prefix(index: int) -> str:
+    return f"model.layers.{index}."
+
+
+def _of_layer(weights: Weights, index: int) -> LayerWeights:
+    return lambda name: weights[f"{_prefix(index)}{name}.weight"]

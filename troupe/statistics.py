@@ -1,0 +1,116 @@
+"""What scored groups say before anything is learned from them: scores, completions, and whether there is a signal.
+
+Pure functions from groups to numbers under TRL's names. Knows nothing of models, batches or steps.
+
+Shapes: B = groups × G completions in the order given, F reward functions. float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+from troupe.grpo import LearnerConfig, compute_advantages, reward_statistics
+from troupe.messages import Rollout, ScoredGroup
+
+
+def score_table(groups: Sequence[ScoredGroup], names: Sequence[str]) -> mx.array:
+    """Scores (B, F), one column a name; NaN where a score is missing."""
+    return mx.array(
+        [
+            [math.nan if score is None else score for score in row]
+            for group in groups
+            for row in zip(*(group.scores[name] for name in names), strict=True)
+        ]
+    )
+
+
+def advantages_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]) -> mx.array:
+    """Advantages (B,) by the learner's settings; `weights` maps each reward's name to its weight."""
+    return compute_advantages(
+        score_table(groups, list(weights)),
+        len(groups[0].group.rollouts),
+        config.scale_rewards,
+        weights=list(weights.values()),
+        multi_objective_aggregation=config.multi_objective_aggregation,
+    )
+
+
+def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, float]) -> bool:
+    """Whether some advantage of the group, taken alone, is not 0.
+
+    Without signal are groups whose weighted rewards, as far as they are there, are all equal. That holds for every
+    `scale_rewards`, since each compares a completion with its own group first; also where rewards are normalized one by
+    one and cancel out.
+    """
+    return bool(mx.any(advantages_of([group], config, weights) != 0.0).item())
+
+
+def is_truncated(rollout: Rollout) -> bool:
+    """Whether a completion was cut: by the length limit, or for repeating itself.
+
+    TRL looks whether the last token is a stop id, and so counts a completion that a stop string ended as cut. Here it
+    ended as it was asked to.
+    """
+    return rollout.finish_reason != "stop"
+
+
+def group_statistics(
+    groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Rewards and completions of the groups, and what reward functions logged themselves (mean over the groups)."""
+    rewards = reward_statistics(
+        score_table(groups, list(weights)),
+        len(groups[0].group.rollouts),
+        config.scale_rewards,
+        weights=list(weights.values()),
+        multi_objective_aggregation=config.multi_objective_aggregation,
+        names=list(weights),
+    )
+    # what rewards log comes first: it may not stand in for the metrics that are ours
+    return {**_logged(groups), **rewards, **_completions([rollout for g in groups for rollout in g.group.rollouts])}
+
+
+def advantage_statistics(advantages: mx.array) -> dict[str, float]:
+    """Mean, standard deviation (ddof 1, 0 of one number) and mean size of (B,) advantages, and the part that is 0."""
+    values: list[float] = advantages.tolist()  # type: ignore[assignment]
+    B = len(values)
+    mean = math.fsum(values) / B
+    return {
+        "advantages/mean": mean,
+        "advantages/std": math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(B - 1, 1)),
+        "advantages/abs_mean": math.fsum(map(abs, values)) / B,
+        "advantages/frac_zero": sum(value == 0.0 for value in values) / B,
+    }
+
+
+def num_tokens(groups: Sequence[ScoredGroup]) -> int:
+    """Tokens of all completions, and of the prompt of each completion, as TRL counts them."""
+    return sum(
+        len(group.group.prompt.prompt_ids) + len(rollout.token_ids)
+        for group in groups
+        for rollout in group.group.rollouts
+    )
+
+
+def _logged(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    names = {name for group in groups for name in group.logged}
+    values = {name: [group.logged[name] for group in groups if name in group.logged] for name in sorted(names)}
+    return {name: math.fsum(column) / len(column) for name, column in values.items()}
+
+
+def _completions(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    ended = [len(rollout.token_ids) for rollout in rollouts if not is_truncated(rollout)]
+    terminated = ended or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": (len(lengths) - len(ended)) / len(lengths),
+        "completions/mean_terminated_length": sum(terminated) / len(terminated),
+        "completions/min_terminated_length": float(min(terminated)),
+        "completions/max_terminated_length": float(max(terminated)),
+    }
