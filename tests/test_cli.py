@@ -139,6 +139,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workplace: Path) -> None:
     assert table["rewards"]["functions"] == ["exact_answer"]
     assert table["output"] == str(workplace / "out")
     assert "# 8 steps into" in out
+    assert "# memory at the most, MB" in out
+    assert table["learner"]["gradient_accumulation_steps"] == 1
+    tight = done("train", *RUN, "--dry-run", "-o", "out", "--memory-limit", "0.01")
+    assert "note: memory: at most 0.0 of 0.01 GB" in tight
+    assert "memory_limit_gb = 0.01" in tight
+    refused = call("train", *RUN, "--dry-run", "-o", "out", "--memory-limit", "0.0001")
+    assert (refused.exit_code, refused.stderr[:51]) == (2, "troupe: memory_limit_gb is 0.0001, but the run take")
 
 
 def test_resume_reads_the_stored_config_and_goes_on(workplace: Path) -> None:

@@ -64,6 +64,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("checkpoint.every=0", "checkpoint.every is 0: expected int >= 1"),
         ("seed=-1", "seed is -1; give a number from 0 to 2^63 - 1"),
         ("seed=9223372036854775808", "seed is 9223372036854775808; give a number"),
+        ("memory_limit_gb=0", "memory_limit_gb is 0.0, but must be above 0; leave it out for none"),
         ("generation.temperature=0", "generation.temperature is 0, but greedy completions"),
         ("generation.num_generations=1", "generation.num_generations is 1, but advantages compare"),
         ("rewards.min_scored=9", "rewards.min_scored is 9, but a group has only 8 completions"),

@@ -22,7 +22,8 @@ from tests.fakes import (
     write_ragged_model,
 )
 from tests.straight import play_straight
-from troupe import pipeline
+from troupe import load_config, pipeline
+from troupe.budget import GB, peak_bytes
 from troupe.checkpoint import Checkpoint, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.pipeline import build_pipeline
@@ -204,3 +205,21 @@ def test_every_data_channel_holds_all_live_groups(tmp_path: Path, ragged_model: 
     assert [actor.name for actor in built.actors] == [
         "prompter", "generator", "scorer", "learner", "checkpointer", "metrics"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_run_below_a_memory_limit_equals_the_plain_loop_with_its_choices(
+    tmp_path: Path, ragged_model: Path, max_staleness: int
+) -> None:
+    settings: dict[str, Any] = {"schedule__max_staleness": max_staleness, "checkpoint__every": 1}
+    settings["learner__gradient_checkpointing"] = True
+    least = {"checkpoint__overlap": False, "learner__gradient_accumulation_steps": 6}
+    needed = prepare(tiny_config(ragged_model, tmp_path, **settings, **least)).memory.phases
+    config = tiny_config(ragged_model, tmp_path, **settings, memory_limit_gb=peak_bytes(needed) / GB)
+    result = troupe.train(config, [delayed(seed=1)])
+    chosen = load_config(Path(result.folder) / "run.toml")
+    assert (chosen.checkpoint.overlap, chosen.generation.memory_limit_gb is None) == (False, False)
+    assert (chosen.learner.gradient_accumulation_steps or 0) > 1
+    straight = play_straight(chosen, weigh_ids)
+    assert same_bits(last_checkpoint(result.folder).weights, straight.weights)
+    assert same_bits(last_checkpoint(result.folder).optimizer_state, straight.optimizer_state)

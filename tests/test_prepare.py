@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from tests.fakes import same_bits, tiny_config, weigh_ids, write_prompts
 from troupe import RunConfig, load_config
+from troupe.budget import GB, peak_bytes
 from troupe.checkpoint import Checkpoint, RunState, checkpoint_folder, save_checkpoint
 from troupe.cli import main
 from troupe.errors import ConfigError, OutputError
 from troupe.grpo import LearnerConfig, adamw_init
 from troupe.policy import ModelConfig, load_policy
 from troupe.prepare import prepare, run_folder
+from troupe.runtime.device import arrays_in
 
 
 class Workplace:
@@ -312,3 +315,36 @@ def test_folders_that_may_be_used(tmp_path: Path) -> None:
 def test_missing_paths_are_config_errors() -> None:
     with pytest.raises(ConfigError, match=r"model.path is missing"):
         prepare(RunConfig())
+
+
+def test_a_run_is_planned_below_its_memory_limit(tmp_path: Path, tiny_model: Path) -> None:
+    free = prepare(tiny_config(tiny_model, tmp_path))
+    assert free.memory.limit_gb is None
+    assert (free.config.learner.gradient_accumulation_steps, free.config.checkpoint.overlap) == (1, True)
+    peak_gb = peak_bytes(free.memory.phases) / GB
+    prepared = prepare(tiny_config(tiny_model, tmp_path, memory_limit_gb=0.99 * peak_gb))
+    assert prepared.memory.limit_gb == 0.99 * peak_gb
+    assert prepared.config.checkpoint.overlap is False
+    assert prepared.memory.notices[0] in prepared.notices
+    with pytest.raises(ConfigError, match=r"but the run takes .* GB at the least"):
+        prepare(tiny_config(tiny_model, tmp_path, memory_limit_gb=1e-6))
+
+
+def test_without_arrays_all_else_stays(tmp_path: Path, tiny_model: Path) -> None:
+    prepared = prepare(tiny_config(tiny_model, tmp_path, learner__beta=0.1))
+    rest = prepared.without_arrays()
+    assert not list(arrays_in([rest.policy.weights, rest.reference, rest.optimizer_state]))
+    assert (rest.policy.config, rest.policy.path) == (prepared.policy.config, prepared.policy.path)
+    assert (rest.config, rest.total_steps, rest.first_step) == (prepared.config, 4, 0)
+    optimizer_state = adamw_init(prepared.policy.weights)
+    stored = Checkpoint(
+        config=prepared.policy.config,
+        weights=prepared.policy.weights,
+        optimizer_state=optimizer_state,
+        behind={1: prepared.policy.weights},
+        state=RunState(version=2, seed=0, dataset=""),
+        reference=prepared.policy.weights,
+    )
+    rest = msgspec.structs.replace(prepared, checkpoint=stored).without_arrays()
+    assert rest.first_step == 2
+    assert not list(arrays_in(rest.checkpoint))

@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import product
+from itertools import product, starmap
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -32,8 +32,6 @@ from troupe.policy import (
     parameter_count,
 )
 
-FEWEST_TOKENS = 1024
-"""No micro-batch is made smaller than this as long as computing layers twice would do instead."""
 CUDA_SHARE = 0.9
 """Of a card's memory: the limit on CUDA where none is named."""
 GB = 1e9
@@ -71,8 +69,8 @@ class _Choice(NamedTuple):
 
     prompts: int
     """That are decoded together."""
-    checkpointing: bool
     micro_batches: int
+    checkpointing: bool
     overlap: bool
     """Whether learning goes on while a checkpoint is written."""
 
@@ -113,15 +111,16 @@ def peak_bytes(phases: Phases) -> int:
 
 
 def describe(phases: Phases) -> str:
-    """The phases side by side, in GB, as lines for a person."""
+    """The phases side by side as lines for a person; small runs in MB."""
+    unit, size = ("GB", GB) if peak_bytes(phases) >= GB / 10 else ("MB", 1e6)
     table = Table(box=None, pad_edge=False)
-    table.add_column("memory at the most, GB")
+    table.add_column(f"memory at the most, {unit}")
     for phase in phases:
         table.add_column(phase, justify="right")
     for name in dict.fromkeys(name for items in phases.values() for name in items):
-        cells = [f"{items[name] / GB:.2f}" if name in items else "" for items in phases.values()]
+        cells = [f"{items[name] / size:.2f}" if name in items else "" for items in phases.values()]
         table.add_row(name, *cells)
-    table.add_row("together", *(f"{sum(items.values()) / GB:.2f}" for items in phases.values()))
+    table.add_row("together", *(f"{sum(items.values()) / size:.2f}" for items in phases.values()))
     console = Console(file=io.StringIO(), width=100, color_system=None)
     with console.capture() as capture:
         console.print(table)
@@ -160,22 +159,19 @@ def memory_limited(limit_gb: float | None) -> Iterator[None]:
 def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
     """All that the config leaves open, the fastest first.
 
-    What costs most time is to decode in several waves, then to compute layers twice, then micro-batches, as long as
-    they are not small, then to wait for checkpoints.
+    To decode in several waves costs most time, as much as it spares; then micro-batches, whose gradients are added up
+    in float32; then to compute layers twice, a third more work for the learner; then to wait for checkpoints.
     """
     learner, generation = config.learner, config.generation
     rows = learner.batch_size * generation.num_generations
-    tokens = work.longest_prompt + generation.max_completion_length
     prompts = _portions(learner.batch_size) if generation.memory_limit_gb is None else [learner.batch_size]
-    counts = [math.ceil(rows / portion) for portion in _portions(rows)]
+    counts, twice = [math.ceil(rows / portion) for portion in _portions(rows)], [False, True]
     if learner.gradient_accumulation_steps is not None:
         counts = [learner.gradient_accumulation_steps]
-    large = [n for n in counts if math.ceil(rows / n) * tokens >= FEWEST_TOKENS] or counts[:1]
-    learning = [*((False, n) for n in large), *((True, n) for n in counts)]
-    if (checkpointing := learner.gradient_checkpointing) is not None:
-        learning = [(checkpointing, n) for n in counts]
+    if learner.gradient_checkpointing is not None:
+        twice = [learner.gradient_checkpointing]
     overlaps = [True, False] if config.checkpoint.overlap is None else [config.checkpoint.overlap]
-    return [_Choice(p, twice, n, overlap) for p, (twice, n), overlap in product(prompts, learning, overlaps)]
+    return list(starmap(_Choice, product(prompts, counts, twice, overlaps)))
 
 
 def _portions(count: int) -> list[int]:
@@ -212,9 +208,9 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if learner.num_iterations > 1:
         learn["next policy"] = weights
     tables = work.policy.vocab_size * work.policy.hidden_size * (1 if work.policy.tie_word_embeddings else 2)
-    update = {"gradients": gradients, "next policy": weights, "moving weights": update_bytes(numbers, tables)}
-    if learner.num_iterations == 1:  # the next policy takes the place of the gradients bit by bit
-        update["next policy"] = max(0, weights - gradients)
+    update = {"gradients": gradients, "moving weights": update_bytes(numbers, tables)}
+    if learner.num_iterations > 1:  # else the next policy takes the place of the gradients bit by bit
+        update["next policy"] = weights
     return {"generate": held | generating, "learn": held_while_learning | learn, "update": held_while_learning | update}
 
 

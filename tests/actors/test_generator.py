@@ -91,6 +91,7 @@ async def test_rounds_of_different_steps_and_attempts_do_not_mix() -> None:
         [(1, 0, 0), (1, 1, 0)],
     ]
     assert [version for _, version in engine.loaded] == [0, 0, 0]
+    assert engine.released == 3, "each round gives the room back"
 
 
 @pytest.mark.parametrize(("max_staleness", "versions"), [(0, [0, 1, 2]), (1, [0, 0, 1])])

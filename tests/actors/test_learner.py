@@ -41,6 +41,7 @@ class Stage:
         version: int = 0,
         total_steps: int = TOTAL,
         num_tokens: int = 0,
+        learns_beside_checkpoints: bool = True,
     ) -> None:
         policy = random_policy(CONFIG, seed=3)
         self.start_weights = policy.weights
@@ -79,6 +80,7 @@ class Stage:
             prompts_per_epoch=8,
             total_steps=total_steps,
             checkpoint_every=checkpoint_every,
+            learns_beside_checkpoints=learns_beside_checkpoints,
             report=self.reports.reporter("learner"),
         )
 
@@ -540,3 +542,28 @@ async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatc
     assert same_bits(snapshot.weights, wanted.weights)
     assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
     assert [update.step for update in await taken(stage.updates)] == [1], "and the step is told"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+async def test_learning_beside_a_checkpoint_or_after_it(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+
+    def counted(*args: Any, **settings: Any) -> StepResult:
+        begun.append(args)
+        return train_on_batch(*args, **settings)
+
+    monkeypatch.setattr("troupe.actors.learner.train_on_batch", counted)
+    stage = Stage(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside)
+    await send_all(stage.scored, two_steps())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        snapshot = await anext(stage.checkpointer)
+        assert snapshot.version == 1
+        while beside and len(begun) == 1:
+            await anyio.wait_all_tasks_blocked()
+        await anyio.wait_all_tasks_blocked()
+        assert len(begun) == (2 if beside else 1), "the first checkpoint is still in hand"
+        tasks.start_soon(stage.write)
+    assert [snapshot.version for snapshot in stage.snapshots] == [2, 2]
+    spans = [m.name for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+    assert ("wait for checkpoint" in spans) == (not beside)

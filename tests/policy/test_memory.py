@@ -11,8 +11,8 @@ from troupe.policy import decoding, memory
 from troupe.policy.cache import DecodingCache
 from troupe.policy.generation import GenerationConfig, RolloutRequest
 from troupe.policy.loading import random_policy
-from troupe.policy.memory import cache_bytes, decode_memory_bytes, prefill_chunks, split_into_waves
-from troupe.policy.qwen3 import Qwen3Config
+from troupe.policy.memory import cache_bytes, decode_memory_bytes, fused_copy_bytes, prefill_chunks, split_into_waves
+from troupe.policy.qwen3 import Qwen3Config, fuse_projections
 from troupe.policy.rollout import RolloutEngine
 
 
@@ -123,3 +123,11 @@ def test_waves_are_as_full_as_the_limit_allows() -> None:
     assert split_into_waves(lengths, sum, 7) == [range(3), range(3, 4), range(4, 7)]
     assert split_into_waves(lengths, sum, 1) == [range(i, i + 1) for i in range(7)]
     assert split_into_waves([], sum, None) == split_into_waves([], sum, 3) == []
+
+
+def test_the_fused_copy_is_what_is_copied() -> None:
+    config = config_of(num_key_value_heads=2, intermediate_size=48)
+    weights = random_policy(config).weights
+    fused = fuse_projections(config, weights)
+    copied = sum(array.nbytes for name, array in fused.items() if name not in weights)
+    assert fused_copy_bytes(config, mx.float32) == copied

@@ -16,6 +16,7 @@ from troupe.errors import ModelError
 from troupe.policy import decoding, memory
 from troupe.policy.drawing import draw_tokens
 from troupe.policy.loading import Policy, load_policy, random_policy
+from troupe.policy.memory import fused_copy_bytes
 from troupe.policy.qwen3 import Qwen3Config, init_weights
 from troupe.policy.rollout import (
     CompletedGroup,
@@ -403,3 +404,19 @@ def test_generate_batch_returns_rows_in_prompt_order(tiny_model: Path) -> None:
         np.testing.assert_allclose(ours, log_probs[row][: len(ours)], atol=1e-4)
     assert batch == generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
     assert batch != generate_batch(policy, ["hello", "a"], 3, generation, seed=5)
+
+
+def test_released_weights_are_let_go_and_others_loaded() -> None:
+    policy = random_policy(CONFIG, seed=1)
+    engine = RolloutEngine(CONFIG, GenerationConfig(num_generations=2, max_completion_length=4), stop_ids=frozenset())
+    request = RolloutRequest(prompt_ids=(1, 2, 3), key=(0,))
+    engine.load(policy.weights, 0)
+    [first] = engine.decode([request])
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    engine.release()
+    assert held - mx.get_active_memory() >= fused_copy_bytes(CONFIG, mx.float32)
+    with pytest.raises(RuntimeError, match="no weights yet"):
+        engine.decode([request])
+    engine.load(policy.weights, 0)
+    assert list(engine.decode([request])) == [first]

@@ -281,3 +281,28 @@ async def test_broadcast_reaches_who_listens_and_keeps_the_newest_only() -> None
 def test_broadcast_refuses_a_wrong_type_even_where_nobody_listens() -> None:
     with pytest.raises(TypeError, match="channel news carries int, not str"):
         Broadcast("news", int).send_nowait("x")  # type: ignore[arg-type]
+
+
+async def test_settled_waits_until_the_reader_is_done_with_all_that_was_sent() -> None:
+    mailbox, settled = Mailbox("m"), []
+    channel: Channel[int] = mailbox.channel("c", int, bound=9)
+    other: Channel[int] = mailbox.channel("o", int, bound=9)
+
+    async def wait() -> None:
+        await channel.settled()
+        settled.append(True)
+
+    await channel.settled()  # nothing was sent
+    async with anyio.create_task_group() as tasks:
+        for number in (1, 2):
+            await channel.send(number)
+        tasks.start_soon(wait)
+        for _ in range(2):
+            await anext(mailbox)
+            await anyio.wait_all_tasks_blocked()
+            assert not settled, "the reader may still be at work on what it took last"
+        await other.send(3)
+        await anext(mailbox)
+        await anyio.wait_all_tasks_blocked()
+        assert settled == [True], "it asked for the next one, whoever that is from"
+    await channel.settled()

@@ -21,4 +21,4 @@ def update_bytes(numbers: int, largest: int) -> int:
     `numbers` of all weights, of which `largest` are in the largest ones (embedding and head). No more than a portion
     is under way: the new arrays of its largest weights and what their kernels make, or a little of all of it.
     """
-    return math.ceil(max(6 * min(numbers, UPDATED_AT_ONCE), 14 * min(largest, UPDATED_AT_ONCE)))
+    return math.ceil(max(8 * min(numbers, UPDATED_AT_ONCE), 18 * min(largest, UPDATED_AT_ONCE)))

@@ -4,15 +4,16 @@ Knows nothing of losses, optimizers and how much memory is free. Counts what `co
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
           matrix products, D + 2·H·d + 2·K·d + 2·F
-head      beside what is kept, hidden states of M targets, of each logit of a block 33 bytes forwards, 16 backwards and
-          16 for entropies, where a device fuses kernels better two float32 and two or three of the weights' type;
-          backwards twice the gradient of the head, V·D
+head      beside what is kept, hidden states of M targets; of each logit of a block 33 bytes forwards, 16 backwards and
+          16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
+          twice the gradient of the head, V·D
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
-          `_layer_bytes` has, and the layer's own gradients
+          `_layer_bytes` has, and the layer's own gradients; on a GPU twice, for it begins the next layer early
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding two tables
-          of V·D, four where gradients are added up, and 6·N·D float32
+          of V·D, or 4.2 where gradients are added up, and 6·N·D float32
 
-Of these the largest. What is kept is exact, the factors of the others are upper ends, measured on a CPU with MLX 0.32.
+Of these the largest. What is kept is exact, the factors of the others are upper ends, measured on a CPU with MLX
+0.32; those for a GPU follow from the order of the work and are not measured.
 """
 
 from __future__ import annotations
@@ -69,17 +70,18 @@ def gradient_memory_bytes(
     N, M = batch.tokens, batch.targets
     numbers, table = parameter_count(config), V * D
     layer = (numbers - table * (1 if config.tie_word_embeddings else 2) - D) // L
-    made, sums = (size + 4, 4 * numbers) if adds_up else (size, 0)  # bytes a new gradient takes, and all the old
+    made = size + 4 if adds_up and size < 4 else size  # bytes of a new gradient, with its like in float32
+    sums = 4 * numbers if adds_up else 0
     kept = L * N * (D if recompute else D + _inside(config)) * size
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
     forwards, backwards, of_entropies = (33, 16, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
     head = kept + (N * D + 3 * M * D) * size + 3 * M * D * 4
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
-    back *= 1 if on_cpu else 2  # the next layer is begun before the device is done with this one
+    back *= 1 if on_cpu else 2
     first = kept + table * size + back
     gradients = 0 if adds_up else numbers * size
-    last = gradients + max(back, (4 if adds_up else 2) * table * size + 6 * N * D * 4)
+    last = gradients + max(back, (4.2 if adds_up else 2) * table * size + 6 * N * D * 4)
     return math.ceil(sums + max(head, first, last))
 
 

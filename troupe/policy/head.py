@@ -55,24 +55,26 @@ def head_forward(
     """
     scale = 1.0 / temperature
     chosen = mx.zeros(hidden.shape[0])
-    normalizer = mean = mx.array(-math.inf)  # log Σ e^ℓ, and the mean of ℓ, over the blocks so far
+    normalizer = entropies = mx.array(-math.inf)  # log Σ e^ℓ over the blocks so far, and the entropies within them
     for block in _blocks(head.shape[0], hidden.shape[0]):
         logits = hidden @ head[block].T
         peak = mx.max(logits, axis=-1).astype(mx.float32) * scale
         powers, weighted = compiled(_powers, logits.shape)(logits, scale, peak[:, None])
         total = mx.sum(powers, axis=-1)
-        block_mean, block_normalizer = mx.sum(weighted, axis=-1) / total, peak + mx.log(total)
+        log_total = mx.log(total)
+        block_entropies, block_normalizer = log_total - mx.sum(weighted, axis=-1) / total, peak + log_total
         chosen = mx.where(_is_in(targets, block), _pick(logits, targets, block) * scale, chosen)
         if block.start == 0:
-            normalizer, mean = block_normalizer, block_mean
+            normalizer, entropies = block_normalizer, block_entropies
         else:
             joint = mx.logaddexp(normalizer, block_normalizer)
-            share = mx.exp(block_normalizer - joint)
-            normalizer, mean = joint, mean + share * (block_mean - mean)
-        hidden = mx.depends(hidden, [chosen, normalizer, mean])  # one block after the other
+            before, here = normalizer - joint, block_normalizer - joint  # log of the share of each
+            entropies = mx.exp(before) * (entropies - before) + mx.exp(here) * (block_entropies - here)
+            normalizer = joint
+        hidden = mx.depends(hidden, [chosen, normalizer, entropies])  # one block after the other
         if evaluate:
-            mx.eval(chosen, normalizer, mean)
-    return chosen - normalizer, normalizer - mean, normalizer
+            mx.eval(chosen, normalizer, entropies)
+    return chosen - normalizer, entropies, normalizer
 
 
 def head_backward(
@@ -117,10 +119,10 @@ def head_backward(
 
 
 def _powers(logits: mx.array, scale: float, peak: mx.array) -> tuple[mx.array, mx.array]:
-    """e^(ℓ − peak), and that times ℓ."""
-    ell = logits.astype(mx.float32) * scale
-    powers = exponential(ell - peak)
-    return powers, powers * ell
+    """e^(ℓ − peak), and that times ℓ − peak."""
+    below = logits.astype(mx.float32) * scale - peak
+    powers = exponential(below)
+    return powers, powers * below
 
 
 def _log_prob_grad(
@@ -141,8 +143,9 @@ def _entropy_grad(
 
 def block_rows(M: int, *, on_cpu: bool) -> int:
     """Rows of the head that are taken together for M tokens: a multiple of 256."""
-    numbers = BLOCK_NUMBERS_ON_CPU if on_cpu else BLOCK_NUMBERS
-    return max(256, numbers // max(1, M) // 256 * 256)
+    if on_cpu:  # where a sum goes from one end to the other, and few terms keep it precise
+        return min(8192, max(256, BLOCK_NUMBERS_ON_CPU // max(1, M) // 256 * 256))
+    return max(256, BLOCK_NUMBERS // max(1, M) // 256 * 256)
 
 
 def _blocks(V: int, M: int) -> Iterator[slice]:
