@@ -82,7 +82,7 @@ def test_the_phases_of_a_run_by_hand() -> None:
     whole = MicroBatch(prompts=3, prompt_length=20, rows=12, completion_length=100)
     learning = gradient_memory_bytes(POLICY, mx.bfloat16, whole)
     learn = {"gradients": WEIGHTS, "forward and backward": learning - WEIGHTS}
-    update = {"gradients": WEIGHTS, "moving weights": update_bytes(NUMBERS, 5000 * 64)}
+    update = {"gradients": WEIGHTS, "moving weights": update_bytes(NUMBERS, 5000 * 64, mx.bfloat16)}
     assert plan_memory(config_of(), WORK).phases == {
         "generate": held | generating,
         "learn": held | learn,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import mlx.core as mx
 import msgspec
 import pytest
 
@@ -490,3 +491,19 @@ async def test_a_folder_that_cannot_be_locked_is_used_all_the_same(
     async with Supervisor(tiny_config(ragged_model, tmp_path, learner__max_steps=1), [weigh_ids]) as run:
         pass
     assert run.result.steps == 1
+
+
+async def test_mlx_keeps_the_limit_of_a_run_as_long_as_it_runs(tmp_path: Path, ragged_model: Path) -> None:
+    seen: list[int] = []
+
+    def look(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.append(mx.get_memory_limit())
+        return weigh_ids(completion_ids)
+
+    before = mx.get_memory_limit()
+    async with troupe.Supervisor(tiny_config(ragged_model, tmp_path, memory_limit_gb=0.5), [look]) as run:
+        await run.wait()
+        assert not run._prepared.policy.weights, "the run itself keeps what it still needs of them"
+    assert set(seen) == {500_000_000}
+    assert mx.get_memory_limit() == before
+    assert any(notice.startswith("memory: at most 0.0 of 0.5 GB") for notice in run.notices)

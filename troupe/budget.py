@@ -208,7 +208,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if learner.num_iterations > 1:
         learn["next policy"] = weights
     tables = work.policy.vocab_size * work.policy.hidden_size * (1 if work.policy.tie_word_embeddings else 2)
-    update = {"gradients": gradients, "moving weights": update_bytes(numbers, tables)}
+    update = {"gradients": gradients, "moving weights": update_bytes(numbers, tables, work.dtype)}
     if learner.num_iterations > 1:  # else the next policy takes the place of the gradients bit by bit
         update["next policy"] = weights
     return {"generate": held | generating, "learn": held_while_learning | learn, "update": held_while_learning | update}

@@ -181,7 +181,8 @@ def _rewards(
         if "answer" not in dataset.columns:
             raise RewardError(
                 f"{dataset.source}: the rows have no `answer` column and no reward is named; "
-                "name one with --reward (length, diversity, exact_answer, format:REGEX or FILE.py:FUNC)"
+                "name one with --reward (length, diversity, exact_answer, think_format, repetition_penalty, "
+                "soft_overlong:LONGEST:CACHE, format:REGEX or FILE.py:FUNC)"
             )
         functions = ("exact_answer",)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))

@@ -26,9 +26,9 @@ def test_the_state_of_adamw(dtype: mx.Dtype) -> None:
 
 
 def test_an_update_by_hand() -> None:
-    assert update_bytes(1000, 100) == 8000
-    assert update_bytes(1000, 900) == 18 * 900
-    assert update_bytes(10 * UPDATED_AT_ONCE, 5 * UPDATED_AT_ONCE) == 18 * UPDATED_AT_ONCE
+    assert update_bytes(1000, 100, mx.float32) == 8000
+    assert update_bytes(1000, 900, mx.float32) == 18 * 900
+    assert update_bytes(10 * UPDATED_AT_ONCE, 5 * UPDATED_AT_ONCE, mx.bfloat16) == (18 + 5 * 2) * UPDATED_AT_ONCE
 
 
 @pytest.mark.usefixtures("mlx_waits")
@@ -43,4 +43,4 @@ def test_an_update_peaks_below_the_formula(shapes: list[tuple[int, ...]], dtype:
     mx.reset_peak_memory()
     adamw_update_in_place(weights, grads, state, lr=1e-3)
     sizes = [x.size for x in published.values()]
-    assert mx.get_peak_memory() - held <= update_bytes(sum(sizes), max(sizes))
+    assert mx.get_peak_memory() - held <= update_bytes(sum(sizes), max(sizes), dtype)

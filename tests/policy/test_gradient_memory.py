@@ -51,9 +51,7 @@ def test_the_tokens_of_a_micro_batch() -> None:
 def test_what_is_kept_grows_by_layers(recompute: bool) -> None:
     """With a vocabulary so large that the head is the peak, a layer adds what is kept of it."""
     few, many = (
-        gradient_memory_bytes(
-            config_of(num_hidden_layers=L, vocab_size=100_000), mx.float32, BATCH, recompute=recompute
-        )
+        gradient_memory_bytes(config_of(num_hidden_layers=L, vocab_size=20_000), mx.float32, BATCH, recompute=recompute)
         for L in (2, 4)
     )
     inside = 0 if recompute else 64 + 2 * (4 + 2) * 16 + 2 * 192
@@ -61,11 +59,11 @@ def test_what_is_kept_grows_by_layers(recompute: bool) -> None:
 
 
 def test_the_end_by_hand() -> None:
-    """Of one token next to nothing is kept: all gradients, and two tables for the embedding."""
+    """Of one token next to nothing is kept: all gradients, and some tables for the embedding."""
     config, batch = config_of(), MicroBatch(prompts=1, prompt_length=1, rows=1, completion_length=1)
     numbers = parameter_count(config)
     assert gradient_memory_bytes(config, mx.bfloat16, batch, on_cpu=False) == math.ceil(
-        numbers * 2 + 2 * 2000 * 64 * 2 + 6 * 64 * 4
+        numbers * 2 + 3.1 * 2000 * 64 * 2 + 6 * 64 * 4
     )
     assert gradient_memory_bytes(config, mx.bfloat16, batch, adds_up=True, on_cpu=False) == math.ceil(
         numbers * 4 + 4.2 * 2000 * 64 * 2 + 6 * 64 * 4
@@ -137,7 +135,7 @@ def measured_and_predicted(
         config, mx.float32, micro, recompute=recompute, entropy_gradient=entropy, adds_up=micro_batches > 1
     )
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    updating = 4 * numbers + update_bytes(numbers, tables)
+    updating = 4 * numbers + update_bytes(numbers, tables, mx.float32)
     return peak, 4 * numbers + optimizer_state_bytes(numbers, mx.float32) + max(learning, updating)
 
 

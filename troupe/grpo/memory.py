@@ -15,10 +15,12 @@ def optimizer_state_bytes(numbers: int, dtype: mx.Dtype) -> int:
     return numbers * (4 + 4 + lacking)
 
 
-def update_bytes(numbers: int, largest: int) -> int:
+def update_bytes(numbers: int, largest: int, dtype: mx.Dtype) -> int:
     """What `adamw_update_in_place` takes beside the weights, the state and the gradients: an upper end, as measured.
 
     `numbers` of all weights, of which `largest` are in the largest ones (embedding and head). No more than a portion
-    is under way: the new arrays of its largest weights and what their kernels make, or a little of all of it.
+    is under way: the new arrays of its largest weights and what their kernels make, or a little of all of it. A weight
+    larger than a portion is there anew before its gradient is gone.
     """
-    return math.ceil(max(8 * min(numbers, UPDATED_AT_ONCE), 18 * min(largest, UPDATED_AT_ONCE)))
+    portion = math.ceil(max(8 * min(numbers, UPDATED_AT_ONCE), 18 * min(largest, UPDATED_AT_ONCE)))
+    return portion + (largest * dtype.size if largest > UPDATED_AT_ONCE else 0)

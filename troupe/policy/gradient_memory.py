@@ -9,8 +9,8 @@ head      beside what is kept, hidden states of M targets; of each logit of a bl
           twice the gradient of the head, V·D
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
           `_layer_bytes` has, and the layer's own gradients; on a GPU twice, for it begins the next layer early
-end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding two tables
-          of V·D, or 4.2 where gradients are added up, and 6·N·D float32
+end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
+          of V·D, 4.2 where gradients are added up, and 6·N·D float32
 
 Of these the largest. What is kept is exact, the factors of the others are upper ends, measured on a CPU with MLX
 0.32; those for a GPU follow from the order of the work and are not measured.
@@ -81,7 +81,7 @@ def gradient_memory_bytes(
     back *= 1 if on_cpu else 2
     first = kept + table * size + back
     gradients = 0 if adds_up else numbers * size
-    last = gradients + max(back, (4.2 if adds_up else 2) * table * size + 6 * N * D * 4)
+    last = gradients + max(back, (4.2 if adds_up else 3.1) * table * size + 6 * N * D * 4)
     return math.ceil(sums + max(head, first, last))
 
 
