@@ -76,6 +76,8 @@ def completion_gradients(
         y = inside.middle + swiglu(inside.gate, inside.up) @ w("mlp.down_proj").T
         kept.append((x, None if recompute else inside))
         mx.async_eval(y, *([] if recompute else inside))  # type: ignore[no-untyped-call]
+        mx.eval(x)  # while the device is at this layer the next one is prepared, and no more than that
+        del inside
         x = y
 
     norm, head = weights[FINAL_NORM], weights[EMBEDDING if config.tie_word_embeddings else HEAD]
