@@ -134,6 +134,7 @@ def main() -> None:
     for variant in args.variants:
         policy = random_policy(config, dtype=args.dtype)
         weights: Weights = policy.weights
+        policy.weights = {}
         state = adamw_init(weights)
         mx.eval(state)
         held = mx.get_active_memory()
@@ -162,7 +163,7 @@ def main() -> None:
             "troupe": troupe.__version__,
         }
         print(json.dumps(line), flush=True)
-        del policy, weights, state, published
+        del weights, state, published
 
 
 if __name__ == "__main__":

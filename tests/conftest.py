@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
+from tests.fakes import OPEN_DEVICES
 from tests.tiny import write_tiny_model
 
 
@@ -20,3 +23,15 @@ def anyio_backend() -> str:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen3 folder with a byte-level tokenizer; never written to."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def closed_devices() -> Iterator[None]:
+    """Threads that tests took from `fakes.device_thread` end when all tests have."""
+    yield
+
+    async def close() -> None:
+        for device in OPEN_DEVICES:
+            await device.close()
+
+    anyio.run(close)

@@ -16,11 +16,20 @@ from tests.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, load_config
 from troupe.messages import Incident, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot, Span
 from troupe.policy import CompletedGroup, Completion, RolloutRequest, Weights
-from troupe.runtime import Channel, Mailbox, Reporter
+from troupe.runtime import Channel, DeviceThread, Mailbox, Reporter
 
 BATCH_SIZE, NUM_GENERATIONS = 2, 3
 RAGGED = msgspec.structs.replace(CONFIG, eos_token_id=(256, *range(24)))
 """One of these ids ends a completion after some ten tokens, so that groups are ready at different times."""
+
+OPEN_DEVICES: list[DeviceThread] = []
+"""What `device_thread` has given out."""
+
+
+def device_thread(name: str) -> DeviceThread:
+    """A device thread for an actor that is played alone; closed when all tests are done."""
+    OPEN_DEVICES.append(DeviceThread(name))
+    return OPEN_DEVICES[-1]
 
 
 async def taken(mailbox: Mailbox) -> list[Any]:

@@ -58,6 +58,15 @@ def choices(plan: Plan) -> tuple[int | None, bool | None, bool | None]:
     return learner.gradient_accumulation_steps, learner.gradient_checkpointing, plan.config.checkpoint.overlap
 
 
+def usable(limit_gb: float) -> float:
+    return (1.0 - budget.RESERVE) * limit_gb
+
+
+def limit_for(needed_gb: float) -> float:
+    """A hair more than the lowest limit that leaves this much."""
+    return needed_gb / (1.0 - budget.RESERVE) * (1.0 + 1e-9)
+
+
 def peak_gb(plan: Plan) -> float:
     return peak_bytes(plan.phases) / GB
 
@@ -129,19 +138,21 @@ def test_micro_batches_are_counted_by_the_prompts_they_may_touch() -> None:
 def test_below_ever_lower_limits_ever_more_is_given_up(staleness: int) -> None:
     most = peak_gb(plan_memory(config_of(schedule__max_staleness=staleness), WORK))
     seen: list[tuple[int | None, bool | None, bool | None]] = []
-    limit_gb, refusal = most, ""
+    limit_gb, refusal = limit_for(most), ""
     while not refusal:
         try:
             plan = plan_memory(config_of(limit_gb, schedule__max_staleness=staleness), WORK)
         except ConfigError as error:
             refusal = str(error)
             continue
-        assert peak_gb(plan) <= limit_gb
+        assert peak_gb(plan) <= usable(limit_gb)
         assert plan.limit_gb == limit_gb
         assert plan_memory(plan.config, WORK).config == plan.config, "a resume makes the same choices"
         seen.append(choices(plan))
-        limit_gb = peak_gb(plan) * 0.999
-    assert refusal.startswith(f"memory_limit_gb is {limit_gb:.4g}, but the run takes {peak_gb(plan):.3g} GB at the")
+        limit_gb = limit_for(peak_gb(plan)) * 0.999
+    assert refusal.startswith(
+        f"memory_limit_gb is {limit_gb:.4g}, of which 5% is kept in reserve, but the run takes {peak_gb(plan):.3g} GB"
+    )
     assert seen[:2] == [(1, False, True), (1, False, False)]
     assert seen[-1] == (12, True, False)
     assert (1, True, False) in seen
@@ -159,7 +170,7 @@ def test_what_is_left_goes_to_decoding_and_fits_as_many_prompts_as_were_counted(
     }
     free = plan_memory(config_of(**settings), work).phases
     assert peak_bytes(free) == sum(free["generate"].values())
-    plan = plan_memory(config_of(peak_bytes(free) * 0.95 / GB, **settings), work)
+    plan = plan_memory(config_of(limit_for(peak_bytes(free) * 0.95 / GB), **settings), work)
     room_gb = plan.config.generation.memory_limit_gb
     assert room_gb is not None
 
@@ -174,7 +185,7 @@ def test_what_is_left_goes_to_decoding_and_fits_as_many_prompts_as_were_counted(
 
 
 def test_the_choices_are_told_in_one_line() -> None:
-    limit_gb = 0.999 * peak_gb(plan_memory(config_of(checkpoint__overlap=False), WORK))
+    limit_gb = limit_for(0.999 * peak_gb(plan_memory(config_of(checkpoint__overlap=False), WORK)))
     plan = plan_memory(config_of(limit_gb, checkpoint__overlap=False), WORK)
     assert plan.notices == (
         f"memory: at most {peak_gb(plan):.1f} of {limit_gb:.4g} GB, decoding a step at once, learning at once, "
@@ -194,7 +205,9 @@ def test_what_the_config_names_stays() -> None:
     )
     assert plan_memory(config, WORK).config == config
     tight = config_of(0.02, learner__gradient_checkpointing=False)
-    with pytest.raises(ConfigError, match=r"memory_limit_gb is 0\.02, but the run takes .* lower generation\.max_"):
+    with pytest.raises(
+        ConfigError, match=r"memory_limit_gb is 0\.02, of which 5% .* but the run takes .* lower generation\.max_"
+    ):
         plan_memory(tight, WORK)
 
 
@@ -214,13 +227,13 @@ def test_a_limit_that_only_the_device_recommends_refuses_nothing(monkeypatch: py
     plan = recommend(10.0)
     assert (choices(plan), plan.limit_gb, plan.notices) == ((1, False, True), 10.0, ())
     assert plan.config.memory_limit_gb is None
-    plan = recommend(0.999 * peak_gb(plan))
+    plan = recommend(limit_for(0.999 * peak_gb(plan)))
     assert choices(plan) == (1, False, False)
     assert "waiting for checkpoints" in plan.notices[0]
     plan = recommend(0.001)
     assert (choices(plan), plan.limit_gb) == ((12, True, False), None)
     [notice] = plan.notices
-    assert notice.startswith("the device recommends 0.001 GB, but the run takes")
+    assert notice.startswith("the device recommends 0.001 GB, of which 5% is kept in reserve, but the run takes")
     assert notice.endswith("it is tried all the same")
     assert plan.config.generation.memory_limit_gb == decode_bytes(3) / GB, "waves would spare nothing"
 
@@ -246,7 +259,7 @@ def test_mlx_is_told_and_gets_its_own_limits_back() -> None:
     before = mx.set_memory_limit(10**12)
     try:
         with memory_limited(0.5):
-            assert mx.get_memory_limit() == 500_000_000
+            assert mx.get_memory_limit() == 475_000_000
         with memory_limited(None):
             assert mx.get_memory_limit() == 10**12
         with pytest.raises(KeyError), memory_limited(0.5):

@@ -23,7 +23,7 @@ from tests.fakes import (
 )
 from tests.straight import play_straight
 from troupe import load_config, pipeline
-from troupe.budget import GB, peak_bytes
+from troupe.budget import GB, RESERVE, peak_bytes
 from troupe.checkpoint import Checkpoint, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.pipeline import build_pipeline
@@ -215,7 +215,7 @@ def test_a_run_below_a_memory_limit_equals_the_plain_loop_with_its_choices(
     settings["learner__gradient_checkpointing"] = True
     least = {"checkpoint__overlap": False, "learner__gradient_accumulation_steps": 6}
     needed = prepare(tiny_config(ragged_model, tmp_path, **settings, **least)).memory.phases
-    config = tiny_config(ragged_model, tmp_path, **settings, memory_limit_gb=peak_bytes(needed) / GB)
+    config = tiny_config(ragged_model, tmp_path, **settings, memory_limit_gb=peak_bytes(needed) / GB / (1.0 - RESERVE))
     result = troupe.train(config, [delayed(seed=1)])
     chosen = load_config(Path(result.folder) / "run.toml")
     assert (chosen.checkpoint.overlap, chosen.generation.memory_limit_gb is None) == (False, False)

@@ -34,6 +34,8 @@ from troupe.policy import (
 
 CUDA_SHARE = 0.9
 """Of a card's memory: the limit on CUDA where none is named."""
+RESERVE = 0.05
+"""Of a limit: left free, because MLX looks at what it holds only after it has taken more."""
 GB = 1e9
 
 Phases = Mapping[str, Mapping[str, int]]
@@ -88,10 +90,10 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
         return Plan(config=_resolved(config, fastest, None), limit_gb=None, phases=_phases(config, work, fastest))
     for choice in (fastest, *others):
         phases = _phases(config, work, choice)
-        if peak_bytes(phases) <= limit_gb * GB:
+        if peak_bytes(phases) <= _usable_gb(limit_gb) * GB:
             told = (_told(config, choice, phases, limit_gb),)
             return Plan(
-                config=_resolved(config, choice, _decode_room_gb(phases, limit_gb)),
+                config=_resolved(config, choice, _decode_room_gb(phases, _usable_gb(limit_gb))),
                 limit_gb=limit_gb,
                 phases=phases,
                 notices=told if config.memory_limit_gb is not None or choice != fastest else (),
@@ -148,12 +150,16 @@ def memory_limited(limit_gb: float | None) -> Iterator[None]:
     if limit_gb is None:
         yield
         return
-    memory, cache = mx.set_memory_limit(round(limit_gb * GB)), mx.set_cache_limit(round(limit_gb * GB))
+    memory, cache = mx.set_memory_limit(round(_usable_gb(limit_gb) * GB)), mx.set_cache_limit(round(limit_gb * GB))
     try:
         yield
     finally:
         mx.set_memory_limit(memory)
         mx.set_cache_limit(cache)
+
+
+def _usable_gb(limit_gb: float) -> float:
+    return (1.0 - RESERVE) * limit_gb
 
 
 def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
@@ -299,6 +305,7 @@ def _refusal(config: RunConfig, phases: Phases, limit_gb: float) -> str:
     if config.schedule.max_staleness:
         lower.append("schedule.max_staleness")
     return (
-        f"{limit}, but the run takes {peak_bytes(phases) / GB:.3g} GB at the least ({largest}: {parts}); raise "
+        f"{limit}, of which {RESERVE:.0%} is kept in reserve, but the run takes {peak_bytes(phases) / GB:.3g} GB at the "
+        f"least ({largest}: {parts}); raise "
         f"memory_limit_gb, lower {', '.join(lower)}, or take a smaller model"
     )

@@ -39,7 +39,7 @@ from troupe.messages import (
 )
 from troupe.policy import RolloutEngine, Weights
 from troupe.prepare import Prepared
-from troupe.runtime import Actor, Broadcast, Channel, Credits, Mailbox, PolicyBoard, Reporter, TraceWriter
+from troupe.runtime import Actor, Broadcast, Channel, Credits, DeviceThread, Mailbox, PolicyBoard, Reporter, TraceWriter
 from troupe.sinks import ConsoleSink, JsonlSink, PlainSink, RunInfo, Sink, SinkName
 
 # Reports a stalled Metrics actor may leave waiting before an incident holds up its sender or a span is dropped.
@@ -56,6 +56,8 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: Channel[Checkpoint]
     updates: Broadcast[Update]
     tally: Tally
+    devices: tuple[DeviceThread, ...]
+    """Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another computes."""
 
 
 def build_pipeline(prepared: Prepared) -> Pipeline:
@@ -80,6 +82,7 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
             metrics_box.channel(f"{actor} spans", Span, bound=_SPANS, overflow="drop_oldest"),
         )
 
+    generating, learning, writing = DeviceThread("generator"), DeviceThread("learner"), DeviceThread("checkpointer")
     prompter = Prompter(
         prompter_box,
         generator_box.channel("prompts", Prompt, bound=live),
@@ -94,6 +97,7 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
         generator_box,
         scorer_box.channel("rollouts", RolloutGroup, bound=live),
         engine=lambda: RolloutEngine(policy_config, config.generation, stop_ids=stop_ids, tokenizer=tokenizer),
+        device=generating,
         board=board,
         decode_text=tokenizer.decode_sampled,
         seed=config.seed,
@@ -113,6 +117,7 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
             updates=metrics_box.channel("updates", Update, bound=_UPDATES),
             snapshots=checkpointer_box.channel("snapshots", Snapshot, bound=1),
         ),
+        device=learning,
         config=config.learner,
         policy_config=policy_config,
         state=start,
@@ -130,6 +135,7 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
     )
     checkpointer = Checkpointer(
         checkpointer_box,
+        device=writing,
         run=prepared.folder,
         keep=config.checkpoint.keep,
         policy_config=policy_config,
@@ -157,6 +163,7 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
         checkpoint=learner_box.channel("checkpoint request", Checkpoint, bound=1, overflow="newest", side=True),
         updates=updates,
         tally=tally,
+        devices=(generating, learning, writing),
     )
 
 

@@ -111,7 +111,8 @@ class Supervisor:
         finally:
             self._unlock()
             with anyio.CancelScope(shield=True):
-                await self._device.close()
+                for device in (*self._pipeline.devices, self._device):
+                    await device.close()
         if self._fault is not None and error is None:
             raise self._fault
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import msgspec
 import pytest
 
-from tests.fakes import Reports, same_bits, send_all
+from tests.fakes import Reports, device_thread, same_bits, send_all
 from tests.tiny import CONFIG
 from troupe import checkpoint
 from troupe.actors.checkpointer import Checkpointer
@@ -28,6 +28,7 @@ class Stage:
         self.snapshots: Channel[Snapshot] = self.inbox.channel("snapshots", Snapshot, bound=9)
         self.checkpointer = Checkpointer(
             self.inbox,
+            device=device_thread("checkpointer"),
             run=run,
             keep=keep,
             policy_config=CONFIG,

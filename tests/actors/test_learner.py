@@ -11,7 +11,7 @@ import anyio
 import mlx.core as mx
 import pytest
 
-from tests.fakes import Reports, ended, make_scored, same_bits, send_all, taken
+from tests.fakes import Reports, device_thread, ended, make_scored, same_bits, send_all, taken
 from tests.tiny import CONFIG
 from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
 from troupe.errors import RunError
@@ -62,6 +62,7 @@ class Stage:
                 updates=self.updates.channel("updates", Update, bound=20),
                 snapshots=self.checkpointer.channel("snapshots", Snapshot, bound=20),
             ),
+            device=device_thread("learner"),
             config=config,
             policy_config=CONFIG,
             state=LearnerState(

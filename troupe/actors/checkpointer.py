@@ -33,6 +33,7 @@ class Checkpointer(Actor):
         self,
         inbox: Mailbox,
         *,
+        device: DeviceThread,
         run: Path,
         keep: int,
         policy_config: Qwen3Config,
@@ -47,7 +48,7 @@ class Checkpointer(Actor):
         self._source = source
         self._run_state = run_state
         self._newest: int | None = None
-        self._device = DeviceThread(self.name)
+        self._device = device
 
     async def handle(self, message: Snapshot) -> None:
         """Write a checkpoint; for the last one also the plain model folder `final/`."""
@@ -68,10 +69,6 @@ class Checkpointer(Actor):
                         "training goes on, and whole checkpoints from before stay",
                     )
                 )
-
-    async def stop(self) -> None:
-        """End the thread that writes."""
-        await self._device.close()
 
     def write(self, snapshot: Snapshot) -> None:
         """Write one snapshot, in the calling thread. OSError where the disk fails."""

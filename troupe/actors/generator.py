@@ -29,6 +29,7 @@ class Generator(Actor):
         groups: Channel[RolloutGroup],
         *,
         engine: Callable[[], RolloutEngine],
+        device: DeviceThread,
         board: PolicyBoard[Weights],
         decode_text: Callable[[Sequence[int]], str],
         seed: int,
@@ -41,7 +42,7 @@ class Generator(Actor):
         self._decode_text = decode_text
         self._seed = seed
         self._waiting: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
-        self._device = DeviceThread(self.name)
+        self._device = device
         self._engine: RolloutEngine
 
     async def start(self) -> None:
@@ -54,10 +55,6 @@ class Generator(Actor):
         self._waiting[name].append(message)
         if len(self._waiting[name]) == message.round_size:
             await self._decode(sorted(self._waiting.pop(name), key=lambda prompt: prompt.slot))
-
-    async def stop(self) -> None:
-        """End the device thread."""
-        await self._device.close()
 
     async def _decode(self, prompts: list[Prompt]) -> None:
         step = prompts[0].slot.step

@@ -103,6 +103,7 @@ class Learner(Actor):
         inbox: Mailbox,
         outputs: LearnerOutputs,
         *,
+        device: DeviceThread,
         config: LearnerConfig,
         policy_config: Qwen3Config,
         state: LearnerState,
@@ -144,7 +145,7 @@ class Learner(Actor):
         self._steps: dict[int, _Step] = {}
         self._skipped_in_a_row = 0
         self._last_end_s = time.perf_counter()
-        self._device = DeviceThread(self.name)
+        self._device = device
 
     @property
     def version(self) -> int:
@@ -176,10 +177,6 @@ class Learner(Actor):
     async def finish(self) -> None:
         """The run is over: its last version becomes the final policy."""
         await self._send_snapshot(final=True)
-
-    async def stop(self) -> None:
-        """End the device thread."""
-        await self._device.close()
 
     async def _filter(self, step: _Step) -> None:
         """Have the groups of the round that are without signal replaced, as often as a place may be sampled anew."""

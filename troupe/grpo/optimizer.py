@@ -150,6 +150,7 @@ def _updated_in_pieces(parts: dict[str, mx.array], keep: mx.array, rates: _Rates
         piece = slice(start, start + rows)
         (updated,) = _updated([{name: array[piece] for name, array in parts.items()}], [keep], rates)
         mx.eval(updated)
+        mx.synchronize()  # a GPU lets go of what it has read only now; before, writing would copy the whole array
         for name, array in updated.items():
             parts[name][piece] = array
         mx.eval(parts)

@@ -12,7 +12,7 @@ Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -68,6 +68,7 @@ def completion_gradients(
     """
     packing = Packing(prompts, completions)
     rotation = Rotation(config, packing.ids.shape[0], packing.offset)
+    pace = _Pace()
     x = embed(weights[EMBEDDING], packing.ids[None])
     kept: list[tuple[mx.array, _Kept | None]] = []
     for index in range(config.num_hidden_layers):
@@ -75,8 +76,7 @@ def completion_gradients(
         inside = _inside(config, w, x, packing, rotation)
         y = inside.middle + swiglu(inside.gate, inside.up) @ w("mlp.down_proj").T
         kept.append((x, None if recompute else inside))
-        mx.async_eval(y, *([] if recompute else inside))  # type: ignore[no-untyped-call]
-        mx.eval(x)  # while the device is at this layer the next one is prepared, and no more than that
+        pace(y, [] if recompute else inside)
         del inside
         x = y
 
@@ -102,18 +102,29 @@ def completion_gradients(
         )
         x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
         done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
-        mx.async_eval(x_grad, done)  # type: ignore[no-untyped-call]
+        pace(x_grad, done)
         for index in reversed(range(config.num_hidden_layers)):
-            layer = (config, _of_layer(weights, index), packing, rotation)
+            layer = (config, _of_layer(weights, index), packing, rotation, pace)
             x_grad, grads = _backwards(*layer, *kept.pop(), x_grad)
-            mx.async_eval(x_grad, grads)  # type: ignore[no-untyped-call]
-            mx.eval(done)
             yield done
             done = {f"{_prefix(index)}{name}.weight": grad for name, grad in grads.items()}
         embedding_grad = sum_by_id(x_grad[0], packing.ids, config.vocab_size)
         yield done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
 
     return value, backwards()
+
+
+class _Pace:
+    """Keeps the device busy and the memory low: while it is at one piece of work the next is prepared, no more."""
+
+    def __init__(self) -> None:
+        self._before: Any = []
+
+    def __call__(self, *piece: Any) -> None:
+        """Begin with the arrays of a piece; return when those of the piece before are there."""
+        mx.async_eval(*piece)  # type: ignore[no-untyped-call]
+        mx.eval(self._before)
+        self._before = piece
 
 
 def _inside(config: Qwen3Config, w: LayerWeights, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
@@ -129,12 +140,15 @@ def _backwards(
     w: LayerWeights,
     packing: Packing,
     rotation: Rotation,
+    pace: _Pace,
     x: mx.array,
     kept: _Kept | None,
     y_grad: mx.array,
 ) -> tuple[mx.array, Gradients]:
     """Through one layer: the cotangent of its result → that of its input x, (1, N, D), and those of its weights."""
-    kept = kept or _inside(config, w, x, packing, rotation)
+    if kept is None:
+        kept = _inside(config, w, x, packing, rotation)
+        pace(kept)
     eps = config.rms_norm_eps
     grads: Gradients = {}
 
@@ -152,6 +166,8 @@ def _backwards(
     h = mx.fast.rms_norm(kept.middle, w("post_attention_layernorm"), eps)
     h_grad = through_product("mlp.gate_proj", h, gate_grad) + through_product("mlp.up_proj", h, up_grad)
     middle_grad = y_grad + through_norm("post_attention_layernorm", kept.middle, h_grad)
+    pace(middle_grad, dict(grads))
+    del y_part, gate_grad, up_grad, h, h_grad
 
     o_grad = through_product("self_attn.o_proj", kept.o, middle_grad)
     o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
@@ -169,7 +185,9 @@ def _backwards(
         through_product(f"self_attn.{name}_proj", h, grad.reshape(*h.shape[:2], -1))
         for name, grad in (("q", q_grad), ("k", k_grad), ("v", v_grad.swapaxes(1, 2)))
     ]
-    return middle_grad + through_norm("input_layernorm", x, h_grads[0] + h_grads[1] + h_grads[2]), grads
+    x_grad = middle_grad + through_norm("input_layernorm", x, h_grads[0] + h_grads[1] + h_grads[2])
+    pace(x_grad, grads)
+    return x_grad, grads
 
 
 def _prefix(index: int) -> str:
