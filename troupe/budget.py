@@ -305,7 +305,7 @@ def _refusal(config: RunConfig, phases: Phases, limit_gb: float) -> str:
     if config.schedule.max_staleness:
         lower.append("schedule.max_staleness")
     return (
-        f"{limit}, of which {RESERVE:.0%} is kept in reserve, but the run takes {peak_bytes(phases) / GB:.3g} GB at the "
-        f"least ({largest}: {parts}); raise "
+        f"{limit}, of which {RESERVE:.0%} is kept in reserve, but the run takes {peak_bytes(phases) / GB:.3g} GB "
+        f"at the least ({largest}: {parts}); raise "
         f"memory_limit_gb, lower {', '.join(lower)}, or take a smaller model"
     )
