@@ -146,7 +146,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workplace: Path) -> None:
     assert "memory_limit_gb = 0.01" in tight
     refused = call("train", *RUN, "--dry-run", "-o", "out", "--memory-limit", "0.0001")
     assert refused.exit_code == 2
-        assert refused.stderr.startswith("troupe: memory_limit_gb is 0.0001, of which 5%")
+    assert refused.stderr.startswith("troupe: memory_limit_gb is 0.0001, of which 5%")
 
 
 def test_resume_reads_the_stored_config_and_goes_on(workplace: Path) -> None:
