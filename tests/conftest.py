@@ -25,13 +25,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def closed_devices() -> Iterator[None]:
-    """Threads that tests took from `fakes.device_thread` end when all tests have."""
+    """The threads that a test took from `fakes.device_thread` end with it."""
     yield
-
-    async def close() -> None:
-        for device in OPEN_DEVICES:
-            await device.close()
-
-    anyio.run(close)
+    while OPEN_DEVICES:
+        anyio.run(OPEN_DEVICES.pop().close)

@@ -23,11 +23,11 @@ RAGGED = msgspec.structs.replace(CONFIG, eos_token_id=(256, *range(24)))
 """One of these ids ends a completion after some ten tokens, so that groups are ready at different times."""
 
 OPEN_DEVICES: list[DeviceThread] = []
-"""What `device_thread` has given out."""
+"""What `device_thread` has given out and nobody has closed."""
 
 
 def device_thread(name: str) -> DeviceThread:
-    """A device thread for an actor that is played alone; closed when all tests are done."""
+    """A device thread for an actor that is played alone; closed when the test is done."""
     OPEN_DEVICES.append(DeviceThread(name))
     return OPEN_DEVICES[-1]
 
