@@ -17,6 +17,7 @@ from troupe import RunConfig, load_config
 from troupe.messages import Incident, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot, Span
 from troupe.policy import CompletedGroup, Completion, RolloutRequest, Weights
 from troupe.runtime import Channel, DeviceThread, Mailbox, Reporter
+from troupe.sinks.threads import SinkThread
 
 BATCH_SIZE, NUM_GENERATIONS = 2, 3
 RAGGED = msgspec.structs.replace(CONFIG, eos_token_id=(256, *range(24)))
@@ -133,6 +134,9 @@ class FakeEngine:
     def release(self) -> None:
         self.released += 1
 
+    def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
+        return ([group] for group in self.decode(requests))
+
     def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
         self.requests.append(list(requests))
         version = self.loaded[-1][1]
@@ -152,6 +156,8 @@ class FakeEngine:
 class FakeSink:
     """A sink that keeps what it gets, and raises for the types of messages in `refuses`."""
 
+    takes: tuple[type, ...] = (object,)
+
     def __init__(self, name: str = "fake", refuses: tuple[type, ...] = (), *, opens: bool = True) -> None:
         self.name = name
         self.refuses = refuses
@@ -170,8 +176,26 @@ class FakeSink:
             raise OSError("disk full")
         self.got.append(message)
 
+    def flush(self) -> None:
+        """What it has got is there."""
+
     def close(self) -> None:
         self.closed += 1
+
+
+class DirectSinkThread(SinkThread):
+    """In the place of `troupe.sinks.threads.SinkThread`: a sink's work is done at once, by who gives the message."""
+
+    def _start(self) -> None:
+        self._open()
+
+    def put(self, message: object) -> None:
+        if self._fault is None:
+            self._write([message])
+
+    def finish(self, *, abandon: bool = False) -> None:
+        if not self.ended.done():
+            self._close()
 
 
 async def send_all(channel: Channel[Any], messages: Sequence[Any]) -> None:
@@ -232,6 +256,7 @@ def tiny_config(model: Path, folder: Path, **settings: Any) -> RunConfig:
         "learner": {"lr": 1e-2, "batch_size": BATCH_SIZE, "max_steps": 4},
         "checkpoint": {"every": 50, "keep": 10},
         "metrics": {"sinks": ["jsonl", "trace"]},
+        "schedule": {"generator": "thread"},
     }
     for name, value in settings.items():
         section, _, key = name.rpartition("__")

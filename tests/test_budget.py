@@ -107,6 +107,21 @@ def test_with_staleness_versions_are_kept_and_both_work_at_once() -> None:
     assert not any("checkpoint being written" in items for items in plan.phases.values())
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 2, 3])
+def test_a_pinned_run_keeps_every_version_that_it_needs_and_a_free_one_two(staleness: int) -> None:
+    pinned, free = (
+        plan_memory(config_of(schedule__max_staleness=staleness, schedule__mode=mode), WORK).phases
+        for mode in ("pinned", "free")
+    )
+    assert {items["policy versions"] for items in pinned.values()} == {(staleness + 1) * WEIGHTS}
+    assert {items["checkpoint being written"] for items in pinned.values()} == {(staleness + 1) * WEIGHTS + STATE}
+    assert {items["policy versions"] for items in free.values()} == {(2 if staleness else 1) * WEIGHTS}
+    assert {items["checkpoint being written"] for items in free.values()} == {WEIGHTS + STATE}
+    layout = fused_copy_bytes(POLICY, mx.bfloat16)
+    assert pinned["generate"]["weights laid out for decoding"] == layout
+    assert free["generate"]["weights laid out for decoding"] == (2 if staleness else 1) * layout
+
+
 def test_what_else_is_counted() -> None:
     plain, more = (
         plan_memory(config_of(**settings), WORK).phases

@@ -58,7 +58,8 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("learner.epochs=true", "learner.epochs is True: expected int, got bool"),
         ("learner.scale_rewards=all", "learner.scale_rewards is 'all': give one of 'group', 'batch', 'none'"),
         ("model.dtype=int8", "model.dtype is 'int8': give one of 'float32', 'bfloat16', 'float16'"),
-        ("schedule.max_staleness=7", "schedule.max_staleness is 7: give one of 0, 1"),
+        ("schedule.max_staleness=-1", "schedule.max_staleness is -1: expected int >= 0"),
+        ("schedule.on_stale=keep", "schedule.on_stale is 'keep': give one of 'drop', 'requeue', 'correct'"),
         ("metrics.sinks=['fax']", "metrics.sinks[0] is 'fax': give one of 'console', 'jsonl', 'trace'"),
         ("generation.top_p=0", "generation.top_p is 0: expected float > 0.0"),
         ("checkpoint.every=0", "checkpoint.every is 0: expected int >= 1"),
@@ -76,6 +77,18 @@ def test_says_key_value_limit_and_remedy(setting: str, message: str) -> None:
         load_config(None, [setting])
     assert str(caught.value).startswith("the configuration: ")
     assert message in str(caught.value)
+
+
+def test_old_tokens_are_corrected_only_where_there_is_a_correction() -> None:
+    off = {"learner": {"vllm_importance_sampling_correction": False}}
+    correct = {"schedule": {"mode": "free", "max_staleness": 2, "on_stale": "correct"}}
+    assert load_config(None, [correct]).schedule.on_stale == "correct"
+    with pytest.raises(
+        ConfigError, match=r"on_stale is 'correct', but .*_correction is off.*turn it on, or take 'drop'"
+    ):
+        load_config(None, [correct, off])
+    for other in ("schedule.mode=pinned", "schedule.on_stale=drop"):
+        load_config(None, [correct, off, other])
 
 
 def test_weights_must_cover_the_functions() -> None:
@@ -221,7 +234,7 @@ CONFIGS = st.builds(
         max_steps=st.none() | st.integers(1, 10**9),
         epsilon_high=st.none() | st.floats(0.1, 0.5),
     ),
-    schedule=st.builds(ScheduleConfig, max_staleness=st.sampled_from([0, 1])),
+    schedule=st.builds(ScheduleConfig, max_staleness=st.integers(0, 5)),
     checkpoint=st.builds(CheckpointConfig, every=st.integers(1, 9), keep=st.integers(1, 9)),
     metrics=st.builds(MetricsConfig, sinks=st.sets(st.sampled_from(["console", "jsonl", "trace"])).map(tuple)),
 )

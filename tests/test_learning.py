@@ -96,6 +96,32 @@ def test_assemble_tells_what_can_be_told_before_learning() -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
+def test_tokens_of_older_versions_are_left_out_of_the_loss_but_not_of_the_comparison() -> None:
+    versions = [(1, 3), (2,), (1, 2, 2), (3,)]
+    rollouts = [r for g in GROUPS for r in g.group.rollouts]
+    aged = [msgspec.structs.replace(r, versions=v) for r, v in zip(rollouts, versions, strict=True)]
+    groups = [
+        msgspec.structs.replace(g, group=msgspec.structs.replace(g.group, rollouts=tuple(aged[2 * i : 2 * i + 2])))
+        for i, g in enumerate(GROUPS)
+    ]
+    weights = {"exact": 1.0, "style": 2.0}
+    whole, all_young = (assemble(groups, LearnerConfig(), weights=weights, pad_id=0, oldest=v) for v in (None, 1))
+    assert all_young.batch.completion_mask.tolist() == whole.batch.completion_mask.tolist()
+    batch = assemble(groups, LearnerConfig(), weights=weights, pad_id=0, oldest=2).batch
+    assert batch.completion_mask.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]
+    assert batch.advantages.tolist() == whole.batch.advantages.tolist()
+    assert batch.completions == whole.batch.completions, "they are still what the tokens after them follow upon"
+    few = assemble(groups, LearnerConfig(), weights=weights, pad_id=0, oldest=3)
+    assert few.batch.completions == ((10, 11), (16,)), "rows without a token left are not computed"
+    assert few.batch.completion_mask.tolist() == [[0, 1], [1, 0]]
+    assert few.batch.sampling_log_probs.tolist() == [[-0.25, -0.5], [-0.25, 0]]
+    assert few.batch.advantages.tolist() == [whole.batch.advantages.tolist()[i] for i in (0, 3)]
+    assert few.batch.truncated == (False, False)
+    assert few.metrics == whole.metrics
+    with pytest.raises(ValueError, match="none of the 4 rows"):
+        assemble(groups, LearnerConfig(), weights=weights, pad_id=0, oldest=4)
+
+
 def test_lengths_of_completions_none_of_which_ended() -> None:
     cut = rollout(5, 6, reason="length")
     made = assemble([group(0, (1,), (cut, cut), exact=(0.0, 1.0))], LearnerConfig(), weights={"exact": 1.0}, pad_id=0)

@@ -148,7 +148,7 @@ def test_early_groups_are_scored_while_their_step_is_still_generated(tmp_path: P
     )
     run = troupe.train(config, [quick]).folder
     ends = {step: end for _, end, step in spans(run, "generate")}
-    early = [step for _, end, step in spans(run, "score") if end < ends[step]]
+    early = [step for _, end, step in spans(run, "score quick") if end < ends[step]]
     assert early, "no group was scored before the generation of its step had ended"
     learned = {step: start for start, _, step in spans(run, "learn")}
     begun = {step: start for start, _, step in spans(run, "generate")}

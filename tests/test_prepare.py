@@ -18,7 +18,7 @@ from troupe import RunConfig, load_config
 from troupe.budget import GB, peak_bytes
 from troupe.checkpoint import Checkpoint, RunState, checkpoint_folder, save_checkpoint
 from troupe.cli import main
-from troupe.errors import ConfigError, OutputError
+from troupe.errors import CheckpointError, ConfigError, OutputError
 from troupe.grpo import LearnerConfig, adamw_init
 from troupe.policy import ModelConfig, load_policy
 from troupe.prepare import prepare, run_folder
@@ -62,7 +62,7 @@ BASE = ("-m", "m", "-d", "p.json")
         ('[learner]\nlr = "fast"', "learner.lr is 'fast'"),
         ("[generation]\ntemperature = 0.0", "generation.temperature is 0"),
         ("[generation]\nnum_generations = 0", "generation.num_generations is 0"),
-        ("[schedule]\nmax_staleness = 7", "schedule.max_staleness is 7"),
+        ("[schedule]\nmax_staleness = -7", "schedule.max_staleness is -7"),
         ("[learner\nlr = 1", "run.toml: this is not valid TOML"),
         ('output = "o"', "model.path is missing: name a Hugging Face folder of a Qwen3 model (-m MODEL_DIR)"),
         ('[model]\npath = "m"', "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)"),
@@ -275,6 +275,27 @@ def test_the_reference_of_a_resumed_run(
     else:
         assert prepared.reference is not None
         assert same_bits(prepared.reference, synced if held == "synced" else base.weights)
+
+
+@pytest.mark.parametrize(("began", "goes_on"), [("free", "free"), ("free", "pinned"), ("pinned", "free")])
+def test_a_free_run_cannot_be_resumed(tmp_path: Path, tiny_model: Path, began: str, goes_on: str) -> None:
+    config = tiny_config(tiny_model, tmp_path, schedule__mode=goes_on)
+    run, fresh = tmp_path / "run", prepare(config)
+    run.mkdir()
+    (run / "run.toml").write_text(f'[schedule]\nmode = "{began}"\n')
+    assert prepare(config, resume=True).first_step == 0, "without a checkpoint it begins again"
+    save_checkpoint(
+        checkpoint_folder(run, 1),
+        Checkpoint(
+            config=fresh.policy.config,
+            weights=fresh.policy.weights,
+            optimizer_state=fresh.optimizer_state,
+            behind={},
+            state=RunState(version=1, seed=0, dataset=fresh.fingerprint),
+        ),
+    )
+    with pytest.raises(CheckpointError, match=r"cannot be resumed, because its schedule is 'free' .*step-00000001"):
+        prepare(config, resume=True)
 
 
 def test_given_rewards_stand_beside_named_ones_with_weights(tmp_path: Path, tiny_model: Path) -> None:

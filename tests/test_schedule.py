@@ -101,6 +101,20 @@ def test_replacements_are_the_hash_written_down() -> None:
     assert rows_of(plan, 2, range(1, 3)) == expected
 
 
+def test_a_row_can_be_prompted_again_in_a_slot_of_its_own() -> None:
+    plan = wide()
+    first = plan.prompt(Slot(step=3, place=2))
+    again = plan.prompt(Slot(step=3, place=2, attempt=1), round_size=1, row=first.row)
+    assert (again.row, again.prompt, again.prompt_ids, again.epoch) == (
+        first.row,
+        first.prompt,
+        first.prompt_ids,
+        first.epoch,
+    )
+    assert (again.gid, again.round_size) == (plan.gid(Slot(step=3, place=2, attempt=1)), 1)
+    assert plan.prompt(Slot(step=3, place=2, attempt=1)).row != first.row
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_replacements_of_a_dataset_no_larger_than_a_step(rows: int) -> None:
     plan = wide(rows)

@@ -38,6 +38,9 @@ RESERVE = 0.05
 """Of a limit: left free, because MLX looks at what it holds only after it has taken more."""
 GB = 1e9
 
+_VERSIONS_THERE = "policy versions of the generator"
+_LAID_OUT = "weights laid out for decoding"
+
 Phases = Mapping[str, Mapping[str, int]]
 """Phase → what it holds → bytes."""
 
@@ -60,7 +63,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     config: RunConfig
     """With every choice in it."""
     limit_gb: float | None
-    """For MLX; None leaves it its own."""
+    """For MLX in the training process; None leaves it its own."""
+    generator_limit_gb: float | None = None
+    """The same in each process of the generator, where it has any."""
     phases: Phases
     notices: tuple[str, ...] = ()
     """What the user should know, one line each."""
@@ -92,9 +97,12 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
         phases = _phases(config, work, choice)
         if peak_bytes(phases) <= _usable_gb(limit_gb) * GB:
             told = (_told(config, choice, phases, limit_gb),)
+            room_gb = _decode_room_gb(phases, _usable_gb(limit_gb)) / max(_processes(config), 1)
+            each_gb = _process_bytes(config, phases, room_gb) / GB / (1.0 - RESERVE)
             return Plan(
-                config=_resolved(config, choice, _decode_room_gb(phases, _usable_gb(limit_gb))),
-                limit_gb=limit_gb,
+                config=_resolved(config, choice, room_gb),
+                limit_gb=limit_gb - _processes(config) * each_gb,
+                generator_limit_gb=each_gb if _processes(config) else None,
                 phases=phases,
                 notices=told if config.memory_limit_gb is not None or choice != fastest else (),
             )
@@ -103,7 +111,7 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
     refusal = _refusal(config, phases, limit_gb)
     if config.memory_limit_gb is not None:
         raise ConfigError(refusal)
-    tried = _resolved(config, least, phases["generate"]["decode"] / GB)
+    tried = _resolved(config, least, phases["generate"]["decode"] / GB / max(_processes(config), 1))
     return Plan(config=tried, limit_gb=None, phases=phases, notices=(f"{refusal}; it is tried all the same",))
 
 
@@ -170,7 +178,8 @@ def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
     """
     learner, generation = config.learner, config.generation
     rows = learner.batch_size * generation.num_generations
-    prompts = _portions(learner.batch_size) if generation.memory_limit_gb is None else [learner.batch_size]
+    most = _most_prompts(config)
+    prompts = _portions(most) if generation.memory_limit_gb is None else [most]
     counts, twice = [math.ceil(rows / portion) for portion in _portions(rows)], [False, True]
     if learner.gradient_accumulation_steps is not None:
         counts = [learner.gradient_accumulation_steps]
@@ -180,23 +189,50 @@ def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
     return list(starmap(_Choice, product(prompts, counts, twice, overlaps)))
 
 
+def _processes(config: RunConfig) -> int:
+    """Processes beside the training process; 0 where the generator is a thread of it."""
+    return config.schedule.generator_processes if config.schedule.generator == "process" else 0
+
+
+def _most_prompts(config: RunConfig) -> int:
+    """Prompts of a step that one generator has."""
+    return math.ceil(config.learner.batch_size / max(_processes(config), 1))
+
+
+def _process_bytes(config: RunConfig, phases: Phases, decode_gb: float) -> float:
+    """What one process of the generator may take: its policy versions, and a decode."""
+    items = phases["generate"]
+    held = items.get(_VERSIONS_THERE, 0) + items[_LAID_OUT]
+    return held / max(_processes(config), 1) + decode_gb * GB
+
+
 def _portions(count: int) -> list[int]:
     """The sizes of the largest portion when `count` things are cut into 1, 2, 3, … about equal ones; falling."""
     return sorted({math.ceil(count / n) for n in range(1, count + 1)}, reverse=True)
 
 
 def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dict[str, int]]:
-    """With max_staleness 0 the generator is idle while the learner works, with more both work at once."""
+    """With max_staleness 0 the generator is idle while the learner works, with more both work at once.
+
+    A pinned run keeps all versions that the steps begun are pinned to; a free one the newest, and for a token the one
+    before.
+    """
     learner, staleness = config.learner, config.schedule.max_staleness
     numbers = parameter_count(work.policy)
     weights = numbers * work.dtype.size
-    held = {"policy versions": (staleness + 1) * weights, "optimizer state": optimizer_state_bytes(numbers, work.dtype)}
+    is_free = config.schedule.mode == "free"
+    held = {
+        "policy versions": (1 + (min(staleness, 1) if is_free else staleness)) * weights,
+        "optimizer state": optimizer_state_bytes(numbers, work.dtype),
+    }
     if learner.beta:
         held["reference policy"] = weights
     if choice.overlap:
-        held["checkpoint being written"] = held["policy versions"] + held["optimizer state"]
+        written = weights if is_free else held["policy versions"]
+        held["checkpoint being written"] = written + held["optimizer state"]
+    layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
     generating = {
-        "weights laid out for decoding": fused_copy_bytes(work.policy, work.dtype),
+        "weights laid out for decoding": layouts * fused_copy_bytes(work.policy, work.dtype),
         "decode": _decode_bytes(config, work, choice.prompts),
     }
     held_while_learning = held | (generating if staleness else {})
@@ -284,7 +320,7 @@ def _check_decode_limit(config: RunConfig, work: Workload) -> None:
 
 
 def _told(config: RunConfig, choice: _Choice, phases: Phases, limit_gb: float) -> str:
-    P, rows = config.learner.batch_size, config.learner.batch_size * config.generation.num_generations
+    P, rows = _most_prompts(config), config.learner.batch_size * config.generation.num_generations
     micro = choice.micro_batches
     measures = [
         f"decoding {choice.prompts} of {P} prompts at a time" if choice.prompts < P else "decoding a step at once",

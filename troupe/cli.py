@@ -120,7 +120,10 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, **flags: Any) -
     result, interrupted = anyio.run(_train, config, resume)
     _show_result(result)
     if interrupted and not result.complete:
-        _tell(f"interrupted; go on with: troupe train -o {result.folder} --resume")
+        if config.schedule.mode == "free":
+            _tell(f"interrupted; the policy so far is in {result.folder}/checkpoints, but a free run cannot be resumed")
+        else:
+            _tell(f"interrupted; go on with: troupe train -o {result.folder} --resume")
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -93,10 +93,13 @@ def assemble(
     *,
     weights: Mapping[str, float],
     pad_id: int,
+    oldest: int | None = None,
 ) -> LearnerBatch:
     """Turn scored groups of G completions each into one batch, in the order given.
 
     `weights` maps each reward's name to its weight. Scores that are missing are NaN to the advantages, never 0.
+    Tokens that versions before `oldest` made are left out of the loss, and completions of which none is left out of
+    the batch; advantages still compare all completions of a group. ValueError where no completion is left.
     """
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     G = len(groups[0].group.rollouts)
@@ -109,6 +112,8 @@ def assemble(
         pad_id=pad_id,
         truncated=[is_truncated(rollout) for rollout in rollouts],
     )
+    if oldest is not None:
+        batch = batch.with_tokens([[version >= oldest for version in rollout.versions] for rollout in rollouts])
     metrics = {
         **group_statistics(groups, config, weights),
         **advantage_statistics(advantages),

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -41,6 +43,26 @@ def load_openblas() -> OpenBlasState:
     return "missing"
 
 
+def blas_threads() -> int | None:
+    """How many threads OpenBLAS works with now; None where it is not there."""
+    library = _openblas()
+    return None if library is None else int(library.openblas_get_num_threads())
+
+
+@contextmanager
+def blas_limited(threads: int | None) -> Iterator[None]:
+    """Have OpenBLAS, where it is there, work with this many threads in the whole process. None changes nothing."""
+    library, before = _openblas(), blas_threads()
+    if threads is None or library is None:
+        yield
+        return
+    library.openblas_set_num_threads(threads)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)
+
+
 def run_without_compiler() -> None:
     """Where MLX would need a compiler that is not there, let it run its kernels one by one: slower, but it runs."""
     if sys.platform == "linux" and shutil.which(COMPILER) is None:
@@ -64,6 +86,16 @@ def advice() -> list[str]:
     if shutil.which(COMPILER) is None:
         lines.append(f"{COMPILER} is not installed, and MLX fuses its CPU kernels with it; {REMEDY}")
     return lines
+
+
+def _openblas() -> ctypes.CDLL | None:
+    if load_openblas() not in ("loaded", "too late"):
+        return None
+    for name in LIBRARY_NAMES:
+        with suppress(OSError):
+            library = ctypes.CDLL(name)
+            return library if hasattr(library, "openblas_set_num_threads") else None
+    return None
 
 
 def _mlx_is_on_cpu() -> bool:

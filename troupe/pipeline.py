@@ -6,12 +6,16 @@
         └─────────────────────────────────── GroupClosed, Replace ──────────────┘
 
 Every actor also reports Incident and Span to Metrics. Nobody else opens a channel or knows two actors at once.
+
+An actor that fails is made anew (all but the Learner): the makers below give it the same channels, device thread and
+ledgers. What must outlive an actor is therefore made here, outside its maker.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,92 +25,173 @@ from troupe.actors.checkpointer import Checkpointer
 from troupe.actors.generator import Generator
 from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
 from troupe.actors.metrics import Metrics, Tally
-from troupe.actors.prompter import Prompter
+from troupe.actors.prompter import Prompter, PromptLedger
+from troupe.actors.remote_generator import RemoteGenerator
 from troupe.actors.scorer import Scorer
 from troupe.checkpoint import RunState
+from troupe.gathering import gathering_for
 from troupe.messages import (
     Checkpoint,
     Drain,
     GroupClosed,
+    Hold,
     Incident,
+    Pause,
     Prompt,
     Replace,
+    Resume,
     RolloutGroup,
     ScoredGroup,
     Snapshot,
     Span,
+    Step,
     Update,
 )
-from troupe.policy import RolloutEngine, Weights
+from troupe.policy import RolloutEngine, Weights, is_on_cpu
 from troupe.prepare import Prepared
-from troupe.runtime import Actor, Broadcast, Channel, Credits, DeviceThread, Mailbox, PolicyBoard, Reporter, TraceWriter
-from troupe.sinks import ConsoleSink, JsonlSink, PlainSink, RunInfo, Sink, SinkName
+from troupe.rewards import TrainerState
+from troupe.runtime import (
+    Actor,
+    Broadcast,
+    Channel,
+    Credits,
+    DeviceThread,
+    Mailbox,
+    PolicyBoard,
+    Reporter,
+    Role,
+    TraceWriter,
+)
+from troupe.sinks import ConsoleSink, JsonlSink, PlainSink, RunInfo, Sink, SinkName, Sinks
+from troupe.weights_files import WeightsFiles
+from troupe.wire import Setup
 
 # Reports a stalled Metrics actor may leave waiting before an incident holds up its sender or a span is dropped.
 _INCIDENTS, _SPANS, _UPDATES = 256, 4096, 16
+# Requests from outside that a Prompter who is being restarted may leave waiting before the oldest is forgotten.
+_REQUESTS = 1024
 
 
 class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     """The cast with its wires, and the ends that stay in the supervisor's hand."""
 
-    actors: tuple[Actor, ...]
+    roles: tuple[Role, ...]
     learner: Learner
-    checkpointer: Checkpointer
     drain: Channel[Drain]
+    control: Channel[Pause | Resume | Step]
     checkpoint: Channel[Checkpoint]
+    incidents: Reporter
+    """For what the supervisor itself has to tell; never waits."""
+    ledger: PromptLedger
+    handed_over: set[int]
+    """Groups that the Generator has sent on while the round that they are part of is still being decoded."""
     updates: Broadcast[Update]
     tally: Tally
+    sinks: Sinks
+    """Closed by Metrics at the end of its part; close them again where it may not have come to that."""
     devices: tuple[DeviceThread, ...]
     """Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another computes."""
+    files: WeightsFiles | None = None
+    """Weights for the generator's processes, where it has any; close them at the end, too."""
+
+    @property
+    def actors(self) -> tuple[Actor, ...]:
+        """Who plays now, in the order in which work flows."""
+        return tuple(role.actor for role in self.roles)
+
+    def write_snapshot(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint, in the calling thread, when nobody plays any more. OSError where the disk fails."""
+        for actor in self.actors:
+            if isinstance(actor, Checkpointer):
+                actor.write(snapshot)
 
 
-def build_pipeline(prepared: Prepared) -> Pipeline:
-    """Open every channel and hand each actor its own. Nothing runs yet."""
+def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
+    """Open every channel and hand each actor its own. Nothing runs yet.
+
+    `room`: how many times longer than it must be each channel of work is; it changes nothing that is computed.
+    """
     config, policy_config = prepared.config, prepared.policy.config
     # by themselves: what the actors are given must not keep the weights that the run began with
     tokenizer, stop_ids, fingerprint = prepared.policy.tokenizer, prepared.policy.eos_ids, prepared.fingerprint
-    board: PolicyBoard[Weights] = PolicyBoard(config.schedule.max_staleness)
+    schedule = config.schedule
+    board: PolicyBoard[Weights] = PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0)
     start = _starting_state(prepared, board)
     credits_ = Credits((config.schedule.max_staleness + 1) * config.learner.batch_size)
-    live = credits_.limit  # with every data channel this long, no send on the data path can ever wait in a circle
+    live = room * credits_.limit  # so long, no send on the data path can ever wait in a circle
     tally = Tally()
     updates: Broadcast[Update] = Broadcast("updates", Update)
 
     prompter_box, generator_box, scorer_box = Mailbox("prompter"), Mailbox("generator"), Mailbox("scorer")
     learner_box, checkpointer_box, metrics_box = Mailbox("learner"), Mailbox("checkpointer"), Mailbox("metrics")
 
-    def report(actor: str) -> Reporter:
-        return Reporter(
-            actor,
-            metrics_box.channel(f"{actor} incidents", Incident, bound=_INCIDENTS),
-            metrics_box.channel(f"{actor} spans", Span, bound=_SPANS, overflow="drop_oldest"),
-        )
+    sinks = Sinks(_sinks(prepared), timeout_s=config.metrics.sink_timeout_s)
+    reporters: list[Reporter] = []
 
+    def report(actor: str) -> Reporter:
+        incidents = metrics_box.channel(f"{actor} incidents", Incident, bound=_INCIDENTS)
+        spans = metrics_box.channel(f"{actor} spans", Span, bound=_SPANS, overflow="drop_oldest")
+        reporters.append(Reporter(actor, incidents, spans))
+        return reporters[-1]
+
+    handed_over: set[int] = set()
+    ledger = PromptLedger(
+        next=prepared.first_step * config.learner.batch_size, end=prepared.total_steps * config.learner.batch_size
+    )
     generating, learning, writing = DeviceThread("generator"), DeviceThread("learner"), DeviceThread("checkpointer")
-    prompter = Prompter(
+    make_prompter = partial(
+        Prompter,
         prompter_box,
         generator_box.channel("prompts", Prompt, bound=live),
         schedule=prepared.schedule,
         credits=credits_,
-        first_step=prepared.first_step,
-        total_steps=prepared.total_steps,
-        replaces=config.learner.dynamic_sampling,
+        ledger=ledger,
+        replaces=config.learner.dynamic_sampling or (schedule.mode, schedule.on_stale) == ("free", "requeue"),
         report=report("prompter"),
     )
-    generator = Generator(
-        generator_box,
-        scorer_box.channel("rollouts", RolloutGroup, bound=live),
-        engine=lambda: RolloutEngine(policy_config, config.generation, stop_ids=stop_ids, tokenizer=tokenizer),
-        device=generating,
-        board=board,
-        decode_text=tokenizer.decode_sampled,
-        seed=config.seed,
-        report=report("generator"),
-    )
-    scorer = Scorer(
+    groups = scorer_box.channel("rollouts", RolloutGroup, bound=live)
+    files: WeightsFiles | None = None
+    make_generator: Callable[[], Actor]
+    if schedule.generator == "process":
+        files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2)
+        make_generator = partial(
+            RemoteGenerator,
+            generator_box,
+            groups,
+            setups=_setups(prepared, stop_ids, staleness=board.max_staleness, live=live),
+            board=board,
+            files=files,
+            device=generating,
+            handed_over=handed_over,
+            report=report("generator"),
+        )
+    else:
+        make_generator = partial(
+            Generator,
+            generator_box,
+            groups,
+            engine=lambda: RolloutEngine(policy_config, config.generation, stop_ids=stop_ids, tokenizer=tokenizer),
+            device=generating,
+            board=board,
+            decode_text=tokenizer.decode_sampled,
+            seed=config.seed,
+            most_at_once=config.learner.batch_size if schedule.mode == "free" else None,
+            handed_over=handed_over,
+            report=report("generator"),
+        )
+    make_scorer = partial(
+        Scorer,
         scorer_box,
         learner_box.channel("scored", ScoredGroup, bound=live),
         rewards=prepared.rewards,
+        hold=prompter_box.channel("hold", Hold, bound=1, overflow="newest", side=True),
+        trainer_state=partial(
+            TrainerState.at,
+            max_steps=prepared.total_steps,
+            prompts=config.learner.batch_size,
+            num_generations=config.generation.num_generations,
+            rows=prepared.schedule.rows,
+        ),
         report=report("scorer"),
     )
     learner = Learner(
@@ -125,7 +210,12 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
         reward_weights=dict(zip(prepared.rewards.names, prepared.rewards.weights, strict=True)),
         temperature=config.generation.temperature,
         max_completion_length=config.generation.max_completion_length,
-        min_scored=config.rewards.min_scored,
+        gathering=gathering_for(
+            schedule,
+            batch_size=config.learner.batch_size,
+            min_scored=config.rewards.min_scored,
+            resampling=config.learner.max_resampling_attempts,
+        ),
         pad_id=tokenizer.pad_token_id or 0,
         prompts_per_epoch=prepared.schedule.rows,
         total_steps=prepared.total_steps,
@@ -133,7 +223,8 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
         learns_beside_checkpoints=config.checkpoint.overlap is not False,
         report=report("learner"),
     )
-    checkpointer = Checkpointer(
+    make_checkpointer = partial(
+        Checkpointer,
         checkpointer_box,
         device=writing,
         run=prepared.folder,
@@ -148,23 +239,70 @@ def build_pipeline(prepared: Prepared) -> Pipeline:
         ),
         report=report("checkpointer"),
     )
-    metrics = Metrics(
+    make_metrics = partial(
+        Metrics,
         metrics_box,
-        sinks=_sinks(prepared),
+        sinks=sinks,
         listeners=updates,
         tally=tally,
         watched=(generator_box, scorer_box, learner_box, checkpointer_box),
+        reporters=reporters,
+        report=Reporter(
+            "metrics",
+            metrics_box.channel("metrics incidents", Incident, bound=_INCIDENTS, overflow="drop_oldest", side=True),
+        ),
     )
     return Pipeline(
-        actors=(prompter, generator, scorer, learner, checkpointer, metrics),
+        roles=(
+            Role(make_prompter),
+            Role(make_generator),
+            Role(make_scorer),
+            Role(lambda: learner, restartable=False),
+            Role(make_checkpointer),
+            Role(make_metrics),
+        ),
         learner=learner,
-        checkpointer=checkpointer,
         drain=prompter_box.channel("drain", Drain, bound=1, overflow="newest", side=True),
+        control=prompter_box.channel(
+            "control", Pause, Resume, Step, bound=_REQUESTS, overflow="drop_oldest", side=True
+        ),
         checkpoint=learner_box.channel("checkpoint request", Checkpoint, bound=1, overflow="newest", side=True),
         updates=updates,
         tally=tally,
+        sinks=sinks,
+        ledger=ledger,
+        handed_over=handed_over,
+        incidents=Reporter(
+            "supervisor",
+            metrics_box.channel("incidents", Incident, bound=_INCIDENTS, overflow="drop_oldest", side=True),
+        ),
         devices=(generating, learning, writing),
+        files=files,
     )
+
+
+def _setups(prepared: Prepared, stop_ids: frozenset[int], *, staleness: int, live: int) -> list[Setup]:
+    """What each process of the generator is made of."""
+    config = prepared.config
+    schedule = config.schedule
+    several = schedule.generator_processes > 1
+    return [
+        Setup(
+            name=f"generator {number}" if several else "generator",
+            policy=prepared.policy.config,
+            generation=config.generation,
+            stop_ids=tuple(sorted(stop_ids)),
+            tokenizer=str(prepared.source),
+            seed=config.seed,
+            max_staleness=staleness,
+            most_at_once=config.learner.batch_size if schedule.mode == "free" else None,
+            live=live,
+            on_cpu=is_on_cpu(),
+            blas_threads=schedule.blas_threads,
+            limit_gb=prepared.memory.generator_limit_gb,
+        )
+        for number in range(schedule.generator_processes)
+    ]
 
 
 def _starting_state(prepared: Prepared, board: PolicyBoard[Weights]) -> LearnerState:

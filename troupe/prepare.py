@@ -15,13 +15,13 @@ import msgspec
 
 from troupe import linux_cpu
 from troupe.budget import Plan, Workload, plan_memory
-from troupe.checkpoint import Checkpoint, RunState, load_newest
-from troupe.config import RUN_TOML, RunConfig, check_config
+from troupe.checkpoint import Checkpoint, RunState, list_checkpoints, load_newest
+from troupe.config import RUN_TOML, RunConfig, check_config, load_config
 from troupe.dataset import PromptDataset
 from troupe.errors import CheckpointError, ConfigError, DatasetError, OutputError, RewardError
 from troupe.grpo import adamw_init
 from troupe.policy import DTYPES, Policy, Weights, expected_shapes, is_on_cpu, load_policy, resolve_model
-from troupe.rewards import Reward, RewardManager, load_reward
+from troupe.rewards import Reward, RewardManager
 from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
 
 _NUMBERED = re.compile(r"(.+)-(\d{3,})")
@@ -84,6 +84,8 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
     if data_path is None:
         raise ConfigError("data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)")
     folder = run_folder(config, resume=resume)
+    if resume:
+        _check_resumable(config, folder)
     dataset = PromptDataset.from_json(data_path, config.data.chat)
     held_out = PromptDataset.from_json(config.data.eval_path, config.data.chat) if config.data.eval_path else None
     manager, config = _rewards(config, rewards, dataset, held_out)
@@ -96,6 +98,7 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
     if held_out is not None:
         held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
+    config = _placed(config)
     longest = max(map(len, prompt_ids))
     config, more = _fit_completions(config, positions, longest_prompt=longest)
     memory = plan_memory(
@@ -136,6 +139,21 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
     )
 
 
+def _placed(config: RunConfig) -> RunConfig:
+    """Decide where the generator runs and how many threads OpenBLAS has, so that the resolved config says it."""
+    schedule = config.schedule
+    where = schedule.generator
+    if where == "auto":
+        beside = is_on_cpu() and schedule.max_staleness > 0
+        where = "process" if beside or schedule.generator_processes > 1 else "thread"
+    threads = schedule.blas_threads
+    if threads is None and is_on_cpu() and (all_threads := linux_cpu.blas_threads()):
+        processes = schedule.generator_processes if where == "process" else 0
+        threads = max(1, all_threads // (1 + processes))
+    placed = msgspec.structs.replace(schedule, generator=where, blas_threads=threads)
+    return msgspec.structs.replace(config, schedule=placed)
+
+
 def _reference(config: RunConfig, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:
     """The model that the run begins with; the checkpoint's where the reference follows the policy."""
     if not config.learner.beta:
@@ -173,6 +191,20 @@ def run_folder(config: RunConfig, *, resume: bool) -> Path:
     return folder
 
 
+def _check_resumable(config: RunConfig, folder: Path) -> None:
+    """CheckpointError for the schedule of which a checkpoint does not hold where the run stood."""
+    modes = {"schedule.mode": config.schedule.mode}
+    if (folder / RUN_TOML).is_file():
+        modes[str(folder / RUN_TOML)] = load_config(folder / RUN_TOML).schedule.mode
+    where = next((where for where, mode in modes.items() if mode == "free"), None)
+    if where is not None and (found := list_checkpoints(folder)):
+        raise CheckpointError(
+            f"{folder}: the run cannot be resumed, because its schedule is 'free' ({where}), and its checkpoints do "
+            "not hold which groups were trained out of order; start a new run from the policy in "
+            f"{found[0]} (model.path), in another folder"
+        )
+
+
 def _rewards(
     config: RunConfig, given: Sequence[Reward], dataset: PromptDataset, held_out: PromptDataset | None
 ) -> tuple[RewardManager, RunConfig]:
@@ -186,7 +218,7 @@ def _rewards(
             )
         functions = ("exact_answer",)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
-    manager = RewardManager([*(load_reward(spec) for spec in functions), *given], config=config.rewards)
+    manager = RewardManager([*functions, *given], config=config.rewards)
     manager.check_columns(dataset.columns)
     if held_out is not None and (missing := dataset.columns - held_out.columns):
         raise DatasetError(

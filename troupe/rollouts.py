@@ -6,7 +6,6 @@ The same engine, rewards and batch as in a run, called one after the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from troupe.grpo import LearnerConfig
 from troupe.learning import as_rollouts, assemble
 from troupe.messages import Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import CompletedGroup, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
-from troupe.rewards import GroupScores, Reward, RewardManager, exact_answer_reward, load_reward
-from troupe.runtime import DeviceThread, together
+from troupe.rewards import Reward, RewardManager, exact_answer_reward, load_reward
+from troupe.runtime import DeviceThread
 from troupe.schedule import tokenize_prompts
 
 _EVAL_ROWS = 128
@@ -82,7 +81,7 @@ async def generate_and_score(
     async with RewardManager(rewards) as manager, DeviceThread("rollouts") as device:
         manager.check_columns(dataset.columns)
         groups = await _complete(policy, dataset, prompt_ids, range(len(dataset)), generation, device, (seed, step))
-        results = await _score(manager, groups)
+        results = await manager.score_groups(groups)
         scored = [
             ScoredGroup(group=group, scores=result.scores, logged=result.metrics)
             for group, result in zip(groups, results, strict=True)
@@ -128,7 +127,7 @@ async def evaluate(
         groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0))
         texts += [group.rollouts[0].text for group in groups]
         if rewards is not None:
-            for result in await _score(rewards, groups):
+            for result in await rewards.score_groups(groups):
                 incidents += result.incidents
                 for name, (score,) in result.scores.items():
                     scores.setdefault(name, []).extend([] if score is None else [score])
@@ -175,17 +174,6 @@ async def _complete(
         rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
         groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
     return groups
-
-
-async def _score(rewards: RewardManager, groups: Sequence[RolloutGroup]) -> list[GroupScores]:
-    """Score all groups at once, as far as each reward's own concurrency allows; in the order given."""
-    results: dict[int, GroupScores] = {}
-
-    async def score(place: int) -> None:
-        results[place] = await rewards.score_group(groups[place])
-
-    await together([partial(score, place) for place in range(len(groups))])
-    return [results[place] for place in range(len(groups))]
 
 
 def _in_order(groups: Iterable[CompletedGroup]) -> list[CompletedGroup]:

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -25,16 +25,34 @@ from troupe.policy import Tokenizer, encode_prompt
 
 _ATTEMPT_STRIDE = 1 << 48
 
+OnStale = Literal["drop", "requeue", "correct"]
+"""`drop`: they are left out of the loss. `requeue`: the group's prompt is sampled anew in place of the group, once; the
+second time its old tokens are dropped. `correct`: they are trained on, and the importance correction weighs them."""
+
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[schedule]` section: how old the weights may be that a trained token was sampled from."""
 
-    mode: Literal["pinned"] = "pinned"
-    """`pinned`: step k is generated with exactly policy version max(0, k − max_staleness)."""
-    max_staleness: Literal[0, 1] = 0
-    """0 is strictly on-policy; with 1, generation of a step overlaps scoring and learning of the step before."""
-    generator: Literal["auto", "thread"] = "auto"
-    """Where the generator runs; `auto` is a thread of the training process."""
+    mode: Literal["pinned", "free"] = "pinned"
+    """`pinned`: step k is generated with exactly policy version max(0, k − max_staleness), and a seed gives the same
+    weights bit for bit. `free`: with the newest weights, which are exchanged amid completions, and a step is made of
+    the groups that are scored first; fastest, but not reproducible."""
+    max_staleness: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """η, how many versions old the weights may be that a trained token was sampled from; at most (η + 1)·P groups are
+    alive. 0 is strictly on-policy; with 1, generation of a step overlaps scoring and learning of the step before."""
+    on_stale: OnStale = "drop"
+    """In `free`, what becomes of tokens that are older when their step begins; see `OnStale`."""
+    generator: Literal["auto", "thread", "process"] = "auto"
+    """Where the generator runs: in a thread of the training process, or in a process of its own. `auto`: a process
+    where it works beside the learner (max_staleness ≥ 1) on a CPU, whose threads MLX keeps from overlapping; else a
+    thread."""
+    generator_processes: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Processes that the prompts of a step are dealt to by their place in it, where the generator is a process."""
+    blas_threads: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Threads of OpenBLAS, in the training process and in each of the generator's; None: on a CPU as many as it takes
+    by itself, divided among the processes. Matrix products may be rounded differently with another number of them."""
+    watchdog_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
+    """Seconds without movement after which an incident says who waits for what; 0: never."""
 
 
 class PromptSchedule:
@@ -58,14 +76,15 @@ class PromptSchedule:
         # only the epochs that the live groups touch are asked for, always the newest few
         self._order = lru_cache(maxsize=4)(lambda epoch: dataset.order(seed, epoch, shuffle=shuffle))
 
-    def prompt(self, slot: Slot, *, round_size: int | None = None) -> Prompt:
+    def prompt(self, slot: Slot, *, round_size: int | None = None, row: int | None = None) -> Prompt:
         """The prompt of a slot, with the gid that the slot determines.
 
-        `round_size`: prompts of the slot's step and attempt; None for a whole step.
+        `round_size`: prompts of the slot's step and attempt; None for a whole step. `row`: the dataset row where it is
+        not the slot that says which, because an earlier attempt is repeated.
         """
-        epoch, row = self._in_stream(slot.step, slot.place)
-        if slot.attempt:
-            row = self._replacement(slot)
+        epoch, in_stream = self._in_stream(slot.step, slot.place)
+        if row is None:
+            row = self._replacement(slot) if slot.attempt else in_stream
         return Prompt(
             gid=self.gid(slot),
             slot=slot,

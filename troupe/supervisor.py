@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,18 +14,47 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from troupe import linux_cpu
 from troupe.budget import memory_limited
 from troupe.config import RUN_TOML, RunConfig, write_config
 from troupe.errors import InputError, OutputError, RunError
-from troupe.messages import Checkpoint, Drain, Update
+from troupe.messages import Checkpoint, Drain, Incident, LiveGroup, Pause, Phase, Resume, Status, Step, Update
 from troupe.pipeline import Pipeline, build_pipeline
 from troupe.policy import Policy, load_policy
 from troupe.prepare import Prepared, prepare
 from troupe.rewards import Reward
 from troupe.rollouts import Evaluation, evaluate
-from troupe.runtime import DeviceThread, play
+from troupe.runtime import DeviceThread, Mailbox, play, together
+from troupe.runtime.watchdog import watch
+from troupe.status import doing, last_movement_s, live_groups, queues, stall
+from troupe.weights_files import remove_leftovers
 
 _LISTENER_BOUND = 64
+_EXCHANGES = 64
+"""Exchanges of rewards that may wait for the one in hand before the oldest is forgotten."""
+
+
+_NOT_LOADED = Status(
+    phase="starting",
+    step=0,
+    total_steps=0,
+    policy_version=0,
+    groups=(),
+    queues={},
+    doing={},
+    held=(),
+    rewards_down={},
+    restarts={},
+    incidents={},
+    metrics={},
+)
+
+
+class _Exchange(msgspec.Struct, frozen=True):
+    """A reward to be put in the place of another."""
+
+    name: str
+    reward: Reward | str
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +91,10 @@ class Supervisor:
 
     Entering loads and checks everything (InputError before anything is written) and starts the run; leaving waits
     until it has ended and raises what made it fail. An error in the body cancels the run.
+
+    `pause`, `resume`, `step`, `drain`, `checkpoint`, `stop` and `exchange_reward` are requests: they return at once and
+    may be made at any time, also by who reads `updates()`. What is asked before entering happens when the run has been
+    loaded; after the end it changes nothing.
     """
 
     def __init__(self, config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> None:
@@ -73,14 +106,19 @@ class Supervisor:
         self._result: RunResult | None = None
         self._fault: BaseException | None = None
         self._stopping = False
+        self._loaded = self._playing = False
+        self._requests: list[Callable[[Pipeline], None]] = []
+        self._errands = Mailbox("supervisor")
+        self._exchanges = self._errands.channel("exchanges", _Exchange, bound=_EXCHANGES, overflow="drop_oldest")
         self._ended = anyio.Event()
         self._device = DeviceThread("supervisor")
         self._found_empty = False
         self._new_folders: list[Path] = []
         self._lock: int | None = None
+        self._pipeline: Pipeline
         self._scope: anyio.CancelScope
         self._prepared: Prepared
-        self._pipeline: Pipeline
+        self._newest_update: Mailbox
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> Supervisor:
@@ -91,6 +129,7 @@ class Supervisor:
             self.config, self.notices = self._prepared.config, self._prepared.notices
             self._open_folder()
             self._pipeline = build_pipeline(self._prepared)
+            self._newest_update = self._pipeline.updates.listen(1)
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
         except BaseException:
@@ -98,6 +137,11 @@ class Supervisor:
             with anyio.CancelScope(shield=True):
                 await self._device.close()
             raise
+        self._loaded = True
+        for request in self._requests:
+            request(self._pipeline)
+        if self._stopping:
+            self._scope.cancel()
         self._tasks.start_soon(self._run, name="run")
         return self
 
@@ -113,6 +157,8 @@ class Supervisor:
             with anyio.CancelScope(shield=True):
                 for device in (*self._pipeline.devices, self._device):
                     await device.close()
+            if self._pipeline.files is not None:
+                self._pipeline.files.close()
         if self._fault is not None and error is None:
             raise self._fault
 
@@ -129,7 +175,12 @@ class Supervisor:
         return self._result
 
     async def updates(self) -> AsyncIterator[Update]:
-        """Every step's Update from now on, until the run ends. A slow reader gets the newest ones only."""
+        """Every step's Update from now on, until the run ends. A slow reader gets the newest ones only.
+
+        Raises RuntimeError where the supervisor was not entered.
+        """
+        if not self._loaded:
+            raise RuntimeError("there are no updates yet: enter the supervisor with `async with` first")
         mailbox = self._pipeline.updates.listen(_LISTENER_BOUND)
         try:
             async for update in mailbox:
@@ -141,19 +192,87 @@ class Supervisor:
         """Wait until the run has ended, well or not."""
         await self._ended.wait()
 
+    def status(self) -> Status:
+        """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
+        if not self._loaded:
+            return _NOT_LOADED
+        pipeline, now_s = self._pipeline, time.perf_counter()
+        updates = self._newest_update.waiting
+        return Status(
+            phase=self._phase,
+            step=pipeline.learner.version,
+            total_steps=self._prepared.total_steps,
+            policy_version=pipeline.learner.version,
+            groups=self._live_groups(now_s),
+            queues=queues(pipeline.actors),
+            doing={} if self._ended.is_set() else doing(pipeline.actors, now_s),
+            held=pipeline.ledger.held,
+            rewards_down=dict(self._prepared.rewards.down),
+            restarts={role.name: role.restarts for role in pipeline.roles if role.restarts},
+            incidents=dict(pipeline.tally.incidents),
+            metrics=dict(updates[-1].metrics) if updates else {},
+        )
+
+    def pause(self) -> None:
+        """Ask that no step is begun until `resume`; steps begun are finished."""
+        self._ask(lambda pipeline: pipeline.control.send_nowait(Pause()))
+
+    def resume(self) -> None:
+        """Ask a paused run to go on."""
+        self._ask(lambda pipeline: pipeline.control.send_nowait(Resume()))
+
+    def step(self, n: int = 1) -> None:
+        """Ask a paused run to begin `n` ≥ 1 more steps and then to be paused still."""
+        if n < 1:
+            raise ValueError(f"step({n}): a run can go on by 1 step or more")
+        self._ask(lambda pipeline: pipeline.control.send_nowait(Step(steps=n)))
+
     def drain(self) -> None:
-        """Ask the run to end after the steps already begun, with checkpoint and final policy. Returns at once."""
-        if not self._pipeline.drain.closed:
-            self._pipeline.drain.send_nowait(Drain())
+        """Ask the run to end after the steps already begun, with checkpoint and final policy."""
+        self._ask(lambda pipeline: pipeline.drain.send_nowait(Drain()))
 
     def checkpoint(self) -> None:
-        """Ask for a checkpoint at the end of the step in hand. Returns at once."""
-        self._pipeline.checkpoint.send_nowait(Checkpoint())
+        """Ask for a checkpoint at the end of the step in hand."""
+        self._ask(lambda pipeline: pipeline.checkpoint.send_nowait(Checkpoint()))
 
     def stop(self) -> None:
-        """Ask the run to end now, with a checkpoint of the last completed step. Returns at once."""
-        self._stopping = True
-        self._scope.cancel()
+        """Ask the run to end now, with a checkpoint of the last completed step."""
+        if not self._ended.is_set():
+            self._stopping = True
+        if self._loaded:
+            self._scope.cancel()
+
+    def exchange_reward(self, name: str, reward: Reward | str) -> None:
+        """Ask for `reward`, or the one that a text names as the config does, in the place of the one called `name`, for
+        all groups whose scoring begins afterwards.
+
+        One that is refused or does not start is an incident, and the old one goes on.
+        """
+        self._exchanges.send_nowait(_Exchange(name, reward))
+
+    def _ask(self, request: Callable[[Pipeline], None]) -> None:
+        if self._loaded:
+            request(self._pipeline)
+        else:
+            self._requests.append(request)
+
+    @property
+    def _phase(self) -> Phase:
+        ledger = self._pipeline.ledger
+        phases: list[tuple[bool, Phase]] = [
+            (self._fault is not None, "failed"),
+            (self._ended.is_set(), "ended"),
+            (self._stopping, "stopping"),
+            (not self._playing, "starting"),
+            (ledger.draining, "draining"),
+            (ledger.steps_allowed is not None, "paused"),
+            (bool(ledger.held), "held"),
+        ]
+        return next((phase for holds, phase in phases if holds), "running")
+
+    def _live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
+        pipeline = self._pipeline
+        return live_groups(pipeline.ledger.alive, pipeline.actors, now_s, handed_over=pipeline.handed_over)
 
     def _prepare(self) -> Prepared:
         return prepare(self.config, self._rewards, resume=self._resume)
@@ -165,6 +284,7 @@ class Supervisor:
             self._found_empty = not folder.exists() or not any(folder.iterdir())
             folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            remove_leftovers(self._prepared.folder)
             write_config(self._prepared.config, folder / RUN_TOML)
         except OSError as error:
             self._remove_traces()
@@ -204,24 +324,67 @@ class Supervisor:
         rewards, tally = self._prepared.rewards, self._pipeline.tally
         before = after = None
         try:
-            with self._scope, memory_limited(self._prepared.memory.limit_gb):
+            threads = self.config.schedule.blas_threads
+            with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
                 await rewards.start()
                 before = await self._evaluate(await self._untrained_policy())
                 self._prepared = self._prepared.without_arrays()
-                await play(self._pipeline.actors)
+                await self._perform()
                 after = await self._evaluate(self._trained_policy())
             if self._stopping:
                 await self._write_checkpoint()
         finally:
             for incident in await rewards.stop():
                 tally.incidents[incident.kind] += 1
+            with anyio.CancelScope(shield=True):
+                await self._pipeline.sinks.close()
         self._write_summary(before, after)
+
+    async def _perform(self) -> None:
+        """Play; meanwhile watch, and run errands."""
+        beside = anyio.CancelScope()
+
+        async def performance() -> None:
+            await play(self._pipeline.roles)
+            beside.cancel()
+
+        async def company() -> None:
+            with beside:
+                await together([self._watch, self._run_errands])
+
+        self._playing = True
+        await together([performance, company])
+
+    async def _watch(self) -> None:
+        limit_s = self.config.schedule.watchdog_s
+        if limit_s:
+            await watch(limit_s, lambda: last_movement_s(self._pipeline.actors), self._tell_of_stall)
+
+    def _tell_of_stall(self, still_s: float) -> None:
+        now_s = time.perf_counter()
+        groups = self._live_groups(now_s)
+        if groups or self._phase not in ("paused", "held"):
+            self._pipeline.incidents.incident_nowait(stall(groups, self._pipeline.actors, now_s, still_s))
+
+    async def _run_errands(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            async for errand in self._errands:  # not one after the other: an old reward that hangs would hold up all
+                tasks.start_soon(self._exchange, errand.name, errand.reward)
+
+    async def _exchange(self, name: str, reward: Reward | str) -> None:
+        tell = self._pipeline.incidents.incident_nowait
+        try:
+            for incident in await self._prepared.rewards.exchange(name, reward):
+                tell(incident)
+        except Exception as error:
+            message = f"the reward {name} was not exchanged, the old one goes on: {error}"
+            tell(Incident(actor="supervisor", kind="reward_exchange_failed", message=message))
 
     async def _write_checkpoint(self) -> None:
         snapshot = self._pipeline.learner.snapshot()
         try:
             with anyio.CancelScope(shield=True):
-                await self._device.run(self._pipeline.checkpointer.write, snapshot)
+                await self._device.run(self._pipeline.write_snapshot, snapshot)
         except OSError as error:
             raise RunError(
                 f"{self.folder}: the checkpoint of step {snapshot.version} could not be written: {error}; the one "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -11,6 +13,7 @@ import pytest
 from tests.fakes import FakeEngine, Reports, device_thread, ended, make_prompt, send_all, taken
 from troupe.actors.generator import Generator
 from troupe.messages import Prompt, Rollout, RolloutGroup, Span
+from troupe.policy import CompletedGroup, RolloutRequest
 from troupe.runtime import Channel, Mailbox, PolicyBoard, play
 
 pytestmark = pytest.mark.anyio
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.anyio
 class Stage:
     """A generator over a fake engine; version 0 is on the board."""
 
-    def __init__(self, engine: FakeEngine, *, max_staleness: int = 0) -> None:
+    def __init__(self, engine: FakeEngine, *, max_staleness: int = 0, most_at_once: int | None = None) -> None:
         self.reports, self.inbox, self.scorer = Reports(), Mailbox("generator"), Mailbox("scorer")
         self.prompts: Channel[Prompt] = self.inbox.channel("prompts", Prompt, bound=9)
         self.board: PolicyBoard[Any] = PolicyBoard(max_staleness)
@@ -30,7 +33,9 @@ class Stage:
             self.made_on = threading.current_thread().name
             return engine
 
-        self.generator = Generator(
+        self.handed_over: set[int] = set()
+        self.make = partial(
+            Generator,
             self.inbox,
             self.scorer.channel("rollouts", RolloutGroup, bound=9),
             engine=make_engine,
@@ -38,8 +43,11 @@ class Stage:
             board=self.board,
             decode_text=lambda ids: bytes(ids).decode(),
             seed=7,
+            most_at_once=most_at_once,
+            handed_over=self.handed_over,
             report=self.reports.reporter("generator"),
         )
+        self.generator = self.make()
 
 
 async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish() -> None:
@@ -71,7 +79,10 @@ async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish()
     assert ended(stage.scorer)
     assert stage.made_on.startswith("troupe-generator")
     spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
-    assert [(span.name, span.step) for span in spans] == [("wait for policy", 0), ("generate", 0)]
+    assert [(s.name, s.step, s.kind) for s in spans if s.name != "idle"] == [
+        ("wait for policy", 0, "wait"),
+        ("generate", 0, "work"),
+    ]
 
 
 async def test_rounds_of_different_steps_and_attempts_do_not_mix() -> None:
@@ -144,3 +155,115 @@ async def test_a_cancel_aborts_the_decode_and_waits_for_its_thread() -> None:
     assert stopped_after == [True]
     assert await taken(stage.scorer) == []
     assert not ended(stage.scorer), "nobody takes a cancelled generator for one that is done"
+
+
+async def test_a_prompt_is_in_hand_until_its_round_is_over() -> None:
+    go_on = threading.Event()
+    pauses = iter([lambda: None, lambda: go_on.wait(10)])
+    engine = FakeEngine(order=[1, 0], between=lambda: next(pauses)())
+    stage = Stage(engine)
+    prompts = [make_prompt(0, 0), make_prompt(0, 1), make_prompt(1, 0)]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.generator.run)
+        for prompt in prompts:
+            await stage.prompts.send(prompt)
+        while not len(stage.scorer):
+            await anyio.wait_all_tasks_blocked()
+        assert list(stage.inbox.in_hand) == prompts[:2]
+        assert stage.handed_over == {1}
+        go_on.set()
+        while stage.inbox.in_hand != (prompts[2],):
+            await anyio.wait_all_tasks_blocked()
+        assert stage.handed_over == set(), "who is done with needs not be remembered"
+        tasks.cancel_scope.cancel()
+
+
+class Breaking(FakeEngine):
+    """Fails after so many groups; the next decode goes well."""
+
+    def __init__(self, order: Sequence[int], *, after: int) -> None:
+        super().__init__(order)
+        self.after = after
+
+    def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
+        for i, group in enumerate(super().decode(requests)):
+            if i == self.after:
+                self.after = 99
+                raise OSError("the device is gone")
+            yield group
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("most_at_once", [None, 2])
+async def test_a_successor_sends_only_what_was_not_sent(after: int, most_at_once: int | None) -> None:
+    engine = Breaking([1, 0], after=after)
+    stage = Stage(engine, most_at_once=most_at_once)
+    prompts = [make_prompt(0, 0), make_prompt(0, 1)]
+    await send_all(stage.prompts, prompts)
+    with pytest.raises(OSError, match="the device is gone"):
+        await play([stage.generator])
+    assert stage.handed_over == set([1][:after])
+    stage.inbox.take_back()
+    if most_at_once and after:
+        engine.order = [0]  # in the free schedule only the one that is left is decoded again
+    await play([stage.make()])
+    assert [group.prompt.gid for group in await taken(stage.scorer)] == [1, 0]
+    assert len(engine.requests[1]) == (1 if most_at_once and after else 2)
+    assert (stage.inbox.in_hand, stage.handed_over) == ((), set())
+
+
+@pytest.mark.parametrize("most_at_once", [None, 2])
+async def test_a_round_that_was_sent_whole_is_not_decoded_again(most_at_once: int | None) -> None:
+    engine = FakeEngine(order=[0])
+    stage = Stage(engine, most_at_once=most_at_once)
+    stage.handed_over |= {0, 1}
+    await send_all(stage.prompts, [make_prompt(0, 0), make_prompt(0, 1)])
+    await play([stage.generator])
+    assert engine.requests == []
+    assert (stage.inbox.in_hand, stage.handed_over, await taken(stage.scorer)) == ((), set(), [])
+
+
+async def test_free_decodes_what_is_there_at_once() -> None:
+    go_on = threading.Event()
+    engine = FakeEngine(order=[0], between=lambda: go_on.wait(10))
+    stage = Stage(engine, most_at_once=2)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.generator.run)
+        await stage.prompts.send(make_prompt(4, 1))
+        await _until_decoded(engine, 1)
+        for step, place in [(4, 0), (3, 0), (5, 1)]:  # come while the first is decoded
+            await stage.prompts.send(make_prompt(step, place))
+        await anyio.wait_all_tasks_blocked()
+        assert len(engine.requests) == 1
+        go_on.set()
+        stage.prompts.close()
+    assert [[request.key[1:3] for request in decoded] for decoded in engine.requests] == [
+        [(4, 1)],
+        [(4, 0), (3, 0)],  # in order of arrival, two at the most
+        [(5, 1)],
+    ]
+    assert {version for _, version in engine.loaded} == {0}, "nobody waits for a version"
+
+
+async def test_free_takes_every_newer_version_amid_a_decode() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def between() -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    engine = FakeEngine(order=[0], between=between)
+    stage = Stage(engine, most_at_once=2)
+    stage.board.publish(1, {"weights": 1})
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.generator.run)
+        await stage.prompts.send(make_prompt(7, 0))
+        await anyio.to_thread.run_sync(inside.wait, 10)
+        for version in (2, 3):
+            stage.board.publish(version, {"weights": version})
+            while engine.loaded[-1][1] != version:
+                await anyio.wait_all_tasks_blocked()
+        go_on.set()
+        stage.prompts.close()
+    assert engine.loaded == [({"weights": version}, version) for version in (1, 2, 3)]
+    assert engine.released >= 1

@@ -9,17 +9,20 @@ from typing import Any
 
 import anyio
 import mlx.core as mx
+import msgspec
 import pytest
 
 from tests.fakes import Reports, device_thread, ended, make_scored, same_bits, send_all, taken
 from tests.tiny import CONFIG
 from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
 from troupe.errors import RunError
+from troupe.gathering import gathering_for
 from troupe.grpo import LearnerConfig, StepResult, adamw_init, learning_rate, train_on_batch
 from troupe.learning import assemble, completion_log_probs
 from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snapshot, Span, Update
 from troupe.policy import Weights, random_policy
 from troupe.runtime import Channel, Mailbox, PolicyBoard, play, together
+from troupe.schedule import OnStale, ScheduleConfig
 
 pytestmark = pytest.mark.anyio
 LEARNER = LearnerConfig(batch_size=2, lr=1e-2)
@@ -42,6 +45,7 @@ class Stage:
         total_steps: int = TOTAL,
         num_tokens: int = 0,
         learns_beside_checkpoints: bool = True,
+        schedule: ScheduleConfig | None = None,
     ) -> None:
         policy = random_policy(CONFIG, seed=3)
         self.start_weights = policy.weights
@@ -76,7 +80,12 @@ class Stage:
             reward_weights={"r": 1.0},
             temperature=0.9,
             max_completion_length=12,
-            min_scored=2,
+            gathering=gathering_for(
+                schedule or ScheduleConfig(max_staleness=max_staleness),
+                batch_size=2,
+                min_scored=2,
+                resampling=config.max_resampling_attempts,
+            ),
             pad_id=257,
             prompts_per_epoch=8,
             total_steps=total_steps,
@@ -186,7 +195,8 @@ async def test_updates_tell_the_step() -> None:
     assert first.metrics["advantages/frac_zero"] == 2 / 6  # 0.5 is the mean of its group; one score is missing
     assert first.metrics["advantages/mean"] == pytest.approx(0, abs=1e-6)
     spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
-    assert [(s.name, s.step) for s in spans] == [("learn", 0), ("publish", 0), ("learn", 1), ("publish", 1)]
+    works = [(s.name, s.step) for s in spans if s.kind == "work"]
+    assert works == [("learn", 0), ("publish", 0), ("learn", 1), ("publish", 1)]
 
 
 async def test_staleness_is_counted_in_versions() -> None:
@@ -568,3 +578,118 @@ async def test_learning_beside_a_checkpoint_or_after_it(beside: bool, monkeypatc
     assert [snapshot.version for snapshot in stage.snapshots] == [2, 2]
     spans = [m.name for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
     assert ("wait for checkpoint" in spans) == (not beside)
+
+
+def free(on_stale: OnStale = "drop", max_staleness: int = 1) -> ScheduleConfig:
+    return ScheduleConfig(mode="free", max_staleness=max_staleness, on_stale=on_stale)
+
+
+def aged(group: ScoredGroup, *versions: int) -> ScoredGroup:
+    """The group with these versions of its tokens, the first one's for each completion; the last one's to its end."""
+    rollouts = tuple(
+        msgspec.structs.replace(r, versions=tuple(versions[min(t, len(versions) - 1)] for t in range(len(r.token_ids))))
+        for r in group.group.rollouts
+    )
+    return msgspec.structs.replace(group, group=msgspec.structs.replace(group.group, rollouts=rollouts))
+
+
+def free_stage(on_stale: OnStale = "drop", *, config: LearnerConfig = LEARNER, version: int = 0) -> Stage:
+    return Stage(config=config, schedule=free(on_stale), version=version, total_steps=9)
+
+
+async def test_free_steps_are_made_of_what_comes_first() -> None:
+    stage, by_hand = free_stage(), free_stage()
+    arrived = [make_scored(1, 1, (1.0, 0.0, 0.0)), make_scored(0, 0), make_scored(0, 1), make_scored(1, 0)]
+    await stage.play(arrived)
+    assert ends(await taken(stage.metrics)) == [
+        (0, 0, 0, "trained"),
+        (1, 1, 0, "trained"),
+        (0, 1, 0, "trained"),
+        (1, 0, 0, "trained"),
+    ]
+    assert [update.step for update in await taken(stage.updates)] == [1, 2]
+    weights, state = by_hand.start_weights, adamw_init(by_hand.start_weights)
+    for step, groups in enumerate([(arrived[1], arrived[0]), (arrived[2], arrived[3])]):
+        result = train_on_batch(
+            weights,
+            state,
+            assemble(groups, LEARNER, weights={"r": 1.0}, pad_id=257).batch,
+            completion_log_probs(CONFIG, 0.9),
+            LEARNER,
+            lr=learning_rate(step, 9, LEARNER),
+            max_completion_length=12,
+        )
+        weights, state = result.weights, result.optimizer_state
+    assert same_bits(stage.learner.weights, weights)
+
+
+@pytest.mark.parametrize("on_stale", ["drop", "correct"])
+async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
+    stage = free_stage(on_stale, version=4)
+    young, old = aged(make_scored(7, 0), 4), aged(make_scored(2, 1), 2, 3)
+    await stage.play([young, old])
+    [update] = await taken(stage.updates)
+    result = train_on_batch(
+        stage.start_weights,
+        adamw_init(stage.start_weights),
+        assemble([old, young], LEARNER, weights={"r": 1.0}, pad_id=257, oldest=3 if on_stale == "drop" else None).batch,
+        completion_log_probs(CONFIG, 0.9),
+        LEARNER,
+        lr=learning_rate(4, 9, LEARNER),
+        max_completion_length=12,
+    )
+    assert same_bits(stage.learner.weights, result.weights)
+    tokens, total = 3, sum(len(r.token_ids) for g in (young, old) for r in g.group.rollouts)
+    behind = sum(4 - v for g in (young, old) for r in g.group.rollouts for v in r.versions)
+    expected = {
+        "tokens/stale_fraction": tokens / total,
+        "groups/stale": 0.0,
+        "groups/trained": 2.0,
+        "staleness": behind / total,
+        "staleness/max": 2.0,
+    }
+    assert {name: update.metrics[name] for name in expected} == pytest.approx(expected)
+
+
+async def test_a_group_of_old_tokens_alone_is_closed_as_stale_and_told_of() -> None:
+    stage = free_stage(version=5)
+    old, other = aged(make_scored(2, 1, (1.0, 0.0, 1.0)), 3), aged(make_scored(3, 1, (0.0, 0.0, 1.0)), 2)
+    await stage.play([old, other])
+    assert (stage.learner.version, stage.board.version) == (6, 6)
+    assert stage.learner.weights is stage.start_weights, "a step without a token left makes no update"
+    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 0, "stale")]
+    [update] = await taken(stage.updates)
+    assert (update.metrics["groups/stale"], update.metrics["tokens/stale_fraction"]) == (2.0, 1.0)
+    assert update.metrics["reward"] == pytest.approx(0.5)
+    assert "loss" not in update.metrics
+
+
+async def test_an_old_group_is_sent_back_with_its_row_and_its_credit() -> None:
+    stage = free_stage("requeue", version=5)
+    old = aged(make_scored(2, 1), 3, 5)
+    again = aged(make_scored(2, 1, attempt=1), 3, 5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(old)
+        await _until(stage.prompter)
+        [replace] = await taken(stage.prompter)
+        assert replace == Replace(slots=(old.group.prompt.slot,), rows=(old.group.prompt.row,))
+        await stage.scored.send(aged(make_scored(3, 0), 5))
+        await anyio.wait_all_tasks_blocked()
+        assert stage.learner.version == 5
+        await stage.scored.send(again)
+        stage.scored.close()
+    assert stage.learner.version == 6
+    assert ends(await taken(stage.prompter)) == [(2, 1, 1, "trained"), (3, 0, 0, "trained")]
+    assert ends(await taken(stage.metrics)) == [(2, 1, 0, "stale"), (2, 1, 1, "trained"), (3, 0, 0, "trained")]
+    [update] = await taken(stage.updates)
+    assert (update.metrics["groups/stale"], update.metrics["groups/resampled"]) == (1.0, 1.0)
+
+
+async def test_free_replaces_groups_without_signal_as_they_come() -> None:
+    stage = free_stage(config=DYNAMIC)
+    await stage.play([make_scored(0, 0, SAME, attempt=a) for a in range(3)] + [make_scored(1, 1)])
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
+    assert ends(to_prompter) == [(0, 0, 2, "filtered"), (1, 1, 0, "trained")]
+    assert stage.learner.version == 1

@@ -6,9 +6,9 @@ import anyio
 import pytest
 
 from tests.fakes import ended, taken
-from troupe.actors.prompter import Prompter
+from troupe.actors.prompter import Prompter, PromptLedger
 from troupe.dataset import PromptDataset
-from troupe.messages import Drain, GroupClosed, Prompt, Replace, Slot
+from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step
 from troupe.runtime import Channel, Credits, Mailbox
 from troupe.schedule import PromptSchedule
 
@@ -25,18 +25,32 @@ class Stage:
         self.inbox, self.generator = Mailbox("prompter"), Mailbox("generator")
         self.closed: Channel[GroupClosed | Replace] = self.inbox.channel("closed", GroupClosed, Replace, bound=9)
         self.drain: Channel[Drain] = self.inbox.channel("drain", Drain, bound=1, overflow="newest", side=True)
+        self.control: Channel[Hold | Pause | Resume | Step] = self.inbox.channel(
+            "control", Hold, Pause, Resume, Step, bound=9, side=True
+        )
         dataset = PromptDataset.from_rows([{"prompt": f"row {i}", "answer": str(i)} for i in range(rows)])
         self.credits = Credits(credits_)
         self.schedule = PromptSchedule(dataset, [(i + 1,) for i in range(rows)], batch_size=P, seed=0, shuffle=False)
-        self.prompter = Prompter(
+        self.prompts = self.generator.channel("prompts", Prompt, bound=9)
+        self.ledger = PromptLedger(next=first_step * P, end=total_steps * P)
+        self.replaces = replaces
+        self.prompter = self.another()
+
+    def another(self) -> Prompter:
+        """One more prompter on the same ledger."""
+        return Prompter(
             self.inbox,
-            self.generator.channel("prompts", Prompt, bound=9),
+            self.prompts,
             schedule=self.schedule,
             credits=self.credits,
-            first_step=first_step,
-            total_steps=total_steps,
-            replaces=replaces,
+            ledger=self.ledger,
+            replaces=self.replaces,
         )
+
+    async def ask(self, *requests: Hold | Pause | Resume | Step) -> list[int]:
+        for request in requests:
+            self.control.send_nowait(request)
+        return await self.issued()
 
     async def close(self, *gids: int) -> None:
         for gid in gids:
@@ -48,9 +62,12 @@ class Stage:
         await self.closed.send(Replace(slots=slots))
         await anyio.wait_all_tasks_blocked()
 
-    async def issued(self) -> list[int]:
+    async def issued_prompts(self) -> list[Prompt]:
         await anyio.wait_all_tasks_blocked()
-        return [prompt.gid for prompt in await taken(self.generator)]
+        return await taken(self.generator)
+
+    async def issued(self) -> list[int]:
+        return [prompt.gid for prompt in await self.issued_prompts()]
 
 
 async def test_issues_in_slot_order_as_far_as_credits_reach() -> None:
@@ -138,6 +155,8 @@ async def test_a_group_closed_twice_is_a_fault() -> None:
     await stage.prompter.start()
     closed = GroupClosed(gid=1, slot=Slot(step=0, place=1), state="trained", version=1)
     await stage.prompter.handle(closed)
+    await stage.prompter.handle(closed)  # the same message, as a Prompter gets it whose predecessor failed
+    closed = GroupClosed(gid=1, slot=Slot(step=0, place=1), state="trained", version=1)
     with pytest.raises(ValueError, match="group 1 is not alive"):
         await stage.prompter.handle(closed)
 
@@ -201,5 +220,128 @@ async def test_replacing_a_group_that_is_not_alive_is_a_fault() -> None:
     await stage.prompter.start()
     replace = Replace(slots=(Slot(step=0, place=1),))
     await stage.prompter.handle(replace)
+    await stage.prompter.handle(replace)
+    replace = Replace(slots=(Slot(step=0, place=1),))
     with pytest.raises(ValueError, match="group 1 is not alive"):
         await stage.prompter.handle(replace)
+
+
+async def test_a_pause_amid_a_step_finishes_that_step_and_begins_none_until_resumed() -> None:
+    stage = Stage(credits_=4)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.prompter.run)
+        assert await stage.issued() == [0, 1, 2, 3]
+        assert await stage.ask(Pause(), Pause()) == []
+        await stage.close(0, 1, 2)
+        assert await stage.issued() == [4, 5], "step 1 had begun"
+        await stage.close(3, 4, 5)
+        assert await stage.issued() == []
+        assert not ended(stage.generator)
+        assert await stage.ask(Resume()) == [6, 7, 8]
+        assert ended(stage.generator)
+        stage.closed.close()
+
+
+async def test_steps_are_begun_one_by_one_while_paused() -> None:
+    stage = Stage(credits_=9, total_steps=9)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.prompter.run)
+        assert await stage.ask(Step()) == [0, 1, 2, 3, 4, 5, 6, 7, 8], "without a pause it changes nothing"
+        await stage.ask(Pause())
+        await stage.close(*range(9))
+        assert await stage.issued() == []
+        assert await stage.ask(Step()) == [9, 10, 11]
+        await stage.close(9, 10, 11)
+        assert await stage.ask(Step(), Step()) == [12, 13, 14, 15, 16, 17]
+        await stage.close(*range(12, 18))
+        assert await stage.ask(Step(steps=2)) == [18, 19, 20, 21, 22, 23]
+        stage.drain.send_nowait(Drain())
+        await stage.issued()
+        assert ended(stage.generator), "a paused run can be drained"
+        stage.closed.close()
+
+
+async def test_a_pause_before_the_start_begins_no_step() -> None:
+    stage = Stage(credits_=3)
+    stage.control.send_nowait(Pause())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.prompter.run)
+        assert await stage.issued() == []
+        assert await stage.ask(Step()) == [0, 1, 2]
+        tasks.cancel_scope.cancel()
+
+
+async def test_replacements_go_on_while_paused_or_held() -> None:
+    stage = Stage(credits_=P, replaces=True, rows=20)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.prompter.run)
+        assert await stage.issued() == [0, 1, 2]
+        await stage.ask(Pause(), Hold(reasons=("judge is down",)))
+        await stage.replace(Slot(step=0, place=1))
+        assert await stage.issued() == [1 + STRIDE]
+        await stage.close(0, 1 + STRIDE, 2)
+        assert await stage.issued() == []
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_hold_lasts_until_there_is_no_reason_left_and_is_apart_from_a_pause() -> None:
+    stage = Stage(credits_=P, total_steps=5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.prompter.run)
+        assert await stage.issued() == [0, 1, 2]
+        await stage.ask(Hold(reasons=("judge is down", "runner is down")))
+        await stage.close(0, 1, 2)
+        assert await stage.issued() == []
+        assert stage.ledger.held == ("judge is down", "runner is down")
+        assert await stage.ask(Hold(reasons=("runner is down",))) == []
+        assert await stage.ask(Pause(), Hold(reasons=())) == [], "it is paused still"
+        await stage.ask(Hold(reasons=("judge is down",)))
+        assert await stage.ask(Resume()) == [], "it is held still"
+        assert await stage.ask(Hold(reasons=())) == [3, 4, 5]
+        tasks.cancel_scope.cancel()
+
+
+async def test_rows_of_groups_that_are_sent_back_are_prompted_again() -> None:
+    stage = Stage(credits_=P, replaces=True, rows=20)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.prompter.run)
+        rows = [prompt.row for prompt in (await stage.issued_prompts())]
+        await stage.closed.send(Replace(slots=(Slot(step=0, place=2),), rows=(rows[2],)))
+        [again] = await stage.issued_prompts()
+        assert (again.gid, again.row, again.round_size) == (2 + STRIDE, rows[2], 1)
+        tasks.cancel_scope.cancel()
+
+
+class NoRoomError(Exception):
+    """What a send fails with."""
+
+
+@pytest.mark.parametrize("nth", range(8))
+async def test_the_successor_of_a_prompter_that_failed_amid_sending_issues_the_rest(
+    nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(credits_=4, replaces=True, rows=20)
+    sends, send = iter(range(99)), stage.prompts.send
+
+    async def failing_send(prompt: Prompt) -> None:
+        if next(sends) == nth:
+            raise NoRoomError
+        await send(prompt)
+
+    monkeypatch.setattr(stage.prompts, "send", failing_send)
+    work = [GroupClosed(gid=0, slot=Slot(step=0, place=0), state="trained", version=1)]
+    requests = [Replace(slots=(Slot(step=0, place=1), Slot(step=0, place=2))), *work, Pause(), Step()]
+    prompter, failures = stage.another(), 0
+    for do in (prompter.start, *(lambda m=m: stage.prompter.handle(m) for m in requests)):
+        try:
+            await do()
+        except NoRoomError:
+            failures += 1
+            stage.prompter = stage.another()
+            await (
+                stage.prompter.start() if stage.ledger.heeded is None else stage.prompter.handle(stage.ledger.heeded)
+            )
+    assert failures == (nth < 7)
+    assert await stage.issued() == [0, 1, 2, 3, 1 + STRIDE, 2 + STRIDE, 4]
+    assert stage.credits.live == {1 + STRIDE, 2 + STRIDE, 3, 4} == set(stage.ledger.alive)
+    assert stage.ledger.steps_allowed == 3

@@ -52,7 +52,8 @@ async def test_a_slow_group_does_not_hold_up_a_fast_one() -> None:
     assert slow.scores == {"slow_for_the_first": tuple(float(sum(r.token_ids)) for r in groups[0].rollouts)}
     assert ended(stage.learner)
     spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
-    assert [(s.name, s.step, s.gid) for s in spans] == [("score", 0, 1), ("score", 0, 0)]
+    scored = [(s.name, s.step, s.gid) for s in spans if s.kind == "work"]
+    assert scored == [("score slow_for_the_first", 0, 1), ("score slow_for_the_first", 0, 0)]
 
 
 async def test_a_failed_call_is_an_incident_and_its_scores_are_missing_not_zero() -> None:

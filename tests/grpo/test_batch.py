@@ -106,3 +106,26 @@ def test_lengths_that_disagree_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_batch(prompts, completions, log_probs, advantages, pad_id=0, truncated=truncated)
+
+
+def test_rows_can_be_selected_in_any_order() -> None:
+    part = batch().select([3, 1])
+    assert part.completion_ids.tolist() == [[3, 0], [2, 0]]
+    assert part.prompts == ((4, 4, 4, 4), (6, 7, 8))
+    assert part.completion_mask.tolist() == [[1, 1], [1, 0]]
+    assert part.sampling_log_probs.tolist() == [[-5, -6], [-4, 0]]
+    assert part.advantages.tolist() == [0.0, -1.0]
+    assert part.truncated == (False, True)
+    with pytest.raises(ValueError, match="none of the 4 rows of the batch is selected; take at least one"):
+        batch().select([])
+
+
+def test_tokens_are_masked_and_rows_without_any_are_gone() -> None:
+    b = batch()
+    assert b.with_tokens([[True] * 3, [True], [], [True] * 2]) is b
+    fewer = b.with_tokens([[False, True, True], [False], [], [True, False]])
+    assert fewer.completion_mask.tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+    assert fewer.completions == ((0, 1, 0), (), (3, 0)), "one that had none before stays"
+    assert fewer.without_truncated().completion_mask.tolist() == fewer.completion_mask.tolist()
+    cut = batch(truncated=[True, False, False, False]).with_tokens([[False, True, True], [True], [], [True, False]])
+    assert cut.without_truncated().completion_mask.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]

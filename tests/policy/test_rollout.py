@@ -263,6 +263,22 @@ def test_abort_from_another_thread_hands_over_what_there_is() -> None:
     assert by_index(engine.decode(requests)) == whole  # and the next decode is none the worse
 
 
+def test_groups_that_end_at_the_same_token_come_together() -> None:
+    generation = GenerationConfig(num_generations=2, max_completion_length=9)
+    engine = engine_for(generation)
+    prompts_read, *lists = list(engine.decode_lists(RAGGED))
+    assert prompts_read == []
+    assert [group for together in lists for group in together] == list(engine.decode(RAGGED))
+    ends = [{max(len(c.token_ids) for c in group.completions) for group in together} for together in lists]
+    assert all(len(lengths) == 1 for lengths in ends)
+    order = [lengths.pop() for lengths in ends]
+    assert order == sorted(set(order)), "one list a token"
+    alike = list(engine_for(generation, stop_ids=frozenset()).decode_lists(EQUAL))
+    assert [[group.index for group in together] for together in alike] == [[], [0, 1, 2]]
+    with pytest.raises(ModelError, match="request 1: its prompt is empty"):
+        engine.decode_lists([RAGGED[0], RolloutRequest(prompt_ids=(), key=(0,))])
+
+
 def test_abort_before_the_first_token_leaves_nothing() -> None:
     engine = engine_for(GenerationConfig(num_generations=2, max_completion_length=4))
     running = engine.decode(EQUAL)

@@ -25,10 +25,10 @@ from troupe.rewards.functions import (
     check_signature,
     checked_score,
     checked_scores,
-    in_daemon_thread,
     reward_name,
     reward_place,
 )
+from troupe.rewards.isolation import in_daemon_thread
 
 pytestmark = pytest.mark.anyio
 

@@ -130,7 +130,7 @@ async def test_reporter_sends_incidents_and_spans_and_closes_both(monkeypatch: p
     report = Reporter("scorer", incidents, spans)
     incident = Incident(actor="scorer", kind="odd", message="something odd")
     await report.incident(incident)
-    monkeypatch.setattr("troupe.runtime.actor.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr("troupe.runtime.report.time", SimpleNamespace(perf_counter=lambda: next(times)))
     with pytest.raises(KeyError), report.span("score", step=3, gid=7):
         raise KeyError
     report.close()

@@ -94,3 +94,26 @@ def test_credits_count_live_groups() -> None:
 def test_credits_need_a_limit() -> None:
     with pytest.raises(ValueError, match="a credit limit of 0"):
         Credits(0)
+
+
+async def test_the_newest_version_is_waited_for() -> None:
+    board: PolicyBoard[str] = PolicyBoard(0)
+    got: list[tuple[int, str]] = []
+
+    async def follow() -> None:
+        version = -1
+        while version < 3:
+            version, weights = await board.newer_than(version)
+            got.append((version, weights))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(follow)
+        await wait_all_tasks_blocked()
+        assert got == []
+        board.publish(0, "w0")
+        await wait_all_tasks_blocked()
+        for version in (1, 2, 3):  # nobody is obliged to look at each
+            board.publish(version, f"w{version}")
+        await wait_all_tasks_blocked()
+    assert got == [(0, "w0"), (3, "w3")]
+    assert await board.newer_than(2) == (3, "w3")

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from troupe.runtime import Broadcast, Channel, Mailbox
+from troupe.runtime import Broadcast, Channel, Mailbox, Overflow
 
 pytestmark = pytest.mark.anyio
 
@@ -306,3 +306,125 @@ async def test_settled_waits_until_the_reader_is_done_with_all_that_was_sent() -
         await anyio.wait_all_tasks_blocked()
         assert settled == [True], "it asked for the next one, whoever that is from"
     await channel.settled()
+
+
+async def test_a_message_stays_in_hand_until_it_is_done_and_can_be_taken_back() -> None:
+    box = Mailbox("box")
+    one, two = box.channel("one", str, bound=2), box.channel("two", str, bound=9)
+    for channel, text in ((one, "a"), (two, "b"), (one, "c"), (two, "d")):
+        channel.send_nowait(text)
+    taken = [await box.take() for _ in range(3)]
+    assert (taken, box.in_hand, box.waiting) == (["a", "b", "c"], ("a", "b", "c"), ("d",))
+    box.done(taken[1])
+    box.done(taken[1])  # once more changes nothing
+    box.done("never there")
+    assert box.in_hand == ("a", "c")
+    box.take_back()
+    assert (box.in_hand, box.waiting) == ((), ("a", "c", "d"))
+    assert [await box.take() for _ in range(3)] == ["a", "c", "d"]
+    box.take_back()
+    assert box.waiting == ("a", "c", "d")
+
+
+async def test_done_tells_equal_messages_apart() -> None:
+    box = Mailbox("box")
+    channel = box.channel("lists", list, bound=3)
+    for _ in range(2):
+        channel.send_nowait([])
+    first, second = await box.take(), await box.take()
+    box.done(second)
+    assert box.in_hand[0] is first
+
+
+async def test_what_is_taken_back_counts_as_waiting_again_even_beyond_the_bound() -> None:
+    box = Mailbox("box")
+    channel = box.channel("numbers", int, bound=2)
+    for number in (0, 1):
+        channel.send_nowait(number)
+    await box.take()
+    await box.take()
+    for number in (2, 3):
+        channel.send_nowait(number)
+    box.take_back()
+    assert (channel.stats().depth, channel.stats().sent) == (4, 4)
+    async with anyio.create_task_group() as group:
+        group.start_soon(channel.send, 4)
+        await wait_all_tasks_blocked()
+        assert [await anext(box) for _ in range(2)] == [0, 1]
+        await wait_all_tasks_blocked()
+        assert box.waiting == (2, 3), "there is no room yet"
+        assert await anext(box) == 2
+        await wait_all_tasks_blocked()
+        assert box.waiting == (3, 4)
+    channel.close()
+    assert [number async for number in box] == [3, 4]
+
+
+@pytest.mark.parametrize("overflow", ["newest", "drop_oldest"])
+async def test_a_lossy_channel_sheds_what_was_taken_back_when_it_is_full(overflow: Overflow) -> None:
+    box = Mailbox("box")
+    channel = box.channel("numbers", int, bound=2, overflow=overflow)
+    channel.send_nowait(0)
+    await box.take()
+    for number in (1, 2):
+        channel.send_nowait(number)
+    box.take_back()
+    channel.send_nowait(3)
+    assert box.waiting == (2, 3)
+    assert channel.stats().dropped == (2 if overflow == "drop_oldest" else 0)
+
+
+async def test_a_channel_is_settled_when_everything_is_done_and_not_before() -> None:
+    box = Mailbox("box")
+    channel, other = box.channel("numbers", int, bound=3), box.channel("others", int, bound=3)
+    settled = anyio.Event()
+
+    async def wait() -> None:
+        await channel.settled()
+        settled.set()
+
+    for number in (1, 2):
+        channel.send_nowait(number)
+    other.send_nowait(3)
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        one, two, _ = await box.take(), await box.take(), await box.take()
+        box.done(two)
+        await wait_all_tasks_blocked()
+        box.take_back()
+        await wait_all_tasks_blocked()
+        assert not settled.is_set()
+        assert await box.take() == one
+        box.done(one)
+        await wait_all_tasks_blocked()
+        assert settled.is_set(), "what another channel brought is not asked for"
+
+
+async def test_an_ended_mailbox_is_read_to_its_end_whatever_may_still_come() -> None:
+    box = Mailbox("box")
+    channel = box.channel("numbers", int, bound=3)
+    got: list[int] = []
+
+    async def read() -> None:
+        got.extend([number async for number in box])
+
+    async with anyio.create_task_group() as group:
+        channel.send_nowait(1)
+        group.start_soon(read)
+        await wait_all_tasks_blocked()
+        box.end()
+    assert got == [1]
+    channel.send_nowait(2)
+    assert [number async for number in box] == [2]
+    with pytest.raises(anyio.EndOfStream):
+        await box.take()
+
+
+async def test_a_mailbox_says_when_it_moved_last() -> None:
+    box = Mailbox("box")
+    channel = box.channel("numbers", int, bound=3)
+    made_s = box.moved_s
+    channel.send_nowait(1)
+    assert box.moved_s == made_s
+    await box.take()
+    assert box.moved_s > made_s

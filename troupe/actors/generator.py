@@ -1,14 +1,17 @@
-"""Generator: completes prompts. It decodes a whole step, or a round of replacements, together and hands over each group
-when it is finished."""
+"""Generator: completes prompts. It decodes many together and hands over each group when it is finished."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import anyio
 
 from troupe.learning import as_rollouts
-from troupe.messages import Prompt, RolloutGroup
-from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest, Weights
+from troupe.messages import Prompt, Rollout, RolloutGroup
+from troupe.policy import RolloutEngine, RolloutRequest, Weights
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
 
 
@@ -19,9 +22,16 @@ class Generator(Actor):
     exactly the version that the step is pinned to is published. What is decoded together is therefore a function of
     slots and tokens, never of timing. Waiting for a version never holds up a replacement that this very version waits
     for: step k is prompted with the credits of step k − η − 1, which come back after version k − η was published.
+
+    Free schedule: the prompts that are there are decoded at once, with the newest version, and every newer one is taken
+    at the token after it was published, while caches are kept.
+
+    A prompt is done with when all that was decoded with it is: the successor of a generator that failed decodes the
+    same round, and leaves out what was handed over already.
     """
 
     name = "generator"
+    acknowledges: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -33,15 +43,26 @@ class Generator(Actor):
         board: PolicyBoard[Weights],
         decode_text: Callable[[Sequence[int]], str],
         seed: int,
+        most_at_once: int | None = None,
+        handed_over: set[int] | None = None,
         report: Reporter | None = None,
     ) -> None:
+        """`most_at_once`: how many prompts a decode of the free schedule has at the most; None: the schedule is pinned.
+
+        `handed_over`: gids of groups that were sent and whose prompts are still in hand; it outlives the actor.
+        `decode_text` is called on the device's thread.
+        """
         super().__init__(inbox, [groups], report)
         self._groups = groups
         self._make_engine = engine
         self._board = board
         self._decode_text = decode_text
         self._seed = seed
-        self._waiting: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
+        self._most_at_once = most_at_once
+        self._handed_over = set() if handed_over is None else handed_over
+        self._rounds: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
+        self._there: list[Prompt] = []
+        self._computed: list[tuple[str, float, float]] = []  # what the device did since it was last asked, and when
         self._device = device
         self._engine: RolloutEngine
 
@@ -50,28 +71,81 @@ class Generator(Actor):
         self._engine = await self._device.run(self._make_engine)
 
     async def handle(self, message: Prompt) -> None:
-        """Collect the prompts of a round; decode it when it is complete."""
-        name = message.slot.step, message.slot.attempt
-        self._waiting[name].append(message)
-        if len(self._waiting[name]) == message.round_size:
-            await self._decode(sorted(self._waiting.pop(name), key=lambda prompt: prompt.slot))
+        """Collect the prompts of a round and decode it when it is complete; or decode what is there."""
+        if self._most_at_once is None:
+            name = message.slot.step, message.slot.attempt
+            self._rounds[name].append(message)
+            if len(self._rounds[name]) == message.round_size:
+                await self._decode_pinned(sorted(self._rounds.pop(name), key=lambda prompt: prompt.slot))
+            return
+        self._there.append(message)
+        if len(self._there) == self._most_at_once or not len(self.inbox):
+            prompts, self._there = self._there, []
+            await self._decode_newest(prompts)
 
-    async def _decode(self, prompts: list[Prompt]) -> None:
+    async def _decode_pinned(self, prompts: list[Prompt]) -> None:
         step = prompts[0].slot.step
-        version = self._board.pinned_for(step)
-        with self.report.span("wait for policy", step=step):
-            weights = await self._board.get(version)
+        if any(prompt.gid not in self._handed_over for prompt in prompts):
+            version = self._board.pinned_for(step)
+            with self.report.span("wait for policy", step=step, kind="wait"):
+                weights = await self._board.get(version)
+            self._engine.load(weights, version)
+            await self._decode(prompts, step)
+        self._done_with(prompts)
+
+    async def _decode_newest(self, prompts: list[Prompt]) -> None:
+        left = [prompt for prompt in prompts if prompt.gid not in self._handed_over]
+        if left:
+            version, weights = await self._board.newer_than(-1)
+            self._engine.load(weights, version)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._follow, version)
+                await self._decode(left, None)
+                tasks.cancel_scope.cancel()
+            self._engine.release()  # of a version that came when all was decoded
+        self._done_with(prompts)
+
+    async def _follow(self, version: int) -> None:
+        """Have every version that is newer used from the next token on."""
+        while True:
+            version, weights = await self._board.newer_than(version)
+            self._engine.load(weights, version)
+
+    async def _decode(self, prompts: Sequence[Prompt], step: int | None) -> None:
         requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=self._key(prompt)) for prompt in prompts]
         with self.report.span("generate", step=step):
-            decoding = await self._device.run(self._begin, weights, version, requests)
-            while group := await self._device.run(next, decoding, None, on_cancel=self._engine.abort):
-                rollouts = as_rollouts(group, self._decode_text)
-                await self._groups.send(RolloutGroup(prompt=prompts[group.index], rollouts=rollouts))
-            await self._device.run(self._engine.release)  # the next step has other weights, and the learner needs room
+            completed = self._completed(requests)
+            while ready := await self._device.run(next, completed, None, on_cancel=self._engine.abort):
+                self._tell_computed(step)
+                for index, rollouts in ready:
+                    await self._hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))
+            self._engine.release()  # the next step has other weights, and the learner needs room
 
-    def _begin(self, weights: Weights, version: int, requests: list[RolloutRequest]) -> Iterator[CompletedGroup]:
-        self._engine.load(weights, version)
-        return self._engine.decode(requests)
+    def _completed(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, tuple[Rollout, ...]]]]:
+        """Lists of (place of the prompt, its completions); for the device's thread, texts included."""
+        self._computed = []
+        start_s = time.perf_counter()
+        for groups in self._engine.decode_lists(requests):
+            self._computed.append(("decode" if groups else "prefill", start_s, time.perf_counter()))
+            if groups:
+                yield [(group.index, as_rollouts(group, self._decode_text)) for group in groups]
+            start_s = time.perf_counter()
+
+    def _tell_computed(self, step: int | None) -> None:
+        computed, self._computed = self._computed, []
+        for name, start_s, end_s in computed:
+            self.report.record(name, start_s, end_s, step=step)
+
+    async def _hand_over(self, group: RolloutGroup) -> None:
+        if group.prompt.gid not in self._handed_over:
+            with self.report.span("hand over", step=group.prompt.slot.step, gid=group.prompt.gid):
+                await self._groups.send(group)
+            self._handed_over.add(group.prompt.gid)
+
+    def _done_with(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self.inbox.done(prompt)
+            self._handed_over.discard(prompt.gid)
 
     def _key(self, prompt: Prompt) -> tuple[int, ...]:
         return (self._seed, prompt.slot.step, prompt.slot.place, prompt.slot.attempt)

@@ -1,5 +1,5 @@
-"""Learner: makes the gradient steps. It collects a step's scored groups, has those without signal replaced, learns,
-publishes, and closes the groups."""
+"""Learner: makes the gradient steps. It collects a step's scored groups, has those sampled anew that it cannot use,
+learns, publishes, and closes the groups."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import RunError
+from troupe.gathering import Gathering, StepGroups, gid_of, slot_of, stale_tokens
 from troupe.grpo import LearnerConfig, learning_rate, sync_reference, train_on_batch
-from troupe.learning import assemble, completion_log_probs, is_usable
-from troupe.messages import Checkpoint, ClosedState, GroupClosed, Incident, Replace, ScoredGroup, Slot, Snapshot, Update
+from troupe.learning import assemble, completion_log_probs
+from troupe.messages import Checkpoint, GroupClosed, Incident, Replace, ScoredGroup, Snapshot, Update
 from troupe.policy import Qwen3Config, Weights
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
 from troupe.statistics import group_statistics, has_signal, num_tokens
@@ -44,40 +45,6 @@ class LearnerOutputs(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: Channel[Snapshot]
 
 
-class _Step:
-    """The groups of one step as they come in, round by round; the first round has all the places."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.groups: list[ScoredGroup] = []
-        self.filtered: set[int] = set()
-        """Groups without signal, by gid."""
-        self.replaced: set[int] = set()
-        """Those of them whose place and credit another group has taken over."""
-        self._round: list[ScoredGroup] = []
-        self._missing = batch_size
-
-    @property
-    def complete(self) -> bool:
-        """Whether all groups of the newest round are here."""
-        return not self._missing
-
-    @property
-    def round(self) -> list[ScoredGroup]:
-        """The groups of the newest round, by slot."""
-        return sorted(self._round, key=_slot)
-
-    def add(self, group: ScoredGroup) -> None:
-        self.groups.append(group)
-        self._round.append(group)
-        self._missing -= 1
-
-    def replace(self, groups: Sequence[ScoredGroup]) -> Replace:
-        """Open a round of replacements."""
-        self.replaced |= {_gid(group) for group in groups}
-        self._round, self._missing = [], len(groups)
-        return Replace(slots=tuple(map(_slot, groups)))
-
-
 class _Learned(NamedTuple):
     """What a step's work on the device comes to, evaluated."""
 
@@ -85,15 +52,16 @@ class _Learned(NamedTuple):
     metrics: dict[str, float]
     skipped: bool
     """Whether an update was not finite."""
+    parts: list[tuple[str, float, float]]
+    """Parts of the work, with start and end (`time.perf_counter`)."""
 
 
 class Learner(Actor):
     """Receives ScoredGroup and Checkpoint; publishes weights on the board; sends Update, GroupClosed, Replace and
     Snapshot.
 
-    Steps are learned in order, each when all its groups are here, sorted by slot, so that what is computed never
-    depends on the order in which scores came in. For the same reason groups without signal are replaced together, when
-    all groups of their round are scored.
+    A step is learned when the gathering says that its groups are here, sorted by slot; so in the pinned schedule what
+    is computed never depends on the order in which scores came in.
     """
 
     name = "learner"
@@ -111,7 +79,7 @@ class Learner(Actor):
         reward_weights: Mapping[str, float],
         temperature: float,
         max_completion_length: int,
-        min_scored: int,
+        gathering: Gathering,
         pad_id: int,
         prompts_per_epoch: int,
         total_steps: int,
@@ -136,13 +104,12 @@ class Learner(Actor):
             entropy_gradient=config.has_entropy_bonus,
         )
         self._max_completion_length = max_completion_length
-        self._min_scored = min_scored
+        self._gathering = gathering
         self._pad_id = pad_id
         self._prompts_per_epoch = prompts_per_epoch
         self._total_steps = total_steps
         self._checkpoint_every = checkpoint_every
         self._learns_beside_checkpoints = learns_beside_checkpoints
-        self._steps: dict[int, _Step] = {}
         self._skipped_in_a_row = 0
         self._last_end_s = time.perf_counter()
         self._device = device
@@ -162,12 +129,10 @@ class Learner(Actor):
         if isinstance(message, Checkpoint):
             await self._send_snapshot()
             return
-        step = self._steps.setdefault(_slot(message).step, _Step(self._config.batch_size))
-        step.add(message)
-        if step.complete and self._config.dynamic_sampling:
-            await self._filter(step)
-        while (ready := self._steps.get(self._state.version)) and ready.complete:
-            await self._learn(self._steps.pop(self._state.version))
+        if groups := self._gathering.add(message):
+            await self._examine(groups)
+        while step := self._gathering.take(self.version):
+            await self._learn(step)
 
     async def start(self) -> None:
         """Time and peak memory of the first step count from here."""
@@ -178,56 +143,58 @@ class Learner(Actor):
         """The run is over: its last version becomes the final policy."""
         await self._send_snapshot(final=True)
 
-    async def _filter(self, step: _Step) -> None:
-        """Have the groups of the round that are without signal replaced, as often as a place may be sampled anew."""
-        without = await self._device.run(self._without_signal, step.round)
-        step.filtered |= {_gid(group) for group in without}
-        if without and _slot(without[0]).attempt < self._config.max_resampling_attempts:
-            await self._to.closed_to_prompter.send(step.replace(without))
+    async def _examine(self, groups: Sequence[ScoredGroup]) -> None:
+        """Have those sampled anew that nothing can be learned from, as often as a place may be."""
+        without: set[int] = set()
+        if self._config.dynamic_sampling:
+            without = await self._device.run(self._without_signal, groups)
+        if replace := self._gathering.examine(groups, without, self.version):
+            await self._to.closed_to_prompter.send(replace)
 
-    def _without_signal(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        return [
-            group
-            for group in groups
-            if is_usable(group, self._min_scored) and not has_signal(group, self._config, self._reward_weights)
-        ]
+    def _without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
+        return {gid_of(group) for group in groups if not has_signal(group, self._config, self._reward_weights)}
 
-    async def _learn(self, step: _Step) -> None:
+    async def _learn(self, step: StepGroups) -> None:
         started_s = time.perf_counter()
-        groups = sorted(step.groups, key=_slot)
-        states = {_gid(group): self._end_state(group, step) for group in groups}
-        usable = [group for group in groups if states[_gid(group)] != "quarantined"]
-        trained = [group for group in groups if states[_gid(group)] == "trained"]
         if not self._learns_beside_checkpoints:
-            with self.report.span("wait for checkpoint", step=self.version):
+            with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
                 await self._to.snapshots.settled()
-        with self.report.span("learn", step=self.version):
+        with self.report.span("learn", step=self.version, gids=[gid_of(group) for group in step.groups]):
             with anyio.CancelScope(shield=True):  # the optimizer's state is used up: whoever stops us gets the new one
-                learned = await self._device.run(self._train, groups, usable, trained)
+                learned = await self._device.run(self._train, step)
+            for name, start_s, end_s in learned.parts:
+                self.report.record(name, start_s, end_s, step=self.version)
         self._state = learned.state
         with self.report.span("publish", step=self.version - 1):
             self._board.publish(self.version, self.weights)
         await self._check_finite(learned)
-        await self._close(groups, states, step.replaced)
+        await self._close(step)
         learn_s = time.perf_counter() - started_s
-        await self._to.updates.send(self._update(groups, trained, states, learned.metrics, learn_s))
+        await self._to.updates.send(self._update(step, learned.metrics, learn_s))
         if self.version % self._checkpoint_every == 0 and self.version < self._total_steps:
             await self._send_snapshot()
 
-    def _end_state(self, group: ScoredGroup, step: _Step) -> ClosedState:
-        if _gid(group) in step.filtered:
-            return "filtered"
-        return "trained" if is_usable(group, self._min_scored) else "quarantined"
+    def _train(self, step: StepGroups) -> _Learned:
+        """One learner batch, on the device thread. Rewards and completions are told of all groups with scores, those
+        left out of the batch too."""
+        parts: list[tuple[str, float, float]] = []
+        began_s = time.perf_counter()
 
-    def _train(
-        self, groups: Sequence[ScoredGroup], usable: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]
-    ) -> _Learned:
-        """One learner batch, on the device thread. What is told of rewards and completions is told of `usable`."""
+        def end_part(name: str) -> None:
+            parts.append((name, parts[-1][2] if parts else began_s, time.perf_counter()))
+
         state = self._state
         weights, optimizer_state, skipped = state.weights, state.optimizer_state, False
+        usable = step.ending("trained", "filtered", "stale")
         metrics = group_statistics(usable, self._config, self._reward_weights) if usable else {"reward": math.nan}
-        if trained:
-            prepared = assemble(trained, self._config, weights=self._reward_weights, pad_id=self._pad_id)
+        if trained := step.ending("trained"):
+            prepared = assemble(
+                trained,
+                self._config,
+                weights=self._reward_weights,
+                pad_id=self._pad_id,
+                oldest=step.oldest if step.drops_stale else None,
+            )
             result = train_on_batch(
                 weights,
                 optimizer_state,
@@ -237,6 +204,7 @@ class Learner(Actor):
                 lr=self._learning_rates(),
                 ref_weights=state.reference,
                 max_completion_length=self._max_completion_length,
+                on_part=end_part,
             )
             weights, optimizer_state, skipped = result.weights, result.optimizer_state, not result.updated
             metrics = {**prepared.metrics, **metrics, **result.metrics}
@@ -245,9 +213,9 @@ class Learner(Actor):
             weights=weights,
             optimizer_state=optimizer_state,
             reference=self._followed(state.reference, weights),
-            num_tokens=state.num_tokens + num_tokens(groups),
+            num_tokens=state.num_tokens + num_tokens(step.groups),
         )
-        return _Learned(state, metrics, skipped)
+        return _Learned(state, metrics, skipped, parts)
 
     def _learning_rates(self) -> list[float]:
         """One for each update of the batch; the schedule counts updates, as TRL's does."""
@@ -287,32 +255,26 @@ class Learner(Actor):
                 "lower learner.lr, or look for scores that are huge"
             )
 
-    async def _close(
-        self, groups: Sequence[ScoredGroup], states: Mapping[int, ClosedState], replaced: set[int]
-    ) -> None:
-        for group in groups:
+    async def _close(self, step: StepGroups) -> None:
+        for group in step.groups:
             prompt = group.group.prompt
-            if states[prompt.gid] == "quarantined":
+            state = step.states[prompt.gid]
+            if state == "quarantined":
                 message = f"group {prompt.gid} (dataset row {prompt.row}) has too few scores and was not trained on"
                 await self.report.incident(
                     Incident(actor=self.name, kind="group_quarantined", message=message, gid=prompt.gid)
                 )
-            closed = GroupClosed(gid=prompt.gid, slot=prompt.slot, state=states[prompt.gid], version=self.version)
+            closed = GroupClosed(gid=prompt.gid, slot=prompt.slot, state=state, version=self.version)
+            self.report.mark(f"close: {state}", step=self.version - 1, gid=prompt.gid)
             await self._to.closed_to_metrics.send(closed)
-            if prompt.gid not in replaced:
+            if prompt.gid not in step.replaced:
                 await self._to.closed_to_prompter.send(closed)
 
-    def _update(
-        self,
-        groups: Sequence[ScoredGroup],
-        trained: Sequence[ScoredGroup],
-        states: Mapping[int, ClosedState],
-        metrics: Mapping[str, float],
-        learn_s: float,
-    ) -> Update:
+    def _update(self, step: StepGroups, metrics: Mapping[str, float], learn_s: float) -> Update:
         now_s = time.perf_counter()
         step_s, self._last_end_s = now_s - self._last_end_s, now_s
-        closed = list(states.values())
+        groups, sampled = step.groups, max(_sampled_tokens(step.groups), 1)
+        stale = sum(stale_tokens(group, step.oldest) for group in groups)
         peak_bytes = mx.get_peak_memory()
         mx.reset_peak_memory()
         return Update(
@@ -323,26 +285,26 @@ class Learner(Actor):
                 **metrics,
                 **_staleness(groups, self.version - 1),
                 "num_tokens": float(self._state.num_tokens),
-                "groups/trained": float(closed.count("trained")),
-                "groups/filtered": float(closed.count("filtered")),
-                "groups/quarantined": float(closed.count("quarantined")),
-                "groups/resampled": float(sum(_slot(group).attempt > 0 for group in groups)),
-                "groups/filtered_token_fraction": _sampled_tokens(
-                    [group for group in groups if states[_gid(group)] == "filtered"]
-                )
-                / max(_sampled_tokens(groups), 1),
+                "groups/trained": float(len(step.ending("trained"))),
+                "groups/filtered": float(len(step.ending("filtered"))),
+                "groups/stale": float(len(step.ending("stale"))),
+                "groups/quarantined": float(len(step.ending("quarantined"))),
+                "groups/resampled": float(sum(slot_of(group).attempt > 0 for group in groups)),
+                "groups/filtered_token_fraction": _sampled_tokens(step.ending("filtered")) / sampled,
+                "tokens/stale_fraction": stale / sampled,
                 "epoch": self.version * self._config.batch_size / self._prompts_per_epoch,
                 "step_time": step_s,
                 "learn_time": learn_s,
                 "tokens_per_second": _sampled_tokens(groups) / step_s,
-                "learn_tokens_per_second": num_tokens(trained) / learn_s,
+                "learn_tokens_per_second": num_tokens(step.ending("trained")) / learn_s,
                 "peak_memory_gb": peak_bytes / 1e9,
             },
         )
 
     async def _send_snapshot(self, *, final: bool = False) -> None:
         """Have a checkpoint written when the one before is, so that no more than one is held beside the state."""
-        await self._to.snapshots.settled()
+        with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
+            await self._to.snapshots.settled()
         await self._to.snapshots.send(self.snapshot(final=final))
 
     def snapshot(self, *, final: bool = False) -> Snapshot:
@@ -358,14 +320,6 @@ class Learner(Actor):
             num_tokens=state.num_tokens,
             final=final,
         )
-
-
-def _slot(group: ScoredGroup) -> Slot:
-    return group.group.prompt.slot
-
-
-def _gid(group: ScoredGroup) -> int:
-    return group.group.prompt.gid
 
 
 def _sampled_tokens(groups: Sequence[ScoredGroup]) -> int:

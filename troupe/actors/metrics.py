@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from troupe.messages import GroupClosed, Incident, Span, Update
-from troupe.runtime import Actor, Broadcast, Mailbox, Reporter
-from troupe.sinks import Sink
-
-_MAX_FAILURES = 3
+from troupe.runtime import Actor, Broadcast, Mailbox, Reporter, StepTimes
+from troupe.sinks import Sinks
 
 
 class Tally(msgspec.Struct, kw_only=True):
@@ -29,8 +27,9 @@ class Tally(msgspec.Struct, kw_only=True):
 class Metrics(Actor):
     """Receives Update, GroupClosed, Incident and Span; broadcasts Update, of which a slow listener keeps the newest.
 
-    A sink that fails three times in a row on the same type of message is switched off, which is an incident, and
-    training goes on.
+    It adds to each Update what only it can see: how long the queues are, and where the time of the step went. Nothing
+    here waits: sinks have threads of their own. One that fails or hangs is switched off, which is an incident, and
+    training goes on. Sinks and tally outlive the actor.
     """
 
     name = "metrics"
@@ -40,77 +39,76 @@ class Metrics(Actor):
         self,
         inbox: Mailbox,
         *,
-        sinks: Sequence[Sink],
+        sinks: Sinks,
         listeners: Broadcast[Update],
         tally: Tally,
-        watched: Sequence[Mailbox],
+        watched: Sequence[Mailbox] = (),
+        reporters: Sequence[Reporter] = (),
         report: Reporter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`watched`: mailboxes whose queues are told. `reporters`: of the actors, to see what they are at."""
         super().__init__(inbox, [listeners], report)
         self._listeners = listeners
-        self._sinks = list(sinks)
-        self._failures: Counter[tuple[str, type]] = Counter()
+        self._sinks = sinks
         self._tally = tally
         self._watched = watched
+        self._reporters = reporters
+        self._clock = clock
+        self._times = StepTimes(clock())
 
     async def start(self) -> None:
-        """Open the sinks."""
-        for sink in tuple(self._sinks):
-            try:
-                sink.open()
-            except Exception as error:
-                self._switch_off(sink, error)
+        """Have the sinks opened, unless an actor before has."""
+        self._sinks.open()
 
     async def handle(self, message: Update | GroupClosed | Incident | Span) -> None:
-        """Count, pass on, and write to every sink."""
+        """Count, pass on, and give to every sink."""
+        if isinstance(message, Span):
+            self._times.add(message)
+            self._sinks.write(message)
+            return
+        self._take_writes()
         if isinstance(message, Update):
-            message = msgspec.structs.replace(message, metrics=message.metrics | self._queues())
+            message = msgspec.structs.replace(message, metrics=message.metrics | self._queues() | self._step_times())
             self._listeners.send_nowait(message)
         elif isinstance(message, GroupClosed):
             self._tally.closed_groups[message.state] += 1
-        elif isinstance(message, Incident):
+        else:
             self._tally.incidents[message.kind] += 1
-        self._write(message)
+        self._sinks.write(message)
+        for incident in self._sinks.failed():
+            self._note(incident)
+            self._sinks.write(incident)
 
-    async def stop(self) -> None:
-        """Take what was reported before a fault or a stop cut the play short; close the sinks."""
-        while len(self.inbox):
-            await self.handle(await anext(self.inbox))
-        for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception as error:
-                self._tally.switched_off_sinks[sink.name] = str(error)
+    async def finish(self) -> None:
+        """Everything was told: have it written."""
+        for incident in await self._sinks.close():
+            self._note(incident)
 
-    def _write(self, message: object) -> None:
-        for sink in tuple(self._sinks):
-            kind = sink.name, type(message)  # a sink leaves most types alone, which says nothing of its health
-            try:
-                sink.write(message)
-                self._failures[kind] = 0
-            except Exception as error:
-                self._failures[kind] += 1
-                if self._failures[kind] >= _MAX_FAILURES:
-                    self._switch_off(sink, error)
+    def _note(self, failed: Incident) -> None:
+        self._tally.incidents[failed.kind] += 1
+        self._tally.switched_off_sinks.update(self._sinks.switched_off)
 
-    def _switch_off(self, sink: Sink, error: Exception) -> None:
-        if sink not in self._sinks:  # it failed on the incident about another one
-            return
-        self._sinks.remove(sink)
-        with suppress(Exception):
-            sink.close()
-        self._tally.switched_off_sinks[sink.name] = f"{type(error).__name__}: {error}"
-        incident = Incident(
-            actor=self.name, kind="sink_failed", message=f"the sink {sink.name} is switched off: {error}"
-        )
-        self._tally.incidents[incident.kind] += 1
-        self._write(incident)
+    def _take_writes(self) -> None:
+        """What the sinks' threads did meanwhile counts as this actor's work."""
+        for write in self._sinks.writes():
+            name = f"write {write.sink}"
+            span = Span(actor=self.name, name=name, start_s=write.start_s, end_s=write.end_s, lane=write.lane)
+            self._times.add(span)
+            self._sinks.write(span)
+
+    def _step_times(self) -> dict[str, float]:
+        """Where the time since the last Update went; see `StepTimes`."""
+        doing = [span for reporter in self._reporters for span in reporter.doing]
+        return self._times.end_step(self._clock(), doing)
 
     def _queues(self) -> dict[str, float]:
-        """Depth of every watched channel now, and the seconds its messages have waited so far."""
+        """Depth of every watched channel now, the seconds its messages have waited so far, and what was dropped."""
         figures = {}
         for mailbox in self._watched:
             for stats in (channel.stats() for channel in mailbox.channels if not channel.side):
                 figures[f"queue/{stats.name}/depth"] = float(stats.depth)
                 figures[f"queue/{stats.name}/wait_s"] = stats.wait_s
+        dropped = sum(channel.stats().dropped for channel in self.inbox.channels)
+        figures["spans_dropped"] = float(dropped + self._sinks.dropped)
         return figures

@@ -3,19 +3,46 @@ replacements at once, on the credits of the groups that they replace."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from typing import Any
+
 import msgspec
 
-from troupe.messages import Drain, GroupClosed, Prompt, Replace, Slot
+from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step
 from troupe.runtime import Actor, Channel, Credits, Mailbox, Reporter
 from troupe.schedule import PromptSchedule
 
 
+class PromptLedger(msgspec.Struct, kw_only=True):
+    """How far prompting has come. Outlives the Prompter, so that nothing is issued twice or left out when it fails."""
+
+    next: int
+    """Number of the next prompt in the stream: step · P + place."""
+    end: int
+    """Number of the first prompt that is not to be issued."""
+    outbox: deque[Prompt] = msgspec.field(default_factory=deque)
+    """Prompts that hold a credit and are not sent yet."""
+    alive: dict[int, tuple[Slot, float]] = msgspec.field(default_factory=dict)
+    """Group that holds a credit → its slot, and when it was prompted (`time.perf_counter`)."""
+    steps_allowed: int | None = None
+    """Steps that may be begun while the run is paused, those already begun included; None: it is not paused."""
+    held: tuple[str, ...] = ()
+    """Why no step may be begun now."""
+    draining: bool = False
+    heeded: Any = None
+    """The message that was acted upon last: a Prompter that gets it once more has nothing left to do but to send."""
+
+
 class Prompter(Actor):
-    """Receives GroupClosed (a credit returns), Replace (one changes hands) and Drain (issue no further step); sends
-    Prompt.
+    """Receives GroupClosed (a credit returns), Replace (one changes hands) and what may stop prompting: Hold from the
+    scorer, and Pause, Resume, Step and Drain from outside. Sends Prompt.
 
     When nothing is left to issue it closes the channel to the generator: that is how a run ends. Where groups may be
     replaced, that is when the last one of them is closed.
+
+    A message is acted upon without an await in between, all on the ledger; only then are prompts sent. So a Prompter
+    may fail at any await, and its successor goes on with the ledger.
     """
 
     name = "prompter"
@@ -27,8 +54,7 @@ class Prompter(Actor):
         *,
         schedule: PromptSchedule,
         credits: Credits,  # noqa: A002 - the name of the thing
-        first_step: int,
-        total_steps: int,
+        ledger: PromptLedger,
         replaces: bool = False,
         report: Reporter | None = None,
     ) -> None:
@@ -36,42 +62,92 @@ class Prompter(Actor):
         self._prompts = prompts
         self._schedule = schedule
         self._credits = credits
-        self._next = first_step * schedule.batch_size
-        self._end = total_steps * schedule.batch_size
+        self._ledger = ledger
         self._replaces = replaces
 
     async def start(self) -> None:
-        """Issue as many prompts as there are credits, unless a drain is waiting already: then no step has begun."""
+        """Issue as many prompts as there are credits, unless a request is waiting already: then it is heeded first."""
         if not len(self.inbox):
             await self._issue()
 
-    async def handle(self, message: GroupClosed | Replace | Drain) -> None:
-        """A closed group makes room for the next, a filtered one for its replacement; a drain ends the stream after the
-        step already begun."""
-        if isinstance(message, GroupClosed):
-            self._credits.give_back(message.gid)
-        elif isinstance(message, Replace):
-            await self._replace(message.slots)
-        else:
-            begun_steps = -(-self._next // self._schedule.batch_size)
-            self._end = min(self._end, begun_steps * self._schedule.batch_size)
+    async def handle(self, message: GroupClosed | Replace | Hold | Pause | Resume | Step | Drain) -> None:
+        """A closed group makes room for the next, one that is not trained on for its replacement; the others say which
+        steps may be begun."""
+        if message is not self._ledger.heeded:
+            self._heed(message)
+            self._ledger.heeded = message
         await self._issue()
 
+    def _heed(self, message: GroupClosed | Replace | Hold | Pause | Resume | Step | Drain) -> None:
+        ledger = self._ledger
+        match message:
+            case GroupClosed():
+                self._give_back(message.gid)
+            case Replace():
+                self._replace(message)
+            case Hold():
+                ledger.held = message.reasons
+            case Pause():
+                if ledger.steps_allowed is None:
+                    ledger.steps_allowed = self._begun_steps
+            case Resume():
+                ledger.steps_allowed = None
+            case Step():
+                if ledger.steps_allowed is not None:
+                    ledger.steps_allowed = max(ledger.steps_allowed, self._begun_steps) + message.steps
+            case Drain():
+                ledger.end = min(ledger.end, self._begun_steps * self._schedule.batch_size)
+                ledger.draining = True
+
     async def _issue(self) -> None:
-        while self._next < self._end and self._credits.free:
-            step, place = divmod(self._next, self._schedule.batch_size)
-            prompt = self._schedule.prompt(Slot(step=step, place=place))
-            self._credits.take(prompt.gid)
-            self._next += 1
-            await self._prompts.send(prompt)
-        may_come = self._replaces and self._credits.live
-        if self._next >= self._end and not may_come and not self._prompts.closed:
+        """Send what holds a credit, and then as much more as may be begun."""
+        ledger = self._ledger
+        await self._send()
+        while ledger.next < self._limit and self._credits.free:
+            step, place = divmod(ledger.next, self._schedule.batch_size)
+            self._begin(self._schedule.prompt(Slot(step=step, place=place)))
+            ledger.next += 1
+            await self._send()
+        may_come = self._replaces and ledger.alive
+        if ledger.next >= ledger.end and not may_come and not self._prompts.closed:
             self._prompts.close()
 
-    async def _replace(self, slots: tuple[Slot, ...]) -> None:
-        for slot in slots:
-            following = msgspec.structs.replace(slot, attempt=slot.attempt + 1)
-            prompt = self._schedule.prompt(following, round_size=len(slots))
-            self._credits.give_back(self._schedule.gid(slot))
-            self._credits.take(prompt.gid)  # at once, so that nobody else gets the credit
-            await self._prompts.send(prompt)
+    @property
+    def _begun_steps(self) -> int:
+        return -(-self._ledger.next // self._schedule.batch_size)
+
+    @property
+    def _limit(self) -> int:
+        """Number of the first prompt that must not be issued now."""
+        steps = [self._begun_steps] if self._ledger.held else []
+        steps += [self._ledger.steps_allowed] if self._ledger.steps_allowed is not None else []
+        return min([self._ledger.end, *(step * self._schedule.batch_size for step in steps)])
+
+    def _replace(self, message: Replace) -> None:
+        rows = message.rows or [None] * len(message.slots)
+        prompts = [
+            self._schedule.prompt(
+                msgspec.structs.replace(slot, attempt=slot.attempt + 1), round_size=len(message.slots), row=row
+            )
+            for slot, row in zip(message.slots, rows, strict=True)
+        ]
+        for slot, prompt in zip(message.slots, prompts, strict=True):
+            self._give_back(self._schedule.gid(slot))
+            self._begin(prompt)  # at once, so that nobody else gets the credit
+
+    def _begin(self, prompt: Prompt) -> None:
+        self._credits.take(prompt.gid)
+        self._ledger.alive[prompt.gid] = prompt.slot, time.perf_counter()
+        self._ledger.outbox.append(prompt)
+
+    def _give_back(self, gid: int) -> None:
+        self._credits.give_back(gid)
+        self._ledger.alive.pop(gid, None)
+
+    async def _send(self) -> None:
+        outbox = self._ledger.outbox
+        while outbox:
+            prompt = outbox[0]
+            with self.report.span("issue", step=prompt.slot.step, gid=prompt.gid):
+                await self._prompts.send(prompt)
+            outbox.popleft()

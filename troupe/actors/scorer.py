@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from troupe.messages import RolloutGroup, ScoredGroup
-from troupe.rewards import RewardManager
+from collections.abc import Callable
+from typing import ClassVar
+
+from troupe.messages import Hold, Incident, RolloutGroup, ScoredGroup
+from troupe.rewards import RewardManager, TrainerState
 from troupe.runtime import Actor, Channel, Mailbox, Reporter
 
 
 class Scorer(Actor):
-    """Receives RolloutGroup; sends ScoredGroup in the order in which scores are complete.
+    """Receives RolloutGroup; sends ScoredGroup in the order in which scores are complete, and Hold while a reward is
+    down.
 
     The mailbox is never held up: a group is scored in a task of its own while the next ones arrive. How many calls of
-    a reward run at once is the reward's own limit; how many groups can be here is bounded by the credits. The rewards
-    are started and stopped by the supervisor, which scores held-out rows with them too.
+    a reward run at once is the reward's own limit; how many groups can be here is bounded by the credits. A group is
+    done with when it is sent on; after a fault it is scored anew. The rewards are started and stopped by the
+    supervisor, which scores held-out rows with them too.
     """
 
     name = "scorer"
+    acknowledges: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -23,19 +29,44 @@ class Scorer(Actor):
         scored: Channel[ScoredGroup],
         *,
         rewards: RewardManager,
+        hold: Channel[Hold] | None = None,
+        trainer_state: Callable[[int], TrainerState] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        super().__init__(inbox, [scored], report)
+        """`trainer_state`: step → what reward functions are told of it."""
+        super().__init__(inbox, [scored] if hold is None else [scored, hold], report)
         self._scored = scored
+        self._hold = hold
         self._rewards = rewards
+        self._trainer_state = trainer_state
+
+    async def start(self) -> None:
+        """Listen to the rewards, and say which are down now: a Scorer before may have said otherwise."""
+        self._rewards.listen(self._note)
+        self._send_hold()
 
     async def handle(self, message: RolloutGroup) -> None:
         """Begin to score a group."""
         self.tasks.start_soon(self._score, message)
 
+    async def stop(self) -> None:
+        """Listen no more."""
+        self._rewards.listen(None)
+
     async def _score(self, group: RolloutGroup) -> None:
-        with self.report.span("score", step=group.prompt.slot.step, gid=group.prompt.gid):
-            result = await self._rewards.score_group(group)
+        state = None if self._trainer_state is None else self._trainer_state(group.prompt.slot.step)
+        result = await self._rewards.score_group(group, state, self.report)
         for incident in result.incidents:
             await self.report.incident(incident)
         await self._scored.send(ScoredGroup(group=group, scores=result.scores, logged=result.metrics))
+        self.inbox.done(group)
+        self._rewards.settled(group)
+
+    def _note(self, incident: Incident) -> None:
+        self.report.incident_nowait(incident)
+        self._send_hold()
+
+    def _send_hold(self) -> None:
+        if self._hold is not None and not self._hold.closed:
+            reasons = tuple(f"reward {name} is down: {why}" for name, why in self._rewards.down.items())
+            self._hold.send_nowait(Hold(reasons=reasons))

@@ -89,6 +89,33 @@ class Batch:
             truncated=self.truncated[part],
         )
 
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The rows with these numbers, in the order given, without the padding columns that none of them needs."""
+        if not rows:
+            raise ValueError(f"none of the {self.num_rows} rows of the batch is selected; take at least one")
+        T, chosen = _width([self.completion_lengths[i] for i in rows]), mx.array(rows)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in rows),
+            completions=tuple(self.completions[i] for i in rows),
+            completion_mask=self.completion_mask[chosen, :T],
+            advantages=self.advantages[chosen],
+            sampling_log_probs=self.sampling_log_probs[chosen, :T],
+            truncated=tuple(self.truncated[i] for i in rows),
+        )
+
+    def with_tokens(self, kept: Sequence[Sequence[bool]]) -> Batch:
+        """The tokens that `kept[i]` (T_i,) says, all others masked; rows that had tokens and have none left are gone.
+
+        A batch of which nothing is masked stays the same.
+        """
+        if all(map(all, kept)):
+            return self
+        T = self.completion_mask.shape[1]
+        mask = mx.array([[float(keep) for keep in row] + [0.0] * (T - len(row)) for row in kept])
+        masked = replace(self, completion_mask=self.completion_mask * mask)
+        return masked.select([i for i, row in enumerate(kept) if any(row) or not row])
+
     def without_truncated(self) -> Batch:
         """The same rows, with the mask 0 in the truncated ones (`mask_truncated_completions`)."""
         kept = mx.array([0.0 if cut else 1.0 for cut in self.truncated])

@@ -166,13 +166,15 @@ def train_on_batch(
     lr: float | Sequence[float],
     ref_weights: Weights | None = None,
     max_completion_length: int | None = None,
+    on_part: Callable[[str], None] = lambda name: None,
 ) -> StepResult:
     """Trains on one batch. `state` is used up: it is empty afterwards, and the result has the new one.
 
     `weights` and `state` (from `optimizer.adamw_init` or an earlier batch) are flat dicts of evaluated arrays; `lr` is
     one learning rate, or one for each of the `num_iterations` updates; `ref_weights` are needed where beta ≠ 0,
     `max_completion_length` for loss_type "dr_grpo". The old log-probs are those of `weights`, which stay as they are.
-    An update whose loss or gradient norm is not finite is skipped, and with it the passes left. Raises `ValueError`
+    An update whose loss or gradient norm is not finite is skipped, and with it the passes left. `on_part` is called
+    when what comes before the passes (`prepare`) and each of them (`pass`) has been computed. Raises `ValueError`
     for an argument that is missing, or a learning rate outside [0, 1].
     """
     rates = [float(lr)] * config.num_iterations if isinstance(lr, int | float) else list(lr)
@@ -187,6 +189,7 @@ def train_on_batch(
     if config.mask_truncated_completions:
         batch = batch.without_truncated()
     micros, fixed = _prepare(weights, batch, log_probs_fn, config, ref_weights, max_completion_length)
+    on_part("prepare")
 
     control = entropy_control(state, config)
     new_weights, new_state = dict(weights), dict(state)
@@ -213,6 +216,7 @@ def train_on_batch(
         )
         control = control.after_update(numbers.get("controlled_entropy", math.inf), config)
         new_state |= control.as_state(config)
+        on_part("pass")
     summary = _over_passes(passes) | {"learning_rate": rates[len(passes) - 1], "nonfinite": float(not updated)}
     if config.has_entropy_bonus:
         summary["entropy_coef"] = control.coef

@@ -1,6 +1,6 @@
 """The vocabulary of the play: typed, frozen messages. Imports nothing else of ours."""
 
-from troupe.messages.control import Checkpoint, Drain
+from troupe.messages.control import Checkpoint, Drain, Hold, LiveGroup, Pause, Phase, Resume, Status, Step
 from troupe.messages.rollout import (
     ChatMessage,
     FinishReason,
@@ -11,7 +11,7 @@ from troupe.messages.rollout import (
     ScoredGroup,
     Slot,
 )
-from troupe.messages.training import ClosedState, GroupClosed, Incident, Replace, Snapshot, Span, Update
+from troupe.messages.training import ClosedState, GroupClosed, Incident, Replace, Snapshot, Span, SpanKind, Update
 
 __all__ = [
     "ChatMessage",
@@ -20,15 +20,23 @@ __all__ = [
     "Drain",
     "FinishReason",
     "GroupClosed",
+    "Hold",
     "Incident",
+    "LiveGroup",
+    "Pause",
+    "Phase",
     "Prompt",
     "PromptText",
     "Replace",
+    "Resume",
     "Rollout",
     "RolloutGroup",
     "ScoredGroup",
     "Slot",
     "Snapshot",
     "Span",
+    "SpanKind",
+    "Status",
+    "Step",
     "Update",
 ]

@@ -18,6 +18,10 @@ ClosedState = Literal["trained", "filtered", "stale", "quarantined"]
 """How a group ended: used by the learner; without signal; too old to be used; too few scores."""
 
 
+SpanKind = Literal["work", "wait"]
+"""Whether somebody works or waits."""
+
+
 class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """Learner → Metrics and subscribers: one learner batch is done."""
 
@@ -44,7 +48,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     optimizer_state: dict[str, Any]
     """Flat name → evaluated `mx.array`: float32, but uint16 where it holds low halves of weights."""
     behind: Mapping[int, Mapping[str, Any]]
-    """Older policy versions that generation still needs (max_staleness ≥ 1): version → weights."""
+    """Older policy versions that generation still needs (pinned, max_staleness ≥ 1): version → weights."""
     reference: Mapping[str, Any] | None = None
     """Weights of the reference policy where it follows the policy; None where it is the model that the run began with,
     or where there is none."""
@@ -68,13 +72,16 @@ class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Replace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Learner → Prompter: groups turned out to be without signal; the next attempt in each place takes over its credit.
+    """Learner → Prompter: groups will not be trained on; the next attempt in each place takes over its credit.
 
-    Sent once for a round of a step, when all of its groups are scored.
+    Pinned schedule: sent once for a round of a step, when all of its groups are scored. Free: for each group by itself.
     """
 
     slots: tuple[Slot, ...]
     """The groups to be replaced, in order; all of one step and attempt, at least one."""
+    rows: tuple[int, ...] | None = None
+    """Dataset rows to be prompted again, one a slot: what was sampled was too old. None: rows of the stream of
+    replacements, because there was no signal."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -89,13 +96,22 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Any actor → Metrics: one timed piece of work."""
+    """Any actor → Metrics: one timed piece of work, or of waiting."""
 
     actor: str
     name: str
+    """What is done, or what is waited for."""
     start_s: float
     end_s: float
+    """≥ start_s; equal where it is a moment. Infinite where a child process tells its parent that it has begun."""
+    kind: SpanKind = "work"
     step: int | None = None
     """Learner batch the work belongs to, where it belongs to one."""
     gid: int | None = None
     """Group the work belongs to, where it belongs to one."""
+    gids: tuple[int, ...] = ()
+    """Groups the work belongs to, where it belongs to several and each of them passes through it."""
+    lane: int = 0
+    """Spans of an actor that overlap are in different lanes, unless one is a part of the other."""
+    process: int | None = None
+    """Pid of the child process that did it; None: the run's own process."""

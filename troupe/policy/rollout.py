@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -83,7 +84,13 @@ class RolloutEngine:
 
     def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
         """Decode all requests together, or in as many waves as the memory limit asks for; `next` returns when another
-        group is complete.
+        group is complete. Raises what `decode_lists` raises, at the call.
+        """
+        return chain.from_iterable(self.decode_lists(requests))
+
+    def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
+        """The same; `next` returns all groups that are complete at the same token, or none when a wave's prompts have
+        been read and before its first group is complete.
 
         Raises ModelError at once for a prompt that is empty, holds an id outside the vocabulary, leaves no room within
         max_position_embeddings or alone takes more than the memory limit; RuntimeError where no weights were loaded.
@@ -154,17 +161,22 @@ class RolloutEngine:
         self._aborted.clear()
         return waves
 
-    def _decode(self, requests: Sequence[RolloutRequest], waves: Sequence[range]) -> Iterator[CompletedGroup]:
+    def _decode(self, requests: Sequence[RolloutRequest], waves: Sequence[range]) -> Iterator[list[CompletedGroup]]:
         for wave in waves:
             if self._aborted.is_set():
                 return
             batch = Batch(self, requests, wave)
-            while batch.advance():
-                yield from batch.take_completed()
+            more = batch.advance()
+            yield []
+            while more:
+                if completed := list(batch.take_completed()):
+                    yield completed
                 if self._aborted.is_set():
                     batch.abandon()
                     break
-            yield from batch.take_completed()
+                more = batch.advance()
+            if completed := list(batch.take_completed()):
+                yield completed
 
     def _stream(self, request: RolloutRequest) -> Iterator[int]:
         batch = Batch(self, [request], range(1))

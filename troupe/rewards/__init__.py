@@ -1,7 +1,8 @@
 """What a reward is, the built-in ones, and running them so that a bad call never stops a run.
 
-A reward is a function in TRL's signature (`functions.py`), called once a group, or a `RewardActor` (`actor.py`),
-called once a sample. The room knows nothing of policies, tokens to be trained or other actors.
+A reward is a function in TRL's signature (`functions.py`), called once a group or once a step, or a `RewardActor`
+(`actor.py`), called once a sample. Functions run in the event loop, in a thread (`isolation.py`) or in processes
+(`processes.py`). The room knows nothing of policies, tokens to be trained or other actors.
 """
 
 from troupe.rewards.actor import RewardActor, RewardSample
@@ -14,9 +15,11 @@ from troupe.rewards.builtin import (
     length_reward,
     think_format_reward,
 )
-from troupe.rewards.functions import Reward, RewardFunction, check_columns
+from troupe.rewards.functions import Reward, RewardFunction, batch_reward, check_columns
 from troupe.rewards.loading import load_reward
-from troupe.rewards.manager import GroupScores, RewardManager, RewardsConfig
+from troupe.rewards.manager import GroupScores, RewardManager
+from troupe.rewards.settings import RewardsConfig
+from troupe.rewards.trainer_state import TrainerState
 
 __all__ = [
     "GroupScores",
@@ -26,6 +29,8 @@ __all__ = [
     "RewardManager",
     "RewardSample",
     "RewardsConfig",
+    "TrainerState",
+    "batch_reward",
     "check_columns",
     "diversity_reward",
     "exact_answer_reward",

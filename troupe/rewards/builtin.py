@@ -80,6 +80,9 @@ def diversity_reward(
     return scores
 
 
+diversity_reward.scope = "group"  # type: ignore[attr-defined]  # a sample alone has nothing to differ from
+
+
 def _ngrams(text: str, size: int) -> list[Words]:
     words = text.lower().split()
     if len(words) < size:

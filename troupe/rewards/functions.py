@@ -7,28 +7,25 @@ names, or all with `**kwargs`. It returns one number or None a completion. Knows
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import Future
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
-import anyio
-import anyio.from_thread
-import anyio.lowlevel
+import msgspec
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
+from troupe.rewards.isolation import in_daemon_thread, in_own_task
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's signature; sync or async."""
 
 Reward: TypeAlias = RewardFunction | RewardActor
 
-T = TypeVar("T")
+Scope: TypeAlias = Literal["group", "batch"]
+"""What one call scores: the G completions of a prompt, or all P·G of a step."""
 
 PROVIDED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 """Arguments that every run provides, beside the dataset's columns."""
@@ -36,37 +33,110 @@ PROVIDED = frozenset({"prompts", "completions", "completion_ids", "trainer_state
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+def batch_reward(function: RewardFunction) -> RewardFunction:
+    """Decorator: call the function once a step, with the completions of all its prompts. Sets `scope = "batch"`."""
+    function.scope = "batch"  # type: ignore[attr-defined]
+    return function
+
+
+def unwrapped(reward: Reward) -> Reward:
+    """What a partial was made of; anything else itself."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return reward
+
+
 def reward_name(reward: Reward) -> str:
     """Under which the scores are reported: an actor's `name`, a function's `__name__`, else the class's name."""
     if isinstance(reward, RewardActor):
         return reward.name or type(reward).__name__
-    while isinstance(reward, functools.partial):
-        reward = reward.func
+    reward = unwrapped(reward)
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
 def reward_place(reward: Reward) -> str:
     """`FILE:LINE: ` of a function's definition, to start a message with; empty where it cannot be told."""
-    while isinstance(reward, functools.partial):
-        reward = reward.func
+    reward = unwrapped(reward)
     code = getattr(inspect.unwrap(reward), "__code__", None) if callable(reward) else None
     return f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
 
 
-def check_signature(function: RewardFunction) -> None:
+def reward_scope(reward: Reward) -> Scope:
+    """The attribute `scope` of a function or its class, "group" where there is none.
+
+    Raises:
+        RewardError: for another value, or for an actor that is not called by sample.
+    """
+    scope: Any = getattr(unwrapped(reward), "scope", "group")
+    if scope not in ("group", "batch"):
+        raise RewardError(f"reward {reward_name(reward)} has scope = {scope!r}; give 'group' or 'batch'")
+    if scope == "batch" and isinstance(reward, RewardActor):
+        raise RewardError(
+            f"reward {reward_name(reward)} has scope = 'batch', but a RewardActor scores one sample a call; "
+            "write a function for a whole batch"
+        )
+    return scope  # type: ignore[no-any-return]
+
+
+class Signature(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reward function takes, read once."""
+
+    names: Mapping[str, bool]
+    """Parameter name → whether it is required."""
+    takes_all: bool
+    """Whether there is a `**kwargs`."""
+    is_async: bool
+
+    @classmethod
+    def of(cls, function: RewardFunction) -> Signature:
+        """Read it.
+
+        Raises:
+            RewardError: no readable signature, or a parameter that cannot be given by keyword.
+        """
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            raise RewardError(
+                f"reward {reward_name(function)} has no readable signature; wrap it in a function "
+                "(prompts, completions, **columns)"
+            ) from None
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+                raise RewardError(
+                    f"{reward_place(function)}reward {reward_name(function)} takes {parameter.name!r} by position "
+                    "only, but rewards are called by keyword; remove the / from its signature"
+                )
+        return cls(
+            names={p.name: p.default is p.empty for p in parameters if p.kind in _NAMED},
+            takes_all=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
+            is_async=_is_async(function),
+        )
+
+    def taken_of(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `arguments` that the function takes."""
+        return {name: value for name, value in arguments.items() if self.takes_all or name in self.names}
+
+    def required_beside(self, available: Set[str]) -> list[str]:
+        """Names of required parameters that are not available."""
+        return sorted(name for name, required in self.names.items() if required and name not in available)
+
+
+def check_signature(function: RewardFunction) -> Signature:
     """Refuse what cannot be called in TRL's way.
 
     Raises:
         RewardError: not callable, no readable signature, or one that cannot take `completions` by keyword.
     """
     if not callable(function):
-        raise RewardError(f"reward {_shown(function)} cannot be called; give a function or a RewardActor")
-    names, takes_all = _named_parameters(function)
-    if "completions" not in names and not takes_all:
+        raise RewardError(f"reward {shown(function)} cannot be called; give a function or a RewardActor")
+    signature = Signature.of(function)
+    if "completions" not in signature.names and not signature.takes_all:
         raise RewardError(
             f"{reward_place(function)}reward {reward_name(function)} cannot take `completions`; "
             "declare it as (prompts, completions, **columns)"
         )
+    return signature
 
 
 def check_columns(reward: Reward, columns: Set[str]) -> None:
@@ -76,57 +146,45 @@ def check_columns(reward: Reward, columns: Set[str]) -> None:
         RewardError: naming reward and columns.
     """
     if not isinstance(reward, RewardActor):
-        _check_available(reward, PROVIDED | columns)
+        check_available(reward, Signature.of(reward), PROVIDED | columns)
 
 
-def accepted_arguments(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `arguments` that the function's signature takes, copied as `own_copy` does.
-
-    Raises:
-        RewardError: where a required one is not there.
-    """
-    _check_available(function, arguments.keys())
-    names, takes_all = _named_parameters(function)
-    return {name: own_copy(value) for name, value in arguments.items() if takes_all or name in names}
-
-
-def own_copy(value: Any) -> Any:
-    """Lists and dicts copied all the way down: what a reward changes reaches neither the dataset nor other rewards."""
-    if isinstance(value, list):
-        return [own_copy(item) for item in value]
-    if isinstance(value, dict):
-        return {key: own_copy(item) for key, item in value.items()}
-    return value
-
-
-def _named_parameters(function: RewardFunction) -> tuple[dict[str, bool], bool]:
-    """Parameter name → whether it is required; and whether there is a `**kwargs`."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        raise RewardError(
-            f"reward {reward_name(function)} has no readable signature; wrap it in a function "
-            "(prompts, completions, **columns)"
-        ) from None
-    for parameter in parameters:
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
-            raise RewardError(
-                f"{reward_place(function)}reward {reward_name(function)} takes {parameter.name!r} by position only, "
-                "but rewards are called by keyword; remove the / from its signature"
-            )
-    names = {p.name: p.default is p.empty for p in parameters if p.kind in _NAMED}
-    return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def _check_available(function: RewardFunction, available: Set[str]) -> None:
-    names, _ = _named_parameters(function)
-    missing = sorted(name for name, required in names.items() if required and name not in available)
+def check_available(function: RewardFunction, signature: Signature, available: Set[str]) -> None:
+    """RewardError where a required argument is not among those available."""
+    missing = signature.required_beside(available)
     if missing:
         has = ", ".join(sorted(available - PROVIDED)) or "none"
         raise RewardError(
             f"{reward_place(function)}reward {reward_name(function)} requires {', '.join(missing)}, "
             f"but the dataset's columns are: {has}; add the column or give the argument a default"
         )
+
+
+def accepted_arguments(
+    function: RewardFunction, arguments: Mapping[str, Any], signature: Signature | None = None
+) -> dict[str, Any]:
+    """Those of `arguments` that the function takes, copied as `own_copy` does.
+
+    Raises:
+        RewardError: where a required one is not there.
+    """
+    signature = Signature.of(function) if signature is None else signature
+    check_available(function, signature, arguments.keys())
+    return {name: own_copy(value) for name, value in signature.taken_of(arguments).items()}
+
+
+def own_copy(value: Any) -> Any:
+    """Lists and dicts copied all the way down: what a reward changes reaches neither the dataset nor other rewards."""
+    if isinstance(value, list):
+        if any(isinstance(item, _CONTAINERS) for item in value):
+            return [own_copy(item) for item in value]
+        return list(value)
+    if isinstance(value, dict):
+        return {key: own_copy(item) for key, item in value.items()}
+    return value
+
+
+_CONTAINERS = (list, dict)
 
 
 class RewardLog:
@@ -136,7 +194,8 @@ class RewardLog:
         self.size = size
         self.extra: dict[str, tuple[Any, ...]] = {}
         """Column → (G,) values for the table of completions."""
-        self._metrics: dict[str, list[float]] = {}
+        self.logged: dict[str, list[float]] = {}
+        """Name → every value logged."""
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         values = tuple(values)
@@ -147,12 +206,12 @@ class RewardLog:
         self.extra[column] = values
 
     def log_metric(self, name: str, value: float) -> None:
-        self._metrics.setdefault(name, []).append(float(value))
+        self.logged.setdefault(name, []).append(float(value))
 
     @property
     def metrics(self) -> dict[str, float]:
         """Name → mean of the values logged."""
-        return {name: math.fsum(values) / len(values) for name, values in self._metrics.items()}
+        return {name: math.fsum(values) / len(values) for name, values in self.logged.items()}
 
 
 def checked_score(value: Any, name: str, index: int) -> float | None:
@@ -170,7 +229,7 @@ def checked_score(value: Any, name: str, index: int) -> float | None:
             return math.inf
         except (TypeError, ValueError):
             pass  # an array of several numbers has __float__ too
-    raise RewardError(f"reward {name} returned {_shown(value)} for completion {index}; a score is a number or None")
+    raise RewardError(f"reward {name} returned {shown(value)} for completion {index}; a score is a number or None")
 
 
 def checked_scores(result: Any, name: str, size: int) -> list[float | None]:
@@ -182,7 +241,7 @@ def checked_scores(result: Any, name: str, size: int) -> list[float | None]:
     is_sequence = hasattr(result, "__len__") and hasattr(result, "__getitem__")
     if not is_sequence or isinstance(result, (str, bytes, bytearray, Mapping)):
         raise RewardError(
-            f"reward {name} returned {_shown(result)}; return a list of {size} numbers or None, one a completion"
+            f"reward {name} returned {shown(result)}; return a list of {size} numbers or None, one a completion"
         )
     if len(result) != size:
         raise RewardError(f"reward {name} returned {len(result)} scores for {size} completions; return one for each")
@@ -190,21 +249,23 @@ def checked_scores(result: Any, name: str, size: int) -> list[float | None]:
 
 
 async def call_function(
-    function: RewardFunction, name: str, arguments: Mapping[str, Any], size: int
+    function: RewardFunction, name: str, arguments: Mapping[str, Any], size: int, signature: Signature | None = None
 ) -> tuple[list[float | None], RewardLog]:
-    """Call once; a sync function in a thread of its own, an async one in the event loop.
+    """Call once; a sync function in a thread, an async one in the event loop.
 
-    A cancelled call of a sync function is left to itself: Python cannot stop a thread.
+    A cancelled call of a sync function is left to itself: Python cannot stop a thread. An async one that ignores its
+    cancellation is left behind.
 
     Raises:
         RewardError: arguments or result break the convention.
         Whatever the function raises.
     """
+    signature = Signature.of(function) if signature is None else signature
     log = RewardLog(size)
-    logging = {"log_extra": log.log_extra, "log_metric": log.log_metric}
-    call = functools.partial(function, **accepted_arguments(function, {**arguments, **logging}))
-    if _is_async(function):
-        return checked_scores(await call(), name, size), log
+    given = {**arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
+    call = functools.partial(function, **accepted_arguments(function, given, signature))
+    if signature.is_async:
+        return checked_scores(await in_own_task(call), name, size), log
 
     def play() -> Any:
         result = call()
@@ -212,46 +273,17 @@ async def call_function(
         return result if inspect.isawaitable(result) else checked_scores(result, name, size)
 
     result = await in_daemon_thread(play)
-    return checked_scores(await result if inspect.isawaitable(result) else result, name, size), log
+    return checked_scores(await in_own_task(lambda: result) if inspect.isawaitable(result) else result, name, size), log
 
 
 def _is_async(function: RewardFunction) -> bool:
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = unwrapped(function)  # type: ignore[assignment]
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object's async __call__
     )
 
 
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """Run `work` in a new thread, abandoned when the caller is cancelled.
-
-    anyio's worker threads are no daemons: one that hangs would keep the whole process from ever ending.
-    """
-    future: Future[T] = Future()
-    done = anyio.Event()
-    token = anyio.lowlevel.current_token()
-    context = contextvars.copy_context()
-
-    def play() -> None:
-        try:
-            future.set_result(context.run(work))
-        except KeyboardInterrupt as error:  # no signal reaches this thread: it is the code's own, not the user's
-            fault = RuntimeError("the reward raised KeyboardInterrupt")
-            fault.__cause__ = error
-            future.set_exception(fault.with_traceback(error.__traceback__))
-        except BaseException as error:
-            future.set_exception(error)
-        try:
-            anyio.from_thread.run_sync(done.set, token=token)
-        except RuntimeError:
-            return  # the event loop ended long before this abandoned call did
-
-    threading.Thread(target=play, name="troupe reward", daemon=True).start()
-    await done.wait()
-    return future.result()
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value and its type for a message, cut where it is long."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -18,6 +19,7 @@ from types import CodeType, ModuleType
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
+from troupe.rewards.attempts import described
 from troupe.rewards.builtin import (
     diversity_reward,
     exact_answer_reward,
@@ -46,14 +48,15 @@ NUMBERED: dict[str, tuple[Callable[..., RewardFunction], Sequence[tuple[str, typ
 
 
 def load_reward(spec: str, base: Path | None = None) -> Reward:
-    """The reward that `spec` names: one of `BUILTIN`, "format:REGEX", one of `NUMBERED` or "FILE.py:NAME".
+    """The reward of a name: one of `BUILTIN`, "format:REGEX", one of `NUMBERED`, "FILE.py:NAME" or "MODULE:NAME".
 
     "repetition_penalty:N:PENALTY" punishes repeated N-grams of tokens by down to PENALTY (alone: 3 and −1);
     "soft_overlong:LONGEST:CACHE" punishes the last CACHE tokens before LONGEST, and all beyond.
     NAME is a function, sync or async, in TRL's signature, a `RewardActor` or a subclass of it, which is instantiated
     without arguments. A relative FILE starts at `base`, by default the working folder. The file is run once under a
     module name of its own, however many rewards come from it; its folder is appended to `sys.path` and stays there,
-    so that it can import its neighbours, also later, but never hides an installed package.
+    so that it can import its neighbours, also later, but never hides an installed package. MODULE is one that can be
+    imported, such as a package's.
 
     Raises:
         RewardError: with file and line, for whatever keeps the reward from being used.
@@ -68,8 +71,26 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
         raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, [*BUILTIN, *NUMBERED, 'format'])}; {_FORMS}")
+    if _is_module(file):
+        return _usable(_import_module(file), name, Path(file))
     path = (base or Path()) / Path(file).expanduser()
     return _usable(_import_file(path), name, path)
+
+
+def _is_module(name: str) -> bool:
+    parts = name.split(".")
+    return (
+        not name.endswith(".py")
+        and all(map(str.isidentifier, parts))
+        and importlib.util.find_spec(parts[0]) is not None
+    )
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"{name}: the module does not import: {described(error)}; {_FORMS}") from error
 
 
 def _with_numbers(
@@ -86,7 +107,7 @@ def _with_numbers(
 
 _FORMS = (
     "give length, diversity, exact_answer, think_format, format:REGEX, repetition_penalty[:N:PENALTY], "
-    "soft_overlong:LONGEST:CACHE or FILE.py:NAME"
+    "soft_overlong:LONGEST:CACHE, FILE.py:NAME or MODULE:NAME"
 )
 
 

@@ -1,18 +1,18 @@
 """RewardManager: every reward of a group at once, each call with timeout and retries, combined by weights.
 
 A call that raises, hangs or gives NaN makes a *missing* score (None) and an incident, never a 0. Only code that
-breaks the convention (wrong length, wrong type, missing column) ends the run. Knows nothing of advantages or channels.
+breaks the convention (wrong length, wrong type, missing column) ends the run. A reward of which one call after the
+other fails is *down*: its calls then wait (`breaker.py`). Knows nothing of advantages or channels.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from functools import partial
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
 import msgspec
@@ -20,27 +20,24 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.attempts import Fault, Pace, described
-from troupe.rewards.functions import Reward, check_columns, reward_name
-from troupe.rewards.runners import ActorRunner, Batch, FunctionRunner, Outcome
-from troupe.runtime import together
-
-
-class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[rewards]` section."""
-
-    functions: tuple[str, ...] = ()
-    """What `load_reward` takes: "length", "exact_answer", "format:REGEX", "FILE.py:NAME", …"""
-    weights: tuple[float, ...] | None = None
-    """One a function; None: all 1."""
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
-    """Seconds that one attempt at one group may take."""
-    retries: Annotated[int, msgspec.Meta(ge=0)] = 1
-    """Further attempts after the first fails."""
-    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 16
-    """Groups that one function scores at once."""
-    min_scored: Annotated[int, msgspec.Meta(ge=1)] = 2
-    """Groups with fewer scored samples are quarantined, not trained: one has nothing to be compared with."""
+from troupe.rewards.attempts import Attempts, Fault, Pace
+from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
+from troupe.rewards.functions import Reward
+from troupe.rewards.loading import load_reward
+from troupe.rewards.processes import ProcessRunner, process_spec
+from troupe.rewards.runners import (
+    ActorRunner,
+    Batch,
+    FunctionRunner,
+    Outcome,
+    Round,
+    Runner,
+    joined,
+    own_pace,
+)
+from troupe.rewards.seats import Seat, Sitting
+from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
+from troupe.runtime import Reporter, together
 
 
 class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,35 +56,63 @@ class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class RewardManager:
-    """Runs rewards. Actors among them need `start` and `stop`, or `async with`; functions need neither."""
+    """Runs rewards. Actors and functions in processes need `start` and `stop`, or `async with`; others need neither."""
 
     def __init__(
         self,
-        reward_funcs: Reward | Sequence[Reward],
+        reward_funcs: Reward | str | Sequence[Reward | str],
         weights: Sequence[float] | None = None,
         config: RewardsConfig | None = None,
         *,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """`weights` default to the config's, those to 1. `sleep` and `jitter` pace the retries.
+        """A text is loaded by `load_reward`. `weights` default to the config's, those to each reward's attribute
+        `weight`, that to 1. `sleep` and `jitter` pace the retries.
 
         Raises:
             RewardError: no reward, one that cannot be called as a reward, or weights of another length.
         """
-        config = RewardsConfig() if config is None else config
-        rewards = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
-        if not rewards:
+        self._config = RewardsConfig() if config is None else config
+        self._sleep, self._jitter = sleep, jitter
+        given = (
+            [reward_funcs] if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) else reward_funcs
+        )
+        if not given:
             raise RewardError("there is no reward; give at least one function or RewardActor")
-        self.names = _unique_names(rewards)
-        self.weights = _checked_weights(config.weights if weights is None else weights, self.names)
-        pace = Pace(timeout_s=config.timeout_s, retries=config.retries, concurrency=config.concurrency)
-        self._runners: list[FunctionRunner | ActorRunner] = [
-            ActorRunner(name, reward, pace, sleep, jitter)
-            if isinstance(reward, RewardActor)
-            else FunctionRunner(name, reward, pace, sleep, jitter)
-            for name, reward in zip(self.names, rewards, strict=True)
-        ]
+        rewards = [load_reward(reward) if isinstance(reward, str) else reward for reward in given]
+        self.names = unique_names(rewards)
+        self.weights = checked_weights(self._config.weights if weights is None else weights, self.names, rewards)
+        run = checked_run(self._config.run, self.names)
+        specs = [reward if isinstance(reward, str) else None for reward in given]
+        self._run: dict[str, Run] = dict(zip(self.names, run, strict=True))
+        self._seats = {
+            name: Seat(self._runner(name, reward, spec))
+            for name, reward, spec in zip(self.names, rewards, specs, strict=True)
+        }
+        self._columns: frozenset[str] | None = None
+        self._started = False
+        self._listener: Callable[[Incident], None] | None = None
+        self._moved = anyio.Event()
+
+    @property
+    def down(self) -> Mapping[str, str]:
+        """Rewards that are down, by name: why."""
+        breakers = {name: seat.now.runner.breaker for name, seat in self._seats.items()}
+        return {name: breaker.why for name, breaker in breakers.items() if breaker.why is not None}
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        """Reward → how often it was exchanged."""
+        return {name: seat.version for name, seat in self._seats.items()}
+
+    async def changed(self) -> None:
+        """Wait until a reward goes down, is back or is exchanged."""
+        await self._moved.wait()
+
+    def listen(self, listener: Callable[[Incident], None] | None) -> None:
+        """Have one listener called at once, with an incident, whenever `down` changes; it must not raise."""
+        self._listener = listener
 
     def check_columns(self, columns: Set[str]) -> None:
         """Refuse rewards that require a column which the dataset lacks; to be called before sampling.
@@ -95,36 +120,34 @@ class RewardManager:
         Raises:
             RewardError: naming reward and columns.
         """
-        for runner in self._runners:
-            check_columns(runner.reward, columns)
+        self._columns = frozenset(columns)
+        for seat in self._seats.values():
+            seat.now.runner.check_columns(self._columns)
 
     async def start(self) -> None:
-        """Start every actor, in order. A reward that cannot start ends what had started.
+        """Start every reward, in order. One that cannot start ends what had started.
 
         Raises:
             RewardError: naming the reward.
         """
-        for actor in self._actors():
-            try:
-                await actor.start()
-            except Exception as error:
-                await self.stop()
-                raise RewardError(
-                    f"reward {actor.name} did not start: {described(error)}; correct what its start() needs"
-                ) from error
-            except BaseException:
-                await self.stop()
-                raise
+        self._started = True
+        try:
+            for seat in self._seats.values():
+                await seat.now.runner.start()
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> tuple[Incident, ...]:
-        """Stop every actor that was started, each with its timeout, cancelled or not; what fails is an incident."""
-        faults: list[tuple[str, Fault]] = []
+        """Stop every reward that was started, each with its timeout, cancelled or not; what fails is an incident."""
+        self._started = False
+        incidents: list[Incident] = []
         with anyio.CancelScope(shield=True):
-            for actor in reversed(self._actors()):
-                fault = await actor.stop()
-                if fault is not None:
-                    faults.append((actor.name, fault))
-        return tuple(_incident(name, fault, None) for name, fault in faults)
+            for seat in reversed(self._seats.values()):
+                for sitting in [*seat.before, seat.now]:
+                    incidents += await self._stop(sitting)
+                seat.before.clear()
+        return tuple(incidents)
 
     async def __aenter__(self) -> RewardManager:
         await self.start()
@@ -135,6 +158,52 @@ class RewardManager:
     ) -> None:
         await self.stop()
 
+    async def exchange(self, name: str, reward: Reward | str) -> tuple[Incident, ...]:
+        """Put another reward in the place of one, under its name and with its weight, while groups are being scored.
+
+        The new one is checked and started first; where that fails the old one stays. Groups that come afterwards are
+        scored by the new one, those under way by the old one, which is stopped when its last group is done; of that
+        tell the incidents. Only calls that wait because the old one is down are made by the new one, so that a group is
+        never scored by both. Returns when the old one has stopped.
+
+        Raises:
+            RewardError: for a name that is not there, a reward that cannot be used or started, or one of another scope.
+        """
+        if name not in self._seats:
+            raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
+        seat = self._seats[name]
+        loaded = load_reward(reward) if isinstance(reward, str) else reward
+        runner = self._runner(name, loaded, reward if isinstance(reward, str) else None)
+        if runner.scope != seat.scope:
+            raise RewardError(
+                f"reward {name} is called once a {seat.scope}, and its replacement would be once a {runner.scope}; "
+                "start a run of its own for that"
+            )
+        if self._columns is not None:
+            runner.check_columns(self._columns)
+        if self._started:
+            try:
+                await runner.start()
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await runner.stop()
+                raise
+        old, seat.now = seat.now, Sitting(runner)
+        seat.version += 1
+        seat.before.append(old)
+        was_down = old.runner.breaker.why is not None
+        old.runner.breaker.retire()
+        self._tell(Incident(actor="scorer", kind="reward_exchanged", message=f"reward {name} was exchanged"))
+        if was_down:
+            self._tell(Incident(actor="scorer", kind="reward_back", message=f"reward {name} is no longer waited for"))
+        await old.done()
+        incidents: list[Incident] = []
+        with anyio.CancelScope(shield=True):
+            if old in seat.before:  # otherwise the manager was stopped meanwhile
+                seat.before.remove(old)
+                incidents = await self._stop(old)
+        return tuple(incidents)
+
     async def compute_rewards(
         self,
         prompts: Sequence[PromptText],
@@ -143,7 +212,7 @@ class RewardManager:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Sequence[Any],
     ) -> GroupScores:
-        """Score G completions, each a text or a message list, with all rewards at once.
+        """Score completions, each a text or a message list, with all rewards at once, each in one call.
 
         Raises:
             RewardError: lists of different lengths, or a reward that breaks the convention.
@@ -157,36 +226,72 @@ class RewardManager:
                 raise RewardError(
                     f"compute_rewards: {len(values)} {name} for {len(completions)} completions; give one for each"
                 )
-        return await self._score(Batch(arguments=arguments, columns=listed, gid=None))
+        return await self._score(Batch(arguments=arguments, columns=listed), Reporter("scorer"))
 
-    async def score_group(self, group: RolloutGroup, trainer_state: Any = None) -> GroupScores:
-        """Score a group as TRL would: a conversation's completions are lists of one assistant message.
+    async def score_group(
+        self, group: RolloutGroup, trainer_state: Any = None, report: Reporter | None = None
+    ) -> GroupScores:
+        """Score a group of a run as TRL would: a conversation's completions are lists of one assistant message.
+
+        Calls of a reward that is down wait. A reward of scope "batch" is called when all groups of the round are here,
+        so they must be scored at the same time, and `settled` be told of each afterwards. `report` gets a span of each
+        reward.
 
         Raises:
             RewardError: for a reward that breaks the convention.
         """
-        prompt, size = group.prompt, len(group.rollouts)
-        texts = [rollout.text for rollout in group.rollouts]
-        is_chat = not isinstance(prompt.prompt, str)
-        arguments = {
-            "prompts": [prompt.prompt] * size,
-            "completions": [[{"role": "assistant", "content": t}] for t in texts] if is_chat else texts,
-            "completion_ids": [list(rollout.token_ids) for rollout in group.rollouts],
-            "trainer_state": trainer_state,
-        }
-        columns = {name: [value] * size for name, value in prompt.columns.items()}
-        return await self._score(Batch(arguments=arguments, columns=columns, gid=prompt.gid))
+        return await self._score(_batch(group, trainer_state, in_run=True), report or Reporter("scorer"))
 
-    def _actors(self) -> list[ActorRunner]:
-        return [runner for runner in self._runners if isinstance(runner, ActorRunner)]
+    async def score_groups(self, groups: Sequence[RolloutGroup], trainer_state: Any = None) -> list[GroupScores]:
+        """Score groups outside of a run, all at once as far as each reward allows; those of scope "batch" get them in
+        one call. A reward that is down makes missing scores.
 
-    async def _score(self, batch: Batch) -> GroupScores:
+        Raises:
+            RewardError: for a reward that breaks the convention.
+        """
+        batches = [_batch(group, trainer_state, in_run=False) for group in groups]
+        outcomes: dict[tuple[str, int], Outcome] = {}
+
+        async def one(seat: Seat, place: int) -> None:
+            outcomes[seat.name, place] = await seat.now.score(batches[place])
+
+        async def whole(seat: Seat) -> None:
+            outcome = await seat.now.score(joined(batches))
+            for place, part in enumerate(outcome.split([batch.size for batch in batches])):
+                outcomes[seat.name, place] = part
+
+        works: list[Callable[[], Any]] = []
+        for seat in self._seats.values() if batches else ():
+            by_group = [partial(one, seat, place) for place in range(len(batches))]
+            works += [partial(whole, seat)] if seat.scope == "batch" else by_group
+        await together(works)
+        return [
+            self._combine(batch, [outcomes[name, place] for name in self.names]) for place, batch in enumerate(batches)
+        ]
+
+    def settled(self, group: RolloutGroup) -> None:
+        """The group was sent on with its scores and will not be scored again."""
+        key = _round(group)
+        for seat in self._seats.values():
+            for sitting in (*seat.before, seat.now):
+                if sitting.rounds is not None:
+                    sitting.rounds.settled(key, group.prompt.gid)
+                    sitting.tell()
+
+    async def _score(self, batch: Batch, report: Reporter) -> GroupScores:
         outcomes: dict[str, Outcome] = {}
+        step = None if batch.slot is None else batch.slot.step
 
-        async def play(runner: FunctionRunner | ActorRunner) -> None:
-            outcomes[runner.name] = await runner.score(batch)
+        async def play(seat: Seat) -> None:
+            with report.span(f"score {seat.name}", step=step, gid=batch.gid):
+                while True:
+                    try:
+                        outcomes[seat.name] = await seat.sitting_for(batch.round).score(batch)
+                    except Exchanged:
+                        continue
+                    return
 
-        await together([functools.partial(play, runner) for runner in self._runners])
+        await together([partial(play, seat) for seat in self._seats.values()])
         return self._combine(batch, [outcomes[name] for name in self.names])
 
     def _combine(self, batch: Batch, outcomes: list[Outcome]) -> GroupScores:
@@ -207,31 +312,72 @@ class RewardManager:
             extra={column: values for o in outcomes for column, values in o.log.extra.items()},
         )
 
+    def _runner(self, name: str, reward: Reward, spec: str | None) -> Runner:
+        config = self._config
+        section = Pace(timeout_s=config.timeout_s, retries=config.retries, concurrency=config.concurrency)
+        attempts = Attempts(pace=own_pace(reward, name, section), sleep=self._sleep, jitter=self._jitter)
+        limits = BreakerLimits(failures=config.breaker_failures, max_wait_s=config.breaker_max_wait_s)
+        breaker = Breaker(limits, partial(self._breaker_moved, name), self._jitter)
+        if self._run[name] == "process":
+            spec = process_spec(reward, spec)
+            assert not isinstance(reward, RewardActor)
+            return ProcessRunner(
+                name, reward, attempts, breaker, config.start_timeout_s, spec=spec, processes=config.processes
+            )
+        kind = ActorRunner if isinstance(reward, RewardActor) else FunctionRunner
+        return kind(name, reward, attempts, breaker, config.start_timeout_s)  # type: ignore[arg-type]
+
+    async def _stop(self, sitting: Sitting) -> list[Incident]:
+        fault = await sitting.runner.stop()
+        return [] if fault is None else [_incident(sitting.runner.name, fault, None)]
+
+    def _breaker_moved(self, name: str, why: str | None, down_s: float) -> None:
+        if why is None:
+            self._tell(_event("reward_back", f"reward {name} answers again after {down_s:.1f} s; its calls go on"))
+            return
+        failures, longest_s = self._config.breaker_failures, self._config.breaker_max_wait_s
+        self._tell(
+            _event(
+                "reward_down",
+                f"reward {name} is down, {failures} calls in a row have failed: {why}; its calls wait, no step is "
+                f"begun, and it is tried again at least every {longest_s:g} s",
+            )
+        )
+
+    def _tell(self, incident: Incident) -> None:
+        self._moved.set()
+        self._moved = anyio.Event()
+        if self._listener is not None:
+            self._listener(incident)
+
+
+def _batch(group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
+    prompt, size = group.prompt, len(group.rollouts)
+    texts = [rollout.text for rollout in group.rollouts]
+    is_chat = not isinstance(prompt.prompt, str)
+    return Batch(
+        arguments={
+            "prompts": [prompt.prompt] * size,
+            "completions": [[{"role": "assistant", "content": t}] for t in texts] if is_chat else texts,
+            "completion_ids": [list(rollout.token_ids) for rollout in group.rollouts],
+            "trainer_state": trainer_state,
+        },
+        columns={name: [value] * size for name, value in prompt.columns.items()},
+        gid=prompt.gid,
+        slot=prompt.slot,
+        round=_round(group) if in_run else None,
+        patient=in_run,
+    )
+
+
+def _round(group: RolloutGroup) -> Round:
+    prompt = group.prompt
+    return Round(step=prompt.slot.step, attempt=prompt.slot.attempt, size=prompt.round_size)
+
+
+def _event(kind: str, message: str) -> Incident:
+    return Incident(actor="scorer", kind=kind, message=message)
+
 
 def _incident(name: str, fault: Fault, gid: int | None) -> Incident:
     return Incident(actor="scorer", kind=fault.kind, message=f"reward {name}: {fault.message}", gid=gid)
-
-
-def _unique_names(rewards: Sequence[Reward]) -> tuple[str, ...]:
-    """TRL's names; of equal ones the second gets `_2`, the third `_3`, leaving out what is taken."""
-    wanted = [reward_name(reward) for reward in rewards]
-    names: list[str] = []
-    for name in wanted:
-        candidates = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
-        # A suffixed name must not take one that another reward really has.
-        names.append(next(c for c in candidates if c not in names and (c == name or c not in wanted)))
-    return tuple(names)
-
-
-def _checked_weights(weights: Sequence[float] | None, names: Sequence[str]) -> tuple[float, ...]:
-    if weights is None:
-        return (1.0,) * len(names)
-    if len(weights) != len(names):
-        raise RewardError(
-            f"rewards.weights has {len(weights)} numbers for {len(names)} rewards "
-            f"({', '.join(names)}); give one for each"
-        )
-    for name, weight in zip(names, weights, strict=True):
-        if not math.isfinite(weight):
-            raise RewardError(f"rewards.weights: {weight} for reward {name}; give a finite number")
-    return tuple(float(weight) for weight in weights)

@@ -6,23 +6,34 @@ weights.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import anyio
 import msgspec
 
 from troupe.errors import RewardError
+from troupe.messages import Slot
 from troupe.rewards.actor import RewardActor, RewardSample
-from troupe.rewards.attempts import Attempts, Fault, Pace
+from troupe.rewards.attempts import Attempts, Fault, Pace, described
+from troupe.rewards.breaker import Breaker
 from troupe.rewards.functions import (
+    Reward,
     RewardFunction,
     RewardLog,
+    Scope,
     call_function,
+    check_columns,
     check_signature,
     checked_score,
     own_copy,
+    reward_scope,
+    unwrapped,
 )
+from troupe.rewards.isolation import in_own_task
+from troupe.runtime import together
 
 _LARGEST = 1e18
 """Of a score's size: advantages square it in float32, which ends at 3.4e38."""
@@ -30,18 +41,60 @@ _LARGEST = 1e18
 Sleep: TypeAlias = Callable[[float], Awaitable[None]]
 
 
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """Which groups are decoded together: those of one step and attempt."""
+
+    step: int
+    attempt: int
+    size: int
+    """Groups in it."""
+
+
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """G completions in TRL's shape."""
+    """Completions in TRL's shape: G of one prompt, or those of several prompts one after the other."""
 
     arguments: dict[str, Any]
-    """`prompts`, `completions` and so on, without the columns."""
+    """`prompts`, `completions`, `trainer_state` and so on, without the columns."""
     columns: dict[str, list[Any]]
-    gid: int | None
+    gid: int | None = None
+    slot: Slot | None = None
+    round: Round | None = None
+    """Of the group, where it is scored in a run."""
+    patient: bool = False
+    """Whether calls wait while the reward is down, instead of failing."""
 
     @property
     def size(self) -> int:
-        """G."""
+        """Number of completions."""
         return len(self.arguments["completions"])
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What a function may take."""
+        return {"trainer_state": None, **self.columns, **self.arguments}
+
+    def part(self, index: int) -> Batch:
+        """One sample by itself."""
+        cut = slice(index, index + 1)
+        arguments = {k: v[cut] if isinstance(v, list) else v for k, v in self.arguments.items()}
+        return msgspec.structs.replace(
+            self, arguments=arguments, columns={name: values[cut] for name, values in self.columns.items()}
+        )
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """Several groups as one batch; a column that a group lacks is None for its completions."""
+    names = dict.fromkeys(name for batch in batches for name in batch.columns)
+    return Batch(
+        arguments={
+            key: [item for batch in batches for item in batch.arguments[key]] if isinstance(value, list) else value
+            for key, value in batches[0].arguments.items()
+        },
+        columns={
+            name: [item for batch in batches for item in batch.columns.get(name, [None] * batch.size)] for name in names
+        },
+        patient=batches[0].patient,
+    )
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,49 +105,105 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     faults: list[Fault]
     log: RewardLog
 
+    def split(self, sizes: list[int]) -> list[Outcome]:
+        """The outcomes of the batches that were joined. Each has the whole batch's metrics, the first one its faults,
+        told once."""
+        outcomes: list[Outcome] = []
+        start = 0
+        for size in sizes:
+            cut = slice(start, start + size)
+            log = RewardLog(size)
+            log.extra = {column: values[cut] for column, values in self.log.extra.items()}
+            log.logged = self.log.logged
+            outcomes.append(Outcome(scores=self.scores[cut], faults=[] if outcomes else self.faults, log=log))
+            start += size
+        return outcomes
 
-class FunctionRunner:
-    """One reward function: a call a group."""
+
+class Runner(ABC):
+    """One reward with its limits and its breaker."""
+
+    def __init__(self, name: str, reward: Reward, attempts: Attempts, breaker: Breaker, start_timeout_s: float) -> None:
+        self.name, self.reward = name, reward
+        self.scope: Scope = reward_scope(reward)
+        self.breaker = breaker
+        self._attempts = attempts
+        self._start = msgspec.structs.replace(
+            attempts, pace=msgspec.structs.replace(attempts.pace, timeout_s=start_timeout_s)
+        )
+
+    def check_columns(self, columns: frozenset[str]) -> None:
+        """RewardError where the reward requires a column that is not among these."""
+        check_columns(self.reward, columns)
+
+    async def start(self) -> None:
+        """Get ready; RewardError where that fails or takes too long."""
+
+    async def stop(self) -> Fault | None:
+        """Undo `start`, if that was called."""
+        return None
+
+    @abstractmethod
+    async def score(self, batch: Batch) -> Outcome:
+        """Scores for every completion; missing where every attempt failed."""
+
+    async def _call(
+        self, batch: Batch, call: Callable[[], Awaitable[Any]], attempt: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        return await (self.breaker.run(call, attempt) if batch.patient else call())
+
+
+class FunctionRunner(Runner):
+    """One reward function: a call a group, in the event loop or in a thread."""
 
     def __init__(
-        self, name: str, reward: RewardFunction, pace: Pace, sleep: Sleep, jitter: Callable[[], float]
+        self, name: str, reward: RewardFunction, attempts: Attempts, breaker: Breaker, start_timeout_s: float
     ) -> None:
-        check_signature(reward)
-        self.name, self.reward = name, reward
-        self._attempts = Attempts(pace=pace, sleep=sleep, jitter=jitter)
-        self._limiter = anyio.CapacityLimiter(pace.concurrency)
+        super().__init__(name, reward, attempts, breaker, start_timeout_s)
+        self._function = reward
+        self._signature = check_signature(reward)
+        self._limiter = anyio.CapacityLimiter(attempts.pace.concurrency)
 
     async def score(self, batch: Batch) -> Outcome:
         """(G,) scores; all missing where every attempt failed."""
-        arguments = {"trainer_state": None, **batch.columns, **batch.arguments}
+        once = partial(call_function, self._function, self.name, batch.given, batch.size, self._signature)
         async with self._limiter:
-            answer = await self._attempts.run(lambda: call_function(self.reward, self.name, arguments, batch.size))
-        if isinstance(answer, Fault):
-            return Outcome(scores=[None] * batch.size, faults=[answer], log=RewardLog(batch.size))
-        scores, log = answer
-        return _finite(scores, [], log)
+            answer = await self._call(batch, partial(self._attempts.run, once), partial(self._attempts.once, once))
+        return as_outcome(answer, batch.size)
 
 
-class ActorRunner:
+class ActorRunner(Runner):
     """One reward actor: a call a sample."""
 
-    def __init__(self, name: str, reward: RewardActor, pace: Pace, sleep: Sleep, jitter: Callable[[], float]) -> None:
-        own = _own_pace(reward, name, pace)
-        self.name, self.reward, self._started = name, reward, False
-        self._attempts = Attempts(pace=own, sleep=sleep, jitter=jitter)
-        self._limiter = anyio.CapacityLimiter(own.concurrency)
+    def __init__(
+        self, name: str, reward: RewardActor, attempts: Attempts, breaker: Breaker, start_timeout_s: float
+    ) -> None:
+        super().__init__(name, reward, attempts, breaker, start_timeout_s)
+        self._actor, self._started = reward, False
+        self._limiter = anyio.CapacityLimiter(attempts.pace.concurrency)
 
     async def start(self) -> None:
-        """Start the actor; whatever it raises comes through."""
+        """Start the actor."""
         self._started = True
-        await self.reward.start()
+        with anyio.move_on_after(self._start.pace.timeout_s) as scope:
+            try:
+                await in_own_task(self._actor.start)
+            except Exception as error:
+                raise RewardError(
+                    f"reward {self.name} did not start: {described(error)}; correct what its start() needs"
+                ) from error
+        if scope.cancelled_caught:
+            raise RewardError(
+                f"reward {self.name} did not start within {self._start.pace.timeout_s:g} s; correct what its start() "
+                "waits for, or raise rewards.start_timeout_s"
+            )
 
     async def stop(self) -> Fault | None:
         """Stop the actor if it was started."""
         if not self._started:
             return None
         self._started = False
-        outcome = await self._attempts.once(self.reward.stop)
+        outcome = await self._attempts.once(partial(in_own_task, self._actor.stop))
         return Fault(outcome.kind, f"did not stop: {outcome.message}") if isinstance(outcome, Fault) else None
 
     async def score(self, batch: Batch) -> Outcome:
@@ -107,21 +216,19 @@ class ActorRunner:
         faults: dict[int, Fault] = {}
 
         async def play(index: int) -> None:
-            sample = _sample(batch, index)
+            once = partial(self._one, _sample(batch, index))
             async with self._limiter:
-                answer = await self._attempts.run(lambda: self._one(sample))
+                answer = await self._call(batch, partial(self._attempts.run, once), partial(self._attempts.once, once))
             if isinstance(answer, Fault):
                 faults[index] = answer
             else:
                 scores[index] = answer
 
-        async with anyio.create_task_group() as tasks:
-            for index in range(batch.size):
-                tasks.start_soon(play, index)
-        return _finite(scores, _summed(faults, batch.size), RewardLog(batch.size))
+        await together([partial(play, index) for index in range(batch.size)])
+        return finite(scores, summed(faults, batch.size), RewardLog(batch.size))
 
     async def _one(self, sample: RewardSample) -> float | None:
-        return checked_score(await self.reward.score(sample), self.name, sample.index)
+        return checked_score(await in_own_task(partial(self._actor.score, sample)), self.name, sample.index)
 
 
 def _sample(batch: Batch, index: int) -> RewardSample:
@@ -136,7 +243,15 @@ def _sample(batch: Batch, index: int) -> RewardSample:
     )
 
 
-def _summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
+def as_outcome(answer: tuple[list[float | None], RewardLog] | Fault, size: int) -> Outcome:
+    """A function's answer, or that there is none."""
+    if isinstance(answer, Fault):
+        return Outcome(scores=[None] * size, faults=[answer], log=RewardLog(size))
+    scores, log = answer
+    return finite(scores, [], log)
+
+
+def summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
     """One fault a kind, naming the samples that had it; its text is the first one's."""
     summed = []
     for kind in sorted({fault.kind for fault in faults.values()}):
@@ -146,7 +261,7 @@ def _summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
     return summed
 
 
-def _finite(scores: list[float | None], faults: list[Fault], log: RewardLog) -> Outcome:
+def finite(scores: list[float | None], faults: list[Fault], log: RewardLog) -> Outcome:
     """NaN, infinities and what float32 arithmetic would turn into them become missing scores and one more fault."""
     bad = {index: score for index, score in enumerate(scores) if score is not None and not abs(score) <= _LARGEST}
     if bad:
@@ -156,9 +271,10 @@ def _finite(scores: list[float | None], faults: list[Fault], log: RewardLog) -> 
     return Outcome(scores=scores, faults=faults, log=log)
 
 
-def _own_pace(reward: RewardActor, name: str, section: Pace) -> Pace:
-    """The section's pace, overruled by what the actor's class attributes set."""
-    own = {key: getattr(reward, key) for key in ("timeout_s", "retries", "concurrency")}
+def own_pace(reward: Reward, name: str, section: Pace) -> Pace:
+    """The section's pace, overruled by the attributes of a function or an actor's class."""
+    given = unwrapped(reward)
+    own = {key: getattr(given, key, None) for key in ("timeout_s", "retries", "concurrency")}
     own = {key: value for key, value in own.items() if value is not None}
     try:
         return msgspec.convert({**msgspec.structs.asdict(section), **own}, Pace)

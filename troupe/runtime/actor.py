@@ -2,65 +2,24 @@
 
 An actor owns its state alone and touches others only by sending messages into the channels it was given. When its
 mailbox ends it sends what is left, closes its channels, and so the end travels down the play by itself.
+
+A message is in the actor's hand until it has been handled. When an actor fails, another one of its kind goes on with
+the same mailbox and channels (`troupe.runtime.supervision`), and is given what was in hand once more: whatever must not
+happen twice, or be forgotten, is kept in an object that outlives the actor.
 """
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import anyio
 from anyio.abc import TaskGroup
 
-from troupe.messages import Incident, Span
+from troupe.messages import Incident
 from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
-
-
-class Reporter:
-    """An actor's way to tell what it does: incidents, which are never lost, and spans, which may be.
-
-    Both are optional, so that an actor can be played alone in a test or a script.
-    """
-
-    def __init__(
-        self, actor: str, incidents: Channel[Incident] | None = None, spans: Channel[Span] | None = None
-    ) -> None:
-        self.actor = actor
-        self._incidents = incidents
-        self._spans = spans
-
-    async def incident(self, incident: Incident) -> None:
-        """Report a fault that does not stop the run; waits for room."""
-        if self._incidents is not None:
-            await self._incidents.send(incident)
-
-    @contextmanager
-    def span(self, name: str, *, step: int | None = None, gid: int | None = None) -> Iterator[None]:
-        """Time the body as one piece of work on the actor's track; never waits."""
-        start_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._spans is not None:
-                self._spans.send_nowait(
-                    Span(
-                        actor=self.actor,
-                        name=name,
-                        start_s=start_s,
-                        end_s=time.perf_counter(),
-                        step=step,
-                        gid=gid,
-                    )
-                )
-
-    def close(self) -> None:
-        """Close both channels."""
-        for channel in (self._incidents, self._spans):
-            if channel is not None:
-                channel.close()
+from troupe.runtime.report import Reporter
 
 
 class Actor(ABC):
@@ -73,6 +32,9 @@ class Actor(ABC):
     name: ClassVar[str]
     leaves_last: ClassVar[bool] = False
     """Whether a play that is cut short goes on for this actor until all others have ended, as they may still report."""
+    acknowledges: ClassVar[bool] = False
+    """Whether the actor itself says when it is done with a message (`self.inbox.done(message)`), because the work goes
+    on after `handle` has returned. What it never says so of is given to its successor, should it fail."""
     tasks: TaskGroup
 
     def __init__(
@@ -81,6 +43,11 @@ class Actor(ABC):
         self.inbox = inbox
         self.outputs = tuple(outputs)
         self.report = report or Reporter(self.name)
+
+    @property
+    def remote_work(self) -> str | None:
+        """What is being computed for the actor in another process now, if anything is; no span of this one tells."""
+        return None
 
     async def start(self) -> None:
         """Acquire what the actor needs; messages are read only afterwards."""
@@ -93,7 +60,10 @@ class Actor(ABC):
         """The mailbox has ended and all tasks are done: send what is left."""
 
     async def stop(self) -> None:
-        """Release what `start` acquired; runs on every way out, and is not cancelled."""
+        """Release what `start` acquired; runs on every way out, and is not cancelled.
+
+        When it fails, that is an incident, not a fault: the part was played, or another fault is told already.
+        """
 
     async def run(self) -> None:
         """Play the part from `start` to the end of the mailbox.
@@ -104,14 +74,36 @@ class Actor(ABC):
         try:
             await self.start()
             async with anyio.create_task_group() as self.tasks:
-                async for message in self.inbox:
-                    await self.handle(message)
-                    del message  # not kept until the next one comes: a snapshot holds gigabytes
+                await self._handle_all()
             await self.finish()
         finally:
             with anyio.CancelScope(shield=True):
-                await self.stop()
+                await self._stop()
         for channel in self.outputs:
             if not channel.closed:
                 channel.close()
         self.report.close()
+
+    async def _handle_all(self) -> None:
+        while True:
+            try:
+                message = await self._take()
+            except anyio.EndOfStream:
+                return
+            await self.handle(message)
+            if not self.acknowledges:
+                self.inbox.done(message)
+            del message  # not kept until the next one comes: a snapshot holds gigabytes
+
+    async def _take(self) -> Any:
+        if len(self.inbox):
+            return await self.inbox.take()
+        with self.report.span("idle", kind="wait"):
+            return await self.inbox.take()
+
+    async def _stop(self) -> None:
+        try:
+            await self.stop()
+        except Exception as error:
+            message = f"{self.name} failed when it stopped: {type(error).__name__}: {error}; its work was not touched"
+            self.report.incident_nowait(Incident(actor=self.name, kind="stop_failed", message=message))

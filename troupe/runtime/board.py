@@ -56,6 +56,13 @@ class PolicyBoard(Generic[W]):
             raise LookupError(f"policy version {version} is gone; kept are {sorted(self._weights)}")
         return self._weights[version]
 
+    async def newer_than(self, version: int) -> tuple[int, W]:
+        """The newest version and its weights, waiting until it is newer than `version`; −1 asks for any."""
+        while self.version <= version:
+            await self._published.wait()
+        newest = self.version
+        return newest, self._weights[newest]
+
     def pinned_for(self, step: int) -> int:
         """The version that step `step` is generated with in the pinned schedule."""
         return max(0, step - self.max_staleness)

@@ -16,6 +16,7 @@ import mlx.core as mx
 import msgspec
 
 T = TypeVar("T")
+_PLAIN = {int, float, str}
 
 
 def arrays_in(tree: Any) -> Iterator[mx.array]:
@@ -31,10 +32,9 @@ def arrays_in(tree: Any) -> Iterator[mx.array]:
     elif hasattr(tree, "__dataclass_fields__") and not isinstance(tree, type):
         for field in tree.__dataclass_fields__:
             yield from arrays_in(getattr(tree, field))
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, list | tuple) and not set(map(type, tree)) <= _PLAIN:  # token ids come by the thousand
         for value in tree:
-            if not isinstance(value, int | float | str):  # token ids come by the thousand
-                yield from arrays_in(value)
+            yield from arrays_in(value)
 
 
 class DeviceThread:

@@ -1,15 +1,17 @@
 """Typed, bounded mailboxes that end when their last sender has closed.
 
 A `Mailbox` is what one actor reads: the merged inbox of its `Channel`s, in order of arrival. The overflow policy and
-the bound belong to the channel, not to the inbox, so a flood of spans never delays or drops an update. Everything
-here runs on one event loop; no locks, no sentinels, no polling. It does not know what messages mean.
+the bound belong to the channel, not to the inbox, so a flood of spans never delays or drops an update. A message that
+was taken stays *in hand* until the reader is done with it, so that what a failed reader had in hand can be given to the
+next one. Everything here runs on one event loop; no locks, no sentinels, no polling. It does not know what messages
+mean.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import anyio
 import msgspec
@@ -83,9 +85,9 @@ class Channel(Generic[T]):
         self._put(message)
 
     async def settled(self) -> None:
-        """Wait until the reader is done with everything sent: it has asked for the message after the last one."""
-        while self._depth or self._inbox._in_hand is self:
-            await self._inbox._asked.wait()
+        """Wait until the reader is done with everything sent."""
+        while self._depth or self._inbox._holds_any_of(self):
+            await self._inbox._progress.wait()
 
     def close(self) -> None:
         """No more messages will come; the mailbox ends once every channel that keeps it open has closed.
@@ -145,7 +147,7 @@ class Channel(Generic[T]):
             self._blocked.popleft().set()
 
     def _put(self, message: T) -> None:
-        if self._depth >= self._bound:
+        while self._depth >= self._bound and self._overflow != "block":  # a place that was granted is never refused
             self._inbox._drop_oldest_of(self)
             self._depth -= 1
             self._dropped += self._overflow == "drop_oldest"
@@ -159,9 +161,24 @@ class Channel(Generic[T]):
         self._wait_s += waited_s
         self._grant()
 
+    def _taken_back(self) -> None:
+        self._depth += 1  # beyond the bound where it is full: what was delivered once is not refused now
+
+
+class _Letter(NamedTuple):
+    """A message on its way through a mailbox."""
+
+    channel: Channel[Any]
+    message: Any
+    since_s: float
+    """When it came to lie in the mailbox."""
+
 
 class Mailbox:
     """The merged inbox of one actor: `async for message in mailbox` until every channel has closed.
+
+    With `async for`, asking for the next message means that the reader is done with the one before. A reader that is
+    done with messages at other times calls `take` and `done`.
 
     Channels opened with `side=True` (control) never keep a mailbox open: an actor ends when its work ends, however
     long somebody could still ask something of it.
@@ -170,10 +187,14 @@ class Mailbox:
     def __init__(self, name: str) -> None:
         self.name = name
         self.channels: list[Channel[Any]] = []
-        self._queue: deque[tuple[Channel[Any], Any, float]] = deque()
+        self.moved_s = time.perf_counter()
+        """When a message was last taken; before the first, when the mailbox was made."""
+        self._queue: deque[_Letter] = deque()
+        self._in_hand: list[_Letter] = []
+        self._read: _Letter | None = None  # what `async for` gave out last
         self._arrival = anyio.Event()
-        self._in_hand: Channel[Any] | None = None  # where the message came from that the reader has taken last
-        self._asked = anyio.Event()
+        self._progress = anyio.Event()
+        self._over = False
 
     def channel(
         self,
@@ -188,36 +209,87 @@ class Mailbox:
         self.channels.append(channel)
         return channel
 
+    @property
+    def waiting(self) -> tuple[Any, ...]:
+        """The messages that nobody has taken yet, in order of arrival."""
+        return tuple(letter.message for letter in self._queue)
+
+    @property
+    def in_hand(self) -> tuple[Any, ...]:
+        """The messages that the reader has taken and is not done with, in order of arrival."""
+        return tuple(letter.message for letter in self._in_hand)
+
+    async def take(self) -> Any:
+        """The next message, which stays in hand until `done`; `anyio.EndOfStream` when no more can come."""
+        while not self._queue:
+            if self._over or all(channel.closed or channel.side for channel in self.channels):
+                raise anyio.EndOfStream
+            self._arrival = anyio.Event()
+            await self._arrival.wait()
+        letter = self._queue.popleft()
+        self.moved_s = time.perf_counter()
+        letter.channel._taken(self.moved_s - letter.since_s)
+        self._in_hand.append(letter)
+        return letter.message
+
+    def done(self, message: object) -> None:
+        """The reader needs the message no more, whatever happens. One that is not in hand is left alone."""
+        for i, letter in enumerate(self._in_hand):
+            if letter.message is message:
+                del self._in_hand[i]
+                self._progressed()
+                return
+
+    def take_back(self) -> None:
+        """Put everything in hand back at the head, in order of arrival, for the reader that comes next."""
+        now_s = time.perf_counter()
+        while self._in_hand:
+            letter = self._in_hand.pop()
+            letter.channel._taken_back()
+            self._queue.appendleft(letter._replace(since_s=now_s))
+        self._read = None
+        self._arrival.set()
+
+    def end(self) -> None:
+        """End the mailbox when what waits has been read, whatever the senders still want to say."""
+        self._over = True
+        self._arrival.set()
+
     def __aiter__(self) -> Mailbox:
         return self
 
     async def __anext__(self) -> Any:
-        self._in_hand = None
-        self._asked.set()
-        self._asked = anyio.Event()
-        while not self._queue:
-            if all(channel.closed or channel.side for channel in self.channels):
-                raise StopAsyncIteration
-            self._arrival = anyio.Event()
-            await self._arrival.wait()
-        channel, message, since = self._queue.popleft()
-        channel._taken(time.perf_counter() - since)
-        self._in_hand = channel
+        if self._read is not None:
+            self.done(self._read.message)
+            self._read = None
+        try:
+            message = await self.take()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+        self._read = self._in_hand[-1]
         return message
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def _arrived(self, channel: Channel[Any], message: Any) -> None:
-        self._queue.append((channel, message, time.perf_counter()))
+        self._queue.append(_Letter(channel, message, time.perf_counter()))
         self._arrival.set()
 
     def _channel_closed(self) -> None:
         self._arrival.set()
 
     def _drop_oldest_of(self, channel: Channel[Any]) -> None:
-        index = next(i for i, (owner, _, _) in enumerate(self._queue) if owner is channel)
+        index = next(i for i, letter in enumerate(self._queue) if letter.channel is channel)
         del self._queue[index]
+        self._progressed()
+
+    def _holds_any_of(self, channel: Channel[Any]) -> bool:
+        return any(letter.channel is channel for letter in self._in_hand)
+
+    def _progressed(self) -> None:
+        self._progress.set()
+        self._progress = anyio.Event()
 
 
 class Broadcast(Generic[T]):

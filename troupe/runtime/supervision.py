@@ -1,36 +1,129 @@
-"""Playing a whole cast: every actor at once, to the end of all, or to the first fault."""
+"""Playing a whole cast: every actor at once, to the end of all, or to the first fault that a new actor does not mend.
+
+A *role* is what the play needs; an actor plays it. When an actor fails, a new one takes over its mailbox, its channels
+and what it had in hand, after a while that grows with every failure, and an incident tells of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import random
+import traceback
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 
+from troupe.errors import RunError, TroupeError
+from troupe.messages import Incident
 from troupe.runtime.actor import Actor
 
 
-async def play(actors: Sequence[Actor]) -> None:
-    """Run all actors concurrently until each has ended.
+class Restarts(msgspec.Struct, frozen=True, kw_only=True):
+    """How often, and how soon, a role is given to a new actor."""
 
-    There is no order of shutting down: the first actor ends when it has nothing more to say, its channels close,
-    and the end travels on. A fault in one cancels the others and is raised as itself, not as a group; those that
-    leave last are cancelled when the others have ended.
+    limit: int = 3
+    """Restarts of one role within `window_s`; one more failure ends the run."""
+    window_s: float = 60.0
+    first_s: float = 0.1
+    """Seconds before the first restart; each further one within the window waits twice as long."""
+    most_s: float = 10.0
+    clock: Callable[[], float] = anyio.current_time
+    sleep: Callable[[float], Awaitable[None]] = anyio.sleep
+    jitter: Callable[[], float] = random.random
+    """A random number from 0 to 1: pauses are between half and the whole of what is said above, so that roles that
+    failed together are not restarted together."""
+
+    def pause_s(self, nth: int) -> float:
+        """Seconds before the `nth` restart within the window, counted from 1."""
+        return float(min(self.first_s * 2 ** (nth - 1), self.most_s) * (0.5 + 0.5 * self.jitter()))
+
+
+class Role:
+    """One part of the play, and the actor that has it now.
+
+    `make` gives an actor with the same mailbox, channels, device thread and outliving ledgers each time. Exceptions
+    that are no TroupeError are mended by a new actor where the role is `restartable`; TroupeErrors are final.
     """
-    audience = anyio.CancelScope(shield=True)
+
+    def __init__(self, make: Callable[[], Actor], *, restartable: bool = True) -> None:
+        self.actor = make()
+        self.restartable = restartable
+        self.restarts = 0
+        """New actors so far."""
+        self._make = make
+        self._failures: deque[float] = deque()
+
+    @property
+    def name(self) -> str:
+        """The name of the actor."""
+        return self.actor.name
+
+    async def play(self, restarts: Restarts) -> None:
+        """Play the role to its end, by as many actors as it takes."""
+        work = self.actor.run
+        while True:
+            try:
+                await work()
+            except Exception as error:
+                fault = decisive_fault(error)
+            else:
+                return
+            if isinstance(fault, TroupeError) or not self.restartable:
+                raise fault
+            self.actor.inbox.take_back()
+            await self._wait(fault, restarts)
+            work = self._begin_again
+
+    async def _begin_again(self) -> None:
+        self.actor = self._make()
+        await self.actor.run()
+
+    async def _wait(self, fault: Exception, restarts: Restarts) -> None:
+        now_s = restarts.clock()
+        self._failures.append(now_s)
+        while now_s - self._failures[0] > restarts.window_s:
+            self._failures.popleft()
+        what = f"{self.name} failed: {type(fault).__name__}: {fault} ({_place(fault)})"
+        if len(self._failures) > restarts.limit:
+            raise RunError(
+                f"{what}; it was restarted {restarts.limit} times within {restarts.window_s:g} s before, which is the "
+                "limit; mend the cause, then go on with --resume"
+            ) from fault
+        pause_s = restarts.pause_s(len(self._failures))
+        self.restarts += 1
+        message = f"{what}; a new one takes over in {pause_s:.2g} s (restart {self.restarts}), with all it had in hand"
+        self.actor.report.incident_nowait(Incident(actor=self.name, kind="actor_restarted", message=message))
+        await restarts.sleep(pause_s)
+
+
+async def play(cast: Sequence[Role | Actor], restarts: Restarts | None = None) -> None:
+    """Play all roles concurrently until each has ended. An actor that is given itself is not restarted.
+
+    Who receives is started before who sends: the cast is given in the order in which work flows. There is no order of
+    shutting down: the first actor ends when it has nothing more to say, its channels close, and the end travels on. A
+    fault that no restart mends cancels the others and is raised as itself, not as a group; those that leave last then
+    read what is left in their mailboxes, and end.
+    """
+    restarts = restarts or Restarts()
+    roles = [member if isinstance(member, Role) else _once(member) for member in reversed(cast)]
+    audience = [role for role in roles if role.actor.leaves_last]
 
     async def perform() -> None:
         try:
-            await together([actor.run for actor in actors if not actor.leaves_last])
+            await together([_played(role, restarts) for role in roles if role not in audience])
         except BaseException:
-            audience.cancel()
+            for role in audience:
+                role.actor.inbox.end()
             raise
 
     async def listen() -> None:
-        with audience:
-            await together([actor.run for actor in actors if actor.leaves_last])
+        with anyio.CancelScope(shield=True):
+            await together([_played(role, restarts) for role in audience])
 
-    await together([perform, listen])
+    await together([listen, perform])
 
 
 async def together(works: Iterable[Callable[[], Coroutine[Any, Any, object]]]) -> None:
@@ -50,13 +143,38 @@ async def together(works: Iterable[Callable[[], Coroutine[Any, Any, object]]]) -
 
 def first_fault(faults: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first leaf of a tree of exceptions that is a fault and not a mere cancellation."""
+    leaves = _leaves(faults)
+    cancelled = anyio.get_cancelled_exc_class()
+    return next((leaf for leaf in leaves if not isinstance(leaf, cancelled)), leaves[0])
+
+
+def decisive_fault(error: Exception) -> Exception:
+    """What made an actor fail: of several faults at once one that is final, else the first."""
+    leaves = [leaf for leaf in _leaves(error) if isinstance(leaf, Exception)]
+    return next((leaf for leaf in leaves if isinstance(leaf, TroupeError)), leaves[0])
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
     leaves: list[BaseException] = []
-    pending: list[BaseException] = [faults]
+    pending: list[BaseException] = [error]
     while pending:
         fault = pending.pop(0)
         if isinstance(fault, BaseExceptionGroup):
             pending[:0] = fault.exceptions
         else:
             leaves.append(fault)
-    cancelled = anyio.get_cancelled_exc_class()
-    return next((leaf for leaf in leaves if not isinstance(leaf, cancelled)), leaves[0])
+    return leaves
+
+
+def _once(actor: Actor) -> Role:
+    return Role(lambda: actor, restartable=False)
+
+
+def _played(role: Role, restarts: Restarts) -> Callable[[], Coroutine[Any, Any, None]]:
+    return lambda: role.play(restarts)
+
+
+def _place(fault: Exception) -> str:
+    """File and line where a fault was raised."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "place unknown"

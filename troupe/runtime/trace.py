@@ -1,64 +1,135 @@
-"""The timeline: spans written as trace events that Perfetto and chrome://tracing open, one track an actor.
+"""The timeline: spans written as trace events that Perfetto and chrome://tracing open.
 
-Format: the JSON array form of the Trace Event Format; times in microseconds. The array is left open while the run
-goes on, which the format allows, and every event is flushed whole, so that the file of a crashed run opens too.
+Every actor has a track, and one more for each lane in which it did something at the same time; child processes are
+processes of their own. Arrows follow a group: from each span of a gid to the spans of that gid that came next, so that
+where several rewards score a group at once the arrows part and meet again.
+
+Format: the JSON array form of the Trace Event Format, times in microseconds. The array is left open while the run goes
+on, which the format allows, and what is flushed are whole events, so that the file of a crashed run opens too.
 """
 
 from __future__ import annotations
 
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
-from troupe.messages import Span
+from troupe.messages import GroupClosed, Span
 
-_PROCESS_ID = 1
+_MAIN_PROCESS = 1
+_PARTS = 8  # of a microsecond: eighths are exact in decimal and in binary, whatever a reader multiplies them with
+_MOST_GROUPS = 1 << 16  # alive at once; more have lost their end
+_MAX_LANES = 1000  # of an actor, for the order of tracks
+
+
+class _Piece(msgspec.Struct, frozen=True):
+    """A span of a group, as drawn."""
+
+    start_s: float
+    end_s: float
+    process: int
+    track: int
+    ts: float
 
 
 class TraceWriter:
     """A sink that appends spans to a trace file. Tracks are numbered in order of first appearance."""
 
     name = "trace"
+    takes: tuple[type, ...] = (Span, GroupClosed)
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._tracks: dict[str, int] = {}
-        self._file: IO[bytes] | None = None
+        self._processes: set[int] = set()
+        self._actors: dict[str, int] = {}
+        self._tracks: dict[tuple[int, str, int], int] = {}
+        self._pieces: dict[int, list[_Piece]] = {}
+        self._arrows = 0
+        self._file: FileIO | None = None
+        self._unwritten = bytearray()
+        self._encode = msgspec.json.Encoder().encode
 
     def open(self) -> None:
         """Begin the file anew."""
-        self._file = self._path.open("wb")
-        self._file.write(b"[\n")
-        self._event("M", 0, "process_name", before=b"", args={"name": "troupe"})
+        self._file = FileIO(self._path, "wb")
+        self._unwritten = bytearray(b"[\n")
+        self._name_process(_MAIN_PROCESS, "troupe", before=b"")
+        self.flush()
 
     def write(self, message: object) -> None:
-        """Add a span to its actor's track; any other message is not for a timeline."""
-        if not isinstance(message, Span):
-            return
-        if message.actor not in self._tracks:
-            self._tracks[message.actor] = len(self._tracks) + 1
-            self._event("M", self._tracks[message.actor], "thread_name", args={"name": message.actor})
-        args = {key: value for key, value in (("step", message.step), ("gid", message.gid)) if value is not None}
-        self._event(
-            "X",
-            self._tracks[message.actor],
-            message.name,
-            ts=message.start_s * 1e6,
-            dur=(message.end_s - message.start_s) * 1e6,
-            args=args,
-        )
+        """Add a span to its track, with the arrows that end in it; a group that is closed has no more of them."""
+        if isinstance(message, GroupClosed):
+            self._pieces.pop(message.gid, None)
+        elif isinstance(message, Span):
+            self._draw(message)
+
+    def flush(self) -> None:
+        """Put what was written where a crash of this process cannot lose it; what a full disk left out comes next."""
+        while self._file is not None and self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
 
     def close(self) -> None:
         """End the array and close the file. Safe to call twice."""
-        file, self._file = self._file, None
-        if file is not None:
-            with file:
-                file.write(b"\n]\n")
+        if self._file is None:
+            return
+        try:
+            self._unwritten += b"\n]\n"
+            self.flush()
+        finally:
+            self._file.close()
+            self._file = None
 
-    def _event(self, phase: str, track: int, name: str, *, before: bytes = b",\n", **fields: Any) -> None:
+    def _draw(self, span: Span) -> None:
+        process = _MAIN_PROCESS if span.process is None else span.process
+        track = self._track(process, span.actor, span.lane)
+        start, end = int(span.start_s * 1e6 * _PARTS), int(span.end_s * 1e6 * _PARTS)
+        ts = start / _PARTS
+        args: dict[str, Any] = {key: value for key in ("step", "gid") if (value := getattr(span, key)) is not None}
+        if span.gids:
+            args["gids"] = span.gids
+        self._event("X", process, track, span.name, cat=span.kind, ts=ts, dur=max(end - start, 1) / _PARTS, args=args)
+        for gid in span.gids if span.gid is None else (span.gid, *span.gids):
+            self._follow(gid, _Piece(span.start_s, span.end_s, process, track, ts))
+
+    def _follow(self, gid: int, piece: _Piece) -> None:
+        """Draw the arrows from the last pieces of the group that had ended when this one began.
+
+        Spans come in when they end, so all of them are here.
+        """
+        before = [past for past in self._pieces.get(gid, ()) if past.end_s <= piece.start_s]
+        latest_start = max((past.start_s for past in before), default=0.0)
+        for past in before:
+            if past.end_s > latest_start or past.start_s == latest_start:
+                self._arrow(gid, past, piece)
+        self._pieces.setdefault(gid, []).append(piece)
+        if len(self._pieces) > _MOST_GROUPS:
+            del self._pieces[next(iter(self._pieces))]
+
+    def _arrow(self, gid: int, past: _Piece, piece: _Piece) -> None:
+        self._arrows += 1
+        name, arrow = f"group {gid}", {"cat": "group", "id": self._arrows}
+        self._event("s", past.process, past.track, name, ts=past.ts, **arrow)
+        self._event("f", piece.process, piece.track, name, ts=piece.ts, bp="e", **arrow)
+
+    def _track(self, process: int, actor: str, lane: int) -> int:
+        key = process, actor, lane
+        if key not in self._tracks:
+            if process not in self._processes:
+                self._name_process(process, f"troupe {actor}")
+            track = self._tracks[key] = len(self._tracks) + 1
+            order = self._actors.setdefault(actor, len(self._actors)) * _MAX_LANES + min(lane, _MAX_LANES - 1)
+            self._event("M", process, track, "thread_name", args={"name": actor if not lane else f"{actor} {lane + 1}"})
+            self._event("M", process, track, "thread_sort_index", args={"sort_index": order})
+        return self._tracks[key]
+
+    def _name_process(self, process: int, name: str, *, before: bytes = b",\n") -> None:
+        self._processes.add(process)
+        self._event("M", process, 0, "process_name", before=before, args={"name": name})
+
+    def _event(self, phase: str, process: int, track: int, name: str, *, before: bytes = b",\n", **fields: Any) -> None:
         if self._file is None:
             raise ValueError(f"the trace {self._path} is not open")
-        event = {"ph": phase, "pid": _PROCESS_ID, "tid": track, "name": name, **fields}
-        self._file.write(before + msgspec.json.encode(event))
-        self._file.flush()
+        event = {"ph": phase, "pid": process, "tid": track, "name": name, **fields}
+        self._unwritten += before + self._encode(event)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 
@@ -14,6 +14,9 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     sinks: tuple[SinkName, ...] = ("console", "jsonl", "trace")
     """Where to: `console` shows progress, `jsonl` writes metrics.jsonl, `trace` writes trace.json."""
+    sink_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    """Seconds that one write may take before the sink is switched off, and that all sinks have at the end of a run to
+    write what they have not written yet."""
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,15 +30,21 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sink(Protocol):
-    """One place for metrics. Calls come from one thread; `close` may come without `open`, and twice."""
+    """One place for metrics. All calls come from one thread, which is the sink's own; `close` may come without `open`,
+    and twice."""
 
     name: str
+    takes: tuple[type, ...]
+    """The types of messages that it is given."""
 
     def open(self) -> None:
         """Get ready; called once before the first message."""
 
     def write(self, message: object) -> None:
-        """Take one Update, GroupClosed, Incident or Span, or leave it."""
+        """Take one message."""
+
+    def flush(self) -> None:
+        """No other message is here at the moment: what was taken should be where others can see it."""
 
     def close(self) -> None:
         """Flush and release."""

@@ -53,6 +53,7 @@ class ConsoleSink:
     """A progress bar with time left, a table of the newest metrics, queue depths, and the last incident."""
 
     name = "console"
+    takes: tuple[type, ...] = (Update, Incident)
 
     def __init__(self, run: RunInfo, console: Console) -> None:
         self._progress = Progress(
@@ -85,6 +86,9 @@ class ConsoleSink:
             self._incidents += 1
             self._last_incident = f"{message.actor}: {message.message}"
 
+    def flush(self) -> None:
+        """The display refreshes by itself."""
+
     def close(self) -> None:
         """Draw the last state and give the terminal back."""
         self._live.stop()
@@ -109,6 +113,7 @@ class PlainSink:
     """One line a step, at most one every `interval_s` seconds, and every incident: for logs and pipes."""
 
     name = "console"
+    takes: tuple[type, ...] = (Update, Incident)
 
     def __init__(self, run: RunInfo, stream: TextIO, *, interval_s: float = 1.0) -> None:
         self._run = run
@@ -130,6 +135,9 @@ class PlainSink:
                 self._last_s = now_s
                 figures = "  ".join(f"{label} {value}" for label, value in shown_metrics(message.metrics))
                 self._say(f"step {message.step}/{message.total_steps}  {figures}")
+
+    def flush(self) -> None:
+        """Every line is printed at once."""
 
     def close(self) -> None:
         """Nothing is held open: the stream belongs to the caller."""

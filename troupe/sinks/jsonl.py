@@ -18,6 +18,7 @@ class JsonlSink:
     """
 
     name = "jsonl"
+    takes: tuple[type, ...] = (Update,)
 
     def __init__(self, path: Path, *, first_step: int = 0) -> None:
         self._path = path
@@ -39,6 +40,9 @@ class JsonlSink:
             line = identity | message.metrics | identity  # first in the line, whatever a reward calls its metrics
             self._file.write(msgspec.json.encode(line) + b"\n")
             self._file.flush()
+
+    def flush(self) -> None:
+        """Every line is flushed when it is written."""
 
     def close(self) -> None:
         """Close the file."""

@@ -1,0 +1,411 @@
+"""Runs in which everything goes wrong that may, in virtual time on the stage of `tests/stage.py`; and what must hold
+all the same.
+
+All of a play follows from its seed: `python -m tests.chaos SEED` plays one again and tells what happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import anyio
+import msgspec
+
+from tests import virtual_time
+from tests.stage import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, set_stage
+from troupe import RewardActor, RewardSample, RunConfig
+from troupe.checkpoint import CheckpointConfig
+from troupe.errors import RunError
+from troupe.grpo import LearnerConfig
+from troupe.messages import Snapshot
+from troupe.policy import GenerationConfig
+from troupe.rewards import Reward, RewardManager, RewardsConfig
+from troupe.runtime import ChannelStats
+from troupe.schedule import OnStale, ScheduleConfig
+from troupe.supervisor import Supervisor
+
+Mode = Literal["pinned", "free"]
+REQUESTS = {"checkpoint": 4, "pause": 4, "resume": 4, "step": 4, "drain": 1, "stop": 1}
+"""What is asked of a run, and how often."""
+FAULTY = ("prompter", "generator", "scorer", "checkpointer", "metrics")
+"""Actors that are restarted when they fail."""
+MOST_FAULTS = 3
+"""Of an actor: one more and the run may end, as it should."""
+MODES: tuple[Mode, ...] = ("pinned", "free")
+TIMEOUT_S = 60.0
+"""Of a reward call."""
+ODD = {"nan": float("nan"), "infinite": float("-inf"), "none": None, "huge": 1e30}
+"""Scores that count as missing."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What is played, and what goes wrong."""
+
+    seed: int
+    prompts: int
+    """P"""
+    generations: int
+    """G"""
+    steps: int
+    rows: int
+    max_staleness: int
+    mode: Mode
+    on_stale: OnStale
+    attempts: int
+    """Of dynamic sampling; 0 is without."""
+    checkpoint_every: int
+    overlap: bool
+    """Whether learning goes on beside a checkpoint."""
+    concurrency: int
+    retries: int
+    levels: int
+    """Different scores of a reward: few make many groups without signal."""
+    with_actor: bool
+    """Whether a RewardActor scores too."""
+    bad_rewards: float
+    """Share of completions or groups whose score never comes, one way or another."""
+    bad_updates: float
+    """Share of steps whose gradient is not finite."""
+    delay_s: float = 0.0
+    """Scale of every wait; 0 is none."""
+    bad_disk: float = 0.0
+    """Share of checkpoints that cannot be written; the last one always can."""
+    bad_sinks: float = 0.0
+    """Share of writes that fail."""
+    hiccups: float = 0.0
+    """Share of reward calls that fail the first time and not the second."""
+    outage: tuple[float, float] | None = None
+    """(from, to): while no reward answers, and the breaker is armed. What is scored then depends on time."""
+    bounds: Literal["asked", "wide", "narrow"] = "asked"
+    """Of channels; narrow are only those that need not hold all live groups."""
+    faults: float = 0.0
+    """Share of an actor's moves that raise, up to `MOST_FAULTS`."""
+    requests: tuple[tuple[float, str], ...] = ()
+    """(when, what) is asked of the supervisor."""
+    watchdog_s: float = 0.0
+
+    def asks(self, what: str) -> bool:
+        """Whether it is asked of the supervisor."""
+        return what in {asked for _, asked in self.requests}
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether timing must not change what is learned."""
+        return self.mode == "pinned" and self.outage is None
+
+    def calm(self) -> Plan:
+        """The same play without anything that depends on time; what follows from the completions stays."""
+        quiet: dict[str, Any] = dict.fromkeys(
+            ("delay_s", "bad_disk", "bad_sinks", "hiccups", "faults", "watchdog_s"), 0.0
+        )
+        return msgspec.structs.replace(self, **quiet, outage=None, bounds="asked", requests=())
+
+
+def draw_plan(seed: int) -> Plan:
+    """A play at random."""
+    dice = random.Random(seed)
+    delay_s = dice.choice([0.01, 1.0, 20.0])
+    steps, retries = dice.randint(1, 4), dice.randint(0, 2)
+    length_s = delay_s * steps * 4
+    outage = None
+    if dice.random() < 0.15:
+        from_s = dice.random() * length_s
+        outage = (from_s, from_s + dice.random() * 500)
+    return Plan(
+        seed=seed,
+        prompts=dice.choice([1, 1, 2, 3]),
+        generations=dice.randint(2, 3),
+        steps=steps,
+        rows=dice.randint(1, 9),
+        max_staleness=dice.choice([0, 0, 1, 1, 2, 3]),
+        mode=dice.choice(MODES),
+        on_stale=dice.choice(["drop", "requeue", "correct"]),
+        attempts=dice.choice([0, 0, 1, 3]),
+        checkpoint_every=dice.randint(1, 4),
+        overlap=dice.random() < 0.7,
+        concurrency=dice.choice([1, 2, 64]),
+        retries=retries,
+        levels=dice.choice([2, 3, 7]),
+        with_actor=dice.random() < 0.4,
+        bad_rewards=0.0 if outage else dice.choice([0.0, 0.1, 0.6]),  # a reward that never answers is waited for ever
+        bad_updates=dice.choice([0.0, 0.2]),
+        delay_s=delay_s,
+        bad_disk=dice.choice([0.0, 0.5]),
+        bad_sinks=dice.choice([0.0, 0.1, 1.0]),
+        hiccups=dice.choice([0.0, 0.3]) if retries else 0.0,
+        faults=dice.choice([0.0, 0.02, 0.1]),
+        outage=outage,
+        bounds=dice.choice(["asked", "wide", "narrow"]),
+        watchdog_s=dice.choice([0.0, 0.0, 0.0, 600.0]),
+        requests=tuple(
+            sorted(
+                (dice.random() * length_s, dice.choices(list(REQUESTS), list(REQUESTS.values()))[0])
+                for _ in range(dice.choice([0, 0, 1, 5]))
+            )
+        ),
+    )
+
+
+class Chaos(Hooks):
+    """The waits and faults of a play: a stream of random numbers of its own for each who asks."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.faults: Counter[str] = Counter()
+        """Faults so far, by actor."""
+        self._streams: dict[str, random.Random] = {}
+
+    def on_step(self, who: str, place: str) -> None:
+        if who in FAULTY and self.faults[who] < MOST_FAULTS and self.strikes(f"{who} fails", self.plan.faults):
+            self.faults[who] += 1
+            raise ArithmeticError(f"{who} fails at {place}, as chance has it")
+
+    def delay_s(self, who: str) -> float:
+        """Often 0, else exponential, and now and then very long."""
+        dice = self._of(who)
+        if not self.plan.delay_s or dice.random() < 0.3:
+            return 0.0
+        return dice.expovariate(1 / self.plan.delay_s) * (20 if dice.random() < 0.07 else 1)
+
+    def strikes(self, who: str, share: float) -> bool:
+        return share > 0 and self._of(who).random() < share
+
+    def on_write(self, snapshot: Snapshot) -> None:
+        if not snapshot.final and self.strikes("disk", self.plan.bad_disk):
+            raise OSError("as chance has it")
+
+    def on_sink(self, message: object) -> None:
+        if self.strikes("sink", self.plan.bad_sinks):
+            raise OSError("as chance has it")
+
+    def bound(self, channel: str, asked: int) -> int:
+        if self.plan.bounds == "wide":
+            return asked * 3
+        return asked if self.plan.bounds == "asked" or channel in DATA else 1
+
+    def is_finite(self, batch: bytes) -> bool:
+        return batch[0] / 256 >= self.plan.bad_updates
+
+    def _of(self, who: str) -> random.Random:
+        if who not in self._streams:
+            self._streams[who] = random.Random(f"{self.plan.seed}/{who}")
+        return self._streams[who]
+
+
+class Judgement:
+    """Scores; and whether there is one at all, which follows from what is scored: timing has no part in it."""
+
+    def __init__(self, chaos: Chaos) -> None:
+        self._plan = chaos.plan
+        self._chaos = chaos
+        self._had_hiccup: set[bytes] = set()
+
+    async def call(self, who: str, ids: Sequence[Sequence[int]]) -> list[Any]:
+        """The scores of completions that are scored together, or whatever happens in their place."""
+        what = digest(self._plan.seed, who, ids)
+        wait_s = self._chaos.delay_s(who)
+        if wait_s:
+            await anyio.sleep(min(wait_s, TIMEOUT_S / 2))  # a call that is late by chance would change the run
+        from_s, to_s = self._plan.outage or (0.0, 0.0)
+        if from_s <= anyio.current_time() < to_s:
+            raise ConnectionError("nobody is there")
+        if what not in self._had_hiccup and self._chaos.strikes(f"{who} hiccups", self._plan.hiccups):
+            self._had_hiccup.add(what)
+            raise ConnectionError("try again")
+        fate = self._fate(what)
+        if fate == "raises":
+            raise ZeroDivisionError("as fate has it")
+        if fate == "hangs":
+            await anyio.sleep_forever()
+        return [self._score(who, sample) for sample in ids]
+
+    def _score(self, who: str, ids: Sequence[int]) -> float | None:
+        number = digest(self._plan.seed, who, "score", ids)
+        return ODD.get(self._fate(number), number[2] % self._plan.levels / self._plan.levels)
+
+    def _fate(self, number: bytes) -> str:
+        if number[0] / 256 >= self._plan.bad_rewards:
+            return "fine"
+        return ("raises", "hangs", *ODD)[number[1] % 6]
+
+
+class Judge(RewardActor):
+    """Scores sample by sample."""
+
+    name = "judge"
+
+    def __init__(self, judgement: Judgement) -> None:
+        self._judgement = judgement
+
+    async def score(self, sample: RewardSample) -> float | None:
+        (score,) = await self._judgement.call("judge", [sample.completion_ids])
+        return score  # type: ignore[no-any-return]
+
+
+def rewards_of(plan: Plan, chaos: Chaos, config: RunConfig) -> RewardManager:
+    """A function, and perhaps an actor."""
+    judgement = Judgement(chaos)
+
+    async def opinion(completion_ids: list[list[int]], **_: Any) -> list[Any]:
+        return await judgement.call("opinion", completion_ids)
+
+    rewards: list[Reward] = [opinion, Judge(judgement)] if plan.with_actor else [opinion]
+    return RewardManager(rewards, config=config.rewards)
+
+
+def config_of(plan: Plan, folder: Path) -> RunConfig:
+    """The play's settings."""
+    dynamic = plan.attempts > 0
+    return RunConfig(
+        seed=plan.seed,
+        output=str(folder / "run"),
+        generation=GenerationConfig(num_generations=plan.generations, max_completion_length=LONGEST),
+        rewards=RewardsConfig(
+            retries=plan.retries,
+            concurrency=plan.concurrency,
+            timeout_s=TIMEOUT_S,
+            breaker_failures=2 if plan.outage else 0,
+        ),
+        learner=LearnerConfig(
+            batch_size=plan.prompts,
+            max_steps=plan.steps,
+            max_nonfinite_steps=99,
+            dynamic_sampling=dynamic,
+            max_resampling_attempts=max(plan.attempts, 1),
+        ),
+        schedule=ScheduleConfig(
+            mode=plan.mode, max_staleness=plan.max_staleness, on_stale=plan.on_stale, watchdog_s=plan.watchdog_s
+        ),
+        checkpoint=CheckpointConfig(every=plan.checkpoint_every, overlap=plan.overlap),
+    )
+
+
+class Report(NamedTuple):
+    """How a play went."""
+
+    ledger: Ledger
+    steps: int
+    weights: bytes
+    channels: list[ChannelStats]
+    took_s: float
+    """Virtual."""
+    faults: int
+    """Times that an actor failed."""
+
+
+def play(plan: Plan) -> Report:
+    """Play it, and see that everything holds; AssertionError with the plan where it does not."""
+    with TemporaryDirectory(prefix="troupe-chaos-") as folder:
+        config = config_of(plan, Path(folder))
+        chaos = Chaos(plan)
+        ledger = Ledger((plan.max_staleness + 1) * plan.prompts)
+        prepared = prepared_run(config, rewards_of(plan, chaos, config), plan.rows)
+        try:
+            with set_stage(prepared, chaos, ledger, real_statistics=plan.seed % 8 == 0), seeded(plan.seed):
+                report = virtual_time.run(_perform, plan, config, ledger, chaos)
+            assert_all_holds(plan, report)
+        except Exception as error:
+            raise AssertionError(f"seed {plan.seed}: {error}\n(python -m tests.chaos {plan.seed})\n{plan}") from error
+    return report
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Make the pauses of those who have no seed of their own follow from this one."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+async def _perform(plan: Plan, config: RunConfig, ledger: Ledger, chaos: Chaos) -> Report:
+    run = Supervisor(config)
+    async with anyio.create_task_group() as tasks:
+        try:
+            async with run:
+                tasks.start_soon(_ask, run, plan)
+                await run.wait()
+        except RunError as error:
+            if not (plan.asks("stop") and "could not be written" in str(error)):
+                raise
+        tasks.cancel_scope.cancel()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not others, f"tasks are left: {others}"
+    learner = run._pipeline.learner
+    mailboxes = {actor.inbox.name: actor.inbox for actor in run._pipeline.actors}
+    return Report(
+        ledger,
+        learner.version,
+        learner.weights["w"],  # type: ignore[arg-type]
+        [channel.stats() for mailbox in mailboxes.values() for channel in mailbox.channels if not channel.side],
+        asyncio.get_running_loop().time(),
+        chaos.faults.total(),
+    )
+
+
+async def _ask(run: Supervisor, plan: Plan) -> None:
+    for when_s, what in plan.requests:
+        await anyio.sleep_until(when_s)
+        getattr(run, what)()
+    run.resume()
+
+
+def assert_all_holds(plan: Plan, report: Report) -> None:
+    """What is true of every run, whatever happened in it."""
+    ledger = report.ledger
+    assert not ledger.broken, ledger.broken
+    assert set(ledger.closed.values()) <= {1}, "a group was closed twice"
+    assert ledger.closed.keys() <= ledger.issued.keys(), "a group was closed that nobody issued"
+    for channel in report.channels:  # what a failed actor had in hand waits again, beside what came meanwhile
+        assert channel.peak_depth <= channel.bound + bool(report.faults), channel
+    assert [update.step for update in ledger.updates] == list(range(1, len(ledger.updates) + 1))
+    assert ledger.written == sorted(ledger.written), "checkpoints came out of order"
+    if plan.asks("stop"):
+        assert report.steps >= len(ledger.updates)
+        return
+    assert ledger.closed.keys() == ledger.issued.keys(), "a group was lost"
+    assert not ledger.alive
+    assert report.steps == len(ledger.updates) == ledger.final
+    first = [slot for slot in ledger.issued.values() if slot.attempt == 0]
+    assert len(first) == report.steps * plan.prompts, "a step is not whole"
+    assert all(channel.depth == 0 for channel in report.channels), "a message was left unread"
+    if not plan.asks("drain"):
+        assert report.steps == plan.steps
+
+
+def assert_timing_changes_nothing(plan: Plan, report: Report) -> None:
+    """A pinned run learns the same without the delays and accidents, as far as it went."""
+    calm = play(plan.calm())
+    went = len(report.ledger.learned)
+    assert report.ledger.learned == calm.ledger.learned[:went], f"seed {plan.seed}: timing changed the run"
+    if report.steps == calm.steps:
+        assert report.weights == calm.weights
+        assert report.ledger.states == calm.ledger.states
+
+
+def main() -> None:
+    """Play again what failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seed", type=int, nargs="+")
+    for seed in parser.parse_args().seed:
+        plan = draw_plan(seed)
+        print(plan)
+        report = play(plan)
+        if plan.is_reproducible:
+            assert_timing_changes_nothing(plan, report)
+        print(f"{report.steps} steps in {report.took_s:g} s; groups {dict(report.ledger.states)}")
+        print(f"most alive {report.ledger.most_alive}; incidents {dict(report.ledger.incidents)}")
+
+
+if __name__ == "__main__":
+    main()

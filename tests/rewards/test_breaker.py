@@ -1,0 +1,189 @@
+"""The circuit breaker: opening, waiting, trying in turn, closing; and what a manager tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.fakes import make_group, make_prompt
+from troupe.messages import Incident
+from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig
+from troupe.rewards.attempts import Fault
+from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
+
+pytestmark = pytest.mark.anyio
+
+
+class Service:
+    """Fails until it is up; counts what it was asked."""
+
+    def __init__(self, *, up: bool = False) -> None:
+        self.up, self.asked = up, 0
+        self.events: list[str | None] = []
+        self.now = self.most = 0
+
+    def breaker(self, failures: int = 2, max_wait_s: float = 0.001) -> Breaker:
+        limits = BreakerLimits(failures=failures, max_wait_s=max_wait_s)
+        return Breaker(limits, lambda why, down_s: self.events.append(why), lambda: 0.0)
+
+    async def call(self) -> int | Fault:
+        self.asked += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await anyio.lowlevel.checkpoint()
+        self.now -= 1
+        return self.asked if self.up else Fault("reward_error", f"fault {self.asked}")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(30):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+async def test_the_last_of_the_calls_in_a_row_waits_and_the_others_have_failed() -> None:
+    service = Service()
+    breaker = service.breaker(failures=3)
+    assert await breaker.run(service.call, service.call) == Fault("reward_error", "fault 1")
+    assert await breaker.run(service.call, service.call) == Fault("reward_error", "fault 2")
+    answers: list[object] = []
+
+    async def ask() -> None:
+        answers.append(await breaker.run(service.call, service.call))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await until(lambda: service.asked > 5)
+        assert answers == []
+        assert service.events == ["fault 3"]
+        assert breaker.why is not None
+        service.up = True
+    assert answers == [service.asked]
+    assert (breaker.why, service.events) == (None, ["fault 3", None])
+
+
+async def test_a_success_in_between_starts_the_count_anew_and_0_is_never() -> None:
+    service = Service()
+    breaker, never = service.breaker(failures=2), service.breaker(failures=0)
+    for up in (False, True, False, True, False):
+        service.up = up
+        await breaker.run(service.call, service.call)
+    service.up = False
+    for _ in range(20):
+        assert isinstance(await never.run(service.call, service.call), Fault)
+    assert service.events == []
+
+
+async def test_while_it_is_down_one_call_at_a_time_tries_and_all_take_turns() -> None:
+    service, poison = Service(), Service()
+    breaker = service.breaker(failures=1)
+    answers: list[str] = []
+
+    async def ask(name: str, call: Callable[[], Awaitable[Any]]) -> None:
+        await breaker.run(call, call)
+        answers.append(name)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask, "poison", poison.call)
+        await until(lambda: breaker.why is not None)
+        for _ in range(4):
+            tasks.start_soon(ask, "good", service.call)
+        await until(lambda: service.asked > 8)
+        assert poison.asked > 2, "it has its turns"
+        assert (service.most, answers) == (1, [])
+        service.up = True
+        await until(lambda: len(answers) == 4)
+        assert answers == ["good"] * 4, "a call that cannot succeed hides nothing"
+        poison.up = True
+    assert answers[-1] == "poison"
+
+
+async def test_waits_between_tries_double_up_to_the_limit() -> None:
+    service = Service()
+    breaker = service.breaker(failures=1, max_wait_s=60.0)
+    waits = []
+    for tries in range(10):
+        breaker._tries = tries
+        waits.append(breaker._wait_s() * 2)
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+
+
+async def test_calls_that_wait_when_another_reward_takes_over_say_so() -> None:
+    service = Service()
+    breaker = service.breaker(failures=1, max_wait_s=1000.0)
+    raised: list[bool] = []
+
+    async def ask() -> None:
+        with pytest.raises(Exchanged):
+            await breaker.run(service.call, service.call)
+        raised.append(True)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(ask)
+        await until(lambda: breaker.why is not None)
+        breaker.retire()
+    assert raised == [True] * 3
+    service.up = True
+    assert isinstance(await service.breaker().run(service.call, service.call), int)
+
+
+class Judge(RewardActor):
+    concurrency = 4
+
+    def __init__(self) -> None:
+        self.up = True
+        self.name = "judge"
+
+    async def score(self, sample: RewardSample) -> float | None:
+        await anyio.lowlevel.checkpoint()
+        if not self.up:
+            raise ConnectionError("judge is away")
+        return float(sample.index)
+
+
+async def test_groups_wait_for_a_reward_that_is_down_and_get_their_scores_when_it_is_back() -> None:
+    judge, told, results = Judge(), list[Incident](), []
+    config = RewardsConfig(retries=0, breaker_failures=4, breaker_max_wait_s=0.001)
+    manager = RewardManager([judge, lambda completions: [1.0] * len(completions)], config=config)
+    manager.listen(told.append)
+
+    async def score(place: int) -> None:
+        results.append(await manager.score_group(make_group(make_prompt(0, place))))
+
+    async with manager, anyio.create_task_group() as tasks:
+        judge.up = False
+        for place in range(3):
+            tasks.start_soon(score, place)
+        await until(lambda: "judge" in manager.down)
+        assert "ConnectionError: judge is away" in manager.down["judge"]
+        assert list(manager.down) == ["judge"]
+        for _ in range(50):
+            await anyio.lowlevel.checkpoint()
+        assert len(results) == 1, "the group whose samples opened it"
+        outside = await manager.compute_rewards(["p"], ["a"])
+        assert outside.scores["judge"] == (None,), "who has nobody to tell does not wait"
+        judge.up = True
+    assert [incident.kind for incident in told] == ["reward_down", "reward_back"]
+    assert told[0].message.startswith("reward judge is down, 4 calls in a row have failed: ConnectionError")
+    missing = [score for result in results for score in result.scores["judge"] if score is None]
+    assert len(missing) == 3, "those that opened it, but for the last"
+    assert manager.down == {}
+
+
+async def test_cancelled_calls_leave_the_reward_down_and_the_next_one_tries() -> None:
+    judge = Judge()
+    config = RewardsConfig(retries=0, breaker_failures=1, breaker_max_wait_s=0.001)
+    async with RewardManager(judge, config=config) as manager:
+        judge.up = False
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(manager.score_group, make_group(make_prompt(0, 0)))
+            await until(lambda: bool(manager.down))
+            tasks.cancel_scope.cancel()
+        assert manager.down
+        judge.up = True
+        result = await manager.score_group(make_group(make_prompt(0, 0)))
+        assert (result.scores["judge"], manager.down) == ((0.0, 1.0, 2.0), {})

@@ -1,0 +1,183 @@
+"""Rewards exchanged while groups are being scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.fakes import make_group, make_prompt
+from troupe.errors import RewardError
+from troupe.messages import Incident
+from troupe.rewards import GroupScores, RewardActor, RewardManager, RewardSample, RewardsConfig, batch_reward
+
+pytestmark = pytest.mark.anyio
+
+
+class Judge(RewardActor):
+    """Gives one mark to every sample, when it may."""
+
+    def __init__(self, mark: float, *, opens: bool = True, closes: bool = True) -> None:
+        self.mark, self.opens, self.closes = mark, opens, closes
+        self.events: list[str] = []
+        self.go = anyio.Event()
+
+    async def start(self) -> None:
+        self.events.append("start")
+        if not self.opens:
+            raise OSError("no connection")
+
+    async def score(self, sample: RewardSample) -> float | None:
+        await self.go.wait()
+        if self.mark < 0:
+            raise OSError("away")
+        return self.mark
+
+    async def stop(self) -> None:
+        self.events.append("stop")
+        if not self.closes:
+            raise OSError("will not close")
+
+
+class Stage:
+    def __init__(self, *rewards: Any, **settings: Any) -> None:
+        self.manager = RewardManager(rewards, config=RewardsConfig(retries=0, breaker_max_wait_s=0.001, **settings))
+        self.results: dict[int, GroupScores] = {}
+
+    async def score(self, place: int, size: int = 9) -> None:
+        group = make_group(make_prompt(0, place, batch_size=size))
+        self.results[place] = await self.manager.score_group(group)
+
+
+async def test_groups_under_way_keep_the_old_one_and_it_stops_after_the_last_of_them() -> None:
+    old, new = Judge(1.0, closes=False), Judge(2.0)
+    stage = Stage(old)
+    stopped: list[Incident] = []
+
+    async def exchange() -> None:
+        stopped.extend(await stage.manager.exchange("Judge", new))
+
+    async with stage.manager, anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.score, 0)
+        await anyio.wait_all_tasks_blocked()
+        tasks.start_soon(exchange)
+        await anyio.wait_all_tasks_blocked()
+        tasks.start_soon(stage.score, 1)
+        new.go.set()
+        await anyio.wait_all_tasks_blocked()
+        assert stage.results[1].scores == {"Judge": (2.0, 2.0, 2.0)}
+        assert (old.events, new.events) == (["start"], ["start"])
+        assert stage.manager.versions == {"Judge": 1}
+        old.go.set()
+    assert stage.results[0].scores == {"Judge": (1.0, 1.0, 1.0)}
+    assert (old.events, new.events) == (["start", "stop"], ["start", "stop"])
+    assert [incident.message.split(" (")[0] for incident in stopped] == [
+        "reward Judge: did not stop: OSError: will not close"
+    ]
+
+
+async def test_what_cannot_take_over_leaves_the_old_one() -> None:
+    old, broken = Judge(1.0), Judge(2.0, opens=False)
+    old.go.set()
+    stage = Stage(old)
+    stage.manager.check_columns({"answer"})
+    async with stage.manager:
+        with pytest.raises(RewardError, match="there is no reward 'judge' to be exchanged; there are: Judge"):
+            await stage.manager.exchange("judge", old)
+        with pytest.raises(RewardError, match="reward Judge did not start: OSError: no connection"):
+            await stage.manager.exchange("Judge", broken)
+        with pytest.raises(RewardError, match="requires hint"):
+            await stage.manager.exchange("Judge", lambda completions, hint: [])
+        with pytest.raises(RewardError, match="is unknown"):
+            await stage.manager.exchange("Judge", "lenght")
+        with pytest.raises(RewardError, match="is called once a group, and its replacement would be once a batch"):
+            await stage.manager.exchange("Judge", batch_reward(lambda completions: []))
+        await stage.score(0)
+        assert stage.manager.versions == {"Judge": 0}
+    assert stage.results[0].scores == {"Judge": (1.0, 1.0, 1.0)}
+    assert broken.events == ["start", "stop"]
+
+
+async def test_an_exchange_is_a_way_out_when_the_old_one_is_down() -> None:
+    old, new = Judge(-1.0), Judge(2.0)
+    old.go.set()
+    new.go.set()
+    stage = Stage(old, breaker_failures=1)
+    told: list[str] = []
+    stage.manager.listen(lambda incident: told.append(incident.kind))
+    async with stage.manager:
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                for place in range(3):
+                    tasks.start_soon(stage.score, place)
+                while not stage.manager.down:
+                    await anyio.lowlevel.checkpoint()
+                await stage.manager.exchange("Judge", new)
+    assert [stage.results[place].scores["Judge"] for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
+    assert told == ["reward_down", "reward_exchanged", "reward_back"]
+    assert old.events == ["start", "stop"]
+
+
+async def test_a_round_that_has_begun_stays_whole_with_the_old_one() -> None:
+    @batch_reward
+    def old(completions: list[str]) -> list[float]:
+        return [1.0] * len(completions)
+
+    @batch_reward
+    def new(completions: list[str]) -> list[float]:
+        return [2.0] * len(completions)
+
+    stage = Stage(old)
+    async with stage.manager, anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.score, 0, 2)
+        await anyio.wait_all_tasks_blocked()
+        tasks.start_soon(stage.manager.exchange, "old", new)
+        await anyio.wait_all_tasks_blocked()
+        await stage.score(1, 2)
+        for place in range(2):
+            stage.manager.settled(make_group(make_prompt(0, place, batch_size=2)))
+    assert [stage.results[place].rewards for place in range(2)] == [(1.0, 1.0, 1.0)] * 2
+    assert (await stage.manager.compute_rewards(["p"], ["a"])).scores == {"old": (2.0,)}
+
+
+async def test_a_round_that_waits_for_a_reward_that_is_down_moves_to_the_new_one() -> None:
+    @batch_reward
+    async def old(completions: list[str]) -> list[float]:
+        raise OSError("away")
+
+    @batch_reward
+    async def new(completions: list[str]) -> list[float]:
+        return [2.0] * len(completions)
+
+    stage = Stage(old, breaker_failures=1)
+    async with stage.manager:
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                for place in range(3):
+                    tasks.start_soon(stage.score, place, 3)
+                while not stage.manager.down:
+                    await anyio.lowlevel.checkpoint()
+                await stage.manager.exchange("old", new)
+    assert [stage.results[place].rewards for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
+
+
+async def test_the_managers_end_stops_the_old_one_too_where_its_groups_never_ended() -> None:
+    old, new = Judge(1.0), Judge(2.0)
+    stage = Stage(old)
+    async with stage.manager:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stage.score, 0)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(stage.manager.exchange, "Judge", new)
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        assert old.events == ["start"]
+    assert (old.events, new.events) == (["start", "stop"], ["start", "stop"])
+
+
+async def test_before_the_start_it_is_a_plain_replacement() -> None:
+    old, new = Judge(1.0), Judge(2.0)
+    stage = Stage(old)
+    await stage.manager.exchange("Judge", new)
+    assert (old.events, new.events) == ([], [])

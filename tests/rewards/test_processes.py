@@ -1,0 +1,215 @@
+"""Rewards in processes: calls across, kills, deaths, and what may be run there."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from tests.fakes import make_group, make_prompt
+from tests.rewards import process_rewards
+from troupe.errors import RewardError
+from troupe.messages import RolloutGroup
+from troupe.rewards import RewardManager, RewardsConfig, TrainerState
+from troupe.rewards.processes import process_spec
+
+pytestmark = pytest.mark.anyio
+
+FILE = process_rewards.__file__
+
+
+async def no_sleep(seconds: float) -> None:
+    await anyio.lowlevel.checkpoint()
+
+
+def in_processes(*rewards: Any, processes: int = 1, retries: int = 0, **settings: Any) -> RewardManager:
+    config = RewardsConfig(run=("process",) * len(rewards), processes=processes, retries=retries, **settings)
+    return RewardManager(rewards, config=config, sleep=no_sleep)
+
+
+@asynccontextmanager
+async def started(*rewards: Any, **settings: Any) -> AsyncIterator[RewardManager]:
+    async with in_processes(*rewards, **settings) as manager:
+        yield manager
+
+
+async def score(manager: RewardManager, *completions: str, **columns: Any) -> Any:
+    return await manager.compute_rewards(["p"] * len(completions), list(completions), **columns)
+
+
+def saying(*texts: str, **columns: Any) -> RolloutGroup:
+    group = make_group(make_prompt(0, 0, **columns), size=len(texts))
+    rollouts = [msgspec.structs.replace(r, text=text) for r, text in zip(group.rollouts, texts, strict=True)]
+    return msgspec.structs.replace(group, rollouts=tuple(rollouts))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_functions_of_files_modules_and_our_own_are_called_across() -> None:
+    async with started(f"{FILE}:lengths", process_rewards.later, "diversity") as manager:
+        result = await score(manager, "ab", "c", answer=["x", "y"])
+    assert result.scores == {"lengths": (2.0, 1.0), "later": (0.5, 0.5), "diversity_reward": (1.0, 1.0)}
+    assert result.incidents == ()
+
+
+async def test_workers_are_kept_work_side_by_side_and_end_with_the_manager() -> None:
+    pids: set[int] = set()
+    async with started(process_rewards.acts, processes=2) as manager:
+        first = await score(manager, "a", "b")
+        pids = {int(value) for value in first.scores["acts"]}
+        assert os.getpid() not in pids
+        assert (await score(manager, "c")).scores["acts"][0] in {float(pid) for pid in pids}
+    assert not any(map(is_alive, pids))
+
+
+async def test_logs_columns_and_the_trainer_state_cross_and_so_does_nan() -> None:
+    state = TrainerState(global_step=3, max_steps=9, epoch=0.5)
+    group = saying("fine", "nan", answer="a")
+    async with started(process_rewards.logs) as manager:
+        result = await manager.score_group(group, state)
+    assert result.scores == {"logs": (3.0, None)}
+    assert (result.metrics, result.extra) == ({"size": 2.0}, {"marked": ("a!", "a!")})
+    assert [incident.message for incident in result.incidents] == [
+        "reward logs: returned nan for sample 1; scores must be finite, 1e+18 at most"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("hang", "no answer within 1 s; its process was killed"),
+        ("exit", "exit code 7"),
+        pytest.param("crash", "SIGSEGV", marks=pytest.mark.slow),
+    ],
+)
+async def test_one_bad_sample_is_missing_and_its_neighbours_are_not(fault: str, message: str) -> None:
+    async with started(process_rewards.acts, timeout_s=1.0) as manager:
+        before = (await score(manager, "a")).scores["acts"][0]
+        result = await score(manager, "a", fault, "b")
+        scores = result.scores["acts"]
+        assert scores[1] is None
+        assert scores[0] not in (None, before)
+        assert scores[2] is not None
+        assert not is_alive(int(before))
+        (incident,) = result.incidents
+        assert "samples 1 of 3" in incident.message
+        assert message in incident.message
+        assert (await score(manager, "next")).incidents == ()
+
+
+@pytest.mark.slow
+async def test_where_samples_are_compared_a_killed_call_is_tried_again_whole() -> None:
+    async with started(process_rewards.compares, timeout_s=1.0, retries=1) as manager:
+        result = await score(manager, "a", "hang")
+        assert result.scores == {"compares": (None, None)}
+        assert (await score(manager, "a", "b")).scores == {"compares": (2.0, 2.0)}
+    assert result.incidents[0].kind == "reward_timeout"
+
+
+@pytest.mark.slow
+async def test_what_single_samples_logged_is_one_log_again() -> None:
+    state = TrainerState(global_step=3, max_steps=9, epoch=0.5)
+    async with started(process_rewards.logs, timeout_s=1.0, processes=2) as manager:
+        result = await manager.score_group(saying("a", "hang", "nan", answer="a"), state)
+    assert result.scores == {"logs": (3.0, None, None)}
+    assert result.extra == {"marked": ("a!", None, "a!")}
+    assert result.metrics == {"size": 1.0}
+    assert sorted(incident.kind for incident in result.incidents) == ["reward_nonfinite", "reward_timeout"]
+
+
+@pytest.mark.parametrize(("fault", "message"), [("raise", "ValueError: no such thing"), ("leave", "SystemExit: 3")])
+async def test_what_a_reward_raises_is_a_fault_and_its_worker_goes_on(fault: str, message: str) -> None:
+    async with started(process_rewards.acts) as manager:
+        before = (await score(manager, "a")).scores
+        result = await score(manager, fault, "a")
+        assert result.scores == {"acts": (None, None)}
+        assert message in result.incidents[0].message
+        assert (await score(manager, "a")).scores == before
+
+
+async def test_a_broken_contract_ends_everything_there_too() -> None:
+    async with started(process_rewards.wrong) as manager:
+        with pytest.raises(RewardError, match="reward wrong returned 1 scores for 2 completions"):
+            await score(manager, "a", "b")
+    async with started(process_rewards.lengths) as manager:
+        with pytest.raises(RewardError, match=r"take plain data only.*columns: thing"):
+            await score(manager, "a", thing=[object()])
+
+
+async def test_a_cancelled_call_leaves_no_busy_worker() -> None:
+    async with started(process_rewards.acts) as manager:
+        pid = int((await score(manager, "a")).scores["acts"][0])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(score, manager, "hang")
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        assert not is_alive(pid)
+        assert (await score(manager, "b")).incidents == ()
+
+
+async def test_workers_must_be_started() -> None:
+    with pytest.raises(RewardError, match="reward lengths has not been started"):
+        await score(in_processes(process_rewards.lengths), "a")
+
+
+async def test_a_file_that_loads_here_and_not_there_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import os\nassert os.getpid() == int(os.environ['HERE'])\ndef f(completions):\n    return [1]\n")
+    os.environ["HERE"] = str(os.getpid())
+    with pytest.raises(RewardError, match=r"mine\.py:2: the file does not import: AssertionError"):
+        async with started(f"{path}:f"):
+            raise AssertionError
+
+
+@pytest.mark.slow
+async def test_a_process_that_dies_or_hangs_while_loading_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import os, time\nif os.getpid() != int(os.environ['HERE']):\n    WHAT\ndef f(completions):\n  return []\n"
+    )
+    os.environ["HERE"] = str(os.getpid())
+    text = path.read_text()
+    path.write_text(text.replace("WHAT", "os._exit(5)"))
+    with pytest.raises(RewardError, match="reward f: its process ended while it was loaded: .*exit code 5"):
+        async with started(f"{path}:f"):
+            raise AssertionError
+    path.write_text(text.replace("WHAT", "time.sleep(600)"))
+    with pytest.raises(RewardError, match="reward f: its process had not loaded it after 2 s"):
+        async with started(f"{path}:f", start_timeout_s=2.0):
+            raise AssertionError
+
+
+def test_what_has_no_name_there_is_refused() -> None:
+    def local(completions: list[str]) -> list[float]:
+        return []
+
+    class Object:
+        def __call__(self, completions: list[str]) -> list[float]:
+            return []
+
+    unnamed: list[Callable[..., Any]] = [
+        local,
+        lambda completions: [],
+        functools.partial(process_rewards.lengths),
+        Object(),
+    ]
+    for reward in unnamed:
+        with pytest.raises(RewardError, match=r"cannot be loaded by name.*define it with `def`"):
+            in_processes(reward)
+    with pytest.raises(RewardError, match="reward Judge is a RewardActor and lives in the event loop"):
+        in_processes(process_rewards.Judge())
+    assert process_spec(process_rewards.lengths, None) == "tests.rewards.process_rewards:lengths"
+    assert in_processes(f"{FILE}:lengths").names == ("lengths",)

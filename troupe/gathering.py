@@ -1,0 +1,230 @@
+"""Which groups make a step, which are sampled anew, and how each ends: the bookkeeping of both schedules.
+
+Decisions follow from slots, scores and versions alone. Knows nothing of actors, arrays or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+from troupe.learning import is_usable
+from troupe.messages import ClosedState, Replace, ScoredGroup, Slot
+from troupe.schedule import OnStale, ScheduleConfig
+
+
+class StepGroups(NamedTuple):
+    """All groups that end with a learner batch."""
+
+    groups: tuple[ScoredGroup, ...]
+    """By slot."""
+    states: dict[int, ClosedState]
+    """How each ends, by gid."""
+    replaced: frozenset[int]
+    """The gids whose credit another group has taken over."""
+    oldest: int
+    """Tokens of versions before this one are stale."""
+    drops_stale: bool
+    """Whether those are left out of the loss."""
+
+    def ending(self, *states: ClosedState) -> list[ScoredGroup]:
+        """The groups that end in one of these states, by slot."""
+        return [group for group in self.groups if self.states[gid_of(group)] in states]
+
+
+class Gathering(Protocol):
+    """Groups on their way into steps."""
+
+    def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
+        """Take a group in → the groups, in order, that are to be examined now."""
+
+    def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
+        """Decide on what `add` gave; `without_signal`: gids of those that nothing can be learned from; `version`: the
+        newest one. Gives the groups to be sampled anew."""
+
+    def take(self, version: int) -> StepGroups | None:
+        """The step that makes `version` + 1, if it can begin."""
+
+
+def gathering_for(schedule: ScheduleConfig, *, batch_size: int, min_scored: int, resampling: int) -> Gathering:
+    """The bookkeeping of a schedule, for steps of `batch_size` groups.
+
+    `min_scored`: completions that must have a score; `resampling`: how often a group without signal is replaced.
+    """
+    if schedule.mode == "pinned":
+        return PinnedGathering(batch_size, min_scored, resampling, schedule.max_staleness)
+    return FreeGathering(batch_size, min_scored, resampling, schedule.max_staleness, schedule.on_stale)
+
+
+class PinnedGathering:
+    """Steps in order, each of the groups of its own slots.
+
+    Groups without signal are replaced together, when all groups of their round are here, so that neither what a step
+    is made of nor what a round of replacements holds depends on the order in which scores come in.
+    """
+
+    def __init__(self, batch_size: int, min_scored: int, resampling: int, max_staleness: int) -> None:
+        self._batch_size = batch_size
+        self._min_scored = min_scored
+        self._resampling = resampling
+        self._max_staleness = max_staleness
+        self._steps: dict[int, _Rounds] = {}
+
+    def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
+        """See `Gathering`: a whole round, or nothing."""
+        return self._rounds_of(group).add(group)
+
+    def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
+        """See `Gathering`."""
+        without = [group for group in groups if gid_of(group) in without_signal and self._is_usable(group)]
+        if not without:
+            return None
+        rounds = self._rounds_of(without[0])
+        rounds.filtered |= {gid_of(group) for group in without}
+        return rounds.replace(without) if slot_of(without[0]).attempt < self._resampling else None
+
+    def take(self, version: int) -> StepGroups | None:
+        """See `Gathering`."""
+        rounds = self._steps.get(version)
+        if rounds is None or rounds.missing:
+            return None
+        del self._steps[version]
+        return StepGroups(
+            groups=tuple(sorted(rounds.groups, key=slot_of)),
+            states={gid_of(group): self._end_state(group, rounds) for group in rounds.groups},
+            replaced=frozenset(rounds.replaced),
+            oldest=version - self._max_staleness,
+            drops_stale=False,
+        )
+
+    def _rounds_of(self, group: ScoredGroup) -> _Rounds:
+        return self._steps.setdefault(slot_of(group).step, _Rounds(self._batch_size))
+
+    def _end_state(self, group: ScoredGroup, rounds: _Rounds) -> ClosedState:
+        if gid_of(group) in rounds.filtered:
+            return "filtered"
+        return "trained" if self._is_usable(group) else "quarantined"
+
+    def _is_usable(self, group: ScoredGroup) -> bool:
+        return is_usable(group, self._min_scored)
+
+
+class _Rounds:
+    """The groups of one pinned step as they come in, round by round; the first round has all the places."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.groups: list[ScoredGroup] = []
+        self.filtered: set[int] = set()
+        self.replaced: set[int] = set()
+        self.missing = batch_size
+        """Groups of the newest round that are not here yet."""
+        self._round: list[ScoredGroup] = []
+
+    def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
+        self.groups.append(group)
+        self._round.append(group)
+        self.missing -= 1
+        return [] if self.missing else sorted(self._round, key=slot_of)
+
+    def replace(self, groups: Sequence[ScoredGroup]) -> Replace:
+        """Open a round of replacements."""
+        self.replaced |= {gid_of(group) for group in groups}
+        self._round, self.missing = [], len(groups)
+        return Replace(slots=tuple(map(slot_of, groups)))
+
+
+class _Past(NamedTuple):
+    """What became of the earlier attempts in a place."""
+
+    filtered: int = 0
+    sent_back: bool = False
+    """Whether the row that is there now was sampled before."""
+
+
+class FreeGathering:
+    """A step is made of the first groups that are here, whatever their slots.
+
+    Each group is decided on when it comes. That is also when its step begins, as far as staleness goes: a step begins
+    as soon as its last group has come, so all of them are here by then under the same newest version.
+    """
+
+    def __init__(
+        self, batch_size: int, min_scored: int, resampling: int, max_staleness: int, on_stale: OnStale
+    ) -> None:
+        self._batch_size = batch_size
+        self._min_scored = min_scored
+        self._resampling = resampling
+        self._max_staleness = max_staleness
+        self._on_stale = on_stale
+        self._pasts: dict[tuple[int, int], _Past] = {}
+        self._groups: list[ScoredGroup] = []
+        self._states: dict[int, ClosedState] = {}
+        self._replaced: set[int] = set()
+
+    def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
+        """See `Gathering`: the group itself."""
+        return [group]
+
+    def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
+        """See `Gathering`."""
+        (group,) = groups
+        slot, gid = slot_of(group), gid_of(group)
+        place = slot.step, slot.place
+        past = self._pasts.pop(place, _Past())
+        self._groups.append(group)
+        self._states[gid] = self._end_state(group, gid in without_signal, version)
+        following, rows = None, None
+        if self._states[gid] == "filtered" and past.filtered < self._resampling:
+            following = _Past(filtered=past.filtered + 1)
+        elif self._is_sent_back(group, past, version):
+            self._states[gid] = "stale"
+            following, rows = past._replace(sent_back=True), (group.group.prompt.row,)
+        if following is None:
+            return None
+        self._pasts[place] = following
+        self._replaced.add(gid)
+        return Replace(slots=(slot,), rows=rows)
+
+    def take(self, version: int) -> StepGroups | None:
+        """See `Gathering`."""
+        if len(self._groups) - len(self._replaced) < self._batch_size:
+            return None
+        step = StepGroups(
+            groups=tuple(sorted(self._groups, key=slot_of)),
+            states=self._states,
+            replaced=frozenset(self._replaced),
+            oldest=version - self._max_staleness,
+            drops_stale=self._on_stale != "correct",
+        )
+        self._groups, self._states, self._replaced = [], {}, set()
+        return step
+
+    def _end_state(self, group: ScoredGroup, is_without_signal: bool, version: int) -> ClosedState:
+        if not is_usable(group, self._min_scored):
+            return "quarantined"
+        if is_without_signal:
+            return "filtered"
+        stale = stale_tokens(group, version - self._max_staleness)
+        is_lost = self._on_stale != "correct" and 0 < stale == sum(len(r.token_ids) for r in group.group.rollouts)
+        return "stale" if is_lost else "trained"
+
+    def _is_sent_back(self, group: ScoredGroup, past: _Past, version: int) -> bool:
+        """Whether the group's row is sampled anew, because of tokens that are too old; once."""
+        if self._on_stale != "requeue" or past.sent_back or self._states[gid_of(group)] not in ("trained", "stale"):
+            return False
+        return stale_tokens(group, version - self._max_staleness) > 0
+
+
+def stale_tokens(group: ScoredGroup, oldest: int) -> int:
+    """How many tokens of a group were sampled from a version before `oldest`."""
+    return sum(version < oldest for rollout in group.group.rollouts for version in rollout.versions)
+
+
+def slot_of(group: ScoredGroup) -> Slot:
+    """Where a group stands in the run."""
+    return group.group.prompt.slot
+
+
+def gid_of(group: ScoredGroup) -> int:
+    """The unique number of a group."""
+    return group.group.prompt.gid

@@ -1,0 +1,196 @@
+"""Running code that nobody trusts to return, so that whoever waits for it can always go on.
+
+A coroutine runs in a task of its own and a function in a daemon thread; both can be left behind. Knows nothing of
+rewards. (anyio's worker threads are no daemons: one that hangs would keep the whole process from ever ending.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+T = TypeVar("T")
+
+GRACE_S = 1.0
+"""That a cancelled coroutine may take to end before it is left behind."""
+IDLE_S = 30.0
+"""After which a thread without work ends."""
+
+_LEFT_BEHIND: list[Coroutine[Any, Any, Any]] = []  # the interpreter complains of such a coroutine when it is collected
+
+
+async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
+    """Await `call()` in a task of its own; what it returns or raises, a CancelledError included, comes through.
+
+    When the caller is cancelled, so is the task; one that ignores this is left behind after `GRACE_S`: its coroutine is
+    closed, and where it ignores that too, never resumed.
+    """
+    shell = _Shell(call)
+    task = asyncio.get_running_loop().create_task(shell.run())
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            task.cancel()
+            await asyncio.wait([task], timeout=GRACE_S)
+            if not task.done():
+                shell.leave()
+                task.cancel()
+                await asyncio.wait([task])
+        raise
+    if shell.error is not None:
+        raise shell.error
+    return shell.results[0]
+
+
+class _Shell(Generic[T]):
+    """Drives a coroutine, and can stop doing so."""
+
+    def __init__(self, call: Callable[[], Awaitable[T]]) -> None:
+        self._call = call
+        self._left = False
+        self.results: list[T] = []
+        self.error: BaseException | None = None
+
+    async def run(self) -> None:
+        """Never raises: a SystemExit out of a task would end the event loop."""
+        try:
+            self.results.append(await self)
+        except BaseException as error:
+            self.error = error
+
+    def leave(self) -> None:
+        """The next cancellation ends the task whatever the coroutine does."""
+        self._left = True
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        coroutine = _awaited(self._call)
+        steps = coroutine.__await__()
+        thrown: BaseException | None = None
+        while True:
+            try:
+                waits_for = next(steps) if thrown is None else steps.throw(thrown)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            thrown = None
+            try:
+                yield waits_for
+            except BaseException as error:
+                if self._left:
+                    _close(coroutine)
+                    raise
+                thrown = error
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
+
+
+def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
+    try:
+        coroutine.close()
+    except BaseException:  # it answers its end with an error, or ignores it
+        _LEFT_BEHIND.append(coroutine)
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a daemon thread, one of those that are idle or a new one.
+
+    A cancelled call is left to itself: Python cannot stop a thread. Its thread ends with it and is never used again.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+    call = _ThreadCall(work, loop, answer, contextvars.copy_context())
+    with _LOCK:
+        thread = _IDLE.pop() if _IDLE else None
+    if thread is None:
+        thread = _WorkerThread()
+        thread.start()
+    thread.calls.put(call)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        call.abandoned = True
+        raise
+
+
+class _ThreadCall(Generic[T]):
+    """Work for a thread, and the way back to who waits for it."""
+
+    def __init__(
+        self,
+        work: Callable[[], T],
+        loop: asyncio.AbstractEventLoop,
+        answer: asyncio.Future[T],
+        context: contextvars.Context,
+    ) -> None:
+        self.answer, self.abandoned = answer, False
+        self._work, self._loop, self._context = work, loop, context
+        self._result: T
+        self._error: BaseException | None = None
+
+    def play(self) -> None:
+        """On the thread."""
+        try:
+            self._result = self._context.run(self._work)
+        except (KeyboardInterrupt, StopIteration) as error:
+            # No signal reaches this thread, so it is the code's own interrupt; and no future carries a StopIteration.
+            fault = RuntimeError(f"the reward raised {type(error).__name__}")
+            fault.__cause__ = error
+            self._error = fault.with_traceback(error.__traceback__)
+        except BaseException as error:
+            self._error = error
+
+    def tell(self) -> None:
+        """On the thread: hand over what came of it."""
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            return  # the event loop ended long before this abandoned call did
+
+    def _deliver(self) -> None:
+        if self.answer.done():  # cancelled meanwhile
+            return
+        if self._error is not None:
+            self.answer.set_exception(self._error)
+        else:
+            self.answer.set_result(self._result)
+
+
+class _WorkerThread(threading.Thread):
+    """Plays one call after the other; idle in between, and at an end when it has been so for long."""
+
+    def __init__(self) -> None:
+        super().__init__(name="troupe reward", daemon=True)
+        self.calls: queue.SimpleQueue[_ThreadCall[Any]] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        while (call := self._next()) is not None:
+            call.play()
+            if call.abandoned:
+                call.tell()
+                return
+            with _LOCK:
+                _IDLE.append(self)
+            call.tell()
+            del call  # holds what the reward was given
+
+    def _next(self) -> _ThreadCall[Any] | None:
+        try:
+            return self.calls.get(timeout=IDLE_S)
+        except queue.Empty:
+            with _LOCK:
+                if self in _IDLE:
+                    _IDLE.remove(self)
+                    return None
+        return self.calls.get()  # somebody has just taken it up
+
+
+_LOCK = threading.Lock()
+_IDLE: list[_WorkerThread] = []

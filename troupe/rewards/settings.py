@@ -1,0 +1,87 @@
+"""The `[rewards]` section, and what names, weights and ways to run follow from it for a list of rewards.
+
+Knows nothing of how rewards are run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from troupe.errors import RewardError
+from troupe.rewards.functions import Reward, reward_name, unwrapped
+
+Run: TypeAlias = Literal["auto", "process"]
+
+
+class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[rewards]` section."""
+
+    functions: tuple[str, ...] = ()
+    """What `load_reward` takes: "length", "exact_answer", "format:REGEX", "FILE.py:NAME", …"""
+    run: tuple[Run, ...] | None = None
+    """Where each runs, one a function: "auto", an async function in the event loop and a sync one in a thread, or
+    "process", in processes that can be killed. None: all "auto"."""
+    processes: Annotated[int, msgspec.Meta(ge=1)] = 2
+    """Processes of each function that runs in some; each makes one call at a time."""
+    weights: tuple[float, ...] | None = None
+    """One a function; None: all 1."""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    """Seconds that one attempt at one group may take."""
+    retries: Annotated[int, msgspec.Meta(ge=0)] = 1
+    """Further attempts after the first fails."""
+    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 16
+    """Groups that one function scores at once, where it does not run in processes."""
+    start_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
+    """Seconds that an actor's `start`, or a process with what it loads, may take."""
+    breaker_failures: Annotated[int, msgspec.Meta(ge=0)] = 8
+    """Calls in a row that fail after their retries (an error, a timeout, a dead process) before a reward is taken to be
+    down: from then on its calls wait and no step is begun, until one succeeds. 0: never."""
+    breaker_max_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    """Longest time between two tries whether a reward that is down is back."""
+    min_scored: Annotated[int, msgspec.Meta(ge=1)] = 2
+    """Groups with fewer scored samples are quarantined, not trained: one has nothing to be compared with."""
+
+
+def unique_names(rewards: Sequence[Reward]) -> tuple[str, ...]:
+    """TRL's names; of equal ones the second gets `_2`, the third `_3`, leaving out what is taken."""
+    wanted = [reward_name(reward) for reward in rewards]
+    names: list[str] = []
+    for name in wanted:
+        candidates = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+        # A suffixed name must not take one that another reward really has.
+        names.append(next(c for c in candidates if c not in names and (c == name or c not in wanted)))
+    return tuple(names)
+
+
+def checked_weights(
+    weights: Sequence[float] | None, names: Sequence[str], rewards: Sequence[Reward]
+) -> tuple[float, ...]:
+    """One weight a reward: those given, or each reward's own attribute, or 1. RewardError where they do not fit."""
+    if weights is None:
+        own = [getattr(unwrapped(reward), "weight", None) for reward in rewards]
+        weights = [1.0 if weight is None else weight for weight in own]
+    if len(weights) != len(names):
+        raise RewardError(
+            f"rewards.weights has {len(weights)} numbers for {len(names)} rewards "
+            f"({', '.join(names)}); give one for each"
+        )
+    for name, weight in zip(names, weights, strict=True):
+        if not math.isfinite(weight):
+            raise RewardError(f"rewards.weights: {weight} for reward {name}; give a finite number")
+    return tuple(float(weight) for weight in weights)
+
+
+def checked_run(run: Sequence[Run] | None, names: Sequence[str]) -> Sequence[Run]:
+    """One way to run a reward: those given, or all "auto". RewardError where they do not fit."""
+    if run is None:
+        return ["auto"] * len(names)
+    if len(run) != len(names):
+        raise RewardError(
+            f"rewards.run has {len(run)} values for {len(names)} rewards ({', '.join(names)}); give one for each"
+        )
+    return run

@@ -1,0 +1,105 @@
+"""The child's side of a reward in a process: load it by name, then answer one call after the other.
+
+`python -m troupe.rewards.worker REWARD`. Frames are msgpack of the structs below: plain data, no pickle. What the
+reward prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import anyio
+import msgspec
+
+from troupe.errors import RewardError
+from troupe.rewards.actor import RewardActor
+from troupe.rewards.attempts import described
+from troupe.rewards.functions import RewardFunction, RewardLog, Signature, checked_scores
+from troupe.rewards.loading import load_reward
+from troupe.rewards.trainer_state import TrainerState
+from troupe.runtime import Connection, serve
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """Parent → child: score these."""
+
+    name: str
+    """Under which the reward is reported."""
+    size: int
+    arguments: dict[str, Any]
+    """Those that the function takes, without trainer_state and what logs."""
+    trainer_state: TrainerState | None = None
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: the reward is loaded."""
+
+
+class Scores(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: what came of a call."""
+
+    scores: list[float | None]
+    extra: dict[str, list[Any]]
+    metrics: dict[str, list[float]]
+
+
+class Raised(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: the call failed."""
+
+    message: str
+
+
+class Broken(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: the reward breaks the convention, or cannot be loaded."""
+
+    message: str
+
+
+Reply: TypeAlias = Ready | Scores | Raised | Broken
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=str)  # what is logged beside the scores may be anything
+
+
+async def play(connection: Connection) -> None:
+    """Answer calls until the parent wants no more."""
+    try:
+        function = _load(sys.argv[1])
+    except RewardError as error:
+        await connection.send(_ENCODER.encode(Broken(str(error))))
+        return
+    signature = Signature.of(function)
+    await connection.send(_ENCODER.encode(Ready()))
+    while True:
+        call = msgspec.msgpack.decode(await connection.receive(), type=Call)
+        await connection.send(await _answer(function, signature, call))
+
+
+def _load(spec: str) -> RewardFunction:
+    found = load_reward(spec)
+    if isinstance(found, RewardActor):
+        raise RewardError(f"reward {spec} is a RewardActor; only functions run in processes")
+    return found
+
+
+async def _answer(function: RewardFunction, signature: Signature, call: Call) -> bytes:
+    log = RewardLog(call.size)
+    given = {**call.arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
+    given["trainer_state"] = call.trainer_state
+    try:
+        result = function(**signature.taken_of(given))
+        if signature.is_async or hasattr(result, "__await__"):
+            result = await result
+        scores = checked_scores(result, call.name, call.size)
+        extra = {column: list(values) for column, values in log.extra.items()}
+        return _ENCODER.encode(Scores(scores, extra, log.logged))
+    except RewardError as error:
+        return _ENCODER.encode(Broken(str(error)))
+    except anyio.get_cancelled_exc_class():
+        return _ENCODER.encode(Raised("the call was cancelled by itself"))
+    except BaseException as error:  # a SystemExit is the reward's own failure
+        return _ENCODER.encode(Raised(described(error)))
+
+
+if __name__ == "__main__":
+    serve(play)

@@ -1,0 +1,158 @@
+"""Weights for other processes of the run: one safetensors file a policy version, in memory where there is room.
+
+A file appears whole (it is written under another name first) and goes when its version can be asked for no more and
+nobody is still reading it. The folder of the files is locked by the run that made it; the system drops the lock of a
+run that was killed, and the next start of any run removes what it left.
+
+What is mapped and what is copied: `mx.save_safetensors` copies the arrays into the file, whose pages in /dev/shm are
+memory themselves; `mx.load` maps nothing, it reads the file once into arrays of the process that loads. So a version is
+held once by the learner, once by the file, and once by each process that has loaded it.
+
+Knows neither processes nor actors.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+
+from troupe.errors import RunError
+from troupe.policy import Weights
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where files are memory, on Linux; on other systems there is no such folder."""
+_PREFIX = "troupe-weights-"
+_HEADER_BYTES = 1 << 20
+
+
+class WeightsFiles:
+    """The files of one run. `write` may be called in any one thread; the rest belongs to the event loop."""
+
+    def __init__(self, run: Path, *, at_once: int, shared_memory: Path = SHARED_MEMORY) -> None:
+        """`run`: the run folder, where the files lie if memory has no room for them. `at_once`: how many files there
+        may be at the same time."""
+        self._places = (shared_memory, run)
+        self._at_once = at_once
+        self._folder: Path | None = None
+        self._lock: int | None = None
+        self._lent: Counter[int] = Counter()
+        self._kept: frozenset[int] = frozenset()
+        self._there: set[int] = set()
+
+    def write(self, version: int, weights: Weights) -> Path:
+        """The file of a version; written unless it is there. RunError where the disk has no room."""
+        needed = sum(array.nbytes for array in weights.values()) + _HEADER_BYTES
+        if self._folder is None:
+            self._open(self._at_once * needed)
+        assert self._folder is not None
+        path = self._path(version)
+        if version in self._there:
+            return path
+        begun = path.with_suffix(".part.safetensors")
+        try:
+            _check_room(self._folder, needed)
+            mx.save_safetensors(str(begun), dict(weights))
+            begun.rename(path)
+        except (OSError, RuntimeError) as error:
+            begun.unlink(missing_ok=True)
+            raise RunError(
+                f"{path}: the weights for the generator's process could not be written: {error}; make room, or set "
+                "schedule.generator to thread"
+            ) from None
+        self._there.add(version)
+        return path
+
+    def lend(self, version: int) -> None:
+        """Somebody is going to read the file: it stays until it is given back."""
+        self._lent[version] += 1
+
+    def give_back(self, version: int) -> None:
+        """One who was lent the file has read it, or never will."""
+        self._lent[version] -= 1
+        self._tidy()
+
+    def keep(self, versions: Collection[int]) -> None:
+        """Only these versions may still be asked for."""
+        self._kept = frozenset(versions)
+        self._tidy()
+
+    def close(self) -> None:
+        """Remove all that is left. Safe to call twice."""
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        self._there.clear()
+
+    def _tidy(self) -> None:
+        for version in [v for v in self._there if v not in self._kept and not self._lent[v]]:
+            self._path(version).unlink(missing_ok=True)
+            self._there.remove(version)
+            del self._lent[version]
+
+    def _path(self, version: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{version:08d}.safetensors"
+
+    def _open(self, needed: int) -> None:
+        tried = []
+        for place in self._places:
+            if not (place.is_dir() and os.access(place, os.W_OK)):
+                continue
+            tried.append(f"{place} has {_free(place) / 1e9:.3g} GB free")
+            if _free(place) >= needed:
+                self._folder, self._lock = _locked_folder(place)
+                return
+        raise RunError(
+            f"weights for the generator's process take {needed / 1e9:.3g} GB of files, but {' and '.join(tried)}; make "
+            "room, or set schedule.generator to thread"
+        )
+
+
+def remove_leftovers(run: Path, shared_memory: Path = SHARED_MEMORY) -> None:
+    """Remove the files of runs of this user that were killed, in memory and in this run's folder."""
+    for place in (shared_memory, run):
+        for folder in _folders(place):
+            with suppress(OSError):  # somebody else's, or removed meanwhile
+                lock = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its run lives
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)
+
+
+def _folders(place: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from place.glob(f"{_PREFIX}*")
+
+
+def _locked_folder(place: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        lock = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: leftovers stay there
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():  # a run that started at this very moment may have taken it for a leftover
+            return folder, lock
+        os.close(lock)
+
+
+def _free(place: Path) -> int:
+    room = os.statvfs(place)
+    return room.f_bavail * room.f_frsize
+
+
+def _check_room(place: Path, needed: int) -> None:
+    if (free := _free(place)) < needed:
+        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")

@@ -1,0 +1,232 @@
+"""What the generator and its processes tell each other: msgpack frames, token ids and log-probs as packed arrays.
+
+The process gets of a prompt what it needs to complete it, and of a completion everything comes back. Numbers are int32
+and float32 in the machine's own byte order: frames never leave it. Knows neither processes nor actors.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias, TypeVar
+
+import msgspec
+
+from troupe.messages import FinishReason, Incident, Prompt, Rollout, Slot, Span
+from troupe.policy import GenerationConfig, Qwen3Config
+
+Number = TypeVar("Number", int, float)
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """The first frame to a process: all that its generator is made of."""
+
+    name: str
+    """For its track on the timeline."""
+    policy: Qwen3Config
+    generation: GenerationConfig
+    stop_ids: tuple[int, ...]
+    tokenizer: str
+    """The model folder that holds it."""
+    seed: int
+    max_staleness: int
+    most_at_once: int | None
+    """Prompts that are decoded together in the free schedule; None: the schedule is pinned."""
+    live: int
+    """Most groups that may be alive at once."""
+    on_cpu: bool
+    blas_threads: int | None = None
+    limit_gb: float | None = None
+    """Of MLX's memory in the process, in 10⁹ bytes; None leaves it its own."""
+
+
+class Ping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """What time is it there?"""
+
+
+class PackedPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of a prompt what is needed to complete it."""
+
+    gid: int
+    slot: Slot
+    round_size: int
+    """Prompts of the round that this process has."""
+    prompt_ids: bytes
+    """int32."""
+
+
+class Prompts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Prompts that are there at the same time."""
+
+    prompts: tuple[PackedPrompt, ...]
+
+
+class NewWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A policy version was published; its file stays until `Loaded`."""
+
+    version: int
+    path: str
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """No more prompts will come."""
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """The process has made its generator."""
+
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """The process's `time.perf_counter`."""
+
+    now_s: float
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """The process has read the file of a version."""
+
+    version: int
+
+
+class PackedRollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One completion of T tokens."""
+
+    token_ids: bytes
+    """(T,) int32."""
+    log_probs: bytes
+    """(T,) float32."""
+    sampling_log_probs: bytes | None
+    """(T,) float32; None: equal to `log_probs`."""
+    versions: bytes
+    """(T,) int32."""
+    finish_reason: FinishReason
+    text: str
+
+
+class Completed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """The completions of one prompt, in sample order."""
+
+    gid: int
+    rollouts: tuple[PackedRollout, ...]
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A TroupeError ended the generator: nothing that a new process could mend."""
+
+    kind: str
+    """Name of its class."""
+    message: str
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """All that was to be told has been told."""
+
+
+ToProcess: TypeAlias = Setup | Ping | Prompts | NewWeights | End
+FromProcess: TypeAlias = Ready | Pong | Loaded | Completed | Span | Incident | Refused | Ended
+
+encode = msgspec.msgpack.Encoder().encode
+_to_process = msgspec.msgpack.Decoder(ToProcess)
+_from_process: msgspec.msgpack.Decoder[FromProcess] = msgspec.msgpack.Decoder(FromProcess)
+
+
+class MessageError(ValueError):
+    """A frame that holds nothing that may come here."""
+
+
+def decode_in_process(frame: bytes) -> ToProcess:
+    """What the run says. MessageError for anything else."""
+    try:
+        message: ToProcess = _to_process.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise MessageError(
+            f"the generator's process got a frame of {len(frame)} bytes that is no message: {error}"
+        ) from None
+    return message
+
+
+def decode_from_process(frame: bytes) -> FromProcess:
+    """What the process says. MessageError for anything else."""
+    try:
+        return _from_process.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise MessageError(
+            f"the generator's process sent a frame of {len(frame)} bytes that is no message: {error}"
+        ) from None
+
+
+def pack_prompt(prompt: Prompt, round_size: int) -> PackedPrompt:
+    """Texts and columns stay behind."""
+    return PackedPrompt(gid=prompt.gid, slot=prompt.slot, round_size=round_size, prompt_ids=_ints(prompt.prompt_ids))
+
+
+def unpack_prompt(packed: PackedPrompt) -> Prompt:
+    """A prompt as the generator takes it, without texts and columns."""
+    return Prompt(
+        gid=packed.gid,
+        slot=packed.slot,
+        epoch=0,
+        row=0,
+        prompt="",
+        prompt_ids=_as_ints(packed.prompt_ids),
+        columns={},
+        round_size=packed.round_size,
+    )
+
+
+def pack_rollout(rollout: Rollout) -> PackedRollout:
+    """Exact: log-probs are float32 numbers."""
+    same = rollout.sampling_log_probs == rollout.log_probs
+    return PackedRollout(
+        token_ids=_ints(rollout.token_ids),
+        log_probs=_floats(rollout.log_probs),
+        sampling_log_probs=None if same else _floats(rollout.sampling_log_probs),
+        versions=_ints(rollout.versions),
+        finish_reason=rollout.finish_reason,
+        text=rollout.text,
+    )
+
+
+def unpack_rollout(packed: PackedRollout) -> Rollout:
+    """ValueError where the arrays are not of one length."""
+    token_ids, versions = _as_ints(packed.token_ids), _as_ints(packed.versions)
+    log_probs = _as_floats(packed.log_probs)
+    sampling = log_probs if packed.sampling_log_probs is None else _as_floats(packed.sampling_log_probs)
+    if not len(token_ids) == len(versions) == len(log_probs) == len(sampling):
+        raise MessageError(f"a completion of {len(token_ids)} tokens came with {len(log_probs)} log-probs")
+    return Rollout(
+        token_ids=token_ids,
+        log_probs=log_probs,
+        sampling_log_probs=sampling,
+        versions=versions,
+        finish_reason=packed.finish_reason,
+        text=packed.text,
+    )
+
+
+def _ints(values: Iterable[int]) -> bytes:
+    return array("i", values).tobytes()
+
+
+def _floats(values: Sequence[float]) -> bytes:
+    return array("f", values).tobytes()
+
+
+def _as_ints(data: bytes) -> tuple[int, ...]:
+    return tuple(_filled(array("i"), data))
+
+
+def _as_floats(data: bytes) -> tuple[float, ...]:
+    return tuple(_filled(array("f"), data))
+
+
+def _filled(values: array[Number], data: bytes) -> array[Number]:
+    try:
+        values.frombytes(data)
+    except ValueError:
+        raise MessageError(f"an array of {len(data)} bytes is not made of numbers of {values.itemsize}") from None
+    return values
+
+
+def _told(frame: bytes, error: Exception) -> str:
+    return f"a frame of {len(frame)} bytes between the generator and its process is no message: {error}"
