@@ -33,7 +33,7 @@ from troupe.schedule import OnStale, ScheduleConfig
 from troupe.supervisor import Supervisor
 
 Mode = Literal["pinned", "free"]
-REQUESTS = {"checkpoint": 4, "pause": 4, "resume": 4, "step": 4, "drain": 1, "stop": 1}
+REQUESTS = {"checkpoint": 4, "exchange": 2, "pause": 4, "resume": 4, "step": 4, "drain": 1, "stop": 1}
 """What is asked of a run, and how often."""
 FAULTY = ("prompter", "generator", "scorer", "checkpointer", "metrics")
 """Actors that are restarted when they fail."""
@@ -88,6 +88,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Of channels; narrow are only those that need not hold all live groups."""
     faults: float = 0.0
     """Share of an actor's moves that raise, up to `MOST_FAULTS`."""
+    deadly: float = 0.0
+    """Share of the learner's moves that raise, which ends the run."""
     requests: tuple[tuple[float, str], ...] = ()
     """(when, what) is asked of the supervisor."""
     watchdog_s: float = 0.0
@@ -104,7 +106,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def calm(self) -> Plan:
         """The same play without anything that depends on time; what follows from the completions stays."""
         quiet: dict[str, Any] = dict.fromkeys(
-            ("delay_s", "bad_disk", "bad_sinks", "hiccups", "faults", "watchdog_s"), 0.0
+            ("delay_s", "bad_disk", "bad_sinks", "hiccups", "faults", "deadly", "watchdog_s"), 0.0
         )
         return msgspec.structs.replace(self, **quiet, outage=None, bounds="asked", requests=())
 
@@ -142,6 +144,7 @@ def draw_plan(seed: int) -> Plan:
         bad_sinks=dice.choice([0.0, 0.1, 1.0]),
         hiccups=dice.choice([0.0, 0.3]) if retries else 0.0,
         faults=dice.choice([0.0, 0.02, 0.1]),
+        deadly=dice.choice([0.0] * 19 + [0.05]),
         outage=outage,
         bounds=dice.choice(["asked", "wide", "narrow"]),
         watchdog_s=dice.choice([0.0, 0.0, 0.0, 600.0]),
@@ -164,6 +167,9 @@ class Chaos(Hooks):
         self._streams: dict[str, random.Random] = {}
 
     def on_step(self, who: str, place: str) -> None:
+        if who == "learner" and self.strikes("learner fails", self.plan.deadly):
+            self.faults[who] += 1
+            raise ArithmeticError(f"{who} fails at {place}, as chance has it")
         if who in FAULTY and self.faults[who] < MOST_FAULTS and self.strikes(f"{who} fails", self.plan.faults):
             self.faults[who] += 1
             raise ArithmeticError(f"{who} fails at {place}, as chance has it")
@@ -250,15 +256,14 @@ class Judge(RewardActor):
         return score  # type: ignore[no-any-return]
 
 
-def rewards_of(plan: Plan, chaos: Chaos, config: RunConfig) -> RewardManager:
+def rewards_of(chaos: Chaos) -> list[Reward]:
     """A function, and perhaps an actor."""
     judgement = Judgement(chaos)
 
     async def opinion(completion_ids: list[list[int]], **_: Any) -> list[Any]:
         return await judgement.call("opinion", completion_ids)
 
-    rewards: list[Reward] = [opinion, Judge(judgement)] if plan.with_actor else [opinion]
-    return RewardManager(rewards, config=config.rewards)
+    return [opinion, Judge(judgement)] if chaos.plan.with_actor else [opinion]
 
 
 def config_of(plan: Plan, folder: Path) -> RunConfig:
@@ -282,7 +287,11 @@ def config_of(plan: Plan, folder: Path) -> RunConfig:
             max_resampling_attempts=max(plan.attempts, 1),
         ),
         schedule=ScheduleConfig(
-            mode=plan.mode, max_staleness=plan.max_staleness, on_stale=plan.on_stale, watchdog_s=plan.watchdog_s
+            generator="thread",
+            mode=plan.mode,
+            max_staleness=plan.max_staleness,
+            on_stale=plan.on_stale,
+            watchdog_s=plan.watchdog_s,
         ),
         checkpoint=CheckpointConfig(every=plan.checkpoint_every, overlap=plan.overlap),
     )
@@ -297,8 +306,8 @@ class Report(NamedTuple):
     channels: list[ChannelStats]
     took_s: float
     """Virtual."""
-    faults: int
-    """Times that an actor failed."""
+    faults: Counter[str]
+    """Times that an actor failed, by its name."""
 
 
 def play(plan: Plan) -> Report:
@@ -307,10 +316,11 @@ def play(plan: Plan) -> Report:
         config = config_of(plan, Path(folder))
         chaos = Chaos(plan)
         ledger = Ledger((plan.max_staleness + 1) * plan.prompts)
-        prepared = prepared_run(config, rewards_of(plan, chaos, config), plan.rows)
+        rewards = rewards_of(chaos)
+        prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows)
         try:
             with set_stage(prepared, chaos, ledger, real_statistics=plan.seed % 8 == 0), seeded(plan.seed):
-                report = virtual_time.run(_perform, plan, config, ledger, chaos)
+                report = virtual_time.run(_perform, chaos, config, ledger, rewards[0])
             assert_all_holds(plan, report)
         except Exception as error:
             raise AssertionError(f"seed {plan.seed}: {error}\n(python -m tests.chaos {plan.seed})\n{plan}") from error
@@ -328,13 +338,16 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(state)
 
 
-async def _perform(plan: Plan, config: RunConfig, ledger: Ledger, chaos: Chaos) -> Report:
-    run = Supervisor(config)
+async def _perform(chaos: Chaos, config: RunConfig, ledger: Ledger, reward: Reward) -> Report:
+    run, plan = Supervisor(config), chaos.plan
     async with anyio.create_task_group() as tasks:
         try:
             async with run:
-                tasks.start_soon(_ask, run, plan)
+                tasks.start_soon(_ask, run, plan, reward)
                 await run.wait()
+        except ArithmeticError:
+            if not chaos.faults["learner"]:
+                raise
         except RunError as error:
             if not (plan.asks("stop") and "could not be written" in str(error)):
                 raise
@@ -349,14 +362,18 @@ async def _perform(plan: Plan, config: RunConfig, ledger: Ledger, chaos: Chaos) 
         learner.weights["w"],  # type: ignore[arg-type]
         [channel.stats() for mailbox in mailboxes.values() for channel in mailbox.channels if not channel.side],
         asyncio.get_running_loop().time(),
-        chaos.faults.total(),
+        chaos.faults,
     )
 
 
-async def _ask(run: Supervisor, plan: Plan) -> None:
+async def _ask(run: Supervisor, plan: Plan, reward: Reward) -> None:
     for when_s, what in plan.requests:
         await anyio.sleep_until(when_s)
-        getattr(run, what)()
+        if what == "exchange":
+            run.exchange_reward("opinion", reward)  # for its like, so that scores stay the same
+        else:
+            getattr(run, what)()
+        assert len(run.status().groups) <= (plan.max_staleness + 1) * plan.prompts
     run.resume()
 
 
@@ -367,10 +384,10 @@ def assert_all_holds(plan: Plan, report: Report) -> None:
     assert set(ledger.closed.values()) <= {1}, "a group was closed twice"
     assert ledger.closed.keys() <= ledger.issued.keys(), "a group was closed that nobody issued"
     for channel in report.channels:  # what a failed actor had in hand waits again, beside what came meanwhile
-        assert channel.peak_depth <= channel.bound + bool(report.faults), channel
+        assert channel.peak_depth <= channel.bound + (report.faults.total() > 0), channel
     assert [update.step for update in ledger.updates] == list(range(1, len(ledger.updates) + 1))
     assert ledger.written == sorted(ledger.written), "checkpoints came out of order"
-    if plan.asks("stop"):
+    if plan.asks("stop") or report.faults["learner"]:
         assert report.steps >= len(ledger.updates)
         return
     assert ledger.closed.keys() == ledger.issued.keys(), "a group was lost"

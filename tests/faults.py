@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
 from troupe.rewards import RewardManager
-from troupe.runtime import Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
+from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
 
 RESTARTABLE = (Prompter, Generator, Scorer, Checkpointer, Metrics)
 SENDERS = {"prompts": "prompter", "rollouts": "generator", "scored": "scorer"}
@@ -30,11 +30,13 @@ class Faults:
     """Every await of an actor's loop is a point, once before what it waits for and once after it.
 
     A message that was sent has been delivered: there is no point after a send. `strike`: the points of `actor` that
-    raise, counted from 0 in the order in which the play comes to them; their places are noted in `places`.
+    raise, counted from 0 in the order in which the play comes to them; their places are noted in `places`. `at_stop`:
+    whether it fails when it stops, every time.
     """
 
-    def __init__(self, actor: str, strike: tuple[int, ...] = ()) -> None:
+    def __init__(self, actor: str, strike: tuple[int, ...] = (), *, at_stop: bool = False) -> None:
         self.actor = actor
+        self.at_stop = at_stop
         self.strike = strike
         self.places: list[str] = []
 
@@ -59,11 +61,20 @@ class Faults:
             self._wrap(patch, RewardManager, "score_group", lambda *_: "scorer")
             self._wrap(patch, DeviceThread, "run", lambda device, *_: device._executor._name)
             for actor in RESTARTABLE:
+                patch.setattr(actor, "stop", self._stop(actor.stop))
                 for step in ("start", "handle", "finish"):
                     at_once = actor is Metrics and step == "handle"  # it awaits nothing: it fails before or never
                     sides: tuple[Side, ...] = ("before",) if at_once else ("before", "after")
                     self._wrap(patch, actor, step, lambda player, *_: player.name, sides)
             yield
+
+    def _stop(self, inner: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def stop(player: Actor) -> None:
+            await inner(player)
+            if self.at_stop and player.name == self.actor:
+                raise InjectedError("at stop")
+
+        return stop
 
     def _wrap(
         self,

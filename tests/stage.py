@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,7 +27,19 @@ from troupe.actors import checkpointer as checkpointer_room
 from troupe.actors import learner as learner_room
 from troupe.dataset import PromptDataset
 from troupe.grpo import Batch, StepResult
-from troupe.messages import GroupClosed, Incident, Prompt, Replace, ScoredGroup, Slot, Snapshot, Update
+from troupe.messages import (
+    GroupClosed,
+    Incident,
+    Pause,
+    Prompt,
+    Replace,
+    Resume,
+    ScoredGroup,
+    Slot,
+    Snapshot,
+    Step,
+    Update,
+)
 from troupe.policy import CompletedGroup, Completion, RolloutRequest
 from troupe.prepare import Prepared
 from troupe.rewards import RewardManager
@@ -192,6 +205,17 @@ class Ledger:
         self.written: list[int] = []
         """Versions of checkpoints, in order."""
         self.final: int | None = None
+        self._may_begin: float = math.inf
+        """Steps that may begin, as far as the requests go that the prompter has taken."""
+
+    def obey(self, request: object) -> None:
+        """Take note of what the prompter was told."""
+        if isinstance(request, Pause):
+            self._may_begin = 0
+        elif isinstance(request, Resume):
+            self._may_begin = math.inf
+        elif isinstance(request, Step):
+            self._may_begin += request.steps
 
     def see(self, channel: str, message: object) -> None:
         """Take note of a message as it is put into a channel."""
@@ -213,6 +237,10 @@ class Ledger:
     def _issued(self, prompt: Prompt) -> None:
         if prompt.gid in self.issued:
             self.broken.append(f"group {prompt.gid} was issued twice")
+        if prompt.slot.place == prompt.slot.attempt == 0:
+            self._may_begin -= 1
+            if self._may_begin < 0:
+                self.broken.append(f"step {prompt.slot.step} was begun in a pause")
         self.issued[prompt.gid] = prompt.slot
         self.alive.add(prompt.gid)
         self.most_alive = max(self.most_alive, len(self.alive))
@@ -302,6 +330,8 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
     async def watched_take(mailbox: Mailbox) -> Any:
         message = await take(mailbox)
         hooks.on_step(mailbox.name, "take")
+        if mailbox.name == "prompter":
+            ledger.obey(message)
         return message
 
     def train(weights: Mapping[str, bytes], state: object, batch: Any, *_: Any, **settings: Any) -> StepResult:

@@ -84,7 +84,7 @@ def test_a_seed_plays_the_same_again() -> None:
 
 def test_a_calm_play_takes_no_time() -> None:
     report = play(PLAIN)
-    assert (report.steps, report.took_s, report.faults) == (4, 0.0, 0)
+    assert (report.steps, report.took_s, report.faults.total()) == (4, 0.0, 0)
     assert report.ledger.states == {"trained": 8}
     assert report.ledger.most_alive == 4
     assert report.ledger.written[-1] == report.ledger.final == 4

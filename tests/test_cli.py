@@ -210,6 +210,17 @@ def test_an_interrupt_finishes_the_step_and_can_be_resumed(workplace: Path) -> N
     assert f"{steps + 1} of {steps + 1} steps" in done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1))
 
 
+def test_an_interrupted_free_run_says_that_it_cannot_be_resumed(workplace: Path) -> None:
+    (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT,"))
+    run = ["train", *RUN, *SHORT, "-o", "out", "--epochs", "99", "--reward", "r.py:f"]
+    result = call(*run, "--set", "schedule.mode=free", "--set", "schedule.generator=thread")
+    assert result.exit_code == 130
+    folder = workplace / "out"
+    assert f"interrupted; the policy so far is in {folder}/checkpoints, but a free run cannot" in result.stdout
+    again = call("train", "-o", "out", "--resume")
+    assert again.exit_code == 2
+
+
 def test_a_second_signal_writes_only_the_checkpoint(workplace: Path) -> None:
     (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT, signal.SIGTERM"))
     result = call("train", *RUN, *SHORT, "-o", "out", "--epochs", "99", "--reward", "r.py:f")

@@ -87,25 +87,54 @@ def check(stored: Checkpoint, straight: Straight, config: RunConfig) -> None:
     assert sorted(stored.behind) == list(range(STEPS - config.schedule.max_staleness, STEPS))
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1, 2, 3])
-@pytest.mark.parametrize("settings", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize(
+    ("settings", "max_staleness", "timings"),
+    [
+        pytest.param(PLAIN, 0, [(1, 3, 1)], id="plain, 0"),
+        pytest.param(PLAIN, 3, [(2, 1, 64)], id="plain, 3"),
+        pytest.param(FULL, 0, [(3, 1, 64)], id="full, 0"),
+        pytest.param(FULL, 1, [(4, 1, 1), (5, 3, 64)], id="full, 1"),
+        pytest.param(FULL, 2, [(6, 2, 64)], id="full, 2"),
+        pytest.param(FULL, 3, [(7, 1, 1)], id="full, 3"),
+    ],
+)
 def test_any_staleness_equals_the_plain_loop_whatever_the_timing(
     tmp_path: Path,
     ragged_model: Path,
     monkeypatch: pytest.MonkeyPatch,
-    max_staleness: int,
     settings: dict[str, Any],
+    max_staleness: int,
+    timings: list[tuple[int, int, int]],
 ) -> None:
     settings = settings | {"schedule__max_staleness": max_staleness}
     config = tiny_config(ragged_model, tmp_path, **settings)
     straight = play_straight(config, often_equal)
-    for seed, room, concurrency in ((1, 1, 1), (2, 3, 64)):
+    for seed, room, concurrency in timings:
         with monkeypatch.context() as patch:
             shake(patch, seed, room=room)
             again = tiny_config(ragged_model, tmp_path / str(seed), **settings, rewards__concurrency=concurrency)
             result = troupe.train(again, [delayed(seed, reward=often_equal)])
         assert result.complete
         check(newest(result.folder), straight, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(10, 16))
+def test_many_timings_and_longer_delays(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, seed: int
+) -> None:
+    config = tiny_config(
+        ragged_model,
+        tmp_path,
+        **FULL,
+        schedule__max_staleness=max_staleness,
+        rewards__concurrency=random.Random(seed).choice([1, 2, 64]),
+    )
+    straight = play_straight(config, often_equal)
+    shake(monkeypatch, seed, room=1 + seed % 3, most_s=0.02)
+    result = troupe.train(config, [delayed(seed, most_s=0.05, reward=often_equal)])
+    check(newest(result.folder), straight, config)
 
 
 def test_each_staleness_gives_other_weights(tmp_path: Path, ragged_model: Path) -> None:
@@ -116,8 +145,7 @@ def test_each_staleness_gives_other_weights(tmp_path: Path, ragged_model: Path) 
     assert not any(same_bits(one, other) for i, one in enumerate(loops) for other in loops[:i])
 
 
-@pytest.mark.parametrize("max_staleness", [2, 3])
-@pytest.mark.parametrize("ending", ["drain", "stop"])
+@pytest.mark.parametrize(("max_staleness", "ending"), [(2, "drain"), (3, "stop")])
 async def test_with_more_staleness_too_a_run_goes_on_to_the_same_bits(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, ending: str
 ) -> None:

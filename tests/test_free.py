@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -21,9 +22,10 @@ from tests.fakes import (
     weigh_ids,
     write_ragged_model,
 )
-from troupe import Supervisor, pipeline
+from troupe import Supervisor, load_config, pipeline
 from troupe.actors.learner import Learner
 from troupe.checkpoint import list_checkpoints, load_checkpoint
+from troupe.config import DEMO_CONFIG
 from troupe.errors import CheckpointError
 from troupe.messages import GroupClosed, ScoredGroup, Update
 from troupe.policy import load_policy
@@ -121,20 +123,26 @@ def test_new_weights_are_taken_amid_a_completion(
 ) -> None:
     run = Watched(monkeypatch, ragged_model, tmp_path, schedule__max_staleness=3)
     begun: list[Batch] = []
-    advance = Batch.advance
+    advance, three = Batch.advance, threading.Event()
 
     def waits_for_a_version(batch: Batch) -> bool:
-        """The fourth decode, whose prompts too were there from the first, goes on after three tokens with version 1."""
+        """The second decode goes on after three tokens when version 1 is there."""
         if batch not in begun:
             begun.append(batch)
         deadline_s = time.monotonic() + 60
-        while batch in begun[3:4] and len(batch._versions) == 3 and batch._engine.current_weights()[1] < 1:
+        while batch in begun[1:2] and len(batch._versions) == 3 and batch._engine.current_weights()[1] < 1:
+            three.set()
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
         return advance(batch)
 
+    def weigh(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """Holds version 1 up until then; in a thread of its own."""
+        assert three.wait(60)
+        return weigh_ids(completion_ids)
+
     monkeypatch.setattr(Batch, "advance", waits_for_a_version)
-    run.check(troupe.train(run.config, [weigh_ids]))
+    run.check(troupe.train(run.config, [weigh]))
     mixed = [r.versions for g in run.groups for r in g.group.rollouts if r.versions[:4] == (0, 0, 0, 1)]
     assert mixed, "three tokens of version 0, the next of 1"
 
@@ -142,22 +150,23 @@ def test_new_weights_are_taken_amid_a_completion(
 @pytest.mark.parametrize(
     ("on_stale", "ends"), [("drop", ["stale"]), ("requeue", ["stale", "trained"]), ("correct", ["trained"])]
 )
+@pytest.mark.parametrize("until", [3, STEPS - 1], ids=["amid the run", "last of all"])
 def test_a_group_that_is_scored_too_late(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, on_stale: str, ends: list[str]
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, on_stale: str, ends: list[str], until: int
 ) -> None:
     run = Watched(monkeypatch, ragged_model, tmp_path, schedule__max_staleness=1, schedule__on_stale=on_stale)
-    third, publish = anyio.Event(), PolicyBoard.publish
+    reached, publish = anyio.Event(), PolicyBoard.publish
     late: list[list[int]] = []
 
     def published(board: PolicyBoard[Any], version: int, weights: Any) -> None:
         publish(board, version, weights)
-        if version == 3:
-            third.set()
+        if version == until:
+            reached.set()
 
     async def first_is_late(completion_ids: list[list[int]], **_: Any) -> list[float]:
         if not late:
             late.extend(completion_ids)
-            await third.wait()
+            await reached.wait()
         return weigh_ids(completion_ids)
 
     monkeypatch.setattr(PolicyBoard, "publish", published)
@@ -208,3 +217,19 @@ def test_scores_that_are_missing_close_a_group_without_holding_up_a_step(
     result = troupe.train(run.config, [never])
     run.check(result)
     assert result.closed_groups == {"quarantined": STEPS * BATCH_SIZE}
+
+
+@pytest.mark.slow
+def test_the_demo_learns_as_much_as_pinned(tmp_path: Path) -> None:
+    reached = {}
+    for mode in ("pinned", "free"):
+        settings = {
+            "output": str(tmp_path / mode),
+            "metrics": {"sinks": ["jsonl"]},
+            "schedule": {"mode": mode, "max_staleness": 1, "generator": "thread"},
+        }
+        result = troupe.train(load_config(DEMO_CONFIG, [settings]))
+        assert result.complete
+        reached[mode] = result.accuracy_after or 0.0
+    assert min(reached.values()) >= 0.9
+    assert abs(reached["free"] - reached["pinned"]) <= 0.05

@@ -107,7 +107,7 @@ async def test_what_everybody_does_is_told_in_words() -> None:
 
 
 async def test_movement_is_a_message_taken_or_work_begun_on_a_device() -> None:
-    actors = prompter, generator, scorer, learner = cast()
+    actors = prompter, _generator, scorer, learner = cast()
     metrics = Player("metrics", last=True)
     begin_s = last_movement_s(actors)
     with scorer.report.span("score"), learner.report.span("idle", kind="wait"):
@@ -128,7 +128,7 @@ OLDEST = LiveGroup(gid=12, slot=Slot(step=3, place=0, attempt=1), owner="scorer"
 
 
 async def test_a_stall_names_the_oldest_group_and_what_everybody_waits_for() -> None:
-    actors = prompter, generator, scorer, learner = cast()
+    actors = _prompter, _generator, scorer, learner = cast()
     with scorer.report.span("score", gid=12), learner.report.span("idle", kind="wait"):
         incident = stall([OLDEST], actors, time.perf_counter() + 600.0, 600.2)
     assert (incident.actor, incident.kind, incident.gid) == ("supervisor", "stalled", 12)

@@ -107,8 +107,11 @@ async def test_what_a_run_leaves_behind(tmp_path: Path, ragged_model: Path) -> N
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["version"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 4)]
     assert all(line.keys() >= TRLS_NAMES | OUR_NAMES for line in lines)
-    assert troupe.load_config(run / "run.toml") == msgspec.structs.replace(
+    stored = troupe.load_config(run / "run.toml")
+    assert (stored.schedule.generator, (stored.schedule.blas_threads or 0) >= 1) == ("thread", True)
+    assert stored == msgspec.structs.replace(
         config,
+        schedule=stored.schedule,
         learner=msgspec.structs.replace(config.learner, gradient_accumulation_steps=1, gradient_checkpointing=False),
         checkpoint=msgspec.structs.replace(config.checkpoint, overlap=True),
     ), "what was left open is chosen and kept"

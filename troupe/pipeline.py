@@ -99,6 +99,11 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         """Who plays now, in the order in which work flows."""
         return tuple(role.actor for role in self.roles)
 
+    @property
+    def untold(self) -> tuple[Incident, ...]:
+        """Incidents that came when Metrics had ended."""
+        return tuple(m for actor in self.actors for m in actor.inbox.waiting if isinstance(m, Incident))
+
     def write_snapshot(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, in the calling thread, when nobody plays any more. OSError where the disk fails."""
         for actor in self.actors:

@@ -237,8 +237,9 @@ class Supervisor:
 
     def stop(self) -> None:
         """Ask the run to end now, with a checkpoint of the last completed step."""
-        if not self._ended.is_set():
-            self._stopping = True
+        if self._ended.is_set():
+            return
+        self._stopping = True
         if self._loaded:
             self._scope.cancel()
 
@@ -334,7 +335,7 @@ class Supervisor:
             if self._stopping:
                 await self._write_checkpoint()
         finally:
-            for incident in await rewards.stop():
+            for incident in (*await rewards.stop(), *self._pipeline.untold):
                 tally.incidents[incident.kind] += 1
             with anyio.CancelScope(shield=True):
                 await self._pipeline.sinks.close()
@@ -357,8 +358,13 @@ class Supervisor:
 
     async def _watch(self) -> None:
         limit_s = self.config.schedule.watchdog_s
+        begun_s = time.perf_counter()
+
+        def moved_s() -> float:
+            return max(begun_s, last_movement_s(self._pipeline.actors))
+
         if limit_s:
-            await watch(limit_s, lambda: last_movement_s(self._pipeline.actors), self._tell_of_stall)
+            await watch(limit_s, moved_s, self._tell_of_stall, clock=time.perf_counter)
 
     def _tell_of_stall(self, still_s: float) -> None:
         now_s = time.perf_counter()

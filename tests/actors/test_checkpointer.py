@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import msgspec
@@ -11,13 +13,14 @@ import pytest
 from tests.fakes import Reports, device_thread, same_bits, send_all
 from tests.tiny import CONFIG
 from troupe import checkpoint
+from troupe.actors import checkpointer as checkpointer_room
 from troupe.actors.checkpointer import Checkpointer
 from troupe.checkpoint import RunState, list_checkpoints, load_checkpoint
 from troupe.errors import RunError
 from troupe.grpo import adamw_init
 from troupe.messages import Snapshot
 from troupe.policy import Weights, load_policy, random_policy
-from troupe.runtime import Channel, Mailbox, play
+from troupe.runtime import Channel, Mailbox, Restarts, Role, play
 
 pytestmark = pytest.mark.anyio
 
@@ -26,7 +29,8 @@ class Stage:
     def __init__(self, run: Path, source: Path, *, keep: int = 2) -> None:
         self.reports, self.inbox, self.run = Reports(), Mailbox("checkpointer"), run
         self.snapshots: Channel[Snapshot] = self.inbox.channel("snapshots", Snapshot, bound=9)
-        self.checkpointer = Checkpointer(
+        self.make = partial(
+            Checkpointer,
             self.inbox,
             device=device_thread("checkpointer"),
             run=run,
@@ -38,6 +42,7 @@ class Stage:
             ),
             report=self.reports.reporter("checkpointer"),
         )
+        self.checkpointer = self.make()
 
     async def play(self, *snapshots: Snapshot) -> None:
         await send_all(self.snapshots, snapshots)
@@ -140,3 +145,33 @@ async def test_a_checkpoint_that_is_whole_is_not_written_again(
     await stage.play(snapshot(2, final=True))
     assert manifest.stat().st_mtime_ns == written
     assert same_bits(load_policy(tmp_path / "final").weights, weights_of(2))
+
+
+@pytest.mark.parametrize("where", ["publish_folder", "prune_checkpoints", "save_model_folder"])
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_snapshot_that_a_failed_checkpointer_had_in_hand_is_written_again(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, where: str, late: bool
+) -> None:
+    room = checkpointer_room if where != "publish_folder" else checkpoint
+    work, failures = getattr(room, where), iter([ValueError("before or after")])
+
+    def fails_once(*args: Any, **settings: Any) -> None:
+        if not late:
+            for error in failures:
+                raise error
+        work(*args, **settings)
+        for error in failures:
+            raise error
+
+    monkeypatch.setattr(room, where, fails_once)
+    stage = Stage(tmp_path, tiny_model)
+    await send_all(stage.snapshots, [snapshot(1), snapshot(2, final=True)])
+    role = Role(stage.make)
+    await play([role], Restarts(first_s=0.0))
+    assert role.restarts == 1
+    folders = list_checkpoints(tmp_path)
+    assert [folder.name for folder in folders] == ["step-00000002", "step-00000001"]
+    for folder, version in zip(folders, (2, 1), strict=True):
+        assert same_bits(load_checkpoint(folder).weights, weights_of(version))
+    assert same_bits(load_policy(tmp_path / "final").weights, weights_of(2))
+    assert names_in(tmp_path) == {"checkpoints", "final"}

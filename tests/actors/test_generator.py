@@ -79,9 +79,13 @@ async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish()
     assert ended(stage.scorer)
     assert stage.made_on.startswith("troupe-generator")
     spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
-    assert [(s.name, s.step, s.kind) for s in spans if s.name != "idle"] == [
-        ("wait for policy", 0, "wait"),
-        ("generate", 0, "work"),
+    assert [(s.name, s.step, s.gid, s.kind, s.lane) for s in spans if s.name != "idle"] == [
+        ("wait for policy", 0, None, "wait", 0),
+        ("decode", 0, None, "work", 0),
+        ("hand over", 0, second.gid, "work", 0),
+        ("decode", 0, None, "work", 0),
+        ("hand over", 0, first.gid, "work", 0),
+        ("generate", 0, None, "work", 0),
     ]
 
 
@@ -159,8 +163,12 @@ async def test_a_cancel_aborts_the_decode_and_waits_for_its_thread() -> None:
 
 async def test_a_prompt_is_in_hand_until_its_round_is_over() -> None:
     go_on = threading.Event()
-    pauses = iter([lambda: None, lambda: go_on.wait(10)])
-    engine = FakeEngine(order=[1, 0], between=lambda: next(pauses)())
+    pauses_s = iter([0.0, 10.0])
+
+    def between() -> None:
+        go_on.wait(next(pauses_s))
+
+    engine = FakeEngine(order=[1, 0], between=between)
     stage = Stage(engine)
     prompts = [make_prompt(0, 0), make_prompt(0, 1), make_prompt(1, 0)]
     async with anyio.create_task_group() as tasks:
@@ -225,7 +233,11 @@ async def test_a_round_that_was_sent_whole_is_not_decoded_again(most_at_once: in
 
 async def test_free_decodes_what_is_there_at_once() -> None:
     go_on = threading.Event()
-    engine = FakeEngine(order=[0], between=lambda: go_on.wait(10))
+
+    def between() -> None:
+        assert go_on.wait(10)
+
+    engine = FakeEngine(order=[0], between=between)
     stage = Stage(engine, most_at_once=2)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stage.generator.run)
@@ -265,5 +277,6 @@ async def test_free_takes_every_newer_version_amid_a_decode() -> None:
                 await anyio.wait_all_tasks_blocked()
         go_on.set()
         stage.prompts.close()
-    assert engine.loaded == [({"weights": version}, version) for version in (1, 2, 3)]
+    loaded: list[Any] = list(engine.loaded)
+    assert loaded == [({"weights": version}, version) for version in (1, 2, 3)]
     assert engine.released >= 1

@@ -196,7 +196,12 @@ async def test_updates_tell_the_step() -> None:
     assert first.metrics["advantages/mean"] == pytest.approx(0, abs=1e-6)
     spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
     works = [(s.name, s.step) for s in spans if s.kind == "work"]
-    assert works == [("learn", 0), ("publish", 0), ("learn", 1), ("publish", 1)]
+    names = ["prepare", "pass", "learn", "publish", "close: trained", "close: trained"]
+    assert works == [(name, step) for step in (0, 1) for name in names]
+    learns = [s for s in spans if s.name == "learn"]
+    assert [s.gids for s in learns] == [tuple(scored.group.prompt.gid for scored in step) for step in both()]
+    closed = [s.gid for s in spans if s.name.startswith("close")]
+    assert closed == [gid for span in learns for gid in span.gids]
 
 
 async def test_staleness_is_counted_in_versions() -> None:
@@ -335,7 +340,7 @@ async def test_the_first_step_is_timed_from_the_start_of_the_play(monkeypatch: p
     monkeypatch.setattr("troupe.actors.learner.time.perf_counter", lambda: next(clock))
     await stage.play(two_steps()[:2])
     [update] = await taken(stage.updates)
-    assert update.metrics["step_time"] < 20
+    assert update.metrics["step_time"] < 99  # readings of the clock, not 1000
 
 
 SAME = (0.4, 0.4, None)

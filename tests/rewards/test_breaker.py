@@ -27,7 +27,8 @@ class Service:
 
     def breaker(self, failures: int = 2, max_wait_s: float = 0.001) -> Breaker:
         limits = BreakerLimits(failures=failures, max_wait_s=max_wait_s)
-        return Breaker(limits, lambda why, down_s: self.events.append(why), lambda: 0.0)
+        places = anyio.CapacityLimiter(4)
+        return Breaker(limits, places, lambda why, down_s: self.events.append(why), lambda: 0.0)
 
     async def call(self) -> int | Fault:
         self.asked += 1

@@ -10,7 +10,6 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import anyio
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from troupe.rewards.functions import (
     reward_name,
     reward_place,
 )
-from troupe.rewards.isolation import in_daemon_thread
 
 pytestmark = pytest.mark.anyio
 
@@ -214,34 +212,3 @@ async def test_logs_are_kept_per_call() -> None:
     assert (log.extra, log.metrics) == ({"first": ("a", "b")}, {"m": 1.5})
     with pytest.raises(RewardError, match=r"log_extra\('x', …\) got 1 values for 2 completions"):
         RewardLog(2).log_extra("x", [1])
-
-
-async def test_a_hanging_thread_is_left_alone_when_cancelled() -> None:
-    released, ended = threading.Event(), anyio.Event()
-    token = anyio.lowlevel.current_token()
-
-    def hang() -> None:
-        released.wait()
-        anyio.from_thread.run_sync(ended.set, token=token)
-
-    with anyio.move_on_after(0.01) as scope:
-        await in_daemon_thread(hang)
-    assert scope.cancelled_caught
-    released.set()
-    with anyio.fail_after(5):
-        await ended.wait()
-
-
-def test_a_thread_that_outlives_the_event_loop_ends_quietly() -> None:
-    released = threading.Event()
-    before = set(threading.enumerate())
-
-    async def abandon() -> None:
-        with anyio.move_on_after(0.01):
-            await in_daemon_thread(released.wait)
-
-    anyio.run(abandon)
-    (left,) = set(threading.enumerate()) - before
-    released.set()
-    left.join(5)
-    assert not left.is_alive()

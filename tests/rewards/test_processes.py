@@ -30,7 +30,7 @@ async def no_sleep(seconds: float) -> None:
 
 
 def in_processes(*rewards: Any, processes: int = 1, retries: int = 0, **settings: Any) -> RewardManager:
-    config = RewardsConfig(run=("process",) * len(rewards), processes=processes, retries=retries, **settings)
+    config = RewardsConfig(run=tuple("process" for _ in rewards), processes=processes, retries=retries, **settings)
     return RewardManager(rewards, config=config, sleep=no_sleep)
 
 
@@ -165,25 +165,24 @@ async def test_workers_must_be_started() -> None:
         await score(in_processes(process_rewards.lengths), "a")
 
 
-async def test_a_file_that_loads_here_and_not_there_is_told(tmp_path: Path) -> None:
+async def test_a_file_that_loads_here_and_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.py"
     path.write_text("import os\nassert os.getpid() == int(os.environ['HERE'])\ndef f(completions):\n    return [1]\n")
-    os.environ["HERE"] = str(os.getpid())
+    monkeypatch.setenv("HERE", str(os.getpid()))
     with pytest.raises(RewardError, match=r"mine\.py:2: the file does not import: AssertionError"):
         async with started(f"{path}:f"):
             raise AssertionError
 
 
 @pytest.mark.slow
-async def test_a_process_that_dies_or_hangs_while_loading_is_told(tmp_path: Path) -> None:
+async def test_a_process_that_dies_or_hangs_while_loading_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "mine.py"
-    path.write_text(
-        "import os, time\nif os.getpid() != int(os.environ['HERE']):\n    WHAT\ndef f(completions):\n  return []\n"
-    )
-    os.environ["HERE"] = str(os.getpid())
-    text = path.read_text()
+    monkeypatch.setenv("HERE", str(os.getpid()))
+    text = "import os, time\nif os.getpid() != int(os.environ['HERE']):\n    WHAT\ndef f(completions):\n    return []\n"
     path.write_text(text.replace("WHAT", "os._exit(5)"))
-    with pytest.raises(RewardError, match="reward f: its process ended while it was loaded: .*exit code 5"):
+    with pytest.raises(RewardError, match=r"reward f: its process ended while it was loaded: .*exit code 5"):
         async with started(f"{path}:f"):
             raise AssertionError
     path.write_text(text.replace("WHAT", "time.sleep(600)"))
@@ -200,12 +199,8 @@ def test_what_has_no_name_there_is_refused() -> None:
         def __call__(self, completions: list[str]) -> list[float]:
             return []
 
-    unnamed: list[Callable[..., Any]] = [
-        local,
-        lambda completions: [],
-        functools.partial(process_rewards.lengths),
-        Object(),
-    ]
+    partial = functools.partial(process_rewards.lengths)
+    unnamed: list[Callable[..., Any]] = [local, lambda completions: [], partial, Object()]
     for reward in unnamed:
         with pytest.raises(RewardError, match=r"cannot be loaded by name.*define it with `def`"):
             in_processes(reward)

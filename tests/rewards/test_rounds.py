@@ -34,9 +34,7 @@ class Ranks:
         self.faults = 0
         self.gate: anyio.Event | None = None
 
-    async def __call__(
-        self, prompts: list[str], completions: list[str], log_metric: Any, log_extra: Any
-    ) -> list[float]:
+    async def __call__(self, prompts: list[str], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
         self.calls.append(list(prompts))
         if self.gate is not None:
             await self.gate.wait()
@@ -157,7 +155,7 @@ async def test_a_group_that_comes_again_after_others_were_sent_on_does_not_wait_
 async def test_outside_of_a_run_all_that_is_given_is_one_batch() -> None:
     ranks = Ranks()
     manager = RewardManager([ranks, lambda completions: [1.0] * len(completions)])
-    three = [group for group in groups()]
+    three = groups()
     columns = msgspec.structs.replace(three[1].prompt, columns={"only": "here"})
     three[1] = msgspec.structs.replace(three[1], prompt=columns)
     results = await manager.score_groups(three)

@@ -36,23 +36,37 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
 
 
 async def test_a_span_says_all_that_it_was_told(desk: Desk) -> None:
-    report = Reporter("generator", None, desk.spans, process=77)
-    with report.span("room", step=3, gid=7, gids=[8, 9], kind="wait"):
+    with desk.report.span("room", step=3, gid=7, gids=[8, 9], kind="wait"):
         desk.now_s = 2.5
     assert await taken(desk.box) == [
-        Span(
-            actor="generator",
-            name="room",
-            start_s=0.0,
-            end_s=2.5,
-            kind="wait",
-            step=3,
-            gid=7,
-            gids=(8, 9),
-            lane=0,
-            process=77,
-        )
+        Span(actor="scorer", name="room", start_s=0.0, end_s=2.5, kind="wait", step=3, gid=7, gids=(8, 9), lane=0)
     ]
+
+
+async def test_a_child_tells_of_beginnings_too_and_the_parent_knows_what_it_is_at(desk: Desk) -> None:
+    child_box = Mailbox("frames")
+    child = Reporter("generator", None, child_box.channel("spans", Span, bound=99), process=77)
+    with child.span("decode", step=3):
+        desk.now_s = 1.0
+        with child.span("hand over", gid=5):
+            for span in await taken(child_box):
+                desk.report.forward(span)
+            desk.now_s = 2.0
+            assert [(s.actor, s.name, s.start_s, s.end_s, s.process) for s in desk.report.doing] == [
+                ("generator", "decode", 0.0, 2.0, 77),
+                ("generator", "hand over", 1.0, 2.0, 77),
+            ]
+        for span in await taken(child_box):
+            desk.report.forward(span)
+    assert [span.name for span in desk.report.doing] == ["decode"]
+    desk.report.forget(76)
+    assert [span.name for span in desk.report.doing] == ["decode"]
+    desk.report.forget(77)  # it died
+    assert desk.report.doing == []
+    assert await desk.told() == [("hand over", 1.0, 2.0, 0)]
+    for span in await taken(child_box):
+        desk.report.forward(span)
+    assert await desk.told() == [("decode", 0.0, 2.0, 0)]
 
 
 async def test_what_one_task_does_within_its_work_shares_the_lane_and_what_others_do_does_not(desk: Desk) -> None:

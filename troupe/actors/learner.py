@@ -303,7 +303,7 @@ class Learner(Actor):
 
     async def _send_snapshot(self, *, final: bool = False) -> None:
         """Have a checkpoint written when the one before is, so that no more than one is held beside the state."""
-        with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
+        with self.report.span("wait for checkpointer", step=self.version, kind="wait"):
             await self._to.snapshots.settled()
         await self._to.snapshots.send(self.snapshot(final=final))
 

@@ -185,6 +185,7 @@ class RemoteGenerator(Actor):
                 process.child.kill()
         for process in processes:
             await process.child.aclose()
+            self.report.forget(process.child.pid)
             for version in process.lent.elements():
                 self._files.give_back(version)
 

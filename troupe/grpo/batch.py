@@ -93,7 +93,7 @@ class Batch:
         """The rows with these numbers, in the order given, without the padding columns that none of them needs."""
         if not rows:
             raise ValueError(f"none of the {self.num_rows} rows of the batch is selected; take at least one")
-        T, chosen = _width([self.completion_lengths[i] for i in rows]), mx.array(rows)
+        T, chosen = _width([self.completion_lengths[i] for i in rows]), mx.array(list(rows))
         return replace(
             self,
             prompts=tuple(self.prompts[i] for i in rows),

@@ -34,13 +34,21 @@ class Exchanged(Exception):  # noqa: N818 - no error: a call that waited is to b
 
 
 class Breaker:
-    """Shared by all calls of one reward. `changed(why, down_s)` is called when it opens, and with None when it closes
-    after `down_s` seconds; `jitter` is uniform in [0, 1)."""
+    """Shared by all calls of one reward, of which `places` says how many are made at once.
+
+    `changed(why, down_s)` is called when it opens, and with None when it closes after `down_s` seconds; `jitter` is
+    uniform in [0, 1).
+    """
 
     def __init__(
-        self, limits: BreakerLimits, changed: Callable[[str | None, float], None], jitter: Callable[[], float]
+        self,
+        limits: BreakerLimits,
+        places: anyio.CapacityLimiter,
+        changed: Callable[[str | None, float], None],
+        jitter: Callable[[], float],
     ) -> None:
         self._limits = limits
+        self._places = places
         self._changed = changed
         self._jitter = jitter
         self._failures = 0
@@ -57,18 +65,16 @@ class Breaker:
     ) -> T | Fault:
         """Make a call, or wait until it can be made. `call` has its retries, `attempt` is one try.
 
+        Who waits for the reward to be back holds no place among the calls at once.
+
         Raises:
             Exchanged: where the reward was retired while the call waited.
             Whatever the call raises, and then nothing is counted.
         """
         while True:
-            if self.why is None:
-                outcome = await call()
-                if not isinstance(outcome, Fault):
-                    self._succeeded()
-                    return outcome
-                if self._failed(outcome):
-                    return outcome
+            made = await self._make(call)
+            if made is not None:
+                return made[0]
             async with self._turn:  # in order of arrival; who has tried in vain goes to the end
                 tried = await self._try(attempt)
             if tried is not None:
@@ -79,6 +85,17 @@ class Breaker:
         self._retired = True
         self._moved.set()
 
+    async def _make(self, call: Callable[[], Awaitable[T | Fault]]) -> tuple[T | Fault] | None:
+        """The outcome of the call, None where it has to wait."""
+        async with self._places:
+            if self.why is not None:
+                return None
+            outcome = await call()
+            if isinstance(outcome, Fault):
+                return (outcome,) if self._failed(outcome) else None
+            self._succeeded()
+            return (outcome,)
+
     async def _try(self, attempt: Callable[[], Awaitable[T | Fault]]) -> tuple[T] | None:
         """Wait, then try once, unless the service is back before."""
         if not self._waits():
@@ -87,7 +104,8 @@ class Breaker:
             await self._moved.wait()
         if not self._waits():
             return None
-        outcome = await attempt()
+        async with self._places:
+            outcome = await attempt()
         if isinstance(outcome, Fault):
             self._tries += 1
             if self.why is not None:

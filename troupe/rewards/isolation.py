@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -22,7 +22,7 @@ GRACE_S = 1.0
 IDLE_S = 30.0
 """After which a thread without work ends."""
 
-_LEFT_BEHIND: list[Coroutine[Any, Any, Any]] = []  # the interpreter complains of such a coroutine when it is collected
+_LEFT_BEHIND: list[object] = []  # the interpreter complains of such a coroutine when it is collected
 
 
 async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
@@ -70,8 +70,8 @@ class _Shell(Generic[T]):
         self._left = True
 
     def __await__(self) -> Generator[Any, Any, T]:
-        coroutine = _awaited(self._call)
-        steps = coroutine.__await__()
+        awaitable = self._call()
+        steps = awaitable.__await__()
         thrown: BaseException | None = None
         while True:
             try:
@@ -83,20 +83,25 @@ class _Shell(Generic[T]):
                 yield waits_for
             except BaseException as error:
                 if self._left:
-                    _close(coroutine)
+                    _close(awaitable)
                     raise
                 thrown = error
 
 
-async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
-    return await call()
-
-
-def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
+def _close(awaitable: Awaitable[Any]) -> None:
+    frames = list(_chain(awaitable))
     try:
-        coroutine.close()
-    except BaseException:  # it answers its end with an error, or ignores it
-        _LEFT_BEHIND.append(coroutine)
+        if isinstance(awaitable, Coroutine):
+            awaitable.close()
+    except BaseException:  # one of them answers its end with an error, or ignores it
+        _LEFT_BEHIND.extend(frames)
+
+
+def _chain(waiting: object) -> Iterator[object]:
+    """What waits for what, from the outermost coroutine on."""
+    while waiting is not None:
+        yield waiting
+        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:

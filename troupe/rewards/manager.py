@@ -317,15 +317,15 @@ class RewardManager:
         section = Pace(timeout_s=config.timeout_s, retries=config.retries, concurrency=config.concurrency)
         attempts = Attempts(pace=own_pace(reward, name, section), sleep=self._sleep, jitter=self._jitter)
         limits = BreakerLimits(failures=config.breaker_failures, max_wait_s=config.breaker_max_wait_s)
-        breaker = Breaker(limits, partial(self._breaker_moved, name), self._jitter)
+        fuse = partial(Breaker, limits, changed=partial(self._breaker_moved, name), jitter=self._jitter)
         if self._run[name] == "process":
             spec = process_spec(reward, spec)
             assert not isinstance(reward, RewardActor)
             return ProcessRunner(
-                name, reward, attempts, breaker, config.start_timeout_s, spec=spec, processes=config.processes
+                name, reward, attempts, fuse, config.start_timeout_s, spec=spec, processes=config.processes
             )
         kind = ActorRunner if isinstance(reward, RewardActor) else FunctionRunner
-        return kind(name, reward, attempts, breaker, config.start_timeout_s)  # type: ignore[arg-type]
+        return kind(name, reward, attempts, fuse, config.start_timeout_s)  # type: ignore[arg-type]
 
     async def _stop(self, sitting: Sitting) -> list[Incident]:
         fault = await sitting.runner.stop()

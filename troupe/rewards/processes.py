@@ -15,7 +15,6 @@ import msgspec
 
 from troupe.errors import RewardError
 from troupe.rewards.attempts import Attempts, Fault, backoff_s
-from troupe.rewards.breaker import Breaker
 from troupe.rewards.functions import (
     PROVIDED,
     Reward,
@@ -28,7 +27,7 @@ from troupe.rewards.functions import (
     shown,
     unwrapped,
 )
-from troupe.rewards.runners import Batch, Outcome, Runner, as_outcome, finite, summed
+from troupe.rewards.runners import Batch, Fuse, Outcome, Runner, as_outcome, finite, summed
 from troupe.rewards.trainer_state import TrainerState
 from troupe.rewards.worker import Broken, Call, Raised, Ready, Reply, Scores
 from troupe.runtime import ChildProcess, FrameError, together
@@ -102,17 +101,17 @@ class ProcessRunner(Runner):
         name: str,
         reward: RewardFunction,
         attempts: Attempts,
-        breaker: Breaker,
+        fuse: Fuse,
         start_timeout_s: float,
         *,
         spec: str,
         processes: int,
     ) -> None:
-        super().__init__(name, reward, attempts, breaker, start_timeout_s)
+        super().__init__(name, reward, attempts, fuse, start_timeout_s, places=processes)
         self._function, self._spec = reward, spec
         self._signature = check_signature(reward)
         self._apart = getattr(unwrapped(reward), "scope", None) is None
-        self._limiter = anyio.CapacityLimiter(processes)
+        self._workers = anyio.CapacityLimiter(processes)
         self._processes = processes
         self._idle: list[Worker] = []
         self._started = False
@@ -173,7 +172,7 @@ class ProcessRunner(Runner):
     async def _once(self, batch: Batch) -> Outcome | Fault | Lost:
         """One call of one worker."""
         frame = self._frame(batch)
-        async with self._limiter:
+        async with self._workers:
             worker = self._idle.pop() if self._idle else None
             if worker is None:
                 try:

@@ -38,7 +38,8 @@ from troupe.runtime import together
 _LARGEST = 1e18
 """Of a score's size: advantages square it in float32, which ends at 3.4e38."""
 
-Sleep: TypeAlias = Callable[[float], Awaitable[None]]
+Fuse: TypeAlias = Callable[[anyio.CapacityLimiter], Breaker]
+"""Makes a runner's breaker from its places for calls at once."""
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,10 +124,20 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 class Runner(ABC):
     """One reward with its limits and its breaker."""
 
-    def __init__(self, name: str, reward: Reward, attempts: Attempts, breaker: Breaker, start_timeout_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        reward: Reward,
+        attempts: Attempts,
+        fuse: Fuse,
+        start_timeout_s: float,
+        places: int | None = None,
+    ) -> None:
+        """`places`: calls at once, where that is not what the pace says."""
         self.name, self.reward = name, reward
         self.scope: Scope = reward_scope(reward)
-        self.breaker = breaker
+        self._places = anyio.CapacityLimiter(attempts.pace.concurrency if places is None else places)
+        self.breaker = fuse(self._places)
         self._attempts = attempts
         self._start = msgspec.structs.replace(
             attempts, pace=msgspec.structs.replace(attempts.pace, timeout_s=start_timeout_s)
@@ -150,37 +161,35 @@ class Runner(ABC):
     async def _call(
         self, batch: Batch, call: Callable[[], Awaitable[Any]], attempt: Callable[[], Awaitable[Any]]
     ) -> Any:
-        return await (self.breaker.run(call, attempt) if batch.patient else call())
+        if batch.patient:
+            return await self.breaker.run(call, attempt)
+        async with self._places:
+            return await call()
 
 
 class FunctionRunner(Runner):
     """One reward function: a call a group, in the event loop or in a thread."""
 
     def __init__(
-        self, name: str, reward: RewardFunction, attempts: Attempts, breaker: Breaker, start_timeout_s: float
+        self, name: str, reward: RewardFunction, attempts: Attempts, fuse: Fuse, start_timeout_s: float
     ) -> None:
-        super().__init__(name, reward, attempts, breaker, start_timeout_s)
+        super().__init__(name, reward, attempts, fuse, start_timeout_s)
         self._function = reward
         self._signature = check_signature(reward)
-        self._limiter = anyio.CapacityLimiter(attempts.pace.concurrency)
 
     async def score(self, batch: Batch) -> Outcome:
         """(G,) scores; all missing where every attempt failed."""
         once = partial(call_function, self._function, self.name, batch.given, batch.size, self._signature)
-        async with self._limiter:
-            answer = await self._call(batch, partial(self._attempts.run, once), partial(self._attempts.once, once))
+        answer = await self._call(batch, partial(self._attempts.run, once), partial(self._attempts.once, once))
         return as_outcome(answer, batch.size)
 
 
 class ActorRunner(Runner):
     """One reward actor: a call a sample."""
 
-    def __init__(
-        self, name: str, reward: RewardActor, attempts: Attempts, breaker: Breaker, start_timeout_s: float
-    ) -> None:
-        super().__init__(name, reward, attempts, breaker, start_timeout_s)
+    def __init__(self, name: str, reward: RewardActor, attempts: Attempts, fuse: Fuse, start_timeout_s: float) -> None:
+        super().__init__(name, reward, attempts, fuse, start_timeout_s)
         self._actor, self._started = reward, False
-        self._limiter = anyio.CapacityLimiter(attempts.pace.concurrency)
 
     async def start(self) -> None:
         """Start the actor."""
@@ -217,8 +226,7 @@ class ActorRunner(Runner):
 
         async def play(index: int) -> None:
             once = partial(self._one, _sample(batch, index))
-            async with self._limiter:
-                answer = await self._call(batch, partial(self._attempts.run, once), partial(self._attempts.once, once))
+            answer = await self._call(batch, partial(self._attempts.run, once), partial(self._attempts.once, once))
             if isinstance(answer, Fault):
                 faults[index] = answer
             else:

@@ -87,7 +87,7 @@ class Channel(Generic[T]):
     async def settled(self) -> None:
         """Wait until the reader is done with everything sent."""
         while self._depth or self._inbox._holds_any_of(self):
-            await self._inbox._progress.wait()
+            await self._inbox._next_progress()
 
     def close(self) -> None:
         """No more messages will come; the mailbox ends once every channel that keeps it open has closed.
@@ -193,7 +193,7 @@ class Mailbox:
         self._in_hand: list[_Letter] = []
         self._read: _Letter | None = None  # what `async for` gave out last
         self._arrival = anyio.Event()
-        self._progress = anyio.Event()
+        self._progress: anyio.Event | None = None  # made by who waits for it
         self._over = False
 
     def channel(
@@ -287,9 +287,15 @@ class Mailbox:
     def _holds_any_of(self, channel: Channel[Any]) -> bool:
         return any(letter.channel is channel for letter in self._in_hand)
 
+    async def _next_progress(self) -> None:
+        if self._progress is None:
+            self._progress = anyio.Event()
+        await self._progress.wait()
+
     def _progressed(self) -> None:
-        self._progress.set()
-        self._progress = anyio.Event()
+        if self._progress is not None:
+            self._progress.set()
+            self._progress = None
 
 
 class Broadcast(Generic[T]):

@@ -46,7 +46,7 @@ class Reporter:
         self._spans = spans
         self._open: dict[asyncio.Task[Any] | None, list[_Timed]] = {}
         self._lanes: list[float] = []  # since when each lane is free; ∞ while a span is open in it
-        self._elsewhere: dict[tuple[object, ...], Span] = {}  # what child processes are at
+        self._elsewhere: dict[tuple[int | None, int, str, float], Span] = {}  # what child processes are at
 
     async def incident(self, incident: Incident) -> None:
         """Report a fault that does not stop the run; waits for room."""
@@ -118,7 +118,9 @@ class Reporter:
         if span.end_s == math.inf:
             self._elsewhere[key] = span
         else:
-            self._elsewhere.pop(key, None)
+            # and the spans within it, whose own ends were dropped on the way
+            for inner in [k for k in self._elsewhere if k[:2] == key[:2] and k[3] >= span.start_s]:
+                del self._elsewhere[inner]
             self._tell(span)
 
     def forget(self, process: int) -> None:

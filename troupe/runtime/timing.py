@@ -7,6 +7,7 @@ compute on the device and of those whose work is meant to hide behind them; it r
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -73,7 +74,7 @@ def difference(one: Sequence[Interval], other: Sequence[Interval]) -> list[Inter
 
 def length(plain: Iterable[Interval]) -> float:
     """Seconds in a plain list."""
-    return sum(end - start for start, end in plain)
+    return math.fsum(end - start for start, end in plain)
 
 
 class Times:

@@ -109,9 +109,9 @@ class TraceWriter:
 
     def _arrow(self, gid: int, past: _Piece, piece: _Piece) -> None:
         self._arrows += 1
-        name, arrow = f"group {gid}", {"cat": "group", "id": self._arrows}
-        self._event("s", past.process, past.track, name, ts=past.ts, **arrow)
-        self._event("f", piece.process, piece.track, name, ts=piece.ts, bp="e", **arrow)
+        name, number = f"group {gid}", self._arrows
+        self._event("s", past.process, past.track, name, cat="group", ts=past.ts, id=number)
+        self._event("f", piece.process, piece.track, name, cat="group", ts=piece.ts, id=number, bp="e")
 
     def _track(self, process: int, actor: str, lane: int) -> int:
         key = process, actor, lane

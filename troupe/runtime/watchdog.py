@@ -6,7 +6,6 @@ What counts as movement, and what is told, is its owner's to say.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -38,12 +37,12 @@ async def watch(
     moved_s: Callable[[], float],
     tell: Callable[[float], None],
     *,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
 ) -> None:
     """Call `tell(seconds without movement)` whenever a watchdog of `limit_s` would speak, until cancelled.
 
-    `moved_s` says when something moved last, on the same clock.
+    `moved_s` says when something moved last, on `clock`.
     """
     dog = Watchdog(limit_s)
     while True:

@@ -1,0 +1,173 @@
+"""A reward that runs the Python code of a completion against the tests of its dataset row.
+
+    troupe train -m MODEL -d problems.jsonl --reward examples/code_reward.py:passes_tests
+
+A row has a prompt and `tests`: Python statements, usually asserts, that are run after the completion's code in the same
+interpreter. The score is 1 where all went through, else 0: code that hangs, crashes or floods the output is wrong code,
+not a fault of the reward, so it is 0 and not missing.
+
+What holds the code (see `isolation` for what this machine gives):
+
+* a process of its own (`python -I -S`: no site packages, no environment, no user folder) in a session of its own, in a
+  fresh empty folder that is removed afterwards, with a closed stdin and an empty environment;
+* limits on processor seconds, memory, size of each file it writes, open files and number of processes, and no core
+  files; a limit on wall time and on output, at which the whole process group is killed;
+* on Linux, where the kernel lets us: no network and no sight of other processes (`unshare`); a child that leaves the
+  group dies with the process namespace then.
+
+What does not: it runs as you, so it can read what you can read, and write wherever you can write, a file at a time up to
+the limit. Where `unshare` is refused, and on macOS, it can use the network. On macOS the memory limit is not enforced.
+This keeps a model's mistakes from harming a run. It is no wall against code that means harm: for that, run Troupe in a
+container or a virtual machine of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import anyio
+
+_FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_DONE = "troupe-tests-passed"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one run of generated code may take."""
+
+    wall_s: float = 10.0
+    cpu_s: int = 5
+    memory_bytes: int = 512 * 2**20
+    file_bytes: int = 2**20
+    processes: int = 32
+    """Of your user, those that run already included, except within a user namespace; 0: no limit."""
+    output_bytes: int = 64 * 2**10
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of it."""
+
+    exit_code: int | None
+    """None: killed at the limit of wall time or output; negative: minus the signal that ended it."""
+    output: str
+    """Of stdout and stderr together, up to the limit."""
+    why_killed: str = ""
+
+
+async def passes_tests(completions, tests, **columns):  # type: ignore[no-untyped-def]
+    """1.0 where the completion's code passes the row's tests, else 0.0."""
+    scores = [0.0] * len(completions)
+    at_once = anyio.Semaphore(os.cpu_count() or 1)
+
+    async def score(index: int) -> None:
+        async with at_once:
+            scores[index] = await _passes(_code_of(completions[index]), tests[index])
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(completions)):
+            group.start_soon(score, index)
+    return scores
+
+
+async def _passes(code: str, tests: str) -> float:
+    secret = f"{_DONE}-{os.urandom(8).hex()}"  # so that printing it early is no way to pass
+    ran = await run_code(f"{code}\n\n{tests}\nprint({secret!r})\n")
+    return float(ran.exit_code == 0 and ran.output.rstrip().endswith(secret))
+
+
+def _code_of(completion: str | list[dict[str, str]]) -> str:
+    """The last fenced block of code, or all of the text where there is none."""
+    text = completion if isinstance(completion, str) else completion[-1].get("content") or ""
+    blocks = _FENCED.findall(text)
+    return blocks[-1] if blocks else text
+
+
+async def run_code(code: str, limits: Limits | None = None) -> Ran:
+    """Run Python code within the limits. Never raises for what the code does."""
+    limits = limits or Limits()
+    with tempfile.TemporaryDirectory(prefix="troupe-code-", ignore_cleanup_errors=True) as folder:
+        script = Path(folder, "main.py")
+        script.write_text(code, encoding="utf-8", errors="replace")
+        process = await anyio.open_process(
+            [*isolation(), sys.executable, "-I", "-S", "-B", "main.py"],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            preexec_fn=partial(_limit, limits),  # noqa: PLW1509 - nothing but setrlimit happens there
+        )
+        return await _watch(process, limits)
+
+
+async def _watch(process: anyio.abc.Process, limits: Limits) -> Ran:
+    output, why = bytearray(), ""
+    try:
+        with anyio.move_on_after(limits.wall_s) as scope:
+            assert process.stdout is not None
+            async for chunk in process.stdout:
+                output += chunk
+                if len(output) > limits.output_bytes:
+                    why = f"more than {limits.output_bytes} bytes of output"
+                    break
+            else:
+                await process.wait()
+        if scope.cancelled_caught:
+            why = f"not done after {limits.wall_s:g} s"
+    finally:
+        with anyio.CancelScope(shield=True):
+            _kill_group(process.pid)
+            await process.aclose()
+    text = bytes(output[: limits.output_bytes]).decode(errors="replace")
+    return Ran(None if why else process.returncode, text, why)
+
+
+def _kill_group(pid: int) -> None:
+    """Whatever the code has started goes with it."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # nobody is left; a Mac refuses where only the dead are
+        return
+
+
+def _limit(limits: Limits) -> None:
+    """In the child, before Python starts."""
+    wanted = [
+        ("RLIMIT_CPU", limits.cpu_s),
+        ("RLIMIT_AS", limits.memory_bytes),
+        ("RLIMIT_FSIZE", limits.file_bytes),
+        ("RLIMIT_NOFILE", 64),
+        ("RLIMIT_CORE", 0),
+        ("RLIMIT_NPROC", limits.processes),
+    ]
+    for name, most in wanted:
+        if most == 0 and name != "RLIMIT_CORE":
+            continue
+        try:
+            _, hard = resource.getrlimit(getattr(resource, name))
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(getattr(resource, name), (most, most))
+        except (AttributeError, ValueError, OSError):  # not on this platform: macOS has no memory limit that works
+            continue
+
+
+@cache
+def isolation() -> tuple[str, ...]:
+    """The command that takes the network and other processes out of sight; () where this machine does not let us."""
+    unshare = shutil.which("unshare")
+    command = (unshare or "", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--")
+    if unshare is None:
+        return ()
+    tried = subprocess.run([*command, sys.executable, "-I", "-S", "-c", ""], capture_output=True, check=False)
+    return command if tried.returncode == 0 else ()

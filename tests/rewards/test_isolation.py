@@ -1,0 +1,220 @@
+"""Code that does not return is left behind: hanging threads, and coroutines that ignore their cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, isolation
+from troupe.rewards.isolation import in_daemon_thread, in_own_task
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "GRACE_S", 0.01)
+
+
+async def stubborn() -> None:
+    """Ignores every way to end it."""
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except BaseException:
+            continue
+
+
+async def deaf() -> None:
+    """Ignores its cancellation, but may be closed."""
+    while True:
+        try:
+            await anyio.sleep(3600)
+        except asyncio.CancelledError:
+            continue
+
+
+async def within_a_task_group() -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.sleep_forever)
+        await stubborn()
+
+
+async def slow_to_close() -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(3600)
+
+
+async def test_threads_are_used_again() -> None:
+    first = await in_daemon_thread(threading.current_thread)
+    assert first.daemon
+    assert {await in_daemon_thread(threading.current_thread) for _ in range(5)} == {first}
+
+
+async def test_calls_at_the_same_time_have_threads_of_their_own() -> None:
+    barrier, threads = threading.Barrier(5), set[threading.Thread]()
+
+    def meet() -> None:
+        barrier.wait(30)
+        threads.add(threading.current_thread())
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(in_daemon_thread, meet)
+    assert len(threads) == 5
+
+
+async def test_a_hanging_thread_is_left_alone_when_cancelled_and_never_used_again() -> None:
+    released, stuck = threading.Event(), list[threading.Thread]()
+
+    def hang() -> None:
+        stuck.append(threading.current_thread())
+        released.wait()
+
+    with anyio.move_on_after(0.05) as scope:
+        await in_daemon_thread(hang)
+    assert scope.cancelled_caught
+    assert await in_daemon_thread(threading.current_thread) not in stuck
+    released.set()
+    stuck[0].join(30)
+    assert not stuck[0].is_alive()
+
+
+def test_a_thread_that_outlives_the_event_loop_ends_quietly() -> None:
+    released, stuck = threading.Event(), list[threading.Thread]()
+
+    def hang() -> None:
+        stuck.append(threading.current_thread())
+        released.wait()
+
+    async def abandon() -> None:
+        with anyio.move_on_after(0.05):
+            await in_daemon_thread(hang)
+
+    anyio.run(abandon)
+    released.set()
+    stuck[0].join(30)
+    assert not stuck[0].is_alive()
+
+
+async def test_an_idle_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_IDLE", [])
+    monkeypatch.setattr(isolation, "IDLE_S", 0.01)
+    thread = await in_daemon_thread(threading.current_thread)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert await in_daemon_thread(lambda: 7) == 7
+
+
+async def test_what_a_thread_raises_comes_through_and_context_goes_along() -> None:
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    variable.set(3)
+    assert await in_daemon_thread(variable.get) == 3
+    for error, expected in [(KeyError("x"), KeyError), (SystemExit(2), SystemExit), (StopIteration(), RuntimeError)]:
+
+        def fail(error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises(expected):
+            await in_daemon_thread(fail)
+
+
+async def test_a_task_of_its_own_gives_what_the_coroutine_gives() -> None:
+    async def add(a: int, b: int) -> int:
+        await anyio.lowlevel.checkpoint()
+        return a + b
+
+    assert await in_own_task(lambda: add(3, 4)) == 7
+    for error in (ValueError("x"), SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit()):
+
+        async def fail(error: BaseException = error) -> None:
+            await anyio.lowlevel.checkpoint()
+            raise error
+
+        with pytest.raises(type(error)):
+            await in_own_task(fail)
+
+
+@pytest.mark.parametrize("code", [stubborn, deaf, within_a_task_group, slow_to_close])
+async def test_a_coroutine_that_ignores_its_cancellation_is_left_behind(code: Callable[[], Awaitable[Any]]) -> None:
+    before = asyncio.all_tasks()
+    with anyio.fail_after(30):
+        with anyio.move_on_after(0.01) as scope:
+            await in_own_task(code)
+    assert scope.cancelled_caught
+    if code is not within_a_task_group:  # its own tasks are its own
+        assert asyncio.all_tasks() == before
+
+
+async def test_one_that_closes_in_time_may_do_so() -> None:
+    closed = []
+
+    async def tidy() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.lowlevel.checkpoint()
+                closed.append(True)
+
+    with anyio.move_on_after(0.01):
+        await in_own_task(tidy)
+    assert closed == [True]
+
+
+class Stubborn(RewardActor):
+    """Hangs where it is told to, and ignores cancellation."""
+
+    timeout_s = 0.01
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    async def start(self) -> None:
+        if self.where == "start":
+            await stubborn()
+
+    async def score(self, sample: RewardSample) -> float | None:
+        if self.where == "score" and sample.index == 1:
+            await stubborn()
+        return 1.0
+
+    async def stop(self) -> None:
+        if self.where == "stop":
+            await stubborn()
+
+
+async def test_actors_that_hang_and_ignore_cancellation_hold_up_nothing() -> None:
+    from troupe.errors import RewardError
+
+    config = RewardsConfig(retries=0, start_timeout_s=0.01)
+    with anyio.fail_after(30):
+        with pytest.raises(RewardError, match=r"reward Stubborn did not start within 0\.01 s"):
+            await RewardManager(Stubborn("start"), config=config).start()
+        async with RewardManager(Stubborn("score"), config=config) as manager:
+            result = await manager.compute_rewards(["p"] * 3, ["a"] * 3)
+        assert result.scores == {"Stubborn": (1.0, None, 1.0)}
+        manager = RewardManager(Stubborn("stop"), config=config)
+        await manager.start()
+        (incident,) = await manager.stop()
+        assert incident.message == "reward Stubborn: did not stop: no answer within 0.01 s"
+
+
+async def test_an_async_function_that_ignores_cancellation_is_missing() -> None:
+    async def hangs(completions: list[str]) -> list[float]:
+        await stubborn()
+        return []
+
+    config = RewardsConfig(retries=0, timeout_s=0.01)
+    with anyio.fail_after(30):
+        result = await RewardManager(hangs, config=config).compute_rewards(["p"], ["a"])
+    assert [incident.kind for incident in result.incidents] == ["reward_timeout"]
