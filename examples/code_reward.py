@@ -6,39 +6,52 @@ A row has a prompt and `tests`: Python statements, usually asserts, that are run
 interpreter. The score is 1 where all went through, else 0: code that hangs, crashes or floods the output is wrong code,
 not a fault of the reward, so it is 0 and not missing.
 
-What holds the code (see `isolation` for what this machine gives):
+What holds the code:
 
-* a process of its own (`python -I -S`: no site packages, no environment, no user folder) in a session of its own, in a
-  fresh empty folder that is removed afterwards, with a closed stdin and an empty environment;
-* limits on processor seconds, memory, size of each file it writes, open files and number of processes, and no core
-  files; a limit on wall time and on output, at which the whole process group is killed;
-* on Linux, where the kernel lets us: no network and no sight of other processes (`unshare`); a child that leaves the
-  group dies with the process namespace then.
+* a process of its own (`python -I -S`: no site packages, no user folder) in a session of its own, in a fresh empty
+  folder that is removed afterwards, with a closed stdin and an empty environment;
+* limits on processor seconds, memory, size of each file that it writes, open files and number of processes (the last
+  not where you are root: the kernel lets root pass), and no core files;
+* a limit on wall time and on output, at which the whole process group is killed;
+* on Linux, where the kernel lets us (`isolation`), namespaces of its own: no network, and whatever it has started dies
+  with it, also what has left the process group.
 
-What does not: it runs as you, so it can read what you can read, and write wherever you can write, a file at a time up to
-the limit. Where `unshare` is refused, and on macOS, it can use the network. On macOS the memory limit is not enforced.
-This keeps a model's mistakes from harming a run. It is no wall against code that means harm: for that, run Troupe in a
-container or a virtual machine of its own.
+What does not: it runs as you, so it can read what you can read and write wherever you can write. Where `unshare` is
+refused, and on macOS, it can use the network, and what leaves the process group lives on. On macOS the memory limit is
+not enforced. And the tests run in the interpreter of the code that they test, so code that sets out to cheat them can;
+look at what a rising reward is made of. This keeps a model's mistakes from harming a run. It is no wall against code
+that means harm: for that, run Troupe in a container or a virtual machine of its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import anyio
 
 _FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_DONE = "troupe-tests-passed"
+_BOOT = """
+import json, os, resource, sys
+for name, most in json.loads(sys.argv[1]).items():
+    try:
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+    except (AttributeError, ValueError, OSError):
+        pass  # this platform has no such limit, or not for us
+os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", "main.py"])
+"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Limits:
     memory_bytes: int = 512 * 2**20
     file_bytes: int = 2**20
     processes: int = 32
-    """Of your user, those that run already included, except within a user namespace; 0: no limit."""
+    """That the code may have at once, threads counted. The kernel does not hold root to it."""
     output_bytes: int = 64 * 2**10
 
 
@@ -81,7 +94,7 @@ async def passes_tests(completions, tests, **columns):  # type: ignore[no-untype
 
 
 async def _passes(code: str, tests: str) -> float:
-    secret = f"{_DONE}-{os.urandom(8).hex()}"  # so that printing it early is no way to pass
+    secret = os.urandom(16).hex()  # exit code 0 alone would let sys.exit() pass
     ran = await run_code(f"{code}\n\n{tests}\nprint({secret!r})\n")
     return float(ran.exit_code == 0 and ran.output.rstrip().endswith(secret))
 
@@ -97,16 +110,14 @@ async def run_code(code: str, limits: Limits | None = None) -> Ran:
     """Run Python code within the limits. Never raises for what the code does."""
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="troupe-code-", ignore_cleanup_errors=True) as folder:
-        script = Path(folder, "main.py")
-        script.write_text(code, encoding="utf-8", errors="replace")
+        await anyio.Path(folder, "main.py").write_text(code, encoding="utf-8", errors="replace")
         process = await anyio.open_process(
-            [*isolation(), sys.executable, "-I", "-S", "-B", "main.py"],
+            [*isolation(), sys.executable, "-I", "-S", "-B", "-c", _BOOT, json.dumps(_rlimits(limits))],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             cwd=folder,
             env={},
             start_new_session=True,
-            preexec_fn=partial(_limit, limits),  # noqa: PLW1509 - nothing but setrlimit happens there
         )
         return await _watch(process, limits)
 
@@ -141,25 +152,31 @@ def _kill_group(pid: int) -> None:
         return
 
 
-def _limit(limits: Limits) -> None:
-    """In the child, before Python starts."""
-    wanted = [
-        ("RLIMIT_CPU", limits.cpu_s),
-        ("RLIMIT_AS", limits.memory_bytes),
-        ("RLIMIT_FSIZE", limits.file_bytes),
-        ("RLIMIT_NOFILE", 64),
-        ("RLIMIT_CORE", 0),
-        ("RLIMIT_NPROC", limits.processes),
-    ]
-    for name, most in wanted:
-        if most == 0 and name != "RLIMIT_CORE":
-            continue
+def _rlimits(limits: Limits) -> dict[str, int]:
+    """What the child sets for itself before it becomes the code; nothing can raise it again."""
+    elsewhere = 0 if isolation() else _tasks_of_user()  # a user namespace counts its own processes only
+    return {
+        "RLIMIT_CPU": limits.cpu_s,
+        "RLIMIT_AS": limits.memory_bytes,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_NPROC": elsewhere + limits.processes,
+    }
+
+
+def _tasks_of_user() -> int:
+    """Threads that run as this user (processes, on macOS), which the limit on processes counts too."""
+    if sys.platform != "linux":
+        return len(subprocess.run(["ps", "-x", "-o", "pid="], capture_output=True, check=False).stdout.split())
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            _, hard = resource.getrlimit(getattr(resource, name))
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(getattr(resource, name), (most, most))
-        except (AttributeError, ValueError, OSError):  # not on this platform: macOS has no memory limit that works
+            if folder.stat().st_uid == os.getuid():
+                count += sum(1 for _ in (folder / "task").iterdir())
+        except OSError:  # it has just ended
             continue
+    return count
 
 
 @cache

@@ -81,7 +81,7 @@ class Judge(troupe.RewardActor):
             raise ConnectionError(f"the judge answered status {status}: {answer[:200].decode(errors='replace')}")
         decoded = json.loads(answer)
         if not isinstance(decoded, dict):
-            raise ValueError(f"the judge answered {decoded!r}, which is no object with a score")
+            raise TypeError(f"the judge answered {decoded!r}, which is no object with a score")
         return decoded
 
 

@@ -25,6 +25,7 @@ from tests.fakes import DirectSinkThread
 from troupe import RunConfig, pipeline, supervisor
 from troupe.actors import checkpointer as checkpointer_room
 from troupe.actors import learner as learner_room
+from troupe.actors import metrics as metrics_room
 from troupe.dataset import PromptDataset
 from troupe.grpo import Batch, StepResult
 from troupe.messages import (
@@ -211,7 +212,7 @@ class Ledger:
     def obey(self, request: object) -> None:
         """Take note of what the prompter was told."""
         if isinstance(request, Pause):
-            self._may_begin = 0
+            self._may_begin = 0 if self._may_begin == math.inf else self._may_begin  # what was granted in it stays
         elif isinstance(request, Resume):
             self._may_begin = math.inf
         elif isinstance(request, Step):
@@ -353,6 +354,7 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
         patch.setattr(pipeline, "RolloutEngine", lambda *_, **__: ScriptedEngine(generations))
         patch.setattr(pipeline, "_sinks", lambda _: [StageSink(hooks)])
         patch.setattr(sink_threads, "SinkThread", DirectSinkThread)
+        patch.setattr(metrics_room, "_LETS_OTHERS_FIRST_S", 0.0)
         patch.setattr(supervisor, "prepare", lambda *_, **__: prepared)
         patch.setattr(supervisor, "Policy", lambda *_: None)
         patch.setattr(learner_room, "train_on_batch", train)

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests import chaos
-from tests.chaos import Plan, assert_all_holds, assert_timing_changes_nothing, draw_plan, play
+from tests.chaos import assert_all_holds, assert_timing_changes_nothing, play
+from tests.plans import REQUESTS, Plan, draw_plan
 from tests.virtual_time import StuckError
 from troupe.messages import GroupClosed
 from troupe.runtime import Channel, Credits
@@ -41,7 +41,7 @@ def test_whatever_happens_every_group_ends_once(first: int) -> None:
     for seed in range(first, first + BLOCK):
         plan = draw_plan(seed)
         report = play(plan)
-        if plan.is_reproducible and seed % 3 == 0:
+        if plan.is_reproducible and seed % 4 == 0:
             assert_timing_changes_nothing(plan, report)
 
 
@@ -49,7 +49,7 @@ def test_the_plays_are_as_wild_as_they_claim() -> None:
     plans = [draw_plan(seed) for seed in range(PLAYS)]
     assert len(set(map(msgspec.json.encode, plans))) == PLAYS
     assert {plan.max_staleness for plan in plans} == {0, 1, 2, 3}
-    assert {what for plan in plans for _, what in plan.requests} == set(chaos.REQUESTS)
+    assert {what for plan in plans for _, what in plan.requests} == set(REQUESTS)
     assert {(plan.mode, plan.on_stale, plan.attempts > 0) for plan in plans} == {
         (mode, stale, dynamic)
         for mode in ("pinned", "free")
@@ -82,9 +82,10 @@ def test_a_seed_plays_the_same_again() -> None:
         assert (one.took_s, one.faults, one.weights) == (other.took_s, other.faults, other.weights)
 
 
-def test_a_calm_play_takes_no_time() -> None:
+def test_a_calm_play_takes_hardly_any_time() -> None:
     report = play(PLAIN)
-    assert (report.steps, report.took_s, report.faults.total()) == (4, 0.0, 0)
+    assert (report.steps, report.faults.total()) == (4, 0)
+    assert report.took_s < 1, "virtual seconds"
     assert report.ledger.states == {"trained": 8}
     assert report.ledger.most_alive == 4
     assert report.ledger.written[-1] == report.ledger.final == 4

@@ -10,7 +10,8 @@ import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.chaos import REQUESTS, Plan, assert_timing_changes_nothing, play
+from tests.chaos import assert_timing_changes_nothing, play
+from tests.plans import REQUESTS, Plan
 
 SHARES = st.sampled_from([0.0, 0.1, 0.5, 1.0])
 WHOLE_RUNS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, ClassVar
 
@@ -23,7 +24,6 @@ class Player(Actor):
     def __init__(self, name: str, *, last: bool = False) -> None:
         self.name = name  # type: ignore[misc]
         self.leaves_last = last  # type: ignore[misc]
-        self.away: str | None = None
         reports = Mailbox("reports")
         report = Reporter(
             name,
@@ -32,10 +32,6 @@ class Player(Actor):
         )
         super().__init__(Mailbox(name), report=report)
         self.way_in = self.inbox.channel(f"to {name}", Prompt, RolloutGroup, ScoredGroup, GroupClosed, bound=9)
-
-    @property
-    def remote_work(self) -> str | None:
-        return self.away
 
     async def handle(self, message: Any) -> None:
         raise AssertionError("it is never played")
@@ -94,7 +90,8 @@ async def test_what_everybody_does_is_told_in_words() -> None:
         scorer.report.span("b"),
         scorer.report.span("c"),
     ):
-        generator.away = "generate"
+        elsewhere = Span(actor="generator", name="generate", start_s=time.perf_counter(), end_s=math.inf, process=7)
+        generator.report.forward(elsewhere)
         now_s = time.perf_counter() + 300.0
         told = doing([prompter, generator, scorer, learner], now_s)
     assert told == {
@@ -151,5 +148,6 @@ async def test_a_device_that_computes_is_named_and_not_called_dead() -> None:
     assert incident.message.startswith(
         "nothing has moved for 300 s; learner is computing `learn` since 300 s; prompter: nothing told; "
     )
-    actors[1].away = "generate"
+    elsewhere = Span(actor="generator", name="generate", start_s=time.perf_counter(), end_s=math.inf, process=7)
+    actors[1].report.forward(elsewhere)
     assert "generator is computing `generate` since" in stall([], actors, time.perf_counter(), 300.0).message

@@ -490,7 +490,7 @@ async def test_a_folder_that_cannot_be_locked_is_used_all_the_same(
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("troupe.supervisor.fcntl.flock", no_locks)
+    monkeypatch.setattr("troupe.run_folder.fcntl.flock", no_locks)
     async with Supervisor(tiny_config(ragged_model, tmp_path, learner__max_steps=1), [weigh_ids]) as run:
         pass
     assert run.result.steps == 1

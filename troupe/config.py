@@ -76,12 +76,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"learner.gradient_accumulation_steps is {self.learner.gradient_accumulation_steps}, but a batch has "
                 f"{rows} rows (batch_size × num_generations) to split; give at most {rows}"
             )
-        if (self.schedule.mode, self.schedule.on_stale) == ("free", "correct"):
-            if not self.learner.vllm_importance_sampling_correction:
-                raise ValueError(
-                    "schedule.on_stale is 'correct', but learner.vllm_importance_sampling_correction is off, so that "
-                    "nothing would correct for tokens of older weights; turn it on, or take 'drop' or 'requeue'"
-                )
+        wants_correction = (self.schedule.mode, self.schedule.on_stale) == ("free", "correct")
+        if wants_correction and not self.learner.vllm_importance_sampling_correction:
+            raise ValueError(
+                "schedule.on_stale is 'correct', but learner.vllm_importance_sampling_correction is off, so that "
+                "nothing would correct for tokens of older weights; turn it on, or take 'drop' or 'requeue'"
+            )
         if self.rewards.min_scored > self.generation.num_generations:
             raise ValueError(
                 f"rewards.min_scored is {self.rewards.min_scored}, but a group has only "

@@ -60,7 +60,7 @@ def queues(actors: Iterable[Actor]) -> dict[str, int]:
 
 def doing(actors: Iterable[Actor], now_s: float) -> dict[str, str]:
     """Actor → what it does or waits for, and since when, in words."""
-    return {actor.name: _in_words(_going_on(actor), now_s) for actor in actors}
+    return {actor.name: _in_words(actor.report.doing, now_s) for actor in actors}
 
 
 def last_movement_s(actors: Iterable[Actor]) -> float:
@@ -93,18 +93,8 @@ def stall(groups: Sequence[LiveGroup], actors: Sequence[Actor], now_s: float, st
     )
 
 
-def _going_on(actor: Actor) -> list[Span]:
-    """Spans that are open; and what another process computes, since the actor took the last message."""
-    spans = list(actor.report.doing)
-    if actor.remote_work is not None:
-        spans = [span for span in spans if span.kind == "work"]
-        since_s = actor.inbox.moved_s
-        spans.append(Span(actor=actor.name, name=actor.remote_work, start_s=since_s, end_s=since_s))
-    return spans
-
-
 def _device_work(actor: Actor) -> list[Span]:
-    return [span for span in _going_on(actor) if span.kind == "work" and actor.name in DEVICE_ACTORS]
+    return [span for span in actor.report.doing if span.kind == "work" and actor.name in DEVICE_ACTORS]
 
 
 def _in_words(going_on: Sequence[Span], now_s: float, most: int = 3) -> str:

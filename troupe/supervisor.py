@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -16,18 +13,18 @@ from anyio.abc import TaskGroup
 
 from troupe import linux_cpu
 from troupe.budget import memory_limited
-from troupe.config import RUN_TOML, RunConfig, write_config
-from troupe.errors import InputError, OutputError, RunError
+from troupe.config import RunConfig
+from troupe.errors import InputError, RunError
 from troupe.messages import Checkpoint, Drain, Incident, LiveGroup, Pause, Phase, Resume, Status, Step, Update
 from troupe.pipeline import Pipeline, build_pipeline
 from troupe.policy import Policy, load_policy
 from troupe.prepare import Prepared, prepare
 from troupe.rewards import Reward
 from troupe.rollouts import Evaluation, evaluate
+from troupe.run_folder import RunFolder
 from troupe.runtime import DeviceThread, Mailbox, play, together
 from troupe.runtime.watchdog import watch
 from troupe.status import doing, last_movement_s, live_groups, queues, stall
-from troupe.weights_files import remove_leftovers
 
 _LISTENER_BOUND = 64
 _EXCHANGES = 64
@@ -112,9 +109,7 @@ class Supervisor:
         self._exchanges = self._errands.channel("exchanges", _Exchange, bound=_EXCHANGES, overflow="drop_oldest")
         self._ended = anyio.Event()
         self._device = DeviceThread("supervisor")
-        self._found_empty = False
-        self._new_folders: list[Path] = []
-        self._lock: int | None = None
+        self._place: RunFolder | None = None
         self._pipeline: Pipeline
         self._scope: anyio.CancelScope
         self._prepared: Prepared
@@ -127,13 +122,14 @@ class Supervisor:
         try:
             self._prepared = await self._device.run(self._prepare)
             self.config, self.notices = self._prepared.config, self._prepared.notices
-            self._open_folder()
+            self._place = RunFolder(self._prepared.folder)
+            self._place.take(self.config)
             self._pipeline = build_pipeline(self._prepared)
             self._newest_update = self._pipeline.updates.listen(1)
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
         except BaseException:
-            self._unlock()
+            self._leave()
             with anyio.CancelScope(shield=True):
                 await self._device.close()
             raise
@@ -153,7 +149,7 @@ class Supervisor:
         try:
             await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
         finally:
-            self._unlock()
+            self._leave()
             with anyio.CancelScope(shield=True):
                 for device in (*self._pipeline.devices, self._device):
                     await device.close()
@@ -278,43 +274,17 @@ class Supervisor:
     def _prepare(self) -> Prepared:
         return prepare(self.config, self._rewards, resume=self._resume)
 
-    def _open_folder(self) -> None:
-        folder = self._prepared.folder
-        try:
-            self._new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-            self._found_empty = not folder.exists() or not any(folder.iterdir())
-            folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            remove_leftovers(self._prepared.folder)
-            write_config(self._prepared.config, folder / RUN_TOML)
-        except OSError as error:
-            self._remove_traces()
-            raise OutputError(f"{folder}: the output folder cannot be written: {error}") from None
-
-    def _take_lock(self) -> None:
-        """Keep a second run out of the folder while this one writes there; the system drops the lock of a dead one."""
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{self.folder}: another run is writing in this folder; wait until it has ended, or give another folder"
-            ) from None
-        except OSError:  # a file system without locks: nobody can be kept out
-            return
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _leave(self) -> None:
+        if self._place is not None:
+            self._place.leave()
 
     async def _run(self) -> None:
         try:
             await self._play()
         except InputError as error:
             self._fault = error
-            if self._pipeline.learner.version == 0:
-                self._remove_traces()
+            if self._place is not None and self._pipeline.learner.version == 0:
+                self._place.remove_traces()
         except Exception as error:
             self._fault = error
         finally:
@@ -441,21 +411,6 @@ class Supervisor:
         )
         summary = msgspec.json.format(msgspec.json.encode(self._result), indent=2)
         (self.folder / "summary.json").write_bytes(summary + b"\n")
-
-    def _remove_traces(self) -> None:
-        """Leave the disk as it was found, unless there is an earlier start of the run in the folder."""
-        if not self._found_empty:
-            return
-        for path in self._prepared.folder.iterdir() if self._prepared.folder.is_dir() else ():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        for folder in self._new_folders:
-            try:
-                folder.rmdir()
-            except OSError:  # it was never made, or somebody else uses it by now
-                return
 
 
 def train(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> RunResult:

@@ -139,9 +139,7 @@ def decode_in_process(frame: bytes) -> ToProcess:
     try:
         message: ToProcess = _to_process.decode(frame)
     except msgspec.MsgspecError as error:
-        raise MessageError(
-            f"the generator's process got a frame of {len(frame)} bytes that is no message: {error}"
-        ) from None
+        raise MessageError(_told(frame, error)) from None
     return message
 
 
@@ -150,9 +148,7 @@ def decode_from_process(frame: bytes) -> FromProcess:
     try:
         return _from_process.decode(frame)
     except msgspec.MsgspecError as error:
-        raise MessageError(
-            f"the generator's process sent a frame of {len(frame)} bytes that is no message: {error}"
-        ) from None
+        raise MessageError(_told(frame, error)) from None
 
 
 def pack_prompt(prompt: Prompt, round_size: int) -> PackedPrompt:

@@ -82,8 +82,10 @@ async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish()
     assert [(s.name, s.step, s.gid, s.kind, s.lane) for s in spans if s.name != "idle"] == [
         ("wait for policy", 0, None, "wait", 0),
         ("decode", 0, None, "work", 0),
+        ("write text", 0, None, "work", 0),
         ("hand over", 0, second.gid, "work", 0),
         ("decode", 0, None, "work", 0),
+        ("write text", 0, None, "work", 0),
         ("hand over", 0, first.gid, "work", 0),
         ("generate", 0, None, "work", 0),
     ]

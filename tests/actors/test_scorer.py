@@ -10,23 +10,43 @@ import pytest
 from tests.fakes import Reports, ended, make_group, make_prompt, send_all, taken
 from troupe.actors.scorer import Scorer
 from troupe.errors import RewardError
-from troupe.messages import Incident, RolloutGroup, ScoredGroup, Span
-from troupe.rewards import RewardManager, RewardsConfig
+from troupe.messages import GroupClosed, Hold, Incident, RolloutGroup, ScoredGroup, Span
+from troupe.rewards import RewardManager, RewardsConfig, TrainerState, batch_reward
 from troupe.runtime import Channel, Mailbox, play
 
 pytestmark = pytest.mark.anyio
 
 
 class Stage:
-    def __init__(self, *rewards: Any) -> None:
+    def __init__(self, *rewards: Any, breaker_failures: int = 8) -> None:
         self.reports, self.inbox, self.learner = Reports(), Mailbox("scorer"), Mailbox("learner")
+        self.prompter = Mailbox("prompter")
         self.groups: Channel[RolloutGroup] = self.inbox.channel("rollouts", RolloutGroup, bound=9)
-        self.scorer = Scorer(
+        config = RewardsConfig(retries=0, breaker_failures=breaker_failures, breaker_max_wait_s=0.001)
+        self.rewards = RewardManager(rewards, config=config)
+        self._scored = self.learner.channel("scored", ScoredGroup, bound=9)
+        self.prompter.channel("closed", GroupClosed, bound=1)  # keeps the mailbox open
+        self._hold = self.prompter.channel("hold", Hold, bound=1, overflow="newest", side=True)
+        self._report = self.reports.reporter("scorer")
+        self.scorer = self.another()
+
+    def another(self) -> Scorer:
+        """One who goes on with the same mailboxes and rewards."""
+        return Scorer(
             self.inbox,
-            self.learner.channel("scored", ScoredGroup, bound=9),
-            rewards=RewardManager(rewards, config=RewardsConfig(retries=0)),
-            report=self.reports.reporter("scorer"),
+            self._scored,
+            rewards=self.rewards,
+            hold=self._hold,
+            trainer_state=lambda step: TrainerState.at(step, max_steps=9, prompts=2, num_generations=3, rows=4),
+            report=self._report,
         )
+
+    async def told(self, *, held: bool) -> Hold:
+        """What the prompter is told, as soon as it says this."""
+        async for hold in self.prompter:
+            if bool(hold.reasons) == held:
+                return hold  # type: ignore[no-any-return]
+        raise AssertionError
 
 
 async def test_a_slow_group_does_not_hold_up_a_fast_one() -> None:
@@ -106,3 +126,70 @@ async def test_incidents_arrive_before_the_group_they_are_about() -> None:
     await send_all(stage.groups, [make_group(make_prompt(0, 0))])
     await play([stage.scorer])
     assert seen == ["reward_nonfinite", "group"]
+
+
+async def test_rewards_are_told_where_training_stands_by_the_slot_alone() -> None:
+    states: list[TrainerState] = []
+
+    def look(completions: list[str], trainer_state: TrainerState) -> list[float]:
+        states.append(trainer_state)
+        return [0.0] * len(completions)
+
+    stage = Stage(look)
+    await send_all(stage.groups, [make_group(make_prompt(3, 1))])
+    await play([stage.scorer])
+    (state,) = states
+    assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (3, 9, 1.5, 5)
+    assert (state.train_batch_size, state.is_world_process_zero, state.log_history) == (6, True, ())
+
+
+async def test_prompting_is_held_while_a_reward_is_down_and_nothing_is_lost() -> None:
+    up = anyio.Event()
+
+    async def away(completions: list[str]) -> list[float]:
+        if not up.is_set():
+            raise ConnectionError("no judge")
+        return [1.0] * len(completions)
+
+    stage = Stage(away, breaker_failures=2)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.scorer])
+        await send_all(stage.groups, [make_group(make_prompt(0, place)) for place in range(5)])
+        with anyio.fail_after(30):
+            hold = await stage.told(held=True)
+            up.set()
+            await stage.told(held=False)
+    assert hold.reasons[0].startswith("reward away is down: ConnectionError: no judge")
+    groups = await taken(stage.learner)
+    assert sorted(group.scores["away"].count(None) for group in groups) == [0, 0, 0, 0, 3]
+    kinds = [incident.kind for incident in await stage.reports.incidents()]
+    assert sorted(kinds) == ["reward_back", "reward_down", "reward_error"]
+
+
+async def test_who_takes_over_scores_what_was_in_hand_and_says_what_is_down() -> None:
+    up = anyio.Event()
+
+    @batch_reward
+    async def whole(completions: list[str]) -> list[float]:
+        if not up.is_set():
+            raise ConnectionError("no judge")
+        return [float(len(completions))] * len(completions)
+
+    stage = Stage(whole, breaker_failures=1)
+    groups = [make_group(make_prompt(0, place)) for place in range(2)]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.scorer.run)
+        for group in groups:
+            await stage.groups.send(group)
+        with anyio.fail_after(30):
+            await stage.told(held=True)
+        tasks.cancel_scope.cancel()
+    stage.inbox.take_back()
+    stage.groups.close()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.another()])
+        with anyio.fail_after(30):
+            await stage.told(held=True)
+            up.set()
+    scored = await taken(stage.learner)
+    assert [(s.group, s.scores) for s in scored] == [(group, {"whole": (6.0,) * 3}) for group in groups]

@@ -246,10 +246,15 @@ async def test_a_broken_contract_ends_everything_at_once(result: Any) -> None:
 
 async def test_errors_that_are_not_the_rewards_come_through() -> None:
     async def ends(completions: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    async def leaves(completions: list[str]) -> list[float]:
         raise GeneratorExit
 
-    with pytest.raises(BaseExceptionGroup):
+    with pytest.raises(KeyboardInterrupt):
         await manager(ends).compute_rewards(["p"], ["a"])
+    result = await manager(leaves).compute_rewards(["p"], ["a"])
+    assert "RuntimeError: the reward raised GeneratorExit" in result.incidents[0].message
 
 
 async def test_cancelling_leaves_no_result_and_cancels_the_rewards() -> None:

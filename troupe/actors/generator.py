@@ -126,9 +126,12 @@ class Generator(Actor):
         self._computed = []
         start_s = time.perf_counter()
         for groups in self._engine.decode_lists(requests):
-            self._computed.append(("decode" if groups else "prefill", start_s, time.perf_counter()))
+            end_s = time.perf_counter()
+            self._computed.append(("decode" if groups else "prefill", start_s, end_s))
             if groups:
-                yield [(group.index, as_rollouts(group, self._decode_text)) for group in groups]
+                ready = [(group.index, as_rollouts(group, self._decode_text)) for group in groups]
+                self._computed.append(("write text", end_s, time.perf_counter()))
+                yield ready
             start_s = time.perf_counter()
 
     def _tell_computed(self, step: int | None) -> None:

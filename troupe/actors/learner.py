@@ -256,6 +256,9 @@ class Learner(Actor):
             )
 
     async def _close(self, step: StepGroups) -> None:
+        for state in dict.fromkeys(step.states.values()):
+            gids = [gid_of(group) for group in step.ending(state)]
+            self.report.mark(f"close: {state}", step=self.version - 1, gids=gids)
         for group in step.groups:
             prompt = group.group.prompt
             state = step.states[prompt.gid]
@@ -265,7 +268,6 @@ class Learner(Actor):
                     Incident(actor=self.name, kind="group_quarantined", message=message, gid=prompt.gid)
                 )
             closed = GroupClosed(gid=prompt.gid, slot=prompt.slot, state=state, version=self.version)
-            self.report.mark(f"close: {state}", step=self.version - 1, gid=prompt.gid)
             await self._to.closed_to_metrics.send(closed)
             if prompt.gid not in step.replaced:
                 await self._to.closed_to_prompter.send(closed)

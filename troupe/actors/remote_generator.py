@@ -120,11 +120,6 @@ class RemoteGenerator(Actor):
         self._following: anyio.CancelScope
         self._listeners: TaskGroup
 
-    @property
-    def remote_work(self) -> str | None:
-        """Decoding, as long as a process owes a group."""
-        return "generate" if self._rounds else None
-
     async def run(self) -> None:
         """Play the part while the processes are listened to."""
         self._following = anyio.CancelScope()

@@ -30,15 +30,17 @@ class RewardSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class RewardActor(ABC):
     """Base class of stateful, asynchronous rewards.
 
-    `start` and `stop` run once each, in one task, around all calls of `score`; they must not hold a task group or
-    cancel scope open between them. `score` runs up to `concurrency` times at once, in the event loop: it must await
-    and never block.
+    `start` and `stop` run once each, around all calls of `score`, each call in a task of its own: none may hold a task
+    group or cancel scope open for another. `score` runs up to `concurrency` times at once, in the event loop: it must
+    await and never block. What ignores its cancellation at the end of its time is left behind.
     """
 
     name: str = ""
     """Under which the scores are reported; empty: the class's name."""
     concurrency: int | None = None
     """Samples scored at once, ≥ 1; None: the `[rewards]` section's."""
+    weight: float | None = None
+    """Of its score in the reward, where no weights are given; None: 1."""
     timeout_s: float | None = None
     """Seconds that one attempt at one sample may take, > 0; None: the section's."""
     retries: int | None = None

@@ -26,7 +26,8 @@ _LEFT_BEHIND: list[object] = []  # the interpreter complains of such a coroutine
 
 
 async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
-    """Await `call()` in a task of its own; what it returns or raises, a CancelledError included, comes through.
+    """Await `call()` in a task of its own; what it returns or raises, a CancelledError included, comes through (but a
+    GeneratorExit as a RuntimeError: as itself it would mean that the caller is being closed).
 
     When the caller is cancelled, so is the task; one that ignores this is left behind after `GRACE_S`: its coroutine is
     closed, and where it ignores that too, never resumed.
@@ -44,6 +45,8 @@ async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
                 task.cancel()
                 await asyncio.wait([task])
         raise
+    if isinstance(shell.error, GeneratorExit):
+        raise RuntimeError("the reward raised GeneratorExit") from shell.error  # noqa: TRY004
     if shell.error is not None:
         raise shell.error
     return shell.results[0]

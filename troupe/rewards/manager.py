@@ -291,7 +291,11 @@ class RewardManager:
                         continue
                     return
 
-        await together([partial(play, seat) for seat in self._seats.values()])
+        first, *others = self._seats.values()
+        if others:
+            await together([partial(play, seat) for seat in (first, *others)])
+        else:
+            await play(first)  # a task group costs as much as all the rest
         return self._combine(batch, [outcomes[name] for name in self.names])
 
     def _combine(self, batch: Batch, outcomes: list[Outcome]) -> GroupScores:

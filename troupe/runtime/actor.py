@@ -44,11 +44,6 @@ class Actor(ABC):
         self.outputs = tuple(outputs)
         self.report = report or Reporter(self.name)
 
-    @property
-    def remote_work(self) -> str | None:
-        """What is being computed for the actor in another process now, if anything is; no span of this one tells."""
-        return None
-
     async def start(self) -> None:
         """Acquire what the actor needs; messages are read only afterwards."""
 

@@ -23,6 +23,8 @@ def arrays_in(tree: Any) -> Iterator[mx.array]:
     """Every array in a tree of mappings, sequences, msgspec structs and dataclasses."""
     if isinstance(tree, mx.array):
         yield tree
+    elif type(tree) in _PLAIN or (type(tree) is tuple and set(map(type, tree)) <= _PLAIN):
+        return  # most of what there is: asking these about everything else would take longest
     elif isinstance(tree, Mapping):
         for value in tree.values():
             yield from arrays_in(value)

@@ -24,6 +24,25 @@ _MOST_GROUPS = 1 << 16  # alive at once; more have lost their end
 _MAX_LANES = 1000  # of an actor, for the order of tracks
 
 
+class _Args(msgspec.Struct, omit_defaults=True):
+    step: int | None = None
+    gid: int | None = None
+    gids: tuple[int, ...] = ()
+
+
+class _Slice(msgspec.Struct):
+    """A complete event; a struct, because there are hundreds a step."""
+
+    ph: str
+    pid: int
+    tid: int
+    name: str
+    cat: str
+    ts: float
+    dur: float
+    args: _Args
+
+
 class _Piece(msgspec.Struct, frozen=True):
     """A span of a group, as drawn."""
 
@@ -83,13 +102,11 @@ class TraceWriter:
 
     def _draw(self, span: Span) -> None:
         process = _MAIN_PROCESS if span.process is None else span.process
-        track = self._track(process, span.actor, span.lane)
+        track = self._tracks.get((process, span.actor, span.lane)) or self._track(process, span.actor, span.lane)
         start, end = int(span.start_s * 1e6 * _PARTS), int(span.end_s * 1e6 * _PARTS)
         ts = start / _PARTS
-        args: dict[str, Any] = {key: value for key in ("step", "gid") if (value := getattr(span, key)) is not None}
-        if span.gids:
-            args["gids"] = span.gids
-        self._event("X", process, track, span.name, cat=span.kind, ts=ts, dur=max(end - start, 1) / _PARTS, args=args)
+        args = _Args(span.step, span.gid, span.gids)
+        self._append(_Slice("X", process, track, span.name, span.kind, ts, max(end - start, 1) / _PARTS, args))
         for gid in span.gids if span.gid is None else (span.gid, *span.gids):
             self._follow(gid, _Piece(span.start_s, span.end_s, process, track, ts))
 
@@ -98,14 +115,18 @@ class TraceWriter:
 
         Spans come in when they end, so all of them are here.
         """
-        before = [past for past in self._pieces.get(gid, ()) if past.end_s <= piece.start_s]
-        latest_start = max((past.start_s for past in before), default=0.0)
-        for past in before:
-            if past.end_s > latest_start or past.start_s == latest_start:
-                self._arrow(gid, past, piece)
-        self._pieces.setdefault(gid, []).append(piece)
-        if len(self._pieces) > _MOST_GROUPS:
-            del self._pieces[next(iter(self._pieces))]
+        pieces = self._pieces.get(gid)
+        if pieces is None:
+            self._pieces[gid] = [piece]
+            if len(self._pieces) > _MOST_GROUPS:
+                del self._pieces[next(iter(self._pieces))]
+            return
+        if before := [past for past in pieces if past.end_s <= piece.start_s]:
+            latest_start = max(past.start_s for past in before)
+            for past in before:
+                if past.end_s > latest_start or past.start_s == latest_start:
+                    self._arrow(gid, past, piece)
+        pieces.append(piece)
 
     def _arrow(self, gid: int, past: _Piece, piece: _Piece) -> None:
         self._arrows += 1
@@ -114,22 +135,24 @@ class TraceWriter:
         self._event("f", piece.process, piece.track, name, cat="group", ts=piece.ts, id=number, bp="e")
 
     def _track(self, process: int, actor: str, lane: int) -> int:
-        key = process, actor, lane
-        if key not in self._tracks:
-            if process not in self._processes:
-                self._name_process(process, f"troupe {actor}")
-            track = self._tracks[key] = len(self._tracks) + 1
-            order = self._actors.setdefault(actor, len(self._actors)) * _MAX_LANES + min(lane, _MAX_LANES - 1)
-            self._event("M", process, track, "thread_name", args={"name": actor if not lane else f"{actor} {lane + 1}"})
-            self._event("M", process, track, "thread_sort_index", args={"sort_index": order})
-        return self._tracks[key]
+        """Begin a track."""
+        if process not in self._processes:
+            self._name_process(process, f"troupe {actor}")
+        track = self._tracks[process, actor, lane] = len(self._tracks) + 1
+        order = self._actors.setdefault(actor, len(self._actors)) * _MAX_LANES + min(lane, _MAX_LANES - 1)
+        self._event("M", process, track, "thread_name", args={"name": actor if not lane else f"{actor} {lane + 1}"})
+        self._event("M", process, track, "thread_sort_index", args={"sort_index": order})
+        return track
 
     def _name_process(self, process: int, name: str, *, before: bytes = b",\n") -> None:
         self._processes.add(process)
         self._event("M", process, 0, "process_name", before=before, args={"name": name})
 
     def _event(self, phase: str, process: int, track: int, name: str, *, before: bytes = b",\n", **fields: Any) -> None:
+        self._append({"ph": phase, "pid": process, "tid": track, "name": name, **fields}, before)
+
+    def _append(self, event: object, before: bytes = b",\n") -> None:
         if self._file is None:
             raise ValueError(f"the trace {self._path} is not open")
-        event = {"ph": phase, "pid": process, "tid": track, "name": name, **fields}
-        self._unwritten += before + self._encode(event)
+        self._unwritten += before
+        self._unwritten += self._encode(event)
