@@ -303,3 +303,33 @@ def test_qwen3_in_16_gb() -> None:
     assert stale.config.learner.gradient_checkpointing
     with pytest.raises(ConfigError, match=r"schedule\.max_staleness, or take a smaller model"):
         plan_memory(config_of(12.0, learner__batch_size=4, schedule__max_staleness=1, **sizes), work)
+
+
+def test_processes_of_the_generator_have_versions_and_decodes_of_their_own() -> None:
+    placed = {"schedule__generator": "process", "schedule__generator_processes": 2, "schedule__max_staleness": 1}
+    plan = plan_memory(config_of(4.0, **placed), WORK)
+    generate = plan.phases["generate"]
+    decode = decode_memory_bytes(POLICY, [20] * 2, 4, 100, mx.bfloat16, is_filtering=False, writes_scores=True)
+    assert generate["policy versions"] == 2 * WEIGHTS
+    assert generate["policy versions of the generator"] == 2 * 2 * WEIGHTS
+    assert generate["policy versions on the way"] == 2 * WEIGHTS
+    assert generate["weights laid out for decoding"] == 2 * fused_copy_bytes(POLICY, mx.bfloat16)
+    assert generate["decode"] == 2 * decode, "each has two of the three prompts at the most"
+    assert plan.phases["learn"]["decode"] == 2 * decode
+    room_gb, each_gb = plan.config.generation.memory_limit_gb, plan.generator_limit_gb
+    assert room_gb is not None
+    assert each_gb is not None
+    assert plan.limit_gb is not None
+    assert room_gb * GB >= decode
+    held = 2 * WEIGHTS + fused_copy_bytes(POLICY, mx.bfloat16)
+    assert each_gb * (1.0 - budget.RESERVE) * GB == pytest.approx(held + room_gb * GB)
+    assert plan.limit_gb == pytest.approx(4.0 - 2 * each_gb - 2 * WEIGHTS / GB)
+    training = peak_bytes(plan.phases) - 2 * WEIGHTS - 2 * (held + decode)
+    assert plan.limit_gb * (1.0 - budget.RESERVE) * GB >= training - 0.002 * GB
+
+
+def test_a_process_keeps_what_it_took_while_the_learner_works() -> None:
+    plan = plan_memory(config_of(schedule__generator="process"), WORK)
+    assert plan.phases["learn"]["decode"] == plan.phases["generate"]["decode"]
+    assert plan.generator_limit_gb is None
+    assert plan_memory(config_of(4.0), WORK).generator_limit_gb is None

@@ -140,6 +140,35 @@ ORDER = pytest.mark.skipif(not openblas_is_installed(), reason="OpenBLAS is not 
 
 
 @ORDER
+def test_threads_are_limited_and_given_back() -> None:
+    before = linux_cpu.blas_threads()
+    assert before is not None
+    with linux_cpu.blas_limited(before + 1):
+        assert linux_cpu.blas_threads() == before + 1
+        with linux_cpu.blas_limited(1):
+            assert linux_cpu.blas_threads() == 1
+        with linux_cpu.blas_limited(None):
+            assert linux_cpu.blas_threads() == before + 1
+    assert linux_cpu.blas_threads() == before
+
+
+def test_without_openblas_there_are_no_threads_to_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert linux_cpu.blas_threads() is None
+    with linux_cpu.blas_limited(3):
+        assert linux_cpu.blas_threads() is None
+
+
+def test_an_openblas_that_cannot_be_opened_again_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(linux_cpu, "load_openblas", lambda: "loaded")
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert linux_cpu.blas_threads() is None
+
+
+@ORDER
 def test_importing_mlx_first_warns() -> None:
     program = "import mlx.core as mx; mx.set_default_device(mx.cpu); import troupe"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids,
 from tests.straight import Straight, play_straight
 from troupe import Supervisor, linux_cpu
 from troupe.actors.remote_generator import RemoteGenerator
+from troupe.errors import ModelError
 from troupe.policy import Weights, load_policy
 from troupe.runtime import ChildProcess
 from troupe.supervisor import RunResult
@@ -53,7 +55,7 @@ class Watch:
         self.folders: list[Path] = []
         start, watch = ChildProcess.start.__func__, self  # type: ignore[attr-defined]
 
-        async def watched(cls: type[ChildProcess], *args: str, **options: Any) -> ChildProcess:
+        async def watched(cls: type[ChildProcess], /, *args: str, **options: Any) -> ChildProcess:
             child: ChildProcess = await start(cls, *args, **options)
             watch.children.append(child)
             return child
@@ -170,7 +172,7 @@ async def test_the_free_schedule_plays_to_its_end(
 async def test_a_killed_process_is_restarted_and_changes_nothing(
     tmp_path: Path, ragged_model: Path, watch: Watch
 ) -> None:
-    killed = []
+    killed: list[int] = []
 
     async def kill_at_first(completion_ids: list[list[int]], **_: Any) -> list[float]:
         """The other groups of the step are still being decoded."""
@@ -241,12 +243,9 @@ async def test_a_model_that_is_gone_ends_the_run_as_bad_input(
         (copy / "tokenizer.json").unlink()
         await begin(self)
 
-    import shutil
-
     copy = tmp_path / "model"
     shutil.copytree(ragged_model, copy)
     monkeypatch.setattr(RemoteGenerator, "start", start)
-    with pytest.raises(Exception, match=r"tokenizer") as caught:
+    with pytest.raises(ModelError, match="tokenizer"):
         await watch.play(Supervisor(tiny_config(copy, tmp_path, **PLACED), [weigh_ids]))
-    assert type(caught.value).__name__ == "ModelError"
     assert len(watch.children) == 1

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.fakes import same_bits, tiny_config, weigh_ids, write_prompts
-from troupe import RunConfig, load_config
+from troupe import RunConfig, linux_cpu, load_config
 from troupe.budget import GB, peak_bytes
 from troupe.checkpoint import Checkpoint, RunState, checkpoint_folder, save_checkpoint
 from troupe.cli import main
@@ -369,3 +369,38 @@ def test_without_arrays_all_else_stays(tmp_path: Path, tiny_model: Path) -> None
     rest = msgspec.structs.replace(prepared, checkpoint=stored).without_arrays()
     assert rest.first_step == 2
     assert not list(arrays_in(rest.checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "on_cpu", "placed"),
+    [
+        ({}, True, ("thread", 8)),
+        ({"max_staleness": 1}, True, ("process", 4)),
+        ({"max_staleness": 1}, False, ("thread", None)),
+        ({"generator_processes": 3}, True, ("process", 2)),
+        ({"max_staleness": 1, "generator_processes": 11}, True, ("process", 1)),
+        ({"generator": "thread", "max_staleness": 1}, True, ("thread", 8)),
+        ({"generator": "process"}, False, ("process", None)),
+        ({"generator": "process", "blas_threads": 3}, True, ("process", 3)),
+    ],
+)
+def test_the_resolved_config_says_where_the_generator_runs_and_with_how_many_threads(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: dict[str, Any],
+    on_cpu: bool,
+    placed: tuple[str, int | None],
+) -> None:
+    monkeypatch.setattr(linux_cpu, "blas_threads", lambda: 8)
+    monkeypatch.setattr("troupe.prepare.is_on_cpu", lambda: on_cpu)
+    settings = {"schedule__generator": "auto"} | {f"schedule__{key}": value for key, value in schedule.items()}
+    config = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config
+    assert (config.schedule.generator, config.schedule.blas_threads) == placed
+
+
+def test_without_openblas_no_threads_are_named(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linux_cpu, "blas_threads", lambda: None)
+    assert prepare(tiny_config(tiny_model, tmp_path), [weigh_ids]).config.schedule.blas_threads is None

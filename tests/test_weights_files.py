@@ -164,7 +164,7 @@ def test_a_folder_that_was_taken_for_a_leftover_is_made_anew(
             path.rmdir()  # by a run that starts at the same moment
         return number
 
-    monkeypatch.setattr(weights_files.os, "open", open_late)
+    monkeypatch.setattr(os, "open", open_late)
     assert files.write(0, WEIGHTS).is_file()
     assert len(opened) == 2
     files.close()

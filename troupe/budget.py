@@ -39,6 +39,7 @@ RESERVE = 0.05
 GB = 1e9
 
 _VERSIONS_THERE = "policy versions of the generator"
+_ON_THE_WAY = "policy versions on the way"
 _LAID_OUT = "weights laid out for decoding"
 
 Phases = Mapping[str, Mapping[str, int]]
@@ -101,7 +102,7 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
             each_gb = _process_bytes(config, phases, room_gb) / GB / (1.0 - RESERVE)
             return Plan(
                 config=_resolved(config, choice, room_gb),
-                limit_gb=limit_gb - _processes(config) * each_gb,
+                limit_gb=limit_gb - _processes(config) * each_gb - phases["generate"].get(_ON_THE_WAY, 0) / GB,
                 generator_limit_gb=each_gb if _processes(config) else None,
                 phases=phases,
                 notices=told if config.memory_limit_gb is not None or choice != fastest else (),
@@ -215,7 +216,8 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     """With max_staleness 0 the generator is idle while the learner works, with more both work at once.
 
     A pinned run keeps all versions that the steps begun are pinned to; a free one the newest, and for a token the one
-    before.
+    before. A process of the generator keeps what it has once taken, and its policy versions are there three times: its
+    own, the learner's, and the files that they go by, which lie in memory where there is room.
     """
     learner, staleness = config.learner, config.schedule.max_staleness
     numbers = parameter_count(work.policy)
@@ -230,12 +232,16 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
+    processes = _processes(config)
+    if processes:
+        held[_VERSIONS_THERE] = processes * held["policy versions"]
+        held[_ON_THE_WAY] = held["policy versions"]
     layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
     generating = {
-        "weights laid out for decoding": layouts * fused_copy_bytes(work.policy, work.dtype),
-        "decode": _decode_bytes(config, work, choice.prompts),
+        _LAID_OUT: max(processes, 1) * layouts * fused_copy_bytes(work.policy, work.dtype),
+        "decode": max(processes, 1) * _decode_bytes(config, work, choice.prompts),
     }
-    held_while_learning = held | (generating if staleness else {})
+    held_while_learning = held | (generating if staleness or processes else {})
     learning = gradient_memory_bytes(
         work.policy,
         work.dtype,

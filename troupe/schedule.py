@@ -54,6 +54,13 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     watchdog_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     """Seconds without movement after which an incident says who waits for what; 0: never."""
 
+    def __post_init__(self) -> None:
+        if self.generator == "thread" and self.generator_processes > 1:
+            raise ValueError(
+                f"schedule.generator_processes is {self.generator_processes}, but schedule.generator is 'thread'; set "
+                "it to 'process', or leave one of the two out"
+            )
+
 
 class PromptSchedule:
     """The endless stream of prompts, addressed by slot."""

@@ -51,7 +51,7 @@ async def play(connection: Connection) -> None:
             case Ping():
                 await connection.send(encode(Pong(now_s=time.perf_counter() - HOUR_S)))
             case NewWeights(version=version, path=path):
-                assert os.path.getsize(path)  # noqa: PTH202
+                assert os.path.getsize(path)  # noqa: ASYNC240, PTH202
                 await connection.send(encode(Loaded(version=version)))
             case Prompts(prompts=prompts):
                 if does == "die":
