@@ -4,7 +4,8 @@
 
 A row has a prompt and `tests`: Python statements, usually asserts, that are run after the completion's code in the same
 interpreter. The score is 1 where all went through, else 0: code that hangs, crashes or floods the output is wrong code,
-not a fault of the reward, so it is 0 and not missing.
+not a fault of the reward, so it is 0 and not missing. One group is scored at a time, as many completions at once as
+there are processors; see the attributes of `passes_tests`, which overrule the section `[rewards]`.
 
 What holds the code:
 
@@ -93,6 +94,11 @@ async def passes_tests(completions, tests, **columns):  # type: ignore[no-untype
     return scores
 
 
+# One group at a time, as many of its completions as there are processors: code that is right must not run out of wall
+# time because too much runs beside it. The time is enough for 64 completions that hang, on one processor.
+passes_tests.concurrency, passes_tests.timeout_s = 1, 900.0  # type: ignore[attr-defined]
+
+
 async def _passes(code: str, tests: str) -> float:
     secret = os.urandom(16).hex()  # exit code 0 alone would let sys.exit() pass
     ran = await run_code(f"{code}\n\n{tests}\nprint({secret!r})\n")
@@ -109,10 +115,11 @@ def _code_of(completion: str | list[dict[str, str]]) -> str:
 async def run_code(code: str, limits: Limits | None = None) -> Ran:
     """Run Python code within the limits. Never raises for what the code does."""
     limits = limits or Limits()
+    rlimits = await anyio.to_thread.run_sync(_rlimits, limits)  # it looks around: too slow for the event loop
     with tempfile.TemporaryDirectory(prefix="troupe-code-", ignore_cleanup_errors=True) as folder:
         await anyio.Path(folder, "main.py").write_text(code, encoding="utf-8", errors="replace")
         process = await anyio.open_process(
-            [*isolation(), sys.executable, "-I", "-S", "-B", "-c", _BOOT, json.dumps(_rlimits(limits))],
+            [*isolation(), sys.executable, "-I", "-S", "-B", "-c", _BOOT, json.dumps(rlimits)],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             cwd=folder,

@@ -148,10 +148,15 @@ async def _serve_one(stream: SocketStream, delay_s: float) -> None:
     async with stream:
         with suppress(anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError):
             while True:
-                _, headers = await _read_head(reader)
-                asked = json.loads(await reader.receive_exactly(_length(headers)))
+                try:
+                    _, headers = await _read_head(reader)
+                    asked = json.loads(await reader.receive_exactly(_length(headers)))
+                    score = opinion(asked["prompt"], asked["completion"])
+                except (anyio.DelimiterNotFound, ConnectionError, LookupError, TypeError, ValueError, AttributeError):
+                    await stream.send(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+                    return  # one bad question must not end the judge for the others
                 await anyio.sleep(delay_s)
-                answer = json.dumps({"score": opinion(asked["prompt"], asked["completion"])}).encode()
+                answer = json.dumps({"score": score}).encode()
                 head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(answer)}\r\n\r\n"
                 await stream.send(head.encode() + answer)
 

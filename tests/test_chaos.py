@@ -13,6 +13,8 @@ from tests.virtual_time import StuckError
 from troupe.messages import GroupClosed
 from troupe.runtime import Channel, Credits
 
+pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
+
 PLAYS, BLOCK = 1000, 50
 
 PLAIN = Plan(

@@ -186,7 +186,7 @@ def test_resume_falls_back_to_an_older_checkpoint(workplace: Path) -> None:
 
 
 INTERRUPTING = """
-import os, signal
+import os, signal, time
 calls = 0
 def f(completions, completion_ids, **columns):
     global calls
@@ -194,6 +194,7 @@ def f(completions, completion_ids, **columns):
     if calls == 3:
         for number in ({signals}):
             os.kill(os.getpid(), number)
+        time.sleep(0.5)  # in a thread: the signals are heeded before this step is learned
     return [sum(ids) % 7 for ids in completion_ids]
 """
 

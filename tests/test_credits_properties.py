@@ -7,11 +7,14 @@ hypothesis looks for the plan that breaks it, and shrinks it.
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.chaos import assert_timing_changes_nothing, play
 from tests.plans import REQUESTS, Plan
+
+pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
 
 SHARES = st.sampled_from([0.0, 0.1, 0.5, 1.0])
 WHOLE_RUNS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -20,7 +20,7 @@ from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.pipeline import build_pipeline
 from troupe.runtime import Channel, DeviceThread, PolicyBoard
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]
 
 STEPS = 5
 PLAIN: dict[str, Any] = {"learner__max_steps": STEPS, "schedule__generator": "thread"}

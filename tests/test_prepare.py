@@ -395,8 +395,15 @@ def test_the_resolved_config_says_where_the_generator_runs_and_with_how_many_thr
     monkeypatch.setattr(linux_cpu, "blas_threads", lambda: 8)
     monkeypatch.setattr("troupe.prepare.is_on_cpu", lambda: on_cpu)
     settings = {"schedule__generator": "auto"} | {f"schedule__{key}": value for key, value in schedule.items()}
+    settings["learner__batch_size"] = 11
     config = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config
     assert (config.schedule.generator, config.schedule.blas_threads) == placed
+
+
+def test_more_processes_than_prompts_a_step_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    settings = {"schedule__generator": "process", "schedule__generator_processes": 3, "learner__batch_size": 2}
+    with pytest.raises(ConfigError, match=r"generator_processes is 3, but a step has only 2 prompts .* at most 2"):
+        prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids])
 
 
 def test_without_openblas_no_threads_are_named(

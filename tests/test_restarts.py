@@ -26,6 +26,8 @@ from troupe.rewards import RewardManager, batch_reward
 from troupe.schedule import ScheduleConfig
 from troupe.supervisor import RunResult, Supervisor
 
+pytestmark = pytest.mark.no_cover  # the tracer would double their time
+
 ACTORS = ("prompter", "generator", "scorer", "checkpointer", "metrics")
 P, STEPS = 2, 2
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -141,7 +141,12 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
 
 def _placed(config: RunConfig) -> RunConfig:
     """Decide where the generator runs and how many threads OpenBLAS has, so that the resolved config says it."""
-    schedule = config.schedule
+    schedule, most = config.schedule, config.learner.batch_size
+    if schedule.generator_processes > most:
+        raise ConfigError(
+            f"schedule.generator_processes is {schedule.generator_processes}, but a step has only {most} prompts "
+            f"(learner.batch_size) to deal to them; give at most {most}"
+        )
     where = schedule.generator
     if where == "auto":
         beside = is_on_cpu() and schedule.max_staleness > 0

@@ -95,7 +95,8 @@ class WeightsFiles:
         self._there.clear()
 
     def _tidy(self) -> None:
-        for version in [v for v in self._there if v not in self._kept and not self._lent[v]]:
+        # a copy: the thread that writes may add to it at any moment
+        for version in [v for v in tuple(self._there) if v not in self._kept and not self._lent[v]]:
             self._path(version).unlink(missing_ok=True)
             self._there.remove(version)
             del self._lent[version]

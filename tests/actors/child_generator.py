@@ -49,6 +49,8 @@ async def play(connection: Connection) -> None:
     while True:
         match decode_in_process(await connection.receive()):
             case Ping():
+                if does == "span first":
+                    await connection.send(encode(Span(actor="generator", name="idle", start_s=0.0, end_s=0.0)))
                 await connection.send(encode(Pong(now_s=time.perf_counter() - HOUR_S)))
             case NewWeights(version=version, path=path):
                 assert os.path.getsize(path)  # noqa: ASYNC240, PTH202

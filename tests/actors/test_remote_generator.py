@@ -106,6 +106,14 @@ async def test_spans_come_by_our_clock_and_incidents_come_too(tmp_path: Path, mo
     assert [report.kind for report in reports if isinstance(report, Incident)] == ["bored"]
 
 
+async def test_a_process_that_tells_of_a_span_before_it_tells_the_time_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, does="span first")
+    assert len(await stage.play([make_prompt(0, 0), make_prompt(0, 1)])) == 2
+    assert [r.kind for r in await taken(stage.reports.mailbox) if isinstance(r, Incident)] == ["bored"]
+
+
 async def test_prompts_are_dealt_by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch, setups=[SETUP, SETUP])
     prompts = [make_prompt(0, place, round_size=3) for place in range(3)]
@@ -116,8 +124,9 @@ async def test_prompts_are_dealt_by_place(tmp_path: Path, monkeypatch: pytest.Mo
 
 async def test_old_versions_go_when_the_board_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
+    actor = stage.make()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.make().run)
+        tasks.start_soon(actor.run)
         for step in range(4):
             if step > 1:
                 stage.board.publish(step - 1, {"w": mx.array([0.0, 1.0, 2.0])})
@@ -126,6 +135,7 @@ async def test_old_versions_go_when_the_board_lets_go(tmp_path: Path, monkeypatc
             with anyio.fail_after(60):
                 for _ in range(2):
                     await anext(stage.scorer)
+        assert [process.lent for process in actor._processes] == [{}], "nothing is kept of a version that was read"
         stage.prompts.close()
     assert stage.left() == ["00000001.safetensors", "00000002.safetensors"]
     stage.files.close()

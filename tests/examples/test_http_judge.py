@@ -107,6 +107,25 @@ async def test_answers_that_are_none_are_missing_scores(answer: bytes, message: 
     assert [message in incident.message for incident in result.incidents if message] == [True] * bool(message)
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b'POST / HTTP/1.1\r\nContent-Length: 32\r\n\r\n{"prompt": "p", "completion": 1}',
+        b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n",
+        b"x" * 70_000,
+    ],
+)
+async def test_a_bad_question_does_not_end_the_small_judge(question: bytes) -> None:
+    async with Server().at() as port, manager_of(port) as manager:
+        async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+            await stream.send(question)
+            assert (await stream.receive()).startswith(b"HTTP/1.1 400 ")
+        assert (await manager.compute_rewards(["p"], ["no"])).rewards == (-0.002,)
+
+
 async def test_groups_wait_while_the_judge_is_away_and_it_is_named() -> None:
     server = Server()
     async with server.at() as port:

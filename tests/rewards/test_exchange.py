@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -160,6 +161,48 @@ async def test_a_round_that_waits_for_a_reward_that_is_down_moves_to_the_new_one
                     await anyio.lowlevel.checkpoint()
                 await stage.manager.exchange("old", new)
     assert [stage.results[place].rewards for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
+
+
+async def test_of_two_exchanges_at_once_the_later_one_has_the_seat_in_the_end() -> None:
+    class Slow(Judge):
+        async def start(self) -> None:
+            await self.go.wait()
+            await super().start()
+
+    old, slow, last = Judge(1.0), Slow(2.0), Judge(3.0)
+    last.go.set()
+    stage = Stage(old)
+    async with stage.manager:
+        async with anyio.create_task_group() as tasks:
+            for judge in (slow, last):
+                tasks.start_soon(stage.manager.exchange, "Judge", judge)
+                await anyio.wait_all_tasks_blocked()
+            slow.go.set()
+        await stage.score(0)
+        assert stage.manager.versions == {"Judge": 2}
+        assert (old.events, slow.events, last.events) == (["start", "stop"], ["start", "stop"], ["start"])
+    assert stage.results[0].scores == {"Judge": (3.0, 3.0, 3.0)}
+
+
+async def test_the_file_of_a_successor_is_imported_while_the_loop_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "slow.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "import time\n"
+        "while not Path(__file__).with_name('go').exists():\n"
+        "    time.sleep(0.001)\n"
+        "def judge(completions):\n"
+        "    return [2.0] * len(completions)\n"
+    )
+    stage = Stage(lambda completions: [1.0] * len(completions))
+    async with stage.manager:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(stage.manager.exchange, "<lambda>", f"{file}:judge")
+                await stage.score(0)
+                (tmp_path / "go").touch()
+            await stage.score(1)
+    assert [stage.results[place].rewards for place in range(2)] == [(1.0,) * 3, (2.0,) * 3]
 
 
 async def test_the_managers_end_stops_the_old_one_too_where_its_groups_never_ended() -> None:

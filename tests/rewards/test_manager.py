@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import math
 import threading
@@ -453,6 +454,16 @@ async def test_a_reward_that_does_not_start_stops_those_that_had() -> None:
     with pytest.raises(RewardError, match="reward Broken did not start: OSError: no connection"):
         await manager([first, broken, never]).start()
     assert (first.events, broken.events, never.events) == (["start", "stop"], ["start", "stop"], [])
+
+
+@pytest.mark.parametrize("fault", [asyncio.CancelledError(), SystemExit(2)])
+async def test_a_start_that_ends_by_itself_is_a_fault_and_no_cancellation(fault: BaseException) -> None:
+    class Broken(Judge):
+        async def start(self) -> None:
+            raise fault
+
+    with pytest.raises(RewardError, match=f"reward Broken did not start: {type(fault).__name__}"):
+        await manager(Broken()).start()
 
 
 async def test_a_cancelled_start_stops_what_had_started() -> None:

@@ -19,6 +19,7 @@ from troupe.errors import RewardError
 from troupe.messages import RolloutGroup
 from troupe.rewards import RewardManager, RewardsConfig, TrainerState
 from troupe.rewards.processes import process_spec
+from troupe.runtime import ChildProcess
 
 pytestmark = pytest.mark.anyio
 
@@ -90,13 +91,13 @@ async def test_logs_columns_and_the_trainer_state_cross_and_so_does_nan() -> Non
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("hang", "no answer within 1 s; its process was killed"),
+        ("hang", "no answer within 2 s; its process was killed"),
         ("exit", "exit code 7"),
         pytest.param("crash", "SIGSEGV", marks=pytest.mark.slow),
     ],
 )
 async def test_one_bad_sample_is_missing_and_its_neighbours_are_not(fault: str, message: str) -> None:
-    async with started(process_rewards.acts, timeout_s=1.0) as manager:
+    async with started(process_rewards.acts, timeout_s=2.0 if fault == "hang" else 60.0) as manager:
         before = (await score(manager, "a")).scores["acts"][0]
         result = await score(manager, "a", fault, "b")
         scores = result.scores["acts"]
@@ -172,6 +173,31 @@ async def test_a_file_that_loads_here_and_not_there_is_told(tmp_path: Path, monk
     with pytest.raises(RewardError, match=r"mine\.py:2: the file does not import: AssertionError"):
         async with started(f"{path}:f"):
             raise AssertionError
+
+
+async def test_a_machine_that_has_no_process_left_costs_scores_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*_: Any) -> ChildProcess:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    manager = in_processes(process_rewards.acts)
+    async with manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(ChildProcess, "start", refuse)
+            result = await score(manager, "exit")
+            assert "exit code 7" in result.incidents[0].message
+            result = await score(manager, "a")
+            assert result.rewards == (None,)
+            assert "its process could not be started: [Errno 11] Resource" in result.incidents[0].message
+            with pytest.raises(RewardError, match="reward acts: its process could not be started"):
+                await in_processes(process_rewards.acts).start()
+        assert None not in (await score(manager, "a")).rewards
+
+
+async def test_a_process_that_says_something_else_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = ChildProcess.start
+    monkeypatch.setattr(ChildProcess, "start", lambda *_: start("tests.runtime.child_echo", "talk"))
+    with pytest.raises(RewardError, match="reward lengths: its process did not answer as a reward's does"):
+        await in_processes(process_rewards.lengths).start()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes import make_group, make_prompt
 from troupe.errors import RewardError
+from troupe.messages import Span
 from troupe.rewards import (
     GroupScores,
     RewardActor,
@@ -20,6 +21,7 @@ from troupe.rewards import (
     TrainerState,
     batch_reward,
 )
+from troupe.runtime import Mailbox, Reporter
 
 pytestmark = pytest.mark.anyio
 
@@ -106,6 +108,44 @@ async def test_replacements_are_a_round_of_their_own() -> None:
         alone = make_group(make_prompt(0, 1, 1, batch_size=3, round_size=1), size=2)
         tasks.start_soon(stage.score, alone)
     assert sorted(map(len, ranks.calls)) == [2, 6]
+
+
+async def test_who_waits_for_the_round_is_not_at_work_meanwhile() -> None:
+    ranks = Ranks()
+    ranks.gate = anyio.Event()
+    stage = Stage(ranks)
+    report = Reporter("scorer", None, Mailbox("metrics").channel("spans", Span, bound=99, overflow="drop_oldest"))
+    async with anyio.create_task_group() as tasks:
+        for group in groups(step=4, size=2):
+            tasks.start_soon(stage.manager.score_group, group, None, report)
+        await anyio.wait_all_tasks_blocked()
+        doing = [(span.name, span.kind, span.step, span.gid) for span in report.doing]
+        ranks.gate.set()
+    first, second = (group.prompt.gid for group in groups(step=4, size=2))
+    assert doing == [
+        ("score Ranks", "work", 4, first),
+        ("wait for the round", "wait", 4, first),
+        ("score Ranks", "work", 4, second),
+    ]
+
+
+async def test_groups_that_are_decoded_alone_are_scored_alone() -> None:
+    ranks = Ranks()
+    ranks.gate = anyio.Event()
+    stage = Stage(ranks)
+    alone = [make_group(make_prompt(0, place, 1, batch_size=3, round_size=1), size=2) for place in (0, 2)]
+    async with anyio.create_task_group() as tasks:
+        for group in alone:
+            tasks.start_soon(stage.score, group)
+            await anyio.wait_all_tasks_blocked()
+        assert [len(call) for call in ranks.calls] == [2, 2], "neither waits for the other"
+        ranks.gate.set()
+    for group in alone:
+        stage.manager.settled(group)
+    assert len(ranks.calls) == 2
+    seat = stage.manager._seats["Ranks"].now
+    assert seat.rounds is not None
+    assert not seat.rounds.open
 
 
 async def test_when_who_makes_the_call_is_cancelled_another_one_does() -> None:

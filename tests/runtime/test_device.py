@@ -91,7 +91,7 @@ async def test_exceptions_pass_and_the_thread_lives_on() -> None:
 
 async def test_a_stop_iteration_is_told_instead_of_waited_for() -> None:
     async with DeviceThread("next") as device:
-        with anyio.fail_after(10), pytest.raises(RuntimeError, match="StopIteration"):
+        with anyio.fail_after(30), pytest.raises(RuntimeError, match="StopIteration"):
             await device.run(next, iter(()))
 
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError
@@ -152,6 +153,18 @@ async def test_closing_kills_one_that_does_not_listen() -> None:
     await child.aclose(grace_s=0.01)
     assert child.returncode == -signal.SIGKILL
     await child.aclose()
+
+
+async def test_who_is_cancelled_while_a_child_starts_still_gets_it() -> None:
+    child: ChildProcess | None = None
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        child = await ChildProcess.start(CHILD, "echo")
+        await anyio.lowlevel.checkpoint()
+    assert scope.cancelled_caught
+    assert child is not None, "nobody could end it"
+    await child.aclose()
+    assert child.returncode is not None
 
 
 async def test_the_child_has_our_import_path_and_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:

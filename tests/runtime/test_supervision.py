@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from typing import Any, ClassVar, NoReturn
 
@@ -287,6 +289,50 @@ async def test_failures_that_lie_further_apart_than_the_window_do_not_add_up() -
     await play([failures.role], slow)
     assert failures.role.restarts == 9
     assert failures.pauses.slept == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
+
+
+async def test_an_actor_that_fails_again_and_again_over_the_same_message_ends_the_play() -> None:
+    failures = Failures({"handle 1": 19 + 1, "handle 0": 19})
+
+    async def long_sleep(_: float) -> None:
+        failures.pauses.now_s += 3600.0
+
+    restarts = Restarts(clock=lambda: failures.pauses.now_s, sleep=long_sleep)
+    with pytest.raises(RunError, match="failed 20 times in a row without being done with a single message"):
+        await play([failures.role], restarts)
+    assert failures.role.restarts == 19 + 19, "message 0 was done with in between, so counting began anew"
+
+
+class Heavy:
+    """Stands for weights."""
+
+
+class Holding(Actor):
+    """Fails over its first message with something heavy in hand."""
+
+    name: ClassVar[str] = "holding"
+
+    def __init__(self, inbox: Mailbox, heavy: list[weakref.ref[Heavy]]) -> None:
+        super().__init__(inbox)
+        self.heavy = heavy
+
+    async def handle(self, message: int) -> None:
+        weights = Heavy()
+        self.heavy.append(weakref.ref(weights))
+        if len(self.heavy) == 1:
+            raise OSError("no luck")
+        gc.collect()
+        assert self.heavy[0]() is None, "the traceback of the fault before was kept"
+
+
+async def test_what_a_failed_actor_had_is_let_go_of_when_the_next_one_plays() -> None:
+    inbox = Mailbox("holding")
+    numbers = inbox.channel("numbers", int, bound=1)
+    numbers.send_nowait(1)
+    numbers.close()
+    heavy: list[weakref.ref[Heavy]] = []
+    await play([Role(lambda: Holding(inbox, heavy))], Pauses().restarts)
+    assert len(heavy) == 2
 
 
 def test_pauses_double_up_to_a_limit_and_are_spread_over_the_upper_half() -> None:

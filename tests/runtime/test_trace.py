@@ -116,6 +116,26 @@ def test_what_a_full_disk_left_out_is_written_when_there_is_room(tmp_path: Path)
     assert json.loads((tmp_path / "trace.json").read_text()) == EVENTS
 
 
+def test_a_large_file_gives_way_to_a_new_one_and_the_newest_part_is_kept(tmp_path: Path) -> None:
+    path, before = tmp_path / "trace.json", tmp_path / "trace.before.json"
+    before.write_text("of an earlier start")
+    writer = TraceWriter(path, most_bytes=5000)
+    writer.open()
+    assert not before.exists()
+    names = [f"work {number}" for number in range(100)]
+    for number, name in enumerate(names):
+        writer.write(span("generator", name, number, number + 1.0, gid=0))
+        writer.flush()
+        assert json.loads(path.read_text() + "]")[0]["name"] == "process_name"
+        assert path.stat().st_size < 5000
+    writer.close()
+    assert 5000 <= before.stat().st_size < 6000
+    old, new = json.loads(before.read_text() + "]"), json.loads(path.read_text())
+    shown = [piece.name for events in (old, new) for piece in read_trace(events).slices]
+    assert len(shown) > 20
+    assert shown == names[-len(shown) :]
+
+
 def test_an_empty_run_gives_a_whole_file(tmp_path: Path) -> None:
     assert traced(tmp_path) == EVENTS[:1]
 

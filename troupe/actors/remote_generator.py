@@ -144,7 +144,9 @@ class RemoteGenerator(Actor):
         _expect(Ready, await process.receive())
         asked_s = time.perf_counter()
         await process.send(Ping())
-        pong = _expect(Pong, await process.receive())
+        while isinstance(message := await process.receive(), Span):
+            pass  # its generator waits for prompts already, and says so; by a clock that is not known yet
+        pong = _expect(Pong, message)
         answered_s = time.perf_counter()
         behind_s = (asked_s + answered_s) / 2 - pong.now_s
         # within what the message took it may well be the same clock, as it is on Linux and macOS
@@ -249,7 +251,7 @@ class RemoteGenerator(Actor):
             case Incident():
                 await self.report.incident(message)
             case Loaded(version=version):
-                process.lent[version] -= 1
+                process.lent -= Counter([version])  # which forgets what has come to 0
                 self._files.give_back(version)
             case Ended():
                 process.ended.set()

@@ -79,16 +79,16 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
             except RewardError:
                 raise
             except BaseException as error:
-                if not _is_own_failure(error):
+                if not is_own_failure(error):
                     raise
                 return late if scope.cancel_called else Fault("reward_error", described(error))
         return late
 
 
-def _is_own_failure(error: BaseException) -> bool:
+def is_own_failure(error: BaseException) -> bool:
     """Whether the called code failed, as opposed to us or the user ending it."""
     if isinstance(error, BaseExceptionGroup):
-        return all(_is_own_failure(inner) for inner in error.exceptions)
+        return all(is_own_failure(inner) for inner in error.exceptions)
     if isinstance(error, anyio.get_cancelled_exc_class()):
         # Code that awaits a task cancelled elsewhere raises the same class without anybody cancelling us.
         return anyio.current_effective_deadline() != -math.inf

@@ -23,6 +23,7 @@ from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import Attempts, Fault, Pace
 from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.functions import Reward
+from troupe.rewards.isolation import in_daemon_thread
 from troupe.rewards.loading import load_reward
 from troupe.rewards.processes import ProcessRunner, process_spec
 from troupe.rewards.runners import (
@@ -172,25 +173,11 @@ class RewardManager:
         if name not in self._seats:
             raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
         seat = self._seats[name]
-        loaded = load_reward(reward) if isinstance(reward, str) else reward
-        runner = self._runner(name, loaded, reward if isinstance(reward, str) else None)
-        if runner.scope != seat.scope:
-            raise RewardError(
-                f"reward {name} is called once a {seat.scope}, and its replacement would be once a {runner.scope}; "
-                "start a run of its own for that"
-            )
-        if self._columns is not None:
-            runner.check_columns(self._columns)
-        if self._started:
-            try:
-                await runner.start()
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await runner.stop()
-                raise
-        old, seat.now = seat.now, Sitting(runner)
-        seat.version += 1
-        seat.before.append(old)
+        async with seat.changing:
+            runner = await self._successor(seat, reward)
+            old, seat.now = seat.now, Sitting(runner)
+            seat.version += 1
+            seat.before.append(old)
         was_down = old.runner.breaker.why is not None
         old.runner.breaker.retire()
         self._tell(Incident(actor="scorer", kind="reward_exchanged", message=f"reward {name} was exchanged"))
@@ -203,6 +190,28 @@ class RewardManager:
                 seat.before.remove(old)
                 incidents = await self._stop(old)
         return tuple(incidents)
+
+    async def _successor(self, seat: Seat, reward: Reward | str) -> Runner:
+        """Another runner for the seat, checked and started."""
+        spec = reward if isinstance(reward, str) else None
+        # an import may take long, and groups are scored meanwhile
+        loaded = await in_daemon_thread(partial(load_reward, reward)) if isinstance(reward, str) else reward
+        runner = self._runner(seat.name, loaded, spec)
+        if runner.scope != seat.scope:
+            raise RewardError(
+                f"reward {seat.name} is called once a {seat.scope}, and its replacement would be once a "
+                f"{runner.scope}; start a run of its own for that"
+            )
+        if self._columns is not None:
+            runner.check_columns(self._columns)
+        if self._started:
+            try:
+                await runner.start()
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await runner.stop()
+                raise
+        return runner
 
     async def compute_rewards(
         self,
@@ -251,12 +260,13 @@ class RewardManager:
         """
         batches = [_batch(group, trainer_state, in_run=False) for group in groups]
         outcomes: dict[tuple[str, int], Outcome] = {}
+        silent = Reporter("scorer")
 
         async def one(seat: Seat, place: int) -> None:
-            outcomes[seat.name, place] = await seat.now.score(batches[place])
+            outcomes[seat.name, place] = await seat.now.score(batches[place], silent)
 
         async def whole(seat: Seat) -> None:
-            outcome = await seat.now.score(joined(batches))
+            outcome = await seat.now.score(joined(batches), silent)
             for place, part in enumerate(outcome.split([batch.size for batch in batches])):
                 outcomes[seat.name, place] = part
 
@@ -272,6 +282,8 @@ class RewardManager:
     def settled(self, group: RolloutGroup) -> None:
         """The group was sent on with its scores and will not be scored again."""
         key = _round(group)
+        if key is None:
+            return
         for seat in self._seats.values():
             for sitting in (*seat.before, seat.now):
                 if sitting.rounds is not None:
@@ -286,7 +298,7 @@ class RewardManager:
             with report.span(f"score {seat.name}", step=step, gid=batch.gid):
                 while True:
                     try:
-                        outcomes[seat.name] = await seat.sitting_for(batch.round).score(batch)
+                        outcomes[seat.name] = await seat.sitting_for(batch.round).score(batch, report)
                     except Exchanged:
                         continue
                     return
@@ -374,8 +386,11 @@ def _batch(group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
     )
 
 
-def _round(group: RolloutGroup) -> Round:
+def _round(group: RolloutGroup) -> Round | None:
+    """None for a group that is decoded alone: in the free schedule several of a step and attempt may be."""
     prompt = group.prompt
+    if prompt.round_size == 1:
+        return None
     return Round(step=prompt.slot.step, attempt=prompt.slot.attempt, size=prompt.round_size)
 
 

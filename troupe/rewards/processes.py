@@ -52,14 +52,20 @@ class Worker:
         """Spawn it and wait until the reward is loaded.
 
         Raises:
-            RewardError: where it cannot be loaded, or the process ends.
+            RewardError: where it cannot be loaded, or the process does not start or ends.
         """
-        child = await ChildProcess.start(_WORKER, spec)
+        try:
+            child = await ChildProcess.start(_WORKER, spec)
+        except OSError as error:  # no memory, processes or files left: a machine's fault, which may pass
+            raise RewardError(f"reward {name}: its process could not be started: {error}") from error
         try:
             reply = msgspec.msgpack.decode(await child.receive(), type=Reply)
         except anyio.EndOfStream as error:
             await child.aclose(0.0)
             raise RewardError(f"reward {name}: its process ended while it was loaded: {error}") from None
+        except (FrameError, msgspec.DecodeError) as error:
+            await child.aclose(0.0)
+            raise RewardError(f"reward {name}: its process did not answer as a reward's does: {error}") from error
         except BaseException:
             await child.aclose(0.0)
             raise

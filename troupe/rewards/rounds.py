@@ -9,6 +9,7 @@ import anyio
 
 from troupe.messages import Slot
 from troupe.rewards.runners import Batch, Outcome, Round, Runner, joined
+from troupe.runtime import Reporter
 
 
 class Rounds:
@@ -32,8 +33,8 @@ class Rounds:
         """Whether a group of the round has come, and not all are settled."""
         return key in self._gathered
 
-    async def score(self, batch: Batch) -> Outcome:
-        """The group's part of its round's outcome."""
+    async def score(self, batch: Batch, report: Reporter) -> Outcome:
+        """The group's part of its round's outcome; `report` is told of the time until the others are here."""
         key, gid = batch.round, batch.gid
         assert key is not None
         assert gid is not None
@@ -42,7 +43,8 @@ class Rounds:
         gathered.tell()
         while gid not in gathered.outcomes:
             if gathered.calling or len(gathered.groups) < key.size:
-                await gathered.changed.wait()
+                with report.span("wait for the round", step=key.step, gid=gid, kind="wait"):
+                    await gathered.changed.wait()
                 continue
             gathered.calling = True
             try:

@@ -17,7 +17,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.messages import Slot
 from troupe.rewards.actor import RewardActor, RewardSample
-from troupe.rewards.attempts import Attempts, Fault, Pace, described
+from troupe.rewards.attempts import Attempts, Fault, Pace, described, is_own_failure
 from troupe.rewards.breaker import Breaker
 from troupe.rewards.functions import (
     Reward,
@@ -197,7 +197,9 @@ class ActorRunner(Runner):
         with anyio.move_on_after(self._start.pace.timeout_s) as scope:
             try:
                 await in_own_task(self._actor.start)
-            except Exception as error:
+            except BaseException as error:
+                if not is_own_failure(error):
+                    raise
                 raise RewardError(
                     f"reward {self.name} did not start: {described(error)}; correct what its start() needs"
                 ) from error

@@ -7,6 +7,7 @@ import anyio
 from troupe.rewards.breaker import Exchanged
 from troupe.rewards.rounds import Rounds
 from troupe.rewards.runners import Batch, Outcome, Round, Runner
+from troupe.runtime import Reporter
 
 
 class Seat:
@@ -17,6 +18,8 @@ class Seat:
         self.version = 0
         self.now = Sitting(runner)
         self.before: list[Sitting] = []
+        self.changing = anyio.Lock()
+        """Held while a successor gets ready, so that who was asked for last has the seat in the end."""
 
     def sitting_for(self, key: Round | None) -> Sitting:
         """Who scores a group: a round that is scored in one call stays with whom it began with."""
@@ -36,14 +39,14 @@ class Sitting:
         self.calls = 0
         self._moved = anyio.Event()
 
-    async def score(self, batch: Batch) -> Outcome:
+    async def score(self, batch: Batch, report: Reporter) -> Outcome:
         """A group, in a call of its own or with the others of its round."""
         self.calls += 1
         try:
             if self.rounds is None or batch.round is None:
                 return await self.runner.score(batch)
             try:
-                return await self.rounds.score(batch)
+                return await self.rounds.score(batch, report)
             except Exchanged:
                 self.rounds.leave(batch.round)
                 raise

@@ -189,6 +189,8 @@ class Mailbox:
         self.channels: list[Channel[Any]] = []
         self.moved_s = time.perf_counter()
         """When a message was last taken; before the first, when the mailbox was made."""
+        self.finished = 0
+        """Messages that the reader was done with so far."""
         self._queue: deque[_Letter] = deque()
         self._in_hand: list[_Letter] = []
         self._read: _Letter | None = None  # what `async for` gave out last
@@ -237,6 +239,7 @@ class Mailbox:
         for i, letter in enumerate(self._in_hand):
             if letter.message is message:
                 del self._in_hand[i]
+                self.finished += 1
                 self._progressed()
                 return
 

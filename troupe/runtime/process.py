@@ -157,9 +157,10 @@ class ChildProcess:
             os.close(read_end)
             os.close(says)
         loop = asyncio.get_running_loop()
-        child = cls(module, process, await Connection.over(ours, max_frame_bytes), lifeline)
-        threading.Thread(target=child._reap, args=(loop,), name=f"troupe-wait-{process.pid}", daemon=True).start()
-        await loop.connect_read_pipe(lambda: child._stderr, os.fdopen(said, "rb", buffering=0))
+        with anyio.CancelScope(shield=True):  # short, and who is cancelled here would leave a child behind
+            child = cls(module, process, await Connection.over(ours, max_frame_bytes), lifeline)
+            threading.Thread(target=child._reap, args=(loop,), name=f"troupe-wait-{process.pid}", daemon=True).start()
+            await loop.connect_read_pipe(lambda: child._stderr, os.fdopen(said, "rb", buffering=0))
         return child
 
     @property

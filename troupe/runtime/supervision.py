@@ -27,6 +27,9 @@ class Restarts(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 3
     """Restarts of one role within `window_s`; one more failure ends the run."""
     window_s: float = 60.0
+    in_vain: int = 20
+    """Failures of one role in a row, however far apart, between which it was done with no message: the last one ends
+    the run, or one whose actor takes longer than the window to fail would be restarted for ever."""
     first_s: float = 0.1
     """Seconds before the first restart; each further one within the window waits twice as long."""
     most_s: float = 10.0
@@ -55,6 +58,7 @@ class Role:
         """New actors so far."""
         self._make = make
         self._failures: deque[float] = deque()
+        self._in_vain = self._finished = 0  # failures since messages were finished, and how many by then
 
     @property
     def name(self) -> str:
@@ -75,6 +79,7 @@ class Role:
                 raise fault
             self.actor.inbox.take_back()
             await self._wait(fault, restarts)
+            del fault  # its traceback holds what the actor had: weights, caches, a snapshot
             work = self._begin_again
 
     async def _begin_again(self) -> None:
@@ -87,6 +92,14 @@ class Role:
         while now_s - self._failures[0] > restarts.window_s:
             self._failures.popleft()
         what = f"{self.name} failed: {type(fault).__name__}: {fault} ({_place(fault)})"
+        finished = self.actor.inbox.finished
+        self._in_vain = self._in_vain + 1 if finished == self._finished else 1
+        self._finished = finished
+        if self._in_vain >= restarts.in_vain:
+            raise RunError(
+                f"{what}; it has failed {self._in_vain} times in a row without being done with a single message; mend "
+                "the cause, then go on with --resume"
+            ) from fault
         if len(self._failures) > restarts.limit:
             raise RunError(
                 f"{what}; it was restarted {restarts.limit} times within {restarts.window_s:g} s before, which is the "

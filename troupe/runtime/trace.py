@@ -5,7 +5,8 @@ processes of their own. Arrows follow a group: from each span of a gid to the sp
 where several rewards score a group at once the arrows part and meet again.
 
 Format: the JSON array form of the Trace Event Format, times in microseconds. The array is left open while the run goes
-on, which the format allows, and what is flushed are whole events, so that the file of a crashed run opens too.
+on, which the format allows, and what is flushed are whole events, so that the file of a crashed run opens too. A file
+that has become large gives way to a new one: a run of weeks neither fills the disk nor makes what no viewer can open.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _MAIN_PROCESS = 1
 _PARTS = 8  # of a microsecond: eighths are exact in decimal and in binary, whatever a reader multiplies them with
 _MOST_GROUPS = 1 << 16  # alive at once; more have lost their end
 _MAX_LANES = 1000  # of an actor, for the order of tracks
+_MOST_BYTES = 256 * 2**20  # of a file: viewers hold all of it in memory, several times over
 
 
 class _Args(msgspec.Struct, omit_defaults=True):
@@ -54,13 +56,19 @@ class _Piece(msgspec.Struct, frozen=True):
 
 
 class TraceWriter:
-    """A sink that appends spans to a trace file. Tracks are numbered in order of first appearance."""
+    """A sink that appends spans to a trace file. Tracks are numbered in order of first appearance.
+
+    When the file has `most_bytes`, it is renamed from `NAME.json` to `NAME.before.json`, in place of the one that was
+    there, and a new one is begun; so the newest part is always kept. No arrow leads from one file to the other.
+    """
 
     name = "trace"
     takes: tuple[type, ...] = (Span, GroupClosed)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, most_bytes: int = _MOST_BYTES) -> None:
+        self._path, self._most_bytes = path, most_bytes
+        self._before = path.with_name(f"{path.stem}.before{path.suffix}")
+        self._written = 0
         self._processes: set[int] = set()
         self._actors: dict[str, int] = {}
         self._tracks: dict[tuple[int, str, int], int] = {}
@@ -72,10 +80,9 @@ class TraceWriter:
 
     def open(self) -> None:
         """Begin the file anew."""
-        self._file = FileIO(self._path, "wb")
-        self._unwritten = bytearray(b"[\n")
-        self._name_process(_MAIN_PROCESS, "troupe", before=b"")
-        self.flush()
+        self._before.unlink(missing_ok=True)
+        self._begin()
+        self._put_out()
 
     def write(self, message: object) -> None:
         """Add a span to its track, with the arrows that end in it; a group that is closed has no more of them."""
@@ -86,8 +93,12 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Put what was written where a crash of this process cannot lose it; what a full disk left out comes next."""
-        while self._file is not None and self._unwritten:
-            del self._unwritten[: self._file.write(self._unwritten)]
+        self._put_out()
+        if self._file is not None and self._written >= self._most_bytes:
+            self._file.close()
+            self._path.replace(self._before)
+            self._begin()
+            self._put_out()
 
     def close(self) -> None:
         """End the array and close the file. Safe to call twice."""
@@ -95,10 +106,22 @@ class TraceWriter:
             return
         try:
             self._unwritten += b"\n]\n"
-            self.flush()
+            self._put_out()
         finally:
             self._file.close()
             self._file = None
+
+    def _put_out(self) -> None:
+        while self._file is not None and self._unwritten:
+            written = self._file.write(self._unwritten)
+            del self._unwritten[:written]
+            self._written += written
+
+    def _begin(self) -> None:
+        self._file, self._written = FileIO(self._path, "wb"), 0
+        self._processes, self._tracks, self._pieces = set(), {}, {}
+        self._unwritten = bytearray(b"[\n")
+        self._name_process(_MAIN_PROCESS, "troupe", before=b"")
 
     def _draw(self, span: Span) -> None:
         process = _MAIN_PROCESS if span.process is None else span.process

@@ -18,6 +18,11 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds that one write may take before the sink is switched off, and that all sinks have at the end of a run to
     write what they have not written yet."""
 
+    def __post_init__(self) -> None:
+        twice = sorted({name for name in self.sinks if self.sinks.count(name) > 1})
+        if twice:  # two would write into one file
+            raise ValueError(f"metrics.sinks has {', '.join(twice)} more than once; name each sink once")
+
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a sink may tell about the run as a whole."""
