@@ -92,9 +92,9 @@ def check(stored: Checkpoint, straight: Straight, config: RunConfig) -> None:
     [
         pytest.param(PLAIN, 0, [(1, 3, 1)], id="plain, 0"),
         pytest.param(PLAIN, 3, [(2, 1, 64)], id="plain, 3"),
-        pytest.param(FULL, 0, [(3, 1, 64)], id="full, 0"),
+        pytest.param(FULL, 0, [(3, 1, 64)], id="full, 0", marks=pytest.mark.slow),
         pytest.param(FULL, 1, [(4, 1, 1), (5, 3, 64)], id="full, 1"),
-        pytest.param(FULL, 2, [(6, 2, 64)], id="full, 2"),
+        pytest.param(FULL, 2, [(6, 2, 64)], id="full, 2", marks=pytest.mark.slow),
         pytest.param(FULL, 3, [(7, 1, 1)], id="full, 3"),
     ],
 )

@@ -18,6 +18,7 @@ from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor, RewardSample
 from troupe.rewards.functions import (
     RewardLog,
+    Signature,
     accepted_arguments,
     call_function,
     check_columns,
@@ -27,6 +28,7 @@ from troupe.rewards.functions import (
     reward_name,
     reward_place,
 )
+from troupe.rewards.loading import load_reward
 
 pytestmark = pytest.mark.anyio
 
@@ -212,3 +214,21 @@ async def test_logs_are_kept_per_call() -> None:
     assert (log.extra, log.metrics) == ({"first": ("a", "b")}, {"m": 1.5})
     with pytest.raises(RewardError, match=r"log_extra\('x', …\) got 1 values for 2 completions"):
         RewardLog(2).log_extra("x", [1])
+
+
+async def test_a_quick_function_is_called_where_its_caller_is_and_others_are_not() -> None:
+    def here(completions: list[str], **_: Any) -> list[float]:
+        return [float(threading.get_ident())] * len(completions)
+
+    arguments = {"prompts": ["p"], "completions": ["c"]}
+    [elsewhere], _ = await call_function(here, "here", arguments, 1)
+    here.quick = True  # type: ignore[attr-defined]
+    [quick], _ = await call_function(here, "here", arguments, 1)
+    assert quick == float(threading.get_ident()) != elsewhere
+
+
+async def test_our_own_rewards_that_only_look_at_text_are_quick() -> None:
+    functions: list[Any] = [
+        load_reward(name) for name in ("length", "exact_answer", "think_format", "diversity", "format:a*")
+    ]
+    assert [Signature.of(function).is_quick for function in functions] == [True, True, True, False, False]

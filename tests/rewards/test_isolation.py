@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -219,3 +221,22 @@ async def test_an_async_function_that_ignores_cancellation_is_missing() -> None:
     with anyio.fail_after(30):
         result = await RewardManager(hangs, config=config).compute_rewards(["p"], ["a"])
     assert [incident.kind for incident in result.incidents] == ["reward_timeout"]
+
+
+LEAVES_ONE_BEHIND = """
+import anyio, asyncio
+from troupe.rewards import isolation
+from tests.rewards.test_isolation import stubborn
+
+async def main():
+    isolation.GRACE_S = 0.01
+    with anyio.move_on_after(0.01):
+        await isolation.in_own_task(stubborn)
+
+anyio.run(main)
+"""
+
+
+def test_what_was_left_behind_does_not_keep_the_process_from_ending() -> None:
+    result = subprocess.run([sys.executable, "-c", LEAVES_ONE_BEHIND], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -115,7 +115,7 @@ class Generator(Actor):
         requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=self._key(prompt)) for prompt in prompts]
         with self.report.span("generate", step=step):
             completed = self._completed(requests)
-            while ready := await self._device.run(next, completed, None, on_cancel=self._engine.abort):
+            while ready := await self._device.run(next, completed, None, on_cancel=self._engine.abort, plain=True):
                 self._tell_computed(step)
                 for index, rollouts in ready:
                     await self._hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))

@@ -46,6 +46,9 @@ def length_reward(completions: Sequence[Completion], target_length: int = 200, *
     return [max(0.0, 1.0 - abs(n - target_length) / target_length) for n in lengths]
 
 
+length_reward.quick = True  # type: ignore[attr-defined]  # text of any length is compared in microseconds
+
+
 def diversity_reward(
     completions: Sequence[Completion],
     prompts: Sequence[PromptText] | None = None,
@@ -114,6 +117,9 @@ def think_format_reward(completions: Sequence[Completion], **columns: Any) -> li
     """Whether a completion thinks first: 1 where it starts with `<think>`, opens that once and closes it, else 0."""
     texts = map(completion_text, completions)
     return [float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t) for t in texts]
+
+
+think_format_reward.quick = True  # type: ignore[attr-defined]  # text of any length is compared in microseconds
 
 
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> Callable[..., list[float | None]]:
@@ -198,3 +204,6 @@ def exact_answer_reward(completions: Sequence[Completion], answer: Sequence[Any]
         None if expected is None else float(completion_text(completion).strip() == str(expected).strip())
         for completion, expected in zip(completions, answer, strict=True)
     ]
+
+
+exact_answer_reward.quick = True  # type: ignore[attr-defined]  # text of any length is compared in microseconds

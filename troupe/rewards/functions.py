@@ -86,6 +86,8 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True):
     takes_all: bool
     """Whether there is a `**kwargs`."""
     is_async: bool
+    is_quick: bool
+    """Whether the function says so of itself (`quick = True`): it takes microseconds, and a thread would take more."""
 
     @classmethod
     def of(cls, function: RewardFunction) -> Signature:
@@ -111,6 +113,7 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True):
             names={p.name: p.default is p.empty for p in parameters if p.kind in _NAMED},
             takes_all=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
             is_async=_is_async(function),
+            is_quick=bool(getattr(unwrapped(function), "quick", False)),
         )
 
     def taken_of(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +254,7 @@ def checked_scores(result: Any, name: str, size: int) -> list[float | None]:
 async def call_function(
     function: RewardFunction, name: str, arguments: Mapping[str, Any], size: int, signature: Signature | None = None
 ) -> tuple[list[float | None], RewardLog]:
-    """Call once; a sync function in a thread, an async one in the event loop.
+    """Call once; a sync function in a thread, an async or quick one in the event loop.
 
     A cancelled call of a sync function is left to itself: Python cannot stop a thread. An async one that ignores its
     cancellation is left behind.
@@ -272,7 +275,7 @@ async def call_function(
         # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
         return result if inspect.isawaitable(result) else checked_scores(result, name, size)
 
-    result = await in_daemon_thread(play)
+    result = play() if signature.is_quick else await in_daemon_thread(play)
     return checked_scores(await in_own_task(lambda: result) if inspect.isawaitable(result) else result, name, size), log
 
 

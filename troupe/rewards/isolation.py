@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
@@ -21,8 +22,6 @@ GRACE_S = 1.0
 """That a cancelled coroutine may take to end before it is left behind."""
 IDLE_S = 30.0
 """After which a thread without work ends."""
-
-_LEFT_BEHIND: list[object] = []  # the interpreter complains of such a coroutine when it is collected
 
 
 async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
@@ -97,7 +96,8 @@ def _close(awaitable: Awaitable[Any]) -> None:
         if isinstance(awaitable, Coroutine):
             awaitable.close()
     except BaseException:  # one of them answers its end with an error, or ignores it
-        _LEFT_BEHIND.extend(frames)
+        for frame in frames:  # never to be collected, not even when the interpreter ends: it would be closed once more
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(frame))
 
 
 def _chain(waiting: object) -> Iterator[object]:

@@ -51,13 +51,17 @@ class DeviceThread:
             max_workers=1, thread_name_prefix=f"troupe-{name}", initializer=_open_stream
         )
 
-    async def run(self, function: Callable[..., T], *args: Any, on_cancel: Callable[[], None] | None = None) -> T:
+    async def run(
+        self, function: Callable[..., T], *args: Any, on_cancel: Callable[[], None] | None = None, plain: bool = False
+    ) -> T:
         """Run `function(*args)` on the device thread and return its result with every array in it evaluated.
+
+        `plain`: there is no array in it, and nobody needs to look.
 
         A call cannot be interrupted from outside. When the caller is cancelled, `on_cancel` (called on the event
         loop) may ask the work to end early; the cancellation is delivered after the work has ended.
         """
-        future = asyncio.wrap_future(self._executor.submit(_evaluated, function, args))
+        future = asyncio.wrap_future(self._executor.submit(_evaluated, function, args, plain))
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -90,10 +94,11 @@ def _open_stream() -> None:
     mx.set_default_stream(mx.new_stream(mx.default_device()))
 
 
-def _evaluated(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+def _evaluated(function: Callable[..., T], args: tuple[Any, ...], plain: bool) -> T:
     try:
         result = function(*args)
     except StopIteration as error:  # no future can carry one: who waits for it would wait for ever
         raise RuntimeError("the work on the device thread ended in StopIteration; give next() a default") from error
-    mx.eval(list(arrays_in(result)))
+    if not plain:
+        mx.eval(list(arrays_in(result)))
     return result
