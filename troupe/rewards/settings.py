@@ -24,8 +24,9 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     functions: tuple[str, ...] = ()
     """What `load_reward` takes: "length", "exact_answer", "format:REGEX", "FILE.py:NAME", …"""
     run: tuple[Run, ...] | None = None
-    """Where each runs, one a function: "auto", an async function in the event loop and a sync one in a thread (in the event
-    loop too where its attribute `quick` is true), or "process", in processes that can be killed. None: all "auto"."""
+    """Where each runs, one a function: "auto", an async function in the event loop and a sync one in a thread (in the
+    event loop too where its attribute `quick` is true), or "process", in processes that can be killed. None: all
+    "auto"."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 2
     """Processes of each function that runs in some; each makes one call at a time."""
     weights: tuple[float, ...] | None = None
