@@ -1,13 +1,15 @@
-"""How long does one GRPO step take without actors: generating P × G completions, and learning from them?
+r"""How long does one GRPO step take without actors: generating P × G completions, and learning from them?
 
-    python benchmarks/bench_step.py [--prompts 4 --group 8 --prompt-tokens 64 --new-tokens 128 --steps 5]
+    python -m benchmarks.bench_step [--prompts 4 --group 8 --prompt-tokens 64 --new-tokens 128 --steps 5]
+    python -m benchmarks.bench_step --model Qwen3-0.6B --dtype bfloat16 --prompts 32 \
+        --prompt-tokens 128 --new-tokens 256 --micro-batches 8
 
-A random Qwen3-shaped policy of 8.9 million parameters, no stop token, random rewards. Prints one JSON line of medians.
+Random weights (`tiny`: 8.9 million parameters), no stop token unless `--stop-ids`, random rewards. Prints one JSON line
+of medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import random
@@ -16,51 +18,39 @@ import time
 from importlib.metadata import version
 
 import troupe  # first: it loads OpenBLAS before MLX
+from benchmarks.bench_generation import arguments, policy_of
 from troupe.grpo import LearnerConfig, adamw_init, compute_advantages, make_batch, train_on_batch
 from troupe.learning import completion_log_probs
-from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, parameter_count, random_policy
+from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, parameter_count
 
 import mlx.core as mx  # isort: skip
-
-CONFIG = Qwen3Config(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=64,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
 
 
 def main() -> None:
     """Time the steps and print the line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser = arguments(__doc__)
     parser.add_argument("--micro-batches", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
-    policy = random_policy(CONFIG)
+    policy = policy_of(args)
+    config = policy.config
     rng = random.Random(0)
-    prompts = [tuple(rng.randrange(CONFIG.vocab_size) for _ in range(args.prompt_tokens)) for _ in range(args.prompts)]
+    prompts = [tuple(rng.randrange(config.vocab_size) for _ in range(args.prompt_tokens)) for _ in range(args.prompts)]
     rewards = mx.array([rng.random() for _ in range(args.prompts * args.group)])
     generation = GenerationConfig(num_generations=args.group, max_completion_length=args.new_tokens)
-    engine = RolloutEngine(CONFIG, generation, stop_ids=frozenset())
-    config = LearnerConfig(lr=1e-5, gradient_accumulation_steps=args.micro_batches)
+    engine = RolloutEngine(config, generation, stop_ids=frozenset(range(1000, 1000 + args.stop_ids)))
+    learner = LearnerConfig(lr=1e-5, gradient_accumulation_steps=args.micro_batches)
     weights, state = policy.weights, adamw_init(policy.weights)
-    generate_s, learn_s = [], []
+    del policy
+    generate_s, learn_s, tokens = [], [], 0
     for step in range(args.steps + 1):
         start_s = time.perf_counter()
         engine.load(weights, step)
         requests = [RolloutRequest(prompt_ids=ids, key=(0, step, place)) for place, ids in enumerate(prompts)]
         groups = sorted(engine.decode(requests), key=lambda group: group.index)
         generated_s = time.perf_counter()
+        engine.release()
         completions = [completion for group in groups for completion in group.completions]
+        tokens = sum(len(completion.token_ids) for completion in completions)
         batch = make_batch(
             [ids for ids in prompts for _ in range(args.group)],
             [completion.token_ids for completion in completions],
@@ -68,16 +58,15 @@ def main() -> None:
             compute_advantages(rewards, args.group),
             pad_id=0,
         )
-        log_probs = completion_log_probs(CONFIG, 1.0, entropy_gradient=False)
-        result = train_on_batch(weights, state, batch, log_probs, config, lr=config.lr)
+        log_probs = completion_log_probs(config, 1.0, entropy_gradient=False)
+        result = train_on_batch(weights, state, batch, log_probs, learner, lr=learner.lr)
         weights, state = result.weights, result.optimizer_state
         if step:  # the first step compiles kernels
             generate_s.append(generated_s - start_s)
             learn_s.append(time.perf_counter() - generated_s)
-    tokens = args.prompts * args.group * args.new_tokens
     line = {
         "benchmark": "step",
-        "parameters": parameter_count(CONFIG),
+        "parameters": parameter_count(config),
         **vars(args),
         "generate_s": round(statistics.median(generate_s), 4),
         "learn_s": round(statistics.median(learn_s), 4),

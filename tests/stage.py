@@ -22,7 +22,7 @@ import pytest
 
 import troupe  # noqa: F401 - before MLX
 from tests.fakes import DirectSinkThread
-from troupe import RunConfig, pipeline, supervisor
+from troupe import RunConfig, performance, pipeline, supervisor
 from troupe.actors import checkpointer as checkpointer_room
 from troupe.actors import learner as learner_room
 from troupe.actors import metrics as metrics_room
@@ -43,6 +43,7 @@ from troupe.messages import (
 )
 from troupe.policy import CompletedGroup, Completion, RolloutRequest
 from troupe.prepare import Prepared
+from troupe.restoring import Restored
 from troupe.rewards import RewardManager
 from troupe.runtime import Channel, DeviceThread, Mailbox
 from troupe.schedule import PromptSchedule
@@ -304,6 +305,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
         evaluation=None,
         checkpoint=None,
         optimizer_state={},
+        restored=Restored(next=0),
         memory=memory,
         notices=(),
     )
@@ -356,7 +358,7 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
         patch.setattr(sink_threads, "SinkThread", DirectSinkThread)
         patch.setattr(metrics_room, "_LETS_OTHERS_FIRST_S", 0.0)
         patch.setattr(supervisor, "prepare", lambda *_, **__: prepared)
-        patch.setattr(supervisor, "Policy", lambda *_: None)
+        patch.setattr(performance, "Policy", lambda *_: None)
         patch.setattr(learner_room, "train_on_batch", train)
         patch.setattr(learner_room, "completion_log_probs", lambda *_, **__: None)
         patch.setattr(checkpointer_room.Checkpointer, "write", write)
@@ -371,7 +373,8 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
 
 
 def _assemble(groups: Sequence[ScoredGroup], *_: Any, **__: Any) -> Any:
-    return SimpleNamespace(batch=[(g.group.prompt, g.group.rollouts, g.scores) for g in groups], metrics={})
+    batch = [(g.group.prompt, g.group.rollouts, g.scores) for g in groups]
+    return SimpleNamespace(batch=batch, metrics={}, advantages=[(0.0,) * len(g.group.rollouts) for g in groups])
 
 
 def _digest_of_batch(batch: Any) -> bytes:

@@ -67,6 +67,7 @@ def test_the_plays_are_as_wild_as_they_claim() -> None:
     assert {"trained", "filtered", "quarantined"} <= states
     assert {
         "actor_restarted",
+        "checkpoint_back",
         "checkpoint_failed",
         "group_quarantined",
         "nonfinite_step",
@@ -112,7 +113,7 @@ def test_a_lost_credit_is_a_deadlock_that_says_who_waits(monkeypatch: pytest.Mon
 
 def test_a_credit_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = Credits.__init__
-    monkeypatch.setattr(Credits, "__init__", lambda self, limit: begin(self, limit + 1))
+    monkeypatch.setattr(Credits, "__init__", lambda self, limit, live=(): begin(self, limit + 1, live))
     with pytest.raises(AssertionError, match="5 groups are alive, 4 may be"):
         play(PLAIN)
 

@@ -24,10 +24,11 @@ from troupe.cli import main, train_config
 from troupe.config import DEMO_CONFIG, config_table, load_config
 from troupe.errors import ModelError, RunError
 from troupe.policy import load_policy
-from troupe.supervisor import RunResult
+from troupe.summary import RunResult
 
 RUN = ("-m", "m", "-d", "p.json", "--num-generations", "3", "--batch-size", "2", "--lr", "0.01")
 SHORT = ("--set", "generation.max_completion_length=8")
+LONGER = ("--allow-change", "learner.max_steps")
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,13 @@ def test_resume_reads_the_stored_config_and_goes_on(workplace: Path) -> None:
     refused = call("train", *RUN, *SHORT, "-o", "out")
     assert refused.exit_code == 2
     assert "add --resume" in refused.stderr
-    out = done("train", "-o", "out", "--resume", "--max-steps", "3")
+    refused = call("train", "-o", "out", "--resume", "--max-steps", "3")
+    assert refused.exit_code == 2
+    assert "  learner.max_steps: 2 → 3\nleave them out" in refused.stderr
+    out = done("train", "-o", "out", "--resume", "--max-steps", "3", *LONGER)
     assert "note: going on after step 2" in out
+    assert "note: learner.max_steps: 2 → 3, as allowed" in out
+    assert "note: the run now has 3 steps, 2 before; the linear learning rate counts the new number" in out
     assert "3 of 3 steps" in out
     assert "groups: 2 trained" in out
     summary = json.loads((workplace / "out" / "summary.json").read_text())
@@ -163,6 +169,33 @@ def test_resume_reads_the_stored_config_and_goes_on(workplace: Path) -> None:
     stored = config_table(load_config(workplace / "out" / "run.toml"))
     assert (stored["learner"]["lr"], stored["learner"]["max_steps"]) == (0.01, 3)
     assert stored["rewards"]["functions"] == ("length",)
+
+
+def test_what_a_run_file_does_not_say_stays_as_it_was_on_a_resume(workplace: Path) -> None:
+    (workplace / "sub").mkdir()
+    shutil.move("p.json", "sub/p.json")
+    file = workplace / "sub" / "run.toml"
+    file.write_text(
+        'output = "out"\n[model]\npath = "../m"\n[data]\npath = "p.json"\n'
+        "[generation]\nmax_completion_length = 500\n[learner]\nlr = 1e-2\nbatch_size = 2\n"
+    )
+    flags = ("--max-steps", "1", "--num-generations", "2", "--set", "learner.beta=0.1")
+    done("train", str(file), *flags, "--lr", "1e-3", "--reward", "length")
+    stored = load_config(workplace / "out" / "run.toml")
+    assert (stored.generation.max_completion_length, stored.learner.lr, stored.learner.beta) == (59, 1e-3, 0.1)
+    again = call("train", str(file), "--resume")
+    assert again.exit_code == 2
+    assert "  learner.lr: 0.001 → 0.01\nleave them out" in again.stderr, "the file says another one than the flag did"
+    file.write_text(file.read_text().replace("lr = 1e-2\n", ""))
+    assert "1 of 1 steps" in done("train", str(file), "--resume")
+    assert load_config(workplace / "out" / "run.toml") == stored
+    assert "1 of 1 steps" in done("train", str(file), "-o", str(workplace / "out"), "--resume")
+    file.write_text(file.read_text() + "lr = 7\n")
+    wrong = call("train", str(file), "--resume")
+    assert wrong.stderr.startswith(f"troupe: {file}: learner.lr is 7")
+    dry = done("train", "-o", "out", "--resume", "--lr", "0.5", "--allow-change", "learner.lr", "--dry-run")
+    assert "note: learner.lr: 0.001 → 0.5, as allowed" in dry
+    assert load_config(workplace / "out" / "run.toml") == stored
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(workplace: Path) -> None:
@@ -208,18 +241,8 @@ def test_an_interrupt_finishes_the_step_and_can_be_resumed(workplace: Path) -> N
     assert f"interrupted; go on with: troupe train -o {workplace / 'out'} --resume" in result.stdout
     assert load_checkpoint(list_checkpoints(workplace / "out")[0]).state.version == steps
     assert "final" in names_in(workplace / "out")
-    assert f"{steps + 1} of {steps + 1} steps" in done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1))
-
-
-def test_an_interrupted_free_run_says_that_it_cannot_be_resumed(workplace: Path) -> None:
-    (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT,"))
-    run = ["train", *RUN, *SHORT, "-o", "out", "--epochs", "99", "--reward", "r.py:f"]
-    result = call(*run, "--set", "schedule.mode=free", "--set", "schedule.generator=thread")
-    assert result.exit_code == 130
-    folder = workplace / "out"
-    assert f"interrupted; the policy so far is in {folder}/checkpoints, but a free run cannot" in result.stdout
-    again = call("train", "-o", "out", "--resume")
-    assert again.exit_code == 2
+    rest = done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1), *LONGER)
+    assert f"{steps + 1} of {steps + 1} steps" in rest
 
 
 def test_a_second_signal_writes_only_the_checkpoint(workplace: Path) -> None:
@@ -249,7 +272,8 @@ def test_a_real_process_drains_on_sigint(workplace: Path) -> None:
     assert "\x1b" not in "".join(told) + out
     steps = load_checkpoint(list_checkpoints(workplace / "out")[0]).state.version
     assert f"{steps} of 24998 steps" in out
-    assert f"{steps + 1} of {steps + 1} steps" in done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1))
+    rest = done("train", "-o", "out", "--resume", "--max-steps", str(steps + 1), *LONGER)
+    assert f"{steps + 1} of {steps + 1} steps" in rest
 
 
 @pytest.mark.parametrize(

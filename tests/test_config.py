@@ -43,7 +43,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
     [
         ("learner.lrr=1", "unknown key learner.lrr; did you mean learner.lr?"),
         ("lerner.lr=1", "unknown key lerner; did you mean learner?"),
-        ("foo=1", "unknown key foo; known keys here: checkpoint, data, generation, learner, memory_limit_gb, "),
+        ("foo=1", "unknown key foo; known keys here: checkpoint, daemon, data, generation, learner, memory_limit_gb, "),
         ("learner=3", "learner is 3: expected a table, got int"),
         ("learner.lr={peak=1.0}", "learner.lr: expected float, got a table"),
         ("learner.lr='fast'", "learner.lr is 'fast': expected float, got str"),
@@ -64,7 +64,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("schedule.generator_processes=0", "schedule.generator_processes is 0: expected int >= 1"),
         ("schedule.blas_threads=0", "schedule.blas_threads is 0: expected int >= 1"),
         ("schedule={generator='thread',generator_processes=2}", "generator_processes is 2, but schedule.generator is"),
-        ("metrics.sinks=['fax']", "metrics.sinks[0] is 'fax': give one of 'console', 'jsonl', 'trace'"),
+        ("metrics.sinks=['fax']", "metrics.sinks[0] is 'fax': give one of 'console', 'jsonl', 'trace', 'sqlite'"),
         ("generation.top_p=0", "generation.top_p is 0: expected float > 0.0"),
         ("checkpoint.every=0", "checkpoint.every is 0: expected int >= 1"),
         ("seed=-1", "seed is -1; give a number from 0 to 2^63 - 1"),
@@ -238,7 +238,9 @@ CONFIGS = st.builds(
     ),
     schedule=st.builds(ScheduleConfig, max_staleness=st.integers(0, 5)),
     checkpoint=st.builds(CheckpointConfig, every=st.integers(1, 9), keep=st.integers(1, 9)),
-    metrics=st.builds(MetricsConfig, sinks=st.sets(st.sampled_from(["console", "jsonl", "trace"])).map(tuple)),
+    metrics=st.builds(
+        MetricsConfig, sinks=st.sets(st.sampled_from(["console", "jsonl", "trace", "sqlite"])).map(tuple)
+    ),
 )
 
 

@@ -18,6 +18,7 @@ from anyio import wait_all_tasks_blocked
 from tests import virtual_time
 from tests.stage import Hooks, Ledger, prepared_run, set_stage
 from troupe import RunConfig
+from troupe.changes import ChangesLog
 from troupe.checkpoint import CheckpointConfig
 from troupe.errors import RunError
 from troupe.grpo import LearnerConfig
@@ -267,6 +268,30 @@ def test_a_run_in_which_nothing_moves_says_so_again_and_again_and_goes_on(tmp_pa
         told[0].message
     )
     assert "nothing has moved for 200 s" in told[1].message
+
+
+def test_the_watchdog_can_be_set_while_it_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = anyio.Event()
+
+    async def waits(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        await released.wait()
+        return await rate(completion_ids)
+
+    async def at_once(function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    async def body(run: Supervisor) -> None:
+        for limit_s, until_s, stalls in ((0, 450, 0), (100.0, 790, 4), (0, 5000, 4)):
+            run.set("schedule.watchdog_s", limit_s)
+            await anyio.sleep(until_s - asyncio.get_running_loop().time())
+            assert run.status().incidents.get("stalled", 0) == stalls
+        released.set()
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", at_once)  # a thread that writes a line would take no virtual time
+    theatre = Theatre(tmp_path, waits, watchdog_s=100.0, timeout_s=1e5)
+    theatre.play(body)
+    assert theatre.run.result.incidents == {"stalled": 4}
+    assert len(ChangesLog(theatre.run.folder).read()) == 3
 
 
 def test_a_paused_run_is_not_stalled(tmp_path: Path) -> None:

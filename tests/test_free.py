@@ -22,16 +22,15 @@ from tests.fakes import (
     weigh_ids,
     write_ragged_model,
 )
-from troupe import Supervisor, load_config, pipeline
+from troupe import load_config, pipeline
 from troupe.actors.learner import Learner
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.config import DEMO_CONFIG
-from troupe.errors import CheckpointError
 from troupe.messages import GroupClosed, ScoredGroup, Update
 from troupe.policy import load_policy
 from troupe.policy.decoding import Batch
 from troupe.runtime import Credits, PolicyBoard
-from troupe.supervisor import RunResult
+from troupe.summary import RunResult
 
 pytestmark = pytest.mark.anyio
 STEPS = 6
@@ -183,28 +182,6 @@ def test_a_group_that_is_scored_too_late(
     assert {group.group.prompt.row for group in attempts} == {old.group.prompt.row}, "the same row is prompted again"
     assert len({group.group.rollouts for group in attempts}) == len(ends), "with other noise"
     assert all(state == "trained" for gid, state in closed.items() if gid != old.group.prompt.gid)
-
-
-async def test_a_free_run_can_be_drained_and_not_resumed(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Watched(
-        monkeypatch,
-        ragged_model,
-        tmp_path,
-        schedule__max_staleness=2,
-        schedule__on_stale="requeue",
-        learner__max_steps=50,
-    )
-    async with Supervisor(run.config, [delayed(4, most_s=0.01)]) as play:
-        async for update in play.updates():
-            if update.step == 3:
-                play.drain()
-    assert 3 <= play.result.steps < 50
-    run.check(play.result, steps=play.result.steps)
-    with pytest.raises(CheckpointError, match="cannot be resumed, because its schedule is 'free'"):
-        async with Supervisor(run.config, [weigh_ids], resume=True):
-            pass
 
 
 def test_scores_that_are_missing_close_a_group_without_holding_up_a_step(

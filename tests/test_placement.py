@@ -22,7 +22,7 @@ from troupe.actors.remote_generator import RemoteGenerator
 from troupe.errors import ModelError
 from troupe.policy import Weights, load_policy
 from troupe.runtime import ChildProcess
-from troupe.supervisor import RunResult
+from troupe.summary import RunResult
 from troupe.weights_files import SHARED_MEMORY, remove_leftovers
 
 pytestmark = pytest.mark.anyio

@@ -14,14 +14,15 @@ import pytest
 from click.testing import CliRunner
 
 from tests.fakes import same_bits, tiny_config, weigh_ids, write_prompts
-from troupe import RunConfig, linux_cpu, load_config
+from troupe import RunConfig, linux_cpu
 from troupe.budget import GB, peak_bytes
 from troupe.checkpoint import Checkpoint, RunState, checkpoint_folder, save_checkpoint
 from troupe.cli import main
-from troupe.errors import CheckpointError, ConfigError, OutputError
+from troupe.config import write_config
+from troupe.errors import CheckpointError, ConfigError
 from troupe.grpo import LearnerConfig, adamw_init
 from troupe.policy import ModelConfig, load_policy
-from troupe.prepare import prepare, run_folder
+from troupe.prepare import prepare
 from troupe.runtime.device import arrays_in
 
 
@@ -255,7 +256,7 @@ def test_the_reference_of_a_resumed_run(
     run = tmp_path / "run"
     fresh = prepare(config)
     run.mkdir()
-    (run / "run.toml").write_text("")
+    write_config(fresh.config, run / "run.toml")
     save_checkpoint(
         checkpoint_folder(run, 1),
         Checkpoint(
@@ -277,13 +278,12 @@ def test_the_reference_of_a_resumed_run(
         assert same_bits(prepared.reference, synced if held == "synced" else base.weights)
 
 
-@pytest.mark.parametrize(("began", "goes_on"), [("free", "free"), ("free", "pinned"), ("pinned", "free")])
-def test_a_free_run_cannot_be_resumed(tmp_path: Path, tiny_model: Path, began: str, goes_on: str) -> None:
+@pytest.mark.parametrize(("began", "goes_on"), [("free", "pinned"), ("pinned", "free")])
+def test_a_run_is_not_resumed_with_another_schedule(tmp_path: Path, tiny_model: Path, began: Any, goes_on: str) -> None:
     config = tiny_config(tiny_model, tmp_path, schedule__mode=goes_on)
     run, fresh = tmp_path / "run", prepare(config)
     run.mkdir()
-    (run / "run.toml").write_text(f'[schedule]\nmode = "{began}"\n')
-    assert prepare(config, resume=True).first_step == 0, "without a checkpoint it begins again"
+    write_config(fresh.config, run / "run.toml")
     save_checkpoint(
         checkpoint_folder(run, 1),
         Checkpoint(
@@ -291,10 +291,10 @@ def test_a_free_run_cannot_be_resumed(tmp_path: Path, tiny_model: Path, began: s
             weights=fresh.policy.weights,
             optimizer_state=fresh.optimizer_state,
             behind={},
-            state=RunState(version=1, seed=0, dataset=fresh.fingerprint),
+            state=RunState(version=1, seed=0, dataset=fresh.fingerprint, mode=began),
         ),
     )
-    with pytest.raises(CheckpointError, match=r"cannot be resumed, because its schedule is 'free' .*step-00000001"):
+    with pytest.raises(CheckpointError, match=f"the run's schedule is '{began}', not '{goes_on}'"):
         prepare(config, resume=True)
 
 
@@ -307,30 +307,6 @@ def test_a_config_made_in_python_is_checked_too(tiny_model: Path) -> None:
     wrong = RunConfig(learner=LearnerConfig(lr=-1.0), model=ModelConfig(path=str(tiny_model)))
     with pytest.raises(ConfigError, match=r"learner.lr is -1.0"):
         prepare(wrong)
-
-
-def test_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = load_config(None, [{"data": {"path": "sums.jsonl"}}])
-    assert run_folder(config, resume=False) == tmp_path / "runs" / "sums-001"
-    for name in ("sums-001", "sums-007", "sums-x", "sums-hard-012", "sums-12"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    assert run_folder(config, resume=False) == tmp_path / "runs" / "sums-008"
-    assert run_folder(load_config(), resume=False) == tmp_path / "runs" / "run-001"
-
-
-def test_folders_that_may_be_used(tmp_path: Path) -> None:
-    empty, full = tmp_path / "empty", tmp_path / "full"
-    empty.mkdir()
-    full.mkdir()
-    (full / "run.toml").write_text("")
-    for folder, resume in ((empty, False), (tmp_path / "new", False), (full, True)):
-        assert run_folder(load_config(None, [{"output": str(folder)}]), resume=resume) == folder
-    with pytest.raises(OutputError, match="is not empty"):
-        run_folder(load_config(None, [{"output": str(full)}]), resume=False)
-    (full / "run.toml").rename(full / "thesis.txt")
-    with pytest.raises(OutputError, match="no run to go on with"):
-        run_folder(load_config(None, [{"output": str(full)}]), resume=True)
 
 
 def test_missing_paths_are_config_errors() -> None:

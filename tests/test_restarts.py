@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ from troupe.grpo import LearnerConfig
 from troupe.policy import GenerationConfig, RolloutEngine
 from troupe.rewards import RewardManager, batch_reward
 from troupe.schedule import ScheduleConfig
-from troupe.supervisor import RunResult, Supervisor
+from troupe.summary import RunResult
+from troupe.supervisor import Supervisor
 
 pytestmark = pytest.mark.no_cover  # the tracer would double their time
 
@@ -76,7 +78,7 @@ def play(
 ) -> Played:
     config = RunConfig(
         seed=3,
-        output=str(folder / "run"),
+        output=tempfile.mkdtemp(dir=folder),  # a run that ended is in the way of the next
         generation=GenerationConfig(num_generations=2, max_completion_length=5),
         learner=LearnerConfig(batch_size=P, max_steps=STEPS, dynamic_sampling=True, max_resampling_attempts=2),
         schedule=ScheduleConfig(**SCHEDULES[schedule]),

@@ -1,6 +1,10 @@
 """Troupe: GRPO training of Qwen3 models on Apple's MLX, played by independent asynchronous actors."""
 
+from __future__ import annotations
+
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
 
 from troupe import linux_cpu
 
@@ -12,11 +16,13 @@ if linux_cpu.load_openblas() == "too late":  # must run before anything imports 
         stacklevel=2,
     )
 
-from troupe.config import RunConfig, load_config
-from troupe.errors import TroupeError
-from troupe.rewards import RewardActor, RewardSample
-from troupe.rollouts import generate_and_score
-from troupe.supervisor import RunResult, Supervisor, train
+if TYPE_CHECKING:
+    from troupe.config import RunConfig, load_config
+    from troupe.errors import TroupeError
+    from troupe.rewards import RewardActor, RewardSample
+    from troupe.rollouts import generate_and_score
+    from troupe.summary import RunResult
+    from troupe.supervisor import Supervisor, train
 
 linux_cpu.run_without_compiler()
 
@@ -33,3 +39,31 @@ __all__ = [
     "load_config",
     "train",
 ]
+
+_HOMES = {
+    "RewardActor": "rewards",
+    "RewardSample": "rewards",
+    "RunConfig": "config",
+    "RunResult": "summary",
+    "Supervisor": "supervisor",
+    "TroupeError": "errors",
+    "generate_and_score": "rollouts",
+    "load_config": "config",
+    "train": "supervisor",
+}
+_ROOMS = {"checkpoint", "dataset", "errors", "grpo", "messages", "policy", "rewards"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for when it is asked for: a daemon and `troupe status` need no MLX."""
+    if name in _ROOMS:
+        return importlib.import_module(f"troupe.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'troupe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"troupe.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -12,66 +12,30 @@ import secrets
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
+from typing import Any, get_args
 
 import anyio
 import click
 import msgspec
 import tomli_w
 
-from troupe import __version__, budget, doctor
-from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config
-from troupe.errors import InputError, TroupeError
+from troupe import __version__, budget, doctor, inspecting
+from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config, said_in
+from troupe.daemon.answers import answer_client
+from troupe.daemon.commands import control
+from troupe.daemon.server import ControlServer
+from troupe.errors import InputError
+from troupe.messages import ClosedState
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
 from troupe.rollouts import Evaluation, evaluate_folder
-from troupe.supervisor import RunResult, Supervisor
+from troupe.stored_run import Choice, open_store
+from troupe.summary import RunResult
+from troupe.supervisor import Supervisor
+from troupe.terminal import EXIT_INTERRUPTED, report_errors, tell
 
-EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 3, 130
-
-P = ParamSpec("P")
 _EXISTING_TEXT = click.Path(path_type=Path)
-
-
-def _report_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors into an exit code; Troupe's own into one message, any other, which is a fault, into a traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except InputError as error:
-            _fail(str(error), EXIT_BAD_INPUT)
-        except TroupeError as error:
-            _fail(str(error), EXIT_FAULT)
-        except KeyboardInterrupt:  # before the run began, or where no run is
-            sys.exit(EXIT_INTERRUPTED)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(EXIT_FAULT)
-
-    return wrapped
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    _tell(f"troupe: {message}", error=True)
-    sys.exit(code)
-
-
-def _tell(text: str, *, error: bool = False, newline: bool = True) -> None:
-    """Print a line, or the beginning of one.
-
-    A reader who has gone (`troupe … | head`) changes nothing about what the command has done.
-    """
-    try:
-        click.echo(text, nl=newline, err=error)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())  # so that the flush at exit succeeds
-        os.close(nowhere)
 
 
 class _Number(click.FloatRange):
@@ -90,6 +54,10 @@ def main() -> None:
     """Teach Qwen3 models with GRPO on Apple's MLX."""
 
 
+for _command in control.commands.values():
+    main.add_command(_command)
+
+
 @main.command()
 @click.argument("run_toml", type=_EXISTING_TEXT, required=False)
 @click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder of the policy to train.")
@@ -104,10 +72,17 @@ def main() -> None:
 @click.option("--seed", type=int, help="Changes the run.  [default: 0]")
 @click.option("--memory-limit", type=float, metavar="GB", help="Most that the run's arrays may take.")
 @click.option("--resume", is_flag=True, help="Go on with the run in OUT_DIR from its newest whole checkpoint.")
+@click.option(
+    "--allow-change",
+    "allow_changes",
+    multiple=True,
+    metavar="section.key",
+    help="With --resume: a key that may differ from what the run was made with; may be repeated.",
+)
 @click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved config, train nothing.")
-@_report_errors
-def train(run_toml: Path | None, *, resume: bool, dry_run: bool, **flags: Any) -> None:
+@report_errors
+def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: tuple[str, ...], **flags: Any) -> None:
     """Train a policy with GRPO.
 
     Without arguments it trains the small policy that ships with Troupe on the arithmetic that ships with it, and
@@ -115,15 +90,12 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, **flags: Any) -
     """
     config = train_config(run_toml, resume=resume, **flags)
     if dry_run:
-        _show_plan(prepare(config, resume=resume))
+        _show_plan(prepare(config, resume=resume, allow_changes=allow_changes))
         return
-    result, interrupted = anyio.run(_train, config, resume)
+    result, interrupted = anyio.run(_train, config, resume, allow_changes)
     _show_result(result)
     if interrupted and not result.complete:
-        if config.schedule.mode == "free":
-            _tell(f"interrupted; the policy so far is in {result.folder}/checkpoints, but a free run cannot be resumed")
-        else:
-            _tell(f"interrupted; go on with: troupe train -o {result.folder} --resume")
+        tell(f"interrupted; go on with: troupe train -o {result.folder} --resume")
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -141,10 +113,16 @@ def train_config(
     num_generations: int | None = None,
     **learner: float | None,
 ) -> RunConfig:
-    """The config that the flags of `troupe train` mean; None means "not given"."""
-    stored = Path(output) / RUN_TOML if resume and output is not None else None
-    if run_toml is None and stored is not None and stored.is_file():
+    """The config that the flags of `troupe train` mean; None means "not given".
+
+    Of a run that is resumed all stays that neither `run_toml` nor a flag says.
+    """
+    said = {} if run_toml is None else said_in(run_toml)
+    stored = Path(output or said.get("output") or "") / RUN_TOML
+    if resume and (output or said.get("output")) and stored.is_file():
         run_toml = stored
+    else:
+        said = {}  # which `load_config` reads by itself
     named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
     if run_toml is None and model is None and dataset is None and not named:
         run_toml = DEMO_CONFIG
@@ -164,7 +142,7 @@ def train_config(
     override |= {key: value for key, value in top.items() if value is not None}
     if run_toml is None:
         override = _with_demo_parts(override)
-    return load_config(run_toml, [override, *settings])
+    return load_config(run_toml, [said, override, *settings])
 
 
 def _with_demo_parts(override: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +155,7 @@ def _with_demo_parts(override: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def _train(config: RunConfig, resume: bool) -> tuple[RunResult, bool]:
+async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]) -> tuple[RunResult, bool]:
     interrupted = False
 
     async def obey_signals(run: Supervisor) -> None:
@@ -197,41 +175,44 @@ async def _train(config: RunConfig, resume: bool) -> tuple[RunResult, bool]:
                     os._exit(EXIT_INTERRUPTED)
                 act, meaning = request
                 act()
-                _tell(f"interrupt: {meaning}", error=True)
+                tell(f"interrupt: {meaning}", error=True)
 
-    async with Supervisor(config, resume=resume) as run:
+    async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:
         for notice in run.notices:
-            _tell(f"note: {notice}")
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(obey_signals, run)
-            await run.wait()
-            tasks.cancel_scope.cancel()
+            tell(f"note: {notice}")
+        async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
+            if server.unavailable is not None:
+                tell(f"note: {server.unavailable}")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(obey_signals, run)
+                await run.wait()
+                tasks.cancel_scope.cancel()
     return run.result, interrupted
 
 
 def _show_plan(prepared: Prepared) -> None:
     for notice in prepared.notices:
-        _tell(f"note: {notice}")
-    _tell(tomli_w.dumps(config_table(prepared.config)))
+        tell(f"note: {notice}")
+    tell(tomli_w.dumps(config_table(prepared.config)))
     for line in budget.describe(prepared.memory.phases).splitlines():
-        _tell(f"# {line}".rstrip())
-    _tell(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
+        tell(f"# {line}".rstrip())
+    tell(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
 
 
 def _show_result(result: RunResult) -> None:
     groups = ", ".join(f"{count} {state}" for state, count in sorted(result.closed_groups.items())) or "none"
-    _tell(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
+    tell(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
     if result.incidents:
-        _tell("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
+        tell("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
     for name, reason in result.switched_off_sinks.items():
-        _tell(f"the sink {name} was switched off: {reason}")
+        tell(f"the sink {name} was switched off: {reason}")
     if result.accuracy_before is not None and result.accuracy_after is not None:
-        _tell(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
+        tell(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
     for name, after in result.rewards_after.items():
-        _tell(f"held-out {name}: {result.rewards_before[name]:.3f} before, {after:.3f} after")
+        tell(f"held-out {name}: {result.rewards_before[name]:.3f} before, {after:.3f} after")
     final = Path(result.folder) / "final"
     if final.is_dir():  # a run that was stopped has only checkpoints
-        _tell(f"policy: {final}")
+        tell(f"policy: {final}")
 
 
 @main.command()
@@ -248,7 +229,7 @@ def _show_result(result: RunResult) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Draw the same text again.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a completion, on a line of its own.")
-@_report_errors
+@report_errors
 def generate(
     *,
     model: str | None,
@@ -278,8 +259,8 @@ def generate(
     policy = load_policy(model or _demo_model(), dtype)
     if samples == 1 and not as_json:
         for piece in stream_text(policy, asked, generation, seed, **options):
-            _tell(piece, newline=False)
-        _tell("")
+            tell(piece, newline=False)
+        tell("")
         return
     started_s = time.perf_counter()
     [completions] = complete_texts(policy, [asked], generation, seed, **options)
@@ -289,9 +270,9 @@ def generate(
         if as_json:
             figures = {"prompt": text, "completion": completion.text, **msgspec.structs.asdict(completion)}
             del figures["text"]
-            _tell(msgspec.json.encode({**figures, "seed": seed, "tokens_per_s": tokens_per_s}).decode())
+            tell(msgspec.json.encode({**figures, "seed": seed, "tokens_per_s": tokens_per_s}).decode())
         else:
-            _tell(f"# sample {number} of {samples}\n{completion.text}")
+            tell(f"# sample {number} of {samples}\n{completion.text}")
 
 
 @main.command(name="eval")
@@ -303,7 +284,7 @@ def generate(
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@_report_errors
+@report_errors
 def eval_command(
     model: str | None,
     dataset: str | None,
@@ -332,16 +313,61 @@ def eval_command(
     seconds = time.perf_counter() - started_s
     if result.incidents:
         first = result.incidents[0].message
-        _tell(f"note: scores are missing, {len(result.incidents)} incidents; the first: {first}", error=True)
+        tell(f"note: scores are missing, {len(result.incidents)} incidents; the first: {first}", error=True)
     if as_json:
         figures = {"rows": result.rows, "accuracy": result.accuracy, "rewards": result.rewards, "wall_s": seconds}
-        _tell(msgspec.json.encode(figures).decode())
+        tell(msgspec.json.encode(figures).decode())
         return
-    _tell(f"{result.rows} rows in {seconds:.1f} s")
+    tell(f"{result.rows} rows in {seconds:.1f} s")
     if result.accuracy is not None:
-        _tell(f"accuracy {result.accuracy:.1%}")
+        tell(f"accuracy {result.accuracy:.1%}")
     for name, mean in result.rewards.items():
-        _tell(f"{name} {mean:.4f}")
+        tell(f"{name} {mean:.4f}")
+
+
+@main.command(name="inspect")
+@click.argument("out", metavar="OUT_DIR", type=_EXISTING_TEXT)
+@click.option(
+    "--step", metavar="N|last|all", help="Completions of this step.  [default: last; all with --gid, --jsonl]"
+)
+@click.option("--best", type=click.IntRange(min=1), metavar="K", help="The K completions with the highest reward.")
+@click.option("--worst", type=click.IntRange(min=1), metavar="K", help="The K completions with the lowest reward.")
+@click.option("--random", type=click.IntRange(min=1), metavar="K", help="K completions by lot.")
+@click.option("--min-reward", "least", type=_Number(), metavar="X", help="Only those with at least this reward.")
+@click.option("--max-reward", "most", type=_Number(), metavar="X", help="Only those with at most this reward.")
+@click.option("--reward", metavar="NAME", help="Look at this score, not at the weighted sum of all.")
+@click.option("--state", type=click.Choice(get_args(ClosedState)), help="Only those of groups that ended so.")
+@click.option("--gid", type=click.IntRange(min=0), metavar="G", help="Only those of this group.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or one a completion.")
+@click.option(
+    "--jsonl", type=_EXISTING_TEXT, metavar="FILE", help="Write all that fit to a file, one JSON object each."
+)
+@report_errors
+def inspect_command(
+    out: Path,
+    *,
+    step: str | None,
+    best: int | None,
+    worst: int | None,
+    random: int | None,
+    as_json: bool,
+    jsonl: Path | None,
+    **conditions: Any,
+) -> None:
+    """Look into a run, also while it goes on: what happened, and what the policy wrote for which reward.
+
+    Without options: an overview, with the best and the worst completion of the newest step.
+    """
+    chosen: dict[Choice, int | None] = {"best": best, "worst": worst, "random": random}
+    with open_store(out) as run:
+        if jsonl is None and step is None and not any(v is not None for v in (*chosen.values(), *conditions.values())):
+            inspecting.tell_overview(run, out, as_json=as_json)
+            return
+        query = inspecting.query_for(run, chosen=chosen, step=step, everywhere=jsonl is not None, **conditions)
+        if jsonl is not None:
+            tell(f"{inspecting.export(run, query, jsonl)} completions written to {jsonl}")
+        else:
+            inspecting.tell_completions(run, query, as_json=as_json)
 
 
 @main.command(name="doctor")
@@ -349,7 +375,7 @@ def eval_command(
 def doctor_command(as_json: bool) -> None:
     """Tell what this machine gives, what is slow, and how to mend it."""
     report = doctor.examine()
-    _tell(msgspec.json.encode(report).decode() if as_json else doctor.describe(report))
+    tell(msgspec.json.encode(report).decode() if as_json else doctor.describe(report))
 
 
 def _demo_model() -> str:

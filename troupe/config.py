@@ -6,10 +6,8 @@ says what is wrong with them in the user's words.
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,6 +16,7 @@ import msgspec
 import tomli_w
 
 from troupe.checkpoint import CheckpointConfig
+from troupe.daemon.settings import DaemonConfig
 from troupe.dataset import DataConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
@@ -25,6 +24,7 @@ from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
 from troupe.rewards import RewardsConfig
 from troupe.schedule import ScheduleConfig
 from troupe.sinks import MetricsConfig
+from troupe.tables import copied, lay_over, read_toml, table_of
 
 RUN_TOML = "run.toml"
 """Where a run folder keeps its whole resolved config."""
@@ -54,6 +54,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    daemon: DaemonConfig = DaemonConfig()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -106,12 +107,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str | Mappin
     source = "the configuration"
     if path is not None:
         source = str(path)
-        table = _read_toml(Path(path))
+        table = read_toml(Path(path))
         _anchor_paths(table, Path(path).parent)
     for override in overrides:
-        change = _parse_override(override) if isinstance(override, str) else _copied(override)
+        change = table_of(override) if isinstance(override, str) else copied(override)
         _anchor_paths(change, Path.cwd())
-        _merge(table, change)
+        lay_over(table, change)
     return _convert(table, source)
 
 
@@ -125,6 +126,35 @@ def check_config(config: RunConfig) -> RunConfig:
     return _convert(table, "the configuration")
 
 
+def said_in(path: str | Path) -> dict[str, Any]:
+    """What a TOML file says, and no more: a table to be laid over another config, as an override is.
+
+    Relative input paths are made absolute. ConfigError as of `load_config`.
+    """
+    load_config(path)  # what is wrong in it is told as this file's
+    table = read_toml(Path(path))
+    _anchor_paths(table, Path(path).parent)
+    return table
+
+
+def with_value(config: RunConfig, key: str, value: Any, source: str) -> RunConfig:
+    """The config with another value for one key; ConfigError, which begins with `source`, where it is refused."""
+    table = config_table(config)
+    change: Any = value
+    for part in reversed(key.split(".")):
+        change = {part: change}
+    lay_over(table, change)
+    return _convert(table, source)
+
+
+def anchored_reward(spec: Any, base: Path) -> Any:
+    """The name of a reward whose file, if it has one, is found from everywhere; other names as they are."""
+    file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
+    if not colon or not file.endswith(".py") or spec.startswith("format:"):
+        return spec
+    return f"{(base / Path(file).expanduser()).absolute()}:{name}"
+
+
 def config_table(config: RunConfig) -> dict[str, Any]:
     """The config as nested dicts, without the keys that are None (TOML has no null)."""
     table: dict[str, Any] = _without_none(msgspec.to_builtins(config, str_keys=True))
@@ -134,46 +164,6 @@ def config_table(config: RunConfig) -> dict[str, Any]:
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the whole config as TOML; `load_config` reads it back to an equal config, if its paths are absolute."""
     path.write_text(tomli_w.dumps(config_table(config)), encoding="utf-8")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the configuration cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {text}: write it as section.key=value, for instance learner.lr=1e-5")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    if isinstance(parsed, datetime.date | datetime.time):  # no key takes one, but a folder may be called so
-        parsed = value.strip()
-    table: dict[str, Any] = {parts[-1]: parsed}
-    for part in reversed(parts[:-1]):
-        table = {part: table}
-    return table
-
-
-def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-
-
-def _merge(table: dict[str, Any], change: Mapping[str, Any]) -> None:
-    for key, value in change.items():
-        if isinstance(value, dict) and isinstance(table.get(key), dict):
-            _merge(table[key], value)
-        else:
-            table[key] = value
 
 
 def _anchor_paths(table: dict[str, Any], base: Path) -> None:
@@ -186,14 +176,7 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
                 values[key] = str(path)
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
-        rewards["functions"] = [_anchor_reward(spec, base) for spec in rewards["functions"]]
-
-
-def _anchor_reward(spec: Any, base: Path) -> Any:
-    file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
-    if not colon or not file.endswith(".py") or spec.startswith("format:"):
-        return spec
-    return f"{(base / Path(file).expanduser()).absolute()}:{name}"
+        rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
 
 
 def _without_none(value: Any) -> Any:

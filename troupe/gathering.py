@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from troupe.learning import is_usable
-from troupe.messages import ClosedState, Replace, ScoredGroup, Slot
+from troupe.messages import ClosedState, Past, Replace, ScoredGroup, Slot, Unfinished
 from troupe.schedule import OnStale, ScheduleConfig
 
 
@@ -45,15 +47,25 @@ class Gathering(Protocol):
     def take(self, version: int) -> StepGroups | None:
         """The step that makes `version` + 1, if it can begin."""
 
+    def unfinished(self) -> Unfinished:
+        """What is collected, for a checkpoint."""
 
-def gathering_for(schedule: ScheduleConfig, *, batch_size: int, min_scored: int, resampling: int) -> Gathering:
+
+def gathering_for(
+    schedule: ScheduleConfig, *, batch_size: int, min_scored: int, resampling: int, unfinished: Unfinished | None = None
+) -> Gathering:
     """The bookkeeping of a schedule, for steps of `batch_size` groups.
 
     `min_scored`: completions that must have a score; `resampling`: how often a group without signal is replaced.
+    `unfinished`: what was collected when the checkpoint was written that the run goes on from. A pinned run is given
+    these groups once more and decides anew.
     """
     if schedule.mode == "pinned":
         return PinnedGathering(batch_size, min_scored, resampling, schedule.max_staleness)
-    return FreeGathering(batch_size, min_scored, resampling, schedule.max_staleness, schedule.on_stale)
+    free = FreeGathering(batch_size, min_scored, resampling, schedule.max_staleness, schedule.on_stale)
+    if unfinished is not None:
+        free.go_on(unfinished)
+    return free
 
 
 class PinnedGathering:
@@ -97,6 +109,11 @@ class PinnedGathering:
             drops_stale=False,
         )
 
+    def unfinished(self) -> Unfinished:
+        """See `Gathering`."""
+        groups = [group for rounds in self._steps.values() for group in rounds.groups]
+        return Unfinished(collected=tuple(sorted(groups, key=slot_of)))
+
     def _rounds_of(self, group: ScoredGroup) -> _Rounds:
         return self._steps.setdefault(slot_of(group).step, _Rounds(self._batch_size))
 
@@ -133,14 +150,6 @@ class _Rounds:
         return Replace(slots=tuple(map(slot_of, groups)))
 
 
-class _Past(NamedTuple):
-    """What became of the earlier attempts in a place."""
-
-    filtered: int = 0
-    sent_back: bool = False
-    """Whether the row that is there now was sampled before."""
-
-
 class FreeGathering:
     """A step is made of the first groups that are here, whatever their slots.
 
@@ -156,7 +165,7 @@ class FreeGathering:
         self._resampling = resampling
         self._max_staleness = max_staleness
         self._on_stale = on_stale
-        self._pasts: dict[tuple[int, int], _Past] = {}
+        self._pasts: dict[tuple[int, int], Past] = {}
         self._groups: list[ScoredGroup] = []
         self._states: dict[int, ClosedState] = {}
         self._replaced: set[int] = set()
@@ -170,15 +179,15 @@ class FreeGathering:
         (group,) = groups
         slot, gid = slot_of(group), gid_of(group)
         place = slot.step, slot.place
-        past = self._pasts.pop(place, _Past())
+        past = self._pasts.pop(place, None) or Past(step=slot.step, place=slot.place)
         self._groups.append(group)
         self._states[gid] = self._end_state(group, gid in without_signal, version)
         following, rows = None, None
         if self._states[gid] == "filtered" and past.filtered < self._resampling:
-            following = _Past(filtered=past.filtered + 1)
+            following = msgspec.structs.replace(past, filtered=past.filtered + 1, sent_back=False)
         elif self._is_sent_back(group, past, version):
             self._states[gid] = "stale"
-            following, rows = past._replace(sent_back=True), (group.group.prompt.row,)
+            following, rows = msgspec.structs.replace(past, sent_back=True), (group.group.prompt.row,)
         if following is None:
             return None
         self._pasts[place] = following
@@ -199,6 +208,22 @@ class FreeGathering:
         self._groups, self._states, self._replaced = [], {}, set()
         return step
 
+    def unfinished(self) -> Unfinished:
+        """See `Gathering`."""
+        return Unfinished(
+            collected=tuple(self._groups),
+            states=dict(self._states),
+            replaced=tuple(sorted(self._replaced)),
+            pasts=tuple(self._pasts[place] for place in sorted(self._pasts)),
+        )
+
+    def go_on(self, unfinished: Unfinished) -> None:
+        """Take over what was collected, with what was decided."""
+        self._groups = list(unfinished.collected)
+        self._states = dict(unfinished.states)
+        self._replaced = set(unfinished.replaced)
+        self._pasts = {(past.step, past.place): past for past in unfinished.pasts}
+
     def _end_state(self, group: ScoredGroup, is_without_signal: bool, version: int) -> ClosedState:
         if not is_usable(group, self._min_scored):
             return "quarantined"
@@ -208,7 +233,7 @@ class FreeGathering:
         is_lost = self._on_stale != "correct" and 0 < stale == sum(len(r.token_ids) for r in group.group.rollouts)
         return "stale" if is_lost else "trained"
 
-    def _is_sent_back(self, group: ScoredGroup, past: _Past, version: int) -> bool:
+    def _is_sent_back(self, group: ScoredGroup, past: Past, version: int) -> bool:
         """Whether the group's row is sampled anew, because of tokens that are too old; once."""
         if self._on_stale != "requeue" or past.sent_back or self._states[gid_of(group)] not in ("trained", "stale"):
             return False

@@ -41,6 +41,8 @@ class LearnerBatch(msgspec.Struct, frozen=True, kw_only=True):
     """A batch ready to be learned from, with what can be said about it before learning."""
 
     batch: Batch
+    advantages: tuple[tuple[float, ...], ...]
+    """(groups, G), of completions that are left out of the batch too."""
     metrics: dict[str, float]
     """Rewards, completions and advantages of the batch under TRL's names."""
 
@@ -119,4 +121,9 @@ def assemble(
         **advantage_statistics(advantages),
         "num_tokens": float(num_tokens(groups)),
     }
-    return LearnerBatch(batch=batch, metrics=metrics)
+    return LearnerBatch(batch=batch, advantages=_by_group(advantages, G), metrics=metrics)
+
+
+def _by_group(advantages: mx.array, G: int) -> tuple[tuple[float, ...], ...]:
+    values: list[float] = advantages.tolist()  # type: ignore[assignment]
+    return tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))

@@ -14,6 +14,8 @@ ledgers. What must outlive an actor is therefore made here, outside its maker.
 from __future__ import annotations
 
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,17 +23,19 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from troupe.actors.checkpointer import Checkpointer
+from troupe.actors.checkpointer import Checkpointer, CheckpointLedger
 from troupe.actors.generator import Generator
 from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
 from troupe.actors.metrics import Metrics, Tally
 from troupe.actors.prompter import Prompter, PromptLedger
 from troupe.actors.remote_generator import RemoteGenerator
 from troupe.actors.scorer import Scorer
-from troupe.checkpoint import RunState
+from troupe.changes import Change, ChangesLog
+from troupe.checkpoint import RewardState, RunState, newer_versions
 from troupe.gathering import gathering_for
 from troupe.messages import (
     Checkpoint,
+    CheckpointWritten,
     Drain,
     GroupClosed,
     Hold,
@@ -42,14 +46,19 @@ from troupe.messages import (
     Resume,
     RolloutGroup,
     ScoredGroup,
+    SetCheckpointEvery,
+    SetLearningRate,
+    Settle,
     Snapshot,
     Span,
     Step,
     Update,
 )
+from troupe.open_groups import OpenGroups
 from troupe.policy import RolloutEngine, Weights, is_on_cpu
 from troupe.prepare import Prepared
 from troupe.rewards import TrainerState
+from troupe.run_store import FILE_NAME
 from troupe.runtime import (
     Actor,
     Broadcast,
@@ -62,7 +71,7 @@ from troupe.runtime import (
     Role,
     TraceWriter,
 )
-from troupe.sinks import ConsoleSink, JsonlSink, PlainSink, RunInfo, Sink, SinkName, Sinks
+from troupe.sinks import ConsoleSink, JsonlSink, PlainSink, RunInfo, Sink, SinkName, Sinks, SqliteSink
 from troupe.weights_files import WeightsFiles
 from troupe.wire import Setup
 
@@ -80,11 +89,13 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     drain: Channel[Drain]
     control: Channel[Pause | Resume | Step]
     checkpoint: Channel[Checkpoint]
+    settings: Channel[SetLearningRate | SetCheckpointEvery]
     incidents: Reporter
     """For what the supervisor itself has to tell; never waits."""
     ledger: PromptLedger
     handed_over: set[int]
     """Groups that the Generator has sent on while the round that they are part of is still being decoded."""
+    board: PolicyBoard[Weights]
     updates: Broadcast[Update]
     tally: Tally
     sinks: Sinks
@@ -119,11 +130,14 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
     config, policy_config = prepared.config, prepared.policy.config
     # by themselves: what the actors are given must not keep the weights that the run began with
     tokenizer, stop_ids, fingerprint = prepared.policy.tokenizer, prepared.policy.eos_ids, prepared.fingerprint
+    model, rewards, changes = prepared.model, prepared.rewards, ChangesLog(prepared.folder)
     schedule = config.schedule
     board: PolicyBoard[Weights] = PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0)
     start = _starting_state(prepared, board)
-    credits_ = Credits((config.schedule.max_staleness + 1) * config.learner.batch_size)
-    live = room * credits_.limit  # so long, no send on the data path can ever wait in a circle
+    restored = prepared.restored
+    alive = {prepared.schedule.gid(group.slot): group.slot for group in restored.open}
+    credits_ = Credits((config.schedule.max_staleness + 1) * config.learner.batch_size, alive)
+    live = room * max(credits_.limit, len(alive))  # so long, no send on the data path can ever wait in a circle
     tally = Tally()
     updates: Broadcast[Update] = Broadcast("updates", Update)
 
@@ -131,6 +145,12 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
     learner_box, checkpointer_box, metrics_box = Mailbox("learner"), Mailbox("checkpointer"), Mailbox("metrics")
 
     sinks = Sinks(_sinks(prepared), timeout_s=config.metrics.sink_timeout_s)
+    settles = metrics_box.channel("settle", Settle, bound=1, overflow="newest", side=True)
+
+    async def settle(version: int) -> bool:
+        settles.send_nowait(Settle(version=version))  # by way of Metrics, which may have the step's Update yet to read
+        return await sinks.settled(version)
+
     reporters: list[Reporter] = []
 
     def report(actor: str) -> Reporter:
@@ -141,8 +161,13 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
 
     handed_over: set[int] = set()
     ledger = PromptLedger(
-        next=prepared.first_step * config.learner.batch_size, end=prepared.total_steps * config.learner.batch_size
+        next=restored.next,
+        end=prepared.total_steps * config.learner.batch_size,
+        outbox=deque(restored.prompts),
+        alive={gid: (slot, time.perf_counter()) for gid, slot in alive.items()},
     )
+    open_groups = OpenGroups(restored.open)
+    recorded = dict(restored.recorded)
     generating, learning, writing = DeviceThread("generator"), DeviceThread("learner"), DeviceThread("checkpointer")
     make_prompter = partial(
         Prompter,
@@ -151,6 +176,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         schedule=prepared.schedule,
         credits=credits_,
         ledger=ledger,
+        open_groups=open_groups,
         replaces=config.learner.dynamic_sampling or (schedule.mode, schedule.on_stale) == ("free", "requeue"),
         report=report("prompter"),
     )
@@ -168,6 +194,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             files=files,
             device=generating,
             handed_over=handed_over,
+            recorded=recorded,
             report=report("generator"),
         )
     else:
@@ -182,6 +209,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             seed=config.seed,
             most_at_once=config.learner.batch_size if schedule.mode == "free" else None,
             handed_over=handed_over,
+            recorded=recorded,
             report=report("generator"),
         )
     make_scorer = partial(
@@ -197,6 +225,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             num_generations=config.generation.num_generations,
             rows=prepared.schedule.rows,
         ),
+        recorded=recorded,
         report=report("scorer"),
     )
     learner = Learner(
@@ -220,20 +249,27 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             batch_size=config.learner.batch_size,
             min_scored=config.rewards.min_scored,
             resampling=config.learner.max_resampling_attempts,
+            unfinished=restored.collected,
         ),
         pad_id=tokenizer.pad_token_id or 0,
         prompts_per_epoch=prepared.schedule.rows,
         total_steps=prepared.total_steps,
-        checkpoint_every=config.checkpoint.every,
+        checkpoint_every=prepared.live.checkpoint_every,
         learns_beside_checkpoints=config.checkpoint.overlap is not False,
+        open_groups=open_groups,
+        next_prompt=lambda: ledger.next,
+        rates=prepared.live.rates,
+        keep_rate=lambda step, lr: changes.add(Change(step=step, key="learner.lr", value=lr)),
         report=report("learner"),
     )
+    shelf = _shelf(prepared)
     make_checkpointer = partial(
         Checkpointer,
         checkpointer_box,
+        metrics_box.channel("checkpoints", CheckpointWritten, bound=_UPDATES),
         device=writing,
         run=prepared.folder,
-        keep=config.checkpoint.keep,
+        config=config.checkpoint,
         policy_config=policy_config,
         source=prepared.source,
         run_state=lambda snapshot: RunState(
@@ -241,7 +277,17 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             seed=config.seed,
             dataset=fingerprint,
             num_tokens=snapshot.num_tokens,
+            mode=schedule.mode,
+            model=model,
+            skipped_in_a_row=snapshot.skipped_in_a_row,
+            rewards={
+                name: RewardState(version=times, spec=spec)
+                for name, (times, spec) in rewards.standing(snapshot.version).items()
+            },
+            metrics=dict(snapshot.metrics),
         ),
+        settle=settle,
+        ledger=shelf,
         report=report("checkpointer"),
     )
     make_metrics = partial(
@@ -272,6 +318,10 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             "control", Pause, Resume, Step, bound=_REQUESTS, overflow="drop_oldest", side=True
         ),
         checkpoint=learner_box.channel("checkpoint request", Checkpoint, bound=1, overflow="newest", side=True),
+        settings=learner_box.channel(
+            "settings", SetLearningRate, SetCheckpointEvery, bound=_REQUESTS, overflow="drop_oldest", side=True
+        ),
+        board=board,
         updates=updates,
         tally=tally,
         sinks=sinks,
@@ -316,16 +366,33 @@ def _starting_state(prepared: Prepared, board: PolicyBoard[Weights]) -> LearnerS
         for version, weights in sorted(prepared.checkpoint.behind.items()):
             board.publish(version, weights)
     board.publish(prepared.first_step, prepared.policy.weights)
+    state = None if prepared.checkpoint is None else prepared.checkpoint.state
     return LearnerState(
         version=prepared.first_step,
         weights=prepared.policy.weights,
         optimizer_state=prepared.optimizer_state,
         reference=prepared.reference,
-        num_tokens=0 if prepared.checkpoint is None else prepared.checkpoint.state.num_tokens,
+        num_tokens=0 if state is None else state.num_tokens,
+        skipped_in_a_row=0 if state is None else state.skipped_in_a_row,
+    )
+
+
+def _shelf(prepared: Prepared) -> CheckpointLedger:
+    """What is known of the run's checkpoints when it begins, or goes on."""
+    found = prepared.checkpoint
+    if found is None:
+        return CheckpointLedger(abandoned=newer_versions(prepared.folder, -1))
+    unfinished = found.unfinished
+    return CheckpointLedger(
+        newest=found.state.version,
+        gids=frozenset(group.group.prompt.gid for group in (*unfinished.scored, *unfinished.collected)),
+        abandoned=newer_versions(prepared.folder, found.state.version),
     )
 
 
 def _sinks(prepared: Prepared) -> list[Sink]:
+    from troupe import __version__  # not before: the package imports this module
+
     folder: Path = prepared.folder
     run = RunInfo(
         name=folder.name,
@@ -338,5 +405,11 @@ def _sinks(prepared: Prepared) -> list[Sink]:
         "console": lambda: ConsoleSink(run, console) if console.is_terminal else PlainSink(run, sys.stdout),
         "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", first_step=prepared.first_step),
         "trace": lambda: TraceWriter(folder / "trace.json"),
+        "sqlite": lambda: SqliteSink(
+            folder / FILE_NAME,
+            first_step=prepared.first_step,
+            program=__version__,
+            log_probs=prepared.config.metrics.store_log_probs,
+        ),
     }
     return [makers[name]() for name in prepared.config.metrics.sinks]

@@ -6,7 +6,6 @@ wrong is raised as an InputError; nothing on disk has been touched by then.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,16 +14,20 @@ import msgspec
 
 from troupe import linux_cpu
 from troupe.budget import Plan, Workload, plan_memory
-from troupe.checkpoint import Checkpoint, RunState, list_checkpoints, load_newest
-from troupe.config import RUN_TOML, RunConfig, check_config, load_config
+from troupe.changes import Change, ChangesLog, Live
+from troupe.checkpoint import Checkpoint
+from troupe.config import RunConfig, check_config
 from troupe.dataset import PromptDataset
-from troupe.errors import CheckpointError, ConfigError, DatasetError, OutputError, RewardError
+from troupe.errors import ConfigError, DatasetError, RewardError
 from troupe.grpo import adamw_init
-from troupe.policy import DTYPES, Policy, Weights, expected_shapes, is_on_cpu, load_policy, resolve_model
+from troupe.messages import Unfinished
+from troupe.policy import DTYPES, Policy, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
+from troupe.restoring import Restored, restored_free, restored_pinned
+from troupe.resuming import Identity, Resumption, newest_checkpoint, reinstated
 from troupe.rewards import Reward, RewardManager
+from troupe.run_folder import run_folder
+from troupe.run_store import FILE_NAME, check_store
 from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
-
-_NUMBERED = re.compile(r"(.+)-(\d{3,})")
 
 
 class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +58,14 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """Where to go on from; None starts at the beginning."""
     optimizer_state: dict[str, mx.array]
     """Fresh, or the checkpoint's; evaluated."""
+    restored: Restored
+    """Where prompting begins, or goes on."""
+    model: str = ""
+    """Fingerprint of the folder of the model that the run begins with."""
+    changes: tuple[Change, ...] = ()
+    """Made in earlier starts while the run played."""
+    new_changes: tuple[Change, ...] = ()
+    """Those of them that are new, because this start asks for another value; to be written before it begins."""
     memory: Plan
     """What the run takes, and what was chosen for it."""
     notices: tuple[str, ...]
@@ -64,9 +75,23 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
         """What is to be known once a run goes on by itself, which keeps the arrays that it needs."""
         checkpoint = self.checkpoint
         if checkpoint is not None:
-            checkpoint = msgspec.structs.replace(checkpoint, weights={}, optimizer_state={}, behind={}, reference=None)
+            checkpoint = msgspec.structs.replace(
+                checkpoint, weights={}, optimizer_state={}, behind={}, reference=None, unfinished=Unfinished()
+            )
         policy = Policy(self.policy.config, {}, self.policy.path)
-        return msgspec.structs.replace(self, policy=policy, reference=None, checkpoint=checkpoint, optimizer_state={})
+        return msgspec.structs.replace(
+            self,
+            policy=policy,
+            reference=None,
+            checkpoint=checkpoint,
+            optimizer_state={},
+            restored=Restored(next=self.restored.next),
+        )
+
+    @property
+    def live(self) -> Live:
+        """What this start begins with, of all that may be set while it plays."""
+        return Live.of(self.config, self.changes, self.rewards.names)
 
     @property
     def first_step(self) -> int:
@@ -74,8 +99,11 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
         return 0 if self.checkpoint is None else self.checkpoint.state.version
 
 
-def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> Prepared:
-    """Load and check everything. `rewards` are used beside those that the config names. Raises InputError."""
+def prepare(
+    config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False, allow_changes: Sequence[str] = ()
+) -> Prepared:
+    """Load and check everything. `rewards` are used beside those that the config names; `allow_changes` are the keys in
+    which the config may differ from that of the run that is resumed. Raises InputError."""
     config = check_config(config)
     model_path, data_path = config.model.path, config.data.path
     notices = linux_cpu.advice() if mx.default_device() == mx.Device(mx.cpu) else []
@@ -84,8 +112,10 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
     if data_path is None:
         raise ConfigError("data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)")
     folder = run_folder(config, resume=resume)
-    if resume:
-        _check_resumable(config, folder)
+    resumption = Resumption.of(folder, config, allow_changes) if resume else None
+    if resume and "sqlite" in config.metrics.sinks:
+        check_store(folder / FILE_NAME)
+    config = config if resumption is None else resumption.asked
     dataset = PromptDataset.from_json(data_path, config.data.chat)
     held_out = PromptDataset.from_json(config.data.eval_path, config.data.chat) if config.data.eval_path else None
     manager, config = _rewards(config, rewards, dataset, held_out)
@@ -112,9 +142,30 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
         epochs=config.learner.epochs,
         max_steps=config.learner.max_steps,
     )
-    checkpoint, resumed = _newest_checkpoint(folder, dataset, config, policy) if resume else (None, [])
+    identity = Identity(dataset=dataset.fingerprint, model=model_fingerprint(source), rewards=manager.names)
+    checkpoint: Checkpoint | None = None
+    resumed: list[str] = []
+    if resume:
+        resumption = None if resumption is None else resumption.compared(config)
+        checkpoint, resumed = newest_checkpoint(folder, resumption, config, identity, policy)
+    if resumption is not None:
+        before = count_steps(
+            len(dataset),
+            batch_size=config.learner.batch_size,
+            epochs=resumption.stored.learner.epochs,
+            max_steps=resumption.stored.learner.max_steps,
+        )
+        resumed += resumption.notices(total_steps, before, checkpoint)
+    changes, new_changes, told = _changes(folder, config, resumption, checkpoint, manager)
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
+    schedule = PromptSchedule(
+        dataset,
+        prompt_ids,
+        batch_size=config.learner.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
     return Prepared(
         config=msgspec.structs.replace(config, output=str(folder)),
         folder=folder,
@@ -122,20 +173,54 @@ def prepare(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool =
         source=source,
         reference=_reference(config, policy, checkpoint),
         rewards=manager,
-        schedule=PromptSchedule(
-            dataset,
-            prompt_ids,
-            batch_size=config.learner.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        ),
+        schedule=schedule,
+        restored=_restored(checkpoint, schedule, config, manager),
         total_steps=total_steps,
         fingerprint=dataset.fingerprint,
+        model=identity.model,
+        changes=changes,
+        new_changes=new_changes,
         evaluation=evaluation,
         checkpoint=checkpoint,
         optimizer_state=optimizer_state,
         memory=memory,
-        notices=(*notices, *more, *memory.notices, *resumed),
+        notices=(*notices, *more, *memory.notices, *resumed, *told),
+    )
+
+
+def _changes(
+    folder: Path,
+    config: RunConfig,
+    resumption: Resumption | None,
+    checkpoint: Checkpoint | None,
+    rewards: RewardManager,
+) -> tuple[tuple[Change, ...], tuple[Change, ...], list[str]]:
+    """What was changed while the run played, what this start changes of that, and what the user should know.
+
+    Rewards that were exchanged before the checkpoint have their places again.
+    """
+    if resumption is None:
+        return (), (), []
+    step = 0 if checkpoint is None else checkpoint.state.version
+    log = ChangesLog(folder)
+    made = log.checked(config, rewards.names)
+    new = resumption.superseding(made, step, {name: spec for name, (_, spec) in rewards.standing(step).items()})
+    told = []
+    if "rewards.functions" not in resumption.changed:
+        standing = {} if checkpoint is None else checkpoint.state.rewards
+        told = reinstated(rewards, standing, made, step)
+    return (*made, *new), new, told
+
+
+def _restored(
+    checkpoint: Checkpoint | None, schedule: PromptSchedule, config: RunConfig, rewards: RewardManager
+) -> Restored:
+    if checkpoint is None:
+        return Restored(next=0)
+    if config.schedule.mode == "free":
+        return restored_free(checkpoint.unfinished, schedule)
+    return restored_pinned(
+        checkpoint.unfinished, schedule, checkpoint.state.version, whole_rounds=rewards.compares_groups
     )
 
 
@@ -166,48 +251,6 @@ def _reference(config: RunConfig, policy: Policy, checkpoint: Checkpoint | None)
     if config.learner.sync_ref_model and checkpoint is not None and checkpoint.reference is not None:
         return checkpoint.reference
     return policy.weights
-
-
-def run_folder(config: RunConfig, *, resume: bool) -> Path:
-    """The folder a run writes to; OutputError where it may not be used. Creates nothing.
-
-    Without `output`: `runs/NAME-NNN`, NAME from the dataset's file, NNN the first number that is free.
-    """
-    if config.output is None:
-        if resume:
-            raise OutputError("nothing to resume: name the run folder to go on with (-o OUT_DIR)")
-        name = Path(config.data.path or "run").stem
-        runs = Path.cwd() / "runs"
-        taken = [_NUMBERED.fullmatch(path.name) for path in runs.glob(f"{name}-*")]
-        numbers = [int(match[2]) for match in taken if match and match[1] == name]
-        return runs / f"{name}-{max(numbers, default=0) + 1:03d}"
-    folder = Path(config.output).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: this is a file; give a folder that does not exist yet, or an empty one")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return folder
-    if resume and not (folder / RUN_TOML).is_file():
-        raise OutputError(f"{folder}: there is no {RUN_TOML} among these files, so this is no run to go on with")
-    if not resume:
-        raise OutputError(
-            f"{folder}: the output folder is not empty; add --resume to go on with the run in it, or give "
-            "another folder"
-        )
-    return folder
-
-
-def _check_resumable(config: RunConfig, folder: Path) -> None:
-    """CheckpointError for the schedule of which a checkpoint does not hold where the run stood."""
-    modes = {"schedule.mode": config.schedule.mode}
-    if (folder / RUN_TOML).is_file():
-        modes[str(folder / RUN_TOML)] = load_config(folder / RUN_TOML).schedule.mode
-    where = next((where for where, mode in modes.items() if mode == "free"), None)
-    if where is not None and (found := list_checkpoints(folder)):
-        raise CheckpointError(
-            f"{folder}: the run cannot be resumed, because its schedule is 'free' ({where}), and its checkpoints do "
-            "not hold which groups were trained out of order; start a new run from the policy in "
-            f"{found[0]} (model.path), in another folder"
-        )
 
 
 def _rewards(
@@ -243,55 +286,3 @@ def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) 
         f"longest prompt takes {longest_prompt}"
     )
     return msgspec.structs.replace(config, generation=generation), [notice]
-
-
-def _newest_checkpoint(
-    folder: Path, dataset: PromptDataset, config: RunConfig, policy: Policy
-) -> tuple[Checkpoint | None, list[str]]:
-    notices = []
-    for found in load_newest(folder):
-        if isinstance(found, CheckpointError):
-            notices.append(f"{found}; trying the one before")
-            continue
-        _check_same_run(found.state, dataset, config, folder)
-        _check_same_policy(found, policy, config, folder)
-        held = msgspec.structs.replace(
-            found,
-            weights=_held_like(policy.weights, found.weights),
-            behind={version: _held_like(policy.weights, weights) for version, weights in found.behind.items()},
-            reference=None if found.reference is None else _held_like(policy.weights, found.reference),
-        )
-        return held, [*notices, f"going on after step {found.state.version}"]
-    return None, [*notices, f"{folder}: no whole checkpoint yet, so the run starts from the beginning"]
-
-
-def _check_same_run(state: RunState, dataset: PromptDataset, config: RunConfig, folder: Path) -> None:
-    if state.dataset != dataset.fingerprint:
-        raise CheckpointError(
-            f"{folder}: the run was made with other prompts than those now in {dataset.source}; "
-            "restore the dataset, or start a new run in another folder"
-        )
-    if state.seed != config.seed:
-        raise CheckpointError(f"{folder}: the run has seed {state.seed}, not {config.seed}; leave --seed out to resume")
-
-
-def _check_same_policy(found: Checkpoint, policy: Policy, config: RunConfig, folder: Path) -> None:
-    if expected_shapes(found.config) != expected_shapes(policy.config):
-        raise CheckpointError(
-            f"{folder}: the run trains a model of other shapes than the one in {policy.path}; "
-            "resume with the model it began with (model.path), or start a new run in another folder"
-        )
-    step, staleness = found.state.version, config.schedule.max_staleness
-    if missing := set(range(max(0, step - staleness), step)) - found.behind.keys():
-        raise CheckpointError(
-            f"{folder}: schedule.max_staleness is {staleness}, so step {step} needs policy version "
-            f"{', '.join(map(str, sorted(missing)))}, which the checkpoint does not hold; resume with the "
-            "max_staleness that the run began with"
-        )
-
-
-def _held_like(held: Weights, stored: Weights) -> Weights:
-    """Weights in the types that the run holds its policy in, which a checkpoint file need not give back."""
-    weights = {name: array.astype(held[name].dtype) for name, array in stored.items()}
-    mx.eval(list(weights.values()))
-    return weights

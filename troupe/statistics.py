@@ -38,6 +38,15 @@ def advantages_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights:
     )
 
 
+def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[float | None, ...]:
+    """(G,) Σ weight·score of each completion over the scores that are there; None where none is."""
+    rewards: list[float | None] = []
+    for row in zip(*(group.scores[name] for name in weights), strict=True):
+        present = [w * s for w, s in zip(weights.values(), row, strict=True) if s is not None]
+        rewards.append(math.fsum(present) if present else None)
+    return tuple(rewards)
+
+
 def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, float]) -> bool:
     """Whether some advantage of the group, taken alone, is not 0.
 

@@ -6,30 +6,25 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
-from troupe import linux_cpu
-from troupe.budget import memory_limited
-from troupe.config import RunConfig
-from troupe.errors import InputError, RunError
-from troupe.messages import Checkpoint, Drain, Incident, LiveGroup, Pause, Phase, Resume, Status, Step, Update
+from troupe.changes import ChangesLog, check_change
+from troupe.config import RunConfig, anchored_reward, check_config
+from troupe.messages import Checkpoint, Drain, Pause, Resume, Status, Step, Update
+from troupe.performance import Errands, Exchange, Performance, Setting
 from troupe.pipeline import Pipeline, build_pipeline
-from troupe.policy import Policy, load_policy
 from troupe.prepare import Prepared, prepare
 from troupe.rewards import Reward
-from troupe.rollouts import Evaluation, evaluate
 from troupe.run_folder import RunFolder
-from troupe.runtime import DeviceThread, Mailbox, play, together
-from troupe.runtime.watchdog import watch
-from troupe.status import doing, last_movement_s, live_groups, queues, stall
+from troupe.runtime import DeviceThread, Mailbox
+from troupe.status import doing, queues
+from troupe.summary import RunResult
 
 _LISTENER_BOUND = 64
-_EXCHANGES = 64
-"""Exchanges of rewards that may wait for the one in hand before the oldest is forgotten."""
-
 
 _NOT_LOADED = Status(
     phase="starting",
@@ -47,98 +42,72 @@ _NOT_LOADED = Status(
 )
 
 
-class _Exchange(msgspec.Struct, frozen=True):
-    """A reward to be put in the place of another."""
-
-    name: str
-    reward: Reward | str
-
-
-class RunResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a run; stored as `summary.json`."""
-
-    folder: str
-    steps: int
-    """Learner batches completed, those before a resume included."""
-    total_steps: int
-    version: int
-    """Policy version in `final/`."""
-    wall_s: float
-    """Seconds of this start, evaluation included."""
-    closed_groups: dict[str, int]
-    """Groups of this start by the state in which they closed."""
-    incidents: dict[str, int]
-    """Incidents of this start by kind."""
-    switched_off_sinks: dict[str, str]
-    accuracy_before: float | None = None
-    """Share of held-out rows that the untrained policy, decoding greedily, answers exactly; None without such rows."""
-    accuracy_after: float | None = None
-    rewards_before: dict[str, float] = {}
-    """Mean score of each reward on the held-out rows, greedy, before training."""
-    rewards_after: dict[str, float] = {}
-
-    @property
-    def complete(self) -> bool:
-        """Whether every step was made; otherwise the run can be resumed."""
-        return self.steps >= self.total_steps
-
-
 class Supervisor:
     """Plays a run: `async with Supervisor(config, rewards=[...]) as run`.
 
     Entering loads and checks everything (InputError before anything is written) and starts the run; leaving waits
     until it has ended and raises what made it fail. An error in the body cancels the run.
 
-    `pause`, `resume`, `step`, `drain`, `checkpoint`, `stop` and `exchange_reward` are requests: they return at once and
-    may be made at any time, also by who reads `updates()`. What is asked before entering happens when the run has been
-    loaded; after the end it changes nothing.
+    `pause`, `resume`, `step`, `drain`, `checkpoint`, `stop`, `set` and `exchange_reward` are requests: they return at
+    once and may be made at any time, also by who reads `updates()`. What is asked before entering happens when the run
+    has been loaded; after the end it changes nothing.
     """
 
-    def __init__(self, config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        rewards: Sequence[Reward] = (),
+        *,
+        resume: bool = False,
+        allow_changes: Sequence[str] = (),
+    ) -> None:
+        """`allow_changes`: keys in which the config may differ from that of the run that is resumed."""
         self.config = config
         self.notices: tuple[str, ...] = ()
         """What the user should know, one line each; filled on entering."""
         self._rewards = rewards
         self._resume = resume
-        self._result: RunResult | None = None
-        self._fault: BaseException | None = None
+        self._allow_changes = tuple(allow_changes)
         self._stopping = False
-        self._loaded = self._playing = False
         self._requests: list[Callable[[Pipeline], None]] = []
-        self._errands = Mailbox("supervisor")
-        self._exchanges = self._errands.channel("exchanges", _Exchange, bound=_EXCHANGES, overflow="drop_oldest")
+        self._errands = Errands()
         self._ended = anyio.Event()
         self._device = DeviceThread("supervisor")
         self._place: RunFolder | None = None
+        self._performance: Performance | None = None
+        """There when everything is loaded."""
         self._pipeline: Pipeline
-        self._scope: anyio.CancelScope
         self._prepared: Prepared
+        """Without arrays, which belong to who works with them."""
         self._newest_update: Mailbox
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> Supervisor:
-        self._started_s = time.perf_counter()
-        self._scope = anyio.CancelScope()  # not before: one can be made only where an event loop runs
+        began_s = time.perf_counter()
         try:
-            self._prepared = await self._device.run(self._prepare)
-            self.config, self.notices = self._prepared.config, self._prepared.notices
-            self._place = RunFolder(self._prepared.folder)
-            self._place.take(self.config)
-            self._pipeline = build_pipeline(self._prepared)
+            self._place = await self._device.run(self._take_folder)
+            prepared = await self._device.run(self._prepare, self._place)
+            self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
+            self._pipeline = build_pipeline(prepared)
+            performance = Performance(
+                prepared, self._pipeline, self._place, self._device, self._errands, ended=self._ended, began_s=began_s
+            )
             self._newest_update = self._pipeline.updates.listen(1)
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
         except BaseException:
+            if self._place is not None:
+                self._place.remove_traces()
             self._leave()
             with anyio.CancelScope(shield=True):
                 await self._device.close()
             raise
-        self._loaded = True
+        self._performance = performance
         for request in self._requests:
             request(self._pipeline)
         if self._stopping:
-            self._scope.cancel()
-        self._tasks.start_soon(self._run, name="run")
+            performance.stop()
+        self._tasks.start_soon(performance.run, name="run")
         return self
 
     async def __aexit__(
@@ -155,8 +124,9 @@ class Supervisor:
                     await device.close()
             if self._pipeline.files is not None:
                 self._pipeline.files.close()
-        if self._fault is not None and error is None:
-            raise self._fault
+        fault = None if self._performance is None else self._performance.fault
+        if fault is not None and error is None:
+            raise fault
 
     @property
     def folder(self) -> Path:
@@ -166,16 +136,17 @@ class Supervisor:
     @property
     def result(self) -> RunResult:
         """What became of the run; RuntimeError before it has ended."""
-        if self._result is None:
+        result = None if self._performance is None else self._performance.result
+        if result is None:
             raise RuntimeError("the run has no result yet: leave the `async with` block, or await wait(), first")
-        return self._result
+        return result
 
     async def updates(self) -> AsyncIterator[Update]:
         """Every step's Update from now on, until the run ends. A slow reader gets the newest ones only.
 
         Raises RuntimeError where the supervisor was not entered.
         """
-        if not self._loaded:
+        if self._performance is None:
             raise RuntimeError("there are no updates yet: enter the supervisor with `async with` first")
         mailbox = self._pipeline.updates.listen(_LISTENER_BOUND)
         try:
@@ -190,16 +161,17 @@ class Supervisor:
 
     def status(self) -> Status:
         """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
-        if not self._loaded:
+        performance = self._performance
+        if performance is None:
             return _NOT_LOADED
         pipeline, now_s = self._pipeline, time.perf_counter()
         updates = self._newest_update.waiting
         return Status(
-            phase=self._phase,
+            phase=performance.phase,
             step=pipeline.learner.version,
             total_steps=self._prepared.total_steps,
             policy_version=pipeline.learner.version,
-            groups=self._live_groups(now_s),
+            groups=performance.live_groups(now_s),
             queues=queues(pipeline.actors),
             doing={} if self._ended.is_set() else doing(pipeline.actors, now_s),
             held=pipeline.ledger.held,
@@ -233,191 +205,65 @@ class Supervisor:
 
     def stop(self) -> None:
         """Ask the run to end now, with a checkpoint of the last completed step."""
-        if self._ended.is_set():
-            return
         self._stopping = True
-        if self._loaded:
-            self._scope.cancel()
+        if self._performance is not None:
+            self._performance.stop()
 
     def exchange_reward(self, name: str, reward: Reward | str) -> None:
         """Ask for `reward`, or the one that a text names as the config does, in the place of the one called `name`, for
         all groups whose scoring begins afterwards.
 
-        One that is refused or does not start is an incident, and the old one goes on.
+        In the pinned schedule one that a text names takes over with the next step that is begun, unless the old one is
+        down, and a resume keeps to that; one given in Python is gone with the process. One that is refused or does not
+        start is an incident, and the old one goes on.
         """
-        self._exchanges.send_nowait(_Exchange(name, reward))
+        self._errands.exchanges.send_nowait(Exchange(name, anchored_reward(reward, Path.cwd())))
+
+    def set(self, key: str, value: Any) -> None:
+        """Ask for another value of one of the keys that may change while a run plays: `learner.lr`, from the next step
+        on; `rewards.NAME`, a text as the config's, from the next step that is begun (see `exchange_reward`);
+        `checkpoint.every`; `schedule.watchdog_s`. A resume keeps to it.
+
+        ConfigError for another key, or a value that the config would refuse. What fails later is an incident.
+        """
+        names = self._prepared.rewards.names if self._performance is not None else None
+        value = check_change(self.config, key, value, names)
+        section, _, name = key.partition(".")
+        if section == "rewards":
+            self.exchange_reward(name, value)
+        else:
+            self._errands.settings.send_nowait(Setting(key, value))
 
     def _ask(self, request: Callable[[Pipeline], None]) -> None:
-        if self._loaded:
+        if self._performance is not None:
             request(self._pipeline)
         else:
             self._requests.append(request)
 
-    @property
-    def _phase(self) -> Phase:
-        ledger = self._pipeline.ledger
-        phases: list[tuple[bool, Phase]] = [
-            (self._fault is not None, "failed"),
-            (self._ended.is_set(), "ended"),
-            (self._stopping, "stopping"),
-            (not self._playing, "starting"),
-            (ledger.draining, "draining"),
-            (ledger.steps_allowed is not None, "paused"),
-            (bool(ledger.held), "held"),
-        ]
-        return next((phase for holds, phase in phases if holds), "running")
+    def _take_folder(self) -> RunFolder:
+        """Before anything is loaded: where another run writes, that is all that there is to say."""
+        return RunFolder.take(check_config(self.config), resume=self._resume)
 
-    def _live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
-        pipeline = self._pipeline
-        return live_groups(pipeline.ledger.alive, pipeline.actors, now_s, handed_over=pipeline.handed_over)
-
-    def _prepare(self) -> Prepared:
-        return prepare(self.config, self._rewards, resume=self._resume)
+    def _prepare(self, place: RunFolder) -> Prepared:
+        config = msgspec.structs.replace(self.config, output=str(place.path))
+        prepared = prepare(config, self._rewards, resume=self._resume, allow_changes=self._allow_changes)
+        place.begin(prepared.config)
+        for change in prepared.new_changes:
+            ChangesLog(place.path).add(change)
+        return prepared
 
     def _leave(self) -> None:
         if self._place is not None:
             self._place.leave()
 
-    async def _run(self) -> None:
-        try:
-            await self._play()
-        except InputError as error:
-            self._fault = error
-            if self._place is not None and self._pipeline.learner.version == 0:
-                self._place.remove_traces()
-        except Exception as error:
-            self._fault = error
-        finally:
-            self._pipeline.updates.close()
-            self._ended.set()
 
-    async def _play(self) -> None:
-        rewards, tally = self._prepared.rewards, self._pipeline.tally
-        before = after = None
-        try:
-            threads = self.config.schedule.blas_threads
-            with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
-                await rewards.start()
-                before = await self._evaluate(await self._untrained_policy())
-                self._prepared = self._prepared.without_arrays()
-                await self._perform()
-                after = await self._evaluate(self._trained_policy())
-            if self._stopping:
-                await self._write_checkpoint()
-        finally:
-            for incident in (*await rewards.stop(), *self._pipeline.untold):
-                tally.incidents[incident.kind] += 1
-            with anyio.CancelScope(shield=True):
-                await self._pipeline.sinks.close()
-        self._write_summary(before, after)
-
-    async def _perform(self) -> None:
-        """Play; meanwhile watch, and run errands."""
-        beside = anyio.CancelScope()
-
-        async def performance() -> None:
-            await play(self._pipeline.roles)
-            beside.cancel()
-
-        async def company() -> None:
-            with beside:
-                await together([self._watch, self._run_errands])
-
-        self._playing = True
-        await together([performance, company])
-
-    async def _watch(self) -> None:
-        limit_s = self.config.schedule.watchdog_s
-        begun_s = time.perf_counter()
-
-        def moved_s() -> float:
-            return max(begun_s, last_movement_s(self._pipeline.actors))
-
-        if limit_s:
-            await watch(limit_s, moved_s, self._tell_of_stall, clock=time.perf_counter)
-
-    def _tell_of_stall(self, still_s: float) -> None:
-        now_s = time.perf_counter()
-        groups = self._live_groups(now_s)
-        if groups or self._phase not in ("paused", "held"):
-            self._pipeline.incidents.incident_nowait(stall(groups, self._pipeline.actors, now_s, still_s))
-
-    async def _run_errands(self) -> None:
-        async with anyio.create_task_group() as tasks:
-            async for errand in self._errands:  # not one after the other: an old reward that hangs would hold up all
-                tasks.start_soon(self._exchange, errand.name, errand.reward)
-
-    async def _exchange(self, name: str, reward: Reward | str) -> None:
-        tell = self._pipeline.incidents.incident_nowait
-        try:
-            for incident in await self._prepared.rewards.exchange(name, reward):
-                tell(incident)
-        except Exception as error:
-            message = f"the reward {name} was not exchanged, the old one goes on: {error}"
-            tell(Incident(actor="supervisor", kind="reward_exchange_failed", message=message))
-
-    async def _write_checkpoint(self) -> None:
-        snapshot = self._pipeline.learner.snapshot()
-        try:
-            with anyio.CancelScope(shield=True):
-                await self._device.run(self._pipeline.write_snapshot, snapshot)
-        except OSError as error:
-            raise RunError(
-                f"{self.folder}: the checkpoint of step {snapshot.version} could not be written: {error}; the one "
-                "before it stays"
-            ) from error
-
-    async def _untrained_policy(self) -> Policy:
-        """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
-        if self._prepared.checkpoint is None or self._prepared.evaluation is None:
-            return self._prepared.policy
-        return await self._device.run(load_policy, self._prepared.source, self.config.model.dtype)
-
-    def _trained_policy(self) -> Policy:
-        policy = self._prepared.policy
-        return Policy(policy.config, self._pipeline.learner.weights, policy.path)
-
-    async def _evaluate(self, policy: Policy) -> Evaluation | None:
-        held_out = self._prepared.evaluation
-        if held_out is None:
-            return None
-        greedy = msgspec.structs.replace(self.config.generation, temperature=0.0)
-        evaluation = await evaluate(
-            policy,
-            held_out.dataset,
-            held_out.prompt_ids,
-            generation=greedy,
-            device=self._device,
-            rewards=self._prepared.rewards,
-        )
-        self._pipeline.tally.incidents.update(incident.kind for incident in evaluation.incidents)
-        return evaluation
-
-    def _write_summary(self, before: Evaluation | None, after: Evaluation | None) -> None:
-        tally, version = self._pipeline.tally, self._pipeline.learner.version
-        self._result = RunResult(
-            folder=str(self.folder),
-            steps=version,
-            total_steps=self._prepared.total_steps,
-            version=version,
-            wall_s=time.perf_counter() - self._started_s,
-            closed_groups=dict(tally.closed_groups),
-            incidents=dict(tally.incidents),
-            switched_off_sinks=dict(tally.switched_off_sinks),
-            accuracy_before=before.accuracy if before else None,
-            accuracy_after=after.accuracy if after else None,
-            rewards_before=before.rewards if before else {},
-            rewards_after=after.rewards if after else {},
-        )
-        summary = msgspec.json.format(msgspec.json.encode(self._result), indent=2)
-        (self.folder / "summary.json").write_bytes(summary + b"\n")
-
-
-def train(config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False) -> RunResult:
+def train(
+    config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False, allow_changes: Sequence[str] = ()
+) -> RunResult:
     """Play a run to its end and return what became of it; the blocking form of `Supervisor`."""
 
     async def run() -> RunResult:
-        async with Supervisor(config, rewards, resume=resume) as supervisor:
+        async with Supervisor(config, rewards, resume=resume, allow_changes=allow_changes) as supervisor:
             await supervisor.wait()
         return supervisor.result
 

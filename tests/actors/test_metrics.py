@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeAlias
 
+import anyio
 import pytest
 
 from tests.fakes import DirectSinkThread, FakeSink, ended, taken
 from tests.trace_events import read_trace
 from troupe.actors.metrics import Metrics, Tally
-from troupe.messages import ClosedState, Drain, GroupClosed, Incident, Slot, Span, Update
+from troupe.messages import CheckpointWritten, ClosedState, Drain, GroupClosed, Incident, Settle, Slot, Span, Update
 from troupe.runtime import Broadcast, Channel, Mailbox, Reporter, Restarts, Role, TraceWriter, play
 from troupe.sinks import JsonlSink, Sinks
 
@@ -22,7 +23,7 @@ SPAN = Span(actor="learner", name="learn", start_s=1.0, end_s=2.0)
 INCIDENT = Incident(actor="scorer", kind="reward_timeout", message="late")
 
 
-Report: TypeAlias = Update | GroupClosed | Incident | Span
+Report: TypeAlias = Update | GroupClosed | Incident | CheckpointWritten | Span
 
 
 def update(step: int) -> Update:
@@ -38,7 +39,9 @@ class Stage:
         self, *sinks: FakeSink, watched: tuple[Mailbox, ...] = (), reporters: tuple[Reporter, ...] = ()
     ) -> None:
         self.inbox = Mailbox("metrics")
-        self.reports: Channel[Report] = self.inbox.channel("reports", Update, GroupClosed, Incident, Span, bound=99)
+        self.reports: Channel[Report] = self.inbox.channel(
+            "reports", Update, GroupClosed, Incident, CheckpointWritten, Span, bound=99
+        )
         self.listeners: Broadcast[Update] = Broadcast("updates", Update)
         self.tally = Tally()
         self.sinks = Sinks(sinks, gather_s=0.0)
@@ -77,7 +80,8 @@ async def test_counts_and_hands_everything_to_every_sink_in_order() -> None:
     one, other = FakeSink("one"), FakeSink("other")
     stage = Stage(one, other)
     ends = closed(0, "trained"), closed(1, "quarantined"), closed(2, "trained")
-    messages: list[Report] = [ends[0], SPAN, ends[1], INCIDENT, ends[2]]
+    written = CheckpointWritten(version=1, folder="c", bytes=1, seconds=0.1)
+    messages: list[Report] = [ends[0], SPAN, ends[1], INCIDENT, written, ends[2]]
     await stage.play(*messages)
     assert told(one) == told(other) == messages
     assert (one.closed, other.closed) == (1, 1)
@@ -185,7 +189,7 @@ async def test_a_successor_goes_on_with_the_same_open_sinks(tmp_path: Path) -> N
     failing = [2, 4]
 
     class Frail(Metrics):
-        async def handle(self, message: Report) -> None:
+        async def handle(self, message: Report | Settle) -> None:
             if isinstance(message, Update) and message.step in failing:
                 failing.remove(message.step)
                 raise OSError("out of luck")
@@ -205,6 +209,39 @@ async def test_a_successor_goes_on_with_the_same_open_sinks(tmp_path: Path) -> N
     assert stage.tally.closed_groups == {"trained": 5}
     trace = read_trace(json.loads((tmp_path / "trace.json").read_text()))
     assert [piece.name for piece in trace.slices].count("learn") == 5
+
+
+async def test_what_was_told_before_is_settled_also_by_a_successor(tmp_path: Path) -> None:
+    """The first actor fails with the request in hand; who asked waits until the second has had it carried out."""
+    path = tmp_path / "metrics.jsonl"
+    stage = Stage()
+    stage.sinks = Sinks([JsonlSink(path)], gather_s=0.0)
+    settles = stage.inbox.channel("settle", Settle, bound=1, overflow="newest", side=True)
+    failures = [OSError("out of luck")]
+    seen: list[list[int]] = []
+
+    class Frail(Metrics):
+        async def handle(self, message: Report | Settle) -> None:
+            if isinstance(message, Settle) and failures:
+                raise failures.pop()
+            await super().handle(message)
+
+    def make() -> Metrics:
+        return Frail(stage.inbox, sinks=stage.sinks, listeners=stage.listeners, tally=stage.tally)
+
+    async def checkpoint() -> None:
+        for step in (1, 2):
+            await stage.reports.send(update(step))
+        settles.send_nowait(Settle(version=2))
+        assert await stage.sinks.settled(2)
+        seen.append([json.loads(line)["step"] for line in path.read_text().splitlines()])
+        stage.reports.close()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(checkpoint)
+        await play([Role(make)], Restarts(first_s=0.0))
+    assert seen == [[1, 2]]
+    assert failures == []
 
 
 async def test_a_step_of_a_thousand_spans_costs_little(tmp_path: Path) -> None:

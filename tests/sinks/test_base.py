@@ -7,7 +7,7 @@ from troupe.sinks import MetricsConfig
 
 
 def test_all_sinks_are_on_by_default() -> None:
-    assert MetricsConfig().sinks == ("console", "jsonl", "trace")
+    assert MetricsConfig().sinks == ("console", "jsonl", "trace", "sqlite")
 
 
 def test_unknown_sinks_are_refused() -> None:

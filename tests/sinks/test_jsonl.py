@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from troupe.messages import Incident, Update
-from troupe.sinks import JsonlSink
+from troupe.sinks import DurableSink, JsonlSink, jsonl
 
 
 def update(step: int, **metrics: float) -> Update:
@@ -26,12 +29,15 @@ def test_writes_one_line_a_step_at_once(tmp_path: Path) -> None:
     sink.close()
     sink.open()
     sink.write(update(1, loss=0.5, reward=float("nan")))
+    sink.flush()
     assert lines(path) == [{"step": 1, "version": 1, "loss": 0.5, "reward": None}]
     sink.write(Incident(actor="scorer", kind="odd", message="not for this file"))
     sink.write(update(2, loss=0.25))
+    sink.flush()
     sink.close()
     sink.close()
     sink.write(update(3))  # after the end: not written
+    sink.flush()
     assert lines(path)[1:] == [{"step": 2, "version": 2, "loss": 0.25}]
 
 
@@ -39,6 +45,7 @@ def test_metrics_never_stand_in_for_the_step(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.open()
     sink.write(Update(step=4, version=4, total_steps=9, metrics={"loss": 1.0, "step": 99.0, "version": 98.0}))
+    sink.flush()
     sink.close()
     (line,) = lines(tmp_path / "metrics.jsonl")
     assert list(line.items()) == [("step", 4), ("version", 4), ("loss", 1.0)]
@@ -50,6 +57,7 @@ def test_a_resume_drops_the_steps_that_will_be_made_again(tmp_path: Path) -> Non
     sink = JsonlSink(path, first_step=3)
     sink.open()
     sink.write(update(4))
+    sink.flush()
     sink.close()
     assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
     assert [line.get("old", False) for line in lines(path)] == [True, True, True, False]
@@ -66,6 +74,7 @@ def test_a_line_that_a_crash_has_cut_is_dropped(tmp_path: Path, broken: bytes) -
     sink = JsonlSink(path, first_step=8)
     sink.open()
     sink.write(update(9))
+    sink.flush()
     sink.close()
     assert [line["step"] for line in lines(path)] == [1, 2, 9]
 
@@ -76,6 +85,7 @@ def test_a_line_that_lost_only_its_end_is_kept(tmp_path: Path) -> None:
     sink = JsonlSink(path, first_step=2)
     sink.open()
     sink.write(update(3))
+    sink.flush()
     sink.close()
     assert [line["step"] for line in lines(path)] == [1, 2, 3]
 
@@ -91,3 +101,104 @@ def test_a_crash_while_opening_keeps_what_was_there(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="power"):
         JsonlSink(path, first_step=1).open()
     assert path.read_bytes() == b'{"step":1}\n{"step":2}\n'
+
+
+def test_an_update_that_is_told_twice_is_one_line(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.open()
+    for step in (1, 2, 2, 3):
+        sink.write(update(step))
+    sink.flush()
+    sink.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+class SmallDisk(FileIO):
+    """A file that takes so many bytes more, and then raises."""
+
+    room = 0
+    truncates = True
+
+    def write(self, data: Any, /) -> int:
+        if SmallDisk.room <= 0:
+            raise OSError(28, "No space left on device")
+        written = super().write(bytes(data)[: SmallDisk.room])
+        SmallDisk.room -= written
+        return written
+
+    def truncate(self, size: int | None = None, /) -> int:
+        if not SmallDisk.truncates:
+            raise OSError(5, "Input/output error")
+        return super().truncate(size)
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+def test_a_line_that_a_full_disk_cut_is_taken_back_and_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncates: bool
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(jsonl, "FileIO", SmallDisk)
+    sink = JsonlSink(path)
+    assert isinstance(sink, DurableSink)
+    sink.open()
+    whole = b'{"step":1,"version":1}\n'
+    SmallDisk.room, SmallDisk.truncates = len(whole) + 9, True
+    sink.write(update(1))
+    sink.flush()
+    SmallDisk.truncates = truncates
+    sink.write(update(2))
+    for step in (3, 4):
+        with pytest.raises(OSError, match=r"No space|Input/output"):
+            sink.flush()
+        assert path.read_bytes() == whole if truncates else path.read_bytes().startswith(whole)
+        sink.write(update(step))
+    SmallDisk.room, SmallDisk.truncates = 10**6, True
+    sink.flush()
+    assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
+    sink.close()
+
+
+def test_what_was_cut_last_is_taken_back_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "FileIO", SmallDisk)
+    SmallDisk.room, SmallDisk.truncates = 5, True
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.open()
+    sink.write(update(1))
+    SmallDisk.truncates = False
+    with pytest.raises(OSError, match="Input/output"):
+        sink.flush()
+    SmallDisk.truncates = True
+    sink.close()
+    assert lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_folder_that_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "mounted" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    with pytest.raises(FileNotFoundError):
+        sink.open()
+    sink.write(update(1))
+    with pytest.raises(FileNotFoundError):
+        sink.flush()
+    sink.settle()  # nothing is open: nothing to settle
+    path.parent.mkdir()
+    sink.flush()
+    sink.close()
+    assert [line["step"] for line in lines(path)] == [1]
+
+
+def test_settling_syncs_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bool] = []
+    monkeypatch.setattr("troupe.sinks.jsonl.os.fsync", lambda descriptor: synced.append(_is_folder(descriptor)))
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.open()
+    sink.write(update(1))
+    sink.flush()
+    sink.settle()
+    sink.settle()
+    sink.close()
+    assert synced == [False, True, False]
+
+
+def _is_folder(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)

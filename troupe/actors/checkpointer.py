@@ -1,30 +1,70 @@
-"""Checkpointer: writes snapshots to the disk while the learner goes on."""
+"""Checkpointer: writes snapshots to the disk while the learner goes on, and tries again where the disk fails."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
 
 from troupe.checkpoint import (
     Checkpoint,
+    CheckpointConfig,
+    Pruned,
     RunState,
     checkpoint_folder,
+    clear_leftovers,
     prune_checkpoints,
-    publish_folder,
+    read_state,
     save_checkpoint,
+    save_final_policy,
 )
-from troupe.errors import RunError
-from troupe.messages import Incident, Snapshot
-from troupe.policy import MAX_SHARD_BYTES, Qwen3Config, save_model_folder
-from troupe.runtime import Actor, DeviceThread, Mailbox, Reporter
+from troupe.errors import CheckpointError, RunError
+from troupe.messages import CheckpointWritten, Incident, Snapshot
+from troupe.policy import Qwen3Config
+from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, Reporter
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_NICENESS = 5
+"""Of the thread that sums and writes. Where all processors are busy it gets about a quarter of one: more would be taken
+from the learner, and with much less it would have to be waited for."""
+
+
+class CheckpointLedger(msgspec.Struct, kw_only=True):
+    """What a Checkpointer knows, and its successor must."""
+
+    newest: int | None = None
+    """Version of the newest checkpoint that is whole."""
+    gids: frozenset[int] = frozenset()
+    """Groups whose scores it holds."""
+    abandoned: set[int] = msgspec.field(default_factory=set)
+    """Versions on the disk that come after the one this start went on from: they are not of this run any more, and go
+    when it has a checkpoint of its own."""
+    pending: Snapshot | None = None
+    """What could not be written, and is tried again."""
+    failing: bool = False
+    """Whether the newest attempt failed."""
+    untold: CheckpointWritten | None = None
+    """What was written and not told yet."""
+    pruning_faults: tuple[str, ...] = ()
+    """What could not be removed, and was not told yet."""
 
 
 class Checkpointer(Actor):
-    """Receives Snapshot. Every one is written; none is overwritten by the next.
+    """Receives Snapshot; sends CheckpointWritten. Every snapshot is written when it comes; none is overwritten by the
+    next.
 
-    A snapshot holds immutable arrays by reference, so what is written never changes underneath. A disk that fails is
-    an incident and the last whole checkpoint stays; only the final policy must be written, or the run has failed.
+    A snapshot holds immutable arrays by reference, so what is written never changes underneath. A disk that fails is an
+    incident, and the last whole checkpoint stays. The snapshot is tried again, after pauses that grow, until it is
+    written or the next one has come: nobody waits for that. Only the final policy must be written, or the run has
+    failed.
     """
 
     name = "checkpointer"
@@ -32,69 +72,189 @@ class Checkpointer(Actor):
     def __init__(
         self,
         inbox: Mailbox,
+        written: Channel[CheckpointWritten] | None = None,
         *,
         device: DeviceThread,
         run: Path,
-        keep: int,
+        config: CheckpointConfig,
         policy_config: Qwen3Config,
         source: Path | None,
         run_state: Callable[[Snapshot], RunState],
+        settle: Callable[[int], Awaitable[bool]] | None = None,
+        ledger: CheckpointLedger | None = None,
+        pauses: Callable[[], Iterable[float]] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        super().__init__(inbox, report=report)
+        """`settle`: comes back when all that was told up to the Update of a version is on the disk; False where that
+        took too long. `pauses`: seconds between attempts.
+
+        Settling comes before writing: it takes a moment, while nobody waits for the checkpoint yet, and writing stays
+        one call that nothing can leave half done.
+        """
+        super().__init__(inbox, [] if written is None else [written], report)
+        self._written = written
+        self._device = device
         self._run = run
-        self._keep = keep
+        self._config = config
         self._policy_config = policy_config
         self._source = source
         self._run_state = run_state
-        self._newest: int | None = None
-        self._device = device
+        self._settle = settle
+        self._ledger = CheckpointLedger() if ledger is None else ledger
+        self._pauses = pauses or growing_pauses
+
+    async def start(self) -> None:
+        """Let all others have the processors first: nobody waits for a checkpoint as long as a step takes longer."""
+        await self._device.run(_step_back)
 
     async def handle(self, message: Snapshot) -> None:
         """Write a checkpoint; for the last one also the plain model folder `final/`."""
+        self._ledger.pending = None
         with self.report.span("checkpoint", step=message.version):
+            await self._settled(message.version)
             try:
-                await self._device.run(self.write, message)
+                await self._attempt(message)
             except OSError as error:
                 if message.final:
                     raise RunError(
                         f"{self._run}: the final policy could not be written: {error}; make room or mend the "
                         "permissions, then go on with --resume"
                     ) from error
-                await self.report.incident(
-                    Incident(
-                        actor=self.name,
-                        kind="checkpoint_failed",
-                        message=f"the checkpoint of step {message.version} could not be written: {error}; "
-                        "training goes on, and whole checkpoints from before stay",
-                    )
-                )
+                await self._failed(message, error)
 
     def write(self, snapshot: Snapshot) -> None:
         """Write one snapshot, in the calling thread. OSError where the disk fails."""
-        try:
-            if snapshot.version != self._newest:  # what is whole on the disk is not put at risk by writing it again
-                self._write_checkpoint(snapshot)
-                self._newest = snapshot.version
-            if snapshot.final:
-                self._write_final(snapshot)
-        except RuntimeError as error:  # as which MLX tells that a tensor file could not be written
-            raise OSError(str(error)) from error
+        if self._is_news(snapshot):
+            self._write_checkpoint(snapshot)
+        if snapshot.final:
+            save_final_policy(self._run / "final", self._policy_config, snapshot.weights, self._source)
+
+    async def _take(self) -> Any:
+        """The next message; while none comes, what could not be written is tried again."""
+        for pause_s in self._pauses():
+            if self._ledger.pending is None:
+                break
+            with anyio.move_on_after(pause_s):
+                return await super()._take()
+            await self._try_again()
+        return await super()._take()
+
+    async def _try_again(self) -> None:
+        snapshot = self._ledger.pending
+        assert snapshot is not None
+        with self.report.span("checkpoint again", step=snapshot.version):
+            try:
+                await self._attempt(snapshot)
+            except (OSError, _SupersededError):
+                return
+        self._ledger.pending = None
+
+    async def _attempt(self, snapshot: Snapshot) -> None:
+        await self._device.run(self.write, snapshot)
+        ledger = self._ledger
+        if ledger.failing:
+            ledger.failing = False
+            await self._tell("checkpoint_back", f"the checkpoint of step {snapshot.version} is written: the disk works")
+        if ledger.pruning_faults:
+            faults, ledger.pruning_faults = ledger.pruning_faults, ()
+            message = f"old checkpoints could not be removed: {'; '.join(faults)}; they go when that is mended"
+            await self._tell("prune_failed", message)
+        if ledger.untold is not None and self._written is not None:
+            await self._written.send(ledger.untold)
+        ledger.untold = None
+
+    async def _failed(self, snapshot: Snapshot, error: OSError) -> None:
+        again = "the next one will be tried"
+        if self._config.overlap is not False:  # else memory has no room for a snapshot while learning goes on
+            self._ledger.pending = snapshot
+            again = "it is tried again"
+        self._ledger.failing = True
+        message = (
+            f"the checkpoint of step {snapshot.version} could not be written: {error}; training goes on, whole "
+            f"checkpoints from before stay, and {again}"
+        )
+        await self._tell("checkpoint_failed", message)
+
+    async def _settled(self, version: int) -> None:
+        if self._settle is not None and not await self._settle(version):
+            message = (
+                f"not all that was told of the steps up to {version} is on the disk yet, but its checkpoint is written"
+            )
+            await self._tell("checkpoint_unsettled", message)
+
+    async def _tell(self, kind: str, message: str) -> None:
+        await self.report.incident(Incident(actor=self.name, kind=kind, message=message))
+
+    def _is_news(self, snapshot: Snapshot) -> bool:
+        """Whether the newest checkpoint lacks any of it: what is whole is not written again for nothing."""
+        return snapshot.version != self._ledger.newest or not _gids(snapshot) <= self._ledger.gids
 
     def _write_checkpoint(self, snapshot: Snapshot) -> None:
+        started_s = time.perf_counter()
+        ledger, folder = self._ledger, checkpoint_folder(self._run, snapshot.version)
         checkpoint = Checkpoint(
             config=self._policy_config,
             weights=snapshot.weights,
             optimizer_state=snapshot.optimizer_state,
             behind=snapshot.behind,
-            state=self._run_state(snapshot),
+            state=self._state(snapshot, folder),
             reference=snapshot.reference,
+            unfinished=snapshot.unfinished,
         )
-        save_checkpoint(checkpoint_folder(self._run, snapshot.version), checkpoint, source=self._source)
-        prune_checkpoints(self._run, self._keep)
 
-    def _write_final(self, snapshot: Snapshot) -> None:
-        temporary = self._run / ".writing-final"
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_model_folder(temporary, self._policy_config, snapshot.weights, self._source, MAX_SHARD_BYTES)
-        publish_folder(temporary, self._run / "final")
+        def give_way() -> None:
+            if snapshot is ledger.pending and len(self.inbox):
+                raise _SupersededError
+
+        clear_leftovers(self._run)
+        size = save_checkpoint(folder, checkpoint, source=self._source, before_block=give_way)
+        seconds = time.perf_counter() - started_s
+        pruned = self._prune(snapshot.version)
+        ledger.newest, ledger.gids = snapshot.version, _gids(snapshot)
+        ledger.pruning_faults = pruned.faults
+        ledger.untold = CheckpointWritten(
+            version=snapshot.version, folder=str(folder), bytes=size, seconds=seconds, removed=pruned.removed
+        )
+
+    def _state(self, snapshot: Snapshot, folder: Path) -> RunState:
+        """Where the same step was cut before and none was made since, the means of then are those of the step."""
+        state = self._run_state(snapshot)
+        if not state.metrics and snapshot.version == self._ledger.newest:
+            try:
+                return msgspec.structs.replace(state, metrics=read_state(folder).metrics)
+            except CheckpointError:  # it was removed, or harmed
+                pass
+        return state
+
+    def _prune(self, version: int) -> Pruned:
+        self._ledger.abandoned.discard(version)
+        try:
+            pruned = prune_checkpoints(self._run, self._config, abandoned=self._ledger.abandoned)
+        except OSError as error:
+            return Pruned(faults=(str(error),))
+        self._ledger.abandoned -= set(pruned.removed)
+        return pruned
+
+
+class _SupersededError(Exception):
+    """A newer snapshot has come while an older one was tried again."""
+
+
+def _step_back() -> None:
+    """Lower the priority of this thread, where the system knows one for a single thread."""
+    if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def growing_pauses() -> Iterator[float]:
+    """1 s, 2 s, 4 s … 60 s, 60 s …"""
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _gids(snapshot: Snapshot) -> frozenset[int]:
+    unfinished = snapshot.unfinished
+    return frozenset(group.group.prompt.gid for group in (*unfinished.scored, *unfinished.collected))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import anyio
 
 from troupe.learning import as_rollouts
-from troupe.messages import Prompt, Rollout, RolloutGroup
+from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup
 from troupe.policy import RolloutEngine, RolloutRequest, Weights
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
 
@@ -45,11 +45,13 @@ class Generator(Actor):
         seed: int,
         most_at_once: int | None = None,
         handed_over: set[int] | None = None,
+        recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`most_at_once`: how many prompts a decode of the free schedule has at the most; None: the schedule is pinned.
 
         `handed_over`: gids of groups that were sent and whose prompts are still in hand; it outlives the actor.
+        `recorded`: gid → groups that a run, before it was resumed, had sampled already.
         `decode_text` is called on the device's thread.
         """
         super().__init__(inbox, [groups], report)
@@ -60,6 +62,7 @@ class Generator(Actor):
         self._seed = seed
         self._most_at_once = most_at_once
         self._handed_over = set() if handed_over is None else handed_over
+        self._recorded = {} if recorded is None else recorded
         self._rounds: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
         self._there: list[Prompt] = []
         self._computed: list[tuple[str, float, float]] = []  # what the device did since it was last asked, and when
@@ -85,7 +88,7 @@ class Generator(Actor):
 
     async def _decode_pinned(self, prompts: list[Prompt]) -> None:
         step = prompts[0].slot.step
-        if any(prompt.gid not in self._handed_over for prompt in prompts):
+        if await self._left(prompts):  # all are decoded, or none: what one comes to depends on the others
             version = self._board.pinned_for(step)
             with self.report.span("wait for policy", step=step, kind="wait"):
                 weights = await self._board.get(version)
@@ -94,8 +97,7 @@ class Generator(Actor):
         self._done_with(prompts)
 
     async def _decode_newest(self, prompts: list[Prompt]) -> None:
-        left = [prompt for prompt in prompts if prompt.gid not in self._handed_over]
-        if left:
+        if left := await self._left(prompts):
             version, weights = await self._board.newer_than(-1)
             self._engine.load(weights, version)
             async with anyio.create_task_group() as tasks:
@@ -104,6 +106,18 @@ class Generator(Actor):
                 tasks.cancel_scope.cancel()
             self._engine.release()  # of a version that came when all was decoded
         self._done_with(prompts)
+
+    async def _left(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that are to be completed, after those groups were handed over that need not be."""
+        pinned = self._most_at_once is None
+        pending = [prompt for prompt in prompts if prompt.gid not in self._handed_over]
+        left = [prompt for prompt in pending if prompt.gid not in self._recorded]
+        if pinned and left:
+            return left
+        for prompt in pending:
+            if prompt.gid in self._recorded:
+                await self._hand_over(self._recorded[prompt.gid].group)
+        return left
 
     async def _follow(self, version: int) -> None:
         """Have every version that is newer used from the next token on."""

@@ -3,9 +3,11 @@ learns, publishes, and closes the groups."""
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import anyio
@@ -16,10 +18,24 @@ from troupe.errors import RunError
 from troupe.gathering import Gathering, StepGroups, gid_of, slot_of, stale_tokens
 from troupe.grpo import LearnerConfig, learning_rate, sync_reference, train_on_batch
 from troupe.learning import assemble, completion_log_probs
-from troupe.messages import Checkpoint, GroupClosed, Incident, Replace, ScoredGroup, Snapshot, Update
+from troupe.messages import (
+    Checkpoint,
+    GroupClosed,
+    Incident,
+    Replace,
+    ScoredGroup,
+    SetCheckpointEvery,
+    SetLearningRate,
+    Snapshot,
+    Update,
+)
+from troupe.open_groups import OpenGroups
 from troupe.policy import Qwen3Config, Weights
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
-from troupe.statistics import group_statistics, has_signal, num_tokens
+from troupe.statistics import group_statistics, has_signal, num_tokens, weighted_rewards
+
+_TELLING_S = 10.0
+"""That telling of a step may take although the run is being stopped."""
 
 
 class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +50,8 @@ class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
     """The reference policy; None where beta is 0."""
     num_tokens: int = 0
     """Prompt and completion tokens of the run so far."""
+    skipped_in_a_row: int = 0
+    """Steps, up to the last one, whose update was skipped because it was not finite."""
 
 
 class LearnerOutputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,8 +68,8 @@ class _Learned(NamedTuple):
 
     state: LearnerState
     metrics: dict[str, float]
-    skipped: bool
-    """Whether an update was not finite."""
+    advantages: dict[int, tuple[float, ...]]
+    """Gid → (G,) of the groups that were trained on."""
     parts: list[tuple[str, float, float]]
     """Parts of the work, with start and end (`time.perf_counter`)."""
 
@@ -85,8 +103,15 @@ class Learner(Actor):
         total_steps: int,
         checkpoint_every: int,
         learns_beside_checkpoints: bool = True,
+        open_groups: OpenGroups | None = None,
+        next_prompt: Callable[[], int] = lambda: 0,
+        rates: Sequence[tuple[int, float]] = (),
+        keep_rate: Callable[[int, float], None] = lambda step, lr: None,
         report: Reporter | None = None,
     ) -> None:
+        """`open_groups`: shared with who begins them. `next_prompt`: number of the prompt that will be begun next.
+        `rates`: first step → peak learning rate, rising, where it is not the config's. `keep_rate`: writes down that
+        it changes, before it does; OSError where it cannot be."""
         super().__init__(
             inbox,
             [outputs.closed_to_prompter, outputs.closed_to_metrics, outputs.updates, outputs.snapshots],
@@ -110,7 +135,11 @@ class Learner(Actor):
         self._total_steps = total_steps
         self._checkpoint_every = checkpoint_every
         self._learns_beside_checkpoints = learns_beside_checkpoints
-        self._skipped_in_a_row = 0
+        self._open = OpenGroups() if open_groups is None else open_groups
+        self._next_prompt = next_prompt
+        self._rates = list(rates)
+        self._keep_rate = keep_rate
+        self._since_snapshot: defaultdict[str, list[float]] = defaultdict(list)
         self._last_end_s = time.perf_counter()
         self._device = device
 
@@ -124,15 +153,20 @@ class Learner(Actor):
         """The weights of that version."""
         return self._state.weights
 
-    async def handle(self, message: ScoredGroup | Checkpoint) -> None:
-        """Collect groups and learn every step that is complete; or write a checkpoint on request."""
-        if isinstance(message, Checkpoint):
-            await self._send_snapshot()
-            return
-        if groups := self._gathering.add(message):
-            await self._examine(groups)
-        while step := self._gathering.take(self.version):
-            await self._learn(step)
+    async def handle(self, message: ScoredGroup | Checkpoint | SetLearningRate | SetCheckpointEvery) -> None:
+        """Collect groups and learn every step that is complete; or do as is requested."""
+        match message:
+            case Checkpoint():
+                await self._send_snapshot()
+            case SetLearningRate(lr=lr):
+                await self._set_rate(lr)
+            case SetCheckpointEvery(steps=steps):
+                self._checkpoint_every = steps
+            case ScoredGroup():
+                if groups := self._gathering.add(message):
+                    await self._examine(groups)
+                while step := self._gathering.take(self.version):
+                    await self._learn(step)
 
     async def start(self) -> None:
         """Time and peak memory of the first step count from here."""
@@ -149,6 +183,7 @@ class Learner(Actor):
         if self._config.dynamic_sampling:
             without = await self._device.run(self._without_signal, groups)
         if replace := self._gathering.examine(groups, without, self.version):
+            self._open.replace(replace)
             await self._to.closed_to_prompter.send(replace)
 
     def _without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
@@ -165,12 +200,17 @@ class Learner(Actor):
             for name, start_s, end_s in learned.parts:
                 self.report.record(name, start_s, end_s, step=self.version)
         self._state = learned.state
+        self._open.end(slot_of(group) for group in step.groups)
         with self.report.span("publish", step=self.version - 1):
             self._board.publish(self.version, self.weights)
+        with anyio.move_on_after(_TELLING_S, shield=True):  # the step counts: whoever stops us, its end is told
+            await self._close(step, learned.advantages)
+            update = self._update(step, learned.metrics, time.perf_counter() - started_s)
+            await self._to.updates.send(update)
+            for name, value in update.metrics.items():
+                if math.isfinite(value):
+                    self._since_snapshot[name].append(value)
         await self._check_finite(learned)
-        await self._close(step)
-        learn_s = time.perf_counter() - started_s
-        await self._to.updates.send(self._update(step, learned.metrics, learn_s))
         if self.version % self._checkpoint_every == 0 and self.version < self._total_steps:
             await self._send_snapshot()
 
@@ -184,7 +224,8 @@ class Learner(Actor):
             parts.append((name, parts[-1][2] if parts else began_s, time.perf_counter()))
 
         state = self._state
-        weights, optimizer_state, skipped = state.weights, state.optimizer_state, False
+        weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
+        advantages: dict[int, tuple[float, ...]] = {}
         usable = step.ending("trained", "filtered", "stale")
         metrics = group_statistics(usable, self._config, self._reward_weights) if usable else {"reward": math.nan}
         if trained := step.ending("trained"):
@@ -206,7 +247,9 @@ class Learner(Actor):
                 max_completion_length=self._max_completion_length,
                 on_part=end_part,
             )
-            weights, optimizer_state, skipped = result.weights, result.optimizer_state, not result.updated
+            weights, optimizer_state = result.weights, result.optimizer_state
+            skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
+            advantages = {gid_of(group): a for group, a in zip(trained, prepared.advantages, strict=True)}
             metrics = {**prepared.metrics, **metrics, **result.metrics}
         state = LearnerState(
             version=state.version + 1,
@@ -214,14 +257,29 @@ class Learner(Actor):
             optimizer_state=optimizer_state,
             reference=self._followed(state.reference, weights),
             num_tokens=state.num_tokens + num_tokens(step.groups),
+            skipped_in_a_row=skipped_in_a_row,
         )
-        return _Learned(state, metrics, skipped, parts)
+        return _Learned(state, metrics, advantages, parts)
 
     def _learning_rates(self) -> list[float]:
         """One for each update of the batch; the schedule counts updates, as TRL's does."""
         passes = self._config.num_iterations
         first, total = self._state.version * passes, self._total_steps * passes
-        return [learning_rate(first + i, total, self._config) for i in range(passes)]
+        config = self._config
+        if changed := bisect.bisect_right(self._rates, self._state.version, key=_first_step):
+            config = msgspec.structs.replace(config, lr=self._rates[changed - 1][1])
+        return [learning_rate(first + i, total, config) for i in range(passes)]
+
+    async def _set_rate(self, lr: float) -> None:
+        """Another peak for the next step and all that follow."""
+        step = self.version
+        try:
+            await self._device.run(self._keep_rate, step, lr)
+        except OSError as error:
+            message = f"learner.lr was not set to {lr}, since that could not be written down: {error}"
+            await self.report.incident(Incident(actor=self.name, kind="change_failed", message=message))
+            return
+        self._rates = [rate for rate in self._rates if rate[0] < step] + [(step, lr)]
 
     def _followed(self, reference: Weights | None, weights: Weights) -> Weights | None:
         """The reference after the step: synchronized once for every `ref_model_sync_steps` updates that it completes.
@@ -239,23 +297,22 @@ class Learner(Actor):
         return reference
 
     async def _check_finite(self, learned: _Learned) -> None:
-        if not learned.skipped:
-            self._skipped_in_a_row = 0
+        skipped_in_a_row = learned.state.skipped_in_a_row
+        if not skipped_in_a_row:
             return
-        self._skipped_in_a_row += 1
         metrics = learned.metrics
         message = (
             f"step {self.version - 1}: the loss ({metrics.get('loss')}), gradient norm ({metrics.get('grad_norm')}) or "
             "updated weights are not finite; the update was skipped"
         )
         await self.report.incident(Incident(actor=self.name, kind="nonfinite_step", message=message))
-        if self._skipped_in_a_row >= self._config.max_nonfinite_steps:
+        if skipped_in_a_row >= self._config.max_nonfinite_steps:
             raise RunError(
-                f"{message}, as were all of the last {self._skipped_in_a_row} (learner.max_nonfinite_steps); "
+                f"{message}, as were all of the last {skipped_in_a_row} (learner.max_nonfinite_steps); "
                 "lower learner.lr, or look for scores that are huge"
             )
 
-    async def _close(self, step: StepGroups) -> None:
+    async def _close(self, step: StepGroups, advantages: Mapping[int, tuple[float, ...]]) -> None:
         for state in dict.fromkeys(step.states.values()):
             gids = [gid_of(group) for group in step.ending(state)]
             self.report.mark(f"close: {state}", step=self.version - 1, gids=gids)
@@ -267,7 +324,15 @@ class Learner(Actor):
                 await self.report.incident(
                     Incident(actor=self.name, kind="group_quarantined", message=message, gid=prompt.gid)
                 )
-            closed = GroupClosed(gid=prompt.gid, slot=prompt.slot, state=state, version=self.version)
+            closed = GroupClosed(
+                gid=prompt.gid,
+                slot=prompt.slot,
+                state=state,
+                version=self.version,
+                scored=group,
+                rewards=weighted_rewards(group, self._reward_weights),
+                advantages=advantages.get(prompt.gid),
+            )
             await self._to.closed_to_metrics.send(closed)
             if prompt.gid not in step.replaced:
                 await self._to.closed_to_prompter.send(closed)
@@ -308,11 +373,13 @@ class Learner(Actor):
         with self.report.span("wait for checkpointer", step=self.version, kind="wait"):
             await self._to.snapshots.settled()
         await self._to.snapshots.send(self.snapshot(final=final))
+        self._since_snapshot.clear()
 
     def snapshot(self, *, final: bool = False) -> Snapshot:
         """Everything a checkpoint of the last completed batch needs, by reference."""
         state = self._state
         behind = {version: weights for version, weights in self._board.kept.items() if version < state.version}
+        waiting = tuple(message for message in self.inbox.waiting if isinstance(message, ScoredGroup))
         return Snapshot(
             version=state.version,
             weights=state.weights,
@@ -320,8 +387,20 @@ class Learner(Actor):
             behind=behind,
             reference=state.reference if self._config.sync_ref_model else None,
             num_tokens=state.num_tokens,
+            skipped_in_a_row=state.skipped_in_a_row,
+            metrics={name: math.fsum(values) / len(values) for name, values in self._since_snapshot.items()},
+            unfinished=msgspec.structs.replace(
+                self._gathering.unfinished(),
+                next=self._next_prompt(),
+                open=self._open.all(),
+                scored=waiting,
+            ),
             final=final,
         )
+
+
+def _first_step(rate: tuple[int, float]) -> int:
+    return rate[0]
 
 
 def _sampled_tokens(groups: Sequence[ScoredGroup]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import msgspec
 
-from troupe.messages import GroupClosed, Incident, Span, Update
+from troupe.messages import CheckpointWritten, GroupClosed, Incident, Settle, Span, Update
 from troupe.runtime import Actor, Broadcast, Mailbox, Reporter, StepTimes
 from troupe.sinks import Sinks
 
@@ -31,11 +31,12 @@ class Tally(msgspec.Struct, kw_only=True):
 
 
 class Metrics(Actor):
-    """Receives Update, GroupClosed, Incident and Span; broadcasts Update, of which a slow listener keeps the newest.
+    """Receives Update, GroupClosed, Incident, CheckpointWritten, Span and Settle; broadcasts Update, of which a slow
+    listener keeps the newest.
 
     It adds to each Update what only it can see: how long the queues are, and where the time of the step went. Nothing
-    here waits: sinks have threads of their own. One that fails or hangs is switched off, which is an incident, and
-    training goes on. Sinks and tally outlive the actor.
+    here waits: sinks have threads of their own. One that fails or hangs is switched off, or tried again later, which is
+    an incident, and training goes on. Sinks and tally outlive the actor.
     """
 
     name = "metrics"
@@ -67,11 +68,14 @@ class Metrics(Actor):
         """Have the sinks opened, unless an actor before has."""
         self._sinks.open()
 
-    async def handle(self, message: Update | GroupClosed | Incident | Span) -> None:
-        """Count, pass on, and give to every sink."""
+    async def handle(self, message: Update | GroupClosed | Incident | CheckpointWritten | Span | Settle) -> None:
+        """Count, pass on, and give to every sink; or have what they were given put on the disk."""
         if isinstance(message, Span):
             self._times.add(message)
             self._sinks.write(message)
+            return
+        if isinstance(message, Settle):
+            self._sinks.settle(message.version)
             return
         self._take_writes()
         if isinstance(message, Update):
@@ -79,10 +83,10 @@ class Metrics(Actor):
             self._listeners.send_nowait(message)
         elif isinstance(message, GroupClosed):
             self._tally.closed_groups[message.state] += 1
-        else:
+        elif isinstance(message, Incident):
             self._tally.incidents[message.kind] += 1
         self._sinks.write(message)
-        for incident in self._sinks.failed():
+        for incident in self._sinks.news():
             self._note(incident)
             self._sinks.write(incident)
 
@@ -98,8 +102,8 @@ class Metrics(Actor):
         for incident in await self._sinks.close():
             self._note(incident)
 
-    def _note(self, failed: Incident) -> None:
-        self._tally.incidents[failed.kind] += 1
+    def _note(self, incident: Incident) -> None:
+        self._tally.incidents[incident.kind] += 1
         self._tally.switched_off_sinks.update(self._sinks.switched_off)
 
     def _take_writes(self) -> None:

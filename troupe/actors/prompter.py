@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step
+from troupe.open_groups import OpenGroups, next_attempt
 from troupe.runtime import Actor, Channel, Credits, Mailbox, Reporter
 from troupe.schedule import PromptSchedule
 
@@ -55,6 +56,7 @@ class Prompter(Actor):
         schedule: PromptSchedule,
         credits: Credits,  # noqa: A002 - the name of the thing
         ledger: PromptLedger,
+        open_groups: OpenGroups | None = None,
         replaces: bool = False,
         report: Reporter | None = None,
     ) -> None:
@@ -63,6 +65,7 @@ class Prompter(Actor):
         self._schedule = schedule
         self._credits = credits
         self._ledger = ledger
+        self._open = OpenGroups() if open_groups is None else open_groups
         self._replaces = replaces
 
     async def start(self) -> None:
@@ -126,17 +129,16 @@ class Prompter(Actor):
     def _replace(self, message: Replace) -> None:
         rows = message.rows or [None] * len(message.slots)
         prompts = [
-            self._schedule.prompt(
-                msgspec.structs.replace(slot, attempt=slot.attempt + 1), round_size=len(message.slots), row=row
-            )
+            self._schedule.prompt(next_attempt(slot), round_size=len(message.slots), row=row)
             for slot, row in zip(message.slots, rows, strict=True)
         ]
-        for slot, prompt in zip(message.slots, prompts, strict=True):
+        for slot, row, prompt in zip(message.slots, rows, prompts, strict=True):
             self._give_back(self._schedule.gid(slot))
-            self._begin(prompt)  # at once, so that nobody else gets the credit
+            self._begin(prompt, row)  # at once, so that nobody else gets the credit
 
-    def _begin(self, prompt: Prompt) -> None:
+    def _begin(self, prompt: Prompt, row: int | None = None) -> None:
         self._credits.take(prompt.gid)
+        self._open.begin(prompt, row=row)
         self._ledger.alive[prompt.gid] = prompt.slot, time.perf_counter()
         self._ledger.outbox.append(prompt)
 

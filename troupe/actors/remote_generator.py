@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import anyio
@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup
 
 from troupe import errors
 from troupe.errors import RunError, TroupeError
-from troupe.messages import Incident, Prompt, RolloutGroup, Span
+from troupe.messages import Incident, Prompt, RolloutGroup, ScoredGroup, Span
 from troupe.policy import Weights
 from troupe.runtime import Actor, Channel, ChildProcess, DeviceThread, Mailbox, PolicyBoard, Reporter
 from troupe.weights_files import WeightsFiles
@@ -99,11 +99,13 @@ class RemoteGenerator(Actor):
         files: WeightsFiles,
         device: DeviceThread,
         handed_over: set[int] | None = None,
+        recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`setups`: one a process. `device`: the thread that writes files.
 
         `handed_over`: gids of groups that were sent and whose prompts are still in hand; it outlives the actor.
+        `recorded`: gid → groups that a run, before it was resumed, had sampled already.
         """
         super().__init__(inbox, [groups], report)
         self._groups = groups
@@ -113,6 +115,7 @@ class RemoteGenerator(Actor):
         self._files = files
         self._device = device
         self._handed_over = set() if handed_over is None else handed_over
+        self._recorded = {} if recorded is None else recorded
         self._gathering: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
         self._there: list[Prompt] = []
         self._rounds: dict[int, tuple[Prompt, _Round]] = {}
@@ -187,9 +190,12 @@ class RemoteGenerator(Actor):
                 self._files.give_back(version)
 
     async def _decode(self, rounds: Sequence[_Round], version: int | None) -> None:
-        left = [each for each in rounds if not each.open <= self._handed_over]
+        left = [each for each in rounds if not each.open <= self._handed_over | self._recorded.keys()]
         for each in rounds:
             if each not in left:
+                for gid in sorted(each.open - self._handed_over):
+                    await self._groups.send(self._recorded[gid].group)
+                    self._handed_over.add(gid)
                 self._done_with(each)
         parts: dict[int, list[Prompt]] = defaultdict(list)
         for each in left:

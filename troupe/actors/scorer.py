@@ -31,14 +31,17 @@ class Scorer(Actor):
         rewards: RewardManager,
         hold: Channel[Hold] | None = None,
         trainer_state: Callable[[int], TrainerState] | None = None,
+        recorded: dict[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`trainer_state`: step → what reward functions are told of it."""
+        """`trainer_state`: step → what reward functions are told of it. `recorded`: gid → groups that had their scores
+        when the checkpoint was written that the run goes on from; each is used once, and outlives the actor."""
         super().__init__(inbox, [scored] if hold is None else [scored, hold], report)
         self._scored = scored
         self._hold = hold
         self._rewards = rewards
         self._trainer_state = trainer_state
+        self._recorded = {} if recorded is None else recorded
 
     async def start(self) -> None:
         """Listen to the rewards, and say which are down now: a Scorer before may have said otherwise."""
@@ -54,11 +57,19 @@ class Scorer(Actor):
         self._rewards.listen(None)
 
     async def _score(self, group: RolloutGroup) -> None:
+        recorded = self._recorded.get(group.prompt.gid)
+        if recorded is not None and _completions(recorded.group) == _completions(group):
+            await self._scored.send(recorded)
+            self.inbox.done(group)
+            self._recorded.pop(group.prompt.gid, None)
+            return
         state = None if self._trainer_state is None else self._trainer_state(group.prompt.slot.step)
         result = await self._rewards.score_group(group, state, self.report)
         for incident in result.incidents:
             await self.report.incident(incident)
-        await self._scored.send(ScoredGroup(group=group, scores=result.scores, logged=result.metrics))
+        await self._scored.send(
+            ScoredGroup(group=group, scores=result.scores, logged=result.metrics, extra=result.extra)
+        )
         self.inbox.done(group)
         self._rewards.settled(group)
 
@@ -70,3 +81,7 @@ class Scorer(Actor):
         if self._hold is not None and not self._hold.closed:
             reasons = tuple(f"reward {name} is down: {why}" for name, why in self._rewards.down.items())
             self._hold.send_nowait(Hold(reasons=reasons))
+
+
+def _completions(group: RolloutGroup) -> list[tuple[int, ...]]:
+    return [rollout.token_ids for rollout in group.rollouts]

@@ -5,14 +5,15 @@ All requests may be asked at any time and return at once; what they ask for happ
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from troupe.messages.rollout import Slot
 
-Phase = Literal["starting", "running", "paused", "held", "draining", "stopping", "ended", "failed"]
-"""Where a run stands. starting: what comes before the first prompt; held: a reward is down, so no step is begun."""
+Phase = Literal["starting", "running", "paused", "held", "draining", "stopping", "ended", "failed", "restarting"]
+"""Where a run stands. starting: what comes before the first prompt; held: a reward is down, so no step is begun;
+restarting: it has failed, and its daemon is about to start it again."""
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -44,6 +45,53 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Control → Learner: write a checkpoint at the end of the step in hand."""
 
 
+class SetLearningRate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Control → Learner: from the next step on, another peak learning rate."""
+
+    lr: float
+
+
+class SetCheckpointEvery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Control → Learner: from now on, so many steps between two checkpoints."""
+
+    steps: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Control → Supervisor: end now, with a checkpoint of the last completed step."""
+
+
+class Set(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Control → Supervisor: another value for one of the keys that may change while the run goes on."""
+
+    key: str
+    """As in `--set`: section and name, with a point between."""
+    value: Any
+    """What JSON can say."""
+
+
+class Reload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Control → daemon: read the configuration file again, and take over what may change."""
+
+
+class GetStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Control → Supervisor: what is the run doing? Answered with a Status."""
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Answer to a request: it is heeded, now or as soon as it can be."""
+
+    message: str = ""
+    """What will come of it, for a person."""
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Answer to a request: it changes nothing."""
+
+    message: str
+    """Why, and what to do."""
+
+
 class LiveGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A group between prompting and the end of its training."""
 
@@ -55,6 +103,19 @@ class LiveGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Whether it waits in the mailbox."""
     age_s: float
     """Seconds since it was prompted."""
+
+
+class Restarting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run that has failed under its daemon, until it has made a step again."""
+
+    attempt: int
+    """The start that is to come, or under way: 1 is the first after a failure."""
+    limit: int
+    """Starts without a step in between after which the daemon gives up."""
+    next_try_s: float
+    """Seconds until that start; 0 where it is under way."""
+    reason: str
+    """How the run ended."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -81,3 +142,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Incidents so far, by kind."""
     metrics: dict[str, float]
     """Those of the newest Update; empty before the first."""
+    restarting: Restarting | None = None
+    """None where the run has not failed."""

@@ -85,3 +85,5 @@ class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Reward name → (G,) scores. `None` is a *missing* score (an exception, a timeout, NaN), never 0."""
     logged: dict[str, float] = {}
     """Metrics that the reward functions logged themselves while scoring the group."""
+    extra: dict[str, tuple[Any, ...]] = {}
+    """Column → (G,) values that they logged about each completion."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from troupe.messages.rollout import Slot
+from troupe.messages.rollout import ScoredGroup, Slot
 
 ClosedState = Literal["trained", "filtered", "stale", "quarantined"]
 """How a group ended: used by the learner; without signal; too old to be used; too few scores."""
@@ -35,6 +35,44 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Every metric of the step, under TRL's names where TRL has them."""
 
 
+class OpenGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group that was begun and has not ended: what it takes to prompt it again."""
+
+    slot: Slot
+    round_size: int = 1
+    row: int | None = None
+    """Dataset row, where it is not the slot that says which."""
+
+
+class Past(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of the earlier attempts in a place."""
+
+    step: int
+    place: int
+    filtered: int = 0
+    sent_back: bool = False
+    """Whether the row that is there now was sampled before."""
+
+
+class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The groups that are under way when a snapshot is taken."""
+
+    next: int = 0
+    """Number of the next prompt in the stream, step · P + place."""
+    open: tuple[OpenGroup, ...] = ()
+    """All that have begun and not ended, by slot. (What the pinned schedule begins again follows from the version.)"""
+    scored: tuple[ScoredGroup, ...] = ()
+    """Those that have their scores and wait for the learner."""
+    collected: tuple[ScoredGroup, ...] = ()
+    """Those that the learner collects for its next step."""
+    states: dict[int, ClosedState] = {}
+    """Free schedule: how those collected will end, by gid."""
+    replaced: tuple[int, ...] = ()
+    """Free schedule: gids of those collected whose place another group has taken."""
+    pasts: tuple[Past, ...] = ()
+    """Free schedule: what became of earlier attempts, for places that are open."""
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Learner → Checkpointer: everything a checkpoint needs, by reference.
 
@@ -54,6 +92,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     or where there is none."""
     num_tokens: int = 0
     """Prompt and completion tokens of the run so far."""
+    skipped_in_a_row: int = 0
+    """Updates that were skipped, the last one included, since one was finite."""
+    metrics: Mapping[str, float] = {}
+    """Mean of every metric over the steps since the snapshot before; empty where there was none."""
+    unfinished: Unfinished = Unfinished()
     final: bool = False
     """Whether the run ends here, so that the plain model folder `final/` is written too."""
 
@@ -68,7 +111,32 @@ class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     slot: Slot
     state: ClosedState
     version: int
-    """Policy version that existed when the group was closed."""
+    """Policy version that existed when the group was closed: the number of the step that it ends with."""
+    scored: ScoredGroup | None = None
+    """All that was sampled, with its scores."""
+    rewards: tuple[float | None, ...] = ()
+    """(G,) Σ weight·score over the scores that are there; None where none is."""
+    advantages: tuple[float, ...] | None = None
+    """(G,) None where the group was not trained on."""
+
+
+class Settle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Checkpointer → Metrics: have all that was told up to the Update of `version` on the disk, since a checkpoint of
+    that version is about to exist and what was told before it will not be told again."""
+
+    version: int
+
+
+class CheckpointWritten(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Checkpointer → Metrics: a checkpoint is whole."""
+
+    version: int
+    folder: str
+    bytes: int
+    seconds: float
+    """That writing it took."""
+    removed: tuple[int, ...] = ()
+    """Versions whose checkpoints were removed afterwards."""
 
 
 class Replace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

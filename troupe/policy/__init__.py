@@ -4,6 +4,7 @@ from troupe.policy.architecture import PRESETS, Qwen3Config
 from troupe.policy.completions import completion_statistics
 from troupe.policy.differentiation import completion_gradients
 from troupe.policy.elementwise import is_on_cpu
+from troupe.policy.fingerprint import model_fingerprint
 from troupe.policy.folders import DTYPES, MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.gradient_memory import MicroBatch, gradient_memory_bytes
 from troupe.policy.head import TokenStatistics
@@ -72,6 +73,7 @@ __all__ = [
     "is_hub_id",
     "is_on_cpu",
     "load_policy",
+    "model_fingerprint",
     "parameter_count",
     "project",
     "random_policy",

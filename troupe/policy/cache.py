@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from troupe.policy.elementwise import softmax
-from troupe.policy.qwen3 import WholeRows
+from troupe.policy.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
 
 BLOCK = 64
 """Places by which the room for own tokens grows."""
@@ -35,8 +35,8 @@ class PromptCache(WholeRows):
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """See `Attention.attend`; keeps k and v, (prompts, K, P, d), of one layer after the other."""
-        self.keys.append(k)
-        self.values.append(v)
+        self.keys.append(mx.contiguous(k))  # not a view, which would hold queries and all
+        self.values.append(mx.contiguous(v))
         return super().attend(layer, q, k, v, scale)
 
 
@@ -82,6 +82,12 @@ class DecodingCache:
     def arrays(self) -> list[mx.array]:
         """Every array held, to be evaluated with the token that was made last."""
         return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values]
+
+    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
+        """The next token of every row (B,) → hidden states (B, D); the token is counted."""
+        hidden = hidden_states(config, weights, ids[:, None], attention=self)[:, 0]
+        self.advance()
+        return hidden
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """See `Attention.attend`; T = 1. Call `advance` when every layer has seen the token."""
@@ -144,6 +150,7 @@ class DecodingCache:
             more = max(1, min(BLOCK, self._limit - self.length))
             room = mx.zeros((*new.shape[:3], more, new.shape[-1]), new.dtype)
             kept[layer : layer + 1] = [mx.concatenate([kept[layer], room], axis=3) if self.length else room]
+            mx.eval(kept[layer])  # before the next layer's: otherwise all of them are there twice
         buffer = kept[layer]
         del kept[layer : layer + 1]  # the update can reuse the memory only where nothing else refers to it
         buffer[:, :, :, self.length] = new

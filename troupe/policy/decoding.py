@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
+from troupe.policy import cuda_kernels
 from troupe.policy.cache import DecodingCache, PromptCache, join_prompts
+from troupe.policy.cuda_decoding import CudaDecodingCache
 from troupe.policy.drawing import NOISE_BLOCK, draw_tokens, noise_block, row_key
 from troupe.policy.generation import CompletedGroup, Completion, FinishReason, RolloutRequest
 from troupe.policy.memory import prefill_chunks
@@ -119,11 +121,7 @@ class Batch:
         weights, version = self._engine.current_weights()
         config = self._engine.config
         rows = [row for slot in self._slots for row in slot]
-        if self._cache is None:
-            hidden = self._prefill(weights)
-        else:
-            hidden = hidden_states(config, weights, self._ids[:, None], attention=self._cache)[:, 0]
-            self._cache.advance()
+        hidden = self._prefill(weights) if self._cache is None else self._cache.forward(config, weights, self._ids)
         logits = project(config, weights, hidden)
         if t == 0:
             logits = mx.repeat(logits, self._engine.generation.num_generations, axis=0)
@@ -153,7 +151,9 @@ class Batch:
             hidden.append(mx.take_along_axis(states, last, axis=1)[:, 0])
             mx.eval(hidden[-1], part.keys, part.values)
             parts.append(part)
-        self._cache = DecodingCache(join_prompts(parts), len(self._slots[0]), self._limit)
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        kind = CudaDecodingCache if cuda_kernels.serve(*heads) else DecodingCache
+        self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
         return mx.concatenate(hidden)
 
     def _last_of_prompts(self, W: int) -> mx.array | None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from troupe.policy import cuda_kernels
 from troupe.policy.elementwise import exp
 from troupe.policy.sampling import Sampler, draw_by_shares
 
@@ -57,6 +58,8 @@ def draw_tokens(
         ids, sampled = sampler.choose(adjusted, uniforms, filter_uniforms)
         chosen = mx.take_along_axis(log_probs, ids[:, None], axis=-1)[:, 0]
         return [ids, chosen, sampled] if sampler.is_filtering else [ids, chosen]
+    if cuda_kernels.are_here():
+        return list(cuda_kernels.draw(logits, uniforms, sampler.config.temperature))
     scaled = logits.astype(mx.float32)
     if sampler.config.temperature != 1.0:
         scaled = scaled / sampler.config.temperature

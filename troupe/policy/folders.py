@@ -180,6 +180,11 @@ def save_model_folder(
     for file in folder.iterdir():
         if _WEIGHTS_NAME.fullmatch(file.name) and file.name not in written:
             file.unlink()  # else a reader might take it for these weights
+    save_companions(folder, config, weights, source)
+
+
+def save_companions(folder: Path, config: Qwen3Config, weights: Weights, source: str | Path | None = None) -> None:
+    """Write what stands beside the weights in a model folder, as `save_model_folder` does."""
     origin = None if source is None else Path(source)
     if origin is None or not (origin / CONFIG_FILE).is_file():
         text = msgspec.json.format(msgspec.json.encode(config.to_dict()), indent=2)

@@ -18,6 +18,7 @@ from troupe.rewards.builtin import (
 from troupe.rewards.functions import Reward, RewardFunction, batch_reward, check_columns
 from troupe.rewards.loading import load_reward
 from troupe.rewards.manager import GroupScores, RewardManager
+from troupe.rewards.seats import Sitting
 from troupe.rewards.settings import RewardsConfig
 from troupe.rewards.trainer_state import TrainerState
 
@@ -29,6 +30,7 @@ __all__ = [
     "RewardManager",
     "RewardSample",
     "RewardsConfig",
+    "Sitting",
     "TrainerState",
     "batch_reward",
     "check_columns",

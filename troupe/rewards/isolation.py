@@ -128,6 +128,17 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
         raise
 
 
+def end_idle_threads() -> None:
+    """End the threads that wait for work; whoever has some later starts another."""
+    with _LOCK:
+        idle = _IDLE.copy()
+        _IDLE.clear()
+    for thread in idle:
+        thread.calls.put(None)
+    for thread in idle:
+        thread.join()  # it does nothing but wait
+
+
 class _ThreadCall(Generic[T]):
     """Work for a thread, and the way back to who waits for it."""
 
@@ -176,7 +187,7 @@ class _WorkerThread(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="troupe reward", daemon=True)
-        self.calls: queue.SimpleQueue[_ThreadCall[Any]] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[_ThreadCall[Any] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
         while (call := self._next()) is not None:

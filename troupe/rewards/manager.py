@@ -23,7 +23,7 @@ from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import Attempts, Fault, Pace
 from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.functions import Reward
-from troupe.rewards.isolation import in_daemon_thread
+from troupe.rewards.isolation import end_idle_threads, in_daemon_thread
 from troupe.rewards.loading import load_reward
 from troupe.rewards.processes import ProcessRunner, process_spec
 from troupe.rewards.runners import (
@@ -88,7 +88,7 @@ class RewardManager:
         specs = [reward if isinstance(reward, str) else None for reward in given]
         self._run: dict[str, Run] = dict(zip(self.names, run, strict=True))
         self._seats = {
-            name: Seat(self._runner(name, reward, spec))
+            name: Seat(self._runner(name, reward, spec), spec)
             for name, reward, spec in zip(self.names, rewards, specs, strict=True)
         }
         self._columns: frozenset[str] | None = None
@@ -105,7 +105,27 @@ class RewardManager:
     @property
     def versions(self) -> Mapping[str, int]:
         """Reward → how often it was exchanged."""
-        return {name: seat.version for name, seat in self._seats.items()}
+        return {name: seat.now.version for name, seat in self._seats.items()}
+
+    def standing(self, step: int) -> dict[str, tuple[int, str | None]]:
+        """Reward → how often it was exchanged up to a step, and the text that names who has its place then (None where
+        that was given in Python)."""
+        return {name: seat.standing(step) for name, seat in self._seats.items()}
+
+    def reinstate(self, name: str, spec: str, version: int) -> None:
+        """Put a reward that was exchanged in an earlier start into its place again. Only before `start`.
+
+        Raises:
+            RewardError: where it cannot be used any more.
+        """
+        seat = self._seats[name]
+        runner = self._checked(seat, self._runner(name, load_reward(spec), spec))
+        seat.take(Sitting(runner, spec, version=version))
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether a reward is called once for all groups of a round."""
+        return any(seat.scope == "batch" for seat in self._seats.values())
 
     async def changed(self) -> None:
         """Wait until a reward goes down, is back or is exchanged."""
@@ -148,6 +168,7 @@ class RewardManager:
                 for sitting in [*seat.before, seat.now]:
                     incidents += await self._stop(sitting)
                 seat.before.clear()
+        end_idle_threads()
         return tuple(incidents)
 
     async def __aenter__(self) -> RewardManager:
@@ -170,19 +191,41 @@ class RewardManager:
         Raises:
             RewardError: for a name that is not there, a reward that cannot be used or started, or one of another scope.
         """
+        return await self.dismiss(name, await self.replace(name, reward))
+
+    async def replace(
+        self, name: str, reward: Reward | str, first_step: Callable[[bool], int] = lambda was_down: 0
+    ) -> Sitting:
+        """The first half of `exchange`: returns who is to be dismissed.
+
+        `first_step(was_down)` is called when the new one is ready, with whether the old one is down, and says which
+        step's groups are the first that the new one scores; it may raise, and then the old one stays.
+        """
         if name not in self._seats:
             raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
         seat = self._seats[name]
         async with seat.changing:
+            spec = reward if isinstance(reward, str) else None
             runner = await self._successor(seat, reward)
-            old, seat.now = seat.now, Sitting(runner)
-            seat.version += 1
+            old = seat.now
+            was_down = old.runner.breaker.why is not None
+            try:
+                step = first_step(was_down)
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await runner.stop()
+                raise
+            seat.take(Sitting(runner, spec, version=old.version + 1, first_step=step))
             seat.before.append(old)
-        was_down = old.runner.breaker.why is not None
         old.runner.breaker.retire()
         self._tell(Incident(actor="scorer", kind="reward_exchanged", message=f"reward {name} was exchanged"))
         if was_down:
             self._tell(Incident(actor="scorer", kind="reward_back", message=f"reward {name} is no longer waited for"))
+        return old
+
+    async def dismiss(self, name: str, old: Sitting) -> tuple[Incident, ...]:
+        """The second half of `exchange`: stop who was replaced when nothing is under way with it."""
+        seat = self._seats[name]
         await old.done()
         incidents: list[Incident] = []
         with anyio.CancelScope(shield=True):
@@ -196,14 +239,7 @@ class RewardManager:
         spec = reward if isinstance(reward, str) else None
         # an import may take long, and groups are scored meanwhile
         loaded = await in_daemon_thread(partial(load_reward, reward)) if isinstance(reward, str) else reward
-        runner = self._runner(seat.name, loaded, spec)
-        if runner.scope != seat.scope:
-            raise RewardError(
-                f"reward {seat.name} is called once a {seat.scope}, and its replacement would be once a "
-                f"{runner.scope}; start a run of its own for that"
-            )
-        if self._columns is not None:
-            runner.check_columns(self._columns)
+        runner = self._checked(seat, self._runner(seat.name, loaded, spec))
         if self._started:
             try:
                 await runner.start()
@@ -211,6 +247,17 @@ class RewardManager:
                 with anyio.CancelScope(shield=True):
                     await runner.stop()
                 raise
+        return runner
+
+    def _checked(self, seat: Seat, runner: Runner) -> Runner:
+        """The runner, if it can have the seat."""
+        if runner.scope != seat.scope:
+            raise RewardError(
+                f"reward {seat.name} is called once a {seat.scope}, and its replacement would be once a "
+                f"{runner.scope}; start a run of its own for that"
+            )
+        if self._columns is not None:
+            runner.check_columns(self._columns)
         return runner
 
     async def compute_rewards(
@@ -298,7 +345,7 @@ class RewardManager:
             with report.span(f"score {seat.name}", step=step, gid=batch.gid):
                 while True:
                     try:
-                        outcomes[seat.name] = await seat.sitting_for(batch.round).score(batch, report)
+                        outcomes[seat.name] = await seat.sitting_for(batch.round, step).score(batch, report)
                     except Exchanged:
                         continue
                     return

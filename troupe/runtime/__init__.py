@@ -3,15 +3,21 @@
 Knows nothing of GRPO or language models.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits, PolicyBoard
-from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Broadcast, Channel, ChannelStats, Mailbox, Overflow
 from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError, serve
 from troupe.runtime.report import Reporter
 from troupe.runtime.supervision import Restarts, Role, play, together
 from troupe.runtime.timing import StepTimes
 from troupe.runtime.trace import TraceWriter
+
+if TYPE_CHECKING:
+    from troupe.runtime.device import DeviceThread
 
 __all__ = [
     "Actor",
@@ -36,3 +42,12 @@ __all__ = [
     "serve",
     "together",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs MLX when it is asked for: who speaks with child processes may do without."""
+    if name != "DeviceThread":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from troupe.runtime.device import DeviceThread
+
+    return DeviceThread

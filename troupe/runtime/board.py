@@ -6,7 +6,7 @@ nothing. The board does not know what weights are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 
 import anyio
@@ -71,16 +71,17 @@ class PolicyBoard(Generic[W]):
 class Credits:
     """How far generation may run ahead: at most `limit` groups live between prompting and the end of training."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, live: Iterable[int] = ()) -> None:
+        """`live`: gids that hold a credit from the beginning; they may be more than the limit."""
         if limit < 1:
             raise ValueError(f"a credit limit of {limit} would never let a group begin; give at least 1")
         self.limit = limit
-        self._live: set[int] = set()
+        self._live = set(live)
 
     @property
     def free(self) -> int:
         """Groups that may still begin now."""
-        return self.limit - len(self._live)
+        return max(0, self.limit - len(self._live))
 
     @property
     def live(self) -> frozenset[int]:

@@ -112,12 +112,19 @@ class Connection:
 class ChildProcess:
     """One running child; made by `start`."""
 
-    def __init__(self, module: str, process: subprocess.Popen[bytes], connection: Connection, lifeline: int) -> None:
+    def __init__(
+        self,
+        module: str,
+        process: subprocess.Popen[bytes],
+        connection: Connection,
+        lifeline: int,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self.module = module
         self._process = process
         self._connection = connection
         self._lifeline: int | None = lifeline
-        self._stderr = _LastLines()
+        self._stderr = _LastLines(tell)
         self._ended = anyio.Event()
         self._reaping = threading.Lock()
 
@@ -128,10 +135,12 @@ class ChildProcess:
         *args: str,
         env: Mapping[str, str] | None = None,
         max_frame_bytes: int = MAX_FRAME_BYTES,
+        tell: Callable[[str], None] | None = None,
     ) -> ChildProcess:
         """Run `python -m MODULE ARGS`, which is to call `serve`, with the import path of this process.
 
-        `env` is added to this process's environment. Returns when the process is there, not when it is ready: where it
+        `env` is added to this process's environment. `tell` is given every line that the child prints, which otherwise
+        goes on to this process's stderr. Returns when the process is there, not when it is ready: where it
         cannot even import, the first `receive` says so.
         """
         ours, theirs = socket.socketpair()
@@ -158,7 +167,7 @@ class ChildProcess:
             os.close(says)
         loop = asyncio.get_running_loop()
         with anyio.CancelScope(shield=True):  # short, and who is cancelled here would leave a child behind
-            child = cls(module, process, await Connection.over(ours, max_frame_bytes), lifeline)
+            child = cls(module, process, await Connection.over(ours, max_frame_bytes), lifeline, tell)
             threading.Thread(target=child._reap, args=(loop,), name=f"troupe-wait-{process.pid}", daemon=True).start()
             await loop.connect_read_pipe(lambda: child._stderr, os.fdopen(said, "rb", buffering=0))
         return child
@@ -313,8 +322,9 @@ def _signal_name(number: int) -> str:
 class _LastLines(asyncio.Protocol):
     """Passes on what a child writes, and remembers the last lines of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
         self.ended = anyio.Event()
+        self._tell = tell
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._open = b""
         self._transport: asyncio.BaseTransport | None = None
@@ -334,10 +344,17 @@ class _LastLines(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         *whole, rest = (self._open + data).split(b"\n")
-        self._lines.extend(line[-_LINE_BYTES:].decode(errors="replace") for line in whole)
+        lines = [line[-_LINE_BYTES:].decode(errors="replace") for line in whole]
+        self._lines.extend(lines)
         self._open = rest[-_LINE_BYTES:]
+        if self._tell is not None:
+            for line in lines:
+                self._tell(line)
+            return
         with suppress(OSError, ValueError):  # nobody may be there to read it
             sys.stderr.write(data.decode(errors="replace"))
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self._tell is not None and self._open:
+            self._tell(self._open.decode(errors="replace"))
         self.ended.set()

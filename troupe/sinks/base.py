@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Protocol
+from collections import deque
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import msgspec
 
-SinkName = Literal["console", "jsonl", "trace"]
+from troupe.messages import Incident
+
+SinkName = Literal["console", "jsonl", "trace", "sqlite"]
 
 
 class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[metrics]` section."""
 
-    sinks: tuple[SinkName, ...] = ("console", "jsonl", "trace")
-    """Where to: `console` shows progress, `jsonl` writes metrics.jsonl, `trace` writes trace.json."""
+    sinks: tuple[SinkName, ...] = ("console", "jsonl", "trace", "sqlite")
+    """Where to: `console` shows progress, `jsonl` writes metrics.jsonl, `trace` writes trace.json, `sqlite` writes
+    run.sqlite, which has every completion."""
     sink_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
     """Seconds that one write may take before the sink is switched off, and that all sinks have at the end of a run to
     write what they have not written yet."""
+    store_log_probs: bool = False
+    """Whether run.sqlite has the log-prob of every token, too (4 bytes a token)."""
 
     def __post_init__(self) -> None:
         twice = sorted({name for name in self.sinks if self.sinks.count(name) > 1})
@@ -53,3 +59,19 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Flush and release."""
+
+
+@runtime_checkable
+class DurableSink(Sink, Protocol):
+    """A sink for what must not get lost: a disk that fails for a while is waited for.
+
+    `write` only takes over; `flush` puts what was taken where a crash of this process cannot lose it. An OSError of
+    `open`, `flush` or `settle` means "not now": nothing is lost, and `flush`, which then also does what `open` left
+    undone, is called again after a pause.
+    """
+
+    notes: deque[Incident]
+    """What it came across that somebody should know of; taken by the caller."""
+
+    def settle(self) -> None:
+        """Put everything flushed where a power failure cannot lose it."""

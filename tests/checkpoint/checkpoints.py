@@ -1,0 +1,111 @@
+"""Checkpoints to write and read, small and different from each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+
+from tests.fakes import make_scored
+from tests.tiny import CONFIG
+from troupe.checkpoint import Checkpoint, RewardState, RunState
+from troupe.grpo import adamw_init
+from troupe.messages import OpenGroup, Past, ScoredGroup, Slot, Unfinished
+from troupe.policy import Weights, init_weights
+
+
+def weights(seed: int, dtype: mx.Dtype = mx.float32) -> Weights:
+    """Of a small policy; evaluated."""
+    made_now = init_weights(CONFIG, mx.random.key(seed), dtype)
+    mx.eval(list(made_now.values()))
+    return made_now
+
+
+def made(version: int, *, dtype: mx.Dtype = mx.float32, behind: tuple[int, ...] = (), **state: Any) -> Checkpoint:
+    """All that a checkpoint holds in any case; `state`: fields of its RunState."""
+    held = weights(version, dtype)
+    moments = {
+        name: array + 0.5 if array.ndim else mx.array(float(version)) for name, array in adamw_init(held).items()
+    }
+    moments |= {"m.model.norm.weight": weights(version + 100)["model.layers.0.input_layernorm.weight"] * 0.3}
+    mx.eval(list(moments.values()))
+    return Checkpoint(
+        config=CONFIG,
+        weights=held,
+        optimizer_state=moments,
+        behind={number: weights(number, dtype) for number in behind},
+        state=msgspec.structs.replace(RunState(version=version, seed=11, dataset="abc"), **state),
+    )
+
+
+def under_way() -> Unfinished:
+    """Groups in every stage, with all that they may carry."""
+    scored = make_scored(3, 0, (0.5, None, -1.0))
+    remarks: dict[str, tuple[Any, ...]] = {"why": ("short", None, {"b": [1, 2.5]}), "raw": (b"\x00\xff", True, "é")}
+    return Unfinished(
+        next=9,
+        open=(OpenGroup(slot=Slot(step=3, place=0)), OpenGroup(slot=Slot(step=3, place=1, attempt=2), row=5)),
+        scored=(msgspec.structs.replace(scored, logged={"len": 2.0}, extra=remarks), make_scored(3, 1, attempt=1)),
+        collected=(make_scored(2, 1, version=2),),
+        states={5: "trained", 2**48 + 7: "stale"},
+        replaced=(5,),
+        pasts=(Past(step=3, place=1, filtered=1, sent_back=True),),
+    )
+
+
+def whole(version: int) -> Checkpoint:
+    """A checkpoint with everything that one can hold."""
+    return msgspec.structs.replace(
+        made(
+            version,
+            behind=(version - 1,),
+            num_tokens=12345,
+            mode="free",
+            model="f00d",
+            skipped_in_a_row=2,
+            rewards={"kind": RewardState(version=3, spec="rewards.py:kind"), "given": RewardState()},
+            metrics={"reward": 0.25},
+        ),
+        reference=weights(version + 50),
+        unfinished=under_way(),
+    )
+
+
+def without_prompts(unfinished: Unfinished) -> Unfinished:
+    """As it comes back: a dataset can say the rest."""
+    replace = msgspec.structs.replace
+
+    def bare(group: ScoredGroup) -> ScoredGroup:
+        prompt = replace(group.group.prompt, prompt="", columns={})
+        return replace(group, group=replace(group.group, prompt=prompt))
+
+    return replace(
+        unfinished,
+        scored=tuple(map(bare, unfinished.scored)),
+        collected=tuple(map(bare, unfinished.collected)),
+    )
+
+
+def assert_same_arrays(a: Any, b: Any) -> None:
+    """The same names, types, shapes and bits."""
+    assert set(a) == set(b)
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        left, right = (bytes(memoryview(x[name].reshape(-1).view(mx.uint8))) for x in (a, b))
+        assert left == right, name
+
+
+def assert_same(a: Checkpoint, b: Checkpoint) -> None:
+    """The same in all, bit for bit."""
+    assert (a.config, a.state) == (b.config, b.state)
+    assert without_prompts(a.unfinished) == without_prompts(b.unfinished)
+    assert list(a.weights) == list(b.weights)  # sums over all weights add in this order
+    assert_same_arrays(a.weights, b.weights)
+    assert_same_arrays(a.optimizer_state, b.optimizer_state)
+    assert list(a.behind) == list(b.behind)
+    for version in a.behind:
+        assert list(a.behind[version]) == list(b.behind[version])
+        assert_same_arrays(a.behind[version], b.behind[version])
+    assert (a.reference is None) == (b.reference is None)
+    assert_same_arrays(a.reference or {}, b.reference or {})

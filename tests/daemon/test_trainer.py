@@ -1,0 +1,256 @@
+"""The trainer's part, with a Supervisor that plays by script."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.daemon.test_protocol import STATUS
+from troupe.config import RunConfig, load_config, write_config
+from troupe.daemon import frames
+from troupe.daemon import trainer as trainer_room
+from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon
+from troupe.errors import ConfigError, RunError
+from troupe.messages import Done, GetStatus, Pause, Reload, Set, Status, Update
+from troupe.runtime import Connection
+
+pytestmark = pytest.mark.anyio
+
+
+class FakeSupervisor:
+    """Makes as many steps as it is let, and remembers what it was asked."""
+
+    made: list[FakeSupervisor] = []  # noqa: RUF012 - the last one of a test
+    steps = 2
+    fault: Exception | None = None
+
+    def __init__(self, config: RunConfig, *, resume: bool, allow_changes: tuple[str, ...]) -> None:
+        self.config, self.resumes, self.allowed = config, resume, allow_changes
+        self.asked: list[object] = []
+        self.notices = ("a notice",)
+        self.let_go = anyio.Event()
+        self.result = SimpleNamespace(steps=self.steps, total_steps=5)
+        FakeSupervisor.made.append(self)
+
+    async def __aenter__(self) -> FakeSupervisor:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self.fault is not None:
+            raise self.fault
+
+    async def updates(self) -> AsyncIterator[Update]:
+        for step in range(1, self.steps + 1):
+            yield Update(step=step, version=step, total_steps=5, metrics={"reward": 0.5})
+        await self.let_go.wait()
+
+    def status(self) -> Status:
+        return STATUS
+
+    def pause(self) -> None:
+        self.asked.append("pause")
+
+    def set(self, key: str, value: Any) -> None:
+        self.asked.append((key, value))
+        if key == "seed":
+            raise ConfigError("set seed: cannot change")
+
+
+@pytest.fixture(autouse=True)
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A fake Supervisor; the signals' handlers as before."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(trainer_room, "Supervisor", FakeSupervisor)
+    FakeSupervisor.made.clear()
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+class Stage:
+    """The daemon's end of the wire."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def send(self, message: Begin | Ask) -> None:
+        await self._connection.send(frames.encode(message))
+
+    async def hear(self) -> ToDaemon:
+        return frames.decode_in_daemon(await self._connection.receive())
+
+    def hang_up(self) -> None:
+        self._connection.close()
+
+
+@asynccontextmanager
+async def playing() -> AsyncIterator[Stage]:
+    ours, theirs = socket.socketpair()
+    connection, other = await Connection.over(ours), await Connection.over(theirs)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(trainer_room.play, other)
+            yield Stage(connection)
+    finally:
+        connection.close()
+        other.close()
+        with anyio.CancelScope(shield=True):
+            await anyio.wait_all_tasks_blocked()
+
+
+def begin(folder: Path, text: str = '[metrics]\nsinks = ["jsonl"]\n', **more: Any) -> Begin:
+    run_toml = folder / "RUN.toml"
+    run_toml.write_text(text)
+    return Begin(run_toml=str(run_toml), output=str(folder / "out"), **more)
+
+
+def run() -> FakeSupervisor:
+    return FakeSupervisor.made[-1]
+
+
+async def test_it_plays_and_tells_of_every_step(tmp_path: Path) -> None:
+    async with playing() as stage:
+        await stage.send(begin(tmp_path, settings=("learner.lr=0.5",), allow_changes=("learner.lr",)))
+        assert await stage.hear() == Playing(notices=("a notice",), step=3, total_steps=10, speaks=False)
+        for step in (1, 2):
+            assert await stage.hear() == Stepped(
+                step=step, total_steps=5, metrics={"reward": 0.5}, incidents=STATUS.incidents
+            )
+        run().let_go.set()
+        assert await stage.hear() == Finished(steps=2, total_steps=5)
+    assert (run().resumes, run().allowed, run().asked) == (False, ("learner.lr",), [])
+    assert (run().config.learner.lr, run().config.output) == (0.5, str(tmp_path / "out"))
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL), "children would inherit the first"
+
+
+async def test_it_goes_on_with_a_run_that_stands_there_and_may_begin_paused(tmp_path: Path) -> None:
+    order = begin(tmp_path, paused=True)
+    (tmp_path / "out").mkdir()
+    write_config(load_config(), tmp_path / "out" / "run.toml")
+    async with playing() as stage:
+        await stage.send(order)
+        assert isinstance(await stage.hear(), Playing)
+        run().let_go.set()
+    assert run().resumes
+    assert run().asked == ["pause"]
+
+
+async def test_it_answers(tmp_path: Path) -> None:
+    async with playing() as stage:
+        await stage.send(begin(tmp_path))
+        for _ in range(3):
+            await stage.hear()
+        await stage.send(Ask(number=1, request=GetStatus()))
+        await stage.send(Ask(number=2, request=Pause()))
+        await stage.send(Ask(number=3, request=Set(key="seed", value=1)))
+        await stage.send(Ask(number=4, request=Reload()))
+        answers = [await stage.hear() for _ in range(4)]
+        assert all(isinstance(answer, Answer) for answer in answers)
+        assert answers[0] == Answer(number=1, reply=STATUS)
+        replies = [answer.reply for answer in answers if isinstance(answer, Answer)]
+        assert isinstance(replies[1], Done)
+        assert getattr(replies[2], "message", "") == "set seed: cannot change"
+        assert run().asked == ["pause", ("seed", 1)]
+        run().let_go.set()
+        assert isinstance(await stage.hear(), Finished)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (ConfigError("no such key"), Rejected(message="no such key")),
+        (RunError("the disk is full"), Failed(message="the disk is full")),
+    ],
+)
+async def test_faults_are_told_by_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, told: ToDaemon
+) -> None:
+    monkeypatch.setattr(FakeSupervisor, "fault", fault)
+    async with playing() as stage:
+        await stage.send(begin(tmp_path))
+        for _ in range(3):
+            await stage.hear()
+        run().let_go.set()
+        assert await stage.hear() == told
+
+
+async def test_any_other_fault_is_the_processs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeSupervisor, "fault", RuntimeError("a bug"))
+    with pytest.raises(BaseExceptionGroup) as faults:
+        await _played_to_the_end(tmp_path)
+    assert faults.group_contains(RuntimeError, match="a bug")
+
+
+async def _played_to_the_end(folder: Path) -> None:
+    async with playing() as stage:
+        await stage.send(begin(folder))
+        for _ in range(3):
+            await stage.hear()
+        run().let_go.set()
+
+
+async def test_without_its_daemon_it_ends(tmp_path: Path) -> None:
+    with pytest.raises(BaseExceptionGroup) as faults:
+        await _left_alone(tmp_path)
+    assert faults.group_contains(anyio.EndOfStream)
+
+
+async def _left_alone(folder: Path) -> None:
+    async with playing() as stage:
+        await stage.send(begin(folder))
+        assert isinstance(await stage.hear(), Playing)
+        stage.hang_up()
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "summary", "over"),
+    [
+        ("", "", {"steps": 5, "total_steps": 5, "wall_s": 1.0}, True),
+        ("", "", {"steps": 4, "total_steps": 5}, False),
+        ("", "[learner]\nepochs = 9\n", {"steps": 5, "total_steps": 5}, False),
+        ("[learner]\nmax_steps = 5\n", "[learner]\nmax_steps = 9\n", {"steps": 5, "total_steps": 5}, False),
+        ("", "", None, False),
+        ("", "", {"steps": "five"}, False),
+    ],
+    ids=["complete", "ended early", "more epochs", "more steps", "no summary", "odd summary"],
+)
+async def test_a_run_that_is_complete_is_not_played_again(
+    tmp_path: Path, stored: str, asked: str, summary: dict[str, Any] | None, over: bool
+) -> None:
+    order = begin(tmp_path, asked)
+    _make_run(tmp_path / "out", stored, summary)
+    async with playing() as stage:
+        await stage.send(order)
+        first = await stage.hear()
+        if over:
+            assert first == Finished(steps=5, total_steps=5)
+        else:
+            assert isinstance(first, Playing)
+            run().let_go.set()
+    assert bool(FakeSupervisor.made) is not over
+
+
+def _make_run(folder: Path, config: str, summary: dict[str, Any] | None) -> None:
+    folder.mkdir()
+    (folder / "run.toml").write_text(config)
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+async def test_bad_input_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    async with playing() as stage:
+        await stage.send(begin(tmp_path, "[learner]\nlr = -1\n"))
+        told = await stage.hear()
+    assert isinstance(told, Rejected)
+    assert "learner.lr is -1" in told.message
+    assert FakeSupervisor.made == []

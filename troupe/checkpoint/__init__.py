@@ -1,0 +1,49 @@
+"""Checkpoints on disk: what a folder holds, how it is written so that it is whole or absent, how it is read back, and
+which ones stay.
+
+A checkpoint is a Hugging Face model folder that other tools load as it is, plus what training needs to go on:
+
+    config.json  model.safetensors  tokenizer files      the policy
+    optimizer.safetensors                                 the optimizer's state: moments of AdamW and the like
+    unfinished.msgpack                                    groups under way: completions and scores not trained on yet
+    behind-00000009.safetensors                           older policy versions that generation still needs
+    reference.safetensors                                 the reference policy, where it follows the policy
+    state.json                                            `RunState`
+    MANIFEST.json                                         size and sha256 of every file, written last
+
+A folder without a manifest is no checkpoint. While a folder replaces an older one of the same name, the older one
+waits beside it under `.replaced-NAME`, where reading finds it after a crash. Knows nothing of actors.
+"""
+
+from troupe.checkpoint.keeping import (
+    Pruned,
+    checkpoint_folder,
+    clear_leftovers,
+    list_checkpoints,
+    newer_versions,
+    prune_checkpoints,
+)
+from troupe.checkpoint.reading import load_checkpoint, load_newest, read_state, verify_manifest
+from troupe.checkpoint.state import FORMAT, MANIFEST, Checkpoint, CheckpointConfig, RewardState, RunState
+from troupe.checkpoint.writing import save_checkpoint, save_final_policy
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "Checkpoint",
+    "CheckpointConfig",
+    "Pruned",
+    "RewardState",
+    "RunState",
+    "checkpoint_folder",
+    "clear_leftovers",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_newest",
+    "newer_versions",
+    "prune_checkpoints",
+    "read_state",
+    "save_checkpoint",
+    "save_final_policy",
+    "verify_manifest",
+]

@@ -1,0 +1,179 @@
+"""Files that are summed while they are written, and put on the disk for good before anybody relies on them.
+
+Arrays go from their own memory by way of a block, where they are summed, to the disk, past the system's cache where
+that can be. Summing and writing let go of Python's lock, so that other threads go on. Knows the safetensors format, and
+nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import msgspec
+
+BLOCK_BYTES = 1 << 20
+Chunks: TypeAlias = Iterable[bytes | memoryview]
+"""The content of a file, in pieces."""
+_ALIGNMENT = 8
+_DTYPES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.float32: "F32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+}
+
+
+class FileSum(msgspec.Struct, frozen=True, kw_only=True):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_file(path: Path, chunks: Chunks, before_block: Callable[[], None] = lambda: None) -> FileSum:
+    """Write a file that was not there, and have it on the disk. OSError where that fails.
+
+    `before_block` is called again and again meanwhile; what it raises ends the writing.
+    """
+    digest, size = hashlib.sha256(), 0
+    block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for length in _filled(block, chunks):
+            before_block()
+            _go_past_the_cache(descriptor, length == BLOCK_BYTES)
+            digest.update(block[:length])
+            _write_all(descriptor, block[:length])
+            size += length
+        _flush(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileSum(bytes=size, sha256=digest.hexdigest())
+
+
+def sum_file(path: Path) -> FileSum:
+    """Size and sum of what is in a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileSum(bytes=stream.tell(), sha256=digest.hexdigest())
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, and have their names on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    if missing:
+        for folder in reversed(missing):
+            sync(folder.parent)
+        with suppress(OSError):  # the folder that was there may be as new, but the one above it may be closed to us
+            sync(missing[-1].parent.parent)
+
+
+def safetensors_bytes(arrays: Mapping[str, mx.array]) -> int:
+    """Size of the file, or a little more."""
+    return sum(array.nbytes + 128 + 2 * len(name) for name, array in arrays.items()) + 128
+
+
+def safetensors_chunks(arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> Chunks:
+    """A safetensors file of evaluated arrays, piece by piece; the pieces are the arrays' own memory."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": _DTYPES[array.dtype], "shape": array.shape, "data_offsets": (start, end)}
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % _ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for array in arrays.values():
+        if array.size:
+            yield _memory(array)
+
+
+def _memory(array: mx.array) -> memoryview:
+    """The bytes of an array, row by row."""
+    if array.dtype in (mx.bfloat16, mx.bool_):  # Python's buffers have no such type
+        array = array.view(mx.uint16 if array.dtype == mx.bfloat16 else mx.uint8)
+    buffer: Any = array  # its type stub does not say so
+    memory = memoryview(buffer)
+    if not memory.c_contiguous:
+        buffer = mx.contiguous(array)
+        memory = memoryview(buffer)
+    return memory.cast("B")
+
+
+def _filled(block: memoryview, chunks: Chunks) -> Iterator[int]:
+    """Gather what comes in the block → how much there is, each time that it is full, and at the end."""
+    filled = 0
+    for chunk in chunks:
+        rest = memoryview(chunk).cast("B")
+        while rest:
+            taken = min(len(rest), len(block) - filled)
+            block[filled : filled + taken] = rest[:taken]
+            filled, rest = filled + taken, rest[taken:]
+            if filled == len(block):
+                yield filled
+                filled = 0
+    if filled:
+        yield filled
+
+
+def _write_all(descriptor: int, block: memoryview) -> None:
+    while block:
+        try:
+            written = os.write(descriptor, block)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _goes_past_the_cache(descriptor):
+                raise
+            written = 0  # this file system wants it otherwise
+        if written < len(block):
+            _go_past_the_cache(descriptor, False)  # what is left is no whole block
+        block = block[written:]
+
+
+def _go_past_the_cache(descriptor: int, past: bool) -> None:
+    """Write straight to the disk, where the system can: filling its cache with gigabytes that nobody reads costs the
+    processor several times as much, and pushes out what others need."""
+    if hasattr(fcntl, "F_NOCACHE"):  # macOS
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, int(past))
+    elif hasattr(os, "O_DIRECT") and past != _goes_past_the_cache(descriptor):
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT if past else 0)
+
+
+def _goes_past_the_cache(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+
+def _flush(descriptor: int) -> None:
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: its fsync leaves data in the drive's cache
+    if full is not None:
+        with suppress(OSError):  # a file system that has no such thing
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)

@@ -1,0 +1,118 @@
+"""Which checkpoints a run folder has, and which of them stay."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from troupe.checkpoint.state import (
+    MANIFEST,
+    REPLACED_PREFIX,
+    STATE_FILE,
+    TEMPORARY_PREFIX,
+    CheckpointConfig,
+)
+
+_STEP_FOLDER = re.compile(rf"({re.escape(REPLACED_PREFIX)})?step-(\d{{8,}})")
+
+
+class Pruned(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of removing checkpoints."""
+
+    removed: tuple[int, ...] = ()
+    """Versions that are gone, ascending."""
+    faults: tuple[str, ...] = ()
+    """What could not be removed, and why."""
+
+
+class _Judged(msgspec.Struct, frozen=True):
+    """What of a state says how good a checkpoint is."""
+
+    metrics: dict[str, float | None] = {}
+
+
+def checkpoint_folder(run: Path, version: int) -> Path:
+    """Where the checkpoint after `version` learner batches lies in a run folder."""
+    return run / "checkpoints" / f"step-{version:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoint folders of a run, newest first."""
+    found = _finished(run)
+    return [found[version] for version in sorted(found, reverse=True)]
+
+
+def newer_versions(run: Path, version: int) -> set[int]:
+    """Versions after `version` of which the run folder has finished checkpoints."""
+    return {there for there in _finished(run) if there > version}
+
+
+def prune_checkpoints(run: Path, config: CheckpointConfig, *, abandoned: Collection[int] = ()) -> Pruned:
+    """Remove all finished checkpoints but the newest `keep` and the best, and what interrupted writes have left.
+
+    `abandoned`: versions that are not of this run any more; they are removed, and never count. Only for who writes the
+    checkpoints of the run: what another one is writing would be a leftover too.
+    """
+    standing = {version: folder for version, folder in _finished(run).items() if version not in abandoned}
+    kept = set(sorted(standing, reverse=True)[: config.keep])
+    if config.keep_best and (best := _best(standing, config)) is not None:
+        kept.add(best)
+    keep_folders = {standing[version] for version in kept}
+    removed: set[int] = set()
+    faults: list[str] = []
+    for folder in _ours(run):
+        if folder in keep_folders:
+            continue
+        finished = (folder / MANIFEST).is_file()
+        try:
+            (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-removed folder is no checkpoint
+            shutil.rmtree(folder)
+        except OSError as error:
+            faults.append(str(error) if error.filename else f"{folder}: {error}")
+        else:
+            match = _STEP_FOLDER.fullmatch(folder.name)
+            if match and finished and int(match[2]) not in kept:
+                removed.add(int(match[2]))
+    return Pruned(removed=tuple(sorted(removed)), faults=tuple(faults))
+
+
+def clear_leftovers(run: Path) -> None:
+    """Remove what interrupted writes have left, as far as that is possible: it may take the room that is needed."""
+    for folder in _ours(run):
+        if folder.name.startswith(TEMPORARY_PREFIX) or not (folder / MANIFEST).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finished(run: Path) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for folder in _ours(run):  # a replaced one sorts before its replacement
+        match = _STEP_FOLDER.fullmatch(folder.name)
+        if match and (folder / MANIFEST).is_file():
+            found[int(match[2])] = folder
+    return found
+
+
+def _ours(run: Path) -> Iterator[Path]:
+    """Folders of checkpoints, whole or not, by name."""
+    for folder in sorted((run / "checkpoints").glob("*step-*")):
+        if _STEP_FOLDER.fullmatch(folder.name.removeprefix(TEMPORARY_PREFIX)):
+            yield folder
+
+
+def _best(folders: dict[int, Path], config: CheckpointConfig) -> int | None:
+    """The version whose metric is best; None where none has it."""
+    sign = 1.0 if config.greater_is_better else -1.0
+    values: dict[int, float] = {}
+    for version, folder in folders.items():
+        with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            state = msgspec.json.decode((folder / STATE_FILE).read_bytes(), type=_Judged)
+            value = state.metrics.get(config.metric_for_best)
+            if value is not None and not math.isnan(value):
+                values[version] = sign * value
+    return max(values, key=lambda version: (values[version], version), default=None)

@@ -1,0 +1,88 @@
+"""What a checkpoint consists of in memory, and the `[checkpoint]` section. Knows files by name only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import mlx.core as mx
+import msgspec
+
+from troupe.messages import Unfinished
+from troupe.policy import Qwen3Config, Weights
+
+FORMAT = 2
+"""Of the folders that are written. 1 had no number, no `unfinished.msgpack`, and a state of five fields."""
+
+MANIFEST = "MANIFEST.json"
+CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE = "config.json", "model.safetensors", "optimizer.safetensors"
+STATE_FILE, REFERENCE_FILE, UNFINISHED_FILE = "state.json", "reference.safetensors", "unfinished.msgpack"
+BEHIND_FILE = re.compile(r"behind-(\d{8,})\.safetensors")
+TEMPORARY_PREFIX, REPLACED_PREFIX = ".writing-", ".replaced-"
+
+
+class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[checkpoint]` section."""
+
+    every: Annotated[int, msgspec.Meta(ge=1)] = 50
+    """Steps between two checkpoints; one is written at the end in any case."""
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 2
+    """How many of the newest checkpoints stay; older ones are removed after a newer one is whole."""
+    keep_best: bool = True
+    """Whether the best checkpoint by `metric_for_best` stays, too, however old it is."""
+    metric_for_best: Annotated[str, msgspec.Meta(min_length=1)] = "reward"
+    """Name of a metric; its mean over the steps since the checkpoint before is what counts (`metric_for_best_model` in
+    transformers). A checkpoint that has no such metric, or not a number, is never the best; of equals the newer is."""
+    greater_is_better: bool = True
+    """Whether large values of that metric are good (transformers' name, too)."""
+    overlap: bool | None = None
+    """Learn on while a checkpoint is written, which holds the optimizer's state twice; otherwise the next step waits
+    with learning. None: yes, unless a run's memory limit asks for less."""
+
+
+class RewardState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which code stood behind a reward's name."""
+
+    version: int = 0
+    """How often it was exchanged."""
+    spec: str | None = None
+    """As the config names it; None where it was given in Python."""
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run must know, besides arrays, to go on where a checkpoint was cut."""
+
+    format: Annotated[int, msgspec.Meta(ge=1)] = FORMAT
+    """Of the folder. A Troupe that knows only older ones refuses it."""
+    version: Annotated[int, msgspec.Meta(ge=0)]
+    """Completed learner batches."""
+    seed: int
+    dataset: str
+    """Fingerprint of the prompts: going on with other prompts would not be the same run."""
+    num_tokens: int = 0
+    """Prompt and completion tokens of the run so far."""
+    mode: Literal["pinned", "free"] = "pinned"
+    """The schedule that `unfinished.msgpack` is of."""
+    model: str = ""
+    """Fingerprint of the model folder that the run began with."""
+    skipped_in_a_row: int = 0
+    """Steps, up to the last one, whose update was skipped because it was not finite."""
+    rewards: dict[str, RewardState] = {}
+    metrics: dict[str, float] = {}
+    """Means over the steps since the checkpoint before."""
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint in memory; arrays are evaluated."""
+
+    config: Qwen3Config
+    weights: Weights
+    optimizer_state: dict[str, mx.array]
+    behind: Mapping[int, Weights]
+    """Older policy versions by number; empty where generation needs only the newest."""
+    state: RunState
+    reference: Weights | None = None
+    """The reference policy where it follows the policy."""
+    unfinished: Unfinished = Unfinished()
+    """Prompts in it have lost their text and columns: slot and row say what they are."""

@@ -1,0 +1,46 @@
+"""`unfinished.msgpack`: the groups under way when a checkpoint was cut. Knows nothing of what becomes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from troupe.errors import CheckpointError
+from troupe.messages import ScoredGroup, Unfinished
+
+_UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=repr)
+
+
+def encode_unfinished(unfinished: Unfinished) -> bytes:
+    """As msgpack. Prompts go without text and columns: the dataset can say them once more, and they may hold anything.
+
+    What rewards logged beside the scores comes back as far as msgpack has such a thing.
+    """
+    fields = {name: getattr(unfinished, name) for name in unfinished.__struct_fields__}
+    for name in ("scored", "collected"):  # one by one, so that other threads get a turn
+        fields[name] = [msgspec.Raw(_encoded(group)) for group in fields[name]]
+    return _ENCODER.encode(fields)
+
+
+def read_unfinished(file: Path) -> Unfinished:
+    """What a checkpoint's file says; CheckpointError where it cannot be read."""
+    try:
+        return msgspec.msgpack.decode(file.read_bytes(), type=Unfinished)
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{file}: the groups under way cannot be read: {error}; use an older checkpoint"
+        ) from None
+
+
+def _encoded(group: ScoredGroup) -> bytes:
+    replace = msgspec.structs.replace
+    prompt = replace(group.group.prompt, prompt="", columns={})
+    bare = replace(group, group=replace(group.group, prompt=prompt), extra={})
+    try:
+        extra = msgspec.msgpack.decode(_ENCODER.encode(group.extra))
+        return _ENCODER.encode(replace(bare, extra=extra))
+    except _UNWRITABLE:  # remarks of a reward's author are not worth a checkpoint
+        return _ENCODER.encode(bare)

@@ -1,0 +1,167 @@
+"""Writing folders so that, whatever happens, they are whole or absent.
+
+Files go to a temporary folder beside the place, each is put on the disk, the manifest last; then the folder is renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from troupe.checkpoint.files import (
+    Chunks,
+    FileSum,
+    make_folders,
+    safetensors_bytes,
+    safetensors_chunks,
+    sum_file,
+    sync,
+    write_file,
+)
+from troupe.checkpoint.state import (
+    MANIFEST,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    REFERENCE_FILE,
+    REPLACED_PREFIX,
+    STATE_FILE,
+    TEMPORARY_PREFIX,
+    UNFINISHED_FILE,
+    Checkpoint,
+)
+from troupe.checkpoint.unfinished import encode_unfinished
+from troupe.policy import MAX_SHARD_BYTES, Qwen3Config, Weights, save_model_folder
+from troupe.policy.folders import save_companions
+
+_SMALL_BYTES = 1 << 20
+"""For configuration, state, manifest, and the file system's own."""
+
+
+def save_checkpoint(
+    path: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    source: Path | None = None,
+    before_block: Callable[[], None] = lambda: None,
+) -> int:
+    """Write a checkpoint folder so that, whatever happens, it is whole or absent; returns its size in bytes.
+
+    `source` is the model folder whose tokenizer files are copied. What was at `path` is replaced. `before_block` is
+    called again and again while files are written; what it raises ends the writing. Raises OSError where the disk fails
+    or has too little room; either the old folder or the new one is then whole.
+    """
+    path = Path(path)
+    files = {MODEL_FILE: checkpoint.weights, OPTIMIZER_FILE: checkpoint.optimizer_state}
+    files |= {f"behind-{version:08d}.safetensors": weights for version, weights in checkpoint.behind.items()}
+    if checkpoint.reference is not None:
+        files[REFERENCE_FILE] = checkpoint.reference
+    unfinished = encode_unfinished(checkpoint.unfinished)
+    needed = sum(map(safetensors_bytes, files.values())) + len(unfinished)
+    with _new_folder(path, needed + _companion_bytes(source), before_block) as folder:
+        save_companions(folder.path, checkpoint.config, checkpoint.weights, source)
+        for name, arrays in files.items():
+            folder.write(name, safetensors_chunks(arrays, {"format": "pt"} if name == MODEL_FILE else None))
+        folder.write(UNFINISHED_FILE, [unfinished])
+        folder.write(STATE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.state))])
+    return folder.size
+
+
+def save_final_policy(path: Path, config: Qwen3Config, weights: Weights, source: Path | None = None) -> None:
+    """Write a plain model folder, with a manifest, in the place of what is at `path`; whole or absent, as above."""
+    with _new_folder(path, safetensors_bytes(weights) + _companion_bytes(source)) as folder:
+        save_model_folder(folder.path, config, weights, source, MAX_SHARD_BYTES)
+
+
+def replaced(path: Path) -> Path:
+    """Where the folder at `path` waits while another takes its place."""
+    return path.parent / f"{REPLACED_PREFIX}{path.name}"
+
+
+class _NewFolder:
+    """A folder that is being written."""
+
+    def __init__(self, path: Path, before_block: Callable[[], None]) -> None:
+        self.path = path
+        self._before_block = before_block
+        self._sums: dict[str, FileSum] = {}
+
+    @property
+    def size(self) -> int:
+        """Of all files that the manifest lists."""
+        return sum(entry.bytes for entry in self._sums.values())
+
+    def write(self, name: str, chunks: Chunks) -> None:
+        """Write one file."""
+        self._sums[name] = write_file(self.path / name, chunks, self._before_block)
+
+    def finish(self) -> None:
+        """Write the manifest, of the files that others have written too, and have all on the disk."""
+        for file in sorted(self.path.iterdir()):
+            if file.name not in self._sums:
+                sync(file)
+                self._sums[file.name] = sum_file(file)
+        entries = dict(sorted(self._sums.items()))
+        write_file(self.path / MANIFEST, [msgspec.json.format(msgspec.json.encode(entries))])
+        sync(self.path)
+
+
+@contextmanager
+def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] = lambda: None) -> Iterator[_NewFolder]:
+    """Write files in the body; afterwards the folder is at `path`, or nothing has changed."""
+    make_folders(path.parent)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    _check_room(path.parent, needed_bytes + _SMALL_BYTES)
+    try:
+        temporary.mkdir()
+        folder = _NewFolder(temporary, before_block)
+        yield folder
+        folder.finish()
+        _take_place(temporary, path)
+    except RuntimeError as error:  # how MLX says that it could not write
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{path}: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename; what was there goes when the new folder is there for good."""
+    old = replaced(path)
+    if path.exists():  # an older cut of the same step, or the final policy of a run that went on
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_room(folder: Path, needed_bytes: int) -> None:
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    if room.f_blocks and free < needed_bytes:  # some network file systems tell nothing: all zeros
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed_bytes / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free in {folder}; make room there, or "
+            "lower checkpoint.keep",
+        )
+
+
+def _companion_bytes(source: Path | None) -> int:
+    """Of the small files of a model folder."""
+    if source is None:
+        return 0
+    sizes: Mapping[str, int] = {file.name: file.stat().st_size for file in source.iterdir() if file.is_file()}
+    return sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))

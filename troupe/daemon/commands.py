@@ -1,0 +1,186 @@
+"""The commands that speak with a run: `daemon`, `status`, `pause` and the like. Quick to import, and without MLX.
+
+Exit codes: 0 done, 2 bad input or nobody there, 3 refused or a fault.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import click
+import msgspec
+
+from troupe.daemon import views
+from troupe.daemon.aftermath import aftermath
+from troupe.daemon.aftermath import describe as describe_aftermath
+from troupe.daemon.client import Client, NobodyThereError, ask
+from troupe.daemon.keeping import keep_alive
+from troupe.daemon.orders import Order
+from troupe.daemon.protocol import Reply, Request, encode_line
+from troupe.daemon.units import launchd, systemd
+from troupe.errors import RunError
+from troupe.messages import (
+    Checkpoint,
+    Drain,
+    GetStatus,
+    Pause,
+    Refused,
+    Resume,
+    Set,
+    Status,
+    Step,
+    Stop,
+)
+from troupe.tables import parse_setting
+from troupe.terminal import EXIT_FAULT, fail, report_errors, tell
+
+_FOLDER = click.Path(path_type=Path)
+_out = click.argument("folder", metavar="OUT_DIR", type=_FOLDER)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def control() -> None:
+    """Speak with a run."""
+
+
+@control.command()
+@click.argument("run_toml", metavar="RUN.toml", type=_FOLDER)
+@click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: output in RUN.toml.")
+@click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
+@click.option(
+    "--allow-change",
+    "allow_changes",
+    multiple=True,
+    metavar="section.key",
+    help="A key that may differ from the run that stands in OUT_DIR; may be repeated.",
+)
+@click.option(
+    "--print-unit", type=click.Choice(["systemd", "launchd"]), help="Print a unit file for this run; start nothing."
+)
+@report_errors
+def daemon(
+    run_toml: Path,
+    output: str | None,
+    settings: tuple[str, ...],
+    allow_changes: tuple[str, ...],
+    print_unit: str | None,
+) -> None:
+    """Train in the foreground, and go on by itself whatever happens.
+
+    A run that stands in OUT_DIR is gone on with. One that fails is started again from its newest checkpoint. SIGTERM
+    finishes the steps begun, saves and ends; SIGHUP reads RUN.toml again.
+    """
+    order = Order.given(run_toml, output, settings, allow_changes)
+    if print_unit is not None:
+        tell({"systemd": systemd, "launchd": launchd}[print_unit](order), newline=False)
+        return
+    sys.exit(anyio.run(keep_alive, order))
+
+
+@control.command()
+@_out
+@click.option("--watch", is_flag=True, help="Show it again and again, until the run has ended.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds, with --watch."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a time, on a line of its own.")
+@report_errors
+def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
+    """Tell what the run in OUT_DIR is doing, or what became of it."""
+    try:
+        with Client(folder) as client:
+            while True:
+                _show(client.ask(GetStatus()), folder, as_json=as_json, clear=watch and not as_json)
+                if not watch:
+                    return
+                time.sleep(interval)
+    except NobodyThereError:
+        found = aftermath(folder)
+    if as_json:
+        tell(msgspec.json.encode(found).decode())
+    else:
+        tell(f"{folder}: {describe_aftermath(found)}")
+
+
+def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
+    if not isinstance(found, Status):
+        raise RunError(f"{folder}: {found.message}")
+    if as_json:
+        tell(encode_line(found).decode(), newline=False)
+        return
+    if clear and _on_terminal():
+        click.clear()
+    tell(views.describe(found, str(folder)))
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+@control.command()
+@_out
+@report_errors
+def pause(folder: Path) -> None:
+    """Begin no further step until told to resume."""
+    _request(folder, Pause())
+
+
+@control.command()
+@_out
+@report_errors
+def resume(folder: Path) -> None:
+    """Go on after a pause."""
+    _request(folder, Resume())
+
+
+@control.command()
+@_out
+@click.option("-n", "--steps", type=click.IntRange(min=1), default=1, show_default=True, help="Steps to begin.")
+@report_errors
+def step(folder: Path, steps: int) -> None:
+    """Begin one more step of a paused run, or several."""
+    _request(folder, Step(steps=steps))
+
+
+@control.command()
+@_out
+@report_errors
+def checkpoint(folder: Path) -> None:
+    """Write a checkpoint at the end of the step in hand."""
+    _request(folder, Checkpoint())
+
+
+@control.command()
+@_out
+@report_errors
+def drain(folder: Path) -> None:
+    """End the run after the steps already begun."""
+    _request(folder, Drain())
+
+
+@control.command()
+@_out
+@report_errors
+def stop(folder: Path) -> None:
+    """End the run now, with a checkpoint of the last completed step."""
+    _request(folder, Stop())
+
+
+@control.command(name="set")
+@_out
+@click.argument("setting", metavar="KEY=VALUE")
+@report_errors
+def set_command(folder: Path, setting: str) -> None:
+    """Set what may change while the run plays, such as learner.lr=1e-6 or log.level=debug."""
+    key, value = parse_setting(setting)
+    _request(folder, Set(key=key, value=value))
+
+
+def _request(folder: Path, request: Request) -> None:
+    reply = ask(folder, request)
+    if isinstance(reply, Refused):
+        fail(f"refused: {reply.message}", EXIT_FAULT)
+    tell("done" if isinstance(reply, Status) or not reply.message else reply.message)

@@ -1,0 +1,114 @@
+"""The trainer in a process of its own: `python -m troupe.daemon.trainer`, started by the daemon alone.
+
+A Supervisor that is spoken to in frames. What the user gave and cannot be used is told as such, so that the daemon does
+not try it again; any other fault is told in one sentence, or by the traceback that the daemon reads.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from troupe.config import RUN_TOML, RunConfig, load_config, said_in
+from troupe.daemon.answers import answer
+from troupe.daemon.frames import (
+    Answer,
+    Ask,
+    Begin,
+    Failed,
+    Finished,
+    Last,
+    Playing,
+    Rejected,
+    Stepped,
+    decode_in_trainer,
+    encode,
+)
+from troupe.errors import InputError, TroupeError
+from troupe.runtime import Connection, serve, together
+from troupe.supervisor import Supervisor
+
+
+class _Summary(msgspec.Struct):
+    """What `summary.json` says of how far a run came."""
+
+    steps: int
+    total_steps: int
+
+
+async def play(connection: Connection) -> None:
+    """Play one run from the first frame on, and tell how it ended."""
+    begin = decode_in_trainer(await connection.receive())
+    assert isinstance(begin, Begin)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # the daemon decides; a handler, because processes of a reward would inherit that a signal is ignored
+        signal.signal(number, lambda *_: None)
+    try:
+        last: Last = await _play(connection, begin)
+    except InputError as error:
+        last = Rejected(message=str(error))
+    except TroupeError as error:
+        last = Failed(message=str(error))
+    await connection.send(encode(last))
+
+
+async def _play(connection: Connection, begin: Begin) -> Finished:
+    folder = Path(begin.output)
+    stands = (folder / RUN_TOML).is_file()
+    # of a run that stands there all stays that neither the file nor a setting says
+    base, said = (folder / RUN_TOML, [said_in(begin.run_toml)]) if stands else (begin.run_toml, [])
+    config = load_config(base, [*said, {"output": begin.output}, *begin.settings])
+    if stands and (finished := _finished(folder, config)):
+        return finished
+    run = Supervisor(config, resume=stands, allow_changes=begin.allow_changes)
+    if begin.paused:
+        run.pause()
+    listening = anyio.CancelScope()
+
+    async def listen() -> None:
+        with listening:
+            while True:
+                ask = decode_in_trainer(await connection.receive())
+                assert isinstance(ask, Ask)
+                await connection.send(encode(Answer(number=ask.number, reply=answer(run, ask.request))))
+
+    async def perform() -> None:
+        try:
+            async with run:
+                await _tell(connection, run)
+        finally:
+            listening.cancel()
+
+    await together([listen, perform])
+    return Finished(steps=run.result.steps, total_steps=run.result.total_steps)
+
+
+async def _tell(connection: Connection, run: Supervisor) -> None:
+    """Tell the daemon that the run plays, and of every step, until it has ended."""
+    status, speaks = run.status(), "console" in run.config.metrics.sinks
+    playing = Playing(notices=run.notices, step=status.step, total_steps=status.total_steps, speaks=speaks)
+    await connection.send(encode(playing))
+    async for update in run.updates():
+        incidents = run.status().incidents
+        stepped = Stepped(step=update.step, total_steps=update.total_steps, metrics=update.metrics, incidents=incidents)
+        await connection.send(encode(stepped))
+
+
+def _finished(folder: Path, config: RunConfig) -> Finished | None:
+    """How far the run in the folder came, where it made every step that this config asks for."""
+    try:
+        summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=_Summary)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    stored, asked = load_config(folder / RUN_TOML).learner, config.learner
+    as_long = (stored.epochs, stored.max_steps, stored.batch_size) == (asked.epochs, asked.max_steps, asked.batch_size)
+    if summary.steps < summary.total_steps or not as_long:
+        return None
+    return Finished(steps=summary.steps, total_steps=summary.total_steps)
+
+
+if __name__ == "__main__":
+    serve(play)

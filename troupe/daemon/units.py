@@ -1,0 +1,94 @@
+"""Unit files that have the system keep a daemon alive: systemd's and launchd's. Text only; installs nothing."""
+
+from __future__ import annotations
+
+import plistlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from troupe.daemon.orders import Order
+
+_STOP_S = 3600
+"""That a stop may take: the steps in hand are finished, and a checkpoint is written."""
+_PAUSE_S = 30
+
+
+def systemd(order: Order) -> str:
+    """A service of the user's (or the system's) systemd that plays this order."""
+    return "\n".join(
+        [
+            f"# Store this as ~/.config/systemd/user/{_name(order)}.service, then: systemctl --user enable --now",
+            f"# {_name(order)}. To keep it running when you log out: loginctl enable-linger",
+            "[Unit]",
+            f"Description={_escaped(f'Troupe trains in {order.output}')}",
+            "",
+            "[Service]",
+            "Type=exec",
+            f"ExecStart={' '.join(map(_quoted, _command(order)))}",
+            "ExecReload=/bin/kill -HUP $MAINPID",
+            f"WorkingDirectory={_escaped(str(Path.cwd()))}",
+            "# SIGTERM goes to the daemon alone, which finishes the steps in hand and saves",
+            "KillMode=mixed",
+            f"TimeoutStopSec={_STOP_S}",
+            "# 2: the configuration or its inputs cannot be used, which no restart mends",
+            "Restart=on-failure",
+            "RestartPreventExitStatus=2",
+            f"RestartSec={_PAUSE_S}",
+            "",
+            "[Install]",
+            "WantedBy=default.target",
+            "",
+        ]
+    )
+
+
+def launchd(order: Order) -> str:
+    """A launch agent that plays this order."""
+    return plistlib.dumps(
+        {
+            "Label": _name(order),
+            "ProgramArguments": list(_command(order)),
+            "WorkingDirectory": str(Path.cwd()),
+            "RunAtLoad": True,
+            "KeepAlive": {"SuccessfulExit": False},
+            "ThrottleInterval": _PAUSE_S,
+            "ExitTimeOut": _STOP_S,
+            "ProcessType": "Interactive",  # a background one is slowed down
+            "StandardErrorPath": "/dev/null",  # it is all in daemon.log, which does not grow without end
+            "StandardOutPath": "/dev/null",
+        },
+        sort_keys=False,
+    ).decode()
+
+
+def _command(order: Order) -> Sequence[str]:
+    settings = [part for setting in order.settings for part in ("--set", setting)]
+    allowed = [part for key in order.allow_changes for part in ("--allow-change", key)]
+    return (
+        sys.executable,
+        "-P",
+        "-m",
+        "troupe",
+        "daemon",
+        str(order.run_toml),
+        "--output",
+        str(order.output),
+        *settings,
+        *allowed,
+    )
+
+
+def _name(order: Order) -> str:
+    return "troupe-" + (re.sub(r"[^A-Za-z0-9_.-]+", "-", order.output.name).strip("-") or "run")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _quoted(argument: str) -> str:
+    """One argument of ExecStart."""
+    escaped = _escaped(argument).replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$").replace("\n", "\\n")
+    return f'"{escaped}"' if re.search(r"[^\w@%+=:,./-]", escaped) or not escaped else escaped

@@ -1,0 +1,320 @@
+"""Performance: one run from its first reward to its last file, with all that goes on beside the play.
+
+It is given a prepared run and a built pipeline, plays them to the end, and keeps what came of it. Knows nothing of who
+asks for what: that is the Supervisor's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import anyio
+import msgspec
+
+from troupe import linux_cpu
+from troupe.budget import memory_limited
+from troupe.changes import Change, ChangesLog
+from troupe.errors import InputError, RunError
+from troupe.messages import Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate
+from troupe.pipeline import Pipeline
+from troupe.policy import Policy, load_policy
+from troupe.prepare import Prepared
+from troupe.rewards import Reward, Sitting
+from troupe.rollouts import Evaluation, evaluate
+from troupe.run_folder import RunFolder
+from troupe.runtime import DeviceThread, Mailbox, play, together
+from troupe.runtime.watchdog import watch
+from troupe.status import last_movement_s, live_groups, stall
+from troupe.summary import RunResult, write_summary
+
+_EXCHANGES = 64
+"""Exchanges of rewards, and settings, that may wait before the oldest is forgotten."""
+
+
+class Exchange(msgspec.Struct, frozen=True):
+    """A reward to be put in the place of another."""
+
+    name: str
+    reward: Reward | str
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """A key of the config, checked, that is to have another value."""
+
+    key: str
+    value: Any
+
+
+class Errands:
+    """What is asked of a run that is not its actors' work; may be asked before there is one."""
+
+    def __init__(self) -> None:
+        self.inbox = Mailbox("supervisor")
+        self.exchanges = self.inbox.channel("exchanges", Exchange, bound=_EXCHANGES, overflow="drop_oldest")
+        self.settings = self.inbox.channel("settings", Setting, bound=_EXCHANGES, overflow="drop_oldest")
+
+
+class Performance:
+    """Made and `run` within an event loop, once."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        pipeline: Pipeline,
+        place: RunFolder,
+        device: DeviceThread,
+        errands: Errands,
+        *,
+        ended: anyio.Event,
+        began_s: float,
+    ) -> None:
+        """`device`: the thread that held-out rows are answered in, and that the last checkpoint of a run that was
+        stopped is written in. `ended`: set at the end. `began_s`: when the run was begun (`time.perf_counter`)."""
+        self.result: RunResult | None = None
+        self.fault: BaseException | None = None
+        """What made the run fail."""
+        self._ended = ended
+        self._began_s = began_s
+        self._prepared = prepared
+        self._pipeline = pipeline
+        self._place = place
+        self._device = device
+        self._errands = errands
+        self._scope = anyio.CancelScope()
+        self._changes = ChangesLog(prepared.folder)
+        self._watchdog_s = prepared.live.watchdog_s
+        self._watching = anyio.CancelScope()
+        self._stopping = self._playing = False
+        self._before: Evaluation | None = None
+        self._after: Evaluation | None = None
+        self._farewells: list[tuple[str, Sitting, int]] = []
+
+    def stop(self) -> None:
+        """End now, with a checkpoint of the last completed step."""
+        if not self._ended.is_set():
+            self._stopping = True
+            self._scope.cancel()
+
+    @property
+    def phase(self) -> Phase:
+        """Where the run stands."""
+        ledger = self._pipeline.ledger
+        phases: list[tuple[bool, Phase]] = [
+            (self.fault is not None, "failed"),
+            (self._ended.is_set(), "ended"),
+            (self._stopping, "stopping"),
+            (not self._playing, "starting"),
+            (ledger.draining, "draining"),
+            (ledger.steps_allowed is not None, "paused"),
+            (bool(ledger.held), "held"),
+        ]
+        return next((phase for holds, phase in phases if holds), "running")
+
+    def live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
+        """Groups between prompting and the end of their training, the oldest first."""
+        pipeline = self._pipeline
+        return live_groups(pipeline.ledger.alive, pipeline.actors, now_s, handed_over=pipeline.handed_over)
+
+    async def run(self) -> None:
+        """Play the run to its end, well or not; then `result` or `fault` is there, and `ended` is set."""
+        try:
+            await self._play()
+        except InputError as error:
+            self.fault = error
+            if self._pipeline.learner.version == 0:
+                self._place.remove_traces()
+        except Exception as error:
+            self.fault = error
+        finally:
+            self._pipeline.updates.close()
+            self._ended.set()
+
+    async def _play(self) -> None:
+        rewards, tally = self._prepared.rewards, self._pipeline.tally
+        try:
+            threads = self._prepared.config.schedule.blas_threads
+            with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
+                await rewards.start()
+                await self._exchange_as_before()
+                await _beside(self._run_errands, self._perform)
+            if self._stopping:
+                await self._write_checkpoint()
+        finally:
+            for incident in (*await rewards.stop(), *self._pipeline.untold):
+                tally.incidents[incident.kind] += 1
+            with anyio.CancelScope(shield=True):
+                await self._pipeline.sinks.close()
+        self.result = self._what_came_of_it()
+        write_summary(self.result)
+
+    async def _perform(self) -> None:
+        """Evaluate, play under watch, and evaluate again."""
+        self._before = await self._evaluate(await self._untrained_policy())
+        self._prepared = self._prepared.without_arrays()
+        self._playing = True
+        await _beside(self._watch, partial(play, self._pipeline.roles))
+        self._after = await self._evaluate(self._trained_policy())
+
+    async def _watch(self) -> None:
+        begun_s = time.perf_counter()
+
+        def moved_s() -> float:
+            return max(begun_s, last_movement_s(self._pipeline.actors))
+
+        while True:  # once more whenever the limit is set
+            with anyio.CancelScope() as self._watching:
+                if not self._watchdog_s:
+                    await anyio.Event().wait()  # without a timer, which would hide that nothing can go on
+                await watch(self._watchdog_s, moved_s, self._tell_of_stall, clock=time.perf_counter)
+
+    def _tell_of_stall(self, still_s: float) -> None:
+        now_s = time.perf_counter()
+        groups = self.live_groups(now_s)
+        if groups or self.phase not in ("paused", "held"):
+            self._pipeline.incidents.incident_nowait(stall(groups, self._pipeline.actors, now_s, still_s))
+
+    async def _run_errands(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for farewell in self._farewells:
+                tasks.start_soon(self._dismiss, *farewell)
+            async for errand in self._errands.inbox:  # not in turn: an old reward that hangs would hold up all
+                if isinstance(errand, Exchange):
+                    tasks.start_soon(self._exchange, errand.name, errand.reward)
+                else:
+                    await self._set(errand.key, errand.value)
+
+    async def _set(self, key: str, value: Any) -> None:
+        """Write down what is set, then do it; the learner writes down itself what it must do at a step."""
+        if key == "learner.lr":
+            self._pipeline.settings.send_nowait(SetLearningRate(lr=value))
+            return
+        change = Change(step=self._pipeline.learner.version, key=key, value=value)
+        try:
+            await anyio.to_thread.run_sync(self._changes.add, change)
+        except OSError as error:
+            message = f"{key} was not set to {value}, since that could not be written down: {error}"
+            self._pipeline.incidents.incident_nowait(
+                Incident(actor="supervisor", kind="change_failed", message=message)
+            )
+            return
+        if key == "checkpoint.every":
+            self._pipeline.settings.send_nowait(SetCheckpointEvery(steps=value))
+        else:
+            self._watchdog_s = value
+            self._watching.cancel()
+
+    async def _exchange_as_before(self) -> None:
+        """Have the rewards ready that take over at later steps, because they did so in a start before this one."""
+        for step, name, spec in self._prepared.live.exchanges:
+            if step > self._prepared.first_step:
+                old = await self._prepared.rewards.replace(name, spec, partial(_at, step))
+                self._farewells.append((name, old, step))
+
+    async def _exchange(self, name: str, reward: Reward | str) -> None:
+        """A reward that a text names takes over with a step, so that whoever resumes can do the same."""
+        pipeline, step = self._pipeline, 0
+
+        def first_step(was_down: bool) -> int:
+            nonlocal step
+            if not isinstance(reward, str):
+                return 0
+            config, version = self._prepared.config, pipeline.learner.version
+            begun = -(-pipeline.ledger.next // config.learner.batch_size)
+            step = begun if config.schedule.mode == "pinned" and not was_down else version
+            self._changes.add(Change(step=step, key=f"rewards.{name}", value=reward))  # no await: none begins meanwhile
+            return step if config.schedule.mode == "pinned" else 0
+
+        try:
+            old = await self._prepared.rewards.replace(name, reward, first_step)
+        except Exception as error:
+            message = f"the reward {name} was not exchanged, the old one goes on: {error}"
+            pipeline.incidents.incident_nowait(
+                Incident(actor="supervisor", kind="reward_exchange_failed", message=message)
+            )
+            return
+        await self._dismiss(name, old, step)
+
+    async def _dismiss(self, name: str, old: Sitting, step: int) -> None:
+        """Stop a reward that another takes over from in a step, when all steps before have ended."""
+        await self._pipeline.board.newer_than(step - 1)
+        for incident in await self._prepared.rewards.dismiss(name, old):
+            self._pipeline.incidents.incident_nowait(incident)
+
+    async def _write_checkpoint(self) -> None:
+        snapshot = self._pipeline.learner.snapshot()
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._device.run(self._pipeline.write_snapshot, snapshot)
+        except OSError as error:
+            raise RunError(
+                f"{self._prepared.folder}: the checkpoint of step {snapshot.version} could not be written: {error}; "
+                "the one before it stays"
+            ) from error
+
+    async def _untrained_policy(self) -> Policy:
+        """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
+        if self._prepared.checkpoint is None or self._prepared.evaluation is None:
+            return self._prepared.policy
+        return await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
+
+    def _trained_policy(self) -> Policy:
+        policy = self._prepared.policy
+        return Policy(policy.config, self._pipeline.learner.weights, policy.path)
+
+    async def _evaluate(self, policy: Policy) -> Evaluation | None:
+        held_out = self._prepared.evaluation
+        if held_out is None:
+            return None
+        greedy = msgspec.structs.replace(self._prepared.config.generation, temperature=0.0)
+        evaluation = await evaluate(
+            policy,
+            held_out.dataset,
+            held_out.prompt_ids,
+            generation=greedy,
+            device=self._device,
+            rewards=self._prepared.rewards,
+        )
+        self._pipeline.tally.incidents.update(incident.kind for incident in evaluation.incidents)
+        return evaluation
+
+    def _what_came_of_it(self) -> RunResult:
+        before, after = self._before, self._after
+        tally, version = self._pipeline.tally, self._pipeline.learner.version
+        return RunResult(
+            folder=str(self._prepared.folder),
+            steps=version,
+            total_steps=self._prepared.total_steps,
+            version=version,
+            wall_s=time.perf_counter() - self._began_s,
+            closed_groups=dict(tally.closed_groups),
+            incidents=dict(tally.incidents),
+            switched_off_sinks=dict(tally.switched_off_sinks),
+            accuracy_before=before.accuracy if before else None,
+            accuracy_after=after.accuracy if after else None,
+            rewards_before=before.rewards if before else {},
+            rewards_after=after.rewards if after else {},
+        )
+
+
+async def _beside(
+    company: Callable[[], Coroutine[Any, Any, None]], work: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
+    """Do the work; `company` goes on beside it as long as it lasts."""
+    over = anyio.CancelScope()
+
+    async def working() -> None:
+        await work()
+        over.cancel()
+
+    async def accompanying() -> None:
+        with over:
+            await company()
+
+    await together([working, accompanying])
+
+
+def _at(step: int, was_down: bool) -> int:
+    return step

@@ -1,0 +1,90 @@
+"""What a run that goes on from a checkpoint does with the groups that were under way.
+
+A checkpoint keeps of a group what cannot be had again: completions and scores. Prompts are made anew from slot and row.
+Knows nothing of actors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from troupe.errors import CheckpointError
+from troupe.messages import OpenGroup, Prompt, ScoredGroup, Slot, Unfinished
+from troupe.schedule import PromptSchedule
+
+
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
+    """Where prompting goes on, and what need not be done again."""
+
+    next: int
+    """Number of the first prompt in the stream that was not begun."""
+    open: tuple[OpenGroup, ...] = ()
+    """Groups that hold a credit already."""
+    prompts: tuple[Prompt, ...] = ()
+    """Those of the open groups that the learner does not have, in the order in which they are to be issued."""
+    recorded: dict[int, ScoredGroup] = {}
+    """Gid → groups that are prompted once more, and need be neither sampled nor scored."""
+    collected: Unfinished = Unfinished()
+    """Free schedule: what the learner had collected for its next step."""
+
+
+def restored_pinned(
+    unfinished: Unfinished, schedule: PromptSchedule, first_step: int, *, whole_rounds: bool
+) -> Restored:
+    """A pinned run prompts every step from `first_step` on, and what was scored is used where it comes up.
+
+    `whole_rounds`: whether a round counts only if all of its groups were scored, because a reward looks at all at once.
+    """
+    groups = [group for group in (*unfinished.collected, *unfinished.scored) if _slot(group).step >= first_step]
+    if whole_rounds:
+        there = Counter(_round(group) for group in groups)
+        groups = [group for group in groups if there[_round(group)] == group.group.prompt.round_size]
+    return Restored(next=first_step * schedule.batch_size, recorded=_recorded(groups, schedule))
+
+
+def restored_free(unfinished: Unfinished, schedule: PromptSchedule) -> Restored:
+    """A free run prompts again what was open, in the order of slots, and then goes on in the stream.
+
+    Raises CheckpointError where the groups collected are not those of these prompts.
+    """
+    collected = [_renewed(group, schedule) for group in unfinished.collected]
+    if None in collected:
+        raise CheckpointError(
+            "unfinished.msgpack: a group that was collected has another prompt than the dataset and the tokenizer now "
+            "give for its row; restore them"
+        )
+    there = {_slot(group) for group in unfinished.collected}
+    waiting = [group for group in unfinished.open if group.slot not in there]
+    return Restored(
+        next=unfinished.next,
+        open=unfinished.open,
+        prompts=tuple(schedule.prompt(group.slot, round_size=group.round_size, row=group.row) for group in waiting),
+        recorded=_recorded(unfinished.scored, schedule),
+        collected=msgspec.structs.replace(unfinished, collected=tuple(collected)),
+    )
+
+
+def _recorded(groups: Sequence[ScoredGroup], schedule: PromptSchedule) -> dict[int, ScoredGroup]:
+    renewed = [_renewed(group, schedule) for group in groups]
+    return {group.group.prompt.gid: group for group in renewed if group is not None}
+
+
+def _renewed(group: ScoredGroup, schedule: PromptSchedule) -> ScoredGroup | None:
+    """The group with its whole prompt; None where that has other tokens than it had."""
+    before = group.group.prompt
+    prompt = schedule.prompt(before.slot, round_size=before.round_size, row=before.row)
+    if prompt.prompt_ids != before.prompt_ids:
+        return None
+    replace = msgspec.structs.replace
+    return replace(group, group=replace(group.group, prompt=prompt))
+
+
+def _slot(group: ScoredGroup) -> Slot:
+    return group.group.prompt.slot
+
+
+def _round(group: ScoredGroup) -> tuple[int, int]:
+    return _slot(group).step, _slot(group).attempt

@@ -1,0 +1,46 @@
+"""summary.json: what became of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+SUMMARY = "summary.json"
+
+
+class RunResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a run; stored as `summary.json`."""
+
+    folder: str
+    steps: int
+    """Learner batches completed, those before a resume included."""
+    total_steps: int
+    version: int
+    """Policy version in `final/`."""
+    wall_s: float
+    """Seconds of this start, evaluation included."""
+    closed_groups: dict[str, int]
+    """Groups of this start by the state in which they closed."""
+    incidents: dict[str, int]
+    """Incidents of this start by kind."""
+    switched_off_sinks: dict[str, str]
+    accuracy_before: float | None = None
+    """Share of held-out rows that the untrained policy, decoding greedily, answers exactly; None without such rows."""
+    accuracy_after: float | None = None
+    rewards_before: dict[str, float] = {}
+    """Mean score of each reward on the held-out rows, greedy, before training."""
+    rewards_after: dict[str, float] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step was made; otherwise the run can be resumed."""
+        return self.steps >= self.total_steps
+
+
+def write_summary(result: RunResult) -> None:
+    """Put the result into its folder, whole or not at all."""
+    path = Path(result.folder) / SUMMARY
+    draft = path.with_name(f".writing-{SUMMARY}")
+    draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    draft.replace(path)

@@ -1,0 +1,60 @@
+"""How every command speaks to its terminal, and what its exit code means. Knows no command; quick to import.
+
+Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+import click
+
+from troupe.errors import InputError, TroupeError
+
+EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 3, 130
+
+P = ParamSpec("P")
+
+
+def report_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors into an exit code; Troupe's own into one message, any other, which is a fault, into a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            fail(str(error), EXIT_BAD_INPUT)
+        except TroupeError as error:
+            fail(str(error), EXIT_FAULT)
+        except KeyboardInterrupt:  # before the run began, or where no run is
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(EXIT_FAULT)
+
+    return wrapped
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command with a message on stderr."""
+    tell(f"troupe: {message}", error=True)
+    sys.exit(code)
+
+
+def tell(text: str, *, error: bool = False, newline: bool = True) -> None:
+    """Print a line, or the beginning of one.
+
+    A reader who has gone (`troupe … | head`) changes nothing about what the command has done.
+    """
+    try:
+        click.echo(text, nl=newline, err=error)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())  # so that the flush at exit succeeds
+        os.close(nowhere)
