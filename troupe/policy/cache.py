@@ -22,6 +22,8 @@ from troupe.policy.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
 
 BLOCK = 64
 """Places by which the room for own tokens grows."""
+PACED_TOKENS = 1024
+"""So many prompt tokens are worth waiting for one layer of them after the other."""
 
 
 class PromptCache(WholeRows):
@@ -37,6 +39,9 @@ class PromptCache(WholeRows):
         """See `Attention.attend`; keeps k and v, (prompts, K, P, d), of one layer after the other."""
         self.keys.append(mx.contiguous(k))  # not a view, which would hold queries and all
         self.values.append(mx.contiguous(v))
+        if k.shape[0] * k.shape[2] >= PACED_TOKENS:
+            mx.async_eval(self.keys[-1], self.values[-1])  # type: ignore[no-untyped-call]
+            mx.eval(self.keys[-2:-1])  # a layer ahead of the device, not more: each holds its whole inside
         return super().attend(layer, q, k, v, scale)
 
 

@@ -40,7 +40,7 @@ class CudaDecodingCache(DecodingCache):
         for index in range(config.num_hidden_layers):
             layer = f"model.layers.{index}."
             y = mx.fast.rms_norm(x, weights[layer + "input_layernorm.weight"], eps)
-            o, kv = cuda_kernels.attend(
+            o = cuda_kernels.attend(
                 y @ weights[layer + "self_attn.qkv_proj.weight"].T,
                 weights[layer + "self_attn.qk_norm.weight"],
                 turn,
@@ -51,7 +51,6 @@ class CudaDecodingCache(DecodingCache):
                 constants,
                 context=context,
             )
-            self._own[index][:, :, self.length] = kv
             x = x + o @ weights[layer + "self_attn.o_proj.weight"].T  # mx.addmm takes twice as long to launch
             y = mx.fast.rms_norm(x, weights[layer + "post_attention_layernorm.weight"], eps)
             gated = cuda_kernels.gate(y @ weights[layer + "mlp.gate_up_proj.weight"].T)
@@ -63,7 +62,8 @@ class CudaDecodingCache(DecodingCache):
         """See `DecodingCache.select`."""
         super().select(slots, rows, width)
         index = mx.array(list(rows))
-        self._own = [x[index] for x in self._own]
+        self._own = [mx.contiguous(x[index]) for x in self._own]
+        mx.eval(self._own)
 
     def _own_of(self, layer: int, x: mx.array) -> mx.array:
         """The rows' own keys and values, (B, 2·K, N, d), with room for the next; `x` (B, …) has their type."""
@@ -72,6 +72,7 @@ class CudaDecodingCache(DecodingCache):
             more = max(1, min(BLOCK, self._limit - self.length))
             _, K, _, d = self._prompt_keys[layer].shape
             room = mx.zeros((x.shape[0], 2 * K, more, d), x.dtype)
-            kept[layer : layer + 1] = [mx.concatenate([kept[layer], room], axis=2) if self.length else room]
-            mx.eval(kept[layer])  # before the next layer's: otherwise all of them are there twice
+            whole = mx.concatenate([kept[layer], room], axis=2) if self.length else mx.contiguous(room)
+            kept[layer : layer + 1] = [whole]
+            mx.eval(whole)  # before it is written to, and before the next layer's: else all are there twice
         return kept[layer]

@@ -1,8 +1,9 @@
-"""Kernels of our own for one new token a row, on NVIDIA cards: a layer in eleven launches instead of thirty.
+"""Kernels of our own for one new token a row, on NVIDIA cards: a layer in ten launches instead of thirty.
 
 A decoding step of a small model costs what its launches cost, not what it computes. MLX compiles the sources when they
-are first used, once for each type and kind of head: numbers of rows and tokens are told when they run. Each kernel has its plain twin in MLX's own operations (`qwen3.py`, `cache.py`), which serves every
-other device and is what the tests compare with. Knows nothing of requests, weights and caches.
+are first used, once for each type and kind of head: numbers of rows and tokens are told when they run. Each kernel has
+its plain twin in MLX's own operations (`qwen3.py`, `cache.py`, `drawing.py`), which serves every other device and is
+what the tests compare with. Knows nothing of requests, weights and caches.
 
 Shapes: B rows, S prompts, w = B/S rows a prompt, H query heads, K key/value heads, R = H/K, d head size (a multiple of
 64), P longest prompt, N places for own tokens. T is the type of the weights; sums are float32.
@@ -66,10 +67,12 @@ _ATTEND = """
         for (int i = place; i < SIZE; i += 32) new_value[i] = projected[(HEADS + KV + kv_head) * SIZE + i];
     }
     __syncthreads();
-    if (part == 0) {
+    if (part == 0) {  // nobody reads this place before the next token
+        T* keys = const_cast<T*>(own) + ((size_t(row) * 2 * KV + kv_head) * N + step[0]) * SIZE;
+        T* values = const_cast<T*>(own) + ((size_t(row) * 2 * KV + KV + kv_head) * N + step[0]) * SIZE;
         for (int i = threadIdx.x; i < SIZE; i += blockDim.x) {
-            kv[(size_t(row) * 2 * KV + kv_head) * SIZE + i] = new_key[i];
-            kv[(size_t(row) * 2 * KV + KV + kv_head) * SIZE + i] = new_value[i];
+            keys[i] = new_key[i];
+            values[i] = new_value[i];
         }
     }
 
@@ -248,7 +251,7 @@ def _kernel(name: str) -> Any:
     inputs, outputs, source = {
         "attend": (
             [*("qkv", "scales", "cosines", "sines", "prompt_keys", "prompt_values"), *_PLACES],
-            ["out", "parts", "kv"],
+            ["out", "parts"],
             _ATTEND,
         ),
         "join": (["mixed", "parts"], ["out"], _JOIN),
@@ -279,27 +282,30 @@ def attend(
     constants: mx.array,
     *,
     context: int,
-) -> tuple[mx.array, mx.array]:
-    """The new token of every row: projections (B, (H + 2·K)·d) → attention (B, H·d), and its keys with its values
-    (B, 2·K, d), which belong in the next place of `own`.
+) -> mx.array:
+    """The new token of every row: projections (B, (H + 2·K)·d) → attention (B, H·d).
+
+    Writes the token's key and value into place `step` of `own`, which is against MLX's custom: an update of its own
+    would copy all of `own` whenever an earlier step is still being computed. So `own` must be evaluated, contiguous and
+    known to nobody else; and the next token's call sees what this one wrote because it depends on its result.
 
     `scales` (H + K, d) of the norms of queries and keys; `turn`: cosines and sines (S, d/2) of its position in float32;
     `prompts`: keys and values (S, K, P, d); `own` (B, 2·K, N, d): keys before values, of which the first `step` (1,)
-    int32 places count; `lengths` (S,) int32 of the prompts; `constants` float32: (norms' ε, scale of the scores).
+    int32 places are taken; `lengths` (S,) int32 of the prompts; `constants` float32: (norms' ε, scale of the scores).
     `context`: tokens that the longest row sees, by which the work is split.
     """
-    (B, wide), (S, K, _, d) = qkv.shape, prompts[0].shape
+    (B, wide), (_, K, _, d) = qkv.shape, prompts[0].shape
     H = wide // d - 2 * K
     splits = max(1, min(_BLOCKS_WANTED // (B * K), context // _LEAST_SPLIT))
     kind = qkv.dtype if splits == 1 else mx.float32
     template = [("T", qkv.dtype), ("O", kind), ("HEADS", H), ("KV", K), ("R", H // K), ("SIZE", d)]
-    out, parts, kv = _kernel("attend")(
+    out, parts = _kernel("attend")(
         inputs=[qkv, scales, *turn, *prompts, own, lengths, step, constants],
         template=[*template, ("WHOLE", splits == 1)],
         grid=(B * K * splits * _THREADS, 1, 1),
         threadgroup=(_THREADS, 1, 1),
-        output_shapes=[(B * H, splits, d), (B * H, splits, 2), (B, 2 * K, d)],
-        output_dtypes=[kind, mx.float32, qkv.dtype],
+        output_shapes=[(B * H, splits, d), (B * H, splits, 2)],
+        output_dtypes=[kind, mx.float32],
     )
     if splits > 1:
         (out,) = _kernel("join")(
@@ -310,7 +316,8 @@ def attend(
             output_shapes=[(B * H, d)],
             output_dtypes=[qkv.dtype],
         )
-    return out.reshape(B, H * d), kv
+    attended: mx.array = out.reshape(B, H * d)
+    return attended
 
 
 def draw(logits: mx.array, uniforms: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
