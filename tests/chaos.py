@@ -240,7 +240,7 @@ async def _perform(chaos: Chaos, config: RunConfig, ledger: Ledger, reward: Rewa
     async with anyio.create_task_group() as tasks:
         try:
             async with run:
-                tasks.start_soon(_ask, run, plan, reward)
+                tasks.start_soon(_ask, run, plan, reward, ledger.limit)
                 await run.wait()
         except ArithmeticError:
             if not chaos.faults["learner"]:
@@ -263,14 +263,14 @@ async def _perform(chaos: Chaos, config: RunConfig, ledger: Ledger, reward: Rewa
     )
 
 
-async def _ask(run: Supervisor, plan: Plan, reward: Reward) -> None:
+async def _ask(run: Supervisor, plan: Plan, reward: Reward, most_alive: int) -> None:
     for when_s, what in plan.requests:
         await anyio.sleep_until(when_s)
         if what == "exchange":
             run.exchange_reward("opinion", reward)  # for its like, so that scores stay the same
         else:
             getattr(run, what)()
-        assert len(run.status().groups) <= (plan.max_staleness + 1) * plan.prompts
+        assert len(run.status().groups) <= most_alive
     run.resume()
 
 

@@ -195,3 +195,35 @@ def test_markup_is_text() -> None:
         console.print(as_renderable(block))
     assert all(word in capture.get() for word in ("[red]title", "[bold]a", "[/]text"))
     assert as_text(block) == "[red]title\n  [bold]a  b  c\n  d\n  completion:\n[/]text\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--step", "9" * 19),
+        ("--step", "9" * 5000),
+        ("--gid", str(2**63)),
+        ("--best", str(2**63)),
+        ("--worst", "9" * 30),
+        ("--random", "9" * 30),
+    ],
+    ids=lambda options: options[0] + str(len(options[1])),
+)
+def test_numbers_that_no_store_has(folder: Path, options: tuple[str, str]) -> None:
+    assert options[0] in run(folder, *options, code=2)
+
+
+@pytest.mark.parametrize("name", [FILE_NAME, f"{FILE_NAME}-wal", "metrics.jsonl", "link"])
+def test_an_export_does_not_overwrite_the_run(folder: Path, name: str) -> None:
+    (folder / "link").symlink_to(FILE_NAME)
+    if name != "link":
+        (folder / name).touch()
+    before = (folder / FILE_NAME).read_bytes()
+    assert "is a file of the run" in run(folder, "--jsonl", str(folder / name), code=2)
+    assert (folder / FILE_NAME).read_bytes() == before
+    for _ in range(2):
+        run(folder, "--jsonl", str(folder / "new.jsonl"))
+
+
+def test_a_folder_that_cannot_be_read(folder: Path) -> None:
+    assert "cannot be read" in run(folder / ("a" * 300), code=2)

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.startswith("troupe ")]
+TOGETHER = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+"""Those that speak with each other, from several terminals."""
 
 
 def test_the_set_up_commands_call_what_is_there() -> None:
@@ -39,7 +41,7 @@ def test_continuous_integration_runs_exactly_the_readmes_test_command() -> None:
     assert shown.stdout == "./setup.sh test && .venv/bin/pytest --cov"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *TOGETHER])
 def test_every_command_shown_has_these_options(command: str) -> None:
     name, *arguments = shlex.split(command)[1:]
     subcommand = main.get_command(click.Context(main), name)

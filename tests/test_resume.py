@@ -16,6 +16,7 @@ from tests.fakes import BATCH_SIZE, FakeSink, often_equal, same_bits, tiny_confi
 from troupe import RunConfig, Supervisor, pipeline
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.messages import GroupClosed, Update
+from troupe.rewards import batch_reward
 from troupe.summary import RunResult
 
 pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]
@@ -50,7 +51,8 @@ class Play:
     """A run, or a part of one, and what its sinks were told."""
 
     def __init__(self, config: RunConfig, reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.config, self.reward, self.sink = config, reward, FakeSink()
+        self.config, self.sink = config, FakeSink()
+        self.rewards = reward if isinstance(reward, list) else [reward]
         self._patch = monkeypatch
         self.result: RunResult
 
@@ -58,7 +60,7 @@ class Play:
         self, *, resume: bool = False, ask: Callable[[Supervisor, Update], None] | None = None
     ) -> Play:
         self._patch.setattr(pipeline, "_sinks", lambda prepared: [self.sink])
-        async with Supervisor(self.config, [self.reward], resume=resume) as run:
+        async with Supervisor(self.config, self.rewards, resume=resume) as run:
             async for update in run.updates():
                 if ask is not None:
                     ask(run, update)
@@ -245,3 +247,97 @@ def check_closed(closed: list[GroupClosed]) -> None:
         attempts.setdefault((message.slot.step, message.slot.place), []).append(message.slot.attempt)
     assert set(attempts) == {(step, place) for step in range(STEPS) for place in range(BATCH_SIZE)}
     assert all(sorted(numbers) == list(range(len(numbers))) for numbers in attempts.values())
+
+
+async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who_have_their_scores(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @batch_reward
+    def rank(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return weigh_ids(completion_ids)
+
+    def config(folder: Path) -> RunConfig:
+        return config_of(ragged_model, folder, schedule__mode="free", schedule__max_staleness=1)
+
+    asked = 0
+
+    async def one_after_the_other(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """So that the groups of a round part: every second one comes late."""
+        nonlocal asked
+        asked += 1
+        await anyio.sleep(0.05 * (asked % 2))
+        return [0.0] * len(completion_ids)
+
+    def ask(run: Supervisor, update: Update) -> None:
+        run.checkpoint()
+
+    whole = await Play(config(tmp_path), [rank, one_after_the_other], monkeypatch).to_the_end(ask=ask)
+    parted = 0
+    for version in range(1, STEPS):
+        folder = tmp_path / str(version)
+        cut_back(Path(whole.result.folder), version, folder / "run")
+        unfinished = load_checkpoint(folder / "run" / "checkpoints" / f"step-{version:08d}").unfinished
+        scored = {group.group.prompt.slot for group in (*unfinished.scored, *unfinished.collected)}
+        steps = Counter(group.slot.step for group in unfinished.open if group.slot not in scored)
+        parted += 1 in steps.values()
+        with anyio.fail_after(60):
+            rest = await Play(config(folder), [rank, one_after_the_other], monkeypatch).to_the_end(resume=True)
+        check_closed([message for message in whole.closed if message.version <= version] + rest.closed)
+    assert parted, "no checkpoint was taken while a round had scores in part"
+
+
+EVERYTHING: dict[str, Any] = {
+    **RESAMPLING,
+    "learner__max_steps": 9,
+    "learner__use_adaptive_entropy": True,
+    "learner__entropy_target": 5.5,
+    "learner__entropy_coef_delta": 0.01,
+    "learner__warmup_steps": 3,
+    "learner__lr_scheduler": "cosine",
+    "rewards__min_scored": 3,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("staleness", "processes"), [(0, 0), (2, 0), (1, 1), (3, 2)])
+async def test_with_everything_on_and_stopped_again_and_again_a_pinned_run_comes_to_the_same_bits(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, staleness: int, processes: int
+) -> None:
+    @batch_reward
+    def rank(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float((sum(ids) + sum(map(sum, completion_ids))) % 4 == 0) for ids in completion_ids]
+
+    async def missing(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        await anyio.sleep(0.003 * (sum(completion_ids[0]) % 5))
+        return [None if sum(ids) % 3 == 0 else 0.25 * (sum(ids) % 2) for ids in completion_ids]
+
+    def config(folder: Path) -> RunConfig:
+        where = {"generator": "process", "generator_processes": processes} if processes else {"generator": "thread"}
+        given = {f"schedule__{name}": value for name, value in where.items()}
+        return config_of(ragged_model, folder, schedule__max_staleness=staleness, **EVERYTHING | given)
+
+    whole = await Play(config(tmp_path / "whole"), [rank, missing], monkeypatch).to_the_end()
+    dice, parts, again = random.Random(staleness), config(tmp_path / "parts"), False
+    closed: list[GroupClosed] = []
+    for start in range(6):
+        left = 99 if start == 5 else dice.randrange(1, 3)
+
+        def ask(run: Supervisor, update: Update) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 and dice.random() < 0.5:
+                run.checkpoint()
+            if left == 0:
+                run.stop()
+
+        rest = await Play(parts, [rank, missing], monkeypatch).to_the_end(resume=again, ask=ask)
+        again = True
+        closed += rest.closed
+    assert rest.result.complete
+    assert same_bits(rest.final.weights, whole.final.weights)
+    assert same_bits(rest.final.optimizer_state, whole.final.optimizer_state)
+    assert how_they_ended(closed) == how_they_ended(whole.closed)
+
+
+def how_they_ended(closed: list[GroupClosed]) -> list[Any]:
+    return sorted((message.gid, message.version, message.state, message.advantages) for message in closed)

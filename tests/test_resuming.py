@@ -20,7 +20,7 @@ from troupe.changes import CHANGES, Change, ChangesLog
 from troupe.checkpoint import RewardState, list_checkpoints, load_checkpoint, save_checkpoint
 from troupe.config import RUN_TOML, config_table, write_config
 from troupe.errors import CheckpointError, ConfigError, RewardError
-from troupe.messages import Update
+from troupe.messages import Unfinished, Update
 from troupe.policy import Weights
 from troupe.prepare import prepare
 from troupe.resuming import OPEN, Resumption, stored_config
@@ -308,6 +308,18 @@ async def test_a_state_without_a_model_s_fingerprint_is_compared_by_shapes(tmp_p
         prepare(changed(config, model__path=str(wider)), [weigh_ids], resume=True)
 
 
+async def test_a_free_run_of_the_first_format_says_why_it_cannot_go_on(tmp_path: Path, ragged_model: Path) -> None:
+    config = config_for(ragged_model, tmp_path, schedule__mode="free")
+    await play(config, [weigh_ids], ask=stop_at(1))
+    for path in list_checkpoints(tmp_path / "run"):
+        found = load_checkpoint(path)
+        shutil.rmtree(path)
+        state = msgspec.structs.replace(found.state, format=1, mode="pinned")  # it did not say which
+        save_checkpoint(path, msgspec.structs.replace(found, state=state, unfinished=Unfinished()))
+    with pytest.raises(CheckpointError, match=r"kept nothing of groups under way.*as model\.path"):
+        prepare(config, [weigh_ids], resume=True)
+
+
 async def test_a_checkpoint_that_is_not_of_this_run(tmp_path: Path, ragged_model: Path) -> None:
     """Whatever its `run.toml` says; and one that is damaged gives way to the one before."""
     config = config_for(ragged_model, tmp_path)
@@ -586,6 +598,31 @@ async def test_a_reward_exchanged_for_one_from_python_is_named(tmp_path: Path, r
     assert state.rewards == {"weigh_ids": RewardState(version=1, spec=None)}
     notices = prepare(config, [weigh_ids], resume=True).notices
     assert any(notice.startswith("reward weigh_ids was exchanged for one given in Python") for notice in notices)
+
+
+@pytest.mark.parametrize("spec", ["f", "g"])
+async def test_an_exchange_just_after_a_checkpoint_outlives_a_kill(
+    tmp_path: Path, ragged_model: Path, judges: str, spec: str
+) -> None:
+    """It holds from the step on at which the run is cut, and the checkpoint was written before anybody asked for it."""
+    config = config_for(ragged_model, tmp_path, rewards__functions=[f"{judges}:f"])
+
+    def ask(run: Supervisor, update: Update) -> None:
+        if update.step == 1:
+            run.set("rewards.f", f"{judges}:g")
+
+    whole = await play(config, ask=ask)
+    [made] = ChangesLog(whole.folder).read()
+    folder = cut(whole.folder, tmp_path / "cut", after=made.step - (spec == "g"))
+    if spec == "g":  # as it was when the change was made
+        (folder / CHANGES).unlink()
+        ChangesLog(folder).add(Change(step=made.step - 1, key="rewards.f", value=f"{judges}:g"))
+    else:
+        ChangesLog(folder).add(Change(step=made.step, key="rewards.f", value=f"{judges}:f"))
+    prepared = prepare(changed(config, output=str(folder)), resume=True)
+    assert prepared.first_step == made.step - (spec == "g")
+    assert prepared.rewards.standing(prepared.first_step)["f"] == (2 - (spec == "g"), f"{judges}:{spec}")
+    assert f"reward f: {judges}:{spec}, for which it was exchanged" in prepared.notices
 
 
 async def test_a_text_that_is_no_reward_any_more_is_refused(tmp_path: Path, ragged_model: Path, judges: str) -> None:

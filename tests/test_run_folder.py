@@ -211,6 +211,19 @@ def test_a_fork_of_the_owner_does_not_take_the_lock_with_it(tmp_path: Path) -> N
 # Where the file system knows no locks
 
 
+def test_the_lock_of_who_made_the_folder_anew_stays(tmp_path: Path) -> None:
+    """A folder that is removed under a run, and used for another one, is that one's alone."""
+    old, new = RunLock(tmp_path), RunLock(tmp_path)
+    old.take()
+    (tmp_path / LOCK).unlink()
+    new.take()
+    old.release()
+    with pytest.raises(LockedError):
+        RunLock(tmp_path).take()
+    new.release()
+    assert not (tmp_path / LOCK).exists()
+
+
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP])
 def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:

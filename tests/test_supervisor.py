@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -31,6 +32,7 @@ from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.config import RunConfig
 from troupe.errors import CheckpointError, OutputError, RewardError, RunError
 from troupe.policy import Weights, load_policy
+from troupe.run_folder import RunFolder
 from troupe.summary import RunResult
 
 pytestmark = pytest.mark.anyio
@@ -358,6 +360,24 @@ async def test_a_cancelled_consumer_ends_the_run(tmp_path: Path, ragged_model: P
                 scope.cancel()
     assert scope.cancelled_caught
     assert "final" not in names_in(tmp_path / "run")
+
+
+async def test_a_start_that_is_cancelled_while_it_takes_its_folder_leaves_nothing_behind(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, take = asyncio.get_running_loop(), RunFolder.take
+
+    def cancelled_meanwhile(config: RunConfig, *, resume: bool) -> RunFolder:
+        place = take(config, resume=resume)
+        loop.call_soon_threadsafe(scope.cancel)
+        return place
+
+    monkeypatch.setattr(RunFolder, "take", cancelled_meanwhile)
+    with anyio.CancelScope() as scope:
+        async with Supervisor(tiny_config(ragged_model, tmp_path)):
+            pass
+    assert scope.cancelled_caught
+    assert names_in(tmp_path) == {"prompts.json"}
 
 
 @pytest.mark.parametrize("answer", [[1.0], [1.0] * 4, "abc", {"a": 1}, ["x", "y", "z"]])

@@ -15,8 +15,9 @@ from typing import Any, Literal, get_type_hints
 
 import msgspec
 
-from troupe.config import RunConfig, anchored_reward, with_value
+from troupe.config import RunConfig, with_value
 from troupe.errors import ConfigError
+from troupe.tables import anchored_reward
 
 CHANGES = "changes.jsonl"
 

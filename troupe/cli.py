@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import secrets
 import signal
@@ -24,8 +23,10 @@ from troupe import __version__, budget, doctor, inspecting
 from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config, said_in
 from troupe.daemon.answers import answer_client
 from troupe.daemon.commands import control
+from troupe.daemon.place import refuse_where_served
 from troupe.daemon.server import ControlServer
 from troupe.errors import InputError
+from troupe.folder_names import run_folder_named
 from troupe.messages import ClosedState
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
@@ -33,19 +34,10 @@ from troupe.rollouts import Evaluation, evaluate_folder
 from troupe.stored_run import Choice, open_store
 from troupe.summary import RunResult
 from troupe.supervisor import Supervisor
-from troupe.terminal import EXIT_INTERRUPTED, report_errors, tell
+from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell
 
 _EXISTING_TEXT = click.Path(path_type=Path)
-
-
-class _Number(click.FloatRange):
-    """A float in a range; NaN, which compares as if it were in every range, is refused, and so is infinity."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is no finite number.", param, ctx)
-        return number
+_COUNT = click.IntRange(min=1, max=2**31)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -118,8 +110,8 @@ def train_config(
     Of a run that is resumed all stays that neither `run_toml` nor a flag says.
     """
     said = {} if run_toml is None else said_in(run_toml)
-    stored = Path(output or said.get("output") or "") / RUN_TOML
-    if resume and (output or said.get("output")) and stored.is_file():
+    name = said.get("output") if output is None else output
+    if resume and isinstance(name, str) and (stored := run_folder_named(name) / RUN_TOML).is_file():
         run_toml = stored
     else:
         said = {}  # which `load_config` reads by itself
@@ -157,6 +149,8 @@ def _with_demo_parts(override: dict[str, Any]) -> dict[str, Any]:
 
 async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]) -> tuple[RunResult, bool]:
     interrupted = False
+    if config.output is not None:
+        refuse_where_served(run_folder_named(config.output))
 
     async def obey_signals(run: Supervisor) -> None:
         """First: finish the steps begun. Second: checkpoint and end. Third: leave."""
@@ -223,8 +217,8 @@ def _show_result(result: RunResult) -> None:
 @click.option("--no-thinking", is_flag=True, help="Ask the chat template for an answer without thinking.")
 @click.option("-n", "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Completions to draw.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--temperature", type=_Number(min=0), default=0.8, show_default=True)
-@click.option("--top-p", type=_Number(min=0, max=1, min_open=True), default=0.95, show_default=True)
+@click.option("--temperature", type=Number(min=0), default=0.8, show_default=True)
+@click.option("--top-p", type=Number(min=0, max=1, min_open=True), default=0.95, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Keep this many likeliest tokens.")
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Draw the same text again.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
@@ -280,7 +274,7 @@ def generate(
 @click.option("-d", "--dataset", metavar="PROMPTS.json", help="Rows to complete; default: the demo's held-out rows.")
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=_Number(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=Number(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -330,14 +324,14 @@ def eval_command(
 @click.option(
     "--step", metavar="N|last|all", help="Completions of this step.  [default: last; all with --gid, --jsonl]"
 )
-@click.option("--best", type=click.IntRange(min=1), metavar="K", help="The K completions with the highest reward.")
-@click.option("--worst", type=click.IntRange(min=1), metavar="K", help="The K completions with the lowest reward.")
-@click.option("--random", type=click.IntRange(min=1), metavar="K", help="K completions by lot.")
-@click.option("--min-reward", "least", type=_Number(), metavar="X", help="Only those with at least this reward.")
-@click.option("--max-reward", "most", type=_Number(), metavar="X", help="Only those with at most this reward.")
+@click.option("--best", type=_COUNT, metavar="K", help="The K completions with the highest reward.")
+@click.option("--worst", type=_COUNT, metavar="K", help="The K completions with the lowest reward.")
+@click.option("--random", type=_COUNT, metavar="K", help="K completions by lot.")
+@click.option("--min-reward", "least", type=Number(), metavar="X", help="Only those with at least this reward.")
+@click.option("--max-reward", "most", type=Number(), metavar="X", help="Only those with at most this reward.")
 @click.option("--reward", metavar="NAME", help="Look at this score, not at the weighted sum of all.")
 @click.option("--state", type=click.Choice(get_args(ClosedState)), help="Only those of groups that ended so.")
-@click.option("--gid", type=click.IntRange(min=0), metavar="G", help="Only those of this group.")
+@click.option("--gid", type=click.IntRange(min=0, max=2**63 - 1), metavar="G", help="Only those of this group.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or one a completion.")
 @click.option(
     "--jsonl", type=_EXISTING_TEXT, metavar="FILE", help="Write all that fit to a file, one JSON object each."

@@ -24,7 +24,7 @@ from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
 from troupe.rewards import RewardsConfig
 from troupe.schedule import ScheduleConfig
 from troupe.sinks import MetricsConfig
-from troupe.tables import copied, lay_over, read_toml, table_of
+from troupe.tables import anchored_reward, copied, lay_over, read_toml, table_of
 
 RUN_TOML = "run.toml"
 """Where a run folder keeps its whole resolved config."""
@@ -145,14 +145,6 @@ def with_value(config: RunConfig, key: str, value: Any, source: str) -> RunConfi
         change = {part: change}
     lay_over(table, change)
     return _convert(table, source)
-
-
-def anchored_reward(spec: Any, base: Path) -> Any:
-    """The name of a reward whose file, if it has one, is found from everywhere; other names as they are."""
-    file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
-    if not colon or not file.endswith(".py") or spec.startswith("format:"):
-        return spec
-    return f"{(base / Path(file).expanduser()).absolute()}:{name}"
 
 
 def config_table(config: RunConfig) -> dict[str, Any]:

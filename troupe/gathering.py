@@ -44,8 +44,11 @@ class Gathering(Protocol):
         """Decide on what `add` gave; `without_signal`: gids of those that nothing can be learned from; `version`: the
         newest one. Gives the groups to be sampled anew."""
 
+    def is_ready(self, version: int) -> bool:
+        """Whether the step that makes `version` + 1 can begin."""
+
     def take(self, version: int) -> StepGroups | None:
-        """The step that makes `version` + 1, if it can begin."""
+        """That step, if it is ready."""
 
     def unfinished(self) -> Unfinished:
         """What is collected, for a checkpoint."""
@@ -95,12 +98,15 @@ class PinnedGathering:
         rounds.filtered |= {gid_of(group) for group in without}
         return rounds.replace(without) if slot_of(without[0]).attempt < self._resampling else None
 
+    def is_ready(self, version: int) -> bool:
+        """See `Gathering`."""
+        return version in self._steps and not self._steps[version].missing
+
     def take(self, version: int) -> StepGroups | None:
         """See `Gathering`."""
-        rounds = self._steps.get(version)
-        if rounds is None or rounds.missing:
+        if not self.is_ready(version):
             return None
-        del self._steps[version]
+        rounds = self._steps.pop(version)
         return StepGroups(
             groups=tuple(sorted(rounds.groups, key=slot_of)),
             states={gid_of(group): self._end_state(group, rounds) for group in rounds.groups},
@@ -194,9 +200,13 @@ class FreeGathering:
         self._replaced.add(gid)
         return Replace(slots=(slot,), rows=rows)
 
+    def is_ready(self, version: int) -> bool:
+        """See `Gathering`."""
+        return len(self._groups) - len(self._replaced) >= self._batch_size
+
     def take(self, version: int) -> StepGroups | None:
         """See `Gathering`."""
-        if len(self._groups) - len(self._replaced) < self._batch_size:
+        if not self.is_ready(version):
             return None
         step = StepGroups(
             groups=tuple(sorted(self._groups, key=slot_of)),

@@ -25,6 +25,10 @@ from troupe.terminal import tell
 
 _MOST_SHOWN = 20
 """Completions that a person is shown where no number was asked for."""
+_DIGITS = 19
+"""Numbers of so many may be more than a store can hold."""
+_OF_A_RUN = ("metrics.jsonl", "changes.jsonl")
+"""What a run itself writes, of files that an export may be called like."""
 _BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _MISSING = "–"
 
@@ -54,7 +58,7 @@ def query_for(
         number = run.newest_step()
     elif step == "all":
         number = None
-    elif step.isdecimal():
+    elif step.isdecimal() and len(step) < _DIGITS:
         number = int(step)
     else:
         raise InputError(f"--step {step}: give the number of a step, from 1, or 'last', or 'all'")
@@ -85,9 +89,13 @@ def tell_completions(run: StoredRun, query: Query, *, as_json: bool) -> None:
 
 def export(run: StoredRun, query: Query, path: Path) -> int:
     """Write the completions of a query to a file, one JSON object a line; how many. OutputError where it cannot be
-    written."""
+    written, or is a file of the run."""
     count = 0
     try:
+        target = path.resolve()
+        is_exported = target.suffix == ".jsonl" and target.name not in _OF_A_RUN
+        if path.exists() and target.is_relative_to(run.path.parent.resolve()) and not is_exported:
+            raise OutputError(f"{path}: this is a file of the run; give another name, or a file outside its folder")
         with path.open("wb") as file:
             for completion in run.completions(query):
                 file.write(msgspec.json.encode(completion) + b"\n")

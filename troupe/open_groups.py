@@ -36,6 +36,10 @@ class OpenGroups:
             following = next_attempt(slot)
             self._open[following] = OpenGroup(slot=following, round_size=len(message.slots), row=row)
 
+    def has(self, slot: Slot) -> bool:
+        """Whether the group in a slot is open."""
+        return slot in self._open
+
     def all(self) -> tuple[OpenGroup, ...]:
         """Every open group, by slot."""
         return tuple(self._open[slot] for slot in sorted(self._open))

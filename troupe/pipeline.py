@@ -135,7 +135,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
     board: PolicyBoard[Weights] = PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0)
     start = _starting_state(prepared, board)
     restored = prepared.restored
-    alive = {prepared.schedule.gid(group.slot): group.slot for group in restored.open}
+    alive = restored.alive
     credits_ = Credits((config.schedule.max_staleness + 1) * config.learner.batch_size, alive)
     live = room * max(credits_.limit, len(alive))  # so long, no send on the data path can ever wait in a circle
     tally = Tally()
@@ -257,6 +257,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         checkpoint_every=prepared.live.checkpoint_every,
         learns_beside_checkpoints=config.checkpoint.overlap is not False,
         open_groups=open_groups,
+        recorded=recorded,
         next_prompt=lambda: ledger.next,
         rates=prepared.live.rates,
         keep_rate=lambda step, lr: changes.add(Change(step=step, key="learner.lr", value=lr)),

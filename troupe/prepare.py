@@ -174,7 +174,7 @@ def prepare(
         reference=_reference(config, policy, checkpoint),
         rewards=manager,
         schedule=schedule,
-        restored=_restored(checkpoint, schedule, config, manager),
+        restored=_restored(checkpoint, schedule, config, manager, total_steps),
         total_steps=total_steps,
         fingerprint=dataset.fingerprint,
         model=identity.model,
@@ -213,14 +213,23 @@ def _changes(
 
 
 def _restored(
-    checkpoint: Checkpoint | None, schedule: PromptSchedule, config: RunConfig, rewards: RewardManager
+    checkpoint: Checkpoint | None,
+    schedule: PromptSchedule,
+    config: RunConfig,
+    rewards: RewardManager,
+    total_steps: int,
 ) -> Restored:
     if checkpoint is None:
         return Restored(next=0)
+    unfinished, version = checkpoint.unfinished, checkpoint.state.version
     if config.schedule.mode == "free":
-        return restored_free(checkpoint.unfinished, schedule)
+        return restored_free(unfinished, schedule, wanted=max(0, total_steps - version) * schedule.batch_size)
     return restored_pinned(
-        checkpoint.unfinished, schedule, checkpoint.state.version, whole_rounds=rewards.compares_groups
+        unfinished,
+        schedule,
+        version,
+        max_staleness=config.schedule.max_staleness,
+        whole_rounds=rewards.compares_groups,
     )
 
 

@@ -22,9 +22,11 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     next: int
     """Number of the first prompt in the stream that was not begun."""
     open: tuple[OpenGroup, ...] = ()
-    """Groups that hold a credit already."""
+    """Groups that were begun and have not ended."""
     prompts: tuple[Prompt, ...] = ()
-    """Those of the open groups that the learner does not have, in the order in which they are to be issued."""
+    """Those of the open groups that the learner does not have and will need, in the order in which they are issued."""
+    alive: dict[int, Slot] = {}
+    """Gid → slot of the open groups that hold a credit."""
     recorded: dict[int, ScoredGroup] = {}
     """Gid → groups that are prompted once more, and need be neither sampled nor scored."""
     collected: Unfinished = Unfinished()
@@ -32,22 +34,26 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def restored_pinned(
-    unfinished: Unfinished, schedule: PromptSchedule, first_step: int, *, whole_rounds: bool
+    unfinished: Unfinished, schedule: PromptSchedule, first_step: int, *, max_staleness: int, whole_rounds: bool
 ) -> Restored:
     """A pinned run prompts every step from `first_step` on, and what was scored is used where it comes up.
 
-    `whole_rounds`: whether a round counts only if all of its groups were scored, because a reward looks at all at once.
+    What other versions have sampled than `max_staleness` now asks for is sampled anew. `whole_rounds`: whether a round
+    counts only if all of its groups were scored, because a reward looks at all at once.
     """
-    groups = [group for group in (*unfinished.collected, *unfinished.scored) if _slot(group).step >= first_step]
+    there = (*unfinished.collected, *unfinished.scored)
+    groups = [g for g in there if _slot(g).step >= first_step and _is_pinned(g, max_staleness)]
     if whole_rounds:
-        there = Counter(_round(group) for group in groups)
-        groups = [group for group in groups if there[_round(group)] == group.group.prompt.round_size]
+        sizes = Counter(map(_round, groups))
+        groups = [group for group in groups if sizes[_round(group)] == group.group.prompt.round_size]
     return Restored(next=first_step * schedule.batch_size, recorded=_recorded(groups, schedule))
 
 
-def restored_free(unfinished: Unfinished, schedule: PromptSchedule) -> Restored:
+def restored_free(unfinished: Unfinished, schedule: PromptSchedule, *, wanted: int) -> Restored:
     """A free run prompts again what was open, in the order of slots, and then goes on in the stream.
 
+    `wanted`: groups that the steps to come will take. Where fewer steps are asked for than before, that may be less
+    than was begun; the rest stays open for who goes on from there.
     Raises CheckpointError where the groups collected are not those of these prompts.
     """
     collected = [_renewed(group, schedule) for group in unfinished.collected]
@@ -57,12 +63,22 @@ def restored_free(unfinished: Unfinished, schedule: PromptSchedule) -> Restored:
             "give for its row; restore them"
         )
     there = {_slot(group) for group in unfinished.collected}
-    waiting = [group for group in unfinished.open if group.slot not in there]
+    held = [group.slot for group in unfinished.open if group.slot in there][:wanted]
+    waiting = [group for group in unfinished.open if group.slot not in there][: wanted - len(held)]
+    recorded = _recorded(unfinished.scored, schedule)
+    sizes = Counter((g.slot.step, g.slot.attempt) for g in waiting if schedule.gid(g.slot) not in recorded)
+    for number in range(unfinished.next, -(-unfinished.next // schedule.batch_size) * schedule.batch_size):
+        sizes[number // schedule.batch_size, 0] += 1  # the rest of a step that was begun
     return Restored(
         next=unfinished.next,
         open=unfinished.open,
-        prompts=tuple(schedule.prompt(group.slot, round_size=group.round_size, row=group.row) for group in waiting),
-        recorded=_recorded(unfinished.scored, schedule),
+        prompts=tuple(
+            # whoever is scored already does not come to where a round is scored in one call
+            schedule.prompt(g.slot, round_size=sizes[g.slot.step, g.slot.attempt] or g.round_size, row=g.row)
+            for g in waiting
+        ),
+        alive={schedule.gid(slot): slot for slot in (*held, *(group.slot for group in waiting))},
+        recorded=recorded,
         collected=msgspec.structs.replace(unfinished, collected=tuple(collected)),
     )
 
@@ -88,3 +104,9 @@ def _slot(group: ScoredGroup) -> Slot:
 
 def _round(group: ScoredGroup) -> tuple[int, int]:
     return _slot(group).step, _slot(group).attempt
+
+
+def _is_pinned(group: ScoredGroup, max_staleness: int) -> bool:
+    """Whether all of a group is of the version that its step is pinned to."""
+    version = max(0, _slot(group).step - max_staleness)
+    return all(set(rollout.versions) <= {version} for rollout in group.group.rollouts)

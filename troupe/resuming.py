@@ -229,9 +229,11 @@ def reinstated(
     told = []
     for name in rewards.names:
         there = standing.get(name)
+        before = [(first, spec) for first, spec in in_force(made, f"rewards.{name}") if first <= step]
         if there is None:
-            before = [spec for first, spec in in_force(made, f"rewards.{name}") if first <= step]
-            there = RewardState(version=len(before), spec=before[-1] if before else None)
+            there = RewardState(version=len(before), spec=before[-1][1] if before else None)
+        elif before and before[-1][0] == step and before[-1][1] != there.spec:  # asked for when the checkpoint was cut
+            there = RewardState(version=there.version + 1, spec=before[-1][1])
         if there.version and there.spec is not None:
             rewards.reinstate(name, there.spec, there.version)
             told.append(f"reward {name}: {there.spec}, for which it was exchanged")
@@ -253,6 +255,12 @@ def _check_same_run(folder: Path, state: RunState, config: RunConfig, identity: 
         raise CheckpointError(
             f"{folder}: the run began with another model than the one now in {source}, whose configuration, tokenizer "
             "or weights differ; restore the model, or start a new run in another folder"
+        )
+    if state.format == 1 and config.schedule.mode == "free":
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {state.version} is of a Troupe that kept nothing of groups under way, "
+            "so that a free run cannot go on from it; start a new run in another folder, with this checkpoint as "
+            "model.path"
         )
     if state.mode != config.schedule.mode:
         raise CheckpointError(

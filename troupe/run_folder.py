@@ -10,6 +10,7 @@ from pathlib import Path
 
 from troupe.config import RUN_TOML, RunConfig, write_config
 from troupe.errors import OutputError
+from troupe.folder_names import run_folder_named
 from troupe.run_lock import LOCK, LockedError, Owner, RunLock
 from troupe.weights_files import remove_leftovers
 
@@ -34,9 +35,7 @@ def run_folder(config: RunConfig, *, resume: bool) -> Path:
         taken = [_NUMBERED.fullmatch(path.name) for path in runs.glob(f"{name}-*")]
         numbers = [int(match[2]) for match in taken if match and match[1] == name]
         return runs / f"{name}-{max(numbers, default=0) + 1:03d}"
-    folder = Path(config.output).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: this is a file; give a folder that does not exist yet, or an empty one")
+    folder = run_folder_named(config.output)
     if not _is_begun(folder):
         return folder
     if resume and not (folder / RUN_TOML).is_file():

@@ -89,7 +89,8 @@ class RunLock:
         if self._descriptor is None:
             return
         with suppress(OSError):  # somebody removed the folder; then there is nothing to let others into
-            self._path.unlink()
+            if self._is_in_place(self._descriptor):  # else it is the lock of who made the folder anew
+                self._path.unlink()
         with suppress(OSError):  # a child that was made by a bare fork may hold the file open still
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._forget()

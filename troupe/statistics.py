@@ -95,6 +95,23 @@ def advantage_statistics(advantages: mx.array) -> dict[str, float]:
     }
 
 
+class RunningMean:
+    """Of numbers that come one by one."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Take one more in."""
+        self._sum += value
+        self._count += 1
+
+    @property
+    def value(self) -> float:
+        """Infinite where the sum is too large for a number."""
+        return self._sum / self._count
+
+
 def num_tokens(groups: Sequence[ScoredGroup]) -> int:
     """Tokens of all completions, and of the prompt of each completion, as TRL counts them."""
     return sum(
@@ -107,7 +124,14 @@ def num_tokens(groups: Sequence[ScoredGroup]) -> int:
 def _logged(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     names = {name for group in groups for name in group.logged}
     values = {name: [group.logged[name] for group in groups if name in group.logged] for name in sorted(names)}
-    return {name: math.fsum(column) / len(column) for name, column in values.items()}
+    return {name: _mean(column) for name, column in values.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # the sum is no number, yet the mean is
+        return math.fsum(value / len(values) for value in values)
 
 
 def _completions(rollouts: Sequence[Rollout]) -> dict[str, float]:

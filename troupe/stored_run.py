@@ -131,7 +131,7 @@ class StoredRun:
     """The store of a run, open for reading: `with open_store(folder) as run`. Each method sees one state of it."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._connection, self._path = connection, path
+        self._connection, self.path = connection, path
         connection.create_function("score", 2, _score, deterministic=True)
 
     def overview(self) -> Overview:
@@ -197,9 +197,13 @@ class StoredRun:
 def open_store(folder: Path) -> Iterator[StoredRun]:
     """The store in a run folder. OutputError where there is none, or one that is damaged or of a newer Troupe."""
     path = folder / FILE_NAME
-    if not folder.is_dir():
+    try:
+        is_folder, is_store = folder.is_dir(), path.is_file()
+    except OSError as error:
+        raise OutputError(f"{folder}: the run folder cannot be read: {error}") from None
+    if not is_folder:
         raise OutputError(f"{folder}: there is no such run folder; give the folder that `troupe train` wrote into")
-    if not path.is_file():
+    if not is_store:
         raise OutputError(
             f"{path}: there is no run store; runs have one from their first step on where metrics.sinks names 'sqlite'"
         )

@@ -13,7 +13,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from troupe.changes import ChangesLog, check_change
-from troupe.config import RunConfig, anchored_reward, check_config
+from troupe.config import RunConfig, check_config
 from troupe.messages import Checkpoint, Drain, Pause, Resume, Status, Step, Update
 from troupe.performance import Errands, Exchange, Performance, Setting
 from troupe.pipeline import Pipeline, build_pipeline
@@ -23,6 +23,7 @@ from troupe.run_folder import RunFolder
 from troupe.runtime import DeviceThread, Mailbox
 from troupe.status import doing, queues
 from troupe.summary import RunResult
+from troupe.tables import anchored_reward
 
 _LISTENER_BOUND = 64
 
@@ -85,12 +86,12 @@ class Supervisor:
     async def __aenter__(self) -> Supervisor:
         began_s = time.perf_counter()
         try:
-            self._place = await self._device.run(self._take_folder)
-            prepared = await self._device.run(self._prepare, self._place)
+            place = await self._device.run(self._take_folder)
+            prepared = await self._device.run(self._prepare, place)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
             self._pipeline = build_pipeline(prepared)
             performance = Performance(
-                prepared, self._pipeline, self._place, self._device, self._errands, ended=self._ended, began_s=began_s
+                prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
             )
             self._newest_update = self._pipeline.updates.listen(1)
             self._tasks = anyio.create_task_group()
@@ -242,7 +243,8 @@ class Supervisor:
 
     def _take_folder(self) -> RunFolder:
         """Before anything is loaded: where another run writes, that is all that there is to say."""
-        return RunFolder.take(check_config(self.config), resume=self._resume)
+        self._place = RunFolder.take(check_config(self.config), resume=self._resume)
+        return self._place  # who is cancelled meanwhile does not get it
 
     def _prepare(self, place: RunFolder) -> Prepared:
         config = msgspec.structs.replace(self.config, output=str(place.path))

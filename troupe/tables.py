@@ -24,18 +24,26 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: the configuration cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: the configuration is nested too deeply") from None
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
     """`section.key=value` → key and value. The value is read as TOML and, where that fails, as plain text."""
     key, equals, value = text.partition("=")
     key = key.strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--set {text!r}: this is not UTF-8 text") from None
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {text}: write it as section.key=value, for instance learner.lr=1e-5")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
+    except RecursionError:
+        raise ConfigError(f"--set {key}: the value is nested too deeply") from None
     if isinstance(parsed, datetime.date | datetime.time):  # no key takes one, but a folder may be called so
         parsed = value.strip()
     return key, parsed
@@ -49,6 +57,14 @@ def table_of(setting: str) -> dict[str, Any]:
     for section in reversed(sections):
         table = {section: table}
     return table
+
+
+def anchored_reward(spec: Any, base: Path) -> Any:
+    """The name of a reward whose file, if it has one, is found from everywhere; other names as they are."""
+    file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
+    if not colon or not file.endswith(".py") or spec.startswith("format:"):
+        return spec
+    return f"{(base / Path(file).expanduser()).absolute()}:{name}"
 
 
 def copied(table: Mapping[str, Any]) -> dict[str, Any]:

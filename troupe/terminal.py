@@ -6,11 +6,12 @@ Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import click
 
@@ -19,6 +20,16 @@ from troupe.errors import InputError, TroupeError
 EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 3, 130
 
 P = ParamSpec("P")
+
+
+class Number(click.FloatRange):
+    """A float in a range; NaN, which compares as if it were in every range, is refused, and so is infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is no finite number.", param, ctx)
+        return number
 
 
 def report_errors(command: Callable[P, None]) -> Callable[P, None]:

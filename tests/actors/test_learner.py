@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -19,7 +19,7 @@ from troupe.errors import RunError
 from troupe.gathering import gathering_for
 from troupe.grpo import LearnerConfig, StepResult, adamw_init, learning_rate, train_on_batch
 from troupe.learning import assemble, completion_log_probs
-from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snapshot, Span, Update
+from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snapshot, Span, Unfinished, Update
 from troupe.policy import Weights, random_policy
 from troupe.runtime import Channel, Mailbox, PolicyBoard, play, together
 from troupe.schedule import OnStale, ScheduleConfig
@@ -46,6 +46,9 @@ class Stage:
         num_tokens: int = 0,
         learns_beside_checkpoints: bool = True,
         schedule: ScheduleConfig | None = None,
+        telling_bound: int = 20,
+        recorded: Mapping[int, ScoredGroup] | None = None,
+        unfinished: Unfinished | None = None,
     ) -> None:
         policy = random_policy(CONFIG, seed=3)
         self.start_weights = policy.weights
@@ -62,7 +65,7 @@ class Stage:
             self.inbox,
             LearnerOutputs(
                 closed_to_prompter=self.prompter.channel("closed", GroupClosed, Replace, bound=20),
-                closed_to_metrics=self.metrics.channel("closed", GroupClosed, bound=20),
+                closed_to_metrics=self.metrics.channel("closed", GroupClosed, bound=telling_bound),
                 updates=self.updates.channel("updates", Update, bound=20),
                 snapshots=self.checkpointer.channel("snapshots", Snapshot, bound=20),
             ),
@@ -85,12 +88,14 @@ class Stage:
                 batch_size=2,
                 min_scored=2,
                 resampling=config.max_resampling_attempts,
+                unfinished=unfinished,
             ),
             pad_id=257,
             prompts_per_epoch=8,
             total_steps=total_steps,
             checkpoint_every=checkpoint_every,
             learns_beside_checkpoints=learns_beside_checkpoints,
+            recorded=recorded,
             report=self.reports.reporter("learner"),
         )
 
@@ -697,3 +702,92 @@ async def test_free_replaces_groups_without_signal_as_they_come() -> None:
     assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
     assert ends(to_prompter) == [(0, 0, 2, "filtered"), (1, 1, 0, "trained")]
     assert stage.learner.version == 1
+
+
+async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_step_whole() -> None:
+    """A group whose place another has taken is not prompted again: it would never end."""
+    free = ScheduleConfig(mode="free", max_staleness=1)
+    stage = Stage(config=DYNAMIC, schedule=free, learns_beside_checkpoints=False)
+    groups = [make_scored(0, 0, (1.0, 1.0, 1.0)), make_scored(0, 1), make_scored(0, 0, attempt=1)]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        stage.request.send_nowait(Checkpoint())
+        await anyio.wait_all_tasks_blocked()
+        for group in groups:
+            await stage.scored.send(group)
+        for _ in range(500):  # the last group is looked at on the device
+            if stage.learner.report.doing and len(stage.learner.snapshot().unfinished.collected) == 3:
+                break
+            await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    unfinished = stage.learner.snapshot().unfinished
+    gids = [group.group.prompt.gid for group in unfinished.collected]
+    assert gids == [0, 1, 2**48]
+    assert unfinished.states == {0: "filtered", 1: "trained", 2**48: "trained"}
+    assert unfinished.replaced == (0,)
+    then = Stage(config=DYNAMIC, schedule=free, total_steps=1, unfinished=unfinished)
+    await then.play([])
+    assert [update.step for update in await taken(then.updates)] == [1], "and who goes on from there learns it"
+
+
+async def test_a_step_is_told_however_long_that_takes_as_long_as_nobody_stops_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A credit that is not given back would keep the run waiting for ever."""
+    monkeypatch.setattr("troupe.actors.learner._TELLING_S", 0.05)
+    for stops in (False, True):
+        stage = Stage(telling_bound=1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(play, [stage.learner])
+            for group in two_steps()[:2]:
+                await stage.scored.send(group)
+            await stage.board.get(1)
+            if stops:
+                tasks.cancel_scope.cancel()
+            else:
+                await anyio.sleep(0.2)
+                assert await anext(stage.metrics)
+                await anyio.wait_all_tasks_blocked()
+                assert len(stage.prompter) == 2
+                tasks.cancel_scope.cancel()
+        assert len(stage.updates) == (not stops)
+
+
+async def test_groups_that_had_their_scores_before_a_resume_are_in_the_next_checkpoint_too() -> None:
+    """They are on their way through prompter, generator and scorer once more."""
+    stage = Stage(recorded={group.group.prompt.gid: group for group in two_steps()}, version=1)
+    await stage.scored.send(two_steps()[3])
+    snapshot = stage.learner.snapshot()
+    assert [group.group.prompt.gid for group in snapshot.unfinished.scored] == [3, 2], "none of the steps done"
+
+
+async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keeps_its_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> bool:
+        inside.set()
+        return go_on.wait(10)
+
+    monkeypatch.setattr("troupe.actors.learner.has_signal", slow)
+    stage = Stage(config=DYNAMIC, schedule=ScheduleConfig(mode="free"))
+    group = make_scored(0, 1)
+    stage.learner._open.begin(group.group.prompt)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(group)
+        await anyio.to_thread.run_sync(inside.wait, 10)
+        tasks.cancel_scope.cancel()
+        go_on.set()
+    assert stage.learner.snapshot().unfinished.scored == (group,)
+
+
+async def test_the_means_in_a_snapshot_are_of_finite_numbers() -> None:
+    """A metric that a reward logs may be as large as a number gets."""
+    stage = Stage(total_steps=2)
+    groups = [msgspec.structs.replace(group, logged={"large": 1e308, "small": 0.5}) for group in two_steps()]
+    await stage.play(groups)
+    metrics = stage.snapshots[-1].metrics
+    assert "large" not in metrics
+    assert metrics["small"] == 0.5

@@ -345,3 +345,16 @@ async def test_the_successor_of_a_prompter_that_failed_amid_sending_issues_the_r
     assert await stage.issued() == [0, 1, 2, 3, 1 + STRIDE, 2 + STRIDE, 4]
     assert stage.credits.live == {1 + STRIDE, 2 + STRIDE, 3, 4} == set(stage.ledger.alive)
     assert stage.ledger.steps_allowed == 3
+
+
+async def test_a_replacement_takes_over_a_credit_that_would_not_be_given_now() -> None:
+    """A free run that goes on with a smaller max_staleness has more groups alive than may begin."""
+    stage = Stage(credits_=3, replaces=True)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.prompter.run)
+        assert await stage.issued() == [0, 1, 2]
+        stage.credits.limit = 1
+        await stage.replace(Slot(step=0, place=1))
+        assert await stage.issued() == [1 + STRIDE]
+        assert stage.credits.live == {0, 1 + STRIDE, 2} == set(stage.ledger.alive)
+        tasks.cancel_scope.cancel()

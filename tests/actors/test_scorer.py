@@ -18,7 +18,10 @@ pytestmark = pytest.mark.anyio
 
 
 class Stage:
-    def __init__(self, *rewards: Any, breaker_failures: int = 8) -> None:
+    def __init__(
+        self, *rewards: Any, breaker_failures: int = 8, recorded: dict[int, ScoredGroup] | None = None
+    ) -> None:
+        self.recorded = recorded
         self.reports, self.inbox, self.learner = Reports(), Mailbox("scorer"), Mailbox("learner")
         self.prompter = Mailbox("prompter")
         self.groups: Channel[RolloutGroup] = self.inbox.channel("rollouts", RolloutGroup, bound=9)
@@ -37,6 +40,7 @@ class Stage:
             self._scored,
             rewards=self.rewards,
             hold=self._hold,
+            recorded=self.recorded,
             trainer_state=lambda step: TrainerState.at(step, max_steps=9, prompts=2, num_generations=3, rows=4),
             report=self._report,
         )
@@ -193,3 +197,29 @@ async def test_who_takes_over_scores_what_was_in_hand_and_says_what_is_down() ->
             up.set()
     scored = await taken(stage.learner)
     assert [(s.group, s.scores) for s in scored] == [(group, {"whole": (6.0,) * 3}) for group in groups]
+
+
+async def test_scores_of_before_a_resume_are_used_once_and_only_for_the_same_completions() -> None:
+    asked: list[int] = []
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        asked.append(len(completions))
+        return [0.5] * len(completions)
+
+    same, other = make_group(make_prompt(0, 0), size=2), make_group(make_prompt(0, 1), size=2)
+    before = make_group(make_prompt(0, 2), size=2)
+    recorded = {
+        0: ScoredGroup(group=same, scores={"reward": (0.0, 1.0)}),
+        1: ScoredGroup(
+            group=RolloutGroup(prompt=other.prompt, rollouts=before.rollouts), scores={"reward": (0.0, 1.0)}
+        ),
+    }
+    stage = Stage(reward, recorded=recorded)
+    await send_all(stage.groups, [same, other])
+    await stage.rewards.start()
+    await play([stage.scorer])
+    await stage.rewards.stop()
+    scores = {group.group.prompt.gid: group.scores for group in await taken(stage.learner)}
+    assert scores == {0: {"reward": (0.0, 1.0)}, 1: {"reward": (0.5, 0.5)}}
+    assert asked == [2]
+    assert recorded == {}, "nothing stays that a later checkpoint would take for scored"

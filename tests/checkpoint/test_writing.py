@@ -236,6 +236,19 @@ def test_a_disk_that_is_full_from_some_byte_on_leaves_the_old_checkpoint(
         assert_same(load_checkpoint(folder), made(5))
 
 
+def test_room_is_wanted_for_what_is_copied_and_nothing_else(
+    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's folder may hold its weights in other formats too, and folders of the hub's."""
+    source = shutil.copytree(tiny_model, tmp_path / "source")
+    with (source / "pytorch_model.bin").open("wb") as other:
+        other.truncate(1 << 40)
+    room = SimpleNamespace(f_bavail=(1 << 30) // 512, f_frsize=512, f_blocks=10**9)
+    monkeypatch.setattr(os, "statvfs", lambda path: room)
+    save_checkpoint(checkpoint_folder(run, 3), whole(3), source=source)
+    assert verify_manifest(checkpoint_folder(run, 3))
+
+
 def test_too_little_room_is_seen_before_anything_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint_folder(run, 5)
     size = save_checkpoint(folder, whole(5))

@@ -112,3 +112,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         aftermath(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"no run\.toml"):
         aftermath(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        aftermath(tmp_path / ("a" * 300))

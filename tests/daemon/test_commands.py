@@ -23,7 +23,7 @@ from troupe.daemon.commands import control
 from troupe.daemon.orders import Order
 from troupe.daemon.place import Peer
 from troupe.daemon.protocol import Reply, Request
-from troupe.daemon.server import ControlServer
+from troupe.daemon.server import ControlServer, Limits
 from troupe.messages import (
     Checkpoint,
     Done,
@@ -41,8 +41,9 @@ from troupe.messages import (
 class Host:
     """Serves a folder from a thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self.folder = folder
+        self._limits = limits
         self.heard: list[Request] = []
         self.ends_after = 10_000
         self._ready = threading.Event()
@@ -59,7 +60,7 @@ class Host:
 
     async def _serve(self) -> None:
         self._loop = _Stopper()
-        async with ControlServer(self.folder, self._answer):
+        async with ControlServer(self.folder, self._answer, self._limits):
             self._ready.set()
             await self._loop.stopped.wait()
 
@@ -111,7 +112,8 @@ def host(tmp_path: Path) -> Iterator[Host]:
         (["checkpoint"], Checkpoint()),
         (["drain"], Drain()),
         (["set", "learner.lr=1e-5"], Set(key="learner.lr", value=1e-5)),
-        (["set", "rewards.kind=r.py:kind"], Set(key="rewards.kind", value="r.py:kind")),
+        (["set", "rewards.kind=r.py:kind"], Set(key="rewards.kind", value=f"{Path.cwd() / 'r.py'}:kind")),
+        (["set", "rewards.kind=length"], Set(key="rewards.kind", value="length")),
     ],
     ids=lambda argument: " ".join(argument) if isinstance(argument, list) else "",
 )
@@ -139,6 +141,29 @@ def test_what_is_no_setting(tmp_path: Path) -> None:
     result = call("set", str(tmp_path), "learner.lr")
     assert result.exit_code == 2
     assert "write it as section.key=value" in result.stderr
+    result = call("set", str(tmp_path), "learner.lr=\udcff")
+    assert result.exit_code == 2
+    assert "is not UTF-8 text" in result.stderr
+    result = call("set", str(tmp_path), "learner.lr=" + "[" * 2000)
+    assert result.exit_code == 2
+    assert "nested too deeply" in result.stderr
+
+
+@pytest.mark.parametrize("interval", ["nan", "inf", "0", "1e300"])
+def test_intervals_that_are_none(host: Host, interval: str) -> None:
+    result = call("status", str(host.folder), "--watch", "--interval", interval)
+    assert result.exit_code == 2
+    assert "Invalid value for '--interval'" in result.stderr
+
+
+def test_a_watcher_is_silent_for_as_long_as_he_likes(tmp_path: Path) -> None:
+    """The server drops who asks nothing; the next look is another connection."""
+    (tmp_path / "run.toml").write_text("")
+    with Host(tmp_path, Limits(idle_s=0.01)) as host:
+        host.ends_after = 3
+        result = call("status", str(tmp_path), "--watch", "--interval", "0.1", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line)["step"] for line in result.stdout.splitlines()][:3] == [1, 2, 3]
 
 
 def test_the_status_for_people_and_for_programs(host: Host) -> None:

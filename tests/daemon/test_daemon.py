@@ -205,6 +205,24 @@ def test_what_cannot_be_used_is_not_tried_again(theatre: Theatre, log: pytest.Lo
     assert "learner.lr is -1" in log.text
 
 
+def test_what_could_be_used_before_is_tried_again(theatre: Theatre, log: pytest.LogCaptureFixture) -> None:
+    """A full disk, or somebody else who has the folder for a moment, must not end a run of weeks."""
+
+    async def body() -> None:
+        theatre.child.play()
+        theatre.child.die()
+        await anyio.sleep(2)
+        theatre.child.tell(Rejected(message="another run is writing in this folder"))
+        await anyio.sleep(3)
+        assert len(theatre.children) == 3
+        theatre.child.play()
+        theatre.child.tell(Rejected(message="the reward broke its contract"))
+
+    assert theatre.play(body) == 2
+    assert len(theatre.children) == 3
+    assert "another run is writing" in log.text
+
+
 def test_a_trainer_that_dies_is_followed_by_another_which_goes_on_by_the_stored_config(theatre: Theatre) -> None:
     async def body() -> None:
         theatre.child.play()
@@ -445,6 +463,18 @@ def test_a_failure_on_the_way_to_the_end_is_told_and_not_mended(theatre: Theatre
     assert len(theatre.children) == 1
 
 
+def test_a_trainer_that_dies_on_the_way_to_the_end_before_it_plays_is_no_failure(theatre: Theatre) -> None:
+    """Where a whole control group is told to end, its handlers may not be there yet."""
+
+    async def body() -> None:
+        with anyio.move_on_after(1):
+            await theatre.ask(Drain())
+        theatre.child.die()
+
+    assert theatre.play(body) == 0
+    assert len(theatre.children) == 1
+
+
 def test_the_log_level_is_the_daemons_own(theatre: Theatre) -> None:
     async def body() -> None:
         assert await theatre.ask(Set(key="log.level", value="warning")) == Done(message="log.level is now warning")
@@ -498,7 +528,11 @@ def test_the_configuration_is_read_again(theatre: Theatre) -> None:
         assert "daemon.restarts is now 9" in said
         assert LOGGER.level == logging.ERROR
         assert Set(key="learner.lr", value=2e-6) in theatre.child.asked
+        await theatre.ask(Set(key="log.level", value="debug"))
+        theatre.run_toml.write_text(theatre.run_toml.read_text() + "log_bytes = 20_000\nlog_files = 2\n")
         said = await reload()
+        assert "daemon.log_bytes is now 20000" in said
+        assert LOGGER.level == logging.DEBUG, "what was set stays"
         assert "learner.lr" not in said, "it is in force already"
         assert "learner.batch_size needs a restart" in said
         theatre.run_toml.write_text("[daemon]\nlog_level = 'loud'\nrestart = 3\n")

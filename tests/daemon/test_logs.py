@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from troupe.daemon.logs import LOGGER, logging_into
+from troupe.daemon.logs import LOGGER, logging_into, set_limits
 from troupe.daemon.place import LOG
 from troupe.daemon.settings import DaemonConfig
 
@@ -60,3 +60,18 @@ def test_a_folder_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with logging_into(tmp_path / "gone", DaemonConfig()):
         LOGGER.info("still told")
     assert "still told" in capsys.readouterr().err
+
+
+def test_text_that_is_no_utf8_is_told_all_the_same(tmp_path: Path) -> None:
+    with logging_into(tmp_path, DaemonConfig()):
+        LOGGER.info("into %s", "run-\udcff")
+    assert (tmp_path / LOG).read_text(encoding="utf-8").endswith("into run-\\udcff\n")
+
+
+def test_the_limits_may_change(tmp_path: Path) -> None:
+    with logging_into(tmp_path, DaemonConfig()):
+        set_limits(DaemonConfig(log_bytes=10_000, log_files=1))
+        for number in range(300):
+            LOGGER.info("%0100d", number)
+    assert {path.name for path in tmp_path.iterdir()} == {LOG, f"{LOG}.1"}
+    assert all(path.stat().st_size <= 10_000 for path in tmp_path.iterdir())

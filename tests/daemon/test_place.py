@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import struct
@@ -28,6 +29,7 @@ from troupe.daemon.place import (
     find_socket,
     is_control_file,
     peer_of,
+    refuse_where_served,
 )
 from troupe.errors import OutputError
 
@@ -41,6 +43,12 @@ def long_folder(tmp_path: Path) -> Path:
     folder = tmp_path / ("long" * 20) / ("name" * 20)
     folder.mkdir(parents=True)
     return folder
+
+
+def point(folder: Path, path: Path | str) -> None:
+    """Have a folder say where its socket is."""
+    found = folder.stat()
+    (folder / POINTER).write_text(f"{path}\n{found.st_dev}:{found.st_ino}\n")
 
 
 def test_the_socket_is_there_while_the_place_is_held(tmp_path: Path) -> None:
@@ -130,6 +138,20 @@ def test_one_place_one_owner(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_who_comes_later_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    refuse_where_served(tmp_path / "nowhere")
+    refuse_where_served(tmp_path)
+    place = Place(tmp_path)
+    place.take()
+    with pytest.raises(OutputError, match=f"is there already .process {os.getpid()}."):
+        refuse_where_served(tmp_path)
+    assert names(tmp_path) == {LOCK}
+    place.leave()
+    (tmp_path / LOCK).write_text("{}")  # of somebody who was killed
+    refuse_where_served(tmp_path)
+    assert names(tmp_path) == set()
+
+
 def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
     hold = (
         "import pathlib, sys, time; from troupe.daemon.place import Place; p = Place(pathlib.Path(sys.argv[1])); "
@@ -187,7 +209,7 @@ def test_the_longest_path_that_fits_is_used(tmp_path: Path) -> None:
 def test_the_private_folder_of_a_dead_owner_goes(tmp_path: Path) -> None:
     private = Path(tempfile.mkdtemp(prefix="troupe-control-"))
     (private / SOCKET).write_text("")
-    (tmp_path / POINTER).write_text(f"{private / SOCKET}\n")
+    point(tmp_path, private / SOCKET)
     Place(tmp_path).take()
     assert not private.exists()
     assert names(tmp_path) == {LOCK}
@@ -196,13 +218,15 @@ def test_the_private_folder_of_a_dead_owner_goes(tmp_path: Path) -> None:
 def test_a_pointer_to_somewhere_else_removes_nothing(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
-    (tmp_path / POINTER).write_text(f"{precious / SOCKET}\n")
+    point(tmp_path, precious / SOCKET)
     Place(tmp_path).take()
     assert precious.is_dir()
 
 
 @pytest.mark.parametrize("text", ["relative/control.sock", "/nowhere/control.sock", "\0", ""])
 def test_a_pointer_that_leads_nowhere(tmp_path: Path, text: str) -> None:
+    point(tmp_path, text)
+    assert find_socket(tmp_path) is None
     (tmp_path / POINTER).write_text(text)
     assert find_socket(tmp_path) is None
 
@@ -252,6 +276,25 @@ def test_a_pointer_that_cannot_be_written_leaves_no_socket(tmp_path: Path, monke
     place.leave()
     assert private is not None
     assert not private.exists()
+
+
+def test_a_copy_of_a_folder_is_not_the_run_in_it(tmp_path: Path) -> None:
+    """Whoever asks the copy must not reach the run, and whoever resumes the copy must not take its socket away."""
+    folder = long_folder(tmp_path)
+    place = Place(folder)
+    place.take()
+    with place.listen():
+        copy = folder.with_name("copy" * 20)
+        shutil.copytree(folder, copy)
+        assert find_socket(copy) is None
+        other = Place(copy)
+        other.take()
+        path = find_socket(folder)
+        assert path is not None
+        connected(path, 5.0).close()
+        other.leave()
+    place.leave()
+    assert not path.parent.exists()
 
 
 @pytest.mark.parametrize("name", [SOCKET, POINTER, LOCK, LOG, f"{LOG}.1", ".cab_9defg"])

@@ -120,3 +120,10 @@ def test_what_is_no_request_says_why(line: bytes, problem: str) -> None:
 def test_what_is_no_answer_is_told(line: bytes) -> None:
     with pytest.raises(ProtocolError, match="not an answer"):
         decode_reply(line)
+
+
+@pytest.mark.parametrize("number", [10**20, -(10**20), 10**400])
+def test_a_number_that_no_key_takes(number: int) -> None:
+    line = f'{{"type":"Set","key":"checkpoint.every","value":[{number}]}}'.encode()
+    with pytest.raises(ProtocolError, match=r"more than 64 bits|out of range"):
+        decode_request(line)

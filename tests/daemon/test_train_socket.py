@@ -66,6 +66,21 @@ def test_a_folder_that_somebody_serves_is_refused(workplace: Path) -> None:
     assert "a daemon or another trainer is there already" in result.stderr
 
 
+def test_a_run_that_a_daemon_is_about_to_start_again_is_not_touched(workplace: Path) -> None:
+    """While a daemon waits to start its trainer again, the run's own lock is free."""
+    assert CliRunner().invoke(main, ["train", *ARGUMENTS, *LONG[2:], "--max-steps", "1"]).exit_code == 0
+    place = Place(workplace / "o")
+    place.take()
+    before = {path: path.stat().st_mtime_ns for path in (workplace / "o").rglob("*")}
+    allowed = ["--resume", "--lr", "0.5", "--allow-change", "learner.lr"]
+    result = CliRunner().invoke(main, ["train", "-o", "o", *allowed])
+    after = {path: path.stat().st_mtime_ns for path in (workplace / "o").rglob("*")}
+    place.leave()
+    assert result.exit_code == 2
+    assert "a daemon or another trainer is there already" in result.stderr
+    assert after == before
+
+
 def test_without_a_socket_the_run_goes_on(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(place: Place) -> None:
         raise OSError(95, "Operation not supported")

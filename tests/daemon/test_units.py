@@ -8,12 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from troupe.daemon.orders import Order
 from troupe.daemon.units import launchd, systemd
+from troupe.errors import ConfigError
 
 
 def an_order(folder: Path) -> Order:
@@ -94,6 +96,13 @@ def test_launchds_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "StandardErrorPath": "/dev/null",
         "StandardOutPath": "/dev/null",
     }
+
+
+@pytest.mark.parametrize("name", ["two\nExecStart=/bin/true", "bell\a", "no text \udcff", "line goes on\\"], ids=ascii)
+@pytest.mark.parametrize("unit", [systemd, launchd])
+def test_what_no_unit_can_say(unit: Callable[[Order], str], name: str) -> None:
+    with pytest.raises(ConfigError, match="no unit file can name this"):
+        unit(Order(run_toml=Path("/home/me/RUN.toml"), output=Path("/home/me") / name))
 
 
 def test_the_examples_are_what_is_printed() -> None:

@@ -216,6 +216,13 @@ async def test_logs_are_kept_per_call() -> None:
         RewardLog(2).log_extra("x", [1])
 
 
+def test_the_mean_of_numbers_whose_sum_is_none() -> None:
+    log = RewardLog(2)
+    for value in (1e308, 1e308, 1e308, 5e307):
+        log.log_metric("large", value)
+    assert log.metrics == {"large": pytest.approx(8.75e307)}
+
+
 async def test_a_quick_function_is_called_where_its_caller_is_and_others_are_not() -> None:
     def here(completions: list[str], **_: Any) -> list[float]:
         return [float(threading.get_ident())] * len(completions)

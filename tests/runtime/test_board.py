@@ -91,6 +91,18 @@ def test_credits_count_live_groups() -> None:
     assert credit.free == 0
 
 
+def test_a_credit_is_passed_on_though_more_are_alive_than_may_begin() -> None:
+    """As after a resume with a smaller limit than the run had."""
+    credit = Credits(1, live=[1, 2, 3])
+    credit.pass_on(2, 12)
+    assert credit.live == {1, 3, 12}
+    with pytest.raises(ValueError, match="group 2 is not alive"):
+        credit.pass_on(2, 22)
+    with pytest.raises(ValueError, match="group 3 is alive already"):
+        credit.pass_on(1, 3)
+    assert credit.live == {1, 3, 12}
+
+
 def test_credits_need_a_limit() -> None:
     with pytest.raises(ValueError, match="a credit limit of 0"):
         Credits(0)

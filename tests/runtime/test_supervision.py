@@ -12,7 +12,7 @@ from anyio import wait_all_tasks_blocked
 
 from troupe.errors import InputError, RunError
 from troupe.messages import Incident
-from troupe.runtime import Actor, Channel, Mailbox, Reporter, Restarts, Role, play
+from troupe.runtime import Actor, Channel, Mailbox, Reporter, Restarts, Role, finishing, play
 from troupe.runtime.supervision import first_fault
 
 pytestmark = pytest.mark.anyio
@@ -427,3 +427,27 @@ async def test_receivers_are_started_before_senders() -> None:
     first.close()
     await play([Noted(relay.inbox, relay.out) for relay in relays])
     assert begun == ["box 2", "box 1", "box 0"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_work_that_is_to_be_finished_may_be_stopped_only_by_its_limit(stopped: bool) -> None:
+    began, go_on = anyio.Event(), anyio.Event()
+    ended = ""
+
+    async def work() -> None:
+        nonlocal ended
+        try:
+            async with finishing(0.0 if stopped else 60.0):
+                began.set()
+                await go_on.wait()
+                ended = "well"
+        finally:
+            ended = ended or "late"
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(work)
+        await began.wait()
+        tasks.cancel_scope.cancel()
+        if not stopped:
+            go_on.set()
+    assert ended == ("late" if stopped else "well")

@@ -31,11 +31,11 @@ from troupe.messages import (
 )
 from troupe.open_groups import OpenGroups
 from troupe.policy import Qwen3Config, Weights
-from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
-from troupe.statistics import group_statistics, has_signal, num_tokens, weighted_rewards
+from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter, finishing
+from troupe.statistics import RunningMean, group_statistics, has_signal, num_tokens, weighted_rewards
 
 _TELLING_S = 10.0
-"""That telling of a step may take although the run is being stopped."""
+"""That telling of a step may take when the run is being stopped."""
 
 
 class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,12 +104,14 @@ class Learner(Actor):
         checkpoint_every: int,
         learns_beside_checkpoints: bool = True,
         open_groups: OpenGroups | None = None,
+        recorded: Mapping[int, ScoredGroup] | None = None,
         next_prompt: Callable[[], int] = lambda: 0,
         rates: Sequence[tuple[int, float]] = (),
         keep_rate: Callable[[int, float], None] = lambda step, lr: None,
         report: Reporter | None = None,
     ) -> None:
-        """`open_groups`: shared with who begins them. `next_prompt`: number of the prompt that will be begun next.
+        """`open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the run was
+        resumed and have not come here yet. `next_prompt`: number of the prompt that will be begun next.
         `rates`: first step → peak learning rate, rising, where it is not the config's. `keep_rate`: writes down that
         it changes, before it does; OSError where it cannot be."""
         super().__init__(
@@ -136,10 +138,11 @@ class Learner(Actor):
         self._checkpoint_every = checkpoint_every
         self._learns_beside_checkpoints = learns_beside_checkpoints
         self._open = OpenGroups() if open_groups is None else open_groups
+        self._recorded = {} if recorded is None else recorded
         self._next_prompt = next_prompt
         self._rates = list(rates)
         self._keep_rate = keep_rate
-        self._since_snapshot: defaultdict[str, list[float]] = defaultdict(list)
+        self._since_snapshot: defaultdict[str, RunningMean] = defaultdict(RunningMean)
         self._last_end_s = time.perf_counter()
         self._device = device
 
@@ -165,13 +168,13 @@ class Learner(Actor):
             case ScoredGroup():
                 if groups := self._gathering.add(message):
                     await self._examine(groups)
-                while step := self._gathering.take(self.version):
-                    await self._learn(step)
+                await self._learn_what_is_ready()
 
     async def start(self) -> None:
-        """Time and peak memory of the first step count from here."""
+        """Time and peak memory of the first step count from here. A start before may have left one that is whole."""
         self._last_end_s = time.perf_counter()
         mx.reset_peak_memory()
+        await self._learn_what_is_ready()
 
     async def finish(self) -> None:
         """The run is over: its last version becomes the final policy."""
@@ -189,11 +192,16 @@ class Learner(Actor):
     def _without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
         return {gid_of(group) for group in groups if not has_signal(group, self._config, self._reward_weights)}
 
+    async def _learn_what_is_ready(self) -> None:
+        while self._gathering.is_ready(self.version):
+            if not self._learns_beside_checkpoints:
+                with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
+                    await self._to.snapshots.settled()
+            if step := self._gathering.take(self.version):  # not before: who stops us finds it where it was gathered
+                await self._learn(step)
+
     async def _learn(self, step: StepGroups) -> None:
         started_s = time.perf_counter()
-        if not self._learns_beside_checkpoints:
-            with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
-                await self._to.snapshots.settled()
         with self.report.span("learn", step=self.version, gids=[gid_of(group) for group in step.groups]):
             with anyio.CancelScope(shield=True):  # the optimizer's state is used up: whoever stops us gets the new one
                 learned = await self._device.run(self._train, step)
@@ -203,13 +211,13 @@ class Learner(Actor):
         self._open.end(slot_of(group) for group in step.groups)
         with self.report.span("publish", step=self.version - 1):
             self._board.publish(self.version, self.weights)
-        with anyio.move_on_after(_TELLING_S, shield=True):  # the step counts: whoever stops us, its end is told
+        async with finishing(_TELLING_S):  # the step counts: whoever stops us, its end is told
             await self._close(step, learned.advantages)
             update = self._update(step, learned.metrics, time.perf_counter() - started_s)
             await self._to.updates.send(update)
             for name, value in update.metrics.items():
                 if math.isfinite(value):
-                    self._since_snapshot[name].append(value)
+                    self._since_snapshot[name].add(value)
         await self._check_finite(learned)
         if self.version % self._checkpoint_every == 0 and self.version < self._total_steps:
             await self._send_snapshot()
@@ -379,7 +387,7 @@ class Learner(Actor):
         """Everything a checkpoint of the last completed batch needs, by reference."""
         state = self._state
         behind = {version: weights for version, weights in self._board.kept.items() if version < state.version}
-        waiting = tuple(message for message in self.inbox.waiting if isinstance(message, ScoredGroup))
+        gathered = self._gathering.unfinished()
         return Snapshot(
             version=state.version,
             weights=state.weights,
@@ -388,15 +396,31 @@ class Learner(Actor):
             reference=state.reference if self._config.sync_ref_model else None,
             num_tokens=state.num_tokens,
             skipped_in_a_row=state.skipped_in_a_row,
-            metrics={name: math.fsum(values) / len(values) for name, values in self._since_snapshot.items()},
+            metrics={name: mean.value for name, mean in self._since_snapshot.items() if math.isfinite(mean.value)},
             unfinished=msgspec.structs.replace(
-                self._gathering.unfinished(),
+                gathered,
                 next=self._next_prompt(),
                 open=self._open.all(),
-                scored=waiting,
+                scored=self._scored(gathered.collected),
             ),
             final=final,
         )
+
+    def _scored(self, collected: Sequence[ScoredGroup]) -> tuple[ScoredGroup, ...]:
+        """The groups that have their scores and are not collected: one that is being looked at, those that wait, and
+        those from before a resume that are still on their way."""
+        there = set(map(gid_of, collected))
+        scored: dict[int, ScoredGroup] = {}
+        for message in self.inbox.in_hand:
+            if isinstance(message, ScoredGroup) and self._open.has(slot_of(message)):
+                scored[gid_of(message)] = message
+        for message in self.inbox.waiting:
+            if isinstance(message, ScoredGroup):
+                scored[gid_of(message)] = message
+        for gid, group in self._recorded.items():
+            if slot_of(group).step >= self.version or self._open.has(slot_of(group)):
+                scored.setdefault(gid, group)
+        return tuple(group for gid, group in scored.items() if gid not in there)
 
 
 def _first_step(rate: tuple[int, float]) -> int:

@@ -84,8 +84,9 @@ class Prompter(Actor):
     def _heed(self, message: GroupClosed | Replace | Hold | Pause | Resume | Step | Drain) -> None:
         ledger = self._ledger
         match message:
-            case GroupClosed():
-                self._give_back(message.gid)
+            case GroupClosed(gid=gid):
+                self._credits.give_back(gid)
+                ledger.alive.pop(gid, None)
             case Replace():
                 self._replace(message)
             case Hold():
@@ -108,7 +109,9 @@ class Prompter(Actor):
         await self._send()
         while ledger.next < self._limit and self._credits.free:
             step, place = divmod(ledger.next, self._schedule.batch_size)
-            self._begin(self._schedule.prompt(Slot(step=step, place=place)))
+            prompt = self._schedule.prompt(Slot(step=step, place=place))
+            self._credits.take(prompt.gid)
+            self._begin(prompt)
             ledger.next += 1
             await self._send()
         may_come = self._replaces and ledger.alive
@@ -133,18 +136,16 @@ class Prompter(Actor):
             for slot, row in zip(message.slots, rows, strict=True)
         ]
         for slot, row, prompt in zip(message.slots, rows, prompts, strict=True):
-            self._give_back(self._schedule.gid(slot))
-            self._begin(prompt, row)  # at once, so that nobody else gets the credit
+            before = self._schedule.gid(slot)
+            self._credits.pass_on(before, prompt.gid)
+            self._ledger.alive.pop(before, None)
+            self._begin(prompt, row)
 
     def _begin(self, prompt: Prompt, row: int | None = None) -> None:
-        self._credits.take(prompt.gid)
+        """The prompt has a credit and is to be sent."""
         self._open.begin(prompt, row=row)
         self._ledger.alive[prompt.gid] = prompt.slot, time.perf_counter()
         self._ledger.outbox.append(prompt)
-
-    def _give_back(self, gid: int) -> None:
-        self._credits.give_back(gid)
-        self._ledger.alive.pop(gid, None)
 
     async def _send(self) -> None:
         outbox = self._ledger.outbox

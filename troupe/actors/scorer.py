@@ -60,8 +60,7 @@ class Scorer(Actor):
         recorded = self._recorded.get(group.prompt.gid)
         if recorded is not None and _completions(recorded.group) == _completions(group):
             await self._scored.send(recorded)
-            self.inbox.done(group)
-            self._recorded.pop(group.prompt.gid, None)
+            self._done_with(group)
             return
         state = None if self._trainer_state is None else self._trainer_state(group.prompt.slot.step)
         result = await self._rewards.score_group(group, state, self.report)
@@ -70,8 +69,12 @@ class Scorer(Actor):
         await self._scored.send(
             ScoredGroup(group=group, scores=result.scores, logged=result.metrics, extra=result.extra)
         )
-        self.inbox.done(group)
+        self._done_with(group)
         self._rewards.settled(group)
+
+    def _done_with(self, group: RolloutGroup) -> None:
+        self.inbox.done(group)
+        self._recorded.pop(group.prompt.gid, None)
 
     def _note(self, incident: Incident) -> None:
         self.report.incident_nowait(incident)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from troupe.checkpoint.files import (
     write_file,
 )
 from troupe.checkpoint.state import (
+    CONFIG_FILE,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -37,7 +38,7 @@ from troupe.checkpoint.state import (
 )
 from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.policy import MAX_SHARD_BYTES, Qwen3Config, Weights, save_model_folder
-from troupe.policy.folders import save_companions
+from troupe.policy.folders import COMPANION_FILES, save_companions
 
 _SMALL_BYTES = 1 << 20
 """For configuration, state, manifest, and the file system's own."""
@@ -160,8 +161,8 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
 
 
 def _companion_bytes(source: Path | None) -> int:
-    """Of the small files of a model folder."""
+    """Of the files of a model folder that are copied."""
     if source is None:
         return 0
-    sizes: Mapping[str, int] = {file.name: file.stat().st_size for file in source.iterdir() if file.is_file()}
-    return sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))
+    files = [source / name for name in (CONFIG_FILE, *COMPANION_FILES)] + list(source.glob("*.tiktoken"))
+    return sum(file.stat().st_size for file in files if file.is_file())

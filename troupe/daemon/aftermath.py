@@ -44,7 +44,14 @@ class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def aftermath(folder: Path) -> Aftermath:
-    """What the files say. InputError where they are not those of a run."""
+    """What the files say. InputError where they are not those of a run, or cannot be read."""
+    try:
+        return _aftermath(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be read: {error}") from None
+
+
+def _aftermath(folder: Path) -> Aftermath:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     owner = read_owner(folder)

@@ -16,7 +16,7 @@ import msgspec
 from troupe.daemon import views
 from troupe.daemon.aftermath import aftermath
 from troupe.daemon.aftermath import describe as describe_aftermath
-from troupe.daemon.client import Client, NobodyThereError, ask
+from troupe.daemon.client import NobodyThereError, ask
 from troupe.daemon.keeping import keep_alive
 from troupe.daemon.orders import Order
 from troupe.daemon.protocol import Reply, Request, encode_line
@@ -34,8 +34,8 @@ from troupe.messages import (
     Step,
     Stop,
 )
-from troupe.tables import parse_setting
-from troupe.terminal import EXIT_FAULT, fail, report_errors, tell
+from troupe.tables import anchored_reward, parse_setting
+from troupe.terminal import EXIT_FAULT, Number, fail, report_errors, tell
 
 _FOLDER = click.Path(path_type=Path)
 _out = click.argument("folder", metavar="OUT_DIR", type=_FOLDER)
@@ -84,19 +84,18 @@ def daemon(
 @_out
 @click.option("--watch", is_flag=True, help="Show it again and again, until the run has ended.")
 @click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds, with --watch."
+    "--interval", type=Number(min=0.1, max=86_400), default=1.0, show_default=True, help="Seconds, with --watch."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a time, on a line of its own.")
 @report_errors
 def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
     """Tell what the run in OUT_DIR is doing, or what became of it."""
     try:
-        with Client(folder) as client:
-            while True:
-                _show(client.ask(GetStatus()), folder, as_json=as_json, clear=watch and not as_json)
-                if not watch:
-                    return
-                time.sleep(interval)
+        while True:  # each time anew: a client that is silent for long is dropped
+            _show(ask(folder, GetStatus()), folder, as_json=as_json, clear=watch and not as_json)
+            if not watch:
+                return
+            time.sleep(interval)
     except NobodyThereError:
         found = aftermath(folder)
     if as_json:
@@ -176,6 +175,8 @@ def stop(folder: Path) -> None:
 def set_command(folder: Path, setting: str) -> None:
     """Set what may change while the run plays, such as learner.lr=1e-6 or log.level=debug."""
     key, value = parse_setting(setting)
+    if key.startswith("rewards."):
+        value = anchored_reward(value, Path.cwd())  # ours, not that of who plays the run
     _request(folder, Set(key=key, value=value))
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from troupe.daemon import frames
 from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Last, Playing, Rejected, Stepped
-from troupe.daemon.logs import LEVELS, LOGGER
+from troupe.daemon.logs import LEVELS, LOGGER, set_limits
 from troupe.daemon.orders import Order
 from troupe.daemon.place import Peer
 from troupe.daemon.protocol import Reply, Request
@@ -134,7 +134,7 @@ class Daemon:
         self._in_force = flattened(order.table)
         """What the configuration file says that has been taken over."""
         self._trainer: _Trainer | None = None
-        self._has_played = self._paused = self._killed = False
+        self._has_played = self._plays = self._paused = self._killed = False
         self._end: Drain | Stop | None = None
         self._told_to_end = anyio.Event()
         self._failure: str | None = None
@@ -152,11 +152,14 @@ class Daemon:
             if isinstance(end, Finished):
                 LOGGER.info(self._farewell(end))
                 return 0
-            if isinstance(end, Rejected):
+            if isinstance(end, Rejected) and (self._plays or not self._has_played):
                 LOGGER.error(end.message)
                 return EXIT_BAD_INPUT
-            LOGGER.error(_shortened(end.message))
+            LOGGER.error(_shortened(end.message))  # also of what a start before could use: disks fill up and empty
             pause_s = self._attempts.failed()
+            if self._end is not None and not self._plays:
+                LOGGER.info("ended while the trainer was being started; the newest checkpoint stays")
+                return 0
             if self._end is not None:
                 LOGGER.error("the run failed while it was to end; its newest checkpoint stays")
                 return EXIT_FAULT
@@ -236,6 +239,7 @@ class Daemon:
 
     async def _play_once(self) -> Last:
         """One trainer, from its start to its end."""
+        self._plays = False
         try:
             child = await self._spawn()
         except OSError as error:
@@ -273,7 +277,8 @@ class Daemon:
                     return last
 
     def _now_plays(self, trainer: _Trainer, playing: Playing) -> None:
-        self._has_played, trainer.speaks = True, playing.speaks
+        self._has_played = self._plays = True
+        trainer.speaks = playing.speaks
         self._attempts.begins_at(playing.step)
         self._know(step=playing.step, policy_version=playing.step, total_steps=playing.total_steps)
         for notice in playing.notices:
@@ -405,7 +410,10 @@ class Daemon:
     def _take_over_own(self, name: str, value: Any) -> None:
         table = msgspec.to_builtins(self._attempts.config) | {name: value}
         self._attempts.config = msgspec.convert(table, DaemonConfig)
-        LOGGER.setLevel(LEVELS[self._attempts.config.log_level])
+        if name == "log_level":
+            LOGGER.setLevel(LEVELS[value])
+        else:
+            set_limits(self._attempts.config)
 
 
 def _set_level(level: Any) -> Reply:

@@ -36,12 +36,12 @@ def logging_into(folder: Path, config: DaemonConfig) -> Iterator[None]:
     """Have `LOGGER` write into the folder's log and to stderr, and to nobody else."""
     handlers: list[logging.Handler] = [_QuietStream(sys.stderr)]
     with suppress(OSError):
-        handlers.append(
-            _Quiet(folder / LOG, maxBytes=config.log_bytes, backupCount=config.log_files, encoding="utf-8", delay=True)
-        )
+        # a name or a text that is no UTF-8 is no reason to lose its line
+        handlers.append(_Quiet(folder / LOG, encoding="utf-8", errors="backslashreplace", delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT))
         LOGGER.addHandler(handler)
+    set_limits(config)
     before = LOGGER.level, LOGGER.propagate
     LOGGER.propagate = False
     LOGGER.setLevel(LEVELS[config.log_level])
@@ -54,3 +54,10 @@ def logging_into(folder: Path, config: DaemonConfig) -> Iterator[None]:
             LOGGER.removeHandler(handler)
             if isinstance(handler, _Quiet):
                 handler.close()
+
+
+def set_limits(config: DaemonConfig) -> None:
+    """Have the log that is being written grow as far, and leave as many older ones, as the config says."""
+    for handler in LOGGER.handlers:
+        if isinstance(handler, _Quiet):
+            handler.maxBytes, handler.backupCount = config.log_bytes, config.log_files

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from troupe.daemon.settings import DaemonConfig
-from troupe.errors import ConfigError, OutputError
+from troupe.errors import ConfigError
+from troupe.folder_names import run_folder_named
 from troupe.tables import lay_over, read_toml, table_of
 
 
@@ -44,10 +45,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
                 f"{run_toml}: a daemon has to know its run folder before the run begins; name it with -o OUT_DIR, or "
                 "as output in the file"
             )
-        folder = Path(named).expanduser().absolute()
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder}: this is a file; give a folder that does not exist yet, or that of a run")
-        return msgspec.structs.replace(order, output=folder, table=table)
+        return msgspec.structs.replace(order, output=run_folder_named(named), table=table)
 
     def read(self) -> dict[str, Any]:
         """The configuration as it is now, settings included, types unchecked. ConfigError where it cannot be read."""

@@ -1,8 +1,9 @@
 """Where a run's control socket is, who may come in, and that there is but one: files `control.*` in the run folder.
 
 `control.sock` is the socket. Where its path would be longer than the system allows, or the file system has no sockets,
-the socket is in a private folder among the temporary files and `control.path` says where. `control.lock` is held by
-who owns the socket. Knows nothing of what is said over it.
+the socket is in a private folder among the temporary files; `control.path` says where, and of which folder it is, so
+that a copy of the folder is not taken for the run. `control.lock` is held by who owns the socket. Knows nothing of what
+is said over it.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Place:
         self._private = _private_folder()
         listener = self._listen_at(self._private / SOCKET)
         try:
-            (self._folder / POINTER).write_text(f"{self._private / SOCKET}\n", encoding="utf-8")
+            pointer = f"{self._private / SOCKET}\n{_identity(self._folder)}\n"
+            (self._folder / POINTER).write_text(pointer, encoding="utf-8")
         except BaseException:
             listener.close()
             raise
@@ -132,9 +134,10 @@ class Place:
         """Remove what an owner who was killed has left."""
         for left in filter(_is_passing, list(self._folder.iterdir())):
             shutil.rmtree(left, ignore_errors=True)
-        with suppress(OSError, UnicodeDecodeError):
-            private = Path((self._folder / POINTER).read_text(encoding="utf-8").strip()).parent
-            if private.name.startswith(_PRIVATE) and private.lstat().st_uid == os.geteuid():
+        with suppress(OSError):
+            path = _pointed_to(self._folder)
+            private = None if path is None else path.parent
+            if private and private.name.startswith(_PRIVATE) and private.lstat().st_uid == os.geteuid():
                 shutil.rmtree(private, ignore_errors=True)
         with suppress(OSError):
             (self._folder / POINTER).unlink()
@@ -163,15 +166,23 @@ class Place:
         return listener
 
 
+def refuse_where_served(folder: Path) -> None:
+    """OutputError where a daemon or a trainer serves this folder, also while a daemon has no trainer and the run's own
+    lock is free. To be asked before anything in the folder is changed."""
+    if not (folder / LOCK).exists():
+        return
+    place = Place(folder)
+    with suppress(OSError):  # where the folder cannot be written, others say so
+        place.take()
+    place.leave()
+
+
 def find_socket(folder: Path) -> Path | None:
     """The control socket of a run folder; None where none is there. Somebody need not answer it."""
     if (folder / SOCKET).exists():
         return folder / SOCKET
-    try:
-        path = Path((folder / POINTER).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
-        return None
-    return path if path.is_absolute() and path.exists() else None
+    path = _pointed_to(folder)
+    return path if path is not None and path.exists() else None
 
 
 def connected(path: Path, timeout_s: float | None) -> socket.socket:
@@ -184,6 +195,21 @@ def connected(path: Path, timeout_s: float | None) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+def _pointed_to(folder: Path) -> Path | None:
+    """Where `control.path` says that the socket of this folder is; None where it says so of another one."""
+    try:
+        path, identity = (folder / POINTER).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    return Path(path) if Path(path).is_absolute() and identity == _identity(folder) else None
+
+
+def _identity(folder: Path) -> str:
+    """What a copy of a folder does not have, and a folder that is moved keeps."""
+    found = folder.stat()
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def _private_folder() -> Path:

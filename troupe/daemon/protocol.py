@@ -55,12 +55,17 @@ def encode_line(message: Request | Reply) -> bytes:
 def decode_request(line: bytes) -> Request:
     """The request on a line; ProtocolError says what is wrong with it."""
     try:
-        return _DECODE_REQUEST.decode(line)
+        request = _DECODE_REQUEST.decode(line)
+        if isinstance(request, Set):
+            msgspec.msgpack.encode(request.value)  # as a daemon passes it on
     except RecursionError:
         raise ProtocolError("the request is nested too deeply") from None
+    except OverflowError:
+        raise ProtocolError("not a request: a number in it has more than 64 bits") from None
     except ValueError as error:  # msgspec's, and text that is no UTF-8
         hint = f"; the types are {_KNOWN}" if "$.type" in str(error) or "`type`" in str(error) else ""
         raise ProtocolError(f"not a request: {error}{hint}") from None
+    return request
 
 
 def decode_reply(line: bytes) -> Reply:

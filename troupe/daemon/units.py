@@ -5,10 +5,12 @@ from __future__ import annotations
 import plistlib
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from troupe.daemon.orders import Order
+from troupe.errors import ConfigError
 
 _STOP_S = 3600
 """That a stop may take: the steps in hand are finished, and a checkpoint is written."""
@@ -16,7 +18,8 @@ _PAUSE_S = 30
 
 
 def systemd(order: Order) -> str:
-    """A service of the user's (or the system's) systemd that plays this order."""
+    """A service of the user's (or the system's) systemd that plays this order. ConfigError where no unit can say it."""
+    _check(order)
     return "\n".join(
         [
             f"# Store this as ~/.config/systemd/user/{_name(order)}.service, then: systemctl --user enable --now",
@@ -45,7 +48,8 @@ def systemd(order: Order) -> str:
 
 
 def launchd(order: Order) -> str:
-    """A launch agent that plays this order."""
+    """A launch agent that plays this order. ConfigError where no unit can say it."""
+    _check(order)
     return plistlib.dumps(
         {
             "Label": _name(order),
@@ -61,6 +65,13 @@ def launchd(order: Order) -> str:
         },
         sort_keys=False,
     ).decode()
+
+
+def _check(order: Order) -> None:
+    """A line break would begin another line of the unit, and a backslash before one joins two."""
+    for text in map(str, (order.run_toml, order.output, Path.cwd())):
+        if any(unicodedata.category(char) in ("Cc", "Cs") for char in text) or text.endswith("\\"):
+            raise ConfigError(f"{text!r}: no unit file can name this; give it a name of printable characters")
 
 
 def _command(order: Order) -> Sequence[str]:

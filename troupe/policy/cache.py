@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from troupe.policy.elementwise import softmax
+from troupe.policy.elementwise import is_on_cpu, softmax
 from troupe.policy.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
 
 BLOCK = 64
@@ -103,10 +103,10 @@ class DecodingCache:
         keys = self._write(self._keys, layer, k.reshape(S, w, K, d).transpose(0, 2, 1, 3))
         values = self._write(self._values, layer, v.reshape(S, w, K, d).transpose(0, 2, 1, 3))
         q = (q * scale).reshape(S, w, K, R, d).transpose(0, 2, 1, 3, 4)
-        to_prompt = q.reshape(S, K, w * R, d) @ prompt_keys.swapaxes(-1, -2)
+        to_prompt = _products(q.reshape(S, K, w * R, d), prompt_keys)
         if self._padding is not None:
             to_prompt = to_prompt + self._padding
-        to_own = q @ keys.swapaxes(-1, -2)
+        to_own = _products(q, keys)
         scores = mx.concatenate([to_prompt.reshape(S, K, w, R, P), to_own], axis=-1)
         shares = softmax(scores)
         o = (shares[..., :P].reshape(S, K, w * R, P) @ prompt_values).reshape(S, K, w, R, d)
@@ -161,3 +161,13 @@ class DecodingCache:
         buffer[:, :, :, self.length] = new
         kept.insert(layer, buffer)
         return buffer[:, :, :, : self.length + 1]
+
+
+def _products(q: mx.array, keys: mx.array) -> mx.array:
+    """Of every query with every key: (…, n, d), (…, m, d) → (…, n, m).
+
+    With few queries BLAS on a CPU takes a quarter less for the transposed product.
+    """
+    if is_on_cpu():
+        return (keys @ q.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return q @ keys.swapaxes(-1, -2)

@@ -123,13 +123,20 @@ def project(config: Qwen3Config, weights: Weights, hidden: mx.array) -> mx.array
 def fuse_projections(config: Qwen3Config, weights: Weights) -> Weights:
     """The same network for decoding: q, k, v as one matrix and gate, up as one, which takes fewer and larger products.
 
-    Copies those matrices (evaluated); shares the others. `hidden_states` and `project` take the result.
+    On a CPU gate and up stay apart, since halves of a product's rows are not contiguous, and these matrices lie column
+    by column: BLAS copies a matrix at every product, and transposing it on the way takes as long as multiplying 32 rows
+    by it. Copies those matrices (evaluated); shares the others. `hidden_states` and `project` take the result.
     """
     fused = dict(weights)
+    by_columns = is_on_cpu()
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}."
         for whole, parts in _FUSED.items():
-            fused[layer + whole] = mx.concatenate([fused.pop(layer + part) for part in parts])
+            if by_columns and whole == _GATE_UP:
+                fused |= {layer + part: _by_columns(fused[layer + part]) for part in parts}
+            else:
+                joined = mx.concatenate([fused.pop(layer + part) for part in parts])
+                fused[layer + whole] = _by_columns(joined) if by_columns else joined
         norms = [(config.num_attention_heads, "q_norm"), (config.num_key_value_heads, "k_norm")]
         scales = [mx.tile(fused.pop(f"{layer}self_attn.{name}.weight"), (heads, 1)) for heads, name in norms]
         fused[f"{layer}self_attn.qk_norm.weight"] = mx.concatenate(scales)
@@ -137,10 +144,16 @@ def fuse_projections(config: Qwen3Config, weights: Weights) -> Weights:
     return fused
 
 
+_GATE_UP = "mlp.gate_up_proj.weight"
 _FUSED = {
     "self_attn.qkv_proj.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
-    "mlp.gate_up_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    _GATE_UP: ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
+
+
+def _by_columns(x: mx.array) -> mx.array:
+    """The same matrix, whose transpose is contiguous."""
+    return mx.contiguous(x.T).T
 
 
 class Rotation:
@@ -205,7 +218,7 @@ def _layer(
     def w(name: str) -> mx.array:
         return weights[f"model.layers.{index}.{name}.weight"]
 
-    if f"model.layers.{index}.mlp.gate_up_proj.weight" not in weights:
+    if f"model.layers.{index}.self_attn.qkv_proj.weight" not in weights:
         o = attend(config, w, *attention_inputs(config, w, x), attention, rotate, index)
         x = x + o @ w("self_attn.o_proj").T
         return x + swiglu(*mlp_inputs(config, w, x)) @ w("mlp.down_proj").T
@@ -215,6 +228,8 @@ def _layer(
     qk = rotate(qk.swapaxes(1, 2))
     o = attention.attend(index, qk[:, :H], qk[:, H:], qkv[:, :, H + K :].swapaxes(1, 2), config.head_dim**-0.5)
     x = x + o.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ w("self_attn.o_proj").T
+    if f"model.layers.{index}.{_GATE_UP}" not in weights:
+        return x + swiglu(*mlp_inputs(config, w, x)) @ w("mlp.down_proj").T
     y = mx.fast.rms_norm(x, w("post_attention_layernorm"), eps)
     return x + swiglu(*mx.split(y @ w("mlp.gate_up_proj").T, 2, axis=-1)) @ w("mlp.down_proj").T
 

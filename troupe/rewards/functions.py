@@ -214,7 +214,14 @@ class RewardLog:
     @property
     def metrics(self) -> dict[str, float]:
         """Name → mean of the values logged."""
-        return {name: math.fsum(values) / len(values) for name, values in self.logged.items()}
+        return {name: _mean(values) for name, values in self.logged.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # the sum is no number, yet the mean is
+        return math.fsum(value / len(values) for value in values)
 
 
 def checked_score(value: Any, name: str, index: int) -> float | None:

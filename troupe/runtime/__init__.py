@@ -12,7 +12,7 @@ from troupe.runtime.board import Credits, PolicyBoard
 from troupe.runtime.mailbox import Broadcast, Channel, ChannelStats, Mailbox, Overflow
 from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError, serve
 from troupe.runtime.report import Reporter
-from troupe.runtime.supervision import Restarts, Role, play, together
+from troupe.runtime.supervision import Restarts, Role, finishing, play, together
 from troupe.runtime.timing import StepTimes
 from troupe.runtime.trace import TraceWriter
 
@@ -38,6 +38,7 @@ __all__ = [
     "Role",
     "StepTimes",
     "TraceWriter",
+    "finishing",
     "play",
     "serve",
     "together",

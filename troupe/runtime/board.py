@@ -96,6 +96,13 @@ class Credits:
             raise ValueError(f"group {gid} is alive already")
         self._live.add(gid)
 
+    def pass_on(self, gid: int, to: int) -> None:
+        """Another group takes over the credit of this one, also where more are alive than may begin."""
+        if gid in self._live and to in self._live:
+            raise ValueError(f"group {to} is alive already")
+        self.give_back(gid)
+        self._live.add(to)
+
     def give_back(self, gid: int) -> None:
         """The group is closed; its credit returns. A group is closed exactly once."""
         if gid not in self._live:

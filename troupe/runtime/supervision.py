@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,23 @@ async def together(works: Iterable[Callable[[], Coroutine[Any, Any, object]]]) -
     else:
         return
     raise fault  # out here, so that it keeps the cause it was raised from
+
+
+@asynccontextmanager
+async def finishing(limit_s: float) -> AsyncIterator[None]:
+    """The body is done to its end; where it is stopped, it may take `limit_s` from then on."""
+    async with anyio.create_task_group() as tasks:
+        with anyio.CancelScope(shield=True) as work:
+
+            async def watch() -> None:
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    work.deadline = anyio.current_time() + limit_s
+
+            tasks.start_soon(watch)
+            yield
+        tasks.cancel_scope.cancel()
 
 
 def first_fault(faults: BaseExceptionGroup[BaseException]) -> BaseException:
