@@ -232,8 +232,11 @@ def f(completions, completion_ids, **columns):
 """
 
 
-def test_an_interrupt_finishes_the_step_and_can_be_resumed(workplace: Path) -> None:
-    (workplace / "r.py").write_text(INTERRUPTING.format(signals="signal.SIGINT,"))
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGHUP"])
+def test_an_interrupt_or_a_closed_terminal_finishes_the_step_and_can_be_resumed(
+    workplace: Path, signal_name: str
+) -> None:
+    (workplace / "r.py").write_text(INTERRUPTING.format(signals=f"signal.{signal_name},"))
     result = call("train", *RUN, *SHORT, "-o", "out", "--epochs", "99", "--reward", "r.py:f")
     assert result.exit_code == 130
     steps = json.loads((workplace / "out" / "summary.json").read_text())["steps"]

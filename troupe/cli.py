@@ -161,7 +161,8 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
                 (run.stop, "saving the last completed step; a third signal leaves without saving"),
             )
         )
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        # SIGHUP: the terminal was closed
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             async for _ in signals:
                 interrupted = True
                 request = next(requests, None)

@@ -61,11 +61,12 @@ def fail(message: str, code: int) -> NoReturn:
 def tell(text: str, *, error: bool = False, newline: bool = True) -> None:
     """Print a line, or the beginning of one.
 
-    A reader who has gone (`troupe … | head`) changes nothing about what the command has done.
+    A reader who has gone (`troupe … | head`, a terminal that was closed) changes nothing about what the command has
+    done.
     """
     try:
         click.echo(text, nl=newline, err=error)
-    except BrokenPipeError:
+    except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())  # so that the flush at exit succeeds
         os.close(nowhere)

@@ -19,7 +19,7 @@ import mlx.core as mx
 from troupe.policy.elementwise import swiglu, swiglu_gradient
 from troupe.policy.embedding import embed, sum_by_id
 from troupe.policy.head import TokenStatistics, head_backward, head_forward
-from troupe.policy.packing import Packing
+from troupe.policy.packing import Attended, Packing
 from troupe.policy.qwen3 import (
     EMBEDDING,
     FINAL_NORM,
@@ -28,7 +28,6 @@ from troupe.policy.qwen3 import (
     Qwen3Config,
     Rotation,
     Weights,
-    attend,
     attention_inputs,
     mlp_inputs,
 )
@@ -38,12 +37,12 @@ Gradients = dict[str, mx.array]
 
 
 class _Kept(NamedTuple):
-    """What the gradient of a layer needs besides its input: the results of its matrix products, but the last."""
+    """What the gradient of a layer needs besides its input: the results of its products, but the last."""
 
     q: mx.array
     k: mx.array
     v: mx.array
-    o: mx.array
+    attended: Attended
     middle: mx.array
     gate: mx.array
     up: mx.array
@@ -130,9 +129,26 @@ class _Pace:
 def _inside(config: Qwen3Config, w: LayerWeights, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
     """A layer from its input (1, N, D) to the last matrix product."""
     q, k, v = attention_inputs(config, w, x)
-    o = attend(config, w, q, k, v, packing, rotation, 0)
-    middle = x + o @ w("self_attn.o_proj").T
-    return _Kept(q, k, v, o, middle, *mlp_inputs(config, w, middle))
+    attended = packing.attend_keeping(*_turned(config, w, rotation, q, k, v), config.head_dim**-0.5)
+    middle = x + _side_by_side(attended.o) @ w("self_attn.o_proj").T
+    return _Kept(q, k, v, attended, middle, *mlp_inputs(config, w, middle))
+
+
+def _turned(
+    config: Qwen3Config, w: LayerWeights, rotation: Rotation, q: mx.array, k: mx.array, v: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(1, N, heads, d) → (1, heads, N, d), queries and keys normalized and rotated."""
+    q, k = (
+        rotation(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), config.rms_norm_eps).swapaxes(1, 2))
+        for y, name in ((q, "q"), (k, "k"))
+    )
+    return q, k, v.swapaxes(1, 2)
+
+
+def _side_by_side(o: mx.array) -> mx.array:
+    """(1, H, N, d) → (1, N, H·d)."""
+    o = o.swapaxes(1, 2)
+    return o.reshape(*o.shape[:2], -1)
 
 
 def _backwards(
@@ -169,13 +185,10 @@ def _backwards(
     pace(middle_grad, dict(grads))
     del y_part, gate_grad, up_grad, h, h_grad
 
-    o_grad = through_product("self_attn.o_proj", kept.o, middle_grad)
+    o_grad = through_product("self_attn.o_proj", _side_by_side(kept.attended.o), middle_grad)
     o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
-    q, k = (
-        rotation(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), eps).swapaxes(1, 2))
-        for y, name in ((kept.q, "q"), (kept.k, "k"))
-    )
-    q_grad, k_grad, v_grad = packing.attend_gradient(q, k, kept.v.swapaxes(1, 2), config.head_dim**-0.5, o_grad)
+    turned = _turned(config, w, rotation, kept.q, kept.k, kept.v)
+    q_grad, k_grad, v_grad = packing.attend_gradient(*turned, config.head_dim**-0.5, o_grad, kept.attended)
     q_grad, k_grad = (
         through_norm(f"self_attn.{name}_norm", y, rotation.gradient(grad).swapaxes(1, 2))
         for y, name, grad in ((kept.q, "q", q_grad), (kept.k, "k", k_grad))

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from troupe.policy.elementwise import compiled, is_on_cpu, softmax
+from troupe.policy.causal import Block, attention, attention_gradient, blocks
+from troupe.policy.elementwise import is_on_cpu
 
 Read = Callable[[mx.array], mx.array]
 
@@ -80,6 +81,13 @@ def _read(x: mx.array, read: Read, gradient: Read) -> mx.array:
     return cast(mx.array, function(x))
 
 
+class Attended(NamedTuple):
+    """What came of attention, (1, H, N, d), and where it was written out log Σ e^score, float32 (N, H); else ()."""
+
+    o: mx.array
+    normalizer: mx.array
+
+
 class Packing:
     """Where each token of R prompts and completions stands in one row (1, N); an `Attention` over that row."""
 
@@ -106,18 +114,21 @@ class Packing:
         places += [range(start, start + n) for start, n in zip(starts, inner, strict=True)]
         self.offset = mx.array(list(chain.from_iterable(places)), dtype=mx.int32)[None]
         """(1, N) rotary position of every token."""
-        self._sees = self._causal_mask(lengths, G)
+        self._known_blocks: tuple[list[Block], list[Block]] | None = None
         self._whole_rows = None if is_on_cpu() else _WholeRows(lengths, sizes, inner)
 
-    def _causal_mask(self, lengths: Sequence[int], G: int) -> mx.array:
-        """What the tokens of completions may see of their prompt and their own, bools (…, T, P + T)."""
-        P, T = self._prompts.width, self._completions.width
-        columns = mx.arange(P + T)
-        sees = columns <= mx.arange(T)[:, None] + P
-        if self._prompts.is_full:
-            return sees
-        real = mx.logical_or(columns < mx.array(list(lengths))[:, None], columns >= P)
-        return mx.repeat(mx.logical_and(sees, real[:, None]), G, axis=0)[:, None]
+    def _blocks(self, heads_per_key: int) -> tuple[list[Block], list[Block]]:
+        """Who sees whom: prompts among themselves, and completions their prompts and themselves. The same each time."""
+        if self._known_blocks is None:
+            P, T = self._prompts.width, self._completions.width
+            real = None
+            if not self._prompts.is_full:
+                own = mx.ones((self._prompts.rows, T), mx.bool_)
+                G = self._completions.rows // self._prompts.rows
+                real = mx.repeat(mx.concatenate([self._prompts.is_real, own], axis=1), G, axis=0)
+            self._known_blocks = blocks(P, P, heads_per_key), blocks(T, P + T, heads_per_key, real)
+            mx.eval(self._known_blocks)
+        return self._known_blocks
 
     def sources(self, hidden: mx.array) -> mx.array:
         """Hidden states (N, D) → those that foretell the targets, (M, D)."""
@@ -133,54 +144,91 @@ class Packing:
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """See `Attention.attend`: all (1, heads, N, d)."""
-        q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
-        if self._whole_rows is None:
-            o = self._attend_in_parts(q, k, v, scale)
-        else:
-            o = _attend_in_whole_rows(self._whole_rows, q, k, v, scale)
-        return o.swapaxes(0, 1)[None]
+        if self._whole_rows is not None:
+            return self.attend_keeping(q, k, v, scale)[0]
 
-    def _attend_in_parts(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        @mx.custom_function
+        def attended(q: mx.array, k: mx.array, v: mx.array) -> Any:
+            return self.attend_keeping(q, k, v, scale)
+
+        @attended.vjp
+        def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            return self.attend_gradient(*primals, scale, cotangents[0], outputs)
+
+        return cast("tuple[mx.array, mx.array]", attended(q, k, v))[0]
+
+    def attend_keeping(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> Attended:
+        """What `attend` gives, with what `attend_gradient` can make use of."""
+        q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
+        if self._whole_rows is not None:
+            o = _attend_in_whole_rows(self._whole_rows, q, k, v, scale)
+            return Attended(o.swapaxes(0, 1)[None], mx.zeros(0))
+        o, normalizer = self._attend_in_parts(q, k, v, scale)
+        return Attended(o.swapaxes(0, 1)[None], normalizer)
+
+    def _attend_in_parts(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array]:
         """All (N, heads, d). Prompts among themselves, then completions to both: least work without fused kernels."""
+        of_prompts, of_completions = self._blocks(q.shape[1] // k.shape[1])
         prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in (q, k, v)), strict=True)
         q, k, v = (self._prompts.spread(x).swapaxes(1, 2) for x in prompts)  # (Q, heads, P, d)
-        P = self._prompts.width
-        o = _attention(q, k, v, scale, mx.arange(P) <= mx.arange(P)[:, None])
-        outputs = [self._prompts.collect(o.swapaxes(1, 2))]
+        found = attention(q, k, v, scale, of_prompts)
+        outputs = [[self._prompts.collect(x.swapaxes(1, 2)) for x in found]]
         if self._completions.count:
             q, own_k, own_v = (self._completions.spread(x).swapaxes(1, 2) for x in completions)
             k, v = self._behind_prompts(k, own_k), self._behind_prompts(v, own_v)
-            o = _attention(q, k, v, scale, self._sees)
-            outputs.append(self._completions.collect(o.swapaxes(1, 2)))
-        return mx.concatenate(outputs)
+            found = attention(q, k, v, scale, of_completions)
+            outputs.append([self._completions.collect(x.swapaxes(1, 2)) for x in found])
+        o, normalizer = (mx.concatenate(list(parts)) for parts in zip(*outputs, strict=True))
+        return o, normalizer
 
     def attend_gradient(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        o_grad: mx.array,
+        attended: Sequence[mx.array] | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """The cotangents of q, k and v from that of what `attend` gave; by hand, because kernels are fused so."""
-        q, k, v, o_grad = (x[0].swapaxes(0, 1) for x in (q, k, v, o_grad))
-        if self._whole_rows is None:
-            grads = self._gradient_in_parts(q, k, v, scale, o_grad)
-        else:
+        """The cotangents of q, k and v from that of what `attend` gave; by hand, because kernels are fused so.
+
+        `attended` is what `attend_keeping` gave; without it, it is computed again where it is needed.
+        """
+        if self._whole_rows is not None:
+            q, k, v, o_grad = (x[0].swapaxes(0, 1) for x in (q, k, v, o_grad))
             grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad)
+        else:
+            o, normalizer = attended or self.attend_keeping(q, k, v, scale)
+            mean = mx.sum(o_grad.astype(mx.float32) * o, axis=-1)[0].swapaxes(0, 1)
+            q, k, v, o_grad = (x[0].swapaxes(0, 1) for x in (q, k, v, o_grad))
+            grads = self._gradient_in_parts(q, k, v, scale, o_grad, normalizer, mean)
         dq, dk, dv = (x.swapaxes(0, 1)[None] for x in grads)
         return dq, dk, dv
 
     def _gradient_in_parts(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        o_grad: mx.array,
+        normalizer: mx.array,
+        mean: mx.array,
     ) -> list[mx.array]:
-        """All (N, heads, d); see `_attend_in_parts`."""
-        prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in (q, k, v, o_grad)), strict=True)
-        q, k, v, o_grad = (self._prompts.spread(x).swapaxes(1, 2) for x in prompts)
+        """All (N, heads, d), the last two (N, H); see `_attend_in_parts` and `attention_gradient`."""
+        blocks_of_prompts, blocks_of_completions = self._blocks(q.shape[1] // k.shape[1])
+        each = (q, k, v, normalizer, o_grad, mean)
+        prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in each), strict=True)
+        q, k, v, *rest = (self._prompts.spread(x).swapaxes(1, 2) for x in prompts)
         P, Q = self._prompts.width, self._prompts.rows
-        of_prompts = _attention_gradient(q, k, v, scale, mx.arange(P) <= mx.arange(P)[:, None], o_grad)
+        of_prompts = attention_gradient(q, k, v, scale, blocks_of_prompts, *rest)
         if not self._completions.count:
             return [self._prompts.collect(x.swapaxes(1, 2)) for x in of_prompts]
-        q, own_k, own_v, o_grad = (self._completions.spread(x).swapaxes(1, 2) for x in completions)
+        q, own_k, own_v, *rest = (self._completions.spread(x).swapaxes(1, 2) for x in completions)
         k, v = self._behind_prompts(k, own_k), self._behind_prompts(v, own_v)
-        dq, dk, dv = _attention_gradient(q, k, v, scale, self._sees, o_grad)
+        dq, dk, dv = attention_gradient(q, k, v, scale, blocks_of_completions, *rest)
         to_prompts = [mx.sum(x[:, :, :P].reshape(Q, -1, *x[:, :, :P].shape[1:]), axis=1) for x in (dk, dv)]
-        of_prompts = [of_prompts[0], of_prompts[1] + to_prompts[0], of_prompts[2] + to_prompts[1]]
+        of_prompts = (of_prompts[0], of_prompts[1] + to_prompts[0], of_prompts[2] + to_prompts[1])
         return [
             mx.concatenate([self._prompts.collect(a.swapaxes(1, 2)), self._completions.collect(b.swapaxes(1, 2))])
             for a, b in zip(of_prompts, (dq, dk[:, :, P:], dv[:, :, P:]), strict=True)
@@ -191,15 +239,6 @@ class Packing:
         Q, K, P, d = prompts.shape
         each = mx.broadcast_to(prompts[:, None], (Q, own.shape[0] // Q, K, P, d))
         return mx.concatenate([each.reshape(-1, K, P, d), own], axis=2)
-
-
-def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, sees: mx.array) -> mx.array:
-    """Queries (B, H, T, d), keys and values (B, K, S, d), bools (…, T, S) → (B, H, T, d)."""
-    B, H, T, d = q.shape
-    K, S = k.shape[1:3]
-    scores = ((q * scale).reshape(B, K, -1, d) @ k.swapaxes(-1, -2)).reshape(B, H, T, S)
-    shares = softmax(mx.where(sees, scores, mx.array(-mx.inf, scores.dtype)))
-    return (shares.reshape(B, K, -1, S) @ v).reshape(B, H, T, d)
 
 
 def _attend_in_whole_rows(rows: _WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -285,28 +324,6 @@ class _WholeRows:
     def collect_back(self, x: mx.array) -> mx.array:
         """The gradient of `collect`: (N, heads, d) → (R, S, heads, d)."""
         return mx.where(self._speaks, _take(x, self._token_of), mx.array(0, x.dtype))
-
-
-def _attention_gradient(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, sees: mx.array, o_grad: mx.array
-) -> list[mx.array]:
-    """The cotangents of q, k and v of `_attention`."""
-    B, H, T, d = q.shape
-    K, S = k.shape[1:3]
-    q = (q * scale).reshape(B, K, -1, d)
-    o_grad = o_grad.reshape(B, K, -1, d)
-    scores = (q @ k.swapaxes(-1, -2)).reshape(B, H, T, S)
-    shares = softmax(mx.where(sees, scores, mx.array(-mx.inf, scores.dtype))).reshape(B, K, -1, S)
-    shares_grad = o_grad @ v.swapaxes(-1, -2)
-    mean = mx.sum(shares_grad * shares, axis=-1, keepdims=True)
-    scores_grad = compiled(_scores_gradient, shares.shape)(shares, shares_grad, mean)
-    dq = (scores_grad @ k) * scale
-    dk = scores_grad.swapaxes(-1, -2) @ q
-    return [dq.reshape(B, H, T, d), dk, shares.swapaxes(-1, -2) @ o_grad]
-
-
-def _scores_gradient(shares: mx.array, shares_grad: mx.array, mean: mx.array) -> mx.array:
-    return shares * (shares_grad - mean)
 
 
 def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:

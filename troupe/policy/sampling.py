@@ -59,6 +59,9 @@ GREEDY_BELOW = 1e-5
 
 _LARGEST_UNIFORM = 1.0 - 2.0**-24
 
+_DRAW_BLOCK = 128
+"""Ids that a draw in two steps looks at together."""
+
 
 class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a token is drawn. Defaults sample the model's own distribution. Raises ValueError out of bounds."""
@@ -127,12 +130,28 @@ def categorical_sample(logits: mx.array, temperature: float, key: mx.array | Non
 
 def draw_by_shares(shares: mx.array, uniforms: mx.array) -> mx.array:
     """Shares (B, V) ≥ 0, in any unit, and uniforms (B,) in [0, 1) → ids (B,); an id without share is never drawn."""
+    if is_on_cpu() and shares.ndim == 2 and shares.shape[-1] % _DRAW_BLOCK == 0 and shares.shape[-1] > 8 * _DRAW_BLOCK:
+        return _draw_in_two_steps(shares, uniforms)
     sums = mx.cumsum(shares, axis=-1)
     if not is_on_cpu():
         sums = mx.where(shares > 0, sums, -1.0)  # sums made in parallel may rise where nothing is added
     # below the largest sum even after rounding, so that some id with a share is past it
     target = mx.minimum(uniforms, _LARGEST_UNIFORM)[..., None] * mx.max(sums, axis=-1, keepdims=True)
     return mx.argmax(sums > target, axis=-1)
+
+
+def _draw_in_two_steps(shares: mx.array, uniforms: mx.array) -> mx.array:
+    """`draw_by_shares` on a CPU: first a block of ids by the blocks' sums, then an id in it; a fifth of the work."""
+    B, V = shares.shape
+    blocks = shares.reshape(B, V // _DRAW_BLOCK, _DRAW_BLOCK)
+    sums = mx.cumsum(mx.sum(blocks, axis=-1), axis=-1)
+    target = mx.minimum(uniforms, _LARGEST_UNIFORM)[:, None] * sums[:, -1:]
+    block = mx.argmax(sums > target, axis=-1, keepdims=True)
+    before = mx.take_along_axis(mx.pad(sums[:, :-1], [(0, 0), (1, 0)]), block, axis=-1)
+    inside = mx.cumsum(mx.take_along_axis(blocks, block[..., None], axis=1)[:, 0], axis=-1)
+    # the block's sum was rounded otherwise than its last partial sum, which must be past what is left
+    left = mx.minimum(target - before, inside[:, -1:] * _LARGEST_UNIFORM)
+    return (block * _DRAW_BLOCK + mx.argmax(inside > left, axis=-1, keepdims=True))[:, 0]
 
 
 class Sampler:
