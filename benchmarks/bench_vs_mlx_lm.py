@@ -6,7 +6,9 @@ mlx-lm lives in an interpreter of its own (python -m venv mlxlm && mlxlm/bin/pip
 load one folder of random weights and decode the same prompts, round by round in turn, so that whatever else the
 machine does meets both; the first round of each is not counted. What they draw differs, and with `--stop-ids` how many
 tokens; so each round counts as tokens a second. mlx-lm gives ids alone, ours their log-probabilities too. `--threads`
-limits OpenBLAS on both sides. Prints one JSON line: medians, and the median of the rounds' ratios, ours over theirs.
+limits OpenBLAS on both sides. Prints one JSON line: medians, and the median of the rounds' ratios, ours over theirs;
+`per_cpu_s` counts seconds of processor time, of all threads, instead of the clock's, which says more on a busy machine
+(with `--threads 1`: other BLAS threads spin while they wait).
 """
 
 from __future__ import annotations
@@ -45,13 +47,13 @@ def draw_rounds(args: argparse.Namespace, vocabulary: int) -> list[list[list[int
 
 
 def run_ours(engine: RolloutEngine, prompts: list[list[int]], step: int) -> dict[str, float]:
-    """One round of the engine: `tokens` and `seconds`."""
+    """One round of the engine: `tokens`, `seconds` and `cpu_s`, of all threads."""
     requests = [RolloutRequest(prompt_ids=tuple(ids), key=(0, step, i)) for i, ids in enumerate(prompts)]
-    start_s = time.perf_counter()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     groups = list(engine.decode(requests))
-    seconds = time.perf_counter() - start_s
+    took = {"seconds": time.perf_counter() - start_s, "cpu_s": time.process_time() - start_cpu_s}
     tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
-    return {"tokens": tokens, "seconds": seconds}
+    return {"tokens": tokens, **took}
 
 
 def ask(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -63,6 +65,17 @@ def ask(process: subprocess.Popen[str]) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
+def summarize(rounds_of: dict[str, list[dict[str, float]]], unit: str) -> dict[str, Any]:
+    """Tokens for each of `unit`: medians of both sides, and of the rounds' ratios, ours over theirs."""
+    rates = {side: [each["tokens"] / each[unit] for each in rounds] for side, rounds in rounds_of.items()}
+    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["theirs"], strict=True)]
+    return {
+        **{side: round(statistics.median(values), 1) for side, values in rates.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+    }
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Rounds of both in turn → the JSON line."""
     policy = policy_of(args)
@@ -71,7 +84,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     generation = GenerationConfig(num_generations=args.group, max_completion_length=args.new_tokens)
     engine = RolloutEngine(policy.config, generation, stop_ids=frozenset(stop_ids))
     engine.load(policy.weights, 0)
-    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    rounds_of: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder, linux_cpu.blas_limited(args.threads):
         save_model_folder(folder, policy.config, policy.weights)
         job = {
@@ -96,18 +109,15 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 print("go", file=process.stdin, flush=True)
                 theirs = ask(process)
                 if step:
-                    for side, result in (("ours", ours), ("theirs", theirs)):
-                        rates[side].append(result["tokens"] / result["seconds"])
+                    rounds_of["ours"].append(ours)
+                    rounds_of["theirs"].append(theirs)
             process.stdin.close()
-    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["theirs"], strict=True)]
     return {
         "benchmark": "vs_mlx_lm",
         "parameters": parameter_count(policy.config),
         **{name: value for name, value in vars(args).items() if name != "mlx_lm_python"},
-        "tokens_per_s": {side: round(statistics.median(values), 1) for side, values in rates.items()},
-        "most_tokens_per_s": {side: round(max(values), 1) for side, values in rates.items()},
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
+        "tokens_per_s": summarize(rounds_of, "seconds"),
+        "per_cpu_s": summarize(rounds_of, "cpu_s"),
         "load": round(os.getloadavg()[0], 2),
         "theirs": versions,
         "device": str(mx.default_device()),

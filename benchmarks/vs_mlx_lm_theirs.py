@@ -4,7 +4,7 @@
 
 Runs in an interpreter that has mlx-lm, and needs nothing of ours. The job: `rounds` (for each the prompts' ids, every
 prompt as often as it is sampled), `new_tokens`, `stop_ids` and `temperature`. Prints a JSON line when it is ready,
-`versions`, and one a round: `tokens` and `seconds`.
+`versions`, and one a round: `tokens`, `seconds` and `cpu_s`, of all its threads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(folder: str, job_file: str) -> None:
     sampler = sampling.make_sampler(job["temperature"])
     print(json.dumps({"versions": {name: version(name) for name in ("mlx", "mlx-lm")}}), flush=True)
     for prompts, _ in zip(job["rounds"], sys.stdin, strict=False):
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         rows = generate.BatchGenerator(
             model,
             stop_tokens=[[id_] for id_ in job["stop_ids"]],
@@ -44,7 +44,8 @@ def main(folder: str, job_file: str) -> None:
         while answers := rows.next_generated():
             tokens += len(answers)
         rows.close()
-        print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - start_s}), flush=True)
+        took = {"seconds": time.perf_counter() - start_s, "cpu_s": time.process_time() - start_cpu_s}
+        print(json.dumps({"tokens": tokens, **took}), flush=True)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def test_a_resume_removes_what_will_be_made_again_and_keeps_what_happened(tmp_pa
     assert rows(path, "SELECT * FROM incidents") == [
         (1, 3, 8.0, "scorer", "late", "3 s", 5), (2, 4, 9.0, "learner", "odd", "!", None)
     ]  # fmt: skip
-    assert rows(path, "SELECT * FROM checkpoints") == [(1, "c1", 5, 0.1, 21.0, 22.0), (2, "c2", 5, 0.1, 22.0, None)]
+    assert rows(path, "SELECT * FROM checkpoints") == [(1, "c1", 5, 0.1, 21.0, 22.0), (2, "c2", 5, 0.1, 22.0, 5.0)], (
+        "none stands"
+    )
     assert rows(path, "SELECT * FROM starts") == [
         (1, 1e9, os.getpid(), 0, "1.2.3", None), (2, 5.0, os.getpid(), 2, "1.2.3", None)
     ]  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,23 @@ async def test_steps_are_on_the_disk_before_a_checkpoint_of_them(
     await play(tiny_config(ragged_model, tmp_path, checkpoint__every=1, **WITH_STORE))
     assert [version for version, *_ in seen] == [1, 2, 3, 4]
     assert all(min(told) >= version for version, *told in seen)
+
+
+async def test_the_store_lists_the_checkpoints_that_are_there_after_a_stop_and_a_resume(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """A stop writes its checkpoint when nobody listens any more, and what is pruned then is told to nobody either."""
+    settings = {"checkpoint__every": 1, "checkpoint__keep": 1, "checkpoint__keep_best": False, "learner__max_steps": 6}
+    config = tiny_config(tiny_model, tmp_path, metrics__sinks=["sqlite"], **settings)
+    async with Supervisor(config, [weigh_ids]) as run:
+        async for update in run.updates():
+            if update.step == 3:
+                run.stop()
+    stopped = run.result.steps
+    async with Supervisor(config, [weigh_ids], resume=True) as run:
+        await run.wait()
+    with closing(sqlite3.connect(tmp_path / "run" / "run.sqlite")) as store:
+        rows = store.execute("SELECT version, bytes, removed_at IS NULL FROM checkpoints ORDER BY version").fetchall()
+    assert {version for version, _, _ in rows} >= {stopped, 6}
+    assert [version for version, _, stands in rows if stands] == [6]
+    assert all(size > 0 for _, size, _ in rows)

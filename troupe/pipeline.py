@@ -31,7 +31,7 @@ from troupe.actors.prompter import Prompter, PromptLedger
 from troupe.actors.remote_generator import RemoteGenerator
 from troupe.actors.scorer import Scorer
 from troupe.changes import Change, ChangesLog
-from troupe.checkpoint import RewardState, RunState, newer_versions
+from troupe.checkpoint import RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.gathering import gathering_for
 from troupe.messages import (
     Checkpoint,
@@ -383,11 +383,19 @@ def _shelf(prepared: Prepared) -> CheckpointLedger:
     found = prepared.checkpoint
     if found is None:
         return CheckpointLedger(abandoned=newer_versions(prepared.folder, -1))
-    unfinished = found.unfinished
+    unfinished, version = found.unfinished, found.state.version
+    folder = checkpoint_folder(prepared.folder, version)
     return CheckpointLedger(
-        newest=found.state.version,
+        newest=version,
         gids=frozenset(group.group.prompt.gid for group in (*unfinished.scored, *unfinished.collected)),
-        abandoned=newer_versions(prepared.folder, found.state.version),
+        abandoned=newer_versions(prepared.folder, version),
+        # once more: a stop writes its checkpoint when nobody listens any more, and a kill may come before the telling
+        untold=CheckpointWritten(
+            version=version,
+            folder=str(folder),
+            bytes=sum(file.stat().st_size for file in folder.glob("*")),
+            seconds=0.0,
+        ),
     )
 
 

@@ -60,7 +60,12 @@ _ADD_GROUP = "INSERT OR REPLACE INTO groups VALUES (?,?,?,?,?,?,?,?,?,?)"
 _ADD_COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
 _ADD_STEP = "INSERT OR REPLACE INTO steps VALUES (?,(SELECT max(start) FROM starts),?,?,?)"
 _ADD_INCIDENT = "INSERT INTO incidents VALUES ((SELECT max(start) FROM starts),?,?,?,?,?,?)"
-_ADD_CHECKPOINT = "INSERT OR REPLACE INTO checkpoints VALUES (?,?,?,?,?,NULL)"
+_ADD_CHECKPOINT = (
+    "INSERT INTO checkpoints VALUES (?,?,?,?,?,NULL) ON CONFLICT (version) DO UPDATE SET"
+    " folder = excluded.folder, bytes = excluded.bytes, removed_at = NULL,"
+    " seconds = iif(excluded.seconds > 0, excluded.seconds, seconds),"  # 0: told of once more
+    " time = iif(excluded.seconds > 0, excluded.time, time)"
+)
 _REMOVE_CHECKPOINT = "UPDATE checkpoints SET removed_at = ? WHERE version = ? AND removed_at IS NULL"
 
 Row = tuple[Any, ...]
@@ -199,6 +204,11 @@ class StoreWriter:
         if start is None:
             for table, column in _TO_BE_MADE_AGAIN:
                 do.execute(f"DELETE FROM {table} WHERE {column} > ?", (first_step,))
+            listed = do.execute("SELECT version, folder FROM checkpoints WHERE removed_at IS NULL").fetchall()
+            gone = [
+                version for version, folder in listed if not Path(folder).is_dir()
+            ]  # and a kill came before telling
+            do.executemany(_REMOVE_CHECKPOINT, [(facts[0], version) for version in gone])
             start = int(do.execute("SELECT coalesce(max(start), 0) + 1 FROM starts").fetchone()[0])
         do.execute("INSERT OR IGNORE INTO starts VALUES (?,?,?,?,?,NULL)", (start, *facts))
         return start

@@ -43,3 +43,26 @@ def test_the_draw_survives_a_real_vocabulary() -> None:
     for row, (token, uniform) in enumerate(zip(ids.astype(int), [0.0, 0.5, 0.999, 1.0], strict=True)):
         assert token < V - 1000
         assert ends[row, token - 1] - 1e-4 <= uniform <= ends[row, token] + 1e-4 if token else uniform == 0.0
+
+
+def test_the_draw_in_two_steps_inverts_the_exact_distribution() -> None:
+    shares = elementwise.exp(mx.random.normal((64, 2048), key=mx.random.key(1)) * 4)
+    shares[:, 128:640] = 0
+    shares[:, 1000:1100] = 0
+    uniforms = mx.random.uniform(shape=(64,), key=mx.random.key(2))
+    uniforms[:3] = mx.array([0.0, 1 - 2.0**-24, 1.0])
+    ids = np.array(draw_by_shares(shares, uniforms)).astype(int)
+    exact = np.array(shares).astype(np.float64)
+    assert np.all(exact[np.arange(64), ids] > 0)
+    ends = np.cumsum(exact, axis=-1) / exact.sum(axis=-1, keepdims=True)
+    past = ends[np.arange(64), ids]
+    wanted = np.array(uniforms).astype(np.float64)
+    assert np.all(wanted <= past + 1e-6)
+    assert np.all(past - exact[np.arange(64), ids] / exact.sum(axis=-1) <= wanted + 1e-6)
+
+
+def test_the_draw_in_two_steps_takes_the_first_and_last_id_with_a_share() -> None:
+    shares = mx.zeros((2, 2048))
+    shares[:, 700] = 0.25
+    shares[:, 1300] = 0.25
+    assert draw_by_shares(shares, mx.array([0.0, 1.0])).tolist() == [700, 1300]

@@ -104,8 +104,10 @@ class Checkpointer(Actor):
         self._pauses = pauses or growing_pauses
 
     async def start(self) -> None:
-        """Let all others have the processors first: nobody waits for a checkpoint as long as a step takes longer."""
+        """Let all others have the processors first: nobody waits for a checkpoint as long as a step takes longer. Tell
+        of a checkpoint that nobody has been told of."""
         await self._device.run(_step_back)
+        await self._tell_of_written()
 
     async def handle(self, message: Snapshot) -> None:
         """Write a checkpoint; for the last one also the plain model folder `final/`."""
@@ -159,9 +161,12 @@ class Checkpointer(Actor):
             faults, ledger.pruning_faults = ledger.pruning_faults, ()
             message = f"old checkpoints could not be removed: {'; '.join(faults)}; they go when that is mended"
             await self._tell("prune_failed", message)
-        if ledger.untold is not None and self._written is not None:
-            await self._written.send(ledger.untold)
-        ledger.untold = None
+        await self._tell_of_written()
+
+    async def _tell_of_written(self) -> None:
+        if self._ledger.untold is not None and self._written is not None:
+            await self._written.send(self._ledger.untold)
+        self._ledger.untold = None
 
     async def _failed(self, snapshot: Snapshot, error: OSError) -> None:
         again = "the next one will be tried"

@@ -1,7 +1,8 @@
 """Attention written out for processors: blocks of queries, each of which meets only the keys that it may see.
 
 Scores stand with keys as rows and queries as columns, because MLX reduces columns several times as fast as rows on a
-CPU, and every compiled loop has one result, because g++ vectorizes no loop with two. The gradient needs but one number
+CPU. Only the exponential is compiled: what is fused with a broadcast array and computed in place, g++ does not
+vectorize. The gradient needs but one number
 a query besides its result, the log of what its powers were divided by (Dao et al. 2022, arXiv:2205.14135). Knows
 rectangles, nothing of packing or models.
 
@@ -30,8 +31,8 @@ class Block(NamedTuple):
     keys: int
     causal: mx.array
     """Added to the scores, float32 (s, H/K·b): 0, or −∞ where a key comes after the query."""
-    padding: mx.array
-    """The same where a key stands for nothing, (B, 1, s, 1); or 0 () where there is no such key."""
+    padding: mx.array | None
+    """The same where a key stands for nothing, (B, 1, s, 1); None where there is no such key."""
 
 
 def blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> list[Block]:
@@ -43,7 +44,7 @@ def blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> 
         stop = min(start + size, T)
         keys = S - T + stop
         sees = mx.arange(keys)[:, None] <= mx.arange(S - T + start, keys)
-        padding = mx.array(0.0) if real is None else _bias(real[:, None, :keys, None])
+        padding = None if real is None else _bias(real[:, None, :keys, None])
         found.append(Block(start, stop, keys, mx.tile(_bias(sees), (1, heads_per_key)), padding))
     return found
 
@@ -54,13 +55,13 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, among: Sequen
     Not differentiable.
     """
     B, H, T, d = q.shape
+    q = q * scale
     outputs, normalizers = [], []
     for block in among:
         keys, values = k[:, :, : block.keys], v[:, :, : block.keys]
-        products = keys @ _part(q, block, k).swapaxes(-1, -2)
-        scores = compiled(_scores, products.shape)(products, scale, block.causal, block.padding)
+        scores = _scores(keys, _part(q, block, k), block)
         peak = mx.max(scores, axis=-2, keepdims=True)
-        powers = compiled(_powers, products.shape)(scores, peak)
+        powers = compiled(exponential, scores.shape)(scores - peak)
         total = mx.sum(powers, axis=-2, keepdims=True)
         o = powers.astype(v.dtype).swapaxes(-1, -2) @ values
         outputs.append(_whole(o / total.swapaxes(-1, -2).astype(v.dtype), block, H))
@@ -79,24 +80,30 @@ def attention_gradient(
     mean: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The cotangents of q, k and v, from that of the result. `mean`: Σ over d of o_grad times result, (B, H, T)."""
-    normalizer, mean = normalizer[..., None], mean[..., None]
+    scaled, normalizer, mean = q * scale, normalizer[..., None], mean[..., None]
     q_grads: list[mx.array] = []
     k_grad: mx.array | None = None
     v_grad: mx.array | None = None
     for block in reversed(among):
         keys, values = k[:, :, : block.keys], v[:, :, : block.keys]
-        queries, of_outputs = _part(q, block, k), _part(o_grad, block, k)
+        queries, of_outputs = _part(scaled, block, k), _part(o_grad, block, k)
         log_total, means = (_part(x, block, k).swapaxes(-1, -2) for x in (normalizer, mean))
-        products = keys @ queries.swapaxes(-1, -2)
-        shares = compiled(_shares, products.shape)(products, scale, block.causal, block.padding, log_total)
-        shares_grad = values @ of_outputs.swapaxes(-1, -2)
-        grad = compiled(_products_gradient, products.shape)(shares, shares_grad, means, scale)
-        q_grads.append(_whole(grad.swapaxes(-1, -2) @ keys, block, q.shape[1]))
+        scores = _scores(keys, queries, block)
+        shares = compiled(exponential, scores.shape)(scores - log_total)
+        v_grad = _added(v_grad, shares.astype(q.dtype) @ of_outputs)
+        shares_grad = (values @ of_outputs.swapaxes(-1, -2)).astype(mx.float32)
+        grad = (shares * (shares_grad - means)).astype(q.dtype)
         k_grad = _added(k_grad, grad @ queries)
-        v_grad = _added(v_grad, shares @ of_outputs)
+        q_grads.append(_whole(grad.swapaxes(-1, -2) @ keys, block, q.shape[1]))
     assert k_grad is not None
     assert v_grad is not None
-    return _joined(q_grads[::-1], 3).reshape(q.shape), k_grad, v_grad
+    return _joined(q_grads[::-1], 3).reshape(q.shape) * scale, k_grad, v_grad
+
+
+def _scores(keys: mx.array, queries: mx.array, block: Block) -> mx.array:
+    """Keys (B, K, s, d), scaled queries (B, K, n, d) → float32 (B, K, s, n)."""
+    scores = (keys @ queries.swapaxes(-1, -2)).astype(mx.float32) + block.causal
+    return scores if block.padding is None else scores + block.padding
 
 
 def _part(x: mx.array, block: Block, k: mx.array) -> mx.array:
@@ -126,21 +133,3 @@ def _added(total: mx.array | None, x: mx.array) -> mx.array:
 
 def _bias(sees: mx.array) -> mx.array:
     return mx.where(sees, 0.0, -mx.inf)
-
-
-def _scores(products: mx.array, scale: float, causal: mx.array, padding: mx.array) -> mx.array:
-    return products.astype(mx.float32) * scale + causal + padding
-
-
-def _powers(scores: mx.array, peak: mx.array) -> mx.array:
-    return exponential(scores - peak)
-
-
-def _shares(products: mx.array, scale: float, causal: mx.array, padding: mx.array, normalizer: mx.array) -> mx.array:
-    powers = exponential(_scores(products, scale, causal, padding) - normalizer)
-    return powers.astype(products.dtype)
-
-
-def _products_gradient(shares: mx.array, shares_grad: mx.array, mean: mx.array, scale: float) -> mx.array:
-    grad = shares.astype(mx.float32) * (shares_grad.astype(mx.float32) - mean) * scale
-    return grad.astype(shares.dtype)

@@ -1,7 +1,8 @@
 """Rows of an embedding table, with a gradient that is the same each time.
 
 MLX adds up the gradients of equal ids by atomic additions on a GPU, in whatever order they come. Here each id's are
-added up in the order of the tokens, by segmented sums of doubling reach (Hillis & Steele 1986, doi:10.1145/7902.7903).
+added up in the order of the tokens: on a CPU by the one thread that adds there, elsewhere by segmented sums of doubling
+reach (Hillis & Steele 1986, doi:10.1145/7902.7903).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def embed(table: mx.array, ids: mx.array) -> mx.array:
 
 def sum_by_id(x: mx.array, ids: mx.array, size: int) -> mx.array:
     """(n, D) and ids (n,) in [0, size) → (size, D), whose row i is the sum of the x of id i, summed in float32."""
+    if is_on_cpu():
+        return mx.zeros((size, x.shape[1])).at[ids].add(x.astype(mx.float32)).astype(x.dtype)
     n = ids.shape[0]
     order = mx.argsort(ids.astype(mx.int64) * n + mx.arange(n))
     run = ids[order]

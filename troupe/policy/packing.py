@@ -127,7 +127,6 @@ class Packing:
                 G = self._completions.rows // self._prompts.rows
                 real = mx.repeat(mx.concatenate([self._prompts.is_real, own], axis=1), G, axis=0)
             self._known_blocks = blocks(P, P, heads_per_key), blocks(T, P + T, heads_per_key, real)
-            mx.eval(self._known_blocks)
         return self._known_blocks
 
     def sources(self, hidden: mx.array) -> mx.array:
@@ -153,7 +152,8 @@ class Packing:
 
         @attended.vjp
         def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-            return self.attend_gradient(*primals, scale, cotangents[0], outputs)
+            q, k, v = primals
+            return self.attend_gradient(q, k, v, scale, cotangents[0], outputs)
 
         return cast("tuple[mx.array, mx.array]", attended(q, k, v))[0]
 
