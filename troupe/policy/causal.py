@@ -23,6 +23,11 @@ BLOCK = 64
 """About so many queries are taken together: fewer waste less on keys out of sight, more suit matrix products."""
 
 
+def block_size(T: int) -> int:
+    """b: of T queries so many are taken together."""
+    return -(-T // max(1, round(T / BLOCK)))
+
+
 class Block(NamedTuple):
     """Queries [start, stop) and the first `keys` keys."""
 
@@ -37,8 +42,7 @@ class Block(NamedTuple):
 
 def blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> list[Block]:
     """For T queries, the last of S tokens. `real`, bools (B, S): which keys count; each query must see one at least."""
-    count = max(1, round(T / BLOCK))
-    size = -(-T // count)
+    size = block_size(T)
     found = []
     for start in range(0, T, size):
         stop = min(start + size, T)
@@ -66,6 +70,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, among: Sequen
         o = powers.astype(v.dtype).swapaxes(-1, -2) @ values
         outputs.append(_whole(o / total.swapaxes(-1, -2).astype(v.dtype), block, H))
         normalizers.append(_whole((peak + mx.log(total)).swapaxes(-1, -2), block, H))
+        k, v = mx.depends([k, v], [outputs[-1]])  # one block after the other, or all scores would be held at once
     return _joined(outputs, 3).reshape(B, H, T, d), _joined(normalizers, 3).reshape(B, H, T)
 
 
@@ -95,6 +100,7 @@ def attention_gradient(
         grad = (shares * (shares_grad - means)).astype(q.dtype)
         k_grad = _added(k_grad, grad @ queries)
         q_grads.append(_whole(grad.swapaxes(-1, -2) @ keys, block, q.shape[1]))
+        k, v = mx.depends([k, v], [k_grad, v_grad, q_grads[-1]])
     assert k_grad is not None
     assert v_grad is not None
     return _joined(q_grads[::-1], 3).reshape(q.shape) * scale, k_grad, v_grad

@@ -3,8 +3,8 @@
 Knows nothing of losses, optimizers and how much memory is free. Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
-          matrix products, D + 2·H·d + 2·K·d + 2·F
-head      beside what is kept, hidden states of M targets; of each logit of a block 33 bytes forwards, 16 backwards and
+          matrix products, D + 2·H·d + 2·K·d + 2·F, on a CPU with H float32 that attention was divided by
+head      beside what is kept, hidden states of M targets; of each logit of a block 17 bytes forwards, 16 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
           twice the gradient of the head, V·D
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
@@ -24,6 +24,7 @@ import math
 import mlx.core as mx
 import msgspec
 
+from troupe.policy.causal import block_size
 from troupe.policy.head import block_rows
 from troupe.policy.qwen3 import Qwen3Config, parameter_count
 
@@ -73,9 +74,10 @@ def gradient_memory_bytes(
     layer = (numbers - table * (1 if config.tie_word_embeddings else 2) - D) // L
     made = size + 4 if adds_up and size < 4 else size  # bytes of a new gradient, with its like in float32
     sums = 4 * numbers if adds_up else 0
-    kept = L * N * (D if recompute else D + _inside(config)) * size
+    normalizers = 4 * config.num_attention_heads if on_cpu else 0
+    kept = L * N * (D * size if recompute else (D + _inside(config)) * size + normalizers)
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
-    forwards, backwards, of_entropies = (33, 16, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
+    forwards, backwards, of_entropies = (17, 16, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
     head = kept + (N * D + 3 * M * D) * size + 3 * M * D * 4
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
@@ -103,8 +105,8 @@ def _layer_bytes(config: Qwen3Config, batch: MicroBatch, size: int, *, recompute
     N, R, P, T = batch.tokens, batch.rows, batch.prompt_length, batch.completion_length - 1
     attention = N * (5.2 * H + 2.1 * K) * d
     if on_cpu:
-        scores = sorted([R * H * T * (P + T), batch.prompts * H * P * P])
-        attention += 5.4 * scores[1] + 3.2 * scores[0] + 2 * R * (P + T) * K * d
+        scores = max(R * H * block_size(T) * (P + T), batch.prompts * H * block_size(P) * P)
+        attention += SC * scores + KV * R * (P + T) * K * d
     else:
         attention += R * (P + T) * (6 * H + 4 * K) * d
     again = N * (_inside(config) + F) if recompute else 0
