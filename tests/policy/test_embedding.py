@@ -5,11 +5,17 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from troupe.policy import embedding
 from troupe.policy.embedding import embed, sum_by_id
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def device_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of adding up, wherever the tests run."""
+    monkeypatch.setattr(embedding, "is_on_cpu", lambda: request.param == "cpu")
 
 
 def by_definition(x: np.ndarray, ids: np.ndarray, size: int) -> np.ndarray:
@@ -18,6 +24,7 @@ def by_definition(x: np.ndarray, ids: np.ndarray, size: int) -> np.ndarray:
     return sums
 
 
+@pytest.mark.usefixtures("device_path")
 @pytest.mark.parametrize(
     "ids",
     [
@@ -36,7 +43,8 @@ def test_sums_are_those_of_numpy(ids: list[int]) -> None:
     np.testing.assert_allclose(ours, by_definition(x, np.array(ids), 7), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@pytest.mark.usefixtures("device_path")
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(st.integers(0, 4), min_size=1, max_size=40), power=st.integers(0, 5))
 def test_whole_numbers_are_added_up_exactly(ids: list[int], power: int) -> None:
     x = np.array([[2.0**power * i, -i] for i in range(len(ids))], np.float32)
@@ -45,6 +53,7 @@ def test_whole_numbers_are_added_up_exactly(ids: list[int], power: int) -> None:
     )
 
 
+@pytest.mark.usefixtures("device_path")
 def test_the_same_sums_again_have_the_same_bits_and_do_not_depend_on_other_ids() -> None:
     rng = np.random.default_rng(2)
     ids = rng.integers(0, 50, size=3000)
@@ -56,6 +65,7 @@ def test_the_same_sums_again_have_the_same_bits_and_do_not_depend_on_other_ids()
     np.testing.assert_array_equal(np.array(sum_by_id(mx.array(x[some]), mx.array(ids[some]), 50))[:25], first[:25])
 
 
+@pytest.mark.usefixtures("device_path")
 def test_low_precision_is_summed_in_float32() -> None:
     x = mx.full((1000, 2), 1.0, dtype=mx.bfloat16)  # in bfloat16, 256 + 1 is 256
     sums = sum_by_id(x, mx.zeros(1000, mx.int32), 2)

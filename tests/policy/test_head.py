@@ -190,3 +190,16 @@ def test_processors_and_gpus_have_their_own_sizes(monkeypatch: pytest.MonkeyPatc
     assert [block.stop for block in head._blocks(1000, 10)] == [256, 512, 768, 1000]
     monkeypatch.setattr(head, "is_on_cpu", lambda: False)
     assert [block.stop for block in head._blocks(1000, 10)] == [512, 1000]
+
+
+def test_powers_in_one_loop_are_those_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = mx.random.normal((5, 300), key=mx.random.key(0))
+    peak = mx.max(logits, axis=-1, keepdims=True)
+    found = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(head, "is_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        found.append(head._powers(logits, 0.5, peak * 0.5))
+    expected = np.exp(0.5 * (np.array(logits) - np.array(peak)))
+    for powers, weighted in found:
+        np.testing.assert_allclose(np.array(powers), expected, rtol=1e-5)
+        np.testing.assert_allclose(np.array(weighted), expected * np.log(expected), rtol=1e-4, atol=1e-6)

@@ -4,7 +4,7 @@ Knows nothing of losses, optimizers and how much memory is free. Counts what `co
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
           matrix products, D + 2·H·d + 2·K·d + 2·F, on a CPU with H float32 that attention was divided by
-head      beside what is kept, hidden states of M targets; of each logit of a block 17 bytes forwards, 16 backwards and
+head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
           twice the gradient of the head, V·D
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
@@ -77,7 +77,7 @@ def gradient_memory_bytes(
     normalizers = 4 * config.num_attention_heads if on_cpu else 0
     kept = L * N * (D * size if recompute else (D + _inside(config)) * size + normalizers)
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
-    forwards, backwards, of_entropies = (17, 16, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
+    forwards, backwards, of_entropies = (25, 20, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
     head = kept + (N * D + 3 * M * D) * size + 3 * M * D * 4
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
@@ -106,7 +106,7 @@ def _layer_bytes(config: Qwen3Config, batch: MicroBatch, size: int, *, recompute
     attention = N * (5.2 * H + 2.1 * K) * d
     if on_cpu:
         scores = max(R * H * block_size(T) * (P + T), batch.prompts * H * block_size(P) * P)
-        attention += SC * scores + KV * R * (P + T) * K * d
+        attention += 4.9 * scores + 5 * R * (P + T) * K * d
     else:
         attention += R * (P + T) * (6 * H + 4 * K) * d
     again = N * (_inside(config) + F) if recompute else 0
