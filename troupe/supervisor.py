@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 
 from troupe.changes import ChangesLog, check_change
 from troupe.config import RunConfig, check_config
-from troupe.messages import Checkpoint, Drain, Pause, Resume, Status, Step, Update
+from troupe.messages import NOT_STARTED, Checkpoint, Drain, Pause, Resume, Status, Step, Update
 from troupe.performance import Errands, Exchange, Performance, Setting
 from troupe.pipeline import Pipeline, build_pipeline
 from troupe.prepare import Prepared, prepare
@@ -26,21 +26,6 @@ from troupe.summary import RunResult
 from troupe.tables import anchored_reward
 
 _LISTENER_BOUND = 64
-
-_NOT_LOADED = Status(
-    phase="starting",
-    step=0,
-    total_steps=0,
-    policy_version=0,
-    groups=(),
-    queues={},
-    doing={},
-    held=(),
-    rewards_down={},
-    restarts={},
-    incidents={},
-    metrics={},
-)
 
 
 class Supervisor:
@@ -164,7 +149,7 @@ class Supervisor:
         """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
         performance = self._performance
         if performance is None:
-            return _NOT_LOADED
+            return NOT_STARTED
         pipeline, now_s = self._pipeline, time.perf_counter()
         updates = self._newest_update.waiting
         return Status(

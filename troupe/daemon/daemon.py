@@ -25,6 +25,7 @@ from troupe.daemon.restarts import Attempts
 from troupe.daemon.settings import DaemonConfig
 from troupe.errors import ConfigError
 from troupe.messages import (
+    NOT_STARTED,
     Done,
     Drain,
     GetStatus,
@@ -45,20 +46,6 @@ _ANSWER_S = 5.0
 """That a trainer may take to answer before the daemon answers for it."""
 _GONE = (anyio.EndOfStream, anyio.BrokenResourceError, FrameError, msgspec.MsgspecError)
 _FROM_SIGNAL = "a signal"
-_NOTHING_KNOWN = Status(
-    phase="starting",
-    step=0,
-    total_steps=0,
-    policy_version=0,
-    groups=(),
-    queues={},
-    doing={},
-    held=(),
-    rewards_down={},
-    restarts={},
-    incidents={},
-    metrics={},
-)
 
 
 class Child(Protocol):
@@ -130,7 +117,7 @@ class Daemon:
         self._spawn = spawn
         self._clock = clock
         self._attempts = attempts or Attempts(config, clock=clock)
-        self._known = _NOTHING_KNOWN
+        self._known = NOT_STARTED
         self._in_force = flattened(order.table)
         """What the configuration file says that has been taken over."""
         self._trainer: _Trainer | None = None

@@ -1,6 +1,7 @@
 """The vocabulary of the play: typed, frozen messages. Imports nothing else of ours."""
 
 from troupe.messages.control import (
+    NOT_STARTED,
     Checkpoint,
     Done,
     Drain,
@@ -47,6 +48,7 @@ from troupe.messages.training import (
 )
 
 __all__ = [
+    "NOT_STARTED",
     "ChatMessage",
     "Checkpoint",
     "CheckpointWritten",

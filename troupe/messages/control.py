@@ -144,3 +144,20 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Those of the newest Update; empty before the first."""
     restarting: Restarting | None = None
     """None where the run has not failed."""
+
+
+NOT_STARTED = Status(
+    phase="starting",
+    step=0,
+    total_steps=0,
+    policy_version=0,
+    groups=(),
+    queues={},
+    doing={},
+    held=(),
+    rewards_down={},
+    restarts={},
+    incidents={},
+    metrics={},
+)
+"""Of a run of which nothing is known yet."""
