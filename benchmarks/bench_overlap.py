@@ -247,7 +247,7 @@ def rewards_part(bench: Bench) -> Iterator[dict[str, Any]]:
     device_s = bench.sequential(service(0.0, bench.args.prompts)).device_s
     waves = -(-bench.args.prompts * bench.args.group // 16)  # the judge is asked about 16 completions at once
     with judge(delay_s=device_s / waves) as url:
-        yield _compared(bench, "http_judge", lambda: _judge_at(url))
+        yield {**_compared(bench, "http_judge", lambda: _judge_at(url)), "judge_s": round(device_s, 4)}
     yield _compared(bench, "code_reward", lambda: load_reward(f"{EXAMPLES / 'code_reward.py'}:passes_tests"))
 
 

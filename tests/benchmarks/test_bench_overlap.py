@@ -36,7 +36,7 @@ def test_latencies_are_compared_with_a_sequential_loop(capsys: pytest.CaptureFix
 def test_rewards_of_the_examples_and_processes(capsys: pytest.CaptureFixture[str]) -> None:
     judge, code, thread, process = lines_of(capsys, "--parts", "rewards", "processes")
     assert [judge["reward"], code["reward"]] == ["http_judge", "code_reward"]
-    assert judge["sequential_score_s"] > 0.9 * judge["sequential_device_s"] > 0
+    assert judge["sequential_score_s"] >= 0.99 * judge["judge_s"] > 0
     assert [thread["generator"], process["generator"]] == ["thread", "process"]
     assert "ok" not in thread
     assert process["ok"] == (process["speedup"] >= 1.5)
