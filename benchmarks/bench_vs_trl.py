@@ -167,6 +167,7 @@ def prepare(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, list
         "model": demo.model.path,
         "rows": [row | {"prompt_ids": tokenizer.encode(row["prompt"])} for row in rows],
         "threads": args.threads,
+        "reward": "exact_answer",
         "settings": trl_settings(config) | {"gradient_checkpointing": args.trl_checkpointing},
     }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")

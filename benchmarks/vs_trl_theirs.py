@@ -1,9 +1,10 @@
-"""TRL's side of `bench_vs_trl.py`: one run of the real GRPOTrainer on the CPU, with generation by transformers.
+"""TRL's side of `bench_vs_trl.py` and `bench_vs_step.py`: one run of the real GRPOTrainer on the CPU.
 
     python benchmarks/vs_trl_theirs.py JOB.json RESULT.json
 
 Runs in an interpreter that has TRL, and needs nothing of ours. The job: `model` (folder), `rows` (objects with
-`prompt`, `answer` and `prompt_ids`, in the order of training), `threads`, and `settings`, the arguments of GRPOConfig.
+`prompt`, `answer` and `prompt_ids`, in the order of training), `threads` (null: as many as it takes), `reward`
+("exact_answer" or "varied"), and `settings`, the arguments of GRPOConfig.
 The result: `origin_s`, when the first step began, `ended_s`, when each step ended (both on the monotonic clock, which
 all processes of a machine share), `metrics` of each step, `versions` and `device`.
 """
@@ -29,6 +30,14 @@ def exact_answer_reward(completions: list[str], answer: list[str], **columns: An
     ]
 
 
+def varied_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Differs between completions, so that there is something to learn."""
+    return [sum(ids) % 17 / 17 for ids in completion_ids]
+
+
+REWARDS = {"exact_answer": exact_answer_reward, "varied": varied_reward}
+
+
 def check_tokenizer(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     """Both sides must see the same ids; ValueError names the first prompt that TRL would see otherwise."""
     for row in rows:
@@ -40,7 +49,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train as the job says."""
     # Not imported by name: the type checker of the repository runs without them.
     torch, datasets, transformers, trl = map(importlib.import_module, ("torch", "datasets", "transformers", "trl"))
-    torch.set_num_threads(job["threads"])
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    reward_of: Any = REWARDS[job["reward"]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     check_tokenizer(tokenizer, job["rows"])
     began_s: list[float] = []
@@ -54,9 +65,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ended_s.append(time.monotonic())
 
-    def reward(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    def reward(prompts: list[str], **columns: Any) -> list[float]:
         served.extend(prompts[:: job["settings"]["num_generations"]])
-        return exact_answer_reward(completions, answer)
+        found: list[float] = reward_of(**columns)
+        return found
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.GRPOTrainer(

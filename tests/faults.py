@@ -15,6 +15,7 @@ from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
 from troupe.rewards import RewardManager
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
+from troupe.runtime.device import Items
 
 RESTARTABLE = (Prompter, Generator, Scorer, Checkpointer, Metrics)
 SENDERS = {"prompts": "prompter", "rollouts": "generator", "scored": "scorer"}
@@ -60,6 +61,7 @@ class Faults:
             self._wrap(patch, PolicyBoard, "newer_than", lambda *_: "generator")
             self._wrap(patch, RewardManager, "score_group", lambda *_: "scorer")
             self._wrap(patch, DeviceThread, "run", lambda device, *_: device._executor._name)
+            self._wrap(patch, Items, "next", lambda items, *_: items._executor._name)
             for actor in RESTARTABLE:
                 patch.setattr(actor, "stop", self._stop(actor.stop))
                 for step in ("start", "handle", "finish"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -95,6 +95,7 @@ class VirtualExecutor:
         self._hooks = hooks
         self._free_at_s = 0.0
         self._closed = False
+        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         if self._closed:
@@ -102,13 +103,15 @@ class VirtualExecutor:
         loop = asyncio.get_running_loop()
         self._free_at_s = max(loop.time(), self._free_at_s) + self._hooks.delay_s(self._name)
         future: Future[Any] = Future()
-        loop.call_at(self._free_at_s, self._perform, future, function, args)
+        self._waiting.append((future, function, args))
+        loop.call_at(self._free_at_s, self._perform)  # timers of one moment come in any order, calls do not
         return future
 
     def shutdown(self, *, wait: bool) -> None:
         self._closed = True
 
-    def _perform(self, future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _perform(self) -> None:
+        future, function, args = self._waiting.popleft()
         try:
             self._hooks.on_step(self._name, "compute")
             result = function(*args)

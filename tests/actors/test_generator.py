@@ -79,15 +79,15 @@ async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish()
     assert ended(stage.scorer)
     assert stage.made_on.startswith("troupe-generator")
     spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
-    assert [(s.name, s.step, s.gid, s.kind, s.lane) for s in spans if s.name != "idle"] == [
-        ("wait for policy", 0, None, "wait", 0),
-        ("decode", 0, None, "work", 0),
-        ("write text", 0, None, "work", 0),
-        ("hand over", 0, second.gid, "work", 0),
-        ("decode", 0, None, "work", 0),
-        ("write text", 0, None, "work", 0),
-        ("hand over", 0, first.gid, "work", 0),
-        ("generate", 0, None, "work", 0),
+    assert [(s.name, s.step, s.gid, s.kind) for s in spans if s.name != "idle"] == [
+        ("wait for policy", 0, None, "wait"),
+        ("decode", 0, None, "work"),
+        ("write text", 0, None, "work"),
+        ("hand over", 0, second.gid, "work"),
+        ("decode", 0, None, "work"),  # begun before the first group was handed over, or after: nobody waits for it
+        ("write text", 0, None, "work"),
+        ("hand over", 0, first.gid, "work"),
+        ("generate", 0, None, "work"),
     ]
 
 
@@ -151,7 +151,7 @@ async def test_a_cancel_aborts_the_decode_and_waits_for_its_thread() -> None:
             super().abort()
             go_on.set()
 
-    engine = ReleasedByAbort(order=[0, 1], between=between)
+    engine = ReleasedByAbort(order=[0], between=between)
     stage = Stage(engine)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stage.generator.run)

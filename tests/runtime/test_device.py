@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +155,66 @@ async def test_a_call_cancelled_before_it_began_never_runs_after_the_caller_has_
             await device.run(ran.append, 1)
         done = list(ran)
     assert ran == done
+
+
+async def test_an_iterator_runs_ahead_of_who_looks_at_its_items() -> None:
+    made: list[int] = []
+    third = threading.Event()
+
+    def count() -> Iterator[list[int]]:
+        for i in range(1, 5):
+            if i == 3:
+                third.set()
+            made.append(i)
+            yield made[-1:]
+
+    async with DeviceThread("ahead") as device, device.iterate(count(), on_leave=lambda: made.append(-1)) as items:
+        assert await items.next() == [1]
+        assert await items.next() == [2]
+        await anyio.to_thread.run_sync(third.wait, 10)  # though nobody has asked for it
+        assert [await items.next() for _ in range(3)] == [[3], [4], None]
+    assert made == [1, 2, 3, 4], "who saw the end has not left early"
+
+
+@pytest.mark.parametrize("why", ["error", "cancel", "return"])
+async def test_who_leaves_an_iterator_early_asks_it_to_end_and_waits(why: str) -> None:
+    asked, inside = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def work() -> Iterator[str]:
+        yield "first"
+        inside.set()
+        assert asked.wait(10)
+        seen.append("worked")
+        yield "second"
+
+    def ask() -> None:
+        seen.append("asked")
+        asked.set()
+
+    with anyio.CancelScope() as scope, suppress(ValueError):
+        async with DeviceThread("leave") as device:
+            async with device.iterate(work(), on_leave=ask) as items:
+                assert await items.next() == "first"
+                await anyio.to_thread.run_sync(inside.wait, 10)
+                if why == "cancel":
+                    scope.cancel()
+                    await items.next()
+                if why == "error":
+                    raise ValueError("no use for it")
+            seen.append("left")
+    assert seen == ["asked", "worked"] + ["left"] * (why == "return")
+
+
+async def test_an_iterator_that_fails_gives_what_came_before_and_then_its_error() -> None:
+    def work() -> Iterator[int]:
+        yield 1
+        raise OSError("the device is gone")
+
+    async with DeviceThread("fails") as device, device.iterate(work(), on_leave=lambda: None) as items:
+        assert await items.next() == 1
+        with pytest.raises(OSError, match="the device is gone"):
+            await items.next()
 
 
 async def test_close_ends_the_thread_and_may_come_twice() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import anyio
 
@@ -13,6 +13,15 @@ from troupe.learning import as_rollouts
 from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup
 from troupe.policy import RolloutEngine, RolloutRequest, Weights
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
+
+
+class _Ready(NamedTuple):
+    """What is complete at one token."""
+
+    groups: list[tuple[int, tuple[Rollout, ...]]]
+    """(Place of the prompt, its completions)."""
+    computed: list[tuple[str, float, float]]
+    """What the device did since the one before, and when."""
 
 
 class Generator(Actor):
@@ -65,7 +74,6 @@ class Generator(Actor):
         self._recorded = {} if recorded is None else recorded
         self._rounds: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
         self._there: list[Prompt] = []
-        self._computed: list[tuple[str, float, float]] = []  # what the device did since it was last asked, and when
         self._device = device
         self._engine: RolloutEngine
 
@@ -128,30 +136,27 @@ class Generator(Actor):
     async def _decode(self, prompts: Sequence[Prompt], step: int | None) -> None:
         requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=self._key(prompt)) for prompt in prompts]
         with self.report.span("generate", step=step):
-            completed = self._completed(requests)
-            while ready := await self._device.run(next, completed, None, on_cancel=self._engine.abort, plain=True):
-                self._tell_computed(step)
-                for index, rollouts in ready:
-                    await self._hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))
+            async with self._device.iterate(self._completed(requests), on_leave=self._engine.abort) as completed:
+                while ready := await completed.next():
+                    for name, start_s, end_s in ready.computed:
+                        self.report.record(name, start_s, end_s, step=step)
+                    for index, rollouts in ready.groups:
+                        await self._hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))
             self._engine.release()  # the next step has other weights, and the learner needs room
 
-    def _completed(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, tuple[Rollout, ...]]]]:
-        """Lists of (place of the prompt, its completions); for the device's thread, texts included."""
-        self._computed = []
+    def _completed(self, requests: Sequence[RolloutRequest]) -> Iterator[_Ready]:
+        """Groups as they are completed, texts included; for the device's thread."""
+        computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
         for groups in self._engine.decode_lists(requests):
             end_s = time.perf_counter()
-            self._computed.append(("decode" if groups else "prefill", start_s, end_s))
+            computed.append(("decode" if groups else "prefill", start_s, end_s))
             if groups:
-                ready = [(group.index, as_rollouts(group, self._decode_text)) for group in groups]
-                self._computed.append(("write text", end_s, time.perf_counter()))
-                yield ready
+                completions = [(group.index, as_rollouts(group, self._decode_text)) for group in groups]
+                computed.append(("write text", end_s, time.perf_counter()))
+                yield _Ready(completions, computed)
+                computed = []
             start_s = time.perf_counter()
-
-    def _tell_computed(self, step: int | None) -> None:
-        computed, self._computed = self._computed, []
-        for name, start_s, end_s in computed:
-            self.report.record(name, start_s, end_s, step=step)
 
     async def _hand_over(self, group: RolloutGroup) -> None:
         if group.prompt.gid not in self._handed_over:

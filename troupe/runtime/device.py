@@ -7,9 +7,11 @@ So an actor that computes owns one pinned thread with its own stream, and nothin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
 
 import anyio
 import mlx.core as mx
@@ -17,6 +19,8 @@ import msgspec
 
 T = TypeVar("T")
 _PLAIN = {int, float, str}
+_AHEAD = 2
+"""Items of an iterator that are asked for before they are needed: one that is made, and one to go on with at once."""
 
 
 def arrays_in(tree: Any) -> Iterator[mx.array]:
@@ -37,6 +41,35 @@ def arrays_in(tree: Any) -> Iterator[mx.array]:
     elif isinstance(tree, list | tuple) and not set(map(type, tree)) <= _PLAIN:  # token ids come by the thousand
         for value in tree:
             yield from arrays_in(value)
+
+
+class Items(Generic[T]):
+    """What an iterator on a device thread comes to, item by item. Made by `DeviceThread.iterate`."""
+
+    def __init__(self, executor: ThreadPoolExecutor, iterator: Iterator[T]) -> None:
+        self._executor = executor
+        self._iterator = iterator
+        self._asked: deque[asyncio.Future[T | None]] = deque()
+        self.ended = False
+        """Whether the last item was given."""
+
+    async def next(self) -> T | None:
+        """The next item; None after the last."""
+        while len(self._asked) < _AHEAD:
+            future = self._executor.submit(_evaluated, next, (self._iterator, None), True)
+            self._asked.append(asyncio.wrap_future(future))
+        item = await asyncio.shield(self._asked[0])
+        self._asked.popleft()
+        self.ended = item is None
+        return item
+
+    async def end(self) -> None:
+        """Wait until nothing is computed any more."""
+        if self._asked:
+            await asyncio.wait(self._asked)
+        for future in self._asked:
+            if not future.cancelled():
+                future.exception()  # retrieved: nobody asks for these items
 
 
 class DeviceThread:
@@ -72,6 +105,22 @@ class DeviceThread:
             if not future.cancelled():
                 future.exception()  # retrieved: the cancellation is what counts now
             raise
+
+    @asynccontextmanager
+    async def iterate(self, iterator: Iterator[T], *, on_leave: Callable[[], None]) -> AsyncIterator[Items[T]]:
+        """Have an iterator go on by itself on the device thread while what it gave already is looked at.
+
+        Its items have no arrays in them, and none is None. Who leaves before the last item calls `on_leave` (on the
+        event loop), which asks the iterator to end early, and waits until it has.
+        """
+        items = Items(self._executor, iterator)
+        try:
+            yield items
+        finally:
+            if not items.ended:
+                on_leave()
+            with anyio.CancelScope(shield=True):
+                await items.end()
 
     async def close(self) -> None:
         """Clear the thread's streams and end it. Safe to call twice."""
