@@ -21,6 +21,10 @@ LIBRARY_NAMES = ("libopenblas.so.0", "libopenblas.so")
 COMPILER = "g++"
 REMEDY = "install it with: sudo apt-get install -y libopenblas0-pthread g++"
 
+_MALLOC = {-3: 2**25, -1: 2**31 - 1, -2: 2**26, -8: 1}
+"""Numbers of <malloc.h>: M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD out of reach, M_TOP_PAD 64 MB, and one arena
+(M_ARENA_MAX): those of other threads are unmapped whenever they are empty."""
+
 OpenBlasState = Literal["not needed", "loaded", "missing", "too late"]
 
 
@@ -61,6 +65,17 @@ def blas_limited(threads: int | None) -> Iterator[None]:
         yield
     finally:
         library.openblas_set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of arrays that were freed for those that come next, instead of giving it back to the
+    system, which would map and clear it anew: MLX allocates every result. Arrays above 32 MB come and go as before."""
+    if sys.platform != "linux":
+        return
+    with suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in _MALLOC.items():
+            mallopt(parameter, value)
 
 
 def run_without_compiler() -> None:
