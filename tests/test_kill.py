@@ -12,6 +12,8 @@ import pytest
 
 from tests.kills import EVERY, STEPS, G, P, Trainer, play_and_kill, read_store, write_run
 
+pytestmark = pytest.mark.alone
+
 PINNED: dict[str, Any] = {"schedule__max_staleness": 1, "schedule__generator": "thread"}
 FREE = PINNED | {"schedule__mode": "free"}
 TIMES = ("step_time", "learn_time", "tokens_per_second", "learn_tokens_per_second", "peak_memory_gb", "spans_dropped")

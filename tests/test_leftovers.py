@@ -17,6 +17,8 @@ import pytest
 from tests.fakes import tiny_config, weigh_ids, write_ragged_model
 from troupe.supervisor import Supervisor
 
+pytestmark = pytest.mark.alone
+
 Body = Callable[[Supervisor], Awaitable[None]]
 
 

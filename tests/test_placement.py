@@ -25,7 +25,7 @@ from troupe.runtime import ChildProcess
 from troupe.summary import RunResult
 from troupe.weights_files import SHARED_MEMORY, remove_leftovers
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 PATIENCE_S = 120.0
 PLACED: dict[str, Any] = {"schedule__generator": "process", "schedule__blas_threads": 1}
 FULL: dict[str, Any] = {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from troupe.summary import RunResult
     from troupe.supervisor import Supervisor, train
 
+linux_cpu.keep_freed_memory()
 linux_cpu.run_without_compiler()
 
 __version__ = "0.1.0"

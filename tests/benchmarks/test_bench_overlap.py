@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import bench_overlap as bench
 
+pytestmark = pytest.mark.alone
+
 SMALL = ["--steps", "1", "--prompts", "2", "--group", "2", "--new-tokens", "4"]
 
 

@@ -15,6 +15,8 @@ from benchmarks import vs_trl_theirs as theirs
 from troupe.config import DEMO_CONFIG
 from troupe.rewards import exact_answer_reward
 
+pytestmark = pytest.mark.alone
+
 
 def arguments(*more: str) -> argparse.Namespace:
     return bench.parse(["--trl-python", "python-with-trl", *more])

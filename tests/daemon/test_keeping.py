@@ -28,6 +28,8 @@ from troupe.errors import OutputError
 from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Resume, Set, Status, Step, Stop
 from troupe.run_lock import read_owner
 
+pytestmark = pytest.mark.alone
+
 FAKE = "tests.daemon.fake_trainer"
 PATIENCE_S = 60.0
 QUICK = "[daemon]\nfirst_pause_s = 0.01\nlongest_pause_s = 0.01\n"

@@ -33,6 +33,8 @@ from troupe.daemon.place import (
 )
 from troupe.errors import OutputError
 
+pytestmark = pytest.mark.alone
+
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}

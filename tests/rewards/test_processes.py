@@ -21,7 +21,7 @@ from troupe.rewards import RewardManager, RewardsConfig, TrainerState
 from troupe.rewards.processes import process_spec
 from troupe.runtime import ChildProcess
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
 FILE = process_rewards.__file__
 
