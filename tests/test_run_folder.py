@@ -7,6 +7,7 @@ import fcntl
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,26 @@ def test_the_lock_says_who_holds_it_and_goes_with_its_holder(tmp_path: Path) -> 
     other = RunLock(tmp_path)
     other.take()
     other.release()
+
+
+def test_a_copy_of_a_folder_at_work_has_no_owner(tmp_path: Path) -> None:
+    lock = RunLock(make(tmp_path / "run"))
+    lock.take()
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy)
+    assert read_owner(copy) is None
+    other = RunLock(copy)
+    other.take()
+    owner = read_owner(copy)
+    assert owner is not None
+    assert owner.is_alive
+    other.release()
+    lock.release()
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_a_file_that_a_dead_owner_left_is_taken_over(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time at which the lock was taken."""
     process: str | None = None
     """What tells this process from a later one with its number; None where the system does not say."""
+    file: int | None = None
+    """The number that the file system gave the lock file: one that was copied with its folder has another."""
 
     @property
     def is_here(self) -> bool:
@@ -138,9 +140,12 @@ class RunLock:
 def read_owner(folder: Path, name: str = LOCK) -> Owner | None:
     """Who holds the lock on a folder, or held it when it died; None where nobody does, or has not said so yet."""
     try:
-        return msgspec.json.decode((folder / name).read_bytes(), type=Owner)
+        with (folder / name).open("rb") as file:
+            owner = msgspec.json.decode(file.read(), type=Owner)
+            is_copy = owner.file not in (None, os.fstat(file.fileno()).st_ino)
     except (OSError, msgspec.MsgspecError):
         return None
+    return None if is_copy else owner
 
 
 def process_identity(pid: int) -> str | None:
@@ -170,7 +175,13 @@ def _exists(pid: int) -> bool:
 
 
 def _write(descriptor: int) -> None:
-    me = Owner(pid=os.getpid(), host=platform.node(), started=time.time(), process=process_identity(os.getpid()))
+    me = Owner(
+        pid=os.getpid(),
+        host=platform.node(),
+        started=time.time(),
+        process=process_identity(os.getpid()),
+        file=os.fstat(descriptor).st_ino,
+    )
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, msgspec.json.encode(me) + b"\n", 0)
     os.fsync(descriptor)
