@@ -175,6 +175,17 @@ def test_below_ever_lower_limits_ever_more_is_given_up(staleness: int) -> None:
     assert staleness or numbers == sorted(numbers)
 
 
+def test_micro_batches_side_by_side_are_as_many_at_least_and_all_take_memory() -> None:
+    alone, beside = (
+        plan_memory(config_of(learner__gradient_accumulation_steps=micros, schedule__learner_streams=streams), WORK)
+        for micros, streams in [(3, 1), (None, 3)]
+    )
+    assert choices(beside) == (3, False, True)
+    one, three = (plan.phases["learn"]["forward and backward"] for plan in (alone, beside))
+    assert three == 3 * one
+    assert beside.phases["learn"]["gradients"] == alone.phases["learn"]["gradients"]
+
+
 def test_what_is_left_goes_to_decoding_and_fits_as_many_prompts_as_were_counted() -> None:
     work = WORK._replace(on_cpu=False)
     settings: dict[str, Any] = {

@@ -76,6 +76,8 @@ def shake(monkeypatch: pytest.MonkeyPatch, seed: int, *, room: int = 1, most_s: 
 def newest(run: str | Path) -> Checkpoint:
     return load_checkpoint(list_checkpoints(Path(run))[0])
 
+STREAMS = {"learner__gradient_accumulation_steps": 4, "schedule__learner_streams": 3}
+
 
 def check(stored: Checkpoint, straight: Straight, config: RunConfig) -> None:
     """The run has come to the same bits as the loop."""
@@ -93,6 +95,7 @@ def check(stored: Checkpoint, straight: Straight, config: RunConfig) -> None:
         pytest.param(PLAIN, 0, [(1, 3, 1)], id="plain, 0"),
         pytest.param(PLAIN, 3, [(2, 1, 64)], id="plain, 3"),
         pytest.param(FULL, 0, [(3, 1, 64)], id="full, 0", marks=pytest.mark.slow),
+        pytest.param(PLAIN | STREAMS, 0, [(8, 2, 64)], id="learning on three streams, 0"),
         pytest.param(FULL, 1, [(4, 1, 1), (5, 3, 64)], id="full, 1"),
         pytest.param(FULL, 2, [(6, 2, 64)], id="full, 2", marks=pytest.mark.slow),
         pytest.param(FULL, 3, [(7, 1, 1)], id="full, 3"),

@@ -13,12 +13,28 @@ PACKAGE = Path(troupe.__file__).parent
 EVERYWHERE = {"errors"}
 ROOMS = {"messages", "grpo", "policy", "runtime", "rewards", "dataset", "sinks", "checkpoint"}
 ROOMS |= {"schedule", "statistics", "learning", "gathering", "open_groups", "restoring", "weights_files", "wire"}
-ROOMS |= {"run_store"}
+ROOMS |= {"run_store", "machine"}
 
 # room or root module → what it may import of ours, besides itself and errors
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "linux_cpu": set(),
+    "process_wide": set(),
+    "linux_cpu": {"process_wide"},
+    "machine": set(),
+    "web": set(),
+    "report": {
+        "daemon",
+        "folder_names",
+        "inspecting",
+        "messages",
+        "run_lock",
+        "run_store",
+        "stored_run",
+        "tables",
+        "terminal",
+        "web",
+        "__init__",
+    },
     "demo": set(),
     "messages": set(),
     "grpo": set(),
@@ -43,8 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": set(),
     "config": {"checkpoint", "daemon", "dataset", "grpo", "policy", "rewards", "schedule", "sinks", "tables"},
     "daemon": {"config", "folder_names", "messages", "run_lock", "runtime", "supervisor", "tables", "terminal"},
-    "budget": {"config", "grpo", "policy"},
-    "actors": ROOMS,
+    "budget": {"config", "grpo", "policy", "process_wide"},
+    "actors": ROOMS | {"linux_cpu"},
     "changes": {"config", "tables"},
     "resuming": {"changes", "checkpoint", "config", "messages", "policy", "rewards"},
     "prepare": ROOMS | {"budget", "changes", "config", "linux_cpu", "resuming", "run_folder"},
@@ -59,8 +75,8 @@ ALLOWED: dict[str, set[str]] = {
     "status": {"messages", "runtime"},
     "run_lock": set(),
     "folder_names": set(),
-    "run_folder": {"config", "folder_names", "run_lock", "weights_files"},
-    "doctor": {"budget", "linux_cpu"},
+    "run_folder": {"config", "dataset", "folder_names", "run_lock", "weights_files"},
+    "doctor": {"budget", "linux_cpu", "machine"},
     "cli": ROOMS
     | {
         "budget",
@@ -70,6 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "folder_names",
         "inspecting",
         "prepare",
+        "report",
         "rollouts",
         "stored_run",
         "summary",
@@ -77,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
         "terminal",
         "__init__",
     },
-    "__main__": {"cli", "daemon"},
+    "__main__": {"cli", "daemon", "report"},
     "__init__": {"config", "linux_cpu", "rewards", "rollouts", "summary", "supervisor"},
 }
 

@@ -19,8 +19,10 @@ from tests.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids,
 from tests.straight import Straight, play_straight
 from troupe import Supervisor, linux_cpu
 from troupe.actors.remote_generator import RemoteGenerator
-from troupe.errors import ModelError
+from troupe.config import load_config
+from troupe.errors import ConfigError, ModelError
 from troupe.policy import Weights, load_policy
+from troupe.prepare import prepare
 from troupe.runtime import ChildProcess
 from troupe.summary import RunResult
 from troupe.weights_files import SHARED_MEMORY, remove_leftovers
@@ -249,3 +251,26 @@ async def test_a_model_that_is_gone_ends_the_run_as_bad_input(
     with pytest.raises(ModelError, match="tokenizer"):
         await watch.play(Supervisor(tiny_config(copy, tmp_path, **PLACED), [weigh_ids]))
     assert len(watch.children) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "streams"),
+    [
+        ({"schedule__learner_streams": 3, "learner__gradient_accumulation_steps": 2}, 2),
+        ({"schedule__learner_streams": 3}, 3),
+        ({"schedule__blas_threads": 2}, 1),  # too little work to be worth it
+        ({"schedule__blas_threads": 2, "generation__max_completion_length": 40, "learner__batch_size": 256}, 2),
+        ({"schedule__blas_threads": 2, "schedule__max_staleness": 1, "schedule__generator": "thread"}, 1),
+    ],
+)
+def test_as_many_micro_batches_are_learned_at_a_time_as_are_worth_it(
+    tmp_path: Path, tiny_model: Path, settings: dict[str, Any], streams: int
+) -> None:
+    config = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config
+    assert config.schedule.learner_streams == streams
+    assert (config.learner.gradient_accumulation_steps or 1) >= streams
+
+
+def test_a_generator_in_a_thread_beside_the_learner_leaves_no_streams() -> None:
+    with pytest.raises(ConfigError, match=r"schedule.learner_streams is 2, but with max_staleness 1"):
+        load_config(None, ["schedule.generator=thread", "schedule.max_staleness=1", "schedule.learner_streams=2"])

@@ -31,6 +31,7 @@ from troupe.policy import (
     gradient_memory_bytes,
     parameter_count,
 )
+from troupe.process_wide import ProcessWide
 
 CUDA_SHARE = 0.9
 """Of a card's memory: the limit on CUDA where none is named."""
@@ -38,6 +39,7 @@ RESERVE = 0.05
 """Of a limit: left free, because MLX looks at what it holds only after it has taken more."""
 GB = 1e9
 
+_MEMORY, _CACHE = ProcessWide(mx.set_memory_limit), ProcessWide(mx.set_cache_limit)
 _VERSIONS_THERE = "policy versions of the generator"
 _ON_THE_WAY = "policy versions on the way"
 _LAID_OUT = "weights laid out for decoding"
@@ -159,12 +161,8 @@ def memory_limited(limit_gb: float | None) -> Iterator[None]:
     if limit_gb is None:
         yield
         return
-    memory, cache = mx.set_memory_limit(round(_usable_gb(limit_gb) * GB)), mx.set_cache_limit(round(limit_gb * GB))
-    try:
+    with _MEMORY.at(round(_usable_gb(limit_gb) * GB)), _CACHE.at(round(limit_gb * GB)):
         yield
-    finally:
-        mx.set_memory_limit(memory)
-        mx.set_cache_limit(cache)
 
 
 def _usable_gb(limit_gb: float) -> float:
@@ -182,6 +180,7 @@ def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
     most = _most_prompts(config)
     prompts = _portions(most) if generation.memory_limit_gb is None else [most]
     counts, twice = [math.ceil(rows / portion) for portion in _portions(rows)], [False, True]
+    counts = [count for count in counts if count >= _streams(config)]
     if learner.gradient_accumulation_steps is not None:
         counts = [learner.gradient_accumulation_steps]
     if learner.gradient_checkpointing is not None:
@@ -193,6 +192,11 @@ def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
 def _processes(config: RunConfig) -> int:
     """Processes beside the training process; 0 where the generator is a thread of it."""
     return config.schedule.generator_processes if config.schedule.generator == "process" else 0
+
+
+def _streams(config: RunConfig) -> int:
+    """Micro-batches that are differentiated at a time."""
+    return config.schedule.learner_streams or 1
 
 
 def _most_prompts(config: RunConfig) -> int:
@@ -252,7 +256,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         on_cpu=work.on_cpu,
     )
     gradients = 4 * numbers if choice.micro_batches > 1 else weights
-    learn = {"gradients": gradients, "forward and backward": learning - gradients}
+    learn = {"gradients": gradients, "forward and backward": _streams(config) * (learning - gradients)}
     if learner.num_iterations > 1:
         learn["next policy"] = weights
     tables = work.policy.vocab_size * work.policy.hidden_size * (1 if work.policy.tie_word_embeddings else 2)

@@ -8,8 +8,8 @@ Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import msgspec
@@ -68,7 +68,7 @@ class completion_log_probs:  # noqa: N801 - a function (weights, batch) that kno
 
     def gradients(
         self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
-    ) -> tuple[tuple[mx.array, Extra], Iterator[dict[str, mx.array]]]:
+    ) -> Generator[tuple[Any, dict[str, mx.array]], None, tuple[mx.array, Extra]]:
         """See `completion_gradients`."""
         return completion_gradients(
             self._config,

@@ -13,26 +13,25 @@ ledgers. What must outlive an actor is therefore made here, outside its maker.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import msgspec
-from rich.console import Console
 
 from troupe.actors.checkpointer import Checkpointer, CheckpointLedger
 from troupe.actors.generator import Generator
 from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
-from troupe.actors.metrics import Metrics, Tally
+from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.actors.prompter import Prompter, PromptLedger
 from troupe.actors.remote_generator import RemoteGenerator
 from troupe.actors.scorer import Scorer
 from troupe.changes import Change, ChangesLog
-from troupe.checkpoint import RewardState, RunState, checkpoint_folder, newer_versions
+from troupe.checkpoint import MANIFEST, RewardState, RunState, checkpoint_folder, newer_versions
+from troupe.config import config_table
 from troupe.gathering import gathering_for
+from troupe.machine import describe_machine
 from troupe.messages import (
     Checkpoint,
     CheckpointWritten,
@@ -58,7 +57,6 @@ from troupe.open_groups import OpenGroups
 from troupe.policy import RolloutEngine, Weights, is_on_cpu
 from troupe.prepare import Prepared
 from troupe.rewards import TrainerState
-from troupe.run_store import FILE_NAME
 from troupe.runtime import (
     Actor,
     Broadcast,
@@ -71,7 +69,7 @@ from troupe.runtime import (
     Role,
     TraceWriter,
 )
-from troupe.sinks import ConsoleSink, JsonlSink, PlainSink, RunInfo, Sink, SinkName, Sinks, SqliteSink
+from troupe.sinks import RunInfo, Sink, Sinks, make_sinks
 from troupe.weights_files import WeightsFiles
 from troupe.wire import Setup
 
@@ -96,7 +94,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     handed_over: set[int]
     """Groups that the Generator has sent on while the round that they are part of is still being decoded."""
     board: PolicyBoard[Weights]
-    updates: Broadcast[Update]
+    news: Broadcast[Heard]
     tally: Tally
     sinks: Sinks
     """Closed by Metrics at the end of its part; close them again where it may not have come to that."""
@@ -139,7 +137,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
     credits_ = Credits((config.schedule.max_staleness + 1) * config.learner.batch_size, alive)
     live = room * max(credits_.limit, len(alive))  # so long, no send on the data path can ever wait in a circle
     tally = Tally()
-    updates: Broadcast[Update] = Broadcast("updates", Update)
+    news: Broadcast[Heard] = Broadcast("news", Update, GroupClosed, Incident)
 
     prompter_box, generator_box, scorer_box = Mailbox("prompter"), Mailbox("generator"), Mailbox("scorer")
     learner_box, checkpointer_box, metrics_box = Mailbox("learner"), Mailbox("checkpointer"), Mailbox("metrics")
@@ -239,6 +237,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         device=learning,
         config=config.learner,
         policy_config=policy_config,
+        streams=schedule.learner_streams or 1,
         state=start,
         board=board,
         reward_weights=dict(zip(prepared.rewards.names, prepared.rewards.weights, strict=True)),
@@ -295,7 +294,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         Metrics,
         metrics_box,
         sinks=sinks,
-        listeners=updates,
+        listeners=news,
         tally=tally,
         watched=(generator_box, scorer_box, learner_box, checkpointer_box),
         reporters=reporters,
@@ -323,7 +322,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             "settings", SetLearningRate, SetCheckpointEvery, bound=_REQUESTS, overflow="drop_oldest", side=True
         ),
         board=board,
-        updates=updates,
+        news=news,
         tally=tally,
         sinks=sinks,
         ledger=ledger,
@@ -393,7 +392,7 @@ def _shelf(prepared: Prepared) -> CheckpointLedger:
         untold=CheckpointWritten(
             version=version,
             folder=str(folder),
-            bytes=sum(file.stat().st_size for file in folder.glob("*")),
+            bytes=sum(file.stat().st_size for file in folder.glob("*") if file.name != MANIFEST),
             seconds=0.0,
         ),
     )
@@ -402,23 +401,13 @@ def _shelf(prepared: Prepared) -> CheckpointLedger:
 def _sinks(prepared: Prepared) -> list[Sink]:
     from troupe import __version__  # not before: the package imports this module
 
-    folder: Path = prepared.folder
     run = RunInfo(
-        name=folder.name,
-        folder=str(folder),
+        name=prepared.folder.name,
+        folder=str(prepared.folder),
         total_steps=prepared.total_steps,
         first_step=prepared.first_step,
+        program=__version__,
+        machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
+        config=config_table(prepared.config),
     )
-    console = Console()
-    makers: dict[SinkName, Callable[[], Sink]] = {
-        "console": lambda: ConsoleSink(run, console) if console.is_terminal else PlainSink(run, sys.stdout),
-        "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", first_step=prepared.first_step),
-        "trace": lambda: TraceWriter(folder / "trace.json"),
-        "sqlite": lambda: SqliteSink(
-            folder / FILE_NAME,
-            first_step=prepared.first_step,
-            program=__version__,
-            log_probs=prepared.config.metrics.store_log_probs,
-        ),
-    }
-    return [makers[name]() for name in prepared.config.metrics.sinks]
+    return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})

@@ -18,16 +18,21 @@ from troupe.changes import Change, ChangesLog, Live
 from troupe.checkpoint import Checkpoint
 from troupe.config import RunConfig, check_config
 from troupe.dataset import PromptDataset
-from troupe.errors import ConfigError, DatasetError, RewardError
+from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import adamw_init
 from troupe.messages import Unfinished
-from troupe.policy import DTYPES, Policy, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
+from troupe.policy import DTYPES, Policy, Qwen3Config, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
 from troupe.restoring import Restored, restored_free, restored_pinned
 from troupe.resuming import Identity, Resumption, newest_checkpoint, reinstated
-from troupe.rewards import Reward, RewardManager
+from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run_folder import run_folder
 from troupe.run_store import FILE_NAME, check_store
-from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
+from troupe.schedule import PromptSchedule, count_steps, describe_prompts, tokenize_prompts
+from troupe.sinks import check_sinks
+
+_WORTHWHILE = 2**18
+"""Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a processor
+beside the other gains."""
 
 
 class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +73,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """Those of them that are new, because this start asks for another value; to be written before it begins."""
     memory: Plan
     """What the run takes, and what was chosen for it."""
+    prompts: str = ""
+    """What there is to train and to evaluate on, in lines."""
     notices: tuple[str, ...]
     """What the user should know, one line each."""
 
@@ -106,31 +113,37 @@ def prepare(
     which the config may differ from that of the run that is resumed. Raises InputError."""
     config = check_config(config)
     model_path, data_path = config.model.path, config.data.path
+    check_sinks(config.metrics)
     notices = linux_cpu.advice() if mx.default_device() == mx.Device(mx.cpu) else []
     if model_path is None:
         raise ConfigError("model.path is missing: name a Hugging Face folder of a Qwen3 model (-m MODEL_DIR)")
     if data_path is None:
-        raise ConfigError("data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)")
+        raise ConfigError(
+            "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"
+        )
     folder = run_folder(config, resume=resume)
     resumption = Resumption.of(folder, config, allow_changes) if resume else None
     if resume and "sqlite" in config.metrics.sinks:
         check_store(folder / FILE_NAME)
     config = config if resumption is None else resumption.asked
-    dataset = PromptDataset.from_json(data_path, config.data.chat)
-    held_out = PromptDataset.from_json(config.data.eval_path, config.data.chat) if config.data.eval_path else None
+    dataset = PromptDataset.load(data_path, config.data)
+    held_out = PromptDataset.load(config.data.eval_path, config.data) if config.data.eval_path else None
     manager, config = _rewards(config, rewards, dataset, held_out)
     source = resolve_model(model_path)
     policy = load_policy(source, config.model.dtype)
     positions = policy.config.max_position_embeddings
     limit = min(config.data.max_prompt_tokens or positions, positions - 1)
     prompt_ids = tokenize_prompts(dataset, policy.tokenizer, config.data, max_tokens=limit)
+    told_of_prompts = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     evaluation = None
     if held_out is not None:
         held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
+        told_of_prompts.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     config = _placed(config)
     longest = max(map(len, prompt_ids))
     config, more = _fit_completions(config, positions, longest_prompt=longest)
+    config = _streamed(config, policy.config, longest_prompt=longest)
     memory = plan_memory(
         config,
         Workload(policy=policy.config, dtype=DTYPES[policy.dtype], longest_prompt=longest, on_cpu=is_on_cpu()),
@@ -184,6 +197,7 @@ def prepare(
         checkpoint=checkpoint,
         optimizer_state=optimizer_state,
         memory=memory,
+        prompts="\n".join(told_of_prompts),
         notices=(*notices, *more, *memory.notices, *resumed, *told),
     )
 
@@ -253,6 +267,19 @@ def _placed(config: RunConfig) -> RunConfig:
     return msgspec.structs.replace(config, schedule=placed)
 
 
+def _streamed(config: RunConfig, policy: Qwen3Config, *, longest_prompt: int) -> RunConfig:
+    """Decide how many micro-batches the learner differentiates at a time, so that the resolved config says it."""
+    schedule, learner = config.schedule, config.learner
+    streams = 1
+    if is_on_cpu() and (schedule.generator == "process" or not schedule.max_staleness):
+        rows = learner.batch_size * config.generation.num_generations
+        tokens = learner.batch_size * longest_prompt + rows * config.generation.max_completion_length
+        worthwhile = max(1, tokens * policy.hidden_size // _WORTHWHILE)
+        asked = schedule.learner_streams or min(schedule.blas_threads or 1, worthwhile)
+        streams = min(asked, learner.gradient_accumulation_steps or rows)
+    return msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))
+
+
 def _reference(config: RunConfig, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:
     """The model that the run begins with; the checkpoint's where the reference follows the policy."""
     if not config.learner.beta:
@@ -267,13 +294,7 @@ def _rewards(
 ) -> tuple[RewardManager, RunConfig]:
     functions = config.rewards.functions
     if not functions and not given:
-        if "answer" not in dataset.columns:
-            raise RewardError(
-                f"{dataset.source}: the rows have no `answer` column and no reward is named; "
-                "name one with --reward (length, diversity, exact_answer, think_format, repetition_penalty, "
-                "soft_overlong:LONGEST:CACHE, format:REGEX or FILE.py:FUNC)"
-            )
-        functions = ("exact_answer",)
+        functions = (default_reward(dataset.columns, dataset.source),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
     manager = RewardManager([*functions, *given], config=config.rewards)
     manager.check_columns(dataset.columns)

@@ -41,6 +41,7 @@ OPEN: dict[str, Any] = {
     "checkpoint.overlap": None,
     "schedule.generator": "auto",
     "schedule.blas_threads": None,
+    "schedule.learner_streams": None,
 }
 """Key → the value with which a config leaves it to `prepare`."""
 

@@ -24,6 +24,7 @@ from troupe.messages import Prompt, Slot
 from troupe.policy import Tokenizer, encode_prompt
 
 _ATTEMPT_STRIDE = 1 << 48
+_SHOWN = 400  # characters of a prompt
 
 OnStale = Literal["drop", "requeue", "correct"]
 """`drop`: they are left out of the loss. `requeue`: the group's prompt is sampled anew in place of the group, once; the
@@ -51,6 +52,10 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     blas_threads: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Threads of OpenBLAS, in the training process and in each of the generator's; None: on a CPU as many as it takes
     by itself, divided among the processes. Matrix products may be rounded differently with another number of them."""
+    learner_streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Micro-batches that the learner differentiates at a time, each on a core of its own with one thread of OpenBLAS;
+    at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as `blas_threads`
+    if the work is worth it, but 1 where the generator works in the same process meanwhile. On a GPU it is always 1."""
     watchdog_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     """Seconds without movement after which an incident says who waits for what; 0: never."""
 
@@ -59,6 +64,11 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(
                 f"schedule.generator_processes is {self.generator_processes}, but schedule.generator is 'thread'; set "
                 "it to 'process', or leave one of the two out"
+            )
+        if self.generator == "thread" and self.max_staleness and (self.learner_streams or 1) > 1:
+            raise ValueError(
+                f"schedule.learner_streams is {self.learner_streams}, but with max_staleness {self.max_staleness} the "
+                "generator works in a thread beside the learner; set schedule.generator to 'process', or leave one out"
             )
 
 
@@ -157,9 +167,25 @@ def tokenize_prompts(
         if not ids:
             raise DatasetError(f"{where}: the prompt has no tokens; give it some text")
         if len(ids) > max_tokens:
+            if max_tokens == config.max_prompt_tokens:
+                limit, remedy = f"data.max_prompt_tokens allows {max_tokens}", "raise that"
+            else:
+                limit, remedy = f"at most {max_tokens} fit beside a completion", "use a model with more positions"
             raise DatasetError(
-                f"{where}: the prompt has {len(ids)} tokens, at most {max_tokens} fit beside a completion; "
-                "shorten it, remove the row, or use a model with more positions"
+                f"{where}: the prompt has {len(ids)} tokens, {limit}; shorten it, remove the row, or {remedy}"
             )
         encoded.append(tuple(ids))
     return encoded
+
+
+def describe_prompts(dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...]], tokenizer: Tokenizer) -> str:
+    """How many there are, of which lengths, with which columns, and the first one as the model reads it; two lines."""
+    lengths = [len(ids) for ids in prompt_ids]
+    columns = ", ".join(sorted(dataset.columns)) or "none"
+    first = tokenizer.decode(prompt_ids[0], skip_special_tokens=False)
+    if len(first) > _SHOWN:
+        first = f"{first[: _SHOWN // 2]} … {first[-_SHOWN // 2 :]}"
+    return (
+        f"{len(dataset)} prompts of {min(lengths)} to {max(lengths)} tokens from {dataset.source}; "
+        f"columns for rewards: {columns}\nthe first one, as the model reads it: {first!r}"
+    )

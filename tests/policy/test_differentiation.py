@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.policy.test_completions import COMPLETIONS, CONFIGS, GROUP, PROMPTS, TIED, device_path, row_by_row
+from troupe.grpo.step import side_by_side
 from troupe.policy import head
 from troupe.policy.completions import completion_statistics
 from troupe.policy.differentiation import completion_gradients
@@ -36,11 +37,12 @@ def of_statistics(statistics: TokenStatistics) -> tuple[mx.array, mx.array]:
 
 def gradients(config: Qwen3Config, weights: Weights, rows: Rows, **settings: Any) -> Any:
     """Loss, what comes with it, and the gradients in one dict; each must come once."""
-    (loss, extra), parts = completion_gradients(config, weights, *rows, of_statistics, **settings)
     found: dict[str, mx.array] = {}
-    for part in parts:
+    values: list[Any] = []
+    for part in side_by_side([completion_gradients(config, weights, *rows, of_statistics, **settings)], (), values):
         assert not found.keys() & part.keys()
         found |= part
+    ((loss, extra),) = values
     return loss, extra, found
 
 
@@ -167,11 +169,13 @@ def test_nothing_of_one_batch_stays_for_others_laid_out_alike() -> None:
 
 def test_a_loss_that_does_not_depend_on_them_has_no_gradient() -> None:
     weights = init_weights(TIED, mx.random.key(3))
-    (loss, extra), parts = completion_gradients(
+    work: Any = completion_gradients(
         TIED, weights, *RAGGED, lambda statistics: (statistics.log_probs.sum() * 0.0, statistics.entropies)
     )
+    values: list[Any] = []
+    assert not any(mx.any(grad).item() for part in side_by_side([work], (), values) for grad in part.values())
+    ((loss, extra),) = values
     assert (loss.item(), extra.shape) == (0.0, (5, 4))
-    assert not any(mx.any(gradient).item() for part in parts for gradient in part.values())
 
 
 def test_gradients_have_the_same_bits_again() -> None:
@@ -207,8 +211,8 @@ def peak(layers: int, *, recompute: bool) -> int:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    _, parts = completion_gradients(config, weights, *rows, of_statistics, recompute=recompute)
-    for part in parts:
+    work: Any = completion_gradients(config, weights, *rows, of_statistics, recompute=recompute)
+    for part in side_by_side([work], (), []):
         del part
     return mx.get_peak_memory() - before
 

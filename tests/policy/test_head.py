@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from troupe.policy import head
-from troupe.policy.head import head_backward, head_forward, token_statistics
+from troupe.policy.head import head_backward, head_forward, result, token_statistics
 
 M, D, V = 9, 6, 700
 
@@ -87,9 +87,9 @@ def test_gradients_are_those_of_the_formulas(case: Case, temperature: float, thr
             case.hidden, case.head
         )
     else:
-        outputs = head_forward(case.hidden, case.head, case.targets, temperature)
+        outputs = result(head_forward(case.hidden, case.head, case.targets, temperature))
         cotangents = (case.of_log_probs, case.of_entropies if through == "both" else None)
-        ours = head_backward(case.hidden, case.head, case.targets, temperature, outputs, cotangents)
+        ours = result(head_backward(case.hidden, case.head, case.targets, temperature, outputs, cotangents))
     of_entropies = np.array(case.of_entropies).astype(np.float64) * (through != "log-probs")
     for gradient, expected in zip(ours, gradients_by_definition(case, temperature, of_entropies), strict=True):
         assert gradient.dtype == mx.float32

@@ -18,6 +18,7 @@ from troupe.errors import RunError
 from troupe.gathering import Gathering, StepGroups, gid_of, slot_of, stale_tokens
 from troupe.grpo import LearnerConfig, learning_rate, sync_reference, train_on_batch
 from troupe.learning import assemble, completion_log_probs
+from troupe.linux_cpu import blas_limited
 from troupe.messages import (
     Checkpoint,
     GroupClosed,
@@ -106,14 +107,16 @@ class Learner(Actor):
         open_groups: OpenGroups | None = None,
         recorded: Mapping[int, ScoredGroup] | None = None,
         next_prompt: Callable[[], int] = lambda: 0,
+        streams: int = 1,
         rates: Sequence[tuple[int, float]] = (),
         keep_rate: Callable[[int, float], None] = lambda step, lr: None,
         report: Reporter | None = None,
     ) -> None:
-        """`open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the run was
-        resumed and have not come here yet. `next_prompt`: number of the prompt that will be begun next.
-        `rates`: first step → peak learning rate, rising, where it is not the config's. `keep_rate`: writes down that
-        it changes, before it does; OSError where it cannot be."""
+        """`streams`: micro-batches that are differentiated at a time. `open_groups`: shared with who begins them.
+        `recorded`: gid → groups that had their scores when the run was resumed and have not come here yet.
+        `next_prompt`: number of the prompt that will be begun next. `rates`: first step → peak learning rate, rising,
+        where it is not the config's. `keep_rate`: writes down that it changes, before it does; OSError where it cannot
+        be."""
         super().__init__(
             inbox,
             [outputs.closed_to_prompter, outputs.closed_to_metrics, outputs.updates, outputs.snapshots],
@@ -121,6 +124,8 @@ class Learner(Actor):
         )
         self._to = outputs
         self._config = config
+        self._num_streams = streams
+        self._streams: list[mx.Stream] = []
         self._state = state
         self._board = board
         self._reward_weights = reward_weights
@@ -174,6 +179,8 @@ class Learner(Actor):
         """Time and peak memory of the first step count from here. A start before may have left one that is whole."""
         self._last_end_s = time.perf_counter()
         mx.reset_peak_memory()
+        if self._num_streams > 1:
+            self._streams = await self._device.run(_new_streams, self._num_streams)
         await self._learn_what_is_ready()
 
     async def finish(self) -> None:
@@ -244,17 +251,19 @@ class Learner(Actor):
                 pad_id=self._pad_id,
                 oldest=step.oldest if step.drops_stale else None,
             )
-            result = train_on_batch(
-                weights,
-                optimizer_state,
-                prepared.batch,
-                self._log_probs,
-                self._config,
-                lr=self._learning_rates(),
-                ref_weights=state.reference,
-                max_completion_length=self._max_completion_length,
-                on_part=end_part,
-            )
+            with blas_limited(1 if self._streams else None):
+                result = train_on_batch(
+                    weights,
+                    optimizer_state,
+                    prepared.batch,
+                    self._log_probs,
+                    self._config,
+                    lr=self._learning_rates(),
+                    ref_weights=state.reference,
+                    max_completion_length=self._max_completion_length,
+                    on_part=end_part,
+                    streams=self._streams,
+                )
             weights, optimizer_state = result.weights, result.optimizer_state
             skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
             advantages = {gid_of(group): a for group, a in zip(trained, prepared.advantages, strict=True)}
@@ -421,6 +430,10 @@ class Learner(Actor):
             if slot_of(group).step >= self.version or self._open.has(slot_of(group)):
                 scored.setdefault(gid, group)
         return tuple(group for gid, group in scored.items() if gid not in there)
+
+
+def _new_streams(count: int) -> list[mx.Stream]:
+    return [mx.new_stream(mx.default_device()) for _ in range(count)]
 
 
 def _first_step(rate: tuple[int, float]) -> int:

@@ -8,9 +8,10 @@ memory it takes and not its gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import msgspec
@@ -40,6 +41,12 @@ BatchLoss = Callable[[mx.array, mx.array], tuple[mx.array, metrics.Tallies]]
 """Log-probs and entropies (B, T) → the loss () and tallies."""
 
 
+Piece = tuple[Any, dict[str, mx.array]]
+"""Arrays to begin with, and gradients that are complete. What was begun is awaited before more than one piece is on its
+way; None: nothing to begin with, empty: await it at once."""
+Differentiation = Generator[Piece, None, tuple[mx.array, metrics.Tallies]]
+
+
 @runtime_checkable
 class LogProbs(Protocol):
     """A `LogProbsFn` that knows its own gradient; that of any other is MLX's."""
@@ -47,10 +54,8 @@ class LogProbs(Protocol):
     def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
         """See `LogProbsFn`."""
 
-    def gradients(
-        self, weights: Weights, batch: Batch, loss: BatchLoss
-    ) -> tuple[tuple[mx.array, metrics.Tallies], Iterator[dict[str, mx.array]]]:
-        """What `loss` gives, and its gradients by the weights: each once, some at a time."""
+    def gradients(self, weights: Weights, batch: Batch, loss: BatchLoss) -> Differentiation:
+        """Pieces of the work, with the gradients of `loss` by the weights, each once; returns what `loss` gives."""
 
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
@@ -99,8 +104,11 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     ref_model_sync_steps: AtLeastOne = 512
     """Updates between two synchronizations."""
     adam_beta1: Beta = 0.9
+    """Decay of AdamW's mean of the gradients."""
     adam_beta2: Beta = 0.999
+    """Decay of AdamW's mean of their squares."""
     adam_epsilon: Positive = 1e-8
+    """Added to the square root of the latter."""
     weight_decay: NonNegative = 0.0
     """Decoupled decay of matrices."""
     max_grad_norm: NonNegative = 1.0
@@ -113,7 +121,9 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     vllm_importance_sampling_mode: ratios.CorrectionMode = "sequence_mask"
     """See `ratios.sampler_correction`."""
     vllm_importance_sampling_clip_min: NonNegative | None = None
+    """Lower bound of ρ; None is no bound."""
     vllm_importance_sampling_clip_max: NonNegative | None = 3.0
+    """Upper bound of ρ."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +164,7 @@ class _Fixed(NamedTuple):
     entropy_threshold: mx.array | None
     entropy_coef: float
     """Weight of the entropy bonus in force."""
+    streams: Sequence[mx.Stream]
 
 
 def train_on_batch(
@@ -167,6 +178,7 @@ def train_on_batch(
     ref_weights: Weights | None = None,
     max_completion_length: int | None = None,
     on_part: Callable[[str], None] = lambda name: None,
+    streams: Sequence[mx.Stream] = (),
 ) -> StepResult:
     """Trains on one batch. `state` is used up: it is empty afterwards, and the result has the new one.
 
@@ -174,8 +186,9 @@ def train_on_batch(
     one learning rate, or one for each of the `num_iterations` updates; `ref_weights` are needed where beta ≠ 0,
     `max_completion_length` for loss_type "dr_grpo". The old log-probs are those of `weights`, which stay as they are.
     An update whose loss or gradient norm is not finite is skipped, and with it the passes left. `on_part` is called
-    when what comes before the passes (`prepare`) and each of them (`pass`) has been computed. Raises `ValueError`
-    for an argument that is missing, or a learning rate outside [0, 1].
+    when what comes before the passes (`prepare`) and each of them (`pass`) has been computed. With `streams` as many
+    micro-batches are differentiated at a time, each on one of them, which is for processors with several cores; it
+    changes no bit. Raises `ValueError` for an argument that is missing, or a learning rate outside [0, 1].
     """
     rates = [float(lr)] * config.num_iterations if isinstance(lr, int | float) else list(lr)
     if len(rates) != config.num_iterations:
@@ -189,6 +202,7 @@ def train_on_batch(
     if config.mask_truncated_completions:
         batch = batch.without_truncated()
     micros, fixed = _prepare(weights, batch, log_probs_fn, config, ref_weights, max_completion_length)
+    fixed = fixed._replace(streams=streams)
     on_part("prepare")
 
     control = entropy_control(state, config)
@@ -260,18 +274,20 @@ def _prepare(
         entropy_tokens=entropy_tokens,
         max_completion_length=max_completion_length,
     )
-    return micros, _Fixed(config, log_probs_fn, normalizer, threshold, config.entropy_coef)
+    return micros, _Fixed(config, log_probs_fn, normalizer, threshold, config.entropy_coef, ())
 
 
 def _gradients(
     weights: Weights, micros: Sequence[_Micro], fixed: _Fixed
 ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """The gradient of the whole batch, and `loss` and metrics, each (). Evaluated one micro-batch at a time."""
+    """The gradient of the whole batch, and `loss` and metrics, each (). As many micro-batches at a time as there are
+    streams."""
     total: dict[str, mx.array] = {}
-    losses, tallies = [], []
-    for micro in micros:
-        (loss, parts), portions = _differentiate(weights, micro, fixed)
-        for portion in portions:
+    values: list[tuple[mx.array, metrics.Tallies]] = []
+    lanes = max(1, len(fixed.streams))
+    for first in range(0, len(micros), lanes):
+        works = [_differentiate(weights, micro, fixed) for micro in micros[first : first + lanes]]
+        for portion in side_by_side(works, fixed.streams, values):
             for name in list(portion) if len(micros) > 1 else ():
                 # sums of many low-precision gradients are kept in float32; popped, a sum takes the memory of the last
                 grad = portion.pop(name).astype(mx.float32)
@@ -279,15 +295,53 @@ def _gradients(
                 del grad
             mx.async_eval(portion)  # type: ignore[no-untyped-call]
             total |= portion
-        losses.append(loss)
-        tallies.append(parts)
-        mx.eval(total, loss, parts)
+        mx.eval(total, values)
+    losses, tallies = zip(*values, strict=True)
     return total, {"loss": mx.sum(mx.stack(losses)), **metrics.averages(metrics.merge(tallies))}
 
 
-def _differentiate(
-    weights: Weights, micro: _Micro, fixed: _Fixed
-) -> tuple[tuple[mx.array, metrics.Tallies], Iterator[dict[str, mx.array]]]:
+def side_by_side(
+    works: Sequence[Differentiation], streams: Sequence[mx.Stream], values: list[tuple[mx.array, metrics.Tallies]]
+) -> Iterator[dict[str, mx.array]]:
+    """Goes through all works piece by piece, each on its stream where there are streams: the gradients as they are
+    complete, and in `values`, in the order of the works, what each returns.
+
+    While the device is at one piece of each the next is prepared, no more: it is kept busy and the memory low. All
+    works have the same portions, and of each that of an earlier work comes first, or sums would depend on the streams.
+    """
+    found: dict[int, tuple[mx.array, metrics.Tallies]] = {}
+    early: dict[int, dict[str, mx.array]] = {}
+    given = [0] * len(works)
+    begun: Any = ()
+    while len(found) < len(works):
+        pieces = []
+        for place, work in enumerate(works):
+            if place in found:
+                continue
+            piece, portion = None, early.pop(place, {})
+            if not portion:
+                try:
+                    with mx.stream(streams[place]) if streams else nullcontext():
+                        piece, portion = next(work)
+                except StopIteration as end:
+                    found[place] = end.value
+                    continue
+            if piece is not None:
+                pieces.append(piece)
+            if portion and place and given[place] == given[place - 1]:
+                early[place] = portion
+            elif portion:
+                given[place] += 1
+                yield portion
+            del piece, portion
+        if pieces:
+            mx.async_eval(pieces)  # type: ignore[no-untyped-call]
+            mx.eval(begun)
+            begun = pieces
+    values.extend(found[place] for place in range(len(works)))
+
+
+def _differentiate(weights: Weights, micro: _Micro, fixed: _Fixed) -> Differentiation:
     """Loss and tallies of one micro-batch, and the gradients as they come."""
     log_probs_fn = fixed.log_probs_fn
 
@@ -300,8 +354,14 @@ def _differentiate(
     def of_weights(weights: Weights) -> tuple[mx.array, metrics.Tallies]:
         return loss(*log_probs_fn(weights, micro.batch))
 
+    return _whole(of_weights, weights)
+
+
+def _whole(of_weights: Callable[[Weights], tuple[mx.array, metrics.Tallies]], weights: Weights) -> Differentiation:
+    """The same in one piece, by MLX."""
     value, grads = mx.value_and_grad(of_weights)(weights)
-    return value, iter([grads])
+    yield None, grads
+    return value  # type: ignore[no-any-return]
 
 
 def _micro_loss(

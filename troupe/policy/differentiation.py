@@ -3,7 +3,8 @@
 Not by `mx.grad`, for three reasons. Layer after layer is evaluated and given away, so that what is in memory is known
 and not left to the order in which MLX takes one large graph. Of a layer only its input is kept, or only the results
 of its matrix products, never the many things in between. And kernels are fused, which MLX does not do inside of a
-gradient. Knows no loss and no batch.
+gradient. Who goes through the pieces says when each is computed, and may go through several such works side by side.
+Knows no loss and no batch.
 
 Computing activations again: Chen et al. 2016, arXiv:1604.06174; some of them: Korthikanti et al., arXiv:2205.05198.
 Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d head size.
@@ -11,7 +12,7 @@ Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -34,6 +35,8 @@ from troupe.policy.qwen3 import (
 
 Extra = TypeVar("Extra")
 Gradients = dict[str, mx.array]
+Piece = tuple[Any, Gradients]
+"""Arrays to begin with (None: none; empty: what was begun is to be there first), and gradients that are complete."""
 
 
 class _Kept(NamedTuple):
@@ -58,16 +61,16 @@ def completion_gradients(
     *,
     recompute: bool = False,
     entropy_gradient: bool = True,
-) -> tuple[tuple[mx.array, Extra], Iterator[Gradients]]:
-    """((loss, whatever it gives besides), its gradients by the weights: each once, some at a time).
+) -> Generator[Piece, None, tuple[mx.array, Extra]]:
+    """Pieces of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
-    `loss` maps what `completion_statistics` gives of the same arguments to a scalar and arrays besides. With
-    `recompute` only the input of each layer is kept and the rest computed again. Without `entropy_gradient` the
-    entropies count as constants.
+    The arrays of a piece are to be begun when it comes, and to be there before the piece after the next is asked for:
+    the device is kept busy and the memory low. `loss` maps what `completion_statistics` gives of the same arguments to
+    a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
+    Without `entropy_gradient` the entropies count as constants.
     """
     packing = Packing(prompts, completions)
     rotation = Rotation(config, packing.ids.shape[0], packing.offset)
-    pace = _Pace()
     x = embed(weights[EMBEDDING], packing.ids[None])
     kept: list[tuple[mx.array, _Kept | None]] = []
     for index in range(config.num_hidden_layers):
@@ -75,7 +78,7 @@ def completion_gradients(
         inside = _inside(config, w, x, packing, rotation)
         y = inside.middle + swiglu(inside.gate, inside.up) @ w("mlp.down_proj").T
         kept.append((x, None if recompute else inside))
-        pace(y, [] if recompute else inside)
+        yield (y, [] if recompute else inside), {}
         del inside
         x = y
 
@@ -85,7 +88,7 @@ def completion_gradients(
         return packing.sources(mx.fast.rms_norm(x, norm, config.rms_norm_eps)[0])
 
     hidden = sources(x, norm)
-    outputs = head_forward(hidden, head, packing.targets, temperature, evaluate=True)
+    outputs = yield from _one_by_one(head_forward(hidden, head, packing.targets, temperature))
     rows = [packing.in_rows(outputs[0]), packing.in_rows(outputs[1])]
 
     def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:
@@ -94,36 +97,35 @@ def completion_gradients(
     value, cotangents = mx.value_and_grad(of_rows, argnums=(0, 1))(*rows)
     of_targets = [mx.vjp(packing.in_rows, [outputs[0]], [grad])[1][0] for grad in cotangents]
 
-    def backwards() -> Iterator[Gradients]:
-        of_entropies = of_targets[1] if entropy_gradient else None
-        hidden_grad, head_grad = head_backward(
-            hidden, head, packing.targets, temperature, outputs, (of_targets[0], of_entropies), evaluate=True
-        )
-        x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
-        done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
-        pace(x_grad, done)
-        for index in reversed(range(config.num_hidden_layers)):
-            layer = (config, _of_layer(weights, index), packing, rotation, pace)
-            x_grad, grads = _backwards(*layer, *kept.pop(), x_grad)
-            yield done
-            done = {f"{_prefix(index)}{name}.weight": grad for name, grad in grads.items()}
-        embedding_grad = sum_by_id(x_grad[0], packing.ids, config.vocab_size)
-        yield done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
+    of_entropies = of_targets[1] if entropy_gradient else None
+    hidden_grad, head_grad = yield from _one_by_one(
+        head_backward(hidden, head, packing.targets, temperature, outputs, (of_targets[0], of_entropies))
+    )
+    x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
+    done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
+    yield (x_grad, done), {}
+    del x, hidden, hidden_grad, outputs
+    for index in reversed(range(config.num_hidden_layers)):
+        layer = (config, _of_layer(weights, index), packing, rotation)
+        x_grad, grads = yield from _backwards(*layer, *kept.pop(), x_grad)
+        yield None, done
+        done = {f"{_prefix(index)}{name}.weight": grad for name, grad in grads.items()}
+    embedding_grad = sum_by_id(x_grad[0], packing.ids, config.vocab_size)
+    yield None, done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
+    return value
 
-    return value, backwards()
 
-
-class _Pace:
-    """Keeps the device busy and the memory low: while it is at one piece of work the next is prepared, no more."""
-
-    def __init__(self) -> None:
-        self._before: Any = []
-
-    def __call__(self, *piece: Any) -> None:
-        """Begin with the arrays of a piece; return when those of the piece before are there."""
-        mx.async_eval(*piece)  # type: ignore[no-untyped-call]
-        mx.eval(self._before)
-        self._before = piece
+def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generator[Piece, None, Extra]:
+    """The pieces of a work whose blocks need each for itself all the memory there is."""
+    while True:
+        try:
+            block = next(blocks)
+        except StopIteration as end:
+            result: Extra = end.value
+            return result
+        yield block, {}
+        del block
+        yield (), {}
 
 
 def _inside(config: Qwen3Config, w: LayerWeights, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
@@ -156,15 +158,14 @@ def _backwards(
     w: LayerWeights,
     packing: Packing,
     rotation: Rotation,
-    pace: _Pace,
     x: mx.array,
     kept: _Kept | None,
     y_grad: mx.array,
-) -> tuple[mx.array, Gradients]:
+) -> Generator[Piece, None, tuple[mx.array, Gradients]]:
     """Through one layer: the cotangent of its result → that of its input x, (1, N, D), and those of its weights."""
     if kept is None:
         kept = _inside(config, w, x, packing, rotation)
-        pace(kept)
+        yield (kept,), {}
     eps = config.rms_norm_eps
     grads: Gradients = {}
 
@@ -182,7 +183,7 @@ def _backwards(
     h = mx.fast.rms_norm(kept.middle, w("post_attention_layernorm"), eps)
     h_grad = through_product("mlp.gate_proj", h, gate_grad) + through_product("mlp.up_proj", h, up_grad)
     middle_grad = y_grad + through_norm("post_attention_layernorm", kept.middle, h_grad)
-    pace(middle_grad, dict(grads))
+    yield (middle_grad, dict(grads)), {}
     del y_part, gate_grad, up_grad, h, h_grad
 
     o_grad = through_product("self_attn.o_proj", _side_by_side(kept.attended.o), middle_grad)
@@ -199,7 +200,7 @@ def _backwards(
         for name, grad in (("q", q_grad), ("k", k_grad), ("v", v_grad.swapaxes(1, 2)))
     ]
     x_grad = middle_grad + through_norm("input_layernorm", x, h_grads[0] + h_grads[1] + h_grads[2])
-    pace(x_grad, grads)
+    yield (x_grad, grads), {}
     return x_grad, grads
 
 

@@ -10,12 +10,14 @@ Shapes: M tokens, D hidden size, V vocabulary. Logits have the type of the weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
 from troupe.policy.elementwise import compiled, exponential, is_on_cpu
+
+Result = TypeVar("Result")
 
 BLOCK_NUMBERS = 2**26
 """Most logits of a block: large enough to keep a GPU busy."""
@@ -35,23 +37,34 @@ def token_statistics(hidden: mx.array, head: mx.array, targets: mx.array, temper
 
     @mx.custom_function
     def statistics(hidden: mx.array, head: mx.array) -> Any:
-        return head_forward(hidden, head, targets, temperature)
+        return result(head_forward(hidden, head, targets, temperature))
 
     @statistics.vjp
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
         hidden, head = primals
-        return head_backward(hidden, head, targets, temperature, outputs, cotangents[:2])
+        return result(head_backward(hidden, head, targets, temperature, outputs, cotangents[:2]))
 
     log_probs, entropies, _ = cast("tuple[mx.array, ...]", statistics(hidden, head))
     return TokenStatistics(log_probs, entropies)
 
 
-def head_forward(
-    hidden: mx.array, head: mx.array, targets: mx.array, temperature: float, *, evaluate: bool = False
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Log-probabilities, entropies and log Σ e^ℓ of M tokens, (M,) each; arguments as for `token_statistics`.
+def result(blocks: Generator[Any, None, Result]) -> Result:
+    """What all blocks come to, nothing computed in between."""
+    while True:
+        try:
+            next(blocks)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
-    `evaluate` waits for each block, which bounds the memory whatever MLX does; not for use within a gradient.
+
+def head_forward(
+    hidden: mx.array, head: mx.array, targets: mx.array, temperature: float
+) -> Generator[tuple[mx.array, ...], None, tuple[mx.array, mx.array, mx.array]]:
+    """Returns log-probabilities, entropies and log Σ e^ℓ of M tokens, (M,) each; arguments as for `token_statistics`.
+
+    Yields what each block of the vocabulary comes to: who waits for one before the next bounds the memory, whatever
+    MLX does; not within a gradient.
     """
     scale = 1.0 / temperature
     chosen = mx.zeros(hidden.shape[0])
@@ -72,8 +85,7 @@ def head_forward(
             entropies = mx.exp(before) * (entropies - before) + mx.exp(here) * (block_entropies - here)
             normalizer = joint
         hidden = mx.depends(hidden, [chosen, normalizer, entropies])  # one block after the other
-        if evaluate:
-            mx.eval(chosen, normalizer, entropies)
+        yield chosen, normalizer, entropies
     return chosen - normalizer, entropies, normalizer
 
 
@@ -84,12 +96,10 @@ def head_backward(
     temperature: float,
     outputs: Sequence[mx.array],
     cotangents: Sequence[mx.array | None],
-    *,
-    evaluate: bool = False,
-) -> tuple[mx.array, mx.array]:
-    """The cotangents of `hidden` and `head`, from those (M,) of log-probabilities and entropies.
+) -> Generator[tuple[mx.array, ...], None, tuple[mx.array, mx.array]]:
+    """Returns the cotangents of `hidden` and `head`, from those (M,) of log-probabilities and entropies.
 
-    `outputs` are those of `head_forward`, and `evaluate` is as there. None for the entropies, which then count as
+    `outputs` are what `head_forward` returns; yields as it does. None for the entropies, which then count as
     constants, spares a third of the work.
     """
     scale = 1.0 / temperature
@@ -113,8 +123,7 @@ def head_backward(
             hidden_grad = hidden_grad + (grad @ head[block]).astype(mx.float32)
         head_grads.append(head_grad)
         hidden, weighted = mx.depends([hidden, weighted], [hidden_grad, head_grad])
-        if evaluate:
-            mx.eval(hidden_grad, head_grad)
+        yield hidden_grad, head_grad
     return hidden_grad.astype(hidden.dtype), mx.concatenate(head_grads)
 
 
