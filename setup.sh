@@ -1,6 +1,6 @@
 #!/bin/sh
 # Set up Troupe in .venv beside this file, on macOS or Debian/Ubuntu; needs Python 3.11 or newer.
-#   ./setup.sh [EXTRA ...]        extras of pyproject.toml, such as test or dev
+#   ./setup.sh [EXTRA ...]        extras of pyproject.toml, such as test or dev; `browser`: Chromium for tests of pages
 #   BACKEND=cuda ./setup.sh       for an NVIDIA card; the default on Linux is cpu, macOS needs none
 set -eu
 cd "$(dirname "$0")"
@@ -17,6 +17,8 @@ find_python() {
 }
 
 extras=""
+browser=""
+for extra in "$@"; do [ "$extra" != browser ] || browser=yes; done
 if [ "$(uname)" = Linux ]; then
     extras=${BACKEND:-cpu}
     packages=""
@@ -28,6 +30,7 @@ if [ "$(uname)" = Linux ]; then
     elif ! "$python" -c 'import ensurepip' 2>/dev/null; then
         packages="$packages $(basename "$(readlink -f "$python")")-venv"
     fi
+    [ -z "$browser" ] || command -v chromium >/dev/null || packages="$packages chromium"
     if [ -n "$packages" ]; then
         if command -v apt-get >/dev/null; then
             as_root apt-get update -q
@@ -44,6 +47,8 @@ if [ -z "$python" ]; then
     echo "setup.sh: no Python 3.11 or newer found; install one (macOS: brew install python@3.13), or set PYTHON" >&2
     exit 1
 fi
-for extra in "$@"; do extras="${extras:+$extras,}$extra"; done
+for extra in "$@"; do [ "$extra" = browser ] || extras="${extras:+$extras,}$extra"; done
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+echo "setup.sh: installing into .venv${extras:+ (with $extras)}; the first time this takes a minute or more"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+echo "setup.sh: done; source .venv/bin/activate puts troupe on your PATH, troupe train shows what it does"

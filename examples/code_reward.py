@@ -1,6 +1,10 @@
 """A reward that runs the Python code of a completion against the tests of its dataset row.
 
+    python examples/code_reward.py
     troupe train -m MODEL -d problems.jsonl --reward examples/code_reward.py:passes_tests
+
+The first command tries it on a handful of completions, good and bad ones, and says what became of each: it takes some
+seconds, since one of them hangs. The second one trains; it wants a model that can write code.
 
 A row has a prompt and `tests`: Python statements, usually asserts, that are run after the completion's code in the same
 interpreter. The score is 1 where all went through, else 0: code that hangs, crashes or floods the output is wrong code,
@@ -86,7 +90,7 @@ async def passes_tests(completions, tests, **columns):  # type: ignore[no-untype
 
     async def score(index: int) -> None:
         async with at_once:
-            scores[index] = await _passes(_code_of(completions[index]), tests[index])
+            scores[index], _ = await _tested(completions[index], tests[index])
 
     async with anyio.create_task_group() as group:
         for index in range(len(completions)):
@@ -99,10 +103,12 @@ async def passes_tests(completions, tests, **columns):  # type: ignore[no-untype
 passes_tests.concurrency, passes_tests.timeout_s = 1, 900.0  # type: ignore[attr-defined]
 
 
-async def _passes(code: str, tests: str) -> float:
+async def _tested(
+    completion: str | list[dict[str, str]], tests: str, limits: Limits | None = None
+) -> tuple[float, Ran]:
     secret = os.urandom(16).hex()  # exit code 0 alone would let sys.exit() pass
-    ran = await run_code(f"{code}\n\n{tests}\nprint({secret!r})\n")
-    return float(ran.exit_code == 0 and ran.output.rstrip().endswith(secret))
+    ran = await run_code(f"{_code_of(completion)}\n\n{tests}\nprint({secret!r})\n", limits)
+    return float(ran.exit_code == 0 and ran.output.rstrip().endswith(secret)), ran
 
 
 def _code_of(completion: str | list[dict[str, str]]) -> str:
@@ -195,3 +201,38 @@ def isolation() -> tuple[str, ...]:
         return ()
     tried = subprocess.run([*command, sys.executable, "-I", "-S", "-c", ""], capture_output=True, check=False)
     return command if tried.returncode == 0 else ()
+
+
+_TESTS = "assert add(2, 3) == 5"
+_TRIED = {
+    "right": "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```",
+    "wrong": "def add(a, b):\n    return a - b",
+    "no Python": "I would add the two numbers.",
+    "ends early": "import sys\nsys.exit(0)",
+    "hangs": "import time\ntime.sleep(600)",
+    "floods the output": "while True: print('x' * 1000)",
+    "takes all memory": "x = bytearray(10**10)",
+    "asks the network": "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)",
+}
+
+
+async def try_it() -> None:
+    """What becomes of completions of all kinds."""
+    print("the network:", "out of sight" if isolation() else "within reach, since this machine has no `unshare` for us")
+    for kind, completion in _TRIED.items():
+        score, ran = await _tested(completion, _TESTS, Limits(wall_s=5.0))
+        print(f"{kind:<18} {score:.0f}   {_how_it_ended(ran, score)}")
+
+
+def _how_it_ended(ran: Ran, score: float) -> str:
+    if ran.exit_code is None:
+        return f"killed: {ran.why_killed}"
+    if ran.exit_code < 0:
+        return f"killed: {signal.Signals(-ran.exit_code).name}"
+    if ran.exit_code:
+        return ran.output.strip().rpartition("\n")[2]
+    return "passes" if score else "ended before its tests did"
+
+
+if __name__ == "__main__":
+    anyio.run(try_it)

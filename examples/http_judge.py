@@ -1,7 +1,13 @@
 """A reward that asks a judge over HTTP: a model server, a grader, anything that answers a POST with a score.
 
-    python examples/http_judge.py --serve 8321          a small judge to try it with, which likes short polite texts
-    JUDGE_URL=http://127.0.0.1:8321/score troupe train -m MODEL -d prompts.json --reward examples/http_judge.py:Judge
+A small judge to try it with, in one terminal, and in another the demo's policy that trains with it for half a minute:
+
+    python examples/http_judge.py --serve 8321
+    JUDGE_URL=http://127.0.0.1:8321/score troupe train --reward examples/http_judge.py:Judge --max-steps 30
+
+The judge gives a point for a right sum, so the reward rises as with the demo's own. Stop it for a while: the run says
+that the reward is down and waits, and goes on when the judge is back. With `-m MODEL -d PROMPTS.json` it judges your
+texts: the small judge then likes short polite ones.
 
 `Judge` keeps its connections open and uses them again, up to `concurrency` at once. What fails (no connection, a status
 other than 200, an answer that is no score) is raised: Troupe tries again, then the score is missing, and where call
@@ -16,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections import deque
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -128,8 +135,11 @@ def _length(headers: dict[str, str]) -> int:
 
 
 def opinion(prompt: object, completion: object) -> float:
-    """What the small judge thinks: 1 for a text with "please" or "thank", less the longer it is."""
+    """What the small judge thinks: 1 for a right sum, or else for a text with "please" or "thank", less the longer it
+    is."""
     text = completion if isinstance(completion, str) else completion[-1]["content"]  # type: ignore[index]
+    if isinstance(prompt, str) and (asked := re.fullmatch(r"(\d+)\+(\d+)=", prompt)):
+        return float(text.strip() == str(int(asked[1]) + int(asked[2])))
     polite = any(word in text.lower() for word in ("please", "thank"))
     return polite * 1.0 - min(len(text), 1000) / 1000
 

@@ -11,6 +11,7 @@ import pytest
 
 from troupe import doctor, linux_cpu
 from troupe.doctor import Report, describe, examine
+from troupe.machine import device_name, memory_gb, processors
 
 REPORT = Report(
     python="3.11.7 (/usr/bin/python)",
@@ -75,7 +76,7 @@ def machine(
     monkeypatch: pytest.MonkeyPatch, *, device: mx.DeviceType, gflops: float, advice: list[str], blas: str
 ) -> None:
     monkeypatch.setattr(doctor, "_measure_matmul", lambda: gflops)
-    monkeypatch.setattr(doctor, "_device_name", lambda: "some device")
+    monkeypatch.setattr(doctor, "device_name", lambda: "some device")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
     monkeypatch.setattr(linux_cpu, "advice", lambda: advice)
     monkeypatch.setattr(linux_cpu, "load_openblas", lambda: blas)
@@ -120,7 +121,7 @@ def test_names_the_device(
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
     monkeypatch.setattr(mx, "device_info", lambda: {} if name is None else {"device_name": name})
-    assert doctor._device_name() == expected
+    assert device_name() == expected
 
 
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +129,8 @@ def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError(f"unrecognized configuration name {name}")
 
     monkeypatch.setattr(os, "sysconf", refuse)
-    assert doctor._memory_gb() is None
+    assert memory_gb() is None
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     cores: Any = None
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert doctor._threads() == 1
+    assert processors() == 1

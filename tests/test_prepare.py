@@ -65,7 +65,10 @@ BASE = ("-m", "m", "-d", "p.json")
         ("[generation]\nnum_generations = 0", "generation.num_generations is 0"),
         ("[schedule]\nmax_staleness = -7", "schedule.max_staleness is -7"),
         ("[learner\nlr = 1", "run.toml: this is not valid TOML"),
-        ('output = "o"', "model.path is missing: name a Hugging Face folder of a Qwen3 model (-m MODEL_DIR)"),
+        (
+            'output = "o"',
+            "model.path is missing: name a Hugging Face folder of a Qwen3 model (in RUN.toml, or with -m MODEL_DIR)",
+        ),
         ('[model]\npath = "m"', "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)"),
     ],
 )
@@ -89,7 +92,7 @@ def test_a_config_file(workplace: Workplace, toml: str, message: str) -> None:
         ([*BASE, "--set", "learner"], "--set learner: write it as section.key=value"),
         ([*BASE, "--set", "rewards.timeout=3"], "unknown key rewards.timeout; did you mean rewards.timeout_s?"),
         (["-m", "m", "-d", "gone.json"], "gone.json: no such file"),
-        (["-m", "m", "-d", "p.csv"], "p.csv: unknown suffix '.csv'"),
+        (["-m", "m", "-d", "p.yaml"], "p.yaml: unknown suffix '.yaml'"),
         (["-m", "gone", "-d", "p.json"], "gone: no such model folder"),
         ([*BASE, "--reward", "lenght"], "reward 'lenght' is unknown (did you mean length"),
         ([*BASE, "--reward", "gone.py:f"], "gone.py: no such file"),

@@ -6,9 +6,13 @@ from troupe.daemon.commands import control
 
 
 def main() -> None:
-    """Run the command that the arguments name. One that speaks with a run loads nothing that it does not need."""
+    """Run the command that the arguments name. One that only looks at a run loads nothing that it does not need."""
     if sys.argv[1:2] and sys.argv[1] in control.commands:
         control(prog_name="troupe")
+    if sys.argv[1:2] == ["report"]:
+        from troupe.report.command import report
+
+        report(sys.argv[2:], prog_name="troupe report")
     from troupe.cli import main as commands
 
     commands(prog_name="troupe")

@@ -32,6 +32,9 @@ RULES: dict[str, Rule] = {
     "model.dtype": "never",
     "data.path": "never",  # as above
     "data.shuffle": "never",
+    "data.prompt_column": "by name",
+    "data.answer_column": "by name",
+    "data.system_prompt": "by name",
     "data.eval_path": "free",
     "data.max_prompt_tokens": "free",  # refuses longer prompts, changes none
     "data.chat": "by name",

@@ -30,6 +30,7 @@ from troupe.folder_names import run_folder_named
 from troupe.messages import ClosedState
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
+from troupe.report.command import report
 from troupe.rollouts import Evaluation, evaluate_folder
 from troupe.stored_run import Choice, open_store
 from troupe.summary import RunResult
@@ -46,14 +47,16 @@ def main() -> None:
     """Teach Qwen3 models with GRPO on Apple's MLX."""
 
 
-for _command in control.commands.values():
+for _command in (*control.commands.values(), report):
     main.add_command(_command)
 
 
 @main.command()
 @click.argument("run_toml", type=_EXISTING_TEXT, required=False)
 @click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder of the policy to train.")
-@click.option("-d", "--dataset", metavar="PROMPTS.json", help="Prompts, .json or .jsonl.")
+@click.option(
+    "-d", "--dataset", metavar="PROMPTS", help="File (.json, .jsonl, .csv, .parquet), hf:… or reasoning_gym:…."
+)
 @click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: the next free runs/NAME-NNN.")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-6]")
 @click.option("--epochs", type=int, help="Passes over the prompts.  [default: 3]")
@@ -189,7 +192,7 @@ def _show_plan(prepared: Prepared) -> None:
     for notice in prepared.notices:
         tell(f"note: {notice}")
     tell(tomli_w.dumps(config_table(prepared.config)))
-    for line in budget.describe(prepared.memory.phases).splitlines():
+    for line in [*prepared.prompts.splitlines(), *budget.describe(prepared.memory.phases).splitlines()]:
         tell(f"# {line}".rstrip())
     tell(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
 
@@ -272,7 +275,9 @@ def generate(
 
 @main.command(name="eval")
 @click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder; default: the demo's policy.")
-@click.option("-d", "--dataset", metavar="PROMPTS.json", help="Rows to complete; default: the demo's held-out rows.")
+@click.option(
+    "-d", "--dataset", metavar="PROMPTS", help="Rows to complete, as of train; default: the demo's held-out ones."
+)
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=Number(min=0), default=0.0, show_default=True, help="0 is greedy.")

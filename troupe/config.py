@@ -17,7 +17,7 @@ import tomli_w
 
 from troupe.checkpoint import CheckpointConfig
 from troupe.daemon.settings import DaemonConfig
-from troupe.dataset import DataConfig
+from troupe.dataset import DataConfig, anchored_source
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
@@ -30,7 +30,8 @@ RUN_TOML = "run.toml"
 """Where a run folder keeps its whole resolved config."""
 
 DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.toml"
-_INPUT_PATHS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
+_SOURCES = ("path", "eval_path")
+"""Keys of [data] that name prompts."""
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +42,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     seed: int = 0
+    """What every random number of the run is derived from; from 0 to 2⁶³ − 1."""
     output: str | None = None
     """The run folder; None takes the next free `runs/NAME-NNN` in the working directory."""
     memory_limit_gb: float | None = None
@@ -160,12 +162,15 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
-    for section, key in _INPUT_PATHS:
-        values = table.get(section)
-        if isinstance(values, dict) and isinstance(values.get(key), str):
-            path = (base / Path(values[key]).expanduser()).absolute()
-            if path.exists() or section != "model" or not is_hub_id(values[key]):
-                values[key] = str(path)
+    model = table.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        path = (base / Path(model["path"]).expanduser()).absolute()
+        if path.exists() or not is_hub_id(model["path"]):
+            model["path"] = str(path)
+    data = table.get("data")
+    if isinstance(data, dict):
+        named = {key: data[key] for key in _SOURCES if isinstance(data.get(key), str)}
+        data |= {key: anchored_source(source, base) for key, source in named.items()}
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]

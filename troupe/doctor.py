@@ -14,6 +14,7 @@ import msgspec
 
 from troupe import linux_cpu
 from troupe.budget import device_limit_gb
+from troupe.machine import device_name, memory_gb, processors
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
@@ -59,15 +60,15 @@ def examine() -> Report:
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         mlx=version("mlx"),
-        device=_device_name(),
+        device=device_name(),
         blas={
             "loaded": "OpenBLAS",
             "missing": "the reference BLAS of the mlx wheel",
             "too late": "the reference BLAS of the mlx wheel, loaded before OpenBLAS",
             "not needed": "Accelerate",
         }[linux_cpu.load_openblas()],
-        threads=_threads(),
-        memory_gb=_memory_gb(),
+        threads=processors(),
+        memory_gb=memory_gb(),
         memory_limit_gb=device_limit_gb(),
         matmul_gflops=round(gflops, 1),
         advice=tuple(advice),
@@ -103,21 +104,3 @@ def _measure_matmul() -> float:
         mx.eval(a @ a)
         best_s = min(best_s, time.perf_counter() - start_s)
     return 2 * _SIZE**3 / best_s / 1e9
-
-
-def _device_name() -> str:
-    device = mx.default_device()
-    kind = "cpu" if device == mx.Device(mx.cpu) else "gpu"
-    name = mx.device_info().get("device_name", "")
-    return f"{kind} ({name})" if name else kind
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory_gb() -> float | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (ValueError, OSError):
-        return None

@@ -216,13 +216,14 @@ def _completion(completion: StoredCompletion, before: str = "") -> Block:
         *((shown(name), shown(_told(value))) for name, value in (completion.columns or {}).items()),
         ("ended by", completion.finish_reason),
         ("tokens", f"{len(completion.token_ids)} by policy {_versions(completion.versions)}"),
-        ("prompt", shown(_prompt(completion.prompt))),
+        ("prompt", shown(prompt_text(completion.prompt))),
     ]
     title = f"{before}{place}, {completion.state} in step {completion.step}, row {completion.row}"
     return Block(title=title, rows=facts, text=shown(completion.text))
 
 
-def _prompt(prompt: str | list[dict[str, Any]] | None) -> str:
+def prompt_text(prompt: str | list[dict[str, Any]] | None) -> str:
+    """A prompt to be read: of a conversation, each turn with who speaks."""
     if isinstance(prompt, list):
         return "\n".join(f"{turn.get('role', '')}: {_told(turn.get('content'))}" for turn in prompt)
     return prompt or _MISSING

@@ -3,7 +3,7 @@
 OpenBLAS: the `mlx[cpu]` wheel carries the reference BLAS, about 4 GFLOP/s on two cores; OpenBLAS gives 120–190. The
 dynamic linker resolves a symbol to the library loaded first, so loading OpenBLAS globally *before* `mlx.core` is
 enough; afterwards it is too late. A C++ compiler: MLX compiles fused kernels with `g++` when it first needs them.
-macOS (Accelerate, Metal) and NVIDIA cards need none of this. Imports nothing else of ours.
+macOS (Accelerate, Metal) and NVIDIA cards need none of this. Imports nothing of ours that imports MLX.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
+
+from troupe.process_wide import ProcessWide
 
 LIBRARY_NAMES = ("libopenblas.so.0", "libopenblas.so")
 COMPILER = "g++"
@@ -56,15 +58,22 @@ def blas_threads() -> int | None:
 @contextmanager
 def blas_limited(threads: int | None) -> Iterator[None]:
     """Have OpenBLAS, where it is there, work with this many threads in the whole process. None changes nothing."""
-    library, before = _openblas(), blas_threads()
-    if threads is None or library is None:
+    if threads is None or _openblas() is None:
         yield
         return
-    library.openblas_set_num_threads(threads)
-    try:
+    with _THREADS.at(threads):
         yield
-    finally:
-        library.openblas_set_num_threads(before)
+
+
+def _swap_threads(threads: int) -> int:
+    library = _openblas()
+    assert library is not None
+    before = int(library.openblas_get_num_threads())
+    library.openblas_set_num_threads(threads)
+    return before
+
+
+_THREADS = ProcessWide(_swap_threads)
 
 
 def keep_freed_memory() -> None:

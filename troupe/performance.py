@@ -18,7 +18,7 @@ from troupe import linux_cpu
 from troupe.budget import memory_limited
 from troupe.changes import Change, ChangesLog
 from troupe.errors import InputError, RunError
-from troupe.messages import Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate
+from troupe.messages import Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.pipeline import Pipeline
 from troupe.policy import Policy, load_policy
 from troupe.prepare import Prepared
@@ -27,11 +27,13 @@ from troupe.rollouts import Evaluation, evaluate
 from troupe.run_folder import RunFolder
 from troupe.runtime import DeviceThread, Mailbox, play, together
 from troupe.runtime.watchdog import watch
-from troupe.status import last_movement_s, live_groups, stall
+from troupe.status import doing, last_movement_s, live_groups, queues, stall
 from troupe.summary import RunResult, write_summary
 
 _EXCHANGES = 64
 """Exchanges of rewards, and settings, that may wait before the oldest is forgotten."""
+_STATUS_EVERY_S = 1.0
+"""For sinks that show what the run is doing."""
 
 
 class Exchange(msgspec.Struct, frozen=True):
@@ -91,6 +93,7 @@ class Performance:
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self._farewells: list[tuple[str, Sitting, int]] = []
+        self._newest_update = pipeline.news.listen(1, Update)
 
     def stop(self) -> None:
         """End now, with a checkpoint of the last completed step."""
@@ -113,7 +116,26 @@ class Performance:
         ]
         return next((phase for holds, phase in phases if holds), "running")
 
-    def live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
+    def status(self) -> Status:
+        """What the run is doing now."""
+        pipeline, now_s = self._pipeline, time.perf_counter()
+        updates = self._newest_update.waiting
+        return Status(
+            phase=self.phase,
+            step=pipeline.learner.version,
+            total_steps=self._prepared.total_steps,
+            policy_version=pipeline.learner.version,
+            groups=self._live_groups(now_s),
+            queues=queues(pipeline.actors),
+            doing={} if self._ended.is_set() else doing(pipeline.actors, now_s),
+            held=pipeline.ledger.held,
+            rewards_down=dict(self._prepared.rewards.down),
+            restarts={role.name: role.restarts for role in pipeline.roles if role.restarts},
+            incidents=dict(pipeline.tally.incidents),
+            metrics=dict(updates[-1].metrics) if updates else {},
+        )
+
+    def _live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
         """Groups between prompting and the end of their training, the oldest first."""
         pipeline = self._pipeline
         return live_groups(pipeline.ledger.alive, pipeline.actors, now_s, handed_over=pipeline.handed_over)
@@ -129,7 +151,7 @@ class Performance:
         except Exception as error:
             self.fault = error
         finally:
-            self._pipeline.updates.close()
+            self._pipeline.news.close()
             self._ended.set()
 
     async def _play(self) -> None:
@@ -155,8 +177,14 @@ class Performance:
         self._before = await self._evaluate(await self._untrained_policy())
         self._prepared = self._prepared.without_arrays()
         self._playing = True
-        await _beside(self._watch, partial(play, self._pipeline.roles))
+        await _beside(self._tell_sinks, partial(_beside, self._watch, partial(play, self._pipeline.roles)))
         self._after = await self._evaluate(self._trained_policy())
+
+    async def _tell_sinks(self) -> None:
+        """Have those sinks that show it know what the run is doing."""
+        while self._pipeline.sinks.take(Status):
+            self._pipeline.sinks.write(self.status())
+            await anyio.sleep(_STATUS_EVERY_S)
 
     async def _watch(self) -> None:
         begun_s = time.perf_counter()
@@ -172,7 +200,7 @@ class Performance:
 
     def _tell_of_stall(self, still_s: float) -> None:
         now_s = time.perf_counter()
-        groups = self.live_groups(now_s)
+        groups = self._live_groups(now_s)
         if groups or self.phase not in ("paused", "held"):
             self._pipeline.incidents.incident_nowait(stall(groups, self._pipeline.actors, now_s, still_s))
 

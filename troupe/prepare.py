@@ -116,7 +116,9 @@ def prepare(
     check_sinks(config.metrics)
     notices = linux_cpu.advice() if mx.default_device() == mx.Device(mx.cpu) else []
     if model_path is None:
-        raise ConfigError("model.path is missing: name a Hugging Face folder of a Qwen3 model (-m MODEL_DIR)")
+        raise ConfigError(
+            "model.path is missing: name a Hugging Face folder of a Qwen3 model (in RUN.toml, or with -m MODEL_DIR)"
+        )
     if data_path is None:
         raise ConfigError(
             "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"

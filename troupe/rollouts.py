@@ -13,12 +13,12 @@ import mlx.core as mx
 import msgspec
 
 from troupe.dataset import DataConfig, PromptDataset
-from troupe.errors import InputError, RewardError
+from troupe.errors import InputError
 from troupe.grpo import LearnerConfig
 from troupe.learning import as_rollouts, assemble
 from troupe.messages import Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import CompletedGroup, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
-from troupe.rewards import Reward, RewardManager, exact_answer_reward, load_reward
+from troupe.rewards import Reward, RewardManager, default_reward, exact_answer_reward
 from troupe.runtime import DeviceThread
 from troupe.schedule import tokenize_prompts
 
@@ -198,15 +198,12 @@ async def evaluate_folder(
     seed: int = 0,
     dtype: str | None = None,
 ) -> Evaluation:
-    """Evaluate a model folder on a dataset file; what `troupe eval` does.
+    """Evaluate a model folder on a source of prompts; what `troupe eval` does.
 
-    Without rewards the dataset must have an `answer` column, of which the accuracy is told. Raises InputError.
+    Without rewards the rows must say what is right (`default_reward`). Raises InputError.
     """
-    rows = PromptDataset.from_json(dataset)
-    if not rewards and "answer" not in rows.columns:
-        raise RewardError(f"{dataset}: the rows have no `answer` column and no reward is named; name one with --reward")
-    functions = [load_reward(reward) if isinstance(reward, str) else reward for reward in rewards]
-    manager = RewardManager(functions or [exact_answer_reward])
+    rows = PromptDataset.load(dataset)
+    manager = RewardManager(list(rewards) or [default_reward(rows.columns, rows.source)])
     manager.check_columns(rows.columns)
     async with DeviceThread("evaluation") as device, manager:
         policy = await device.run(load_policy, model, dtype)

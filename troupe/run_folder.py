@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from troupe.config import RUN_TOML, RunConfig, write_config
+from troupe.dataset import source_name
 from troupe.errors import OutputError
 from troupe.folder_names import run_folder_named
 from troupe.run_lock import LOCK, LockedError, Owner, RunLock
@@ -16,7 +17,7 @@ from troupe.weights_files import remove_leftovers
 
 _NUMBERED = re.compile(r"(.+)-(\d{3,})")
 _NOT_OF_A_RUN = re.compile(
-    rf"{re.escape(LOCK)}|control\.(sock|path|lock)|\.c[a-z0-9_]{{8}}|daemon\.log.*|\.writing-{re.escape(RUN_TOML)}"
+    rf"{re.escape(LOCK)}|control\.(sock|path|lock)|page\.url|\.c[a-z0-9_]{{8}}|daemon\.log.*|\.writing-{re.escape(RUN_TOML)}"
 )
 """Files that may lie in a folder in which no run has begun: of who holds it, and of a start that was killed."""
 _RUNS_AT_ONCE = 10_000
@@ -25,12 +26,12 @@ _RUNS_AT_ONCE = 10_000
 def run_folder(config: RunConfig, *, resume: bool) -> Path:
     """The folder a run writes to; OutputError where it may not be used. Creates nothing.
 
-    Without `output`: `runs/NAME-NNN`, NAME from the dataset's file, NNN the first number above those that are taken.
+    Without `output`: `runs/NAME-NNN`, NAME from the source of the prompts, NNN the first number above those taken.
     """
     if config.output is None:
         if resume:
             raise OutputError("nothing to resume: name the run folder to go on with (-o OUT_DIR)")
-        name = Path(config.data.path or "run").stem
+        name = source_name(config.data.path or "run")
         runs = Path.cwd() / "runs"
         taken = [_NUMBERED.fullmatch(path.name) for path in runs.glob(f"{name}-*")]
         numbers = [int(match[2]) for match in taken if match and match[1] == name]

@@ -5,6 +5,7 @@ step and start; times are told, and nothing depends on them. It does not know wh
 does; `stored_run.py` reads.
 
     starts       one row a start of the run: 1, 2, … with every resume
+    machines     which machine played a start; stores of older versions have no such table
     steps        one row a learner batch, its metrics as JSON
     groups       one row a group that has ended, under the step that it ended with
     completions  one row a sample of a group
@@ -54,6 +55,7 @@ _TABLES = (
     "CREATE TABLE checkpoints (version INTEGER PRIMARY KEY, folder TEXT, bytes INTEGER, seconds REAL, time REAL,"
     " removed_at REAL)",
 )
+_MACHINES = "CREATE TABLE IF NOT EXISTS machines (start INTEGER PRIMARY KEY, machine TEXT)"
 _TO_BE_MADE_AGAIN = ("steps", "step"), ("groups", "step"), ("completions", "step"), ("checkpoints", "version")
 
 _ADD_GROUP = "INSERT OR REPLACE INTO groups VALUES (?,?,?,?,?,?,?,?,?,?)"
@@ -144,10 +146,18 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: Path, *, first_step: int, start: int | None = None, program: str, clock: Callable[[], float]
+        self,
+        path: Path,
+        *,
+        first_step: int,
+        start: int | None = None,
+        program: str,
+        machine: str = "",
+        clock: Callable[[], float],
     ) -> None:
         """`start`: None begins a start of the run, for which the rows of steps past `first_step` are removed, since
-        those will be made again; a number goes on with that start. `program`: the version of Troupe."""
+        those will be made again; a number goes on with that start. `program`: the version of Troupe. `machine`: in
+        words, for people."""
         self._path = path
         with _told_as_ours(path):
             self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
@@ -156,6 +166,8 @@ class StoreWriter:
                 self._prepare()
                 with self._transaction() as do:
                     self.start = self._begin(do, first_step, start, (clock(), os.getpid(), first_step, program))
+                    do.execute(_MACHINES)
+                    do.execute("INSERT OR IGNORE INTO machines VALUES (?,?)", (self.start, safe_text(machine)))
         except BaseException:
             self.close()
             raise
@@ -233,11 +245,22 @@ def check_store(path: Path) -> None:
 
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that cannot change the store, and does not hold up who writes. sqlite3.Error where it cannot be."""
-    address = path.absolute().as_uri()
-    if not os.access(path.parent, os.W_OK) and not Path(f"{path}-wal").exists():
-        return sqlite3.connect(f"{address}?immutable=1", uri=True)  # nobody can be writing, and no locks can be made
-    return sqlite3.connect(f"{address}?mode=ro", uri=True, timeout=5.0)
+    """A connection that cannot change the store, does not hold up who writes, and leaves no file behind.
+
+    sqlite3.Error where it cannot be. Where nobody writes, the file is read as it is: who joins the log of a store
+    makes that log's files, and only a writer may remove them.
+    """
+    mode = "mode=ro" if is_in_use(path) else "immutable=1"
+    return sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5.0)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether somebody writes the store, or was killed writing it: then a part of it is in its log. Who ends as one
+    should leaves none."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except OSError:
+        return False
 
 
 def set_aside(path: Path) -> Path:

@@ -17,7 +17,7 @@ import msgspec
 
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState, PromptText
-from troupe.run_store import FILE_NAME, DamagedStoreError, connect_to_read, refuse_newer
+from troupe.run_store import FILE_NAME, DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 
 Choice = Literal["best", "worst", "random", "all"]
 """Which completions: those with the highest or lowest value, some by lot, or all in the order of groups."""
@@ -99,6 +99,30 @@ class StoredCompletion(msgspec.Struct, frozen=True, kw_only=True):
     """None where they were not stored."""
 
 
+class StoredStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One learner batch."""
+
+    step: int
+    start: int
+    """The start of the run that made it."""
+    unix_s: float
+    metrics: dict[str, float | None]
+    """None where a figure was no finite number."""
+
+
+class StoredIncident(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong once."""
+
+    start: int
+    step: int
+    """That of the newest step before it."""
+    unix_s: float
+    actor: str
+    kind: str
+    message: str
+    gid: int | None
+
+
 class Query(msgspec.Struct, frozen=True, kw_only=True):
     """Which completions are wanted; every condition must hold."""
 
@@ -119,6 +143,7 @@ _COLUMNS = (
     "c.step, c.gid, c.sample, g.slot_step, g.place, g.attempt, g.row, g.epoch, g.state, g.prompt, g.columns, c.text,"
     " c.token_ids, c.versions, c.finish_reason, c.reward, c.advantage, c.scores, c.extra, c.log_probs"
 )
+_FIGURES = msgspec.json.Decoder(dict[str, float | None])
 _ORDERS: dict[Choice, str] = {
     "best": "value DESC, c.gid, c.sample",
     "worst": "value, c.gid, c.sample",
@@ -160,6 +185,33 @@ class StoredRun:
         """The newest step that is stored."""
         step: int | None = self._connection.execute("SELECT max(step) FROM steps").fetchone()[0]
         return step
+
+    def steps(self) -> Iterator[StoredStep]:
+        """Every step, in order."""
+        rows = self._connection.execute("SELECT step, start, time, metrics FROM steps ORDER BY step")
+        for step, start, unix_s, metrics in rows:
+            try:
+                figures = _FIGURES.decode(metrics)
+            except (msgspec.DecodeError, TypeError) as error:
+                raise DamagedStoreError(f"step {step}: {error}") from None
+            yield StoredStep(step=step, start=start, unix_s=unix_s, metrics=figures)
+
+    def newest_incidents(self, count: int) -> list[StoredIncident]:
+        """At most `count`, the newest first."""
+        rows = self._connection.execute("SELECT * FROM incidents ORDER BY rowid DESC LIMIT ?", (count,))
+        return [_struct(StoredIncident, row) for row in rows]
+
+    def machines(self) -> dict[int, str]:
+        """Start → the machine that played it; those that a Troupe wrote which did not tell are left out."""
+        ask = self._connection.execute
+        if not ask("SELECT count(*) FROM sqlite_master WHERE name = 'machines'").fetchone()[0]:
+            return {}
+        return dict(ask("SELECT start, machine FROM machines WHERE machine != '' ORDER BY start"))
+
+    def steps_with_completions(self) -> list[int]:
+        """The first and the newest step that have any; none, or one, where there are no two."""
+        ends = self._connection.execute("SELECT min(step), max(step) FROM completions").fetchone()
+        return [step for step in dict.fromkeys(ends) if step is not None]
 
     def reward_names(self) -> list[str]:
         """The rewards of the newest group."""
@@ -207,6 +259,7 @@ def open_store(folder: Path) -> Iterator[StoredRun]:
         raise OutputError(
             f"{path}: there is no run store; runs have one from their first step on where metrics.sinks names 'sqlite'"
         )
+    unwatched = not is_in_use(path)
     try:
         with closing(connect_to_read(path)) as connection:
             connection.isolation_level = None
@@ -216,6 +269,8 @@ def open_store(folder: Path) -> Iterator[StoredRun]:
     except sqlite3.OperationalError as error:
         raise OutputError(f"{path}: the run store cannot be read now: {error}") from None
     except (sqlite3.DatabaseError, DamagedStoreError) as error:
+        if unwatched and is_in_use(path):
+            raise OutputError(f"{path}: a run has begun to write into the store meanwhile; ask again") from None
         raise OutputError(
             f"{path}: the run store is damaged: {error}; a run that goes on in this folder sets it aside and begins a "
             "new one"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
@@ -14,18 +14,30 @@ from anyio.abc import TaskGroup
 
 from troupe.changes import ChangesLog, check_change
 from troupe.config import RunConfig, check_config
-from troupe.messages import NOT_STARTED, Checkpoint, Drain, Pause, Resume, Status, Step, Update
+from troupe.messages import (
+    NOT_STARTED,
+    Checkpoint,
+    Drain,
+    GroupClosed,
+    Incident,
+    Pause,
+    Resume,
+    Status,
+    Step,
+    Update,
+)
 from troupe.performance import Errands, Exchange, Performance, Setting
 from troupe.pipeline import Pipeline, build_pipeline
 from troupe.prepare import Prepared, prepare
 from troupe.rewards import Reward
 from troupe.run_folder import RunFolder
-from troupe.runtime import DeviceThread, Mailbox
-from troupe.status import doing, queues
+from troupe.runtime import DeviceThread
 from troupe.summary import RunResult
 from troupe.tables import anchored_reward
 
 _LISTENER_BOUND = 64
+
+T = TypeVar("T", Update, Incident, GroupClosed)
 
 
 class Supervisor:
@@ -65,7 +77,6 @@ class Supervisor:
         self._pipeline: Pipeline
         self._prepared: Prepared
         """Without arrays, which belong to who works with them."""
-        self._newest_update: Mailbox
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> Supervisor:
@@ -78,7 +89,6 @@ class Supervisor:
             performance = Performance(
                 prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
             )
-            self._newest_update = self._pipeline.updates.listen(1)
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
         except BaseException:
@@ -127,19 +137,30 @@ class Supervisor:
             raise RuntimeError("the run has no result yet: leave the `async with` block, or await wait(), first")
         return result
 
-    async def updates(self) -> AsyncIterator[Update]:
+    def updates(self) -> AsyncGenerator[Update, None]:
         """Every step's Update from now on, until the run ends. A slow reader gets the newest ones only.
 
         Raises RuntimeError where the supervisor was not entered.
         """
+        return self._listen(Update)
+
+    def incidents(self) -> AsyncGenerator[Incident, None]:
+        """Every incident from now on; otherwise as `updates`."""
+        return self._listen(Incident)
+
+    def closed_groups(self) -> AsyncGenerator[GroupClosed, None]:
+        """Every group that ends from now on, with its completions and their scores; otherwise as `updates`."""
+        return self._listen(GroupClosed)
+
+    async def _listen(self, kind: type[T]) -> AsyncGenerator[T, None]:
         if self._performance is None:
-            raise RuntimeError("there are no updates yet: enter the supervisor with `async with` first")
-        mailbox = self._pipeline.updates.listen(_LISTENER_BOUND)
+            raise RuntimeError("there is nothing to listen to yet: enter the supervisor with `async with` first")
+        mailbox = self._pipeline.news.listen(_LISTENER_BOUND, kind)
         try:
-            async for update in mailbox:
-                yield update
+            async for message in mailbox:
+                yield message
         finally:
-            self._pipeline.updates.leave(mailbox)
+            self._pipeline.news.leave(mailbox)
 
     async def wait(self) -> None:
         """Wait until the run has ended, well or not."""
@@ -147,25 +168,7 @@ class Supervisor:
 
     def status(self) -> Status:
         """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
-        performance = self._performance
-        if performance is None:
-            return NOT_STARTED
-        pipeline, now_s = self._pipeline, time.perf_counter()
-        updates = self._newest_update.waiting
-        return Status(
-            phase=performance.phase,
-            step=pipeline.learner.version,
-            total_steps=self._prepared.total_steps,
-            policy_version=pipeline.learner.version,
-            groups=performance.live_groups(now_s),
-            queues=queues(pipeline.actors),
-            doing={} if self._ended.is_set() else doing(pipeline.actors, now_s),
-            held=pipeline.ledger.held,
-            rewards_down=dict(self._prepared.rewards.down),
-            restarts={role.name: role.restarts for role in pipeline.roles if role.restarts},
-            incidents=dict(pipeline.tally.incidents),
-            metrics=dict(updates[-1].metrics) if updates else {},
-        )
+        return NOT_STARTED if self._performance is None else self._performance.status()
 
     def pause(self) -> None:
         """Ask that no step is begun until `resume`; steps begun are finished."""

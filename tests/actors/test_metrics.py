@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes import DirectSinkThread, FakeSink, ended, taken
 from tests.trace_events import read_trace
-from troupe.actors.metrics import Metrics, Tally
+from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.messages import CheckpointWritten, ClosedState, Drain, GroupClosed, Incident, Settle, Slot, Span, Update
 from troupe.runtime import Broadcast, Channel, Mailbox, Reporter, Restarts, Role, TraceWriter, play
 from troupe.sinks import JsonlSink, Sinks
@@ -42,7 +42,7 @@ class Stage:
         self.reports: Channel[Report] = self.inbox.channel(
             "reports", Update, GroupClosed, Incident, CheckpointWritten, Span, bound=99
         )
-        self.listeners: Broadcast[Update] = Broadcast("updates", Update)
+        self.listeners: Broadcast[Heard] = Broadcast("news", Update, GroupClosed, Incident)
         self.tally = Tally()
         self.sinks = Sinks(sinks, gather_s=0.0)
         self.now_s = 100.0
@@ -209,6 +209,27 @@ async def test_a_successor_goes_on_with_the_same_open_sinks(tmp_path: Path) -> N
     assert stage.tally.closed_groups == {"trained": 5}
     trace = read_trace(json.loads((tmp_path / "trace.json").read_text()))
     assert [piece.name for piece in trace.slices].count("learn") == 5
+
+
+@pytest.mark.parametrize("at", ["writes", "news", "write"])
+async def test_what_is_handed_over_again_is_counted_once(monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """The sinks fail before they have taken the message."""
+    stage = Stage(FakeSink())
+    working, failures = getattr(stage.sinks, at), [OSError("out of luck")]
+
+    def failing(*given: object) -> object:
+        if failures:
+            raise failures.pop()
+        return working(*given)
+
+    monkeypatch.setattr(stage.sinks, at, failing)
+    await stage.reports.send(closed(0, "trained"))
+    await stage.reports.send(INCIDENT)
+    stage.reports.close()
+    await play([Role(stage.make)], Restarts(first_s=0.0))
+    assert failures == []
+    assert stage.tally.closed_groups == {"trained": 1}
+    assert stage.tally.incidents["reward_timeout"] == 1
 
 
 async def test_what_was_told_before_is_settled_also_by_a_successor(tmp_path: Path) -> None:

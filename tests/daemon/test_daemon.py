@@ -16,11 +16,12 @@ import pytest
 from tests import virtual_time
 from tests.daemon.test_protocol import STATUS
 from troupe.daemon import frames
-from troupe.daemon.daemon import Child, Daemon
-from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon
+from troupe.daemon.daemon import Daemon
+from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon, Told
 from troupe.daemon.logs import LOGGER
 from troupe.daemon.orders import Order
 from troupe.daemon.place import Peer
+from troupe.daemon.player import Child
 from troupe.daemon.protocol import Reply, Request
 from troupe.daemon.restarts import Attempts
 from troupe.daemon.settings import DaemonConfig
@@ -29,6 +30,7 @@ from troupe.messages import (
     Done,
     Drain,
     GetStatus,
+    Incident,
     Pause,
     Refused,
     Reload,
@@ -42,6 +44,7 @@ from troupe.runtime import ChildEnded
 
 ME = Peer(uid=501, pid=7)
 TOTAL = 10
+LATE = Incident(actor="scorer", kind="reward_error", message="the judge is late")
 
 
 async def settled() -> None:
@@ -494,17 +497,20 @@ def test_steps_and_incidents_are_told_once(theatre: Theatre, log: pytest.LogCapt
     async def body() -> None:
         theatre.child.play(speaks=True)
         theatre.child.step(1, reward_error=1)
+        theatre.child.tell(Told(incidents=(LATE,)))
         await settled()
-        assert "reward_error" not in log.text, "the trainer's own lines say so"
+        assert "late" not in log.text, "the trainer's own lines say so"
         theatre.child.die()
         await anyio.sleep(2)
         theatre.child.play(speaks=False)
         theatre.child.step(1, reward_error=2)
+        theatre.child.tell(Told(incidents=(LATE,), left_out=7))
         theatre.child.step(2, reward_error=2)
         theatre.child.tell(Finished(steps=2, total_steps=TOTAL))
 
     assert theatre.play(body) == 0
-    assert log.text.count("incidents of kind reward_error: 2") == 1
+    assert log.text.count("incident in scorer: the judge is late") == 1
+    assert log.text.count("7 further incidents") == 1
     levels = [record.levelname for record in log.records if record.message.startswith("step ")]
     assert levels == ["DEBUG", "INFO", "INFO"]
 
@@ -545,6 +551,51 @@ def test_the_configuration_is_read_again(theatre: Theatre) -> None:
         assert isinstance(reply, Refused)
         assert "nothing was taken over" in reply.message
         theatre.child.tell(Finished(steps=0, total_steps=TOTAL))
+
+    assert theatre.play(body) == 0
+
+
+def test_a_trainer_that_hangs_is_killed_and_another_goes_on(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    theatre = Theatre(tmp_path, kill_after_s=600.0)
+
+    async def body() -> None:
+        theatre.child.play(2)
+        await anyio.sleep(500)
+        theatre.child.step(3)
+        theatre.child.deaf = True
+        await anyio.sleep(550)
+        assert not theatre.child.killed
+        theatre.child.step(4)
+        await anyio.sleep(750)
+        assert [child.killed for child in theatre.children] == [True, False]
+        status = await theatre.status()
+        assert status.restarting is not None
+        assert "no sign of life for 600 s (daemon.kill_after_s is 600)" in status.restarting.reason
+        theatre.child.play(2)
+        await anyio.sleep(2000)
+        assert not theatre.child.killed, "it answers"
+        theatre.child.tell(Finished(steps=TOTAL, total_steps=TOTAL))
+
+    assert theatre.play(body) == 0
+    assert len(theatre.children) == 2
+    assert "was killed" in log.text
+
+
+def test_a_trainer_may_hang_where_nobody_minds(tmp_path: Path) -> None:
+    theatre = Theatre(tmp_path, kill_after_s=0.0)
+
+    async def body() -> None:
+        theatre.child.play(2)
+        theatre.child.deaf = True
+        await anyio.sleep(5000)
+        assert theatre.child.asked == []
+        theatre.run_toml.write_text(theatre.run_toml.read_text() + "[daemon]\nkill_after_s = 60\n")
+        reply = await theatre.ask(Reload())
+        assert isinstance(reply, Done)
+        assert "kill_after_s is now 60" in reply.message
+        await anyio.sleep(121)
+        assert theatre.children[0].killed
+        theatre.child.tell(Finished(steps=TOTAL, total_steps=TOTAL))
 
     assert theatre.play(body) == 0
 

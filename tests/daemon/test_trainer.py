@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import socket
@@ -15,12 +16,13 @@ import anyio
 import pytest
 
 from tests.daemon.test_protocol import STATUS
+from tests.stored import closed
 from troupe.config import RunConfig, load_config, write_config
 from troupe.daemon import frames
 from troupe.daemon import trainer as trainer_room
-from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon
-from troupe.errors import ConfigError, RunError
-from troupe.messages import Done, GetStatus, Pause, Reload, Set, Status, Update
+from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon, Told
+from troupe.errors import ConfigError, OutputError, RunError
+from troupe.messages import Done, GetStatus, GroupClosed, Incident, Pause, Reload, Set, Status, Update
 from troupe.runtime import Connection
 
 pytestmark = pytest.mark.anyio
@@ -32,6 +34,7 @@ class FakeSupervisor:
     made: list[FakeSupervisor] = []  # noqa: RUF012 - the last one of a test
     steps = 2
     fault: Exception | None = None
+    mishaps: tuple[Incident, ...] = ()
 
     def __init__(self, config: RunConfig, *, resume: bool, allow_changes: tuple[str, ...]) -> None:
         self.config, self.resumes, self.allowed = config, resume, allow_changes
@@ -52,6 +55,13 @@ class FakeSupervisor:
         for step in range(1, self.steps + 1):
             yield Update(step=step, version=step, total_steps=5, metrics={"reward": 0.5})
         await self.let_go.wait()
+
+    async def incidents(self) -> AsyncIterator[Incident]:
+        for incident in self.mishaps:
+            yield incident
+
+    async def closed_groups(self) -> AsyncIterator[GroupClosed]:
+        yield closed(7, 0)
 
     def status(self) -> Status:
         return STATUS
@@ -182,6 +192,43 @@ async def test_faults_are_told_by_kind(
             await stage.hear()
         run().let_go.set()
         assert await stage.hear() == told
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, Failed), (errno.EIO, Failed), (errno.EACCES, Rejected)])
+async def test_a_disk_that_is_full_today_is_no_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
+) -> None:
+    monkeypatch.setattr(FakeSupervisor, "fault", _unwritable(number))
+    async with playing() as stage:
+        await stage.send(begin(tmp_path))
+        for _ in range(3):
+            await stage.hear()
+        run().let_go.set()
+        last = await stage.hear()
+    assert isinstance(last, kind)
+
+
+def _unwritable(number: int) -> Exception:
+    error = OutputError("out: the output folder cannot be written")
+    error.__context__ = OSError(number, "no")  # as of one that is raised while it is handled
+    return error
+
+
+async def test_incidents_are_told_in_words_and_completions_where_they_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Incident(actor="scorer", kind="reward_error", message="the judge is late")
+    monkeypatch.setattr(FakeSupervisor, "mishaps", (late,))
+    async with playing() as stage:
+        await stage.send(begin(tmp_path, completions=True))
+        heard = [await stage.hear() for _ in range(4)]
+        run().let_go.set()
+        while not isinstance(heard[-1], Finished):
+            heard.append(await stage.hear())
+    told = [frame for frame in heard if isinstance(frame, Told)]
+    assert [incident for frame in told for incident in frame.incidents] == [late]
+    assert [group.step for frame in told for group in frame.groups] == [7]
+    assert len([frame for frame in heard if isinstance(frame, Stepped)]) == 2
 
 
 async def test_any_other_fault_is_the_processs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
+from tests.examples.playing import played
 from troupe.rewards import RewardManager, RewardsConfig, load_reward
 
 pytestmark = pytest.mark.anyio
@@ -138,3 +139,13 @@ async def test_a_cancelled_run_is_killed() -> None:
                     await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
     assert not _sleepers() - before
+
+
+@pytest.mark.slow
+def test_it_shows_what_becomes_of_completions_of_all_kinds(tmp_path: Path) -> None:
+    done = played("python examples/code_reward.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = {line[:18].strip(): line[19] for line in done.stdout.splitlines()[1:]}
+    assert len(scores) == 8
+    assert [kind for kind, score in scores.items() if score == "1"] == ["right"]
+    assert "killed: not done after 5 s" in done.stdout

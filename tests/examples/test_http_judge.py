@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,6 +15,7 @@ import anyio
 import pytest
 from anyio.abc import SocketAttribute, SocketStream
 
+from tests.examples.playing import command
 from tests.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.rewards import RewardManager, RewardsConfig, load_reward
@@ -164,3 +167,21 @@ async def test_the_small_judge_serves_from_the_command_line() -> None:
         async with manager_of(port) as manager:
             assert (await manager.compute_rewards(["p"], ["thanks"])).rewards == (0.994,)
         judge.terminate()
+
+
+def test_the_small_judge_marks_sums_and_likes_manners_elsewhere() -> None:
+    assert [EXAMPLE.opinion("27+58=", text) for text in ("85", " 85 ", "75", "please")] == [1.0, 1.0, 0.0, 0.0]
+    assert EXAMPLE.opinion("Say 1+1=", "2") == -0.001
+
+
+@pytest.mark.slow
+async def test_the_demo_learns_from_the_small_judge(tmp_path: Path) -> None:
+    [line] = re.findall(r"^    JUDGE_URL=\S+ (.*) --max-steps 30$", EXAMPLE.__doc__, re.MULTILINE)
+    async with await anyio.open_process([sys.executable, str(FILE), "--serve", "0"], stderr=subprocess.STDOUT) as judge:
+        assert judge.stdout is not None
+        url = (await judge.stdout.receive()).decode().split()[-1]
+        words = [*command(line), "--max-steps", "4", "--output", str(tmp_path / "run")]
+        done = await anyio.run_process(words, env={**os.environ, "JUDGE_URL": url}, cwd=tmp_path, check=False)
+        judge.terminate()
+    assert done.returncode == 0, done.stderr
+    assert "held-out judge: 0.3" in done.stdout.decode()

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from troupe.messages import Incident, Update
-from troupe.sinks import DurableSink, JsonlSink, jsonl
+from troupe.sinks import DurableSink, JsonlSink, appended, jsonl
 
 
 def update(step: int, **metrics: float) -> Update:
@@ -90,17 +92,70 @@ def test_a_line_that_lost_only_its_end_is_kept(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(path)] == [1, 2, 3]
 
 
-def test_a_crash_while_opening_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_while_opening_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\n{"step":2}\n')
 
-    def refuse(self: Path, target: Path) -> Path:
+    def refuse(descriptor: int, length: int) -> None:
         raise OSError("power is gone")
 
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(OSError, match="power"):
-        JsonlSink(path, first_step=1).open()
+    sink = JsonlSink(path, first_step=1)
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "ftruncate", refuse)
+        with pytest.raises(OSError, match="power"):
+            sink.open()
+        with pytest.raises(OSError, match="power"):
+            sink.flush()
     assert path.read_bytes() == b'{"step":1}\n{"step":2}\n'
+    sink.flush()
+    sink.close()
+    assert path.read_bytes() == b'{"step":1}\n'
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 700, 1000, 5000])
+def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_step: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "pad": "x" * (step % 97)}) + "\n" for step in range(1, 1001)))
+    size = path.stat().st_size
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 1000)
+    read: list[int] = []
+
+    def counted(descriptor: int, count: int, offset: int) -> bytes:
+        read.append(count)
+        return pread(descriptor, count, offset)
+
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", counted)
+    sink = JsonlSink(path, first_step=first_step)
+    sink.open()
+    sink.close()
+    assert [line["step"] for line in lines(path)] == list(range(1, min(first_step, 1000) + 1))
+    assert sum(read) <= size - path.stat().st_size + 2000
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40), st.booleans()), max_size=8),
+    st.integers(0, 9),
+    st.integers(1, 64),
+    st.binary(max_size=20),
+)
+def test_wherever_blocks_end_the_same_lines_are_kept(
+    tmp_path_factory: pytest.TempPathFactory,
+    told: list[tuple[int, int, bool]],
+    first_step: int,
+    block_bytes: int,
+    cut: bytes,
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    parts = [json.dumps({"step": s, "pad": "x" * n}).encode() if whole else b"{" * n for s, n, whole in sorted(told)]
+    path.write_bytes(b"".join(part + b"\n" for part in parts) + cut.replace(b"\n", b"").replace(b"\r", b""))
+    last = max((i for i, (s, _, whole) in enumerate(sorted(told)) if whole and s <= first_step), default=-1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(jsonl, "_BLOCK_BYTES", block_bytes)
+        sink = JsonlSink(path, first_step=first_step)
+        sink.open()
+        sink.close()
+    assert path.read_bytes() == b"".join(part + b"\n" for part in parts[: last + 1])
 
 
 def test_an_update_that_is_told_twice_is_one_line(tmp_path: Path) -> None:
@@ -137,7 +192,7 @@ def test_a_line_that_a_full_disk_cut_is_taken_back_and_comes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncates: bool
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    monkeypatch.setattr(jsonl, "FileIO", SmallDisk)
+    monkeypatch.setattr(appended, "FileIO", SmallDisk)
     sink = JsonlSink(path)
     assert isinstance(sink, DurableSink)
     sink.open()
@@ -159,7 +214,7 @@ def test_a_line_that_a_full_disk_cut_is_taken_back_and_comes_later(
 
 
 def test_what_was_cut_last_is_taken_back_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "FileIO", SmallDisk)
+    monkeypatch.setattr(appended, "FileIO", SmallDisk)
     SmallDisk.room, SmallDisk.truncates = 5, True
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.open()
@@ -189,7 +244,7 @@ def test_a_folder_that_comes_back(tmp_path: Path) -> None:
 
 def test_settling_syncs_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[bool] = []
-    monkeypatch.setattr("troupe.sinks.jsonl.os.fsync", lambda descriptor: synced.append(_is_folder(descriptor)))
+    monkeypatch.setattr("troupe.sinks.appended.os.fsync", lambda descriptor: synced.append(_is_folder(descriptor)))
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.open()
     sink.write(update(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 import msgspec
@@ -14,6 +14,8 @@ from troupe.messages import CheckpointWritten, GroupClosed, Incident, Settle, Sp
 from troupe.runtime import Actor, Broadcast, Mailbox, Reporter, StepTimes
 from troupe.sinks import Sinks
 
+Heard: TypeAlias = Update | GroupClosed | Incident
+"""What listeners may ask for."""
 _LETS_OTHERS_FIRST_S = 0.005
 """Reports come in while the next step is being set going: they are looked at when the device is at work again, and
 together, as each awakening costs more than a report."""
@@ -31,8 +33,8 @@ class Tally(msgspec.Struct, kw_only=True):
 
 
 class Metrics(Actor):
-    """Receives Update, GroupClosed, Incident, CheckpointWritten, Span and Settle; broadcasts Update, of which a slow
-    listener keeps the newest.
+    """Receives Update, GroupClosed, Incident, CheckpointWritten, Span and Settle; broadcasts the first three, of which
+    a slow listener keeps the newest.
 
     It adds to each Update what only it can see: how long the queues are, and where the time of the step went. Nothing
     here waits: sinks have threads of their own. One that fails or hangs is switched off, or tried again later, which is
@@ -47,7 +49,7 @@ class Metrics(Actor):
         inbox: Mailbox,
         *,
         sinks: Sinks,
-        listeners: Broadcast[Update],
+        listeners: Broadcast[Heard],
         tally: Tally,
         watched: Sequence[Mailbox] = (),
         reporters: Sequence[Reporter] = (),
@@ -78,17 +80,15 @@ class Metrics(Actor):
             self._sinks.settle(message.version)
             return
         self._take_writes()
-        if isinstance(message, Update):
-            message = msgspec.structs.replace(message, metrics=message.metrics | self._queues() | self._step_times())
-            self._listeners.send_nowait(message)
-        elif isinstance(message, GroupClosed):
-            self._tally.closed_groups[message.state] += 1
-        elif isinstance(message, Incident):
-            self._tally.incidents[message.kind] += 1
-        self._sinks.write(message)
         for incident in self._sinks.news():
             self._note(incident)
             self._sinks.write(incident)
+        if isinstance(message, Update):
+            message = msgspec.structs.replace(message, metrics=message.metrics | self._queues() | self._step_times())
+        if isinstance(message, Heard):
+            self._listeners.send_nowait(message)
+        self._sinks.write(message)
+        self._count(message)  # last: a message whose handling fails comes once more
 
     async def _take(self) -> Any:
         if len(self.inbox):
@@ -102,9 +102,16 @@ class Metrics(Actor):
         for incident in await self._sinks.close():
             self._note(incident)
 
+    def _count(self, message: object) -> None:
+        if isinstance(message, GroupClosed):
+            self._tally.closed_groups[message.state] += 1
+        elif isinstance(message, Incident):
+            self._tally.incidents[message.kind] += 1
+
     def _note(self, incident: Incident) -> None:
-        self._tally.incidents[incident.kind] += 1
+        self._count(incident)
         self._tally.switched_off_sinks.update(self._sinks.switched_off)
+        self._listeners.send_nowait(incident)
 
     def _take_writes(self) -> None:
         """What the sinks' threads did meanwhile counts as this actor's work."""

@@ -19,9 +19,10 @@ from troupe.daemon.aftermath import describe as describe_aftermath
 from troupe.daemon.client import NobodyThereError, ask
 from troupe.daemon.keeping import keep_alive
 from troupe.daemon.orders import Order
+from troupe.daemon.place import read_address
 from troupe.daemon.protocol import Reply, Request, encode_line
 from troupe.daemon.units import launchd, systemd
-from troupe.errors import RunError
+from troupe.errors import ConfigError, RunError
 from troupe.messages import (
     Checkpoint,
     Drain,
@@ -58,6 +59,13 @@ def control() -> None:
     help="A key that may differ from the run that stands in OUT_DIR; may be repeated.",
 )
 @click.option(
+    "--page",
+    is_flag=False,
+    flag_value="true",
+    metavar="[PORT]",
+    help="Serve a live page on 127.0.0.1, at this port or at one that is free.",
+)
+@click.option(
     "--print-unit", type=click.Choice(["systemd", "launchd"]), help="Print a unit file for this run; start nothing."
 )
 @report_errors
@@ -66,6 +74,7 @@ def daemon(
     output: str | None,
     settings: tuple[str, ...],
     allow_changes: tuple[str, ...],
+    page: str | None,
     print_unit: str | None,
 ) -> None:
     """Train in the foreground, and go on by itself whatever happens.
@@ -73,11 +82,19 @@ def daemon(
     A run that stands in OUT_DIR is gone on with. One that fails is started again from its newest checkpoint. SIGTERM
     finishes the steps begun, saves and ends; SIGHUP reads RUN.toml again.
     """
+    if page is not None:
+        settings = (*settings, f"daemon.page={_port(page)}")
     order = Order.given(run_toml, output, settings, allow_changes)
     if print_unit is not None:
         tell({"systemd": systemd, "launchd": launchd}[print_unit](order), newline=False)
         return
     sys.exit(anyio.run(keep_alive, order))
+
+
+def _port(text: str) -> str:
+    if text != "true" and not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise ConfigError(f"--page {text}: give a port from 1 to 65535, or nothing after it for one that is free")
+    return text
 
 
 @control.command()
@@ -113,6 +130,8 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
     if clear and _on_terminal():
         click.clear()
     tell(views.describe(found, str(folder)))
+    if (address := read_address(folder)) is not None:
+        tell(views.row("live page", address))
 
 
 def _on_terminal() -> bool:

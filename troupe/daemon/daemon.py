@@ -6,24 +6,25 @@ and as soon as `restarts` allows; what was given and cannot be used ends the dae
 
 from __future__ import annotations
 
-import itertools
+import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import msgspec
 
-from troupe.daemon import frames
-from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Last, Playing, Rejected, Stepped
-from troupe.daemon.logs import LEVELS, LOGGER, set_limits
+from troupe.daemon.chronicle import Chronicle
+from troupe.daemon.frames import Answer, Begin, Failed, Finished, Last, Playing, Rejected, Stepped, Told
+from troupe.daemon.logs import LEVELS, LOGGER
 from troupe.daemon.orders import Order
 from troupe.daemon.place import Peer
+from troupe.daemon.player import ANSWER_S, GONE, Child, Player, first_of
 from troupe.daemon.protocol import Reply, Request
+from troupe.daemon.reloading import Reloading, set_level
 from troupe.daemon.restarts import Attempts
 from troupe.daemon.settings import DaemonConfig
-from troupe.errors import ConfigError
 from troupe.messages import (
     NOT_STARTED,
     Done,
@@ -38,67 +39,9 @@ from troupe.messages import (
     Status,
     Stop,
 )
-from troupe.runtime import FrameError
-from troupe.tables import flattened
 from troupe.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 
-_ANSWER_S = 5.0
-"""That a trainer may take to answer before the daemon answers for it."""
-_GONE = (anyio.EndOfStream, anyio.BrokenResourceError, FrameError, msgspec.MsgspecError)
 _FROM_SIGNAL = "a signal"
-
-
-class Child(Protocol):
-    """A trainer's process, as ChildProcess has it."""
-
-    @property
-    def pid(self) -> int: ...
-    async def send(self, frame: bytes) -> None: ...
-    async def receive(self) -> bytes: ...
-    def kill(self) -> None: ...
-    async def aclose(self, grace_s: float | None = None) -> None: ...
-
-
-class _Trainer:
-    """A process that plays, and the requests that it has not answered yet."""
-
-    def __init__(self, child: Child) -> None:
-        self.child = child
-        self.speaks = True
-        self._numbers = itertools.count()
-        self._answers: dict[int, Reply | None] = {}
-        self._answered = anyio.Event()
-
-    async def ask(self, request: Request) -> Reply | None:
-        """Its answer; None where it gives none in time."""
-        number = next(self._numbers)
-        self._answers[number] = None
-        try:
-            with anyio.move_on_after(_ANSWER_S):
-                await self.child.send(frames.encode(Ask(number=number, request=request)))
-                while self._answers[number] is None:
-                    await self._answered.wait()
-            return self._answers[number]
-        except _GONE:
-            return Refused(message="the trainer has just ended; ask again")
-        finally:
-            del self._answers[number]
-
-    def take(self, answer: Answer) -> None:
-        if answer.number in self._answers:  # who asked may have gone
-            self._answers[answer.number] = answer.reply
-        self._wake()
-
-    def hang_up(self) -> None:
-        """Nobody will answer any more."""
-        for number, reply in self._answers.items():
-            if reply is None:
-                self._answers[number] = Refused(message="the trainer ended before it answered; ask again")
-        self._wake()
-
-    def _wake(self) -> None:
-        self._answered.set()
-        self._answered = anyio.Event()
 
 
 class Daemon:
@@ -111,16 +54,20 @@ class Daemon:
         spawn: Callable[[], Awaitable[Child]],
         *,
         attempts: Attempts | None = None,
+        chronicle: Chronicle | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`chronicle`: what writes down what is told, where there is a page to show it."""
+        self.last_words = ""
+        """How it ended."""
         self._order = order
         self._spawn = spawn
         self._clock = clock
         self._attempts = attempts or Attempts(config, clock=clock)
+        self._chronicle = chronicle
+        self._reloading = Reloading(order, self._attempts, self._answer)
         self._known = NOT_STARTED
-        self._in_force = flattened(order.table)
-        """What the configuration file says that has been taken over."""
-        self._trainer: _Trainer | None = None
+        self._trainer: Player | None = None
         self._has_played = self._plays = self._paused = self._killed = False
         self._end: Drain | Stop | None = None
         self._told_to_end = anyio.Event()
@@ -134,31 +81,33 @@ class Daemon:
         while True:
             end = await self._play_once()
             if self._killed:
-                LOGGER.warning("left without saving; the newest checkpoint stays")
-                return EXIT_INTERRUPTED
+                return self._over(EXIT_INTERRUPTED, "left without saving; the newest checkpoint stays")
             if isinstance(end, Finished):
-                LOGGER.info(self._farewell(end))
-                return 0
+                return self._over(0, self._farewell(end))
             if isinstance(end, Rejected) and (self._plays or not self._has_played):
-                LOGGER.error(end.message)
-                return EXIT_BAD_INPUT
+                return self._over(EXIT_BAD_INPUT, end.message)
             LOGGER.error(_shortened(end.message))  # also of what a start before could use: disks fill up and empty
+            if self._chronicle is not None:
+                self._chronicle.failed(_shortened(end.message))
             pause_s = self._attempts.failed()
             if self._end is not None and not self._plays:
-                LOGGER.info("ended while the trainer was being started; the newest checkpoint stays")
-                return 0
+                return self._over(0, "ended while the trainer was being started; the newest checkpoint stays")
             if self._end is not None:
-                LOGGER.error("the run failed while it was to end; its newest checkpoint stays")
-                return EXIT_FAULT
+                return self._over(EXIT_FAULT, "the run failed while it was to end; its newest checkpoint stays")
             if pause_s is None:
-                LOGGER.error(
+                text = (
                     f"given up: {self._attempts.in_vain} failures without a new step (daemon.restarts is "
                     f"{self._attempts.config.restarts}); the newest checkpoint stays. The last one: {end.message}"
                 )
-                return EXIT_FAULT
+                return self._over(EXIT_FAULT, text)
             if await self._told_to_end_within(pause_s, end.message):
-                LOGGER.info("ended while no trainer was there; the newest checkpoint stays")
-                return 0
+                return self._over(0, "ended while no trainer was there; the newest checkpoint stays")
+
+    def _over(self, code: int, message: str) -> int:
+        self.last_words = message
+        level = {0: logging.INFO, EXIT_INTERRUPTED: logging.WARNING}.get(code, logging.ERROR)
+        LOGGER.log(level, message)
+        return code
 
     async def obey_signals(self) -> None:
         """First SIGTERM or SIGINT: finish the steps begun. Second: save the last completed step. Third: leave.
@@ -168,9 +117,9 @@ class Daemon:
             async with anyio.create_task_group() as tasks:
                 async for number in signals:
                     if number == signal.SIGHUP:
-                        tasks.start_soon(self._heed, Reload(), _FROM_SIGNAL)
+                        tasks.start_soon(self.heed, Reload(), _FROM_SIGNAL)
                     elif requests:
-                        tasks.start_soon(self._heed, requests.pop(0), _FROM_SIGNAL)
+                        tasks.start_soon(self.heed, requests.pop(0), _FROM_SIGNAL)
                     else:
                         self.kill()
 
@@ -184,12 +133,13 @@ class Daemon:
 
     async def answer(self, request: Request, peer: Peer) -> Reply:
         """What a client of the control socket is told."""
-        return await self._heed(request, str(peer))
+        return await self.heed(request, str(peer))
 
-    async def _heed(self, request: Request, who: str) -> Reply:
+    async def heed(self, request: Request, who: str) -> Reply:
+        """What whoever asks is told; the log says that he did."""
         if isinstance(request, GetStatus):
             LOGGER.debug("%s asks for the status", who)
-            return await self._status()
+            return await self.status()
         LOGGER.info("%s asks: %.300r", who, request)
         reply = await self._answer(request)
         LOGGER.info("%s", reply.message if isinstance(reply, Done | Refused) else reply)
@@ -198,9 +148,9 @@ class Daemon:
     async def _answer(self, request: Request) -> Reply:
         match request:
             case Reload():
-                return await self._reload()
+                return await self._reloading.reload()
             case Set(key="log.level", value=value):
-                return _set_level(value)
+                return set_level(value)
             case Pause() | Resume():
                 self._paused = isinstance(request, Pause)
             case Drain() | Stop():
@@ -231,39 +181,46 @@ class Daemon:
             child = await self._spawn()
         except OSError as error:
             return Failed(message=f"the trainer's process could not be started: {error}")
-        trainer = _Trainer(child)
+        trainer = Player(child)
         try:
             LOGGER.info(f"trainer started (pid {child.pid})")
-            await child.send(frames.encode(self._begin()))
+            await trainer.send(self._begin())
             self._trainer = trainer
             async with anyio.create_task_group() as tasks:
                 if self._killed:
                     child.kill()
                 elif self._end is not None:  # asked while the process was started
                     tasks.start_soon(trainer.ask, self._end)
+                tasks.start_soon(trainer.watch, lambda: self._attempts.config.kill_after_s)
                 end = await self._follow(trainer)
                 tasks.cancel_scope.cancel()
-        except* _GONE as gone:
-            end = Failed(message=str(_first(gone)))
+        except* GONE as gone:
+            end = Failed(message=trainer.verdict or str(first_of(gone)))
         finally:
             self._trainer = None
             trainer.hang_up()
             await child.aclose()
         return end
 
-    async def _follow(self, trainer: _Trainer) -> Last:
+    async def _follow(self, trainer: Player) -> Last:
         while True:
-            match frames.decode_in_daemon(await trainer.child.receive()):
-                case Answer() as answer:
-                    trainer.take(answer)
-                case Playing() as playing:
-                    self._now_plays(trainer, playing)
-                case Stepped() as stepped:
-                    self._now_at(trainer, stepped)
-                case Finished() | Rejected() | Failed() as last:
-                    return last
+            frame = await trainer.receive()
+            match frame:
+                case Answer():
+                    trainer.take(frame)
+                    continue
+                case Playing():
+                    self._now_plays(trainer, frame)
+                case Stepped():
+                    self._now_at(trainer, frame)
+                case Told():
+                    self._tell(trainer, frame)
+                case Finished() | Rejected() | Failed():
+                    return frame
+            if self._chronicle is not None:
+                self._chronicle.take(frame)
 
-    def _now_plays(self, trainer: _Trainer, playing: Playing) -> None:
+    def _now_plays(self, trainer: Player, playing: Playing) -> None:
         self._has_played = self._plays = True
         trainer.speaks = playing.speaks
         self._attempts.begins_at(playing.step)
@@ -272,7 +229,7 @@ class Daemon:
             LOGGER.info(f"note: {notice}")
         LOGGER.info(f"playing from step {playing.step} of {playing.total_steps}{', paused' if self._paused else ''}")
 
-    def _now_at(self, trainer: _Trainer, stepped: Stepped) -> None:
+    def _now_at(self, trainer: Player, stepped: Stepped) -> None:
         self._attempts.reached(stepped.step)
         if not self._attempts.in_vain:
             self._failure = None
@@ -281,9 +238,6 @@ class Daemon:
         LOGGER.log(
             LEVELS["debug" if trainer.speaks else "info"], f"step {stepped.step} of {stepped.total_steps}{figures}"
         )
-        for kind, count in stepped.incidents.items():
-            if count > self._known.incidents.get(kind, 0) and not trainer.speaks:
-                LOGGER.warning(f"incidents of kind {kind}: {count}")
         self._know(
             step=stepped.step,
             policy_version=stepped.step,
@@ -291,6 +245,14 @@ class Daemon:
             metrics=stepped.metrics,
             incidents=stepped.incidents,
         )
+
+    def _tell(self, trainer: Player, told: Told) -> None:
+        if trainer.speaks:
+            return
+        if told.left_out:
+            LOGGER.warning(f"{told.left_out} further incidents, which came before these")
+        for incident in told.incidents:
+            LOGGER.warning(f"incident in {incident.actor}: {incident.message}")
 
     def _know(self, **figures: Any) -> None:
         self._known = msgspec.structs.replace(self._known, **figures)
@@ -300,14 +262,21 @@ class Daemon:
         order = self._order
         stored = order.output / "run.toml"
         if self._has_played and stored.is_file():
-            return Begin(run_toml=str(stored), output=str(order.output), paused=self._paused)
+            return Begin(
+                run_toml=str(stored), output=str(order.output), paused=self._paused, completions=self._has_page
+            )
         return Begin(
             run_toml=str(order.run_toml),
             output=str(order.output),
             settings=order.settings,
             allow_changes=order.allow_changes,
             paused=self._paused,
+            completions=self._has_page,
         )
+
+    @property
+    def _has_page(self) -> bool:
+        return self._chronicle is not None
 
     async def _told_to_end_within(self, pause_s: float, reason: str) -> bool:
         self._failure = _shortened(reason)
@@ -320,13 +289,14 @@ class Daemon:
         self._next_try_s = None
         return self._end is not None
 
-    async def _status(self) -> Status:
+    async def status(self) -> Status:
+        """What the run is doing, whether a trainer is there or not."""
         trainer = self._trainer
         if trainer is None:
             return self._status_alone("starting" if self._next_try_s is None else "restarting")
         reply = await trainer.ask(GetStatus())
         if not isinstance(reply, Status):
-            why = f"has not answered for {_ANSWER_S:g} s" if reply is None else "has just ended"
+            why = f"has not answered for {ANSWER_S:g} s" if reply is None else "has just ended"
             return self._status_alone("starting", doing={"trainer": why})
         if reply.total_steps == 0:  # it has not read yet what it is to go on from
             return self._status_alone(reply.phase)
@@ -364,60 +334,8 @@ class Daemon:
             return f"the run is complete: {end.steps} of {end.total_steps} steps, in {self._order.output}"
         return f"ended after {end.steps} of {end.total_steps} steps; the same command goes on with it"
 
-    async def _reload(self) -> Reply:
-        """Take over what has changed in the configuration file and may change; name the rest."""
-        try:
-            new = flattened(self._order.read())
-        except ConfigError as error:
-            return Refused(message=f"nothing was taken over: {error}")
-        changed = sorted(
-            key
-            for key in self._in_force.keys() | new.keys()
-            if key not in new or key not in self._in_force or new[key] != self._in_force[key]
-        )
-        said = [await self._take_over(key, new) for key in changed]
-        return Done(message="; ".join(said) or "nothing has changed in the configuration")
-
-    async def _take_over(self, key: str, new: dict[str, Any]) -> str:
-        section, _, name = key.partition(".")
-        if key not in new:
-            return f"{key} is not named any more: its default needs a restart of the daemon"
-        if section == "daemon":
-            try:
-                self._take_over_own(name, new[key])
-            except (msgspec.ValidationError, AttributeError) as error:
-                return f"{key} is {new[key]!r}: {error}"
-        else:
-            reply = await self._answer(Set(key=key, value=new[key]))
-            if not isinstance(reply, Done):
-                return f"{key} needs a restart: {reply.message if isinstance(reply, Refused) else reply}"
-        self._in_force[key] = new[key]
-        return f"{key} is now {new[key]!r}"
-
-    def _take_over_own(self, name: str, value: Any) -> None:
-        table = msgspec.to_builtins(self._attempts.config) | {name: value}
-        self._attempts.config = msgspec.convert(table, DaemonConfig)
-        if name == "log_level":
-            LOGGER.setLevel(LEVELS[value])
-        else:
-            set_limits(self._attempts.config)
-
-
-def _set_level(level: Any) -> Reply:
-    if not isinstance(level, str) or level not in LEVELS:
-        return Refused(message=f"log.level is {level!r}: give one of {', '.join(LEVELS)}")
-    LOGGER.setLevel(LEVELS[level])
-    return Done(message=f"log.level is now {level}")
-
 
 def _shortened(obituary: str) -> str:
     """How a process ended and the last line that it wrote, of which the log has the others already."""
     first, *lines = obituary.splitlines() or [""]
     return f"{first.removesuffix('; its last lines:')}{': ' if lines else ''}{lines[-1].strip() if lines else ''}"
-
-
-def _first(faults: BaseExceptionGroup[Any]) -> BaseException:
-    fault: BaseException = faults
-    while isinstance(fault, BaseExceptionGroup):
-        fault = fault.exceptions[0]
-    return fault

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import msgspec
 
 from troupe.daemon.protocol import Reply, Request
+from troupe.messages import ClosedState, FinishReason, Incident
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -22,6 +23,8 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Keys in which a run that stands there already may have another value."""
     paused: bool = False
     """Whether no step is to be begun until a Resume."""
+    completions: bool = False
+    """Whether the daemon wants to be told of completions."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -59,6 +62,41 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of this start, by kind."""
 
 
+class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An excerpt of a completion."""
+
+    sample: int
+    text: str
+    tokens: int
+    finish_reason: FinishReason
+    reward: float | None
+    """Weighted sum of the scores; None where there is none."""
+    scores: dict[str, float | None]
+
+
+class EndedGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An excerpt of a group that has ended."""
+
+    gid: int
+    step: int
+    """That it ended with."""
+    state: ClosedState
+    prompt: str
+    rewards: tuple[float | None, ...]
+    """(G,) of all its completions."""
+    samples: tuple[Sample, ...]
+    """The best and the worst of them; the first two where all are alike."""
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """What has happened since the last one: the newest of it, where it was much."""
+
+    incidents: tuple[Incident, ...] = ()
+    left_out: int = 0
+    """Further incidents, that came before these."""
+    groups: tuple[EndedGroup, ...] = ()
+
+
 class Finished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """The run has ended well; the last frame."""
 
@@ -84,7 +122,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 ToTrainer: TypeAlias = Begin | Ask
-ToDaemon: TypeAlias = Answer | Playing | Stepped | Finished | Rejected | Failed
+ToDaemon: TypeAlias = Answer | Playing | Stepped | Told | Finished | Rejected | Failed
 Last: TypeAlias = Finished | Rejected | Failed
 
 _TO_TRAINER: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer)

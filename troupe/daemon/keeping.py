@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import errno
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import anyio
 
-from troupe.daemon.daemon import Child, Daemon
+from troupe.daemon.chronicle import Chronicle
+from troupe.daemon.daemon import Daemon
 from troupe.daemon.logs import LOGGER, logging_into
 from troupe.daemon.orders import Order
-from troupe.daemon.place import LOG
+from troupe.daemon.place import LOG, remove_address
+from troupe.daemon.player import Child
 from troupe.daemon.server import ControlServer
-from troupe.errors import OutputError
+from troupe.errors import InputError, OutputError, RunError
 from troupe.runtime import ChildProcess
-from troupe.terminal import EXIT_BAD_INPUT
+from troupe.terminal import EXIT_BAD_INPUT, tell
 
 _TRAINER = "troupe.daemon.trainer"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
     """Play an order with trainers of the module `trainer` → the exit code.
 
-    Raises OutputError where the run folder cannot be made, or another daemon or trainer is there.
+    Raises OutputError where the run folder cannot be made, or another daemon or trainer is there; RunError where a full
+    or failing disk is why; ConfigError where the page cannot have its port.
     """
     folder = order.output
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -31,10 +37,11 @@ async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: the output folder cannot be written: {error}") from None
+        kind = RunError if error.errno in _FULL else OutputError  # what no change of the configuration mends
+        raise kind(f"{folder}: the output folder cannot be written: {error}") from None
     try:
         code = await _serve(order, trainer)
-    except OutputError:
+    except InputError:
         _remove(made)
         raise
     if code == EXIT_BAD_INPUT and not (folder / "run.toml").exists():
@@ -46,16 +53,35 @@ async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
 
 async def _serve(order: Order, trainer: str) -> int:
     with logging_into(order.output, order.daemon):
-        daemon = Daemon(order, order.daemon, partial(_spawned, trainer))
-        async with ControlServer(order.output, daemon.answer) as server:
+        chronicle = Chronicle(order.output.name, str(order.output)) if order.daemon.page else None
+        daemon = Daemon(order, order.daemon, partial(_spawned, trainer), chronicle=chronicle)
+        async with ControlServer(order.output, daemon.answer) as server, AsyncExitStack() as stack:
             if server.unavailable is not None:
                 LOGGER.warning(server.unavailable)
+            remove_address(order.output)  # a daemon that was killed has left it
+            if chronicle is not None:
+                await chronicle.read(order.output)
+                await stack.enter_async_context(_page(daemon, chronicle, order))
             code = 0
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(daemon.obey_signals)
                 code = await daemon.run()
                 tasks.cancel_scope.cancel()
+            if chronicle is not None:
+                chronicle.end(daemon.last_words, well=code == 0)
             return code
+
+
+@asynccontextmanager
+async def _page(daemon: Daemon, chronicle: Chronicle, order: Order) -> AsyncIterator[None]:
+    """The live page, and its address told."""
+    from troupe.daemon.web import Page  # where it is asked for: the daemon is light
+
+    port = order.daemon.page
+    async with Page(daemon, chronicle, order.output, 0 if port is True else port) as page:
+        tell(f"live page: {page.address}")
+        LOGGER.info("a live page is served; its address is in page.url")
+        yield
 
 
 async def _spawned(module: str) -> Child:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from troupe.daemon.place import LOG
 from troupe.daemon.settings import DaemonConfig
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOGGER = logging.getLogger("troupe.daemon")
+_WAITING = 1000
+"""Lines that may wait for whoever reads stderr."""
+_PATIENCE_S = 1.0
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
 
@@ -24,17 +31,53 @@ class _Quiet(logging.handlers.RotatingFileHandler):
         """The line is lost; the next one is tried again."""
 
 
+class _Aside(logging.Handler):
+    """To a stream, by a thread of its own: one that nobody reads any more, or a terminal that is stopped, must hold up
+    nobody. Lines that are too many by then are lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._lines: queue.Queue[bytes | None] = queue.Queue(_WAITING)
+        self._descriptor = stream.fileno()  # what Python buffers could still be held by the thread when we exit
+        self._thread = threading.Thread(target=self._write, name="troupe-stderr", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(queue.Full):
+            self._lines.put_nowait(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+    def close(self) -> None:
+        """Have the lines written, if somebody reads them now."""
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=_PATIENCE_S)
+            self._thread.join(_PATIENCE_S)
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with suppress(OSError):  # a terminal that is closed
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+
+
 class _QuietStream(logging.StreamHandler):  # type: ignore[type-arg]
-    """As above, for a terminal that is closed."""
+    """To a stream that is no file."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """The line is lost."""
 
 
+def _to(stream: TextIO) -> logging.Handler:
+    try:
+        return _Aside(stream)
+    except (OSError, ValueError, AttributeError):  # a stand-in, or closed
+        return _QuietStream(stream)
+
+
 @contextmanager
 def logging_into(folder: Path, config: DaemonConfig) -> Iterator[None]:
     """Have `LOGGER` write into the folder's log and to stderr, and to nobody else."""
-    handlers: list[logging.Handler] = [_QuietStream(sys.stderr)]
+    handlers: list[logging.Handler] = [_to(sys.stderr)]
     with suppress(OSError):
         # a name or a text that is no UTF-8 is no reason to lose its line
         handlers.append(_Quiet(folder / LOG, encoding="utf-8", errors="backslashreplace", delay=True))
@@ -52,7 +95,7 @@ def logging_into(folder: Path, config: DaemonConfig) -> Iterator[None]:
         LOGGER.propagate = before[1]
         for handler in handlers:
             LOGGER.removeHandler(handler)
-            if isinstance(handler, _Quiet):
+            if not isinstance(handler, _QuietStream):
                 handler.close()
 
 

@@ -24,6 +24,7 @@ from troupe.errors import OutputError
 from troupe.run_lock import LockedError, RunLock
 
 SOCKET, POINTER, LOCK, LOG = "control.sock", "control.path", "control.lock", "daemon.log"
+PAGE = "page.url"
 MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """Longest path of a socket, in bytes."""
 _BACKLOG = 64
@@ -33,8 +34,8 @@ _LOCAL_PEERCRED, _LOCAL_PEERPID, _SOL_LOCAL = 1, 2, 0  # of macOS
 
 
 def is_control_file(path: Path) -> bool:
-    """Whether a file in a run folder belongs to the daemon or to the control socket, and not to the run."""
-    return path.name in (SOCKET, POINTER, LOCK) or path.name.startswith(LOG) or _is_passing(path)
+    """Whether a file in a run folder belongs to the daemon, its page or the control socket, and not to the run."""
+    return path.name in (SOCKET, POINTER, LOCK, PAGE) or path.name.startswith(LOG) or _is_passing(path)
 
 
 def _is_passing(path: Path) -> bool:
@@ -195,6 +196,31 @@ def connected(path: Path, timeout_s: float | None) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+def write_address(folder: Path, address: str) -> None:
+    """Have `page.url` say the address, to this user only."""
+    path = folder / PAGE
+    path.unlink(missing_ok=True)  # one that a killed daemon has left; its mode need not be ours
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(descriptor, f"{address}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def remove_address(folder: Path) -> None:
+    """There is no page any more."""
+    with suppress(OSError):
+        (folder / PAGE).unlink()
+
+
+def read_address(folder: Path) -> str | None:
+    """The address of the page of the daemon in a folder, where there is one that this user may see."""
+    try:
+        return (folder / PAGE).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _pointed_to(folder: Path) -> Path | None:

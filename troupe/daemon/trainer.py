@@ -6,7 +6,10 @@ not try it again; any other fault is told in one sentence, or by the traceback t
 
 from __future__ import annotations
 
+import errno
 import signal
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -27,9 +30,16 @@ from troupe.daemon.frames import (
     decode_in_trainer,
     encode,
 )
-from troupe.errors import InputError, TroupeError
+from troupe.daemon.news import News
+from troupe.errors import InputError, OutputError, TroupeError
+from troupe.messages import GroupClosed, Incident
 from troupe.runtime import Connection, serve, together
 from troupe.supervisor import Supervisor
+
+_NEWS_GAP_S = 0.5
+"""Between two frames with news, at least."""
+_PASSES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+"""What is wrong with a disk today and may not be tomorrow."""
 
 
 class _Summary(msgspec.Struct):
@@ -49,7 +59,7 @@ async def play(connection: Connection) -> None:
     try:
         last: Last = await _play(connection, begin)
     except InputError as error:
-        last = Rejected(message=str(error))
+        last = Failed(message=str(error)) if _passes(error) else Rejected(message=str(error))
     except TroupeError as error:
         last = Failed(message=str(error))
     await connection.send(encode(last))
@@ -78,7 +88,7 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
     async def perform() -> None:
         try:
             async with run:
-                await _tell(connection, run)
+                await _tell(connection, run, completions=begin.completions)
         finally:
             listening.cancel()
 
@@ -86,15 +96,47 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
     return Finished(steps=run.result.steps, total_steps=run.result.total_steps)
 
 
-async def _tell(connection: Connection, run: Supervisor) -> None:
-    """Tell the daemon that the run plays, and of every step, until it has ended."""
+def _passes(error: InputError) -> bool:
+    """Whether another try may succeed although nobody has changed what was given."""
+    return isinstance(error, OutputError) and getattr(error.__context__, "errno", None) in _PASSES
+
+
+async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -> None:
+    """Tell the daemon that the run plays, of every step and of what else happens, until it has ended."""
     status, speaks = run.status(), "console" in run.config.metrics.sinks
     playing = Playing(notices=run.notices, step=status.step, total_steps=status.total_steps, speaks=speaks)
     await connection.send(encode(playing))
-    async for update in run.updates():
-        incidents = run.status().incidents
-        stepped = Stepped(step=update.step, total_steps=update.total_steps, metrics=update.metrics, incidents=incidents)
-        await connection.send(encode(stepped))
+    news, over = News(), anyio.CancelScope()
+
+    async def hear(messages: AsyncIterator[Incident | GroupClosed]) -> None:
+        async for message in messages:
+            news.add(message)
+
+    async def tell_news() -> None:
+        with over:
+            while True:
+                await news.some()
+                await connection.send(encode(news.take()))
+                await anyio.sleep(_NEWS_GAP_S)
+
+    async def tell_steps() -> None:
+        async for update in run.updates():
+            incidents = run.status().incidents
+            await connection.send(
+                encode(
+                    Stepped(
+                        step=update.step, total_steps=update.total_steps, metrics=update.metrics, incidents=incidents
+                    )
+                )
+            )
+        over.cancel()
+
+    hearing = [partial(hear, run.incidents())]
+    if completions:
+        hearing.append(partial(hear, run.closed_groups()))
+    await together([tell_steps, tell_news, *hearing])
+    if news:
+        await connection.send(encode(news.take()))
 
 
 def _finished(folder: Path, config: RunConfig) -> Finished | None:

@@ -25,32 +25,37 @@ def describe(status: Status, name: str) -> str:
     """Several lines, without a newline at the end."""
     lines = [headline(status, name)]
 
-    def row(label: str, text: str) -> None:
-        lines.append(f"  {label:<{_WIDTH}}{text}")
+    def add(label: str, text: str) -> None:
+        lines.append(row(label, text))
 
     if status.restarting is not None:
         failure = status.restarting
         when = f"in {failure.next_try_s:.0f} s" if failure.next_try_s else "now"
-        row("restarting", f"start {failure.attempt} of {failure.limit} {when}; {failure.reason}")
+        add("restarting", f"start {failure.attempt} of {failure.limit} {when}; {failure.reason}")
     figures = [f"{key} {status.metrics[key]:{spec}}" for key, spec in _SHOWN if key in status.metrics]
     for start in range(0, len(figures), 5):
-        row("newest step" if start == 0 else "", "  ".join(figures[start : start + 5]))
+        add("newest step" if start == 0 else "", "  ".join(figures[start : start + 5]))
     for key, value in sorted(status.metrics.items()):
         if key.startswith("rewards/") and key.endswith("/mean"):
-            row("reward", f"{key.removeprefix('rewards/').removesuffix('/mean')} {value:.4f}")
+            add("reward", f"{key.removeprefix('rewards/').removesuffix('/mean')} {value:.4f}")
     for reason in status.held:
-        row("held", reason)
+        add("held", reason)
     for reward, reason in status.rewards_down.items():
-        row("down", f"{reward}: {reason}")
+        add("down", f"{reward}: {reason}")
     if status.groups:
-        row("groups", _groups(status.groups))
+        add("groups", _groups(status.groups))
     for actor, what in status.doing.items():
-        row(actor, what)
+        add(actor, what)
     if status.restarts:
-        row("new actors", _counts(status.restarts))
+        add("new actors", _counts(status.restarts))
     if status.incidents:
-        row("incidents", _counts(status.incidents))
+        add("incidents", _counts(status.incidents))
     return "\n".join(lines)
+
+
+def row(label: str, text: str) -> str:
+    """One line below the headline."""
+    return f"  {label:<{_WIDTH}}{text}"
 
 
 def headline(status: Status, name: str) -> str:

@@ -27,6 +27,7 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What the loss is made of. `troupe.grpo.objectives` has the formula of each loss type."""
 
     loss_type: LossType = "dapo"
+    """The policy term, and what a completion weighs; see `troupe.grpo.objectives`."""
     importance_sampling_level: ratios.Level = "token"
     """Whether ratios are taken per token (GRPO) or as a geometric mean over the completion (GSPO)."""
     epsilon: NonNegative = 0.2
@@ -40,11 +41,17 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the importance ratio (DeepSeek-V3.2, arXiv:2512.02556)."""
     sapo_temperature_pos: Positive = 1.0
+    """In "sapo": how sharp the gate is where the advantage is above 0."""
     sapo_temperature_neg: Positive = 1.05
+    """In "sapo": how sharp the gate is elsewhere."""
     vespo_k_pos: NonNegative = 2.0
+    """In "vespo": exponent of the sequence's ratio where the advantage is 0 or above."""
     vespo_lambda_pos: NonNegative = 3.0
+    """In "vespo": how fast the weight decays above a ratio of 1 where the advantage is 0 or above."""
     vespo_k_neg: NonNegative = 3.0
+    """In "vespo": the exponent where the advantage is below 0."""
     vespo_lambda_neg: NonNegative = 2.0
+    """In "vespo": the decay where the advantage is below 0."""
     off_policy_mask_threshold: NonNegative | None = None
     """Rows of negative advantage whose mean log-prob fell by more than this are left out; None leaves none out."""
     top_entropy_quantile: Fraction = 1.0

@@ -176,7 +176,8 @@ def save_model_folder(
         raise InputError(f"max_shard_bytes: {max_shard_bytes} is refused; give at least 1, or None for one file")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    written = set(_save_weights(folder, weights, max_shard_bytes))
+    in_order = {name: weights[name] for name in expected_shapes(config)}  # equal weights make equal files
+    written = set(_save_weights(folder, in_order, max_shard_bytes))
     for file in folder.iterdir():
         if _WEIGHTS_NAME.fullmatch(file.name) and file.name not in written:
             file.unlink()  # else a reader might take it for these weights

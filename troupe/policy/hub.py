@@ -46,8 +46,8 @@ def resolve_model(path: str | Path) -> Path:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
         raise ModelError(
-            f"{problem}; give the path of a model folder, fetch the model on a machine that is online "
-            f"(hf download {name}) and copy the cache, or install Troupe's extra `hub`, which fetches it"
+            f"{problem}; correct the path if a folder is meant; a model of the hub's is fetched by Troupe's extra "
+            f"`hub`, or on a machine that is online (hf download {name}), from where the cache can be copied"
         ) from None
     try:
         fetched = hub.snapshot_download(name, revision=_REVISION, cache_dir=hub_cache(), allow_patterns=_FETCHED)

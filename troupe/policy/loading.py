@@ -39,7 +39,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Which policy a run starts from."""
 
     path: str | None = None
-    """A Hugging Face model folder, or a hub id such as "Qwen/Qwen3-0.6B"; None is the demo's policy."""
+    """A Hugging Face model folder, or a hub id such as "Qwen/Qwen3-0.6B". None: `troupe train` takes the demo's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type to hold the weights in; None: as stored, but float32 on a CPU."""
 

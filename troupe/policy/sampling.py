@@ -87,9 +87,11 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     presence_penalty: float = 0.0
     """Subtracted once from the logit of every recent token; 0 is off."""
     presence_context_size: Annotated[int, msgspec.Meta(ge=1)] = 20
+    """How many of the last tokens are recent for the presence penalty."""
     frequency_penalty: float = 0.0
     """Subtracted from the logit of a recent token for every time it came; 0 is off."""
     frequency_context_size: Annotated[int, msgspec.Meta(ge=1)] = 20
+    """How many of the last tokens are recent for the frequency penalty."""
     logit_bias: dict[Annotated[int, msgspec.Meta(ge=0)], float] = {}
     """Token id → what is added to its logit; −inf bans the token, ids of V and more are ignored."""
 

@@ -16,11 +16,12 @@ from troupe.rewards.builtin import (
     think_format_reward,
 )
 from troupe.rewards.functions import Reward, RewardFunction, batch_reward, check_columns
-from troupe.rewards.loading import load_reward
+from troupe.rewards.loading import default_reward, load_reward
 from troupe.rewards.manager import GroupScores, RewardManager
 from troupe.rewards.seats import Sitting
 from troupe.rewards.settings import RewardsConfig
 from troupe.rewards.trainer_state import TrainerState
+from troupe.rewards.verifiers import get_math_verify_reward, reasoning_gym_reward
 
 __all__ = [
     "GroupScores",
@@ -34,12 +35,15 @@ __all__ = [
     "TrainerState",
     "batch_reward",
     "check_columns",
+    "default_reward",
     "diversity_reward",
     "exact_answer_reward",
     "format_reward",
+    "get_math_verify_reward",
     "get_repetition_penalty_reward",
     "get_soft_overlong_punishment",
     "length_reward",
     "load_reward",
+    "reasoning_gym_reward",
     "think_format_reward",
 ]

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -30,6 +30,7 @@ from troupe.rewards.builtin import (
     think_format_reward,
 )
 from troupe.rewards.functions import Reward, RewardFunction, check_signature
+from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,
@@ -48,7 +49,8 @@ NUMBERED: dict[str, tuple[Callable[..., RewardFunction], Sequence[tuple[str, typ
 
 
 def load_reward(spec: str, base: Path | None = None) -> Reward:
-    """The reward of a name: one of `BUILTIN`, "format:REGEX", one of `NUMBERED`, "FILE.py:NAME" or "MODULE:NAME".
+    """The reward of a name: one of `BUILTIN`, "format:REGEX", one of `NUMBERED`, "math_verify", "math_verify:COLUMN",
+    "reasoning_gym", "FILE.py:NAME" or "MODULE:NAME".
 
     "repetition_penalty:N:PENALTY" punishes repeated N-grams of tokens by down to PENALTY (alone: 3 and −1);
     "soft_overlong:LONGEST:CACHE" punishes the last CACHE tokens before LONGEST, and all beyond.
@@ -68,13 +70,34 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
         return format_reward(rest)
     if kind in NUMBERED:
         return _with_numbers(spec, *NUMBERED[kind])
+    if kind == "math_verify":
+        return get_math_verify_reward(rest if colon else "answer")
+    if spec == "reasoning_gym":
+        return load_reasoning_gym_reward()
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
-        raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, [*BUILTIN, *NUMBERED, 'format'])}; {_FORMS}")
+        known = [*BUILTIN, *NUMBERED, "format", "math_verify", "reasoning_gym"]
+        raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, known)}; {_FORMS}")
     if _is_module(file):
         return _usable(_import_module(file), name, Path(file))
     path = (base or Path()) / Path(file).expanduser()
     return _usable(_import_file(path), name, path)
+
+
+def default_reward(columns: Set[str], source: str) -> str:
+    """Name of the reward for rows with such columns where none is named.
+
+    Raises:
+        RewardError: where nothing in them says what is right.
+    """
+    if "reasoning_gym" in columns:
+        return "reasoning_gym"
+    if "answer" in columns:
+        return "exact_answer"
+    raise RewardError(
+        f"{source}: the rows have no `answer` column and no reward is named; name one with --reward ({_FORMS[5:]}), or "
+        "the column by --set data.answer_column=NAME"
+    )
 
 
 def _is_module(name: str) -> bool:
@@ -107,7 +130,7 @@ def _with_numbers(
 
 _FORMS = (
     "give length, diversity, exact_answer, think_format, format:REGEX, repetition_penalty[:N:PENALTY], "
-    "soft_overlong:LONGEST:CACHE, FILE.py:NAME or MODULE:NAME"
+    "soft_overlong:LONGEST:CACHE, math_verify[:COLUMN], reasoning_gym, FILE.py:NAME or MODULE:NAME"
 )
 
 

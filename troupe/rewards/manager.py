@@ -84,7 +84,7 @@ class RewardManager:
         rewards = [load_reward(reward) if isinstance(reward, str) else reward for reward in given]
         self.names = unique_names(rewards)
         self.weights = checked_weights(self._config.weights if weights is None else weights, self.names, rewards)
-        run = checked_run(self._config.run, self.names)
+        run = checked_run(self._config.run, self.names, rewards)
         specs = [reward if isinstance(reward, str) else None for reward in given]
         self._run: dict[str, Run] = dict(zip(self.names, run, strict=True))
         self._seats = {

@@ -15,6 +15,7 @@ import msgspec
 
 from troupe.errors import RewardError
 from troupe.rewards.attempts import Attempts, Fault, backoff_s
+from troupe.rewards.calls import Broken, Call, Raised, Ready, Reply, Scores
 from troupe.rewards.functions import (
     PROVIDED,
     Reward,
@@ -29,10 +30,11 @@ from troupe.rewards.functions import (
 )
 from troupe.rewards.runners import Batch, Fuse, Outcome, Runner, as_outcome, finite, summed
 from troupe.rewards.trainer_state import TrainerState
-from troupe.rewards.worker import Broken, Call, Raised, Ready, Reply, Scores
 from troupe.runtime import ChildProcess, FrameError, together
 
 _WORKER = "troupe.rewards.worker"
+_ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+"""Sets of texts have one order, so that a score does not depend on the process that gave it."""
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -55,7 +57,7 @@ class Worker:
             RewardError: where it cannot be loaded, or the process does not start or ends.
         """
         try:
-            child = await ChildProcess.start(_WORKER, spec)
+            child = await ChildProcess.start(_WORKER, spec, env=_ENVIRONMENT)
         except OSError as error:  # no memory, processes or files left: a machine's fault, which may pass
             raise RewardError(f"reward {name}: its process could not be started: {error}") from error
         try:

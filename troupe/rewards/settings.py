@@ -26,7 +26,7 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     run: tuple[Run, ...] | None = None
     """Where each runs, one a function: "auto", an async function in the event loop and a sync one in a thread (in the
     event loop too where its attribute `quick` is true), or "process", in processes that can be killed. None: all
-    "auto"."""
+    "auto", but for those whose attribute `run` is "process", as some of our own."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 2
     """Processes of each function that runs in some; each makes one call at a time."""
     weights: tuple[float, ...] | None = None
@@ -77,10 +77,11 @@ def checked_weights(
     return tuple(float(weight) for weight in weights)
 
 
-def checked_run(run: Sequence[Run] | None, names: Sequence[str]) -> Sequence[Run]:
-    """One way to run a reward: those given, or all "auto". RewardError where they do not fit."""
+def checked_run(run: Sequence[Run] | None, names: Sequence[str], rewards: Sequence[Reward]) -> Sequence[Run]:
+    """One way to run a reward: those given, or each function's own attribute, or "auto". RewardError where they do not
+    fit."""
     if run is None:
-        return ["auto"] * len(names)
+        return ["process" if getattr(unwrapped(reward), "run", None) == "process" else "auto" for reward in rewards]
     if len(run) != len(names):
         raise RewardError(
             f"rewards.run has {len(run)} values for {len(names)} rewards ({', '.join(names)}); give one for each"

@@ -1,13 +1,11 @@
 """The child's side of a reward in a process: load it by name, then answer one call after the other.
 
-`python -m troupe.rewards.worker REWARD`. Frames are msgpack of the structs below: plain data, no pickle. What the
-reward prints goes to stderr.
+`python -m troupe.rewards.worker REWARD`. What the reward prints goes to stderr.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias
 
 import anyio
 import msgspec
@@ -15,48 +13,10 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described
+from troupe.rewards.calls import Broken, Call, Raised, Ready, Scores
 from troupe.rewards.functions import RewardFunction, RewardLog, Signature, checked_scores
 from troupe.rewards.loading import load_reward
-from troupe.rewards.trainer_state import TrainerState
 from troupe.runtime import Connection, serve
-
-
-class Call(msgspec.Struct, frozen=True, tag=True):
-    """Parent → child: score these."""
-
-    name: str
-    """Under which the reward is reported."""
-    size: int
-    arguments: dict[str, Any]
-    """Those that the function takes, without trainer_state and what logs."""
-    trainer_state: TrainerState | None = None
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Child → parent: the reward is loaded."""
-
-
-class Scores(msgspec.Struct, frozen=True, tag=True):
-    """Child → parent: what came of a call."""
-
-    scores: list[float | None]
-    extra: dict[str, list[Any]]
-    metrics: dict[str, list[float]]
-
-
-class Raised(msgspec.Struct, frozen=True, tag=True):
-    """Child → parent: the call failed."""
-
-    message: str
-
-
-class Broken(msgspec.Struct, frozen=True, tag=True):
-    """Child → parent: the reward breaks the convention, or cannot be loaded."""
-
-    message: str
-
-
-Reply: TypeAlias = Ready | Scores | Raised | Broken
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=str)  # what is logged beside the scores may be anything
 
@@ -79,6 +39,12 @@ def _load(spec: str) -> RewardFunction:
     found = load_reward(spec)
     if isinstance(found, RewardActor):
         raise RewardError(f"reward {spec} is a RewardActor; only functions run in processes")
+    get_ready = getattr(found, "get_ready", None)
+    if get_ready is not None:  # what its first call would otherwise have to wait for
+        try:
+            get_ready()
+        except Exception as error:
+            raise RewardError(f"reward {spec} cannot get ready: {described(error)}") from error
     return found
 
 

@@ -84,6 +84,10 @@ class Channel(Generic[T]):
             raise anyio.WouldBlock
         self._put(message)
 
+    def carries(self, message: object) -> bool:
+        """Whether it is of a type that may be sent."""
+        return isinstance(message, self._types)
+
     async def settled(self) -> None:
         """Wait until the reader is done with everything sent."""
         while self._depth or self._inbox._holds_any_of(self):
@@ -114,7 +118,7 @@ class Channel(Generic[T]):
         )
 
     def _check(self, message: T) -> None:
-        if not isinstance(message, self._types):
+        if not self.carries(message):
             raise TypeError(_refusal(self.name, self._types, message))
         if self.closed:
             raise anyio.ClosedResourceError(f"channel {self.name} is closed")
@@ -313,10 +317,13 @@ class Broadcast(Generic[T]):
         self._types = types
         self._channels: dict[int, Channel[T]] = {}
 
-    def listen(self, bound: int) -> Mailbox:
-        """A mailbox of the newest `bound` messages sent from now on; it ends when the broadcast closes."""
+    def listen(self, bound: int, *types: type[T]) -> Mailbox:
+        """A mailbox of the newest `bound` messages sent from now on; it ends when the broadcast closes.
+
+        `types`: of these only; all that the broadcast carries where none is named.
+        """
         mailbox = Mailbox(f"{self.name} listener")
-        channel: Channel[T] = mailbox.channel(self.name, *self._types, bound=bound, overflow="newest")
+        channel: Channel[T] = mailbox.channel(self.name, *(types or self._types), bound=bound, overflow="newest")
         if self.closed:
             channel.close()
         else:
@@ -334,7 +341,8 @@ class Broadcast(Generic[T]):
         if not isinstance(message, self._types):
             raise TypeError(_refusal(self.name, self._types, message))
         for channel in self._channels.values():
-            channel.send_nowait(message)
+            if channel.carries(message):
+                channel.send_nowait(message)
 
     def close(self) -> None:
         """End every listener's mailbox once it has read what is left."""

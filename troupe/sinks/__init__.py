@@ -7,8 +7,13 @@ slow, hang or fail: then it is switched off, or tried again later, and training 
 from troupe.sinks.base import DurableSink, MetricsConfig, RunInfo, Sink, SinkName
 from troupe.sinks.console import ConsoleSink, PlainSink
 from troupe.sinks.jsonl import JsonlSink
+from troupe.sinks.making import make_sinks
+from troupe.sinks.packages import check_sinks
+from troupe.sinks.prometheus import PrometheusSink, exposition
 from troupe.sinks.sqlite import SqliteSink
+from troupe.sinks.tensorboard import TensorBoardSink
 from troupe.sinks.threads import Sinks, Write
+from troupe.sinks.trackers import TrackioSink, WandbSink
 
 __all__ = [
     "ConsoleSink",
@@ -16,10 +21,17 @@ __all__ = [
     "JsonlSink",
     "MetricsConfig",
     "PlainSink",
+    "PrometheusSink",
     "RunInfo",
     "Sink",
     "SinkName",
     "Sinks",
     "SqliteSink",
+    "TensorBoardSink",
+    "TrackioSink",
+    "WandbSink",
     "Write",
+    "check_sinks",
+    "exposition",
+    "make_sinks",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
 from troupe.messages import Incident
 
-SinkName = Literal["console", "jsonl", "trace", "sqlite"]
+SinkName = Literal["console", "jsonl", "trace", "sqlite", "tensorboard", "wandb", "trackio", "prometheus"]
 
 
 class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -17,12 +17,31 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     sinks: tuple[SinkName, ...] = ("console", "jsonl", "trace", "sqlite")
     """Where to: `console` shows progress, `jsonl` writes metrics.jsonl, `trace` writes trace.json, `sqlite` writes
-    run.sqlite, which has every completion."""
+    run.sqlite, which has every completion; `tensorboard` writes event files, `wandb` and `trackio` track the run with
+    the packages of these names, `prometheus` serves the newest figures."""
     sink_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
     """Seconds that one write may take before the sink is switched off, and that all sinks have at the end of a run to
     write what they have not written yet."""
     store_log_probs: bool = False
     """Whether run.sqlite has the log-prob of every token, too (4 bytes a token)."""
+    completions: Annotated[int, msgspec.Meta(ge=0)] = 4
+    """Completions of a step that `tensorboard`, `wandb` and `trackio` are given as text, from the best to the worst."""
+    completions_every: Annotated[int, msgspec.Meta(ge=1)] = 10
+    """Steps from one that they are given completions of to the next."""
+    wandb_project: Annotated[str, msgspec.Meta(min_length=1)] = "troupe"
+    """Project that the run is tracked in."""
+    wandb_entity: str | None = None
+    """User or team that the project belongs to; None: the default one of who is logged in."""
+    wandb_name: str | None = None
+    """None: the name of the run folder."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """`offline` writes into the run folder, for `wandb sync`. None: what WANDB_MODE says, or else online."""
+    trackio_project: Annotated[str, msgspec.Meta(min_length=1)] = "troupe"
+    """Project that the run is tracked in."""
+    trackio_name: str | None = None
+    """None: the name of the run folder."""
+    prometheus_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 9469
+    """Of this machine only (127.0.0.1), where the sink `prometheus` serves `/metrics`."""
 
     def __post_init__(self) -> None:
         twice = sorted({name for name in self.sinks if self.sinks.count(name) > 1})
@@ -38,6 +57,12 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int
     first_step: int
     """Steps done before this start; 0 unless resumed."""
+    program: str = ""
+    """The version of Troupe."""
+    machine: str = ""
+    """Where it plays, in words."""
+    config: dict[str, Any] = {}
+    """The resolved config, as run.toml has it."""
 
 
 class Sink(Protocol):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from contextlib import suppress
-from io import FileIO
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from troupe.messages import Incident, Update
+from troupe.sinks.appended import AppendedFile
+
+_BLOCK_BYTES = 1 << 16
+"""Read at once when the end of the file is looked at."""
 
 
 class JsonlSink:
     """Appends one line for every Update: `step`, `version` and all metrics.
 
-    Opened after a resume, it first drops the lines of steps past `first_step`, which will be made again, and a last
+    Opened after a resume, it first cuts off the lines of steps past `first_step`, which will be made again, and a last
     line that a crash has cut. A line that a full disk has cut is taken back, and written again with the next `flush`.
     """
 
@@ -28,13 +31,8 @@ class JsonlSink:
         self._path = path
         self._first_step = first_step
         self._opened = False
-        self._file: FileIO | None = None
-        self._unwritten = bytearray()
+        self._file = AppendedFile(path)
         self._newest = first_step
-        self._good = 0
-        """Bytes of the file that are whole lines."""
-        self._named = False
-        """Whether the file's name is on the disk for sure."""
 
     def open(self) -> None:
         """Open for appending, keeping the steps up to `first_step`. At every moment the file holds all of them."""
@@ -47,73 +45,72 @@ class JsonlSink:
             self._newest = message.step
             identity = {"step": message.step, "version": message.version}
             line = identity | message.metrics | identity  # first in the line, whatever a reward calls its metrics
-            self._unwritten += msgspec.json.encode(line) + b"\n"
+            self._file.add(msgspec.json.encode(line) + b"\n")
 
     def flush(self) -> None:
         """Write the lines. OSError where that fails now; then none is lost, and it can be tried again."""
-        if self._file is None and self._opened:
+        if self._opened and not self._file.is_open:
             self._open_file()
-        if self._file is None or not self._unwritten:
-            return
-        try:
-            self._file.truncate(self._good)  # where that failed before
-            left = memoryview(bytes(self._unwritten))
-            while left:  # a full disk takes a part
-                left = left[self._file.write(left) :]
-        except OSError:
-            with suppress(OSError):
-                self._file.truncate(self._good)
-            raise
-        self._good += len(self._unwritten)
-        self._unwritten.clear()
+        self._file.flush()
 
     def settle(self) -> None:
         """Have every line that was flushed on the disk, come what may. OSError where that fails now."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            if not self._named:
-                _sync_folder(self._path.parent)
-                self._named = True
+        self._file.settle()
 
     def close(self) -> None:
         """Close the file, at the end of a line. Safe to call twice."""
         self._opened = False
-        file, self._file = self._file, None
-        if file is not None:
-            try:
-                file.truncate(self._good)
-            finally:
-                file.close()
+        self._file.close()
 
     def _open_file(self) -> None:
         if self._path.exists():
-            draft = self._path.with_name(f".writing-{self._path.name}")
-            with draft.open("wb") as kept:
-                kept.write(b"".join(self._lines_kept()))
-                kept.flush()
-                os.fsync(kept.fileno())
-            draft.replace(self._path)
-        file = FileIO(self._path, "ab")
-        self._file, self._good = file, os.fstat(file.fileno()).st_size
-
-    def _lines_kept(self) -> list[bytes]:
-        kept = []
-        for line in self._path.read_bytes().split(b"\n"):
-            try:
-                step = msgspec.json.decode(line, type=_Line).step
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                continue
-            if step <= self._first_step:
-                kept.append(line + b"\n")
-        return kept
+            _cut_after(self._path, self._first_step)
+        self._file.open()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _cut_after(path: Path, step: int) -> None:
+    """Leave the lines up to the last one that is whole and of no step past `step`; that line gets its end."""
+    descriptor = os.open(path, os.O_RDWR)
     try:
+        size = os.fstat(descriptor).st_size
+        lines = _lines_from_the_end(descriptor, size)
+        end, line = next((found for found in lines if _is_of_a_step_up_to(step, found[1])), (0, b""))
+        if end == size and (not line or line.endswith(b"\n")):
+            return
+        os.ftruncate(descriptor, end)
+        if end and not line.endswith(b"\n"):
+            os.pwrite(descriptor, b"\n", end)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lines_from_the_end(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """Every line with where it ends, the last one first; its own end is part of it."""
+    start, rest = size, b""
+    while start:
+        block_start = max(0, start - _BLOCK_BYTES)
+        rest = os.pread(descriptor, start - block_start, block_start) + rest
+        start = block_start
+        lines = rest.splitlines(keepends=True) if start == 0 else _whole_lines(rest)
+        end = start + len(rest)
+        for line in reversed(lines):
+            yield end, line
+            end -= len(line)
+        rest = rest[: end - start]
+
+
+def _whole_lines(data: bytes) -> list[bytes]:
+    """The lines of `data` that begin in it for sure: all but the first."""
+    _, newline, others = data.partition(b"\n")
+    return others.splitlines(keepends=True) if newline else []
+
+
+def _is_of_a_step_up_to(step: int, line: bytes) -> bool:
+    try:
+        return msgspec.json.decode(line, type=_Line).step <= step
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
 
 
 class _Line(msgspec.Struct):

@@ -38,13 +38,15 @@ class SqliteSink:
         *,
         first_step: int = 0,
         program: str = "",
+        machine: str = "",
         log_probs: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`first_step`: steps done before this start. `program`: the version of Troupe, to be told in the store.
-        `log_probs`: whether those of every token are stored."""
+        """`first_step`: steps done before this start. `program`, `machine`: the version of Troupe and where it plays,
+        for the store to tell. `log_probs`: whether those of every token are stored."""
         self.notes: deque[Incident] = deque()
         self._path, self._first_step, self._program, self._log_probs = path, first_step, program, log_probs
+        self._machine = machine
         self._clock = clock
         self._step = first_step
         self._start: int | None = None
@@ -98,7 +100,12 @@ class SqliteSink:
     def _put_out(self) -> None:
         if self._store is None:
             self._store = StoreWriter(
-                self._path, first_step=self._first_step, start=self._start, program=self._program, clock=self._clock
+                self._path,
+                first_step=self._first_step,
+                start=self._start,
+                program=self._program,
+                machine=self._machine,
+                clock=self._clock,
             )
             self._start = self._store.start
         try:

@@ -275,6 +275,10 @@ class Sinks:
             if isinstance(message, thread.takes):
                 thread.put(message)
 
+    def take(self, kind: type) -> bool:
+        """Whether any of them takes messages of a type."""
+        return any(issubclass(kind, sink.takes) for sink in self._sinks)
+
     def settle(self, version: int) -> None:
         """Ask the durable sinks to have on the disk what they were given so far; never waits."""
         for thread in self._threads:

@@ -66,7 +66,7 @@ def test_conversations_stay_and_chat_always_makes_texts_conversations() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "x", "unknown suffix '.csv'"),
+        ("a.yaml", "x", "unknown suffix '.yaml'"),
         ("a.json", "", "no rows"),
         ("a.json", "[ ]", "no rows"),
         ("a.jsonl", "\n\n", "no rows"),

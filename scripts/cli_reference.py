@@ -1,0 +1,102 @@
+"""Write docs/cli.md: every command and option, read off the commands themselves.
+
+`python -m scripts.cli_reference` writes the file, `--check` only compares it. Nothing here depends on how click lays
+out its help.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import click
+
+from troupe.cli import main as troupe
+
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+
+_HEAD = """\
+# Every command
+
+<!-- written by scripts/cli_reference.py; change the commands' help texts, not this file -->
+
+`troupe COMMAND --help` shows the same in a terminal; `troupe --version` the version. `python -m troupe` is `troupe`.
+
+| it ends with | when |
+|---|---|
+| 0 | done |
+| 2 | bad input, found before work began; or nobody plays the run that was asked |
+| 3 | a fault while a run was under way, or a request that was refused |
+| 130 | interrupted; `troupe train -o OUT_DIR --resume` goes on |
+
+The first Ctrl-C (or SIGTERM) of a training finishes the steps that have begun, the second saves the last completed step
+and ends, the third leaves at once.
+"""
+
+
+def _value(param: click.Parameter) -> str:
+    """What stands behind an option's name, or for an argument."""
+    if isinstance(param, click.Option) and param.is_flag:
+        return ""
+    if param.metavar:
+        return param.metavar
+    if isinstance(param.type, click.Choice):
+        return "|".join(map(str, param.type.choices))
+    if isinstance(param, click.Argument):
+        return (param.name or "").upper()
+    if isinstance(param.type, click.types.IntParamType):
+        return "N"
+    return "X" if isinstance(param.type, click.types.FloatParamType) else "TEXT"
+
+
+def _option(param: click.Option) -> str:
+    names = ", ".join(f"`{name}`" for name in sorted((*param.opts, *param.secondary_opts), key=len))
+    value = f" `{_value(param)}`" if _value(param) else ""
+    told = " ".join((param.help or "").split())
+    if param.show_default and not param.is_flag:
+        told += f" [default: {param.default}]"
+    if param.required:
+        told += " [required]"
+    return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in (names + value, told)) + " |"
+
+
+def _usage(name: str, command: click.Command) -> str:
+    arguments = [
+        _value(param) if param.required else f"[{_value(param)}]"
+        for param in command.params
+        if isinstance(param, click.Argument)
+    ]
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    return " ".join(["troupe", name, *(["[OPTIONS]"] if options else []), *arguments])
+
+
+def _section(name: str, command: click.Command) -> list[str]:
+    lines = [f"## troupe {name}", "", f"`{_usage(name, command)}`", "", inspect.cleandoc(command.help or ""), ""]
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    if options:
+        lines += ["| option | meaning |", "|---|---|", *map(_option, options), ""]
+    return lines
+
+
+def reference() -> str:
+    """The whole page."""
+    first = ["train", "generate", "eval", "inspect", "doctor"]
+    rest = [name for name in troupe.commands if name not in first]
+    lines = [_HEAD]
+    for name in [name for name in first if name in troupe.commands] + sorted(rest):
+        lines += _section(name, troupe.commands[name])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Write the page, or say whether it is up to date."""
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text(encoding="utf-8") != reference():
+            sys.exit(f"{PAGE.name} is out of date; write it with: python -m scripts.cli_reference")
+        return
+    PAGE.write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Write docs/configuration.md: every key of a run's configuration, read off the structs that define it.
+
+Meanings are the docstrings under the fields, so they are read from the source; types, bounds and defaults come from
+the structs themselves. `python -m scripts.config_reference` writes the file, `--check` only compares it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from troupe.changes import rule_of
+from troupe.config import RunConfig
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+_HEAD = """\
+# Every key of the configuration
+
+<!-- written by scripts/config_reference.py; change the docstrings of the config structs, not this file -->
+
+A run is described by one TOML file. `troupe train RUN.toml --dry-run` prints it with every key resolved, and the
+resolved file stands in the run folder as `run.toml`. Unknown keys are refused with the nearest known one. On the
+command line, `--set section.key=value` sets any key; the value is read as TOML and, where that fails, as text. TOML has
+no null: where a default is "–", or a meaning says None, leave the key out. Relative paths of inputs count from the
+folder of the file that names them, `output` from the working directory.
+
+*Resume* says what `--resume` does with another value than the run was made with: **free**, it changes nothing that is
+computed; **by name**, it has to be allowed by `--allow-change section.key`; **never**, it would be another run. See
+[resuming](resuming.md).
+"""
+
+_SECTIONS = {
+    "": "The run as a whole; these keys stand above all sections.",
+    "model": "The policy that the run begins with.",
+    "data": "The prompts. See [quick start](quickstart.md) for the files.",
+    "generation": "How completions are sampled. See [sampling](sampling.md) for the order in which filters act.",
+    "rewards": "What is scored, and how reward code is run. See [rewards](rewards.md).",
+    "learner": "The loss and the optimizer. See [training](training.md).",
+    "schedule": "How old the weights may be. See [schedules](schedules.md).",
+    "checkpoint": "What is kept. See [resuming](resuming.md).",
+    "metrics": "Where metrics go.",
+    "daemon": "How `troupe daemon` keeps a run alive. See [daemon](daemon.md).",
+}
+
+
+def meanings(struct: type) -> dict[str, str]:
+    """Field → the docstring under it, on one line; inherited fields included."""
+    found: dict[str, str] = {}
+    for owner in reversed(struct.__mro__):
+        if issubclass(owner, msgspec.Struct) and owner is not msgspec.Struct:
+            [body] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+            assert isinstance(body, ast.ClassDef)
+            found |= _under_fields(body)
+    return found
+
+
+def _under_fields(body: ast.ClassDef) -> dict[str, str]:
+    found = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                found[name] = " ".join(meaning.split())
+    return found
+
+
+def kind(hint: Any) -> str:
+    """A type in the words of somebody who writes TOML."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        base, *notes = get_args(hint)
+        return kind(base) + "".join(_bounds(note) for note in notes if isinstance(note, msgspec.Meta))
+    if origin is Literal:
+        return " or ".join(f'`"{value}"`' for value in get_args(hint))
+    if origin in (Union, types.UnionType):
+        return " or ".join(kind(part) for part in get_args(hint) if part is not type(None))
+    if origin is tuple:
+        return f"list of {kind(get_args(hint)[0])}"
+    if origin is dict:
+        return "table"
+    return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
+
+
+def _bounds(meta: msgspec.Meta) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    told = [f"{sign} {bound:g}" for name, sign in signs.items() if (bound := getattr(meta, name)) is not None]
+    return f" {', '.join(told)}" if told else ""
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(f'"{item}"' for item in value) + "]`"
+    return f"`{value if value != {} else '{}'}`"
+
+
+def _table(struct: type[msgspec.Struct], prefix: str) -> list[str]:
+    hints, texts = get_type_hints(struct, include_extras=True), meanings(struct)
+    lines = ["| key | value | default | resume | meaning |", "|---|---|---|---|---|"]
+    for field in msgspec.structs.fields(struct):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            continue
+        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+        key = f"{prefix}{field.name}"
+        cells = [f"`{key}`", kind(hints[field.name]), _default(default), rule_of(key), texts.get(field.name, "")]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def reference() -> str:
+    """The whole page."""
+    lines = [_HEAD, _SECTIONS[""], "", *_table(RunConfig, "")]
+    for field in msgspec.structs.fields(RunConfig):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            lines += ["", f"## [{field.name}]", "", _SECTIONS[field.name], "", *_table(field.type, f"{field.name}.")]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the page, or say whether it is up to date."""
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text(encoding="utf-8") != reference():
+            sys.exit(f"{PAGE.name} is out of date; write it with: python -m scripts.config_reference")
+        return
+    PAGE.write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Messages that a sink gets, made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from troupe.messages import (
+    NOT_STARTED,
+    GroupClosed,
+    Phase,
+    Prompt,
+    PromptText,
+    Rollout,
+    RolloutGroup,
+    ScoredGroup,
+    Slot,
+    Status,
+    Update,
+)
+
+
+def update(step: int, *, total_steps: int = 4, **metrics: float) -> Update:
+    """The end of a step."""
+    return Update(step=step, version=step, total_steps=total_steps, metrics=metrics)
+
+
+def closed(
+    step: int,
+    *,
+    texts: Sequence[str] = ("46", "45"),
+    rewards: Sequence[float | None] = (1.0, 0.5, 0.0),
+    prompt: PromptText = "12+34=",
+    place: int = 0,
+) -> GroupClosed:
+    """A group that ended with step `step`; its n-th completion has n tokens, and the n-th of the rewards."""
+    slot = Slot(step=step - 1, place=place)
+    rollouts = tuple(
+        Rollout(
+            token_ids=(7,) * n,
+            log_probs=(0.0,) * n,
+            sampling_log_probs=(0.0,) * n,
+            versions=(0,) * n,
+            finish_reason="stop",
+            text=text,
+        )
+        for n, text in enumerate(texts, 1)
+    )
+    asked = Prompt(gid=step, slot=slot, epoch=0, row=0, prompt=prompt, prompt_ids=(1,), columns={})
+    told = tuple(rewards[: len(texts)])
+    scored = ScoredGroup(group=RolloutGroup(prompt=asked, rollouts=rollouts), scores={"exact": told})
+    return GroupClosed(gid=step, slot=slot, state="trained", version=step, scored=scored, rewards=told)
+
+
+def status(phase: Phase = "running", **fields: object) -> Status:
+    """What a run is doing."""
+    return msgspec.structs.replace(NOT_STARTED, phase=phase, **fields)

@@ -1,0 +1,23 @@
+"""Prompts: where they come from, what is checked of them, and the order that a seed gives them.
+
+A *source* is a text that names prompts: a file (`.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet`), `hf:NAME` (Hugging Face
+`datasets`) or `reasoning_gym:TASK`. Every row is checked when it is read, so that a bad one is refused before the first
+token is sampled. The room knows nothing of tokens, templates or policies: whether a prompt fits the model is seen
+where it is tokenized.
+"""
+
+from troupe.dataset.prompts import PromptDataset
+from troupe.dataset.rows import RESERVED_COLUMNS, ROLES, PromptRow
+from troupe.dataset.settings import ChatMode, DataConfig
+from troupe.dataset.sources import anchored_source, source_name
+
+__all__ = [
+    "RESERVED_COLUMNS",
+    "ROLES",
+    "ChatMode",
+    "DataConfig",
+    "PromptDataset",
+    "PromptRow",
+    "anchored_source",
+    "source_name",
+]

@@ -1,0 +1,35 @@
+"""The part of a source behind its `?`: `size=500&seed=1`. Knows nothing of what the options mean."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import unquote
+
+from troupe.errors import DatasetError
+
+
+def split_query(source: str) -> tuple[str, dict[str, str]]:
+    """What stands before the `?`, and the options behind it, texts with `%XX` decoded.
+
+    DatasetError for an option without a value, or one that is given twice.
+    """
+    name, _, query = source.partition("?")
+    options: dict[str, str] = {}
+    for part in query.split("&") if query else ():
+        key, equals, value = part.partition("=")
+        key = unquote(key).strip()
+        if not key or not equals:
+            raise DatasetError(f"{source}: {part!r} is no option; write them as NAME?key=value&key=value")
+        if key in options:
+            raise DatasetError(f"{source}: {key} is given twice; give it once")
+        options[key] = unquote(value).strip()
+    return name, options
+
+
+def parsed(value: str) -> Any:
+    """A number, true, false, null or list as JSON has them; anything else as the text that it is."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value

@@ -1,0 +1,34 @@
+"""The `[data]` section. Knows nothing of how rows are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+ChatMode = Literal["auto", "always"]
+"""How prompts are read: "auto" leaves texts as they are; "always" makes a text one user message."""
+
+
+class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[data]` section."""
+
+    path: str | None = None
+    """Source of the training prompts: a `.json`, `.jsonl`, `.csv`, `.tsv` or `.parquet` file,
+    `hf:NAME?split=…&config=…` or `reasoning_gym:TASK,TASK?size=…&seed=…`."""
+    eval_path: str | None = None
+    """The same for evaluation."""
+    prompt_column: Annotated[str, msgspec.Meta(min_length=1)] = "prompt"
+    """Column that holds the prompts."""
+    answer_column: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """Column that rewards find under the name `answer` too, in place of one that is called so; None: as it is."""
+    system_prompt: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """System message before every prompt; texts become conversations, and those that have one already are refused."""
+    shuffle: bool = True
+    """Whether each epoch has its own order, fixed by the run's seed."""
+    max_prompt_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Longest prompt in tokens; None: what the model's positions leave beside the longest completion."""
+    chat: ChatMode = "auto"
+    """Message lists always go through the chat template; "always" sends texts through it too."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables for the chat template, such as `enable_thinking`."""

@@ -1,0 +1,52 @@
+"""Figures as people read them. Mirrors the formats of `charts.js`."""
+
+from __future__ import annotations
+
+import math
+import time
+
+MISSING = "–"
+
+
+def number(value: float | None) -> str:
+    """Four digits; whole numbers with commas from a thousand on."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    size = abs(value)
+    if 1000 <= size < 1e6:
+        return f"{value:,.0f}".replace("-", "−")
+    if 1e6 <= size < 1e9:
+        return f"{value / 1e6:.4g} M".replace("-", "−")
+    return f"{value:.4g}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A part of 1."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.1f} %".replace("-", "−")
+
+
+def seconds(value: float | None) -> str:
+    """A duration."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value < 1:
+        return f"{1000 * value:.3g} ms"
+    if value < 120:
+        return f"{value:.3g} s"
+    if value < 7200:
+        return f"{int(value / 60)} min {int(value % 60)} s"
+    return f"{int(value / 3600)} h {int(value % 3600 / 60)} min"
+
+
+def size(count: float) -> str:
+    """Bytes, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def date(unix_s: float | None) -> str:
+    """In local time."""
+    return MISSING if unix_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))

@@ -1,0 +1,47 @@
+"""What a run and a reward in a process say to each other, as msgpack: plain data, no pickle."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+
+from troupe.rewards.trainer_state import TrainerState
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """Parent → child: score these."""
+
+    name: str
+    """Under which the reward is reported."""
+    size: int
+    arguments: dict[str, Any]
+    """Those that the function takes, without trainer_state and what logs."""
+    trainer_state: TrainerState | None = None
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: the reward is loaded."""
+
+
+class Scores(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: what came of a call."""
+
+    scores: list[float | None]
+    extra: dict[str, list[Any]]
+    metrics: dict[str, list[float]]
+
+
+class Raised(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: the call failed."""
+
+    message: str
+
+
+class Broken(msgspec.Struct, frozen=True, tag=True):
+    """Child → parent: the reward breaks the convention, or cannot be loaded."""
+
+    message: str
+
+
+Reply: TypeAlias = Ready | Scores | Raised | Broken

@@ -1,0 +1,112 @@
+"""What happened in a step, put together for those who keep curves, histograms and a few texts of it.
+
+Knows nothing of where it goes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from troupe.messages import GroupClosed, Update
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One completion with what became of it."""
+
+    prompt: str
+    text: str
+    reward: float
+    """Σ weight·score; NaN where no score is there."""
+    scores: dict[str, float | None]
+    tokens: int
+
+
+class StepDigest(msgspec.Struct, frozen=True, kw_only=True):
+    """One step: its metrics, and what its groups say one by one, groups that were not trained on included."""
+
+    step: int
+    metrics: dict[str, float]
+    rewards: tuple[float, ...]
+    """Of every completion that has one."""
+    lengths: tuple[int, ...]
+    """Tokens of every completion."""
+    samples: tuple[Sample, ...]
+    """From the best to the worst, evenly spaced between; empty in most steps."""
+
+
+class Digest:
+    """Collects the groups of a step until its Update comes; a step that was told before is left out."""
+
+    def __init__(self, *, newest: int = 0, samples: int = 4, every: int = 10) -> None:
+        """`newest`: the step told last. `samples`: how many completions to keep of the first step, and of every
+        `every`-th."""
+        self.newest = newest
+        self._most, self._every = samples, every
+        self._groups: list[GroupClosed] = []
+
+    def take(self, message: object) -> StepDigest | None:
+        """What is told of the step that this message ends, if it ends one."""
+        if isinstance(message, GroupClosed):
+            self._groups.append(message)
+        if not isinstance(message, Update):
+            return None
+        groups, self._groups = self._groups, []
+        if message.step <= self.newest:
+            return None
+        self.newest = message.step
+        wanted = self._most if message.step == 1 or message.step % self._every == 0 else 0
+        return StepDigest(
+            step=message.step,
+            metrics=message.metrics,
+            rewards=tuple(r for group in groups for r in group.rewards if r is not None and math.isfinite(r)),
+            lengths=tuple(
+                len(rollout.token_ids)
+                for group in groups
+                if group.scored is not None
+                for rollout in group.scored.group.rollouts
+            ),
+            samples=_spread([sample for group in groups for sample in samples_of(group)], wanted) if wanted else (),
+        )
+
+
+def samples_of(closed: GroupClosed) -> list[Sample]:
+    """The completions of a group that has ended."""
+    if closed.scored is None:
+        return []
+    group, scores = closed.scored.group, closed.scored.scores
+    rewards = [math.nan if reward is None else reward for reward in closed.rewards]
+    rewards += [math.nan] * (len(group.rollouts) - len(rewards))
+    prompt = prompt_text(group.prompt.prompt)
+    return [
+        Sample(
+            prompt=prompt,
+            text=rollout.text,
+            reward=rewards[i],
+            scores={name: column[i] for name, column in scores.items()},
+            tokens=len(rollout.token_ids),
+        )
+        for i, rollout in enumerate(group.rollouts)
+    ]
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as text; of a conversation a line a turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.get('role', '')}: {_content(turn.get('content'))}" for turn in prompt)
+
+
+def _content(content: Any) -> str:
+    return content if isinstance(content, str) else msgspec.json.encode(content).decode()
+
+
+def _spread(samples: list[Sample], most: int) -> tuple[Sample, ...]:
+    ranked = sorted(samples, key=lambda sample: -math.inf if math.isnan(sample.reward) else sample.reward, reverse=True)
+    if len(ranked) <= most:
+        return tuple(ranked)
+    if most == 1:
+        return (ranked[0],)
+    return tuple(ranked[round(i * (len(ranked) - 1) / (most - 1))] for i in range(most))

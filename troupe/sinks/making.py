@@ -1,0 +1,45 @@
+"""From the names in `metrics.sinks` to the sinks themselves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from troupe.run_store import FILE_NAME
+from troupe.sinks.base import MetricsConfig, RunInfo, Sink, SinkName
+from troupe.sinks.console import ConsoleSink, PlainSink
+from troupe.sinks.jsonl import JsonlSink
+from troupe.sinks.prometheus import PrometheusSink
+from troupe.sinks.sqlite import SqliteSink
+from troupe.sinks.tensorboard import FOLDER, TensorBoardSink
+from troupe.sinks.trackers import TrackioSink, WandbSink
+
+
+def make_sinks(
+    config: MetricsConfig, run: RunInfo, others: Mapping[SinkName, Callable[[], Sink]] | None = None
+) -> list[Sink]:
+    """The sinks of a run, none of them open. `others`: makers of those that are at home elsewhere."""
+    folder = Path(run.folder)
+    console = Console()
+    makers: dict[SinkName, Callable[[], Sink]] = {
+        "console": lambda: ConsoleSink(run, console) if console.is_terminal else PlainSink(run, sys.stdout),
+        "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", first_step=run.first_step),
+        "sqlite": lambda: SqliteSink(
+            folder / FILE_NAME,
+            first_step=run.first_step,
+            program=run.program,
+            machine=run.machine,
+            log_probs=config.store_log_probs,
+        ),
+        "tensorboard": lambda: TensorBoardSink(
+            folder / FOLDER, run, completions=config.completions, completions_every=config.completions_every
+        ),
+        "wandb": lambda: WandbSink(run, config),
+        "trackio": lambda: TrackioSink(run, config),
+        "prometheus": lambda: PrometheusSink(config.prometheus_port),
+        **(others or {}),
+    }
+    return [makers[name]() for name in config.sinks]

@@ -1,0 +1,167 @@
+"""Weights & Biases and trackio: packages that keep runs of many projects beside each other.
+
+Each run has one name there however often it is resumed, which a small file in the run folder remembers, with the step
+that was told last: a step that a resume makes once more is not told twice.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from troupe.messages import GroupClosed, Update
+from troupe.sinks.base import MetricsConfig, RunInfo
+from troupe.sinks.digest import Digest, Sample, StepDigest
+from troupe.sinks.packages import package, wandb_mode
+
+_COLUMNS = ("step", "prompt", "completion", "reward", "scores", "tokens")
+
+
+class Tracked(msgspec.Struct, frozen=True, kw_only=True):
+    """Under what name a run is tracked; `wandb.json` or `trackio.json` in its folder."""
+
+    id: str
+    step: int = 0
+    """The newest step that was told."""
+
+
+class _Tracker:
+    """What both have in common."""
+
+    name: str
+    takes: tuple[type, ...] = (Update, GroupClosed)
+
+    def __init__(self, run: RunInfo, config: MetricsConfig) -> None:
+        self._run, self._config = run, config
+        self._path = Path(run.folder) / f"{self.name}.json"
+        self._tracked = Tracked(id="")
+        self._digest = Digest()
+        self._there: Any = None
+        """The run in the tracker's own terms."""
+
+    def open(self) -> None:
+        """Begin the run there, or go on with it."""
+        found = _read(self._path)
+        self._tracked = found or Tracked(id=self._new_id())
+        self._there = self._begin(self._tracked.id, goes_on=found is not None)
+        newest = max(self._run.first_step, self._tracked.step)
+        self._digest = Digest(newest=newest, samples=self._config.completions, every=self._config.completions_every)
+        _write(self._path, self._tracked)
+
+    def write(self, message: object) -> None:
+        """Take a message; a step is told when it has ended."""
+        digest = self._digest.take(message)
+        if digest is not None and self._there is not None:
+            self._tell(digest)
+            self._tracked = msgspec.structs.replace(self._tracked, step=digest.step)
+
+    def flush(self) -> None:
+        """Remember what was told."""
+        if self._there is not None:
+            _write(self._path, self._tracked)
+
+    def close(self) -> None:
+        """Have all of it written there. Safe to call twice."""
+        there, self._there = self._there, None
+        if there is not None:
+            there.finish()
+
+    def _new_id(self) -> str:
+        return secrets.token_hex(4)
+
+    def _begin(self, name: str, *, goes_on: bool) -> Any:
+        raise NotImplementedError
+
+    def _tell(self, digest: StepDigest) -> None:
+        raise NotImplementedError
+
+
+class WandbSink(_Tracker):
+    """Weights & Biases; in offline mode everything lies in the run folder."""
+
+    name = "wandb"
+
+    def _begin(self, name: str, *, goes_on: bool) -> Any:
+        wandb = package("wandb")
+        return wandb.init(
+            project=self._config.wandb_project,
+            entity=self._config.wandb_entity,
+            name=self._config.wandb_name or self._run.name,
+            id=name,
+            resume="allow",
+            dir=self._run.folder,
+            config=self._run.config,
+            mode=wandb_mode(self._config),
+            # it would otherwise stand between the run and its terminal
+            settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
+        )
+
+    def _tell(self, digest: StepDigest) -> None:
+        wandb = package("wandb")
+        row: dict[str, Any] = dict(digest.metrics)
+        for key, values in _histograms(digest):
+            row[key] = wandb.Histogram(values)
+        if digest.samples:
+            row["completions"] = wandb.Table(columns=list(_COLUMNS), data=_rows(digest.step, digest.samples))
+        self._there.log(row, step=digest.step, commit=True)
+
+
+class TrackioSink(_Tracker):
+    """trackio, which keeps its runs in a folder of its own (TRACKIO_DIR)."""
+
+    name = "trackio"
+
+    def _new_id(self) -> str:
+        return self._config.trackio_name or f"{self._run.name}-{secrets.token_hex(2)}"
+
+    def _begin(self, name: str, *, goes_on: bool) -> Any:
+        return package("trackio").init(
+            project=self._config.trackio_project,
+            name=name,
+            config=self._run.config,
+            resume="allow" if goes_on else "never",
+            embed=False,
+        )
+
+    def _tell(self, digest: StepDigest) -> None:
+        trackio = package("trackio")
+        row: dict[str, Any] = dict(digest.metrics)
+        for key, values in _histograms(digest):
+            row[key] = trackio.Histogram(values)
+        if digest.samples:
+            row["completions"] = trackio.Table(columns=list(_COLUMNS), data=_rows(digest.step, digest.samples))
+        self._there.log(row, step=digest.step)
+
+
+def _histograms(digest: StepDigest) -> list[tuple[str, list[float]]]:
+    pairs = (("rewards", digest.rewards), ("completions/lengths", digest.lengths))
+    return [(f"histograms/{key}", [float(value) for value in values]) for key, values in pairs if values]
+
+
+def _rows(step: int, samples: Sequence[Sample]) -> list[list[Any]]:
+    return [
+        [step, _clean(s.prompt), _clean(s.text), s.reward, msgspec.json.encode(s.scores).decode(), s.tokens]
+        for s in samples
+    ]
+
+
+def _clean(text: str) -> str:
+    """Half a surrogate pair, which a dataset may hold, is in no file."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _read(path: Path) -> Tracked | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Tracked)
+    except (FileNotFoundError, msgspec.DecodeError):  # the sink is new, or its file was cut by a crash
+        return None
+
+
+def _write(path: Path, tracked: Tracked) -> None:
+    draft = path.with_name(f".writing-{path.name}")
+    draft.write_bytes(msgspec.json.encode(tracked) + b"\n")
+    draft.replace(path)
