@@ -40,9 +40,9 @@ def _value(param: click.Parameter) -> str:
     if isinstance(param, click.Option) and param.is_flag:
         return ""
     if param.metavar:
-        return param.metavar
+        return param.metavar.replace("|", " or ")  # no way of writing a bar in a table suits every reader of Markdown
     if isinstance(param.type, click.Choice):
-        return "|".join(map(str, param.type.choices))
+        return " or ".join(map(str, param.type.choices))
     if isinstance(param, click.Argument):
         return (param.name or "").upper()
     if isinstance(param.type, click.types.IntParamType):

@@ -108,13 +108,14 @@ def _default(value: Any) -> str:
 
 def _table(struct: type[msgspec.Struct], prefix: str) -> list[str]:
     hints, texts = get_type_hints(struct, include_extras=True), meanings(struct)
-    lines = ["| key | value | default | resume | meaning |", "|---|---|---|---|---|"]
+    lines = ["| key | meaning |", "|---|---|"]
     for field in msgspec.structs.fields(struct):
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             continue
         default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
         key = f"{prefix}{field.name}"
-        cells = [f"`{key}`", kind(hints[field.name]), _default(default), rule_of(key), texts.get(field.name, "")]
+        told = [kind(hints[field.name]), f"default {_default(default)}", f"resume: {rule_of(key)}"]
+        cells = ["<br>".join([f"`{key}`", *told]), texts.get(field.name, "")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
 

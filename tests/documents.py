@@ -1,23 +1,26 @@
 """The documents as data: their blocks, links and headings; and a shell that runs the commands of a page.
 
-Conventions of the pages: a block with `title="NAME"` is a file of that name, a `bash` or `sh` block is run line by line,
-`<!-- not run: REASON -->` before a block says that it is not, `<!-- fragment -->` that it is a part of something.
+Conventions of the pages: a block with `title="NAME"` is a file of that name; a `bash` or `sh` block is run line by
+line, unless `<!-- not run: REASON -->` stands before it; `<!-- fragment -->` marks a block that is a part of something.
 """
 
 from __future__ import annotations
 
-import json
+import ast
 import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from troupe.cli import main
+from troupe.daemon.client import NobodyThereError, ask
+from troupe.messages import GetStatus, Status
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -136,14 +139,19 @@ class Shell:
         words = [] if _IN_A_SHELL.search(command) else shlex.split(command)
         if words[:2] == ["troupe", "daemon"] and "--print-unit" not in words:
             self._begin(f"{command} --set learner.max_steps=1000000")
-            self._await_steps(self._output_of(words))
+            self._until(self._output_of(words), lambda status: status.step > 0)
         elif "--watch" in words:
             self._begin(command)
         elif words[:1] == ["troupe"]:
             try:
                 main.main(words[1:], prog_name="troupe", standalone_mode=False)
             except SystemExit as end:
-                assert not end.code, f"{command}: ended with {end.code}"
+                code = end.code
+            else:
+                code = 0
+            assert not code, f"{command}: ended with {code}"
+            if words[1] == "pause":  # it is heeded in a moment, and the next line may depend on it
+                self._until(words[2], lambda status: status.phase == "paused")
         else:
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", command],
@@ -175,28 +183,21 @@ class Shell:
         assert found is not None, f"{words}: which folder?"
         return found[1]
 
-    def _await_steps(self, folder: str) -> None:
-        """Until the run has made a step, as somebody at another terminal would see it."""
+    def _until(self, folder: str, holds: Callable[[Status], bool]) -> None:
+        """Wait until the run is as it should be, as somebody at another terminal would see it."""
         until_s = time.monotonic() + _WAIT_S
         while time.monotonic() < until_s:
-            asked = subprocess.run(
-                [sys.executable, "-m", "troupe", "status", folder, "--json"],
-                env=self._environment,
-                capture_output=True,
-                check=False,
-            )
-            if asked.returncode == 0 and json.loads(asked.stdout).get("step", 0) > 0:
-                return
-            _, process, log = self._background[-1]
-            assert process.poll() is None, log.read_text(encoding="utf-8", errors="replace")
-            time.sleep(0.2)
-        raise AssertionError(f"{folder}: no step within {_WAIT_S} s")
+            with suppress(NobodyThereError):
+                if isinstance(status := ask(Path(folder), GetStatus()), Status) and holds(status):
+                    return
+            for command, process, log in self._background:
+                assert not process.poll(), f"{command}\n{log.read_text(encoding='utf-8', errors='replace')}"
+            time.sleep(0.05)
+        raise AssertionError(f"{folder}: not so within {_WAIT_S} s")
 
 
 def message_texts() -> Iterator[str]:
     """The fixed parts of all texts in the package's code."""
-    import ast
-
     for file in (ROOT / "troupe").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -204,6 +204,15 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(workplace: Path) 
     assert "1 of 1 steps" in out
 
 
+def test_resume_of_a_name_that_is_mistyped_does_not_begin_the_demo(workplace: Path) -> None:
+    refused = call("train", "-o", "uot", "--resume")
+    assert refused.exit_code == 2
+    assert (
+        refused.stderr == "troupe: uot: there is no run here to go on with; correct the name, or leave out --resume\n"
+    )
+    assert not (workplace / "uot").exists()
+
+
 def test_resume_falls_back_to_an_older_checkpoint(workplace: Path) -> None:
     settings = (*SHORT, "--set", "checkpoint.every=1", "--set", "checkpoint.keep=3", "--reward", "length")
     done("train", *RUN, *settings, "-o", "whole", "--max-steps", "3")

@@ -13,7 +13,7 @@ PACKAGE = Path(troupe.__file__).parent
 EVERYWHERE = {"errors"}
 ROOMS = {"messages", "grpo", "policy", "runtime", "rewards", "dataset", "sinks", "checkpoint"}
 ROOMS |= {"schedule", "statistics", "learning", "gathering", "open_groups", "restoring", "weights_files", "wire"}
-ROOMS |= {"run_store", "machine"}
+ROOMS |= {"run_store", "machine", "training"}
 
 # room or root module → what it may import of ours, besides itself and errors
 ALLOWED: dict[str, set[str]] = {
@@ -58,9 +58,21 @@ ALLOWED: dict[str, set[str]] = {
     "tables": set(),
     "terminal": set(),
     "config": {"checkpoint", "daemon", "dataset", "grpo", "policy", "rewards", "schedule", "sinks", "tables"},
-    "daemon": {"config", "folder_names", "messages", "run_lock", "runtime", "supervisor", "tables", "terminal"},
+    "daemon": {
+        "config",
+        "folder_names",
+        "messages",
+        "run_lock",
+        "runtime",
+        "sinks",
+        "supervisor",
+        "tables",
+        "terminal",
+        "web",
+    },
     "budget": {"config", "grpo", "policy", "process_wide"},
-    "actors": ROOMS | {"linux_cpu"},
+    "actors": ROOMS,
+    "training": {"gathering", "grpo", "learning", "linux_cpu", "messages", "policy", "statistics"},
     "changes": {"config", "tables"},
     "resuming": {"changes", "checkpoint", "config", "messages", "policy", "rewards"},
     "prepare": ROOMS | {"budget", "changes", "config", "linux_cpu", "resuming", "run_folder"},

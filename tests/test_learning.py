@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import msgspec
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
-from troupe.grpo.step import LogProbs, side_by_side
+from troupe.grpo.pieces import side_by_side
+from troupe.grpo.step import LogProbs
 from troupe.learning import as_rollouts, assemble, completion_log_probs, is_usable
 from troupe.messages import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import CompletedGroup, Completion, Weights, load_policy

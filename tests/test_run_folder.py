@@ -406,13 +406,20 @@ def test_folders_that_may_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_others_need_of_a_folder_and_a_killed_start_left_there_is_no_run(tmp_path: Path, resume: bool) -> None:
-    for name in (LOCK, "control.sock", "control.path", "daemon.log", "daemon.log.3", ".writing-run.toml"):
+    for name in (LOCK, "control.sock", "control.path", "page.url", "daemon.log", "daemon.log.3", ".writing-run.toml"):
         (tmp_path / name).write_text("")
     assert run_folder(config_of(tmp_path), resume=resume) == tmp_path
     place = RunFolder.take(config_of(tmp_path), resume=resume)
     place.remove_traces()
     place.leave()
-    assert names_in(tmp_path) == {"control.sock", "control.path", "daemon.log", "daemon.log.3", ".writing-run.toml"}
+    assert names_in(tmp_path) == {
+        "control.sock",
+        "control.path",
+        "page.url",
+        "daemon.log",
+        "daemon.log.3",
+        ".writing-run.toml",
+    }
 
 
 def test_a_folder_is_taken_made_ready_and_left(tmp_path: Path) -> None:

@@ -166,11 +166,83 @@ def test_it_reads_what_is_there_while_the_run_writes(tmp_path: Path) -> None:
     sink.close()
 
 
-def test_a_folder_that_cannot_be_written_can_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.run_store.os.access", lambda path, mode: False)
+def test_reading_leaves_nothing_behind(folder: Path) -> None:
+    before = (folder / FILE_NAME).read_bytes()
     with open_store(folder) as run:
         assert run.overview().steps == 3
         assert [path.name for path in folder.iterdir()] == [FILE_NAME]
+    assert [path.name for path in folder.iterdir()] == [FILE_NAME]
+    assert (folder / FILE_NAME).read_bytes() == before
+
+
+def test_what_a_killed_run_has_in_its_log_is_read_and_stays(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sink = SqliteSink(folder / FILE_NAME, first_step=3)
+    sink.open()
+    sink.write(played(4, 0))
+    sink.write(update(4))
+    sink.flush()
+    killed = tmp_path_factory.mktemp("killed")
+    for path in folder.iterdir():  # as it would be had the process been killed now
+        (killed / path.name).write_bytes(path.read_bytes())
+    sink.close()
+    before = {path.name: path.stat().st_size for path in killed.iterdir()}
+    assert before[f"{FILE_NAME}-wal"] > 0
+    for _ in range(2):
+        with open_store(killed) as run:
+            assert run.newest_step() == 4
+    assert {path.name: path.stat().st_size for path in killed.iterdir()} == before
+
+
+def test_a_run_that_begins_to_write_meanwhile_is_no_damage(folder: Path) -> None:
+    def read() -> None:
+        with open_store(folder):
+            Path(f"{folder / FILE_NAME}-wal").write_bytes(b"log")
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+    with pytest.raises(OutputError, match="a run has begun to write into the store meanwhile; ask again"):
+        read()
+
+
+def test_steps_come_in_order_with_their_figures(run: StoredRun) -> None:
+    steps = list(run.steps())
+    assert [(step.step, step.start, step.unix_s) for step in steps] == [(1, 1, 50.0), (2, 1, 50.0), (3, 1, 50.0)]
+    assert steps[0].metrics == {"reward": 0.25, "rewards/r/mean": None, "rewards/r/std": 1.0}
+    assert steps[2].metrics == {"reward": 0.75, "rewards/r/mean": 0.5, "rewards/r/std": 1.0}
+
+
+def test_the_newest_incidents(run: StoredRun) -> None:
+    newest = run.newest_incidents(2)
+    assert [(i.start, i.step, i.kind, i.actor, i.message, i.gid) for i in newest] == [
+        (1, 3, "late", "scorer", "!", None),
+        (1, 2, "late", "scorer", "!", None),
+    ]
+    assert len(run.newest_incidents(9)) == 3
+
+
+def test_the_ends_of_what_has_completions(run: StoredRun, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert run.steps_with_completions() == [1, 3]
+    other = tmp_path_factory.mktemp("other")
+    sink = SqliteSink(other / FILE_NAME)
+    sink.open()
+    with open_store(other) as empty:
+        assert empty.steps_with_completions() == []
+        assert list(empty.steps()) == []
+    sink.close()
+
+
+def test_which_machine_played(folder: Path, run: StoredRun) -> None:
+    assert run.machines() == {}
+    for machine in ("one", "another"):
+        sink = SqliteSink(folder / FILE_NAME, first_step=3, machine=machine)
+        sink.open()
+        sink.close()
+    with open_store(folder) as found:
+        assert found.machines() == {2: "one", 3: "another"}
+    rows(folder / FILE_NAME, "DROP TABLE machines")
+    with open_store(folder) as of_an_older_version:
+        assert of_an_older_version.machines() == {}
 
 
 def refusal(folder: Path) -> str:

@@ -142,6 +142,25 @@ async def test_updates_come_as_steps_are_made_and_the_result_only_at_the_end(
     assert run.result.steps == 4
 
 
+async def test_groups_come_as_they_end_and_incidents_as_they_happen(tmp_path: Path, ragged_model: Path) -> None:
+    def fails_once(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+        if not failed:
+            failed.append(True)
+            raise ValueError("the judge is late")
+        return [float(len(text)) for text in completions]
+
+    failed: list[bool] = []
+    async with Supervisor(tiny_config(ragged_model, tmp_path), [fails_once]) as run:
+        incidents, groups = run.incidents(), run.closed_groups()
+        first = await anext(incidents)
+        assert "the judge is late" in first.message
+        ended = [group async for group in groups]
+        await run.wait()
+    assert {group.version for group in ended} == {1, 2, 3, 4}
+    assert all(group.scored is not None and group.rewards for group in ended)
+    assert len({group.gid for group in ended}) == len(ended)
+
+
 async def test_a_slow_reader_gets_the_newest_updates_and_never_stalls_the_run(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

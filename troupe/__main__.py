@@ -1,5 +1,6 @@
 """The program `troupe`; `python -m troupe` is the same."""
 
+import io
 import sys
 
 from troupe.daemon.commands import control
@@ -7,6 +8,8 @@ from troupe.daemon.commands import control
 
 def main() -> None:
     """Run the command that the arguments name. One that only looks at a run loads nothing that it does not need."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a policy writes may be more than a terminal has letters for
+        sys.stdout.reconfigure(errors="replace")
     if sys.argv[1:2] and sys.argv[1] in control.commands:
         control(prog_name="troupe")
     if sys.argv[1:2] == ["report"]:

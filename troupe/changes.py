@@ -32,9 +32,9 @@ RULES: dict[str, Rule] = {
     "model.dtype": "never",
     "data.path": "never",  # as above
     "data.shuffle": "never",
-    "data.prompt_column": "by name",
-    "data.answer_column": "by name",
-    "data.system_prompt": "by name",
+    "data.prompt_column": "never",  # as above
+    "data.answer_column": "never",  # as above
+    "data.system_prompt": "never",  # as above
     "data.eval_path": "free",
     "data.max_prompt_tokens": "free",  # refuses longer prompts, changes none
     "data.chat": "by name",
@@ -68,6 +68,9 @@ _WHY_NEVER = {
     "model.path": "a run goes on with the model that it began with",
     "model.dtype": "the optimizer's state belongs to weights of that type",
     "data.path": "a run goes on with the prompts that it began with",
+    "data.prompt_column": "a run goes on with the prompts that it began with",
+    "data.answer_column": "a run goes on with the answers that it began with",
+    "data.system_prompt": "a run goes on with the prompts that it began with",
     "data.shuffle": "which prompts a step has follows from it",
     "learner.batch_size": "which prompts a step has follows from it",
     "schedule.mode": "the two schedules keep other things of groups under way",

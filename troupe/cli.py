@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -90,7 +91,7 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
     result, interrupted = anyio.run(_train, config, resume, allow_changes)
     _show_result(result)
     if interrupted and not result.complete:
-        tell(f"interrupted; go on with: troupe train -o {result.folder} --resume")
+        tell(f"interrupted; go on with: troupe train -o {shlex.quote(result.folder)} --resume")
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -120,6 +121,8 @@ def train_config(
         said = {}  # which `load_config` reads by itself
     named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
     if run_toml is None and model is None and dataset is None and not named:
+        if resume and isinstance(name, str):  # a name that was mistyped must not begin the demo
+            raise InputError(f"{name}: there is no run here to go on with; correct the name, or leave out --resume")
         run_toml = DEMO_CONFIG
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": model},
@@ -206,8 +209,11 @@ def _show_result(result: RunResult) -> None:
         tell(f"the sink {name} was switched off: {reason}")
     if result.accuracy_before is not None and result.accuracy_after is not None:
         tell(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
-    for name, after in result.rewards_after.items():
-        tell(f"held-out {name}: {result.rewards_before[name]:.3f} before, {after:.3f} after")
+    for name in {**result.rewards_before, **result.rewards_after}:
+        before, after = (
+            f"{means[name]:.3f}" if name in means else "no score" for means in (result.rewards_before, result.rewards_after)
+        )
+        tell(f"held-out {name}: {before} before, {after} after")
     final = Path(result.folder) / "final"
     if final.is_dir():  # a run that was stopped has only checkpoints
         tell(f"policy: {final}")
@@ -283,12 +289,14 @@ def generate(
 @click.option("--temperature", type=Number(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
+@click.option("--set", "settings", multiple=True, metavar="data.key=value", help="How rows are read; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @report_errors
 def eval_command(
     model: str | None,
     dataset: str | None,
     rewards: tuple[str, ...],
+    settings: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -297,6 +305,9 @@ def eval_command(
 ) -> None:
     """Complete every row of a dataset once and print the mean score of each reward."""
     demo = load_config(DEMO_CONFIG)
+    if others := [setting for setting in settings if not setting.startswith("data.")]:
+        raise InputError(f"--set {others[0]}: of a config only [data] means something here; write data.key=value")
+    data = load_config(None, settings).data
     started_s = time.perf_counter()
     result: Evaluation = anyio.run(
         functools.partial(
@@ -304,6 +315,7 @@ def eval_command(
             model or _demo_model(),
             dataset or str(demo.data.eval_path),
             rewards,
+            data=data,
             max_completion_length=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -46,7 +46,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     output: str | None = None
     """The run folder; None takes the next free `runs/NAME-NNN` in the working directory."""
     memory_limit_gb: float | None = None
-    """Most that the run's arrays may take, in 10⁹ bytes; see `budget.plan_memory`. None: on a GPU what MLX says of the
+    """Most that the run's arrays may take, in 10⁹ bytes; see docs/memory.md. None: on a GPU what MLX says of the
     device, on a CPU no limit."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

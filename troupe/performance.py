@@ -6,6 +6,7 @@ asks for what: that is the Supervisor's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -322,8 +323,8 @@ class Performance:
             switched_off_sinks=dict(tally.switched_off_sinks),
             accuracy_before=before.accuracy if before else None,
             accuracy_after=after.accuracy if after else None,
-            rewards_before=before.rewards if before else {},
-            rewards_after=after.rewards if after else {},
+            rewards_before=_means(before),
+            rewards_after=_means(after),
         )
 
 
@@ -346,3 +347,9 @@ async def _beside(
 
 def _at(step: int, was_down: bool) -> int:
     return step
+
+
+def _means(evaluation: Evaluation | None) -> dict[str, float]:
+    """The mean score of each reward that scored anything."""
+    means = {} if evaluation is None else evaluation.rewards
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}

@@ -22,7 +22,7 @@ import msgspec
 
 from troupe.actors.checkpointer import Checkpointer, CheckpointLedger
 from troupe.actors.generator import Generator
-from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
+from troupe.actors.learner import Learner, LearnerOutputs
 from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.actors.prompter import Prompter, PromptLedger
 from troupe.actors.remote_generator import RemoteGenerator
@@ -70,6 +70,7 @@ from troupe.runtime import (
     TraceWriter,
 )
 from troupe.sinks import RunInfo, Sink, Sinks, make_sinks
+from troupe.training import LearnerState
 from troupe.weights_files import WeightsFiles
 from troupe.wire import Setup
 

@@ -46,7 +46,7 @@ OPEN: dict[str, Any] = {
 """Key → the value with which a config leaves it to `prepare`."""
 
 _CAPPED = "generation.max_completion_length"
-_SETTLED_BY_CONTENTS = ("model.path", "data.path")
+_SETTLED_BY_CONTENTS = ("model.path", "data.path", "data.prompt_column", "data.answer_column", "data.system_prompt")
 _SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions")
 """Keys of which it depends what is sampled, and what scores it gets."""
 

@@ -193,6 +193,7 @@ async def evaluate_folder(
     dataset: str | Path,
     rewards: Sequence[str | Reward] = (),
     *,
+    data: DataConfig | None = None,
     max_completion_length: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
@@ -200,15 +201,18 @@ async def evaluate_folder(
 ) -> Evaluation:
     """Evaluate a model folder on a source of prompts; what `troupe eval` does.
 
-    Without rewards the rows must say what is right (`default_reward`). Raises InputError.
+    Without rewards the rows must say what is right (`default_reward`). `data` says how rows are read, as in a run; its
+    paths do not count. Raises InputError.
     """
-    rows = PromptDataset.load(dataset)
+    data = DataConfig() if data is None else data
+    rows = PromptDataset.load(dataset, data)
     manager = RewardManager(list(rewards) or [default_reward(rows.columns, rows.source)])
     manager.check_columns(rows.columns)
     async with DeviceThread("evaluation") as device, manager:
         policy = await device.run(load_policy, model, dtype)
         positions = policy.config.max_position_embeddings
-        prompt_ids = tokenize_prompts(rows, policy.tokenizer, DataConfig(), max_tokens=positions - 1)
+        limit = min(data.max_prompt_tokens or positions, positions - 1)
+        prompt_ids = tokenize_prompts(rows, policy.tokenizer, data, max_tokens=limit)
         return await evaluate(
             policy,
             rows,

@@ -29,7 +29,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """Share of held-out rows that the untrained policy, decoding greedily, answers exactly; None without such rows."""
     accuracy_after: float | None = None
     rewards_before: dict[str, float] = {}
-    """Mean score of each reward on the held-out rows, greedy, before training."""
+    """Mean score of each reward on the held-out rows, greedy, before training; those that scored none are left out."""
     rewards_after: dict[str, float] = {}
 
     @property

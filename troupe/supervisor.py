@@ -66,7 +66,7 @@ class Supervisor:
         self._rewards = rewards
         self._resume = resume
         self._allow_changes = tuple(allow_changes)
-        self._stopping = False
+        self._entered = self._stopping = False
         self._requests: list[Callable[[Pipeline], None]] = []
         self._errands = Errands()
         self._ended = anyio.Event()
@@ -80,6 +80,9 @@ class Supervisor:
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> Supervisor:
+        if self._entered:
+            raise RuntimeError("this supervisor has been entered before; make another one for another run, or start")
+        self._entered = True
         began_s = time.perf_counter()
         try:
             place = await self._device.run(self._take_folder)

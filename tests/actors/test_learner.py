@@ -14,7 +14,7 @@ import pytest
 
 from tests.fakes import Reports, device_thread, ended, make_scored, same_bits, send_all, taken
 from tests.tiny import CONFIG
-from troupe.actors.learner import Learner, LearnerOutputs, LearnerState
+from troupe.actors.learner import Learner, LearnerOutputs
 from troupe.errors import RunError
 from troupe.gathering import gathering_for
 from troupe.grpo import LearnerConfig, StepResult, adamw_init, learning_rate, train_on_batch
@@ -23,6 +23,7 @@ from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snaps
 from troupe.policy import Weights, random_policy
 from troupe.runtime import Channel, Mailbox, PolicyBoard, play, together
 from troupe.schedule import OnStale, ScheduleConfig
+from troupe.training import LearnerState
 
 pytestmark = pytest.mark.anyio
 LEARNER = LearnerConfig(batch_size=2, lr=1e-2)

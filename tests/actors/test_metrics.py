@@ -117,6 +117,17 @@ async def test_sinks_that_fail_together_are_both_switched_off(monkeypatch: pytes
     assert steps(third) == [1, 2, 3, 4]
 
 
+async def test_listeners_hear_of_groups_and_incidents_those_of_sinks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("troupe.sinks.threads.SinkThread", DirectSinkThread)
+    stage = Stage(FakeSink("bad", refuses=(GroupClosed,)))
+    incidents, groups = stage.listeners.listen(9, Incident), stage.listeners.listen(9, GroupClosed)
+    ends = [closed(gid, "trained") for gid in range(3)]
+    await stage.play(INCIDENT, *ends)
+    assert await taken(groups) == ends
+    heard = await taken(incidents)
+    assert [incident.kind for incident in heard] == ["reward_timeout", "sink_failed"]
+
+
 async def test_listeners_get_updates_of_which_a_slow_one_keeps_the_newest() -> None:
     stage = Stage()
     slow, late = stage.listeners.listen(2), Mailbox("none yet")

@@ -26,11 +26,13 @@ from troupe.daemon.frames import (
     Playing,
     Rejected,
     Stepped,
+    Told,
     decode_in_trainer,
     encode,
 )
+from troupe.daemon.place import PAGE
 from troupe.errors import ConfigError
-from troupe.messages import Status
+from troupe.messages import Incident, Status
 from troupe.runtime import Connection, serve, together
 
 TOTAL = 10
@@ -126,6 +128,11 @@ async def _make(act: Any, connection: Connection, run: FakeRun, folder: Path) ->
             run.step_now = step
             stepped = Stepped(step=step, total_steps=TOTAL, metrics={"reward": 0.25}, incidents={"odd": step})
             await connection.send(encode(stepped))
+        case ["tell", incident]:
+            told = Told(incidents=(msgspec.convert(incident, Incident),))
+            await connection.send(encode(told))
+        case ["tell page"]:
+            (folder / "page-seen").write_text((folder / PAGE).read_text())
         case ["say", text]:
             print(text, flush=True)
         case ["wait"]:

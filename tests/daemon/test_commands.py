@@ -21,7 +21,7 @@ from tests.daemon.test_protocol import STATUS
 from troupe.daemon import commands as command_room
 from troupe.daemon.commands import control
 from troupe.daemon.orders import Order
-from troupe.daemon.place import Peer
+from troupe.daemon.place import Peer, write_address
 from troupe.daemon.protocol import Reply, Request
 from troupe.daemon.server import ControlServer, Limits
 from troupe.messages import (
@@ -234,6 +234,39 @@ def test_the_daemon_is_given_the_order(tmp_path: Path, monkeypatch: pytest.Monke
             table={"learner": {"lr": 1}, "seed": 3},
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "page"), [([], False), (["--page"], True), (["--page", "8123"], 8123), (["--page", "-o", "o"], True)]
+)
+def test_a_page_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], page: bool | int
+) -> None:
+    given: list[Order] = []
+
+    async def keep(order: Order) -> int:
+        given.append(order)
+        return 0
+
+    monkeypatch.setattr(command_room, "keep_alive", keep)
+    (tmp_path / "RUN.toml").write_text("")
+    assert call("daemon", str(tmp_path / "RUN.toml"), "-o", str(tmp_path / "o"), *arguments).exit_code == 0
+    assert given[0].daemon.page == page
+    unit = call("daemon", str(tmp_path / "RUN.toml"), "-o", "o", *arguments, "--print-unit", "systemd").stdout
+    assert ("daemon.page=" in unit) is bool(page)
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "RUN.toml", "-1", "٣"])
+def test_what_is_no_port(tmp_path: Path, port: str) -> None:
+    (tmp_path / "RUN.toml").write_text("")
+    result = call("daemon", str(tmp_path / "RUN.toml"), "-o", str(tmp_path / "o"), f"--page={port}")
+    assert result.exit_code == 2
+    assert f"--page {port}: give a port from 1 to 65535" in result.stderr
+
+
+def test_the_status_says_where_the_page_is(host: Host) -> None:
+    write_address(host.folder, "http://127.0.0.1:9/?token=x")
+    assert call("status", str(host.folder)).stdout.endswith("  live page     http://127.0.0.1:9/?token=x\n")
 
 
 @pytest.mark.parametrize("kind", ["systemd", "launchd"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,9 +24,9 @@ from troupe.checkpoint import list_checkpoints
 from troupe.daemon.client import NobodyThereError, ask
 from troupe.daemon.keeping import keep_alive
 from troupe.daemon.orders import Order
-from troupe.daemon.place import LOG, Place
+from troupe.daemon.place import LOG, PAGE, Place
 from troupe.daemon.protocol import Reply, Request
-from troupe.errors import OutputError
+from troupe.errors import ConfigError, OutputError, RunError
 from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Resume, Set, Status, Step, Stop
 from troupe.run_lock import read_owner
 
@@ -103,6 +105,55 @@ def test_files_of_others_stay_as_they_are(tmp_path: Path) -> None:
     order = an_order(tmp_path, [[["reject", "not a run"]]])
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 2
     assert {path.name for path in order.output.iterdir()} == {"script.json", "starts.jsonl"}
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, RunError), (errno.EACCES, OutputError)])
+def test_a_disk_that_is_full_today_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    order = an_order(tmp_path, [])
+
+    def mkdir(path: Path, **_: Any) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(kind, match="the output folder cannot be written"):
+        anyio.run(keep_alive, order)
+
+
+def test_a_page_while_it_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    late = {"actor": "scorer", "kind": "odd", "message": "the judge is late"}
+    script = [[["play", 0], ["step", 1], ["tell", late], ["tell page"], ["finish", TOTAL]]]
+    order = an_order(tmp_path, script, QUICK + "page = true\n")
+    (order.output / PAGE).write_text("http://127.0.0.1:1/?token=of-one-who-was-killed\n")
+    assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
+    assert starts(order)[0]["completions"] is True
+    told = (order.output / "page-seen").read_text()
+    assert told.startswith("http://127.0.0.1:")
+    assert "killed" not in told
+    assert capsys.readouterr().out == f"live page: {told}"
+    assert not (order.output / PAGE).exists()
+    token = told.strip().partition("token=")[2]
+    assert token not in log_of(order), "others may read the log"
+    assert "incident in scorer: the judge is late" in log_of(order)
+
+
+def test_without_a_page_none_is_told_of(tmp_path: Path) -> None:
+    order = an_order(tmp_path, [[["play", 0], ["finish", TOTAL]]])
+    (order.output / PAGE).write_text("left by one who was killed")
+    assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
+    assert starts(order)[0]["completions"] is False
+    assert not (order.output / PAGE).exists()
+
+
+def test_a_page_whose_port_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        order = an_order(tmp_path, [], QUICK + f"page = {taken.getsockname()[1]}\n")
+        with pytest.raises(ConfigError, match=r"daemon\.page: port"):
+            anyio.run(lambda: keep_alive(order, trainer=FAKE))
+    assert not (order.output / "starts.jsonl").exists()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

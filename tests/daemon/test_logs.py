@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import logging.handlers
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from troupe.daemon import logs
 from troupe.daemon.logs import LOGGER, logging_into, set_limits
 from troupe.daemon.place import LOG
 from troupe.daemon.settings import DaemonConfig
@@ -54,6 +56,27 @@ def test_a_full_disk_and_a_closed_terminal_disturb_nobody(
         monkeypatch.setattr(logging.handlers.RotatingFileHandler, "emit", full)
         LOGGER.info("two")
     assert (tmp_path / LOG).read_text().endswith("one\n")
+
+
+def test_a_stderr_that_nobody_reads_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_PATIENCE_S", 0.05)
+    ours, theirs = os.pipe()
+    with os.fdopen(theirs, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with logging_into(tmp_path, DaemonConfig()):
+            for number in range(3000):  # more than a pipe holds, and more than may wait
+                LOGGER.info("%0100d", number)
+        lines = (tmp_path / LOG).read_text().splitlines()
+        assert [int(line.split()[-1]) for line in lines] == list(range(3000)), "the file has them all"
+        assert os.read(ours, 1000).split(b"\n")[0].decode() == lines[0]
+        os.close(ours)  # its writer is let go
+
+
+def test_the_last_lines_are_there_when_it_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with logging_into(tmp_path, DaemonConfig()):
+        for number in range(500):
+            LOGGER.info("line %d", number)
+    assert capfd.readouterr().err.count("line ") == 500
 
 
 def test_a_folder_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

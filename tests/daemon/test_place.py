@@ -21,6 +21,7 @@ from troupe.daemon.place import (
     LOCK,
     LOG,
     MAX_PATH_BYTES,
+    PAGE,
     POINTER,
     SOCKET,
     Peer,
@@ -299,7 +300,7 @@ def test_a_copy_of_a_folder_is_not_the_run_in_it(tmp_path: Path) -> None:
     assert not path.parent.exists()
 
 
-@pytest.mark.parametrize("name", [SOCKET, POINTER, LOCK, LOG, f"{LOG}.1", ".cab_9defg"])
+@pytest.mark.parametrize("name", [SOCKET, POINTER, LOCK, LOG, PAGE, f"{LOG}.1", ".cab_9defg"])
 def test_the_files_of_control_are_known(name: str) -> None:
     assert is_control_file(Path("run") / name)
 

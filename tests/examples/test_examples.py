@@ -66,3 +66,12 @@ def test_every_toml_that_ships_is_a_whole_config(path: Path) -> None:
     assert isinstance(check_config(config), RunConfig)
     for part in (config.model.path, config.data.path, config.data.eval_path):
         assert part is None or ":" in part or Path(part).exists(), part
+
+
+def test_the_guide_names_the_same_examples_and_commands() -> None:
+    guide = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[([^\]]+)\].*\| (?:`([^`]+)`|[^|]*) \| [^|]+ \|$", TABLE, re.MULTILINE)
+    assert len(rows) == 8
+    for name, shown in rows:
+        assert f"| `{name}" in guide
+        assert f"`{shown}`" in guide or not shown, shown

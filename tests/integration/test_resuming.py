@@ -253,7 +253,7 @@ async def test_only_a_run_that_came_to_an_end_has_a_final_folder(tmp_path: Path,
     drained = await cut(ragged_model, tmp_path / "drained", "drain")
     assert "final" not in names_in(stopped)
     assert "final" in names_in(drained)
-    assert checkpoints_in(stopped) == checkpoints_in(drained) == ["step-00000001", "step-00000002"]
+    assert checkpoints_in(stopped)[-1] == checkpoints_in(drained)[-1] == "step-00000002"
 
 
 @pytest.mark.anyio

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.policy.test_completions import COMPLETIONS, CONFIGS, GROUP, PROMPTS, TIED, device_path, row_by_row
-from troupe.grpo.step import side_by_side
+from troupe.grpo.pieces import side_by_side
 from troupe.policy import head
 from troupe.policy.completions import completion_statistics
 from troupe.policy.differentiation import completion_gradients

@@ -16,7 +16,7 @@ from troupe.sinks import JsonlSink, SqliteSink
 RUN_TOML = """\
 seed = 7
 [model]
-path = "/models/tiny <b>model</b>"
+path = "/models/tiny <b>model"
 [rewards]
 functions = ["exact_answer", "/home/me/judge.py:score"]
 [learner]

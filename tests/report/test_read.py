@@ -50,6 +50,12 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert told == [("accuracy", 0.25, 0.5), ("r", None, 0.75)]
 
 
+def test_scores_of_an_earlier_start_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, 5)
+    finish(tmp_path, 3, 9, accuracy_after=0.5)
+    assert read_run(tmp_path).evaluated == ()
+
+
 def test_a_run_that_was_asked_to_end(tmp_path: Path) -> None:
     make_run(tmp_path, 5)
     finish(tmp_path, 5, 9)

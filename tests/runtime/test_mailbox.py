@@ -278,6 +278,16 @@ async def test_broadcast_reaches_who_listens_and_keeps_the_newest_only() -> None
     assert news.closed
 
 
+async def test_broadcast_of_several_types_to_who_wants_some() -> None:
+    news: Broadcast[int | str] = Broadcast("news", int, str)
+    numbers, all_of_it = news.listen(1, int), news.listen(9)
+    for message in (1, 2, "a", "b"):
+        news.send_nowait(message)
+    news.close()
+    assert await read_all(numbers) == [2], "texts push no number out"
+    assert await read_all(all_of_it) == [1, 2, "a", "b"]
+
+
 def test_broadcast_refuses_a_wrong_type_even_where_nobody_listens() -> None:
     with pytest.raises(TypeError, match="channel news carries int, not str"):
         Broadcast("news", int).send_nowait("x")  # type: ignore[arg-type]

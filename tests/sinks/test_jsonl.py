@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from troupe.messages import Incident, Update
 from troupe.sinks import DurableSink, JsonlSink, appended, jsonl
+from troupe.sinks.jsonl import steps_between
 
 
 def update(step: int, **metrics: float) -> Update:
@@ -257,3 +258,19 @@ def test_settling_syncs_file_and_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 def _is_folder(descriptor: int) -> bool:
     return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+def test_steps_can_be_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert steps_between(path, 0, 9) == []
+    sink = JsonlSink(path)
+    sink.open()
+    for step in range(1, 6):
+        sink.write(update(step, loss=step / 8, kl=float("nan")))
+    sink.flush()
+    sink.close()
+    with path.open("a") as file:
+        file.write('[1]\n{"loss":1}\n{"step":6,"lo')
+    assert steps_between(path, 2, 4) == [(3, {"loss": 0.375}), (4, {"loss": 0.5})]
+    assert [step for step, _ in steps_between(path, 0, 9)] == [1, 2, 3, 4, 5]
+    assert steps_between(path, 4, 4) == []

@@ -3,12 +3,10 @@ learns, publishes, and closes the groups."""
 
 from __future__ import annotations
 
-import bisect
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import anyio
 import mlx.core as mx
@@ -16,9 +14,7 @@ import msgspec
 
 from troupe.errors import RunError
 from troupe.gathering import Gathering, StepGroups, gid_of, slot_of, stale_tokens
-from troupe.grpo import LearnerConfig, learning_rate, sync_reference, train_on_batch
-from troupe.learning import assemble, completion_log_probs
-from troupe.linux_cpu import blas_limited
+from troupe.grpo import LearnerConfig
 from troupe.messages import (
     Checkpoint,
     GroupClosed,
@@ -33,26 +29,11 @@ from troupe.messages import (
 from troupe.open_groups import OpenGroups
 from troupe.policy import Qwen3Config, Weights
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter, finishing
-from troupe.statistics import RunningMean, group_statistics, has_signal, num_tokens, weighted_rewards
+from troupe.statistics import RunningMean, num_tokens, weighted_rewards
+from troupe.training import BatchTrainer, Learned, LearnerState
 
 _TELLING_S = 10.0
 """That telling of a step may take when the run is being stopped."""
-
-
-class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
-    """What learning goes on from."""
-
-    version: int
-    """The version on the board."""
-    weights: Weights
-    optimizer_state: dict[str, mx.array]
-    """Belongs to the learner alone: a step takes it apart."""
-    reference: Weights | None = None
-    """The reference policy; None where beta is 0."""
-    num_tokens: int = 0
-    """Prompt and completion tokens of the run so far."""
-    skipped_in_a_row: int = 0
-    """Steps, up to the last one, whose update was skipped because it was not finite."""
 
 
 class LearnerOutputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,17 +43,6 @@ class LearnerOutputs(msgspec.Struct, frozen=True, kw_only=True):
     closed_to_metrics: Channel[GroupClosed]
     updates: Channel[Update]
     snapshots: Channel[Snapshot]
-
-
-class _Learned(NamedTuple):
-    """What a step's work on the device comes to, evaluated."""
-
-    state: LearnerState
-    metrics: dict[str, float]
-    advantages: dict[int, tuple[float, ...]]
-    """Gid → (G,) of the groups that were trained on."""
-    parts: list[tuple[str, float, float]]
-    """Parts of the work, with start and end (`time.perf_counter`)."""
 
 
 class Learner(Actor):
@@ -124,20 +94,21 @@ class Learner(Actor):
         )
         self._to = outputs
         self._config = config
-        self._num_streams = streams
-        self._streams: list[mx.Stream] = []
         self._state = state
         self._board = board
         self._reward_weights = reward_weights
-        self._log_probs = completion_log_probs(
+        self._trainer = BatchTrainer(
+            config,
             policy_config,
-            temperature,
-            recompute=config.gradient_checkpointing or False,
-            entropy_gradient=config.has_entropy_bonus,
+            reward_weights=reward_weights,
+            temperature=temperature,
+            max_completion_length=max_completion_length,
+            pad_id=pad_id,
+            total_steps=total_steps,
+            streams=streams,
+            rates=rates,
         )
-        self._max_completion_length = max_completion_length
         self._gathering = gathering
-        self._pad_id = pad_id
         self._prompts_per_epoch = prompts_per_epoch
         self._total_steps = total_steps
         self._checkpoint_every = checkpoint_every
@@ -145,7 +116,6 @@ class Learner(Actor):
         self._open = OpenGroups() if open_groups is None else open_groups
         self._recorded = {} if recorded is None else recorded
         self._next_prompt = next_prompt
-        self._rates = list(rates)
         self._keep_rate = keep_rate
         self._since_snapshot: defaultdict[str, RunningMean] = defaultdict(RunningMean)
         self._last_end_s = time.perf_counter()
@@ -179,8 +149,7 @@ class Learner(Actor):
         """Time and peak memory of the first step count from here. A start before may have left one that is whole."""
         self._last_end_s = time.perf_counter()
         mx.reset_peak_memory()
-        if self._num_streams > 1:
-            self._streams = await self._device.run(_new_streams, self._num_streams)
+        await self._device.run(self._trainer.open)
         await self._learn_what_is_ready()
 
     async def finish(self) -> None:
@@ -191,13 +160,10 @@ class Learner(Actor):
         """Have those sampled anew that nothing can be learned from, as often as a place may be."""
         without: set[int] = set()
         if self._config.dynamic_sampling:
-            without = await self._device.run(self._without_signal, groups)
+            without = await self._device.run(self._trainer.without_signal, groups)
         if replace := self._gathering.examine(groups, without, self.version):
             self._open.replace(replace)
             await self._to.closed_to_prompter.send(replace)
-
-    def _without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
-        return {gid_of(group) for group in groups if not has_signal(group, self._config, self._reward_weights)}
 
     async def _learn_what_is_ready(self) -> None:
         while self._gathering.is_ready(self.version):
@@ -211,7 +177,7 @@ class Learner(Actor):
         started_s = time.perf_counter()
         with self.report.span("learn", step=self.version, gids=[gid_of(group) for group in step.groups]):
             with anyio.CancelScope(shield=True):  # the optimizer's state is used up: whoever stops us gets the new one
-                learned = await self._device.run(self._train, step)
+                learned = await self._device.run(self._trainer.train, self._state, step)
             for name, start_s, end_s in learned.parts:
                 self.report.record(name, start_s, end_s, step=self.version)
         self._state = learned.state
@@ -229,64 +195,6 @@ class Learner(Actor):
         if self.version % self._checkpoint_every == 0 and self.version < self._total_steps:
             await self._send_snapshot()
 
-    def _train(self, step: StepGroups) -> _Learned:
-        """One learner batch, on the device thread. Rewards and completions are told of all groups with scores, those
-        left out of the batch too."""
-        parts: list[tuple[str, float, float]] = []
-        began_s = time.perf_counter()
-
-        def end_part(name: str) -> None:
-            parts.append((name, parts[-1][2] if parts else began_s, time.perf_counter()))
-
-        state = self._state
-        weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
-        advantages: dict[int, tuple[float, ...]] = {}
-        usable = step.ending("trained", "filtered", "stale")
-        metrics = group_statistics(usable, self._config, self._reward_weights) if usable else {"reward": math.nan}
-        if trained := step.ending("trained"):
-            prepared = assemble(
-                trained,
-                self._config,
-                weights=self._reward_weights,
-                pad_id=self._pad_id,
-                oldest=step.oldest if step.drops_stale else None,
-            )
-            with blas_limited(1 if self._streams else None):
-                result = train_on_batch(
-                    weights,
-                    optimizer_state,
-                    prepared.batch,
-                    self._log_probs,
-                    self._config,
-                    lr=self._learning_rates(),
-                    ref_weights=state.reference,
-                    max_completion_length=self._max_completion_length,
-                    on_part=end_part,
-                    streams=self._streams,
-                )
-            weights, optimizer_state = result.weights, result.optimizer_state
-            skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
-            advantages = {gid_of(group): a for group, a in zip(trained, prepared.advantages, strict=True)}
-            metrics = {**prepared.metrics, **metrics, **result.metrics}
-        state = LearnerState(
-            version=state.version + 1,
-            weights=weights,
-            optimizer_state=optimizer_state,
-            reference=self._followed(state.reference, weights),
-            num_tokens=state.num_tokens + num_tokens(step.groups),
-            skipped_in_a_row=skipped_in_a_row,
-        )
-        return _Learned(state, metrics, advantages, parts)
-
-    def _learning_rates(self) -> list[float]:
-        """One for each update of the batch; the schedule counts updates, as TRL's does."""
-        passes = self._config.num_iterations
-        first, total = self._state.version * passes, self._total_steps * passes
-        config = self._config
-        if changed := bisect.bisect_right(self._rates, self._state.version, key=_first_step):
-            config = msgspec.structs.replace(config, lr=self._rates[changed - 1][1])
-        return [learning_rate(first + i, total, config) for i in range(passes)]
-
     async def _set_rate(self, lr: float) -> None:
         """Another peak for the next step and all that follow."""
         step = self.version
@@ -296,24 +204,9 @@ class Learner(Actor):
             message = f"learner.lr was not set to {lr}, since that could not be written down: {error}"
             await self.report.incident(Incident(actor=self.name, kind="change_failed", message=message))
             return
-        self._rates = [rate for rate in self._rates if rate[0] < step] + [(step, lr)]
+        self._trainer.set_rate(step, lr)
 
-    def _followed(self, reference: Weights | None, weights: Weights) -> Weights | None:
-        """The reference after the step: synchronized once for every `ref_model_sync_steps` updates that it completes.
-
-        Updates are counted as the learning-rate schedule counts them. The reference serves whole batches, so a
-        synchronization that falls due between the passes of one comes at its end.
-        """
-        config = self._config
-        if reference is None or not config.sync_ref_model:
-            return reference
-        before = self._state.version * config.num_iterations
-        due = (before + config.num_iterations) // config.ref_model_sync_steps - before // config.ref_model_sync_steps
-        for _ in range(due):
-            reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
-        return reference
-
-    async def _check_finite(self, learned: _Learned) -> None:
+    async def _check_finite(self, learned: Learned) -> None:
         skipped_in_a_row = learned.state.skipped_in_a_row
         if not skipped_in_a_row:
             return
@@ -430,14 +323,6 @@ class Learner(Actor):
             if slot_of(group).step >= self.version or self._open.has(slot_of(group)):
                 scored.setdefault(gid, group)
         return tuple(group for gid, group in scored.items() if gid not in there)
-
-
-def _new_streams(count: int) -> list[mx.Stream]:
-    return [mx.new_stream(mx.default_device()) for _ in range(count)]
-
-
-def _first_step(rate: tuple[int, float]) -> int:
-    return rate[0]
 
 
 def _sampled_tokens(groups: Sequence[ScoredGroup]) -> int:

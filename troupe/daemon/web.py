@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
-from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -28,6 +27,7 @@ from troupe.daemon.place import remove_address, write_address
 from troupe.daemon.protocol import ProtocolError, Reply, Request, decode_request
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Drain, Pause, Refused, Resume, Status, Step, Stop
+from troupe.web import read_asset
 
 _FILES = {
     "": ("live.html", "text/html; charset=utf-8"),
@@ -76,7 +76,7 @@ class Page:
         self._server = HttpServer(self.answer, port, limits)
         self._token = secrets.token_urlsafe(32)
         self._base = f"/{secrets.token_urlsafe(12)}/"
-        self._files = {name: (_read(file), kind) for name, (file, kind) in _FILES.items()}
+        self._files = {name: (read_asset(file).encode(), kind) for name, (file, kind) in _FILES.items()}
         self._watchers = 0
         self._watched = anyio.Event()
         self._left = anyio.Event()
@@ -236,10 +236,6 @@ class Page:
                 await self._watched.wait()
             self._chronicle.now(await self._stage.status())
             await anyio.sleep(_STATUS_S)
-
-
-def _read(name: str) -> bytes:
-    return (files("troupe") / "web" / name).read_bytes()
 
 
 def _json(reply: Reply, status: HTTPStatus = HTTPStatus.OK) -> HttpResponse:

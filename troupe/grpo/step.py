@@ -8,10 +8,9 @@ memory it takes and not its gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import msgspec
@@ -31,6 +30,7 @@ from troupe.grpo.losses import (
     sampler_tallies,
 )
 from troupe.grpo.optimizer import OptimizerState, Scheduler, adamw_update_in_place, clip_scale, global_norm
+from troupe.grpo.pieces import Differentiation, side_by_side
 
 Weights = Mapping[str, mx.array]
 LogProbsFn = Callable[[Weights, Batch], tuple[mx.array, mx.array]]
@@ -39,12 +39,6 @@ temperature-scaled distribution. What stands on padding does not matter, as long
 
 BatchLoss = Callable[[mx.array, mx.array], tuple[mx.array, metrics.Tallies]]
 """Log-probs and entropies (B, T) → the loss () and tallies."""
-
-
-Piece = tuple[Any, dict[str, mx.array]]
-"""Arrays to begin with, and gradients that are complete. What was begun is awaited before more than one piece is on its
-way; None: nothing to begin with, empty: await it at once."""
-Differentiation = Generator[Piece, None, tuple[mx.array, metrics.Tallies]]
 
 
 @runtime_checkable
@@ -296,49 +290,8 @@ def _gradients(
             mx.async_eval(portion)  # type: ignore[no-untyped-call]
             total |= portion
         mx.eval(total, values)
-    losses, tallies = zip(*values, strict=True)
-    return total, {"loss": mx.sum(mx.stack(losses)), **metrics.averages(metrics.merge(tallies))}
-
-
-def side_by_side(
-    works: Sequence[Differentiation], streams: Sequence[mx.Stream], values: list[tuple[mx.array, metrics.Tallies]]
-) -> Iterator[dict[str, mx.array]]:
-    """Goes through all works piece by piece, each on its stream where there are streams: the gradients as they are
-    complete, and in `values`, in the order of the works, what each returns.
-
-    While the device is at one piece of each the next is prepared, no more: it is kept busy and the memory low. All
-    works have the same portions, and of each that of an earlier work comes first, or sums would depend on the streams.
-    """
-    found: dict[int, tuple[mx.array, metrics.Tallies]] = {}
-    early: dict[int, dict[str, mx.array]] = {}
-    given = [0] * len(works)
-    begun: Any = ()
-    while len(found) < len(works):
-        pieces = []
-        for place, work in enumerate(works):
-            if place in found:
-                continue
-            piece, portion = None, early.pop(place, {})
-            if not portion:
-                try:
-                    with mx.stream(streams[place]) if streams else nullcontext():
-                        piece, portion = next(work)
-                except StopIteration as end:
-                    found[place] = end.value
-                    continue
-            if piece is not None:
-                pieces.append(piece)
-            if portion and place and given[place] == given[place - 1]:
-                early[place] = portion
-            elif portion:
-                given[place] += 1
-                yield portion
-            del piece, portion
-        if pieces:
-            mx.async_eval(pieces)  # type: ignore[no-untyped-call]
-            mx.eval(begun)
-            begun = pieces
-    values.extend(found[place] for place in range(len(works)))
+    loss = mx.sum(mx.stack([loss for loss, _ in values]))
+    return total, {"loss": loss, **metrics.averages(metrics.merge([tallies for _, tallies in values]))}
 
 
 def _differentiate(weights: Weights, micro: _Micro, fixed: _Fixed) -> Differentiation:
@@ -361,7 +314,7 @@ def _whole(of_weights: Callable[[Weights], tuple[mx.array, metrics.Tallies]], we
     """The same in one piece, by MLX."""
     value, grads = mx.value_and_grad(of_weights)(weights)
     yield None, grads
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _micro_loss(

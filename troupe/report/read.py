@@ -146,6 +146,7 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
 class _Summary(msgspec.Struct):
     """What is read of summary.json; every key may be missing."""
 
+    steps: int = 0
     incidents: dict[str, int] = {}
     accuracy_before: float | None = None
     accuracy_after: float | None = None
@@ -199,7 +200,7 @@ def read_run(folder: Path) -> RunPicture:
         newest_incidents=stored.incidents if stored else (),
         machines=stored.machines if stored else {},
         changes=tuple(_changes(folder / _CHANGES)),
-        evaluated=tuple(_evaluated(summary)),
+        evaluated=tuple(_evaluated(summary)) if summary.steps >= step else (),  # else it is of an earlier start
         samples=stored.samples if stored else (),
         notes=tuple(notes),
     )
@@ -347,7 +348,8 @@ def _total_steps(fate: Aftermath, status: Status | None, config: dict[str, Any],
     """From who knows: the run itself, its summary, its config, or how far an epoch has come."""
     if status is not None and status.total_steps:
         return status.total_steps
-    learner = config.get("learner", {})
+    learner = config.get("learner")
+    learner = learner if isinstance(learner, dict) else {}
     if isinstance(most := learner.get("max_steps"), int):
         return most
     if fate.total_steps is not None:

@@ -29,11 +29,11 @@ class StepDigest(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int
     metrics: dict[str, float]
-    rewards: tuple[float, ...]
+    rewards: tuple[float, ...] = ()
     """Of every completion that has one."""
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
     """Tokens of every completion."""
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...] = ()
     """From the best to the worst, evenly spaced between; empty in most steps."""
 
 

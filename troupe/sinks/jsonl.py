@@ -68,6 +68,32 @@ class JsonlSink:
         self._file.open()
 
 
+def steps_between(path: Path, after: int, up_to: int) -> list[tuple[int, dict[str, float]]]:
+    """Step and metrics of the lines of such a file with `after` < step ≤ `up_to`; none where there is no file.
+
+    What JSON cannot say (NaN) is left out. Only as much of the file is read as it takes.
+    """
+    found: list[tuple[int, dict[str, float]]] = []
+    if after >= up_to or not path.exists():
+        return found
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for _, line in _lines_from_the_end(descriptor, os.fstat(descriptor).st_size):
+            try:
+                told = msgspec.json.decode(line, type=dict[str, float | None])
+                step = int(told.pop("step") or 0)
+            except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+                continue
+            if step <= after:
+                break
+            if step <= up_to:
+                told.pop("version", None)
+                found.append((step, {name: value for name, value in told.items() if value is not None}))
+    finally:
+        os.close(descriptor)
+    return found[::-1]
+
+
 def _cut_after(path: Path, step: int) -> None:
     """Leave the lines up to the last one that is whole and of no step past `step`; that line gets its end."""
     descriptor = os.open(path, os.O_RDWR)

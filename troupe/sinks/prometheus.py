@@ -108,7 +108,9 @@ class PrometheusSink:
         """Begin to serve. OSError where the port is taken."""
         self._server = _Server((self._host, self.port), _handler(lambda: exposition(self._status)))
         self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="troupe-prometheus", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_S,), name="troupe-prometheus", daemon=True
+        ).start()
 
     def write(self, message: object) -> None:
         """Take over what is new."""

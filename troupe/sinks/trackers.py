@@ -1,7 +1,8 @@
 """Weights & Biases and trackio: packages that keep runs of many projects beside each other.
 
 Each run has one name there however often it is resumed, which a small file in the run folder remembers, with the step
-that was told last: a step that a resume makes once more is not told twice.
+that was told last: a step that a resume makes once more is not told twice. Steps that a killed start had not told yet
+are told by the next one, out of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import msgspec
 from troupe.messages import GroupClosed, Update
 from troupe.sinks.base import MetricsConfig, RunInfo
 from troupe.sinks.digest import Digest, Sample, StepDigest
+from troupe.sinks.jsonl import steps_between
 from troupe.sinks.packages import package, wandb_mode
+from troupe.sinks.wandb_files import newest_offline_step
 
 _COLUMNS = ("step", "prompt", "completion", "reward", "scores", "tokens")
 
@@ -27,6 +30,8 @@ class Tracked(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     step: int = 0
     """The newest step that was told."""
+    kept: int = 0
+    """The newest step that was there when a start began, or had ended well."""
 
 
 class _Tracker:
@@ -48,7 +53,11 @@ class _Tracker:
         found = _read(self._path)
         self._tracked = found or Tracked(id=self._new_id())
         self._there = self._begin(self._tracked.id, goes_on=found is not None)
-        newest = max(self._run.first_step, self._tracked.step)
+        newest = self._newest_there()
+        for step, metrics in steps_between(Path(self._run.folder) / "metrics.jsonl", newest, self._run.first_step):
+            self._tell(StepDigest(step=step, metrics=metrics))
+        newest = max(self._run.first_step, newest)
+        self._tracked = Tracked(id=self._tracked.id, step=newest, kept=newest)
         self._digest = Digest(newest=newest, samples=self._config.completions, every=self._config.completions_every)
         _write(self._path, self._tracked)
 
@@ -69,12 +78,17 @@ class _Tracker:
         there, self._there = self._there, None
         if there is not None:
             there.finish()
+            _write(self._path, msgspec.structs.replace(self._tracked, kept=self._tracked.step))
 
     def _new_id(self) -> str:
         return secrets.token_hex(4)
 
     def _begin(self, name: str, *, goes_on: bool) -> Any:
         raise NotImplementedError
+
+    def _newest_there(self) -> int:
+        """The newest step that was told before; where the tracker itself says so, it knows better than our file."""
+        return self._tracked.step
 
     def _tell(self, digest: StepDigest) -> None:
         raise NotImplementedError
@@ -99,6 +113,13 @@ class WandbSink(_Tracker):
             # it would otherwise stand between the run and its terminal
             settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
         )
+
+    def _newest_there(self) -> int:
+        told = super()._newest_there()
+        if self._there.offline:
+            written = newest_offline_step(Path(self._run.folder), self._tracked.id)
+            return told if written is None else max(written, self._tracked.kept)
+        return self._there.starting_step - 1 if self._there.resumed else told
 
     def _tell(self, digest: StepDigest) -> None:
         wandb = package("wandb")
@@ -126,6 +147,10 @@ class TrackioSink(_Tracker):
             resume="allow" if goes_on else "never",
             embed=False,
         )
+
+    def _newest_there(self) -> int:
+        following = getattr(self._there, "_next_step", None)  # it writes twice a second, so a kill may cost it steps
+        return max(0, following - 1) if isinstance(following, int) else super()._newest_there()
 
     def _tell(self, digest: StepDigest) -> None:
         trackio = package("trackio")

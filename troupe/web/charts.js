@@ -1,4 +1,4 @@
-// Line charts and stacked bars as SVG and plain elements, for the report and the live page. No dependencies, no network.
+// Line charts and stacked bars as SVG and plain elements, for the report and the live page. No dependencies.
 //
 //   const chart = troupeChart(element, {
 //     title: "Reward", xLabel: "step", format: "number",
@@ -6,8 +6,8 @@
 //   });
 //   chart.update({ ... });          // other data; `troupeChart(element, ...)` again does the same
 //
-// Missing values are null: lines have gaps there. Every text is put in as text, never as HTML. Besides the above, a spec
-// may have: smooth (draw a moving mean over the pale line), min and max (the y axis reaches at least there), marks
+// Missing values are null: lines have gaps there. Every text is put in as text, never as HTML. Besides the above, a
+// spec may have: smooth (draw a moving mean over the pale line), min and max (the y axis reaches at least there), marks
 // ([{ x, label }], dashed verticals), and a series may have colour (1 to 8) and dashed. `format` is a name in FORMATS
 // below, or a function. Charts with the same xLabel show the same x under the pointer.
 "use strict";
@@ -22,7 +22,7 @@
     integer: (v) => Math.round(v).toLocaleString("en-US"),
     percent: (v) => `${trim((100 * v).toFixed(Math.abs(v) < 0.0995 ? 2 : 1))} %`,
     seconds: (v) => seconds(v),
-    gigabytes: (v) => (v === 0 ? "0" : Math.abs(v) < 1 ? `${trim((1000 * v).toPrecision(3))} MB` : `${trim(v.toPrecision(3))} GB`),
+    gigabytes: (v) => gigabytes(v),
     scientific: (v) => (v === 0 ? "0" : v.toExponential(2).replace("e-", "e−").replace("e+", "e")),
   };
 
@@ -46,6 +46,11 @@
     if (size < 120) return `${trim(v.toPrecision(3))} s`;
     if (size < 7200) return `${Math.floor(v / 60)} min ${Math.round(v % 60)} s`;
     return `${Math.floor(v / 3600)} h ${Math.round((v % 3600) / 60)} min`;
+  }
+
+  function gigabytes(v) {
+    if (v === 0) return "0";
+    return Math.abs(v) < 1 ? `${trim((1000 * v).toPrecision(3))} MB` : `${trim(v.toPrecision(3))} GB`;
   }
 
   function formatValue(value, format) {
@@ -250,7 +255,8 @@
       svg("line", { class: "gridline", x1: inner.x, x2: inner.x + inner.width, y1: y, y2: y }, root);
       svg("text", { class: "axis", x: inner.x - 7, y: y + 4, "text-anchor": "end" }, root).textContent = labels[i];
     });
-    const xTicks = lastX === firstX ? [firstX] : ticks(firstX, lastX, Math.max(2, inner.width / Math.max(62, 9 * plain(lastX).length + 14)), true);
+    const room = Math.max(62, 9 * plain(lastX).length + 14); // for one label
+    const xTicks = lastX === firstX ? [firstX] : ticks(firstX, lastX, Math.max(2, inner.width / room), true);
     for (const value of xTicks) {
       const x = inner.x + toX(value);
       const end = x > inner.x + inner.width - 14 ? "end" : "middle";
@@ -286,7 +292,8 @@
     const texts = spec.series.map((one, i) => (places[i] < 0 ? "–" : formatValue(one.y[places[i]], spec.format)));
     state.title.textContent = spec.title || "";
     state.title.title = spec.about || spec.title || "";
-    state.at.textContent = first && cursor !== null ? `${spec.xLabel || ""} ${plain(first.x[nearest(first.x, cursor)])}` : "";
+    const at = first && cursor !== null ? first.x[nearest(first.x, cursor)] : null;
+    state.at.textContent = at === null ? "" : `${spec.xLabel} ${plain(at)}`;
     const single = spec.series.length === 1;
     state.value.textContent = single ? texts[0] : "";
     if (state.legend.childElementCount !== (single ? 0 : spec.series.length)) state.legend.replaceChildren();
@@ -305,8 +312,8 @@
     }
     if (!state.fromX || !state.over) return;
     state.over.replaceChildren();
-    if (cursor === null || !first) return;
-    const x = state.toX(first.x[nearest(first.x, cursor)]);
+    if (at === null) return;
+    const x = state.toX(at);
     svg("line", { class: "cursor", x1: x, x2: x, y1: 0, y2: state.inner.height }, state.over);
     spec.series.forEach((one, i) => {
       if (places[i] < 0 || !known(one.y[places[i]])) return;

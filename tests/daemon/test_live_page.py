@@ -1,0 +1,212 @@
+"""The live page in a real browser, with the real daemon on the demo.
+
+Needs Chromium on the machine and the `browser` extra, and is skipped without them, unless TROUPE_REQUIRE_ORACLES is
+set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from troupe.config import DEMO_CONFIG
+from troupe.daemon.client import ask
+from troupe.messages import GetStatus, Status
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+PATIENCE_S = 120.0
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def browser_program() -> str:
+    found = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        assert not os.environ.get("TROUPE_REQUIRE_ORACLES"), "there is no Chromium"
+        pytest.skip("there is no Chromium on this machine")
+    return found
+
+
+def playwright() -> Any:
+    name = "playwright.sync_api"
+    if os.environ.get("TROUPE_REQUIRE_ORACLES"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
+class Daemon:
+    """`troupe daemon` on the demo, in a process."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self.process, self.folder = process, folder
+        assert process.stdout is not None
+        self.address = process.stdout.readline().removeprefix("live page: ").strip()
+
+    def status(self) -> Status:
+        status = ask(self.folder, GetStatus())
+        assert isinstance(status, Status)
+        return status
+
+    @property
+    def trainer(self) -> int:
+        log = (self.folder / "daemon.log").read_text()
+        return int(re.findall(r"trainer started \(pid (\d+)\)", log)[-1])
+
+
+@contextmanager
+def a_daemon(folder: Path) -> Iterator[Daemon]:
+    arguments = ["daemon", str(DEMO_CONFIG), "-o", str(folder), "--page"]
+    for setting in ("learner.max_steps=5000", "checkpoint.every=100000", "daemon.first_pause_s=0.1"):
+        arguments += ["--set", setting]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "troupe", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])},
+    )
+    try:
+        yield Daemon(process, folder)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Tab:
+    """The page as a person has it before him."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.set_default_timeout(1000 * PATIENCE_S)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda told: told.type == "error" and self.errors.append(told.text))
+
+    def text(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+    def see(self, holds: Callable[[], bool]) -> None:
+        until_s = time.monotonic() + PATIENCE_S
+        while not holds():
+            assert time.monotonic() < until_s, (self.text("main")[:2000], self.errors)
+            time.sleep(0.05)
+
+    def phase_is(self, phase: str) -> None:
+        self.see(lambda: self.text("#phase") == phase)
+
+    def press(self, kind: str) -> None:
+        self.page.click(f"[data-ask={kind}]:not([disabled])")
+
+    @property
+    def step(self) -> int:
+        found = re.match(r"([\d,]+) /", self.text("#step"))
+        return int(found[1].replace(",", "")) if found else 0
+
+    @property
+    def reward_line(self) -> str:
+        return str(self.page.evaluate("document.querySelector('#curves .line')?.getAttribute('d') ?? ''"))
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    program = browser_program()
+    with playwright().sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_a_run_is_watched_paused_saved_killed_and_drained_in_a_browser(tmp_path: Path, browser: Any) -> None:
+    with a_daemon(tmp_path / "out") as daemon:
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        tab = Tab(context.new_page())
+        tab.page.goto(daemon.address)
+        assert "token" not in tab.page.url
+        assert tab.page.evaluate("document.cookie") == "", "no script gets to see it"
+        tab.phase_is("running")
+        _watch(tab)
+        _use_the_buttons(tab, daemon)
+        _outlive_the_trainer(tab, daemon)
+        _fits(tab)
+        _drain(tab, daemon)
+        assert tab.errors == []
+        stranger = browser.new_context().new_page()
+        with pytest.raises(playwright().Error):
+            stranger.goto(daemon.address)
+
+
+def _watch(tab: Tab) -> None:
+    height = tab.page.evaluate("document.querySelector('#talks').offsetTop")
+    tab.see(lambda: tab.step >= 2)
+    line = tab.reward_line
+    tab.see(lambda: tab.reward_line not in ("", line))
+    tab.see(lambda: tab.page.locator("#talks .talk").count() >= 6)
+    assert re.fullmatch(r"\d+\+\d+=", tab.text("#talks .prompt >> nth=0").strip())
+    assert re.search(r"(best|all alike) · \d tokens", tab.text("#talks .talk >> nth=0"))
+    assert tab.page.evaluate("document.querySelector('#talks').offsetTop") == height, "nothing jumps when data come"
+    assert {row.split("\n")[0] for row in tab.page.locator("#actors .row").all_inner_texts()} == {
+        "prompter",
+        "generator",
+        "scorer",
+        "learner",
+        "checkpointer",
+        "metrics",
+    }
+    assert tab.page.locator("#queues .row").count() >= 5
+    assert "Nothing needs your attention" in tab.text("#notes")
+
+
+def _use_the_buttons(tab: Tab, daemon: Daemon) -> None:
+    tab.press("Pause")
+    tab.phase_is("paused")
+    assert "Pause: no further step will be begun" in tab.text("#answer")
+    tab.see(lambda: daemon.status().groups == ())
+    paused_at = daemon.status().step
+    tab.press("Step")
+    tab.see(lambda: tab.step == paused_at + 1)
+    tab.press("Resume")
+    tab.phase_is("running")
+    tab.press("Checkpoint")
+    tab.see(lambda: any(daemon.folder.glob("checkpoints/step-*/MANIFEST.json")))
+
+
+def _outlive_the_trainer(tab: Tab, daemon: Daemon) -> None:
+    before = daemon.trainer
+    os.kill(before, signal.SIGKILL)
+    tab.see(lambda: "ended by SIGKILL" in tab.text("#incidents"))
+    tab.phase_is("running")
+    assert daemon.trainer != before
+    reached = tab.step
+    tab.see(lambda: tab.step > reached)
+
+
+def _fits(tab: Tab) -> None:
+    """On a telephone nothing is wider than the screen."""
+    tab.page.set_viewport_size({"width": 390, "height": 800})
+    tab.see(lambda: tab.page.evaluate("document.documentElement.scrollWidth") <= 390)
+    tab.page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def _drain(tab: Tab, daemon: Daemon) -> None:
+    tab.press("Drain")
+    tab.page.click("#no")
+    assert daemon.status().phase == "running"
+    tab.press("Drain")
+    assert "Finish the steps that are begun" in tab.text("#question")
+    tab.page.click("#yes")
+    tab.phase_is("ended")
+    assert re.search(r"ended after \d+ of 5000 steps", tab.text("#notes"))
+    assert daemon.process.wait(PATIENCE_S) == 0
+    assert not (daemon.folder / "page.url").exists()
+    assert tab.page.locator("#buttons button:not([disabled])").count() == 0
