@@ -24,9 +24,9 @@ from typing import ClassVar
 import anyio
 
 import troupe
-from troupe.actors.metrics import Metrics, Tally
+from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.config import DEMO_CONFIG
-from troupe.messages import Span, Update
+from troupe.messages import GroupClosed, Incident, Span, Update
 from troupe.runtime import Actor, Broadcast, Channel, Mailbox, Reporter, TraceWriter, play
 from troupe.runtime.timing import ON_DEVICE, Interval, Times, difference, length, union
 from troupe.sinks import Sinks
@@ -67,9 +67,9 @@ async def hops_us(actors: int, messages: int, *, spans: bool, burst: int, folder
         )
         for i in range(actors)
     ]
-    updates: Broadcast[Update] = Broadcast("updates", Update)
+    news: Broadcast[Heard] = Broadcast("news", Update, GroupClosed, Incident)
     sinks = Sinks([TraceWriter(folder / "trace.json")])
-    metrics = Metrics(metrics_box, sinks=sinks, listeners=updates, tally=Tally())
+    metrics = Metrics(metrics_box, sinks=sinks, listeners=news, tally=Tally())
     took_s = 0.0
 
     async def drive() -> None:

@@ -22,9 +22,8 @@ import pytest
 
 import troupe  # noqa: F401 - before MLX
 from tests.fakes import DirectSinkThread
-from troupe import RunConfig, performance, pipeline, supervisor
+from troupe import RunConfig, performance, pipeline, supervisor, training
 from troupe.actors import checkpointer as checkpointer_room
-from troupe.actors import learner as learner_room
 from troupe.actors import metrics as metrics_room
 from troupe.dataset import PromptDataset
 from troupe.grpo import Batch, StepResult
@@ -362,16 +361,16 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
         patch.setattr(metrics_room, "_LETS_OTHERS_FIRST_S", 0.0)
         patch.setattr(supervisor, "prepare", lambda *_, **__: prepared)
         patch.setattr(performance, "Policy", lambda *_: None)
-        patch.setattr(learner_room, "train_on_batch", train)
-        patch.setattr(learner_room, "completion_log_probs", lambda *_, **__: None)
+        patch.setattr(training, "train_on_batch", train)
+        patch.setattr(training, "completion_log_probs", lambda *_, **__: None)
         patch.setattr(checkpointer_room.Checkpointer, "write", write)
         patch.setattr(Channel, "_put", watched_put)
         patch.setattr(Mailbox, "take", watched_take)
         patch.setattr(Mailbox, "channel", bounded_channel)
         if not real_statistics:
-            patch.setattr(learner_room, "group_statistics", lambda *_: {"reward": 0.0})
-            patch.setattr(learner_room, "has_signal", _has_signal)
-            patch.setattr(learner_room, "assemble", _assemble)
+            patch.setattr(training, "group_statistics", lambda *_: {"reward": 0.0})
+            patch.setattr(training, "has_signal", _has_signal)
+            patch.setattr(training, "assemble", _assemble)
         yield
 
 

@@ -110,7 +110,7 @@ def test_every_key_that_is_named_exists(page: Path) -> None:
     known = set(config_keys())
     for code in inline_code(page):
         match = re.match(r"(?:--set |--allow-change )?((\w+)\.(\w+))\b(?![.:(/])", code)
-        if match and match[2] in SECTIONS and match[3] not in ("py", "md", "jsonl", "log", "NAME", "key"):
+        if match and match[2] in SECTIONS and match[3] not in ("py", "md", "jsonl", "log", "NAME", "KEY", "key"):
             is_name = match[2] == "rewards" and "=" in code  # rewards.NAME=…, to exchange it
             assert match[1] in known or is_name or is_attribute(match[1]), f"{page.name}: {code}"
 
@@ -128,7 +128,7 @@ def shown_commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "command"), sorted(set(shown_commands())))
 def test_every_command_that_is_shown_exists_with_its_options(page: str, command: str) -> None:
-    words = shlex.split(command.partition(">")[0])
+    words = shlex.split(command.partition(" > ")[0])
     if words[1].startswith("-") or words[1] == "COMMAND":
         return
     subcommand = main.get_command(click.Context(main), words[1])

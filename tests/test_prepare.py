@@ -102,7 +102,10 @@ def test_a_config_file(workplace: Workplace, toml: str, message: str) -> None:
         ([*BASE, "-o", "p.json/out"], "p.json/out: the output folder cannot be written"),
         ([*BASE, "-o", "m"], "m: the output folder is not empty; add --resume"),
         ([*BASE, "--set", "data.eval_path='none.json'"], "none.json: no such file"),
-        ([*BASE, "--set", "data.max_prompt_tokens=2"], "p.json:1: the prompt has 3 tokens, at most 2"),
+        (
+            [*BASE, "--set", "data.max_prompt_tokens=2"],
+            "p.json:1: the prompt has 3 tokens, data.max_prompt_tokens allows 2; shorten",
+        ),
     ],
 )
 def test_arguments(workplace: Workplace, arguments: list[str], message: str) -> None:

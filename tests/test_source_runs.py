@@ -69,7 +69,6 @@ def test_a_resume_goes_on_with_the_same_rows_from_wherever_and_with_no_others(pl
     assert troupe("train", "-d", "sums.csv", *columns(), *base, "--max-steps", "1").exit_code == 0
     for source, named in (
         ("other.csv", columns()),
-        ("sums.csv", columns(answer_column="question")),
         ("sums.csv", columns(system_prompt="Add.")),
     ):
         refused = troupe("train", "-d", source, *named, *base, *LONGER)

@@ -211,7 +211,8 @@ def _show_result(result: RunResult) -> None:
         tell(f"held-out greedy accuracy: {result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after")
     for name in {**result.rewards_before, **result.rewards_after}:
         before, after = (
-            f"{means[name]:.3f}" if name in means else "no score" for means in (result.rewards_before, result.rewards_after)
+            f"{means[name]:.3f}" if name in means else "no score"
+            for means in (result.rewards_before, result.rewards_after)
         )
         tell(f"held-out {name}: {before} before, {after} after")
     final = Path(result.folder) / "final"

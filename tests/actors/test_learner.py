@@ -528,7 +528,7 @@ def eat_state(*args: Any, **settings: Any) -> StepResult:
 async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("troupe.actors.learner.train_on_batch", eat_state)
+    monkeypatch.setattr("troupe.training.train_on_batch", eat_state)
     stage, other = Stage(checkpoint_every=1, total_steps=2), Stage(checkpoint_every=1, total_steps=2)
     await stage.play(two_steps())
     monkeypatch.undo()
@@ -547,7 +547,7 @@ async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatc
         assert go_on.wait(10)
         return eat_state(*args, **settings)
 
-    monkeypatch.setattr("troupe.actors.learner.train_on_batch", slow)
+    monkeypatch.setattr("troupe.training.train_on_batch", slow)
     stage, whole = Stage(), Stage()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(play, [stage.learner])
@@ -573,7 +573,7 @@ async def test_learning_beside_a_checkpoint_or_after_it(beside: bool, monkeypatc
         begun.append(args)
         return train_on_batch(*args, **settings)
 
-    monkeypatch.setattr("troupe.actors.learner.train_on_batch", counted)
+    monkeypatch.setattr("troupe.training.train_on_batch", counted)
     stage = Stage(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside)
     await send_all(stage.scored, two_steps())
     async with anyio.create_task_group() as tasks:
@@ -771,7 +771,7 @@ async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keep
         inside.set()
         return go_on.wait(10)
 
-    monkeypatch.setattr("troupe.actors.learner.has_signal", slow)
+    monkeypatch.setattr("troupe.training.has_signal", slow)
     stage = Stage(config=DYNAMIC, schedule=ScheduleConfig(mode="free"))
     group = make_scored(0, 1)
     stage.learner._open.begin(group.group.prompt)

@@ -123,7 +123,9 @@ def test_a_disk_that_is_full_today_is_a_fault(
 
 def test_a_page_while_it_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     late = {"actor": "scorer", "kind": "odd", "message": "the judge is late"}
-    script = [[["play", 0], ["step", 1], ["tell", late], ["tell page"], ["finish", TOTAL]]]
+    script: list[list[list[Any]]] = [
+        [["play", 0], ["step", 1], ["tell", late], ["tell page"], ["finish", TOTAL]],
+    ]
     order = an_order(tmp_path, script, QUICK + "page = true\n")
     (order.output / PAGE).write_text("http://127.0.0.1:1/?token=of-one-who-was-killed\n")
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
@@ -282,6 +284,15 @@ def test_the_daemon_is_light(tmp_path: Path) -> None:
         assert "libmlx" not in Path(f"/proc/{daemon.pid}/maps").read_text()
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.slow
+def test_a_trainer_that_hangs_is_killed_and_the_next_one_finishes(tmp_path: Path) -> None:
+    script: list[list[list[Any]]] = [[["play", 0], ["step", 1], ["deaf"]], [["play", 1], ["finish", TOTAL]]]
+    order = an_order(tmp_path, script, QUICK + "kill_after_s = 10\n")
+    assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
+    assert len(starts(order)) == 2
+    assert "gave no sign of life for 10 s (daemon.kill_after_s is 10) and was killed" in log_of(order)
 
 
 @pytest.fixture

@@ -123,6 +123,30 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package
 
 
+def test_rows_come_from_a_process_in_which_texts_have_the_same_hashes_each_time(stand_in: Path) -> None:
+    (stand_in / "__init__.py").write_text(
+        "from reasoning_gym.factory import Hashes\ndef create_dataset(name, **options):\n    return Hashes()\n"
+    )
+    (stand_in / "factory.py").write_text(
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Config:\n"
+        "    size: int\n"
+        "    seed: int\n"
+        "class Hashes:\n"
+        "    def __getitem__(self, index):\n"
+        "        return {'question': str(hash('a text')), 'answer': None}\n"
+        "DATASETS = {'hashes': (Hashes, Config)}\n"
+    )
+    one, other = (PromptDataset.load("reasoning_gym:hashes?size=2") for _ in range(2))
+    assert [row.prompt for row in one] == [row.prompt for row in other]
+    assert (one[1].columns["answer"], one[1].columns["reasoning_gym"]["index"], one[1].line) == (None, 1, None)
+    with pytest.raises(
+        DatasetError, match=r"^reasoning_gym:hashs: reasoning-gym has no task 'hashs'; did you mean hashes"
+    ):
+        PromptDataset.load("reasoning_gym:hashs")
+
+
 @pytest.mark.usefixtures("stand_in")
 def test_a_child_that_dies_is_told_with_what_it_said() -> None:
     with pytest.raises(DatasetError, match=r"reasoning_gym:sums: the process .* ended with code 1: it is broken"):

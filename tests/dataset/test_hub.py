@@ -56,6 +56,31 @@ def test_what_cannot_be_loaded_is_refused(source: str, message: str) -> None:
         PromptDataset.load(source)
 
 
+def test_what_save_to_disk_wrote_is_read_from_there(
+    asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Splits(dict[str, Any]):
+        """What the library calls DatasetDict."""
+
+    one, both = tmp_path / "one", tmp_path / "both"
+    for folder, mark in ((one, "state.json"), (both, "dataset_dict.json")):
+        folder.mkdir()
+        (folder / mark).touch()
+    saved = {str(one): [{"prompt": "a"}], str(both): Splits(train=[{"prompt": "b"}], test=[{"prompt": "c"}])}
+    monkeypatch.setattr(sys.modules["datasets"], "DatasetDict", Splits, raising=False)
+    monkeypatch.setattr(sys.modules["datasets"], "load_from_disk", saved.__getitem__, raising=False)
+    found = [PromptDataset.load(f"hf:{source}")[0].prompt for source in (one, both, f"{both}?split=test")]
+    assert found == ["a", "b", "c"]
+    with pytest.raises(DatasetError, match=r"both: there is no split 'dev'; there are train, test"):
+        PromptDataset.load(f"hf:{both}?split=dev")
+    with pytest.raises(DatasetError, match=r"one: .* takes no option but split"):
+        PromptDataset.load(f"hf:{one}?config=a")
+    assert asked == []
+    (tmp_path / "files").mkdir()
+    PromptDataset.load(f"hf:{tmp_path}/files?data_dir=x")
+    assert asked == [(f"{tmp_path}/files", {"split": "train", "data_dir": "x"})]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_local_folders_and_saved_datasets_through_the_real_library(

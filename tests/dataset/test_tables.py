@@ -70,7 +70,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 def test_parquet_rows_keep_their_types_and_conversations(tmp_path: Path) -> None:
     arrow, parquet = extra("pyarrow"), extra("pyarrow.parquet")
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": talk, "answer": 2, "tags": ["a", "b"], "hard": False},
         {"prompt": talk[1:], "answer": None, "tags": [], "hard": True},
     ]

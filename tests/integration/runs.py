@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -24,10 +25,10 @@ STORED = {"metrics__sinks": ["jsonl", "sqlite"]}
 """A run whose completions can be looked at."""
 
 
-def play(model: Path, folder: Path, *rewards: Reward, resume: bool = False, **settings: Any) -> RunResult:
+def play(model: Path, folder: Path, *rewards: Reward, **settings: Any) -> RunResult:
     """4 steps × 2 prompts × 3 completions in `folder`/run, to the end; settings as `section__key=value`."""
     given = rewards or (() if settings.get("rewards__functions") else (weigh_ids,))
-    return troupe.train(tiny_config(model, folder, **STORED | settings), given, resume=resume)
+    return troupe.train(tiny_config(model, folder, **STORED | settings), given)
 
 
 def lines(run: Path | str) -> list[dict[str, Any]]:
@@ -69,7 +70,8 @@ def summary(run: Path | str) -> RunResult:
 
 def distance(one: Weights, other: Weights) -> float:
     """The Euclidean distance of two policies."""
-    return sum(float(mx.sum((one[name] - other[name]) ** 2)) for name in one) ** 0.5
+    squares = [float(mx.sum((one[name] - other[name]) ** 2)) for name in one]
+    return math.sqrt(sum(squares))
 
 
 def call(*arguments: str | Path, text: str | None = None) -> Result:

@@ -108,6 +108,13 @@ def test_what_a_dry_run_prints_is_a_run_file_that_gives_the_run_itself(tmp_path:
     assert same_bits(policy_of(tmp_path / "one"), policy_of(tmp_path / "two"))
 
 
+def test_a_run_is_repeated_by_the_run_file_in_its_folder(first: First, tmp_path: Path) -> None:
+    done("train", first.folder / "run.toml", "-o", tmp_path / "again")
+    finals = [(folder / "final" / "model.safetensors").read_bytes() for folder in (first.folder, tmp_path / "again")]
+    assert finals[0] == finals[1]
+    assert summary(tmp_path / "again").accuracy_after == summary(first.folder).accuracy_after
+
+
 def test_eval_with_a_reward_of_ones_own_tells_its_mean_over_the_rows_that_it_scored(tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text(
         "def points(prompts, points, **columns):\n    return points\n"

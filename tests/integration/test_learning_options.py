@@ -155,7 +155,11 @@ def test_a_strong_beta_keeps_the_policy_near_where_it_began(tmp_path: Path, ragg
 
 
 def test_a_reference_that_follows_every_step_is_the_policy_itself(tmp_path: Path, ragged_model: Path) -> None:
-    follow = {"learner__sync_ref_model": True, "learner__ref_model_sync_steps": 1, "learner__ref_model_mixup_alpha": 1.0}
+    follow = {
+        "learner__sync_ref_model": True,
+        "learner__ref_model_sync_steps": 1,
+        "learner__ref_model_mixup_alpha": 1.0,
+    }
     result = play(ragged_model, tmp_path, learner__beta=0.1, **follow)
     assert column(result.folder, "kl") == pytest.approx([0.0] * 4, abs=1e-6)
 

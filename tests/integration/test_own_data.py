@@ -181,6 +181,18 @@ def test_a_single_prompt_fills_every_step_with_one_pass_after_the_other(tmp_path
     assert len(set(groups.values())) == 8, "each time with other completions"
 
 
+def test_a_single_prompt_without_signal_is_tried_as_often_as_asked_and_the_run_ends(
+    tmp_path: Path, ragged_model: Path
+) -> None:
+    def ones(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    sampling = {"learner__dynamic_sampling": True, "learner__max_resampling_attempts": 2, "learner__max_steps": 2}
+    result = troupe.train(with_data(ragged_model, tmp_path, [{"prompt": "only"}], **sampling), [ones])
+    assert result.complete
+    assert result.closed_groups == {"filtered": 2 * 2 * (1 + 2)}
+
+
 def test_epochs_decide_how_many_steps_there_are_and_each_has_every_row_once(tmp_path: Path, ragged_model: Path) -> None:
     data = write_prompts(tmp_path / "five.json", rows=5)
     settings = {"data__path": str(data), "learner__max_steps": None, "learner__epochs": 2}
@@ -206,7 +218,7 @@ def test_another_seed_gives_another_order_of_the_same_prompts(tmp_path: Path, ra
         result = play(ragged_model, tmp_path / str(seed), seed=seed, learner__max_steps=2, learner__batch_size=5)
         orders.append([c.row for c in completions(result.folder, step=1) if c.sample == 0])
     assert orders[0] != orders[1]
-    assert sorted(map(int, map(str, orders[0]))) == sorted(map(int, map(str, orders[1]))) == [0, 1, 2, 3, 4]
+    assert sorted(orders[0], key=str) == sorted(orders[1], key=str) == [0, 1, 2, 3, 4]
 
 
 def test_emoji_and_other_scripts_come_back_from_the_store_as_they_were(desk: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import troupe
 from tests.fakes import same_bits, tiny_config, weigh_ids
 from tests.integration.runs import (
     STORED,
@@ -41,7 +42,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
 
 
 async def in_the_loop(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    await anyio.sleep(0)
+    await anyio.lowlevel.checkpoint()
     return weigh_ids(completion_ids)
 
 
@@ -62,7 +63,7 @@ class Judge(RewardActor):
         self.lived.append("stop")
 
 
-class Callable_:
+class Scale:
     """An object that can be called."""
 
     def __call__(self, completion_ids: list[list[int]], **_: Any) -> tuple[float, ...]:
@@ -77,9 +78,7 @@ def as_mlx(completion_ids: list[list[int]], **_: Any) -> Any:
     return mx.array([sum(ids) % 13 for ids in completion_ids]) / 13
 
 
-@pytest.mark.parametrize(
-    "reward", [in_the_loop, Judge(), Callable_(), as_array], ids=["async", "actor", "object", "numpy"]
-)
+@pytest.mark.parametrize("reward", [in_the_loop, Judge(), Scale(), as_array], ids=["async", "actor", "object", "numpy"])
 def test_however_a_reward_is_written_the_policy_is_the_same(
     tmp_path: Path, ragged_model: Path, plain: Path, reward: Any
 ) -> None:
@@ -328,7 +327,8 @@ def test_a_reward_file_beside_its_run_file_is_found_from_anywhere(desk: Path) ->
     folder.mkdir(parents=True)
     (folder / "near.py").write_text("SCALE = 3.0\n")
     (folder / "r.py").write_text(
-        "from near import SCALE\ndef scaled(completions, **_):\n    return [SCALE * len(text) for text in completions]\n"
+        "from near import SCALE\n"
+        "def scaled(completions, **_):\n    return [SCALE * len(text) for text in completions]\n"
     )
     (folder / "run.toml").write_text(
         'output = "out"\n[model]\npath = "../../m"\n[data]\npath = "../../p.json"\n'
@@ -348,6 +348,28 @@ def test_a_pattern_with_colons_and_a_built_in_work_together_from_the_command_lin
         assert c.scores["format_reward"] in (0.0, 1.0)
         assert -1.0 <= c.scores["repetition_penalty_reward"] <= 0.0  # type: ignore[operator]
     assert summary("out").complete
+
+
+def test_held_out_rows_that_nobody_scores_are_told_as_such(desk: Path) -> None:
+    (desk / "r.py").write_text(
+        "def only_groups(completions, **_):\n"
+        "    return [float(len(t)) for t in completions] if len(completions) > 1 else [None]\n"
+    )
+    flags = ("--reward", "r.py:only_groups", "--reward", "length", "--set", "data.eval_path=p.json")
+    said = done(*TRAIN, *SHORT, "-o", "out", *flags)
+    assert "held-out only_groups" not in said
+    assert "held-out length_reward: " in said
+    assert "nan" not in said
+    assert summary("out").rewards_before.keys() == summary("out").rewards_after.keys() == {"length_reward"}
+
+
+def test_functions_without_a_name_of_their_own_can_be_rewards_too(
+    tmp_path: Path, ragged_model: Path, plain: Path
+) -> None:
+    result = play(ragged_model, tmp_path, lambda completion_ids, **_: weigh_ids(completion_ids), partial(weigh_ids))
+    assert result.closed_groups == {"trained": 8}
+    assert {"rewards/<lambda>/mean", "rewards/weigh_ids/mean"} <= lines(result.folder)[0].keys()
+    assert column(result.folder, "rewards/<lambda>/mean") == column(result.folder, "rewards/weigh_ids/mean")
 
 
 @pytest.mark.anyio

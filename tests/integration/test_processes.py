@@ -137,7 +137,9 @@ def test_a_run_that_is_interrupted_saves_and_resume_goes_on_as_if_nothing_had_be
         run.send_signal(number)
         code, told, complaint = ended(run)
     assert code == 130
-    assert complaint == "interrupt: finishing the steps begun; a second signal ends at once with the last completed one\n"
+    assert (
+        complaint == "interrupt: finishing the steps begun; a second signal ends at once with the last completed one\n"
+    )
     assert f"interrupted; go on with: troupe train -o {out} --resume" in told
     assert 2 <= summary(out).steps < 6
     said("train", "-o", out, "--resume", cwd=bench)

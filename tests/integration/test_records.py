@@ -186,9 +186,7 @@ def test_the_trace_opens_and_shows_every_step_learned_and_every_group_scored(run
     events = json.loads((run / "trace.json").read_text())
     slices = [event for event in events if event["ph"] == "X"]
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in slices)
-    tracks = {
-        event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] in ("thread_name",)
-    }
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] in ("thread_name",)}
     for actor in ("prompter", "generator", "scorer", "learner", "checkpointer"):
         assert any(name.startswith(actor) for name in tracks), actor
     learned = {event["args"].get("step") for event in slices if "learn" in event["name"]}

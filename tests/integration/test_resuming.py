@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
     return Path(play(ragged_model, tmp_path_factory.mktemp("whole"), checkpoint__every=1).folder)
 
 
-async def cut(model: Path, folder: Path, ending: str, at: int = 2, **settings: Any) -> Path:
+async def cut(model: Path, folder: Path, ending: str, at: int = 2, /, **settings: Any) -> Path:
     """The same run, ended at a step."""
     config = tiny_config(model, folder, **STORED | {"checkpoint__every": 1} | settings)
-    async with Supervisor(config, [weigh_ids]) as run:
+    async with Supervisor(config, [] if "rewards__functions" in settings else [weigh_ids]) as run:
         run.pause()
         run.step(at)
         async for update in run.updates():
@@ -115,7 +117,7 @@ async def test_prompts_and_model_may_have_moved_meanwhile(tmp_path: Path, ragged
 async def test_a_run_that_is_cut_after_every_step_is_the_run_that_was_not(
     tmp_path: Path, ragged_model: Path, whole: Path
 ) -> None:
-    run = await cut(ragged_model, tmp_path, "stop", at=1)
+    run = await cut(ragged_model, tmp_path, "stop", 1)
     for steps in (2, 3, 4):
         config = troupe.load_config(run / "run.toml")
         async with Supervisor(config, [weigh_ids], resume=True) as again:
@@ -256,8 +258,16 @@ async def test_only_a_run_that_came_to_an_end_has_a_final_folder(tmp_path: Path,
     assert checkpoints_in(stopped)[-1] == checkpoints_in(drained)[-1] == "step-00000002"
 
 
+def test_what_to_type_to_go_on_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path, ragged_model: Path) -> None:
+    settings = {"rewards__functions": ["length"]}
+    folder = anyio.run(lambda: cut(ragged_model, tmp_path / "my runs (old)", "stop", **settings))
+    [command] = re.findall(r"go on with: troupe (.*)$", done("status", folder), re.MULTILINE)
+    assert "4 of 4 steps" in done(*shlex.split(command))
+    assert summary(folder).complete
+
+
 @pytest.mark.anyio
-async def test_the_daemon_s_questions_of_a_run_that_is_over_are_answered_from_its_folder(
+async def test_questions_about_a_run_that_is_over_are_answered_from_its_folder(
     tmp_path: Path, ragged_model: Path
 ) -> None:
     stopped = await cut(ragged_model, tmp_path, "stop")

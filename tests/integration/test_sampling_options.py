@@ -119,7 +119,7 @@ def test_tokens_that_the_tokenizer_has_no_text_for_are_written_as_nothing(tmp_pa
 
 
 def test_characters_cut_in_half_do_not_break_the_text_or_its_json(tmp_path: Path, tiny_model: Path) -> None:
-    halves = {token: 60.0 for token in (0xF0, 0x9F, 0xA6, 0x8A, 0xE2)}
+    halves = dict.fromkeys((0xF0, 0x9F, 0xA6, 0x8A, 0xE2), 60.0)
     run = play(tiny_model, tmp_path, generation__logit_bias=halves, generation__max_completion_length=7).folder
     stored = completions(run)
     assert any("\ufffd" in c.text for c in stored)

@@ -1,4 +1,4 @@
-"""Schedules: what repeats, how old the weights are that wrote a completion, and that every prompt is dealt with once."""
+"""Schedules: what repeats, how old the weights are that wrote a completion, and that no prompt is left out."""
 
 from __future__ import annotations
 

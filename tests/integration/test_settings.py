@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from pathlib import Path
 
@@ -152,7 +151,7 @@ def test_a_run_file_that_was_moved_with_its_data_means_the_same(desk: Path) -> N
         '[model]\npath = "../m"\n[data]\npath = "p.json"\n[rewards]\nfunctions = ["length"]\n'
     )
     before = load_config("one/run.toml")
-    os.rename(desk / "one", desk / "two")
+    (desk / "one").rename(desk / "two")
     after = load_config("two/run.toml")
     assert (after.data.path, after.model.path) == (str(desk / "two" / "p.json"), str(desk / "two" / ".." / "m"))
     assert before.data.path == str(desk / "one" / "p.json")

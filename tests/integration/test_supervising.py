@@ -35,7 +35,7 @@ def config_in(model: Path, folder: Path, **settings: Any) -> troupe.RunConfig:
 async def until(there: Any) -> None:
     """Wait for something that is on its way."""
     with anyio.fail_after(60):
-        while not there():
+        while not there():  # noqa: ASYNC110
             await anyio.sleep(0.002)
 
 
@@ -288,6 +288,21 @@ async def test_a_folder_in_which_a_run_plays_is_refused_to_a_second_one(tmp_path
         run.resume()
     assert run.result.complete
     assert len(lines(run.folder)) == 4
+
+
+async def test_a_supervisor_that_is_entered_twice_says_so_and_the_run_in_it_is_not_harmed(
+    tmp_path: Path, ragged_model: Path, plain: Path
+) -> None:
+    async with Supervisor(config_in(ragged_model, tmp_path), [weigh_ids]) as run:
+        with pytest.raises(RuntimeError, match="make another one"):
+            async with run:
+                pass
+    with pytest.raises(RuntimeError, match="make another one"):
+        async with run:
+            pass
+    assert run.result.complete
+    assert same_bits(policy_of(run.folder), policy_of(plain))
+    assert names_in(run.folder) == names_in(plain)
 
 
 def test_training_from_a_thread_of_ones_own_is_training(tmp_path: Path, ragged_model: Path, plain: Path) -> None:

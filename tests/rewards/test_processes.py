@@ -166,6 +166,32 @@ async def test_workers_must_be_started() -> None:
         await score(in_processes(process_rewards.lengths), "a")
 
 
+async def test_a_function_gets_ready_in_its_process_and_texts_have_the_same_hashes_there(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "READY = []\n"
+        "def f(completions):\n"
+        "    return [len(READY), hash('a text') % 1000]\n"
+        "f.get_ready = lambda: READY.append(1)\n"
+        "f.run = 'process'\n"
+        "def g(completions):\n"
+        "    return [0, 0]\n"
+        "def fail():\n"
+        "    raise OSError('no word list')\n"
+        "g.get_ready = fail\n"
+    )
+    config = RewardsConfig(processes=1)
+    scores = []
+    for _ in range(2):
+        async with RewardManager(f"{path}:f", config=config) as manager:
+            scores.append((await score(manager, "a", "b")).scores["f"])
+    assert scores[0] == scores[1]
+    assert scores[0][0] == 1.0
+    with pytest.raises(RewardError, match=r"mine\.py:g cannot get ready: OSError: no word list"):
+        async with started(f"{path}:g"):
+            raise AssertionError
+
+
 async def test_a_file_that_loads_here_and_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.py"
     path.write_text("import os\nassert os.getpid() == int(os.environ['HERE'])\ndef f(completions):\n    return [1]\n")
@@ -176,7 +202,7 @@ async def test_a_file_that_loads_here_and_not_there_is_told(tmp_path: Path, monk
 
 
 async def test_a_machine_that_has_no_process_left_costs_scores_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refuse(*_: Any) -> ChildProcess:
+    async def refuse(*_: Any, **__: Any) -> ChildProcess:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     manager = in_processes(process_rewards.acts)
@@ -195,7 +221,7 @@ async def test_a_machine_that_has_no_process_left_costs_scores_and_not_the_run(m
 
 async def test_a_process_that_says_something_else_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     start = ChildProcess.start
-    monkeypatch.setattr(ChildProcess, "start", lambda *_: start("tests.runtime.child_echo", "talk"))
+    monkeypatch.setattr(ChildProcess, "start", lambda *_, **__: start("tests.runtime.child_echo", "talk"))
     with pytest.raises(RewardError, match="reward lengths: its process did not answer as a reward's does"):
         await in_processes(process_rewards.lengths).start()
 

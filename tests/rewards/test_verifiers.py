@@ -13,6 +13,7 @@ from tests.extras import extra
 from troupe.dataset import PromptDataset
 from troupe.errors import RewardError
 from troupe.rewards import (
+    Reward,
     RewardManager,
     RewardsConfig,
     check_columns,
@@ -105,7 +106,7 @@ def test_functions_may_say_that_they_run_in_processes() -> None:
         def __call__(self, completions: list[str]) -> list[float]:
             return [0.0] * len(completions)
 
-    rewards = [plain, reasoning_gym_reward, Runs()]
+    rewards: list[Reward] = [plain, reasoning_gym_reward, Runs()]
     names = ["plain", "gym", "runs"]
     assert checked_run(None, names, rewards) == ["auto", "process", "auto"]
     assert checked_run(["auto"] * 3, names, rewards) == ["auto"] * 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -21,9 +21,9 @@ from troupe.messages import (
 )
 
 
-def update(step: int, *, total_steps: int = 4, **metrics: float) -> Update:
+def update(step: int, told: Mapping[str, float] | None = None, *, total_steps: int = 4, **metrics: float) -> Update:
     """The end of a step."""
-    return Update(step=step, version=step, total_steps=total_steps, metrics=metrics)
+    return Update(step=step, version=step, total_steps=total_steps, metrics={**(told or {}), **metrics})
 
 
 def closed(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from tests.sinks.steps import closed, update
 from troupe.messages import GroupClosed, Incident, Slot
@@ -59,7 +60,10 @@ def test_a_step_that_was_told_is_not_told_again_nor_are_its_groups() -> None:
 
 def test_conversations_are_lines() -> None:
     assert prompt_text("plain") == "plain"
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    turns: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
     assert prompt_text(turns) == 'system: Be kind.\nuser: [{"type":"text","text":"hi"}]'
     [sample] = samples_of(closed(1, texts=("x",), prompt=[{"role": "user"}]))
     assert sample.prompt == "user: null"

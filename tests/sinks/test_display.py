@@ -99,7 +99,7 @@ def test_bars_are_as_long_as_what_is_done() -> None:
 
 def test_the_newest_figures_stand_under_their_headings() -> None:
     display = Display(RUN, clock=Clock())
-    display.take(update(2, **METRICS))
+    display.take(update(2, METRICS))
     rows = [text.split() for text in drawn(display, 120)]
     at = rows.index(["reward", "learning", "completions", "speed"])
     assert rows[at + 1 : at + 4] == [
@@ -113,7 +113,7 @@ def test_the_newest_figures_stand_under_their_headings() -> None:
 
 def test_many_reward_functions_take_four_lines_at_most() -> None:
     display = Display(RUN, clock=Clock())
-    display.take(update(2, reward=0.5, **{f"rewards/r{i}/mean": i / 8 for i in range(6)}))
+    display.take(update(2, {"reward": 0.5} | {f"rewards/r{i}/mean": i / 8 for i in range(6)}))
     text = "\n".join(drawn(display))
     assert "r2" in text
     assert "r3" not in text
@@ -123,12 +123,12 @@ def test_many_reward_functions_take_four_lines_at_most() -> None:
 @pytest.mark.parametrize("width", [30, 44, 60, 80, 100, 140, 200])
 def test_no_line_is_wider_than_the_terminal_and_none_comes_or_goes(width: int) -> None:
     display = Display(RUN, clock=Clock())
-    display.take(update(1, **METRICS))
+    display.take(update(1, METRICS))
     before = drawn(display, width)
     display.take(closed(2, texts=("a long answer\n" * 500,), prompt="漢字" * 500))
     display.take(Incident(actor="scorer", kind="odd", message="late " * 100))
     display.take(status("held", held=("the judge is down " * 20,), queues=dict.fromkeys("abcdefghij", 12345)))
-    display.take(update(2, **METRICS))
+    display.take(update(2, METRICS))
     after = drawn(display, width)
     assert len(after) == len(before)
     assert max(map(cell_len, after)) <= width
@@ -137,7 +137,7 @@ def test_no_line_is_wider_than_the_terminal_and_none_comes_or_goes(width: int) -
 def test_a_terminal_of_80_columns_has_it_all_in_24_lines() -> None:
     display = Display(RUN, clock=Clock())
     assert len(drawn(display, 80)) <= 23
-    display.take(update(1, **METRICS, **{f"rewards/r{i}/mean": 0.0 for i in range(9)}))
+    display.take(update(1, METRICS | {f"rewards/r{i}/mean": 0.0 for i in range(9)}))
     assert len(drawn(display, 80)) <= 23
 
 
@@ -171,7 +171,8 @@ def test_what_holds_the_run_up_is_told_before_incidents() -> None:
     display.take(status("held", held=("the judge is down",)))
     assert line(display, "held") == "held      the judge is down"
     assert drawn(display)[0].startswith("kind-001  held")
-    display.take(status("paused", queues={"prompts": 2}))
+    display.take(update(1, {"queue/prompts/depth": 7.0}))
+    display.take(status("paused", queues={"prompts": 2, "scorer incidents": 0}))
     assert drawn(display)[0].startswith("kind-001  paused")
     assert line(display, "incidents") == "incidents 1  scorer: late"
     assert line(display, "queues").split() == ["queues", "prompts", "2"]

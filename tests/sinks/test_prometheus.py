@@ -119,7 +119,7 @@ def test_the_sink_serves_what_the_newest_messages_say() -> None:
         assert kind.startswith("text/plain; version=0.0.4")
         assert "troupe_step 0.0" in page
         sink.write(Incident(actor="scorer", kind="odd", message="late"))
-        sink.write(update(2, total_steps=7, **{"reward": 0.5, "queue/scored/depth": 3.0}))
+        sink.write(update(2, {"reward": 0.5, "queue/scored/depth": 3.0}, total_steps=7))
         sink.flush()
         page = fetched(sink.port, "/metrics?x=1")[1]
         for line in (

@@ -41,7 +41,7 @@ def play(sink: TensorBoardSink, *messages: object) -> None:
 
 
 def events_in(path: Path) -> list[Any]:
-    from tensorboardX.proto.event_pb2 import Event
+    Event = package("tensorboardX.proto.event_pb2").Event
 
     data, events = path.read_bytes(), []
     while data:
@@ -69,7 +69,7 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
 
 def test_scalars_histograms_and_texts_of_a_step(tmp_path: Path) -> None:
     texts = ("46", "</script>\n**not bold**")
-    play(made(tmp_path), closed(1, texts=texts), update(1, **{"loss": 0.5, "rewards/a b/mean": math.nan}), update(2))
+    play(made(tmp_path), closed(1, texts=texts), update(1, {"loss": 0.5, "rewards/a b/mean": math.nan}), update(2))
     [path] = tmp_path.iterdir()
     assert path.name == "events.out.tfevents.0000001000.troupe"
     version, start, config, step, _ = events_in(path)
@@ -91,7 +91,7 @@ def test_scalars_histograms_and_texts_of_a_step(tmp_path: Path) -> None:
 
 
 def test_checksums_are_those_of_the_format(tmp_path: Path) -> None:
-    from tensorboardX.record_writer import masked_crc32c
+    masked_crc32c = package("tensorboardX.record_writer").masked_crc32c
 
     play(made(tmp_path), update(1, loss=0.5))
     data = next(tmp_path.iterdir()).read_bytes()

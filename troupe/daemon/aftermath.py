@@ -6,6 +6,7 @@ Reads small files only, and changes nothing.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +83,7 @@ def _aftermath(folder: Path) -> Aftermath:
 def describe(found: Aftermath) -> str:
     """The same in words."""
     of = "" if found.total_steps is None else f" of {found.total_steps}"
-    go_on = f"go on with: troupe train -o {found.folder} --resume"
+    go_on = f"go on with: troupe train -o {shlex.quote(found.folder)} --resume"
     match found.fate:
         case "complete":
             return f"complete: {found.step}{of} steps"

@@ -59,8 +59,9 @@ class Curves:
         """The figures of one more step. One that was there already is made again: it and what came after it go."""
         if self._steps and step <= self._steps[-1]:
             self.cut(step - 1)
-        for name in metrics.keys() - self._columns.keys():
-            self._columns[name] = array("d", [math.nan] * len(self._steps))
+        for name in metrics:
+            if name not in self._columns:
+                self._columns[name] = array("d", [math.nan] * len(self._steps))
         if self._steps and (step - 1) // self._stride == (self._steps[-1] - 1) // self._stride:
             count = self._counts[-1]
             for name, column in self._columns.items():

@@ -25,7 +25,7 @@ class ConsoleSink:
     def __init__(self, run: RunInfo, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._display = Display(run, encoding=console.encoding, clock=clock)
         self._live = Live(
-            get_renderable=lambda: self._display,  # type: ignore[arg-type, return-value]
+            get_renderable=lambda: self._display,
             console=console,
             refresh_per_second=_FRAMES_A_SECOND,
             transient=False,

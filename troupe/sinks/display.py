@@ -224,7 +224,8 @@ class Display:
             )
 
     def _queues(self) -> Text:
-        depths = list(self._status.queues.items()) if self._status is not None else queue_depths(self._metrics)
+        now = {} if self._status is None else self._status.queues
+        depths = [(name, now.get(name, depth)) for name, depth in queue_depths(self._metrics)]
         parts: list[tuple[str, str]] = []
         for name, depth in depths:
             parts += [(f"{name} ", "dim"), (f"{depth:<5}", "" if depth else "dim")]

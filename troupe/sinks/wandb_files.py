@@ -57,7 +57,7 @@ def _newest_step(log: Path) -> int:
     block = -(-log.stat().st_size // _BLOCK)
     while block > 0:
         block = max(0, block - _BLOCKS_AT_ONCE)
-        steps = [r.history.step.num for r in records(log, block) if r.WhichOneof("record_type") == "history"]
+        steps: list[int] = [r.history.step.num for r in records(log, block) if r.WhichOneof("record_type") == "history"]
         if steps:
             return max(steps)
     return 0

@@ -239,11 +239,10 @@
 
   function showDepths(parent, depths) {
     fill(parent, depths, meterRow(["", "meter", "figure"]), (row, [name, depth]) => {
-      peaks[name] = Math.max(peaks[name] || 1, depth);
+      peaks[name] = Math.max(peaks[name] || 8, depth);
       set(row.children[0], name);
       row.children[1].firstChild.style.width = `${(100 * depth) / peaks[name]}%`;
       set(row.children[2], whole(depth));
-      row.title = `${name}: ${depth} waiting, at most ${peaks[name]} seen`;
     });
   }
 

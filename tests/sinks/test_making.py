@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from rich.console import Console
+
+from tests.fakes import FakeSink
+from troupe.sinks import MetricsConfig, RunInfo, SinkName, make_sinks
+
+RUN = RunInfo(name="run", folder="nowhere", total_steps=4, first_step=0)
+ALL: tuple[SinkName, ...] = get_args(SinkName)
+
+
+def test_every_name_makes_the_sink_of_that_name_and_nothing_is_written(tmp_path: Path) -> None:
+    run = RunInfo(name="run", folder=str(tmp_path), total_steps=4, first_step=0)
+    made = make_sinks(MetricsConfig(sinks=ALL), run, {"trace": lambda: FakeSink("trace")})
+    assert tuple(sink.name for sink in made) == ALL
+    assert list(tmp_path.iterdir()) == []
+    assert make_sinks(MetricsConfig(sinks=()), run) == []
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, "ConsoleSink"), (False, "PlainSink")])
+def test_a_terminal_gets_a_display_and_a_pipe_lines(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: str) -> None:
+    monkeypatch.setattr("troupe.sinks.making.Console", lambda: Console(force_terminal=terminal))
+    [sink] = make_sinks(MetricsConfig(sinks=("console",)), RUN)
+    assert type(sink).__name__ == kind
