@@ -37,6 +37,7 @@ from troupe.messages import (
     ScoredGroup,
     Slot,
     Snapshot,
+    Span,
     Step,
     Update,
 )
@@ -261,7 +262,7 @@ class StageSink:
     """Writes nothing."""
 
     name = "stage"
-    takes: tuple[type, ...] = (object,)
+    takes: tuple[type, ...] = (Update, GroupClosed, Incident, Span)  # no Status: its timer would hide deadlocks
 
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks

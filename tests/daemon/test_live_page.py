@@ -91,7 +91,11 @@ class Tab:
         self.errors: list[str] = []
         page.set_default_timeout(1000 * PATIENCE_S)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda told: told.type == "error" and self.errors.append(told.text))
+        page.on("console", self._hear)
+
+    def _hear(self, told: Any) -> None:
+        if told.type == "error":
+            self.errors.append(told.text)
 
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))

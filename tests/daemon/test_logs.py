@@ -72,6 +72,16 @@ def test_a_stderr_that_nobody_reads_holds_up_nobody(tmp_path: Path, monkeypatch:
         os.close(ours)  # its writer is let go
 
 
+def test_a_log_that_cannot_even_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(handler: logging.Handler) -> None:
+        raise OSError(28, "No space left on device")
+
+    with logging_into(tmp_path, DaemonConfig()):
+        LOGGER.info("one")
+        monkeypatch.setattr(logging.handlers.RotatingFileHandler, "close", close)
+    assert LOGGER.handlers == []
+
+
 def test_the_last_lines_are_there_when_it_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with logging_into(tmp_path, DaemonConfig()):
         for number in range(500):

@@ -51,6 +51,11 @@ def test_a_file_of_an_unknown_kind_is_told_what_there_is(tmp_path: Path) -> None
         PromptDataset.load("nothing")
 
 
+def test_a_folder_is_told_how_to_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=rf"^{tmp_path}: is a folder; .* or hf:FOLDER for all$"):
+        PromptDataset.load(tmp_path)
+
+
 def test_options_are_read_from_behind_the_question_mark() -> None:
     assert split_query("hf:a/b") == ("hf:a/b", {})
     source = "x:y?size=5&data_dir=a%26b%20c&from=1+1&z="

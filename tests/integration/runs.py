@@ -21,8 +21,8 @@ from troupe.rewards import Reward
 from troupe.stored_run import Query, StoredCompletion, open_store
 from troupe.summary import RunResult
 
-STORED = {"metrics__sinks": ["jsonl", "sqlite"]}
-"""A run whose completions can be looked at."""
+STORED: dict[str, Any] = {"metrics__sinks": ["jsonl", "sqlite"], "schedule__blas_threads": 1}
+"""A run whose completions can be looked at, and that leaves the other cores to other tests."""
 
 
 def play(model: Path, folder: Path, *rewards: Reward, **settings: Any) -> RunResult:

@@ -71,7 +71,7 @@ def test_on_policy_learner_and_sampler_agree_on_every_token_and_with_staleness_t
 def test_the_generator_in_a_process_of_its_own_writes_the_same(
     tmp_path: Path, ragged_model: Path, staleness: int
 ) -> None:
-    settings = {"schedule__max_staleness": staleness, "learner__max_steps": 3, "schedule__blas_threads": 1}
+    settings = {"schedule__max_staleness": staleness, "learner__max_steps": 3}
     thread = play(ragged_model, tmp_path / "thread", **settings)
     process = play(ragged_model, tmp_path / "process", schedule__generator="process", **settings)
     assert same_bits(policy_of(thread.folder), policy_of(process.folder))
@@ -116,8 +116,7 @@ def test_a_free_run_does_not_wait_for_the_slowest_group(tmp_path: Path, ragged_m
 def test_replacing_groups_without_signal_is_the_same_in_a_process_and_with_delays(
     tmp_path: Path, ragged_model: Path
 ) -> None:
-    schedule = {"schedule__max_staleness": 1, "schedule__blas_threads": 1}
-    settings = {"learner__dynamic_sampling": True, "learner__max_steps": 3} | schedule
+    settings = {"learner__dynamic_sampling": True, "schedule__max_staleness": 1, "learner__max_steps": 3}
     here = play(ragged_model, tmp_path / "here", often_equal, **settings)
     there = play(
         ragged_model,

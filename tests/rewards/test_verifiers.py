@@ -72,7 +72,7 @@ def test_the_column_of_the_right_answers_has_to_be_there_before_anything_is_samp
     check_columns(load_reward("math_verify"), {"answer"})
     check_columns(load_reward("math_verify:solution"), {"solution"})
     with pytest.raises(
-        RewardError, match=r"math_verify_reward requires answer, but the dataset's columns are: solution"
+        RewardError, match=r"math_verify_reward requires answer, but .* are: solution; .* data\.answer_column$"
     ):
         check_columns(load_reward("math_verify"), {"solution"})
     with pytest.raises(RewardError, match="'final answer' cannot be a column here"):

@@ -28,21 +28,25 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("key", "mode", "environment", "fine"),
+    ("logged_in", "mode", "environment", "fine"),
     [
-        (None, None, None, False),
-        ("", None, None, False),
-        ("secret", None, None, True),
-        (None, "offline", None, True),
-        (None, None, "offline", True),
-        (None, None, "disabled", True),
-        (None, "online", "offline", False),
+        (False, None, None, False),
+        (True, None, None, True),
+        (False, "offline", None, True),
+        (False, None, "offline", True),
+        (False, None, "disabled", True),
+        (False, "online", "offline", False),
+        (True, "online", "offline", True),
     ],
 )
 def test_who_is_not_logged_in_is_told_before_training(
-    monkeypatch: pytest.MonkeyPatch, key: str | None, mode: str | None, environment: str | None, fine: bool
+    monkeypatch: pytest.MonkeyPatch, logged_in: bool, mode: str | None, environment: str | None, fine: bool
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(api=SimpleNamespace(api_key=key)))
+    def login(*, prompt: bool, verify: bool) -> bool:
+        assert not prompt
+        return logged_in
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment is not None:
         monkeypatch.setenv("WANDB_MODE", environment)

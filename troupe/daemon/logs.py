@@ -96,7 +96,8 @@ def logging_into(folder: Path, config: DaemonConfig) -> Iterator[None]:
         for handler in handlers:
             LOGGER.removeHandler(handler)
             if not isinstance(handler, _QuietStream):
-                handler.close()
+                with suppress(OSError):  # a disk that is full
+                    handler.close()
 
 
 def set_limits(config: DaemonConfig) -> None:

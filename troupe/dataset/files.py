@@ -7,10 +7,14 @@ from pathlib import Path
 from troupe.errors import DatasetError
 
 
-def read_bytes(path: Path) -> bytes:
-    """What is in a file. DatasetError where it cannot be had."""
+def refuse_folder(path: Path) -> None:
+    """DatasetError where the path is a folder's."""
     if path.is_dir():
         raise DatasetError(f"{path}: is a folder; name the file in it that has the prompts, or hf:FOLDER for all")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file. DatasetError where it cannot be had."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

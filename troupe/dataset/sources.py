@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from troupe.dataset import gym, hub
+from troupe.dataset.files import refuse_folder
 from troupe.dataset.json_files import read_json, read_jsonl
 from troupe.dataset.tables import read_csv, read_parquet
 from troupe.errors import DatasetError
@@ -37,6 +38,7 @@ def read_source(source: str) -> Iterator[tuple[int | None, Any]]:
 
 def read_file(path: Path) -> Iterator[tuple[int | None, Any]]:
     """The same of a file."""
+    refuse_folder(path)
     read = FILES.get(path.suffix.lower())
     if read is None:
         shown = f"unknown suffix {path.suffix!r}" if path.suffix else "a file of prompts has a suffix"

@@ -157,9 +157,10 @@ def check_available(function: RewardFunction, signature: Signature, available: S
     missing = signature.required_beside(available)
     if missing:
         has = ", ".join(sorted(available - PROVIDED)) or "none"
+        remedy = "name it by data.answer_column" if missing == ["answer"] else "give the argument a default"
         raise RewardError(
             f"{reward_place(function)}reward {reward_name(function)} requires {', '.join(missing)}, "
-            f"but the dataset's columns are: {has}; add the column or give the argument a default"
+            f"but the dataset's columns are: {has}; add the column or {remedy}"
         )
 
 

@@ -45,7 +45,7 @@ def wandb_mode(config: MetricsConfig) -> str:
 
 
 def _check_wandb(config: MetricsConfig) -> None:
-    if wandb_mode(config) == "online" and not package("wandb").api.api_key:
+    if wandb_mode(config) == "online" and not package("wandb").login(prompt=False, verify=False):
         raise ConfigError(
             "metrics.sinks has 'wandb', but nobody is logged in to Weights & Biases here; log in with `wandb login` "
             'or WANDB_API_KEY, or keep the run on this machine with metrics.wandb_mode = "offline"'

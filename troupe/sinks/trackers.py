@@ -21,6 +21,8 @@ from troupe.sinks.jsonl import steps_between
 from troupe.sinks.packages import package, wandb_mode
 from troupe.sinks.wandb_files import newest_offline_step
 
+_PATIENCE = 0.8
+"""Part of `sink_timeout_s` after which a tracker gives up by itself, and so can say why."""
 _COLUMNS = ("step", "prompt", "completion", "reward", "scores", "tokens")
 
 
@@ -110,8 +112,16 @@ class WandbSink(_Tracker):
             dir=self._run.folder,
             config=self._run.config,
             mode=wandb_mode(self._config),
-            # it would otherwise stand between the run and its terminal
-            settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
+            settings=wandb.Settings(
+                console="off",  # it would stand between the run and its terminal
+                silent=True,
+                save_code=False,
+                disable_git=True,
+                # else it holds up the end of the process where its server does not answer
+                init_timeout=_PATIENCE * self._config.sink_timeout_s,
+                finish_timeout=_PATIENCE * self._config.sink_timeout_s,
+                finish_timeout_raises=True,
+            ),
         )
 
     def _newest_there(self) -> int:

@@ -6,6 +6,7 @@
   const at = (id) => document.getElementById(id);
   const GROUPS = 8;
   const TALKS = 12;
+  const MOST_POINTS = 3000;
   const DRAW_MS = 300;
   const TALK_MS = 1500;
   const REPORTS = / (incidents|spans)$/;
@@ -32,10 +33,6 @@
   const charts = [];
 
   // ---- data
-
-  function clean(table) {
-    curves = { step: [], ...table };
-  }
 
   function addStep(step, figures) {
     const steps = curves.step;
@@ -303,7 +300,7 @@
   let talksShown = -1;
   function showTalks() {
     if (held || reading) return;
-    const newestFirst = groups.slice(-TALKS).reverse();
+    const newestFirst = [...groups].reverse();
     const key = newestFirst.length ? newestFirst[0].group.gid : -1;
     if (key === talksShown) return;
     talksShown = key;
@@ -405,32 +402,58 @@
 
   // ---- what the daemon tells
 
-  const source = new EventSource("events");
-  const on = (kind, heed) => source.addEventListener(kind, (event) => {
-    lost = false;
-    heed(JSON.parse(event.data));
-  });
+  let source = null;
 
-  on("about", (about) => {
-    [groups, incidents] = [[], []];
-    say("run", about.run);
-    say("folder", about.folder);
-  });
-  on("curves", (table) => { clean(table); touch("curves"); });
-  on("step", ({ step, figures }) => { addStep(step, figures); touch("curves"); });
-  on("group", (group) => { groups.push(group); groups = groups.slice(-2 * TALKS); touch("groups"); });
-  on("incident", (incident) => { incidents = [incident, ...incidents].slice(0, 64); touch("incidents"); });
-  on("status", (told) => { status = told; touch("status"); });
-  on("end", (end) => {
-    over = end;
-    source.close();
-    touch("status");
-  });
-  source.onerror = () => {
-    if (over) return;
-    lost = true;
-    touch("status");
+  function connect() {
+    if (source) source.close();
+    source = new EventSource("events");
+    for (const [kind, heed] of Object.entries(heeds)) {
+      source.addEventListener(kind, (event) => {
+        lost = false;
+        heed(JSON.parse(event.data));
+      });
+    }
+    source.onerror = () => {
+      if (over) return;
+      lost = true;
+      touch("status");
+    };
+  }
+
+  const heeds = {
+    about(about) {
+      [groups, incidents] = [[], []];
+      say("run", about.run);
+      say("folder", about.folder);
+    },
+    curves(table) {
+      curves = { step: [], ...table };
+      touch("curves");
+    },
+    step({ step, figures }) {
+      addStep(step, figures);
+      touch("curves");
+      if (curves.step.length > MOST_POINTS) connect(); // the daemon tells them anew, thinned out
+    },
+    group(group) {
+      groups = [...groups, group].slice(-TALKS);
+      touch("groups");
+    },
+    incident(incident) {
+      incidents = [incident, ...incidents].slice(0, 64);
+      touch("incidents");
+    },
+    status(told) {
+      status = told;
+      touch("status");
+    },
+    end(end) {
+      over = end;
+      source.close();
+      touch("status");
+    },
   };
 
+  connect();
   drawCharts();
 })();
