@@ -176,7 +176,10 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
                     os._exit(EXIT_INTERRUPTED)
                 act, meaning = request
                 act()
-                tell(f"interrupt: {meaning}", error=True)
+                waits = "".join(
+                    f"; what was begun waits for {name}, which is down" for name in run.status().rewards_down
+                )
+                tell(f"interrupt: {meaning}{waits}", error=True)
 
     async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:
         for notice in run.notices:

@@ -73,7 +73,10 @@ def test_a_stderr_that_nobody_reads_holds_up_nobody(tmp_path: Path, monkeypatch:
 
 
 def test_a_log_that_cannot_even_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def close(handler: logging.Handler) -> None:
+    really_close = logging.handlers.RotatingFileHandler.close
+
+    def close(handler: logging.handlers.RotatingFileHandler) -> None:
+        really_close(handler)
         raise OSError(28, "No space left on device")
 
     with logging_into(tmp_path, DaemonConfig()):

@@ -403,7 +403,8 @@ class RewardManager:
             _event(
                 "reward_down",
                 f"reward {name} is down, {failures} calls in a row have failed: {why}; its calls wait, no step is "
-                f"begun, and it is tried again at least every {longest_s:g} s",
+                f"begun, and it is tried again at least every {longest_s:g} s; to have another in its place: "
+                f"troupe set OUT_DIR rewards.{name}=FILE.py:NAME",
             )
         )
 

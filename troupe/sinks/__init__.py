@@ -4,16 +4,35 @@ Sinks know messages and nothing else of ours. Each is called in a thread of its 
 slow, hang or fail: then it is switched off, or tried again later, and training goes on.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from troupe.sinks.base import DurableSink, MetricsConfig, RunInfo, Sink, SinkName
-from troupe.sinks.console import ConsoleSink, PlainSink
-from troupe.sinks.jsonl import JsonlSink
-from troupe.sinks.making import make_sinks
 from troupe.sinks.packages import check_sinks
-from troupe.sinks.prometheus import PrometheusSink, exposition
-from troupe.sinks.sqlite import SqliteSink
-from troupe.sinks.tensorboard import TensorBoardSink
 from troupe.sinks.threads import Sinks, Write
-from troupe.sinks.trackers import TrackioSink, WandbSink
+
+if TYPE_CHECKING:
+    from troupe.sinks.console import ConsoleSink, PlainSink
+    from troupe.sinks.exposition import exposition
+    from troupe.sinks.jsonl import JsonlSink
+    from troupe.sinks.making import make_sinks
+    from troupe.sinks.prometheus import PrometheusSink
+    from troupe.sinks.sqlite import SqliteSink
+    from troupe.sinks.tensorboard import TensorBoardSink
+    from troupe.sinks.trackers import TrackioSink, WandbSink
+
+_HOMES = {
+    "ConsoleSink": "console",
+    "JsonlSink": "jsonl",
+    "PlainSink": "console",
+    "PrometheusSink": "prometheus",
+    "SqliteSink": "sqlite",
+    "TensorBoardSink": "tensorboard",
+    "TrackioSink": "trackers",
+    "WandbSink": "trackers",
+    "exposition": "exposition",
+    "make_sinks": "making",
+}
 
 __all__ = [
     "ConsoleSink",
@@ -35,3 +54,10 @@ __all__ = [
     "exposition",
     "make_sinks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a sink when it is asked for: who reads a config, or serves a page, may do without."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"troupe.sinks.{_HOMES[name]}"), name)

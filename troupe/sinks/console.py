@@ -13,7 +13,7 @@ from troupe.messages import GroupClosed, Incident, Status, Update
 from troupe.sinks.base import RunInfo
 from troupe.sinks.display import Display, shown_metrics
 
-_FRAMES_A_SECOND = 4
+_FRAMES_A_SECOND = 2
 
 
 class ConsoleSink:
