@@ -176,9 +176,8 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
                     os._exit(EXIT_INTERRUPTED)
                 act, meaning = request
                 act()
-                waits = "".join(
-                    f"; what was begun waits for {name}, which is down" for name in run.status().rewards_down
-                )
+                down = run.status().rewards_down if act == run.drain else {}
+                waits = "".join(f"; what was begun waits for the reward {name}, which is down" for name in down)
                 tell(f"interrupt: {meaning}{waits}", error=True)
 
     async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:

@@ -196,7 +196,7 @@ class Page:
         return _json(reply)
 
     async def _exposition(self) -> HttpResponse:
-        from troupe.sinks.exposition import exposition  # when it is asked for: the daemon is light
+        from troupe.sinks.prometheus_text import exposition  # when it is asked for: the daemon is light
 
         return HttpResponse(
             kind="text/plain; version=0.0.4; charset=utf-8", body=exposition(await self._stage.status()).encode()

@@ -13,10 +13,10 @@ from troupe.sinks.threads import Sinks, Write
 
 if TYPE_CHECKING:
     from troupe.sinks.console import ConsoleSink, PlainSink
-    from troupe.sinks.exposition import exposition
     from troupe.sinks.jsonl import JsonlSink
     from troupe.sinks.making import make_sinks
     from troupe.sinks.prometheus import PrometheusSink
+    from troupe.sinks.prometheus_text import exposition
     from troupe.sinks.sqlite import SqliteSink
     from troupe.sinks.tensorboard import TensorBoardSink
     from troupe.sinks.trackers import TrackioSink, WandbSink
@@ -30,7 +30,7 @@ _HOMES = {
     "TensorBoardSink": "tensorboard",
     "TrackioSink": "trackers",
     "WandbSink": "trackers",
-    "exposition": "exposition",
+    "exposition": "prometheus_text",
     "make_sinks": "making",
 }
 

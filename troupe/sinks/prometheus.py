@@ -11,7 +11,7 @@ import msgspec
 
 from troupe.messages import NOT_STARTED, Incident, Phase, Status, Update
 from troupe.sinks.display import queue_depths
-from troupe.sinks.exposition import CONTENT_TYPE, exposition
+from troupe.sinks.prometheus_text import CONTENT_TYPE, exposition
 
 _POLL_S = 0.1
 """In which the server sees that it is to end."""
