@@ -40,13 +40,13 @@ computed; **by name**, it has to be allowed by `--allow-change section.key`; **n
 _SECTIONS = {
     "": "The run as a whole; these keys stand above all sections.",
     "model": "The policy that the run begins with.",
-    "data": "The prompts. See [quick start](quickstart.md) for the files.",
+    "data": "The prompts. See [prompts](datasets.md).",
     "generation": "How completions are sampled. See [sampling](sampling.md) for the order in which filters act.",
     "rewards": "What is scored, and how reward code is run. See [rewards](rewards.md).",
     "learner": "The loss and the optimizer. See [training](training.md).",
     "schedule": "How old the weights may be. See [schedules](schedules.md).",
     "checkpoint": "What is kept. See [resuming](resuming.md).",
-    "metrics": "Where metrics go.",
+    "metrics": "Where metrics go. See [metrics](metrics.md).",
     "daemon": "How `troupe daemon` keeps a run alive. See [daemon](daemon.md).",
 }
 

@@ -309,7 +309,10 @@ def test_final_weights_are_named_and_shaped_as_those_of_the_model(whole: Path, r
         assert (whole / "final" / name).read_bytes() == (ragged_model / name).read_bytes()
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16")])
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("float32", "F32"), ("bfloat16", "BF16"), pytest.param("float16", "F16", marks=pytest.mark.slow)],
+)
 def test_the_final_folder_has_the_type_that_was_trained_in_and_says_so(
     tmp_path: Path, ragged_model: Path, dtype: str, stored: str
 ) -> None:
@@ -326,7 +329,7 @@ def test_the_final_folder_has_the_type_that_was_trained_in_and_says_so(
     assert not same_bits(load_policy(run / "final", dtype).weights, load_policy(ragged_model, dtype).weights)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.anyio
 async def test_a_run_in_half_the_bits_goes_on_as_if_it_had_not_been_cut(
     tmp_path: Path, ragged_model: Path, dtype: str

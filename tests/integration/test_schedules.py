@@ -67,7 +67,7 @@ def test_on_policy_learner_and_sampler_agree_on_every_token_and_with_staleness_t
     assert min(off[1:]) > 1e-3
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_generator_in_a_process_of_its_own_writes_the_same(
     tmp_path: Path, ragged_model: Path, staleness: int
 ) -> None:
@@ -113,6 +113,7 @@ def test_a_free_run_does_not_wait_for_the_slowest_group(tmp_path: Path, ragged_m
     assert step >= 2
 
 
+@pytest.mark.slow
 def test_replacing_groups_without_signal_is_the_same_in_a_process_and_with_delays(
     tmp_path: Path, ragged_model: Path
 ) -> None:

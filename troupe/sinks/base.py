@@ -39,7 +39,7 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     trackio_project: Annotated[str, msgspec.Meta(min_length=1)] = "troupe"
     """Project that the run is tracked in."""
     trackio_name: str | None = None
-    """None: the name of the run folder."""
+    """None: the name of the run folder, with four letters that tell it from others of that name."""
     prometheus_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 9469
     """Of this machine only (127.0.0.1), where the sink `prometheus` serves `/metrics`."""
 
