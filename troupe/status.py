@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from troupe.messages import GroupClosed, Incident, LiveGroup, Prompt, RolloutGroup, ScoredGroup, Slot, Span
+from troupe.messages import (
+    NOTHING_TOLD,
+    GroupClosed,
+    Incident,
+    LiveGroup,
+    Prompt,
+    RolloutGroup,
+    ScoredGroup,
+    Slot,
+    Span,
+)
 from troupe.runtime import Actor
 
 _AT_LEARNER = "learner"
@@ -104,4 +114,4 @@ def _in_words(going_on: Sequence[Span], now_s: float, most: int = 3) -> str:
         for span in going_on[:most]
     ]
     more = len(going_on) - most
-    return ", ".join([*words, *([f"and {more} more"] if more > 0 else [])]) or "nothing told"
+    return ", ".join([*words, *([f"and {more} more"] if more > 0 else [])]) or NOTHING_TOLD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from troupe.messages import LiveGroup, Status
+from troupe.messages import NOTHING_TOLD, LiveGroup, Status
 
 _SHOWN = (
     ("reward", ".4f"),
@@ -45,7 +45,8 @@ def describe(status: Status, name: str) -> str:
     if status.groups:
         add("groups", _groups(status.groups))
     for actor, what in status.doing.items():
-        add(actor, what)
+        if what != NOTHING_TOLD:
+            add(actor, what)
     if status.restarts:
         add("new actors", _counts(status.restarts))
     if status.incidents:
@@ -64,7 +65,7 @@ def headline(status: Status, name: str) -> str:
     if status.total_steps:
         line += f", step {status.step:,} of {status.total_steps:,} ({status.step / status.total_steps:.0%})"
     left_s = (status.total_steps - status.step) * status.metrics.get("step_time", 0.0)
-    if left_s > 0 and status.phase in ("running", "held"):
+    if left_s > 0 and status.phase == "running":
         line += f", about {duration(left_s)} left at the newest step's pace"
     return line
 

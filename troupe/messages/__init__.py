@@ -2,6 +2,7 @@
 
 from troupe.messages.control import (
     NOT_STARTED,
+    NOTHING_TOLD,
     Checkpoint,
     Done,
     Drain,
@@ -48,6 +49,7 @@ from troupe.messages.training import (
 )
 
 __all__ = [
+    "NOTHING_TOLD",
     "NOT_STARTED",
     "ChatMessage",
     "Checkpoint",

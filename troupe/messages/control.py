@@ -118,6 +118,10 @@ class Restarting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How the run ended."""
 
 
+NOTHING_TOLD = "nothing told"
+"""What an actor does that tells of nothing at the moment."""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """What a run is doing, at the moment of asking."""
 
