@@ -76,6 +76,7 @@ def shake(monkeypatch: pytest.MonkeyPatch, seed: int, *, room: int = 1, most_s: 
 def newest(run: str | Path) -> Checkpoint:
     return load_checkpoint(list_checkpoints(Path(run))[0])
 
+
 STREAMS = {"learner__gradient_accumulation_steps": 4, "schedule__learner_streams": 3}
 
 

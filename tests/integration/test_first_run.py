@@ -130,8 +130,7 @@ def test_eval_with_a_reward_of_ones_own_tells_its_mean_over_the_rows_that_it_sco
 
 def test_a_misspelt_command_or_flag_is_refused_with_the_right_one() -> None:
     assert "--max-steps" in refused("train", "--max-step", "3")
-    told = refused("trian")
-    assert "trian" in told
+    assert "No such command 'trian'" in refused("trian")
 
 
 def test_a_model_folder_with_a_part_missing_is_named_and_nothing_is_written(desk: Path, tiny_model: Path) -> None:

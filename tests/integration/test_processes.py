@@ -30,12 +30,15 @@ from troupe.config import write_config
 pytestmark = pytest.mark.slow
 PATIENCE_S = 90.0
 REWARD = """
-import time
+import os, time
 
-def paced(completion_ids, **_):
-    time.sleep(0.05)
+def paced(completion_ids, trainer_state, **_):
+    gate = os.environ.get("GATE")
+    while gate and trainer_state.global_step >= 3 and not os.path.exists(gate):
+        time.sleep(0.01)
     return [sum(ids) % 13 / 13 for ids in completion_ids]
 """
+"""Where a gate is named, the fourth step waits until it is there."""
 Process = subprocess.Popen[str]
 
 
@@ -131,15 +134,16 @@ def whole(bench: Path) -> Path:
 def test_a_run_that_is_interrupted_saves_and_resume_goes_on_as_if_nothing_had_been(
     bench: Path, whole: Path, number: signal.Signals
 ) -> None:
-    out = bench / number.name
-    with playing("train", "run.toml", "-o", out, cwd=bench) as run:
+    out, gate = bench / number.name, bench / f"{number.name}.gate"
+    with playing("train", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as run:
         until(lambda: steps_in(out) >= 2, run)
         run.send_signal(number)
+        assert run.stderr is not None
+        heard = run.stderr.readline()
+        gate.touch()
         code, told, complaint = ended(run)
-    assert code == 130
-    assert (
-        complaint == "interrupt: finishing the steps begun; a second signal ends at once with the last completed one\n"
-    )
+    assert (code, complaint) == (130, "")
+    assert heard == "interrupt: finishing the steps begun; a second signal ends at once with the last completed one\n"
     assert f"interrupted; go on with: troupe train -o {out} --resume" in told
     assert 2 <= summary(out).steps < 6
     said("train", "-o", out, "--resume", cwd=bench)
@@ -148,9 +152,9 @@ def test_a_run_that_is_interrupted_saves_and_resume_goes_on_as_if_nothing_had_be
 
 
 def test_a_run_that_is_killed_loses_nothing_that_it_had_told(bench: Path, whole: Path) -> None:
-    out = bench / "killed"
-    for steps in (1, 3, 5):
-        with playing("train", "run.toml", "-o", out, "--resume", cwd=bench) as run:
+    out, gate = bench / "killed", bench / "never.gate"
+    for steps in (1, 2, 3):
+        with playing("train", "run.toml", "-o", out, "--resume", cwd=bench, GATE=str(gate)) as run:
             until(lambda steps=steps: steps_in(out) >= steps and list_checkpoints(out), run)  # type: ignore[misc]
             run.kill()
     assert "killed" in said("status", out, cwd=bench)
@@ -246,7 +250,7 @@ def test_a_run_in_a_shell_answers_every_question_from_another(bench: Path) -> No
         ask("drain")
         code, told, _ = ended(run)
     assert code == 0, "it was asked to end, and did"
-    assert f"of 5000 steps" in told  # noqa: F541
+    assert "of 5000 steps" in told
     assert names_in(out) >= {"final", "changes.jsonl", "summary.json"}
     code, _, complaint = ended(start("pause", out, cwd=bench))
     assert code == 2
@@ -254,10 +258,11 @@ def test_a_run_in_a_shell_answers_every_question_from_another(bench: Path) -> No
 
 
 def test_stop_from_another_shell_ends_at_once_and_resume_goes_on(bench: Path, whole: Path) -> None:
-    out = bench / "stopped"
-    with playing("train", "run.toml", "-o", out, cwd=bench) as run:
+    out, gate = bench / "stopped", bench / "stopped.gate"
+    with playing("train", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as run:
         until(lambda: steps_in(out) >= 1, run)
         said("stop", out, cwd=bench)
+        gate.touch()
         ended(run)
     assert summary(out).steps < 6
     assert "final" not in names_in(out)
@@ -268,13 +273,14 @@ def test_stop_from_another_shell_ends_at_once_and_resume_goes_on(bench: Path, wh
 def test_the_daemon_brings_a_killed_trainer_back_and_the_policy_is_the_one_of_a_plain_run(
     bench: Path, whole: Path
 ) -> None:
-    out = bench / "kept"
-    with playing("daemon", "run.toml", "-o", out, cwd=bench) as daemon:
+    out, gate = bench / "kept", bench / "kept.gate"
+    with playing("daemon", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as daemon:
         until(lambda: steps_in(out) >= 2, daemon)
         listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         children = [int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == daemon.pid]
         assert children
         os.kill(children[0], signal.SIGKILL)
+        gate.touch()
         code, _, log = ended(daemon)
     assert code == 0, log
     assert "SIGKILL" in log
@@ -305,9 +311,9 @@ def test_a_reward_in_a_process_may_print_crash_and_hang_and_costs_only_its_own_s
         "        if sum(ids) % 11 == 1:\n            time.sleep(3600)\n"
         "    return [sum(ids) % 13 / 13 for ids in completion_ids]\n"
     )
-    settings = ('rewards.functions=["wild.py:wild"]', 'rewards.run=["process"]', "rewards.timeout_s=2")
+    settings = ('rewards.functions=["wild.py:wild"]', 'rewards.run=["process"]', "rewards.timeout_s=4")
     flags = [flag for setting in settings for flag in ("--set", setting)]
-    said("train", "run.toml", *flags, "--max-steps", "3", "-o", "wild", cwd=bench)
+    said("train", "run.toml", *flags, "--max-steps", "2", "-o", "wild", cwd=bench)
     result = summary(bench / "wild")
     assert result.complete
     stored = completions(bench / "wild")

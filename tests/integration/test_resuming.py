@@ -274,7 +274,7 @@ async def test_questions_about_a_run_that_is_over_are_answered_from_its_folder(
     said = done("status", stopped)
     assert "2 of 4" in said
     told = json.loads(done("status", stopped, "--json"))
-    assert (told["steps"], told["total_steps"]) == (2, 4) if "steps" in told else told["step"] == 2
+    assert (told["step"], told["total_steps"], told["fate"]) == (2, 4, "ended")
     assert call("pause", stopped).exit_code == 2
 
 

@@ -99,7 +99,6 @@ async def test_pausing_stepping_and_going_on_change_nothing_that_is_learned(
         run.step(2)
         await until(lambda: run.status().step == 2 and not run.status().groups)
         phases.append(run.status().phase)
-        assert [status.step for status in [run.status()]] == [2]
         run.step()
         await until(lambda: run.status().step == 3 and not run.status().groups)
         phases.append(run.status().phase)

@@ -65,6 +65,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 def tracker(monkeypatch: pytest.MonkeyPatch, kind: str) -> Tracker:
     made = Tracker()
     monkeypatch.setitem(sys.modules, kind, made)
+    for module in ("trackio.run", "trackio.utils"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace())
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return made
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from troupe.grpo.metrics import Tallies
+
+Value = TypeVar("Value")
 
 Piece = tuple[Any, dict[str, mx.array]]
 """Arrays to begin with, and gradients that are complete. What was begun is awaited before more than one piece is on its
@@ -20,7 +22,7 @@ Differentiation = Generator[Piece, None, tuple[mx.array, Tallies]]
 
 
 def side_by_side(
-    works: Sequence[Differentiation], streams: Sequence[mx.Stream], values: list[tuple[mx.array, Tallies]]
+    works: Sequence[Generator[Piece, None, Value]], streams: Sequence[mx.Stream], values: list[Value]
 ) -> Iterator[dict[str, mx.array]]:
     """Goes through all works piece by piece, each on its stream where there are streams: the gradients as they are
     complete, and in `values`, in the order of the works, what each returns.
@@ -28,7 +30,7 @@ def side_by_side(
     While the device is at one piece of each the next is prepared, no more: it is kept busy and the memory low. All
     works have the same portions, and of each that of an earlier work comes first, or sums would depend on the streams.
     """
-    found: dict[int, tuple[mx.array, Tallies]] = {}
+    found: dict[int, Value] = {}
     early: dict[int, dict[str, mx.array]] = {}
     given = [0] * len(works)
     begun: Any = ()

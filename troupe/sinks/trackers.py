@@ -150,6 +150,8 @@ class TrackioSink(_Tracker):
         return self._config.trackio_name or f"{self._run.name}-{secrets.token_hex(2)}"
 
     def _begin(self, name: str, *, goes_on: bool) -> Any:
+        for module in ("", "run", "utils"):  # what it tells by printing would come into the midst of the display
+            package("trackio", module).print = _say_nothing
         return package("trackio").init(
             project=self._config.trackio_project,
             name=name,
@@ -170,6 +172,10 @@ class TrackioSink(_Tracker):
         if digest.samples:
             row["completions"] = trackio.Table(columns=list(_COLUMNS), data=_rows(digest.step, digest.samples))
         self._there.log(row, step=digest.step)
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    pass
 
 
 def _histograms(digest: StepDigest) -> list[tuple[str, list[float]]]:
