@@ -16,6 +16,7 @@ from troupe.runtime import Channel, Credits
 pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
 
 PLAYS, BLOCK = 1000, 50
+FAST = 300
 
 PLAIN = Plan(
     seed=1,
@@ -38,7 +39,10 @@ PLAIN = Plan(
 )
 
 
-@pytest.mark.parametrize("first", range(0, PLAYS, BLOCK))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(first, marks=pytest.mark.slow if first >= FAST else ()) for first in range(0, PLAYS, BLOCK)],
+)
 def test_whatever_happens_every_group_ends_once(first: int) -> None:
     for seed in range(first, first + BLOCK):
         plan = draw_plan(seed)
