@@ -1,6 +1,6 @@
 #!/bin/sh
 # Set up Troupe in .venv beside this file, on macOS or Debian/Ubuntu; needs Python 3.11 or newer.
-#   ./setup.sh [EXTRA ...]        extras of pyproject.toml, such as test or dev; `browser`: Chromium for tests of pages
+#   ./setup.sh [EXTRA ...]        extras of pyproject.toml, such as test or dev; `browser` installs Chromium too
 #   BACKEND=cuda ./setup.sh       for an NVIDIA card; the default on Linux is cpu, macOS needs none
 set -eu
 cd "$(dirname "$0")"
@@ -47,7 +47,7 @@ if [ -z "$python" ]; then
     echo "setup.sh: no Python 3.11 or newer found; install one (macOS: brew install python@3.13), or set PYTHON" >&2
     exit 1
 fi
-for extra in "$@"; do [ "$extra" = browser ] || extras="${extras:+$extras,}$extra"; done
+for extra in "$@"; do extras="${extras:+$extras,}$extra"; done
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "setup.sh: installing into .venv${extras:+ (with $extras)}; the first time this takes a minute or more"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
