@@ -186,6 +186,20 @@ def test_micro_batches_side_by_side_are_as_many_at_least_and_all_take_memory() -
     assert beside.phases["learn"]["gradients"] == alone.phases["learn"]["gradients"]
 
 
+def test_streams_that_nobody_asked_for_are_given_up_before_a_run_is_refused() -> None:
+    work = WORK._replace(streams=12)
+    plan = plan_memory(config_of(), work)
+    assert (plan.config.schedule.learner_streams, choices(plan)) == (12, (12, False, True))
+    alone = plan_memory(config_of(schedule__learner_streams=1, learner__gradient_accumulation_steps=3), WORK)
+    limit_gb = limit_for(peak_gb(alone))
+    with pytest.raises(ConfigError, match="the run takes"):
+        plan_memory(config_of(limit_gb, schedule__learner_streams=12), work)
+    fitted = plan_memory(config_of(limit_gb), work)
+    assert fitted.config.schedule.learner_streams == 1
+    assert peak_gb(fitted) <= usable(limit_gb)
+    assert plan_memory(fitted.config, work).config == fitted.config, "a resume makes the same choices"
+
+
 def test_what_is_left_goes_to_decoding_and_fits_as_many_prompts_as_were_counted() -> None:
     work = WORK._replace(on_cpu=False)
     settings: dict[str, Any] = {
@@ -228,6 +242,7 @@ def test_what_the_config_names_stays() -> None:
         learner__gradient_checkpointing=True,
         checkpoint__overlap=False,
         generation__memory_limit_gb=0.5,
+        schedule__learner_streams=2,
     )
     assert plan_memory(config, WORK).config == config
     tight = config_of(0.02, learner__gradient_checkpointing=False)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tra
 
 PLAYS, BLOCK = 1000, 50
 FAST = 300
+"""Plays that the ordinary tests have; the others are slow."""
 
 PLAIN = Plan(
     seed=1,

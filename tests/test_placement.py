@@ -271,6 +271,16 @@ def test_as_many_micro_batches_are_learned_at_a_time_as_are_worth_it(
     assert (config.learner.gradient_accumulation_steps or 1) >= streams
 
 
+def test_on_a_gpu_there_is_one_stream_whatever_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
+) -> None:
+    monkeypatch.setattr("troupe.prepare.is_on_cpu", lambda: False)
+    settings: dict[str, Any] = {"generator": "auto", "learner_streams": 2, "max_staleness": 1}
+    config = tiny_config(tiny_model, tmp_path, **{f"schedule__{key}": value for key, value in settings.items()})
+    schedule = prepare(config, [weigh_ids]).config.schedule
+    assert (schedule.generator, schedule.learner_streams) == ("thread", 1)
+
+
 def test_a_generator_in_a_thread_beside_the_learner_leaves_no_streams() -> None:
     with pytest.raises(ConfigError, match=r"schedule.learner_streams is 2, but with max_staleness 1"):
         load_config(None, ["schedule.generator=thread", "schedule.max_staleness=1", "schedule.learner_streams=2"])

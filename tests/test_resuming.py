@@ -100,6 +100,17 @@ def test_open_values_are_those_that_preparing_fills_in(
     assert filled == OPEN.keys()
 
 
+def test_a_run_of_a_troupe_without_streams_goes_on_without(
+    tmp_path: Path, ragged_model: Path, stored: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On streams, matrix products are those of one thread of OpenBLAS, which rounds otherwise than two."""
+    monkeypatch.setattr("troupe.prepare._WORTHWHILE", 1)
+    asked = tiny_config(ragged_model, tmp_path, generation__max_completion_length=500, schedule__blas_threads=2)
+    old = changed(stored, learner__gradient_accumulation_steps=2, schedule__learner_streams=None)
+    write_config(changed(old, schedule__blas_threads=2), tmp_path / "run" / RUN_TOML)
+    assert prepare(asked, [weigh_ids], resume=True).config.schedule.learner_streams == 1
+
+
 def test_what_is_left_open_stays_as_it_was_chosen(tmp_path: Path, ragged_model: Path, stored: RunConfig) -> None:
     config = changed(
         stored,

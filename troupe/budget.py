@@ -58,6 +58,8 @@ class Workload(NamedTuple):
     """Tokens."""
     on_cpu: bool
     """Where it is computed."""
+    streams: int = 1
+    """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +81,8 @@ class _Choice(NamedTuple):
 
     prompts: int
     """That are decoded together."""
+    streams: int
+    """Micro-batches that are differentiated at a time."""
     micro_batches: int
     checkpointing: bool
     overlap: bool
@@ -172,31 +176,30 @@ def _usable_gb(limit_gb: float) -> float:
 def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
     """All that the config leaves open, the fastest first.
 
-    To decode in several waves costs most time, as much as it spares; then micro-batches, whose gradients are added up
-    in float32; then to compute layers twice, a third more work for the learner; then to wait for checkpoints.
+    To decode in several waves costs most time, as much as it spares; then to differentiate one micro-batch at a time,
+    with all threads of OpenBLAS; then micro-batches, whose gradients are added up in float32; then to compute layers
+    twice, a third more work for the learner; then to wait for checkpoints.
     """
     learner, generation = config.learner, config.generation
     rows = learner.batch_size * generation.num_generations
     most = _most_prompts(config)
     prompts = _portions(most) if generation.memory_limit_gb is None else [most]
     counts, twice = [math.ceil(rows / portion) for portion in _portions(rows)], [False, True]
-    counts = [count for count in counts if count >= _streams(config)]
     if learner.gradient_accumulation_steps is not None:
         counts = [learner.gradient_accumulation_steps]
     if learner.gradient_checkpointing is not None:
         twice = [learner.gradient_checkpointing]
     overlaps = [True, False] if config.checkpoint.overlap is None else [config.checkpoint.overlap]
-    return list(starmap(_Choice, product(prompts, counts, twice, overlaps)))
+    streams = [config.schedule.learner_streams or work.streams]
+    if config.schedule.learner_streams is None and work.streams > 1:
+        streams.append(1)
+    choices = starmap(_Choice, product(prompts, streams, counts, twice, overlaps))
+    return [choice for choice in choices if choice.micro_batches >= choice.streams]
 
 
 def _processes(config: RunConfig) -> int:
     """Processes beside the training process; 0 where the generator is a thread of it."""
     return config.schedule.generator_processes if config.schedule.generator == "process" else 0
-
-
-def _streams(config: RunConfig) -> int:
-    """Micro-batches that are differentiated at a time."""
-    return config.schedule.learner_streams or 1
 
 
 def _most_prompts(config: RunConfig) -> int:
@@ -256,7 +259,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         on_cpu=work.on_cpu,
     )
     gradients = 4 * numbers if choice.micro_batches > 1 else weights
-    learn = {"gradients": gradients, "forward and backward": _streams(config) * (learning - gradients)}
+    learn = {"gradients": gradients, "forward and backward": choice.streams * (learning - gradients)}
     if learner.num_iterations > 1:
         learn["next policy"] = weights
     tables = work.policy.vocab_size * work.policy.hidden_size * (1 if work.policy.tie_word_embeddings else 2)
@@ -304,6 +307,7 @@ def _resolved(config: RunConfig, choice: _Choice, decode_gb: float | None) -> Ru
     """The config with the choice in it; what it named itself stays."""
     replace = msgspec.structs.replace
     generation, checkpoint = config.generation, config.checkpoint
+    schedule = replace(config.schedule, learner_streams=choice.streams)
     learner = replace(
         config.learner,
         gradient_accumulation_steps=choice.micro_batches,
@@ -311,9 +315,8 @@ def _resolved(config: RunConfig, choice: _Choice, decode_gb: float | None) -> Ru
     )
     if generation.memory_limit_gb is None:
         generation = replace(generation, memory_limit_gb=decode_gb)
-    return replace(
-        config, learner=learner, generation=generation, checkpoint=replace(checkpoint, overlap=choice.overlap)
-    )
+    checkpoint = replace(checkpoint, overlap=choice.overlap)
+    return replace(config, learner=learner, generation=generation, checkpoint=checkpoint, schedule=schedule)
 
 
 def _check_decode_limit(config: RunConfig, work: Workload) -> None:

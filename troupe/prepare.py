@@ -145,10 +145,16 @@ def prepare(
     config = _placed(config)
     longest = max(map(len, prompt_ids))
     config, more = _fit_completions(config, positions, longest_prompt=longest)
-    config = _streamed(config, policy.config, longest_prompt=longest)
+    config, streams = _streamed(config, policy.config, longest_prompt=longest)
     memory = plan_memory(
         config,
-        Workload(policy=policy.config, dtype=DTYPES[policy.dtype], longest_prompt=longest, on_cpu=is_on_cpu()),
+        Workload(
+            policy=policy.config,
+            dtype=DTYPES[policy.dtype],
+            longest_prompt=longest,
+            on_cpu=is_on_cpu(),
+            streams=streams,
+        ),
     )
     config = memory.config
     total_steps = count_steps(
@@ -265,12 +271,14 @@ def _placed(config: RunConfig) -> RunConfig:
     if threads is None and is_on_cpu() and (all_threads := linux_cpu.blas_threads()):
         processes = schedule.generator_processes if where == "process" else 0
         threads = max(1, all_threads // (1 + processes))
-    placed = msgspec.structs.replace(schedule, generator=where, blas_threads=threads)
+    streams = schedule.learner_streams if is_on_cpu() else 1
+    placed = msgspec.structs.replace(schedule, generator=where, blas_threads=threads, learner_streams=streams)
     return msgspec.structs.replace(config, schedule=placed)
 
 
-def _streamed(config: RunConfig, policy: Qwen3Config, *, longest_prompt: int) -> RunConfig:
-    """Decide how many micro-batches the learner differentiates at a time, so that the resolved config says it."""
+def _streamed(config: RunConfig, policy: Qwen3Config, *, longest_prompt: int) -> tuple[RunConfig, int]:
+    """How many micro-batches the learner may well differentiate at a time, which the resolved config says where that
+    was asked for; where not, memory has its say, too."""
     schedule, learner = config.schedule, config.learner
     streams = 1
     if is_on_cpu() and (schedule.generator == "process" or not schedule.max_staleness):
@@ -279,7 +287,9 @@ def _streamed(config: RunConfig, policy: Qwen3Config, *, longest_prompt: int) ->
         worthwhile = max(1, tokens * policy.hidden_size // _WORTHWHILE)
         asked = schedule.learner_streams or min(schedule.blas_threads or 1, worthwhile)
         streams = min(asked, learner.gradient_accumulation_steps or rows)
-    return msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))
+    if schedule.learner_streams is not None:
+        config = msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))
+    return config, streams
 
 
 def _reference(config: RunConfig, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:

@@ -191,6 +191,8 @@ def stored_config(folder: Path) -> RunConfig | None:
         raise ConfigError(f"{error}; {remedy}, or resume with the newer Troupe that may have written it") from None
     if stored.model.path is None or stored.data.path is None:
         raise ConfigError(f"{file}: model.path or data.path is missing, so a part of the file is gone; {remedy}")
+    if stored.schedule.learner_streams is None:  # of a Troupe without streams, on which products are rounded otherwise
+        stored = with_value(stored, "schedule.learner_streams", 1, f"{file}")
     return stored
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 
 import anyio
@@ -206,6 +206,23 @@ async def test_one_too_many() -> None:
             assert b"2 clients are there already" in answer
         await until(lambda: server._connections == 0)
         assert (await said(server, get("/"))).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_crowd_is_not_even_heard() -> None:
+    handler = Handler()
+    async with serving(handler, connections=1, request_s=1000.0) as server:
+        async with await anyio.connect_tcp(HOST, server.port), await anyio.connect_tcp(HOST, server.port):
+            await until(lambda: server._connections == 2)
+            assert await said(server, b"") == b"", "it is dropped at once, and takes up no descriptor"
+        await until(lambda: server._connections == 0)
+        assert (await said(server, get("/"))).startswith(b"HTTP/1.1 200")
+
+
+def test_a_header_of_many_spaces_takes_no_time() -> None:
+    for line in (b"A:" + b" " * 16_000 + b"\x01", b"A" * 16_000, b"A: " + b"\t " * 8_000):
+        with suppress(RefusedError):
+            parse_head(b"GET / HTTP/1.1\r\n" + line)
+    assert parse_head(b"GET / HTTP/1.1\r\nA: \t b : c\t ").headers == {"a": "b : c"}
 
 
 async def test_leaving_drops_everybody() -> None:

@@ -231,6 +231,23 @@ async def test_without_its_token_there_is_one_sentence(tmp_path: Path, path: str
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        "OURS; NAME=of-a-server-at-another-port",
+        "NAME=of-a-server-at-another-port; OURS",
+        'settings={"theme": "dark", "n": [1]}; OURS',
+        "OURS; a=x y; junk; b\xe9=\xff",
+        "ids[]=2;OURS;",
+    ],
+)
+async def test_cookies_of_other_servers_lock_nobody_out(tmp_path: Path, header: str) -> None:
+    async with open_page(tmp_path) as theatre:
+        visitor = theatre.visitor
+        header = header.replace("OURS", visitor.cookie).replace("NAME", f"troupe-{visitor.port}")
+        assert (await visitor.ask(visitor.base, cookie=header)).status == 200
+
+
+@pytest.mark.parametrize(
     ("host", "status"),
     [
         ("127.0.0.1", 200),

@@ -202,6 +202,24 @@ def test_a_broken_summary_tells_nothing(tmp_path: Path, summary: str) -> None:
     assert read_run(tmp_path).evaluated == ()
 
 
+def test_files_that_are_no_text_tell_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path, 1)
+    (tmp_path / "summary.json").write_bytes(b'{"steps": 1, "rewards_after": {"\xff": 1.0}}')
+    deep = b'{"step": 3, "key": "seed", "value": ' + b"[" * 100_000
+    whole = b'{"step": 4, "key": "learner.lr", "value": 1e-05}'
+    (tmp_path / "changes.jsonl").write_bytes(b"\n".join([b'{"step": 3, "key": "\xff", "value": 1}', deep, whole]))
+    run = read_run(tmp_path)
+    assert (run.evaluated, run.changes) == ((), (LiveChange(4, "learner.lr", 1e-5),))
+
+
+def test_a_step_that_nobody_can_count_to_is_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, 2, store=False)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    garbage = [b'{"step": 1e308, "reward": 1.0}\n', b'{"step": -1, "reward": 1.0}\n', b"\x00\xff{\n"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], *garbage, lines[1], b'{"step": 3, "rew']))
+    assert read_run(tmp_path).metrics.steps == (1, 2)
+
+
 def test_reading_leaves_nothing_behind(tmp_path: Path) -> None:
     make_run(tmp_path, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

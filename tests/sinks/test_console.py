@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +46,18 @@ def test_closing_without_opening_prints_nothing() -> None:
     stream = StringIO()
     ConsoleSink(RUN, Console(file=stream, force_terminal=True)).close()
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_plain_lines_are_told_in_the_letters_that_there_are(encoding: str) -> None:
+    data = BytesIO()
+    sink = PlainSink(RunInfo(name="日本\udcff", folder="x", total_steps=4, first_step=0), TextIOWrapper(data, encoding))
+    sink.open()
+    sink.write(update(1, reward_std=0.5))
+    text = data.getvalue().decode(encoding)
+    assert text.count("\n") == 2
+    assert "\\udcff: step 0 of 4" in text
+    assert "within group 0.500" in text
 
 
 def test_plain_lines_for_logs(monkeypatch: pytest.MonkeyPatch) -> None:

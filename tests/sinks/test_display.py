@@ -65,6 +65,20 @@ def test_shows_what_is_there_in_a_fixed_order() -> None:
     assert queue_depths(METRICS) == [("scored", 3)]
 
 
+def test_figures_of_a_run_that_diverges_leave_room_for_what_they_are_of() -> None:
+    display = Display(RUN)
+    display.take(update(1, loss=-1e30, grad_norm=3.5e12, kl=float("inf"), reward=2e200))
+    text = "\n".join(drawn(display))
+    assert {"loss", "gradient", "KL", "reward"} <= set(text.split())
+    assert {"-1.00e+30", "3.50e+12", "inf", "2.00e+200"} <= set(text.split())
+
+
+def test_a_terminal_of_few_letters_can_show_the_name_of_any_reward() -> None:
+    display = Display(RUN, encoding="cp1252")
+    display.take(update(1, {"rewards/日本/mean": 0.5}))
+    assert r"\u65e5\u672c" in "\n".join(drawn(display))
+
+
 def test_progress_says_how_much_is_left_at_the_pace_of_the_newest_steps() -> None:
     clock = Clock()
     display = Display(RUN, clock=clock)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import get_args
 
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from tests.fakes import FakeSink
 from troupe.sinks import MetricsConfig, RunInfo, SinkName, make_sinks
+from troupe.sinks.making import can_draw
 
 RUN = RunInfo(name="run", folder="nowhere", total_steps=4, first_step=0)
 ALL: tuple[SinkName, ...] = get_args(SinkName)
@@ -19,6 +21,16 @@ def test_every_name_makes_the_sink_of_that_name_and_nothing_is_written(tmp_path:
     assert tuple(sink.name for sink in made) == ALL
     assert list(tmp_path.iterdir()) == []
     assert make_sinks(MetricsConfig(sinks=()), run) == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "kind"), [("utf-8", "ConsoleSink"), ("cp1252", "ConsoleSink"), ("latin-1", "PlainSink")]
+)
+def test_a_terminal_gets_lines_where_it_lacks_the_letters_of_the_display(encoding: str, kind: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=stream, force_terminal=True, _environ={"TERM": "xterm"})
+    assert can_draw(console) == (kind == "ConsoleSink")
+    assert not can_draw(Console(file=stream, force_terminal=True, _environ={"TERM": "dumb"}))
 
 
 @pytest.mark.parametrize(("terminal", "kind"), [(True, "ConsoleSink"), (False, "PlainSink")])

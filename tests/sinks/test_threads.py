@@ -174,6 +174,19 @@ async def test_three_failures_in_a_row_on_one_type_are_enough() -> None:
     assert (bad.attempts, bad.got, bad.closed) == (3, [SPAN, SPAN], 1)
 
 
+async def test_a_package_that_would_end_the_program_ends_its_sink_only() -> None:
+    class Leaving(FakeSink):
+        def open(self) -> None:
+            raise SystemExit("nobody is logged in")
+
+    leaving, other = Leaving("leaving"), FakeSink("other")
+    sinks = playing(leaving, other)
+    sinks.write(update(1))
+    [incident] = await sinks.close()
+    assert incident.message == "the sink leaving is switched off: SystemExit: nobody is logged in"
+    assert other.got == [update(1)]
+
+
 async def test_a_sink_that_does_not_open_gets_nothing() -> None:
     bad = FakeSink("bad", opens=False)
     sinks = playing(bad)

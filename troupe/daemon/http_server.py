@@ -27,7 +27,7 @@ _LOG = logging.getLogger("troupe.daemon")
 _CHUNK_BYTES = 64 * 1024
 _MOST_FIELDS = 16
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
-_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
+_NAME, _VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re.compile(rb"[\t -~\x80-\xff]*")
 _GOES_ON = {"cookie": "; "}
 """How the values of a header that comes twice are joined, where that has a meaning."""
 _LINGERS_S = 1.0
@@ -38,6 +38,8 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a client may use up."""
 
     connections: int = 32
+    """That are served; as many again are told that there are too many, and any further one is dropped unheard, so that
+    the process keeps its descriptors."""
     head_bytes: int = 16 * 1024
     body_bytes: int = 64 * 1024
     request_s: float = 10.0
@@ -121,6 +123,9 @@ class HttpServer:
                 except OSError as error:  # no descriptors left, or the client is gone already
                     _LOG.warning("a client of the page could not be let in: %s", error)
                     await anyio.sleep(0.1)
+                    continue
+                if self._connections >= 2 * self._limits.connections:
+                    connection.close()
                     continue
                 connection.setblocking(False)
                 self._connections += 1
@@ -224,10 +229,10 @@ def parse_head(head: bytes) -> HttpRequest:
         raise RefusedError(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1.1")
     headers: dict[str, str] = {}
     for line in lines:
-        field = _HEADER.fullmatch(line)
-        if field is None:
+        before, colon, after = line.partition(b":")
+        if not (colon and _NAME.fullmatch(before) and _VALUE.fullmatch(after)):
             raise RefusedError(HTTPStatus.BAD_REQUEST, "a header of the request is malformed")
-        name, value = field[1].decode().lower(), field[2].decode("latin-1")
+        name, value = before.decode().lower(), after.strip(b" \t").decode("latin-1")
         if name in headers:
             if name in ("host", "origin", "content-length", "authorization", "content-type"):
                 raise RefusedError(HTTPStatus.BAD_REQUEST, f"the request has two headers {name}")

@@ -12,7 +12,6 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -153,7 +152,7 @@ class Page:
     def _check_token(self, request: HttpRequest) -> None:
         headers = request.headers
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
-        tokens = [self._cookie_in(headers.get("cookie", "")), credentials if scheme.lower() == "bearer" else None]
+        tokens = [*self._cookies_in(headers.get("cookie", "")), credentials if scheme.lower() == "bearer" else None]
         if request.method == "GET":
             tokens.append(request.query.get("token"))
         if not any(map(self._is_token, tokens)):
@@ -170,12 +169,11 @@ class Page:
     def _cookie(self) -> str:
         return f"{self._cookie_name}={self._token}; Path={self._base}; HttpOnly; SameSite=Strict"
 
-    def _cookie_in(self, header: str) -> str | None:
-        try:
-            found = SimpleCookie(header).get(self._cookie_name)
-        except CookieError:
-            return None
-        return None if found is None else found.value
+    def _cookies_in(self, header: str) -> list[str]:
+        """The values of our cookie: a server at another port may have set one of its name, too, and others of any
+        shape beside it."""
+        pairs = (pair.strip().partition("=") for pair in header.split(";"))
+        return [value for name, _, value in pairs if name == self._cookie_name]
 
     async def _ask(self, request: HttpRequest) -> HttpResponse:
         """A button."""

@@ -55,6 +55,8 @@ _STATES: dict[str, State] = {
     "not begun": "new",
     "playing": "running",
 }
+_MOST_STEPS = 2**53
+"""Beyond it is no step, and no number that scripts can count to."""
 _CHANGES = "changes.jsonl"
 _FIGURES = msgspec.json.Decoder(dict[str, float | None])
 
@@ -315,13 +317,13 @@ def _line(line: bytes) -> tuple[int, Metrics] | None:
         return None
     step = metrics.pop("step", None)
     metrics.pop("version", None)
-    return None if step is None else (int(step), metrics)
+    return (int(step), metrics) if step is not None and 0 <= step < _MOST_STEPS else None
 
 
 def _summary(folder: Path) -> _Summary:
     try:
         return msgspec.json.decode((folder / "summary.json").read_bytes(), type=_Summary)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return _Summary()
 
 
@@ -340,7 +342,7 @@ def _changes(path: Path) -> Iterator[LiveChange]:
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=LiveChange)
-        except msgspec.MsgspecError:  # cut while it was written
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # cut while it was written, or damaged
             continue
 
 

@@ -81,4 +81,5 @@ class PlainSink:
         """Nothing is held open: the stream belongs to the caller."""
 
     def _say(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        encoding = self._stream.encoding or "utf-8"
+        print(line.encode(encoding, errors="backslashreplace").decode(encoding), file=self._stream, flush=True)

@@ -13,6 +13,10 @@ import msgspec
 from troupe.messages import GroupClosed, Update
 
 
+_MOST_BINS = 256
+"""Of anybody's histogram."""
+
+
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One completion with what became of it."""
 
@@ -30,7 +34,7 @@ class StepDigest(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     metrics: dict[str, float]
     rewards: tuple[float, ...] = ()
-    """Of every completion that has one."""
+    """Of every completion that has one; empty where they are too far apart, or too large, for a histogram."""
     lengths: tuple[int, ...] = ()
     """Tokens of every completion."""
     samples: tuple[Sample, ...] = ()
@@ -61,7 +65,9 @@ class Digest:
         return StepDigest(
             step=message.step,
             metrics=message.metrics,
-            rewards=tuple(r for group in groups for r in group.rewards if r is not None and math.isfinite(r)),
+            rewards=_binnable(
+                tuple(r for group in groups for r in group.rewards if r is not None and math.isfinite(r))
+            ),
             lengths=tuple(
                 len(rollout.token_ids)
                 for group in groups
@@ -101,6 +107,16 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 def _content(content: Any) -> str:
     return content if isinstance(content, str) else msgspec.json.encode(content).decode()
+
+
+def _binnable(values: tuple[float, ...]) -> tuple[float, ...]:
+    """The values, if there are floats for the edges of bins between the least and the largest; packages that make
+    histograms raise otherwise. Equal values have one bin's width of 1 about them."""
+    if not values:
+        return values
+    least, largest = min(values), max(values)
+    width = (largest - least) or 1.0
+    return values if math.ulp(max(-least, largest)) * _MOST_BINS < width < math.inf else ()
 
 
 def _spread(samples: list[Sample], most: int) -> tuple[Sample, ...]:

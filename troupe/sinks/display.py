@@ -76,6 +76,7 @@ _WIDEST_BAR, _BESIDE_A_BAR = 60, 40
 _ANSWER_LINES = 2
 _NOTHING = "–"
 _LABEL_WIDTH = 10
+_HUGE = 1e9
 _PACE_STEPS = 32
 """Newest steps that say how long the others will take."""
 _MOST_TEXT = 1000
@@ -93,7 +94,7 @@ _QUEUE_PREFIX, _QUEUE_SUFFIX = "queue/", "/depth"
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(label, formatted value) of the metrics worth a glance, in a fixed order; those absent are left out."""
-    return [(label, format(metrics[key], spec)) for key, label, spec in _LINE if key in metrics]
+    return [(label, _formatted(metrics[key], spec)) for key, label, spec in _LINE if key in metrics]
 
 
 def queue_depths(metrics: Mapping[str, float]) -> list[tuple[str, int]]:
@@ -212,7 +213,12 @@ class Display:
 
     def _panels(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         metrics = self._metrics
-        yield "reward", list(_reward_rows(metrics)) if metrics else [("reward", _NOTHING), ("± in a group", _NOTHING)]
+        yield (
+            "reward",
+            list(_reward_rows(metrics, self._encoding))
+            if metrics
+            else [("reward", _NOTHING), ("± in a group", _NOTHING)],
+        )
         for heading, rows in _PANELS.items():
             yield (
                 heading,
@@ -255,15 +261,15 @@ class Display:
         return _row("incidents", (f"{self._incidents}  ", "bold yellow"), (last, "yellow"))
 
 
-def _reward_rows(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+def _reward_rows(metrics: Mapping[str, float], encoding: str) -> Iterator[tuple[str, str]]:
     if "reward" in metrics:
-        yield "reward", f"{metrics['reward']:.3f}"
+        yield "reward", _formatted(metrics["reward"], ".3f")
     if "reward_std" in metrics:
-        yield "± in a group", f"{metrics['reward_std']:.3f}"
+        yield "± in a group", _formatted(metrics["reward_std"], ".3f")
     names = [key[len("rewards/") : -len("/mean")] for key in metrics if _is_of_a_function(key)]
     most = _MOST_REWARDS if len(names) <= _MOST_REWARDS else _MOST_REWARDS - 1
     for name in names[:most]:
-        yield visible(name), f"{metrics[f'rewards/{name}/mean']:.3f}"
+        yield visible(name, encoding), _formatted(metrics[f"rewards/{name}/mean"], ".3f")
     if names[most:]:
         yield f"and {len(names) - most} more", ""
 
@@ -274,6 +280,8 @@ def _is_of_a_function(key: str) -> bool:
 
 def _formatted(value: float, spec: str) -> str:
     spec, _, unit = spec.partition(" ")
+    if abs(value) >= _HUGE and math.isfinite(value):
+        spec = ".2e"  # of a run that diverges: all its digits would leave no room for what they are of
     return f"{value:{spec}}" + (f" {unit}" if unit else "")
 
 

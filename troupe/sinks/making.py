@@ -25,7 +25,7 @@ def make_sinks(
     folder = Path(run.folder)
     console = Console()
     makers: dict[SinkName, Callable[[], Sink]] = {
-        "console": lambda: ConsoleSink(run, console) if console.is_terminal else PlainSink(run, sys.stdout),
+        "console": lambda: ConsoleSink(run, console) if can_draw(console) else PlainSink(run, sys.stdout),
         "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", first_step=run.first_step),
         "sqlite": lambda: SqliteSink(
             folder / FILE_NAME,
@@ -43,3 +43,12 @@ def make_sinks(
         **(others or {}),
     }
     return [makers[name]() for name in config.sinks]
+
+
+def can_draw(console: Console) -> bool:
+    """Whether a display can be redrawn in place there, in letters that its encoding has."""
+    try:
+        "±–…".encode(console.encoding)
+    except UnicodeEncodeError:
+        return False
+    return console.is_terminal and not console.is_dumb_terminal

@@ -50,7 +50,7 @@ class TensorBoardSink:
         self.notes: deque[Incident] = deque()
         self._folder, self._run, self._clock = folder, run, clock
         self._digest = Digest(newest=run.first_step, samples=completions, every=completions_every)
-        self._unpacked: list[tuple[float, StepDigest]] = []
+        self._unpacked: deque[tuple[float, StepDigest]] = deque()
         self._file: AppendedFile | None = None
         self._opened = False
         self._events: Any = None
@@ -74,9 +74,9 @@ class TensorBoardSink:
         if not self._opened:
             return
         file = self._file or self._open_file()
-        for wall_s, digest in self._unpacked:
+        while self._unpacked:  # taken out first: a step that cannot be packed must not stand before all others
+            wall_s, digest = self._unpacked.popleft()
             self._add_step(file, digest, wall_s)
-        self._unpacked.clear()
         file.flush()
 
     def settle(self) -> None:

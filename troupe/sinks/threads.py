@@ -148,7 +148,7 @@ class SinkThread:
         if self._fault is None:
             self._call(self._sink.close, "close", limit=1)
         else:
-            with suppress(Exception):
+            with suppress(BaseException):
                 self._sink.close()
         self.ended.set_result(None)
         self._changed()
@@ -206,7 +206,7 @@ class SinkThread:
         self._busy_since_s = self._clock()
         try:
             function()
-        except Exception as error:
+        except BaseException as error:  # whatever a package raises, the thread must tell of it before it ends
             why = f"{type(error).__name__}: {error}"
             if self.durable and isinstance(error, OSError) and kind in ("open", "flush", "settle"):
                 self._have_trouble(why)

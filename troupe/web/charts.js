@@ -33,9 +33,9 @@
   function plain(v) {
     const size = Math.abs(v);
     if (size === 0) return "0";
-    if (size >= 1e9 || size < 1e-4) return v.toExponential(2).replace("e-", "e−").replace("e+", "e");
-    if (size >= 1e6) return `${trim((v / 1e6).toFixed(2))} M`;
-    if (size >= 1000) return Math.round(v).toLocaleString("en-US");
+    if (size >= 1e9 || size < 1e-4) return v.toExponential(2).replace("e+", "e").replaceAll("-", "−");
+    if (size >= 1e6) return `${trim((v / 1e6).toFixed(2))} M`.replace("-", "−");
+    if (size >= 1000) return Math.round(v).toLocaleString("en-US").replace("-", "−");
     return trim(v.toPrecision(4)).replace("-", "−");
   }
 
@@ -44,8 +44,8 @@
     if (size === 0) return "0 s";
     if (size < 1) return `${trim((1000 * v).toPrecision(3))} ms`;
     if (size < 120) return `${trim(v.toPrecision(3))} s`;
-    if (size < 7200) return `${Math.floor(v / 60)} min ${Math.round(v % 60)} s`;
-    return `${Math.floor(v / 3600)} h ${Math.round((v % 3600) / 60)} min`;
+    if (size < 7200) return `${Math.floor(v / 60)} min ${Math.floor(v % 60)} s`;
+    return `${Math.floor(v / 3600)} h ${Math.floor((v % 3600) / 60)} min`;
   }
 
   function gigabytes(v) {

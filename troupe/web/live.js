@@ -9,6 +9,7 @@
   const MOST_POINTS = 3000;
   const DRAW_MS = 300;
   const TALK_MS = 1500;
+  const AGAIN_MS = 5000;
   const REPORTS = / (incidents|spans)$/;
 
   const CHARTS = [
@@ -91,7 +92,7 @@
 
   const figure = (value, format = "number") => window.troupeFormat(value, format);
   const whole = (value) => value.toLocaleString("en-US");
-  const clock = (unix) => new Date(1000 * unix).toLocaleTimeString([], { hour12: false });
+  const clock = (unix) => new Date(1000 * unix).toLocaleTimeString([], { hourCycle: "h23" });
   const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
   const listed = (counts) => Object.entries(counts).map(([name, count]) => `${count} ${name}`).join(", ");
 
@@ -125,6 +126,7 @@
 
   // ---- what is shown
 
+  const SILENT = "The daemon does not answer, or has too many pages open; this page tries again. If it was started anew, open its new address.";
   const BADGES = { running: "busy", paused: "warn", held: "warn", draining: "warn", stopping: "warn", restarting: "bad", failed: "bad", ended: "good" };
 
   function showStatus() {
@@ -135,7 +137,7 @@
     document.body.classList.toggle("gone", lost || Boolean(over));
     showButtons(phase);
     if (!status) {
-      if (over) set(at("calm"), over.message);
+      if (over || lost) set(at("calm"), over ? over.message : SILENT);
       return;
     }
     const { step, total_steps: total } = status;
@@ -181,7 +183,7 @@
   function showNotes() {
     const notes = [];
     if (over) notes.push([over.well ? "" : "bad", over.message]);
-    else if (lost) notes.push(["bad", "The daemon does not answer; this page tries again. What you see is from before. If it was started anew, open its new address."]);
+    else if (lost) notes.push(["bad", `${SILENT} What you see is from before.`]);
     if (!over && status.restarting) {
       const { attempt, limit, next_try_s: wait, reason } = status.restarting;
       const goesOn = status.phase !== "restarting" && status.phase !== "starting";
@@ -339,7 +341,13 @@
     dirty.clear();
   }
 
-  document.addEventListener("visibilitychange", () => !document.hidden && draw());
+  // nobody looks: a browser has few connections to one server, and the page in front needs one for its buttons
+  document.addEventListener("visibilitychange", () => {
+    if (over) return;
+    if (document.hidden) disconnect();
+    else connect();
+    draw();
+  });
   setInterval(showTalks, TALK_MS);
 
   // ---- buttons
@@ -403,9 +411,15 @@
   // ---- what the daemon tells
 
   let source = null;
+  let retry = null;
+
+  function disconnect() {
+    clearTimeout(retry);
+    if (source) source.close();
+  }
 
   function connect() {
-    if (source) source.close();
+    disconnect();
     source = new EventSource("events");
     for (const [kind, heed] of Object.entries(heeds)) {
       source.addEventListener(kind, (event) => {
@@ -417,6 +431,7 @@
       if (over) return;
       lost = true;
       touch("status");
+      if (source.readyState === EventSource.CLOSED) retry = setTimeout(connect, AGAIN_MS); // refused: it gives up itself
     };
   }
 
