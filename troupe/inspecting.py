@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from troupe.errors import InputError, OutputError
-from troupe.report import words
 from troupe.stored_run import Choice, Overview, Query, StoredCompletion, StoredRun
 from troupe.terminal import tell
 
@@ -116,7 +115,7 @@ def show_overview(overview: Overview, folder: Path, extremes: Mapping[Choice, St
         yield Block(title="Incidents", rows=[(kind, str(n)) for kind, n in overview.incidents.items()])
     if overview.checkpoints:
         written = [
-            (f"step {found.version}", words.size(found.bytes), f"{found.seconds:.2f} s", found.folder)
+            (f"step {found.version}", _size(found.bytes), f"{found.seconds:.2f} s", found.folder)
             for found in overview.checkpoints
         ]
         yield Block(title="Checkpoints", rows=written)
@@ -196,7 +195,7 @@ def _acts(char: str) -> bool:
 def _facts(overview: Overview) -> list[tuple[str, str]]:
     groups = ", ".join(f"{count} {state}" for state, count in overview.groups.items()) or "none"
     starts = [
-        f"{words.date(start.unix_s)} after step {start.first_step} (process {start.pid}, Troupe {start.troupe})"
+        f"{_date(start.unix_s)} after step {start.first_step} (process {start.pid}, Troupe {start.troupe})"
         for start in overview.starts
     ]
     return [
@@ -242,3 +241,15 @@ def _told(value: Any) -> str:
 
 def _number(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.4g}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _date(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))

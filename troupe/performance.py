@@ -160,6 +160,8 @@ class Performance:
         try:
             threads = self._prepared.config.schedule.blas_threads
             with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
+                if self._prepared.checkpoint is not None:
+                    rewards.trust()
                 await rewards.start()
                 await self._exchange_as_before()
                 await _beside(self._run_errands, self._perform)

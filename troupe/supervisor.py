@@ -66,7 +66,7 @@ class Supervisor:
         self._rewards = rewards
         self._resume = resume
         self._allow_changes = tuple(allow_changes)
-        self._entered = self._stopping = False
+        self._entered = self._stopping = self._pausing = False
         self._requests: list[Callable[[Pipeline], None]] = []
         self._errands = Errands()
         self._ended = anyio.Event()
@@ -173,12 +173,19 @@ class Supervisor:
         """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
         return NOT_STARTED if self._performance is None else self._performance.status()
 
+    @property
+    def pausing(self) -> bool:
+        """Whether `pause` was asked for last, and not `resume`: the status says so when it is heeded, a moment later."""
+        return self._pausing
+
     def pause(self) -> None:
         """Ask that no step is begun until `resume`; steps begun are finished."""
+        self._pausing = True
         self._ask(lambda pipeline: pipeline.control.send_nowait(Pause()))
 
     def resume(self) -> None:
         """Ask a paused run to go on."""
+        self._pausing = False
         self._ask(lambda pipeline: pipeline.control.send_nowait(Resume()))
 
     def step(self, n: int = 1) -> None:

@@ -47,6 +47,10 @@ class FakeRun:
         self.paused = paused
         self.ends = anyio.Event()
 
+    @property
+    def pausing(self) -> bool:
+        return self.paused
+
     def status(self) -> Status:
         return Status(
             phase="paused" if self.paused else "running",

@@ -32,7 +32,8 @@ from troupe.messages import (
 class Run:
     """Remembers what it was asked."""
 
-    def __init__(self, phase: Phase = "running") -> None:
+    def __init__(self, phase: Phase = "running", *, pausing: bool = False) -> None:
+        self.pausing = pausing
         self._status = msgspec.structs.replace(STATUS, phase=phase)
         self.asked: list[tuple[Any, ...]] = []
 
@@ -81,17 +82,26 @@ def test_requests_are_passed_on(request_: Request, asked: tuple[Any, ...]) -> No
     assert run.asked == [asked]
 
 
-@pytest.mark.parametrize("phase", ["paused", "starting"])
-def test_a_paused_run_goes_by_steps(phase: Phase) -> None:
-    run = Run(phase)
+@pytest.mark.parametrize("phase", ["paused", "starting", "held", "running"])
+def test_a_paused_run_goes_by_steps_also_where_the_pause_is_not_heeded_yet(phase: Phase) -> None:
+    run = Run(phase, pausing=True)
     assert answer(run, Step(steps=3)) == Done(message="3 more will be begun, and then no further one")
     assert run.asked == [("step", 3)]
 
 
-def test_one_that_is_not_paused_does_not() -> None:
-    run = Run("running")
+@pytest.mark.parametrize(
+    ("phase", "pausing", "now"),
+    [
+        ("running", False, "running"),
+        ("starting", False, "starting"),
+        ("paused", False, "going on"),
+        ("draining", True, "draining"),
+    ],
+)
+def test_one_that_is_not_paused_does_not(phase: Phase, pausing: bool, now: str) -> None:
+    run = Run(phase, pausing=pausing)
     assert answer(run, Step()) == Refused(
-        message="the run is running, not paused: pause it first, then it goes by steps"
+        message=f"the run is {now}, not paused: pause it first, then it goes by steps"
     )
     assert run.asked == []
 

@@ -215,3 +215,31 @@ def _drain(tab: Tab, daemon: Daemon) -> None:
     assert daemon.process.wait(PATIENCE_S) == 0
     assert not (daemon.folder / "page.url").exists()
     assert tab.page.locator("#buttons button:not([disabled])").count() == 0
+
+
+def test_a_page_that_is_refused_or_out_of_sight_comes_back(tmp_path: Path, browser: Any) -> None:
+    with a_daemon(tmp_path / "out") as daemon:
+        tab = Tab(browser.new_page())
+        asked: list[str] = []
+
+        def refuse_the_first(route: Any) -> None:
+            asked.append(route.request.url)
+            if len(asked) == 1:
+                route.fulfill(status=503, body="16 pages are open already")
+            else:
+                route.continue_()
+
+        tab.page.route("**/events", refuse_the_first)
+        gone: list[str] = []
+        tab.page.on("requestfailed", lambda request: gone.append(request.url))
+        tab.page.goto(daemon.address)
+        tab.phase_is("running")
+        assert len(asked) == 2
+        turn = "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
+        turn += " document.dispatchEvent(new Event('visibilitychange')); }"
+        tab.page.evaluate(turn, True)
+        tab.see(lambda: gone == asked[1:])
+        step = tab.step
+        tab.page.evaluate(turn, False)
+        tab.see(lambda: tab.step > step)
+        assert len(asked) == 3

@@ -109,6 +109,7 @@ def test_what_a_dead_owner_left_gives_way(tmp_path: Path) -> None:
     stale.close()
     (tmp_path / ".cabcdefgh").mkdir()
     (tmp_path / ".cabcdefgh" / "s").write_text("")
+    (tmp_path / PAGE).write_text("http://127.0.0.1:1/?token=of-a-page-that-is-gone")
     place = Place(tmp_path)
     place.take()
     with place.listen():

@@ -45,6 +45,8 @@ def test_tsv_values_are_parted_by_tabs(tmp_path: Path) -> None:
         ("prompt,answer\na,1\nb,2,3\n", "a.csv:3: 3 values, but the header names 2 columns"),
         ('prompt,answer\n"a\nb",1\nc\n', "a.csv:4: 1 values, but the header names 2 columns"),
         ("prompt,a,a\nx,1,2\n", "a.csv:1: two columns are called 'a'"),
+        ("prompt;a\nx;1\n", "a.csv:1: .* semicolons between .* are separated by commas; save it with commas"),
+        ("prompt\ta\nx\t1\n", "a.csv:1: .* tabs between .* are separated by commas; name the file .tsv"),
         ('prompt\n"a" b\n', "a.csv:2: the row starting here cannot be read"),
         ('prompt\nx\n"a\n\n', "a.csv:3: the row starting here cannot be read: unexpected end of data"),
         (b"prompt\n\xff\n", "a.csv:2: byte 0xff is not UTF-8"),

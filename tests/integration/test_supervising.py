@@ -16,8 +16,9 @@ from tests.fakes import same_bits, tiny_config, weigh_ids
 from tests.integration.runs import STORED, column, completions, incidents, lines, names_in, play, policy_of, summary
 from troupe import Supervisor
 from troupe.checkpoint import list_checkpoints
+from troupe.daemon.answers import answer
 from troupe.errors import ConfigError, DatasetError, OutputError
-from troupe.messages import Status
+from troupe.messages import Done, Pause, Refused, Resume, Status, Step
 
 pytestmark = pytest.mark.anyio
 
@@ -86,6 +87,19 @@ async def test_who_stops_listening_does_not_stop_the_run(tmp_path: Path, ragged_
             break
     assert run.result.complete
     assert same_bits(policy_of(run.folder), policy_of(plain))
+
+
+async def test_a_step_may_be_asked_for_right_after_the_pause(tmp_path: Path, ragged_model: Path) -> None:
+    refused = Refused(message="the run is going on, not paused: pause it first, then it goes by steps")
+    async with Supervisor(config_in(ragged_model, tmp_path), [weigh_ids]) as run:
+        await until(lambda: run.status().phase == "running")
+        answers = [answer(run, request) for request in (Pause(), Step())]  # nothing runs in between
+        assert run.status().phase == "running", "the pause is not heeded yet"
+        assert [type(one) for one in answers] == [Done, Done]
+        await until(lambda: run.status().phase == "paused")
+        answer(run, Resume())
+        assert (run.status().phase, answer(run, Step())) == ("paused", refused)
+    assert run.result.complete
 
 
 async def test_pausing_stepping_and_going_on_change_nothing_that_is_learned(

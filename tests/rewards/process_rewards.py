@@ -21,6 +21,10 @@ async def later(completions: list[str]) -> list[float]:
     return [0.5] * len(completions)
 
 
+def misspelled(completions: list[str]) -> list[float]:
+    return [len(completion.textt) for completion in completions]  # type: ignore[attr-defined]
+
+
 def acts(completions: list[str]) -> list[float]:
     """Does what the completions say."""
     for completion in completions:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
 from tests.fakes import make_group, make_prompt
+from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig
 from troupe.rewards.attempts import Fault
@@ -188,3 +190,85 @@ async def test_cancelled_calls_leave_the_reward_down_and_the_next_one_tries() ->
         judge.up = True
         result = await manager.score_group(make_group(make_prompt(0, 0)))
         assert (result.scores["judge"], manager.down) == ((0.0, 1.0, 2.0), {})
+
+
+def scoring(*outcomes: BaseException | None) -> Any:
+    """A reward that fails so, call by call, and works where it is None; the last one stays."""
+    left = list(outcomes)
+
+    async def reward(completions: list[str], **_: Any) -> list[float]:
+        error = left.pop(0) if len(left) > 1 else left[0]
+        if error is not None:
+            raise error
+        return [1.0] * len(completions)
+
+    return reward
+
+
+async def scored(manager: RewardManager, groups: int) -> None:
+    for place in range(groups):
+        await manager.score_group(make_group(make_prompt(0, place, batch_size=9)))
+
+
+IMPATIENT = RewardsConfig(retries=0, breaker_failures=3, breaker_max_wait_s=0.001)
+BY_CODE = [NameError("x"), AttributeError("x"), TypeError("x"), KeyError("x"), IndexError("x"), ImportError("x")]
+
+
+@pytest.mark.parametrize("error", [*BY_CODE, ExceptionGroup("x", [TypeError("x"), KeyError("x")])], ids=repr)
+async def test_a_reward_that_never_worked_and_whose_code_is_wrong_ends_the_run(error: Exception) -> None:
+    manager, told = RewardManager(scoring(error), config=IMPATIENT), list[Incident]()
+    manager.listen(told.append)
+    with anyio.fail_after(30), pytest.raises(RewardError) as raised:
+        await scored(manager, 3)
+    assert str(raised.value).startswith(
+        "reward reward has not worked once, and its first 3 calls failed by errors of its code, the last one by "
+        + type(error).__name__
+    )
+    assert str(raised.value).endswith(f"{Path(__file__).name}:{_line_of_raise()}); correct it and start again")
+    assert (told, manager.down) == ([], {})
+
+
+def _line_of_raise() -> int:
+    lines = Path(__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line == "            raise error")
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        (ConnectionError("away"),),
+        (TypeError("x"), ConnectionError("away"), TypeError("x")),  # not all by its code
+        (None, TypeError("x")),  # it has worked
+    ],
+    ids=repr,
+)
+async def test_otherwise_it_is_waited_for(outcomes: tuple[BaseException | None, ...]) -> None:
+    manager = RewardManager(scoring(*outcomes), config=IMPATIENT)
+    await held_by(manager)
+
+
+async def held_by(manager: RewardManager) -> None:
+    async with manager, anyio.create_task_group() as tasks:
+        tasks.start_soon(scored, manager, 5)
+        await until(lambda: bool(manager.down))
+        tasks.cancel_scope.cancel()
+
+
+async def test_wrong_code_that_takes_over_or_has_worked_in_an_earlier_start_is_waited_for() -> None:
+    wrong = scoring(TypeError("x"))
+    manager = RewardManager(scoring(None), config=IMPATIENT)
+    await manager.exchange("reward", wrong)
+    await held_by(manager)
+    manager = RewardManager(wrong, config=IMPATIENT)
+    manager.trust()
+    await held_by(manager)
+
+
+async def test_it_is_the_same_for_what_is_called_once_a_sample() -> None:
+    class Wrong(RewardActor):
+        async def score(self, sample: RewardSample) -> float:
+            return sample.columns["no such column"]  # type: ignore[no-any-return]
+
+    with pytest.raises(RewardError, match="reward Wrong has not worked once, and its first 3 calls failed"):
+        async with RewardManager(Wrong(), config=IMPATIENT) as manager:
+            await scored(manager, 1)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
+
 from tests.sinks.steps import closed, update
 from troupe.messages import GroupClosed, Incident, Slot
 from troupe.sinks.digest import Digest, prompt_text, samples_of
@@ -23,6 +25,27 @@ def test_a_step_has_what_its_groups_say_one_by_one() -> None:
     following = digest.take(update(2))
     assert following is not None
     assert (following.rewards, following.lengths, following.samples) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kept"),
+    [
+        ((0.5, 0.5, 0.5), True),
+        ((-3.0, 0.0, 1e6), True),
+        ((0.0, 1e300), True),
+        ((1e-320, 0.0), True),
+        ((1e39, 1e39), False),
+        ((1e16, 1e16 + 2), False),
+        ((1e308, -1e308), False),
+    ],
+)
+def test_rewards_of_which_no_histogram_can_be_made_are_left_out(rewards: tuple[float, ...], kept: bool) -> None:
+    digest = Digest()
+    digest.take(closed(1, texts=tuple("abc"[: len(rewards)]), rewards=rewards))
+    told = digest.take(update(1))
+    assert told is not None
+    assert told.rewards == (rewards if kept else ())
+    assert len(told.lengths) == len(rewards)
 
 
 def test_samples_go_from_the_best_to_the_worst() -> None:

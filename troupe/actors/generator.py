@@ -11,7 +11,7 @@ import anyio
 
 from troupe.learning import as_rollouts
 from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup
-from troupe.policy import RolloutEngine, RolloutRequest, Weights
+from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest, Weights
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, PolicyBoard, Reporter
 
 
@@ -136,7 +136,8 @@ class Generator(Actor):
     async def _decode(self, prompts: Sequence[Prompt], step: int | None) -> None:
         requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=self._key(prompt)) for prompt in prompts]
         with self.report.span("generate", step=step):
-            async with self._device.iterate(self._completed(requests), on_leave=self._engine.abort) as completed:
+            decoded = self._engine.decode_lists(requests)  # before anybody can leave: it forgets an abort
+            async with self._device.iterate(self._completed(decoded), on_leave=self._engine.abort) as completed:
                 while ready := await completed.next():
                     for name, start_s, end_s in ready.computed:
                         self.report.record(name, start_s, end_s, step=step)
@@ -144,11 +145,11 @@ class Generator(Actor):
                         await self._hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))
             self._engine.release()  # the next step has other weights, and the learner needs room
 
-    def _completed(self, requests: Sequence[RolloutRequest]) -> Iterator[_Ready]:
+    def _completed(self, decoded: Iterator[list[CompletedGroup]]) -> Iterator[_Ready]:
         """Groups as they are completed, texts included; for the device's thread."""
         computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
-        for groups in self._engine.decode_lists(requests):
+        for groups in decoded:
             end_s = time.perf_counter()
             computed.append(("decode" if groups else "prefill", start_s, end_s))
             if groups:

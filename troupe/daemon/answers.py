@@ -26,6 +26,9 @@ from troupe.messages import (
 class Run(Protocol):
     """What is asked of a Supervisor; all of it returns at once."""
 
+    @property
+    def pausing(self) -> bool: ...
+
     def status(self) -> Status: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -51,8 +54,9 @@ def answer(run: Run, request: Request) -> Reply:
             run.resume()
             return Done(message="steps will be begun again")
         case Step():
-            if status.phase not in ("paused", "starting"):
-                return Refused(message=f"the run is {status.phase}, not paused: pause it first, then it goes by steps")
+            if not run.pausing or status.phase in ("draining", "stopping"):
+                now = "going on" if status.phase == "paused" else status.phase  # a resume may not be heeded yet
+                return Refused(message=f"the run is {now}, not paused: pause it first, then it goes by steps")
             run.step(request.steps)
             return Done(message=f"{request.steps} more will be begun, and then no further one")
         case Checkpoint():

@@ -14,7 +14,7 @@ from troupe.daemon.chronicle import Chronicle
 from troupe.daemon.daemon import Daemon
 from troupe.daemon.logs import LOGGER, logging_into
 from troupe.daemon.orders import Order
-from troupe.daemon.place import LOG, remove_address
+from troupe.daemon.place import LOG
 from troupe.daemon.player import Child
 from troupe.daemon.server import ControlServer
 from troupe.errors import InputError, OutputError, RunError
@@ -58,7 +58,6 @@ async def _serve(order: Order, trainer: str) -> int:
         async with ControlServer(order.output, daemon.answer) as server, AsyncExitStack() as stack:
             if server.unavailable is not None:
                 LOGGER.warning(server.unavailable)
-            remove_address(order.output)  # a daemon that was killed has left it
             if chronicle is not None:
                 await chronicle.read(order.output)
                 await stack.enter_async_context(_page(daemon, chronicle, order))

@@ -140,8 +140,9 @@ class Place:
             private = None if path is None else path.parent
             if private and private.name.startswith(_PRIVATE) and private.lstat().st_uid == os.geteuid():
                 shutil.rmtree(private, ignore_errors=True)
-        with suppress(OSError):
-            (self._folder / POINTER).unlink()
+        for name in (POINTER, PAGE):
+            with suppress(OSError):
+                (self._folder / name).unlink()
 
     def _listen_at(self, path: Path) -> socket.socket:
         """The socket is made where nobody else can go, and takes its place when its mode is set."""

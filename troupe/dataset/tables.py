@@ -16,6 +16,9 @@ from troupe.dataset.files import read_bytes, read_text
 from troupe.errors import DatasetError
 
 
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
+
+
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line and columns of each row; the first row names the columns, and every value is text.
 
@@ -32,7 +35,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not values:
                 continue
             if names is None:
-                names = _checked_names(values, path, start)
+                names = _checked_names(values, path, start, separator)
             elif len(values) != len(names):
                 raise DatasetError(
                     f"{path}:{start}: {len(values)} values, but the header names {len(names)} columns; put values that "
@@ -44,7 +47,14 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise DatasetError(f"{path}:{line}: the row starting here cannot be read: {error}; correct it") from None
 
 
-def _checked_names(names: list[str], path: Path, line: int) -> list[str]:
+def _checked_names(names: list[str], path: Path, line: int, separator: str) -> list[str]:
+    others = {other: kind for other, kind in _SEPARATORS.items() if other != separator}
+    if len(names) == 1 and (other := next((other for other in others if other in names[0]), None)):
+        remedy = "name the file .tsv" if other == "\t" else f"save it with {_SEPARATORS[separator]}"
+        raise DatasetError(
+            f"{path}:{line}: the first line has {others[other]} between the names of the columns, but columns of a "
+            f"{path.suffix} file are separated by {_SEPARATORS[separator]}; {remedy}"
+        )
     names = [name.strip() for name in names]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"{path}:{line}: two columns are called {repeated[0]!r}; the first line names the columns")

@@ -29,6 +29,8 @@ class Fault(msgspec.Struct, frozen=True):
 
     kind: FaultKind
     message: str
+    by_code: bool = False
+    """Whether it is an error that wrong code makes, and hardly ever a service that is away."""
 
 
 def backoff_s(attempt: int, jitter: float) -> float:
@@ -81,7 +83,7 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
             except BaseException as error:
                 if not is_own_failure(error):
                     raise
-                return late if scope.cancel_called else Fault("reward_error", described(error))
+                return late if scope.cancel_called else Fault("reward_error", described(error), is_by_code(error))
         return late
 
 
@@ -93,6 +95,13 @@ def is_own_failure(error: BaseException) -> bool:
         # Code that awaits a task cancelled elsewhere raises the same class without anybody cancelling us.
         return anyio.current_effective_deadline() != -math.inf
     return not isinstance(error, (KeyboardInterrupt, GeneratorExit))
+
+
+def is_by_code(error: BaseException) -> bool:
+    """Whether an error is of a kind that wrong code makes: a name, attribute, key, type or import that is not right."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_by_code(inner) for inner in error.exceptions)
+    return isinstance(error, (NameError, AttributeError, TypeError, LookupError, ImportError))
 
 
 def described(error: BaseException) -> str:

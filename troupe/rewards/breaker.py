@@ -3,6 +3,7 @@
 The n-th call in a row that fails after its retries *opens* the breaker. It does not fail itself: it waits and tries
 again, as do all that come after it and those that were under way, so that nothing is lost from then on. They take
 turns, so that a call that can never succeed does not hide that others would. The first success *closes* the breaker.
+Where no call has ever succeeded and all failed by errors of the code, nothing would come of waiting: that is raised.
 Knows nothing of what is called.
 """
 
@@ -33,6 +34,14 @@ class Exchanged(Exception):  # noqa: N818 - no error: a call that waited is to b
     """The reward was replaced by another one while the call waited for it to be back."""
 
 
+class NeverWorked(Exception):  # noqa: N818 - said with the reward's name by who knows it
+    """No call has ever succeeded, and those that would open the breaker all failed by errors of the code."""
+
+    def __init__(self, calls: int, fault: Fault) -> None:
+        super().__init__(fault.message)
+        self.calls, self.fault = calls, fault
+
+
 class Breaker:
     """Shared by all calls of one reward, of which `places` says how many are made at once.
 
@@ -52,6 +61,8 @@ class Breaker:
         self._changed = changed
         self._jitter = jitter
         self._failures = 0
+        self._only_code = True
+        """Whether all of these failed by errors of the code."""
         self._tries = 0
         self._turn = anyio.Lock()
         self._moved = anyio.Event()
@@ -59,6 +70,8 @@ class Breaker:
         self._retired = False
         self.why: str | None = None
         """The newest fault while it is open; None: the service is taken to be up."""
+        self.proven = False
+        """Whether it has worked, or calls are to wait even if it never has."""
 
     async def run(
         self, call: Callable[[], Awaitable[T | Fault]], attempt: Callable[[], Awaitable[T | Fault]]
@@ -69,6 +82,7 @@ class Breaker:
 
         Raises:
             Exchanged: where the reward was retired while the call waited.
+            NeverWorked: in place of opening.
             Whatever the call raises, and then nothing is counted.
         """
         while True:
@@ -124,7 +138,7 @@ class Breaker:
         return longest * (0.5 + 0.5 * self._jitter())
 
     def _succeeded(self) -> None:
-        self._failures = 0
+        self._failures, self._only_code, self.proven = 0, True, True
         if self.why is not None:
             self.why = None
             self._moved.set()
@@ -134,8 +148,11 @@ class Breaker:
         """Count it; whether the call has failed, as opposed to having to wait."""
         if self.why is None:
             self._failures += 1
+            self._only_code = self._only_code and fault.by_code
             if not self._limits.failures or self._failures < self._limits.failures:
                 return True
+            if self._only_code and not self.proven:
+                raise NeverWorked(self._failures, fault)
             self.why, self._since_s, self._tries, self._failures = fault.message, time.perf_counter(), 0, 0
             self._moved = anyio.Event()
             if self._retired:

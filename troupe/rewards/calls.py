@@ -36,6 +36,8 @@ class Raised(msgspec.Struct, frozen=True, tag=True):
     """Child → parent: the call failed."""
 
     message: str
+    by_code: bool = False
+    """As a fault's."""
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):

@@ -1,8 +1,9 @@
 """RewardManager: every reward of a group at once, each call with timeout and retries, combined by weights.
 
 A call that raises, hangs or gives NaN makes a *missing* score (None) and an incident, never a 0. Only code that
-breaks the convention (wrong length, wrong type, missing column) ends the run. A reward of which one call after the
-other fails is *down*: its calls then wait (`breaker.py`). Knows nothing of advantages or channels.
+breaks the convention (wrong length, wrong type, missing column), or has never worked and cannot, ends the run. A reward
+of which one call after the other fails is *down*: its calls then wait (`breaker.py`). Knows nothing of advantages or
+channels.
 """
 
 from __future__ import annotations
@@ -134,6 +135,11 @@ class RewardManager:
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once, with an incident, whenever `down` changes; it must not raise."""
         self._listener = listener
+
+    def trust(self) -> None:
+        """Take it that the rewards have worked before: one whose code fails is then waited for, as a service is."""
+        for seat in self._seats.values():
+            seat.now.runner.breaker.proven = True
 
     def check_columns(self, columns: Set[str]) -> None:
         """Refuse rewards that require a column which the dataset lacks; to be called before sampling.
@@ -294,7 +300,8 @@ class RewardManager:
         reward.
 
         Raises:
-            RewardError: for a reward that breaks the convention.
+            RewardError: for a reward that breaks the convention, or one that has not worked once and whose code is at
+                fault when it would be taken to be down.
         """
         return await self._score(_batch(group, trainer_state, in_run=True), report or Reporter("scorer"))
 

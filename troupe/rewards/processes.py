@@ -205,7 +205,7 @@ class ProcessRunner(Runner):
         if isinstance(reply, Broken):
             raise RewardError(reply.message)
         if isinstance(reply, Raised):
-            return Fault("reward_error", reply.message)
+            return Fault("reward_error", reply.message, reply.by_code)
         return _read(reply, batch.size)
 
     async def _new_worker(self) -> Worker:

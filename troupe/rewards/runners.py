@@ -18,7 +18,7 @@ from troupe.errors import RewardError
 from troupe.messages import Slot
 from troupe.rewards.actor import RewardActor, RewardSample
 from troupe.rewards.attempts import Attempts, Fault, Pace, described, is_own_failure
-from troupe.rewards.breaker import Breaker
+from troupe.rewards.breaker import Breaker, NeverWorked
 from troupe.rewards.functions import (
     Reward,
     RewardFunction,
@@ -162,7 +162,13 @@ class Runner(ABC):
         self, batch: Batch, call: Callable[[], Awaitable[Any]], attempt: Callable[[], Awaitable[Any]]
     ) -> Any:
         if batch.patient:
-            return await self.breaker.run(call, attempt)
+            try:
+                return await self.breaker.run(call, attempt)
+            except NeverWorked as never:
+                raise RewardError(
+                    f"reward {self.name} has not worked once, and its first {never.calls} calls failed by errors of "
+                    f"its code, the last one by {never.fault.message}; correct it and start again"
+                ) from None
         async with self._places:
             return await call()
 

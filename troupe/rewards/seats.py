@@ -33,7 +33,9 @@ class Seat:
         return self.now if sitting.runner.breaker.why is not None else sitting  # none waits for one that was replaced
 
     def take(self, sitting: Sitting) -> None:
-        """Another one has the seat now; who had it must be kept in `before` as long as it has work."""
+        """Another one has the seat now; who had it must be kept in `before` as long as it has work. Where the new one
+        does not work the run waits for yet another, and goes on."""
+        sitting.runner.breaker.proven = True
         self.now = sitting
         self._history.append((sitting.first_step, sitting.version, sitting.spec))
 

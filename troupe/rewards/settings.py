@@ -41,7 +41,8 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds that an actor's `start`, or a process with what it loads, may take."""
     breaker_failures: Annotated[int, msgspec.Meta(ge=0)] = 8
     """Calls in a row that fail after their retries (an error, a timeout, a dead process) before a reward is taken to be
-    down: from then on its calls wait and no step is begun, until one succeeds. 0: never."""
+    down: from then on its calls wait and no step is begun, until one succeeds. Where none ever has, and all
+    failed by errors of the code, the run ends. 0: never."""
     breaker_max_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """Longest time between two tries whether a reward that is down is back."""
     min_scored: Annotated[int, msgspec.Meta(ge=1)] = 2

@@ -12,7 +12,7 @@ import msgspec
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.attempts import described
+from troupe.rewards.attempts import described, is_by_code
 from troupe.rewards.calls import Broken, Call, Raised, Ready, Scores
 from troupe.rewards.functions import RewardFunction, RewardLog, Signature, checked_scores
 from troupe.rewards.loading import load_reward
@@ -64,7 +64,7 @@ async def _answer(function: RewardFunction, signature: Signature, call: Call) ->
     except anyio.get_cancelled_exc_class():
         return _ENCODER.encode(Raised("the call was cancelled by itself"))
     except BaseException as error:  # a SystemExit is the reward's own failure
-        return _ENCODER.encode(Raised(described(error)))
+        return _ENCODER.encode(Raised(described(error), is_by_code(error)))
 
 
 if __name__ == "__main__":

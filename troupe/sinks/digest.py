@@ -12,7 +12,6 @@ import msgspec
 
 from troupe.messages import GroupClosed, Update
 
-
 _MOST_BINS = 256
 """Of anybody's histogram."""
 
