@@ -56,7 +56,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Micro-batches that the learner differentiates at a time, each on a core of its own with one thread of OpenBLAS;
     at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as `blas_threads`
     if the work is worth it, but 1 where the generator works in the same process meanwhile. On a GPU it is always 1.
-    Give 1 where several runs play in one process and are to be reproducible: the threads of OpenBLAS are the process's."""
+    Give 1 where several runs play in one process and are to be reproducible: OpenBLAS belongs to all of them."""
     watchdog_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     """Seconds without movement after which an incident says who waits for what; 0: never."""
 
