@@ -326,6 +326,14 @@ def test_a_lock_file_that_vanishes_again_and_again(tmp_path: Path, monkeypatch: 
         RunFolder.take(config_of(tmp_path), resume=False)
 
 
+def test_the_commands_that_are_named_can_be_given_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    first = RunFolder.take(config_of(folder), resume=False)
+    with pytest.raises(OutputError, match=f"troupe status '{folder}'.*troupe stop '{folder}'"):
+        RunFolder.take(config_of(folder), resume=False)
+    first.leave()
+
+
 @pytest.mark.usefixtures("no_locks")
 def test_without_locks_another_machine_s_owner_is_believed(tmp_path: Path) -> None:
     leave_file(tmp_path, host="elsewhere", pid=77)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def _refusal(folder: Path, owner: Owner | None) -> str:
         who = f"another run, process {owner.pid}, is writing in this folder"
     else:
         who = f"another run, process {owner.pid} on the machine {owner.host}, is writing in this folder, or was killed"
-    remedy = f"wait until it has ended (troupe status {folder}), end it (troupe stop {folder}), or give another folder"
+    named = shlex.quote(str(folder))
+    remedy = f"wait until it has ended (troupe status {named}), end it (troupe stop {named}), or give another folder"
     if owner is not None and not owner.is_here:
         remedy += f"; if it is dead, remove {folder / LOCK}"
     return f"{folder}: {who}; {remedy}"

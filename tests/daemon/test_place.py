@@ -141,6 +141,16 @@ def test_one_place_one_owner(tmp_path: Path) -> None:
     second.leave()
 
 
+def test_the_command_that_is_named_can_be_given_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    place = Place(folder)
+    place.take()
+    with pytest.raises(OutputError, match=f"troupe status '{folder}'$"):
+        Place(folder).take()
+    place.leave()
+
+
 @pytest.mark.slow
 def test_who_comes_later_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     refuse_where_served(tmp_path / "nowhere")

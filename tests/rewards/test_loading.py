@@ -133,8 +133,8 @@ def test_a_file_imports_its_neighbours_and_its_folder_comes_last(tmp_path: Path)
     [
         ("lenght", r"reward 'lenght' is unknown \(did you mean length\?\); give length, diversity"),
         ("format", "is unknown"),
-        ("mine.py", "is unknown"),
-        ("mine.py:", "is unknown"),
+        ("mine.py", "reward 'mine.py' names a file and nothing in it; write mine.py:NAME"),
+        ("mine.py:", "reward 'mine.py:' names a file and nothing in it; write mine.py:NAME"),
         (":kind", "is unknown"),
         ("mine.txt:kind", r"mine\.txt: reward code is a \.py file, not '\.txt'"),
         ("no.py:kind", r"no\.py: no such file"),

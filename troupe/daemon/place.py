@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import struct
@@ -92,7 +93,7 @@ class Place:
             who = "" if error.owner is None else f" (process {error.owner.pid})"
             raise OutputError(
                 f"{self._folder}: a daemon or another trainer is there already{who}; "
-                f"ask it what it does: troupe status {self._folder}"
+                f"ask it what it does: troupe status {shlex.quote(str(self._folder))}"
             ) from None
         self._lock = lock
         self._clear_away()

@@ -15,7 +15,6 @@ from troupe.dataset.extras import optional
 from troupe.dataset.files import read_bytes, read_text
 from troupe.errors import DatasetError
 
-
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 
 

@@ -76,6 +76,8 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
         return load_reasoning_gym_reward()
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
+        if kind.endswith(".py"):
+            raise RewardError(f"reward {spec!r} names a file and nothing in it; write {kind}:NAME")
         known = [*BUILTIN, *NUMBERED, "format", "math_verify", "reasoning_gym"]
         raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, known)}; {_FORMS}")
     if _is_module(file):
