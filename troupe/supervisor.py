@@ -175,7 +175,7 @@ class Supervisor:
 
     @property
     def pausing(self) -> bool:
-        """Whether `pause` was asked for last, and not `resume`; the status says so when it is heeded."""
+        """Whether `pause` was asked for last, not `resume`; the status says so a moment later, when it is heeded."""
         return self._pausing
 
     def pause(self) -> None:

@@ -134,6 +134,25 @@ async def test_a_run_that_is_cut_after_every_step_is_the_run_that_was_not(
     assert in_store(run, "SELECT count(*) FROM starts") == [(4,)]
 
 
+@pytest.mark.anyio
+async def test_a_reward_that_is_wrong_only_since_the_resume_holds_the_run_and_does_not_end_it(
+    tmp_path: Path, ragged_model: Path
+) -> None:
+    def weigh_ids(completions: list[str], **_: Any) -> list[float]:
+        raise TypeError("mended badly")
+
+    run = await cut(ragged_model, tmp_path, "stop", 2)
+    changes = {"rewards": {"breaker_failures": 1, "retries": 0}}
+    config = troupe.load_config(run / "run.toml", [changes])
+    allowed = ["rewards.breaker_failures", "rewards.retries"]
+    async with Supervisor(config, [weigh_ids], resume=True, allow_changes=allowed) as again:
+        with anyio.fail_after(60):
+            while not again.status().rewards_down:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        again.stop()
+    assert again.result.steps == 2
+
+
 def test_where_every_checkpoint_is_damaged_the_run_says_so_and_begins_again(
     tmp_path: Path, ragged_model: Path, whole: Path
 ) -> None:
