@@ -158,7 +158,7 @@ class _Fixed(NamedTuple):
     entropy_threshold: mx.array | None
     entropy_coef: float
     """Weight of the entropy bonus in force."""
-    streams: Sequence[mx.Stream]
+    streams: Sequence[mx.Stream] = ()
 
 
 def train_on_batch(
@@ -268,7 +268,7 @@ def _prepare(
         entropy_tokens=entropy_tokens,
         max_completion_length=max_completion_length,
     )
-    return micros, _Fixed(config, log_probs_fn, normalizer, threshold, config.entropy_coef, ())
+    return micros, _Fixed(config, log_probs_fn, normalizer, threshold, config.entropy_coef)
 
 
 def _gradients(

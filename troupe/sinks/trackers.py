@@ -8,6 +8,7 @@ are told by the next one, out of metrics.jsonl.
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Tracked(msgspec.Struct, frozen=True, kw_only=True):
     """The newest step that was there when a start began, or had ended well."""
 
 
-class _Tracker:
+class _Tracker(ABC):
     """What both have in common."""
 
     name: str
@@ -85,15 +86,17 @@ class _Tracker:
     def _new_id(self) -> str:
         return secrets.token_hex(4)
 
+    @abstractmethod
     def _begin(self, name: str, *, goes_on: bool) -> Any:
-        raise NotImplementedError
+        """Begin there under a name, or go on with what has it."""
 
     def _newest_there(self) -> int:
         """The newest step that was told before; where the tracker itself says so, it knows better than our file."""
         return self._tracked.step
 
+    @abstractmethod
     def _tell(self, digest: StepDigest) -> None:
-        raise NotImplementedError
+        """Tell of a step that has ended."""
 
 
 class WandbSink(_Tracker):
