@@ -2,9 +2,11 @@ r"""How long does a whole GRPO step take, over what TRL and mlx-lm-lora take for
 
     python -m benchmarks.bench_vs_step --trl-python trl/bin/python --mlx-lm-lora-python lora/bin/python \
         [--prompts 4 --group 8 --prompt-tokens 64 --new-tokens 128 --steps 3 --rounds 3] [--max-staleness 0]
+    python -m benchmarks.bench_vs_step --model Qwen3-0.6B --dtype bfloat16 --prompts 32 --prompt-tokens 128 \
+        --new-tokens 256 --steps 8 [--memory-limit 24]
 
-A random Qwen3-shaped policy of 8.9 million float32 parameters on the CPU; generate, score, learn, all weights trained,
-no reference policy. Each round runs every side once, in a process of its own with as many threads as it takes: ours is
+A random Qwen3-shaped policy, by default of 8.9 million float32 parameters on the CPU; generate, score, learn, all
+weights trained, no reference policy. Without peers it times our side alone. Each round runs every side once, in a process of its own with as many threads as it takes: ours is
 a whole `Supervisor` run, TRL's the real GRPOTrainer (transformers generates; no gradient checkpointing, which is
 faster), mlx-lm-lora's the real train_grpo. One id of 4,096 ends a completion, so nearly all run to their limit. The
 interpreters: `python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0`, and `python -m venv lora &&
@@ -36,7 +38,7 @@ import msgspec
 import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import TINY
 from troupe.config import DEMO_CONFIG, write_config
-from troupe.policy import Tokenizer, parameter_count, random_policy
+from troupe.policy import DTYPES, PRESETS, Qwen3Config, Tokenizer, parameter_count, random_policy
 
 HERE = Path(__file__).parent
 
@@ -46,10 +48,16 @@ def varied(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 17 / 17 for ids in completion_ids]
 
 
+def shape_of(args: argparse.Namespace) -> Qwen3Config:
+    """The shape of the policy that all sides train."""
+    return TINY if args.model == "tiny" else PRESETS[args.model]
+
+
 def write_inputs(folder: Path, args: argparse.Namespace) -> None:
     """What all sides read: a model folder with the demo's tokenizer, our config, and a job for the others."""
     model = folder / "policy"
-    random_policy(msgspec.structs.replace(TINY, eos_token_id=(4095,))).save(model)
+    policy = shape_of(args)
+    random_policy(msgspec.structs.replace(policy, eos_token_id=(policy.vocab_size - 1,)), dtype=args.dtype).save(model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_CONFIG.parent / "policy" / name, model / name)
     dice = random.Random(0)
@@ -64,7 +72,7 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
     generation = {"num_generations": args.group, "max_completion_length": args.new_tokens}
     table: dict[str, Any] = {
         "output": str(folder / "run"),
-        "model": {"path": str(model)},
+        "model": {"path": str(model), "dtype": args.dtype},
         "data": {"path": str(folder / "prompts.json"), "shuffle": False},
         "generation": generation,
         "rewards": {"functions": [f"{Path(__file__).resolve()}:varied"]},
@@ -73,6 +81,8 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
         "checkpoint": {"every": 10_000},
         "metrics": {"sinks": ["jsonl"]},
     }
+    if args.memory_limit:
+        table["memory_limit_gb"] = args.memory_limit
     if args.micro_batches:
         table["learner"]["gradient_accumulation_steps"] = args.micro_batches
     write_config(troupe.load_config(None, [table]), folder / "run.toml")
@@ -112,10 +122,16 @@ def run(side: str, command: list[str], folder: Path, threads: int | None) -> dic
     found = json.loads(result.read_text(encoding="utf-8"))
     ends_s = found["ended_s"]
     steps_s = [after - before for before, after in pairwise(ends_s)]
+    ours = {
+        name: round(statistics.median(metrics[name] for metrics in found["metrics"][1:]), 3)
+        for name in ("learn_time", "peak_memory_gb")
+        if side == "troupe"
+    }
     return {
         "side": side,
         "step_s": round(statistics.median(steps_s), 3),
         "steps_s": [round(each, 3) for each in steps_s],
+        **ours,
         "versions": found["versions"],
     }
 
@@ -138,6 +154,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="an interpreter that has TRL")
     parser.add_argument("--mlx-lm-lora-python", help="an interpreter that has mlx-lm-lora")
+    parser.add_argument("--model", choices=["tiny", *PRESETS], default="tiny")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of ours")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -146,6 +164,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of every side (default: as many as each takes)")
     parser.add_argument("--micro-batches", type=int, default=0, help="of ours; 0: as a run chooses")
+    parser.add_argument("--memory-limit", type=float, help="of ours, in GB")
     parser.add_argument("--max-staleness", type=int, default=0, help="of ours")
     parser.add_argument("--schedule", default="{}", help="more of our [schedule], as JSON")
     return parser.parse_args(arguments)
@@ -165,7 +184,7 @@ def main() -> None:
                 print(json.dumps({"benchmark": "vs_step", **found[side]}), flush=True)
             rounds.append(found)
     about = {
-        "parameters": parameter_count(TINY),
+        "parameters": parameter_count(shape_of(args)),
         **{key: value for key, value in vars(args).items() if not key.endswith("python")},
         "load": round(os.getloadavg()[0], 2),
         "machine": platform.platform(),
