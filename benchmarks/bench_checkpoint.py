@@ -1,15 +1,16 @@
 """What does writing a checkpoint beside a step cost the learner?
 
-    python benchmarks/bench_checkpoint.py [--pairs 6] [--generator auto]
+    python benchmarks/bench_checkpoint.py [--pairs 6] [--prompts 8 --group 8 --new-tokens 128]
 
 One run with max_staleness 1 that writes a checkpoint after every second step, so that each step with a write beside it
 lies between two without: what else the machine does, and how it drifts, meets both alike. The policy has about 150
 million random parameters, 600 MB in float32, so a checkpoint is four times as much: weights, the weights before, two
-moments. Completions are short, and as many as make a step long enough for a checkpoint to be written in it.
+moments. A checkpoint costs what it costs, however long a step is, so the size of a step decides which part of it that
+is: by default 64 completions of 128 tokens, a small step for a policy of this size. On a CPU that takes two minutes.
 
 Prints one JSON line. `cost`: the median over the pairs of what the learner's step with a write beside it takes
 over the mean of the two steps around it without, less 1; had a write taken longer than its step, what a run that writes
-after every step would wait counts too. `quartiles` of the same say how far to trust it, and `ok` whether it is less
+after every step would wait counts too. `cost_s`: the same in seconds. `quartiles` of the same say how far to trust it, and `ok` whether it is less
 than 2 %. `spilled`: the largest part of a step without that a write was at work in after all.
 """
 
@@ -126,11 +127,13 @@ def compared(spans: dict[str, list[Interval]]) -> dict[str, Any]:
         without_s.append(around_s)
         spilled = max(spilled, *(shared_s(each, written) / took_s for each, took_s in (before, after)))
     cost = statistics.median(costs)
+    seconds = [cost * around_s for cost, around_s in zip(costs, without_s, strict=True)]
     return {
         "beside_s": round(statistics.median(beside_s), 4),
         "without_s": round(statistics.median(without_s), 4),
         "write_s": round(statistics.median(end_s - start_s for start_s, end_s in written), 3),
         "cost": round(cost, 4),
+        "cost_s": round(statistics.median(seconds), 3),
         "quartiles": [round(each, 4) for each in statistics.quantiles(costs, n=4)] if len(costs) > 1 else [],
         "measured": len(costs),
         "spilled": round(spilled, 3),
@@ -149,8 +152,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=6, help="steps with a write beside them, each with its neighbours")
     parser.add_argument("--prompts", type=int, default=8, help="groups a step")
-    parser.add_argument("--group", type=int, default=4, help="completions a group")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens of a completion, at most")
+    parser.add_argument("--group", type=int, default=8, help="completions a group")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of a completion, at most")
     parser.add_argument("--generator", choices=["auto", "thread", "process"], default="auto")
     parser.add_argument("--blas-threads", type=int, default=0, help="of each process; 0: as a run chooses")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; a temporary one if not told")

@@ -1,11 +1,12 @@
 """A task of reasoning-gym with its own verifier as the reward.
 
-    pip install 'troupe[reasoning-gym]'
+    pip install -e '.[reasoning-gym]'      # in the clone
     python examples/reasoning_task.py
 
 reasoning-gym makes tasks without end, each with a function that scores an answer. This takes sums of two numbers from
 its `basic_arithmetic`, puts them as the demo's policy knows them (`27+58=`, not `Calculate 27 + 58.`), trains with the
-verifier's score, and says what held-out tasks score before and after. Takes a quarter of a minute on two CPU cores.
+verifier's score, and says what held-out tasks score before and after. Takes a quarter of a minute on two CPU cores. The
+prompts lie in a temporary folder that is gone afterwards, so such a run cannot be resumed.
 
 A model that can read takes the questions as they are, and needs no script; `docs/datasets.md` has the whole notation:
 
@@ -79,6 +80,8 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory(prefix="troupe-tasks-") as where:
             result = main(Path(where), options.output, options.max_steps)
     except ImportError:
-        sys.exit("this example wants reasoning-gym: pip install 'troupe[reasoning-gym]'")
+        sys.exit(
+            "reasoning-gym is not installed; install Troupe's extra in its clone: pip install -e '.[reasoning-gym]'"
+        )
     before, after = (rewards["verified"] for rewards in (result.rewards_before, result.rewards_after))
     print(f"{result.steps} steps; the verifier on held-out tasks: {before:.1%} before, {after:.1%} after")

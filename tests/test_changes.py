@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,25 @@ def test_what_cannot_be_written_is_not_there(tmp_path: Path, monkeypatch: pytest
     assert os.fsync is fsync
     assert log.read() == (first,)
     assert (tmp_path / CHANGES).read_bytes().count(b"\n") == 1
+
+
+def test_many_threads_and_logs_of_one_file_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting, real = threading.Barrier(2), os.pread
+
+    def read_together(descriptor: int, size: int, start: int) -> bytes:
+        data = real(descriptor, size, start)
+        with suppress(threading.BrokenBarrierError):  # nobody else comes this far where one waits for the other
+            meeting.wait(0.2)
+        return data
+
+    monkeypatch.setattr(os, "pread", read_together)
+    changes = [Change(step=step, key="learner.lr", value=0.5) for step in range(2)]
+    threads = [threading.Thread(target=ChangesLog(tmp_path).add, args=(change,)) for change in changes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(change.step for change in ChangesLog(tmp_path).read()) == [0, 1]
 
 
 def test_changes_that_cannot_be_made_any_more(tmp_path: Path) -> None:

@@ -257,7 +257,8 @@ def test_the_extras_that_the_documents_name_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for page in ALL:
         text = page.read_text(encoding="utf-8")
-        for names in re.findall(r"troupe\[([\w,-]+)\]", text):
+        for names in re.findall(r"'\.\[([\w,-]+)\]'", text):
             assert set(names.split(",")) <= set(extras), f"{page.name}: {names}"
+        assert "troupe[" not in text, f"{page.name}: Troupe is installed from its clone, and others have its name"
         for names in re.findall(r"\./setup\.sh((?: \w+)+)", text):
             assert set(names.split()) <= set(extras), f"{page.name}: {names}"

@@ -81,7 +81,7 @@ async def test_what_is_missing_is_told_before_anything_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = tiny_config(tiny_model, tmp_path, metrics__sinks=["jsonl", "trackio"])
-    with pytest.raises(ConfigError, match=r"pip install 'troupe\[trackio\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[trackio\]'"):
         prepare(config)
     with pytest.raises(ConfigError, match="trackio"):
         async with Supervisor(config):

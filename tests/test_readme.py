@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.startswith("troupe ")]
 TOGETHER = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 """Those that speak with each other, from several terminals."""
+OPTIONS = ["--quiet", "--disable-pip-version-check"]
 
 
 def test_the_set_up_commands_call_what_is_there() -> None:
@@ -30,6 +32,59 @@ def test_the_set_up_commands_call_what_is_there() -> None:
     assert len(setup) == 2
     assert os.access(ROOT / "setup.sh", os.X_OK)
     assert subprocess.run(["sh", "-n", ROOT / "setup.sh"], check=False).returncode == 0
+
+
+def set_up(clone: Path, *extras: str, backend: str | None = None) -> list[list[str]]:
+    """What `setup.sh` would have pip do in a clone, on a Linux where nothing of the system is missing."""
+    programs, called = clone / "programs", clone / "called"
+    if not programs.is_dir():
+        programs.mkdir(parents=True)
+        (clone / ".venv" / "bin").mkdir(parents=True)
+        shutil.copy(ROOT / "setup.sh", clone)
+        scripts = {
+            "uname": "echo Linux",
+            "ldconfig": "echo libopenblas.so.0",
+            "g++": "",
+            "a-python": "",
+            "../.venv/bin/python": f'echo "$@" >> {shlex.quote(str(called))}',
+        }
+        for name, does in scripts.items():
+            (programs / name).write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
+            (programs / name).chmod(0o755)
+    called.write_text("")
+    environment = {key: value for key, value in os.environ.items() if key != "BACKEND"}
+    environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": "a-python"}
+    environment |= {} if backend is None else {"BACKEND": backend}
+    subprocess.run(["sh", "setup.sh", *extras], cwd=clone, env=environment, check=True, capture_output=True)
+    return [line.split() for line in called.read_text().splitlines()]
+
+
+def test_setup_keeps_the_backend_that_is_there(tmp_path: Path) -> None:
+    def installed(*extras: str, backend: str | None = None) -> str:
+        *_, last = set_up(tmp_path, *extras, backend=backend)
+        assert last[:3] == ["-m", "pip", "install"]
+        return last[-1]
+
+    assert installed() == ".[cpu]"
+    assert installed("test", backend="cuda") == ".[cuda,test]"
+    assert installed("report", "hub") == ".[cuda,report,hub]"
+    assert installed(backend="cpu") == ".[cpu]"
+    assert installed("hub") == ".[cpu,hub]"
+
+
+def test_setup_removes_a_backend_before_another_takes_its_place(tmp_path: Path) -> None:
+    assert [call[2] for call in set_up(tmp_path)] == ["install"]
+    assert [call[2] for call in set_up(tmp_path, backend="cuda")] == ["uninstall", "install"]
+    assert [call[2] for call in set_up(tmp_path)] == ["install"]
+
+
+@pytest.mark.parametrize(
+    ("packages", "backend"), [(["mlx_cuda_13-1.dist-info"], "cuda"), (["mlx_cpu-1.dist-info"], "cpu"), ([], "cpu")]
+)
+def test_setup_finds_out_what_an_older_one_installed(tmp_path: Path, packages: list[str], backend: str) -> None:
+    for package in packages:
+        (tmp_path / ".venv" / "lib" / "python3.12" / "site-packages" / package).mkdir(parents=True)
+    assert set_up(tmp_path, "hub") == [["-m", "pip", "install", *OPTIONS, "-e", f".[{backend},hub]"]]
 
 
 def test_continuous_integration_runs_exactly_the_readmes_test_command() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -17,12 +18,12 @@ from tests.straight import play_straight
 from tests.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, Supervisor, load_config
 from troupe.changes import CHANGES, Change, ChangesLog
-from troupe.checkpoint import RewardState, list_checkpoints, load_checkpoint, save_checkpoint
+from troupe.checkpoint import RewardState, RunState, list_checkpoints, load_checkpoint, save_checkpoint
 from troupe.config import RUN_TOML, config_table, write_config
-from troupe.errors import CheckpointError, ConfigError, RewardError
+from troupe.errors import CheckpointError, ConfigError, RewardError, RunError
 from troupe.messages import Unfinished, Update
 from troupe.policy import Weights
-from troupe.prepare import prepare
+from troupe.prepare import Prepared, prepare
 from troupe.resuming import OPEN, Resumption, stored_config
 from troupe.rewards import RewardManager, load_reward
 from troupe.supervisor import train
@@ -653,6 +654,42 @@ async def test_a_reward_that_does_not_start_is_an_incident_and_not_kept(
     run = await play(config, before=lambda run: run.set("rewards.f", f"{judges}:broken"))
     assert run.result.incidents == {"reward_exchange_failed": 1}
     assert ChangesLog(run.folder).read() == ()
+
+
+async def test_one_that_is_to_take_over_again_and_cannot_start_is_a_fault_that_may_pass(
+    tmp_path: Path, ragged_model: Path, judges: str
+) -> None:
+    config = config_for(ragged_model, tmp_path, rewards__functions=[f"{judges}:f"])
+
+    def stop(run: Supervisor, update: Update) -> None:
+        run.drain()
+
+    run = await play(config, ask=stop)
+    ChangesLog(run.folder).add(Change(step=run.result.steps + 1, key="rewards.f", value=f"{judges}:later"))
+    with pytest.raises(RunError, match=r"has no 'later'.*; it worked in an earlier start"):
+        await play(config, resume=True)
+    (tmp_path / "r.py").write_text(f"{REWARDS}\nlater = g\n")
+    assert (await play(config, resume=True)).result.complete
+
+
+@pytest.mark.parametrize(
+    ("before", "name", "worked"),
+    [
+        ({"f": RewardState(spec="r.py:f")}, "r.py:f", True),
+        ({"f": RewardState(spec="r.py:f")}, "r.py:other", False),
+        ({"g": RewardState(spec="r.py:f")}, "r.py:f", False),
+        ({"f": RewardState(version=2)}, "r.py:f", True),
+        ({}, "r.py:f", True),
+    ],
+    ids=["the same", "another text", "another name", "exchanged for one in Python", "the first format"],
+)
+def test_which_rewards_an_earlier_start_could_use(before: dict[str, RewardState], name: str, worked: bool) -> None:
+    state = RunState(version=1, seed=1, dataset="", rewards=before)
+    standing = SimpleNamespace(standing=lambda step: {"f": (0, name)})
+    prepared: Any = SimpleNamespace(checkpoint=SimpleNamespace(state=state), rewards=standing, first_step=1)
+    assert Prepared.rewards_worked.__get__(prepared) is worked
+    prepared.checkpoint, prepared.rewards = None, None
+    assert not Prepared.rewards_worked.__get__(prepared)
 
 
 async def test_an_exchange_is_heeded_during_the_evaluation_before_training(tmp_path: Path, ragged_model: Path) -> None:

@@ -29,7 +29,9 @@ from tests.fakes import (
 from tests.tiny import CONFIG, write_tiny_model
 from troupe import Supervisor, supervisor
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
-from troupe.config import RunConfig
+from troupe.config import RunConfig, load_config
+from troupe.daemon import trainer
+from troupe.daemon.aftermath import aftermath
 from troupe.errors import CheckpointError, OutputError, RewardError, RunError
 from troupe.policy import Weights, load_policy
 from troupe.run_folder import RunFolder
@@ -429,7 +431,7 @@ async def test_a_broken_reward_leaves_an_empty_folder_empty_and_an_earlier_run_a
     before = names_in(tmp_path / "run")
     with pytest.raises(RewardError):
         await play(config, wrong, resume=True)
-    assert names_in(tmp_path / "run") == before
+    assert names_in(tmp_path / "run") == before - {"summary.json"}, "which spoke of the start before"
     assert (await play(config, resume=True)).complete
 
 
@@ -444,6 +446,40 @@ async def test_a_reward_that_does_not_start_leaves_nothing_behind(tmp_path: Path
     with pytest.raises(RewardError, match="reward Away did not start: ConnectionError: no judge"):
         await play(tiny_config(ragged_model, tmp_path), Away())
     assert names_in(tmp_path) == {"prompts.json"}
+
+
+class Judge(troupe.RewardActor):
+    """One that may be away."""
+
+    is_away = False
+
+    async def start(self) -> None:
+        if self.is_away:
+            raise ConnectionError("no judge")
+
+    async def score(self, sample: troupe.RewardSample) -> float:
+        return float(len(sample.completion) % 3)
+
+
+async def test_a_judge_that_is_away_at_a_resume_is_a_fault_that_may_pass(tmp_path: Path, ragged_model: Path) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+    judge = Judge()
+    assert (await play(config, judge, ask_at=1)).steps < 3
+    judge.is_away = True
+    with pytest.raises(RunError, match=r"reward Judge did not start: .*no judge.*; it worked in an earlier start"):
+        await play(config, judge, resume=True)
+    judge.is_away = False
+    assert (await play(config, judge, resume=True)).complete
+
+
+async def test_a_reward_that_is_new_at_a_resume_has_to_start(tmp_path: Path, ragged_model: Path) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+    await play(config)
+    away = Judge()
+    away.is_away = True
+    with pytest.raises(RewardError, match="reward Judge did not start"):
+        async with Supervisor(config, [weigh_ids, away], resume=True, allow_changes=["rewards.functions"]):
+            pass
 
 
 async def test_an_output_folder_under_a_file_is_refused(tmp_path: Path, ragged_model: Path) -> None:
@@ -519,6 +555,50 @@ async def test_resuming_a_run_that_is_done_makes_no_step(tmp_path: Path, ragged_
     again = await play(config, resume=True)
     assert (again.steps, again.closed_groups, again.complete) == (2, {}, True)
     assert same_bits(newest_weights(again.folder), weights)
+
+
+async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = await play(tiny_config(ragged_model, tmp_path, learner__max_steps=1))
+    folder = Path(done.folder)
+    assert aftermath(folder).fate == "complete"
+    longer = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+
+    def die(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor, "build_pipeline", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            await Supervisor(longer, [weigh_ids], resume=True, allow_changes=["learner.max_steps"]).__aenter__()
+    stored = load_config(folder / "run.toml")
+    assert stored.learner.max_steps == 2
+    assert trainer._finished(folder, stored) is None
+    assert aftermath(folder).fate == "cut off"
+    assert (await play(longer, resume=True)).steps == 2
+    assert aftermath(folder).fate == "complete"
+
+
+async def test_a_summary_that_cannot_be_removed_is_told_before_the_config_is_stored(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(ragged_model, tmp_path, learner__max_steps=1)
+    folder = Path((await play(config)).folder)
+    before, real = (folder / "run.toml").read_bytes(), Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "summary.json":
+            raise OSError(errno.EROFS, "Read-only file system")
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    longer = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
+    with pytest.raises(OutputError, match=r"the output folder cannot be written: .*Read-only file system"):
+        async with Supervisor(longer, [weigh_ids], resume=True, allow_changes=["learner.max_steps"]):
+            pass
+    assert (folder / "run.toml").read_bytes() == before
+    assert (folder / "summary.json").is_file()
 
 
 async def test_two_runs_cannot_share_a_folder(tmp_path: Path, ragged_model: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -167,4 +169,36 @@ def test_a_folder_that_was_taken_for_a_leftover_is_made_anew(
     monkeypatch.setattr(os, "open", open_late)
     assert files.write(0, WEIGHTS).is_file()
     assert len(opened) == 2
+    files.close()
+
+
+def test_a_folder_that_another_run_is_about_to_remove_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, memory: Path
+) -> None:
+    real, others = fcntl.flock, list[int]()
+
+    def lock_late(descriptor: int, how: int) -> None:
+        if not others:
+            (folder,) = memory.iterdir()
+            others.append(os.open(folder, os.O_RDONLY))
+            real(others[0], fcntl.LOCK_EX)  # by a run that starts at the same moment, and has not removed it yet
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    path = files.write(0, WEIGHTS)
+    monkeypatch.undo()
+    (taken,) = (folder for folder in memory.iterdir() if folder != path.parent)
+    assert list(taken.iterdir()) == []
+    os.close(others[0])
+    remove_leftovers(memory, shared_memory=memory)
+    assert list(memory.iterdir()) == [path.parent], "what is in use is locked"
+    files.close()
+
+
+def test_a_file_system_without_locks_serves(monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, memory: Path) -> None:
+    def no_locks(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert files.write(0, WEIGHTS).is_file()
     files.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -80,6 +81,9 @@ _WHY_NEVER = {
 LIVE_KEYS = ("learner.lr", "rewards.NAME", "checkpoint.every", "schedule.watchdog_s", "log.level")
 """What may be set while a run plays. NAME is a reward's, and its value what `rewards.functions` takes; `log.level` is
 the daemon's own."""
+
+_ADDING = threading.Lock()
+"""Held by whoever writes a change: each finds the end of the file, and several logs may be of one file."""
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,13 +249,17 @@ class ChangesLog:
 
     def add(self, change: Change) -> None:
         """Write one more; it is on the disk on return. OSError where the disk fails, and then it is not there."""
+        with _ADDING:
+            self._add(msgspec.json.encode(change) + b"\n")
+
+    def _add(self, line: bytes) -> None:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             size = os.lseek(descriptor, 0, os.SEEK_END)
             end = os.pread(descriptor, size, 0).rfind(b"\n") + 1
             try:
                 os.ftruncate(descriptor, end)  # half a line of somebody who died
-                _write_all(descriptor, msgspec.json.encode(change) + b"\n", end)
+                _write_all(descriptor, line, end)
                 os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, end)

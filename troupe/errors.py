@@ -16,6 +16,11 @@ A message names the value, the limit and what to do about it, and starts with th
 from __future__ import annotations
 
 
+def sayable(text: str) -> str:
+    """The text as UTF-8 can say it: lone surrogates, as of a file name in another encoding, become their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class TroupeError(Exception):
     """The root: `except TroupeError` catches everything that Troupe itself raises."""
 

@@ -18,7 +18,7 @@ import msgspec
 from troupe import linux_cpu
 from troupe.budget import memory_limited
 from troupe.changes import Change, ChangesLog
-from troupe.errors import InputError, RunError
+from troupe.errors import InputError, RewardError, RunError
 from troupe.messages import Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.pipeline import Pipeline
 from troupe.policy import Policy, load_policy
@@ -162,8 +162,7 @@ class Performance:
             with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
                 if self._prepared.checkpoint is not None:
                     rewards.trust()
-                await rewards.start()
-                await self._exchange_as_before()
+                await self._start_rewards()
                 await _beside(self._run_errands, self._perform)
             if self._stopping:
                 await self._write_checkpoint()
@@ -174,6 +173,16 @@ class Performance:
                 await self._pipeline.sinks.close()
         self.result = self._what_came_of_it()
         write_summary(self.result)
+
+    async def _start_rewards(self) -> None:
+        """RunError where one does not start that an earlier start could use: a judge that is away may come back."""
+        try:
+            await self._prepared.rewards.start()
+            await self._exchange_as_before()
+        except RewardError as error:
+            if not self._prepared.rewards_worked:
+                raise
+            raise RunError(f"{error}; it worked in an earlier start") from error
 
     async def _perform(self) -> None:
         """Evaluate, play under watch, and evaluate again."""

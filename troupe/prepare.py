@@ -105,6 +105,18 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
         """Learner batches that are done already."""
         return 0 if self.checkpoint is None else self.checkpoint.state.version
 
+    @property
+    def rewards_worked(self) -> bool:
+        """Whether an earlier start could use the rewards that this one begins with, as far as the checkpoint says."""
+        if self.checkpoint is None:
+            return False
+        before = self.checkpoint.state.rewards
+        standing = self.rewards.standing(self.first_step)
+        return not before or all(  # the first format does not name them
+            times or (name in before and (before[name].version > 0 or before[name].spec == spec))
+            for name, (times, spec) in standing.items()
+        )
+
 
 def prepare(
     config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False, allow_changes: Sequence[str] = ()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from troupe.errors import OutputError
+
 SUMMARY = "summary.json"
 
 
@@ -44,3 +46,11 @@ def write_summary(result: RunResult) -> None:
     draft = path.with_name(f".writing-{SUMMARY}")
     draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
     draft.replace(path)
+
+
+def remove_summary(folder: Path) -> None:
+    """What an earlier start came to counts no more. OutputError where the folder cannot be written."""
+    try:
+        (folder / SUMMARY).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: the output folder cannot be written: {error}") from None

@@ -32,7 +32,7 @@ from troupe.prepare import Prepared, prepare
 from troupe.rewards import Reward
 from troupe.run_folder import RunFolder
 from troupe.runtime import DeviceThread
-from troupe.summary import RunResult
+from troupe.summary import RunResult, remove_summary
 from troupe.tables import anchored_reward
 
 _LISTENER_BOUND = 64
@@ -247,6 +247,7 @@ class Supervisor:
     def _prepare(self, place: RunFolder) -> Prepared:
         config = msgspec.structs.replace(self.config, output=str(place.path))
         prepared = prepare(config, self._rewards, resume=self._resume, allow_changes=self._allow_changes)
+        remove_summary(place.path)  # before run.toml asks for more steps than it speaks of
         place.begin(prepared.config)
         for change in prepared.new_changes:
             ChangesLog(place.path).add(change)

@@ -142,9 +142,14 @@ def _locked_folder(place: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         lock = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks: leftovers stay there
+        taken = False  # for a leftover, by a run that starts at this very moment and removes it
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if folder.exists():  # a run that started at this very moment may have taken it for a leftover
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks: leftovers stay there
+            pass
+        if not taken and folder.exists():
             return folder, lock
         os.close(lock)
 

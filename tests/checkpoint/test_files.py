@@ -15,7 +15,14 @@ from safetensors import safe_open
 
 from tests.checkpoint.checkpoints import assert_same_arrays
 from troupe.checkpoint import files
-from troupe.checkpoint.files import make_folders, safetensors_bytes, safetensors_chunks, sum_file, write_file
+from troupe.checkpoint.files import (
+    has_sound_header,
+    make_folders,
+    safetensors_bytes,
+    safetensors_chunks,
+    sum_file,
+    write_file,
+)
 
 
 def test_what_goes_through_is_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +134,7 @@ def test_arrays_come_back_from_mlx_and_from_safetensors(tmp_path: Path) -> None:
     loaded = mx.load(str(file))
     assert isinstance(loaded, dict)
     assert_same_arrays(loaded, ARRAYS)
+    assert has_sound_header(file)
     with safe_open(file, framework="numpy") as stored:
         assert stored.metadata() == {"format": "pt"}
         assert stored.get_tensor("turned").tolist() == [[0, 3], [1, 4], [2, 5]]

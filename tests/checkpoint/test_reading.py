@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,8 @@ from troupe.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from troupe.errors import CheckpointError
+from troupe.checkpoint import reading as reading_room
+from troupe.errors import CheckpointError, RunError
 from troupe.messages import Unfinished
 
 FILES = (
@@ -278,3 +281,91 @@ def test_what_a_checkpoint_does_not_hold_is_not_left_in_its_folder(run: Path) ->
     save_checkpoint(folder, made(7))
     loaded = load_checkpoint(folder)
     assert (loaded.reference, loaded.behind) == (None, {})
+
+
+def out_of_memory(*_: object) -> Any:
+    raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
+
+
+@pytest.mark.parametrize("place", ["load", "eval"])
+def test_memory_that_is_short_now_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(mx, place, out_of_memory)
+    message = r"model\.safetensors: whole, but cannot be read now: \[malloc\] .*; free memory and resume"
+    with pytest.raises(RunError, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", [MANIFEST, "model.safetensors", "state.json"])
+def test_what_passes_never_leads_to_an_older_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    for version in (1, 2):
+        save_checkpoint(checkpoint_folder(run, version), made(version))
+    fail_at(monkeypatch, checkpoint_folder(run, 2) / name, number)
+    with pytest.raises(RunError, match=rf"step-00000002/{name}: .*cannot be read now: .*that is no damage: .* resume"):
+        list(load_newest(run))
+
+
+def test_a_disk_that_errs_has_damaged_the_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in (1, 2):
+        save_checkpoint(checkpoint_folder(run, version), made(version))
+    fail_at(monkeypatch, checkpoint_folder(run, 2) / "model.safetensors", errno.EIO)
+    damaged, intact = load_newest(run)
+    assert isinstance(damaged, CheckpointError)
+    assert isinstance(intact, Checkpoint)
+    assert_same(intact, made(1))
+
+
+@pytest.mark.parametrize("name", ["config.json", "state.json", "unfinished.msgpack"])
+def test_small_files_too_may_be_readable_later(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    listed = reading_room.verify_manifest(folder)
+    monkeypatch.setattr(reading_room, "verify_manifest", lambda path: listed)
+    fail_at(monkeypatch, folder / name, errno.EMFILE)
+    with pytest.raises(RunError, match=rf"{name}: .* now: .*Too many open files.*; that is no damage: allow more open"):
+        load_checkpoint(folder)
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, file: Path, number: int) -> None:
+    """Opening this one file fails."""
+    real = Path.open
+
+    def opened(path: Path, *args: Any, **options: Any) -> Any:
+        if path == file:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+def headed(header: dict[str, Any], data: bytes = b"1234") -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        headed({"a": {"dtype": "Q7", "shape": [1], "data_offsets": [0, 4]}}),
+        headed({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}),
+        headed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}),
+        headed({"a": {"dtype": "F32"}}),
+        headed({"a": 3}),
+        (1 << 40).to_bytes(8, "little") + b"{}",
+    ],
+    ids=["type", "shape", "beyond the end", "no shape", "no array", "length"],
+)
+def test_a_header_that_is_not_sound_is_damage(folder: Path, data: bytes) -> None:
+    rewrite(folder, "optimizer.safetensors", data)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: the arrays cannot be read: .*use an older"):
+        load_checkpoint(folder)
+
+
+def test_no_open_file_left_for_mlx_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: Path) -> bool:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(mx, "load", out_of_memory)
+    monkeypatch.setattr(reading_room, "has_sound_header", fail)
+    with pytest.raises(RunError, match="whole, but cannot be read now"):
+        load_checkpoint(folder)

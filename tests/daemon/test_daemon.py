@@ -555,6 +555,34 @@ def test_the_configuration_is_read_again(theatre: Theatre) -> None:
     assert theatre.play(body) == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "[learner]\nlr = 18446744073709551616\n",
+            "learner.lr was not taken over: a number in it has more than 64 bits",
+        ),
+        (
+            "[daemon]\nrestarts = 0x1" + "0" * 5000,
+            "daemon.restarts was not taken over: a number in it has more than 64",
+        ),
+        ("seed = 1" + "0" * 5000, "nothing was taken over: "),
+    ],
+    ids=["65 bits", "of its own", "thousands of digits"],
+)
+def test_numbers_that_nobody_can_pass_on(theatre: Theatre, log: pytest.LogCaptureFixture, line: str, said: str) -> None:
+    async def body() -> None:
+        theatre.child.play()
+        theatre.run_toml.write_text(line)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await anyio.sleep(1)
+        assert said in log.text
+        theatre.child.tell(Finished(steps=0, total_steps=TOTAL))
+
+    assert theatre.play(body, signals=True) == 0
+    assert len(theatre.children) == 1
+
+
 def test_a_trainer_that_hangs_is_killed_and_another_goes_on(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     theatre = Theatre(tmp_path, kill_after_s=600.0)
 

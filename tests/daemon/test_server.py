@@ -44,6 +44,10 @@ class Host:
                 return STATUS
             case Stop():
                 raise RuntimeError("no brakes")
+            case Set(key="unsayable"):
+                return Done(message="caf\udce9")
+            case Set(key="unsayable.fault"):
+                raise RuntimeError("caf\udce9")
             case Drain():
                 await anyio.sleep_forever()
         return Done(message=type(request).__name__)
@@ -150,6 +154,17 @@ async def test_a_request_that_fails_is_told_and_ends_nothing(tmp_path: Path, cap
     assert refused == Refused(message="the request failed: RuntimeError: no brakes")
     assert status == STATUS
     assert "no brakes" in caplog.text
+
+
+async def test_what_utf_8_cannot_say_ends_nothing(tmp_path: Path) -> None:
+    async with hosted(tmp_path):
+        unsaid, fault, status = await asked(
+            tmp_path, Set(key="unsayable", value=1), Set(key="unsayable.fault", value=1), GetStatus()
+        )
+    assert isinstance(unsaid, Refused)
+    assert unsaid.message.startswith("the request failed: UnicodeEncodeError")
+    assert fault == Refused(message=r"the request failed: RuntimeError: caf\udce9")
+    assert status == STATUS
 
 
 @pytest.mark.parametrize("tail", [b"\n", b""], ids=["a line", "no end"])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from tests.daemon.test_protocol import STATUS
@@ -22,7 +23,7 @@ from troupe.daemon import frames
 from troupe.daemon import trainer as trainer_room
 from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon, Told
 from troupe.errors import ConfigError, OutputError, RunError
-from troupe.messages import Done, GetStatus, GroupClosed, Incident, Pause, Reload, Set, Status, Update
+from troupe.messages import Done, GetStatus, GroupClosed, Incident, Pause, Refused, Reload, Set, Status, Update
 from troupe.runtime import Connection
 
 pytestmark = pytest.mark.anyio
@@ -175,10 +176,39 @@ async def test_it_answers(tmp_path: Path) -> None:
         assert isinstance(await stage.hear(), Finished)
 
 
+async def test_a_request_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsayable = msgspec.structs.replace(STATUS, rewards_down={"judge": "caf\udce9"})
+
+    def no_folder(run: FakeSupervisor, key: str, value: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    async with playing() as stage:
+        await stage.send(begin(tmp_path))
+        for _ in range(3):
+            await stage.hear()
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeSupervisor, "status", lambda run: unsayable)
+            await stage.send(Ask(number=1, request=GetStatus()))
+            first = await stage.hear()
+        monkeypatch.setattr(FakeSupervisor, "set", no_folder)
+        await stage.send(Ask(number=2, request=Set(key="rewards.judge", value="judge.py:f")))
+        await stage.send(Ask(number=3, request=GetStatus()))
+        second, third = [await stage.hear() for _ in range(2)]
+        run().let_go.set()
+        assert isinstance(await stage.hear(), Finished)
+    for answer, fault in ((first, "UnicodeEncodeError"), (second, "FileNotFoundError(2")):
+        assert isinstance(answer, Answer)
+        assert isinstance(answer.reply, Refused)
+        assert answer.reply.message.startswith(f"the request failed: {fault}")
+    assert third == Answer(number=3, reply=STATUS)
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
         (ConfigError("no such key"), Rejected(message="no such key")),
+        (ConfigError("no file caf\udce9"), Rejected(message=r"no file caf\udce9")),
+        (RunError("no file caf\udce9"), Failed(message=r"no file caf\udce9")),
         (RunError("the disk is full"), Failed(message="the disk is full")),
     ],
 )

@@ -120,7 +120,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         with pytest.raises(DatasetError) as caught:
             PromptDataset.load(source)
         assert str(caught.value).startswith(f"{source}: ")
-        assert str(caught.value).endswith(f"install it with: pip install 'troupe[{name}]'")
+        assert str(caught.value).endswith(f"in its clone: pip install -e '.[{name}]'")
 
 
 def test_reading_a_csv_file_imports_no_optional_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

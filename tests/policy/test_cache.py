@@ -72,11 +72,24 @@ class Rows:
                 kept[layer] = [kept[layer][row] for row in rows]
 
 
+@pytest.mark.parametrize("is_fast", [True, False], ids=["apart", "joined"])
 @pytest.mark.parametrize("lengths", [[5, 5], [3, 7, 1]])
-def test_two_part_attention_is_attention_over_whole_rows(lengths: list[int]) -> None:
+def test_two_part_attention_is_attention_over_whole_rows(
+    lengths: list[int], is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "is_fast_here", lambda x: is_fast)
     rows = Rows(lengths, width=2, layers=2)
     assert max(rows.step() for _ in range(5)) < 1e-6
     assert rows.cache.length == 5
+
+
+def test_scores_far_apart_stay_finite() -> None:
+    rows = Rows([3, 1], width=2, layers=1)
+    rows.step()
+    q, k, v = (random_tokens(4, heads, 1, 70 + i) for i, heads in enumerate((H, K, K)))
+    o = np.array(rows.cache.attend(0, q * 1e4, k, v, SCALE))
+    assert np.isfinite(o).all()
+    assert np.abs(o).max() <= max(float(np.abs(np.array(x)).max()) for x in (v, *rows.cache.arrays))
 
 
 def test_room_grows_in_blocks_and_keeps_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:

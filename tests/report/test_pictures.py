@@ -75,11 +75,11 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_without_matplotlib_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path, 1)
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'troupe\[report\]'"):
+    with pytest.raises(InputError, match=r"in its clone: pip install -e '\.\[report\]'$"):
         pictures.require_matplotlib()
     result = CliRunner().invoke(report, [str(tmp_path), "--png"])
     assert result.exit_code == 2
-    assert "troupe[report]" in result.output
+    assert ".[report]" in result.output
     assert not (tmp_path / "report.html").exists()
 
 

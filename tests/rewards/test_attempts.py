@@ -119,6 +119,10 @@ async def test_our_own_cancellation_is_no_fault_of_the_call() -> None:
     assert outcomes == []
 
 
+def test_what_utf_8_cannot_say_is_told_by_its_escape() -> None:
+    assert described(ValueError("no file caf\udce9")) == r"ValueError: no file caf\udce9"
+
+
 def test_long_texts_are_cut_and_empty_ones_left_out() -> None:
     assert described(ValueError()) == "ValueError"
     assert described(ValueError("x" * 1000)) == "ValueError: " + "x" * 299 + "…"

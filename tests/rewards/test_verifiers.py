@@ -84,7 +84,7 @@ def test_a_missing_package_is_named_before_anything_is_sampled(
     monkeypatch: pytest.MonkeyPatch, spec: str, extra_name: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RewardError, match=rf"^reward {spec} needs .*: pip install 'troupe\[{extra_name}\]'$"):
+    with pytest.raises(RewardError, match=rf"^reward {spec} needs .*: pip install -e '\.\[{extra_name}\]'$"):
         load_reward(spec)
 
 

@@ -22,7 +22,7 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError) as refused:
         check_sinks(MetricsConfig(sinks=("jsonl", sink)))
-    for part in (f"metrics.sinks has '{sink}'", f"package {package} ", f"pip install 'troupe[{sink}]'"):
+    for part in (f"metrics.sinks has '{sink}'", f"package {package} ", f"pip install -e '.[{sink}]'"):
         assert part in str(refused.value)
     check_sinks(MetricsConfig(sinks=("jsonl",)))
 

@@ -227,7 +227,7 @@ class Checkpointer(Actor):
         if not state.metrics and snapshot.version == self._ledger.newest:
             try:
                 return msgspec.structs.replace(state, metrics=read_state(folder).metrics)
-            except CheckpointError:  # it was removed, or harmed
+            except (CheckpointError, RunError):  # it was removed, harmed, or cannot be read now
                 pass
         return state
 

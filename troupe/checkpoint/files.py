@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import mlx.core as mx
 import msgspec
@@ -38,6 +39,10 @@ _DTYPES = {
     mx.uint64: "U64",
     mx.int64: "I64",
 }
+_SIZES = {name: dtype.size for dtype, name in _DTYPES.items()}
+"""Bytes of a number."""
+_LENGTH_BYTES = 8
+"""At the beginning of a safetensors file: how long its header is."""
 
 
 class FileSum(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +50,20 @@ class FileSum(msgspec.Struct, frozen=True, kw_only=True):
 
     bytes: int
     sha256: str
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """What the header of a safetensors file says of an array."""
+
+    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], int]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it is of a type that we write, and takes the place that it should."""
+        start, end = self.data_offsets
+        return self.dtype in _SIZES and end - start == _SIZES[self.dtype] * math.prod(self.shape)
 
 
 def write_file(path: Path, chunks: Chunks, before_block: Callable[[], None] = lambda: None) -> FileSum:
@@ -109,10 +128,26 @@ def safetensors_chunks(arrays: Mapping[str, mx.array], metadata: Mapping[str, st
         header[name] = {"dtype": _DTYPES[array.dtype], "shape": array.shape, "data_offsets": (start, end)}
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % _ALIGNMENT)
-    yield len(text).to_bytes(8, "little") + text
+    yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
     for array in arrays.values():
         if array.size:
             yield _memory(array)
+
+
+def has_sound_header(file: Path) -> bool:
+    """Whether a file begins as a safetensors file whose arrays lie within it. OSError where it cannot be read."""
+    with file.open("rb") as stored:
+        size = os.fstat(stored.fileno()).st_size
+        length = int.from_bytes(stored.read(_LENGTH_BYTES), "little")
+        start = _LENGTH_BYTES + length
+        text = stored.read(length) if start <= size else b""
+    try:
+        entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        entries.pop("__metadata__", None)
+        arrays = [msgspec.json.decode(entry, type=_Entry) for entry in entries.values()]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return all(array.is_sound and start + array.data_offsets[1] <= size for array in arrays)
 
 
 def _memory(array: mx.array) -> memoryview:

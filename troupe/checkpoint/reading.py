@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import mlx.core as mx
 import msgspec
 
-from troupe.checkpoint.files import FileSum, sum_file
+from troupe.checkpoint.faults import unreadable
+from troupe.checkpoint.files import FileSum, has_sound_header, sum_file
 from troupe.checkpoint.keeping import list_checkpoints
 from troupe.checkpoint.state import (
     BEHIND_FILE,
@@ -26,7 +27,7 @@ from troupe.checkpoint.state import (
 )
 from troupe.checkpoint.unfinished import read_unfinished
 from troupe.checkpoint.writing import replaced
-from troupe.errors import CheckpointError, ModelError
+from troupe.errors import CheckpointError, ModelError, RunError
 from troupe.messages import Unfinished
 from troupe.policy import Qwen3Config, expected_shapes
 
@@ -46,6 +47,7 @@ class _Numbered(msgspec.Struct, frozen=True):
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint folder, verifying every file against the manifest. CheckpointError names what is wrong.
 
+    RunError where the machine cannot read it now (memory, open files, rights), which says nothing of the checkpoint.
     Arrays come back bit for bit in the dtype that they were saved in.
     """
     path = Path(path)
@@ -60,9 +62,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         config = Qwen3Config.from_dict(msgspec.json.decode((path / CONFIG_FILE).read_bytes(), type=dict[str, Any]))
     except (*_UNREADABLE, ModelError) as error:
-        raise CheckpointError(
-            f"{path / CONFIG_FILE}: the model's configuration cannot be used: {error}; use an older checkpoint"
-        ) from None
+        raise unreadable(f"{path / CONFIG_FILE}: the model's configuration cannot be used", error) from None
     matches = [match for name in sorted(names) if (match := BEHIND_FILE.fullmatch(name))]
     return Checkpoint(
         config=config,
@@ -76,7 +76,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> RunState:
-    """The state in a checkpoint folder, which is not verified. CheckpointError where it cannot be read."""
+    """The state in a checkpoint folder, which is not verified. CheckpointError where it is damaged, RunError where it
+    cannot be read now."""
     file = folder / STATE_FILE
     try:
         raw = file.read_bytes()
@@ -88,15 +89,14 @@ def read_state(folder: Path) -> RunState:
             )
         return msgspec.structs.replace(msgspec.json.decode(raw, type=RunState), format=written)
     except _UNREADABLE as error:
-        raise CheckpointError(
-            f"{file}: the state of the run cannot be read: {error}; use an older checkpoint"
-        ) from None
+        raise unreadable(f"{file}: the state of the run cannot be read", error) from None
 
 
 def verify_manifest(path: Path) -> frozenset[str]:
     """The names of the files in a checkpoint folder.
 
-    CheckpointError unless it has a manifest and every file in it has the size and sum recorded there.
+    CheckpointError unless it has a manifest and every file in it has the size and sum recorded there; RunError where
+    that cannot be found out now.
     """
     manifest = path / MANIFEST
     try:
@@ -106,7 +106,7 @@ def verify_manifest(path: Path) -> frozenset[str]:
             f"{path}: no {MANIFEST}, so this checkpoint was never finished; use an older one"
         ) from None
     except _UNREADABLE as error:
-        raise CheckpointError(f"{manifest}: the manifest cannot be read: {error}; use an older checkpoint") from None
+        raise unreadable(f"{manifest}: the manifest cannot be read", error) from None
     for name, expected in entries.items():
         file = path / name
         if Path(name).name != name or name in ("", ".."):
@@ -115,7 +115,7 @@ def verify_manifest(path: Path) -> frozenset[str]:
             there = file.is_file()
             whole = there and file.stat().st_size == expected.bytes and sum_file(file) == expected
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read: {error}; use an older checkpoint") from None
+            raise unreadable(f"{file}: cannot be read", error) from None
         if not there:
             raise CheckpointError(f"{file}: the file is missing from this checkpoint; use an older one")
         if not whole:
@@ -126,8 +126,8 @@ def verify_manifest(path: Path) -> frozenset[str]:
 def load_newest(run: Path) -> Iterator[Checkpoint | CheckpointError]:
     """Checkpoints of a run, newest first: the loaded one, or the error that tells why it cannot be used.
 
-    Raises CheckpointError where one is of a newer format: going on from an older one would be to lose steps that are
-    there.
+    Raises CheckpointError where one is of a newer format, and RunError where one cannot be read now: going on from an
+    older one would be to lose steps that are there.
     """
     for folder in list_checkpoints(run):
         try:
@@ -147,10 +147,20 @@ def _load_weights(file: Path, config: Qwen3Config) -> dict[str, mx.array]:
 
 
 def _load_arrays(file: Path) -> dict[str, mx.array]:
+    """What is in a file that has been verified: where its header, too, is sound, the file is not at fault."""
     try:
         loaded = mx.load(str(file))
         assert isinstance(loaded, dict)  # what .safetensors gives
         mx.eval(list(loaded.values()))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the arrays cannot be read: {error}; use an older checkpoint") from None
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if isinstance(error, ValueError) or not _is_sound(file):
+            raise CheckpointError(f"{file}: the arrays cannot be read: {error}; use an older checkpoint") from None
+        raise RunError(f"{file}: whole, but cannot be read now: {error}; free memory and resume") from None
     return loaded
+
+
+def _is_sound(file: Path) -> bool:
+    try:
+        return has_sound_header(file)
+    except OSError:  # it has been read whole a moment ago
+        return True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from troupe.errors import CheckpointError
+from troupe.checkpoint.faults import unreadable
 from troupe.messages import ScoredGroup, Unfinished
 
 _UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -26,13 +26,11 @@ def encode_unfinished(unfinished: Unfinished) -> bytes:
 
 
 def read_unfinished(file: Path) -> Unfinished:
-    """What a checkpoint's file says; CheckpointError where it cannot be read."""
+    """What a checkpoint's file says; CheckpointError where it is damaged, RunError where it cannot be read now."""
     try:
         return msgspec.msgpack.decode(file.read_bytes(), type=Unfinished)
     except _UNREADABLE as error:
-        raise CheckpointError(
-            f"{file}: the groups under way cannot be read: {error}; use an older checkpoint"
-        ) from None
+        raise unreadable(f"{file}: the groups under way cannot be read", error) from None
 
 
 def _encoded(group: ScoredGroup) -> bytes:

@@ -35,7 +35,7 @@ class Reloading:
         """Take over what has changed in the file and may change; name the rest."""
         try:
             new = flattened(self._order.read())
-        except ConfigError as error:
+        except (ConfigError, ValueError) as error:  # the second: a number of thousands of digits
             return Refused(message=f"nothing was taken over: {error}")
         changed = sorted(
             key
@@ -49,6 +49,12 @@ class Reloading:
         section, _, name = key.partition(".")
         if key not in new:
             return f"{key} is not named any more: its default needs a restart of the daemon"
+        try:
+            msgspec.msgpack.encode(new[key])  # as it is passed on to the trainer
+        except OverflowError:
+            return f"{key} was not taken over: a number in it has more than 64 bits"
+        except (TypeError, ValueError) as error:
+            return f"{key} was not taken over: {error!a}"
         if section == "daemon" and name in _AT_ITS_START:
             return f"{key} needs a restart of the daemon"
         if section == "daemon":

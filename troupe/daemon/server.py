@@ -21,6 +21,7 @@ from anyio.abc import TaskGroup
 
 from troupe.daemon.place import Peer, Place, peer_of
 from troupe.daemon.protocol import MAX_REQUEST_BYTES, ProtocolError, Reply, Request, decode_request, encode_line
+from troupe.errors import sayable
 from troupe.messages import Refused
 
 Handler: TypeAlias = Callable[[Request, Peer], Awaitable[Reply]]
@@ -111,7 +112,7 @@ class ControlServer:
                     await _Conversation(connection, peer, self._handler, self._limits).hold()
                 except _DroppedError as reason:
                     _LOG.debug("%s is dropped: %s", peer, reason)
-                    await _send(connection, Refused(message=str(reason)), self._limits.write_s)
+                    await _send(connection, _refusal(str(reason)), self._limits.write_s)
         except (OSError, TimeoutError) as error:
             _LOG.debug("%s is gone: %r", peer, error)
         finally:
@@ -166,19 +167,23 @@ class _Conversation:
             raise _DroppedError(f"a request has at most {MAX_REQUEST_BYTES:,} bytes")
         return line
 
-    async def _answer(self, line: bytes) -> Reply:
+    async def _answer(self, line: bytes) -> bytes:
         try:
             request = decode_request(line)
         except ProtocolError as error:
             _LOG.debug("%s: %s", self._peer, error)
-            return Refused(message=str(error))
+            return _refusal(str(error))
         try:
-            return await self._handler(request, self._peer)
+            return encode_line(await self._handler(request, self._peer))
         except Exception as error:  # a request must not end the run
             _LOG.exception("a request of %s failed", self._peer)
-            return Refused(message=f"the request failed: {type(error).__name__}: {error}")
+            return _refusal(f"the request failed: {type(error).__name__}: {error}")
 
 
-async def _send(connection: socket.socket, reply: Reply, within_s: float) -> None:
+def _refusal(message: str) -> bytes:
+    return encode_line(Refused(message=sayable(message)))
+
+
+async def _send(connection: socket.socket, line: bytes, within_s: float) -> None:
     with anyio.fail_after(within_s):
-        await asyncio.get_running_loop().sock_sendall(connection, encode_line(reply))
+        await asyncio.get_running_loop().sock_sendall(connection, line)

@@ -31,8 +31,8 @@ from troupe.daemon.frames import (
     encode,
 )
 from troupe.daemon.news import News
-from troupe.errors import InputError, OutputError, TroupeError
-from troupe.messages import GroupClosed, Incident
+from troupe.errors import InputError, OutputError, TroupeError, sayable
+from troupe.messages import GroupClosed, Incident, Refused
 from troupe.runtime import Connection, serve, together
 from troupe.supervisor import Supervisor
 
@@ -59,9 +59,10 @@ async def play(connection: Connection) -> None:
     try:
         last: Last = await _play(connection, begin)
     except InputError as error:
-        last = Failed(message=str(error)) if _passes(error) else Rejected(message=str(error))
+        message = sayable(str(error))
+        last = Failed(message=message) if _passes(error) else Rejected(message=message)
     except TroupeError as error:
-        last = Failed(message=str(error))
+        last = Failed(message=sayable(str(error)))
     await connection.send(encode(last))
 
 
@@ -83,7 +84,7 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
             while True:
                 ask = decode_in_trainer(await connection.receive())
                 assert isinstance(ask, Ask)
-                await connection.send(encode(Answer(number=ask.number, reply=answer(run, ask.request))))
+                await connection.send(_answered(run, ask))
 
     async def perform() -> None:
         try:
@@ -94,6 +95,14 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
 
     await together([listen, perform])
     return Finished(steps=run.result.steps, total_steps=run.result.total_steps)
+
+
+def _answered(run: Supervisor, ask: Ask) -> bytes:
+    """The frame that answers a request, which must not end the run."""
+    try:
+        return encode(Answer(number=ask.number, reply=answer(run, ask.request)))
+    except Exception as error:
+        return encode(Answer(number=ask.number, reply=Refused(message=f"the request failed: {error!a}")))
 
 
 def _passes(error: InputError) -> bool:

@@ -16,5 +16,5 @@ def optional(module: str, extra: str, source: object) -> ModuleType:
         package = module.partition(".")[0]
         raise DatasetError(
             f"{source}: reading this needs the package {package}, which cannot be imported ({error}); "
-            f"install it with: pip install 'troupe[{extra}]'"
+            f"install Troupe's extra in its clone: pip install -e '.[{extra}]'"
         ) from None

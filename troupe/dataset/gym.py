@@ -38,8 +38,8 @@ def read_gym(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
     """
     if find_spec("reasoning_gym") is None:
         raise DatasetError(
-            f"{source}: its tasks need the package reasoning-gym, which is missing; install it with: "
-            "pip install 'troupe[reasoning-gym]'"
+            f"{source}: its tasks need the package reasoning-gym, which is missing; install Troupe's extra in "
+            "its clone: pip install -e '.[reasoning-gym]'"
         )
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     child = subprocess.run(

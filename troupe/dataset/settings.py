@@ -27,7 +27,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     shuffle: bool = True
     """Whether each epoch has its own order, fixed by the run's seed."""
     max_prompt_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    """Longest prompt in tokens; None: what the model's positions leave beside the longest completion."""
+    """Most tokens of a prompt; longer ones are refused. None: the model's positions less one. Where these are too few
+    for the longest prompt with `max_completion_length` tokens, that is lowered, for all prompts."""
     chat: ChatMode = "auto"
     """Message lists always go through the chat template; "always" sends texts through it too."""
     chat_template_kwargs: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from troupe.policy.elementwise import is_on_cpu, softmax
+from troupe.policy.elementwise import compiled, exponential, is_fast_here
 from troupe.policy.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
 
 BLOCK = 64
@@ -103,12 +103,15 @@ class DecodingCache:
         keys = self._write(self._keys, layer, k.reshape(S, w, K, d).transpose(0, 2, 1, 3))
         values = self._write(self._values, layer, v.reshape(S, w, K, d).transpose(0, 2, 1, 3))
         q = (q * scale).reshape(S, w, K, R, d).transpose(0, 2, 1, 3, 4)
-        to_prompt = _products(q.reshape(S, K, w * R, d), prompt_keys)
+        if is_fast_here(q):
+            o = _attend_apart(q, prompt_keys, prompt_values, keys, values, self._padding)
+            return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
+        to_prompt = q.reshape(S, K, w * R, d) @ prompt_keys.swapaxes(-1, -2)
         if self._padding is not None:
             to_prompt = to_prompt + self._padding
-        to_own = _products(q, keys)
+        to_own = q @ keys.swapaxes(-1, -2)
         scores = mx.concatenate([to_prompt.reshape(S, K, w, R, P), to_own], axis=-1)
-        shares = softmax(scores)
+        shares = mx.softmax(scores, axis=-1, precise=True)
         o = (shares[..., :P].reshape(S, K, w * R, P) @ prompt_values).reshape(S, K, w, R, d)
         o = o + shares[..., P:] @ values
         return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
@@ -163,11 +166,35 @@ class DecodingCache:
         return buffer[:, :, :, : self.length + 1]
 
 
-def _products(q: mx.array, keys: mx.array) -> mx.array:
-    """Of every query with every key: (…, n, d), (…, m, d) → (…, n, m).
+def _attend_apart(
+    q: mx.array,
+    prompt_keys: mx.array,
+    prompt_values: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    padding: mx.array | None,
+) -> mx.array:
+    """Scaled queries (S, K, w, R, d) → (S, K, w, R, d), on a CPU: with one softmax over two arrays of scores, which
+    are never joined, nor copied to be cut apart again.
 
-    With few queries BLAS on a CPU takes a quarter less for the transposed product.
+    With few queries BLAS takes a quarter less for keys · queriesᵀ than for the other way about.
     """
-    if is_on_cpu():
-        return (keys @ q.swapaxes(-1, -2)).swapaxes(-1, -2)
-    return q @ keys.swapaxes(-1, -2)
+    S, K, w, R, d = q.shape
+    P = prompt_keys.shape[2]
+    to_prompt = (prompt_keys @ q.reshape(S, K, w * R, d).swapaxes(-1, -2)).swapaxes(-1, -2)
+    if padding is not None:
+        to_prompt = to_prompt + padding
+    to_prompt = to_prompt.reshape(S, K, w, R, P)
+    to_own = keys @ q.swapaxes(-1, -2)  # (S, K, w, N, R)
+    peak = mx.maximum(
+        mx.max(to_prompt, axis=-1, keepdims=True), mx.max(to_own, axis=-2, keepdims=True).swapaxes(-1, -2)
+    )
+    of_prompt = compiled(_power_below, to_prompt.shape)(to_prompt, peak)
+    of_own = compiled(_power_below, to_own.shape)(to_own, peak.swapaxes(-1, -2))
+    total = mx.sum(of_prompt, axis=-1, keepdims=True) + mx.sum(of_own, axis=-2, keepdims=True).swapaxes(-1, -2)
+    o = (of_prompt.reshape(S, K, w * R, P) @ prompt_values).reshape(q.shape)
+    return (o + of_own.swapaxes(-1, -2) @ values) / total
+
+
+def _power_below(scores: mx.array, peak: mx.array) -> mx.array:
+    return exponential(scores - peak)

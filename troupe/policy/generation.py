@@ -19,7 +19,8 @@ class GenerationConfig(SamplingConfig, frozen=True, kw_only=True, forbid_unknown
     num_generations: Annotated[int, msgspec.Meta(ge=1)] = 8
     """G, completions of each prompt."""
     max_completion_length: Annotated[int, msgspec.Meta(ge=1)] = 256
-    """Most tokens of a completion; the model's positions may leave less to a long prompt."""
+    """Most tokens of a completion. The model's positions may leave less beside a long prompt; in a run the longest
+    prompt lowers it for all."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion. The token that completes one is kept, and so is the string in the text."""
     repetition_cutoff: Annotated[int, msgspec.Meta(ge=0)] = 0

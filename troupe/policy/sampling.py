@@ -93,7 +93,8 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_context_size: Annotated[int, msgspec.Meta(ge=1)] = 20
     """How many of the last tokens are recent for the frequency penalty."""
     logit_bias: dict[Annotated[int, msgspec.Meta(ge=0)], float] = {}
-    """Token id → what is added to its logit; −inf bans the token, ids of V and more are ignored."""
+    """Token id → what is added to its logit, a finite number in a run: −1000 bans a token. Ids of V and more are
+    ignored."""
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)

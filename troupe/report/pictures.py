@@ -23,7 +23,10 @@ _ENOUGH_TO_SMOOTH = 40
 def require_matplotlib() -> None:
     """InputError where matplotlib is not there."""
     if find_spec("matplotlib") is None:
-        raise InputError("pictures are drawn by matplotlib, which is not installed: pip install 'troupe[report]'")
+        raise InputError(
+            "pictures are drawn by matplotlib, which is not installed; "
+            "install Troupe's extra in its clone: pip install -e '.[report]'"
+        )
 
 
 def write_pictures(run: RunPicture, folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar
 import anyio
 import msgspec
 
-from troupe.errors import RewardError
+from troupe.errors import RewardError, sayable
 
 T = TypeVar("T")
 
@@ -105,9 +105,9 @@ def is_by_code(error: BaseException) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """Class, text and place of an error in one line."""
+    """Class, text and place of an error in one line, as UTF-8 can say it."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:299] + "…"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"
+    return sayable(f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}")

@@ -32,11 +32,12 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weights: tuple[float, ...] | None = None
     """One a function; None: all 1."""
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
-    """Seconds that one attempt at one group may take."""
+    """Seconds that one attempt at one call may take. A call is for a group; of a `RewardActor` for one completion, with
+    `scope = "batch"` for all groups of a round."""
     retries: Annotated[int, msgspec.Meta(ge=0)] = 1
     """Further attempts after the first fails."""
     concurrency: Annotated[int, msgspec.Meta(ge=1)] = 16
-    """Groups that one function scores at once, where it does not run in processes."""
+    """Calls of one reward at once (see `timeout_s`), where it does not run in processes."""
     start_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
     """Seconds that an actor's `start`, or a process with what it loads, may take."""
     breaker_failures: Annotated[int, msgspec.Meta(ge=0)] = 8

@@ -160,6 +160,6 @@ def _entry(task: str, options: str, index: int) -> dict[str, Any]:
 def _require(module: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise RewardError(
-            f"reward {module} needs the package {package}, which is missing; install it with: "
-            f"pip install 'troupe[{extra}]'"
+            f"reward {module} needs the package {package}, which is missing; install Troupe's extra in its "
+            f"clone: pip install -e '.[{extra}]'"
         )

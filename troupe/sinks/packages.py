@@ -35,7 +35,7 @@ def package(sink: SinkName, module: str = "") -> Any:
     except ImportError as error:
         raise ConfigError(
             f"metrics.sinks has {sink!r}, but the package {name} cannot be imported ({error}); "
-            f"install it with: pip install 'troupe[{sink}]', or leave the sink out"
+            f"install Troupe's extra in its clone: pip install -e '.[{sink}]', or leave the sink out"
         ) from None
 
 
