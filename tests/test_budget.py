@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import pytest
 
 from troupe import RunConfig, budget, load_config
@@ -16,11 +17,14 @@ from troupe.policy import (
     PRESETS,
     MicroBatch,
     Qwen3Config,
+    cuda_kernels,
     decode_memory_bytes,
     fused_copy_bytes,
+    gpu_attention,
     gradient_memory_bytes,
     parameter_count,
 )
+from troupe.policy.gpu_attention import attention_is_fused
 from troupe.policy.memory import split_into_waves
 
 POLICY = Qwen3Config(
@@ -215,7 +219,8 @@ def test_what_is_left_goes_to_decoding_and_fits_as_many_prompts_as_were_counted(
     assert room_gb is not None
 
     def cost(lengths: Sequence[int]) -> int:
-        return decode_memory_bytes(POLICY, lengths, 64, 100, mx.bfloat16, writes_scores=False)
+        writes = not attention_is_fused(16, mx.bfloat16, gradient=False, on_cpu=False)
+        return decode_memory_bytes(POLICY, lengths, 64, 100, mx.bfloat16, writes_scores=writes, copies_updates=True)
 
     assert plan.phases["generate"]["decode"] == cost([20, 20]) <= room_gb * GB < cost([20] * 3)
     assert split_into_waves([20] * 3, cost, room_gb * GB) == [range(2), range(2, 3)]
@@ -317,6 +322,31 @@ def test_the_table() -> None:
         "decode                      0.25",
         "together                    1.75   1.50",
     ]
+
+
+@pytest.mark.parametrize(("has_card", "dtype"), [(True, mx.bfloat16), (True, mx.float32), (False, mx.bfloat16)])
+def test_a_gpu_counts_what_it_writes_out_and_copies(
+    has_card: bool, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: has_card)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: has_card)
+    monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
+    policy = msgspec.structs.replace(POLICY, head_dim=128)
+    phases = plan_memory(config_of(), WORK._replace(policy=policy, dtype=dtype, on_cpu=False)).phases
+    whole = MicroBatch(prompts=3, prompt_length=20, rows=12, completion_length=100)
+    is_fused = has_card and dtype == mx.bfloat16
+    gradients = phases["learn"]["gradients"]
+    learning = gradient_memory_bytes(policy, dtype, whole, on_cpu=False, writes_scores=not is_fused)
+    assert phases["learn"]["forward and backward"] == learning - gradients
+    assert phases["generate"]["decode"] == decode_memory_bytes(
+        policy,
+        [20] * 3,
+        4,
+        100,
+        dtype,
+        writes_scores=has_card and dtype == mx.float32,  # Metal writes none out forwards
+        copies_updates=not has_card,
+    )
 
 
 def test_qwen3_in_16_gb() -> None:

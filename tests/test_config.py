@@ -71,6 +71,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("seed=9223372036854775808", "seed is 9223372036854775808; give a number"),
         ("memory_limit_gb=0", "memory_limit_gb is 0.0, but must be above 0; leave it out for none"),
         ("generation.temperature=0", "generation.temperature is 0, but greedy completions"),
+        ("generation.temperature=9.9e-6", "generation.temperature is 9.9e-06, but greedy completions"),
         ("generation.num_generations=1", "generation.num_generations is 1, but advantages compare"),
         ("rewards.min_scored=9", "rewards.min_scored is 9, but a group has only 8 completions"),
         ("learner.gradient_accumulation_steps=33", "gradient_accumulation_steps is 33, but a batch has 32 rows"),
@@ -204,7 +205,7 @@ def test_the_table_has_no_none() -> None:
 
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)
-POSITIVE = st.floats(min_value=1e-9, max_value=1e9, allow_subnormal=False)
+TEMPERATURES = st.floats(min_value=1e-5, max_value=1e9)
 ABSOLUTE = TEXT.filter(lambda text: "\0" not in text).map(lambda text: str(Path("/base", text.replace("/", ""))))
 SCALARS = st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
 LISTS = st.lists(SCALARS, max_size=3)
@@ -223,7 +224,7 @@ CONFIGS = st.builds(
     ),
     generation=st.builds(
         GenerationConfig,
-        temperature=POSITIVE,
+        temperature=TEMPERATURES,
         top_p=st.floats(0.01, 1.0),
         top_k=st.integers(0, 99),
         num_generations=st.integers(2, 9),

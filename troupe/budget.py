@@ -26,11 +26,13 @@ from troupe.policy import (
     MicroBatch,
     Qwen3Config,
     Sampler,
+    cuda_kernels,
     decode_memory_bytes,
     fused_copy_bytes,
     gradient_memory_bytes,
     parameter_count,
 )
+from troupe.policy.gpu_attention import attention_is_fused
 from troupe.process_wide import ProcessWide
 
 CUDA_SHARE = 0.9
@@ -257,6 +259,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         entropy_gradient=learner.has_entropy_bonus,
         adds_up=choice.micro_batches > 1,
         on_cpu=work.on_cpu,
+        writes_scores=not attention_is_fused(work.policy.head_dim, work.dtype, gradient=True, on_cpu=work.on_cpu),
     )
     gradients = 4 * numbers if choice.micro_batches > 1 else weights
     learn = {"gradients": gradients, "forward and backward": choice.streams * (learning - gradients)}
@@ -271,15 +274,17 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
 
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
     """What decoding this many of the longest prompts takes; no more than the config allows a decode."""
-    generation = config.generation
+    generation, policy = config.generation, work.policy
+    heads = policy.num_attention_heads, policy.num_key_value_heads, policy.head_dim
     needed = decode_memory_bytes(
-        work.policy,
+        policy,
         [work.longest_prompt] * prompts,
         generation.num_generations,
         generation.max_completion_length,
         work.dtype,
         is_filtering=Sampler(generation).is_filtering,
-        writes_scores=work.on_cpu,
+        writes_scores=not attention_is_fused(policy.head_dim, work.dtype, gradient=False, on_cpu=work.on_cpu),
+        copies_updates=not work.on_cpu and not cuda_kernels.serve(*heads),
     )
     return needed if generation.memory_limit_gb is None else min(needed, round(generation.memory_limit_gb * GB))
 

@@ -21,6 +21,7 @@ from troupe.dataset import DataConfig, anchored_source
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
+from troupe.policy.sampling import GREEDY_BELOW
 from troupe.rewards import RewardsConfig
 from troupe.schedule import ScheduleConfig
 from troupe.sinks import MetricsConfig
@@ -63,10 +64,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
         if self.memory_limit_gb is not None and not 0.0 < self.memory_limit_gb < math.inf:
             raise ValueError(f"memory_limit_gb is {self.memory_limit_gb}, but must be above 0; leave it out for none")
-        if self.generation.temperature <= 0:
+        if self.generation.temperature < GREEDY_BELOW:
             raise ValueError(
-                "generation.temperature is 0, but greedy completions of a prompt are all alike and teach nothing; "
-                "give a temperature above 0 (1.0 is usual)"
+                f"generation.temperature is {self.generation.temperature:g}, but greedy completions of a prompt are "
+                "all alike and teach nothing; give a temperature above 0 (1.0 is usual, and below "
+                f"{GREEDY_BELOW:g} the likeliest token is taken, too)"
             )
         if self.generation.num_generations < 2 and self.learner.scale_rewards == "group":
             raise ValueError(

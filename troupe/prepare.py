@@ -157,6 +157,11 @@ def prepare(
     config = _placed(config)
     longest = max(map(len, prompt_ids))
     config, more = _fit_completions(config, positions, longest_prompt=longest)
+    if policy.dtype == "float16":
+        more.append(
+            "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
+            "model.dtype = 'bfloat16' has no such limit"
+        )
     config, streams = _streamed(config, policy.config, longest_prompt=longest)
     memory = plan_memory(
         config,

@@ -93,6 +93,20 @@ def test_a_block_of_scores_is_held_where_attention_writes_them_out() -> None:
     assert 0 <= again - on_cpu < block, "what is seen from a block does not depend on who shares a prompt"
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gpu_that_writes_scores_out_holds_a_portion_of_them(recompute: bool) -> None:
+    config = config_of(vocab_size=100)
+    batch = MicroBatch(prompts=2, prompt_length=30, rows=8, completion_length=1900)
+    fused, written = (
+        gradient_memory_bytes(config, mx.bfloat16, batch, recompute=recompute, on_cpu=False, writes_scores=writes)
+        for writes in (False, True)
+    )
+    row = 4 * 2048**2  # 1,929 tokens, filled up
+    assert written - fused == 4 * 4 * row * 2, "four arrays of four of the eight rows"
+    on_cpu = (gradient_memory_bytes(config, mx.bfloat16, batch, writes_scores=writes) for writes in (False, True))
+    assert len(set(on_cpu)) == 1, "a CPU has blocks of its own"
+
+
 @pytest.fixture
 def mlx_waits() -> Iterator[None]:
     """MLX begins nothing ahead of the device, so that a peak is that of the work itself."""

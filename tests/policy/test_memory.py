@@ -7,12 +7,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from troupe.policy import decoding, memory
+from troupe.policy import cuda_kernels, decoding, gpu_attention, memory, rollout
 from troupe.policy.cache import DecodingCache
 from troupe.policy.generation import GenerationConfig, RolloutRequest
 from troupe.policy.loading import random_policy
 from troupe.policy.memory import cache_bytes, decode_memory_bytes, fused_copy_bytes, prefill_chunks, split_into_waves
-from troupe.policy.qwen3 import Qwen3Config, fuse_projections
+from troupe.policy.qwen3 import EMBEDDING, Qwen3Config, fuse_projections
 from troupe.policy.rollout import RolloutEngine
 
 
@@ -57,6 +57,40 @@ def test_formula_by_hand() -> None:
     assert decode_memory_bytes(config, [7, 4, 1], 5, 11, mx.float32) == pytest.approx(held + decoding, abs=1)
     more = decode_memory_bytes(config, [7, 4, 1], 5, 11, mx.float32, is_filtering=True)
     assert more == pytest.approx(held + decoding + 19 * 15 * 50 * 4, abs=1)
+
+
+def test_updates_that_copy_hold_all_own_keys_and_values_twice() -> None:
+    config = config_of(num_hidden_layers=8, num_key_value_heads=2)
+    own = 3 * 5 * 11 * 2 * 2 * 16 * 8 * 4
+    in_place, copied = (
+        decode_memory_bytes(config, [7, 4, 1], 5, 11, mx.float32, copies_updates=copies) for copies in (False, True)
+    )
+    assert copied - in_place == own - own * 2 / 8
+
+
+@pytest.mark.parametrize(
+    ("has_card", "head_dim", "expected"),
+    [
+        (True, 128, {"writes_scores": False, "copies_updates": False}),
+        (True, 32, {"writes_scores": False, "copies_updates": True}),
+        (True, 320, {"writes_scores": True, "copies_updates": True}),
+        (False, 128, {"writes_scores": False, "copies_updates": True}),
+        (False, 32, {"writes_scores": True, "copies_updates": True}),
+        (None, 128, {"writes_scores": True, "copies_updates": False}),
+    ],
+)
+def test_an_engine_counts_as_its_device_computes(
+    has_card: bool | None, head_dim: int, expected: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an NVIDIA card, on an Apple GPU, and on a processor."""
+    monkeypatch.setattr(rollout, "is_on_cpu", lambda: has_card is None)
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: bool(has_card))
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: bool(has_card))
+    monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
+    config = config_of(head_dim=head_dim, num_hidden_layers=3)
+    engine = RolloutEngine(config, GenerationConfig(num_generations=2, max_completion_length=9), stop_ids=frozenset())
+    engine.load({EMBEDDING: mx.zeros((1,), mx.bfloat16)}, 0)
+    assert engine.memory_bytes([300, 7]) == decode_memory_bytes(config, [300, 7], 2, 9, mx.bfloat16, **expected)
 
 
 def test_prefilling_of_long_prompts_counts_where_it_is_more() -> None:

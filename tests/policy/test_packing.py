@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from troupe.policy import gpu_attention
 from troupe.policy import packing as packing_module
 from troupe.policy.packing import Cells, Packing
 
@@ -17,10 +18,14 @@ H, K, D = 4, 2, 8
 SCALE = 0.4
 
 
-@pytest.fixture(params=["in parts", "in whole rows"])
+@pytest.fixture(params=["in parts", "in whole rows", "in portions of whole rows"])
 def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of attending, wherever the tests run."""
+    """All ways of attending, wherever the tests run."""
     monkeypatch.setattr(packing_module, "is_on_cpu", lambda: request.param == "in parts")
+    in_portions = request.param == "in portions of whole rows"
+    monkeypatch.setattr(gpu_attention, "attention_is_fused", lambda *of, **kind: not in_portions)
+    if in_portions:  # two of four heads
+        monkeypatch.setattr(gpu_attention, "PORTION", 2 * packing_module.SQUARE**2)
     return str(request.param)
 
 

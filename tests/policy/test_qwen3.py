@@ -228,6 +228,20 @@ def test_the_gradient_of_a_rotation_turns_back(
     assert float(mx.abs(rotate.gradient(rotate(y)) - size * y).max()) < 1e-5
 
 
+@pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
+def test_a_stretched_rotation_rounds_once(offset: int | mx.array, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no tables, too: the factor, 1.1386…, is no number of 16 bits."""
+    y = mx.random.normal((2, 3, 4, YARNED.head_dim), key=mx.random.key(0)).astype(mx.bfloat16)
+    turned = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr("troupe.policy.qwen3.is_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        turned.append(Rotation(YARNED, 4, offset)(y))
+    assert turned[0].dtype == turned[1].dtype == mx.bfloat16
+    exact, ours = (x.astype(mx.float32) for x in turned)
+    assert float(mx.mean((exact != ours).astype(mx.float32))) < 0.02, "sums of two products may round otherwise"
+    assert float(mx.abs(ours - exact).max()) <= 2**-7 * float(mx.abs(exact).max())
+
+
 def test_stretching_changes_the_network() -> None:
     ids = mx.array([list(range(1, 21)), list(range(21, 41))])
     weights = init_weights(SMALL, mx.random.key(0))

@@ -23,6 +23,8 @@ _BLOCKS_WANTED = 528
 """Four for each multiprocessor of an H100: with fewer, the context is split among several."""
 _LEAST_SPLIT = 128
 """Tokens of context that are worth a split."""
+_LARGEST_GROUP = 1280
+"""R·d: of each such number a block shares nine float32, beside 2.4 KB of its own."""
 
 _ATTEND = """
     // One block a row, a key/value head and a part of the context; sixteen lanes a token.
@@ -267,8 +269,10 @@ def are_here() -> bool:
 
 
 def serve(heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Whether `attend` knows heads of this kind, here: a warp each for a group's queries, key and value."""
-    return are_here() and head_dim % 64 == 0 and head_dim <= 256 and heads // kv_heads <= 6
+    """Whether `attend` knows heads of this kind, here: a warp each for a group's queries, key and value, and what all
+    warps share of the queries in 48 KiB."""
+    group = heads // kv_heads
+    return are_here() and head_dim % 64 == 0 and head_dim <= 256 and group <= 6 and group * head_dim <= _LARGEST_GROUP
 
 
 def attend(

@@ -9,7 +9,8 @@ head      beside what is kept, hidden states of M targets; of each logit of a bl
           twice the gradient of the head, V·D
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
           `_layer_bytes` has, and the layer's own gradients; on a GPU three times, for it prepares the next piece early
-          and lets go of nothing within a piece
+          and lets go of nothing within a piece; there, where attention's gradient writes scores out, four arrays of
+          the scores that are written at a time
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32
 
@@ -25,7 +26,9 @@ import mlx.core as mx
 import msgspec
 
 from troupe.policy.causal import block_size
+from troupe.policy.gpu_attention import scores_at_a_time
 from troupe.policy.head import block_rows
+from troupe.policy.packing import padded
 from troupe.policy.qwen3 import Qwen3Config, parameter_count
 
 
@@ -61,12 +64,14 @@ def gradient_memory_bytes(
     entropy_gradient: bool = False,
     adds_up: bool = False,
     on_cpu: bool = True,
+    writes_scores: bool = False,
 ) -> int:
     """Bytes that the gradient of a micro-batch takes beside the weights, the gradients included.
 
     `recompute` and `entropy_gradient` as for `completion_gradients`; `dtype` is that of the weights. `adds_up`: the
     gradients are added to float32 sums, which are counted too. `on_cpu`: attention writes its scores out and blocks of
-    logits are small; elsewhere attention is one kernel. The formula stands at the head of this file.
+    logits are small; elsewhere attention is one kernel, but with `writes_scores` its gradient is not. The formula
+    stands at the head of this file.
     """
     D, L, V, size = config.hidden_size, config.num_hidden_layers, config.vocab_size, dtype.size
     N, M = batch.tokens, batch.targets
@@ -82,6 +87,10 @@ def gradient_memory_bytes(
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
     back *= 1 if on_cpu else 3
+    if writes_scores and not on_cpu:
+        places = padded(batch.prompt_length + batch.completion_length - 1)
+        heads = config.num_attention_heads, config.num_key_value_heads
+        back += 4 * scores_at_a_time(batch.rows, *heads, places) * size
     first = kept + table * size + back
     gradients = 0 if adds_up else numbers * size
     tables = (4.2 if on_cpu else 7.3) if adds_up else 3.1

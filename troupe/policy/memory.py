@@ -8,7 +8,7 @@ own tokens (N the most that a row may have). Besides, the larger of
   device writes scores out, 2·s·H·P² float32;
   decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
   under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
-  the room that grows.
+  the room that grows; where updates copy, all own keys and values once more.
 D hidden size, F intermediate size, L layers, H query heads, K key/value heads, d head size, V vocabulary. The part
 that is held is exact; the factors of the others are measured on a CPU with MLX 0.32, as upper ends.
 """
@@ -63,11 +63,14 @@ def decode_memory_bytes(
     *,
     is_filtering: bool = False,
     writes_scores: bool = True,
+    copies_updates: bool = False,
 ) -> int:
     """Bytes that decoding these prompts (at least one), `num_generations` times each, takes beside the weights.
 
-    `writes_scores`: prefilling holds the scores of whole prompts, as on a CPU; fused attention kernels do not. `dtype`
-    is that of the weights. The formula stands at the head of this file.
+    `writes_scores`: prefilling holds the scores of whole prompts, as on a CPU; fused attention kernels do not.
+    `copies_updates`: a new token's keys and values go into a copy of what its row has, as on a GPU without kernels of
+    our own, where the step before still holds it. `dtype` is that of the weights. The formula stands at the head of
+    this file.
     """
     H, F, D, V = (config.num_attention_heads, config.intermediate_size, config.hidden_size, config.vocab_size)
     L, size = config.num_hidden_layers, dtype.size
@@ -82,7 +85,7 @@ def decode_memory_bytes(
     decoding = (
         (28.0 if is_filtering else 9.0) * B * V * 4 + 10 * B * H * (P + max_new_tokens) * 4 + 8 * B * (F + D) * size
     )
-    decoding += 2 * (held - prompts_held) / L
+    decoding += (held - prompts_held) * max(2 / L, 1.0 if copies_updates else 0.0)
     return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
 
 

@@ -18,11 +18,18 @@ import mlx.core as mx
 
 from troupe.policy.causal import Block, attention, attention_gradient, blocks
 from troupe.policy.elementwise import is_on_cpu
+from troupe.policy.gpu_attention import attention as attention_of_rows
+from troupe.policy.gpu_attention import attention_gradient as gradient_of_rows
 
 Read = Callable[[mx.array], mx.array]
 
 SQUARE = 128
 """MLX 0.32 has a fused gradient of attention on CUDA where as many queries as keys are a multiple of this."""
+
+
+def padded(length: int) -> int:
+    """Places of a row of so many tokens, where whole rows attend."""
+    return -(-length // SQUARE) * SQUARE
 
 
 class Cells:
@@ -247,7 +254,7 @@ def _attend_in_whole_rows(rows: _WholeRows, q: mx.array, k: mx.array, v: mx.arra
     Padding is on the right, where nobody sees it, and may hold anything.
     """
     q, k, v = (_read(x, rows.spread, rows.spread_back).swapaxes(1, 2) for x in (q, k, v))
-    o = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    o = attention_of_rows(q, k, v, scale)
     return _read(o.swapaxes(1, 2), rows.collect, rows.collect_back)
 
 
@@ -255,12 +262,8 @@ def _gradient_in_whole_rows(
     rows: _WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array
 ) -> list[mx.array]:
     """All (N, heads, d); see `_attend_in_whole_rows`."""
-
-    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-
-    inputs = [rows.spread(x).swapaxes(1, 2) for x in (q, k, v)]
-    grads = mx.vjp(attend, inputs, [rows.collect_back(o_grad).swapaxes(1, 2)])[1]
+    q, k, v = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v))
+    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2))
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]
 
 
@@ -285,7 +288,7 @@ class _WholeRows:
         own = [starts[-1], *(starts[-1] + n for n in accumulate(inner))]
         prompt_of = [q for q, size in enumerate(sizes) for _ in range(size)]
         rows = [[*range(starts[q], starts[q + 1]), *range(own[r], own[r + 1])] for r, q in enumerate(prompt_of)]
-        S, G = -(-max(map(len, rows)) // SQUARE) * SQUARE, max(sizes)
+        S, G = padded(max(map(len, rows))), max(sizes)
         self._token_of = mx.array([row + [0] * (S - len(row)) for row in rows], dtype=mx.int32)
         first = [r == 0 or q != prompt_of[r - 1] for r, q in enumerate(prompt_of)]
         speaks = [[first[r]] * lengths[q] + [True] * inner[r] for r, q in enumerate(prompt_of)]

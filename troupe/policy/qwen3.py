@@ -194,9 +194,13 @@ class Rotation:
         return mx.vjp(self, [cotangent], [cotangent])[1][0]  # linear: where it is taken does not matter
 
     def _turn(self, y: mx.array, offset: int | mx.array) -> mx.array:
-        base = self._base if self._periods is None else None
-        y = y if self._periods is None else y * self._factor
-        return mx.fast.rope(y, self._d, traditional=False, base=base, scale=1.0, offset=offset, freqs=self._periods)
+        if self._periods is None:
+            return mx.fast.rope(y, self._d, traditional=False, base=self._base, scale=1.0, offset=offset)
+        stretched = y.astype(mx.float32) * self._factor  # which 16 bits would round
+        turned = mx.fast.rope(
+            stretched, self._d, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
+        return turned.astype(y.dtype)
 
 
 def _turned(y: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy import cuda_kernels
 from troupe.policy.decoding import Batch
 from troupe.policy.elementwise import is_on_cpu
 from troupe.policy.generation import CompletedGroup, Completion, GenerationConfig, RolloutRequest
+from troupe.policy.gpu_attention import attention_is_fused
 from troupe.policy.memory import decode_memory_bytes, split_into_waves
 from troupe.policy.qwen3 import EMBEDDING, Qwen3Config, Weights, fuse_projections
 from troupe.policy.sampling import Sampler
@@ -131,15 +133,18 @@ class RolloutEngine:
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
         """What decoding prompts of these lengths together takes beside the weights; see `decode_memory_bytes`."""
         assert self._loaded is not None
-        room = self.config.max_position_embeddings - min(prompt_lengths)
+        config, dtype, on_cpu = self.config, self._loaded[0][EMBEDDING].dtype, is_on_cpu()
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        room = config.max_position_embeddings - min(prompt_lengths)
         return decode_memory_bytes(
-            self.config,
+            config,
             prompt_lengths,
             self.generation.num_generations,
             min(self.generation.max_completion_length, room),
-            self._loaded[0][EMBEDDING].dtype,
+            dtype,
             is_filtering=self.sampler.is_filtering,
-            writes_scores=is_on_cpu(),
+            writes_scores=not attention_is_fused(config.head_dim, dtype, gradient=False, on_cpu=on_cpu),
+            copies_updates=not on_cpu and not cuda_kernels.serve(*heads),
         )
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
