@@ -10,8 +10,9 @@ is: by default 64 completions of 128 tokens, a small step for a policy of this s
 
 Prints one JSON line. `cost`: the median over the pairs of what the learner's step with a write beside it takes
 over the mean of the two steps around it without, less 1; had a write taken longer than its step, what a run that writes
-after every step would wait counts too. `cost_s`: the same in seconds. `quartiles` of the same say how far to trust it, and `ok` whether it is less
-than 2 %. `spilled`: the largest part of a step without that a write was at work in after all.
+after every step would wait counts too. `cost_s`: the same in seconds. `quartiles` of `cost` say how far to trust it,
+and `ok` whether it is less than 2 %. `spilled`: the largest part of a step without that a write was at work in after
+all.
 """
 
 from __future__ import annotations

@@ -382,6 +382,38 @@ def test_the_resolved_config_says_where_the_generator_runs_and_with_how_many_thr
     assert (config.schedule.generator, config.schedule.blas_threads) == placed
 
 
+@pytest.mark.parametrize(
+    ("settings", "placed"),
+    [
+        ({}, ("process", 8, 1, 8)),
+        ({"learner__batch_size": 3}, ("process", 3, 2, 6)),
+        ({"schedule__max_staleness": 1}, ("process", 1, 4, 4)),
+        ({"schedule__generator": "thread"}, ("thread", 1, 8, 8)),
+        ({"schedule__generator": "process"}, ("process", 1, 8, 8)),
+        ({"schedule__blas_threads": 2}, ("thread", 1, 2, 2)),
+        ({"memory_limit_gb": 8.0}, ("thread", 1, 8, 8)),
+    ],
+)
+def test_light_weights_are_decoded_in_a_process_a_core_where_there_is_much_to_do(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    placed: tuple[str, int, int, int],
+) -> None:
+    monkeypatch.setattr(linux_cpu, "blas_threads", lambda: 8)
+    monkeypatch.setattr("troupe.prepare._WORTHWHILE", 64)
+    settings = {"schedule__generator": "auto", "learner__batch_size": 11} | settings
+    schedule = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config.schedule
+    memory = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).memory
+    assert (schedule.generator, schedule.generator_processes, schedule.blas_threads) == placed[:3]
+    assert memory.config.schedule.learner_streams == placed[3]
+    if settings == {"schedule__generator": "auto", "learner__batch_size": 11}:
+        monkeypatch.setattr("troupe.prepare._LIGHT", 1)
+        schedule = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config.schedule
+        assert (schedule.generator, schedule.generator_processes) == ("thread", 1)
+
+
 def test_more_processes_than_prompts_a_step_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     settings = {"schedule__generator": "process", "schedule__generator_processes": 3, "learner__batch_size": 2}
     with pytest.raises(ConfigError, match=r"generator_processes is 3, but a step has only 2 prompts .* at most 2"):

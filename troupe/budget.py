@@ -201,7 +201,7 @@ def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
 
 def _processes(config: RunConfig) -> int:
     """Processes beside the training process; 0 where the generator is a thread of it."""
-    return config.schedule.generator_processes if config.schedule.generator == "process" else 0
+    return config.schedule.generator_processes or 1 if config.schedule.generator == "process" else 0
 
 
 def _most_prompts(config: RunConfig) -> int:

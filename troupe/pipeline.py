@@ -341,10 +341,10 @@ def _setups(prepared: Prepared, stop_ids: frozenset[int], *, staleness: int, liv
     """What each process of the generator is made of."""
     config = prepared.config
     schedule = config.schedule
-    several = schedule.generator_processes > 1
+    processes = schedule.generator_processes or 1
     return [
         Setup(
-            name=f"generator {number}" if several else "generator",
+            name=f"generator {number}" if processes > 1 else "generator",
             policy=prepared.policy.config,
             generation=config.generation,
             stop_ids=tuple(sorted(stop_ids)),
@@ -357,7 +357,7 @@ def _setups(prepared: Prepared, stop_ids: frozenset[int], *, staleness: int, liv
             blas_threads=schedule.blas_threads,
             limit_gb=prepared.memory.generator_limit_gb,
         )
-        for number in range(schedule.generator_processes)
+        for number in range(processes)
     ]
 
 

@@ -33,6 +33,8 @@ from troupe.sinks import check_sinks
 _WORTHWHILE = 2**18
 """Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a processor
 beside the other gains."""
+_LIGHT = 2**27
+"""Bytes of weights up to which several processes decode faster than one: each reads all of them for every token."""
 
 
 class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +156,6 @@ def prepare(
         held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
         told_of_prompts.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
-    config = _placed(config)
     longest = max(map(len, prompt_ids))
     config, more = _fit_completions(config, positions, longest_prompt=longest)
     if policy.dtype == "float16":
@@ -162,7 +163,10 @@ def prepare(
             "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
             "model.dtype = 'bfloat16' has no such limit"
         )
-    config, streams = _streamed(config, policy.config, longest_prompt=longest)
+    worthwhile = _worthwhile(config, policy.config, longest_prompt=longest)
+    is_light = sum(array.nbytes for array in policy.weights.values()) <= _LIGHT
+    config = _placed(config, worthwhile if is_light else 1)
+    config, streams = _streamed(config, worthwhile)
     memory = plan_memory(
         config,
         Workload(
@@ -272,38 +276,53 @@ def _restored(
     )
 
 
-def _placed(config: RunConfig) -> RunConfig:
-    """Decide where the generator runs and how many threads OpenBLAS has, so that the resolved config says it."""
+def _worthwhile(config: RunConfig, policy: Qwen3Config, *, longest_prompt: int) -> int:
+    """How many parts of a step may be worth a processor of their own."""
+    rows = config.learner.batch_size * config.generation.num_generations
+    tokens = config.learner.batch_size * longest_prompt + rows * config.generation.max_completion_length
+    return max(1, tokens * policy.hidden_size // _WORTHWHILE)
+
+
+def _placed(config: RunConfig, worthwhile: int) -> RunConfig:
+    """Decide where the generator runs, in how many processes (no more than `worthwhile`) and how many threads OpenBLAS
+    has, so that the resolved config says it."""
     schedule, most = config.schedule, config.learner.batch_size
-    if schedule.generator_processes > most:
+    if (schedule.generator_processes or 1) > most:
         raise ConfigError(
             f"schedule.generator_processes is {schedule.generator_processes}, but a step has only {most} prompts "
             f"(learner.batch_size) to deal to them; give at most {most}"
         )
+    cores = linux_cpu.blas_threads() if is_on_cpu() else None
+    takes_turns = schedule.max_staleness == 0  # the generator with the learner
+    processes = schedule.generator_processes
+    if processes is None:
+        is_free = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
+        processes = min(cores or 1, worthwhile, most) if takes_turns and is_free else 1
     where = schedule.generator
     if where == "auto":
-        beside = is_on_cpu() and schedule.max_staleness > 0
-        where = "process" if beside or schedule.generator_processes > 1 else "thread"
+        where = "process" if processes > 1 or (is_on_cpu() and not takes_turns) else "thread"
     threads = schedule.blas_threads
-    if threads is None and is_on_cpu() and (all_threads := linux_cpu.blas_threads()):
-        processes = schedule.generator_processes if where == "process" else 0
-        threads = max(1, all_threads // (1 + processes))
+    if threads is None and cores:
+        sharers = 1 if where == "thread" else processes + (not takes_turns)
+        threads = max(1, cores // sharers)
     streams = schedule.learner_streams if is_on_cpu() else 1
-    placed = msgspec.structs.replace(schedule, generator=where, blas_threads=threads, learner_streams=streams)
+    placed = msgspec.structs.replace(
+        schedule, generator=where, generator_processes=processes, blas_threads=threads, learner_streams=streams
+    )
     return msgspec.structs.replace(config, schedule=placed)
 
 
-def _streamed(config: RunConfig, policy: Qwen3Config, *, longest_prompt: int) -> tuple[RunConfig, int]:
+def _streamed(config: RunConfig, worthwhile: int) -> tuple[RunConfig, int]:
     """How many micro-batches the learner may well differentiate at a time, which the resolved config says where that
     was asked for; where not, memory has its say, too."""
     schedule, learner = config.schedule, config.learner
     streams = 1
     if is_on_cpu() and (schedule.generator == "process" or not schedule.max_staleness):
         rows = learner.batch_size * config.generation.num_generations
-        tokens = learner.batch_size * longest_prompt + rows * config.generation.max_completion_length
-        worthwhile = max(1, tokens * policy.hidden_size // _WORTHWHILE)
-        asked = schedule.learner_streams or min(schedule.blas_threads or 1, worthwhile)
-        streams = min(asked, learner.gradient_accumulation_steps or rows)
+        cores = schedule.blas_threads or 1
+        if schedule.generator == "process" and not schedule.max_staleness:
+            cores *= schedule.generator_processes or 1  # which rest while the learner works
+        streams = min(schedule.learner_streams or min(cores, worthwhile), learner.gradient_accumulation_steps or rows)
     if schedule.learner_streams is not None:
         config = msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))
     return config, streams

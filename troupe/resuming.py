@@ -40,6 +40,7 @@ OPEN: dict[str, Any] = {
     "learner.gradient_checkpointing": None,
     "checkpoint.overlap": None,
     "schedule.generator": "auto",
+    "schedule.generator_processes": None,
     "schedule.blas_threads": None,
     "schedule.learner_streams": None,
 }

@@ -44,24 +44,27 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     on_stale: OnStale = "drop"
     """In `free`, what becomes of tokens that are older when their step begins; see `OnStale`."""
     generator: Literal["auto", "thread", "process"] = "auto"
-    """Where the generator runs: in a thread of the training process, or in a process of its own. `auto`: a process
-    where it works beside the learner (max_staleness ≥ 1) on a CPU, whose threads MLX keeps from overlapping; else a
-    thread."""
-    generator_processes: Annotated[int, msgspec.Meta(ge=1)] = 1
-    """Processes that the prompts of a step are dealt to by their place in it, where the generator is a process."""
+    """Where the generator runs: in a thread of the training process, or in processes of its own. `auto`: a process
+    where it works beside the learner (max_staleness ≥ 1) on a CPU, whose threads MLX keeps from overlapping, or where
+    several of them share its work; else a thread."""
+    generator_processes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Processes that the prompts of a step are dealt to by their place in it, where the generator is a process. None:
+    1; but on a CPU with max_staleness 0 one a core, where the work is worth it and the weights are light (128 MB), if
+    neither `generator`, `blas_threads` nor `memory_limit_gb` is given."""
     blas_threads: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Threads of OpenBLAS, in the training process and in each of the generator's; None: on a CPU as many as it takes
-    by itself, divided among the processes. Matrix products may be rounded differently with another number of them."""
+    by itself, divided among the processes that work at the same time. Matrix products may be rounded differently with
+    another number of them."""
     learner_streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Micro-batches that the learner differentiates at a time, each on a core of its own with one thread of OpenBLAS;
-    at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as `blas_threads`
-    if the work is worth it, but 1 where the generator works in the same process meanwhile. On a GPU it is always 1.
-    Give 1 where several runs play in one process and are to be reproducible: OpenBLAS belongs to all of them."""
+    at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as there are
+    cores for it if the work is worth it, but 1 where the generator works in the same process meanwhile. On a GPU it is
+    always 1. Give 1 where several runs play in one process and are to be reproducible: OpenBLAS belongs to all."""
     watchdog_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     """Seconds without movement after which an incident says who waits for what; 0: never."""
 
     def __post_init__(self) -> None:
-        if self.generator == "thread" and self.generator_processes > 1:
+        if self.generator == "thread" and (self.generator_processes or 1) > 1:
             raise ValueError(
                 f"schedule.generator_processes is {self.generator_processes}, but schedule.generator is 'thread'; set "
                 "it to 'process', or leave one of the two out"

@@ -192,8 +192,9 @@ def _attend_apart(
     of_prompt = compiled(_power_below, to_prompt.shape)(to_prompt, peak)
     of_own = compiled(_power_below, to_own.shape)(to_own, peak.swapaxes(-1, -2))
     total = mx.sum(of_prompt, axis=-1, keepdims=True) + mx.sum(of_own, axis=-2, keepdims=True).swapaxes(-1, -2)
-    o = (of_prompt.reshape(S, K, w * R, P) @ prompt_values).reshape(q.shape)
-    return (o + of_own.swapaxes(-1, -2) @ values) / total
+    of_values = (of_prompt.reshape(S, K, w * R, P) @ prompt_values).reshape(q.shape)
+    o: mx.array = (of_values + of_own.swapaxes(-1, -2) @ values) / total
+    return o
 
 
 def _power_below(scores: mx.array, peak: mx.array) -> mx.array:
