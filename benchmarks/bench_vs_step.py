@@ -9,8 +9,9 @@ A random Qwen3-shaped policy, by default of 8.9 million float32 parameters on th
 weights trained, no reference policy. Without peers it times our side alone. Each round runs every side once, in a
 process of its own with as many threads as it takes: ours is a whole `Supervisor` run, TRL's the real GRPOTrainer
 (transformers generates; no gradient checkpointing, which is faster), mlx-lm-lora's the real train_grpo. One id of the
-vocabulary ends a completion, so nearly all run to their limit. The interpreters: `python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0`, and `python -m venv lora &&
-lora/bin/pip install "mlx[cpu]==0.32.4" mlx-lm-lora==5.10.2`.
+vocabulary ends a completion, so nearly all run to their limit. The interpreters: `python -m venv trl && trl/bin/pip
+install torch==2.13.0 trl==1.16.0`, and `python -m venv lora && lora/bin/pip install "mlx[cpu]==0.32.4"
+mlx-lm-lora==5.10.2`.
 
 Prints a JSON line a run (seconds a step, without the first) and one that compares: medians over the rounds, and the
 ratio of each peer to ours, round by round, so that what else the machine does meets all sides alike.
