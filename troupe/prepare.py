@@ -296,8 +296,8 @@ def _placed(config: RunConfig, worthwhile: int) -> RunConfig:
     takes_turns = schedule.max_staleness == 0  # the generator with the learner
     processes = schedule.generator_processes
     if processes is None:
-        is_free = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
-        processes = min(cores or 1, worthwhile, most) if takes_turns and is_free else 1
+        is_open = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
+        processes = min(cores or 1, worthwhile, most) if takes_turns and is_open else 1
     where = schedule.generator
     if where == "auto":
         where = "process" if processes > 1 or (is_on_cpu() and not takes_turns) else "thread"
