@@ -101,7 +101,7 @@ def test_every_command_shown_has_these_options(command: str) -> None:
     name, *arguments = shlex.split(command)[1:]
     subcommand = main.get_command(click.Context(main), name)
     assert subcommand is not None
-    subcommand.make_context(name, list(arguments))
+    subcommand.make_context(name, list(arguments), parent=click.Context(main, **main.context_settings))
 
 
 def named_file(kind: str, text: str) -> tuple[str, str] | None:

@@ -57,7 +57,7 @@ def test_every_command_shown_is_one(line: str) -> None:
     name, *arguments = words[3:]
     subcommand = main.get_command(click.Context(main), name)
     assert subcommand is not None
-    subcommand.make_context(name, list(arguments))
+    subcommand.make_context(name, list(arguments), parent=click.Context(main, **main.context_settings))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
