@@ -26,7 +26,7 @@ def completion_statistics(
     that with less memory.
     """
     packing = Packing(prompts, completions)
-    hidden = hidden_states(config, weights, packing.ids[None], attention=packing)[0]
+    hidden = hidden_states(config, weights, packing.ids[None], attention=packing).squeeze(0)
     head = weights[EMBEDDING if config.tie_word_embeddings else HEAD]
     log_probs, entropies = token_statistics(packing.sources(hidden), head, packing.targets, temperature)
     return TokenStatistics(packing.in_rows(log_probs), packing.in_rows(entropies))

@@ -85,7 +85,7 @@ def completion_gradients(
     norm, head = weights[FINAL_NORM], weights[EMBEDDING if config.tie_word_embeddings else HEAD]
 
     def sources(x: mx.array, norm: mx.array) -> mx.array:
-        return packing.sources(mx.fast.rms_norm(x, norm, config.rms_norm_eps)[0])
+        return packing.sources(mx.fast.rms_norm(x.squeeze(0), norm, config.rms_norm_eps))
 
     hidden = sources(x, norm)
     outputs = yield from _one_by_one(head_forward(hidden, head, packing.targets, temperature))
@@ -110,7 +110,7 @@ def completion_gradients(
         x_grad, grads = yield from _backwards(*layer, *kept.pop(), x_grad)
         yield None, done
         done = {f"{_prefix(index)}{name}.weight": grad for name, grad in grads.items()}
-    embedding_grad = sum_by_id(x_grad[0], packing.ids, config.vocab_size)
+    embedding_grad = sum_by_id(x_grad.squeeze(0), packing.ids, config.vocab_size)
     yield None, done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
     return value
 

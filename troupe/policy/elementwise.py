@@ -103,13 +103,20 @@ def _fast_swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, ou
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """gate · σ(gate) · up, elementwise (arXiv:2002.05202)."""
-    return cast(mx.array, _fast_swiglu(gate, up)) if is_fast_here(gate) else gate * mx.sigmoid(gate) * up
+    if is_fast_here(gate):
+        return cast(mx.array, _fast_swiglu(gate, up))
+    fused = gate.size > WORTHWHILE and not is_on_cpu()
+    return cast(mx.array, (compiled(_plain_gated, gate.shape) if fused else _plain_gated)(gate, up))
 
 
 def swiglu_gradient(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
     """The cotangents of `gate` and `up` from that of `swiglu`; not differentiable."""
     function = _gated_vjp if is_fast_here(gate) else _plain_gated_vjp
     return cast("tuple[mx.array, mx.array]", compiled(function, gate.shape)(gate, up, cotangent))
+
+
+def _plain_gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
 
 
 def _plain_gated_vjp(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:

@@ -166,7 +166,7 @@ class Packing:
 
     def attend_keeping(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> Attended:
         """What `attend` gives, with what `attend_gradient` can make use of."""
-        q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
+        q, k, v = (_by_token(x) for x in (q, k, v))
         if self._whole_rows is not None:
             o = _attend_in_whole_rows(self._whole_rows, q, k, v, scale)
             return Attended(o.swapaxes(0, 1)[None], mx.zeros(0))
@@ -202,12 +202,12 @@ class Packing:
         `attended` is what `attend_keeping` gave; without it, it is computed again where it is needed.
         """
         if self._whole_rows is not None:
-            q, k, v, o_grad = (x[0].swapaxes(0, 1) for x in (q, k, v, o_grad))
+            q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
             grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad)
         else:
             o, normalizer = attended or self.attend_keeping(q, k, v, scale)
-            mean = mx.sum(o_grad.astype(mx.float32) * o, axis=-1)[0].swapaxes(0, 1)
-            q, k, v, o_grad = (x[0].swapaxes(0, 1) for x in (q, k, v, o_grad))
+            mean = mx.sum(_by_token(o_grad).astype(mx.float32) * _by_token(o), axis=-1)
+            q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
             grads = self._gradient_in_parts(q, k, v, scale, o_grad, normalizer, mean)
         dq, dk, dv = (x.swapaxes(0, 1)[None] for x in grads)
         return dq, dk, dv
@@ -267,6 +267,11 @@ def _gradient_in_whole_rows(
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]
 
 
+def _by_token(x: mx.array) -> mx.array:
+    """(1, heads, N, d) → (N, heads, d); not by `x[0]`, which copies."""
+    return x.squeeze(0).swapaxes(0, 1)
+
+
 def _take(x: mx.array, index: mx.array) -> mx.array:
     """x[index] for (n, …), without gradient: rows are moved as words of 8 bytes, which MLX does three times faster."""
     rows = x.reshape(x.shape[0], -1)
@@ -304,7 +309,9 @@ class _WholeRows:
         of_token = mx.array([q for q, n in enumerate(lengths) for _ in range(n)], dtype=mx.int32)
         place_in_row = mx.array([p for n in lengths for p in range(n)], dtype=mx.int32)
         self._all_places = members[of_token] * S + place_in_row[:, None]  # (prompt tokens, G)
-        self._is_member = (mx.arange(G) < mx.array(list(sizes))[:, None])[of_token][..., None, None]
+        self._is_member: mx.array | None = None
+        if min(sizes) < G:
+            self._is_member = (mx.arange(G) < mx.array(list(sizes))[:, None])[of_token][..., None, None]
         self._has_own = bool(own_places)
 
     def spread(self, x: mx.array) -> mx.array:
@@ -317,7 +324,9 @@ class _WholeRows:
         each = _take(flat, self._all_places)
         prompts = each[:, 0]
         if each.shape[1] > 1:
-            prompts = mx.sum(mx.where(self._is_member, each, mx.array(0, x.dtype)), axis=1)
+            if self._is_member is not None:
+                each = mx.where(self._is_member, each, mx.array(0, x.dtype))
+            prompts = mx.sum(each, axis=1)
         return mx.concatenate([prompts, _take(flat, self._own_places)]) if self._has_own else prompts
 
     def collect(self, x: mx.array) -> mx.array:
