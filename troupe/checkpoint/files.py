@@ -1,8 +1,8 @@
 """Files that are summed while they are written, and put on the disk for good before anybody relies on them.
 
-Arrays go from their own memory by way of a block, where they are summed, to the disk, past the system's cache where
-that can be. Summing and writing let go of Python's lock, so that other threads go on. Knows the safetensors format, and
-nothing of checkpoints.
+Arrays go from their own memory by way of a block to the disk, past the system's cache where that can be. While one
+block is summed and written, each in a thread of its own, the next is filled; all of it lets go of Python's lock, so
+that other threads go on. Knows the safetensors format, and nothing of checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import hashlib
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -21,7 +22,7 @@ from typing import Annotated, Any, TypeAlias
 import mlx.core as mx
 import msgspec
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 22
 Chunks: TypeAlias = Iterable[bytes | memoryview]
 """The content of a file, in pieces."""
 _ALIGNMENT = 8
@@ -41,6 +42,9 @@ _DTYPES = {
 }
 _SIZES = {name: dtype.size for dtype, name in _DTYPES.items()}
 """Bytes of a number."""
+_COPIED_BYTES = 1 << 25
+_APART = 12_345
+"""Bytes by which a copy is larger than anything is likely to be."""
 _LENGTH_BYTES = 8
 """At the beginning of a safetensors file: how long its header is."""
 
@@ -72,15 +76,17 @@ def write_file(path: Path, chunks: Chunks, before_block: Callable[[], None] = la
     `before_block` is called again and again meanwhile; what it raises ends the writing.
     """
     digest, size = hashlib.sha256(), 0
-    block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+    under_way: list[Future[None]] = []
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for length in _filled(block, chunks):
-            before_block()
-            _go_past_the_cache(descriptor, length == BLOCK_BYTES)
-            digest.update(block[:length])
-            _write_all(descriptor, block[:length])
-            size += length
+        with ThreadPoolExecutor(2) as pool:
+            for block in _blocks(chunks):
+                _finish(under_way)
+                before_block()
+                _go_past_the_cache(descriptor, len(block) == BLOCK_BYTES)
+                under_way += pool.submit(digest.update, block), pool.submit(_write_all, descriptor, block)
+                size += len(block)
+            _finish(under_way)
         _flush(descriptor)
     finally:
         os.close(descriptor)
@@ -120,7 +126,8 @@ def safetensors_bytes(arrays: Mapping[str, mx.array]) -> int:
 
 
 def safetensors_chunks(arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> Chunks:
-    """A safetensors file of evaluated arrays, piece by piece; the pieces are the arrays' own memory."""
+    """A safetensors file of evaluated arrays, piece by piece; the pieces are the arrays' own memory where the processor
+    shares it with the device, and die with the next piece where not."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():
@@ -129,9 +136,10 @@ def safetensors_chunks(arrays: Mapping[str, mx.array], metadata: Mapping[str, st
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % _ALIGNMENT)
     yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    for array in arrays.values():
-        if array.size:
-            yield _memory(array)
+    if has_memory_apart():
+        yield from _through_the_host(arrays.values())
+    else:
+        yield from (_memory(array) for array in arrays.values() if array.size)
 
 
 def has_sound_header(file: Path) -> bool:
@@ -150,6 +158,40 @@ def has_sound_header(file: Path) -> bool:
     return all(array.is_sound and start + array.data_offsets[1] <= size for array in arrays)
 
 
+def has_memory_apart() -> bool:
+    """Whether the device has a memory of its own, from which what the processor reads must be moved."""
+    return mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
+
+
+def _through_the_host(arrays: Iterable[mx.array]) -> Iterator[memoryview]:
+    """The bytes of arrays in a device's own memory, from copies that are made there.
+
+    MLX moves what the processor reads for good: the device would then reach for its own weights through the host, and
+    so would whatever took the same memory later, for MLX keeps it for arrays of the same size. So all copies are of one
+    size that nothing else has.
+    """
+    parts: list[mx.array] = []
+    taken = 0
+    for array in arrays:
+        flat = array.reshape(-1)
+        start = 0
+        while start < flat.size:
+            count = min(flat.size - start, (_COPIED_BYTES - taken) // flat.itemsize)
+            if count:
+                parts.append(mx.view(flat[start : start + count], mx.uint8))
+                start, taken = start + count, taken + parts[-1].size
+            else:
+                yield _copied(parts, taken)
+                parts, taken = [], 0
+    if parts:
+        yield _copied(parts, taken)
+
+
+def _copied(parts: Sequence[mx.array], size: int) -> memoryview:
+    rest = mx.zeros(_COPIED_BYTES + _APART - size, mx.uint8)
+    return _memory(mx.concatenate([*parts, rest]))[:size]
+
+
 def _memory(array: mx.array) -> memoryview:
     """The bytes of an array, row by row."""
     if array.dtype in (mx.bfloat16, mx.bool_):  # Python's buffers have no such type
@@ -162,20 +204,29 @@ def _memory(array: mx.array) -> memoryview:
     return memory.cast("B")
 
 
-def _filled(block: memoryview, chunks: Chunks) -> Iterator[int]:
-    """Gather what comes in the block → how much there is, each time that it is full, and at the end."""
+def _blocks(chunks: Chunks) -> Iterator[memoryview]:
+    """What comes, in blocks of one size but the last; each may be used until the one after the next is asked for."""
+    block, other = (memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2))
     filled = 0
     for chunk in chunks:
         rest = memoryview(chunk).cast("B")
         while rest:
-            taken = min(len(rest), len(block) - filled)
+            taken = min(len(rest), BLOCK_BYTES - filled)
             block[filled : filled + taken] = rest[:taken]
             filled, rest = filled + taken, rest[taken:]
-            if filled == len(block):
-                yield filled
-                filled = 0
+            if filled == BLOCK_BYTES:
+                yield block
+                block, other, filled = other, block, 0
     if filled:
-        yield filled
+        yield block[:filled]
+
+
+def _finish(under_way: list[Future[None]]) -> None:
+    """Wait for the block under way; raise what it met."""
+    wait(under_way)
+    for future in under_way:
+        future.result()
+    under_way.clear()
 
 
 def _write_all(descriptor: int, block: memoryview) -> None:
