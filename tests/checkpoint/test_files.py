@@ -144,6 +144,28 @@ def test_arrays_come_back_from_mlx_and_from_safetensors(tmp_path: Path) -> None:
     assert header_bytes % 8 == 0, "numbers lie where processors like them"
 
 
+@pytest.mark.parametrize("copied", [8, 24, 1000])
+def test_from_a_device_with_its_own_memory_the_same_bytes_come_and_no_array_is_read(
+    copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mx.eval(list(ARRAYS.values()))
+    plain = b"".join(map(bytes, safetensors_chunks(ARRAYS)))
+    read: list[mx.array] = []
+    memory = files._memory
+
+    def noted(array: mx.array) -> memoryview:
+        read.append(array)
+        return memory(array)
+
+    monkeypatch.setattr(files, "_memory", noted)
+    monkeypatch.setattr(files, "_COPIED_BYTES", copied)
+    monkeypatch.setattr(files, "has_memory_apart", lambda: True)
+    assert b"".join(map(bytes, safetensors_chunks(ARRAYS))) == plain
+    assert {array.nbytes for array in read} == {copied + files._APART}, "all copies are of one size of their own"
+    size = sum(array.nbytes for array in ARRAYS.values())
+    assert len(read) >= size / copied
+
+
 def test_without_metadata_none_is_written(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     write_file(file, safetensors_chunks({"a": mx.array([1.0])}))

@@ -7,6 +7,7 @@ that other threads go on. Knows the safetensors format, and nothing of checkpoin
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -22,7 +23,7 @@ from typing import Annotated, Any, TypeAlias
 import mlx.core as mx
 import msgspec
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 24
 Chunks: TypeAlias = Iterable[bytes | memoryview]
 """The content of a file, in pieces."""
 _ALIGNMENT = 8
@@ -212,13 +213,22 @@ def _blocks(chunks: Chunks) -> Iterator[memoryview]:
         rest = memoryview(chunk).cast("B")
         while rest:
             taken = min(len(rest), BLOCK_BYTES - filled)
-            block[filled : filled + taken] = rest[:taken]
+            _copy(block[filled : filled + taken], rest[:taken])
             filled, rest = filled + taken, rest[taken:]
             if filled == BLOCK_BYTES:
                 yield block
                 block, other, filled = other, block, 0
     if filled:
         yield block[:filled]
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    """As an assignment would, which keeps Python's lock, and long where pages must first come from a device."""
+    if source.readonly:
+        target[:] = source
+    else:
+        to, start = (ctypes.addressof(ctypes.c_char.from_buffer(x)) for x in (target, source))
+        ctypes.memmove(to, start, len(source))
 
 
 def _finish(under_way: list[Future[None]]) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from troupe.policy import cuda_attention, cuda_kernels
+from troupe.policy import cuda_kernels
 from troupe.policy.cache import BLOCK, DecodingCache, PromptCache
 from troupe.policy.qwen3 import EMBEDDING, FINAL_NORM, Qwen3Config, Weights
 from troupe.policy.rotary import attention_factor, inverse_frequencies
@@ -22,7 +22,7 @@ class CudaDecodingCache(DecodingCache):
     def __init__(self, prompts: PromptCache, width: int, limit: int) -> None:
         super().__init__(prompts, width, limit)
         self._own: list[mx.array] = []
-        self._layers: tuple[cuda_attention.Plan, Callable[..., mx.array]] | None = None
+        self._layers: tuple[cuda_kernels.Plan, Callable[..., mx.array]] | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -37,7 +37,7 @@ class CudaDecodingCache(DecodingCache):
         turn = mx.cos(angles) * factor, mx.sin(angles) * factor
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         x = weights[EMBEDDING][ids]
-        plan = cuda_attention.planned(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
+        plan = cuda_kernels.planned(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
         if self._layers is None or self._layers[0] != plan:
             self._layers = plan, mx.compile(partial(_through_layers, config, plan))
         for index in range(config.num_hidden_layers):
@@ -68,7 +68,7 @@ class CudaDecodingCache(DecodingCache):
 
 def _through_layers(
     config: Qwen3Config,
-    plan: cuda_attention.Plan,
+    plan: cuda_kernels.Plan,
     x: mx.array,
     weights: Weights,
     kept: tuple[list[mx.array], list[mx.array], list[mx.array]],
@@ -86,7 +86,7 @@ def _through_layers(
     for index, (*prompts, own) in enumerate(zip(*kept, strict=True)):
         layer = f"model.layers.{index}."
         y = mx.fast.rms_norm(x, weights[layer + "input_layernorm.weight"], eps)
-        o = cuda_attention.attend(
+        o = cuda_kernels.attend(
             y @ weights[layer + "self_attn.qkv_proj.weight"].T,
             weights[layer + "self_attn.qk_norm.weight"],
             turn,

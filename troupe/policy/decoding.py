@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from troupe.policy import cuda_attention
+from troupe.policy import cuda_kernels
 from troupe.policy.cache import DecodingCache, PromptCache, join_prompts
 from troupe.policy.cuda_decoding import CudaDecodingCache
 from troupe.policy.drawing import NOISE_BLOCK, draw_tokens, noise_block, row_key
@@ -152,7 +152,7 @@ class Batch:
             mx.eval(hidden[-1], part.keys, part.values)
             parts.append(part)
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kind = CudaDecodingCache if cuda_attention.serve(*heads) else DecodingCache
+        kind = CudaDecodingCache if cuda_kernels.serve(*heads) else DecodingCache
         self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
         return mx.concatenate(hidden)
 

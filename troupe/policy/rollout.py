@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy import cuda_attention
+from troupe.policy import cuda_kernels
 from troupe.policy.decoding import Batch
 from troupe.policy.elementwise import is_on_cpu
 from troupe.policy.generation import CompletedGroup, Completion, GenerationConfig, RolloutRequest
@@ -144,7 +144,7 @@ class RolloutEngine:
             dtype,
             is_filtering=self.sampler.is_filtering,
             writes_scores=not attention_is_fused(config.head_dim, dtype, gradient=False, on_cpu=on_cpu),
-            copies_updates=not on_cpu and not cuda_attention.serve(*heads),
+            copies_updates=not on_cpu and not cuda_kernels.serve(*heads),
         )
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
