@@ -6,7 +6,7 @@ r"""How many tokens a second does the engine decode, and how much memory does it
 
 Random weights; `tiny` has 8.9 million parameters. `--stop-ids K` makes K ids of the vocabulary end a completion, which
 gives ragged lengths; 0 lets every one run to its limit. Prints one JSON line: medians of `--steps` warm rounds, and
-what `RolloutEngine.memory_bytes` said before.
+what `RolloutEngine.memory_bytes` said before, with the weights that are laid out for decoding.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from troupe.policy import (
     Qwen3Config,
     RolloutEngine,
     RolloutRequest,
+    fused_copy_bytes,
     parameter_count,
     random_policy,
 )
@@ -70,6 +71,7 @@ def measure(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
     engine.load(policy.weights, 0)
     held = mx.get_active_memory()
     predicted = engine.memory_bytes([args.prompt_tokens] * args.prompts)
+    predicted += fused_copy_bytes(config, DTYPES[args.dtype])
     seconds, rates, tokens, peak = [], [], 0, 0
     for step in range(args.steps + 1):
         requests = [
