@@ -80,7 +80,10 @@ def measure(shape: Shape, dtype: mx.Dtype) -> dict[str, Any]:
     by_sums = cuda_kernels.planned(B, H, K, d, mx.float32, P + n)
 
     def attend(plan: cuda_kernels.Plan) -> list[mx.array]:
-        return [cuda_kernels.attend(*layer, lengths, step, constants, plan=plan) for layer in layers]
+        return [
+            cuda_kernels.attend(qkv, scales, turn, prompts, own, lengths, step, constants, plan=plan)
+            for qkv, scales, turn, prompts, own in layers
+        ]
 
     def microseconds(plan: cuda_kernels.Plan) -> float:
         mx.synchronize()
