@@ -16,7 +16,7 @@ from troupe.runtime import Channel, Credits
 pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
 
 PLAYS, BLOCK = 1000, 50
-FAST = 300
+FAST = 150
 """Plays that the ordinary tests have; the others are slow."""
 
 PLAIN = Plan(

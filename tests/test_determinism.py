@@ -97,7 +97,7 @@ def check(stored: Checkpoint, straight: Straight, config: RunConfig) -> None:
         pytest.param(PLAIN, 3, [(2, 1, 64)], id="plain, 3"),
         pytest.param(FULL, 0, [(3, 1, 64)], id="full, 0", marks=pytest.mark.slow),
         pytest.param(PLAIN | STREAMS, 0, [(8, 2, 64)], id="learning on three streams, 0"),
-        pytest.param(FULL, 1, [(4, 1, 1), (5, 3, 64)], id="full, 1"),
+        pytest.param(FULL, 1, [(4, 1, 1), (5, 3, 64)], id="full, 1", marks=pytest.mark.slow),
         pytest.param(FULL, 2, [(6, 2, 64)], id="full, 2", marks=pytest.mark.slow),
         pytest.param(FULL, 3, [(7, 1, 1)], id="full, 3"),
     ],
@@ -149,7 +149,7 @@ def test_each_staleness_gives_other_weights(tmp_path: Path, ragged_model: Path) 
     assert not any(same_bits(one, other) for i, one in enumerate(loops) for other in loops[:i])
 
 
-@pytest.mark.parametrize(("max_staleness", "ending"), [(2, "drain"), (3, "stop")])
+@pytest.mark.parametrize(("max_staleness", "ending"), [(2, "drain"), pytest.param(3, "stop", marks=pytest.mark.slow)])
 async def test_with_more_staleness_too_a_run_goes_on_to_the_same_bits(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, ending: str
 ) -> None:

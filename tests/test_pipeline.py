@@ -76,8 +76,10 @@ def test_a_run_equals_the_plain_loop_bit_for_bit(tmp_path: Path, ragged_model: P
         assert stored.reference is None
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
-@pytest.mark.parametrize("attempts", [1, 2])
+@pytest.mark.parametrize(
+    ("attempts", "max_staleness"),
+    [(2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (1, 1), (2, 0)))],
+)
 def test_dynamic_sampling_equals_the_plain_loop_whatever_the_delays(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, attempts: int
 ) -> None:

@@ -122,6 +122,7 @@ RESAMPLING: dict[str, Any] = {
     "learner__sync_ref_model": True,
     "learner__ref_model_sync_steps": 3,
 }
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,8 @@ RESAMPLING: dict[str, Any] = {
     [
         (0, {}, weigh_ids),
         (1, {}, weigh_ids),
-        (3, {}, weigh_ids),
-        (0, RESAMPLING, often_equal),
+        pytest.param(3, {}, weigh_ids, marks=SLOW),
+        pytest.param(0, RESAMPLING, often_equal, marks=SLOW),
         (2, RESAMPLING, often_equal),
     ],
 )
@@ -181,9 +182,6 @@ async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
             assert scores[group.group.prompt.gid] == group.scores
         assert len(judge.asked) == (STEPS - 2) * BATCH_SIZE - len(scored)
     assert kept, "no checkpoint was taken while a group with scores waited"
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def cases(draw: st.DrawFn) -> tuple[list[RolloutRequest], GenerationConfig, froz
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_any_batch_is_its_rows_alone(
     case: tuple[list[RolloutRequest], GenerationConfig, frozenset[int], int, int, int],

@@ -120,7 +120,7 @@ def test_keys_and_values_are_those_held(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("sizes", "lengths", "G", "N"),
     [
-        ({"head_dim": 32}, [4, 20, 9, 4], 8, 128),
+        pytest.param({"head_dim": 32}, [4, 20, 9, 4], 8, 128, marks=pytest.mark.slow),
         ({"head_dim": 32}, [64] * 8, 8, 64),
         ({"num_hidden_layers": 2, "vocab_size": 30000}, [8] * 4, 8, 8),
     ],
