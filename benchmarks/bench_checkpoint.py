@@ -127,6 +127,8 @@ def compared(spans: dict[str, list[Interval]]) -> dict[str, Any]:
         beside_s.append(here[1])
         without_s.append(around_s)
         spilled = max(spilled, *(shared_s(each, written) / took_s for each, took_s in (before, after)))
+    if not costs:
+        sys.exit("no write went on beside a step between two others; let steps be longer or --pairs more")
     cost = statistics.median(costs)
     seconds = [cost * around_s for cost, around_s in zip(costs, without_s, strict=True)]
     return {

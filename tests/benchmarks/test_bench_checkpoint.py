@@ -21,11 +21,13 @@ def test_a_step_is_compared_with_those_around_it() -> None:
     assert found["spilled"] == 0.3
     assert (found["beside_s"], found["without_s"], found["write_s"], found["ok"]) == (12.0, 12.0, 10.0, False)
     assert bench.compared({"learn": learned, "checkpoint": [(30.0, 40.0), (82.0, 90.0)]})["ok"]
+    with pytest.raises(SystemExit, match="no write went on beside a step"):
+        bench.compared({"learn": learned, "checkpoint": [(9.0, 15.0), (82.0, 90.0)]})
 
 
 def test_a_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "POLICY", msgspec.structs.replace(CONFIG, max_position_embeddings=64))
-    shape = ["--pairs", "1", "--prompts", "2", "--group", "2", "--new-tokens", "4", "--generator", "thread"]
+    shape = ["--pairs", "4", "--prompts", "2", "--group", "2", "--new-tokens", "4", "--generator", "thread"]
     bench.write_inputs(tmp_path, 2)
     found = bench.play(tmp_path, bench.parse(shape))
     assert found["measured"] >= 1

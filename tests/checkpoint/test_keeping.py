@@ -21,6 +21,7 @@ from troupe.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from troupe.errors import RunError
 
 
 def stand(run: Path, rewards: dict[int, float | None]) -> None:
@@ -155,3 +156,20 @@ def test_what_cannot_be_removed_is_told_and_the_others_go(run: Path, monkeypatch
     assert pruned.removed == (1, 3)
     assert pruned.faults == (f"{checkpoint_folder(run, 2)}: [Errno 16] Device or resource busy",)
     assert versions(run) == [4], "half removed, so no checkpoint any more"
+
+
+def test_where_nobody_can_tell_which_there_are_a_run_does_not_begin_anew(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list_checkpoints(run) == [], "no folder yet: nothing to go on from"
+    stand(run, {1: 0.1})
+
+    def closed(_: Path) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    for ask in (list_checkpoints, lambda run: newer_versions(run, 0)):
+        with pytest.raises(RunError, match=r"its checkpoints cannot be listed now: .*Too many open files"):
+            ask(run)
+    with pytest.raises(OSError, match="Too many open files"):
+        clear_leftovers(run)

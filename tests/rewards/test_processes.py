@@ -194,9 +194,14 @@ async def test_a_function_gets_ready_in_its_process_and_texts_have_the_same_hash
 
 async def test_a_file_that_loads_here_and_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.py"
-    path.write_text("import os\nassert os.getpid() == int(os.environ['HERE'])\ndef f(completions):\n    return [1]\n")
+    path.write_text(
+        "import os\n"
+        "assert os.getpid() == int(os.environ['HERE']), 'not in caf\\udce9'\n"
+        "def f(completions):\n"
+        "    return [1]\n"
+    )
     monkeypatch.setenv("HERE", str(os.getpid()))
-    with pytest.raises(RewardError, match=r"mine\.py:2: the file does not import: AssertionError"):
+    with pytest.raises(RewardError, match=r"mine\.py:2: the file does not import: AssertionError: not in caf\\udce9"):
         async with started(f"{path}:f"):
             raise AssertionError
 

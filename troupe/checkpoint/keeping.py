@@ -18,6 +18,7 @@ from troupe.checkpoint.state import (
     TEMPORARY_PREFIX,
     CheckpointConfig,
 )
+from troupe.errors import RunError
 
 _STEP_FOLDER = re.compile(rf"({re.escape(REPLACED_PREFIX)})?step-(\d{{8,}})")
 
@@ -43,14 +44,14 @@ def checkpoint_folder(run: Path, version: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The finished checkpoint folders of a run, newest first."""
-    found = _finished(run)
+    """The finished checkpoint folders of a run, newest first. RunError where nobody can tell which there are."""
+    found = _listed(run)
     return [found[version] for version in sorted(found, reverse=True)]
 
 
 def newer_versions(run: Path, version: int) -> set[int]:
-    """Versions after `version` of which the run folder has finished checkpoints."""
-    return {there for there in _finished(run) if there > version}
+    """Versions after `version` of which the run folder has finished checkpoints. RunError as above."""
+    return {there for there in _listed(run) if there > version}
 
 
 def prune_checkpoints(run: Path, config: CheckpointConfig, *, abandoned: Collection[int] = ()) -> Pruned:
@@ -89,6 +90,13 @@ def clear_leftovers(run: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _listed(run: Path) -> dict[int, Path]:
+    try:
+        return _finished(run)
+    except OSError as error:  # no reason to take it for a run without checkpoints, which begins anew
+        raise RunError(f"{run}: its checkpoints cannot be listed now: {error}; mend that and resume") from error
+
+
 def _finished(run: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for folder in _ours(run):  # a replaced one sorts before its replacement
@@ -99,8 +107,12 @@ def _finished(run: Path) -> dict[int, Path]:
 
 
 def _ours(run: Path) -> Iterator[Path]:
-    """Folders of checkpoints, whole or not, by name."""
-    for folder in sorted((run / "checkpoints").glob("*step-*")):
+    """Folders of checkpoints, whole or not, by name. OSError where the system does not tell."""
+    try:
+        folders = sorted((run / "checkpoints").iterdir())  # a glob would pass over what it may not read
+    except FileNotFoundError:
+        return
+    for folder in folders:
         if _STEP_FOLDER.fullmatch(folder.name.removeprefix(TEMPORARY_PREFIX)):
             yield folder
 

@@ -10,7 +10,7 @@ import sys
 import anyio
 import msgspec
 
-from troupe.errors import RewardError
+from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described, is_by_code
 from troupe.rewards.calls import Broken, Call, Raised, Ready, Scores
@@ -26,7 +26,7 @@ async def play(connection: Connection) -> None:
     try:
         function = _load(sys.argv[1])
     except RewardError as error:
-        await connection.send(_ENCODER.encode(Broken(str(error))))
+        await connection.send(_ENCODER.encode(Broken(sayable(str(error)))))
         return
     signature = Signature.of(function)
     await connection.send(_ENCODER.encode(Ready()))
@@ -60,7 +60,7 @@ async def _answer(function: RewardFunction, signature: Signature, call: Call) ->
         extra = {column: list(values) for column, values in log.extra.items()}
         return _ENCODER.encode(Scores(scores, extra, log.logged))
     except RewardError as error:
-        return _ENCODER.encode(Broken(str(error)))
+        return _ENCODER.encode(Broken(sayable(str(error))))
     except anyio.get_cancelled_exc_class():
         return _ENCODER.encode(Raised("the call was cancelled by itself"))
     except BaseException as error:  # a SystemExit is the reward's own failure
