@@ -3,8 +3,9 @@
     python -m benchmarks.bench_attention
 
 Calls the kernels of `cuda_kernels.py` as a decoding step does, fourteen layers twice in a row with arrays of their own,
-so that none is found in the card's cache. Prints one JSON line a shape: microseconds a layer, median of seven rounds,
-launch included; what moving the bytes would take at 3 TB/s; and how far the two results lie apart.
+so that with many rows none is found in the card's cache. Prints one JSON line a shape: microseconds a layer, median of
+seven rounds, in which the host's calls count, made before anything is launched; what moving the bytes would take at
+3 TB/s; and how far the two results lie apart.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ load one folder of random weights and decode the same prompts, round by round in
 machine does meets both; the first round of each is not counted. What they draw differs, and with `--stop-ids` how many
 tokens; so each round counts as tokens a second. mlx-lm gives ids alone, ours their log-probabilities too. `--threads`
 limits OpenBLAS on both sides. `--processes` of ours share the prompts, each with one thread of OpenBLAS, as a run of
-light weights has one a core; such a round is timed from its beginning to the end of the last. Prints one JSON line:
+light weights has one a core. Rounds of processes are timed from here, until the last has ended. Prints one JSON line:
 medians, and the median of the rounds' ratios, ours over theirs;
 `per_cpu_s` counts seconds of processor time, of all threads, instead of the clock's, which says more on a busy machine
 (with `--threads 1`: other BLAS threads spin while they wait).
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Process:
     """A process that plays rounds. Use as a context manager."""
 
     def __init__(self, *command: str, **environment: str) -> None:
-        self._name = command[1]
+        self._name = " ".join(command[:3])
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
         )
@@ -90,7 +90,8 @@ class Process:
     def begin(self) -> None:
         """Let it play the next round."""
         assert self._process.stdin is not None
-        print("go", file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended, which its answer tells
+            print("go", file=self._process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
         """Wait for its next line."""

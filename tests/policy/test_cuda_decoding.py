@@ -74,12 +74,34 @@ def largest_difference(policy: Policy, lengths: Sequence[int], width: int) -> fl
     ("lengths", "width", "shape"),
     [([5, 17, 64], 4, {}), ([900], 2, {}), ([30, 700], 3, {"heads": 16, "head_dim": 128}), ([1], 1, {"kv_heads": 8})],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 5e-2), ("float16", 2e-2)])
 def test_hidden_states_are_those_of_the_plain_cache(
     lengths: list[int], width: int, shape: dict[str, int], dtype: str, tolerance: float
 ) -> None:
     """float32 products are made with TF32 on these cards."""
     assert largest_difference(random_policy(config(**shape), dtype=dtype), lengths, width) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width", "shape", "team", "splits"),
+    [
+        ([40] * 32, 8, {}, 1, 1),
+        ([7] * 57, 9, {"kv_heads": 2}, 1, 1),
+        ([7] * 171, 3, {"kv_heads": 1, "heads": 4}, 2, 1),
+        ([9, 40] * 16, 2, {}, 4, 1),
+        ([2100, 3], 1, {}, 8, 4),
+        ([50, 20], 3, {"head_dim": 256}, 8, 1),
+        ([50, 20], 3, {"heads": 24}, 8, 1),
+    ],
+)
+def test_so_are_they_however_the_work_is_divided(
+    lengths: list[int], width: int, shape: dict[str, int], team: int, splits: int
+) -> None:
+    policy = random_policy(config(**shape), dtype="bfloat16")
+    heads = policy.config.num_attention_heads, policy.config.num_key_value_heads, policy.config.head_dim
+    plan = cuda_kernels.planned(len(lengths) * width, *heads, mx.bfloat16, max(lengths))
+    assert (plan.by_units, plan.block[1], plan.splits) == (True, team, splits)
+    assert largest_difference(policy, lengths, width) < 5e-2
 
 
 def test_a_draw_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,10 +77,3 @@ def test_few_rows_have_teams_and_long_contexts_several_blocks(monkeypatch: pytes
     assert [team_and_splits(rows, 500) for rows in (256, 128, 64, 32, 1)] == [(1, 1), (1, 1), (2, 1), (4, 1), (8, 1)]
     assert [team_and_splits(1, context) for context in (2047, 2048, 8192)] == [(8, 1), (8, 4), (8, 16)]
     assert team_and_splits(256, 40_000) == (1, 1)
-
-
-def test_what_is_shared_by_the_matrix_units_fits() -> None:
-    for head_dim in (64, 128, 256):
-        for group in range(1, 9):
-            if group * head_dim <= 1024:
-                assert 8 * group * head_dim * 4 + 8 * 2 * head_dim * 2 + 2 * 8 * group * 4 <= SHARED

@@ -94,6 +94,10 @@ def test_on_a_cpu_half_precision_becomes_float32_and_elsewhere_stays(
     assert load_policy(folder).dtype == "float32"
     monkeypatch.setattr("troupe.policy.folders.is_on_cpu", lambda: False)
     assert load_policy(folder).dtype == "bfloat16"
+    norms = {name: w.astype(mx.float32) for name, w in tensors.items() if w.ndim == 1}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors | norms)
+    weights = load_policy(folder).weights
+    assert {w.dtype for w in weights.values()} == {mx.bfloat16}, "kernels want one type"
 
 
 def test_harmless_extras_are_dropped(tmp_path: Path) -> None:

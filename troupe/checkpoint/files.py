@@ -1,8 +1,8 @@
 """Files that are summed while they are written, and put on the disk for good before anybody relies on them.
 
 Arrays go from their own memory by way of a block to the disk, past the system's cache where that can be. While one
-block is summed and written, each in a thread of its own, the next is filled; all of it lets go of Python's lock, so
-that other threads go on. Knows the safetensors format, and nothing of checkpoints.
+block is summed and written, each in a thread of its own, the next is filled; for arrays all of it lets go of Python's
+lock, so that other threads go on. Knows the safetensors format, and nothing of checkpoints.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -90,6 +91,7 @@ def write_file(path: Path, chunks: Chunks, before_block: Callable[[], None] = la
             _finish(under_way)
         _flush(descriptor)
     finally:
+        wait(under_way)  # who writes must not meet another file of this number
         os.close(descriptor)
     return FileSum(bytes=size, sha256=digest.hexdigest())
 
@@ -173,7 +175,7 @@ def _through_the_host(arrays: Iterable[mx.array]) -> Iterator[memoryview]:
     """
     parts: list[mx.array] = []
     taken = 0
-    for array in arrays:
+    for array in chain.from_iterable(map(_within_reach, arrays)):
         flat = array.reshape(-1)
         start = 0
         while start < flat.size:
@@ -186,6 +188,11 @@ def _through_the_host(arrays: Iterable[mx.array]) -> Iterator[memoryview]:
                 parts, taken = [], 0
     if parts:
         yield _copied(parts, taken)
+
+
+def _within_reach(array: mx.array) -> Iterable[mx.array]:
+    """The array, or its rows where it has more numbers than MLX can lay in one."""
+    return [array] if array.size < 2**31 else (array[i : i + 1] for i in range(array.shape[0]))
 
 
 def _copied(parts: Sequence[mx.array], size: int) -> memoryview:

@@ -110,7 +110,7 @@ def _ours(run: Path) -> Iterator[Path]:
     """Folders of checkpoints, whole or not, by name. OSError where the system does not tell."""
     try:
         folders = sorted((run / "checkpoints").iterdir())  # a glob would pass over what it may not read
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for folder in folders:
         if _STEP_FOLDER.fullmatch(folder.name.removeprefix(TEMPORARY_PREFIX)):

@@ -15,6 +15,9 @@ from troupe.policy.cache import BLOCK, DecodingCache, PromptCache
 from troupe.policy.qwen3 import EMBEDDING, FINAL_NORM, Qwen3Config, Weights
 from troupe.policy.rotary import attention_factor, inverse_frequencies
 
+_WORTH_COMPILING = 8
+"""Steps of the same shapes after which it pays: compiling takes 8 ms, and saves 1 ms a step of 28 layers."""
+
 
 class CudaDecodingCache(DecodingCache):
     """A `DecodingCache` whose rows keep their own keys and values together, (B, 2·K, N, d) a layer."""
@@ -22,7 +25,9 @@ class CudaDecodingCache(DecodingCache):
     def __init__(self, prompts: PromptCache, width: int, limit: int) -> None:
         super().__init__(prompts, width, limit)
         self._own: list[mx.array] = []
-        self._layers: tuple[cuda_kernels.Plan, Callable[..., mx.array]] | None = None
+        self._shape: object = None
+        self._steps = 0
+        self._layers: Callable[..., mx.array] = _through_layers
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -37,13 +42,16 @@ class CudaDecodingCache(DecodingCache):
         turn = mx.cos(angles) * factor, mx.sin(angles) * factor
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         x = weights[EMBEDDING][ids]
-        plan = cuda_kernels.planned(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
-        if self._layers is None or self._layers[0] != plan:
-            self._layers = plan, mx.compile(partial(_through_layers, config, plan))
         for index in range(config.num_hidden_layers):
             self._make_room(index, x.dtype)
-        kept = self._prompt_keys, self._prompt_values, self._own
-        y = self._layers[1](x, dict(weights), kept, turn, lengths, step)
+        plan = cuda_kernels.planned(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
+        shape = plan, len(ids), self._own[0].shape
+        if shape != self._shape:
+            self._shape, self._steps, self._layers = shape, 0, partial(_through_layers, config, plan)
+        self._steps += 1
+        if self._steps == _WORTH_COMPILING:
+            self._layers = mx.compile(self._layers)
+        y = self._layers(x, dict(weights), (self._prompt_keys, self._prompt_values, self._own), turn, lengths, step)
         self.advance()
         return y
 

@@ -48,8 +48,9 @@ _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)
 def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3Config, Weights]:
     """Read config.json and the safetensors of a folder → (config, evaluated weights).
 
-    `dtype`: a name of `DTYPES`; None keeps what is stored, except that on a CPU everything becomes float32, the only
-    type with fast matrix products there. Raises ModelError, which names the folder, the file and every bad tensor.
+    `dtype`: a name of `DTYPES`; None keeps what is stored, or where that is several types, the one of the embedding for
+    all; except that on a CPU everything becomes float32, the only type with fast matrix products there. Raises
+    ModelError, which names the folder, the file and every bad tensor.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype: {dtype!r} is refused; it must be one of {', '.join(DTYPES)}")
@@ -72,7 +73,9 @@ def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3
         tensors = mx.load(str(file))
         assert isinstance(tensors, dict)
         for name in wanted.keys() & tensors.keys():
-            weights[name] = tensors[name] if target is None else tensors[name].astype(target)
+            weights[name] = tensors[name]
+    kept = target or weights[EMBEDDING].dtype
+    weights = {name: tensor.astype(kept) for name, tensor in weights.items()}  # no copy where that is its type
     mx.eval(weights)
     return config, {name: weights[name] for name in wanted}
 
