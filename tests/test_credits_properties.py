@@ -17,7 +17,7 @@ from tests.plans import REQUESTS, Plan
 pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
 
 SHARES = st.sampled_from([0.0, 0.1, 0.5, 1.0])
-WHOLE_RUNS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+WHOLE_RUNS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 calm_plans = st.builds(
     Plan,

@@ -188,7 +188,7 @@ async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
     ("staleness", "on_stale", "settings"),
     [
         (1, "drop", {}),
-        (1, "requeue", RESAMPLING),
+        pytest.param(1, "requeue", RESAMPLING, marks=SLOW),
         pytest.param(1, "correct", RESAMPLING, marks=SLOW),
         *(
             pytest.param(staleness, on_stale, settings, marks=SLOW)

@@ -237,8 +237,10 @@ FULL = {
 """Everything of which a checkpoint must keep something."""
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
-@pytest.mark.parametrize("ending", ["drain", "stop"])
+@pytest.mark.parametrize(
+    ("ending", "max_staleness"),
+    [("drain", 0), ("stop", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("drain", 1), ("stop", 0)))],
+)
 async def test_a_run_that_resamples_and_follows_goes_on_to_the_same_bits(
     tmp_path: Path, ragged_model: Path, max_staleness: int, ending: str
 ) -> None:

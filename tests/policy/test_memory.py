@@ -121,7 +121,7 @@ def test_keys_and_values_are_those_held(monkeypatch: pytest.MonkeyPatch) -> None
     ("sizes", "lengths", "G", "N"),
     [
         pytest.param({"head_dim": 32}, [4, 20, 9, 4], 8, 128, marks=pytest.mark.slow),
-        ({"head_dim": 32}, [64] * 8, 8, 64),
+        pytest.param({"head_dim": 32}, [64] * 8, 8, 64, marks=pytest.mark.slow),
         ({"num_hidden_layers": 2, "vocab_size": 30000}, [8] * 4, 8, 8),
     ],
 )
