@@ -23,6 +23,7 @@ from troupe.checkpoint.files import (
     sum_file,
     write_file,
 )
+from troupe.policy import cuda_kernels
 
 
 def test_what_goes_through_is_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +160,7 @@ def test_from_a_device_with_its_own_memory_the_same_bytes_come_and_no_array_is_r
 
     monkeypatch.setattr(files, "_memory", noted)
     monkeypatch.setattr(files, "_COPIED_BYTES", copied)
-    monkeypatch.setattr(files, "has_memory_apart", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
     assert b"".join(map(bytes, safetensors_chunks(ARRAYS))) == plain
     assert {array.nbytes for array in read} == {copied + files._APART}, "all copies are of one size of their own"
     size = sum(array.nbytes for array in ARRAYS.values())

@@ -33,8 +33,8 @@ from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, Reporter
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _NICENESS = 5
-"""Of the thread that sums and writes. Where all processors are busy it gets about a quarter of one: more would be taken
-from the learner, and with much less it would have to be waited for."""
+"""Of the thread that writes checkpoints, and of those that it starts. Where all processors are busy it gets about a
+quarter of one: more would be taken from the learner, and with much less it would have to be waited for."""
 
 
 class CheckpointLedger(msgspec.Struct, kw_only=True):

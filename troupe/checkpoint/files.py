@@ -24,6 +24,8 @@ from typing import Annotated, Any, TypeAlias
 import mlx.core as mx
 import msgspec
 
+from troupe.policy import cuda_kernels
+
 BLOCK_BYTES = 1 << 24
 Chunks: TypeAlias = Iterable[bytes | memoryview]
 """The content of a file, in pieces."""
@@ -139,7 +141,7 @@ def safetensors_chunks(arrays: Mapping[str, mx.array], metadata: Mapping[str, st
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % _ALIGNMENT)
     yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    if has_memory_apart():
+    if cuda_kernels.are_here():  # the card has a memory of its own
         yield from _through_the_host(arrays.values())
     else:
         yield from (_memory(array) for array in arrays.values() if array.size)
@@ -159,11 +161,6 @@ def has_sound_header(file: Path) -> bool:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
     return all(array.is_sound and start + array.data_offsets[1] <= size for array in arrays)
-
-
-def has_memory_apart() -> bool:
-    """Whether the device has a memory of its own, from which what the processor reads must be moved."""
-    return mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
 def _through_the_host(arrays: Iterable[mx.array]) -> Iterator[memoryview]:

@@ -16,7 +16,7 @@ from troupe.policy.qwen3 import EMBEDDING, FINAL_NORM, Qwen3Config, Weights
 from troupe.policy.rotary import attention_factor, inverse_frequencies
 
 _WORTH_COMPILING = 8
-"""Steps of the same shapes after which it pays: compiling takes 8 ms, and saves 1 ms a step of 28 layers."""
+"""Steps of the same shapes after which it pays: for 28 layers it takes some 8 ms, and saves about 1 ms a step."""
 
 
 class CudaDecodingCache(DecodingCache):
@@ -45,7 +45,7 @@ class CudaDecodingCache(DecodingCache):
         for index in range(config.num_hidden_layers):
             self._make_room(index, x.dtype)
         plan = cuda_kernels.planned(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
-        shape = plan, len(ids), self._own[0].shape
+        shape = plan, self._own[0].shape
         if shape != self._shape:
             self._shape, self._steps, self._layers = shape, 0, partial(_through_layers, config, plan)
         self._steps += 1
@@ -86,8 +86,7 @@ def _through_layers(
 ) -> mx.array:
     """Embedded ids (B, D) → hidden states after the final norm. `kept`: prompts' keys and values, and the rows' own.
 
-    To be compiled, which fuses nothing here, but takes down once what to launch: writing that down anew takes the
-    processor as long as the card computes.
+    To be compiled, which fuses nothing here, but takes down once what to launch.
     """
     eps = config.rms_norm_eps
     constants = mx.array([eps, config.head_dim**-0.5])
