@@ -14,6 +14,22 @@ from troupe.grpo import adamw_init
 from troupe.messages import OpenGroup, Past, ScoredGroup, Slot, Unfinished
 from troupe.policy import Weights, init_weights
 
+ARRAYS = {
+    "f32": mx.arange(6, dtype=mx.float32).reshape(2, 3),
+    "turned": mx.arange(6, dtype=mx.float32).reshape(2, 3).T,
+    "bf16": (mx.arange(5) * 0.3).astype(mx.bfloat16),
+    "f16 turned": (mx.arange(6) * 0.3).astype(mx.float16).reshape(3, 2).T,
+    "bf16 turned": (mx.arange(6) * 0.3).astype(mx.bfloat16).reshape(3, 2).T,
+    "every other": mx.arange(10)[::2],
+    "scalar": mx.array(2.5),
+    "none": mx.zeros((0, 4)),
+    "u16": mx.array([0, 65535], dtype=mx.uint16),
+    "bool": mx.array([True, False, True]),
+    "i64": mx.array([-(2**40)], dtype=mx.int64),
+    "ü": mx.array([1, 2], dtype=mx.uint8),
+}
+"""Of every kind that a file may hold."""
+
 
 def weights(seed: int, dtype: mx.Dtype = mx.float32) -> Weights:
     """Of a small policy; evaluated."""

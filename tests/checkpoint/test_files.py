@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from tests.checkpoint.checkpoints import assert_same_arrays
+from tests.checkpoint.checkpoints import ARRAYS, assert_same_arrays
 from troupe.checkpoint import files
 from troupe.checkpoint.files import (
     has_sound_header,
@@ -23,7 +23,6 @@ from troupe.checkpoint.files import (
     sum_file,
     write_file,
 )
-from troupe.policy import cuda_kernels
 
 
 def test_what_goes_through_is_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,22 +111,6 @@ def test_on_macos_the_cache_is_left_out_for_whole_blocks(tmp_path: Path, monkeyp
     assert (tmp_path / "f").read_bytes() == b"abcdefg"
 
 
-ARRAYS = {
-    "f32": mx.arange(6, dtype=mx.float32).reshape(2, 3),
-    "turned": mx.arange(6, dtype=mx.float32).reshape(2, 3).T,
-    "bf16": (mx.arange(5) * 0.3).astype(mx.bfloat16),
-    "f16 turned": (mx.arange(6) * 0.3).astype(mx.float16).reshape(3, 2).T,
-    "bf16 turned": (mx.arange(6) * 0.3).astype(mx.bfloat16).reshape(3, 2).T,
-    "every other": mx.arange(10)[::2],
-    "scalar": mx.array(2.5),
-    "none": mx.zeros((0, 4)),
-    "u16": mx.array([0, 65535], dtype=mx.uint16),
-    "bool": mx.array([True, False, True]),
-    "i64": mx.array([-(2**40)], dtype=mx.int64),
-    "ü": mx.array([1, 2], dtype=mx.uint8),
-}
-
-
 def test_arrays_come_back_from_mlx_and_from_safetensors(tmp_path: Path) -> None:
     mx.eval(list(ARRAYS.values()))
     file = tmp_path / "a.safetensors"
@@ -143,28 +126,6 @@ def test_arrays_come_back_from_mlx_and_from_safetensors(tmp_path: Path) -> None:
     assert entry.bytes <= safetensors_bytes(ARRAYS) <= entry.bytes + 256 * len(ARRAYS), "an estimate, never too small"
     header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
     assert header_bytes % 8 == 0, "numbers lie where processors like them"
-
-
-@pytest.mark.parametrize("copied", [8, 24, 1000])
-def test_from_a_device_with_its_own_memory_the_same_bytes_come_and_no_array_is_read(
-    copied: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mx.eval(list(ARRAYS.values()))
-    plain = b"".join(map(bytes, safetensors_chunks(ARRAYS)))
-    read: list[mx.array] = []
-    memory = files._memory
-
-    def noted(array: mx.array) -> memoryview:
-        read.append(array)
-        return memory(array)
-
-    monkeypatch.setattr(files, "_memory", noted)
-    monkeypatch.setattr(files, "_COPIED_BYTES", copied)
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
-    assert b"".join(map(bytes, safetensors_chunks(ARRAYS))) == plain
-    assert {array.nbytes for array in read} == {copied + files._APART}, "all copies are of one size of their own"
-    size = sum(array.nbytes for array in ARRAYS.values())
-    assert len(read) >= size / copied
 
 
 def test_without_metadata_none_is_written(tmp_path: Path) -> None:

@@ -14,16 +14,16 @@ import hashlib
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import mlx.core as mx
 import msgspec
 
+from troupe.checkpoint.cuda_memory import bytes_on_card
 from troupe.policy import cuda_kernels
 
 BLOCK_BYTES = 1 << 24
@@ -46,9 +46,6 @@ _DTYPES = {
 }
 _SIZES = {name: dtype.size for dtype, name in _DTYPES.items()}
 """Bytes of a number."""
-_COPIED_BYTES = 1 << 25
-_APART = 12_345
-"""Bytes by which a copy is larger than anything is likely to be."""
 _LENGTH_BYTES = 8
 """At the beginning of a safetensors file: how long its header is."""
 
@@ -142,7 +139,7 @@ def safetensors_chunks(arrays: Mapping[str, mx.array], metadata: Mapping[str, st
     text += b" " * (-len(text) % _ALIGNMENT)
     yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
     if cuda_kernels.are_here():  # the card has a memory of its own
-        yield from _through_the_host(arrays.values())
+        yield from bytes_on_card(arrays.values())
     else:
         yield from (_memory(array) for array in arrays.values() if array.size)
 
@@ -161,40 +158,6 @@ def has_sound_header(file: Path) -> bool:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
     return all(array.is_sound and start + array.data_offsets[1] <= size for array in arrays)
-
-
-def _through_the_host(arrays: Iterable[mx.array]) -> Iterator[memoryview]:
-    """The bytes of arrays in a device's own memory, from copies that are made there.
-
-    MLX moves what the processor reads for good: the device would then reach for its own weights through the host, and
-    so would whatever took the same memory later, for MLX keeps it for arrays of the same size. So all copies are of one
-    size that nothing else has.
-    """
-    parts: list[mx.array] = []
-    taken = 0
-    for array in chain.from_iterable(map(_within_reach, arrays)):
-        flat = array.reshape(-1)
-        start = 0
-        while start < flat.size:
-            count = min(flat.size - start, (_COPIED_BYTES - taken) // flat.itemsize)
-            if count:
-                parts.append(mx.view(flat[start : start + count], mx.uint8))
-                start, taken = start + count, taken + parts[-1].size
-            else:
-                yield _copied(parts, taken)
-                parts, taken = [], 0
-    if parts:
-        yield _copied(parts, taken)
-
-
-def _within_reach(array: mx.array) -> Iterable[mx.array]:
-    """The array, or its rows where it has more numbers than MLX can lay in one."""
-    return [array] if array.size < 2**31 else (array[i : i + 1] for i in range(array.shape[0]))
-
-
-def _copied(parts: Sequence[mx.array], size: int) -> memoryview:
-    rest = mx.zeros(_COPIED_BYTES + _APART - size, mx.uint8)
-    return _memory(mx.concatenate([*parts, rest]))[:size]
 
 
 def _memory(array: mx.array) -> memoryview:

@@ -1,0 +1,182 @@
+"""Reading arrays from an NVIDIA card: the card itself where MLX has one, else a driver that acts it."""
+
+# ruff: noqa: N802 (CUDA's names)
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from tests.checkpoint.checkpoints import ARRAYS
+from troupe.checkpoint import cuda_memory, files
+from troupe.checkpoint.cuda_memory import bytes_on_card
+from troupe.checkpoint.files import safetensors_chunks, write_file
+from troupe.policy import cuda_kernels
+
+with_a_card = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
+without_a_card = pytest.mark.skipif(cuda_kernels.are_here(), reason="the driver is acted where there is none")
+
+
+class ActedDriver:
+    """Answers as CUDA's driver does, for arrays in the processor's memory. Copies are made when they are waited for."""
+
+    def __init__(self) -> None:
+        self.refused: str = ""
+        self.held: dict[int, Any] = {}
+        self.copies: list[tuple[int, int, int]] = []
+        self.copied: list[int] = []
+        self.calls: list[str] = []
+        self.streams = self.contexts = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == self.refused:
+                return 2
+            getattr(self, f"do_{name}")(*arguments)
+            return 0
+
+        return call
+
+    def do_cuInit(self, flags: int) -> None:
+        assert flags == 0
+
+    def do_cuDeviceGet(self, card: Any, place: int) -> None:
+        assert place == 0
+
+    def do_cuDevicePrimaryCtxRetain(self, context: Any, card: Any) -> None:
+        self.contexts += 1
+        context._obj.value = 77
+
+    def do_cuDevicePrimaryCtxRelease_v2(self, card: Any) -> None:
+        self.contexts -= 1
+
+    def do_cuCtxSetCurrent(self, context: Any) -> None:
+        assert context.value == 77
+
+    def do_cuMemHostAlloc(self, place: Any, size: Any, flags: int) -> None:
+        buffer = ctypes.create_string_buffer(size.value)
+        place._obj.value = ctypes.addressof(buffer)
+        self.held[ctypes.addressof(buffer)] = buffer
+
+    def do_cuMemFreeHost(self, place: Any) -> None:
+        del self.held[place.value]
+
+    def do_cuStreamCreate(self, stream: Any, flags: int) -> None:
+        self.streams += 1
+        stream._obj.value = 5
+
+    def do_cuStreamDestroy_v2(self, stream: Any) -> None:
+        self.streams -= 1
+
+    def do_cuMemcpyDtoHAsync_v2(self, place: Any, address: Any, size: Any, stream: Any) -> None:
+        assert stream.value == 5
+        self.copies.append((place.value, address.value, size.value))
+
+    def do_cuStreamSynchronize(self, stream: Any) -> None:
+        for copy in self.copies:
+            ctypes.memmove(*copy)
+        self.copied.append(sum(size for *_, size in self.copies))
+        self.copies.clear()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> ActedDriver:
+    acted = ActedDriver()
+
+    def addresses(arrays: Sequence[mx.array]) -> list[int]:
+        mx.eval(list(arrays))
+        return [ctypes.addressof(ctypes.c_char.from_buffer(files._memory(array))) for array in arrays]
+
+    monkeypatch.setattr(cuda_memory, "_driver", lambda keeps_lock: acted)
+    monkeypatch.setattr(cuda_memory, "_addresses", addresses)
+    return acted
+
+
+@without_a_card
+@pytest.mark.parametrize("block", [1, 8, 13, 1 << 24])
+def test_the_same_bytes_come_in_full_blocks(driver: ActedDriver, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    plain = b"".join(map(bytes, safetensors_chunks(ARRAYS)))
+    monkeypatch.setattr(cuda_memory, "BLOCK_BYTES", block)
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
+    assert b"".join(map(bytes, safetensors_chunks(ARRAYS))) == plain
+    size = sum(array.nbytes for array in ARRAYS.values())
+    assert driver.copied == [block] * (size // block) + [size % block] * (size % block > 0)
+    assert (driver.held, driver.streams, driver.contexts) == ({}, 0, 0)
+
+
+@without_a_card
+def test_where_nothing_is_to_be_read_the_driver_is_not_asked(driver: ActedDriver) -> None:
+    assert list(bytes_on_card([mx.zeros((0, 3))])) == []
+    assert driver.calls == []
+
+
+@without_a_card
+@pytest.mark.parametrize("function", ["cuInit", "cuMemHostAlloc", "cuStreamCreate", "cuMemcpyDtoHAsync_v2"])
+def test_what_the_driver_refuses_is_named_and_nothing_stays(driver: ActedDriver, function: str) -> None:
+    driver.refused = function
+    with pytest.raises(RuntimeError, match=f"{function} of CUDA's driver failed with code 2"):
+        list(bytes_on_card([mx.ones(4)]))
+    assert (driver.held, driver.streams, driver.contexts) == ({}, 0, 0)
+
+
+@without_a_card
+def test_who_stops_half_way_leaves_nothing(driver: ActedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_memory, "BLOCK_BYTES", 8)
+    pieces: Any = bytes_on_card([mx.arange(9, dtype=mx.float32)])
+    assert bytes(next(pieces)) == bytes(files._memory(mx.arange(2, dtype=mx.float32)))
+    assert (len(driver.held), driver.streams, driver.contexts) == (1, 1, 1)
+    pieces.close()
+    assert (driver.held, driver.streams, driver.contexts) == ({}, 0, 0)
+
+
+@with_a_card
+def test_a_card_gives_the_same_bytes_and_keeps_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {name: array + mx.zeros((), array.dtype) for name, array in ARRAYS.items()}
+    made |= {"part": mx.repeat(made["f32"], 3, axis=0)[1:4], "as it came": ARRAYS["bf16"]}
+    mx.eval(list(made.values()))
+    got = b"".join(map(bytes, safetensors_chunks(made)))
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: False)
+    assert got == b"".join(map(bytes, safetensors_chunks(made)))
+
+
+@with_a_card
+def test_a_card_is_read_beside_its_work(tmp_path: Path) -> None:
+    snapshot = [mx.random.normal((1024, 1024 + n), key=mx.random.key(n)) for n in range(20)]
+    mx.eval(snapshot)
+    sums = [float(array.sum().item()) for array in snapshot]  # type: ignore[arg-type]
+    work = mx.random.normal((4096, 4096), key=mx.random.key(100))
+    results = []
+    for _ in range(30):  # under way while the snapshot is read
+        work = (work @ work) * 1e-4
+        results.append([array + 1 for array in snapshot])
+        mx.async_eval(work, results[-1])  # type: ignore[no-untyped-call]
+    entry = write_file(tmp_path / "a.safetensors", safetensors_chunks({str(n): a for n, a in enumerate(snapshot)}))
+    assert entry.sha256 == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+    loaded: Any = mx.load(str(tmp_path / "a.safetensors"))
+    assert all(mx.array_equal(loaded[str(n)], array) for n, array in enumerate(snapshot))
+    assert [float(array.sum().item()) for array in snapshot] == sums  # type: ignore[arg-type]
+
+
+def test_parts_of_blocks_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_memory, "BLOCK_BYTES", 10)
+
+    def blocks(*parts: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
+        return cuda_memory._blocks(parts)
+
+    assert list(blocks((100, 4), (200, 6), (300, 25), (400, 1))) == [
+        [(100, 4), (200, 6)],
+        [(300, 10)],
+        [(310, 10)],
+        [(320, 5), (400, 1)],
+    ]
+    assert list(blocks()) == []

@@ -1,0 +1,144 @@
+"""Reading arrays out of an NVIDIA card's own memory while the card is at work.
+
+What the processor reads MLX moves, for good, to memory that card and host share, page by page, and a step beside that
+takes longer. The card's copy engine reads arrays where they are. MLX has no way to ask it; CUDA's driver has, as plain
+C functions, of which these few are called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+BLOCK_BYTES = 1 << 24
+_DRIVER = "libcuda.so.1"
+_FOR_ALL_CONTEXTS = 1
+_BESIDE_THE_DEFAULT_STREAM = 1
+
+
+def bytes_on_card(arrays: Iterable[mx.array]) -> Iterator[memoryview]:
+    """The bytes of evaluated arrays, row by row and one array after the other, in blocks that die with the next.
+
+    No array is moved. RuntimeError where the driver refuses.
+    """
+    whole = [mx.contiguous(array) for array in arrays if array.size]  # kept for as long as they are read
+    if not whole:
+        return
+    left = [(address, array.nbytes) for address, array in zip(_addresses(whole), whole, strict=True)]
+    engine = _CopyEngine(BLOCK_BYTES)
+    try:
+        yield from (engine.read(parts) for parts in _blocks(left))
+    finally:
+        engine.close()
+
+
+Part = tuple[int, int]
+"""Address and number of bytes."""
+
+
+def _blocks(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """The same bytes as parts of blocks, of which all but the last are full."""
+    block: list[Part] = []
+    room = BLOCK_BYTES
+    for address, size in parts:
+        while size:
+            taken = min(size, room)
+            block.append((address, taken))
+            address, size, room = address + taken, size - taken, room - taken
+            if not room:
+                yield block
+                block, room = [], BLOCK_BYTES
+    if block:
+        yield block
+
+
+class _CopyEngine:
+    """The first card's copy engine, and a block of host memory that it writes to."""
+
+    def __init__(self, size: int) -> None:
+        """Of `size` bytes."""
+        self._card = ctypes.c_int()
+        context = ctypes.c_void_p()
+        self._memory, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        _call("cuInit", 0)
+        _call("cuDeviceGet", ctypes.byref(self._card), 0)
+        _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._card)  # MLX's own
+        self._context = context
+        try:
+            _call("cuCtxSetCurrent", context)
+            _call("cuMemHostAlloc", ctypes.byref(self._memory), ctypes.c_size_t(size), _FOR_ALL_CONTEXTS)
+            _call("cuStreamCreate", ctypes.byref(self._stream), _BESIDE_THE_DEFAULT_STREAM)
+        except BaseException:
+            self.close()
+            raise
+        self._block = memoryview((ctypes.c_char * size).from_address(self._memory.value or 0)).cast("B")
+
+    def read(self, parts: Sequence[Part]) -> memoryview:
+        """Those bytes of the card, until it is asked again."""
+        filled = 0
+        _call("cuCtxSetCurrent", self._context)
+        for address, size in parts:
+            place = ctypes.c_void_p((self._memory.value or 0) + filled)
+            _launch("cuMemcpyDtoHAsync_v2", place, ctypes.c_uint64(address), ctypes.c_size_t(size), self._stream)
+            filled += size
+        _call("cuStreamSynchronize", self._stream)
+        return self._block[:filled]
+
+    def close(self) -> None:
+        """Give everything back. The blocks handed out are gone."""
+        _call("cuCtxSetCurrent", self._context)  # who drops an iterator half way may be another thread
+        if self._stream:
+            _call("cuStreamDestroy_v2", self._stream)  # waits for nothing, but its copies were waited for
+        if self._memory:
+            _call("cuMemFreeHost", self._memory)
+        _call("cuDevicePrimaryCtxRelease_v2", self._card)
+
+
+@cache
+def _driver(keeps_lock: bool) -> ctypes.CDLL:
+    return ctypes.PyDLL(_DRIVER) if keeps_lock else ctypes.CDLL(_DRIVER)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of the driver, without Python's lock."""
+    _check(name, getattr(_driver(False), name)(*arguments))
+
+
+def _launch(name: str, *arguments: Any) -> None:
+    """The same for one that comes back at once: whoever lets go of the lock waits for it again, for up to 5 ms."""
+    _check(name, getattr(_driver(True), name)(*arguments))
+
+
+def _check(name: str, code: int) -> None:
+    if code:
+        raise RuntimeError(f"{name} of CUDA's driver failed with code {code}")
+
+
+def _addresses(arrays: Sequence[mx.array]) -> list[int]:
+    """Where the card has its contiguous arrays: its own answer, for MLX has none that moves nothing."""
+    said = [_ask()(inputs=[array], **_ONE_NUMBER)[0] for array in arrays]
+    addresses: Any = mx.concatenate(said).tolist()
+    return list(addresses)
+
+
+_ONE_NUMBER: dict[str, Any] = {
+    "output_shapes": [(1,)],
+    "output_dtypes": [mx.uint64],
+    "grid": (1, 1, 1),
+    "threadgroup": (1, 1, 1),
+}
+
+
+@cache
+def _ask() -> Any:
+    return mx.fast.cuda_kernel(
+        name="troupe_address",
+        input_names=["data"],
+        output_names=["at"],
+        source="at[0] = reinterpret_cast<unsigned long long>(data);",
+        ensure_row_contiguous=False,  # a copy would be gone by the time it is read
+    )
