@@ -29,11 +29,11 @@ def bytes_on_card(arrays: Iterable[mx.array]) -> Iterator[memoryview]:
     if not whole:
         return
     left = [(address, array.nbytes) for address, array in zip(_addresses(whole), whole, strict=True)]
-    engine = _CopyEngine(BLOCK_BYTES)
+    engine = _IDLE.pop() if _IDLE else _CopyEngine(BLOCK_BYTES)
     try:
         yield from (engine.read(parts) for parts in _blocks(left))
     finally:
-        engine.close()
+        _IDLE.append(engine)
 
 
 Part = tuple[int, int]
@@ -60,42 +60,32 @@ class _CopyEngine:
     """The first card's copy engine, and a block of host memory that it writes to."""
 
     def __init__(self, size: int) -> None:
-        """Of `size` bytes."""
-        self._card = ctypes.c_int()
-        context = ctypes.c_void_p()
-        self._memory, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        """Of `size` bytes, for as long as the process lives."""
+        card, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self._stream, memory = ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuInit", 0)
-        _call("cuDeviceGet", ctypes.byref(self._card), 0)
-        _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._card)  # MLX's own
-        self._context = context
-        try:
-            _call("cuCtxSetCurrent", context)
-            _call("cuMemHostAlloc", ctypes.byref(self._memory), ctypes.c_size_t(size), _FOR_ALL_CONTEXTS)
-            _call("cuStreamCreate", ctypes.byref(self._stream), _BESIDE_THE_DEFAULT_STREAM)
-        except BaseException:
-            self.close()
-            raise
-        self._block = memoryview((ctypes.c_char * size).from_address(self._memory.value or 0)).cast("B")
+        _call("cuDeviceGet", ctypes.byref(card), 0)
+        _call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), card)  # MLX's own
+        _call("cuCtxSetCurrent", self._context)
+        _call("cuStreamCreate", ctypes.byref(self._stream), _BESIDE_THE_DEFAULT_STREAM)
+        _call("cuMemHostAlloc", ctypes.byref(memory), ctypes.c_size_t(size), _FOR_ALL_CONTEXTS)
+        self._start = int(memory.value or 0)
+        self._block = memoryview((ctypes.c_ubyte * size).from_address(self._start)).cast("B")
 
     def read(self, parts: Sequence[Part]) -> memoryview:
         """Those bytes of the card, until it is asked again."""
         filled = 0
-        _call("cuCtxSetCurrent", self._context)
+        _launch("cuCtxSetCurrent", self._context)  # of this thread
         for address, size in parts:
-            place = ctypes.c_void_p((self._memory.value or 0) + filled)
+            place = ctypes.c_void_p(self._start + filled)
             _launch("cuMemcpyDtoHAsync_v2", place, ctypes.c_uint64(address), ctypes.c_size_t(size), self._stream)
             filled += size
         _call("cuStreamSynchronize", self._stream)
         return self._block[:filled]
 
-    def close(self) -> None:
-        """Give everything back. The blocks handed out are gone."""
-        _call("cuCtxSetCurrent", self._context)  # who drops an iterator half way may be another thread
-        if self._stream:
-            _call("cuStreamDestroy_v2", self._stream)  # waits for nothing, but its copies were waited for
-        if self._memory:
-            _call("cuMemFreeHost", self._memory)
-        _call("cuDevicePrimaryCtxRelease_v2", self._card)
+
+_IDLE: list[_CopyEngine] = []
+"""Those that nobody uses now. They are kept: the card stops for whoever has, or gives back, memory that it writes to."""
 
 
 @cache
