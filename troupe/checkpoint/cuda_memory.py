@@ -85,7 +85,7 @@ class _CopyEngine:
 
 
 _IDLE: list[_CopyEngine] = []
-"""Those that nobody uses now. They are kept: the card stops for whoever has, or gives back, memory that it writes to."""
+"""Those that nobody uses now. They are kept: the card stops for whoever has or frees memory that it writes to."""
 
 
 @cache
