@@ -22,6 +22,8 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from troupe.daemon.arrivals import arrivals
+
 HOST = "127.0.0.1"
 _LOG = logging.getLogger("troupe.daemon")
 _CHUNK_BYTES = 64 * 1024
@@ -115,21 +117,12 @@ class HttpServer:
         await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    connection, _ = await loop.sock_accept(listener)
-                except OSError as error:  # no descriptors left, or the client is gone already
-                    _LOG.warning("a client of the page could not be let in: %s", error)
-                    await anyio.sleep(0.1)
-                    continue
-                if self._connections >= 2 * self._limits.connections:
-                    connection.close()
-                    continue
-                connection.setblocking(False)
-                self._connections += 1
-                self._tasks.start_soon(self._serve, connection, name="page client")
+        async for connection in arrivals(listener, "page"):
+            if self._connections >= 2 * self._limits.connections:
+                connection.close()
+                continue
+            self._connections += 1
+            self._tasks.start_soon(self._serve, connection, name="page client")
 
     async def _serve(self, connection: socket.socket) -> None:
         """One client, to the end of its connection; whatever it does stays in here."""

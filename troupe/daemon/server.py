@@ -19,6 +19,7 @@ import anyio.lowlevel
 import msgspec
 from anyio.abc import TaskGroup
 
+from troupe.daemon.arrivals import arrivals
 from troupe.daemon.place import Peer, Place, peer_of
 from troupe.daemon.protocol import MAX_REQUEST_BYTES, ProtocolError, Reply, Request, decode_request, encode_line
 from troupe.errors import sayable
@@ -89,18 +90,9 @@ class ControlServer:
             raise
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    connection, _ = await loop.sock_accept(listener)
-                except OSError as error:  # no descriptors left, or the client is gone already
-                    _LOG.warning("a client of the control socket could not be let in: %s", error)
-                    await anyio.sleep(0.1)
-                    continue
-                connection.setblocking(False)
-                self._connections += 1
-                self._tasks.start_soon(self._serve, connection, name="control client")
+        async for connection in arrivals(listener, "control socket"):
+            self._connections += 1
+            self._tasks.start_soon(self._serve, connection, name="control client")
 
     async def _serve(self, connection: socket.socket) -> None:
         """One client, to the end of its connection; whatever it does stays in here."""
