@@ -666,7 +666,7 @@ async def test_one_that_is_to_take_over_again_and_cannot_start_is_a_fault_that_m
 
     run = await play(config, ask=stop)
     ChangesLog(run.folder).add(Change(step=run.result.steps + 1, key="rewards.f", value=f"{judges}:later"))
-    with pytest.raises(RunError, match=r"has no 'later'.*; it worked in an earlier start"):
+    with pytest.raises(RunError, match=r"has no 'later'.*; an earlier start named it too"):
         await play(config, resume=True)
     (tmp_path / "r.py").write_text(f"{REWARDS}\nlater = g\n")
     assert (await play(config, resume=True)).result.complete
@@ -689,7 +689,8 @@ def test_which_rewards_an_earlier_start_could_use(before: dict[str, RewardState]
     prepared: Any = SimpleNamespace(checkpoint=SimpleNamespace(state=state), rewards=standing, first_step=1)
     assert Prepared.rewards_worked.__get__(prepared) is worked
     prepared.checkpoint, prepared.rewards = None, None
-    assert not Prepared.rewards_worked.__get__(prepared)
+    for prepared.rewards_stood in (False, True):
+        assert Prepared.rewards_worked.__get__(prepared) is prepared.rewards_stood
 
 
 async def test_an_exchange_is_heeded_during_the_evaluation_before_training(tmp_path: Path, ragged_model: Path) -> None:

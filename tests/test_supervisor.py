@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -468,10 +469,51 @@ async def test_a_judge_that_is_away_at_a_resume_is_a_fault_that_may_pass(tmp_pat
     judge = Judge()
     assert (await play(config, judge, ask_at=1)).steps < 3
     judge.is_away = True
-    with pytest.raises(RunError, match=r"reward Judge did not start: .*no judge.*; it worked in an earlier start"):
+    with pytest.raises(RunError, match=r"reward Judge did not start: .*no judge.*; an earlier start named it too"):
         await play(config, judge, resume=True)
     judge.is_away = False
     assert (await play(config, judge, resume=True)).complete
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+async def test_a_judge_that_is_away_before_the_first_checkpoint_may_come_back_too(
+    tmp_path: Path, ragged_model: Path, is_new: bool
+) -> None:
+    (tmp_path / "judges.py").write_text(JUDGES, encoding="utf-8")
+    (tmp_path / "here").touch()
+    config = tiny_config(ragged_model, tmp_path, rewards__functions=(f"{tmp_path / 'judges.py'}:Judge",))
+    async with Supervisor(config) as run:
+        run.drain()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "here").unlink()
+    if is_new:
+        config = tiny_config(ragged_model, tmp_path, rewards__functions=(f"{tmp_path / 'judges.py'}:Other",))
+    fault = RewardError if is_new else RunError
+    with pytest.raises(fault, match=r"reward (Judge|Other) did not start: .*no judge"):
+        async with Supervisor(config, resume=True, allow_changes=["rewards.functions"]):
+            pass
+    assert (tmp_path / "run" / "run.toml").exists()
+    (tmp_path / "here").touch()
+    async with Supervisor(config, resume=True, allow_changes=["rewards.functions"]) as run:
+        pass
+    assert run.result.complete
+
+
+JUDGES = """
+from pathlib import Path
+import troupe
+
+class Judge(troupe.RewardActor):
+    async def start(self):
+        if not Path(__file__).with_name("here").exists():
+            raise ConnectionError("no judge")
+
+    async def score(self, sample):
+        return float(len(sample.completion) % 3)
+
+class Other(Judge):
+    pass
+"""
 
 
 async def test_a_reward_that_is_new_at_a_resume_has_to_start(tmp_path: Path, ragged_model: Path) -> None:

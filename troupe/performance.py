@@ -175,14 +175,14 @@ class Performance:
         write_summary(self.result)
 
     async def _start_rewards(self) -> None:
-        """RunError where one does not start that an earlier start could use: a judge that is away may come back."""
+        """RunError where one does not start that an earlier start had: a judge that is away may come back."""
         try:
             await self._prepared.rewards.start()
             await self._exchange_as_before()
         except RewardError as error:
             if not self._prepared.rewards_worked:
                 raise
-            raise RunError(f"{error}; it worked in an earlier start") from error
+            raise RunError(f"{error}; an earlier start named it too, so it may come back") from error
 
     async def _perform(self) -> None:
         """Evaluate, play under watch, and evaluate again."""

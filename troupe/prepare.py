@@ -44,6 +44,10 @@ class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: Sequence[tuple[int, ...]]
 
 
+_REWARDS = {"rewards.functions", "rewards.run"}
+"""Which they are, and where they run."""
+
+
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """A run that can begin."""
 
@@ -69,6 +73,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """Where prompting begins, or goes on."""
     model: str = ""
     """Fingerprint of the folder of the model that the run begins with."""
+    rewards_stood: bool = False
+    """Whether an earlier start of the run named the same rewards, all of them in its config."""
     changes: tuple[Change, ...] = ()
     """Made in earlier starts while the run played."""
     new_changes: tuple[Change, ...] = ()
@@ -109,9 +115,10 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rewards_worked(self) -> bool:
-        """Whether an earlier start could use the rewards that this one begins with, as far as the checkpoint says."""
+        """Whether an earlier start could use the rewards that this one begins with, as far as the checkpoint says, or
+        without one the stored config: of a first start that a reward ended nothing stays."""
         if self.checkpoint is None:
-            return False
+            return self.rewards_stood
         before = self.checkpoint.state.rewards
         standing = self.rewards.standing(self.first_step)
         return not before or all(  # the first format does not name them
@@ -220,6 +227,7 @@ def prepare(
         total_steps=total_steps,
         fingerprint=dataset.fingerprint,
         model=identity.model,
+        rewards_stood=not rewards and resumption is not None and not _REWARDS & resumption.changed,
         changes=changes,
         new_changes=new_changes,
         evaluation=evaluation,
