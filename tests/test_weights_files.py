@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -105,13 +106,16 @@ def test_room_that_is_gone_later_is_told_and_leaves_no_half_file(
         files.write(1, WEIGHTS)
     monkeypatch.undo()
 
-    def break_off(path: str, weights: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise RuntimeError("[save] unable to write")
+    faults: list[Exception] = [OSError(errno.ENOSPC, "No space left"), RuntimeError("the card is gone")]
 
-    monkeypatch.setattr(mx, "save_safetensors", break_off)
-    with pytest.raises(RunError, match="unable to write"):
-        files.write(1, WEIGHTS)
+    def break_off(weights: object) -> Iterator[bytes]:
+        yield b"half"
+        raise faults.pop(0)
+
+    monkeypatch.setattr(weights_files, "safetensors_chunks", break_off)
+    for reason in ("No space left", "the card is gone"):
+        with pytest.raises(RunError, match=reason):
+            files.write(1, WEIGHTS)
     assert names(tmp_path) == ["00000000.safetensors"]
     files.close()
 

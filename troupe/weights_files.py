@@ -4,9 +4,9 @@ A file appears whole (it is written under another name first) and goes when its 
 nobody is still reading it. The folder of the files is locked by the run that made it; the system drops the lock of a
 run that was killed, and the next start of any run removes what it left.
 
-What is mapped and what is copied: `mx.save_safetensors` copies the arrays into the file, whose pages in /dev/shm are
-memory themselves; `mx.load` maps nothing, it reads the file once into arrays of the process that loads. So a version is
-held once by the learner, once by the file, and once by each process that has loaded it.
+What is mapped and what is copied: writing copies the arrays into the file, whose pages in /dev/shm are memory
+themselves; `mx.load` maps nothing, it reads the file once into arrays of the process that loads. So a version is held
+once by the learner, once by the file, and once by each process that has loaded it.
 
 Knows neither processes nor actors.
 """
@@ -22,8 +22,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import mlx.core as mx
-
+from troupe.checkpoint.files import safetensors_chunks
 from troupe.errors import RunError
 from troupe.policy import Weights
 
@@ -59,7 +58,8 @@ class WeightsFiles:
         begun = path.with_suffix(".part.safetensors")
         try:
             _check_room(self._folder, needed)
-            mx.save_safetensors(str(begun), dict(weights))
+            with begun.open("wb") as file:
+                file.writelines(safetensors_chunks(weights))
             begun.rename(path)
         except (OSError, RuntimeError) as error:
             begun.unlink(missing_ok=True)

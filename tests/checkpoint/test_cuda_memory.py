@@ -5,18 +5,23 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
+import itertools
+import os
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from tests.checkpoint.checkpoints import ARRAYS
-from troupe.checkpoint import cuda_memory, files
+from tests.checkpoint.checkpoints import ARRAYS, assert_same_arrays, made
+from troupe.checkpoint import cuda_memory, files, load_checkpoint, save_checkpoint
 from troupe.checkpoint.cuda_memory import bytes_on_card
-from troupe.checkpoint.files import safetensors_chunks, write_file
+from troupe.checkpoint.files import FileSum, safetensors_chunks, write_file
 from troupe.policy import cuda_kernels
 
 with_a_card = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
@@ -32,6 +37,8 @@ class ActedDriver:
         self.copies: list[tuple[int, int, int]] = []
         self.copied: list[int] = []
         self.calls: list[str] = []
+        self.current = threading.local()
+        """Whether a thread has the context."""
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
@@ -57,16 +64,21 @@ class ActedDriver:
 
     def do_cuCtxSetCurrent(self, context: Any) -> None:
         assert context.value == 77
+        self.current.here = True
 
     def do_cuStreamCreate(self, stream: Any, flags: int) -> None:
+        assert flags == 1, "it does not wait for the default stream"
+        assert self.current.here
         stream._obj.value = 5
 
     def do_cuMemHostAlloc(self, place: Any, size: Any, flags: int) -> None:
+        assert flags == 1, "for the threads of all contexts"
+        assert self.current.here
         self.held.append(ctypes.create_string_buffer(size.value))
         place._obj.value = ctypes.addressof(self.held[-1])
 
     def do_cuMemcpyDtoHAsync_v2(self, place: Any, address: Any, size: Any, stream: Any) -> None:
-        assert stream.value == 5
+        assert (stream.value, self.current.here) == (5, True)
         self.copies.append((place.value, address.value, size.value))
 
     def do_cuStreamSynchronize(self, stream: Any) -> None:
@@ -85,7 +97,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> ActedDriver:
         return [ctypes.addressof(ctypes.c_char.from_buffer(files._memory(array))) for array in arrays]
 
     monkeypatch.setattr(cuda_memory, "_IDLE", [])
-    monkeypatch.setattr(cuda_memory, "_driver", lambda keeps_lock: acted)
+    monkeypatch.setattr(cuda_memory, "_driver", lambda: acted)
     monkeypatch.setattr(cuda_memory, "_addresses", addresses)
     return acted
 
@@ -121,7 +133,84 @@ def test_memory_that_the_engine_writes_to_is_had_once(driver: ActedDriver) -> No
 
 
 @without_a_card
-@pytest.mark.parametrize("function", ["cuInit", "cuStreamCreate", "cuMemHostAlloc", "cuMemcpyDtoHAsync_v2"])
+def test_every_thread_reads_in_the_context_of_the_card(driver: ActedDriver) -> None:
+    arrays = [mx.arange(9, dtype=mx.float32)]
+    mx.eval(arrays)
+    plain = bytes(files._memory(arrays[0]))
+
+    def read() -> bytes:
+        return b"".join(map(bytes, bytes_on_card(arrays)))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert read() == pool.submit(read).result() == plain
+    assert len(driver.held) == 1, "both used the same engine"
+
+
+@without_a_card
+def test_an_array_that_was_moved_while_it_was_read_is_no_success(
+    driver: ActedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [mx.arange(9, dtype=mx.float32), mx.ones(3)]
+    twin = mx.arange(9, dtype=mx.float32) + 0
+    places = iter([arrays, [twin, arrays[1]], arrays, arrays])
+    addresses = cuda_memory._addresses
+    monkeypatch.setattr(cuda_memory, "_addresses", lambda asked: addresses(next(places)))
+    with pytest.raises(RuntimeError, match="moved out of the card's memory"):
+        list(bytes_on_card(arrays))
+    assert sum(map(len, bytes_on_card(arrays))) == 48
+
+
+@without_a_card
+def test_a_checkpoint_with_an_array_that_was_moved_is_not_there(
+    tmp_path: Path, driver: ActedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses = cuda_memory._addresses
+    moved = itertools.count()
+
+    def wander(asked: Sequence[mx.array]) -> list[int]:
+        return [place + (next(moved) == len(asked)) for place in addresses(asked)]
+
+    monkeypatch.setattr(cuda_memory, "_addresses", wander)
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
+    with pytest.raises(OSError, match="moved out of the card's memory"):
+        save_checkpoint(tmp_path / "step-00000001", made(1))
+    assert list(tmp_path.iterdir()) == []
+    save_checkpoint(tmp_path / "step-00000001", made(1))
+    assert_same_arrays(load_checkpoint(tmp_path / "step-00000001").weights, made(1).weights)
+
+
+@without_a_card
+def test_a_disk_that_is_full_does_not_keep_the_engine(
+    tmp_path: Path, driver: ActedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+
+    def full(descriptor: int, block: memoryview) -> int:
+        if os.fstat(descriptor).st_size >= 200:  # past the header
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, block)
+
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
+    monkeypatch.setattr(cuda_memory, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 8)
+    faults = []
+    with monkeypatch.context() as on_the_disk:
+        on_the_disk.setattr(os, "write", full)
+        for n in range(3):
+            with pytest.raises(OSError, match="No space") as fault:
+                write_file(tmp_path / f"{n}", safetensors_chunks({"a": mx.arange(99)}))
+            faults.append(fault)  # and with it the frames that it went through
+    assert len(driver.held) == 1
+
+
+@without_a_card
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuStreamCreate", "cuMemHostAlloc"),
+        *("cuMemcpyDtoHAsync_v2", "cuStreamSynchronize"),
+    ],
+)
 def test_what_the_driver_refuses_is_named_and_the_next_try_succeeds(driver: ActedDriver, function: str) -> None:
     array = mx.arange(9, dtype=mx.float32)
     driver.refused = function
@@ -134,12 +223,15 @@ def test_what_the_driver_refuses_is_named_and_the_next_try_succeeds(driver: Acte
 
 @with_a_card
 def test_a_card_gives_the_same_bytes_and_keeps_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {name: array + mx.zeros((), array.dtype) for name, array in ARRAYS.items()}
-    made |= {"part": mx.repeat(made["f32"], 3, axis=0)[1:4], "as it came": ARRAYS["bf16"]}
-    mx.eval(list(made.values()))
-    got = b"".join(map(bytes, safetensors_chunks(made)))
+    arrays = {name: array + mx.zeros((), array.dtype) for name, array in ARRAYS.items()}
+    arrays |= {"part": mx.repeat(arrays["f32"], 3, axis=0)[1:4], "as it came": ARRAYS["bf16"]}
+    mx.eval(list(arrays.values()))
+    contiguous = [mx.contiguous(array) for array in arrays.values() if array.size]
+    before = cuda_memory._addresses(contiguous)
+    got = b"".join(map(bytes, safetensors_chunks(arrays)))
+    assert cuda_memory._addresses(contiguous) == before
     monkeypatch.setattr(cuda_kernels, "are_here", lambda: False)
-    assert got == b"".join(map(bytes, safetensors_chunks(made)))
+    assert got == b"".join(map(bytes, safetensors_chunks(arrays)))
 
 
 @with_a_card
@@ -148,12 +240,25 @@ def test_a_card_is_read_beside_its_work(tmp_path: Path) -> None:
     mx.eval(snapshot)
     sums = [float(array.sum().item()) for array in snapshot]  # type: ignore[arg-type]
     work = mx.random.normal((4096, 4096), key=mx.random.key(100))
-    results = []
-    for _ in range(30):  # under way while the snapshot is read
-        work = (work @ work) * 1e-4
-        results.append([array + 1 for array in snapshot])
-        mx.async_eval(work, results[-1])  # type: ignore[no-untyped-call]
-    entry = write_file(tmp_path / "a.safetensors", safetensors_chunks({str(n): a for n, a in enumerate(snapshot)}))
+    ends = threading.Event()
+
+    def write() -> FileSum:
+        mx.set_default_stream(mx.new_stream(mx.gpu))
+        chunks = safetensors_chunks({str(n): array for n, array in enumerate(snapshot)})
+        try:
+            return write_file(tmp_path / "a.safetensors", chunks)
+        finally:
+            mx.clear_streams()
+            ends.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        written, rounds = pool.submit(write), 0
+        while not ends.is_set():
+            work = (work @ work) * 1e-4
+            mx.eval(work, [array + 1 for array in snapshot])
+            rounds += 1
+        entry = written.result()
+    assert rounds > 0
     assert entry.sha256 == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
     loaded: Any = mx.load(str(tmp_path / "a.safetensors"))
     assert all(mx.array_equal(loaded[str(n)], array) for n, array in enumerate(snapshot))

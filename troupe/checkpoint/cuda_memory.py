@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 
 BLOCK_BYTES = 1 << 24
-_DRIVER = "libcuda.so.1"
 _FOR_ALL_CONTEXTS = 1
 _BESIDE_THE_DEFAULT_STREAM = 1
 
@@ -23,17 +22,21 @@ _BESIDE_THE_DEFAULT_STREAM = 1
 def bytes_on_card(arrays: Iterable[mx.array]) -> Iterator[memoryview]:
     """The bytes of evaluated arrays, row by row and one array after the other, in blocks that die with the next.
 
-    No array is moved. RuntimeError where the driver refuses.
+    No array is moved. RuntimeError where the driver refuses, and after the last block where an array was moved
+    meanwhile, because somebody else had the processor read it: what came is then not to be relied on.
     """
     whole = [mx.contiguous(array) for array in arrays if array.size]  # kept for as long as they are read
     if not whole:
         return
-    left = [(address, array.nbytes) for address, array in zip(_addresses(whole), whole, strict=True)]
-    engine = _IDLE.pop() if _IDLE else _CopyEngine(BLOCK_BYTES)
+    addresses = _addresses(whole)
+    engine = _idle_engine()
     try:
-        yield from (engine.read(parts) for parts in _blocks(left))
+        parts = [(address, array.nbytes) for address, array in zip(addresses, whole, strict=True)]
+        yield from (engine.read(block) for block in _blocks(parts))
     finally:
         _IDLE.append(engine)
+    if _addresses(whole) != addresses:
+        raise RuntimeError("an array was moved out of the card's memory while it was read; another try reads it there")
 
 
 Part = tuple[int, int]
@@ -75,10 +78,10 @@ class _CopyEngine:
     def read(self, parts: Sequence[Part]) -> memoryview:
         """Those bytes of the card, until it is asked again."""
         filled = 0
-        _launch("cuCtxSetCurrent", self._context)  # of this thread
+        _call("cuCtxSetCurrent", self._context)  # of this thread
         for address, size in parts:
             place = ctypes.c_void_p(self._start + filled)
-            _launch("cuMemcpyDtoHAsync_v2", place, ctypes.c_uint64(address), ctypes.c_size_t(size), self._stream)
+            _call("cuMemcpyDtoHAsync_v2", place, ctypes.c_uint64(address), ctypes.c_size_t(size), self._stream)
             filled += size
         _call("cuStreamSynchronize", self._stream)
         return self._block[:filled]
@@ -88,22 +91,21 @@ _IDLE: list[_CopyEngine] = []
 """Those that nobody uses now. They are kept: the card stops for whoever has or frees memory that it writes to."""
 
 
+def _idle_engine() -> _CopyEngine:
+    try:
+        return _IDLE.pop()
+    except IndexError:
+        return _CopyEngine(BLOCK_BYTES)
+
+
 @cache
-def _driver(keeps_lock: bool) -> ctypes.CDLL:
-    return ctypes.PyDLL(_DRIVER) if keeps_lock else ctypes.CDLL(_DRIVER)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _call(name: str, *arguments: Any) -> None:
     """Call a function of the driver, without Python's lock."""
-    _check(name, getattr(_driver(False), name)(*arguments))
-
-
-def _launch(name: str, *arguments: Any) -> None:
-    """The same for one that comes back at once: whoever lets go of the lock waits for it again, for up to 5 ms."""
-    _check(name, getattr(_driver(True), name)(*arguments))
-
-
-def _check(name: str, code: int) -> None:
+    code = getattr(_driver(), name)(*arguments)
     if code:
         raise RuntimeError(f"{name} of CUDA's driver failed with code {code}")
 

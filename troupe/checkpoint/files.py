@@ -14,7 +14,7 @@ import hashlib
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -92,6 +92,8 @@ def write_file(path: Path, chunks: Chunks, before_block: Callable[[], None] = la
     finally:
         wait(under_way)  # who writes must not meet another file of this number
         os.close(descriptor)
+        if isinstance(chunks, Generator):
+            chunks.close()  # what it holds must not wait until nobody looks at an error any more
     return FileSum(bytes=size, sha256=digest.hexdigest())
 
 
