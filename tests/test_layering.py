@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "gathering": {"learning", "messages", "schedule"},
     "open_groups": {"messages"},
     "restoring": {"messages", "schedule"},
-    "weights_files": {"policy"},
+    "weights_files": {"checkpoint", "policy"},
     "wire": {"messages", "policy"},
     "tables": set(),
     "terminal": set(),
