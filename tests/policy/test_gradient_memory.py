@@ -179,5 +179,5 @@ def test_a_step_peaks_below_the_formula_and_not_far_below(
     sizes: dict[str, Any], run: tuple[int, int, int, int, int, bool, bool]
 ) -> None:
     peak, predicted = measured_and_predicted(config_of(**sizes), *run)
-    # mostly 1.04–1.25; where large tables rule, the update takes less on an idle machine than on a busy one
-    assert peak <= predicted <= 1.5 * peak
+    # mostly 1.04–1.25; where large tables rule, up to 1.5: their updates may or may not be under way at the same time
+    assert peak <= predicted <= 1.6 * peak
