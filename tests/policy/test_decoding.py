@@ -106,14 +106,17 @@ def cases(draw: st.DrawFn) -> tuple[list[RolloutRequest], GenerationConfig, froz
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases())
+@given(cases(), st.sampled_from([(memory.WHOLE_PROMPT, memory.PIECE_TOKENS), (5, 9), (20, 64), (0, 1)]))
 def test_any_batch_is_its_rows_alone(
-    case: tuple[list[RolloutRequest], GenerationConfig, frozenset[int], int, int, int],
+    case: tuple[list[RolloutRequest], GenerationConfig, frozenset[int], int, int, int], pieces: tuple[int, int]
 ) -> None:
+    """`pieces`: up to how many places prompts are computed whole, and else how many tokens at once."""
     requests, generation, stop_ids, compact_every, prefill_tokens, together = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "COMPACT_EVERY", compact_every)
         patch.setattr(memory, "PREFILL_TOKENS", prefill_tokens)
+        patch.setattr(memory, "WHOLE_PROMPT", pieces[0])
+        patch.setattr(memory, "PIECE_TOKENS", pieces[1])
         engine = RolloutEngine(CONFIG, generation, stop_ids=stop_ids)
         engine.load(POLICY.weights, 0)
         limit = engine.memory_bytes([max(len(request.prompt_ids) for request in requests)] * together) / 1e9

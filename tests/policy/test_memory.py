@@ -11,7 +11,14 @@ from troupe.policy import cuda_kernels, decoding, gpu_attention, memory, rollout
 from troupe.policy.cache import DecodingCache
 from troupe.policy.generation import GenerationConfig, RolloutRequest
 from troupe.policy.loading import random_policy
-from troupe.policy.memory import cache_bytes, decode_memory_bytes, fused_copy_bytes, prefill_chunks, split_into_waves
+from troupe.policy.memory import (
+    cache_bytes,
+    decode_memory_bytes,
+    fused_copy_bytes,
+    piece_length,
+    prefill_chunks,
+    split_into_waves,
+)
 from troupe.policy.qwen3 import EMBEDDING, Qwen3Config, fuse_projections
 from troupe.policy.rollout import RolloutEngine
 
@@ -100,6 +107,25 @@ def test_prefilling_of_long_prompts_counts_where_it_is_more() -> None:
     scores = 2 * 4 * 1000**2 * 4
     assert decode_memory_bytes(config, [1000], 1, 1, mx.float32) == prompts + states + scores
     assert decode_memory_bytes(config, [1000], 1, 1, mx.float32, writes_scores=False) == prompts + states
+
+
+def test_prompts_go_in_pieces_only_where_they_are_long_and_scores_would_be_written_out() -> None:
+    """What is whole keeps its bits, so both numbers stay as they are."""
+    assert [piece_length(4, P, writes_scores=True) for P in (1, 2048, 2049)] == [1, 2048, 256]
+    assert piece_length(1, 16_000, writes_scores=True) == 1024
+    assert piece_length(1, 16_000, writes_scores=False) == 16_000
+    config = config_of(num_hidden_layers=2, max_position_embeddings=20_000)
+    prompts = 16_000 * 2 * 4 * 16 * 2 * 4 * 1.5
+    rest = 1024 * 8 * 64 * 4 + 7 * 4 * 64 * 16_000 * 4
+    assert decode_memory_bytes(config, [16_000], 1, 1, mx.float32) == prompts + rest
+
+
+def test_a_long_prompt_takes_memory_by_its_length_not_by_the_square() -> None:
+    config = config_of(num_hidden_layers=2, head_dim=8, max_position_embeddings=6000)
+    half, whole = (decode(config, [n], 1, 1) for n in (2500, 5000))
+    assert whole[0] < 2.1 * half[0]
+    for peak, formula in (half, whole):
+        assert 0.5 * formula < peak < 1.1 * formula
 
 
 def test_keys_and_values_are_those_held(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from troupe.policy.causal import attention, block_size, blocks
 from troupe.policy.elementwise import compiled, exponential, is_fast_here
 from troupe.policy.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
 
@@ -43,6 +44,62 @@ class PromptCache(WholeRows):
             mx.async_eval(self.keys[-1], self.values[-1])  # type: ignore[no-untyped-call]
             mx.eval(self.keys[-2:-1])  # a layer ahead of the device, not more: each holds its whole inside
         return super().attend(layer, q, k, v, scale)
+
+
+class PiecedPromptCache(PromptCache):
+    """The same for prompts that are computed some tokens at a time: these see all before them.
+
+    Beside keys and values no more than a block of queries' scores is held, which grows with a prompt's length, not
+    with its square. `forward` takes the pieces in order.
+    """
+
+    offset: int
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """`lengths`: how many tokens each prompt has, padding not counted."""
+        super().__init__(lengths)
+        self.offset = 0
+        self._unseen: int | None = None  # the layer whose results only hidden states need, where nobody wants these
+
+    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
+        """The next T ids of every prompt (prompts, T) → of each prompt that ends among them, by its place, the hidden
+        state of its last token (D,). All of it is computed."""
+        start, stop = self.offset, self.offset + ids.shape[1]
+        ending = [place for place, length in enumerate(self.lengths) if start < length <= stop]
+        self._unseen = None if ending else config.num_hidden_layers - 1
+        states = hidden_states(config, weights, ids, attention=self)
+        last = {place: states[place, self.lengths[place] - 1 - start] for place in ending}
+        mx.eval(self.keys, self.values, last)
+        self.offset = stop
+        return last
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention.attend`."""
+        keys, values = self._write(self.keys, layer, k), self._write(self.values, layer, v)
+        mx.async_eval(self.keys[layer], self.values[layer])  # type: ignore[no-untyped-call]
+        mx.eval(self.keys[layer - 1 : layer])  # as for prompts that are computed whole
+        if layer == self._unseen:
+            return q
+        T, S, heads_per_key = q.shape[2], keys.shape[2], q.shape[1] // k.shape[1]
+        found = []
+        for start in range(0, T, size := block_size(T)):
+            stop = min(start + size, T)
+            seen = S - T + stop
+            among = blocks(stop - start, seen, heads_per_key)
+            part = attention(q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, among)[0]
+            mx.eval(part)  # MLX runs some operations ahead, each of which would hold the scores of a block
+            found.append(part)
+        return mx.concatenate(found, axis=2)
+
+    def _write(self, kept: list[mx.array], layer: int, new: mx.array) -> mx.array:
+        """Put (prompts, K, T, d) at the next places of one layer → everything so far."""
+        start, stop = self.offset, self.offset + new.shape[2]
+        if layer == len(kept):
+            kept.append(mx.zeros((*new.shape[:2], max(self.lengths), new.shape[3]), new.dtype))
+        buffer = kept.pop(layer)  # the update can reuse the memory only where nothing else refers to it
+        buffer[:, :, start:stop] = new
+        kept.insert(layer, buffer)
+        return buffer[:, :, :stop]
 
 
 def join_prompts(parts: Sequence[PromptCache]) -> PromptCache:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from troupe.policy import cuda_kernels
-from troupe.policy.cache import DecodingCache, PromptCache, join_prompts
+from troupe.policy.cache import DecodingCache, PiecedPromptCache, PromptCache, join_prompts
 from troupe.policy.cuda_decoding import CudaDecodingCache
 from troupe.policy.drawing import NOISE_BLOCK, draw_tokens, noise_block, row_key
 from troupe.policy.generation import CompletedGroup, Completion, FinishReason, RolloutRequest
-from troupe.policy.memory import prefill_chunks
+from troupe.policy.memory import piece_length, prefill_chunks
 from troupe.policy.qwen3 import Weights, hidden_states, project
 from troupe.policy.stopping import StopWatch
 
@@ -142,19 +142,31 @@ class Batch:
         """Every prompt once → the hidden state of its last token, (requests, D); opens the cache."""
         config, hidden, parts = self._engine.config, [], []
         for portion in prefill_chunks([len(prompt) for prompt in self._prompts]):
-            prompts = [self._prompts[i] for i in portion]
-            part = PromptCache([len(prompt) for prompt in prompts])
-            width = max(part.lengths)
-            ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-            states = hidden_states(config, weights, ids, attention=part)
-            last = mx.array(part.lengths)[:, None, None] - 1
-            hidden.append(mx.take_along_axis(states, last, axis=1)[:, 0])
-            mx.eval(hidden[-1], part.keys, part.values)
+            part, last = self._prefill_portion(weights, [self._prompts[i] for i in portion])
             parts.append(part)
+            hidden.append(last)
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kind = CudaDecodingCache if cuda_kernels.serve(*heads) else DecodingCache
         self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
         return mx.concatenate(hidden)
+
+    def _prefill_portion(self, weights: Weights, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, mx.array]:
+        """Some prompts together → their keys and values, and the hidden state of each one's last token."""
+        config, lengths = self._engine.config, [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+        size = piece_length(len(prompts), width, writes_scores=self._engine.writes_scores)
+        last = mx.array(lengths)[:, None, None] - 1
+        if size == width:
+            part = PromptCache(lengths)
+            states = hidden_states(config, weights, ids, attention=part)
+            found = mx.take_along_axis(states, last, axis=1)[:, 0]
+            mx.eval(found, part.keys, part.values)
+            return part, found
+        pieced, ends = PiecedPromptCache(lengths), dict[int, mx.array]()
+        for start in range(0, width, size):
+            ends |= pieced.forward(config, weights, ids[:, start : start + size])
+        return pieced, mx.stack([ends[place] for place in range(len(prompts))])
 
     def _last_of_prompts(self, W: int) -> mx.array | None:
         """The last W ids of every row's prompt, −1 before its first, (B, W); None where no penalty wants them."""

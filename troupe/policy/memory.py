@@ -5,7 +5,8 @@ Knows nothing of tokens, weights and how much memory is free at the moment: the 
 Held: keys and values, 2·K·d·L numbers for each of S·P prompt places (P the longest prompt) and of S·G·N places for
 own tokens (N the most that a row may have). Besides, the larger of
   prefilling, with as many prompts s in a portion as PREFILL_TOKENS allows: s·P·(8·F + 8·D) numbers, and where a
-  device writes scores out, 2·s·H·P² float32;
+  device writes scores out, 2·s·H·P² float32; there prompts beyond WHOLE_PROMPT places go in pieces of T tokens, each
+  in blocks of b: s·T·(8·F + 8·D) numbers and 7·s·H·b·P float32;
   decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
   under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
   the room that grows; where updates copy, all own keys and values once more.
@@ -20,10 +21,28 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from troupe.policy.causal import block_size
 from troupe.policy.qwen3 import Qwen3Config
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens, padding included, that are prefilled at once."""
+
+
+WHOLE_PROMPT = 2048
+"""Up to so many places a portion of prompts is computed in one piece, also where scores are written out."""
+PIECE_TOKENS = 1024
+"""So many tokens, padding included, are computed at once of prompts that are longer."""
+
+
+def piece_length(prompts: int, longest: int, *, writes_scores: bool) -> int:
+    """How many tokens of each of the `prompts` of a portion, padded to `longest`, are computed at once.
+
+    Where scores are written out they grow with the square of what is computed at once; a kernel that does without
+    takes a portion whole, however long.
+    """
+    if not writes_scores or longest <= WHOLE_PROMPT:
+        return longest
+    return max(1, PIECE_TOKENS // prompts)
 
 
 def prefill_chunks(lengths: Sequence[int]) -> Iterator[range]:
@@ -80,8 +99,10 @@ def decode_memory_bytes(
     prefilling = 0.0
     for portion in prefill_chunks(prompt_lengths):
         longest = max(prompt_lengths[i] for i in portion)
-        scores = 2 * len(portion) * H * longest**2 * 4 if writes_scores else 0
-        prefilling = max(prefilling, scores + len(portion) * longest * 8 * (F + D) * size)
+        piece = piece_length(len(portion), longest, writes_scores=writes_scores)
+        written = 2 * longest if piece == longest else 7 * block_size(piece)
+        scores = len(portion) * H * longest * written * 4 if writes_scores else 0
+        prefilling = max(prefilling, scores + len(portion) * piece * 8 * (F + D) * size)
     decoding = (
         (28.0 if is_filtering else 9.0) * B * V * 4 + 10 * B * H * (P + max_new_tokens) * 4 + 8 * B * (F + D) * size
     )

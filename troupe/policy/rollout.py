@@ -130,10 +130,17 @@ class RolloutEngine:
         """Let go of the weights and of what was made of them; `load` brings others. Not while decoding."""
         self._loaded = self._prepared = None
 
+    @property
+    def writes_scores(self) -> bool:
+        """Whether this device holds the scores of whole prompts where it computes them whole."""
+        assert self._loaded is not None
+        dtype = self._loaded[0][EMBEDDING].dtype
+        return not attention_is_fused(self.config.head_dim, dtype, gradient=False, on_cpu=is_on_cpu())
+
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
         """What decoding prompts of these lengths together takes beside the weights; see `decode_memory_bytes`."""
         assert self._loaded is not None
-        config, dtype, on_cpu = self.config, self._loaded[0][EMBEDDING].dtype, is_on_cpu()
+        config, dtype = self.config, self._loaded[0][EMBEDDING].dtype
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         room = config.max_position_embeddings - min(prompt_lengths)
         return decode_memory_bytes(
@@ -143,8 +150,8 @@ class RolloutEngine:
             min(self.generation.max_completion_length, room),
             dtype,
             is_filtering=self.sampler.is_filtering,
-            writes_scores=not attention_is_fused(config.head_dim, dtype, gradient=False, on_cpu=on_cpu),
-            copies_updates=not on_cpu and not cuda_kernels.serve(*heads),
+            writes_scores=self.writes_scores,
+            copies_updates=not is_on_cpu() and not cuda_kernels.serve(*heads),
         )
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
