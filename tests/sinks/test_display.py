@@ -9,7 +9,7 @@ from rich.console import Console
 from tests.sinks.steps import closed, status, update
 from troupe.messages import GroupClosed, Incident, Slot
 from troupe.sinks import RunInfo
-from troupe.sinks.display import Display, clock_time, fitted, queue_depths, shown_metrics, visible
+from troupe.sinks.display import Display, clock_time, fitted, queue_depths, shown_metrics
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=100, first_step=0)
 METRICS = {
@@ -190,11 +190,6 @@ def test_what_holds_the_run_up_is_told_before_incidents() -> None:
     assert drawn(display)[0].startswith("kind-001  paused")
     assert line(display, "incidents") == "incidents 1  scorer: late"
     assert line(display, "queues").split() == ["queues", "prompts", "2"]
-
-
-def test_text_that_acts_on_a_terminal_is_escaped() -> None:
-    assert visible("a\nb\tc\x1b[0m\u202ed\ud800e") == "a⏎b\\tc\\x1b[0m\\u202ed\\ud800e"
-    assert visible("a\n→", "ascii") == "a\\u23ce\\u2192"
 
 
 def test_fitted_text_keeps_its_ends() -> None:
