@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import secrets
@@ -12,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,9 +38,11 @@ from troupe.rollouts import Evaluation, evaluate_folder
 from troupe.stored_run import Choice, open_store
 from troupe.summary import RunResult
 from troupe.supervisor import Supervisor
-from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell
+from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell, tell_json
 
 _EXISTING_TEXT = click.Path(path_type=Path)
+_LOADS_SILENTLY_S = 2.0
+"""Before it is said that the model and the prompts are being loaded."""
 _COUNT = click.IntRange(min=1, max=2**31)
 
 
@@ -180,7 +184,15 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
                 waits = "".join(f"; what was begun waits for the reward {name}, which is down" for name in down)
                 tell(f"interrupt: {meaning}{waits}", error=True)
 
-    async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:
+    def tell_of_loading() -> None:
+        tell(f"loading the model {config.model.path} and the prompts {config.data.path}")
+
+    loading = asyncio.get_running_loop().call_later(_LOADS_SILENTLY_S, tell_of_loading)
+    async with AsyncExitStack() as playing:
+        try:
+            run = await playing.enter_async_context(Supervisor(config, resume=resume, allow_changes=allow_changes))
+        finally:
+            loading.cancel()
         for notice in run.notices:
             tell(f"note: {notice}")
         async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
@@ -264,9 +276,10 @@ def generate(
     generation = GenerationConfig(num_generations=samples, max_completion_length=max_new_tokens, **sampling)
     seed = secrets.randbits(32) if seed is None else seed
     policy = load_policy(model or _demo_model(), dtype)
+    raw = not sys.stdout.isatty()  # a file or a program wants the text as it was written
     if samples == 1 and not as_json:
         for piece in stream_text(policy, asked, generation, seed, **options):
-            tell(piece, newline=False)
+            tell(piece, newline=False, as_it_is=raw)
         tell("")
         return
     started_s = time.perf_counter()
@@ -277,9 +290,9 @@ def generate(
         if as_json:
             figures = {"prompt": text, "completion": completion.text, **msgspec.structs.asdict(completion)}
             del figures["text"]
-            tell(msgspec.json.encode({**figures, "seed": seed, "tokens_per_s": tokens_per_s}).decode())
+            tell_json(msgspec.json.encode({**figures, "seed": seed, "tokens_per_s": tokens_per_s}).decode())
         else:
-            tell(f"# sample {number} of {samples}\n{completion.text}")
+            tell(f"# sample {number} of {samples}\n{completion.text}", as_it_is=raw)
 
 
 @main.command(name="eval")
@@ -331,7 +344,7 @@ def eval_command(
         tell(f"note: scores are missing, {len(result.incidents)} incidents; the first: {first}", error=True)
     if as_json:
         figures = {"rows": result.rows, "accuracy": result.accuracy, "rewards": result.rewards, "wall_s": seconds}
-        tell(msgspec.json.encode(figures).decode())
+        tell_json(msgspec.json.encode(figures).decode())
         return
     tell(f"{result.rows} rows in {seconds:.1f} s")
     if result.accuracy is not None:
@@ -390,7 +403,10 @@ def inspect_command(
 def doctor_command(as_json: bool) -> None:
     """Tell what this machine gives, what is slow, and how to mend it."""
     report = doctor.examine()
-    tell(msgspec.json.encode(report).decode() if as_json else doctor.describe(report))
+    if as_json:
+        tell_json(msgspec.json.encode(report).decode())
+    else:
+        tell(doctor.describe(report))
 
 
 def _demo_model() -> str:
