@@ -279,7 +279,9 @@ def open_store(folder: Path) -> Iterator[StoredRun]:
     if not is_folder:
         raise OutputError(f"{folder}: there is no such run folder; give the folder that `troupe train` wrote into")
     if not is_store and not (folder / "run.toml").is_file():
-        raise OutputError(f"{folder}: there is neither run.toml nor {FILE_NAME}, so this is not the folder of a run")
+        raise OutputError(
+            f"{path}: there is no run store; nor is there a run.toml, so {folder} is not the folder of a run"
+        )
     if not is_store:
         raise OutputError(
             f"{path}: there is no run store; runs have one from their first step on where metrics.sinks names 'sqlite'"

@@ -120,7 +120,8 @@ class Chronicle:
             self._incidents.pop()
             times += self._times
         self._same, self._times = (actor, kind, message), times
-        data = {"at": at, "actor": actor, "kind": kind, "message": message, "times": times}
+        data: dict[str, Any] = {"at": at, "actor": actor, "kind": kind, "message": message}
+        data |= {"times": times} if times > 1 else {}
         self._incidents.append(self._event("incident", data))
 
     def _event(self, kind: str, data: Any) -> Event:

@@ -204,7 +204,7 @@ def _request(folder: Path, request: Request) -> None:
         reply = ask(folder, request)
     except NobodyThereError as nobody:
         found = aftermath(folder)  # raises where it is no run's folder at all
-        raise InputError(f"{nobody}; the run is {describe_aftermath(found)}") from None
+        raise InputError(f"{nobody}; {describe_aftermath(found)}") from None
     if isinstance(reply, Refused):
         fail(f"refused: {reply.message}", EXIT_FAULT)
     tell("done" if isinstance(reply, Status) or not reply.message else reply.message)
