@@ -35,7 +35,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 class Generating(Player):
-    made = 113  # type: ignore[assignment]
+    made = 113
 
 
 async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
