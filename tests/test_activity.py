@@ -63,8 +63,9 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
 def test_a_stage_tells_how_far_it_is_and_for_how_long() -> None:
     stage = Stage()
     assert stage.activity(0.0) is None
-    with stage.at("held-out rows", 400) as now:
-        now.done = 37
+    with stage.at("held-out rows") as now:
+        assert stage.activity(now.since_s) == Activity(what="held-out rows")
+        now.done, now.total = 37, 400
         assert stage.activity(now.since_s + 0.9) == Activity(what="held-out rows", detail=" 37 / 400")
         for later_s, told in ((12.0, "12 s"), (180.0, "3 min"), (7501.0, "2 h 05 min")):
             assert getattr(stage.activity(now.since_s + later_s), "text", "") == f"held-out rows 37 / 400 ({told})"

@@ -115,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"budget", "linux_cpu", "machine"},
     "cli": ROOMS
     | {
+        "activity",
         "budget",
         "config",
         "daemon",

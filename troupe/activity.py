@@ -40,9 +40,9 @@ class Stage:
         self.since_s = 0.0
 
     @contextmanager
-    def at(self, what: str, total: int = 0) -> Iterator[Stage]:
+    def at(self, what: str) -> Iterator[Stage]:
         """The body does this."""
-        self.what, self.done, self.total, self.since_s = what, 0, total, time.perf_counter()
+        self.what, self.done, self.total, self.since_s = what, 0, 0, time.perf_counter()
         try:
             yield self
         finally:

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,7 @@ import msgspec
 import tomli_w
 
 from troupe import __version__, budget, doctor, inspecting
+from troupe.activity import Stage
 from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config, said_in
 from troupe.daemon.answers import answer_client
 from troupe.daemon.commands import control
@@ -35,6 +37,7 @@ from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_pol
 from troupe.prepare import Prepared, prepare
 from troupe.report.command import report
 from troupe.rollouts import Evaluation, evaluate_folder
+from troupe.runtime import together
 from troupe.stored_run import Choice, open_store
 from troupe.summary import RunResult
 from troupe.supervisor import Supervisor
@@ -43,6 +46,8 @@ from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell, tell_
 _EXISTING_TEXT = click.Path(path_type=Path)
 _LOADS_SILENTLY_S = 2.0
 """Before it is said that the model and the prompts are being loaded."""
+_EVALUATES_SILENTLY_S = 10.0
+"""From one line that says how far an evaluation is to the next."""
 _COUNT = click.IntRange(min=1, max=2**31)
 
 
@@ -325,7 +330,8 @@ def eval_command(
         raise InputError(f"--set {others[0]}: of a config only [data] means something here; write data.key=value")
     data = load_config(None, settings).data
     started_s = time.perf_counter()
-    result: Evaluation = anyio.run(
+    result = anyio.run(
+        _evaluated,
         functools.partial(
             evaluate_folder,
             model or _demo_model(),
@@ -336,7 +342,7 @@ def eval_command(
             temperature=temperature,
             seed=seed,
             dtype=dtype,
-        )
+        ),
     )
     seconds = time.perf_counter() - started_s
     if result.incidents:
@@ -351,6 +357,26 @@ def eval_command(
         tell(f"accuracy {result.accuracy:.1%}")
     for name, mean in result.rewards.items():
         tell(f"{name} {mean:.4f}")
+
+
+async def _evaluated(evaluating: Callable[..., Awaitable[Evaluation]]) -> Evaluation:
+    """Evaluate, and say on stderr now and then how far it is."""
+    stage, over, results = Stage(), anyio.CancelScope(), list[Evaluation]()
+
+    async def work() -> None:
+        with stage.at("evaluating"):
+            results.append(await evaluating(progress=stage))
+        over.cancel()
+
+    async def speak() -> None:
+        with over:
+            while True:
+                await anyio.sleep(_EVALUATES_SILENTLY_S)
+                if (activity := stage.activity(time.perf_counter())) is not None:
+                    tell(activity.text, error=True)
+
+    await together([work, speak])
+    return results[0]
 
 
 @main.command(name="inspect")

@@ -337,7 +337,7 @@ class Performance:
             self._pipeline.tell(msgspec.structs.replace(incident, gid=None, message=f"{what}: {incident.message}"))
 
         greedy = msgspec.structs.replace(self._prepared.config.generation, temperature=0.0)
-        with self._stage.at(what, len(held_out.dataset)) as stage:
+        with self._stage.at(what) as stage:
             return await evaluate(
                 policy,
                 held_out.dataset,

@@ -61,8 +61,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 class Progress(Protocol):
     """Is told how far an evaluation is."""
 
+    total: int
+    """Rows."""
     done: int
-    """Rows that are completed; set from the device's thread."""
+    """Those that are completed; set from the device's thread."""
 
 
 async def generate_and_score(
@@ -131,6 +133,8 @@ async def evaluate(
     """
     if not len(dataset):
         raise InputError(f"{dataset.source}: no rows to evaluate")
+    if progress is not None:
+        progress.total = len(dataset)
     once = msgspec.structs.replace(generation, num_generations=1)
     texts: list[str] = []
     scores: dict[str, list[float]] = {}
@@ -219,6 +223,7 @@ async def evaluate_folder(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model folder on a source of prompts; what `troupe eval` does.
 
@@ -242,4 +247,5 @@ async def evaluate_folder(
             device=device,
             rewards=manager,
             seed=seed,
+            progress=progress,
         )
