@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -41,7 +43,7 @@ from troupe.policy import Qwen3Config, random_policy
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, ROWS = 100, 24
 PATIENCE_S = 300.0
-PAGE = {"width": 1200, "height": 860}
+PAGE = {"width": 1200, "height": 780}
 SLOW = Qwen3Config(
     vocab_size=257,
     hidden_size=1024,
@@ -178,11 +180,11 @@ def held_out(folder: Path) -> str:
 
 def first_generation(folder: Path) -> str:
     """A model that takes minutes for its first step."""
-    random_policy(SLOW, seed=0).save(folder / "model")
+    random_policy(SLOW, seed=0).save(folder / "larger")
     demo = DEMO_CONFIG.parent / "policy"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo / name, folder / "model")
-    flags = ("-m", "model", "-d", str(DEMO_CONFIG.parent / "arithmetic.json"), "--reward", "exact_answer")
+        shutil.copy(demo / name, folder / "larger")
+    flags = ("-m", "larger", "-d", str(DEMO_CONFIG.parent / "arithmetic.json"), "--reward", "exact_answer")
     with training(folder, *flags, "--set", "generation.max_completion_length=512", "--batch-size", "4") as terminal:
         return terminal.wait_for(lambda text: "generating step 1: " in text and " tokens (1" in text)
 
@@ -210,7 +212,7 @@ def reward_back(folder: Path) -> str:
 def display(folder: Path) -> str:
     """A run amid its steps."""
     with training(folder) as terminal:
-        return terminal.wait_for(lambda text: "60 of 100" in text)
+        return terminal.wait_for(lambda text: re.search(r" [5-8]\d of 100", text) is not None)
 
 
 SCREENS: dict[str, Callable[[Path], str]] = {
@@ -231,6 +233,11 @@ def page_report(folder: Path, browser: Any, path: Path) -> None:
     page = browser.new_page(viewport=PAGE)
     page.goto((folder / "runs" / "sums" / "report.html").as_uri())
     page.wait_for_selector("body[data-drawn]")
+    page.evaluate(
+        "(name) => { const [facts] = document.querySelectorAll('.head .muted');"
+        " facts.textContent = facts.textContent.replace(`${name}, `, ''); }",
+        platform.node(),
+    )
     page.screenshot(path=path)
 
 
@@ -250,8 +257,10 @@ def page_live(folder: Path, browser: Any, path: Path) -> None:
         address = process.stdout.readline().removeprefix("live page: ").strip()
         page = browser.new_page(viewport=PAGE)
         page.goto(address)
-        ready = "parseInt(document.querySelector('#step').textContent) >= 60"
-        page.wait_for_function(ready, timeout=1000 * PATIENCE_S)
+        until_s = time.monotonic() + PATIENCE_S
+        while not re.match(r"([6-9]\d|\d{3}) /", page.inner_text("#step")) and time.monotonic() < until_s:
+            time.sleep(0.2)
+        page.evaluate("document.getElementById('folder').textContent = 'runs/sums'")  # not where it lay on this machine
         page.screenshot(path=path)
     finally:
         process.send_signal(signal.SIGTERM)

@@ -190,7 +190,8 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
                 tell(f"interrupt: {meaning}{waits}", error=True)
 
     def tell_of_loading() -> None:
-        tell(f"loading the model {config.model.path} and the prompts {config.data.path}")
+        model, prompts = (Path(path or "").name for path in (config.model.path, config.data.path))
+        tell(f"loading the model {model} and the prompts {prompts}")
 
     loading = asyncio.get_running_loop().call_later(_LOADS_SILENTLY_S, tell_of_loading)
     async with AsyncExitStack() as playing:
