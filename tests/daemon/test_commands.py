@@ -297,7 +297,8 @@ def test_a_folder_of_something_else_is_refused_as_what_it_is(
     (tmp_path / "notes.txt").touch()
     result = call(command[0], ".", *command[1:])
     assert result.exit_code == 2
-    assert result.stderr == "troupe: .: there is no run.toml, so this is not the folder of a run\n"
+    nobody = "" if command == ["status"] else "nobody plays a run in this folder now; "
+    assert result.stderr == f"troupe: .: {nobody}there is no run.toml, so this is not the folder of a run\n"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

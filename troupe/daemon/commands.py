@@ -203,8 +203,11 @@ def _request(folder: Path, request: Request) -> None:
     try:
         reply = ask(folder, request)
     except NobodyThereError as nobody:
-        found = aftermath(folder)  # raises where it is no run's folder at all
-        raise InputError(f"{nobody}; {describe_aftermath(found)}") from None
+        try:
+            why = describe_aftermath(aftermath(folder))
+        except InputError as error:  # it is no run's folder at all
+            why = str(error).removeprefix(f"{folder}: ")
+        raise InputError(f"{nobody}; {why}") from None
     if isinstance(reply, Refused):
         fail(f"refused: {reply.message}", EXIT_FAULT)
     tell("done" if isinstance(reply, Status) or not reply.message else reply.message)
