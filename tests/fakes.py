@@ -116,6 +116,8 @@ def make_scored(
 class FakeEngine:
     """An engine whose groups come in a chosen order; it remembers what it was asked for."""
 
+    tokens = 0
+
     def __init__(self, order: Sequence[int], *, between: Callable[[], None] = lambda: None) -> None:
         self.order = order
         self.between = between

@@ -135,6 +135,8 @@ class VirtualDevice(DeviceThread):
 class ScriptedEngine:
     """Its lengths follow from the key, its tokens from weights, key, sample and what came before."""
 
+    tokens = 0
+
     def __init__(self, generations: int) -> None:
         self._generations = generations
         self._loaded: tuple[Any, int] | None = None

@@ -405,3 +405,27 @@ def test_help_and_version() -> None:
     for command in ("train", "generate", "eval", "doctor"):
         assert command in done("--help")
         assert done(command, "-h").startswith(f"Usage: main {command}")
+
+
+def test_an_evaluation_that_takes_long_says_how_far_it_is(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stderr, so that what is printed stays what it is."""
+    monkeypatch.setattr(cli, "_EVALUATES_SILENTLY_S", 0.01)
+    (workplace / "r.py").write_text(
+        "import asyncio\nasync def f(completions, **_):\n    await asyncio.sleep(0.2)\n    return [1.0]\n"
+    )
+    result = call("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "2", "--json", "--reward", "r.py:f")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert f"evaluating {rows} / {rows}" in result.stderr.splitlines()
+
+
+def test_a_run_that_is_long_in_loading_says_so(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_LOADS_SILENTLY_S", 0.0)
+    result = call("train", *RUN, "--max-steps", "1")
+    assert result.exit_code == 0, result.output
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("loading the model ")
+    assert first.endswith("p.json")
+    monkeypatch.setattr(cli, "_LOADS_SILENTLY_S", 1000.0)
+    result = call("train", *RUN, "-o", "other", "--max-steps", "1")
+    assert "loading the model" not in result.stdout

@@ -64,7 +64,7 @@ def test_the_overview_for_a_person(folder: Path) -> None:
     text = run(folder)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[0] == str(folder)
-    assert {"steps 2", "groups 4 trained", "completions 12", "reward 0.25 0.5", "reward_timeout 1"} <= set(lines)
+    assert {"steps 2", "groups 4 trained", "completions 12", "reward 0.25 0.5", "reward_timeout 1 late"} <= set(lines)
     assert "step 2 12.3 MB 0.25 s checkpoints/step-00000002" in lines
     assert any(line.startswith("start 20") and "after step 0" in line and "Troupe 0.9" in line for line in lines)
     assert "Best of step 2: group 3, sample 2, trained in step 2, row 3" in lines
@@ -78,6 +78,7 @@ def test_the_overview_as_json(folder: Path) -> None:
     [overview] = objects(folder)
     assert overview["groups"] == {"trained": 4}
     assert overview["rewards"] == {"reward": [0.25, 0.5]}
+    assert (overview["incidents"], overview["newest_incidents"]) == ({"reward_timeout": 1}, {"reward_timeout": "late"})
     assert (overview["best"]["gid"], overview["worst"]["gid"]) == (3, 2)
 
 
@@ -161,6 +162,84 @@ def test_groups_whose_samples_nobody_knows_of_and_missing_scores(folder: Path) -
     text = run(folder, "--step", "3")
     assert " ".join(text.split()).count("reward – advantage – score r – ") == 3
     assert "Best of" not in run(folder)
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(folder: Path, tmp_path: Path) -> None:
+    assert "--step 999: the run has the steps 1 to 2; give one of them, or 'last', or 'all'" in run(
+        folder, "--step", "999", code=2
+    )
+    assert "the run has the steps 1 to 2" in run(folder, "--step", "0", "--json", code=2)
+    assert "the run has the steps 1 to 2" in run(folder, "--step", "3", "--jsonl", str(tmp_path / "out.jsonl"), code=2)
+    assert not (tmp_path / "out.jsonl").exists()
+    new = tmp_path / "new"
+    new.mkdir()
+    sink = SqliteSink(new / FILE_NAME)
+    sink.open()
+    assert "--step 1: no step is stored yet" in run(new, "--step", "1", code=2)
+    sink.write(update(1))
+    sink.flush()
+    assert "the run has step 1 only" in run(new, "--step", "2", code=2)
+    sink.close()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "so this is not the folder of a run" in run(Path("."), code=2)  # noqa: PTH201 - as one types it
+    (tmp_path / "run.toml").touch()
+    assert "there is no run store" in run(Path("."), code=2)  # noqa: PTH201
+
+
+ODD = "j\x1b[2J\x07\x9b\u202e"
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path) -> Path:
+    """A run in which everything that has a name is called something that acts on a terminal."""
+    folder = tmp_path / "run\x1b[31m"
+    folder.mkdir()
+    sink = SqliteSink(folder / FILE_NAME, program=f"0.9{ODD}")
+    sink.open()
+    group = told(1, 0, columns={ODD: ODD}, prompt=[{"role": ODD, "content": ODD}])
+    assert group.scored is not None
+    rollouts = tuple(msgspec.structs.replace(one, text=ODD) for one in group.scored.group.rollouts)
+    scored = msgspec.structs.replace(
+        group.scored,
+        group=msgspec.structs.replace(group.scored.group, rollouts=rollouts),
+        scores={ODD: (0.5, 1.0, None)},
+        extra={ODD: (ODD, ODD, ODD)},
+    )
+    sink.write(msgspec.structs.replace(group, scored=scored))
+    sink.write(update(1, **{f"rewards/{ODD}/mean": 0.5}))
+    sink.write(Incident(actor=ODD, kind=ODD, message=ODD))
+    sink.write(CheckpointWritten(version=1, folder=ODD, bytes=1, seconds=0.25))
+    sink.flush()
+    sink.close()
+    return folder
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("options", [(), ("--step", "1"), ("--step", "all", "--best", "1"), ("--json",)])
+def test_no_name_acts_on_a_terminal(
+    odd_folder: Path, options: tuple[str, ...], terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal:
+        console = Console(force_terminal=True, width=300, no_color=True, highlight=False, color_system=None)
+        monkeypatch.setattr(inspecting, "Console", lambda: console)
+        with console.capture() as capture:
+            text = run(odd_folder, *options)
+        text += capture.get()
+    else:
+        text = run(odd_folder, *options)
+    assert text.strip()
+    assert not {char for char in text if not char.isprintable()} - {"\n"} - ({"\x1b"} if terminal else set())
+    assert not any(piece in text for piece in ("\x1b[2J", "\x1b[31m", "\x07", "\x9b", "\u202e"))
+
+
+def test_refusals_hold_nothing_that_acts(odd_folder: Path) -> None:
+    said = run(odd_folder, "--reward", "x\x1b[2J", code=2)
+    assert "the run has no such reward; it has j\\x1b[2J\\x07" in said
+    assert "\x1b" not in said
+    assert "\x1b" not in run(odd_folder / "none\x1b", code=2)
 
 
 def test_several_versions_are_told() -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from troupe.errors import ConfigError, RunError
-from troupe.terminal import report_errors, tell
+from troupe.terminal import report_errors, tell, tell_json
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,23 @@ def test_lines_and_beginnings_of_lines(capsys: pytest.CaptureFixture[str]) -> No
     tell("c", error=True)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("ab\n", "c\n")
+
+
+def test_what_is_told_does_not_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    tell("a\x1b[2J\x07\nb")
+    tell_json('{"name": "\x9b\u202e"}')
+    tell("as\x07 it is", as_it_is=True)
+    assert capsys.readouterr().out == 'a\\x1b[2J\\x07\nb\n{"name": "\\u009b\\u202e"}\nas\x07 it is\n'
+
+    @report_errors
+    def command() -> None:
+        raise ConfigError("no key \x1b]0;mine\x07")
+
+    @report_errors
+    def broken() -> None:
+        raise ZeroDivisionError("a bug \x1b[2J")
+
+    for call in (command, broken):
+        with pytest.raises(SystemExit):
+            call()
+        assert "\x1b" not in capsys.readouterr().err

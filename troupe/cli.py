@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import secrets
@@ -12,6 +13,8 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +24,7 @@ import msgspec
 import tomli_w
 
 from troupe import __version__, budget, doctor, inspecting
+from troupe.activity import Stage
 from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config, said_in
 from troupe.daemon.answers import answer_client
 from troupe.daemon.commands import control
@@ -33,12 +37,17 @@ from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_pol
 from troupe.prepare import Prepared, prepare
 from troupe.report.command import report
 from troupe.rollouts import Evaluation, evaluate_folder
+from troupe.runtime import together
 from troupe.stored_run import Choice, open_store
 from troupe.summary import RunResult
 from troupe.supervisor import Supervisor
-from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell
+from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell, tell_json
 
 _EXISTING_TEXT = click.Path(path_type=Path)
+_LOADS_SILENTLY_S = 2.0
+"""Before it is said that the model and the prompts are being loaded."""
+_EVALUATES_SILENTLY_S = 10.0
+"""From one line that says how far an evaluation is to the next."""
 _COUNT = click.IntRange(min=1, max=2**31)
 
 
@@ -180,7 +189,16 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
                 waits = "".join(f"; what was begun waits for the reward {name}, which is down" for name in down)
                 tell(f"interrupt: {meaning}{waits}", error=True)
 
-    async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:
+    def tell_of_loading() -> None:
+        model, prompts = (Path(path or "").name for path in (config.model.path, config.data.path))
+        tell(f"loading the model {model} and the prompts {prompts}")
+
+    loading = asyncio.get_running_loop().call_later(_LOADS_SILENTLY_S, tell_of_loading)
+    async with AsyncExitStack() as playing:
+        try:
+            run = await playing.enter_async_context(Supervisor(config, resume=resume, allow_changes=allow_changes))
+        finally:
+            loading.cancel()
         for notice in run.notices:
             tell(f"note: {notice}")
         async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
@@ -264,9 +282,10 @@ def generate(
     generation = GenerationConfig(num_generations=samples, max_completion_length=max_new_tokens, **sampling)
     seed = secrets.randbits(32) if seed is None else seed
     policy = load_policy(model or _demo_model(), dtype)
+    raw = not sys.stdout.isatty()  # a file or a program wants the text as it was written
     if samples == 1 and not as_json:
         for piece in stream_text(policy, asked, generation, seed, **options):
-            tell(piece, newline=False)
+            tell(piece, newline=False, as_it_is=raw)
         tell("")
         return
     started_s = time.perf_counter()
@@ -277,9 +296,9 @@ def generate(
         if as_json:
             figures = {"prompt": text, "completion": completion.text, **msgspec.structs.asdict(completion)}
             del figures["text"]
-            tell(msgspec.json.encode({**figures, "seed": seed, "tokens_per_s": tokens_per_s}).decode())
+            tell_json(msgspec.json.encode({**figures, "seed": seed, "tokens_per_s": tokens_per_s}).decode())
         else:
-            tell(f"# sample {number} of {samples}\n{completion.text}")
+            tell(f"# sample {number} of {samples}\n{completion.text}", as_it_is=raw)
 
 
 @main.command(name="eval")
@@ -312,7 +331,8 @@ def eval_command(
         raise InputError(f"--set {others[0]}: of a config only [data] means something here; write data.key=value")
     data = load_config(None, settings).data
     started_s = time.perf_counter()
-    result: Evaluation = anyio.run(
+    result = anyio.run(
+        _evaluated,
         functools.partial(
             evaluate_folder,
             model or _demo_model(),
@@ -323,7 +343,7 @@ def eval_command(
             temperature=temperature,
             seed=seed,
             dtype=dtype,
-        )
+        ),
     )
     seconds = time.perf_counter() - started_s
     if result.incidents:
@@ -331,13 +351,33 @@ def eval_command(
         tell(f"note: scores are missing, {len(result.incidents)} incidents; the first: {first}", error=True)
     if as_json:
         figures = {"rows": result.rows, "accuracy": result.accuracy, "rewards": result.rewards, "wall_s": seconds}
-        tell(msgspec.json.encode(figures).decode())
+        tell_json(msgspec.json.encode(figures).decode())
         return
     tell(f"{result.rows} rows in {seconds:.1f} s")
     if result.accuracy is not None:
         tell(f"accuracy {result.accuracy:.1%}")
     for name, mean in result.rewards.items():
         tell(f"{name} {mean:.4f}")
+
+
+async def _evaluated(evaluating: Callable[..., Awaitable[Evaluation]]) -> Evaluation:
+    """Evaluate, and say on stderr now and then how far it is."""
+    stage, over, results = Stage(), anyio.CancelScope(), list[Evaluation]()
+
+    async def work() -> None:
+        with stage.at("evaluating"):
+            results.append(await evaluating(progress=stage))
+        over.cancel()
+
+    async def speak() -> None:
+        with over:
+            while True:
+                await anyio.sleep(_EVALUATES_SILENTLY_S)
+                if (activity := stage.activity(time.perf_counter())) is not None:
+                    tell(activity.text, error=True)
+
+    await together([work, speak])
+    return results[0]
 
 
 @main.command(name="inspect")
@@ -390,7 +430,10 @@ def inspect_command(
 def doctor_command(as_json: bool) -> None:
     """Tell what this machine gives, what is slow, and how to mend it."""
     report = doctor.examine()
-    tell(msgspec.json.encode(report).decode() if as_json else doctor.describe(report))
+    if as_json:
+        tell_json(msgspec.json.encode(report).decode())
+    else:
+        tell(doctor.describe(report))
 
 
 def _demo_model() -> str:

@@ -11,6 +11,7 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import anyio
 import mlx.core as mx
 
 from troupe import linux_cpu
@@ -25,6 +26,7 @@ from troupe.wire import (
     End,
     Ended,
     Loaded,
+    Made,
     NewWeights,
     Ping,
     Pong,
@@ -39,6 +41,7 @@ from troupe.wire import (
 )
 
 _INCIDENTS, _SPANS = 256, 4096
+_MADE_EVERY_S = 1.0
 
 
 async def play(connection: Connection) -> None:
@@ -90,7 +93,7 @@ class _Part:
             await devices.enter_async_context(self._device)
             await devices.enter_async_context(self._loader)
             await self._connection.send(encode(Ready()))
-            await together([self._listen, self._perform])
+            await together([self._listen, self._perform, self._tell_made])
 
     async def _perform(self) -> None:
         await together([self._generator.run, self._tell])
@@ -102,6 +105,15 @@ class _Part:
                 rollouts = tuple(map(pack_rollout, message.rollouts))
                 message = Completed(gid=message.prompt.gid, rollouts=rollouts)
             await self._connection.send(encode(message))
+
+    async def _tell_made(self) -> None:
+        """As `_listen`."""
+        told = 0
+        while True:
+            await anyio.sleep(_MADE_EVERY_S)
+            if (made := self._generator.made) != told:
+                told = made
+                await self._connection.send(encode(Made(tokens=made)))
 
     async def _listen(self) -> None:
         """Until the run closes the connection, which ends all the rest."""

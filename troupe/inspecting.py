@@ -1,13 +1,12 @@
 """What `troupe inspect` shows of a run: an overview, or completions.
 
-What a policy wrote may hold anything, so control characters are shown as escapes. It does not know how the store is
-read; `stored_run.py` does.
+What a policy wrote may hold anything, and so may names, so control characters are shown as escapes. It does not know
+how the store is read; `stored_run.py` does.
 """
 
 from __future__ import annotations
 
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from troupe.errors import InputError, OutputError
+from troupe.escapes import harmless
 from troupe.stored_run import Choice, Overview, Query, StoredCompletion, StoredRun
-from troupe.terminal import tell
+from troupe.terminal import tell, tell_json
 
 _MOST_SHOWN = 20
 """Completions that a person is shown where no number was asked for."""
@@ -29,7 +29,6 @@ _DIGITS = 19
 """Numbers of so many may be more than a store can hold."""
 _OF_A_RUN = ("metrics.jsonl", "changes.jsonl")
 """What a run itself writes, of files that an export may be called like."""
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _MISSING = "–"
 
 
@@ -60,6 +59,8 @@ def query_for(
         number = None
     elif step.isdecimal() and len(step) < _DIGITS:
         number = int(step)
+        if not run.has_step(number):
+            raise InputError(f"--step {step}: {_steps_there(run)}")
     else:
         raise InputError(f"--step {step}: give the number of a step, from 1, or 'last', or 'all'")
     names = run.reward_names()
@@ -68,12 +69,22 @@ def query_for(
     return Query(choice=choice, count=asked.get(choice), step=number, **conditions)
 
 
+def _steps_there(run: StoredRun) -> str:
+    there = run.step_range()
+    if there is None:
+        return "no step is stored yet"
+    first, newest = there
+    if first == newest:
+        return f"the run has step {newest} only; give that, or 'last', or 'all'"
+    return f"the run has the steps {first} to {newest}; give one of them, or 'last', or 'all'"
+
+
 def tell_overview(run: StoredRun, folder: Path, *, as_json: bool) -> None:
     """Print what happened, and the best and the worst completion of the newest step."""
     overview = run.overview()
     extremes = newest_extremes(run, overview)
     if as_json:
-        tell(msgspec.json.encode({**msgspec.to_builtins(overview), **extremes}).decode())
+        tell_json(msgspec.json.encode({**msgspec.to_builtins(overview), **extremes}).decode())
         return
     _print(show_overview(overview, folder, extremes))
 
@@ -82,7 +93,7 @@ def tell_completions(run: StoredRun, query: Query, *, as_json: bool) -> None:
     """Print the completions of a query."""
     if as_json:
         for completion in run.completions(query):
-            tell(msgspec.json.encode(completion).decode())
+            tell_json(msgspec.json.encode(completion).decode())
         return
     _print(show_completions(run, query))
 
@@ -112,7 +123,9 @@ def show_overview(overview: Overview, folder: Path, extremes: Mapping[Choice, St
         rows = [(name, _number(first), _number(newest)) for name, (first, newest) in overview.rewards.items()]
         yield Block(title="Rewards", rows=[("", "first step", "newest step"), *rows])
     if overview.incidents:
-        yield Block(title="Incidents", rows=[(kind, str(n)) for kind, n in overview.incidents.items()])
+        newest = overview.newest_incidents
+        rows = [(kind, str(n), newest.get(kind, "")) for kind, n in overview.incidents.items()]
+        yield Block(title="Incidents, with the newest of each kind", rows=rows)
     if overview.checkpoints:
         written = [
             (f"step {found.version}", _size(found.bytes), f"{found.seconds:.2f} s", found.folder)
@@ -148,6 +161,7 @@ def show_completions(run: StoredRun, query: Query) -> Iterator[Block]:
 
 def as_text(block: Block) -> str:
     """A block for a file or a pipe: columns in line, nothing but text."""
+    block = _shown_block(block)
     count = max((len(row) for row in block.rows), default=0)
     widths = [max(len(row[i]) for row in block.rows if i < len(row)) for i in range(count)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in block.rows]
@@ -157,6 +171,7 @@ def as_text(block: Block) -> str:
 
 def as_renderable(block: Block) -> RenderableType:
     """A block for a terminal."""
+    block = _shown_block(block)
     if not block.rows:
         return Text(block.title, style="dim")
     table = Table(
@@ -174,6 +189,12 @@ def as_renderable(block: Block) -> RenderableType:
     return grid
 
 
+def _shown_block(block: Block) -> Block:
+    """Names, folders and kinds may hold anything, as completions may."""
+    rows = [[shown(cell) for cell in row] for row in block.rows]
+    return Block(title=shown(block.title), rows=rows, text=shown(block.text))
+
+
 def _print(blocks: Iterable[Block]) -> None:
     console = Console()
     for block in blocks:
@@ -185,11 +206,7 @@ def _print(blocks: Iterable[Block]) -> None:
 
 def shown(text: str) -> str:
     """The text, with escapes in the place of what would do something to a terminal, or turn its lines around."""
-    return "".join(char.encode("unicode_escape").decode() if _acts(char) else char for char in text.expandtabs(4))
-
-
-def _acts(char: str) -> bool:
-    return char != "\n" and (unicodedata.category(char) in ("Cc", "Cs") or char in _BIDI)
+    return harmless(text.expandtabs(4))
 
 
 def _facts(overview: Overview) -> list[tuple[str, str]]:
@@ -212,14 +229,14 @@ def _completion(completion: StoredCompletion, before: str = "") -> Block:
         ("reward", _number(completion.reward)),
         ("advantage", _number(completion.advantage)),
         *((f"score {name}", _number(score)) for name, score in completion.scores.items()),
-        *((shown(name), shown(_told(value))) for name, value in completion.extra.items()),
-        *((shown(name), shown(_told(value))) for name, value in (completion.columns or {}).items()),
+        *((name, _told(value)) for name, value in completion.extra.items()),
+        *((name, _told(value)) for name, value in (completion.columns or {}).items()),
         ("ended by", completion.finish_reason),
         ("tokens", f"{len(completion.token_ids)} by policy {_versions(completion.versions)}"),
-        ("prompt", shown(prompt_text(completion.prompt))),
+        ("prompt", prompt_text(completion.prompt)),
     ]
     title = f"{before}{place}, {completion.state} in step {completion.step}, row {completion.row}"
-    return Block(title=title, rows=facts, text=shown(completion.text))
+    return Block(title=title, rows=facts, text=completion.text)
 
 
 def prompt_text(prompt: str | list[dict[str, Any]] | None) -> str:

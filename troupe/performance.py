@@ -16,10 +16,11 @@ import anyio
 import msgspec
 
 from troupe import linux_cpu
+from troupe.activity import Stage, of_actors, with_waits
 from troupe.budget import memory_limited
 from troupe.changes import Change, ChangesLog
 from troupe.errors import InputError, RewardError, RunError
-from troupe.messages import Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
+from troupe.messages import Activity, Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.pipeline import Pipeline
 from troupe.policy import Policy, load_policy
 from troupe.prepare import Prepared
@@ -94,6 +95,7 @@ class Performance:
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self._farewells: list[tuple[str, Sitting, int]] = []
+        self._stage = Stage()
         self._newest_update = pipeline.news.listen(1, Update)
 
     def stop(self) -> None:
@@ -134,7 +136,16 @@ class Performance:
             restarts={role.name: role.restarts for role in pipeline.roles if role.restarts},
             incidents=dict(pipeline.tally.incidents),
             metrics=dict(updates[-1].metrics) if updates else {},
+            activity=None if self._ended.is_set() else self._activity(now_s),
         )
+
+    def _activity(self, now_s: float) -> Activity | None:
+        prepared, at = self._prepared, self._stage.activity(now_s)
+        if at is not None and prepared.rewards.starting is not None:
+            at = msgspec.structs.replace(at, what=f"starting the reward {prepared.rewards.starting}")
+        if at is None and self._playing:
+            at = of_actors(self._pipeline.actors, now_s, prepared.config.generation.max_completion_length)
+        return with_waits(at, prepared.rewards.waits)
 
     def _live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
         """Groups between prompting and the end of their training, the oldest first."""
@@ -156,23 +167,35 @@ class Performance:
             self._ended.set()
 
     async def _play(self) -> None:
-        rewards, tally = self._prepared.rewards, self._pipeline.tally
+        rewards, pipeline = self._prepared.rewards, self._pipeline
+        pipeline.sinks.open()
         try:
-            threads = self._prepared.config.schedule.blas_threads
-            with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
-                if self._prepared.checkpoint is not None:
-                    rewards.trust()
-                await self._start_rewards()
-                await _beside(self._run_errands, self._perform)
-            if self._stopping:
-                await self._write_checkpoint()
+            await _beside(self._tell_sinks, self._play_told)
         finally:
-            for incident in (*await rewards.stop(), *self._pipeline.untold):
-                tally.incidents[incident.kind] += 1
+            with self._stage.at("stopping the rewards"):
+                for incident in await rewards.stop():
+                    pipeline.tell(incident)
+            for incident in pipeline.untold:
+                pipeline.tell(incident)
             with anyio.CancelScope(shield=True):
-                await self._pipeline.sinks.close()
+                for incident in await pipeline.sinks.close():
+                    pipeline.tell(incident)
+            pipeline.tally.switched_off_sinks.update(pipeline.sinks.switched_off)
         self.result = self._what_came_of_it()
         write_summary(self.result)
+
+    async def _play_told(self) -> None:
+        """All of it, while the sinks that show it are told."""
+        threads = self._prepared.config.schedule.blas_threads
+        with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
+            if self._prepared.checkpoint is not None:
+                self._prepared.rewards.trust()
+            with self._stage.at("starting the rewards"):
+                await self._start_rewards()
+            await _beside(self._run_errands, self._perform)
+        if self._stopping:
+            with self._stage.at(f"saving step {self._pipeline.learner.version:,}"):
+                await self._write_checkpoint()
 
     async def _start_rewards(self) -> None:
         """RunError where one does not start that an earlier start had: a judge that is away may come back."""
@@ -186,11 +209,11 @@ class Performance:
 
     async def _perform(self) -> None:
         """Evaluate, play under watch, and evaluate again."""
-        self._before = await self._evaluate(await self._untrained_policy())
+        self._before = await self._evaluate(await self._untrained_policy(), "held-out rows")
         self._prepared = self._prepared.without_arrays()
         self._playing = True
-        await _beside(self._tell_sinks, partial(_beside, self._watch, partial(play, self._pipeline.roles)))
-        self._after = await self._evaluate(self._trained_policy())
+        await _beside(self._watch, partial(play, self._pipeline.roles))
+        self._after = await self._evaluate(self._trained_policy(), "held-out rows after training")
 
     async def _tell_sinks(self) -> None:
         """Have those sinks that show it know what the run is doing."""
@@ -298,27 +321,33 @@ class Performance:
         """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
         if self._prepared.checkpoint is None or self._prepared.evaluation is None:
             return self._prepared.policy
-        return await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
+        with self._stage.at("loading the policy as it was before step 1"):
+            return await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
 
     def _trained_policy(self) -> Policy:
         policy = self._prepared.policy
         return Policy(policy.config, self._pipeline.learner.weights, policy.path)
 
-    async def _evaluate(self, policy: Policy) -> Evaluation | None:
+    async def _evaluate(self, policy: Policy, what: str) -> Evaluation | None:
         held_out = self._prepared.evaluation
         if held_out is None:
             return None
+
+        def tell(incident: Incident) -> None:  # its gid is the number of a row
+            self._pipeline.tell(msgspec.structs.replace(incident, gid=None, message=f"{what}: {incident.message}"))
+
         greedy = msgspec.structs.replace(self._prepared.config.generation, temperature=0.0)
-        evaluation = await evaluate(
-            policy,
-            held_out.dataset,
-            held_out.prompt_ids,
-            generation=greedy,
-            device=self._device,
-            rewards=self._prepared.rewards,
-        )
-        self._pipeline.tally.incidents.update(incident.kind for incident in evaluation.incidents)
-        return evaluation
+        with self._stage.at(what) as stage:
+            return await evaluate(
+                policy,
+                held_out.dataset,
+                held_out.prompt_ids,
+                generation=greedy,
+                device=self._device,
+                rewards=self._prepared.rewards,
+                progress=stage,
+                tell=tell,
+            )
 
     def _what_came_of_it(self) -> RunResult:
         before, after = self._before, self._after

@@ -98,7 +98,8 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     news: Broadcast[Heard]
     tally: Tally
     sinks: Sinks
-    """Closed by Metrics at the end of its part; close them again where it may not have come to that."""
+    """Closed by Metrics at the end of its part, unless held-out rows come after it; close them at the end, also again.
+    """
     devices: tuple[DeviceThread, ...]
     """Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another computes."""
     files: WeightsFiles | None = None
@@ -113,6 +114,12 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     def untold(self) -> tuple[Incident, ...]:
         """Incidents that came when Metrics had ended."""
         return tuple(m for actor in self.actors for m in actor.inbox.waiting if isinstance(m, Incident))
+
+    def tell(self, incident: Incident) -> None:
+        """Count an incident and pass it on while Metrics, who does so otherwise, is not on stage."""
+        self.tally.incidents[incident.kind] += 1
+        self.news.send_nowait(incident)
+        self.sinks.write(incident)
 
     def write_snapshot(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, in the calling thread, when nobody plays any more. OSError where the disk fails."""
@@ -299,6 +306,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         tally=tally,
         watched=(generator_box, scorer_box, learner_box, checkpointer_box),
         reporters=reporters,
+        closes=False,
         report=Reporter(
             "metrics",
             metrics_box.channel("metrics incidents", Incident, bound=_INCIDENTS, overflow="drop_oldest", side=True),

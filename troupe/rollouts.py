@@ -5,9 +5,9 @@ The same engine, rewards and batch as in a run, called one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import msgspec
@@ -56,6 +56,15 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     completions: tuple[str, ...]
     incidents: tuple[Incident, ...] = ()
     """Why scores are missing."""
+
+
+class Progress(Protocol):
+    """Is told how far an evaluation is."""
+
+    total: int
+    """Rows."""
+    done: int
+    """Those that are completed; set from the device's thread."""
 
 
 async def generate_and_score(
@@ -114,20 +123,28 @@ async def evaluate(
     device: DeviceThread,
     rewards: RewardManager | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
+    tell: Callable[[Incident], None] | None = None,
 ) -> Evaluation:
-    """Complete every row once and score it. Greedy where `generation.temperature` is 0, as it should be to compare."""
+    """Complete every row once and score it. Greedy where `generation.temperature` is 0, as it should be to compare.
+
+    `progress` learns how many rows are completed, `tell` why a score is missing, when that is known; the gid of an
+    incident is the number of its row.
+    """
     if not len(dataset):
         raise InputError(f"{dataset.source}: no rows to evaluate")
+    if progress is not None:
+        progress.total = len(dataset)
     once = msgspec.structs.replace(generation, num_generations=1)
     texts: list[str] = []
     scores: dict[str, list[float]] = {}
     incidents: list[Incident] = []
     for start in range(0, len(dataset), _EVAL_ROWS):
         places = range(start, min(start + _EVAL_ROWS, len(dataset)))
-        groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0))
+        groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0), progress)
         texts += [group.rollouts[0].text for group in groups]
         if rewards is not None:
-            for result in await rewards.score_groups(groups):
+            for result in await rewards.score_groups(groups, tell=tell):
                 incidents += result.incidents
                 for name, (score,) in result.scores.items():
                     scores.setdefault(name, []).extend([] if score is None else [score])
@@ -148,6 +165,7 @@ async def _complete(
     generation: GenerationConfig,
     device: DeviceThread,
     key: tuple[int, int],
+    progress: Progress | None = None,
 ) -> list[RolloutGroup]:
     """Complete the rows at `places` together, as places of one step; `key` is (seed, step).
 
@@ -158,7 +176,7 @@ async def _complete(
     engine.load(policy.weights, 0)
     requests = [RolloutRequest(prompt_ids=prompt_ids[i], key=(seed, step, i, 0)) for i in places]
     decoding = await device.run(engine.decode, requests)
-    completed = await device.run(_in_order, decoding, on_cancel=engine.abort)
+    completed = await device.run(_in_order, _counted(decoding, progress), on_cancel=engine.abort)
     groups = []
     for place, group in zip(places, completed, strict=True):
         row = dataset[place]
@@ -174,6 +192,13 @@ async def _complete(
         rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
         groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
     return groups
+
+
+def _counted(groups: Iterable[CompletedGroup], progress: Progress | None) -> Iterator[CompletedGroup]:
+    for group in groups:
+        if progress is not None:
+            progress.done += 1
+        yield group
 
 
 def _in_order(groups: Iterable[CompletedGroup]) -> list[CompletedGroup]:
@@ -198,6 +223,7 @@ async def evaluate_folder(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model folder on a source of prompts; what `troupe eval` does.
 
@@ -221,4 +247,5 @@ async def evaluate_folder(
             device=device,
             rewards=manager,
             seed=seed,
+            progress=progress,
         )

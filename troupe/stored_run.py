@@ -61,6 +61,8 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     """`reward` and every `rewards/NAME/mean` → the value of the first and of the newest step."""
     incidents: dict[str, int]
     """Kind → number, over all starts; the most frequent first."""
+    newest_incidents: dict[str, str]
+    """Kind → what the newest of them says."""
     checkpoints: tuple[StoredCheckpoint, ...]
     """Those that were not removed, the newest first."""
     starts: tuple[Start, ...]
@@ -111,7 +113,7 @@ class StoredStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoredIncident(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong once."""
+    """What went wrong, once or several times alike after the same step."""
 
     start: int
     step: int
@@ -121,6 +123,8 @@ class StoredIncident(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     message: str
     gid: int | None
+    """Of one of them."""
+    times: int = 1
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,6 +171,9 @@ class StoredRun:
             steps, newest = ask("SELECT count(*), max(step) FROM steps").fetchone()
             starts = ask("SELECT start, time, pid, first_step, troupe FROM starts ORDER BY start")
             written = ask("SELECT * FROM checkpoints WHERE removed_at IS NULL ORDER BY version DESC")
+            newest_of_kinds = (
+                "SELECT kind, message FROM incidents WHERE rowid IN (SELECT max(rowid) FROM incidents GROUP BY kind)"
+            )
             incidents = "SELECT kind, count(*) FROM incidents GROUP BY kind ORDER BY count(*) DESC, kind"
             return Overview(
                 steps=steps,
@@ -175,6 +182,7 @@ class StoredRun:
                 completions=ask("SELECT count(*) FROM completions").fetchone()[0],
                 rewards=self._rewards(),
                 incidents=dict(ask(incidents)),
+                newest_incidents=dict(ask(newest_of_kinds)),
                 checkpoints=tuple(_struct(StoredCheckpoint, row) for row in written),
                 starts=tuple(_struct(Start, row) for row in starts),
             )
@@ -185,6 +193,17 @@ class StoredRun:
         """The newest step that is stored."""
         step: int | None = self._connection.execute("SELECT max(step) FROM steps").fetchone()[0]
         return step
+
+    def has_step(self, step: int) -> bool:
+        """Whether anything of a step is stored: itself, or groups that ended with it."""
+        tables = ("steps", "groups")
+        found = (self._connection.execute(f"SELECT 1 FROM {table} WHERE step = ? LIMIT 1", (step,)) for table in tables)
+        return any(rows.fetchone() is not None for rows in found)
+
+    def step_range(self) -> tuple[int, int] | None:
+        """The first and the newest step that are stored; None before the first."""
+        first, newest = self._connection.execute("SELECT min(step), max(step) FROM steps").fetchone()
+        return None if first is None else (first, newest)
 
     def steps(self) -> Iterator[StoredStep]:
         """Every step, in order."""
@@ -197,8 +216,12 @@ class StoredRun:
             yield StoredStep(step=step, start=start, unix_s=unix_s, metrics=figures)
 
     def newest_incidents(self, count: int) -> list[StoredIncident]:
-        """At most `count`, the newest first."""
-        rows = self._connection.execute("SELECT * FROM incidents ORDER BY rowid DESC LIMIT ?", (count,))
+        """At most `count`, the newest first; those that are alike are one."""
+        rows = self._connection.execute(
+            "SELECT start, step, max(time), actor, kind, message, max(gid), count(*) FROM incidents"
+            " GROUP BY start, step, actor, kind, message ORDER BY max(rowid) DESC LIMIT ?",
+            (count,),
+        )
         return [_struct(StoredIncident, row) for row in rows]
 
     def machines(self) -> dict[int, str]:
@@ -255,6 +278,10 @@ def open_store(folder: Path) -> Iterator[StoredRun]:
         raise OutputError(f"{folder}: the run folder cannot be read: {error}") from None
     if not is_folder:
         raise OutputError(f"{folder}: there is no such run folder; give the folder that `troupe train` wrote into")
+    if not is_store and not (folder / "run.toml").is_file():
+        raise OutputError(
+            f"{path}: there is no run store; nor is there a run.toml, so {folder} is not the folder of a run"
+        )
     if not is_store:
         raise OutputError(
             f"{path}: there is no run store; runs have one from their first step on where metrics.sinks names 'sqlite'"

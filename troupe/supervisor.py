@@ -12,6 +12,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from troupe.activity import Stage
 from troupe.changes import ChangesLog, check_change
 from troupe.config import RunConfig, check_config
 from troupe.messages import (
@@ -69,6 +70,7 @@ class Supervisor:
         self._entered = self._stopping = self._pausing = False
         self._requests: list[Callable[[Pipeline], None]] = []
         self._errands = Errands()
+        self._stage = Stage()
         self._ended = anyio.Event()
         self._device = DeviceThread("supervisor")
         self._place: RunFolder | None = None
@@ -85,8 +87,9 @@ class Supervisor:
         self._entered = True
         began_s = time.perf_counter()
         try:
-            place = await self._device.run(self._take_folder)
-            prepared = await self._device.run(self._prepare, place)
+            with self._stage.at("loading the model and the prompts"):
+                place = await self._device.run(self._take_folder)
+                prepared = await self._device.run(self._prepare, place)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
             self._pipeline = build_pipeline(prepared)
             performance = Performance(
@@ -171,7 +174,9 @@ class Supervisor:
 
     def status(self) -> Status:
         """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
-        return NOT_STARTED if self._performance is None else self._performance.status()
+        if self._performance is not None:
+            return self._performance.status()
+        return msgspec.structs.replace(NOT_STARTED, activity=self._stage.activity(time.perf_counter()))
 
     @property
     def pausing(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, ParamSpec
 import click
 
 from troupe.errors import InputError, TroupeError
+from troupe.escapes import harmless, safe_json
 
 EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -46,7 +47,7 @@ def report_errors(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:  # before the run began, or where no run is
             sys.exit(EXIT_INTERRUPTED)
         except Exception:
-            traceback.print_exc()
+            tell(traceback.format_exc().rstrip("\n"), error=True)
             sys.exit(EXIT_FAULT)
 
     return wrapped
@@ -58,14 +59,19 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def tell(text: str, *, error: bool = False, newline: bool = True) -> None:
-    """Print a line, or the beginning of one.
+def tell_json(text: str) -> None:
+    """Print JSON for a program, in which nothing acts on a terminal either."""
+    tell(safe_json(text), as_it_is=True)
+
+
+def tell(text: str, *, error: bool = False, newline: bool = True, as_it_is: bool = False) -> None:
+    """Print a line, or the beginning of one. What would act on a terminal is told as an escape, unless `as_it_is`.
 
     A reader who has gone (`troupe … | head`, a terminal that was closed) changes nothing about what the command has
     done.
     """
     try:
-        click.echo(text, nl=newline, err=error)
+        click.echo(text if as_it_is else harmless(text), nl=newline, err=error)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())  # so that the flush at exit succeeds

@@ -110,6 +110,13 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     rollouts: tuple[PackedRollout, ...]
 
 
+class Made(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """How far the decode in hand has come; told once a second."""
+
+    tokens: int
+    """That its longest completion has."""
+
+
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """A TroupeError ended the generator: nothing that a new process could mend."""
 
@@ -123,7 +130,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 ToProcess: TypeAlias = Setup | Ping | Prompts | NewWeights | End
-FromProcess: TypeAlias = Ready | Pong | Loaded | Completed | Span | Incident | Refused | Ended
+FromProcess: TypeAlias = Ready | Pong | Loaded | Completed | Made | Span | Incident | Refused | Ended
 
 encode = msgspec.msgpack.Encoder().encode
 _to_process = msgspec.msgpack.Decoder(ToProcess)

@@ -16,6 +16,7 @@ from troupe.wire import (
     End,
     Ended,
     Loaded,
+    Made,
     NewWeights,
     Ping,
     Pong,
@@ -64,6 +65,7 @@ async def play(connection: Connection) -> None:
                     await connection.send(encode(Ready()))
                 if does == "garbage":
                     connection._writer.write(b"This is no frame at all")
+                await connection.send(encode(Made(tokens=7)))
                 for place, packed in enumerate(prompts):
                     if does == "die once" and place == 1:
                         with suppress(FileExistsError):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -17,6 +18,7 @@ import pytest
 from tests.actors.child_generator import OF_EVERY
 from tests.fakes import Reports, device_thread, ended, make_prompt, taken
 from tests.tiny import CONFIG
+from troupe import generator_process
 from troupe.actors import remote_generator
 from troupe.actors.remote_generator import RemoteGenerator
 from troupe.errors import ModelError, RunError
@@ -24,7 +26,7 @@ from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import GenerationConfig
 from troupe.runtime import Channel, ChildEnded, FrameError, Mailbox, PolicyBoard, Restarts, Role, play
 from troupe.weights_files import WeightsFiles
-from troupe.wire import MessageError, Setup
+from troupe.wire import Completed, Made, MessageError, Setup, decode_from_process
 
 pytestmark = pytest.mark.anyio
 CHILD = "tests.actors.child_generator"
@@ -93,6 +95,37 @@ async def test_groups_come_back_whole_and_the_end_travels_on(tmp_path: Path, mon
     assert stage.left() == ["00000000.safetensors"], "the board still holds it"
     stage.files.close()
     assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+async def test_how_far_the_process_is_is_known_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, hand_over = [], RemoteGenerator._hand_over
+
+    async def watched(generator: RemoteGenerator, completed: Completed) -> None:
+        seen.append(generator.made)
+        await hand_over(generator, completed)
+
+    monkeypatch.setattr(RemoteGenerator, "_hand_over", watched)
+    await Stage(tmp_path, monkeypatch).play([make_prompt(0, 0), make_prompt(0, 1)])
+    assert seen == [7, 7]
+
+
+async def test_a_process_tells_how_far_it_is_when_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator_process, "_MADE_EVERY_S", 0.001)
+    part = generator_process._Part.__new__(generator_process._Part)
+    generator, frames = SimpleNamespace(made=0), list[bytes]()
+
+    async def send(frame: bytes) -> None:
+        frames.append(frame)
+        generator.made = min(generator.made + 1, 3)
+
+    part._generator, part._connection = generator, SimpleNamespace(send=send)  # type: ignore[assignment]
+    with anyio.move_on_after(0.05):
+        await part._tell_made()
+    assert frames == []
+    generator.made = 1
+    with anyio.move_on_after(0.2):
+        await part._tell_made()
+    assert [decode_from_process(frame) for frame in frames] == [Made(tokens=n) for n in (1, 2, 3)]
 
 
 async def test_spans_come_by_our_clock_and_incidents_come_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,3 +120,21 @@ async def test_figures_that_json_cannot_say() -> None:
     book = chronicle()
     book.take(stepped(1, loss=float("nan"), kl=float("inf")))
     assert dict(told(book.since(0)[0]))["curves"] == {"step": [1], "reward": [0.1]}
+
+
+async def test_an_incident_that_happens_again_takes_its_own_place() -> None:
+    book, other = chronicle(), Incident(actor="scorer", kind="odd", message="!")
+    book.take(Told(incidents=(other, LATE), times=(1, 3)))
+    _, number = book.since(0)
+    for _ in range(100):
+        book.take(Told(incidents=(LATE,), times=(4,)))
+    [(_, again)] = [one for one in told(book.since(number)[0]) if one[0] == "incident"]
+    assert (again["message"], again["times"]) == ("late", 403)
+    book.take(Told(incidents=(other, LATE)))
+    incidents = [data for kind, data in told(book.since(0)[0]) if kind == "incident"]
+    assert [(data["kind"], data.get("times", 1)) for data in incidents] == [
+        ("odd", 1),
+        ("reward_timeout", 403),
+        ("odd", 1),
+        ("reward_timeout", 1),
+    ]

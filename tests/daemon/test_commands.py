@@ -132,9 +132,13 @@ def test_a_refusal_is_an_exit_code(host: Host) -> None:
 
 @pytest.mark.parametrize("name", ["pause", "resume", "step", "checkpoint", "drain", "stop"])
 def test_nobody_is_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.toml").touch()
     result = call(name, str(tmp_path))
     assert result.exit_code == 2
-    assert result.stderr == f"troupe: {tmp_path}: nobody plays a run in this folder now\n"
+    assert result.stderr == (
+        f"troupe: {tmp_path}: nobody plays a run in this folder now; no step is done yet, and "
+        f"nobody is at it; go on with: troupe train -o {tmp_path} --resume\n"
+    )
 
 
 def test_what_is_no_setting(tmp_path: Path) -> None:
@@ -283,3 +287,24 @@ def test_a_daemon_needs_a_folder(tmp_path: Path) -> None:
     result = call("daemon", str(tmp_path / "RUN.toml"))
     assert result.exit_code == 2
     assert "a daemon has to know its run folder" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["pause"], ["drain"], ["stop"], ["set", "learner.lr=1e-6"]])
+def test_a_folder_of_something_else_is_refused_as_what_it_is(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    result = call(command[0], ".", *command[1:])
+    assert result.exit_code == 2
+    nobody = "" if command == ["status"] else "nobody plays a run in this folder now; "
+    assert result.stderr == f"troupe: .: {nobody}there is no run.toml, so this is not the folder of a run\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_request_to_a_run_that_nobody_plays_says_what_became_of_it(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").touch()
+    (tmp_path / "summary.json").write_text('{"steps": 4, "total_steps": 4}')
+    result = call("drain", str(tmp_path))
+    assert result.exit_code == 2
+    assert f"{tmp_path}: nobody plays a run in this folder now; complete: 4 of 4 steps" in result.stderr

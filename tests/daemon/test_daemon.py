@@ -26,6 +26,7 @@ from troupe.daemon.protocol import Reply, Request
 from troupe.daemon.restarts import Attempts
 from troupe.daemon.settings import DaemonConfig
 from troupe.messages import (
+    Activity,
     Checkpoint,
     Done,
     Drain,
@@ -318,8 +319,12 @@ def test_the_status_at_any_time(theatre: Theatre) -> None:
         status = await theatre.status()
         assert (status.phase, status.restarting and status.restarting.next_try_s) == ("starting", 0.0)
         await anyio.sleep(6)
-        theatre.child.status = msgspec.structs.replace(STATUS, phase="starting", step=0, total_steps=0)
+        loading = Activity(what="loading the model and the prompts")
+        theatre.child.status = msgspec.structs.replace(
+            STATUS, phase="starting", step=0, total_steps=0, activity=loading
+        )
         status = await theatre.status()
+        assert status.activity == loading
         assert (status.phase, status.step, status.total_steps) == ("starting", 4, TOTAL), "it has not loaded yet"
         assert status.restarting is not None
         theatre.child.play(2)

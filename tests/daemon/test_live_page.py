@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,9 +66,9 @@ class Daemon:
 
 
 @contextmanager
-def a_daemon(folder: Path) -> Iterator[Daemon]:
+def a_daemon(folder: Path, *settings: str) -> Iterator[Daemon]:
     arguments = ["daemon", str(DEMO_CONFIG), "-o", str(folder), "--page"]
-    for setting in ("learner.max_steps=5000", "checkpoint.every=100000", "daemon.first_pause_s=0.1"):
+    for setting in ("learner.max_steps=5000", "checkpoint.every=100000", "daemon.first_pause_s=0.1", *settings):
         arguments += ["--set", setting]
     process = subprocess.Popen(
         [sys.executable, "-m", "troupe", *arguments],
@@ -252,3 +253,26 @@ def test_a_page_that_is_refused_or_out_of_sight_comes_back(tmp_path: Path, brows
         tab.page.evaluate(TURN, False)
         tab.see(lambda: tab.step > step)
         assert len(asked) == 3
+
+
+def test_a_judge_that_does_not_listen_is_told_of_in_a_browser(tmp_path: Path, browser: Any, free_tcp_port: int) -> None:
+    """What is waited for, from before the first step on; one line for hundreds of faults; never that all is well."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "import asyncio\nasync def my_judge(completions, **_):\n"
+        f"    await asyncio.open_connection('127.0.0.1', {free_tcp_port})\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    with a_daemon(tmp_path / "out", f"rewards.functions=['{judge}:my_judge']") as daemon:
+        tab = Tab(browser.new_page())
+        tab.page.goto(daemon.address)
+        tab.see(lambda: tab.text("#now").startswith("waiting for reward my_judge: connection refused ("))
+        tab.see(lambda: "waits" in tab.page.locator("#now").get_attribute("class").split())
+        tab.phase_is("held")
+        assert "The reward my_judge is down" in tab.text("#notes")
+        tab.see(lambda: " times)" in tab.text("#incidents"))
+        assert tab.page.locator("#incidents .incident").count() < 20
+        with socket.create_server(("127.0.0.1", free_tcp_port), backlog=1024):
+            tab.see(lambda: tab.text("#notes").startswith("Nothing holds the run up now. Look at the "))
+        assert "Nothing needs your attention" not in tab.text("#notes")
+        assert tab.errors == []

@@ -18,6 +18,20 @@ def incident(number: int, message: str = "late") -> Incident:
     return Incident(actor="scorer", kind="reward_timeout", message=f"{message} {number}")
 
 
+async def test_those_that_are_alike_are_told_once_with_how_many() -> None:
+    news = News()
+    news.add(incident(1))
+    for _ in range(400):
+        news.add(incident(2))
+    news.add(incident(1))
+    told = news.take()
+    assert [(one.message, times) for one, times in zip(told.incidents, told.times, strict=True)] == [
+        ("late 2", 400),
+        ("late 1", 2),
+    ]
+    assert told.left_out == 0
+
+
 async def test_the_newest_incidents_and_how_many_more() -> None:
     news = News()
     assert not news

@@ -7,7 +7,7 @@ import pytest
 
 from tests.daemon.test_protocol import STATUS
 from troupe.daemon.views import describe, duration, headline
-from troupe.messages import LiveGroup, Restarting, Slot
+from troupe.messages import Activity, LiveGroup, Restarting, Slot
 
 
 def group(owner: str, *, waiting: bool = False, age_s: float = 1.0) -> LiveGroup:
@@ -80,3 +80,19 @@ def test_the_time_that_is_left() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_the_run_is_at_comes_first_and_nothing_acts_on_a_terminal() -> None:
+    odd = "j\x1b[2J\x07"
+    status = msgspec.structs.replace(
+        STATUS,
+        activity=Activity(what=f"waiting for reward {odd}", detail=": refused (2 tries, 1 s)", waiting=True),
+        held=(f"{odd}\nis down",),
+        rewards_down={odd: odd},
+        metrics={f"rewards/{odd}/mean": 0.5},
+        doing={"scorer": f"score {odd}"},
+        incidents={odd: 1},
+    )
+    lines = describe(status, f"runs/{odd}").splitlines()
+    assert lines[2] == "  now           waiting for reward j\\x1b[2J\\x07: refused (2 tries, 1 s)"
+    assert "".join(lines).isprintable()

@@ -436,3 +436,16 @@ def test_released_weights_are_let_go_and_others_loaded() -> None:
         engine.decode([request])
     engine.load(policy.weights, 0)
     assert list(engine.decode([request])) == [first]
+
+
+def test_how_far_a_decode_is_can_be_asked_at_any_time() -> None:
+    """Each group that comes is as long as the engine says, give or take the token that is under way."""
+    engine = engine_for(GenerationConfig(num_generations=2, max_completion_length=20))
+    seen = []
+    for group in engine.decode(RAGGED):
+        longest = max(len(completion.token_ids) for completion in group.completions)
+        assert abs(longest - engine.tokens) <= 1
+        seen.append(engine.tokens)
+    assert seen == sorted(seen)
+    next(iter(engine.decode_lists(EQUAL)))
+    assert engine.tokens == 0, "only the prompts are read"

@@ -114,6 +114,48 @@ def test_incidents_and_checkpoints(tmp_path: Path) -> None:
     assert [(found.version, found.bytes) for found in run.checkpoints] == [(2, 20)]
 
 
+def test_incidents_that_are_alike_take_one_line(tmp_path: Path) -> None:
+    make_run(tmp_path, 2)
+    refused = Incident(actor="scorer", kind="reward_error", message="refused")
+    tell(tmp_path, *[refused] * 400, Incident(actor="learner", kind="odd", message="!"), refused, first_step=2)
+    run = read_run(tmp_path)
+    assert run.incidents == {"reward_error": 401, "odd": 1}
+    assert [(found.kind, found.times) for found in run.newest_incidents] == [("reward_error", 401), ("odd", 1)]
+    assert run.overview is not None
+    assert run.overview.newest_incidents == {"reward_error": "refused", "odd": "!"}
+
+
+class Jumping(Clock):
+    """A clock that is set when it is looked at for the n-th time."""
+
+    def __init__(self, at: int, by_s: float) -> None:
+        super().__init__(1e9)
+        self._at, self._by_s, self._looks = at, by_s, 0
+
+    def __call__(self) -> float:
+        self._looks += 1
+        self.now_s += self._by_s if self._looks == self._at else 0.0
+        return super().__call__()
+
+
+@pytest.mark.parametrize("by_s", [1e9, -1e8, 36_000.0, -3600.0])
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_clock_that_was_set_changes_no_duration(tmp_path: Path, by_s: float, at: int) -> None:
+    """A start and five steps, 10 s from one to the next; the step that the clock was set in measured 2 s."""
+    run = read_run(make_run(tmp_path, 5, clock=Jumping(at, by_s)))
+    if at == 2 and by_s == 36_000.0:
+        assert run.played_s == 36_050.0, "a start may take so long"
+        return
+    assert run.played_s == 4 * 10.0 + 2.0
+    [note] = [note for note in run.notes if "the clock went" in note]
+    way, much = "on" if by_s > 0 else "back", f"{abs(by_s + 8.0) / 3600:,.1f} h"
+    assert note.startswith(f"Before step {at - 1} the clock went {way} by {much if abs(by_s) > 3600 else '60 min'}")
+
+
+def test_a_clock_that_was_not_set_is_not_spoken_of(tmp_path: Path) -> None:
+    assert read_run(make_run(tmp_path, 5)).notes == ()
+
+
 def test_a_run_without_a_store(tmp_path: Path) -> None:
     make_run(tmp_path, 5, store=False)
     finish(tmp_path, 5, 5)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import anyio
+import msgspec
 import pytest
 
 from troupe.errors import RewardError
-from troupe.rewards.attempts import Attempts, Fault, Pace, backoff_s, described
+from troupe.rewards.attempts import Attempts, Fault, Pace, Tries, backoff_s, described, in_short
 
 pytestmark = pytest.mark.anyio
 
@@ -126,3 +127,30 @@ def test_what_utf_8_cannot_say_is_told_by_its_escape() -> None:
 def test_long_texts_are_cut_and_empty_ones_left_out() -> None:
     assert described(ValueError()) == "ValueError"
     assert described(ValueError("x" * 1000)) == "ValueError: " + "x" * 299 + "…"
+
+
+async def test_tries_that_fail_in_a_row_are_counted_until_one_succeeds() -> None:
+    tries = Tries()
+    paced = msgspec.structs.replace(attempts([], retries=5), tries=tries)
+    assert await paced.run(Flaky(OSError("one"), OSError("two"))) == 7
+    assert tries.failed == 0
+    await paced.once(Flaky(OSError("three")))
+    since_s = tries.since_s
+    await paced.once(Flaky(OSError("four")))
+    assert (tries.failed, tries.since_s) == (2, since_s)
+    assert "four" in tries.why
+
+
+@pytest.mark.parametrize(
+    ("message", "short"),
+    [
+        ("ConnectionRefusedError: [Errno 111] Connection refused (/home/me/judge.py:12)", "connection refused"),
+        ("OSError: Multiple exceptions: [Errno 111] Connect call failed ('::1', 9, 0, 0)", "connection refused"),
+        ("URLError: <urlopen error [Errno 61] Connection refused>", "connection refused"),
+        ("no answer within 60 s", "no answer within 60 s"),
+        ("ValueError: odd (f.py:1) one\ntwo (/a b/judge.py:3)", "ValueError: odd (f.py:1) one two"),
+        ("x" * 200, "x" * 99 + "…"),
+    ],
+)
+def test_a_fault_in_a_few_words(message: str, short: str) -> None:
+    assert in_short(message) == short

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from troupe.errors import RewardError
-from troupe.messages import Prompt, Rollout, RolloutGroup, Slot
+from troupe.messages import Incident, Prompt, Rollout, RolloutGroup, Slot
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, exact_answer_reward
 
 pytestmark = pytest.mark.anyio
@@ -519,3 +519,29 @@ def test_the_config_refuses_unknown_keys_and_bounds() -> None:
     for bad in wrong:
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(bad, RewardsConfig)
+
+
+async def test_what_is_waited_for_and_faults_outside_of_a_run_as_they_happen() -> None:
+    """The first group is given up, and told of, while the second is still tried."""
+    told: list[Incident] = []
+    given_up = anyio.Event()
+
+    async def odd(prompts: list[str], **columns: Any) -> list[float]:
+        if prompts[0] == "one":
+            raise OSError("no one")
+        await given_up.wait()
+        return [1.0, 1.0]
+
+    def tell(incident: Incident) -> None:
+        told.append(incident)
+        wait = scorers.waits["odd"]
+        assert (wait.tries, wait.why, wait.for_s >= 0) == (3, "OSError: no one", True)
+        given_up.set()
+
+    scorers = manager([lengths, odd], config=RewardsConfig(retries=2))
+    assert scorers.waits == {}
+    results = await scorers.score_groups([group("one"), group("two")], tell=tell)
+    assert [result.scores["odd"] for result in results] == [(None, None), (1.0, 1.0)]
+    assert list(results[0].incidents) == told
+    assert [(incident.kind, incident.gid) for incident in told] == [("reward_error", 9)]
+    assert scorers.waits == {}, "nobody waits any more"

@@ -141,6 +141,25 @@ async def test_what_a_reward_raises_is_a_fault_and_its_worker_goes_on(fault: str
         assert (await score(manager, "a")).scores == before
 
 
+async def test_tries_that_fail_in_a_process_are_waited_for_like_others() -> None:
+    waits: list[tuple[int, str]] = []
+    manager = RewardManager(
+        [process_rewards.acts],
+        config=RewardsConfig(run=("process",), processes=1, retries=3),
+        sleep=lambda seconds: note(),
+    )
+
+    async def note() -> None:
+        wait = manager.waits["acts"]
+        waits.append((wait.tries, wait.why))
+
+    async with manager:
+        assert (await score(manager, "raise")).scores == {"acts": (None,)}
+        assert waits == [(n, "ValueError: no such thing") for n in (1, 2, 3)]
+        await score(manager, "fine")
+        assert manager.waits == {}
+
+
 async def test_a_broken_contract_ends_everything_there_too() -> None:
     async with started(process_rewards.wrong) as manager:
         with pytest.raises(RewardError, match="reward wrong returned 1 scores for 2 completions"):

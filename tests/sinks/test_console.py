@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from tests.sinks.steps import closed, update
-from troupe.messages import GroupClosed, Incident, Slot
+from tests.sinks.steps import closed, status, update
+from troupe.messages import Activity, GroupClosed, Incident, Slot
 from troupe.sinks import ConsoleSink, PlainSink, RunInfo
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=4, first_step=1)
@@ -79,4 +79,74 @@ def test_plain_lines_for_logs(monkeypatch: pytest.MonkeyPatch) -> None:
         "step 2/4  reward 0.500",
         "incident in scorer: late",
         "step 4/4  reward 1.000  loss -0.5000",
+    ]
+
+
+def test_plain_lines_say_what_is_done_before_the_first_step_and_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at each second, as in a run: each thing once, and every ten seconds how far it is; amid steps hardly."""
+    now = [50.0]
+    monkeypatch.setattr("troupe.sinks.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    stream = StringIO()
+    sink = PlainSink(RunInfo(name="kind-001", folder="runs/kind-001", total_steps=2, first_step=0), stream)
+
+    def lasts(seconds: int, what: str) -> None:
+        for second in range(seconds):
+            sink.write(status(activity=Activity(what=what, detail=f" {second}")))
+            now[0] += 1.0
+
+    sink.open()
+    sink.write(status("starting"))
+    lasts(25, "held-out rows")
+    lasts(3, "generating step 1")
+    lasts(2, "scoring step 1")
+    sink.write(update(1, total_steps=2, reward=0.5))
+    lasts(30, "generating step 2")
+    lasts(35, "learning step 2")
+    sink.write(update(2, total_steps=2, reward=1.0))
+    lasts(2, "held-out rows after training")
+    sink.close()
+    assert stream.getvalue().splitlines() == [
+        "kind-001: step 0 of 2, into runs/kind-001",
+        "held-out rows 0",
+        "held-out rows 10",
+        "held-out rows 20",
+        "generating step 1 0",
+        "scoring step 1 0",
+        "step 1/2  reward 0.500",
+        "learning step 2 30",
+        "step 2/2  reward 1.000",
+        "held-out rows after training 0",
+    ]
+
+
+def test_hundreds_of_incidents_are_a_line_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr("troupe.sinks.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    stream = StringIO()
+    sink = PlainSink(RUN, stream)
+    for _ in range(400):
+        sink.write(Incident(actor="scorer", kind="reward_error", message="refused"))
+    now[0] = 60.0
+    sink.write(status())
+    for _ in range(3):
+        sink.write(Incident(actor="scorer", kind="reward_error", message="refused"))
+    now[0] = 65.0
+    sink.close()
+    assert stream.getvalue().splitlines() == [
+        "incident in scorer: refused",
+        "incidents: 399 more reward_error in scorer within 10 s, the newest: refused",
+        "incidents: 3 more reward_error in scorer within 5 s, the newest: refused",
+    ]
+
+
+def test_plain_lines_hold_nothing_that_acts_on_a_terminal() -> None:
+    stream = StringIO()
+    sink = PlainSink(RunInfo(name="a\x1b[2J", folder="b\x07", total_steps=4, first_step=0), stream)
+    sink.open()
+    sink.write(Incident(actor="scorer", kind="odd", message="one\nstep 9/9\r\x9b"))
+    sink.write(status(activity=Activity(what="waiting for reward \x1b]0;x\x07", waiting=True)))
+    assert stream.getvalue().splitlines() == [
+        "a\\x1b[2J: step 0 of 4, into b\\x07",
+        "incident in scorer: one⏎step 9/9\\r\\x9b",
+        "waiting for reward \\x1b]0;x\\x07",
     ]

@@ -7,9 +7,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tests.sinks.steps import closed, status, update
-from troupe.messages import GroupClosed, Incident, Slot
+from troupe.messages import Activity, GroupClosed, Incident, Slot
 from troupe.sinks import RunInfo
-from troupe.sinks.display import Display, clock_time, fitted, queue_depths, shown_metrics, visible
+from troupe.sinks.display import Display, clock_time, fitted, queue_depths, shown_metrics
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=100, first_step=0)
 METRICS = {
@@ -192,9 +192,20 @@ def test_what_holds_the_run_up_is_told_before_incidents() -> None:
     assert line(display, "queues").split() == ["queues", "prompts", "2"]
 
 
-def test_text_that_acts_on_a_terminal_is_escaped() -> None:
-    assert visible("a\nb\tc\x1b[0m\u202ed\ud800e") == "a⏎b\\tc\\x1b[0m\\u202ed\\ud800e"
-    assert visible("a\n→", "ascii") == "a\\u23ce\\u2192"
+def test_what_the_run_is_at_stands_there_from_the_first_second() -> None:
+    display = Display(RUN, clock=Clock())
+    assert drawn(display)[0].startswith("kind-001  starting")
+    assert line(display, "now") == "now       –"
+    display.take(status("starting", activity=Activity(what="held-out rows", detail=" 37 / 400 (12 s)")))
+    assert drawn(display)[0].startswith("kind-001  starting")
+    assert line(display, "now") == "now       held-out rows 37 / 400 (12 s)"
+    wait = Activity(what="waiting for reward j\x1b[2J", detail=": refused (12 tries, 34 s); " + "x" * 200, waiting=True)
+    display.take(status("starting", activity=wait))
+    assert line(display, "now", 80).startswith("now       waiting for reward j\\x1b[2J: refused (12 tries, 34 s); x")
+    assert max(map(cell_len, drawn(display, 80))) <= 80
+    display.take(status("running"))
+    assert drawn(display)[0].startswith("kind-001  running")
+    assert line(display, "now") == "now       –"
 
 
 def test_fitted_text_keeps_its_ends() -> None:

@@ -77,6 +77,11 @@ class Generator(Actor):
         self._device = device
         self._engine: RolloutEngine
 
+    @property
+    def made(self) -> int:
+        """Tokens that the longest completion under way has."""
+        return self._engine.tokens if hasattr(self, "_engine") else 0
+
     async def start(self) -> None:
         """Make the engine on the device thread that will run it."""
         self._engine = await self._device.run(self._make_engine)

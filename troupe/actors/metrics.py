@@ -53,11 +53,14 @@ class Metrics(Actor):
         tally: Tally,
         watched: Sequence[Mailbox] = (),
         reporters: Sequence[Reporter] = (),
+        closes: bool = True,
         report: Reporter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`watched`: mailboxes whose queues are told. `reporters`: of the actors, to see what they are at."""
-        super().__init__(inbox, [listeners], report)
+        """`watched`: mailboxes whose queues are told. `reporters`: of the actors, to see what they are at.
+        `closes`: whether sinks and listeners are closed at the end; not where there is more to tell after it."""
+        super().__init__(inbox, [listeners] if closes else [], report)
+        self._closes = closes
         self._listeners = listeners
         self._sinks = sinks
         self._tally = tally
@@ -99,6 +102,8 @@ class Metrics(Actor):
 
     async def finish(self) -> None:
         """Everything was told: have it written."""
+        if not self._closes:
+            return
         for incident in await self._sinks.close():
             self._note(incident)
 

@@ -27,6 +27,7 @@ from troupe.wire import (
     Ended,
     FromProcess,
     Loaded,
+    Made,
     MessageError,
     NewWeights,
     Ping,
@@ -65,6 +66,8 @@ class _Process:
         """Told to it, and not so old that its board has let go of them."""
         self.lent: Counter[int] = Counter()
         """Files that it has not said to have read."""
+        self.made = 0
+        """Tokens of the longest completion that it is at."""
         self.ended = anyio.Event()
 
     async def send(self, message: ToProcess) -> None:
@@ -122,6 +125,11 @@ class RemoteGenerator(Actor):
         self._processes: list[_Process] = []
         self._following: anyio.CancelScope
         self._listeners: TaskGroup
+
+    @property
+    def made(self) -> int:
+        """Tokens that the longest completion under way has, as of a second ago."""
+        return max((process.made for process in self._processes), default=0)
 
     async def run(self) -> None:
         """Play the part while the processes are listened to."""
@@ -206,6 +214,7 @@ class RemoteGenerator(Actor):
             await self._share(version, [self._processes[i] for i in parts])
         for i, prompts in parts.items():
             packed = tuple(pack_prompt(prompt, round_size=len(prompts)) for prompt in prompts)
+            self._processes[i].made = 0
             await self._processes[i].send(Prompts(prompts=packed))
 
     async def _share(self, version: int, processes: Sequence[_Process]) -> None:
@@ -254,6 +263,8 @@ class RemoteGenerator(Actor):
                 self.report.forward(
                     msgspec.structs.replace(message, start_s=message.start_s + shift_s, end_s=message.end_s + shift_s)
                 )
+            case Made(tokens=tokens):
+                process.made = tokens
             case Incident():
                 await self.report.incident(message)
             case Loaded(version=version):

@@ -90,7 +90,10 @@ def describe(found: Aftermath) -> str:
         case "ended":
             return f"ended after step {found.step}{of}; {go_on}"
         case "playing":
-            return f"process {found.pid} plays a run here, but does not answer; newest checkpoint: {_or_none(found)}"
+            return (
+                f"process {found.pid} plays a run here, but does not answer, which it cannot while it loads its model; "
+                f"newest checkpoint: {_or_none(found)}"
+            )
         case "not begun":
             return f"no step is done yet, and nobody is at it; {go_on}"
         case _:

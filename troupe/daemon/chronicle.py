@@ -45,6 +45,9 @@ class Chronicle:
         self._steps: deque[Event] = deque(maxlen=_STEPS)
         self._groups: deque[Event] = deque(maxlen=_GROUPS)
         self._incidents: deque[Event] = deque(maxlen=_INCIDENTS)
+        self._same: tuple[str, str, str] | None = None
+        self._times = 0
+        """Of the newest incident: what it is, and how often it happened on end."""
         self._steps_begin = 0
         """Steps up to this number are known as curves only."""
         self.change = anyio.Event()
@@ -74,8 +77,8 @@ class Chronicle:
                 if frame.left_out:
                     text = f"{frame.left_out} further incidents are not shown"
                     self._incident(at, "daemon", "left_out", text)
-                for incident in frame.incidents:
-                    self._incident(at, incident.actor, incident.kind, incident.message)
+                for incident, times in zip(frame.incidents, frame.times or (1,) * len(frame.incidents), strict=True):
+                    self._incident(at, incident.actor, incident.kind, incident.message, times)
         self._changed()
 
     def failed(self, message: str) -> None:
@@ -111,8 +114,14 @@ class Chronicle:
             newer.insert(0, _packed(newest, "about", self._about))
         return newer, newest
 
-    def _incident(self, at: float, actor: str, kind: str, message: str) -> None:
-        data = {"at": at, "actor": actor, "kind": kind, "message": message}
+    def _incident(self, at: float, actor: str, kind: str, message: str, times: int = 1) -> None:
+        """One that is the same as the newest takes its place: hundreds alike must not push out the others."""
+        if self._same == (actor, kind, message):
+            self._incidents.pop()
+            times += self._times
+        self._same, self._times = (actor, kind, message), times
+        data: dict[str, Any] = {"at": at, "actor": actor, "kind": kind, "message": message}
+        data |= {"times": times} if times > 1 else {}
         self._incidents.append(self._event("incident", data))
 
     def _event(self, kind: str, data: Any) -> Event:

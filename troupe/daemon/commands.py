@@ -22,7 +22,7 @@ from troupe.daemon.orders import Order
 from troupe.daemon.place import read_address
 from troupe.daemon.protocol import Reply, Request, encode_line
 from troupe.daemon.units import launchd, systemd
-from troupe.errors import ConfigError, RunError
+from troupe.errors import ConfigError, InputError, RunError
 from troupe.messages import (
     Checkpoint,
     Drain,
@@ -36,7 +36,7 @@ from troupe.messages import (
     Stop,
 )
 from troupe.tables import anchored_reward, parse_setting
-from troupe.terminal import EXIT_FAULT, Number, fail, report_errors, tell
+from troupe.terminal import EXIT_FAULT, Number, fail, report_errors, tell, tell_json
 
 _FOLDER = click.Path(path_type=Path)
 _out = click.argument("folder", metavar="OUT_DIR", type=_FOLDER)
@@ -116,7 +116,7 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
     except NobodyThereError:
         found = aftermath(folder)
     if as_json:
-        tell(msgspec.json.encode(found).decode())
+        tell_json(msgspec.json.encode(found).decode())
     else:
         tell(f"{folder}: {describe_aftermath(found)}")
 
@@ -125,7 +125,7 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
     if not isinstance(found, Status):
         raise RunError(f"{folder}: {found.message}")
     if as_json:
-        tell(encode_line(found).decode(), newline=False)
+        tell_json(encode_line(found).decode().rstrip("\n"))
         return
     if clear and _on_terminal():
         click.clear()
@@ -200,7 +200,14 @@ def set_command(folder: Path, setting: str) -> None:
 
 
 def _request(folder: Path, request: Request) -> None:
-    reply = ask(folder, request)
+    try:
+        reply = ask(folder, request)
+    except NobodyThereError as nobody:
+        try:
+            why = describe_aftermath(aftermath(folder))
+        except InputError as error:  # it is no run's folder at all
+            why = str(error).removeprefix(f"{folder}: ")
+        raise InputError(f"{nobody}; {why}") from None
     if isinstance(reply, Refused):
         fail(f"refused: {reply.message}", EXIT_FAULT)
     tell("done" if isinstance(reply, Status) or not reply.message else reply.message)

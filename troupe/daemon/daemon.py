@@ -27,6 +27,7 @@ from troupe.daemon.restarts import Attempts
 from troupe.daemon.settings import DaemonConfig
 from troupe.messages import (
     NOT_STARTED,
+    Activity,
     Done,
     Drain,
     GetStatus,
@@ -251,8 +252,9 @@ class Daemon:
             return
         if told.left_out:
             LOGGER.warning(f"{told.left_out} further incidents, which came before these")
-        for incident in told.incidents:
-            LOGGER.warning(f"incident in {incident.actor}: {incident.message}")
+        for incident, times in zip(told.incidents, told.times or (1,) * len(told.incidents), strict=True):
+            again = f" ({times} times)" if times > 1 else ""
+            LOGGER.warning(f"incident in {incident.actor}: {incident.message}{again}")
 
     def _know(self, **figures: Any) -> None:
         self._known = msgspec.structs.replace(self._known, **figures)
@@ -299,11 +301,13 @@ class Daemon:
             why = f"has not answered for {ANSWER_S:g} s" if reply is None else "has just ended"
             return self._status_alone("starting", doing={"trainer": why})
         if reply.total_steps == 0:  # it has not read yet what it is to go on from
-            return self._status_alone(reply.phase)
+            return self._status_alone(reply.phase, activity=reply.activity)
         self._known = reply
         return msgspec.structs.replace(reply, restarting=self._restarting())
 
-    def _status_alone(self, phase: Any, doing: dict[str, str] | None = None) -> Status:
+    def _status_alone(
+        self, phase: Any, doing: dict[str, str] | None = None, activity: Activity | None = None
+    ) -> Status:
         known = self._known
         return msgspec.structs.replace(
             known,
@@ -314,6 +318,7 @@ class Daemon:
             held=(),
             rewards_down={},
             restarting=self._restarting(),
+            activity=activity,
         )
 
     def _restarting(self) -> Restarting | None:

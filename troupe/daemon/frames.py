@@ -92,6 +92,8 @@ class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What has happened since the last one: the newest of it, where it was much."""
 
     incidents: tuple[Incident, ...] = ()
+    times: tuple[int, ...] = ()
+    """How often each of them happened; empty: once each."""
     left_out: int = 0
     """Further incidents, that came before these."""
     groups: tuple[EndedGroup, ...] = ()

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from troupe.daemon.place import LOG
 from troupe.daemon.settings import DaemonConfig
+from troupe.escapes import harmless
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOGGER = logging.getLogger("troupe.daemon")
@@ -22,6 +23,13 @@ _WAITING = 1000
 """Lines that may wait for whoever reads stderr."""
 _PATIENCE_S = 1.0
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+
+
+class _Harmless(logging.Formatter):
+    """Incidents and the last lines of a trainer hold texts of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 class _Quiet(logging.handlers.RotatingFileHandler):
@@ -82,7 +90,7 @@ def logging_into(folder: Path, config: DaemonConfig) -> Iterator[None]:
         # a name or a text that is no UTF-8 is no reason to lose its line
         handlers.append(_Quiet(folder / LOG, encoding="utf-8", errors="backslashreplace", delay=True))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.setFormatter(_Harmless(_FORMAT))
         LOGGER.addHandler(handler)
     set_limits(config)
     before = LOGGER.level, LOGGER.propagate

@@ -22,7 +22,7 @@ class News:
     """Takes messages at any time, gives what is to be told when somebody asks."""
 
     def __init__(self) -> None:
-        self._incidents: deque[Incident] = deque(maxlen=_INCIDENTS)
+        self._incidents: dict[tuple[str, str, str], tuple[Incident, int]] = {}
         self._groups: deque[GroupClosed] = deque(maxlen=_GROUPS)
         self._left_out = 0
         self._came = anyio.Event()
@@ -30,8 +30,11 @@ class News:
     def add(self, message: Incident | GroupClosed) -> None:
         """One more."""
         if isinstance(message, Incident):
-            self._left_out += len(self._incidents) == _INCIDENTS
-            self._incidents.append(message)
+            key = message.actor, message.kind, message.message
+            times = self._incidents.pop(key, (message, 0))[1] + 1
+            if len(self._incidents) == _INCIDENTS:
+                self._left_out += self._incidents.pop(next(iter(self._incidents)))[1]
+            self._incidents[key] = message, times
         elif message.scored is not None:
             self._groups.append(message)
         self._came.set()
@@ -46,7 +49,8 @@ class News:
     def take(self) -> Told:
         """What there is; it is not told again."""
         told = Told(
-            incidents=tuple(map(_shortened, self._incidents)),
+            incidents=tuple(_shortened(incident) for incident, _ in self._incidents.values()),
+            times=tuple(times for _, times in self._incidents.values()),
             left_out=self._left_out,
             groups=tuple(map(excerpt, self._groups)),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from troupe.escapes import one_line
 from troupe.messages import NOTHING_TOLD, LiveGroup, Status
 
 _SHOWN = (
@@ -32,6 +33,8 @@ def describe(status: Status, name: str) -> str:
         failure = status.restarting
         when = f"in {failure.next_try_s:.0f} s" if failure.next_try_s else "now"
         add("restarting", f"start {failure.attempt} of {failure.limit} {when}; {failure.reason}")
+    if status.activity is not None:
+        add("now", status.activity.text)
     figures = [f"{key} {status.metrics[key]:{spec}}" for key, spec in _SHOWN if key in status.metrics]
     for start in range(0, len(figures), 5):
         add("newest step" if start == 0 else "", "  ".join(figures[start : start + 5]))
@@ -56,12 +59,12 @@ def describe(status: Status, name: str) -> str:
 
 def row(label: str, text: str) -> str:
     """One line below the headline."""
-    return f"  {label:<{_WIDTH}}{text}"
+    return f"  {label:<{_WIDTH}}{one_line(text)}"
 
 
 def headline(status: Status, name: str) -> str:
     """Where the run stands, on one line."""
-    line = f"{name}: {status.phase}"
+    line = f"{one_line(name)}: {status.phase}"
     if status.total_steps:
         line += f", step {status.step:,} of {status.total_steps:,} ({status.step / status.total_steps:.0%})"
     left_s = (status.total_steps - status.step) * status.metrics.get("step_time", 0.0)

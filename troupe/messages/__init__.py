@@ -3,6 +3,7 @@
 from troupe.messages.control import (
     NOT_STARTED,
     NOTHING_TOLD,
+    Activity,
     Checkpoint,
     Done,
     Drain,
@@ -51,6 +52,7 @@ from troupe.messages.training import (
 __all__ = [
     "NOTHING_TOLD",
     "NOT_STARTED",
+    "Activity",
     "ChatMessage",
     "Checkpoint",
     "CheckpointWritten",

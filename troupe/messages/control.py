@@ -105,6 +105,22 @@ class LiveGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Seconds since it was prompted."""
 
 
+class Activity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run as a whole is at, or waits for: one line for a person."""
+
+    what: str
+    """The same as long as it is the same: `held-out rows`, `generating step 1`, `waiting for reward my_judge`."""
+    detail: str = ""
+    """What follows it, and changes from one look to the next: ` 37 / 400 (12 s)`."""
+    waiting: bool = False
+    """Whether it is a wait for something outside of the run, with which something may be wrong."""
+
+    @property
+    def text(self) -> str:
+        """Both together."""
+        return self.what + self.detail
+
+
 class Restarting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run that has failed under its daemon, until it has made a step again."""
 
@@ -148,6 +164,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Those of the newest Update; empty before the first."""
     restarting: Restarting | None = None
     """None where the run has not failed."""
+    activity: Activity | None = None
+    """None where there is nothing to tell: before the start, after the end, in a pause."""
 
 
 NOT_STARTED = Status(

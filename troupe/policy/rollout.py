@@ -79,6 +79,8 @@ class RolloutEngine:
         self._loaded: tuple[Weights, int] | None = None
         self._prepared: tuple[Weights, Weights, int] | None = None
         self._aborted = threading.Event()
+        self.tokens = 0
+        """Tokens that the longest row of the running decode has; for whoever asks how far it is, from any thread."""
 
     def load(self, weights: Weights, version: int) -> None:
         """Use these evaluated weights, named as in Hugging Face folders, from the next token on. Caches are kept."""
@@ -178,9 +180,11 @@ class RolloutEngine:
             if self._aborted.is_set():
                 return
             batch = Batch(self, requests, wave)
+            self.tokens = 0
             more = batch.advance()
             yield []
             while more:
+                self.tokens += 1
                 if completed := list(batch.take_completed()):
                     yield completed
                 if self._aborted.is_set():

@@ -22,7 +22,7 @@ from troupe.inspecting import prompt_text, shown
 from troupe.report import words
 from troupe.report.charts import Chart, Section, Values, rounded, sections_of
 from troupe.report.read import INCIDENTS_SHOWN, RunPicture, State
-from troupe.stored_run import StoredCompletion
+from troupe.stored_run import StoredCompletion, StoredIncident
 from troupe.web import read_asset
 
 _LONGEST_TEXT = 20_000
@@ -120,7 +120,7 @@ def report_page(run: RunPicture) -> str:
             for start in run.starts
         ],
         incidents=run.incidents,
-        newest_incidents=[(words.date(i.unix_s), i.step, i.actor, i.kind, i.message) for i in run.newest_incidents],
+        newest_incidents=[(words.date(i.unix_s), i.step, i.actor, i.kind, _what(i)) for i in run.newest_incidents],
         incidents_shown=INCIDENTS_SHOWN,
         checkpoints=[
             (c.version, words.date(c.unix_s), words.size(c.bytes), words.seconds(c.seconds), c.folder)
@@ -245,6 +245,10 @@ def _tiles(run: RunPicture) -> Iterator[Tile]:
         yield Tile("peak memory", words.size(1e9 * max(peaks)))
     incidents = sum(run.incidents.values())
     yield Tile("incidents", f"{incidents:,}", ", ".join(list(run.incidents)[:2]))
+
+
+def _what(incident: StoredIncident) -> str:
+    return incident.message if incident.times == 1 else f"{incident.message} ({incident.times:,} times)"
 
 
 def _numbered(sections: Sequence[Section]) -> list[tuple[Section, list[int]]]:

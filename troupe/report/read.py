@@ -16,6 +16,7 @@ from troupe.daemon.aftermath import Aftermath, aftermath, describe
 from troupe.daemon.client import NobodyThereError, ask
 from troupe.errors import InputError, OutputError, TroupeError
 from troupe.messages import GetStatus, Status
+from troupe.report.played import Played
 from troupe.report.thinning import Metrics, Thinned, Thinner
 from troupe.run_store import FILE_NAME
 from troupe.stored_run import (
@@ -101,7 +102,7 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     config_text: str
     metrics: Thinned
     played_s: float | None
-    """Seconds from the start of each start to its newest step, all starts together."""
+    """Seconds from the start of each start to its newest step, all starts together; see `played.py`."""
     newest_unix_s: float | None
     """When the newest step was done."""
     tokens: float | None
@@ -254,25 +255,27 @@ def _stored(folder: Path, notes: list[str]) -> _Stored | None:
         return None
     try:
         with open_store(folder) as run:
-            return _read_store(run)
+            return _read_store(run, notes)
     except OutputError as error:
         notes.append(str(error))
         return None
 
 
-def _read_store(run: StoredRun) -> _Stored:
+def _read_store(run: StoredRun, notes: list[str]) -> _Stored:
     overview = run.overview()
     thinner = Thinner(overview.steps)
-    ends: dict[int, float] = {}
+    played = Played({start.start: start.unix_s for start in overview.starts})
     newest: float | None = None
     for stored in run.steps():
         thinner.add(stored.step, stored.metrics)
-        ends[stored.start] = newest = stored.unix_s
-    began = {start.start: start.unix_s for start in overview.starts}
+        played.add(stored.step, stored.start, stored.unix_s, stored.metrics.get("step_time"))
+        newest = stored.unix_s
+    if played.note is not None:
+        notes.append(played.note)
     return _Stored(
         overview=overview,
         metrics=thinner.result(),
-        played_s=math.fsum(max(0.0, ends[start] - began[start]) for start in ends if start in began),
+        played_s=played.seconds,
         newest_unix_s=newest,
         incidents=tuple(run.newest_incidents(INCIDENTS_SHOWN)),
         machines=run.machines(),

@@ -17,7 +17,7 @@ from troupe.rewards.builtin import (
 )
 from troupe.rewards.functions import Reward, RewardFunction, batch_reward, check_columns
 from troupe.rewards.loading import default_reward, load_reward
-from troupe.rewards.manager import GroupScores, RewardManager
+from troupe.rewards.manager import GroupScores, RewardManager, Wait
 from troupe.rewards.seats import Sitting
 from troupe.rewards.settings import RewardsConfig
 from troupe.rewards.trainer_state import TrainerState
@@ -33,6 +33,7 @@ __all__ = [
     "RewardsConfig",
     "Sitting",
     "TrainerState",
+    "Wait",
     "batch_reward",
     "check_columns",
     "default_reward",

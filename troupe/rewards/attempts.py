@@ -7,6 +7,8 @@ that calls which failed together do not come back together.
 from __future__ import annotations
 
 import math
+import re
+import time
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal, TypeVar
@@ -22,6 +24,9 @@ FaultKind = Literal["reward_timeout", "reward_error", "reward_nonfinite"]
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
+_REFUSED = re.compile(r"connection refused|connect call failed|\[Errno (111|61)\]", re.IGNORECASE)
+_PLACE = re.compile(r" \([^()]*:\d+\)$")
+_SHORT = 100
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -37,6 +42,28 @@ def backoff_s(attempt: int, jitter: float) -> float:
     """Seconds to wait before attempt ≥ 1 (attempt 0 is the first); jitter u in [0, 1)."""
     longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 16))
     return longest * (0.5 + 0.5 * jitter)
+
+
+class Tries:
+    """Tries of one reward that have failed in a row, calls at the same time together; for whoever asks what is waited
+    for."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.why = ""
+        """The newest fault."""
+        self.since_s = 0.0
+        """When the first of them failed (`time.perf_counter`)."""
+
+    def note(self, outcome: object) -> None:
+        """One more try has come to something."""
+        if not isinstance(outcome, Fault):
+            self.failed = 0
+            return
+        if not self.failed:
+            self.since_s = time.perf_counter()
+        self.failed += 1
+        self.why = outcome.message
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +84,8 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
     sleep: Callable[[float], Awaitable[None]]
     jitter: Callable[[], float]
     """Uniform in [0, 1)."""
+    tries: Tries | None = None
+    """Is told how each ends."""
 
     async def run(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
         """The first answer, or the last attempt's fault.
@@ -74,6 +103,12 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
 
     async def once(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
         """One attempt."""
+        outcome = await self._once(call)
+        if self.tries is not None:
+            self.tries.note(outcome)
+        return outcome
+
+    async def _once(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
         late = Fault("reward_timeout", f"no answer within {self.pace.timeout_s:g} s")
         with anyio.move_on_after(self.pace.timeout_s) as scope:
             try:
@@ -102,6 +137,14 @@ def is_by_code(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(is_by_code(inner) for inner in error.exceptions)
     return isinstance(error, (NameError, AttributeError, TypeError, LookupError, ImportError))
+
+
+def in_short(message: str) -> str:
+    """A fault in a few words for a line of a display: without the place in the code, and no longer than that."""
+    if _REFUSED.search(message):
+        return "connection refused"
+    text = _PLACE.sub("", " ".join(message.split()))
+    return text if len(text) <= _SHORT else text[: _SHORT - 1] + "…"
 
 
 def described(error: BaseException) -> str:

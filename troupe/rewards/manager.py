@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from functools import partial
 from types import TracebackType
@@ -21,7 +22,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.attempts import Attempts, Fault, Pace
+from troupe.rewards.attempts import Attempts, Fault, Pace, in_short
 from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.functions import Reward
 from troupe.rewards.isolation import end_idle_threads, in_daemon_thread
@@ -55,6 +56,17 @@ class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What functions logged by `log_metric`, the mean of each name."""
     extra: dict[str, tuple[Any, ...]] = {}
     """What functions logged by `log_extra`: column → (G,) values."""
+
+
+class Wait(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls of a reward are under way, and the newest tries have all failed."""
+
+    why: str
+    """The newest fault, in a few words."""
+    tries: int
+    """That have failed in a row."""
+    for_s: float
+    """Seconds since the first of them failed."""
 
 
 class RewardManager:
@@ -93,6 +105,8 @@ class RewardManager:
             for name, reward, spec in zip(self.names, rewards, specs, strict=True)
         }
         self._columns: frozenset[str] | None = None
+        self.starting: str | None = None
+        """The reward whose start is waited for now."""
         self._started = False
         self._listener: Callable[[Incident], None] | None = None
         self._moved = anyio.Event()
@@ -102,6 +116,16 @@ class RewardManager:
         """Rewards that are down, by name: why."""
         breakers = {name: seat.now.runner.breaker for name, seat in self._seats.items()}
         return {name: breaker.why for name, breaker in breakers.items() if breaker.why is not None}
+
+    @property
+    def waits(self) -> dict[str, Wait]:
+        """Rewards that are waited for because what was tried has failed, by name."""
+        now_s, found = time.perf_counter(), {}
+        for name, seat in self._seats.items():
+            tries = seat.now.runner.tries
+            if seat.now.calls and tries.failed:
+                found[name] = Wait(why=in_short(tries.why), tries=tries.failed, for_s=now_s - tries.since_s)
+        return found
 
     @property
     def versions(self) -> Mapping[str, int]:
@@ -160,7 +184,9 @@ class RewardManager:
         self._started = True
         try:
             for seat in self._seats.values():
+                self.starting = seat.name
                 await seat.now.runner.start()
+            self.starting = None
         except BaseException:
             await self.stop()
             raise
@@ -305,9 +331,15 @@ class RewardManager:
         """
         return await self._score(_batch(group, trainer_state, in_run=True), report or Reporter("scorer"))
 
-    async def score_groups(self, groups: Sequence[RolloutGroup], trainer_state: Any = None) -> list[GroupScores]:
+    async def score_groups(
+        self,
+        groups: Sequence[RolloutGroup],
+        trainer_state: Any = None,
+        tell: Callable[[Incident], None] | None = None,
+    ) -> list[GroupScores]:
         """Score groups outside of a run, all at once as far as each reward allows; those of scope "batch" get them in
-        one call. A reward that is down makes missing scores.
+        one call. A reward that is down makes missing scores. `tell` gets each incident when it is known, and not only
+        when all groups are scored.
 
         Raises:
             RewardError: for a reward that breaks the convention.
@@ -316,11 +348,19 @@ class RewardManager:
         outcomes: dict[tuple[str, int], Outcome] = {}
         silent = Reporter("scorer")
 
+        listener = tell or (lambda incident: None)
+
+        def note(seat: Seat, outcome: Outcome, gid: int | None) -> None:
+            for fault in outcome.faults:
+                listener(_incident(seat.name, fault, gid))
+
         async def one(seat: Seat, place: int) -> None:
-            outcomes[seat.name, place] = await seat.now.score(batches[place], silent)
+            outcomes[seat.name, place] = outcome = await seat.now.score(batches[place], silent)
+            note(seat, outcome, batches[place].gid)
 
         async def whole(seat: Seat) -> None:
             outcome = await seat.now.score(joined(batches), silent)
+            note(seat, outcome, None)
             for place, part in enumerate(outcome.split([batch.size for batch in batches])):
                 outcomes[seat.name, place] = part
 

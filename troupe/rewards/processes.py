@@ -116,6 +116,7 @@ class ProcessRunner(Runner):
         processes: int,
     ) -> None:
         super().__init__(name, reward, attempts, fuse, start_timeout_s, places=processes)
+        self._attempts = attempts  # a worker's answer may say that its call has failed: `_attempt` notes it
         self._function, self._spec = reward, spec
         self._signature = check_signature(reward)
         self._apart = getattr(unwrapped(reward), "scope", None) is None
@@ -160,6 +161,11 @@ class ProcessRunner(Runner):
 
     async def _attempt(self, batch: Batch) -> Outcome | Fault:
         """One call, and where its worker was lost one for each sample; a fault where that gave nothing."""
+        outcome = await self._one_attempt(batch)
+        self.tries.note(outcome)
+        return outcome
+
+    async def _one_attempt(self, batch: Batch) -> Outcome | Fault:
         answer = await self._once(batch)
         if not isinstance(answer, Lost):
             return answer

@@ -17,7 +17,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.messages import Slot
 from troupe.rewards.actor import RewardActor, RewardSample
-from troupe.rewards.attempts import Attempts, Fault, Pace, described, is_own_failure
+from troupe.rewards.attempts import Attempts, Fault, Pace, Tries, described, is_own_failure
 from troupe.rewards.breaker import Breaker, NeverWorked
 from troupe.rewards.functions import (
     Reward,
@@ -138,7 +138,8 @@ class Runner(ABC):
         self.scope: Scope = reward_scope(reward)
         self._places = anyio.CapacityLimiter(attempts.pace.concurrency if places is None else places)
         self.breaker = fuse(self._places)
-        self._attempts = attempts
+        self.tries = Tries()
+        self._attempts = msgspec.structs.replace(attempts, tries=self.tries)
         self._start = msgspec.structs.replace(
             attempts, pace=msgspec.structs.replace(attempts.pace, timeout_s=start_timeout_s)
         )

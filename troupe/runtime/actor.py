@@ -60,6 +60,11 @@ class Actor(ABC):
         When it fails, that is an incident, not a fault: the part was played, or another fault is told already.
         """
 
+    @property
+    def made(self) -> int:
+        """How much of the work in hand is done, in a unit that the actor names; 0 where that is not known."""
+        return 0
+
     async def run(self) -> None:
         """Play the part from `start` to the end of the mailbox.
 

@@ -9,11 +9,15 @@ from typing import TextIO
 from rich.console import Console
 from rich.live import Live
 
-from troupe.messages import GroupClosed, Incident, Status, Update
+from troupe.escapes import one_line
+from troupe.messages import Activity, GroupClosed, Incident, Status, Update
 from troupe.sinks.base import RunInfo
 from troupe.sinks.display import Display, shown_metrics
+from troupe.sinks.repeats import Repeats
 
 _FRAMES_A_SECOND = 2
+_SILENT_S, _SILENT_AMID_STEPS_S = 10.0, 60.0
+"""Without a line, before one says what the run is at."""
 
 
 class ConsoleSink:
@@ -48,38 +52,58 @@ class ConsoleSink:
 
 
 class PlainSink:
-    """One line a step, at most one every `interval_s` seconds, and every incident: for logs and pipes."""
+    """Lines for logs and pipes: one a step, at most one every `interval_s` seconds; every incident, those that come in
+    numbers as a number; and what the run is at where no step is told of for long, as before the first one."""
 
     name = "console"
-    takes: tuple[type, ...] = (Update, Incident)
+    takes: tuple[type, ...] = (Update, Incident, Status)
 
     def __init__(self, run: RunInfo, stream: TextIO, *, interval_s: float = 1.0) -> None:
         self._run = run
         self._stream = stream
         self._interval_s = interval_s
-        self._last_s = float("-inf")
+        self._last_s = self._said_s = float("-inf")
+        self._has_stepped = False
+        self._at = ""
+        self._repeats = Repeats()
 
     def open(self) -> None:
         """Say what begins."""
         self._say(f"{self._run.name}: step {self._run.first_step} of {self._run.total_steps}, into {self._run.folder}")
 
     def write(self, message: object) -> None:
-        """Print an update when the last line is old enough or the run is complete, and any incident at once."""
+        """Print an update when the last line is old enough or the run is complete, and an incident at once."""
+        now_s = time.monotonic()
         if isinstance(message, Incident):
-            self._say(f"incident in {message.actor}: {message.message}")
+            if self._repeats.take(message, now_s):
+                self._say(f"incident in {message.actor}: {message.message}")
         elif isinstance(message, Update):
-            now_s = time.monotonic()
+            self._has_stepped = message.step < message.total_steps
             if now_s - self._last_s >= self._interval_s or message.step == message.total_steps:
                 self._last_s = now_s
                 figures = "  ".join(f"{label} {value}" for label, value in shown_metrics(message.metrics))
                 self._say(f"step {message.step}/{message.total_steps}  {figures}")
+        elif isinstance(message, Status) and message.activity is not None:
+            self._tell_of(message.activity, now_s)
+        for line in self._repeats.counted(now_s):
+            self._say(f"incidents: {line}")
 
     def flush(self) -> None:
         """Every line is printed at once."""
 
     def close(self) -> None:
-        """Nothing is held open: the stream belongs to the caller."""
+        """Say what was counted and not told; the stream belongs to the caller."""
+        for line in self._repeats.counted(time.monotonic(), all_of_them=True):
+            self._say(f"incidents: {line}")
+
+    def _tell_of(self, activity: Activity, now_s: float) -> None:
+        """Before the first step, and after the last, each thing once; what lasts, now and then."""
+        silent_s = now_s - self._said_s
+        is_new = activity.what != self._at and not self._has_stepped
+        if is_new or silent_s >= (_SILENT_AMID_STEPS_S if self._has_stepped else _SILENT_S):
+            self._at = activity.what
+            self._say(activity.text)
 
     def _say(self, line: str) -> None:
-        encoding = self._stream.encoding or "utf-8"
-        print(line.encode(encoding, errors="backslashreplace").decode(encoding), file=self._stream, flush=True)
+        self._said_s = time.monotonic()
+        print(one_line(line, self._stream.encoding or "utf-8"), file=self._stream, flush=True)

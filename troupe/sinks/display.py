@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -18,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from troupe.escapes import one_line
 from troupe.messages import GroupClosed, Incident, Phase, Status, Update
 from troupe.sinks.base import RunInfo
 from troupe.sinks.digest import Sample, samples_of
@@ -106,12 +106,6 @@ def queue_depths(metrics: Mapping[str, float]) -> list[tuple[str, int]]:
     ]
 
 
-def visible(text: str, encoding: str = "utf-8") -> str:
-    """A text on one line: ends of lines as ⏎, and what would act on a terminal, or is not in its encoding, escaped."""
-    shown = "".join("⏎" if char == "\n" else _escaped(char) if _acts(char) else char for char in text)
-    return shown.encode(encoding, errors="backslashreplace").decode(encoding, errors="replace")
-
-
 def fitted(text: str, width: int) -> str:
     """A line of at most `width` cells; of a longer one the beginning and the end."""
     if cell_len(text) <= width:
@@ -163,7 +157,7 @@ class Display:
         width = options.max_width
         yield self._title()
         yield from self._progress(width)
-        yield Text()
+        yield self._now()
         yield _side_by_side(dict(self._panels()), width)
         yield Text()
         yield self._queues()
@@ -174,13 +168,15 @@ class Display:
     def _phase(self) -> Phase:
         if self._step >= self._total_steps:
             return "ended"
-        return "running" if self._status is None or self._status.phase == "starting" else self._status.phase
+        if self._status is None:
+            return "running" if self._metrics else "starting"
+        return self._status.phase
 
     def _title(self) -> Text:
         style = _STYLES.get(self._phase, "bold")
         told = "complete" if self._phase == "ended" else self._phase
         return _line(
-            (visible(self._run.name, self._encoding), "bold"),
+            (one_line(self._run.name, self._encoding), "bold"),
             ("  ", ""),
             (told, style),
             (f"  {clock_time(self._clock() - self._began_s)}", "dim"),
@@ -202,6 +198,13 @@ class Display:
         grid.add_row("steps", _bar(self._step / max(1, self._total_steps), bar), steps, left)
         grid.add_row("epoch", _bar(part, bar), of_epochs, "")
         yield grid
+
+    def _now(self) -> Text:
+        """What the run is at, or waits for."""
+        activity = None if self._status is None else self._status.activity
+        if activity is None:
+            return _row("now", (_NOTHING, "dim"))
+        return _row("now", (one_line(activity.text, self._encoding), "yellow" if activity.waiting else "cyan"))
 
     def _left_s(self) -> float | None:
         """Seconds that the other steps will take at the pace of the newest ones."""
@@ -241,9 +244,9 @@ class Display:
         room, sample = max(8, width - _LABEL_WIDTH), self._sample
         prompt = answer = reward = ""
         if sample is not None:
-            prompt = fitted(visible(_ends(sample.prompt), self._encoding), room)
+            prompt = fitted(one_line(_ends(sample.prompt), self._encoding), room)
             reward = "no score  " if math.isnan(sample.reward) else f"{sample.reward:.3f}  "
-            answer = fitted(visible(_ends(sample.text), self._encoding), _ANSWER_LINES * room - len(reward))
+            answer = fitted(one_line(_ends(sample.text), self._encoding), _ANSWER_LINES * room - len(reward))
         yield _row("prompt", (prompt, "dim"))
         lines = chop_cells(reward + answer, room) or [""]
         for i in range(_ANSWER_LINES):
@@ -254,10 +257,10 @@ class Display:
     def _trouble(self) -> Text:
         status = self._status
         if status is not None and status.held and self._phase == "held":
-            return _row("held", (visible("; ".join(status.held), self._encoding), "yellow"))
+            return _row("held", (one_line("; ".join(status.held), self._encoding), "yellow"))
         if not self._incidents:
             return _row("incidents", ("none", "dim"))
-        last = visible(self._last_incident[:_MOST_TEXT], self._encoding)
+        last = one_line(self._last_incident[:_MOST_TEXT], self._encoding)
         return _row("incidents", (f"{self._incidents}  ", "bold yellow"), (last, "yellow"))
 
 
@@ -269,7 +272,7 @@ def _reward_rows(metrics: Mapping[str, float], encoding: str) -> Iterator[tuple[
     names = [key[len("rewards/") : -len("/mean")] for key in metrics if _is_of_a_function(key)]
     most = _MOST_REWARDS if len(names) <= _MOST_REWARDS else _MOST_REWARDS - 1
     for name in names[:most]:
-        yield visible(name, encoding), _formatted(metrics[f"rewards/{name}/mean"], ".3f")
+        yield one_line(name, encoding), _formatted(metrics[f"rewards/{name}/mean"], ".3f")
     if names[most:]:
         yield f"and {len(names) - most} more", ""
 
@@ -325,11 +328,3 @@ def _line(*parts: tuple[str, str]) -> Text:
 def _ends(text: str) -> str:
     """What there may be room for, of a text of any length."""
     return text if len(text) <= 2 * _MOST_TEXT else text[:_MOST_TEXT] + text[-_MOST_TEXT:]
-
-
-def _acts(char: str) -> bool:
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode()

@@ -161,6 +161,9 @@
     const count = sum(status.incidents);
     say("mishaps", whole(count));
     say("mishaps-more", count ? listed(status.incidents) : "none");
+    const { activity } = status;
+    say("now", activity && !over && !lost ? activity.what + activity.detail : "\u00a0");
+    at("now").classList.toggle("waits", Boolean(activity && activity.waiting));
     showNotes();
     showActors();
     showQueues();
@@ -180,6 +183,13 @@
     for (const button of at("buttons").children) button.disabled = !goes || !can[button.dataset.ask].includes(phase);
   }
 
+  // never "nothing" beside a number of incidents
+  function calmly(count) {
+    if (status.phase === "paused") return "Paused: no step is begun until you resume.";
+    if (!count) return "Nothing needs your attention.";
+    return `Nothing holds the run up now. Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(status.incidents)}.`;
+  }
+
   function showNotes() {
     const notes = [];
     if (over) notes.push([over.well ? "" : "bad", over.message]);
@@ -195,7 +205,7 @@
     if (Object.keys(status.restarts).length) notes.push(["", `Actors that were made anew: ${Object.entries(status.restarts).map(([name, times]) => `${name} ${times}×`).join(", ")}`]);
     const parent = at("notes");
     const calm = notes.length === 0;
-    if (calm) notes.push(["calm", status.phase === "paused" ? "Paused: no step is begun until you resume." : "Nothing needs your attention."]);
+    if (calm) notes.push(["calm", calmly(sum(status.incidents))]);
     fill(parent, notes, (to) => make("p", "note", to), (node, [kind, text]) => {
       node.className = `note ${kind}`;
       if (node.textContent !== text) node.textContent = text;
@@ -258,7 +268,12 @@
   }
 
   function showIncidents() {
-    if (!incidents.length) return;
+    if (!incidents.length) {
+      const none = at("incidents").querySelector("p");
+      const count = status ? sum(status.incidents) : 0;
+      if (none) set(none, count ? `${whole(count)} before this daemon began: troupe inspect tells of them.` : "None so far.");
+      return;
+    }
     const build = (to) => {
       const row = make("div", "incident", to);
       for (const name of ["when", "kind", "what"]) make("span", name, row);
@@ -269,7 +284,8 @@
     fill(parent, incidents, build, (row, incident) => {
       set(row.children[0], clock(incident.at));
       set(row.children[1], incident.kind);
-      set(row.children[2], `${incident.actor}: ${incident.message}`);
+      const times = incident.times > 1 ? ` (${whole(incident.times)} times)` : "";
+      set(row.children[2], `${incident.actor}: ${incident.message}${times}`);
     });
   }
 
@@ -455,11 +471,14 @@
       touch("groups");
     },
     incident(incident) {
-      incidents = [incident, ...incidents].slice(0, 64);
+      const [last] = incidents; // one that happened once more is told anew, with how often
+      const again = last && incident.times > 1 && ["actor", "kind", "message"].every((key) => last[key] === incident[key]);
+      incidents = [incident, ...incidents.slice(again ? 1 : 0)].slice(0, 64);
       touch("incidents");
     },
     status(told) {
       status = told;
+      if (!incidents.length) touch("incidents");
       touch("status");
     },
     end(end) {

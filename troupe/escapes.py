@@ -1,0 +1,48 @@
+"""Text of others on a terminal: what would act there, instead of being seen, is told as an escape.
+
+Names, completions, columns, errors and paths may hold anything: an ESC that clears the screen, a BEL, a carriage return
+that hides what stood before it, a mark that turns a line around. Everything that Troupe prints for a person goes
+through here; what programs read (JSON) through `safe_json`. Pages are HTML, and escape by themselves what HTML means.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks that change the direction of what follows."""
+_IN_JSON = re.compile(f"[\x7f-\x9f{_TURNS}\u2028\u2029]")
+"""What acts and may stand in JSON as it is: JSON itself escapes the others."""
+
+
+def harmless(text: str) -> str:
+    """The text with its lines and tabs; anything else that acts on a terminal, and a lone surrogate, as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(char) if char not in "\n\t" and _acts(char) else char for char in text)
+
+
+def one_line(text: str, encoding: str = "utf-8") -> str:
+    """A text on one line: ends of lines as ⏎, and what acts on a terminal, has no width there, or is not in its
+    encoding, as its escape."""
+    if not text.isprintable():
+        text = "".join("⏎" if char == "\n" else _escaped(char) if _is_unseen(char) else char for char in text)
+    return text.encode(encoding, errors="backslashreplace").decode(encoding, errors="replace")
+
+
+def safe_json(text: str) -> str:
+    """JSON that means the same, and in which nothing acts."""
+    return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _acts(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _TURNS
+
+
+def _is_unseen(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
