@@ -298,11 +298,12 @@ class Performance:
         """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
         if self._prepared.checkpoint is None or self._prepared.evaluation is None:
             return self._prepared.policy
-        return await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
+        read = await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
+        return self._prepared.policy.having(read.weights)
 
     def _trained_policy(self) -> Policy:
         policy = self._prepared.policy
-        return Policy(policy.config, self._pipeline.learner.weights, policy.path)
+        return policy.having(self._pipeline.learner.weights)
 
     async def _evaluate(self, policy: Policy) -> Evaluation | None:
         held_out = self._prepared.evaluation

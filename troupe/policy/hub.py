@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.folders import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from troupe.policy.weight_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = "main"
