@@ -42,6 +42,12 @@ _INFINITY = {mx.float32: 0x7F800000, mx.bfloat16: 0x7F80, mx.float16: 0x7C00}
 """By its bits, as an integer; numbers that are not finite begin with it, whatever their sign."""
 
 
+_ROOM = {mx.float16: 5, mx.bfloat16: 8, mx.float32: 9}
+"""Orders the types by the largest number that each has room for; float32 has a little more than bfloat16."""
+_AT_ONCE = 16
+"""Tensors that are read, cast and looked at together."""
+
+
 class _Stored(NamedTuple):
     """Where a tensor is."""
 
@@ -68,16 +74,14 @@ def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3
         message = str(error)
         raise ModelError(message if message.startswith(str(folder)) else f"{folder / CONFIG_FILE}: {message}") from None
     places = _check_tensors(folder, config, weight_files(folder))
-    weights = _load(places)
-    if config.tie_word_embeddings and HEAD in weights:
-        if _are_equal(weights[HEAD], weights[EMBEDDING]):
-            del weights[HEAD]
+    stored = _load(places)
+    if config.tie_word_embeddings and HEAD in stored:
+        if _are_equal(stored[HEAD], stored[EMBEDDING]):
+            del stored[HEAD]
         else:
             config = msgspec.structs.replace(config, tie_word_embeddings=False)
-    kept = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else weights[EMBEDDING].dtype
-    weights = {name: tensor.astype(kept) for name, tensor in weights.items()}  # no copy where that is its type
-    mx.eval(weights)
-    _check_finite(folder, places, weights)
+    kept = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else stored[EMBEDDING].dtype
+    weights = _finite(folder, places, stored, kept)
     return config, {name: weights[name] for name in expected_shapes(config)}
 
 
@@ -132,31 +136,51 @@ def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> dict
     return places
 
 
-def _check_finite(folder: Path, places: Mapping[str, _Stored], weights: Mapping[str, mx.array]) -> None:
-    """Raise ModelError where a weight is NaN or infinite. As integers numbers of one sign are ordered by size, so that
-    the largest of each sign tells: two reductions a tensor, which copy nothing."""
-    extremes = []
-    for tensor in weights.values():
-        unsigned, signed = _INTEGERS[tensor.dtype.size]
-        extremes += [mx.max(mx.view(tensor, signed)), mx.max(mx.view(tensor, unsigned))]
-    mx.eval(extremes)
-    values = [int(extreme.item()) for extreme in extremes]  # type: ignore[arg-type]
-    faults = []
-    for (name, tensor), above, below in zip(weights.items(), values[::2], values[1::2], strict=True):
-        infinity, sign = _INFINITY[tensor.dtype], 1 << (8 * tensor.dtype.size - 1)
-        if above >= infinity or below >= sign + infinity:
-            file, stored = places[name]
-            was_finite = bool(mx.all(mx.isfinite(_load({name: places[name]})[name])).item())
-            held = next(key for key, dtype in DTYPES.items() if dtype == tensor.dtype)
-            reason = f"not finite in {held}, which has no room for its numbers" if was_finite else "not finite"
-            faults.append(f"{stored}: {reason} (in {file.name})")
-    if faults:
-        remedy = (
-            "hold the weights in another type (model.dtype, --dtype)"
-            if all("no room" in fault for fault in faults)
-            else "such weights cannot be used; copy the model again, or take one from before it diverged"
-        )
-        raise ModelError(f"{folder}: NaN or infinity in {len(faults)} tensor(s); {remedy}:{_listed(faults)}")
+def _finite(
+    folder: Path, places: Mapping[str, _Stored], stored: dict[str, mx.array], kept: mx.Dtype
+) -> dict[str, mx.array]:
+    """Take all of `stored` and give it evaluated, in the type `kept`. Raises ModelError where a number is not finite.
+
+    As integers numbers of one sign are ordered by size, so that the largest of each sign tells: two reductions a
+    tensor, which copy nothing. What a type cannot lose is looked at in the fewer bytes that are stored.
+    """
+    weights: dict[str, mx.array] = {}
+    bad: list[str] = []
+    names = list(stored)
+    for start in range(0, len(names), _AT_ONCE):
+        extremes = []
+        for name in names[start : start + _AT_ONCE]:
+            tensor = stored.pop(name)  # or its memory would stay beside that of the other type
+            weights[name] = tensor.astype(kept)  # no copy where that is its type
+            seen = weights[name] if _ROOM[kept] < _ROOM[tensor.dtype] else tensor
+            unsigned, signed = _INTEGERS[seen.dtype.size]
+            extremes.append((name, seen.dtype, mx.max(mx.view(seen, signed)), mx.max(mx.view(seen, unsigned))))
+            del tensor, seen
+        mx.eval([weights[name] for name, *_ in extremes], [extreme[2:] for extreme in extremes])
+        for name, dtype, above, below in extremes:
+            infinity, sign = _INFINITY[dtype], 1 << (8 * dtype.size - 1)
+            if int(above.item()) >= infinity or int(below.item()) >= sign + infinity:  # type: ignore[arg-type]
+                bad.append(name)
+    if bad:
+        raise ModelError(_what_is_not_finite(folder, places, kept, bad))
+    return weights
+
+
+def _what_is_not_finite(folder: Path, places: Mapping[str, _Stored], kept: mx.Dtype, bad: list[str]) -> str:
+    held = next(key for key, dtype in DTYPES.items() if dtype == kept)
+    faults, is_room = [], True
+    for name in bad:
+        file, stored = places[name]
+        was_finite = bool(mx.all(mx.isfinite(_load({name: places[name]})[name])).item())
+        is_room &= was_finite
+        reason = f"not finite in {held}, which has no room for its numbers" if was_finite else "not finite"
+        faults.append(f"{stored}: {reason} (in {file.name})")
+    remedy = (
+        "hold the weights in another type (model.dtype, --dtype)"
+        if is_room
+        else "such weights cannot be used; copy the model again, or take one from before it diverged"
+    )
+    return f"{folder}: NaN or infinity in {len(faults)} tensor(s); {remedy}:{_listed(faults)}"
 
 
 def _listed(faults: list[str]) -> str:
