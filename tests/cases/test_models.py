@@ -404,6 +404,45 @@ def test_what_stands_for_a_file_is_told(shards: Path) -> None:
     assert "a pointer of Git LFS" in refusal(shards)
 
 
+def test_what_is_no_model_folder_is_told(shards: Path, tmp_path: Path) -> None:
+    file = shards / "model-00001-of-00002.safetensors"
+    assert refusal(file) == f"{file}: is a file; give the model folder that it lies in"
+    assert refusal(shards.parent) == f"{shards.parent}: holds no config.json, so it is no model folder; give {shards}"
+    (shards / "config.json").unlink()
+    assert refusal(shards).endswith(
+        "holds no config.json, so it is no model folder; copy config.json beside the weights"
+    )
+    (tmp_path / "empty").mkdir()
+    assert refusal(tmp_path / "empty").endswith("holds no config.json, so it is no model folder")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"\xff\xfe", b"{" + b'"a":{' * 100_000, b""], ids=["deep", "no text", "open", "empty"]
+)
+def test_a_config_that_is_none_is_told(shards: Path, content: bytes) -> None:
+    (shards / "config.json").write_bytes(content)
+    assert refusal(shards).startswith(f"{shards / 'config.json'}: not a JSON object")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"quantization": {"group_size": 64, "bits": 4}},
+        {"compression_config": {"quant_method": "compressed-tensors"}},
+    ],
+    ids=str,
+)
+def test_quantized_folders_are_told_for_what_they_are(shards: Path, settings: dict[str, Any]) -> None:
+    edit_json(shards / "config.json", **settings)
+    (key,) = settings
+    start = f"{shards / 'config.json'}: {key}: quantized weights cannot be trained"
+    assert refusal(shards) == f"{start}; use the unquantized folder of this model"
+
+
 # adapter_folder
 
 

@@ -148,7 +148,7 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
         raise ModelError("attention_bias: true is not supported; Qwen3's projections have no bias")
     if (activation := settings.get("hidden_act", "silu")) != "silu":
         raise ModelError(f"hidden_act: {activation!r} is not supported; it must be 'silu'")
-    for key in ("quantization", "quantization_config"):
+    for key in ("quantization", "quantization_config", "compression_config"):
         if settings.get(key):
             raise ModelError(f"{key}: quantized weights cannot be trained; use the unquantized folder of this model")
     layers, window = settings.get("layer_types"), settings.get("sliding_window", _DEFAULT_WINDOW)
