@@ -23,7 +23,7 @@ from troupe.policy.cuda_decoding import CudaDecodingCache
 from troupe.policy.drawing import NOISE_BLOCK, draw_tokens, noise_block, row_key
 from troupe.policy.generation import CompletedGroup, Completion, FinishReason, RolloutRequest
 from troupe.policy.memory import prefill_chunks
-from troupe.policy.qwen3 import FINAL_NORM, Weights, hidden_states, project
+from troupe.policy.qwen3 import Weights, hidden_states, project
 from troupe.policy.stopping import StopWatch
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ class Batch:
 
     def _not_finite(self, t: int, row: Row) -> RunError:
         """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
-        dtype = str(self._engine.current_weights()[0][FINAL_NORM].dtype).removeprefix("mlx.core.")
+        weights, _ = self._engine.current_weights()
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("mlx.core.")
         return RunError(
             f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "
             f"nothing can be drawn from them; the network overflows in {dtype} with the weights of version "
