@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from tests.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
