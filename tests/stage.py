@@ -292,6 +292,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
         weights={"w": b"untrained"},
         path=None,
         companions=Companions(),
+        notices=[],
         having=lambda weights: policy,
     )
     memory: Any = SimpleNamespace(limit_gb=None)

@@ -22,6 +22,7 @@ from troupe.checkpoint.files import sum_file
 from troupe.errors import RunError
 from troupe.generator_process import _tokenizer
 from troupe.policy import GenerationConfig, Policy, decoding, load_policy
+from troupe.prepare import prepare
 from troupe.wire import Setup, decode_in_process, encode
 
 
@@ -93,6 +94,7 @@ def test_a_head_of_its_own_goes_through_a_run(tmp_path: Path, generator: str) ->
     config = tiny_config(
         model, tmp_path, checkpoint__every=1, learner__max_steps=2, schedule__generator=generator, learner__lr=1e-3
     )
+    assert any("lm_head.weight" in notice for notice in prepare(config, [weigh_ids]).notices)
     result = troupe.train(config, [weigh_ids])
     assert result.complete
     run = Path(result.folder)

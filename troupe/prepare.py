@@ -198,7 +198,7 @@ def prepare(
         checkpoint, resumed = newest_checkpoint(folder, resumption, config, identity, policy)
         if checkpoint is not None:
             policy = as_begun(policy, checkpoint)
-    more += _what_config_does_not_say(policy)
+    more += policy.notices
     if resumption is not None:
         before = count_steps(
             len(dataset),
@@ -361,17 +361,6 @@ def _rewards(
             f"{held_out.source}: the held-out rows lack the column {', '.join(sorted(missing))} of the training rows"
         )
     return manager, config
-
-
-def _what_config_does_not_say(policy: Policy) -> list[str]:
-    stored = policy.companions.files.get("config.json", b"{}")
-    is_said = bool(msgspec.json.decode(stored).get("tie_word_embeddings"))
-    if is_said == policy.config.tie_word_embeddings:
-        return []
-    return [
-        f"{policy.path}: config.json says tie_word_embeddings: true, but the lm_head.weight beside it is not the "
-        "embedding: it is kept, trained as a matrix of its own, and what is saved says so"
-    ]
 
 
 def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) -> tuple[RunConfig, list[str]]:

@@ -142,7 +142,9 @@ def test_a_head_of_its_own_is_kept(own_head: Path, tmp_path: Path) -> None:
     assert np.abs(logits[:5] - expected["last_logits_first_5"]).max() < 1e-4
     policy = load_policy(own_head)
     assert not policy.config.tie_word_embeddings
+    assert "tie_word_embeddings: true, but the lm_head.weight beside it" in policy.notices[0]
     policy.save(tmp_path / "saved")
+    assert load_policy(tmp_path / "saved").notices == []
     assert json.loads((tmp_path / "saved" / "config.json").read_bytes())["tie_word_embeddings"] is False
     again = last_logits(tmp_path / "saved", expected["ids"])
     assert np.array_equal(again, logits)

@@ -85,9 +85,7 @@ class Checkpointer(Actor):
         pauses: Callable[[], Iterable[float]] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`source`: what lies beside the weights in every folder; a model folder is read again for each of them.
-
-        `settle`: comes back when all that was told up to the Update of a version is on the disk; False where that
+        """`settle`: comes back when all that was told up to the Update of a version is on the disk; False where that
         took too long. `pauses`: seconds between attempts.
 
         Settling comes before writing: it takes a moment, while nobody waits for the checkpoint yet, and writing stays

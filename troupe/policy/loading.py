@@ -25,7 +25,7 @@ from troupe.policy.qwen3 import EMBEDDING, Weights, hidden_states, init_weights,
 from troupe.policy.rollout import GenerationConfig
 from troupe.policy.text import TextPrompt, complete_texts, stream_text
 from troupe.policy.tokenizer import Tokenizer
-from troupe.policy.weight_files import parse_json
+from troupe.policy.weight_files import CONFIG_FILE, parse_json
 
 ROWS_AT_ONCE = 32
 """Completions that `Policy.compute_log_probs` lays out at a time."""
@@ -83,6 +83,17 @@ class Policy:
                 raise ModelError("tokenizer: this policy was made at random and has no folder to read a tokenizer from")
             self._tokenizer = Tokenizer.from_pretrained(self.path)
         return self._tokenizer
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know of how the folder was read, one line each."""
+        settings = parse_json(Path(CONFIG_FILE), self.companions.files.get(CONFIG_FILE, b"{}"))
+        if self.config.tie_word_embeddings or not settings.get("tie_word_embeddings"):
+            return []
+        return [
+            f"{self.path}: config.json says tie_word_embeddings: true, but the lm_head.weight beside it is not the "
+            "embedding: it is kept, as a matrix of its own, and what is saved says so"
+        ]
 
     @property
     def eos_ids(self) -> frozenset[int]:
