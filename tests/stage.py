@@ -41,7 +41,7 @@ from troupe.messages import (
     Step,
     Update,
 )
-from troupe.policy import CompletedGroup, Completion, RolloutRequest
+from troupe.policy import Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.prepare import Prepared
 from troupe.restoring import Restored
 from troupe.rewards import RewardManager
@@ -288,7 +288,14 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
     dataset = PromptDataset.from_rows([{"prompt": f"prompt {i}", "answer": str(i)} for i in range(rows)])
     tokenizer = SimpleNamespace(decode_sampled=lambda ids: " ".join(map(str, ids)), pad_token_id=0)
     policy: Any = SimpleNamespace(
-        config=None, tokenizer=tokenizer, eos_ids=frozenset(), weights={"w": b"untrained"}, path=None
+        config=None,
+        tokenizer=tokenizer,
+        eos_ids=frozenset(),
+        weights={"w": b"untrained"},
+        path=None,
+        companions=Companions(),
+        notices=[],
+        having=lambda weights: policy,
     )
     memory: Any = SimpleNamespace(limit_gb=None)
     return Prepared(

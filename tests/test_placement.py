@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from tests.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
@@ -235,21 +236,35 @@ async def test_every_start_removes_leftovers(tmp_path: Path, ragged_model: Path)
         assert not left.exists()
 
 
-async def test_a_model_that_is_gone_ends_the_run_as_bad_input(
+async def test_a_tokenizer_that_the_process_cannot_load_ends_the_run_as_bad_input(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ragged_model: Path, watch: Watch
 ) -> None:
     """The process refuses it; no restart is tried."""
     begin = RemoteGenerator.start
 
     async def start(self: RemoteGenerator) -> None:
-        (copy / "tokenizer.json").unlink()
+        self._setups = [msgspec.structs.replace(s, tokenizer_files={"tokenizer.json": b"{}"}) for s in self._setups]
+        await begin(self)
+
+    monkeypatch.setattr(RemoteGenerator, "start", start)
+    with pytest.raises(ModelError, match="tokenizer"):
+        await watch.play(Supervisor(tiny_config(ragged_model, tmp_path, **PLACED), [weigh_ids]))
+    assert len(watch.children) == 1
+
+
+async def test_a_process_that_is_made_anew_needs_no_model_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ragged_model: Path, watch: Watch
+) -> None:
+    begin = RemoteGenerator.start
+
+    async def start(self: RemoteGenerator) -> None:
+        shutil.rmtree(copy, ignore_errors=True)
         await begin(self)
 
     copy = tmp_path / "model"
     shutil.copytree(ragged_model, copy)
     monkeypatch.setattr(RemoteGenerator, "start", start)
-    with pytest.raises(ModelError, match="tokenizer"):
-        await watch.play(Supervisor(tiny_config(copy, tmp_path, **PLACED), [weigh_ids]))
+    await watch.play(Supervisor(tiny_config(copy, tmp_path, **PLACED), [weigh_ids]))
     assert len(watch.children) == 1
 
 

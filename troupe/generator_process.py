@@ -10,6 +10,7 @@ import os
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import anyio
 import mlx.core as mx
@@ -19,7 +20,7 @@ from troupe.actors.generator import Generator
 from troupe.budget import memory_limited
 from troupe.errors import TroupeError
 from troupe.messages import Incident, Prompt, RolloutGroup, Span
-from troupe.policy import RolloutEngine, Tokenizer, Weights
+from troupe.policy import Companions, RolloutEngine, Tokenizer, Weights
 from troupe.runtime import Channel, Connection, DeviceThread, Mailbox, PolicyBoard, Reporter, serve, together
 from troupe.wire import (
     Completed,
@@ -64,7 +65,7 @@ class _Part:
 
     def __init__(self, connection: Connection, setup: Setup) -> None:
         self._connection = connection
-        tokenizer = Tokenizer.from_pretrained(setup.tokenizer)
+        tokenizer = _tokenizer(setup)
         inbox, self._outbox = Mailbox("generator"), Mailbox("outbox")
         self._prompts: Channel[Prompt] = inbox.channel("prompts", Prompt, bound=setup.live)
         self._board: PolicyBoard[Weights] = PolicyBoard(setup.max_staleness)
@@ -129,6 +130,14 @@ class _Part:
                     await self._connection.send(encode(Pong(now_s=time.perf_counter())))
                 case End():
                     self._prompts.close()
+
+
+def _tokenizer(setup: Setup) -> Tokenizer:
+    if not setup.tokenizer_files:
+        return Tokenizer.from_pretrained(setup.tokenizer)
+    with TemporaryDirectory(prefix="troupe-tokenizer-") as folder:
+        Companions(setup.tokenizer_files).write_as_they_are(Path(folder))
+        return Tokenizer.from_pretrained(folder)
 
 
 def _load(path: Path) -> Weights:

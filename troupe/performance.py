@@ -322,11 +322,12 @@ class Performance:
         if self._prepared.checkpoint is None or self._prepared.evaluation is None:
             return self._prepared.policy
         with self._stage.at("loading the policy as it was before step 1"):
-            return await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
+            read = await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
+        return self._prepared.policy.having(read.weights)
 
     def _trained_policy(self) -> Policy:
         policy = self._prepared.policy
-        return Policy(policy.config, self._pipeline.learner.weights, policy.path)
+        return policy.having(self._pipeline.learner.weights)
 
     async def _evaluate(self, policy: Policy, what: str) -> Evaluation | None:
         held_out = self._prepared.evaluation

@@ -279,7 +279,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         run=prepared.folder,
         config=config.checkpoint,
         policy_config=policy_config,
-        source=prepared.source,
+        source=prepared.policy.companions,
         run_state=lambda snapshot: RunState(
             version=snapshot.version,
             seed=config.seed,
@@ -293,6 +293,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
                 for name, (times, spec) in rewards.standing(snapshot.version).items()
             },
             metrics=dict(snapshot.metrics),
+            stop_ids=tuple(sorted(stop_ids)),
         ),
         settle=settle,
         ledger=shelf,
@@ -357,6 +358,7 @@ def _setups(prepared: Prepared, stop_ids: frozenset[int], *, staleness: int, liv
             generation=config.generation,
             stop_ids=tuple(sorted(stop_ids)),
             tokenizer=str(prepared.source),
+            tokenizer_files=prepared.policy.companions.files,
             seed=config.seed,
             max_staleness=staleness,
             most_at_once=config.learner.batch_size if schedule.mode == "free" else None,

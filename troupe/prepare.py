@@ -23,7 +23,7 @@ from troupe.grpo import adamw_init
 from troupe.messages import Unfinished
 from troupe.policy import DTYPES, Policy, Qwen3Config, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
 from troupe.restoring import Restored, restored_free, restored_pinned
-from troupe.resuming import Identity, Resumption, newest_checkpoint, reinstated
+from troupe.resuming import Identity, Resumption, as_begun, newest_checkpoint, reinstated
 from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run_folder import run_folder
 from troupe.run_store import FILE_NAME, check_store
@@ -57,7 +57,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     """The policy that the run starts from, or goes on from after a resume."""
     source: Path
-    """The model folder that tokenizer files are copied from."""
+    """The model folder that the run begins with."""
     reference: Weights | None
     """Weights of the reference policy where learner.beta ≠ 0."""
     rewards: RewardManager
@@ -93,10 +93,9 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
             checkpoint = msgspec.structs.replace(
                 checkpoint, weights={}, optimizer_state={}, behind={}, reference=None, unfinished=Unfinished()
             )
-        policy = Policy(self.policy.config, {}, self.policy.path)
         return msgspec.structs.replace(
             self,
-            policy=policy,
+            policy=self.policy.having({}),
             reference=None,
             checkpoint=checkpoint,
             optimizer_state={},
@@ -197,6 +196,9 @@ def prepare(
     if resume:
         resumption = None if resumption is None else resumption.compared(config)
         checkpoint, resumed = newest_checkpoint(folder, resumption, config, identity, policy)
+        if checkpoint is not None:
+            policy = as_begun(policy, checkpoint)
+    more += policy.notices
     if resumption is not None:
         before = count_steps(
             len(dataset),
@@ -218,7 +220,7 @@ def prepare(
     return Prepared(
         config=msgspec.structs.replace(config, output=str(folder)),
         folder=folder,
-        policy=policy if checkpoint is None else Policy(policy.config, checkpoint.weights, policy.path),
+        policy=policy if checkpoint is None else policy.having(checkpoint.weights),
         source=source,
         reference=_reference(config, policy, checkpoint),
         rewards=manager,

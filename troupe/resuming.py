@@ -223,6 +223,18 @@ def newest_checkpoint(
     return None, [*notices, f"{folder}: no whole checkpoint yet, so the run starts from the beginning"]
 
 
+def as_begun(policy: Policy, checkpoint: Checkpoint) -> Policy:
+    """The policy that the run began with, as it took it to be: which ids end a text, and whether it has a head of its
+    own. Older Troupes passed over a head beside tie_word_embeddings: true, and such a run goes on without it."""
+    stop_ids = checkpoint.state.stop_ids
+    eos_ids = policy.eos_ids_by_one_file if stop_ids is None else frozenset(stop_ids)
+    config, weights = policy.config, policy.weights
+    if checkpoint.config.tie_word_embeddings and not config.tie_word_embeddings:
+        config = msgspec.structs.replace(config, tie_word_embeddings=True)
+        weights = {name: weights[name] for name in expected_shapes(config)}
+    return policy.having(weights, config=config, eos_ids=eos_ids)
+
+
 def reinstated(
     rewards: RewardManager, standing: Mapping[str, RewardState], made: Sequence[Change], step: int
 ) -> list[str]:
@@ -276,7 +288,7 @@ def _check_same_run(folder: Path, state: RunState, config: RunConfig, identity: 
 
 
 def _check_same_policy(folder: Path, found: Checkpoint, policy: Policy, config: RunConfig) -> None:
-    if expected_shapes(found.config) != expected_shapes(policy.config):
+    if expected_shapes(found.config) != expected_shapes(as_begun(policy, found).config):
         raise CheckpointError(
             f"{folder}: the run trains a model of other shapes than the one in {policy.path}; "
             "resume with the model it began with (model.path), or start a new run in another folder"

@@ -7,7 +7,7 @@ and float32 in the machine's own byte order: frames never leave it. Knows neithe
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -28,6 +28,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stop_ids: tuple[int, ...]
     tokenizer: str
     """The model folder that holds it."""
+    tokenizer_files: Mapping[str, bytes] = {}
+    """Its files as they were when the run began, which count where there are any: what has become of the folder since
+    does not matter."""
     seed: int
     max_staleness: int
     most_at_once: int | None

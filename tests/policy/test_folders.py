@@ -102,8 +102,10 @@ def test_on_a_cpu_half_precision_becomes_float32_and_elsewhere_stays(
 
 def test_harmless_extras_are_dropped(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(TIED, tmp_path / "model"))
-    edit_tensors(folder, {"lm_head.weight": mx.zeros((512, 64)), "model.rotary_emb.inv_freq": mx.zeros((16,))})
+    embedding = arrays(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(folder, {"lm_head.weight": embedding, "model.rotary_emb.inv_freq": mx.zeros((16,))})
     config, weights = read_model_folder(folder)
+    assert config.tie_word_embeddings
     assert weights.keys() == expected_shapes(config).keys()
 
 

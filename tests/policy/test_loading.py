@@ -77,18 +77,52 @@ def test_log_probs_refuse_what_has_none(prompts: list[list[int]], completions: l
         load_policy(TIED).compute_log_probs(prompts, completions)
 
 
-def test_eos_ids_come_from_the_generation_config_first(folder: Path) -> None:
+def test_eos_ids_are_those_of_all_files_together(folder: Path) -> None:
     assert load_policy(folder).eos_ids == {1}
     edit_json(folder / "generation_config.json", eos_token_id=[5, 6])
-    assert load_policy(folder).eos_ids == {5, 6}
+    assert load_policy(folder).eos_ids == {1, 5, 6}
+    assert load_policy(folder).eos_ids_by_one_file == {5, 6}
     edit_json(folder / "generation_config.json", eos_token_id="x")
     with pytest.raises(ModelError, match="eos_token_id: 'x' is refused"):
         _ = load_policy(folder).eos_ids
     edit_json(folder / "generation_config.json", eos_token_id=None)
     edit_json(folder / "config.json", eos_token_id=[7])
-    assert load_policy(folder).eos_ids == {7}
+    assert load_policy(folder).eos_ids == load_policy(folder).eos_ids_by_one_file == {7}
     (folder / "generation_config.json").unlink()
     assert load_policy(folder).eos_ids == {7}
+
+
+def test_what_lay_beside_the_weights_is_kept_whatever_becomes_of_the_folder(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    policy = load_policy(model)
+    kept = {file.name: file.read_bytes() for file in model.iterdir() if file.suffix == ".json"}
+    shutil.rmtree(model)
+    other = policy.having(policy.weights)
+    other.save(tmp_path / "saved")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir() if f.suffix == ".json"} == kept
+    assert other.eos_ids == policy.eos_ids
+
+
+def test_links_are_followed_and_none_is_made_or_written_through(tiny_model: Path, tmp_path: Path) -> None:
+    """As a hub's cache has them: names that lead to files elsewhere."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    blob = tmp_path / "blob"
+    (model / "tokenizer.json").rename(blob)
+    (model / "tokenizer.json").symlink_to(blob)
+    (model / "chat_template.jinja").symlink_to(tmp_path)  # no file: not a companion
+    (model / "notes.txt").symlink_to(blob)
+    content = blob.read_bytes()
+    policy = load_policy(model)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (saved / "tokenizer_config.json").symlink_to(mine)
+    policy.save(saved)
+    assert not any(file.is_symlink() for file in saved.iterdir())
+    assert (saved / "tokenizer.json").read_bytes() == content
+    assert mine.read_text() == "mine"
+    assert not {"chat_template.jinja", "notes.txt"} & {file.name for file in saved.iterdir()}
 
 
 def test_a_random_policy_has_no_tokenizer() -> None:

@@ -28,7 +28,7 @@ from troupe.checkpoint import (
 )
 from troupe.errors import CheckpointError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot
-from troupe.policy import Qwen3Config
+from troupe.policy import Companions, Qwen3Config
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, Reporter
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
@@ -78,7 +78,7 @@ class Checkpointer(Actor):
         run: Path,
         config: CheckpointConfig,
         policy_config: Qwen3Config,
-        source: Path | None,
+        source: Path | Companions | None,
         run_state: Callable[[Snapshot], RunState],
         settle: Callable[[int], Awaitable[bool]] | None = None,
         ledger: CheckpointLedger | None = None,

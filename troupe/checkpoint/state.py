@@ -71,6 +71,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rewards: dict[str, RewardState] = {}
     metrics: dict[str, float] = {}
     """Means over the steps since the checkpoint before."""
+    stop_ids: tuple[int, ...] | None = None
+    """Ids that end a completion, ascending; None: older Troupes took those of `Policy.eos_ids_by_one_file`."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,7 +25,6 @@ from troupe.checkpoint.files import (
     write_file,
 )
 from troupe.checkpoint.state import (
-    CONFIG_FILE,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -37,8 +36,8 @@ from troupe.checkpoint.state import (
     Checkpoint,
 )
 from troupe.checkpoint.unfinished import encode_unfinished
-from troupe.policy import MAX_SHARD_BYTES, Qwen3Config, Weights, save_model_folder
-from troupe.policy.folders import COMPANION_FILES, save_companions
+from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
+from troupe.policy.folders import companions_of
 
 _SMALL_BYTES = 1 << 20
 """For configuration, state, manifest, and the file system's own."""
@@ -48,14 +47,14 @@ def save_checkpoint(
     path: str | Path,
     checkpoint: Checkpoint,
     *,
-    source: Path | None = None,
+    source: Path | Companions | None = None,
     before_block: Callable[[], None] = lambda: None,
 ) -> int:
     """Write a checkpoint folder so that, whatever happens, it is whole or absent; returns its size in bytes.
 
-    `source` is the model folder whose tokenizer files are copied. What was at `path` is replaced. `before_block` is
-    called again and again while files are written; what it raises ends the writing. Raises OSError where the disk fails
-    or has too little room; either the old folder or the new one is then whole.
+    `source`: the model folder whose tokenizer files are copied, or what was kept of it. What was at `path` is replaced.
+    `before_block` is called again and again while files are written; what it raises ends the writing. Raises OSError
+    where the disk fails or has too little room; either the old folder or the new one is then whole.
     """
     path = Path(path)
     files = {MODEL_FILE: checkpoint.weights, OPTIMIZER_FILE: checkpoint.optimizer_state}
@@ -64,8 +63,9 @@ def save_checkpoint(
         files[REFERENCE_FILE] = checkpoint.reference
     unfinished = encode_unfinished(checkpoint.unfinished)
     needed = sum(map(safetensors_bytes, files.values())) + len(unfinished)
-    with _new_folder(path, needed + _companion_bytes(source), before_block) as folder:
-        save_companions(folder.path, checkpoint.config, checkpoint.weights, source)
+    companions = companions_of(source)
+    with _new_folder(path, needed + companions.total_bytes, before_block) as folder:
+        companions.write(folder.path, checkpoint.config, checkpoint.weights)
         for name, arrays in files.items():
             folder.write(name, safetensors_chunks(arrays, {"format": "pt"} if name == MODEL_FILE else None))
         folder.write(UNFINISHED_FILE, [unfinished])
@@ -73,10 +73,13 @@ def save_checkpoint(
     return folder.size
 
 
-def save_final_policy(path: Path, config: Qwen3Config, weights: Weights, source: Path | None = None) -> None:
+def save_final_policy(
+    path: Path, config: Qwen3Config, weights: Weights, source: Path | Companions | None = None
+) -> None:
     """Write a plain model folder, with a manifest, in the place of what is at `path`; whole or absent, as above."""
-    with _new_folder(path, safetensors_bytes(weights) + _companion_bytes(source)) as folder:
-        save_model_folder(folder.path, config, weights, source, MAX_SHARD_BYTES)
+    companions = companions_of(source)
+    with _new_folder(path, safetensors_bytes(weights) + companions.total_bytes) as folder:
+        save_model_folder(folder.path, config, weights, companions, MAX_SHARD_BYTES)
 
 
 def replaced(path: Path) -> Path:
@@ -158,11 +161,3 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
             f"{needed_bytes / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free in {folder}; make room there, or "
             "lower checkpoint.keep",
         )
-
-
-def _companion_bytes(source: Path | None) -> int:
-    """Of the files of a model folder that are copied."""
-    if source is None:
-        return 0
-    files = [source / name for name in (CONFIG_FILE, *COMPANION_FILES)] + list(source.glob("*.tiktoken"))
-    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,11 +1,12 @@
 """The language model: arrays and text. Imports nothing else of ours."""
 
 from troupe.policy.architecture import PRESETS, Qwen3Config
+from troupe.policy.companions import DTYPES, Companions
 from troupe.policy.completions import completion_statistics
 from troupe.policy.differentiation import completion_gradients
 from troupe.policy.elementwise import is_on_cpu
 from troupe.policy.fingerprint import model_fingerprint
-from troupe.policy.folders import DTYPES, MAX_SHARD_BYTES, read_model_folder, save_model_folder
+from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.gradient_memory import MicroBatch, gradient_memory_bytes
 from troupe.policy.head import TokenStatistics
 from troupe.policy.hub import is_hub_id, resolve_model
@@ -40,6 +41,7 @@ __all__ = [
     "MAX_SHARD_BYTES",
     "PRESETS",
     "Attention",
+    "Companions",
     "CompletedGroup",
     "Completion",
     "GenerationConfig",

@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.rope_settings import DEFAULT_ROPE_THETA, rope_settings
 from troupe.policy.rotary import YarnScaling
 
 ARCHITECTURE = "Qwen3ForCausalLM"
-DEFAULT_ROPE_THETA = 10000.0
+_ARCHITECTURES = ([ARCHITECTURE], ["Qwen3Model"])
+"""What a config.json may name; the second is the same network as it is published without a head of its own."""
 
 
 class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +47,8 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
         for key in _SIZES:
             if (value := getattr(self, key)) < 1:
                 raise ModelError(f"{key}: {value} is too small; it must be at least 1")
+            if value > (most := _MOST_LAYERS if key == "num_hidden_layers" else _MOST):
+                raise ModelError(f"{key}: {value} is too large; it must be at most {most}")
         for key in ("rope_theta", "rms_norm_eps"):
             if not (value := getattr(self, key)) > 0 or not math.isfinite(value):
                 raise ModelError(f"{key}: {value} is refused; it must be a finite number above 0")
@@ -75,7 +79,7 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
         """
         _refuse_unsupported(settings)
         known = {field: settings[field] for field in cls.__struct_fields__ if settings.get(field) is not None}
-        known |= _rope(settings)
+        known |= rope_settings(settings)
         eos = settings.get("eos_token_id")
         known["eos_token_id"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
         for key in _REQUIRED:
@@ -124,6 +128,13 @@ _SIZES = (
     "max_position_embeddings",
 )
 _REQUIRED = _SIZES[:6]
+_MOST = 2**31 - 1
+"""What MLX can count along one axis."""
+_MOST_LAYERS = 4096
+"""Far above every network there is: each layer has names of its own, which are all made before a file is looked at."""
+_FULL = "full_attention"
+_DEFAULT_WINDOW = 4096
+"""Of `sliding_window` where a config.json leaves it out, as in transformers; null is none."""
 
 
 def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
@@ -131,62 +142,32 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
     model_type, architectures = settings.get("model_type"), settings.get("architectures")
     if model_type != "qwen3":
         raise ModelError(f"model_type: {model_type!r} is not supported; Troupe trains 'qwen3' models")
-    if architectures is not None and architectures != [ARCHITECTURE]:
+    if architectures is not None and architectures not in _ARCHITECTURES:
         raise ModelError(f"architectures: {architectures!r} is not supported; it must be ['{ARCHITECTURE}']")
     if settings.get("attention_bias"):
         raise ModelError("attention_bias: true is not supported; Qwen3's projections have no bias")
     if (activation := settings.get("hidden_act", "silu")) != "silu":
         raise ModelError(f"hidden_act: {activation!r} is not supported; it must be 'silu'")
-    for key in ("quantization", "quantization_config"):
+    for key in ("quantization", "quantization_config", "compression_config"):
         if settings.get(key):
             raise ModelError(f"{key}: quantized weights cannot be trained; use the unquantized folder of this model")
-    layers = settings.get("layer_types")
-    if layers is not None and any(kind != "full_attention" for kind in layers):
-        raise ModelError(f"layer_types: {sorted(set(layers))} is not supported; every layer must be 'full_attention'")
-    if layers is None and settings.get("use_sliding_window") and settings.get("sliding_window"):
-        raise ModelError(f"use_sliding_window: true (window {settings['sliding_window']}) is not supported")
+    layers, window = settings.get("layer_types"), settings.get("sliding_window", _DEFAULT_WINDOW)
+    if layers is not None:
+        _check_layer_types(layers, settings.get("num_hidden_layers"))
+    elif settings.get("use_sliding_window") and window:
+        raise ModelError(f"use_sliding_window: true (window {window}) is not supported")
+    if settings.get("is_causal") is False or settings.get("use_bidirectional_attention"):
+        key = "is_causal" if settings.get("is_causal") is False else "use_bidirectional_attention"
+        raise ModelError(f"{key}: {settings[key]!r} is not supported; a token sees only those before it")
 
 
-def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys rope_theta and rope_scaling of a `Qwen3Config`, wherever a folder keeps them.
-
-    Newer folders nest both in `rope_parameters`. Where a `rope_scaling` stands beside it, as Qwen's guide to YaRN has
-    one add it, that one counts, as it does in transformers and mlx-lm.
-    """
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(settings.get(key) or {}, Mapping):
-            raise ModelError(f"{key}: {settings[key]!r} is refused; it must be an object")
-    key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
-    chosen, nested = settings.get(key) or {}, settings.get("rope_parameters") or {}
-    if chosen.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"{key}.partial_rotary_factor: {chosen['partial_rotary_factor']} is not supported")
-    thetas = (chosen.get("rope_theta"), settings.get("rope_theta"), nested.get("rope_theta"), DEFAULT_ROPE_THETA)
-    theta = next(theta for theta in thetas if theta is not None)
-    kind = chosen.get("rope_type", chosen.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "yarn":
-        raise ModelError(f"{key}.rope_type: {kind!r} is not supported; it must be 'default' or 'yarn'")
-    return {"rope_theta": theta, "rope_scaling": _yarn(key, chosen, settings)}
-
-
-def _yarn(key: str, given: Mapping[str, Any], settings: Mapping[str, Any]) -> YarnScaling:
-    """Check the scaling under `key`; what it does not say of the trained positions, `settings` says."""
-    scaling = {name: given[name] for name in YarnScaling.__struct_fields__ if given.get(name) is not None}
-    if "factor" not in scaling:
-        raise ModelError(f"{key}.factor: missing; YaRN must be told how far to stretch, such as 4.0")
-    trained = settings.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-    scaling["original_max_position_embeddings"] = trained or settings.get("max_position_embeddings", 32768)
-    for field in msgspec.structs.fields(YarnScaling):  # one at a time, so that the message can name the key
-        if field.name in scaling:
-            try:
-                msgspec.convert(scaling[field.name], field.type)
-            except msgspec.ValidationError as error:
-                raise ModelError(f"{key}.{field.name}: {scaling[field.name]!r} is refused: {error}") from None
-    try:
-        return msgspec.convert(scaling, YarnScaling)
-    except ModelError as error:
-        raise ModelError(f"{key}.{error}") from None
+def _check_layer_types(layers: Any, count: Any) -> None:
+    if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
+        raise ModelError(f"layer_types: {layers!r} is refused; it must be a list of names, one a layer")
+    if any(kind != _FULL for kind in layers):
+        raise ModelError(f"layer_types: {sorted(set(layers))} is not supported; every layer must be '{_FULL}'")
+    if len(layers) != count:
+        raise ModelError(f"layer_types: {len(layers)} entries are refused; num_hidden_layers is {count}")
 
 
 def _published(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> Qwen3Config:

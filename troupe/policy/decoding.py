@@ -9,12 +9,14 @@ prompt's last ones, as in mlx-lm.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
+from troupe.errors import RunError
 from troupe.policy import cuda_kernels
 from troupe.policy.cache import DecodingCache, PiecedPromptCache, PromptCache, join_prompts
 from troupe.policy.cuda_decoding import CudaDecodingCache
@@ -180,10 +182,24 @@ class Batch:
         t, rows, arrays = self._unread.popleft()
         ids = cast("list[int]", arrays[0].tolist())
         log_probs = [cast("list[float]", column.tolist()) for column in arrays[1:]]
+        is_sound = math.isfinite(sum(log_probs[0]))
         for place, row in enumerate(rows):
             if row.finish_reason is not None or len(row.token_ids) > t:
                 continue  # the row ended while this token was on its way, or it is a filler's copy
+            if not is_sound and not math.isfinite(log_probs[0][place]):
+                raise self._not_finite(t, row)
             row.push(ids[place], log_probs[0][place], log_probs[-1][place])
+
+    def _not_finite(self, t: int, row: Row) -> RunError:
+        """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
+        weights, _ = self._engine.current_weights()
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("mlx.core.")
+        return RunError(
+            f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "
+            f"nothing can be drawn from them; the network overflows in {dtype} with the weights of version "
+            f"{self._versions[t]}: hold them in a type with more room (model.dtype, --dtype), or use weights from "
+            "before they grew so large"
+        )
 
     def _compact(self) -> None:
         """Drop finished rows from the device's batch, where that saves rows."""

@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from troupe.policy.folders import COMPANION_FILES, CONFIG_FILE, INDEX_FILE
+from troupe.policy.companions import COMPANION_FILES
+from troupe.policy.weight_files import CONFIG_FILE, INDEX_FILE
 
 SAMPLES, SAMPLE_BYTES = 64, 16_384
 """Pieces of each file of weights that are looked at, evenly spaced, and how long each is."""

@@ -1,179 +1,210 @@
 """Model folders as Hugging Face lays them out: config.json, safetensors whole or in shards, tokenizer files.
 
-Knows names, shapes and types of what lies in a folder, and reads only from the disk. Knows nothing of where folders
-come from, of text, nor of training.
+Knows shapes and types of what lies in a folder, and reads only from the disk; the rest of what there is to know of one
+is next door: which files (`weight_files.py`), which names (`tensor_names.py`), what lies beside (`companions.py`).
+Knows nothing of where folders come from, of text, nor of training.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import msgspec
-from safetensors import SafetensorError, safe_open
 
 from troupe.errors import InputError, ModelError
 from troupe.policy.architecture import Qwen3Config
+from troupe.policy.companions import COMPANION_FILES as COMPANION_FILES  # where callers look for it
+from troupe.policy.companions import DTYPES, Companions
 from troupe.policy.elementwise import is_on_cpu
 from troupe.policy.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
-
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    GENERATION_CONFIG_FILE,
+from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
+from troupe.policy.weight_files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_NAME,
+    check_folder,
+    names_given_twice,
+    read_json,
+    stored_tensors,
+    weight_files,
 )
-"""What travels with the weights, byte for byte, from a model folder into every folder made from it."""
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 MAX_SHARD_BYTES = 5_000_000_000
 """Where Hugging Face's tools split a model by default."""
-_WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_SHOWN = 6
+"""Faults that a message lists; where each of many tensors has one, the first tell enough."""
+_INTEGERS = {2: (mx.uint16, mx.int16), 4: (mx.uint32, mx.int32)}
+_INFINITY = {mx.float32: 0x7F800000, mx.bfloat16: 0x7F80, mx.float16: 0x7C00}
+"""By its bits, as an integer; numbers that are not finite begin with it, whatever their sign."""
+
+
+_ROOM = {mx.float16: 5, mx.bfloat16: 8, mx.float32: 9}
+"""Orders the types by the largest number that each has room for; float32 has a little more than bfloat16."""
+_AT_ONCE = 16
+"""Tensors that are read, cast and looked at together."""
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    name: str
 
 
 def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3Config, Weights]:
     """Read config.json and the safetensors of a folder → (config, evaluated weights).
 
     `dtype`: a name of `DTYPES`; None keeps what is stored, or where that is several types, the one of the embedding for
-    all; except that on a CPU everything becomes float32, the only type with fast matrix products there. Raises
-    ModelError, which names the folder, the file and every bad tensor.
+    all; except that on a CPU everything becomes float32, the only type with fast matrix products there. Tensors may
+    have other prefixes than Hugging Face's (`canonical_name`). Where an own `lm_head.weight` lies beside
+    tie_word_embeddings: true and is not the embedding, it is kept, and the config says that they are not tied. Raises
+    ModelError, which names the folder, the file and bad tensors: those that hold NaN or infinity in that type, too.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype: {dtype!r} is refused; it must be one of {', '.join(DTYPES)}")
     folder = Path(path)
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such model folder; give one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelError(f"{folder}: holds no {CONFIG_FILE}, so it is no model folder")
+    check_folder(folder)
     try:
         config = Qwen3Config.from_dict(read_json(folder / CONFIG_FILE))
     except ModelError as error:
         message = str(error)
         raise ModelError(message if message.startswith(str(folder)) else f"{folder / CONFIG_FILE}: {message}") from None
-    files = _weight_files(folder)
-    _check_tensors(folder, config, files)
-    target = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else None
-    wanted = expected_shapes(config)
+    places = _check_tensors(folder, config, weight_files(folder))
+    stored = _load(places)
+    if config.tie_word_embeddings and HEAD in stored:
+        if _are_equal(stored[HEAD], stored[EMBEDDING]):
+            del stored[HEAD]
+        else:
+            config = msgspec.structs.replace(config, tie_word_embeddings=False)
+    kept = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else stored[EMBEDDING].dtype
+    weights = _finite(folder, places, stored, kept)
+    return config, {name: weights[name] for name in expected_shapes(config)}
+
+
+def _load(places: Mapping[str, _Stored]) -> dict[str, mx.array]:
+    """The tensors under our names, not evaluated."""
     weights: dict[str, mx.array] = {}
-    for file in files:
+    for file in sorted({place.file for place in places.values()}):
         tensors = mx.load(str(file))
         assert isinstance(tensors, dict)
-        for name in wanted.keys() & tensors.keys():
-            weights[name] = tensors[name]
-    kept = target or weights[EMBEDDING].dtype
-    weights = {name: tensor.astype(kept) for name, tensor in weights.items()}  # no copy where that is its type
-    mx.eval(weights)
-    return config, {name: weights[name] for name in wanted}
+        weights |= {name: tensors[place.name] for name, place in places.items() if place.file == file}
+    return weights
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ModelError, naming the file, where there is none."""
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
-        raise ModelError(f"{file}: not a JSON object: {error}") from None
+def _are_equal(a: mx.array, b: mx.array) -> bool:
+    if a.dtype != b.dtype:
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return bool(mx.array_equal(a, b).item())
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the whole one, else the shards that the index names."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise ModelError(f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; convert the weights to safetensors")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError(f"{index}: weight_map: missing, or not an object of tensor name → file name")
-    shards = []
-    for name in sorted(set(weight_map.values())):
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise ModelError(f"{index}: weight_map: {name!r} leads out of the folder; shards must lie beside the index")
-        if not (folder / name).is_file():
-            raise ModelError(f"{index}: weight_map: the shard {name} is missing from {folder}")
-        shards.append(folder / name)
-    return shards
-
-
-def _stored_tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name → (dtype, shape) of what a safetensors file holds; the data are not read."""
-    tensors = {}
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            for name in stored.keys():  # noqa: SIM118 - no mapping: it has `keys` alone
-                entry = stored.get_slice(name)
-                tensors[name] = (str(entry.get_dtype()), tuple(entry.get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: truncated, damaged or no safetensors file ({error}); copy it again") from None
-    return tensors
-
-
-def _names_given_twice(file: Path) -> list[str]:
-    """Tensors that the header of a sound safetensors file lists more than once; readers silently take one of them."""
-    names: list[str] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        names[:] = [name for name, _ in pairs]  # the outermost object is closed last
-
-    with file.open("rb") as stored:
-        json.loads(stored.read(int.from_bytes(stored.read(8), "little")), object_pairs_hook=note)
-    return sorted(name for name, count in Counter(names).items() if count > 1)
-
-
-def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> None:
-    """Raise one ModelError that lists every missing, unexpected, mis-shaped or non-float tensor."""
+def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> dict[str, _Stored]:
+    """Where each tensor of the network is, with the head of its own that a tied one may have. Raises one ModelError
+    that tells of missing, unexpected, mis-shaped and non-float tensors, and why, where that is known."""
     wanted = expected_shapes(config)
+    shapes = wanted | {HEAD: wanted[EMBEDDING]}
+    places: dict[str, _Stored] = {}
     faults: list[str] = []
-    found: set[str] = set()
+    unexpected: list[str] = []
     for file in files:
-        stored = _stored_tensors(file)
-        faults += [f"{name}: stored twice in {file.name}" for name in _names_given_twice(file)]
+        stored = stored_tensors(file)
+        faults += [f"{name}: stored twice in {file.name}" for name in names_given_twice(file)]
         for name, (dtype, shape) in stored.items():
-            if name in found:
-                faults.append(f"{name}: stored twice")
-            found.add(name)
-            if name not in wanted:
-                if name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+            known = canonical_name(name)
+            if known not in shapes:
+                if not is_harmless(name):
+                    unexpected.append(name)
                     faults.append(f"{name}: unexpected in {file.name}")
-            elif shape != wanted[name]:
-                faults.append(f"{name}: shape {list(shape)} in {file.name}, config.json asks for {list(wanted[name])}")
+                continue
+            if known in places:
+                other = places[known].name
+                faults.append(f"{known}: stored twice" + ("" if other == name else f", as {other} and as {name}"))
+            elif shape != shapes[known]:
+                faults.append(f"{name}: shape {list(shape)} in {file.name}, config.json asks for {list(shapes[known])}")
             elif dtype not in ("F32", "BF16", "F16"):
                 faults.append(f"{name}: dtype {dtype} in {file.name}, only F32, BF16 and F16 can be trained")
-    faults += [f"{name}: missing" for name in wanted.keys() - found]
+            places[known] = _Stored(file, name)
+    missing = wanted.keys() - places.keys()
+    faults += [f"{name}: missing" for name in missing]
     if faults:
-        raise ModelError(
-            f"{folder}: {len(faults)} bad tensor(s) for its config.json:\n  " + "\n  ".join(sorted(faults))
-        )
+        cause = what_the_names_tell(missing, unexpected, config.num_hidden_layers)
+        why = f" {cause}" if cause else ""
+        raise ModelError(f"{folder}: {len(faults)} bad tensor(s) for its config.json:{why}{_listed(faults)}")
+    return places
+
+
+def _finite(
+    folder: Path, places: Mapping[str, _Stored], stored: dict[str, mx.array], kept: mx.Dtype
+) -> dict[str, mx.array]:
+    """Take all of `stored` and give it evaluated, in the type `kept`. Raises ModelError where a number is not finite.
+
+    As integers numbers of one sign are ordered by size, so that the largest of each sign tells: two reductions a
+    tensor, which copy nothing. What a type cannot lose is looked at in the fewer bytes that are stored.
+    """
+    weights: dict[str, mx.array] = {}
+    bad: list[str] = []
+    names = list(stored)
+    for start in range(0, len(names), _AT_ONCE):
+        extremes = []
+        for name in names[start : start + _AT_ONCE]:
+            tensor = stored.pop(name)  # or its memory would stay beside that of the other type
+            weights[name] = tensor.astype(kept)  # no copy where that is its type
+            seen = weights[name] if _ROOM[kept] < _ROOM[tensor.dtype] else tensor
+            unsigned, signed = _INTEGERS[seen.dtype.size]
+            extremes.append((name, seen.dtype, mx.max(mx.view(seen, signed)), mx.max(mx.view(seen, unsigned))))
+            del tensor, seen
+        mx.eval([weights[name] for name, *_ in extremes], [extreme[2:] for extreme in extremes])
+        for name, dtype, above, below in extremes:
+            infinity, sign = _INFINITY[dtype], 1 << (8 * dtype.size - 1)
+            if int(above.item()) >= infinity or int(below.item()) >= sign + infinity:  # type: ignore[arg-type]
+                bad.append(name)
+    if bad:
+        raise ModelError(_what_is_not_finite(folder, places, kept, bad))
+    return weights
+
+
+def _what_is_not_finite(folder: Path, places: Mapping[str, _Stored], kept: mx.Dtype, bad: list[str]) -> str:
+    held = next(key for key, dtype in DTYPES.items() if dtype == kept)
+    faults, is_room = [], True
+    for name in bad:
+        file, stored = places[name]
+        was_finite = bool(mx.all(mx.isfinite(_load({name: places[name]})[name])).item())
+        is_room &= was_finite
+        reason = f"not finite in {held}, which has no room for its numbers" if was_finite else "not finite"
+        faults.append(f"{stored}: {reason} (in {file.name})")
+    remedy = (
+        "hold the weights in another type (model.dtype, --dtype)"
+        if is_room
+        else "such weights cannot be used; copy the model again, or take one from before it diverged"
+    )
+    return f"{folder}: NaN or infinity in {len(faults)} tensor(s); {remedy}:{_listed(faults)}"
+
+
+def _listed(faults: list[str]) -> str:
+    """One a line, but no more than are read."""
+    shown = sorted(faults)[:_SHOWN]
+    more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+    return "".join(f"\n  {line}" for line in (*shown, *more))
 
 
 def save_model_folder(
     path: str | Path,
     config: Qwen3Config,
     weights: Weights,
-    source: str | Path | None = None,
+    source: str | Path | Companions | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
     """Write a folder that transformers and mlx-lm load: config.json, the weights, and the files beside them.
 
     The weights go into model.safetensors or, where they are more than `max_shard_bytes`, into shards of at most so many
     bytes with an index (a tensor that is larger has a shard of its own). config.json, the tokenizer's files and
-    generation_config.json are byte copies of those in the folder `source`, but for the type that config.json names,
-    where the weights are held in another; without one config.json is made from `config`. Older weights in the folder
-    are removed. Not atomic: `checkpoint` gives a folder its name when it is whole. Raises InputError for a limit below
-    1.
+    generation_config.json are byte copies of those of `source`, a model folder or what was kept of one, but for what
+    config.json says of type and head where these weights are otherwise; without one config.json is made from `config`.
+    Older weights in the folder are removed. Not atomic: `checkpoint` gives a folder its name when it is whole. Raises
+    InputError for a limit below 1.
     """
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes: {max_shard_bytes} is refused; give at least 1, or None for one file")
@@ -182,33 +213,16 @@ def save_model_folder(
     in_order = {name: weights[name] for name in expected_shapes(config)}  # equal weights make equal files
     written = set(_save_weights(folder, in_order, max_shard_bytes))
     for file in folder.iterdir():
-        if _WEIGHTS_NAME.fullmatch(file.name) and file.name not in written:
+        if WEIGHTS_NAME.fullmatch(file.name) and file.name not in written:
             file.unlink()  # else a reader might take it for these weights
-    save_companions(folder, config, weights, source)
+    companions_of(source).write(folder, config, weights)
 
 
-def save_companions(folder: Path, config: Qwen3Config, weights: Weights, source: str | Path | None = None) -> None:
-    """Write what stands beside the weights in a model folder, as `save_model_folder` does."""
-    origin = None if source is None else Path(source)
-    if origin is None or not (origin / CONFIG_FILE).is_file():
-        text = msgspec.json.format(msgspec.json.encode(config.to_dict()), indent=2)
-        (folder / CONFIG_FILE).write_bytes(text + b"\n")
-    if origin is not None:
-        rank_files = sorted(file.name for file in origin.glob("*.tiktoken"))
-        for name in (CONFIG_FILE, *COMPANION_FILES, *rank_files):
-            original, copy = origin / name, folder / name
-            if original.is_file() and original.resolve() != copy.resolve():
-                shutil.copyfile(original, copy)
-    _name_dtype(folder / CONFIG_FILE, weights)
-
-
-def _name_dtype(file: Path, weights: Weights) -> None:
-    """Correct the type that a config.json names to that of the weights, for transformers loads them in that type."""
-    held = next(name for name, dtype in DTYPES.items() if dtype == weights[EMBEDDING].dtype)
-    settings = read_json(file)
-    wrong = {key: held for key in ("dtype", "torch_dtype") if settings.get(key) not in (None, held)}
-    if wrong:
-        file.write_bytes(msgspec.json.format(msgspec.json.encode(settings | wrong), indent=2) + b"\n")
+def companions_of(source: str | Path | Companions | None) -> Companions:
+    """Those that were kept, or that a model folder has now."""
+    if isinstance(source, Companions):
+        return source
+    return Companions() if source is None else Companions.of(Path(source))
 
 
 def _save_weights(folder: Path, weights: Weights, max_shard_bytes: int | None) -> Iterator[str]:

@@ -12,10 +12,8 @@ import os
 import re
 from pathlib import Path
 
-import msgspec
-
 from troupe.errors import ModelError
-from troupe.policy.folders import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from troupe.policy.weight_files import CONFIG_FILE, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = "main"
@@ -79,16 +77,7 @@ def _snapshot(name: str) -> Path | None:
 
 def _is_whole(snapshot: Path) -> bool:
     """Whether config.json and all weights are there; a fetch that was cut off leaves fewer."""
-    if not (snapshot / CONFIG_FILE).is_file():
-        return False
-    if (snapshot / WEIGHTS_FILE).is_file():
-        return True
     try:
-        index = msgspec.json.decode((snapshot / INDEX_FILE).read_bytes(), type=_Index)
-    except (OSError, msgspec.MsgspecError):
+        return (snapshot / CONFIG_FILE).is_file() and bool(weight_files(snapshot))
+    except ModelError:
         return False
-    return all((snapshot / shard).is_file() for shard in set(index.weight_map.values()))
-
-
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]

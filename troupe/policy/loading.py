@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -16,20 +17,15 @@ import msgspec
 
 from troupe.errors import InputError, ModelError
 from troupe.policy.architecture import Qwen3Config
+from troupe.policy.companions import DTYPES, GENERATION_CONFIG_FILE, Companions
 from troupe.policy.completions import completion_statistics
-from troupe.policy.folders import (
-    DTYPES,
-    GENERATION_CONFIG_FILE,
-    MAX_SHARD_BYTES,
-    read_json,
-    read_model_folder,
-    save_model_folder,
-)
+from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.hub import resolve_model
 from troupe.policy.qwen3 import EMBEDDING, Weights, hidden_states, init_weights, project
 from troupe.policy.rollout import GenerationConfig
 from troupe.policy.text import TextPrompt, complete_texts, stream_text
 from troupe.policy.tokenizer import Tokenizer
+from troupe.policy.weight_files import CONFIG_FILE, parse_json
 
 ROWS_AT_ONCE = 32
 """Completions that `Policy.compute_log_probs` lays out at a time."""
@@ -45,13 +41,33 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Policy:
-    """A language model in memory: `config`, `weights`, and the folder `path` it came from (None: made at random)."""
+    """A language model in memory: `config`, `weights`, and the folder `path` it came from (None: made at random).
 
-    def __init__(self, config: Qwen3Config, weights: Weights, path: Path | None = None) -> None:
+    `companions`: what lay beside the weights when they were read. What the folder holds later does not count, but for
+    the tokenizer, which is read when it is first asked for.
+    """
+
+    def __init__(
+        self, config: Qwen3Config, weights: Weights, path: Path | None = None, companions: Companions | None = None
+    ) -> None:
+        """`companions`: None reads them from the folder now, where there is one. Raises ModelError as
+        `Companions.of`."""
         self.config = config
         self.weights = weights
         self.path = path
+        self.companions = Companions() if path is None else Companions.of(path) if companions is None else companions
         self._tokenizer: Tokenizer | None = None
+        self._eos_ids: frozenset[int] | None = None
+
+    def having(
+        self, weights: Weights, *, config: Qwen3Config | None = None, eos_ids: frozenset[int] | None = None
+    ) -> Policy:
+        """The same policy with other weights, which reads nothing again; where given, with another `config` of the same
+        vocabulary, or other ids that end a text."""
+        other = Policy(self.config if config is None else config, weights, self.path, self.companions)
+        other._tokenizer = self._tokenizer
+        other._eos_ids = self._eos_ids if eos_ids is None else eos_ids
+        return other
 
     @property
     def dtype(self) -> str:
@@ -69,12 +85,45 @@ class Policy:
         return self._tokenizer
 
     @property
+    def notices(self) -> list[str]:
+        """What a user should know of how the folder was read, one line each."""
+        settings = parse_json(Path(CONFIG_FILE), self.companions.files.get(CONFIG_FILE, b"{}"))
+        if self.config.tie_word_embeddings or not settings.get("tie_word_embeddings"):
+            return []
+        return [
+            f"{self.path}: config.json says tie_word_embeddings: true, but the lm_head.weight beside it is not the "
+            "embedding: it is kept, as a matrix of its own, and what is saved says so"
+        ]
+
+    @property
     def eos_ids(self) -> frozenset[int]:
-        """Ids that end a text: generation_config.json's eos_token_id (one or a list), else config.json's."""
-        file = None if self.path is None else self.path / GENERATION_CONFIG_FILE
-        eos = read_json(file).get("eos_token_id") if file is not None and file.is_file() else None
+        """Ids that end a text: those of generation_config.json and of config.json (eos_token_id, one or a list) and the
+        tokenizer's eos_token, all of them, as in TRL and mlx-lm; a folder need not have a tokenizer that can be loaded.
+        Raises ModelError where one of them is no id."""
+        if self._eos_ids is None:
+            ids = {*(self._generation_eos_ids() or ()), *(i for i in self.config.eos_token_id if i >= 0)}  # −1: none
+            if self.companions.have_tokenizer:
+                with suppress(ModelError):  # of a kind that is not known: who wants text of it is told
+                    ids |= {self.tokenizer.eos_token_id} - {None}
+            self._eos_ids = frozenset(ids)
+        return self._eos_ids
+
+    @property
+    def eos_ids_by_one_file(self) -> frozenset[int]:
+        """Those of generation_config.json, else of config.json: what ended a text in runs whose checkpoints do not say
+        which ids did."""
+        generation = self._generation_eos_ids()
+        return frozenset(self.config.eos_token_id) if generation is None else generation
+
+    def _generation_eos_ids(self) -> frozenset[int] | None:
+        """None where generation_config.json names none."""
+        content = self.companions.files.get(GENERATION_CONFIG_FILE)
+        if content is None or self.path is None:
+            return None
+        file = self.path / GENERATION_CONFIG_FILE
+        eos = parse_json(file, content).get("eos_token_id")
         if eos is None:
-            return frozenset(self.config.eos_token_id)
+            return None
         ids = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise ModelError(f"{file}: eos_token_id: {eos!r} is refused; it must be an id or a list of ids")
@@ -156,7 +205,7 @@ class Policy:
 
     def save(self, path: str | Path, max_shard_bytes: int | None = MAX_SHARD_BYTES) -> None:
         """Write the policy as a model folder; see `save_model_folder`."""
-        save_model_folder(path, self.config, self.weights, self.path, max_shard_bytes)
+        save_model_folder(path, self.config, self.weights, self.companions, max_shard_bytes)
 
 
 def _one_completion(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> GenerationConfig:
@@ -186,7 +235,7 @@ def load_policy(path: str | Path, dtype: str | None = None) -> Policy:
     """
     folder = resolve_model(path)
     config, weights = read_model_folder(folder, dtype)
-    return Policy(config, weights, folder)
+    return Policy(config, weights, folder, Companions.of(folder))
 
 
 def random_policy(config: Qwen3Config, seed: int = 0, dtype: str = "float32") -> Policy:

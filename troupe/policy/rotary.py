@@ -16,6 +16,8 @@ import msgspec
 
 from troupe.errors import ModelError
 
+_MOST_POSITIONS = 2**31
+
 
 class YarnScaling(msgspec.Struct, frozen=True, kw_only=True):
     """How far YaRN stretches the positions that a network was trained on; names as in `rope_scaling`."""
@@ -44,6 +46,11 @@ class YarnScaling(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelError(
                 f"original_max_position_embeddings: {self.original_max_position_embeddings} is too small; it must be "
                 "at least 1"
+            )
+        if self.factor * self.original_max_position_embeddings >= _MOST_POSITIONS:
+            raise ModelError(
+                f"factor: {self.factor} is too large; it makes more positions of "
+                f"{self.original_max_position_embeddings} than can be counted"
             )
         for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             value = getattr(self, key)
