@@ -46,8 +46,7 @@ GRPO_CONFIG = (
     _a("learning_rate", "learner.lr", "the same default, 1e-6"),
     _a("lr_scheduler_type", "learner.lr_scheduler", "`linear`, `cosine`, `constant`"),
     _same("learner", "warmup_steps", note="a number of updates"),
-    _same("learner", "weight_decay"),
-    _same("learner", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    _same("learner", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     _same("learner", "max_grad_norm", note="0 never clips"),
     _a("shuffle_dataset", "data.shuffle"),
     _same("data", "chat_template_kwargs"),
@@ -56,25 +55,17 @@ GRPO_CONFIG = (
     _same("generation", "temperature", "top_p", "top_k", "min_p"),
     _same("generation", "repetition_penalty", note="over the last `generation.repetition_context_size` tokens"),
     _a("generation_kwargs", "generation.logit_bias generation.stop", "each has a key; these and others"),
-    _same("learner", "loss_type"),
-    _same("learner", "beta"),
+    _same("learner", "loss_type", "beta", "importance_sampling_level", "multi_objective_aggregation"),
     _same("learner", "epsilon", "epsilon_high", "delta"),
-    _same("learner", "importance_sampling_level"),
     _same("learner", "scale_rewards", note='texts only: `"group"`, `"batch"`, `"none"`'),
-    _same("learner", "multi_objective_aggregation"),
     _a("reward_weights", "rewards.weights"),
     _same("learner", "mask_truncated_completions", note="a stop string's end is no truncation"),
-    _same("learner", "sync_ref_model"),
-    _same("learner", "ref_model_mixup_alpha", "ref_model_sync_steps"),
-    _same("learner", "top_entropy_quantile"),
-    _same("learner", "entropy_coef", "use_adaptive_entropy"),
-    _same("learner", "entropy_target", "entropy_coef_delta"),
-    _same("learner", "entropy_coef_min", "entropy_coef_max"),
+    _same("learner", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    _same("learner", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
+    _same("learner", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
     _same("learner", "sapo_temperature_pos", "sapo_temperature_neg"),
-    _same("learner", "vespo_k_pos", "vespo_lambda_pos"),
-    _same("learner", "vespo_k_neg", "vespo_lambda_neg"),
-    _same("learner", "off_policy_mask_threshold"),
-    _same("learner", "use_bias_correction_kl"),
+    _same("learner", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    _same("learner", "off_policy_mask_threshold", "use_bias_correction_kl"),
     _same(
         "learner",
         "vllm_importance_sampling_correction",
@@ -97,10 +88,14 @@ GRPO_CONFIG = (
     _a("log_completions", "metrics.sinks", "`sqlite`, which is on by default, has all of them; `troupe inspect`"),
     _a("num_completions_to_print", "metrics.completions", "for the trackers; `troupe inspect` shows any"),
     _a("log_level", "daemon.log_level", "the console says one line a step"),
-    _a("full_determinism", "schedule.mode", "`pinned`, the default, always is deterministic"),
+    _a(
+        "full_determinism data_seed",
+        "schedule.mode seed",
+        "the default mode, `pinned`, is deterministic; one seed for all",
+    ),
 )
 
-TRL_COMMAND_LINE = (
+OTHER_COMMANDS = (
     _a("--model_name_or_path", "model.path", "Qwen3 only, all weights"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
     _a(
@@ -111,6 +106,12 @@ TRL_COMMAND_LINE = (
     _a("--dataset_test_split", "data.eval_path", "within the name: `hf:NAME?split=…`"),
     _a("--dtype --torch_dtype", "model.dtype"),
     _a("--reward_model_name_or_path", "rewards.functions", "a reward model is yours to call, in a function"),
+    _a("--max-tokens --max-new-tokens", "generation.max_completion_length"),
+    _a("--temp", "generation.temperature"),
+    _a("--system-prompt", "data.system_prompt"),
+    _a("--num-return-sequences", "generation.num_generations"),
+    _a("--apply-chat-template --use-default-chat-template", "data.chat"),
+    _a("--chat-template-config", "data.chat_template_kwargs"),
 )
 
 MLX_LM_LORA = (
@@ -150,60 +151,47 @@ MLX_LM_LORA = (
     _a("--seed", "seed"),
 )
 
-MLX_LM_GENERATE = (
-    _a("--max-tokens --max-new-tokens", "generation.max_completion_length"),
-    _a("--temp", "generation.temperature"),
-    _a("--system-prompt", "data.system_prompt"),
-    _a("--num-return-sequences", "generation.num_generations"),
-    _a("--apply-chat-template --use-default-chat-template", "data.chat"),
-    _a("--chat-template-config", "data.chat_template_kwargs"),
-)
-
 ABSENT = (
-    _a(
-        "use_vllm vllm_mode vllm_server_host vllm_server_port vllm_gpu_memory_utilization",
-        "",
-        "Troupe generates itself",
-    ),
-    _a(
-        "use_transformers_paged use_transformers_continuous_batching cache_implementation",
-        "",
-        "Troupe generates itself",
-    ),
+    _a("use_vllm vllm_… use_transformers_… transformers_… cache_implementation", "", "Troupe generates itself"),
     _a(
         "steps_per_generation generation_batch_size",
         "",
         "every update takes the whole batch; `learner.num_iterations` takes it several times",
     ),
     _a(
-        "eval_strategy eval_steps per_device_eval_batch_size num_generations_eval",
+        "eval_strategy eval_… per_device_eval_batch_size num_generations_eval --test-batches",
         "",
         "held-out rows (`data.eval_path`) are completed before and after the run, not during it",
     ),
-    _a("optim", "", "AdamW always"),
+    _a("optim optim_… --optimizer lr_scheduler_kwargs", "", "AdamW always; the schedules have no further settings"),
     _a("warmup_ratio", "", "give a number of updates, `learner.warmup_steps`"),
     _a("max_prompt_length", "", "prompts are not cut; `data.max_prompt_tokens` refuses longer ones"),
-    _a("deepspeed fsdp accelerator_config ddp_backend local_rank", "", "one device learns"),
-    _a("use_liger_kernel torch_compile", "", "the kernels are MLX's and Troupe's own"),
-    _a("push_to_hub hub_model_id", "", "`hf upload NAME OUT/final` does it"),
-    _a("remove_unused_columns", "", "rewards see all columns"),
-    _a("dataloader_num_workers dataloader_drop_last", "", "all prompts are in memory, and none is dropped"),
-    _a("trust_remote_code", "", "code of a model folder is never run"),
-    _a("do_train do_eval", "", "`troupe train` and `troupe eval` are commands"),
+    _a("deepspeed fsdp fsdp_… accelerator_config ddp_… ds3_… local_rank", "", "one device learns"),
+    _a("use_liger_kernel liger_… torch_… attn_implementation", "", "the kernels are MLX's and Troupe's own"),
+    _a("--clear-cache-threshold --prefill-step-size", "", "memory is kept below `memory_limit_gb`"),
+    _a(
+        "model_init_kwargs disable_dropout cast_lm_head_to_fp32 router_aux_loss_coef",
+        "",
+        "Qwen3 without experts, which has no dropout; its type is `model.dtype`",
+    ),
+    _a("push_to_hub hub_… log_completions_hub_repo", "", "`hf upload NAME OUT/final` does it"),
+    _a("remove_unused_columns log_multimodal log_unique_prompts", "", "rewards and `run.sqlite` have all columns"),
+    _a("dataloader_… streaming dataset_streaming pad_to_multiple_of", "", "all prompts are in memory, none is padded"),
+    _a(
+        "trust_remote_code model_revision",
+        "",
+        "code of a model folder is never run; fetch a revision with `hf download`",
+    ),
+    _a("do_train do_eval --train --test", "", "`troupe train` and `troupe eval` are commands"),
     _a("max_tool_calling_iterations tools environment_factory rollout_func", "", "one turn, no tools"),
     _a(
-        "peft_config use_peft lora_r lora_alpha lora_dropout --lora-parameters --num-layers",
+        "peft_config use_peft lora_… use_rslora use_dora --num-layers --train-type --fine-tune-type --train-mode",
         "",
-        "all weights are trained; there are no adapters",
+        "all weights are trained, by GRPO and without adapters",
     ),
-    _a("--train-type --fine-tune-type --train-mode", "", "all weights are trained, by GRPO"),
     _a(
-        "load_in_4bit load_in_8bit --load-in-4bits --load-in-6bits --load-in-8bits --quantize",
-        "",
-        "no quantized training; `mlx_lm.convert` quantizes `final/`",
+        "load_in_… bnb_… qat_… --quantize-activations", "", "no quantized training; `mlx_lm.convert` quantizes `final/`"
     ),
-    _a("attn_implementation", "", "there is one for each device, chosen by it"),
-    _a("--train --test", "", "`troupe train` and `troupe eval` are commands"),
     _a("--mask-prompt", "", "only completions are learned from"),
     _a(
         "--judge --reference-model-path",
@@ -211,11 +199,13 @@ ABSENT = (
         "a judge is a reward function of yours; the reference is the model that the run begins with",
     ),
     _a("--config -c", "", "the file is given without a flag: `troupe train RUN.toml`, in TOML"),
-    _a("--kv-bits --max-kv-size --prompt-cache-file --draft-model", "", "the cache is whole and in the weights' type"),
+    _a("--kv-… --max-kv-size --quantized-kv-start --prompt-cache-file", "", "the cache is whole, in the weights' type"),
+    _a("--draft-model --num-draft-tokens --image --prefill-response", "", "one model continues one text"),
     _a("--ignore-chat-template", "", "texts go to the model as they are, unless `--chat` is given"),
-    _a("--verbose -v", "", "there is nothing to turn on: `--json` has all figures"),
+    _a("--verbose -v", "", "`--json` has all figures"),
     _a("--extra-eos-token", "", "stop strings are `generation.stop` of a run"),
 )
+"""A name that ends in … stands for all that begin so."""
 
 COMMANDS = {
     "grpo": "train",
@@ -247,8 +237,7 @@ COMMANDS = {
 TABLES = {
     "GRPOConfig": GRPO_CONFIG,
     "mlx-lm-lora": MLX_LM_LORA,
-    "TRL's command line": TRL_COMMAND_LINE,
-    "mlx-lm's generate": MLX_LM_GENERATE,
+    "other commands": OTHER_COMMANDS,
     "absent": ABSENT,
 }
 """What is written into the documents, by the names that the marks there have."""
@@ -268,12 +257,14 @@ def normalized(name: str) -> str:
 
 def meaning_of(name: str) -> Meaning | None:
     """What a foreign name is here; None where the table does not know it."""
-    return _MEANINGS.get(normalized(name))
+    name = normalized(name)
+    family = next((meaning for start, meaning in _FAMILIES.items() if name.startswith(start)), None)
+    return _MEANINGS.get(name) or family
 
 
 def known_names() -> list[str]:
     """All foreign names, normalized."""
-    return list(_MEANINGS)
+    return [name for name in _MEANINGS if not name.endswith("…")]
 
 
 def _meanings() -> dict[str, Meaning]:
@@ -288,3 +279,4 @@ def _meanings() -> dict[str, Meaning]:
 
 
 _MEANINGS = _meanings()
+_FAMILIES = {name.removesuffix("…"): meaning for name, meaning in _MEANINGS.items() if name.endswith("…")}

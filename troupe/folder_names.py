@@ -8,6 +8,9 @@ from pathlib import Path
 
 from troupe.errors import ModelError, OutputError
 
+_OF_A_RUN = ("final", "checkpoints", "metrics.jsonl", "run.sqlite", "run.lock", "summary.json")
+"""One of these lies beside `run.toml` where a run has begun, and not where somebody keeps a file of that name."""
+
 
 def run_folder_named(name: str) -> Path:
     """The absolute path of a run folder, which need not exist.
@@ -34,7 +37,8 @@ def policy_folder(path: Path) -> Path:
 
     ModelError where that run has none yet, which names its newest checkpoint.
     """
-    if (path / "config.json").exists() or not (path / "run.toml").is_file():
+    began = (path / "run.toml").is_file() and any((path / name).exists() for name in _OF_A_RUN)
+    if not began or (path / "config.json").exists():
         return path
     if (path / "final" / "config.json").is_file():
         return path / "final"
