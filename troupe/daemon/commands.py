@@ -22,8 +22,9 @@ from troupe.daemon.orders import Order
 from troupe.daemon.place import read_address
 from troupe.daemon.protocol import Reply, Request, encode_line
 from troupe.daemon.units import launchd, systemd
-from troupe.errors import ConfigError, RunError
+from troupe.errors import ConfigError, InputError, RunError
 from troupe.flags import Command
+from troupe.installing import unusable_backend
 from troupe.messages import (
     Checkpoint,
     Drain,
@@ -90,6 +91,8 @@ def daemon(
     if print_unit is not None:
         tell({"systemd": systemd, "launchd": launchd}[print_unit](order), newline=False)
         return
+    if (unusable := unusable_backend()) is not None:  # the trainer's, which would only fail again and again
+        raise InputError(unusable)
     sys.exit(anyio.run(keep_alive, order))
 
 
