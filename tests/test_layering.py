@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "process_wide": set(),
     "linux_cpu": {"process_wide"},
     "machine": set(),
+    "wiring": {"process_wide"},
     "web": set(),
     "report": {
         "daemon",
@@ -96,12 +97,23 @@ ALLOWED: dict[str, set[str]] = {
     "changes": {"config", "naming", "tables"},
     "resuming": {"changes", "checkpoint", "config", "messages", "policy", "rewards"},
     "metric_names": {"rewards"},
-    "prepare": ROOMS | {"budget", "changes", "config", "linux_cpu", "metric_names", "resuming", "run_folder"},
+    "prepare": ROOMS | {"budget", "changes", "config", "linux_cpu", "metric_names", "resuming", "run_folder", "wiring"},
     "rollouts": ROOMS,
     "generator_process": ROOMS | {"actors", "budget", "linux_cpu", "__init__"},
     "pipeline": ROOMS | {"actors", "changes", "config", "prepare", "__init__"},
     "performance": ROOMS
-    | {"budget", "changes", "linux_cpu", "pipeline", "prepare", "rollouts", "run_folder", "status", "summary"},
+    | {
+        "budget",
+        "changes",
+        "linux_cpu",
+        "pipeline",
+        "prepare",
+        "rollouts",
+        "run_folder",
+        "status",
+        "summary",
+        "wiring",
+    },
     "summary": set(),
     "supervisor": ROOMS
     | {"changes", "config", "performance", "pipeline", "prepare", "run_folder", "status", "summary", "tables"},

@@ -27,6 +27,7 @@ Rule = Literal["free", "by name", "never"]
 
 RULES: dict[str, Rule] = {
     "output": "free",
+    "wired_limit_gb": "free",
     "memory_limit_gb": "free",  # what is chosen to fit it has keys of its own
     "seed": "never",
     "model.path": "never",  # unless it is the same model at another place

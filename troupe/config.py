@@ -51,6 +51,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     memory_limit_gb: float | None = None
     """Most that the run's arrays may take, in 10⁹ bytes; see docs/memory.md. None: on a GPU what MLX says of the
     device, on a CPU no limit."""
+    wired_limit_gb: float | None = None
+    """Arrays of up to so many 10⁹ bytes stay resident for Apple's GPU, on macOS 15 or newer (MLX's `set_wired_limit`);
+    elsewhere it changes nothing, and a note says so. None leaves MLX its own. See docs/memory.md."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
@@ -66,6 +69,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
         if self.memory_limit_gb is not None and not 0.0 < self.memory_limit_gb < math.inf:
             raise ValueError(f"memory_limit_gb is {self.memory_limit_gb}, but must be above 0; leave it out for none")
+        if self.wired_limit_gb is not None and not 0.0 < self.wired_limit_gb < math.inf:
+            raise ValueError(f"wired_limit_gb is {self.wired_limit_gb}, but must be above 0; leave it out for none")
         if self.generation.temperature < GREEDY_BELOW:
             raise ValueError(
                 f"generation.temperature is {self.generation.temperature:g}, but greedy completions of a prompt are "

@@ -30,6 +30,7 @@ from troupe.run_folder import run_folder
 from troupe.run_store import FILE_NAME, check_store
 from troupe.schedule import PromptSchedule, count_steps, describe_prompts, tokenize_prompts
 from troupe.sinks import check_sinks
+from troupe.wiring import check_wired_limit
 
 _WORTHWHILE = 2**18
 """Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a processor
@@ -145,6 +146,7 @@ def prepare(
         raise ConfigError(
             "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"
         )
+    notices += check_wired_limit(config.wired_limit_gb)
     folder = run_folder(config, resume=resume)
     resumption = Resumption.of(folder, config, allow_changes) if resume else None
     if resume and "sqlite" in config.metrics.sinks:
