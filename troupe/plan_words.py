@@ -30,7 +30,7 @@ def describe_plan(prepared: Prepared) -> list[str]:
         f"schedule: {config.schedule.mode}, max_staleness {config.schedule.max_staleness}; a checkpoint every "
         f"{config.checkpoint.every} steps",
         *describe_memory(prepared.memory.phases).splitlines(),
-        "limit: none" if limit is None else f"limit: {config.memory_limit_gb or limit:g} GB",
+        "memory limit: none" if limit is None else f"memory limit: {config.memory_limit_gb or limit:g} GB",
     ]
 
 
