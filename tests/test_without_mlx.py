@@ -50,7 +50,9 @@ def test_the_doctor_works_and_says_what_to_install(broken: Path) -> None:
     assert (report["device"], report["matmul_gflops"]) == ("unknown", None)
 
 
-@pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("inspect", "--help"), ("report", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--version",), ("--help",), ("inspect", "-h"), ("doctor", "-h"), ("report", "--help")]
+)
 def test_what_needs_no_mlx_works(broken: Path, arguments: tuple[str, ...]) -> None:
     code, out, err = call(broken, "-m", "troupe", *arguments)
     assert (code, err) == (0, "")

@@ -124,7 +124,13 @@ for _command in (*control.commands.values(), report, inspect, doctor):
     metavar="section.key",
     help="With --resume: a key that may differ from what the run was made with; may be repeated.",
 )
-@click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="section.key=value",
+    help="Any key that --dry-run lists; may be repeated.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print plan and resolved config, train nothing.")
 @report_errors
 def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: tuple[str, ...], **flags: Any) -> None:
@@ -223,7 +229,7 @@ def _show_result(result: RunResult) -> None:
         tell(f"policy: {final}")
 
 
-@main.command(keys=_GENERATE_KEYS)
+@main.command(keys=_GENERATE_KEYS, short_help="Continue a text with a policy, or answer a chat.")
 @click.option(
     "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
 )
@@ -285,7 +291,7 @@ def generate(
             tell(f"# sample {number} of {samples}\n{completion.text}")
 
 
-@main.command(name="eval", keys=_EVAL_KEYS)
+@main.command(name="eval", keys=_EVAL_KEYS, short_help="Score a policy on a dataset.")
 @click.option(
     "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
 )

@@ -13,6 +13,8 @@ import click
 from troupe.aliases import COMMANDS, Meaning, known_names, normalized
 from troupe.naming import close_to, foreign_for, ours_for, plain
 
+_FIRST = ("train", "generate", "eval", "inspect", "report", "doctor")
+
 
 class Command(click.Command):
     """A command whose parameters stand for keys of the configuration."""
@@ -80,9 +82,18 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """A group that answers an unknown command with the nearest of its own."""
+    """A group that answers an unknown command with the nearest of its own, and lists them by what they are for."""
 
     command_class = Command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """First what begins or looks at something, then what speaks with a run that plays."""
+        others = [name for name in self.list_commands(ctx) if name not in _FIRST]
+        for title, names in (("Commands", _FIRST), ("To keep a run alive, and to speak with one that plays", others)):
+            room = formatter.width - 6 - max(map(len, self.commands))
+            rows = [(name, self.commands[name].get_short_help_str(room)) for name in names if name in self.commands]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

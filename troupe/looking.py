@@ -15,10 +15,11 @@ from troupe.stored_run import Choice, open_store
 from troupe.terminal import Number, report_errors, tell
 
 _FOLDER = click.Path(path_type=Path)
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _COUNT = click.IntRange(min=1, max=2**31)
 
 
-@click.command(name="inspect")
+@click.command(name="inspect", context_settings=_HELP, short_help="Look into a run, also while it goes on.")
 @click.argument("out", metavar="OUT_DIR", type=_FOLDER)
 @click.option(
     "--step", metavar="N|last|all", help="Completions of this step.  [default: last; all with --gid, --jsonl]"
@@ -61,7 +62,7 @@ def inspect(
             inspecting.tell_completions(run, query, as_json=as_json)
 
 
-@click.command(name="doctor")
+@click.command(name="doctor", context_settings=_HELP, short_help="Tell what this machine gives, and lacks.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Tell what this machine gives, what is slow, and how to mend it."""

@@ -192,7 +192,7 @@ def stop(folder: Path) -> None:
     _request(folder, Stop())
 
 
-@control.command(name="set")
+@control.command(name="set", short_help="Set what may change while the run plays.")
 @_out
 @click.argument("setting", metavar="KEY=VALUE")
 @report_errors
