@@ -223,7 +223,7 @@ class _Sources(NamedTuple):
     def of(self, *keys: str) -> str:
         """Who said the first of these keys that a layer says."""
         for key in keys:
-            for layer in reversed(self.layers):
+            for layer in self.layers[::-1]:
                 if _says(layer.table, key):
                     return layer.source
         return self.base

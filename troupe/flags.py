@@ -40,7 +40,7 @@ class Command(click.Command):
         value = given[place].partition("=")[2] if place < len(words) else ""
         if not value and place + 1 < len(given) and not given[place + 1].startswith("-"):
             value = given[place + 1]
-        return f"No such option: {name}; {self._hint(name, value)}"
+        return f"No such option '{name}'; {self._hint(name, value)}"
 
     def _hint(self, name: str, value: str) -> str:
         options = {flag: flag for param in self.params for flag in param.opts if flag.startswith("--")}
@@ -109,7 +109,7 @@ class Commands(click.Group):
             if name.endswith(".toml"):
                 meant = f"train {name}"
             hint = f"it is troupe {meant} here" if meant else f"there are {', '.join(sorted(self.commands))}"
-            raise click.UsageError(f"No such command: {name}; {hint}", ctx) from None
+            raise click.UsageError(f"No such command '{name}'; {hint}", ctx) from None
 
 
 def _keys() -> list[str]:
