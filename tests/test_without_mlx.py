@@ -13,8 +13,9 @@ import pytest
 import troupe
 from troupe import installing
 from troupe.dataset.extras import optional
-from troupe.errors import DatasetError, RewardError
+from troupe.errors import DatasetError, ModelError, RewardError
 from troupe.installing import backend_remedy, missing_backend, packages_of, remedy
+from troupe.policy import hub
 from troupe.rewards import load_reward
 
 ROOT = Path(troupe.__file__).parent.parent
@@ -103,6 +104,21 @@ def test_a_wheel_s_user_is_told_packages_not_a_clone(monkeypatch: pytest.MonkeyP
         load_reward("math_verify")
     with pytest.raises(DatasetError, match=r"install it: /v/bin/python -m pip install 'datasets>=4' 'pyarrow>=18'$"):
         optional("no_such_module", "datasets", "x")
+
+
+def test_a_model_of_the_hub_s_is_fetched_by_a_package_where_there_is_no_clone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for is_clone, told in (
+        (True, "fetched by Troupe's extra `hub`, or"),
+        (False, "fetched by huggingface_hub (install "),
+    ):
+        monkeypatch.setattr(hub, "in_clone", lambda is_clone=is_clone: is_clone)
+        with pytest.raises(ModelError) as refused:
+            hub.resolve_model("Some/Model")
+        assert told in str(refused.value)
 
 
 def test_on_a_mac_it_is_the_system_or_the_python(monkeypatch: pytest.MonkeyPatch) -> None:

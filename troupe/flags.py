@@ -71,7 +71,7 @@ class Command(click.Command):
         flags = {param.name: param.opts for param in self.params}
         for param, key in self._keys.items():
             if key == ours:
-                return max(flags[param], key=len)
+                return next(flag for flag in flags[param] if flag.startswith("--"))
         mine = {flag for opts in flags.values() for flag in opts}
         if ours.startswith("--"):
             return ours if ours in mine else None

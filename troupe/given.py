@@ -91,6 +91,8 @@ def _flag(parameter: str) -> str:
 def with_flag(error: InputError, flags: dict[str, Any]) -> InputError:
     """The error; where it is about a key or a reward that a flag gave, and does not say so, with the flag."""
     message = str(error)
+    if "\n" in message:  # a list of what differs, with its own remedies
+        return error
     for parameter, key in TRAIN_KEYS.items():
         value, flag = flags.get(parameter), _flag(parameter)
         if value is None or value is False or value == () or flag in message:
