@@ -44,7 +44,7 @@ def refused(*arguments: str) -> str:
         (("train", "--iters", "3"), "it is --max-steps here"),
         (("train", "--model_name_or_path", "m"), "it is --model here (Qwen3 only, all weights)"),
         (("train", "--dataset_name", "x"), "it is --dataset here"),
-        (("train", "--eval_dataset_name", "x"), "did you mean --eval-dataset?"),
+        (("train", "--eval_dataset", "x"), "it is --eval-dataset here"),
         (("train", "--train-dataset", "x"), "it is --dataset here"),
         (("train", "--num_generations", "3"), "it is --num-generations here\n"),
         (("train", "--group-size", "3"), "it is --num-generations here"),
