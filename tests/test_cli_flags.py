@@ -58,6 +58,8 @@ def refused(*arguments: str) -> str:
         (("train", "--shuffle"), "it is --set data.shuffle=VALUE here"),
         (("train", "-lr", "3"), "No such option '-lr'; it is --lr here"),
         (("train", "--lerning-rate", "1"), "did you mean learning_rate? it is --lr here"),
+        (("train", "--wired-limit", "3"), "did you mean wired_limit_gb? it is --set wired_limit_gb=3 here"),
+        (("train", "--max-step", "3"), "did you mean --max-steps?"),
         (("train", "--rewards", "length"), "did you mean --reward?"),
         (("train", "--use_vllm"), "there is none here: Troupe generates itself"),
         (("train", "--config", "x.yaml"), "the file is given without a flag: troupe train RUN.toml"),
@@ -172,6 +174,7 @@ def test_what_a_file_says_is_told_of_the_file(workplace: Path) -> None:
     ("arguments", "told"),
     [
         (("--reward", "nosuch"), "nosuch was given by --reward"),
+        (("--chat",), "data.chat was given by --chat"),
         (("--prompt-column", "q"), "data.prompt_column was given by --prompt-column"),
         (("--memory-limit", "0.0001"), "memory_limit_gb was given by --memory-limit"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from troupe.aliases import COMMANDS, Meaning, known_names, normalized
-from troupe.naming import close_to, foreign_for, ours_for, plain
+from troupe.naming import close_to, ours_for, plain
 
 _FIRST = ("train", "generate", "eval", "inspect", "report", "doctor")
 
@@ -49,10 +49,12 @@ class Command(click.Command):
             return f"it is {flag} here"
         if (meaning := ours_for(name, _keys())) is not None:
             return self._meant(meaning, value)
-        if (close := close_to(normalized(name), spelled)) is not None:
+        leaves = [key.rpartition(".")[2] for key in _keys()]
+        close = close_to(normalized(name), [*spelled, *leaves, *known_names()])
+        if close in spelled:
             return f"did you mean {spelled[close]}?"
-        if close_to(normalized(name), known_names()) and (foreign := foreign_for(name)) is not None:
-            return f"did you mean {foreign[0]}? {self._meant(foreign[1], value)}"
+        if close is not None and (meaning := ours_for(close, _keys())) is not None:
+            return f"did you mean {close}? {self._meant(meaning, value)}"
         return f"what there is: troupe {self.name} --help"
 
     def _meant(self, meaning: Meaning, value: str) -> str:

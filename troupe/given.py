@@ -38,6 +38,10 @@ TRAIN_KEYS = {
     "memory_limit": "memory_limit_gb",
 }
 """Parameter of `troupe train` → the key that it sets."""
+_PLAIN_WORDS = {"output", "seed"}
+"""Keys that a message may have as a word of its own."""
+_ABOUT = {"chat": "chat template"}
+"""Parameter → what messages call that which it asks for."""
 _NAMING = {"model", "dataset", "eval_data", "rewards"}
 """Those that name a file, a folder or a function."""
 
@@ -97,7 +101,7 @@ def with_flag(error: InputError, flags: dict[str, Any]) -> InputError:
         value, flag = flags.get(parameter), _flag(parameter)
         if value is None or value is False or value == () or flag in message:
             continue
-        if _mentions(message, key):
+        if key not in _PLAIN_WORDS and (_mentions(message, key) or _ABOUT.get(parameter, "\n") in message):
             return type(error)(f"{message}; {key} was given by {flag}")
         if isinstance(value, tuple) and (named := [text for text in value if _mentions(message, text)]):
             return type(error)(f"{message}; {named[0]} was given by {flag}")
