@@ -9,12 +9,42 @@ cd "$(dirname "$0")"
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
 find_python() {
+    translated=""
     for name in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python3.14; do
         if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            if [ "$(uname)" = Darwin ] && ! is_native "$name"; then
+                translated=${translated:-$(command -v "$name")}
+                continue  # another one may be native
+            fi
             command -v "$name"
             return
         fi
     done
+    echo "$translated"
+}
+
+# On a Mac: what MLX has no packages for is told before anything is installed.
+refuse() {
+    echo "setup.sh: $1" >&2
+    exit 1
+}
+
+check_mac() {
+    if [ "$(sysctl -n sysctl.proc_translated 2>/dev/null || true)" = 1 ]; then
+        refuse "this shell is translated by Rosetta, and MLX has no packages for that; open a native terminal, or call: arch -arm64 ./setup.sh"
+    fi
+    machine=$(uname -m)
+    [ "$machine" = arm64 ] || refuse "this Mac's processor is $machine, and MLX needs Apple silicon (arm64)"
+    release=$(sw_vers -productVersion)
+    [ "${release%%.*}" -ge 14 ] || refuse "this is macOS $release, and MLX needs macOS 14 or newer; update the system"
+}
+
+is_native() { [ "$("$1" -c 'import platform; print(platform.machine())')" = arm64 ]; }
+
+# Rosetta's Python asks pip for packages of an Intel Mac, which MLX does not have.
+check_python() {
+    is_native "$1" || refuse "$1 is a Python for Intel Macs (Rosetta), and MLX has no packages for it; install a native one (brew install python@3.13, with Homebrew in /opt/homebrew), or name one: PYTHON=/path/to/python3 ./setup.sh"
+    [ ! -x .venv/bin/python ] || is_native .venv/bin/python || refuse ".venv was made by a Python for Intel Macs (Rosetta); remove it (rm -r .venv) and call this again"
 }
 
 # The backend that .venv has: what was chosen last, or else what is installed there.
@@ -36,6 +66,7 @@ backend=""
 present=""
 browser=""
 for extra in "$@"; do [ "$extra" != browser ] || browser=yes; done
+[ "$(uname)" != Darwin ] || check_mac
 if [ "$(uname)" = Linux ]; then
     present=$(present_backend)
     backend=${BACKEND:-${present:-cpu}}
@@ -66,6 +97,7 @@ if [ -z "$python" ]; then
     echo "setup.sh: no Python 3.11 or newer found; install one (macOS: brew install python@3.13), or set PYTHON" >&2
     exit 1
 fi
+[ "$(uname)" != Darwin ] || check_python "$python"
 for extra in "$@"; do extras="${extras:+$extras,}$extra"; done
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 if [ -n "$present" ] && [ "$present" != "$backend" ]; then

@@ -97,6 +97,8 @@ def test_what_may_be_allowed() -> None:
         ConfigError, match=r"--allow-change learner.lrr: there is no such key; did you mean learner.lr\?"
     ):
         check_allowed(["learner.lr", "learner.lrr"])
+    with pytest.raises(ConfigError, match=r"--allow-change learning_rate: there is no such key; it is learner.lr here"):
+        check_allowed(["learning_rate"])
     with pytest.raises(ConfigError, match=r"--allow-change zzz: there is no such key; name it as section.key"):
         check_allowed(["zzz"])
     with pytest.raises(ConfigError, match=r"seed: this can never change \(all that is drawn .* start a new run"):
@@ -132,6 +134,8 @@ def test_what_may_be_set() -> None:
         ("learner.beta", 0.1, r"resume it with --allow-change learner.beta"),
         ("seed", 1, r"set seed: cannot change while a run plays; what can: .*log.level$"),
         ("learner.lrr", 1, r"set learner.lrr: there is no such key to be set; what can: learner.lr"),
+        ("lr", 1, r"set lr: there is no such key to be set: it is learner.lr here; what can: learner.lr"),
+        ("learning_rate", 1, r"there is no such key to be set: it is learner.lr here \(the same default, 1e-6\); what"),
         ("rewards.q", "length", r"set rewards.q: there is no such key to be set; what can: rewards.r, rewards.s$"),
         ("rewards.timeout_s", 3, r"set rewards.timeout_s: cannot change while a run plays; what can: rewards.r, "),
         ("rewards.NAME", "length", r"set rewards.NAME: there is no such key"),

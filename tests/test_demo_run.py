@@ -59,6 +59,18 @@ def test_the_wheel_has_everything_the_demo_needs(tmp_path: Path) -> None:
     assert Path(where.stdout.strip()).is_relative_to(site)
     summary = run_demo(tmp_path / "out", "--max-steps", "2", PYTHONPATH=str(site))
     assert summary["steps"] == 2
+    (tmp_path / "broken" / "mlx").mkdir(parents=True)  # as on Linux without a backend
+    (tmp_path / "broken" / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: no such file')\n")
+    told = subprocess.run(
+        [sys.executable, "-m", "troupe", "doctor"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'broken'}:{site}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "pip install 'mlx[cpu]>=" in told, "not a clone, which a user of the wheel does not have"
+    assert "setup.sh" not in told
 
 
 def batch_size(out: Path) -> int:

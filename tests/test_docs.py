@@ -59,7 +59,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["config_reference", "cli_reference"])
+@pytest.mark.parametrize("name", ["config_reference", "cli_reference", "alias_tables"])
 def test_what_is_generated_is_up_to_date(name: str) -> None:
     module = script(name)
     assert module.PAGE.read_text(encoding="utf-8") == module.reference(), f"run: python -m scripts.{name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import os
 import re
@@ -59,3 +60,15 @@ def test_the_reference_of_python_has_signatures_and_meanings(site: Path) -> None
     page = re.sub(r"<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
     for text in ("Plays a run", "exchange_reward", "Ask the run to end after the steps already begun"):
         assert text in page
+
+
+@pytest.mark.slow
+def test_no_signature_is_wider_than_its_page(site: Path) -> None:
+    page = (site / "api.html").read_text(encoding="utf-8")
+    blocks = re.findall(r'<div class="[^"]*doc-signature.*?<pre.*?</pre>', page, re.DOTALL)
+    lines = [line for block in blocks for line in html.unescape(re.sub(r"<[^>]+>", "", block)).splitlines()]
+    assert len(blocks) > 60
+    assert [line for line in lines if len(line) > 76] == []
+    assert any(line.startswith("    completion_mask: array") for line in lines), "broken into parameters"
+    styles = (site / "stylesheets" / "extra.css").read_text(encoding="utf-8")
+    assert ".doc-signature code { white-space: pre-wrap;" in styles

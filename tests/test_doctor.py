@@ -54,6 +54,7 @@ def test_examines_this_machine() -> None:
     report = examine()
     assert report.python.endswith(f"({sys.executable})")
     assert report.threads == (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
+    assert report.matmul_gflops is not None
     assert report.matmul_gflops > 0
     assert report.device.split(" ")[0] == ("cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu")
     assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report

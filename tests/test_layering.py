@@ -10,7 +10,7 @@ import pytest
 import troupe
 
 PACKAGE = Path(troupe.__file__).parent
-EVERYWHERE = {"errors", "escapes"}
+EVERYWHERE = {"errors", "escapes", "installing"}
 ROOMS = {"messages", "grpo", "policy", "runtime", "rewards", "dataset", "sinks", "checkpoint"}
 ROOMS |= {"schedule", "statistics", "learning", "gathering", "open_groups", "restoring", "weights_files", "wire"}
 ROOMS |= {"run_store", "machine", "training"}
@@ -19,9 +19,11 @@ ROOMS |= {"run_store", "machine", "training"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "escapes": set(),
+    "installing": set(),
     "process_wide": set(),
     "linux_cpu": {"process_wide"},
     "machine": set(),
+    "wiring": {"process_wide"},
     "web": set(),
     "report": {
         "daemon",
@@ -57,10 +59,29 @@ ALLOWED: dict[str, set[str]] = {
     "weights_files": {"checkpoint", "policy"},
     "wire": {"messages", "policy"},
     "tables": set(),
+    "aliases": set(),
+    "naming": {"aliases"},
+    "flags": {"aliases", "config", "naming"},
+    "looking": {"doctor", "inspecting", "messages", "stored_run", "terminal", "__init__"},
+    "given": {"config", "folder_names"},
+    "plan_words": {"budget", "policy", "prepare"},
     "terminal": set(),
-    "config": {"checkpoint", "daemon", "dataset", "grpo", "policy", "rewards", "schedule", "sinks", "tables"},
+    "config": {
+        "checkpoint",
+        "daemon",
+        "dataset",
+        "folder_names",
+        "grpo",
+        "naming",
+        "policy",
+        "rewards",
+        "schedule",
+        "sinks",
+        "tables",
+    },
     "daemon": {
         "config",
+        "flags",
         "folder_names",
         "messages",
         "run_lock",
@@ -74,9 +95,10 @@ ALLOWED: dict[str, set[str]] = {
     "budget": {"config", "grpo", "policy", "process_wide"},
     "actors": ROOMS,
     "training": {"gathering", "grpo", "learning", "linux_cpu", "messages", "policy", "statistics"},
-    "changes": {"config", "tables"},
+    "changes": {"config", "naming", "tables"},
     "resuming": {"changes", "checkpoint", "config", "messages", "policy", "rewards"},
-    "prepare": ROOMS | {"budget", "changes", "config", "linux_cpu", "resuming", "run_folder"},
+    "metric_names": {"rewards"},
+    "prepare": ROOMS | {"budget", "changes", "config", "linux_cpu", "metric_names", "resuming", "run_folder", "wiring"},
     "rollouts": ROOMS,
     "generator_process": ROOMS | {"actors", "budget", "linux_cpu", "__init__"},
     "pipeline": ROOMS | {"actors", "changes", "config", "prepare", "__init__"},
@@ -92,6 +114,7 @@ ALLOWED: dict[str, set[str]] = {
         "run_folder",
         "status",
         "summary",
+        "wiring",
     },
     "summary": set(),
     "supervisor": ROOMS
@@ -116,22 +139,23 @@ ALLOWED: dict[str, set[str]] = {
     "cli": ROOMS
     | {
         "activity",
-        "budget",
         "config",
         "daemon",
-        "doctor",
+        "flags",
         "folder_names",
-        "inspecting",
+        "given",
+        "looking",
+        "naming",
+        "plan_words",
         "prepare",
         "report",
         "rollouts",
-        "stored_run",
         "summary",
         "supervisor",
         "terminal",
         "__init__",
     },
-    "__main__": {"cli", "daemon", "report"},
+    "__main__": {"cli", "daemon", "looking", "report", "terminal", "__init__"},
     "__init__": {"config", "linux_cpu", "rewards", "rollouts", "summary", "supervisor"},
 }
 

@@ -68,3 +68,9 @@ def test_reading(tmp_path: Path) -> None:
         read_toml(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_toml(tmp_path)
+
+
+def test_whoever_names_a_run_folder_for_its_file_is_told_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*; this is the folder of a run, to go on with"):
+        read_toml(tmp_path)

@@ -6,7 +6,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from troupe import linux_cpu
+from troupe import installing, linux_cpu
 
 if linux_cpu.load_openblas() == "too late":  # must run before anything imports mlx.core
     warnings.warn(
@@ -57,11 +57,17 @@ _ROOMS = {"checkpoint", "dataset", "errors", "grpo", "messages", "policy", "rewa
 
 def __getattr__(name: str) -> Any:
     """Load what is asked for when it is asked for: a daemon and `troupe status` need no MLX."""
-    if name in _ROOMS:
-        return importlib.import_module(f"troupe.{name}")
-    if name not in _HOMES:
+    if name not in _ROOMS and name not in _HOMES:
         raise AttributeError(f"module 'troupe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"troupe.{_HOMES[name]}"), name)
+    try:
+        module = importlib.import_module(f"troupe.{_HOMES.get(name, name)}")
+    except ImportError as error:
+        if (told := installing.missing_backend(error)) is None:
+            raise
+        raise ImportError(f"troupe.{name}: {told}") from None
+    if name in _ROOMS:
+        return module
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

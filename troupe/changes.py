@@ -7,17 +7,17 @@ whoever resumes the run from an earlier step makes it again at the same one. Kno
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import msgspec
 
-from troupe.config import RunConfig, with_value
+from troupe.config import RunConfig, known_keys, with_value
 from troupe.errors import ConfigError
+from troupe.naming import close_to, ours_for, told
 from troupe.tables import anchored_reward
 
 CHANGES = "changes.jsonl"
@@ -27,6 +27,7 @@ Rule = Literal["free", "by name", "never"]
 
 RULES: dict[str, Rule] = {
     "output": "free",
+    "wired_limit_gb": "free",
     "memory_limit_gb": "free",  # what is chosen to fit it has keys of its own
     "seed": "never",
     "model.path": "never",  # unless it is the same model at another place
@@ -114,7 +115,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def config_keys() -> list[str]:
     """Every key of a run's config, as `section.key`."""
-    return list(_keys(RunConfig, ""))
+    return known_keys()
 
 
 def value_of(config: RunConfig, key: str) -> Any:
@@ -141,9 +142,7 @@ def check_allowed(keys: Sequence[str]) -> frozenset[str]:
     known = config_keys()
     for key in keys:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "name it as section.key, for instance learner.lr"
-            raise ConfigError(f"--allow-change {key}: there is no such key; {hint}")
+            raise ConfigError(f"--allow-change {key}: there is no such key; {_nearest(key)}")
         if rule_of(key) == "never":
             raise ConfigError(
                 f"--allow-change {key}: this can never change ({_WHY_NEVER[key]}); start a new run in another folder, "
@@ -172,6 +171,8 @@ def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str]
         names = [f"rewards.{reward}" for reward in rewards or ()] if section == "rewards" else list(LIVE_KEYS)
         known = key in config_keys()
         problem = "cannot change while a run plays" if known else "there is no such key to be set"
+        if not known and section != "rewards" and (meaning := ours_for(key, config_keys())) is not None:
+            problem += f": {told(meaning)}"
         remedy = f"; for others: end the run, and resume it with --allow-change {key}" if _may_be_allowed(key) else ""
         raise ConfigError(f"set {key}: {problem}; what can: {', '.join(names)}{remedy}")
     return value_of(with_value(config, key, value, f"set {key}"), key)
@@ -280,12 +281,12 @@ def in_force(changes: Sequence[Change], key: str) -> list[tuple[int, Any]]:
     return schedule
 
 
-def _keys(struct: type[msgspec.Struct], prefix: str) -> Iterator[str]:
-    for name, kind in get_type_hints(struct).items():
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            yield from _keys(kind, f"{prefix}{name}.")
-        elif name in struct.__struct_fields__:
-            yield f"{prefix}{name}"
+def _nearest(key: str) -> str:
+    """What may have been meant by a key that does not exist."""
+    if (meaning := ours_for(key, config_keys())) is not None:
+        return told(meaning)
+    close = close_to(key, config_keys())
+    return f"did you mean {close}?" if close else "name it as section.key, for instance learner.lr"
 
 
 def _may_be_allowed(key: str) -> bool:

@@ -16,29 +16,40 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import anyio
 import click
 import msgspec
 import tomli_w
 
-from troupe import __version__, budget, doctor, inspecting
+from troupe import __version__
 from troupe.activity import Stage
-from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config, said_in
+from troupe.config import (
+    DEMO_CONFIG,
+    RunConfig,
+    config_table,
+    known_keys,
+    layered,
+    load_config,
+    settings_layers,
+)
 from troupe.daemon.answers import answer_client
 from troupe.daemon.commands import control
 from troupe.daemon.place import refuse_where_served
 from troupe.daemon.server import ControlServer
 from troupe.errors import InputError
-from troupe.folder_names import run_folder_named
-from troupe.messages import ClosedState
+from troupe.flags import Commands
+from troupe.folder_names import policy_folder, run_folder_named
+from troupe.given import TRAIN_KEYS, flag_layers, train_config, with_flag
+from troupe.looking import doctor, inspect
+from troupe.naming import ours_for, told
+from troupe.plan_words import describe_plan
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
 from troupe.report.command import report
 from troupe.rollouts import Evaluation, evaluate_folder
 from troupe.runtime import together
-from troupe.stored_run import Choice, open_store
 from troupe.summary import RunResult
 from troupe.supervisor import Supervisor
 from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell, tell_json
@@ -48,30 +59,68 @@ _LOADS_SILENTLY_S = 2.0
 """Before it is said that the model and the prompts are being loaded."""
 _EVALUATES_SILENTLY_S = 10.0
 """From one line that says how far an evaluation is to the next."""
-_COUNT = click.IntRange(min=1, max=2**31)
+
+_GENERATE_KEYS = {
+    "model": "model.path",
+    "samples": "generation.num_generations",
+    "max_new_tokens": "generation.max_completion_length",
+    "chat": "data.chat",
+    "system": "data.system_prompt",
+    "temperature": "generation.temperature",
+    "top_p": "generation.top_p",
+    "top_k": "generation.top_k",
+    "seed": "seed",
+    "dtype": "model.dtype",
+}
+_EVAL_KEYS = {
+    "model": "model.path",
+    "dataset": "data.path",
+    "prompt_column": "data.prompt_column",
+    "chat": "data.chat",
+    "rewards": "rewards.functions",
+    "max_new_tokens": "generation.max_completion_length",
+    "temperature": "generation.temperature",
+    "seed": "seed",
+    "dtype": "model.dtype",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+__all__ = ["main", "train_config"]
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="troupe")
 def main() -> None:
     """Teach Qwen3 models with GRPO on Apple's MLX."""
 
 
-for _command in (*control.commands.values(), report):
+for _command in (*control.commands.values(), report, inspect, doctor):
     main.add_command(_command)
 
 
-@main.command()
+@main.command(keys=TRAIN_KEYS)
 @click.argument("run_toml", type=_EXISTING_TEXT, required=False)
-@click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder of the policy to train.")
+@click.option(
+    "-m", "--model", metavar="MODEL_DIR", help="Policy to train: a Hugging Face folder, a hub id, or a run folder."
+)
 @click.option(
     "-d", "--dataset", metavar="PROMPTS", help="File (.json, .jsonl, .csv, .parquet), hf:… or reasoning_gym:…."
+)
+@click.option("--prompt-column", metavar="NAME", help="Column that holds the prompts.  [default: prompt]")
+@click.option("--chat", is_flag=True, help="Take a prompt that is a text as a user's message.")
+@click.option(
+    "--eval-data",
+    "--eval-dataset",
+    "eval_data",
+    metavar="PROMPTS",
+    help="Held-out prompts, completed before and after the run.",
 )
 @click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: the next free runs/NAME-NNN.")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-6]")
 @click.option("--epochs", type=int, help="Passes over the prompts.  [default: 3]")
 @click.option("--batch-size", type=int, help="Prompts a step.  [default: 4]")
 @click.option("--num-generations", type=int, help="Completions a prompt.  [default: 8]")
+@click.option("--max-completion-length", type=int, help="Most tokens of a completion.  [default: 256]")
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
 @click.option("--max-steps", type=int, help="Stop after so many learner batches.")
 @click.option("--seed", type=int, help="Changes the run.  [default: 0]")
@@ -84,8 +133,14 @@ for _command in (*control.commands.values(), report):
     metavar="section.key",
     help="With --resume: a key that may differ from what the run was made with; may be repeated.",
 )
-@click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved config, train nothing.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="section.key=value",
+    help="Any key that --dry-run lists; may be repeated.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, print plan and resolved config, train nothing.")
 @report_errors
 def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: tuple[str, ...], **flags: Any) -> None:
     """Train a policy with GRPO.
@@ -93,73 +148,25 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
     Without arguments it trains the small policy that ships with Troupe on the arithmetic that ships with it, and
     tells how much it learned.
     """
+    _say_policy(flags["model"])
     config = train_config(run_toml, resume=resume, **flags)
-    if dry_run:
-        _show_plan(prepare(config, resume=resume, allow_changes=allow_changes))
-        return
-    result, interrupted = anyio.run(_train, config, resume, allow_changes)
+    try:
+        if dry_run:
+            _show_plan(prepare(config, resume=resume, allow_changes=allow_changes))
+            return
+        result, interrupted = anyio.run(_train, config, resume, allow_changes)
+    except InputError as error:
+        raise with_flag(error, flags) from None
     _show_result(result)
     if interrupted and not result.complete:
         tell(f"interrupted; go on with: troupe train -o {shlex.quote(result.folder)} --resume")
         sys.exit(EXIT_INTERRUPTED)
 
 
-def train_config(
-    run_toml: Path | None,
-    *,
-    resume: bool,
-    model: str | None = None,
-    dataset: str | None = None,
-    output: str | None = None,
-    rewards: tuple[str, ...] = (),
-    settings: tuple[str, ...] = (),
-    seed: int | None = None,
-    memory_limit: float | None = None,
-    num_generations: int | None = None,
-    **learner: float | None,
-) -> RunConfig:
-    """The config that the flags of `troupe train` mean; None means "not given".
-
-    Of a run that is resumed all stays that neither `run_toml` nor a flag says.
-    """
-    said = {} if run_toml is None else said_in(run_toml)
-    name = said.get("output") if output is None else output
-    if resume and isinstance(name, str) and (stored := run_folder_named(name) / RUN_TOML).is_file():
-        run_toml = stored
-    else:
-        said = {}  # which `load_config` reads by itself
-    named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
-    if run_toml is None and model is None and dataset is None and not named:
-        if resume and isinstance(name, str):  # a name that was mistyped must not begin the demo
-            raise InputError(f"{name}: there is no run here to go on with; correct the name, or leave out --resume")
-        run_toml = DEMO_CONFIG
-    sections: dict[str, dict[str, Any]] = {
-        "model": {"path": model},
-        "data": {"path": dataset},
-        "generation": {"num_generations": num_generations},
-        "rewards": {"functions": list(rewards) or None},
-        "learner": learner,
-    }
-    override: dict[str, Any] = {
-        section: given
-        for section, keys in sections.items()
-        if (given := {key: value for key, value in keys.items() if value is not None})
-    }
-    top = {"seed": seed, "output": output, "memory_limit_gb": memory_limit}
-    override |= {key: value for key, value in top.items() if value is not None}
-    if run_toml is None:
-        override = _with_demo_parts(override)
-    return load_config(run_toml, [said, override, *settings])
-
-
-def _with_demo_parts(override: dict[str, Any]) -> dict[str, Any]:
-    """Where only the model or only the data is named, the other is the demo's."""
-    demo = config_table(load_config(DEMO_CONFIG))
-    return {
-        **override,
-        "model": {"path": demo["model"]["path"], **override.get("model", {})},
-        "data": {"path": demo["data"]["path"], **override.get("data", {})},
-    }
+def _say_policy(model: str | None) -> None:
+    """Tell whoever names the folder of a run which policy that is."""
+    if model is not None and (found := policy_folder(Path(model).expanduser())) != Path(model).expanduser():
+        tell(f"note: {model} is the folder of a run, so its policy is taken: {found}", error=True)
 
 
 async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]) -> tuple[RunResult, bool]:
@@ -212,12 +219,12 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
 
 
 def _show_plan(prepared: Prepared) -> None:
+    """What matters first; all but the notes is TOML, so that it can be kept as a file."""
+    for line in describe_plan(prepared):
+        tell(f"# {line}".rstrip())
     for notice in prepared.notices:
         tell(f"note: {notice}")
-    tell(tomli_w.dumps(config_table(prepared.config)))
-    for line in [*prepared.prompts.splitlines(), *budget.describe(prepared.memory.phases).splitlines()]:
-        tell(f"# {line}".rstrip())
-    tell(f"# {prepared.total_steps} steps into {prepared.folder}; nothing was written")
+    tell(f"\n{tomli_w.dumps(config_table(prepared.config)).rstrip()}")
 
 
 def _show_result(result: RunResult) -> None:
@@ -240,8 +247,10 @@ def _show_result(result: RunResult) -> None:
         tell(f"policy: {final}")
 
 
-@main.command()
-@click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder; default: the demo's policy.")
+@main.command(keys=_GENERATE_KEYS, short_help="Continue a text with a policy, or answer a chat.")
+@click.option(
+    "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
+)
 @click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from standard input.")
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's message, and let the assistant answer.")
 @click.option("--system", metavar="TEXT", help="The system message of the chat.")
@@ -281,7 +290,7 @@ def generate(
     options: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
     generation = GenerationConfig(num_generations=samples, max_completion_length=max_new_tokens, **sampling)
     seed = secrets.randbits(32) if seed is None else seed
-    policy = load_policy(model or _demo_model(), dtype)
+    policy = load_policy(_named_model(model), dtype)
     raw = not sys.stdout.isatty()  # a file or a program wants the text as it was written
     if samples == 1 and not as_json:
         for piece in stream_text(policy, asked, generation, seed, **options):
@@ -301,11 +310,15 @@ def generate(
             tell(f"# sample {number} of {samples}\n{completion.text}", as_it_is=raw)
 
 
-@main.command(name="eval")
-@click.option("-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder; default: the demo's policy.")
+@main.command(name="eval", keys=_EVAL_KEYS, short_help="Score a policy on a dataset.")
+@click.option(
+    "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
+)
 @click.option(
     "-d", "--dataset", metavar="PROMPTS", help="Rows to complete, as of train; default: the demo's held-out ones."
 )
+@click.option("--prompt-column", metavar="NAME", help="Column that holds the prompts.  [default: prompt]")
+@click.option("--chat", is_flag=True, help="Take a prompt that is a text as a user's message.")
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=Number(min=0), default=0.0, show_default=True, help="0 is greedy.")
@@ -317,6 +330,8 @@ def generate(
 def eval_command(
     model: str | None,
     dataset: str | None,
+    prompt_column: str | None,
+    chat: bool,
     rewards: tuple[str, ...],
     settings: tuple[str, ...],
     max_new_tokens: int,
@@ -328,14 +343,18 @@ def eval_command(
     """Complete every row of a dataset once and print the mean score of each reward."""
     demo = load_config(DEMO_CONFIG)
     if others := [setting for setting in settings if not setting.startswith("data.")]:
-        raise InputError(f"--set {others[0]}: of a config only [data] means something here; write data.key=value")
-    data = load_config(None, settings).data
+        settings_layers(others)  # a setting of another form says so
+        meaning = ours_for(others[0].partition("=")[0], known_keys())
+        hint = f"; {told(meaning)}" if meaning is not None and meaning.ours else ""
+        raise InputError(f"--set {others[0]}: of a config only [data] means something here; write data.key=value{hint}")
+    flags = flag_layers({"prompt_column": prompt_column, "chat": chat})
+    data = layered(None, [*flags, *settings_layers(settings)]).data
     started_s = time.perf_counter()
     result = anyio.run(
         _evaluated,
         functools.partial(
             evaluate_folder,
-            model or _demo_model(),
+            _named_model(model),
             dataset or str(demo.data.eval_path),
             rewards,
             data=data,
@@ -380,61 +399,9 @@ async def _evaluated(evaluating: Callable[..., Awaitable[Evaluation]]) -> Evalua
     return results[0]
 
 
-@main.command(name="inspect")
-@click.argument("out", metavar="OUT_DIR", type=_EXISTING_TEXT)
-@click.option(
-    "--step", metavar="N|last|all", help="Completions of this step.  [default: last; all with --gid, --jsonl]"
-)
-@click.option("--best", type=_COUNT, metavar="K", help="The K completions with the highest reward.")
-@click.option("--worst", type=_COUNT, metavar="K", help="The K completions with the lowest reward.")
-@click.option("--random", type=_COUNT, metavar="K", help="K completions by lot.")
-@click.option("--min-reward", "least", type=Number(), metavar="X", help="Only those with at least this reward.")
-@click.option("--max-reward", "most", type=Number(), metavar="X", help="Only those with at most this reward.")
-@click.option("--reward", metavar="NAME", help="Look at this score, not at the weighted sum of all.")
-@click.option("--state", type=click.Choice(get_args(ClosedState)), help="Only those of groups that ended so.")
-@click.option("--gid", type=click.IntRange(min=0, max=2**63 - 1), metavar="G", help="Only those of this group.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or one a completion.")
-@click.option(
-    "--jsonl", type=_EXISTING_TEXT, metavar="FILE", help="Write all that fit to a file, one JSON object each."
-)
-@report_errors
-def inspect_command(
-    out: Path,
-    *,
-    step: str | None,
-    best: int | None,
-    worst: int | None,
-    random: int | None,
-    as_json: bool,
-    jsonl: Path | None,
-    **conditions: Any,
-) -> None:
-    """Look into a run, also while it goes on: what happened, and what the policy wrote for which reward.
-
-    Without options: an overview, with the best and the worst completion of the newest step.
-    """
-    chosen: dict[Choice, int | None] = {"best": best, "worst": worst, "random": random}
-    with open_store(out) as run:
-        if jsonl is None and step is None and not any(v is not None for v in (*chosen.values(), *conditions.values())):
-            inspecting.tell_overview(run, out, as_json=as_json)
-            return
-        query = inspecting.query_for(run, chosen=chosen, step=step, everywhere=jsonl is not None, **conditions)
-        if jsonl is not None:
-            tell(f"{inspecting.export(run, query, jsonl)} completions written to {jsonl}")
-        else:
-            inspecting.tell_completions(run, query, as_json=as_json)
-
-
-@main.command(name="doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor_command(as_json: bool) -> None:
-    """Tell what this machine gives, what is slow, and how to mend it."""
-    report = doctor.examine()
-    if as_json:
-        tell_json(msgspec.json.encode(report).decode())
-    else:
-        tell(doctor.describe(report))
-
-
-def _demo_model() -> str:
-    return str(load_config(DEMO_CONFIG).model.path)
+def _named_model(model: str | None) -> str:
+    """What `-m` names: a model, that of a run, or without it the demo's."""
+    if model is None:
+        return str(load_config(DEMO_CONFIG).model.path)
+    _say_policy(model)
+    return str(policy_folder(Path(model).expanduser()))

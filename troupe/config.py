@@ -6,11 +6,11 @@ says what is wrong with them in the user's words.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 import tomli_w
@@ -19,7 +19,9 @@ from troupe.checkpoint import CheckpointConfig
 from troupe.daemon.settings import DaemonConfig
 from troupe.dataset import DataConfig, anchored_source
 from troupe.errors import ConfigError
+from troupe.folder_names import policy_folder
 from troupe.grpo import LearnerConfig
+from troupe.naming import close_to, foreign_for, ours_for, told
 from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
 from troupe.policy.sampling import GREEDY_BELOW
 from troupe.rewards import RewardsConfig
@@ -49,6 +51,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     memory_limit_gb: float | None = None
     """Most that the run's arrays may take, in 10⁹ bytes; see docs/memory.md. None: on a GPU what MLX says of the
     device, on a CPU no limit."""
+    wired_limit_gb: float | None = None
+    """Arrays of up to so many 10⁹ bytes stay resident for Apple's GPU, on macOS 15 or newer (MLX's `set_wired_limit`);
+    elsewhere it changes nothing, and a note says so. None leaves MLX its own. See docs/memory.md."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
@@ -64,6 +69,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
         if self.memory_limit_gb is not None and not 0.0 < self.memory_limit_gb < math.inf:
             raise ValueError(f"memory_limit_gb is {self.memory_limit_gb}, but must be above 0; leave it out for none")
+        if self.wired_limit_gb is not None and not 0.0 < self.wired_limit_gb < math.inf:
+            raise ValueError(f"wired_limit_gb is {self.wired_limit_gb}, but must be above 0; leave it out for none")
         if self.generation.temperature < GREEDY_BELOW:
             raise ValueError(
                 f"generation.temperature is {self.generation.temperature:g}, but greedy completions of a prompt are "
@@ -107,17 +114,40 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str | Mappin
     those of overrides from the working directory; `output` always counts from the working directory.
     Raises ConfigError naming the file and key.
     """
+    layers = [
+        Layer("the configuration", table_of(override) if isinstance(override, str) else copied(override))
+        for override in overrides
+    ]
+    return layered(path, layers)
+
+
+class Layer(NamedTuple):
+    """A part of a config, and who said it."""
+
+    source: str
+    """What an error about one of its keys begins with: a file, or a flag."""
+    table: dict[str, Any]
+
+
+def settings_layers(settings: Sequence[str]) -> list[Layer]:
+    """What several `--set section.key=value` say."""
+    return [Layer(f"--set {setting}", table_of(setting)) for setting in settings]
+
+
+def layered(path: str | Path | None, layers: Sequence[Layer]) -> RunConfig:
+    """A TOML file, or the defaults, with layers over it; the last that says a key counts. As `load_config`, but an
+    error names the layer that said the key."""
     table: dict[str, Any] = {}
-    source = "the configuration"
+    base = "the configuration"
     if path is not None:
-        source = str(path)
+        base = str(path)
         table = read_toml(Path(path))
         _anchor_paths(table, Path(path).parent)
-    for override in overrides:
-        change = table_of(override) if isinstance(override, str) else copied(override)
+    for layer in layers:
+        change = copied(layer.table)
         _anchor_paths(change, Path.cwd())
         lay_over(table, change)
-    return _convert(table, source)
+    return _convert(table, _Sources(base, tuple(layers)))
 
 
 def check_config(config: RunConfig) -> RunConfig:
@@ -127,7 +157,7 @@ def check_config(config: RunConfig) -> RunConfig:
     """
     table = config_table(config)
     _anchor_paths(table, Path.cwd())
-    return _convert(table, "the configuration")
+    return _convert(table, _Sources("the configuration"))
 
 
 def said_in(path: str | Path) -> dict[str, Any]:
@@ -148,7 +178,7 @@ def with_value(config: RunConfig, key: str, value: Any, source: str) -> RunConfi
     for part in reversed(key.split(".")):
         change = {part: change}
     lay_over(table, change)
-    return _convert(table, source)
+    return _convert(table, _Sources(source))
 
 
 def config_table(config: RunConfig) -> dict[str, Any]:
@@ -168,7 +198,7 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         path = (base / Path(model["path"]).expanduser()).absolute()
         if path.exists() or not is_hub_id(model["path"]):
-            model["path"] = str(path)
+            model["path"] = str(policy_folder(path))
     data = table.get("data")
     if isinstance(data, dict):
         named = {key: data[key] for key in _SOURCES if isinstance(data.get(key), str)}
@@ -184,23 +214,74 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _convert(table: dict[str, Any], source: str) -> RunConfig:
-    _refuse_unknown_keys(table, RunConfig, source, "")
-    _refuse_nonfinite(table, source, "")
+class _Sources(NamedTuple):
+    """Who said what of a config."""
+
+    base: str
+    layers: Sequence[Layer] = ()
+
+    def of(self, *keys: str) -> str:
+        """Who said the first of these keys that a layer says."""
+        for key in keys:
+            for layer in self.layers[::-1]:
+                if _says(layer.table, key):
+                    return layer.source
+        return self.base
+
+    def of_relation(self, message: str, section: str) -> str:
+        """Who said a key that a message about several of them is about, the first of them that is not in the file."""
+        known = known_keys()
+        named = [word for word in re.findall(r"[\w.]*\w", message) if word in known or f"{section}.{word}" in known]
+        whole = [word if word in known else f"{section}.{word}" for word in named]
+        sections = {key.rpartition(".")[0] for key in whole}
+        words = re.findall(r"\w+", message)
+        leaves = [key for word in words for key in known if key.rpartition(".")[2] == word]
+        return self.of(*whole, *(key for key in leaves if key.rpartition(".")[0] in sections))
+
+
+def known_keys() -> list[str]:
+    """Every key of a run's config, as `section.key`."""
+    return list(_keys(RunConfig, ""))
+
+
+def _keys(struct: type[msgspec.Struct], prefix: str) -> Iterator[str]:
+    for name, kind in get_type_hints(struct).items():
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            yield from _keys(kind, f"{prefix}{name}.")
+        elif name in struct.__struct_fields__:
+            yield f"{prefix}{name}"
+
+
+def _says(table: Any, key: str) -> bool:
+    for part in key.split("."):
+        name = part.partition("[")[0]
+        if not isinstance(table, Mapping) or name not in table:
+            return False
+        table = table[name]
+    return True
+
+
+def _convert(table: dict[str, Any], sources: _Sources) -> RunConfig:
+    _refuse_unknown_keys(table, RunConfig, sources, "")
+    _refuse_nonfinite(table, sources, "")
     try:
         return msgspec.convert(table, RunConfig, str_keys=True)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
         key = where.rstrip("`").lstrip(".")
         if not key:
-            raise ConfigError(f"{source}: {message}") from None
+            raise ConfigError(f"{sources.of_relation(message, '')}: {message}") from None
         value = _value_at(table, key)
         message = message[:1].lower() + message[1:].replace("`", "").replace("object", "a table")
         if isinstance(value, dict):  # too long to show
+            is_section = key in RunConfig.__struct_fields__
+            source = sources.of_relation(message, key) if is_section else sources.of(key)
             raise ConfigError(f"{source}: {key}: {message}") from None
         if choices := _choices(key):
             message = f"give one of {', '.join(map(repr, choices))}"
-        raise ConfigError(f"{source}: {key} is {value!r}: {message}") from None
+        elif message.startswith("expected a table") and (meaning := ours_for(key, known_keys())) is not None:
+            message += f"; {told(meaning)}"
+        raise ConfigError(f"{sources.of(key)}: {key} is {value!r}: {message}") from None
 
 
 def _value_at(table: Any, key: str) -> Any:
@@ -228,24 +309,40 @@ def _choices(key: str) -> list[Any]:
     return found
 
 
-def _refuse_nonfinite(value: Any, source: str, path: str) -> None:
+def _refuse_nonfinite(value: Any, sources: _Sources, path: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
-            _refuse_nonfinite(item, source, f"{path}.{key}" if path else key)
+            _refuse_nonfinite(item, sources, f"{path}.{key}" if path else key)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _refuse_nonfinite(item, source, f"{path}[{index}]")
+            _refuse_nonfinite(item, sources, f"{path}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{source}: {path} is {value}; give a finite number")
+        raise ConfigError(f"{sources.of(path)}: {path} is {value}; give a finite number")
 
 
-def _refuse_unknown_keys(table: dict[str, Any], struct: type[msgspec.Struct], source: str, path: str) -> None:
+def _refuse_unknown_keys(table: dict[str, Any], struct: type[msgspec.Struct], sources: _Sources, path: str) -> None:
     known = get_type_hints(struct)
     for key, value in table.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {path}{close[0]}?" if close else f"known keys here: {', '.join(sorted(known))}"
+            source, hint = sources.of(f"{path}{key}"), _hint(path, key, value, known)
             raise ConfigError(f"{source}: unknown key {path}{key}; {hint}")
         section = known[key]
         if isinstance(value, dict) and isinstance(section, type) and issubclass(section, msgspec.Struct):
-            _refuse_unknown_keys(value, section, source, f"{path}{key}.")
+            _refuse_unknown_keys(value, section, sources, f"{path}{key}.")
+
+
+def _hint(path: str, key: str, value: Any, known: Mapping[str, Any]) -> str:
+    """What may have been meant by a key that does not exist."""
+    if isinstance(value, dict):  # a section
+        if (close := close_to(key, known)) is not None:
+            return f"did you mean {path}{close}?"
+        for name in value:
+            if (meaning := ours_for(str(name), known_keys())) is not None:
+                return f"of what stands there, {name}: {told(meaning)}"
+    elif (meaning := ours_for(key, known_keys())) is not None:
+        return told(meaning)
+    elif (close := close_to(key, known)) is not None:
+        return f"did you mean {path}{close}?"
+    elif (foreign := foreign_for(key)) is not None:
+        return f"did you mean {foreign[0]}? {told(foreign[1])}"
+    return f"known keys here: {', '.join(sorted(known))}"

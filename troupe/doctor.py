@@ -6,14 +6,13 @@ import os
 import platform
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import mlx.core as mx
 import msgspec
 
 from troupe import linux_cpu
-from troupe.budget import device_limit_gb
+from troupe.installing import missing_backend
 from troupe.machine import device_name, memory_gb, processors
 
 _SLOW_GFLOPS = 20.0
@@ -36,14 +35,22 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of the machine; None where the system does not tell."""
     memory_limit_gb: float | None
     """What a run's arrays may take where `memory_limit_gb` names nothing else; None is no limit."""
-    matmul_gflops: float
-    """Measured: float32 products of 768 × 768 matrices on the default device."""
+    matmul_gflops: float | None
+    """Measured: float32 products of 768 × 768 matrices on the default device; None where MLX cannot be imported."""
     advice: tuple[str, ...]
     """What to mend, one line each; empty where nothing is amiss."""
 
 
 def examine() -> Report:
     """Look at the machine; takes well under a second."""
+    try:
+        import mlx.core as mx  # here, and all that needs it: a machine without it is one to tell of
+
+        from troupe.budget import device_limit_gb
+    except ImportError as error:
+        if (told := missing_backend(error)) is None:
+            raise
+        return _report(device="unknown", advice=[told, *linux_cpu.advice()])
     gflops = _measure_matmul()
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     advice = linux_cpu.advice() if on_cpu else []
@@ -56,11 +63,26 @@ def examine() -> Report:
         and not Path("/usr/local/cuda").is_dir()
     ):
         advice.append("no CUDA toolkit found: MLX compiles some kernels with it; install it or set CUDA_HOME")
+    return _report(
+        device=device_name(),
+        advice=advice,
+        memory_limit_gb=device_limit_gb(),
+        matmul_gflops=round(gflops, 1),
+    )
+
+
+def _report(
+    *,
+    device: str,
+    advice: list[str],
+    memory_limit_gb: float | None = None,
+    matmul_gflops: float | None = None,
+) -> Report:
     return Report(
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
-        mlx=version("mlx"),
-        device=device_name(),
+        mlx=_mlx_version(),
+        device=device,
         blas={
             "loaded": "OpenBLAS",
             "missing": "the reference BLAS of the mlx wheel",
@@ -69,16 +91,26 @@ def examine() -> Report:
         }[linux_cpu.load_openblas()],
         threads=processors(),
         memory_gb=memory_gb(),
-        memory_limit_gb=device_limit_gb(),
-        matmul_gflops=round(gflops, 1),
+        memory_limit_gb=memory_limit_gb,
+        matmul_gflops=matmul_gflops,
         advice=tuple(advice),
     )
+
+
+def _mlx_version() -> str:
+    try:
+        return version("mlx")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def describe(report: Report) -> str:
     """The report as lines for a person."""
     memory = "unknown" if report.memory_gb is None else f"{report.memory_gb:.1f} GB"
     limit = "none" if report.memory_limit_gb is None else f"{report.memory_limit_gb:.1f} GB (memory_limit_gb)"
+    measured = "nothing: MLX cannot be imported"
+    if report.matmul_gflops is not None:
+        measured = f"{report.matmul_gflops:,.0f} GFLOP/s, float32, on the default device"
     rows = [
         ("Python", report.python),
         ("platform", report.platform),
@@ -88,7 +120,7 @@ def describe(report: Report) -> str:
         ("processors", str(report.threads)),
         ("memory", memory),
         ("limit of a run", limit),
-        ("measured", f"{report.matmul_gflops:,.0f} GFLOP/s, float32, on the default device"),
+        ("measured", measured),
     ]
     lines = [f"{label:<20} {value}" for label, value in rows]
     lines += [f"to mend: {line}" for line in report.advice] or ["nothing to mend"]
@@ -96,6 +128,8 @@ def describe(report: Report) -> str:
 
 
 def _measure_matmul() -> float:
+    import mlx.core as mx
+
     a = mx.random.normal((_SIZE, _SIZE), key=mx.random.key(0))
     mx.eval(a @ a)
     best_s = float("inf")

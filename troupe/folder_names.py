@@ -1,11 +1,15 @@
-"""What a user calls a folder, as a path. Quick to import; knows nothing of what is in the folder."""
+"""What a user calls a folder, as a path. Quick to import; of what is in one it knows where a run has its policies."""
 
 from __future__ import annotations
 
+import shlex
 import stat
 from pathlib import Path
 
-from troupe.errors import OutputError
+from troupe.errors import ModelError, OutputError
+
+_OF_A_RUN = ("final", "checkpoints", "metrics.jsonl", "run.sqlite", "run.lock", "summary.json")
+"""One of these lies beside `run.toml` where a run has begun, and not where somebody keeps a file of that name."""
 
 
 def run_folder_named(name: str) -> Path:
@@ -26,3 +30,22 @@ def run_folder_named(name: str) -> Path:
     if is_file:
         raise OutputError(f"{folder}: this is a file; give a folder that does not exist yet, or that of a run")
     return folder
+
+
+def policy_folder(path: Path) -> Path:
+    """The model folder that a path means: of the folder of a run, the policy that it ended with; else itself.
+
+    ModelError where that run has none yet, which names its newest checkpoint.
+    """
+    began = (path / "run.toml").is_file() and any((path / name).exists() for name in _OF_A_RUN)
+    if not began or (path / "config.json").exists():
+        return path
+    if (path / "final" / "config.json").is_file():
+        return path / "final"
+    checkpoints = [folder for folder in path.glob("checkpoints/step-*") if (folder / "MANIFEST.json").is_file()]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda folder: folder.name)
+        remedy = f"its newest checkpoint is a model folder, too: {newest}"
+    else:
+        remedy = f"nor a checkpoint; what it does: troupe status {shlex.quote(str(path))}"
+    raise ModelError(f"{path}: the run in this folder has no final policy yet; {remedy}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 
-import mlx.core as mx
-
 
 def device_name() -> str:
     """`gpu` or `cpu`, and its name where MLX knows it."""
+    import mlx.core as mx  # here: the rest is known without it
+
     device = mx.default_device()
     kind = "cpu" if device == mx.Device(mx.cpu) else "gpu"
     name = mx.device_info().get("device_name", "")

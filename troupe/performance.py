@@ -31,6 +31,7 @@ from troupe.runtime import DeviceThread, Mailbox, play, together
 from troupe.runtime.watchdog import watch
 from troupe.status import doing, last_movement_s, live_groups, queues, stall
 from troupe.summary import RunResult, write_summary
+from troupe.wiring import memory_wired
 
 _EXCHANGES = 64
 """Exchanges of rewards, and settings, that may wait before the oldest is forgotten."""
@@ -187,7 +188,8 @@ class Performance:
     async def _play_told(self) -> None:
         """All of it, while the sinks that show it are told."""
         threads = self._prepared.config.schedule.blas_threads
-        with self._scope, memory_limited(self._prepared.memory.limit_gb), linux_cpu.blas_limited(threads):
+        limit_gb, wired_gb = self._prepared.memory.limit_gb, self._prepared.config.wired_limit_gb
+        with self._scope, memory_limited(limit_gb), memory_wired(wired_gb), linux_cpu.blas_limited(threads):
             if self._prepared.checkpoint is not None:
                 self._prepared.rewards.trust()
             with self._stage.at("starting the rewards"):

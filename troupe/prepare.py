@@ -21,6 +21,7 @@ from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import adamw_init
 from troupe.messages import Unfinished
+from troupe.metric_names import check_metric
 from troupe.policy import DTYPES, Policy, Qwen3Config, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
 from troupe.restoring import Restored, restored_free, restored_pinned
 from troupe.resuming import Identity, Resumption, as_begun, newest_checkpoint, reinstated
@@ -29,6 +30,7 @@ from troupe.run_folder import run_folder
 from troupe.run_store import FILE_NAME, check_store
 from troupe.schedule import PromptSchedule, count_steps, describe_prompts, tokenize_prompts
 from troupe.sinks import check_sinks
+from troupe.wiring import check_wired_limit
 
 _WORTHWHILE = 2**18
 """Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a processor
@@ -143,6 +145,7 @@ def prepare(
         raise ConfigError(
             "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"
         )
+    notices += check_wired_limit(config.wired_limit_gb)
     folder = run_folder(config, resume=resume)
     resumption = Resumption.of(folder, config, allow_changes) if resume else None
     if resume and "sqlite" in config.metrics.sinks:
@@ -151,6 +154,7 @@ def prepare(
     dataset = PromptDataset.load(data_path, config.data)
     held_out = PromptDataset.load(config.data.eval_path, config.data) if config.data.eval_path else None
     manager, config = _rewards(config, rewards, dataset, held_out)
+    more = _best_by(config, manager, resumption)
     source = resolve_model(model_path)
     policy = load_policy(source, config.model.dtype)
     positions = policy.config.max_position_embeddings
@@ -163,7 +167,8 @@ def prepare(
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
         told_of_prompts.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     longest = max(map(len, prompt_ids))
-    config, more = _fit_completions(config, positions, longest_prompt=longest)
+    config, lowered = _fit_completions(config, positions, longest_prompt=longest)
+    more += lowered
     if policy.dtype == "float16":
         more.append(
             "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
@@ -361,6 +366,20 @@ def _rewards(
             f"{held_out.source}: the held-out rows lack the column {', '.join(sorted(missing))} of the training rows"
         )
     return manager, config
+
+
+def _best_by(config: RunConfig, rewards: RewardManager, resumption: Resumption | None) -> list[str]:
+    """What to tell of the metric by which a checkpoint is the best; a run that has always had a wrong one goes on."""
+    metric = config.checkpoint.metric_for_best
+    if not config.checkpoint.keep_best:
+        return []
+    try:
+        told = check_metric(metric, rewards.names, rewards.rewards)
+    except ConfigError as error:
+        if resumption is None or resumption.stored.checkpoint.metric_for_best != metric:
+            raise
+        told = f"{error}; no checkpoint is the best"
+    return [] if told is None else [told]
 
 
 def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) -> tuple[RunConfig, list[str]]:

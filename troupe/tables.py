@@ -6,6 +6,7 @@ Knows neither what the keys mean nor which there are, and is quick to import.
 from __future__ import annotations
 
 import datetime
+import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the configuration cannot be read: {error}") from None
+        hint = ""
+        if (path / "run.toml").is_file():
+            hint = f"; this is the folder of a run, to go on with: troupe train -o {shlex.quote(str(path))} --resume"
+        raise ConfigError(f"{path}: the configuration cannot be read: {error}{hint}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
     except RecursionError:

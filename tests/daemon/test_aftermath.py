@@ -64,6 +64,13 @@ def test_a_run_that_was_ended(run: Path) -> None:
     assert describe(found) == f"ended after step 40 of 100; go on with: troupe train -o {run} --resume"
 
 
+def test_a_run_that_a_daemon_kept_is_gone_on_with_by_one(run: Path) -> None:
+    (run / "daemon.log").write_text("")
+    add_checkpoint(run, 40)
+    add_summary(run, 40, 100)
+    assert describe(aftermath(run)) == f"ended after step 40 of 100; go on with: troupe daemon {run}"
+
+
 def test_a_run_that_was_killed(run: Path) -> None:
     pid = dead_owner(run)
     add_checkpoint(run, 10)

@@ -21,6 +21,7 @@ import pytest
 from tests.daemon.fake_trainer import TOTAL
 from tests.fakes import write_prompts, write_ragged_model
 from troupe.checkpoint import list_checkpoints
+from troupe.daemon.aftermath import aftermath, describe
 from troupe.daemon.client import NobodyThereError, ask
 from troupe.daemon.keeping import keep_alive
 from troupe.daemon.orders import Order
@@ -360,6 +361,24 @@ def test_the_real_trainer_is_killed_paused_and_drained(real_order: Order) -> Non
         daemon.send_signal(signal.SIGINT)
         assert daemon.wait(PATIENCE_S) == 0
     assert isinstance(Stop(), Stop)
+
+
+@pytest.mark.slow
+def test_a_drained_run_is_gone_on_with_by_its_folder_alone(real_order: Order) -> None:
+    with a_daemon(real_order, trainer=None) as daemon:
+        step_reached(real_order, 3)
+        assert isinstance(asked(real_order, Drain()), Done)
+        assert daemon.wait(PATIENCE_S) == 0
+    real_order.run_toml.unlink()
+    told = describe(aftermath(real_order.output))
+    assert told.endswith(f"of 400; go on with: troupe daemon {real_order.output}")
+    again = Order.given(Path(told.split()[-1]), None)
+    assert again.output == real_order.output
+    with a_daemon(again, trainer=None) as daemon:
+        step_reached(again, 6)
+        assert isinstance(asked(again, Drain()), Done)
+        assert daemon.wait(PATIENCE_S) == 0
+    assert "playing from step 0" not in log_of(again).partition("ended after")[2]
 
 
 @pytest.mark.slow

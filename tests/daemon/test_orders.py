@@ -42,6 +42,17 @@ def test_the_folder_may_be_named_in_the_config(
     assert Order.given(Path("RUN.toml"), None, settings).output == workplace / output
 
 
+def test_a_run_folder_is_the_run_that_stands_there(workplace: Path) -> None:
+    (workplace / "runs" / "a").mkdir(parents=True)
+    (workplace / "runs" / "a" / "run.toml").write_text('seed = 1\noutput = "elsewhere"\n')
+    order = Order.given(Path("runs/a"), None, ["learner.lr=0.5"])
+    assert (order.run_toml, order.output) == (workplace / "runs" / "a" / "run.toml", workplace / "runs" / "a")
+    assert order.table["seed"] == 1
+    assert Order.given(Path("runs/a"), "copy").output == workplace / "copy"
+    with pytest.raises(ConfigError, match=r"runs: the configuration cannot be read: .*directory"):
+        Order.given(Path("runs"), None)
+
+
 @pytest.mark.parametrize("text", ["", "output = 3\n"])
 def test_without_a_folder_there_is_no_daemon(text: str) -> None:
     Path("RUN.toml").write_text(text)

@@ -62,6 +62,8 @@ def test_options_are_read_from_behind_the_question_mark() -> None:
     assert split_query(source) == ("x:y", {"size": "5", "data_dir": "a&b c", "from": "1+1", "z": ""})
     values = {"5": 5, "0.5": 0.5, "true": True, "null": None, "[1, 2]": [1, 2], "hard": "hard", "": ""}
     assert {text: parsed(text) for text in values} == values
+    with pytest.raises(DatasetError, match=r"the key 'b' is given twice in an object"):
+        parsed('{"a": [{"b": 1, "c": 2, "b": 3}]}')
 
 
 @pytest.mark.parametrize(

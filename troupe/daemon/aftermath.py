@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from troupe.daemon.place import LOG
 from troupe.errors import InputError
 from troupe.run_lock import Owner, read_owner
 
@@ -42,6 +43,8 @@ class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
     """The newest, by its name; whether it is whole is seen when it is read."""
     pid: int | None = None
     """Who has the folder, or had it when it died."""
+    kept: bool = False
+    """Whether a daemon kept it, which goes on with it."""
 
 
 def aftermath(folder: Path) -> Aftermath:
@@ -77,13 +80,15 @@ def _aftermath(folder: Path) -> Aftermath:
         total_steps=None if summary is None else summary.total_steps,
         checkpoint=name,
         pid=None if owner is None else owner.pid,
+        kept=(folder / LOG).is_file(),
     )
 
 
 def describe(found: Aftermath) -> str:
     """The same in words."""
     of = "" if found.total_steps is None else f" of {found.total_steps}"
-    go_on = f"go on with: troupe train -o {shlex.quote(found.folder)} --resume"
+    folder = shlex.quote(found.folder)
+    go_on = f"go on with: troupe {f'daemon {folder}' if found.kept else f'train -o {folder} --resume'}"
     match found.fate:
         case "complete":
             return f"complete: {found.step}{of} steps"

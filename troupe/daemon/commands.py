@@ -23,6 +23,8 @@ from troupe.daemon.place import read_address
 from troupe.daemon.protocol import Reply, Request, encode_line
 from troupe.daemon.units import launchd, systemd
 from troupe.errors import ConfigError, InputError, RunError
+from troupe.flags import Command
+from troupe.installing import unusable_backend
 from troupe.messages import (
     Checkpoint,
     Drain,
@@ -47,9 +49,9 @@ def control() -> None:
     """Speak with a run."""
 
 
-@control.command()
-@click.argument("run_toml", metavar="RUN.toml", type=_FOLDER)
-@click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: output in RUN.toml.")
+@control.command(cls=Command, keys={"output": "output", "page": "daemon.page"})
+@click.argument("run_toml", metavar="RUN.toml|OUT_DIR", type=_FOLDER)
+@click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: output in RUN.toml, or OUT_DIR.")
 @click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
 @click.option(
     "--allow-change",
@@ -79,8 +81,9 @@ def daemon(
 ) -> None:
     """Train in the foreground, and go on by itself whatever happens.
 
-    A run that stands in OUT_DIR is gone on with. One that fails is started again from its newest checkpoint. SIGTERM
-    finishes the steps begun, saves and ends; SIGHUP reads RUN.toml again.
+    A run that stands in OUT_DIR is gone on with; to name OUT_DIR in place of RUN.toml is enough for that. A run that
+    fails is started again from its newest checkpoint. SIGTERM finishes the steps begun, saves and ends; SIGHUP reads
+    RUN.toml again.
     """
     if page is not None:
         settings = (*settings, f"daemon.page={_port(page)}")
@@ -88,6 +91,8 @@ def daemon(
     if print_unit is not None:
         tell({"systemd": systemd, "launchd": launchd}[print_unit](order), newline=False)
         return
+    if (unusable := unusable_backend()) is not None:  # the trainer's, which would only fail again and again
+        raise InputError(unusable)
     sys.exit(anyio.run(keep_alive, order))
 
 
@@ -187,7 +192,7 @@ def stop(folder: Path) -> None:
     _request(folder, Stop())
 
 
-@control.command(name="set")
+@control.command(name="set", short_help="Set what may change while the run plays.")
 @_out
 @click.argument("setting", metavar="KEY=VALUE")
 @report_errors

@@ -13,6 +13,8 @@ from troupe.errors import ConfigError
 from troupe.folder_names import run_folder_named
 from troupe.tables import lay_over, read_toml, table_of
 
+_STORED = "run.toml"
+
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """One run to be kept alive. All paths are absolute."""
@@ -30,8 +32,12 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     ) -> Order:
         """The order that the command line means. InputError where it names no run folder, or its file is not readable.
 
-        Whether the rest of the configuration can be used is for the trainer to say.
+        A run folder in place of the file is the run that stands there, by its own `run.toml`. Whether the rest of the
+        configuration can be used is for the trainer to say.
         """
+        if (run_toml / _STORED).is_file():
+            output = str(run_toml) if output is None else output
+            run_toml = run_toml / _STORED
         order = cls(
             run_toml=run_toml.absolute(),
             output=Path(),

@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio
 import msgspec
 
-from troupe.config import RUN_TOML, RunConfig, load_config, said_in
+from troupe.config import RUN_TOML, Layer, RunConfig, layered, load_config, said_in, settings_layers
 from troupe.daemon.answers import answer
 from troupe.daemon.frames import (
     Answer,
@@ -70,8 +70,10 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
     folder = Path(begin.output)
     stands = (folder / RUN_TOML).is_file()
     # of a run that stands there all stays that neither the file nor a setting says
-    base, said = (folder / RUN_TOML, [said_in(begin.run_toml)]) if stands else (begin.run_toml, [])
-    config = load_config(base, [*said, {"output": begin.output}, *begin.settings])
+    base, said = begin.run_toml, []
+    if stands:
+        base, said = str(folder / RUN_TOML), [Layer(begin.run_toml, said_in(begin.run_toml))]
+    config = layered(base, [*said, Layer("--output", {"output": begin.output}), *settings_layers(begin.settings)])
     if stands and (finished := _finished(folder, config)):
         return finished
     run = Supervisor(config, resume=stands, allow_changes=begin.allow_changes)

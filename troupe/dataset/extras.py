@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 from troupe.errors import DatasetError
+from troupe.installing import remedy
 
 
 def optional(module: str, extra: str, source: object) -> ModuleType:
@@ -15,6 +16,5 @@ def optional(module: str, extra: str, source: object) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise DatasetError(
-            f"{source}: reading this needs the package {package}, which cannot be imported ({error}); "
-            f"install Troupe's extra in its clone: pip install -e '.[{extra}]'"
+            f"{source}: reading this needs the package {package}, which cannot be imported ({error}); {remedy(extra)}"
         ) from None

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from troupe.errors import DatasetError
+from troupe.installing import remedy
 
 PREFIX = "reasoning_gym:"
 DEFAULTS: dict[str, Any] = {"size": 500, "seed": 0}
@@ -38,8 +39,7 @@ def read_gym(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
     """
     if find_spec("reasoning_gym") is None:
         raise DatasetError(
-            f"{source}: its tasks need the package reasoning-gym, which is missing; install Troupe's extra in "
-            "its clone: pip install -e '.[reasoning-gym]'"
+            f"{source}: its tasks need the package reasoning-gym, which is missing; {remedy('reasoning-gym')}"
         )
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     child = subprocess.run(

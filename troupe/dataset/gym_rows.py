@@ -51,11 +51,15 @@ def _options(source: str, tasks: list[str], texts: dict[str, str]) -> dict[str, 
     own: list[tuple[str, str, Any]] = []
     for key, text in texts.items():
         task, dot, option = key.partition(".")
+        try:
+            value = parsed(text)
+        except DatasetError as error:
+            raise DatasetError(f"{source}: {key}: {error}") from None
         if not dot:
             for values in options.values():
-                values[key] = parsed(text)
+                values[key] = value
         elif task in options:
-            own.append((task, option, parsed(text)))
+            own.append((task, option, value))
         else:
             raise DatasetError(f"{source}: {key} is for the task {task!r}, which the source does not name")
     for task, option, value in own:

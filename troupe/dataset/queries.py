@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 from urllib.parse import unquote
 
@@ -28,8 +29,19 @@ def split_query(source: str) -> tuple[str, dict[str, str]]:
 
 
 def parsed(value: str) -> Any:
-    """A number, true, false, null or list as JSON has them; anything else as the text that it is."""
+    """A number, true, false, null, list or object as JSON has them; anything else as the text that it is.
+
+    DatasetError for an object that has a key twice, of which readers silently take one.
+    """
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=_with_each_key_once)
     except (ValueError, RecursionError):
         return value
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DatasetError(f"the key {twice!r} is given twice in an object; give it once")
+    return table

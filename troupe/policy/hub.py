@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from troupe.errors import ModelError
+from troupe.installing import in_clone, remedy
 from troupe.policy.weight_files import CONFIG_FILE, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -43,9 +44,10 @@ def resolve_model(path: str | Path) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
+        fetching = "Troupe's extra `hub`" if in_clone() else f"huggingface_hub ({remedy('hub')})"
         raise ModelError(
-            f"{problem}; correct the path if a folder is meant; a model of the hub's is fetched by Troupe's extra "
-            f"`hub`, or on a machine that is online (hf download {name}), from where the cache can be copied"
+            f"{problem}; correct the path if a folder is meant; a model of the hub's is fetched by {fetching}, or on a "
+            f"machine that is online (hf download {name}), from where the cache can be copied"
         ) from None
     try:
         fetched = hub.snapshot_download(name, revision=_REVISION, cache_dir=hub_cache(), allow_patterns=_FETCHED)

@@ -12,7 +12,10 @@ from troupe.report.read import read_run
 from troupe.terminal import report_errors, tell
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    short_help="Write an HTML page about a run.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.argument("folder", metavar="OUT_DIR", type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE.html", help="The page.  [default: OUT_DIR/report.html]"

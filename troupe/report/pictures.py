@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from troupe.errors import InputError, OutputError
+from troupe.installing import remedy
 from troupe.report import words
 from troupe.report.charts import Chart, sections_of
 from troupe.report.read import RunPicture
@@ -23,10 +24,7 @@ _ENOUGH_TO_SMOOTH = 40
 def require_matplotlib() -> None:
     """InputError where matplotlib is not there."""
     if find_spec("matplotlib") is None:
-        raise InputError(
-            "pictures are drawn by matplotlib, which is not installed; "
-            "install Troupe's extra in its clone: pip install -e '.[report]'"
-        )
+        raise InputError(f"pictures are drawn by matplotlib, which is not installed; {remedy('report')}")
 
 
 def write_pictures(run: RunPicture, folder: Path) -> list[Path]:

@@ -128,6 +128,11 @@ class RewardManager:
         return found
 
     @property
+    def rewards(self) -> tuple[Reward, ...]:
+        """Those that have the places now, in the order of `names`."""
+        return tuple(seat.now.runner.reward for seat in self._seats.values())
+
+    @property
     def versions(self) -> Mapping[str, int]:
         """Reward → how often it was exchanged."""
         return {name: seat.now.version for name, seat in self._seats.items()}

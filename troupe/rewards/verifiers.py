@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from troupe.errors import RewardError
+from troupe.installing import remedy
 from troupe.rewards.builtin import Completion, completion_text
 
 Logger: TypeAlias = Callable[[str, Sequence[Any]], None]
@@ -159,7 +160,4 @@ def _entry(task: str, options: str, index: int) -> dict[str, Any]:
 
 def _require(module: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise RewardError(
-            f"reward {module} needs the package {package}, which is missing; install Troupe's extra in its "
-            f"clone: pip install -e '.[{extra}]'"
-        )
+        raise RewardError(f"reward {module} needs the package {package}, which is missing; {remedy(extra)}")

@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from troupe.errors import ConfigError
+from troupe.installing import remedy
 from troupe.sinks.base import MetricsConfig, SinkName
 
 _PACKAGES: dict[SinkName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -35,7 +36,7 @@ def package(sink: SinkName, module: str = "") -> Any:
     except ImportError as error:
         raise ConfigError(
             f"metrics.sinks has {sink!r}, but the package {name} cannot be imported ({error}); "
-            f"install Troupe's extra in its clone: pip install -e '.[{sink}]', or leave the sink out"
+            f"{remedy(sink)}, or leave the sink out"
         ) from None
 
 

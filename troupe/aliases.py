@@ -1,0 +1,282 @@
+"""What others call our settings: TRL's GRPOConfig and its command line, mlx-lm-lora, mlx-lm.
+
+One table. The command line and the configuration answer a foreign name with it, and `scripts/alias_tables.py` writes
+it into docs/coming-from-trl.md. Data only; quick to import, and knows nothing of ours but names.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Alias(NamedTuple):
+    """Names of theirs that mean something of ours, or for which there is nothing here."""
+
+    theirs: tuple[str, ...]
+    """As they are written there."""
+    ours: tuple[str, ...] = ()
+    """Keys of the configuration, or options that begin with `--`; as many as `theirs`, each for its own, or all for
+    each. Empty where there is none."""
+    note: str = ""
+    """What differs; where there is none of ours, why, or what to do."""
+
+
+def _a(theirs: str, ours: str = "", note: str = "") -> Alias:
+    return Alias(tuple(theirs.split()), tuple(ours.split()), note)
+
+
+def _same(section: str, *names: str, note: str = "") -> Alias:
+    return Alias(names, tuple(f"{section}.{name}" for name in names), note)
+
+
+GRPO_CONFIG = (
+    _a("model", "model.path", "Qwen3 only, all weights"),
+    _a("train_dataset", "data.path", "a file, or `hf:NAME`; see [prompts](datasets.md)"),
+    _a("eval_dataset", "data.eval_path", "likewise; before and after the run, greedily, once a row"),
+    _a("reward_funcs", "rewards.functions", "`FILE.py:NAME`; reward models are yours to call"),
+    _a("output_dir", "output"),
+    _a("seed", "seed"),
+    _a("bf16 fp16", "model.dtype", "as the folder has it; float32 on a CPU"),
+    _a("per_device_train_batch_size", "learner.batch_size", "it counts prompts here, not completions"),
+    _same("learner", "gradient_accumulation_steps", note="splits the batch, does not multiply it"),
+    _same("learner", "gradient_checkpointing", note="off unless memory asks for it"),
+    _a("num_train_epochs", "learner.epochs", "an incomplete last batch is filled by the next epoch, not dropped"),
+    _same("learner", "max_steps", note="learner batches"),
+    _same("learner", "num_iterations", note="passes over a batch, each one update from all of its rows"),
+    _a("learning_rate", "learner.lr", "the same default, 1e-6"),
+    _a("lr_scheduler_type", "learner.lr_scheduler", "`linear`, `cosine`, `constant`"),
+    _same("learner", "warmup_steps", note="a number of updates"),
+    _same("learner", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    _same("learner", "max_grad_norm", note="0 never clips"),
+    _a("shuffle_dataset", "data.shuffle"),
+    _same("data", "chat_template_kwargs"),
+    _same("generation", "num_generations"),
+    _same("generation", "max_completion_length", note="the default is 256, not 512"),
+    _same("generation", "temperature", "top_p", "top_k", "min_p"),
+    _same("generation", "repetition_penalty", note="over the last `generation.repetition_context_size` tokens"),
+    _a("generation_kwargs", "generation.logit_bias generation.stop", "each has a key; these and others"),
+    _same("learner", "loss_type", "beta", "importance_sampling_level", "multi_objective_aggregation"),
+    _same("learner", "epsilon", "epsilon_high", "delta"),
+    _same("learner", "scale_rewards", note='texts only: `"group"`, `"batch"`, `"none"`'),
+    _a("reward_weights", "rewards.weights"),
+    _same("learner", "mask_truncated_completions", note="a stop string's end is no truncation"),
+    _same("learner", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    _same("learner", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
+    _same("learner", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
+    _same("learner", "sapo_temperature_pos", "sapo_temperature_neg"),
+    _same("learner", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    _same("learner", "off_policy_mask_threshold", "use_bias_correction_kl"),
+    _same(
+        "learner",
+        "vllm_importance_sampling_correction",
+        note="corrects for older weights of Troupe's own generator",
+    ),
+    _same("learner", "vllm_importance_sampling_mode"),
+    _same("learner", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
+    _a("vllm_importance_sampling_cap", "learner.vllm_importance_sampling_clip_max"),
+    _a(
+        "save_steps save_total_limit",
+        "checkpoint.every checkpoint.keep",
+        "by default 50, not 500; 2 and the best stay, not all",
+    ),
+    _a("load_best_model_at_end", "checkpoint.keep_best", "it is kept, not loaded"),
+    _a("metric_for_best_model greater_is_better", "checkpoint.metric_for_best checkpoint.greater_is_better"),
+    _a("resume_from_checkpoint", "--resume", "of the run folder that `-o` names, from its newest whole checkpoint"),
+    _a("report_to logging_steps", "metrics.sinks", "every step is logged"),
+    _a("run_name", "metrics.wandb_name metrics.trackio_name", "the run folder's name"),
+    _a("project", "metrics.wandb_project metrics.trackio_project"),
+    _a("log_completions", "metrics.sinks", "`sqlite`, which is on by default, has all of them; `troupe inspect`"),
+    _a("num_completions_to_print", "metrics.completions", "for the trackers; `troupe inspect` shows any"),
+    _a("log_level", "daemon.log_level", "the console says one line a step"),
+    _a(
+        "full_determinism data_seed",
+        "schedule.mode seed",
+        "the default mode, `pinned`, is deterministic; one seed for all",
+    ),
+)
+
+OTHER_COMMANDS = (
+    _a("--model_name_or_path", "model.path", "Qwen3 only, all weights"),
+    _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
+    _a(
+        "--dataset_config --dataset_train_split",
+        "data.path",
+        "within the name: `hf:NAME?config=…&split=…`",
+    ),
+    _a("--dataset_test_split", "data.eval_path", "within the name: `hf:NAME?split=…`"),
+    _a("--dtype --torch_dtype", "model.dtype"),
+    _a("--reward_model_name_or_path", "rewards.functions", "a reward model is yours to call, in a function"),
+    _a("--max-tokens --max-new-tokens", "generation.max_completion_length"),
+    _a("--temp", "generation.temperature"),
+    _a("--system-prompt", "data.system_prompt"),
+    _a("--num-return-sequences", "generation.num_generations"),
+    _a("--apply-chat-template --use-default-chat-template", "data.chat"),
+    _a("--chat-template-config", "data.chat_template_kwargs"),
+)
+
+MLX_LM_LORA = (
+    _a("--model", "model.path"),
+    _a("--data", "data.path", "one file, not a folder of train, valid and test; rows have `prompt` and any columns"),
+    _a("--group-size", "generation.num_generations", "the default is 8, not 4"),
+    _a("--batch-size", "learner.batch_size", "prompts in both"),
+    _a("--iters --epochs", "learner.max_steps learner.epochs"),
+    _a("--learning-rate", "learner.lr", "the default is 1e-6, since all weights are trained"),
+    _a("--lr-schedule", "learner.lr_scheduler", "`linear`, `cosine`, `constant`"),
+    _a("--max-completion-length", "generation.max_completion_length"),
+    _a("--temperature", "generation.temperature", "the default is 1.0"),
+    _a("--beta", "learner.beta", "the default is 0, not 0.1"),
+    _a("--epsilon --epsilon-high", "learner.epsilon learner.epsilon_high", "the default is 0.2, not 1e-4"),
+    _a("--grpo-loss-type", "learner.loss_type"),
+    _a("--importance-sampling-level", "learner.importance_sampling_level"),
+    _a(
+        "--reward-functions --reward-functions-file",
+        "rewards.functions",
+        "`FILE.py:NAME`, no registry; columns by their own names, not `types`",
+    ),
+    _a("--reward-weights", "rewards.weights"),
+    _a("--grad-checkpoint", "learner.gradient_checkpointing"),
+    _a(
+        "--gradient-accumulation-steps --grad-accumulation-steps",
+        "learner.gradient_accumulation_steps",
+        "splits the batch",
+    ),
+    _a("--save-every", "checkpoint.every"),
+    _a("--adapter-path --fuse", "output", "the whole model is in `final/`"),
+    _a("--resume-adapter-file", "--resume", "of the run folder that `-o` names"),
+    _a("--optimizer-config", "learner.adam_beta1 learner.adam_beta2 learner.adam_epsilon", "AdamW"),
+    _a("--steps-per-report --report-to --wandb", "metrics.sinks", "every step is logged"),
+    _a("--project-name", "metrics.wandb_project metrics.trackio_project"),
+    _a("--val-batches --steps-per-eval", "data.eval_path", "all rows, before and after the run"),
+    _a("--max-seq-length", "data.max_prompt_tokens generation.max_completion_length", "of prompt and completion"),
+    _a("--seed", "seed"),
+)
+
+ABSENT = (
+    _a("use_vllm vllm_… use_transformers_… transformers_… cache_implementation", "", "Troupe generates itself"),
+    _a(
+        "steps_per_generation generation_batch_size",
+        "",
+        "every update takes the whole batch; `learner.num_iterations` takes it several times",
+    ),
+    _a(
+        "eval_strategy eval_… per_device_eval_batch_size num_generations_eval --test-batches",
+        "",
+        "held-out rows (`data.eval_path`) are completed before and after the run, not during it",
+    ),
+    _a("optim optim_… --optimizer lr_scheduler_kwargs", "", "AdamW always; the schedules have no further settings"),
+    _a("warmup_ratio", "", "give a number of updates, `learner.warmup_steps`"),
+    _a("max_prompt_length", "", "prompts are not cut; `data.max_prompt_tokens` refuses longer ones"),
+    _a("deepspeed fsdp fsdp_… accelerator_config ddp_… ds3_… local_rank", "", "one device learns"),
+    _a("use_liger_kernel liger_… torch_… attn_implementation", "", "the kernels are MLX's and Troupe's own"),
+    _a("--clear-cache-threshold --prefill-step-size", "", "memory is kept below `memory_limit_gb`"),
+    _a(
+        "model_init_kwargs disable_dropout cast_lm_head_to_fp32 router_aux_loss_coef",
+        "",
+        "Qwen3 without experts, which has no dropout; its type is `model.dtype`",
+    ),
+    _a("push_to_hub hub_… log_completions_hub_repo", "", "`hf upload NAME OUT/final` does it"),
+    _a("remove_unused_columns log_multimodal log_unique_prompts", "", "rewards and `run.sqlite` have all columns"),
+    _a("dataloader_… streaming dataset_streaming pad_to_multiple_of", "", "all prompts are in memory, none is padded"),
+    _a(
+        "trust_remote_code model_revision",
+        "",
+        "code of a model folder is never run; fetch a revision with `hf download`",
+    ),
+    _a("do_train do_eval --train --test", "", "`troupe train` and `troupe eval` are commands"),
+    _a("max_tool_calling_iterations tools environment_factory rollout_func", "", "one turn, no tools"),
+    _a(
+        "peft_config use_peft lora_… use_rslora use_dora --num-layers --train-type --fine-tune-type --train-mode",
+        "",
+        "all weights are trained, by GRPO and without adapters",
+    ),
+    _a(
+        "load_in_… bnb_… qat_… --quantize-activations", "", "no quantized training; `mlx_lm.convert` quantizes `final/`"
+    ),
+    _a("--mask-prompt", "", "only completions are learned from"),
+    _a(
+        "--judge --reference-model-path",
+        "",
+        "a judge is a reward function of yours; the reference is the model that the run begins with",
+    ),
+    _a("--config -c", "", "the file is given without a flag: `troupe train RUN.toml`, in TOML"),
+    _a("--kv-… --max-kv-size --quantized-kv-start --prompt-cache-file", "", "the cache is whole, in the weights' type"),
+    _a("--draft-model --num-draft-tokens --image --prefill-response", "", "one model continues one text"),
+    _a("--ignore-chat-template", "", "texts go to the model as they are, unless `--chat` is given"),
+    _a("--verbose -v", "", "`--json` has all figures"),
+    _a("--extra-eos-token", "", "stop strings are `generation.stop` of a run"),
+)
+"""A name that ends in … stands for all that begin so."""
+
+COMMANDS = {
+    "grpo": "train",
+    "lora": "train",
+    "finetune": "train",
+    "fine_tune": "train",
+    "run": "train",
+    "start": "train",
+    "evaluate": "eval",
+    "test": "eval",
+    "chat": "generate",
+    "infer": "generate",
+    "complete": "generate",
+    "sample": "generate",
+    "env": "doctor",
+    "check": "doctor",
+    "show": "inspect",
+    "view": "inspect",
+    "look": "inspect",
+    "html": "report",
+    "plot": "report",
+    "end": "drain",
+    "kill": "stop",
+    "continue": "resume",
+    "ps": "status",
+}
+"""What others call a command → ours."""
+
+TABLES = {
+    "GRPOConfig": GRPO_CONFIG,
+    "mlx-lm-lora": MLX_LM_LORA,
+    "other commands": OTHER_COMMANDS,
+    "absent": ABSENT,
+}
+"""What is written into the documents, by the names that the marks there have."""
+
+
+class Meaning(NamedTuple):
+    """What one foreign name is here."""
+
+    ours: tuple[str, ...]
+    note: str
+
+
+def normalized(name: str) -> str:
+    """A name as one writes it in Python: `--learning-rate` → `learning_rate`."""
+    return name.strip().lstrip("-").replace("-", "_").lower()
+
+
+def meaning_of(name: str) -> Meaning | None:
+    """What a foreign name is here; None where the table does not know it."""
+    name = normalized(name)
+    family = next((meaning for start, meaning in _FAMILIES.items() if name.startswith(start)), None)
+    return _MEANINGS.get(name) or family
+
+
+def known_names() -> list[str]:
+    """All foreign names, normalized."""
+    return [name for name in _MEANINGS if not name.endswith("…")]
+
+
+def _meanings() -> dict[str, Meaning]:
+    found: dict[str, Meaning] = {}
+    for table in TABLES.values():
+        for alias in table:
+            paired = len(alias.theirs) == len(alias.ours)
+            for place, name in enumerate(alias.theirs):
+                ours = (alias.ours[place],) if paired else alias.ours
+                found.setdefault(normalized(name), Meaning(ours, alias.note))
+    return found
+
+
+_MEANINGS = _meanings()
+_FAMILIES = {name.removesuffix("…"): meaning for name, meaning in _MEANINGS.items() if name.endswith("…")}
