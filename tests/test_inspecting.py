@@ -184,7 +184,7 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(folder: Path, t
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "so this is not the folder of a run" in run(Path("."), code=2)  # noqa: PTH201 - as one types it
+    assert "so . is not the folder of a run" in run(Path("."), code=2)  # noqa: PTH201 - as one types it
     (tmp_path / "run.toml").touch()
     assert "there is no run store" in run(Path("."), code=2)  # noqa: PTH201
 
