@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import codecs
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import msgspec
 import tiktoken
 
 from troupe.errors import ModelError
+from troupe.policy.added_tokens import CONFIG_FILE, Tokens, read_tokens
 from troupe.policy.chat import ChatTemplate, choose_chat_template, load_chat_templates
+from troupe.policy.normal_forms import normalize
 from troupe.policy.vocabulary import GPT2_PATTERN, QWEN_PATTERN, AddedToken, Vocabulary, read_object, read_vocabulary
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
@@ -32,19 +30,18 @@ class Tokenizer:
     def __init__(
         self,
         vocabulary: Vocabulary,
-        named_tokens: Mapping[str, str] | None = None,
+        tokens: Tokens,
         chat_templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """`named_tokens`: "eos_token" → its text, and so on; each must be in the vocabulary, else ModelError."""
         self._origin = vocabulary.origin
         self._templates = dict(chat_templates or {})
         self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
-        self._normal_forms = cast("tuple[Literal['NFC'], ...]", vocabulary.normal_forms)
-        self._named, added = _resolve_named_tokens(vocabulary, named_tokens or {})
+        self._normal_forms = vocabulary.normal_forms
+        self._named, added = tokens.ids, tokens.added
         self._split_raw = _added_token_splitter([token for token in added if not token.normalized], str)
         self._split_normalized = _added_token_splitter([token for token in added if token.normalized], self._normalize)
         self._contents = vocabulary.contents | {token.id: token.content.encode() for token in added}
-        self._special = frozenset(token.id for token in added if token.special)
+        self._special = tokens.special
         ids = list(vocabulary.ids_by_rank.values())
         self._id_of_rank = None if ids == list(range(len(ids))) else ids
         self._bpe = _byte_pair_encoding(vocabulary)
@@ -53,11 +50,10 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
         """Load the tokenizer of a model folder. Raises ModelError, naming the file, where that is not possible."""
         folder = Path(path)
-        config = read_object(folder / "tokenizer_config.json") or {}
-        map_file = folder / "special_tokens_map.json"
-        sources = ((map_file, read_object(map_file) or {}), (folder / "tokenizer_config.json", config))
-        named = {name: text for file, content in sources for name, text in _named_tokens(file, content).items()}
-        return cls(read_vocabulary(folder, config), named, load_chat_templates(folder, config, named))
+        config = read_object(folder / CONFIG_FILE) or {}
+        vocabulary = read_vocabulary(folder)
+        tokens = read_tokens(folder, config, vocabulary)
+        return cls(vocabulary, tokens, load_chat_templates(folder, config, tokens.named))
 
     @property
     def vocab_size(self) -> int:
@@ -140,7 +136,7 @@ class Tokenizer:
 
     def _normalize(self, text: str) -> str:
         for form in self._normal_forms:
-            text = unicodedata.normalize(form, text)
+            text = normalize(form, text)
         return text
 
     def _encode_ordinary(self, text: str) -> list[int]:
@@ -230,30 +226,3 @@ def _byte_pair_encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
         raise ModelError(
             f"{vocabulary.origin}: split pattern {vocabulary.pattern!r} is not supported: {error}"
         ) from error
-
-
-def _resolve_named_tokens(vocabulary: Vocabulary, named: Mapping[str, str]) -> tuple[dict[str, int], list[AddedToken]]:
-    """Name → id, and the added tokens with every named token among them as a special one, as transformers has it."""
-    added = {token.content: token for token in vocabulary.added}
-    id_of_content = {content: id_ for id_, content in vocabulary.contents.items()}
-    ids: dict[str, int] = {}
-    for name, text in named.items():
-        token = added.get(text)
-        id_ = token.id if token else id_of_content.get(text.encode())
-        if id_ is None:
-            raise ModelError(
-                f"{vocabulary.origin}: {name} is {text!r}, which is no token; correct tokenizer_config.json"
-            )
-        added[text] = msgspec.structs.replace(token or AddedToken(text), id=id_, special=True)
-        ids[name] = id_
-    return ids, list(added.values())
-
-
-def _named_tokens(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """ "eos_token" → text, …, of a tokenizer_config.json or special_tokens_map.json; a null is left out."""
-    try:
-        found = {name: msgspec.convert(content.get(name), AddedToken | str | None) for name in _NAMED_TOKENS}
-    except msgspec.ValidationError as error:
-        raise ModelError(f"{file}: one of {', '.join(_NAMED_TOKENS)} is neither text nor a token: {error}") from error
-    texts = {name: token.content if isinstance(token, AddedToken) else token for name, token in found.items()}
-    return {name: text for name, text in texts.items() if text is not None}
