@@ -7,6 +7,7 @@ wrong is raised as an InputError; nothing on disk has been touched by then.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +22,18 @@ from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import adamw_init
 from troupe.messages import Unfinished
-from troupe.policy import DTYPES, Policy, Qwen3Config, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
+from troupe.policy import (
+    DTYPES,
+    Policy,
+    Qwen3Config,
+    Tokenizer,
+    Weights,
+    is_on_cpu,
+    load_policy,
+    model_fingerprint,
+    opened_thought,
+    resolve_model,
+)
 from troupe.restoring import Restored, restored_free, restored_pinned
 from troupe.resuming import Identity, Resumption, newest_checkpoint, reinstated
 from troupe.rewards import Reward, RewardManager, default_reward
@@ -154,13 +166,27 @@ def prepare(
     manager, config = _rewards(config, rewards, dataset, held_out)
     source = resolve_model(model_path)
     policy = load_policy(source, config.model.dtype)
+    if not resume:
+        policy.check_stop_ids()
     positions = policy.config.max_position_embeddings
     limit = min(config.data.max_prompt_tokens or positions, positions - 1)
-    prompt_ids = tokenize_prompts(dataset, policy.tokenizer, config.data, max_tokens=limit)
+    was_kept = (
+        resumption is not None and resumption.stored.data.chat_template_kwargs == config.data.chat_template_kwargs
+    )
+    tokenize = partial(
+        tokenize_prompts,
+        tokenizer=policy.tokenizer,
+        config=config.data,
+        max_tokens=limit,
+        vocab_size=policy.config.vocab_size,
+        keeps_unknown=was_kept,
+    )
+    prompt_ids = tokenize(dataset)
+    opened = partial(opened_thought, policy.tokenizer)
     told_of_prompts = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     evaluation = None
     if held_out is not None:
-        held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
+        held_out_ids = tokenize(held_out)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
         told_of_prompts.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     longest = max(map(len, prompt_ids))
@@ -170,6 +196,8 @@ def prepare(
             "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
             "model.dtype = 'bfloat16' has no such limit"
         )
+    if "think_format" in config.rewards.functions:
+        more += _think_notices(policy.tokenizer, opened(dataset[0].prompt, prompt_ids[0]))
     worthwhile = _worthwhile(config, policy.config, longest_prompt=longest)
     is_light = sum(array.nbytes for array in policy.weights.values()) <= _LIGHT
     config = _placed(config, worthwhile if is_light else 1)
@@ -214,6 +242,7 @@ def prepare(
         batch_size=config.learner.batch_size,
         seed=config.seed,
         shuffle=config.data.shuffle,
+        opened=opened,
     )
     return Prepared(
         config=msgspec.structs.replace(config, output=str(folder)),
@@ -359,6 +388,17 @@ def _rewards(
             f"{held_out.source}: the held-out rows lack the column {', '.join(sorted(missing))} of the training rows"
         )
     return manager, config
+
+
+def _think_notices(tokenizer: Tokenizer, opened: str) -> list[str]:
+    """What is to be known of how completions think."""
+    if any(tokenizer.decode([id_], skip_special_tokens=False) == "</think>" for id_ in tokenizer.special_ids):
+        return [
+            "the tokenizer takes </think> for a special token, so completions lose it, and think_format is always 0"
+        ]
+    if opened:
+        return ["the prompts open <think> themselves, and think_format counts that: completions need only </think>"]
+    return []
 
 
 def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) -> tuple[RunConfig, list[str]]:
