@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy.tokenizer_vectors import DATA, VARIABLE, qwen_rank_file, read_vectors
-from troupe.errors import ModelError
+from troupe.errors import InputError, ModelError
 from troupe.policy.tokenizer import Tokenizer
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -483,3 +483,21 @@ def test_named_tokens_are_variables_of_the_chat_template(tmp_path: Path) -> None
     tokenizer = load(tmp_path, {"eos_token": "<eos>", "chat_template": named})
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi<eos>"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], chat_template="b") == "b"
+
+
+def test_a_text_that_cannot_be_split_is_refused(tmp_path: Path, qwen3: Tokenizer) -> None:
+    assert len(qwen3.encode("a" + " " * 400_000)) > 1000
+    with pytest.raises(InputError, match="1000000 characters of white space in a row"):
+        qwen3.encode("a" + " " * 1_000_000)
+    split = {"type": "Split", "pattern": {"Regex": r"(a+)\1+b"}, "behavior": "Isolated", "invert": False}
+    tokenizer = load(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]})
+    assert tokenizer.encode("aab") == [97, 97, 98]
+    with pytest.raises(InputError, match="the text of 3000 characters cannot be split into words"):
+        tokenizer.encode("a" * 3000)
+
+
+@pytest.mark.parametrize("regex", ["x*", "", "(?=T)"])
+def test_patterns_that_find_words_of_no_characters_are_refused(tmp_path: Path, regex: str) -> None:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(ModelError, match=r"tokenizer\.json: split pattern .* is not supported"):
+        load(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]})

@@ -180,7 +180,7 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _TOLD else f"{text[:_TOLD]} … ({len(text)} characters)"
+    return text if len(text) <= _TOLD + 50 else f"{text[:_TOLD]} … ({len(text)} characters)"
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002 – templates may name the argument

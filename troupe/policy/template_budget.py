@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Sized, ValuesView
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -28,6 +28,9 @@ MAX_VALUE = 20_000_000
 _ENTRY = 64
 _MOST = 1_000_000  # of a width or a count
 _LONG = 200  # characters of a format, or of what stands between the parts of JSON
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_SIMPLE = (str, int, float, bool, type(None))
+"""What cannot hold anything; told by type, since most values are of these."""
 
 
 class Budget:
@@ -71,18 +74,20 @@ class Budget:
             raise OverflowError(f"the template builds more than {MAX_SIZE} characters, the limit")
 
     def measure(self, value: Any) -> int:
-        """Size of a value as text, at least; one that holds itself many times is counted as often."""
+        """Size of a value as text, at least; what stands in it many times is counted as often."""
+        if type(value) in _SIMPLE:
+            return _size(value)
         waiting, size = [value], 0
         while waiting:
             held = waiting.pop()
             size += _size(held)
             if isinstance(held, Namespace):
                 held = getattr(held, "_Namespace__attrs", {})
-            if isinstance(held, Mapping):
+            if isinstance(held, dict):
                 waiting += [*held.keys(), *held.values()]
             elif isinstance(held, list | tuple | set | frozenset):
                 waiting += held
-            elif isinstance(held, KeysView | ValuesView | ItemsView):
+            elif isinstance(held, _VIEWS):
                 waiting += list(held)
             if size > MAX_VALUE:
                 self.build(size)
