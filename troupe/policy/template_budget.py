@@ -87,7 +87,7 @@ class Budget:
                 waiting += [*held.keys(), *held.values()]
             elif isinstance(held, list | tuple | set | frozenset):
                 waiting += held
-            elif isinstance(held, _VIEWS):
+            elif type(held) in _VIEWS:
                 waiting += list(held)
             if size > MAX_VALUE:
                 self.build(size)
