@@ -26,7 +26,6 @@ from troupe.policy import (
     DTYPES,
     Policy,
     Qwen3Config,
-    Tokenizer,
     Weights,
     is_on_cpu,
     load_policy,
@@ -39,7 +38,7 @@ from troupe.resuming import Identity, Resumption, newest_checkpoint, reinstated
 from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run_folder import run_folder
 from troupe.run_store import FILE_NAME, check_store
-from troupe.schedule import PromptSchedule, count_steps, describe_prompts, tokenize_prompts
+from troupe.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.sinks import check_sinks
 
 _WORTHWHILE = 2**18
@@ -170,23 +169,19 @@ def prepare(
         policy.check_stop_ids()
     positions = policy.config.max_position_embeddings
     limit = min(config.data.max_prompt_tokens or positions, positions - 1)
-    was_kept = (
-        resumption is not None and resumption.stored.data.chat_template_kwargs == config.data.chat_template_kwargs
-    )
+    kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
     tokenize = partial(
         tokenize_prompts,
-        tokenizer=policy.tokenizer,
-        config=config.data,
         max_tokens=limit,
         vocab_size=policy.config.vocab_size,
-        keeps_unknown=was_kept,
+        keeps_unknown=kept == config.data.chat_template_kwargs,
     )
-    prompt_ids = tokenize(dataset)
+    prompt_ids = tokenize(dataset, policy.tokenizer, config.data)
     opened = partial(opened_thought, policy.tokenizer)
     told_of_prompts = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     evaluation = None
     if held_out is not None:
-        held_out_ids = tokenize(held_out)
+        held_out_ids = tokenize(held_out, policy.tokenizer, config.data)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
         told_of_prompts.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     longest = max(map(len, prompt_ids))
@@ -197,7 +192,7 @@ def prepare(
             "model.dtype = 'bfloat16' has no such limit"
         )
     if "think_format" in config.rewards.functions:
-        more += _think_notices(policy.tokenizer, opened(dataset[0].prompt, prompt_ids[0]))
+        more += think_notices(policy.tokenizer, opened(dataset[0].prompt, prompt_ids[0]))
     worthwhile = _worthwhile(config, policy.config, longest_prompt=longest)
     is_light = sum(array.nbytes for array in policy.weights.values()) <= _LIGHT
     config = _placed(config, worthwhile if is_light else 1)
@@ -388,17 +383,6 @@ def _rewards(
             f"{held_out.source}: the held-out rows lack the column {', '.join(sorted(missing))} of the training rows"
         )
     return manager, config
-
-
-def _think_notices(tokenizer: Tokenizer, opened: str) -> list[str]:
-    """What is to be known of how completions think."""
-    if any(tokenizer.decode([id_], skip_special_tokens=False) == "</think>" for id_ in tokenizer.special_ids):
-        return [
-            "the tokenizer takes </think> for a special token, so completions lose it, and think_format is always 0"
-        ]
-    if opened:
-        return ["the prompts open <think> themselves, and think_format counts that: completions need only </think>"]
-    return []
 
 
 def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) -> tuple[RunConfig, list[str]]:

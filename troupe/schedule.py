@@ -222,3 +222,14 @@ def describe_prompts(dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...
         f"{count} prompt{'s' if count > 1 else ''} of {spread} tokens from {dataset.source}; "
         f"columns for rewards: {columns}\nthe first one, as the model reads it: {first!r}"
     )
+
+
+def think_notices(tokenizer: Tokenizer, opened: str) -> list[str]:
+    """What is to be known of how completions think, for the reward `think_format`; `opened` is of the first prompt."""
+    if any(tokenizer.decode([id_], skip_special_tokens=False) == "</think>" for id_ in tokenizer.special_ids):
+        return [
+            "the tokenizer takes </think> for a special token, so completions lose it, and think_format is always 0"
+        ]
+    if opened:
+        return ["the prompts open <think> themselves, and think_format counts that: completions need only </think>"]
+    return []
