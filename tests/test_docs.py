@@ -32,7 +32,7 @@ from tests.documents import (
     message_texts,
     prose,
 )
-from tests.tiny import CONFIG, write_tiny_model
+from tests.tiny import CONFIG, TEMPLATE, write_tiny_model
 from troupe.changes import config_keys
 from troupe.cli import main
 
@@ -221,7 +221,10 @@ def runnable(page: Path) -> list[Block]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stands for a real model in the documents."""
     larger = msgspec.structs.replace(CONFIG, max_position_embeddings=256)
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", larger)
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", larger)
+    thinks = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}{% endif %}"
+    (folder / "chat_template.jinja").write_text(thinks, encoding="utf-8")
+    return folder
 
 
 @pytest.mark.slow

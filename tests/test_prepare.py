@@ -21,6 +21,7 @@ from troupe.cli import main
 from troupe.config import write_config
 from troupe.errors import CheckpointError, ConfigError
 from troupe.grpo import LearnerConfig, adamw_init
+from troupe.messages import Slot
 from troupe.policy import ModelConfig, load_policy
 from troupe.prepare import prepare
 from troupe.runtime.device import arrays_in
@@ -282,6 +283,20 @@ def test_the_reference_of_a_resumed_run(
     else:
         assert prepared.reference is not None
         assert same_bits(prepared.reference, synced if held == "synced" else base.weights)
+
+
+def test_a_run_that_was_begun_with_a_variable_of_no_use_goes_on(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"prompt": [{"role": "user", "content": "x"}], "answer": "y"}\n')
+    useless = {"enable_thinking": False}
+    bare = tiny_config(tiny_model, tmp_path, data__path=str(tmp_path / "c.jsonl"))
+    config = msgspec.structs.replace(bare, data=msgspec.structs.replace(bare.data, chat_template_kwargs=useless))
+    with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.enable_thinking"):
+        prepare(config)
+    run, fresh = tmp_path / "run", prepare(bare)
+    run.mkdir()
+    write_config(msgspec.structs.replace(fresh.config, data=config.data), run / "run.toml")
+    again = prepare(config, resume=True)
+    assert again.schedule.prompt(Slot(step=0, place=0)) == fresh.schedule.prompt(Slot(step=0, place=0))
 
 
 @pytest.mark.parametrize(("began", "goes_on"), [("free", "pinned"), ("pinned", "free")])

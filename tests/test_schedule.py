@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.messages import Slot
-from troupe.policy import Tokenizer, load_policy
+from troupe.policy import Tokenizer, load_policy, opened_thought
 from troupe.schedule import PromptSchedule, count_steps, tokenize_prompts
 
 ROWS = [{"prompt": f"p{i}", "answer": i} for i in range(3)]
@@ -181,6 +182,40 @@ def test_variables_of_the_template_come_from_the_config(tokenizer: Tokenizer) ->
     assert tokenize_prompts(CHAT, tokenizer, bare, max_tokens=9) == [tuple(b"[user]x")]
     with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.messages: .*remove the key"):
         tokenize_prompts(CHAT, tokenizer, DataConfig(chat_template_kwargs={"messages": 3}), max_tokens=9)
+
+
+def test_a_variable_that_the_template_never_refers_to_is_refused(tokenizer: Tokenizer) -> None:
+    config = DataConfig(chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(
+        ConfigError, match=r"data\.chat_template_kwargs\.enable_thinking: .*never refers to enable_think"
+    ):
+        tokenize_prompts(CHAT, tokenizer, config, max_tokens=99)
+    [ids] = tokenize_prompts(CHAT, tokenizer, config, max_tokens=99, keeps_unknown=True)
+    assert ids == tuple(b"[user]x[assistant]")
+    plain = PromptDataset.from_rows([{"prompt": "x"}])  # no template, so nothing to refer to it
+    assert tokenize_prompts(plain, tokenizer, config, max_tokens=99) == [(120,)]
+
+
+def test_ids_beyond_the_embedding_and_texts_without_words_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "abc"}\n{"prompt": "abcz"}\n')
+    dataset = PromptDataset.from_json(path)
+    with pytest.raises(
+        DatasetError, match=r"prompts\.jsonl:2: the prompt has the token 122 \('z'\), but .* ends at 121 "
+    ):
+        tokenize_prompts(dataset, tokenizer, DataConfig(), max_tokens=9, vocab_size=122)
+    assert len(tokenize_prompts(dataset, tokenizer, DataConfig(), max_tokens=9, vocab_size=123)) == 2
+    path.write_text('{"prompt": "a"}\n{"prompt": "a' + " " * 1_000_000 + '"}\n')
+    with pytest.raises(DatasetError, match=r"prompts\.jsonl:2: the prompt cannot be rendered: .* white space in a row"):
+        tokenize_prompts(PromptDataset.from_json(path), tokenizer, DataConfig(), max_tokens=9)
+
+
+def test_a_prompt_says_what_it_has_opened(tokenizer: Tokenizer) -> None:
+    dataset = PromptDataset.from_rows([{"prompt": "Why?\n<think>\n"}, {"prompt": "Use <think>."}])
+    ids = tokenize_prompts(dataset, tokenizer, DataConfig(), max_tokens=99)
+    opened = partial(opened_thought, tokenizer)
+    plan = PromptSchedule(dataset, ids, batch_size=2, seed=0, shuffle=False, opened=opened)
+    assert [plan.prompt(Slot(step=0, place=place)).opened for place in (0, 1)] == ["<think>\n", ""]
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

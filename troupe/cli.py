@@ -287,11 +287,13 @@ def generate(
     if chat:
         asked = [{"role": "system", "content": system}] if system is not None else []
         asked = [*asked, {"role": "user", "content": text}]
-    options: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
     generation = GenerationConfig(num_generations=samples, max_completion_length=max_new_tokens, **sampling)
     seed = secrets.randbits(32) if seed is None else seed
     policy = load_policy(_named_model(model), dtype)
     raw = not sys.stdout.isatty()  # a file or a program wants the text as it was written
+    options: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
+    if options and policy.tokenizer.unknown_variables(**options):
+        options = {}  # a template that does not know of thinking does not begin with it
     if samples == 1 and not as_json:
         for piece in stream_text(policy, asked, generation, seed, **options):
             tell(piece, newline=False, as_it_is=raw)

@@ -258,7 +258,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             resampling=config.learner.max_resampling_attempts,
             unfinished=restored.collected,
         ),
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=prepared.policy.pad_id,
         prompts_per_epoch=prepared.schedule.rows,
         total_steps=prepared.total_steps,
         checkpoint_every=prepared.live.checkpoint_every,

@@ -7,6 +7,7 @@ wrong is raised as an InputError; nothing on disk has been touched by then.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,13 +23,23 @@ from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import adamw_init
 from troupe.messages import Unfinished
 from troupe.metric_names import check_metric
-from troupe.policy import DTYPES, Policy, Qwen3Config, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
+from troupe.policy import (
+    DTYPES,
+    Policy,
+    Qwen3Config,
+    Weights,
+    is_on_cpu,
+    load_policy,
+    model_fingerprint,
+    opened_thought,
+    resolve_model,
+)
 from troupe.restoring import Restored, restored_free, restored_pinned
 from troupe.resuming import Identity, Resumption, as_begun, newest_checkpoint, reinstated
 from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run_folder import run_folder
 from troupe.run_store import FILE_NAME, check_store
-from troupe.schedule import PromptSchedule, count_steps, describe_prompts, tokenize_prompts
+from troupe.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.sinks import check_sinks
 from troupe.wiring import check_wired_limit
 
@@ -157,13 +168,23 @@ def prepare(
     more = _best_by(config, manager, resumption)
     source = resolve_model(model_path)
     policy = load_policy(source, config.model.dtype)
+    if not resume:
+        policy.check_stop_ids()
     positions = policy.config.max_position_embeddings
     limit = min(config.data.max_prompt_tokens or positions, positions - 1)
-    prompt_ids = tokenize_prompts(dataset, policy.tokenizer, config.data, max_tokens=limit)
+    kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
+    tokenize = partial(
+        tokenize_prompts,
+        max_tokens=limit,
+        vocab_size=policy.config.vocab_size,
+        keeps_unknown=kept == config.data.chat_template_kwargs,
+    )
+    prompt_ids = tokenize(dataset, policy.tokenizer, config.data)
+    opened = partial(opened_thought, policy.tokenizer)
     told_of_prompts = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     evaluation = None
     if held_out is not None:
-        held_out_ids = tokenize_prompts(held_out, policy.tokenizer, config.data, max_tokens=limit)
+        held_out_ids = tokenize(held_out, policy.tokenizer, config.data)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
         told_of_prompts.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     longest = max(map(len, prompt_ids))
@@ -174,6 +195,8 @@ def prepare(
             "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
             "model.dtype = 'bfloat16' has no such limit"
         )
+    if "think_format" in config.rewards.functions:
+        more += think_notices(policy.tokenizer, opened(dataset[0].prompt, prompt_ids[0]))
     worthwhile = _worthwhile(config, policy.config, longest_prompt=longest)
     is_light = sum(array.nbytes for array in policy.weights.values()) <= _LIGHT
     config = _placed(config, worthwhile if is_light else 1)
@@ -221,6 +244,7 @@ def prepare(
         batch_size=config.learner.batch_size,
         seed=config.seed,
         shuffle=config.data.shuffle,
+        opened=opened,
     )
     return Prepared(
         config=msgspec.structs.replace(config, output=str(folder)),

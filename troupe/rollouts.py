@@ -17,7 +17,15 @@ from troupe.errors import InputError
 from troupe.grpo import LearnerConfig
 from troupe.learning import as_rollouts, assemble
 from troupe.messages import Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
-from troupe.policy import CompletedGroup, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
+from troupe.policy import (
+    CompletedGroup,
+    GenerationConfig,
+    Policy,
+    RolloutEngine,
+    RolloutRequest,
+    load_policy,
+    opened_thought,
+)
 from troupe.rewards import Reward, RewardManager, default_reward, exact_answer_reward
 from troupe.runtime import DeviceThread
 from troupe.schedule import tokenize_prompts
@@ -86,7 +94,9 @@ async def generate_and_score(
     learner = learner or LearnerConfig()
     dataset = PromptDataset.from_rows([p if isinstance(p, Mapping) else {"prompt": p} for p in prompts], "prompts")
     limit = policy.config.max_position_embeddings - 1
-    prompt_ids = tokenize_prompts(dataset, policy.tokenizer, DataConfig(), max_tokens=limit)
+    prompt_ids = tokenize_prompts(
+        dataset, policy.tokenizer, DataConfig(), max_tokens=limit, vocab_size=policy.config.vocab_size
+    )
     async with RewardManager(rewards) as manager, DeviceThread("rollouts") as device:
         manager.check_columns(dataset.columns)
         groups = await _complete(policy, dataset, prompt_ids, range(len(dataset)), generation, device, (seed, step))
@@ -99,7 +109,7 @@ async def generate_and_score(
         totals = [reward for result in results for reward in result.rewards]
 
         def to_arrays() -> GroupBatch:
-            learned = assemble(scored, learner, weights=weights, pad_id=policy.tokenizer.pad_token_id or 0)
+            learned = assemble(scored, learner, weights=weights, pad_id=policy.pad_id)
             return GroupBatch(
                 prompt_ids=learned.batch.prompt_ids,
                 completion_ids=learned.batch.completion_ids,
@@ -188,6 +198,7 @@ async def _complete(
             prompt=row.prompt,
             prompt_ids=prompt_ids[place],
             columns=row.columns,
+            opened=opened_thought(policy.tokenizer, row.prompt, prompt_ids[place]),
         )
         rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
         groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
@@ -236,9 +247,12 @@ async def evaluate_folder(
     manager.check_columns(rows.columns)
     async with DeviceThread("evaluation") as device, manager:
         policy = await device.run(load_policy, model, dtype)
+        policy.check_stop_ids()
         positions = policy.config.max_position_embeddings
         limit = min(data.max_prompt_tokens or positions, positions - 1)
-        prompt_ids = tokenize_prompts(rows, policy.tokenizer, data, max_tokens=limit)
+        prompt_ids = tokenize_prompts(
+            rows, policy.tokenizer, data, max_tokens=limit, vocab_size=policy.config.vocab_size
+        )
         return await evaluate(
             policy,
             rows,

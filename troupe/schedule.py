@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Annotated, Literal
@@ -20,7 +20,7 @@ import msgspec
 
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import ConfigError, DatasetError, InputError
-from troupe.messages import Prompt, Slot
+from troupe.messages import Prompt, PromptText, Slot
 from troupe.policy import Tokenizer, encode_prompt
 
 _ATTEMPT_STRIDE = 1 << 48
@@ -87,13 +87,16 @@ class PromptSchedule:
         batch_size: int,
         seed: int,
         shuffle: bool,
+        opened: Callable[[PromptText, tuple[int, ...]], str] = lambda prompt, ids: "",
     ) -> None:
+        """`opened`: what a prompt, with these ids, has written of the thoughts; see `policy.opened_thought`."""
         self.batch_size = batch_size
         self.rows = len(dataset)
         """Prompts an epoch."""
         self._seed = seed
         self._dataset = dataset
         self._prompt_ids = prompt_ids
+        self._opened = opened
         # only the epochs that the live groups touch are asked for, always the newest few
         self._order = lru_cache(maxsize=4)(lambda epoch: dataset.order(seed, epoch, shuffle=shuffle))
 
@@ -114,6 +117,7 @@ class PromptSchedule:
             prompt=self._dataset[row].prompt,
             prompt_ids=self._prompt_ids[row],
             columns=self._dataset[row].columns,
+            opened=self._opened(self._dataset[row].prompt, self._prompt_ids[row]),
             round_size=self.batch_size if round_size is None else round_size,
         )
 
@@ -155,21 +159,45 @@ def count_steps(rows: int, *, batch_size: int, epochs: int, max_steps: int | Non
 
 
 def tokenize_prompts(
-    dataset: PromptDataset, tokenizer: Tokenizer, config: DataConfig, *, max_tokens: int
+    dataset: PromptDataset,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    max_tokens: int,
+    vocab_size: int | None = None,
+    keeps_unknown: bool = False,
 ) -> list[tuple[int, ...]]:
-    """Token ids of every row; DatasetError naming the first row that is longer than `max_tokens` or empty,
-    or that the chat template refuses."""
-    if "messages" in config.chat_template_kwargs:
+    """Token ids of every row, all below `vocab_size`, the rows of the model's embedding (None: not looked at).
+
+    Raises DatasetError naming the first row that is longer than `max_tokens` or empty, that the chat template refuses,
+    or that has an id which the model does not know; ConfigError for a variable that the template never refers to.
+    `keeps_unknown` leaves such a variable out instead, as a run did that was begun when they did nothing.
+    """
+    variables = dict(config.chat_template_kwargs)
+    if "messages" in variables:
         raise ConfigError("data.chat_template_kwargs.messages: the messages are those of the dataset; remove the key")
+    if variables and any(not isinstance(row.prompt, str) for row in dataset):
+        unknown = tokenizer.unknown_variables(**variables)
+        if unknown and not keeps_unknown:
+            told = tokenizer.told_unknown(unknown[0], **variables)
+            raise ConfigError(f"data.chat_template_kwargs.{unknown[0]}: {told}")
+        variables = {name: value for name, value in variables.items() if name not in unknown}
     encoded = []
     for row in dataset:
         where = f"{dataset.source}: row {row.row}" if row.line is None else f"{dataset.source}:{row.line}"
         try:
-            ids = encode_prompt(tokenizer, row.prompt, **config.chat_template_kwargs)
+            ids = encode_prompt(tokenizer, row.prompt, **variables)
         except InputError as error:
             raise DatasetError(f"{where}: the prompt cannot be rendered: {error}") from error
         if not ids:
             raise DatasetError(f"{where}: the prompt has no tokens; give it some text")
+        if vocab_size is not None and max(ids) >= vocab_size:
+            unheld = next(id_ for id_ in ids if id_ >= vocab_size)
+            token = tokenizer.decode([unheld], skip_special_tokens=False)
+            raise DatasetError(
+                f"{where}: the prompt has the token {unheld} ({token!r}), but the model's embedding ends at "
+                f"{vocab_size - 1} (vocab_size is {vocab_size}); enlarge the embedding, or leave the token out"
+            )
         if len(ids) > max_tokens:
             if max_tokens == config.max_prompt_tokens:
                 limit, remedy = f"data.max_prompt_tokens allows {max_tokens}", "raise that"
@@ -194,3 +222,14 @@ def describe_prompts(dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...
         f"{count} prompt{'s' if count > 1 else ''} of {spread} tokens from {dataset.source}; "
         f"columns for rewards: {columns}\nthe first one, as the model reads it: {first!r}"
     )
+
+
+def think_notices(tokenizer: Tokenizer, opened: str) -> list[str]:
+    """What is to be known of how completions think, for the reward `think_format`; `opened` is of the first prompt."""
+    if any(tokenizer.decode([id_], skip_special_tokens=False) == "</think>" for id_ in tokenizer.special_ids):
+        return [
+            "the tokenizer takes </think> for a special token, so completions lose it, and think_format is always 0"
+        ]
+    if opened:
+        return ["the prompts open <think> themselves, and think_format counts that: completions need only </think>"]
+    return []

@@ -81,6 +81,22 @@ def test_conversations_stay_and_chat_always_makes_texts_conversations() -> None:
         ("a.jsonl", '{"prompt": "x"} {"prompt": "y"}', "a.jsonl:1: malformed JSON: more text"),
         ("a.jsonl", '{"prompt": "x", "n": NaN}', "a.jsonl:1: .*NaN is no JSON value"),
         ("a.jsonl", "[" * 200_000, "a.jsonl:1: .*recursion"),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": "y", "n": ' + "[" * 900 + "]" * 900 + "}",
+            "a.jsonl:2: .*'n' is nested",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "n": ' + '{"a":[' * 51 + "]}" * 51 + "}",
+            "'n' is nested more than 100 levels deep",
+        ),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y", "a": 1, "a": 2}', "a.jsonl:2: .*the key 'a' stands twice"),
+        (
+            "a.json",
+            '[{"prompt": "x"},\n{"prompt": "y", "n": {"b": 1, "b": 1}}]',
+            "a.json:2: .*the key 'b' stands twice",
+        ),
         ("a.jsonl", b'{"prompt": "x"}\n\xff', "a.jsonl:2: byte 0xff is not UTF-8"),
         ("a.jsonl", '{"prompt": "\\ud800"}', "a.jsonl:1: row 0 .*cannot be sent on"),
         ("a.jsonl", '{"prompt": "x", "n": 100000000000000000000}', "a.jsonl:1: row 0 .*64 bits"),

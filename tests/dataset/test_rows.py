@@ -66,3 +66,43 @@ def test_another_system_prompt_or_column_makes_other_prompts(tmp_path: Path) -> 
     row = {"prompt": "1+1?", "answer": "2", "other": "3"}
     settings: list[dict[str, str]] = [{}, {"system_prompt": "Be brief."}, {"answer_column": "other"}]
     assert len({load(tmp_path, row, **kwargs).fingerprint for kwargs in settings}) == 3
+
+
+def test_messages_are_the_prompt_and_a_final_answer_is_the_solution(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "2"}
+    more = {"role": "user", "content": "Sure?"}
+    asked, begun = load(tmp_path, {"messages": [USER, answer, more]}, {"messages": [USER, answer], "level": 1})
+    assert (asked.prompt, asked.columns) == ([USER, answer, more], {"level": None, "solution": None})
+    assert (begun.prompt, begun.columns) == ([USER], {"level": 1, "solution": "2"})
+    [kept] = load(tmp_path, {"messages": [USER, answer], "solution": "two"})
+    assert (kept.prompt, kept.columns) == ([USER], {"solution": "two"})
+
+
+def test_messages_stay_whole_where_they_are_named_or_continued(tmp_path: Path) -> None:
+    row = {"messages": [USER, {"role": "assistant", "content": "It is"}]}
+    for settings in ({"prompt_column": "messages"}, {"chat_template_kwargs": {"continue_final_message": True}}):
+        [found] = load(tmp_path, row, **settings)
+        assert (found.prompt, found.columns) == (row["messages"], {})
+    [found] = load(tmp_path, {"prompt": "1+1?", **row})
+    assert (found.prompt, found.columns) == ("1+1?", row)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "assistant", "content": "2"}], "messages has an answer and nothing that it answers"),
+        ([], "the prompt is an empty list"),
+        (["hi"], "message 0 of the prompt is a text"),
+        ("hi", 'has no "prompt" .it has messages'),
+    ],
+)
+def test_messages_without_a_question_are_refused(tmp_path: Path, messages: Any, message: str) -> None:
+    with pytest.raises(DatasetError, match=rf"p\.jsonl:1: row 0 .*{message}"):
+        load(tmp_path, {"messages": messages})
+
+
+def test_values_of_a_hundred_levels_are_taken(tmp_path: Path) -> None:
+    nested: Any = 1
+    for _ in range(100):
+        nested = [nested]
+    assert load(tmp_path, {"prompt": "x", "n": nested})[0].columns == {"n": nested}

@@ -128,3 +128,90 @@ def test_no_template_and_malformed_ones_are_refused(tmp_path: Path) -> None:
         choose_chat_template({}, "m", has_tools=False)
     with pytest.raises(ModelError, match="key chat_template must be text or a list"):
         load_chat_templates(tmp_path, {"chat_template": 3}, {})
+
+
+GROWS = "{% set n = namespace(x='x') %}{% for i in range(100) %}{% set n.x = GROWN %}{% endfor %}{{ n.x | length }}"
+SHARES = "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ [0] * 10**9 }}",
+        "{{ (2**1000000) ** 1000000 }}",
+        "{{ 'x' | center(10**10) }}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ 'x'.zfill(10**10) }}",
+        "{{ '\t'.expandtabs(10**10) }}",
+        "{{ (1).to_bytes(10**10, 'big') }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
+        "{{ ('x' * 1000000).translate({120: 'y' * 1000}) }}",
+        "{{ ('x' * 1000000) | replace('x', 'y' * 1000) }}",
+        "{{ ('x' * 1000000).replace('x', 'y' * 1000) }}",
+        "{{ ('y' * 1000).join('x' * 1000000) }}",
+        "{{ ('x' * 10000) | join('y' * 10000) }}",
+        "{{ ('\n' * 100000) | indent(100000, true) }}",
+        "{{ ('x' * 100000) | wordwrap(1, true, 'y' * 10000) }}",
+        "{{ [1] | batch(10**9, 0) | list }}",
+        "{{ [1] | slice(10**9) | list }}",
+        "{{ messages | tojson(indent=10**9) }}",
+        "{{ ('x ' * 5000000).split() | length }}",
+        "{{ ([[1] * 1000] * 1000) | sum(start=[]) }}",
+        "{{ messages | map('string') | map('center', 10**9) | list }}",
+        "{{ range(10**9) | list }}",
+        "{{ strftime_now('%1000000000Y') }}",
+        GROWS.replace("GROWN", "n.x ~ n.x"),
+        GROWS.replace("GROWN", "n.x + n.x"),
+        GROWS.replace("GROWN", "[n.x, n.x] | join"),
+        GROWS.replace("GROWN", "n.x | replace('x', 'xx')"),
+        GROWS.replace("GROWN", "'%s%s' % (n.x, n.x)"),
+        GROWS.replace("GROWN", "'{0}{0}'.format(n.x)"),
+        GROWS.replace("{% set n.x = GROWN %}", "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"),
+        "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}" + GROWS.replace("GROWN", "m(n.x)"),
+        "{% set s = 'x' * 1000000 %}{% for i in range(90000) %}{{ s }}{% endfor %}",
+        "{% set n = namespace(l=[]) %}{% set s = 'x' * 1000000 %}"
+        "{% for i in range(9999) %}{% set n.l = n.l + [s[i:]] %}{% endfor %}",
+        SHARES + "{{ n.x }}",
+        SHARES + "{{ n }}",
+        SHARES + "{{ n.x ~ '' }}",
+        SHARES + "{{ n.x | tojson }}",
+        SHARES + "{{ n.x | string | length }}",
+        SHARES + "{{ '%s' % [n.x] }}",
+        SHARES + "{% for i in range(99) %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    ],
+)
+def test_a_template_is_stopped_before_it_fills_the_memory(source: str) -> None:
+    with pytest.raises(ModelError, match=r"^test\.jinja: the chat template failed .*OverflowError") as caught:
+        render(source)
+    assert len(str(caught.value)) < 1000
+
+
+def test_what_templates_do_every_day_is_within_bounds() -> None:
+    source = (
+        "{{ 'a' + 'b' ~ 1 ~ [2] }} {{ '%s-%05.1f' % ('x', 2) }} {{ '{} {:>3}'.format('é', 7) }} {{ 2 ** 10 }}"
+        " {{ 'a-b'.replace('-', '+') }} {{ ', '.join(['x', 'y']) }} {{ [1, 2] | sum }} {{ [[1], [2]] | sum(start=[]) }}"
+        " {{ 7 % 4 }} {{ 'x' | center(3) | trim | indent(2) }} {{ messages[0].content[1:3] }}"
+        " {{ messages | map(attribute='role') | list }}"
+        " {{ 'a b' | wordcount }} {{ ['b', 'a'] | sort | join('') }} {{ {'k': 1}.items() | list }} {{ 'x'.ljust(3) }}|"
+    )
+    assert render(source) == ("ab1[2] x-002.0 é   7 1024 a+b x, y 3 [1, 2] 3 x el ['user'] 2 ab [('k', 1)] x  |")
+
+
+def test_what_a_template_complains_of_is_cut() -> None:
+    with pytest.raises(ModelError, match=r"x{500} … \(100000 characters\); check") as caught:
+        render("{{ raise_exception('x' * 100000) }}")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ " + "(" * 9000, "{{ 1" + "+1" * 9000 + " }}", "{% if 1 %}" * 200, "x" * 1_000_001]
+)
+def test_a_source_that_nobody_can_compile_is_refused(source: str) -> None:
+    with pytest.raises(ModelError, match=r"test\.jinja: (the chat template|line 1 of the chat template)"):
+        render(source)

@@ -192,3 +192,12 @@ def test_a_large_policy_is_saved_in_shards(tiny_model: Path, tmp_path: Path) -> 
     assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
     again = load_policy(tmp_path / "parts")
     assert policy.generate_text("hi", seed=1) == again.generate_text("hi", seed=1)
+
+
+def test_rows_are_filled_with_an_id_that_the_embedding_holds(tiny_model: Path, tmp_path: Path) -> None:
+    assert load_policy(tiny_model).pad_id == 257
+    shutil.copytree(tiny_model, tmp_path / "m")
+    named = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>"}  # new, so they are 258, 259 and 260
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(named))
+    policy = load_policy(tmp_path / "m")
+    assert (policy.tokenizer.pad_token_id, policy.config.vocab_size, policy.pad_id) == (260, 260, 0)

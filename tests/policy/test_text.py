@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from tests.policy.test_added_tokens import DECODER, folder_of
 from tests.tiny import CONFIG, write_tiny_model
 from troupe.errors import InputError, ModelError
 from troupe.policy import GenerationConfig, Policy, Qwen3Config, RolloutRequest, Weights, load_policy, rollout
-from troupe.policy.text import TextPrompt, complete_texts, encode_prompt, stream_text
+from troupe.policy.text import TextPrompt, complete_texts, encode_prompt, opened_thought, stream_text
+from troupe.policy.tokenizer import Tokenizer
 
 SAMPLED = GenerationConfig(num_generations=3, max_completion_length=10)
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -113,3 +116,35 @@ def test_positions_that_yarn_adds_can_be_used(tmp_path: Path) -> None:
     [[sample]] = complete_texts(stretched, ["x" * 100], GenerationConfig(num_generations=1), seed=0)
     assert sample.completion_tokens <= 28
     assert sample.finish_reason == ("length" if sample.completion_tokens == 28 else "stop")
+
+
+def opened(folder: Path, prompt: TextPrompt, template: str = "", **flags: Any) -> str:
+    decoder = {**DECODER, "259": {**DECODER["259"], **flags}}
+    config = {"chat_template": template, "added_tokens_decoder": decoder}
+    tokenizer = Tokenizer.from_pretrained(folder_of(folder, config))
+    return opened_thought(tokenizer, prompt, encode_prompt(tokenizer, prompt))
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begins", "expected"),
+    [
+        ("Why?\n<think>\n", "", "<think>\n"),
+        ("Put it in <think> tags.", "", ""),
+        ("<think>a</think><think>", "", "<think>"),
+        ("<think>a</think>", "", ""),
+        ([{"role": "user", "content": "Why?"}], "<think>\n", "<think>\n"),
+        ([{"role": "user", "content": "Why?"}], "<think>\nLet me", "<think>\nLet me"),
+        ([{"role": "user", "content": "Why?"}], "<think>\n\n</think>\n\n", ""),
+        ([{"role": "user", "content": "Put it in <think> tags."}], "", ""),
+        ([{"role": "user", "content": "Why?"}], "", ""),
+    ],
+)
+def test_thoughts_that_a_prompt_has_opened(tmp_path: Path, prompt: TextPrompt, begins: str, expected: str) -> None:
+    template = TURNS + f"{{{{ {begins!r} }}}}"  # Jinja drops a line end at the end of its source
+    assert opened(tmp_path / "m", prompt, template) == expected
+    assert opened(tmp_path / "special", prompt, template, special=True) == expected

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy.tokenizer_vectors import DATA, VARIABLE, qwen_rank_file, read_vectors
-from troupe.errors import ModelError
+from troupe.errors import InputError, ModelError
 from troupe.policy.tokenizer import Tokenizer
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -299,10 +299,10 @@ def test_sampled_ids_of_a_padded_vocabulary_are_left_out(tmp_path: Path) -> None
     assert load(tmp_path).decode_sampled([104, 300, 256, 105]) == "hi"
 
 
-def test_special_tokens_map_is_used_where_the_config_is_silent(tmp_path: Path) -> None:
+def test_special_tokens_map_wins_over_a_config_without_added_tokens(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<pad>", "pad_token": "<pad>"}')
     tokenizer = load(tmp_path, {"eos_token": "<eos>"})
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (257, 257)
 
 
 def test_post_processor_adds_special_tokens_on_request(tmp_path: Path) -> None:
@@ -446,8 +446,7 @@ def test_rank_files_need_every_byte_and_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"eos_token": "<gone>"}, "eos_token is '<gone>', which is no token"),
-        ({"eos_token": 3}, r"tokenizer_config\.json: one of bos_token, eos_token"),
+        ({"eos_token": 3}, r"tokenizer_config\.json: key eos_token is '3'"),
         ([], r"tokenizer_config\.json: is damaged"),
     ],
 )
@@ -484,3 +483,21 @@ def test_named_tokens_are_variables_of_the_chat_template(tmp_path: Path) -> None
     tokenizer = load(tmp_path, {"eos_token": "<eos>", "chat_template": named})
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi<eos>"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], chat_template="b") == "b"
+
+
+def test_a_text_that_cannot_be_split_is_refused(tmp_path: Path, qwen3: Tokenizer) -> None:
+    assert len(qwen3.encode("a" + " " * 400_000)) > 1000
+    with pytest.raises(InputError, match="1000000 characters of white space in a row"):
+        qwen3.encode("a" + " " * 1_000_000)
+    split = {"type": "Split", "pattern": {"Regex": r"(a+)\1+b"}, "behavior": "Isolated", "invert": False}
+    tokenizer = load(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]})
+    assert tokenizer.encode("aab") == [97, 97, 98]
+    with pytest.raises(InputError, match="the text of 3000 characters cannot be split into words"):
+        tokenizer.encode("a" * 3000)
+
+
+@pytest.mark.parametrize("regex", ["x*", "", "(?=T)"])
+def test_patterns_that_find_words_of_no_characters_are_refused(tmp_path: Path, regex: str) -> None:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(ModelError, match=r"tokenizer\.json: split pattern .* is not supported"):
+        load(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]})

@@ -94,6 +94,13 @@ def test_thinking_starts_the_text_opens_once_and_ends() -> None:
     assert think_format_reward([chat("<think></think>")]) == [1.0]
 
 
+def test_what_the_prompt_opened_counts_as_thinking() -> None:
+    texts = ["a\n</think>b", "a", "<think>a</think>", "</think>"]
+    assert think_format_reward(texts, completion_starts=["<think>\n"] * 4) == [1.0, 0.0, 0.0, 1.0]
+    assert think_format_reward([chat("a</think>")], completion_starts=["<think>"]) == [1.0]
+    assert think_format_reward(["a</think>"], completion_starts=[""]) == [0.0]
+
+
 def test_repetition_is_counted_over_token_ngrams() -> None:
     # bigrams 12 21 12: 2 of 3 distinct; 55 four times: 1 of 4.
     ids = [[1, 2, 1, 2], [5, 5, 5, 5, 5], [1, 2, 3], [1], []]

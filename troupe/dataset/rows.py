@@ -15,8 +15,14 @@ from troupe.dataset.settings import DataConfig
 from troupe.errors import DatasetError
 from troupe.messages import PromptText
 
-RESERVED_COLUMNS = frozenset({"completions", "completion_ids", "prompts", "trainer_state", "log_extra", "log_metric"})
+RESERVED_COLUMNS = frozenset(
+    {"completions", "completion_ids", "completion_starts", "prompts", "trainer_state", "log_extra", "log_metric"}
+)
 """Names under which reward functions receive something else, so that no column may have them."""
+
+MAX_DEPTH = 100
+"""Most lists and objects that stand in each other in one value: what copies values or sends them on calls itself as
+often."""
 
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that Qwen3's chat template renders; it drops any other without a word."""
@@ -46,7 +52,7 @@ def check_row(value: Any, source: str, row: int, line: int | None, config: DataC
     if not isinstance(value, Mapping):
         raise DatasetError(f'{where} is {_kind(value)}, not an object; write {{"prompt": …}}')
     columns = dict(value)
-    prompt = _asked(_check_prompt(_taken(columns, config.prompt_column, where), where), where, config)
+    prompt = _asked(_check_prompt(_taken(columns, config, where), where), where, config)
     if config.answer_column not in (None, "answer"):
         if config.answer_column not in columns:
             raise _no_column(columns, "data.answer_column", str(config.answer_column), where)
@@ -59,6 +65,9 @@ def check_row(value: Any, source: str, row: int, line: int | None, config: DataC
                 f"{where}: column {name!r} is the name of another argument of reward functions; rename it"
             )
     for name, held in {"the prompt": prompt, **columns}.items():
+        if _is_deep(held):
+            column = "the prompt" if held is prompt else f"column {name!r}"
+            raise DatasetError(f"{where}: {column} is nested more than {MAX_DEPTH} levels deep; flatten it")
         try:
             msgspec.msgpack.encode([name, held])
         except (UnicodeEncodeError, OverflowError, TypeError, ValueError, RecursionError) as error:
@@ -70,10 +79,43 @@ def check_row(value: Any, source: str, row: int, line: int | None, config: DataC
     return PromptRow(prompt=prompt, columns=columns, row=row, line=line)
 
 
-def _taken(columns: dict[str, Any], name: str, where: str) -> Any:
-    """The column of the prompts, taken out of the others."""
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other past the limit."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for held in level
+            if isinstance(held, list | tuple | Mapping)
+            for inner in (held.values() if isinstance(held, Mapping) else held)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _taken(columns: dict[str, Any], config: DataConfig, where: str) -> Any:
+    """The column of the prompts, taken out of the others: the one that is named, or else `messages`.
+
+    Of `messages`, which other trainers learn to write, a final answer is no part of the question: it becomes the
+    column `solution`, unless there is one, or the completion is to continue it.
+    """
+    name = config.prompt_column
     if name in columns:
         return columns.pop(name)
+    if name == "prompt" and isinstance(messages := columns.get("messages"), list):
+        del columns["messages"]
+        final = messages[-1] if messages else None
+        if not isinstance(final, Mapping) or final.get("role") != "assistant":
+            return messages
+        if config.chat_template_kwargs.get("continue_final_message"):
+            return messages
+        if len(messages) == 1:
+            raise DatasetError(
+                f"{where}: messages has an answer and nothing that it answers; put a user's message first"
+            )
+        columns.setdefault("solution", final.get("content"))
+        return messages[:-1]
     if name != "prompt":
         raise _no_column(columns, "data.prompt_column", name, where)
     has = ", ".join(sorted(map(str, columns))) or "no keys"

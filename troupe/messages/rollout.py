@@ -48,6 +48,8 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Token ids, special tokens and chat template included; length ≥ 1."""
     columns: dict[str, Any]
     """The other columns of the dataset row."""
+    opened: str = ""
+    """What the prompt has written of the completion's thoughts already, such as `<think>` and a line end."""
     round_size: int = 1
     """Prompts of this step and attempt, this one included: they are decoded together."""
 

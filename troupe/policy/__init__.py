@@ -33,7 +33,7 @@ from troupe.policy.rollout import (
 )
 from troupe.policy.rotary import YarnScaling
 from troupe.policy.sampling import Sampler, SamplingConfig
-from troupe.policy.text import TextCompletion, TextPrompt, complete_texts, encode_prompt, stream_text
+from troupe.policy.text import TextCompletion, TextPrompt, complete_texts, encode_prompt, opened_thought, stream_text
 from troupe.policy.tokenizer import Tokenizer
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "is_on_cpu",
     "load_policy",
     "model_fingerprint",
+    "opened_thought",
     "parameter_count",
     "project",
     "random_policy",

@@ -7,30 +7,26 @@ Hugging Face gives such templates. Knows nothing of token ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
-from jinja2 import Environment, Template, TemplateError, nodes, pass_context
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context, LoopContext
-from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError, meta, nodes
 
 from troupe.errors import ModelError
+from troupe.policy.template_budget import begun
+from troupe.policy.template_sandbox import GenerationBlocks, Sandbox, instrument
 
 TEMPLATE_FILE = "chat_template.jinja"
 """Where newer model folders keep the template; it wins over the one in `tokenizer_config.json`."""
 
-MAX_STEPS = 200_000
-"""Most steps of loops and calls in one rendering, together."""
-
-_STEPS = "count of steps"
-"""No identifier, so that no template can name it."""
+_TOLD = 500  # characters of what a template says went wrong
+_MAX_SOURCE = 1_000_000  # characters of a template
 
 
 class ChatTemplate:
@@ -52,40 +48,61 @@ class ChatTemplate:
         """The prompt text of `messages`; `kwargs` (such as `enable_thinking`) become variables of the template.
 
         `tools` are JSON schemas. Raises ModelError where the template is broken, refuses the messages, loops too
-        long, or reaches for what the sandbox forbids.
+        long, builds too much, or reaches for what the sandbox forbids.
         """
-        variables = {
-            **self.special_tokens,
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            "range": _budgeted_range(),
-            **kwargs,
-            _STEPS: _Steps(),
-        }
-        try:
-            return self._compiled.render(variables)
-        except ModelError:
-            raise
-        except Exception as error:  # whatever template code can run into: types, lookups, the sandbox's refusals
-            raise ModelError(
-                f"{self.origin}: the chat template failed on these messages: {type(error).__name__}: {error}; "
-                "check that every message has the roles and fields which the template expects"
-            ) from error
+        compiled = self._compiled
+        with begun() as budget:
+            variables = {
+                **self.special_tokens,
+                "messages": messages,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "range": budget.range,
+                **kwargs,
+            }
+            try:
+                return compiled.render(variables)
+            except Exception as error:  # whatever template code can run into: types, lookups, the sandbox's refusals
+                raise ModelError(
+                    f"{self.origin}: the chat template failed on these messages: {type(error).__name__}: "
+                    f"{_cut(str(error))}; check that every message has the roles and fields which the template expects"
+                ) from error
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template asks for and does not set itself. ModelError where it is broken."""
+        return frozenset(meta.find_undeclared_variables(self._parsed()))
 
     @cached_property
     def _compiled(self) -> Template:
-        environment = _environment()
-        try:
-            tree = environment.parse(self.source)
-            for loop in list(tree.find_all(nodes.For)):
-                loop.iter = nodes.Filter(loop.iter, _STEPS, [], [], None, None)
+        tree = self._parsed()
+        environment = tree.environment
+        assert environment is not None
+        with self._told_of():
+            instrument(tree)
             return Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
-        except TemplateError as error:
-            line = getattr(error, "lineno", None)
+
+    def _parsed(self) -> nodes.Template:
+        if len(self.source) > _MAX_SOURCE:
+            raise ModelError(
+                f"{self.origin}: the chat template has {len(self.source)} characters; the limit is {_MAX_SOURCE}"
+            )
+        with self._told_of():
+            return _environment().parse(self.source)
+
+    @contextmanager
+    def _told_of(self) -> Iterator[None]:
+        """Whatever keeps the source from becoming a template, with its line where that is known."""
+        try:
+            yield
+        except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+            line = getattr(error, "lineno", None) if isinstance(error, TemplateError) else None
             place = f"line {line} of the chat template" if line else "the chat template"
-            raise ModelError(f"{self.origin}: {place} is no valid Jinja: {error}; repair the template") from error
+            raise ModelError(
+                f"{self.origin}: {place} is no valid Jinja: {_cut(str(error)) or type(error).__name__}; repair the "
+                "template"
+            ) from error
 
 
 def load_chat_templates(
@@ -138,92 +155,13 @@ class _Named(msgspec.Struct, frozen=True):
     template: str
 
 
-class _Steps:
-    """Counts the steps of one rendering."""
-
-    def __init__(self) -> None:
-        self._spent = 0
-
-    def spend(self, steps: int) -> None:
-        self._spent += steps
-        if self._spent > MAX_STEPS:
-            raise OverflowError(f"the template's loops and calls take more than {MAX_STEPS} steps, the limit")
-
-    def spend_on(self, items: Iterable[Any]) -> Iterable[Any]:
-        """`items`, every one a step; those of unknown number are counted as they come."""
-        if isinstance(items, Sized):
-            self.spend(len(items))
-            return items
-        return self._spend_singly(items)
-
-    def _spend_singly(self, items: Iterable[Any]) -> Iterable[Any]:
-        for item in items:
-            self.spend(1)
-            yield item
-
-
-@pass_context
-def _counted(context: Context, items: Iterable[Any]) -> Iterable[Any]:
-    """What a `for` goes over, counted."""
-    steps: _Steps = context[_STEPS]
-    return steps.spend_on(items)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, which stops at a forbidden attribute where it is reached for, not where it is later used.
-
-    Calls are steps, because macros and recursive loops that call themselves twice at every level never end either.
-    """
-
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 – as in the base
-        steps: _Steps = __context[_STEPS]
-        steps.spend(1)
-        if isinstance(__obj, LoopContext) and args:
-            args = (steps.spend_on(args[0]), *args[1:])
-        return super().call(__context, __obj, *args, **kwargs)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__!r} is forbidden in chat templates")
-
-
-class _GenerationBlocks(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's text; the prompt is the same without the marks."""
-
-    tags = {"generation"}  # noqa: RUF012 – the base class declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> Environment:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
-    )
+def _environment() -> Sandbox:
+    environment = Sandbox(["jinja2.ext.loopcontrols", GenerationBlocks])
     environment.filters["tojson"] = _to_json
-    environment.filters[_STEPS] = _counted
-    del environment.globals["lipsum"]  # placeholder text of any length, which no prompt wants
+    environment.guard_filters()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
-
-
-def _budgeted_range() -> Callable[..., range]:
-    """`range` for one rendering: all calls together may count to the sandbox's limit for one call.
-
-    That bounds nested loops too, which the sandbox's own limit multiplies.
-    """
-    spent = 0
-
-    def limited(*args: int) -> range:
-        nonlocal spent
-        numbers = range(*args)
-        spent += len(numbers)
-        if spent > MAX_RANGE:
-            raise OverflowError(f"the template's range() loops count past {MAX_RANGE} steps, the limit")
-        return numbers
-
-    return limited
 
 
 def _to_json(
@@ -237,9 +175,15 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _raise_exception(message: object) -> NoReturn:
+    raise TemplateError(_cut(str(message)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TOLD + 50 else f"{text[:_TOLD]} … ({len(text)} characters)"
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002 – templates may name the argument
+    if len(format) > _TOLD or re.search(r"%[^a-zA-Z%]*\d\d\d", format):
+        raise OverflowError(f"strftime_now: a format of {len(format)} characters; use a short one, without widths")
     return datetime.now().astimezone().strftime(format)

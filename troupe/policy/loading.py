@@ -129,6 +129,21 @@ class Policy:
             raise ModelError(f"{file}: eos_token_id: {eos!r} is refused; it must be an id or a list of ids")
         return frozenset(ids)
 
+    def check_stop_ids(self) -> None:
+        """Raises ModelError where an id that is to end a text lies beyond the embedding, so that it never comes."""
+        if beyond := sorted(id_ for id_ in self.eos_ids if id_ >= self.config.vocab_size):
+            raise ModelError(
+                f"{self.path}: eos_token_id names {beyond[0]}, but the model's embedding ends at "
+                f"{self.config.vocab_size - 1} (vocab_size is {self.config.vocab_size}); correct it in "
+                f"{GENERATION_CONFIG_FILE}, or in config.json where that does not say"
+            )
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows up: the tokenizer's, or 0 where it has none that the embedding holds."""
+        id_ = self.tokenizer.pad_token_id
+        return id_ if id_ is not None and id_ < self.config.vocab_size else 0
+
     def model(self, ids: mx.array) -> mx.array:
         """Integer ids (B, T), no padding → logits (B, T, V)."""
         return project(self.config, self.weights, hidden_states(self.config, self.weights, ids))

@@ -18,6 +18,9 @@ from troupe.policy.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from troupe.policy.loading import Policy
 
+OPENED, CLOSED = "<think>", "</think>"
+"""What thoughts stand between."""
+
 TextPrompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """Text to continue, or the messages of a chat to answer."""
 
@@ -34,21 +37,40 @@ class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: TextPrompt, **template_kwargs: Any) -> list[int]:
-    """Ids of a prompt; a chat goes through the model's template, up to where the assistant begins to speak.
+    """Ids of a prompt; a chat goes through the model's template, up to where the assistant begins to speak, or goes on
+    where `continue_final_message` is set.
 
     `template_kwargs` such as `enable_thinking` go to the template. Raises InputError for a prompt that is no Unicode
-    text, and ModelError as `Tokenizer.apply_chat_template`.
+    text, and what `Tokenizer.apply_chat_template` raises.
     """
     if isinstance(prompt, str):
         text, add_special_tokens = prompt, True
     else:
-        text = tokenizer.apply_chat_template(prompt, **{"add_generation_prompt": True, **template_kwargs})
+        asks = {"add_generation_prompt": not template_kwargs.get("continue_final_message")}
+        text = tokenizer.apply_chat_template(prompt, **{**asks, **template_kwargs})
         add_special_tokens = False  # the template has written them
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"prompt: its character {error.start} is no Unicode text; give the prompt as UTF-8") from None
     return tokenizer.encode(text, add_special_tokens)
+
+
+def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int]) -> str:
+    """What a prompt has written of the completion's thoughts: from its last `<think>` on, where that is still open.
+
+    Of a text that is at its very end alone, and white space; of a chat anywhere in the turn that is begun, behind the
+    last special token. Mostly "".
+    """
+    turn = list(ids)
+    if not isinstance(prompt, str):
+        markers = {id_ for id_ in tokenizer.special_ids if tokenizer.decode([id_], False) in (OPENED, CLOSED)}
+        special = tokenizer.special_ids - markers
+        turn = turn[max((place for place, id_ in enumerate(turn) if id_ in special), default=-1) + 1 :]
+    text = tokenizer.decode(turn, skip_special_tokens=False)
+    begun = text[text.rfind(OPENED) :] if OPENED in text else ""
+    at_end = begun.strip() == OPENED
+    return begun if at_end or (len(turn) < len(ids) and CLOSED not in begun) else ""
 
 
 def complete_texts(
@@ -101,6 +123,7 @@ def _pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
 
 
 def _engine(policy: Policy, generation: GenerationConfig) -> RolloutEngine:
+    policy.check_stop_ids()
     engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer)
     engine.load(policy.weights, 0)
     return engine

@@ -10,20 +10,28 @@ ranks are mapped to ids afterwards.
 from __future__ import annotations
 
 import codecs
+import difflib
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import msgspec
 import tiktoken
 
-from troupe.errors import ModelError
+from troupe.errors import InputError, ModelError
+from troupe.policy.added_tokens import CONFIG_FILE, Tokens, read_tokens
 from troupe.policy.chat import ChatTemplate, choose_chat_template, load_chat_templates
+from troupe.policy.conversations import Begun, plain_messages
+from troupe.policy.normal_forms import normalize
 from troupe.policy.vocabulary import GPT2_PATTERN, QWEN_PATTERN, AddedToken, Vocabulary, read_object, read_vocabulary
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_PANIC = "PanicException"  # of Rust, by name, since its class can be had from nowhere; it is no Exception
+_LONGEST_RUN = 500_000  # characters of white space; at a million, the steps that the pattern may take are used up
+_SPACES = re.compile(r"\s+")
+_SAMPLE = "The 1st word's {end}:\n\n  é 中 x  \t"
+_ARGUMENTS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template"})
+_MAY_BE_EMPTY = ("tools", "documents")
+_HELPERS = ("range", "namespace", "dict", "cycler", "joiner", "raise_exception", "strftime_now")
 
 
 class Tokenizer:
@@ -32,19 +40,18 @@ class Tokenizer:
     def __init__(
         self,
         vocabulary: Vocabulary,
-        named_tokens: Mapping[str, str] | None = None,
+        tokens: Tokens,
         chat_templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """`named_tokens`: "eos_token" → its text, and so on; each must be in the vocabulary, else ModelError."""
         self._origin = vocabulary.origin
         self._templates = dict(chat_templates or {})
         self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
-        self._normal_forms = cast("tuple[Literal['NFC'], ...]", vocabulary.normal_forms)
-        self._named, added = _resolve_named_tokens(vocabulary, named_tokens or {})
+        self._normal_forms = vocabulary.normal_forms
+        self._named, added = tokens.ids, tokens.added
         self._split_raw = _added_token_splitter([token for token in added if not token.normalized], str)
         self._split_normalized = _added_token_splitter([token for token in added if token.normalized], self._normalize)
         self._contents = vocabulary.contents | {token.id: token.content.encode() for token in added}
-        self._special = frozenset(token.id for token in added if token.special)
+        self._special = tokens.special
         ids = list(vocabulary.ids_by_rank.values())
         self._id_of_rank = None if ids == list(range(len(ids))) else ids
         self._bpe = _byte_pair_encoding(vocabulary)
@@ -53,11 +60,10 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
         """Load the tokenizer of a model folder. Raises ModelError, naming the file, where that is not possible."""
         folder = Path(path)
-        config = read_object(folder / "tokenizer_config.json") or {}
-        map_file = folder / "special_tokens_map.json"
-        sources = ((map_file, read_object(map_file) or {}), (folder / "tokenizer_config.json", config))
-        named = {name: text for file, content in sources for name, text in _named_tokens(file, content).items()}
-        return cls(read_vocabulary(folder, config), named, load_chat_templates(folder, config, named))
+        config = read_object(folder / CONFIG_FILE) or {}
+        vocabulary = read_vocabulary(folder)
+        tokens = read_tokens(folder, config, vocabulary)
+        return cls(vocabulary, tokens, load_chat_templates(folder, config, tokens.named))
 
     @property
     def vocab_size(self) -> int:
@@ -132,19 +138,65 @@ class Tokenizer:
         """Prompt text of a conversation by the model's own template; `encode` it with `add_special_tokens=False`.
 
         `tools` are JSON schemas; `kwargs` such as `enable_thinking` go to the template, but `chat_template="name"`
-        picks one of several. Raises ModelError where there is no template, or it refuses the messages.
+        picks one of several, and with `continue_final_message` (true, or the key of a message) the text ends within the
+        final message, as the model is to go on with it. Messages are read as `conversations.py` says.
+
+        Raises ModelError where there is no template, or it refuses the messages; InputError for a variable that it
+        never refers to, and for a final message that cannot be continued.
         """
-        name = kwargs.pop("chat_template", None)
-        template = choose_chat_template(self._templates, self._origin, bool(tools), name)
-        return template.render(messages, tools, add_generation_prompt, **kwargs)
+        asked = kwargs.pop("continue_final_message", None) or False
+        if not isinstance(asked, bool | str):
+            raise InputError(f"continue_final_message is {asked!r}; give true, false or a key of the final message")
+        if asked and add_generation_prompt:
+            raise InputError(
+                "continue_final_message and add_generation_prompt exclude each other: the prompt ends either within "
+                "the final message or where a new one begins; set one of them to false"
+            )
+        template = self._template_for(tools, kwargs)
+        if unknown := self.unknown_variables(tools=tools, **kwargs):
+            raise InputError(self.told_unknown(unknown[0], tools=tools, **kwargs))
+        kwargs.pop("chat_template", None)
+        plain = plain_messages(messages)
+        if not asked:
+            return template.render(plain, tools, add_generation_prompt, **kwargs)
+        begun = Begun.of(plain, asked, template.source)
+        return begun.cut(template.render(begun.messages, tools, add_generation_prompt, **kwargs))
+
+    def unknown_variables(self, tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any) -> list[str]:
+        """Those of the arguments of `apply_chat_template` that its template never refers to, so that they would do
+        nothing. ModelError where there is no template."""
+        known = self._template_for(tools, kwargs).variables | _ARGUMENTS
+        given = {"tools": tools, **kwargs}
+        return [name for name, value in given.items() if name not in known and (value or name not in _MAY_BE_EMPTY)]
+
+    def told_unknown(self, name: str, tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any) -> str:
+        """What is to be said of one of them."""
+        template = self._template_for(tools, kwargs)
+        known = sorted(template.variables - {"messages", *_HELPERS})
+        close = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"it refers to {', '.join(known) or 'none'}; leave it out"
+        return f"{template.origin}: the chat template never refers to {name}; {remedy}"
+
+    def _template_for(self, tools: Sequence[Mapping[str, Any]] | None, kwargs: Mapping[str, Any]) -> ChatTemplate:
+        return choose_chat_template(self._templates, self._origin, bool(tools), kwargs.get("chat_template"))
 
     def _normalize(self, text: str) -> str:
         for form in self._normal_forms:
-            text = unicodedata.normalize(form, text)
+            text = normalize(form, text)
         return text
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        ranks = self._bpe.encode_ordinary(text)
+        if len(text) >= _LONGEST_RUN:
+            longest = max((found.end() - found.start() for found in _SPACES.finditer(text)), default=0)
+            if longest >= _LONGEST_RUN:
+                raise InputError(
+                    f"the text has {longest} characters of white space in a row, and fewer than {_LONGEST_RUN} can be "
+                    "split into words; shorten it"
+                )
+        try:
+            ranks = self._bpe.encode_ordinary(text)
+        except BaseException as error:
+            raise _unsplit(error, text, self._origin) from None
         table = self._id_of_rank
         if table is None:
             return ranks
@@ -225,35 +277,28 @@ def _byte_pair_encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
         pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
     ranks = {content: rank for rank, content in enumerate(vocabulary.ids_by_rank)}
     try:
-        return tiktoken.Encoding(vocabulary.origin, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken.Encoding(vocabulary.origin, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        if pattern not in (QWEN_PATTERN, GPT2_PATTERN):
+            encoding.encode_ordinary(_SAMPLE)
     except ValueError as error:
         raise ModelError(
             f"{vocabulary.origin}: split pattern {vocabulary.pattern!r} is not supported: {error}"
         ) from error
+    except BaseException as error:
+        if type(error).__name__ != _PANIC:
+            raise
+        raise ModelError(
+            f"{vocabulary.origin}: split pattern {vocabulary.pattern!r} is not supported: it finds words of no "
+            "characters, or takes too many steps"
+        ) from None
+    return encoding
 
 
-def _resolve_named_tokens(vocabulary: Vocabulary, named: Mapping[str, str]) -> tuple[dict[str, int], list[AddedToken]]:
-    """Name → id, and the added tokens with every named token among them as a special one, as transformers has it."""
-    added = {token.content: token for token in vocabulary.added}
-    id_of_content = {content: id_ for id_, content in vocabulary.contents.items()}
-    ids: dict[str, int] = {}
-    for name, text in named.items():
-        token = added.get(text)
-        id_ = token.id if token else id_of_content.get(text.encode())
-        if id_ is None:
-            raise ModelError(
-                f"{vocabulary.origin}: {name} is {text!r}, which is no token; correct tokenizer_config.json"
-            )
-        added[text] = msgspec.structs.replace(token or AddedToken(text), id=id_, special=True)
-        ids[name] = id_
-    return ids, list(added.values())
-
-
-def _named_tokens(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """ "eos_token" → text, …, of a tokenizer_config.json or special_tokens_map.json; a null is left out."""
-    try:
-        found = {name: msgspec.convert(content.get(name), AddedToken | str | None) for name in _NAMED_TOKENS}
-    except msgspec.ValidationError as error:
-        raise ModelError(f"{file}: one of {', '.join(_NAMED_TOKENS)} is neither text nor a token: {error}") from error
-    texts = {name: token.content if isinstance(token, AddedToken) else token for name, token in found.items()}
-    return {name: text for name, text in texts.items() if text is not None}
+def _unsplit(error: BaseException, text: str, origin: str) -> BaseException:
+    """What stands for an error of the tokenizer's Rust code; another one is itself."""
+    if type(error).__name__ != _PANIC:
+        return error
+    return InputError(
+        f"the text of {len(text)} characters cannot be split into words by the pattern of {origin}: it takes too many "
+        "steps, as on a very long run of one kind of character; shorten it"
+    )

@@ -9,14 +9,15 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.normal_forms import NormalForm
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,7 +31,6 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 WHOLE_TEXT = r"[\s\S]+"
 """No split at all."""
 
-_NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 _T = TypeVar("_T")
 _Merge = str | tuple[str, str]
@@ -62,18 +62,21 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     """Byte string → id in the order of merging: all 256 bytes (None: without a token, is dropped), then merges."""
     contents: dict[int, bytes]
     """Id → bytes, of every token but the added ones."""
-    added: list[AddedToken]
+    names: dict[str, int]
+    """Token as the file spells it → id, of every token but the added ones."""
+    added: list[AddedToken] = []
+    """Those that `tokenizer.json` holds."""
     pattern: str = QWEN_PATTERN
     """Regular expression of one word."""
-    normal_forms: tuple[str, ...] = ("NFC",)
+    normal_forms: tuple[NormalForm, ...] = ("NFC",)
     """Unicode normal forms, applied in this order."""
     prefix: tuple[int, ...] = ()
     """Ids that go before a text encoded with special tokens."""
     suffix: tuple[int, ...] = ()
 
 
-def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a model folder; `config` is the content of its `tokenizer_config.json`.
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of a model folder.
 
     `tokenizer.json` comes first, then `vocab.json` + `merges.txt`, then the rank file. Raises ModelError naming the
     file that is missing, malformed, or of another kind than byte-level BPE.
@@ -81,10 +84,10 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         return _read_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _read_vocab_and_merges(folder, config)
+        return _read_vocab_and_merges(folder)
     rank_files = sorted(folder.glob("*.tiktoken"))
     if len(rank_files) == 1:
-        return _read_rank_file(rank_files[0], config)
+        return _read_rank_file(rank_files[0])
     raise ModelError(
         f"{folder}: found {len(rank_files)} *.tiktoken files and no tokenizer.json, nor vocab.json with merges.txt; "
         "copy the tokenizer files of the model into this folder"
@@ -138,6 +141,7 @@ def _read_tokenizer_json(file: Path) -> Vocabulary:
         origin=str(file),
         ids_by_rank=ids_by_rank,
         contents=contents,
+        names=model.vocab,
         added=content.added_tokens,
         pattern=_split_pattern(file, content.pre_tokenizer),
         normal_forms=_normal_forms(file, content.normalizer),
@@ -146,17 +150,16 @@ def _read_tokenizer_json(file: Path) -> Vocabulary:
     )
 
 
-def _read_vocab_and_merges(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
+def _read_vocab_and_merges(folder: Path) -> Vocabulary:
     file, merges_file = folder / "vocab.json", folder / "merges.txt"
     lines = _text(merges_file).split("\n")
     merges: list[_Merge] = [line for line in lines if line and not line.startswith("#version")]
-    ids_by_rank, contents = _rank(merges_file, _decode(file, dict[str, int]), merges)
-    return Vocabulary(
-        origin=str(file), ids_by_rank=ids_by_rank, contents=contents, added=_added_of_config(folder, config)
-    )
+    names = _decode(file, dict[str, int])
+    ids_by_rank, contents = _rank(merges_file, names, merges)
+    return Vocabulary(origin=str(file), ids_by_rank=ids_by_rank, contents=contents, names=names)
 
 
-def _read_rank_file(file: Path, config: Mapping[str, Any]) -> Vocabulary:
+def _read_rank_file(file: Path) -> Vocabulary:
     rank_of: dict[bytes, int] = {}
     for number, line in enumerate(_text(file).splitlines(), start=1):
         if not line.strip():
@@ -176,7 +179,7 @@ def _read_rank_file(file: Path, config: Mapping[str, Any]) -> Vocabulary:
         origin=str(file),
         ids_by_rank={token: rank for rank, token in sorted(contents.items())},
         contents=contents,
-        added=_added_of_config(file.parent, config),
+        names={token.decode(errors="replace"): rank for token, rank in rank_of.items()},
     )
 
 
@@ -228,18 +231,6 @@ def _token_bytes(token: str) -> bytes:
         return token.encode()
 
 
-def _added_of_config(folder: Path, config: Mapping[str, Any]) -> list[AddedToken]:
-    """Added tokens of the formats that keep them outside: in `tokenizer_config.json`, else `added_tokens.json`."""
-    try:
-        decoder = msgspec.convert(config.get("added_tokens_decoder") or {}, dict[int, AddedToken], strict=False)
-    except msgspec.ValidationError as error:
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: key added_tokens_decoder: {error}") from error
-    if decoder:
-        return [msgspec.structs.replace(token, id=id_) for id_, token in decoder.items()]
-    file = folder / "added_tokens.json"
-    return [AddedToken(text, id=id_) for text, id_ in (_decode(file, dict[str, int]) if file.is_file() else {}).items()]
-
-
 def _parts(part: _Part | None, sequence_key: str) -> list[_Part]:
     """A component as a flat list: a "Sequence" is its members, null is none."""
     if part is None:
@@ -249,12 +240,13 @@ def _parts(part: _Part | None, sequence_key: str) -> list[_Part]:
     return [part]
 
 
-def _normal_forms(file: Path, normalizer: _Part | None) -> tuple[str, ...]:
+def _normal_forms(file: Path, normalizer: _Part | None) -> tuple[NormalForm, ...]:
+    known = get_args(NormalForm)
     forms = tuple(str(part.get("type")) for part in _parts(normalizer, "normalizers"))
     for form in forms:
-        if form not in _NORMAL_FORMS:
-            raise ModelError(f"{file}: normalizer {form!r} is not supported, only {', '.join(_NORMAL_FORMS)}")
-    return forms
+        if form not in known:
+            raise ModelError(f"{file}: normalizer {form!r} is not supported, only {', '.join(known)}")
+    return cast("tuple[NormalForm, ...]", forms)
 
 
 def _split_pattern(file: Path, pre_tokenizer: _Part | None) -> str:

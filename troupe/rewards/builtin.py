@@ -113,9 +113,16 @@ def format_reward(pattern: str) -> Callable[..., list[float | None]]:
     return format_reward
 
 
-def think_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-    """Whether a completion thinks first: 1 where it starts with `<think>`, opens that once and closes it, else 0."""
-    texts = map(completion_text, completions)
+def think_format_reward(
+    completions: Sequence[Completion], completion_starts: Sequence[str] | None = None, **columns: Any
+) -> list[float | None]:
+    """Whether a completion thinks first: 1 where it starts with `<think>`, opens that once and closes it, else 0.
+
+    `completion_starts` is what the prompts have opened already, such as `<think>`, which then stands before the
+    completions.
+    """
+    starts = [""] * len(completions) if completion_starts is None else completion_starts
+    texts = [start + completion_text(completion) for start, completion in zip(starts, completions, strict=True)]
     return [float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t) for t in texts]
 
 

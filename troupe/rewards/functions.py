@@ -1,8 +1,9 @@
 """TRL's calling convention for reward functions: which arguments go in, what may come out, on which thread.
 
-A function is called with the keyword arguments `prompts`, `completions`, `completion_ids`, `trainer_state`,
-`log_extra`, `log_metric` and every dataset column, each column a list of length G; it gets those that its signature
-names, or all with `**kwargs`. It returns one number or None a completion. Knows nothing of retries and weights.
+A function is called with the keyword arguments `prompts`, `completions`, `completion_ids`, `completion_starts`,
+`trainer_state`, `log_extra`, `log_metric` and every dataset column, each column a list of length G; it gets those that
+its signature names, or all with `**kwargs`. It returns one number or None a completion. Knows nothing of retries and
+weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Reward: TypeAlias = RewardFunction | RewardActor
 Scope: TypeAlias = Literal["group", "batch"]
 """What one call scores: the G completions of a prompt, or all P·G of a step."""
 
-PROVIDED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+PROVIDED = frozenset(
+    {"prompts", "completions", "completion_ids", "completion_starts", "trainer_state", "log_extra", "log_metric"}
+)
 """Arguments that every run provides, beside the dataset's columns."""
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -476,6 +476,7 @@ def _batch(group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
             "prompts": [prompt.prompt] * size,
             "completions": [[{"role": "assistant", "content": t}] for t in texts] if is_chat else texts,
             "completion_ids": [list(rollout.token_ids) for rollout in group.rollouts],
+            "completion_starts": [prompt.opened] * size,
             "trainer_state": trainer_state,
         },
         columns={name: [value] * size for name, value in prompt.columns.items()},
