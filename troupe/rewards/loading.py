@@ -31,6 +31,7 @@ from troupe.rewards.builtin import (
 )
 from troupe.rewards.functions import Reward, RewardFunction, check_signature
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
+from troupe.rewards.watching import Watch, watched_as
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,
@@ -63,6 +64,11 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
     Raises:
         RewardError: with file and line, for whatever keeps the reward from being used.
     """
+    with watched_as(Watch()).watching():
+        return _load(spec, base)
+
+
+def _load(spec: str, base: Path | None) -> Reward:
     if spec in BUILTIN:
         return BUILTIN[spec]
     kind, colon, rest = spec.partition(":")
@@ -114,7 +120,7 @@ def _is_module(name: str) -> bool:
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise RewardError(f"{name}: the module does not import: {described(error)}; {_FORMS}") from error
 
 
@@ -162,7 +168,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and typing look a class's module up here
     try:
         loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         del sys.modules[name]
         raise RewardError(
             f"{path}:{_line_in(path, error)}: the file does not import: {type(error).__name__}: {error}; correct it"

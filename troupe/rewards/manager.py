@@ -26,11 +26,11 @@ from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.functions import Reward
 from troupe.rewards.isolation import end_idle_threads, in_daemon_thread
 from troupe.rewards.loading import load_reward
+from troupe.rewards.movable import MovableRunner
 from troupe.rewards.processes import ProcessRunner, process_spec
 from troupe.rewards.runners import (
     ActorRunner,
     Batch,
-    FunctionRunner,
     Outcome,
     Round,
     Runner,
@@ -39,6 +39,7 @@ from troupe.rewards.runners import (
 )
 from troupe.rewards.seats import Seat, Sitting
 from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
+from troupe.rewards.watching import Watch
 from troupe.runtime import Reporter, together
 
 
@@ -95,6 +96,8 @@ class RewardManager:
         self._columns: frozenset[str] | None = None
         self._started = False
         self._listener: Callable[[Incident], None] | None = None
+        self._untold: list[Incident] = []
+        """Of rewards that were moved while nobody listened."""
         self._moved = anyio.Event()
 
     @property
@@ -135,6 +138,8 @@ class RewardManager:
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once, with an incident, whenever `down` changes; it must not raise."""
         self._listener = listener
+        while listener is not None and self._untold:
+            listener(self._untold.pop(0))
 
     def trust(self) -> None:
         """Take it that the rewards have worked before: one whose code fails is then waited for, as a service is."""
@@ -244,8 +249,13 @@ class RewardManager:
         """Another runner for the seat, checked and started."""
         spec = reward if isinstance(reward, str) else None
         # an import may take long, and groups are scored meanwhile
-        loaded = await in_daemon_thread(partial(load_reward, reward)) if isinstance(reward, str) else reward
+        watch = Watch()
+        watch.refuses_forks = True
+        with watch.watching():
+            loaded = await in_daemon_thread(partial(load_reward, reward)) if isinstance(reward, str) else reward
         runner = self._checked(seat, self._runner(seat.name, loaded, spec))
+        if isinstance(runner, ActorRunner):
+            runner.watch.refuses_forks = True
         if self._started:
             try:
                 await runner.start()
@@ -394,8 +404,22 @@ class RewardManager:
             return ProcessRunner(
                 name, reward, attempts, fuse, config.start_timeout_s, spec=spec, processes=config.processes
             )
-        kind = ActorRunner if isinstance(reward, RewardActor) else FunctionRunner
-        return kind(name, reward, attempts, fuse, config.start_timeout_s)  # type: ignore[arg-type]
+        if isinstance(reward, RewardActor):
+            return ActorRunner(name, reward, attempts, fuse, config.start_timeout_s)
+
+        def elsewhere(breaker: Breaker) -> Runner:
+            named = process_spec(reward, spec, "do without what has it moved")
+            return ProcessRunner(
+                *(name, reward, attempts, lambda _: breaker, config.start_timeout_s),
+                spec=named,
+                processes=config.processes,
+            )
+
+        return MovableRunner(
+            *(name, reward, attempts, fuse, config.start_timeout_s),
+            elsewhere=elsewhere,
+            moved=partial(self._reward_moved, name),
+        )
 
     async def _stop(self, sitting: Sitting) -> list[Incident]:
         fault = await sitting.runner.stop()
@@ -414,6 +438,17 @@ class RewardManager:
                 f"troupe set OUT_DIR rewards.{name}=FILE.py:NAME",
             )
         )
+
+    def _reward_moved(self, name: str, why: str) -> None:
+        incident = _event(
+            "reward_moved",
+            f"reward {name} now runs in processes of its own, {self._config.processes} at a time (rewards.processes): "
+            f"{why}; what it kept in variables begins anew there; rewards.run has it there from the start",
+        )
+        if self._listener is None:
+            self._untold.append(incident)
+        else:
+            self._tell(incident)
 
     def _tell(self, incident: Incident) -> None:
         self._moved.set()
