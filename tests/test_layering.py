@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "process_wide": set(),
     "linux_cpu": {"process_wide"},
+    "reward_files": set(),
     "machine": set(),
     "web": set(),
     "report": {
@@ -45,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "stored_run": {"messages", "run_store"},
     "inspecting": {"run_store", "stored_run", "terminal"},
     "sinks": {"messages", "run_store"},
-    "rewards": {"messages", "runtime"},
+    "rewards": {"messages", "reward_files", "runtime"},
     "checkpoint": {"messages", "policy"},
     "schedule": {"dataset", "messages", "policy"},
     "statistics": {"messages", "grpo"},
@@ -107,7 +108,7 @@ ALLOWED: dict[str, set[str]] = {
         "__init__",
     },
     "__main__": {"cli", "daemon", "report"},
-    "__init__": {"config", "linux_cpu", "rewards", "rollouts", "summary", "supervisor"},
+    "__init__": {"config", "linux_cpu", "reward_files", "rewards", "rollouts", "summary", "supervisor"},
 }
 
 

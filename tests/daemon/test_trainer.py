@@ -70,6 +70,11 @@ class FakeSupervisor:
     def pause(self) -> None:
         self.asked.append("pause")
 
+    async def check(self, key: str, value: Any) -> None:
+        self.asked.append(("check", key, value))
+        if value == "nope.py:f":
+            raise RewardError("nope.py: no such file")
+
     def set(self, key: str, value: Any) -> None:
         self.asked.append((key, value))
         if key == "seed":

@@ -196,11 +196,12 @@ def set_command(folder: Path, setting: str) -> None:
     key, value = parse_setting(setting)
     if key.startswith("rewards."):
         value = anchored_reward(value, Path.cwd())  # ours, not that of who plays the run
-    _request(folder, Set(key=key, value=value))
+    # a reward is loaded before there is an answer
+    _request(folder, Set(key=key, value=value), 90.0 if key.startswith("rewards.") else 15.0)
 
 
-def _request(folder: Path, request: Request) -> None:
-    reply = ask(folder, request)
+def _request(folder: Path, request: Request, timeout_s: float = 15.0) -> None:
+    reply = ask(folder, request, timeout_s)
     if isinstance(reply, Refused):
         fail(f"refused: {reply.message}", EXIT_FAULT)
     tell("done" if isinstance(reply, Status) or not reply.message else reply.message)

@@ -83,6 +83,8 @@ def _may_pass(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
         return True
+    if type(error) is OSError and error.errno is None:  # raised by a library, or in words, not by the system
+        return True
     return any(map(_PASSING_NAME.search, names))
 
 

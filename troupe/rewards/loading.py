@@ -6,18 +6,17 @@ Knows nothing of configurations; user files are run as Python, so they must be t
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence, Set
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
 from troupe.errors import RewardError
+from troupe.reward_files import module_name, spec_of
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described
 from troupe.rewards.builtin import (
@@ -92,6 +91,12 @@ def _load(spec: str, base: Path | None) -> Reward:
     return _usable(_import_file(path), name, path)
 
 
+def is_code(spec: str) -> bool:
+    """Whether a name is that of code which is not ours: "FILE.py:NAME" or "MODULE:NAME"."""
+    kind, colon, _ = spec.partition(":")
+    return bool(colon) and kind not in {*BUILTIN, *NUMBERED, "format", "math_verify", "reasoning_gym"}
+
+
 def default_reward(columns: Set[str], source: str) -> str:
     """Name of the reward for rows with such columns where none is named.
 
@@ -142,32 +147,23 @@ _FORMS = (
 )
 
 
-class _UncachedLoader(SourceFileLoader):
-    """Compiles the file anew: leaves no cache beside it and never runs an older one."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 def _import_file(path: Path) -> ModuleType:
     if path.suffix != ".py":
         raise RewardError(f"{path}: reward code is a .py file, not {path.suffix or 'without suffix'!r}; {_FORMS}")
     if not path.is_file():
         raise RewardError(f"{path}: no such file; relative paths start at {path.parent.absolute()}")
     path = path.resolve()
-    identity = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
-    name = f"troupe_reward_{path.stem}_{identity}"
+    name = module_name(path)
     if name in sys.modules:
         return sys.modules[name]
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    loader = _UncachedLoader(name, str(path))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
+    spec = spec_of(name, path)
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and typing look a class's module up here
     try:
-        loader.exec_module(module)
+        spec.loader.exec_module(module)
     except (Exception, SystemExit, GeneratorExit) as error:
         del sys.modules[name]
         raise RewardError(

@@ -25,9 +25,9 @@ from troupe.rewards.attempts import Attempts, Fault, Pace
 from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.functions import Reward
 from troupe.rewards.isolation import end_idle_threads, in_daemon_thread
-from troupe.rewards.loading import load_reward
+from troupe.rewards.loading import is_code, load_reward
 from troupe.rewards.movable import MovableRunner
-from troupe.rewards.processes import ProcessRunner, process_spec
+from troupe.rewards.processes import ProcessRunner, look_at, process_spec
 from troupe.rewards.runners import (
     ActorRunner,
     Batch,
@@ -41,6 +41,9 @@ from troupe.rewards.seats import Seat, Sitting
 from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
 from troupe.rewards.watching import Watch
 from troupe.runtime import Reporter, together
+
+_LOOK_S = 60.0
+"""That the code of a reward may take to load before it is said that it cannot be exchanged for another."""
 
 
 class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,6 +207,23 @@ class RewardManager:
         """
         return await self.dismiss(name, await self.replace(name, reward))
 
+    async def examine(self, name: str, spec: str) -> None:
+        """See whether a reward that a text names could take the place of one. Its file is loaded in a process first,
+        where it may hang or end; it is not started.
+
+        Raises:
+            RewardError: as `exchange`, but for what would show at the start only.
+        """
+        seat = self._seat(name)
+        if is_code(spec):
+            await look_at(spec, name, min(_LOOK_S, self._config.start_timeout_s))
+        self._checked(seat, self._runner(name, await _loaded_beside(spec), spec))
+
+    def _seat(self, name: str) -> Seat:
+        if name not in self._seats:
+            raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
+        return self._seats[name]
+
     async def replace(
         self, name: str, reward: Reward | str, first_step: Callable[[bool], int] = lambda was_down: 0
     ) -> Sitting:
@@ -212,9 +232,7 @@ class RewardManager:
         `first_step(was_down)` is called when the new one is ready, with whether the old one is down, and says which
         step's groups are the first that the new one scores; it may raise, and then the old one stays.
         """
-        if name not in self._seats:
-            raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
-        seat = self._seats[name]
+        seat = self._seat(name)
         async with seat.changing:
             spec = reward if isinstance(reward, str) else None
             runner = await self._successor(seat, reward)
@@ -248,11 +266,7 @@ class RewardManager:
     async def _successor(self, seat: Seat, reward: Reward | str) -> Runner:
         """Another runner for the seat, checked and started."""
         spec = reward if isinstance(reward, str) else None
-        # an import may take long, and groups are scored meanwhile
-        watch = Watch()
-        watch.refuses_forks = True
-        with watch.watching():
-            loaded = await in_daemon_thread(partial(load_reward, reward)) if isinstance(reward, str) else reward
+        loaded = await _loaded_beside(reward) if isinstance(reward, str) else reward
         runner = self._checked(seat, self._runner(seat.name, loaded, spec))
         if isinstance(runner, ActorRunner):
             runner.watch.refuses_forks = True
@@ -455,6 +469,14 @@ class RewardManager:
         self._moved = anyio.Event()
         if self._listener is not None:
             self._listener(incident)
+
+
+async def _loaded_beside(spec: str) -> Reward:
+    """The reward of a name, loaded while groups are scored: an import may take long, and may not fork."""
+    watch = Watch()
+    watch.refuses_forks = True
+    with watch.watching():
+        return await in_daemon_thread(partial(load_reward, spec))
 
 
 def _batch(group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:

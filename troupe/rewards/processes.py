@@ -15,6 +15,7 @@ import anyio
 import msgspec
 
 from troupe.errors import RewardError
+from troupe.reward_files import PREFIX
 from troupe.rewards.attempts import Attempts, Fault, backoff_s
 from troupe.rewards.calls import LOOK, Broken, Call, Raised, Ready, Reply, Scores
 from troupe.rewards.functions import (
@@ -289,7 +290,7 @@ def process_spec(reward: Reward, spec: str | None, otherwise: str = 'run it as "
             f"{reward_place(reward)}reward {name} cannot be loaded by name in another process: {module}.{qualname} "
             f"is not to be found there; {remedy}"
         )
-    if module.startswith("troupe_reward_"):
+    if module.startswith(PREFIX):
         return f"{loaded.__file__}:{qualname}"
     return f"{module}:{qualname}"
 
