@@ -207,6 +207,8 @@ def _show_result(result: RunResult) -> None:
     tell(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
     if result.incidents:
         tell("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
+    for message in result.last_words:
+        tell(f"incident at the end: {message}")
     for name, reason in result.switched_off_sinks.items():
         tell(f"the sink {name} was switched off: {reason}")
     if result.accuracy_before is not None and result.accuracy_after is not None:

@@ -93,6 +93,8 @@ class Performance:
         self._stopping = self._playing = False
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
+        self._last_words: list[str] = []
+        """Incidents that came when nobody told of them any more."""
         self._farewells: list[tuple[str, Sitting, int]] = []
         self._newest_update = pipeline.news.listen(1, Update)
 
@@ -169,6 +171,7 @@ class Performance:
         finally:
             for incident in (*await rewards.stop(), *self._pipeline.untold):
                 tally.incidents[incident.kind] += 1
+                self._last_words.append(incident.message)
             with anyio.CancelScope(shield=True):
                 await self._pipeline.sinks.close()
         self.result = self._what_came_of_it()
@@ -332,6 +335,7 @@ class Performance:
             closed_groups=dict(tally.closed_groups),
             incidents=dict(tally.incidents),
             switched_off_sinks=dict(tally.switched_off_sinks),
+            last_words=tuple(self._last_words),
             accuracy_before=before.accuracy if before else None,
             accuracy_after=after.accuracy if after else None,
             rewards_before=_means(before),

@@ -27,6 +27,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     incidents: dict[str, int]
     """Incidents of this start by kind."""
     switched_off_sinks: dict[str, str]
+    last_words: tuple[str, ...] = ()
+    """Those incidents that came after all sinks had closed, in words."""
     accuracy_before: float | None = None
     """Share of held-out rows that the untrained policy, decoding greedily, answers exactly; None without such rows."""
     accuracy_after: float | None = None

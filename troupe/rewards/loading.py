@@ -30,7 +30,7 @@ from troupe.rewards.builtin import (
 )
 from troupe.rewards.functions import Reward, RewardFunction, check_signature
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
-from troupe.rewards.watching import Watch, watched_as
+from troupe.rewards.watching import loading_watch, remember
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,
@@ -63,7 +63,7 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
     Raises:
         RewardError: with file and line, for whatever keeps the reward from being used.
     """
-    with watched_as(Watch()).watching():
+    with loading_watch().watching():
         return _load(spec, base)
 
 
@@ -169,6 +169,7 @@ def _import_file(path: Path) -> ModuleType:
         raise RewardError(
             f"{path}:{_line_in(path, error)}: the file does not import: {type(error).__name__}: {error}; correct it"
         ) from error
+    remember(name)
     return module
 
 

@@ -473,7 +473,7 @@ class RewardManager:
 
 async def _loaded_beside(spec: str) -> Reward:
     """The reward of a name, loaded while groups are scored: an import may take long, and may not fork."""
-    watch = Watch()
+    watch = Watch(is_loading=True)
     watch.refuses_forks = True
     with watch.watching():
         return await in_daemon_thread(partial(load_reward, spec))

@@ -15,9 +15,9 @@ import anyio
 from troupe.errors import RewardError
 from troupe.rewards.attempts import Attempts, Fault, is_own_failure
 from troupe.rewards.breaker import Breaker
-from troupe.rewards.functions import RewardFunction, RewardLog, reward_place
+from troupe.rewards.functions import RewardFunction, RewardLog, reward_place, unwrapped
 from troupe.rewards.runners import Batch, FunctionRunner, Fuse, Outcome, Runner, as_outcome, ended
-from troupe.rewards.watching import Watch
+from troupe.rewards.watching import Watch, found_in
 
 OVERRUNS = 2
 """Calls left behind in their threads after which a function is moved."""
@@ -48,6 +48,7 @@ class MovableRunner(FunctionRunner):
         super().__init__(name, reward, attempts, fuse, start_timeout_s)
         self._elsewhere, self._moved = elsewhere, moved
         self._watch = Watch()
+        self._watch.found = found_in(getattr(unwrapped(reward), "__module__", None))
         self._started = False
         self._overruns = 0
         self._there: Runner | None = None

@@ -7,6 +7,7 @@ weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -266,7 +267,8 @@ class ActorRunner(Runner):
 
 async def ended(watch: Watch) -> Fault | None:
     """End what watched code has begun and not ended; what does not end is left behind, and a fault."""
-    left = ", ".join(await end_tasks(tasks_of(watch)))
+    counted = Counter(await end_tasks(tasks_of(watch)))
+    left = ", ".join(what if count == 1 else f"{what}, {count} times" for what, count in counted.items())
     return Fault("reward_error", f"left a task behind that ignores its cancellation: {left}") if left else None
 
 

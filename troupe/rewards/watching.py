@@ -27,13 +27,13 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from troupe.rewards.causes import place_in
+from troupe.rewards.causes import is_library, place_in
 
 _OF_MAIN_THREAD = ("signal", "alarm", "setitimer", "set_wakeup_fd")
 """Functions of the module `signal` that want the main thread, or act on the whole process."""
 _FORKS = {"os.fork": "os.fork()", "os.forkpty": "os.forkpty()"}
-_THREAD_STARTS = {"_thread.start_new_thread", "_thread.start_joinable_thread"}
-_EVENTS = {*_FORKS, *_THREAD_STARTS, "subprocess.Popen", "os.exec"}
+_IDLE_ANSWERS: dict[str, Any] = {"alarm": 0, "setitimer": (0.0, 0.0), "set_wakeup_fd": -1}
+_EVENTS = {*_FORKS, "subprocess.Popen", "os.exec"}
 
 
 class RefusedHere(RuntimeError):  # noqa: N818 - it says what happened
@@ -43,7 +43,10 @@ class RefusedHere(RuntimeError):  # noqa: N818 - it says what happened
 class Watch:
     """What the code of one reward has asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_loading: bool = False) -> None:
+        """`is_loading`: the code is loaded, and not called yet. What wants the main thread does nothing then."""
+        self.is_loading = is_loading
+        self.remedy = "" if is_loading else '; the reward needs rewards.run = ["process"]'
         self.found: str | None = None
         """What it asked for first that needs a process of its own, and where: "os.fork() (rewards.py:3)"."""
         self.refuses_forks = False
@@ -70,9 +73,22 @@ class Watch:
 _LOCK = threading.Lock()
 _PID: int | None = None
 """Of the process that notices, and not of one that was forked from it."""
+_FOUND_IN: dict[str, str] = {}
 _WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("troupe reward watch", default=None)
 _THREADS: weakref.WeakKeyDictionary[threading.Thread, Watch] = weakref.WeakKeyDictionary()
 """Threads that watched code has started."""
+
+
+def remember(module: str) -> None:
+    """What was found while a module was loaded holds for all that is in it."""
+    watch = _WATCH.get()
+    if watch is not None and watch.found is not None:
+        _FOUND_IN[module] = watch.found
+
+
+def found_in(module: str | None) -> str | None:
+    """What was found when the module was loaded."""
+    return None if module is None else _FOUND_IN.get(module)
 
 
 def tasks_of(watch: Watch) -> list[asyncio.Task[Any]]:
@@ -92,21 +108,14 @@ def _current() -> Watch | None:
 
 
 def _refuse(watch: Watch, what: str) -> RefusedHere:
-    return RefusedHere(
-        f'{watch.note(what)} is refused in the process that trains; the reward needs rewards.run = ["process"]'
-    )
+    return RefusedHere(f"{watch.note(what)} is refused in the process that trains{watch.remedy}")
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
     """Python's own note of what is about to happen; raising keeps it from happening."""
     if event not in _EVENTS:  # there are many, and this is called for each
         return
-    if event in _THREAD_STARTS:
-        watch = _current()
-        thread = getattr(args[0], "__self__", None)
-        if watch is not None and isinstance(thread, threading.Thread):
-            _THREADS[thread] = watch
-    elif event in _FORKS:
+    if event in _FORKS:
         watch = _current()
         if watch is not None and watch.refuses_forks:
             raise _refuse(watch, _FORKS[event])
@@ -127,13 +136,16 @@ def _forcing_a_fork() -> str | None:
 def _wrapped_signal(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        watch = _current()
-        if watch is not None and threading.current_thread() is not threading.main_thread() and os.getpid() == _PID:
-            raise ValueError(
-                f"{watch.note(f'signal.{name}()')} was called in a thread, and signals only work in the main thread; "
-                'the reward needs rewards.run = ["process"]'
-            )
-        return original(*args, **kwargs)
+        watch = _in_thread()
+        if watch is None:
+            return original(*args, **kwargs)
+        if watch.is_loading and not is_library(sys._getframe(1).f_code.co_filename):
+            watch.note(f"signal.{name}()")
+            return signal.getsignal(args[0]) if name == "signal" else _IDLE_ANSWERS[name]
+        raise ValueError(
+            f"{watch.note(f'signal.{name}()')} was called in a thread, and signals only work in the main thread"
+            f"{watch.remedy}"
+        )
 
     return wrapper
 
@@ -144,12 +156,33 @@ def _wrapped_get_event_loop(original: Callable[[], Any]) -> Callable[[], Any]:
         try:
             return original()
         except RuntimeError:
-            watch = _current()
-            if watch is not None and threading.current_thread() is not threading.main_thread():
-                watch.note("asyncio.get_event_loop()")
-            raise
+            watch = _in_thread()
+            if watch is None:
+                raise
+            watch.note("asyncio.get_event_loop()")
+            if not watch.is_loading:
+                raise
+            return asyncio.new_event_loop()  # what is loaded here is called elsewhere
 
     return get_event_loop
+
+
+def _in_thread() -> Watch | None:
+    """Who watches the call at work, where it is in another thread than the main one. (A thread that it has started
+    is not in the main one in a process of its own either.)"""
+    watch = _WATCH.get()
+    return None if threading.current_thread() is threading.main_thread() or os.getpid() != _PID else watch
+
+
+def _wrapped_start(original: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    @functools.wraps(original)
+    def start(self: threading.Thread) -> None:
+        watch = _current()
+        if watch is not None:
+            _THREADS[self] = watch
+        original(self)
+
+    return start
 
 
 def _wrapped_exit(original: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -163,9 +196,10 @@ def _wrapped_exit(original: Callable[[int], Any]) -> Callable[[int], Any]:
     return _exit
 
 
-def watched_as(watch: Watch) -> Watch:
-    """Who watches the code at work already, or else this one."""
-    return _current() or watch
+def loading_watch() -> Watch:
+    """Who watches the code at work if it is one that is there for loading, or else a new one."""
+    watch = _WATCH.get()
+    return watch if watch is not None and watch.is_loading else Watch(is_loading=True)
 
 
 def install() -> None:
@@ -181,7 +215,8 @@ def install() -> None:
         for module in (asyncio, asyncio.events):
             _replace(module, "get_event_loop", _wrapped_get_event_loop)
         _replace(os, "_exit", _wrapped_exit)
+        _replace(threading.Thread, "start", _wrapped_start)
 
 
-def _replace(module: ModuleType, name: str, wrapped: Callable[[Any], Any]) -> None:
+def _replace(module: ModuleType | type, name: str, wrapped: Callable[[Any], Any]) -> None:
     setattr(module, name, wrapped(getattr(module, name)))
