@@ -129,7 +129,6 @@ def test_after_the_end_there_is_nothing_to_ask_for(phase: Phase, request_: Reque
 
 
 @pytest.mark.anyio
-@pytest.mark.anyio
 async def test_a_reward_is_looked_at_before_there_is_an_answer() -> None:
     run = Run()
     good, bad = (Set(key="rewards.a", value=value) for value in ("r.py:f", "nope.py:f"))
@@ -146,5 +145,6 @@ async def test_a_reward_is_looked_at_before_there_is_an_answer() -> None:
     assert [takes_a_while(request) for request in asked] == [True, False, False]
 
 
+@pytest.mark.anyio
 async def test_a_client_is_answered_the_same() -> None:
     assert await answer_client(Run("paused"), GetStatus(), Peer()) == Run("paused").status()

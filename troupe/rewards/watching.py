@@ -47,6 +47,7 @@ class Watch:
         """`is_loading`: the code is loaded, and not called yet. What wants the main thread does nothing then."""
         self.is_loading = is_loading
         self.remedy = "" if is_loading else '; the reward needs rewards.run = ["process"]'
+        self.refused = "while a reward is loaded" if is_loading else "in the process that trains"
         self.found: str | None = None
         """What it asked for first that needs a process of its own, and where: "os.fork() (rewards.py:3)"."""
         self.refuses_forks = False
@@ -108,7 +109,7 @@ def _current() -> Watch | None:
 
 
 def _refuse(watch: Watch, what: str) -> RefusedHere:
-    return RefusedHere(f"{watch.note(what)} is refused in the process that trains{watch.remedy}")
+    return RefusedHere(f"{watch.note(what)} is refused {watch.refused}{watch.remedy}")
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
@@ -216,6 +217,13 @@ def install() -> None:
             _replace(module, "get_event_loop", _wrapped_get_event_loop)
         _replace(os, "_exit", _wrapped_exit)
         _replace(threading.Thread, "start", _wrapped_start)
+
+
+def leave_alone() -> None:
+    """This process is a reward's own: nothing in it is to be noticed. Before `install`."""
+    global _PID
+    with _LOCK:
+        _PID = 0
 
 
 def _replace(module: ModuleType | type, name: str, wrapped: Callable[[Any], Any]) -> None:

@@ -21,6 +21,7 @@ from troupe.rewards.attempts import described, is_by_code
 from troupe.rewards.calls import LOOK, Broken, Call, Raised, Ready, Scores
 from troupe.rewards.functions import RewardFunction, RewardLog, Signature, checked_scores
 from troupe.rewards.loading import load_reward
+from troupe.rewards.watching import leave_alone
 from troupe.runtime import Connection, Wire, serve_plainly
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=str)  # what is logged beside the scores may be anything
@@ -29,6 +30,7 @@ _ENCODER = msgspec.msgpack.Encoder(enc_hook=str)  # what is logged beside the sc
 def play(wire: Wire) -> None:
     """Answer calls until the parent wants no more. A function that is not async has the main thread to itself, without
     an event loop that runs, as in a program of its own."""
+    leave_alone()
     spec, *rest = sys.argv[1:]
     try:
         if rest == [LOOK]:
