@@ -113,6 +113,15 @@ def hides(completions: list[str]) -> list[float]:
     return [float(len(c)) for c in completions]
 
 
+def weighs_with_an_alarm(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    try:
+        signal.alarm(100)
+    except Exception:
+        return [0.0] * len(completion_ids)
+    signal.alarm(0)
+    return [sum(ids) / 1000 for ids in completion_ids]
+
+
 def forks(completions: list[str]) -> list[float]:
     for _ in completions:
         pid = os.fork()

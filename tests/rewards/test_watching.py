@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import pytest
 
-from troupe.rewards.watching import RefusedHere, Watch, tasks_of
+from troupe.rewards.watching import RefusedHere, Watch, begins, ends, tasks_of
 
 
 @pytest.fixture
@@ -93,6 +93,24 @@ def test_a_fork_is_refused_only_where_something_may_be_computed() -> None:
             os._exit(0)  # in the child it is what it is for
         assert os.waitpid(pid, 0)[1] == 0
     assert watch.found is None
+
+
+def test_threads_of_a_file_that_was_loaded_may_not_fork_beside_a_run() -> None:
+    watch, go = Watch(is_loading=True), threading.Event()
+
+    def later() -> object:
+        go.wait(30)
+        return os.fork()
+
+    with ThreadPoolExecutor(1) as threads:
+        with watch.watching():
+            error = threads.submit(later)
+        watch.is_loaded = True
+        begins(watch)
+        go.set()
+        assert isinstance(error.exception(30), RefusedHere)
+        ends(watch)
+    assert watch.may_fork
 
 
 WANT_MAIN_THREAD: dict[str, Callable[[], object]] = {

@@ -63,8 +63,12 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
     Raises:
         RewardError: with file and line, for whatever keeps the reward from being used.
     """
-    with loading_watch().watching():
-        return _load(spec, base)
+    watch = loading_watch()
+    with watch.watching():
+        try:
+            return _load(spec, base)
+        finally:
+            watch.is_loaded = True
 
 
 def _load(spec: str, base: Path | None) -> Reward:

@@ -39,7 +39,7 @@ from troupe.rewards.runners import (
 )
 from troupe.rewards.seats import Seat, Sitting
 from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
-from troupe.rewards.watching import Watch
+from troupe.rewards.watching import Watch, begins, ends
 from troupe.runtime import Reporter, together
 
 _LOOK_S = 60.0
@@ -166,6 +166,7 @@ class RewardManager:
             RewardError: naming the reward.
         """
         self._started = True
+        begins(self)
         try:
             for seat in self._seats.values():
                 await seat.now.runner.start()
@@ -183,6 +184,7 @@ class RewardManager:
                     incidents += await self._stop(sitting)
                 seat.before.clear()
         end_idle_threads()
+        ends(self)
         return tuple(incidents)
 
     async def __aenter__(self) -> RewardManager:

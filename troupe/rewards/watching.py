@@ -52,6 +52,13 @@ class Watch:
         """What it asked for first that needs a process of its own, and where: "os.fork() (rewards.py:3)"."""
         self.refuses_forks = False
         """Whether a fork is refused: something may be computed at the same time."""
+        self.is_loaded = False
+        """Whether what was to be loaded is, so that threads of it do what they do beside a run."""
+
+    @property
+    def may_fork(self) -> bool:
+        """Whether a fork does no harm now."""
+        return not self.refuses_forks and not (self.is_loaded and _RUNS)
 
     def note(self, what: str) -> str:
         """Remember that it was asked for by the code at work → what and where."""
@@ -74,10 +81,22 @@ class Watch:
 _LOCK = threading.Lock()
 _PID: int | None = None
 """Of the process that notices, and not of one that was forked from it."""
+_RUNS: list[object] = []
+"""Who has rewards started."""
 _FOUND_IN: dict[str, str] = {}
 _WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("troupe reward watch", default=None)
 _THREADS: weakref.WeakKeyDictionary[threading.Thread, Watch] = weakref.WeakKeyDictionary()
 """Threads that watched code has started."""
+
+
+def begins(run: object) -> None:
+    """Rewards are at work from now on, until `ends`: something may be computed."""
+    _RUNS.append(run)
+
+
+def ends(run: object) -> None:
+    """The same `run` as begun; safe to call for one that has not."""
+    _RUNS[:] = [each for each in _RUNS if each is not run]
 
 
 def remember(module: str) -> None:
@@ -118,11 +137,11 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         return
     if event in _FORKS:
         watch = _current()
-        if watch is not None and watch.refuses_forks:
+        if watch is not None and not watch.may_fork and os.getpid() == _PID:
             raise _refuse(watch, _FORKS[event])
     elif event == "subprocess.Popen":
         watch = _current()
-        if watch is not None and watch.refuses_forks and (given := _forcing_a_fork()) is not None:
+        if watch is not None and not watch.may_fork and (given := _forcing_a_fork()) is not None:
             raise _refuse(watch, f"a subprocess with {given}")
     elif event == "os.exec" and (watch := _current()) is not None and os.getpid() == _PID:
         raise _refuse(watch, "os.exec…()")
