@@ -12,6 +12,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -29,8 +30,9 @@ from troupe.rewards.builtin import (
     think_format_reward,
 )
 from troupe.rewards.functions import Reward, RewardFunction, check_signature
+from troupe.rewards.isolation import in_daemon_thread
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
-from troupe.rewards.watching import loading_watch, remember
+from troupe.rewards.watching import Watch, loading_watch, remember
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,
@@ -93,6 +95,18 @@ def _load(spec: str, base: Path | None) -> Reward:
         return _usable(_import_module(file), name, Path(file))
     path = (base or Path()) / Path(file).expanduser()
     return _usable(_import_file(path), name, path)
+
+
+async def load_beside(spec: str) -> Reward:
+    """The reward of a name, loaded in a thread while groups are scored: an import may take long, and may not fork.
+
+    Raises:
+        RewardError: as `load_reward`.
+    """
+    watch = Watch(is_loading=True)
+    watch.refuses_forks = True
+    with watch.watching():
+        return await in_daemon_thread(partial(load_reward, spec))
 
 
 def is_code(spec: str) -> bool:

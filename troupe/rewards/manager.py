@@ -24,8 +24,8 @@ from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import Attempts, Fault, Pace
 from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.functions import Reward
-from troupe.rewards.isolation import end_idle_threads, in_daemon_thread
-from troupe.rewards.loading import is_code, load_reward
+from troupe.rewards.isolation import end_idle_threads
+from troupe.rewards.loading import is_code, load_beside, load_reward
 from troupe.rewards.movable import MovableRunner
 from troupe.rewards.processes import ProcessRunner, look_at, process_spec
 from troupe.rewards.runners import (
@@ -39,7 +39,7 @@ from troupe.rewards.runners import (
 )
 from troupe.rewards.seats import Seat, Sitting
 from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
-from troupe.rewards.watching import Watch, begins, ends
+from troupe.rewards.watching import begins, ends
 from troupe.runtime import Reporter, together
 
 _LOOK_S = 60.0
@@ -219,7 +219,7 @@ class RewardManager:
         seat = self._seat(name)
         if is_code(spec):
             await look_at(spec, name, min(_LOOK_S, self._config.start_timeout_s))
-        self._checked(seat, self._runner(name, await _loaded_beside(spec), spec))
+        self._checked(seat, self._runner(name, await load_beside(spec), spec))
 
     def _seat(self, name: str) -> Seat:
         if name not in self._seats:
@@ -268,7 +268,7 @@ class RewardManager:
     async def _successor(self, seat: Seat, reward: Reward | str) -> Runner:
         """Another runner for the seat, checked and started."""
         spec = reward if isinstance(reward, str) else None
-        loaded = await _loaded_beside(reward) if isinstance(reward, str) else reward
+        loaded = await load_beside(reward) if isinstance(reward, str) else reward
         runner = self._checked(seat, self._runner(seat.name, loaded, spec))
         if isinstance(runner, ActorRunner):
             runner.watch.refuses_forks = True
@@ -471,14 +471,6 @@ class RewardManager:
         self._moved = anyio.Event()
         if self._listener is not None:
             self._listener(incident)
-
-
-async def _loaded_beside(spec: str) -> Reward:
-    """The reward of a name, loaded while groups are scored: an import may take long, and may not fork."""
-    watch = Watch(is_loading=True)
-    watch.refuses_forks = True
-    with watch.watching():
-        return await in_daemon_thread(partial(load_reward, spec))
 
 
 def _batch(group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
