@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "installing": set(),
     "process_wide": set(),
     "linux_cpu": {"process_wide"},
+    "reward_files": set(),
     "machine": set(),
     "wiring": {"process_wide"},
     "web": set(),
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "stored_run": {"messages", "run_store"},
     "inspecting": {"run_store", "stored_run", "terminal"},
     "sinks": {"messages", "run_store"},
-    "rewards": {"messages", "runtime"},
+    "rewards": {"messages", "reward_files", "runtime"},
     "checkpoint": {"messages", "policy"},
     "schedule": {"dataset", "messages", "policy"},
     "statistics": {"messages", "grpo"},
@@ -156,7 +157,7 @@ ALLOWED: dict[str, set[str]] = {
         "__init__",
     },
     "__main__": {"cli", "daemon", "looking", "report", "terminal", "__init__"},
-    "__init__": {"config", "linux_cpu", "rewards", "rollouts", "summary", "supervisor"},
+    "__init__": {"config", "linux_cpu", "reward_files", "rewards", "rollouts", "summary", "supervisor"},
 }
 
 

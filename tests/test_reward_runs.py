@@ -32,6 +32,25 @@ def test_a_reward_in_processes_gives_the_run_that_it_gives_here(tmp_path: Path, 
     assert there.incidents == {}
 
 
+def test_a_reward_that_moves_to_processes_gives_the_run_that_it_gives_there_and_after_a_resume(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    functions = ["tests.rewards.process_rewards:weighs_with_an_alarm"]
+
+    def config(name: str, steps: int, **rewards: Any) -> RunConfig:
+        tiny = tiny_config(tiny_model, tmp_path / name, learner__max_steps=steps)
+        return with_rewards(tiny, functions=functions, processes=1, **rewards)
+
+    there = troupe.train(config("there", 3, run=["process"]))
+    moved = troupe.train(config("moved", 3))
+    troupe.train(config("resumed", 1))
+    resumed = troupe.train(config("resumed", 3), resume=True, allow_changes=["learner.max_steps"])
+    weights = [Path(run.folder, "final", "model.safetensors").read_bytes() for run in (there, moved, resumed)]
+    assert (there.incidents, moved.incidents, resumed.incidents) == ({}, {"reward_moved": 1}, {"reward_moved": 1})
+    assert weights[1] == weights[0]
+    assert weights[2] == weights[0]
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_reward_of_a_whole_step_is_called_once_a_step(tmp_path: Path, tiny_model: Path, staleness: int) -> None:
     calls: list[tuple[int, int]] = []

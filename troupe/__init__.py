@@ -6,7 +6,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from troupe import installing, linux_cpu
+from troupe import installing, linux_cpu, reward_files  # noqa: F401 - the last for processes that are spawned
 
 if linux_cpu.load_openblas() == "too late":  # must run before anything imports mlx.core
     warnings.warn(

@@ -61,4 +61,7 @@ def _without_mlx(told: str) -> click.Group:
 
 
 if __name__ == "__main__":
+    __spec__ = (
+        None  # so that what multiprocessing spawns imports this file, and with it finds rewards (reward_files.py)
+    )
     main()

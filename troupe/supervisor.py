@@ -223,6 +223,15 @@ class Supervisor:
         """
         self._errands.exchanges.send_nowait(Exchange(name, anchored_reward(reward, Path.cwd())))
 
+    async def check(self, key: str, value: Any) -> None:
+        """See whether a value can be `set`, also where that takes a while: a reward is loaded in a process of its own
+        first, and in this one then, within a minute. Raises InputError where it cannot."""
+        names = self._prepared.rewards.names if self._performance is not None else None
+        value = check_change(self.config, key, value, names)
+        section, _, name = key.partition(".")
+        if section == "rewards" and names is not None:
+            await self._prepared.rewards.examine(name, anchored_reward(value, Path.cwd()))
+
     def set(self, key: str, value: Any) -> None:
         """Ask for another value of one of the keys that may change while a run plays: `learner.lr`, from the next step
         on; `rewards.NAME`, a text as the config's, from the next step that is begun (see `exchange_reward`);

@@ -92,6 +92,9 @@ class FakeRun:
             raise ConfigError(f"set {key}: cannot change while a run plays")
         self.asked.append(f"{key}={value}")
 
+    async def check(self, key: str, value: Any) -> None:
+        raise ConfigError(f"set {key}: cannot change while a run plays")
+
 
 async def play(connection: Connection) -> None:
     """Make the acts of this start, one after the other, and answer meanwhile."""

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from tests.daemon.test_protocol import STATUS
-from troupe.daemon.answers import answer, answer_client
+from troupe.daemon.answers import answer, answer_checked, answer_client, takes_a_while
 from troupe.daemon.place import Peer
 from troupe.daemon.protocol import Request
-from troupe.errors import ConfigError
+from troupe.errors import ConfigError, RewardError
 from troupe.messages import (
     Checkpoint,
     Done,
@@ -62,6 +62,11 @@ class Run:
         if key == "seed":
             raise ConfigError("set seed: cannot change")
         self.asked.append(("set", key, value))
+
+    async def check(self, key: str, value: Any) -> None:
+        self.asked.append(("check", key, value))
+        if value == "nope.py:f":
+            raise RewardError("nope.py: no such file")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,23 @@ def test_after_the_end_there_is_nothing_to_ask_for(phase: Phase, request_: Reque
     assert answer(run, request_) == Refused(message=f"the run has {phase}, after 3 of 10 steps")
     assert run.asked == []
     assert answer(run, GetStatus()) == run.status()
+
+
+@pytest.mark.anyio
+async def test_a_reward_is_looked_at_before_there_is_an_answer() -> None:
+    run = Run()
+    good, bad = (Set(key="rewards.a", value=value) for value in ("r.py:f", "nope.py:f"))
+    assert await answer_checked(run, bad) == Refused(message="nope.py: no such file")
+    assert run.asked == [("check", "rewards.a", "nope.py:f")]
+    assert isinstance(await answer_checked(run, good), Done)
+    assert run.asked[1:] == [("check", "rewards.a", "r.py:f"), ("set", "rewards.a", "r.py:f")]
+    assert isinstance(await answer_checked(run, Set(key="learner.lr", value=0.5)), Done)
+    assert run.asked[3:] == [("set", "learner.lr", 0.5)]
+    ended = Run("ended")
+    assert isinstance(await answer_checked(ended, bad), Refused)
+    assert ended.asked == []
+    asked = (good, Set(key="learner.lr", value=1), Pause())
+    assert [takes_a_while(request) for request in asked] == [True, False, False]
 
 
 @pytest.mark.anyio

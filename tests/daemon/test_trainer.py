@@ -22,7 +22,7 @@ from troupe.config import RunConfig, load_config, write_config
 from troupe.daemon import frames
 from troupe.daemon import trainer as trainer_room
 from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon, Told
-from troupe.errors import ConfigError, OutputError, RunError
+from troupe.errors import ConfigError, OutputError, RewardError, RunError
 from troupe.messages import Done, GetStatus, GroupClosed, Incident, Pause, Refused, Reload, Set, Status, Update
 from troupe.runtime import Connection
 
@@ -69,6 +69,11 @@ class FakeSupervisor:
 
     def pause(self) -> None:
         self.asked.append("pause")
+
+    async def check(self, key: str, value: Any) -> None:
+        self.asked.append(("check", key, value))
+        if value == "nope.py:f":
+            raise RewardError("nope.py: no such file")
 
     def set(self, key: str, value: Any) -> None:
         self.asked.append((key, value))
@@ -172,6 +177,10 @@ async def test_it_answers(tmp_path: Path) -> None:
         assert isinstance(replies[1], Done)
         assert getattr(replies[2], "message", "") == "set seed: cannot change"
         assert run().asked == ["pause", ("seed", 1)]
+        await stage.send(Ask(number=5, request=Set(key="rewards.a", value="nope.py:f")))
+        refused = await stage.hear()
+        assert refused == Answer(number=5, reply=Refused(message="nope.py: no such file"))
+        assert run().asked[2:] == [("check", "rewards.a", "nope.py:f")]
         run().let_go.set()
         assert isinstance(await stage.hear(), Finished)
 
@@ -192,8 +201,9 @@ async def test_a_request_that_fails_ends_nothing(tmp_path: Path, monkeypatch: py
             first = await stage.hear()
         monkeypatch.setattr(FakeSupervisor, "set", no_folder)
         await stage.send(Ask(number=2, request=Set(key="rewards.judge", value="judge.py:f")))
+        second = await stage.hear()
         await stage.send(Ask(number=3, request=GetStatus()))
-        second, third = [await stage.hear() for _ in range(2)]
+        third = await stage.hear()
         run().let_go.set()
         assert isinstance(await stage.hear(), Finished)
     for answer, fault in ((first, "UnicodeEncodeError"), (second, "FileNotFoundError(2")):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,6 +70,83 @@ def logs(
 
 def wrong(completions: list[str]) -> list[float]:
     return [1.0]
+
+
+def as_in_a_program(completions: list[str]) -> list[float]:
+    """What works on the main thread of a program only: an alarm, a loop that is there, another that is made."""
+    length = float(len(completions[0]))
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    async def later() -> float:
+        await asyncio.sleep(0)
+        return length
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    try:
+        time.sleep(600)
+    except TimeoutError:
+        score = asyncio.get_event_loop().run_until_complete(later()) + asyncio.run(later())
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return [score] * len(completions)
+
+
+def leaves_a_fork(completions: list[str]) -> list[float]:
+    """Scores are the number of a process that would go on for long, in a session of its own."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        while True:
+            time.sleep(600)
+    return [float(pid)] * len(completions)
+
+
+def hides(completions: list[str]) -> list[float]:
+    """Right in a process, 0 elsewhere, since it hides that it failed."""
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    except Exception:
+        return [0.0] * len(completions)
+    return [float(len(c)) for c in completions]
+
+
+def weighs_with_an_alarm(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    try:
+        signal.alarm(100)
+    except Exception:
+        return [0.0] * len(completion_ids)
+    signal.alarm(0)
+    return [sum(ids) / 1000 for ids in completion_ids]
+
+
+def forks(completions: list[str]) -> list[float]:
+    for _ in completions:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    return [float(len(c)) for c in completions]
+
+
+async def forks_async(completions: list[str]) -> list[float]:
+    return forks(completions)
+
+
+def ends_all(completions: list[str]) -> list[float]:
+    os._exit(0)
+
+
+HERE = threading.Event()
+"""Set by who imports this; no process that is spawned has it."""
+
+
+def late(completions: list[str]) -> list[float]:
+    if HERE.is_set():
+        time.sleep(5)
+    return [float(len(c)) for c in completions]
 
 
 class Judge(RewardActor):

@@ -12,6 +12,7 @@ from tests.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import GroupScores, RewardActor, RewardManager, RewardSample, RewardsConfig, batch_reward
+from troupe.rewards import manager as manager_module
 
 pytestmark = pytest.mark.anyio
 
@@ -224,3 +225,58 @@ async def test_before_the_start_it_is_a_plain_replacement() -> None:
     stage = Stage(old)
     await stage.manager.exchange("Judge", new)
     assert (old.events, new.events) == ([], [])
+
+
+OTHERS = {
+    "good": "def f(completions, **k): return [1.0] * len(completions)",
+    "ends": "import os\nos._exit(0)",
+    "hangs": "import time\ntime.sleep(600)",
+    "wrong": "1 / 0",
+    "wide": "def f(completions, **k): return []\nf.scope = 'batch'",
+    "asks": "def f(completions, no_such_column): return []",
+}
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("good:f", None),
+        ("good:nope", "good.py: has no 'nope'"),
+        ("missing:f", "missing.py: no such file"),
+        ("ends:f", "its process ended while it was loaded: .* ended with exit code 0"),
+        ("hangs:f", "was not loaded after 2 s"),
+        ("wrong:f", "wrong.py:1: the file does not import: ZeroDivisionError"),
+        ("wide:f", "its replacement would be once a batch"),
+        ("asks:f", "requires no_such_column"),
+    ],
+)
+async def test_a_successor_can_be_looked_at_before_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, said: str | None
+) -> None:
+    monkeypatch.setattr(manager_module, "_LOOK_S", 2.0 if other == "hangs:f" else 60.0)
+    file, _, name = other.partition(":")
+    if file in OTHERS:
+        (tmp_path / f"{file}.py").write_text(OTHERS[file], encoding="utf-8")
+    spec = f"{tmp_path / file}.py:{name}"
+    async with RewardManager("length") as manager:
+        manager.check_columns(set())
+        if said is None:
+            await manager.examine("length_reward", spec)
+            await manager.examine("length_reward", "diversity")
+        else:
+            with pytest.raises(RewardError, match=said):
+                await manager.examine("length_reward", spec)
+        assert manager.versions == {"length_reward": 0}
+        with pytest.raises(RewardError, match="there is no reward 'other' to be exchanged"):
+            await manager.examine("other", spec)
+
+
+@pytest.mark.alone
+async def test_a_file_that_is_loaded_beside_the_play_may_not_fork(tmp_path: Path) -> None:
+    path = tmp_path / "forks.py"
+    path.write_text("import os\nif not os.fork():\n    os._exit(0)\ndef f(completions, **k): return []\n")
+    async with RewardManager("length") as manager:
+        with pytest.raises(RewardError, match=r"forks.py:2: the file does not import: .*os.fork\(\)"):
+            await manager.exchange("length_reward", f"{path}:f")
+        assert manager.versions == {"length_reward": 0}

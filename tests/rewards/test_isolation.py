@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import anyio
 import pytest
 
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, isolation
-from troupe.rewards.isolation import in_daemon_thread, in_own_task
+from troupe.rewards.isolation import end_tasks, in_daemon_thread, in_own_task, in_place
 
 pytestmark = pytest.mark.anyio
 
@@ -121,13 +122,64 @@ async def test_what_a_thread_raises_comes_through_and_context_goes_along() -> No
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
     variable.set(3)
     assert await in_daemon_thread(variable.get) == 3
-    for error, expected in [(KeyError("x"), KeyError), (SystemExit(2), SystemExit), (StopIteration(), RuntimeError)]:
+    turned = (StopIteration(), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError())
+    for error, expected in [
+        (KeyError("x"), KeyError),
+        (SystemExit(2), SystemExit),
+        *((error, RuntimeError) for error in turned),
+    ]:
 
         def fail(error: BaseException = error) -> None:
             raise error
 
         with pytest.raises(expected):
             await in_daemon_thread(fail)
+
+
+@pytest.mark.parametrize("error", [StopIteration(), GeneratorExit(), asyncio.CancelledError()], ids=repr)
+async def test_what_is_called_in_place_does_not_end_its_caller(error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(RuntimeError, match=f"the reward raised {type(error).__name__}"):
+        in_place(fail)
+    assert in_place(lambda: 7) == 7
+
+
+async def test_an_interrupt_of_the_codes_own_is_told_from_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    async def fail_later() -> None:
+        fail()
+
+    def _on_sigint() -> None:  # as asyncio's handler is called
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            in_place(fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: _on_sigint)
+        with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"):
+            in_place(fail)
+        with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"):
+            await in_own_task(fail_later)
+        with pytest.raises(KeyboardInterrupt):
+            in_place(_on_sigint)
+
+
+def test_an_event_loop_ends_although_a_task_ignores_its_cancellation() -> None:
+    async def leave_behind() -> list[str]:
+        tasks = [asyncio.create_task(stubborn()), asyncio.create_task(anyio.sleep_forever())]
+        await anyio.lowlevel.checkpoint()
+        left = await end_tasks(tasks)
+        assert tasks[1].cancelled()
+        return left
+
+    line = stubborn.__code__.co_firstlineno
+    assert anyio.run(leave_behind) == [f"stubborn ({__file__}:{line})"]
 
 
 async def test_a_task_of_its_own_gives_what_the_coroutine_gives() -> None:

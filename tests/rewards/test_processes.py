@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -291,4 +292,45 @@ async def test_wrong_code_that_never_worked_ends_the_run_from_a_process_too() ->
     async with started(f"{FILE}:misspelled", breaker_failures=2) as manager:
         await manager.score_group(saying("a"))
         with pytest.raises(RewardError, match=wanted):
+            await manager.score_group(saying("a"))
+
+
+async def test_a_function_has_the_main_thread_of_its_process_and_an_event_loop_that_it_may_run() -> None:
+    async with started(f"{FILE}:as_in_a_program") as manager:
+        result = await score(manager, "abc")
+        assert (await score(manager, "abcd")).scores["as_in_a_program"] == (8.0,)
+    assert (result.scores["as_in_a_program"], result.incidents) == ((6.0,), ())
+
+
+async def test_what_it_forks_ends_with_the_run() -> None:
+    code = (
+        "import anyio\nfrom troupe.rewards import RewardManager, RewardsConfig\n"
+        "async def main():\n"
+        f"    reward, config = {FILE + ':leaves_a_fork'!r}, RewardsConfig(run=('process',), processes=1)\n"
+        "    async with RewardManager(reward, config=config) as manager:\n"
+        "        result = await manager.compute_rewards(['p'], ['x'])\n"
+        "        print(int(result.scores['leaves_a_fork'][0]), flush=True)\n"
+        "anyio.run(main)\n"
+    )
+    result = await anyio.run_process([sys.executable, "-c", code], stderr=None)
+    pid = int(result.stdout)
+    with anyio.fail_after(30):
+        while _runs(pid):  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    """Not for one that is dead and not buried: who would bury it is the system's affair."""
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+async def test_a_process_that_leaves_each_time_is_wrong_code() -> None:
+    async with started(f"{FILE}:ends_all", breaker_failures=2) as manager:
+        await manager.score_group(saying("a"))
+        with pytest.raises(RewardError, match=r"reward ends_all has not worked once.*ended with exit code 0"):
             await manager.score_group(saying("a"))

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from troupe.daemon.place import Peer
 from troupe.daemon.protocol import Reply, Request
-from troupe.errors import InputError
+from troupe.errors import InputError, sayable
 from troupe.messages import (
     Checkpoint,
     Done,
@@ -24,7 +24,7 @@ from troupe.messages import (
 
 
 class Run(Protocol):
-    """What is asked of a Supervisor; all of it returns at once."""
+    """What is asked of a Supervisor; all of it returns at once, but for `check`."""
 
     @property
     def pausing(self) -> bool: ...
@@ -37,6 +37,7 @@ class Run(Protocol):
     def drain(self) -> None: ...
     def stop(self) -> None: ...
     def set(self, key: str, value: Any) -> None: ...
+    async def check(self, key: str, value: Any) -> None: ...
 
 
 def answer(run: Run, request: Request) -> Reply:
@@ -76,6 +77,21 @@ def answer(run: Run, request: Request) -> Reply:
 
 async def answer_client(run: Run, request: Request, peer: Peer) -> Reply:
     """The same for a client of the control socket, whoever it is: the socket lets in nobody else's."""
+    return await answer_checked(run, request)
+
+
+def takes_a_while(request: Request) -> bool:
+    """Whether the answer waits for something to be looked at: another reward is loaded first."""
+    return isinstance(request, Set) and request.key.startswith("rewards.")
+
+
+async def answer_checked(run: Run, request: Request) -> Reply:
+    """The same, with a look at what shows only where it is tried. The run goes on meanwhile."""
+    if isinstance(request, Set) and takes_a_while(request) and run.status().phase not in ("ended", "failed"):
+        try:
+            await run.check(request.key, request.value)
+        except InputError as error:
+            return Refused(message=sayable(str(error)))
     return answer(run, request)
 
 

@@ -201,12 +201,13 @@ def set_command(folder: Path, setting: str) -> None:
     key, value = parse_setting(setting)
     if key.startswith("rewards."):
         value = anchored_reward(value, Path.cwd())  # ours, not that of who plays the run
-    _request(folder, Set(key=key, value=value))
+    # a reward is loaded before there is an answer
+    _request(folder, Set(key=key, value=value), 90.0 if key.startswith("rewards.") else 15.0)
 
 
-def _request(folder: Path, request: Request) -> None:
+def _request(folder: Path, request: Request, timeout_s: float = 15.0) -> None:
     try:
-        reply = ask(folder, request)
+        reply = ask(folder, request, timeout_s)
     except NobodyThereError as nobody:
         try:
             why = describe_aftermath(aftermath(folder))

@@ -15,12 +15,13 @@ from typing import Any
 import anyio
 import msgspec
 
+from troupe.daemon.answers import takes_a_while
 from troupe.daemon.chronicle import Chronicle
 from troupe.daemon.frames import Answer, Begin, Failed, Finished, Last, Playing, Rejected, Stepped, Told
 from troupe.daemon.logs import LEVELS, LOGGER
 from troupe.daemon.orders import Order
 from troupe.daemon.place import Peer
-from troupe.daemon.player import ANSWER_S, GONE, Child, Player, first_of
+from troupe.daemon.player import ANSWER_S, CHECKED_S, GONE, Child, Player, first_of
 from troupe.daemon.protocol import Reply, Request
 from troupe.daemon.reloading import Reloading, set_level
 from troupe.daemon.restarts import Attempts
@@ -160,7 +161,7 @@ class Daemon:
         trainer = self._trainer
         if trainer is None:
             return self._answer_alone(request)
-        reply = await trainer.ask(request)
+        reply = await trainer.ask(request, CHECKED_S if takes_a_while(request) else ANSWER_S)
         return reply or Done(message="the trainer has not answered yet; it heeds the request when it comes to it")
 
     def _answer_alone(self, request: Request) -> Reply:

@@ -21,6 +21,8 @@ from troupe.runtime import FrameError
 
 ANSWER_S = 5.0
 """That a trainer may take to answer before the daemon answers for it."""
+CHECKED_S = 75.0
+"""The same where something is looked at first, which takes a minute at the most."""
 GONE = (anyio.EndOfStream, anyio.BrokenResourceError, FrameError, msgspec.MsgspecError)
 """What is raised where a trainer is not there any more, or does not make sense."""
 _LOOKS = 6

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import anyio
 import msgspec
 
 from troupe.config import RUN_TOML, Layer, RunConfig, layered, load_config, said_in, settings_layers
-from troupe.daemon.answers import answer
+from troupe.daemon.answers import answer, answer_checked, takes_a_while
 from troupe.daemon.frames import (
     Answer,
     Ask,
@@ -38,6 +39,8 @@ from troupe.supervisor import Supervisor
 
 _NEWS_GAP_S = 0.5
 """Between two frames with news, at least."""
+_CHECKS = 64
+"""Requests that may wait for a look at what they ask for."""
 _PASSES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 """What is wrong with a disk today and may not be tomorrow."""
 
@@ -79,14 +82,28 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
     run = Supervisor(config, resume=stands, allow_changes=begin.allow_changes)
     if begin.paused:
         run.pause()
-    listening = anyio.CancelScope()
+    listening, checking = anyio.CancelScope(), anyio.CancelScope()
+    to_check, checks = anyio.create_memory_object_stream[Ask](_CHECKS)
 
     async def listen() -> None:
-        with listening:
+        with listening, to_check:
             while True:
                 ask = decode_in_trainer(await connection.receive())
                 assert isinstance(ask, Ask)
-                await connection.send(_answered(run, ask))
+                if takes_a_while(ask.request):  # others are answered meanwhile
+                    with suppress(anyio.WouldBlock):  # who asked so often is told that there was no answer
+                        to_check.send_nowait(ask)
+                else:
+                    await connection.send(_answered(run, ask))
+
+    async def check() -> None:
+        with checking, checks:
+            async for ask in checks:
+                try:
+                    reply = await answer_checked(run, ask.request)
+                except Exception as error:
+                    reply = _failed(error)
+                await connection.send(encode(Answer(number=ask.number, reply=reply)))
 
     async def perform() -> None:
         try:
@@ -94,8 +111,9 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
                 await _tell(connection, run, completions=begin.completions)
         finally:
             listening.cancel()
+            checking.cancel()
 
-    await together([listen, perform])
+    await together([listen, check, perform])
     return Finished(steps=run.result.steps, total_steps=run.result.total_steps)
 
 
@@ -104,7 +122,11 @@ def _answered(run: Supervisor, ask: Ask) -> bytes:
     try:
         return encode(Answer(number=ask.number, reply=answer(run, ask.request)))
     except Exception as error:
-        return encode(Answer(number=ask.number, reply=Refused(message=f"the request failed: {error!a}")))
+        return encode(Answer(number=ask.number, reply=_failed(error)))
+
+
+def _failed(error: Exception) -> Refused:
+    return Refused(message=f"the request failed: {error!a}")
 
 
 def _passes(error: InputError) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal, TypeVar
 
@@ -17,6 +16,7 @@ import anyio
 import msgspec
 
 from troupe.errors import RewardError, sayable
+from troupe.rewards.causes import may_pass, place_of
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Fault(msgspec.Struct, frozen=True):
     kind: FaultKind
     message: str
     by_code: bool = False
-    """Whether it is an error that wrong code makes, and hardly ever a service that is away."""
+    """Whether no service that is away makes such an error."""
 
 
 def backoff_s(attempt: int, jitter: float) -> float:
@@ -133,10 +133,9 @@ def is_own_failure(error: BaseException) -> bool:
 
 
 def is_by_code(error: BaseException) -> bool:
-    """Whether an error is of a kind that wrong code makes: a name, attribute, key, type or import that is not right."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(is_by_code(inner) for inner in error.exceptions)
-    return isinstance(error, (NameError, AttributeError, TypeError, LookupError, ImportError))
+    """Whether an error says that the code, or what it needs here, is wrong: every one that no service makes which is
+    away."""
+    return not may_pass(error)
 
 
 def in_short(message: str) -> str:
@@ -148,9 +147,12 @@ def in_short(message: str) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Class, text and place of an error in one line, as UTF-8 can say it."""
-    text = " ".join(str(error).split())
+    """Class, text and place of an error in one line, as UTF-8 can say it; the place is the user's own line, if there is
+    one."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its __str__ is code like any other
+        text = ""
     text = text if len(text) <= 300 else text[:299] + "…"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    place = f" ({place})" if (place := place_of(error)) else ""
     return sayable(f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}")

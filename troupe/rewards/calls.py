@@ -8,6 +8,9 @@ import msgspec
 
 from troupe.rewards.trainer_state import TrainerState
 
+LOOK = "look"
+"""Has a worker load the reward and end."""
+
 
 class Call(msgspec.Struct, frozen=True, tag=True):
     """Parent → child: score these."""

@@ -18,7 +18,7 @@ import msgspec
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.isolation import in_daemon_thread, in_own_task
+from troupe.rewards.isolation import in_daemon_thread, in_own_task, in_place
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's signature; sync or async."""
@@ -286,7 +286,7 @@ async def call_function(
         # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
         return result if inspect.isawaitable(result) else checked_scores(result, name, size)
 
-    result = play() if signature.is_quick else await in_daemon_thread(play)
+    result = in_place(play) if signature.is_quick else await in_daemon_thread(play)
     return checked_scores(await in_own_task(lambda: result) if inspect.isawaitable(result) else result, name, size), log
 
 

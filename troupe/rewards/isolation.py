@@ -10,9 +10,11 @@ import asyncio
 import contextvars
 import ctypes
 import queue
+import signal
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
-from typing import Any, Generic, TypeVar
+import traceback
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterator
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import anyio
 
@@ -26,7 +28,8 @@ IDLE_S = 30.0
 
 async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
     """Await `call()` in a task of its own; what it returns or raises, a CancelledError included, comes through (but a
-    GeneratorExit as a RuntimeError: as itself it would mean that the caller is being closed).
+    GeneratorExit as a RuntimeError: as itself it would mean that the caller is being closed; and so a KeyboardInterrupt
+    that no signal made).
 
     When the caller is cancelled, so is the task; one that ignores this is left behind after `GRACE_S`: its coroutine is
     closed, and where it ignores that too, never resumed.
@@ -44,11 +47,41 @@ async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
                 task.cancel()
                 await asyncio.wait([task])
         raise
-    if isinstance(shell.error, GeneratorExit):
-        raise RuntimeError("the reward raised GeneratorExit") from shell.error  # noqa: TRY004
+    if isinstance(shell.error, GeneratorExit) or is_own_interrupt(shell.error):
+        raise as_failure(shell.error)
     if shell.error is not None:
         raise shell.error
     return shell.results[0]
+
+
+def in_place(work: Callable[[], T]) -> T:
+    """Run `work` here and now; what would be taken for the end of who calls comes as a RuntimeError."""
+    try:
+        return work()
+    except (GeneratorExit, StopIteration, asyncio.CancelledError) as error:
+        raise as_failure(error) from error
+    except KeyboardInterrupt as error:
+        if is_own_interrupt(error):
+            raise as_failure(error) from error
+        raise
+
+
+def as_failure(error: BaseException) -> RuntimeError:
+    """An error of the code's own that must not come to others as itself, since it would mean something to them."""
+    fault = RuntimeError(f"the reward raised {type(error).__name__}")
+    fault.__cause__ = error
+    return fault.with_traceback(error.__traceback__)
+
+
+def is_own_interrupt(error: BaseException | None) -> TypeGuard[KeyboardInterrupt]:
+    """Whether it is a KeyboardInterrupt that the code raised itself, as opposed to one that the user's Ctrl-C made."""
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    if threading.current_thread() is not threading.main_thread():
+        return True  # no signal is heeded here
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    is_asyncios = names[-1:] == ["_on_sigint"]  # its handler, at the second Ctrl-C
+    return not is_asyncios and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
 
 
 class _Shell(Generic[T]):
@@ -90,14 +123,41 @@ class _Shell(Generic[T]):
                 thrown = error
 
 
+async def end_tasks(tasks: Collection[asyncio.Task[Any]]) -> list[str]:
+    """Cancel tasks and wait for them; after `GRACE_S` those that ignore it are left behind, so that the event loop ends
+    without them → what these are, "NAME (FILE:LINE)"."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=GRACE_S)
+    left = [task for task in tasks if not task.done()]
+    for task in left:
+        asyncio._unregister_task(task)  # who closes the loop would wait for it without end
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        _keep(list(_chain(task.get_coro())))
+    return [_told(task) for task in left]
+
+
+def _told(task: asyncio.Task[Any]) -> str:
+    coroutine = task.get_coro()
+    code = getattr(coroutine, "cr_code", None)
+    name = getattr(coroutine, "__qualname__", None) or task.get_name()
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
+
+
+def _keep(objects: list[object]) -> None:
+    """Never collect these, not even when the interpreter ends: they would be closed once more."""
+    for each in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+
+
 def _close(awaitable: Awaitable[Any]) -> None:
     frames = list(_chain(awaitable))
     try:
         if isinstance(awaitable, Coroutine):
             awaitable.close()
     except BaseException:  # one of them answers its end with an error, or ignores it
-        for frame in frames:  # never to be collected, not even when the interpreter ends: it would be closed once more
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(frame))
+        _keep(frames)
 
 
 def _chain(waiting: object) -> Iterator[object]:
@@ -158,11 +218,10 @@ class _ThreadCall(Generic[T]):
         """On the thread."""
         try:
             self._result = self._context.run(self._work)
-        except (KeyboardInterrupt, StopIteration) as error:
-            # No signal reaches this thread, so it is the code's own interrupt; and no future carries a StopIteration.
-            fault = RuntimeError(f"the reward raised {type(error).__name__}")
-            fault.__cause__ = error
-            self._error = fault.with_traceback(error.__traceback__)
+        except (KeyboardInterrupt, StopIteration, GeneratorExit, asyncio.CancelledError) as error:
+            # No signal reaches this thread, so it is the code's own interrupt; no future carries a StopIteration; and
+            # the others would mean that who waits is to end.
+            self._error = as_failure(error)
         except BaseException as error:
             self._error = error
 

@@ -6,18 +6,18 @@ Knows nothing of configurations; user files are run as Python, so they must be t
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence, Set
-from importlib.machinery import SourceFileLoader
+from functools import partial
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
 from troupe.errors import RewardError
+from troupe.reward_files import module_name, spec_of
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described
 from troupe.rewards.builtin import (
@@ -30,7 +30,9 @@ from troupe.rewards.builtin import (
     think_format_reward,
 )
 from troupe.rewards.functions import Reward, RewardFunction, check_signature
+from troupe.rewards.isolation import in_daemon_thread
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
+from troupe.rewards.watching import Watch, loading_watch, remember
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,
@@ -63,6 +65,15 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
     Raises:
         RewardError: with file and line, for whatever keeps the reward from being used.
     """
+    watch = loading_watch()
+    with watch.watching():
+        try:
+            return _load(spec, base)
+        finally:
+            watch.is_loaded = True
+
+
+def _load(spec: str, base: Path | None) -> Reward:
     if spec in BUILTIN:
         return BUILTIN[spec]
     kind, colon, rest = spec.partition(":")
@@ -84,6 +95,24 @@ def load_reward(spec: str, base: Path | None = None) -> Reward:
         return _usable(_import_module(file), name, Path(file))
     path = (base or Path()) / Path(file).expanduser()
     return _usable(_import_file(path), name, path)
+
+
+async def load_beside(spec: str) -> Reward:
+    """The reward of a name, loaded in a thread while groups are scored: an import may take long, and may not fork.
+
+    Raises:
+        RewardError: as `load_reward`.
+    """
+    watch = Watch(is_loading=True)
+    watch.refuses_forks = True
+    with watch.watching():
+        return await in_daemon_thread(partial(load_reward, spec))
+
+
+def is_code(spec: str) -> bool:
+    """Whether a name is that of code which is not ours: "FILE.py:NAME" or "MODULE:NAME"."""
+    kind, colon, _ = spec.partition(":")
+    return bool(colon) and kind not in {*BUILTIN, *NUMBERED, "format", "math_verify", "reasoning_gym"}
 
 
 def default_reward(columns: Set[str], source: str) -> str:
@@ -114,7 +143,7 @@ def _is_module(name: str) -> bool:
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise RewardError(f"{name}: the module does not import: {described(error)}; {_FORMS}") from error
 
 
@@ -136,37 +165,29 @@ _FORMS = (
 )
 
 
-class _UncachedLoader(SourceFileLoader):
-    """Compiles the file anew: leaves no cache beside it and never runs an older one."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 def _import_file(path: Path) -> ModuleType:
     if path.suffix != ".py":
         raise RewardError(f"{path}: reward code is a .py file, not {path.suffix or 'without suffix'!r}; {_FORMS}")
     if not path.is_file():
         raise RewardError(f"{path}: no such file; relative paths start at {path.parent.absolute()}")
     path = path.resolve()
-    identity = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
-    name = f"troupe_reward_{path.stem}_{identity}"
+    name = module_name(path)
     if name in sys.modules:
         return sys.modules[name]
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    loader = _UncachedLoader(name, str(path))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
+    spec = spec_of(name, path)
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and typing look a class's module up here
     try:
-        loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit, GeneratorExit) as error:
         del sys.modules[name]
         raise RewardError(
             f"{path}:{_line_in(path, error)}: the file does not import: {type(error).__name__}: {error}; correct it"
         ) from error
+    remember(name)
     return module
 
 

@@ -25,13 +25,13 @@ from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import Attempts, Fault, Pace, in_short
 from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.functions import Reward
-from troupe.rewards.isolation import end_idle_threads, in_daemon_thread
-from troupe.rewards.loading import load_reward
-from troupe.rewards.processes import ProcessRunner, process_spec
+from troupe.rewards.isolation import end_idle_threads
+from troupe.rewards.loading import is_code, load_beside, load_reward
+from troupe.rewards.movable import MovableRunner
+from troupe.rewards.processes import ProcessRunner, look_at, process_spec
 from troupe.rewards.runners import (
     ActorRunner,
     Batch,
-    FunctionRunner,
     Outcome,
     Round,
     Runner,
@@ -40,7 +40,11 @@ from troupe.rewards.runners import (
 )
 from troupe.rewards.seats import Seat, Sitting
 from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
+from troupe.rewards.watching import begins, ends
 from troupe.runtime import Reporter, together
+
+_LOOK_S = 60.0
+"""That the code of a reward may take to load before it is said that it cannot be exchanged for another."""
 
 
 class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,6 +113,8 @@ class RewardManager:
         """The reward whose start is waited for now."""
         self._started = False
         self._listener: Callable[[Incident], None] | None = None
+        self._untold: list[Incident] = []
+        """Of rewards that were moved while nobody listened."""
         self._moved = anyio.Event()
 
     @property
@@ -164,6 +170,8 @@ class RewardManager:
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once, with an incident, whenever `down` changes; it must not raise."""
         self._listener = listener
+        while listener is not None and self._untold:
+            listener(self._untold.pop(0))
 
     def trust(self) -> None:
         """Take it that the rewards have worked before: one whose code fails is then waited for, as a service is."""
@@ -187,6 +195,7 @@ class RewardManager:
             RewardError: naming the reward.
         """
         self._started = True
+        begins(self)
         try:
             for seat in self._seats.values():
                 self.starting = seat.name
@@ -206,6 +215,7 @@ class RewardManager:
                     incidents += await self._stop(sitting)
                 seat.before.clear()
         end_idle_threads()
+        ends(self)
         return tuple(incidents)
 
     async def __aenter__(self) -> RewardManager:
@@ -230,6 +240,23 @@ class RewardManager:
         """
         return await self.dismiss(name, await self.replace(name, reward))
 
+    async def examine(self, name: str, spec: str) -> None:
+        """See whether a reward that a text names could take the place of one. Its file is loaded in a process first,
+        where it may hang or end; it is not started.
+
+        Raises:
+            RewardError: as `exchange`, but for what would show at the start only.
+        """
+        seat = self._seat(name)
+        if is_code(spec):
+            await look_at(spec, name, min(_LOOK_S, self._config.start_timeout_s))
+        self._checked(seat, self._runner(name, await load_beside(spec), spec))
+
+    def _seat(self, name: str) -> Seat:
+        if name not in self._seats:
+            raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
+        return self._seats[name]
+
     async def replace(
         self, name: str, reward: Reward | str, first_step: Callable[[bool], int] = lambda was_down: 0
     ) -> Sitting:
@@ -238,9 +265,7 @@ class RewardManager:
         `first_step(was_down)` is called when the new one is ready, with whether the old one is down, and says which
         step's groups are the first that the new one scores; it may raise, and then the old one stays.
         """
-        if name not in self._seats:
-            raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
-        seat = self._seats[name]
+        seat = self._seat(name)
         async with seat.changing:
             spec = reward if isinstance(reward, str) else None
             runner = await self._successor(seat, reward)
@@ -274,9 +299,10 @@ class RewardManager:
     async def _successor(self, seat: Seat, reward: Reward | str) -> Runner:
         """Another runner for the seat, checked and started."""
         spec = reward if isinstance(reward, str) else None
-        # an import may take long, and groups are scored meanwhile
-        loaded = await in_daemon_thread(partial(load_reward, reward)) if isinstance(reward, str) else reward
+        loaded = await load_beside(reward) if isinstance(reward, str) else reward
         runner = self._checked(seat, self._runner(seat.name, loaded, spec))
+        if isinstance(runner, ActorRunner):
+            runner.watch.refuses_forks = True
         if self._started:
             try:
                 await runner.start()
@@ -439,8 +465,22 @@ class RewardManager:
             return ProcessRunner(
                 name, reward, attempts, fuse, config.start_timeout_s, spec=spec, processes=config.processes
             )
-        kind = ActorRunner if isinstance(reward, RewardActor) else FunctionRunner
-        return kind(name, reward, attempts, fuse, config.start_timeout_s)  # type: ignore[arg-type]
+        if isinstance(reward, RewardActor):
+            return ActorRunner(name, reward, attempts, fuse, config.start_timeout_s)
+
+        def elsewhere(breaker: Breaker) -> Runner:
+            named = process_spec(reward, spec, "do without what has it moved")
+            return ProcessRunner(
+                *(name, reward, attempts, lambda _: breaker, config.start_timeout_s),
+                spec=named,
+                processes=config.processes,
+            )
+
+        return MovableRunner(
+            *(name, reward, attempts, fuse, config.start_timeout_s),
+            elsewhere=elsewhere,
+            moved=partial(self._reward_moved, name),
+        )
 
     async def _stop(self, sitting: Sitting) -> list[Incident]:
         fault = await sitting.runner.stop()
@@ -459,6 +499,17 @@ class RewardManager:
                 f"troupe set OUT_DIR rewards.{name}=FILE.py:NAME",
             )
         )
+
+    def _reward_moved(self, name: str, why: str) -> None:
+        incident = _event(
+            "reward_moved",
+            f"reward {name} now runs in processes of its own, {self._config.processes} at a time (rewards.processes): "
+            f"{why}; what it kept in variables begins anew there; rewards.run has it there from the start",
+        )
+        if self._listener is None:
+            self._untold.append(incident)
+        else:
+            self._tell(incident)
 
     def _tell(self, incident: Incident) -> None:
         self._moved.set()

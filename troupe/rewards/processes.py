@@ -6,6 +6,7 @@ of other rewards.
 
 from __future__ import annotations
 
+import signal
 import sys
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ import anyio
 import msgspec
 
 from troupe.errors import RewardError
+from troupe.reward_files import PREFIX
 from troupe.rewards.attempts import Attempts, Fault, backoff_s
-from troupe.rewards.calls import Broken, Call, Raised, Ready, Reply, Scores
+from troupe.rewards.calls import LOOK, Broken, Call, Raised, Ready, Reply, Scores
 from troupe.rewards.functions import (
     PROVIDED,
     Reward,
@@ -35,6 +37,8 @@ from troupe.runtime import ChildProcess, FrameError, together
 _WORKER = "troupe.rewards.worker"
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """Sets of texts have one order, so that a score does not depend on the process that gave it."""
+_KILLED_BY = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""Signals that others send: a system without memory, an operator."""
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -50,14 +54,14 @@ class Worker:
         self._child = child
 
     @classmethod
-    async def start(cls, spec: str, name: str) -> Worker:
-        """Spawn it and wait until the reward is loaded.
+    async def start(cls, spec: str, name: str, *how: str) -> Worker:
+        """Spawn it and wait until the reward is loaded. `how`: LOOK, to have it end then.
 
         Raises:
             RewardError: where it cannot be loaded, or the process does not start or ends.
         """
         try:
-            child = await ChildProcess.start(_WORKER, spec, env=_ENVIRONMENT)
+            child = await ChildProcess.start(_WORKER, spec, *how, env=_ENVIRONMENT)
         except OSError as error:  # no memory, processes or files left: a machine's fault, which may pass
             raise RewardError(f"reward {name}: its process could not be started: {error}") from error
         try:
@@ -82,8 +86,14 @@ class Worker:
             await self._child.send(frame)
             reply = msgspec.msgpack.decode(await self._child.receive(), type=Reply)
         except (anyio.EndOfStream, anyio.BrokenResourceError, FrameError, msgspec.DecodeError) as error:
-            return Lost(Fault("reward_error", str(error)))
+            return Lost(Fault("reward_error", str(error), by_code=self._ended_itself))
         return Lost(Fault("reward_error", "its process answered out of turn")) if isinstance(reply, Ready) else reply
+
+    @property
+    def _ended_itself(self) -> bool:
+        """Whether it left, or crashed, which the same code does again, as opposed to having been killed by others."""
+        code = self._child.returncode
+        return code is not None and -code not in _KILLED_BY
 
     async def kill(self) -> None:
         """Kill its process group and wait until it is gone."""
@@ -243,14 +253,30 @@ class ProcessRunner(Runner):
             ) from None
 
 
-def process_spec(reward: Reward, spec: str | None) -> str:
+async def look_at(spec: str, name: str, limit_s: float) -> None:
+    """See in a process whether a reward can be loaded, so that a file that hangs or ends its process does no harm.
+
+    Raises:
+        RewardError: where it cannot, or not within `limit_s`.
+    """
+    try:
+        with anyio.fail_after(limit_s):
+            worker = await Worker.start(spec, name, LOOK)
+    except TimeoutError:
+        raise RewardError(
+            f"reward {name}: {spec} was not loaded after {limit_s:g} s; see what its file waits for"
+        ) from None
+    await worker.stop(1.0)
+
+
+def process_spec(reward: Reward, spec: str | None, otherwise: str = 'run it as "auto"') -> str:
     """The name by which a process loads a reward: what the configuration calls it, or where it is defined.
 
     Raises:
-        RewardError: for a reward that has no such name.
+        RewardError: for a reward that has no such name; it says what to do, or `otherwise`.
     """
     name = reward_name(reward)
-    remedy = 'define it with `def` at the top of a module or file and name that, or run it as "auto"'
+    remedy = f"define it with `def` at the top of a module or file and name that, or {otherwise}"
     if not callable(reward):
         raise RewardError(f'reward {name} is a RewardActor and lives in the event loop; run it as "auto"')
     if spec is not None:
@@ -270,7 +296,7 @@ def process_spec(reward: Reward, spec: str | None) -> str:
             f"{reward_place(reward)}reward {name} cannot be loaded by name in another process: {module}.{qualname} "
             f"is not to be found there; {remedy}"
         )
-    if module.startswith("troupe_reward_"):
+    if module.startswith(PREFIX):
         return f"{loaded.__file__}:{qualname}"
     return f"{module}:{qualname}"
 

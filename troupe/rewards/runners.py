@@ -7,6 +7,7 @@ weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -32,7 +33,8 @@ from troupe.rewards.functions import (
     reward_scope,
     unwrapped,
 )
-from troupe.rewards.isolation import in_own_task
+from troupe.rewards.isolation import end_tasks, in_own_task
+from troupe.rewards.watching import Watch, tasks_of
 from troupe.runtime import together
 
 _LARGEST = 1e18
@@ -186,9 +188,12 @@ class FunctionRunner(Runner):
 
     async def score(self, batch: Batch) -> Outcome:
         """(G,) scores; all missing where every attempt failed."""
-        once = partial(call_function, self._function, self.name, batch.given, batch.size, self._signature)
+        once = partial(self._once, batch)
         answer = await self._call(batch, partial(self._attempts.run, once), partial(self._attempts.once, once))
         return as_outcome(answer, batch.size)
+
+    async def _once(self, batch: Batch) -> tuple[list[float | None], RewardLog]:
+        return await call_function(self._function, self.name, batch.given, batch.size, self._signature)
 
 
 class ActorRunner(Runner):
@@ -197,13 +202,15 @@ class ActorRunner(Runner):
     def __init__(self, name: str, reward: RewardActor, attempts: Attempts, fuse: Fuse, start_timeout_s: float) -> None:
         super().__init__(name, reward, attempts, fuse, start_timeout_s)
         self._actor, self._started = reward, False
+        self.watch = Watch()
 
     async def start(self) -> None:
-        """Start the actor."""
+        """Start the actor. What it forks now, before anything is computed, is its own affair; later it may not."""
         self._started = True
         with anyio.move_on_after(self._start.pace.timeout_s) as scope:
             try:
-                await in_own_task(self._actor.start)
+                with self.watch.watching():
+                    await in_own_task(self._actor.start)
             except BaseException as error:
                 if not is_own_failure(error):
                     raise
@@ -215,14 +222,17 @@ class ActorRunner(Runner):
                 f"reward {self.name} did not start within {self._start.pace.timeout_s:g} s; correct what its start() "
                 "waits for, or raise rewards.start_timeout_s"
             )
+        self.watch.refuses_forks = True
 
     async def stop(self) -> Fault | None:
         """Stop the actor if it was started."""
         if not self._started:
             return None
         self._started = False
-        outcome = await self._attempts.once(partial(in_own_task, self._actor.stop))
-        return Fault(outcome.kind, f"did not stop: {outcome.message}") if isinstance(outcome, Fault) else None
+        with self.watch.watching():
+            outcome = await self._attempts.once(partial(in_own_task, self._actor.stop))
+        left = await ended(self.watch)
+        return Fault(outcome.kind, f"did not stop: {outcome.message}") if isinstance(outcome, Fault) else left
 
     async def score(self, batch: Batch) -> Outcome:
         """(G,) scores; missing those of which every attempt failed."""
@@ -245,7 +255,22 @@ class ActorRunner(Runner):
         return finite(scores, summed(faults, batch.size), RewardLog(batch.size))
 
     async def _one(self, sample: RewardSample) -> float | None:
-        return checked_score(await in_own_task(partial(self._actor.score, sample)), self.name, sample.index)
+        try:
+            with self.watch.watching():
+                return checked_score(await in_own_task(partial(self._actor.score, sample)), self.name, sample.index)
+        finally:
+            if self.watch.found is not None:
+                raise RewardError(
+                    f"reward {self.name} calls {self.watch.found}, which works in a process of its own only, and a "
+                    'RewardActor lives in the event loop; write it as a function, with rewards.run = ["process"]'
+                )
+
+
+async def ended(watch: Watch) -> Fault | None:
+    """End what watched code has begun and not ended; what does not end is left behind, and a fault."""
+    counted = Counter(await end_tasks(tasks_of(watch)))
+    left = ", ".join(what if count == 1 else f"{what}, {count} times" for what, count in counted.items())
+    return Fault("reward_error", f"left a task behind that ignores its cancellation: {left}") if left else None
 
 
 def _sample(batch: Batch, index: int) -> RewardSample:

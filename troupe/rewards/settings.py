@@ -25,8 +25,9 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What `load_reward` takes: "length", "exact_answer", "format:REGEX", "FILE.py:NAME", …"""
     run: tuple[Run, ...] | None = None
     """Where each runs, one a function: "auto", an async function in the event loop and a sync one in a thread (in the
-    event loop too where its attribute `quick` is true), or "process", in processes that can be killed. None: all
-    "auto", but for those whose attribute `run` is "process", as some of our own."""
+    event loop too where its attribute `quick` is true), or "process", in processes that can be killed. An "auto" one
+    that turns out to need a process moves to some by itself. None: all "auto", but for those whose attribute `run` is
+    "process", as some of our own."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 2
     """Processes of each function that runs in some; each makes one call at a time."""
     weights: tuple[float, ...] | None = None
@@ -43,7 +44,7 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     breaker_failures: Annotated[int, msgspec.Meta(ge=0)] = 8
     """Calls in a row that fail after their retries (an error, a timeout, a dead process) before a reward is taken to be
     down: from then on its calls wait and no step is begun, until one succeeds. Where none ever has, and all
-    failed by errors of the code, the run ends. 0: never."""
+    failed by errors that no service makes which is away, the run ends. 0: never."""
     breaker_max_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """Longest time between two tries whether a reward that is down is back."""
     min_scored: Annotated[int, msgspec.Meta(ge=1)] = 2

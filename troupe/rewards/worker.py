@@ -1,38 +1,107 @@
 """The child's side of a reward in a process: load it by name, then answer one call after the other.
 
-`python -m troupe.rewards.worker REWARD`. What the reward prints goes to stderr.
+`python -m troupe.rewards.worker REWARD`, or `… REWARD look` to see only whether it can be loaded. What the reward
+prints goes to stderr.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import sys
+from collections.abc import Awaitable
+from functools import partial
+from typing import Any
 
-import anyio
 import msgspec
 
 from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described, is_by_code
-from troupe.rewards.calls import Broken, Call, Raised, Ready, Scores
+from troupe.rewards.calls import LOOK, Broken, Call, Raised, Ready, Scores
 from troupe.rewards.functions import RewardFunction, RewardLog, Signature, checked_scores
 from troupe.rewards.loading import load_reward
-from troupe.runtime import Connection, serve
+from troupe.rewards.watching import leave_alone
+from troupe.runtime import Connection, Wire, serve_plainly
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=str)  # what is logged beside the scores may be anything
 
 
-async def play(connection: Connection) -> None:
-    """Answer calls until the parent wants no more."""
+def play(wire: Wire) -> None:
+    """Answer calls until the parent wants no more. A function that is not async has the main thread to itself, without
+    an event loop that runs, as in a program of its own."""
+    leave_alone()
+    spec, *rest = sys.argv[1:]
     try:
-        function = _load(sys.argv[1])
+        if rest == [LOOK]:
+            load_reward(spec)
+            wire.send(_ENCODER.encode(Ready()))
+            return
+        function = _load(spec)
     except RewardError as error:
-        await connection.send(_ENCODER.encode(Broken(sayable(str(error)))))
+        wire.send(_ENCODER.encode(Broken(sayable(str(error)))))
         return
     signature = Signature.of(function)
-    await connection.send(_ENCODER.encode(Ready()))
+    wire.send(_ENCODER.encode(Ready()))
+    if signature.is_async:
+        wire.play(partial(_play_async, function, signature))
+        return
+    loop = asyncio.new_event_loop()
+    while (frame := wire.receive()) is not None:
+        if loop.is_closed():  # by the function, for which it was there
+            loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        wire.send(_answer(function, signature, frame, loop))
+
+
+async def _play_async(function: RewardFunction, signature: Signature, connection: Connection) -> None:
     while True:
-        call = msgspec.msgpack.decode(await connection.receive(), type=Call)
-        await connection.send(await _answer(function, signature, call))
+        given = _Given(await connection.receive())
+        try:
+            result = function(**signature.taken_of(given.arguments))
+            reply = given.scores(await result if inspect.isawaitable(result) else result)
+        except BaseException as error:  # a SystemExit is the reward's own failure
+            reply = _failed(error)
+        await connection.send(reply)
+
+
+def _answer(function: RewardFunction, signature: Signature, frame: bytes, loop: asyncio.AbstractEventLoop) -> bytes:
+    given = _Given(frame)
+    try:
+        result = function(**signature.taken_of(given.arguments))
+        return given.scores(loop.run_until_complete(_awaited(result)) if inspect.isawaitable(result) else result)
+    except BaseException as error:
+        return _failed(error)
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+class _Given:
+    """A call, and what comes of it."""
+
+    def __init__(self, frame: bytes) -> None:
+        self._call = msgspec.msgpack.decode(frame, type=Call)
+        self._log = RewardLog(self._call.size)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the function may take."""
+        own = {"log_extra": self._log.log_extra, "log_metric": self._log.log_metric}
+        return {**self._call.arguments, **own, "trainer_state": self._call.trainer_state}
+
+    def scores(self, result: Any) -> bytes:
+        """The frame that answers; RewardError where the result breaks the convention."""
+        scores = checked_scores(result, self._call.name, self._call.size)
+        extra = {column: list(values) for column, values in self._log.extra.items()}
+        return _ENCODER.encode(Scores(scores, extra, self._log.logged))
+
+
+def _failed(error: BaseException) -> bytes:
+    if isinstance(error, RewardError):
+        return _ENCODER.encode(Broken(sayable(str(error))))
+    return _ENCODER.encode(Raised(described(error), is_by_code(error)))
 
 
 def _load(spec: str) -> RewardFunction:
@@ -48,24 +117,5 @@ def _load(spec: str) -> RewardFunction:
     return found
 
 
-async def _answer(function: RewardFunction, signature: Signature, call: Call) -> bytes:
-    log = RewardLog(call.size)
-    given = {**call.arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
-    given["trainer_state"] = call.trainer_state
-    try:
-        result = function(**signature.taken_of(given))
-        if signature.is_async or hasattr(result, "__await__"):
-            result = await result
-        scores = checked_scores(result, call.name, call.size)
-        extra = {column: list(values) for column, values in log.extra.items()}
-        return _ENCODER.encode(Scores(scores, extra, log.logged))
-    except RewardError as error:
-        return _ENCODER.encode(Broken(sayable(str(error))))
-    except anyio.get_cancelled_exc_class():
-        return _ENCODER.encode(Raised("the call was cancelled by itself"))
-    except BaseException as error:  # a SystemExit is the reward's own failure
-        return _ENCODER.encode(Raised(described(error), is_by_code(error)))
-
-
 if __name__ == "__main__":
-    serve(play)
+    serve_plainly(play)

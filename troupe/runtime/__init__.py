@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits, PolicyBoard
 from troupe.runtime.mailbox import Broadcast, Channel, ChannelStats, Mailbox, Overflow
-from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError, serve
+from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError, Wire, serve, serve_plainly
 from troupe.runtime.report import Reporter
 from troupe.runtime.supervision import Restarts, Role, finishing, play, together
 from troupe.runtime.timing import StepTimes
@@ -38,9 +38,11 @@ __all__ = [
     "Role",
     "StepTimes",
     "TraceWriter",
+    "Wire",
     "finishing",
     "play",
     "serve",
+    "serve_plainly",
     "together",
 ]
 

@@ -264,34 +264,77 @@ def serve(handler: Callable[[Connection], Awaitable[None]]) -> NoReturn:
     To be called before anything that could take long: from here on the child ends with its parent. When `receive`
     raises EndOfStream the parent wants no more: `handler` may let it pass. Threads that still run are not waited for.
     """
-    wire, lifeline = map(int, os.environ.pop(_ENDS_WIRES).split(","))
+    serve_plainly(lambda wire: wire.play(handler))
+
+
+def serve_plainly(handler: Callable[[Wire], None]) -> NoReturn:
+    """The same for a handler that is no coroutine: it has the main thread, in which no event loop runs."""
+    end, lifeline = map(int, os.environ.pop(_ENDS_WIRES).split(","))
     path = os.environ.pop(_ENDS_PATH, None)
     os.environ.pop("PYTHONPATH", None)
     if path is not None:
         os.environ["PYTHONPATH"] = path
-    for end in (wire, lifeline):
-        os.set_inheritable(end, False)
-    threading.Thread(target=_end_with_parent, args=(lifeline,), name="troupe-lifeline", daemon=True).start()
+    for each in (end, lifeline):
+        os.set_inheritable(each, False)
+    _tie_to_parent(lifeline)
+    os.register_at_fork(after_in_child=lambda: _tie_to_parent(lifeline))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    async def connected() -> None:
-        connection = await Connection.over(socket.socket(fileno=wire))
-        try:
-            await handler(connection)
-        except anyio.EndOfStream:
-            if not connection.ended:
-                raise
-
     code = 0
     try:
-        anyio.run(connected)
+        handler(Wire(socket.socket(fileno=end)))
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+class Wire:
+    """The child's end of its connection, without an event loop: what is asked of it waits."""
+
+    def __init__(self, wire: socket.socket) -> None:
+        self._wire = wire
+
+    def send(self, frame: bytes) -> None:
+        """Send one frame whole."""
+        self._wire.sendall(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
+
+    def receive(self) -> bytes | None:
+        """The next frame; None where the parent wants no more."""
+        head = self._exactly(_LENGTH_BYTES)
+        return None if head is None else self._exactly(int.from_bytes(head, "big"))
+
+    def play(self, handler: Callable[[Connection], Awaitable[None]]) -> None:
+        """Go on in an event loop, to the end."""
+
+        async def connected() -> None:
+            connection = await Connection.over(self._wire)
+            try:
+                await handler(connection)
+            except anyio.EndOfStream:
+                if not connection.ended:
+                    raise
+
+        anyio.run(connected)
+
+    def _exactly(self, size: int) -> bytes | None:
+        read = bytearray()
+        while len(read) < size:
+            try:
+                part = self._wire.recv(min(size - len(read), _BUFFER_BYTES))
+            except OSError:
+                part = b""
+            if not part:
+                return None
+            read += part
+        return bytes(read)
+
+
+def _tie_to_parent(lifeline: int) -> None:
+    """End with the parent; so does, by a thread of its own, what this process forks."""
+    threading.Thread(target=_end_with_parent, args=(lifeline,), name="troupe-lifeline", daemon=True).start()
 
 
 def _end_with_parent(lifeline: int) -> None:
