@@ -21,7 +21,7 @@ from troupe.learning import assemble, completion_log_probs
 from troupe.linux_cpu import blas_limited
 from troupe.messages import ScoredGroup
 from troupe.policy import Qwen3Config, Weights
-from troupe.statistics import group_statistics, has_signal, num_tokens
+from troupe.statistics import group_statistics, has_signal, num_tokens, spread_statistics
 
 
 class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +109,10 @@ class BatchTrainer:
         weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
         advantages: dict[int, tuple[float, ...]] = {}
         usable = step.ending("trained", "filtered", "stale")
-        metrics = group_statistics(usable, self._config, self._reward_weights) if usable else {"reward": math.nan}
+        metrics = {"reward": math.nan}
+        if usable:
+            metrics = group_statistics(usable, self._config, self._reward_weights)
+            metrics |= spread_statistics(usable, self._config, self._reward_weights)
         if trained := step.ending("trained"):
             prepared = assemble(
                 trained,

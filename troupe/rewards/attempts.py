@@ -18,14 +18,14 @@ from troupe.errors import RewardError, sayable
 
 T = TypeVar("T")
 
-FaultKind = Literal["reward_timeout", "reward_error", "reward_nonfinite"]
+FaultKind = Literal["reward_timeout", "reward_error", "reward_nonfinite", "reward_log"]
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Why there is no score."""
+    """Why there is no score; of the kind `reward_log`, why something that was logged is not there."""
 
     kind: FaultKind
     message: str
@@ -106,7 +106,10 @@ def is_by_code(error: BaseException) -> bool:
 
 def described(error: BaseException) -> str:
     """Class, text and place of an error in one line, as UTF-8 can say it."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a user's error may do anything
+        text = "its text cannot be had"
     text = text if len(text) <= 300 else text[:299] + "…"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

@@ -14,11 +14,12 @@ from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described, is_by_code
 from troupe.rewards.calls import Broken, Call, Raised, Ready, Scores
-from troupe.rewards.functions import RewardFunction, RewardLog, Signature, checked_scores
+from troupe.rewards.functions import RewardFunction, Signature, checked_scores
 from troupe.rewards.loading import load_reward
+from troupe.rewards.reward_log import RewardLog
 from troupe.runtime import Connection, serve
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=str)  # what is logged beside the scores may be anything
+_encode = msgspec.msgpack.Encoder().encode
 
 
 async def play(connection: Connection) -> None:
@@ -26,10 +27,10 @@ async def play(connection: Connection) -> None:
     try:
         function = _load(sys.argv[1])
     except RewardError as error:
-        await connection.send(_ENCODER.encode(Broken(sayable(str(error)))))
+        await connection.send(_encode(Broken(sayable(str(error)))))
         return
     signature = Signature.of(function)
-    await connection.send(_ENCODER.encode(Ready()))
+    await connection.send(_encode(Ready()))
     while True:
         call = msgspec.msgpack.decode(await connection.receive(), type=Call)
         await connection.send(await _answer(function, signature, call))
@@ -58,13 +59,13 @@ async def _answer(function: RewardFunction, signature: Signature, call: Call) ->
             result = await result
         scores = checked_scores(result, call.name, call.size)
         extra = {column: list(values) for column, values in log.extra.items()}
-        return _ENCODER.encode(Scores(scores, extra, log.logged))
+        return _encode(Scores(scores, extra, log.logged, log.faults))
     except RewardError as error:
-        return _ENCODER.encode(Broken(sayable(str(error))))
+        return _encode(Broken(sayable(str(error))))
     except anyio.get_cancelled_exc_class():
-        return _ENCODER.encode(Raised("the call was cancelled by itself"))
+        return _encode(Raised("the call was cancelled by itself"))
     except BaseException as error:  # a SystemExit is the reward's own failure
-        return _ENCODER.encode(Raised(described(error), is_by_code(error)))
+        return _encode(Raised(described(error), is_by_code(error)))
 
 
 if __name__ == "__main__":
