@@ -27,8 +27,9 @@ _ATTEMPT_STRIDE = 1 << 48
 _SHOWN = 400  # characters of a prompt
 
 OnStale = Literal["drop", "requeue", "correct"]
-"""`drop`: they are left out of the loss. `requeue`: the group's prompt is sampled anew in place of the group, once; the
-second time its old tokens are dropped. `correct`: they are trained on, and the importance correction weighs them."""
+"""`drop`: they are left out of the loss, and a step that would have nothing else has a row sampled anew. `requeue`: the
+group's prompt is sampled anew in place of the group, once; the second time its old tokens are dropped. `correct`: they
+are trained on, and the importance correction weighs them."""
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
