@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import pytest
 
 from tests.cases.cases import copy_case, expected_of
 from tests.extras import extra
-from troupe.dataset import PromptDataset
+from troupe.config import load_config
+from troupe.dataset import PromptDataset, gym
 from troupe.errors import DatasetError
+from troupe.prepare import prepare
 
 SPLIT = "hf-split-ignored"
 
@@ -81,3 +86,182 @@ def test_slices_are_the_librarys(saved: Path, source: str, rows: Any) -> None:
 def test_what_a_saved_folder_does_not_have_is_refused(saved: Path, source: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         PromptDataset.load(f"hf:{saved}/{source}")
+
+
+GYM = "slow-gym-rows"
+SLOW = "reasoning_gym:slow?size=500"
+LIBRARY = {
+    "__init__.py": "from reasoning_gym.factory import Slow as create_dataset\n",
+    "factory.py": """
+import dataclasses, os, pathlib, time
+@dataclasses.dataclass
+class Config:
+    size: int
+    seed: int
+    pause_s: float = 0.5
+class Slow:
+    def __init__(self, name, size, seed, pause_s=0.5):
+        self.seed, self.pause_s = seed, pause_s
+    def __getitem__(self, index):
+        with open(os.environ["MADE_ROWS"], "a") as made:
+            print(os.getpid(), file=made)
+        time.sleep(self.pause_s)
+        return {"question": f"{self.seed + index}?", "answer": index}
+DATASETS = {"slow": (Slow, Config)}
+""",
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library whose rows take as long as one likes, and the file where it notes the process that makes each."""
+    package = tmp_path / "library" / "reasoning_gym"
+    package.mkdir(parents=True)
+    for name, text in LIBRARY.items():
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MADE_ROWS", str(tmp_path / "made"))
+    return tmp_path / "made"
+
+
+def rows_made(made: Path) -> int:
+    return len(made.read_text().split()) if made.exists() else 0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        if sys.platform == "linux":
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", ["dry", "train", "eval"])
+def test_the_making_of_rows_is_told_and_ends_with_who_wanted_them(
+    made: Path, tmp_path: Path, tiny_model: Path, sign: signal.Signals, how: str
+) -> None:
+    command = [sys.executable, "-m", "troupe", "train", "-m", str(tiny_model), "-d", f"{SLOW}&pause_s=30"]
+    command += ["--dry-run"] if how == "dry" else ["-o", str(tmp_path / "run"), "--reward", "length"]
+    if how == "eval":
+        command = [sys.executable, "-m", "troupe", "eval", "-d", f"{SLOW}&pause_s=30"]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not rows_made(made):
+            assert run.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.send_signal(sign)
+        assert run.wait(30) == (130 if sign == signal.SIGINT else -sign)
+    finally:
+        run.kill()
+        run.wait()
+    deadline = time.monotonic() + 10
+    while is_alive(maker := int(made.read_text().split()[0])) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = expected_of(GYM)["processes left"]
+    assert int(is_alive(maker)) == left
+    told = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith(SLOW)]
+    assert len(told) == {"one": 1}[expected_of(GYM)["message while rows are made"]]
+    assert ("its first 4 rows" if how == "dry" else "its rows") in told[0]
+    assert not (tmp_path / "run" / "run.toml").exists()
+
+
+def test_rows_are_made_once_and_then_kept(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = "reasoning_gym:slow?size=6&pause_s=0"
+    first = PromptDataset.load(source)
+    assert rows_made(made) == len(first) == 6
+    assert capsys.readouterr().err.startswith(f"{source}: making its rows")
+    again = PromptDataset.load(source)
+    assert again.fingerprint == first.fingerprint
+    assert (rows_made(made), capsys.readouterr().err) == (6, "")
+    PromptDataset.load(source.replace("size=6", "size=7"))
+    PromptDataset.load(f"{source}&seed=1")
+    assert rows_made(made) == 6 + 7 + 6, "others are others"
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "empty", "other", "folder"])
+def test_kept_rows_that_are_not_whole_are_made_anew(made: Path, tmp_path: Path, harm: str) -> None:
+    source = "reasoning_gym:slow?size=2&pause_s=0"
+    first = PromptDataset.load(source)
+    [file] = (tmp_path / "cache").rglob("*.json")
+    data = file.read_bytes()
+    file.unlink()
+    match harm:
+        case "cut":
+            file.write_bytes(data[: len(data) // 2])
+        case "changed":
+            file.write_bytes(data.replace(b'"0?"', b'"8?"'))
+        case "empty":
+            file.touch()
+        case "other":
+            file.write_bytes(data.replace(b'"pause_s":"0"', b'"pause_s":"9"'))
+        case "folder":
+            file.mkdir()
+    assert PromptDataset.load(source).fingerprint == first.fingerprint
+    assert rows_made(made) == 4
+    PromptDataset.load(source)
+    assert rows_made(made) == (6 if harm == "folder" else 4), "mended where it can be written"
+
+
+def test_another_version_of_the_library_makes_its_own_rows(made: Path) -> None:
+    source = "reasoning_gym:slow?size=2&pause_s=0"
+    PromptDataset.load(source)
+    factory = made.parent / "library" / "reasoning_gym" / "factory.py"
+    factory.write_text(LIBRARY["factory.py"].replace("{self.seed + index}?", "{self.seed + index}!"))
+    assert [row.prompt for row in PromptDataset.load(source)] == ["0!", "1!"]
+
+
+def test_without_a_place_to_keep_them_rows_are_made(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(PromptDataset.load("reasoning_gym:slow?size=2&pause_s=0")) == 2
+
+
+def test_a_dry_run_makes_a_few_rows_and_knows_how_many_there_are(
+    made: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(
+        None,
+        [
+            {
+                "output": str(tmp_path / "run"),
+                "model": {"path": str(tiny_model)},
+                "data": {"path": "reasoning_gym:slow?size=500&pause_s=0", "eval_path": f"{SLOW}&pause_s=0&seed=1"},
+                "generation": {"max_completion_length": 4},
+                "rewards": {"functions": ["length"]},
+            }
+        ],
+    )
+    prepared = prepare(config, to_show=True)
+    assert rows_made(made) == 2 * 4
+    assert prepared.total_steps == 500 * config.learner.epochs // config.learner.batch_size
+    assert prepared.prompts.startswith("500 prompts of 2 tokens (in the first 4, the others were not made) from ")
+    assert capsys.readouterr().err.count("making its first 4 rows") == 2
+    PromptDataset.load(config.data.path or "")
+    prepare(config, to_show=True)
+    assert rows_made(made) == 2 * 4 + 500 + 4, "what is kept is read whole"
+
+
+def test_how_far_it_is_is_told_now_and_then(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gym, "_EVERY_S", 0.0)
+    source = "reasoning_gym:slow?size=3&pause_s=0.6"
+    PromptDataset.load(source)
+    _, *counts = capsys.readouterr().err.splitlines()
+    assert counts[0] == f"{source}: 2 of 3 rows made"
