@@ -79,7 +79,7 @@ def test_ordinary_scores_have_the_bits_that_float32_gives_them(
     scale: ScaleRewards, aggregation: Aggregation, scores: list[float]
 ) -> None:
     table = [scores[i : i + 2] for i in range(0, 16, 2)]
-    given = {"weights": [1.0, 0.5], "multi_objective_aggregation": aggregation}
+    given: dict[str, Any] = {"weights": [1.0, 0.5], "multi_objective_aggregation": aggregation}
     wide, narrow = float64(table), mx.array(table)
     assert (
         compute_advantages(wide, G, scale, **given).tolist() == compute_advantages(narrow, G, scale, **given).tolist()
@@ -96,7 +96,7 @@ def test_statistics_of_scores_with_an_offset() -> None:
     assert found["reward_std"] == pytest.approx(spread, rel=1e-6)
     assert found["rewards/r0/std"] == pytest.approx(spread, rel=1e-6)
     assert found["frac_reward_zero_std"] == 0.5
-    assert spread_within_groups(table, G) == (pytest.approx(np.std([0, 1, 2, 3], ddof=1) / 2), 0.5)
+    assert spread_within_groups(table, G) == pytest.approx((np.std([0, 1, 2, 3], ddof=1) / 2, 0.5))
 
 
 def test_rows_that_are_left_out_are_compared_with_nothing() -> None:
@@ -106,18 +106,18 @@ def test_rows_that_are_left_out_are_compared_with_nothing() -> None:
         choice: dict[str, Any] = {"multi_objective_aggregation": aggregation}
         found = compute_advantages(table, G, scale, left_out=[2], **choice).tolist()  # type: ignore[arg-type]
         without = compute_advantages(others, 3, scale, **choice).tolist()  # type: ignore[arg-type]
-        assert found == pytest.approx([*without[:2], 0.0, without[2]])  # type: ignore[index, misc]
-    found = reward_statistics(table, G, left_out=[2])
-    assert found["reward"] == pytest.approx((2 + 3 + 3) / 3)
-    assert found["rewards/r0/mean"] == pytest.approx(7 / 4), "a score that is there counts for its function"
+        assert found == pytest.approx([*without[:2], 0.0, without[2]])  # type: ignore[index]
+    told = reward_statistics(table, G, left_out=[2])
+    assert told["reward"] == pytest.approx((2 + 3 + 3) / 3)
+    assert told["rewards/r0/mean"] == pytest.approx(7 / 4), "a score that is there counts for its function"
 
 
 def test_the_spread_within_groups_is_not_that_of_the_batch() -> None:
     table = mx.array([1.0, 1.0, 3.0, 3.0, 0.0, 2.0])
-    assert spread_within_groups(table, 2) == (pytest.approx(math.sqrt(2) / 3), pytest.approx(2 / 3))
+    assert spread_within_groups(table, 2) == pytest.approx((math.sqrt(2) / 3, 2 / 3))
     assert reward_statistics(table, 2, "batch")["frac_reward_zero_std"] == 0.0, "TRL's figure there"
     lone = mx.array([1.0, math.nan, math.nan, math.nan])
     assert math.isnan(spread_within_groups(lone, 2)[0]), "no group has two rewards"
     cancelling = mx.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-    assert spread_within_groups(cancelling, 2) == (pytest.approx(math.sqrt(2) / 2), 0.5)
+    assert spread_within_groups(cancelling, 2) == pytest.approx((math.sqrt(2) / 2, 0.5))
     assert spread_within_groups(cancelling, 2, multi_objective_aggregation="normalize_then_sum")[1] == 0.5

@@ -35,14 +35,14 @@ class Odd(float):
     def __float__(self) -> NoReturn:
         raise RuntimeError("hands off")
 
-    __repr__ = __str__ = __float__  # type: ignore[assignment]
+    __repr__ = __str__ = __float__
 
 
 class Whole(int):
     def __index__(self) -> NoReturn:
         raise RuntimeError("hands off")
 
-    __int__ = __repr__ = __str__ = __index__  # type: ignore[assignment]
+    __int__ = __repr__ = __str__ = __index__
 
 
 class Colour(enum.Enum):
