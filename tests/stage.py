@@ -379,6 +379,7 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
         patch.setattr(Mailbox, "channel", bounded_channel)
         if not real_statistics:
             patch.setattr(training, "group_statistics", lambda *_: {"reward": 0.0})
+            patch.setattr(training, "spread_statistics", lambda *_: {})
             patch.setattr(training, "has_signal", _has_signal)
             patch.setattr(training, "assemble", _assemble)
         yield

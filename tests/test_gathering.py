@@ -127,6 +127,27 @@ def test_a_group_of_old_tokens_alone(on_stale: OnStale, end: str) -> None:
     assert ends(gathering.take(2)) == [(0, 0, 0, end), (0, 1, 0, "trained")]
 
 
+def test_a_step_of_old_tokens_alone_does_not_begin() -> None:
+    gathering = free()
+    old = [aged(0, place, (0,), (0,)) for place in range(2)]
+    assert arrive(gathering, old[0], 2) is None
+    assert arrive(gathering, old[1], 2) == Replace(slots=(slot_of(old[1]),), rows=(old[1].group.prompt.row,))
+    assert gathering.take(2) is None
+    arrive(gathering, aged(0, 1, (2,), (2,), attempt=1), 2)
+    assert ends(gathering.take(2)) == [(0, 0, 0, "stale"), (0, 1, 0, "stale"), (0, 1, 1, "trained")]
+
+
+def test_what_old_tokens_and_missing_scores_leave_nothing_of_does_not_begin_either() -> None:
+    gathering = free()
+    old = aged(0, 0, (0,), (0,))
+    assert arrive(gathering, old, 2) is None
+    assert arrive(gathering, make_scored(0, 1, NOTHING), 2) == Replace(
+        slots=(slot_of(old),), rows=(old.group.prompt.row,)
+    )
+    arrive(gathering, aged(0, 0, (2,), (2,), attempt=1), 2)
+    assert ends(gathering.take(2)) == [(0, 0, 0, "stale"), (0, 0, 1, "trained"), (0, 1, 0, "quarantined")]
+
+
 def test_completions_without_tokens_are_not_old() -> None:
     gathering = free()
     arrive(gathering, aged(0, 0, (), ()), 9)
@@ -292,3 +313,5 @@ def check(step: StepGroups, version: int, eta: int, schedule: ScheduleConfig) ->
         newest = [max(r.versions) for r in group.group.rollouts]
         assert not step.drops_stale or max(newest) >= version - eta, "something of it is left to be trained on"
     assert {gid_of(g) for g in step.ending("trained", "quarantined")}.isdisjoint(step.replaced)
+    kept = [step.states[gid_of(g)] for g in step.groups if gid_of(g) not in step.replaced]
+    assert "trained" in kept or "stale" not in kept, "old tokens make no empty step"

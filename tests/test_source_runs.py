@@ -92,9 +92,10 @@ def test_an_evaluation_reads_rows_as_a_run_does(place: Path, tiny_model: Path) -
 
 @pytest.mark.slow
 def test_tasks_of_reasoning_gym_bring_their_verifier_and_a_resume_knows_the_seed(
-    place: Path, tmp_path_factory: pytest.TempPathFactory
+    place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra("reasoning_gym")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     roomy: Any = msgspec.structs.replace(CONFIG, max_position_embeddings=256)
     model = write_tiny_model(tmp_path_factory.mktemp("roomy") / "m", roomy)
     base = ["-m", str(model), *SMALL, "-o", "out", "--set", "rewards.processes=1"]

@@ -152,7 +152,7 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
     config = train_config(run_toml, resume=resume, **flags)
     try:
         if dry_run:
-            _show_plan(prepare(config, resume=resume, allow_changes=allow_changes))
+            _show_plan(prepare(config, resume=resume, allow_changes=allow_changes, to_show=True))
             return
         result, interrupted = anyio.run(_train, config, resume, allow_changes)
     except InputError as error:

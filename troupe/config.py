@@ -77,7 +77,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 "all alike and teach nothing; give a temperature above 0 (1.0 is usual, and below "
                 f"{GREEDY_BELOW:g} the likeliest token is taken, too)"
             )
-        if self.generation.num_generations < 2 and self.learner.scale_rewards == "group":
+        if self.generation.num_generations < 2:
             raise ValueError(
                 f"generation.num_generations is {self.generation.num_generations}, but advantages compare the "
                 "completions of a prompt with each other; give at least 2"

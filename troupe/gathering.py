@@ -160,7 +160,8 @@ class FreeGathering:
     """A step is made of the first groups that are here, whatever their slots.
 
     Each group is decided on when it comes. That is also when its step begins, as far as staleness goes: a step begins
-    as soon as its last group has come, so all of them are here by then under the same newest version.
+    as soon as its last group has come, so all of them are here by then under the same newest version. A step of which
+    stale tokens leave nothing does not begin: one of its groups is sampled anew.
     """
 
     def __init__(
@@ -172,6 +173,8 @@ class FreeGathering:
         self._max_staleness = max_staleness
         self._on_stale = on_stale
         self._pasts: dict[tuple[int, int], Past] = {}
+        self._lost: dict[int, Past] = {}
+        """Of groups that are stale and not sampled anew, by gid: what came before in their places."""
         self._groups: list[ScoredGroup] = []
         self._states: dict[int, ClosedState] = {}
         self._replaced: set[int] = set()
@@ -194,10 +197,26 @@ class FreeGathering:
         elif self._is_sent_back(group, past, version):
             self._states[gid] = "stale"
             following, rows = msgspec.structs.replace(past, sent_back=True), (group.group.prompt.row,)
-        if following is None:
+        if following is not None:
+            return self._replace(group, following, rows)
+        if self._states[gid] == "stale":
+            self._lost[gid] = past
+        return self._fill_empty_step()
+
+    def _fill_empty_step(self) -> Replace | None:
+        """Have a stale group sampled anew where a step would begin that has nothing but what is lost."""
+        kept = [group for group in self._groups if gid_of(group) not in self._replaced]
+        stale = [group for group in kept if self._states[gid_of(group)] == "stale"]
+        if len(kept) < self._batch_size or not stale or any(self._states[gid_of(g)] == "trained" for g in kept):
             return None
-        self._pasts[place] = following
-        self._replaced.add(gid)
+        group, slot = stale[-1], slot_of(stale[-1])
+        past = self._lost.pop(gid_of(group), None) or Past(step=slot.step, place=slot.place)
+        return self._replace(group, past, (group.group.prompt.row,))
+
+    def _replace(self, group: ScoredGroup, following: Past, rows: tuple[int, ...] | None) -> Replace:
+        slot = slot_of(group)
+        self._pasts[slot.step, slot.place] = following
+        self._replaced.add(gid_of(group))
         return Replace(slots=(slot,), rows=rows)
 
     def is_ready(self, version: int) -> bool:
@@ -215,7 +234,7 @@ class FreeGathering:
             oldest=version - self._max_staleness,
             drops_stale=self._on_stale != "correct",
         )
-        self._groups, self._states, self._replaced = [], {}, set()
+        self._groups, self._states, self._replaced, self._lost = [], {}, set(), {}
         return step
 
     def unfinished(self) -> Unfinished:

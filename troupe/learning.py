@@ -17,7 +17,14 @@ import msgspec
 from troupe.grpo import Batch, LearnerConfig, make_batch
 from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
-from troupe.statistics import advantage_statistics, advantages_of, group_statistics, is_truncated, num_tokens
+from troupe.statistics import (
+    advantage_statistics,
+    advantages_of,
+    group_statistics,
+    is_truncated,
+    num_tokens,
+    spread_statistics,
+)
 
 Extra = TypeVar("Extra")
 
@@ -83,9 +90,10 @@ class completion_log_probs:  # noqa: N801 - a function (weights, batch) that kno
 
 
 def is_usable(group: ScoredGroup, min_scored: int) -> bool:
-    """Whether at least `min_scored` completions of the group have a score from some reward."""
-    columns = group.scores.values()
-    scored = sum(any(score is not None for score in row) for row in zip(*columns, strict=True))
+    """Whether at least `min_scored` completions of the group have a reward: a score from some function, and none that
+    is missing through a fault."""
+    rows = enumerate(zip(*group.scores.values(), strict=True))
+    scored = sum(i not in group.faulted and any(score is not None for score in row) for i, row in rows)
     return scored >= min_scored
 
 
@@ -118,6 +126,7 @@ def assemble(
         batch = batch.with_tokens([[version >= oldest for version in rollout.versions] for rollout in rollouts])
     metrics = {
         **group_statistics(groups, config, weights),
+        **spread_statistics(groups, config, weights),
         **advantage_statistics(advantages),
         "num_tokens": float(num_tokens(groups)),
     }

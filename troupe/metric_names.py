@@ -13,6 +13,7 @@ _KEY = "checkpoint.metric_for_best"
 OF_EVERY_STEP = (
     "reward",
     "reward_std",
+    "reward_std_within_groups",
     "frac_reward_zero_std",
     "completions/mean_length",
     "completions/min_length",

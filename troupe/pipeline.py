@@ -183,7 +183,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         credits=credits_,
         ledger=ledger,
         open_groups=open_groups,
-        replaces=config.learner.dynamic_sampling or (schedule.mode, schedule.on_stale) == ("free", "requeue"),
+        replaces=config.learner.dynamic_sampling or (schedule.mode == "free" and schedule.on_stale != "correct"),
         report=report("prompter"),
     )
     groups = scorer_box.channel("rollouts", RolloutGroup, bound=live)

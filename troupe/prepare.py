@@ -50,6 +50,10 @@ _LIGHT = 2**27
 """Bytes of weights up to which several processes decode faster than one: each reads all of them for every token."""
 
 
+_SHOWN_ROWS = 4
+"""Of a source whose rows have to be made, for a run that is only shown."""
+
+
 class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
     """Held-out prompts with their token ids."""
 
@@ -140,10 +144,16 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prepare(
-    config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False, allow_changes: Sequence[str] = ()
+    config: RunConfig,
+    rewards: Sequence[Reward] = (),
+    *,
+    resume: bool = False,
+    allow_changes: Sequence[str] = (),
+    to_show: bool = False,
 ) -> Prepared:
     """Load and check everything. `rewards` are used beside those that the config names; `allow_changes` are the keys in
-    which the config may differ from that of the run that is resumed. Raises InputError."""
+    which the config may differ from that of the run that is resumed. `to_show`: nothing is to be played, so that a few
+    rows are enough where each has to be made; not in a resume, which compares all. Raises InputError."""
     config = check_config(config)
     model_path, data_path = config.model.path, config.data.path
     check_sinks(config.metrics)
@@ -162,8 +172,11 @@ def prepare(
     if resume and "sqlite" in config.metrics.sinks:
         check_store(folder / FILE_NAME)
     config = config if resumption is None else resumption.asked
-    dataset = PromptDataset.load(data_path, config.data)
-    held_out = PromptDataset.load(config.data.eval_path, config.data) if config.data.eval_path else None
+    first = _SHOWN_ROWS if to_show and not resume else None
+    dataset = PromptDataset.load(data_path, config.data, first=first)
+    held_out = None
+    if config.data.eval_path:
+        held_out = PromptDataset.load(config.data.eval_path, config.data, first=first)
     manager, config = _rewards(config, rewards, dataset, held_out)
     more = _best_by(config, manager, resumption)
     source = resolve_model(model_path)
@@ -213,7 +226,7 @@ def prepare(
     )
     config = memory.config
     total_steps = count_steps(
-        len(dataset),
+        dataset.in_all,
         batch_size=config.learner.batch_size,
         epochs=config.learner.epochs,
         max_steps=config.learner.max_steps,

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import anyio
+import anyio.to_thread
 import mlx.core as mx
 import msgspec
 
-from troupe.dataset import DataConfig, PromptDataset
+from troupe.dataset import DataConfig, PromptDataset, stop_making_rows
 from troupe.errors import InputError
 from troupe.grpo import LearnerConfig
 from troupe.learning import as_rollouts, assemble
@@ -43,7 +45,7 @@ class GroupBatch(msgspec.Struct, frozen=True, kw_only=True):
     completion_mask: mx.array
     """(B, T) float32, 1 on completion tokens."""
     rewards: mx.array
-    """(B,) float32 weighted sum of the scores; NaN where no reward gave one."""
+    """(B,) float32 weighted sum of the scores; NaN where no reward gave one, or one is missing through a fault."""
     advantages: mx.array
     """(B,) float32."""
     old_log_probs: mx.array
@@ -102,7 +104,7 @@ async def generate_and_score(
         groups = await _complete(policy, dataset, prompt_ids, range(len(dataset)), generation, device, (seed, step))
         results = await manager.score_groups(groups)
         scored = [
-            ScoredGroup(group=group, scores=result.scores, logged=result.metrics)
+            ScoredGroup(group=group, scores=result.scores, logged=result.metrics, faulted=result.faulted)
             for group, result in zip(groups, results, strict=True)
         ]
         weights = dict(zip(manager.names, manager.weights, strict=True))
@@ -224,6 +226,15 @@ def _accuracy(dataset: PromptDataset, texts: Sequence[str]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+async def _loaded(source: str | Path, data: DataConfig) -> PromptDataset:
+    """The rows of a source; who is interrupted does not wait for those that have to be made."""
+    try:
+        return await anyio.to_thread.run_sync(PromptDataset.load, source, data, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        stop_making_rows()
+        raise
+
+
 async def evaluate_folder(
     model: str | Path,
     dataset: str | Path,
@@ -242,7 +253,7 @@ async def evaluate_folder(
     paths do not count. Raises InputError.
     """
     data = DataConfig() if data is None else data
-    rows = PromptDataset.load(dataset, data)
+    rows = await _loaded(dataset, data)
     manager = RewardManager(list(rewards) or [default_reward(rows.columns, rows.source)])
     manager.check_columns(rows.columns)
     async with DeviceThread("evaluation") as device, manager:

@@ -27,8 +27,9 @@ _ATTEMPT_STRIDE = 1 << 48
 _SHOWN = 400  # characters of a prompt
 
 OnStale = Literal["drop", "requeue", "correct"]
-"""`drop`: they are left out of the loss. `requeue`: the group's prompt is sampled anew in place of the group, once; the
-second time its old tokens are dropped. `correct`: they are trained on, and the importance correction weighs them."""
+"""`drop`: they are left out of the loss, and a step that would have nothing else has a row sampled anew. `requeue`: the
+group's prompt is sampled anew in place of the group, once; the second time its old tokens are dropped. `correct`: they
+are trained on, and the importance correction weighs them."""
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -212,14 +213,15 @@ def tokenize_prompts(
 
 def describe_prompts(dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...]], tokenizer: Tokenizer) -> str:
     """How many there are, of which lengths, with which columns, and the first one as the model reads it; two lines."""
-    count, lengths = len(dataset), [len(ids) for ids in prompt_ids]
+    count, lengths = dataset.in_all, [len(ids) for ids in prompt_ids]
     spread = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(lengths[0])
     columns = ", ".join(sorted(dataset.columns)) or "none"
     first = tokenizer.decode(prompt_ids[0], skip_special_tokens=False)
     if len(first) > _SHOWN:
         first = f"{first[: _SHOWN // 2]} … {first[-_SHOWN // 2 :]}"
+    seen = f" (in the first {len(dataset)}, the others were not made)" if len(dataset) < count else ""
     return (
-        f"{count} prompt{'s' if count > 1 else ''} of {spread} tokens from {dataset.source}; "
+        f"{count} prompt{'s' if count > 1 else ''} of {spread} tokens{seen} from {dataset.source}; "
         f"columns for rewards: {columns}\nthe first one, as the model reads it: {first!r}"
     )
 

@@ -12,19 +12,26 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from troupe.grpo import LearnerConfig, compute_advantages, reward_statistics
+from troupe.grpo import LearnerConfig, compute_advantages, reward_statistics, spread_within_groups
 from troupe.messages import Rollout, ScoredGroup
 
 
 def score_table(groups: Sequence[ScoredGroup], names: Sequence[str]) -> mx.array:
-    """Scores (B, F), one column a name; NaN where a score is missing."""
+    """Scores (B, F), float64, one column a name; NaN where a score is missing."""
     return mx.array(
         [
             [math.nan if score is None else score for score in row]
             for group in groups
             for row in zip(*(group.scores[name] for name in names), strict=True)
-        ]
+        ],
+        dtype=mx.float64,
     )
+
+
+def rows_without_reward(groups: Sequence[ScoredGroup]) -> list[int]:
+    """Places in 0 … B − 1 of the completions that have none because some score is missing through a fault."""
+    G = len(groups[0].group.rollouts)
+    return [place * G + sample for place, group in enumerate(groups) for sample in group.faulted]
 
 
 def advantages_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]) -> mx.array:
@@ -35,15 +42,17 @@ def advantages_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights:
         config.scale_rewards,
         weights=list(weights.values()),
         multi_objective_aggregation=config.multi_objective_aggregation,
+        left_out=rows_without_reward(groups),
     )
 
 
 def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[float | None, ...]:
-    """(G,) Σ weight·score of each completion over the scores that are there; None where none is."""
+    """(G,) Σ weight·score of each completion over the scores that are there; None where none is, or where one is
+    missing through a fault."""
     rewards: list[float | None] = []
-    for row in zip(*(group.scores[name] for name in weights), strict=True):
+    for sample, row in enumerate(zip(*(group.scores[name] for name in weights), strict=True)):
         present = [w * s for w, s in zip(weights.values(), row, strict=True) if s is not None]
-        rewards.append(math.fsum(present) if present else None)
+        rewards.append(math.fsum(present) if present and sample not in group.faulted else None)
     return tuple(rewards)
 
 
@@ -77,9 +86,29 @@ def group_statistics(
         weights=list(weights.values()),
         multi_objective_aggregation=config.multi_objective_aggregation,
         names=list(weights),
+        left_out=rows_without_reward(groups),
     )
     # what rewards log comes first: it may not stand in for the metrics that are ours
     return {**_logged(groups), **rewards, **_completions([rollout for g in groups for rollout in g.group.rollouts])}
+
+
+def spread_statistics(
+    groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
+) -> dict[str, float]:
+    """`reward_std_within_groups`, the mean of the groups' own standard deviations, and `frac_reward_zero_std`, the part
+    of the groups without signal.
+
+    TRL's figures of these names are those of `reward_statistics`: it takes the deviation of the batch for the second
+    where the batch is what scales, and so counts no group then.
+    """
+    within, part = spread_within_groups(
+        score_table(groups, list(weights)),
+        len(groups[0].group.rollouts),
+        weights=list(weights.values()),
+        multi_objective_aggregation=config.multi_objective_aggregation,
+        left_out=rows_without_reward(groups),
+    )
+    return {"reward_std_within_groups": within, "frac_reward_zero_std": part}
 
 
 def advantage_statistics(advantages: mx.array) -> dict[str, float]:
@@ -122,7 +151,7 @@ def num_tokens(groups: Sequence[ScoredGroup]) -> int:
 
 
 def _logged(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    names = {name for group in groups for name in group.logged}
+    names = {name for group in groups for name in group.logged if isinstance(name, str)}
     values = {name: [group.logged[name] for group in groups if name in group.logged] for name in sorted(names)}
     return {name: _mean(column) for name, column in values.items()}
 
@@ -132,6 +161,8 @@ def _mean(values: Sequence[float]) -> float:
         return math.fsum(values) / len(values)
     except OverflowError:  # the sum is no number, yet the mean is
         return math.fsum(value / len(values) for value in values)
+    except ValueError:  # infinities that cancel out
+        return math.nan
 
 
 def _completions(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from anyio.abc import TaskGroup
 from troupe.activity import Stage
 from troupe.changes import ChangesLog, check_change
 from troupe.config import RunConfig, check_config
+from troupe.dataset import stop_making_rows
 from troupe.messages import (
     NOT_STARTED,
     Checkpoint,
@@ -89,7 +90,7 @@ class Supervisor:
         try:
             with self._stage.at("loading the model and the prompts"):
                 place = await self._device.run(self._take_folder)
-                prepared = await self._device.run(self._prepare, place)
+                prepared = await self._device.run(self._prepare, place, on_cancel=stop_making_rows)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
             self._pipeline = build_pipeline(prepared)
             performance = Performance(

@@ -21,7 +21,7 @@ from troupe.learning import assemble, completion_log_probs
 from troupe.linux_cpu import blas_limited
 from troupe.messages import ScoredGroup
 from troupe.policy import Qwen3Config, Weights
-from troupe.statistics import group_statistics, has_signal, num_tokens
+from troupe.statistics import group_statistics, has_signal, num_tokens, spread_statistics
 
 
 class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +109,12 @@ class BatchTrainer:
         weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
         advantages: dict[int, tuple[float, ...]] = {}
         usable = step.ending("trained", "filtered", "stale")
-        metrics = group_statistics(usable, self._config, self._reward_weights) if usable else {"reward": math.nan}
+        faulted = [group for group in step.ending("quarantined") if group.faulted and _has_scores(group)]
+        metrics = {"reward": math.nan}
+        if scored := [*usable, *faulted]:
+            metrics = group_statistics(scored, self._config, self._reward_weights)
+        if usable:
+            metrics |= spread_statistics(usable, self._config, self._reward_weights)
         if trained := step.ending("trained"):
             prepared = assemble(
                 trained,
@@ -168,6 +173,10 @@ class BatchTrainer:
         for _ in range(due):
             reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
         return reference
+
+
+def _has_scores(group: ScoredGroup) -> bool:
+    return any(score is not None for scores in group.scores.values() for score in scores)
 
 
 def _first_step(rate: tuple[int, float]) -> int:

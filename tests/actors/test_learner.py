@@ -663,15 +663,33 @@ async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
 
 async def test_a_group_of_old_tokens_alone_is_closed_as_stale_and_told_of() -> None:
     stage = free_stage(version=5)
-    old, other = aged(make_scored(2, 1, (1.0, 0.0, 1.0)), 3), aged(make_scored(3, 1, (0.0, 0.0, 1.0)), 2)
+    old, other = aged(make_scored(2, 1, (1.0, 0.0, 1.0)), 3), aged(make_scored(3, 1, (0.0, 0.0, 1.0)), 5)
     await stage.play([old, other])
     assert (stage.learner.version, stage.board.version) == (6, 6)
-    assert stage.learner.weights is stage.start_weights, "a step without a token left makes no update"
-    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 0, "stale")]
+    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 0, "trained")]
     [update] = await taken(stage.updates)
-    assert (update.metrics["groups/stale"], update.metrics["tokens/stale_fraction"]) == (2.0, 1.0)
+    assert (update.metrics["groups/stale"], update.metrics["groups/trained"]) == (1.0, 1.0)
     assert update.metrics["reward"] == pytest.approx(0.5)
-    assert "loss" not in update.metrics
+
+
+async def test_no_step_begins_of_which_stale_tokens_leave_nothing() -> None:
+    stage = free_stage(version=5)
+    old, older = aged(make_scored(2, 1), 3), aged(make_scored(3, 1), 2)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(old)
+        await stage.scored.send(older)
+        await _until(stage.prompter)
+        [replace] = await taken(stage.prompter)
+        assert replace == Replace(slots=(older.group.prompt.slot,), rows=(older.group.prompt.row,))
+        await anyio.wait_all_tasks_blocked()
+        assert stage.learner.version == 5
+        await stage.scored.send(aged(make_scored(3, 1, attempt=1), 5))
+        stage.scored.close()
+    assert stage.learner.version == 6
+    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 1, "trained")]
+    [update] = await taken(stage.updates)
+    assert (update.metrics["groups/stale"], update.metrics["groups/trained"]) == (2.0, 1.0)
 
 
 async def test_an_old_group_is_sent_back_with_its_row_and_its_credit() -> None:

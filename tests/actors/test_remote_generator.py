@@ -26,7 +26,7 @@ from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import GenerationConfig
 from troupe.runtime import Channel, ChildEnded, FrameError, Mailbox, PolicyBoard, Restarts, Role, play
 from troupe.weights_files import WeightsFiles
-from troupe.wire import Completed, Made, MessageError, Setup, decode_from_process
+from troupe.wire import Completed, Made, MessageError, NewWeights, Setup, ToProcess, decode_from_process
 
 pytestmark = pytest.mark.anyio
 CHILD = "tests.actors.child_generator"
@@ -182,6 +182,37 @@ async def test_free_prompts_go_at_once_and_versions_as_they_come(
     groups = await stage.play([make_prompt(0, 0, round_size=9), make_prompt(5, 1, round_size=9)])
     assert [group.prompt.slot.step for group in groups] == [0, 5], "no step need be whole"
     assert stage.left() == ["00000000.safetensors"]
+    stage.files.close()
+
+
+async def test_free_prompts_follow_the_newest_version_of_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its file takes: the process loads what it is told in order, so none is completed with older ones."""
+    told: list[int | str] = []
+    send, write = remote_generator._Process.send, WeightsFiles.write
+
+    async def listed(process: Any, message: ToProcess) -> None:
+        told.append(message.version if isinstance(message, NewWeights) else type(message).__name__)
+        await send(process, message)
+
+    def slow(files: WeightsFiles, version: int, weights: Any) -> Path:
+        time.sleep(0.05)
+        return write(files, version, weights)
+
+    monkeypatch.setattr(remote_generator._Process, "send", listed)
+    monkeypatch.setattr(WeightsFiles, "write", slow)
+    stage = Stage(tmp_path, monkeypatch, setups=[msgspec.structs.replace(SETUP, most_at_once=4)])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.make().run)
+        for version in range(3):
+            if version:
+                stage.board.publish(version, {"w": mx.array([0.0, 1.0, 2.0])})
+            await stage.prompts.send(make_prompt(version, 0))
+            with anyio.fail_after(60):
+                await anext(stage.scorer)
+        stage.prompts.close()
+    assert told == ["Setup", "Ping", 0, "Prompts", 1, "Prompts", 2, "Prompts", "End"]
     stage.files.close()
 
 

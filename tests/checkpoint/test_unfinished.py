@@ -52,6 +52,13 @@ class Worse:
         raise ValueError("no words")
 
 
+class Lazy:
+    """As an array that can be read on its own thread only."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no stream in this thread")
+
+
 def _nested(depth: int) -> Any:
     value: Any = 1
     for _ in range(depth):
@@ -67,11 +74,12 @@ def _nested(depth: int) -> Any:
         ({1: 2}, {1: 2}),
         (datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)),
         (Worse(), None),
+        (Lazy(), None),
         (2**70, None),
         ("\ud800", None),
         (_nested(100_000), None),
     ],
-    ids=["object", "inside", "int key", "time", "no repr", "huge", "surrogate", "deep"],
+    ids=["object", "inside", "int key", "time", "no repr", "lazy", "huge", "surrogate", "deep"],
 )
 def test_whatever_a_reward_logs_the_group_comes_back(tmp_path: Path, value: Any, comes_back: Any) -> None:
     group = make_scored(1, 0)
@@ -101,3 +109,10 @@ def test_garbage_is_refused(tmp_path: Path, data: bytes) -> None:
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"unfinished\.msgpack: the groups under way cannot be read: .*older"):
         read_unfinished(file)
+
+
+@pytest.mark.parametrize("name", [None, ("a",), "\ud800", 3], ids=str)
+def test_names_that_are_no_texts_cost_what_was_logged_and_not_the_group(tmp_path: Path, name: Any) -> None:
+    group = msgspec.structs.replace(make_scored(1, 0), logged={name: 1.0}, extra={"x": (1, 2, 3)})
+    [found] = through(tmp_path, Unfinished(collected=(group,))).collected
+    assert (found.scores, found.logged) == (group.scores, {})

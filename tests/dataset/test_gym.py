@@ -119,6 +119,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('it is broken')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
     return package
 
@@ -154,10 +155,16 @@ def test_a_child_that_dies_is_told_with_what_it_said() -> None:
 
 
 @pytest.mark.slow
-def test_real_tasks_are_the_same_in_every_process_also_those_that_draw_from_sets() -> None:
+def test_real_tasks_are_the_same_in_every_process_also_those_that_draw_from_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extra("reasoning_gym")
     source = "reasoning_gym:chain_sum,word_ladder,isomorphic_strings?size=4&seed=3&chain_sum.min_terms=3"
-    one, other = PromptDataset.load(source), PromptDataset.load(source)
-    assert one.fingerprint == other.fingerprint
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    one = PromptDataset.load(source)
+    kept = PromptDataset.load(source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    other = PromptDataset.load(source)
+    assert one.fingerprint == other.fingerprint == kept.fingerprint
     assert [row.columns["task"] for row in one][:4] == ["chain_sum", "word_ladder", "isomorphic_strings", "chain_sum"]
     assert all(row.columns["answer"] for row in one)

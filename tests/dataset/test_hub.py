@@ -78,6 +78,8 @@ def test_what_save_to_disk_wrote_is_read_from_there(
     assert asked == []
     (tmp_path / "files").mkdir()
     PromptDataset.load(f"hf:{tmp_path}/files?data_dir=x")
+    with pytest.raises(DatasetError, match=r"files: a folder has no revisions"):
+        PromptDataset.load(f"hf:{tmp_path}/files?revision=x")
     assert asked == [(f"{tmp_path}/files", {"split": "train", "data_dir": "x"})]
 
 

@@ -40,7 +40,8 @@ def metrics_of(step: int) -> dict[str, float]:
     """What the learner might tell of a step ≥ 1."""
     return {
         "reward": step / 10,
-        "reward_std": 0.25,
+        "reward_std": 0.5,
+        "reward_std_within_groups": 0.25,
         "frac_reward_zero_std": 0.0,
         "rewards/r/mean": step / 20,
         "rewards/style/mean": math.nan if step == 2 else 1.0 - step / 20,

@@ -17,7 +17,6 @@ import pytest
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor, RewardSample
 from troupe.rewards.functions import (
-    RewardLog,
     Signature,
     accepted_arguments,
     call_function,
@@ -29,6 +28,7 @@ from troupe.rewards.functions import (
     reward_place,
 )
 from troupe.rewards.loading import load_reward
+from troupe.rewards.reward_log import RewardLog
 
 pytestmark = pytest.mark.anyio
 

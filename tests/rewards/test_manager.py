@@ -144,7 +144,7 @@ async def test_groups_are_scored_as_trl_would() -> None:
     ]
 
 
-async def test_hanging_and_raising_rewards_are_missing_and_named_and_the_others_count() -> None:
+async def test_hanging_and_raising_rewards_are_missing_and_named_and_the_others_scores_are_kept() -> None:
     calls: list[str] = []
 
     class Hangs(RewardActor):
@@ -162,7 +162,8 @@ async def test_hanging_and_raising_rewards_are_missing_and_named_and_the_others_
     async with manager([Hangs(), raises, lengths]) as rewards:
         result = await rewards.compute_rewards(["p"] * 2, ["a", "bb"])
     assert result.scores == {"Hangs": (None, None), "raises": (None, None), "lengths": (1.0, 2.0)}
-    assert result.rewards == (1.0, 2.0)
+    assert result.rewards == (None, None)
+    assert result.faulted == (0, 1)
     assert [(i.actor, i.kind, i.gid) for i in result.incidents] == [
         ("scorer", "reward_timeout", None),
         ("scorer", "reward_error", None),

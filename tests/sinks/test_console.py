@@ -53,7 +53,7 @@ def test_plain_lines_are_told_in_the_letters_that_there_are(encoding: str) -> No
     data = BytesIO()
     sink = PlainSink(RunInfo(name="日本\udcff", folder="x", total_steps=4, first_step=0), TextIOWrapper(data, encoding))
     sink.open()
-    sink.write(update(1, reward_std=0.5))
+    sink.write(update(1, reward_std_within_groups=0.5))
     text = data.getvalue().decode(encoding)
     assert text.count("\n") == 2
     assert "\\udcff: step 0 of 4" in text

@@ -15,7 +15,8 @@ RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=100, first_st
 METRICS = {
     "step_time": 1.5,
     "reward": 0.25,
-    "reward_std": 0.125,
+    "reward_std": 0.75,
+    "reward_std_within_groups": 0.125,
     "rewards/exact/mean": 0.75,
     "rewards/exact/std": 0.3,
     "loss": 0.125,
@@ -54,6 +55,7 @@ def test_shows_what_is_there_in_a_fixed_order() -> None:
     assert shown_metrics(METRICS) == [
         ("reward", "0.250"),
         ("± within group", "0.125"),
+        ("± over the batch", "0.750"),
         ("loss", "+0.1250"),
         ("clipped", "5.0%"),
         ("learning rate", "1.00e-06"),

@@ -86,7 +86,8 @@ class RemoteGenerator(Actor):
 
     With several processes the prompts of a round are dealt to them by place, j mod n, so that what is decoded together
     is a function of slots alone. Weights go by file: in the pinned schedule the version of a step with its prompts, in
-    the free one every version when it is published.
+    the free one every version when it is published; prompts wait until the newest version of their time has been told,
+    so that no process, which loads what it is told in order, completes them with an older one.
     """
 
     name = "generator"
@@ -121,6 +122,7 @@ class RemoteGenerator(Actor):
         self._recorded = {} if recorded is None else recorded
         self._gathering: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
         self._there: list[Prompt] = []
+        self._told, self._telling = -1, anyio.Event()
         self._rounds: dict[int, tuple[Prompt, _Round]] = {}
         self._processes: list[_Process] = []
         self._following: anyio.CancelScope
@@ -174,6 +176,7 @@ class RemoteGenerator(Actor):
             return
         self._there.append(message)
         if not len(self.inbox):
+            await self._until_told(self._board.version)
             prompts, self._there = self._there, []
             await self._decode([_Round([prompt]) for prompt in prompts], None)
 
@@ -234,6 +237,16 @@ class RemoteGenerator(Actor):
                 version, weights = await self._board.newer_than(version)
                 await self._tell_of(version, weights, self._processes)
                 del weights  # not held while the next one is waited for
+                self._told = version
+                self._telling.set()
+                self._telling = anyio.Event()
+
+    async def _until_told(self, version: int) -> None:
+        """Wait until every process has been told of this version or of a newer one."""
+        if self._told < version:
+            with self.report.span("wait for policy", kind="wait"):
+                while self._told < version:
+                    await self._telling.wait()
 
     async def _tell_of(self, version: int, weights: Weights, processes: Sequence[_Process]) -> None:
         self._files.keep(self._board.kept)

@@ -67,7 +67,13 @@ class Scorer(Actor):
         for incident in result.incidents:
             await self.report.incident(incident)
         await self._scored.send(
-            ScoredGroup(group=group, scores=result.scores, logged=result.metrics, extra=result.extra)
+            ScoredGroup(
+                group=group,
+                scores=result.scores,
+                logged=result.metrics,
+                extra=result.extra,
+                faulted=result.faulted,
+            )
         )
         self._done_with(group)
         self._rewards.settled(group)

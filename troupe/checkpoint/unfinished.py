@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -10,8 +11,14 @@ from troupe.checkpoint.faults import unreadable
 from troupe.messages import ScoredGroup, Unfinished
 
 _UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=repr)
+
+
+class _Remarks(msgspec.Struct):
+    """What rewards logged about a group, as it is read again."""
+
+    extra: dict[str, tuple[Any, ...]] = {}
+    logged: dict[str, float] = {}
 
 
 def encode_unfinished(unfinished: Unfinished) -> bytes:
@@ -36,9 +43,11 @@ def read_unfinished(file: Path) -> Unfinished:
 def _encoded(group: ScoredGroup) -> bytes:
     replace = msgspec.structs.replace
     prompt = replace(group.group.prompt, prompt="", columns={})
-    bare = replace(group, group=replace(group.group, prompt=prompt), extra={})
-    try:
-        extra = msgspec.msgpack.decode(_ENCODER.encode(group.extra))
-        return _ENCODER.encode(replace(bare, extra=extra))
-    except _UNWRITABLE:  # remarks of a reward's author are not worth a checkpoint
-        return _ENCODER.encode(bare)
+    bare = replace(group, group=replace(group.group, prompt=prompt), extra={}, logged={})
+    for remarks in ({"extra": group.extra, "logged": group.logged}, {"logged": group.logged}):
+        try:
+            plain = msgspec.msgpack.decode(_ENCODER.encode(remarks), type=_Remarks)
+            return _ENCODER.encode(replace(bare, extra=plain.extra, logged=plain.logged))
+        except Exception:  # whatever an object does when it is looked at: remarks are not worth a checkpoint
+            continue
+    return _ENCODER.encode(bare)

@@ -17,6 +17,7 @@ FIGURES = frozenset(
     {
         "reward",
         "reward_std",
+        "reward_std_within_groups",
         "loss",
         "kl",
         "entropy",

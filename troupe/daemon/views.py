@@ -9,6 +9,7 @@ from troupe.messages import NOTHING_TOLD, LiveGroup, Status
 
 _SHOWN = (
     ("reward", ".4f"),
+    ("reward_std_within_groups", ".4f"),
     ("reward_std", ".4f"),
     ("loss", "+.4f"),
     ("kl", ".4f"),

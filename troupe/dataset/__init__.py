@@ -6,6 +6,7 @@ token is sampled. The room knows nothing of tokens, templates or policies: wheth
 where it is tokenized.
 """
 
+from troupe.dataset.gym import stop_making_rows
 from troupe.dataset.prompts import PromptDataset
 from troupe.dataset.rows import RESERVED_COLUMNS, ROLES, PromptRow
 from troupe.dataset.settings import ChatMode, DataConfig
@@ -20,4 +21,5 @@ __all__ = [
     "PromptRow",
     "anchored_source",
     "source_name",
+    "stop_making_rows",
 ]

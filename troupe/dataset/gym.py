@@ -1,8 +1,9 @@
 """Rows of reasoning-gym's tasks, which a seed makes; needs the extra `reasoning-gym`.
 
 They are made in a process of their own (`gym_rows.py`) in which texts have the same hashes each time: some tasks draw
-from sets, and would be others in every start. Knows nothing of rewards: they find in the column `reasoning_gym` which
-entry a row is.
+from sets, and would be others in every start. It says on stderr how far it is, and ends with this one. What was made is
+kept (`kept_rows.py`), since some tasks take a second a row. Knows nothing of rewards: they find in the column
+`reasoning_gym` which entry a row is.
 """
 
 from __future__ import annotations
@@ -10,52 +11,126 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
+from troupe.dataset.kept_rows import KeptRows
 from troupe.errors import DatasetError
 from troupe.installing import remedy
 
 PREFIX = "reasoning_gym:"
 DEFAULTS: dict[str, Any] = {"size": 500, "seed": 0}
 """Of every task; the library's own seed differs each time."""
+MADE = b"made "
+"""How a line begins in which the process says how far it is: the rows made, and how many there will be."""
 
+_MAKERS: set[subprocess.Popen[bytes]] = set()
 _TOLD = 2000  # characters of what a process said before it died
+_EVERY_S = 5.0  # between two lines about how far it is
 
 
-def read_gym(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
+class GymRows(msgspec.Struct, frozen=True):
+    """What a source gave."""
+
+    rows: list[dict[str, Any]]
+    in_all: int
+    """Rows of the source, at least those here."""
+
+    def __iter__(self) -> Iterator[tuple[None, dict[str, Any]]]:
+        return ((None, row) for row in self.rows)
+
+
+def read_gym(source: str, first: int | None = None) -> GymRows:
     """The rows of `reasoning_gym:TASK,TASK?size=500&seed=0&OPTION=VALUE&TASK.OPTION=VALUE`.
 
     Each task gives `size` rows, and the rows of several take turns. `OPTION` is one of the task's configuration.
     Columns: `prompt`, `answer` (a text), `task`, and `reasoning_gym`, an object with `task`, `options` and `index`,
-    from which the entry can be made once more.
+    from which the entry can be made once more. `first`: no more than that many are made where none are kept.
 
     Raises:
         DatasetError: for an unknown task or option, or a value that the task refuses.
     """
-    if find_spec("reasoning_gym") is None:
+    found = find_spec("reasoning_gym")
+    if found is None:
         raise DatasetError(
             f"{source}: its tasks need the package reasoning-gym, which is missing; {remedy('reasoning-gym')}"
         )
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    child = subprocess.run(
-        [sys.executable, "-P", "-m", "troupe.dataset.gym_rows", source],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-    )
-    try:
-        answer = msgspec.json.decode(child.stdout)
-    except msgspec.DecodeError:
-        said = child.stderr.decode(errors="replace").strip()[-_TOLD:]
-        raise DatasetError(
-            f"{source}: the process that makes the rows ended with code {child.returncode}: {said or 'it said nothing'}"
-        ) from None
+    kept = KeptRows.of(source, None if found.origin is None else Path(found.origin).parent)
+    if (rows := kept.read()) is not None:
+        return GymRows(rows, len(rows))
+    what = "its rows, which are kept for the next start" if first is None else f"its first {first} rows"
+    _tell(f"{source}: making {what}; of some tasks this takes a while")
+    answer = _made(source, first)
     if "error" in answer:
         raise DatasetError(answer["error"])
-    return ((None, row) for row in answer["rows"])
+    if first is None:
+        kept.write(answer["rows"])
+    return GymRows(answer["rows"], answer.get("in_all", len(answer["rows"])))
+
+
+def stop_making_rows() -> None:
+    """End the making of rows in every thread, whose `read_gym` then raises a DatasetError: for whoever is interrupted
+    while another thread makes some."""
+    for child in tuple(_MAKERS):
+        child.kill()
+
+
+def _made(source: str, first: int | None) -> dict[str, Any]:
+    """What the process answers, told of while it works. It is gone afterwards, however this ends."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "troupe.dataset.gym_rows", source, *([] if first is None else [str(first)])],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE,  # the process ends when this end of it is closed, as it is when we are gone
+            stdout=subprocess.PIPE,
+            stderr=said,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the other one
+        )
+        _MAKERS.add(child)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            document = _followed(source, child.stdout)
+            code = child.wait()
+        finally:
+            _MAKERS.discard(child)
+            child.kill()
+            child.wait()
+            child.stdin.close()
+            child.stdout.close()
+        try:
+            answer: dict[str, Any] = msgspec.json.decode(document, type=dict[str, Any])
+        except msgspec.MsgspecError:
+            said.seek(max(0, said.seek(0, os.SEEK_END) - 4 * _TOLD))
+            last = said.read().decode(errors="replace").strip()[-_TOLD:]
+            raise DatasetError(
+                f"{source}: the process that makes the rows ended with code {code}: {last or 'it said nothing'}"
+            ) from None
+    return answer
+
+
+def _followed(source: str, stdout: BinaryIO | Any) -> bytes:
+    """What the process prints but for how far it is, of which a line is told now and then."""
+    document, told_s = b"", time.monotonic()
+    for line in stdout:
+        if not line.startswith(MADE):
+            document += line
+        elif time.monotonic() - told_s >= _EVERY_S:
+            told_s = time.monotonic()
+            made, in_all = line.removeprefix(MADE).split()
+            _tell(f"{source}: {int(made):,} of {int(in_all):,} rows made")
+    return document
+
+
+def _tell(line: str) -> None:
+    """On stderr, if anybody is there to read it."""
+    with suppress(OSError, ValueError):
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)

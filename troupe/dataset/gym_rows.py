@@ -1,27 +1,38 @@
 """The child's side of reasoning-gym's rows: make them, and print them as one JSON document.
 
-`python -m troupe.dataset.gym_rows SOURCE` prints `{"rows": […]}` or `{"error": …}`; see `gym.py`.
+`python -m troupe.dataset.gym_rows SOURCE [FIRST]` prints `{"rows": […], "in_all": N}` or `{"error": …}`, and before it
+lines that say how far it is; see `gym.py`. It ends with who started it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import msgspec
 
-from troupe.dataset.gym import DEFAULTS, PREFIX
+from troupe.dataset.gym import DEFAULTS, MADE, PREFIX
 from troupe.dataset.queries import parsed, split_query
 from troupe.errors import DatasetError
 
+_PR_SET_PDEATHSIG = 1
+_EVERY_S = 1.0  # between two lines about how far it is
 
-def make_rows(source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a source, as `gym.read_gym` describes them. DatasetError for what cannot be made."""
+
+def make_rows(source: str, on_count: Callable[[int], None] = lambda in_all: None) -> Iterator[dict[str, Any]]:
+    """The rows of a source, as `gym.read_gym` describes them; `on_count` is told how many there will be, before the
+    first. DatasetError for what cannot be made."""
     name, texts = split_query(source)
     tasks = [task.strip() for task in name.removeprefix(PREFIX).split(",")]
     gym, known = importlib.import_module("reasoning_gym"), importlib.import_module("reasoning_gym.factory").DATASETS
@@ -35,6 +46,7 @@ def make_rows(source: str) -> Iterator[dict[str, Any]]:
     options = _options(source, tasks, texts)
     for task in tasks:
         _check_names(source, tasks, task, options[task], known[task][1])
+    on_count(sum(options[task]["size"] for task in tasks))
     entries = [_entries(source, gym, task, options[task]) for task in tasks]
     while entries:  # in turns, so that without shuffling a batch is mixed too
         for rows in list(entries):
@@ -100,15 +112,39 @@ def _entries(source: str, gym: Any, task: str, options: dict[str, Any]) -> Itera
 
 
 def main() -> None:
-    """Print the rows of the source that the command line names."""
+    """Print the rows of the source that the command line names, or the first few of them."""
     answer: dict[str, Any]
+    out = sys.stdout.buffer
+    counts: list[int] = []
+    first = int(sys.argv[2]) if len(sys.argv) > 2 else None
     with contextlib.redirect_stdout(sys.stderr):  # whatever a task prints
         try:
-            answer = {"rows": list(make_rows(sys.argv[1]))}
+            rows, told_s = [], time.monotonic()
+            for row in islice(make_rows(sys.argv[1], counts.append), first):
+                rows.append(row)
+                if time.monotonic() - told_s >= _EVERY_S:
+                    told_s = time.monotonic()
+                    out.write(MADE + f"{len(rows)} {counts[0]}\n".encode())
+                    out.flush()
+            answer = {"rows": rows, "in_all": counts[0]}
         except DatasetError as error:
             answer = {"error": str(error)}
-    sys.stdout.buffer.write(msgspec.json.encode(answer))
+    out.write(msgspec.json.encode(answer))
+
+
+def end_with_parent() -> None:
+    """Have this process end, whatever it does, when whoever started it has closed its stdin or is gone."""
+    threading.Thread(target=_watch, name="troupe-lifeline", daemon=True).start()
+    if sys.platform == "linux":  # should the thread not get a turn
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _watch() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main()

@@ -5,7 +5,8 @@ Knows nothing of what a row must be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ _SAVED = ("dataset_dict.json", "state.json")
 def read_hub(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
     """The rows of `hf:NAME?split=…&config=…&revision=…&data_dir=…`; the split is "train" where none is given.
 
-    NAME is a dataset of the hub, a folder of files that `load_dataset` understands, or one that `save_to_disk` wrote.
+    NAME is a dataset of the hub, a folder of files that `load_dataset` understands, or one that `save_to_disk` wrote;
+    of a single dataset in the latter all rows are taken where no split is given.
 
     Raises:
         DatasetError: for whatever keeps it from being loaded.
@@ -35,7 +37,7 @@ def read_hub(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
     if unknown := sorted(options.keys() - _OPTIONS.keys()):
         raise DatasetError(f"{source}: unknown option {unknown[0]}; there are {', '.join(_OPTIONS)}")
     datasets = optional("datasets", "datasets", source)
-    split = options.pop("split", "train")
+    split = options.pop("split", None)
     try:
         loaded = _load(datasets, name, split, {_OPTIONS[key]: value for key, value in options.items()})
     except DatasetError:
@@ -49,15 +51,40 @@ def read_hub(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
         yield None, row
 
 
-def _load(datasets: Any, name: str, split: str, arguments: dict[str, str]) -> Any:
+def _load(datasets: Any, name: str, split: str | None, arguments: dict[str, str]) -> Any:
     folder = Path(name).expanduser()
     if not any((folder / file).is_file() for file in _SAVED):
-        return datasets.load_dataset(str(folder) if folder.exists() else name, split=split, **arguments)
+        if folder.exists() and "revision" in arguments:  # which the library would not heed
+            raise DatasetError(f"{name}: a folder has no revisions; leave the option out")
+        return datasets.load_dataset(str(folder) if folder.exists() else name, split=split or "train", **arguments)
     if arguments:
         raise DatasetError(f"{name}: this folder was written by save_to_disk and takes no option but split")
     found = datasets.load_from_disk(str(folder))
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if split not in found:
-        raise DatasetError(f"{name}: there is no split {split!r}; there are {', '.join(found)}")
-    return found[split]
+    if isinstance(found, datasets.DatasetDict):
+        return _chosen(datasets, name, found, split or "train")
+    return found if split is None else _chosen(datasets, name, {_split_name(folder, found): found}, split)
+
+
+def _split_name(folder: Path, dataset: Any) -> str:
+    """What a saved dataset says that it was, or the folder that it was saved in: a split's name, or "train" where it
+    was made of rows or of several splits."""
+    if (folder.resolve().parent / _SAVED[0]).is_file():
+        return folder.resolve().name
+    names = set(re.findall(r"(?:^|\+)(\w+)", str(dataset.split or "")))
+    return names.pop() if len(names) == 1 else "train"
+
+
+def _chosen(datasets: Any, name: str, parts: Mapping[str, Any], split: str) -> Any:
+    """A split, or what the library calls a slice or a sum of several."""
+    if split in parts:
+        return parts[split]
+    sizes = {part: len(rows) for part, rows in parts.items()}
+    try:
+        instruction = datasets.ReadInstruction.from_spec("+".join(sizes) if split == "all" else split)
+        slices = instruction.to_absolute(sizes)
+    except Exception as error:  # of a name that is not there, and of what is no slice
+        raise DatasetError(
+            f"{name}: there is no split {split!r}; there are {', '.join(sizes)}, and slices of them such as "
+            f"{next(iter(sizes), 'train')}[:500]"
+        ) from error
+    return datasets.concatenate_datasets([parts[cut.splitname].select(range(cut.from_, cut.to)) for cut in slices])

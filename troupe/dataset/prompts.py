@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from troupe.dataset import gym
 from troupe.dataset.rows import PromptRow, check_row
 from troupe.dataset.settings import ChatMode, DataConfig
 from troupe.dataset.sources import read_file, read_source
@@ -22,24 +23,30 @@ class PromptDataset:
     Rows may have different columns: the dataset has the union of them, with `None` where a row lacks one.
     """
 
-    def __init__(self, rows: Sequence[PromptRow], source: str = "rows") -> None:
+    def __init__(self, rows: Sequence[PromptRow], source: str = "rows", in_all: int | None = None) -> None:
         if not rows:
             raise DatasetError(f"{source}: the dataset has no rows; give it at least one prompt")
         self._rows = tuple(rows)
         self.source = source
         """File or name that error messages start with."""
+        self.in_all = len(rows) if in_all is None else in_all
+        """Rows of the source; more than there are here where only the first few were read."""
 
     @classmethod
-    def load(cls, source: str | Path, config: DataConfig | None = None) -> PromptDataset:
+    def load(cls, source: str | Path, config: DataConfig | None = None, *, first: int | None = None) -> PromptDataset:
         """Read a source as the `[data]` section has it: a file, `hf:NAME?…` or `reasoning_gym:TASK?…`.
 
-        Each row has a column of prompts, texts or lists of messages, and any others.
+        Each row has a column of prompts, texts or lists of messages, and any others. `first`: so many rows are enough
+        where each has to be made; `in_all` then tells how many there are.
 
         Raises:
             DatasetError: naming source, line, row and column, for whatever cannot be used.
         """
-        source = str(source)
-        return cls._checked(read_source(source), source, DataConfig() if config is None else config)
+        source, config = str(source), DataConfig() if config is None else config
+        if source.startswith(gym.PREFIX):
+            made = gym.read_gym(source, first)
+            return cls._checked(made, source, config, in_all=made.in_all)
+        return cls._checked(read_source(source), source, config)
 
     @classmethod
     def from_json(cls, path: str | Path, chat: ChatMode = "auto") -> PromptDataset:
@@ -63,11 +70,17 @@ class PromptDataset:
         return cls._checked(((None, row) for row in rows), source, DataConfig(chat=chat))
 
     @classmethod
-    def _checked(cls, numbered: Iterable[tuple[int | None, Any]], source: str, config: DataConfig) -> PromptDataset:
+    def _checked(
+        cls,
+        numbered: Iterable[tuple[int | None, Any]],
+        source: str,
+        config: DataConfig,
+        in_all: int | None = None,
+    ) -> PromptDataset:
         rows = [check_row(value, source, row, line, config) for row, (line, value) in enumerate(numbered)]
         names = sorted({name for row in rows for name in row.columns})
         filled = [msgspec.structs.replace(row, columns={name: row.columns.get(name) for name in names}) for row in rows]
-        return cls(filled, source)
+        return cls(filled, source, in_all)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ FILES: dict[str, Callable[[Path], Iterator[tuple[int | None, Any]]]] = {
 }
 """Suffix → what reads the rows of such a file, each with its line where there are lines."""
 
-PREFIXED: dict[str, Callable[[str], Iterator[tuple[int | None, Any]]]] = {
+PREFIXED: dict[str, Callable[[str], Iterable[tuple[int | None, Any]]]] = {
     hub.PREFIX: hub.read_hub,
     gym.PREFIX: gym.read_gym,
 }
 """How a source begins → what reads its rows."""
 
 
-def read_source(source: str) -> Iterator[tuple[int | None, Any]]:
+def read_source(source: str) -> Iterable[tuple[int | None, Any]]:
     """Line (None where there is none) and value of each row. DatasetError where they cannot be had."""
     for prefix, read in PREFIXED.items():
         if source.startswith(prefix):

@@ -1,6 +1,6 @@
 """The algorithm: arrays in, arrays out. Knows no files, actors, models or text."""
 
-from troupe.grpo.advantages import compute_advantages, reward_statistics
+from troupe.grpo.advantages import compute_advantages, reward_statistics, spread_within_groups
 from troupe.grpo.batch import Batch, make_batch, split
 from troupe.grpo.entropy import EntropyControl, entropy_control
 from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
@@ -31,6 +31,7 @@ __all__ = [
     "reward_statistics",
     "selective_log_softmax",
     "split",
+    "spread_within_groups",
     "sync_reference",
     "train_on_batch",
     "update_bytes",

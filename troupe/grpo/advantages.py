@@ -4,16 +4,19 @@ Knows nothing of reward functions: a table of numbers comes in, NaN where a scor
 metric names are those of TRL 1.16, with one exception: a group of equal rewards gets exactly 0 and a standard
 deviation of exactly 0, where rounding would leave a spurious signal.
 
-Shapes: B = groups × G rows, group by group; F reward functions. float32.
+Shapes: B = groups × G rows, group by group; F reward functions. float32, but for the offset that the scores of a group
+may have in common, which goes before (`reward_table.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import mlx.core as mx
+
+from troupe.grpo.reward_table import RewardTable, weighted_sum
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -29,18 +32,32 @@ def compute_advantages(
     *,
     weights: Sequence[float] | None = None,
     multi_objective_aggregation: Aggregation = "sum_then_normalize",
+    left_out: Collection[int] = (),
 ) -> mx.array:
-    """Advantages (B,), 0 for a row without any score.
+    """Advantages (B,), 0 for a row without any score and for one that is left out.
 
-    `rewards` (B,) or (B, F), NaN = missing, B a multiple of `num_generations`; `weights` (F,), default all 1.
+    `rewards` (B,) or (B, F), float32 or float64, NaN = missing, B a multiple of `num_generations`; `weights` (F,),
+    default all 1. `left_out`: rows that nothing is compared with, whatever scores they have.
     "sum_then_normalize" (Shao et al. 2024, arXiv:2402.03300): R_i = Σ_j w_j·r_ij over the scores that are there,
     A_i = (R_i − mean of its group) / (σ + 1e-4), σ with ddof 1 of the group or of the batch; "none" does not divide
     (Liu et al. 2025, arXiv:2503.20783). "normalize_then_sum" (GDPO 2026, arXiv:2601.05242): each function is
     normalized within its group first, then the weighted sum is normalized over the batch; `scale_rewards` does not
     matter. Raises `ValueError` where shapes do not fit or a choice is unknown.
     """
-    table, w = _table(rewards, num_generations, weights)
-    return _normalized(table, w, num_generations, scale_rewards, multi_objective_aggregation)[0]
+    table = RewardTable(rewards, num_generations, weights, left_out)
+    advantages = _compared(table, num_generations, multi_objective_aggregation)
+    if multi_objective_aggregation == "normalize_then_sum":
+        total = advantages.reshape(1, -1)
+        # Each group's scores have mean 0 and so has the batch, but for rounding, which is no signal.
+        advantages = _divided(mx.where(total == 0.0, 0.0, _centered(total)), _spread(total))
+    else:
+        groups = advantages
+        advantages = _centered(groups)
+        if scale_rewards != "none":
+            totals = table.totals(groups.size).values if scale_rewards == "batch" else groups
+            advantages = _divided(advantages, _spread(totals))
+    advantages = advantages.reshape(-1)
+    return mx.where(mx.isnan(advantages), 0.0, advantages)
 
 
 def reward_statistics(
@@ -51,23 +68,33 @@ def reward_statistics(
     weights: Sequence[float] | None = None,
     multi_objective_aggregation: Aggregation = "sum_then_normalize",
     names: Sequence[str] | None = None,
+    left_out: Collection[int] = (),
 ) -> dict[str, float]:
     """TRL's reward metrics, over the scores that are there; NaN where there is none.
 
-    `reward` and `reward_std` of the weighted sum, `rewards/NAME/mean` and `/std` of each function (`names` default to
-    r0, r1, …), and `frac_reward_zero_std`: the part of the rows whose rewards, in the group (or the batch, where that
-    is what scales), are all equal. Arguments as for `compute_advantages`.
+    `reward` and `reward_std` of the weighted sum and `rewards/NAME/mean` and `/std` of each function, all over the
+    whole batch (`names` default to r0, r1, …), and `frac_reward_zero_std`: the part of the rows whose rewards, in the
+    group (or the batch, where that is what scales), are all equal. Arguments as for `compute_advantages`; the
+    functions' own figures count rows that are left out too.
     """
-    table, w = _table(rewards, num_generations, weights)
-    spread = _normalized(table, w, num_generations, scale_rewards, multi_objective_aggregation)[1]
-    total = _weighted_sum(table, w)[None]
-    columns = table.T
-    values = [_mean(total), _std(total), mx.mean((spread <= 1e-8).astype(mx.float32)), _mean(columns), _std(columns)]
-    flat: list[float] = mx.concatenate([value.reshape(-1) for value in values]).tolist()  # type: ignore[assignment]
-    F = columns.shape[0]
+    table = RewardTable(rewards, num_generations, weights, left_out)
+    F, B = table.functions, rewards.shape[0]
     labels = [f"r{j}" for j in range(F)] if names is None else list(names)
     if len(labels) != F:
         raise ValueError(f"{len(labels)} names for {F} reward functions; give one for each")
+    total, columns = table.totals(B), table.columns(B)
+    if multi_objective_aggregation == "normalize_then_sum":
+        spread = _spread(_compared(table, num_generations, multi_objective_aggregation).reshape(1, -1))
+    else:
+        spread = _spread(total.values if scale_rewards == "batch" else table.totals(num_generations).values)
+    values = [
+        total.means + _mean(total.values),
+        _std(total.values),
+        _part_of_nothing(spread),
+        columns.means + _mean(columns.values),
+        _std(columns.values),
+    ]
+    flat: list[float] = mx.concatenate([value.reshape(-1) for value in values]).tolist()  # type: ignore[assignment]
     statistics = dict(zip(("reward", "reward_std", "frac_reward_zero_std"), flat, strict=False))
     for j, label in enumerate(labels):
         statistics[f"rewards/{label}/mean"] = flat[3 + j]
@@ -75,50 +102,44 @@ def reward_statistics(
     return statistics
 
 
-def _normalized(
-    table: mx.array, weights: mx.array, G: int, scale_rewards: ScaleRewards, aggregation: Aggregation
-) -> tuple[mx.array, mx.array]:
-    """Advantages (B,), and the standard deviations, of equally many rows each, that are reported where they are 0."""
-    B, F = table.shape
-    if aggregation == "normalize_then_sum":
-        groups = table.reshape(-1, G, F).swapaxes(1, 2)  # (B/G, F, G)
-        scores = _divided(_centered(groups), _spread(groups)).swapaxes(1, 2).reshape(B, F)
-        total = _weighted_sum(scores, weights)[None]
-        spread = _spread(total)
-        # Each group's scores have mean 0 and so has the batch, but for rounding, which is no signal.
-        advantages = _divided(mx.where(total == 0.0, 0.0, _centered(total)), spread)
-    else:
-        total = _weighted_sum(table, weights)
-        groups = total.reshape(-1, G)
-        spread = _spread(total[None] if scale_rewards == "batch" else groups)
-        advantages = _centered(groups)
-        if scale_rewards != "none":
-            advantages = _divided(advantages, spread)
-    advantages = advantages.reshape(-1)
-    return mx.where(mx.isnan(advantages), 0.0, advantages), spread
+def spread_within_groups(
+    rewards: mx.array,
+    num_generations: int,
+    *,
+    weights: Sequence[float] | None = None,
+    multi_objective_aggregation: Aggregation = "sum_then_normalize",
+    left_out: Collection[int] = (),
+) -> tuple[float, float]:
+    """The mean of the groups' standard deviations (ddof 1) of the weighted sum, and the part of the groups in which
+    nothing differs of what advantages compare, so that they say nothing for any `scale_rewards`.
+
+    Groups with fewer than two rewards have no deviation; NaN where no group has. Arguments as for `compute_advantages`.
+    """
+    table = RewardTable(rewards, num_generations, weights, left_out)
+    within = _spread(table.totals(num_generations).values)
+    compared = _spread(_compared(table, num_generations, multi_objective_aggregation))
+    return _number(_mean(within.reshape(1, -1))), _number(_part_of_nothing(compared))
 
 
-def _table(rewards: mx.array, G: int, weights: Sequence[float] | None) -> tuple[mx.array, mx.array]:
-    """Rewards (B, F) and weights (F,), checked."""
-    table = rewards.astype(mx.float32)
-    if table.ndim == 1:
-        table = table[:, None]
-    if table.ndim != 2 or table.size == 0:
-        raise ValueError(f"rewards has the shape {rewards.shape}; give (B,) or (B, n_functions), not empty")
-    if G < 1 or table.shape[0] % G:
-        raise ValueError(f"{table.shape[0]} rewards do not make groups of num_generations = {G}; give a multiple of it")
-    if weights is None:
-        return table, mx.ones(table.shape[1])
-    if len(weights) != table.shape[1]:
-        raise ValueError(f"{len(weights)} weights for {table.shape[1]} reward functions; give one for each")
-    return table, mx.array(list(weights), dtype=mx.float32)
+def _number(x: mx.array) -> float:
+    value: float = x.item()  # type: ignore[assignment]
+    return value
 
 
-def _weighted_sum(table: mx.array, weights: mx.array) -> mx.array:
-    """Σ_j w_j·r_ij over the numbers of a row: (B,); NaN where there is none."""
-    missing = mx.isnan(table)
-    total = mx.sum(mx.where(missing, 0.0, table * weights), axis=1)
-    return mx.where(mx.all(missing, axis=1), math.nan, total)
+def _part_of_nothing(spread: mx.array) -> mx.array:
+    """Of standard deviations the part that is 0, as TRL counts it."""
+    return mx.mean((spread <= 1e-8).astype(mx.float32))
+
+
+def _compared(table: RewardTable, G: int, aggregation: Aggregation) -> mx.array:
+    """What is compared within each group, (B/G, G): its rewards, or the weighted sums of its normalized scores."""
+    if aggregation != "normalize_then_sum":
+        return table.totals(G).values
+    groups = table.columns(G).values  # (B/G, F, G)
+    if table.missing is not None:
+        groups = mx.where(table.missing.reshape(-1, 1, G), math.nan, groups)
+    scores = _divided(_centered(groups), _spread(groups)).swapaxes(1, 2).reshape(-1, table.functions)
+    return weighted_sum(scores, table.weights).reshape(-1, G)
 
 
 def _mean(x: mx.array) -> mx.array:

@@ -88,4 +88,7 @@ class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     logged: dict[str, float] = {}
     """Metrics that the reward functions logged themselves while scoring the group."""
     extra: dict[str, tuple[Any, ...]] = {}
-    """Column → (G,) values that they logged about each completion."""
+    """Column → (G,) values that they logged about each completion, plain data."""
+    faulted: tuple[int, ...] = ()
+    """Samples of which some score is missing through a fault, and not because its reward said None: they have no
+    reward, whatever scores they have."""

@@ -115,7 +115,7 @@ class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     scored: ScoredGroup | None = None
     """All that was sampled, with its scores."""
     rewards: tuple[float | None, ...] = ()
-    """(G,) Σ weight·score over the scores that are there; None where none is."""
+    """(G,) Σ weight·score over the scores that are there; None where none is, or one is missing through a fault."""
     advantages: tuple[float, ...] | None = None
     """(G,) None where the group was not trained on."""
 

@@ -208,6 +208,7 @@ _OUR_NAMES = frozenset(
     [
         "reward",
         "reward_std",
+        "reward_std_within_groups",
         "frac_reward_zero_std",
         "num_tokens",
         "nonfinite",
@@ -296,20 +297,29 @@ def _reward_charts(run: RunPicture) -> list[Chart]:
         "Part of the groups whose rewards are all equal: they teach nothing.",
         0.0,
     )
-    spread = _plan("spread", "Spread within a group", "reward_std", "Standard deviation of rewards.", least=0.0)
+    spread = _Plan(
+        "spread",
+        "Spread of the reward",
+        (("reward_std_within_groups", "within a group"), ("reward_std", "over the batch")),
+        about="Standard deviation of rewards: the mean of the groups' own, which is what is learned from, and that of "
+        "all completions of a step.",
+        least=0.0,
+    )
     return [*charts, *_charts(run, (spread, zero))]
 
 
 def _reward(run: RunPicture) -> Chart:
     mean = run.metrics.curves["reward"].mean
-    spread: Values = run.metrics.curves["reward_std"].mean if _has(run, "reward_std") else ()
+    measured = [name for name in ("reward_std_within_groups", "reward_std") if _has(run, name)]
+    spread: Values = run.metrics.curves[measured[0]].mean if measured else ()
     line = Line(
         name="mean",
         y=mean,
         low=tuple(_sum(m, s, -1.0) for m, s in zip(mean, spread, strict=True)) if spread else (),
         high=tuple(_sum(m, s, 1.0) for m, s in zip(mean, spread, strict=True)) if spread else (),
     )
-    about = "Weighted sum of all rewards: mean of a step, and about it the standard deviation within groups."
+    about = "Weighted sum of all rewards: mean of a step, and about it the standard deviation "
+    about += "over the batch." if measured == ["reward_std"] else "within groups."
     return Chart(key="reward", title="Reward", lines=(line,), about=about)
 
 

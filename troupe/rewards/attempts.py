@@ -20,7 +20,7 @@ from troupe.rewards.causes import may_pass, place_of
 
 T = TypeVar("T")
 
-FaultKind = Literal["reward_timeout", "reward_error", "reward_nonfinite"]
+FaultKind = Literal["reward_timeout", "reward_error", "reward_nonfinite", "reward_log"]
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
@@ -30,7 +30,7 @@ _SHORT = 100
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Why there is no score."""
+    """Why there is no score; of the kind `reward_log`, why something that was logged is not there."""
 
     kind: FaultKind
     message: str
@@ -152,7 +152,7 @@ def described(error: BaseException) -> str:
     try:
         text = " ".join(str(error).split())
     except Exception:  # its __str__ is code like any other
-        text = ""
+        text = "its text cannot be had"
     text = text if len(text) <= 300 else text[:299] + "…"
     place = f" ({place})" if (place := place_of(error)) else ""
     return sayable(f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}")

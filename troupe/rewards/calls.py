@@ -33,6 +33,8 @@ class Scores(msgspec.Struct, frozen=True, tag=True):
     scores: list[float | None]
     extra: dict[str, list[Any]]
     metrics: dict[str, list[float]]
+    log_faults: list[str] = []
+    """What was logged and could not be kept."""
 
 
 class Raised(msgspec.Struct, frozen=True, tag=True):

@@ -11,14 +11,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+import numbers
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from troupe.errors import RewardError
+from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.isolation import in_daemon_thread, in_own_task, in_place
+from troupe.rewards.reward_log import RewardLog
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's signature; sync or async."""
@@ -194,72 +196,48 @@ def own_copy(value: Any) -> Any:
 _CONTAINERS = (list, dict)
 
 
-class RewardLog:
-    """What one call reported beside its scores, by TRL's `log_extra(column, values)` and `log_metric(name, value)`."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.extra: dict[str, tuple[Any, ...]] = {}
-        """Column → (G,) values for the table of completions."""
-        self.logged: dict[str, list[float]] = {}
-        """Name → every value logged."""
-
-    def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        values = tuple(values)
-        if len(values) != self.size:
-            raise RewardError(
-                f"log_extra({column!r}, …) got {len(values)} values for {self.size} completions; give one for each"
-            )
-        self.extra[column] = values
-
-    def log_metric(self, name: str, value: float) -> None:
-        self.logged.setdefault(name, []).append(float(value))
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Name → mean of the values logged."""
-        return {name: _mean(values) for name, values in self.logged.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:  # the sum is no number, yet the mean is
-        return math.fsum(value / len(values) for value in values)
-
-
 def checked_score(value: Any, name: str, index: int) -> float | None:
     """One score as a float (which may be NaN or infinite), or None.
 
     Raises:
-        RewardError: for what is no number; a text is none, anything else with `__float__` is.
+        RewardError: for what is no number. A text and a complex number are none; an array of one number is, and
+            anything else with `__float__`.
     """
     if value is None:
         return None
-    if not isinstance(value, str) and hasattr(value, "__float__"):
-        try:
+    try:
+        if getattr(value, "shape", ()) and _size(value) == 1:
+            value = value.item()
+        is_number = hasattr(value, "__float__") and not isinstance(value, str)
+        if is_number and (isinstance(value, numbers.Real) or not isinstance(value, numbers.Complex)):
             return float(value)
-        except OverflowError:
-            return math.inf
-        except (TypeError, ValueError):
-            pass  # an array of several numbers has __float__ too
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        pass  # an array of several numbers has __float__ too
     raise RewardError(f"reward {name} returned {shown(value)} for completion {index}; a score is a number or None")
 
 
 def checked_scores(result: Any, name: str, size: int) -> list[float | None]:
-    """A function's result as `size` scores.
+    """A function's result as `size` scores: a list, a tuple or an array of one axis more or less.
 
     Raises:
         RewardError: for another length or type.
     """
-    is_sequence = hasattr(result, "__len__") and hasattr(result, "__getitem__")
+    is_sequence = hasattr(result, "__len__") and hasattr(result, "__getitem__") and getattr(result, "shape", None) != ()
     if not is_sequence or isinstance(result, (str, bytes, bytearray, Mapping)):
         raise RewardError(
             f"reward {name} returned {shown(result)}; return a list of {size} numbers or None, one a completion"
         )
-    if len(result) != size:
-        raise RewardError(f"reward {name} returned {len(result)} scores for {size} completions; return one for each")
-    return [checked_score(result[index], name, index) for index in range(size)]
+    values = list(result)  # in order, which a table's own index need not be
+    if len(values) != size:
+        raise RewardError(f"reward {name} returned {len(values)} scores for {size} completions; return one for each")
+    return [checked_score(value, name, index) for index, value in enumerate(values)]
+
+
+def _size(array: Any) -> int:
+    """How many numbers an array has, whatever library it is of."""
+    return math.prod(array.shape)
 
 
 async def call_function(
@@ -299,5 +277,8 @@ def _is_async(function: RewardFunction) -> bool:
 
 def shown(value: Any) -> str:
     """A value and its type for a message, cut where it is long."""
-    text = repr(value)
+    try:
+        text = sayable(repr(value))
+    except Exception:  # a user's object may do anything
+        text = "a value that cannot be shown"
     return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"

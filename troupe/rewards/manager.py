@@ -1,9 +1,10 @@
 """RewardManager: every reward of a group at once, each call with timeout and retries, combined by weights.
 
-A call that raises, hangs or gives NaN makes a *missing* score (None) and an incident, never a 0. Only code that
-breaks the convention (wrong length, wrong type, missing column), or has never worked and cannot, ends the run. A reward
-of which one call after the other fails is *down*: its calls then wait (`breaker.py`). Knows nothing of advantages or
-channels.
+A call that raises, hangs or gives NaN makes a *missing* score (None) and an incident, never a 0: its completion then
+has no reward, whatever other functions say, while one for which a function answers None has that of the others. Only
+code that breaks the convention (wrong length, wrong type, missing column), or has never worked and cannot, ends the
+run. A reward of which one call after the other fails is *down*: its calls then wait (`breaker.py`). Knows nothing of
+advantages or channels.
 """
 
 from __future__ import annotations
@@ -53,9 +54,12 @@ class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     scores: dict[str, tuple[float | None, ...]]
     """Reward name → (G,) finite scores, None where missing."""
     rewards: tuple[float | None, ...]
-    """(G,) Σ weight·score over the scores that are there; None where none is."""
+    """(G,) Σ weight·score over the scores that are there; None where none is, or one is missing through a fault."""
     incidents: tuple[Incident, ...]
-    """Why scores are missing, of kinds reward_timeout, reward_error and reward_nonfinite."""
+    """Why scores are missing, of kinds reward_timeout, reward_error and reward_nonfinite; and what of that which
+    functions logged could not be kept, reward_log."""
+    faulted: tuple[int, ...] = ()
+    """Samples of which some score is missing through a fault."""
     metrics: dict[str, float] = {}
     """What functions logged by `log_metric`, the mean of each name."""
     extra: dict[str, tuple[Any, ...]] = {}
@@ -437,13 +441,15 @@ class RewardManager:
 
     def _combine(self, batch: Batch, outcomes: list[Outcome]) -> GroupScores:
         scores = {name: tuple(o.scores) for name, o in zip(self.names, outcomes, strict=True)}
+        faulted = sorted(frozenset[int]().union(*(outcome.faulted for outcome in outcomes)))
         rewards: list[float | None] = []
-        for sample in zip(*scores.values(), strict=True):
+        for index, sample in enumerate(zip(*scores.values(), strict=True)):
             present = [w * s for w, s in zip(self.weights, sample, strict=True) if s is not None]
-            rewards.append(math.fsum(present) if present else None)
+            rewards.append(math.fsum(present) if present and index not in faulted else None)
         return GroupScores(
             scores=scores,
             rewards=tuple(rewards),
+            faulted=tuple(faulted),
             incidents=tuple(
                 _incident(name, fault, batch.gid)
                 for name, outcome in zip(self.names, outcomes, strict=True)

@@ -22,7 +22,6 @@ from troupe.rewards.functions import (
     PROVIDED,
     Reward,
     RewardFunction,
-    RewardLog,
     check_available,
     check_signature,
     reward_name,
@@ -30,6 +29,7 @@ from troupe.rewards.functions import (
     shown,
     unwrapped,
 )
+from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.runners import Batch, Fuse, Outcome, Runner, as_outcome, finite, summed
 from troupe.rewards.trainer_state import TrainerState
 from troupe.runtime import ChildProcess, FrameError, together
@@ -305,7 +305,7 @@ def _read(reply: Scores, size: int) -> Outcome:
     log = RewardLog(size)
     log.extra = {column: tuple(values) for column, values in reply.extra.items()}
     log.logged = reply.metrics
-    return finite(reply.scores, [], log)
+    return finite(reply.scores, [Fault("reward_log", message) for message in reply.log_faults], log)
 
 
 def _merged(parts: dict[int, Outcome], faults: dict[int, Fault], size: int) -> Outcome:
@@ -314,12 +314,14 @@ def _merged(parts: dict[int, Outcome], faults: dict[int, Fault], size: int) -> O
     scores: list[float | None] = [None] * size
     extra: dict[str, list[Any]] = {}
     told = summed(faults, size)
+    faulted = set(faults)
     for index, part in sorted(parts.items()):
         (scores[index],) = part.scores
+        faulted |= {index for _ in part.faulted}
         told += [Fault(fault.kind, f"sample {index} of {size}, alone: {fault.message}") for fault in part.faults]
         for column, (value,) in part.log.extra.items():
             extra.setdefault(column, [None] * size)[index] = value
         for name, values in part.log.logged.items():
             log.logged.setdefault(name, []).extend(values)
     log.extra = {column: tuple(values) for column, values in extra.items()}
-    return Outcome(scores=scores, faults=told, log=log)
+    return Outcome(scores=scores, faults=told, log=log, faulted=frozenset(faulted))

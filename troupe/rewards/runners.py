@@ -23,7 +23,6 @@ from troupe.rewards.breaker import Breaker, NeverWorked
 from troupe.rewards.functions import (
     Reward,
     RewardFunction,
-    RewardLog,
     Scope,
     call_function,
     check_columns,
@@ -34,6 +33,7 @@ from troupe.rewards.functions import (
     unwrapped,
 )
 from troupe.rewards.isolation import end_tasks, in_own_task
+from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import Watch, tasks_of
 from troupe.runtime import together
 
@@ -107,6 +107,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """(G,) finite, None where missing."""
     faults: list[Fault]
     log: RewardLog
+    faulted: frozenset[int] = frozenset()
+    """Completions whose score is missing through a fault, and not because the reward says None."""
 
     def split(self, sizes: list[int]) -> list[Outcome]:
         """The outcomes of the batches that were joined. Each has the whole batch's metrics, the first one its faults,
@@ -118,7 +120,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             log = RewardLog(size)
             log.extra = {column: values[cut] for column, values in self.log.extra.items()}
             log.logged = self.log.logged
-            outcomes.append(Outcome(scores=self.scores[cut], faults=[] if outcomes else self.faults, log=log))
+            faulted = frozenset(index - start for index in self.faulted if start <= index < start + size)
+            faults = [] if outcomes else self.faults
+            outcomes.append(Outcome(scores=self.scores[cut], faults=faults, log=log, faulted=faulted))
             start += size
         return outcomes
 
@@ -252,7 +256,7 @@ class ActorRunner(Runner):
                 scores[index] = answer
 
         await together([partial(play, index) for index in range(batch.size)])
-        return finite(scores, summed(faults, batch.size), RewardLog(batch.size))
+        return finite(scores, summed(faults, batch.size), RewardLog(batch.size), frozenset(faults))
 
     async def _one(self, sample: RewardSample) -> float | None:
         try:
@@ -288,9 +292,9 @@ def _sample(batch: Batch, index: int) -> RewardSample:
 def as_outcome(answer: tuple[list[float | None], RewardLog] | Fault, size: int) -> Outcome:
     """A function's answer, or that there is none."""
     if isinstance(answer, Fault):
-        return Outcome(scores=[None] * size, faults=[answer], log=RewardLog(size))
+        return Outcome(scores=[None] * size, faults=[answer], log=RewardLog(size), faulted=frozenset(range(size)))
     scores, log = answer
-    return finite(scores, [], log)
+    return finite(scores, [Fault("reward_log", message) for message in log.faults], log)
 
 
 def summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
@@ -303,14 +307,16 @@ def summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
     return summed
 
 
-def finite(scores: list[float | None], faults: list[Fault], log: RewardLog) -> Outcome:
+def finite(
+    scores: list[float | None], faults: list[Fault], log: RewardLog, faulted: frozenset[int] = frozenset()
+) -> Outcome:
     """NaN, infinities and what float32 arithmetic would turn into them become missing scores and one more fault."""
     bad = {index: score for index, score in enumerate(scores) if score is not None and not abs(score) <= _LARGEST}
     if bad:
         shown = ", ".join(f"{score} for sample {index}" for index, score in bad.items())
         faults = [*faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite, {_LARGEST:g} at most")]
         scores = [None if index in bad else score for index, score in enumerate(scores)]
-    return Outcome(scores=scores, faults=faults, log=log)
+    return Outcome(scores=scores, faults=faults, log=log, faulted=faulted | bad.keys())
 
 
 def own_pace(reward: Reward, name: str, section: Pace) -> Pace:

@@ -19,12 +19,13 @@ from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described, is_by_code
 from troupe.rewards.calls import LOOK, Broken, Call, Raised, Ready, Scores
-from troupe.rewards.functions import RewardFunction, RewardLog, Signature, checked_scores
+from troupe.rewards.functions import RewardFunction, Signature, checked_scores
 from troupe.rewards.loading import load_reward
+from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import leave_alone
 from troupe.runtime import Connection, Wire, serve_plainly
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=str)  # what is logged beside the scores may be anything
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def play(wire: Wire) -> None:
@@ -35,14 +36,14 @@ def play(wire: Wire) -> None:
     try:
         if rest == [LOOK]:
             load_reward(spec)
-            wire.send(_ENCODER.encode(Ready()))
+            wire.send(_encode(Ready()))
             return
         function = _load(spec)
     except RewardError as error:
-        wire.send(_ENCODER.encode(Broken(sayable(str(error)))))
+        wire.send(_encode(Broken(sayable(str(error)))))
         return
     signature = Signature.of(function)
-    wire.send(_ENCODER.encode(Ready()))
+    wire.send(_encode(Ready()))
     if signature.is_async:
         wire.play(partial(_play_async, function, signature))
         return
@@ -95,13 +96,13 @@ class _Given:
         """The frame that answers; RewardError where the result breaks the convention."""
         scores = checked_scores(result, self._call.name, self._call.size)
         extra = {column: list(values) for column, values in self._log.extra.items()}
-        return _ENCODER.encode(Scores(scores, extra, self._log.logged))
+        return _encode(Scores(scores, extra, self._log.logged, self._log.faults))
 
 
 def _failed(error: BaseException) -> bytes:
     if isinstance(error, RewardError):
-        return _ENCODER.encode(Broken(sayable(str(error))))
-    return _ENCODER.encode(Raised(described(error), is_by_code(error)))
+        return _encode(Broken(sayable(str(error))))
+    return _encode(Raised(described(error), is_by_code(error)))
 
 
 def _load(spec: str) -> RewardFunction:

@@ -25,7 +25,8 @@ from troupe.sinks.digest import Sample, samples_of
 # metric, label, format: what one looks at while training
 _LINE = (
     ("reward", "reward", ".3f"),
-    ("reward_std", "± within group", ".3f"),
+    ("reward_std_within_groups", "± within group", ".3f"),
+    ("reward_std", "± over the batch", ".3f"),
     ("loss", "loss", "+.4f"),
     ("kl", "KL", ".4f"),
     ("entropy", "entropy", ".3f"),
@@ -36,6 +37,8 @@ _LINE = (
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("step_time", "seconds a step", ".2f"),
 )
+# metric, label: the panel about the reward has the first one that is measured
+_SPREADS = (("reward_std_within_groups", "± in a group"), ("reward_std", "± in all"))
 # heading → metric, label, format
 _PANELS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "learning": (
@@ -220,7 +223,7 @@ class Display:
             "reward",
             list(_reward_rows(metrics, self._encoding))
             if metrics
-            else [("reward", _NOTHING), ("± in a group", _NOTHING)],
+            else [("reward", _NOTHING), (_SPREADS[0][1], _NOTHING)],
         )
         for heading, rows in _PANELS.items():
             yield (
@@ -267,8 +270,8 @@ class Display:
 def _reward_rows(metrics: Mapping[str, float], encoding: str) -> Iterator[tuple[str, str]]:
     if "reward" in metrics:
         yield "reward", _formatted(metrics["reward"], ".3f")
-    if "reward_std" in metrics:
-        yield "± in a group", _formatted(metrics["reward_std"], ".3f")
+    for key, label in [spread for spread in _SPREADS if spread[0] in metrics][:1]:
+        yield label, _formatted(metrics[key], ".3f")
     names = [key[len("rewards/") : -len("/mean")] for key in metrics if _is_of_a_function(key)]
     most = _MOST_REWARDS if len(names) <= _MOST_REWARDS else _MOST_REWARDS - 1
     for name in names[:most]:

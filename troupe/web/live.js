@@ -53,7 +53,7 @@
   }
 
   function rewardSeries() {
-    const spread = column("reward_std");
+    const spread = column("reward_std_within_groups");
     const band = spread.length ? around("reward", (i) => column("reward")[i] - spread[i], (i) => column("reward")[i] + spread[i]) : undefined;
     const parts = Object.keys(curves).filter((name) => name.startsWith("rewards/"));
     const named = (name) => name.slice("rewards/".length, -"/mean".length);
@@ -149,7 +149,7 @@
     const left = pace !== null && total ? (total - step) * pace : null;
     say("left", phase === "ended" || left === 0 ? "none" : left === null ? "–" : duration(left));
     say("left-more", pace === null ? " " : `${figure(pace, "seconds")} a step`);
-    const spread = newest("reward_std");
+    const spread = newest("reward_std_within_groups");
     say("reward", figure(newest("reward")));
     say("reward-more", spread === null ? " " : `± ${figure(spread)} within groups`);
     say("speed", figure(newest("tokens_per_second"), "integer"));
