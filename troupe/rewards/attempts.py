@@ -152,7 +152,7 @@ def described(error: BaseException) -> str:
     try:
         text = " ".join(str(error).split())
     except Exception:  # its __str__ is code like any other
-        text = "its text cannot be had"
+        text = ""
     text = text if len(text) <= 300 else text[:299] + "…"
     place = f" ({place})" if (place := place_of(error)) else ""
     return sayable(f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}")
