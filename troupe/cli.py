@@ -6,10 +6,8 @@ Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 from __future__ import annotations
 
 import functools
-import os
 import secrets
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -22,20 +20,18 @@ import tomli_w
 
 from troupe import __version__, budget, doctor, inspecting
 from troupe.config import DEMO_CONFIG, RUN_TOML, RunConfig, config_table, load_config, said_in
-from troupe.daemon.answers import answer_client
 from troupe.daemon.commands import control
-from troupe.daemon.place import refuse_where_served
-from troupe.daemon.server import ControlServer
 from troupe.errors import InputError
 from troupe.folder_names import run_folder_named
 from troupe.messages import ClosedState
+from troupe.outlets import unhurried
+from troupe.playing import play_in_terminal
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
 from troupe.report.command import report
 from troupe.rollouts import Evaluation, evaluate_folder
 from troupe.stored_run import Choice, open_store
 from troupe.summary import RunResult
-from troupe.supervisor import Supervisor
 from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell
 
 _EXISTING_TEXT = click.Path(path_type=Path)
@@ -77,6 +73,7 @@ for _command in (*control.commands.values(), report):
 )
 @click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved config, train nothing.")
+@unhurried()
 @report_errors
 def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: tuple[str, ...], **flags: Any) -> None:
     """Train a policy with GRPO.
@@ -88,7 +85,8 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
     if dry_run:
         _show_plan(prepare(config, resume=resume, allow_changes=allow_changes))
         return
-    result, interrupted = anyio.run(_train, config, resume, allow_changes)
+    play = functools.partial(play_in_terminal, resume=resume, allow_changes=allow_changes)
+    result, interrupted = anyio.run(play, config)
     _show_result(result)
     if interrupted and not result.complete:
         tell(f"interrupted; go on with: troupe train -o {shlex.quote(result.folder)} --resume")
@@ -151,46 +149,6 @@ def _with_demo_parts(override: dict[str, Any]) -> dict[str, Any]:
         "model": {"path": demo["model"]["path"], **override.get("model", {})},
         "data": {"path": demo["data"]["path"], **override.get("data", {})},
     }
-
-
-async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]) -> tuple[RunResult, bool]:
-    interrupted = False
-    if config.output is not None:
-        refuse_where_served(run_folder_named(config.output))
-
-    async def obey_signals(run: Supervisor) -> None:
-        """First: finish the steps begun. Second: checkpoint and end. Third: leave."""
-        nonlocal interrupted
-        requests = iter(
-            (
-                (run.drain, "finishing the steps begun; a second signal ends at once with the last completed one"),
-                (run.stop, "saving the last completed step; a third signal leaves without saving"),
-            )
-        )
-        # SIGHUP: the terminal was closed
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-            async for _ in signals:
-                interrupted = True
-                request = next(requests, None)
-                if request is None:
-                    os._exit(EXIT_INTERRUPTED)
-                act, meaning = request
-                act()
-                down = run.status().rewards_down if act == run.drain else {}
-                waits = "".join(f"; what was begun waits for the reward {name}, which is down" for name in down)
-                tell(f"interrupt: {meaning}{waits}", error=True)
-
-    async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:
-        for notice in run.notices:
-            tell(f"note: {notice}")
-        async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
-            if server.unavailable is not None:
-                tell(f"note: {server.unavailable}")
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(obey_signals, run)
-                await run.wait()
-                tasks.cancel_scope.cancel()
-    return run.result, interrupted
 
 
 def _show_plan(prepared: Prepared) -> None:

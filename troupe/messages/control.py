@@ -148,6 +148,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Those of the newest Update; empty before the first."""
     restarting: Restarting | None = None
     """None where the run has not failed."""
+    notice: str = ""
+    """What whoever looks at the run should see first, such as that it is ending and what can be done about it."""
 
 
 NOT_STARTED = Status(

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from types import CodeType
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -18,6 +19,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.isolation import in_daemon_thread, in_own_task
+from troupe.runtime import under_way
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's signature; sync or async."""
@@ -52,6 +54,17 @@ def reward_name(reward: Reward) -> str:
         return reward.name or type(reward).__name__
     reward = unwrapped(reward)
     return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def reward_code(reward: Reward) -> CodeType | None:
+    """The code of a function, or of what an actor or an object of another class scores with; None where it has none in
+    Python."""
+    reward = unwrapped(reward)
+    scores = type(reward).score if isinstance(reward, RewardActor) else inspect.unwrap(reward)
+    code = getattr(scores, "__code__", None)
+    if code is None and callable(scores):
+        code = getattr(type(scores).__call__, "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def reward_place(reward: Reward) -> str:
@@ -275,16 +288,22 @@ async def call_function(
     log = RewardLog(size)
     given = {**arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
     call = functools.partial(function, **accepted_arguments(function, given, signature))
+    code = reward_code(function)
     if signature.is_async:
-        return checked_scores(await in_own_task(call), name, size), log
+        with under_way(name, code, in_turns=True):
+            return checked_scores(await in_own_task(call), name, size), log
 
     def play() -> Any:
-        result = call()
-        # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
-        return result if inspect.isawaitable(result) else checked_scores(result, name, size)
+        with under_way(name, code):
+            result = call()
+            # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
+            return result if inspect.isawaitable(result) else checked_scores(result, name, size)
 
     result = play() if signature.is_quick else await in_daemon_thread(play)
-    return checked_scores(await in_own_task(lambda: result) if inspect.isawaitable(result) else result, name, size), log
+    if not inspect.isawaitable(result):
+        return result, log
+    with under_way(name, code, in_turns=True):
+        return checked_scores(await in_own_task(lambda: result), name, size), log
 
 
 def _is_async(function: RewardFunction) -> bool:

@@ -29,11 +29,12 @@ from troupe.rewards.functions import (
     check_signature,
     checked_score,
     own_copy,
+    reward_code,
     reward_scope,
     unwrapped,
 )
 from troupe.rewards.isolation import in_own_task
-from troupe.runtime import together
+from troupe.runtime import together, under_way
 
 _LARGEST = 1e18
 """Of a score's size: advantages square it in float32, which ends at 3.4e38."""
@@ -244,7 +245,8 @@ class ActorRunner(Runner):
         return finite(scores, summed(faults, batch.size), RewardLog(batch.size))
 
     async def _one(self, sample: RewardSample) -> float | None:
-        return checked_score(await in_own_task(partial(self._actor.score, sample)), self.name, sample.index)
+        with under_way(self.name, reward_code(self._actor), in_turns=True):
+            return checked_score(await in_own_task(partial(self._actor.score, sample)), self.name, sample.index)
 
 
 def _sample(batch: Batch, index: int) -> RewardSample:

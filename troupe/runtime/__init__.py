@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits, PolicyBoard
+from troupe.runtime.guarding import Guard, under_way
 from troupe.runtime.mailbox import Broadcast, Channel, ChannelStats, Mailbox, Overflow
 from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError, serve
 from troupe.runtime.report import Reporter
@@ -30,6 +31,7 @@ __all__ = [
     "Credits",
     "DeviceThread",
     "FrameError",
+    "Guard",
     "Mailbox",
     "Overflow",
     "PolicyBoard",
@@ -42,6 +44,7 @@ __all__ = [
     "play",
     "serve",
     "together",
+    "under_way",
 ]
 
 

@@ -163,7 +163,7 @@ class Display:
         width = options.max_width
         yield self._title()
         yield from self._progress(width)
-        yield Text()
+        yield self._banner()
         yield _side_by_side(dict(self._panels()), width)
         yield Text()
         yield self._queues()
@@ -250,6 +250,11 @@ class Display:
             line = lines[i] if i < len(lines) else ""
             score = reward if i == 0 else ""
             yield _row("" if i else "answer", (score, "magenta"), (line[len(score) :], ""))
+
+    def _banner(self) -> Text:
+        """What whoever looks should see first; a free line where there is nothing."""
+        notice = "" if self._status is None or self._phase == "ended" else self._status.notice
+        return _line((visible(notice, self._encoding), "bold reverse"))
 
     def _trouble(self) -> Text:
         status = self._status

@@ -1,0 +1,83 @@
+"""A run in a terminal: what `troupe train` has beside the run itself. Its signals, a guardian, the control socket."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable
+
+import anyio
+
+from troupe.config import RunConfig
+from troupe.daemon.answers import answer_client
+from troupe.daemon.place import refuse_where_served
+from troupe.daemon.server import ControlServer
+from troupe.folder_names import run_folder_named
+from troupe.outlets import finish
+from troupe.runtime import Guard
+from troupe.summary import RunResult
+from troupe.supervisor import Supervisor
+from troupe.terminal import EXIT_INTERRUPTED, tell
+
+_LAST_WORDS_S = 0.5
+"""That a reader has, where the process ends at once."""
+
+
+async def play_in_terminal(
+    config: RunConfig, *, resume: bool, allow_changes: tuple[str, ...]
+) -> tuple[RunResult, bool]:
+    """Play a run to its end → what became of it, and whether somebody interrupted it."""
+    if config.output is not None:
+        refuse_where_served(run_folder_named(config.output))
+    with Guard(config.daemon.kill_after_s, tell=lambda text: tell(text, error=True)) as guard:
+        if guard.unavailable is not None:
+            tell(f"note: {guard.unavailable}")
+        async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:
+            guard.writes_in(run.folder)
+            for notice in run.notices:
+                tell(f"note: {notice}")
+            signals = _Signals(run)
+            async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
+                if server.unavailable is not None:
+                    tell(f"note: {server.unavailable}")
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(signals.obey, guard)
+                    await run.wait()
+                    tasks.cancel_scope.cancel()
+    return run.result, signals.any
+
+
+class _Signals:
+    """First: finish the steps begun. Second: checkpoint and end. Third: leave."""
+
+    def __init__(self, run: Supervisor) -> None:
+        self.any = False
+        self._run = run
+        self._requests: list[Callable[[], None]] = [self._drain, self._stop]
+
+    async def obey(self, guard: Guard) -> None:
+        """Until the run has ended."""
+        # SIGHUP: the terminal was closed
+        with guard.received(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            async for _ in signals:
+                self.any = True
+                if not self._requests:
+                    finish(_LAST_WORDS_S)
+                    os._exit(EXIT_INTERRUPTED)
+                self._requests.pop(0)()
+
+    def _drain(self) -> None:
+        self._run.drain()
+        self._run.remind("Ctrl-C again stops now")
+        down = self._run.status().rewards_down
+        waits = "".join(f"; what was begun waits for the reward {name}, which is down" for name in down)
+        tell(
+            "interrupt: finishing the steps begun; a second signal ends at once with the last completed one" + waits,
+            error=True,
+        )
+
+    def _stop(self) -> None:
+        self._run.stop()
+        self._run.remind("Ctrl-C again leaves at once")
+        tell("interrupt: saving the last completed step; a third signal leaves without saving", error=True)
