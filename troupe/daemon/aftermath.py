@@ -12,14 +12,15 @@ from typing import Literal
 
 import msgspec
 
+from troupe.daemon.silence import silence_of
 from troupe.errors import InputError
 from troupe.run_lock import Owner, read_owner
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
-Fate = Literal["complete", "ended", "cut off", "not begun", "playing"]
+Fate = Literal["complete", "ended", "cut off", "not begun", "playing", "silent"]
 """ended: before its last step, on request; cut off: by a crash, a kill or a power cut; playing: by a process that does
-not answer on a control socket."""
+not answer on a control socket; silent: the same, and its guardian says why."""
 
 
 class _Summary(msgspec.Struct):
@@ -42,6 +43,8 @@ class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
     """The newest, by its name; whether it is whole is seen when it is read."""
     pid: int | None = None
     """Who has the folder, or had it when it died."""
+    reason: str | None = None
+    """Why it does not answer."""
 
 
 def aftermath(folder: Path) -> Aftermath:
@@ -62,8 +65,9 @@ def _aftermath(folder: Path) -> Aftermath:
     summary = _summary(folder / "summary.json")
     step = max(version, 0)
     fate: Fate
+    silence = None if owner is None else silence_of(folder, owner.pid)
     if owner is not None and _may_be_alive(owner):
-        fate = "playing"
+        fate = "playing" if silence is None else "silent"
     elif summary is not None and summary.steps >= step:  # one that is older is of an earlier start
         fate, step = ("complete" if summary.steps >= summary.total_steps else "ended"), summary.steps
     elif owner is None and name is None and not (folder / "metrics.jsonl").exists():
@@ -77,6 +81,7 @@ def _aftermath(folder: Path) -> Aftermath:
         total_steps=None if summary is None else summary.total_steps,
         checkpoint=name,
         pid=None if owner is None else owner.pid,
+        reason=str(silence) if silence is not None and fate == "silent" else None,
     )
 
 
@@ -91,6 +96,11 @@ def describe(found: Aftermath) -> str:
             return f"ended after step {found.step}{of}; {go_on}"
         case "playing":
             return f"process {found.pid} plays a run here, but does not answer; newest checkpoint: {_or_none(found)}"
+        case "silent":
+            return (
+                f"{found.reason}; newest checkpoint: {_or_none(found)}; wait, or end it without saving: "
+                f"troupe stop {shlex.quote(found.folder)} --kill"
+            )
         case "not begun":
             return f"no step is done yet, and nobody is at it; {go_on}"
         case _:

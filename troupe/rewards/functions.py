@@ -19,6 +19,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.isolation import in_daemon_thread, in_own_task
+from troupe.rewards.unscored import Unscored
 from troupe.runtime import under_way
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -213,6 +214,8 @@ class RewardLog:
         """Column → (G,) values for the table of completions."""
         self.logged: dict[str, list[float]] = {}
         """Name → every value logged."""
+        self.why: dict[int, str] = {}
+        """Completion → why the function could not score it."""
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         values = tuple(values)
@@ -272,6 +275,13 @@ def checked_scores(result: Any, name: str, size: int) -> list[float | None]:
     return [checked_score(result[index], name, index) for index in range(size)]
 
 
+def reasons(result: Any) -> dict[int, str]:
+    """Completion → why it was not scored, where a function says so by an `Unscored` in its list."""
+    if not isinstance(result, list):
+        return {}
+    return {index: score.why for index, score in enumerate(result) if isinstance(score, Unscored)}
+
+
 async def call_function(
     function: RewardFunction, name: str, arguments: Mapping[str, Any], size: int, signature: Signature | None = None
 ) -> tuple[list[float | None], RewardLog]:
@@ -296,6 +306,7 @@ async def call_function(
     def play() -> Any:
         with under_way(name, code):
             result = call()
+            log.why = reasons(result)
             # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
             return result if inspect.isawaitable(result) else checked_scores(result, name, size)
 

@@ -282,6 +282,10 @@ def summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
 def finite(scores: list[float | None], faults: list[Fault], log: RewardLog) -> Outcome:
     """NaN, infinities and what float32 arithmetic would turn into them become missing scores and one more fault."""
     bad = {index: score for index, score in enumerate(scores) if score is not None and not abs(score) <= _LARGEST}
+    told = {index: Fault("reward_timeout", log.why[index]) for index in bad if index in log.why}
+    faults = [*faults, *summed(told, len(scores))]
+    scores = [None if index in told else score for index, score in enumerate(scores)]
+    bad = {index: score for index, score in bad.items() if index not in told}
     if bad:
         shown = ", ".join(f"{score} for sample {index}" for index, score in bad.items())
         faults = [*faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite, {_LARGEST:g} at most")]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits, PolicyBoard
+from troupe.runtime.guardian import SILENT
 from troupe.runtime.guarding import Guard, under_way
 from troupe.runtime.mailbox import Broadcast, Channel, ChannelStats, Mailbox, Overflow
 from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError, serve
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from troupe.runtime.device import DeviceThread
 
 __all__ = [
+    "SILENT",
     "Actor",
     "Broadcast",
     "Channel",

@@ -34,8 +34,8 @@ SIGNALS = 3
 """As many end a trainer that does not turn."""
 STACKS_SIGNAL = signal.SIGURG
 """Has a trainer's stacks written down."""
-SILENT, END = "control.silent", "control.end"
-"""In the run folder: what keeps the trainer from answering; that somebody wants it ended all the same."""
+SILENT = "control.silent"
+"""In the run folder: what keeps the trainer from answering."""
 
 _HEAD = struct.Struct("<ddQI")
 _CALL = struct.Struct("<BdQQ")
@@ -132,7 +132,7 @@ class Vigil:
         self._told_signals = 0
         self._next_tell_s = TELL_S
 
-    def look(self, passed_s: float, turned_s: float, heeded: int, waiting: int, end_asked: bool) -> str:
+    def look(self, passed_s: float, turned_s: float, heeded: int, waiting: int) -> str:
         """What to do now: `nothing`, `tell`, or why to end it.
 
         `passed_s` since the last look; of a pause of our own (a machine that slept) no more counts than two looks
@@ -147,8 +147,6 @@ class Vigil:
             return "nothing"
         if waiting and heeded + waiting >= SIGNALS:
             return f"signal {SIGNALS}"
-        if end_asked:
-            return "troupe stop --kill"
         if self.limit_s and self.silent_s >= self.limit_s:
             return f"daemon.kill_after_s = {self.limit_s:g}"
         if waiting > self._told_signals or self.silent_s >= self._next_tell_s:
@@ -243,8 +241,7 @@ class Guardian:
         turned_s, _, _, heeded = self._page.told()
         vigil, before_s = self._vigil, self._vigil.silent_s
         waiting = self._waiting() if before_s else 0
-        asked = before_s >= QUIET_S and (Path(self._page.read("folder")) / END).exists()
-        what = vigil.look(passed_s, turned_s, heeded, waiting, asked)
+        what = vigil.look(passed_s, turned_s, heeded, waiting)
         if vigil.silent_s == 0.0:
             self._speak_no_more()
             return False
@@ -258,8 +255,8 @@ class Guardian:
             vigil.silent_s = 0.0
             return False
         name, sentence = self._reason()
-        sentence = f"{sentence}, for {vigil.silent_s:.0f} s"
         self._write_silent(name, sentence)
+        sentence = f"{sentence}, for {vigil.silent_s:.0f} s"
         if what == "tell":
             left = SIGNALS - heeded - waiting
             how = "Ctrl-C again ends the run at once" if left == 1 else f"Ctrl-C {left} times ends the run at once"
@@ -348,9 +345,8 @@ class Guardian:
 
     def _speak_no_more(self) -> None:
         if self._silent is not None:
-            for path in (self._silent, self._silent.with_name(END)):
-                with suppress(OSError):
-                    path.unlink()
+            with suppress(OSError):
+                self._silent.unlink()
             self._silent = None
 
     def _say(self, text: str) -> None:
