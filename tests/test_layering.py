@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "messages": set(),
     "grpo": set(),
     "policy": set(),
-    "runtime": {"messages"},
+    "runtime": {"messages", "outlets"},
     "dataset": {"messages"},
     "run_store": {"messages"},
     "stored_run": {"messages", "run_store"},

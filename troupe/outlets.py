@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import io
 import os
+import queue
 import select
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TextIO
@@ -23,6 +24,8 @@ MOST_BYTES = 1 << 20
 """That may wait for a reader."""
 PATIENCE_S = 5.0
 """At the end, with a reader who takes nothing."""
+_NO_PATIENCE_S = 0.5
+_MOST_PIECES = 1000
 _PIECE = 4096
 """Bytes in one write: a pipe that has room for any takes so many at once."""
 
@@ -79,8 +82,8 @@ class Outlet:
         for rest in begun.values():
             self.put(rest)
 
-    def close(self, patience_s: float = PATIENCE_S) -> None:
-        """Wait until all is written, or nothing of it for `patience_s`; the thread ends when it can."""
+    def close(self, patience_s: float = PATIENCE_S) -> bool:
+        """Wait until all is written, or nothing of it for `patience_s`; the thread ends when it can. Whether it was."""
         with self._change:
             self._closing = True
             self._change.notify_all()
@@ -88,9 +91,11 @@ class Outlet:
             while (self._waiting or self._busy) and written != self._written:
                 written = self._written
                 self._change.wait_for(partial(self._has_moved, written), patience_s)
+            done = not (self._waiting or self._busy)
             self._gone = True
             self._waiting.clear()
             self._change.notify_all()
+        return done
 
     def _has_moved(self, written: int) -> bool:
         return self._written != written or not (self._waiting or self._busy)
@@ -186,18 +191,56 @@ def unhurried(patience_s: float = PATIENCE_S) -> Iterator[None]:
     try:
         yield
     finally:
-        for outlet in outlets:
-            _finish(outlet, patience_s)
+        _finish(outlets, patience_s)
         for name, stream in before.items():
             setattr(sys, name, stream)
 
 
 def finish(patience_s: float = PATIENCE_S) -> None:
     """Have everything written, if somebody reads it, before the process ends at once."""
-    for outlet in filter(None, map(outlet_of, (sys.stdout, sys.stderr))):
-        _finish(outlet, patience_s)
+    _finish([outlet for outlet in map(outlet_of, (sys.stdout, sys.stderr)) if outlet is not None], patience_s)
 
 
-def _finish(outlet: Outlet, patience_s: float) -> None:
-    outlet.divert(None)
-    outlet.close(patience_s)
+def _finish(outlets: Sequence[Outlet], patience_s: float) -> None:
+    for outlet in outlets:
+        outlet.divert(None)
+        if not outlet.close(patience_s):
+            patience_s = min(patience_s, _NO_PATIENCE_S)  # mostly nobody reads the other one either
+
+
+class Aside:
+    """Passes on to `sys.stderr` what others print, for an event loop that must not wait: where nobody has made that
+    stream `unhurried`, a thread writes. Of what is too much the newest is left out."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[str] = queue.Queue(_MOST_PIECES)
+        self._thread: threading.Thread | None = None
+
+    def write(self, text: str) -> None:
+        """Have it written. Never waits."""
+        if outlet_of(sys.stderr) is not None:
+            sys.stderr.write(text)
+            return
+        with suppress(queue.Full):
+            self._waiting.put_nowait(text)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="troupe-aside", daemon=True)
+            self._thread.start()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something is not written yet."""
+        return self._waiting.unfinished_tasks > 0
+
+    def settle(self, patience_s: float) -> None:
+        """Wait until everything is written, or so long."""
+        with self._waiting.all_tasks_done:
+            self._waiting.all_tasks_done.wait_for(lambda: not self._waiting.unfinished_tasks, patience_s)
+
+    def _run(self) -> None:
+        while True:
+            text = self._waiting.get()
+            with suppress(OSError, ValueError, AttributeError):  # nobody may be there to read it
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            self._waiting.task_done()

@@ -118,10 +118,10 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
             _show(ask(folder, GetStatus(), _patience_s(folder)), folder, as_json=as_json, clear=watch and not as_json)
             goes_on = True
         except (NobodyThereError, RunError) as error:
+            if isinstance(error, RunError) and silence_of(folder) is None:
+                raise
             found = aftermath(folder)
             goes_on = found.fate == "silent"
-            if not goes_on and isinstance(error, RunError):
-                raise
             tell(msgspec.json.encode(found).decode() if as_json else f"{folder}: {describe_aftermath(found)}")
         if not watch or not goes_on:
             return
