@@ -65,7 +65,7 @@ def _aftermath(folder: Path) -> Aftermath:
     summary = _summary(folder / "summary.json")
     step = max(version, 0)
     fate: Fate
-    silence = None if owner is None else silence_of(folder, owner.pid)
+    silence = silence_of(folder)
     if owner is not None and _may_be_alive(owner):
         fate = "playing" if silence is None else "silent"
     elif summary is not None and summary.steps >= step:  # one that is older is of an earlier start

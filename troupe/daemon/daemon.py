@@ -10,6 +10,7 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ from troupe.messages import (
     Status,
     Stop,
 )
+from troupe.runtime import SILENT
 from troupe.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 
 _FROM_SIGNAL = "a signal"
@@ -216,6 +218,8 @@ class Daemon:
             self._trainer, self._silence = None, trainer.silence
             trainer.hang_up()
             await child.aclose()
+            with suppress(OSError):
+                (self._order.output / SILENT).unlink(missing_ok=True)
         return end
 
     async def _follow(self, trainer: Player) -> Last:

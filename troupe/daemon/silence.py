@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from troupe.run_lock import read_owner
 from troupe.runtime import SILENT
 
 
@@ -32,12 +33,16 @@ class Silence(msgspec.Struct, frozen=True):
 
 
 def silence_of(folder: Path, pid: int | None = None) -> Silence | None:
-    """What is said of the trainer `pid`, or of whoever has the folder; None where it answers, for all that is known."""
+    """What is said of the trainer `pid`, or of whoever has the folder and lives; None where it answers, for all that is
+    known. A guardian that was killed with its trainer has left what it said."""
+    if pid is None:
+        owner = read_owner(folder)
+        pid = owner.pid if owner is not None and owner.is_alive else None
     try:
         found = msgspec.json.decode((folder / SILENT).read_bytes(), type=Silence)
     except (OSError, msgspec.MsgspecError):
         return None
-    return found if pid in (None, found.pid) else None
+    return found if found.pid == pid else None
 
 
 def remedy(silence: Silence) -> str:
