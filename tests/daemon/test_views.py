@@ -80,3 +80,8 @@ def test_the_time_that_is_left() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_notice_comes_first() -> None:
+    lines = describe(msgspec.structs.replace(STATUS, notice="finishing step 4"), "o").splitlines()
+    assert lines[1] == "  notice        finishing step 4"
