@@ -25,7 +25,7 @@ from troupe.errors import InputError
 from troupe.folder_names import run_folder_named
 from troupe.messages import ClosedState
 from troupe.outlets import unhurried
-from troupe.playing import play_in_terminal
+from troupe.playing import guarded, play_in_terminal
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
 from troupe.report.command import report
@@ -271,6 +271,7 @@ def eval_command(
     data = load_config(None, settings).data
     started_s = time.perf_counter()
     result: Evaluation = anyio.run(
+        guarded,
         functools.partial(
             evaluate_folder,
             model or _demo_model(),
@@ -281,7 +282,7 @@ def eval_command(
             temperature=temperature,
             seed=seed,
             dtype=dtype,
-        )
+        ),
     )
     seconds = time.perf_counter() - started_s
     if result.incidents:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import anyio
 
@@ -22,6 +23,8 @@ from troupe.terminal import EXIT_INTERRUPTED, tell
 
 _LAST_WORDS_S = 0.5
 """That a reader has, where the process ends at once."""
+
+T = TypeVar("T")
 
 
 async def play_in_terminal(
@@ -46,6 +49,12 @@ async def play_in_terminal(
                     await run.wait()
                     tasks.cancel_scope.cancel()
     return run.result, signals.any
+
+
+async def guarded(work: Callable[[], Awaitable[T]]) -> T:
+    """Do some work of which Ctrl-C comes to an end even where a reward holds Python's lock."""
+    with Guard():
+        return await work()
 
 
 class _Signals:

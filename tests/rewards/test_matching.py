@@ -51,7 +51,8 @@ def test_processes_end_with_what_they_are_for_and_one_that_was_killed_is_replace
     matching.full(["1"])
     [child] = matching._idle
     os.kill(child.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert child.stdout is not None
+    assert child.stdout.read() == b"", "it has ended"
     assert matching.full(["1"]) == [True]
     [other] = matching._idle
     assert other.pid != child.pid

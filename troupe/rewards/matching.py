@@ -46,7 +46,7 @@ class Matching:
         Raises OSError where there can be no process, RuntimeError where one ends as it should not.
         """
         found: list[bool | None] = []
-        limit_s = self.limit_s(len(texts))
+        limit_s, ended = self.limit_s(len(texts)), 0
         while len(found) < len(texts):
             rest = texts[len(found) :]
             with self._places, self._a_matcher() as child:
@@ -54,9 +54,12 @@ class Matching:
                 found += matches
                 if len(matches) < len(rest):
                     code = child.wait()
-                    if code != -signal.SIGPROF:
+                    if code == -signal.SIGPROF:
+                        found.append(None)
+                        continue
+                    ended += 1  # by somebody, or for want of memory
+                    if ended > 1:
                         raise RuntimeError(f"the process that matches the pattern has ended with code {code}")
-                    found.append(None)
         return found
 
     @contextmanager
