@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
+from tests.kills import processes
 from troupe.runtime import Guard, guarding, under_way
 from troupe.runtime.guardian import Page
 
@@ -63,6 +65,32 @@ async def test_calls_under_way_are_on_the_page() -> None:
         assert guard._page.calls() == []
         assert guard._page.read("folder") == "/runs/kind"
     assert guarding._pages == []
+
+
+FORK = """
+import os, signal, anyio
+from troupe.runtime import Guard, guarding  # without MLX, which does not bear a fork
+
+async def main():
+    with Guard() as guard, guard.received(signal.SIGTERM):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(len(guarding._pages))
+        code = os.waitpid(child, 0)[1]
+        await anyio.sleep(0.02)
+        print(code, guard._page.told()[3])
+
+anyio.run(main)
+"""
+
+
+def test_a_fork_s_signals_are_its_own() -> None:
+    """Ctrl-C comes to a reward's forked workers too, and must not count twice."""
+    environment = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
+    assert done.stdout == "0 0\n"
 
 
 async def test_it_tells_that_it_turns() -> None:
@@ -123,20 +151,25 @@ REGEX = "import re; re.match(r'(a+)+$', 'a' * 40 + 'b')"
 ALL = "signal.SIGINT, signal.SIGTERM, signal.SIGHUP"
 
 
-def hung(code: str, folder: Path, *, thread: bool = True, limit: float = 0.0) -> subprocess.Popen[str]:
+@contextmanager
+def hung(code: str, folder: Path, *, thread: bool = True, limit: float = 0.0) -> Iterator[subprocess.Popen[str]]:
+    """A process that hangs already."""
     script = HUNG.format(code=code, thread=thread, limit=limit, signals=ALL)
     (folder / "hung.py").write_text(script)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "hung.py"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "hangs\n"
-    return process
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "hangs\n"
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
@@ -161,6 +194,19 @@ def test_the_third_signal_ends_what_hangs_and_names_it(code: str, thread: bool, 
     assert time.monotonic() - began_s < 20
     assert "troupe: ended without saving (signal 3): the reward kind (hung.py:" in err
     assert does in err
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_no_guardian_outlives_whom_it_guards(tmp_path: Path) -> None:
+    with hung("time.sleep(1000)", tmp_path) as process:
+        [guardian] = [line.split()[1] for line in processes() if line.split()[0] == str(process.pid)]
+        process.kill()
+        process.communicate(timeout=60)  # which it has the end of, too
+    until_s = time.monotonic() + 10.0
+    while any(line.split()[1] == guardian for line in processes()):
+        assert time.monotonic() < until_s, guardian
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

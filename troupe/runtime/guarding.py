@@ -169,7 +169,7 @@ class Guard:
         while not self._over.wait(TICK_S):
             self._pulsed_s = now_s = time.monotonic()
             self._write()
-            threads = {thread.ident: thread.native_id for thread in threading.enumerate()}
+            threads = {thread.ident: thread.native_id for thread in threading.enumerate() if thread.ident}
             self._page.write("threads", json.dumps(threads))
             if now_s - self._turned_s > STACKS_S and self._turned_s > written_s:
                 written_s = now_s
@@ -240,6 +240,17 @@ def _shared(stack: ExitStack, content: bytes) -> int:
         descriptor = os.dup(file.fileno())
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _forget_in_child() -> None:
+    """A fork has its parent's end of the socket, and would tell it of signals that are its own."""
+    if _pages:
+        _pages.clear()
+        with suppress(ValueError, OSError):
+            signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _ignore(number: int, frame: Any) -> None:
