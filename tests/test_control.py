@@ -209,11 +209,29 @@ def test_drain_and_checkpoint(theatre: Theatre) -> None:
         await anyio.lowlevel.checkpoint()
         await anyio.sleep(0.01)
         assert run.status().phase == "draining"
+        step, last = run.status().step, theatre.run.config.schedule.max_staleness
+        assert run.status().notice == (
+            f"finishing steps {step + 1} to {step + 2}" if last else f"finishing step {step + 1}"
+        )
+        run.remind("Ctrl-C again stops now")
+        assert run.status().notice.endswith("; Ctrl-C again stops now")
 
     theatre.play(body)
     assert 2 <= theatre.run.result.steps < STEPS
     assert theatre.ledger.written[0] < theatre.run.result.steps
     assert theatre.ledger.final == theatre.run.result.steps
+    assert theatre.run.status().notice == "", "it has ended"
+
+
+def test_a_stop_says_which_step_is_saved(theatre: Theatre) -> None:
+    async def body(run: Supervisor) -> None:
+        await first_update(run)
+        assert run.status().notice == ""
+        run.stop()
+        run.remind("Ctrl-C again leaves at once")
+        assert run.status().notice == f"stopping, saving step {run.status().step}; Ctrl-C again leaves at once"
+
+    theatre.play(body)
 
 
 def test_the_status_names_every_live_group_and_who_has_it(tmp_path: Path) -> None:

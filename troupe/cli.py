@@ -5,16 +5,12 @@ Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import os
 import secrets
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +23,31 @@ from troupe import __version__
 from troupe.activity import Stage
 from troupe.config import (
     DEMO_CONFIG,
-    RunConfig,
     config_table,
     known_keys,
     layered,
     load_config,
     settings_layers,
 )
-from troupe.daemon.answers import answer_client
 from troupe.daemon.commands import control
-from troupe.daemon.place import refuse_where_served
-from troupe.daemon.server import ControlServer
 from troupe.errors import InputError
 from troupe.flags import Commands
-from troupe.folder_names import policy_folder, run_folder_named
+from troupe.folder_names import policy_folder
 from troupe.given import TRAIN_KEYS, flag_layers, train_config, with_flag
 from troupe.looking import doctor, inspect
 from troupe.naming import ours_for, told
+from troupe.outlets import unhurried
 from troupe.plan_words import describe_plan
+from troupe.playing import guarded, play_in_terminal
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.prepare import Prepared, prepare
 from troupe.report.command import report
 from troupe.rollouts import Evaluation, evaluate_folder
 from troupe.runtime import together
 from troupe.summary import RunResult
-from troupe.supervisor import Supervisor
 from troupe.terminal import EXIT_INTERRUPTED, Number, report_errors, tell, tell_json
 
 _EXISTING_TEXT = click.Path(path_type=Path)
-_LOADS_SILENTLY_S = 2.0
-"""Before it is said that the model and the prompts are being loaded."""
 _EVALUATES_SILENTLY_S = 10.0
 """From one line that says how far an evaluation is to the next."""
 
@@ -141,6 +132,7 @@ for _command in (*control.commands.values(), report, inspect, doctor):
     help="Any key that --dry-run lists; may be repeated.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, print plan and resolved config, train nothing.")
+@unhurried()
 @report_errors
 def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: tuple[str, ...], **flags: Any) -> None:
     """Train a policy with GRPO.
@@ -154,7 +146,8 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
         if dry_run:
             _show_plan(prepare(config, resume=resume, allow_changes=allow_changes, to_show=True))
             return
-        result, interrupted = anyio.run(_train, config, resume, allow_changes)
+        play = functools.partial(play_in_terminal, resume=resume, allow_changes=allow_changes)
+        result, interrupted = anyio.run(play, config)
     except InputError as error:
         raise with_flag(error, flags) from None
     _show_result(result)
@@ -167,55 +160,6 @@ def _say_policy(model: str | None) -> None:
     """Tell whoever names the folder of a run which policy that is."""
     if model is not None and (found := policy_folder(Path(model).expanduser())) != Path(model).expanduser():
         tell(f"note: {model} is the folder of a run, so its policy is taken: {found}", error=True)
-
-
-async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]) -> tuple[RunResult, bool]:
-    interrupted = False
-    if config.output is not None:
-        refuse_where_served(run_folder_named(config.output))
-
-    async def obey_signals(run: Supervisor) -> None:
-        """First: finish the steps begun. Second: checkpoint and end. Third: leave."""
-        nonlocal interrupted
-        requests = iter(
-            (
-                (run.drain, "finishing the steps begun; a second signal ends at once with the last completed one"),
-                (run.stop, "saving the last completed step; a third signal leaves without saving"),
-            )
-        )
-        # SIGHUP: the terminal was closed
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-            async for _ in signals:
-                interrupted = True
-                request = next(requests, None)
-                if request is None:
-                    os._exit(EXIT_INTERRUPTED)
-                act, meaning = request
-                act()
-                down = run.status().rewards_down if act == run.drain else {}
-                waits = "".join(f"; what was begun waits for the reward {name}, which is down" for name in down)
-                tell(f"interrupt: {meaning}{waits}", error=True)
-
-    def tell_of_loading() -> None:
-        model, prompts = (Path(path or "").name for path in (config.model.path, config.data.path))
-        tell(f"loading the model {model} and the prompts {prompts}")
-
-    loading = asyncio.get_running_loop().call_later(_LOADS_SILENTLY_S, tell_of_loading)
-    async with AsyncExitStack() as playing:
-        try:
-            run = await playing.enter_async_context(Supervisor(config, resume=resume, allow_changes=allow_changes))
-        finally:
-            loading.cancel()
-        for notice in run.notices:
-            tell(f"note: {notice}")
-        async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
-            if server.unavailable is not None:
-                tell(f"note: {server.unavailable}")
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(obey_signals, run)
-                await run.wait()
-                tasks.cancel_scope.cancel()
-    return run.result, interrupted
 
 
 def _show_plan(prepared: Prepared) -> None:
@@ -397,7 +341,7 @@ async def _evaluated(evaluating: Callable[..., Awaitable[Evaluation]]) -> Evalua
                 if (activity := stage.activity(time.perf_counter())) is not None:
                     tell(activity.text, error=True)
 
-    await together([work, speak])
+    await guarded(functools.partial(together, [work, speak]))
     return results[0]
 
 

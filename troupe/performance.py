@@ -93,6 +93,7 @@ class Performance:
         self._watchdog_s = prepared.live.watchdog_s
         self._watching = anyio.CancelScope()
         self._stopping = self._playing = False
+        self._hint = ""
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self._farewells: list[tuple[str, Sitting, int]] = []
@@ -104,6 +105,26 @@ class Performance:
         if not self._ended.is_set():
             self._stopping = True
             self._scope.cancel()
+
+    def remind(self, hint: str) -> None:
+        """Say with the notice what can be done next; at once where the status is shown."""
+        self._hint = hint
+        if self._pipeline.sinks.take(Status):
+            self._pipeline.sinks.write(self.status())
+
+    @property
+    def notice(self) -> str:
+        """What a run does that was asked to end; empty where it was not, and when it has ended."""
+        version, ledger = self._pipeline.learner.version, self._pipeline.ledger
+        if self._ended.is_set() or not (self._stopping or ledger.draining or self._hint):
+            return ""
+        begun = -(-ledger.next // self._prepared.config.learner.batch_size)
+        doing = f"finishing step {begun}" if begun <= version + 1 else f"finishing steps {version + 1} to {begun}"
+        if self._stopping:
+            doing = f"stopping, saving step {version}"
+        elif begun <= version:
+            doing = "finishing"
+        return f"{doing}; {self._hint}" if self._hint else doing
 
     @property
     def phase(self) -> Phase:
@@ -138,6 +159,7 @@ class Performance:
             incidents=dict(pipeline.tally.incidents),
             metrics=dict(updates[-1].metrics) if updates else {},
             activity=None if self._ended.is_set() else self._activity(now_s),
+            notice=self.notice,
         )
 
     def _activity(self, now_s: float) -> Activity | None:

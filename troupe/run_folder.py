@@ -18,7 +18,7 @@ from troupe.weights_files import remove_leftovers
 
 _NUMBERED = re.compile(r"(.+)-(\d{3,})")
 _NOT_OF_A_RUN = re.compile(
-    rf"{re.escape(LOCK)}|control\.(sock|path|lock)|page\.url|\.c[a-z0-9_]{{8}}|daemon\.log.*|\.writing-{re.escape(RUN_TOML)}"
+    rf"{re.escape(LOCK)}|control\.(sock|path|lock|silent~?)|page\.url|\.c[a-z0-9_]{{8}}|daemon\.log.*|\.writing-{re.escape(RUN_TOML)}"
 )
 """Files that may lie in a folder in which no run has begun: of who holds it, and of a start that was killed."""
 _RUNS_AT_ONCE = 10_000

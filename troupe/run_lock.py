@@ -43,7 +43,7 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_alive(self) -> bool:
         """Whether the owner runs on this machine now; another program with its number is not the owner."""
-        if not self.is_here or not _exists(self.pid):
+        if not self.is_here or not _exists(self.pid) or _is_dead(self.pid):
             return False
         there = process_identity(self.pid)
         return self.process is None or there is None or there == self.process
@@ -172,6 +172,22 @@ def _exists(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether a process that is there has ended, and nobody has asked how: it holds no lock and does nothing more."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return False
+        try:
+            state = subprocess.run(
+                ["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True, timeout=10
+            ).stdout
+        except (OSError, subprocess.SubprocessError):
+            return False
+    return state.strip()[:1] in ("Z", "X")
 
 
 def _write(descriptor: int) -> None:

@@ -214,6 +214,11 @@ class Supervisor:
         if self._performance is not None:
             self._performance.stop()
 
+    def remind(self, hint: str) -> None:
+        """Have the status say in its `notice`, while the run is ending on request, what can be done next."""
+        if self._performance is not None:
+            self._performance.remind(hint)
+
     def exchange_reward(self, name: str, reward: Reward | str) -> None:
         """Ask for `reward`, or the one that a text names as the config does, in the place of the one called `name`, for
         all groups whose scoring begins afterwards.

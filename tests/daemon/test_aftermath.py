@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 
 from troupe.daemon.aftermath import Aftermath, aftermath, describe
 from troupe.errors import InputError
-from troupe.run_lock import LOCK, Owner, RunLock
+from troupe.run_lock import LOCK, Owner, RunLock, process_identity
 
 
 @pytest.fixture
@@ -124,3 +125,32 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         aftermath(tmp_path / ("a" * 300))
+
+
+def test_a_run_whose_guardian_says_why_it_does_not_answer(run: Path) -> None:
+    lock = RunLock(run)
+    lock.take()
+    add_checkpoint(run, 5)
+    told = {"pid": os.getpid(), "name": "kind", "reason": "the reward kind holds Python's lock", "since": 0.0}
+    (run / "control.silent").write_text(json.dumps(told))
+    found = aftermath(run)
+    assert (found.fate, found.checkpoint) == ("silent", "step-00000005")
+    assert describe(found).startswith("not answering for ")
+    assert "the reward kind holds Python's lock; newest checkpoint: step-00000005; wait, or end it" in describe(found)
+    assert f"troupe stop {run} --kill" in describe(found)
+    (run / "control.silent").write_text(json.dumps({**told, "pid": 1}))
+    assert aftermath(run).fate == "playing", "it was said of another one"
+    lock.release()
+
+
+def test_who_has_died_and_is_not_buried_plays_nothing(run: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    owner = Owner(pid=dead.pid, host=os.uname().nodename, started=0.0, process=process_identity(dead.pid))
+    until_s = time.monotonic() + 30.0
+    while owner.is_alive:
+        assert time.monotonic() < until_s
+        time.sleep(0.001)
+    (run / LOCK).write_bytes(msgspec.json.encode(owner))
+    assert aftermath(run).fate == "cut off"
+    dead.wait()
+    assert Owner(pid=os.getpid(), host=os.uname().nodename, started=0.0).is_alive

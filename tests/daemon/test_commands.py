@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
+import signal
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -36,6 +41,8 @@ from troupe.messages import (
     Step,
     Stop,
 )
+from troupe.run_lock import LOCK, Owner, process_identity
+from troupe.runtime import SILENT
 
 
 class Host:
@@ -308,3 +315,52 @@ def test_a_request_to_a_run_that_nobody_plays_says_what_became_of_it(tmp_path: P
     result = call("drain", str(tmp_path))
     assert result.exit_code == 2
     assert f"{tmp_path}: nobody plays a run in this folder now; complete: 4 of 4 steps" in result.stderr
+
+
+@pytest.fixture
+def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that plays in the folder, does not answer, and whose guardian says why."""
+    monkeypatch.setattr(command_room, "_HOPE_S", 0.05)
+    process = subprocess.Popen(["sleep", "1000"])
+    owner = Owner(pid=process.pid, host=platform.node(), started=0.0, process=process_identity(process.pid))
+    (tmp_path / LOCK).write_bytes(msgspec.json.encode(owner))
+    told = {"pid": process.pid, "name": "kind", "reason": "the reward kind holds Python's lock", "since": time.time()}
+    (tmp_path / SILENT).write_text(json.dumps(told))
+    (tmp_path / "run.toml").write_text("")
+    with socket.socket(socket.AF_UNIX) as deaf:
+        monkeypatch.chdir(tmp_path)
+        deaf.bind("control.sock")
+        deaf.listen()
+        yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_run_that_hangs_is_told_of(tmp_path: Path, hung: subprocess.Popen[bytes]) -> None:
+    result = call("status", str(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{tmp_path}: not answering for 0 s: the reward kind holds Python's lock; newest")
+    found = json.loads(call("status", str(tmp_path), "--json").stdout)
+    assert (found["fate"], found["pid"]) == ("silent", hung.pid)
+    for command in ("pause", "stop", "drain"):
+        result = call(command, str(tmp_path))
+        assert result.exit_code == 3
+        assert "the reward kind holds Python's lock; the request is heeded when that is over" in result.stderr
+        assert f"troupe stop {tmp_path} --kill" in result.stderr
+    assert hung.poll() is None
+
+
+def test_a_run_that_hangs_can_be_ended(tmp_path: Path, hung: subprocess.Popen[bytes]) -> None:
+    result = call("stop", str(tmp_path), "--kill")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"process {hung.pid} was killed, not answering for ")
+    assert hung.wait(30) == -signal.SIGKILL
+    (tmp_path / "control.sock").unlink()  # the system closes a dead one's
+    assert call("status", str(tmp_path)).stdout.startswith(f"{tmp_path}: ")
+    assert call("stop", str(tmp_path), "--kill").exit_code == 2, "nobody is there any more"
+
+
+def test_a_run_that_answers_is_not_killed(host: Host) -> None:
+    (host.folder / SILENT).write_text('{"pid": 1, "name": "x", "reason": "x", "since": 0}')
+    assert call("stop", str(host.folder), "--kill").stderr == "troupe: refused: no brakes\n"
+    assert call("stop", str(host.folder / "nowhere"), "--kill").exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -41,7 +42,7 @@ from troupe.messages import (
     Step,
     Stop,
 )
-from troupe.runtime import ChildEnded
+from troupe.runtime import SILENT, ChildEnded
 
 ME = Peer(uid=501, pid=7)
 TOTAL = 10
@@ -612,6 +613,55 @@ def test_a_trainer_that_hangs_is_killed_and_another_goes_on(tmp_path: Path, log:
     assert theatre.play(body) == 0
     assert len(theatre.children) == 2
     assert "was killed" in log.text
+
+
+def silent(theatre: Theatre, name: str = "kind") -> None:
+    """The trainer hangs, and its guardian says why."""
+    theatre.child.deaf = True
+    told = {"pid": theatre.child.pid, "name": name, "reason": f"the reward {name} holds Python's lock", "since": 0.0}
+    (theatre.output / SILENT).write_text(json.dumps(told))
+
+
+def test_a_call_that_hangs_is_named_and_not_tried_over_and_over(tmp_path: Path) -> None:
+    theatre = Theatre(tmp_path, kill_after_s=60.0)
+
+    async def body() -> None:
+        theatre.child.play(2)
+        silent(theatre)
+        status = await theatre.status()
+        assert (status.phase, status.notice) == ("running", "the reward kind holds Python's lock")
+        assert status.doing["trainer"].endswith(" s: the reward kind holds Python's lock")
+        reply = await theatre.ask(Checkpoint())
+        assert isinstance(reply, Done)
+        assert "the reward kind holds Python's lock" in reply.message
+        await anyio.sleep(80)
+        status = await theatre.status()
+        assert status.restarting is not None
+        assert "was killed: the reward kind holds Python's lock" in status.restarting.reason
+        assert not (theatre.output / SILENT).exists()
+        theatre.child.play(2)
+        silent(theatre)
+
+    assert theatre.play(body) == 3
+    assert len(theatre.children) == 2
+    assert theatre.spawned_s[1] < 100
+    assert "given up: the reward kind holds Python's lock, and a start from the same step" in theatre.daemon.last_words
+    assert 'rewards.run = ["process"]' in theatre.daemon.last_words
+
+
+def test_what_was_said_of_another_trainer_says_nothing_of_this_one(tmp_path: Path) -> None:
+    theatre = Theatre(tmp_path, kill_after_s=60.0)
+
+    async def body() -> None:
+        for _ in range(3):
+            theatre.child.play(2)
+            silent(theatre)
+            (theatre.output / SILENT).write_text('{"pid": 99, "name": "x", "reason": "x", "since": 0.0}')
+            await anyio.sleep(80)
+        theatre.child.play(2)
+        theatre.child.tell(Finished(steps=TOTAL, total_steps=TOTAL))
+
+    assert theatre.play(body) == 0
 
 
 def test_a_trainer_may_hang_where_nobody_minds(tmp_path: Path) -> None:

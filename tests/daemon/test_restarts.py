@@ -83,3 +83,20 @@ def test_the_real_jitter_stays_within_it() -> None:
         pause_s = Attempts(DaemonConfig()).failed()
         assert pause_s is not None
         assert 0.75 <= pause_s <= 1.25
+
+
+def test_what_hangs_twice_at_the_same_place_is_not_tried_again() -> None:
+    tries = attempts()
+    assert tries.failed(hung_in="kind") == 1.0
+    assert tries.failed(hung_in="kind") is None
+
+
+def test_a_hang_elsewhere_or_another_failure_or_a_step_in_between_is_another_matter() -> None:
+    tries = attempts(restarts=20)
+    assert tries.failed(hung_in="kind") is not None
+    assert tries.failed(hung_in="judge") is not None
+    assert tries.failed() is not None
+    assert tries.failed(hung_in="judge") is not None
+    tries.reached(1)
+    assert tries.failed(hung_in="judge") is not None
+    assert tries.failed(hung_in="judge") is None

@@ -96,3 +96,8 @@ def test_what_the_run_is_at_comes_first_and_nothing_acts_on_a_terminal() -> None
     lines = describe(status, f"runs/{odd}").splitlines()
     assert lines[2] == "  now           waiting for reward j\\x1b[2J\\x07: refused (2 tries, 1 s)"
     assert "".join(lines).isprintable()
+
+
+def test_a_notice_comes_first() -> None:
+    lines = describe(msgspec.structs.replace(STATUS, notice="finishing step 4"), "o").splitlines()
+    assert lines[1] == "  notice        finishing step 4"

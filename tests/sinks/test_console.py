@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import logging
+import os
+import re
+import sys
+import threading
+from contextlib import suppress
 from io import BytesIO, StringIO, TextIOWrapper
 from types import SimpleNamespace
 
@@ -8,6 +14,7 @@ from rich.console import Console
 
 from tests.sinks.steps import closed, status, update
 from troupe.messages import Activity, GroupClosed, Incident, Slot
+from troupe.outlets import of_a_display, unhurried
 from troupe.sinks import ConsoleSink, PlainSink, RunInfo
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=4, first_step=1)
@@ -150,3 +157,51 @@ def test_plain_lines_hold_nothing_that_acts_on_a_terminal() -> None:
         "incident in scorer: one⏎step 9/9\\r\\x9b",
         "waiting for reward \\x1b]0;x\\x07",
     ]
+
+
+def test_what_others_print_goes_above_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, ours = os.openpty()
+    real = os.fdopen(os.dup(ours), "w", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", real)
+    monkeypatch.setattr(sys, "stderr", os.fdopen(os.dup(ours), "w", encoding="utf-8"))
+    read = b""
+
+    def read_on() -> None:
+        nonlocal read
+        with suppress(OSError):  # the end of a terminal
+            while more := os.read(terminal, 65536):
+                read += more
+
+    reader = threading.Thread(target=read_on)
+    reader.start()
+    with unhurried():
+        handler = logging.StreamHandler()  # before the display is there
+        console = Console(file=of_a_display(sys.stdout), force_terminal=True, width=60, height=40)
+        sink = ConsoleSink(RUN, console)
+        sink.open()
+        handler.emit(logging.makeLogRecord({"msg": "logged early"}))
+        sys.stdout.write("half ")
+        sys.stdout.write("a line [red]\n")
+        for number in range(900):
+            sys.stderr.write(f"line {number}\n")
+        sink.write(update(2))
+        sink.close()
+        print("after")
+    for stream in (real, sys.stderr):
+        stream.close()
+    monkeypatch.undo()
+    os.close(ours)
+    reader.join()
+    os.close(terminal)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", read.decode()).replace("\r", "")
+    lines = text.splitlines()
+    assert "logged early" in lines
+    assert "half a line [red]" in lines
+    assert "line 899" in lines
+    assert not [
+        text
+        for text in lines
+        if "line" in text and not re.fullmatch(r"(line \d+|half a line \[red\]|.*left out.*)", text)
+    ]
+    assert lines[-1] == "after"
+    assert lines.index("line 899") < max(i for i, text in enumerate(lines) if text.startswith("incidents"))

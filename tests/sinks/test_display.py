@@ -226,3 +226,16 @@ def test_times_as_a_clock_shows_them() -> None:
         "1 d 1:01:01",
         "0:00:00",
     ]
+
+
+def test_a_notice_stands_where_a_line_is_kept_free_for_it() -> None:
+    display = Display(RUN)
+    display.take(status())
+    before = drawn(display)
+    display.take(status("draining", notice="finishing step 2; Ctrl-C again stops now\x1b[2J"))
+    after = drawn(display)
+    assert [new for old, new in zip(before[1:], after[1:], strict=True) if old != new] == [
+        r"finishing step 2; Ctrl-C again stops now\x1b[2J"
+    ]
+    display.take(update(100, total_steps=100))
+    assert "finishing" not in "\n".join(drawn(display))

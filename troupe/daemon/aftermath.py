@@ -13,14 +13,15 @@ from typing import Literal
 import msgspec
 
 from troupe.daemon.place import LOG
+from troupe.daemon.silence import silence_of
 from troupe.errors import InputError
 from troupe.run_lock import Owner, read_owner
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
-Fate = Literal["complete", "ended", "cut off", "not begun", "playing"]
+Fate = Literal["complete", "ended", "cut off", "not begun", "playing", "silent"]
 """ended: before its last step, on request; cut off: by a crash, a kill or a power cut; playing: by a process that does
-not answer on a control socket."""
+not answer on a control socket; silent: the same, and its guardian says why."""
 
 
 class _Summary(msgspec.Struct):
@@ -45,6 +46,8 @@ class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
     """Who has the folder, or had it when it died."""
     kept: bool = False
     """Whether a daemon kept it, which goes on with it."""
+    reason: str | None = None
+    """Why it does not answer."""
 
 
 def aftermath(folder: Path) -> Aftermath:
@@ -65,8 +68,9 @@ def _aftermath(folder: Path) -> Aftermath:
     summary = _summary(folder / "summary.json")
     step = max(version, 0)
     fate: Fate
+    silence = silence_of(folder)
     if owner is not None and _may_be_alive(owner):
-        fate = "playing"
+        fate = "playing" if silence is None else "silent"
     elif summary is not None and summary.steps >= step:  # one that is older is of an earlier start
         fate, step = ("complete" if summary.steps >= summary.total_steps else "ended"), summary.steps
     elif owner is None and name is None and not (folder / "metrics.jsonl").exists():
@@ -81,6 +85,7 @@ def _aftermath(folder: Path) -> Aftermath:
         checkpoint=name,
         pid=None if owner is None else owner.pid,
         kept=(folder / LOG).is_file(),
+        reason=str(silence) if silence is not None and fate == "silent" else None,
     )
 
 
@@ -98,6 +103,11 @@ def describe(found: Aftermath) -> str:
             return (
                 f"process {found.pid} plays a run here, but does not answer, which it cannot while it loads its model; "
                 f"newest checkpoint: {_or_none(found)}"
+            )
+        case "silent":
+            return (
+                f"{found.reason}; newest checkpoint: {_or_none(found)}; wait, or end it without saving: "
+                f"troupe stop {shlex.quote(found.folder)} --kill"
             )
         case "not begun":
             return f"no step is done yet, and nobody is at it; {go_on}"

@@ -5,6 +5,9 @@ Exit codes: 0 done, 2 bad input or nobody there, 3 refused or a fault.
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from troupe.daemon.keeping import keep_alive
 from troupe.daemon.orders import Order
 from troupe.daemon.place import read_address
 from troupe.daemon.protocol import Reply, Request, encode_line
+from troupe.daemon.silence import silence_of
 from troupe.daemon.units import launchd, systemd
 from troupe.errors import ConfigError, InputError, RunError
 from troupe.flags import Command
@@ -37,9 +41,12 @@ from troupe.messages import (
     Step,
     Stop,
 )
+from troupe.run_lock import read_owner
 from troupe.tables import anchored_reward, parse_setting
 from troupe.terminal import EXIT_FAULT, Number, fail, report_errors, tell, tell_json
 
+_ANSWER_S, _HOPE_S, _DEATH_S = 15.0, 6.0, 10.0  # a daemon answers for its trainer after 5 s
+_LOADING_S = 90.0  # of a reward, before there is an answer
 _FOLDER = click.Path(path_type=Path)
 _out = click.argument("folder", metavar="OUT_DIR", type=_FOLDER)
 
@@ -112,18 +119,27 @@ def _port(text: str) -> str:
 @report_errors
 def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
     """Tell what the run in OUT_DIR is doing, or what became of it."""
-    try:
-        while True:  # each time anew: a client that is silent for long is dropped
-            _show(ask(folder, GetStatus()), folder, as_json=as_json, clear=watch and not as_json)
-            if not watch:
-                return
-            time.sleep(interval)
-    except NobodyThereError:
-        found = aftermath(folder)
-    if as_json:
-        tell_json(msgspec.json.encode(found).decode())
-    else:
-        tell(f"{folder}: {describe_aftermath(found)}")
+    while True:  # each time anew: a client that is silent for long is dropped
+        try:
+            _show(ask(folder, GetStatus(), _patience_s(folder)), folder, as_json=as_json, clear=watch and not as_json)
+            goes_on = True
+        except (NobodyThereError, RunError) as error:
+            if isinstance(error, RunError) and silence_of(folder) is None:
+                raise
+            found = aftermath(folder)
+            goes_on = found.fate == "silent"
+            if as_json:
+                tell_json(msgspec.json.encode(found).decode())
+            else:
+                tell(f"{folder}: {describe_aftermath(found)}")
+        if not watch or not goes_on:
+            return
+        time.sleep(interval)
+
+
+def _patience_s(folder: Path, usual_s: float = _ANSWER_S) -> float:
+    """Of a run whose guardian says that it does not answer not much is expected."""
+    return usual_s if silence_of(folder) is None else _HOPE_S
 
 
 def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
@@ -186,10 +202,31 @@ def drain(folder: Path) -> None:
 
 @control.command()
 @_out
+@click.option("--kill", is_flag=True, help="Where the run does not answer, end it without saving.")
 @report_errors
-def stop(folder: Path) -> None:
+def stop(folder: Path, kill: bool) -> None:
     """End the run now, with a checkpoint of the last completed step."""
-    _request(folder, Stop())
+    try:
+        _request(folder, Stop())
+    except (NobodyThereError, RunError):
+        if not kill or not _kill(folder):
+            raise
+    else:
+        if kill and silence_of(folder) is not None:  # its daemon has answered
+            _kill(folder)
+
+
+def _kill(folder: Path) -> bool:
+    """Kill the trainer that plays in a folder → whether one was there that did not answer."""
+    owner, silence = read_owner(folder), silence_of(folder)
+    if owner is None or silence is None or owner.pid != silence.pid or not owner.is_alive:
+        return False
+    os.kill(owner.pid, signal.SIGKILL)
+    until_s = time.monotonic() + _DEATH_S
+    while owner.is_alive and time.monotonic() < until_s:
+        time.sleep(0.05)
+    tell(f"process {owner.pid} was killed, {silence}; the newest checkpoint stays")
+    return True
 
 
 @control.command(name="set", short_help="Set what may change while the run plays.")
@@ -201,19 +238,25 @@ def set_command(folder: Path, setting: str) -> None:
     key, value = parse_setting(setting)
     if key.startswith("rewards."):
         value = anchored_reward(value, Path.cwd())  # ours, not that of who plays the run
-    # a reward is loaded before there is an answer
-    _request(folder, Set(key=key, value=value), 90.0 if key.startswith("rewards.") else 15.0)
+    _request(folder, Set(key=key, value=value), _LOADING_S if key.startswith("rewards.") else _ANSWER_S)
 
 
-def _request(folder: Path, request: Request, timeout_s: float = 15.0) -> None:
+def _request(folder: Path, request: Request, timeout_s: float = _ANSWER_S) -> None:
     try:
-        reply = ask(folder, request, timeout_s)
+        reply = ask(folder, request, _patience_s(folder, timeout_s))
     except NobodyThereError as nobody:
         try:
             why = describe_aftermath(aftermath(folder))
         except InputError as error:  # it is no run's folder at all
             why = str(error).removeprefix(f"{folder}: ")
         raise InputError(f"{nobody}; {why}") from None
+    except RunError:
+        if (silence := silence_of(folder)) is None:
+            raise
+        raise RunError(
+            f"{folder}: {silence}; the request is heeded when that is over. To end the run without saving: "
+            f"troupe stop {shlex.quote(str(folder))} --kill"
+        ) from None
     if isinstance(reply, Refused):
         fail(f"refused: {reply.message}", EXIT_FAULT)
     tell("done" if isinstance(reply, Status) or not reply.message else reply.message)

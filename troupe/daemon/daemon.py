@@ -10,6 +10,8 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import anyio
@@ -26,6 +28,7 @@ from troupe.daemon.protocol import Reply, Request
 from troupe.daemon.reloading import Reloading, set_level
 from troupe.daemon.restarts import Attempts
 from troupe.daemon.settings import DaemonConfig
+from troupe.daemon.silence import Silence, remedy, silence_of
 from troupe.messages import (
     NOT_STARTED,
     Activity,
@@ -41,6 +44,7 @@ from troupe.messages import (
     Status,
     Stop,
 )
+from troupe.runtime import SILENT
 from troupe.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 
 _FROM_SIGNAL = "a signal"
@@ -73,6 +77,8 @@ class Daemon:
         self._has_played = self._plays = self._paused = self._killed = False
         self._end: Drain | Stop | None = None
         self._told_to_end = anyio.Event()
+        self._silence: Silence | None = None
+        """What kept the last trainer from answering until it was killed."""
         self._failure: str | None = None
         """How the run failed, until it has made a step again."""
         self._next_try_s: float | None = None
@@ -91,11 +97,18 @@ class Daemon:
             LOGGER.error(_shortened(end.message))  # also of what a start before could use: disks fill up and empty
             if self._chronicle is not None:
                 self._chronicle.failed(_shortened(end.message))
-            pause_s = self._attempts.failed()
+            hang = self._silence
+            pause_s = self._attempts.failed(None if hang is None else hang.what)
             if self._end is not None and not self._plays:
                 return self._over(0, "ended while the trainer was being started; the newest checkpoint stays")
             if self._end is not None:
                 return self._over(EXIT_FAULT, "the run failed while it was to end; its newest checkpoint stays")
+            if pause_s is None and hang is not None:
+                text = (
+                    f"given up: {hang.reason}, and a start from the same step came to the same; {remedy(hang)}. The "
+                    "newest checkpoint stays"
+                )
+                return self._over(EXIT_FAULT, text)
             if pause_s is None:
                 text = (
                     f"given up: {self._attempts.in_vain} failures without a new step (daemon.restarts is "
@@ -162,7 +175,11 @@ class Daemon:
         if trainer is None:
             return self._answer_alone(request)
         reply = await trainer.ask(request, CHECKED_S if takes_a_while(request) else ANSWER_S)
-        return reply or Done(message="the trainer has not answered yet; it heeds the request when it comes to it")
+        if reply is not None:
+            return reply
+        hang = silence_of(self._order.output, trainer.child.pid)
+        why = "it has not answered yet" if hang is None else str(hang)
+        return Done(message=f"the trainer heeds the request when it comes to it; {why}")
 
     def _answer_alone(self, request: Request) -> Reply:
         match request:
@@ -193,15 +210,18 @@ class Daemon:
                     child.kill()
                 elif self._end is not None:  # asked while the process was started
                     tasks.start_soon(trainer.ask, self._end)
-                tasks.start_soon(trainer.watch, lambda: self._attempts.config.kill_after_s)
+                why = partial(silence_of, self._order.output, child.pid)
+                tasks.start_soon(trainer.watch, lambda: self._attempts.config.kill_after_s, why)
                 end = await self._follow(trainer)
                 tasks.cancel_scope.cancel()
         except* GONE as gone:
             end = Failed(message=trainer.verdict or str(first_of(gone)))
         finally:
-            self._trainer = None
+            self._trainer, self._silence = None, trainer.silence
             trainer.hang_up()
             await child.aclose()
+            with suppress(OSError):
+                (self._order.output / SILENT).unlink(missing_ok=True)
         return end
 
     async def _follow(self, trainer: Player) -> Last:
@@ -300,7 +320,11 @@ class Daemon:
         reply = await trainer.ask(GetStatus())
         if not isinstance(reply, Status):
             why = f"has not answered for {ANSWER_S:g} s" if reply is None else "has just ended"
-            return self._status_alone("starting", doing={"trainer": why})
+            hang = silence_of(self._order.output, trainer.child.pid)
+            if reply is not None or hang is None:
+                return self._status_alone("starting", doing={"trainer": why})
+            phase = "running" if self._plays else "starting"
+            return msgspec.structs.replace(self._status_alone(phase, doing={"trainer": str(hang)}), notice=hang.reason)
         if reply.total_steps == 0:  # it has not read yet what it is to go on from
             return self._status_alone(reply.phase, activity=reply.activity)
         self._known = reply

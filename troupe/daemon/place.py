@@ -23,6 +23,7 @@ import msgspec
 
 from troupe.errors import OutputError
 from troupe.run_lock import LockedError, RunLock
+from troupe.runtime import SILENT
 
 SOCKET, POINTER, LOCK, LOG = "control.sock", "control.path", "control.lock", "daemon.log"
 PAGE = "page.url"
@@ -36,7 +37,9 @@ _LOCAL_PEERCRED, _LOCAL_PEERPID, _SOL_LOCAL = 1, 2, 0  # of macOS
 
 def is_control_file(path: Path) -> bool:
     """Whether a file in a run folder belongs to the daemon, its page or the control socket, and not to the run."""
-    return path.name in (SOCKET, POINTER, LOCK, PAGE) or path.name.startswith(LOG) or _is_passing(path)
+    return (
+        path.name.rstrip("~") in (SOCKET, POINTER, LOCK, PAGE, SILENT) or path.name.startswith(LOG) or _is_passing(path)
+    )
 
 
 def _is_passing(path: Path) -> bool:
@@ -141,7 +144,7 @@ class Place:
             private = None if path is None else path.parent
             if private and private.name.startswith(_PRIVATE) and private.lstat().st_uid == os.geteuid():
                 shutil.rmtree(private, ignore_errors=True)
-        for name in (POINTER, PAGE):
+        for name in (POINTER, PAGE, SILENT):
             with suppress(OSError):
                 (self._folder / name).unlink()
 

@@ -16,6 +16,7 @@ from troupe.daemon import frames
 from troupe.daemon.frames import Answer, Ask, ToDaemon, ToTrainer
 from troupe.daemon.logs import LOGGER
 from troupe.daemon.protocol import Reply, Request
+from troupe.daemon.silence import Silence
 from troupe.messages import GetStatus, Refused
 from troupe.runtime import FrameError
 
@@ -49,6 +50,8 @@ class Player:
         self.child = child
         self.speaks = True
         """Whether it prints its steps and incidents itself."""
+        self.silence: Silence | None = None
+        """What kept it from answering, where it was killed for that and its guardian knew."""
         self.verdict: str | None = None
         """Why it was killed, where it gave no sign of life."""
         self._heard = False
@@ -94,8 +97,9 @@ class Player:
                 self._answers[number] = Refused(message="the trainer ended before it answered; ask again")
         self._wake()
 
-    async def watch(self, limit_s: Callable[[], float]) -> None:
-        """Kill it when it has told and answered nothing for `limit_s()` seconds, which may change; 0: never."""
+    async def watch(self, limit_s: Callable[[], float], silence: Callable[[], Silence | None] = lambda: None) -> None:
+        """Kill it when it has told and answered nothing for `limit_s()` seconds, which may change; 0: never.
+        `silence()`: why, as its guardian says."""
         silent_s = 0.0
         while True:
             limit = limit_s()
@@ -113,6 +117,9 @@ class Player:
                     f"the trainer (pid {self.child.pid}) gave no sign of life for {silent_s:.0f} s "
                     f"(daemon.kill_after_s is {limit:g}) and was killed"
                 )
+                self.silence = silence()
+                if self.silence is not None:
+                    self.verdict += f": {self.silence.reason}"
                 LOGGER.error(self.verdict)
                 self.child.kill()
                 return

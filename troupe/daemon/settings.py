@@ -20,9 +20,10 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds before the first start after a failure; each further one waits twice as long, give or take a quarter."""
     longest_pause_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     """Most seconds between two starts."""
-    kill_after_s: Annotated[float, msgspec.Meta(ge=0)] = 900.0
+    kill_after_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
     """Seconds without any sign of life (a step, an answer) after which a trainer is killed, and started again as after
-    any failure; 0: never. Work that takes long, and waiting, are signs of life: it is its event loop that hangs."""
+    any failure, unless the same call hangs a second time; `troupe train` is ended. 0: never. Work that takes long, and
+    waiting, are signs of life: it is its event loop that hangs."""
     page: bool | Annotated[int, msgspec.Meta(ge=1, le=65535)] = False
     """Whether a live page is served on 127.0.0.1: a port, or true for one that the system chooses."""
     log_level: LogLevel = "info"

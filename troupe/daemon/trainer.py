@@ -34,7 +34,7 @@ from troupe.daemon.frames import (
 from troupe.daemon.news import News
 from troupe.errors import InputError, OutputError, TroupeError, sayable
 from troupe.messages import GroupClosed, Incident, Refused
-from troupe.runtime import Connection, serve, together
+from troupe.runtime import Connection, Guard, serve, together
 from troupe.supervisor import Supervisor
 
 _NEWS_GAP_S = 0.5
@@ -60,7 +60,9 @@ async def play(connection: Connection) -> None:
         # the daemon decides; a handler, because processes of a reward would inherit that a signal is ignored
         signal.signal(number, lambda *_: None)
     try:
-        last: Last = await _play(connection, begin)
+        with Guard(signals=False) as guard:  # that it ends is the daemon's business
+            guard.writes_in(Path(begin.output))
+            last: Last = await _play(connection, begin)
     except InputError as error:
         message = sayable(str(error))
         last = Failed(message=message) if _passes(error) else Rejected(message=message)

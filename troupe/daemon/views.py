@@ -30,6 +30,8 @@ def describe(status: Status, name: str) -> str:
     def add(label: str, text: str) -> None:
         lines.append(row(label, text))
 
+    if status.notice:
+        add("notice", status.notice)
     if status.restarting is not None:
         failure = status.restarting
         when = f"in {failure.next_try_s:.0f} s" if failure.next_try_s else "now"

@@ -166,6 +166,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """None where the run has not failed."""
     activity: Activity | None = None
     """None where there is nothing to tell: before the start, after the end, in a pause."""
+    notice: str = ""
+    """What whoever looks at the run should see first, such as that it is ending and what can be done about it."""
 
 
 NOT_STARTED = Status(

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 
 from troupe.errors import RewardError
 from troupe.messages import ChatMessage, PromptText
+from troupe.rewards.matching import Matching
+from troupe.rewards.unscored import Unscored
 
 Completion: TypeAlias = str | Sequence[ChatMessage]
 Words: TypeAlias = tuple[str, ...]
@@ -96,20 +98,26 @@ def _ngrams(text: str, size: int) -> list[Words]:
 def format_reward(pattern: str) -> Callable[..., list[float | None]]:
     """A reward that asks for a form: 1 where the whole completion matches the regular expression, else 0.
 
-    `re.fullmatch` with `re.DOTALL`, so that "." also matches line ends; white space counts.
+    `re.fullmatch` with `re.DOTALL`, so that "." also matches line ends; white space counts. A text with which the
+    pattern comes to no end (2 s of processor time, less where there are more than 6 texts) has no score.
 
     Raises:
         RewardError: for a pattern that does not compile.
     """
     try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except (re.error, TypeError) as error:
+        re.compile(pattern, re.DOTALL)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise RewardError(f"format_reward: {pattern!r} is no regular expression: {error}; see Python's `re`") from None
 
     def format_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-        texts = map(completion_text, completions)
-        return [1.0 if compiled.fullmatch(text) else 0.0 for text in texts]
+        texts = list(map(completion_text, completions))
+        late = Unscored(
+            f"the pattern comes to no end within {matching.limit_s(len(texts)):.3g} s; write it so that there is only "
+            "one way to match a text, without + or * within + or *"
+        )
+        return [late if matches is None else float(matches) for matches in matching.full(texts)]
 
+    matching = Matching(pattern)
     return format_reward
 
 

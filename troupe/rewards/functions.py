@@ -13,6 +13,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Set
+from types import CodeType
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -21,6 +22,8 @@ from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.isolation import in_daemon_thread, in_own_task, in_place
 from troupe.rewards.reward_log import RewardLog
+from troupe.rewards.unscored import Unscored
+from troupe.runtime import under_way
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's signature; sync or async."""
@@ -57,6 +60,17 @@ def reward_name(reward: Reward) -> str:
         return reward.name or type(reward).__name__
     reward = unwrapped(reward)
     return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def reward_code(reward: Reward) -> CodeType | None:
+    """The code of a function, or of what an actor or an object of another class scores with; None where it has none in
+    Python."""
+    reward = unwrapped(reward)
+    scores = type(reward).score if isinstance(reward, RewardActor) else inspect.unwrap(reward)
+    code = getattr(scores, "__code__", None)
+    if code is None and callable(scores):
+        code = getattr(type(scores).__call__, "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def reward_place(reward: Reward) -> str:
@@ -240,6 +254,13 @@ def _size(array: Any) -> int:
     return math.prod(array.shape)
 
 
+def reasons(result: Any) -> dict[int, str]:
+    """Completion → why it was not scored, where a function says so by an `Unscored` in its list."""
+    if not isinstance(result, list):
+        return {}
+    return {index: score.why for index, score in enumerate(result) if isinstance(score, Unscored)}
+
+
 async def call_function(
     function: RewardFunction, name: str, arguments: Mapping[str, Any], size: int, signature: Signature | None = None
 ) -> tuple[list[float | None], RewardLog]:
@@ -256,16 +277,23 @@ async def call_function(
     log = RewardLog(size)
     given = {**arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
     call = functools.partial(function, **accepted_arguments(function, given, signature))
+    code = reward_code(function)
     if signature.is_async:
-        return checked_scores(await in_own_task(call), name, size), log
+        with under_way(name, code, in_turns=True):
+            return checked_scores(await in_own_task(call), name, size), log
 
     def play() -> Any:
-        result = call()
-        # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
-        return result if inspect.isawaitable(result) else checked_scores(result, name, size)
+        with under_way(name, code):
+            result = call()
+            log.why = reasons(result)
+            # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
+            return result if inspect.isawaitable(result) else checked_scores(result, name, size)
 
     result = in_place(play) if signature.is_quick else await in_daemon_thread(play)
-    return checked_scores(await in_own_task(lambda: result) if inspect.isawaitable(result) else result, name, size), log
+    if not inspect.isawaitable(result):
+        return result, log
+    with under_way(name, code, in_turns=True):
+        return checked_scores(await in_own_task(lambda: result), name, size), log
 
 
 def _is_async(function: RewardFunction) -> bool:

@@ -28,6 +28,8 @@ class RewardLog:
         """Column → (G,) values for the table of completions, plain data."""
         self.logged: dict[str, list[float]] = {}
         """Name → every value logged."""
+        self.why: dict[int, str] = {}
+        """Completion → why the function could not score it."""
         self._faults: list[str] = []
         self._count = 0
 

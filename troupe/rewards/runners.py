@@ -29,13 +29,14 @@ from troupe.rewards.functions import (
     check_signature,
     checked_score,
     own_copy,
+    reward_code,
     reward_scope,
     unwrapped,
 )
 from troupe.rewards.isolation import end_tasks, in_own_task
 from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import Watch, tasks_of
-from troupe.runtime import together
+from troupe.runtime import together, under_way
 
 _LARGEST = 1e18
 """Of a score's size: advantages square it in float32, which ends at 3.4e38."""
@@ -260,7 +261,7 @@ class ActorRunner(Runner):
 
     async def _one(self, sample: RewardSample) -> float | None:
         try:
-            with self.watch.watching():
+            with self.watch.watching(), under_way(self.name, reward_code(self._actor), in_turns=True):
                 return checked_score(await in_own_task(partial(self._actor.score, sample)), self.name, sample.index)
         finally:
             if self.watch.found is not None:
@@ -312,11 +313,15 @@ def finite(
 ) -> Outcome:
     """NaN, infinities and what float32 arithmetic would turn into them become missing scores and one more fault."""
     bad = {index: score for index, score in enumerate(scores) if score is not None and not abs(score) <= _LARGEST}
+    told = {index: Fault("reward_timeout", log.why[index]) for index in bad if index in log.why}
+    faults = [*faults, *summed(told, len(scores))]
+    scores = [None if index in told else score for index, score in enumerate(scores)]
+    bad = {index: score for index, score in bad.items() if index not in told}
     if bad:
         shown = ", ".join(f"{score} for sample {index}" for index, score in bad.items())
         faults = [*faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite, {_LARGEST:g} at most")]
         scores = [None if index in bad else score for index, score in enumerate(scores)]
-    return Outcome(scores=scores, faults=faults, log=log, faulted=faulted | bad.keys())
+    return Outcome(scores=scores, faults=faults, log=log, faulted=faulted | bad.keys() | told.keys())
 
 
 def own_pace(reward: Reward, name: str, section: Pace) -> Pace:

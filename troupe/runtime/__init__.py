@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits, PolicyBoard
+from troupe.runtime.guardian import SILENT
+from troupe.runtime.guarding import Guard, under_way
 from troupe.runtime.mailbox import Broadcast, Channel, ChannelStats, Mailbox, Overflow
 from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError, Wire, serve, serve_plainly
 from troupe.runtime.report import Reporter
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from troupe.runtime.device import DeviceThread
 
 __all__ = [
+    "SILENT",
     "Actor",
     "Broadcast",
     "Channel",
@@ -30,6 +33,7 @@ __all__ = [
     "Credits",
     "DeviceThread",
     "FrameError",
+    "Guard",
     "Mailbox",
     "Overflow",
     "PolicyBoard",
@@ -44,6 +48,7 @@ __all__ = [
     "serve",
     "serve_plainly",
     "together",
+    "under_way",
 ]
 
 

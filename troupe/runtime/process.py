@@ -27,6 +27,8 @@ from typing import NoReturn
 
 import anyio
 
+from troupe.outlets import Aside
+
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 GRACE_S = 5.0
 """That a child which has closed its side, or whose connection is closed, may take to end by itself."""
@@ -37,6 +39,8 @@ _LINE_BYTES = 4096
 _ENDS_WIRES = "TROUPE_CHILD_WIRES"
 _ENDS_PATH = "TROUPE_CHILD_PYTHONPATH"
 _PR_SET_PDEATHSIG = 1
+_WRITTEN_S = 0.2
+_ASIDE = Aside()
 
 
 class ChildEnded(anyio.EndOfStream):
@@ -221,6 +225,9 @@ class ChildProcess:
             os.close(self._lifeline)
             self._lifeline = None
         self._stderr.close()
+        if _ASIDE.is_behind:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(_ASIDE.settle, _WRITTEN_S)
 
     def obituary(self, where: str = "") -> str:
         """How the child ended and what it wrote last, for an error message."""
@@ -369,7 +376,7 @@ class _LastLines(asyncio.Protocol):
         self.ended = anyio.Event()
         self._tell = tell
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self._open = b""
+        self._open = self._unsaid = b""
         self._transport: asyncio.BaseTransport | None = None
 
     @property
@@ -394,10 +401,15 @@ class _LastLines(asyncio.Protocol):
             for line in lines:
                 self._tell(line)
             return
-        with suppress(OSError, ValueError):  # nobody may be there to read it
-            sys.stderr.write(data.decode(errors="replace"))
+        said, end, self._unsaid = (self._unsaid + data).rpartition(b"\n")  # several children write
+        if len(self._unsaid) > _BUFFER_BYTES:
+            said, self._unsaid = said + end + self._unsaid, b""
+        if said or end:
+            _ASIDE.write((said + end).decode(errors="replace"))
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._tell is not None and self._open:
             self._tell(self._open.decode(errors="replace"))
+        if self._unsaid:
+            _ASIDE.write(self._unsaid.decode(errors="replace"))
         self.ended.set()

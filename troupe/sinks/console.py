@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from troupe.escapes import one_line
 from troupe.messages import Activity, GroupClosed, Incident, Status, Update
+from troupe.outlets import Outlet, outlet_of
 from troupe.sinks.base import RunInfo
 from troupe.sinks.display import Display, shown_metrics
 from troupe.sinks.repeats import Repeats
@@ -18,6 +24,10 @@ from troupe.sinks.repeats import Repeats
 _FRAMES_A_SECOND = 2
 _SILENT_S, _SILENT_AMID_STEPS_S = 10.0, 60.0
 """Without a line, before one says what the run is at."""
+_GATHER_S = 0.1
+"""For how long lines that go above the display are collected."""
+_MOST_LINES = 1000
+"""That may wait for it."""
 
 
 class ConsoleSink:
@@ -33,11 +43,15 @@ class ConsoleSink:
             console=console,
             refresh_per_second=_FRAMES_A_SECOND,
             transient=False,
+            redirect_stdout=outlet_of(sys.stdout) is None,
+            redirect_stderr=outlet_of(sys.stderr) is None,
         )
+        self._above = _Above(console)
 
     def open(self) -> None:
         """Start the live display."""
         self._live.start()
+        self._above.open()
 
     def write(self, message: object) -> None:
         """Take over what is new; the display refreshes by itself."""
@@ -48,7 +62,59 @@ class ConsoleSink:
 
     def close(self) -> None:
         """Draw the last state and give the terminal back."""
+        self._above.close()
         self._live.stop()
+
+
+class _Above:
+    """What others print while the display is drawn, line by line above it, where it would otherwise be drawn over."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lines: deque[str] = deque(maxlen=_MOST_LINES)
+        self._left_out = 0
+        self._some, self._over = threading.Event(), threading.Event()
+        self._outlets: list[Outlet] = []
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        self._outlets = [
+            outlet
+            for outlet in (outlet_of(sys.stdout), outlet_of(sys.stderr))
+            if outlet is not None and os.isatty(outlet.descriptor)
+        ]
+        if self._outlets:
+            self._thread = threading.Thread(target=self._run, name="troupe-above", daemon=True)
+            self._thread.start()
+        for outlet in self._outlets:
+            outlet.divert(self._take)
+
+    def close(self) -> None:
+        for outlet in self._outlets:
+            outlet.divert(None)
+        self._over.set()
+        self._some.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._outlets, self._thread = [], None
+
+    def _take(self, line: str) -> None:
+        if len(self._lines) == _MOST_LINES:
+            self._left_out += 1
+        self._lines.append(line)
+        self._some.set()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            self._some.wait()
+            self._over.wait(_GATHER_S)
+            self._some.clear()
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            left_out, self._left_out = self._left_out, 0
+            if left_out:
+                lines.insert(0, f"[{left_out} lines were left out: more came than can be shown]")
+            if lines:
+                self._console.print(Text("\n").join(map(Text.from_ansi, lines)), highlight=False)
 
 
 class PlainSink:

@@ -160,7 +160,7 @@ class Display:
         width = options.max_width
         yield self._title()
         yield from self._progress(width)
-        yield self._now()
+        yield self._banner() or self._now()
         yield _side_by_side(dict(self._panels()), width)
         yield Text()
         yield self._queues()
@@ -256,6 +256,12 @@ class Display:
             line = lines[i] if i < len(lines) else ""
             score = reward if i == 0 else ""
             yield _row("" if i else "answer", (score, "magenta"), (line[len(score) :], ""))
+
+    def _banner(self) -> Text | None:
+        """What whoever looks should see first, in the place of what the run is at; None where there is nothing."""
+        if self._status is None or self._phase == "ended" or not self._status.notice:
+            return None
+        return _line((one_line(self._status.notice, self._encoding), "bold reverse"))
 
     def _trouble(self) -> Text:
         status = self._status

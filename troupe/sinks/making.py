@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from troupe.outlets import of_a_display, outlet_of
 from troupe.run_store import FILE_NAME
 from troupe.sinks.base import MetricsConfig, RunInfo, Sink, SinkName
 from troupe.sinks.console import ConsoleSink, PlainSink
@@ -23,7 +24,7 @@ def make_sinks(
 ) -> list[Sink]:
     """The sinks of a run, none of them open. `others`: makers of those that are at home elsewhere."""
     folder = Path(run.folder)
-    console = Console()
+    console = Console(file=of_a_display(sys.stdout)) if outlet_of(sys.stdout) else Console()
     makers: dict[SinkName, Callable[[], Sink]] = {
         "console": lambda: ConsoleSink(run, console) if can_draw(console) else PlainSink(run, sys.stdout),
         "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", first_step=run.first_step),

@@ -200,6 +200,7 @@
       const when = goesOn ? "goes on" : wait ? `in ${Math.ceil(wait)} s` : "is under way";
       notes.push([goesOn ? "warn" : "bad", `Start ${attempt} of ${limit} after a failure ${when}: ${reason}`]);
     }
+    if (!over && status.notice) notes.push(["warn", status.notice]);
     for (const reason of status.held) notes.push(["warn", `No step is begun: ${reason}`]);
     for (const [name, reason] of Object.entries(status.rewards_down)) notes.push(["warn", `The reward ${name} is down: ${reason}`]);
     if (Object.keys(status.restarts).length) notes.push(["", `Actors that were made anew: ${Object.entries(status.restarts).map(([name, times]) => `${name} ${times}×`).join(", ")}`]);
