@@ -291,6 +291,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
         config=None,
         tokenizer=tokenizer,
         eos_ids=frozenset(),
+        pad_id=0,
         weights={"w": b"untrained"},
         path=None,
         companions=Companions(),

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 import troupe
 from tests.fakes import same_bits, write_prompts, write_ragged_model
-from troupe import cli
+from troupe import cli, playing
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli import main, train_config
 from troupe.config import DEMO_CONFIG, config_table, load_config
@@ -420,12 +420,12 @@ def test_an_evaluation_that_takes_long_says_how_far_it_is(workplace: Path, monke
 
 
 def test_a_run_that_is_long_in_loading_says_so(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_LOADS_SILENTLY_S", 0.0)
+    monkeypatch.setattr(playing, "_LOADS_SILENTLY_S", 0.0)
     result = call("train", *RUN, "--max-steps", "1")
     assert result.exit_code == 0, result.output
     first = result.stdout.splitlines()[0]
     assert first.startswith("loading the model ")
     assert first.endswith("p.json")
-    monkeypatch.setattr(cli, "_LOADS_SILENTLY_S", 1000.0)
+    monkeypatch.setattr(playing, "_LOADS_SILENTLY_S", 1000.0)
     result = call("train", *RUN, "-o", "other", "--max-steps", "1")
     assert "loading the model" not in result.stdout
