@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_store": {"messages"},
     "stored_run": {"messages", "run_store"},
     "inspecting": {"run_store", "stored_run", "terminal"},
-    "sinks": {"messages", "run_store"},
+    "sinks": {"held_folder", "messages", "run_store"},
     "rewards": {"messages", "runtime"},
     "checkpoint": {"messages", "policy"},
     "schedule": {"dataset", "messages", "policy"},
@@ -86,8 +86,9 @@ ALLOWED: dict[str, set[str]] = {
     | {"changes", "config", "performance", "pipeline", "prepare", "run_folder", "status", "summary", "tables"},
     "status": {"messages", "runtime"},
     "run_lock": set(),
+    "held_folder": set(),
     "folder_names": set(),
-    "run_folder": {"config", "dataset", "folder_names", "run_lock", "weights_files"},
+    "run_folder": {"config", "dataset", "folder_names", "held_folder", "run_lock", "weights_files"},
     "doctor": {"budget", "linux_cpu", "machine"},
     "cli": ROOMS
     | {

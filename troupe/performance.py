@@ -18,7 +18,7 @@ import msgspec
 from troupe import linux_cpu
 from troupe.budget import memory_limited
 from troupe.changes import Change, ChangesLog
-from troupe.errors import InputError, RewardError, RunError
+from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.pipeline import Pipeline
 from troupe.policy import Policy, load_policy
@@ -150,7 +150,7 @@ class Performance:
             if self._pipeline.learner.version == 0:
                 self._place.remove_traces()
         except Exception as error:
-            self.fault = error
+            self.fault = error if isinstance(error, FolderGoneError) else self._place.gone() or error
         finally:
             self._pipeline.news.close()
             self._ended.set()
@@ -171,6 +171,7 @@ class Performance:
                 tally.incidents[incident.kind] += 1
             with anyio.CancelScope(shield=True):
                 await self._pipeline.sinks.close()
+        self._place.check()
         self.result = self._what_came_of_it()
         write_summary(self.result)
 
@@ -189,7 +190,8 @@ class Performance:
         self._before = await self._evaluate(await self._untrained_policy())
         self._prepared = self._prepared.without_arrays()
         self._playing = True
-        await _beside(self._tell_sinks, partial(_beside, self._watch, partial(play, self._pipeline.roles)))
+        playing = partial(_beside, self._watch, partial(play, self._pipeline.roles))
+        await _beside(self._tell_sinks, partial(_beside, self._watch_folder, playing))
         self._after = await self._evaluate(self._trained_policy())
 
     async def _tell_sinks(self) -> None:
@@ -197,6 +199,18 @@ class Performance:
         while self._pipeline.sinks.take(Status):
             self._pipeline.sinks.write(self.status())
             await anyio.sleep(_STATUS_EVERY_S)
+
+    async def _watch_folder(self) -> None:
+        """End the run where its folder is taken away: what would be written from then on is half a run."""
+        version = self._prepared.first_step
+        while True:
+            version = (await self._pipeline.board.newer_than(version))[0]  # and not the weights, which would stay
+            try:
+                await self._device.run(self._place.check)
+            except FolderGoneError as error:
+                incident = Incident(actor="supervisor", kind="folder_gone", message=str(error))
+                self._pipeline.incidents.incident_nowait(incident)
+                raise
 
     async def _watch(self) -> None:
         begun_s = time.perf_counter()
@@ -232,6 +246,7 @@ class Performance:
             self._pipeline.settings.send_nowait(SetLearningRate(lr=value))
             return
         change = Change(step=self._pipeline.learner.version, key=key, value=value)
+        self._place.check()
         try:
             await anyio.to_thread.run_sync(self._changes.add, change)
         except OSError as error:
@@ -264,6 +279,7 @@ class Performance:
             config, version = self._prepared.config, pipeline.learner.version
             begun = -(-pipeline.ledger.next // config.learner.batch_size)
             step = begun if config.schedule.mode == "pinned" and not was_down else version
+            self._place.check()
             self._changes.add(Change(step=step, key=f"rewards.{name}", value=reward))  # no await: none begins meanwhile
             return step if config.schedule.mode == "pinned" else 0
 

@@ -121,10 +121,11 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
                 actor.write(snapshot)
 
 
-def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
+def build_pipeline(prepared: Prepared, *, room: int = 1, check_folder: Callable[[], None] = lambda: None) -> Pipeline:
     """Open every channel and hand each actor its own. Nothing runs yet.
 
     `room`: how many times longer than it must be each channel of work is; it changes nothing that is computed.
+    `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
     """
     config, policy_config = prepared.config, prepared.policy.config
     # by themselves: what the actors are given must not keep the weights that the run began with
@@ -227,6 +228,11 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         recorded=recorded,
         report=report("scorer"),
     )
+
+    def keep_rate(step: int, lr: float) -> None:
+        check_folder()
+        changes.add(Change(step=step, key="learner.lr", value=lr))
+
     learner = Learner(
         learner_box,
         LearnerOutputs(
@@ -260,7 +266,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         recorded=recorded,
         next_prompt=lambda: ledger.next,
         rates=prepared.live.rates,
-        keep_rate=lambda step, lr: changes.add(Change(step=step, key="learner.lr", value=lr)),
+        keep_rate=keep_rate,
         report=report("learner"),
     )
     shelf = _shelf(prepared)
@@ -288,6 +294,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             metrics=dict(snapshot.metrics),
         ),
         settle=settle,
+        check_folder=check_folder,
         ledger=shelf,
         report=report("checkpointer"),
     )

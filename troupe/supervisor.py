@@ -88,7 +88,7 @@ class Supervisor:
             place = await self._device.run(self._take_folder)
             prepared = await self._device.run(self._prepare, place)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
-            self._pipeline = build_pipeline(prepared)
+            self._pipeline = build_pipeline(prepared, check_folder=place.check)
             performance = Performance(
                 prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
             )
@@ -247,6 +247,7 @@ class Supervisor:
     def _prepare(self, place: RunFolder) -> Prepared:
         config = msgspec.structs.replace(self.config, output=str(place.path))
         prepared = prepare(config, self._rewards, resume=self._resume, allow_changes=self._allow_changes)
+        place.check()  # loading takes a while
         remove_summary(place.path)  # before run.toml asks for more steps than it speaks of
         place.begin(prepared.config)
         for change in prepared.new_changes:

@@ -26,7 +26,7 @@ from troupe.checkpoint import (
     save_checkpoint,
     save_final_policy,
 )
-from troupe.errors import CheckpointError, RunError
+from troupe.errors import CheckpointError, FolderGoneError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot
 from troupe.policy import Qwen3Config
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, Reporter
@@ -81,12 +81,14 @@ class Checkpointer(Actor):
         source: Path | None,
         run_state: Callable[[Snapshot], RunState],
         settle: Callable[[int], Awaitable[bool]] | None = None,
+        check_folder: Callable[[], None] = lambda: None,
         ledger: CheckpointLedger | None = None,
         pauses: Callable[[], Iterable[float]] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`settle`: comes back when all that was told up to the Update of a version is on the disk; False where that
-        took too long. `pauses`: seconds between attempts.
+        took too long. `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
+        `pauses`: seconds between attempts.
 
         Settling comes before writing: it takes a moment, while nobody waits for the checkpoint yet, and writing stays
         one call that nothing can leave half done.
@@ -100,6 +102,7 @@ class Checkpointer(Actor):
         self._source = source
         self._run_state = run_state
         self._settle = settle
+        self._check_folder = check_folder
         self._ledger = CheckpointLedger() if ledger is None else ledger
         self._pauses = pauses or growing_pauses
 
@@ -125,10 +128,13 @@ class Checkpointer(Actor):
                 await self._failed(message, error)
 
     def write(self, snapshot: Snapshot) -> None:
-        """Write one snapshot, in the calling thread. OSError where the disk fails."""
+        """Write one snapshot, in the calling thread. OSError where the disk fails, FolderGoneError where the run folder
+        is not in its place: then nothing is written."""
+        self._check_folder()
         if self._is_news(snapshot):
             self._write_checkpoint(snapshot)
         if snapshot.final:
+            self._check_folder()
             save_final_policy(self._run / "final", self._policy_config, snapshot.weights, self._source)
 
     async def _take(self) -> Any:
@@ -152,7 +158,11 @@ class Checkpointer(Actor):
         self._ledger.pending = None
 
     async def _attempt(self, snapshot: Snapshot) -> None:
-        await self._device.run(self.write, snapshot)
+        try:
+            await self._device.run(self.write, snapshot)
+        except FolderGoneError as error:
+            await self._tell("folder_gone", str(error))
+            raise
         ledger = self._ledger
         if ledger.failing:
             ledger.failing = False
@@ -214,6 +224,7 @@ class Checkpointer(Actor):
         clear_leftovers(self._run)
         size = save_checkpoint(folder, checkpoint, source=self._source, before_block=give_way)
         seconds = time.perf_counter() - started_s
+        self._check_folder()  # what lies there now may have checkpoints of its own, which are not ours to prune
         pruned = self._prune(snapshot.version)
         ledger.newest, ledger.gids = snapshot.version, _gids(snapshot)
         ledger.pruning_faults = pruned.faults

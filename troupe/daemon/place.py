@@ -123,8 +123,8 @@ class Place:
         if self._lock is None:
             return
         with suppress(OSError):
-            if self._socket is not None and self._socket[0].lstat().st_ino == self._socket[1]:
-                self._socket[0].unlink()
+            if self._socket is not None and self._private is None:
+                self._lock.remove(SOCKET, self._socket[1])
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
             with suppress(OSError):
