@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "daemon": {
         "config",
         "folder_names",
+        "held_folder",
         "messages",
         "run_lock",
         "runtime",

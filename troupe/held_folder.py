@@ -27,6 +27,13 @@ class HeldFolder:
         self.path = path
         self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What no other folder of this machine has at the same time: device and inode. It is not closed yet."""
+        assert self._descriptor is not None
+        found = os.fstat(self._descriptor)
+        return found.st_dev, found.st_ino
+
     def check(self) -> None:
         """FolderGoneError where the name has come to lead elsewhere, or nowhere: seen twice."""
         if (error := self.gone()) is not None:

@@ -21,6 +21,7 @@ from troupe.checkpoint import (
     RunState,
     checkpoint_folder,
     clear_leftovers,
+    newer_versions,
     prune_checkpoints,
     read_state,
     save_checkpoint,
@@ -53,6 +54,8 @@ class CheckpointLedger(msgspec.Struct, kw_only=True):
     """Whether the newest attempt failed."""
     untold: CheckpointWritten | None = None
     """What was written and not told yet."""
+    taken_away: str | None = None
+    """That the newest checkpoint is not there any more, which was not told yet."""
     pruning_faults: tuple[str, ...] = ()
     """What could not be removed, and was not told yet."""
 
@@ -167,6 +170,9 @@ class Checkpointer(Actor):
         if ledger.failing:
             ledger.failing = False
             await self._tell("checkpoint_back", f"the checkpoint of step {snapshot.version} is written: the disk works")
+        if ledger.taken_away is not None:
+            message, ledger.taken_away = ledger.taken_away, None
+            await self._tell("checkpoints_gone", message)
         if ledger.pruning_faults:
             faults, ledger.pruning_faults = ledger.pruning_faults, ()
             message = f"old checkpoints could not be removed: {'; '.join(faults)}; they go when that is mended"
@@ -202,7 +208,22 @@ class Checkpointer(Actor):
 
     def _is_news(self, snapshot: Snapshot) -> bool:
         """Whether the newest checkpoint lacks any of it: what is whole is not written again for nothing."""
+        newest = self._ledger.newest
+        if newest is not None and not self._is_there(newest):
+            self._ledger.newest = None
+            self._ledger.taken_away = (
+                f"{checkpoint_folder(self._run, newest)}: the newest checkpoint was removed under the run; until the "
+                f"one of step {snapshot.version} was written, a kill would have cost all steps since those that are "
+                "left"
+            )
         return snapshot.version != self._ledger.newest or not _gids(snapshot) <= self._ledger.gids
+
+    def _is_there(self, version: int) -> bool:
+        """Whether the run folder has a finished checkpoint; also where nobody can tell."""
+        try:
+            return version in newer_versions(self._run, version - 1)
+        except RunError:
+            return True
 
     def _write_checkpoint(self, snapshot: Snapshot) -> None:
         started_s = time.perf_counter()
