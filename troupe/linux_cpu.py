@@ -65,6 +65,19 @@ def blas_limited(threads: int | None) -> Iterator[None]:
         yield
 
 
+def openblas_kernels() -> str | None:
+    """Version of OpenBLAS and the processor that its kernels are made for, as it says; None where it does not say."""
+    library = _openblas()
+    try:
+        told = [getattr(library, name) for name in ("openblas_get_config", "openblas_get_corename")]
+    except AttributeError:
+        return None
+    for function in told:
+        function.restype = ctypes.c_char_p
+    config, core = ((function() or b"").decode(errors="replace") for function in told)
+    return " ".join((*config.split()[:2], core)).strip() or None
+
+
 def _swap_threads(threads: int) -> int:
     library = _openblas()
     assert library is not None

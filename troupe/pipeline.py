@@ -28,7 +28,7 @@ from troupe.actors.prompter import Prompter, PromptLedger
 from troupe.actors.remote_generator import RemoteGenerator
 from troupe.actors.scorer import Scorer
 from troupe.changes import Change, ChangesLog
-from troupe.checkpoint import MANIFEST, RewardState, RunState, checkpoint_folder, newer_versions
+from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.config import config_table
 from troupe.gathering import gathering_for
 from troupe.machine import describe_machine
@@ -131,6 +131,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1, check_folder: Callable[
     # by themselves: what the actors are given must not keep the weights that the run began with
     tokenizer, stop_ids, fingerprint = prepared.policy.tokenizer, prepared.policy.eos_ids, prepared.fingerprint
     model, rewards, changes = prepared.model, prepared.rewards, ChangesLog(prepared.folder)
+    table, machine = config_table(config), prepared.machine
     schedule = config.schedule
     board: PolicyBoard[Weights] = PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0)
     start = _starting_state(prepared, board)
@@ -293,6 +294,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1, check_folder: Callable[
             },
             metrics=dict(snapshot.metrics),
         ),
+        made=lambda: Made(config=table, machine=machine, lacking=sinks.lacking()),
         settle=settle,
         check_folder=check_folder,
         ledger=shelf,

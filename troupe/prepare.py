@@ -13,6 +13,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe import linux_cpu
+from troupe.arithmetic import arithmetic
 from troupe.budget import Plan, Workload, plan_memory
 from troupe.changes import Change, ChangesLog, Live
 from troupe.checkpoint import Checkpoint
@@ -73,6 +74,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """Where prompting begins, or goes on."""
     model: str = ""
     """Fingerprint of the folder of the model that the run begins with."""
+    machine: dict[str, str] = {}
+    """What of this machine decides the bits."""
     rewards_stood: bool = False
     """Whether an earlier start of the run named the same rewards, all of them in its config."""
     changes: tuple[Change, ...] = ()
@@ -145,7 +148,8 @@ def prepare(
             "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"
         )
     folder = run_folder(config, resume=resume)
-    resumption = Resumption.of(folder, config, allow_changes) if resume else None
+    machine = arithmetic()
+    resumption = Resumption.of(folder, config, allow_changes, machine) if resume else None
     if resume and "sqlite" in config.metrics.sinks:
         check_store(folder / FILE_NAME)
     config = config if resumption is None else resumption.asked
@@ -227,6 +231,7 @@ def prepare(
         total_steps=total_steps,
         fingerprint=dataset.fingerprint,
         model=identity.model,
+        machine=machine,
         rewards_stood=not rewards and resumption is not None and not _REWARDS & resumption.changed,
         changes=changes,
         new_changes=new_changes,

@@ -15,6 +15,7 @@ from troupe.errors import FolderGoneError, OutputError
 from troupe.folder_names import run_folder_named
 from troupe.held_folder import HeldFolder
 from troupe.run_lock import LOCK, LockedError, Owner, RunLock
+from troupe.sealed_config import seal
 from troupe.weights_files import remove_leftovers
 
 _NUMBERED = re.compile(r"(.+)-(\d{3,})")
@@ -179,6 +180,7 @@ def _store(config: RunConfig, path: Path) -> None:
     """The old file or the new one is there, whole, at any moment."""
     temporary = path.with_name(f".writing-{path.name}")
     write_config(config, temporary)
+    seal(temporary)
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)

@@ -17,6 +17,7 @@ import msgspec
 from troupe.checkpoint import (
     Checkpoint,
     CheckpointConfig,
+    Made,
     Pruned,
     RunState,
     checkpoint_folder,
@@ -83,6 +84,7 @@ class Checkpointer(Actor):
         policy_config: Qwen3Config,
         source: Path | None,
         run_state: Callable[[Snapshot], RunState],
+        made: Callable[[], Made] = Made,
         settle: Callable[[int], Awaitable[bool]] | None = None,
         check_folder: Callable[[], None] = lambda: None,
         ledger: CheckpointLedger | None = None,
@@ -104,6 +106,7 @@ class Checkpointer(Actor):
         self._policy_config = policy_config
         self._source = source
         self._run_state = run_state
+        self._made = made
         self._settle = settle
         self._check_folder = check_folder
         self._ledger = CheckpointLedger() if ledger is None else ledger
@@ -234,6 +237,7 @@ class Checkpointer(Actor):
             optimizer_state=snapshot.optimizer_state,
             behind=snapshot.behind,
             state=self._state(snapshot, folder),
+            made=self._made(),
             reference=snapshot.reference,
             unfinished=snapshot.unfinished,
         )

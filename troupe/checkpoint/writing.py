@@ -26,6 +26,7 @@ from troupe.checkpoint.files import (
 )
 from troupe.checkpoint.state import (
     CONFIG_FILE,
+    MADE_FILE,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -35,6 +36,7 @@ from troupe.checkpoint.state import (
     TEMPORARY_PREFIX,
     UNFINISHED_FILE,
     Checkpoint,
+    Made,
 )
 from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.policy import MAX_SHARD_BYTES, Qwen3Config, Weights, save_model_folder
@@ -69,6 +71,8 @@ def save_checkpoint(
         for name, arrays in files.items():
             folder.write(name, safetensors_chunks(arrays, {"format": "pt"} if name == MODEL_FILE else None))
         folder.write(UNFINISHED_FILE, [unfinished])
+        if checkpoint.made != Made():
+            folder.write(MADE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.made))])
         folder.write(STATE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.state))])
     return folder.size
 

@@ -120,6 +120,11 @@ class SinkThread:
         return self._fault
 
     @property
+    def lacking(self) -> int | None:
+        """How many of the steps before the newest a durable sink's file lacks; None where it does not count them."""
+        return getattr(self._durable, "lacking", None)
+
+    @property
     def waiting(self) -> int:
         """Messages not yet begun with, or not yet where they are safe from a crash."""
         return len(self._waiting) + self._unflushed
@@ -303,6 +308,11 @@ class Sinks:
                     self._listeners.remove(listener)
             return True
         return self._has_settled(version)
+
+    def lacking(self) -> dict[str, int]:
+        """Durable sink → how many of the steps before the newest its file lacks."""
+        counts = {thread.name: thread.lacking for thread in self._threads}
+        return {name: count for name, count in counts.items() if count is not None}
 
     def news(self) -> list[Incident]:
         """What has become of sinks since the last call; those that have failed or hang are switched off."""
