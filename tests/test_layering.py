@@ -77,8 +77,10 @@ ALLOWED: dict[str, set[str]] = {
     "changes": {"config", "tables"},
     "arithmetic": {"linux_cpu"},
     "sealed_config": {"tables"},
+    "lost_steps": {"run_store", "sinks"},
     "resuming": {"changes", "checkpoint", "config", "messages", "policy", "rewards", "sealed_config"},
-    "prepare": ROOMS | {"arithmetic", "budget", "changes", "config", "linux_cpu", "resuming", "run_folder"},
+    "prepare": ROOMS
+    | {"arithmetic", "budget", "changes", "config", "linux_cpu", "lost_steps", "resuming", "run_folder"},
     "rollouts": ROOMS,
     "generator_process": ROOMS | {"actors", "budget", "linux_cpu", "__init__"},
     "pipeline": ROOMS | {"actors", "changes", "config", "prepare", "__init__"},

@@ -182,7 +182,7 @@ async def _train(config: RunConfig, resume: bool, allow_changes: tuple[str, ...]
 
     async with Supervisor(config, resume=resume, allow_changes=allow_changes) as run:
         for notice in run.notices:
-            tell(f"note: {notice}")
+            tell(f"note: {notice}", error=notice in run.lost)
         async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
             if server.unavailable is not None:
                 tell(f"note: {server.unavailable}")

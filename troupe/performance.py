@@ -190,6 +190,8 @@ class Performance:
         self._before = await self._evaluate(await self._untrained_policy())
         self._prepared = self._prepared.without_arrays()
         self._playing = True
+        for message in self._prepared.lost:
+            self._pipeline.incidents.incident_nowait(Incident(actor="supervisor", kind="steps_lost", message=message))
         playing = partial(_beside, self._watch, partial(play, self._pipeline.roles))
         await _beside(self._tell_sinks, partial(_beside, self._watch_folder, playing))
         self._after = await self._evaluate(self._trained_policy())

@@ -21,6 +21,7 @@ from troupe.config import RunConfig, check_config
 from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import adamw_init
+from troupe.lost_steps import lost_steps
 from troupe.messages import Unfinished
 from troupe.policy import DTYPES, Policy, Qwen3Config, Weights, is_on_cpu, load_policy, model_fingerprint, resolve_model
 from troupe.restoring import Restored, restored_free, restored_pinned
@@ -82,6 +83,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """Made in earlier starts while the run played."""
     new_changes: tuple[Change, ...] = ()
     """Those of them that are new, because this start asks for another value; to be written before it begins."""
+    lost: tuple[str, ...] = ()
+    """What files of the run do not tell of any more, one line each; among the notices, too."""
     memory: Plan
     """What the run takes, and what was chosen for it."""
     prompts: str = ""
@@ -209,6 +212,9 @@ def prepare(
             max_steps=resumption.stored.learner.max_steps,
         )
         resumed += resumption.notices(total_steps, before, checkpoint)
+    lost: list[str] = []
+    if checkpoint is not None:
+        lost = lost_steps(folder, checkpoint.state.version, checkpoint.made.lacking, config.metrics.sinks)
     changes, new_changes, told = _changes(folder, config, resumption, checkpoint, manager)
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
@@ -238,9 +244,10 @@ def prepare(
         evaluation=evaluation,
         checkpoint=checkpoint,
         optimizer_state=optimizer_state,
+        lost=tuple(lost),
         memory=memory,
         prompts="\n".join(told_of_prompts),
-        notices=(*notices, *more, *memory.notices, *resumed, *told),
+        notices=(*notices, *more, *memory.notices, *resumed, *told, *lost),
     )
 
 

@@ -268,6 +268,22 @@ def check_store(path: Path) -> None:
             refuse_newer(connection, path)
 
 
+def stored_steps(path: Path, up_to: int) -> set[int]:
+    """The steps, up to one, that a store holds; none of a file that is not there, or damaged. OSError where it cannot
+    be read now."""
+    if not path.exists():
+        return set()
+    try:
+        with _told_as_ours(path), closing(connect_to_read(path)) as connection:
+            if not connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'steps'").fetchone()[0]:
+                return set()
+            return {
+                step for (step,) in connection.execute("SELECT step FROM steps WHERE step BETWEEN 1 AND ?", (up_to,))
+            }
+    except DamagedStoreError:
+        return set()
+
+
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """A connection that cannot change the store, does not hold up who writes, and leaves no file behind.
 

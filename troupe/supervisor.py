@@ -63,6 +63,8 @@ class Supervisor:
         self.config = config
         self.notices: tuple[str, ...] = ()
         """What the user should know, one line each; filled on entering."""
+        self.lost: tuple[str, ...] = ()
+        """Those of them that tell of steps which files of the run have lost since it was played last."""
         self._rewards = rewards
         self._resume = resume
         self._allow_changes = tuple(allow_changes)
@@ -88,6 +90,7 @@ class Supervisor:
             place = await self._device.run(self._take_folder)
             prepared = await self._device.run(self._prepare, place)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
+            self.lost = prepared.lost
             self._pipeline = build_pipeline(prepared, check_folder=place.check)
             performance = Performance(
                 prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s

@@ -261,6 +261,7 @@ class Sinks:
         self._timeout_s, self._clock, self._gather_s = timeout_s, clock, gather_s
         self._threads: list[SinkThread] = []
         self._opened = False
+        self._lacking: dict[str, int] = {}
         self._dropped = 0
         self._writes: deque[Write] = deque(maxlen=1024)
         self._listeners: list[Callable[[], object]] = []
@@ -310,9 +311,12 @@ class Sinks:
         return self._has_settled(version)
 
     def lacking(self) -> dict[str, int]:
-        """Durable sink → how many of the steps before the newest its file lacks."""
-        counts = {thread.name: thread.lacking for thread in self._threads}
-        return {name: count for name, count in counts.items() if count is not None}
+        """Durable sink → how many of the steps before the newest its file lacks, also after the end; none of one that
+        was switched off."""
+        if self._threads:
+            counts = {thread.name: thread.lacking for thread in self._threads}
+            self._lacking = {name: count for name, count in counts.items() if count is not None}
+        return dict(self._lacking)
 
     def news(self) -> list[Incident]:
         """What has become of sinks since the last call; those that have failed or hang are switched off."""
@@ -347,6 +351,7 @@ class Sinks:
                 late = f"{thread.waiting} messages were not written within {self._timeout_s:g} s of the run's end"
                 why = "" if thread.trouble is None else f"{thread.trouble}; "
                 incidents.append(self._switch_off(thread, f"{why}{late} (metrics.sink_timeout_s)"))
+        self.lacking()
         self._threads, self._opened = [], True
         self._tell_listeners()
         return tuple(incidents)
