@@ -141,7 +141,10 @@ def prepare(
     config = check_config(config)
     model_path, data_path = config.model.path, config.data.path
     check_sinks(config.metrics)
-    notices = linux_cpu.advice() if mx.default_device() == mx.Device(mx.cpu) else []
+    notices: list[str] = []
+    if is_on_cpu():
+        notices = linux_cpu.advice()
+        linux_cpu.check_temporary_files()
     if model_path is None:
         raise ConfigError(
             "model.path is missing: name a Hugging Face folder of a Qwen3 model (in RUN.toml, or with -m MODEL_DIR)"
@@ -181,6 +184,8 @@ def prepare(
     is_light = sum(array.nbytes for array in policy.weights.values()) <= _LIGHT
     config = _placed(config, worthwhile if is_light else 1)
     config, streams = _streamed(config, worthwhile)
+    if is_on_cpu():
+        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
     memory = plan_memory(
         config,
         Workload(
