@@ -145,7 +145,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1, check_folder: Callable[
     prompter_box, generator_box, scorer_box = Mailbox("prompter"), Mailbox("generator"), Mailbox("scorer")
     learner_box, checkpointer_box, metrics_box = Mailbox("learner"), Mailbox("checkpointer"), Mailbox("metrics")
 
-    sinks = Sinks(_sinks(prepared), timeout_s=config.metrics.sink_timeout_s)
+    sinks = Sinks(_sinks(prepared), timeout_s=config.metrics.sink_timeout_s, before_opening=check_folder)
     settles = metrics_box.channel("settle", Settle, bound=1, overflow="newest", side=True)
 
     async def settle(version: int) -> bool:

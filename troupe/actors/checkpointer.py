@@ -141,7 +141,13 @@ class Checkpointer(Actor):
             self._write_checkpoint(snapshot)
         if snapshot.final:
             self._check_folder()
-            save_final_policy(self._run / "final", self._policy_config, snapshot.weights, self._source)
+            save_final_policy(
+                self._run / "final",
+                self._policy_config,
+                snapshot.weights,
+                self._source,
+                before_taking_place=self._check_folder,
+            )
 
     async def _take(self) -> Any:
         """The next message; while none comes, what could not be written is tried again."""
@@ -243,6 +249,7 @@ class Checkpointer(Actor):
         )
 
         def give_way() -> None:
+            self._check_folder()
             if snapshot is ledger.pending and len(self.inbox):
                 raise _SupersededError
 

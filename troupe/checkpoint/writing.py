@@ -77,9 +77,17 @@ def save_checkpoint(
     return folder.size
 
 
-def save_final_policy(path: Path, config: Qwen3Config, weights: Weights, source: Path | None = None) -> None:
+def save_final_policy(
+    path: Path,
+    config: Qwen3Config,
+    weights: Weights,
+    source: Path | None = None,
+    *,
+    before_taking_place: Callable[[], None] = lambda: None,
+) -> None:
     """Write a plain model folder, with a manifest, in the place of what is at `path`; whole or absent, as above."""
-    with _new_folder(path, safetensors_bytes(weights) + _companion_bytes(source)) as folder:
+    needed = safetensors_bytes(weights) + _companion_bytes(source)
+    with _new_folder(path, needed, before_taking_place) as folder:
         save_model_folder(folder.path, config, weights, source, MAX_SHARD_BYTES)
 
 
@@ -128,6 +136,7 @@ def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] 
         folder = _NewFolder(temporary, before_block)
         yield folder
         folder.finish()
+        before_block()  # what raises because the place is not the same any more is heeded to the last
         _take_place(temporary, path)
     except RuntimeError as error:  # how MLX says that it could not write
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,6 +8,8 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
+from troupe.errors import FolderGoneError
+
 
 class AppendedFile:
     """Records wait in memory until `flush` has written all of them; a part of one is taken back.
@@ -65,7 +67,8 @@ class AppendedFile:
         if self._file is not None:
             os.fsync(self._file.fileno())
             if not self._named:
-                _sync_folder(self._path.parent)
+                if self._folder is not None:
+                    os.fsync(self._folder)
                 self._named = True
 
     def close(self) -> None:
@@ -84,9 +87,13 @@ class AppendedFile:
         return os.open(name, flags, 0o666, dir_fd=self._folder)
 
     def _look_for_it(self, file: FileIO) -> None:
-        """Go on in the file that the name leads to now. OSError where there is none and none can be made."""
+        """Go on in the file that the name leads to now. OSError where there is none and none can be made now,
+        FolderGoneError where none ever can."""
         if not self._is_in_place(file):
-            self._file = FileIO(self._path.name, "ab", opener=self._opened)
+            try:
+                self._file = FileIO(self._path.name, "ab", opener=self._opened)
+            except FileNotFoundError:  # a folder that is there can have a new file
+                raise FolderGoneError(f"{self._path.parent}: the folder was deleted under the run") from None
             file.close()
             self._named = False
         elif os.fstat(file.fileno()).st_size >= self._good:
@@ -104,11 +111,3 @@ class AppendedFile:
         except OSError:
             return True
         return os.path.samestat(there, os.fstat(file.fileno()))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

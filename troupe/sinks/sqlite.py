@@ -139,12 +139,13 @@ class SqliteSink:
             raise
 
     def _check_folder(self) -> None:
-        """OSError where the folder was moved since it was opened first: its name leads to what is not this run's."""
+        """FolderGoneError where the folder was moved since it was opened first: its name leads to what is not this
+        run's."""
         if self._held is None:
             with suppress(OSError):  # SQLite says so of the file
                 self._held = HeldFolder(self._path.parent)
-        if self._held is not None and (gone := self._held.gone()) is not None:
-            raise OSError(str(gone))
+        if self._held is not None:
+            self._held.check()
 
     def _begin_anew(self, damage: DamagedStoreError) -> None:
         aside = set_aside(self._path)
