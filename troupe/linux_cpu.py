@@ -51,6 +51,8 @@ def load_openblas() -> OpenBlasState:
     if sys.platform != "linux":
         return "not needed"
     too_late = _mlx_is_on_cpu() and not _is_mapped()
+    if _is_limited() and not _may_have((os.cpu_count() or 1) * _BUFFER_BYTES):
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each thread that it starts asks for its buffer until it gets it
     for name in LIBRARY_NAMES:
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
@@ -125,10 +127,11 @@ def check_temporary_files() -> None:
     if sys.platform != "linux" or shutil.which(COMPILER) is None:
         return
     name = next((name for name in _PLACES if name in os.environ), None)
-    folder = Path("/tmp" if name is None else os.environ[name])
-    what = f"{folder} (the folder for temporary files)" if name is None else f"{name} is {str(folder)!r}"
+    named = "/tmp" if name is None else os.environ[name]
+    folder = Path(named)
+    what = f"{named} (the folder for temporary files)" if name is None else f"{name} is {named!r}"
     remedy = f"MLX compiles kernels there; make it a folder that you may write to, or set {name or 'TMPDIR'} to one"
-    if not folder.is_dir():
+    if not named or not folder.is_dir():
         raise InputError(f"{what}: there is no such folder; {remedy}")
     for place in (folder, folder / "mlx", folder / "mlx" / version("mlx"), folder / "mlx" / version("mlx") / "cpu"):
         try:
@@ -144,18 +147,25 @@ def take_buffers(threads: int) -> None:
     library = _openblas()
     if library is None or not _is_limited() or not hasattr(library, "blas_memory_alloc"):
         return
-    try:
-        mmap.mmap(-1, threads * _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
-    except OSError as error:
+    if not _may_have(threads * _BUFFER_BYTES):
         raise InputError(
             f"out of memory: OpenBLAS needs {threads * _BUFFER_BYTES / 1e9:.2g} GB of address space for {threads} "
-            f"threads, and this process gets no more ({error.strerror or error}); raise the limit (ulimit -v), or set "
-            "schedule.blas_threads and schedule.learner_streams to 1"
-        ) from None
+            "threads, and this process may not have them; raise the limit (ulimit -v), or set schedule.blas_threads "
+            "and schedule.learner_streams to 1"
+        )
     library.blas_memory_alloc.restype = ctypes.c_void_p
     library.blas_memory_free.argtypes = [ctypes.c_void_p]
     for buffer in [library.blas_memory_alloc(0) for _ in range(threads)]:
         library.blas_memory_free(buffer)
+
+
+def _may_have(size: int) -> bool:
+    """Whether this process gets so many bytes of address space now."""
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _is_limited() -> bool:

@@ -279,6 +279,8 @@ class Daemon:
                 run_toml=str(stored),
                 output=str(order.output),
                 identity=identity,
+                # of the machine: what was allowed holds until a checkpoint was written here
+                allow_changes=tuple(key for key in order.allow_changes if key.partition(".")[0] == "machine"),
                 paused=self._paused,
                 completions=self._has_page,
             )
