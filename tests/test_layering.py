@@ -85,7 +85,18 @@ ALLOWED: dict[str, set[str]] = {
     "generator_process": ROOMS | {"actors", "budget", "linux_cpu", "__init__"},
     "pipeline": ROOMS | {"actors", "changes", "config", "prepare", "__init__"},
     "performance": ROOMS
-    | {"budget", "changes", "linux_cpu", "pipeline", "prepare", "rollouts", "run_folder", "status", "summary"},
+    | {
+        "budget",
+        "changes",
+        "config",
+        "linux_cpu",
+        "pipeline",
+        "prepare",
+        "rollouts",
+        "run_folder",
+        "status",
+        "summary",
+    },
     "summary": set(),
     "supervisor": ROOMS
     | {"changes", "config", "performance", "pipeline", "prepare", "run_folder", "status", "summary", "tables"},

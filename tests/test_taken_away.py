@@ -19,6 +19,7 @@ from troupe import RunConfig, RunResult, Supervisor
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.errors import FolderGoneError, RunError
 from troupe.policy import Weights
+from troupe.sealed_config import is_as_written
 
 pytestmark = pytest.mark.anyio
 
@@ -174,13 +175,14 @@ async def test_a_store_and_metrics_that_are_deleted_are_begun_anew_and_told(tmp_
     def harm() -> None:
         while stored_steps_of(folder) != list(range(1, AT + 1)):
             pass
-        for path in [*folder.glob("run.sqlite*"), folder / "metrics.jsonl"]:
+        for path in [*folder.glob("run.sqlite*"), folder / "metrics.jsonl", folder / "run.toml"]:
             path.unlink()
 
     result = await play(config_of(ragged_model, tmp_path), harm)
     assert result.complete
-    assert result.incidents == {"file_lost": 2}
-    [told] = [message for (message,) in rows(folder, "SELECT message FROM incidents") if "run.sqlite" in message]
+    assert result.incidents == {"file_lost": 3}
+    assert is_as_written(folder / "run.toml")
+    [told] = [message for (message,) in rows(folder, "SELECT message FROM incidents") if "run.sqlite was" in message]
     assert f"{folder / 'run.sqlite'} was removed or exchanged under the run" in told
     assert steps_of(folder) == stored_steps_of(folder) == list(range(AT + 1, STEPS + 1))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import msgspec
 from troupe import linux_cpu
 from troupe.budget import memory_limited
 from troupe.changes import Change, ChangesLog
+from troupe.config import RUN_TOML
 from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.pipeline import Pipeline
@@ -191,7 +193,7 @@ class Performance:
         self._prepared = self._prepared.without_arrays()
         self._playing = True
         for message in self._prepared.lost:
-            self._pipeline.incidents.incident_nowait(Incident(actor="supervisor", kind="steps_lost", message=message))
+            self._tell("steps_lost", message)
         playing = partial(_beside, self._watch, partial(play, self._pipeline.roles))
         await _beside(self._tell_sinks, partial(_beside, self._watch_folder, playing))
         self._after = await self._evaluate(self._trained_policy())
@@ -209,10 +211,16 @@ class Performance:
             version = (await self._pipeline.board.newer_than(version))[0]  # and not the weights, which would stay
             try:
                 await self._device.run(self._place.check)
+                with suppress(OSError):  # a disk that fails now may not at the next step
+                    if await self._device.run(self._place.restore_config):
+                        message = f"{self._place.path / RUN_TOML} was removed under the run; it is stored again"
+                        self._tell("file_lost", message)
             except FolderGoneError as error:
-                incident = Incident(actor="supervisor", kind="folder_gone", message=str(error))
-                self._pipeline.incidents.incident_nowait(incident)
+                self._tell("folder_gone", str(error))
                 raise
+
+    def _tell(self, kind: str, message: str) -> None:
+        self._pipeline.incidents.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))
 
     async def _watch(self) -> None:
         begun_s = time.perf_counter()

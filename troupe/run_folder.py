@@ -61,6 +61,7 @@ class RunFolder:
         self._new_folders = new_folders
         self._lock = RunLock(path)
         self._held: HeldFolder | None = None
+        self._config: RunConfig | None = None
         self._was_begun = False
         self._is_void = False
 
@@ -98,6 +99,7 @@ class RunFolder:
         try:
             remove_leftovers(self.path)
             _store(config, self.path / RUN_TOML)
+            self._config = config
         except OSError as error:
             raise OutputError(f"{self.path}: the output folder cannot be written: {error}") from None
 
@@ -106,6 +108,15 @@ class RunFolder:
         either. May be called in any thread."""
         if self._held is not None:
             self._held.check()
+
+    def restore_config(self) -> bool:
+        """Store the config of `begin` again where somebody has removed it, since nobody could resume the run without;
+        whether that was so. OSError where it cannot be stored now."""
+        if self._config is None or (self.path / RUN_TOML).exists():
+            return False
+        self.check()
+        _store(self._config, self.path / RUN_TOML)
+        return True
 
     def gone(self) -> FolderGoneError | None:
         """What `check` would raise."""
