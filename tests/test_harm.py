@@ -94,7 +94,8 @@ def test_no_run_ends_well_with_half_of_it_elsewhere(tmp_path: Path, staleness: i
         now = harm(dice, out, number)
         there = sorted(path.relative_to(out) for path in out.rglob("*")) if out.exists() else []
         code = trainer.wait()
-        assert code == 3, (config.parent / "log.txt").read_text()[-4000:]
+        # 2: it had not begun, and found another folder there than a moment before
+        assert code in (2, 3), (config.parent / "log.txt").read_text()[-4000:]
         assert (sorted(path.relative_to(out) for path in out.rglob("*")) if out.exists() else []) == there
         harmed += 1
         clear(out)
