@@ -206,9 +206,8 @@ class Performance:
 
     async def _watch_folder(self) -> None:
         """End the run where its folder is taken away: what would be written from then on is half a run."""
-        version = self._prepared.first_step
-        while True:
-            version = (await self._pipeline.board.newer_than(version))[0]  # and not the weights, which would stay
+        updates = self._pipeline.news.listen(1, Update)
+        async for _ in updates:
             try:
                 await self._device.run(self._place.check)
                 with suppress(OSError):  # a disk that fails now may not at the next step
