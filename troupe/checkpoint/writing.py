@@ -127,6 +127,7 @@ class _NewFolder:
 @contextmanager
 def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] = lambda: None) -> Iterator[_NewFolder]:
     """Write files in the body; afterwards the folder is at `path`, or nothing has changed."""
+    before_block()
     make_folders(path.parent)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
     shutil.rmtree(temporary, ignore_errors=True)
