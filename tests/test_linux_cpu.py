@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from troupe import linux_cpu
+from troupe.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +185,123 @@ def test_importing_troupe_first_loads_openblas_silently() -> None:
     program = "import troupe; from troupe import linux_cpu; print(linux_cpu.load_openblas(), linux_cpu._is_mapped())"
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "loaded True\n", "")
+
+
+# Temporary files
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "TMP", "TEMP", "TEMPDIR"])
+def test_a_folder_for_temporary_files_that_is_not_there(
+    tmp_path: Path, compiler: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, str(tmp_path / "no"))
+    with pytest.raises(InputError, match=f"{name} is '{tmp_path / 'no'}': there is no such folder.*set {name} to one"):
+        linux_cpu.check_temporary_files()
+    monkeypatch.setenv(name, "")
+    with pytest.raises(InputError, match=f"{name} is "):
+        linux_cpu.check_temporary_files()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    linux_cpu.check_temporary_files()  # nothing is compiled
+
+
+def test_mlx_s_own_folder_in_it_is_somebody_else_s(
+    tmp_path: Path, compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    linux_cpu.check_temporary_files()
+    (tmp_path / "mlx").mkdir()
+    linux_cpu.check_temporary_files()
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx"]
+
+    def refused(**where: Any) -> None:
+        if where["dir"] == tmp_path / "mlx":
+            raise PermissionError(13, "Permission denied")
+
+    def opened(**where: Any) -> Any:
+        refused(**where)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", opened)
+    with pytest.raises(InputError, match=f"{tmp_path / 'mlx'} cannot be written: Permission denied"):
+        linux_cpu.check_temporary_files()
+
+
+# Buffers of OpenBLAS
+
+
+def test_its_buffers_are_taken_where_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    given_back: list[int] = []
+
+    class Library:
+        @staticmethod
+        def blas_memory_alloc(kind: int) -> int:
+            held.append(kind)
+            return len(held)
+
+        @staticmethod
+        def blas_memory_free(buffer: int) -> None:
+            given_back.append(buffer)
+
+    class Alloc(SimpleNamespace):
+        def __call__(self, *args: Any) -> Any:
+            return self.function(*args)
+
+    library = SimpleNamespace(
+        blas_memory_alloc=Alloc(function=Library.blas_memory_alloc),
+        blas_memory_free=Alloc(function=Library.blas_memory_free),
+    )
+    monkeypatch.setattr(linux_cpu, "_openblas", lambda: library)
+    monkeypatch.setattr(linux_cpu, "_is_limited", lambda: False)
+    linux_cpu.take_buffers(3)
+    assert not held
+    monkeypatch.setattr(linux_cpu, "_is_limited", lambda: True)
+    linux_cpu.take_buffers(3)
+    assert (len(held), given_back) == (3, [1, 2, 3])
+    with pytest.raises(InputError, match=r"out of memory: OpenBLAS needs .* for 8388608 threads.*\(ulimit -v\)"):
+        linux_cpu.take_buffers(2**23)
+    assert len(held) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux")
+def test_a_run_that_may_not_have_the_memory_ends_and_says_so(tmp_path: Path) -> None:
+    """It asked OpenBLAS for a product, which asked for its buffer again and again."""
+    if linux_cpu._openblas() is None:
+        pytest.skip("there is no OpenBLAS here")
+    program = (
+        "import resource, sys, troupe\n"
+        "from troupe import linux_cpu\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))\n"
+        "linux_cpu.take_buffers(1)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # else one that it starts may be asking at that moment
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert told.returncode == 1
+    assert "InputError: out of memory: OpenBLAS needs 0.13 GB of address space for 1 threads" in told.stderr
+
+
+def test_openblas_says_which_kernels_it_has() -> None:
+    told = linux_cpu.openblas_kernels()
+    if linux_cpu.load_openblas() != "loaded":
+        pytest.skip("there is no OpenBLAS here")
+    assert told is not None
+    assert told.startswith("OpenBLAS ")
+    program = "from troupe import linux_cpu; print(linux_cpu.openblas_kernels())"
+    environment = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}
+    other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() in (told, f"{told.rpartition(' ')[0]} Prescott")

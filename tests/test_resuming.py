@@ -17,8 +17,17 @@ from tests.fakes import same_bits, tiny_config, weigh_ids, write_prompts, write_
 from tests.straight import play_straight
 from tests.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, Supervisor, load_config
+from troupe.arithmetic import arithmetic
 from troupe.changes import CHANGES, Change, ChangesLog
-from troupe.checkpoint import RewardState, RunState, list_checkpoints, load_checkpoint, save_checkpoint
+from troupe.checkpoint import (
+    MANIFEST,
+    RewardState,
+    RunState,
+    list_checkpoints,
+    load_checkpoint,
+    read_made,
+    save_checkpoint,
+)
 from troupe.config import RUN_TOML, config_table, write_config
 from troupe.errors import CheckpointError, ConfigError, RewardError, RunError
 from troupe.messages import Unfinished, Update
@@ -26,6 +35,7 @@ from troupe.policy import Weights
 from troupe.prepare import Prepared, prepare
 from troupe.resuming import OPEN, Resumption, stored_config
 from troupe.rewards import RewardManager, load_reward
+from troupe.sealed_config import is_as_written
 from troupe.supervisor import train
 
 pytestmark = pytest.mark.anyio
@@ -263,6 +273,17 @@ def metrics_of(folder: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in lines}
 
 
+def of_an_older_troupe(folder: Path, to: Path) -> Path:
+    """A copy of a run whose checkpoints do not say how they were made."""
+    shutil.copytree(folder, to)
+    for checkpoint in list_checkpoints(to):
+        (checkpoint / "made.json").unlink()
+        listed = json.loads((checkpoint / MANIFEST).read_text())
+        del listed["made.json"]
+        (checkpoint / MANIFEST).write_text(json.dumps(listed))
+    return to
+
+
 def cut(whole: Path, folder: Path, after: int) -> Path:
     """A copy of a run as it would be if it had been killed with `after` as its newest checkpoint."""
     shutil.copytree(whole, folder)
@@ -337,14 +358,17 @@ async def test_a_checkpoint_that_is_not_of_this_run(tmp_path: Path, ragged_model
     config = config_for(ragged_model, tmp_path)
     await play(config, [weigh_ids], ask=stop_at(3))
     folder = tmp_path / "run"
-    for key, wrong, message in (
-        ("seed", 7, "the run has seed 0, not 7"),
-        ("schedule__mode", "free", "the run's schedule is 'pinned', not 'free'"),
+    for key, wrong, difference, message in (
+        ("seed", 7, r"seed: 0 → 7 \(never", "the run has seed 0, not 7"),
+        ("schedule__mode", "free", "mode: 'pinned' → 'free'", "the run's schedule is 'pinned', not 'free'"),
     ):
         other = changed(config, **{key: wrong})
         write_config(prepare(changed(other, output=None), [weigh_ids]).config, folder / RUN_TOML)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=difference):
             prepare(other, [weigh_ids], resume=True)
+        old = of_an_older_troupe(folder, tmp_path / f"old {key}")
+        with pytest.raises(CheckpointError, match=message):
+            prepare(changed(other, output=str(old)), [weigh_ids], resume=True)
     write_config(prepare(changed(config, output=None), [weigh_ids]).config, folder / RUN_TOML)
     newest, before, *_ = list_checkpoints(folder)
     (newest / "state.json").write_text("{}")
@@ -727,3 +751,140 @@ def test_the_blocking_form_takes_the_same(tmp_path: Path, ragged_model: Path) ->
     with pytest.raises(CheckpointError, match=r"--allow-change learner.max_steps"):
         train(longer, [weigh_ids], resume=True)
     assert train(longer, [weigh_ids], resume=True, allow_changes=["learner.max_steps"]).steps == 2
+
+
+# A run.toml that somebody has edited
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    text = (folder / RUN_TOML).read_text()
+    assert old in text
+    (folder / RUN_TOML).write_text(text.replace(old, new))
+
+
+def as_stored(folder: Path) -> RunConfig:
+    """What `troupe train -o FOLDER --resume` asks for."""
+    return load_config(folder / RUN_TOML, [{"output": str(folder)}])
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
+    """A run that ended after three of its steps."""
+    tmp_path = tmp_path_factory.mktemp("begun")
+    anyio.run(lambda: play(config_for(ragged_model, tmp_path), [weigh_ids], ask=stop_at(3)))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, begun: Path) -> Path:
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+def test_what_was_edited_is_asked_for_and_not_what_the_run_was_made_with(folder: Path) -> None:
+    edit(folder, "batch_size = 2", "batch_size = 1")
+    edit(folder, "lr = 0.01", "lr = 1.0")
+    edit(folder, "every = 1", "every = 2")
+    for allow in ((), ("learner.lr",)):
+        with pytest.raises(CheckpointError) as refused:
+            prepare(as_stored(folder), [weigh_ids], resume=True, allow_changes=allow)
+        assert "learner.batch_size: 2 → 1 (never: which prompts a step has follows from it)" in str(refused.value)
+        assert ("learner.lr: 0.01 → 1.0" in str(refused.value)) is (not allow)
+    edit(folder, "batch_size = 1", "batch_size = 2")
+    with pytest.raises(CheckpointError, match=r"--allow-change learner\.lr"):
+        prepare(as_stored(folder), [weigh_ids], resume=True)
+    prepared = prepare(as_stored(folder), [weigh_ids], resume=True, allow_changes=["learner.lr"])
+    assert (prepared.config.learner.lr, prepared.config.checkpoint.every) == (1.0, 2)
+    assert "learner.lr: 0.01 → 1.0, as allowed" in prepared.notices
+
+
+def test_without_its_sum_it_is_compared_all_the_same(folder: Path) -> None:
+    """As a tool writes it that keeps no comments."""
+    config = as_stored(folder)
+    write_config(config, folder / RUN_TOML)
+    assert not is_as_written(folder / RUN_TOML)
+    assert not [n for n in prepare(config, [weigh_ids], resume=True).notices if "as allowed" in n]
+    write_config(changed(config, learner__beta=0.5), folder / RUN_TOML)
+    with pytest.raises(CheckpointError, match=r"learner\.beta: 0\.0 → 0\.5"):
+        prepare(as_stored(folder), [weigh_ids], resume=True)
+
+
+def test_layout_and_comments_are_free(folder: Path) -> None:
+    edit(folder, "lr = 0.01", "lr    =   1e-2  # as it was")
+    assert is_as_written(folder / RUN_TOML)
+    prepare(as_stored(folder), [weigh_ids], resume=True)
+
+
+def test_a_run_of_an_older_troupe_is_taken_at_its_word(folder: Path, tmp_path: Path) -> None:
+    old = of_an_older_troupe(folder, tmp_path / "old")
+    edit(old, "lr = 0.01", "lr = 1.0")
+    assert prepare(as_stored(old), [weigh_ids], resume=True).config.learner.lr == 1.0
+
+
+async def test_what_an_earlier_start_was_allowed_stays_allowed(folder: Path) -> None:
+    """Although it was killed before it had a checkpoint of its own."""
+    edit(folder, "lr = 0.01", "lr = 1.0")
+    run = Supervisor(as_stored(folder), [weigh_ids], resume=True, allow_changes=["learner.lr"])
+    async with run:
+        run.stop()
+    for checkpoint in list_checkpoints(folder):
+        assert read_made(checkpoint).config["learner"]["lr"] in (0.01, 1.0)
+        if checkpoint.name > "step-00000003":
+            shutil.rmtree(checkpoint)
+    assert read_made(list_checkpoints(folder)[0]).config["learner"]["lr"] == 0.01
+    assert prepare(as_stored(folder), [weigh_ids], resume=True).config.learner.lr == 1.0
+
+
+# Another machine
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, str]:
+    """What is told of the machine, and what the run was made on."""
+    now = dict(arithmetic())
+    assert read_made(list_checkpoints(folder)[0]).machine == now
+    monkeypatch.setattr("troupe.prepare.arithmetic", lambda: now)
+    return now
+
+
+@pytest.mark.parametrize("name", ["compiler", "blas", "mlx", "device", "system"])
+def test_what_decides_the_bits_is_compared_and_allowed_by_name(
+    folder: Path, machine: dict[str, str], name: str
+) -> None:
+    old = machine.get(name, "none")
+    if name not in machine:
+        pytest.skip("means nothing on this device")
+    machine[name] = "another"
+    with pytest.raises(CheckpointError) as refused:
+        prepare(as_stored(folder), [weigh_ids], resume=True)
+    assert str(refused.value) == (
+        f"{folder}: the run in this folder was made where numbers are rounded otherwise than here:\n"
+        f"  machine.{name}: '{old}' → 'another'\n"
+        f"have machine.{name} as it was, for the same bits (PATH for g++, OPENBLAS_CORETYPE, the package mlx), allow "
+        f"what is meant by --allow-change machine.{name}"
+    )
+    for allow in (f"machine.{name}", "machine"):
+        prepared = prepare(as_stored(folder), [weigh_ids], resume=True, allow_changes=[allow])
+        assert f"machine.{name}: '{old}' → 'another', as allowed" in prepared.notices
+
+
+def test_settings_and_machine_are_refused_together(folder: Path, machine: dict[str, str]) -> None:
+    machine["mlx"] = "another"
+    with pytest.raises(CheckpointError, match=r"(?s)learner\.lr: .*machine\.mlx: .*leave them out.*have machine\.mlx"):
+        prepare(changed(as_stored(folder), learner__lr=0.5), [weigh_ids], resume=True)
+
+
+def test_what_nobody_knows_is_not_compared(folder: Path, tmp_path: Path, machine: dict[str, str]) -> None:
+    old = of_an_older_troupe(folder, tmp_path / "old")
+    machine |= {"mlx": "another", "new of this Troupe": "yes"}
+    assert prepare(as_stored(old), [weigh_ids], resume=True).first_step == 3
+    machine["mlx"] = read_made(list_checkpoints(folder)[0]).machine["mlx"]
+    assert prepare(as_stored(folder), [weigh_ids], resume=True).first_step == 3
+
+
+async def test_bits_of_a_free_run_are_nobodys_promise(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(ragged_model, tmp_path, schedule__mode="free")
+    await play(config, [weigh_ids], ask=stop_at(2))
+    monkeypatch.setattr("troupe.prepare.arithmetic", lambda: {"mlx": "another"})
+    assert prepare(config, [weigh_ids], resume=True).first_step > 0

@@ -22,7 +22,7 @@ import pytest
 
 import troupe
 from troupe.config import RunConfig, load_config
-from troupe.errors import OutputError
+from troupe.errors import FolderGoneError, OutputError
 from troupe.run_folder import RunFolder, run_folder
 from troupe.run_lock import LOCK, LockedError, Owner, RunLock, process_identity, read_owner
 
@@ -626,3 +626,52 @@ def test_a_folder_that_is_removed_while_it_is_taken_is_made_again(
     place = RunFolder.take(config_of(tmp_path / "run"), resume=False)
     assert names_in(tmp_path / "run") == {LOCK}
     place.leave()
+
+
+# A folder that is taken away
+
+
+def test_the_lock_goes_with_a_folder_that_is_moved(tmp_path: Path) -> None:
+    place = RunFolder.take(config_of(tmp_path / "run"), resume=False)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(LockedError):
+        RunLock(tmp_path / "moved").take()
+    assert place.gone() is not None
+    place.leave()
+    assert names_in(tmp_path) == {"moved"}
+    assert names_in(tmp_path / "moved") == set()
+    assert place.gone() is None
+
+
+def test_nothing_is_begun_where_another_folder_lies_now(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run")
+    place = RunFolder.take(config, resume=False)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "precious").touch()
+    with pytest.raises(FolderGoneError):
+        place.begin(config)
+    place.remove_traces()
+    place.leave()
+    assert names_in(other) == {"precious"}
+    assert names_in(tmp_path / "moved") == set()
+
+
+def test_what_a_lock_removes_lies_in_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lock = RunLock(tmp_path / "run")
+    lock.take()
+    file = tmp_path / "run" / "file"
+    file.touch()
+    inode = file.stat().st_ino
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()
+    file.touch()
+    lock.remove("file", inode)
+    lock.remove("run.lock", inode)  # another one
+    assert file.exists()
+    assert names_in(tmp_path / "moved") == {LOCK}
+    lock.release()
+    lock.remove("file", inode)
+    assert file.exists()

@@ -66,6 +66,11 @@ RULES: dict[str, Rule] = {
 }
 """Key → rule; `SECTION.*` is for the keys of a section that are not named themselves."""
 
+MACHINE = "machine"
+"""Allows all of the next ones."""
+MACHINE_KEYS = tuple(f"{MACHINE}.{name}" for name in ("device", "mlx", "system", "compiler", "blas", "tf32"))
+"""What is no key of the config and decides the bits, too: that of the machine (see `arithmetic`)."""
+
 _WHY_NEVER = {
     "model.path": "a run goes on with the model that it began with",
     "model.dtype": "the optimizer's state belongs to weights of that type",
@@ -128,6 +133,8 @@ def value_of(config: RunConfig, key: str) -> Any:
 
 def rule_of(key: str) -> Rule:
     """What a resume may do with a key."""
+    if key in MACHINE_KEYS:
+        return "by name"
     return RULES.get(key) or RULES.get(f"{key.partition('.')[0]}.*") or "by name"
 
 
@@ -139,7 +146,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[Difference]:
 
 def check_allowed(keys: Sequence[str]) -> frozenset[str]:
     """The keys that a resume is told to let change. ConfigError for one that is unknown, or may never change."""
-    known = config_keys()
+    known = [*config_keys(), MACHINE, *MACHINE_KEYS]
     for key in keys:
         if key not in known:
             raise ConfigError(f"--allow-change {key}: there is no such key; {_nearest(key)}")

@@ -9,6 +9,7 @@ TroupeError
 │   ├── OutputError         an output folder that may not be used
 │   └── CheckpointError     a checkpoint that is damaged or belongs to another run
 └── RunError                a fault while a run was under way; exit code 3
+    └── FolderGoneError     the run folder was moved, deleted or exchanged under the run
 
 A message names the value, the limit and what to do about it, and starts with the file, line or key at fault.
 """
@@ -55,3 +56,7 @@ class CheckpointError(InputError):
 
 class RunError(TroupeError):
     """A fault stopped a run; its newest complete checkpoint is still whole."""
+
+
+class FolderGoneError(RunError):
+    """The name of the run folder does not lead any more to the folder that the run began to write in."""

@@ -53,6 +53,8 @@ async def play(connection: Connection) -> None:
         mx.set_default_device(mx.cpu)
     try:
         with linux_cpu.blas_limited(setup.blas_threads), memory_limited(setup.limit_gb):
+            if setup.on_cpu:
+                linux_cpu.take_buffers(1 + (setup.blas_threads or 1))
             await _Part(connection, setup).play()
     except TroupeError as error:
         await connection.send(encode(Refused(kind=type(error).__name__, message=str(error))))

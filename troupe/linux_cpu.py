@@ -9,14 +9,20 @@ macOS (Accelerate, Metal) and NVIDIA cards need none of this. Imports nothing of
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from troupe.errors import InputError
 from troupe.process_wide import ProcessWide
 
 LIBRARY_NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -26,6 +32,11 @@ REMEDY = "install it with: sudo apt-get install -y libopenblas0-pthread g++"
 _MALLOC = {-3: 2**25, -1: 2**31 - 1, -2: 2**26, -8: 1}
 """Numbers of <malloc.h>: M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD out of reach, M_TOP_PAD 64 MB, and one arena
 (M_ARENA_MAX): those of other threads are unmapped whenever they are empty."""
+
+_BUFFER_BYTES = 2**27
+"""Address space that OpenBLAS takes for each thread that multiplies at the same time as others."""
+_PLACES = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+"""Where MLX looks for a folder for temporary files, in this order; then `/tmp`."""
 
 OpenBlasState = Literal["not needed", "loaded", "missing", "too late"]
 
@@ -40,6 +51,8 @@ def load_openblas() -> OpenBlasState:
     if sys.platform != "linux":
         return "not needed"
     too_late = _mlx_is_on_cpu() and not _is_mapped()
+    if _is_limited() and not _may_have((os.cpu_count() or 1) * _BUFFER_BYTES):
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each thread that it starts asks for its buffer until it gets it
     for name in LIBRARY_NAMES:
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
@@ -63,6 +76,19 @@ def blas_limited(threads: int | None) -> Iterator[None]:
         return
     with _THREADS.at(threads):
         yield
+
+
+def openblas_kernels() -> str | None:
+    """Version of OpenBLAS and the processor that its kernels are made for, as it says; None where it does not say."""
+    library = _openblas()
+    try:
+        told = [getattr(library, name) for name in ("openblas_get_config", "openblas_get_corename")]
+    except AttributeError:
+        return None
+    for function in told:
+        function.restype = ctypes.c_char_p
+    config, core = ((function() or b"").decode(errors="replace") for function in told)
+    return " ".join((*config.split()[:2], core)).strip() or None
 
 
 def _swap_threads(threads: int) -> int:
@@ -96,6 +122,63 @@ def run_without_compiler() -> None:
             return
         if mx.default_device() == mx.Device(mx.cpu):
             mx.disable_compile()
+
+
+def check_temporary_files() -> None:
+    """InputError where MLX will compile a kernel and cannot write the files for it, which is found amid the run."""
+    if sys.platform != "linux" or shutil.which(COMPILER) is None:
+        return
+    name = next((name for name in _PLACES if name in os.environ), None)
+    named = "/tmp" if name is None else os.environ[name]
+    folder = Path(named)
+    what = f"{named} (the folder for temporary files)" if name is None else f"{name} is {named!r}"
+    remedy = f"MLX compiles kernels there; make it a folder that you may write to, or set {name or 'TMPDIR'} to one"
+    if not named or not folder.is_dir():
+        raise InputError(f"{what}: there is no such folder; {remedy}")
+    for place in (folder, folder / "mlx", folder / "mlx" / version("mlx"), folder / "mlx" / version("mlx") / "cpu"):
+        try:
+            if place.exists():
+                tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise InputError(f"{what}: {place} cannot be written: {error.strerror or error}; {remedy}") from None
+
+
+def take_buffers(threads: int) -> None:
+    """Where this process may not take as much memory as it likes, have OpenBLAS take its buffers for so many threads
+    now: when it needs one and gets none, it asks again for ever. InputError where they cannot be had."""
+    library = _openblas()
+    if library is None or not _is_limited() or not hasattr(library, "blas_memory_alloc"):
+        return
+    if not _may_have(threads * _BUFFER_BYTES):
+        raise InputError(
+            f"out of memory: OpenBLAS needs {threads * _BUFFER_BYTES / 1e9:.2g} GB of address space for {threads} "
+            "threads, and this process may not have them; raise the limit (ulimit -v), or set schedule.blas_threads "
+            "and schedule.learner_streams to 1"
+        )
+    library.blas_memory_alloc.restype = ctypes.c_void_p
+    library.blas_memory_free.argtypes = [ctypes.c_void_p]
+    for buffer in [library.blas_memory_alloc(0) for _ in range(threads)]:
+        library.blas_memory_free(buffer)
+
+
+def _may_have(size: int) -> bool:
+    """Whether this process gets so many bytes of address space now."""
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _is_limited() -> bool:
+    """Whether address space that nobody uses yet may be refused."""
+    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
+    except OSError:
+        return False
 
 
 def advice() -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ from troupe import linux_cpu
 from troupe.activity import Stage, of_actors, with_waits
 from troupe.budget import memory_limited
 from troupe.changes import Change, ChangesLog
-from troupe.errors import InputError, RewardError, RunError
+from troupe.config import RUN_TOML
+from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.pipeline import Pipeline
 from troupe.policy import Policy, load_policy
@@ -184,7 +186,7 @@ class Performance:
             if self._pipeline.learner.version == 0:
                 self._place.remove_traces()
         except Exception as error:
-            self.fault = error
+            self.fault = error if isinstance(error, FolderGoneError) else self._place.gone() or error
         finally:
             self._pipeline.news.close()
             self._ended.set()
@@ -204,6 +206,7 @@ class Performance:
                 for incident in await pipeline.sinks.close():
                     pipeline.tell(incident)
             pipeline.tally.switched_off_sinks.update(pipeline.sinks.switched_off)
+        self._place.check()
         self.result = self._what_came_of_it()
         write_summary(self.result)
 
@@ -236,7 +239,10 @@ class Performance:
         self._before = await self._evaluate(await self._untrained_policy(), "held-out rows")
         self._prepared = self._prepared.without_arrays()
         self._playing = True
-        await _beside(self._watch, partial(play, self._pipeline.roles))
+        for message in self._prepared.lost:
+            self._tell("steps_lost", message)
+        playing = partial(_beside, self._watch, partial(play, self._pipeline.roles))
+        await _beside(self._watch_folder, playing)
         self._after = await self._evaluate(self._trained_policy(), "held-out rows after training")
 
     async def _tell_sinks(self) -> None:
@@ -244,6 +250,23 @@ class Performance:
         while self._pipeline.sinks.take(Status):
             self._pipeline.sinks.write(self.status())
             await anyio.sleep(_STATUS_EVERY_S)
+
+    async def _watch_folder(self) -> None:
+        """End the run where its folder is taken away: what would be written from then on is half a run."""
+        updates = self._pipeline.news.listen(1, Update)
+        async for _ in updates:
+            try:
+                await self._device.run(self._place.check)
+                with suppress(OSError):  # a disk that fails now may not at the next step
+                    if await self._device.run(self._place.restore_config):
+                        message = f"{self._place.path / RUN_TOML} was removed under the run; it is stored again"
+                        self._tell("file_lost", message)
+            except FolderGoneError as error:
+                self._tell("folder_gone", str(error))
+                raise
+
+    def _tell(self, kind: str, message: str) -> None:
+        self._pipeline.incidents.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))
 
     async def _watch(self) -> None:
         begun_s = time.perf_counter()
@@ -279,6 +302,7 @@ class Performance:
             self._pipeline.settings.send_nowait(SetLearningRate(lr=value))
             return
         change = Change(step=self._pipeline.learner.version, key=key, value=value)
+        self._place.check()
         try:
             await anyio.to_thread.run_sync(self._changes.add, change)
         except OSError as error:
@@ -311,6 +335,7 @@ class Performance:
             config, version = self._prepared.config, pipeline.learner.version
             begun = -(-pipeline.ledger.next // config.learner.batch_size)
             step = begun if config.schedule.mode == "pinned" and not was_down else version
+            self._place.check()
             self._changes.add(Change(step=step, key=f"rewards.{name}", value=reward))  # no await: none begins meanwhile
             return step if config.schedule.mode == "pinned" else 0
 

@@ -28,7 +28,7 @@ from troupe.actors.prompter import Prompter, PromptLedger
 from troupe.actors.remote_generator import RemoteGenerator
 from troupe.actors.scorer import Scorer
 from troupe.changes import Change, ChangesLog
-from troupe.checkpoint import MANIFEST, RewardState, RunState, checkpoint_folder, newer_versions
+from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.config import config_table
 from troupe.gathering import gathering_for
 from troupe.machine import describe_machine
@@ -128,15 +128,17 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
                 actor.write(snapshot)
 
 
-def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
+def build_pipeline(prepared: Prepared, *, room: int = 1, check_folder: Callable[[], None] = lambda: None) -> Pipeline:
     """Open every channel and hand each actor its own. Nothing runs yet.
 
     `room`: how many times longer than it must be each channel of work is; it changes nothing that is computed.
+    `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
     """
     config, policy_config = prepared.config, prepared.policy.config
     # by themselves: what the actors are given must not keep the weights that the run began with
     tokenizer, stop_ids, fingerprint = prepared.policy.tokenizer, prepared.policy.eos_ids, prepared.fingerprint
     model, rewards, changes = prepared.model, prepared.rewards, ChangesLog(prepared.folder)
+    table, machine = config_table(config), prepared.machine
     schedule = config.schedule
     board: PolicyBoard[Weights] = PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0)
     start = _starting_state(prepared, board)
@@ -150,7 +152,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
     prompter_box, generator_box, scorer_box = Mailbox("prompter"), Mailbox("generator"), Mailbox("scorer")
     learner_box, checkpointer_box, metrics_box = Mailbox("learner"), Mailbox("checkpointer"), Mailbox("metrics")
 
-    sinks = Sinks(_sinks(prepared), timeout_s=config.metrics.sink_timeout_s)
+    sinks = Sinks(_sinks(prepared), timeout_s=config.metrics.sink_timeout_s, before_opening=check_folder)
     settles = metrics_box.channel("settle", Settle, bound=1, overflow="newest", side=True)
 
     async def settle(version: int) -> bool:
@@ -234,6 +236,11 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         recorded=recorded,
         report=report("scorer"),
     )
+
+    def keep_rate(step: int, lr: float) -> None:
+        check_folder()
+        changes.add(Change(step=step, key="learner.lr", value=lr))
+
     learner = Learner(
         learner_box,
         LearnerOutputs(
@@ -267,7 +274,7 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
         recorded=recorded,
         next_prompt=lambda: ledger.next,
         rates=prepared.live.rates,
-        keep_rate=lambda step, lr: changes.add(Change(step=step, key="learner.lr", value=lr)),
+        keep_rate=keep_rate,
         report=report("learner"),
     )
     shelf = _shelf(prepared)
@@ -295,7 +302,9 @@ def build_pipeline(prepared: Prepared, *, room: int = 1) -> Pipeline:
             metrics=dict(snapshot.metrics),
             stop_ids=tuple(sorted(stop_ids)),
         ),
+        made=lambda: Made(config=table, machine=machine, lacking=sinks.lacking()),
         settle=settle,
+        check_folder=check_folder,
         ledger=shelf,
         report=report("checkpointer"),
     )

@@ -49,7 +49,7 @@ async def play_in_terminal(
                 loading.cancel()
             guard.writes_in(run.folder)
             for notice in run.notices:
-                tell(f"note: {notice}")
+                tell(f"note: {notice}", error=notice in run.lost)
             signals = _Signals(run)
             async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
                 if server.unavailable is not None:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe import linux_cpu
+from troupe.arithmetic import arithmetic
 from troupe.budget import Plan, Workload, plan_memory
 from troupe.changes import Change, ChangesLog, Live
 from troupe.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from troupe.config import RunConfig, check_config
 from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import adamw_init
+from troupe.lost_steps import lost_steps
 from troupe.messages import Unfinished
 from troupe.metric_names import check_metric
 from troupe.policy import (
@@ -90,12 +92,16 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """Where prompting begins, or goes on."""
     model: str = ""
     """Fingerprint of the folder of the model that the run begins with."""
+    machine: dict[str, str] = {}
+    """What of this machine decides the bits."""
     rewards_stood: bool = False
     """Whether an earlier start of the run named the same rewards, all of them in its config."""
     changes: tuple[Change, ...] = ()
     """Made in earlier starts while the run played."""
     new_changes: tuple[Change, ...] = ()
     """Those of them that are new, because this start asks for another value; to be written before it begins."""
+    lost: tuple[str, ...] = ()
+    """What files of the run do not tell of any more, one line each; among the notices, too."""
     memory: Plan
     """What the run takes, and what was chosen for it."""
     prompts: str = ""
@@ -157,7 +163,10 @@ def prepare(
     config = check_config(config)
     model_path, data_path = config.model.path, config.data.path
     check_sinks(config.metrics)
-    notices = linux_cpu.advice() if mx.default_device() == mx.Device(mx.cpu) else []
+    notices: list[str] = []
+    if is_on_cpu():
+        notices = linux_cpu.advice()
+        linux_cpu.check_temporary_files()
     if model_path is None:
         raise ConfigError(
             "model.path is missing: name a Hugging Face folder of a Qwen3 model (in RUN.toml, or with -m MODEL_DIR)"
@@ -168,7 +177,8 @@ def prepare(
         )
     notices += check_wired_limit(config.wired_limit_gb)
     folder = run_folder(config, resume=resume)
-    resumption = Resumption.of(folder, config, allow_changes) if resume else None
+    machine = arithmetic()
+    resumption = Resumption.of(folder, config, allow_changes, machine) if resume else None
     if resume and "sqlite" in config.metrics.sinks:
         check_store(folder / FILE_NAME)
     config = config if resumption is None else resumption.asked
@@ -214,6 +224,8 @@ def prepare(
     is_light = sum(array.nbytes for array in policy.weights.values()) <= _LIGHT
     config = _placed(config, worthwhile if is_light else 1)
     config, streams = _streamed(config, worthwhile)
+    if is_on_cpu():
+        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
     memory = plan_memory(
         config,
         Workload(
@@ -248,6 +260,9 @@ def prepare(
             max_steps=resumption.stored.learner.max_steps,
         )
         resumed += resumption.notices(total_steps, before, checkpoint)
+    lost: list[str] = []
+    if checkpoint is not None:
+        lost = lost_steps(folder, checkpoint.state.version, checkpoint.made.lacking, config.metrics.sinks)
     changes, new_changes, told = _changes(folder, config, resumption, checkpoint, manager)
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
@@ -271,15 +286,17 @@ def prepare(
         total_steps=total_steps,
         fingerprint=dataset.fingerprint,
         model=identity.model,
+        machine=machine,
         rewards_stood=not rewards and resumption is not None and not _REWARDS & resumption.changed,
         changes=changes,
         new_changes=new_changes,
         evaluation=evaluation,
         checkpoint=checkpoint,
         optimizer_state=optimizer_state,
+        lost=tuple(lost),
         memory=memory,
         prompts="\n".join(told_of_prompts),
-        notices=(*notices, *more, *memory.notices, *resumed, *told),
+        notices=(*notices, *more, *memory.notices, *resumed, *told, *lost),
     )
 
 

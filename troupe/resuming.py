@@ -17,6 +17,8 @@ import msgspec
 
 from troupe.changes import (
     LIVE_KEYS,
+    MACHINE,
+    MACHINE_KEYS,
     Change,
     ChangesLog,
     Difference,
@@ -26,12 +28,13 @@ from troupe.changes import (
     in_force,
     value_of,
 )
-from troupe.checkpoint import Checkpoint, RewardState, RunState, load_newest
+from troupe.checkpoint import Checkpoint, Made, RewardState, RunState, list_checkpoints, load_newest, read_made
 from troupe.config import RUN_TOML, RunConfig, load_config, with_value
 from troupe.errors import CheckpointError, ConfigError
 from troupe.messages import Unfinished
 from troupe.policy import Policy, Weights, expected_shapes
 from troupe.rewards import RewardManager
+from troupe.sealed_config import is_as_written
 
 OPEN: dict[str, Any] = {
     "rewards.functions": (),
@@ -45,6 +48,8 @@ OPEN: dict[str, Any] = {
     "schedule.learner_streams": None,
 }
 """Key → the value with which a config leaves it to `prepare`."""
+
+_AS_IT_WAS = "PATH for g++, OPENBLAS_CORETYPE, the package mlx"
 
 _CAPPED = "generation.max_completion_length"
 _SETTLED_BY_CONTENTS = ("model.path", "data.path", "data.prompt_column", "data.answer_column", "data.system_prompt")
@@ -71,12 +76,16 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
     asked: RunConfig
     """With what it leaves open as it was chosen when the run began."""
     allowed: frozenset[str]
+    machine: tuple[Difference, ...] = ()
+    """In what this machine rounds otherwise than the one that the newest checkpoint is of."""
     differences: tuple[Difference, ...] = ()
     """What becomes different, known when `compared`; all allowed, but for where model and dataset lie."""
 
     @classmethod
-    def of(cls, folder: Path, config: RunConfig, allowed: Sequence[str]) -> Resumption | None:
-        """None where no run was begun in the folder.
+    def of(
+        cls, folder: Path, config: RunConfig, allowed: Sequence[str], machine: Mapping[str, str] | None = None
+    ) -> Resumption | None:
+        """None where no run was begun in the folder. `machine`: what `arithmetic` says of it.
 
         CheckpointError for what is asked for and not allowed, as far as that can be known before anything is loaded;
         ConfigError where the folder does not say what the run was made with, or for keys that cannot be allowed.
@@ -85,6 +94,8 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
         stored = stored_config(folder)
         if stored is None:
             return None
+        newest = _newest_made(folder)
+        stored = _made_with(folder, stored, newest)
         asked = config
         for key, is_open in OPEN.items():
             if value_of(asked, key) == is_open:
@@ -93,7 +104,8 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
         for key in config_keys():  # a file that was mended to say what was set meanwhile asks for nothing new
             if (values := in_force(made, key)) and value_of(asked, key) == values[-1][1]:
                 asked = with_value(asked, key, value_of(stored, key), f"{folder / RUN_TOML}")
-        resumption = cls(folder=folder, stored=stored, asked=asked, allowed=allow)
+        others = _other_machine(newest, machine or {}) if config.schedule.mode == "pinned" else ()
+        resumption = cls(folder=folder, stored=stored, asked=asked, allowed=allow, machine=others)
         if asked.generation.max_completion_length > stored.generation.max_completion_length:
             # it may be more than the model has positions for, and was then when the run began
             asked = with_value(asked, _CAPPED, value_of(stored, _CAPPED), _CAPPED)
@@ -108,11 +120,12 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
         """
         named = {difference.key for difference in differences(self.stored, self.asked)}
         found = [d for d in differences(self.stored, resolved) if d.key in named or "memory_limit_gb" in named]
+        found += self.machine
         refused = [
             d
             for d in found
             if (d.rule == "never" and d.key not in _SETTLED_BY_CONTENTS)
-            or (d.rule == "by name" and self._flag(d) not in self.allowed)
+            or (d.rule == "by name" and not self._flags(d) & self.allowed)
         ]
         if refused:
             raise CheckpointError(self.refusal(refused))
@@ -160,19 +173,30 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
 
     def refusal(self, refused: Sequence[Difference]) -> str:
         """Every difference that is not allowed, and what to do."""
-        named = {difference.key for difference in differences(self.stored, self.asked)}
+        named = {difference.key for difference in differences(self.stored, self.asked)} | {*MACHINE_KEYS}
+        others = [difference for difference in refused if difference in self.machine]
         told = [f"{self.folder}: the run in this folder was made with other settings than are asked for now:"]
+        if len(others) == len(refused):
+            told = [f"{self.folder}: the run in this folder was made where numbers are rounded otherwise than here:"]
         told += [f"  {d}" if d.key in named else f"  {d} (follows from memory_limit_gb)" for d in refused]
         flags = dict.fromkeys(self._flag(difference) for difference in refused if difference.rule == "by name")
-        remedies = ["leave them out to go on as before"]
+        remedies = [] if len(others) == len(refused) else ["leave them out to go on as before"]
+        if others:
+            remedies.append(f"have {' and '.join(d.key for d in others)} as it was, for the same bits ({_AS_IT_WAS})")
         if flags:
             remedies.append("allow what is meant by " + " ".join(f"--allow-change {key}" for key in flags))
         if any(difference.rule == "never" for difference in refused):
             remedies.append("or start a new run in another folder")
         return "\n".join([*told, ", ".join(remedies)])
 
+    def _flags(self, difference: Difference) -> set[str]:
+        """The keys that allow a difference."""
+        return {self._flag(difference)} | ({MACHINE} if difference in self.machine else set())
+
     def _flag(self, difference: Difference) -> str:
         """The key by which a difference is allowed: another memory limit brings other choices with it."""
+        if difference in self.machine:
+            return difference.key
         is_asked = value_of(self.asked, difference.key) != difference.old
         return difference.key if is_asked else "memory_limit_gb"
 
@@ -195,6 +219,30 @@ def stored_config(folder: Path) -> RunConfig | None:
     if stored.schedule.learner_streams is None:  # of a Troupe without streams, on which products are rounded otherwise
         stored = with_value(stored, "schedule.learner_streams", 1, f"{file}")
     return stored
+
+
+def _newest_made(folder: Path) -> Made:
+    """How the steps up to the newest checkpoint were made; whether it is whole is seen when it is loaded."""
+    return next((read_made(checkpoint) for checkpoint in list_checkpoints(folder)), Made())
+
+
+def _made_with(folder: Path, stored: RunConfig, newest: Made) -> RunConfig:
+    """What those steps were made with, where somebody has edited `run.toml`, which is to ask for something. What a run
+    wrote there itself counts: an earlier start was allowed to change something."""
+    if not newest.config or is_as_written(folder / RUN_TOML):
+        return stored
+    try:
+        return load_config(None, [newest.config])
+    except ConfigError:
+        return stored
+
+
+def _other_machine(newest: Made, machine: Mapping[str, str]) -> tuple[Difference, ...]:
+    return tuple(
+        Difference(key=f"{MACHINE}.{name}", old=newest.machine[name], new=now)
+        for name, now in machine.items()
+        if newest.machine.get(name, now) != now
+    )
 
 
 def newest_checkpoint(

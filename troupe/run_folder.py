@@ -11,9 +11,11 @@ from pathlib import Path
 
 from troupe.config import RUN_TOML, RunConfig, write_config
 from troupe.dataset import source_name
-from troupe.errors import OutputError
+from troupe.errors import FolderGoneError, OutputError
 from troupe.folder_names import run_folder_named
+from troupe.held_folder import HeldFolder
 from troupe.run_lock import LOCK, LockedError, Owner, RunLock
+from troupe.sealed_config import seal
 from troupe.weights_files import remove_leftovers
 
 _NUMBERED = re.compile(r"(.+)-(\d{3,})")
@@ -58,6 +60,8 @@ class RunFolder:
         self.path = path
         self._new_folders = new_folders
         self._lock = RunLock(path)
+        self._held: HeldFolder | None = None
+        self._config: RunConfig | None = None
         self._was_begun = False
         self._is_void = False
 
@@ -79,6 +83,7 @@ class RunFolder:
         place = cls(folder, new_folders)
         try:
             place._take_lock()
+            place._hold()
             place._was_begun = _is_begun(folder)
             if config.output is not None:
                 run_folder(config, resume=resume)  # once more: another run may have begun, and ended, meanwhile
@@ -90,22 +95,45 @@ class RunFolder:
 
     def begin(self, config: RunConfig) -> None:
         """Clear away what a killed run left, and store the config. OutputError where the folder cannot be written."""
+        self.check()
         try:
             remove_leftovers(self.path)
             _store(config, self.path / RUN_TOML)
+            self._config = config
         except OSError as error:
             raise OutputError(f"{self.path}: the output folder cannot be written: {error}") from None
+
+    def check(self) -> None:
+        """FolderGoneError where the folder is not in its place any more, and writing there would be half a run in
+        either. May be called in any thread."""
+        if self._held is not None:
+            self._held.check()
+
+    def restore_config(self) -> bool:
+        """Store the config of `begin` again where somebody has removed it, since nobody could resume the run without;
+        whether that was so. OSError where it cannot be stored now."""
+        if self._config is None or (self.path / RUN_TOML).exists():
+            return False
+        self.check()
+        _store(self._config, self.path / RUN_TOML)
+        return True
+
+    def gone(self) -> FolderGoneError | None:
+        """What `check` would raise."""
+        return None if self._held is None else self._held.gone()
 
     def leave(self) -> None:
         """Let other runs in. Safe to call twice."""
         self._lock.release()
+        if self._held is not None:
+            self._held.close()
         if self._is_void:
             self._is_void = False
             self._remove_new_folders()
 
     def remove_traces(self) -> None:
         """Have the disk as it was found after `leave`, unless there is an earlier start of the run in the folder."""
-        if self._was_begun or not self._lock.is_held:
+        if self._was_begun or not self._lock.is_held or self.gone() is not None:
             return
         self._is_void = True
         for path in self.path.iterdir():
@@ -125,6 +153,12 @@ class RunFolder:
             raise OutputError(_refusal(self.path, error.owner)) from None
         except OSError as error:
             raise OutputError(f"{self.path}: the output folder cannot be written: {error}") from None
+
+    def _hold(self) -> None:
+        try:
+            self._held = HeldFolder(self.path)
+        except OSError as error:
+            raise OutputError(f"{self.path}: the output folder cannot be used: {error}") from None
 
     def _remove_new_folders(self) -> None:
         for folder in self._new_folders:
@@ -157,6 +191,7 @@ def _store(config: RunConfig, path: Path) -> None:
     """The old file or the new one is there, whole, at any moment."""
     temporary = path.with_name(f".writing-{path.name}")
     write_config(config, temporary)
+    seal(temporary)
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)

@@ -64,6 +64,7 @@ class RunLock:
     def __init__(self, folder: Path, name: str = LOCK) -> None:
         self._path = folder / name
         self._descriptor: int | None = None
+        self._folder: int | None = None  # so that the lock goes with a folder that is moved
         _LOCKS.add(self)
 
     @property
@@ -74,17 +75,22 @@ class RunLock:
     def take(self) -> None:
         """Take the lock, over from a dead owner too. LockedError where somebody else holds it; OSError where the file
         cannot be written."""
-        for _ in range(_PATIENCE):
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if self._try(descriptor):
-                    self._descriptor = descriptor
-                    return
-            except BaseException:
+        self._folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for _ in range(_PATIENCE):
+                descriptor = os.open(self._path.name, os.O_RDWR | os.O_CREAT, 0o644, dir_fd=self._folder)
+                try:
+                    if self._try(descriptor):
+                        self._descriptor = descriptor
+                        return
+                except BaseException:
+                    os.close(descriptor)
+                    raise
                 os.close(descriptor)
-                raise
-            os.close(descriptor)
-        raise LockedError(None)
+            raise LockedError(None)
+        finally:
+            if self._descriptor is None:
+                self._forget()
 
     def release(self) -> None:
         """Let others in and remove the file. Safe to call twice."""
@@ -92,10 +98,16 @@ class RunLock:
             return
         with suppress(OSError):  # somebody removed the folder; then there is nothing to let others into
             if self._is_in_place(self._descriptor):  # else it is the lock of who made the folder anew
-                self._path.unlink()
+                os.unlink(self._path.name, dir_fd=self._folder)
         with suppress(OSError):  # a child that was made by a bare fork may hold the file open still
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._forget()
+
+    def remove(self, name: str, inode: int) -> None:
+        """Remove a file of the folder that is locked, wherever that was moved, if it is still the one with this number.
+        Nothing happens where the lock is not held. OSError where it cannot be."""
+        if self._folder is not None and os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_ino == inode:
+            os.unlink(name, dir_fd=self._folder)
 
     def _try(self, descriptor: int) -> bool:
         """Whether the lock is ours; False where the file is not the one in the folder any more."""
@@ -126,15 +138,16 @@ class RunLock:
 
     def _is_in_place(self, descriptor: int) -> bool:
         try:
-            there = self._path.stat()
+            there = os.stat(self._path.name, dir_fd=self._folder)
         except FileNotFoundError:
             return False
         return os.path.samestat(there, os.fstat(descriptor))
 
     def _forget(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        for descriptor in (self._descriptor, self._folder):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptor = self._folder = None
 
 
 def read_owner(folder: Path, name: str = LOCK) -> Owner | None:

@@ -159,11 +159,14 @@ class StoreWriter:
         those will be made again; a number goes on with that start. `program`: the version of Troupe. `machine`: in
         words, for people."""
         self._path = path
+        self._folder: int | None = None
         with _told_as_ours(path):
             self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
         try:
             with _told_as_ours(path):
                 self._prepare()
+                self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+                self._file = path.stat()
                 with self._transaction() as do:
                     self.start = self._begin(do, first_step, start, (clock(), os.getpid(), first_step, program))
                     do.execute(_MACHINES)
@@ -193,10 +196,30 @@ class StoreWriter:
                 do.execute("UPDATE starts SET settled = ? WHERE start = ?", (step, self.start))
             self._connection.execute("PRAGMA synchronous = NORMAL")
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the name still leads to the file, in the folder that it was opened in, wherever that was moved.
+        SQLite itself writes on into a file that was removed. True, too, where the system does not tell."""
+        try:
+            return os.path.samestat(os.stat(self._path.name, dir_fd=self._folder), self._file)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+    def count_steps(self, up_to: int) -> int:
+        """How many steps, up to one, are stored."""
+        with _told_as_ours(self._path):
+            found = self._connection.execute("SELECT count(*) FROM steps WHERE step BETWEEN 1 AND ?", (up_to,))
+            return int(found.fetchone()[0])
+
     def close(self) -> None:
         """Release the file. What was not committed is gone."""
         with suppress(sqlite3.Error):
             self._connection.close()
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            os.close(folder)
 
     def _prepare(self) -> None:
         connection = self._connection
@@ -217,8 +240,9 @@ class StoreWriter:
             for table, column in _TO_BE_MADE_AGAIN:
                 do.execute(f"DELETE FROM {table} WHERE {column} > ?", (first_step,))
             listed = do.execute("SELECT version, folder FROM checkpoints WHERE removed_at IS NULL").fetchall()
+            here = self._path.parent / "checkpoints"  # the run folder may have been moved since
             gone = [
-                version for version, folder in listed if not Path(folder).is_dir()
+                version for version, folder in listed if not (here / Path(folder).name).is_dir()
             ]  # and a kill came before telling
             do.executemany(_REMOVE_CHECKPOINT, [(facts[0], version) for version in gone])
             start = int(do.execute("SELECT coalesce(max(start), 0) + 1 FROM starts").fetchone()[0])
@@ -242,6 +266,22 @@ def check_store(path: Path) -> None:
     if path.exists():
         with suppress(sqlite3.Error, DamagedStoreError), closing(connect_to_read(path)) as connection:
             refuse_newer(connection, path)
+
+
+def stored_steps(path: Path, up_to: int) -> set[int]:
+    """The steps, up to one, that a store holds; none of a file that is not there, or damaged. OSError where it cannot
+    be read now."""
+    if not path.exists():
+        return set()
+    try:
+        with _told_as_ours(path), closing(connect_to_read(path)) as connection:
+            if not connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'steps'").fetchone()[0]:
+                return set()
+            return {
+                step for (step,) in connection.execute("SELECT step FROM steps WHERE step BETWEEN 1 AND ?", (up_to,))
+            }
+    except DamagedStoreError:
+        return set()
 
 
 def connect_to_read(path: Path) -> sqlite3.Connection:

@@ -65,6 +65,8 @@ class Supervisor:
         self.config = config
         self.notices: tuple[str, ...] = ()
         """What the user should know, one line each; filled on entering."""
+        self.lost: tuple[str, ...] = ()
+        """Those of them that tell of steps which files of the run have lost since it was played last."""
         self._rewards = rewards
         self._resume = resume
         self._allow_changes = tuple(allow_changes)
@@ -92,7 +94,8 @@ class Supervisor:
                 place = await self._device.run(self._take_folder)
                 prepared = await self._device.run(self._prepare, place, on_cancel=stop_making_rows)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
-            self._pipeline = build_pipeline(prepared)
+            self.lost = prepared.lost
+            self._pipeline = build_pipeline(prepared, check_folder=place.check)
             performance = Performance(
                 prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
             )
@@ -267,6 +270,7 @@ class Supervisor:
     def _prepare(self, place: RunFolder) -> Prepared:
         config = msgspec.structs.replace(self.config, output=str(place.path))
         prepared = prepare(config, self._rewards, resume=self._resume, allow_changes=self._allow_changes)
+        place.check()  # loading takes a while
         remove_summary(place.path)  # before run.toml asks for more steps than it speaks of
         place.begin(prepared.config)
         for change in prepared.new_changes:

@@ -140,6 +140,10 @@ async def _make(act: Any, connection: Connection, run: FakeRun, folder: Path) ->
             await connection.send(encode(told))
         case ["tell page"]:
             (folder / "page-seen").write_text((folder / PAGE).read_text())
+        case ["move", target]:
+            folder.rename(folder.parent / target)  # noqa: ASYNC240 - nobody else is here
+        case ["make", target]:
+            (folder.parent / target).mkdir()
         case ["say", text]:
             print(text, flush=True)
         case ["wait"]:

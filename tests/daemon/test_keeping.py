@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from tests.daemon.fake_trainer import TOTAL
@@ -409,3 +410,28 @@ def test_without_a_socket_it_trains_all_the_same(tmp_path: Path, monkeypatch: py
     order = an_order(tmp_path, [[["play", 9], ["finish", TOTAL]]])
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
     assert "there is no control socket ([Errno 95] Operation not supported)" in log_of(order)
+
+
+@pytest.mark.parametrize("acts", [[["move", "moved"]], [["move", "moved"], ["make", "out"]]], ids=["gone", "another"])
+def test_a_folder_that_is_moved_ends_the_daemon_and_no_run_begins_in_its_place(
+    tmp_path: Path, acts: list[list[Any]]
+) -> None:
+    """With the code on which systemd, too, begins no new one."""
+    order = an_order(tmp_path, [[["play", 0], ["step", 1], *acts, ["fail", "the folder is gone"]]])
+    assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 2
+    moved = tmp_path / "moved"
+    log = (moved / LOG).read_text(encoding="utf-8")
+    assert f"the run's own is now {moved}" in log
+    assert {path.name for path in moved.iterdir()} == {LOG, "run.toml", "script.json", "starts.jsonl"}
+    assert len((moved / "starts.jsonl").read_text().splitlines()) == 1
+    assert not order.output.exists() or list(order.output.iterdir()) == []
+
+
+def test_a_restart_keeps_to_what_was_allowed_of_the_machine(tmp_path: Path) -> None:
+    order = an_order(tmp_path, [[["play", 0], ["exit", 7]], [["play", 0], ["finish", TOTAL]]])
+    order = msgspec.structs.replace(order, allow_changes=("learner.lr", "machine.compiler", "machine"))
+    assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
+    first, second = starts(order)
+    assert first["allow_changes"] == ["learner.lr", "machine.compiler", "machine"]
+    assert second["allow_changes"] == ["machine.compiler", "machine"]
+    assert first["identity"] == second["identity"] == [order.output.stat().st_dev, order.output.stat().st_ino]

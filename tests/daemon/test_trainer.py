@@ -341,3 +341,15 @@ async def test_bad_input_is_told_before_anything_is_made(tmp_path: Path) -> None
     assert isinstance(told, Rejected)
     assert "learner.lr is -1" in told.message
     assert FakeSupervisor.made == []
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+async def test_it_begins_no_run_where_another_folder_lies_than_the_daemon_holds(tmp_path: Path, is_there: bool) -> None:
+    if is_there:
+        (tmp_path / "out").mkdir()
+    async with playing() as stage:
+        await stage.send(begin(tmp_path, identity=(1, 1)))
+        rejected = await stage.hear()
+    assert isinstance(rejected, Rejected)
+    assert "was moved, deleted or exchanged" in rejected.message
+    assert not FakeSupervisor.made

@@ -17,6 +17,21 @@ from troupe.daemon.orders import Order
 from troupe.daemon.units import launchd, systemd
 from troupe.errors import ConfigError
 
+ANALYZE = shutil.which("systemd-analyze")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the shell a unit is printed in."""
+    monkeypatch.setenv("PATH", "/opt/my $tools:/usr/100%/bin")
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+
+
+def test_what_no_unit_can_say_of_the_environment_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/opt\nExecStart=/bin/true")
+    assert "Environment" not in systemd(an_order(tmp_path))
+
 
 def an_order(folder: Path) -> Order:
     """One whose names want every kind of escape."""
@@ -61,6 +76,7 @@ def test_systemds_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "Type": "exec",
         "ExecReload": "/bin/kill -HUP $MAINPID",
         "WorkingDirectory": str(tmp_path),
+        "Environment": '"PATH=/opt/my $tools:/usr/100%%/bin"',
         "KillMode": "mixed",
         "TimeoutStopSec": "3600",
         "Restart": "on-failure",
@@ -71,23 +87,25 @@ def test_systemds_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "~/.config/systemd/user/troupe-out-1.service" in systemd(order)
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+@pytest.mark.skipif(ANALYZE is None, reason="there is no systemd here")
 def test_systemd_itself_finds_nothing_amiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     unit = tmp_path / "troupe-test.service"
     unit.write_text(systemd(an_order(tmp_path)))
-    told = subprocess.run(["systemd-analyze", "verify", "--user", unit], capture_output=True, text=True, check=False)
+    told = subprocess.run([str(ANALYZE), "verify", "--user", unit], capture_output=True, text=True, check=False)
     assert "troupe-test" not in told.stderr, told.stderr
 
 
 def test_launchds_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     order = an_order(tmp_path)
     agent = plistlib.loads(launchd(order).encode())
     assert agent == {
         "Label": "troupe-out-1",
         "ProgramArguments": command(order),
         "WorkingDirectory": str(tmp_path),
+        "EnvironmentVariables": {"PATH": "/opt/my $tools:/usr/100%/bin", "OPENBLAS_CORETYPE": "Haswell"},
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
         "ThrottleInterval": 30,
@@ -114,10 +132,12 @@ def test_the_examples_are_what_is_printed() -> None:
     assert started[0][1:] == started[1][1:]
     assert shown["Service"].pop("WorkingDirectory") == "/home/me/kind"
     printed["Service"].pop("WorkingDirectory")
+    assert shown["Service"].pop("Environment") == '"PATH=/home/me/kind/.venv/bin:/usr/local/bin:/usr/bin:/bin"'
+    printed["Service"].pop("Environment")
     assert {name: dict(shown[name]) for name in shown} == {name: dict(printed[name]) for name in printed}
     agent = plistlib.loads((folder / "troupe-run.plist").read_bytes())
     expected = plistlib.loads(launchd(order).encode())
     assert agent["ProgramArguments"][1:] == expected["ProgramArguments"][1:]
     for table in (agent, expected):
-        del table["ProgramArguments"], table["WorkingDirectory"]
+        del table["ProgramArguments"], table["WorkingDirectory"], table["EnvironmentVariables"]["PATH"]
     assert agent == expected

@@ -17,16 +17,18 @@ import msgspec
 from troupe.checkpoint import (
     Checkpoint,
     CheckpointConfig,
+    Made,
     Pruned,
     RunState,
     checkpoint_folder,
     clear_leftovers,
+    newer_versions,
     prune_checkpoints,
     read_state,
     save_checkpoint,
     save_final_policy,
 )
-from troupe.errors import CheckpointError, RunError
+from troupe.errors import CheckpointError, FolderGoneError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot
 from troupe.policy import Companions, Qwen3Config
 from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, Reporter
@@ -53,6 +55,8 @@ class CheckpointLedger(msgspec.Struct, kw_only=True):
     """Whether the newest attempt failed."""
     untold: CheckpointWritten | None = None
     """What was written and not told yet."""
+    taken_away: str | None = None
+    """That the newest checkpoint is not there any more, which was not told yet."""
     pruning_faults: tuple[str, ...] = ()
     """What could not be removed, and was not told yet."""
 
@@ -80,13 +84,16 @@ class Checkpointer(Actor):
         policy_config: Qwen3Config,
         source: Path | Companions | None,
         run_state: Callable[[Snapshot], RunState],
+        made: Callable[[], Made] = Made,
         settle: Callable[[int], Awaitable[bool]] | None = None,
+        check_folder: Callable[[], None] = lambda: None,
         ledger: CheckpointLedger | None = None,
         pauses: Callable[[], Iterable[float]] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`settle`: comes back when all that was told up to the Update of a version is on the disk; False where that
-        took too long. `pauses`: seconds between attempts.
+        took too long. `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
+        `pauses`: seconds between attempts.
 
         Settling comes before writing: it takes a moment, while nobody waits for the checkpoint yet, and writing stays
         one call that nothing can leave half done.
@@ -99,7 +106,9 @@ class Checkpointer(Actor):
         self._policy_config = policy_config
         self._source = source
         self._run_state = run_state
+        self._made = made
         self._settle = settle
+        self._check_folder = check_folder
         self._ledger = CheckpointLedger() if ledger is None else ledger
         self._pauses = pauses or growing_pauses
 
@@ -125,11 +134,20 @@ class Checkpointer(Actor):
                 await self._failed(message, error)
 
     def write(self, snapshot: Snapshot) -> None:
-        """Write one snapshot, in the calling thread. OSError where the disk fails."""
+        """Write one snapshot, in the calling thread. OSError where the disk fails, FolderGoneError where the run folder
+        is not in its place: then nothing is written."""
+        self._check_folder()
         if self._is_news(snapshot):
             self._write_checkpoint(snapshot)
         if snapshot.final:
-            save_final_policy(self._run / "final", self._policy_config, snapshot.weights, self._source)
+            self._check_folder()
+            save_final_policy(
+                self._run / "final",
+                self._policy_config,
+                snapshot.weights,
+                self._source,
+                before_taking_place=self._check_folder,
+            )
 
     async def _take(self) -> Any:
         """The next message; while none comes, what could not be written is tried again."""
@@ -152,11 +170,18 @@ class Checkpointer(Actor):
         self._ledger.pending = None
 
     async def _attempt(self, snapshot: Snapshot) -> None:
-        await self._device.run(self.write, snapshot)
+        try:
+            await self._device.run(self.write, snapshot)
+        except FolderGoneError as error:
+            await self._tell("folder_gone", str(error))
+            raise
         ledger = self._ledger
         if ledger.failing:
             ledger.failing = False
             await self._tell("checkpoint_back", f"the checkpoint of step {snapshot.version} is written: the disk works")
+        if ledger.taken_away is not None:
+            message, ledger.taken_away = ledger.taken_away, None
+            await self._tell("checkpoints_gone", message)
         if ledger.pruning_faults:
             faults, ledger.pruning_faults = ledger.pruning_faults, ()
             message = f"old checkpoints could not be removed: {'; '.join(faults)}; they go when that is mended"
@@ -192,7 +217,22 @@ class Checkpointer(Actor):
 
     def _is_news(self, snapshot: Snapshot) -> bool:
         """Whether the newest checkpoint lacks any of it: what is whole is not written again for nothing."""
+        newest = self._ledger.newest
+        if newest is not None and not self._is_there(newest):
+            self._ledger.newest = None
+            self._ledger.taken_away = (
+                f"{checkpoint_folder(self._run, newest)}: the newest checkpoint was removed under the run; until the "
+                f"one of step {snapshot.version} was written, a kill would have cost all steps since those that are "
+                "left"
+            )
         return snapshot.version != self._ledger.newest or not _gids(snapshot) <= self._ledger.gids
+
+    def _is_there(self, version: int) -> bool:
+        """Whether the run folder has a finished checkpoint; also where nobody can tell."""
+        try:
+            return version in newer_versions(self._run, version - 1)
+        except RunError:
+            return True
 
     def _write_checkpoint(self, snapshot: Snapshot) -> None:
         started_s = time.perf_counter()
@@ -203,17 +243,20 @@ class Checkpointer(Actor):
             optimizer_state=snapshot.optimizer_state,
             behind=snapshot.behind,
             state=self._state(snapshot, folder),
+            made=self._made(),
             reference=snapshot.reference,
             unfinished=snapshot.unfinished,
         )
 
         def give_way() -> None:
+            self._check_folder()
             if snapshot is ledger.pending and len(self.inbox):
                 raise _SupersededError
 
         clear_leftovers(self._run)
         size = save_checkpoint(folder, checkpoint, source=self._source, before_block=give_way)
         seconds = time.perf_counter() - started_s
+        self._check_folder()  # what lies there now may have checkpoints of its own, which are not ours to prune
         pruned = self._prune(snapshot.version)
         ledger.newest, ledger.gids = snapshot.version, _gids(snapshot)
         ledger.pruning_faults = pruned.faults

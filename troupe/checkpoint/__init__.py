@@ -9,6 +9,7 @@ A checkpoint is a Hugging Face model folder that other tools load as it is, plus
     behind-00000009.safetensors                           older policy versions that generation still needs
     reference.safetensors                                 the reference policy, where it follows the policy
     state.json                                            `RunState`
+    made.json                                             `Made`: with which config, on what machine
     MANIFEST.json                                         size and sha256 of every file, written last
 
 A folder without a manifest is no checkpoint. While a folder replaces an older one of the same name, the older one
@@ -23,8 +24,8 @@ from troupe.checkpoint.keeping import (
     newer_versions,
     prune_checkpoints,
 )
-from troupe.checkpoint.reading import load_checkpoint, load_newest, read_state, verify_manifest
-from troupe.checkpoint.state import FORMAT, MANIFEST, Checkpoint, CheckpointConfig, RewardState, RunState
+from troupe.checkpoint.reading import load_checkpoint, load_newest, read_made, read_state, verify_manifest
+from troupe.checkpoint.state import FORMAT, MANIFEST, Checkpoint, CheckpointConfig, Made, RewardState, RunState
 from troupe.checkpoint.writing import save_checkpoint, save_final_policy
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "Checkpoint",
     "CheckpointConfig",
+    "Made",
     "Pruned",
     "RewardState",
     "RunState",
@@ -42,6 +44,7 @@ __all__ = [
     "load_newest",
     "newer_versions",
     "prune_checkpoints",
+    "read_made",
     "read_state",
     "save_checkpoint",
     "save_final_policy",

@@ -16,6 +16,7 @@ from troupe.checkpoint.state import (
     BEHIND_FILE,
     CONFIG_FILE,
     FORMAT,
+    MADE_FILE,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -23,6 +24,7 @@ from troupe.checkpoint.state import (
     STATE_FILE,
     UNFINISHED_FILE,
     Checkpoint,
+    Made,
     RunState,
 )
 from troupe.checkpoint.unfinished import read_unfinished
@@ -70,6 +72,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         optimizer_state=_load_arrays(path / OPTIMIZER_FILE),
         behind={int(match[1]): _load_weights(path / match[0], config) for match in matches},
         state=state,
+        made=read_made(path),
         reference=_load_weights(path / REFERENCE_FILE, config) if REFERENCE_FILE in names else None,
         unfinished=read_unfinished(path / UNFINISHED_FILE) if UNFINISHED_FILE in names else Unfinished(),
     )
@@ -90,6 +93,15 @@ def read_state(folder: Path) -> RunState:
         return msgspec.structs.replace(msgspec.json.decode(raw, type=RunState), format=written)
     except _UNREADABLE as error:
         raise unreadable(f"{file}: the state of the run cannot be read", error) from None
+
+
+def read_made(folder: Path) -> Made:
+    """How the run of a checkpoint folder, which is not verified, was made; an empty one where the file is missing, as
+    older versions wrote none, or damaged: to compare less is no fault of the run."""
+    try:
+        return msgspec.json.decode((folder / MADE_FILE).read_bytes(), type=Made)
+    except _UNREADABLE:
+        return Made()
 
 
 def verify_manifest(path: Path) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import msgspec
@@ -18,6 +18,7 @@ FORMAT = 2
 MANIFEST = "MANIFEST.json"
 CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE = "config.json", "model.safetensors", "optimizer.safetensors"
 STATE_FILE, REFERENCE_FILE, UNFINISHED_FILE = "state.json", "reference.safetensors", "unfinished.msgpack"
+MADE_FILE = "made.json"
 BEHIND_FILE = re.compile(r"behind-(\d{8,})\.safetensors")
 TEMPORARY_PREFIX, REPLACED_PREFIX = ".writing-", ".replaced-"
 
@@ -75,6 +76,18 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Ids that end a completion, ascending; None: older Troupes took those of `Policy.eos_ids_by_one_file`."""
 
 
+class Made(msgspec.Struct, frozen=True, kw_only=True):
+    """How the run was made up to a checkpoint, for whoever resumes it to compare; empty where it is not known. A file
+    of its own, of which a Troupe that does not know it or a part of it takes no notice."""
+
+    config: dict[str, Any] = {}
+    """The resolved config that the newest step was made with, as a table."""
+    machine: dict[str, str] = {}
+    """What of the machine decided the bits."""
+    lacking: dict[str, int] = {}
+    """Name of a durable sink → how many steps of the run its file lacked already."""
+
+
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint in memory; arrays are evaluated."""
 
@@ -86,5 +99,6 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     state: RunState
     reference: Weights | None = None
     """The reference policy where it follows the policy."""
+    made: Made = Made()
     unfinished: Unfinished = Unfinished()
     """Prompts in it have lost their text and columns: slot and row say what they are."""

@@ -25,6 +25,7 @@ from troupe.checkpoint.files import (
     write_file,
 )
 from troupe.checkpoint.state import (
+    MADE_FILE,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -34,6 +35,7 @@ from troupe.checkpoint.state import (
     TEMPORARY_PREFIX,
     UNFINISHED_FILE,
     Checkpoint,
+    Made,
 )
 from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
@@ -69,16 +71,23 @@ def save_checkpoint(
         for name, arrays in files.items():
             folder.write(name, safetensors_chunks(arrays, {"format": "pt"} if name == MODEL_FILE else None))
         folder.write(UNFINISHED_FILE, [unfinished])
+        if checkpoint.made != Made():
+            folder.write(MADE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.made))])
         folder.write(STATE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.state))])
     return folder.size
 
 
 def save_final_policy(
-    path: Path, config: Qwen3Config, weights: Weights, source: Path | Companions | None = None
+    path: Path,
+    config: Qwen3Config,
+    weights: Weights,
+    source: Path | Companions | None = None,
+    *,
+    before_taking_place: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a plain model folder, with a manifest, in the place of what is at `path`; whole or absent, as above."""
     companions = companions_of(source)
-    with _new_folder(path, safetensors_bytes(weights) + companions.total_bytes) as folder:
+    with _new_folder(path, safetensors_bytes(weights) + companions.total_bytes, before_taking_place) as folder:
         save_model_folder(folder.path, config, weights, companions, MAX_SHARD_BYTES)
 
 
@@ -118,6 +127,7 @@ class _NewFolder:
 @contextmanager
 def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] = lambda: None) -> Iterator[_NewFolder]:
     """Write files in the body; afterwards the folder is at `path`, or nothing has changed."""
+    before_block()
     make_folders(path.parent)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -127,6 +137,7 @@ def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] 
         folder = _NewFolder(temporary, before_block)
         yield folder
         folder.finish()
+        before_block()  # what raises because the place is not the same any more is heeded to the last
         _take_place(temporary, path)
     except RuntimeError as error:  # how MLX says that it could not write
         shutil.rmtree(temporary, ignore_errors=True)

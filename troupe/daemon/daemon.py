@@ -29,6 +29,8 @@ from troupe.daemon.reloading import Reloading, set_level
 from troupe.daemon.restarts import Attempts
 from troupe.daemon.settings import DaemonConfig
 from troupe.daemon.silence import Silence, remedy, silence_of
+from troupe.errors import FolderGoneError
+from troupe.held_folder import HeldFolder
 from troupe.messages import (
     NOT_STARTED,
     Activity,
@@ -61,9 +63,11 @@ class Daemon:
         *,
         attempts: Attempts | None = None,
         chronicle: Chronicle | None = None,
+        held: HeldFolder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`chronicle`: what writes down what is told, where there is a page to show it."""
+        """`chronicle`: what writes down what is told, where there is a page to show it. `held`: the run
+        folder, which has to stay in its place."""
         self.last_words = ""
         """How it ended."""
         self._order = order
@@ -71,6 +75,7 @@ class Daemon:
         self._clock = clock
         self._attempts = attempts or Attempts(config, clock=clock)
         self._chronicle = chronicle
+        self._held = held
         self._reloading = Reloading(order, self._attempts, self._answer)
         self._known = NOT_STARTED
         self._trainer: Player | None = None
@@ -87,6 +92,8 @@ class Daemon:
     async def run(self) -> int:
         """Keep the run alive until it has ended, or cannot go on."""
         while True:
+            if (gone := self._gone()) is not None:  # another start would begin a new run in its place
+                return self._over(EXIT_BAD_INPUT, str(gone))
             end = await self._play_once()
             if self._killed:
                 return self._over(EXIT_INTERRUPTED, "left without saving; the newest checkpoint stays")
@@ -94,6 +101,8 @@ class Daemon:
                 return self._over(0, self._farewell(end))
             if isinstance(end, Rejected) and (self._plays or not self._has_played):
                 return self._over(EXIT_BAD_INPUT, end.message)
+            if (gone := self._gone()) is not None:
+                return self._over(EXIT_BAD_INPUT, str(gone))
             LOGGER.error(_shortened(end.message))  # also of what a start before could use: disks fill up and empty
             if self._chronicle is not None:
                 self._chronicle.failed(_shortened(end.message))
@@ -117,6 +126,9 @@ class Daemon:
                 return self._over(EXIT_FAULT, text)
             if await self._told_to_end_within(pause_s, end.message):
                 return self._over(0, "ended while no trainer was there; the newest checkpoint stays")
+
+    def _gone(self) -> FolderGoneError | None:
+        return None if self._held is None else self._held.gone()
 
     def _over(self, code: int, message: str) -> int:
         self.last_words = message
@@ -283,14 +295,22 @@ class Daemon:
     def _begin(self) -> Begin:
         """What the next trainer is to play: once a run stands there, its own config counts, whatever became of ours."""
         order = self._order
+        identity = None if self._held is None else self._held.identity
         stored = order.output / "run.toml"
         if self._has_played and stored.is_file():
             return Begin(
-                run_toml=str(stored), output=str(order.output), paused=self._paused, completions=self._has_page
+                run_toml=str(stored),
+                output=str(order.output),
+                identity=identity,
+                # of the machine: what was allowed holds until a checkpoint was written here
+                allow_changes=tuple(key for key in order.allow_changes if key.partition(".")[0] == "machine"),
+                paused=self._paused,
+                completions=self._has_page,
             )
         return Begin(
             run_toml=str(order.run_toml),
             output=str(order.output),
+            identity=identity,
             settings=order.settings,
             allow_changes=order.allow_changes,
             paused=self._paused,

@@ -17,6 +17,8 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     run_toml: str
     output: str
     """The run folder, an absolute path."""
+    identity: tuple[int, int] | None = None
+    """Device and inode of that folder: another one in its place is not to be written in."""
     settings: tuple[str, ...] = ()
     """`section.key=value` each."""
     allow_changes: tuple[str, ...] = ()

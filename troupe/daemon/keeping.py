@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from troupe.daemon.place import LOG
 from troupe.daemon.player import Child
 from troupe.daemon.server import ControlServer
 from troupe.errors import InputError, OutputError, RunError
+from troupe.held_folder import HeldFolder
 from troupe.runtime import ChildProcess
 from troupe.terminal import EXIT_BAD_INPUT, tell
 
@@ -39,22 +40,23 @@ async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
     except OSError as error:
         kind = RunError if error.errno in _FULL else OutputError  # what no change of the configuration mends
         raise kind(f"{folder}: the output folder cannot be written: {error}") from None
-    try:
-        code = await _serve(order, trainer)
-    except InputError:
-        _remove(made)
-        raise
-    if code == EXIT_BAD_INPUT and not (folder / "run.toml").exists():
-        if not had_log:
-            (folder / LOG).unlink(missing_ok=True)
-        _remove(made)
-    return code
+    with closing(HeldFolder(folder)) as held:
+        try:
+            code = await _serve(order, trainer, held)
+        except InputError:
+            _remove(made)
+            raise
+        if code == EXIT_BAD_INPUT and not (folder / "run.toml").exists() and held.gone() is None:
+            if not had_log:
+                (folder / LOG).unlink(missing_ok=True)
+            _remove(made)
+        return code
 
 
-async def _serve(order: Order, trainer: str) -> int:
+async def _serve(order: Order, trainer: str, held: HeldFolder) -> int:
     with logging_into(order.output, order.daemon):
         chronicle = Chronicle(order.output.name, str(order.output)) if order.daemon.page else None
-        daemon = Daemon(order, order.daemon, partial(_spawned, trainer), chronicle=chronicle)
+        daemon = Daemon(order, order.daemon, partial(_spawned, trainer), chronicle=chronicle, held=held)
         async with ControlServer(order.output, daemon.answer) as server, AsyncExitStack() as stack:
             if server.unavailable is not None:
                 LOGGER.warning(server.unavailable)

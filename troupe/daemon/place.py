@@ -125,9 +125,13 @@ class Place:
         """Remove what is ours and let others in. Safe to call twice."""
         if self._lock is None:
             return
-        with suppress(OSError):
-            if self._socket is not None and self._socket[0].lstat().st_ino == self._socket[1]:
-                self._socket[0].unlink()
+        if self._socket is not None:
+            path, inode = self._socket
+            with suppress(OSError):
+                if path.lstat().st_ino == inode:
+                    path.unlink()
+            with suppress(OSError):  # it has gone with a folder that was moved
+                self._lock.remove(SOCKET, inode)
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
             with suppress(OSError):

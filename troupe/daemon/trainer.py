@@ -73,6 +73,8 @@ async def play(connection: Connection) -> None:
 
 async def _play(connection: Connection, begin: Begin) -> Finished:
     folder = Path(begin.output)
+    if begin.identity is not None and _identity(folder) != begin.identity:
+        raise OutputError(f"{folder}: the folder was moved, deleted or exchanged while the run was to be started")
     stands = (folder / RUN_TOML).is_file()
     # of a run that stands there all stays that neither the file nor a setting says
     base, said = begin.run_toml, []
@@ -172,6 +174,14 @@ async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -
     await together([tell_steps, tell_news, *hearing])
     if news:
         await connection.send(encode(news.take()))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _finished(folder: Path, config: RunConfig) -> Finished | None:

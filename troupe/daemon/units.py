@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import plistlib
 import re
 import sys
@@ -32,6 +33,7 @@ def systemd(order: Order) -> str:
             f"ExecStart={' '.join(map(_quoted, _command(order)))}",
             "ExecReload=/bin/kill -HUP $MAINPID",
             f"WorkingDirectory={_escaped(str(Path.cwd()))}",
+            *(f'Environment="{_in_quotes(f"{name}={value}")}"' for name, value in _environment().items()),
             "# SIGTERM goes to the daemon alone, which finishes the steps in hand and saves",
             "KillMode=mixed",
             f"TimeoutStopSec={_STOP_S}",
@@ -55,6 +57,7 @@ def launchd(order: Order) -> str:
             "Label": _name(order),
             "ProgramArguments": list(_command(order)),
             "WorkingDirectory": str(Path.cwd()),
+            **({"EnvironmentVariables": found} if (found := _environment()) else {}),
             "RunAtLoad": True,
             "KeepAlive": {"SuccessfulExit": False},
             "ThrottleInterval": _PAUSE_S,
@@ -72,6 +75,17 @@ def _check(order: Order) -> None:
     for text in map(str, (order.run_toml, order.output, Path.cwd())):
         if any(unicodedata.category(char) in ("Cc", "Cs") for char in text) or text.endswith("\\"):
             raise ConfigError(f"{text!r}: no unit file can name this; give it a name of printable characters")
+
+
+def _environment() -> dict[str, str]:
+    """What of this shell decides what is computed: where programs are found, the compiler among them, and which kernels
+    OpenBLAS takes."""
+    found = {name: os.environ[name] for name in ("PATH", "OPENBLAS_CORETYPE") if os.environ.get(name)}
+    return {
+        name: value
+        for name, value in found.items()
+        if not any(unicodedata.category(char) in ("Cc", "Cs") for char in value)
+    }
 
 
 def _command(order: Order) -> Sequence[str]:
@@ -99,7 +113,11 @@ def _escaped(text: str) -> str:
     return text.replace("%", "%%")
 
 
+def _in_quotes(text: str) -> str:
+    return _escaped(text).replace("\\", "\\\\").replace('"', '\\"')
+
+
 def _quoted(argument: str) -> str:
     """One argument of ExecStart."""
-    escaped = _escaped(argument).replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$").replace("\n", "\\n")
+    escaped = _in_quotes(argument).replace("$", "$$").replace("\n", "\\n")
     return f'"{escaped}"' if re.search(r"[^\w@%+=:,./-]", escaped) or not escaped else escaped

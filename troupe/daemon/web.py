@@ -22,7 +22,7 @@ import msgspec
 
 from troupe.daemon.chronicle import Chronicle, Event
 from troupe.daemon.http_server import HOST, HttpLimits, HttpRequest, HttpResponse, HttpServer, RefusedError
-from troupe.daemon.place import remove_address, write_address
+from troupe.daemon.place import read_address, remove_address, write_address
 from troupe.daemon.protocol import ProtocolError, Reply, Request, decode_request
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Drain, Pause, Refused, Resume, Status, Step, Stop
@@ -104,7 +104,8 @@ class Page:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        remove_address(self._folder)
+        if read_address(self._folder) == self.address:  # and not that of a daemon whose folder lies there now
+            remove_address(self._folder)
         if self._chronicle.over and self._watchers:
             with anyio.move_on_after(_FAREWELL_S):
                 while self._watchers:

@@ -28,11 +28,13 @@ class JsonlSink:
 
     def __init__(self, path: Path, *, first_step: int = 0) -> None:
         self.notes: deque[Incident] = deque()
+        self.lacking: int | None = None
+        """Steps up to the newest that was flushed of which the file has no line; None before it was opened."""
         self._path = path
         self._first_step = first_step
         self._opened = False
-        self._file = AppendedFile(path)
-        self._newest = first_step
+        self._file = AppendedFile(path, self._begin_anew)
+        self._newest = self._flushed = first_step
 
     def open(self) -> None:
         """Open for appending, keeping the steps up to `first_step`. At every moment the file holds all of them."""
@@ -52,6 +54,7 @@ class JsonlSink:
         if self._opened and not self._file.is_open:
             self._open_file()
         self._file.flush()
+        self._flushed = self._newest
 
     def settle(self) -> None:
         """Have every line that was flushed on the disk, come what may. OSError where that fails now."""
@@ -66,6 +69,35 @@ class JsonlSink:
         if self._path.exists():
             _cut_after(self._path, self._first_step)
         self._file.open()
+        self.lacking = self._first_step - len(steps_in(self._path, self._first_step))
+
+    def _begin_anew(self) -> None:
+        """Somebody has taken the file away, or lines of it."""
+        try:
+            there = len(steps_in(self._path, self._flushed))
+        except OSError:  # the folder is not in its place either
+            there = 0
+        self.lacking = self._flushed - there
+        message = (
+            f"{self._path} was removed, exchanged or cut under the run; it is gone on with, and of the {self._flushed} "
+            f"steps before {self.lacking} are not in it"
+        )
+        self.notes.append(Incident(actor="metrics", kind="file_lost", message=message))
+
+
+def steps_in(path: Path, up_to: int) -> set[int]:
+    """The steps, up to one, of which such a file has a line; none where there is no file. OSError where it cannot be
+    read."""
+    steps: set[int] = set()
+    if not path.exists():
+        return steps
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                steps.add(_STEP.decode(line).step)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue
+    return {step for step in steps if 1 <= step <= up_to}
 
 
 def steps_between(path: Path, after: int, up_to: int) -> list[tuple[int, dict[str, float]]]:
@@ -141,3 +173,6 @@ def _is_of_a_step_up_to(step: int, line: bytes) -> bool:
 
 class _Line(msgspec.Struct):
     step: int
+
+
+_STEP = msgspec.json.Decoder(_Line)

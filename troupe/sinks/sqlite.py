@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from troupe.held_folder import HeldFolder
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Update
 from troupe.run_store import (
     DamagedStoreError,
@@ -26,7 +28,7 @@ class SqliteSink:
     """Keeps what ended with a step until its Update, and then writes all of it in one transaction.
 
     What cannot be written stays and comes with the next `flush`. A file that is damaged is set aside, and a new one is
-    begun with what comes from then on.
+    begun with what comes from then on; so it is with one that somebody has removed.
     """
 
     name = "sqlite"
@@ -45,6 +47,10 @@ class SqliteSink:
         """`first_step`: steps done before this start. `program`, `machine`: the version of Troupe and where it plays,
         for the store to tell. `log_probs`: whether those of every token are stored."""
         self.notes: deque[Incident] = deque()
+        self.lacking: int | None = None
+        """Steps up to the newest that was committed which are not in the store; None before it was opened."""
+        self._held: HeldFolder | None = None
+        self._committed = first_step
         self._path, self._first_step, self._program, self._log_probs = path, first_step, program, log_probs
         self._machine = machine
         self._clock = clock
@@ -96,9 +102,21 @@ class SqliteSink:
         """Close the file; groups whose step has not ended are made again by who resumes, and not kept."""
         self._opened = False
         self._disconnect()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def _put_out(self) -> None:
+        if self._store is not None and not self._store.is_in_place:
+            self._disconnect()
+            self._check_folder()
+            message = (
+                f"{self._path} was removed or exchanged under the run; what is there now is gone on with, or a new one "
+                f"begun, without those of the {self._committed} steps before that are not in it"
+            )
+            self.notes.append(Incident(actor="metrics", kind="file_lost", message=message))
         if self._store is None:
+            self._check_folder()
             self._store = StoreWriter(
                 self._path,
                 first_step=self._first_step,
@@ -108,16 +126,26 @@ class SqliteSink:
                 clock=self._clock,
             )
             self._start = self._store.start
+            self.lacking = self._committed - self._store.count_steps(self._committed)
         try:
             while self._steps:
                 self._store.add_step(self._steps[0])
-                self._steps.popleft()
+                self._committed = max(self._committed, self._steps.popleft().step[0])
             if self._others:
                 self._store.do(self._others)
                 self._others = []
         except (OSError, DamagedStoreError):
             self._disconnect()
             raise
+
+    def _check_folder(self) -> None:
+        """FolderGoneError where the folder was moved since it was opened first: its name leads to what is not this
+        run's."""
+        if self._held is None:
+            with suppress(OSError):  # SQLite says so of the file
+                self._held = HeldFolder(self._path.parent)
+        if self._held is not None:
+            self._held.check()
 
     def _begin_anew(self, damage: DamagedStoreError) -> None:
         aside = set_aside(self._path)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import anyio
 
+from troupe.errors import FolderGoneError
 from troupe.messages import GroupClosed, Incident, Span
 from troupe.sinks.base import DurableSink, Sink
 
@@ -63,8 +64,10 @@ class SinkThread:
         clock: Callable[[], float],
         gather_s: float,
         changed: Callable[[], None] = lambda: None,
+        before_opening: Callable[[], None] = lambda: None,
     ) -> None:
-        """`changed` is called, in the sink's thread, when `settled` or `trouble` may have changed."""
+        """`changed` is called, in the sink's thread, when `settled` or `trouble` may have changed. `before_opening` is
+        called there, too; where it raises, the sink is not opened."""
         self.name, self.takes = sink.name, sink.takes
         self._durable = sink if isinstance(sink, DurableSink) else None
         self.ended: Future[None] = Future()
@@ -77,6 +80,7 @@ class SinkThread:
         """Why a durable sink cannot write at the moment."""
         self._sink, self._lane, self._told, self._clock, self._gather_s = sink, lane, told, clock, gather_s
         self._changed = changed
+        self._before_opening = before_opening
         self._change = threading.Condition()
         self._waiting: deque[object] = deque()
         self._unflushed = self._attempts = 0
@@ -120,6 +124,11 @@ class SinkThread:
         return self._fault
 
     @property
+    def lacking(self) -> int | None:
+        """How many of the steps before the newest a durable sink's file lacks; None where it does not count them."""
+        return getattr(self._durable, "lacking", None)
+
+    @property
     def waiting(self) -> int:
         """Messages not yet begun with, or not yet where they are safe from a crash."""
         return len(self._waiting) + self._unflushed
@@ -142,7 +151,8 @@ class SinkThread:
             self._close()
 
     def _open(self) -> None:
-        self._call(self._sink.open, "open", limit=1)
+        if self._call(self._before_opening, "before opening", limit=1):
+            self._call(self._sink.open, "open", limit=1)
 
     def _close(self) -> None:
         if self._fault is None:
@@ -212,7 +222,7 @@ class SinkThread:
                 self._have_trouble(why)
                 return False
             self._failures[kind] += 1
-            if self._failures[kind] >= limit:
+            if self._failures[kind] >= limit or isinstance(error, FolderGoneError):  # which no waiting mends
                 self._fault = why
             return False
         else:
@@ -249,13 +259,18 @@ class Sinks:
         timeout_s: float = 30.0,
         clock: Callable[[], float] = time.perf_counter,
         gather_s: float = _GATHER_S,
+        before_opening: Callable[[], None] = lambda: None,
     ) -> None:
+        """`before_opening` is called in each sink's thread before it is opened; where it raises, the sink is switched
+        off."""
         self.switched_off: dict[str, str] = {}
         """Sink → why."""
         self._sinks = tuple(sinks)
+        self._before_opening = before_opening
         self._timeout_s, self._clock, self._gather_s = timeout_s, clock, gather_s
         self._threads: list[SinkThread] = []
         self._opened = False
+        self._lacking: dict[str, int] = {}
         self._dropped = 0
         self._writes: deque[Write] = deque(maxlen=1024)
         self._listeners: list[Callable[[], object]] = []
@@ -265,7 +280,15 @@ class Sinks:
         if not self._opened:
             self._opened = True
             self._threads = [
-                SinkThread(sink, lane, self._writes.append, self._clock, self._gather_s, self._tell_listeners)
+                SinkThread(
+                    sink,
+                    lane,
+                    self._writes.append,
+                    self._clock,
+                    self._gather_s,
+                    self._tell_listeners,
+                    self._before_opening,
+                )
                 for lane, sink in enumerate(self._sinks)
             ]
 
@@ -304,6 +327,14 @@ class Sinks:
             return True
         return self._has_settled(version)
 
+    def lacking(self) -> dict[str, int]:
+        """Durable sink → how many of the steps before the newest its file lacks, also after the end; none of one that
+        was switched off."""
+        if self._threads:
+            counts = {thread.name: thread.lacking for thread in self._threads}
+            self._lacking = {name: count for name, count in counts.items() if count is not None}
+        return dict(self._lacking)
+
     def news(self) -> list[Incident]:
         """What has become of sinks since the last call; those that have failed or hang are switched off."""
         incidents = []
@@ -337,6 +368,7 @@ class Sinks:
                 late = f"{thread.waiting} messages were not written within {self._timeout_s:g} s of the run's end"
                 why = "" if thread.trouble is None else f"{thread.trouble}; "
                 incidents.append(self._switch_off(thread, f"{why}{late} (metrics.sink_timeout_s)"))
+        self.lacking()
         self._threads, self._opened = [], True
         self._tell_listeners()
         return tuple(incidents)

@@ -1,0 +1,94 @@
+"""A folder that is held by its descriptor, so that whoever writes in it by its name can see whether the name still
+leads there. Knows nothing of what is in the folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import time
+from pathlib import Path
+
+from troupe.errors import FolderGoneError
+
+_F_GETPATH = 50  # of macOS
+_LONGEST_PATH = 1024
+_PAUSE_S = 0.05
+"""Between the two looks that it takes to say that a folder is gone."""
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+"""Other errors (a file system that does not answer, say) are no sign that the name leads elsewhere."""
+
+
+class HeldFolder:
+    """`check` may be called in any thread; the rest belongs to whoever holds it."""
+
+    def __init__(self, path: Path) -> None:
+        """OSError where there is no such folder."""
+        self.path = path
+        self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What no other folder of this machine has at the same time: device and inode. It is not closed yet."""
+        assert self._descriptor is not None
+        found = os.fstat(self._descriptor)
+        return found.st_dev, found.st_ino
+
+    def check(self) -> None:
+        """FolderGoneError where the name has come to lead elsewhere, or nowhere: seen twice."""
+        if (error := self.gone()) is not None:
+            raise error
+
+    def gone(self) -> FolderGoneError | None:
+        """What `check` would raise."""
+        if self._is_there():
+            return None
+        time.sleep(_PAUSE_S)
+        return None if self._is_there() else FolderGoneError(self._told())
+
+    def where(self) -> Path | None:
+        """The path under which the folder can be found now; None where it was deleted, or nobody tells."""
+        if self._descriptor is None:
+            return None
+        try:
+            path = Path(_path_of(self._descriptor))
+            return path if os.path.samestat(path.stat(), os.fstat(self._descriptor)) else None
+        except (OSError, ValueError):
+            return None
+
+    def close(self) -> None:
+        """Let go; afterwards it counts as being there. Safe to call twice."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _is_there(self) -> bool:
+        if self._descriptor is None:
+            return True
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+        except _NOT_THERE:
+            return False
+        except OSError:
+            return True
+
+    def _told(self) -> str:
+        now = self.where()
+        there = "another folder lies there" if self.path.is_dir() else "no folder lies there any more"
+        if now is None:
+            return (
+                f"{self.path}: the run folder was taken away from under the run: {there}, and where it is now cannot "
+                "be told, so it was probably deleted; nothing is written in its place. Put it back from a copy and go "
+                "on with --resume, or begin anew"
+            )
+        return (
+            f"{self.path}: the run folder was taken away from under the run: {there}, and the run's own is now {now}; "
+            f"nothing is written in its place. Go on with it: troupe train -o {shlex.quote(str(now))} --resume"
+        )
+
+
+def _path_of(descriptor: int) -> str:
+    if hasattr(fcntl, "F_GETPATH") or not Path("/proc/self/fd").is_dir():
+        found = fcntl.fcntl(descriptor, getattr(fcntl, "F_GETPATH", _F_GETPATH), bytes(_LONGEST_PATH))
+        return os.fsdecode(found.split(b"\0", 1)[0])
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
