@@ -104,7 +104,7 @@ def test_a_folder_of_the_first_format_is_read(folder: Path) -> None:
 
 def test_what_is_written_says_its_format(folder: Path) -> None:
     raw = json.loads((folder / "state.json").read_text())
-    assert raw["format"] == FORMAT == 2
+    assert raw["format"] == FORMAT == 3
     assert raw["rewards"] == {"kind": {"version": 3, "spec": "rewards.py:kind"}, "given": {"version": 0, "spec": None}}
     assert read_state(folder).rewards["kind"] == RewardState(version=3, spec="rewards.py:kind")
 
@@ -113,8 +113,8 @@ def test_a_newer_format_is_refused_and_nothing_older_taken_instead(run: Path) ->
     for version in (1, 2):
         save_checkpoint(checkpoint_folder(run, version), made(version))
     newest = checkpoint_folder(run, 2)
-    rewrite(newest, "state.json", b'{"format": 3, "version": {"major": 2}, "more": []}')
-    message = r"step-00000002: a checkpoint of format 3, but this Troupe knows those up to 2; go on with the newer"
+    rewrite(newest, "state.json", b'{"format": 4, "version": {"major": 2}, "more": []}')
+    message = r"step-00000002: a checkpoint of format 4, but this Troupe knows those up to 3; go on with the newer"
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(newest)
     with pytest.raises(CheckpointError, match=message):

@@ -289,10 +289,11 @@ class _SupersededError(Exception):
 
 
 def _step_back() -> None:
-    """Lower the priority of this thread, where the system knows one for a single thread."""
+    """Lower the priority of this thread, where the system knows one for a single thread and it is not lower already."""
     if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
+        thread = threading.get_native_id()
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def growing_pauses() -> Iterator[float]:

@@ -12,8 +12,9 @@ import msgspec
 from troupe.messages import Unfinished
 from troupe.policy import Qwen3Config, Weights
 
-FORMAT = 2
-"""Of the folders that are written. 1 had no number, no `unfinished.msgpack`, and a state of five fields."""
+FORMAT = 3
+"""Of the folders that are written. 1 had no number, no `unfinished.msgpack`, and a state of five fields; 2 did not say
+which ids end a text, which scores a fault took, and with what the run was made."""
 
 MANIFEST = "MANIFEST.json"
 CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE = "config.json", "model.safetensors", "optimizer.safetensors"
