@@ -28,7 +28,7 @@ from troupe.wire import Setup, decode_in_process, encode
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """What lies beside the weights, without what only a checkpoint has."""
-    ours = {"MANIFEST.json", "state.json"}
+    ours = {"MANIFEST.json", "made.json", "state.json"}
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix == ".json" and f.name not in ours}
 
 

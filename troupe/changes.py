@@ -292,7 +292,7 @@ def _nearest(key: str) -> str:
     """What may have been meant by a key that does not exist."""
     if (meaning := ours_for(key, config_keys())) is not None:
         return told(meaning)
-    close = close_to(key, config_keys())
+    close = close_to(key, [*config_keys(), MACHINE, *MACHINE_KEYS])
     return f"did you mean {close}?" if close else "name it as section.key, for instance learner.lr"
 
 
