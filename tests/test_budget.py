@@ -346,6 +346,7 @@ def test_a_gpu_counts_what_it_writes_out_and_copies(
         dtype,
         writes_scores=has_card and dtype == mx.float32,  # Metal writes none out forwards
         copies_updates=not has_card,
+        in_blocks=False,
     )
 
 

@@ -97,7 +97,11 @@ def test_an_engine_counts_as_its_device_computes(
     config = config_of(head_dim=head_dim, num_hidden_layers=3)
     engine = RolloutEngine(config, GenerationConfig(num_generations=2, max_completion_length=9), stop_ids=frozenset())
     engine.load({EMBEDDING: mx.zeros((1,), mx.bfloat16)}, 0)
+    expected["in_blocks"] = has_card is None
     assert engine.memory_bytes([300, 7]) == decode_memory_bytes(config, [300, 7], 2, 9, mx.bfloat16, **expected)
+    config = config_of(head_dim=head_dim, num_hidden_layers=3, max_position_embeddings=9000)
+    engine.config = config
+    assert engine.memory_bytes([7000]) == decode_memory_bytes(config, [7000], 2, 9, mx.bfloat16, **expected)
 
 
 def test_prefilling_of_long_prompts_counts_where_it_is_more() -> None:
@@ -118,6 +122,8 @@ def test_prompts_go_in_pieces_only_where_they_are_long_and_scores_would_be_writt
     prompts = 16_000 * 2 * 4 * 16 * 2 * 4 * 1.5
     rest = 1024 * 8 * 64 * 4 + 7 * 4 * 64 * 16_000 * 4
     assert decode_memory_bytes(config, [16_000], 1, 1, mx.float32) == prompts + rest
+    at_once = 1024 * 8 * 64 * 4 + 2 * 4 * 1024 * 16_000 * 4
+    assert decode_memory_bytes(config, [16_000], 1, 1, mx.float32, in_blocks=False) == prompts + at_once
 
 
 def test_a_long_prompt_takes_memory_by_its_length_not_by_the_square() -> None:

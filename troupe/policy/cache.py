@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from troupe.policy.causal import attention, block_size, blocks
-from troupe.policy.elementwise import compiled, exponential, is_fast_here
+from troupe.policy.elementwise import compiled, exponential, is_fast_here, is_on_cpu
 from troupe.policy.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
 
 BLOCK = 64
@@ -49,8 +49,8 @@ class PromptCache(WholeRows):
 class PiecedPromptCache(PromptCache):
     """The same for prompts that are computed some tokens at a time: these see all before them.
 
-    Beside keys and values no more than a block of queries' scores is held, which grows with a prompt's length, not
-    with its square. `forward` takes the pieces in order.
+    Beside keys and values no more than a piece's scores are held, on a CPU those of a block of its queries: they grow
+    with a prompt's length, not with its square. `forward` takes the pieces in order.
     """
 
     offset: int
@@ -80,6 +80,8 @@ class PiecedPromptCache(PromptCache):
         mx.eval(self.keys[layer - 1 : layer])  # as for prompts that are computed whole
         if layer == self._unseen:
             return q
+        if not is_on_cpu():
+            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask="causal")
         T, S, heads_per_key = q.shape[2], keys.shape[2], q.shape[1] // k.shape[1]
         found = []
         for start in range(0, T, size := block_size(T)):

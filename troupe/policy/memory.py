@@ -5,8 +5,8 @@ Knows nothing of tokens, weights and how much memory is free at the moment: the 
 Held: keys and values, 2·K·d·L numbers for each of S·P prompt places (P the longest prompt) and of S·G·N places for
 own tokens (N the most that a row may have). Besides, the larger of
   prefilling, with as many prompts s in a portion as PREFILL_TOKENS allows: s·P·(8·F + 8·D) numbers, and where a
-  device writes scores out, 2·s·H·P² float32; there prompts beyond WHOLE_PROMPT places go in pieces of T tokens, each
-  in blocks of b: s·T·(8·F + 8·D) numbers and 7·s·H·b·P float32;
+  device writes scores out, 2·s·H·P² float32; there prompts beyond WHOLE_PROMPT places go in pieces of T tokens, on a
+  CPU each in blocks of b: s·T·(8·F + 8·D) numbers and 7·s·H·b·P float32, elsewhere 2·s·H·T·P;
   decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
   under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
   the room that grows; where updates copy, all own keys and values once more.
@@ -82,11 +82,13 @@ def decode_memory_bytes(
     *,
     is_filtering: bool = False,
     writes_scores: bool = True,
+    in_blocks: bool = True,
     copies_updates: bool = False,
 ) -> int:
     """Bytes that decoding these prompts (at least one), `num_generations` times each, takes beside the weights.
 
     `writes_scores`: prefilling holds the scores of whole prompts, as on a CPU; fused attention kernels do not.
+    `in_blocks`: of long prompts it holds those of a block of queries at a time, as on a CPU.
     `copies_updates`: a new token's keys and values go into a copy of what its row has, as on a GPU without kernels of
     our own, where the step before still holds it. `dtype` is that of the weights. The formula stands at the head of
     this file.
@@ -100,7 +102,7 @@ def decode_memory_bytes(
     for portion in prefill_chunks(prompt_lengths):
         longest = max(prompt_lengths[i] for i in portion)
         piece = piece_length(len(portion), longest, writes_scores=writes_scores)
-        written = 2 * longest if piece == longest else 7 * block_size(piece)
+        written = 7 * block_size(piece) if in_blocks and piece < longest else 2 * piece
         scores = len(portion) * H * longest * written * 4 if writes_scores else 0
         prefilling = max(prefilling, scores + len(portion) * piece * 8 * (F + D) * size)
     decoding = (

@@ -153,6 +153,7 @@ class RolloutEngine:
             dtype,
             is_filtering=self.sampler.is_filtering,
             writes_scores=self.writes_scores,
+            in_blocks=is_on_cpu(),
             copies_updates=not is_on_cpu() and not cuda_kernels.serve(*heads),
         )
 
