@@ -135,7 +135,8 @@ async def test_spans_come_by_our_clock_and_incidents_come_too(tmp_path: Path, mo
     reports = await taken(stage.reports.mailbox)
     spans = [report for report in reports if isinstance(report, Span) and report.name == "generate"]
     assert len(spans) == 2
-    assert all(before_s < span.start_s < time.perf_counter() for span in spans)
+    off_s = 5.0  # far less than the clocks differ by, and more than half of what a message takes on a busy machine
+    assert all(before_s - off_s < span.start_s < time.perf_counter() + off_s for span in spans)
     assert [report.kind for report in reports if isinstance(report, Incident)] == ["bored"]
 
 
