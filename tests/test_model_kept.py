@@ -4,8 +4,8 @@ runs took from it otherwise stays as it was for them."""
 from __future__ import annotations
 
 import json
-import time
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
