@@ -66,7 +66,7 @@ def test_the_final_policy_is_a_model_folder_and_replaces_the_one_before(run: Pat
 
 
 def test_what_another_run_writes_in_a_folder_that_took_the_place_stays(run: Path) -> None:
-    folder, calls = checkpoint_folder(run, 3), []
+    folder, calls = checkpoint_folder(run, 3), list[None]()
 
     def exchanged_amid() -> None:
         calls.append(None)
