@@ -114,3 +114,14 @@ def test_it_takes_two_looks(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     place.rename(place.with_name("away"))
     monkeypatch.setattr("troupe.held_folder.time.sleep", lambda _: place.with_name("away").rename(place))
     held.check()
+
+
+def test_one_that_is_closed_while_another_thread_looks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, stat = HeldFolder(place), Path.stat
+
+    def closes_first(self: Path, **settings: Any) -> os.stat_result:
+        held.close()
+        return stat(self, **settings)
+
+    monkeypatch.setattr(Path, "stat", closes_first)
+    held.check()

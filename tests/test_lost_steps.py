@@ -16,6 +16,7 @@ from tests.fakes import tiny_config, weigh_ids, write_ragged_model
 from troupe import RunConfig, RunResult, Supervisor
 from troupe.checkpoint import list_checkpoints, read_made
 from troupe.lost_steps import lost_steps
+from troupe.sinks import JsonlSink
 
 STEPS = 4
 
@@ -114,6 +115,28 @@ def test_what_lacked_before_is_not_lost(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_now_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     assert lost_steps(tmp_path, 4, {"jsonl": 0}, ["jsonl"]) == []
+
+
+@pytest.mark.anyio
+async def test_of_steps_that_a_disk_never_took_it_is_not_said_that_the_file_had_them(
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = JsonlSink.flush
+
+    def fails_from_the_second_step_on(self: JsonlSink) -> None:
+        if self._newest >= 2:
+            raise OSError(5, "Input/output error")
+        flush(self)
+
+    settings = {"checkpoint__every": 1, "metrics__sink_timeout_s": 1.0}
+    with monkeypatch.context() as patched:
+        patched.setattr(JsonlSink, "flush", fails_from_the_second_step_on)
+        await play(config_of(ragged_model, tmp_path, tmp_path / "run", **settings))
+    config = config_of(ragged_model, tmp_path, tmp_path / "run", learner__max_steps=STEPS + 1, **settings)
+    _, run = await play(config, resume=True, allow_changes=["learner.max_steps"])
+    [told] = run.lost
+    assert "it lacks 2-4, which it had, or was about to get, when" in told
+    assert "or its disk failed then" in told
 
 
 @pytest.mark.anyio

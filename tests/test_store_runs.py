@@ -122,8 +122,9 @@ async def test_a_store_that_fails_for_a_while_is_whole_in_the_end(
     assert rows(path, "SELECT step, count(*) FROM completions GROUP BY step") == [(s, 6) for s in (1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
 async def test_steps_are_on_the_disk_before_a_checkpoint_of_them(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
 ) -> None:
     flush, seen = JsonlSink.flush, []
     late = threading.Event()
@@ -142,8 +143,13 @@ async def test_steps_are_on_the_disk_before_a_checkpoint_of_them(
 
     monkeypatch.setattr(JsonlSink, "flush", late_flush)
     monkeypatch.setattr(checkpointer, "save_checkpoint", watched)
-    await play(tiny_config(ragged_model, tmp_path, checkpoint__every=1, **WITH_STORE))
-    assert [version for version, *_ in seen] == [1, 2, 3, 4]
+    every = 100 if is_stopped else 1
+    async with Supervisor(tiny_config(ragged_model, tmp_path, checkpoint__every=every, **WITH_STORE), [weigh_ids]) as r:
+        async for update in r.updates():
+            if is_stopped and update.step == 2:
+                r.stop()
+    versions = [version for version, *_ in seen]
+    assert (len(versions) == 1 and versions[0] >= 2) if is_stopped else versions == [1, 2, 3, 4]
     assert all(min(told) >= version for version, *told in seen)
 
 

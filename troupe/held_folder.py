@@ -48,11 +48,11 @@ class HeldFolder:
 
     def where(self) -> Path | None:
         """The path under which the folder can be found now; None where it was deleted, or nobody tells."""
-        if self._descriptor is None:
+        if (descriptor := self._descriptor) is None:
             return None
         try:
-            path = Path(_path_of(self._descriptor))
-            return path if os.path.samestat(path.stat(), os.fstat(self._descriptor)) else None
+            path = Path(_path_of(descriptor))
+            return path if os.path.samestat(path.stat(), os.fstat(descriptor)) else None
         except (OSError, ValueError):
             return None
 
@@ -63,10 +63,10 @@ class HeldFolder:
             os.close(descriptor)
 
     def _is_there(self) -> bool:
-        if self._descriptor is None:
+        if (descriptor := self._descriptor) is None:  # read once: another thread may close it meanwhile
             return True
         try:
-            return os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+            return os.path.samestat(self.path.stat(), os.fstat(descriptor))
         except _NOT_THERE:
             return False
         except OSError:

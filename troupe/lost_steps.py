@@ -29,9 +29,9 @@ def lost_steps(folder: Path, version: int, lacking: Mapping[str, int], sinks: Co
         if len(there) < version - lacking[sink]:
             missing = _ranges(step for step in range(1, version + 1) if step not in there)
             told.append(
-                f"{folder / name}: of the {version} steps that are done it lacks {missing}, which it had when the "
-                "checkpoint was written: it was cut, removed or exchanged since. The run goes on, for its weights are "
-                "whole; what the file told of these steps is lost"
+                f"{folder / name}: of the {version} steps that are done it lacks {missing}, which it had, or was "
+                "about to get, when the checkpoint was written: it was cut, removed or exchanged since, or its disk "
+                "failed then. The run goes on, for its weights are whole; what was told of these steps is lost"
             )
     return told
 

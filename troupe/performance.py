@@ -356,10 +356,17 @@ class Performance:
             self._pipeline.incidents.incident_nowait(incident)
 
     async def _write_checkpoint(self) -> None:
-        snapshot = self._pipeline.learner.snapshot()
+        pipeline, snapshot = self._pipeline, self._pipeline.learner.snapshot()
         try:
             with anyio.CancelScope(shield=True):
-                await self._device.run(self._pipeline.write_snapshot, snapshot)
+                pipeline.sinks.settle(snapshot.version)  # Metrics has read all that was told, and has ended
+                if not await pipeline.sinks.settled(snapshot.version):
+                    message = (
+                        f"not all that was told of the steps up to {snapshot.version} is on the disk yet, but its "
+                        "checkpoint is written"
+                    )
+                    pipeline.tell(Incident(actor="supervisor", kind="checkpoint_unsettled", message=message))
+                await self._device.run(pipeline.write_snapshot, snapshot)
         except OSError as error:
             raise RunError(
                 f"{self._prepared.folder}: the checkpoint of step {snapshot.version} could not be written: {error}; "

@@ -34,6 +34,7 @@ from troupe.checkpoint import (
     verify_manifest,
     writing,
 )
+from troupe.errors import FolderGoneError
 from troupe.policy import load_policy
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,24 @@ def test_the_final_policy_is_a_model_folder_and_replaces_the_one_before(run: Pat
     assert_same_arrays(load_policy(run / "final").weights, weights(2))
     assert names_in(run) == ["final"]
     assert verify_manifest(run / "final") >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_what_another_run_writes_in_a_folder_that_took_the_place_stays(run: Path) -> None:
+    folder, calls = checkpoint_folder(run, 3), list[None]()
+
+    def exchanged_amid() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            run.rename(run.with_name("moved"))
+            (run / "checkpoints" / ".writing-step-00000003").mkdir(parents=True)
+            (run / "checkpoints" / ".writing-step-00000003" / "model.safetensors").write_text("another's")
+            raise FolderGoneError("moved")
+
+    with pytest.raises(FolderGoneError):
+        save_checkpoint(folder, whole(3), before_block=exchanged_amid)
+    assert (folder.with_name(f".writing-{folder.name}") / "model.safetensors").read_text() == "another's"
+    clear_leftovers(run.with_name("moved"))
+    assert names_in(run.with_name("moved") / "checkpoints") == []
 
 
 def steps_until_named(save: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:

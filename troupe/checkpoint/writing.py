@@ -38,6 +38,7 @@ from troupe.checkpoint.state import (
     Made,
 )
 from troupe.checkpoint.unfinished import encode_unfinished
+from troupe.errors import FolderGoneError
 from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
 from troupe.policy.folders import companions_of
 
@@ -142,6 +143,8 @@ def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] 
     except RuntimeError as error:  # how MLX says that it could not write
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{path}: {error}") from error
+    except FolderGoneError:  # what has the temporary name there now is not ours
+        raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
