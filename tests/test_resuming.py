@@ -28,6 +28,7 @@ from troupe.checkpoint import (
     read_made,
     save_checkpoint,
 )
+from troupe.checkpoint.files import sum_file
 from troupe.config import RUN_TOML, config_table, write_config
 from troupe.errors import CheckpointError, ConfigError, RewardError, RunError
 from troupe.messages import Unfinished, Update
@@ -274,12 +275,16 @@ def metrics_of(folder: Path, name: str) -> dict[int, float]:
 
 
 def of_an_older_troupe(folder: Path, to: Path) -> Path:
-    """A copy of a run whose checkpoints do not say how they were made."""
+    """A copy of a run whose checkpoints are of format 2: they do not say how they were made."""
     shutil.copytree(folder, to)
     for checkpoint in list_checkpoints(to):
         (checkpoint / "made.json").unlink()
+        state = json.loads((checkpoint / "state.json").read_text())
+        del state["stop_ids"]
+        (checkpoint / "state.json").write_text(json.dumps(state | {"format": 2}))
         listed = json.loads((checkpoint / MANIFEST).read_text())
         del listed["made.json"]
+        listed["state.json"] = msgspec.to_builtins(sum_file(checkpoint / "state.json"))
         (checkpoint / MANIFEST).write_text(json.dumps(listed))
     return to
 
@@ -817,7 +822,10 @@ def test_layout_and_comments_are_free(folder: Path) -> None:
 def test_a_run_of_an_older_troupe_is_taken_at_its_word(folder: Path, tmp_path: Path) -> None:
     old = of_an_older_troupe(folder, tmp_path / "old")
     edit(old, "lr = 0.01", "lr = 1.0")
-    assert prepare(as_stored(old), [weigh_ids], resume=True).config.learner.lr == 1.0
+    prepared = prepare(as_stored(old), [weigh_ids], resume=True)
+    assert prepared.config.learner.lr == 1.0
+    assert [notice for notice in prepared.notices if "begun by an older Troupe" in notice]
+    assert not [n for n in prepare(as_stored(folder), [weigh_ids], resume=True).notices if "older Troupe" in n]
 
 
 async def test_what_an_earlier_start_was_allowed_stays_allowed(folder: Path) -> None:

@@ -28,7 +28,16 @@ from troupe.changes import (
     in_force,
     value_of,
 )
-from troupe.checkpoint import Checkpoint, Made, RewardState, RunState, list_checkpoints, load_newest, read_made
+from troupe.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    Made,
+    RewardState,
+    RunState,
+    list_checkpoints,
+    load_newest,
+    read_made,
+)
 from troupe.config import RUN_TOML, RunConfig, load_config, with_value
 from troupe.errors import CheckpointError, ConfigError
 from troupe.messages import Unfinished
@@ -245,6 +254,13 @@ def _other_machine(newest: Made, machine: Mapping[str, str]) -> tuple[Difference
     )
 
 
+_OF_AN_OLDER_TROUPE = (
+    "the run was begun by an older Troupe; it goes on to the same bits but where something is computed otherwise now: "
+    "prompts of more than 2,048 tokens, rewards of a group that hardly differ, scores that a fault took, and prompts "
+    "that were read wrongly (CHANGELOG.md)"
+)
+
+
 def newest_checkpoint(
     folder: Path, resumption: Resumption | None, config: RunConfig, identity: Identity, policy: Policy
 ) -> tuple[Checkpoint | None, list[str]]:
@@ -265,6 +281,8 @@ def newest_checkpoint(
         if resumption is not None and resumption.samples_anew:
             notices.append("groups that were sampled and not trained on yet are sampled once more")
             found = msgspec.structs.replace(found, unfinished=_begun_anew(found.unfinished))
+        if found.state.format < FORMAT:
+            notices.append(_OF_AN_OLDER_TROUPE)
         return _held(found, policy), [*notices, f"going on after step {found.state.version}"]
     if resumption is not None and (elsewhere := [d for d in resumption.differences if d.key in _SETTLED_BY_CONTENTS]):
         raise CheckpointError(resumption.refusal(elsewhere))
