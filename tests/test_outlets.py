@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from troupe.outlets import Aside, Outlet, of_a_display, outlet_of, unhurried
+from troupe.outlets import Aside, Outlet, finish, of_a_display, outlet_of, unhurried
 
 LINE = b"x" * 1023 + b"\n"
 
@@ -136,6 +137,69 @@ def test_the_streams_are_exchanged_and_come_back(pipe: tuple[int, int], monkeypa
     os.close(pipe[1])
     assert read_all(pipe[0]).decode() == "größer bytes\ndrawn\n"
     assert of_a_display(stand_in) is stand_in
+
+
+def test_a_display_may_end_while_others_print(pipe: tuple[int, int]) -> None:
+    outlet = Outlet(pipe[1])
+    lines: list[str] = []
+    enders: list[threading.Thread] = []
+
+    def above(line: str) -> None:
+        lines.append(line)
+        enders.append(threading.Thread(target=outlet.divert, args=(None,)))
+        enders[-1].start()
+        enders[-1].join(0.2)
+
+    outlet.divert(above)
+    outlet.take(b"one\ntwo\n")
+    for ender in enders:
+        ender.join()
+    assert lines == ["one", "two"]
+    assert outlet.close()
+
+
+def test_whoever_leaves_at_once_shows_the_cursor(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fdopen(os.dup(pipe[1]), "w", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", real)
+    with unhurried():
+        outlet = outlet_of(sys.stdout)
+        assert outlet is not None
+        outlet.divert(lambda line: None)
+        finish()
+    real.close()
+    os.close(pipe[1])
+    assert read_all(pipe[0]) == b"\x1b[?25h"
+
+
+FORKS = """
+import multiprocessing, threading
+from troupe.outlets import unhurried
+
+def print_on():
+    while not over.is_set():
+        print("parent")
+
+def child():
+    print("child")
+
+with unhurried():
+    over = threading.Event()
+    printer = threading.Thread(target=print_on)
+    printer.start()
+    for _ in range(20):
+        forked = multiprocessing.get_context("fork").Process(target=child)
+        forked.start()
+        forked.join(20)
+        assert forked.exitcode == 0, forked.exitcode
+    over.set()
+    printer.join()
+"""
+
+
+def test_what_is_forked_off_meanwhile_prints_too_and_hangs_at_no_lock() -> None:
+    played = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
+    assert played.returncode == 0, played.stderr
+    assert played.stdout.count("child") == 20
 
 
 def test_nobody_waits_for_a_stderr_that_is_stuck(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:

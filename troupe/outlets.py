@@ -14,6 +14,7 @@ import queue
 import select
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -47,11 +48,16 @@ class Outlet:
         self._busy = self._closing = self._gone = False
         self._above: Above | None = None
         self._open: dict[int, bytes] = {}  # lines that a thread has begun, while they go above a display
+        self._is_fork = False
         self._thread = threading.Thread(target=self._run, name=f"troupe-output-{descriptor}", daemon=True)
         self._thread.start()
+        _OUTLETS.add(self)
 
     def put(self, data: bytes) -> None:
-        """Have it written. Never waits."""
+        """Have it written. Never waits, but in a process that was forked off: that one has no thread for it."""
+        if self._is_fork:
+            self._write_straight(data)
+            return
         with self._change:
             if self._gone or not data:
                 return
@@ -65,22 +71,36 @@ class Outlet:
 
     def take(self, data: bytes) -> None:
         """Have it written by itself, or above the display that is there."""
-        if self._above is None:
-            self.put(data)
-            return
-        thread = threading.get_ident()
-        *lines, rest = (self._open.pop(thread, b"") + data).split(b"\n")
-        if rest:
-            self._open[thread] = rest
-        for line in lines:
-            self._above(line.decode(errors="replace"))
+        with self._change:
+            if self._above is None:
+                self.put(data)
+                return
+            thread = threading.get_ident()
+            *lines, rest = (self._open.pop(thread, b"") + data).split(b"\n")
+            if rest:
+                self._open[thread] = rest
+            for line in lines:
+                self._above(line.decode(errors="replace"))
 
     def divert(self, above: Above | None) -> None:
         """Give every line that comes by `take` to `above`, which must not wait; None: no longer."""
-        begun, self._open = (self._open if above is None else {}), {}
-        self._above = above
-        for rest in begun.values():
-            self.put(rest)
+        with self._change:
+            begun, self._open = (self._open if above is None else {}), {}
+            self._above = above
+            for rest in begun.values():
+                self.put(rest)
+
+    def leave_display(self) -> None:
+        """Show the cursor, which a display that is drawn had hidden, and will not be ended."""
+        with self._change:
+            if self._above is not None:
+                self.put(b"\x1b[?25h")
+
+    def forget_in_child(self) -> None:
+        """In a process that was forked off: what waits is its parent's, and its threads and locks are not here."""
+        self._is_fork, self._above = True, None
+        self._change = threading.Condition()
+        self._waiting, self._open, self._busy = deque(), {}, False
 
     def close(self, patience_s: float = PATIENCE_S) -> bool:
         """Wait until all is written, or nothing of it for `patience_s`; the thread ends when it can. Whether it was."""
@@ -116,6 +136,11 @@ class Outlet:
                 self._busy = False
                 self._change.notify_all()
 
+    def _write_straight(self, data: bytes) -> None:
+        with suppress(OSError):
+            while data:
+                data = data[self._write(data[:_PIECE]) :]
+
     def _write(self, piece: bytes) -> int:
         try:
             return os.write(self.descriptor, piece)
@@ -135,6 +160,17 @@ class Outlet:
             piece = self._waiting.popleft()
             self._bytes -= len(piece)
             return piece
+
+
+_OUTLETS: weakref.WeakSet[Outlet] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for outlet in tuple(_OUTLETS):
+        outlet.forget_in_child()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class _Raw(io.RawIOBase):
@@ -198,7 +234,10 @@ def unhurried(patience_s: float = PATIENCE_S) -> Iterator[None]:
 
 def finish(patience_s: float = PATIENCE_S) -> None:
     """Have everything written, if somebody reads it, before the process ends at once."""
-    _finish([outlet for outlet in map(outlet_of, (sys.stdout, sys.stderr)) if outlet is not None], patience_s)
+    outlets = [outlet for outlet in map(outlet_of, (sys.stdout, sys.stderr)) if outlet is not None]
+    for outlet in outlets:
+        outlet.leave_display()
+    _finish(outlets, patience_s)
 
 
 def _finish(outlets: Sequence[Outlet], patience_s: float) -> None:

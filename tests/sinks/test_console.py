@@ -16,6 +16,7 @@ from tests.sinks.steps import closed, status, update
 from troupe.messages import Activity, GroupClosed, Incident, Slot
 from troupe.outlets import of_a_display, unhurried
 from troupe.sinks import ConsoleSink, PlainSink, RunInfo
+from troupe.sinks.console import _Above
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=4, first_step=1)
 
@@ -205,3 +206,11 @@ def test_what_others_print_goes_above_the_display(monkeypatch: pytest.MonkeyPatc
     ]
     assert lines[-1] == "after"
     assert lines.index("line 899") < max(i for i, text in enumerate(lines) if text.startswith("incidents"))
+
+
+def test_what_comes_while_the_last_lines_are_drawn_is_not_lost() -> None:
+    stream = StringIO()
+    above = _Above(Console(file=stream))
+    above._take("late")
+    above.close()
+    assert stream.getvalue() == "late\n"

@@ -96,6 +96,7 @@ class _Above:
         self._some.set()
         if self._thread is not None:
             self._thread.join()
+        self._show()  # what came while the thread wrote for the last time
         self._outlets, self._thread = [], None
 
     def _take(self, line: str) -> None:
@@ -109,12 +110,15 @@ class _Above:
             self._some.wait()
             self._over.wait(_GATHER_S)
             self._some.clear()
-            lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            left_out, self._left_out = self._left_out, 0
-            if left_out:
-                lines.insert(0, f"[{left_out} lines were left out: more came than can be shown]")
-            if lines:
-                self._console.print(Text("\n").join(map(Text.from_ansi, lines)), highlight=False)
+            self._show()
+
+    def _show(self) -> None:
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        left_out, self._left_out = self._left_out, 0
+        if left_out:
+            lines.insert(0, f"[{left_out} lines were left out: more came than can be shown]")
+        if lines:
+            self._console.print(Text("\n").join(map(Text.from_ansi, lines)), highlight=False)
 
 
 class PlainSink:
