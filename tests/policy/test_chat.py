@@ -150,6 +150,8 @@ SHARES = "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(99) %}{% set n.
         "{{ '%1000000000d' | format(1) }}",
         "{{ '{:1000000000}'.format(1) }}",
         "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ '{:{}}'.format(1, '>1000000000') }}",
+        "{{ '{:{w[0]}}'.format(1, w=[1000000000]) }}",
         "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
         "{{ ('x' * 1000000).translate({120: 'y' * 1000}) }}",
         "{{ ('x' * 1000000) | replace('x', 'y' * 1000) }}",
@@ -183,7 +185,38 @@ SHARES = "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(99) %}{% set n.
         SHARES + "{{ n.x | tojson }}",
         SHARES + "{{ n.x | string | length }}",
         SHARES + "{{ '%s' % [n.x] }}",
-        SHARES + "{% for i in range(99) %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+        *(
+            SHARES + f"{{{{ n.x | {name} }}}}"
+            for name in ("upper", "title", "e", "trim", "wordcount", "center", "safe")
+        ),
+        SHARES + "{{ n.x | replace('a', 'b') }}",
+        SHARES + "{{ 'a' | replace(n.x, 'b') }}",
+        SHARES + "{{ n.x | format(1) }}",
+        SHARES + "{{ n.x | indent }}",
+        SHARES + "{{ [n.x] | map('lower') | list }}",
+        SHARES + "{{ raise_exception(n.x) }}",
+        *(
+            SHARES + "{% for i in range(99) %}{% set n.y = [n.y, n.y] %}{% endfor %}" + compared
+            for compared in (
+                "{{ n.x == n.y }}",
+                "{{ n.x is eq n.y }}",
+                "{{ n.x is in [n.y] }}",
+                "{{ [n.x] | select('lt', n.y) | list }}",
+                "{{ [n.x].index(n.y) }}",
+                "{{ [n.x].count(n.y) }}",
+            )
+        ),
+        *(
+            SHARES.replace("[", "(").replace("]", ",)") + hashed
+            for hashed in (
+                "{{ {n.x: 1} }}",
+                "{{ {}[n.x] }}",
+                "{{ {}.get(n.x) }}",
+                "{{ dict([[n.x, 1]]) }}",
+                "{{ dict.fromkeys([n.x]) }}",
+                "{{ namespace([[n.x, 1]]) | string }}",
+            )
+        ),
     ],
 )
 def test_a_template_is_stopped_before_it_fills_the_memory(source: str) -> None:

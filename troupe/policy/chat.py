@@ -19,7 +19,7 @@ import msgspec
 from jinja2 import Template, TemplateError, meta, nodes
 
 from troupe.errors import ModelError
-from troupe.policy.template_budget import begun
+from troupe.policy.template_budget import begun, spend
 from troupe.policy.template_sandbox import GenerationBlocks, Sandbox, instrument
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -176,6 +176,7 @@ def _to_json(
 
 
 def _raise_exception(message: object) -> NoReturn:
+    spend().measure(message)
     raise TemplateError(_cut(str(message)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+import string
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextvars import ContextVar
 from functools import wraps
@@ -160,14 +161,14 @@ def _percent(text: Any, args: Any) -> int:
 
 def braces(text: str, args: Any) -> int:
     """How much `text.format` makes of its arguments."""
+    if any("{" in (spec or "") for _, _, spec, _ in string.Formatter().parse(text)):
+        raise OverflowError("a width that is an argument of a format is not for chat templates")
     return _formatted(text, "{", args)
 
 
 def _formatted(text: str, mark: str, args: Any) -> int:
     widths = [int(digits) for digits in re.findall(r"\d{1,12}", text)]
     longest = max([spend().measure(args), *widths])
-    numbers = args.values() if isinstance(args, Mapping) else args if isinstance(args, tuple) else (args,)
-    longest = max([longest, *(number for number in numbers if isinstance(number, int) and "{" in text)])
     return len(text) + text.count(mark) * longest
 
 
@@ -252,6 +253,32 @@ _FILTERS: dict[str, Callable[..., int]] = {
 }
 REMOVED = ("lipsum", "urlize", "xmlattr", "striptags")
 """Placeholder text, and HTML, which no prompt wants."""
+_PASSING = frozenset(
+    {
+        *("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random"),
+        *("reject", "rejectattr", "reverse", "select", "selectattr", "slice"),
+    }
+)
+"""Filters that hand on what stands in a value, and never look into it."""
+COMPARING = (
+    "eq",
+    "==",
+    "equalto",
+    "ne",
+    "!=",
+    "in",
+    "lt",
+    "lessthan",
+    "<",
+    "le",
+    "<=",
+    "gt",
+    "greaterthan",
+    ">",
+    "ge",
+    ">=",
+)
+"""Tests that look into all of what they compare."""
 _COUNTED = frozenset({"batch", "center", "indent", "slice", "truncate", "wordwrap"})
 """Filters whose numbers are widths and counts."""
 
@@ -275,8 +302,23 @@ def guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
             given[0] = list(spend().step_over(given[0])) if name in _FILTERS else spend().step_over(given[0])
         if name in _COUNTED:
             refuse_large(name, (*given[1:], *kwargs.values()))
+        if name not in _PASSING:
+            for value in (*given, *kwargs.values()):
+                spend().measure(value)
         if size is not None:
             spend().build(size(*given, **kwargs))
         return built(function(*args[:skipped], *given, **kwargs))
+
+    return guarded
+
+
+def guarded_test(function: Callable[..., bool]) -> Callable[..., bool]:
+    """A test that measures what it compares."""
+
+    @wraps(function)
+    def guarded(*args: Any) -> bool:
+        for value in args:
+            spend().measure(value)
+        return function(*args)
 
     return guarded

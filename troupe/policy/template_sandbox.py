@@ -16,8 +16,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from troupe.policy.template_budget import (
+    COMPARING,
     MAX_VALUE,
     METHODS,
     OPERATORS,
@@ -25,6 +27,7 @@ from troupe.policy.template_budget import (
     braces,
     built,
     guarded_filter,
+    guarded_test,
     refuse_large,
     spend,
     sum_size,
@@ -58,6 +61,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in REMOVED:
             self.globals.pop(name, None)
             self.filters.pop(name, None)
+        for name in COMPARING:
+            test: Any = self.tests[name]
+            self.tests[name] = guarded_test(test)
         self.concat = _concatenated  # type: ignore[method-assign]
 
     def guard_filters(self) -> None:
@@ -72,6 +78,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(__obj, LoopContext) and args:
             args = (budget.step_over(args[0]), *args[1:])
         owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, list | tuple | dict) or owner is dict or __obj is dict or __obj is Namespace:
+            # these compare what they are given with what they hold, or hash it
+            for value in (owner if isinstance(owner, list | tuple) else None, *args):
+                budget.measure(value)
         if isinstance(owner, str | bytes | int | float | list | tuple | dict):
             name = __obj.__name__
             refuse_large(name, (*args, *kwargs.values()))
@@ -86,6 +96,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         compute, size = OPERATORS[operator]
         spend().build(size(left, right))
         return compute(left, right)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):  # which is hashed
+            spend().measure(argument)
+        return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -110,13 +125,15 @@ _STEPS, _JOINED, _BUILT, _MEASURED = "count of steps", "joined text", "built val
 
 
 def instrument(tree: nodes.Template) -> None:
-    """Have loops, `~`, slices and comparisons ask the budget."""
+    """Have loops, `~`, slices, comparisons and keys ask the budget."""
     for loop in list(tree.find_all(nodes.For)):
         loop.iter = _filtered(loop.iter, _STEPS)
     for comparison in list(tree.find_all(nodes.Compare)):
         comparison.expr = _filtered(comparison.expr, _MEASURED)
         for operand in comparison.ops:
             operand.expr = _filtered(operand.expr, _MEASURED)
+    for pair in list(tree.find_all(nodes.Pair)):
+        pair.key = _filtered(pair.key, _MEASURED)
     _replace_nodes(tree)
 
 
