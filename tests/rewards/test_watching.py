@@ -159,6 +159,23 @@ def test_code_that_is_not_watched_is_left_alone(watch: Watch) -> None:
     assert watch.found is None
 
 
+AT_THE_END = """
+import os, troupe.rewards.watching as watching
+
+class Late:
+    def __del__(self, read=open):
+        read("/dev/null").close()
+
+watching.install()
+os.late = watching.late = Late()
+"""
+
+
+def test_nothing_is_in_the_way_of_an_interpreter_that_ends() -> None:
+    played = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=True)
+    assert played.stderr == ""
+
+
 def test_a_file_that_is_loaded_in_a_thread_may_prepare_what_wants_the_main_one() -> None:
     watch = Watch(is_loading=True)
     before = signal.getsignal(signal.SIGALRM)

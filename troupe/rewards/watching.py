@@ -33,7 +33,7 @@ _OF_MAIN_THREAD = ("signal", "alarm", "setitimer", "set_wakeup_fd")
 """Functions of the module `signal` that want the main thread, or act on the whole process."""
 _FORKS = {"os.fork": "os.fork()", "os.forkpty": "os.forkpty()"}
 _IDLE_ANSWERS: dict[str, Any] = {"alarm": 0, "setitimer": (0.0, 0.0), "set_wakeup_fd": -1}
-_EVENTS = {*_FORKS, "subprocess.Popen", "os.exec"}
+_EVENTS = frozenset({*_FORKS, "subprocess.Popen", "os.exec"})
 
 
 class RefusedHere(RuntimeError):  # noqa: N818 - it says what happened
@@ -131,9 +131,12 @@ def _refuse(watch: Watch, what: str) -> RefusedHere:
     return RefusedHere(f"{watch.note(what)} is refused {watch.refused}{watch.remedy}")
 
 
-def _audit(event: str, args: tuple[Any, ...]) -> None:
-    """Python's own note of what is about to happen; raising keeps it from happening."""
-    if event not in _EVENTS:  # there are many, and this is called for each
+def _audit(event: str, args: tuple[Any, ...], events: frozenset[str] = _EVENTS) -> None:
+    """Python's own note of what is about to happen; raising keeps it from happening.
+
+    `events` is its own, since it is called until the interpreter has ended, when a module's names are no more.
+    """
+    if event not in events:  # there are many, and this is called for each
         return
     if event in _FORKS:
         watch = _current()
