@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -225,6 +226,9 @@ def test_who_is_stopped_by_somebody_is_left_alone(tmp_path: Path) -> None:
         process.send_signal(signal.SIGSTOP)
         time.sleep(9.0)
         assert process.poll() is None
+        if sys.platform == "linux":  # nothing waits for it either, such as a request for its stacks, which would move
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            assert not [line for line in status.splitlines() if re.match(r"(Shd|Sig)Pnd:\s.*[1-9a-f]", line)]
         process.send_signal(signal.SIGCONT)
         time.sleep(1.0)
         assert process.poll() is None

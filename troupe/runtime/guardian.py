@@ -247,12 +247,14 @@ class Guardian:
             return False
         if before_s == 0.0:
             self._ticks = self._computed()
-        if before_s < STACKS_S <= vigil.silent_s and self._is_held:
+        if vigil.silent_s < STACKS_S:
+            return False
+        if _is_stopped(self._parent):  # by Ctrl-Z or a debugger: it is to stand still, and is to find no signal then
+            vigil.silent_s = 0.0
+            return False
+        if before_s < STACKS_S and self._is_held:
             self._have_stacks_written()
         if vigil.silent_s < QUIET_S:
-            return False
-        if _is_stopped(self._parent):  # by Ctrl-Z or a debugger: it is to stand still
-            vigil.silent_s = 0.0
             return False
         name, sentence = self._reason()
         self._write_silent(name, sentence)
