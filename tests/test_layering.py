@@ -10,7 +10,7 @@ import pytest
 import troupe
 
 PACKAGE = Path(troupe.__file__).parent
-EVERYWHERE = {"errors", "escapes", "installing"}
+EVERYWHERE = {"errors", "escapes", "home", "installing"}
 ROOMS = {"messages", "grpo", "policy", "runtime", "rewards", "dataset", "sinks", "checkpoint"}
 ROOMS |= {"schedule", "statistics", "learning", "gathering", "open_groups", "restoring", "weights_files", "wire"}
 ROOMS |= {"run_store", "machine", "training"}
@@ -19,6 +19,7 @@ ROOMS |= {"run_store", "machine", "training"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "escapes": set(),
+    "home": set(),
     "installing": set(),
     "outlets": set(),
     "process_wide": set(),

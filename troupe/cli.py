@@ -34,6 +34,7 @@ from troupe.errors import InputError
 from troupe.flags import Commands
 from troupe.folder_names import policy_folder
 from troupe.given import TRAIN_KEYS, flag_layers, train_config, with_flag
+from troupe.home import expanded
 from troupe.looking import doctor, inspect
 from troupe.naming import ours_for, told
 from troupe.outlets import unhurried
@@ -158,7 +159,7 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
 
 def _say_policy(model: str | None) -> None:
     """Tell whoever names the folder of a run which policy that is."""
-    if model is not None and (found := policy_folder(Path(model).expanduser())) != Path(model).expanduser():
+    if model is not None and (found := policy_folder(expanded(model))) != expanded(model):
         tell(f"note: {model} is the folder of a run, so its policy is taken: {found}", error=True)
 
 
@@ -350,4 +351,4 @@ def _named_model(model: str | None) -> str:
     if model is None:
         return str(load_config(DEMO_CONFIG).model.path)
     _say_policy(model)
-    return str(policy_folder(Path(model).expanduser()))
+    return str(policy_folder(expanded(model)))

@@ -21,6 +21,7 @@ from troupe.dataset import DataConfig, anchored_source
 from troupe.errors import ConfigError
 from troupe.folder_names import policy_folder
 from troupe.grpo import LearnerConfig
+from troupe.home import expanded
 from troupe.naming import close_to, foreign_for, ours_for, told
 from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
 from troupe.policy.sampling import GREEDY_BELOW
@@ -196,7 +197,7 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
     model = table.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        path = (base / Path(model["path"]).expanduser()).absolute()
+        path = (base / expanded(model["path"])).absolute()
         if path.exists() or not is_hub_id(model["path"]):
             model["path"] = str(policy_folder(path))
     data = table.get("data")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from troupe.errors import ConfigError
+from troupe.home import expanded
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def anchored_reward(spec: Any, base: Path) -> Any:
     file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not colon or not file.endswith(".py") or spec.startswith("format:"):
         return spec
-    return f"{(base / Path(file).expanduser()).absolute()}:{name}"
+    return f"{(base / expanded(file)).absolute()}:{name}"
 
 
 def copied(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import msgspec
 
 from troupe.dataset.kept_rows import KeptRows
 from troupe.errors import DatasetError
+from troupe.escapes import harmless
 from troupe.installing import remedy
 
 PREFIX = "reasoning_gym:"
@@ -133,4 +134,4 @@ def _followed(source: str, stdout: BinaryIO | Any) -> bytes:
 def _tell(line: str) -> None:
     """On stderr, if anybody is there to read it."""
     with suppress(OSError, ValueError):
-        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+        print(harmless(line), file=sys.stderr, flush=True)

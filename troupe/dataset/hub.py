@@ -13,6 +13,7 @@ from typing import Any
 from troupe.dataset.extras import optional
 from troupe.dataset.queries import split_query
 from troupe.errors import DatasetError
+from troupe.home import expanded
 
 PREFIX = "hf:"
 _OPTIONS = {"split": "split", "config": "name", "revision": "revision", "data_dir": "data_dir"}
@@ -52,7 +53,7 @@ def read_hub(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
 
 
 def _load(datasets: Any, name: str, split: str | None, arguments: dict[str, str]) -> Any:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not any((folder / file).is_file() for file in _SAVED):
         if folder.exists() and "revision" in arguments:  # which the library would not heed
             raise DatasetError(f"{name}: a folder has no revisions; leave the option out")

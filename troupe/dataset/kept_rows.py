@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from troupe.dataset.queries import split_query
+from troupe.home import expanded
 
 _FORMAT = 1
 _MOST_FILES = 64
@@ -83,7 +84,8 @@ class KeptRows:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "troupe"
+    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return (folder if folder.is_absolute() else Path(os.devnull)) / "troupe"  # a user without a home keeps nothing
 
 
 def _stamp(package: Path) -> str:

@@ -15,6 +15,7 @@ from troupe.dataset.rows import PromptRow, check_row
 from troupe.dataset.settings import ChatMode, DataConfig
 from troupe.dataset.sources import read_file, read_source
 from troupe.errors import DatasetError
+from troupe.home import expanded
 
 
 class PromptDataset:
@@ -57,7 +58,7 @@ class PromptDataset:
         Raises:
             DatasetError: naming file and line, for whatever in the file cannot be used.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         if path.suffix.lower() not in (".json", ".jsonl"):
             raise DatasetError(f"{path}: unknown suffix {path.suffix!r}; give a .json or .jsonl file of prompts")
         return cls._checked(read_file(path), str(path), DataConfig(chat=chat))

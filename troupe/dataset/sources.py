@@ -11,6 +11,7 @@ from troupe.dataset.files import refuse_folder
 from troupe.dataset.json_files import read_json, read_jsonl
 from troupe.dataset.tables import read_csv, read_parquet
 from troupe.errors import DatasetError
+from troupe.home import expanded
 
 FILES: dict[str, Callable[[Path], Iterator[tuple[int | None, Any]]]] = {
     ".json": read_json,
@@ -33,7 +34,7 @@ def read_source(source: str) -> Iterable[tuple[int | None, Any]]:
     for prefix, read in PREFIXED.items():
         if source.startswith(prefix):
             return read(source)
-    return read_file(Path(source).expanduser())
+    return read_file(expanded(source))
 
 
 def read_file(path: Path) -> Iterator[tuple[int | None, Any]]:
@@ -52,9 +53,9 @@ def anchored_source(source: str, base: Path) -> str:
         return source
     if source.startswith(hub.PREFIX):
         name, question, query = source.removeprefix(hub.PREFIX).partition("?")
-        folder = (base / Path(name).expanduser()).absolute()
+        folder = (base / expanded(name)).absolute()
         return f"{hub.PREFIX}{folder}{question}{query}" if name and folder.exists() else source
-    return str((base / Path(source).expanduser()).absolute())
+    return str((base / expanded(source)).absolute())
 
 
 def source_name(source: str) -> str:

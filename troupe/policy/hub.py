@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from troupe.errors import ModelError
+from troupe.home import expanded
 from troupe.installing import in_clone, remedy
 from troupe.policy.weight_files import CONFIG_FILE, weight_files
 
@@ -63,7 +64,7 @@ def hub_cache() -> Path:
     """The folder in which Hugging Face's tools keep models, as their environment variables set it."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
-    return Path(os.path.expandvars(cache)).expanduser()
+    return expanded(os.path.expandvars(cache))
 
 
 def _snapshot(name: str) -> Path | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from troupe.errors import RewardError
+from troupe.home import expanded
 from troupe.reward_files import module_name, spec_of
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described
@@ -93,7 +94,7 @@ def _load(spec: str, base: Path | None) -> Reward:
         raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, known)}; {_FORMS}")
     if _is_module(file):
         return _usable(_import_module(file), name, Path(file))
-    path = (base or Path()) / Path(file).expanduser()
+    path = (base or Path()) / expanded(file)
     return _usable(_import_file(path), name, path)
 
 
