@@ -139,6 +139,18 @@ def test_the_streams_are_exchanged_and_come_back(pipe: tuple[int, int], monkeypa
     assert of_a_display(stand_in) is stand_in
 
 
+def test_a_line_that_never_ends_does_not_grow_for_ever(pipe: tuple[int, int]) -> None:
+    outlet = Outlet(pipe[1])
+    above: list[str] = []
+    outlet.divert(above.append)
+    for number in range(1000):
+        outlet.take(b"\r%5d of 1000 done" % number + b" " * 80)
+    assert above
+    assert sum(map(len, outlet._open.values())) < 20_000
+    outlet.divert(None)
+    os.close(pipe[0])
+
+
 def test_a_display_may_end_while_others_print(pipe: tuple[int, int]) -> None:
     outlet = Outlet(pipe[1])
     lines: list[str] = []

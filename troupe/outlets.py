@@ -29,6 +29,7 @@ _NO_PATIENCE_S = 0.5
 _MOST_PIECES = 1000
 _PIECE = 4096
 """Bytes in one write: a pipe that has room for any takes so many at once."""
+_LONGEST_LINE = 16 * 1024
 
 Above = Callable[[str], None]
 
@@ -77,7 +78,9 @@ class Outlet:
                 return
             thread = threading.get_ident()
             *lines, rest = (self._open.pop(thread, b"") + data).split(b"\n")
-            if rest:
+            if len(rest) > _LONGEST_LINE:  # a bar of progress, say, that is drawn over itself and never ends
+                lines.append(rest)
+            elif rest:
                 self._open[thread] = rest
             for line in lines:
                 self._above(line.decode(errors="replace"))
