@@ -45,6 +45,15 @@ def acts(completions: list[str]) -> list[float]:
     return [float(os.getpid())] * len(completions)
 
 
+def leaves_an_alarm(completions: list[str]) -> list[float]:
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    return [float(os.getpid())] * len(completions)
+
+
 def compares(completions: list[str]) -> list[float]:
     if "hang" in completions:
         time.sleep(600)

@@ -302,6 +302,13 @@ async def test_a_function_has_the_main_thread_of_its_process_and_an_event_loop_t
     assert (result.scores["as_in_a_program"], result.incidents) == ((6.0,), ())
 
 
+async def test_an_alarm_that_a_call_has_left_does_not_end_its_process() -> None:
+    async with started(f"{FILE}:leaves_an_alarm") as manager:
+        before = await score(manager, "a")
+        await anyio.sleep(0.5)
+        assert (await score(manager, "a")).scores == before.scores
+
+
 async def test_what_it_forks_ends_with_the_run() -> None:
     code = (
         "import anyio\nfrom troupe.rewards import RewardManager, RewardsConfig\n"

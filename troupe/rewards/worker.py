@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import signal
 import sys
 from collections.abc import Awaitable
 from functools import partial
@@ -73,6 +74,8 @@ def _answer(function: RewardFunction, signature: Signature, frame: bytes, loop: 
         return given.scores(loop.run_until_complete(_awaited(result)) if inspect.isawaitable(result) else result)
     except BaseException as error:
         return _failed(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)  # an alarm that it has left would end the wait for the next call
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
