@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import threading
+from typing import Any
 
 import pytest
 
 from troupe.rewards import RewardManager
 from troupe.rewards.builtin import format_reward
-from troupe.rewards.matching import ALL_S, LIMIT_S, Matching
+from troupe.rewards.matching import ALL_S, LIMIT_S, Matching, _end
 
 pytestmark = pytest.mark.anyio
 ENDLESS = r"(a+)+$"
@@ -83,3 +84,18 @@ async def test_a_matcher_that_dies_is_an_error_and_no_zero(monkeypatch: pytest.M
     monkeypatch.setattr("troupe.rewards.matching.matcher.__file__", "/nowhere/matcher.py")
     with pytest.raises(RuntimeError, match="the process that matches the pattern has ended with code 2"):
         format_reward("a")(["a"])
+
+
+class _Taken(list[Any]):
+    """Others have taken the last one a moment after somebody has seen it."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def test_an_idle_process_that_another_thread_takes_first_is_no_error() -> None:
+    matching = Matching("a+")
+    matching._idle = _Taken()
+    assert matching.full(["aa", "b"]) == [True, False]
+    [child] = list(matching._idle)
+    _end(child)

@@ -65,8 +65,11 @@ class Matching:
     @contextmanager
     def _a_matcher(self) -> Iterator[subprocess.Popen[bytes]]:
         child = None
-        while self._idle and child is None:
-            child = self._idle.pop()
+        while child is None:
+            try:
+                child = self._idle.pop()
+            except IndexError:  # others take from it, too
+                break
             if child.poll() is not None:  # somebody has ended it meanwhile
                 _end(child)
                 child = None
