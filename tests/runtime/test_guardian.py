@@ -6,11 +6,12 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from troupe.runtime.guardian import QUIET_S, TELL_S, TICK_S, Call, Page, Vigil, reason, stacks_of
+from troupe.runtime.guardian import QUIET_S, TELL_S, TICK_S, Call, Guardian, Page, Vigil, reason, stacks_of
 
 STACKS = """Timeout (0:00:03)!
 Thread 0x00007f0000000002 (most recent call first):
@@ -163,3 +164,9 @@ def test_who_blocks_the_event_loop_is_named() -> None:
 
 def test_a_page_is_no_larger_than_it_looks() -> None:
     assert struct.calcsize("<BdQQ") + 3 * 80 < 512
+
+
+def test_what_it_says_does_not_act_on_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    said: Any = SimpleNamespace(_terminal=False)
+    Guardian._say(said, "the reward a\x1b[2J\r\x07\x9b (rewards.py:7)\n\tand on")
+    assert capfd.readouterr().err == "the reward a?[2J??? (rewards.py:7)\n\tand on\n"

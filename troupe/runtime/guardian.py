@@ -352,13 +352,18 @@ class Guardian:
             self._silent = None
 
     def _say(self, text: str) -> None:
-        """To stderr, if somebody reads it."""
+        """To stderr, if somebody reads it; names and paths are of others, and may not act on a terminal."""
+        text = _ACTING.sub("?", text)
         line = f"{os.linesep if self._terminal else ''}{text}\n".encode(errors="replace")
         try:
             if select.select([], [2], [], 0)[1]:
                 os.write(2, line[:4000])
         except OSError:
             return
+
+
+_ACTING = re.compile(r"[^\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+"""White space that moves a cursor, and control characters."""
 
 
 def _is_stopped(pid: int) -> bool:
