@@ -94,11 +94,11 @@ def wait_for(there: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def check_that_it_goes_on(workplace: Path) -> None:
+def check_that_it_goes_on(workplace: Path, by: str = "train") -> None:
     """From the newest checkpoint before the hang; that of the step just before it may have been under way."""
     newest = list_checkpoints(workplace / "o")[0].name
     assert newest in ("step-00000002", "step-00000003")
-    assert said("status", "o").startswith(f"o: cut off; newest checkpoint: {newest}; go on with: troupe train")
+    assert said("status", "o").startswith(f"o: cut off; newest checkpoint: {newest}; go on with: troupe {by}")
     (workplace / "hangs").unlink()
     out = said("train", "-o", "o", "--resume")
     assert f"going on after step {int(newest[5:])}" in out
@@ -146,7 +146,7 @@ def test_a_daemon_does_not_try_the_same_hang_over_and_over(workplace: Path) -> N
     assert daemon.returncode == 3
     assert err.count("trainer started") == 2
     assert f"given up: {PLACE}" in err
-    check_that_it_goes_on(workplace)
+    check_that_it_goes_on(workplace, "daemon")
 
 
 @pytest.mark.parametrize("run", ["auto", "process"])
