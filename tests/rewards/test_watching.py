@@ -122,6 +122,31 @@ WANT_MAIN_THREAD: dict[str, Callable[[], object]] = {
 }
 
 
+def with_coroutine(ask: Callable[[Any], object]) -> object:
+    async def nothing() -> None: ...
+
+    coroutine = nothing()
+    try:
+        return ask(coroutine)
+    finally:
+        coroutine.close()
+
+
+ASK_FOR_A_LOOP: dict[str, Callable[[], object]] = {
+    "a policy": lambda: asyncio.get_event_loop_policy().get_event_loop(),
+    "ensure_future": lambda: with_coroutine(asyncio.ensure_future),
+    "gather": lambda: with_coroutine(asyncio.gather),
+}
+
+
+@pytest.mark.parametrize("way", ASK_FOR_A_LOOP)
+def test_a_loop_that_is_asked_for_in_another_way_is_noticed_too(watch: Watch, way: str) -> None:
+    with watch.watching():
+        assert isinstance(in_thread(ASK_FOR_A_LOOP[way]), RuntimeError)
+    assert watch.found is not None
+    assert watch.found.startswith(f"asyncio.get_event_loop() ({__file__}:")
+
+
 @pytest.mark.parametrize("what", WANT_MAIN_THREAD)
 def test_what_wants_the_main_thread_is_noticed_in_another_one(watch: Watch, what: str) -> None:
     def hides() -> object:

@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -190,6 +191,33 @@ def _wrapped_get_event_loop(original: Callable[[], Any]) -> Callable[[], Any]:
     return get_event_loop
 
 
+def _wrapped_policy(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What `ensure_future`, `gather` and their like ask for a loop, past `asyncio.get_event_loop`."""
+
+    @functools.wraps(original)
+    def get_event_loop(self: Any) -> Any:
+        try:
+            return original(self)
+        except RuntimeError:
+            watch = _in_thread()
+            if watch is not None:
+                watch.note("asyncio.get_event_loop()")
+            raise
+
+    return get_event_loop
+
+
+def _loop_policy() -> type:
+    """The class that answers for all policies which do not do so themselves."""
+    return next(each for each in type(_policy()).__mro__ if "get_event_loop" in vars(each))
+
+
+def _policy() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.14 on
+        return asyncio.get_event_loop_policy()
+
+
 def _in_thread() -> Watch | None:
     """Who watches the call at work, where it is in another thread than the main one. (A thread that it has started
     is not in the main one in a process of its own either.)"""
@@ -237,6 +265,7 @@ def install() -> None:
             _replace(signal, name, functools.partial(_wrapped_signal, name))
         for module in (asyncio, asyncio.events):
             _replace(module, "get_event_loop", _wrapped_get_event_loop)
+        _replace(_loop_policy(), "get_event_loop", _wrapped_policy)
         _replace(os, "_exit", _wrapped_exit)
         _replace(threading.Thread, "start", _wrapped_start)
 
