@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
 import os
 import pty
 import signal
@@ -232,3 +233,15 @@ def no_alarm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGALRM)
     yield
     signal.signal(signal.SIGALRM, before)
+
+
+def test_a_fork_of_c_is_refused_where_it_is_looked_up(watch: Watch) -> None:
+    watch.refuses_forks = True
+    with watch.watching(), pytest.raises(RefusedHere, match=r"fork\(\) by ctypes"):
+        ctypes.CDLL(None).fork  # noqa: B018 - looking it up is enough
+    assert watch.found is not None
+    loading = Watch(is_loading=True)
+    with loading.watching():
+        assert ctypes.CDLL(None).fork
+    assert loading.found is not None
+    assert ctypes.CDLL(None).fork
