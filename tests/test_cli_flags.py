@@ -57,6 +57,8 @@ def refused(*arguments: str) -> str:
         (("train", "--learner.lr", "1"), "it is --lr here"),
         (("train", "--shuffle"), "it is --set data.shuffle=VALUE here"),
         (("train", "-lr", "3"), "No such option '-lr'; it is --lr here"),
+        (("train", "--report-to", "wandb"), """it is --set 'metrics.sinks=["wandb"]' here"""),
+        (("train", "--logging_steps", "5"), "it is --set metrics.sinks=VALUE here"),
         (("train", "--lerning-rate", "1"), "did you mean learning_rate? it is --lr here"),
         (("train", "--wired-limit", "3"), "did you mean wired_limit_gb? it is --set wired_limit_gb=3 here"),
         (("train", "--max-step", "3"), "did you mean --max-steps?"),

@@ -5,7 +5,9 @@ Which key of the configuration a flag stands for is said where the command is; w
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -77,7 +79,9 @@ class Command(click.Command):
         mine = {flag for opts in flags.values() for flag in opts}
         if ours.startswith("--"):
             return ours if ours in mine else None
-        return f"--set {ours}={value or 'VALUE'}" if "--set" in mine and self._admits(ours) else None
+        if "--set" not in mine or not self._admits(ours):
+            return None
+        return f"--set {_setting(ours, value)}"
 
     def _admits(self, key: str) -> bool:
         return self.name != "eval" or key.startswith("data.")
@@ -121,3 +125,15 @@ def _keys() -> list[str]:
     except ImportError:
         return []
     return known_keys()
+
+
+def _setting(key: str, value: str) -> str:
+    """`KEY=VALUE` with a value that the key can have, written for a shell; one that it cannot have is left open."""
+    from troupe.config import load_config
+    from troupe.errors import ConfigError
+
+    for written in (value, f'["{value}"]') if value else ():
+        with suppress(ConfigError):
+            load_config(None, [f"{key}={written}"])
+            return shlex.quote(f"{key}={written}")
+    return f"{key}=VALUE"

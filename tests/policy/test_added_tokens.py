@@ -194,3 +194,22 @@ def drawn(dice: random.Random) -> tuple[dict[str, Any], list[dict[str, Any]], di
     if dice.random() < 0.3:
         files["special_tokens_map.json"] = {"eos_token": "<|y|>", "additional_special_tokens": ["<|e|>"]}
     return config, held, files
+
+
+def test_special_tokens_are_split_like_text_where_the_config_says_so(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(folder_of(tmp_path, {"split_special_tokens": True}))
+    assert tokenizer.encode("<|im_end|><think>") == [*b"<|im_end|>", 259]
+    assert tokenizer.eos_token_id == 258
+    assert tokenizer.decode([97, 258]) == "a"
+
+
+def test_a_space_before_every_text_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="add_prefix_space: true is not supported"):
+        Tokenizer.from_pretrained(folder_of(tmp_path, {"add_prefix_space": True}))
+
+
+def test_tokens_of_a_models_own_are_named_under_either_key(tmp_path: Path) -> None:
+    for place, key in enumerate(["extra_special_tokens", "model_specific_special_tokens"]):
+        tokenizer = Tokenizer.from_pretrained(folder_of(tmp_path / str(place), {key: {"x_token": "<|x|>"}}))
+        assert tokenizer.encode("a<|x|>") == [97, 261]
+        assert tokenizer.decode([97, 261]) == "a"

@@ -161,3 +161,12 @@ def late(completions: list[str]) -> list[float]:
 class Judge(RewardActor):
     async def score(self, sample: RewardSample) -> float | None:
         return 1.0
+
+
+ITS_OWN = threading.local()
+ITS_OWN.score = 1.0
+
+
+def wants_its_thread(completions: list[str]) -> list[float]:
+    """What only the thread that has read this file may use."""
+    return [float(ITS_OWN.score)] * len(completions)

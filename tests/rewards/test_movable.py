@@ -140,3 +140,11 @@ async def test_what_cannot_move_stays_and_says_how_many_were_left() -> None:
     assert [result.scores["local"] for result in results] == [(None,)] * 3
     assert "3 of its calls did not end" in results[2].incidents[0].message
     assert told == []
+
+
+async def test_code_that_wants_another_thread_is_told_of_processes_where_it_works() -> None:
+    async with started(process_rewards.wants_its_thread, breaker_failures=1) as (manager, _):
+        with pytest.raises(RewardError, match=r"has not worked once.*_thread\._local.*rewards\.run = \[.process.\]"):
+            await manager.score_group(make_group(make_prompt(0, 0)))
+    async with started(f"{FILE}:wants_its_thread", run=["process"]) as (manager, _):
+        assert await scores(manager, "a") == (1.0,)

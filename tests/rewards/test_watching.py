@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
 import os
 import pty
 import signal
@@ -122,6 +123,31 @@ WANT_MAIN_THREAD: dict[str, Callable[[], object]] = {
 }
 
 
+def with_coroutine(ask: Callable[[Any], object]) -> object:
+    async def nothing() -> None: ...
+
+    coroutine = nothing()
+    try:
+        return ask(coroutine)
+    finally:
+        coroutine.close()
+
+
+ASK_FOR_A_LOOP: dict[str, Callable[[], object]] = {
+    "a policy": lambda: asyncio.get_event_loop_policy().get_event_loop(),
+    "ensure_future": lambda: with_coroutine(asyncio.ensure_future),
+    "gather": lambda: with_coroutine(asyncio.gather),
+}
+
+
+@pytest.mark.parametrize("way", ASK_FOR_A_LOOP)
+def test_a_loop_that_is_asked_for_in_another_way_is_noticed_too(watch: Watch, way: str) -> None:
+    with watch.watching():
+        assert isinstance(in_thread(ASK_FOR_A_LOOP[way]), RuntimeError)
+    assert watch.found is not None
+    assert watch.found.startswith(f"asyncio.get_event_loop() ({__file__}:")
+
+
 @pytest.mark.parametrize("what", WANT_MAIN_THREAD)
 def test_what_wants_the_main_thread_is_noticed_in_another_one(watch: Watch, what: str) -> None:
     def hides() -> object:
@@ -207,3 +233,15 @@ def no_alarm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGALRM)
     yield
     signal.signal(signal.SIGALRM, before)
+
+
+def test_a_fork_of_c_is_refused_where_it_is_looked_up(watch: Watch) -> None:
+    watch.refuses_forks = True
+    with watch.watching(), pytest.raises(RefusedHere, match=r"fork\(\) by ctypes"):
+        ctypes.CDLL(None).fork  # noqa: B018 - looking it up is enough
+    assert watch.found is not None
+    loading = Watch(is_loading=True)
+    with loading.watching():
+        assert ctypes.CDLL(None).fork
+    assert loading.found is not None
+    assert ctypes.CDLL(None).fork

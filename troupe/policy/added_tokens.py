@@ -27,6 +27,8 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 """Names that every tokenizer has, in the order in which new tokens get their ids."""
 
 _EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
+_BY_NAME = (_EXTRA, "model_specific_special_tokens")
+"""Keys under which tokens may stand by name."""
 _DEFAULT = "<|endoftext|>"
 """What Qwen's class takes for `eos_token`, `unk_token` and `pad_token` where the config does not have the key."""
 
@@ -44,6 +46,8 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     """ "eos_token" → text, …; the names are variables of the chat template."""
     ids: dict[str, int] = {}
     """ "eos_token" → id, …"""
+    splits_special: bool = False
+    """Whether special tokens that stand in a text are read as any other text."""
 
 
 def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> Tokens:
@@ -52,6 +56,8 @@ def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     A token that is named or listed and in no vocabulary is added with the next id. Raises ModelError naming file, key
     and token, for what is no token, and for two tokens with one id.
     """
+    if config.get("add_prefix_space"):
+        raise ModelError(f"{folder / CONFIG_FILE}: add_prefix_space: true is not supported; texts begin as they are")
     told = _Told(folder, config)
     is_qwen = str(config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast") == "Qwen2Tokenizer"
     table = _Table(vocabulary)
@@ -77,6 +83,7 @@ def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
         special=frozenset(table.tokens[content].id for content in table.special),
         named={name: token.content for name, token in named.items()},
         ids={name: table.tokens[token.content].id for name, token in named.items() if token.content},
+        splits_special=bool(config.get("split_special_tokens")),
     )
 
 
@@ -113,9 +120,10 @@ class _Told:
 
     def _take_names(self) -> None:
         """The extra tokens, where they are given by name."""
-        if isinstance(self.settings.get(_EXTRA), dict):
-            extra = self.settings.pop(_EXTRA)
-            self._models_own |= {str(name): self._token(value, _EXTRA) for name, value in extra.items()}
+        for key in _BY_NAME:
+            if isinstance(self.settings.get(key), dict):
+                extra = self.settings.pop(key)
+                self._models_own |= {str(name): self._token(value, key) for name, value in extra.items()}
 
     def _read_map(self, file: Path) -> None:
         """Let `special_tokens_map.json` have its say: it wins over the config, and adds to its list."""

@@ -48,8 +48,9 @@ class Tokenizer:
         self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
         self._normal_forms = vocabulary.normal_forms
         self._named, added = tokens.ids, tokens.added
-        self._split_raw = _added_token_splitter([token for token in added if not token.normalized], str)
-        self._split_normalized = _added_token_splitter([token for token in added if token.normalized], self._normalize)
+        found = [token for token in added if not (tokens.splits_special and token.id in tokens.special)]
+        self._split_raw = _added_token_splitter([token for token in found if not token.normalized], str)
+        self._split_normalized = _added_token_splitter([token for token in found if token.normalized], self._normalize)
         self._contents = vocabulary.contents | {token.id: token.content.encode() for token in added}
         self._special = tokens.special
         ids = list(vocabulary.ids_by_rank.values())

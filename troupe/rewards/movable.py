@@ -106,6 +106,14 @@ class MovableRunner(FunctionRunner):
             raise _MustMove
         return answer
 
+    def _remedy(self, message: str) -> str:
+        if self._in_thread and "thread" in message.lower() and self._can_move:
+            return (
+                'if it wants the main thread, or the one that its file was read in, give it rewards.run = ["process"]; '
+                "else correct it and start again"
+            )
+        return super()._remedy(message)
+
     @property
     def _in_thread(self) -> bool:
         return not self._signature.is_async and not self._signature.is_quick

@@ -166,6 +166,10 @@ class Runner(ABC):
     async def score(self, batch: Batch) -> Outcome:
         """Scores for every completion; missing where every attempt failed."""
 
+    def _remedy(self, message: str) -> str:
+        """What to do about code that has never worked."""
+        return "correct it and start again"
+
     async def _call(
         self, batch: Batch, call: Callable[[], Awaitable[Any]], attempt: Callable[[], Awaitable[Any]]
     ) -> Any:
@@ -175,7 +179,7 @@ class Runner(ABC):
             except NeverWorked as never:
                 raise RewardError(
                     f"reward {self.name} has not worked once, and its first {never.calls} calls failed by errors of "
-                    f"its code, the last one by {never.fault.message}; correct it and start again"
+                    f"its code, the last one by {never.fault.message}; {self._remedy(never.fault.message)}"
                 ) from None
         async with self._places:
             return await call()

@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -33,7 +34,8 @@ _OF_MAIN_THREAD = ("signal", "alarm", "setitimer", "set_wakeup_fd")
 """Functions of the module `signal` that want the main thread, or act on the whole process."""
 _FORKS = {"os.fork": "os.fork()", "os.forkpty": "os.forkpty()"}
 _IDLE_ANSWERS: dict[str, Any] = {"alarm": 0, "setitimer": (0.0, 0.0), "set_wakeup_fd": -1}
-_EVENTS = frozenset({*_FORKS, "subprocess.Popen", "os.exec"})
+_FORKS_OF_C = frozenset({"fork", "vfork", "forkpty"})
+_EVENTS = frozenset({*_FORKS, "subprocess.Popen", "os.exec", "ctypes.dlsym"})
 
 
 class RefusedHere(RuntimeError):  # noqa: N818 - it says what happened
@@ -131,10 +133,12 @@ def _refuse(watch: Watch, what: str) -> RefusedHere:
     return RefusedHere(f"{watch.note(what)} is refused {watch.refused}{watch.remedy}")
 
 
-def _audit(event: str, args: tuple[Any, ...], events: frozenset[str] = _EVENTS) -> None:
+def _audit(
+    event: str, args: tuple[Any, ...], events: frozenset[str] = _EVENTS, of_c: frozenset[str] = _FORKS_OF_C
+) -> None:
     """Python's own note of what is about to happen; raising keeps it from happening.
 
-    `events` is its own, since it is called until the interpreter has ended, when a module's names are no more.
+    `events` and `of_c` are its own: it is called until the interpreter has ended, when a module's names are no more.
     """
     if event not in events:  # there are many, and this is called for each
         return
@@ -146,6 +150,12 @@ def _audit(event: str, args: tuple[Any, ...], events: frozenset[str] = _EVENTS) 
         watch = _current()
         if watch is not None and not watch.may_fork and (given := _forcing_a_fork()) is not None:
             raise _refuse(watch, f"a subprocess with {given}")
+    elif event == "ctypes.dlsym":  # Python is not told of the call, but of the look-up before it
+        name = next((each for each in args if isinstance(each, str)), "")  # first or last, by the kind of look-up
+        if name in of_c and (watch := _current()) is not None and os.getpid() == _PID:
+            if not watch.may_fork:
+                raise _refuse(watch, f"{name}() by ctypes")
+            watch.note(f"{name}() by ctypes")
     elif event == "os.exec" and (watch := _current()) is not None and os.getpid() == _PID:
         raise _refuse(watch, "os.exec…()")
 
@@ -188,6 +198,33 @@ def _wrapped_get_event_loop(original: Callable[[], Any]) -> Callable[[], Any]:
             return asyncio.new_event_loop()  # what is loaded here is called elsewhere
 
     return get_event_loop
+
+
+def _wrapped_policy(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What `ensure_future`, `gather` and their like ask for a loop, past `asyncio.get_event_loop`."""
+
+    @functools.wraps(original)
+    def get_event_loop(self: Any) -> Any:
+        try:
+            return original(self)
+        except RuntimeError:
+            watch = _in_thread()
+            if watch is not None:
+                watch.note("asyncio.get_event_loop()")
+            raise
+
+    return get_event_loop
+
+
+def _loop_policy() -> type:
+    """The class that answers for all policies which do not do so themselves."""
+    return next(each for each in type(_policy()).__mro__ if "get_event_loop" in vars(each))
+
+
+def _policy() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.14 on
+        return asyncio.get_event_loop_policy()
 
 
 def _in_thread() -> Watch | None:
@@ -237,6 +274,7 @@ def install() -> None:
             _replace(signal, name, functools.partial(_wrapped_signal, name))
         for module in (asyncio, asyncio.events):
             _replace(module, "get_event_loop", _wrapped_get_event_loop)
+        _replace(_loop_policy(), "get_event_loop", _wrapped_policy)
         _replace(os, "_exit", _wrapped_exit)
         _replace(threading.Thread, "start", _wrapped_start)
 
