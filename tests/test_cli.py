@@ -213,6 +213,14 @@ def test_resume_of_a_name_that_is_mistyped_does_not_begin_the_demo(workplace: Pa
     assert not (workplace / "uot").exists()
 
 
+def test_resume_without_the_config_asks_for_it(workplace: Path) -> None:
+    (workplace / "o" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    refused = call("train", "-o", "o", "--resume")
+    assert refused.exit_code == 2
+    assert "there are checkpoints, but no run.toml" in refused.stderr
+    assert "troupe train RUN.toml -o o --resume" in refused.stderr
+
+
 def test_resume_falls_back_to_an_older_checkpoint(workplace: Path) -> None:
     settings = (*SHORT, "--set", "checkpoint.every=1", "--set", "checkpoint.keep=3", "--reward", "length")
     done("train", *RUN, *settings, "-o", "whole", "--max-steps", "3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def train_config(
         layers = []  # which is read as it is
     named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
     if run_toml is None and not (flags.get("model") or flags.get("dataset") or named):
+        if resume and isinstance(name, str) and any(run_folder_named(name).glob("checkpoints/step-*")):
+            raise InputError(
+                f"{name}: there are checkpoints, but no {RUN_TOML}, which says what the run was made with; give it the "
+                f"config that it began with: troupe train RUN.toml -o {shlex.quote(name)} --resume"
+            )
         if resume and isinstance(name, str):  # a name that was mistyped must not begin the demo
             raise InputError(f"{name}: there is no run here to go on with; correct the name, or leave out --resume")
         run_toml = DEMO_CONFIG

@@ -563,5 +563,15 @@ def test_the_largest_sizes_are_refused_by_shapes_without_a_tensor_of_them(rope: 
 def test_theta_that_nothing_names_is_that_of_transformers(rope: Path) -> None:
     """Whose older versions leave out of a config.json what is as in theirs."""
     edit_json(rope / "config.json", rope_parameters=..., rope_theta=...)
-    config, _ = read_model_folder(rope)
-    assert config.rope_theta == 10000.0
+    policy = load_policy(rope)
+    assert policy.config.rope_theta == 10000.0
+    assert [notice for notice in policy.notices if "names no rope_theta, so it is 10000, as in" in notice]
+    edit_json(rope / "config.json", rope_theta=5e5)
+    assert not load_policy(rope).notices
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": None}, {"rope_parameters": {"rope_theta": None}}])
+def test_a_theta_that_is_null_is_refused(rope: Path, changes: dict[str, Any]) -> None:
+    edit_json(rope / "config.json", **({"rope_parameters": ..., "rope_theta": ...} | changes))
+    with pytest.raises(ModelError, match="rope_theta: null is refused"):
+        read_model_folder(rope)

@@ -23,6 +23,7 @@ from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model
 from troupe.policy.hub import resolve_model
 from troupe.policy.qwen3 import EMBEDDING, Weights, hidden_states, init_weights, project
 from troupe.policy.rollout import GenerationConfig
+from troupe.policy.rope_settings import names_theta
 from troupe.policy.text import TextPrompt, complete_texts, stream_text
 from troupe.policy.tokenizer import Tokenizer
 from troupe.policy.weight_files import CONFIG_FILE, parse_json
@@ -88,12 +89,17 @@ class Policy:
     def notices(self) -> list[str]:
         """What a user should know of how the folder was read, one line each."""
         settings = parse_json(Path(CONFIG_FILE), self.companions.files.get(CONFIG_FILE, b"{}"))
-        if self.config.tie_word_embeddings or not settings.get("tie_word_embeddings"):
-            return []
-        return [
-            f"{self.path}: config.json says tie_word_embeddings: true, but the lm_head.weight beside it is not the "
-            "embedding: it is kept, as a matrix of its own, and what is saved says so"
-        ]
+        found = []
+        if settings and not names_theta(settings):
+            found.append(
+                f"{self.path}: config.json names no rope_theta, so it is {self.config.rope_theta:g}, as in transformers"
+            )
+        if settings.get("tie_word_embeddings") and not self.config.tie_word_embeddings:
+            found.append(
+                f"{self.path}: config.json says tie_word_embeddings: true, but the lm_head.weight beside it is not the "
+                "embedding: it is kept, as a matrix of its own, and what is saved says so"
+            )
+        return found
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -16,6 +16,7 @@ from troupe.policy.rotary import YarnScaling
 DEFAULT_ROPE_THETA = 10000.0
 """Where nothing names it: transformers' own, which its older versions leave out when they write a config.json."""
 
+_UNSAID = object()
 _PLACES = ("rope_scaling", "rope_parameters")
 _TYPE_KEYS = ("rope_type", "type")
 _SCALING = tuple(key for key in YarnScaling.__struct_fields__ if key != "original_max_position_embeddings")
@@ -37,9 +38,22 @@ def rope_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for place in _PLACES:
         _refuse_unknown(place, settings.get(place) or {})
     _refuse_partial("partial_rotary_factor", settings)
-    thetas = (chosen.get("rope_theta"), settings.get("rope_theta"), nested.get("rope_theta"), DEFAULT_ROPE_THETA)
-    theta = next(theta for theta in thetas if theta is not None)
+    named = {
+        f"{key}.rope_theta": chosen.get("rope_theta", _UNSAID),
+        "rope_theta": settings.get("rope_theta", _UNSAID),
+        "rope_parameters.rope_theta": nested.get("rope_theta", _UNSAID),
+    }
+    theta = next((theta for theta in named.values() if theta is not None and theta is not _UNSAID), None)
+    if theta is None and (empty := [place for place, said in named.items() if said is None]):
+        raise ModelError(f"{empty[0]}: null is refused; name the base of the rotary positions, such as 1000000.0")
+    theta = DEFAULT_ROPE_THETA if theta is None else theta
     return {"rope_theta": theta, "rope_scaling": _yarn(key, chosen, settings) if kind == "yarn" else None}
+
+
+def names_theta(settings: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json says what the base of the rotary positions is, which is the default elsewhere."""
+    places = (settings, *(settings.get(place) for place in _PLACES))
+    return any(isinstance(place, Mapping) and place.get("rope_theta") is not None for place in places)
 
 
 def _kind(key: str, chosen: Mapping[str, Any]) -> str:
