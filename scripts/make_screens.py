@@ -204,7 +204,10 @@ def reward_back(folder: Path) -> str:
         judge.go()
         terminal.wait_for(lambda text: "waiting for reward my_judge: " in text and "held  " in text)
         judge.come()
-        back = terminal.wait_for(lambda text: "answers again after" in text and "waiting for" not in text)
+        # which incident is the newest by then differs: that it answers again, or a group that lacks its scores
+        back = terminal.wait_for(
+            lambda text: "incidents " in text and "waiting for" not in text and "held  " not in text
+        )
         judge.go()
         return back
 
