@@ -16,7 +16,7 @@ from troupe.runtime.guardian import QUIET_S, TELL_S, TICK_S, Call, Guardian, Pag
 STACKS = """Timeout (0:00:03)!
 Thread 0x00007f0000000002 (most recent call first):
   File "/usr/lib/python3.11/re/__init__.py", line 166 in match
-  File "/work/rewards.py", line 7 in kind
+  File "/home/me/rewards.py", line 7 in kind
   File "/site/troupe/rewards/functions.py", line 240 in play
 
 Current thread 0x00007f0000000001 (most recent call first):
@@ -99,12 +99,12 @@ def test_the_page_tells_what_was_written(page: Page) -> None:
 
 
 def test_the_page_knows_the_calls_under_way(page: Page) -> None:
-    first = page.begin(Call(1.0, WORKER, 17, "kind", "/work/rewards.py", "kind"))
-    page.begin(Call(2.0, 0, 0, "a" * 500, "/work/" + "x" * 5000, "b" * 500))
+    first = page.begin(Call(1.0, WORKER, 17, "kind", "/home/me/rewards.py", "kind"))
+    page.begin(Call(2.0, 0, 0, "a" * 500, "/home/me/" + "x" * 5000, "b" * 500))
     newest, oldest = page.calls()
     assert (oldest.name, oldest.file, oldest.function, oldest.thread, oldest.native) == (
         "kind",
-        "/work/rewards.py",
+        "/home/me/rewards.py",
         "kind",
         WORKER,
         17,
@@ -126,12 +126,12 @@ def test_more_calls_than_there_are_places_for_are_left_out(page: Page) -> None:
 def test_stacks_are_read() -> None:
     stacks = stacks_of(STACKS)
     assert list(stacks) == [WORKER, LOOP]
-    assert stacks[WORKER][1] == ("/work/rewards.py", 7, "kind")
+    assert stacks[WORKER][1] == ("/home/me/rewards.py", 7, "kind")
     assert stacks_of("garbage\n  File x\n") == {}
 
 
 def call(name: str, thread: int = 0, **more: Any) -> Call:
-    return Call(0.0, thread, 0, name, more.get("file", "/work/rewards.py"), more.get("function", name))
+    return Call(0.0, thread, 0, name, more.get("file", "/home/me/rewards.py"), more.get("function", name))
 
 
 HELD = "holds Python's lock, so that nothing else can run"
@@ -140,12 +140,12 @@ HELD = "holds Python's lock, so that nothing else can run"
 @pytest.mark.parametrize(
     ("calls", "busiest", "told"),
     [
-        ([call("kind", WORKER)], WORKER, f"the reward kind (/work/rewards.py:7) {HELD}"),
-        ([call("kind", WORKER)], None, f"the reward kind (/work/rewards.py:7) {HELD}"),
-        ([call("kind", WORKER), call("other", 3)], WORKER, f"the reward kind (/work/rewards.py:7) {HELD}"),
+        ([call("kind", WORKER)], WORKER, f"the reward kind (/home/me/rewards.py:7) {HELD}"),
+        ([call("kind", WORKER)], None, f"the reward kind (/home/me/rewards.py:7) {HELD}"),
+        ([call("kind", WORKER), call("other", 3)], WORKER, f"the reward kind (/home/me/rewards.py:7) {HELD}"),
         ([call("kind", WORKER), call("other", 3)], None, f"one of the rewards kind, other {HELD}"),
-        ([call("other"), call("kind")], WORKER, f"the reward kind (/work/rewards.py:7) {HELD}"),
-        ([], WORKER, f"/work/rewards.py:7 {HELD}"),
+        ([call("other"), call("kind")], WORKER, f"the reward kind (/home/me/rewards.py:7) {HELD}"),
+        ([], WORKER, f"/home/me/rewards.py:7 {HELD}"),
         ([], 99, f"something {HELD}"),
     ],
 )
@@ -156,10 +156,10 @@ def test_who_holds_the_lock_is_named(calls: list[Call], busiest: int | None, tol
 
 
 def test_who_blocks_the_event_loop_is_named() -> None:
-    stacks = {LOOP: [("/lib/python3.11/x.py", 1, "f"), ("/work/rewards.py", 9, "judge")], WORKER: []}
-    calls = [call("other", file="/work/others.py"), call("judge"), call("kind", WORKER)]
+    stacks = {LOOP: [("/lib/python3.11/x.py", 1, "f"), ("/home/me/rewards.py", 9, "judge")], WORKER: []}
+    calls = [call("other", file="/home/me/others.py"), call("judge"), call("kind", WORKER)]
     told = reason(calls, stacks, held=False, loop_thread=LOOP, busiest=WORKER)
-    assert told == ("judge", "the reward judge (/work/rewards.py:9) keeps the event loop from turning")
+    assert told == ("judge", "the reward judge (/home/me/rewards.py:9) keeps the event loop from turning")
 
 
 def test_a_page_is_no_larger_than_it_looks() -> None:

@@ -6,10 +6,12 @@ Exit codes: 0 done, 2 bad input or nobody there, 3 refused or a fault.
 from __future__ import annotations
 
 import os
+import select
 import shlex
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import anyio
@@ -221,12 +223,30 @@ def _kill(folder: Path) -> bool:
     owner, silence = read_owner(folder), silence_of(folder)
     if owner is None or silence is None or owner.pid != silence.pid or not owner.is_alive:
         return False
-    os.kill(owner.pid, signal.SIGKILL)
-    until_s = time.monotonic() + _DEATH_S
-    while owner.is_alive and time.monotonic() < until_s:
-        time.sleep(0.05)
+    if not _ended_within(owner.pid, _DEATH_S) and owner.is_alive:
+        raise RunError(f"process {owner.pid} was sent SIGKILL, {silence}, but has not ended after {_DEATH_S:g} s")
     tell(f"process {owner.pid} was killed, {silence}; the newest checkpoint stays")
     return True
+
+
+def _ended_within(pid: int, timeout_s: float) -> bool:
+    """Kill a process that need not be a child of this one → whether it ended in time."""
+    try:
+        if sys.platform == "linux":
+            process = os.pidfd_open(pid)
+            try:
+                os.kill(pid, signal.SIGKILL)
+                return bool(select.select([process], [], [], timeout_s)[0])
+            finally:
+                os.close(process)
+        else:
+            with closing(select.kqueue()) as queue:
+                end = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
+                queue.control([end], 0)
+                os.kill(pid, signal.SIGKILL)
+                return bool(queue.control(None, 1, timeout_s))
+    except ProcessLookupError:  # by itself, in this moment
+        return True
 
 
 @control.command(name="set", short_help="Set what may change while the run plays.")

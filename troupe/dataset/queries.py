@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 from urllib.parse import unquote
 
+from troupe.dataset.json_files import repeated_key
 from troupe.errors import DatasetError
 
 
@@ -40,8 +40,6 @@ def parsed(value: str) -> Any:
 
 
 def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise DatasetError(f"the key {twice!r} is given twice in an object; give it once")
-    return table
+    if (repeated := repeated_key(pairs)) is not None:
+        raise DatasetError(f"the key {repeated!r} is given twice in an object; give it once")
+    return dict(pairs)

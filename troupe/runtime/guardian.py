@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -274,7 +275,7 @@ class Guardian:
             os.kill(self._parent, signal.SIGKILL)
         folder = self._page.read("folder")
         there = folder and (Path(folder) / "checkpoints").is_dir()
-        on = f"; go on from the last checkpoint with: troupe train -o {_quoted(folder)} --resume" if there else ""
+        on = f"; go on from the last checkpoint with: troupe train -o {shlex.quote(folder)} --resume" if there else ""
         remedy = "; run it in a process, which can be killed: rewards.run" if "reward" in sentence else ""
         shown = "\x1b[?25h" if self._terminal else ""  # a display had the cursor hidden
         self._say(f"{shown}troupe: ended without saving ({why}): {sentence}{remedy}{on}")
@@ -375,10 +376,6 @@ def _is_stopped(pid: int) -> bool:
 
         state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout
     return state.strip()[:1] in ("T", "t")
-
-
-def _quoted(path: str) -> str:
-    return path if re.fullmatch(r"[\w@%+=:,./-]+", path) else "'" + path.replace("'", "'\"'\"'") + "'"
 
 
 def main() -> None:
