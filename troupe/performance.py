@@ -256,14 +256,19 @@ class Performance:
         updates = self._pipeline.news.listen(1, Update)
         async for _ in updates:
             try:
-                await self._device.run(self._place.check)
-                with suppress(OSError):  # a disk that fails now may not at the next step
-                    if await self._device.run(self._place.restore_config):
-                        message = f"{self._place.path / RUN_TOML} was removed under the run; it is stored again"
-                        self._tell("file_lost", message)
+                if await self._device.run(self._look_at_folder):
+                    message = f"{self._place.path / RUN_TOML} was removed under the run; it is stored again"
+                    self._tell("file_lost", message)
             except FolderGoneError as error:
                 self._tell("folder_gone", str(error))
                 raise
+
+    def _look_at_folder(self) -> bool:
+        """Whether the config had to be stored again. FolderGoneError where the folder is not in its place."""
+        self._place.check()
+        with suppress(OSError):  # a disk that fails now may not at the next step
+            return self._place.restore_config()
+        return False
 
     def _tell(self, kind: str, message: str) -> None:
         self._pipeline.incidents.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))

@@ -62,15 +62,15 @@ def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int])
     Of a text that is at its very end alone, and white space; of a chat anywhere in the turn that is begun, behind the
     last special token. Mostly "".
     """
-    turn = list(ids)
-    if not isinstance(prompt, str):
-        markers = {id_ for id_ in tokenizer.special_ids if tokenizer.decode([id_], False) in (OPENED, CLOSED)}
-        special = tokenizer.special_ids - markers
-        turn = turn[max((place for place, id_ in enumerate(turn) if id_ in special), default=-1) + 1 :]
-    text = tokenizer.decode(turn, skip_special_tokens=False)
+    if isinstance(prompt, str):
+        return prompt[prompt.rfind(OPENED) :] if prompt.rstrip().endswith(OPENED) else ""
+    special = tokenizer.special_ids
+    start = len(ids)
+    while start and (ids[start - 1] not in special or tokenizer.decode([ids[start - 1]], False) in (OPENED, CLOSED)):
+        start -= 1
+    text = tokenizer.decode(ids[start:], skip_special_tokens=False)
     begun = text[text.rfind(OPENED) :] if OPENED in text else ""
-    at_end = begun.strip() == OPENED
-    return begun if at_end or (len(turn) < len(ids) and CLOSED not in begun) else ""
+    return begun if begun.strip() == OPENED or (start and CLOSED not in begun) else ""
 
 
 def complete_texts(
