@@ -883,10 +883,11 @@ def test_settings_and_machine_are_refused_together(folder: Path, machine: dict[s
 
 def test_what_nobody_knows_is_not_compared(folder: Path, tmp_path: Path, machine: dict[str, str]) -> None:
     old = of_an_older_troupe(folder, tmp_path / "old")
+    newest = load_checkpoint(list_checkpoints(folder)[0]).state.version  # one more step may end before a stop is heard
     machine |= {"mlx": "another", "new of this Troupe": "yes"}
-    assert prepare(as_stored(old), [weigh_ids], resume=True).first_step == 3
+    assert prepare(as_stored(old), [weigh_ids], resume=True).first_step == newest
     machine["mlx"] = read_made(list_checkpoints(folder)[0]).machine["mlx"]
-    assert prepare(as_stored(folder), [weigh_ids], resume=True).first_step == 3
+    assert prepare(as_stored(folder), [weigh_ids], resume=True).first_step == newest
 
 
 async def test_bits_of_a_free_run_are_nobodys_promise(
