@@ -20,7 +20,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import troupe  # first: it loads OpenBLAS before MLX
-from troupe.policy import cuda_kernels
+from troupe.policy.decode import cuda_kernels
 
 import mlx.core as mx  # isort: skip
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import troupe  # first: it loads OpenBLAS before MLX
-from troupe.config import DEMO_CONFIG
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.policy import Qwen3Config, is_on_cpu, parameter_count, random_policy
 
 WARM_UP = 2

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 import troupe  # first: it loads OpenBLAS before MLX
+from troupe.actors.learner.batch import completion_log_probs
 from troupe.grpo import (
     Batch,
     LearnerConfig,
@@ -37,7 +38,6 @@ from troupe.grpo import (
     selective_log_softmax,
     train_on_batch,
 )
-from troupe.learning import completion_log_probs
 from troupe.policy import PRESETS, Qwen3Config, Weights, hidden_states, parameter_count, project, random_policy
 
 import mlx.core as mx  # isort: skip

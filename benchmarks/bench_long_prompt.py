@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import troupe  # noqa: F401 - first: it loads OpenBLAS before MLX
-from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, memory, random_policy
+from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, random_policy
+from troupe.policy.decode import memory
 
 import mlx.core as mx  # isort: skip
 

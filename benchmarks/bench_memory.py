@@ -20,10 +20,9 @@ from itertools import product
 
 import troupe  # first: it loads OpenBLAS before MLX
 from troupe import RunConfig
-from troupe.budget import GB, Plan, Workload, peak_bytes, plan_memory
+from troupe.actors.learner.batch import completion_log_probs
 from troupe.checkpoint import CheckpointConfig
 from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
-from troupe.learning import completion_log_probs
 from troupe.policy import (
     DTYPES,
     PRESETS,
@@ -34,6 +33,7 @@ from troupe.policy import (
     is_on_cpu,
     random_policy,
 )
+from troupe.run.memory import GB, Plan, Workload, peak_bytes, plan_memory
 
 import mlx.core as mx  # isort: skip
 

@@ -25,11 +25,15 @@ import anyio
 
 import troupe
 from troupe.actors.metrics import Heard, Metrics, Tally
-from troupe.config import DEMO_CONFIG
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.messages import GroupClosed, Incident, Span, Update
-from troupe.runtime import Actor, Broadcast, Channel, Mailbox, Reporter, TraceWriter, play
-from troupe.runtime.timing import ON_DEVICE, Interval, Times, difference, length, union
-from troupe.sinks import Sinks
+from troupe.records.sinks.sinks import Sinks
+from troupe.records.sinks.trace import TraceWriter
+from troupe.runtime.actor import Actor
+from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.reporter import Reporter
+from troupe.runtime.roles import play
+from troupe.runtime.spans import ON_DEVICE, Interval, Times, difference, length, union
 
 WARM_UP_STEPS = 5  # the first ones compile kernels
 

@@ -40,14 +40,14 @@ import anyio
 import msgspec
 
 import troupe  # first: it loads OpenBLAS before MLX
-from troupe.config import DEMO_CONFIG
+from troupe.actors.learner.batch import as_rollouts, assemble, completion_log_probs
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.grpo import learning_rate, train_on_batch
-from troupe.learning import as_rollouts, assemble, completion_log_probs
-from troupe.linux_cpu import blas_limited
 from troupe.messages import RolloutGroup, ScoredGroup, Slot
 from troupe.policy import Qwen3Config, RolloutEngine, RolloutRequest, parameter_count, random_policy
-from troupe.prepare import Prepared, prepare
 from troupe.rewards import Reward, load_reward
+from troupe.run.prepare import Prepared, prepare
+from troupe.runtime.linux_cpu import blas_limited
 
 WARM_UP = 2
 LATENCIES = (0.0, 0.5, 1.0, 2.0)

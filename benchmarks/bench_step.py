@@ -19,8 +19,8 @@ from importlib.metadata import version
 
 import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import arguments, policy_of
+from troupe.actors.learner.batch import completion_log_probs
 from troupe.grpo import LearnerConfig, adamw_init, compute_advantages, make_batch, train_on_batch
-from troupe.learning import completion_log_probs
 from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, parameter_count
 
 import mlx.core as mx  # isort: skip

@@ -34,9 +34,9 @@ from typing import Any
 
 import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import arguments, policy_of
-from troupe import linux_cpu
 from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, Weights, parameter_count
 from troupe.policy.folders import save_model_folder
+from troupe.runtime import linux_cpu
 
 import mlx.core as mx  # isort: skip
 

@@ -38,8 +38,9 @@ import msgspec
 
 import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import TINY
-from troupe.config import DEMO_CONFIG, write_config
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.policy import DTYPES, PRESETS, Qwen3Config, Tokenizer, parameter_count, random_policy
+from troupe.run.config import write_config
 
 HERE = Path(__file__).parent
 

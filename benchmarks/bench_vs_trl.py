@@ -44,9 +44,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 import troupe
-from troupe.config import DEMO_CONFIG, config_table, write_config
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.dataset import PromptDataset
 from troupe.policy import Tokenizer
+from troupe.run.config import config_table, write_config
 
 HERE = Path(__file__).parent
 SIDES = ("troupe", "trl")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tomli_w
 
-from troupe.config import DEMO_CONFIG
+from troupe.cli.demo import DEMO_CONFIG
 
 REWARD = """
 import asyncio, random

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import troupe  # noqa: F401 - first: it loads OpenBLAS before MLX
 from benchmarks.bench_vs_mlx_lm import engine_of, run_ours
-from troupe import linux_cpu
 from troupe.policy.folders import read_model_folder
+from troupe.runtime import linux_cpu
 
 
 def main(folder: str, job_file: str, first: str, every: str) -> None:

@@ -16,7 +16,8 @@ import troupe  # first: on Linux it makes MLX's matrix products fast
 # isort: split
 import mlx.core as mx
 
-from troupe.config import DEMO_CONFIG
+from troupe.actors.learner.batch import completion_log_probs
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.grpo import (
     LearnerConfig,
     LossConfig,
@@ -28,7 +29,6 @@ from troupe.grpo import (
     make_batch,
     train_on_batch,
 )
-from troupe.learning import completion_log_probs
 from troupe.policy import GenerationConfig, Weights, completion_statistics, generate_batch, load_policy
 from troupe.rewards import exact_answer_reward
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import troupe
-from troupe.config import DEMO_CONFIG
+from troupe.cli.demo import DEMO_CONFIG
 
 TASK = {
     "operators": ["+"],

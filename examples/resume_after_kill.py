@@ -23,8 +23,8 @@ from pathlib import Path
 import anyio
 
 import troupe
-from troupe.config import DEMO_CONFIG
-from troupe.stored_run import Query, open_store
+from troupe.cli.demo import DEMO_CONFIG
+from troupe.records.store.read import Query, open_store
 
 STEPS, EVERY, KILL_AT = 12, 5, 8
 

@@ -26,7 +26,7 @@ from typing import Literal
 import anyio
 
 import troupe
-from troupe.config import DEMO_CONFIG
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.errors import InputError
 from troupe.messages import Update
 

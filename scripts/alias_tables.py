@@ -1,4 +1,4 @@
-"""Write the tables of docs/coming-from-trl.md: what others call our settings, read off `troupe/aliases.py`.
+"""Write the tables of docs/coming-from-trl.md: what others call our settings, read off `troupe/run/aliases.py`.
 
 Each stands between the comments `<!-- table: NAME -->` and `<!-- end of table -->`; the rest of the page is written by
 hand. `python -m scripts.alias_tables` writes them, `--check` only compares.
@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from troupe.aliases import TABLES, Alias
+from troupe.run.aliases import TABLES, Alias
 
 PAGE = Path(__file__).parent.parent / "docs" / "coming-from-trl.md"
 _TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from troupe.cli import main as troupe
+from troupe.cli.main import main as troupe
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 

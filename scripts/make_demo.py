@@ -1,6 +1,6 @@
 """Makes the demo that ships: a small policy that adds sloppily, and sums to teach it on.
 
-    python scripts/make_demo.py [--out troupe/demo]
+    python scripts/make_demo.py [--out troupe/cli/demo]
 
 The policy is a Qwen3 network of some 350,000 weights over single bytes. It is trained, supervised, on sums of two
 numbers below 100 whose answers mostly forget to carry: 27+58 is usually 75 and only sometimes 85. So its most likely
@@ -261,7 +261,7 @@ def make_demo(out: Path, recipe: Recipe) -> None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--out", type=click.Path(path_type=Path), default=Path("troupe/demo"), help="Folder to write to.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("troupe/cli/demo"), help="Folder to write to.")
 @click.option("--seed", default=Recipe().seed)
 @click.option("--steps", type=click.IntRange(1), default=Recipe().steps, help="Supervised updates.")
 def main(out: Path, seed: int, steps: int) -> None:

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from troupe.config import DEMO_CONFIG
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.policy import Qwen3Config, random_policy
 
 ROOT = Path(__file__).resolve().parent.parent

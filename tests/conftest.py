@@ -9,8 +9,8 @@ import anyio
 import pytest
 
 import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
-from tests.fakes import OPEN_DEVICES
-from tests.tiny import write_tiny_model
+from tests.support.fakes import OPEN_DEVICES
+from tests.support.tiny import write_tiny_model
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from troupe import installing, linux_cpu, reward_files  # noqa: F401 - the last for processes that are spawned
+from troupe.runtime import code_files as reward_files  # noqa: F401 - the last for processes that are spawned
+from troupe.runtime import installing, linux_cpu
 
 if linux_cpu.load_openblas() == "too late":  # must run before anything imports mlx.core
     warnings.warn(
@@ -17,12 +18,12 @@ if linux_cpu.load_openblas() == "too late":  # must run before anything imports 
     )
 
 if TYPE_CHECKING:
-    from troupe.config import RunConfig, load_config
     from troupe.errors import TroupeError
     from troupe.rewards import RewardActor, RewardSample
-    from troupe.rollouts import generate_and_score
-    from troupe.summary import RunResult
-    from troupe.supervisor import Supervisor, train
+    from troupe.run.config import RunConfig, load_config
+    from troupe.run.evaluate import generate_and_score
+    from troupe.run.result import RunResult
+    from troupe.run.supervisor import Supervisor, train
 
 linux_cpu.keep_freed_memory()
 linux_cpu.run_without_compiler()
@@ -44,13 +45,13 @@ __all__ = [
 _HOMES = {
     "RewardActor": "rewards",
     "RewardSample": "rewards",
-    "RunConfig": "config",
-    "RunResult": "summary",
-    "Supervisor": "supervisor",
+    "RunConfig": "run.config",
+    "RunResult": "run.result",
+    "Supervisor": "run.supervisor",
     "TroupeError": "errors",
-    "generate_and_score": "rollouts",
-    "load_config": "config",
-    "train": "supervisor",
+    "generate_and_score": "run.evaluate",
+    "load_config": "run.config",
+    "train": "run.supervisor",
 }
 _ROOMS = {"checkpoint", "dataset", "errors", "grpo", "messages", "policy", "rewards"}
 

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from troupe.daemon.commands import control
+from troupe.cli.control import control
 
 _WITHOUT_MLX = "This command needs MLX, which cannot be imported."
 
@@ -20,9 +20,9 @@ def main() -> None:
     elif name in ("report", "inspect", "doctor"):
         _looking()[name](sys.argv[2:], prog_name=f"troupe {name}")
     try:
-        from troupe.cli import main as commands
+        from troupe.cli.main import main as commands
     except ImportError as error:
-        from troupe.installing import missing_backend
+        from troupe.runtime.installing import missing_backend
 
         if (told := missing_backend(error)) is None:
             raise
@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def _looking() -> dict[str, click.Command]:
-    from troupe.looking import doctor, inspect
-    from troupe.report.command import report
+    from troupe.cli.looking import doctor, inspect
+    from troupe.cli.report import report
 
     return {"report": report, "inspect": inspect, "doctor": doctor}
 
@@ -41,7 +41,7 @@ def _looking() -> dict[str, click.Command]:
 def _without_mlx(told: str) -> click.Group:
     """The commands where MLX is not there: those that need it say what to install."""
     from troupe import __version__
-    from troupe.terminal import EXIT_BAD_INPUT, fail
+    from troupe.cli.terminal import EXIT_BAD_INPUT, fail
 
     group = click.Group(help=f"{told}.", context_settings={"help_option_names": ["-h", "--help"]})
     click.version_option(__version__, prog_name="troupe")(group)

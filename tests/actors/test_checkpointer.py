@@ -21,17 +21,21 @@ import anyio.lowlevel
 import mlx.core as mx
 import pytest
 
-from tests.fakes import Reports, device_thread, make_scored, same_bits, send_all
-from tests.tiny import CONFIG
+from tests.support.fakes import Reports, device_thread, make_scored, same_bits, send_all
+from tests.support.tiny import CONFIG
 from troupe.actors import checkpointer as checkpointer_room
 from troupe.actors.checkpointer import Checkpointer, CheckpointLedger, growing_pauses
-from troupe.checkpoint import CheckpointConfig, RunState, files, keeping, list_checkpoints, load_checkpoint, writing
+from troupe.actors.learner.batch import completion_log_probs
+from troupe.checkpoint import CheckpointConfig, RunState, files, list_checkpoints, load_checkpoint
+from troupe.checkpoint import keep as keeping
+from troupe.checkpoint import write as writing
 from troupe.errors import RunError
 from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
-from troupe.learning import completion_log_probs
 from troupe.messages import CheckpointWritten, Snapshot, Unfinished
 from troupe.policy import Weights, load_policy, random_policy
-from troupe.runtime import Channel, DeviceThread, Mailbox, Restarts, Role, play
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.roles import Restarts, Role, play
 
 pytestmark = pytest.mark.anyio
 

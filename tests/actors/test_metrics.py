@@ -11,12 +11,16 @@ from typing import TypeAlias
 import anyio
 import pytest
 
-from tests.fakes import DirectSinkThread, FakeSink, ended, taken
-from tests.trace_events import read_trace
+from tests.support.fakes import DirectSinkThread, FakeSink, ended, taken
+from tests.support.trace_events import read_trace
 from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.messages import CheckpointWritten, ClosedState, Drain, GroupClosed, Incident, Settle, Slot, Span, Update
-from troupe.runtime import Broadcast, Channel, Mailbox, Reporter, Restarts, Role, TraceWriter, play
-from troupe.sinks import JsonlSink, Sinks
+from troupe.records.sinks.jsonl import JsonlSink
+from troupe.records.sinks.sinks import Sinks
+from troupe.records.sinks.trace import TraceWriter
+from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.reporter import Reporter
+from troupe.runtime.roles import Restarts, Role, play
 
 pytestmark = pytest.mark.anyio
 SPAN = Span(actor="learner", name="learn", start_s=1.0, end_s=2.0)
@@ -91,7 +95,7 @@ async def test_counts_and_hands_everything_to_every_sink_in_order() -> None:
 
 
 async def test_a_sink_that_fails_is_an_incident_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.sinks.threads.SinkThread", DirectSinkThread)
+    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
     bad, good = FakeSink("bad", refuses=(Update,)), FakeSink("good")
     stage = Stage(bad, good)
     await stage.play(update(1), SPAN, update(2), SPAN, update(3), SPAN, update(4))
@@ -106,7 +110,7 @@ async def test_a_sink_that_fails_is_an_incident_for_the_others(monkeypatch: pyte
 
 async def test_sinks_that_fail_together_are_both_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second fails for the third time on the incident about the first, while both still take the update."""
-    monkeypatch.setattr("troupe.sinks.threads.SinkThread", DirectSinkThread)
+    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
     first = FakeSink("first", refuses=(Update,))
     second = FakeSink("second", refuses=(Update, Incident))
     third = FakeSink("third")
@@ -118,7 +122,7 @@ async def test_sinks_that_fail_together_are_both_switched_off(monkeypatch: pytes
 
 
 async def test_listeners_hear_of_groups_and_incidents_those_of_sinks_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.sinks.threads.SinkThread", DirectSinkThread)
+    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
     stage = Stage(FakeSink("bad", refuses=(GroupClosed,)))
     incidents, groups = stage.listeners.listen(9, Incident), stage.listeners.listen(9, GroupClosed)
     ends = [closed(gid, "trained") for gid in range(3)]
@@ -170,7 +174,7 @@ async def test_updates_say_where_the_time_went(monkeypatch: pytest.MonkeyPatch) 
     listener = stage.listeners.listen(9)
     await stage.metrics.handle(Span(actor="learner", name="learn", start_s=101.0, end_s=104.0))
     await stage.metrics.handle(Span(actor="scorer", name="score", start_s=103.0, end_s=106.0))
-    monkeypatch.setattr("troupe.runtime.report.time", SimpleNamespace(perf_counter=lambda: stage.now_s))
+    monkeypatch.setattr("troupe.runtime.reporter.time", SimpleNamespace(perf_counter=lambda: stage.now_s))
     stage.now_s = 105.0
     with reporter.span("decode"):
         stage.now_s = 110.0
@@ -185,7 +189,7 @@ async def test_updates_say_where_the_time_went(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_writes_of_the_sinks_are_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.sinks.threads.SinkThread", DirectSinkThread)
+    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
     sink = FakeSink("disk")
     stage = Stage(sink)
     await stage.play(INCIDENT, closed(0, "trained"), SPAN)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from tests.fakes import ended, taken
+from tests.support.fakes import ended, taken
 from troupe.actors.prompter import Prompter, PromptLedger
+from troupe.actors.schedule import PromptSchedule
 from troupe.dataset import PromptDataset
 from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step
-from troupe.runtime import Channel, Credits, Mailbox
-from troupe.schedule import PromptSchedule
+from troupe.runtime.board import Credits
+from troupe.runtime.mailbox import Channel, Mailbox
 
 pytestmark = pytest.mark.anyio
 P, ROWS, STRIDE = 3, 4, 2**48

@@ -7,12 +7,13 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.fakes import Reports, ended, make_group, make_prompt, send_all, taken
+from tests.support.fakes import Reports, ended, make_group, make_prompt, send_all, taken
 from troupe.actors.scorer import Scorer
 from troupe.errors import RewardError
 from troupe.messages import GroupClosed, Hold, Incident, RolloutGroup, ScoredGroup, Span
 from troupe.rewards import RewardManager, RewardsConfig, TrainerState, batch_reward
-from troupe.runtime import Channel, Mailbox, play
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.roles import play
 
 pytestmark = pytest.mark.anyio
 

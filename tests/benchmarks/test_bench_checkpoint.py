@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from benchmarks import bench_checkpoint as bench
-from tests.tiny import CONFIG
+from tests.support.tiny import CONFIG
 
 
 def test_a_step_is_compared_with_those_around_it() -> None:

@@ -12,7 +12,7 @@ import pytest
 import troupe
 from benchmarks import bench_vs_trl as bench
 from benchmarks import vs_trl_theirs as theirs
-from troupe.config import DEMO_CONFIG
+from troupe.cli.demo import DEMO_CONFIG
 from troupe.rewards import exact_answer_reward
 
 pytestmark = pytest.mark.alone

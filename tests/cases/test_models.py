@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 
 import troupe
 from tests.cases.cases import copy_case, expected_of
-from troupe import cli
 from troupe.checkpoint import list_checkpoints, load_checkpoint
+from troupe.cli import main as cli
 from troupe.errors import ModelError
 from troupe.policy import load_policy, read_model_folder
-from troupe.rollouts import evaluate_folder
+from troupe.run.evaluate import evaluate_folder
 
 pytestmark = pytest.mark.anyio
 

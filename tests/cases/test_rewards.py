@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from tests.cases.cases import CASES, copy_case, expected_of
-from tests.fakes import make_group, make_prompt
+from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident, RolloutGroup
 from troupe.rewards import RewardManager, RewardsConfig

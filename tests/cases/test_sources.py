@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from tests.cases.cases import copy_case, expected_of
-from tests.extras import extra
-from troupe.config import load_config
+from tests.support.extras import extra
 from troupe.dataset import PromptDataset, gym
 from troupe.errors import DatasetError
-from troupe.prepare import prepare
+from troupe.run.config import load_config
+from troupe.run.prepare import prepare
 
 SPLIT = "hf-split-ignored"
 

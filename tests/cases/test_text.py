@@ -12,11 +12,11 @@ from click.testing import CliRunner, Result
 
 from tests.cases.cases import CASES, copy_case, expected_of
 from tests.policy.tokenizer_vectors import DATA, qwen_rank_file
-from troupe import cli
-from troupe.config import load_config
+from troupe.actors.schedule import tokenize_prompts
+from troupe.cli import main as cli
 from troupe.dataset import PromptDataset
 from troupe.policy import Tokenizer
-from troupe.schedule import tokenize_prompts
+from troupe.run.config import load_config
 
 
 @pytest.mark.parametrize("case", ["tokens_decoder_only", "tokens_special_flag"])

@@ -19,16 +19,22 @@ from click.testing import CliRunner
 
 import troupe
 from tests.cases.cases import copy_case, expected_of
-from tests.fakes import make_scored, tiny_config
+from tests.support.fakes import make_scored, tiny_config
+from troupe.actors.learner.batch import is_usable
+from troupe.actors.learner.statistics import (
+    advantages_of,
+    group_statistics,
+    has_signal,
+    spread_statistics,
+    weighted_rewards,
+)
 from troupe.checkpoint.unfinished import encode_unfinished, read_unfinished
-from troupe.cli import main
+from troupe.cli.main import main
 from troupe.errors import RewardError
 from troupe.grpo import LearnerConfig
-from troupe.learning import is_usable
 from troupe.messages import Unfinished
+from troupe.records.sinks.display import shown_metrics
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, batch_reward, load_reward
-from troupe.sinks.display import shown_metrics
-from troupe.statistics import advantages_of, group_statistics, has_signal, spread_statistics, weighted_rewards
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 
-from tests.fakes import make_scored
-from tests.tiny import CONFIG
+from tests.support.fakes import make_scored
+from tests.support.tiny import CONFIG
 from troupe.checkpoint import Checkpoint, RewardState, RunState
 from troupe.grpo import adamw_init
 from troupe.messages import OpenGroup, Past, ScoredGroup, Slot, Unfinished

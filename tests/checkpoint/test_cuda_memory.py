@@ -22,7 +22,7 @@ from tests.checkpoint.checkpoints import ARRAYS, assert_same_arrays, made
 from troupe.checkpoint import cuda_memory, files, load_checkpoint, save_checkpoint
 from troupe.checkpoint.cuda_memory import bytes_on_card
 from troupe.checkpoint.files import FileSum, safetensors_chunks, write_file
-from troupe.policy import cuda_kernels
+from troupe.policy.decode import cuda_kernels
 
 with_a_card = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
 without_a_card = pytest.mark.skipif(cuda_kernels.are_here(), reason="the driver is acted where there is none")

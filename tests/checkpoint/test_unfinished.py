@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tests.checkpoint.checkpoints import under_way, without_prompts
-from tests.fakes import make_scored
+from tests.support.fakes import make_scored
 from troupe.checkpoint.unfinished import encode_unfinished, read_unfinished
 from troupe.errors import CheckpointError
 from troupe.messages import Unfinished

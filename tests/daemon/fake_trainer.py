@@ -16,8 +16,9 @@ from typing import Any
 import anyio
 import msgspec
 
-from troupe.daemon.answers import answer
-from troupe.daemon.frames import (
+from troupe.daemon.control.answers import answer
+from troupe.daemon.control.place import PAGE
+from troupe.daemon.trainer.frames import (
     Answer,
     Ask,
     Begin,
@@ -30,10 +31,10 @@ from troupe.daemon.frames import (
     decode_in_trainer,
     encode,
 )
-from troupe.daemon.place import PAGE
 from troupe.errors import ConfigError
 from troupe.messages import Incident, Status
-from troupe.runtime import Connection, serve, together
+from troupe.runtime.process import Connection, serve
+from troupe.runtime.roles import together
 
 TOTAL = 10
 

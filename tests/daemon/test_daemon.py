@@ -14,18 +14,28 @@ import anyio
 import msgspec
 import pytest
 
-from tests import virtual_time
-from tests.daemon.test_protocol import STATUS
-from troupe.daemon import frames
+from tests.daemon.control.test_protocol import STATUS
+from tests.support import virtual_time
+from troupe.daemon.attempts import Attempts
+from troupe.daemon.control.place import Peer
+from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.daemon import Daemon
-from troupe.daemon.frames import Answer, Ask, Begin, Failed, Finished, Playing, Rejected, Stepped, ToDaemon, Told
 from troupe.daemon.logs import LOGGER
 from troupe.daemon.orders import Order
-from troupe.daemon.place import Peer
-from troupe.daemon.player import Child
-from troupe.daemon.protocol import Reply, Request
-from troupe.daemon.restarts import Attempts
-from troupe.daemon.settings import DaemonConfig
+from troupe.daemon.trainer import frames
+from troupe.daemon.trainer.frames import (
+    Answer,
+    Ask,
+    Begin,
+    Failed,
+    Finished,
+    Playing,
+    Rejected,
+    Stepped,
+    ToDaemon,
+    Told,
+)
+from troupe.daemon.trainer.link import Child
 from troupe.messages import (
     Activity,
     Checkpoint,
@@ -42,7 +52,9 @@ from troupe.messages import (
     Step,
     Stop,
 )
-from troupe.runtime import SILENT, ChildEnded
+from troupe.run.daemon_settings import DaemonConfig
+from troupe.runtime.guardian import SILENT
+from troupe.runtime.process import ChildEnded
 
 ME = Peer(uid=501, pid=7)
 TOTAL = 10

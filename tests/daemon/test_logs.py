@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from troupe.daemon import logs
+from troupe.daemon.control.place import LOG
 from troupe.daemon.logs import LOGGER, logging_into, set_limits
-from troupe.daemon.place import LOG
-from troupe.daemon.settings import DaemonConfig
+from troupe.run.daemon_settings import DaemonConfig
 
 
 def test_lines_go_into_the_file_and_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from troupe.daemon.orders import Order
-from troupe.daemon.settings import DaemonConfig
 from troupe.errors import ConfigError, OutputError
+from troupe.run.daemon_settings import DaemonConfig
 
 
 @pytest.fixture(autouse=True)

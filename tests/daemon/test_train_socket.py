@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.fakes import write_prompts, write_ragged_model
-from troupe.cli import main
-from troupe.daemon.client import Client, NobodyThereError, ask
-from troupe.daemon.place import Place
-from troupe.daemon.protocol import Request
+from tests.support.fakes import write_prompts, write_ragged_model
+from troupe.cli.main import main
+from troupe.daemon.control.client import Client, NobodyThereError, ask
+from troupe.daemon.control.place import Place
+from troupe.daemon.control.protocol import Request
 from troupe.messages import Done, Drain, GetStatus, Reload, Set, Status
 
 ARGUMENTS = ("-m", "m", "-d", "p.json", "--reward", "length", "-o", "o", "--num-generations", "2", "--batch-size", "2")

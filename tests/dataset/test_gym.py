@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.extras import extra
+from tests.support.extras import extra
 from troupe.dataset import PromptDataset, gym
 from troupe.dataset.gym_rows import main, make_rows
 from troupe.errors import DatasetError

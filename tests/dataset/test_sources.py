@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from troupe.config import load_config
 from troupe.dataset import PromptDataset, anchored_source, source_name
 from troupe.dataset.queries import parsed, split_query
 from troupe.errors import DatasetError
+from troupe.run.config import load_config
 
 
 @pytest.mark.parametrize(

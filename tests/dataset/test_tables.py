@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.extras import extra
+from tests.support.extras import extra
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import DatasetError
 

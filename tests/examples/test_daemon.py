@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 
 from tests.examples.playing import EXAMPLES, LIMIT_S, command, played
-from troupe.config import config_table, load_config
+from troupe.run.config import config_table, load_config
 
 PAGE = (EXAMPLES / "daemon" / "README.md").read_text(encoding="utf-8")
 (STAYS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

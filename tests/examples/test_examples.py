@@ -9,8 +9,8 @@ import click
 import pytest
 
 from tests.examples.playing import EXAMPLES, command
-from troupe.cli import main
-from troupe.config import RunConfig, check_config, load_config
+from troupe.cli.main import main
+from troupe.run.config import RunConfig, check_config, load_config
 
 ROOT = EXAMPLES.parent
 TABLE = (EXAMPLES / "README.md").read_text(encoding="utf-8")

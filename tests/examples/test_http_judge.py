@@ -16,7 +16,7 @@ import pytest
 from anyio.abc import SocketAttribute, SocketStream
 
 from tests.examples.playing import command
-from tests.fakes import make_group, make_prompt
+from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.rewards import RewardManager, RewardsConfig, load_reward
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.fakes import same_bits
+from tests.support.fakes import same_bits
 from troupe.grpo import optimizer
 from troupe.grpo.optimizer import (
     OptimizerState,

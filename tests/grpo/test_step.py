@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.fakes import same_bits
+from tests.support.fakes import same_bits
 from troupe.grpo import optimizer
 from troupe.grpo.batch import Batch, make_batch
 from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
-from troupe.grpo.losses import LossType, grpo_loss
+from troupe.grpo.loss import LossType, grpo_loss
 from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, join_halves
 from troupe.grpo.ratios import CorrectionMode, Level
 from troupe.grpo.step import LearnerConfig, StepResult, train_on_batch

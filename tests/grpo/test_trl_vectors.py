@@ -17,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests import trl
-from tests.trl import number
+from tests.support import trl
+from tests.support.trl import number
+from troupe.actors.learner.batch import assemble
 from troupe.grpo import (
     LearnerConfig,
     LossConfig,
@@ -32,8 +33,7 @@ from troupe.grpo import (
     sync_reference,
 )
 from troupe.grpo.entropy import EntropyControl
-from troupe.grpo.losses import loss_and_tallies, sampler_tallies
-from troupe.grpo.metrics import averages, merge
+from troupe.grpo.loss import loss_and_tallies, sampler_tallies
 from troupe.grpo.ratios import (
     entropy_threshold,
     high_entropy_mask,
@@ -42,7 +42,7 @@ from troupe.grpo.ratios import (
     reference_kl,
     sampler_correction,
 )
-from troupe.learning import assemble
+from troupe.grpo.tallies import averages, merge
 from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup, Slot
 from troupe.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 

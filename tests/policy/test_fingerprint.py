@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import write_tiny_model
+from tests.support.tiny import write_tiny_model
 from troupe.policy import model_fingerprint
 from troupe.policy.fingerprint import SAMPLE_BYTES, SAMPLES
 

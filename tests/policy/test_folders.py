@@ -15,8 +15,8 @@ from tests.policy.forward_vectors import SHIPPED
 from tests.test_oracles import IDS, oracle
 from troupe.errors import InputError, ModelError
 from troupe.policy.folders import COMPANION_FILES, read_model_folder, save_model_folder
-from troupe.policy.loading import load_policy, random_policy
-from troupe.policy.qwen3 import expected_shapes
+from troupe.policy.model import load_policy, random_policy
+from troupe.policy.network.qwen3 import expected_shapes
 
 TIED, UNTIED = SHIPPED / "qwen3-tiny-tied", SHIPPED / "qwen3-tiny-untied"
 

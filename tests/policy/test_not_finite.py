@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from tests.tiny import CONFIG, write_tiny_model
-from troupe import cli
+from tests.support.tiny import CONFIG, write_tiny_model
+from troupe.cli import main as cli
 from troupe.errors import RunError
 from troupe.policy import GenerationConfig, Policy, RolloutEngine, RolloutRequest, generate_batch, load_policy, project
 
@@ -62,7 +62,7 @@ def test_one_logit_is_enough_and_the_token_is_named(
             logits[-1, 7] = bad
         return logits
 
-    monkeypatch.setattr("troupe.policy.decoding.project", spoiled)
+    monkeypatch.setattr("troupe.policy.decode.loop.project", spoiled)
     engine = engine_of(load_policy(tiny_model))
     with pytest.raises(RunError, match="request 0: the logits for token 2"):
         list(engine.decode([RolloutRequest(prompt_ids=(1, 2), key=(0,))]))
@@ -87,7 +87,7 @@ def test_what_comes_after_the_end_of_a_completion_does_not_matter(
         calls.append(None)
         return logits
 
-    monkeypatch.setattr("troupe.policy.decoding.project", spoiled)
+    monkeypatch.setattr("troupe.policy.decode.loop.project", spoiled)
     engine = RolloutEngine(policy.config, engine_of(policy).generation, stop_ids=frozenset({stop}))
     engine.load(policy.weights, 0)
     (group,) = engine.decode([request])

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.fakes import make_group, make_prompt
+from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig

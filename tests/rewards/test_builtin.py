@@ -15,7 +15,7 @@ from troupe.rewards import (
     length_reward,
     think_format_reward,
 )
-from troupe.rewards.functions import reward_name
+from troupe.rewards.convention import reward_name
 
 
 def chat(text: str | None) -> list[dict[str, object]]:

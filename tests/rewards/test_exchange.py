@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.fakes import make_group, make_prompt
+from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import GroupScores, RewardActor, RewardManager, RewardSample, RewardsConfig, batch_reward

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import make_group, make_prompt
 from tests.rewards import process_rewards
+from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig

@@ -9,7 +9,7 @@ import anyio
 import msgspec
 import pytest
 
-from tests.fakes import make_group, make_prompt
+from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Span
 from troupe.rewards import (
@@ -21,7 +21,8 @@ from troupe.rewards import (
     TrainerState,
     batch_reward,
 )
-from troupe.runtime import Mailbox, Reporter
+from troupe.runtime.mailbox import Mailbox
+from troupe.runtime.reporter import Reporter
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.extras import extra
-from tests.fakes import make_group, make_prompt
+from tests.support.extras import extra
+from tests.support.fakes import make_group, make_prompt
 from troupe.messages import RolloutGroup
 from troupe.rewards import (
     RewardManager,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.extras import extra
+from tests.support.extras import extra
 from troupe.dataset import PromptDataset
 from troupe.errors import RewardError
 from troupe.rewards import (

@@ -8,7 +8,9 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from troupe.messages import Incident, Span
-from troupe.runtime import Actor, Broadcast, Channel, Mailbox, Reporter
+from troupe.runtime.actor import Actor
+from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.reporter import Reporter
 
 pytestmark = pytest.mark.anyio
 
@@ -130,7 +132,7 @@ async def test_reporter_sends_incidents_and_spans_and_closes_both(monkeypatch: p
     report = Reporter("scorer", incidents, spans)
     incident = Incident(actor="scorer", kind="odd", message="something odd")
     await report.incident(incident)
-    monkeypatch.setattr("troupe.runtime.report.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr("troupe.runtime.reporter.time", SimpleNamespace(perf_counter=lambda: next(times)))
     with pytest.raises(KeyError), report.span("score", step=3, gid=7):
         raise KeyError
     report.close()

@@ -4,7 +4,7 @@ import anyio
 import pytest
 from anyio import wait_all_tasks_blocked
 
-from troupe.runtime import Credits, PolicyBoard
+from troupe.runtime.board import Credits, PolicyBoard
 
 pytestmark = pytest.mark.anyio
 

@@ -14,8 +14,7 @@ import mlx.core as mx
 import msgspec
 import pytest
 
-from troupe.runtime import DeviceThread
-from troupe.runtime.device import arrays_in
+from troupe.runtime.device import DeviceThread, arrays_in
 
 pytestmark = pytest.mark.anyio
 
@@ -239,7 +238,7 @@ async def test_leaving_closes_even_when_cancelled() -> None:
 def test_a_process_that_used_device_threads_exits_cleanly() -> None:
     program = """
         import troupe, anyio, mlx.core as mx
-        from troupe.runtime import DeviceThread
+        from troupe.runtime.device import DeviceThread
         async def main():
             async with DeviceThread("a") as a, DeviceThread("b") as b:
                 x = await a.run(lambda: mx.random.normal((64, 64), key=mx.random.key(0)) @ mx.ones((64, 64)))

@@ -17,9 +17,10 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.kills import processes
-from troupe.runtime import Guard, guarding, under_way
+from tests.support.kills import processes
+from troupe.runtime import guarding
 from troupe.runtime.guardian import Page
+from troupe.runtime.guarding import Guard, under_way
 
 pytestmark = pytest.mark.anyio
 
@@ -70,7 +71,8 @@ async def test_calls_under_way_are_on_the_page() -> None:
 
 FORK = """
 import os, signal, anyio
-from troupe.runtime import Guard, guarding  # without MLX, which does not bear a fork
+from troupe.runtime import guarding  # without MLX, which does not bear a fork
+from troupe.runtime.guarding import Guard
 
 async def main():
     with Guard() as guard, guard.received(signal.SIGTERM):
@@ -131,7 +133,7 @@ async def test_shared_memory_without_memfd(monkeypatch: pytest.MonkeyPatch) -> N
 
 HUNG = """
 import sys, threading, time, anyio
-from troupe.runtime import Guard, under_way
+from troupe.runtime.guarding import Guard, under_way
 
 def hang():
     with under_way("kind", hang.__code__):

@@ -31,7 +31,10 @@ from troupe.checkpoint import (
 from troupe.errors import CheckpointError, FolderGoneError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot
 from troupe.policy import Companions, Qwen3Config
-from troupe.runtime import Actor, Channel, DeviceThread, Mailbox, Reporter
+from troupe.runtime.actor import Actor
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.reporter import Reporter
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _NICENESS = 5

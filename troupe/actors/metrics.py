@@ -11,8 +11,11 @@ import anyio
 import msgspec
 
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Settle, Span, Update
-from troupe.runtime import Actor, Broadcast, Mailbox, Reporter, StepTimes
-from troupe.sinks import Sinks
+from troupe.records.sinks.sinks import Sinks
+from troupe.runtime.actor import Actor
+from troupe.runtime.mailbox import Broadcast, Mailbox
+from troupe.runtime.reporter import Reporter
+from troupe.runtime.spans import StepTimes
 
 Heard: TypeAlias = Update | GroupClosed | Incident
 """What listeners may ask for."""

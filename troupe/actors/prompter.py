@@ -9,10 +9,13 @@ from typing import Any
 
 import msgspec
 
+from troupe.actors.ledgers import OpenGroups, next_attempt
+from troupe.actors.schedule import PromptSchedule
 from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step
-from troupe.open_groups import OpenGroups, next_attempt
-from troupe.runtime import Actor, Channel, Credits, Mailbox, Reporter
-from troupe.schedule import PromptSchedule
+from troupe.runtime.actor import Actor
+from troupe.runtime.board import Credits
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.reporter import Reporter
 
 
 class PromptLedger(msgspec.Struct, kw_only=True):

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from troupe.messages import Hold, Incident, RolloutGroup, ScoredGroup
 from troupe.rewards import RewardManager, TrainerState
-from troupe.runtime import Actor, Channel, Mailbox, Reporter
+from troupe.runtime.actor import Actor
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.reporter import Reporter
 
 
 class Scorer(Actor):

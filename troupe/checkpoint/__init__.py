@@ -16,7 +16,7 @@ A folder without a manifest is no checkpoint. While a folder replaces an older o
 waits beside it under `.replaced-NAME`, where reading finds it after a crash. Knows nothing of actors.
 """
 
-from troupe.checkpoint.keeping import (
+from troupe.checkpoint.keep import (
     Pruned,
     checkpoint_folder,
     clear_leftovers,
@@ -24,9 +24,9 @@ from troupe.checkpoint.keeping import (
     newer_versions,
     prune_checkpoints,
 )
-from troupe.checkpoint.reading import load_checkpoint, load_newest, read_made, read_state, verify_manifest
+from troupe.checkpoint.read import load_checkpoint, load_newest, read_made, read_state, verify_manifest
 from troupe.checkpoint.state import FORMAT, MANIFEST, Checkpoint, CheckpointConfig, Made, RewardState, RunState
-from troupe.checkpoint.writing import save_checkpoint, save_final_policy
+from troupe.checkpoint.write import save_checkpoint, save_final_policy
 
 __all__ = [
     "FORMAT",

@@ -24,7 +24,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.checkpoint.cuda_memory import bytes_on_card
-from troupe.policy import cuda_kernels
+from troupe.policy.decode import cuda_kernels
 
 BLOCK_BYTES = 1 << 24
 Chunks: TypeAlias = Iterable[bytes | memoryview]

@@ -17,20 +17,18 @@ from typing import Any
 import anyio
 import msgspec
 
-from troupe.daemon.answers import takes_a_while
-from troupe.daemon.chronicle import Chronicle
-from troupe.daemon.frames import Answer, Begin, Failed, Finished, Last, Playing, Rejected, Stepped, Told
+from troupe.cli.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
+from troupe.daemon.attempts import Attempts
+from troupe.daemon.control.answers import takes_a_while
+from troupe.daemon.control.place import Peer
+from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.logs import LEVELS, LOGGER
 from troupe.daemon.orders import Order
-from troupe.daemon.place import Peer
-from troupe.daemon.player import ANSWER_S, CHECKED_S, GONE, Child, Player, first_of
-from troupe.daemon.protocol import Reply, Request
+from troupe.daemon.page.history import Chronicle
 from troupe.daemon.reloading import Reloading, set_level
-from troupe.daemon.restarts import Attempts
-from troupe.daemon.settings import DaemonConfig
-from troupe.daemon.silence import Silence, remedy, silence_of
+from troupe.daemon.trainer.frames import Answer, Begin, Failed, Finished, Last, Playing, Rejected, Stepped, Told
+from troupe.daemon.trainer.link import ANSWER_S, CHECKED_S, GONE, Child, Player, first_of
 from troupe.errors import FolderGoneError
-from troupe.held_folder import HeldFolder
 from troupe.messages import (
     NOT_STARTED,
     Activity,
@@ -46,8 +44,10 @@ from troupe.messages import (
     Status,
     Stop,
 )
-from troupe.runtime import SILENT
-from troupe.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
+from troupe.records.silence import Silence, remedy, silence_of
+from troupe.run.daemon_settings import DaemonConfig
+from troupe.runtime.guardian import SILENT
+from troupe.runtime.held_folder import HeldFolder
 
 _FROM_SIGNAL = "a signal"
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from troupe.daemon.place import LOG
-from troupe.daemon.settings import DaemonConfig
-from troupe.escapes import harmless
+from troupe.daemon.control.place import LOG
+from troupe.run.daemon_settings import DaemonConfig
+from troupe.runtime.escapes import harmless
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOGGER = logging.getLogger("troupe.daemon")

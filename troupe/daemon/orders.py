@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from troupe.daemon.settings import DaemonConfig
 from troupe.errors import ConfigError
-from troupe.folder_names import run_folder_named
-from troupe.tables import lay_over, read_toml, table_of
+from troupe.run.daemon_settings import DaemonConfig
+from troupe.run.folder_names import run_folder_named
+from troupe.run.tables import lay_over, read_toml, table_of
 
 _STORED = "run.toml"
 

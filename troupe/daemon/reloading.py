@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 
+from troupe.daemon.attempts import Attempts
+from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.logs import LEVELS, LOGGER, set_limits
 from troupe.daemon.orders import Order
-from troupe.daemon.protocol import Reply, Request
-from troupe.daemon.restarts import Attempts
-from troupe.daemon.settings import DaemonConfig
 from troupe.errors import ConfigError
 from troupe.messages import Done, Refused, Set
-from troupe.tables import flattened
+from troupe.run.daemon_settings import DaemonConfig
+from troupe.run.tables import flattened
 
 _AT_ITS_START = ("page",)
 """Keys of its own section that a daemon looks at once."""

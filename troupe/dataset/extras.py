@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 from troupe.errors import DatasetError
-from troupe.installing import remedy
+from troupe.runtime.installing import remedy
 
 
 def optional(module: str, extra: str, source: object) -> ModuleType:

@@ -23,8 +23,8 @@ import msgspec
 
 from troupe.dataset.kept_rows import KeptRows
 from troupe.errors import DatasetError
-from troupe.escapes import harmless
-from troupe.installing import remedy
+from troupe.runtime.escapes import harmless
+from troupe.runtime.installing import remedy
 
 PREFIX = "reasoning_gym:"
 DEFAULTS: dict[str, Any] = {"size": 500, "seed": 0}

@@ -13,7 +13,7 @@ from typing import Any
 from troupe.dataset.extras import optional
 from troupe.dataset.queries import split_query
 from troupe.errors import DatasetError
-from troupe.home import expanded
+from troupe.runtime.files import expanded
 
 PREFIX = "hf:"
 _OPTIONS = {"split": "split", "config": "name", "revision": "revision", "data_dir": "data_dir"}

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from troupe.dataset.queries import split_query
-from troupe.home import expanded
+from troupe.runtime.files import expanded
 
 _FORMAT = 1
 _MOST_FILES = 64

@@ -15,7 +15,7 @@ from troupe.dataset.rows import PromptRow, check_row
 from troupe.dataset.settings import ChatMode, DataConfig
 from troupe.dataset.sources import read_file, read_source
 from troupe.errors import DatasetError
-from troupe.home import expanded
+from troupe.runtime.files import expanded
 
 
 class PromptDataset:

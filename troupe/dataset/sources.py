@@ -11,7 +11,7 @@ from troupe.dataset.files import refuse_folder
 from troupe.dataset.json_files import read_json, read_jsonl
 from troupe.dataset.tables import read_csv, read_parquet
 from troupe.errors import DatasetError
-from troupe.home import expanded
+from troupe.runtime.files import expanded
 
 FILES: dict[str, Callable[[Path], Iterator[tuple[int | None, Any]]]] = {
     ".json": read_json,

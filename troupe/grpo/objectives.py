@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
-from troupe.grpo.metrics import Tallies, nan_max, nan_min, row_fractions, tally
 from troupe.grpo.ratios import masked_sum, row_means
+from troupe.grpo.tallies import Tallies, nan_max, nan_min, row_fractions, tally
 
 if TYPE_CHECKING:
-    from troupe.grpo.losses import LossConfig
+    from troupe.grpo.loss import LossConfig
 
 
 class PolicyInputs(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from troupe.grpo.metrics import Tallies
+from troupe.grpo.tallies import Tallies
 
 Value = TypeVar("Value")
 

@@ -15,11 +15,12 @@ from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 import mlx.core as mx
 import msgspec
 
-from troupe.grpo import metrics, ratios
+from troupe.grpo import ratios
+from troupe.grpo import tallies as metrics
 from troupe.grpo.advantages import Aggregation, ScaleRewards
 from troupe.grpo.batch import Batch, split
 from troupe.grpo.entropy import entropy_control
-from troupe.grpo.losses import (
+from troupe.grpo.loss import (
     Fraction,
     LossConfig,
     NonNegative,

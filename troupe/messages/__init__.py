@@ -23,7 +23,7 @@ from troupe.messages.control import (
     Step,
     Stop,
 )
-from troupe.messages.rollout import (
+from troupe.messages.groups import (
     ChatMessage,
     FinishReason,
     Prompt,
@@ -33,7 +33,7 @@ from troupe.messages.rollout import (
     ScoredGroup,
     Slot,
 )
-from troupe.messages.training import (
+from troupe.messages.steps import (
     CheckpointWritten,
     ClosedState,
     GroupClosed,

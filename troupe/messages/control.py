@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from troupe.messages.rollout import Slot
+from troupe.messages.groups import Slot
 
 Phase = Literal["starting", "running", "paused", "held", "draining", "stopping", "ended", "failed", "restarting"]
 """Where a run stands. starting: what comes before the first prompt; held: a reward is down, so no step is begun;

@@ -1,18 +1,28 @@
 """The language model: arrays and text. Imports nothing else of ours."""
 
-from troupe.policy.architecture import PRESETS, Qwen3Config
 from troupe.policy.companions import DTYPES, Companions
-from troupe.policy.completions import completion_statistics
-from troupe.policy.differentiation import completion_gradients
-from troupe.policy.elementwise import is_on_cpu
+from troupe.policy.decode.engine import (
+    CompletedGroup,
+    Completion,
+    GenerationConfig,
+    RolloutBatch,
+    RolloutEngine,
+    RolloutRequest,
+    generate_batch,
+)
+from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
+from troupe.policy.decode.sampling import Sampler, SamplingConfig
 from troupe.policy.fingerprint import model_fingerprint
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
-from troupe.policy.gradient_memory import MicroBatch, gradient_memory_bytes
-from troupe.policy.head import TokenStatistics
+from troupe.policy.gradient.backward import completion_gradients
+from troupe.policy.gradient.memory import MicroBatch, gradient_memory_bytes
 from troupe.policy.hub import is_hub_id, resolve_model
-from troupe.policy.loading import ModelConfig, Policy, load_policy, random_policy
-from troupe.policy.memory import decode_memory_bytes, fused_copy_bytes
-from troupe.policy.qwen3 import (
+from troupe.policy.model import ModelConfig, Policy, load_policy, random_policy
+from troupe.policy.network.architecture import PRESETS, Qwen3Config
+from troupe.policy.network.completions import completion_statistics
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.head import TokenStatistics
+from troupe.policy.network.qwen3 import (
     Attention,
     Weights,
     expected_shapes,
@@ -22,19 +32,16 @@ from troupe.policy.qwen3 import (
     parameter_count,
     project,
 )
-from troupe.policy.rollout import (
-    CompletedGroup,
-    Completion,
-    GenerationConfig,
-    RolloutBatch,
-    RolloutEngine,
-    RolloutRequest,
-    generate_batch,
+from troupe.policy.network.rotary import YarnScaling
+from troupe.policy.text.complete import (
+    TextCompletion,
+    TextPrompt,
+    complete_texts,
+    encode_prompt,
+    opened_thought,
+    stream_text,
 )
-from troupe.policy.rotary import YarnScaling
-from troupe.policy.sampling import Sampler, SamplingConfig
-from troupe.policy.text import TextCompletion, TextPrompt, complete_texts, encode_prompt, opened_thought, stream_text
-from troupe.policy.tokenizer import Tokenizer
+from troupe.policy.text.tokenizer import Tokenizer
 
 __all__ = [
     "DTYPES",

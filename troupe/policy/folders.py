@@ -15,11 +15,11 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import InputError, ModelError
-from troupe.policy.architecture import Qwen3Config
 from troupe.policy.companions import COMPANION_FILES as COMPANION_FILES  # where callers look for it
 from troupe.policy.companions import DTYPES, Companions
-from troupe.policy.elementwise import is_on_cpu
-from troupe.policy.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
 from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
 from troupe.policy.weight_files import (
     CONFIG_FILE,

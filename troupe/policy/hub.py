@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 
 from troupe.errors import ModelError
-from troupe.home import expanded
-from troupe.installing import in_clone, remedy
 from troupe.policy.weight_files import CONFIG_FILE, weight_files
+from troupe.runtime.files import expanded
+from troupe.runtime.installing import in_clone, remedy
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = "main"

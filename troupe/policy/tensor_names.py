@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from troupe.policy.qwen3 import EMBEDDING, HEAD
+from troupe.policy.network.qwen3 import EMBEDDING, HEAD
 
 _FRONT = frozenset({"module", "base_model", "model", "language_model"})
 """Names of parts around a network, in any order and number: `model.language_model.layers.0…` is `model.layers.0…`. A

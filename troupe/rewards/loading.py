@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 
 from troupe.errors import RewardError
-from troupe.home import expanded
-from troupe.reward_files import module_name, spec_of
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described
 from troupe.rewards.builtin import (
@@ -30,10 +28,12 @@ from troupe.rewards.builtin import (
     length_reward,
     think_format_reward,
 )
-from troupe.rewards.functions import Reward, RewardFunction, check_signature
+from troupe.rewards.convention import Reward, RewardFunction, check_signature
 from troupe.rewards.isolation import in_daemon_thread
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
 from troupe.rewards.watching import Watch, loading_watch, remember
+from troupe.runtime.code_files import module_name, spec_of
+from troupe.runtime.files import expanded
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,

@@ -25,11 +25,12 @@ from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import Attempts, Fault, Pace, in_short
 from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
-from troupe.rewards.functions import Reward
+from troupe.rewards.convention import Reward
+from troupe.rewards.exchange import Seat, Sitting
 from troupe.rewards.isolation import end_idle_threads
 from troupe.rewards.loading import is_code, load_beside, load_reward
 from troupe.rewards.movable import MovableRunner
-from troupe.rewards.processes import ProcessRunner, look_at, process_spec
+from troupe.rewards.processes.runner import ProcessRunner, look_at, process_spec
 from troupe.rewards.runners import (
     ActorRunner,
     Batch,
@@ -39,10 +40,10 @@ from troupe.rewards.runners import (
     joined,
     own_pace,
 )
-from troupe.rewards.seats import Seat, Sitting
 from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
 from troupe.rewards.watching import begins, ends
-from troupe.runtime import Reporter, together
+from troupe.runtime.reporter import Reporter
+from troupe.runtime.roles import together
 
 _LOOK_S = 60.0
 """That the code of a reward may take to load before it is said that it cannot be exchanged for another."""

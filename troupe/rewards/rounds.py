@@ -9,7 +9,7 @@ import anyio
 
 from troupe.messages import Slot
 from troupe.rewards.runners import Batch, Outcome, Round, Runner, joined
-from troupe.runtime import Reporter
+from troupe.runtime.reporter import Reporter
 
 
 class Rounds:

@@ -20,7 +20,7 @@ from troupe.messages import Slot
 from troupe.rewards.actor import RewardActor, RewardSample
 from troupe.rewards.attempts import Attempts, Fault, Pace, Tries, described, is_own_failure
 from troupe.rewards.breaker import Breaker, NeverWorked
-from troupe.rewards.functions import (
+from troupe.rewards.convention import (
     Reward,
     RewardFunction,
     Scope,
@@ -36,7 +36,8 @@ from troupe.rewards.functions import (
 from troupe.rewards.isolation import end_tasks, in_own_task
 from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import Watch, tasks_of
-from troupe.runtime import together, under_way
+from troupe.runtime.guarding import under_way
+from troupe.runtime.roles import together
 
 _LARGEST = 1e18
 """Of a score's size: advantages square it in float32, which ends at 3.4e38."""

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from troupe.errors import RewardError
-from troupe.rewards.functions import Reward, reward_name, unwrapped
+from troupe.rewards.convention import Reward, reward_name, unwrapped
 
 Run: TypeAlias = Literal["auto", "process"]
 

@@ -4,7 +4,7 @@ An actor owns its state alone and touches others only by sending messages into t
 mailbox ends it sends what is left, closes its channels, and so the end travels down the play by itself.
 
 A message is in the actor's hand until it has been handled. When an actor fails, another one of its kind goes on with
-the same mailbox and channels (`troupe.runtime.supervision`), and is given what was in hand once more: whatever must not
+the same mailbox and channels (`troupe.runtime.roles`), and is given what was in hand once more: whatever must not
 happen twice, or be forgotten, is kept in an object that outlives the actor.
 """
 
@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from troupe.messages import Incident
 from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
-from troupe.runtime.report import Reporter
+from troupe.runtime.reporter import Reporter
 
 
 class Actor(ABC):

@@ -27,7 +27,7 @@ from typing import NoReturn
 
 import anyio
 
-from troupe.outlets import Aside
+from troupe.runtime.outlets import Aside
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 GRACE_S = 5.0

@@ -1,0 +1,814 @@
+"""Learner: order does not matter, weights are those of `train_on_batch`, every group is closed once."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio
+import mlx.core as mx
+import msgspec
+import pytest
+
+from tests.support.fakes import Reports, device_thread, ended, make_scored, same_bits, send_all, taken
+from tests.support.tiny import CONFIG
+from troupe.actors.learner.actor import Learner, LearnerOutputs
+from troupe.actors.learner.batch import assemble, completion_log_probs
+from troupe.actors.learner.gathering import gathering_for
+from troupe.actors.learner.train import LearnerState
+from troupe.actors.schedule import OnStale, ScheduleConfig
+from troupe.errors import RunError
+from troupe.grpo import LearnerConfig, StepResult, adamw_init, learning_rate, train_on_batch
+from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snapshot, Span, Unfinished, Update
+from troupe.policy import Weights, random_policy
+from troupe.runtime.board import PolicyBoard
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.roles import play, together
+
+pytestmark = pytest.mark.anyio
+LEARNER = LearnerConfig(batch_size=2, lr=1e-2)
+DYNAMIC = LearnerConfig(batch_size=2, lr=1e-2, dynamic_sampling=True, max_resampling_attempts=2)
+UNDIVIDED = LearnerConfig(batch_size=2, lr=1e-2, scale_rewards="none", max_nonfinite_steps=2)
+ENDING = r"step 1: .* all of the last 2 \(learner.max_nonfinite_steps\).*lower learner.lr"
+TOTAL = 3
+
+
+class Stage:
+    """A learner of groups of three, two a step, with everything that it sends."""
+
+    def __init__(
+        self,
+        *,
+        config: LearnerConfig = LEARNER,
+        max_staleness: int = 0,
+        checkpoint_every: int = 99,
+        version: int = 0,
+        total_steps: int = TOTAL,
+        num_tokens: int = 0,
+        learns_beside_checkpoints: bool = True,
+        schedule: ScheduleConfig | None = None,
+        telling_bound: int = 20,
+        recorded: Mapping[int, ScoredGroup] | None = None,
+        unfinished: Unfinished | None = None,
+    ) -> None:
+        policy = random_policy(CONFIG, seed=3)
+        self.start_weights = policy.weights
+        self.snapshots: list[Snapshot] = []
+        self.reports, self.inbox = Reports(), Mailbox("learner")
+        self.prompter, self.metrics, self.updates, self.checkpointer = map(Mailbox, "pmuc")
+        self.scored: Channel[ScoredGroup] = self.inbox.channel("scored", ScoredGroup, bound=20)
+        self.request: Channel[Checkpoint] = self.inbox.channel("request", Checkpoint, bound=1, side=True)
+        self.board: PolicyBoard[Weights] = PolicyBoard(max_staleness)
+        self.board.publish(version, policy.weights)
+        optimizer_state = adamw_init(policy.weights)
+        mx.eval(list(optimizer_state.values()))
+        self.learner = Learner(
+            self.inbox,
+            LearnerOutputs(
+                closed_to_prompter=self.prompter.channel("closed", GroupClosed, Replace, bound=20),
+                closed_to_metrics=self.metrics.channel("closed", GroupClosed, bound=telling_bound),
+                updates=self.updates.channel("updates", Update, bound=20),
+                snapshots=self.checkpointer.channel("snapshots", Snapshot, bound=20),
+            ),
+            device=device_thread("learner"),
+            config=config,
+            policy_config=CONFIG,
+            state=LearnerState(
+                version=version,
+                weights=policy.weights,
+                optimizer_state=optimizer_state,
+                reference=policy.weights if config.beta else None,
+                num_tokens=num_tokens,
+            ),
+            board=self.board,
+            reward_weights={"r": 1.0},
+            temperature=0.9,
+            max_completion_length=12,
+            gathering=gathering_for(
+                schedule or ScheduleConfig(max_staleness=max_staleness),
+                batch_size=2,
+                min_scored=2,
+                resampling=config.max_resampling_attempts,
+                unfinished=unfinished,
+            ),
+            pad_id=257,
+            prompts_per_epoch=8,
+            total_steps=total_steps,
+            checkpoint_every=checkpoint_every,
+            learns_beside_checkpoints=learns_beside_checkpoints,
+            recorded=recorded,
+            report=self.reports.reporter("learner"),
+        )
+
+    async def play(self, groups: Sequence[ScoredGroup]) -> None:
+        """To the end of the mailbox."""
+        await send_all(self.scored, groups)
+        await together([self.learner.run, self.write])
+
+    async def write(self) -> None:
+        """Take every snapshot as soon as it comes."""
+        async for snapshot in self.checkpointer:
+            self.snapshots.append(snapshot)
+
+
+def two_steps() -> list[ScoredGroup]:
+    return [
+        make_scored(0, 0, (0.0, 1.0, 0.5)),
+        make_scored(0, 1, (0.2, None, 0.9)),
+        make_scored(1, 0, (1.0, 0.0, 0.0), version=1),
+        make_scored(1, 1, (0.0, 0.1, 0.7), version=1),
+    ]
+
+
+def both() -> list[list[ScoredGroup]]:
+    return [two_steps()[:2], two_steps()[2:]]
+
+
+def expected(stage: Stage, groups: Sequence[ScoredGroup], config: LearnerConfig = LEARNER) -> Weights:
+    """The same two steps by hand, in slot order."""
+    weights, state = stage.start_weights, adamw_init(stage.start_weights)
+    for step in range(2):
+        batch = assemble(groups[2 * step : 2 * step + 2], config, weights={"r": 1.0}, pad_id=257).batch
+        passes = config.num_iterations
+        result = train_on_batch(
+            weights,
+            state,
+            batch,
+            completion_log_probs(CONFIG, 0.9),
+            config,
+            lr=[learning_rate(step * passes + i, TOTAL * passes, config) for i in range(passes)],
+            ref_weights=stage.start_weights if config.beta else None,
+            max_completion_length=12,
+        )
+        weights, state = result.weights, result.optimizer_state
+    return weights
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LEARNER,
+        LearnerConfig(batch_size=2, lr=1e-2, num_iterations=2, beta=0.1, warmup_steps=3, lr_scheduler="cosine"),
+    ],
+)
+async def test_any_order_of_arrival_gives_the_weights_of_train_on_batch_bit_for_bit(config: LearnerConfig) -> None:
+    groups = two_steps()
+    reference = expected(Stage(config=config), groups, config)
+    assert not same_bits(reference, Stage().start_weights)
+    for order in [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)]:
+        stage = Stage(config=config)
+        await stage.play([groups[i] for i in order])
+        assert stage.learner.version == 2
+        assert same_bits(stage.learner.weights, reference), order
+        assert stage.board.kept[2] is stage.learner.weights, "handed over by reference"
+
+
+async def test_every_group_is_closed_once_to_both_with_the_version_it_made() -> None:
+    stage = Stage()
+    await stage.play(list(reversed(two_steps())))
+    to_prompter, to_metrics = await taken(stage.prompter), await taken(stage.metrics)
+    assert to_prompter == to_metrics
+    assert [(c.gid, c.slot.step, c.slot.place, c.state, c.version) for c in to_prompter] == [
+        (0, 0, 0, "trained", 1),
+        (1, 0, 1, "trained", 1),
+        (2, 1, 0, "trained", 2),
+        (3, 1, 1, "trained", 2),
+    ]
+    assert all(map(ended, (stage.prompter, stage.metrics, stage.updates, stage.checkpointer)))
+
+
+async def test_updates_tell_the_step() -> None:
+    stage = Stage()
+    await stage.play(two_steps())
+    first, second = await taken(stage.updates)
+    assert (first.step, first.version, first.total_steps, second.step) == (1, 1, TOTAL, 2)
+    assert first.metrics["reward"] == pytest.approx((0.0 + 1.0 + 0.5 + 0.2 + 0.9) / 5)
+    assert first.metrics["groups/trained"] == 2.0
+    assert first.metrics["staleness"] == 0.0
+    assert second.metrics["staleness"] == 0.0
+    assert first.metrics["learning_rate"] == pytest.approx(1e-2)
+    assert second.metrics["learning_rate"] == pytest.approx(1e-2 * 2 / 3)  # linear over three steps
+    tokens = [[len(r.token_ids) for scored in step for r in scored.group.rollouts] for step in both()]
+    prompts = [[len(scored.group.prompt.prompt_ids) for scored in step for _ in range(3)] for step in both()]
+    assert first.metrics["tokens_per_second"] * first.metrics["step_time"] == pytest.approx(sum(tokens[0]))
+    assert first.metrics["learn_tokens_per_second"] * first.metrics["learn_time"] == pytest.approx(
+        sum(tokens[0]) + sum(prompts[0])
+    )
+    assert first.metrics["num_tokens"] == sum(tokens[0]) + sum(prompts[0])
+    assert second.metrics["num_tokens"] == sum(tokens[0]) + sum(prompts[0]) + sum(tokens[1]) + sum(prompts[1])
+    assert (first.metrics["epoch"], second.metrics["epoch"]) == (0.25, 0.5)  # 2 and 4 prompts of 8
+    assert first.metrics["completions/mean_length"] == pytest.approx(sum(tokens[0]) / 6)
+    assert first.metrics["advantages/frac_zero"] == 2 / 6  # 0.5 is the mean of its group; one score is missing
+    assert first.metrics["advantages/mean"] == pytest.approx(0, abs=1e-6)
+    spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+    works = [(s.name, s.step) for s in spans if s.kind == "work"]
+    names = ["prepare", "pass", "learn", "publish", "close: trained"]
+    assert works == [(name, step) for step in (0, 1) for name in names]
+    learns = [s for s in spans if s.name == "learn"]
+    assert [s.gids for s in learns] == [tuple(scored.group.prompt.gid for scored in step) for step in both()]
+    assert [s.gids for s in spans if s.name == "close: trained"] == [s.gids for s in learns]
+
+
+async def test_staleness_is_counted_in_versions() -> None:
+    stage = Stage(max_staleness=1, version=4, total_steps=9)
+    older, newer = make_scored(4, 0, version=3), make_scored(4, 1, version=4)
+    await stage.play([older, newer])
+    [update] = await taken(stage.updates)
+    old, new = (sum(len(r.token_ids) for r in scored.group.rollouts) for scored in (older, newer))
+    assert update.step == 5
+    assert update.metrics["staleness"] == pytest.approx(old / (old + new))
+    assert update.metrics["staleness/max"] == 1.0
+
+
+async def test_tokens_of_earlier_starts_and_of_quarantined_groups_count() -> None:
+    stage, poor = Stage(num_tokens=1000), make_scored(0, 1, (0.7, None, None))
+    await stage.play([make_scored(0, 0), poor])
+    [update] = await taken(stage.updates)
+    rollouts = [r for scored in (make_scored(0, 0), poor) for r in scored.group.rollouts]
+    assert update.metrics["num_tokens"] == 1000 + 3 * 2 + 3 * 3 + sum(len(r.token_ids) for r in rollouts)
+    assert stage.snapshots[0].num_tokens == update.metrics["num_tokens"]
+
+
+async def test_peak_memory_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    peaks = iter([3_000_000_000, 2_000_000_000])
+    monkeypatch.setattr(mx, "reset_peak_memory", lambda: calls.append("reset"))
+
+    def read() -> int:
+        calls.append("read")
+        return next(peaks)
+
+    monkeypatch.setattr(mx, "get_peak_memory", read)
+    stage = Stage()
+    await stage.play(two_steps())
+    assert calls == ["reset", "read", "reset", "read", "reset"]
+    assert [update.metrics["peak_memory_gb"] for update in await taken(stage.updates)] == [3.0, 2.0]
+
+
+async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained() -> None:
+    poor = make_scored(0, 1, (0.7, None, None))
+    stage, alone = Stage(), Stage()
+    await stage.play([make_scored(0, 0), poor])
+    result = train_on_batch(
+        alone.start_weights,
+        adamw_init(alone.start_weights),
+        assemble([make_scored(0, 0)], LEARNER, weights={"r": 1.0}, pad_id=257).batch,
+        completion_log_probs(CONFIG, 0.9),
+        LEARNER,
+        lr=1e-2,
+        max_completion_length=12,
+    )
+    assert same_bits(stage.learner.weights, result.weights)
+    assert [c.state for c in await taken(stage.prompter)] == ["trained", "quarantined"]
+    [incident] = await stage.reports.incidents()
+    assert (incident.kind, incident.gid, incident.actor) == ("group_quarantined", 1, "learner")
+    assert "group 1 (dataset row 1)" in incident.message
+    assert (await taken(stage.updates))[0].metrics["groups/trained"] == 1.0
+
+
+async def test_a_step_without_usable_groups_makes_no_update_but_a_version() -> None:
+    stage = Stage()
+    nothing: tuple[float | None, ...] = (None, None, None)
+    await stage.play([make_scored(0, 0, nothing), make_scored(0, 1, nothing)])
+    assert stage.learner.version == 1
+    assert stage.board.version == 1
+    assert stage.learner.weights is stage.start_weights
+    assert [(c.gid, c.state) for c in await taken(stage.metrics)] == [(0, "quarantined"), (1, "quarantined")]
+    [update] = await taken(stage.updates)
+    assert (update.step, update.metrics["groups/trained"]) == (1, 0.0)
+    assert "loss" not in update.metrics
+    assert [i.kind for i in await stage.reports.incidents()] == ["group_quarantined"] * 2
+
+
+def endless_scores(step: int) -> list[ScoredGroup]:
+    """Scores so large that, undivided, the square of the gradient is past float32."""
+    return [make_scored(step, place, (1e38, 0.0, 0.0)) for place in range(2)]
+
+
+async def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on() -> None:
+    stage = Stage(config=UNDIVIDED)
+    await stage.play([*endless_scores(0), *two_steps()[2:], *endless_scores(2)])
+    assert stage.learner.version == 3, "a good step in between starts the count anew"
+    assert all(mx.all(mx.isfinite(array)).item() for array in stage.learner.weights.values())
+    incidents = await stage.reports.incidents()
+    assert [i.kind for i in incidents] == ["nonfinite_step"] * 2
+    assert "step 0: " in incidents[0].message
+    assert "gradient norm (inf) or updated weights are not finite; the update was skipped" in incidents[0].message
+    assert [c.state for c in await taken(stage.prompter)] == ["trained"] * 6
+
+
+async def test_too_many_of_them_in_a_row_end_the_run() -> None:
+    stage = Stage(config=UNDIVIDED)
+    with pytest.raises(RunError, match=ENDING):
+        await stage.play([*endless_scores(0), *endless_scores(1), *two_steps()])
+    assert stage.learner.version == 2
+    assert not ended(stage.checkpointer), "no final policy is made of a run that failed"
+    assert stage.snapshots == []
+
+
+async def test_snapshots_by_schedule_and_one_that_is_final() -> None:
+    stage = Stage(checkpoint_every=1, total_steps=2, max_staleness=1)
+    await stage.play(two_steps())
+    first, final = stage.snapshots
+    assert (first.version, first.final, final.version, final.final) == (1, False, 2, True)
+    assert list(first.behind) == [0]
+    assert first.behind[0] is stage.start_weights
+    assert list(final.behind) == [1]
+    assert final.behind[1] is first.weights, "weights travel by reference"
+    assert first.optimizer_state.keys() == final.optimizer_state.keys()
+    assert not same_bits(first.optimizer_state, final.optimizer_state)
+
+
+async def test_a_checkpoint_on_request_holds_the_last_completed_step() -> None:
+    stage = Stage()
+    groups = two_steps()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(stage.write)
+        for group in groups[:3]:  # step 1 is not complete
+            await stage.scored.send(group)
+        while stage.learner.version == 0:
+            await anyio.wait_all_tasks_blocked()
+        stage.request.send_nowait(Checkpoint())
+        await anyio.wait_all_tasks_blocked()
+        [snapshot] = stage.snapshots
+        assert (snapshot.version, snapshot.final) == (1, False)
+        assert snapshot.weights is stage.learner.weights
+        assert snapshot.behind == {}
+        stage.scored.close()
+
+
+async def test_the_first_step_is_timed_from_the_start_of_the_play(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(1000.0)
+    stage = Stage()
+    stage.learner._last_end_s = 0.0
+    monkeypatch.setattr("troupe.actors.learner.actor.time.perf_counter", lambda: next(clock))
+    await stage.play(two_steps()[:2])
+    [update] = await taken(stage.updates)
+    assert update.metrics["step_time"] < 99  # readings of the clock, not 1000
+
+
+SAME = (0.4, 0.4, None)
+NOTHING: tuple[float | None, ...] = (None, None, None)
+
+
+def replacements(messages: Sequence[GroupClosed | Replace]) -> list[list[tuple[int, int, int]]]:
+    """Step, place and attempt of what every Replace names."""
+    return [[(s.step, s.place, s.attempt) for s in m.slots] for m in messages if isinstance(m, Replace)]
+
+
+def ends(messages: Sequence[GroupClosed | Replace]) -> list[tuple[int, int, int, str]]:
+    """Step, place, attempt and state of every group closed."""
+    return [(m.slot.step, m.slot.place, m.slot.attempt, m.state) for m in messages if isinstance(m, GroupClosed)]
+
+
+async def test_groups_without_signal_are_replaced_together_when_their_round_is_scored() -> None:
+    stage = Stage(config=DYNAMIC)
+    alone = make_scored(0, 1, (0.3, 0.1, None), attempt=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(make_scored(0, 1, SAME))
+        await anyio.wait_all_tasks_blocked()
+        assert await taken(stage.prompter) == [], "the other place could be without signal too"
+        await stage.scored.send(make_scored(0, 0, (1.0, 1.0, 1.0)))
+        await _until(stage.prompter)
+        assert replacements(await taken(stage.prompter)) == [[(0, 0, 0), (0, 1, 0)]]
+        await stage.scored.send(alone)
+        await stage.scored.send(make_scored(0, 0, (0.0, 0.0, 0.0), attempt=1))
+        await _until(stage.prompter)
+        assert replacements(await taken(stage.prompter)) == [[(0, 0, 1)]]
+        assert await taken(stage.metrics) == [], "groups are closed when their step is done"
+        await stage.scored.send(make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2))
+        stage.scored.close()
+    assert stage.learner.version == 1
+    assert ends(await taken(stage.metrics)) == [
+        (0, 0, 0, "filtered"),
+        (0, 0, 1, "filtered"),
+        (0, 0, 2, "trained"),
+        (0, 1, 0, "filtered"),
+        (0, 1, 1, "trained"),
+    ]
+    to_prompter = await taken(stage.prompter)
+    assert ends(to_prompter) == [(0, 0, 2, "trained"), (0, 1, 1, "trained")], "one a credit"
+    by_hand = train_on_batch(
+        stage.start_weights,
+        adamw_init(stage.start_weights),
+        assemble([make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2), alone], DYNAMIC, weights={"r": 1.0}, pad_id=257).batch,
+        completion_log_probs(CONFIG, 0.9),
+        DYNAMIC,
+        lr=1e-2,
+        max_completion_length=12,
+    )
+    assert same_bits(stage.learner.weights, by_hand.weights)
+
+
+async def _until(mailbox: Mailbox) -> None:
+    while not len(mailbox):
+        await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_place_without_signal_to_the_last_is_left_out_and_its_credit_returned() -> None:
+    stage = Stage(config=DYNAMIC)
+    groups = [make_scored(0, 0, SAME, attempt=a) for a in range(3)]
+    good = make_scored(0, 1)
+    await stage.play([good, *groups])
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
+    assert ends(to_prompter) == [(0, 0, 2, "filtered"), (0, 1, 0, "trained")]
+    assert ends(await taken(stage.metrics)) == [*[(0, 0, a, "filtered") for a in range(3)], (0, 1, 0, "trained")]
+    [update] = await taken(stage.updates)
+    tokens = [sum(len(r.token_ids) for r in scored.group.rollouts) for scored in (*groups, good)]
+    expected = {
+        "groups/trained": 1.0,
+        "groups/filtered": 3.0,
+        "groups/resampled": 2.0,
+        "groups/quarantined": 0.0,
+        "groups/filtered_token_fraction": sum(tokens[:3]) / sum(tokens),
+        "reward": (6 * 0.4 + 0.0 + 1.0 + 0.5) / 9,  # of every group sampled: filtering does not colour it
+        "frac_reward_zero_std": 3 / 4,
+        "completions/mean_length": sum(tokens) / 12,
+        "advantages/abs_mean": 1.0 / (0.5 + 1e-4) / 3,  # of the groups trained: ±0.5 / σ and 0
+        "num_tokens": sum(tokens) + 3 * 2 + 3 * 3 + 3 * 2 + 3 * 3,  # prompts have 2 tokens, or 3 at odd place + attempt
+    }
+    assert {name: update.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert update.metrics["tokens_per_second"] * update.metrics["step_time"] == pytest.approx(sum(tokens))
+
+
+async def test_a_step_without_any_signal_makes_a_version_and_no_update() -> None:
+    stage = Stage(config=DYNAMIC)
+    await stage.play([make_scored(0, place, SAME, attempt=a) for a in range(3) for place in range(2)])
+    assert (stage.learner.version, stage.board.version) == (1, 1)
+    assert stage.learner.weights is stage.start_weights
+    [update] = await taken(stage.updates)
+    assert "loss" not in update.metrics
+    assert update.metrics["reward"] == pytest.approx(0.4)
+    assert update.metrics["learn_tokens_per_second"] == 0.0
+    assert [end[3] for end in ends(await taken(stage.prompter))] == ["filtered", "filtered"]
+
+
+async def test_a_quarantined_group_is_not_replaced() -> None:
+    stage = Stage(config=DYNAMIC)
+    await stage.play(
+        [
+            make_scored(0, 0, NOTHING),
+            make_scored(0, 1, SAME),
+            make_scored(0, 1, NOTHING, attempt=1),
+        ]
+    )
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == [[(0, 1, 0)]]
+    assert ends(to_prompter) == [(0, 0, 0, "quarantined"), (0, 1, 1, "quarantined")]
+    assert stage.learner.version == 1
+
+
+async def test_replacements_of_a_later_step_do_not_wait_for_the_earlier_one() -> None:
+    stage = Stage(config=DYNAMIC, max_staleness=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        for group in (make_scored(1, 0, SAME), make_scored(1, 1), make_scored(0, 1)):
+            await stage.scored.send(group)
+        await _until(stage.prompter)
+        assert replacements(await taken(stage.prompter)) == [[(1, 0, 0)]]
+        await stage.scored.send(make_scored(1, 0, attempt=1))
+        await stage.scored.send(make_scored(0, 0))
+        stage.scored.close()
+    assert stage.learner.version == 2
+    assert [end[:3] for end in ends(await taken(stage.prompter))] == [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 0)]
+
+
+async def test_without_dynamic_sampling_equal_rewards_are_trained_on() -> None:
+    stage = Stage()
+    await stage.play([make_scored(0, 0, SAME), make_scored(0, 1)])
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == []
+    assert [end[3] for end in ends(to_prompter)] == ["trained", "trained"]
+
+
+@pytest.mark.parametrize(
+    ("every", "passes", "synced"), [(1, 1, [1, 1]), (2, 1, [0, 1]), (2, 3, [1, 2]), (9, 2, [0, 0])]
+)
+async def test_the_reference_follows_the_policy_every_so_many_updates(
+    every: int, passes: int, synced: list[int]
+) -> None:
+    config = LearnerConfig(
+        batch_size=2,
+        lr=1e-2,
+        beta=0.1,
+        num_iterations=passes,
+        sync_ref_model=True,
+        ref_model_sync_steps=every,
+        ref_model_mixup_alpha=0.25,
+    )
+    stage = Stage(config=config, checkpoint_every=1, total_steps=2)
+    await stage.play(two_steps())
+    reference = stage.start_weights
+    for snapshot, times in zip(stage.snapshots, synced, strict=True):
+        for _ in range(times):
+            reference = {name: 0.25 * snapshot.weights[name] + 0.75 * reference[name] for name in reference}
+        assert snapshot.reference is not None
+        assert same_bits(snapshot.reference, reference)
+    assert (reference is stage.start_weights) == (sum(synced) == 0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+async def test_a_reference_that_stays_is_not_in_snapshots(beta: float) -> None:
+    stage = Stage(config=LearnerConfig(batch_size=2, lr=1e-2, beta=beta))
+    await stage.play(two_steps())
+    assert [snapshot.reference for snapshot in stage.snapshots] == [None]
+
+
+def eat_state(*args: Any, **settings: Any) -> StepResult:
+    """`train_on_batch`, which may take the optimizer's state apart."""
+    weights, state, *rest = args
+    result = train_on_batch(weights, dict(state), *rest, **settings)
+    state.clear()
+    return result
+
+
+async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", eat_state)
+    stage, other = Stage(checkpoint_every=1, total_steps=2), Stage(checkpoint_every=1, total_steps=2)
+    await stage.play(two_steps())
+    monkeypatch.undo()
+    await other.play(two_steps())
+    mine, theirs = stage.snapshots, other.snapshots
+    assert len(mine) == 2
+    for snapshot, wanted in zip(mine, theirs, strict=True):
+        assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
+
+
+async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any, **settings: Any) -> StepResult:
+        inside.set()
+        assert go_on.wait(10)
+        return eat_state(*args, **settings)
+
+    monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", slow)
+    stage, whole = Stage(), Stage()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        for group in two_steps()[:2]:
+            await stage.scored.send(group)
+        await anyio.to_thread.run_sync(inside.wait, 10)
+        tasks.cancel_scope.cancel()
+        go_on.set()
+    monkeypatch.undo()
+    await whole.play(two_steps()[:2])
+    snapshot, wanted = stage.learner.snapshot(), whole.learner.snapshot()
+    assert snapshot.version == 1
+    assert same_bits(snapshot.weights, wanted.weights)
+    assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
+    assert [update.step for update in await taken(stage.updates)] == [1], "and the step is told"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+async def test_learning_beside_a_checkpoint_or_after_it(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+
+    def counted(*args: Any, **settings: Any) -> StepResult:
+        begun.append(args)
+        return train_on_batch(*args, **settings)
+
+    monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", counted)
+    stage = Stage(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside)
+    await send_all(stage.scored, two_steps())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        snapshot = await anext(stage.checkpointer)
+        assert snapshot.version == 1
+        while beside and len(begun) == 1:
+            await anyio.wait_all_tasks_blocked()
+        await anyio.wait_all_tasks_blocked()
+        assert len(begun) == (2 if beside else 1), "the first checkpoint is still in hand"
+        tasks.start_soon(stage.write)
+    assert [snapshot.version for snapshot in stage.snapshots] == [2, 2]
+    spans = [m.name for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+    assert ("wait for checkpoint" in spans) == (not beside)
+
+
+def free(on_stale: OnStale = "drop", max_staleness: int = 1) -> ScheduleConfig:
+    return ScheduleConfig(mode="free", max_staleness=max_staleness, on_stale=on_stale)
+
+
+def aged(group: ScoredGroup, *versions: int) -> ScoredGroup:
+    """The group with these versions of its tokens, the first one's for each completion; the last one's to its end."""
+    rollouts = tuple(
+        msgspec.structs.replace(r, versions=tuple(versions[min(t, len(versions) - 1)] for t in range(len(r.token_ids))))
+        for r in group.group.rollouts
+    )
+    return msgspec.structs.replace(group, group=msgspec.structs.replace(group.group, rollouts=rollouts))
+
+
+def free_stage(on_stale: OnStale = "drop", *, config: LearnerConfig = LEARNER, version: int = 0) -> Stage:
+    return Stage(config=config, schedule=free(on_stale), version=version, total_steps=9)
+
+
+async def test_free_steps_are_made_of_what_comes_first() -> None:
+    stage, by_hand = free_stage(), free_stage()
+    arrived = [make_scored(1, 1, (1.0, 0.0, 0.0)), make_scored(0, 0), make_scored(0, 1), make_scored(1, 0)]
+    await stage.play(arrived)
+    assert ends(await taken(stage.metrics)) == [
+        (0, 0, 0, "trained"),
+        (1, 1, 0, "trained"),
+        (0, 1, 0, "trained"),
+        (1, 0, 0, "trained"),
+    ]
+    assert [update.step for update in await taken(stage.updates)] == [1, 2]
+    weights, state = by_hand.start_weights, adamw_init(by_hand.start_weights)
+    for step, groups in enumerate([(arrived[1], arrived[0]), (arrived[2], arrived[3])]):
+        result = train_on_batch(
+            weights,
+            state,
+            assemble(groups, LEARNER, weights={"r": 1.0}, pad_id=257).batch,
+            completion_log_probs(CONFIG, 0.9),
+            LEARNER,
+            lr=learning_rate(step, 9, LEARNER),
+            max_completion_length=12,
+        )
+        weights, state = result.weights, result.optimizer_state
+    assert same_bits(stage.learner.weights, weights)
+
+
+@pytest.mark.parametrize("on_stale", ["drop", "correct"])
+async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
+    stage = free_stage(on_stale, version=4)
+    young, old = aged(make_scored(7, 0), 4), aged(make_scored(2, 1), 2, 3)
+    await stage.play([young, old])
+    [update] = await taken(stage.updates)
+    result = train_on_batch(
+        stage.start_weights,
+        adamw_init(stage.start_weights),
+        assemble([old, young], LEARNER, weights={"r": 1.0}, pad_id=257, oldest=3 if on_stale == "drop" else None).batch,
+        completion_log_probs(CONFIG, 0.9),
+        LEARNER,
+        lr=learning_rate(4, 9, LEARNER),
+        max_completion_length=12,
+    )
+    assert same_bits(stage.learner.weights, result.weights)
+    tokens, total = 3, sum(len(r.token_ids) for g in (young, old) for r in g.group.rollouts)
+    behind = sum(4 - v for g in (young, old) for r in g.group.rollouts for v in r.versions)
+    expected = {
+        "tokens/stale_fraction": tokens / total,
+        "groups/stale": 0.0,
+        "groups/trained": 2.0,
+        "staleness": behind / total,
+        "staleness/max": 2.0,
+    }
+    assert {name: update.metrics[name] for name in expected} == pytest.approx(expected)
+
+
+async def test_a_group_of_old_tokens_alone_is_closed_as_stale_and_told_of() -> None:
+    stage = free_stage(version=5)
+    old, other = aged(make_scored(2, 1, (1.0, 0.0, 1.0)), 3), aged(make_scored(3, 1, (0.0, 0.0, 1.0)), 5)
+    await stage.play([old, other])
+    assert (stage.learner.version, stage.board.version) == (6, 6)
+    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 0, "trained")]
+    [update] = await taken(stage.updates)
+    assert (update.metrics["groups/stale"], update.metrics["groups/trained"]) == (1.0, 1.0)
+    assert update.metrics["reward"] == pytest.approx(0.5)
+
+
+async def test_no_step_begins_of_which_stale_tokens_leave_nothing() -> None:
+    stage = free_stage(version=5)
+    old, older = aged(make_scored(2, 1), 3), aged(make_scored(3, 1), 2)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(old)
+        await stage.scored.send(older)
+        await _until(stage.prompter)
+        [replace] = await taken(stage.prompter)
+        assert replace == Replace(slots=(older.group.prompt.slot,), rows=(older.group.prompt.row,))
+        await anyio.wait_all_tasks_blocked()
+        assert stage.learner.version == 5
+        await stage.scored.send(aged(make_scored(3, 1, attempt=1), 5))
+        stage.scored.close()
+    assert stage.learner.version == 6
+    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 1, "trained")]
+    [update] = await taken(stage.updates)
+    assert (update.metrics["groups/stale"], update.metrics["groups/trained"]) == (2.0, 1.0)
+
+
+async def test_an_old_group_is_sent_back_with_its_row_and_its_credit() -> None:
+    stage = free_stage("requeue", version=5)
+    old = aged(make_scored(2, 1), 3, 5)
+    again = aged(make_scored(2, 1, attempt=1), 3, 5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(old)
+        await _until(stage.prompter)
+        [replace] = await taken(stage.prompter)
+        assert replace == Replace(slots=(old.group.prompt.slot,), rows=(old.group.prompt.row,))
+        await stage.scored.send(aged(make_scored(3, 0), 5))
+        await anyio.wait_all_tasks_blocked()
+        assert stage.learner.version == 5
+        await stage.scored.send(again)
+        stage.scored.close()
+    assert stage.learner.version == 6
+    assert ends(await taken(stage.prompter)) == [(2, 1, 1, "trained"), (3, 0, 0, "trained")]
+    assert ends(await taken(stage.metrics)) == [(2, 1, 0, "stale"), (2, 1, 1, "trained"), (3, 0, 0, "trained")]
+    [update] = await taken(stage.updates)
+    assert (update.metrics["groups/stale"], update.metrics["groups/resampled"]) == (1.0, 1.0)
+
+
+async def test_free_replaces_groups_without_signal_as_they_come() -> None:
+    stage = free_stage(config=DYNAMIC)
+    await stage.play([make_scored(0, 0, SAME, attempt=a) for a in range(3)] + [make_scored(1, 1)])
+    to_prompter = await taken(stage.prompter)
+    assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
+    assert ends(to_prompter) == [(0, 0, 2, "filtered"), (1, 1, 0, "trained")]
+    assert stage.learner.version == 1
+
+
+async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_step_whole() -> None:
+    """A group whose place another has taken is not prompted again: it would never end."""
+    free = ScheduleConfig(mode="free", max_staleness=1)
+    stage = Stage(config=DYNAMIC, schedule=free, learns_beside_checkpoints=False)
+    groups = [make_scored(0, 0, (1.0, 1.0, 1.0)), make_scored(0, 1), make_scored(0, 0, attempt=1)]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        stage.request.send_nowait(Checkpoint())
+        await anyio.wait_all_tasks_blocked()
+        for group in groups:
+            await stage.scored.send(group)
+        for _ in range(500):  # the last group is looked at on the device
+            if stage.learner.report.doing and len(stage.learner.snapshot().unfinished.collected) == 3:
+                break
+            await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    unfinished = stage.learner.snapshot().unfinished
+    gids = [group.group.prompt.gid for group in unfinished.collected]
+    assert gids == [0, 1, 2**48]
+    assert unfinished.states == {0: "filtered", 1: "trained", 2**48: "trained"}
+    assert unfinished.replaced == (0,)
+    then = Stage(config=DYNAMIC, schedule=free, total_steps=1, unfinished=unfinished)
+    await then.play([])
+    assert [update.step for update in await taken(then.updates)] == [1], "and who goes on from there learns it"
+
+
+async def test_a_step_is_told_however_long_that_takes_as_long_as_nobody_stops_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A credit that is not given back would keep the run waiting for ever."""
+    monkeypatch.setattr("troupe.actors.learner.actor._TELLING_S", 0.05)
+    for stops in (False, True):
+        stage = Stage(telling_bound=1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(play, [stage.learner])
+            for group in two_steps()[:2]:
+                await stage.scored.send(group)
+            await stage.board.get(1)
+            if stops:
+                tasks.cancel_scope.cancel()
+            else:
+                await anyio.sleep(0.2)
+                assert await anext(stage.metrics)
+                await anyio.wait_all_tasks_blocked()
+                assert len(stage.prompter) == 2
+                tasks.cancel_scope.cancel()
+        assert len(stage.updates) == (not stops)
+
+
+async def test_groups_that_had_their_scores_before_a_resume_are_in_the_next_checkpoint_too() -> None:
+    """They are on their way through prompter, generator and scorer once more."""
+    stage = Stage(recorded={group.group.prompt.gid: group for group in two_steps()}, version=1)
+    await stage.scored.send(two_steps()[3])
+    snapshot = stage.learner.snapshot()
+    assert [group.group.prompt.gid for group in snapshot.unfinished.scored] == [3, 2], "none of the steps done"
+
+
+async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keeps_its_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> bool:
+        inside.set()
+        return go_on.wait(10)
+
+    monkeypatch.setattr("troupe.actors.learner.train.has_signal", slow)
+    stage = Stage(config=DYNAMIC, schedule=ScheduleConfig(mode="free"))
+    group = make_scored(0, 1)
+    stage.learner._open.begin(group.group.prompt)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play, [stage.learner])
+        await stage.scored.send(group)
+        await anyio.to_thread.run_sync(inside.wait, 10)
+        tasks.cancel_scope.cancel()
+        go_on.set()
+    assert stage.learner.snapshot().unfinished.scored == (group,)
+
+
+async def test_the_means_in_a_snapshot_are_of_finite_numbers() -> None:
+    """A metric that a reward logs may be as large as a number gets."""
+    stage = Stage(total_steps=2)
+    groups = [msgspec.structs.replace(group, logged={"large": 1e308, "small": 0.5}) for group in two_steps()]
+    await stage.play(groups)
+    metrics = stage.snapshots[-1].metrics
+    assert "large" not in metrics
+    assert metrics["small"] == 0.5

@@ -1,0 +1,308 @@
+"""`troupe inspect`: what a person is shown, JSON, exports, contradictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from tests.support.fakes import make_scored
+from tests.support.stored import closed, rows, update
+from troupe.cli import inspect as inspecting
+from troupe.cli.inspect import Block, as_renderable, as_text, shown
+from troupe.cli.main import main
+from troupe.messages import CheckpointWritten, GroupClosed, Incident
+from troupe.records.sinks.sqlite import SqliteSink
+from troupe.records.store.write import FILE_NAME
+
+
+def told(step: int, place: int, **changes: Any) -> GroupClosed:
+    """Rewards step/10 + place + (0, 0.2, 0.4); `changes` of the prompt."""
+    message = closed(step, place, [step / 20 + place / 2 + i / 10 for i in range(3)])
+    scored = message.scored
+    assert scored is not None
+    prompt = msgspec.structs.replace(scored.group.prompt, **changes)
+    group = msgspec.structs.replace(scored.group, prompt=prompt)
+    return msgspec.structs.replace(message, scored=msgspec.structs.replace(scored, group=group))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    sink = SqliteSink(tmp_path / FILE_NAME, program="0.9")
+    sink.open()
+    for step in (1, 2):
+        sink.write(told(step, 0, columns={"answer": "7"}))
+        sink.write(told(step, 1, prompt=[{"role": "user", "content": "Hi\x1b[31m"}]))
+        sink.write(update(step, reward=step / 4))
+    sink.write(Incident(actor="scorer", kind="reward_timeout", message="late"))
+    sink.write(CheckpointWritten(version=2, folder="checkpoints/step-00000002", bytes=12_345_678, seconds=0.25))
+    sink.flush()
+    sink.close()
+    return tmp_path
+
+
+def run(folder: Path, *options: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, ["inspect", str(folder), *options])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def objects(folder: Path, *options: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run(folder, *options, "--json").splitlines()]
+
+
+def rewards(folder: Path, *options: str) -> list[float]:
+    return [round(found["reward"], 6) for found in objects(folder, *options)]
+
+
+def test_the_overview_for_a_person(folder: Path) -> None:
+    text = run(folder)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0] == str(folder)
+    assert {"steps 2", "groups 4 trained", "completions 12", "reward 0.25 0.5", "reward_timeout 1 late"} <= set(lines)
+    assert "step 2 12.3 MB 0.25 s checkpoints/step-00000002" in lines
+    assert any(line.startswith("start 20") and "after step 0" in line and "Troupe 0.9" in line for line in lines)
+    assert "Best of step 2: group 3, sample 2, trained in step 2, row 3" in lines
+    assert "Worst of step 2: group 2, sample 0, trained in step 2, row 2" in lines
+    assert {"reward 1.6", "reward 0.2", "score r 0.8", "answer 7", "advantage 2"} <= set(lines)
+    assert r"prompt user: Hi\x1b[31m" in lines
+    assert "\x1b" not in text
+
+
+def test_the_overview_as_json(folder: Path) -> None:
+    [overview] = objects(folder)
+    assert overview["groups"] == {"trained": 4}
+    assert overview["rewards"] == {"reward": [0.25, 0.5]}
+    assert (overview["incidents"], overview["newest_incidents"]) == ({"reward_timeout": 1}, {"reward_timeout": "late"})
+    assert (overview["best"]["gid"], overview["worst"]["gid"]) == (3, 2)
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    sink = SqliteSink(tmp_path / FILE_NAME)
+    sink.open()
+    lines = [" ".join(line.split()) for line in run(tmp_path).splitlines()]
+    assert {"steps 0", "groups none", "completions 0"} <= set(lines)
+    assert run(tmp_path, "--best", "3") == "there is no such completion\n\n"
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--best", "2"], [1.6, 1.4]),
+        (["--worst", "3"], [0.2, 0.4, 0.6]),
+        (["--step", "1", "--best", "1"], [1.5]),
+        (["--step", "all", "--best", "2"], [1.6, 1.5]),
+        (["--step", "last"], [0.2, 0.4, 0.6, 1.2, 1.4, 1.6]),
+        (["--min-reward", "1.3"], [1.4, 1.6]),
+        (["--max-reward", "0.3", "--step", "all"], [0.1, 0.2]),
+        (["--reward", "r", "--min-reward", "0.75"], [1.6]),
+        (["--gid", "0"], [0.1, 0.3, 0.5]),
+        (["--gid", "0", "--worst", "1"], [0.1]),
+        (["--state", "trained", "--best", "1"], [1.6]),
+        (["--state", "filtered"], []),
+    ],
+)
+def test_what_is_chosen(folder: Path, options: list[str], expected: list[float]) -> None:
+    assert rewards(folder, *options) == expected
+
+
+def test_random_completions_are_of_the_newest_step(folder: Path) -> None:
+    found = objects(folder, "--random", "4")
+    assert len({(one["gid"], one["sample"]) for one in found}) == 4
+    assert {one["step"] for one in found} == {2}
+
+
+def test_a_listing_for_a_person_ends_somewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspecting, "_MOST_SHOWN", 4)
+    text = run(folder, "--step", "2")
+    assert text.count(", sample ") == 4
+    assert "2 more: ask for fewer, or for a number (--best K), or write them out (--jsonl FILE)" in text
+    assert run(folder, "--best", "6").count(", sample ") == 6
+
+
+def test_exports_have_everything(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    assert run(folder, "--jsonl", str(path)) == f"12 completions written to {path}\n"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["gid"], line["sample"]) for line in lines] == [
+        (step, 2 * step - 2 + place, sample) for step in (1, 2) for place in (0, 1) for sample in range(3)
+    ]
+    rollout = make_scored(1, 1).group.rollouts[2]
+    assert lines[-1]["token_ids"] == list(rollout.token_ids)
+    assert lines[-1]["scores"] == {"r": pytest.approx(0.8)}
+    assert lines[0]["columns"] == {"answer": "7"}
+    assert lines[-1]["prompt"] == [{"role": "user", "content": "Hi\x1b[31m"}]
+    run(folder, "--step", "1", "--best", "2", "--jsonl", str(path))
+    assert [line["gid"] for line in map(json.loads, path.read_text().splitlines())] == [1, 1]
+
+
+def test_contradictions_are_refused(folder: Path, tmp_path: Path) -> None:
+    assert "--best and --worst: give one of them" in run(folder, "--best", "1", "--worst", "1", code=2)
+    assert "--step first: give the number of a step" in run(folder, "--step", "first", code=2)
+    assert "--reward x: the run has no such reward; it has r" in run(folder, "--reward", "x", code=2)
+    assert "no such run folder" in run(tmp_path / "none", code=2)
+    assert "cannot be written" in run(folder, "--jsonl", str(tmp_path / "none" / "file"), code=2)
+    assert "nan is no finite number" in run(folder, "--min-reward", "nan", code=2)
+
+
+def test_groups_whose_samples_nobody_knows_of_and_missing_scores(folder: Path) -> None:
+    rows(folder / FILE_NAME, "SELECT 1")
+    sink = SqliteSink(folder / FILE_NAME, first_step=2)
+    sink.open()
+    sink.write(closed(3, 0, (None, None, None), state="quarantined"))
+    sink.write(update(3))
+    sink.flush()
+    sink.close()
+    text = run(folder, "--step", "3")
+    assert " ".join(text.split()).count("reward – advantage – score r – ") == 3
+    assert "Best of" not in run(folder)
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(folder: Path, tmp_path: Path) -> None:
+    assert "--step 999: the run has the steps 1 to 2; give one of them, or 'last', or 'all'" in run(
+        folder, "--step", "999", code=2
+    )
+    assert "the run has the steps 1 to 2" in run(folder, "--step", "0", "--json", code=2)
+    assert "the run has the steps 1 to 2" in run(folder, "--step", "3", "--jsonl", str(tmp_path / "out.jsonl"), code=2)
+    assert not (tmp_path / "out.jsonl").exists()
+    new = tmp_path / "new"
+    new.mkdir()
+    sink = SqliteSink(new / FILE_NAME)
+    sink.open()
+    assert "--step 1: no step is stored yet" in run(new, "--step", "1", code=2)
+    sink.write(update(1))
+    sink.flush()
+    assert "the run has step 1 only" in run(new, "--step", "2", code=2)
+    sink.close()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "so . is not the folder of a run" in run(Path("."), code=2)  # noqa: PTH201 - as one types it
+    (tmp_path / "run.toml").touch()
+    assert "there is no run store" in run(Path("."), code=2)  # noqa: PTH201
+
+
+ODD = "j\x1b[2J\x07\x9b\u202e"
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path) -> Path:
+    """A run in which everything that has a name is called something that acts on a terminal."""
+    folder = tmp_path / "run\x1b[31m"
+    folder.mkdir()
+    sink = SqliteSink(folder / FILE_NAME, program=f"0.9{ODD}")
+    sink.open()
+    group = told(1, 0, columns={ODD: ODD}, prompt=[{"role": ODD, "content": ODD}])
+    assert group.scored is not None
+    rollouts = tuple(msgspec.structs.replace(one, text=ODD) for one in group.scored.group.rollouts)
+    scored = msgspec.structs.replace(
+        group.scored,
+        group=msgspec.structs.replace(group.scored.group, rollouts=rollouts),
+        scores={ODD: (0.5, 1.0, None)},
+        extra={ODD: (ODD, ODD, ODD)},
+    )
+    sink.write(msgspec.structs.replace(group, scored=scored))
+    sink.write(update(1, **{f"rewards/{ODD}/mean": 0.5}))
+    sink.write(Incident(actor=ODD, kind=ODD, message=ODD))
+    sink.write(CheckpointWritten(version=1, folder=ODD, bytes=1, seconds=0.25))
+    sink.flush()
+    sink.close()
+    return folder
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("options", [(), ("--step", "1"), ("--step", "all", "--best", "1"), ("--json",)])
+def test_no_name_acts_on_a_terminal(
+    odd_folder: Path, options: tuple[str, ...], terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal:
+        console = Console(force_terminal=True, width=300, no_color=True, highlight=False, color_system=None)
+        monkeypatch.setattr(inspecting, "Console", lambda: console)
+        with console.capture() as capture:
+            text = run(odd_folder, *options)
+        text += capture.get()
+    else:
+        text = run(odd_folder, *options)
+    assert text.strip()
+    assert not {char for char in text if not char.isprintable()} - {"\n"} - ({"\x1b"} if terminal else set())
+    assert not any(piece in text for piece in ("\x1b[2J", "\x1b[31m", "\x07", "\x9b", "\u202e"))
+
+
+def test_refusals_hold_nothing_that_acts(odd_folder: Path) -> None:
+    said = run(odd_folder, "--reward", "x\x1b[2J", code=2)
+    assert "the run has no such reward; it has j\\x1b[2J\\x07" in said
+    assert "\x1b" not in said
+    assert "\x1b" not in run(odd_folder / "none\x1b", code=2)
+
+
+def test_several_versions_are_told() -> None:
+    assert inspecting._versions([(3, 5), (4, 2)]) == "versions 3 (5), 4 (2)"
+    assert inspecting._size(999) == "999 B"
+    assert inspecting._size(2.5e12) == "2.5e+03 GB"
+
+
+def test_what_would_act_on_a_terminal_is_shown_instead() -> None:
+    assert (
+        shown("a\tb\nc\x1b[2J\x07\x9b\u202ed\ud800 é 漢 👩\u200d🚀")
+        == "a   b\nc\\x1b[2J\\x07\\x9b\\u202ed\\ud800 é 漢 👩\u200d🚀"
+    )
+
+
+def test_a_terminal_is_given_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(force_terminal=True, width=80, no_color=True, record=True, file=(folder / "drawn").open("w"))
+    monkeypatch.setattr(inspecting, "Console", lambda: console)
+    run(folder)
+    run(folder, "--state", "filtered")
+    drawn = console.export_text()
+    console.file.close()
+    assert "Best of step 2: group 3, sample 2" in drawn
+    assert "╭" in drawn
+    assert "there is no such completion" in drawn
+
+
+def test_markup_is_text() -> None:
+    block = Block(title="[red]title", rows=[("[bold]a", "b", "c"), ("d",)], text="[/]text")
+    console = Console(width=60, record=True, file=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(as_renderable(block))
+    assert all(word in capture.get() for word in ("[red]title", "[bold]a", "[/]text"))
+    assert as_text(block) == "[red]title\n  [bold]a  b  c\n  d\n  completion:\n[/]text\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--step", "9" * 19),
+        ("--step", "9" * 5000),
+        ("--gid", str(2**63)),
+        ("--best", str(2**63)),
+        ("--worst", "9" * 30),
+        ("--random", "9" * 30),
+    ],
+    ids=lambda options: options[0] + str(len(options[1])),
+)
+def test_numbers_that_no_store_has(folder: Path, options: tuple[str, str]) -> None:
+    assert options[0] in run(folder, *options, code=2)
+
+
+@pytest.mark.parametrize("name", [FILE_NAME, f"{FILE_NAME}-wal", "metrics.jsonl", "link"])
+def test_an_export_does_not_overwrite_the_run(folder: Path, name: str) -> None:
+    (folder / "link").symlink_to(FILE_NAME)
+    if name != "link":
+        (folder / name).touch()
+    before = (folder / FILE_NAME).read_bytes()
+    assert "is a file of the run" in run(folder, "--jsonl", str(folder / name), code=2)
+    assert (folder / FILE_NAME).read_bytes() == before
+    for _ in range(2):
+        run(folder, "--jsonl", str(folder / "new.jsonl"))
+
+
+def test_a_folder_that_cannot_be_read(folder: Path) -> None:
+    assert "cannot be read" in run(folder / ("a" * 300), code=2)

@@ -1,0 +1,138 @@
+"""The kernels for NVIDIA cards against their plain twins. Runs where MLX has such a card; nothing else can test it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import mlx.core as mx
+import pytest
+
+from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, hidden_states, random_policy
+from troupe.policy.decode import cuda_kernels, drawing
+from troupe.policy.decode.cache import DecodingCache, PromptCache
+from troupe.policy.decode.cuda_cache import CudaDecodingCache
+from troupe.policy.decode.sampling import Sampler
+from troupe.policy.model import Policy
+from troupe.policy.network.qwen3 import fuse_projections
+
+pytestmark = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
+
+
+def config(heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+
+
+def number(x: mx.array) -> float:
+    return float(x.astype(mx.float32).item())  # type: ignore[arg-type]
+
+
+def largest_difference(policy: Policy, lengths: Sequence[int], width: int) -> float:
+    """Of the hidden states of both caches, fed with the same ids and thinned out halfway, over their largest number."""
+    fused = fuse_projections(policy.config, policy.weights)
+    dice, rows = random.Random(0), len(lengths) * width
+    prompts = [[dice.randrange(policy.config.vocab_size) for _ in range(n)] for n in lengths]
+    caches = []
+    for kind in (DecodingCache, CudaDecodingCache):
+        prompt = PromptCache(lengths)
+        ids = mx.array([[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts])
+        mx.eval(hidden_states(policy.config, fused, ids, attention=prompt), prompt.keys, prompt.values)
+        caches.append(kind(prompt, width, 100))
+    worst = 0.0
+    for t in range(80):  # more than one block of places
+        ids = mx.array([dice.randrange(policy.config.vocab_size) for _ in range(rows)])
+        plain, ours = (cache.forward(policy.config, fused, ids).astype(mx.float32) for cache in caches)
+        worst = max(worst, number(mx.max(mx.abs(plain - ours)) / mx.max(mx.abs(plain))))
+        if t == 40 and width > 1:
+            kept = [row for row in range(rows) if row % width]
+            width -= 1
+            rows = len(kept)
+            for cache in caches:
+                cache.select(list(range(len(lengths))), kept, width)
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width", "shape"),
+    [([5, 17, 64], 4, {}), ([900], 2, {}), ([30, 700], 3, {"heads": 16, "head_dim": 128}), ([1], 1, {"kv_heads": 8})],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 5e-2), ("float16", 2e-2)])
+def test_hidden_states_are_those_of_the_plain_cache(
+    lengths: list[int], width: int, shape: dict[str, int], dtype: str, tolerance: float
+) -> None:
+    """float32 products are made with TF32 on these cards."""
+    assert largest_difference(random_policy(config(**shape), dtype=dtype), lengths, width) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width", "shape", "team", "splits"),
+    [
+        ([40] * 32, 8, {}, 1, 1),
+        ([7] * 57, 9, {"kv_heads": 2}, 1, 1),
+        ([7] * 171, 3, {"kv_heads": 1, "heads": 4}, 2, 1),
+        ([9, 40] * 16, 2, {}, 4, 1),
+        ([2100, 3], 1, {}, 8, 4),
+        ([50, 20], 3, {"head_dim": 256}, 8, 1),
+        ([50, 20], 3, {"heads": 24}, 8, 1),
+    ],
+)
+def test_so_are_they_however_the_work_is_divided(
+    lengths: list[int], width: int, shape: dict[str, int], team: int, splits: int
+) -> None:
+    policy = random_policy(config(**shape), dtype="bfloat16")
+    heads = policy.config.num_attention_heads, policy.config.num_key_value_heads, policy.config.head_dim
+    plan = cuda_kernels.planned(len(lengths) * width, *heads, mx.bfloat16, max(lengths))
+    assert (plan.by_units, plan.block[1], plan.splits) == (True, team, splits)
+    assert largest_difference(policy, lengths, width) < 5e-2
+
+
+def test_a_draw_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = 3 * mx.random.normal((256, 151_936), key=mx.random.key(0)).astype(mx.bfloat16)
+    uniforms = mx.random.uniform(shape=(256,), key=mx.random.key(1))
+    sampler = Sampler(GenerationConfig(temperature=0.7), frozenset())
+    ids, log_probs = drawing.draw_tokens(sampler, logits, uniforms)
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: False)
+    plain_ids, _ = drawing.draw_tokens(sampler, logits, uniforms)
+    far = mx.abs(ids.astype(mx.int32) - plain_ids.astype(mx.int32))
+    assert number(mx.sum(far == 0)) >= 250, "sums of 151,936 numbers are rounded differently"
+    assert number(mx.max(far)) < 100
+    scaled = logits.astype(mx.float32) / 0.7
+    exact = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+    assert number(mx.max(mx.abs(mx.take_along_axis(exact, ids[:, None], axis=-1)[:, 0] - log_probs))) < 1e-5
+
+
+def test_what_has_no_share_is_never_drawn() -> None:
+    never = -float("inf")
+    logits = mx.array([[0.0, 0.0, never, 0.0, 0.0, never, never]] * 4)
+    ids, log_probs = cuda_kernels.draw(logits, mx.array([0.0, 0.26, 0.51, 0.9999999]), 1.0)
+    assert ids.tolist() == [0, 1, 3, 4]
+    assert log_probs.tolist() == pytest.approx([-1.3862944] * 4)
+
+
+def test_completions_repeat_and_tell_the_log_probs_of_the_model() -> None:
+    policy = random_policy(config())
+    generation = GenerationConfig(num_generations=8, max_completion_length=150)
+    engine = RolloutEngine(policy.config, generation, stop_ids=frozenset(range(10)))
+    engine.load(policy.weights, 0)
+    dice = random.Random(0)
+    requests = [
+        RolloutRequest(prompt_ids=tuple(dice.randrange(1024) for _ in range(n)), key=(i,))
+        for i, n in enumerate([3, 30, 64, 100])
+    ]
+    once, again = ({group.index: group for group in engine.decode(requests)} for _ in range(2))
+    assert once == again
+    for index, group in once.items():
+        for completion in group.completions:
+            log_probs = policy.compute_log_probs([requests[index].prompt_ids], [completion.token_ids])
+            told = mx.array(completion.log_probs)
+            assert number(mx.max(mx.abs(mx.array(log_probs).reshape(-1) - told))) < 5e-3

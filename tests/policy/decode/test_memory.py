@@ -1,0 +1,204 @@
+"""The memory formula against arrays that are held and peaks that MLX measures; how a request list is split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from troupe.policy.decode import cuda_kernels, memory
+from troupe.policy.decode import engine as rollout
+from troupe.policy.decode import loop as decoding
+from troupe.policy.decode.cache import DecodingCache
+from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.memory import (
+    cache_bytes,
+    decode_memory_bytes,
+    fused_copy_bytes,
+    piece_length,
+    prefill_chunks,
+    split_into_waves,
+)
+from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
+from troupe.policy.model import random_policy
+from troupe.policy.network import gpu_attention
+from troupe.policy.network.qwen3 import EMBEDDING, Qwen3Config, fuse_projections
+
+
+def config_of(**sizes: int) -> Qwen3Config:
+    standard: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+    }
+    return Qwen3Config(**standard | sizes)
+
+
+def decode(config: Qwen3Config, lengths: list[int], G: int, N: int) -> tuple[int, int]:
+    """Decode to the end → (bytes at the peak beside the weights, bytes by the formula)."""
+    policy = random_policy(config)
+    generation = GenerationConfig(num_generations=G, max_completion_length=N)
+    engine = RolloutEngine(config, generation, stop_ids=frozenset())
+    engine.load(policy.weights, 0)
+    engine.current_weights()
+    requests = [RolloutRequest(prompt_ids=(1,) * n, key=(i,)) for i, n in enumerate(lengths)]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    list(engine.decode(requests))
+    formula = decode_memory_bytes(config, lengths, G, N, mx.float32)
+    assert engine.memory_bytes(lengths) == formula
+    return mx.get_peak_memory() - before, formula
+
+
+def test_formula_by_hand() -> None:
+    config = config_of(num_hidden_layers=2, num_key_value_heads=2)
+    places = 3 * 7 + 3 * 5 * 11
+    assert cache_bytes(config, [7, 4, 1], 5, 11, mx.bfloat16) == places * 2 * 2 * 16 * 2 * 2
+    held = places * 2 * 2 * 16 * 2 * 4
+    own = 3 * 5 * 11 * 2 * 2 * 16 * 2 * 4
+    decoding = 9 * 15 * 50 * 4 + 10 * 15 * 4 * 18 * 4 + 8 * 15 * 64 * 4 + own * 2 / 2
+    assert decode_memory_bytes(config, [7, 4, 1], 5, 11, mx.float32) == pytest.approx(held + decoding, abs=1)
+    more = decode_memory_bytes(config, [7, 4, 1], 5, 11, mx.float32, is_filtering=True)
+    assert more == pytest.approx(held + decoding + 19 * 15 * 50 * 4, abs=1)
+
+
+def test_updates_that_copy_hold_all_own_keys_and_values_twice() -> None:
+    config = config_of(num_hidden_layers=8, num_key_value_heads=2)
+    own = 3 * 5 * 11 * 2 * 2 * 16 * 8 * 4
+    in_place, copied = (
+        decode_memory_bytes(config, [7, 4, 1], 5, 11, mx.float32, copies_updates=copies) for copies in (False, True)
+    )
+    assert copied - in_place == own - own * 2 / 8
+
+
+@pytest.mark.parametrize(
+    ("has_card", "head_dim", "expected"),
+    [
+        (True, 128, {"writes_scores": False, "copies_updates": False}),
+        (True, 32, {"writes_scores": False, "copies_updates": True}),
+        (True, 320, {"writes_scores": True, "copies_updates": True}),
+        (False, 128, {"writes_scores": False, "copies_updates": True}),
+        (False, 32, {"writes_scores": True, "copies_updates": True}),
+        (None, 128, {"writes_scores": True, "copies_updates": False}),
+    ],
+)
+def test_an_engine_counts_as_its_device_computes(
+    has_card: bool | None, head_dim: int, expected: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an NVIDIA card, on an Apple GPU, and on a processor."""
+    monkeypatch.setattr(rollout, "is_on_cpu", lambda: has_card is None)
+    monkeypatch.setattr(cuda_kernels, "are_here", lambda: bool(has_card))
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: bool(has_card))
+    monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
+    config = config_of(head_dim=head_dim, num_hidden_layers=3)
+    engine = RolloutEngine(config, GenerationConfig(num_generations=2, max_completion_length=9), stop_ids=frozenset())
+    engine.load({EMBEDDING: mx.zeros((1,), mx.bfloat16)}, 0)
+    expected["in_blocks"] = has_card is None
+    assert engine.memory_bytes([300, 7]) == decode_memory_bytes(config, [300, 7], 2, 9, mx.bfloat16, **expected)
+    config = config_of(head_dim=head_dim, num_hidden_layers=3, max_position_embeddings=9000)
+    engine.config = config
+    assert engine.memory_bytes([7000]) == decode_memory_bytes(config, [7000], 2, 9, mx.bfloat16, **expected)
+
+
+def test_prefilling_of_long_prompts_counts_where_it_is_more() -> None:
+    config = config_of(num_hidden_layers=2)
+    prompts = 1000 * 2 * 4 * 16 * 2 * 4 * 1.5
+    states = 1000 * 8 * 64 * 4
+    scores = 2 * 4 * 1000**2 * 4
+    assert decode_memory_bytes(config, [1000], 1, 1, mx.float32) == prompts + states + scores
+    assert decode_memory_bytes(config, [1000], 1, 1, mx.float32, writes_scores=False) == prompts + states
+
+
+def test_prompts_go_in_pieces_only_where_they_are_long_and_scores_would_be_written_out() -> None:
+    """What is whole keeps its bits, so both numbers stay as they are."""
+    assert [piece_length(4, P, writes_scores=True) for P in (1, 2048, 2049)] == [1, 2048, 256]
+    assert piece_length(1, 16_000, writes_scores=True) == 1024
+    assert piece_length(1, 16_000, writes_scores=False) == 16_000
+    config = config_of(num_hidden_layers=2, max_position_embeddings=20_000)
+    prompts = 16_000 * 2 * 4 * 16 * 2 * 4 * 1.5
+    rest = 1024 * 8 * 64 * 4 + 7 * 4 * 64 * 16_000 * 4
+    assert decode_memory_bytes(config, [16_000], 1, 1, mx.float32) == prompts + rest
+    at_once = 1024 * 8 * 64 * 4 + 2 * 4 * 1024 * 16_000 * 4
+    assert decode_memory_bytes(config, [16_000], 1, 1, mx.float32, in_blocks=False) == prompts + at_once
+
+
+def test_a_long_prompt_takes_memory_by_its_length_not_by_the_square() -> None:
+    config = config_of(num_hidden_layers=2, head_dim=8, max_position_embeddings=6000)
+    half, whole = (decode(config, [n], 1, 1) for n in (2500, 5000))
+    assert whole[0] < 2.1 * half[0]
+    for peak, formula in (half, whole):
+        assert 0.3 * formula < peak < 1.1 * formula
+
+
+def test_keys_and_values_are_those_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[DecodingCache] = []
+
+    class Kept(DecodingCache):
+        def advance(self) -> None:
+            caches[:] = [self]
+            super().advance()
+
+    monkeypatch.setattr(decoding, "DecodingCache", Kept)
+    config = config_of(num_hidden_layers=3)
+    decode(config, [3, 40, 9], 4, 70)
+    # the last token is never attended to; its place is there
+    assert sum(x.nbytes for x in caches[0].arrays) == cache_bytes(config, [3, 40, 9], 4, 70, mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "G", "N"),
+    [
+        pytest.param({"head_dim": 32}, [4, 20, 9, 4], 8, 128, marks=pytest.mark.slow),
+        pytest.param({"head_dim": 32}, [64] * 8, 8, 64, marks=pytest.mark.slow),
+        ({"num_hidden_layers": 2, "vocab_size": 30000}, [8] * 4, 8, 8),
+    ],
+)
+def test_the_peak_is_close_to_the_formula(sizes: dict[str, int], lengths: list[int], G: int, N: int) -> None:
+    """How far MLX has let go of one step's arrays when the next one's are made depends on its threads."""
+    peak, formula = decode(config_of(**sizes), lengths, G, N)
+    assert 0.85 * formula < peak < 1.1 * formula
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "G", "N"),
+    [
+        ({"num_hidden_layers": 2}, [512, 300], 2, 4),
+        ({"num_hidden_layers": 2, "intermediate_size": 2048}, [32] * 16, 1, 1),
+        ({"num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 2}, [4], 32, 100),
+        ({"num_hidden_layers": 1, "vocab_size": 2000}, [100, 50, 20, 200], 8, 64),
+    ],
+)
+def test_the_peak_is_never_more_than_a_tenth_over(sizes: dict[str, int], lengths: list[int], G: int, N: int) -> None:
+    """How much less it is depends on how far MLX runs ahead, which a busy machine does not let it."""
+    peak, formula = decode(config_of(**sizes), lengths, G, N)
+    assert 0.1 * formula < peak < 1.1 * formula
+
+
+def test_prompts_are_prefilled_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PREFILL_TOKENS", 20)
+    assert list(prefill_chunks([4, 9, 1, 30, 17])) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+    assert list(prefill_chunks([5, 5, 5, 5, 5])) == [range(4), range(4, 5)]
+
+
+def test_waves_are_as_full_as_the_limit_allows() -> None:
+    lengths = [5, 1, 1, 9, 2, 2, 2]
+    assert split_into_waves(lengths, sum, None) == [range(7)]
+    assert split_into_waves(lengths, sum, 22) == [range(7)]
+    assert split_into_waves(lengths, sum, 7) == [range(3), range(3, 4), range(4, 7)]
+    assert split_into_waves(lengths, sum, 1) == [range(i, i + 1) for i in range(7)]
+    assert split_into_waves([], sum, None) == split_into_waves([], sum, 3) == []
+
+
+def test_the_fused_copy_is_what_is_copied() -> None:
+    config = config_of(num_key_value_heads=2, intermediate_size=48)
+    weights = random_policy(config).weights
+    fused = fuse_projections(config, weights)
+    copied = sum(array.nbytes for name, array in fused.items() if array is not weights.get(name))
+    assert fused_copy_bytes(config, mx.float32) == copied

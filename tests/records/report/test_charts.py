@@ -1,0 +1,91 @@
+"""Which charts a run gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from tests.records.report.folders import make_run
+from troupe.records.curves import Metrics, Thinner
+from troupe.records.report.charts import Chart, sections_of
+from troupe.records.report.picture import RunPicture, read_run
+
+
+def with_metrics(run: RunPicture, *steps: Metrics, most_points: int = 1000) -> RunPicture:
+    thinner = Thinner(len(steps), most_points)
+    for number, metrics in enumerate(steps, 1):
+        thinner.add(number, metrics)
+    return msgspec.structs.replace(run, metrics=thinner.result())
+
+
+def charts_of(run: RunPicture) -> dict[str, Chart]:
+    return {chart.key: chart for section in sections_of(run) for chart in section.charts}
+
+
+def test_sections_and_their_charts(tmp_path: Path) -> None:
+    sections = {section.title: section for section in sections_of(read_run(make_run(tmp_path)))}
+    keys = {title: [chart.key for chart in section.charts] for title, section in sections.items()}
+    assert keys == {
+        "Reward": ["reward", "reward_parts", "spread"],
+        "Learning": ["loss", "kl", "learning_rate"],
+        "Completions": ["lengths"],
+        "The play": ["tokens_per_second", "step_time", "exposed", "peak_memory"],
+        "Other metrics": ["logged_1"],
+    }
+    assert sections["Reward"].flat == ("Groups without signal",)
+    assert sections["Learning"].flat == ("Clipped tokens",)
+    assert sections["Other metrics"].charts[0].title == "judge/speed"
+
+
+def test_values_are_those_of_the_metrics(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, 3))
+    charts = charts_of(run)
+    [mean] = charts["reward"].lines
+    assert mean.y == (0.1, 0.2, 0.3)
+    assert (mean.low, mean.high) == ((0.1 - 0.25, 0.2 - 0.25, 0.3 - 0.25), (0.1 + 0.25, 0.2 + 0.25, 0.3 + 0.25))
+    parts = charts["reward_parts"].lines
+    assert [(line.name, line.y) for line in parts] == [("r", (0.05, 0.1, 0.15)), ("style", (0.95, None, 0.85))]
+    every, ended = charts["lengths"].lines[0], charts["lengths"].lines[1:]
+    assert (every.y, every.low, every.high, ended) == ((4.0,) * 3, (2.0,) * 3, (6.0, 7.0, 8.0), ())
+    assert charts["exposed"].lines[0].y == (0.125,) * 3
+
+
+def test_a_line_of_many_steps_has_a_band(tmp_path: Path) -> None:
+    run = with_metrics(read_run(make_run(tmp_path, 0)), {"loss": 1.0}, {"loss": 3.0}, most_points=1)
+    [line] = charts_of(run)["loss"].lines
+    assert (line.y, line.low, line.high) == ((2.0,), (1.0,), (3.0,))
+
+
+def test_many_rewards_share_charts(tmp_path: Path) -> None:
+    run = with_metrics(read_run(make_run(tmp_path, 0)), {f"rewards/r{i}/mean": 1.0 for i in range(14)})
+    charts = charts_of(run)
+    assert [(key, len(chart.lines)) for key, chart in charts.items()] == [
+        ("reward_parts", 6),
+        ("reward_parts_2", 6),
+        ("reward_parts_3", 2),
+    ]
+
+
+def test_one_reward_alone_is_the_reward(tmp_path: Path) -> None:
+    run = with_metrics(read_run(make_run(tmp_path, 0)), {"reward": 1.0, "rewards/r/mean": 1.0})
+    charts = charts_of(run)
+    assert list(charts) == ["reward"]
+    assert (charts["reward"].lines[0].low, charts["reward"].lines[0].high) == ((), ())
+
+
+def test_a_reward_of_nothing_but_0_is_drawn(tmp_path: Path) -> None:
+    run = with_metrics(read_run(make_run(tmp_path, 0)), {"reward": 0.0, "loss": 0.0, "kl": 0.0})
+    assert list(charts_of(run)) == ["reward", "loss"]
+
+
+def test_metrics_without_a_number_make_no_chart(tmp_path: Path) -> None:
+    run = with_metrics(read_run(make_run(tmp_path, 0)), {"loss": None, "mine": None})
+    assert sections_of(run) == ()
+
+
+def test_what_rewards_log_has_an_end(tmp_path: Path) -> None:
+    run = with_metrics(read_run(make_run(tmp_path, 0)), {f"reward_model/{i}": 1.0 for i in range(50)})
+    [section] = sections_of(run)
+    assert len(section.charts) == 24
+    assert len({chart.key for chart in section.charts}) == 24

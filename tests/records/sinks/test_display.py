@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from tests.records.sinks.steps import closed, status, update
+from troupe.messages import Activity, GroupClosed, Incident, Slot
+from troupe.records.sinks.base import RunInfo
+from troupe.records.sinks.display import Display, clock_time, fitted, queue_depths, shown_metrics
+
+RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=100, first_step=0)
+METRICS = {
+    "step_time": 1.5,
+    "reward": 0.25,
+    "reward_std": 0.75,
+    "reward_std_within_groups": 0.125,
+    "rewards/exact/mean": 0.75,
+    "rewards/exact/std": 0.3,
+    "loss": 0.125,
+    "clip_ratio/region_mean": 0.05,
+    "learning_rate": 1e-6,
+    "completions/mean_length": 5.25,
+    "tokens_per_second": 1234.5,
+    "peak_memory_gb": 1.25,
+    "epoch": 1.5,
+    "unheard/of": 1.0,
+    "queue/scored/depth": 3.0,
+    "queue/scored/wait_s": 9.0,
+}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def drawn(display: Display, width: int = 100) -> list[str]:
+    console = Console(file=StringIO(), force_terminal=True, no_color=True, width=width, record=True)
+    console.print(display)
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def line(display: Display, label: str, width: int = 100) -> str:
+    [found] = [text for text in drawn(display, width) if text.startswith(label)]
+    return found
+
+
+def test_shows_what_is_there_in_a_fixed_order() -> None:
+    assert shown_metrics(METRICS) == [
+        ("reward", "0.250"),
+        ("± within group", "0.125"),
+        ("± over the batch", "0.750"),
+        ("loss", "+0.1250"),
+        ("clipped", "5.0%"),
+        ("learning rate", "1.00e-06"),
+        ("tokens a completion", "5.2"),
+        ("tokens/s", "1,234"),
+        ("seconds a step", "1.50"),
+    ]
+    assert shown_metrics({"reward": float("nan")}) == [("reward", "nan")]
+    assert queue_depths(METRICS) == [("scored", 3)]
+
+
+def test_figures_of_a_run_that_diverges_leave_room_for_what_they_are_of() -> None:
+    display = Display(RUN)
+    display.take(update(1, loss=-1e30, grad_norm=3.5e12, kl=float("inf"), reward=2e200))
+    text = "\n".join(drawn(display))
+    assert {"loss", "gradient", "KL", "reward"} <= set(text.split())
+    assert {"-1.00e+30", "3.50e+12", "inf", "2.00e+200"} <= set(text.split())
+
+
+def test_a_terminal_of_few_letters_can_show_the_name_of_any_reward() -> None:
+    display = Display(RUN, encoding="cp1252")
+    display.take(update(1, {"rewards/日本/mean": 0.5}))
+    assert r"\u65e5\u672c" in "\n".join(drawn(display))
+
+
+def test_progress_says_how_much_is_left_at_the_pace_of_the_newest_steps() -> None:
+    clock = Clock()
+    display = Display(RUN, clock=clock)
+    assert line(display, "steps").endswith("0 of 100")
+    for step in range(1, 11):  # ten slow ones, at the start
+        clock.now_s += 60.0
+        display.take(update(step, total_steps=100))
+    for step in range(11, 51):
+        clock.now_s += 2.0
+        display.take(update(step, total_steps=100, epoch=step / 40))
+    clock.now_s += 1.0
+    assert line(display, "steps").endswith("50 of 100     0:01:39 left")
+    assert line(display, "epoch").endswith("1.25 of 2.50")
+    assert drawn(display)[0] == "kind-001  running  0:11:21"
+    display.take(update(100, total_steps=100, epoch=2.5))
+    assert line(display, "steps").endswith("100 of 100")
+    assert drawn(display)[0].startswith("kind-001  complete")
+
+
+def test_bars_are_as_long_as_what_is_done() -> None:
+    display = Display(RUN, clock=Clock())
+    display.take(update(25, total_steps=100, epoch=1.5))
+    steps, epoch = drawn(Display(RUN, clock=Clock()), 100)[1:3]
+    assert "╸" not in steps + epoch
+    console = Console(file=StringIO(), force_terminal=True, color_system="standard", width=100)
+    with console.capture() as capture:
+        console.print(display)
+    steps, epoch = capture.get().splitlines()[1:3]
+    done = [text.split("\x1b[36m")[1].split("\x1b[")[0] for text in (steps, epoch)]
+    assert [len(text.rstrip("╸")) for text in done] == [12, 25]  # of 50
+
+
+def test_the_newest_figures_stand_under_their_headings() -> None:
+    display = Display(RUN, clock=Clock())
+    display.take(update(2, METRICS))
+    rows = [text.split() for text in drawn(display, 120)]
+    at = rows.index(["reward", "learning", "completions", "speed"])
+    assert rows[at + 1 : at + 4] == [
+        ["reward", "0.250", "loss", "+0.1250", "tokens", "5.2", "tokens/s", "1,234"],
+        ["±", "in", "a", "group", "0.125", "clipped", "5.0%", "step", "1.50", "s"],
+        ["exact", "0.750", "rate", "1.00e-06", "memory", "1.25", "GB"],
+    ]
+    assert "unheard" not in "\n".join(drawn(display))
+    assert line(display, "queues").split() == ["queues", "scored", "3"]
+
+
+def test_many_reward_functions_take_four_lines_at_most() -> None:
+    display = Display(RUN, clock=Clock())
+    display.take(update(2, {"reward": 0.5} | {f"rewards/r{i}/mean": i / 8 for i in range(6)}))
+    text = "\n".join(drawn(display))
+    assert "r2" in text
+    assert "r3" not in text
+    assert "and 3 more" in text
+
+
+@pytest.mark.parametrize("width", [30, 44, 60, 80, 100, 140, 200])
+def test_no_line_is_wider_than_the_terminal_and_none_comes_or_goes(width: int) -> None:
+    display = Display(RUN, clock=Clock())
+    display.take(update(1, METRICS))
+    before = drawn(display, width)
+    display.take(closed(2, texts=("a long answer\n" * 500,), prompt="漢字" * 500))
+    display.take(Incident(actor="scorer", kind="odd", message="late " * 100))
+    display.take(status("held", held=("the judge is down " * 20,), queues=dict.fromkeys("abcdefghij", 12345)))
+    display.take(update(2, METRICS))
+    after = drawn(display, width)
+    assert len(after) == len(before)
+    assert max(map(cell_len, after)) <= width
+
+
+def test_a_terminal_of_80_columns_has_it_all_in_24_lines() -> None:
+    display = Display(RUN, clock=Clock())
+    assert len(drawn(display, 80)) <= 23
+    display.take(update(1, METRICS | {f"rewards/r{i}/mean": 0.0 for i in range(9)}))
+    assert len(drawn(display, 80)) <= 23
+
+
+def test_the_newest_completion_with_its_reward() -> None:
+    display = Display(RUN, clock=Clock())
+    display.take(closed(1, texts=("46\n\x1b[31m[bold]", "45")))
+    assert line(display, "prompt") == "prompt    12+34="
+    assert line(display, "answer") == "answer    1.000  46⏎\\x1b[31m[bold]"
+    display.take(closed(2, texts=("hm",), rewards=(None,), prompt=[{"role": "user", "content": "hello"}]))
+    assert line(display, "prompt") == "prompt    user: hello"
+    assert line(display, "answer") == "answer    no score  hm"
+    display.take(GroupClosed(gid=9, slot=Slot(step=3, place=0), state="stale", version=3))
+    assert line(display, "answer") == "answer    no score  hm"
+
+
+def test_a_long_answer_has_two_lines_and_shows_how_it_ends() -> None:
+    display = Display(RUN, clock=Clock())
+    display.take(closed(1, texts=("First " + "and then " * 500 + "the end",)))
+    shown = drawn(display, 80)
+    at = next(i for i, text in enumerate(shown) if text.startswith("answer"))
+    assert shown[at].startswith("answer    1.000  First and then and then")
+    assert shown[at + 1].startswith(" " * 10)
+    assert shown[at + 1].endswith("and then the end")
+
+
+def test_what_holds_the_run_up_is_told_before_incidents() -> None:
+    display = Display(RUN, clock=Clock())
+    assert line(display, "incidents") == "incidents none"
+    display.take(Incident(actor="scorer", kind="odd", message="late"))
+    assert line(display, "incidents") == "incidents 1  scorer: late"
+    display.take(status("held", held=("the judge is down",)))
+    assert line(display, "held") == "held      the judge is down"
+    assert drawn(display)[0].startswith("kind-001  held")
+    display.take(update(1, {"queue/prompts/depth": 7.0}))
+    display.take(status("paused", queues={"prompts": 2, "scorer incidents": 0}))
+    assert drawn(display)[0].startswith("kind-001  paused")
+    assert line(display, "incidents") == "incidents 1  scorer: late"
+    assert line(display, "queues").split() == ["queues", "prompts", "2"]
+
+
+def test_what_the_run_is_at_stands_there_from_the_first_second() -> None:
+    display = Display(RUN, clock=Clock())
+    assert drawn(display)[0].startswith("kind-001  starting")
+    assert line(display, "now") == "now       –"
+    display.take(status("starting", activity=Activity(what="held-out rows", detail=" 37 / 400 (12 s)")))
+    assert drawn(display)[0].startswith("kind-001  starting")
+    assert line(display, "now") == "now       held-out rows 37 / 400 (12 s)"
+    wait = Activity(what="waiting for reward j\x1b[2J", detail=": refused (12 tries, 34 s); " + "x" * 200, waiting=True)
+    display.take(status("starting", activity=wait))
+    assert line(display, "now", 80).startswith("now       waiting for reward j\\x1b[2J: refused (12 tries, 34 s); x")
+    assert max(map(cell_len, drawn(display, 80))) <= 80
+    display.take(status("running"))
+    assert drawn(display)[0].startswith("kind-001  running")
+    assert line(display, "now") == "now       –"
+
+
+def test_fitted_text_keeps_its_ends() -> None:
+    assert fitted("short", 5) == "short"
+    assert fitted("abcdefghijklmnop", 11) == "abcd … mnop"
+    assert fitted("漢字" * 10, 11) == "漢字 … 漢字"
+    for width in range(5, 30):
+        assert cell_len(fitted("漢x字" * 10, width)) <= width
+
+
+def test_times_as_a_clock_shows_them() -> None:
+    assert [clock_time(s) for s in (0.4, 61, 3661, 90061, -1)] == [
+        "0:00:00",
+        "0:01:01",
+        "1:01:01",
+        "1 d 1:01:01",
+        "0:00:00",
+    ]
+
+
+def test_a_notice_stands_where_a_line_is_kept_free_for_it() -> None:
+    display = Display(RUN)
+    display.take(status())
+    before = drawn(display)
+    display.take(status("draining", notice="finishing step 2; Ctrl-C again stops now\x1b[2J"))
+    after = drawn(display)
+    assert [new for old, new in zip(before[1:], after[1:], strict=True) if old != new] == [
+        r"finishing step 2; Ctrl-C again stops now\x1b[2J"
+    ]
+    display.take(update(100, total_steps=100))
+    assert "finishing" not in "\n".join(drawn(display))

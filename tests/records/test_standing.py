@@ -1,0 +1,156 @@
+"""What a folder says of a run that nobody plays."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from troupe.errors import InputError
+from troupe.records.standing import Aftermath, aftermath, describe
+from troupe.runtime.lock import LOCK, Owner, RunLock, process_identity
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder in which nothing has happened yet."""
+    (tmp_path / "run.toml").write_text("")
+    return tmp_path
+
+
+def add_checkpoint(run: Path, step: int, *, whole: bool = True) -> None:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    if whole:
+        (folder / "MANIFEST.json").write_text("{}")
+
+
+def add_summary(run: Path, steps: int, total_steps: int) -> None:
+    (run / "summary.json").write_text(json.dumps({"steps": steps, "total_steps": total_steps, "version": steps}))
+
+
+def dead_owner(run: Path, host: str | None = None) -> int:
+    """Somebody who has died holding the lock."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    owner = Owner(pid=dead.pid, host=host or os.uname().nodename, started=0.0)
+    (run / LOCK).write_bytes(msgspec.json.encode(owner))
+    return dead.pid
+
+
+def test_a_run_that_has_not_begun(run: Path) -> None:
+    found = aftermath(run)
+    assert found == Aftermath(folder=str(run), fate="not begun", step=0, total_steps=None, checkpoint=None)
+    assert describe(found) == (f"no step is done yet, and nobody is at it; go on with: troupe train -o {run} --resume")
+
+
+def test_a_run_that_is_complete(run: Path) -> None:
+    add_checkpoint(run, 100)
+    add_summary(run, 100, 100)
+    found = aftermath(run)
+    assert (found.fate, found.step, found.total_steps, found.checkpoint) == ("complete", 100, 100, "step-00000100")
+    assert describe(found) == "complete: 100 of 100 steps"
+
+
+def test_a_run_that_was_ended(run: Path) -> None:
+    add_checkpoint(run, 40)
+    add_summary(run, 40, 100)
+    found = aftermath(run)
+    assert found.fate == "ended"
+    assert describe(found) == f"ended after step 40 of 100; go on with: troupe train -o {run} --resume"
+
+
+def test_a_run_that_a_daemon_kept_is_gone_on_with_by_one(run: Path) -> None:
+    (run / "daemon.log").write_text("")
+    add_checkpoint(run, 40)
+    add_summary(run, 40, 100)
+    assert describe(aftermath(run)) == f"ended after step 40 of 100; go on with: troupe daemon {run}"
+
+
+def test_a_run_that_was_killed(run: Path) -> None:
+    pid = dead_owner(run)
+    add_checkpoint(run, 10)
+    add_checkpoint(run, 20)
+    add_checkpoint(run, 30, whole=False)
+    (run / "checkpoints" / ".tmp-step-00000040").mkdir()
+    found = aftermath(run)
+    assert (found.fate, found.step, found.checkpoint, found.pid) == ("cut off", 20, "step-00000020", pid)
+    assert describe(found).startswith("cut off; newest checkpoint: step-00000020; go on with")
+
+
+def test_one_that_was_killed_before_its_first_checkpoint(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert describe(aftermath(run)).startswith("cut off; newest checkpoint: none yet;")
+
+
+def test_a_summary_of_an_earlier_start_does_not_count(run: Path) -> None:
+    add_summary(run, 40, 100)
+    add_checkpoint(run, 60)
+    found = aftermath(run)
+    assert (found.fate, found.step, found.total_steps) == ("cut off", 60, 100)
+
+
+def test_a_run_that_plays_and_does_not_answer(run: Path) -> None:
+    lock = RunLock(run)
+    lock.take()
+    found = aftermath(run)
+    lock.release()
+    assert (found.fate, found.pid) == ("playing", os.getpid())
+    assert f"process {os.getpid()} plays a run here, but does not answer" in describe(found)
+
+
+def test_on_another_machine_it_may_be_playing(run: Path) -> None:
+    dead_owner(run, host="elsewhere")
+    assert aftermath(run).fate == "playing"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"steps": "x", "total_steps": 3}'])
+def test_a_damaged_summary_says_nothing(run: Path, text: str) -> None:
+    (run / "summary.json").write_text(text)
+    assert aftermath(run).fate == "not begun"
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        aftermath(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no run\.toml"):
+        aftermath(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        aftermath(tmp_path / ("a" * 300))
+
+
+def test_a_run_whose_guardian_says_why_it_does_not_answer(run: Path) -> None:
+    lock = RunLock(run)
+    lock.take()
+    add_checkpoint(run, 5)
+    told = {"pid": os.getpid(), "name": "kind", "reason": "the reward kind holds Python's lock", "since": 0.0}
+    (run / "control.silent").write_text(json.dumps(told))
+    found = aftermath(run)
+    assert (found.fate, found.checkpoint) == ("silent", "step-00000005")
+    assert describe(found).startswith("not answering for ")
+    assert "the reward kind holds Python's lock; newest checkpoint: step-00000005; wait, or end it" in describe(found)
+    assert f"troupe stop {run} --kill" in describe(found)
+    (run / "control.silent").write_text(json.dumps({**told, "pid": 1}))
+    assert aftermath(run).fate == "playing", "it was said of another one"
+    lock.release()
+
+
+def test_who_has_died_and_is_not_buried_plays_nothing(run: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    owner = Owner(pid=dead.pid, host=os.uname().nodename, started=0.0, process=process_identity(dead.pid))
+    until_s = time.monotonic() + 30.0
+    while owner.is_alive:
+        assert time.monotonic() < until_s
+        time.sleep(0.001)
+    (run / LOCK).write_bytes(msgspec.json.encode(owner))
+    assert aftermath(run).fate == "cut off"
+    dead.wait()
+    assert Owner(pid=os.getpid(), host=os.uname().nodename, started=0.0).is_alive

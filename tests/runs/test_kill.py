@@ -1,0 +1,83 @@
+"""`troupe train` killed with SIGKILL at random moments, also while it writes a checkpoint, goes on as if nothing had
+happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.kills import EVERY, G, P, STEPS, Trainer, play_and_kill, read_store, write_run
+
+pytestmark = pytest.mark.alone
+
+PINNED: dict[str, Any] = {"schedule__max_staleness": 1, "schedule__generator": "thread"}
+FREE = PINNED | {"schedule__mode": "free"}
+TIMES = ("step_time", "learn_time", "tokens_per_second", "learn_tokens_per_second", "peak_memory_gb", "spans_dropped")
+
+
+def final_hash(out: Path) -> str:
+    return hashlib.sha256((out / "final" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Line by line, what does not depend on time."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(("time/", "queue/"))} for line in lines
+    ]
+
+
+def check_pinned(out: Path, whole: Path) -> None:
+    assert final_hash(out) == final_hash(whole)
+    assert metrics(out) == metrics(whole)
+    assert read_store(out) == read_store(whole)
+
+
+def check_free(out: Path) -> None:
+    store = read_store(out)
+    assert store["steps"] == list(range(1, STEPS + 1))
+    assert [gid for gid, _, _ in store["groups"]] == list(range(STEPS * P)), "every group ends, and once"
+    assert len(store["completions"]) == STEPS * P * G
+    assert [line["step"] for line in metrics(out)] == list(range(1, STEPS + 1))
+
+
+def uninterrupted(folder: Path, **settings: Any) -> Path:
+    out = folder / "whole"
+    assert Trainer(write_run(folder, **settings), out).wait() == 0, (folder / "log.txt").read_text()[-4000:]
+    assert read_store(out)["steps"] == list(range(1, STEPS + 1))
+    return out
+
+
+def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = uninterrupted(tmp_path, **PINNED)
+    assert play_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=2, seed=2) == 2
+    check_pinned(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generator", ["thread", "process"])
+def test_pinned_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str) -> None:
+    settings = PINNED | {"schedule__generator": generator}
+    whole = uninterrupted(tmp_path, **settings)
+    killed, seed = 0, 0
+    while killed < 20:
+        out = tmp_path / f"out-{seed}"
+        killed += play_and_kill(tmp_path / "run.toml", out, kills=STEPS // EVERY // 2, seed=seed)
+        check_pinned(out, whole)
+        seed += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generator", ["thread", "process"])
+def test_free_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str) -> None:
+    config = write_run(tmp_path, **FREE | {"schedule__generator": generator})
+    killed, seed = 0, 100
+    while killed < 10:
+        out = tmp_path / f"out-{seed}"
+        killed += play_and_kill(config, out, kills=STEPS // EVERY // 2, seed=seed)
+        check_free(out)
+        seed += 1

@@ -1,0 +1,102 @@
+"""The run as one loop: no actors, no tasks, no channels. What the play must equal bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from troupe import RunConfig
+from troupe.actors.learner.batch import as_rollouts, assemble, completion_log_probs
+from troupe.actors.schedule import PromptSchedule, count_steps, tokenize_prompts
+from troupe.dataset import PromptDataset
+from troupe.grpo import adamw_init, learning_rate, sync_reference, train_on_batch
+from troupe.messages import Prompt, RolloutGroup, ScoredGroup, Slot
+from troupe.policy import RolloutEngine, RolloutRequest, Weights, load_policy
+
+
+class Straight(NamedTuple):
+    """Where the loop ends."""
+
+    weights: Weights
+    optimizer_state: dict[str, mx.array]
+    reference: Weights | None
+    filtered: list[int]
+    """Groups left out of each step."""
+    num_tokens: int
+
+
+def play_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
+    """A pinned run with one reward that wants `completion_ids` alone."""
+    learner, generation = config.learner, config.generation
+    policy = load_policy(config.model.path or "", config.model.dtype)
+    dataset = PromptDataset.from_json(config.data.path or "")
+    ids = tokenize_prompts(dataset, policy.tokenizer, config.data, max_tokens=policy.config.max_position_embeddings)
+    P = learner.batch_size
+    schedule = PromptSchedule(dataset, ids, batch_size=P, seed=config.seed, shuffle=config.data.shuffle)
+    total = count_steps(len(dataset), batch_size=P, epochs=learner.epochs, max_steps=learner.max_steps)
+    log_probs = completion_log_probs(
+        policy.config, generation.temperature, recompute=learner.gradient_checkpointing or False
+    )
+
+    def complete(prompts: list[Prompt], weights: Weights, version: int) -> list[ScoredGroup]:
+        engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids)
+        engine.load(weights, version)
+        keys = [(config.seed, p.slot.step, p.slot.place, p.slot.attempt) for p in prompts]
+        requests = [RolloutRequest(prompt_ids=p.prompt_ids, key=key) for p, key in zip(prompts, keys, strict=True)]
+        scored: dict[int, ScoredGroup] = {}
+        for completed in engine.decode(requests):
+            group = RolloutGroup(
+                prompt=prompts[completed.index], rollouts=as_rollouts(completed, policy.tokenizer.decode_sampled)
+            )
+            completion_ids: Any = [list(rollout.token_ids) for rollout in group.rollouts]
+            scored[completed.index] = ScoredGroup(group=group, scores={"r": tuple(reward(completion_ids))})
+        return [scored[i] for i in range(len(prompts))]
+
+    versions: list[Weights] = [policy.weights]
+    state = adamw_init(policy.weights)
+    reference = policy.weights if learner.beta else None
+    filtered, num_tokens = [], 0
+    for step in range(total):
+        sampled_from = max(0, step - config.schedule.max_staleness)
+        kept: dict[int, ScoredGroup] = {}
+        without: list[int] = []
+        places = list(range(P))
+        for attempt in range(learner.max_resampling_attempts + 1 if learner.dynamic_sampling else 1):
+            prompts = [schedule.prompt(Slot(step=step, place=place, attempt=attempt)) for place in places]
+            groups = complete(prompts, versions[sampled_from], sampled_from) if prompts else []
+            num_tokens += sum(
+                len(g.group.prompt.prompt_ids) + len(r.token_ids) for g in groups for r in g.group.rollouts
+            )
+            constant = [len(set(group.scores["r"])) == 1 and learner.dynamic_sampling for group in groups]
+            kept |= {place: g for place, g, same in zip(places, groups, constant, strict=True) if not same}
+            places = [place for place, same in zip(places, constant, strict=True) if same]
+            without += places
+        filtered.append(len(without))
+        weights = versions[-1]
+        passes = learner.num_iterations
+        if kept:
+            prepared = assemble(
+                [kept[place] for place in sorted(kept)],
+                learner,
+                weights={"r": 1.0},
+                pad_id=policy.tokenizer.pad_token_id or 0,
+            )
+            result = train_on_batch(
+                weights,
+                state,
+                prepared.batch,
+                log_probs,
+                learner,
+                lr=[learning_rate(step * passes + i, total * passes, learner) for i in range(passes)],
+                ref_weights=reference,
+                max_completion_length=generation.max_completion_length,
+            )
+            weights, state = result.weights, result.optimizer_state
+        for update in range(step * passes + 1, (step + 1) * passes + 1):
+            if reference is not None and learner.sync_ref_model and update % learner.ref_model_sync_steps == 0:
+                reference = sync_reference(reference, weights, learner.ref_model_mixup_alpha)
+                mx.eval(list(reference.values()))
+        versions.append(weights)
+    return Straight(versions[-1], state, reference, filtered, num_tokens)

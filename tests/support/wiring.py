@@ -1,0 +1,410 @@
+"""A stage for whole runs in virtual time: everything real but what takes time or room.
+
+Supervisor, pipeline, actors, channels, credits and reward manager are the real ones. Faked are the device threads (a
+call takes virtual seconds), the engine, the gradient step, the checkpoint files and the sinks. "Weights" are one
+number: a hash of all that ever led to them, so two runs that end with equal ones were given the same all along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import troupe  # noqa: F401 - before MLX
+from tests.support.fakes import DirectSinkThread
+from troupe import RunConfig
+from troupe.actors import checkpointer as checkpointer_room
+from troupe.actors import metrics as metrics_room
+from troupe.actors.learner import train as training
+from troupe.actors.schedule import PromptSchedule
+from troupe.dataset import PromptDataset
+from troupe.grpo import Batch, StepResult
+from troupe.messages import (
+    GroupClosed,
+    Incident,
+    Pause,
+    Prompt,
+    Replace,
+    Resume,
+    ScoredGroup,
+    Slot,
+    Snapshot,
+    Span,
+    Step,
+    Update,
+)
+from troupe.policy import Companions, CompletedGroup, Completion, RolloutRequest
+from troupe.records.sinks import sinks as sink_threads
+from troupe.rewards import RewardManager
+from troupe.run import live as performance
+from troupe.run import pipeline, supervisor
+from troupe.run.prepare import Prepared
+from troupe.run.resume.groups import Restored
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.mailbox import Channel, Mailbox
+
+DATA = ("prompts", "rollouts", "scored", "closed")
+"""Channels on the way of a group, which must hold all that are alive."""
+SENDERS = {"prompts": "prompter", "rollouts": "generator", "scored": "scorer"}
+"""Channel → who sends into it, where it is an actor that may fail."""
+LONGEST = 5
+"""Tokens of a completion, at most."""
+
+
+def digest(*things: object) -> bytes:
+    """32 bytes that follow from the things."""
+    return hashlib.sha256(repr(things).encode()).digest()
+
+
+class Hooks:
+    """What may be made to go wrong on the stage; each is asked at its moment and may raise."""
+
+    def delay_s(self, who: str) -> float:
+        """Virtual seconds of the next piece of work on a device."""
+        return 0.0
+
+    def on_step(self, who: str, place: str) -> None:
+        """An actor, or its device, has come to a place where it may fail."""
+
+    def on_write(self, snapshot: Snapshot) -> None:
+        """A checkpoint is about to be written."""
+
+    def on_sink(self, message: object) -> None:
+        """A sink is about to write."""
+
+    def bound(self, channel: str, asked: int) -> int:
+        """How many messages a channel holds that should hold as many as asked."""
+        return asked
+
+    def is_finite(self, batch: bytes) -> bool:
+        """Whether the gradient of the batch of this hash is."""
+        return True
+
+
+class VirtualExecutor:
+    """In the place of a device's thread: calls one after the other, each made when its virtual time is over."""
+
+    def __init__(self, name: str, hooks: Hooks) -> None:
+        self._name = name
+        self._hooks = hooks
+        self._free_at_s = 0.0
+        self._closed = False
+        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        if self._closed:
+            raise RuntimeError("the device is closed")
+        loop = asyncio.get_running_loop()
+        self._free_at_s = max(loop.time(), self._free_at_s) + self._hooks.delay_s(self._name)
+        future: Future[Any] = Future()
+        self._waiting.append((future, function, args))
+        loop.call_at(self._free_at_s, self._perform)  # timers of one moment come in any order, calls do not
+        return future
+
+    def shutdown(self, *, wait: bool) -> None:
+        self._closed = True
+
+    def _perform(self) -> None:
+        future, function, args = self._waiting.popleft()
+        try:
+            self._hooks.on_step(self._name, "compute")
+            result = function(*args)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+
+class VirtualDevice(DeviceThread):
+    """The real `run`, on a thread that is none."""
+
+    def __init__(self, name: str, hooks: Hooks) -> None:
+        self._executor: Any = VirtualExecutor(name, hooks)
+
+    async def close(self) -> None:
+        """There is no thread whose streams end with it."""
+        self._executor.shutdown(wait=True)
+
+
+class ScriptedEngine:
+    """Its lengths follow from the key, its tokens from weights, key, sample and what came before."""
+
+    tokens = 0
+
+    def __init__(self, generations: int) -> None:
+        self._generations = generations
+        self._loaded: tuple[Any, int] | None = None
+        self._aborted = False
+
+    def load(self, weights: Any, version: int) -> None:
+        self._loaded = (weights, version)
+
+    def abort(self) -> None:
+        self._aborted = True
+
+    def release(self) -> None:
+        self._loaded = None
+
+    def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
+        assert self._loaded is not None, "decoding without weights"
+        self._aborted = False
+        return self._decode(list(requests))
+
+    def _decode(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
+        lengths = [[1 + byte % LONGEST for byte in digest(r.key)[: self._generations]] for r in requests]
+        groups: list[list[list[int]]] = [[[] for _ in wanted] for wanted in lengths]
+        versions: list[int] = []
+        for t in range(max(map(max, lengths))):
+            assert self._loaded is not None, "decoding without weights"
+            weights, version = self._loaded
+            versions.append(version)
+            for request, group, wanted in zip(requests, groups, lengths, strict=True):
+                noise = digest(weights["w"], request.prompt_ids, request.key, group)
+                for sample, length in enumerate(wanted):
+                    if t < length:
+                        group[sample].append(noise[sample] % 64)
+            ends = [
+                i for i, wanted in enumerate(lengths) if max(wanted) == t + 1 or (self._aborted and max(wanted) > t)
+            ]
+            if ends:
+                yield [_completed(index, groups[index], versions) for index in ends]
+            if self._aborted:
+                return
+
+
+def _completed(index: int, samples: Sequence[Sequence[int]], versions: Sequence[int]) -> CompletedGroup:
+    log_probs = [tuple(-0.5 - token / 64 for token in tokens) for tokens in samples]
+    completions = [
+        Completion(
+            token_ids=tuple(tokens),
+            log_probs=numbers,
+            sampling_log_probs=numbers,
+            versions=tuple(versions[: len(tokens)]),
+            finish_reason="stop" if len(tokens) < LONGEST else "length",
+        )
+        for tokens, numbers in zip(samples, log_probs, strict=True)
+    ]
+    return CompletedGroup(index=index, completions=tuple(completions))
+
+
+class Ledger:
+    """What was seen on the channels, in order, and every rule that was broken on the way."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        """Most groups that may be alive."""
+        self.broken: list[str] = []
+        self.issued: dict[int, Slot] = {}
+        self.alive: set[int] = set()
+        self.most_alive = 0
+        self.closed: Counter[int] = Counter()
+        self.states: Counter[str] = Counter()
+        self.updates: list[Update] = []
+        self.incidents: Counter[str] = Counter()
+        self.learned: list[bytes] = []
+        """A hash for each gradient step, of all that it was given."""
+        self.written: list[int] = []
+        """Versions of checkpoints, in order."""
+        self.final: int | None = None
+        self._may_begin: float = math.inf
+        """Steps that may begin, as far as the requests go that the prompter has taken."""
+
+    def obey(self, request: object) -> None:
+        """Take note of what the prompter was told."""
+        if isinstance(request, Pause):
+            self._may_begin = 0 if self._may_begin == math.inf else self._may_begin  # what was granted in it stays
+        elif isinstance(request, Resume):
+            self._may_begin = math.inf
+        elif isinstance(request, Step):
+            self._may_begin += request.steps
+
+    def see(self, channel: str, message: object) -> None:
+        """Take note of a message as it is put into a channel."""
+        if isinstance(message, Prompt) and channel == "prompts":
+            self._issued(message)
+        elif isinstance(message, GroupClosed) and channel == "closed":
+            self._left(message.gid, "closed")
+        elif isinstance(message, Replace):
+            for slot in message.slots:
+                self._left(next(gid for gid, issued in self.issued.items() if issued == slot), "replaced")
+        elif isinstance(message, GroupClosed) and channel == "closed groups":
+            self.closed[message.gid] += 1
+            self.states[message.state] += 1
+        elif isinstance(message, Update) and channel == "updates":
+            self.updates.append(message)
+        elif isinstance(message, Incident):
+            self.incidents[message.kind] += 1
+
+    def _issued(self, prompt: Prompt) -> None:
+        if prompt.gid in self.issued:
+            self.broken.append(f"group {prompt.gid} was issued twice")
+        if prompt.slot.place == prompt.slot.attempt == 0:
+            self._may_begin -= 1
+            if self._may_begin < 0:
+                self.broken.append(f"step {prompt.slot.step} was begun in a pause")
+        self.issued[prompt.gid] = prompt.slot
+        self.alive.add(prompt.gid)
+        self.most_alive = max(self.most_alive, len(self.alive))
+        if len(self.alive) > self.limit:
+            self.broken.append(f"{len(self.alive)} groups are alive, {self.limit} may be")
+
+    def _left(self, gid: int, how: str) -> None:
+        if gid not in self.alive:
+            self.broken.append(f"group {gid} was {how}, but is not alive")
+        self.alive.discard(gid)
+
+
+class StageSink:
+    """Writes nothing."""
+
+    name = "stage"
+    takes: tuple[type, ...] = (Update, GroupClosed, Incident, Span)  # no Status: its timer would hide deadlocks
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+
+    def open(self) -> None:
+        pass
+
+    def write(self, message: object) -> None:
+        self._hooks.on_sink(message)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepared:
+    """What `prepare` would give, for weights that are one number."""
+    assert config.output is not None
+    dataset = PromptDataset.from_rows([{"prompt": f"prompt {i}", "answer": str(i)} for i in range(rows)])
+    tokenizer = SimpleNamespace(decode_sampled=lambda ids: " ".join(map(str, ids)), pad_token_id=0)
+    policy: Any = SimpleNamespace(
+        config=None,
+        tokenizer=tokenizer,
+        eos_ids=frozenset(),
+        pad_id=0,
+        weights={"w": b"untrained"},
+        path=None,
+        companions=Companions(),
+        notices=[],
+        having=lambda weights: policy,
+    )
+    memory: Any = SimpleNamespace(limit_gb=None)
+    return Prepared(
+        config=config,
+        folder=Path(config.output),
+        policy=policy,
+        source=Path(config.output),
+        reference=None,
+        rewards=rewards,
+        schedule=PromptSchedule(
+            dataset,
+            [(1 + i, 2) for i in range(rows)],
+            batch_size=config.learner.batch_size,
+            seed=config.seed,
+            shuffle=True,
+        ),
+        total_steps=config.learner.max_steps or 1,
+        fingerprint="",
+        evaluation=None,
+        checkpoint=None,
+        optimizer_state={},
+        restored=Restored(next=0),
+        memory=memory,
+        notices=(),
+    )
+
+
+@contextmanager
+def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statistics: bool) -> Iterator[None]:
+    """Play every run that begins in the body on the stage.
+
+    `real_statistics`: what is computed of scores with small arrays is not faked; it takes most of the time of a play.
+    """
+    put, take, channel_of = Channel._put, Mailbox.take, Mailbox.channel
+    generations = prepared.config.generation.num_generations
+
+    def watched_put(channel: Channel[Any], message: Any) -> None:
+        if channel.name in SENDERS:
+            hooks.on_step(SENDERS[channel.name], "send")
+        if "listener" not in channel._inbox.name:
+            ledger.see(channel.name, message)
+        put(channel, message)
+
+    def bounded_channel(mailbox: Mailbox, name: str, *types: type, bound: int, **settings: Any) -> Channel[Any]:
+        return channel_of(mailbox, name, *types, bound=hooks.bound(name, bound), **settings)
+
+    async def watched_take(mailbox: Mailbox) -> Any:
+        message = await take(mailbox)
+        hooks.on_step(mailbox.name, "take")
+        if mailbox.name == "prompter":
+            ledger.obey(message)
+        return message
+
+    def train(weights: Mapping[str, bytes], state: object, batch: Any, *_: Any, **settings: Any) -> StepResult:
+        given = _digest_of_batch(batch)
+        ledger.learned.append(digest(weights["w"], given, settings["lr"]))
+        finite = hooks.is_finite(given)
+        trained: Any = {"w": ledger.learned[-1]} if finite else weights
+        return StepResult(weights=trained, optimizer_state={}, metrics={"loss": 0.0}, updated=finite)
+
+    def write(_: object, snapshot: Snapshot) -> None:
+        hooks.on_write(snapshot)
+        ledger.written.append(snapshot.version)
+        if snapshot.final:
+            ledger.final = snapshot.version
+
+    with pytest.MonkeyPatch.context() as patch:
+        for room in (pipeline, supervisor):
+            patch.setattr(room, "DeviceThread", lambda name: VirtualDevice(name, hooks))
+        patch.setattr(pipeline, "RolloutEngine", lambda *_, **__: ScriptedEngine(generations))
+        patch.setattr(pipeline, "_sinks", lambda _: [StageSink(hooks)])
+        patch.setattr(sink_threads, "SinkThread", DirectSinkThread)
+        patch.setattr(metrics_room, "_LETS_OTHERS_FIRST_S", 0.0)
+        patch.setattr(supervisor, "prepare", lambda *_, **__: prepared)
+        patch.setattr(performance, "Policy", lambda *_: None)
+        patch.setattr(training, "train_on_batch", train)
+        patch.setattr(training, "completion_log_probs", lambda *_, **__: None)
+        patch.setattr(checkpointer_room.Checkpointer, "write", write)
+        patch.setattr(Channel, "_put", watched_put)
+        patch.setattr(Mailbox, "take", watched_take)
+        patch.setattr(Mailbox, "channel", bounded_channel)
+        if not real_statistics:
+            patch.setattr(training, "group_statistics", lambda *_: {"reward": 0.0})
+            patch.setattr(training, "spread_statistics", lambda *_: {})
+            patch.setattr(training, "has_signal", _has_signal)
+            patch.setattr(training, "assemble", _assemble)
+        yield
+
+
+def _assemble(groups: Sequence[ScoredGroup], *_: Any, **__: Any) -> Any:
+    batch = [(g.group.prompt, g.group.rollouts, g.scores) for g in groups]
+    return SimpleNamespace(batch=batch, metrics={}, advantages=[(0.0,) * len(g.group.rollouts) for g in groups])
+
+
+def _digest_of_batch(batch: Any) -> bytes:
+    if isinstance(batch, Batch):
+        return digest(batch.prompts, batch.completions, batch.advantages.tolist(), batch.completion_mask.tolist())
+    return digest(batch)
+
+
+def _has_signal(group: ScoredGroup, config: object, weights: Mapping[str, float]) -> bool:
+    rewards = [
+        sum(score for score in scores if score is not None)
+        for scores in zip(*group.scores.values(), strict=True)
+        if any(score is not None for score in scores)
+    ]
+    return len(set(rewards)) > 1

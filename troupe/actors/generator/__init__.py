@@ -1,0 +1,1 @@
+"""The generator, in a thread or in processes of its own."""

@@ -1,0 +1,157 @@
+"""The generator in a process of its own: `python -m troupe.actors.generator.process`.
+
+The same actor as in a thread, behind a mailbox that is fed from the connection. Its policy board holds what it has
+loaded of the files that the run wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import anyio
+import mlx.core as mx
+
+from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.wire import (
+    Completed,
+    End,
+    Ended,
+    Loaded,
+    Made,
+    NewWeights,
+    Ping,
+    Pong,
+    Prompts,
+    Ready,
+    Refused,
+    Setup,
+    decode_in_process,
+    encode,
+    pack_rollout,
+    unpack_prompt,
+)
+from troupe.errors import TroupeError
+from troupe.messages import Incident, Prompt, RolloutGroup, Span
+from troupe.policy import Companions, RolloutEngine, Tokenizer, Weights
+from troupe.run.memory import memory_limited
+from troupe.runtime import linux_cpu
+from troupe.runtime.board import PolicyBoard
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.process import Connection, serve
+from troupe.runtime.reporter import Reporter
+from troupe.runtime.roles import together
+
+_INCIDENTS, _SPANS = 256, 4096
+_MADE_EVERY_S = 1.0
+
+
+async def play(connection: Connection) -> None:
+    """Play the part from the first frame to the end of the connection."""
+    setup = decode_in_process(await connection.receive())
+    assert isinstance(setup, Setup)
+    if setup.on_cpu:
+        mx.set_default_device(mx.cpu)
+    try:
+        with linux_cpu.blas_limited(setup.blas_threads), memory_limited(setup.limit_gb):
+            if setup.on_cpu:
+                linux_cpu.take_buffers(1 + (setup.blas_threads or 1))
+            await _Part(connection, setup).play()
+    except TroupeError as error:
+        await connection.send(encode(Refused(kind=type(error).__name__, message=str(error))))
+        while True:
+            await connection.receive()  # until the run has read it and closes
+
+
+class _Part:
+    """The generator with its wires."""
+
+    def __init__(self, connection: Connection, setup: Setup) -> None:
+        self._connection = connection
+        tokenizer = _tokenizer(setup)
+        inbox, self._outbox = Mailbox("generator"), Mailbox("outbox")
+        self._prompts: Channel[Prompt] = inbox.channel("prompts", Prompt, bound=setup.live)
+        self._board: PolicyBoard[Weights] = PolicyBoard(setup.max_staleness)
+        self._device, self._loader = DeviceThread("generator"), DeviceThread("weights")
+        self._generator = Generator(
+            inbox,
+            self._outbox.channel("rollouts", RolloutGroup, bound=setup.live),
+            engine=lambda: RolloutEngine(
+                setup.policy, setup.generation, stop_ids=frozenset(setup.stop_ids), tokenizer=tokenizer
+            ),
+            device=self._device,
+            board=self._board,
+            decode_text=tokenizer.decode_sampled,
+            seed=setup.seed,
+            most_at_once=setup.most_at_once,
+            report=Reporter(
+                setup.name,
+                self._outbox.channel("incidents", Incident, bound=_INCIDENTS),
+                self._outbox.channel("spans", Span, bound=_SPANS, overflow="drop_oldest"),
+                process=os.getpid(),
+            ),
+        )
+
+    async def play(self) -> None:
+        async with AsyncExitStack() as devices:
+            await devices.enter_async_context(self._device)
+            await devices.enter_async_context(self._loader)
+            await self._connection.send(encode(Ready()))
+            await together([self._listen, self._perform, self._tell_made])
+
+    async def _perform(self) -> None:
+        await together([self._generator.run, self._tell])
+        await self._connection.send(encode(Ended()))
+
+    async def _tell(self) -> None:
+        async for message in self._outbox:
+            if isinstance(message, RolloutGroup):
+                rollouts = tuple(map(pack_rollout, message.rollouts))
+                message = Completed(gid=message.prompt.gid, rollouts=rollouts)
+            await self._connection.send(encode(message))
+
+    async def _tell_made(self) -> None:
+        """As `_listen`."""
+        told = 0
+        while True:
+            await anyio.sleep(_MADE_EVERY_S)
+            if (made := self._generator.made) != told:
+                told = made
+                await self._connection.send(encode(Made(tokens=made)))
+
+    async def _listen(self) -> None:
+        """Until the run closes the connection, which ends all the rest."""
+        while True:
+            match decode_in_process(await self._connection.receive()):
+                case Prompts(prompts=prompts):
+                    for packed in prompts:
+                        self._prompts.send_nowait(unpack_prompt(packed))
+                case NewWeights(version=version, path=path):
+                    self._board.publish(version, await self._loader.run(_load, Path(path)))
+                    await self._connection.send(encode(Loaded(version=version)))
+                case Ping():
+                    await self._connection.send(encode(Pong(now_s=time.perf_counter())))
+                case End():
+                    self._prompts.close()
+
+
+def _tokenizer(setup: Setup) -> Tokenizer:
+    if not setup.tokenizer_files:
+        return Tokenizer.from_pretrained(setup.tokenizer)
+    with TemporaryDirectory(prefix="troupe-tokenizer-") as folder:
+        Companions(setup.tokenizer_files).write_as_they_are(Path(folder))
+        return Tokenizer.from_pretrained(folder)
+
+
+def _load(path: Path) -> Weights:
+    loaded = mx.load(str(path))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+if __name__ == "__main__":
+    serve(play)

@@ -1,0 +1,315 @@
+"""RemoteGenerator: stands in for a generator that works in processes of its own.
+
+Knows how prompts get there and completions come back, not how they are made: that is `Generator`'s, which is played in
+each process (`process.py`). A process that dies is a fault of this actor; its successor starts all anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from troupe import errors
+from troupe.actors.generator.weights_files import WeightsFiles
+from troupe.actors.generator.wire import (
+    Completed,
+    End,
+    Ended,
+    FromProcess,
+    Loaded,
+    Made,
+    MessageError,
+    NewWeights,
+    Ping,
+    Pong,
+    Prompts,
+    Ready,
+    Refused,
+    Setup,
+    ToProcess,
+    decode_from_process,
+    encode,
+    pack_prompt,
+    unpack_rollout,
+)
+from troupe.errors import RunError, TroupeError
+from troupe.messages import Incident, Prompt, RolloutGroup, ScoredGroup, Span
+from troupe.policy import Weights
+from troupe.runtime.actor import Actor
+from troupe.runtime.board import PolicyBoard
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.process import ChildProcess
+from troupe.runtime.reporter import Reporter
+
+MODULE = "troupe.actors.generator.process"
+M = TypeVar("M")
+
+
+class _Round:
+    """Prompts that are done with together, and those of them whose completions have not come."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = tuple(prompts)
+        self.open = {prompt.gid for prompt in prompts}
+
+
+class _Process:
+    """One process and what is known of it."""
+
+    def __init__(self, child: ChildProcess) -> None:
+        self.child = child
+        self.behind_s = 0.0
+        """Seconds to add to its clock for the time of this process."""
+        self.versions: set[int] = set()
+        """Told to it, and not so old that its board has let go of them."""
+        self.lent: Counter[int] = Counter()
+        """Files that it has not said to have read."""
+        self.made = 0
+        """Tokens of the longest completion that it is at."""
+        self.ended = anyio.Event()
+
+    async def send(self, message: ToProcess) -> None:
+        await self.child.send(encode(message))
+
+    async def receive(self) -> FromProcess:
+        message = decode_from_process(await self.child.receive())
+        if isinstance(message, Refused):
+            kind = getattr(errors, message.kind, RunError)
+            raise kind(message.message) if issubclass(kind, TroupeError) else RunError(message.message)
+        return message
+
+
+class RemoteGenerator(Actor):
+    """Receives Prompt; sends RolloutGroup as groups come back.
+
+    With several processes the prompts of a round are dealt to them by place, j mod n, so that what is decoded together
+    is a function of slots alone. Weights go by file: in the pinned schedule the version of a step with its prompts, in
+    the free one every version when it is published; prompts wait until the newest version of their time has been told,
+    so that no process, which loads what it is told in order, completes them with an older one.
+    """
+
+    name = "generator"
+    acknowledges: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        inbox: Mailbox,
+        groups: Channel[RolloutGroup],
+        *,
+        setups: Sequence[Setup],
+        board: PolicyBoard[Weights],
+        files: WeightsFiles,
+        device: DeviceThread,
+        handed_over: set[int] | None = None,
+        recorded: Mapping[int, ScoredGroup] | None = None,
+        report: Reporter | None = None,
+    ) -> None:
+        """`setups`: one a process. `device`: the thread that writes files.
+
+        `handed_over`: gids of groups that were sent and whose prompts are still in hand; it outlives the actor.
+        `recorded`: gid → groups that a run, before it was resumed, had sampled already.
+        """
+        super().__init__(inbox, [groups], report)
+        self._groups = groups
+        self._setups = setups
+        self._pinned = setups[0].most_at_once is None
+        self._board = board
+        self._files = files
+        self._device = device
+        self._handed_over = set() if handed_over is None else handed_over
+        self._recorded = {} if recorded is None else recorded
+        self._gathering: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
+        self._there: list[Prompt] = []
+        self._told, self._telling = -1, anyio.Event()
+        self._rounds: dict[int, tuple[Prompt, _Round]] = {}
+        self._processes: list[_Process] = []
+        self._following: anyio.CancelScope
+        self._listeners: TaskGroup
+
+    @property
+    def made(self) -> int:
+        """Tokens that the longest completion under way has, as of a second ago."""
+        return max((process.made for process in self._processes), default=0)
+
+    async def run(self) -> None:
+        """Play the part while the processes are listened to."""
+        self._following = anyio.CancelScope()
+        async with anyio.create_task_group() as self._listeners:
+            await super().run()
+
+    async def start(self) -> None:
+        """Start the processes, all at once."""
+        with self.report.span("start process"):
+            for _ in self._setups:
+                self._processes.append(_Process(await ChildProcess.start(MODULE)))
+            async with anyio.create_task_group() as starting:
+                for process, setup in zip(self._processes, self._setups, strict=True):
+                    starting.start_soon(self._begin, process, setup)
+        for process in self._processes:
+            self._listeners.start_soon(self._listen, process)
+        if not self._pinned:
+            self._listeners.start_soon(self._follow)
+
+    async def _begin(self, process: _Process, setup: Setup) -> None:
+        await process.send(setup)
+        _expect(Ready, await process.receive())
+        asked_s = time.perf_counter()
+        await process.send(Ping())
+        while isinstance(message := await process.receive(), Span):
+            pass  # its generator waits for prompts already, and says so; by a clock that is not known yet
+        pong = _expect(Pong, message)
+        answered_s = time.perf_counter()
+        behind_s = (asked_s + answered_s) / 2 - pong.now_s
+        # within what the message took it may well be the same clock, as it is on Linux and macOS
+        process.behind_s = behind_s if abs(behind_s) > (answered_s - asked_s) / 2 else 0.0
+
+    async def handle(self, message: Prompt) -> None:
+        """Collect the prompts of a round and have it decoded when it is whole; or have decoded what is there."""
+        if self._pinned:
+            name = message.slot.step, message.slot.attempt
+            self._gathering[name].append(message)
+            if len(self._gathering[name]) == message.round_size:
+                prompts = sorted(self._gathering.pop(name), key=lambda prompt: prompt.slot)
+                await self._decode([_Round(prompts)], self._board.pinned_for(message.slot.step))
+            return
+        self._there.append(message)
+        if not len(self.inbox):
+            await self._until_told(self._board.version)
+            prompts, self._there = self._there, []
+            await self._decode([_Round([prompt]) for prompt in prompts], None)
+
+    async def finish(self) -> None:
+        """Wait until every process has told all."""
+        self._following.cancel()
+        for process in self._processes:
+            await process.send(End())
+        for process in self._processes:
+            await process.ended.wait()
+
+    async def stop(self) -> None:
+        """End the processes; those that have not told all are killed."""
+        processes, self._processes = self._processes, []
+        for process in processes:
+            if not process.ended.is_set():
+                process.child.kill()
+        for process in processes:
+            await process.child.aclose()
+            self.report.forget(process.child.pid)
+            for version in process.lent.elements():
+                self._files.give_back(version)
+
+    async def _decode(self, rounds: Sequence[_Round], version: int | None) -> None:
+        left = [each for each in rounds if not each.open <= self._handed_over | self._recorded.keys()]
+        for each in rounds:
+            if each not in left:
+                for gid in sorted(each.open - self._handed_over):
+                    await self._groups.send(self._recorded[gid].group)
+                    self._handed_over.add(gid)
+                self._done_with(each)
+        parts: dict[int, list[Prompt]] = defaultdict(list)
+        for each in left:
+            for prompt in each.prompts:
+                self._rounds[prompt.gid] = prompt, each
+                parts[prompt.slot.place % len(self._processes)].append(prompt)
+        if parts and version is not None:
+            await self._share(version, [self._processes[i] for i in parts])
+        for i, prompts in parts.items():
+            packed = tuple(pack_prompt(prompt, round_size=len(prompts)) for prompt in prompts)
+            self._processes[i].made = 0
+            await self._processes[i].send(Prompts(prompts=packed))
+
+    async def _share(self, version: int, processes: Sequence[_Process]) -> None:
+        """Tell processes of a version that they have not been told of."""
+        processes = [process for process in processes if version not in process.versions]
+        if not processes:
+            return
+        with self.report.span("wait for policy", kind="wait"):
+            weights = await self._board.get(version)
+        await self._tell_of(version, weights, processes)
+
+    async def _follow(self) -> None:
+        """Tell every process of each new version, the newest where several came at once."""
+        version = -1
+        with self._following:
+            while True:
+                version, weights = await self._board.newer_than(version)
+                await self._tell_of(version, weights, self._processes)
+                del weights  # not held while the next one is waited for
+                self._told = version
+                self._telling.set()
+                self._telling = anyio.Event()
+
+    async def _until_told(self, version: int) -> None:
+        """Wait until every process has been told of this version or of a newer one."""
+        if self._told < version:
+            with self.report.span("wait for policy", kind="wait"):
+                while self._told < version:
+                    await self._telling.wait()
+
+    async def _tell_of(self, version: int, weights: Weights, processes: Sequence[_Process]) -> None:
+        self._files.keep(self._board.kept)
+        for process in processes:
+            self._files.lend(version)
+            process.lent[version] += 1
+        with self.report.span("write weights"):
+            path = await self._device.run(self._files.write, version, weights)
+        for process in processes:
+            process.versions = {v for v in process.versions if v >= version - self._board.max_staleness} | {version}
+            await process.send(NewWeights(version=version, path=str(path)))
+
+    async def _listen(self, process: _Process) -> None:
+        try:
+            while not process.ended.is_set():
+                await self._heed(process, await process.receive())
+        except Exception:
+            if process in self._processes:  # else it was ended by us
+                raise
+
+    async def _heed(self, process: _Process, message: FromProcess) -> None:
+        match message:
+            case Completed():
+                await self._hand_over(message)
+            case Span():
+                shift_s = process.behind_s
+                self.report.forward(
+                    msgspec.structs.replace(message, start_s=message.start_s + shift_s, end_s=message.end_s + shift_s)
+                )
+            case Made(tokens=tokens):
+                process.made = tokens
+            case Incident():
+                await self.report.incident(message)
+            case Loaded(version=version):
+                process.lent -= Counter([version])  # which forgets what has come to 0
+                self._files.give_back(version)
+            case Ended():
+                process.ended.set()
+            case _:
+                raise MessageError(f"the generator's process sent {type(message).__name__} out of turn")
+
+    async def _hand_over(self, completed: Completed) -> None:
+        prompt, its_round = self._rounds.pop(completed.gid)
+        if prompt.gid not in self._handed_over:
+            rollouts = tuple(map(unpack_rollout, completed.rollouts))
+            await self._groups.send(RolloutGroup(prompt=prompt, rollouts=rollouts))
+            self._handed_over.add(prompt.gid)
+        its_round.open.discard(prompt.gid)
+        if not its_round.open:
+            self._done_with(its_round)
+
+    def _done_with(self, its_round: _Round) -> None:
+        for prompt in its_round.prompts:
+            self.inbox.done(prompt)
+            self._handed_over.discard(prompt.gid)
+
+
+def _expect(kind: type[M], message: FromProcess) -> M:
+    if not isinstance(message, kind):
+        raise MessageError(f"the generator's process sent {type(message).__name__} where {kind.__name__} was due")
+    return message

@@ -1,0 +1,1 @@
+"""The learner: from scored groups to new weights."""

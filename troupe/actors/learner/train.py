@@ -1,0 +1,183 @@
+"""The computing of a learner: what becomes of its state with the groups of one step, on the device's thread.
+
+No actor, no channel, nothing that waits: a step's groups and the state before go in, the state after and what is to be
+told of it come out. The state before is used up.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import msgspec
+
+from troupe.actors.learner.batch import assemble, completion_log_probs
+from troupe.actors.learner.gathering import StepGroups, gid_of
+from troupe.actors.learner.statistics import group_statistics, has_signal, num_tokens, spread_statistics
+from troupe.grpo import LearnerConfig, learning_rate, sync_reference, train_on_batch
+from troupe.messages import ScoredGroup
+from troupe.policy import Qwen3Config, Weights
+from troupe.runtime.linux_cpu import blas_limited
+
+
+class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What learning goes on from."""
+
+    version: int
+    """The version on the board."""
+    weights: Weights
+    optimizer_state: dict[str, mx.array]
+    """Belongs to the learner alone: a step takes it apart."""
+    reference: Weights | None = None
+    """The reference policy; None where beta is 0."""
+    num_tokens: int = 0
+    """Prompt and completion tokens of the run so far."""
+    skipped_in_a_row: int = 0
+    """Steps, up to the last one, whose update was skipped because it was not finite."""
+
+
+class Learned(NamedTuple):
+    """What a step's work on the device comes to, evaluated."""
+
+    state: LearnerState
+    metrics: dict[str, float]
+    advantages: dict[int, tuple[float, ...]]
+    """Gid → (G,) of the groups that were trained on."""
+    parts: list[tuple[str, float, float]]
+    """Parts of the work, with start and end (`time.perf_counter`)."""
+
+
+class BatchTrainer:
+    """Learns one step's groups after the other."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        policy_config: Qwen3Config,
+        *,
+        reward_weights: Mapping[str, float],
+        temperature: float,
+        max_completion_length: int,
+        pad_id: int,
+        total_steps: int,
+        streams: int = 1,
+        rates: Sequence[tuple[int, float]] = (),
+    ) -> None:
+        """`streams`: micro-batches that are differentiated at a time. `rates`: first step → peak learning rate, rising,
+        where it is not the config's."""
+        self._config = config
+        self._reward_weights = reward_weights
+        self._log_probs = completion_log_probs(
+            policy_config,
+            temperature,
+            recompute=config.gradient_checkpointing or False,
+            entropy_gradient=config.has_entropy_bonus,
+        )
+        self._max_completion_length = max_completion_length
+        self._pad_id = pad_id
+        self._total_steps = total_steps
+        self._num_streams = streams
+        self._streams: list[mx.Stream] = []
+        self._rates = list(rates)
+
+    def open(self) -> None:
+        """Get ready, on the thread that `train` will be called on."""
+        if self._num_streams > 1:
+            self._streams = [mx.new_stream(mx.default_device()) for _ in range(self._num_streams)]
+
+    def set_rate(self, step: int, lr: float) -> None:
+        """Another peak learning rate for a step and all that follow."""
+        self._rates = [rate for rate in self._rates if rate[0] < step] + [(step, lr)]
+
+    def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
+        """Gids of the groups that nothing can be learned from."""
+        return {gid_of(group) for group in groups if not has_signal(group, self._config, self._reward_weights)}
+
+    def train(self, state: LearnerState, step: StepGroups) -> Learned:
+        """One learner batch. Rewards and completions are told of all groups with scores, those
+        left out of the batch too."""
+        parts: list[tuple[str, float, float]] = []
+        began_s = time.perf_counter()
+
+        def end_part(name: str) -> None:
+            parts.append((name, parts[-1][2] if parts else began_s, time.perf_counter()))
+
+        weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
+        advantages: dict[int, tuple[float, ...]] = {}
+        usable = step.ending("trained", "filtered", "stale")
+        faulted = [group for group in step.ending("quarantined") if group.faulted and _has_scores(group)]
+        metrics = {"reward": math.nan}
+        if scored := [*usable, *faulted]:
+            metrics = group_statistics(scored, self._config, self._reward_weights)
+        if usable:
+            metrics |= spread_statistics(usable, self._config, self._reward_weights)
+        if trained := step.ending("trained"):
+            prepared = assemble(
+                trained,
+                self._config,
+                weights=self._reward_weights,
+                pad_id=self._pad_id,
+                oldest=step.oldest if step.drops_stale else None,
+            )
+            with blas_limited(1 if self._streams else None):
+                result = train_on_batch(
+                    weights,
+                    optimizer_state,
+                    prepared.batch,
+                    self._log_probs,
+                    self._config,
+                    lr=self._learning_rates(state.version),
+                    ref_weights=state.reference,
+                    max_completion_length=self._max_completion_length,
+                    on_part=end_part,
+                    streams=self._streams,
+                )
+            weights, optimizer_state = result.weights, result.optimizer_state
+            skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
+            advantages = {gid_of(group): a for group, a in zip(trained, prepared.advantages, strict=True)}
+            metrics = {**prepared.metrics, **metrics, **result.metrics}
+        state = LearnerState(
+            version=state.version + 1,
+            weights=weights,
+            optimizer_state=optimizer_state,
+            reference=self._followed(state, weights),
+            num_tokens=state.num_tokens + num_tokens(step.groups),
+            skipped_in_a_row=skipped_in_a_row,
+        )
+        return Learned(state, metrics, advantages, parts)
+
+    def _learning_rates(self, step: int) -> list[float]:
+        """One for each update of the batch; the schedule counts updates, as TRL's does."""
+        passes = self._config.num_iterations
+        first, total = step * passes, self._total_steps * passes
+        config = self._config
+        if changed := bisect.bisect_right(self._rates, step, key=_first_step):
+            config = msgspec.structs.replace(config, lr=self._rates[changed - 1][1])
+        return [learning_rate(first + i, total, config) for i in range(passes)]
+
+    def _followed(self, state: LearnerState, weights: Weights) -> Weights | None:
+        """The reference after the step: synchronized once for every `ref_model_sync_steps` updates that it completes.
+
+        Updates are counted as the learning-rate schedule counts them. The reference serves whole batches, so a
+        synchronization that falls due between the passes of one comes at its end.
+        """
+        config, reference = self._config, state.reference
+        if reference is None or not config.sync_ref_model:
+            return reference
+        before = state.version * config.num_iterations
+        due = (before + config.num_iterations) // config.ref_model_sync_steps - before // config.ref_model_sync_steps
+        for _ in range(due):
+            reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
+        return reference
+
+
+def _has_scores(group: ScoredGroup) -> bool:
+    return any(score is not None for scores in group.scores.values() for score in scores)
+
+
+def _first_step(rate: tuple[int, float]) -> int:
+    return rate[0]

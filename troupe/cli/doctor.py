@@ -1,0 +1,140 @@
+"""What this machine gives to MLX, what is slow about it, and how to mend it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from troupe.runtime import linux_cpu
+from troupe.runtime.installing import missing_backend
+from troupe.runtime.machine import device_name, memory_gb, processors
+
+_SLOW_GFLOPS = 20.0
+_SIZE, _REPEATS = 768, 5
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine as MLX sees it."""
+
+    python: str
+    platform: str
+    mlx: str
+    device: str
+    """`gpu` or `cpu`, and its name where MLX knows it."""
+    blas: str
+    """Where matrix products run on the CPU."""
+    threads: int
+    """Processors that this process may use."""
+    memory_gb: float | None
+    """Memory of the machine; None where the system does not tell."""
+    memory_limit_gb: float | None
+    """What a run's arrays may take where `memory_limit_gb` names nothing else; None is no limit."""
+    matmul_gflops: float | None
+    """Measured: float32 products of 768 × 768 matrices on the default device; None where MLX cannot be imported."""
+    advice: tuple[str, ...]
+    """What to mend, one line each; empty where nothing is amiss."""
+
+
+def examine() -> Report:
+    """Look at the machine; takes well under a second."""
+    try:
+        import mlx.core as mx  # here, and all that needs it: a machine without it is one to tell of
+
+        from troupe.run.memory import device_limit_gb
+    except ImportError as error:
+        if (told := missing_backend(error)) is None:
+            raise
+        return _report(device="unknown", advice=[told, *linux_cpu.advice()])
+    gflops = _measure_matmul()
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    advice = linux_cpu.advice() if on_cpu else []
+    if on_cpu and not advice and gflops < _SLOW_GFLOPS:
+        advice = [f"matrix products reach only {gflops:.0f} GFLOP/s: is another program busy, or mlx imported first?"]
+    if (
+        not on_cpu
+        and sys.platform == "linux"
+        and "CUDA_HOME" not in os.environ
+        and not Path("/usr/local/cuda").is_dir()
+    ):
+        advice.append("no CUDA toolkit found: MLX compiles some kernels with it; install it or set CUDA_HOME")
+    return _report(
+        device=device_name(),
+        advice=advice,
+        memory_limit_gb=device_limit_gb(),
+        matmul_gflops=round(gflops, 1),
+    )
+
+
+def _report(
+    *,
+    device: str,
+    advice: list[str],
+    memory_limit_gb: float | None = None,
+    matmul_gflops: float | None = None,
+) -> Report:
+    return Report(
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        mlx=_mlx_version(),
+        device=device,
+        blas={
+            "loaded": "OpenBLAS",
+            "missing": "the reference BLAS of the mlx wheel",
+            "too late": "the reference BLAS of the mlx wheel, loaded before OpenBLAS",
+            "not needed": "Accelerate",
+        }[linux_cpu.load_openblas()],
+        threads=processors(),
+        memory_gb=memory_gb(),
+        memory_limit_gb=memory_limit_gb,
+        matmul_gflops=matmul_gflops,
+        advice=tuple(advice),
+    )
+
+
+def _mlx_version() -> str:
+    try:
+        return version("mlx")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe(report: Report) -> str:
+    """The report as lines for a person."""
+    memory = "unknown" if report.memory_gb is None else f"{report.memory_gb:.1f} GB"
+    limit = "none" if report.memory_limit_gb is None else f"{report.memory_limit_gb:.1f} GB (memory_limit_gb)"
+    measured = "nothing: MLX cannot be imported"
+    if report.matmul_gflops is not None:
+        measured = f"{report.matmul_gflops:,.0f} GFLOP/s, float32, on the default device"
+    rows = [
+        ("Python", report.python),
+        ("platform", report.platform),
+        ("mlx", report.mlx),
+        ("device", report.device),
+        ("CPU matrix products", report.blas),
+        ("processors", str(report.threads)),
+        ("memory", memory),
+        ("limit of a run", limit),
+        ("measured", measured),
+    ]
+    lines = [f"{label:<20} {value}" for label, value in rows]
+    lines += [f"to mend: {line}" for line in report.advice] or ["nothing to mend"]
+    return "\n".join(lines)
+
+
+def _measure_matmul() -> float:
+    import mlx.core as mx
+
+    a = mx.random.normal((_SIZE, _SIZE), key=mx.random.key(0))
+    mx.eval(a @ a)
+    best_s = float("inf")
+    for _ in range(_REPEATS):
+        start_s = time.perf_counter()
+        mx.eval(a @ a)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * _SIZE**3 / best_s / 1e9

@@ -1,0 +1,118 @@
+"""What the flags of `troupe train` mean as a configuration, and which of them an error is about."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from troupe.cli.demo import DEMO_CONFIG
+from troupe.errors import InputError
+from troupe.run.config import (
+    RUN_TOML,
+    Layer,
+    RunConfig,
+    config_table,
+    layered,
+    load_config,
+    said_in,
+    settings_layers,
+)
+from troupe.run.folder_names import run_folder_named
+
+TRAIN_KEYS = {
+    "model": "model.path",
+    "dataset": "data.path",
+    "prompt_column": "data.prompt_column",
+    "chat": "data.chat",
+    "eval_data": "data.eval_path",
+    "output": "output",
+    "lr": "learner.lr",
+    "epochs": "learner.epochs",
+    "batch_size": "learner.batch_size",
+    "num_generations": "generation.num_generations",
+    "max_completion_length": "generation.max_completion_length",
+    "rewards": "rewards.functions",
+    "max_steps": "learner.max_steps",
+    "seed": "seed",
+    "memory_limit": "memory_limit_gb",
+}
+"""Parameter of `troupe train` → the key that it sets."""
+_PLAIN_WORDS = {"output", "seed"}
+"""Keys that a message may have as a word of its own."""
+_ABOUT = {"chat": "chat template"}
+"""Parameter → what messages call that which it asks for."""
+_NAMING = {"model", "dataset", "eval_data", "rewards"}
+"""Those that name a file, a folder or a function."""
+
+
+def train_config(
+    run_toml: Path | None, *, resume: bool, settings: tuple[str, ...] = (), output: str | None = None, **flags: Any
+) -> RunConfig:
+    """The config that the flags of `troupe train` mean, by the names of its parameters; None means "not given".
+
+    Of a run that is resumed all stays that neither `run_toml` nor a flag says.
+    """
+    said = {} if run_toml is None else said_in(run_toml)
+    layers = [Layer(str(run_toml), said)]
+    name = said.get("output") if output is None else output
+    if resume and isinstance(name, str) and (stored := run_folder_named(name) / RUN_TOML).is_file():
+        run_toml = stored
+    else:
+        layers = []  # which is read as it is
+    named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
+    if run_toml is None and not (flags.get("model") or flags.get("dataset") or named):
+        if resume and isinstance(name, str) and any(run_folder_named(name).glob("checkpoints/step-*")):
+            raise InputError(
+                f"{name}: there are checkpoints, but no {RUN_TOML}, which says what the run was made with; give it the "
+                f"config that it began with: troupe train RUN.toml -o {shlex.quote(name)} --resume"
+            )
+        if resume and isinstance(name, str):  # a name that was mistyped must not begin the demo
+            raise InputError(f"{name}: there is no run here to go on with; correct the name, or leave out --resume")
+        run_toml = DEMO_CONFIG
+    if run_toml is None:  # where only the model or only the data is named, the other is the demo's
+        demo = config_table(load_config(DEMO_CONFIG))
+        layers = [Layer("the demo", {section: {"path": demo[section]["path"]} for section in ("model", "data")})]
+    layers += flag_layers({**flags, "output": output})
+    return layered(run_toml, [*layers, *settings_layers(settings)])
+
+
+def flag_layers(flags: dict[str, Any]) -> list[Layer]:
+    """What flags of `troupe train` say, each by itself."""
+    layers = []
+    for parameter, key in TRAIN_KEYS.items():
+        value = flags.get(parameter)
+        if value is None or value is False or value == ():
+            continue
+        if parameter in _NAMING and "" in (value if isinstance(value, tuple) else (value,)):
+            raise InputError(f"{_flag(parameter)}: its value is empty; give one, or leave the flag out")
+        said: Any = "always" if parameter == "chat" else list(value) if parameter == "rewards" else value
+        for part in reversed(key.split(".")):
+            said = {part: said}
+        layers.append(Layer(_flag(parameter), said))
+    return layers
+
+
+def _flag(parameter: str) -> str:
+    return "--reward" if parameter == "rewards" else f"--{parameter.replace('_', '-')}"
+
+
+def with_flag(error: InputError, flags: dict[str, Any]) -> InputError:
+    """The error; where it is about a key or a reward that a flag gave, and does not say so, with the flag."""
+    message = str(error)
+    if "\n" in message:  # a list of what differs, with its own remedies
+        return error
+    for parameter, key in TRAIN_KEYS.items():
+        value, flag = flags.get(parameter), _flag(parameter)
+        if value is None or value is False or value == () or flag in message:
+            continue
+        if key not in _PLAIN_WORDS and (_mentions(message, key) or _ABOUT.get(parameter, "\n") in message):
+            return type(error)(f"{message}; {key} was given by {flag}")
+        if isinstance(value, tuple) and (named := [text for text in value if _mentions(message, text)]):
+            return type(error)(f"{message}; {named[0]} was given by {flag}")
+    return error
+
+
+def _mentions(message: str, text: str) -> bool:
+    return re.search(rf"(?<![\w.-]){re.escape(text)}(?![\w-]|\.\w)", message) is not None

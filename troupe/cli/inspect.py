@@ -1,0 +1,272 @@
+"""What `troupe inspect` shows of a run: an overview, or completions.
+
+What a policy wrote may hold anything, and so may names, so control characters are shown as escapes. It does not know
+how the store is read; `stored_run.py` does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich import box
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from troupe.cli.terminal import tell, tell_json
+from troupe.errors import InputError, OutputError
+from troupe.records.store.read import Choice, Overview, Query, StoredCompletion, StoredRun
+from troupe.runtime.escapes import harmless
+
+_MOST_SHOWN = 20
+"""Completions that a person is shown where no number was asked for."""
+_DIGITS = 19
+"""Numbers of so many may be more than a store can hold."""
+_OF_A_RUN = ("metrics.jsonl", "changes.jsonl")
+"""What a run itself writes, of files that an export may be called like."""
+_MISSING = "–"
+
+
+class Block(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of what is shown: a table, and under it a text."""
+
+    title: str
+    rows: Sequence[Sequence[str]] = ()
+    text: str = ""
+
+
+def query_for(
+    run: StoredRun, *, chosen: Mapping[Choice, int | None], step: str | None, everywhere: bool, **conditions: Any
+) -> Query:
+    """The query that the options mean. InputError where they contradict each other, or the run.
+
+    `chosen`: "best", "worst", "random" → how many. `step`: a number, "last" or "all"; None is "last", but "all" where
+    completions are looked for `everywhere` or by gid. `conditions`: as in `Query`.
+    """
+    asked = {choice: count for choice, count in chosen.items() if count is not None}
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(f'--{choice}' for choice in asked)}: give one of them")
+    choice: Choice = next(iter(asked), "all")
+    step = step or ("all" if everywhere or conditions.get("gid") is not None else "last")
+    if step == "last":
+        number = run.newest_step()
+    elif step == "all":
+        number = None
+    elif step.isdecimal() and len(step) < _DIGITS:
+        number = int(step)
+        if not run.has_step(number):
+            raise InputError(f"--step {step}: {_steps_there(run)}")
+    else:
+        raise InputError(f"--step {step}: give the number of a step, from 1, or 'last', or 'all'")
+    names = run.reward_names()
+    if (reward := conditions.get("reward")) is not None and names and reward not in names:
+        raise InputError(f"--reward {reward}: the run has no such reward; it has {', '.join(names)}")
+    return Query(choice=choice, count=asked.get(choice), step=number, **conditions)
+
+
+def _steps_there(run: StoredRun) -> str:
+    there = run.step_range()
+    if there is None:
+        return "no step is stored yet"
+    first, newest = there
+    if first == newest:
+        return f"the run has step {newest} only; give that, or 'last', or 'all'"
+    return f"the run has the steps {first} to {newest}; give one of them, or 'last', or 'all'"
+
+
+def tell_overview(run: StoredRun, folder: Path, *, as_json: bool) -> None:
+    """Print what happened, and the best and the worst completion of the newest step."""
+    overview = run.overview()
+    extremes = newest_extremes(run, overview)
+    if as_json:
+        tell_json(msgspec.json.encode({**msgspec.to_builtins(overview), **extremes}).decode())
+        return
+    _print(show_overview(overview, folder, extremes))
+
+
+def tell_completions(run: StoredRun, query: Query, *, as_json: bool) -> None:
+    """Print the completions of a query."""
+    if as_json:
+        for completion in run.completions(query):
+            tell_json(msgspec.json.encode(completion).decode())
+        return
+    _print(show_completions(run, query))
+
+
+def export(run: StoredRun, query: Query, path: Path) -> int:
+    """Write the completions of a query to a file, one JSON object a line; how many. OutputError where it cannot be
+    written, or is a file of the run."""
+    count = 0
+    try:
+        target = path.resolve()
+        is_exported = target.suffix == ".jsonl" and target.name not in _OF_A_RUN
+        if path.exists() and target.is_relative_to(run.path.parent.resolve()) and not is_exported:
+            raise OutputError(f"{path}: this is a file of the run; give another name, or a file outside its folder")
+        with path.open("wb") as file:
+            for completion in run.completions(query):
+                file.write(msgspec.json.encode(completion) + b"\n")
+                count += 1
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from None
+    return count
+
+
+def show_overview(overview: Overview, folder: Path, extremes: Mapping[Choice, StoredCompletion]) -> Iterator[Block]:
+    """What happened, and some completions."""
+    yield Block(title=str(folder), rows=_facts(overview))
+    if overview.rewards:
+        rows = [(name, _number(first), _number(newest)) for name, (first, newest) in overview.rewards.items()]
+        yield Block(title="Rewards", rows=[("", "first step", "newest step"), *rows])
+    if overview.incidents:
+        newest = overview.newest_incidents
+        rows = [(kind, str(n), newest.get(kind, "")) for kind, n in overview.incidents.items()]
+        yield Block(title="Incidents, with the newest of each kind", rows=rows)
+    if overview.checkpoints:
+        written = [
+            (f"step {found.version}", _size(found.bytes), f"{found.seconds:.2f} s", found.folder)
+            for found in overview.checkpoints
+        ]
+        yield Block(title="Checkpoints", rows=written)
+    for choice, completion in extremes.items():
+        yield _completion(completion, f"{choice.capitalize()} of step {completion.step}: ")
+
+
+def newest_extremes(run: StoredRun, overview: Overview) -> dict[Choice, StoredCompletion]:
+    """The best and the worst completion of the newest step, where it has any with a reward."""
+    choices: tuple[Choice, ...] = ("best", "worst")
+    found = {
+        choice: list(run.completions(Query(choice=choice, count=1, step=overview.newest_step))) for choice in choices
+    }
+    return {choice: completions[0] for choice, completions in found.items() if completions}
+
+
+def show_completions(run: StoredRun, query: Query) -> Iterator[Block]:
+    """The completions of a query, one by one."""
+    most = _MOST_SHOWN if query.count is None else query.count
+    shown = 0
+    for completion in run.completions(msgspec.structs.replace(query, count=most)):
+        shown += 1
+        yield _completion(completion)
+    left = run.count(query) - shown if query.count is None else 0
+    if left > 0:
+        yield Block(title=f"{left} more: ask for fewer, or for a number (--best K), or write them out (--jsonl FILE)")
+    elif not shown:
+        yield Block(title="there is no such completion")
+
+
+def as_text(block: Block) -> str:
+    """A block for a file or a pipe: columns in line, nothing but text."""
+    block = _shown_block(block)
+    count = max((len(row) for row in block.rows), default=0)
+    widths = [max(len(row[i]) for row in block.rows if i < len(row)) for i in range(count)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in block.rows]
+    text = ["  completion:", block.text] if block.text else []
+    return "\n".join([block.title, *(f"  {line}".rstrip() for line in lines), *text, ""])
+
+
+def as_renderable(block: Block) -> RenderableType:
+    """A block for a terminal."""
+    block = _shown_block(block)
+    if not block.rows:
+        return Text(block.title, style="dim")
+    table = Table(
+        title=Text(block.title, style="bold"), title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False
+    )
+    for _ in range(max(len(row) for row in block.rows)):
+        table.add_column(overflow="fold")
+    for row in block.rows:
+        table.add_row(*map(Text, row))
+    if not block.text:
+        return table
+    grid = Table.grid()
+    grid.add_row(table)
+    grid.add_row(Panel(Text(block.text), box=box.ROUNDED))
+    return grid
+
+
+def _shown_block(block: Block) -> Block:
+    """Names, folders and kinds may hold anything, as completions may."""
+    rows = [[shown(cell) for cell in row] for row in block.rows]
+    return Block(title=shown(block.title), rows=rows, text=shown(block.text))
+
+
+def _print(blocks: Iterable[Block]) -> None:
+    console = Console()
+    for block in blocks:
+        if console.is_terminal:
+            console.print(as_renderable(block))
+        else:
+            tell(as_text(block))
+
+
+def shown(text: str) -> str:
+    """The text, with escapes in the place of what would do something to a terminal, or turn its lines around."""
+    return harmless(text.expandtabs(4))
+
+
+def _facts(overview: Overview) -> list[tuple[str, str]]:
+    groups = ", ".join(f"{count} {state}" for state, count in overview.groups.items()) or "none"
+    starts = [
+        f"{_date(start.unix_s)} after step {start.first_step} (process {start.pid}, Troupe {start.troupe})"
+        for start in overview.starts
+    ]
+    return [
+        ("steps", str(overview.steps)),
+        ("groups", groups),
+        ("completions", str(overview.completions)),
+        *(("start" if i == 0 else "", text) for i, text in enumerate(starts)),
+    ]
+
+
+def _completion(completion: StoredCompletion, before: str = "") -> Block:
+    place = f"group {completion.gid}, sample {completion.sample}"
+    facts = [
+        ("reward", _number(completion.reward)),
+        ("advantage", _number(completion.advantage)),
+        *((f"score {name}", _number(score)) for name, score in completion.scores.items()),
+        *((name, _told(value)) for name, value in completion.extra.items()),
+        *((name, _told(value)) for name, value in (completion.columns or {}).items()),
+        ("ended by", completion.finish_reason),
+        ("tokens", f"{len(completion.token_ids)} by policy {_versions(completion.versions)}"),
+        ("prompt", prompt_text(completion.prompt)),
+    ]
+    title = f"{before}{place}, {completion.state} in step {completion.step}, row {completion.row}"
+    return Block(title=title, rows=facts, text=completion.text)
+
+
+def prompt_text(prompt: str | list[dict[str, Any]] | None) -> str:
+    """A prompt to be read: of a conversation, each turn with who speaks."""
+    if isinstance(prompt, list):
+        return "\n".join(f"{turn.get('role', '')}: {_told(turn.get('content'))}" for turn in prompt)
+    return prompt or _MISSING
+
+
+def _versions(versions: Sequence[tuple[int, int]]) -> str:
+    if len(versions) == 1:
+        return f"version {versions[0][0]}"
+    return "versions " + ", ".join(f"{version} ({tokens})" for version, tokens in versions)
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _number(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.4g}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _date(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))

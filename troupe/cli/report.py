@@ -1,0 +1,57 @@
+"""The command `troupe report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from troupe.cli.terminal import report_errors, tell
+from troupe.errors import OutputError
+from troupe.records.report.page import report_page
+from troupe.records.report.picture import read_run
+
+
+@click.command(
+    short_help="Write an HTML page about a run.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.argument("folder", metavar="OUT_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE.html", help="The page.  [default: OUT_DIR/report.html]"
+)
+@click.option("--png", is_flag=True, help="Write the charts as pictures, too, into a folder beside the page.")
+@report_errors
+def report(folder: Path, *, out: Path | None, png: bool) -> None:
+    """Write one HTML page about the run in OUT_DIR, also while it goes on or after a crash.
+
+    The page needs no network and no other file: it can be sent to somebody.
+    """
+    page = folder / "report.html" if out is None else out
+    if page.suffix not in (".html", ".htm"):
+        raise OutputError(f"{page}: the page is HTML; give a name that ends in .html")
+    if png:
+        from troupe.records.report.images import require_matplotlib
+
+        require_matplotlib()
+    run = read_run(folder)
+    write_page(page, report_page(run))
+    tell(f"{page}")
+    if png:
+        from troupe.records.report.images import write_pictures
+
+        for path in write_pictures(run, page.with_suffix("")):
+            tell(f"{path}")
+
+
+def write_page(path: Path, page: str) -> None:
+    """Put the page there, whole or not at all. OutputError where it cannot be written."""
+    draft = path.with_name(f".writing-{path.name}")
+    try:
+        try:
+            draft.write_bytes(page.encode("utf-8", "replace"))
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}; name another file (--out FILE.html)") from None

@@ -1,0 +1,181 @@
+"""The server's end of the control socket: many clients, none of which can harm the run or each other.
+
+What a client may use up is bounded: connections, the bytes of a line, the time that a line and an answer may take.
+Whoever goes over a bound is told so, where he listens, and dropped. Knows nothing of what requests come to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+import anyio
+import anyio.lowlevel
+import msgspec
+from anyio.abc import TaskGroup
+
+from troupe.daemon.control.arrivals import arrivals
+from troupe.daemon.control.place import Peer, Place, peer_of
+from troupe.daemon.control.protocol import MAX_REQUEST_BYTES, ProtocolError, Reply, Request, decode_request, encode_line
+from troupe.errors import sayable
+from troupe.messages import Refused
+
+Handler: TypeAlias = Callable[[Request, Peer], Awaitable[Reply]]
+
+_LOG = logging.getLogger("troupe.daemon")
+_CHUNK_BYTES = 64 * 1024
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may use up."""
+
+    connections: int = 32
+    line_s: float = 10.0
+    """From the first byte of a request to its last."""
+    idle_s: float = 300.0
+    """Without any byte, after which a place is given to others."""
+    write_s: float = 10.0
+    """That a client may take to read an answer."""
+
+
+class _DroppedError(Exception):
+    """The client is told why, and dropped."""
+
+
+class ControlServer:
+    """Serves a run folder's control socket: `async with ControlServer(folder, handler) as server`.
+
+    The folder has to be there. Entering raises OutputError where somebody else serves it; where the system has no
+    sockets to give, `unavailable` says why, and nobody is served. Leaving drops everybody and removes the socket.
+    """
+
+    def __init__(self, folder: Path, handler: Handler, limits: Limits | None = None) -> None:
+        self.unavailable: str | None = None
+        self._place = Place(folder)
+        self._handler = handler
+        self._limits = limits or Limits()
+        self._connections = 0
+        self._tasks: TaskGroup
+
+    async def __aenter__(self) -> ControlServer:
+        listener = self._open()
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        if listener is not None:
+            self._tasks.start_soon(self._accept, listener, name="control socket")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._place.leave()
+        self._tasks.cancel_scope.cancel()
+        await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
+
+    def _open(self) -> socket.socket | None:
+        try:
+            self._place.take()
+            return self._place.listen()
+        except OSError as error:
+            self._place.leave()
+            self.unavailable = f"there is no control socket ({error}), so `troupe status` and the like do not reach it"
+            return None
+        except BaseException:
+            self._place.leave()
+            raise
+
+    async def _accept(self, listener: socket.socket) -> None:
+        async for connection in arrivals(listener, "control socket"):
+            self._connections += 1
+            self._tasks.start_soon(self._serve, connection, name="control client")
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """One client, to the end of its connection; whatever it does stays in here."""
+        peer = peer_of(connection)
+        try:
+            with connection:
+                try:
+                    self._check(peer)
+                    await _Conversation(connection, peer, self._handler, self._limits).hold()
+                except _DroppedError as reason:
+                    _LOG.debug("%s is dropped: %s", peer, reason)
+                    await _send(connection, _refusal(str(reason)), self._limits.write_s)
+        except (OSError, TimeoutError) as error:
+            _LOG.debug("%s is gone: %r", peer, error)
+        finally:
+            self._connections -= 1
+
+    def _check(self, peer: Peer) -> None:
+        if not peer.may_enter:
+            raise _DroppedError(f"this run belongs to another user than {peer.uid}")
+        if self._connections > self._limits.connections:
+            raise _DroppedError(f"{self._limits.connections} clients are there already; try again when one has gone")
+
+
+class _Conversation:
+    """What one client asks, one line after the other."""
+
+    def __init__(self, connection: socket.socket, peer: Peer, handler: Handler, limits: Limits) -> None:
+        self._connection = connection
+        self._peer = peer
+        self._handler = handler
+        self._limits = limits
+        self._read = bytearray()
+
+    async def hold(self) -> None:
+        """Until the client closes its side; half a line before that is no request."""
+        while (line := await self._line()) is not None:
+            await _send(self._connection, await self._answer(line), self._limits.write_s)
+            await anyio.lowlevel.checkpoint()  # a client that never stops asking leaves others their turn
+
+    async def _line(self) -> bytes | None:
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        searched = 0
+        while (end := self._read.find(b"\n", searched)) < 0:
+            searched = len(self._read)
+            if searched > MAX_REQUEST_BYTES:
+                raise _DroppedError(f"a request has at most {MAX_REQUEST_BYTES:,} bytes")
+            allowed_s = begun_s + self._limits.line_s - loop.time() if self._read else self._limits.idle_s
+            try:
+                with anyio.fail_after(max(0.0, allowed_s)):
+                    chunk = await loop.sock_recv(self._connection, _CHUNK_BYTES)
+            except TimeoutError:
+                what = "a request was not finished" if self._read else "nothing was asked"
+                raise _DroppedError(f"{what} within {self._limits.line_s if self._read else allowed_s:g} s") from None
+            if not chunk:
+                return None
+            if not self._read:
+                begun_s = loop.time()
+            self._read += chunk
+        line = bytes(self._read[:end])
+        del self._read[: end + 1]
+        if len(line) > MAX_REQUEST_BYTES:
+            raise _DroppedError(f"a request has at most {MAX_REQUEST_BYTES:,} bytes")
+        return line
+
+    async def _answer(self, line: bytes) -> bytes:
+        try:
+            request = decode_request(line)
+        except ProtocolError as error:
+            _LOG.debug("%s: %s", self._peer, error)
+            return _refusal(str(error))
+        try:
+            return encode_line(await self._handler(request, self._peer))
+        except Exception as error:  # a request must not end the run
+            _LOG.exception("a request of %s failed", self._peer)
+            return _refusal(f"the request failed: {type(error).__name__}: {error}")
+
+
+def _refusal(message: str) -> bytes:
+    return encode_line(Refused(message=sayable(message)))
+
+
+async def _send(connection: socket.socket, line: bytes, within_s: float) -> None:
+    with anyio.fail_after(within_s):
+        await asyncio.get_running_loop().sock_sendall(connection, line)

@@ -1,0 +1,95 @@
+"""One daemon, from the folder that it makes to the exit code: the parts of this room put together."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from troupe.cli.terminal import EXIT_BAD_INPUT, tell
+from troupe.daemon.control.place import LOG
+from troupe.daemon.control.server import ControlServer
+from troupe.daemon.daemon import Daemon
+from troupe.daemon.logs import LOGGER, logging_into
+from troupe.daemon.orders import Order
+from troupe.daemon.page.history import Chronicle
+from troupe.daemon.trainer.link import Child
+from troupe.errors import InputError, OutputError, RunError
+from troupe.runtime.held_folder import HeldFolder
+from troupe.runtime.process import ChildProcess
+
+_TRAINER = "troupe.daemon.trainer.process"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
+    """Play an order with trainers of the module `trainer` → the exit code.
+
+    Raises OutputError where the run folder cannot be made, or another daemon or trainer is there; RunError where a full
+    or failing disk is why; ConfigError where the page cannot have its port.
+    """
+    folder = order.output
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    had_log = (folder / LOG).exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        kind = RunError if error.errno in _FULL else OutputError  # what no change of the configuration mends
+        raise kind(f"{folder}: the output folder cannot be written: {error}") from None
+    with closing(HeldFolder(folder)) as held:
+        try:
+            code = await _serve(order, trainer, held)
+        except InputError:
+            _remove(made)
+            raise
+        if code == EXIT_BAD_INPUT and not (folder / "run.toml").exists() and held.gone() is None:
+            if not had_log:
+                (folder / LOG).unlink(missing_ok=True)
+            _remove(made)
+        return code
+
+
+async def _serve(order: Order, trainer: str, held: HeldFolder) -> int:
+    with logging_into(order.output, order.daemon):
+        chronicle = Chronicle(order.output.name, str(order.output)) if order.daemon.page else None
+        daemon = Daemon(order, order.daemon, partial(_spawned, trainer), chronicle=chronicle, held=held)
+        async with ControlServer(order.output, daemon.answer) as server, AsyncExitStack() as stack:
+            if server.unavailable is not None:
+                LOGGER.warning(server.unavailable)
+            if chronicle is not None:
+                await chronicle.read(order.output)
+                await stack.enter_async_context(_page(daemon, chronicle, order))
+            code = 0
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(daemon.obey_signals)
+                code = await daemon.run()
+                tasks.cancel_scope.cancel()
+            if chronicle is not None:
+                chronicle.end(daemon.last_words, well=code == 0)
+            return code
+
+
+@asynccontextmanager
+async def _page(daemon: Daemon, chronicle: Chronicle, order: Order) -> AsyncIterator[None]:
+    """The live page, and its address told."""
+    from troupe.daemon.page.server import Page  # where it is asked for: the daemon is light
+
+    port = order.daemon.page
+    async with Page(daemon, chronicle, order.output, 0 if port is True else port) as page:
+        tell(f"live page: {page.address}")
+        LOGGER.info("a live page is served; its address is in page.url")
+        yield
+
+
+async def _spawned(module: str) -> Child:
+    return await ChildProcess.start(module, tell=lambda line: LOGGER.info("| %s", line))
+
+
+def _remove(made: list[Path]) -> None:
+    for folder in made:
+        with suppress(OSError):  # somebody else uses it by now
+            folder.rmdir()

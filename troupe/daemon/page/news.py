@@ -1,0 +1,110 @@
+"""What a trainer tells its daemon besides its steps: incidents, and excerpts of what the policy wrote.
+
+A bounded place between a run, which waits for nobody, and the wire: what is too much is left out, the oldest first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import anyio
+import msgspec
+
+from troupe.daemon.trainer.frames import EndedGroup, Sample, Told
+from troupe.messages import GroupClosed, Incident, PromptText, Rollout
+
+_INCIDENTS, _GROUPS = 16, 8
+"""Told at once, at most."""
+_MESSAGE_CHARS, _PROMPT_CHARS, _TEXT_CHARS = 1000, 1200, 2000
+
+
+class News:
+    """Takes messages at any time, gives what is to be told when somebody asks."""
+
+    def __init__(self) -> None:
+        self._incidents: dict[tuple[str, str, str], tuple[Incident, int]] = {}
+        self._groups: deque[GroupClosed] = deque(maxlen=_GROUPS)
+        self._left_out = 0
+        self._came = anyio.Event()
+
+    def add(self, message: Incident | GroupClosed) -> None:
+        """One more."""
+        if isinstance(message, Incident):
+            key = message.actor, message.kind, message.message
+            times = self._incidents.pop(key, (message, 0))[1] + 1
+            if len(self._incidents) == _INCIDENTS:
+                self._left_out += self._incidents.pop(next(iter(self._incidents)))[1]
+            self._incidents[key] = message, times
+        elif message.scored is not None:
+            self._groups.append(message)
+        self._came.set()
+
+    async def some(self) -> None:
+        """Wait until there is something to be told."""
+        await self._came.wait()
+
+    def __bool__(self) -> bool:
+        return self._came.is_set()
+
+    def take(self) -> Told:
+        """What there is; it is not told again."""
+        told = Told(
+            incidents=tuple(_shortened(incident) for incident, _ in self._incidents.values()),
+            times=tuple(times for _, times in self._incidents.values()),
+            left_out=self._left_out,
+            groups=tuple(map(excerpt, self._groups)),
+        )
+        self._incidents.clear()
+        self._groups.clear()
+        self._left_out, self._came = 0, anyio.Event()
+        return told
+
+
+def excerpt(closed: GroupClosed) -> EndedGroup:
+    """A group that was sampled, with the best and the worst of its completions; where all are alike, the first two."""
+    assert closed.scored is not None
+    group, rewards = closed.scored.group, closed.rewards or (None,) * len(closed.scored.group.rollouts)
+    scored = [sample for sample, reward in enumerate(rewards) if reward is not None]
+    value = {sample: rewards[sample] or 0.0 for sample in scored}
+    chosen = list(range(min(2, len(rewards))))
+    if len(set(value.values())) > 1:
+        chosen = [max(scored, key=value.__getitem__), min(scored, key=value.__getitem__)]
+    return EndedGroup(
+        gid=closed.gid,
+        step=closed.version,
+        state=closed.state,
+        prompt=_cut(_plain(group.prompt.prompt), _PROMPT_CHARS),
+        rewards=tuple(rewards),
+        samples=tuple(
+            _sample(number, group.rollouts[number], rewards[number], closed.scored.scores) for number in chosen
+        ),
+    )
+
+
+def _sample(number: int, rollout: Rollout, reward: float | None, scores: dict[str, tuple[float | None, ...]]) -> Sample:
+    return Sample(
+        sample=number,
+        text=_cut(rollout.text, _TEXT_CHARS),
+        tokens=len(rollout.token_ids),
+        finish_reason=rollout.finish_reason,
+        reward=reward,
+        scores={name: values[number] for name, values in scores.items()},
+    )
+
+
+def _shortened(incident: Incident) -> Incident:
+    return msgspec.structs.replace(incident, message=_cut(incident.message, _MESSAGE_CHARS))
+
+
+def _plain(prompt: PromptText) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn.get('role', '?')}: {turn.get('content') or ''}" for turn in prompt)
+
+
+def _cut(text: str, chars: int) -> str:
+    """At most so many characters, the middle left out, as UTF-8 can say them."""
+    if len(text) > chars:
+        half = chars // 2
+        text = f"{text[:half]} […] {text[-half:]}"
+    return text.encode(errors="replace").decode()

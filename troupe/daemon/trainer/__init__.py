@@ -1,0 +1,1 @@
+"""The daemon's trainer: a process, and the wire to it."""

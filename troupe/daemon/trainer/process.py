@@ -1,0 +1,203 @@
+"""The trainer in a process of its own: `python -m troupe.daemon.trainer.process`, started by the daemon alone.
+
+A Supervisor that is spoken to in frames. What the user gave and cannot be used is told as such, so that the daemon does
+not try it again; any other fault is told in one sentence, or by the traceback that the daemon reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from troupe.daemon.control.answers import answer, answer_checked, takes_a_while
+from troupe.daemon.page.news import News
+from troupe.daemon.trainer.frames import (
+    Answer,
+    Ask,
+    Begin,
+    Failed,
+    Finished,
+    Last,
+    Playing,
+    Rejected,
+    Stepped,
+    decode_in_trainer,
+    encode,
+)
+from troupe.errors import InputError, OutputError, TroupeError, sayable
+from troupe.messages import GroupClosed, Incident, Refused
+from troupe.run.config import RUN_TOML, Layer, RunConfig, layered, load_config, said_in, settings_layers
+from troupe.run.supervisor import Supervisor
+from troupe.runtime.guarding import Guard
+from troupe.runtime.process import Connection, serve
+from troupe.runtime.roles import together
+
+_NEWS_GAP_S = 0.5
+"""Between two frames with news, at least."""
+_CHECKS = 64
+"""Requests that may wait for a look at what they ask for."""
+_PASSES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+"""What is wrong with a disk today and may not be tomorrow."""
+
+
+class _Summary(msgspec.Struct):
+    """What `summary.json` says of how far a run came."""
+
+    steps: int
+    total_steps: int
+
+
+async def play(connection: Connection) -> None:
+    """Play one run from the first frame on, and tell how it ended."""
+    begin = decode_in_trainer(await connection.receive())
+    assert isinstance(begin, Begin)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # the daemon decides; a handler, because processes of a reward would inherit that a signal is ignored
+        signal.signal(number, lambda *_: None)
+    try:
+        with Guard(signals=False) as guard:  # that it ends is the daemon's business
+            guard.writes_in(Path(begin.output))
+            last: Last = await _play(connection, begin)
+    except InputError as error:
+        message = sayable(str(error))
+        last = Failed(message=message) if _passes(error) else Rejected(message=message)
+    except TroupeError as error:
+        last = Failed(message=sayable(str(error)))
+    await connection.send(encode(last))
+
+
+async def _play(connection: Connection, begin: Begin) -> Finished:
+    folder = Path(begin.output)
+    if begin.identity is not None and _identity(folder) != begin.identity:
+        raise OutputError(f"{folder}: the folder was moved, deleted or exchanged while the run was to be started")
+    stands = (folder / RUN_TOML).is_file()
+    # of a run that stands there all stays that neither the file nor a setting says
+    base, said = begin.run_toml, []
+    if stands:
+        base, said = str(folder / RUN_TOML), [Layer(begin.run_toml, said_in(begin.run_toml))]
+    config = layered(base, [*said, Layer("--output", {"output": begin.output}), *settings_layers(begin.settings)])
+    if stands and (finished := _finished(folder, config)):
+        return finished
+    run = Supervisor(config, resume=stands, allow_changes=begin.allow_changes)
+    if begin.paused:
+        run.pause()
+    listening, checking = anyio.CancelScope(), anyio.CancelScope()
+    to_check, checks = anyio.create_memory_object_stream[Ask](_CHECKS)
+
+    async def listen() -> None:
+        with listening, to_check:
+            while True:
+                ask = decode_in_trainer(await connection.receive())
+                assert isinstance(ask, Ask)
+                if takes_a_while(ask.request):  # others are answered meanwhile
+                    with suppress(anyio.WouldBlock):  # who asked so often is told that there was no answer
+                        to_check.send_nowait(ask)
+                else:
+                    await connection.send(_answered(run, ask))
+
+    async def check() -> None:
+        with checking, checks:
+            async for ask in checks:
+                try:
+                    reply = await answer_checked(run, ask.request)
+                except Exception as error:
+                    reply = _failed(error)
+                await connection.send(encode(Answer(number=ask.number, reply=reply)))
+
+    async def perform() -> None:
+        try:
+            async with run:
+                await _tell(connection, run, completions=begin.completions)
+        finally:
+            listening.cancel()
+            checking.cancel()
+
+    await together([listen, check, perform])
+    return Finished(steps=run.result.steps, total_steps=run.result.total_steps)
+
+
+def _answered(run: Supervisor, ask: Ask) -> bytes:
+    """The frame that answers a request, which must not end the run."""
+    try:
+        return encode(Answer(number=ask.number, reply=answer(run, ask.request)))
+    except Exception as error:
+        return encode(Answer(number=ask.number, reply=_failed(error)))
+
+
+def _failed(error: Exception) -> Refused:
+    return Refused(message=f"the request failed: {error!a}")
+
+
+def _passes(error: InputError) -> bool:
+    """Whether another try may succeed although nobody has changed what was given."""
+    return isinstance(error, OutputError) and getattr(error.__context__, "errno", None) in _PASSES
+
+
+async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -> None:
+    """Tell the daemon that the run plays, of every step and of what else happens, until it has ended."""
+    status, speaks = run.status(), "console" in run.config.metrics.sinks
+    playing = Playing(notices=run.notices, step=status.step, total_steps=status.total_steps, speaks=speaks)
+    await connection.send(encode(playing))
+    news, over = News(), anyio.CancelScope()
+
+    async def hear(messages: AsyncIterator[Incident | GroupClosed]) -> None:
+        async for message in messages:
+            news.add(message)
+
+    async def tell_news() -> None:
+        with over:
+            while True:
+                await news.some()
+                await connection.send(encode(news.take()))
+                await anyio.sleep(_NEWS_GAP_S)
+
+    async def tell_steps() -> None:
+        async for update in run.updates():
+            incidents = run.status().incidents
+            await connection.send(
+                encode(
+                    Stepped(
+                        step=update.step, total_steps=update.total_steps, metrics=update.metrics, incidents=incidents
+                    )
+                )
+            )
+        over.cancel()
+
+    hearing = [partial(hear, run.incidents())]
+    if completions:
+        hearing.append(partial(hear, run.closed_groups()))
+    await together([tell_steps, tell_news, *hearing])
+    if news:
+        await connection.send(encode(news.take()))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _finished(folder: Path, config: RunConfig) -> Finished | None:
+    """How far the run in the folder came, where it made every step that this config asks for."""
+    try:
+        summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=_Summary)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    stored, asked = load_config(folder / RUN_TOML).learner, config.learner
+    as_long = (stored.epochs, stored.max_steps, stored.batch_size) == (asked.epochs, asked.max_steps, asked.batch_size)
+    if summary.steps < summary.total_steps or not as_long:
+        return None
+    return Finished(steps=summary.steps, total_steps=summary.total_steps)
+
+
+if __name__ == "__main__":
+    serve(play)

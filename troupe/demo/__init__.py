@@ -1,4 +1,0 @@
-"""The demo that ships: `demo.toml`, a small policy in `policy/`, and sums to train and test it on.
-
-Data only. `scripts/make_demo.py` makes the policy and the sums; `demo.toml` is kept by hand.
-"""

@@ -1,0 +1,1 @@
+"""The decoding engine: requests in, completions out."""

@@ -1,0 +1,260 @@
+"""Keys and values of earlier tokens, for decoding many rows that share prompts.
+
+A prompt's keys and values are computed once and lie once in memory, in a *slot*; the `width` rows of that slot read
+them together, as one matrix product. What each row has sampled itself lies in preallocated blocks, written in place.
+All rows are equally far into their completions, so one length serves all. Knows nothing of sampling and stopping.
+
+Shapes: S slots, w rows a slot, B = S·w rows in slot order, H query heads, K key/value heads, R = H/K, d head size,
+P longest prompt, N places for own tokens.
+
+Source of the two-part attention: shared-prefix decoding as in Hydragen (arXiv:2402.05099), here with one softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from troupe.policy.network.cpu_attention import attention, block_size, blocks
+from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
+from troupe.policy.network.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
+
+BLOCK = 64
+"""Places by which the room for own tokens grows."""
+PACED_TOKENS = 1024
+"""So many prompt tokens are worth waiting for one layer of them after the other."""
+
+
+class PromptCache(WholeRows):
+    """Attention within whole prompts, padded on the right, that keeps their keys and values."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """`lengths`: how many tokens each prompt has."""
+        self.lengths = list(lengths)
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention.attend`; keeps k and v, (prompts, K, P, d), of one layer after the other."""
+        self.keys.append(mx.contiguous(k))  # not a view, which would hold queries and all
+        self.values.append(mx.contiguous(v))
+        if k.shape[0] * k.shape[2] >= PACED_TOKENS:
+            mx.async_eval(self.keys[-1], self.values[-1])  # type: ignore[no-untyped-call]
+            mx.eval(self.keys[-2:-1])  # a layer ahead of the device, not more: each holds its whole inside
+        return super().attend(layer, q, k, v, scale)
+
+
+class PiecedPromptCache(PromptCache):
+    """The same for prompts that are computed some tokens at a time: these see all before them.
+
+    Beside keys and values no more than a piece's scores are held, on a CPU those of a block of its queries: they grow
+    with a prompt's length, not with its square. `forward` takes the pieces in order.
+    """
+
+    offset: int
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """`lengths`: how many tokens each prompt has, padding not counted."""
+        super().__init__(lengths)
+        self.offset = 0
+        self._unseen: int | None = None  # the layer whose results only hidden states need, where nobody wants these
+
+    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
+        """The next T ids of every prompt (prompts, T) → of each prompt that ends among them, by its place, the hidden
+        state of its last token (D,). All of it is computed."""
+        start, stop = self.offset, self.offset + ids.shape[1]
+        ending = [place for place, length in enumerate(self.lengths) if start < length <= stop]
+        self._unseen = None if ending else config.num_hidden_layers - 1
+        states = hidden_states(config, weights, ids, attention=self)
+        last = {place: states[place, self.lengths[place] - 1 - start] for place in ending}
+        mx.eval(self.keys, self.values, last)
+        self.offset = stop
+        return last
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention.attend`."""
+        keys, values = self._write(self.keys, layer, k), self._write(self.values, layer, v)
+        mx.async_eval(self.keys[layer], self.values[layer])  # type: ignore[no-untyped-call]
+        mx.eval(self.keys[layer - 1 : layer])  # as for prompts that are computed whole
+        if layer == self._unseen:
+            return q
+        if not is_on_cpu():
+            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask="causal")
+        T, S, heads_per_key = q.shape[2], keys.shape[2], q.shape[1] // k.shape[1]
+        found = []
+        for start in range(0, T, size := block_size(T)):
+            stop = min(start + size, T)
+            seen = S - T + stop
+            among = blocks(stop - start, seen, heads_per_key)
+            part = attention(q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, among)[0]
+            mx.eval(part)  # MLX runs some operations ahead, each of which would hold the scores of a block
+            found.append(part)
+        return mx.concatenate(found, axis=2)
+
+    def _write(self, kept: list[mx.array], layer: int, new: mx.array) -> mx.array:
+        """Put (prompts, K, T, d) at the next places of one layer → everything so far."""
+        start, stop = self.offset, self.offset + new.shape[2]
+        if layer == len(kept):
+            kept.append(mx.zeros((*new.shape[:2], max(self.lengths), new.shape[3]), new.dtype))
+        buffer = kept.pop(layer)  # the update can reuse the memory only where nothing else refers to it
+        buffer[:, :, start:stop] = new
+        kept.insert(layer, buffer)
+        return buffer[:, :, :stop]
+
+
+def join_prompts(parts: Sequence[PromptCache]) -> PromptCache:
+    """Several caches as one, padded to the longest prompt; the parts are emptied layer by layer to spare memory."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = PromptCache([length for part in parts for length in part.lengths])
+    longest = max(whole.lengths)
+    for _ in range(len(parts[0].keys)):
+        for kept, pieces in ((whole.keys, [p.keys for p in parts]), (whole.values, [p.values for p in parts])):
+            layer = [piece.pop(0) for piece in pieces]
+            padded = [mx.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)]) for x in layer]
+            kept.append(mx.concatenate(padded))
+            mx.eval(kept[-1])
+    return whole
+
+
+class DecodingCache:
+    """Attention of one new token a row to the row's prompt and to its own earlier tokens."""
+
+    def __init__(self, prompts: PromptCache, width: int, limit: int) -> None:
+        """`width` rows for every prompt, none of which will have more than `limit` tokens of its own."""
+        self.width = width
+        self.length = 0
+        """Own tokens that every row holds."""
+        self._limit = limit
+        self._prompt_lengths = prompts.lengths
+        self._prompt_keys = prompts.keys
+        self._prompt_values = prompts.values
+        self._keys: list[mx.array] = []  # (S, K, w, N, d) a layer
+        self._values: list[mx.array] = []
+        self._describe_prompts()
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Rotary position of the next token: one for all where all prompts are equally long, else (B,)."""
+        if self._row_lengths is None:
+            return self._prompt_lengths[0] + self.length
+        return self._row_lengths + self.length
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array held, to be evaluated with the token that was made last."""
+        return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values]
+
+    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
+        """The next token of every row (B,) → hidden states (B, D); the token is counted."""
+        hidden = hidden_states(config, weights, ids[:, None], attention=self)[:, 0]
+        self.advance()
+        return hidden
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention.attend`; T = 1. Call `advance` when every layer has seen the token."""
+        prompt_keys, prompt_values = self._prompt_keys[layer], self._prompt_values[layer]
+        S, K, P, d = prompt_keys.shape
+        B, H = q.shape[:2]
+        w, R = self.width, H // K
+        keys = self._write(self._keys, layer, k.reshape(S, w, K, d).transpose(0, 2, 1, 3))
+        values = self._write(self._values, layer, v.reshape(S, w, K, d).transpose(0, 2, 1, 3))
+        q = (q * scale).reshape(S, w, K, R, d).transpose(0, 2, 1, 3, 4)
+        if is_fast_here(q):
+            o = _attend_apart(q, prompt_keys, prompt_values, keys, values, self._padding)
+            return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
+        to_prompt = q.reshape(S, K, w * R, d) @ prompt_keys.swapaxes(-1, -2)
+        if self._padding is not None:
+            to_prompt = to_prompt + self._padding
+        to_own = q @ keys.swapaxes(-1, -2)
+        scores = mx.concatenate([to_prompt.reshape(S, K, w, R, P), to_own], axis=-1)
+        shares = mx.softmax(scores, axis=-1, precise=True)
+        o = (shares[..., :P].reshape(S, K, w * R, P) @ prompt_values).reshape(S, K, w, R, d)
+        o = o + shares[..., P:] @ values
+        return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
+
+    def advance(self) -> None:
+        """Count the token that every layer has just seen."""
+        self.length += 1
+
+    def select(self, slots: Sequence[int], rows: Sequence[int], width: int) -> None:
+        """Keep only `rows` (indexes into the B of now, `width` for each slot to be) of the prompts in `slots`."""
+        S, K, w = len(self._prompt_lengths), self._prompt_keys[0].shape[1], self.width
+        if list(slots) != list(range(S)):
+            chosen = mx.array(list(slots))
+            self._prompt_keys = [x[chosen] for x in self._prompt_keys]
+            self._prompt_values = [x[chosen] for x in self._prompt_values]
+            self._prompt_lengths = [self._prompt_lengths[slot] for slot in slots]
+        index = mx.array(list(rows))
+
+        def pick(x: mx.array) -> mx.array:
+            d, N = x.shape[-1], x.shape[-2]
+            kept = x.transpose(0, 2, 1, 3, 4).reshape(S * w, K, N, d)[index]
+            return mx.contiguous(kept.reshape(len(slots), width, K, N, d).transpose(0, 2, 1, 3, 4))
+
+        self._keys = [pick(x) for x in self._keys]
+        self._values = [pick(x) for x in self._values]
+        self.width = width
+        self._describe_prompts()
+
+    def _describe_prompts(self) -> None:
+        """Positions and the additive mask of the padding, (S, 1, 1, P); neither where all prompts are equally long."""
+        lengths = self._prompt_lengths
+        self._row_lengths: mx.array | None = None
+        self._padding: mx.array | None = None
+        P, dtype = self._prompt_keys[0].shape[2], self._prompt_keys[0].dtype
+        if min(lengths) < P:
+            padded = mx.arange(P) >= mx.array(lengths)[:, None]
+            self._padding = mx.where(padded, mx.array(-math.inf, dtype), mx.array(0, dtype))[:, None, None]
+        if min(lengths) < max(lengths):
+            self._row_lengths = mx.repeat(mx.array(lengths), self.width)
+
+    def _write(self, kept: list[mx.array], layer: int, new: mx.array) -> mx.array:
+        """Put (S, K, w, d) at the next place of one layer → everything so far, (S, K, w, length + 1, d)."""
+        if layer == len(kept) or kept[layer].shape[3] == self.length:
+            more = max(1, min(BLOCK, self._limit - self.length))
+            room = mx.zeros((*new.shape[:3], more, new.shape[-1]), new.dtype)
+            kept[layer : layer + 1] = [mx.concatenate([kept[layer], room], axis=3) if self.length else room]
+            mx.eval(kept[layer])  # before the next layer's: otherwise all of them are there twice
+        buffer = kept[layer]
+        del kept[layer : layer + 1]  # the update can reuse the memory only where nothing else refers to it
+        buffer[:, :, :, self.length] = new
+        kept.insert(layer, buffer)
+        return buffer[:, :, :, : self.length + 1]
+
+
+def _attend_apart(
+    q: mx.array,
+    prompt_keys: mx.array,
+    prompt_values: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    padding: mx.array | None,
+) -> mx.array:
+    """Scaled queries (S, K, w, R, d) → (S, K, w, R, d), on a CPU: with one softmax over two arrays of scores, which
+    are never joined, nor copied to be cut apart again.
+
+    With few queries BLAS takes a quarter less for keys · queriesᵀ than for the other way about.
+    """
+    S, K, w, R, d = q.shape
+    P = prompt_keys.shape[2]
+    to_prompt = (prompt_keys @ q.reshape(S, K, w * R, d).swapaxes(-1, -2)).swapaxes(-1, -2)
+    if padding is not None:
+        to_prompt = to_prompt + padding
+    to_prompt = to_prompt.reshape(S, K, w, R, P)
+    to_own = keys @ q.swapaxes(-1, -2)  # (S, K, w, N, R)
+    peak = mx.maximum(
+        mx.max(to_prompt, axis=-1, keepdims=True), mx.max(to_own, axis=-2, keepdims=True).swapaxes(-1, -2)
+    )
+    of_prompt = compiled(_power_below, to_prompt.shape)(to_prompt, peak)
+    of_own = compiled(_power_below, to_own.shape)(to_own, peak.swapaxes(-1, -2))
+    total = mx.sum(of_prompt, axis=-1, keepdims=True) + mx.sum(of_own, axis=-2, keepdims=True).swapaxes(-1, -2)
+    of_values = (of_prompt.reshape(S, K, w * R, P) @ prompt_values).reshape(q.shape)
+    o: mx.array = (of_values + of_own.swapaxes(-1, -2) @ values) / total
+    return o
+
+
+def _power_below(scores: mx.array, peak: mx.array) -> mx.array:
+    return exponential(scores - peak)

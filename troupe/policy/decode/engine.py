@@ -1,0 +1,255 @@
+"""The batched decoding engine: many prompts, several samples of each, one step of the device for all their next tokens.
+
+Deals in token ids; only `generate_batch`, the door for scripts, has text. Knows nothing of rewards, actors or clocks:
+what is computed together, and when a finished row leaves the batch, follows from the requests and the tokens alone.
+
+Noise: sample i of a request draws its token t by one uniform number that is a hash of (the request's key, i, t), so
+it is the same whatever else is in the batch, on whichever device (`drawing.py`). The loop itself is in `decoding.py`,
+when a completion ends early in `stopping.py`, how much memory a decode takes in `memory.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from troupe.errors import ModelError
+from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode.loop import Batch
+from troupe.policy.decode.memory import decode_memory_bytes, split_into_waves
+from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
+from troupe.policy.decode.sampling import Sampler
+from troupe.policy.decode.stopping import StopRules
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.gpu_attention import attention_is_fused
+from troupe.policy.network.qwen3 import EMBEDDING, Qwen3Config, Weights, fuse_projections
+
+if TYPE_CHECKING:
+    from troupe.policy.model import Policy
+    from troupe.policy.text.tokenizer import Tokenizer
+
+__all__ = [
+    "CompletedGroup",
+    "Completion",
+    "GenerationConfig",
+    "RolloutBatch",
+    "RolloutEngine",
+    "RolloutRequest",
+    "generate_batch",
+]
+
+
+class RolloutEngine:
+    """Decodes batches of requests with one policy, whose weights may be exchanged between two tokens.
+
+    One thread decodes; `load` and `abort` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        policy_config: Qwen3Config,
+        generation: GenerationConfig,
+        *,
+        stop_ids: frozenset[int],
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """`stop_ids`: ids that end a completion; empty lets every one run to its limit.
+
+        `tokenizer`: finds stop strings, without it they raise ValueError, and lets XTC spare special tokens and
+        newlines; stop ids are always spared.
+        """
+        self.config = policy_config
+        self.generation = generation
+        self.stop_rules = StopRules(
+            stop_ids,
+            generation.stop,
+            partial(tokenizer.decode_stream, skip_special_tokens=False) if tokenizer else None,
+            generation.repetition_cutoff,
+            generation.repetition_pattern,
+        )
+        spared = stop_ids
+        if tokenizer is not None and generation.xtc_probability > 0.0:
+            spared = spared | tokenizer.special_ids | frozenset(tokenizer.encode("\n", add_special_tokens=False))
+        self.sampler = Sampler(generation, spared)
+        self._loaded: tuple[Weights, int] | None = None
+        self._prepared: tuple[Weights, Weights, int] | None = None
+        self._aborted = threading.Event()
+        self.tokens = 0
+        """Tokens that the longest row of the running decode has; for whoever asks how far it is, from any thread."""
+
+    def load(self, weights: Weights, version: int) -> None:
+        """Use these evaluated weights, named as in Hugging Face folders, from the next token on. Caches are kept."""
+        self._loaded = (weights, version)
+
+    def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
+        """Decode all requests together, or in as many waves as the memory limit asks for; `next` returns when another
+        group is complete. Raises what `decode_lists` raises, at the call.
+        """
+        return chain.from_iterable(self.decode_lists(requests))
+
+    def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
+        """The same; `next` returns all groups that are complete at the same token, or none when a wave's prompts have
+        been read and before its first group is complete.
+
+        Raises ModelError at once for a prompt that is empty, holds an id outside the vocabulary, leaves no room within
+        max_position_embeddings or alone takes more than the memory limit; RuntimeError where no weights were loaded.
+        """
+        waves = self._admit(requests)
+        return self._decode(requests, waves)
+
+    def stream(self, request: RolloutRequest) -> Iterator[int]:
+        """Decode one request once → the ids of its completion as they come, the same as `decode` gives.
+
+        Raises what `decode` raises, at the call, and ValueError where num_generations is not 1.
+        """
+        if (G := self.generation.num_generations) != 1:
+            raise ValueError(f"num_generations is {G}, but only one completion can be streamed; set it to 1")
+        self._admit([request])
+        return self._stream(request)
+
+    def abort(self) -> None:
+        """End the running iterator at its next token.
+
+        Groups under way still come, their open rows as they are, with the reason "aborted": a caller who wants them has
+        what was paid for, others leave the iterator. Waves not begun are left out.
+        """
+        self._aborted.set()
+
+    def current_weights(self) -> tuple[Weights, int]:
+        """The newest weights, laid out for decoding, and their version. For the decoding thread."""
+        assert self._loaded is not None
+        weights, version = self._loaded
+        if self._prepared is None or self._prepared[0] is not weights:
+            self._prepared = (weights, fuse_projections(self.config, weights), version)
+        return self._prepared[1], version
+
+    def release(self) -> None:
+        """Let go of the weights and of what was made of them; `load` brings others. Not while decoding."""
+        self._loaded = self._prepared = None
+
+    @property
+    def writes_scores(self) -> bool:
+        """Whether this device holds the scores of whole prompts where it computes them whole."""
+        assert self._loaded is not None
+        dtype = self._loaded[0][EMBEDDING].dtype
+        return not attention_is_fused(self.config.head_dim, dtype, gradient=False, on_cpu=is_on_cpu())
+
+    def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
+        """What decoding prompts of these lengths together takes beside the weights; see `decode_memory_bytes`."""
+        assert self._loaded is not None
+        config, dtype = self.config, self._loaded[0][EMBEDDING].dtype
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        room = config.max_position_embeddings - min(prompt_lengths)
+        return decode_memory_bytes(
+            config,
+            prompt_lengths,
+            self.generation.num_generations,
+            min(self.generation.max_completion_length, room),
+            dtype,
+            is_filtering=self.sampler.is_filtering,
+            writes_scores=self.writes_scores,
+            in_blocks=is_on_cpu(),
+            copies_updates=not is_on_cpu() and not cuda_kernels.serve(*heads),
+        )
+
+    def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
+        """Check the requests and make ready to decode → which of them are decoded together."""
+        if self._loaded is None:
+            raise RuntimeError("decode came before load: the engine has no weights yet")
+        for index, request in enumerate(requests):
+            _check_request(self.config, index, request)
+        limit = self.generation.memory_limit_gb
+        lengths = [len(request.prompt_ids) for request in requests]
+        waves = split_into_waves(lengths, self.memory_bytes, None if limit is None else limit * 1e9)
+        for wave in waves:
+            if limit is not None and len(wave) == 1 and (needed := self.memory_bytes([lengths[wave[0]]])) > limit * 1e9:
+                raise ModelError(
+                    f"request {wave[0]}: {self.generation.num_generations} completions of its prompt of "
+                    f"{lengths[wave[0]]} tokens take {needed / 1e9:.3g} GB, but memory_limit_gb is {limit}; raise it, "
+                    "or lower num_generations or max_completion_length"
+                )
+        self._aborted.clear()
+        return waves
+
+    def _decode(self, requests: Sequence[RolloutRequest], waves: Sequence[range]) -> Iterator[list[CompletedGroup]]:
+        for wave in waves:
+            if self._aborted.is_set():
+                return
+            batch = Batch(self, requests, wave)
+            self.tokens = 0
+            more = batch.advance()
+            yield []
+            while more:
+                self.tokens += 1
+                if completed := list(batch.take_completed()):
+                    yield completed
+                if self._aborted.is_set():
+                    batch.abandon()
+                    break
+                more = batch.advance()
+            if completed := list(batch.take_completed()):
+                yield completed
+
+    def _stream(self, request: RolloutRequest) -> Iterator[int]:
+        batch = Batch(self, [request], range(1))
+        seen, more = 0, True
+        while more and not self._aborted.is_set():
+            more = batch.advance()
+            ids = batch.groups[0][0].token_ids
+            yield from ids[seen:]
+            seen = len(ids)
+
+
+def _check_request(config: Qwen3Config, index: int, request: RolloutRequest) -> None:
+    prompt = request.prompt_ids
+    if not prompt:
+        raise ModelError(f"request {index}: its prompt is empty; give at least one token")
+    if bad := [token for token in prompt if not 0 <= token < config.vocab_size]:
+        raise ModelError(f"request {index}: id {bad[0]} is not in the model's vocabulary [0, {config.vocab_size})")
+    if len(prompt) >= config.max_position_embeddings:
+        raise ModelError(
+            f"request {index}: a prompt of {len(prompt)} tokens leaves no room for a completion; the model has "
+            f"{config.max_position_embeddings} positions (max_position_embeddings), so shorten the prompt"
+        )
+
+
+class RolloutBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Completions of several prompts, as lists in prompt-major order: G rows of the first prompt, then the next's."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    log_probs: list[list[float]]
+    """Nats, under softmax(logits / temperature)."""
+    texts: list[str]
+    """Completions without special tokens."""
+
+
+def generate_batch(
+    policy: Policy,
+    prompts: Sequence[str],
+    num_generations: int,
+    generation: GenerationConfig | None = None,
+    seed: int = 0,
+) -> RolloutBatch:
+    """Complete every prompt `num_generations` times, which overrides the field of `generation`.
+
+    Raises ModelError for a prompt without room or a policy without tokenizer.
+    """
+    generation = msgspec.structs.replace(generation or GenerationConfig(), num_generations=num_generations)
+    engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer)
+    engine.load(policy.weights, 0)
+    prompt_ids = policy.tokenizer.batch_encode(prompts)
+    requests = [RolloutRequest(prompt_ids=tuple(ids), key=(seed, i)) for i, ids in enumerate(prompt_ids)]
+    groups = sorted(engine.decode(requests), key=lambda group: group.index)
+    completions = [completion for group in groups for completion in group.completions]
+    return RolloutBatch(
+        prompt_ids=[ids for ids in prompt_ids for _ in range(num_generations)],
+        completion_ids=[list(completion.token_ids) for completion in completions],
+        log_probs=[list(completion.log_probs) for completion in completions],
+        texts=[policy.tokenizer.decode_sampled(completion.token_ids) for completion in completions],
+    )

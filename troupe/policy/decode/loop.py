@@ -1,0 +1,241 @@
+"""The loop of the decoding engine: rows that grow token by token, laid out as one batch on the device.
+
+One token of every row is always under way on the device while the one before is read back. Knows nothing of text and of
+who asked; all it does follows from requests and tokens.
+
+Penalties look back over the prompt too, not only over what was sampled: the window of recent ids starts filled with the
+prompt's last ones, as in mlx-lm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+import mlx.core as mx
+
+from troupe.errors import RunError
+from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode.cache import DecodingCache, PiecedPromptCache, PromptCache, join_prompts
+from troupe.policy.decode.cuda_cache import CudaDecodingCache
+from troupe.policy.decode.drawing import NOISE_BLOCK, draw_tokens, noise_block, row_key
+from troupe.policy.decode.memory import piece_length, prefill_chunks
+from troupe.policy.decode.requests import CompletedGroup, Completion, FinishReason, RolloutRequest
+from troupe.policy.decode.stopping import StopWatch
+from troupe.policy.network.qwen3 import Weights, hidden_states, project
+
+if TYPE_CHECKING:
+    from troupe.policy.decode.engine import RolloutEngine
+
+COMPACT_EVERY = 8
+"""Finished rows leave the batch only at token positions that this divides."""
+
+
+class Row:
+    """One sample while it grows. `limit`: most tokens it may have."""
+
+    def __init__(self, request: int, key: bytes, limit: int, watch: StopWatch) -> None:
+        self.request = request
+        self.key = key
+        self.limit = limit
+        self.watch = watch
+        self.token_ids: list[int] = []
+        self.log_probs: list[float] = []
+        self.sampling_log_probs: list[float] = []
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token_id: int, log_prob: float, sampling_log_prob: float) -> None:
+        """Take the next token, and see whether it is the last."""
+        self.token_ids.append(token_id)
+        self.log_probs.append(log_prob)
+        self.sampling_log_probs.append(sampling_log_prob)
+        self.finish_reason = self.watch.push(token_id)
+        if self.finish_reason is None and len(self.token_ids) == self.limit:
+            self.finish_reason = "length"
+
+    def completion(self, versions: Sequence[int]) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(
+            token_ids=tuple(self.token_ids),
+            log_probs=tuple(self.log_probs),
+            sampling_log_probs=tuple(self.sampling_log_probs),
+            versions=tuple(versions[: len(self.token_ids)]),
+            finish_reason=self.finish_reason,
+        )
+
+
+class Batch:
+    """The state of one wave: its rows, where they lie in the device's batch, and tokens not yet read back."""
+
+    def __init__(self, engine: RolloutEngine, requests: Sequence[RolloutRequest], wave: range) -> None:
+        self._engine = engine
+        self._prompts = [requests[index].prompt_ids for index in wave]
+        G, longest = engine.generation.num_generations, engine.generation.max_completion_length
+        room, rules = engine.config.max_position_embeddings, engine.stop_rules
+        self.groups = {
+            index: [
+                Row(index, row_key(request.key, i), min(longest, room - len(request.prompt_ids)), rules.watch())
+                for i in range(G)
+            ]
+            for index, request in zip(wave, requests[wave.start : wave.stop], strict=True)
+        }
+        self._slots = [list(group) for group in self.groups.values()]  # the rows in the device's batch, slot by slot
+        self._limit = max(row.limit for slot in self._slots for row in slot)
+        self._versions: list[int] = []
+        self._unread: deque[tuple[int, list[Row], list[mx.array]]] = deque()
+        self._waiting = list(wave)
+        self._cache: DecodingCache | None = None
+        self._ids = mx.array([])
+        self._noise: list[mx.array] = []  # (B, NOISE_BLOCK) for the draw, and again for filters that want it
+        self._recent = self._last_of_prompts(engine.sampler.context_size)
+
+    def advance(self) -> bool:
+        """Make one more token of every row on the device and read back the one before → whether rows are left."""
+        t = len(self._versions)
+        if t < self._limit:
+            if t and t % COMPACT_EVERY == 0:
+                self._compact()
+            self._dispatch(t)
+        at_end = len(self._versions) >= self._limit
+        while len(self._unread) > (0 if at_end else 1):
+            self._read()
+        return any(row.finish_reason is None for slot in self._slots for row in slot)
+
+    def abandon(self) -> None:
+        """Read back what is on its way, and end every row that is still open."""
+        while self._unread:
+            self._read()
+        for row in (row for slot in self._slots for row in slot if row.finish_reason is None):
+            row.finish_reason = "aborted"
+
+    def take_completed(self) -> Iterator[CompletedGroup]:
+        """The groups that ended since the last call, in request order."""
+        for index in list(self._waiting):
+            group = self.groups[index]
+            if all(row.finish_reason for row in group):
+                self._waiting.remove(index)
+                yield CompletedGroup(index=index, completions=tuple(row.completion(self._versions) for row in group))
+
+    def _dispatch(self, t: int) -> None:
+        """Let the device make token t of every row."""
+        weights, version = self._engine.current_weights()
+        config = self._engine.config
+        rows = [row for slot in self._slots for row in slot]
+        hidden = self._prefill(weights) if self._cache is None else self._cache.forward(config, weights, self._ids)
+        logits = project(config, weights, hidden)
+        if t == 0:
+            logits = mx.repeat(logits, self._engine.generation.num_generations, axis=0)
+        sampler = self._engine.sampler
+        if t % NOISE_BLOCK == 0:
+            purposes = [b"", b"filter"] if sampler.needs_uniforms else [b""]
+            self._noise = [noise_block([row.key for row in rows], t // NOISE_BLOCK, purpose) for purpose in purposes]
+        draw, *of_filters = [noise[:, t % NOISE_BLOCK] for noise in self._noise]
+        self._ids, *log_probs = draw_tokens(sampler, logits, draw, self._recent, *of_filters)
+        if self._recent is not None:
+            newest = self._ids[:, None].astype(mx.int32)
+            self._recent = mx.concatenate([self._recent[:, 1:], newest], axis=1)
+        mx.async_eval(self._ids, *log_probs)  # type: ignore[no-untyped-call]
+        self._unread.append((t, rows, [self._ids, *log_probs]))
+        self._versions.append(version)
+
+    def _prefill(self, weights: Weights) -> mx.array:
+        """Every prompt once → the hidden state of its last token, (requests, D); opens the cache."""
+        config, hidden, parts = self._engine.config, [], []
+        for portion in prefill_chunks([len(prompt) for prompt in self._prompts]):
+            part, last = self._prefill_portion(weights, [self._prompts[i] for i in portion])
+            parts.append(part)
+            hidden.append(last)
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        kind = CudaDecodingCache if cuda_kernels.serve(*heads) else DecodingCache
+        self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
+        return mx.concatenate(hidden)
+
+    def _prefill_portion(self, weights: Weights, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, mx.array]:
+        """Some prompts together → their keys and values, and the hidden state of each one's last token."""
+        config, lengths = self._engine.config, [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+        size = piece_length(len(prompts), width, writes_scores=self._engine.writes_scores)
+        last = mx.array(lengths)[:, None, None] - 1
+        if size == width:
+            part = PromptCache(lengths)
+            states = hidden_states(config, weights, ids, attention=part)
+            found = mx.take_along_axis(states, last, axis=1)[:, 0]
+            mx.eval(found, part.keys, part.values)
+            return part, found
+        pieced, ends = PiecedPromptCache(lengths), dict[int, mx.array]()
+        for start in range(0, width, size):
+            ends |= pieced.forward(config, weights, ids[:, start : start + size])
+        return pieced, mx.stack([ends[place] for place in range(len(prompts))])
+
+    def _last_of_prompts(self, W: int) -> mx.array | None:
+        """The last W ids of every row's prompt, −1 before its first, (B, W); None where no penalty wants them."""
+        if W == 0:
+            return None
+        windows = [[*[-1] * (W - len(prompt)), *prompt[-W:]] for prompt in self._prompts]
+        return mx.repeat(mx.array(windows, dtype=mx.int32), self._engine.generation.num_generations, axis=0)
+
+    def _read(self) -> None:
+        """Give every row its token of the oldest unread step; see which rows end."""
+        t, rows, arrays = self._unread.popleft()
+        ids = cast("list[int]", arrays[0].tolist())
+        log_probs = [cast("list[float]", column.tolist()) for column in arrays[1:]]
+        is_sound = math.isfinite(sum(log_probs[0]))
+        for place, row in enumerate(rows):
+            if row.finish_reason is not None or len(row.token_ids) > t:
+                continue  # the row ended while this token was on its way, or it is a filler's copy
+            if not is_sound and not math.isfinite(log_probs[0][place]):
+                raise self._not_finite(t, row)
+            row.push(ids[place], log_probs[0][place], log_probs[-1][place])
+
+    def _not_finite(self, t: int, row: Row) -> RunError:
+        """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
+        weights, _ = self._engine.current_weights()
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("mlx.core.")
+        return RunError(
+            f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "
+            f"nothing can be drawn from them; the network overflows in {dtype} with the weights of version "
+            f"{self._versions[t]}: hold them in a type with more room (model.dtype, --dtype), or use weights from "
+            "before they grew so large"
+        )
+
+    def _compact(self) -> None:
+        """Drop finished rows from the device's batch, where that saves rows."""
+        old = [row for slot in self._slots for row in slot]
+        slots = arrange(self._slots)
+        if len(slots) * len(slots[0]) == len(old) or self._cache is None:
+            return
+        place = {id(row): index for index, row in reversed(list(enumerate(old)))}  # a row, not the copy that fills
+        first = {slot[0].request: index for index, slot in reversed(list(enumerate(self._slots)))}
+        rows = [row for slot in slots for row in slot]
+        index = [place[id(row)] for row in rows]
+        self._cache.select([first[slot[0].request] for slot in slots], index, len(slots[0]))
+        chosen = mx.array(index)
+        self._ids = self._ids[chosen]
+        self._noise = [noise[chosen] for noise in self._noise]
+        self._recent = None if self._recent is None else self._recent[chosen]
+        self._slots = slots
+
+
+def arrange(slots: list[list[Row]]) -> list[list[Row]]:
+    """Lay unfinished rows out anew: slots of one width, each with rows of one request, as few rows as possible.
+
+    There are never more slots than before, so prompts never take more memory. A slot that lacks rows is filled up
+    with copies of its last. Without unfinished rows, or without gain, the result is what was given.
+    """
+    live: dict[int, list[Row]] = {}
+    for slot in slots:
+        for row in dict.fromkeys(slot):
+            if row.finish_reason is None:
+                live.setdefault(row.request, []).append(row)
+    best, best_width = len(slots) * len(slots[0]), 0
+    for width in range(max(map(len, live.values()), default=0), 0, -1):
+        count = sum(-(-len(rows) // width) for rows in live.values())
+        if count <= len(slots) and count * width < best:
+            best, best_width = count * width, width
+    if best_width == 0:
+        return slots
+    laid = [rows[i : i + best_width] for rows in live.values() for i in range(0, len(rows), best_width)]
+    return [slot + slot[-1:] * (best_width - len(slot)) for slot in laid]

@@ -1,0 +1,130 @@
+"""How much memory a decode takes, and what is computed together: functions of lengths and settings alone.
+
+Knows nothing of tokens, weights and how much memory is free at the moment: the same run makes the same batches.
+
+Held: keys and values, 2·K·d·L numbers for each of S·P prompt places (P the longest prompt) and of S·G·N places for
+own tokens (N the most that a row may have). Besides, the larger of
+  prefilling, with as many prompts s in a portion as PREFILL_TOKENS allows: s·P·(8·F + 8·D) numbers, and where a
+  device writes scores out, 2·s·H·P² float32; there prompts beyond WHOLE_PROMPT places go in pieces of T tokens, on a
+  CPU each in blocks of b: s·T·(8·F + 8·D) numbers and 7·s·H·b·P float32, elsewhere 2·s·H·T·P;
+  decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
+  under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
+  the room that grows; where updates copy, all own keys and values once more.
+D hidden size, F intermediate size, L layers, H query heads, K key/value heads, d head size, V vocabulary. The part
+that is held is exact; the factors of the others are measured on a CPU with MLX 0.32, as upper ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+
+from troupe.policy.network.cpu_attention import block_size
+from troupe.policy.network.qwen3 import Qwen3Config
+
+PREFILL_TOKENS = 8192
+"""Most prompt tokens, padding included, that are prefilled at once."""
+
+
+WHOLE_PROMPT = 2048
+"""Up to so many places a portion of prompts is computed in one piece, also where scores are written out."""
+PIECE_TOKENS = 1024
+"""So many tokens, padding included, are computed at once of prompts that are longer."""
+
+
+def piece_length(prompts: int, longest: int, *, writes_scores: bool) -> int:
+    """How many tokens of each of the `prompts` of a portion, padded to `longest`, are computed at once.
+
+    Where scores are written out they grow with the square of what is computed at once; a kernel that does without
+    takes a portion whole, however long.
+    """
+    if not writes_scores or longest <= WHOLE_PROMPT:
+        return longest
+    return max(1, PIECE_TOKENS // prompts)
+
+
+def prefill_chunks(lengths: Sequence[int]) -> Iterator[range]:
+    """Split prompts of these lengths, in order, into runs of at most PREFILL_TOKENS places each, padding included."""
+    start = longest = 0
+    for index, length in enumerate(lengths):
+        if index > start and (index - start + 1) * max(longest, length) > PREFILL_TOKENS:
+            yield range(start, index)
+            start = index
+            longest = 0
+        longest = max(longest, length)
+    yield range(start, len(lengths))
+
+
+def cache_bytes(
+    config: Qwen3Config, prompt_lengths: Sequence[int], num_generations: int, max_new_tokens: int, dtype: mx.Dtype
+) -> int:
+    """Keys and values that a decode holds at its end."""
+    places = len(prompt_lengths) * (max(prompt_lengths) + num_generations * max_new_tokens)
+    return places * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype.size
+
+
+def fused_copy_bytes(config: Qwen3Config, dtype: mx.Dtype) -> int:
+    """What `fuse_projections` copies."""
+    D, d = config.hidden_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    layer = (H + 2 * K) * d * D + 2 * config.intermediate_size * D + (H + K) * d
+    return config.num_hidden_layers * layer * dtype.size
+
+
+def decode_memory_bytes(
+    config: Qwen3Config,
+    prompt_lengths: Sequence[int],
+    num_generations: int,
+    max_new_tokens: int,
+    dtype: mx.Dtype,
+    *,
+    is_filtering: bool = False,
+    writes_scores: bool = True,
+    in_blocks: bool = True,
+    copies_updates: bool = False,
+) -> int:
+    """Bytes that decoding these prompts (at least one), `num_generations` times each, takes beside the weights.
+
+    `writes_scores`: prefilling holds the scores of whole prompts, as on a CPU; fused attention kernels do not.
+    `in_blocks`: of long prompts it holds those of a block of queries at a time, as on a CPU.
+    `copies_updates`: a new token's keys and values go into a copy of what its row has, as on a GPU without kernels of
+    our own, where the step before still holds it. `dtype` is that of the weights. The formula stands at the head of
+    this file.
+    """
+    H, F, D, V = (config.num_attention_heads, config.intermediate_size, config.hidden_size, config.vocab_size)
+    L, size = config.num_hidden_layers, dtype.size
+    P, B = max(prompt_lengths), len(prompt_lengths) * num_generations
+    held = cache_bytes(config, prompt_lengths, num_generations, max_new_tokens, dtype)
+    prompts_held = cache_bytes(config, prompt_lengths, 0, 0, dtype)
+    prefilling = 0.0
+    for portion in prefill_chunks(prompt_lengths):
+        longest = max(prompt_lengths[i] for i in portion)
+        piece = piece_length(len(portion), longest, writes_scores=writes_scores)
+        written = 7 * block_size(piece) if in_blocks and piece < longest else 2 * piece
+        scores = len(portion) * H * longest * written * 4 if writes_scores else 0
+        prefilling = max(prefilling, scores + len(portion) * piece * 8 * (F + D) * size)
+    decoding = (
+        (28.0 if is_filtering else 9.0) * B * V * 4 + 10 * B * H * (P + max_new_tokens) * 4 + 8 * B * (F + D) * size
+    )
+    decoding += (held - prompts_held) * max(2 / L, 1.0 if copies_updates else 0.0)
+    return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
+
+
+def split_into_waves(
+    lengths: Sequence[int], cost: Callable[[Sequence[int]], int], limit_bytes: float | None
+) -> list[range]:
+    """Split prompts, in order, into as few runs as a first fit gives, none of which costs more than the limit.
+
+    `cost`: bytes for prompts of these lengths. A prompt that alone costs more has a run of its own; None is no limit.
+    """
+    if limit_bytes is None:
+        return [range(len(lengths))] if lengths else []
+    waves: list[range] = []
+    start = 0
+    for index in range(1, len(lengths) + 1):
+        if index == len(lengths) or cost(lengths[start : index + 1]) > limit_bytes:
+            waves.append(range(start, index))
+            start = index
+    return waves

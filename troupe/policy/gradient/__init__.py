@@ -1,0 +1,1 @@
+"""Backwards through the network, by hand."""

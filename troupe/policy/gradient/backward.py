@@ -1,0 +1,212 @@
+"""The gradient of a loss of completions' log-probabilities, by the weights: backwards through the network by hand.
+
+Not by `mx.grad`, for three reasons. Layer after layer is evaluated and given away, so that what is in memory is known
+and not left to the order in which MLX takes one large graph. Of a layer only its input is kept, or only the results
+of its matrix products, never the many things in between. And kernels are fused, which MLX does not do inside of a
+gradient. Who goes through the pieces says when each is computed, and may go through several such works side by side.
+Knows no loss and no batch.
+
+Computing activations again: Chen et al. 2016, arXiv:1604.06174; some of them: Korthikanti et al., arXiv:2205.05198.
+Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import mlx.core as mx
+
+from troupe.policy.network.elementwise import swiglu, swiglu_gradient
+from troupe.policy.network.embedding import embed, sum_by_id
+from troupe.policy.network.head import TokenStatistics, head_backward, head_forward
+from troupe.policy.network.packing import Attended, Packing
+from troupe.policy.network.qwen3 import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LayerWeights,
+    Qwen3Config,
+    Rotation,
+    Weights,
+    attention_inputs,
+    mlp_inputs,
+)
+
+Extra = TypeVar("Extra")
+Gradients = dict[str, mx.array]
+Piece = tuple[Any, Gradients]
+"""Arrays to begin with (None: none; empty: what was begun is to be there first), and gradients that are complete."""
+
+
+class _Kept(NamedTuple):
+    """What the gradient of a layer needs besides its input: the results of its products, but the last."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    attended: Attended
+    middle: mx.array
+    gate: mx.array
+    up: mx.array
+
+
+def completion_gradients(
+    config: Qwen3Config,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    loss: Callable[[TokenStatistics], tuple[mx.array, Extra]],
+    temperature: float = 1.0,
+    *,
+    recompute: bool = False,
+    entropy_gradient: bool = True,
+) -> Generator[Piece, None, tuple[mx.array, Extra]]:
+    """Pieces of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
+
+    The arrays of a piece are to be begun when it comes, and to be there before the piece after the next is asked for:
+    the device is kept busy and the memory low. `loss` maps what `completion_statistics` gives of the same arguments to
+    a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
+    Without `entropy_gradient` the entropies count as constants.
+    """
+    packing = Packing(prompts, completions)
+    rotation = Rotation(config, packing.ids.shape[0], packing.offset)
+    x = embed(weights[EMBEDDING], packing.ids[None])
+    kept: list[tuple[mx.array, _Kept | None]] = []
+    for index in range(config.num_hidden_layers):
+        w = _of_layer(weights, index)
+        inside = _inside(config, w, x, packing, rotation)
+        y = inside.middle + swiglu(inside.gate, inside.up) @ w("mlp.down_proj").T
+        kept.append((x, None if recompute else inside))
+        yield (y, [] if recompute else inside), {}
+        del inside
+        x = y
+
+    norm, head = weights[FINAL_NORM], weights[EMBEDDING if config.tie_word_embeddings else HEAD]
+
+    def sources(x: mx.array, norm: mx.array) -> mx.array:
+        return packing.sources(mx.fast.rms_norm(x.squeeze(0), norm, config.rms_norm_eps))
+
+    hidden = sources(x, norm)
+    outputs = yield from _one_by_one(head_forward(hidden, head, packing.targets, temperature))
+    rows = [packing.in_rows(outputs[0]), packing.in_rows(outputs[1])]
+
+    def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:
+        return loss(TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies)))
+
+    value, cotangents = mx.value_and_grad(of_rows, argnums=(0, 1))(*rows)
+    of_targets = [mx.vjp(packing.in_rows, [outputs[0]], [grad])[1][0] for grad in cotangents]
+
+    of_entropies = of_targets[1] if entropy_gradient else None
+    hidden_grad, head_grad = yield from _one_by_one(
+        head_backward(hidden, head, packing.targets, temperature, outputs, (of_targets[0], of_entropies))
+    )
+    x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
+    done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
+    yield (x_grad, done), {}
+    del x, hidden, hidden_grad, outputs
+    for index in reversed(range(config.num_hidden_layers)):
+        layer = (config, _of_layer(weights, index), packing, rotation)
+        x_grad, grads = yield from _backwards(*layer, *kept.pop(), x_grad)
+        yield None, done
+        done = {f"{_prefix(index)}{name}.weight": grad for name, grad in grads.items()}
+    embedding_grad = sum_by_id(x_grad.squeeze(0), packing.ids, config.vocab_size)
+    yield None, done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
+    return value
+
+
+def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generator[Piece, None, Extra]:
+    """The pieces of a work whose blocks need each for itself all the memory there is."""
+    while True:
+        try:
+            block = next(blocks)
+        except StopIteration as end:
+            result: Extra = end.value
+            return result
+        yield block, {}
+        del block
+        yield (), {}
+
+
+def _inside(config: Qwen3Config, w: LayerWeights, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
+    """A layer from its input (1, N, D) to the last matrix product."""
+    q, k, v = attention_inputs(config, w, x)
+    attended = packing.attend_keeping(*_turned(config, w, rotation, q, k, v), config.head_dim**-0.5)
+    middle = x + _side_by_side(attended.o) @ w("self_attn.o_proj").T
+    return _Kept(q, k, v, attended, middle, *mlp_inputs(config, w, middle))
+
+
+def _turned(
+    config: Qwen3Config, w: LayerWeights, rotation: Rotation, q: mx.array, k: mx.array, v: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(1, N, heads, d) → (1, heads, N, d), queries and keys normalized and rotated."""
+    q, k = (
+        rotation(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), config.rms_norm_eps).swapaxes(1, 2))
+        for y, name in ((q, "q"), (k, "k"))
+    )
+    return q, k, v.swapaxes(1, 2)
+
+
+def _side_by_side(o: mx.array) -> mx.array:
+    """(1, H, N, d) → (1, N, H·d)."""
+    o = o.swapaxes(1, 2)
+    return o.reshape(*o.shape[:2], -1)
+
+
+def _backwards(
+    config: Qwen3Config,
+    w: LayerWeights,
+    packing: Packing,
+    rotation: Rotation,
+    x: mx.array,
+    kept: _Kept | None,
+    y_grad: mx.array,
+) -> Generator[Piece, None, tuple[mx.array, Gradients]]:
+    """Through one layer: the cotangent of its result → that of its input x, (1, N, D), and those of its weights."""
+    if kept is None:
+        kept = _inside(config, w, x, packing, rotation)
+        yield (kept,), {}
+    eps = config.rms_norm_eps
+    grads: Gradients = {}
+
+    def through_product(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
+        """y = x @ W.T, with W the weight of this name."""
+        grads[name] = y_grad.reshape(-1, y_grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return y_grad @ w(name)
+
+    def through_norm(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
+        x_grad, grads[name] = mx.vjp(lambda x, scale: mx.fast.rms_norm(x, scale, eps), [x, w(name)], [y_grad])[1]
+        return x_grad
+
+    y_part = through_product("mlp.down_proj", swiglu(kept.gate, kept.up), y_grad)
+    gate_grad, up_grad = swiglu_gradient(kept.gate, kept.up, y_part)
+    h = mx.fast.rms_norm(kept.middle, w("post_attention_layernorm"), eps)
+    h_grad = through_product("mlp.gate_proj", h, gate_grad) + through_product("mlp.up_proj", h, up_grad)
+    middle_grad = y_grad + through_norm("post_attention_layernorm", kept.middle, h_grad)
+    yield (middle_grad, dict(grads)), {}
+    del y_part, gate_grad, up_grad, h, h_grad
+
+    o_grad = through_product("self_attn.o_proj", _side_by_side(kept.attended.o), middle_grad)
+    o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
+    turned = _turned(config, w, rotation, kept.q, kept.k, kept.v)
+    q_grad, k_grad, v_grad = packing.attend_gradient(*turned, config.head_dim**-0.5, o_grad, kept.attended)
+    q_grad, k_grad = (
+        through_norm(f"self_attn.{name}_norm", y, rotation.gradient(grad).swapaxes(1, 2))
+        for y, name, grad in ((kept.q, "q", q_grad), (kept.k, "k", k_grad))
+    )
+    h = mx.fast.rms_norm(x, w("input_layernorm"), eps)
+    h_grads = [
+        through_product(f"self_attn.{name}_proj", h, grad.reshape(*h.shape[:2], -1))
+        for name, grad in (("q", q_grad), ("k", k_grad), ("v", v_grad.swapaxes(1, 2)))
+    ]
+    x_grad = middle_grad + through_norm("input_layernorm", x, h_grads[0] + h_grads[1] + h_grads[2])
+    yield (x_grad, grads), {}
+    return x_grad, grads
+
+
+def _prefix(index: int) -> str:
+    return f"model.layers.{index}."
+
+
+def _of_layer(weights: Weights, index: int) -> LayerWeights:
+    return lambda name: weights[f"{_prefix(index)}{name}.weight"]

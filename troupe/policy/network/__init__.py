@@ -1,0 +1,1 @@
+"""The network as pure functions over a dict of arrays."""

@@ -1,0 +1,141 @@
+"""Attention written out for processors: blocks of queries, each of which meets only the keys that it may see.
+
+Scores stand with keys as rows and queries as columns, because MLX reduces columns several times as fast as rows on a
+CPU. Only the exponential is compiled: what is fused with a broadcast array and computed in place, g++ does not
+vectorize. The gradient needs but one number
+a query besides its result, the log of what its powers were divided by (Dao et al. 2022, arXiv:2205.14135). Knows
+rectangles, nothing of packing or models.
+
+Shapes: B rows, H query heads, K key/value heads, d head size; T queries, which are the last T of S tokens; in a block
+b queries, which may see s keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from troupe.policy.network.elementwise import compiled, exponential
+
+BLOCK = 64
+"""About so many queries are taken together: fewer waste less on keys out of sight, more suit matrix products."""
+
+
+def block_size(T: int) -> int:
+    """b: of T queries so many are taken together."""
+    return -(-T // max(1, round(T / BLOCK)))
+
+
+class Block(NamedTuple):
+    """Queries [start, stop) and the first `keys` keys."""
+
+    start: int
+    stop: int
+    keys: int
+    causal: mx.array
+    """Added to the scores, float32 (s, H/K·b): 0, or −∞ where a key comes after the query."""
+    padding: mx.array | None
+    """The same where a key stands for nothing, (B, 1, s, 1); None where there is no such key."""
+
+
+def blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> list[Block]:
+    """For T queries, the last of S tokens. `real`, bools (B, S): which keys count; each query must see one at least."""
+    size = block_size(T)
+    found = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        keys = S - T + stop
+        sees = mx.arange(keys)[:, None] <= mx.arange(S - T + start, keys)
+        padding = None if real is None else _bias(real[:, None, :keys, None])
+        found.append(Block(start, stop, keys, mx.tile(_bias(sees), (1, heads_per_key)), padding))
+    return found
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, among: Sequence[Block]) -> tuple[mx.array, mx.array]:
+    """Queries (B, H, T, d), keys and values (B, K, S, d) → (B, H, T, d), and log Σ e^score of each, float32 (B, H, T).
+
+    Not differentiable.
+    """
+    B, H, T, d = q.shape
+    q = q * scale
+    outputs, normalizers = [], []
+    for block in among:
+        keys, values = k[:, :, : block.keys], v[:, :, : block.keys]
+        scores = _scores(keys, _part(q, block, k), block)
+        peak = mx.max(scores, axis=-2, keepdims=True)
+        powers = compiled(exponential, scores.shape)(scores - peak)
+        total = mx.sum(powers, axis=-2, keepdims=True)
+        o = powers.astype(v.dtype).swapaxes(-1, -2) @ values
+        outputs.append(_whole(o / total.swapaxes(-1, -2).astype(v.dtype), block, H))
+        normalizers.append(_whole((peak + mx.log(total)).swapaxes(-1, -2), block, H))
+        k, v = mx.depends([k, v], [outputs[-1]])  # one block after the other, or all scores would be held at once
+    return _joined(outputs, 3).reshape(B, H, T, d), _joined(normalizers, 3).reshape(B, H, T)
+
+
+def attention_gradient(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    among: Sequence[Block],
+    normalizer: mx.array,
+    o_grad: mx.array,
+    mean: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The cotangents of q, k and v, from that of the result. `mean`: Σ over d of o_grad times result, (B, H, T)."""
+    scaled, normalizer, mean = q * scale, normalizer[..., None], mean[..., None]
+    q_grads: list[mx.array] = []
+    k_grad: mx.array | None = None
+    v_grad: mx.array | None = None
+    for block in reversed(among):
+        keys, values = k[:, :, : block.keys], v[:, :, : block.keys]
+        queries, of_outputs = _part(scaled, block, k), _part(o_grad, block, k)
+        log_total, means = (_part(x, block, k).swapaxes(-1, -2) for x in (normalizer, mean))
+        scores = _scores(keys, queries, block)
+        shares = compiled(exponential, scores.shape)(scores - log_total)
+        v_grad = _added(v_grad, shares.astype(q.dtype) @ of_outputs)
+        shares_grad = (values @ of_outputs.swapaxes(-1, -2)).astype(mx.float32)
+        grad = (shares * (shares_grad - means)).astype(q.dtype)
+        k_grad = _added(k_grad, grad @ queries)
+        q_grads.append(_whole(grad.swapaxes(-1, -2) @ keys, block, q.shape[1]))
+        k, v = mx.depends([k, v], [k_grad, v_grad, q_grads[-1]])
+    assert k_grad is not None
+    assert v_grad is not None
+    return _joined(q_grads[::-1], 3).reshape(q.shape) * scale, k_grad, v_grad
+
+
+def _scores(keys: mx.array, queries: mx.array, block: Block) -> mx.array:
+    """Keys (B, K, s, d), scaled queries (B, K, n, d) → float32 (B, K, s, n)."""
+    scores = (keys @ queries.swapaxes(-1, -2)).astype(mx.float32) + block.causal
+    return scores if block.padding is None else scores + block.padding
+
+
+def _part(x: mx.array, block: Block, k: mx.array) -> mx.array:
+    """The queries of a block: (B, H, T, n) → (B, K, H/K·b, n), heads that share keys one after the other."""
+    B, H, T, n = x.shape
+    K = k.shape[1]
+    return x.reshape(B, K, H // K, T, n)[:, :, :, block.start : block.stop].reshape(B, K, -1, n)
+
+
+def _whole(x: mx.array, block: Block, H: int) -> mx.array:
+    """(B, K, H/K·b, n) → (B, K, H/K, b, n)."""
+    B, K, _, n = x.shape
+    return x.reshape(B, K, H // K, block.stop - block.start, n)
+
+
+def _joined(parts: list[mx.array], axis: int) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+
+
+def _added(total: mx.array | None, x: mx.array) -> mx.array:
+    """Sums over blocks, (B, K, s, d): those that come later have fewer keys."""
+    if total is None:
+        return x
+    keys = x.shape[2]
+    return mx.concatenate([total[:, :, :keys] + x, total[:, :, keys:]], axis=2)
+
+
+def _bias(sees: mx.array) -> mx.array:
+    return mx.where(sees, 0.0, -mx.inf)

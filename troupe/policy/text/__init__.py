@@ -1,0 +1,1 @@
+"""Text ↔ token ids, chats, and text completed by a policy."""

@@ -1,0 +1,190 @@
+"""A model's own chat template: messages in, prompt text out.
+
+The template is code that came with a model folder, so it runs in Jinja's immutable sandbox, with the helpers that
+Hugging Face gives such templates. Knows nothing of token ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+from jinja2 import Template, TemplateError, meta, nodes
+
+from troupe.errors import ModelError
+from troupe.policy.text.template_budget import begun, spend
+from troupe.policy.text.template_sandbox import GenerationBlocks, Sandbox, instrument
+
+TEMPLATE_FILE = "chat_template.jinja"
+"""Where newer model folders keep the template; it wins over the one in `tokenizer_config.json`."""
+
+_TOLD = 500  # characters of what a template says went wrong
+_MAX_SOURCE = 1_000_000  # characters of a template
+
+
+class ChatTemplate:
+    """One Jinja chat template, compiled when first used."""
+
+    def __init__(self, source: str, origin: str, special_tokens: Mapping[str, Any] | None = None) -> None:
+        """`origin` names the file in messages; `special_tokens` (`eos_token`, …) are variables of the template."""
+        self.source = source
+        self.origin = origin
+        self.special_tokens = dict(special_tokens or {})
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt text of `messages`; `kwargs` (such as `enable_thinking`) become variables of the template.
+
+        `tools` are JSON schemas. Raises ModelError where the template is broken, refuses the messages, loops too
+        long, builds too much, or reaches for what the sandbox forbids.
+        """
+        compiled = self._compiled
+        with begun() as budget:
+            variables = {
+                **self.special_tokens,
+                "messages": messages,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "range": budget.range,
+                **kwargs,
+            }
+            try:
+                return compiled.render(variables)
+            except Exception as error:  # whatever template code can run into: types, lookups, the sandbox's refusals
+                raise ModelError(
+                    f"{self.origin}: the chat template failed on these messages: {type(error).__name__}: "
+                    f"{_cut(str(error))}; check that every message has the roles and fields which the template expects"
+                ) from error
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template asks for and does not set itself. ModelError where it is broken."""
+        return frozenset(meta.find_undeclared_variables(self._parsed()))
+
+    @cached_property
+    def _compiled(self) -> Template:
+        tree = self._parsed()
+        environment = tree.environment
+        assert environment is not None
+        with self._told_of():
+            instrument(tree)
+            return Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+
+    def _parsed(self) -> nodes.Template:
+        if len(self.source) > _MAX_SOURCE:
+            raise ModelError(
+                f"{self.origin}: the chat template has {len(self.source)} characters; the limit is {_MAX_SOURCE}"
+            )
+        with self._told_of():
+            return _environment().parse(self.source)
+
+    @contextmanager
+    def _told_of(self) -> Iterator[None]:
+        """Whatever keeps the source from becoming a template, with its line where that is known."""
+        try:
+            yield
+        except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+            line = getattr(error, "lineno", None) if isinstance(error, TemplateError) else None
+            place = f"line {line} of the chat template" if line else "the chat template"
+            raise ModelError(
+                f"{self.origin}: {place} is no valid Jinja: {_cut(str(error)) or type(error).__name__}; repair the "
+                "template"
+            ) from error
+
+
+def load_chat_templates(
+    folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, Any]
+) -> dict[str, ChatTemplate]:
+    """Name → template of a model folder; most folders have only "default", and some none.
+
+    `config` is the content of `tokenizer_config.json`. Raises ModelError where a template is not text.
+    """
+    file = folder / TEMPLATE_FILE
+    if file.is_file():
+        try:
+            return {"default": ChatTemplate(file.read_text(encoding="utf-8"), str(file), special_tokens)}
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file}: the chat template is not UTF-8 text: {error}") from error
+    origin = str(folder / "tokenizer_config.json")
+    found = config.get("chat_template")
+    try:
+        if found is None or isinstance(found, str):
+            named = {} if found is None else {"default": found}
+        else:
+            named = {entry.name: entry.template for entry in msgspec.convert(found, list[_Named])}
+    except msgspec.ValidationError as error:
+        raise ModelError(
+            f"{origin}: key chat_template must be text or a list of {{name, template}}: {error}"
+        ) from error
+    return {name: ChatTemplate(source, origin, special_tokens) for name, source in named.items()}
+
+
+def choose_chat_template(
+    templates: Mapping[str, ChatTemplate], origin: str, has_tools: bool, name: str | None = None
+) -> ChatTemplate:
+    """The template called `name`, or else "tool_use" where tools are given and it exists, or else "default".
+
+    Raises ModelError, naming `origin`, where there is none.
+    """
+    if not templates:
+        raise ModelError(
+            f"{origin}: this model has no chat template; give plain text prompts, or add a {TEMPLATE_FILE}"
+        )
+    if name is None:
+        name = "tool_use" if has_tools and "tool_use" in templates else "default"
+    if name not in templates:
+        raise ModelError(f"{origin}: no chat template is called {name!r}; there are {sorted(templates)}")
+    return templates[name]
+
+
+class _Named(msgspec.Struct, frozen=True):
+    name: str
+    template: str
+
+
+def _environment() -> Sandbox:
+    environment = Sandbox(["jinja2.ext.loopcontrols", GenerationBlocks])
+    environment.filters["tojson"] = _to_json
+    environment.guard_filters()
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the escapes that Jinja's own filter makes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: object) -> NoReturn:
+    spend().measure(message)
+    raise TemplateError(_cut(str(message)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TOLD + 50 else f"{text[:_TOLD]} … ({len(text)} characters)"
+
+
+def _strftime_now(format: str) -> str:  # noqa: A002 – templates may name the argument
+    if len(format) > _TOLD or re.search(r"%[^a-zA-Z%]*\d\d\d", format):
+        raise OverflowError(f"strftime_now: a format of {len(format)} characters; use a short one, without widths")
+    return datetime.now().astimezone().strftime(format)

@@ -1,0 +1,321 @@
+"""The picture of a run → one HTML page that needs no other file and no network.
+
+What a policy wrote, what rewards logged and what errors said are put in as text: the template escapes them, the data of
+the charts stands in a script tag that is no script and holds no `<`, and the page's policy allows no script but ours.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+from markupsafe import Markup
+
+from troupe.cli.inspect import prompt_text, shown
+from troupe.records import text as words
+from troupe.records.report.assets import read_asset
+from troupe.records.report.charts import Chart, Section, Values, rounded, sections_of
+from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
+from troupe.records.store.read import StoredCompletion, StoredIncident
+
+_LONGEST_TEXT = 20_000
+"""Characters of a prompt or a completion."""
+_LONGEST = 100_000
+"""Characters of anything else."""
+_LONGEST_NAME = 100
+"""Characters of what is told of a line."""
+_MOST_SCORES = 2
+"""Scores on held-out rows among the figures that one reads first; with more there is a table."""
+_BADGES: dict[State, str] = {
+    "finished": "good",
+    "running": "busy",
+    "starting": "busy",
+    "paused": "warn",
+    "held": "warn",
+    "draining": "warn",
+    "stopping": "warn",
+    "stopped": "warn",
+    "restarting": "bad",
+    "crashed": "bad",
+    "new": "",
+}
+_ACTORS = ("generator", "scorer", "learner", "checkpointer", "prompter", "metrics")
+_BESIDE = {"reward": "rewards", "checkpoint": "checkpoints", "logging": "logging"}
+_SETTINGS = (
+    ("model", "model.path"),
+    ("weights", "model.dtype"),
+    ("prompts", "data.path"),
+    ("held-out prompts", "data.eval_path"),
+    ("rewards", "rewards.functions"),
+    ("weights of rewards", "rewards.weights"),
+    ("loss", "learner.loss_type"),
+    ("learning rate", "learner.lr"),
+    ("KL coefficient", "learner.beta"),
+    ("prompts a step", "learner.batch_size"),
+    ("completions a prompt", "generation.num_generations"),
+    ("longest completion", "generation.max_completion_length"),
+    ("temperature", "generation.temperature"),
+    ("schedule", "schedule.mode"),
+    ("most staleness", "schedule.max_staleness"),
+    ("dynamic sampling", "learner.dynamic_sampling"),
+    ("seed", "seed"),
+)
+
+
+class Tile(msgspec.Struct, frozen=True):
+    """A figure that one reads first."""
+
+    label: str
+    figure: str
+    more: str = ""
+
+
+class Talk(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion as it is shown."""
+
+    label: str
+    reward: str
+    facts: tuple[str, ...]
+    prompt: str
+    text: str
+    left_out: int
+
+
+def report_page(run: RunPicture) -> str:
+    """The page as HTML text."""
+    sections = sections_of(run)
+    script = read_asset("charts.js") + read_asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = jinja2.Environment(
+        autoescape=True,
+        finalize=_harmless,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).from_string(read_asset("report.html"))
+    return template.render(
+        style=Markup(read_asset("style.css")),
+        script=Markup(script),
+        digest=digest,
+        data=Markup(script_safe(chart_data(run, sections))),
+        run=run,
+        name=Path(run.folder).name,
+        badge=_BADGES[run.state],
+        facts=list(_facts(run)),
+        progress=None if not run.total_steps else min(100.0, 100.0 * run.step / run.total_steps),
+        tiles=list(_tiles(run)),
+        sections=_numbered(sections),
+        evaluated=[(s.name, words.number(s.before), words.number(s.after)) for s in run.evaluated],
+        most_scores=_MOST_SCORES,
+        talks=list(_talks(run)),
+        starts=[
+            (start.start, words.date(start.unix_s), start.first_step, start.troupe, run.machines.get(start.start, ""))
+            for start in run.starts
+        ],
+        incidents=run.incidents,
+        newest_incidents=[(words.date(i.unix_s), i.step, i.actor, i.kind, _what(i)) for i in run.newest_incidents],
+        incidents_shown=INCIDENTS_SHOWN,
+        checkpoints=[
+            (c.version, words.date(c.unix_s), words.size(c.bytes), words.seconds(c.seconds), c.folder)
+            for c in run.checkpoints
+        ],
+        changes=[(change.step + 1, change.key, _value(change.value)) for change in run.changes],
+        settings=list(_settings(run.config)),
+        written=words.date(time.time()),
+    )
+
+
+def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:
+    """What the page's script draws; keys as `charts.js` names them."""
+    return {
+        "x": run.metrics.steps,
+        "marks": [
+            {"x": start.first_step, "label": f"start {start.start}, {words.date(start.unix_s)}"}
+            for start in run.starts
+            if start.first_step
+        ],
+        "charts": [_chart_data(chart) for section in sections for chart in section.charts],
+        "bars": {"actors": _actor_bars(run), "beside": _beside_bars(run)},
+    }
+
+
+def script_safe(data: Any) -> str:
+    """Data as JSON that ends no script tag: no `<`, `>` and `&`, wherever they stand."""
+    text = msgspec.json.encode(data).decode()
+    for char in "<>&\u2028\u2029":  # in JSON these stand within strings only
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _chart_data(chart: Chart) -> dict[str, Any]:
+    series = []
+    for line in chart.lines:
+        one: dict[str, Any] = {"name": _name(line.name), "y": _rounded(line.y)}
+        if line.low:
+            one["band"] = {"low": _rounded(line.low), "high": _rounded(line.high)}
+        if line.colour:
+            one["colour"] = line.colour
+        series.append(one)
+    spec: dict[str, Any] = {"title": _name(chart.title), "about": chart.about, "format": chart.format, "series": series}
+    spec |= {"smooth": chart.smooth} if chart.smooth else {}
+    spec |= {"min": chart.least} if chart.least is not None else {}
+    return spec
+
+
+def _name(text: str) -> str:
+    return shown(text[:_LONGEST_NAME])
+
+
+def _rounded(values: Values) -> list[float | None]:
+    return [rounded(value) for value in values]
+
+
+def _actor_bars(run: RunPicture) -> list[dict[str, Any]]:
+    shares = run.metrics.shares
+    there = {name.partition("/")[0] for name in shares}
+    rows = []
+    for actor in [*(a for a in _ACTORS if a in there), *sorted(there - set(_ACTORS))]:
+        busy, idle = shares.get(f"{actor}/busy", 0.0), shares.get(f"{actor}/idle", 0.0)
+        parts = [
+            {"name": "at work", "value": rounded(busy), "kind": "busy"},
+            {"name": "waiting", "value": rounded(idle), "kind": "wait"},
+            {"name": "the rest", "value": rounded(max(0.0, 1.0 - busy - idle)), "kind": "idle"},
+        ]
+        rows.append({"name": actor, "note": f"{words.percent(busy)} at work", "parts": parts})
+    return rows
+
+
+def _beside_bars(run: RunPicture) -> list[dict[str, Any]]:
+    rows = []
+    for name, label in _BESIDE.items():
+        hidden, exposed = (run.metrics.totals.get(f"{name}/{part}_s") for part in ("hidden", "exposed"))
+        if hidden is None or exposed is None:
+            continue
+        parts = [
+            {"name": "hidden under device work", "value": rounded(hidden), "kind": 3},
+            {"name": "exposed: the device waited", "value": rounded(exposed), "kind": 2},
+        ]
+        note = f"{words.seconds(hidden)} hidden, {words.seconds(exposed)} exposed"
+        rows.append({"name": label, "note": note, "parts": parts})
+    return rows
+
+
+def _facts(run: RunPicture) -> Iterator[str]:
+    """What stands under the name."""
+    model = _value_of(run.config, "model.path")
+    if isinstance(model, str):
+        yield Path(model).name
+    if run.starts:
+        yield f"began {words.date(run.starts[0].unix_s)}"
+    if run.newest_unix_s is not None:
+        yield f"newest step {words.date(run.newest_unix_s)}"
+    if run.machines:
+        yield run.machines[max(run.machines)]
+    if run.starts:
+        yield f"Troupe {run.starts[-1].troupe}"
+
+
+def _tiles(run: RunPicture) -> Iterator[Tile]:
+    newest = run.newest("reward")
+    if newest is not None:
+        yield Tile("reward", words.number(newest), f"from {words.number(run.first('reward'))}")
+    for score in run.evaluated[:_MOST_SCORES]:
+        figure = words.percent if score.name == "accuracy" else words.number
+        yield Tile(f"held-out {score.name}", figure(score.after), f"from {figure(score.before)}")
+    epoch = run.newest("epoch")
+    of = [] if run.total_steps is None else [f"of {run.total_steps:,}"]
+    yield Tile("steps", f"{run.step:,}", ", ".join([*of, *([] if epoch is None else [f"epoch {epoch:.2f}"])]))
+    starts = len(run.starts)
+    yield Tile("time", words.seconds(run.played_s), f"in {starts} starts" if starts > 1 else "")
+    if run.metrics.sampled and run.metrics.seconds:
+        tokens = "" if run.tokens is None else f"{words.number(run.tokens)} in all"
+        yield Tile("tokens/s", words.number(run.metrics.sampled / run.metrics.seconds), tokens)
+    device_s = run.metrics.totals.get("device_s")
+    if device_s is not None and run.metrics.seconds:
+        yield Tile("device busy", words.percent(min(1.0, device_s / run.metrics.seconds)), "of the time")
+    peak = run.metrics.curves.get("peak_memory_gb")
+    if peak is not None and (peaks := [value for value in peak.high or peak.mean if value is not None]):
+        yield Tile("peak memory", words.size(1e9 * max(peaks)))
+    incidents = sum(run.incidents.values())
+    yield Tile("incidents", f"{incidents:,}", ", ".join(list(run.incidents)[:2]))
+
+
+def _what(incident: StoredIncident) -> str:
+    return incident.message if incident.times == 1 else f"{incident.message} ({incident.times:,} times)"
+
+
+def _numbered(sections: Sequence[Section]) -> list[tuple[Section, list[int]]]:
+    """(section, numbers of its charts on the page)."""
+    numbers = count()
+    return [(section, [next(numbers) for _ in section.charts]) for section in sections]
+
+
+def _talks(run: RunPicture) -> Iterator[Talk]:
+    """Row by row: the best of the first step, the best of the newest, and so on."""
+    for choice in ("best", "random", "worst"):
+        for samples in run.samples:
+            if (completion := samples.completions.get(choice)) is not None:
+                yield _talk(completion, f"step {samples.step:,}, {choice}")
+
+
+def _talk(completion: StoredCompletion, label: str) -> Talk:
+    text, left_out = _cut(completion.text)
+    facts = [f"{len(completion.token_ids):,} tokens", f"ended by {completion.finish_reason}"]
+    if completion.advantage is not None:
+        facts.append(f"advantage {words.number(completion.advantage)}")
+    if completion.state != "trained":
+        facts.append(completion.state)
+    if list(completion.scores.values()) != [completion.reward]:
+        facts += [f"{name} {words.number(score)}" for name, score in completion.scores.items()]
+    answer = (completion.columns or {}).get("answer")
+    if answer is not None:
+        facts.append(f"answer {_cut(_value(answer), 200)[0]}")
+    prompt, more = _cut(prompt_text(completion.prompt))
+    return Talk(
+        label=label,
+        reward=words.number(completion.reward),
+        facts=tuple(facts),
+        prompt=prompt + (f" … {more:,} more characters" if more else ""),
+        text=text,
+        left_out=left_out,
+    )
+
+
+def _harmless(value: Any) -> Any:
+    """What the template puts in: text in which nothing acts, and that has an end. It escapes it afterwards."""
+    return value if isinstance(value, Markup) else shown(str(value)[:_LONGEST])
+
+
+def _cut(text: str, longest: int = _LONGEST_TEXT) -> tuple[str, int]:
+    return text[:longest], max(0, len(text) - longest)
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for label, key in _SETTINGS:
+        value = _value_of(config, key)
+        if value is not None and value != []:
+            yield label, _value(value)
+
+
+def _value_of(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return str(value)

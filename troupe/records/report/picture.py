@@ -1,0 +1,372 @@
+"""A run folder → one picture of the run, whatever state it is in. Changes nothing, and leaves nothing behind.
+
+run.sqlite tells most; without it metrics.jsonl tells the curves. It does not know how anything is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from troupe.daemon.control.client import NobodyThereError, ask
+from troupe.errors import InputError, OutputError, TroupeError
+from troupe.messages import GetStatus, Status
+from troupe.records.curves import Metrics, Thinned, Thinner
+from troupe.records.report.played import Played
+from troupe.records.standing import Aftermath, aftermath, describe
+from troupe.records.store.read import (
+    Overview,
+    Query,
+    Start,
+    StoredCheckpoint,
+    StoredCompletion,
+    StoredIncident,
+    StoredRun,
+    open_store,
+)
+from troupe.records.store.write import FILE_NAME
+from troupe.run.tables import read_toml
+
+State = Literal[
+    "running",
+    "starting",
+    "paused",
+    "held",
+    "draining",
+    "stopping",
+    "restarting",
+    "finished",
+    "stopped",
+    "crashed",
+    "new",
+]
+"""stopped: ended before its last step, on request; crashed: cut off; new: nothing is done, and nobody is at it."""
+
+INCIDENTS_SHOWN = 60
+_ANSWER_S = 5.0
+"""For how long a run that plays is asked what it does."""
+_STATES: dict[str, State] = {
+    "complete": "finished",
+    "ended": "stopped",
+    "cut off": "crashed",
+    "not begun": "new",
+    "playing": "running",
+}
+_MOST_STEPS = 2**53
+"""Beyond it is no step, and no number that scripts can count to."""
+_CHANGES = "changes.jsonl"
+_FIGURES = msgspec.json.Decoder(dict[str, float | None])
+
+
+class Samples(msgspec.Struct, frozen=True, kw_only=True):
+    """What the policy wrote in one step."""
+
+    step: int
+    completions: dict[str, StoredCompletion]
+    """"best", "worst", "random" → completion; those that there are."""
+
+
+class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
+    """A score on the held-out rows, greedy, before and after training."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+
+class LiveChange(msgspec.Struct, frozen=True):
+    """A key that was set while the run played."""
+
+    step: int
+    key: str
+    value: Any
+
+
+class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a report shows."""
+
+    folder: str
+    state: State
+    told: str
+    """How the run stands, in a sentence."""
+    step: int
+    """Learner batches that are done."""
+    total_steps: int | None
+    """None where nothing says it."""
+    config: dict[str, Any]
+    """`run.toml` as it is; empty where there is none."""
+    config_text: str
+    metrics: Thinned
+    played_s: float | None
+    """Seconds from the start of each start to its newest step, all starts together; see `played.py`."""
+    newest_unix_s: float | None
+    """When the newest step was done."""
+    tokens: float | None
+    """Prompt and completion tokens so far."""
+    overview: Overview | None
+    """None where there is no store."""
+    incidents: dict[str, int]
+    """Kind → number; of the last start only, where there is no store."""
+    newest_incidents: tuple[StoredIncident, ...]
+    """The newest first, at most INCIDENTS_SHOWN."""
+    machines: dict[int, str]
+    """Start → the machine that played it."""
+    changes: tuple[LiveChange, ...]
+    evaluated: tuple[Evaluated, ...]
+    samples: tuple[Samples, ...]
+    """Of the first and of the newest step that have completions."""
+    notes: tuple[str, ...]
+    """What could not be read, and why."""
+
+    @property
+    def starts(self) -> tuple[Start, ...]:
+        """Every start of the run that is known."""
+        return () if self.overview is None else self.overview.starts
+
+    @property
+    def checkpoints(self) -> tuple[StoredCheckpoint, ...]:
+        """Those that are there, the newest first."""
+        return () if self.overview is None else self.overview.checkpoints
+
+    def first(self, name: str) -> float | None:
+        """The first value of a metric's curve."""
+        return self._end(name, 1)
+
+    def newest(self, name: str) -> float | None:
+        """The newest value of a metric's curve: of one step, or of the steps of the last point."""
+        return self._end(name, -1)
+
+    def _end(self, name: str, order: int) -> float | None:
+        curve = self.metrics.curves.get(name)
+        values = () if curve is None else curve.mean[::order]
+        return next((value for value in values if value is not None), None)
+
+
+class _Summary(msgspec.Struct):
+    """What is read of summary.json; every key may be missing."""
+
+    steps: int = 0
+    incidents: dict[str, int] = {}
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    rewards_before: dict[str, float] = {}
+    rewards_after: dict[str, float] = {}
+
+
+class _Stored(msgspec.Struct):
+    """What the store tells."""
+
+    overview: Overview
+    metrics: Thinned
+    played_s: float
+    newest_unix_s: float | None
+    incidents: tuple[StoredIncident, ...]
+    machines: dict[int, str]
+    samples: tuple[Samples, ...]
+
+
+def read_run(folder: Path) -> RunPicture:
+    """The picture of the run in a folder. InputError where there is no run; what is damaged is a note."""
+    fate = aftermath(folder)
+    notes: list[str] = []
+    status = _status(folder, fate, notes)
+    config, config_text = _config(folder, notes)
+    stored = _stored(folder, notes)
+    metrics = stored.metrics if stored else Thinned()
+    lines = folder / "metrics.jsonl"
+    if (not metrics.steps or metrics.steps[0] > metrics.steps_a_point) and lines.is_file():  # none, or not from step 1
+        told = _from_lines(lines, notes)
+        if told.steps and (not metrics.steps or told.steps[-1] >= metrics.steps[-1]):
+            metrics = told
+    summary = _summary(folder)
+    newest = metrics.steps[-1] if metrics.steps else 0
+    step = max(newest, fate.step, status.step if status else 0)
+    overview = stored.overview if stored else None
+    return RunPicture(
+        folder=str(folder.absolute()),
+        state=_state(fate, status),
+        told=_told(fate, status),
+        step=step,
+        total_steps=_total_steps(fate, status, config, metrics),
+        config=config,
+        config_text=config_text,
+        metrics=metrics,
+        played_s=stored.played_s if stored and overview and overview.steps else metrics.seconds or None,
+        newest_unix_s=stored.newest_unix_s if stored else None,
+        tokens=_last(metrics, "num_tokens"),
+        overview=overview,
+        incidents=overview.incidents if overview else summary.incidents,
+        newest_incidents=stored.incidents if stored else (),
+        machines=stored.machines if stored else {},
+        changes=tuple(_changes(folder / _CHANGES)),
+        evaluated=tuple(_evaluated(summary)) if summary.steps >= step else (),  # else it is of an earlier start
+        samples=stored.samples if stored else (),
+        notes=tuple(notes),
+    )
+
+
+def _status(folder: Path, fate: Aftermath, notes: list[str]) -> Status | None:
+    try:
+        reply = ask(folder, GetStatus(), _ANSWER_S)
+    except NobodyThereError:
+        return None
+    except TroupeError as error:
+        notes.append(str(error))
+        return None
+    return reply if isinstance(reply, Status) else None
+
+
+def _state(fate: Aftermath, status: Status | None) -> State:
+    if status is not None and status.phase != "ended" and status.phase != "failed":
+        return status.phase
+    return _STATES[fate.fate]
+
+
+def _told(fate: Aftermath, status: Status | None) -> str:
+    if status is None:
+        return describe(fate)
+    if status.restarting is not None:
+        return f"it has failed and is started again (attempt {status.restarting.attempt}): {status.restarting.reason}"
+    if status.held or status.rewards_down:
+        down = [f"the reward {name} is down: {why}" for name, why in status.rewards_down.items()]
+        return "; ".join([*status.held, *down])
+    return f"{status.phase} at step {status.step} of {status.total_steps}"
+
+
+def _config(folder: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
+    path = folder / "run.toml"
+    try:
+        return read_toml(path), path.read_text(encoding="utf-8")
+    except (InputError, OSError, ValueError) as error:
+        notes.append(str(error))
+        return {}, ""
+
+
+def _stored(folder: Path, notes: list[str]) -> _Stored | None:
+    if not (folder / FILE_NAME).is_file():
+        notes.append(
+            f"There is no {FILE_NAME}, so completions, incidents, starts and checkpoints are not shown; runs have one "
+            "where metrics.sinks names 'sqlite'."
+        )
+        return None
+    try:
+        with open_store(folder) as run:
+            return _read_store(run, notes)
+    except OutputError as error:
+        notes.append(str(error))
+        return None
+
+
+def _read_store(run: StoredRun, notes: list[str]) -> _Stored:
+    overview = run.overview()
+    thinner = Thinner(overview.steps)
+    played = Played({start.start: start.unix_s for start in overview.starts})
+    newest: float | None = None
+    for stored in run.steps():
+        thinner.add(stored.step, stored.metrics)
+        played.add(stored.step, stored.start, stored.unix_s, stored.metrics.get("step_time"))
+        newest = stored.unix_s
+    if played.note is not None:
+        notes.append(played.note)
+    return _Stored(
+        overview=overview,
+        metrics=thinner.result(),
+        played_s=played.seconds,
+        newest_unix_s=newest,
+        incidents=tuple(run.newest_incidents(INCIDENTS_SHOWN)),
+        machines=run.machines(),
+        samples=tuple(_samples(run)),
+    )
+
+
+def _samples(run: StoredRun) -> Iterator[Samples]:
+    for step in dict.fromkeys(run.steps_with_completions()):
+        chosen: dict[str, StoredCompletion] = {}
+        for completion in run.completions(Query(choice="best", count=1, step=step)):
+            chosen["best"] = completion
+        for completion in run.completions(Query(choice="worst", count=1, step=step)):
+            chosen["worst"] = completion
+        taken = {(found.gid, found.sample) for found in chosen.values()}
+        for completion in run.completions(Query(choice="random", count=1 + len(taken), step=step)):
+            if (completion.gid, completion.sample) not in taken:
+                chosen["random"] = completion
+                break
+        yield Samples(step=step, completions=chosen)
+
+
+def _from_lines(path: Path, notes: list[str]) -> Thinned:
+    """The curves from metrics.jsonl; a last line that is being written, or was cut, is left out."""
+    try:
+        with path.open("rb") as file:
+            thinner = Thinner(sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")))
+            file.seek(0)
+            for line in file:
+                if (told := _line(line)) is not None:
+                    thinner.add(*told)
+    except OSError as error:
+        notes.append(f"{path}: cannot be read: {error}")
+        return Thinned()
+    return thinner.result()
+
+
+def _line(line: bytes) -> tuple[int, Metrics] | None:
+    try:
+        metrics = _FIGURES.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    step = metrics.pop("step", None)
+    metrics.pop("version", None)
+    return (int(step), metrics) if step is not None and 0 <= step < _MOST_STEPS else None
+
+
+def _summary(folder: Path) -> _Summary:
+    try:
+        return msgspec.json.decode((folder / "summary.json").read_bytes(), type=_Summary)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return _Summary()
+
+
+def _evaluated(summary: _Summary) -> Iterator[Evaluated]:
+    if summary.accuracy_before is not None or summary.accuracy_after is not None:
+        yield Evaluated(name="accuracy", before=summary.accuracy_before, after=summary.accuracy_after)
+    for name in {**summary.rewards_before, **summary.rewards_after}:
+        yield Evaluated(name=name, before=summary.rewards_before.get(name), after=summary.rewards_after.get(name))
+
+
+def _changes(path: Path) -> Iterator[LiveChange]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            yield msgspec.json.decode(line, type=LiveChange)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # cut while it was written, or damaged
+            continue
+
+
+def _total_steps(fate: Aftermath, status: Status | None, config: dict[str, Any], metrics: Thinned) -> int | None:
+    """From who knows: the run itself, its summary, its config, or how far an epoch has come."""
+    if status is not None and status.total_steps:
+        return status.total_steps
+    learner = config.get("learner")
+    learner = learner if isinstance(learner, dict) else {}
+    if isinstance(most := learner.get("max_steps"), int):
+        return most
+    if fate.total_steps is not None:
+        return fate.total_steps
+    epochs, epoch = learner.get("epochs"), _last(metrics, "epoch")
+    if isinstance(epochs, int) and epoch:
+        return math.ceil(round(epochs * metrics.steps[-1] / epoch, 6))
+    return None
+
+
+def _last(metrics: Thinned, name: str) -> float | None:
+    """The newest value of a metric that only grows."""
+    curve = metrics.curves.get(name)
+    values = () if curve is None else curve.high or curve.mean
+    return values[-1] if values else None

@@ -1,0 +1,1 @@
+"""Where metrics go: each sink keeps what it cares for, in a thread of its own."""

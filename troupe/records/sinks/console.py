@@ -1,0 +1,179 @@
+"""Progress for a person: a live display on a terminal (drawn by `sinks/display.py`), plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from troupe.messages import Activity, GroupClosed, Incident, Status, Update
+from troupe.records.sinks.base import RunInfo
+from troupe.records.sinks.display import Display, shown_metrics
+from troupe.records.sinks.repeats import Repeats
+from troupe.runtime.escapes import one_line
+from troupe.runtime.outlets import Outlet, outlet_of
+
+_FRAMES_A_SECOND = 2
+_SILENT_S, _SILENT_AMID_STEPS_S = 10.0, 60.0
+"""Without a line, before one says what the run is at."""
+_GATHER_S = 0.1
+"""For how long lines that go above the display are collected."""
+_MOST_LINES = 1000
+"""That may wait for it."""
+
+
+class ConsoleSink:
+    """Progress with time left, the newest metrics, queues, a completion and what went wrong; redrawn in place."""
+
+    name = "console"
+    takes: tuple[type, ...] = (Update, Incident, GroupClosed, Status)
+
+    def __init__(self, run: RunInfo, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._display = Display(run, encoding=console.encoding, clock=clock)
+        self._live = Live(
+            get_renderable=lambda: self._display,
+            console=console,
+            refresh_per_second=_FRAMES_A_SECOND,
+            transient=False,
+            redirect_stdout=outlet_of(sys.stdout) is None,
+            redirect_stderr=outlet_of(sys.stderr) is None,
+        )
+        self._above = _Above(console)
+
+    def open(self) -> None:
+        """Start the live display."""
+        self._live.start()
+        self._above.open()
+
+    def write(self, message: object) -> None:
+        """Take over what is new; the display refreshes by itself."""
+        self._display.take(message)
+
+    def flush(self) -> None:
+        """The display refreshes by itself."""
+
+    def close(self) -> None:
+        """Draw the last state and give the terminal back."""
+        self._above.close()
+        self._live.stop()
+
+
+class _Above:
+    """What others print while the display is drawn, line by line above it, where it would otherwise be drawn over."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lines: deque[str] = deque(maxlen=_MOST_LINES)
+        self._left_out = 0
+        self._some, self._over = threading.Event(), threading.Event()
+        self._outlets: list[Outlet] = []
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        self._outlets = [
+            outlet
+            for outlet in (outlet_of(sys.stdout), outlet_of(sys.stderr))
+            if outlet is not None and os.isatty(outlet.descriptor)
+        ]
+        if self._outlets:
+            self._thread = threading.Thread(target=self._run, name="troupe-above", daemon=True)
+            self._thread.start()
+        for outlet in self._outlets:
+            outlet.divert(self._take)
+
+    def close(self) -> None:
+        for outlet in self._outlets:
+            outlet.divert(None)
+        self._over.set()
+        self._some.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._show()  # what came while the thread wrote for the last time
+        self._outlets, self._thread = [], None
+
+    def _take(self, line: str) -> None:
+        if len(self._lines) == _MOST_LINES:
+            self._left_out += 1
+        self._lines.append(line)
+        self._some.set()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            self._some.wait()
+            self._over.wait(_GATHER_S)
+            self._some.clear()
+            self._show()
+
+    def _show(self) -> None:
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        left_out, self._left_out = self._left_out, 0
+        if left_out:
+            lines.insert(0, f"[{left_out} lines were left out: more came than can be shown]")
+        if lines:
+            self._console.print(Text("\n").join(map(Text.from_ansi, lines)), highlight=False)
+
+
+class PlainSink:
+    """Lines for logs and pipes: one a step, at most one every `interval_s` seconds; every incident, those that come in
+    numbers as a number; and what the run is at where no step is told of for long, as before the first one."""
+
+    name = "console"
+    takes: tuple[type, ...] = (Update, Incident, Status)
+
+    def __init__(self, run: RunInfo, stream: TextIO, *, interval_s: float = 1.0) -> None:
+        self._run = run
+        self._stream = stream
+        self._interval_s = interval_s
+        self._last_s = self._said_s = float("-inf")
+        self._has_stepped = False
+        self._at = ""
+        self._repeats = Repeats()
+
+    def open(self) -> None:
+        """Say what begins."""
+        self._say(f"{self._run.name}: step {self._run.first_step} of {self._run.total_steps}, into {self._run.folder}")
+
+    def write(self, message: object) -> None:
+        """Print an update when the last line is old enough or the run is complete, and an incident at once."""
+        now_s = time.monotonic()
+        if isinstance(message, Incident):
+            if self._repeats.take(message, now_s):
+                self._say(f"incident in {message.actor}: {message.message}")
+        elif isinstance(message, Update):
+            self._has_stepped = message.step < message.total_steps
+            if now_s - self._last_s >= self._interval_s or message.step == message.total_steps:
+                self._last_s = now_s
+                figures = "  ".join(f"{label} {value}" for label, value in shown_metrics(message.metrics))
+                self._say(f"step {message.step}/{message.total_steps}  {figures}")
+        elif isinstance(message, Status) and message.activity is not None:
+            self._tell_of(message.activity, now_s)
+        for line in self._repeats.counted(now_s):
+            self._say(f"incidents: {line}")
+
+    def flush(self) -> None:
+        """Every line is printed at once."""
+
+    def close(self) -> None:
+        """Say what was counted and not told; the stream belongs to the caller."""
+        for line in self._repeats.counted(time.monotonic(), all_of_them=True):
+            self._say(f"incidents: {line}")
+
+    def _tell_of(self, activity: Activity, now_s: float) -> None:
+        """Before the first step, and after the last, each thing once; what lasts, now and then."""
+        silent_s = now_s - self._said_s
+        is_new = activity.what != self._at and not self._has_stepped
+        if is_new or silent_s >= (_SILENT_AMID_STEPS_S if self._has_stepped else _SILENT_S):
+            self._at = activity.what
+            self._say(activity.text)
+
+    def _say(self, line: str) -> None:
+        self._said_s = time.monotonic()
+        print(one_line(line, self._stream.encoding or "utf-8"), file=self._stream, flush=True)

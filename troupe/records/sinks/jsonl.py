@@ -1,0 +1,178 @@
+"""metrics.jsonl: one JSON object a step, readable while the run goes on."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from troupe.messages import Incident, Update
+from troupe.records.sinks.appended import AppendedFile
+
+_BLOCK_BYTES = 1 << 16
+"""Read at once when the end of the file is looked at."""
+
+
+class JsonlSink:
+    """Appends one line for every Update: `step`, `version` and all metrics.
+
+    Opened after a resume, it first cuts off the lines of steps past `first_step`, which will be made again, and a last
+    line that a crash has cut. A line that a full disk has cut is taken back, and written again with the next `flush`.
+    """
+
+    name = "jsonl"
+    takes: tuple[type, ...] = (Update,)
+
+    def __init__(self, path: Path, *, first_step: int = 0) -> None:
+        self.notes: deque[Incident] = deque()
+        self.lacking: int | None = None
+        """Steps up to the newest that was flushed of which the file has no line; None before it was opened."""
+        self._path = path
+        self._first_step = first_step
+        self._opened = False
+        self._file = AppendedFile(path, self._begin_anew)
+        self._newest = self._flushed = first_step
+
+    def open(self) -> None:
+        """Open for appending, keeping the steps up to `first_step`. At every moment the file holds all of them."""
+        self._opened = True
+        self._open_file()
+
+    def write(self, message: object) -> None:
+        """Take an Update, once; its line is written by the next `flush`."""
+        if isinstance(message, Update) and message.step > self._newest:
+            self._newest = message.step
+            identity = {"step": message.step, "version": message.version}
+            line = identity | message.metrics | identity  # first in the line, whatever a reward calls its metrics
+            self._file.add(msgspec.json.encode(line) + b"\n")
+
+    def flush(self) -> None:
+        """Write the lines. OSError where that fails now; then none is lost, and it can be tried again."""
+        if self._opened and not self._file.is_open:
+            self._open_file()
+        self._file.flush()
+        self._flushed = self._newest
+
+    def settle(self) -> None:
+        """Have every line that was flushed on the disk, come what may. OSError where that fails now."""
+        self._file.settle()
+
+    def close(self) -> None:
+        """Close the file, at the end of a line. Safe to call twice."""
+        self._opened = False
+        self._file.close()
+
+    def _open_file(self) -> None:
+        if self._path.exists():
+            _cut_after(self._path, self._first_step)
+        self._file.open()
+        self.lacking = self._first_step - len(steps_in(self._path, self._first_step))
+
+    def _begin_anew(self) -> None:
+        """Somebody has taken the file away, or lines of it."""
+        try:
+            there = len(steps_in(self._path, self._flushed))
+        except OSError:  # the folder is not in its place either
+            there = 0
+        self.lacking = self._flushed - there
+        message = (
+            f"{self._path} was removed, exchanged or cut under the run; it is gone on with, and of the {self._flushed} "
+            f"steps before {self.lacking} are not in it"
+        )
+        self.notes.append(Incident(actor="metrics", kind="file_lost", message=message))
+
+
+def steps_in(path: Path, up_to: int) -> set[int]:
+    """The steps, up to one, of which such a file has a line; none where there is no file. OSError where it cannot be
+    read."""
+    steps: set[int] = set()
+    if not path.exists():
+        return steps
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                steps.add(_STEP.decode(line).step)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue
+    return {step for step in steps if 1 <= step <= up_to}
+
+
+def steps_between(path: Path, after: int, up_to: int) -> list[tuple[int, dict[str, float]]]:
+    """Step and metrics of the lines of such a file with `after` < step ≤ `up_to`; none where there is no file.
+
+    What JSON cannot say (NaN) is left out. Only as much of the file is read as it takes.
+    """
+    found: list[tuple[int, dict[str, float]]] = []
+    if after >= up_to or not path.exists():
+        return found
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for _, line in _lines_from_the_end(descriptor, os.fstat(descriptor).st_size):
+            try:
+                told = msgspec.json.decode(line, type=dict[str, float | None])
+                step = int(told.pop("step") or 0)
+            except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+                continue
+            if step <= after:
+                break
+            if step <= up_to:
+                told.pop("version", None)
+                found.append((step, {name: value for name, value in told.items() if value is not None}))
+    finally:
+        os.close(descriptor)
+    return found[::-1]
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Leave the lines up to the last one that is whole and of no step past `step`; that line gets its end."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        size = os.fstat(descriptor).st_size
+        lines = _lines_from_the_end(descriptor, size)
+        end, line = next((found for found in lines if _is_of_a_step_up_to(step, found[1])), (0, b""))
+        if end == size and (not line or line.endswith(b"\n")):
+            return
+        os.ftruncate(descriptor, end)
+        if end and not line.endswith(b"\n"):
+            os.pwrite(descriptor, b"\n", end)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lines_from_the_end(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """Every line with where it ends, the last one first; its own end is part of it."""
+    start, rest = size, b""
+    while start:
+        block_start = max(0, start - _BLOCK_BYTES)
+        rest = os.pread(descriptor, start - block_start, block_start) + rest
+        start = block_start
+        lines = rest.splitlines(keepends=True) if start == 0 else _whole_lines(rest)
+        end = start + len(rest)
+        for line in reversed(lines):
+            yield end, line
+            end -= len(line)
+        rest = rest[: end - start]
+
+
+def _whole_lines(data: bytes) -> list[bytes]:
+    """The lines of `data` that begin in it for sure: all but the first."""
+    _, newline, others = data.partition(b"\n")
+    return others.splitlines(keepends=True) if newline else []
+
+
+def _is_of_a_step_up_to(step: int, line: bytes) -> bool:
+    try:
+        return msgspec.json.decode(line, type=_Line).step <= step
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+
+
+class _Line(msgspec.Struct):
+    step: int
+
+
+_STEP = msgspec.json.Decoder(_Line)

@@ -1,0 +1,55 @@
+"""From the names in `metrics.sinks` to the sinks themselves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from troupe.records.sinks.base import MetricsConfig, RunInfo, Sink, SinkName
+from troupe.records.sinks.console import ConsoleSink, PlainSink
+from troupe.records.sinks.jsonl import JsonlSink
+from troupe.records.sinks.prometheus import PrometheusSink
+from troupe.records.sinks.sqlite import SqliteSink
+from troupe.records.sinks.tensorboard import FOLDER, TensorBoardSink
+from troupe.records.sinks.trackers import TrackioSink, WandbSink
+from troupe.records.store.write import FILE_NAME
+from troupe.runtime.outlets import of_a_display, outlet_of
+
+
+def make_sinks(
+    config: MetricsConfig, run: RunInfo, others: Mapping[SinkName, Callable[[], Sink]] | None = None
+) -> list[Sink]:
+    """The sinks of a run, none of them open. `others`: makers of those that are at home elsewhere."""
+    folder = Path(run.folder)
+    console = Console(file=of_a_display(sys.stdout)) if outlet_of(sys.stdout) else Console()
+    makers: dict[SinkName, Callable[[], Sink]] = {
+        "console": lambda: ConsoleSink(run, console) if can_draw(console) else PlainSink(run, sys.stdout),
+        "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", first_step=run.first_step),
+        "sqlite": lambda: SqliteSink(
+            folder / FILE_NAME,
+            first_step=run.first_step,
+            program=run.program,
+            machine=run.machine,
+            log_probs=config.store_log_probs,
+        ),
+        "tensorboard": lambda: TensorBoardSink(
+            folder / FOLDER, run, completions=config.completions, completions_every=config.completions_every
+        ),
+        "wandb": lambda: WandbSink(run, config),
+        "trackio": lambda: TrackioSink(run, config),
+        "prometheus": lambda: PrometheusSink(config.prometheus_port),
+        **(others or {}),
+    }
+    return [makers[name]() for name in config.sinks]
+
+
+def can_draw(console: Console) -> bool:
+    """Whether a display can be redrawn in place there, in letters that its encoding has."""
+    try:
+        "±–…".encode(console.encoding)
+    except UnicodeEncodeError:
+        return False
+    return console.is_terminal and not console.is_dumb_terminal

@@ -1,0 +1,139 @@
+"""What a run folder says of a run that nobody plays at the moment: finished, ended early, or cut off.
+
+Reads small files only, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from troupe.daemon.control.place import LOG
+from troupe.errors import InputError
+from troupe.records.silence import silence_of
+from troupe.runtime.lock import Owner, read_owner
+
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+Fate = Literal["complete", "ended", "cut off", "not begun", "playing", "silent"]
+"""ended: before its last step, on request; cut off: by a crash, a kill or a power cut; playing: by a process that does
+not answer on a control socket; silent: the same, and its guardian says why."""
+
+
+class _Summary(msgspec.Struct):
+    """What `summary.json` says of how far a run came."""
+
+    steps: int
+    total_steps: int
+
+
+class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run stands that does not answer."""
+
+    folder: str
+    fate: Fate
+    step: int
+    """Steps that a resume would not make again."""
+    total_steps: int | None
+    """None where nothing says it."""
+    checkpoint: str | None
+    """The newest, by its name; whether it is whole is seen when it is read."""
+    pid: int | None = None
+    """Who has the folder, or had it when it died."""
+    kept: bool = False
+    """Whether a daemon kept it, which goes on with it."""
+    reason: str | None = None
+    """Why it does not answer."""
+
+
+def aftermath(folder: Path) -> Aftermath:
+    """What the files say. InputError where they are not those of a run, or cannot be read."""
+    try:
+        return _aftermath(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be read: {error}") from None
+
+
+def _aftermath(folder: Path) -> Aftermath:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder")
+    owner = read_owner(folder)
+    if not (folder / "run.toml").is_file() and owner is None:
+        raise InputError(f"{folder}: there is no run.toml, so this is not the folder of a run")
+    version, name = _newest(folder / "checkpoints")
+    summary = _summary(folder / "summary.json")
+    step = max(version, 0)
+    fate: Fate
+    silence = silence_of(folder)
+    if owner is not None and _may_be_alive(owner):
+        fate = "playing" if silence is None else "silent"
+    elif summary is not None and summary.steps >= step:  # one that is older is of an earlier start
+        fate, step = ("complete" if summary.steps >= summary.total_steps else "ended"), summary.steps
+    elif owner is None and name is None and not (folder / "metrics.jsonl").exists():
+        fate = "not begun"
+    else:
+        fate = "cut off"
+    return Aftermath(
+        folder=str(folder),
+        fate=fate,
+        step=step,
+        total_steps=None if summary is None else summary.total_steps,
+        checkpoint=name,
+        pid=None if owner is None else owner.pid,
+        kept=(folder / LOG).is_file(),
+        reason=str(silence) if silence is not None and fate == "silent" else None,
+    )
+
+
+def describe(found: Aftermath) -> str:
+    """The same in words."""
+    of = "" if found.total_steps is None else f" of {found.total_steps}"
+    folder = shlex.quote(found.folder)
+    go_on = f"go on with: troupe {f'daemon {folder}' if found.kept else f'train -o {folder} --resume'}"
+    match found.fate:
+        case "complete":
+            return f"complete: {found.step}{of} steps"
+        case "ended":
+            return f"ended after step {found.step}{of}; {go_on}"
+        case "playing":
+            return (
+                f"process {found.pid} plays a run here, but does not answer, which it cannot while it loads its model; "
+                f"newest checkpoint: {_or_none(found)}"
+            )
+        case "silent":
+            return (
+                f"{found.reason}; newest checkpoint: {_or_none(found)}; wait, or end it without saving: "
+                f"troupe stop {shlex.quote(found.folder)} --kill"
+            )
+        case "not begun":
+            return f"no step is done yet, and nobody is at it; {go_on}"
+        case _:
+            return f"cut off; newest checkpoint: {_or_none(found)}; {go_on}"
+
+
+def _or_none(found: Aftermath) -> str:
+    return found.checkpoint or "none yet"
+
+
+def _may_be_alive(owner: Owner) -> bool:
+    return owner.is_alive if owner.is_here else True
+
+
+def _newest(folder: Path) -> tuple[int, str | None]:
+    found = [
+        (int(match[1]), path.name)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / "MANIFEST.json").is_file()
+    ]
+    return max(found, default=(-1, None))
+
+
+def _summary(path: Path) -> _Summary | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Summary)
+    except (OSError, msgspec.MsgspecError):
+        return None

@@ -1,0 +1,1 @@
+"""run.sqlite: every step, group, completion and incident of a run."""

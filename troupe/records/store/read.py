@@ -1,0 +1,352 @@
+"""Reading run.sqlite, also while the run writes it: what happened, and which completions there are.
+
+The connection can neither change the file nor hold up who writes. It does not know how anything is shown.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from troupe.errors import InputError, OutputError
+from troupe.messages import ClosedState, PromptText
+from troupe.records.store.write import FILE_NAME, DamagedStoreError, connect_to_read, is_in_use, refuse_newer
+
+Choice = Literal["best", "worst", "random", "all"]
+"""Which completions: those with the highest or lowest value, some by lot, or all in the order of groups."""
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """One start of the run."""
+
+    start: int
+    """From 1."""
+    unix_s: float
+    pid: int
+    first_step: int
+    """Steps done before."""
+    troupe: str
+    """The version that played."""
+
+
+class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint that was written."""
+
+    version: int
+    folder: str
+    bytes: int
+    seconds: float
+    unix_s: float
+    removed_at_unix_s: float | None
+
+
+class Overview(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened so far."""
+
+    steps: int
+    """Learner batches that are stored."""
+    newest_step: int | None
+    """None before the first."""
+    groups: dict[str, int]
+    """State → groups that ended so."""
+    completions: int
+    rewards: dict[str, tuple[float | None, float | None]]
+    """`reward` and every `rewards/NAME/mean` → the value of the first and of the newest step."""
+    incidents: dict[str, int]
+    """Kind → number, over all starts; the most frequent first."""
+    newest_incidents: dict[str, str]
+    """Kind → what the newest of them says."""
+    checkpoints: tuple[StoredCheckpoint, ...]
+    """Those that were not removed, the newest first."""
+    starts: tuple[Start, ...]
+
+
+class StoredCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """One completion with all that is known of it."""
+
+    step: int
+    """That its group ended with."""
+    gid: int
+    sample: int
+    slot_step: int
+    place: int
+    attempt: int
+    row: int | None
+    """Of the dataset, from 0."""
+    epoch: int | None
+    state: ClosedState
+    prompt: PromptText | None
+    columns: dict[str, Any] | None
+    """The other columns of the dataset row."""
+    text: str
+    token_ids: list[int]
+    versions: list[tuple[int, int]]
+    """(policy version, how many tokens in a row it made)."""
+    finish_reason: str
+    reward: float | None
+    """Weighted sum of the scores; None where there is none."""
+    advantage: float | None
+    """None where the group was not trained on."""
+    scores: dict[str, float | None]
+    """Reward → score; None where it is missing."""
+    extra: dict[str, Any]
+    log_probs: list[float] | None
+    """None where they were not stored."""
+
+
+class StoredStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One learner batch."""
+
+    step: int
+    start: int
+    """The start of the run that made it."""
+    unix_s: float
+    metrics: dict[str, float | None]
+    """None where a figure was no finite number."""
+
+
+class StoredIncident(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong, once or several times alike after the same step."""
+
+    start: int
+    step: int
+    """That of the newest step before it."""
+    unix_s: float
+    actor: str
+    kind: str
+    message: str
+    gid: int | None
+    """Of one of them."""
+    times: int = 1
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True):
+    """Which completions are wanted; every condition must hold."""
+
+    choice: Choice = "all"
+    count: int | None = None
+    """At most; None: no limit."""
+    step: int | None = None
+    """None: of any step."""
+    gid: int | None = None
+    state: ClosedState | None = None
+    reward: str | None = None
+    """The score that `choice`, `least` and `most` look at; None: the weighted sum."""
+    least: float | None = None
+    most: float | None = None
+
+
+_COLUMNS = (
+    "c.step, c.gid, c.sample, g.slot_step, g.place, g.attempt, g.row, g.epoch, g.state, g.prompt, g.columns, c.text,"
+    " c.token_ids, c.versions, c.finish_reason, c.reward, c.advantage, c.scores, c.extra, c.log_probs"
+)
+_FIGURES = msgspec.json.Decoder(dict[str, float | None])
+_ORDERS: dict[Choice, str] = {
+    "best": "value DESC, c.gid, c.sample",
+    "worst": "value, c.gid, c.sample",
+    "random": "random()",
+    "all": "c.step, c.gid, c.sample",
+}
+
+
+class StoredRun:
+    """The store of a run, open for reading: `with open_store(folder) as run`. Each method sees one state of it."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection, self.path = connection, path
+        connection.create_function("score", 2, _score, deterministic=True)
+
+    def overview(self) -> Overview:
+        """What happened so far."""
+        ask = self._connection.execute
+        ask("BEGIN")
+        try:
+            steps, newest = ask("SELECT count(*), max(step) FROM steps").fetchone()
+            starts = ask("SELECT start, time, pid, first_step, troupe FROM starts ORDER BY start")
+            written = ask("SELECT * FROM checkpoints WHERE removed_at IS NULL ORDER BY version DESC")
+            newest_of_kinds = (
+                "SELECT kind, message FROM incidents WHERE rowid IN (SELECT max(rowid) FROM incidents GROUP BY kind)"
+            )
+            incidents = "SELECT kind, count(*) FROM incidents GROUP BY kind ORDER BY count(*) DESC, kind"
+            return Overview(
+                steps=steps,
+                newest_step=newest,
+                groups=dict(ask("SELECT state, count(*) FROM groups GROUP BY state ORDER BY state")),
+                completions=ask("SELECT count(*) FROM completions").fetchone()[0],
+                rewards=self._rewards(),
+                incidents=dict(ask(incidents)),
+                newest_incidents=dict(ask(newest_of_kinds)),
+                checkpoints=tuple(_struct(StoredCheckpoint, row) for row in written),
+                starts=tuple(_struct(Start, row) for row in starts),
+            )
+        finally:
+            ask("COMMIT")
+
+    def newest_step(self) -> int | None:
+        """The newest step that is stored."""
+        step: int | None = self._connection.execute("SELECT max(step) FROM steps").fetchone()[0]
+        return step
+
+    def has_step(self, step: int) -> bool:
+        """Whether anything of a step is stored: itself, or groups that ended with it."""
+        tables = ("steps", "groups")
+        found = (self._connection.execute(f"SELECT 1 FROM {table} WHERE step = ? LIMIT 1", (step,)) for table in tables)
+        return any(rows.fetchone() is not None for rows in found)
+
+    def step_range(self) -> tuple[int, int] | None:
+        """The first and the newest step that are stored; None before the first."""
+        first, newest = self._connection.execute("SELECT min(step), max(step) FROM steps").fetchone()
+        return None if first is None else (first, newest)
+
+    def steps(self) -> Iterator[StoredStep]:
+        """Every step, in order."""
+        rows = self._connection.execute("SELECT step, start, time, metrics FROM steps ORDER BY step")
+        for step, start, unix_s, metrics in rows:
+            try:
+                figures = _FIGURES.decode(metrics)
+            except (msgspec.DecodeError, TypeError) as error:
+                raise DamagedStoreError(f"step {step}: {error}") from None
+            yield StoredStep(step=step, start=start, unix_s=unix_s, metrics=figures)
+
+    def newest_incidents(self, count: int) -> list[StoredIncident]:
+        """At most `count`, the newest first; those that are alike are one."""
+        rows = self._connection.execute(
+            "SELECT start, step, max(time), actor, kind, message, max(gid), count(*) FROM incidents"
+            " GROUP BY start, step, actor, kind, message ORDER BY max(rowid) DESC LIMIT ?",
+            (count,),
+        )
+        return [_struct(StoredIncident, row) for row in rows]
+
+    def machines(self) -> dict[int, str]:
+        """Start → the machine that played it; those that a Troupe wrote which did not tell are left out."""
+        ask = self._connection.execute
+        if not ask("SELECT count(*) FROM sqlite_master WHERE name = 'machines'").fetchone()[0]:
+            return {}
+        return dict(ask("SELECT start, machine FROM machines WHERE machine != '' ORDER BY start"))
+
+    def steps_with_completions(self) -> list[int]:
+        """The first and the newest step that have any; none, or one, where there are no two."""
+        ends = self._connection.execute("SELECT min(step), max(step) FROM completions").fetchone()
+        return [step for step in dict.fromkeys(ends) if step is not None]
+
+    def reward_names(self) -> list[str]:
+        """The rewards of the newest group."""
+        row = self._connection.execute("SELECT scores FROM completions ORDER BY step DESC LIMIT 1").fetchone()
+        return [] if row is None else list(msgspec.json.decode(row[0]))
+
+    def count(self, query: Query) -> int:
+        """How many completions there are for the query, without its `count`."""
+        where, values = _conditions(query)
+        found: int = self._connection.execute(f"SELECT count(*) {where}", values).fetchone()[0]
+        return found
+
+    def completions(self, query: Query) -> Iterator[StoredCompletion]:
+        """The completions, in the order that the query says; those without a value come last, or not at all where it
+        chooses by value."""
+        where, values = _conditions(query)
+        sql = f"SELECT {_COLUMNS}, {_value(query)} AS value {where}"
+        if query.choice in ("best", "worst"):
+            sql += " AND value IS NOT NULL"
+        sql += f" ORDER BY {_ORDERS[query.choice]} LIMIT :count"
+        for row in self._connection.execute(sql, values | {"count": -1 if query.count is None else query.count}):
+            yield _completion(row)
+
+    def _rewards(self) -> dict[str, tuple[float | None, float | None]]:
+        ends = []
+        for order in ("", "DESC"):
+            row = self._connection.execute(f"SELECT metrics FROM steps ORDER BY step {order} LIMIT 1").fetchone()
+            ends.append({} if row is None else msgspec.json.decode(row[0]))
+        first, newest = ends
+        names = [n for n in newest if n == "reward" or (n.startswith("rewards/") and n.endswith("/mean"))]
+        return {name: (first.get(name), newest[name]) for name in names}
+
+
+@contextmanager
+def open_store(folder: Path) -> Iterator[StoredRun]:
+    """The store in a run folder. OutputError where there is none, or one that is damaged or of a newer Troupe."""
+    path = folder / FILE_NAME
+    try:
+        is_folder, is_store = folder.is_dir(), path.is_file()
+    except OSError as error:
+        raise OutputError(f"{folder}: the run folder cannot be read: {error}") from None
+    if not is_folder:
+        raise OutputError(f"{folder}: there is no such run folder; give the folder that `troupe train` wrote into")
+    if not is_store and not (folder / "run.toml").is_file():
+        raise OutputError(
+            f"{path}: there is no run store; nor is there a run.toml, so {folder} is not the folder of a run"
+        )
+    if not is_store:
+        raise OutputError(
+            f"{path}: there is no run store; runs have one from their first step on where metrics.sinks names 'sqlite'"
+        )
+    unwatched = not is_in_use(path)
+    try:
+        with closing(connect_to_read(path)) as connection:
+            connection.isolation_level = None
+            if not refuse_newer(connection, path):
+                raise OutputError(f"{path}: the run store is empty as yet; ask again when the run has begun")
+            yield StoredRun(connection, path)
+    except sqlite3.OperationalError as error:
+        raise OutputError(f"{path}: the run store cannot be read now: {error}") from None
+    except (sqlite3.DatabaseError, DamagedStoreError) as error:
+        if unwatched and is_in_use(path):
+            raise OutputError(f"{path}: a run has begun to write into the store meanwhile; ask again") from None
+        raise OutputError(
+            f"{path}: the run store is damaged: {error}; a run that goes on in this folder sets it aside and begins a "
+            "new one"
+        ) from None
+
+
+def _conditions(query: Query) -> tuple[str, dict[str, Any]]:
+    """FROM and WHERE of a query, and the values in them."""
+    conditions = {
+        "step": "c.step = :step",
+        "gid": "c.gid = :gid",
+        "state": "g.state = :state",
+        "least": f"{_value(query)} >= :least",
+        "most": f"{_value(query)} <= :most",
+    }
+    values = {key: value for key in conditions if (value := getattr(query, key)) is not None}
+    where = " AND ".join(["TRUE", *(conditions[key] for key in values)])
+    return f"FROM completions c JOIN groups g USING (gid) WHERE {where}", values | {"reward": query.reward}
+
+
+def _value(query: Query) -> str:
+    return "c.reward" if query.reward is None else "score(c.scores, :reward)"
+
+
+def _score(scores: str, name: str) -> float | None:
+    value: float | None = msgspec.json.decode(scores).get(name)
+    return value
+
+
+def _struct(kind: Any, row: tuple[Any, ...]) -> Any:
+    return kind(**dict(zip(kind.__struct_fields__, row, strict=True)))
+
+
+def _completion(row: tuple[Any, ...]) -> StoredCompletion:
+    fields = dict(zip(StoredCompletion.__struct_fields__, row, strict=False))  # the last one is the value
+    for name in ("prompt", "columns", "versions", "scores", "extra"):
+        fields[name] = None if fields[name] is None else msgspec.json.decode(fields[name])
+    fields["token_ids"] = _unpacked("i", fields["token_ids"])
+    if fields["log_probs"] is not None:
+        fields["log_probs"] = _unpacked("f", fields["log_probs"])
+    try:
+        return msgspec.convert(fields, StoredCompletion)
+    except msgspec.ValidationError as error:
+        raise InputError(f"group {fields['gid']}, sample {fields['sample']}: not as a run stores it: {error}") from None
+
+
+def _unpacked(code: str, data: bytes) -> list[Any]:
+    numbers = array(code)
+    numbers.frombytes(data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()

@@ -1,0 +1,328 @@
+"""A reward function in processes that can be killed: for code that may hang, crash or eat a processor.
+
+The function is named, not sent: the workers load it by file or module. Arguments and answers are msgpack. Knows nothing
+of other rewards.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from functools import partial
+from typing import Any
+
+import anyio
+import msgspec
+
+from troupe.errors import RewardError
+from troupe.rewards.attempts import Attempts, Fault, backoff_s
+from troupe.rewards.convention import (
+    PROVIDED,
+    Reward,
+    RewardFunction,
+    check_available,
+    check_signature,
+    reward_name,
+    reward_place,
+    shown,
+    unwrapped,
+)
+from troupe.rewards.processes.calls import LOOK, Broken, Call, Raised, Ready, Reply, Scores
+from troupe.rewards.reward_log import RewardLog
+from troupe.rewards.runners import Batch, Fuse, Outcome, Runner, as_outcome, finite, summed
+from troupe.rewards.trainer_state import TrainerState
+from troupe.runtime.code_files import PREFIX
+from troupe.runtime.process import ChildProcess, FrameError
+from troupe.runtime.roles import together
+
+_WORKER = "troupe.rewards.processes.worker"
+_ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+"""Sets of texts have one order, so that a score does not depend on the process that gave it."""
+_KILLED_BY = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""Signals that others send: a system without memory, an operator."""
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """The worker had to be killed, or has died."""
+
+    fault: Fault
+
+
+class Worker:
+    """One process with the reward loaded."""
+
+    def __init__(self, child: ChildProcess) -> None:
+        self._child = child
+
+    @classmethod
+    async def start(cls, spec: str, name: str, *how: str) -> Worker:
+        """Spawn it and wait until the reward is loaded. `how`: LOOK, to have it end then.
+
+        Raises:
+            RewardError: where it cannot be loaded, or the process does not start or ends.
+        """
+        try:
+            child = await ChildProcess.start(_WORKER, spec, *how, env=_ENVIRONMENT)
+        except OSError as error:  # no memory, processes or files left: a machine's fault, which may pass
+            raise RewardError(f"reward {name}: its process could not be started: {error}") from error
+        try:
+            reply = msgspec.msgpack.decode(await child.receive(), type=Reply)
+        except anyio.EndOfStream as error:
+            await child.aclose(0.0)
+            raise RewardError(f"reward {name}: its process ended while it was loaded: {error}") from None
+        except (FrameError, msgspec.DecodeError) as error:
+            await child.aclose(0.0)
+            raise RewardError(f"reward {name}: its process did not answer as a reward's does: {error}") from error
+        except BaseException:
+            await child.aclose(0.0)
+            raise
+        if not isinstance(reply, Ready):
+            await child.aclose(0.0)
+            raise RewardError(f"reward {name}: {reply.message if isinstance(reply, Broken) else reply}")
+        return cls(child)
+
+    async def ask(self, frame: bytes) -> Scores | Raised | Broken | Lost:
+        """Have one call made."""
+        try:
+            await self._child.send(frame)
+            reply = msgspec.msgpack.decode(await self._child.receive(), type=Reply)
+        except (anyio.EndOfStream, anyio.BrokenResourceError, FrameError, msgspec.DecodeError) as error:
+            return Lost(Fault("reward_error", str(error), by_code=self._ended_itself))
+        return Lost(Fault("reward_error", "its process answered out of turn")) if isinstance(reply, Ready) else reply
+
+    @property
+    def _ended_itself(self) -> bool:
+        """Whether it left, or crashed, which the same code does again, as opposed to having been killed by others."""
+        code = self._child.returncode
+        return code is not None and -code not in _KILLED_BY
+
+    async def kill(self) -> None:
+        """Kill its process group and wait until it is gone."""
+        self._child.kill()
+        await self._child.aclose(0.0)
+
+    async def stop(self, grace_s: float) -> None:
+        """Let it end, and kill it where it does not."""
+        await self._child.aclose(grace_s)
+
+
+class ProcessRunner(Runner):
+    """One reward function in `processes` workers, each of which makes one call at a time.
+
+    A call past its deadline is ended by killing the worker's process group. Its samples, and those of a call in which
+    the worker died, are then tried one by one, so that the sample at fault is missing and its neighbours are not; not
+    where `scope` is set on the function, which says that its samples are compared with each other. A worker that is
+    gone is replaced when it is needed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reward: RewardFunction,
+        attempts: Attempts,
+        fuse: Fuse,
+        start_timeout_s: float,
+        *,
+        spec: str,
+        processes: int,
+    ) -> None:
+        super().__init__(name, reward, attempts, fuse, start_timeout_s, places=processes)
+        self._attempts = attempts  # a worker's answer may say that its call has failed: `_attempt` notes it
+        self._function, self._spec = reward, spec
+        self._signature = check_signature(reward)
+        self._apart = getattr(unwrapped(reward), "scope", None) is None
+        self._workers = anyio.CapacityLimiter(processes)
+        self._processes = processes
+        self._idle: list[Worker] = []
+        self._started = False
+
+    async def start(self) -> None:
+        """Start all workers."""
+        self._started = True
+
+        async def begin() -> None:
+            self._idle.append(await self._new_worker())
+
+        await together([begin] * self._processes)
+
+    async def stop(self) -> Fault | None:
+        """End the workers; those that are busy end with their calls."""
+        self._started = False
+        while self._idle:
+            await self._idle.pop().stop(min(1.0, self._attempts.pace.timeout_s))
+        return None
+
+    async def score(self, batch: Batch) -> Outcome:
+        """(G,) scores; missing where every attempt failed."""
+        if not self._started:
+            raise RewardError(
+                f"reward {self.name} has not been started; use `async with` on the manager, or await its start()"
+            )
+        answer = await self._call(batch, partial(self._all_attempts, batch), partial(self._attempt, batch))
+        return answer if isinstance(answer, Outcome) else as_outcome(answer, batch.size)
+
+    async def _all_attempts(self, batch: Batch) -> Outcome | Fault:
+        answer = await self._attempt(batch)
+        for attempt in range(1, self._attempts.pace.retries + 1):
+            if isinstance(answer, Outcome):
+                break
+            await self._attempts.sleep(backoff_s(attempt, self._attempts.jitter()))
+            answer = await self._attempt(batch)
+        return answer
+
+    async def _attempt(self, batch: Batch) -> Outcome | Fault:
+        """One call, and where its worker was lost one for each sample; a fault where that gave nothing."""
+        outcome = await self._one_attempt(batch)
+        self.tries.note(outcome)
+        return outcome
+
+    async def _one_attempt(self, batch: Batch) -> Outcome | Fault:
+        answer = await self._once(batch)
+        if not isinstance(answer, Lost):
+            return answer
+        if not self._apart or batch.size == 1:
+            return answer.fault
+        parts: dict[int, Outcome | Fault] = {}
+
+        async def alone(index: int) -> None:
+            part = await self._once(batch.part(index))
+            parts[index] = part.fault if isinstance(part, Lost) else part
+
+        await together([partial(alone, index) for index in range(batch.size)])
+        faults = {index: part for index, part in parts.items() if isinstance(part, Fault)}
+        if len(faults) == batch.size:
+            return answer.fault
+        return _merged({i: part for i, part in parts.items() if isinstance(part, Outcome)}, faults, batch.size)
+
+    async def _once(self, batch: Batch) -> Outcome | Fault | Lost:
+        """One call of one worker."""
+        frame = self._frame(batch)
+        async with self._workers:
+            worker = self._idle.pop() if self._idle else None
+            if worker is None:
+                try:
+                    worker = await self._new_worker()
+                except RewardError as error:  # it was loaded before, so this may pass
+                    return Fault("reward_error", str(error))
+            try:
+                reply = await self._attempts.once(partial(worker.ask, frame))
+            except BaseException:
+                await worker.kill()  # it is still busy
+                raise
+            if isinstance(reply, Fault):
+                await worker.kill()
+                return Lost(Fault(reply.kind, f"{reply.message}; its process was killed"))
+            if isinstance(reply, Lost):
+                await worker.kill()
+                return reply
+            if self._started:
+                self._idle.append(worker)
+            else:
+                await worker.kill()
+        if isinstance(reply, Broken):
+            raise RewardError(reply.message)
+        if isinstance(reply, Raised):
+            return Fault("reward_error", reply.message, reply.by_code)
+        return _read(reply, batch.size)
+
+    async def _new_worker(self) -> Worker:
+        limit_s = self._start.pace.timeout_s
+        try:
+            with anyio.fail_after(limit_s):
+                return await Worker.start(self._spec, self.name)
+        except TimeoutError:
+            raise RewardError(
+                f"reward {self.name}: its process had not loaded it after {limit_s:g} s; raise rewards.start_timeout_s"
+            ) from None
+
+    def _frame(self, batch: Batch) -> bytes:
+        given: dict[str, Any] = {**batch.given, "log_extra": None, "log_metric": None}
+        check_available(self._function, self._signature, given.keys())
+        taken = self._signature.taken_of(given)
+        for own in ("trainer_state", "log_extra", "log_metric"):
+            taken.pop(own, None)
+        state = batch.arguments.get("trainer_state")
+        if state is not None and not isinstance(state, TrainerState):
+            raise RewardError(f"reward {self.name}: trainer_state {shown(state)} cannot be sent to a process")
+        try:
+            return msgspec.msgpack.encode(Call(self.name, batch.size, taken, state))
+        except (TypeError, OverflowError, ValueError) as error:
+            columns = ", ".join(sorted(taken.keys() - PROVIDED)) or "none"
+            raise RewardError(
+                f"reward {self.name} runs in processes, which take plain data only, but its arguments hold other "
+                f"things: {error} (columns: {columns})"
+            ) from None
+
+
+async def look_at(spec: str, name: str, limit_s: float) -> None:
+    """See in a process whether a reward can be loaded, so that a file that hangs or ends its process does no harm.
+
+    Raises:
+        RewardError: where it cannot, or not within `limit_s`.
+    """
+    try:
+        with anyio.fail_after(limit_s):
+            worker = await Worker.start(spec, name, LOOK)
+    except TimeoutError:
+        raise RewardError(
+            f"reward {name}: {spec} was not loaded after {limit_s:g} s; see what its file waits for"
+        ) from None
+    await worker.stop(1.0)
+
+
+def process_spec(reward: Reward, spec: str | None, otherwise: str = 'run it as "auto"') -> str:
+    """The name by which a process loads a reward: what the configuration calls it, or where it is defined.
+
+    Raises:
+        RewardError: for a reward that has no such name; it says what to do, or `otherwise`.
+    """
+    name = reward_name(reward)
+    remedy = f"define it with `def` at the top of a module or file and name that, or {otherwise}"
+    if not callable(reward):
+        raise RewardError(f'reward {name} is a RewardActor and lives in the event loop; run it as "auto"')
+    if spec is not None:
+        return spec
+    module, qualname = getattr(reward, "__module__", None), getattr(reward, "__qualname__", None)
+    if module is None or qualname is None or "<" in qualname:
+        raise RewardError(
+            f"{reward_place(reward)}reward {name} cannot be loaded by name in another process, for it is a lambda, "
+            f"a local function or an object; {remedy}"
+        )
+    loaded = sys.modules.get(module)
+    found: Any = loaded
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if found is not reward or loaded is None or module == "__main__" or "." in qualname:
+        raise RewardError(
+            f"{reward_place(reward)}reward {name} cannot be loaded by name in another process: {module}.{qualname} "
+            f"is not to be found there; {remedy}"
+        )
+    if module.startswith(PREFIX):
+        return f"{loaded.__file__}:{qualname}"
+    return f"{module}:{qualname}"
+
+
+def _read(reply: Scores, size: int) -> Outcome:
+    log = RewardLog(size)
+    log.extra = {column: tuple(values) for column, values in reply.extra.items()}
+    log.logged = reply.metrics
+    return finite(reply.scores, [Fault("reward_log", message) for message in reply.log_faults], log)
+
+
+def _merged(parts: dict[int, Outcome], faults: dict[int, Fault], size: int) -> Outcome:
+    """Samples that were scored one by one as one group again."""
+    log = RewardLog(size)
+    scores: list[float | None] = [None] * size
+    extra: dict[str, list[Any]] = {}
+    told = summed(faults, size)
+    faulted = set(faults)
+    for index, part in sorted(parts.items()):
+        (scores[index],) = part.scores
+        faulted |= {index for _ in part.faulted}
+        told += [Fault(fault.kind, f"sample {index} of {size}, alone: {fault.message}") for fault in part.faults]
+        for column, (value,) in part.log.extra.items():
+            extra.setdefault(column, [None] * size)[index] = value
+        for name, values in part.log.logged.items():
+            log.logged.setdefault(name, []).extend(values)
+    log.extra = {column: tuple(values) for column, values in extra.items()}
+    return Outcome(scores=scores, faults=told, log=log, faulted=frozenset(faulted))

@@ -1,0 +1,366 @@
+"""How much memory a run takes, phase by phase, and what is chosen so that it stays below a limit.
+
+Functions of settings and lengths alone, never of what is free at the moment: the same config makes the same choices,
+and the resolved config holds them. Everything is counted for the longest prompt and for completions of full length.
+Knows nothing of actors. In words: docs/memory.md.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import product, starmap
+from typing import NamedTuple
+
+import mlx.core as mx
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from troupe.errors import ConfigError
+from troupe.grpo import optimizer_state_bytes, update_bytes
+from troupe.policy import (
+    MicroBatch,
+    Qwen3Config,
+    Sampler,
+    decode_memory_bytes,
+    fused_copy_bytes,
+    gradient_memory_bytes,
+    parameter_count,
+)
+from troupe.policy.decode import cuda_kernels
+from troupe.policy.network.gpu_attention import attention_is_fused
+from troupe.run.config import RunConfig
+from troupe.runtime.process_wide import ProcessWide
+
+CUDA_SHARE = 0.9
+"""Of a card's memory: the limit on CUDA where none is named."""
+RESERVE = 0.05
+"""Of a limit: left free, because MLX looks at what it holds only after it has taken more."""
+GB = 1e9
+
+_MEMORY, _CACHE = ProcessWide(mx.set_memory_limit), ProcessWide(mx.set_cache_limit)
+_VERSIONS_THERE = "policy versions of the generator"
+_ON_THE_WAY = "policy versions on the way"
+_LAID_OUT = "weights laid out for decoding"
+
+Phases = Mapping[str, Mapping[str, int]]
+"""Phase → what it holds → bytes."""
+
+
+class Workload(NamedTuple):
+    """What the memory of a run follows from, besides its config."""
+
+    policy: Qwen3Config
+    dtype: mx.Dtype
+    """Of the weights."""
+    longest_prompt: int
+    """Tokens."""
+    on_cpu: bool
+    """Where it is computed."""
+    streams: int = 1
+    """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """The choices made for a run, and the memory that it takes with them."""
+
+    config: RunConfig
+    """With every choice in it."""
+    limit_gb: float | None
+    """For MLX in the training process; None leaves it its own."""
+    generator_limit_gb: float | None = None
+    """The same in each process of the generator, where it has any."""
+    phases: Phases
+    notices: tuple[str, ...] = ()
+    """What the user should know, one line each."""
+
+
+class _Choice(NamedTuple):
+    """What may be chosen to save memory."""
+
+    prompts: int
+    """That are decoded together."""
+    streams: int
+    """Micro-batches that are differentiated at a time."""
+    micro_batches: int
+    checkpointing: bool
+    overlap: bool
+    """Whether learning goes on while a checkpoint is written."""
+
+
+def plan_memory(config: RunConfig, work: Workload) -> Plan:
+    """Choose what `config` leaves open so that the run fits its limit, or else that of the device.
+
+    ConfigError where a run cannot be made to fit the limit that its config names. A limit that only the device
+    recommends refuses nothing: the run is tried with the least that it can take, and a notice says so.
+    """
+    _check_decode_limit(config, work)
+    limit_gb = config.memory_limit_gb or device_limit_gb()
+    fastest, *others = _choices(config, work)
+    if limit_gb is None:
+        return Plan(config=_resolved(config, fastest, None), limit_gb=None, phases=_phases(config, work, fastest))
+    for choice in (fastest, *others):
+        phases = _phases(config, work, choice)
+        if peak_bytes(phases) <= _usable_gb(limit_gb) * GB:
+            told = (_told(config, choice, phases, limit_gb),)
+            room_gb = _decode_room_gb(phases, _usable_gb(limit_gb)) / max(_processes(config), 1)
+            each_gb = _process_bytes(config, phases, room_gb) / GB / (1.0 - RESERVE)
+            return Plan(
+                config=_resolved(config, choice, room_gb),
+                limit_gb=limit_gb - _processes(config) * each_gb - phases["generate"].get(_ON_THE_WAY, 0) / GB,
+                generator_limit_gb=each_gb if _processes(config) else None,
+                phases=phases,
+                notices=told if config.memory_limit_gb is not None or choice != fastest else (),
+            )
+    least = min((fastest, *others), key=lambda choice: peak_bytes(_phases(config, work, choice)))
+    phases = _phases(config, work, least)
+    refusal = _refusal(config, phases, limit_gb)
+    if config.memory_limit_gb is not None:
+        raise ConfigError(refusal)
+    tried = _resolved(config, least, phases["generate"]["decode"] / GB / max(_processes(config), 1))
+    return Plan(config=tried, limit_gb=None, phases=phases, notices=(f"{refusal}; it is tried all the same",))
+
+
+def peak_bytes(phases: Phases) -> int:
+    """The largest phase."""
+    return max(sum(items.values()) for items in phases.values())
+
+
+def describe(phases: Phases) -> str:
+    """The phases side by side as lines for a person; small runs in MB."""
+    unit, size = ("GB", GB) if peak_bytes(phases) >= GB / 10 else ("MB", 1e6)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"memory at the most, {unit}")
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for name in dict.fromkeys(name for items in phases.values() for name in items):
+        cells = [f"{items[name] / size:.2f}" if name in items else "" for items in phases.values()]
+        table.add_row(name, *cells)
+    table.add_row("together", *(f"{sum(items.values()) / size:.2f}" for items in phases.values()))
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def device_limit_gb() -> float | None:
+    """What arrays may well take on this device by MLX's word, in 10⁹ bytes; None on a CPU, of which it says nothing."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return None
+    info = mx.device_info()
+    if recommended := info.get("max_recommended_working_set_size"):
+        return round(int(recommended) / GB, 1)
+    total = info.get("total_memory")
+    return round(CUDA_SHARE * int(total) / GB, 1) if total else None
+
+
+@contextmanager
+def memory_limited(limit_gb: float | None) -> Iterator[None]:
+    """Have MLX wait for the device, and let go of freed buffers, rather than go over the limit. None changes nothing.
+
+    MLX begins work ahead of the device, and all that it has begun holds its memory until it is done; above the limit it
+    waits. Freed buffers it keeps for the next array of their size, with the limit only below it.
+    """
+    if limit_gb is None:
+        yield
+        return
+    with _MEMORY.at(round(_usable_gb(limit_gb) * GB)), _CACHE.at(round(limit_gb * GB)):
+        yield
+
+
+def _usable_gb(limit_gb: float) -> float:
+    return (1.0 - RESERVE) * limit_gb
+
+
+def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
+    """All that the config leaves open, the fastest first.
+
+    To decode in several waves costs most time, as much as it spares; then to differentiate one micro-batch at a time,
+    with all threads of OpenBLAS; then micro-batches, whose gradients are added up in float32; then to compute layers
+    twice, a third more work for the learner; then to wait for checkpoints.
+    """
+    learner, generation = config.learner, config.generation
+    rows = learner.batch_size * generation.num_generations
+    most = _most_prompts(config)
+    prompts = _portions(most) if generation.memory_limit_gb is None else [most]
+    counts, twice = [math.ceil(rows / portion) for portion in _portions(rows)], [False, True]
+    if learner.gradient_accumulation_steps is not None:
+        counts = [learner.gradient_accumulation_steps]
+    if learner.gradient_checkpointing is not None:
+        twice = [learner.gradient_checkpointing]
+    overlaps = [True, False] if config.checkpoint.overlap is None else [config.checkpoint.overlap]
+    streams = [config.schedule.learner_streams or work.streams]
+    if config.schedule.learner_streams is None and work.streams > 1:
+        streams.append(1)
+    choices = starmap(_Choice, product(prompts, streams, counts, twice, overlaps))
+    return [choice for choice in choices if choice.micro_batches >= choice.streams]
+
+
+def _processes(config: RunConfig) -> int:
+    """Processes beside the training process; 0 where the generator is a thread of it."""
+    return config.schedule.generator_processes or 1 if config.schedule.generator == "process" else 0
+
+
+def _most_prompts(config: RunConfig) -> int:
+    """Prompts of a step that one generator has."""
+    return math.ceil(config.learner.batch_size / max(_processes(config), 1))
+
+
+def _process_bytes(config: RunConfig, phases: Phases, decode_gb: float) -> float:
+    """What one process of the generator may take: its policy versions, and a decode."""
+    items = phases["generate"]
+    held = items.get(_VERSIONS_THERE, 0) + items[_LAID_OUT]
+    return held / max(_processes(config), 1) + decode_gb * GB
+
+
+def _portions(count: int) -> list[int]:
+    """The sizes of the largest portion when `count` things are cut into 1, 2, 3, … about equal ones; falling."""
+    return sorted({math.ceil(count / n) for n in range(1, count + 1)}, reverse=True)
+
+
+def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dict[str, int]]:
+    """With max_staleness 0 the generator is idle while the learner works, with more both work at once.
+
+    A pinned run keeps all versions that the steps begun are pinned to; a free one the newest, and for a token the one
+    before. A process of the generator keeps what it has once taken, and its policy versions are there three times: its
+    own, the learner's, and the files that they go by, which lie in memory where there is room.
+    """
+    learner, staleness = config.learner, config.schedule.max_staleness
+    numbers = parameter_count(work.policy)
+    weights = numbers * work.dtype.size
+    is_free = config.schedule.mode == "free"
+    held = {
+        "policy versions": (1 + (min(staleness, 1) if is_free else staleness)) * weights,
+        "optimizer state": optimizer_state_bytes(numbers, work.dtype),
+    }
+    if learner.beta:
+        held["reference policy"] = weights
+    if choice.overlap:
+        written = weights if is_free else held["policy versions"]
+        held["checkpoint being written"] = written + held["optimizer state"]
+    processes = _processes(config)
+    if processes:
+        held[_VERSIONS_THERE] = processes * held["policy versions"]
+        held[_ON_THE_WAY] = held["policy versions"]
+    layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
+    generating = {
+        _LAID_OUT: max(processes, 1) * layouts * fused_copy_bytes(work.policy, work.dtype),
+        "decode": max(processes, 1) * _decode_bytes(config, work, choice.prompts),
+    }
+    held_while_learning = held | (generating if staleness or processes else {})
+    learning = gradient_memory_bytes(
+        work.policy,
+        work.dtype,
+        _largest_micro_batch(config, work, choice.micro_batches),
+        recompute=choice.checkpointing,
+        entropy_gradient=learner.has_entropy_bonus,
+        adds_up=choice.micro_batches > 1,
+        on_cpu=work.on_cpu,
+        writes_scores=not attention_is_fused(work.policy.head_dim, work.dtype, gradient=True, on_cpu=work.on_cpu),
+    )
+    gradients = 4 * numbers if choice.micro_batches > 1 else weights
+    learn = {"gradients": gradients, "forward and backward": choice.streams * (learning - gradients)}
+    if learner.num_iterations > 1:
+        learn["next policy"] = weights
+    tables = work.policy.vocab_size * work.policy.hidden_size * (1 if work.policy.tie_word_embeddings else 2)
+    update = {"gradients": gradients, "moving weights": update_bytes(numbers, tables, work.dtype)}
+    if learner.num_iterations > 1:  # else the next policy takes the place of the gradients bit by bit
+        update["next policy"] = weights
+    return {"generate": held | generating, "learn": held_while_learning | learn, "update": held_while_learning | update}
+
+
+def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
+    """What decoding this many of the longest prompts takes; no more than the config allows a decode."""
+    generation, policy = config.generation, work.policy
+    heads = policy.num_attention_heads, policy.num_key_value_heads, policy.head_dim
+    needed = decode_memory_bytes(
+        policy,
+        [work.longest_prompt] * prompts,
+        generation.num_generations,
+        generation.max_completion_length,
+        work.dtype,
+        is_filtering=Sampler(generation).is_filtering,
+        writes_scores=not attention_is_fused(policy.head_dim, work.dtype, gradient=False, on_cpu=work.on_cpu),
+        in_blocks=work.on_cpu,
+        copies_updates=not work.on_cpu and not cuda_kernels.serve(*heads),
+    )
+    return needed if generation.memory_limit_gb is None else min(needed, round(generation.memory_limit_gb * GB))
+
+
+def _largest_micro_batch(config: RunConfig, work: Workload, micro_batches: int) -> MicroBatch:
+    P, G = config.learner.batch_size, config.generation.num_generations
+    rows = math.ceil(P * G / micro_batches)
+    is_whole_groups = rows % G == 0 and P * G % micro_batches == 0
+    return MicroBatch(
+        prompts=rows // G if is_whole_groups else min(P, 1 + math.ceil((rows - 1) / G)),
+        prompt_length=work.longest_prompt,
+        rows=rows,
+        completion_length=config.generation.max_completion_length,
+    )
+
+
+def _decode_room_gb(phases: Phases, limit_gb: float) -> float:
+    """What a decode may take beside all else, in whole MB."""
+    needed = phases["generate"]["decode"] / GB
+    largest = max(sum(items.values()) for items in phases.values() if "decode" in items) / GB
+    return max(needed, math.floor(1e3 * (limit_gb - largest + needed)) / 1e3)
+
+
+def _resolved(config: RunConfig, choice: _Choice, decode_gb: float | None) -> RunConfig:
+    """The config with the choice in it; what it named itself stays."""
+    replace = msgspec.structs.replace
+    generation, checkpoint = config.generation, config.checkpoint
+    schedule = replace(config.schedule, learner_streams=choice.streams)
+    learner = replace(
+        config.learner,
+        gradient_accumulation_steps=choice.micro_batches,
+        gradient_checkpointing=choice.checkpointing,
+    )
+    if generation.memory_limit_gb is None:
+        generation = replace(generation, memory_limit_gb=decode_gb)
+    checkpoint = replace(checkpoint, overlap=choice.overlap)
+    return replace(config, learner=learner, generation=generation, checkpoint=checkpoint, schedule=schedule)
+
+
+def _check_decode_limit(config: RunConfig, work: Workload) -> None:
+    limit_gb = config.generation.memory_limit_gb
+    unlimited = msgspec.structs.replace(
+        config, generation=msgspec.structs.replace(config.generation, memory_limit_gb=None)
+    )
+    if limit_gb is not None and (needed := _decode_bytes(unlimited, work, 1)) > limit_gb * GB:
+        raise ConfigError(
+            f"generation.memory_limit_gb is {limit_gb}, but the {config.generation.num_generations} completions of the "
+            f"longest prompt ({work.longest_prompt} tokens) take {needed / GB:.3g} GB to decode; raise it, or lower "
+            "generation.num_generations or generation.max_completion_length"
+        )
+
+
+def _told(config: RunConfig, choice: _Choice, phases: Phases, limit_gb: float) -> str:
+    P, rows = _most_prompts(config), config.learner.batch_size * config.generation.num_generations
+    micro = choice.micro_batches
+    measures = [
+        f"decoding {choice.prompts} of {P} prompts at a time" if choice.prompts < P else "decoding a step at once",
+        f"learning in {micro} micro-batches of {math.ceil(rows / micro)} rows" if micro > 1 else "learning at once",
+        "computing layers twice" if choice.checkpointing else "keeping what layers compute",
+        "learning while checkpoints are written" if choice.overlap else "waiting for checkpoints",
+    ]
+    return f"memory: at most {peak_bytes(phases) / GB:.1f} of {limit_gb:.4g} GB, {', '.join(measures)}"
+
+
+def _refusal(config: RunConfig, phases: Phases, limit_gb: float) -> str:
+    largest = max(phases, key=lambda name: sum(phases[name].values()))
+    parts = ", ".join(f"{name} {size / GB:.2g}" for name, size in phases[largest].items())
+    limit = f"memory_limit_gb is {limit_gb:.4g}"
+    if config.memory_limit_gb is None:
+        limit = f"the device recommends {limit_gb:.4g} GB"
+    lower = ["generation.max_completion_length", "generation.num_generations"]
+    if config.schedule.max_staleness:
+        lower.append("schedule.max_staleness")
+    return (
+        f"{limit}, of which {RESERVE:.0%} is kept in reserve, but the run takes {peak_bytes(phases) / GB:.3g} GB "
+        f"at the least ({largest}: {parts}); raise "
+        f"memory_limit_gb, lower {', '.join(lower)}, or take a smaller model"
+    )

@@ -1,0 +1,1 @@
+"""Whether and how a run goes on from a checkpoint."""

@@ -1,0 +1,94 @@
+"""Configurations as plain tables: reading TOML, `section.key=value`, laying one table over another.
+
+Knows neither what the keys mean nor which there are, and is quick to import.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from troupe.errors import ConfigError
+from troupe.runtime.files import expanded
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a file; ConfigError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        hint = ""
+        if (path / "run.toml").is_file():
+            hint = f"; this is the folder of a run, to go on with: troupe train -o {shlex.quote(str(path))} --resume"
+        raise ConfigError(f"{path}: the configuration cannot be read: {error}{hint}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: the configuration is nested too deeply") from None
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`section.key=value` → key and value. The value is read as TOML and, where that fails, as plain text."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--set {text!r}: this is not UTF-8 text") from None
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {text}: write it as section.key=value, for instance learner.lr=1e-5")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    except RecursionError:
+        raise ConfigError(f"--set {key}: the value is nested too deeply") from None
+    if isinstance(parsed, datetime.date | datetime.time):  # no key takes one, but a folder may be called so
+        parsed = value.strip()
+    return key, parsed
+
+
+def table_of(setting: str) -> dict[str, Any]:
+    """`section.key=value` as a nested table."""
+    key, value = parse_setting(setting)
+    *sections, name = key.split(".")
+    table: dict[str, Any] = {name: value}
+    for section in reversed(sections):
+        table = {section: table}
+    return table
+
+
+def anchored_reward(spec: Any, base: Path) -> Any:
+    """The name of a reward whose file, if it has one, is found from everywhere; other names as they are."""
+    file, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
+    if not colon or not file.endswith(".py") or spec.startswith("format:"):
+        return spec
+    return f"{(base / expanded(file)).absolute()}:{name}"
+
+
+def copied(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of its own, whose tables are its own too."""
+    return {key: copied(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def lay_over(table: dict[str, Any], change: Mapping[str, Any]) -> None:
+    """Change `table` in place: what `change` says counts, all else stays."""
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            lay_over(table[key], value)
+        else:
+            table[key] = value
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`section.key` → value, for every value that is no table."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,248 @@
+"""A small, strict part of HTTP/1.1 on 127.0.0.1: one request a connection, one answer, whole or as a stream.
+
+What a client may use up is bounded: connections, bytes of a request, the time that asking takes and the time that a
+piece of the answer takes to be read. Whoever goes over a bound is dropped, and harms neither the run nor the others.
+Knows nothing of what is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
+from http import HTTPStatus
+from types import TracebackType
+from typing import TypeAlias
+from urllib.parse import parse_qsl
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from troupe.daemon.control.arrivals import arrivals
+
+HOST = "127.0.0.1"
+_LOG = logging.getLogger("troupe.daemon")
+_CHUNK_BYTES = 64 * 1024
+_MOST_FIELDS = 16
+_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
+_NAME, _VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re.compile(rb"[\t -~\x80-\xff]*")
+_GOES_ON = {"cookie": "; "}
+"""How the values of a header that comes twice are joined, where that has a meaning."""
+_LINGERS_S = 1.0
+"""That a client may take to close its side, so that it has read the answer before the connection is gone."""
+
+
+class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may use up."""
+
+    connections: int = 32
+    """That are served; as many again are told that there are too many, and any further one is dropped unheard, so that
+    the process keeps its descriptors."""
+    head_bytes: int = 16 * 1024
+    body_bytes: int = 64 * 1024
+    request_s: float = 10.0
+    """From the beginning of the connection to the end of the request."""
+    write_s: float = 10.0
+    """That a client may take to read one piece of the answer."""
+
+
+class HttpRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client asks for."""
+
+    method: str
+    path: str
+    query: dict[str, str] = {}
+    headers: dict[str, str] = {}
+    """By their names in lower case."""
+    body: bytes = b""
+
+
+class HttpResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """What it is told: the body at once, or piece by piece until the stream or the client ends."""
+
+    status: HTTPStatus = HTTPStatus.OK
+    kind: str = "text/plain; charset=utf-8"
+    headers: Mapping[str, str] = {}
+    body: bytes | AsyncGenerator[bytes, None] = b""
+
+
+HttpHandler: TypeAlias = Callable[[HttpRequest], Awaitable[HttpResponse]]
+
+
+class RefusedError(Exception):
+    """A request that is answered with a status and one sentence."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.response = HttpResponse(status=status, body=f"{message}\n".encode())
+
+
+class HttpServer:
+    """Serves one port: `async with HttpServer(handler, port) as server`; 0: one that the system chooses.
+
+    Entering raises OSError where the port cannot be had. Leaving drops everybody.
+    """
+
+    def __init__(self, handler: HttpHandler, port: int = 0, limits: HttpLimits | None = None) -> None:
+        self.port = port
+        self._handler = handler
+        self._limits = limits or HttpLimits()
+        self._connections = 0
+        self._tasks: TaskGroup
+
+    async def __aenter__(self) -> HttpServer:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setblocking(False)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart the port is ours again
+            listener.bind((HOST, self.port))
+            listener.listen()
+        except BaseException:
+            listener.close()
+            raise
+        self.port = listener.getsockname()[1]
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._accept, listener, name="page")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tasks.cancel_scope.cancel()
+        await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
+
+    async def _accept(self, listener: socket.socket) -> None:
+        async for connection in arrivals(listener, "page"):
+            if self._connections >= 2 * self._limits.connections:
+                connection.close()
+                continue
+            self._connections += 1
+            self._tasks.start_soon(self._serve, connection, name="page client")
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """One client, to the end of its connection; whatever it does stays in here."""
+        try:
+            with connection:
+                response = await self._answer(connection)
+                await self._send(connection, response)
+                await _part(connection)
+        except (OSError, TimeoutError, EOFError) as error:
+            _LOG.debug("a client of the page is gone: %r", error)
+        finally:
+            self._connections -= 1
+
+    async def _answer(self, connection: socket.socket) -> HttpResponse:
+        try:
+            with anyio.fail_after(self._limits.request_s):
+                request = await _Reading(connection, self._limits).request()
+            return self._refusal() or await self._handler(request)
+        except RefusedError as refusal:
+            return refusal.response
+        except (OSError, TimeoutError, EOFError):
+            raise
+        except Exception as error:  # a request must not end the run
+            _LOG.exception("a request of the page failed")
+            return RefusedError(
+                HTTPStatus.INTERNAL_SERVER_ERROR, f"the request failed: {type(error).__name__}: {error}"
+            ).response
+
+    def _refusal(self) -> HttpResponse | None:
+        most = self._limits.connections
+        if self._connections <= most:
+            return None
+        message = f"{most} clients are there already; close one and try again"
+        return RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, message).response
+
+    async def _send(self, connection: socket.socket, response: HttpResponse) -> None:
+        body = response.body
+        headers = {"Content-Type": response.kind, "Connection": "close", **response.headers}
+        if isinstance(body, bytes):
+            headers["Content-Length"] = str(len(body))
+        lines = [f"HTTP/1.1 {response.status.value} {response.status.phrase}", *map(": ".join, headers.items())]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        if isinstance(body, bytes):
+            await self._write(connection, head + body)
+            return
+        async with aclosing(body) as pieces:
+            await self._write(connection, head)
+            async for piece in pieces:
+                await self._write(connection, piece)
+
+    async def _write(self, connection: socket.socket, data: bytes) -> None:
+        with anyio.fail_after(self._limits.write_s):
+            await asyncio.get_running_loop().sock_sendall(connection, data)
+
+
+class _Reading:
+    """One request, read off a connection."""
+
+    def __init__(self, connection: socket.socket, limits: HttpLimits) -> None:
+        self._connection = connection
+        self._limits = limits
+        self._read = bytearray()
+
+    async def request(self) -> HttpRequest:
+        """RefusedError where it is none that is served, EOFError where the client leaves before its end."""
+        while (end := self._read.find(b"\r\n\r\n")) < 0:
+            if len(self._read) > self._limits.head_bytes:
+                break
+            await self._more()
+        if not 0 <= end <= self._limits.head_bytes:
+            message = f"a request's head has at most {self._limits.head_bytes} bytes"
+            raise RefusedError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
+        request = parse_head(bytes(self._read[:end]))
+        length = request.headers.get("content-length", "0")
+        if "transfer-encoding" in request.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "a request's body has to have a plain Content-Length")
+        if int(length) > self._limits.body_bytes:
+            message = f"a request's body has at most {self._limits.body_bytes} bytes"
+            raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+        whole = end + 4 + int(length)
+        while len(self._read) < whole:
+            await self._more()
+        return msgspec.structs.replace(request, body=bytes(self._read[end + 4 : whole]))
+
+    async def _more(self) -> None:
+        chunk = await asyncio.get_running_loop().sock_recv(self._connection, _CHUNK_BYTES)
+        if not chunk:
+            raise EOFError("it left before its request was whole")
+        self._read += chunk
+
+
+def parse_head(head: bytes) -> HttpRequest:
+    """The request whose lines these are, without its body. RefusedError for anything out of the ordinary."""
+    first, *lines = head.split(b"\r\n")
+    asked = _REQUEST_LINE.fullmatch(first)
+    if asked is None:
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1.1")
+    headers: dict[str, str] = {}
+    for line in lines:
+        before, colon, after = line.partition(b":")
+        if not (colon and _NAME.fullmatch(before) and _VALUE.fullmatch(after)):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "a header of the request is malformed")
+        name, value = before.decode().lower(), after.strip(b" \t").decode("latin-1")
+        if name in headers:
+            if name in ("host", "origin", "content-length", "authorization", "content-type"):
+                raise RefusedError(HTTPStatus.BAD_REQUEST, f"the request has two headers {name}")
+            value = _GOES_ON.get(name, ", ").join([headers[name], value])
+        headers[name] = value
+    path, _, query = asked[2].decode().partition("?")
+    try:
+        pairs = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=_MOST_FIELDS))
+    except ValueError:
+        raise RefusedError(HTTPStatus.BAD_REQUEST, f"an address has at most {_MOST_FIELDS} parameters") from None
+    return HttpRequest(method=asked[1].decode(), path=path, query=pairs, headers=headers)
+
+
+async def _part(connection: socket.socket) -> None:
+    """Close our side, and let the client close its own: what it had still to send would make its system forget the
+    answer."""
+    with anyio.move_on_after(_LINGERS_S), suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        while await asyncio.get_running_loop().sock_recv(connection, _CHUNK_BYTES):
+            pass
