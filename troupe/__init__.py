@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from troupe.runtime import code_files as reward_files  # noqa: F401 - the last for processes that are spawned
 from troupe.runtime import installing, linux_cpu
+from troupe.runtime.machine import VERSION
 
 if linux_cpu.load_openblas() == "too late":  # must run before anything imports mlx.core
     warnings.warn(
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 linux_cpu.keep_freed_memory()
 linux_cpu.run_without_compiler()
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "RewardActor",

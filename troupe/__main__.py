@@ -40,11 +40,12 @@ def _looking() -> dict[str, click.Command]:
 
 def _without_mlx(told: str) -> click.Group:
     """The commands where MLX is not there: those that need it say what to install."""
-    from troupe import __version__
-    from troupe.cli.terminal import EXIT_BAD_INPUT, fail
+    from troupe.cli.terminal import fail
+    from troupe.runtime.machine import VERSION
+    from troupe.runtime.terminal import EXIT_BAD_INPUT
 
     group = click.Group(help=f"{told}.", context_settings={"help_option_names": ["-h", "--help"]})
-    click.version_option(__version__, prog_name="troupe")(group)
+    click.version_option(VERSION, prog_name="troupe")(group)
     for name, command in {**control.commands, **_looking()}.items():
         group.add_command(command, name)
     for name in ("train", "generate", "eval"):

@@ -1,4 +1,4 @@
-"""Every error that Troupe raises on purpose, in one tree.
+"""Every error that Troupe raises on purpose, in one tree, and what they tell to install where a package is missing.
 
 TroupeError
 ├── InputError              bad input, found before work starts; exit code 2
@@ -15,6 +15,15 @@ A message names the value, the limit and what to do about it, and starts with th
 """
 
 from __future__ import annotations
+
+import re
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+_PARENT = Path(__file__).resolve().parent.parent
+_REQUIREMENT = re.compile(r"(?P<package>[^;]+?)\s*;.*\bextra\s*==\s*['\"](?P<extra>[^'\"]+)['\"]")
 
 
 def sayable(text: str) -> str:
@@ -60,3 +69,30 @@ class RunError(TroupeError):
 
 class FolderGoneError(RunError):
     """The name of the run folder does not lead any more to the folder that the run began to write in."""
+
+
+def in_clone() -> bool:
+    """Whether this is a clone of the repository, and not an installed wheel."""
+    return (_PARENT / "setup.sh").is_file() and (_PARENT / "pyproject.toml").is_file()
+
+
+def packages_of(extra: str) -> list[str]:
+    """What an extra of Troupe's stands for, as pip reads it; empty where the installation does not say."""
+    try:
+        found = map(_REQUIREMENT.fullmatch, requires("troupe") or [])
+    except PackageNotFoundError:
+        return []
+    return [match["package"].replace(" ", "") for match in found if match and match["extra"] == extra]
+
+
+def remedy(extra: str) -> str:
+    """What to do where a package of an extra is missing; a clause for a message."""
+    packages = packages_of(extra)
+    if in_clone() or not packages:
+        return f"install Troupe's extra in its clone: pip install -e '.[{extra}]'"
+    return f"install it: {pip(packages)}"
+
+
+def pip(packages: list[str]) -> str:
+    """The command that installs packages where Troupe is, whatever `pip` means in the shell."""
+    return shlex.join([sys.executable, "-m", "pip", "install", *packages])

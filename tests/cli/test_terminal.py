@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from troupe.cli.terminal import report_errors, tell, tell_json
+from troupe.cli.terminal import report_errors
 from troupe.errors import ConfigError, RunError
+from troupe.runtime.terminal import tell, tell_json
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_errors_become_messages_and_exit_codes(
 def test_a_reader_who_has_gone_is_no_fault() -> None:
     read, write = os.pipe()
     os.close(read)
-    program = "from troupe.cli.terminal import tell\nfor _ in range(3): tell('x' * 100_000)\n"
+    program = "from troupe.runtime.terminal import tell\nfor _ in range(3): tell('x' * 100_000)\n"
     ended = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (0, b"")

@@ -26,7 +26,8 @@ from troupe.policy.decode.memory import split_into_waves
 from troupe.policy.network import gpu_attention
 from troupe.policy.network.gpu_attention import attention_is_fused
 from troupe.run import memory as budget
-from troupe.run.memory import GB, Plan, Workload, describe, device_limit_gb, memory_limited, peak_bytes, plan_memory
+from troupe.run.memory import Plan, Workload, describe, peak_bytes, plan_memory
+from troupe.runtime.memory import GB, RESERVE, device_limit_gb, memory_limited
 
 POLICY = Qwen3Config(
     vocab_size=5000,
@@ -64,12 +65,12 @@ def choices(plan: Plan) -> tuple[int | None, bool | None, bool | None]:
 
 
 def usable(limit_gb: float) -> float:
-    return (1.0 - budget.RESERVE) * limit_gb
+    return (1.0 - RESERVE) * limit_gb
 
 
 def limit_for(needed_gb: float) -> float:
     """A hair more than the lowest limit that leaves this much."""
-    return needed_gb / (1.0 - budget.RESERVE) * (1.0 + 1e-9)
+    return needed_gb / (1.0 - RESERVE) * (1.0 + 1e-9)
 
 
 def peak_gb(plan: Plan) -> float:
@@ -380,10 +381,10 @@ def test_processes_of_the_generator_have_versions_and_decodes_of_their_own() -> 
     assert plan.limit_gb is not None
     assert room_gb * GB >= decode
     held = 2 * WEIGHTS + fused_copy_bytes(POLICY, mx.bfloat16)
-    assert each_gb * (1.0 - budget.RESERVE) * GB == pytest.approx(held + room_gb * GB)
+    assert each_gb * (1.0 - RESERVE) * GB == pytest.approx(held + room_gb * GB)
     assert plan.limit_gb == pytest.approx(4.0 - 2 * each_gb - 2 * WEIGHTS / GB)
     training = peak_bytes(plan.phases) - 2 * WEIGHTS - 2 * (held + decode)
-    assert plan.limit_gb * (1.0 - budget.RESERVE) * GB >= training - 0.002 * GB
+    assert plan.limit_gb * (1.0 - RESERVE) * GB >= training - 0.002 * GB
 
 
 def test_a_process_keeps_what_it_took_while_the_learner_works() -> None:

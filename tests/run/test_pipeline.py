@@ -27,9 +27,10 @@ from troupe.checkpoint import Checkpoint, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.policy import load_policy
 from troupe.run import pipeline
-from troupe.run.memory import GB, RESERVE, peak_bytes
+from troupe.run.memory import peak_bytes
 from troupe.run.pipeline import build_pipeline
 from troupe.run.prepare import prepare
+from troupe.runtime.memory import GB, RESERVE
 
 
 @pytest.fixture(scope="module")

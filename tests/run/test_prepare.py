@@ -22,10 +22,11 @@ from troupe.grpo import LearnerConfig, adamw_init
 from troupe.messages import Slot
 from troupe.policy import ModelConfig, load_policy
 from troupe.run.config import write_config
-from troupe.run.memory import GB, peak_bytes
+from troupe.run.memory import peak_bytes
 from troupe.run.prepare import prepare
 from troupe.runtime import linux_cpu
 from troupe.runtime.device import arrays_in
+from troupe.runtime.memory import GB
 
 
 class Workplace:

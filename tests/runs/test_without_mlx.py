@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import troupe
-from troupe.runtime import installing
+from troupe import errors
 from troupe.dataset.extras import optional
 from troupe.errors import DatasetError, ModelError, RewardError
-from troupe.runtime.installing import backend_remedy, missing_backend, packages_of, remedy
+from troupe.errors import packages_of, remedy
+from troupe.runtime.installing import backend_remedy, missing_backend
 from troupe.policy import hub
 from troupe.rewards import load_reward
 
@@ -89,8 +90,8 @@ def test_a_wheel_s_user_is_told_packages_not_a_clone(monkeypatch: pytest.MonkeyP
     requirements = ["anyio>=4", 'mlx[cpu]>=0.32; extra == "cpu"', "mlx[cuda13]; extra == 'cuda'"]
     requirements += ['math-verify[antlr4_13_2]>=0.9; (python_version > "3") and extra == "math"']
     requirements += ['datasets>=4; extra == "datasets"', 'pyarrow>=18; extra == "datasets"']
-    monkeypatch.setattr(installing, "in_clone", lambda: False)
-    monkeypatch.setattr(installing, "requires", lambda name: requirements)
+    monkeypatch.setattr(errors, "_PARENT", Path("/nowhere"))
+    monkeypatch.setattr(errors, "requires", lambda name: requirements)
     monkeypatch.setattr(sys, "executable", "/v/bin/python")
     monkeypatch.setattr(sys, "platform", "linux")
     assert packages_of("datasets") == ["datasets>=4", "pyarrow>=18"]

@@ -1,4 +1,4 @@
-"""Runs in which everything goes wrong that may, in virtual time on the stage of `tests/support/wiring.py`; and what must hold
+"""Runs in which everything goes wrong that may, in virtual time over `wiring.py`; and what must hold
 all the same.
 
 All of a play follows from its seed: `python -m tests.support.chaos SEED` plays one again and tells what happened.

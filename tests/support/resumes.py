@@ -1,4 +1,4 @@
-"""Runs that end amid their work and go on from a checkpoint, again and again, on the stage of `tests/support/wiring.py`; and
+"""Runs that end amid their work and go on from a checkpoint, again and again, over `wiring.py`; and
 what must hold of all their starts together.
 
 All of a play follows from its seed: `python -m tests.support.resumes SEED` plays one again.

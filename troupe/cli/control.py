@@ -20,7 +20,7 @@ import msgspec
 
 from troupe.cli import status as views
 from troupe.cli.flags import Command
-from troupe.cli.terminal import EXIT_FAULT, Number, fail, report_errors, tell, tell_json
+from troupe.cli.terminal import Number, fail, report_errors
 from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import Reply, Request, encode_line
@@ -46,6 +46,7 @@ from troupe.records.standing import describe as describe_aftermath
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.installing import unusable_backend
 from troupe.runtime.lock import read_owner
+from troupe.runtime.terminal import EXIT_FAULT, tell, tell_json
 
 _ANSWER_S, _HOPE_S, _DEATH_S = 15.0, 6.0, 10.0  # a daemon answers for its trainer after 5 s
 _LOADING_S = 90.0  # of a reward, before there is an answer

@@ -46,7 +46,7 @@ def examine() -> Report:
     try:
         import mlx.core as mx  # here, and all that needs it: a machine without it is one to tell of
 
-        from troupe.run.memory import device_limit_gb
+        from troupe.runtime.memory import device_limit_gb
     except ImportError as error:
         if (told := missing_backend(error)) is None:
             raise

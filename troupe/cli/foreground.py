@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import anyio
 
-from troupe.cli.terminal import EXIT_INTERRUPTED, tell
 from troupe.daemon.control.answers import answer_client
 from troupe.daemon.control.place import refuse_where_served
 from troupe.daemon.control.server import ControlServer
@@ -23,6 +22,7 @@ from troupe.run.result import RunResult
 from troupe.run.supervisor import Supervisor
 from troupe.runtime.guarding import Guard
 from troupe.runtime.outlets import finish
+from troupe.runtime.terminal import EXIT_INTERRUPTED, tell
 
 _LOADS_SILENTLY_S = 2.0
 """Before it is said that the model and the prompts are being loaded."""

@@ -18,10 +18,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from troupe.cli.terminal import tell, tell_json
 from troupe.errors import InputError, OutputError
 from troupe.records.store.read import Choice, Overview, Query, StoredCompletion, StoredRun
-from troupe.runtime.escapes import harmless
+from troupe.runtime.terminal import harmless, tell, tell_json
 
 _MOST_SHOWN = 20
 """Completions that a person is shown where no number was asked for."""

@@ -10,9 +10,10 @@ import msgspec
 
 from troupe.cli import doctor as machine_doctor
 from troupe.cli import inspect as inspecting
-from troupe.cli.terminal import Number, report_errors, tell, tell_json
+from troupe.cli.terminal import Number, report_errors
 from troupe.messages import ClosedState
 from troupe.records.store.read import Choice, open_store
+from troupe.runtime.terminal import tell, tell_json
 
 _FOLDER = click.Path(path_type=Path)
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

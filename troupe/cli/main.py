@@ -19,7 +19,6 @@ import click
 import msgspec
 import tomli_w
 
-from troupe import __version__
 from troupe.cli.control import control
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.cli.flags import Commands
@@ -28,7 +27,7 @@ from troupe.cli.given import TRAIN_KEYS, flag_layers, train_config, with_flag
 from troupe.cli.looking import doctor, inspect
 from troupe.cli.plan import describe_plan
 from troupe.cli.report import report
-from troupe.cli.terminal import EXIT_INTERRUPTED, Number, report_errors, tell, tell_json
+from troupe.cli.terminal import Number, report_errors
 from troupe.errors import InputError
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.run.activity import Stage
@@ -39,8 +38,10 @@ from troupe.run.naming import ours_for, told
 from troupe.run.prepare import Prepared, prepare
 from troupe.run.result import RunResult
 from troupe.runtime.files import expanded
+from troupe.runtime.machine import VERSION
 from troupe.runtime.outlets import unhurried
 from troupe.runtime.roles import together
+from troupe.runtime.terminal import EXIT_INTERRUPTED, tell, tell_json
 
 _EXISTING_TEXT = click.Path(path_type=Path)
 _EVALUATES_SILENTLY_S = 10.0
@@ -75,7 +76,7 @@ __all__ = ["main", "train_config"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="troupe")
+@click.version_option(VERSION, prog_name="troupe")
 def main() -> None:
     """Teach Qwen3 models with GRPO on Apple's MLX."""
 

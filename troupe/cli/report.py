@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from troupe.cli.terminal import report_errors, tell
+from troupe.cli.terminal import report_errors
 from troupe.errors import OutputError
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
+from troupe.runtime.terminal import tell
 
 
 @click.command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from troupe.messages import NOTHING_TOLD, LiveGroup, Status
-from troupe.runtime.escapes import one_line
+from troupe.runtime.terminal import one_line
 
 _SHOWN = (
     ("reward", ".4f"),

@@ -17,7 +17,6 @@ from typing import Any
 import anyio
 import msgspec
 
-from troupe.cli.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 from troupe.daemon.attempts import Attempts
 from troupe.daemon.control.answers import takes_a_while
 from troupe.daemon.control.place import Peer
@@ -48,6 +47,7 @@ from troupe.records.silence import Silence, remedy, silence_of
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.held_folder import HeldFolder
+from troupe.runtime.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 
 _FROM_SIGNAL = "a signal"
 

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from troupe.daemon.control.place import LOG
 from troupe.run.daemon_settings import DaemonConfig
-from troupe.runtime.escapes import harmless
+from troupe.runtime.terminal import harmless
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOGGER = logging.getLogger("troupe.daemon")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import anyio
 
-from troupe.cli.terminal import EXIT_BAD_INPUT, tell
 from troupe.daemon.control.place import LOG
 from troupe.daemon.control.server import ControlServer
 from troupe.daemon.daemon import Daemon
@@ -21,6 +20,7 @@ from troupe.daemon.trainer.link import Child
 from troupe.errors import InputError, OutputError, RunError
 from troupe.runtime.held_folder import HeldFolder
 from troupe.runtime.process import ChildProcess
+from troupe.runtime.terminal import EXIT_BAD_INPUT, tell
 
 _TRAINER = "troupe.daemon.trainer.process"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from troupe.errors import DatasetError
-from troupe.runtime.installing import remedy
+from troupe.errors import DatasetError, remedy
 
 
 def optional(module: str, extra: str, source: object) -> ModuleType:

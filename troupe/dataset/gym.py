@@ -22,9 +22,8 @@ from typing import Any, BinaryIO
 import msgspec
 
 from troupe.dataset.kept_rows import KeptRows
-from troupe.errors import DatasetError
-from troupe.runtime.escapes import harmless
-from troupe.runtime.installing import remedy
+from troupe.errors import DatasetError, remedy
+from troupe.runtime.terminal import harmless
 
 PREFIX = "reasoning_gym:"
 DEFAULTS: dict[str, Any] = {"size": 500, "seed": 0}

@@ -12,10 +12,8 @@ import os
 import re
 from pathlib import Path
 
-from troupe.errors import ModelError
+from troupe.errors import ModelError, in_clone, remedy
 from troupe.policy.weight_files import CONFIG_FILE, weight_files
-from troupe.runtime.files import expanded
-from troupe.runtime.installing import in_clone, remedy
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = "main"
@@ -64,7 +62,7 @@ def hub_cache() -> Path:
     """The folder in which Hugging Face's tools keep models, as their environment variables set it."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
-    return expanded(os.path.expandvars(cache))
+    return Path(os.path.expanduser(os.path.expandvars(cache)))  # noqa: PTH111 - a user who is not there is no error
 
 
 def _snapshot(name: str) -> Path | None:

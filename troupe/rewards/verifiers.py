@@ -16,9 +16,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from troupe.errors import RewardError
+from troupe.errors import RewardError, remedy
 from troupe.rewards.builtin import Completion, completion_text
-from troupe.runtime.installing import remedy
 
 Logger: TypeAlias = Callable[[str, Sequence[Any]], None]
 

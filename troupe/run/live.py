@@ -24,7 +24,6 @@ from troupe.run.activity import Stage, of_actors, with_waits
 from troupe.run.config import RUN_TOML
 from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
-from troupe.run.memory import memory_limited
 from troupe.run.pipeline import Pipeline
 from troupe.run.prepare import Prepared
 from troupe.run.result import RunResult, write_summary
@@ -33,9 +32,9 @@ from troupe.run.status import doing, last_movement_s, live_groups, queues, stall
 from troupe.runtime import linux_cpu
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Mailbox
+from troupe.runtime.memory import memory_limited, memory_wired
 from troupe.runtime.roles import play, together
 from troupe.runtime.watchdog import watch
-from troupe.runtime.wired_memory import memory_wired
 
 _EXCHANGES = 64
 """Exchanges of rewards, and settings, that may wait before the oldest is forgotten."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import product, starmap
 from typing import NamedTuple
 
@@ -33,15 +32,8 @@ from troupe.policy import (
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.network.gpu_attention import attention_is_fused
 from troupe.run.config import RunConfig
-from troupe.runtime.process_wide import ProcessWide
+from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
-CUDA_SHARE = 0.9
-"""Of a card's memory: the limit on CUDA where none is named."""
-RESERVE = 0.05
-"""Of a limit: left free, because MLX looks at what it holds only after it has taken more."""
-GB = 1e9
-
-_MEMORY, _CACHE = ProcessWide(mx.set_memory_limit), ProcessWide(mx.set_cache_limit)
 _VERSIONS_THERE = "policy versions of the generator"
 _ON_THE_WAY = "policy versions on the way"
 _LAID_OUT = "weights laid out for decoding"
@@ -144,31 +136,6 @@ def describe(phases: Phases) -> str:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def device_limit_gb() -> float | None:
-    """What arrays may well take on this device by MLX's word, in 10⁹ bytes; None on a CPU, of which it says nothing."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        return None
-    info = mx.device_info()
-    if recommended := info.get("max_recommended_working_set_size"):
-        return round(int(recommended) / GB, 1)
-    total = info.get("total_memory")
-    return round(CUDA_SHARE * int(total) / GB, 1) if total else None
-
-
-@contextmanager
-def memory_limited(limit_gb: float | None) -> Iterator[None]:
-    """Have MLX wait for the device, and let go of freed buffers, rather than go over the limit. None changes nothing.
-
-    MLX begins work ahead of the device, and all that it has begun holds its memory until it is done; above the limit it
-    waits. Freed buffers it keeps for the next array of their size, with the limit only below it.
-    """
-    if limit_gb is None:
-        yield
-        return
-    with _MEMORY.at(round(_usable_gb(limit_gb) * GB)), _CACHE.at(round(limit_gb * GB)):
-        yield
 
 
 def _usable_gb(limit_gb: float) -> float:

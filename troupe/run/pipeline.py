@@ -66,7 +66,7 @@ from troupe.run.resume.changes import Change, ChangesLog
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits, PolicyBoard
 from troupe.runtime.device import DeviceThread
-from troupe.runtime.machine import describe_machine
+from troupe.runtime.machine import VERSION, describe_machine
 from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import Role
@@ -416,14 +416,12 @@ def _shelf(prepared: Prepared) -> CheckpointLedger:
 
 
 def _sinks(prepared: Prepared) -> list[Sink]:
-    from troupe import __version__  # not before: the package imports this module
-
     run = RunInfo(
         name=prepared.folder.name,
         folder=str(prepared.folder),
         total_steps=prepared.total_steps,
         first_step=prepared.first_step,
-        program=__version__,
+        program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
         config=config_table(prepared.config),
     )

@@ -43,7 +43,7 @@ from troupe.run.resume.check import Identity, Resumption, as_begun, newest_check
 from troupe.run.resume.groups import Restored, restored_free, restored_pinned
 from troupe.runtime import linux_cpu
 from troupe.runtime.arithmetic import arithmetic
-from troupe.runtime.wired_memory import check_wired_limit
+from troupe.runtime.memory import check_wired_limit
 
 _WORTHWHILE = 2**18
 """Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a processor

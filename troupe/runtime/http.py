@@ -22,7 +22,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
-from troupe.daemon.control.arrivals import arrivals
+from troupe.runtime.arrivals import arrivals
 
 HOST = "127.0.0.1"
 _LOG = logging.getLogger("troupe.daemon")

@@ -1,49 +1,13 @@
-"""How somebody installs what is missing: in a clone by its extras, elsewhere by the packages that an extra stands for.
-
-Imports nothing of ours, and no package that may be missing.
-"""
+"""Whether MLX can be imported, and how somebody installs what it lacks."""
 
 from __future__ import annotations
 
-import re
-import shlex
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, requires
-from pathlib import Path
 
-_PARENT = Path(__file__).resolve().parents[2]
-_REQUIREMENT = re.compile(r"(?P<package>[^;]+?)\s*;.*\bextra\s*==\s*['\"](?P<extra>[^'\"]+)['\"]")
-
+from troupe.errors import in_clone, packages_of, pip
 
 _BACKENDS = "on Linux it needs a backend beside it;"
-
-
-def in_clone() -> bool:
-    """Whether this is a clone of the repository, and not an installed wheel."""
-    return (_PARENT / "setup.sh").is_file() and (_PARENT / "pyproject.toml").is_file()
-
-
-def packages_of(extra: str) -> list[str]:
-    """What an extra of Troupe's stands for, as pip reads it; empty where the installation does not say."""
-    try:
-        found = map(_REQUIREMENT.fullmatch, requires("troupe") or [])
-    except PackageNotFoundError:
-        return []
-    return [match["package"].replace(" ", "") for match in found if match and match["extra"] == extra]
-
-
-def remedy(extra: str) -> str:
-    """What to do where a package of an extra is missing; a clause for a message."""
-    packages = packages_of(extra)
-    if in_clone() or not packages:
-        return f"install Troupe's extra in its clone: pip install -e '.[{extra}]'"
-    return f"install it: {pip(packages)}"
-
-
-def pip(packages: list[str]) -> str:
-    """The command that installs packages where Troupe is, whatever `pip` means in the shell."""
-    return shlex.join([sys.executable, "-m", "pip", "install", *packages])
 
 
 def backend_remedy() -> str:

@@ -1,9 +1,12 @@
-"""What machine this is, in words: system, device, processors, memory."""
+"""What program this is, and what machine, in words: system, device, processors, memory."""
 
 from __future__ import annotations
 
 import os
 import platform
+
+VERSION = "0.1.0"
+"""Of Troupe."""
 
 
 def device_name() -> str:

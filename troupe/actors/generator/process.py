@@ -37,11 +37,11 @@ from troupe.actors.generator.wire import (
 from troupe.errors import TroupeError
 from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import Companions, RolloutEngine, Tokenizer, Weights
-from troupe.run.memory import memory_limited
 from troupe.runtime import linux_cpu
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.memory import memory_limited
 from troupe.runtime.process import Connection, serve
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import together

@@ -19,11 +19,11 @@ import anyio.lowlevel
 import msgspec
 from anyio.abc import TaskGroup
 
-from troupe.daemon.control.arrivals import arrivals
 from troupe.daemon.control.place import Peer, Place, peer_of
 from troupe.daemon.control.protocol import MAX_REQUEST_BYTES, ProtocolError, Reply, Request, decode_request, encode_line
 from troupe.errors import sayable
 from troupe.messages import Refused
+from troupe.runtime.arrivals import arrivals
 
 Handler: TypeAlias = Callable[[Request, Peer], Awaitable[Reply]]
 

@@ -8,11 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from troupe.errors import InputError, OutputError
+from troupe.errors import InputError, OutputError, remedy
 from troupe.records import text as words
 from troupe.records.report.charts import Chart, sections_of
 from troupe.records.report.picture import RunPicture
-from troupe.runtime.installing import remedy
 
 _COLOURS = ("#3a55c9", "#d9622b", "#12877f", "#9a3fb5", "#5f8d1d", "#c2306b", "#b88300", "#6d7684")
 _TEXT, _MUTED, _GRID = "#1d1f24", "#676b75", "#e6e6e0"

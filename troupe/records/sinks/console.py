@@ -18,8 +18,8 @@ from troupe.messages import Activity, GroupClosed, Incident, Status, Update
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.display import Display, shown_metrics
 from troupe.records.sinks.repeats import Repeats
-from troupe.runtime.escapes import one_line
 from troupe.runtime.outlets import Outlet, outlet_of
+from troupe.runtime.terminal import one_line
 
 _FRAMES_A_SECOND = 2
 _SILENT_S, _SILENT_AMID_STEPS_S = 10.0, 60.0

@@ -20,7 +20,7 @@ from rich.text import Text
 from troupe.messages import GroupClosed, Incident, Phase, Status, Update
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.digest import Sample, samples_of
-from troupe.runtime.escapes import one_line
+from troupe.runtime.terminal import one_line
 
 # metric, label, format: what one looks at while training
 _LINE = (

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from troupe.errors import ConfigError
+from troupe.errors import ConfigError, remedy
 from troupe.records.sinks.base import MetricsConfig, SinkName
-from troupe.runtime.installing import remedy
 
 _PACKAGES: dict[SinkName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 

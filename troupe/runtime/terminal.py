@@ -1,4 +1,4 @@
-"""Text of others on a terminal: what would act there, instead of being seen, is told as an escape.
+"""What is printed for a person: nothing of it acts on a terminal, and no reader who goes away stops anything.
 
 Names, completions, columns, errors and paths may hold anything: an ESC that clears the screen, a BEL, a carriage return
 that hides what stood before it, a mark that turns a line around. Everything that Troupe prints for a person goes
@@ -7,8 +7,15 @@ through here; what programs read (JSON) through `safe_json`. Pages are HTML, and
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import unicodedata
+
+import click
+
+EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 3, 130
+"""Exit codes of every command besides 0, done: bad input; a fault; interrupted, and can be resumed."""
 
 _TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Marks that change the direction of what follows."""
@@ -34,6 +41,25 @@ def one_line(text: str, encoding: str = "utf-8") -> str:
 def safe_json(text: str) -> str:
     """JSON that means the same, and in which nothing acts."""
     return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def tell_json(text: str) -> None:
+    """Print JSON for a program, in which nothing acts on a terminal either."""
+    tell(safe_json(text), as_it_is=True)
+
+
+def tell(text: str, *, error: bool = False, newline: bool = True, as_it_is: bool = False) -> None:
+    """Print a line, or the beginning of one. What would act on a terminal is told as an escape, unless `as_it_is`.
+
+    A reader who has gone (`troupe … | head`, a terminal that was closed) changes nothing about what the command has
+    done.
+    """
+    try:
+        click.echo(text if as_it_is else harmless(text), nl=newline, err=error)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())  # so that the flush at exit succeeds
+        os.close(nowhere)
 
 
 def _acts(char: str) -> bool:

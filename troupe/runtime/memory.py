@@ -1,4 +1,4 @@
-"""Memory that stays where Apple's GPU finds it: MLX's wired limit, which only Metal on macOS 15 or newer has."""
+"""MLX's memory in this process: limits on what it takes, and what Apple's GPU keeps resident (macOS 15 or newer)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,40 @@ import mlx.core as mx
 from troupe.errors import ConfigError
 from troupe.runtime.process_wide import ProcessWide
 
+CUDA_SHARE = 0.9
+"""Of a card's memory: the limit on CUDA where none is named."""
+RESERVE = 0.05
+"""Of a limit: left free, because MLX looks at what it holds only after it has taken more."""
+GB = 1e9
 _FIRST_MACOS = 15
-_GB = 1e9
 
+_MEMORY, _CACHE = ProcessWide(mx.set_memory_limit), ProcessWide(mx.set_cache_limit)
 _WIRED = ProcessWide(lambda size: mx.set_wired_limit(size))
+
+
+def device_limit_gb() -> float | None:
+    """What arrays may well take on this device by MLX's word, in 10⁹ bytes; None on a CPU, of which it says nothing."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return None
+    info = mx.device_info()
+    if recommended := info.get("max_recommended_working_set_size"):
+        return round(int(recommended) / GB, 1)
+    total = info.get("total_memory")
+    return round(CUDA_SHARE * int(total) / GB, 1) if total else None
+
+
+@contextmanager
+def memory_limited(limit_gb: float | None) -> Iterator[None]:
+    """Have MLX wait for the device, and let go of freed buffers, rather than go over the limit. None changes nothing.
+
+    MLX begins work ahead of the device, and all that it has begun holds its memory until it is done; above the limit it
+    waits. Freed buffers it keeps for the next array of their size, with the limit only below it.
+    """
+    if limit_gb is None:
+        yield
+        return
+    with _MEMORY.at(round((1.0 - RESERVE) * limit_gb * GB)), _CACHE.at(round(limit_gb * GB)):
+        yield
 
 
 def why_not_wired() -> str | None:
@@ -40,9 +70,9 @@ def check_wired_limit(limit_gb: float | None) -> list[str]:
     if (why := why_not_wired()) is not None:
         return [f"wired_limit_gb is {limit_gb:g}, which changes nothing here: {why}"]
     most = mx.device_info().get("max_recommended_working_set_size")
-    if most and limit_gb * _GB > int(most):
+    if most and limit_gb * GB > int(most):
         raise ConfigError(
-            f"wired_limit_gb is {limit_gb:g}, but the system lets {int(most) / _GB:.1f} GB be wired; lower it, or "
+            f"wired_limit_gb is {limit_gb:g}, but the system lets {int(most) / GB:.1f} GB be wired; lower it, or "
             "raise the system's limit: sudo sysctl iogpu.wired_limit_mb=MEGABYTES"
         )
     return []
@@ -55,5 +85,5 @@ def memory_wired(limit_gb: float | None) -> Iterator[None]:
     if limit_gb is None or why_not_wired() is not None:
         yield
         return
-    with _WIRED.at(round(limit_gb * _GB)):
+    with _WIRED.at(round(limit_gb * GB)):
         yield

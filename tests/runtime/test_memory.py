@@ -12,7 +12,7 @@ from troupe import train
 from troupe.errors import ConfigError
 from troupe.run.config import load_config
 from troupe.run.prepare import prepare
-from troupe.runtime.wired_memory import check_wired_limit, memory_wired
+from troupe.runtime.memory import check_wired_limit, memory_wired
 
 
 def on_a_mac(monkeypatch: pytest.MonkeyPatch, release: str, limits: list[int]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 import pytest
 
-from troupe.daemon.control import arrivals as module
-from troupe.daemon.control.arrivals import arrivals
+from troupe.runtime import arrivals as module
+from troupe.runtime.arrivals import arrivals
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from troupe.runtime.escapes import harmless, one_line, safe_json
+from troupe.runtime.terminal import harmless, one_line, safe_json
 
 ACTING = [*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0)), *"\u061c\u200e\u202e\u2066\u2069\u2028\u2029", "\ud800"]
 
