@@ -32,7 +32,7 @@ from troupe.records.sinks.trace import TraceWriter
 from troupe.runtime.actor import Actor
 from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
 from troupe.runtime.reporter import Reporter
-from troupe.runtime.roles import play
+from troupe.runtime.roles import run_roles
 from troupe.runtime.spans import ON_DEVICE, Interval, Times, difference, length, union
 
 WARM_UP_STEPS = 5  # the first ones compile kernels
@@ -88,7 +88,7 @@ async def hops_us(actors: int, messages: int, *, spans: bool, burst: int, folder
         channels[0].close()
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [*relays, metrics] if spans else relays)
+        tasks.start_soon(run_roles, [*relays, metrics] if spans else relays)
         await drive()
     dropped = sinks.dropped + sum(channel.stats().dropped for channel in metrics_box.channels)
     return took_s / messages / (actors + 1) * 1e6, dropped

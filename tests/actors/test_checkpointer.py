@@ -35,7 +35,7 @@ from troupe.messages import CheckpointWritten, Snapshot, Unfinished
 from troupe.policy import Weights, load_policy, random_policy
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox
-from troupe.runtime.roles import Restarts, Role, play
+from troupe.runtime.roles import Restarts, Role, run_roles
 
 pytestmark = pytest.mark.anyio
 
@@ -87,9 +87,9 @@ class Stage:
         self.settled.append((version, self.versions))
         return self._settles
 
-    async def play(self, *snapshots: Snapshot) -> None:
+    async def run_with(self, *snapshots: Snapshot) -> None:
         await send_all(self.snapshots, snapshots)
-        await play([self.checkpointer])
+        await run_roles([self.checkpointer])
 
     @property
     def versions(self) -> list[str]:
@@ -179,7 +179,7 @@ class Disk:
 async def test_what_else_a_snapshot_holds_is_written(tmp_path: Path, tiny_model: Path) -> None:
     stage = Stage(tmp_path, tiny_model)
     unfinished = Unfinished(next=7, scored=(make_scored(3, 0),))
-    await stage.play(snapshot(3, reference=weights_of(9), num_tokens=77, unfinished=unfinished, metrics={"reward": 1}))
+    await stage.run_with(snapshot(3, reference=weights_of(9), num_tokens=77, unfinished=unfinished, metrics={"reward": 1}))
     loaded = load_checkpoint(list_checkpoints(tmp_path)[0])
     assert loaded.reference is not None
     assert same_bits(loaded.reference, weights_of(9))
@@ -190,7 +190,7 @@ async def test_what_else_a_snapshot_holds_is_written(tmp_path: Path, tiny_model:
 
 async def test_every_snapshot_is_written_and_told_and_the_oldest_removed(tmp_path: Path, tiny_model: Path) -> None:
     stage = Stage(tmp_path, tiny_model)
-    await stage.play(snapshot(1), snapshot(2), snapshot(5, final=True))
+    await stage.run_with(snapshot(1), snapshot(2), snapshot(5, final=True))
     assert stage.versions == ["5", "2"]
     newest, _ = list_checkpoints(tmp_path)
     loaded = load_checkpoint(newest)
@@ -212,13 +212,13 @@ async def test_every_snapshot_is_written_and_told_and_the_oldest_removed(tmp_pat
 
 async def test_before_a_checkpoint_is_there_all_that_was_told_is_on_the_disk(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    await stage.play(snapshot(1), snapshot(2))
+    await stage.run_with(snapshot(1), snapshot(2))
     assert stage.settled == [(1, []), (2, ["1"])]
 
 
 async def test_what_does_not_settle_in_time_is_told_and_the_checkpoint_written(tmp_path: Path) -> None:
     stage = Stage(tmp_path, settled=False)
-    await stage.play(snapshot(3))
+    await stage.run_with(snapshot(3))
     assert stage.versions == ["3"]
     [(kind, message)] = await stage.incidents()
     assert kind == "checkpoint_unsettled"
@@ -238,7 +238,7 @@ async def test_without_anybody_to_settle_or_to_tell(tmp_path: Path) -> None:
         run_state=lambda snapshot: RunState(version=snapshot.version, seed=4, dataset="data"),
     )
     await send_all(channel, [snapshot(1)])
-    await play([checkpointer])
+    await run_roles([checkpointer])
     assert len(list_checkpoints(tmp_path)) == 1
 
 
@@ -266,7 +266,7 @@ async def test_a_failing_disk_is_an_incident_and_what_failed_is_tried_until_it_w
 
     disk.on_attempt = attempt
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.checkpointer])
+        tasks.start_soon(run_roles, [stage.checkpointer])
         await learn_on()
         await until(lambda: stage.ledger.pending is None)
         assert stage.versions == ["2"]
@@ -295,7 +295,7 @@ async def test_a_newer_snapshot_takes_the_place_of_one_that_failed(
     old = Held(weights_of(2))
     alive = weakref.ref(old)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.checkpointer])
+        tasks.start_soon(run_roles, [stage.checkpointer])
         await stage.snapshots.send(snapshot(2, weights=old))
         del old
         await stage.snapshots.settled()
@@ -334,7 +334,7 @@ async def test_an_attempt_gives_way_to_a_newer_snapshot_while_it_writes(
 
     monkeypatch.setattr(files, "_write_all", slow)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.checkpointer])
+        tasks.start_soon(run_roles, [stage.checkpointer])
         await stage.snapshots.send(snapshot(2))
         await until(lambda: write_again.is_set())
         await stage.snapshots.send(snapshot(3))
@@ -350,7 +350,7 @@ async def test_where_memory_has_no_room_for_it_a_snapshot_that_failed_is_not_hel
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage, disk = Stage(tmp_path, pauses=[0.0] * 9, overlap=False), Disk(monkeypatch, 2)
-    await stage.play(snapshot(2), snapshot(3))
+    await stage.run_with(snapshot(2), snapshot(3))
     assert disk.attempts == [2, 3]
     (_, message), (back, _) = await stage.incidents()
     assert message.endswith("and the next one will be tried")
@@ -359,14 +359,14 @@ async def test_where_memory_has_no_room_for_it_a_snapshot_that_failed_is_not_hel
 
 async def test_the_end_of_the_run_ends_the_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, disk = Stage(tmp_path), Disk(monkeypatch, 2)
-    await stage.play(snapshot(2))  # it pauses for ever, but the mailbox ends
+    await stage.run_with(snapshot(2))  # it pauses for ever, but the mailbox ends
     assert (disk.attempts, stage.versions) == ([2], [])
 
 
 async def test_attempts_end_when_there_is_no_pause_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, disk = Stage(tmp_path, pauses=[0.0]), Disk(monkeypatch, 2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.checkpointer])
+        tasks.start_soon(run_roles, [stage.checkpointer])
         await stage.snapshots.send(snapshot(2))
         await until(lambda: len(disk.attempts) >= 2)
         await stage.snapshots.send(snapshot(3))
@@ -378,7 +378,7 @@ async def test_the_final_policy_must_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     stage = Stage(tmp_path)
     with pytest.raises(RunError, match="the final policy could not be written"):
-        await stage.play(snapshot(2, final=True))
+        await stage.run_with(snapshot(2, final=True))
 
 
 async def test_a_checkpoint_that_is_whole_is_not_written_again(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ async def test_a_checkpoint_that_is_whole_is_not_written_again(tmp_path: Path) -
     await stage.checkpointer.handle(snapshot(2))
     manifest = tmp_path / "checkpoints" / "step-00000002" / "MANIFEST.json"
     written = manifest.stat().st_mtime_ns
-    await stage.play(snapshot(2, final=True))
+    await stage.run_with(snapshot(2, final=True))
     assert manifest.stat().st_mtime_ns == written
     assert same_bits(load_policy(tmp_path / "final").weights, weights_of(2))
     assert [told.version for told in stage.told] == [2]
@@ -395,7 +395,7 @@ async def test_a_checkpoint_that_is_whole_is_not_written_again(tmp_path: Path) -
 async def test_of_the_same_step_what_holds_more_scores_is_written_and_keeps_the_means(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     more = Unfinished(scored=(make_scored(3, 0),))
-    await stage.play(
+    await stage.run_with(
         snapshot(2, metrics={"reward": 0.5}),
         snapshot(2, unfinished=more),
         snapshot(2, unfinished=more),
@@ -409,14 +409,14 @@ async def test_of_the_same_step_what_holds_more_scores_is_written_and_keeps_the_
 
 async def test_means_of_a_checkpoint_that_was_removed_meanwhile_are_gone(tmp_path: Path) -> None:
     stage = Stage(tmp_path, ledger=CheckpointLedger(newest=2))
-    await stage.play(snapshot(2, unfinished=Unfinished(collected=(make_scored(2, 0),))))
+    await stage.run_with(snapshot(2, unfinished=Unfinished(collected=(make_scored(2, 0),))))
     assert load_checkpoint(list_checkpoints(tmp_path)[0]).state.metrics == {}
 
 
 async def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     stage = Stage(tmp_path, keep=1)
     rewards = {1: 0.1, 2: 0.8, 3: 0.3, 4: math.nan, 5: 0.2}
-    await stage.play(*(snapshot(version, metrics={"reward": reward}) for version, reward in rewards.items()))
+    await stage.run_with(*(snapshot(version, metrics={"reward": reward}) for version, reward in rewards.items()))
     assert stage.versions == ["5", "2"]
     assert [told.removed for told in stage.told] == [(), (1,), (), (3,), (4,)]
     state = json.loads((tmp_path / "checkpoints" / "step-00000002" / "state.json").read_text())
@@ -426,7 +426,7 @@ async def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
 async def test_a_future_that_was_abandoned_goes_with_the_first_own_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await Stage(tmp_path, keep=9).play(*map(snapshot, (1, 2, 6, 7)))
+    await Stage(tmp_path, keep=9).run_with(*map(snapshot, (1, 2, 6, 7)))
     disk = Disk(monkeypatch, 3)
     stage = Stage(tmp_path, keep=2, ledger=CheckpointLedger(newest=2, abandoned={6, 7}))
     await stage.checkpointer.handle(snapshot(3))
@@ -435,14 +435,14 @@ async def test_a_future_that_was_abandoned_goes_with_the_first_own_checkpoint(
     await stage.checkpointer.handle(snapshot(4))
     assert stage.versions == ["4", "2"]
     assert stage.told[-1].removed == (1, 6, 7)
-    await stage.play(*map(snapshot, (6, 7)))
+    await stage.run_with(*map(snapshot, (6, 7)))
     assert stage.versions == ["7", "6"], "these are its own"
 
 
 async def test_a_checkpoint_in_the_place_of_an_abandoned_one_is_the_runs_own(tmp_path: Path) -> None:
-    await Stage(tmp_path, keep=9).play(*map(snapshot, (1, 4)))
+    await Stage(tmp_path, keep=9).run_with(*map(snapshot, (1, 4)))
     stage = Stage(tmp_path, ledger=CheckpointLedger(newest=1, abandoned={4}))
-    await stage.play(snapshot(4, num_tokens=9))
+    await stage.run_with(snapshot(4, num_tokens=9))
     assert stage.versions == ["4", "1"]
     assert load_checkpoint(list_checkpoints(tmp_path)[0]).state.num_tokens == 9
 
@@ -468,7 +468,7 @@ async def test_what_cannot_be_removed_is_an_incident_of_its_own(
         await stage.checkpointer.handle(snapshot(3))
     [(kind, message)] = await stage.incidents()
     assert (kind, message.count("Device or resource busy")) == ("prune_failed", 1)
-    await stage.play(snapshot(4))
+    await stage.run_with(snapshot(4))
     assert stage.versions == ["4"]
     assert await stage.incidents() == []
     assert [told.version for told in stage.told] == [1, 2, 3, 4]
@@ -486,7 +486,7 @@ async def test_the_room_that_killed_runs_took_is_there_for_the_next_checkpoint(
         check_room(folder, needed_bytes)
 
     monkeypatch.setattr(writing, "_check_room", check)
-    await Stage(tmp_path).play(snapshot(1))
+    await Stage(tmp_path).run_with(snapshot(1))
 
 
 @pytest.mark.parametrize("where", ["save_checkpoint", "prune_checkpoints", "save_final_policy"])
@@ -509,7 +509,7 @@ async def test_a_snapshot_that_a_failed_checkpointer_had_in_hand_is_written_agai
     stage = Stage(tmp_path)
     await send_all(stage.snapshots, [snapshot(1), snapshot(2, final=True)])
     role = Role(stage.make)
-    await play([role], Restarts(first_s=0.0))
+    await run_roles([role], Restarts(first_s=0.0))
     assert role.restarts == 1
     folders = list_checkpoints(tmp_path)
     assert [folder.name for folder in folders] == ["step-00000002", "step-00000001"]
@@ -534,7 +534,7 @@ async def test_a_successor_goes_on_trying(tmp_path: Path, monkeypatch: pytest.Mo
     disk.on_attempt = attempt
     role = Role(stage.make)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [role], Restarts(first_s=0.0))
+        tasks.start_soon(run_roles, [role], Restarts(first_s=0.0))
         await stage.snapshots.send(snapshot(2))
         await until(lambda: stage.versions)
         stage.snapshots.close()
@@ -582,7 +582,7 @@ async def test_learning_goes_on_while_a_snapshot_is_written_and_changes_nothing_
     monkeypatch.setattr(files, "_write_all", slow)
     stage = Stage(tmp_path)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.checkpointer])
+        tasks.start_soon(run_roles, [stage.checkpointer])
         await stage.snapshots.send(taken)
         del taken
         stage.snapshots.close()

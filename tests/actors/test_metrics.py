@@ -20,7 +20,7 @@ from troupe.records.sinks.sinks import Sinks
 from troupe.records.sinks.trace import TraceWriter
 from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
 from troupe.runtime.reporter import Reporter
-from troupe.runtime.roles import Restarts, Role, play
+from troupe.runtime.roles import Restarts, Role, run_roles
 
 pytestmark = pytest.mark.anyio
 SPAN = Span(actor="learner", name="learn", start_s=1.0, end_s=2.0)
@@ -64,11 +64,11 @@ class Stage:
             clock=lambda: self.now_s,
         )
 
-    async def play(self, *messages: Report) -> None:
+    async def run(self, *messages: Report) -> None:
         for message in messages:
             await self.reports.send(message)
         self.reports.close()
-        await play([self.metrics])
+        await run_roles([self.metrics])
 
 
 def told(sink: FakeSink) -> list[object]:
@@ -86,7 +86,7 @@ async def test_counts_and_hands_everything_to_every_sink_in_order() -> None:
     ends = closed(0, "trained"), closed(1, "quarantined"), closed(2, "trained")
     written = CheckpointWritten(version=1, folder="c", bytes=1, seconds=0.1)
     messages: list[Report] = [ends[0], SPAN, ends[1], INCIDENT, written, ends[2]]
-    await stage.play(*messages)
+    await stage.run(*messages)
     assert told(one) == told(other) == messages
     assert (one.closed, other.closed) == (1, 1)
     assert stage.tally.closed_groups == {"trained": 2, "quarantined": 1}
@@ -98,7 +98,7 @@ async def test_a_sink_that_fails_is_an_incident_for_the_others(monkeypatch: pyte
     monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
     bad, good = FakeSink("bad", refuses=(Update,)), FakeSink("good")
     stage = Stage(bad, good)
-    await stage.play(update(1), SPAN, update(2), SPAN, update(3), SPAN, update(4))
+    await stage.run(update(1), SPAN, update(2), SPAN, update(3), SPAN, update(4))
     assert bad.attempts == 3
     assert bad.closed == 1
     [incident] = [message for message in good.got if isinstance(message, Incident)]
@@ -115,7 +115,7 @@ async def test_sinks_that_fail_together_are_both_switched_off(monkeypatch: pytes
     second = FakeSink("second", refuses=(Update, Incident))
     third = FakeSink("third")
     stage = Stage(first, second, third)
-    await stage.play(INCIDENT, INCIDENT, update(1), update(2), update(3), update(4))
+    await stage.run(INCIDENT, INCIDENT, update(1), update(2), update(3), update(4))
     assert stage.tally.switched_off_sinks == {"first": "OSError: disk full", "second": "OSError: disk full"}
     assert stage.tally.incidents == {"reward_timeout": 2, "sink_failed": 2}
     assert steps(third) == [1, 2, 3, 4]
@@ -126,7 +126,7 @@ async def test_listeners_hear_of_groups_and_incidents_those_of_sinks_too(monkeyp
     stage = Stage(FakeSink("bad", refuses=(GroupClosed,)))
     incidents, groups = stage.listeners.listen(9, Incident), stage.listeners.listen(9, GroupClosed)
     ends = [closed(gid, "trained") for gid in range(3)]
-    await stage.play(INCIDENT, *ends)
+    await stage.run(INCIDENT, *ends)
     assert await taken(groups) == ends
     heard = await taken(incidents)
     assert [incident.kind for incident in heard] == ["reward_timeout", "sink_failed"]
@@ -139,7 +139,7 @@ async def test_listeners_get_updates_of_which_a_slow_one_keeps_the_newest() -> N
         await stage.metrics.handle(update(step))
         if step == 3:
             late = stage.listeners.listen(9)
-    await stage.play()
+    await stage.run()
     assert [message.step for message in await taken(slow)] == [4, 5]
     assert [message.step for message in await taken(late)] == [4, 5]
     assert ended(slow)
@@ -157,7 +157,7 @@ async def test_updates_carry_the_queues_and_what_was_dropped() -> None:
     for _ in range(5):
         spans.send_nowait(SPAN)
     listener = stage.listeners.listen(9)
-    await stage.play(update(1))
+    await stage.run(update(1))
     [told_update] = await taken(listener)
     assert told_update.metrics == {
         "reward": 1.0,
@@ -192,7 +192,7 @@ async def test_writes_of_the_sinks_are_its_own_work(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
     sink = FakeSink("disk")
     stage = Stage(sink)
-    await stage.play(INCIDENT, closed(0, "trained"), SPAN)
+    await stage.run(INCIDENT, closed(0, "trained"), SPAN)
     own = [message for message in sink.got if isinstance(message, Span) and message.actor == "metrics"]
     assert [(span.name, span.lane) for span in own] == [("write disk", 0)]  # of the incident; told with the group
 
@@ -218,7 +218,7 @@ async def test_a_successor_goes_on_with_the_same_open_sinks(tmp_path: Path) -> N
         await stage.reports.send(closed(step, "trained"))
         await stage.reports.send(Span(actor="learner", name="learn", start_s=float(step), end_s=step + 0.5))
     stage.reports.close()
-    await play([Role(make)], Restarts(first_s=0.0))
+    await run_roles([Role(make)], Restarts(first_s=0.0))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert stage.tally.closed_groups == {"trained": 5}
@@ -241,7 +241,7 @@ async def test_what_is_handed_over_again_is_counted_once(monkeypatch: pytest.Mon
     await stage.reports.send(closed(0, "trained"))
     await stage.reports.send(INCIDENT)
     stage.reports.close()
-    await play([Role(stage.make)], Restarts(first_s=0.0))
+    await run_roles([Role(stage.make)], Restarts(first_s=0.0))
     assert failures == []
     assert stage.tally.closed_groups == {"trained": 1}
     assert stage.tally.incidents["reward_timeout"] == 1
@@ -275,7 +275,7 @@ async def test_what_was_told_before_is_settled_also_by_a_successor(tmp_path: Pat
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(checkpoint)
-        await play([Role(make)], Restarts(first_s=0.0))
+        await run_roles([Role(make)], Restarts(first_s=0.0))
     assert seen == [[1, 2]]
     assert failures == []
 

@@ -13,7 +13,7 @@ from troupe.errors import RewardError
 from troupe.messages import GroupClosed, Hold, Incident, RolloutGroup, ScoredGroup, Span
 from troupe.rewards import RewardManager, RewardsConfig, TrainerState, batch_reward
 from troupe.runtime.mailbox import Channel, Mailbox
-from troupe.runtime.roles import play
+from troupe.runtime.roles import run_roles
 
 pytestmark = pytest.mark.anyio
 
@@ -65,7 +65,7 @@ async def test_a_slow_group_does_not_hold_up_a_fast_one() -> None:
     stage = Stage(slow_for_the_first)
     groups = [make_group(make_prompt(0, place)) for place in range(2)]
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.scorer])
+        tasks.start_soon(run_roles, [stage.scorer])
         await send_all(stage.groups, groups)
         await anyio.wait_all_tasks_blocked()
         [fast] = await taken(stage.learner)
@@ -91,7 +91,7 @@ async def test_a_failed_call_is_an_incident_and_its_scores_are_missing_not_zero(
 
     stage = Stage(broken, whole)
     await send_all(stage.groups, [make_group(make_prompt(0, 1))])
-    await play([stage.scorer])
+    await run_roles([stage.scorer])
     [scored] = await taken(stage.learner)
     assert scored.scores == {"broken": (None, None, None), "whole": (1.0, None, None)}
     assert scored.logged == {"seen": 3.0}
@@ -108,7 +108,7 @@ async def test_a_broken_contract_ends_the_play(answer: Any) -> None:
     stage = Stage(wrong)
     await send_all(stage.groups, [make_group(make_prompt(0, 0))])
     with pytest.raises(RewardError, match="reward wrong returned"):
-        await play([stage.scorer])
+        await run_roles([stage.scorer])
     assert await taken(stage.learner) == []
     assert not ended(stage.learner)
 
@@ -129,7 +129,7 @@ async def test_incidents_arrive_before_the_group_they_are_about() -> None:
     stage.scorer.report.incident = note_incident  # type: ignore[method-assign]
     stage.scorer.outputs[0].send = note_group  # type: ignore[union-attr,method-assign]
     await send_all(stage.groups, [make_group(make_prompt(0, 0))])
-    await play([stage.scorer])
+    await run_roles([stage.scorer])
     assert seen == ["reward_nonfinite", "group"]
 
 
@@ -142,7 +142,7 @@ async def test_rewards_are_told_where_training_stands_by_the_slot_alone() -> Non
 
     stage = Stage(look)
     await send_all(stage.groups, [make_group(make_prompt(3, 1))])
-    await play([stage.scorer])
+    await run_roles([stage.scorer])
     (state,) = states
     assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (3, 9, 1.5, 5)
     assert (state.train_batch_size, state.is_world_process_zero, state.log_history) == (6, True, ())
@@ -158,7 +158,7 @@ async def test_prompting_is_held_while_a_reward_is_down_and_nothing_is_lost() ->
 
     stage = Stage(away, breaker_failures=2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.scorer])
+        tasks.start_soon(run_roles, [stage.scorer])
         await send_all(stage.groups, [make_group(make_prompt(0, place)) for place in range(5)])
         with anyio.fail_after(30):
             hold = await stage.told(held=True)
@@ -192,7 +192,7 @@ async def test_who_takes_over_scores_what_was_in_hand_and_says_what_is_down() ->
     stage.inbox.take_back()
     stage.groups.close()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.another()])
+        tasks.start_soon(run_roles, [stage.another()])
         with anyio.fail_after(30):
             await stage.told(held=True)
             up.set()
@@ -218,7 +218,7 @@ async def test_scores_of_before_a_resume_are_used_once_and_only_for_the_same_com
     stage = Stage(reward, recorded=recorded)
     await send_all(stage.groups, [same, other])
     await stage.rewards.start()
-    await play([stage.scorer])
+    await run_roles([stage.scorer])
     await stage.rewards.stop()
     scores = {group.group.prompt.gid: group.scores for group in await taken(stage.learner)}
     assert scores == {0: {"reward": (0.0, 1.0)}, 1: {"reward": (0.5, 0.5)}}

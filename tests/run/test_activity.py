@@ -18,7 +18,7 @@ from tests.support.runs import in_store
 from troupe import Supervisor
 from troupe.messages import Activity, Incident
 from troupe.rewards import RewardActor, RewardSample, Wait
-from troupe.run.activity import Stage, of_actors, with_waits
+from troupe.run.activity import Progress, of_actors, with_waits
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +61,7 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
 
 
 def test_a_stage_tells_how_far_it_is_and_for_how_long() -> None:
-    stage = Stage()
+    stage = Progress()
     assert stage.activity(0.0) is None
     with stage.at("held-out rows") as now:
         assert stage.activity(now.since_s) == Activity(what="held-out rows")

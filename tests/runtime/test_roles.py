@@ -15,7 +15,7 @@ from troupe.messages import Incident
 from troupe.runtime.actor import Actor
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
-from troupe.runtime.roles import Restarts, Role, finishing, first_fault, play
+from troupe.runtime.roles import Restarts, Role, finishing, first_fault, run_roles
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +53,7 @@ async def test_the_end_travels_down_the_play() -> None:
         got.extend([number async for number in last])
 
     async with anyio.create_task_group() as group:
-        group.start_soon(play, list(reversed(relays)))  # the order of starting does not matter
+        group.start_soon(run_roles, list(reversed(relays)))  # the order of starting does not matter
         group.start_soon(read)
         for number in range(5):
             await first.send(number)
@@ -66,7 +66,7 @@ async def test_a_fault_cancels_the_others_and_is_raised_as_itself_with_its_cause
     first, relays, _ = chain(3)
     first.send_nowait(13)
     with pytest.raises(ValueError, match="13 is refused") as caught:
-        await play(relays)
+        await run_roles(relays)
     assert isinstance(caught.value.__cause__, OSError)
     assert str(caught.value.__cause__) == "no luck"
     assert all(relay.stopped for relay in relays)
@@ -76,7 +76,7 @@ async def test_a_fault_cancels_the_others_and_is_raised_as_itself_with_its_cause
 async def test_a_cancelled_play_ends_without_a_fault() -> None:
     _, relays, _ = chain(2)
     async with anyio.create_task_group() as group:
-        group.start_soon(play, relays)
+        group.start_soon(run_roles, relays)
         await wait_all_tasks_blocked()
         group.cancel_scope.cancel()
     assert all(relay.stopped for relay in relays)
@@ -126,7 +126,7 @@ def audience() -> tuple[LastWords, Listener, Channel[int]]:
 async def test_who_leaves_last_hears_what_the_others_say_when_they_are_cancelled() -> None:
     speaker, listener, _ = audience()
     async with anyio.create_task_group() as group:
-        group.start_soon(play, [listener, speaker])
+        group.start_soon(run_roles, [listener, speaker])
         await wait_all_tasks_blocked()
         group.cancel_scope.cancel()
     assert listener.heard == [7]
@@ -137,7 +137,7 @@ async def test_who_leaves_last_hears_what_the_others_say_after_a_fault() -> None
     first, relays, _ = chain(1)
     first.send_nowait(13)
     with pytest.raises(ValueError, match="13 is refused"):
-        await play([speaker, listener, *relays])
+        await run_roles([speaker, listener, *relays])
     assert listener.heard == [7]
 
 
@@ -145,7 +145,7 @@ async def test_a_fault_of_who_leaves_last_ends_the_play_too() -> None:
     speaker, listener, other = audience()
     other.send_nowait(13)
     with pytest.raises(ValueError, match="13 is refused"):
-        await play([speaker, listener])
+        await run_roles([speaker, listener])
     assert listener.inbox.channels[0].stats().sent == 1, "the speaker was stopped"
 
 
@@ -157,7 +157,7 @@ async def test_who_leaves_last_ends_by_itself_when_all_is_said() -> None:
     for number in (1, 2):
         first.send_nowait(number)
     first.close()
-    await play([listener, Relay(relay_box, numbers)])
+    await run_roles([listener, Relay(relay_box, numbers)])
     assert listener.heard == [1, 2]
 
 
@@ -242,8 +242,8 @@ class Failures:
         self.role = Role(lambda: Failing(inbox, out, report, planned, late=late, error=error))
         self.pauses = Pauses()
 
-    async def play(self) -> list[int]:
-        await play([self.role], self.pauses.restarts)
+    async def run(self) -> list[int]:
+        await run_roles([self.role], self.pauses.restarts)
         return [number async for number in self.out_box]
 
     async def incidents(self) -> list[Incident]:
@@ -254,7 +254,7 @@ class Failures:
 @pytest.mark.parametrize("where", ["start", "handle 0", "handle 2", "handle 3", "finish"])
 async def test_a_new_actor_goes_on_with_what_the_failed_one_had_in_hand(where: str, late: bool) -> None:
     failures = Failures({where: 2}, late=late)
-    assert sorted(await failures.play()) == [0, 1, 2, 3]
+    assert sorted(await failures.run()) == [0, 1, 2, 3]
     assert failures.role.restarts == 2
     incidents = await failures.incidents()
     assert [(i.actor, i.kind) for i in incidents] == [("failing", "actor_restarted")] * 2
@@ -266,14 +266,14 @@ async def test_a_new_actor_goes_on_with_what_the_failed_one_had_in_hand(where: s
 @pytest.mark.parametrize("number", range(4))
 async def test_work_that_goes_on_in_tasks_is_given_to_the_new_actor_in_order(number: int) -> None:
     failures = Failures({f"task {number}": 1}, late=True)
-    assert sorted(await failures.play()) == [0, 1, 2, 3]
+    assert sorted(await failures.run()) == [0, 1, 2, 3]
     assert failures.role.restarts == 1
 
 
 async def test_one_failure_more_than_the_limit_within_the_window_ends_the_play() -> None:
     failures = Failures({"handle 1": 99})
     with pytest.raises(RunError, match=r"failing failed: OSError: no luck .* restarted 3 times within 60 s") as caught:
-        await failures.play()
+        await failures.run()
     assert isinstance(caught.value.__cause__, OSError)
     assert failures.pauses.slept == [0.1, 0.2, 0.4]
     assert not failures.out_box.channels[0].closed, "nobody takes a fault for a regular end"
@@ -288,7 +288,7 @@ async def test_failures_that_lie_further_apart_than_the_window_do_not_add_up() -
         failures.pauses.now_s += 25.0
 
     slow = Restarts(clock=restarts.clock, sleep=long_sleep, jitter=restarts.jitter)
-    await play([failures.role], slow)
+    await run_roles([failures.role], slow)
     assert failures.role.restarts == 9
     assert failures.pauses.slept == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
 
@@ -301,7 +301,7 @@ async def test_an_actor_that_fails_again_and_again_over_the_same_message_ends_th
 
     restarts = Restarts(clock=lambda: failures.pauses.now_s, sleep=long_sleep)
     with pytest.raises(RunError, match="failed 20 times in a row without being done with a single message"):
-        await play([failures.role], restarts)
+        await run_roles([failures.role], restarts)
     assert failures.role.restarts == 19 + 19, "message 0 was done with in between, so counting began anew"
 
 
@@ -333,7 +333,7 @@ async def test_what_a_failed_actor_had_is_let_go_of_when_the_next_one_plays() ->
     numbers.send_nowait(1)
     numbers.close()
     heavy: list[weakref.ref[Heavy]] = []
-    await play([Role(lambda: Holding(inbox, heavy))], Pauses().restarts)
+    await run_roles([Role(lambda: Holding(inbox, heavy))], Pauses().restarts)
     assert len(heavy) == 2
 
 
@@ -348,7 +348,7 @@ def test_pauses_double_up_to_a_limit_and_are_spread_over_the_upper_half() -> Non
 async def test_a_troupe_error_is_final_at_once(error: Exception) -> None:
     failures = Failures({"handle 1": 1}, error=error)
     with pytest.raises(type(error), match=str(error)):
-        await failures.play()
+        await failures.run()
     assert failures.role.restarts == 0
 
 
@@ -356,13 +356,13 @@ async def test_a_role_that_may_not_be_restarted_fails_as_itself() -> None:
     failures = Failures({"handle 1": 1})
     failures.role.restartable = False
     with pytest.raises(OSError, match="no luck"):
-        await failures.play()
+        await failures.run()
 
 
 @pytest.mark.parametrize("late", [False, True])
 async def test_a_fault_at_the_stop_of_an_actor_that_ended_well_is_an_incident(late: bool) -> None:
     failures = Failures({"stop": 1}, late=late)
-    assert sorted(await failures.play()) == [0, 1, 2, 3]
+    assert sorted(await failures.run()) == [0, 1, 2, 3]
     [incident] = await failures.incidents()
     assert (incident.kind, failures.role.restarts) == ("stop_failed", 0)
     assert "failing failed when it stopped: OSError: no luck" in incident.message
@@ -370,7 +370,7 @@ async def test_a_fault_at_the_stop_of_an_actor_that_ended_well_is_an_incident(la
 
 async def test_a_fault_at_the_stop_of_an_actor_that_failed_hides_nothing() -> None:
     failures = Failures({"handle 2": 1, "stop": 1})
-    assert await failures.play() == [0, 1, 2, 3]
+    assert await failures.run() == [0, 1, 2, 3]
     assert [incident.kind for incident in await failures.incidents()] == ["stop_failed", "actor_restarted"]
 
 
@@ -383,7 +383,7 @@ async def test_a_new_actor_that_cannot_be_made_counts_as_a_failure() -> None:
 
     failures.role._make = refuse
     with pytest.raises(RunError, match="no thread"):
-        await failures.play()
+        await failures.run()
     assert failures.role.restarts == 3
     assert failures.role.actor is first
 
@@ -392,7 +392,7 @@ async def test_a_play_can_be_cancelled_amid_the_pause_before_a_restart() -> None
     failures = Failures({"handle 1": 1})
     restarts = Restarts(sleep=lambda seconds: anyio.sleep_forever())
     async with anyio.create_task_group() as group:
-        group.start_soon(play, [failures.role], restarts)
+        group.start_soon(run_roles, [failures.role], restarts)
         await wait_all_tasks_blocked()
         group.cancel_scope.cancel()
     assert failures.out_box.waiting == (0,)
@@ -414,7 +414,7 @@ async def test_who_leaves_last_is_restarted_too_and_hears_the_rest_when_a_play_i
     other.send_nowait(13)
     first.send_nowait(13)
     with pytest.raises(ValueError, match="13 is refused"):
-        await play([*relays, speaker, role], Pauses().restarts)
+        await run_roles([*relays, speaker, role], Pauses().restarts)
     assert heard == [-1, 13, 7]
 
 
@@ -427,7 +427,7 @@ async def test_receivers_are_started_before_senders() -> None:
 
     first, relays, _ = chain(3)
     first.close()
-    await play([Noted(relay.inbox, relay.out) for relay in relays])
+    await run_roles([Noted(relay.inbox, relay.out) for relay in relays])
     assert begun == ["box 2", "box 1", "box 0"]
 
 

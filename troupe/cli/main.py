@@ -30,7 +30,7 @@ from troupe.cli.report import report
 from troupe.cli.terminal import Number, report_errors
 from troupe.errors import InputError
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
-from troupe.run.activity import Stage
+from troupe.run.activity import Progress
 from troupe.run.config import config_table, known_keys, layered, load_config, settings_layers
 from troupe.run.evaluate import Evaluation, evaluate_folder
 from troupe.run.folder_names import policy_folder
@@ -323,7 +323,7 @@ def eval_command(
 
 async def _evaluated(evaluating: Callable[..., Awaitable[Evaluation]]) -> Evaluation:
     """Evaluate, and say on stderr now and then how far it is."""
-    stage, over, results = Stage(), anyio.CancelScope(), list[Evaluation]()
+    stage, over, results = Progress(), anyio.CancelScope(), list[Evaluation]()
 
     async def work() -> None:
         with stage.at("evaluating"):

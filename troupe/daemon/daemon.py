@@ -23,7 +23,7 @@ from troupe.daemon.control.place import Peer
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.logs import LEVELS, LOGGER
 from troupe.daemon.orders import Order
-from troupe.daemon.page.history import Chronicle
+from troupe.daemon.page.history import History
 from troupe.daemon.reloading import Reloading, set_level
 from troupe.daemon.trainer.frames import Answer, Begin, Failed, Finished, Last, Playing, Rejected, Stepped, Told
 from troupe.daemon.trainer.link import ANSWER_S, CHECKED_S, GONE, Child, Player, first_of
@@ -62,11 +62,11 @@ class Daemon:
         spawn: Callable[[], Awaitable[Child]],
         *,
         attempts: Attempts | None = None,
-        chronicle: Chronicle | None = None,
+        history: History | None = None,
         held: HeldFolder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`chronicle`: what writes down what is told, where there is a page to show it. `held`: the run
+        """`history`: what writes down what is told, where there is a page to show it. `held`: the run
         folder, which has to stay in its place."""
         self.last_words = ""
         """How it ended."""
@@ -74,7 +74,7 @@ class Daemon:
         self._spawn = spawn
         self._clock = clock
         self._attempts = attempts or Attempts(config, clock=clock)
-        self._chronicle = chronicle
+        self._history = history
         self._held = held
         self._reloading = Reloading(order, self._attempts, self._answer)
         self._known = NOT_STARTED
@@ -104,8 +104,8 @@ class Daemon:
             if (gone := self._gone()) is not None:
                 return self._over(EXIT_BAD_INPUT, str(gone))
             LOGGER.error(_shortened(end.message))  # also of what a start before could use: disks fill up and empty
-            if self._chronicle is not None:
-                self._chronicle.failed(_shortened(end.message))
+            if self._history is not None:
+                self._history.failed(_shortened(end.message))
             hang = self._silence
             pause_s = self._attempts.failed(None if hang is None else hang.what)
             if self._end is not None and not self._plays:
@@ -251,8 +251,8 @@ class Daemon:
                     self._tell(trainer, frame)
                 case Finished() | Rejected() | Failed():
                     return frame
-            if self._chronicle is not None:
-                self._chronicle.take(frame)
+            if self._history is not None:
+                self._history.take(frame)
 
     def _now_plays(self, trainer: Player, playing: Playing) -> None:
         self._has_played = self._plays = True
@@ -319,7 +319,7 @@ class Daemon:
 
     @property
     def _has_page(self) -> bool:
-        return self._chronicle is not None
+        return self._history is not None
 
     async def _told_to_end_within(self, pause_s: float, reason: str) -> bool:
         self._failure = _shortened(reason)

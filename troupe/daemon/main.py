@@ -15,7 +15,7 @@ from troupe.daemon.control.server import ControlServer
 from troupe.daemon.daemon import Daemon
 from troupe.daemon.logs import LOGGER, logging_into
 from troupe.daemon.orders import Order
-from troupe.daemon.page.history import Chronicle
+from troupe.daemon.page.history import History
 from troupe.daemon.trainer.link import Child
 from troupe.errors import InputError, OutputError, RunError
 from troupe.runtime.held_folder import HeldFolder
@@ -55,31 +55,31 @@ async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
 
 async def _serve(order: Order, trainer: str, held: HeldFolder) -> int:
     with logging_into(order.output, order.daemon):
-        chronicle = Chronicle(order.output.name, str(order.output)) if order.daemon.page else None
-        daemon = Daemon(order, order.daemon, partial(_spawned, trainer), chronicle=chronicle, held=held)
+        history = History(order.output.name, str(order.output)) if order.daemon.page else None
+        daemon = Daemon(order, order.daemon, partial(_spawned, trainer), history=history, held=held)
         async with ControlServer(order.output, daemon.answer) as server, AsyncExitStack() as stack:
             if server.unavailable is not None:
                 LOGGER.warning(server.unavailable)
-            if chronicle is not None:
-                await chronicle.read(order.output)
-                await stack.enter_async_context(_page(daemon, chronicle, order))
+            if history is not None:
+                await history.read(order.output)
+                await stack.enter_async_context(_page(daemon, history, order))
             code = 0
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(daemon.obey_signals)
                 code = await daemon.run()
                 tasks.cancel_scope.cancel()
-            if chronicle is not None:
-                chronicle.end(daemon.last_words, well=code == 0)
+            if history is not None:
+                history.end(daemon.last_words, well=code == 0)
             return code
 
 
 @asynccontextmanager
-async def _page(daemon: Daemon, chronicle: Chronicle, order: Order) -> AsyncIterator[None]:
+async def _page(daemon: Daemon, history: History, order: Order) -> AsyncIterator[None]:
     """The live page, and its address told."""
     from troupe.daemon.page.server import Page  # where it is asked for: the daemon is light
 
     port = order.daemon.page
-    async with Page(daemon, chronicle, order.output, 0 if port is True else port) as page:
+    async with Page(daemon, history, order.output, 0 if port is True else port) as page:
         tell(f"live page: {page.address}")
         LOGGER.info("a live page is served; its address is in page.url")
         yield

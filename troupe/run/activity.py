@@ -1,6 +1,6 @@
 """What a run as a whole is at, or waits for, put into one line when somebody asks. It changes nothing.
 
-While actors play it is read off their open spans; before and after, a `Stage` says it. Times are on
+While actors play it is read off their open spans; before and after, a `Progress` says it. Times are on
 `time.perf_counter`. Knows nothing of who shows it.
 """
 
@@ -29,7 +29,7 @@ class Wait(Protocol):
     def for_s(self) -> float: ...
 
 
-class Stage:
+class Progress:
     """What is done while no actor plays: a few fields that whoever does it sets, from any thread."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Stage:
         self.since_s = 0.0
 
     @contextmanager
-    def at(self, what: str) -> Iterator[Stage]:
+    def at(self, what: str) -> Iterator[Progress]:
         """The body does this."""
         self.what, self.done, self.total, self.since_s = what, 0, 0, time.perf_counter()
         try:

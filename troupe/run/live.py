@@ -1,4 +1,4 @@
-"""Performance: one run from its first reward to its last file, with all that goes on beside the play.
+"""LiveRun: one run from its first reward to its last file, with all that goes on beside the play.
 
 It is given a prepared run and a built pipeline, plays them to the end, and keeps what came of it. Knows nothing of who
 asks for what: that is the Supervisor's.
@@ -20,7 +20,7 @@ from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.policy import Policy, load_policy
 from troupe.rewards import Reward, Sitting
-from troupe.run.activity import Stage, of_actors, with_waits
+from troupe.run.activity import Progress, of_actors, with_waits
 from troupe.run.config import RUN_TOML
 from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
@@ -33,7 +33,7 @@ from troupe.runtime import linux_cpu
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Mailbox
 from troupe.runtime.memory import memory_limited, memory_wired
-from troupe.runtime.roles import play, together
+from troupe.runtime.roles import run_roles, together
 from troupe.runtime.watchdog import watch
 
 _EXCHANGES = 64
@@ -65,7 +65,7 @@ class Errands:
         self.settings = self.inbox.channel("settings", Setting, bound=_EXCHANGES, overflow="drop_oldest")
 
 
-class Performance:
+class LiveRun:
     """Made and `run` within an event loop, once."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Performance:
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self._farewells: list[tuple[str, Sitting, int]] = []
-        self._stage = Stage()
+        self._stage = Progress()
         self._newest_update = pipeline.news.listen(1, Update)
 
     def stop(self) -> None:
@@ -242,7 +242,7 @@ class Performance:
         self._playing = True
         for message in self._prepared.lost:
             self._tell("steps_lost", message)
-        playing = partial(_beside, self._watch, partial(play, self._pipeline.roles))
+        playing = partial(_beside, self._watch, partial(run_roles, self._pipeline.roles))
         await _beside(self._watch_folder, playing)
         self._after = await self._evaluate(self._trained_policy(), "held-out rows after training")
 

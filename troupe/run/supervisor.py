@@ -26,10 +26,10 @@ from troupe.messages import (
     Update,
 )
 from troupe.rewards import Reward
-from troupe.run.activity import Stage
+from troupe.run.activity import Progress
 from troupe.run.config import RunConfig, check_config
 from troupe.run.folder import RunFolder
-from troupe.run.live import Errands, Exchange, Performance, Setting
+from troupe.run.live import Errands, Exchange, LiveRun, Setting
 from troupe.run.pipeline import Pipeline, build_pipeline
 from troupe.run.prepare import Prepared, prepare
 from troupe.run.result import RunResult, remove_summary
@@ -73,11 +73,11 @@ class Supervisor:
         self._entered = self._stopping = self._pausing = False
         self._requests: list[Callable[[Pipeline], None]] = []
         self._errands = Errands()
-        self._stage = Stage()
+        self._stage = Progress()
         self._ended = anyio.Event()
         self._device = DeviceThread("supervisor")
         self._place: RunFolder | None = None
-        self._performance: Performance | None = None
+        self._live: LiveRun | None = None
         """There when everything is loaded."""
         self._pipeline: Pipeline
         self._prepared: Prepared
@@ -96,7 +96,7 @@ class Supervisor:
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
             self.lost = prepared.lost
             self._pipeline = build_pipeline(prepared, check_folder=place.check)
-            performance = Performance(
+            performance = LiveRun(
                 prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
             )
             self._tasks = anyio.create_task_group()
@@ -108,7 +108,7 @@ class Supervisor:
             with anyio.CancelScope(shield=True):
                 await self._device.close()
             raise
-        self._performance = performance
+        self._live = performance
         for request in self._requests:
             request(self._pipeline)
         if self._stopping:
@@ -130,7 +130,7 @@ class Supervisor:
                     await device.close()
             if self._pipeline.files is not None:
                 self._pipeline.files.close()
-        fault = None if self._performance is None else self._performance.fault
+        fault = None if self._live is None else self._live.fault
         if fault is not None and error is None:
             raise fault
 
@@ -142,7 +142,7 @@ class Supervisor:
     @property
     def result(self) -> RunResult:
         """What became of the run; RuntimeError before it has ended."""
-        result = None if self._performance is None else self._performance.result
+        result = None if self._live is None else self._live.result
         if result is None:
             raise RuntimeError("the run has no result yet: leave the `async with` block, or await wait(), first")
         return result
@@ -163,7 +163,7 @@ class Supervisor:
         return self._listen(GroupClosed)
 
     async def _listen(self, kind: type[T]) -> AsyncGenerator[T, None]:
-        if self._performance is None:
+        if self._live is None:
             raise RuntimeError("there is nothing to listen to yet: enter the supervisor with `async with` first")
         mailbox = self._pipeline.news.listen(_LISTENER_BOUND, kind)
         try:
@@ -178,8 +178,8 @@ class Supervisor:
 
     def status(self) -> Status:
         """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
-        if self._performance is not None:
-            return self._performance.status()
+        if self._live is not None:
+            return self._live.status()
         return msgspec.structs.replace(NOT_STARTED, activity=self._stage.activity(time.perf_counter()))
 
     @property
@@ -214,13 +214,13 @@ class Supervisor:
     def stop(self) -> None:
         """Ask the run to end now, with a checkpoint of the last completed step."""
         self._stopping = True
-        if self._performance is not None:
-            self._performance.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def remind(self, hint: str) -> None:
         """Have the status say in its `notice`, while the run is ending on request, what can be done next."""
-        if self._performance is not None:
-            self._performance.remind(hint)
+        if self._live is not None:
+            self._live.remind(hint)
 
     def exchange_reward(self, name: str, reward: Reward | str) -> None:
         """Ask for `reward`, or the one that a text names as the config does, in the place of the one called `name`, for
@@ -235,7 +235,7 @@ class Supervisor:
     async def check(self, key: str, value: Any) -> None:
         """See whether a value can be `set`, also where that takes a while: a reward is loaded in a process of its own
         first, and in this one then, within a minute. Raises InputError where it cannot."""
-        names = self._prepared.rewards.names if self._performance is not None else None
+        names = self._prepared.rewards.names if self._live is not None else None
         value = check_change(self.config, key, value, names)
         section, _, name = key.partition(".")
         if section == "rewards" and names is not None:
@@ -248,7 +248,7 @@ class Supervisor:
 
         ConfigError for another key, or a value that the config would refuse. What fails later is an incident.
         """
-        names = self._prepared.rewards.names if self._performance is not None else None
+        names = self._prepared.rewards.names if self._live is not None else None
         value = check_change(self.config, key, value, names)
         section, _, name = key.partition(".")
         if section == "rewards":
@@ -257,7 +257,7 @@ class Supervisor:
             self._errands.settings.send_nowait(Setting(key, value))
 
     def _ask(self, request: Callable[[Pipeline], None]) -> None:
-        if self._performance is not None:
+        if self._live is not None:
             request(self._pipeline)
         else:
             self._requests.append(request)

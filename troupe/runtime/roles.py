@@ -66,7 +66,7 @@ class Role:
         """The name of the actor."""
         return self.actor.name
 
-    async def play(self, restarts: Restarts) -> None:
+    async def run(self, restarts: Restarts) -> None:
         """Play the role to its end, by as many actors as it takes."""
         work = self.actor.run
         while True:
@@ -113,7 +113,7 @@ class Role:
         await restarts.sleep(pause_s)
 
 
-async def play(cast: Sequence[Role | Actor], restarts: Restarts | None = None) -> None:
+async def run_roles(cast: Sequence[Role | Actor], restarts: Restarts | None = None) -> None:
     """Play all roles concurrently until each has ended. An actor that is given itself is not restarted.
 
     Who receives is started before who sends: the cast is given in the order in which work flows. There is no order of
@@ -202,7 +202,7 @@ def _once(actor: Actor) -> Role:
 
 
 def _played(role: Role, restarts: Restarts) -> Callable[[], Coroutine[Any, Any, None]]:
-    return lambda: role.play(restarts)
+    return lambda: role.run(restarts)
 
 
 def _place(fault: Exception) -> str:

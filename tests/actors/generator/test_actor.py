@@ -16,7 +16,7 @@ from troupe.messages import Prompt, Rollout, RolloutGroup, Span
 from troupe.policy import CompletedGroup, RolloutRequest
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.mailbox import Channel, Mailbox
-from troupe.runtime.roles import play
+from troupe.runtime.roles import run_roles
 
 pytestmark = pytest.mark.anyio
 
@@ -104,7 +104,7 @@ async def test_rounds_of_different_steps_and_attempts_do_not_mix() -> None:
         make_prompt(1, 1, round_size=2),
     ]
     await send_all(stage.prompts, sent)
-    await play([stage.generator])
+    await run_roles([stage.generator])
     assert [[request.key[1:] for request in decoded] for decoded in engine.requests] == [
         [(0, 0, 2)],
         [(0, 0, 1), (0, 1, 1)],
@@ -213,12 +213,12 @@ async def test_a_successor_sends_only_what_was_not_sent(after: int, most_at_once
     prompts = [make_prompt(0, 0), make_prompt(0, 1)]
     await send_all(stage.prompts, prompts)
     with pytest.raises(OSError, match="the device is gone"):
-        await play([stage.generator])
+        await run_roles([stage.generator])
     assert stage.handed_over == set([1][:after])
     stage.inbox.take_back()
     if most_at_once and after:
         engine.order = [0]  # in the free schedule only the one that is left is decoded again
-    await play([stage.make()])
+    await run_roles([stage.make()])
     assert [group.prompt.gid for group in await taken(stage.scorer)] == [1, 0]
     assert len(engine.requests[1]) == (1 if most_at_once and after else 2)
     assert (stage.inbox.in_hand, stage.handed_over) == ((), set())
@@ -230,7 +230,7 @@ async def test_a_round_that_was_sent_whole_is_not_decoded_again(most_at_once: in
     stage = Stage(engine, most_at_once=most_at_once)
     stage.handed_over |= {0, 1}
     await send_all(stage.prompts, [make_prompt(0, 0), make_prompt(0, 1)])
-    await play([stage.generator])
+    await run_roles([stage.generator])
     assert engine.requests == []
     assert (stage.inbox.in_hand, stage.handed_over, await taken(stage.scorer)) == ((), set(), [])
 

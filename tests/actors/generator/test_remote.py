@@ -37,7 +37,7 @@ from troupe.policy import GenerationConfig
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.process import ChildEnded, FrameError
-from troupe.runtime.roles import Restarts, Role, play
+from troupe.runtime.roles import Restarts, Role, run_roles
 
 pytestmark = pytest.mark.anyio
 CHILD = "tests.actors.generator.child_generator"
@@ -82,12 +82,12 @@ class Stage:
             report=self.reports.reporter("generator"),
         )
 
-    async def play(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+    async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         for prompt in prompts:
             await self.prompts.send(prompt)
         self.prompts.close()
         with anyio.fail_after(60):
-            await play([Role(self.make)], Restarts(limit=1, first_s=0.01))
+            await run_roles([Role(self.make)], Restarts(limit=1, first_s=0.01))
         assert ended(self.scorer)
         return await taken(self.scorer)
 
@@ -98,7 +98,7 @@ class Stage:
 async def test_groups_come_back_whole_and_the_end_travels_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     prompts = [make_prompt(0, 0), make_prompt(0, 1)]
-    groups = await stage.play(prompts[::-1])
+    groups = await stage.run(prompts[::-1])
     assert [group.prompt for group in groups] == prompts
     assert all(group.rollouts == (OF_EVERY,) * 2 for group in groups)
     assert stage.handed_over == set()
@@ -116,7 +116,7 @@ async def test_how_far_the_process_is_is_known_here(tmp_path: Path, monkeypatch:
         await hand_over(generator, completed)
 
     monkeypatch.setattr(RemoteGenerator, "_hand_over", watched)
-    await Stage(tmp_path, monkeypatch).play([make_prompt(0, 0), make_prompt(0, 1)])
+    await Stage(tmp_path, monkeypatch).run([make_prompt(0, 0), make_prompt(0, 1)])
     assert seen == [7, 7]
 
 
@@ -142,7 +142,7 @@ async def test_a_process_tells_how_far_it_is_when_that_has_changed(monkeypatch: 
 async def test_spans_come_by_our_clock_and_incidents_come_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before_s = time.perf_counter()
     stage = Stage(tmp_path, monkeypatch)
-    await stage.play([make_prompt(0, 0), make_prompt(0, 1)])
+    await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
     reports = await taken(stage.reports.mailbox)
     spans = [report for report in reports if isinstance(report, Span) and report.name == "generate"]
     assert len(spans) == 2
@@ -155,14 +155,14 @@ async def test_a_process_that_tells_of_a_span_before_it_tells_the_time_is_unders
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Stage(tmp_path, monkeypatch, does="span first")
-    assert len(await stage.play([make_prompt(0, 0), make_prompt(0, 1)])) == 2
+    assert len(await stage.run([make_prompt(0, 0), make_prompt(0, 1)])) == 2
     assert [r.kind for r in await taken(stage.reports.mailbox) if isinstance(r, Incident)] == ["bored"]
 
 
 async def test_prompts_are_dealt_by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch, setups=[SETUP, SETUP])
     prompts = [make_prompt(0, place, round_size=3) for place in range(3)]
-    groups = {group.prompt.slot.place: group for group in await stage.play(prompts)}
+    groups = {group.prompt.slot.place: group for group in await stage.run(prompts)}
     # the child says by the number of completions how many prompts of the round it was given
     assert [len(groups[place].rollouts) for place in range(3)] == [2, 1, 2]
 
@@ -191,7 +191,7 @@ async def test_free_prompts_go_at_once_and_versions_as_they_come(
 ) -> None:
 
     stage = Stage(tmp_path, monkeypatch, setups=[msgspec.structs.replace(SETUP, most_at_once=4)])
-    groups = await stage.play([make_prompt(0, 0, round_size=9), make_prompt(5, 1, round_size=9)])
+    groups = await stage.run([make_prompt(0, 0, round_size=9), make_prompt(5, 1, round_size=9)])
     assert [group.prompt.slot.step for group in groups] == [0, 5], "no step need be whole"
     assert stage.left() == ["00000000.safetensors"]
     stage.files.close()
@@ -246,7 +246,7 @@ async def test_faults_of_the_process_are_faults_of_the_actor(
 ) -> None:
     stage = Stage(tmp_path, monkeypatch, does)
     with pytest.raises(RunError, match=message) as caught:
-        await stage.play([make_prompt(0, 0), make_prompt(0, 1)])
+        await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
     assert isinstance(caught.value.__cause__, cause)
     assert "it was restarted 1 times" in str(caught.value)
     assert len(stage.inbox) == 2, "nothing was lost"
@@ -257,7 +257,7 @@ async def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypa
     stage = Stage(tmp_path, monkeypatch)
     monkeypatch.setattr(remote_generator, "MODULE", "tests.actors.no_such_module")
     with pytest.raises(RunError, match=r"(?s)exit code 1; its last lines:.*No module named tests\.actors\.no_such"):
-        await stage.play([make_prompt(0, 0), make_prompt(0, 1)])
+        await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ async def test_what_no_restart_mends_is_final(
 ) -> None:
     stage = Stage(tmp_path, monkeypatch, does)
     with pytest.raises(error, match=message):
-        await stage.play([make_prompt(0, 0)])
+        await stage.run([make_prompt(0, 0)])
     assert await stage.reports.incidents() == []
 
 
@@ -279,7 +279,7 @@ async def test_a_folder_without_tokenizer_is_refused_by_the_process_itself(
     stage = Stage(tmp_path, monkeypatch)
     monkeypatch.setattr(remote_generator, "MODULE", "troupe.actors.generator.process")
     with pytest.raises(ModelError, match="/nowhere"):
-        await stage.play([make_prompt(0, 0), make_prompt(0, 1)])
+        await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
 
 
 async def test_a_process_that_dies_between_two_groups_is_followed_by_one_that_does_the_round_again(
@@ -288,7 +288,7 @@ async def test_a_process_that_dies_between_two_groups_is_followed_by_one_that_do
     monkeypatch.setenv("CHILD_MARK", str(tmp_path / "mark"))
     stage = Stage(tmp_path, monkeypatch, "die once")
     prompts = [make_prompt(0, 0), make_prompt(0, 1)]
-    groups = await stage.play(prompts)
+    groups = await stage.run(prompts)
     assert [group.prompt for group in groups] == prompts, "each once"
     assert [incident.kind for incident in await stage.reports.incidents()] == ["actor_restarted", "bored"]
     stage.files.close()

@@ -25,7 +25,7 @@ from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snaps
 from troupe.policy import Weights, random_policy
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.mailbox import Channel, Mailbox
-from troupe.runtime.roles import play, together
+from troupe.runtime.roles import run_roles, together
 
 pytestmark = pytest.mark.anyio
 LEARNER = LearnerConfig(batch_size=2, lr=1e-2)
@@ -102,7 +102,7 @@ class Stage:
             report=self.reports.reporter("learner"),
         )
 
-    async def play(self, groups: Sequence[ScoredGroup]) -> None:
+    async def run(self, groups: Sequence[ScoredGroup]) -> None:
         """To the end of the mailbox."""
         await send_all(self.scored, groups)
         await together([self.learner.run, self.write])
@@ -159,7 +159,7 @@ async def test_any_order_of_arrival_gives_the_weights_of_train_on_batch_bit_for_
     assert not same_bits(reference, Stage().start_weights)
     for order in [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)]:
         stage = Stage(config=config)
-        await stage.play([groups[i] for i in order])
+        await stage.run([groups[i] for i in order])
         assert stage.learner.version == 2
         assert same_bits(stage.learner.weights, reference), order
         assert stage.board.kept[2] is stage.learner.weights, "handed over by reference"
@@ -167,7 +167,7 @@ async def test_any_order_of_arrival_gives_the_weights_of_train_on_batch_bit_for_
 
 async def test_every_group_is_closed_once_to_both_with_the_version_it_made() -> None:
     stage = Stage()
-    await stage.play(list(reversed(two_steps())))
+    await stage.run(list(reversed(two_steps())))
     to_prompter, to_metrics = await taken(stage.prompter), await taken(stage.metrics)
     assert to_prompter == to_metrics
     assert [(c.gid, c.slot.step, c.slot.place, c.state, c.version) for c in to_prompter] == [
@@ -181,7 +181,7 @@ async def test_every_group_is_closed_once_to_both_with_the_version_it_made() -> 
 
 async def test_updates_tell_the_step() -> None:
     stage = Stage()
-    await stage.play(two_steps())
+    await stage.run(two_steps())
     first, second = await taken(stage.updates)
     assert (first.step, first.version, first.total_steps, second.step) == (1, 1, TOTAL, 2)
     assert first.metrics["reward"] == pytest.approx((0.0 + 1.0 + 0.5 + 0.2 + 0.9) / 5)
@@ -214,7 +214,7 @@ async def test_updates_tell_the_step() -> None:
 async def test_staleness_is_counted_in_versions() -> None:
     stage = Stage(max_staleness=1, version=4, total_steps=9)
     older, newer = make_scored(4, 0, version=3), make_scored(4, 1, version=4)
-    await stage.play([older, newer])
+    await stage.run([older, newer])
     [update] = await taken(stage.updates)
     old, new = (sum(len(r.token_ids) for r in scored.group.rollouts) for scored in (older, newer))
     assert update.step == 5
@@ -224,7 +224,7 @@ async def test_staleness_is_counted_in_versions() -> None:
 
 async def test_tokens_of_earlier_starts_and_of_quarantined_groups_count() -> None:
     stage, poor = Stage(num_tokens=1000), make_scored(0, 1, (0.7, None, None))
-    await stage.play([make_scored(0, 0), poor])
+    await stage.run([make_scored(0, 0), poor])
     [update] = await taken(stage.updates)
     rollouts = [r for scored in (make_scored(0, 0), poor) for r in scored.group.rollouts]
     assert update.metrics["num_tokens"] == 1000 + 3 * 2 + 3 * 3 + sum(len(r.token_ids) for r in rollouts)
@@ -242,7 +242,7 @@ async def test_peak_memory_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(mx, "get_peak_memory", read)
     stage = Stage()
-    await stage.play(two_steps())
+    await stage.run(two_steps())
     assert calls == ["reset", "read", "reset", "read", "reset"]
     assert [update.metrics["peak_memory_gb"] for update in await taken(stage.updates)] == [3.0, 2.0]
 
@@ -250,7 +250,7 @@ async def test_peak_memory_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) 
 async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained() -> None:
     poor = make_scored(0, 1, (0.7, None, None))
     stage, alone = Stage(), Stage()
-    await stage.play([make_scored(0, 0), poor])
+    await stage.run([make_scored(0, 0), poor])
     result = train_on_batch(
         alone.start_weights,
         adamw_init(alone.start_weights),
@@ -271,7 +271,7 @@ async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained(
 async def test_a_step_without_usable_groups_makes_no_update_but_a_version() -> None:
     stage = Stage()
     nothing: tuple[float | None, ...] = (None, None, None)
-    await stage.play([make_scored(0, 0, nothing), make_scored(0, 1, nothing)])
+    await stage.run([make_scored(0, 0, nothing), make_scored(0, 1, nothing)])
     assert stage.learner.version == 1
     assert stage.board.version == 1
     assert stage.learner.weights is stage.start_weights
@@ -289,7 +289,7 @@ def endless_scores(step: int) -> list[ScoredGroup]:
 
 async def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on() -> None:
     stage = Stage(config=UNDIVIDED)
-    await stage.play([*endless_scores(0), *two_steps()[2:], *endless_scores(2)])
+    await stage.run([*endless_scores(0), *two_steps()[2:], *endless_scores(2)])
     assert stage.learner.version == 3, "a good step in between starts the count anew"
     assert all(mx.all(mx.isfinite(array)).item() for array in stage.learner.weights.values())
     incidents = await stage.reports.incidents()
@@ -302,7 +302,7 @@ async def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on() -> 
 async def test_too_many_of_them_in_a_row_end_the_run() -> None:
     stage = Stage(config=UNDIVIDED)
     with pytest.raises(RunError, match=ENDING):
-        await stage.play([*endless_scores(0), *endless_scores(1), *two_steps()])
+        await stage.run([*endless_scores(0), *endless_scores(1), *two_steps()])
     assert stage.learner.version == 2
     assert not ended(stage.checkpointer), "no final policy is made of a run that failed"
     assert stage.snapshots == []
@@ -310,7 +310,7 @@ async def test_too_many_of_them_in_a_row_end_the_run() -> None:
 
 async def test_snapshots_by_schedule_and_one_that_is_final() -> None:
     stage = Stage(checkpoint_every=1, total_steps=2, max_staleness=1)
-    await stage.play(two_steps())
+    await stage.run(two_steps())
     first, final = stage.snapshots
     assert (first.version, first.final, final.version, final.final) == (1, False, 2, True)
     assert list(first.behind) == [0]
@@ -325,7 +325,7 @@ async def test_a_checkpoint_on_request_holds_the_last_completed_step() -> None:
     stage = Stage()
     groups = two_steps()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         tasks.start_soon(stage.write)
         for group in groups[:3]:  # step 1 is not complete
             await stage.scored.send(group)
@@ -345,7 +345,7 @@ async def test_the_first_step_is_timed_from_the_start_of_the_play(monkeypatch: p
     stage = Stage()
     stage.learner._last_end_s = 0.0
     monkeypatch.setattr("troupe.actors.learner.actor.time.perf_counter", lambda: next(clock))
-    await stage.play(two_steps()[:2])
+    await stage.run(two_steps()[:2])
     [update] = await taken(stage.updates)
     assert update.metrics["step_time"] < 99  # readings of the clock, not 1000
 
@@ -368,7 +368,7 @@ async def test_groups_without_signal_are_replaced_together_when_their_round_is_s
     stage = Stage(config=DYNAMIC)
     alone = make_scored(0, 1, (0.3, 0.1, None), attempt=1)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         await stage.scored.send(make_scored(0, 1, SAME))
         await anyio.wait_all_tasks_blocked()
         assert await taken(stage.prompter) == [], "the other place could be without signal too"
@@ -413,7 +413,7 @@ async def test_a_place_without_signal_to_the_last_is_left_out_and_its_credit_ret
     stage = Stage(config=DYNAMIC)
     groups = [make_scored(0, 0, SAME, attempt=a) for a in range(3)]
     good = make_scored(0, 1)
-    await stage.play([good, *groups])
+    await stage.run([good, *groups])
     to_prompter = await taken(stage.prompter)
     assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
     assert ends(to_prompter) == [(0, 0, 2, "filtered"), (0, 1, 0, "trained")]
@@ -438,7 +438,7 @@ async def test_a_place_without_signal_to_the_last_is_left_out_and_its_credit_ret
 
 async def test_a_step_without_any_signal_makes_a_version_and_no_update() -> None:
     stage = Stage(config=DYNAMIC)
-    await stage.play([make_scored(0, place, SAME, attempt=a) for a in range(3) for place in range(2)])
+    await stage.run([make_scored(0, place, SAME, attempt=a) for a in range(3) for place in range(2)])
     assert (stage.learner.version, stage.board.version) == (1, 1)
     assert stage.learner.weights is stage.start_weights
     [update] = await taken(stage.updates)
@@ -450,7 +450,7 @@ async def test_a_step_without_any_signal_makes_a_version_and_no_update() -> None
 
 async def test_a_quarantined_group_is_not_replaced() -> None:
     stage = Stage(config=DYNAMIC)
-    await stage.play(
+    await stage.run(
         [
             make_scored(0, 0, NOTHING),
             make_scored(0, 1, SAME),
@@ -466,7 +466,7 @@ async def test_a_quarantined_group_is_not_replaced() -> None:
 async def test_replacements_of_a_later_step_do_not_wait_for_the_earlier_one() -> None:
     stage = Stage(config=DYNAMIC, max_staleness=1)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         for group in (make_scored(1, 0, SAME), make_scored(1, 1), make_scored(0, 1)):
             await stage.scored.send(group)
         await _until(stage.prompter)
@@ -480,7 +480,7 @@ async def test_replacements_of_a_later_step_do_not_wait_for_the_earlier_one() ->
 
 async def test_without_dynamic_sampling_equal_rewards_are_trained_on() -> None:
     stage = Stage()
-    await stage.play([make_scored(0, 0, SAME), make_scored(0, 1)])
+    await stage.run([make_scored(0, 0, SAME), make_scored(0, 1)])
     to_prompter = await taken(stage.prompter)
     assert replacements(to_prompter) == []
     assert [end[3] for end in ends(to_prompter)] == ["trained", "trained"]
@@ -502,7 +502,7 @@ async def test_the_reference_follows_the_policy_every_so_many_updates(
         ref_model_mixup_alpha=0.25,
     )
     stage = Stage(config=config, checkpoint_every=1, total_steps=2)
-    await stage.play(two_steps())
+    await stage.run(two_steps())
     reference = stage.start_weights
     for snapshot, times in zip(stage.snapshots, synced, strict=True):
         for _ in range(times):
@@ -515,7 +515,7 @@ async def test_the_reference_follows_the_policy_every_so_many_updates(
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 async def test_a_reference_that_stays_is_not_in_snapshots(beta: float) -> None:
     stage = Stage(config=LearnerConfig(batch_size=2, lr=1e-2, beta=beta))
-    await stage.play(two_steps())
+    await stage.run(two_steps())
     assert [snapshot.reference for snapshot in stage.snapshots] == [None]
 
 
@@ -532,9 +532,9 @@ async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart
 ) -> None:
     monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", eat_state)
     stage, other = Stage(checkpoint_every=1, total_steps=2), Stage(checkpoint_every=1, total_steps=2)
-    await stage.play(two_steps())
+    await stage.run(two_steps())
     monkeypatch.undo()
-    await other.play(two_steps())
+    await other.run(two_steps())
     mine, theirs = stage.snapshots, other.snapshots
     assert len(mine) == 2
     for snapshot, wanted in zip(mine, theirs, strict=True):
@@ -552,14 +552,14 @@ async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatc
     monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", slow)
     stage, whole = Stage(), Stage()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         for group in two_steps()[:2]:
             await stage.scored.send(group)
         await anyio.to_thread.run_sync(inside.wait, 10)
         tasks.cancel_scope.cancel()
         go_on.set()
     monkeypatch.undo()
-    await whole.play(two_steps()[:2])
+    await whole.run(two_steps()[:2])
     snapshot, wanted = stage.learner.snapshot(), whole.learner.snapshot()
     assert snapshot.version == 1
     assert same_bits(snapshot.weights, wanted.weights)
@@ -579,7 +579,7 @@ async def test_learning_beside_a_checkpoint_or_after_it(beside: bool, monkeypatc
     stage = Stage(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside)
     await send_all(stage.scored, two_steps())
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         snapshot = await anext(stage.checkpointer)
         assert snapshot.version == 1
         while beside and len(begun) == 1:
@@ -612,7 +612,7 @@ def free_stage(on_stale: OnStale = "drop", *, config: LearnerConfig = LEARNER, v
 async def test_free_steps_are_made_of_what_comes_first() -> None:
     stage, by_hand = free_stage(), free_stage()
     arrived = [make_scored(1, 1, (1.0, 0.0, 0.0)), make_scored(0, 0), make_scored(0, 1), make_scored(1, 0)]
-    await stage.play(arrived)
+    await stage.run(arrived)
     assert ends(await taken(stage.metrics)) == [
         (0, 0, 0, "trained"),
         (1, 1, 0, "trained"),
@@ -639,7 +639,7 @@ async def test_free_steps_are_made_of_what_comes_first() -> None:
 async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
     stage = free_stage(on_stale, version=4)
     young, old = aged(make_scored(7, 0), 4), aged(make_scored(2, 1), 2, 3)
-    await stage.play([young, old])
+    await stage.run([young, old])
     [update] = await taken(stage.updates)
     result = train_on_batch(
         stage.start_weights,
@@ -666,7 +666,7 @@ async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
 async def test_a_group_of_old_tokens_alone_is_closed_as_stale_and_told_of() -> None:
     stage = free_stage(version=5)
     old, other = aged(make_scored(2, 1, (1.0, 0.0, 1.0)), 3), aged(make_scored(3, 1, (0.0, 0.0, 1.0)), 5)
-    await stage.play([old, other])
+    await stage.run([old, other])
     assert (stage.learner.version, stage.board.version) == (6, 6)
     assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 0, "trained")]
     [update] = await taken(stage.updates)
@@ -678,7 +678,7 @@ async def test_no_step_begins_of_which_stale_tokens_leave_nothing() -> None:
     stage = free_stage(version=5)
     old, older = aged(make_scored(2, 1), 3), aged(make_scored(3, 1), 2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         await stage.scored.send(old)
         await stage.scored.send(older)
         await _until(stage.prompter)
@@ -699,7 +699,7 @@ async def test_an_old_group_is_sent_back_with_its_row_and_its_credit() -> None:
     old = aged(make_scored(2, 1), 3, 5)
     again = aged(make_scored(2, 1, attempt=1), 3, 5)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         await stage.scored.send(old)
         await _until(stage.prompter)
         [replace] = await taken(stage.prompter)
@@ -718,7 +718,7 @@ async def test_an_old_group_is_sent_back_with_its_row_and_its_credit() -> None:
 
 async def test_free_replaces_groups_without_signal_as_they_come() -> None:
     stage = free_stage(config=DYNAMIC)
-    await stage.play([make_scored(0, 0, SAME, attempt=a) for a in range(3)] + [make_scored(1, 1)])
+    await stage.run([make_scored(0, 0, SAME, attempt=a) for a in range(3)] + [make_scored(1, 1)])
     to_prompter = await taken(stage.prompter)
     assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
     assert ends(to_prompter) == [(0, 0, 2, "filtered"), (1, 1, 0, "trained")]
@@ -731,7 +731,7 @@ async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_st
     stage = Stage(config=DYNAMIC, schedule=free, learns_beside_checkpoints=False)
     groups = [make_scored(0, 0, (1.0, 1.0, 1.0)), make_scored(0, 1), make_scored(0, 0, attempt=1)]
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         stage.request.send_nowait(Checkpoint())
         await anyio.wait_all_tasks_blocked()
         for group in groups:
@@ -747,7 +747,7 @@ async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_st
     assert unfinished.states == {0: "filtered", 1: "trained", 2**48: "trained"}
     assert unfinished.replaced == (0,)
     then = Stage(config=DYNAMIC, schedule=free, total_steps=1, unfinished=unfinished)
-    await then.play([])
+    await then.run([])
     assert [update.step for update in await taken(then.updates)] == [1], "and who goes on from there learns it"
 
 
@@ -759,7 +759,7 @@ async def test_a_step_is_told_however_long_that_takes_as_long_as_nobody_stops_it
     for stops in (False, True):
         stage = Stage(telling_bound=1)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(play, [stage.learner])
+            tasks.start_soon(run_roles, [stage.learner])
             for group in two_steps()[:2]:
                 await stage.scored.send(group)
             await stage.board.get(1)
@@ -796,7 +796,7 @@ async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keep
     group = make_scored(0, 1)
     stage.learner._open.begin(group.group.prompt)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play, [stage.learner])
+        tasks.start_soon(run_roles, [stage.learner])
         await stage.scored.send(group)
         await anyio.to_thread.run_sync(inside.wait, 10)
         tasks.cancel_scope.cancel()
@@ -808,7 +808,7 @@ async def test_the_means_in_a_snapshot_are_of_finite_numbers() -> None:
     """A metric that a reward logs may be as large as a number gets."""
     stage = Stage(total_steps=2)
     groups = [msgspec.structs.replace(group, logged={"large": 1e308, "small": 0.5}) for group in two_steps()]
-    await stage.play(groups)
+    await stage.run(groups)
     metrics = stage.snapshots[-1].metrics
     assert "large" not in metrics
     assert metrics["small"] == 0.5

@@ -1,4 +1,4 @@
-"""The chronicle: what is told to whom, whatever he has read before."""
+"""The history: what is told to whom, whatever he has read before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.daemon.control.test_protocol import STATUS
 from tests.support.stored import closed
-from troupe.daemon.page.history import Chronicle, Event
+from troupe.daemon.page.history import Event, History
 from troupe.daemon.page.news import excerpt
 from troupe.daemon.trainer.frames import Playing, Stepped, Told
 from troupe.messages import Incident
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.anyio
 LATE = Incident(actor="scorer", kind="reward_timeout", message="late")
 
 
-def chronicle() -> Chronicle:
-    return Chronicle("kind", "/runs/kind", clock=lambda: 1234.56)
+def history() -> History:
+    return History("kind", "/runs/kind", clock=lambda: 1234.56)
 
 
 def stepped(step: int, **metrics: float) -> Stepped:
@@ -37,7 +37,7 @@ def told(events: list[Event]) -> list[tuple[str, Any]]:
 
 
 async def test_who_comes_is_told_everything_and_then_what_is_new() -> None:
-    book = chronicle()
+    book = history()
     book.take(playing(0))
     book.take(stepped(1))
     book.take(Told(incidents=(LATE,), groups=(excerpt(closed(1, 0)),)))
@@ -65,7 +65,7 @@ async def test_who_comes_is_told_everything_and_then_what_is_new() -> None:
 
 
 async def test_a_start_that_makes_steps_again_tells_the_curves_anew() -> None:
-    book = chronicle()
+    book = history()
     for step in range(1, 6):
         book.take(stepped(step))
     _, number = book.since(0)
@@ -75,7 +75,7 @@ async def test_a_start_that_makes_steps_again_tells_the_curves_anew() -> None:
 
 
 async def test_one_who_is_slow_gets_what_is_left() -> None:
-    book = chronicle()
+    book = history()
     book.take(stepped(1))
     _, number = book.since(0)
     for step in range(2, 2000):
@@ -92,14 +92,14 @@ async def test_one_who_is_slow_gets_what_is_left() -> None:
 
 async def test_it_begins_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step":1,"reward":0.5}\n{"step":2,"reward":0.75}\n')
-    book = chronicle()
+    book = history()
     await book.read(tmp_path)
     book.take(playing(1))
     assert dict(told(book.since(0)[0]))["curves"] == {"step": [1], "reward": [0.5]}
 
 
 async def test_a_change_wakes_those_who_wait() -> None:
-    book = chronicle()
+    book = history()
     woken = 0
 
     async def wait() -> None:
@@ -117,13 +117,13 @@ async def test_a_change_wakes_those_who_wait() -> None:
 
 
 async def test_figures_that_json_cannot_say() -> None:
-    book = chronicle()
+    book = history()
     book.take(stepped(1, loss=float("nan"), kl=float("inf")))
     assert dict(told(book.since(0)[0]))["curves"] == {"step": [1], "reward": [0.1]}
 
 
 async def test_an_incident_that_happens_again_takes_its_own_place() -> None:
-    book, other = chronicle(), Incident(actor="scorer", kind="odd", message="!")
+    book, other = history(), Incident(actor="scorer", kind="odd", message="!")
     book.take(Told(incidents=(other, LATE), times=(1, 3)))
     _, number = book.since(0)
     for _ in range(100):

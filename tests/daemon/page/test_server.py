@@ -18,7 +18,7 @@ from tests.daemon.control.test_protocol import STATUS
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.page import server as web
-from troupe.daemon.page.history import Chronicle
+from troupe.daemon.page.history import History
 from troupe.daemon.page.server import Page
 from troupe.daemon.trainer.frames import Playing, Stepped, Told
 from troupe.errors import ConfigError
@@ -133,8 +133,8 @@ class Watching:
 class Theatre:
     """A page, its run and a visitor who has arrived."""
 
-    def __init__(self, page: Page, stage: FakeStage, chronicle: Chronicle) -> None:
-        self.page, self.stage, self.chronicle = page, stage, chronicle
+    def __init__(self, page: Page, stage: FakeStage, history: History) -> None:
+        self.page, self.stage, self.history = page, stage, history
         self.visitor = Visitor(page)
 
     @asynccontextmanager
@@ -146,10 +146,10 @@ class Theatre:
 
 @asynccontextmanager
 async def open_page(folder: Path, **limits: float) -> AsyncIterator[Theatre]:
-    stage, chronicle = FakeStage(), Chronicle("kind", str(folder))
+    stage, history = FakeStage(), History("kind", str(folder))
     with anyio.fail_after(PATIENCE_S):
-        async with Page(stage, chronicle, folder, limits=HttpLimits(**limits)) as page:  # type: ignore[arg-type]
-            theatre = Theatre(page, stage, chronicle)
+        async with Page(stage, history, folder, limits=HttpLimits(**limits)) as page:  # type: ignore[arg-type]
+            theatre = Theatre(page, stage, history)
             await theatre.visitor.arrive()
             yield theatre
 
@@ -375,13 +375,13 @@ async def test_one_who_watches_is_told_as_it_happens(tmp_path: Path) -> None:
         assert await watching.next() == ("curves", {"step": []})
         first = await watching.until("status")
         assert first["step"] >= 1
-        theatre.chronicle.take(Playing(notices=(), step=0, total_steps=9, speaks=False))
-        theatre.chronicle.take(Stepped(step=1, total_steps=9, metrics={"reward": 0.5}, incidents={}))
+        theatre.history.take(Playing(notices=(), step=0, total_steps=9, speaks=False))
+        theatre.history.take(Stepped(step=1, total_steps=9, metrics={"reward": 0.5}, incidents={}))
         await watching.until("curves", step=[1], reward=[0.5])
-        theatre.chronicle.take(Stepped(step=2, total_steps=9, metrics={"reward": 0.75}, incidents={}))
+        theatre.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 0.75}, incidents={}))
         await watching.until("step", step=2, figures={"reward": 0.75})
         late = Incident(actor="scorer", kind="reward_timeout", message="the <judge> is late\n")
-        theatre.chronicle.take(Told(incidents=(late,)))
+        theatre.history.take(Told(incidents=(late,)))
         assert (await watching.until("incident"))["message"] == "the <judge> is late\n"
         again = await watching.until("status")
         assert again["step"] > first["step"], "the run is looked at again and again"
@@ -398,11 +398,11 @@ async def test_nobody_watches_and_the_run_is_left_alone(tmp_path: Path) -> None:
 async def test_after_a_restart_steps_that_are_made_again_are_drawn_once(tmp_path: Path) -> None:
     async with open_page(tmp_path) as theatre, theatre.watching() as watching:
         for step in (1, 2, 3):
-            theatre.chronicle.take(Stepped(step=step, total_steps=9, metrics={"reward": step}, incidents={}))
-        theatre.chronicle.failed("the process ended by SIGKILL")
+            theatre.history.take(Stepped(step=step, total_steps=9, metrics={"reward": step}, incidents={}))
+        theatre.history.failed("the process ended by SIGKILL")
         assert (await watching.until("incident"))["message"] == "the process ended by SIGKILL"
-        theatre.chronicle.take(Playing(notices=(), step=1, total_steps=9, speaks=False))
-        theatre.chronicle.take(Stepped(step=2, total_steps=9, metrics={"reward": 20}, incidents={}))
+        theatre.history.take(Playing(notices=(), step=1, total_steps=9, speaks=False))
+        theatre.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 20}, incidents={}))
         await watching.until("curves", step=[1, 2], reward=[1.0, 20.0])
 
 
@@ -415,7 +415,7 @@ async def test_one_who_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
         await until(lambda: theatre.page._watchers == 1)
         long = Incident(actor="scorer", kind="odd", message="x" * 100_000)
         while theatre.page._watchers:  # until what the system buffers for it is full
-            theatre.chronicle.take(Told(incidents=(long,) * 64))
+            theatre.history.take(Told(incidents=(long,) * 64))
             await anyio.sleep(0.01)
         async with theatre.watching() as watching:
             assert await watching.until("status")
@@ -431,16 +431,16 @@ async def test_so_many_pages_and_no_more(tmp_path: Path) -> None:
 
 
 async def test_the_end_is_told_and_the_page_is_gone(tmp_path: Path) -> None:
-    page = Page(FakeStage(), chronicle := Chronicle("kind", "kind"), tmp_path)
+    page = Page(FakeStage(), history := History("kind", "kind"), tmp_path)
     with anyio.fail_after(PATIENCE_S):
         async with page:
-            theatre = Theatre(page, FakeStage(), chronicle)
+            theatre = Theatre(page, FakeStage(), history)
             await theatre.visitor.arrive()
             stream = await anyio.connect_tcp(HOST, theatre.visitor.port)
             await stream.send(theatre.visitor.request(f"{theatre.visitor.base}events"))
             watching = Watching(stream)
             await watching.until("about")
-            chronicle.end("the run is complete", well=True)
+            history.end("the run is complete", well=True)
         assert await watching.until("end") == {"message": "the run is complete", "well": True}
         with pytest.raises(anyio.EndOfStream):
             await watching.next()
@@ -451,14 +451,14 @@ async def test_the_end_is_told_and_the_page_is_gone(tmp_path: Path) -> None:
 
 async def test_one_who_watches_and_does_not_read_cannot_hold_up_the_end(tmp_path: Path) -> None:
     with anyio.fail_after(PATIENCE_S):
-        page = Page(FakeStage(), chronicle := Chronicle("kind", "kind"), tmp_path)
+        page = Page(FakeStage(), history := History("kind", "kind"), tmp_path)
         async with page:
-            theatre = Theatre(page, FakeStage(), chronicle)
+            theatre = Theatre(page, FakeStage(), history)
             await theatre.visitor.arrive()
             stream = await anyio.connect_tcp(HOST, theatre.visitor.port)
             await stream.send(theatre.visitor.request(f"{theatre.visitor.base}events"))
             await until(lambda: page._watchers > 0)
-            chronicle.end("x" * 50_000_000, well=True)
+            history.end("x" * 50_000_000, well=True)
         await stream.aclose()
 
 
@@ -488,7 +488,7 @@ async def test_a_port_that_is_taken(tmp_path: Path) -> None:
     async with open_page(tmp_path) as theatre:
         port = theatre.visitor.port
         with pytest.raises(ConfigError, match=rf"daemon.page: port {port} of 127.0.0.1 cannot be had"):
-            await Page(FakeStage(), Chronicle("b", "b"), tmp_path, port).__aenter__()
+            await Page(FakeStage(), History("b", "b"), tmp_path, port).__aenter__()
 
 
 async def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Event(msgspec.Struct, frozen=True):
     """One line of JSON."""
 
 
-class Chronicle:
+class History:
     """The newest of everything."""
 
     def __init__(self, run: str, folder: str, *, clock: Callable[[], float] = time.time) -> None:

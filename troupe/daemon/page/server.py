@@ -22,7 +22,7 @@ import msgspec
 
 from troupe.daemon.control.place import read_address, remove_address, write_address
 from troupe.daemon.control.protocol import ProtocolError, Reply, Request, decode_request
-from troupe.daemon.page.history import Chronicle, Event
+from troupe.daemon.page.history import Event, History
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Drain, Pause, Refused, Resume, Status, Step, Stop
 from troupe.records.report.assets import read_asset
@@ -62,16 +62,16 @@ class Stage(Protocol):
 
 
 class Page:
-    """Serves the page as long as it is entered: `async with Page(daemon, chronicle, folder, port)`; port 0: any.
+    """Serves the page as long as it is entered: `async with Page(daemon, history, folder, port)`; port 0: any.
 
     Entering raises ConfigError where the port cannot be had. `page.url` in the folder says the address meanwhile.
     """
 
     def __init__(
-        self, stage: Stage, chronicle: Chronicle, folder: Path, port: int = 0, limits: HttpLimits | None = None
+        self, stage: Stage, history: History, folder: Path, port: int = 0, limits: HttpLimits | None = None
     ) -> None:
         self._stage = stage
-        self._chronicle = chronicle
+        self._history = history
         self._folder = folder
         self._server = HttpServer(self.answer, port, limits)
         self._token = secrets.token_urlsafe(32)
@@ -107,7 +107,7 @@ class Page:
     ) -> None:
         if read_address(self._folder) == self.address:  # and not that of a daemon whose folder lies there now
             remove_address(self._folder)
-        if self._chronicle.over and self._watchers:
+        if self._history.over and self._watchers:
             with anyio.move_on_after(_FAREWELL_S):
                 while self._watchers:
                     await self._left.wait()
@@ -215,8 +215,8 @@ class Page:
         try:
             yield b"retry: 1000\n\n"
             while True:
-                change, over = self._chronicle.change, self._chronicle.over
-                events, number = self._chronicle.since(number)
+                change, over = self._history.change, self._history.over
+                events, number = self._history.since(number)
                 if events:
                     yield b"".join(map(_line, events))
                 if over:
@@ -234,7 +234,7 @@ class Page:
             if not self._watchers:
                 self._watched = anyio.Event()
                 await self._watched.wait()
-            self._chronicle.now(await self._stage.status())
+            self._history.now(await self._stage.status())
             await anyio.sleep(_STATUS_S)
 
 
