@@ -179,7 +179,8 @@ class Disk:
 async def test_what_else_a_snapshot_holds_is_written(tmp_path: Path, tiny_model: Path) -> None:
     stage = Stage(tmp_path, tiny_model)
     unfinished = Unfinished(next=7, scored=(make_scored(3, 0),))
-    await stage.run_with(snapshot(3, reference=weights_of(9), num_tokens=77, unfinished=unfinished, metrics={"reward": 1}))
+    whole = snapshot(3, reference=weights_of(9), num_tokens=77, unfinished=unfinished, metrics={"reward": 1})
+    await stage.run_with(whole)
     loaded = load_checkpoint(list_checkpoints(tmp_path)[0])
     assert loaded.reference is not None
     assert same_bits(loaded.reference, weights_of(9))
