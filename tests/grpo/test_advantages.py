@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from troupe.grpo.advantages import Aggregation, ScaleRewards, compute_advantages, reward_statistics
+from troupe.grpo.advantages import compute_advantages, reward_statistics
+from troupe.grpo.config import Aggregation, ScaleRewards
 
 
 def test_a_group_by_hand() -> None:

@@ -7,8 +7,8 @@ import math
 import mlx.core as mx
 import pytest
 
+from troupe.grpo.config import LossConfig
 from troupe.grpo.entropy import EntropyControl, adapted_entropy_coef, entropy_control
-from troupe.grpo.loss import LossConfig
 
 ON = LossConfig(
     use_adaptive_entropy=True,

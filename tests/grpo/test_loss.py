@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from troupe.grpo.loss import LossConfig, LossType, batch_normalizer, grpo_loss, loss_and_tallies
-from troupe.grpo.ratios import Level, entropy_threshold, high_entropy_mask
+from troupe.grpo.config import Level, LossConfig, LossType
+from troupe.grpo.loss import batch_normalizer, grpo_loss, loss_and_tallies
+from troupe.grpo.ratios import entropy_threshold, high_entropy_mask
 from troupe.grpo.tallies import averages, merge
 
 B, T = 6, 7

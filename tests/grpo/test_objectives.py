@@ -8,7 +8,7 @@ from typing import Any, get_args
 import mlx.core as mx
 import pytest
 
-from troupe.grpo.loss import LossConfig, LossType
+from troupe.grpo.config import LossConfig, LossType
 from troupe.grpo.objectives import OBJECTIVES, PolicyInputs
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.support.fakes import same_bits
 from troupe.grpo import optimizer
+from troupe.grpo.config import Scheduler
 from troupe.grpo.optimizer import (
     OptimizerState,
-    Scheduler,
     adamw_init,
     adamw_update,
     adamw_update_in_place,

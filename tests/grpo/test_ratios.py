@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from troupe.grpo import ratios
+from troupe.grpo.config import CorrectionMode
 
 MASK = mx.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
 
@@ -61,7 +62,7 @@ def test_no_token_reaches_the_threshold_of_nothing() -> None:
 def test_sampler_corrections() -> None:
     old = mx.array([[math.log(2.0), math.log(0.25), 50.0]])
     mask, sampling = mx.array([[1.0, 1.0, 0.0]]), mx.zeros((1, 3))
-    expected: dict[ratios.CorrectionMode, list[float]] = {
+    expected: dict[CorrectionMode, list[float]] = {
         "token_truncate": [1.5, 0.5, 1.0],
         "token_mask": [0.0, 0.0, 1.0],
         "sequence_truncate": [0.5],

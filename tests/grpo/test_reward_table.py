@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from troupe.grpo import compute_advantages, reward_statistics, spread_within_groups
-from troupe.grpo.advantages import Aggregation, ScaleRewards
+from troupe.grpo.config import Aggregation, ScaleRewards
 
 G = 4
 CHOICES = [(scale, "sum_then_normalize") for scale in ("group", "batch", "none")] + [("group", "normalize_then_sum")]

@@ -14,11 +14,11 @@ import pytest
 from tests.support.fakes import same_bits
 from troupe.grpo import optimizer
 from troupe.grpo.batch import Batch, make_batch
+from troupe.grpo.config import CorrectionMode, LearnerConfig, Level, LossType
 from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
-from troupe.grpo.loss import LossType, grpo_loss
+from troupe.grpo.loss import grpo_loss
 from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, join_halves
-from troupe.grpo.ratios import CorrectionMode, Level
-from troupe.grpo.step import LearnerConfig, StepResult, train_on_batch
+from troupe.grpo.step import StepResult, train_on_batch
 
 V = 6
 Weights = Mapping[str, mx.array]

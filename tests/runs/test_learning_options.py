@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.fakes import often_equal, same_bits, weigh_ids
 from tests.support.runs import column, completions, distance, lines, play, policy_of
-from troupe.grpo.loss import LossType
+from troupe.grpo.config import LossType
 from troupe.policy import Weights, load_policy
 from troupe.records.store.read import StoredCompletion
 

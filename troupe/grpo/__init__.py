@@ -2,13 +2,14 @@
 
 from troupe.grpo.advantages import compute_advantages, reward_statistics, spread_within_groups
 from troupe.grpo.batch import Batch, make_batch, split
+from troupe.grpo.config import LearnerConfig, LossConfig
 from troupe.grpo.entropy import EntropyControl, entropy_control
 from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
-from troupe.grpo.loss import LossConfig, Normalizer, batch_normalizer, grpo_loss
+from troupe.grpo.loss import Normalizer, batch_normalizer, grpo_loss
 from troupe.grpo.memory import optimizer_state_bytes, update_bytes
 from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, learning_rate
 from troupe.grpo.reference import sync_reference
-from troupe.grpo.step import LearnerConfig, StepResult, train_on_batch
+from troupe.grpo.step import StepResult, train_on_batch
 
 __all__ = [
     "Batch",

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import mlx.core as mx
 
+from troupe.grpo.config import Aggregation, ScaleRewards
 from troupe.grpo.reward_table import RewardTable, weighted_sum
-
-ScaleRewards = Literal["group", "batch", "none"]
-Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it."""

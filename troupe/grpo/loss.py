@@ -8,88 +8,14 @@ Shapes: B rows, T completion tokens. Everything is computed in float32; log-prob
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
-import msgspec
 
 from troupe.grpo import ratios
+from troupe.grpo.config import LossConfig
 from troupe.grpo.objectives import OBJECTIVES, Objective, PolicyInputs, Scale
 from troupe.grpo.tallies import Tallies, averages, nan_max, nan_min, tally
-
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gmpo"]
-NonNegative = Annotated[float, msgspec.Meta(ge=0.0)]
-Positive = Annotated[float, msgspec.Meta(gt=0.0)]
-Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
-
-
-class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the loss is made of. `troupe.grpo.objectives` has the formula of each loss type."""
-
-    loss_type: LossType = "dapo"
-    """The policy term, and what a completion weighs; see `troupe.grpo.objectives`."""
-    importance_sampling_level: ratios.Level = "token"
-    """Whether ratios are taken per token (GRPO) or as a geometric mean over the completion (GSPO)."""
-    epsilon: NonNegative = 0.2
-    """Lower clip range: ratios below 1 − ε are clipped."""
-    epsilon_high: NonNegative | None = None
-    """Upper clip range, 1 + ε_high; None is `epsilon`. For "cispo" the largest weight itself (the paper: 5)."""
-    delta: Positive | None = None
-    """Upper bound of the unclipped ratio, above 1 + ε_high; None is no bound."""
-    beta: NonNegative = 0.0
-    """Weight of the KL divergence from the reference policy; 0 needs no reference policy."""
-    use_bias_correction_kl: bool = True
-    """Multiply the KL estimate by the importance ratio (DeepSeek-V3.2, arXiv:2512.02556)."""
-    sapo_temperature_pos: Positive = 1.0
-    """In "sapo": how sharp the gate is where the advantage is above 0."""
-    sapo_temperature_neg: Positive = 1.05
-    """In "sapo": how sharp the gate is elsewhere."""
-    vespo_k_pos: NonNegative = 2.0
-    """In "vespo": exponent of the sequence's ratio where the advantage is 0 or above."""
-    vespo_lambda_pos: NonNegative = 3.0
-    """In "vespo": how fast the weight decays above a ratio of 1 where the advantage is 0 or above."""
-    vespo_k_neg: NonNegative = 3.0
-    """In "vespo": the exponent where the advantage is below 0."""
-    vespo_lambda_neg: NonNegative = 2.0
-    """In "vespo": the decay where the advantage is below 0."""
-    off_policy_mask_threshold: NonNegative | None = None
-    """Rows of negative advantage whose mean log-prob fell by more than this are left out; None leaves none out."""
-    top_entropy_quantile: Fraction = 1.0
-    """Part of the tokens, those of highest entropy, whose policy term counts; 1 is all."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus: the mean token entropy, times this, is subtracted from the loss."""
-    use_adaptive_entropy: bool = False
-    """Let `entropy_coef`, then only the first weight, follow the entropy; see `troupe.grpo.entropy`."""
-    entropy_coef_delta: NonNegative = 0.005
-    """By how much the weight rises or falls at each update."""
-    entropy_target: NonNegative = 0.2
-    """Mean token entropy, in nats, at and below which the weight rises and the bonus counts."""
-    entropy_coef_min: float = 0.0
-    """The weight falls to this and no further."""
-    entropy_coef_max: float = 1.0
-    """The weight rises to this and no further."""
-
-    def __post_init__(self) -> None:
-        if self.entropy_coef_min > self.entropy_coef_max:
-            raise ValueError(
-                f"entropy_coef_min is {self.entropy_coef_min}, above entropy_coef_max = {self.entropy_coef_max}; "
-                "lower the one or raise the other"
-            )
-
-    @property
-    def upper_epsilon(self) -> float:
-        """ε_high, or ε where it is not set."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    @property
-    def has_entropy_bonus(self) -> bool:
-        """Whether the loss has an entropy bonus, be its weight 0 at the moment."""
-        return self.entropy_coef != 0.0 or self.use_adaptive_entropy
-
-    @property
-    def needs_entropies(self) -> bool:
-        """Whether the loss itself, not only a metric, depends on entropies."""
-        return self.top_entropy_quantile < 1.0 or self.has_entropy_bonus
 
 
 class Normalizer(NamedTuple):

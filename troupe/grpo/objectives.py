@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from troupe.grpo.config import LossConfig
 from troupe.grpo.ratios import masked_sum, row_means
 from troupe.grpo.tallies import Tallies, nan_max, nan_min, row_fractions, tally
-
-if TYPE_CHECKING:
-    from troupe.grpo.loss import LossConfig
 
 
 class PolicyInputs(NamedTuple):
@@ -40,7 +38,7 @@ class PolicyInputs(NamedTuple):
     """ρ (B, T) or (B, 1), without gradient."""
 
 
-PolicyTerm = Callable[[PolicyInputs, "LossConfig"], tuple[mx.array, Tallies]]
+PolicyTerm = Callable[[PolicyInputs, LossConfig], tuple[mx.array, Tallies]]
 
 
 def clipped(x: PolicyInputs, config: LossConfig) -> tuple[mx.array, Tallies]:

@@ -14,15 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+from troupe.grpo.config import Scheduler
+
 OptimizerState = dict[str, mx.array]
 """Flat name → array; see the module docstring."""
-
-Scheduler = Literal["linear", "constant", "cosine"]
-
 
 _PARTS = ("m", "v", "low", "master")
 UPDATED_AT_ONCE = 2**24

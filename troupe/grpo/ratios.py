@@ -8,12 +8,10 @@ log-probs (B, T), in nats, of the current, old, reference and sampling policy; m
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import mlx.core as mx
 
-Level = Literal["token", "sequence"]
-CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+from troupe.grpo.config import CorrectionMode, Level
 
 
 def masked_difference(a: mx.array, b: mx.array, mask: mx.array) -> mx.array:

@@ -10,27 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
-import msgspec
 
 from troupe.grpo import ratios
 from troupe.grpo import tallies as metrics
-from troupe.grpo.advantages import Aggregation, ScaleRewards
 from troupe.grpo.batch import Batch, split
+from troupe.grpo.config import LearnerConfig
 from troupe.grpo.entropy import entropy_control
 from troupe.grpo.loss import (
-    Fraction,
-    LossConfig,
-    NonNegative,
     Normalizer,
-    Positive,
     batch_normalizer,
     loss_and_tallies,
     sampler_tallies,
 )
-from troupe.grpo.optimizer import OptimizerState, Scheduler, adamw_update_in_place, clip_scale, global_norm
+from troupe.grpo.optimizer import OptimizerState, adamw_update_in_place, clip_scale, global_norm
 from troupe.grpo.pieces import Differentiation, side_by_side
 
 Weights = Mapping[str, mx.array]
@@ -51,82 +46,6 @@ class LogProbs(Protocol):
 
     def gradients(self, weights: Weights, batch: Batch, loss: BatchLoss) -> Differentiation:
         """Pieces of the work, with the gradients of `loss` by the weights, each once; returns what `loss` gives."""
-
-
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
-
-
-class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The section `[learner]`: the loss, and how a batch becomes updates."""
-
-    lr: Fraction = 1e-6
-    """Peak learning rate."""
-    lr_scheduler: Scheduler = "linear"
-    """How it falls after the warm-up; see `optimizer.learning_rate`."""
-    warmup_steps: Count = 0
-    """Updates over which it rises from 0."""
-    batch_size: AtLeastOne = 4
-    """P: prompts a learner batch."""
-    epochs: AtLeastOne = 3
-    """Passes over the dataset."""
-    max_steps: AtLeastOne | None = None
-    """Learner batches of the run, whatever `epochs` says; None: as many as `epochs` need."""
-    num_iterations: AtLeastOne = 1
-    """Updates a batch, each from all of its rows."""
-    gradient_accumulation_steps: AtLeastOne | None = None
-    """Micro-batches that a batch is *split* into (TRL multiplies); lower peak memory, the same gradient. None: one,
-    or as many as a run's memory limit asks for."""
-    gradient_checkpointing: bool | None = None
-    """Compute the inside of layers again for the gradient instead of keeping it: less memory, more work, the same
-    gradient. None: no, unless a run's memory limit asks for it."""
-    scale_rewards: ScaleRewards = "group"
-    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing."""
-    multi_objective_aggregation: Aggregation = "sum_then_normalize"
-    """How several reward functions become one advantage; see `advantages.compute_advantages`."""
-    mask_truncated_completions: bool = False
-    """Leave completions that the length limit cut out of the loss."""
-    dynamic_sampling: bool = False
-    """Leave groups whose advantages are all 0 out of the batch and sample others in their place (DAPO,
-    arXiv:2503.14476)."""
-    max_resampling_attempts: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
-    """How often a place of the batch is sampled anew before the step goes on without it."""
-    sync_ref_model: bool = False
-    """Let the reference policy follow the policy; see `reference.sync_reference`."""
-    ref_model_mixup_alpha: Fraction = 0.6
-    """The policy's share in the reference at each synchronization."""
-    ref_model_sync_steps: AtLeastOne = 512
-    """Updates between two synchronizations."""
-    adam_beta1: Beta = 0.9
-    """Decay of AdamW's mean of the gradients."""
-    adam_beta2: Beta = 0.999
-    """Decay of AdamW's mean of their squares."""
-    adam_epsilon: Positive = 1e-8
-    """Added to the square root of the latter."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled decay of matrices."""
-    max_grad_norm: NonNegative = 1.0
-    """Largest norm of the whole gradient; 0 never clips."""
-    max_nonfinite_steps: AtLeastOne = 5
-    """So many batches in a row with a loss or gradient that is not finite end the run."""
-    vllm_importance_sampling_correction: bool = True
-    """Weigh by ρ, how much likelier the learner finds a token than the sampler did (TRL's name; the sampler here is
-    Troupe's own generator, with its older weights and other kernels)."""
-    vllm_importance_sampling_mode: ratios.CorrectionMode = "sequence_mask"
-    """See `ratios.sampler_correction`."""
-    vllm_importance_sampling_clip_min: NonNegative | None = None
-    """Lower bound of ρ; None is no bound."""
-    vllm_importance_sampling_clip_max: NonNegative | None = 3.0
-    """Upper bound of ρ."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sync_ref_model and self.beta == 0.0:
-            raise ValueError(
-                "sync_ref_model is on and beta is 0, so that there is no reference policy to synchronize; "
-                "set beta above 0 or leave sync_ref_model off"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,161 @@
+"""The settings of the algorithm, without MLX: what the loss is made of, and how a batch becomes updates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gmpo"]
+Level = Literal["token", "sequence"]
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+ScaleRewards = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+Scheduler = Literal["linear", "constant", "cosine"]
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0.0)]
+Positive = Annotated[float, msgspec.Meta(gt=0.0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the loss is made of. `troupe.grpo.objectives` has the formula of each loss type."""
+
+    loss_type: LossType = "dapo"
+    """The policy term, and what a completion weighs; see `troupe.grpo.objectives`."""
+    importance_sampling_level: Level = "token"
+    """Whether ratios are taken per token (GRPO) or as a geometric mean over the completion (GSPO)."""
+    epsilon: NonNegative = 0.2
+    """Lower clip range: ratios below 1 − ε are clipped."""
+    epsilon_high: NonNegative | None = None
+    """Upper clip range, 1 + ε_high; None is `epsilon`. For "cispo" the largest weight itself (the paper: 5)."""
+    delta: Positive | None = None
+    """Upper bound of the unclipped ratio, above 1 + ε_high; None is no bound."""
+    beta: NonNegative = 0.0
+    """Weight of the KL divergence from the reference policy; 0 needs no reference policy."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate by the importance ratio (DeepSeek-V3.2, arXiv:2512.02556)."""
+    sapo_temperature_pos: Positive = 1.0
+    """In "sapo": how sharp the gate is where the advantage is above 0."""
+    sapo_temperature_neg: Positive = 1.05
+    """In "sapo": how sharp the gate is elsewhere."""
+    vespo_k_pos: NonNegative = 2.0
+    """In "vespo": exponent of the sequence's ratio where the advantage is 0 or above."""
+    vespo_lambda_pos: NonNegative = 3.0
+    """In "vespo": how fast the weight decays above a ratio of 1 where the advantage is 0 or above."""
+    vespo_k_neg: NonNegative = 3.0
+    """In "vespo": the exponent where the advantage is below 0."""
+    vespo_lambda_neg: NonNegative = 2.0
+    """In "vespo": the decay where the advantage is below 0."""
+    off_policy_mask_threshold: NonNegative | None = None
+    """Rows of negative advantage whose mean log-prob fell by more than this are left out; None leaves none out."""
+    top_entropy_quantile: Fraction = 1.0
+    """Part of the tokens, those of highest entropy, whose policy term counts; 1 is all."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus: the mean token entropy, times this, is subtracted from the loss."""
+    use_adaptive_entropy: bool = False
+    """Let `entropy_coef`, then only the first weight, follow the entropy; see `troupe.grpo.entropy`."""
+    entropy_coef_delta: NonNegative = 0.005
+    """By how much the weight rises or falls at each update."""
+    entropy_target: NonNegative = 0.2
+    """Mean token entropy, in nats, at and below which the weight rises and the bonus counts."""
+    entropy_coef_min: float = 0.0
+    """The weight falls to this and no further."""
+    entropy_coef_max: float = 1.0
+    """The weight rises to this and no further."""
+
+    def __post_init__(self) -> None:
+        if self.entropy_coef_min > self.entropy_coef_max:
+            raise ValueError(
+                f"entropy_coef_min is {self.entropy_coef_min}, above entropy_coef_max = {self.entropy_coef_max}; "
+                "lower the one or raise the other"
+            )
+
+    @property
+    def upper_epsilon(self) -> float:
+        """ε_high, or ε where it is not set."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has an entropy bonus, be its weight 0 at the moment."""
+        return self.entropy_coef != 0.0 or self.use_adaptive_entropy
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether the loss itself, not only a metric, depends on entropies."""
+        return self.top_entropy_quantile < 1.0 or self.has_entropy_bonus
+
+
+class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The section `[learner]`: the loss, and how a batch becomes updates."""
+
+    lr: Fraction = 1e-6
+    """Peak learning rate."""
+    lr_scheduler: Scheduler = "linear"
+    """How it falls after the warm-up; see `optimizer.learning_rate`."""
+    warmup_steps: Count = 0
+    """Updates over which it rises from 0."""
+    batch_size: AtLeastOne = 4
+    """P: prompts a learner batch."""
+    epochs: AtLeastOne = 3
+    """Passes over the dataset."""
+    max_steps: AtLeastOne | None = None
+    """Learner batches of the run, whatever `epochs` says; None: as many as `epochs` need."""
+    num_iterations: AtLeastOne = 1
+    """Updates a batch, each from all of its rows."""
+    gradient_accumulation_steps: AtLeastOne | None = None
+    """Micro-batches that a batch is *split* into (TRL multiplies); lower peak memory, the same gradient. None: one,
+    or as many as a run's memory limit asks for."""
+    gradient_checkpointing: bool | None = None
+    """Compute the inside of layers again for the gradient instead of keeping it: less memory, more work, the same
+    gradient. None: no, unless a run's memory limit asks for it."""
+    scale_rewards: ScaleRewards = "group"
+    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing."""
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    """How several reward functions become one advantage; see `advantages.compute_advantages`."""
+    mask_truncated_completions: bool = False
+    """Leave completions that the length limit cut out of the loss."""
+    dynamic_sampling: bool = False
+    """Leave groups whose advantages are all 0 out of the batch and sample others in their place (DAPO,
+    arXiv:2503.14476)."""
+    max_resampling_attempts: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
+    """How often a place of the batch is sampled anew before the step goes on without it."""
+    sync_ref_model: bool = False
+    """Let the reference policy follow the policy; see `reference.sync_reference`."""
+    ref_model_mixup_alpha: Fraction = 0.6
+    """The policy's share in the reference at each synchronization."""
+    ref_model_sync_steps: AtLeastOne = 512
+    """Updates between two synchronizations."""
+    adam_beta1: Beta = 0.9
+    """Decay of AdamW's mean of the gradients."""
+    adam_beta2: Beta = 0.999
+    """Decay of AdamW's mean of their squares."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the square root of the latter."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled decay of matrices."""
+    max_grad_norm: NonNegative = 1.0
+    """Largest norm of the whole gradient; 0 never clips."""
+    max_nonfinite_steps: AtLeastOne = 5
+    """So many batches in a row with a loss or gradient that is not finite end the run."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh by ρ, how much likelier the learner finds a token than the sampler did (TRL's name; the sampler here is
+    Troupe's own generator, with its older weights and other kernels)."""
+    vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
+    """See `ratios.sampler_correction`."""
+    vllm_importance_sampling_clip_min: NonNegative | None = None
+    """Lower bound of ρ; None is no bound."""
+    vllm_importance_sampling_clip_max: NonNegative | None = 3.0
+    """Upper bound of ρ."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sync_ref_model and self.beta == 0.0:
+            raise ValueError(
+                "sync_ref_model is on and beta is 0, so that there is no reference policy to synchronize; "
+                "set beta above 0 or leave sync_ref_model off"
+            )
