@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from troupe.errors import ConfigError
-from troupe.run.tables import copied, flattened, lay_over, parse_setting, read_toml, table_of
+from troupe.run.tables import copied, flattened, lay_over, parse_setting, table_of
+from troupe.runtime.files import read_toml
 
 
 @pytest.mark.parametrize(

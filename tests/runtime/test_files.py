@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from troupe.cli.main import main
 from troupe.dataset.kept_rows import KeptRows
-from troupe.runtime.files import expanded
+from troupe.runtime.files import drafted, expanded
 
 
 def test_a_home_that_there_is_not_is_left_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +41,18 @@ def test_a_user_without_a_home_keeps_no_rows(monkeypatch: pytest.MonkeyPatch, tm
     kept.write([{"prompt": "1 + 1"}])
     assert kept.read() is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for durable, text in ((False, "1"), (True, "22")):
+        with drafted(path, durable=durable) as draft:
+            draft.write_text(text)
+            assert draft.parent == tmp_path
+            assert path.exists() is durable
+        assert path.read_text() == text
+    with pytest.raises(UnicodeEncodeError), drafted(path) as draft:
+        draft.write_text("half \ud800", encoding="utf-8")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "22")]
+    with pytest.raises(FileNotFoundError), drafted(tmp_path / "none" / "a"):
+        pass

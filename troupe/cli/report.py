@@ -10,6 +10,7 @@ from troupe.cli.terminal import report_errors
 from troupe.errors import OutputError
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
+from troupe.runtime.files import drafted
 from troupe.runtime.terminal import tell
 
 
@@ -47,12 +48,8 @@ def report(folder: Path, *, out: Path | None, png: bool) -> None:
 
 def write_page(path: Path, page: str) -> None:
     """Put the page there, whole or not at all. OutputError where it cannot be written."""
-    draft = path.with_name(f".writing-{path.name}")
     try:
-        try:
+        with drafted(path) as draft:
             draft.write_bytes(page.encode("utf-8", "replace"))
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}; name another file (--out FILE.html)") from None

@@ -11,7 +11,8 @@ import msgspec
 from troupe.errors import ConfigError
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import run_folder_named
-from troupe.run.tables import lay_over, read_toml, table_of
+from troupe.run.tables import lay_over, table_of
+from troupe.runtime.files import read_toml
 
 _STORED = "run.toml"
 

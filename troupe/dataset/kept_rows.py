@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import msgspec
 
 from troupe.dataset.queries import split_query
-from troupe.runtime.files import expanded
+from troupe.runtime.files import drafted, expanded
 
 _FORMAT = 1
 _MOST_FILES = 64
@@ -69,15 +68,8 @@ class KeptRows:
         file = _File(key=self._key, digest=hashlib.sha256(data).hexdigest(), rows=msgspec.Raw(data))
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._folder, suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as part:
-                    part.write(msgspec.json.encode(file))
-                os.replace(name, self.path)  # noqa: PTH105 - a name
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(name)  # noqa: PTH108 - a name
-                raise
+            with drafted(self.path) as draft:  # who writes it at the same time may cut it: it is not whole then
+                draft.write_bytes(msgspec.json.encode(file))
             files = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
             for old in files[:-_MOST_FILES]:
                 old.unlink(missing_ok=True)

@@ -27,8 +27,8 @@ from troupe.rewards import RewardsConfig
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import policy_folder
 from troupe.run.naming import close_to, foreign_for, ours_for, told
-from troupe.run.tables import anchored_reward, copied, lay_over, read_toml, table_of
-from troupe.runtime.files import expanded
+from troupe.run.tables import anchored_reward, copied, lay_over, table_of
+from troupe.runtime.files import expanded, read_toml
 
 RUN_TOML = "run.toml"
 """Where a run folder keeps its whole resolved config."""

@@ -3,7 +3,6 @@ found where nothing came of it. Knows nothing of what is written there but the c
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -15,6 +14,7 @@ from troupe.errors import FolderGoneError, OutputError
 from troupe.run.config import RUN_TOML, RunConfig, write_config
 from troupe.run.folder_names import run_folder_named
 from troupe.run.sealed_config import seal
+from troupe.runtime.files import drafted
 from troupe.runtime.held_folder import HeldFolder
 from troupe.runtime.lock import LOCK, LockedError, Owner, RunLock
 
@@ -189,20 +189,9 @@ def _make_next(folder: Path, config: RunConfig) -> tuple[Path, list[Path]]:
 
 def _store(config: RunConfig, path: Path) -> None:
     """The old file or the new one is there, whole, at any moment."""
-    temporary = path.with_name(f".writing-{path.name}")
-    write_config(config, temporary)
-    seal(temporary)
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with drafted(path, durable=True) as draft:
+        write_config(config, draft)
+        seal(draft)
 
 
 def _refusal(folder: Path, owner: Owner | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from troupe.errors import OutputError
+from troupe.runtime.files import drafted
 
 SUMMARY = "summary.json"
 
@@ -43,9 +44,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
 def write_summary(result: RunResult) -> None:
     """Put the result into its folder, whole or not at all."""
     path = Path(result.folder) / SUMMARY
-    draft = path.with_name(f".writing-{SUMMARY}")
-    draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    draft.replace(path)
+    with drafted(path) as draft:
+        draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
 
 
 def remove_summary(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from troupe.errors import ConfigError
-from troupe.run.tables import read_toml
+from troupe.runtime.files import read_toml
 
 _SEAL = "# What a resume may take for settled, unless it was edited since: sha256 "
 

@@ -1,12 +1,8 @@
-"""Configurations as plain tables: reading TOML, `section.key=value`, laying one table over another.
-
-Knows neither what the keys mean nor which there are, and is quick to import.
-"""
+"""Configurations as plain tables: `section.key=value`, laying one table over another. Quick to import."""
 
 from __future__ import annotations
 
 import datetime
-import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,23 +10,6 @@ from typing import Any
 
 from troupe.errors import ConfigError
 from troupe.runtime.files import expanded
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a file; ConfigError where it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        hint = ""
-        if (path / "run.toml").is_file():
-            hint = f"; this is the folder of a run, to go on with: troupe train -o {shlex.quote(str(path))} --resume"
-        raise ConfigError(f"{path}: the configuration cannot be read: {error}{hint}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: the configuration is nested too deeply") from None
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from troupe.checkpoint.files import safetensors_chunks
 from troupe.errors import RunError
 from troupe.policy import Weights
+from troupe.runtime.files import drafted
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where files are memory, on Linux; on other systems there is no such folder."""
@@ -55,14 +56,11 @@ class WeightsFiles:
         path = self._path(version)
         if version in self._there:
             return path
-        begun = path.with_suffix(".part.safetensors")
         try:
             _check_room(self._folder, needed)
-            with begun.open("wb") as file:
+            with drafted(path) as draft, draft.open("wb") as file:
                 file.writelines(safetensors_chunks(weights))
-            begun.rename(path)
         except (OSError, RuntimeError) as error:
-            begun.unlink(missing_ok=True)
             raise RunError(
                 f"{path}: the weights for the generator's process could not be written: {error}; make room, or set "
                 "schedule.generator to thread"

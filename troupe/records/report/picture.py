@@ -29,7 +29,7 @@ from troupe.records.store.read import (
     open_store,
 )
 from troupe.records.store.write import FILE_NAME
-from troupe.run.tables import read_toml
+from troupe.runtime.files import read_toml
 
 State = Literal[
     "running",

@@ -21,6 +21,7 @@ from troupe.records.sinks.digest import Digest, Sample, StepDigest
 from troupe.records.sinks.jsonl import steps_between
 from troupe.records.sinks.packages import package, wandb_mode
 from troupe.records.sinks.wandb_files import newest_offline_step
+from troupe.runtime.files import drafted
 
 _PATIENCE = 0.8
 """Part of `sink_timeout_s` after which a tracker gives up by itself, and so can say why."""
@@ -206,6 +207,5 @@ def _read(path: Path) -> Tracked | None:
 
 
 def _write(path: Path, tracked: Tracked) -> None:
-    draft = path.with_name(f".writing-{path.name}")
-    draft.write_bytes(msgspec.json.encode(tracked) + b"\n")
-    draft.replace(path)
+    with drafted(path) as draft:
+        draft.write_bytes(msgspec.json.encode(tracked) + b"\n")

@@ -19,6 +19,7 @@ from troupe.errors import ConfigError
 from troupe.run.config import RunConfig, known_keys, with_value
 from troupe.run.naming import close_to, ours_for, told
 from troupe.run.tables import anchored_reward
+from troupe.runtime.files import sync
 
 CHANGES = "changes.jsonl"
 
@@ -275,7 +276,7 @@ class ChangesLog:
         finally:
             os.close(descriptor)
         if not end:
-            _sync_folder(self._path.parent)
+            sync(self._path.parent)
 
 
 def in_force(changes: Sequence[Change], key: str) -> list[tuple[int, Any]]:
@@ -311,11 +312,3 @@ def _shown(value: Any) -> str:
 def _write_all(descriptor: int, line: bytes, start: int) -> None:
     if os.pwrite(descriptor, line, start) < len(line):
         raise OSError("the disk has room for a part of the line only")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
