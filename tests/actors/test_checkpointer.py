@@ -24,8 +24,9 @@ import pytest
 from tests.support.fakes import Reports, device_thread, make_scored, same_bits, send_all
 from tests.support.tiny import CONFIG
 from troupe.actors import checkpointer as checkpointer_room
-from troupe.actors.checkpointer import Checkpointer, CheckpointLedger, growing_pauses
+from troupe.actors.checkpointer import Checkpointer, growing_pauses
 from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.ledgers import CheckpointLedger
 from troupe.checkpoint import CheckpointConfig, RunState, files, list_checkpoints, load_checkpoint
 from troupe.checkpoint import keep as keeping
 from troupe.checkpoint import write as writing

@@ -6,7 +6,8 @@ import anyio
 import pytest
 
 from tests.support.fakes import ended, taken
-from troupe.actors.prompter import Prompter, PromptLedger
+from troupe.actors.ledgers import PromptLedger
+from troupe.actors.prompter import Prompter
 from troupe.actors.schedule import PromptSchedule
 from troupe.dataset import PromptDataset
 from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step

@@ -34,11 +34,11 @@ from tests.support.documents import (
 )
 from tests.support.tiny import CONFIG, TEMPLATE, write_tiny_model
 from troupe.cli.main import main
-from troupe.run.resume.changes import config_keys
+from troupe.run.config import known_keys
 
 ALL = [README, *PAGES, ROOT / "examples" / "README.md"]
 BLOCKS = blocks(*ALL)
-SECTIONS = {key.partition(".")[0] for key in config_keys() if "." in key}
+SECTIONS = {key.partition(".")[0] for key in known_keys() if "." in key}
 MOST_NOT_RUN = 12
 
 
@@ -68,7 +68,7 @@ def test_what_is_generated_is_up_to_date(name: str) -> None:
 def test_every_key_of_the_configuration_has_a_meaning() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     keys = re.findall(r"^\| `([^`]+)`<br>.* \| (.*) \|$", page, re.MULTILINE)
-    assert sorted(key for key, _ in keys) == sorted(config_keys())
+    assert sorted(key for key, _ in keys) == sorted(known_keys())
     assert [key for key, meaning in keys if not meaning.strip()] == []
 
 
@@ -107,7 +107,7 @@ def test_a_page_links_to_no_place_that_the_site_does_not_have(page: Path) -> Non
 
 @pytest.mark.parametrize("page", ALL, ids=named)
 def test_every_key_that_is_named_exists(page: Path) -> None:
-    known = set(config_keys())
+    known = set(known_keys())
     for code in inline_code(page):
         match = re.match(r"(?:--set |--allow-change )?((\w+)\.(\w+))\b(?![.:(/])", code)
         if match and match[2] in SECTIONS and match[3] not in ("py", "md", "jsonl", "log", "NAME", "KEY", "key"):
@@ -173,7 +173,7 @@ def options_of_others() -> list[list[str]]:
 
 
 def test_every_name_of_ours_in_the_tables_of_options_exists() -> None:
-    known = set(config_keys()) | {name for param in main.commands["train"].params for name in param.opts}
+    known = set(known_keys()) | {name for param in main.commands["train"].params for name in param.opts}
     known |= {"sqlite", "…"}
     rows = options_of_others()
     assert len(rows) > 60

@@ -1,1 +1,1 @@
-"""The cast: one class a file, and none knows another. `troupe.run.pipeline` hands each its channels."""
+"""The actors of a run: one class a file, and none knows another. `troupe.run.pipeline` hands each its channels."""

@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import msgspec
 
+from troupe.actors.ledgers import CheckpointLedger
 from troupe.checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -40,28 +41,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _NICENESS = 5
 """Of the thread that writes checkpoints, and of those that it starts. Where all processors are busy it gets about a
 quarter of one: more would be taken from the learner, and with much less it would have to be waited for."""
-
-
-class CheckpointLedger(msgspec.Struct, kw_only=True):
-    """What a Checkpointer knows, and its successor must."""
-
-    newest: int | None = None
-    """Version of the newest checkpoint that is whole."""
-    gids: frozenset[int] = frozenset()
-    """Groups whose scores it holds."""
-    abandoned: set[int] = msgspec.field(default_factory=set)
-    """Versions on the disk that come after the one this start went on from: they are not of this run any more, and go
-    when it has a checkpoint of its own."""
-    pending: Snapshot | None = None
-    """What could not be written, and is tried again."""
-    failing: bool = False
-    """Whether the newest attempt failed."""
-    untold: CheckpointWritten | None = None
-    """What was written and not told yet."""
-    taken_away: str | None = None
-    """That the newest checkpoint is not there any more, which was not told yet."""
-    pruning_faults: tuple[str, ...] = ()
-    """What could not be removed, and was not told yet."""
 
 
 class Checkpointer(Actor):

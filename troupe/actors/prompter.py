@@ -4,38 +4,14 @@ replacements at once, on the credits of the groups that they replace."""
 from __future__ import annotations
 
 import time
-from collections import deque
-from typing import Any
 
-import msgspec
-
-from troupe.actors.ledgers import OpenGroups, next_attempt
+from troupe.actors.ledgers import OpenGroups, PromptLedger, next_attempt
 from troupe.actors.schedule import PromptSchedule
 from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
-
-
-class PromptLedger(msgspec.Struct, kw_only=True):
-    """How far prompting has come. Outlives the Prompter, so that nothing is issued twice or left out when it fails."""
-
-    next: int
-    """Number of the next prompt in the stream: step · P + place."""
-    end: int
-    """Number of the first prompt that is not to be issued."""
-    outbox: deque[Prompt] = msgspec.field(default_factory=deque)
-    """Prompts that hold a credit and are not sent yet."""
-    alive: dict[int, tuple[Slot, float]] = msgspec.field(default_factory=dict)
-    """Group that holds a credit → its slot, and when it was prompted (`time.perf_counter`)."""
-    steps_allowed: int | None = None
-    """Steps that may be begun while the run is paused, those already begun included; None: it is not paused."""
-    held: tuple[str, ...] = ()
-    """Why no step may be begun now."""
-    draining: bool = False
-    heeded: Any = None
-    """The message that was acted upon last: a Prompter that gets it once more has nothing left to do but to send."""
 
 
 class Prompter(Actor):

@@ -20,7 +20,7 @@ from functools import partial
 
 import msgspec
 
-from troupe.actors.checkpointer import Checkpointer, CheckpointLedger
+from troupe.actors.checkpointer import Checkpointer
 from troupe.actors.generator.actor import Generator
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.weights_files import WeightsFiles
@@ -28,9 +28,9 @@ from troupe.actors.generator.wire import Setup
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
 from troupe.actors.learner.train import LearnerState
-from troupe.actors.ledgers import OpenGroups
+from troupe.actors.ledgers import CheckpointLedger, OpenGroups, PromptLedger
 from troupe.actors.metrics import Heard, Metrics, Tally
-from troupe.actors.prompter import Prompter, PromptLedger
+from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
 from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.messages import (

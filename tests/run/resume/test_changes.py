@@ -12,22 +12,9 @@ import pytest
 
 from troupe import RunConfig, load_config
 from troupe.errors import ConfigError
-from troupe.run.resume.changes import (
-    CHANGES,
-    LIVE_KEYS,
-    RULES,
-    Change,
-    ChangesLog,
-    Difference,
-    Live,
-    check_allowed,
-    check_change,
-    config_keys,
-    differences,
-    in_force,
-    rule_of,
-    value_of,
-)
+from troupe.run.config import known_keys
+from troupe.run.resume.changes import CHANGES, LIVE_KEYS, Change, ChangesLog, Live, check_change, in_force
+from troupe.run.resume.rules import RULES, Difference, check_allowed, differences, rule_of, value_of
 
 CONFIG = load_config(None, [{"learner": {"lr": 1e-4}, "checkpoint": {"every": 9}, "schedule": {"watchdog_s": 5.0}}])
 
@@ -36,7 +23,7 @@ CONFIG = load_config(None, [{"learner": {"lr": 1e-4}, "checkpoint": {"every": 9}
 
 
 def test_every_key_has_one_rule_and_every_rule_a_key() -> None:
-    keys = config_keys()
+    keys = known_keys()
     assert len(keys) == len(set(keys)) > 100
     assert {"seed", "learner.lr", "learner.beta", "generation.top_k", "data.chat_template_kwargs"} <= set(keys)
     for key in keys:
@@ -48,7 +35,7 @@ def test_every_key_has_one_rule_and_every_rule_a_key() -> None:
 
 
 def test_keys_can_be_read_by_name() -> None:
-    for key in config_keys():
+    for key in known_keys():
         value_of(CONFIG, key)
     assert value_of(CONFIG, "learner.lr") == 1e-4
 
@@ -86,7 +73,7 @@ def test_differences_are_told_in_words() -> None:
 
 
 def test_every_key_that_never_changes_says_why() -> None:
-    for key in config_keys():
+    for key in known_keys():
         difference = Difference(key=key, old=1, new=2)
         assert (difference.rule == "never") == ("(never: " in str(difference))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import anyio
 
+from troupe.actors.generator.rounds import Rounds
 from troupe.actors.learner.batch import as_rollouts
 from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup
 from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest, Weights
@@ -19,7 +19,7 @@ from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 
 
-class _Ready(NamedTuple):
+class _Decoded(NamedTuple):
     """What is complete at one token."""
 
     groups: list[tuple[int, tuple[Rollout, ...]]]
@@ -38,9 +38,6 @@ class Generator(Actor):
 
     Free schedule: the prompts that are there are decoded at once, with the newest version, and every newer one is taken
     at the token after it was published, while caches are kept.
-
-    A prompt is done with when all that was decoded with it is: the successor of a generator that failed decodes the
-    same round, and leaves out what was handed over already.
     """
 
     name = "generator"
@@ -62,21 +59,15 @@ class Generator(Actor):
         report: Reporter | None = None,
     ) -> None:
         """`most_at_once`: how many prompts a decode of the free schedule has at the most; None: the schedule is pinned.
-
-        `handed_over`: gids of groups that were sent and whose prompts are still in hand; it outlives the actor.
-        `recorded`: gid → groups that a run, before it was resumed, had sampled already.
-        `decode_text` is called on the device's thread.
+        `handed_over` and `recorded` are as for `Rounds`. `decode_text` is called on the device's thread.
         """
         super().__init__(inbox, [groups], report)
-        self._groups = groups
+        self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded, report=self.report)
         self._make_engine = engine
         self._board = board
         self._decode_text = decode_text
         self._seed = seed
         self._most_at_once = most_at_once
-        self._handed_over = set() if handed_over is None else handed_over
-        self._recorded = {} if recorded is None else recorded
-        self._rounds: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
         self._there: list[Prompt] = []
         self._device = device
         self._engine: RolloutEngine
@@ -93,10 +84,8 @@ class Generator(Actor):
     async def handle(self, message: Prompt) -> None:
         """Collect the prompts of a round and decode it when it is complete; or decode what is there."""
         if self._most_at_once is None:
-            name = message.slot.step, message.slot.attempt
-            self._rounds[name].append(message)
-            if len(self._rounds[name]) == message.round_size:
-                await self._decode_pinned(sorted(self._rounds.pop(name), key=lambda prompt: prompt.slot))
+            if prompts := self._rounds.gather(message):
+                await self._decode_pinned(prompts)
             return
         self._there.append(message)
         if len(self._there) == self._most_at_once or not len(self.inbox):
@@ -105,16 +94,16 @@ class Generator(Actor):
 
     async def _decode_pinned(self, prompts: list[Prompt]) -> None:
         step = prompts[0].slot.step
-        if await self._left(prompts):  # all are decoded, or none: what one comes to depends on the others
+        if await self._rounds.left(prompts, as_one=True):
             version = self._board.pinned_for(step)
             with self.report.span("wait for policy", step=step, kind="wait"):
                 weights = await self._board.get(version)
             self._engine.load(weights, version)
             await self._decode(prompts, step)
-        self._done_with(prompts)
+        self._rounds.finish(prompts)
 
     async def _decode_newest(self, prompts: list[Prompt]) -> None:
-        if left := await self._left(prompts):
+        if left := await self._rounds.left(prompts, as_one=False):
             version, weights = await self._board.newer_than(-1)
             self._engine.load(weights, version)
             async with anyio.create_task_group() as tasks:
@@ -122,19 +111,7 @@ class Generator(Actor):
                 await self._decode(left, None)
                 tasks.cancel_scope.cancel()
             self._engine.release()  # of a version that came when all was decoded
-        self._done_with(prompts)
-
-    async def _left(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts that are to be completed, after those groups were handed over that need not be."""
-        pinned = self._most_at_once is None
-        pending = [prompt for prompt in prompts if prompt.gid not in self._handed_over]
-        left = [prompt for prompt in pending if prompt.gid not in self._recorded]
-        if pinned and left:
-            return left
-        for prompt in pending:
-            if prompt.gid in self._recorded:
-                await self._hand_over(self._recorded[prompt.gid].group)
-        return left
+        self._rounds.finish(prompts)
 
     async def _follow(self, version: int) -> None:
         """Have every version that is newer used from the next token on."""
@@ -145,39 +122,28 @@ class Generator(Actor):
     async def _decode(self, prompts: Sequence[Prompt], step: int | None) -> None:
         requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=self._key(prompt)) for prompt in prompts]
         with self.report.span("generate", step=step):
-            decoded = self._engine.decode_lists(requests)  # before anybody can leave: it forgets an abort
-            async with self._device.iterate(self._completed(decoded), on_leave=self._engine.abort) as completed:
-                while ready := await completed.next():
-                    for name, start_s, end_s in ready.computed:
+            decoding = self._engine.decode_lists(requests)  # before anybody can leave: it forgets an abort
+            async with self._device.iterate(self._completed(decoding), on_leave=self._engine.abort) as completed:
+                while decoded := await completed.next():
+                    for name, start_s, end_s in decoded.computed:
                         self.report.record(name, start_s, end_s, step=step)
-                    for index, rollouts in ready.groups:
-                        await self._hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))
+                    for index, rollouts in decoded.groups:
+                        await self._rounds.hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))
             self._engine.release()  # the next step has other weights, and the learner needs room
 
-    def _completed(self, decoded: Iterator[list[CompletedGroup]]) -> Iterator[_Ready]:
+    def _completed(self, decoding: Iterator[list[CompletedGroup]]) -> Iterator[_Decoded]:
         """Groups as they are completed, texts included; for the device's thread."""
         computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
-        for groups in decoded:
+        for groups in decoding:
             end_s = time.perf_counter()
             computed.append(("decode" if groups else "prefill", start_s, end_s))
             if groups:
                 completions = [(group.index, as_rollouts(group, self._decode_text)) for group in groups]
                 computed.append(("write text", end_s, time.perf_counter()))
-                yield _Ready(completions, computed)
+                yield _Decoded(completions, computed)
                 computed = []
             start_s = time.perf_counter()
-
-    async def _hand_over(self, group: RolloutGroup) -> None:
-        if group.prompt.gid not in self._handed_over:
-            with self.report.span("hand over", step=group.prompt.slot.step, gid=group.prompt.gid):
-                await self._groups.send(group)
-            self._handed_over.add(group.prompt.gid)
-
-    def _done_with(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            self.inbox.done(prompt)
-            self._handed_over.discard(prompt.gid)
 
     def _key(self, prompt: Prompt) -> tuple[int, ...]:
         return (self._seed, prompt.slot.step, prompt.slot.place, prompt.slot.attempt)

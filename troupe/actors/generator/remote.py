@@ -1,7 +1,7 @@
-"""RemoteGenerator: stands in for a generator that works in processes of its own.
+"""RemoteGenerator: stands in for generators that run in processes of their own (`process.py`).
 
-Knows how prompts get there and completions come back, not how they are made: that is `Generator`'s, which is played in
-each process (`process.py`). A process that dies is a fault of this actor; its successor starts all anew.
+It brings prompts there and completions back. A process that dies is a fault of this actor; its successor starts all
+anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from troupe import errors
+from troupe.actors.generator.rounds import Rounds
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import (
     Completed,
@@ -50,14 +51,6 @@ from troupe.runtime.reporter import Reporter
 
 MODULE = "troupe.actors.generator.process"
 M = TypeVar("M")
-
-
-class _Round:
-    """Prompts that are done with together, and those of them whose completions have not come."""
-
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts = tuple(prompts)
-        self.open = {prompt.gid for prompt in prompts}
 
 
 class _Process:
@@ -111,24 +104,19 @@ class RemoteGenerator(Actor):
         recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`setups`: one a process. `device`: the thread that writes files.
-
-        `handed_over`: gids of groups that were sent and whose prompts are still in hand; it outlives the actor.
-        `recorded`: gid → groups that a run, before it was resumed, had sampled already.
-        """
+        """`setups`: one a process. `device`: the thread that writes files. `handed_over` and `recorded` are as for
+        `Rounds`."""
         super().__init__(inbox, [groups], report)
-        self._groups = groups
+        self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded)
         self._setups = setups
         self._pinned = setups[0].most_at_once is None
         self._board = board
         self._files = files
         self._device = device
-        self._handed_over = set() if handed_over is None else handed_over
-        self._recorded = {} if recorded is None else recorded
-        self._gathering: defaultdict[tuple[int, int], list[Prompt]] = defaultdict(list)
         self._there: list[Prompt] = []
         self._told, self._telling = -1, anyio.Event()
-        self._rounds: dict[int, tuple[Prompt, _Round]] = {}
+        self._decoding: dict[int, tuple[list[Prompt], set[int]]] = {}
+        """Group → the prompts that are done with together with its own, and those of them that are still open."""
         self._processes: list[_Process] = []
         self._following: anyio.CancelScope
         self._listeners: TaskGroup
@@ -139,7 +127,7 @@ class RemoteGenerator(Actor):
         return max((process.made for process in self._processes), default=0)
 
     async def run(self) -> None:
-        """Play the part while the processes are listened to."""
+        """Run while the processes are listened to."""
         self._following = anyio.CancelScope()
         async with anyio.create_task_group() as self._listeners:
             await super().run()
@@ -173,17 +161,14 @@ class RemoteGenerator(Actor):
     async def handle(self, message: Prompt) -> None:
         """Collect the prompts of a round and have it decoded when it is whole; or have decoded what is there."""
         if self._pinned:
-            name = message.slot.step, message.slot.attempt
-            self._gathering[name].append(message)
-            if len(self._gathering[name]) == message.round_size:
-                prompts = sorted(self._gathering.pop(name), key=lambda prompt: prompt.slot)
-                await self._decode([_Round(prompts)], self._board.pinned_for(message.slot.step))
+            if prompts := self._rounds.gather(message):
+                await self._decode([prompts], self._board.pinned_for(message.slot.step))
             return
         self._there.append(message)
         if not len(self.inbox):
             await self._until_told(self._board.version)
             prompts, self._there = self._there, []
-            await self._decode([_Round([prompt]) for prompt in prompts], None)
+            await self._decode([[prompt] for prompt in prompts], None)
 
     async def finish(self) -> None:
         """Wait until every process has told all."""
@@ -205,18 +190,15 @@ class RemoteGenerator(Actor):
             for version in process.lent.elements():
                 self._files.give_back(version)
 
-    async def _decode(self, rounds: Sequence[_Round], version: int | None) -> None:
-        left = [each for each in rounds if not each.open <= self._handed_over | self._recorded.keys()]
-        for each in rounds:
-            if each not in left:
-                for gid in sorted(each.open - self._handed_over):
-                    await self._groups.send(self._recorded[gid].group)
-                    self._handed_over.add(gid)
-                self._done_with(each)
+    async def _decode(self, rounds: Sequence[list[Prompt]], version: int | None) -> None:
         parts: dict[int, list[Prompt]] = defaultdict(list)
-        for each in left:
-            for prompt in each.prompts:
-                self._rounds[prompt.gid] = prompt, each
+        for prompts in rounds:
+            if not await self._rounds.left(prompts, as_one=True):
+                self._rounds.finish(prompts)
+                continue
+            still_open = {prompt.gid for prompt in prompts}
+            for prompt in prompts:
+                self._decoding[prompt.gid] = prompts, still_open
                 parts[prompt.slot.place % len(self._processes)].append(prompt)
         if parts and version is not None:
             await self._share(version, [self._processes[i] for i in parts])
@@ -267,12 +249,12 @@ class RemoteGenerator(Actor):
     async def _listen(self, process: _Process) -> None:
         try:
             while not process.ended.is_set():
-                await self._heed(process, await process.receive())
+                await self._act_on(process, await process.receive())
         except Exception:
             if process in self._processes:  # else it was ended by us
                 raise
 
-    async def _heed(self, process: _Process, message: FromProcess) -> None:
+    async def _act_on(self, process: _Process, message: FromProcess) -> None:
         match message:
             case Completed():
                 await self._hand_over(message)
@@ -294,19 +276,13 @@ class RemoteGenerator(Actor):
                 raise MessageError(f"the generator's process sent {type(message).__name__} out of turn")
 
     async def _hand_over(self, completed: Completed) -> None:
-        prompt, its_round = self._rounds.pop(completed.gid)
-        if prompt.gid not in self._handed_over:
-            rollouts = tuple(map(unpack_rollout, completed.rollouts))
-            await self._groups.send(RolloutGroup(prompt=prompt, rollouts=rollouts))
-            self._handed_over.add(prompt.gid)
-        its_round.open.discard(prompt.gid)
-        if not its_round.open:
-            self._done_with(its_round)
-
-    def _done_with(self, its_round: _Round) -> None:
-        for prompt in its_round.prompts:
-            self.inbox.done(prompt)
-            self._handed_over.discard(prompt.gid)
+        prompts, still_open = self._decoding.pop(completed.gid)
+        prompt = next(prompt for prompt in prompts if prompt.gid == completed.gid)
+        rollouts = tuple(map(unpack_rollout, completed.rollouts))
+        await self._rounds.hand_over(RolloutGroup(prompt=prompt, rollouts=rollouts))
+        still_open.discard(prompt.gid)
+        if not still_open:
+            self._rounds.finish(prompts)
 
 
 def _expect(kind: type[M], message: FromProcess) -> M:

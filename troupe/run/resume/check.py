@@ -29,20 +29,9 @@ from troupe.errors import CheckpointError, ConfigError
 from troupe.messages import Unfinished
 from troupe.policy import Policy, Weights, expected_shapes
 from troupe.rewards import RewardManager
-from troupe.run.config import RUN_TOML, RunConfig, load_config, with_value
-from troupe.run.resume.changes import (
-    LIVE_KEYS,
-    MACHINE,
-    MACHINE_KEYS,
-    Change,
-    ChangesLog,
-    Difference,
-    check_allowed,
-    config_keys,
-    differences,
-    in_force,
-    value_of,
-)
+from troupe.run.config import RUN_TOML, RunConfig, known_keys, load_config, with_value
+from troupe.run.resume.changes import LIVE_KEYS, Change, ChangesLog, in_force
+from troupe.run.resume.rules import MACHINE, MACHINE_KEYS, Difference, check_allowed, differences, value_of
 from troupe.run.sealed_config import is_as_written
 
 OPEN: dict[str, Any] = {
@@ -110,7 +99,7 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
             if value_of(asked, key) == is_open:
                 asked = with_value(asked, key, value_of(stored, key), f"{folder / RUN_TOML}")
         made = ChangesLog(folder).read()
-        for key in config_keys():  # a file that was mended to say what was set meanwhile asks for nothing new
+        for key in known_keys():  # a file that was mended to say what was set meanwhile asks for nothing new
             if (values := in_force(made, key)) and value_of(asked, key) == values[-1][1]:
                 asked = with_value(asked, key, value_of(stored, key), f"{folder / RUN_TOML}")
         others = _other_machine(newest, machine or {}) if config.schedule.mode == "pinned" else ()
