@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -33,6 +34,7 @@ from troupe.errors import CheckpointError, FolderGoneError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot
 from troupe.policy import Companions, Qwen3Config
 from troupe.runtime.actor import Actor
+from troupe.runtime.backoff import backoff_s
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
@@ -280,10 +282,7 @@ def _step_back() -> None:
 
 def growing_pauses() -> Iterator[float]:
     """1 s, 2 s, 4 s … 60 s, 60 s …"""
-    pause_s = _FIRST_PAUSE_S
-    while True:
-        yield pause_s
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    return (backoff_s(nth, _FIRST_PAUSE_S, _LONGEST_PAUSE_S) for nth in itertools.count(1))
 
 
 def _gids(snapshot: Snapshot) -> frozenset[int]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from troupe.run.daemon_settings import DaemonConfig
+from troupe.runtime.backoff import backoff_s
 
 _IN_VAIN = 4
 """Times the limit that a run may fail in a row, however far apart, without progress."""
@@ -61,5 +62,5 @@ class Attempts:
             self._failures.popleft()
         if hangs_again or len(self._failures) > config.restarts or self.in_vain > _IN_VAIN * max(1, config.restarts):
             return None
-        pause_s = config.first_pause_s * 2.0 ** min(self.in_vain - 1, 30)
-        return min(config.longest_pause_s, pause_s * self._jitter(0.75, 1.25))
+        pause_s = backoff_s(self.in_vain, config.first_pause_s) * self._jitter(0.75, 1.25)
+        return min(config.longest_pause_s, pause_s)

@@ -1,8 +1,4 @@
-"""Trying a call that may raise, hang or take too long. Knows nothing of what is called.
-
-Backoff with jitter: the wait before attempt n ≥ 1 is min(30, 0.5·2ⁿ⁻¹)·(½ + ½u) seconds, u uniform in [0, 1), so
-that calls which failed together do not come back together.
-"""
+"""Trying a call that may raise, hang or take too long."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ import msgspec
 
 from troupe.errors import RewardError, sayable
 from troupe.rewards.causes import may_pass, place_of
+from troupe.runtime.backoff import backoff_s
 
 T = TypeVar("T")
 
@@ -36,12 +33,6 @@ class Fault(msgspec.Struct, frozen=True):
     message: str
     by_code: bool = False
     """Whether no service that is away makes such an error."""
-
-
-def backoff_s(attempt: int, jitter: float) -> float:
-    """Seconds to wait before attempt ≥ 1 (attempt 0 is the first); jitter u in [0, 1)."""
-    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 16))
-    return longest * (0.5 + 0.5 * jitter)
 
 
 class Tries:
@@ -97,9 +88,13 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
         for attempt in range(1, self.pace.retries + 1):
             if not isinstance(outcome, Fault):
                 return outcome
-            await self.sleep(backoff_s(attempt, self.jitter()))
+            await self.wait(attempt)
             outcome = await self.once(call)
         return outcome
+
+    async def wait(self, attempt: int) -> None:
+        """The pause before attempt ≥ 1 (attempt 0 is the first)."""
+        await self.sleep(backoff_s(attempt, FIRST_WAIT_S, LONGEST_WAIT_S, self.jitter()))
 
     async def once(self, call: Callable[[], Awaitable[T]]) -> T | Fault:
         """One attempt."""

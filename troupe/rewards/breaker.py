@@ -17,6 +17,7 @@ import anyio
 import msgspec
 
 from troupe.rewards.attempts import FIRST_WAIT_S, Fault
+from troupe.runtime.backoff import backoff_s
 
 T = TypeVar("T")
 
@@ -134,8 +135,7 @@ class Breaker:
         return self.why is not None
 
     def _wait_s(self) -> float:
-        longest = min(self._limits.max_wait_s, FIRST_WAIT_S * 2.0 ** min(self._tries, 32))
-        return longest * (0.5 + 0.5 * self._jitter())
+        return backoff_s(self._tries + 1, FIRST_WAIT_S, self._limits.max_wait_s, self._jitter())
 
     def _succeeded(self) -> None:
         self._failures, self._only_code, self.proven = 0, True, True

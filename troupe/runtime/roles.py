@@ -20,6 +20,7 @@ import msgspec
 from troupe.errors import RunError, TroupeError
 from troupe.messages import Incident
 from troupe.runtime.actor import Actor
+from troupe.runtime.backoff import backoff_s
 
 
 class Restarts(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +43,7 @@ class Restarts(msgspec.Struct, frozen=True, kw_only=True):
 
     def pause_s(self, nth: int) -> float:
         """Seconds before the `nth` restart within the window, counted from 1."""
-        return float(min(self.first_s * 2 ** (nth - 1), self.most_s) * (0.5 + 0.5 * self.jitter()))
+        return backoff_s(nth, self.first_s, self.most_s, self.jitter())
 
 
 class Role:

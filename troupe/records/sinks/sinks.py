@@ -24,6 +24,7 @@ import anyio
 from troupe.errors import FolderGoneError
 from troupe.messages import GroupClosed, Incident, Span
 from troupe.records.sinks.base import DurableSink, Sink
+from troupe.runtime.backoff import backoff_s
 
 _MAX_FAILURES = 3
 _MOST_WAITING = 8192
@@ -171,7 +172,7 @@ class SinkThread:
                 self._change.wait_for(lambda: self._urgent or self._finishing, self._gather_s)
             else:
                 hurried = self._finishing
-                pause_s = min(_FIRST_PAUSE_S * 2 ** min(self._attempts - 1, 9), _LONGEST_PAUSE_S)
+                pause_s = backoff_s(self._attempts, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
                 self._change.wait_for(
                     lambda: self._abandoned or self._finishing is not hurried, _FIRST_PAUSE_S if hurried else pause_s
                 )

@@ -15,7 +15,7 @@ import anyio
 import msgspec
 
 from troupe.errors import RewardError
-from troupe.rewards.attempts import Attempts, Fault, backoff_s
+from troupe.rewards.attempts import Attempts, Fault
 from troupe.rewards.convention import (
     PROVIDED,
     Reward,
@@ -166,7 +166,7 @@ class ProcessRunner(Runner):
         for attempt in range(1, self._attempts.pace.retries + 1):
             if isinstance(answer, Outcome):
                 break
-            await self._attempts.sleep(backoff_s(attempt, self._attempts.jitter()))
+            await self._attempts.wait(attempt)
             answer = await self._attempt(batch)
         return answer
 
