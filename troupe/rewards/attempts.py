@@ -12,7 +12,7 @@ import anyio
 import msgspec
 
 from troupe.errors import RewardError, sayable
-from troupe.rewards.causes import may_pass, place_of
+from troupe.rewards.faults import may_pass, place_of
 from troupe.runtime.backoff import backoff_s
 
 T = TypeVar("T")

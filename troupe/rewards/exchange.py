@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anyio
 
-from troupe.rewards.breaker import Exchanged
+from troupe.rewards.calling import Exchanged
 from troupe.rewards.rounds import Rounds
 from troupe.rewards.runners import Batch, Outcome, Round, Runner
 from troupe.runtime.reporter import Reporter

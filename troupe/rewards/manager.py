@@ -24,12 +24,12 @@ from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import Attempts, Fault, Pace, in_short
-from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
+from troupe.rewards.calling import Breaker, BreakerLimits, Exchanged
 from troupe.rewards.convention import Reward
 from troupe.rewards.exchange import Seat, Sitting
+from troupe.rewards.function_runner import MovableRunner
 from troupe.rewards.isolation import end_idle_threads
 from troupe.rewards.loading import is_code, load_beside, load_reward
-from troupe.rewards.movable import MovableRunner
 from troupe.rewards.processes.runner import ProcessRunner, look_at, process_spec
 from troupe.rewards.runners import (
     ActorRunner,

@@ -19,7 +19,7 @@ from troupe.errors import RewardError
 from troupe.messages import Slot
 from troupe.rewards.actor import RewardActor, RewardSample
 from troupe.rewards.attempts import Attempts, Fault, Pace, Tries, described, is_own_failure
-from troupe.rewards.breaker import Breaker, NeverWorked
+from troupe.rewards.calling import Breaker, NeverWorked
 from troupe.rewards.convention import (
     Reward,
     RewardFunction,

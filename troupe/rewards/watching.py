@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from troupe.rewards.causes import is_library, place_in
+from troupe.rewards.faults import is_library, place_in
 
 _OF_MAIN_THREAD = ("signal", "alarm", "setitimer", "set_wakeup_fd")
 """Functions of the module `signal` that want the main thread, or act on the whole process."""

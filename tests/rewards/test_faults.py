@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from troupe.rewards.attempts import described, is_by_code
-from troupe.rewards.causes import is_library, may_pass, place_of
+from troupe.rewards.faults import is_library, may_pass, place_of
 
 
 def http_error(status: int) -> urllib.error.HTTPError:

@@ -14,7 +14,7 @@ from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig
 from troupe.rewards.attempts import Fault
-from troupe.rewards.breaker import Breaker, BreakerLimits, Exchanged
+from troupe.rewards.calling import Breaker, BreakerLimits, Exchanged
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ import anyio
 
 from troupe.errors import RewardError
 from troupe.rewards.attempts import Attempts, Fault, is_own_failure
-from troupe.rewards.breaker import Breaker
+from troupe.rewards.calling import Breaker
 from troupe.rewards.convention import RewardFunction, reward_place, unwrapped
 from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.runners import Batch, FunctionRunner, Fuse, Outcome, Runner, as_outcome, ended
