@@ -14,11 +14,12 @@ from rich.console import Console
 from tests.support.fakes import make_scored
 from tests.support.stored import closed, rows, update
 from troupe.cli import inspect as inspecting
-from troupe.cli.inspect import Block, as_renderable, as_text, shown
+from troupe.cli.inspect import Block, as_renderable, as_text
 from troupe.cli.main import main
 from troupe.messages import CheckpointWritten, GroupClosed, Incident
+from troupe.records.layout import STORE
 from troupe.records.sinks.sqlite import SqliteSink
-from troupe.records.store.write import FILE_NAME
+from troupe.records.text import shown
 
 
 def told(step: int, place: int, **changes: Any) -> GroupClosed:
@@ -33,7 +34,7 @@ def told(step: int, place: int, **changes: Any) -> GroupClosed:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    sink = SqliteSink(tmp_path / FILE_NAME, program="0.9")
+    sink = SqliteSink(tmp_path / STORE, program="0.9")
     sink.open()
     for step in (1, 2):
         sink.write(told(step, 0, columns={"answer": "7"}))
@@ -83,7 +84,7 @@ def test_the_overview_as_json(folder: Path) -> None:
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    sink = SqliteSink(tmp_path / FILE_NAME)
+    sink = SqliteSink(tmp_path / STORE)
     sink.open()
     lines = [" ".join(line.split()) for line in run(tmp_path).splitlines()]
     assert {"steps 0", "groups none", "completions 0"} <= set(lines)
@@ -152,8 +153,8 @@ def test_contradictions_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_groups_whose_samples_nobody_knows_of_and_missing_scores(folder: Path) -> None:
-    rows(folder / FILE_NAME, "SELECT 1")
-    sink = SqliteSink(folder / FILE_NAME, first_step=2)
+    rows(folder / STORE, "SELECT 1")
+    sink = SqliteSink(folder / STORE, first_step=2)
     sink.open()
     sink.write(closed(3, 0, (None, None, None), state="quarantined"))
     sink.write(update(3))
@@ -173,7 +174,7 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(folder: Path, t
     assert not (tmp_path / "out.jsonl").exists()
     new = tmp_path / "new"
     new.mkdir()
-    sink = SqliteSink(new / FILE_NAME)
+    sink = SqliteSink(new / STORE)
     sink.open()
     assert "--step 1: no step is stored yet" in run(new, "--step", "1", code=2)
     sink.write(update(1))
@@ -197,7 +198,7 @@ def odd_folder(tmp_path: Path) -> Path:
     """A run in which everything that has a name is called something that acts on a terminal."""
     folder = tmp_path / "run\x1b[31m"
     folder.mkdir()
-    sink = SqliteSink(folder / FILE_NAME, program=f"0.9{ODD}")
+    sink = SqliteSink(folder / STORE, program=f"0.9{ODD}")
     sink.open()
     group = told(1, 0, columns={ODD: ODD}, prompt=[{"role": ODD, "content": ODD}])
     assert group.scored is not None
@@ -244,8 +245,6 @@ def test_refusals_hold_nothing_that_acts(odd_folder: Path) -> None:
 
 def test_several_versions_are_told() -> None:
     assert inspecting._versions([(3, 5), (4, 2)]) == "versions 3 (5), 4 (2)"
-    assert inspecting._size(999) == "999 B"
-    assert inspecting._size(2.5e12) == "2.5e+03 GB"
 
 
 def test_what_would_act_on_a_terminal_is_shown_instead() -> None:
@@ -292,14 +291,14 @@ def test_numbers_that_no_store_has(folder: Path, options: tuple[str, str]) -> No
     assert options[0] in run(folder, *options, code=2)
 
 
-@pytest.mark.parametrize("name", [FILE_NAME, f"{FILE_NAME}-wal", "metrics.jsonl", "link"])
+@pytest.mark.parametrize("name", [STORE, f"{STORE}-wal", "metrics.jsonl", "link"])
 def test_an_export_does_not_overwrite_the_run(folder: Path, name: str) -> None:
-    (folder / "link").symlink_to(FILE_NAME)
+    (folder / "link").symlink_to(STORE)
     if name != "link":
         (folder / name).touch()
-    before = (folder / FILE_NAME).read_bytes()
+    before = (folder / STORE).read_bytes()
     assert "is a file of the run" in run(folder, "--jsonl", str(folder / name), code=2)
-    assert (folder / FILE_NAME).read_bytes() == before
+    assert (folder / STORE).read_bytes() == before
     for _ in range(2):
         run(folder, "--jsonl", str(folder / "new.jsonl"))
 

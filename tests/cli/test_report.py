@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +12,10 @@ from tests.records.report.folders import make_run
 from tests.records.report.pages import Page
 from troupe import __main__ as program
 from troupe.cli.main import main
-from troupe.cli.report import report, write_page
+from troupe.cli.report import ask_status, report, write_page
+from troupe.daemon.control.client import NobodyThereError
+from troupe.errors import RunError
+from troupe.messages import NOT_STARTED, Refused, Status
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -74,3 +78,23 @@ def test_the_program_knows_it_without_mlx(
     assert not end.value.code
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     assert main.commands["report"] is report
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (NOT_STARTED, (NOT_STARTED, [])),
+        (Refused(message="no"), (None, [])),
+        (NobodyThereError("nobody"), (None, [])),
+        (RunError("no answer within 5 s"), (None, ["no answer within 5 s"])),
+    ],
+)
+def test_a_run_that_gives_no_answer_is_a_note(
+    tmp_path: Path, reply: Any, expected: tuple[Status | None, list[str]]
+) -> None:
+    def ask(folder: Path, request: object, timeout_s: float) -> Any:
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    assert ask_status(tmp_path, ask) == expected

@@ -17,7 +17,6 @@ import anyio
 import msgspec
 
 from troupe.daemon.control.answers import answer
-from troupe.daemon.control.place import PAGE
 from troupe.daemon.trainer.frames import (
     Answer,
     Ask,
@@ -33,6 +32,7 @@ from troupe.daemon.trainer.frames import (
 )
 from troupe.errors import ConfigError
 from troupe.messages import Incident, Status
+from troupe.records.layout import PAGE
 from troupe.runtime.process import Connection, serve
 from troupe.runtime.roles import together
 

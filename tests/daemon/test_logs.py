@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from troupe.daemon import logs
-from troupe.daemon.control.place import LOG
 from troupe.daemon.logs import LOGGER, logging_into, set_limits
+from troupe.records.layout import LOG
 from troupe.run.daemon_settings import DaemonConfig
 
 

@@ -23,12 +23,13 @@ from tests.daemon.fake_trainer import TOTAL
 from tests.support.fakes import write_prompts, write_ragged_model
 from troupe.checkpoint import list_checkpoints
 from troupe.daemon.control.client import NobodyThereError, ask
-from troupe.daemon.control.place import LOG, PAGE, Place
+from troupe.daemon.control.place import Place
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.main import keep_alive
 from troupe.daemon.orders import Order
 from troupe.errors import ConfigError, OutputError, RunError
 from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Resume, Set, Status, Step, Stop
+from troupe.records.layout import LOG, PAGE
 from troupe.records.standing import aftermath, describe
 from troupe.runtime.lock import read_owner
 

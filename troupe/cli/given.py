@@ -9,16 +9,8 @@ from typing import Any
 
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.errors import InputError
-from troupe.run.config import (
-    RUN_TOML,
-    Layer,
-    RunConfig,
-    config_table,
-    layered,
-    load_config,
-    said_in,
-    settings_layers,
-)
+from troupe.records.layout import RUN_TOML
+from troupe.run.config import Layer, RunConfig, config_table, layered, load_config, said_in, settings_layers
 from troupe.run.folder_names import run_folder_named
 
 TRAIN_KEYS = {

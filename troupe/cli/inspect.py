@@ -6,7 +6,6 @@ how the store is read; `stored_run.py` does.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from troupe.errors import InputError, OutputError
+from troupe.records.layout import CHANGES, METRICS
 from troupe.records.store.read import Choice, Overview, Query, StoredCompletion, StoredRun
-from troupe.runtime.terminal import harmless, tell, tell_json
+from troupe.records.text import MISSING, date, plain_text, prompt_text, shown, size
+from troupe.runtime.terminal import tell, tell_json
 
 _MOST_SHOWN = 20
 """Completions that a person is shown where no number was asked for."""
 _DIGITS = 19
 """Numbers of so many may be more than a store can hold."""
-_OF_A_RUN = ("metrics.jsonl", "changes.jsonl")
+_OF_A_RUN = (METRICS, CHANGES)
 """What a run itself writes, of files that an export may be called like."""
-_MISSING = "–"
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +127,7 @@ def show_overview(overview: Overview, folder: Path, extremes: Mapping[Choice, St
         yield Block(title="Incidents, with the newest of each kind", rows=rows)
     if overview.checkpoints:
         written = [
-            (f"step {found.version}", _size(found.bytes), f"{found.seconds:.2f} s", found.folder)
+            (f"step {found.version}", size(found.bytes), f"{found.seconds:.2f} s", found.folder)
             for found in overview.checkpoints
         ]
         yield Block(title="Checkpoints", rows=written)
@@ -147,14 +147,14 @@ def newest_extremes(run: StoredRun, overview: Overview) -> dict[Choice, StoredCo
 def show_completions(run: StoredRun, query: Query) -> Iterator[Block]:
     """The completions of a query, one by one."""
     most = _MOST_SHOWN if query.count is None else query.count
-    shown = 0
+    count = 0
     for completion in run.completions(msgspec.structs.replace(query, count=most)):
-        shown += 1
+        count += 1
         yield _completion(completion)
-    left = run.count(query) - shown if query.count is None else 0
+    left = run.count(query) - count if query.count is None else 0
     if left > 0:
         yield Block(title=f"{left} more: ask for fewer, or for a number (--best K), or write them out (--jsonl FILE)")
-    elif not shown:
+    elif not count:
         yield Block(title="there is no such completion")
 
 
@@ -203,15 +203,10 @@ def _print(blocks: Iterable[Block]) -> None:
             tell(as_text(block))
 
 
-def shown(text: str) -> str:
-    """The text, with escapes in the place of what would do something to a terminal, or turn its lines around."""
-    return harmless(text.expandtabs(4))
-
-
 def _facts(overview: Overview) -> list[tuple[str, str]]:
     groups = ", ".join(f"{count} {state}" for state, count in overview.groups.items()) or "none"
     starts = [
-        f"{_date(start.unix_s)} after step {start.first_step} (process {start.pid}, Troupe {start.troupe})"
+        f"{date(start.unix_s)} after step {start.first_step} (process {start.pid}, Troupe {start.troupe})"
         for start in overview.starts
     ]
     return [
@@ -228,21 +223,14 @@ def _completion(completion: StoredCompletion, before: str = "") -> Block:
         ("reward", _number(completion.reward)),
         ("advantage", _number(completion.advantage)),
         *((f"score {name}", _number(score)) for name, score in completion.scores.items()),
-        *((name, _told(value)) for name, value in completion.extra.items()),
-        *((name, _told(value)) for name, value in (completion.columns or {}).items()),
+        *((name, plain_text(value)) for name, value in completion.extra.items()),
+        *((name, plain_text(value)) for name, value in (completion.columns or {}).items()),
         ("ended by", completion.finish_reason),
         ("tokens", f"{len(completion.token_ids)} by policy {_versions(completion.versions)}"),
-        ("prompt", prompt_text(completion.prompt)),
+        ("prompt", prompt_text(completion.prompt) or MISSING),
     ]
     title = f"{before}{place}, {completion.state} in step {completion.step}, row {completion.row}"
     return Block(title=title, rows=facts, text=completion.text)
-
-
-def prompt_text(prompt: str | list[dict[str, Any]] | None) -> str:
-    """A prompt to be read: of a conversation, each turn with who speaks."""
-    if isinstance(prompt, list):
-        return "\n".join(f"{turn.get('role', '')}: {_told(turn.get('content'))}" for turn in prompt)
-    return prompt or _MISSING
 
 
 def _versions(versions: Sequence[tuple[int, int]]) -> str:
@@ -251,21 +239,5 @@ def _versions(versions: Sequence[tuple[int, int]]) -> str:
     return "versions " + ", ".join(f"{version} ({tokens})" for version, tokens in versions)
 
 
-def _told(value: Any) -> str:
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
 def _number(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.4g}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def _date(unix_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
+    return MISSING if value is None else f"{value:.4g}"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from troupe.cli.terminal import report_errors
-from troupe.errors import OutputError
+from troupe.daemon.control.client import NobodyThereError, ask
+from troupe.daemon.control.protocol import Reply, Request
+from troupe.errors import OutputError, TroupeError
+from troupe.messages import GetStatus, Status
+from troupe.records.layout import REPORT
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
 from troupe.runtime.files import drafted
 from troupe.runtime.terminal import tell
+
+_ANSWER_S = 5.0
+"""For how long a live run is asked what it does."""
 
 
 @click.command(
@@ -29,14 +37,15 @@ def report(folder: Path, *, out: Path | None, png: bool) -> None:
 
     The page needs no network and no other file: it can be sent to somebody.
     """
-    page = folder / "report.html" if out is None else out
+    page = folder / REPORT if out is None else out
     if page.suffix not in (".html", ".htm"):
         raise OutputError(f"{page}: the page is HTML; give a name that ends in .html")
     if png:
         from troupe.records.report.images import require_matplotlib
 
         require_matplotlib()
-    run = read_run(folder)
+    status, notes = ask_status(folder)
+    run = read_run(folder, status, notes)
     write_page(page, report_page(run))
     tell(f"{page}")
     if png:
@@ -44,6 +53,17 @@ def report(folder: Path, *, out: Path | None, png: bool) -> None:
 
         for path in write_pictures(run, page.with_suffix("")):
             tell(f"{path}")
+
+
+def ask_status(folder: Path, ask: Callable[[Path, Request, float], Reply] = ask) -> tuple[Status | None, list[str]]:
+    """What the run in a folder says of itself, and what is to be noted where it gives no answer."""
+    try:
+        reply = ask(folder, GetStatus(), _ANSWER_S)
+    except NobodyThereError:
+        return None, []
+    except TroupeError as error:
+        return None, [str(error)]
+    return reply if isinstance(reply, Status) else None, []
 
 
 def write_page(path: Path, page: str) -> None:

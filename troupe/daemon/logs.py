@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from troupe.daemon.control.place import LOG
+from troupe.records.layout import LOG
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.runtime.terminal import harmless
 

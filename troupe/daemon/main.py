@@ -10,7 +10,6 @@ from pathlib import Path
 
 import anyio
 
-from troupe.daemon.control.place import LOG
 from troupe.daemon.control.server import ControlServer
 from troupe.daemon.daemon import Daemon
 from troupe.daemon.logs import LOGGER, logging_into
@@ -18,6 +17,7 @@ from troupe.daemon.orders import Order
 from troupe.daemon.page.history import History
 from troupe.daemon.trainer.link import Child
 from troupe.errors import InputError, OutputError, RunError
+from troupe.records.layout import LOG, RUN_TOML
 from troupe.runtime.held_folder import HeldFolder
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.terminal import EXIT_BAD_INPUT, tell
@@ -46,7 +46,7 @@ async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
         except InputError:
             _remove(made)
             raise
-        if code == EXIT_BAD_INPUT and not (folder / "run.toml").exists() and held.gone() is None:
+        if code == EXIT_BAD_INPUT and not (folder / RUN_TOML).exists() and held.gone() is None:
             if not had_log:
                 (folder / LOG).unlink(missing_ok=True)
             _remove(made)

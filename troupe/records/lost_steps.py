@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import count, groupby
 from pathlib import Path
 
+from troupe.records.layout import METRICS, STORE
 from troupe.records.sinks.jsonl import steps_in
-from troupe.records.store.write import FILE_NAME, stored_steps
+from troupe.records.store.write import stored_steps
 
-_FILES = {"jsonl": ("metrics.jsonl", steps_in), "sqlite": (FILE_NAME, stored_steps)}
+_FILES = {"jsonl": (METRICS, steps_in), "sqlite": (STORE, stored_steps)}
 """Sink → its file in the run folder, and who reads which steps are in it."""
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from troupe.daemon.control.place import LOG
 from troupe.errors import InputError
+from troupe.records.layout import LOG, METRICS, RUN_TOML, SUMMARY
 from troupe.records.silence import silence_of
 from troupe.runtime.lock import Owner, read_owner
 
@@ -24,11 +24,16 @@ Fate = Literal["complete", "ended", "cut off", "not begun", "playing", "silent"]
 not answer on a control socket; silent: the same, and its guardian says why."""
 
 
-class _Summary(msgspec.Struct):
-    """What `summary.json` says of how far a run came."""
+class Summary(msgspec.Struct):
+    """What is read of `summary.json`, which `run/result.py` writes; every key may be missing."""
 
-    steps: int
-    total_steps: int
+    steps: int = 0
+    total_steps: int | None = None
+    incidents: dict[str, int] = {}
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    rewards_before: dict[str, float] = {}
+    rewards_after: dict[str, float] = {}
 
 
 class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,18 +67,19 @@ def _aftermath(folder: Path) -> Aftermath:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     owner = read_owner(folder)
-    if not (folder / "run.toml").is_file() and owner is None:
+    if not (folder / RUN_TOML).is_file() and owner is None:
         raise InputError(f"{folder}: there is no run.toml, so this is not the folder of a run")
     version, name = _newest(folder / "checkpoints")
-    summary = _summary(folder / "summary.json")
+    summary = read_summary(folder)
+    of = None if summary is None else summary.total_steps
     step = max(version, 0)
     fate: Fate
     silence = silence_of(folder)
     if owner is not None and _may_be_alive(owner):
         fate = "playing" if silence is None else "silent"
-    elif summary is not None and summary.steps >= step:  # one that is older is of an earlier start
-        fate, step = ("complete" if summary.steps >= summary.total_steps else "ended"), summary.steps
-    elif owner is None and name is None and not (folder / "metrics.jsonl").exists():
+    elif summary is not None and of is not None and summary.steps >= step:  # one that is older is of an earlier start
+        fate, step = ("complete" if summary.steps >= of else "ended"), summary.steps
+    elif owner is None and name is None and not (folder / METRICS).exists():
         fate = "not begun"
     else:
         fate = "cut off"
@@ -81,7 +87,7 @@ def _aftermath(folder: Path) -> Aftermath:
         folder=str(folder),
         fate=fate,
         step=step,
-        total_steps=None if summary is None else summary.total_steps,
+        total_steps=of,
         checkpoint=name,
         pid=None if owner is None else owner.pid,
         kept=(folder / LOG).is_file(),
@@ -132,8 +138,9 @@ def _newest(folder: Path) -> tuple[int, str | None]:
     return max(found, default=(-1, None))
 
 
-def _summary(path: Path) -> _Summary | None:
+def read_summary(folder: Path) -> Summary | None:
+    """What a run's summary says; None where there is none that can be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Summary)
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode((folder / SUMMARY).read_bytes(), type=Summary)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None

@@ -1,9 +1,14 @@
-"""Figures as people read them. Mirrors the formats of `charts.js`."""
+"""Figures, times, sizes, prompts and the texts of others as people read them. `charts.js` mirrors the numbers."""
 
 from __future__ import annotations
 
 import math
 import time
+from typing import Any
+
+import msgspec
+
+from troupe.runtime.terminal import harmless
 
 MISSING = "–"
 
@@ -50,3 +55,20 @@ def size(count: float) -> str:
 def date(unix_s: float | None) -> str:
     """In local time."""
     return MISSING if unix_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
+
+
+def shown(text: str) -> str:
+    """The text, with escapes in the place of what would do something to a terminal, or turn its lines around."""
+    return harmless(text.expandtabs(4))
+
+
+def plain_text(value: Any) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def prompt_text(prompt: str | list[dict[str, Any]] | None) -> str:
+    """A prompt to be read: of a conversation, each turn with who speaks."""
+    if isinstance(prompt, list):
+        return "\n".join(f"{turn.get('role', '')}: {plain_text(turn.get('content'))}" for turn in prompt)
+    return prompt or ""

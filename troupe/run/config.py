@@ -30,7 +30,6 @@ from troupe.run.naming import close_to, foreign_for, ours_for, told
 from troupe.run.tables import anchored_reward, copied, lay_over, table_of
 from troupe.runtime.files import expanded, read_toml
 
-RUN_TOML = "run.toml"
 """Where a run folder keeps its whole resolved config."""
 
 _SOURCES = ("path", "eval_path")

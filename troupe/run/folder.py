@@ -11,7 +11,8 @@ from pathlib import Path
 from troupe.actors.generator.weights_files import remove_leftovers
 from troupe.dataset import source_name
 from troupe.errors import FolderGoneError, OutputError
-from troupe.run.config import RUN_TOML, RunConfig, write_config
+from troupe.records.layout import RUN_TOML, is_of_no_run
+from troupe.run.config import RunConfig, write_config
 from troupe.run.folder_names import run_folder_named
 from troupe.run.sealed_config import seal
 from troupe.runtime.files import drafted
@@ -19,10 +20,6 @@ from troupe.runtime.held_folder import HeldFolder
 from troupe.runtime.lock import LOCK, LockedError, Owner, RunLock
 
 _NUMBERED = re.compile(r"(.+)-(\d{3,})")
-_NOT_OF_A_RUN = re.compile(
-    rf"{re.escape(LOCK)}|control\.(sock|path|lock|silent~?)|page\.url|\.c[a-z0-9_]{{8}}|daemon\.log.*|\.writing-{re.escape(RUN_TOML)}"
-)
-"""Files that may lie in a folder in which no run has begun: of who holds it, and of a start that was killed."""
 _RUNS_AT_ONCE = 10_000
 
 
@@ -139,7 +136,7 @@ class RunFolder:
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif not _NOT_OF_A_RUN.fullmatch(path.name):
+            elif not is_of_no_run(path.name):
                 path.unlink()
 
     def _take_lock(self) -> None:
@@ -170,7 +167,7 @@ class RunFolder:
 
 def _is_begun(folder: Path) -> bool:
     """Whether there is something in a folder that no start of a run may overwrite."""
-    return folder.is_dir() and any(not _NOT_OF_A_RUN.fullmatch(path.name) for path in folder.iterdir())
+    return folder.is_dir() and any(not is_of_no_run(path.name) for path in folder.iterdir())
 
 
 def _make_next(folder: Path, config: RunConfig) -> tuple[Path, list[Path]]:

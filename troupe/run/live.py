@@ -19,9 +19,9 @@ import msgspec
 from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.policy import Policy, load_policy
+from troupe.records.layout import RUN_TOML
 from troupe.rewards import Reward, Sitting
 from troupe.run.activity import Progress, of_actors, with_waits
-from troupe.run.config import RUN_TOML
 from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
 from troupe.run.pipeline import Pipeline

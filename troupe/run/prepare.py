@@ -30,10 +30,11 @@ from troupe.policy import (
     opened_thought,
     resolve_model,
 )
+from troupe.records.layout import STORE
 from troupe.records.lost_steps import lost_steps
 from troupe.records.metric_names import check_metric
 from troupe.records.sinks.packages import check_sinks
-from troupe.records.store.write import FILE_NAME, check_store
+from troupe.records.store.write import check_store
 from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run.config import RunConfig, check_config
 from troupe.run.folder import run_folder
@@ -180,7 +181,7 @@ def prepare(
     machine = arithmetic()
     resumption = Resumption.of(folder, config, allow_changes, machine) if resume else None
     if resume and "sqlite" in config.metrics.sinks:
-        check_store(folder / FILE_NAME)
+        check_store(folder / STORE)
     config = config if resumption is None else resumption.asked
     first = _SHOWN_ROWS if to_show and not resume else None
     dataset = PromptDataset.load(data_path, config.data, first=first)

@@ -7,9 +7,8 @@ from pathlib import Path
 import msgspec
 
 from troupe.errors import OutputError
+from troupe.records.layout import SUMMARY
 from troupe.runtime.files import drafted
-
-SUMMARY = "summary.json"
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):

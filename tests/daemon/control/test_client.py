@@ -14,10 +14,10 @@ import pytest
 from tests.daemon.control.test_protocol import STATUS
 from troupe.daemon.control import client as client_room
 from troupe.daemon.control.client import Client, NobodyThereError, ask
-from troupe.daemon.control.place import SOCKET
 from troupe.daemon.control.protocol import decode_request, encode_line
 from troupe.errors import RunError
 from troupe.messages import Done, GetStatus, Pause
+from troupe.records.layout import CONTROL_SOCKET
 
 Play = Callable[[socket.socket], None]
 
@@ -26,7 +26,7 @@ Play = Callable[[socket.socket], None]
 def served(folder: Path, play: Play) -> Iterator[None]:
     """Somebody who plays this to one client."""
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.fspath(folder / SOCKET))
+        listener.bind(os.fspath(folder / CONTROL_SOCKET))
         listener.listen()
 
         def serve() -> None:
@@ -57,7 +57,7 @@ def test_nobody_is_there(tmp_path: Path) -> None:
     with pytest.raises(NobodyThereError, match="nobody plays a run in this folder now"):
         ask(tmp_path, Pause())
     with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(os.fspath(tmp_path / SOCKET))
+        dead.bind(os.fspath(tmp_path / CONTROL_SOCKET))
     with pytest.raises(NobodyThereError, match="nobody answers"):
         ask(tmp_path, Pause())
 

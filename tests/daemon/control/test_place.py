@@ -18,21 +18,16 @@ import pytest
 
 from troupe.daemon.control import place as place_room
 from troupe.daemon.control.place import (
-    LOCK,
-    LOG,
     MAX_PATH_BYTES,
-    PAGE,
-    POINTER,
-    SOCKET,
     Peer,
     Place,
     connected,
     find_socket,
-    is_control_file,
     peer_of,
     refuse_where_served,
 )
 from troupe.errors import OutputError
+from troupe.records.layout import CONTROL_LOCK, CONTROL_POINTER, CONTROL_SOCKET, PAGE
 
 pytestmark = pytest.mark.alone
 
@@ -51,19 +46,19 @@ def long_folder(tmp_path: Path) -> Path:
 def point(folder: Path, path: Path | str) -> None:
     """Have a folder say where its socket is."""
     found = folder.stat()
-    (folder / POINTER).write_text(f"{path}\n{found.st_dev}:{found.st_ino}\n")
+    (folder / CONTROL_POINTER).write_text(f"{path}\n{found.st_dev}:{found.st_ino}\n")
 
 
 def test_the_socket_is_there_while_the_place_is_held(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.take()
     with place.listen() as listener:
-        assert find_socket(tmp_path) == tmp_path / SOCKET
-        assert names(tmp_path) == {SOCKET, LOCK}
-        mode = (tmp_path / SOCKET).stat().st_mode
+        assert find_socket(tmp_path) == tmp_path / CONTROL_SOCKET
+        assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
+        mode = (tmp_path / CONTROL_SOCKET).stat().st_mode
         assert stat.S_ISSOCK(mode)
         assert stat.S_IMODE(mode) == 0o600
-        with connected(tmp_path / SOCKET, 5.0) as client:
+        with connected(tmp_path / CONTROL_SOCKET, 5.0) as client:
             accepted, _ = listener.accept()
             with accepted:
                 assert peer_of(accepted) == Peer(uid=os.geteuid(), pid=os.getpid())
@@ -81,11 +76,11 @@ def test_nobody_else_could_ever_have_connected(tmp_path: Path, monkeypatch: pyte
 
     def watched_chmod(path: Path, mode: int) -> None:
         seen.append((stat.S_IMODE(path.parent.stat().st_mode), mode))
-        assert not (tmp_path / SOCKET).exists()
+        assert not (tmp_path / CONTROL_SOCKET).exists()
         chmod(path, mode)
 
     def watched_replace(path: Path, target: Path) -> Path:
-        if target.name == SOCKET:
+        if target.name == CONTROL_SOCKET:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             seen.append((0, 0))
         return replace(path, target)
@@ -105,7 +100,7 @@ def test_nobody_else_could_ever_have_connected(tmp_path: Path, monkeypatch: pyte
 
 def test_what_a_dead_owner_left_gives_way(tmp_path: Path) -> None:
     stale = socket.socket(socket.AF_UNIX)
-    stale.bind(os.fspath(tmp_path / SOCKET))
+    stale.bind(os.fspath(tmp_path / CONTROL_SOCKET))
     stale.close()
     (tmp_path / ".cabcdefgh").mkdir()
     (tmp_path / ".cabcdefgh" / "s").write_text("")
@@ -113,8 +108,8 @@ def test_what_a_dead_owner_left_gives_way(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.take()
     with place.listen():
-        connected(tmp_path / SOCKET, 5.0).close()
-        assert names(tmp_path) == {SOCKET, LOCK}
+        connected(tmp_path / CONTROL_SOCKET, 5.0).close()
+        assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
     place.leave()
 
 
@@ -124,9 +119,9 @@ def test_a_socket_that_is_another_ones_stays(tmp_path: Path) -> None:
     place.listen().close()
     other = socket.socket(socket.AF_UNIX)
     other.bind(os.fspath(tmp_path / "other"))
-    (tmp_path / "other").replace(tmp_path / SOCKET)
+    (tmp_path / "other").replace(tmp_path / CONTROL_SOCKET)
     place.leave()
-    assert names(tmp_path) == {SOCKET}
+    assert names(tmp_path) == {CONTROL_SOCKET}
     other.close()
 
 
@@ -159,9 +154,9 @@ def test_who_comes_later_is_refused_before_anything_is_done(tmp_path: Path) -> N
     place.take()
     with pytest.raises(OutputError, match=f"is there already .process {os.getpid()}."):
         refuse_where_served(tmp_path)
-    assert names(tmp_path) == {LOCK}
+    assert names(tmp_path) == {CONTROL_LOCK}
     place.leave()
-    (tmp_path / LOCK).write_text("{}")  # of somebody who was killed
+    (tmp_path / CONTROL_LOCK).write_text("{}")  # of somebody who was killed
     refuse_where_served(tmp_path)
     assert names(tmp_path) == set()
 
@@ -180,13 +175,13 @@ def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    assert names(tmp_path) == {SOCKET, LOCK}
+    assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
     with pytest.raises(ConnectionRefusedError):
-        connected(tmp_path / SOCKET, 5.0)
+        connected(tmp_path / CONTROL_SOCKET, 5.0)
     place = Place(tmp_path)
     place.take()
     with place.listen():
-        connected(tmp_path / SOCKET, 5.0).close()
+        connected(tmp_path / CONTROL_SOCKET, 5.0).close()
     place.leave()
 
 
@@ -197,7 +192,7 @@ def test_a_long_path_has_its_socket_among_the_temporary_files(tmp_path: Path) ->
     with place.listen():
         path = find_socket(folder)
         assert path is not None
-        assert names(folder) == {POINTER, LOCK}
+        assert names(folder) == {CONTROL_POINTER, CONTROL_LOCK}
         assert path.parent.parent == Path(tempfile.gettempdir())
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -208,7 +203,7 @@ def test_a_long_path_has_its_socket_among_the_temporary_files(tmp_path: Path) ->
 
 
 def test_the_longest_path_that_fits_is_used(tmp_path: Path) -> None:
-    room = MAX_PATH_BYTES - len(os.fsencode(tmp_path)) - len(f"//{SOCKET}")
+    room = MAX_PATH_BYTES - len(os.fsencode(tmp_path)) - len(f"//{CONTROL_SOCKET}")
     if room < 1:
         pytest.skip("the folder for temporary files has too long a path")
     folder = tmp_path / ("x" * room)
@@ -216,24 +211,24 @@ def test_the_longest_path_that_fits_is_used(tmp_path: Path) -> None:
     place = Place(folder)
     place.take()
     with place.listen():
-        assert len(os.fsencode(folder / SOCKET)) == MAX_PATH_BYTES
-        connected(folder / SOCKET, 5.0).close()
+        assert len(os.fsencode(folder / CONTROL_SOCKET)) == MAX_PATH_BYTES
+        connected(folder / CONTROL_SOCKET, 5.0).close()
     place.leave()
 
 
 def test_the_private_folder_of_a_dead_owner_goes(tmp_path: Path) -> None:
     private = Path(tempfile.mkdtemp(prefix="troupe-control-"))
-    (private / SOCKET).write_text("")
-    point(tmp_path, private / SOCKET)
+    (private / CONTROL_SOCKET).write_text("")
+    point(tmp_path, private / CONTROL_SOCKET)
     Place(tmp_path).take()
     assert not private.exists()
-    assert names(tmp_path) == {LOCK}
+    assert names(tmp_path) == {CONTROL_LOCK}
 
 
 def test_a_pointer_to_somewhere_else_removes_nothing(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
-    point(tmp_path, precious / SOCKET)
+    point(tmp_path, precious / CONTROL_SOCKET)
     Place(tmp_path).take()
     assert precious.is_dir()
 
@@ -242,7 +237,7 @@ def test_a_pointer_to_somewhere_else_removes_nothing(tmp_path: Path) -> None:
 def test_a_pointer_that_leads_nowhere(tmp_path: Path, text: str) -> None:
     point(tmp_path, text)
     assert find_socket(tmp_path) is None
-    (tmp_path / POINTER).write_text(text)
+    (tmp_path / CONTROL_POINTER).write_text(text)
     assert find_socket(tmp_path) is None
 
 
@@ -260,7 +255,7 @@ def test_a_file_system_without_sockets_has_them_among_the_temporary_files(
     place = Place(tmp_path)
     place.take()
     place.listen().close()
-    assert names(tmp_path) == {POINTER, LOCK}
+    assert names(tmp_path) == {CONTROL_POINTER, CONTROL_LOCK}
     place.leave()
 
 
@@ -310,16 +305,6 @@ def test_a_copy_of_a_folder_is_not_the_run_in_it(tmp_path: Path) -> None:
         other.leave()
     place.leave()
     assert not path.parent.exists()
-
-
-@pytest.mark.parametrize("name", [SOCKET, POINTER, LOCK, LOG, PAGE, f"{LOG}.1", ".cab_9defg"])
-def test_the_files_of_control_are_known(name: str) -> None:
-    assert is_control_file(Path("run") / name)
-
-
-@pytest.mark.parametrize("name", ["run.toml", "checkpoints", ".config", ".cABCDEFGH", "control", "metrics.jsonl"])
-def test_and_no_others(name: str) -> None:
-    assert not is_control_file(Path("run") / name)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ import pytest
 from tests.daemon.control.test_protocol import REQUESTS, STATUS
 from troupe.daemon.control import server as server_room
 from troupe.daemon.control.client import Client, NobodyThereError, ask
-from troupe.daemon.control.place import LOCK, SOCKET, Peer, Place
+from troupe.daemon.control.place import Peer, Place
 from troupe.daemon.control.protocol import MAX_REQUEST_BYTES, Reply, Request, decode_request, encode_line
 from troupe.daemon.control.server import ControlServer, Limits
 from troupe.errors import OutputError
 from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Set, Stop
+from troupe.records.layout import CONTROL_LOCK, CONTROL_SOCKET
 
 pytestmark = pytest.mark.anyio
 
@@ -78,7 +79,7 @@ class Raw:
     def __init__(self, folder: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(30.0)
-        self.socket.connect(os.fspath(folder / SOCKET))
+        self.socket.connect(os.fspath(folder / CONTROL_SOCKET))
 
     async def say(self, data: bytes) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -346,7 +347,7 @@ def say_all(folder: Path, lines: list[bytes], draw: random.Random) -> None:
     while pending:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(30.0)
-            client.connect(os.fspath(folder / SOCKET))
+            client.connect(os.fspath(folder / CONTROL_SOCKET))
             hears = draw.random() < 0.7
             for _ in range(draw.randrange(1, 60)):
                 if not pending:
@@ -402,4 +403,4 @@ async def test_without_sockets_the_run_goes_on(tmp_path: Path, monkeypatch: pyte
 
 
 def test_names_of_files_are_what_others_rely_on() -> None:
-    assert (SOCKET, LOCK) == ("control.sock", "control.lock")
+    assert (CONTROL_SOCKET, CONTROL_LOCK) == ("control.sock", "control.lock")

@@ -99,4 +99,4 @@ async def test_long_and_odd_text_is_cut_and_can_be_sent() -> None:
     assert text.startswith("begin ä")
     assert " […] " in text
     assert text.endswith("ä ? end")
-    assert told.groups[0].prompt == "system: be kind\n\nuser: "
+    assert told.groups[0].prompt == "system: be kind\nuser: null"

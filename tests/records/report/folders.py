@@ -10,9 +10,9 @@ import msgspec
 
 from tests.support.stored import closed, update
 from troupe.messages import CheckpointWritten, Incident
+from troupe.records.layout import STORE
 from troupe.records.sinks.jsonl import JsonlSink
 from troupe.records.sinks.sqlite import SqliteSink
-from troupe.records.store.write import FILE_NAME
 
 RUN_TOML = """\
 seed = 7
@@ -76,9 +76,7 @@ def write_steps(
     if store:
         program, machine = "0.9", "node-7, 4 processors"
         sinks.append(
-            SqliteSink(
-                folder / FILE_NAME, first_step=first - 1, program=program, machine=machine, clock=clock or Clock()
-            )
+            SqliteSink(folder / STORE, first_step=first - 1, program=program, machine=machine, clock=clock or Clock())
         )
     if lines:
         sinks.append(JsonlSink(folder / "metrics.jsonl", first_step=first - 1))
@@ -110,7 +108,7 @@ def finish(folder: Path, steps: int, total_steps: int, **more: Any) -> None:
 
 def tell(folder: Path, *messages: Incident | CheckpointWritten, first_step: int) -> None:
     """Add to the store, as another start of the run."""
-    sink = SqliteSink(folder / FILE_NAME, first_step=first_step, program="0.9", clock=Clock(5000.0))
+    sink = SqliteSink(folder / STORE, first_step=first_step, program="0.9", clock=Clock(5000.0))
     sink.open()
     for message in messages:
         sink.write(message)

@@ -15,10 +15,10 @@ from tests.records.report.folders import finish, make_run, metrics_of, tell
 from tests.records.report.pages import Page
 from tests.support.stored import closed, update
 from troupe.messages import CheckpointWritten, Incident, PromptText
+from troupe.records.layout import STORE
 from troupe.records.report.page import report_page, script_safe
 from troupe.records.report.picture import read_run
 from troupe.records.sinks.sqlite import SqliteSink
-from troupe.records.store.write import FILE_NAME
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -130,7 +130,7 @@ def write_hostile(folder: Path, text: str) -> None:
     (folder / "run.toml").write_bytes(
         RUN_TOML_WITH.replace(b"TEXT", json.dumps(text.encode("utf-8", "replace").decode()).encode())
     )
-    sink = SqliteSink(folder / FILE_NAME, program="0.9", machine=text)
+    sink = SqliteSink(folder / STORE, program="0.9", machine=text)
     sink.open()
     told = closed(1, 0)
     assert told.scored is not None
@@ -233,7 +233,7 @@ def test_a_run_of_a_hundred_thousand_steps_makes_a_small_page(tmp_path: Path) ->
 def test_a_run_without_a_step_has_a_page(tmp_path: Path, store: bool) -> None:
     make_run(tmp_path, 0)
     if store:
-        SqliteSink(tmp_path / FILE_NAME).open()
+        SqliteSink(tmp_path / STORE).open()
     page = page_of(tmp_path)
     assert page.data["charts"] == []
     assert "No step is done yet" in page.visible

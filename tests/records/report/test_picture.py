@@ -11,13 +11,12 @@ import pytest
 
 from tests.records.report.folders import Clock, finish, make_run, metrics_of, tell, write_steps
 from tests.support.stored import play_step
-from troupe.daemon.control.client import NobodyThereError
-from troupe.errors import InputError, RunError
-from troupe.messages import NOT_STARTED, CheckpointWritten, Incident, Refused, Restarting, Status
+from troupe.errors import InputError
+from troupe.messages import NOT_STARTED, CheckpointWritten, Incident, Restarting, Status
+from troupe.records.layout import STORE
 from troupe.records.report import picture as read
 from troupe.records.report.picture import LiveChange, RunPicture, read_run
 from troupe.records.sinks.sqlite import SqliteSink
-from troupe.records.store.write import FILE_NAME
 from troupe.runtime.lock import RunLock
 
 
@@ -189,7 +188,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, store: bool) -> None:
 
 def test_a_store_that_was_begun_anew_gives_way_to_the_lines(tmp_path: Path) -> None:
     make_run(tmp_path, 4, store=False)
-    sink = SqliteSink(tmp_path / FILE_NAME, first_step=2)
+    sink = SqliteSink(tmp_path / STORE, first_step=2)
     sink.open()
     play_step(sink, 3)
     sink.close()
@@ -202,11 +201,11 @@ def test_a_store_that_was_begun_anew_gives_way_to_the_lines(tmp_path: Path) -> N
 def test_a_damaged_store_is_a_note(tmp_path: Path, damage: str) -> None:
     make_run(tmp_path, 3)
     if damage == "file":
-        (tmp_path / FILE_NAME).write_bytes(b"no store " * 1000)
+        (tmp_path / STORE).write_bytes(b"no store " * 1000)
     else:
         import sqlite3
 
-        connection = sqlite3.connect(tmp_path / FILE_NAME)
+        connection = sqlite3.connect(tmp_path / STORE)
         connection.execute("UPDATE steps SET metrics = '[1' WHERE step = 2")
         connection.commit()
         connection.close()
@@ -273,7 +272,7 @@ def test_a_run_is_read_while_it_is_written(tmp_path: Path) -> None:
     make_run(tmp_path, 0)
     lock = RunLock(tmp_path)
     lock.take()
-    sink = SqliteSink(tmp_path / FILE_NAME, clock=Clock())
+    sink = SqliteSink(tmp_path / STORE, clock=Clock())
     sink.open()
     for step in range(1, 6):
         play_step(sink, step)
@@ -281,51 +280,29 @@ def test_a_run_is_read_while_it_is_written(tmp_path: Path) -> None:
         assert (run.state, run.step, len(run.metrics.steps)) == ("running", step, step)
     sink.close()
     lock.release()
-    assert files(tmp_path) == {"run.toml", FILE_NAME}
-
-
-def answering(monkeypatch: pytest.MonkeyPatch, reply: Any) -> None:
-    def ask(folder: Path, request: object, timeout_s: float) -> Any:
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-    monkeypatch.setattr(read, "ask", ask)
+    assert files(tmp_path) == {"run.toml", STORE}
 
 
 def status(**changes: Any) -> Status:
     return msgspec.structs.replace(NOT_STARTED, **{"phase": "running", "step": 4, "total_steps": 30, **changes})
 
 
-def test_a_run_that_answers_says_itself_how_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_answers_says_itself_how_it_stands(tmp_path: Path) -> None:
     make_run(tmp_path, 3)
-    answering(monkeypatch, status())
-    run = read_run(tmp_path)
+    run = read_run(tmp_path, status())
     assert (run.state, run.step, run.total_steps, run.told) == ("running", 4, 30, "running at step 4 of 30")
-    answering(monkeypatch, status(phase="held", held=("a reward is down",), rewards_down={"judge": "no answer"}))
-    run = read_run(tmp_path)
+    run = read_run(tmp_path, status(phase="held", held=("a reward is down",), rewards_down={"judge": "no answer"}))
     assert (run.state, run.told) == ("held", "a reward is down; the reward judge is down: no answer")
     again = Restarting(attempt=2, limit=5, next_try_s=3.0, reason="it was killed")
-    answering(monkeypatch, status(phase="restarting", restarting=again))
-    run = read_run(tmp_path)
+    run = read_run(tmp_path, status(phase="restarting", restarting=again))
     assert run.state == "restarting"
     assert "attempt 2" in run.told
     assert "it was killed" in run.told
 
 
-@pytest.mark.parametrize("reply", [status(phase="ended"), status(phase="failed"), Refused(message="no")])
-def test_one_that_goes_away_is_seen_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: Any) -> None:
-    make_run(tmp_path, 3)
-    answering(monkeypatch, reply)
-    assert read_run(tmp_path).state == "crashed"
-
-
-def test_one_that_does_not_answer_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run(tmp_path, 3)
-    answering(monkeypatch, RunError("no answer within 5 s"))
-    assert read_run(tmp_path).notes == ("no answer within 5 s",)
-    answering(monkeypatch, NobodyThereError("nobody"))
-    assert read_run(tmp_path).notes == ()
+@pytest.mark.parametrize("phase", ["ended", "failed"])
+def test_one_that_goes_away_is_seen_by_its_files(tmp_path: Path, phase: str) -> None:
+    assert read_run(make_run(tmp_path, 3), status(phase=phase)).state == "crashed"
 
 
 def test_a_long_run_has_few_points(tmp_path: Path) -> None:

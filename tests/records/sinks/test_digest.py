@@ -7,7 +7,8 @@ import pytest
 
 from tests.records.sinks.steps import closed, update
 from troupe.messages import GroupClosed, Incident, Slot
-from troupe.records.sinks.digest import Digest, prompt_text, samples_of
+from troupe.records.sinks.digest import Digest, samples_of
+from troupe.records.text import prompt_text
 
 
 def test_a_step_has_what_its_groups_say_one_by_one() -> None:

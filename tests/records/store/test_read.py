@@ -16,9 +16,9 @@ import pytest
 from tests.support.stored import closed, rows, update
 from troupe.errors import InputError, OutputError
 from troupe.messages import CheckpointWritten, ClosedState, GroupClosed, Incident
+from troupe.records.layout import STORE
 from troupe.records.sinks.sqlite import SqliteSink
 from troupe.records.store.read import Query, StoredRun, open_store
-from troupe.records.store.write import FILE_NAME
 
 STATES: list[ClosedState] = ["trained", "filtered", "quarantined"]
 
@@ -36,7 +36,7 @@ GROUPS = [played(step, place) for step in (1, 2, 3) for place in (0, 1)]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    sink = SqliteSink(tmp_path / FILE_NAME, program="0.9", log_probs=True, clock=lambda: 50.0)
+    sink = SqliteSink(tmp_path / STORE, program="0.9", log_probs=True, clock=lambda: 50.0)
     sink.open()
     for step in (1, 2, 3):
         for group in GROUPS[2 * step - 2 : 2 * step]:
@@ -146,7 +146,7 @@ def test_random_ones_differ(run: StoredRun) -> None:
 
 
 def test_it_reads_what_is_there_while_the_run_writes(tmp_path: Path) -> None:
-    sink = SqliteSink(tmp_path / FILE_NAME)
+    sink = SqliteSink(tmp_path / STORE)
     sink.open()
     with open_store(tmp_path) as run:
         empty = run.overview()
@@ -167,18 +167,18 @@ def test_it_reads_what_is_there_while_the_run_writes(tmp_path: Path) -> None:
 
 
 def test_reading_leaves_nothing_behind(folder: Path) -> None:
-    before = (folder / FILE_NAME).read_bytes()
+    before = (folder / STORE).read_bytes()
     with open_store(folder) as run:
         assert run.overview().steps == 3
-        assert [path.name for path in folder.iterdir()] == [FILE_NAME]
-    assert [path.name for path in folder.iterdir()] == [FILE_NAME]
-    assert (folder / FILE_NAME).read_bytes() == before
+        assert [path.name for path in folder.iterdir()] == [STORE]
+    assert [path.name for path in folder.iterdir()] == [STORE]
+    assert (folder / STORE).read_bytes() == before
 
 
 def test_what_a_killed_run_has_in_its_log_is_read_and_stays(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    sink = SqliteSink(folder / FILE_NAME, first_step=3)
+    sink = SqliteSink(folder / STORE, first_step=3)
     sink.open()
     sink.write(played(4, 0))
     sink.write(update(4))
@@ -188,7 +188,7 @@ def test_what_a_killed_run_has_in_its_log_is_read_and_stays(
         (killed / path.name).write_bytes(path.read_bytes())
     sink.close()
     before = {path.name: path.stat().st_size for path in killed.iterdir()}
-    assert before[f"{FILE_NAME}-wal"] > 0
+    assert before[f"{STORE}-wal"] > 0
     for _ in range(2):
         with open_store(killed) as run:
             assert run.newest_step() == 4
@@ -198,7 +198,7 @@ def test_what_a_killed_run_has_in_its_log_is_read_and_stays(
 def test_a_run_that_begins_to_write_meanwhile_is_no_damage(folder: Path) -> None:
     def read() -> None:
         with open_store(folder):
-            Path(f"{folder / FILE_NAME}-wal").write_bytes(b"log")
+            Path(f"{folder / STORE}-wal").write_bytes(b"log")
             raise sqlite3.DatabaseError("database disk image is malformed")
 
     with pytest.raises(OutputError, match="a run has begun to write into the store meanwhile; ask again"):
@@ -224,7 +224,7 @@ def test_the_newest_incidents(run: StoredRun) -> None:
 def test_the_ends_of_what_has_completions(run: StoredRun, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert run.steps_with_completions() == [1, 3]
     other = tmp_path_factory.mktemp("other")
-    sink = SqliteSink(other / FILE_NAME)
+    sink = SqliteSink(other / STORE)
     sink.open()
     with open_store(other) as empty:
         assert empty.steps_with_completions() == []
@@ -235,12 +235,12 @@ def test_the_ends_of_what_has_completions(run: StoredRun, tmp_path_factory: pyte
 def test_which_machine_played(folder: Path, run: StoredRun) -> None:
     assert run.machines() == {}
     for machine in ("one", "another"):
-        sink = SqliteSink(folder / FILE_NAME, first_step=3, machine=machine)
+        sink = SqliteSink(folder / STORE, first_step=3, machine=machine)
         sink.open()
         sink.close()
     with open_store(folder) as found:
         assert found.machines() == {2: "one", 3: "another"}
-    rows(folder / FILE_NAME, "DROP TABLE machines")
+    rows(folder / STORE, "DROP TABLE machines")
     with open_store(folder) as of_an_older_version:
         assert of_an_older_version.machines() == {}
 
@@ -254,28 +254,28 @@ def refusal(folder: Path) -> str:
 def test_what_cannot_be_read_is_said(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
     assert refusal(other / "none").startswith(f"{other / 'none'}: there is no such run folder; ")
-    assert refusal(other).startswith(f"{other / FILE_NAME}: there is no run store; ")
-    (other / FILE_NAME).touch()
+    assert refusal(other).startswith(f"{other / STORE}: there is no run store; ")
+    (other / STORE).touch()
     assert "is empty as yet; ask again" in refusal(other)
-    (other / FILE_NAME).write_bytes(b"not a database" * 99)
+    (other / STORE).write_bytes(b"not a database" * 99)
     assert "is damaged: file is not a database; a run that goes on" in refusal(other)
-    rows(folder / FILE_NAME, "PRAGMA user_version = 2")
+    rows(folder / STORE, "PRAGMA user_version = 2")
     assert "has format 2" in refusal(folder)
-    rows(folder / FILE_NAME, "PRAGMA user_version = 1")
-    data = bytearray((folder / FILE_NAME).read_bytes())
+    rows(folder / STORE, "PRAGMA user_version = 1")
+    data = bytearray((folder / STORE).read_bytes())
     for page in range(1, len(data) // 4096):
         data[page * 4096 : page * 4096 + 8] = b"\xff" * 8
-    (folder / FILE_NAME).write_bytes(data)
+    (folder / STORE).write_bytes(data)
     assert "is damaged: database disk image is malformed" in refusal(folder)
 
 
 def test_a_store_without_its_tables_cannot_be_read(folder: Path) -> None:
-    rows(folder / FILE_NAME, "DROP TABLE completions")
+    rows(folder / STORE, "DROP TABLE completions")
     assert "cannot be read now: no such table: completions" in refusal(folder)
 
 
 def test_a_row_that_no_run_wrote_is_named(folder: Path, run: StoredRun) -> None:
-    with closing(sqlite3.connect(folder / FILE_NAME)) as connection, connection:
+    with closing(sqlite3.connect(folder / STORE)) as connection, connection:
         connection.execute("UPDATE groups SET state = 'lost' WHERE gid = 3")
     with pytest.raises(InputError, match="group 3, sample 0: not as a run stores it: Invalid enum value 'lost'"):
         list(run.completions(Query()))

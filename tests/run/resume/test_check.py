@@ -30,10 +30,11 @@ from troupe.checkpoint.files import sum_file
 from troupe.errors import CheckpointError, ConfigError, RewardError, RunError
 from troupe.messages import Unfinished, Update
 from troupe.policy import Weights
+from troupe.records.layout import CHANGES, RUN_TOML
 from troupe.rewards import RewardManager, load_reward
-from troupe.run.config import RUN_TOML, config_table, write_config
+from troupe.run.config import config_table, write_config
 from troupe.run.prepare import Prepared, prepare
-from troupe.run.resume.changes import CHANGES, Change, ChangesLog
+from troupe.run.resume.changes import Change, ChangesLog
 from troupe.run.resume.check import OPEN, Resumption, stored_config
 from troupe.run.sealed_config import is_as_written
 from troupe.run.supervisor import train

@@ -9,7 +9,6 @@ is said over it.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -22,29 +21,15 @@ from pathlib import Path
 import msgspec
 
 from troupe.errors import OutputError
+from troupe.records.layout import CONTROL_LOCK, CONTROL_POINTER, CONTROL_SOCKET, PAGE, is_passing
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.lock import LockedError, RunLock
 
-SOCKET, POINTER, LOCK, LOG = "control.sock", "control.path", "control.lock", "daemon.log"
-PAGE = "page.url"
 MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """Longest path of a socket, in bytes."""
 _BACKLOG = 64
 _PRIVATE = "troupe-control-"
-_PASSING = re.compile(r"\.c[a-z0-9_]{8}")
 _LOCAL_PEERCRED, _LOCAL_PEERPID, _SOL_LOCAL = 1, 2, 0  # of macOS
-
-
-def is_control_file(path: Path) -> bool:
-    """Whether a file in a run folder belongs to the daemon, its page or the control socket, and not to the run."""
-    return (
-        path.name.rstrip("~") in (SOCKET, POINTER, LOCK, PAGE, SILENT) or path.name.startswith(LOG) or _is_passing(path)
-    )
-
-
-def _is_passing(path: Path) -> bool:
-    """Whether it is there only while a socket is made."""
-    return _PASSING.fullmatch(path.name) is not None
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -89,7 +74,7 @@ class Place:
 
         Raises OutputError where somebody else is; OSError where the folder cannot be written.
         """
-        lock = RunLock(self._folder, LOCK)
+        lock = RunLock(self._folder, CONTROL_LOCK)
         try:
             lock.take()
         except LockedError as error:
@@ -106,16 +91,16 @@ class Place:
 
         Raises OSError where the system has none to give.
         """
-        path = self._folder / SOCKET
+        path = self._folder / CONTROL_SOCKET
         try:
             return self._listen_at(path)
         except OSError:
             path.unlink(missing_ok=True)
         self._private = _private_folder()
-        listener = self._listen_at(self._private / SOCKET)
+        listener = self._listen_at(self._private / CONTROL_SOCKET)
         try:
-            pointer = f"{self._private / SOCKET}\n{_identity(self._folder)}\n"
-            (self._folder / POINTER).write_text(pointer, encoding="utf-8")
+            pointer = f"{self._private / CONTROL_SOCKET}\n{_identity(self._folder)}\n"
+            (self._folder / CONTROL_POINTER).write_text(pointer, encoding="utf-8")
         except BaseException:
             listener.close()
             raise
@@ -131,24 +116,24 @@ class Place:
                 if path.lstat().st_ino == inode:
                     path.unlink()
             with suppress(OSError):  # it has gone with a folder that was moved
-                self._lock.remove(SOCKET, inode)
+                self._lock.remove(CONTROL_SOCKET, inode)
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
             with suppress(OSError):
-                (self._folder / POINTER).unlink()
+                (self._folder / CONTROL_POINTER).unlink()
         self._lock.release()
         self._lock = self._private = self._socket = None
 
     def _clear_away(self) -> None:
         """Remove what an owner who was killed has left."""
-        for left in filter(_is_passing, list(self._folder.iterdir())):
+        for left in [path for path in self._folder.iterdir() if is_passing(path.name)]:
             shutil.rmtree(left, ignore_errors=True)
         with suppress(OSError):
             path = _pointed_to(self._folder)
             private = None if path is None else path.parent
             if private and private.name.startswith(_PRIVATE) and private.lstat().st_uid == os.geteuid():
                 shutil.rmtree(private, ignore_errors=True)
-        for name in (POINTER, PAGE, SILENT):
+        for name in (CONTROL_POINTER, PAGE, SILENT):
             with suppress(OSError):
                 (self._folder / name).unlink()
 
@@ -179,7 +164,7 @@ class Place:
 def refuse_where_served(folder: Path) -> None:
     """OutputError where a daemon or a trainer serves this folder, also while a daemon has no trainer and the run's own
     lock is free. To be asked before anything in the folder is changed."""
-    if not (folder / LOCK).exists():
+    if not (folder / CONTROL_LOCK).exists():
         return
     place = Place(folder)
     with suppress(OSError):  # where the folder cannot be written, others say so
@@ -189,8 +174,8 @@ def refuse_where_served(folder: Path) -> None:
 
 def find_socket(folder: Path) -> Path | None:
     """The control socket of a run folder; None where none is there. Somebody need not answer it."""
-    if (folder / SOCKET).exists():
-        return folder / SOCKET
+    if (folder / CONTROL_SOCKET).exists():
+        return folder / CONTROL_SOCKET
     path = _pointed_to(folder)
     return path if path is not None and path.exists() else None
 
@@ -235,7 +220,7 @@ def read_address(folder: Path) -> str | None:
 def _pointed_to(folder: Path) -> Path | None:
     """Where `control.path` says that the socket of this folder is; None where it says so of another one."""
     try:
-        path, identity = (folder / POINTER).read_text(encoding="utf-8").splitlines()
+        path, identity = (folder / CONTROL_POINTER).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return None
     return Path(path) if Path(path).is_absolute() and identity == _identity(folder) else None
@@ -252,7 +237,7 @@ def _private_folder() -> Path:
     for where in (tempfile.gettempdir(), "/tmp"):
         with suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=where))
-            if len(os.fsencode(folder / SOCKET)) <= MAX_PATH_BYTES:
+            if len(os.fsencode(folder / CONTROL_SOCKET)) <= MAX_PATH_BYTES:
                 return folder
             folder.rmdir()
     raise OSError("there is no folder for temporary files whose path is short enough for a control socket")

@@ -19,6 +19,7 @@ from troupe.daemon.control.protocol import encode_line
 from troupe.daemon.page.curves import Curves, figures, read_curves
 from troupe.daemon.trainer.frames import Playing, Stepped, Told
 from troupe.messages import Status
+from troupe.records.layout import METRICS
 
 _STEPS, _GROUPS, _INCIDENTS = 256, 16, 64
 
@@ -55,7 +56,7 @@ class History:
 
     async def read(self, folder: Path) -> None:
         """Begin with the steps that the run in the folder has made already."""
-        self._curves = await anyio.to_thread.run_sync(read_curves, folder / "metrics.jsonl")
+        self._curves = await anyio.to_thread.run_sync(read_curves, folder / METRICS)
 
     def take(self, frame: Playing | Stepped | Told) -> None:
         """What a trainer tells."""

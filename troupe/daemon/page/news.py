@@ -11,7 +11,8 @@ import anyio
 import msgspec
 
 from troupe.daemon.trainer.frames import EndedGroup, Sample, Told
-from troupe.messages import GroupClosed, Incident, PromptText, Rollout
+from troupe.messages import GroupClosed, Incident, Rollout
+from troupe.records.text import prompt_text
 
 _INCIDENTS, _GROUPS = 16, 8
 """Told at once, at most."""
@@ -73,7 +74,7 @@ def excerpt(closed: GroupClosed) -> EndedGroup:
         gid=closed.gid,
         step=closed.version,
         state=closed.state,
-        prompt=_cut(_plain(group.prompt.prompt), _PROMPT_CHARS),
+        prompt=_cut(prompt_text(group.prompt.prompt), _PROMPT_CHARS),
         rewards=tuple(rewards),
         samples=tuple(
             _sample(number, group.rollouts[number], rewards[number], closed.scored.scores) for number in chosen
@@ -94,12 +95,6 @@ def _sample(number: int, rollout: Rollout, reward: float | None, scores: dict[st
 
 def _shortened(incident: Incident) -> Incident:
     return msgspec.structs.replace(incident, message=_cut(incident.message, _MESSAGE_CHARS))
-
-
-def _plain(prompt: PromptText) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{turn.get('role', '?')}: {turn.get('content') or ''}" for turn in prompt)
 
 
 def _cut(text: str, chars: int) -> str:

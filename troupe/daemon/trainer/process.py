@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-import msgspec
 
 from troupe.daemon.control.answers import answer, answer_checked, takes_a_while
 from troupe.daemon.page.news import News
@@ -33,7 +32,9 @@ from troupe.daemon.trainer.frames import (
 )
 from troupe.errors import InputError, OutputError, TroupeError, sayable
 from troupe.messages import GroupClosed, Incident, Refused
-from troupe.run.config import RUN_TOML, Layer, RunConfig, layered, load_config, said_in, settings_layers
+from troupe.records.layout import RUN_TOML
+from troupe.records.standing import read_summary
+from troupe.run.config import Layer, RunConfig, layered, load_config, said_in, settings_layers
 from troupe.run.supervisor import Supervisor
 from troupe.runtime.guarding import Guard
 from troupe.runtime.process import Connection, serve
@@ -45,13 +46,6 @@ _CHECKS = 64
 """Requests that may wait for a look at what they ask for."""
 _PASSES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 """What is wrong with a disk today and may not be tomorrow."""
-
-
-class _Summary(msgspec.Struct):
-    """What `summary.json` says of how far a run came."""
-
-    steps: int
-    total_steps: int
 
 
 async def play(connection: Connection) -> None:
@@ -188,9 +182,8 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _finished(folder: Path, config: RunConfig) -> Finished | None:
     """How far the run in the folder came, where it made every step that this config asks for."""
-    try:
-        summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=_Summary)
-    except (OSError, msgspec.MsgspecError):
+    summary = read_summary(folder)
+    if summary is None or summary.total_steps is None:
         return None
     stored, asked = load_config(folder / RUN_TOML).learner, config.learner
     as_long = (stored.epochs, stored.max_steps, stored.batch_size) == (asked.epochs, asked.max_steps, asked.batch_size)

@@ -18,12 +18,12 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
-from troupe.cli.inspect import prompt_text, shown
 from troupe.records import text as words
 from troupe.records.report.assets import read_asset
 from troupe.records.report.charts import Chart, Section, Values, rounded, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.store.read import StoredCompletion, StoredIncident
+from troupe.records.text import prompt_text, shown
 
 _LONGEST_TEXT = 20_000
 """Characters of a prompt or a completion."""
@@ -277,7 +277,7 @@ def _talk(completion: StoredCompletion, label: str) -> Talk:
     answer = (completion.columns or {}).get("answer")
     if answer is not None:
         facts.append(f"answer {_cut(_value(answer), 200)[0]}")
-    prompt, more = _cut(prompt_text(completion.prompt))
+    prompt, more = _cut(prompt_text(completion.prompt) or words.MISSING)
     return Talk(
         label=label,
         reward=words.number(completion.reward),

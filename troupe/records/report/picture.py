@@ -6,18 +6,18 @@ run.sqlite tells most; without it metrics.jsonl tells the curves. It does not kn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from troupe.daemon.control.client import NobodyThereError, ask
-from troupe.errors import InputError, OutputError, TroupeError
-from troupe.messages import GetStatus, Status
+from troupe.errors import InputError, OutputError
+from troupe.messages import Status
 from troupe.records.curves import Metrics, Thinned, Thinner
+from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.played import Played
-from troupe.records.standing import Aftermath, aftermath, describe
+from troupe.records.standing import Aftermath, Summary, aftermath, describe, read_summary
 from troupe.records.store.read import (
     Overview,
     Query,
@@ -28,7 +28,6 @@ from troupe.records.store.read import (
     StoredRun,
     open_store,
 )
-from troupe.records.store.write import FILE_NAME
 from troupe.runtime.files import read_toml
 
 State = Literal[
@@ -47,8 +46,6 @@ State = Literal[
 """stopped: ended before its last step, on request; crashed: cut off; new: nothing is done, and nobody is at it."""
 
 INCIDENTS_SHOWN = 60
-_ANSWER_S = 5.0
-"""For how long a run that plays is asked what it does."""
 _STATES: dict[str, State] = {
     "complete": "finished",
     "ended": "stopped",
@@ -58,7 +55,6 @@ _STATES: dict[str, State] = {
 }
 _MOST_STEPS = 2**53
 """Beyond it is no step, and no number that scripts can count to."""
-_CHANGES = "changes.jsonl"
 _FIGURES = msgspec.json.Decoder(dict[str, float | None])
 
 
@@ -146,17 +142,6 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
         return next((value for value in values if value is not None), None)
 
 
-class _Summary(msgspec.Struct):
-    """What is read of summary.json; every key may be missing."""
-
-    steps: int = 0
-    incidents: dict[str, int] = {}
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
-    rewards_before: dict[str, float] = {}
-    rewards_after: dict[str, float] = {}
-
-
 class _Stored(msgspec.Struct):
     """What the store tells."""
 
@@ -169,20 +154,22 @@ class _Stored(msgspec.Struct):
     samples: tuple[Samples, ...]
 
 
-def read_run(folder: Path) -> RunPicture:
-    """The picture of the run in a folder. InputError where there is no run; what is damaged is a note."""
+def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = ()) -> RunPicture:
+    """The picture of the run in a folder. InputError where there is no run; what is damaged is a note.
+
+    `status`: what the run itself says, where it answers. `notes`: those that there are already.
+    """
     fate = aftermath(folder)
-    notes: list[str] = []
-    status = _status(folder, fate, notes)
+    notes = list(notes)
     config, config_text = _config(folder, notes)
     stored = _stored(folder, notes)
     metrics = stored.metrics if stored else Thinned()
-    lines = folder / "metrics.jsonl"
+    lines = folder / METRICS
     if (not metrics.steps or metrics.steps[0] > metrics.steps_a_point) and lines.is_file():  # none, or not from step 1
         told = _from_lines(lines, notes)
         if told.steps and (not metrics.steps or told.steps[-1] >= metrics.steps[-1]):
             metrics = told
-    summary = _summary(folder)
+    summary = read_summary(folder) or Summary()
     newest = metrics.steps[-1] if metrics.steps else 0
     step = max(newest, fate.step, status.step if status else 0)
     overview = stored.overview if stored else None
@@ -202,22 +189,11 @@ def read_run(folder: Path) -> RunPicture:
         incidents=overview.incidents if overview else summary.incidents,
         newest_incidents=stored.incidents if stored else (),
         machines=stored.machines if stored else {},
-        changes=tuple(_changes(folder / _CHANGES)),
+        changes=tuple(_changes(folder / CHANGES)),
         evaluated=tuple(_evaluated(summary)) if summary.steps >= step else (),  # else it is of an earlier start
         samples=stored.samples if stored else (),
         notes=tuple(notes),
     )
-
-
-def _status(folder: Path, fate: Aftermath, notes: list[str]) -> Status | None:
-    try:
-        reply = ask(folder, GetStatus(), _ANSWER_S)
-    except NobodyThereError:
-        return None
-    except TroupeError as error:
-        notes.append(str(error))
-        return None
-    return reply if isinstance(reply, Status) else None
 
 
 def _state(fate: Aftermath, status: Status | None) -> State:
@@ -238,7 +214,7 @@ def _told(fate: Aftermath, status: Status | None) -> str:
 
 
 def _config(folder: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
-    path = folder / "run.toml"
+    path = folder / RUN_TOML
     try:
         return read_toml(path), path.read_text(encoding="utf-8")
     except (InputError, OSError, ValueError) as error:
@@ -247,9 +223,9 @@ def _config(folder: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
 
 
 def _stored(folder: Path, notes: list[str]) -> _Stored | None:
-    if not (folder / FILE_NAME).is_file():
+    if not (folder / STORE).is_file():
         notes.append(
-            f"There is no {FILE_NAME}, so completions, incidents, starts and checkpoints are not shown; runs have one "
+            f"There is no {STORE}, so completions, incidents, starts and checkpoints are not shown; runs have one "
             "where metrics.sinks names 'sqlite'."
         )
         return None
@@ -323,14 +299,7 @@ def _line(line: bytes) -> tuple[int, Metrics] | None:
     return (int(step), metrics) if step is not None and 0 <= step < _MOST_STEPS else None
 
 
-def _summary(folder: Path) -> _Summary:
-    try:
-        return msgspec.json.decode((folder / "summary.json").read_bytes(), type=_Summary)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return _Summary()
-
-
-def _evaluated(summary: _Summary) -> Iterator[Evaluated]:
+def _evaluated(summary: Summary) -> Iterator[Evaluated]:
     if summary.accuracy_before is not None or summary.accuracy_after is not None:
         yield Evaluated(name="accuracy", before=summary.accuracy_before, after=summary.accuracy_after)
     for name in {**summary.rewards_before, **summary.rewards_after}:

@@ -6,11 +6,11 @@ Knows nothing of where it goes.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import msgspec
 
 from troupe.messages import GroupClosed, Update
+from troupe.records.text import prompt_text
 
 _MOST_BINS = 256
 """Of anybody's histogram."""
@@ -95,17 +95,6 @@ def samples_of(closed: GroupClosed) -> list[Sample]:
         )
         for i, rollout in enumerate(group.rollouts)
     ]
-
-
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt as text; of a conversation a line a turn."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn.get('role', '')}: {_content(turn.get('content'))}" for turn in prompt)
-
-
-def _content(content: Any) -> str:
-    return content if isinstance(content, str) else msgspec.json.encode(content).decode()
 
 
 def _binnable(values: tuple[float, ...]) -> tuple[float, ...]:

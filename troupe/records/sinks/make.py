@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from troupe.records.layout import METRICS, STORE
 from troupe.records.sinks.base import MetricsConfig, RunInfo, Sink, SinkName
 from troupe.records.sinks.console import ConsoleSink, PlainSink
 from troupe.records.sinks.jsonl import JsonlSink
@@ -15,7 +16,6 @@ from troupe.records.sinks.prometheus import PrometheusSink
 from troupe.records.sinks.sqlite import SqliteSink
 from troupe.records.sinks.tensorboard import FOLDER, TensorBoardSink
 from troupe.records.sinks.trackers import TrackioSink, WandbSink
-from troupe.records.store.write import FILE_NAME
 from troupe.runtime.outlets import of_a_display, outlet_of
 
 
@@ -27,9 +27,9 @@ def make_sinks(
     console = Console(file=of_a_display(sys.stdout)) if outlet_of(sys.stdout) else Console()
     makers: dict[SinkName, Callable[[], Sink]] = {
         "console": lambda: ConsoleSink(run, console) if can_draw(console) else PlainSink(run, sys.stdout),
-        "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", first_step=run.first_step),
+        "jsonl": lambda: JsonlSink(folder / METRICS, first_step=run.first_step),
         "sqlite": lambda: SqliteSink(
-            folder / FILE_NAME,
+            folder / STORE,
             first_step=run.first_step,
             program=run.program,
             machine=run.machine,

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from troupe.messages import GroupClosed, Update
+from troupe.records.layout import METRICS
 from troupe.records.sinks.base import MetricsConfig, RunInfo
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
 from troupe.records.sinks.jsonl import steps_between
@@ -58,7 +59,7 @@ class _Tracker(ABC):
         self._tracked = found or Tracked(id=self._new_id())
         self._there = self._begin(self._tracked.id, goes_on=found is not None)
         newest = self._newest_there()
-        for step, metrics in steps_between(Path(self._run.folder) / "metrics.jsonl", newest, self._run.first_step):
+        for step, metrics in steps_between(Path(self._run.folder) / METRICS, newest, self._run.first_step):
             self._tell(StepDigest(step=step, metrics=metrics))
         newest = max(self._run.first_step, newest)
         self._tracked = Tracked(id=self._tracked.id, step=newest, kept=newest)

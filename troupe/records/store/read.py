@@ -17,7 +17,8 @@ import msgspec
 
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState, PromptText
-from troupe.records.store.write import FILE_NAME, DamagedStoreError, connect_to_read, is_in_use, refuse_newer
+from troupe.records.layout import RUN_TOML, STORE
+from troupe.records.store.write import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 
 Choice = Literal["best", "worst", "random", "all"]
 """Which completions: those with the highest or lowest value, some by lot, or all in the order of groups."""
@@ -271,14 +272,14 @@ class StoredRun:
 @contextmanager
 def open_store(folder: Path) -> Iterator[StoredRun]:
     """The store in a run folder. OutputError where there is none, or one that is damaged or of a newer Troupe."""
-    path = folder / FILE_NAME
+    path = folder / STORE
     try:
         is_folder, is_store = folder.is_dir(), path.is_file()
     except OSError as error:
         raise OutputError(f"{folder}: the run folder cannot be read: {error}") from None
     if not is_folder:
         raise OutputError(f"{folder}: there is no such run folder; give the folder that `troupe train` wrote into")
-    if not is_store and not (folder / "run.toml").is_file():
+    if not is_store and not (folder / RUN_TOML).is_file():
         raise OutputError(
             f"{path}: there is no run store; nor is there a run.toml, so {folder} is not the folder of a run"
         )

@@ -31,7 +31,6 @@ import msgspec
 from troupe.errors import OutputError
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Rollout, Update
 
-FILE_NAME = "run.sqlite"
 FORMAT = 1
 """`user_version` of the file. A store of a newer format is refused."""
 

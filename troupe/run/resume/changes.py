@@ -16,13 +16,12 @@ from typing import Any
 import msgspec
 
 from troupe.errors import ConfigError
+from troupe.records.layout import CHANGES
 from troupe.run.config import RunConfig, known_keys, with_value
 from troupe.run.naming import ours_for, told
 from troupe.run.resume.rules import rule_of, value_of
 from troupe.run.tables import anchored_reward
 from troupe.runtime.files import sync
-
-CHANGES = "changes.jsonl"
 
 LIVE_KEYS = ("learner.lr", "rewards.NAME", "checkpoint.every", "schedule.watchdog_s", "log.level")
 """What may be set while a run plays. NAME is a reward's, and its value what `rewards.functions` takes; `log.level` is
