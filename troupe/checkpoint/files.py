@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeAlias
 import mlx.core as mx
 import msgspec
 
-from troupe.checkpoint.cuda_memory import bytes_on_card
+from troupe.policy.cuda_memory import bytes_on_card
 from troupe.policy.decode import cuda_kernels
 
 BLOCK_BYTES = 1 << 24

@@ -19,9 +19,10 @@ import mlx.core as mx
 import pytest
 
 from tests.checkpoint.checkpoints import ARRAYS, assert_same_arrays, made
-from troupe.checkpoint import cuda_memory, files, load_checkpoint, save_checkpoint
-from troupe.checkpoint.cuda_memory import bytes_on_card
+from troupe.checkpoint import files, load_checkpoint, save_checkpoint
 from troupe.checkpoint.files import FileSum, safetensors_chunks, write_file
+from troupe.policy import cuda_memory
+from troupe.policy.cuda_memory import bytes_on_card
 from troupe.policy.decode import cuda_kernels
 
 with_a_card = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
