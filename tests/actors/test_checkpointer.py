@@ -34,6 +34,7 @@ from troupe.errors import RunError
 from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.messages import CheckpointWritten, Snapshot, Unfinished
 from troupe.policy import Weights, load_policy, random_policy
+from troupe.policy.safetensors import safetensors_chunks
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.roles import Restarts, Role, run_roles
@@ -546,7 +547,7 @@ async def test_a_successor_goes_on_trying(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def bits(arrays: Any) -> dict[str, bytes]:
-    return {name: b"".join(files.safetensors_chunks({name: array})) for name, array in arrays.items()}
+    return {name: b"".join(safetensors_chunks({name: array})) for name, array in arrays.items()}
 
 
 async def test_learning_goes_on_while_a_snapshot_is_written_and_changes_nothing_in_it(

@@ -9,20 +9,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
-from safetensors import safe_open
 
-from tests.checkpoint.checkpoints import ARRAYS, assert_same_arrays
 from troupe.checkpoint import files
-from troupe.checkpoint.files import (
-    has_sound_header,
-    make_folders,
-    safetensors_bytes,
-    safetensors_chunks,
-    sum_file,
-    write_file,
-)
+from troupe.checkpoint.files import make_folders, sum_file, write_file
 
 
 def test_what_goes_through_is_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,31 +99,6 @@ def test_on_macos_the_cache_is_left_out_for_whole_blocks(tmp_path: Path, monkeyp
     write_file(tmp_path / "f", [b"abcdefg"])
     assert asked == [(48, 1), (48, 0)]
     assert (tmp_path / "f").read_bytes() == b"abcdefg"
-
-
-def test_arrays_come_back_from_mlx_and_from_safetensors(tmp_path: Path) -> None:
-    mx.eval(list(ARRAYS.values()))
-    file = tmp_path / "a.safetensors"
-    entry = write_file(file, safetensors_chunks(ARRAYS, {"format": "pt"}))
-    loaded = mx.load(str(file))
-    assert isinstance(loaded, dict)
-    assert_same_arrays(loaded, ARRAYS)
-    assert has_sound_header(file)
-    with safe_open(file, framework="numpy") as stored:
-        assert stored.metadata() == {"format": "pt"}
-        assert stored.get_tensor("turned").tolist() == [[0, 3], [1, 4], [2, 5]]
-        assert stored.get_slice("bf16").get_dtype() == "BF16"
-    assert entry.bytes <= safetensors_bytes(ARRAYS) <= entry.bytes + 256 * len(ARRAYS), "an estimate, never too small"
-    header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
-    assert header_bytes % 8 == 0, "numbers lie where processors like them"
-
-
-def test_without_metadata_none_is_written(tmp_path: Path) -> None:
-    file = tmp_path / "a.safetensors"
-    write_file(file, safetensors_chunks({"a": mx.array([1.0])}))
-    with safe_open(file, framework="numpy") as stored:
-        assert stored.metadata() is None
-        assert stored.get_tensor("a").tolist() == [1.0]
 
 
 def test_new_folders_are_put_on_the_disk_with_the_one_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,10 +362,10 @@ def test_a_header_that_is_not_sound_is_damage(folder: Path, data: bytes) -> None
 
 
 def test_no_open_file_left_for_mlx_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(file: Path) -> bool:
+    def fail(file: Path) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(mx, "load", out_of_memory)
-    monkeypatch.setattr(reading_room, "has_sound_header", fail)
+    monkeypatch.setattr(reading_room, "read_header", fail)
     with pytest.raises(RunError, match="whole, but cannot be read now"):
         load_checkpoint(folder)

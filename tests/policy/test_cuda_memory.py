@@ -20,10 +20,11 @@ import pytest
 
 from tests.checkpoint.checkpoints import ARRAYS, assert_same_arrays, made
 from troupe.checkpoint import files, load_checkpoint, save_checkpoint
-from troupe.checkpoint.files import FileSum, safetensors_chunks, write_file
+from troupe.checkpoint.files import FileSum, write_file
 from troupe.policy import cuda_memory
 from troupe.policy.cuda_memory import bytes_on_card
 from troupe.policy.decode import cuda_kernels
+from troupe.policy.safetensors import bytes_of, safetensors_chunks
 
 with_a_card = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
 without_a_card = pytest.mark.skipif(cuda_kernels.are_here(), reason="the driver is acted where there is none")
@@ -95,7 +96,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> ActedDriver:
 
     def addresses(arrays: Sequence[mx.array]) -> list[int]:
         mx.eval(list(arrays))
-        return [ctypes.addressof(ctypes.c_char.from_buffer(files._memory(array))) for array in arrays]
+        return [ctypes.addressof(ctypes.c_char.from_buffer(bytes_of(array))) for array in arrays]
 
     monkeypatch.setattr(cuda_memory, "_IDLE", [])
     monkeypatch.setattr(cuda_memory, "_driver", lambda: acted)
@@ -125,7 +126,7 @@ def test_memory_that_the_engine_writes_to_is_had_once(driver: ActedDriver) -> No
     array = mx.arange(9, dtype=mx.float32)
     pieces: Any = bytes_on_card([array])
     first, second = bytes(next(pieces)), b"".join(map(bytes, bytes_on_card([array])))
-    assert first == second == bytes(files._memory(array))
+    assert first == second == bytes(bytes_of(array))
     assert len(driver.held) == 2, "the first was still at it"
     pieces.close()
     for _ in range(5):
@@ -137,7 +138,7 @@ def test_memory_that_the_engine_writes_to_is_had_once(driver: ActedDriver) -> No
 def test_every_thread_reads_in_the_context_of_the_card(driver: ActedDriver) -> None:
     arrays = [mx.arange(9, dtype=mx.float32)]
     mx.eval(arrays)
-    plain = bytes(files._memory(arrays[0]))
+    plain = bytes(bytes_of(arrays[0]))
 
     def read() -> bytes:
         return b"".join(map(bytes, bytes_on_card(arrays)))
@@ -218,7 +219,7 @@ def test_what_the_driver_refuses_is_named_and_the_next_try_succeeds(driver: Acte
     with pytest.raises(RuntimeError, match=f"{function} of CUDA's driver failed with code 2"):
         list(bytes_on_card([array]))
     driver.refused = ""
-    assert b"".join(map(bytes, bytes_on_card([array]))) == bytes(files._memory(array))
+    assert b"".join(map(bytes, bytes_on_card([array]))) == bytes(bytes_of(array))
     assert len(driver.held) == 1
 
 

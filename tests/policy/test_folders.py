@@ -14,7 +14,8 @@ import pytest
 from tests.policy.forward_vectors import SHIPPED
 from tests.test_oracles import IDS, oracle
 from troupe.errors import InputError, ModelError
-from troupe.policy.folders import COMPANION_FILES, read_model_folder, save_model_folder
+from troupe.policy.companions import COMPANION_FILES
+from troupe.policy.folders import read_model_folder, save_model_folder
 from troupe.policy.model import load_policy, random_policy
 from troupe.policy.network.qwen3 import expected_shapes
 

@@ -2,7 +2,7 @@
 
 Arrays go from their own memory by way of a block to the disk, past the system's cache where that can be. While one
 block is summed and written, each in a thread of its own, the next is filled; for arrays all of it lets go of Python's
-lock, so that other threads go on. Knows the safetensors format, and nothing of checkpoints.
+lock, so that other threads go on.
 """
 
 from __future__ import annotations
@@ -11,43 +11,19 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import math
 import mmap
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TypeAlias
 
-import mlx.core as mx
 import msgspec
-
-from troupe.policy.cuda_memory import bytes_on_card
-from troupe.policy.decode import cuda_kernels
 
 BLOCK_BYTES = 1 << 24
 Chunks: TypeAlias = Iterable[bytes | memoryview]
 """The content of a file, in pieces."""
-_ALIGNMENT = 8
-_DTYPES = {
-    mx.bool_: "BOOL",
-    mx.uint8: "U8",
-    mx.int8: "I8",
-    mx.uint16: "U16",
-    mx.int16: "I16",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.int32: "I32",
-    mx.float32: "F32",
-    mx.uint64: "U64",
-    mx.int64: "I64",
-}
-_SIZES = {name: dtype.size for dtype, name in _DTYPES.items()}
-"""Bytes of a number."""
-_LENGTH_BYTES = 8
-"""At the beginning of a safetensors file: how long its header is."""
 
 
 class FileSum(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,20 +31,6 @@ class FileSum(msgspec.Struct, frozen=True, kw_only=True):
 
     bytes: int
     sha256: str
-
-
-class _Entry(msgspec.Struct, frozen=True):
-    """What the header of a safetensors file says of an array."""
-
-    dtype: str
-    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
-    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], int]
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether it is of a type that we write, and takes the place that it should."""
-        start, end = self.data_offsets
-        return self.dtype in _SIZES and end - start == _SIZES[self.dtype] * math.prod(self.shape)
 
 
 def write_file(path: Path, chunks: Chunks, before_block: Callable[[], None] = lambda: None) -> FileSum:
@@ -122,56 +84,6 @@ def make_folders(path: Path) -> None:
             sync(folder.parent)
         with suppress(OSError):  # the folder that was there may be as new, but the one above it may be closed to us
             sync(missing[-1].parent.parent)
-
-
-def safetensors_bytes(arrays: Mapping[str, mx.array]) -> int:
-    """Size of the file, or a little more."""
-    return sum(array.nbytes + 128 + 2 * len(name) for name, array in arrays.items()) + 128
-
-
-def safetensors_chunks(arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> Chunks:
-    """A safetensors file of evaluated arrays, piece by piece; the pieces are the arrays' own memory where the processor
-    shares it with the device, and die with the next piece where not."""
-    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    end = 0
-    for name, array in arrays.items():
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": _DTYPES[array.dtype], "shape": array.shape, "data_offsets": (start, end)}
-    text = msgspec.json.encode(header)
-    text += b" " * (-len(text) % _ALIGNMENT)
-    yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    if cuda_kernels.are_here():  # the card has a memory of its own
-        yield from bytes_on_card(arrays.values())
-    else:
-        yield from (_memory(array) for array in arrays.values() if array.size)
-
-
-def has_sound_header(file: Path) -> bool:
-    """Whether a file begins as a safetensors file whose arrays lie within it. OSError where it cannot be read."""
-    with file.open("rb") as stored:
-        size = os.fstat(stored.fileno()).st_size
-        length = int.from_bytes(stored.read(_LENGTH_BYTES), "little")
-        start = _LENGTH_BYTES + length
-        text = stored.read(length) if start <= size else b""
-    try:
-        entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        entries.pop("__metadata__", None)
-        arrays = [msgspec.json.decode(entry, type=_Entry) for entry in entries.values()]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False
-    return all(array.is_sound and start + array.data_offsets[1] <= size for array in arrays)
-
-
-def _memory(array: mx.array) -> memoryview:
-    """The bytes of an array, row by row."""
-    if array.dtype in (mx.bfloat16, mx.bool_):  # Python's buffers have no such type
-        array = array.view(mx.uint16 if array.dtype == mx.bfloat16 else mx.uint8)
-    buffer: Any = array  # its type stub does not say so
-    memory = memoryview(buffer)
-    if not memory.c_contiguous:
-        buffer = mx.contiguous(array)
-        memory = memoryview(buffer)
-    return memory.cast("B")
 
 
 def _blocks(chunks: Chunks) -> Iterator[memoryview]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.checkpoint.faults import unreadable
-from troupe.checkpoint.files import FileSum, has_sound_header, sum_file
+from troupe.checkpoint.files import FileSum, sum_file
 from troupe.checkpoint.keep import list_checkpoints
 from troupe.checkpoint.state import (
     BEHIND_FILE,
@@ -32,6 +32,7 @@ from troupe.checkpoint.write import replaced
 from troupe.errors import CheckpointError, ModelError, RunError
 from troupe.messages import Unfinished
 from troupe.policy import Qwen3Config, expected_shapes
+from troupe.policy.safetensors import read_header
 
 _UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -173,6 +174,9 @@ def _load_arrays(file: Path) -> dict[str, mx.array]:
 
 def _is_sound(file: Path) -> bool:
     try:
-        return has_sound_header(file)
+        read_header(file)
+    except ModelError:
+        return False
     except OSError:  # it has been read whole a moment ago
         return True
+    return True

@@ -18,8 +18,6 @@ from troupe.checkpoint.files import (
     Chunks,
     FileSum,
     make_folders,
-    safetensors_bytes,
-    safetensors_chunks,
     sum_file,
     sync,
     write_file,
@@ -41,6 +39,7 @@ from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.errors import FolderGoneError
 from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
 from troupe.policy.folders import companions_of
+from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
 
 _SMALL_BYTES = 1 << 20
 """For configuration, state, manifest, and the file system's own."""

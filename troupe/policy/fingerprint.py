@@ -1,5 +1,5 @@
 """What tells one model folder from another without reading all of it: a run goes on only with the model that it began
-with. Knows nothing of what the files mean."""
+with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from troupe.policy.companions import COMPANION_FILES
+from troupe.policy.safetensors import read_start
 from troupe.policy.weight_files import CONFIG_FILE, INDEX_FILE
 
 SAMPLES, SAMPLE_BYTES = 64, 16_384
 """Pieces of each file of weights that are looked at, evenly spaced, and how long each is."""
-_LONGEST_HEADER = 100_000_000
-"""Bytes; what safetensors' own reader allows a header."""
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -45,8 +44,7 @@ def _pieces(file: Path, size: int) -> Iterator[bytes]:
         yield file.read_bytes()
         return
     with file.open("rb") as stream:
-        length = stream.read(8)
-        yield length + stream.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER))
+        yield read_start(stream)
         begin = stream.tell()
         step = max((size - begin) // SAMPLES, SAMPLE_BYTES)
         for start in range(begin, size, step):

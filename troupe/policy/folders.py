@@ -15,11 +15,11 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import InputError, ModelError
-from troupe.policy.companions import COMPANION_FILES as COMPANION_FILES  # where callers look for it
 from troupe.policy.companions import DTYPES, Companions
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
+from troupe.policy.safetensors import read_header
 from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
 from troupe.policy.weight_files import (
     CONFIG_FILE,
@@ -27,9 +27,7 @@ from troupe.policy.weight_files import (
     WEIGHTS_FILE,
     WEIGHTS_NAME,
     check_folder,
-    names_given_twice,
     read_json,
-    stored_tensors,
     weight_files,
 )
 
@@ -110,9 +108,11 @@ def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> dict
     faults: list[str] = []
     unexpected: list[str] = []
     for file in files:
-        stored = stored_tensors(file)
-        faults += [f"{name}: stored twice in {file.name}" for name in names_given_twice(file)]
-        for name, (dtype, shape) in stored.items():
+        try:
+            header = read_header(file)
+        except OSError as error:
+            raise ModelError(f"{file}: cannot be read: {error}") from None
+        for name, tensor in header:
             known = canonical_name(name)
             if known not in shapes:
                 if not is_harmless(name):
@@ -121,11 +121,12 @@ def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> dict
                 continue
             if known in places:
                 other = places[known].name
-                faults.append(f"{known}: stored twice" + ("" if other == name else f", as {other} and as {name}"))
-            elif shape != shapes[known]:
-                faults.append(f"{name}: shape {list(shape)} in {file.name}, config.json asks for {list(shapes[known])}")
-            elif dtype not in ("F32", "BF16", "F16"):
-                faults.append(f"{name}: dtype {dtype} in {file.name}, only F32, BF16 and F16 can be trained")
+                names = "" if other == name else f", as {other} and as {name},"
+                faults.append(f"{known}: stored twice{names} in {file.name}")
+            elif tensor.shape != (asked := shapes[known]):
+                faults.append(f"{name}: shape {list(tensor.shape)} in {file.name}, config.json asks for {list(asked)}")
+            elif tensor.dtype not in ("F32", "BF16", "F16"):
+                faults.append(f"{name}: dtype {tensor.dtype} in {file.name}, only F32, BF16 and F16 can be trained")
             places[known] = _Stored(file, name)
     missing = wanted.keys() - places.keys()
     faults += [f"{name}: missing" for name in missing]

@@ -1,20 +1,13 @@
-"""Which files of a model folder hold its weights, what lies in them by their headers, and true words where there are
-none that can be read.
-
-Knows names of files and the safetensors format. Reads headers, never tensors.
-"""
+"""Which files of a model folder hold its weights, and true words where there are none that can be read."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
-from safetensors import SafetensorError, safe_open
 
 from troupe.errors import ModelError
 
@@ -38,7 +31,6 @@ _OTHER_FORMATS = (
     ("*.onnx", "a graph that cannot be trained; take the model's folder of safetensors"),
 )
 _SHOWN = 3
-_LFS_POINTER = b"version https://git-lfs"
 
 
 def check_folder(folder: Path) -> None:
@@ -77,33 +69,6 @@ def weight_files(folder: Path) -> list[Path]:
     if shards := _numbered_shards(folder):
         return shards
     raise ModelError(f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{_instead(folder)}")
-
-
-def stored_tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name → (dtype, shape) of what a safetensors file holds; the data are not read."""
-    tensors = {}
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            for name in stored.keys():  # noqa: SIM118 - no mapping: it has `keys` alone
-                entry = stored.get_slice(name)
-                tensors[name] = (str(entry.get_dtype()), tuple(entry.get_shape()))
-    except (SafetensorError, OSError) as error:
-        if _is_lfs_pointer(file):
-            raise ModelError(f"{file}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull") from None
-        raise ModelError(f"{file}: truncated, damaged or no safetensors file ({error}); copy it again") from None
-    return tensors
-
-
-def names_given_twice(file: Path) -> list[str]:
-    """Tensors that the header of a sound safetensors file lists more than once; readers silently take one of them."""
-    names: list[str] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        names[:] = [name for name, _ in pairs]  # the outermost object is closed last
-
-    with file.open("rb") as stored:
-        json.loads(stored.read(int.from_bytes(stored.read(8), "little")), object_pairs_hook=note)
-    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -188,14 +153,6 @@ def _base_model(folder: Path) -> str:
     named = [settings.get(key) for key in ("base_model_name_or_path", "model")]  # PEFT's and mlx-lm's
     base = next((name for name in named if isinstance(name, str) and name), None)
     return "its base model" if base is None else f"its base model {base}"
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    try:
-        with file.open("rb") as stored:
-            return stored.read(len(_LFS_POINTER)) == _LFS_POINTER
-    except OSError:
-        return False
 
 
 def _listed(names: Collection[str]) -> str:

@@ -81,7 +81,7 @@ def test_a_file_goes_when_it_is_not_kept_and_nobody_reads_it(files: WeightsFiles
 def test_the_run_folder_serves_where_memory_has_no_room(
     monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, tmp_path: Path, memory: Path
 ) -> None:
-    monkeypatch.setattr(weights_files, "_free", lambda place: 1000 if place == memory else 10**12)
+    monkeypatch.setattr(weights_files, "_free", lambda place: 100 if place == memory else 10**12)
     assert files.write(0, WEIGHTS).is_relative_to(tmp_path / "run")
     assert list(memory.iterdir()) == []
     files.close()
@@ -91,8 +91,8 @@ def test_the_run_folder_serves_where_memory_has_no_room(
 def test_no_room_anywhere_is_told_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(weights_files, "_free", lambda place: 1_000_000)
-    with pytest.raises(RunError, match=r"take 0\.0021 GB of files, but .*memory has 0\.001 GB .*schedule\.generator"):
+    monkeypatch.setattr(weights_files, "_free", lambda place: 100)
+    with pytest.raises(RunError, match=r"take 8\.2e-07 GB of files, but .*memory has 1e-07 GB .*schedule\.generator"):
         files.write(0, WEIGHTS)
     assert names(tmp_path) == []
 
@@ -101,8 +101,8 @@ def test_room_that_is_gone_later_is_told_and_leaves_no_half_file(
     monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, tmp_path: Path
 ) -> None:
     files.write(0, WEIGHTS)
-    monkeypatch.setattr(weights_files, "_free", lambda place: 1000)
-    with pytest.raises(RunError, match=r"00000001\.safetensors: .* could not be written: 0\.00105 GB are needed"):
+    monkeypatch.setattr(weights_files, "_free", lambda place: 100)
+    with pytest.raises(RunError, match=r"00000001\.safetensors: .* could not be written: 4\.1e-07 GB are needed"):
         files.write(1, WEIGHTS)
     monkeypatch.undo()
 

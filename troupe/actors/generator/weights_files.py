@@ -7,8 +7,6 @@ run that was killed, and the next start of any run removes what it left.
 What is mapped and what is copied: writing copies the arrays into the file, whose pages in /dev/shm are memory
 themselves; `mx.load` maps nothing, it reads the file once into arrays of the process that loads. So a version is held
 once by the learner, once by the file, and once by each process that has loaded it.
-
-Knows neither processes nor actors.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from troupe.checkpoint.files import safetensors_chunks
 from troupe.errors import RunError
 from troupe.policy import Weights
+from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
 from troupe.runtime.files import drafted
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where files are memory, on Linux; on other systems there is no such folder."""
 _PREFIX = "troupe-weights-"
-_HEADER_BYTES = 1 << 20
 
 
 class WeightsFiles:
@@ -49,7 +46,7 @@ class WeightsFiles:
 
     def write(self, version: int, weights: Weights) -> Path:
         """The file of a version; written unless it is there. RunError where the disk has no room."""
-        needed = sum(array.nbytes for array in weights.values()) + _HEADER_BYTES
+        needed = safetensors_bytes(weights)
         if self._folder is None:
             self._open(self._at_once * needed)
         assert self._folder is not None
