@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import troupe
 from tests.cases.cases import copy_case, expected_of
 from tests.support.fakes import make_scored, tiny_config
-from troupe.actors.learner.batch import is_usable
+from troupe.actors.learner.gathering import is_usable
 from troupe.actors.learner.statistics import (
     advantages_of,
     group_statistics,

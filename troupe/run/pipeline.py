@@ -27,7 +27,8 @@ from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import Setup
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
-from troupe.actors.learner.train import LearnerState
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.train import BatchTrainer, LearnerState
 from troupe.actors.ledgers import CheckpointLedger, OpenGroups, PromptLedger
 from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.actors.prompter import Prompter
@@ -247,14 +248,19 @@ def build_pipeline(prepared: Prepared, *, room: int = 1, check_folder: Callable[
             snapshots=checkpointer_box.channel("snapshots", Snapshot, bound=1),
         ),
         device=learning,
-        config=config.learner,
-        policy_config=policy_config,
-        streams=schedule.learner_streams or 1,
+        trainer=BatchTrainer(
+            config.learner,
+            policy_config,
+            reward_weights=dict(zip(prepared.rewards.names, prepared.rewards.weights, strict=True)),
+            temperature=config.generation.temperature,
+            max_completion_length=config.generation.max_completion_length,
+            pad_id=prepared.policy.pad_id,
+            total_steps=prepared.total_steps,
+            streams=schedule.learner_streams or 1,
+            rates=prepared.live.rates,
+        ),
         state=start,
         board=board,
-        reward_weights=dict(zip(prepared.rewards.names, prepared.rewards.weights, strict=True)),
-        temperature=config.generation.temperature,
-        max_completion_length=config.generation.max_completion_length,
         gathering=gathering_for(
             schedule,
             batch_size=config.learner.batch_size,
@@ -262,15 +268,15 @@ def build_pipeline(prepared: Prepared, *, room: int = 1, check_folder: Callable[
             resampling=config.learner.max_resampling_attempts,
             unfinished=restored.collected,
         ),
-        pad_id=prepared.policy.pad_id,
+        snapshots=Snapshots(
+            every=prepared.live.checkpoint_every,
+            beside_learning=config.checkpoint.overlap is not False,
+            with_reference=config.learner.sync_ref_model,
+            open_groups=open_groups,
+            recorded=recorded,
+            next_prompt=lambda: ledger.next,
+        ),
         prompts_per_epoch=prepared.schedule.rows,
-        total_steps=prepared.total_steps,
-        checkpoint_every=prepared.live.checkpoint_every,
-        learns_beside_checkpoints=config.checkpoint.overlap is not False,
-        open_groups=open_groups,
-        recorded=recorded,
-        next_prompt=lambda: ledger.next,
-        rates=prepared.live.rates,
         keep_rate=keep_rate,
         report=report("learner"),
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import anyio
 import mlx.core as mx
@@ -16,11 +14,14 @@ from tests.support.fakes import Reports, device_thread, ended, make_scored, same
 from tests.support.tiny import CONFIG
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.batch import assemble, completion_log_probs
-from troupe.actors.learner.gathering import gathering_for
-from troupe.actors.learner.train import LearnerState
+from troupe.actors.learner.gathering import StepGroups, gathering_for
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.statistics import StepMeter
+from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
+from troupe.actors.ledgers import OpenGroups
 from troupe.actors.schedule import OnStale, ScheduleConfig
 from troupe.errors import RunError
-from troupe.grpo import LearnerConfig, StepResult, adamw_init, learning_rate, train_on_batch
+from troupe.grpo import LearnerConfig, adamw_init, learning_rate, train_on_batch
 from troupe.messages import Checkpoint, GroupClosed, Replace, ScoredGroup, Snapshot, Span, Unfinished, Update
 from troupe.policy import Weights, random_policy
 from troupe.runtime.board import PolicyBoard
@@ -52,6 +53,8 @@ class Stage:
         telling_bound: int = 20,
         recorded: Mapping[int, ScoredGroup] | None = None,
         unfinished: Unfinished | None = None,
+        trainer: type[BatchTrainer] = BatchTrainer,
+        meter: StepMeter | None = None,
     ) -> None:
         policy = random_policy(CONFIG, seed=3)
         self.start_weights = policy.weights
@@ -64,6 +67,7 @@ class Stage:
         self.board.publish(version, policy.weights)
         optimizer_state = adamw_init(policy.weights)
         mx.eval(list(optimizer_state.values()))
+        self.open_groups = OpenGroups()
         self.learner = Learner(
             self.inbox,
             LearnerOutputs(
@@ -73,8 +77,15 @@ class Stage:
                 snapshots=self.checkpointer.channel("snapshots", Snapshot, bound=20),
             ),
             device=device_thread("learner"),
-            config=config,
-            policy_config=CONFIG,
+            trainer=trainer(
+                config,
+                CONFIG,
+                reward_weights={"r": 1.0},
+                temperature=0.9,
+                max_completion_length=12,
+                pad_id=257,
+                total_steps=total_steps,
+            ),
             state=LearnerState(
                 version=version,
                 weights=policy.weights,
@@ -83,9 +94,6 @@ class Stage:
                 num_tokens=num_tokens,
             ),
             board=self.board,
-            reward_weights={"r": 1.0},
-            temperature=0.9,
-            max_completion_length=12,
             gathering=gathering_for(
                 schedule or ScheduleConfig(max_staleness=max_staleness),
                 batch_size=2,
@@ -93,12 +101,15 @@ class Stage:
                 resampling=config.max_resampling_attempts,
                 unfinished=unfinished,
             ),
-            pad_id=257,
+            snapshots=Snapshots(
+                every=checkpoint_every,
+                beside_learning=learns_beside_checkpoints,
+                with_reference=config.sync_ref_model,
+                open_groups=self.open_groups,
+                recorded=recorded,
+            ),
             prompts_per_epoch=8,
-            total_steps=total_steps,
-            checkpoint_every=checkpoint_every,
-            learns_beside_checkpoints=learns_beside_checkpoints,
-            recorded=recorded,
+            meter=meter,
             report=self.reports.reporter("learner"),
         )
 
@@ -231,20 +242,20 @@ async def test_tokens_of_earlier_starts_and_of_quarantined_groups_count() -> Non
     assert stage.snapshots[0].num_tokens == update.metrics["num_tokens"]
 
 
-async def test_peak_memory_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_time_and_peak_memory_of_a_step_are_measured_from_the_end_of_the_one_before() -> None:
     calls: list[str] = []
-    peaks = iter([3_000_000_000, 2_000_000_000])
-    monkeypatch.setattr(mx, "reset_peak_memory", lambda: calls.append("reset"))
+    clock, peaks = iter([1000.0, 1002.5, 1003.0]), iter([3_000_000_000, 2_000_000_000])
 
     def read() -> int:
         calls.append("read")
         return next(peaks)
 
-    monkeypatch.setattr(mx, "get_peak_memory", read)
-    stage = Stage()
+    meter = StepMeter(clock=lambda: next(clock), peak_bytes=read, reset_peak=lambda: calls.append("reset"))
+    stage = Stage(meter=meter)
     await stage.run(two_steps())
     assert calls == ["reset", "read", "reset", "read", "reset"]
-    assert [update.metrics["peak_memory_gb"] for update in await taken(stage.updates)] == [3.0, 2.0]
+    figures = [update.metrics for update in await taken(stage.updates)]
+    assert [(m["peak_memory_gb"], m["step_time"]) for m in figures] == [(3.0, 2.5), (2.0, 0.5)]
 
 
 async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained() -> None:
@@ -338,16 +349,6 @@ async def test_a_checkpoint_on_request_holds_the_last_completed_step() -> None:
         assert snapshot.weights is stage.learner.weights
         assert snapshot.behind == {}
         stage.scored.close()
-
-
-async def test_the_first_step_is_timed_from_the_start_of_the_play(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(1000.0)
-    stage = Stage()
-    stage.learner._last_end_s = 0.0
-    monkeypatch.setattr("troupe.actors.learner.actor.time.perf_counter", lambda: next(clock))
-    await stage.run(two_steps()[:2])
-    [update] = await taken(stage.updates)
-    assert update.metrics["step_time"] < 99  # readings of the clock, not 1000
 
 
 SAME = (0.4, 0.4, None)
@@ -519,21 +520,19 @@ async def test_a_reference_that_stays_is_not_in_snapshots(beta: float) -> None:
     assert [snapshot.reference for snapshot in stage.snapshots] == [None]
 
 
-def eat_state(*args: Any, **settings: Any) -> StepResult:
-    """`train_on_batch`, which may take the optimizer's state apart."""
-    weights, state, *rest = args
-    result = train_on_batch(weights, dict(state), *rest, **settings)
-    state.clear()
-    return result
+class Eating(BatchTrainer):
+    """Leaves nothing of the optimizer's state that it was given, as it may."""
+
+    def train(self, state: LearnerState, step: StepGroups) -> Learned:
+        learned = super().train(msgspec.structs.replace(state, optimizer_state=dict(state.optimizer_state)), step)
+        state.optimizer_state.clear()
+        return learned
 
 
-async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", eat_state)
-    stage, other = Stage(checkpoint_every=1, total_steps=2), Stage(checkpoint_every=1, total_steps=2)
+async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart() -> None:
+    stage = Stage(checkpoint_every=1, total_steps=2, trainer=Eating)
+    other = Stage(checkpoint_every=1, total_steps=2)
     await stage.run(two_steps())
-    monkeypatch.undo()
     await other.run(two_steps())
     mine, theirs = stage.snapshots, other.snapshots
     assert len(mine) == 2
@@ -541,16 +540,16 @@ async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart
         assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
 
 
-async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole() -> None:
     inside, go_on = threading.Event(), threading.Event()
 
-    def slow(*args: Any, **settings: Any) -> StepResult:
-        inside.set()
-        assert go_on.wait(10)
-        return eat_state(*args, **settings)
+    class Slow(Eating):
+        def train(self, state: LearnerState, step: StepGroups) -> Learned:
+            inside.set()
+            assert go_on.wait(10)
+            return super().train(state, step)
 
-    monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", slow)
-    stage, whole = Stage(), Stage()
+    stage, whole = Stage(trainer=Slow), Stage()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_roles, [stage.learner])
         for group in two_steps()[:2]:
@@ -558,7 +557,6 @@ async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatc
         await anyio.to_thread.run_sync(inside.wait, 10)
         tasks.cancel_scope.cancel()
         go_on.set()
-    monkeypatch.undo()
     await whole.run(two_steps()[:2])
     snapshot, wanted = stage.learner.snapshot(), whole.learner.snapshot()
     assert snapshot.version == 1
@@ -568,15 +566,15 @@ async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole(monkeypatc
 
 
 @pytest.mark.parametrize("beside", [True, False])
-async def test_learning_beside_a_checkpoint_or_after_it(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[Any] = []
+async def test_learning_beside_a_checkpoint_or_after_it(beside: bool) -> None:
+    begun: list[int] = []
 
-    def counted(*args: Any, **settings: Any) -> StepResult:
-        begun.append(args)
-        return train_on_batch(*args, **settings)
+    class Counted(BatchTrainer):
+        def train(self, state: LearnerState, step: StepGroups) -> Learned:
+            begun.append(state.version)
+            return super().train(state, step)
 
-    monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", counted)
-    stage = Stage(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside)
+    stage = Stage(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside, trainer=Counted)
     await send_all(stage.scored, two_steps())
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_roles, [stage.learner])
@@ -751,13 +749,11 @@ async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_st
     assert [update.step for update in await taken(then.updates)] == [1], "and who goes on from there learns it"
 
 
-async def test_a_step_is_told_however_long_that_takes_as_long_as_nobody_stops_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_step_is_told_however_long_that_takes_as_long_as_nobody_stops_it() -> None:
     """A credit that is not given back would keep the run waiting for ever."""
-    monkeypatch.setattr("troupe.actors.learner.actor._TELLING_S", 0.05)
     for stops in (False, True):
         stage = Stage(telling_bound=1)
+        stage.learner.closing_s = 0.05
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run_roles, [stage.learner])
             for group in two_steps()[:2]:
@@ -782,19 +778,18 @@ async def test_groups_that_had_their_scores_before_a_resume_are_in_the_next_chec
     assert [group.group.prompt.gid for group in snapshot.unfinished.scored] == [3, 2], "none of the steps done"
 
 
-async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keeps_its_scores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keeps_its_scores() -> None:
     inside, go_on = threading.Event(), threading.Event()
 
-    def slow(*_: Any) -> bool:
-        inside.set()
-        return go_on.wait(10)
+    class Slow(BatchTrainer):
+        def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
+            inside.set()
+            assert go_on.wait(10)
+            return super().without_signal(groups)
 
-    monkeypatch.setattr("troupe.actors.learner.train.has_signal", slow)
-    stage = Stage(config=DYNAMIC, schedule=ScheduleConfig(mode="free"))
+    stage = Stage(config=DYNAMIC, schedule=ScheduleConfig(mode="free"), trainer=Slow)
     group = make_scored(0, 1)
-    stage.learner._open.begin(group.group.prompt)
+    stage.open_groups.begin(group.group.prompt)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_roles, [stage.learner])
         await stage.scored.send(group)

@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from troupe.actors.learner.batch import as_rollouts, assemble, completion_log_probs, is_usable
+from troupe.actors.learner.batch import as_rollouts, assemble, completion_log_probs
+from troupe.actors.learner.gathering import is_usable
 from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.grpo.pieces import side_by_side
 from troupe.grpo.step import LogProbs

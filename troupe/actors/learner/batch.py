@@ -89,14 +89,6 @@ class completion_log_probs:  # noqa: N801 - a function (weights, batch) that kno
         )
 
 
-def is_usable(group: ScoredGroup, min_scored: int) -> bool:
-    """Whether at least `min_scored` completions of the group have a reward: a score from some function, and none that
-    is missing through a fault."""
-    rows = enumerate(zip(*group.scores.values(), strict=True))
-    scored = sum(i not in group.faulted and any(score is not None for score in row) for i, row in rows)
-    return scored >= min_scored
-
-
 def assemble(
     groups: Sequence[ScoredGroup],
     config: LearnerConfig,

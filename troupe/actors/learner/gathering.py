@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from troupe.actors.learner.batch import is_usable
 from troupe.actors.schedule import OnStale, ScheduleConfig
 from troupe.messages import ClosedState, Past, Replace, ScoredGroup, Slot, Unfinished
 
@@ -267,6 +266,14 @@ class FreeGathering:
         if self._on_stale != "requeue" or past.sent_back or self._states[gid_of(group)] not in ("trained", "stale"):
             return False
         return stale_tokens(group, version - self._max_staleness) > 0
+
+
+def is_usable(group: ScoredGroup, min_scored: int) -> bool:
+    """Whether at least `min_scored` completions of the group have a reward: a score from some function, and none that
+    is missing through a fault."""
+    rows = enumerate(zip(*group.scores.values(), strict=True))
+    scored = sum(i not in group.faulted and any(score is not None for score in row) for i, row in rows)
+    return scored >= min_scored
 
 
 def stale_tokens(group: ScoredGroup, oldest: int) -> int:

@@ -69,8 +69,9 @@ class BatchTrainer:
     ) -> None:
         """`streams`: micro-batches that are differentiated at a time. `rates`: first step → peak learning rate, rising,
         where it is not the config's."""
-        self._config = config
-        self._reward_weights = reward_weights
+        self.config = config
+        self.reward_weights = reward_weights
+        self.total_steps = total_steps
         self._log_probs = completion_log_probs(
             policy_config,
             temperature,
@@ -79,7 +80,6 @@ class BatchTrainer:
         )
         self._max_completion_length = max_completion_length
         self._pad_id = pad_id
-        self._total_steps = total_steps
         self._num_streams = streams
         self._streams: list[mx.Stream] = []
         self._rates = list(rates)
@@ -95,7 +95,7 @@ class BatchTrainer:
 
     def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
         """Gids of the groups that nothing can be learned from."""
-        return {gid_of(group) for group in groups if not has_signal(group, self._config, self._reward_weights)}
+        return {gid_of(group) for group in groups if not has_signal(group, self.config, self.reward_weights)}
 
     def train(self, state: LearnerState, step: StepGroups) -> Learned:
         """One learner batch. Rewards and completions are told of all groups with scores, those
@@ -112,14 +112,14 @@ class BatchTrainer:
         faulted = [group for group in step.ending("quarantined") if group.faulted and _has_scores(group)]
         metrics = {"reward": math.nan}
         if scored := [*usable, *faulted]:
-            metrics = group_statistics(scored, self._config, self._reward_weights)
+            metrics = group_statistics(scored, self.config, self.reward_weights)
         if usable:
-            metrics |= spread_statistics(usable, self._config, self._reward_weights)
+            metrics |= spread_statistics(usable, self.config, self.reward_weights)
         if trained := step.ending("trained"):
             prepared = assemble(
                 trained,
-                self._config,
-                weights=self._reward_weights,
+                self.config,
+                weights=self.reward_weights,
                 pad_id=self._pad_id,
                 oldest=step.oldest if step.drops_stale else None,
             )
@@ -129,7 +129,7 @@ class BatchTrainer:
                     optimizer_state,
                     prepared.batch,
                     self._log_probs,
-                    self._config,
+                    self.config,
                     lr=self._learning_rates(state.version),
                     ref_weights=state.reference,
                     max_completion_length=self._max_completion_length,
@@ -152,9 +152,9 @@ class BatchTrainer:
 
     def _learning_rates(self, step: int) -> list[float]:
         """One for each update of the batch; the schedule counts updates, as TRL's does."""
-        passes = self._config.num_iterations
-        first, total = step * passes, self._total_steps * passes
-        config = self._config
+        passes = self.config.num_iterations
+        first, total = step * passes, self.total_steps * passes
+        config = self.config
         if changed := bisect.bisect_right(self._rates, step, key=_first_step):
             config = msgspec.structs.replace(config, lr=self._rates[changed - 1][1])
         return [learning_rate(first + i, total, config) for i in range(passes)]
@@ -165,7 +165,7 @@ class BatchTrainer:
         Updates are counted as the learning-rate schedule counts them. The reference serves whole batches, so a
         synchronization that falls due between the passes of one comes at its end.
         """
-        config, reference = self._config, state.reference
+        config, reference = self.config, state.reference
         if reference is None or not config.sync_ref_model:
             return reference
         before = state.version * config.num_iterations

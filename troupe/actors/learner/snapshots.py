@@ -1,0 +1,101 @@
+"""What the Learner gives the Checkpointer, and when."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from troupe.actors.learner.gathering import gid_of, slot_of
+from troupe.actors.learner.statistics import RunningMean
+from troupe.actors.learner.train import LearnerState
+from troupe.actors.ledgers import OpenGroups
+from troupe.messages import ScoredGroup, Snapshot, Unfinished
+from troupe.policy import Weights
+from troupe.runtime.mailbox import Mailbox
+
+
+class Snapshots:
+    """Makes the snapshots of a run, each with the means of the metrics since the one before."""
+
+    def __init__(
+        self,
+        *,
+        every: int,
+        beside_learning: bool = True,
+        with_reference: bool = False,
+        open_groups: OpenGroups | None = None,
+        recorded: Mapping[int, ScoredGroup] | None = None,
+        next_prompt: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
+        the policy. `open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the
+        run was resumed and have not come to the learner yet. `next_prompt`: number of the prompt that will be begun
+        next."""
+        self.every = every
+        """Steps from one snapshot to the next."""
+        self.beside_learning = beside_learning
+        self.open_groups = OpenGroups() if open_groups is None else open_groups
+        self._with_reference = with_reference
+        self._recorded = {} if recorded is None else recorded
+        self._next_prompt = next_prompt
+        self._means: defaultdict[str, RunningMean] = defaultdict(RunningMean)
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Count the metrics of one more step."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._means[name].add(value)
+
+    def forget_metrics(self) -> None:
+        """Begin new means, the snapshot with the old ones being sent."""
+        self._means.clear()
+
+    def make(
+        self,
+        state: LearnerState,
+        inbox: Mailbox,
+        published: Mapping[int, Weights],
+        collected: Unfinished,
+        *,
+        final: bool = False,
+    ) -> Snapshot:
+        """Everything a checkpoint of `state` needs, by reference.
+
+        `published`: the versions on the board; `collected`: the groups that the learner has; those in its `inbox` are
+        found there.
+        """
+        return Snapshot(
+            version=state.version,
+            weights=state.weights,
+            optimizer_state=dict(state.optimizer_state),  # its own: the next step takes the learner's apart
+            behind={version: weights for version, weights in published.items() if version < state.version},
+            reference=state.reference if self._with_reference else None,
+            num_tokens=state.num_tokens,
+            skipped_in_a_row=state.skipped_in_a_row,
+            metrics={name: mean.value for name, mean in self._means.items() if math.isfinite(mean.value)},
+            unfinished=msgspec.structs.replace(
+                collected,
+                next=self._next_prompt(),
+                open=self.open_groups.all(),
+                scored=self._scored(state.version, inbox, set(map(gid_of, collected.collected))),
+            ),
+            final=final,
+        )
+
+    def _scored(self, version: int, inbox: Mailbox, collected: set[int]) -> tuple[ScoredGroup, ...]:
+        """The groups that have their scores and are not collected: one that is being examined, those that wait, and
+        those from before a resume that are still on their way."""
+        scored: dict[int, ScoredGroup] = {}
+        for message in inbox.in_hand:
+            if isinstance(message, ScoredGroup) and self.open_groups.has(slot_of(message)):
+                scored[gid_of(message)] = message
+        for message in inbox.waiting:
+            if isinstance(message, ScoredGroup):
+                scored[gid_of(message)] = message
+        for gid, group in self._recorded.items():
+            if slot_of(group).step >= version or self.open_groups.has(slot_of(group)):
+                scored.setdefault(gid, group)
+        return tuple(group for gid, group in scored.items() if gid not in collected)
