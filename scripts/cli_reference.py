@@ -81,11 +81,12 @@ def _section(name: str, command: click.Command) -> list[str]:
 
 def reference() -> str:
     """The whole page."""
+    commands = troupe.load_all()
     first = ["train", "generate", "eval", "inspect", "doctor"]
-    rest = [name for name in troupe.commands if name not in first]
+    rest = [name for name in commands if name not in first]
     lines = [_HEAD]
-    for name in [name for name in first if name in troupe.commands] + sorted(rest):
-        lines += _section(name, troupe.commands[name])
+    for name in [name for name in first if name in commands] + sorted(rest):
+        lines += _section(name, commands[name])
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 import troupe
 from tests.cases.cases import copy_case, expected_of
 from troupe.checkpoint import list_checkpoints, load_checkpoint
-from troupe.cli import main as cli
+from troupe.cli.main import main
 from troupe.errors import ModelError
 from troupe.policy import load_policy, read_model_folder
 from troupe.run.evaluate import evaluate_folder
@@ -42,7 +42,7 @@ def refusal(folder: Path, dtype: str | None = None) -> str:
 
 
 def generate(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.main, ("generate", *arguments))
+    return CliRunner().invoke(main, ("generate", *arguments))
 
 
 def last_logits(folder: Path, ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -60,7 +60,7 @@ def base(tmp_path: Path) -> Path:
 def test_the_tokenizer_s_eos_token_ends_a_text_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base)
     expected = expected_of("eos_base_folder")
-    result = CliRunner().invoke(cli.main, expected["argv"][1:])
+    result = CliRunner().invoke(main, expected["argv"][1:])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     for key in ("completion", "completion_tokens", "finish_reason"):
@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
         "eval": ["eval", "-m", "model", "-d", "chats.jsonl"],
         "train": ["train", "-m", "model", "-d", "chats.jsonl", "-o", "out", "--set", "learner.batch_size=1"],
     }
-    result = CliRunner().invoke(cli.main, arguments[command])
+    result = CliRunner().invoke(main, arguments[command])
     assert (result.exit_code, result.stdout) == (2, "")
     for name in expected_of("nan_weights")["message_names"]:
         assert name in result.stderr

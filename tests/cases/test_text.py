@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from tests.cases.cases import CASES, copy_case, expected_of
 from tests.policy.tokenizer_vectors import DATA, qwen_rank_file
 from troupe.actors.schedule import tokenize_prompts
-from troupe.cli import main as cli
+from troupe.cli.main import main
 from troupe.dataset import PromptDataset
 from troupe.policy import Tokenizer
 from troupe.run.config import load_config
@@ -36,7 +36,7 @@ def test_nfc_newer_marks(tmp_path: Path) -> None:
 
 
 def call(*argv: str) -> Result:
-    return CliRunner().invoke(cli.main, argv)
+    return CliRunner().invoke(main, argv)
 
 
 def first_prompt(folder: Path, *settings: str) -> str:

@@ -7,13 +7,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
-from troupe.cli import main as cli
+from troupe.cli.generate import tell_as_it_comes
+from troupe.cli.main import main
 from troupe.policy import Policy, load_policy
 
 FLAGS = ("-m", "m", "--max-new-tokens", "12", "--seed", "5")
@@ -28,7 +27,7 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def call(*arguments: str, text: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(cli.main, ("generate", *arguments), input=text)
+    return CliRunner().invoke(main, ("generate", *arguments), input=text)
 
 
 def done(*arguments: str, text: str | None = None) -> str:
@@ -52,18 +51,14 @@ def test_the_text_is_that_of_generate_text() -> None:
     assert done(*FLAGS, "-p", "abc", "--dtype", "float32") == expected + "\n"
 
 
-def test_text_is_printed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed: list[str] = []
+def test_text_is_printed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    def parts() -> Iterator[str]:
+        for part in ("one", " two", " é"):
+            yield part
+            assert capsys.readouterr().out == part, "a part is printed before the next is asked for"
 
-    def pieces(*arguments: Any, **options: Any) -> Iterator[str]:
-        for piece in ("one", " two", " é"):
-            yield piece
-            assert printed[-1] == piece, "a piece is printed before the next is asked for"
-
-    monkeypatch.setattr(cli, "stream_text", pieces)
-    monkeypatch.setattr(click, "echo", lambda text, **options: printed.append(text))
-    cli.main(["generate", "-m", "m", "-p", "x"], standalone_mode=False)
-    assert printed == ["one", " two", " é", ""]
+    tell_as_it_comes(parts(), raw=True)
+    assert capsys.readouterr().out == "\n"
 
 
 def test_a_chat_is_the_template_s_prompt() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -10,8 +11,8 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
+import anyio
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
@@ -19,13 +20,16 @@ from click.testing import CliRunner, Result
 import troupe
 from tests.support.fakes import same_bits, write_prompts, write_ragged_model
 from troupe.checkpoint import list_checkpoints, load_checkpoint
-from troupe.cli import foreground as playing
-from troupe.cli import main as cli
+from troupe.cli.config import train_config
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.cli.main import main, train_config
-from troupe.errors import ModelError, RunError
+from troupe.cli.evaluate import evaluate_aloud
+from troupe.cli.foreground import run_in_terminal
+from troupe.cli.main import main
+from troupe.cli.train import tell_result
 from troupe.policy import load_policy
+from troupe.run.activity import Progress
 from troupe.run.config import config_table, load_config
+from troupe.run.evaluate import Evaluation
 from troupe.run.result import RunResult
 
 RUN = ("-m", "m", "-d", "p.json", "--num-generations", "3", "--batch-size", "2", "--lr", "0.01")
@@ -298,28 +302,8 @@ def test_a_real_process_drains_on_sigint(workplace: Path) -> None:
     assert f"{steps + 1} of {steps + 1} steps" in rest
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (ModelError("m: bad"), 2, "troupe: m: bad\n"),
-        (RunError("stuck"), 3, "troupe: stuck\n"),
-        (RuntimeError("out of memory"), 3, "RuntimeError: out of memory\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(cli, "prepare", fail)
-    result = call("train", *RUN, "--dry-run")
-    assert result.exit_code == code
-    assert result.stderr.endswith(message)
-    assert ("Traceback" in result.stderr) == isinstance(error, RuntimeError)
-
-
 def test_everything_worth_telling_of_a_result_is_told(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli._show_result(
+    tell_result(
         RunResult(
             folder=str(workplace),
             steps=3,
@@ -417,25 +401,26 @@ def test_help_and_version() -> None:
         assert done(command, "-h").startswith(f"Usage: main {command}")
 
 
-def test_an_evaluation_that_takes_long_says_how_far_it_is(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_takes_long_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """On stderr, so that what is printed stays what it is."""
-    monkeypatch.setattr(cli, "_EVALUATES_SILENTLY_S", 0.01)
-    (workplace / "r.py").write_text(
-        "import asyncio\nasync def f(completions, **_):\n    await asyncio.sleep(0.2)\n    return [1.0]\n"
-    )
-    result = call("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "2", "--json", "--reward", "r.py:f")
-    assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)["rows"]
-    assert f"evaluating {rows} / {rows}" in result.stderr.splitlines()
+    found = Evaluation(rows=5, accuracy=None, rewards={}, completions=())
+
+    async def evaluate(progress: Progress) -> Evaluation:
+        progress.done = progress.total = 5
+        await anyio.sleep(0.05)
+        return found
+
+    assert anyio.run(evaluate_aloud, evaluate, 0.01) is found
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "evaluating 5 / 5" in captured.err.splitlines()
 
 
-def test_a_run_that_is_long_in_loading_says_so(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(playing, "_LOADS_SILENTLY_S", 0.0)
-    result = call("train", *RUN, "--max-steps", "1")
-    assert result.exit_code == 0, result.output
-    first = result.stdout.splitlines()[0]
-    assert first.startswith("loading the model ")
-    assert first.endswith("p.json")
-    monkeypatch.setattr(playing, "_LOADS_SILENTLY_S", 1000.0)
-    result = call("train", *RUN, "-o", "other", "--max-steps", "1")
-    assert "loading the model" not in result.stdout
+@pytest.mark.parametrize(("silent_s", "said"), [(0.0, True), (1000.0, False)])
+def test_a_run_that_is_long_in_loading_says_so(capsys: pytest.CaptureFixture[str], silent_s: float, said: bool) -> None:
+    config = load_config(None, ["model.path=m", "data.path=p.json", "learner.max_steps=1", "output=out"])
+    run = functools.partial(run_in_terminal, config, resume=False, allow_changes=(), silent_s=silent_s)
+    result, interrupted = anyio.run(run)
+    assert (result.steps, interrupted) == (1, False)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert (first == "loading the model m and the prompts p.json") == said

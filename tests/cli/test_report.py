@@ -77,7 +77,7 @@ def test_the_program_knows_it_without_mlx(
         program.main()
     assert not end.value.code
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
-    assert main.commands["report"] is report
+    assert main.load_all()["report"] is report
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def options_of_others() -> list[list[str]]:
 
 
 def test_every_name_of_ours_in_the_tables_of_options_exists() -> None:
-    known = set(known_keys()) | {name for param in main.commands["train"].params for name in param.opts}
+    known = set(known_keys()) | {name for param in main.load_all()["train"].params for name in param.opts}
     known |= {"sqlite", "…"}
     rows = options_of_others()
     assert len(rows) > 60

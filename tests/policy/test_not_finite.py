@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support.tiny import CONFIG, write_tiny_model
-from troupe.cli import main as cli
+from troupe.cli.main import main
 from troupe.errors import RunError
 from troupe.policy import GenerationConfig, Policy, RolloutEngine, RolloutRequest, generate_batch, load_policy, project
 
@@ -109,6 +109,6 @@ def test_texts_and_commands_say_so(tmp_path: Path) -> None:
         ["generate", "-m", str(model), "-p", "abc", "--json"],
         ["eval", "-m", str(model), "-d", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "4"],
     ):
-        result = CliRunner().invoke(cli.main, command)
+        result = CliRunner().invoke(main, command)
         assert (result.exit_code, result.stdout.strip()) == (3, "")
         assert "not finite" in result.stderr

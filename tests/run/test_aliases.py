@@ -11,9 +11,9 @@ import pytest
 from troupe.cli.main import main
 from troupe.run.aliases import COMMANDS, TABLES, meaning_of, normalized
 from troupe.run.config import known_keys
-from troupe.run.naming import foreign_for, ours_for, told
+from troupe.run.naming import describe_meaning, foreign_for, ours_for
 
-FLAGS = {flag for command in main.commands.values() for param in command.params for flag in param.opts}
+FLAGS = {flag for command in main.load_all().values() for param in command.params for flag in param.opts}
 
 
 def test_what_is_ours_exists() -> None:
@@ -22,8 +22,8 @@ def test_what_is_ours_exists() -> None:
             assert ours in (FLAGS if ours.startswith("--") else known_keys()), alias
         assert alias.ours or alias.note, alias
         assert alias.theirs, alias
-    assert set(COMMANDS.values()) <= set(main.commands)
-    assert not set(COMMANDS) & set(main.commands)
+    assert set(COMMANDS.values()) <= set(main.load_all())
+    assert not set(COMMANDS) & set(main.load_all())
 
 
 def test_no_table_says_a_name_twice() -> None:
@@ -56,16 +56,16 @@ def test_a_name_in_any_spelling_is_ours(name: str, ours: list[str]) -> None:
     meaning = ours_for(name, known_keys())
     assert meaning is not None
     assert list(meaning.ours) == ours
-    assert told(meaning).startswith("it is " if ours else "there is none here: Troupe generates itself")
+    assert describe_meaning(meaning).startswith("it is " if ours else "there is none here: Troupe generates itself")
 
 
 def test_what_differs_is_told() -> None:
     batch = meaning_of("per_device_train_batch_size")
     assert batch is not None
-    assert told(batch) == "it is learner.batch_size here (it counts prompts here, not completions)"
+    assert describe_meaning(batch) == "it is learner.batch_size here (it counts prompts here, not completions)"
     split = ours_for("gradient_accumulation_steps", known_keys())
     assert split is not None
-    assert "splits the batch, does not multiply it" in told(split)
+    assert "splits the batch, does not multiply it" in describe_meaning(split)
 
 
 def test_a_mistyped_foreign_name_is_recognized() -> None:

@@ -90,10 +90,8 @@ class Command(click.Command):
 class Commands(click.Group):
     """A group that answers an unknown command with the nearest of its own, and lists them by what they are for."""
 
-    command_class = Command
-
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """First what begins or looks at something, then what speaks with a run that plays."""
+        """First what begins or looks at something, then what speaks with a run that goes on."""
         others = [name for name in self.list_commands(ctx) if name not in _FIRST]
         for title, names in (("Commands", _FIRST), ("To keep a run alive, and to speak with one that plays", others)):
             room = formatter.width - 6 - max(map(len, self.commands))
@@ -111,10 +109,10 @@ class Commands(click.Group):
             raise
         except click.UsageError:
             name = args[0]
-            meant = COMMANDS.get(normalized(name)) or close_to(normalized(name), self.commands)
+            meant = COMMANDS.get(normalized(name)) or close_to(normalized(name), self.list_commands(ctx))
             if name.endswith(".toml"):
                 meant = f"train {name}"
-            hint = f"it is troupe {meant} here" if meant else f"there are {', '.join(sorted(self.commands))}"
+            hint = f"it is troupe {meant} here" if meant else f"there are {', '.join(self.list_commands(ctx))}"
             raise click.UsageError(f"No such command '{name}'; {hint}", ctx) from None
 
 

@@ -1,4 +1,4 @@
-"""What the flags of `troupe train` mean as a configuration, and which of them an error is about."""
+"""What flags mean as a configuration, and which of them an error is about."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.errors import InputError
 from troupe.records.layout import RUN_TOML
-from troupe.run.config import Layer, RunConfig, config_table, layered, load_config, said_in, settings_layers
-from troupe.run.folder_names import run_folder_named
+from troupe.run.config import Layer, RunConfig, config_table, layered, load_config, read_overrides, settings_layers
+from troupe.run.folder_names import policy_folder, run_folder_named
+from troupe.runtime.files import expanded
+from troupe.runtime.terminal import tell
 
 TRAIN_KEYS = {
     "model": "model.path",
@@ -46,7 +48,7 @@ def train_config(
 
     Of a run that is resumed all stays that neither `run_toml` nor a flag says.
     """
-    said = {} if run_toml is None else said_in(run_toml)
+    said = {} if run_toml is None else read_overrides(run_toml)
     layers = [Layer(str(run_toml), said)]
     name = said.get("output") if output is None else output
     if resume and isinstance(name, str) and (stored := run_folder_named(name) / RUN_TOML).is_file():
@@ -108,3 +110,17 @@ def with_flag(error: InputError, flags: dict[str, Any]) -> InputError:
 
 def _mentions(message: str, text: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(text)}(?![\w-]|\.\w)", message) is not None
+
+
+def find_model(model: str | None) -> str:
+    """What `-m` names: a model, that of a run, or without it the demo's."""
+    if model is None:
+        return str(load_config(DEMO_CONFIG).model.path)
+    tell_policy_of_run(model)
+    return str(policy_folder(expanded(model)))
+
+
+def tell_policy_of_run(model: str | None) -> None:
+    """Tell whoever names the folder of a run which policy that is."""
+    if model is not None and (found := policy_folder(expanded(model))) != expanded(model):
+        tell(f"note: {model} is the folder of a run, so its policy is taken: {found}", error=True)

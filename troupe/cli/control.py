@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from troupe.cli import status as views
-from troupe.cli.flags import Command
+from troupe.cli.commands import Command
 from troupe.cli.terminal import Number, fail, report_errors
 from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import read_address
@@ -54,7 +54,7 @@ _FOLDER = click.Path(path_type=Path)
 _out = click.argument("folder", metavar="OUT_DIR", type=_FOLDER)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group()
 def control() -> None:
     """Speak with a run."""
 

@@ -1,4 +1,4 @@
-"""What this machine gives to MLX, what is slow about it, and how to mend it."""
+"""`troupe doctor`: what this machine gives to MLX, what is slow about it, and how to mend it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import click
 import msgspec
 
 from troupe.runtime import linux_cpu
 from troupe.runtime.installing import missing_backend
 from troupe.runtime.machine import device_name, memory_gb, processors
+from troupe.runtime.terminal import tell, tell_json
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
+
+
+@click.command(name="doctor", short_help="Tell what this machine gives, and lacks.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Tell what this machine gives, what is slow, and how to mend it."""
+    report = examine()
+    if as_json:
+        tell_json(msgspec.json.encode(report).decode())
+    else:
+        tell(describe(report))
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

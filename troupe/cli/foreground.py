@@ -32,19 +32,22 @@ _LAST_WORDS_S = 0.5
 T = TypeVar("T")
 
 
-async def play_in_terminal(
-    config: RunConfig, *, resume: bool, allow_changes: tuple[str, ...]
+async def run_in_terminal(
+    config: RunConfig, *, resume: bool, allow_changes: tuple[str, ...], silent_s: float = _LOADS_SILENTLY_S
 ) -> tuple[RunResult, bool]:
-    """Play a run to its end → what became of it, and whether somebody interrupted it."""
+    """Make a run, to its end → what became of it, and whether somebody interrupted it.
+
+    After `silent_s` it says that it is still loading.
+    """
     if config.output is not None:
         refuse_where_served(run_folder_named(config.output))
     with Guard(config.daemon.kill_after_s, tell=lambda text: tell(text, error=True)) as guard:
         if guard.unavailable is not None:
             tell(f"note: {guard.unavailable}")
-        async with AsyncExitStack() as playing:
-            loading = asyncio.get_running_loop().call_later(_LOADS_SILENTLY_S, _tell_of_loading, config)
+        async with AsyncExitStack() as stack:
+            loading = asyncio.get_running_loop().call_later(silent_s, _tell_of_loading, config)
             try:
-                run = await playing.enter_async_context(Supervisor(config, resume=resume, allow_changes=allow_changes))
+                run = await stack.enter_async_context(Supervisor(config, resume=resume, allow_changes=allow_changes))
             finally:
                 loading.cancel()
             guard.writes_in(run.folder)
@@ -58,7 +61,7 @@ async def play_in_terminal(
                     tasks.start_soon(signals.obey, guard)
                     await run.wait()
                     tasks.cancel_scope.cancel()
-    return run.result, signals.any
+    return run.result, signals.received
 
 
 def _tell_of_loading(config: RunConfig) -> None:
@@ -76,7 +79,7 @@ class _Signals:
     """First: finish the steps begun. Second: checkpoint and end. Third: leave."""
 
     def __init__(self, run: Supervisor) -> None:
-        self.any = False
+        self.received = False
         self._run = run
         self._requests: list[Callable[[], None]] = [self._drain, self._stop]
 
@@ -85,7 +88,7 @@ class _Signals:
         # SIGHUP: the terminal was closed
         with guard.received(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             async for _ in signals:
-                self.any = True
+                self.received = True
                 if not self._requests:
                     finish(_LAST_WORDS_S)
                     os._exit(EXIT_INTERRUPTED)

@@ -1,15 +1,15 @@
-"""What `troupe inspect` shows of a run: an overview, or completions.
+"""`troupe inspect`: an overview of a run, or its completions.
 
-What a policy wrote may hold anything, and so may names, so control characters are shown as escapes. It does not know
-how the store is read; `stored_run.py` does.
+What a policy wrote may hold anything, and so may names, so control characters are shown as escapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import click
 import msgspec
 from rich import box
 from rich.console import Console, RenderableType
@@ -17,9 +17,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from troupe.cli.terminal import Number, report_errors
 from troupe.errors import InputError, OutputError
+from troupe.messages import ClosedState
 from troupe.records.layout import CHANGES, METRICS
-from troupe.records.store.read import Choice, Overview, Query, StoredCompletion, StoredRun
+from troupe.records.store.read import Choice, Overview, Query, StoredCompletion, StoredRun, open_store
 from troupe.records.text import MISSING, date, plain_text, prompt_text, shown, size
 from troupe.runtime.terminal import tell, tell_json
 
@@ -29,6 +31,51 @@ _DIGITS = 19
 """Numbers of so many may be more than a store can hold."""
 _OF_A_RUN = (METRICS, CHANGES)
 """What a run itself writes, of files that an export may be called like."""
+_PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1, max=2**31)
+
+
+@click.command(name="inspect", short_help="Look into a run, also while it goes on.")
+@click.argument("out", metavar="OUT_DIR", type=_PATH)
+@click.option(
+    "--step", metavar="N|last|all", help="Completions of this step.  [default: last; all with --gid, --jsonl]"
+)
+@click.option("--best", type=_COUNT, metavar="K", help="The K completions with the highest reward.")
+@click.option("--worst", type=_COUNT, metavar="K", help="The K completions with the lowest reward.")
+@click.option("--random", type=_COUNT, metavar="K", help="K completions by lot.")
+@click.option("--min-reward", "least", type=Number(), metavar="X", help="Only those with at least this reward.")
+@click.option("--max-reward", "most", type=Number(), metavar="X", help="Only those with at most this reward.")
+@click.option("--reward", metavar="NAME", help="Look at this score, not at the weighted sum of all.")
+@click.option("--state", type=click.Choice(get_args(ClosedState)), help="Only those of groups that ended so.")
+@click.option("--gid", type=click.IntRange(min=0, max=2**63 - 1), metavar="G", help="Only those of this group.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or one a completion.")
+@click.option("--jsonl", type=_PATH, metavar="FILE", help="Write all that fit to a file, one JSON object each.")
+@report_errors
+def inspect(
+    out: Path,
+    *,
+    step: str | None,
+    best: int | None,
+    worst: int | None,
+    random: int | None,
+    as_json: bool,
+    jsonl: Path | None,
+    **conditions: Any,
+) -> None:
+    """Look into a run, also while it goes on: what happened, and what the policy wrote for which reward.
+
+    Without options: an overview, with the best and the worst completion of the newest step.
+    """
+    chosen: dict[Choice, int | None] = {"best": best, "worst": worst, "random": random}
+    with open_store(out) as run:
+        if jsonl is None and step is None and not any(v is not None for v in (*chosen.values(), *conditions.values())):
+            tell_overview(run, out, as_json=as_json)
+            return
+        query = query_for(run, chosen=chosen, step=step, everywhere=jsonl is not None, **conditions)
+        if jsonl is not None:
+            tell(f"{export(run, query, jsonl)} completions written to {jsonl}")
+        else:
+            tell_completions(run, query, as_json=as_json)
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""The command `troupe report`."""
+"""`troupe report`: one HTML page about a run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ _ANSWER_S = 5.0
 """For how long a live run is asked what it does."""
 
 
-@click.command(
-    short_help="Write an HTML page about a run.",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+@click.command(short_help="Write an HTML page about a run.")
 @click.argument("folder", metavar="OUT_DIR", type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE.html", help="The page.  [default: OUT_DIR/report.html]"

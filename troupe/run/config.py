@@ -26,7 +26,7 @@ from troupe.records.sinks.base import MetricsConfig
 from troupe.rewards import RewardsConfig
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import policy_folder
-from troupe.run.naming import close_to, foreign_for, ours_for, told
+from troupe.run.naming import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.tables import anchored_reward, copied, lay_over, table_of
 from troupe.runtime.files import expanded, read_toml
 
@@ -159,7 +159,7 @@ def check_config(config: RunConfig) -> RunConfig:
     return _convert(table, _Sources("the configuration"))
 
 
-def said_in(path: str | Path) -> dict[str, Any]:
+def read_overrides(path: str | Path) -> dict[str, Any]:
     """What a TOML file says, and no more: a table to be laid over another config, as an override is.
 
     Relative input paths are made absolute. ConfigError as of `load_config`.
@@ -279,7 +279,7 @@ def _convert(table: dict[str, Any], sources: _Sources) -> RunConfig:
         if choices := _choices(key):
             message = f"give one of {', '.join(map(repr, choices))}"
         elif message.startswith("expected a table") and (meaning := ours_for(key, known_keys())) is not None:
-            message += f"; {told(meaning)}"
+            message += f"; {describe_meaning(meaning)}"
         raise ConfigError(f"{sources.of(key)}: {key} is {value!r}: {message}") from None
 
 
@@ -337,11 +337,11 @@ def _hint(path: str, key: str, value: Any, known: Mapping[str, Any]) -> str:
             return f"did you mean {path}{close}?"
         for name in value:
             if (meaning := ours_for(str(name), known_keys())) is not None:
-                return f"of what stands there, {name}: {told(meaning)}"
+                return f"of what stands there, {name}: {describe_meaning(meaning)}"
     elif (meaning := ours_for(key, known_keys())) is not None:
-        return told(meaning)
+        return describe_meaning(meaning)
     elif (close := close_to(key, known)) is not None:
         return f"did you mean {path}{close}?"
     elif (foreign := foreign_for(key)) is not None:
-        return f"did you mean {foreign[0]}? {told(foreign[1])}"
+        return f"did you mean {foreign[0]}? {describe_meaning(foreign[1])}"
     return f"known keys here: {', '.join(sorted(known))}"

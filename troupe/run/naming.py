@@ -35,8 +35,8 @@ def foreign_for(name: str) -> tuple[str, Meaning] | None:
     return (close, meaning) if close is not None and meaning is not None else None
 
 
-def told(meaning: Meaning) -> str:
-    """The same as a clause for a message."""
+def describe_meaning(meaning: Meaning) -> str:
+    """What a name is here, as a clause for a message."""
     note = plain(meaning.note)
     if not meaning.ours:
         return f"there is none here: {note}"

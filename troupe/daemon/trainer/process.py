@@ -34,7 +34,7 @@ from troupe.errors import InputError, OutputError, TroupeError, sayable
 from troupe.messages import GroupClosed, Incident, Refused
 from troupe.records.layout import RUN_TOML
 from troupe.records.standing import read_summary
-from troupe.run.config import Layer, RunConfig, layered, load_config, said_in, settings_layers
+from troupe.run.config import Layer, RunConfig, layered, load_config, read_overrides, settings_layers
 from troupe.run.supervisor import Supervisor
 from troupe.runtime.guarding import Guard
 from troupe.runtime.process import Connection, serve
@@ -75,7 +75,7 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
     # of a run that stands there all stays that neither the file nor a setting says
     base, said = begin.run_toml, []
     if stands:
-        base, said = str(folder / RUN_TOML), [Layer(begin.run_toml, said_in(begin.run_toml))]
+        base, said = str(folder / RUN_TOML), [Layer(begin.run_toml, read_overrides(begin.run_toml))]
     config = layered(base, [*said, Layer("--output", {"output": begin.output}), *settings_layers(begin.settings)])
     if stands and (finished := _finished(folder, config)):
         return finished

@@ -18,7 +18,7 @@ import msgspec
 from troupe.errors import ConfigError
 from troupe.records.layout import CHANGES
 from troupe.run.config import RunConfig, known_keys, with_value
-from troupe.run.naming import ours_for, told
+from troupe.run.naming import describe_meaning, ours_for
 from troupe.run.resume.rules import rule_of, value_of
 from troupe.run.tables import anchored_reward
 from troupe.runtime.files import sync
@@ -61,7 +61,7 @@ def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str]
         known = key in known_keys()
         problem = "cannot change while a run plays" if known else "there is no such key to be set"
         if not known and section != "rewards" and (meaning := ours_for(key, known_keys())) is not None:
-            problem += f": {told(meaning)}"
+            problem += f": {describe_meaning(meaning)}"
         remedy = f"; for others: end the run, and resume it with --allow-change {key}" if _may_be_allowed(key) else ""
         raise ConfigError(f"set {key}: {problem}; what can: {', '.join(names)}{remedy}")
     return value_of(with_value(config, key, value, f"set {key}"), key)

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.support.fakes import write_prompts
-from troupe.cli.given import TRAIN_KEYS
-from troupe.cli.main import main, train_config
+from troupe.cli.config import TRAIN_KEYS, train_config
+from troupe.cli.main import main
 from troupe.policy import load_policy
 
 
@@ -122,7 +122,7 @@ BAD = {
 }
 CASES = [
     (param, value)
-    for param in main.commands["train"].params
+    for param in main.load_all()["train"].params
     if param.name in TRAIN_KEYS and isinstance(param, click.Option) and not param.is_flag
     for value in BAD[{"INTEGER": "INT"}.get(param.type.name.upper(), param.type.name.upper())]
     if (param.name, value) not in {("seed", "0"), ("output", "")}
