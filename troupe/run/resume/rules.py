@@ -9,7 +9,7 @@ import msgspec
 
 from troupe.errors import ConfigError
 from troupe.run.config import RunConfig, known_keys
-from troupe.run.naming import close_to, ours_for, told
+from troupe.run.naming import close_to, describe_meaning, ours_for
 
 Rule = Literal["free", "by name", "never"]
 """free: changes nothing that is computed; by name: has to be allowed; never: it would be another run."""
@@ -129,7 +129,7 @@ def check_allowed(keys: Sequence[str]) -> frozenset[str]:
 def _nearest(key: str) -> str:
     """What may have been meant by a key that does not exist."""
     if (meaning := ours_for(key, known_keys())) is not None:
-        return told(meaning)
+        return describe_meaning(meaning)
     close = close_to(key, [*known_keys(), MACHINE, *MACHINE_KEYS])
     return f"did you mean {close}?" if close else "name it as section.key, for instance learner.lr"
 
