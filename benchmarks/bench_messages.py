@@ -30,7 +30,8 @@ from troupe.messages import GroupClosed, Incident, Span, Update
 from troupe.records.sinks.sinks import Sinks
 from troupe.records.sinks.trace import TraceWriter
 from troupe.runtime.actor import Actor
-from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.broadcast import Broadcast
+from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import run_roles
 from troupe.runtime.spans import ON_DEVICE, Interval, Times, difference, length, union

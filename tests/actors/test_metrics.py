@@ -18,7 +18,8 @@ from troupe.messages import CheckpointWritten, ClosedState, Drain, GroupClosed, 
 from troupe.records.sinks.jsonl import JsonlSink
 from troupe.records.sinks.sinks import Sinks
 from troupe.records.sinks.trace import TraceWriter
-from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.broadcast import Broadcast
+from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import Restarts, Role, run_roles
 

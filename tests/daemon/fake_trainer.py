@@ -28,12 +28,13 @@ from troupe.daemon.trainer.frames import (
     Stepped,
     Told,
     decode_in_trainer,
-    encode,
 )
 from troupe.errors import ConfigError
 from troupe.messages import Incident, Status
 from troupe.records.layout import PAGE
-from troupe.runtime.process import Connection, serve
+from troupe.runtime.codec import encode
+from troupe.runtime.frames import Connection
+from troupe.runtime.process import serve
 from troupe.runtime.roles import together
 
 TOTAL = 10

@@ -53,6 +53,7 @@ from troupe.messages import (
     Stop,
 )
 from troupe.run.daemon_settings import DaemonConfig
+from troupe.runtime.codec import encode
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.process import ChildEnded
 
@@ -98,7 +99,7 @@ class FakeChild:
         return frame
 
     def tell(self, message: ToDaemon) -> None:
-        self._send.send_nowait(frames.encode(message))
+        self._send.send_nowait(encode(message))
 
     def die(self, obituary: str = "the process ended by SIGKILL; its last lines:\n  one\n  two") -> None:
         self._send.send_nowait(ChildEnded(obituary))
@@ -743,4 +744,4 @@ def test_a_third_signal_while_the_process_starts(theatre: Theatre) -> None:
 
 def test_an_answer_has_a_number() -> None:
     ask = Ask(number=3, request=Pause())
-    assert frames.decode_in_trainer(frames.encode(ask)) == ask
+    assert frames.decode_in_trainer(encode(ask)) == ask

@@ -9,7 +9,8 @@ import time
 
 import anyio
 
-from troupe.runtime.process import Connection, serve
+from troupe.runtime.frames import Connection
+from troupe.runtime.process import serve
 
 
 async def echo(connection: Connection) -> None:

@@ -9,7 +9,8 @@ from anyio import wait_all_tasks_blocked
 
 from troupe.messages import Incident, Span
 from troupe.runtime.actor import Actor
-from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.broadcast import Broadcast
+from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 
 pytestmark = pytest.mark.anyio

@@ -12,7 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from troupe.runtime.mailbox import Broadcast, Channel, Mailbox, Overflow
+from troupe.runtime.broadcast import Broadcast
+from troupe.runtime.mailbox import Channel, Mailbox, Overflow
 
 pytestmark = pytest.mark.anyio
 

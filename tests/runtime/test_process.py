@@ -14,7 +14,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from troupe.runtime.process import ChildEnded, ChildProcess, Connection, FrameError
+from troupe.runtime.frames import Connection, FrameError
+from troupe.runtime.process import ChildEnded, ChildProcess
 
 pytestmark = pytest.mark.anyio
 CHILD = "tests.runtime.child_echo"
@@ -51,7 +52,7 @@ async def until_gone(*pids: int) -> None:
 async def test_frames_of_every_size_come_back_in_order() -> None:
     frames = [b"", b"a", bytes(range(256)) * 5000, b"last"]
     async with child_doing("echo") as child:
-        assert "is running" in child.obituary()
+        assert "is running" in child.how_it_ended()
         for frame in frames:
             await child.send(frame)
         assert [await child.receive() for _ in frames] == frames
@@ -129,7 +130,7 @@ async def test_prints_go_to_stderr_and_never_into_the_frames(capsys: pytest.Capt
     async with child_doing("talk") as child:
         assert await child.receive() == b"frame"
     assert capsys.readouterr().err == "printed\nwritten to 1\nby a grandchild\n"
-    assert child.obituary().endswith("its last lines:\n  printed\n  written to 1\n  by a grandchild")
+    assert child.how_it_ended().endswith("its last lines:\n  printed\n  written to 1\n  by a grandchild")
 
 
 async def test_the_whole_group_is_killed() -> None:
@@ -140,9 +141,8 @@ async def test_the_whole_group_is_killed() -> None:
         await until_gone(child.pid, grandchild)
 
 
-async def test_a_child_that_closes_its_side_and_stays_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.runtime.process.GRACE_S", 0.01)
-    async with child_doing("leave") as child:
+async def test_a_child_that_closes_its_side_and_stays_is_killed() -> None:
+    async with child_doing("leave", grace_s=0.01) as child:
         with pytest.raises(ChildEnded, match="ended by SIGKILL"):
             await child.receive()
 

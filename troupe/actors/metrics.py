@@ -13,7 +13,8 @@ import msgspec
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Settle, Span, Update
 from troupe.records.sinks.sinks import Sinks
 from troupe.runtime.actor import Actor
-from troupe.runtime.mailbox import Broadcast, Mailbox
+from troupe.runtime.broadcast import Broadcast
+from troupe.runtime.mailbox import Mailbox
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.spans import StepTimes
 

@@ -66,9 +66,10 @@ from troupe.run.prepare import Prepared
 from troupe.run.resume.changes import Change, ChangesLog
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits, PolicyBoard
+from troupe.runtime.broadcast import Broadcast
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.machine import VERSION, describe_machine
-from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import Role
 

@@ -18,7 +18,8 @@ import anyio
 from anyio.abc import TaskGroup
 
 from troupe.messages import Incident
-from troupe.runtime.mailbox import Broadcast, Channel, Mailbox
+from troupe.runtime.broadcast import Broadcast
+from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 
 

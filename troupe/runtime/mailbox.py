@@ -3,8 +3,7 @@
 A `Mailbox` is what one actor reads: the merged inbox of its `Channel`s, in order of arrival. The overflow policy and
 the bound belong to the channel, not to the inbox, so a flood of spans never delays or drops an update. A message that
 was taken stays *in hand* until the reader is done with it, so that what a failed reader had in hand can be given to the
-next one. Everything here runs on one event loop; no locks, no sentinels, no polling. It does not know what messages
-mean.
+next one. Everything here runs on one event loop; no locks, no sentinels, no polling.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ class Channel(Generic[T]):
 
     def _check(self, message: T) -> None:
         if not self.carries(message):
-            raise TypeError(_refusal(self.name, self._types, message))
+            raise TypeError(refusal(self.name, self._types, message))
         if self.closed:
             raise anyio.ClosedResourceError(f"channel {self.name} is closed")
 
@@ -305,53 +304,7 @@ class Mailbox:
             self._progress = None
 
 
-class Broadcast(Generic[T]):
-    """A channel to any number of listeners who come and go; each keeps the newest messages only.
-
-    A listener that does not read never holds up the sender.
-    """
-
-    def __init__(self, name: str, *types: type[T]) -> None:
-        self.name = name
-        self.closed = False
-        self._types = types
-        self._channels: dict[int, Channel[T]] = {}
-
-    def listen(self, bound: int, *types: type[T]) -> Mailbox:
-        """A mailbox of the newest `bound` messages sent from now on; it ends when the broadcast closes.
-
-        `types`: of these only; all that the broadcast carries where none is named.
-        """
-        mailbox = Mailbox(f"{self.name} listener")
-        channel: Channel[T] = mailbox.channel(self.name, *(types or self._types), bound=bound, overflow="newest")
-        if self.closed:
-            channel.close()
-        else:
-            self._channels[id(mailbox)] = channel
-        return mailbox
-
-    def leave(self, mailbox: Mailbox) -> None:
-        """End a listener's mailbox; leaving twice is no error."""
-        channel = self._channels.pop(id(mailbox), None)
-        if channel is not None:
-            channel.close()
-
-    def send_nowait(self, message: T) -> None:
-        """Give a message to everyone who listens now; TypeError for one that the broadcast does not carry."""
-        if not isinstance(message, self._types):
-            raise TypeError(_refusal(self.name, self._types, message))
-        for channel in self._channels.values():
-            if channel.carries(message):
-                channel.send_nowait(message)
-
-    def close(self) -> None:
-        """End every listener's mailbox once it has read what is left."""
-        self.closed = True
-        for channel in self._channels.values():
-            channel.close()
-        self._channels.clear()
-
-
-def _refusal(name: str, types: tuple[type, ...], message: object) -> str:
+def refusal(name: str, types: tuple[type, ...], message: object) -> str:
+    """What is said of a message that a channel does not carry."""
     expected = ", ".join(t.__name__ for t in types)
     return f"channel {name} carries {expected}, not {type(message).__name__}"

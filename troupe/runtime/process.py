@@ -1,12 +1,10 @@
-"""ChildProcess: a Python module played in a process of its own, spoken to in frames of bytes.
+"""ChildProcess: a Python module run in a process of its own, spoken to in frames of bytes.
 
-A frame is 4 bytes of length, most significant first, and that many bytes. The child is spawned (`python -m MODULE`),
+The child is spawned (`python -m MODULE`),
 so it inherits no thread, no lock and no memory; it leads a process group of its own, which is killed with it. It cannot
 outlive its parent: it holds one end of a pipe that nobody ever writes to, a thread of it waits for the end of that
 pipe, which comes when the parent is gone however it went, and on Linux the kernel kills the child as well, should all
 its threads hang. What is printed in the child goes to its stderr, which the parent passes on and remembers the end of.
-
-Knows neither what the frames mean nor who is played.
 """
 
 from __future__ import annotations
@@ -27,12 +25,11 @@ from typing import NoReturn
 
 import anyio
 
+from troupe.runtime.frames import MAX_FRAME_BYTES, Connection, Wire
 from troupe.runtime.outlets import Aside
 
-MAX_FRAME_BYTES = 256 * 1024 * 1024
 GRACE_S = 5.0
 """That a child which has closed its side, or whose connection is closed, may take to end by itself."""
-_LENGTH_BYTES = 4
 _BUFFER_BYTES = 1024 * 1024
 _LAST_LINES = 40
 _LINE_BYTES = 4096
@@ -47,72 +44,6 @@ class ChildEnded(anyio.EndOfStream):
     """The child is gone: how it ended, and what it wrote last."""
 
 
-class FrameError(ValueError):
-    """What came is no frame, or what was to be sent is too long for one."""
-
-
-class Connection:
-    """Frames both ways over one socket; the same on either side. One task receives at a time, any may send."""
-
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_frame_bytes: int = MAX_FRAME_BYTES
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._max_frame_bytes = max_frame_bytes
-        self._length: int | None = None  # of the frame whose head was read already by a call that was cancelled
-
-    @classmethod
-    async def over(cls, wire: socket.socket, max_frame_bytes: int = MAX_FRAME_BYTES) -> Connection:
-        """A connection that owns this stream socket."""
-        reader, writer = await asyncio.open_connection(sock=wire, limit=_BUFFER_BYTES)
-        return cls(reader, writer, max_frame_bytes)
-
-    async def send(self, frame: bytes) -> None:
-        """Send one frame whole, waiting while much is unsent. FrameError where it is too long, BrokenResourceError
-        where nobody is there to read it."""
-        if len(frame) > self._max_frame_bytes:
-            raise FrameError(f"a frame of {len(frame):,} bytes is over the limit of {self._max_frame_bytes:,}")
-        if self._writer.is_closing():
-            raise anyio.BrokenResourceError("the connection is closed")
-        self._writer.write(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
-        try:
-            await self._writer.drain()
-        except OSError as error:
-            raise anyio.BrokenResourceError("the other side has closed the connection") from error
-
-    async def receive(self) -> bytes:
-        """The next frame. EndOfStream where the other side has closed; FrameError for a length that no frame has.
-
-        May be cancelled without harm: the next call goes on where this one was.
-        """
-        try:
-            if self._length is None:
-                self._length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
-            if self._length > self._max_frame_bytes:
-                raise FrameError(
-                    f"a frame of {self._length:,} bytes was announced, over the limit of {self._max_frame_bytes:,}: "
-                    "what came is no frame"
-                )
-            frame = await self._reader.readexactly(self._length)
-        except asyncio.IncompleteReadError as error:
-            within = self._length is not None or error.partial
-            raise anyio.EndOfStream("in the middle of a frame" if within else "") from None
-        except OSError:
-            raise anyio.EndOfStream("") from None
-        self._length = None
-        return frame
-
-    @property
-    def ended(self) -> bool:
-        """Whether the other side has closed and all that it sent was read."""
-        return self._reader.at_eof()
-
-    def close(self) -> None:
-        """Close at once: the other side reads what was sent and then the end. Safe to call twice."""
-        self._writer.close()
-
-
 class ChildProcess:
     """One running child; made by `start`."""
 
@@ -123,11 +54,13 @@ class ChildProcess:
         connection: Connection,
         lifeline: int,
         tell: Callable[[str], None] | None = None,
+        grace_s: float = GRACE_S,
     ) -> None:
         self.module = module
         self._process = process
         self._connection = connection
         self._lifeline: int | None = lifeline
+        self._grace_s = grace_s
         self._stderr = _LastLines(tell)
         self._ended = anyio.Event()
         self._reaping = threading.Lock()
@@ -140,6 +73,7 @@ class ChildProcess:
         env: Mapping[str, str] | None = None,
         max_frame_bytes: int = MAX_FRAME_BYTES,
         tell: Callable[[str], None] | None = None,
+        grace_s: float = GRACE_S,
     ) -> ChildProcess:
         """Run `python -m MODULE ARGS`, which is to call `serve`, with the import path of this process.
 
@@ -171,7 +105,7 @@ class ChildProcess:
             os.close(says)
         loop = asyncio.get_running_loop()
         with anyio.CancelScope(shield=True):  # short, and who is cancelled here would leave a child behind
-            child = cls(module, process, await Connection.over(ours, max_frame_bytes), lifeline, tell)
+            child = cls(module, process, await Connection.over(ours, max_frame_bytes), lifeline, tell, grace_s)
             threading.Thread(target=child._reap, args=(loop,), name=f"troupe-wait-{process.pid}", daemon=True).start()
             await loop.connect_read_pipe(lambda: child._stderr, os.fdopen(said, "rb", buffering=0))
         return child
@@ -191,16 +125,16 @@ class ChildProcess:
         try:
             await self._connection.send(frame)
         except anyio.BrokenResourceError:
-            await self._gone()
-            raise anyio.BrokenResourceError(self.obituary()) from None
+            await self._until_ended()
+            raise anyio.BrokenResourceError(self.how_it_ended()) from None
 
     async def receive(self) -> bytes:
         """The child's next frame; ChildEnded where none will come, FrameError where what comes is no frame."""
         try:
             return await self._connection.receive()
         except anyio.EndOfStream as error:
-            await self._gone()
-            raise ChildEnded(self.obituary(str(error))) from None
+            await self._until_ended()
+            raise ChildEnded(self.how_it_ended(str(error))) from None
 
     def kill(self) -> None:
         """Kill the child and all processes of its group, whatever they are doing. Returns at once."""
@@ -220,7 +154,7 @@ class ChildProcess:
         """
         self._connection.close()
         with anyio.CancelScope(shield=True):
-            await self._gone(grace_s)
+            await self._until_ended(grace_s)
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
@@ -229,7 +163,7 @@ class ChildProcess:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(_ASIDE.settle, _WRITTEN_S)
 
-    def obituary(self, where: str = "") -> str:
+    def how_it_ended(self, where: str = "") -> str:
         """How the child ended and what it wrote last, for an error message."""
         code = self.returncode
         if code is None:
@@ -239,9 +173,9 @@ class ChildProcess:
         last = "; its last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else "; it wrote nothing"
         return f"the process {self.module} (pid {self.pid}) ended {how}{where and ' ' + where}{last}"
 
-    async def _gone(self, grace_s: float | None = None) -> None:
+    async def _until_ended(self, grace_s: float | None = None) -> None:
         """Wait until the child, which has closed its side or is to end, has ended; kill it where it lingers."""
-        with anyio.move_on_after(GRACE_S if grace_s is None else grace_s):
+        with anyio.move_on_after(self._grace_s if grace_s is None else grace_s):
             await self._ended.wait()
         self.kill()
         await self._ended.wait()
@@ -266,12 +200,12 @@ class ChildProcess:
 
 
 def serve(handler: Callable[[Connection], Awaitable[None]]) -> NoReturn:
-    """In the child: play `handler` to its end, then end the process, with exit code 1 where it raised.
+    """In the child: run `handler` to its end, then end the process, with exit code 1 where it raised.
 
     To be called before anything that could take long: from here on the child ends with its parent. When `receive`
     raises EndOfStream the parent wants no more: `handler` may let it pass. Threads that still run are not waited for.
     """
-    serve_plainly(lambda wire: wire.play(handler))
+    serve_plainly(lambda wire: wire.run(handler))
 
 
 def serve_plainly(handler: Callable[[Wire], None]) -> NoReturn:
@@ -296,47 +230,6 @@ def serve_plainly(handler: Callable[[Wire], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-class Wire:
-    """The child's end of its connection, without an event loop: what is asked of it waits."""
-
-    def __init__(self, wire: socket.socket) -> None:
-        self._wire = wire
-
-    def send(self, frame: bytes) -> None:
-        """Send one frame whole."""
-        self._wire.sendall(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
-
-    def receive(self) -> bytes | None:
-        """The next frame; None where the parent wants no more."""
-        head = self._exactly(_LENGTH_BYTES)
-        return None if head is None else self._exactly(int.from_bytes(head, "big"))
-
-    def play(self, handler: Callable[[Connection], Awaitable[None]]) -> None:
-        """Go on in an event loop, to the end."""
-
-        async def connected() -> None:
-            connection = await Connection.over(self._wire)
-            try:
-                await handler(connection)
-            except anyio.EndOfStream:
-                if not connection.ended:
-                    raise
-
-        anyio.run(connected)
-
-    def _exactly(self, size: int) -> bytes | None:
-        read = bytearray()
-        while len(read) < size:
-            try:
-                part = self._wire.recv(min(size - len(read), _BUFFER_BYTES))
-            except OSError:
-                part = b""
-            if not part:
-                return None
-            read += part
-        return bytes(read)
 
 
 def _tie_to_parent(lifeline: int) -> None:

@@ -22,11 +22,12 @@ from troupe.actors.generator.wire import (
     Ready,
     Refused,
     decode_in_process,
-    encode,
     pack_rollout,
 )
 from troupe.messages import Incident, Rollout, Span
-from troupe.runtime.process import Connection, serve
+from troupe.runtime.codec import encode
+from troupe.runtime.frames import Connection
+from troupe.runtime.process import serve
 
 HOUR_S = 3600.0
 OF_EVERY = Rollout(

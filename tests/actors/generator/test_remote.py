@@ -25,7 +25,6 @@ from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import (
     Completed,
     Made,
-    MessageError,
     NewWeights,
     Setup,
     ToProcess,
@@ -35,8 +34,10 @@ from troupe.errors import ModelError, RunError
 from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import GenerationConfig
 from troupe.runtime.board import PolicyBoard
+from troupe.runtime.codec import MessageError
+from troupe.runtime.frames import FrameError
 from troupe.runtime.mailbox import Channel, Mailbox
-from troupe.runtime.process import ChildEnded, FrameError
+from troupe.runtime.process import ChildEnded
 from troupe.runtime.roles import Restarts, Role, run_roles
 
 pytestmark = pytest.mark.anyio

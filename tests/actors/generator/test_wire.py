@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from tests.support.fakes import make_prompt
 from troupe.actors.generator.wire import (
     Completed,
-    MessageError,
     NewWeights,
     PackedRollout,
     Prompts,
     Setup,
     decode_from_process,
     decode_in_process,
-    encode,
     pack_prompt,
     pack_rollout,
     unpack_prompt,
@@ -28,6 +26,7 @@ from troupe.actors.generator.wire import (
 )
 from troupe.messages import Incident, Prompt, Rollout, Slot, Span
 from troupe.policy import PRESETS, GenerationConfig, YarnScaling
+from troupe.runtime.codec import MessageError, encode
 
 float32 = st.floats(width=32, allow_nan=False)
 

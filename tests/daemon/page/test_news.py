@@ -10,6 +10,7 @@ from tests.support.stored import closed
 from troupe.daemon.page.news import News, excerpt
 from troupe.daemon.trainer import frames
 from troupe.messages import GroupClosed, Incident
+from troupe.runtime.codec import encode
 
 pytestmark = pytest.mark.anyio
 
@@ -91,7 +92,7 @@ async def test_long_and_odd_text_is_cut_and_can_be_sent() -> None:
         group.scored, group=msgspec.structs.replace(group.scored.group, prompt=prompt, rollouts=rollouts)
     )
     news.add(msgspec.structs.replace(group, scored=scored))
-    told = frames.decode_in_daemon(frames.encode(news.take()))
+    told = frames.decode_in_daemon(encode(news.take()))
     assert isinstance(told, frames.Told)
     assert len(told.incidents[0].message) < 1100
     text = told.groups[0].samples[0].text

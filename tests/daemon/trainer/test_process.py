@@ -35,7 +35,8 @@ from troupe.daemon.trainer.frames import (
 from troupe.errors import ConfigError, OutputError, RewardError, RunError
 from troupe.messages import Done, GetStatus, GroupClosed, Incident, Pause, Refused, Reload, Set, Status, Update
 from troupe.run.config import RunConfig, load_config, write_config
-from troupe.runtime.process import Connection
+from troupe.runtime.codec import encode
+from troupe.runtime.frames import Connection
 
 pytestmark = pytest.mark.anyio
 
@@ -111,7 +112,7 @@ class Stage:
         self._connection = connection
 
     async def send(self, message: Begin | Ask) -> None:
-        await self._connection.send(frames.encode(message))
+        await self._connection.send(encode(message))
 
     async def hear(self) -> ToDaemon:
         return frames.decode_in_daemon(await self._connection.receive())

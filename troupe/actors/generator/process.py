@@ -30,7 +30,6 @@ from troupe.actors.generator.wire import (
     Refused,
     Setup,
     decode_in_process,
-    encode,
     pack_rollout,
     unpack_prompt,
 )
@@ -39,10 +38,12 @@ from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import Companions, RolloutEngine, Tokenizer, Weights
 from troupe.runtime import linux_cpu
 from troupe.runtime.board import PolicyBoard
+from troupe.runtime.codec import encode
 from troupe.runtime.device import DeviceThread
+from troupe.runtime.frames import Connection
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.memory import memory_limited
-from troupe.runtime.process import Connection, serve
+from troupe.runtime.process import serve
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import together
 

@@ -25,7 +25,6 @@ from troupe.actors.generator.wire import (
     FromProcess,
     Loaded,
     Made,
-    MessageError,
     NewWeights,
     Ping,
     Pong,
@@ -35,7 +34,6 @@ from troupe.actors.generator.wire import (
     Setup,
     ToProcess,
     decode_from_process,
-    encode,
     pack_prompt,
     unpack_rollout,
 )
@@ -44,6 +42,7 @@ from troupe.messages import Incident, Prompt, RolloutGroup, ScoredGroup, Span
 from troupe.policy import Weights
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
+from troupe.runtime.codec import MessageError, encode
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.process import ChildProcess

@@ -1,19 +1,20 @@
 """What the generator and its processes tell each other: msgpack frames, token ids and log-probs as packed arrays.
 
 The process gets of a prompt what it needs to complete it, and of a completion everything comes back. Numbers are int32
-and float32 in the machine's own byte order: frames never leave it. Knows neither processes nor actors.
+and float32 in the machine's own byte order: frames never leave it.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 import msgspec
 
 from troupe.messages import FinishReason, Incident, Prompt, Rollout, Slot, Span
 from troupe.policy import GenerationConfig, Qwen3Config
+from troupe.runtime.codec import MessageError, decoder
 
 Number = TypeVar("Number", int, float)
 
@@ -135,30 +136,10 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 ToProcess: TypeAlias = Setup | Ping | Prompts | NewWeights | End
 FromProcess: TypeAlias = Ready | Pong | Loaded | Completed | Made | Span | Incident | Refused | Ended
 
-encode = msgspec.msgpack.Encoder().encode
-_to_process = msgspec.msgpack.Decoder(ToProcess)
-_from_process: msgspec.msgpack.Decoder[FromProcess] = msgspec.msgpack.Decoder(FromProcess)
-
-
-class MessageError(ValueError):
-    """A frame that holds nothing that may come here."""
-
-
-def decode_in_process(frame: bytes) -> ToProcess:
-    """What the run says. MessageError for anything else."""
-    try:
-        message: ToProcess = _to_process.decode(frame)
-    except msgspec.MsgspecError as error:
-        raise MessageError(_told(frame, error)) from None
-    return message
-
-
-def decode_from_process(frame: bytes) -> FromProcess:
-    """What the process says. MessageError for anything else."""
-    try:
-        return _from_process.decode(frame)
-    except msgspec.MsgspecError as error:
-        raise MessageError(_told(frame, error)) from None
+decode_in_process: Callable[[bytes], ToProcess] = decoder(ToProcess, "the generator and its process")
+"""What the run says; MessageError for anything else."""
+decode_from_process: Callable[[bytes], FromProcess] = decoder(FromProcess, "the generator and its process")
+"""What the process says; MessageError for anything else."""
 
 
 def pack_prompt(prompt: Prompt, round_size: int) -> PackedPrompt:
@@ -232,7 +213,3 @@ def _filled(values: array[Number], data: bytes) -> array[Number]:
     except ValueError:
         raise MessageError(f"an array of {len(data)} bytes is not made of numbers of {values.itemsize}") from None
     return values
-
-
-def _told(frame: bytes, error: Exception) -> str:
-    return f"a frame of {len(frame)} bytes between the generator and its process is no message: {error}"

@@ -1,14 +1,16 @@
 """What the daemon and its trainer tell each other: msgpack frames, the requests and answers of the control socket in
-some of them. Knows neither sockets nor runs."""
+some of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
 
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.messages import ClosedState, FinishReason, Incident
+from troupe.runtime.codec import decoder
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -129,20 +131,7 @@ ToTrainer: TypeAlias = Begin | Ask
 ToDaemon: TypeAlias = Answer | Playing | Stepped | Told | Finished | Rejected | Failed
 Last: TypeAlias = Finished | Rejected | Failed
 
-_TO_TRAINER: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer)
-_TO_DAEMON: msgspec.msgpack.Decoder[ToDaemon] = msgspec.msgpack.Decoder(ToDaemon)
-
-
-def encode(message: ToTrainer | ToDaemon) -> bytes:
-    """One message as one frame."""
-    return msgspec.msgpack.encode(message)
-
-
-def decode_in_trainer(frame: bytes) -> ToTrainer:
-    """What the daemon has sent."""
-    return _TO_TRAINER.decode(frame)
-
-
-def decode_in_daemon(frame: bytes) -> ToDaemon:
-    """What a trainer has sent; msgspec.DecodeError for anything else."""
-    return _TO_DAEMON.decode(frame)
+decode_in_trainer: Callable[[bytes], ToTrainer] = decoder(ToTrainer, "the daemon and its trainer")
+"""What the daemon has sent; MessageError for anything else."""
+decode_in_daemon: Callable[[bytes], ToDaemon] = decoder(ToDaemon, "the daemon and its trainer")
+"""What a trainer has sent; MessageError for anything else."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import anyio
-import msgspec
 
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.logs import LOGGER
@@ -18,13 +17,14 @@ from troupe.daemon.trainer import frames
 from troupe.daemon.trainer.frames import Answer, Ask, ToDaemon, ToTrainer
 from troupe.messages import GetStatus, Refused
 from troupe.records.silence import Silence
-from troupe.runtime.process import FrameError
+from troupe.runtime.codec import encode
+from troupe.runtime.frames import FrameError
 
 ANSWER_S = 5.0
 """That a trainer may take to answer before the daemon answers for it."""
 CHECKED_S = 75.0
 """The same where something is looked at first, which takes a minute at the most."""
-GONE = (anyio.EndOfStream, anyio.BrokenResourceError, FrameError, msgspec.MsgspecError)
+GONE = (anyio.EndOfStream, anyio.BrokenResourceError, FrameError)
 """What is raised where a trainer is not there any more, or does not make sense."""
 _LOOKS = 6
 """Times that a trainer is asked for a sign of life before it is given up: one long absence of the daemon itself, which
@@ -61,7 +61,7 @@ class Player:
 
     async def send(self, message: ToTrainer) -> None:
         """Send one frame."""
-        await self.child.send(frames.encode(message))
+        await self.child.send(encode(message))
 
     async def receive(self) -> ToDaemon:
         """Its next frame; one of GONE where none will come."""

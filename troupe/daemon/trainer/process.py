@@ -28,7 +28,6 @@ from troupe.daemon.trainer.frames import (
     Rejected,
     Stepped,
     decode_in_trainer,
-    encode,
 )
 from troupe.errors import InputError, OutputError, TroupeError, sayable
 from troupe.messages import GroupClosed, Incident, Refused
@@ -36,8 +35,10 @@ from troupe.records.layout import RUN_TOML
 from troupe.records.standing import read_summary
 from troupe.run.config import Layer, RunConfig, layered, load_config, read_overrides, settings_layers
 from troupe.run.supervisor import Supervisor
+from troupe.runtime.codec import encode
+from troupe.runtime.frames import Connection
 from troupe.runtime.guarding import Guard
-from troupe.runtime.process import Connection, serve
+from troupe.runtime.process import serve
 from troupe.runtime.roles import together
 
 _NEWS_GAP_S = 0.5

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import msgspec
 
 from troupe.rewards.trainer_state import TrainerState
+from troupe.runtime.codec import decoder
 
 LOOK = "look"
 """Has a worker load the reward and end."""
@@ -52,3 +54,6 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
 
 
 Reply: TypeAlias = Ready | Scores | Raised | Broken
+
+decode_call: Callable[[bytes], Call] = decoder(Call, "a run and a reward")
+decode_reply: Callable[[bytes], Reply] = decoder(Reply, "a run and a reward")

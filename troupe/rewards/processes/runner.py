@@ -27,12 +27,14 @@ from troupe.rewards.convention import (
     shown,
     unwrapped,
 )
-from troupe.rewards.processes.calls import LOOK, Broken, Call, Raised, Ready, Reply, Scores
+from troupe.rewards.processes.calls import LOOK, Broken, Call, Raised, Ready, Scores, decode_reply
 from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.runners import Batch, Fuse, Outcome, Runner, as_outcome, finite, summed
 from troupe.rewards.trainer_state import TrainerState
 from troupe.runtime.code_files import PREFIX
-from troupe.runtime.process import ChildProcess, FrameError
+from troupe.runtime.codec import encode
+from troupe.runtime.frames import FrameError
+from troupe.runtime.process import ChildProcess
 from troupe.runtime.roles import together
 
 _WORKER = "troupe.rewards.processes.worker"
@@ -66,11 +68,11 @@ class Worker:
         except OSError as error:  # no memory, processes or files left: a machine's fault, which may pass
             raise RewardError(f"reward {name}: its process could not be started: {error}") from error
         try:
-            reply = msgspec.msgpack.decode(await child.receive(), type=Reply)
+            reply = decode_reply(await child.receive())
         except anyio.EndOfStream as error:
             await child.aclose(0.0)
             raise RewardError(f"reward {name}: its process ended while it was loaded: {error}") from None
-        except (FrameError, msgspec.DecodeError) as error:
+        except FrameError as error:
             await child.aclose(0.0)
             raise RewardError(f"reward {name}: its process did not answer as a reward's does: {error}") from error
         except BaseException:
@@ -85,8 +87,8 @@ class Worker:
         """Have one call made."""
         try:
             await self._child.send(frame)
-            reply = msgspec.msgpack.decode(await self._child.receive(), type=Reply)
-        except (anyio.EndOfStream, anyio.BrokenResourceError, FrameError, msgspec.DecodeError) as error:
+            reply = decode_reply(await self._child.receive())
+        except (anyio.EndOfStream, anyio.BrokenResourceError, FrameError) as error:
             return Lost(Fault("reward_error", str(error), by_code=self._ended_itself))
         return Lost(Fault("reward_error", "its process answered out of turn")) if isinstance(reply, Ready) else reply
 
@@ -245,7 +247,7 @@ class ProcessRunner(Runner):
         if state is not None and not isinstance(state, TrainerState):
             raise RewardError(f"reward {self.name}: trainer_state {shown(state)} cannot be sent to a process")
         try:
-            return msgspec.msgpack.encode(Call(self.name, batch.size, taken, state))
+            return encode(Call(self.name, batch.size, taken, state))
         except (TypeError, OverflowError, ValueError) as error:
             columns = ", ".join(sorted(taken.keys() - PROVIDED)) or "none"
             raise RewardError(

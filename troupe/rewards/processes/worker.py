@@ -14,19 +14,17 @@ from collections.abc import Awaitable
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.attempts import described, is_by_code
 from troupe.rewards.convention import RewardFunction, Signature, checked_scores
 from troupe.rewards.loading import load_reward
-from troupe.rewards.processes.calls import LOOK, Broken, Call, Raised, Ready, Scores
+from troupe.rewards.processes.calls import LOOK, Broken, Raised, Ready, Scores, decode_call
 from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import leave_alone
-from troupe.runtime.process import Connection, Wire, serve_plainly
-
-_encode = msgspec.msgpack.Encoder().encode
+from troupe.runtime.codec import encode
+from troupe.runtime.frames import Connection, Wire
+from troupe.runtime.process import serve_plainly
 
 
 def play(wire: Wire) -> None:
@@ -37,16 +35,16 @@ def play(wire: Wire) -> None:
     try:
         if rest == [LOOK]:
             load_reward(spec)
-            wire.send(_encode(Ready()))
+            wire.send(encode(Ready()))
             return
         function = _load(spec)
     except RewardError as error:
-        wire.send(_encode(Broken(sayable(str(error)))))
+        wire.send(encode(Broken(sayable(str(error)))))
         return
     signature = Signature.of(function)
-    wire.send(_encode(Ready()))
+    wire.send(encode(Ready()))
     if signature.is_async:
-        wire.play(partial(_play_async, function, signature))
+        wire.run(partial(_play_async, function, signature))
         return
     loop = asyncio.new_event_loop()
     while (frame := wire.receive()) is not None:
@@ -86,7 +84,7 @@ class _Given:
     """A call, and what comes of it."""
 
     def __init__(self, frame: bytes) -> None:
-        self._call = msgspec.msgpack.decode(frame, type=Call)
+        self._call = decode_call(frame)
         self._log = RewardLog(self._call.size)
 
     @property
@@ -99,13 +97,13 @@ class _Given:
         """The frame that answers; RewardError where the result breaks the convention."""
         scores = checked_scores(result, self._call.name, self._call.size)
         extra = {column: list(values) for column, values in self._log.extra.items()}
-        return _encode(Scores(scores, extra, self._log.logged, self._log.faults))
+        return encode(Scores(scores, extra, self._log.logged, self._log.faults))
 
 
 def _failed(error: BaseException) -> bytes:
     if isinstance(error, RewardError):
-        return _encode(Broken(sayable(str(error))))
-    return _encode(Raised(described(error), is_by_code(error)))
+        return encode(Broken(sayable(str(error))))
+    return encode(Raised(described(error), is_by_code(error)))
 
 
 def _load(spec: str) -> RewardFunction:
