@@ -1,1 +1,1 @@
-"""The actors of a run: one class a file, and none knows another. `troupe.run.pipeline` hands each its channels."""
+"""The parts and the rules that they follow."""

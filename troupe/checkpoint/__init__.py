@@ -1,5 +1,4 @@
-"""Checkpoints on disk: what a folder holds, how it is written so that it is whole or absent, how it is read back, and
-which ones stay.
+"""A folder that is whole or absent.
 
 A checkpoint is a Hugging Face model folder that other tools load as it is, plus what training needs to go on:
 
@@ -13,7 +12,7 @@ A checkpoint is a Hugging Face model folder that other tools load as it is, plus
     MANIFEST.json                                         size and sha256 of every file, written last
 
 A folder without a manifest is no checkpoint. While a folder replaces an older one of the same name, the older one
-waits beside it under `.replaced-NAME`, where reading finds it after a crash. Knows nothing of actors.
+waits beside it under `.replaced-NAME`, where reading finds it after a crash.
 """
 
 from troupe.checkpoint.keep import (

@@ -1,9 +1,8 @@
-"""Prompts: where they come from, what is checked of them, and the order that a seed gives them.
+"""Checked prompts in an order that a seed fixes.
 
 A *source* is a text that names prompts: a file (`.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet`), `hf:NAME` (Hugging Face
 `datasets`) or `reasoning_gym:TASK`. Every row is checked when it is read, so that a bad one is refused before the first
-token is sampled. The room knows nothing of tokens, templates or policies: whether a prompt fits the model is seen
-where it is tokenized.
+token is sampled; whether a prompt fits the model is seen where it is tokenized.
 """
 
 from troupe.dataset.gym import stop_making_rows

@@ -1,4 +1,4 @@
-"""The algorithm: arrays in, arrays out. Knows no files, actors, models or text."""
+"""Arrays in; loss and new weights out."""
 
 from troupe.grpo.advantages import compute_advantages, reward_statistics, spread_within_groups
 from troupe.grpo.batch import Batch, make_batch, split

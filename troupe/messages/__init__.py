@@ -1,4 +1,4 @@
-"""The vocabulary of the play: typed, frozen messages. Imports nothing else of ours."""
+"""The words that actors exchange."""
 
 from troupe.messages.control import (
     NOT_STARTED,

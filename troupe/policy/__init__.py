@@ -1,4 +1,4 @@
-"""The language model: arrays and text. Imports nothing else of ours."""
+"""Tokens in; tokens, log-probs and gradients out."""
 
 from troupe.policy.companions import DTYPES, Companions
 from troupe.policy.decode.engine import (

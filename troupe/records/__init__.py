@@ -1,1 +1,1 @@
-"""Everything that a run writes for people, and reading it again."""
+"""Everything a run writes for people, and reading it again."""

@@ -1,8 +1,8 @@
-"""What a reward is, the built-in ones, and running them so that a bad call never stops a run.
+"""Scores, or a reason why there is none.
 
-A reward is a function in TRL's signature (`functions.py`), called once a group or once a step, or a `RewardActor`
+A reward is a function in TRL's signature (`convention.py`), called once a group or once a step, or a `RewardActor`
 (`actor.py`), called once a sample. Functions run in the event loop, in a thread (`isolation.py`) or in processes
-(`processes.py`). The room knows nothing of policies, tokens to be trained or other actors.
+(`processes/`).
 """
 
 from troupe.rewards.actor import RewardActor, RewardSample

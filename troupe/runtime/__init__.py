@@ -1,1 +1,1 @@
-"""How actors live: mailboxes, life cycle, threads, processes and files."""
+"""Mailboxes, actors, processes, files; no GRPO."""
