@@ -174,7 +174,7 @@ def _box(room: Room) -> str:
     )
     said = [room.sentence] if len(room.sentence) <= 28 else said
     size = f"{room.files} files · {room.lines:,} lines"
-    rows = "\n".join(
+    sentence = "\n".join(
         f'    <text x="{middle:.0f}" y="{y + 46 + 17 * number + (8 if len(said) == 1 else 0):.0f}" fill="#475569" '
         f'font-size="13">{escape(row)}</text>'
         for number, row in enumerate(said)
@@ -184,7 +184,7 @@ def _box(room: Room) -> str:
     <rect x="{x:.0f}" y="{y:.0f}" width="{_BOX}" height="{_HEIGHT}" rx="8" fill="#ffffff" stroke="{colour}" \
 stroke-width="1.6"/>
     <text x="{middle:.0f}" y="{y + 25:.0f}" fill="#0f172a" font-size="15" font-weight="600">{room.name}</text>
-{rows}
+{sentence}
     <text x="{middle:.0f}" y="{y + 85:.0f}" fill="#94a3b8" font-size="11">{size}</text>
   </g>"""
 
