@@ -2,7 +2,6 @@
 
 What a client may use up is bounded: connections, bytes of a request, the time that asking takes and the time that a
 piece of the answer takes to be read. Whoever goes over a bound is dropped, and harms neither the run nor the others.
-Knows nothing of what is asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import TypeAlias
 from urllib.parse import parse_qsl
 
 import anyio
+import h11
 import msgspec
 from anyio.abc import TaskGroup
 
@@ -28,8 +28,9 @@ HOST = "127.0.0.1"
 _LOG = logging.getLogger("troupe.daemon")
 _CHUNK_BYTES = 64 * 1024
 _MOST_FIELDS = 16
-_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
-_NAME, _VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re.compile(rb"[\t -~\x80-\xff]*")
+_HEAD_ENDS = b"\r\n\r\n"
+_UNUSUAL = re.compile(rb"[^\t\r\n -~\x80-\xff]|\r(?!\n)|(?<!\r)\n")
+"""In a head: what is no line of text. h11 would take some of it, and long over the rest."""
 _GOES_ON = {"cookie": "; "}
 """How the values of a header that comes twice are joined, where that has a meaning."""
 _LINGERS_S = 1.0
@@ -139,7 +140,7 @@ class HttpServer:
     async def _answer(self, connection: socket.socket) -> HttpResponse:
         try:
             with anyio.fail_after(self._limits.request_s):
-                request = await _Reading(connection, self._limits).request()
+                request = await self._read(connection)
             return self._refusal() or await self._handler(request)
         except RefusedError as refusal:
             return refusal.response
@@ -150,6 +151,26 @@ class HttpServer:
             return RefusedError(
                 HTTPStatus.INTERNAL_SERVER_ERROR, f"the request failed: {type(error).__name__}: {error}"
             ).response
+
+    async def _read(self, connection: socket.socket) -> HttpRequest:
+        """RefusedError where it is none that is served, EOFError where the client leaves before its end."""
+        read, most = b"", self._limits
+        while _HEAD_ENDS not in read and len(read) <= most.head_bytes:
+            read += await _more(connection)
+        head, end, body = read.partition(_HEAD_ENDS)
+        if not end or len(head) > most.head_bytes:
+            message = f"a request's head has at most {most.head_bytes} bytes"
+            raise RefusedError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
+        request = parse_head(head)
+        if "transfer-encoding" in request.headers:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "a request's body has to have a plain Content-Length")
+        length = int(request.headers.get("content-length", "0"))
+        if length > most.body_bytes:
+            message = f"a request's body has at most {most.body_bytes} bytes"
+            raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+        while len(body) < length:
+            body += await _more(connection)
+        return msgspec.structs.replace(request, body=body[:length])
 
     def _refusal(self) -> HttpResponse | None:
         most = self._limits.connections
@@ -178,65 +199,34 @@ class HttpServer:
             await asyncio.get_running_loop().sock_sendall(connection, data)
 
 
-class _Reading:
-    """One request, read off a connection."""
-
-    def __init__(self, connection: socket.socket, limits: HttpLimits) -> None:
-        self._connection = connection
-        self._limits = limits
-        self._read = bytearray()
-
-    async def request(self) -> HttpRequest:
-        """RefusedError where it is none that is served, EOFError where the client leaves before its end."""
-        while (end := self._read.find(b"\r\n\r\n")) < 0:
-            if len(self._read) > self._limits.head_bytes:
-                break
-            await self._more()
-        if not 0 <= end <= self._limits.head_bytes:
-            message = f"a request's head has at most {self._limits.head_bytes} bytes"
-            raise RefusedError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
-        request = parse_head(bytes(self._read[:end]))
-        length = request.headers.get("content-length", "0")
-        if "transfer-encoding" in request.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "a request's body has to have a plain Content-Length")
-        if int(length) > self._limits.body_bytes:
-            message = f"a request's body has at most {self._limits.body_bytes} bytes"
-            raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
-        whole = end + 4 + int(length)
-        while len(self._read) < whole:
-            await self._more()
-        return msgspec.structs.replace(request, body=bytes(self._read[end + 4 : whole]))
-
-    async def _more(self) -> None:
-        chunk = await asyncio.get_running_loop().sock_recv(self._connection, _CHUNK_BYTES)
-        if not chunk:
-            raise EOFError("it left before its request was whole")
-        self._read += chunk
-
-
 def parse_head(head: bytes) -> HttpRequest:
-    """The request whose lines these are, without its body. RefusedError for anything out of the ordinary."""
-    first, *lines = head.split(b"\r\n")
-    asked = _REQUEST_LINE.fullmatch(first)
-    if asked is None:
-        raise RefusedError(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1.1")
+    """The request with this head, without its body. RefusedError for anything out of the ordinary."""
+    if _UNUSUAL.search(head):
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1.1: there are control characters in it")
+    parser = h11.Connection(h11.SERVER)
+    parser.receive_data(head + _HEAD_ENDS)
+    try:
+        request = parser.next_event()
+    except h11.RemoteProtocolError as error:
+        raise RefusedError(HTTPStatus.BAD_REQUEST, f"this is no request of HTTP/1.1: {error}") from None
+    if not isinstance(request, h11.Request) or not (request.method.isupper() and request.target.startswith(b"/")):
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "this is no request that a server of pages understands")
     headers: dict[str, str] = {}
-    for line in lines:
-        before, colon, after = line.partition(b":")
-        if not (colon and _NAME.fullmatch(before) and _VALUE.fullmatch(after)):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "a header of the request is malformed")
-        name, value = before.decode().lower(), after.strip(b" \t").decode("latin-1")
-        if name in headers:
-            if name in ("host", "origin", "content-length", "authorization", "content-type"):
-                raise RefusedError(HTTPStatus.BAD_REQUEST, f"the request has two headers {name}")
-            value = _GOES_ON.get(name, ", ").join([headers[name], value])
-        headers[name] = value
-    path, _, query = asked[2].decode().partition("?")
+    for name, value in ((name.decode(), value.decode("latin-1")) for name, value in request.headers):
+        headers[name] = _GOES_ON.get(name, ", ").join([headers[name], value]) if name in headers else value
+    path, _, query = request.target.decode("latin-1").partition("?")
     try:
         pairs = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=_MOST_FIELDS))
     except ValueError:
         raise RefusedError(HTTPStatus.BAD_REQUEST, f"an address has at most {_MOST_FIELDS} parameters") from None
-    return HttpRequest(method=asked[1].decode(), path=path, query=pairs, headers=headers)
+    return HttpRequest(method=request.method.decode(), path=path, query=pairs, headers=headers)
+
+
+async def _more(connection: socket.socket) -> bytes:
+    chunk = await asyncio.get_running_loop().sock_recv(connection, _CHUNK_BYTES)
+    if not chunk:
+        raise EOFError("it left before its request was whole")
+    return chunk
 
 
 async def _part(connection: socket.socket) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
+from http import HTTPStatus
 
 import msgspec
+from anyio.from_thread import start_blocking_portal
 
 from troupe.messages import NOT_STARTED, Incident, Phase, Status, Update
 from troupe.records.sinks.display import queue_depths
 from troupe.records.sinks.prometheus_text import CONTENT_TYPE, exposition
-
-_POLL_S = 0.1
-"""In which the server sees that it is to end."""
+from troupe.runtime.http import HttpRequest, HttpResponse, HttpServer, RefusedError
 
 
 class PrometheusSink:
@@ -23,22 +21,22 @@ class PrometheusSink:
     name = "prometheus"
     takes: tuple[type, ...] = (Update, Incident, Status)
 
-    def __init__(self, port: int, *, host: str = "127.0.0.1") -> None:
+    def __init__(self, port: int) -> None:
         """`port` 0: any that is free; `port` then tells which, once it is open."""
         self.port = port
-        self._host = host
         self._status: Status = NOT_STARTED
         self._newest: Update | None = None
         self._incidents: Counter[str] = Counter()
-        self._server: ThreadingHTTPServer | None = None
+        self._serving = ExitStack()
 
     def open(self) -> None:
-        """Begin to serve. OSError where the port is taken."""
-        self._server = _Server((self._host, self.port), _handler(lambda: exposition(self._status)))
-        self.port = self._server.server_address[1]
-        threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_S,), name="troupe-prometheus", daemon=True
-        ).start()
+        """Begin to serve, in a thread. OSError where the port is taken."""
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal(name="troupe-prometheus"))
+            server = HttpServer(self._answer, self.port)
+            stack.enter_context(portal.wrap_async_context_manager(server))
+            self.port = server.port
+            self._serving = stack.pop_all()
 
     def write(self, message: object) -> None:
         """Take over what is new."""
@@ -69,36 +67,9 @@ class PrometheusSink:
 
     def close(self) -> None:
         """Serve no more. Safe to call twice."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
+        self._serving.close()
 
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Who asked has gone."""
-
-
-def _handler(page: Callable[[], str]) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 10.0  # who connects and says nothing has a thread for so long
-
-        def do_GET(self) -> None:
-            if self.path.partition("?")[0] != "/metrics":
-                self.send_error(404, explain="The metrics of the run are at /metrics.")
-                return
-            body = page().encode()
-            self.send_response(200)
-            self.send_header("Content-Type", CONTENT_TYPE)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Nobody wants to read each scrape."""
-
-    return Handler
+    async def _answer(self, request: HttpRequest) -> HttpResponse:
+        if request.path != "/metrics":
+            raise RefusedError(HTTPStatus.NOT_FOUND, "The metrics of the run are at /metrics.")
+        return HttpResponse(kind=CONTENT_TYPE, body=exposition(self._status).encode())
