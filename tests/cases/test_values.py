@@ -28,7 +28,8 @@ from troupe.actors.learner.statistics import (
     spread_statistics,
     weighted_rewards,
 )
-from troupe.checkpoint.unfinished import encode_unfinished, read_unfinished
+from troupe.checkpoint.read import read_unfinished
+from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.cli.main import main
 from troupe.errors import RewardError
 from troupe.grpo import LearnerConfig

@@ -11,7 +11,8 @@ import pytest
 
 from tests.checkpoint.checkpoints import under_way, without_prompts
 from tests.support.fakes import make_scored
-from troupe.checkpoint.unfinished import encode_unfinished, read_unfinished
+from troupe.checkpoint.read import read_unfinished
+from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.errors import CheckpointError
 from troupe.messages import Unfinished
 

@@ -12,7 +12,7 @@ import pytest
 
 import troupe
 from troupe import errors
-from troupe.dataset.extras import optional
+from troupe.dataset.files import optional
 from troupe.errors import DatasetError, ModelError, RewardError
 from troupe.errors import packages_of, remedy
 from troupe.runtime.installing import backend_remedy, missing_backend

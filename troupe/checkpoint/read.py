@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,6 @@ from typing import Annotated, Any
 import mlx.core as mx
 import msgspec
 
-from troupe.checkpoint.faults import unreadable
 from troupe.checkpoint.files import FileSum, sum_file
 from troupe.checkpoint.keep import list_checkpoints
 from troupe.checkpoint.state import (
@@ -27,14 +27,21 @@ from troupe.checkpoint.state import (
     Made,
     RunState,
 )
-from troupe.checkpoint.unfinished import read_unfinished
 from troupe.checkpoint.write import replaced
-from troupe.errors import CheckpointError, ModelError, RunError
+from troupe.errors import CheckpointError, ModelError, RunError, TroupeError
 from troupe.messages import Unfinished
 from troupe.policy import Qwen3Config, expected_shapes
 from troupe.policy.safetensors import read_header
 
 _UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_OF_THE_MACHINE = {
+    errno.EMFILE: "allow more open files",
+    errno.ENFILE: "allow more open files",
+    errno.ENOMEM: "free memory",
+    errno.ESTALE: "mount its file system again",
+    errno.EACCES: "allow this user to read it",
+}
+"""Number of an OSError that says nothing of the file → what to do. EIO is not among them: the disk is damaged."""
 
 
 class _NewerFormatError(CheckpointError):
@@ -65,7 +72,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         config = Qwen3Config.from_dict(msgspec.json.decode((path / CONFIG_FILE).read_bytes(), type=dict[str, Any]))
     except (*_UNREADABLE, ModelError) as error:
-        raise unreadable(f"{path / CONFIG_FILE}: the model's configuration cannot be used", error) from None
+        raise _unreadable(f"{path / CONFIG_FILE}: the model's configuration cannot be used", error) from None
     matches = [match for name in sorted(names) if (match := BEHIND_FILE.fullmatch(name))]
     return Checkpoint(
         config=config,
@@ -93,7 +100,15 @@ def read_state(folder: Path) -> RunState:
             )
         return msgspec.structs.replace(msgspec.json.decode(raw, type=RunState), format=written)
     except _UNREADABLE as error:
-        raise unreadable(f"{file}: the state of the run cannot be read", error) from None
+        raise _unreadable(f"{file}: the state of the run cannot be read", error) from None
+
+
+def read_unfinished(file: Path) -> Unfinished:
+    """What a checkpoint's file says; CheckpointError where it is damaged, RunError where it cannot be read now."""
+    try:
+        return msgspec.msgpack.decode(file.read_bytes(), type=Unfinished)
+    except _UNREADABLE as error:
+        raise _unreadable(f"{file}: the groups under way cannot be read", error) from None
 
 
 def read_made(folder: Path) -> Made:
@@ -119,7 +134,7 @@ def verify_manifest(path: Path) -> frozenset[str]:
             f"{path}: no {MANIFEST}, so this checkpoint was never finished; use an older one"
         ) from None
     except _UNREADABLE as error:
-        raise unreadable(f"{manifest}: the manifest cannot be read", error) from None
+        raise _unreadable(f"{manifest}: the manifest cannot be read", error) from None
     for name, expected in entries.items():
         file = path / name
         if Path(name).name != name or name in ("", ".."):
@@ -128,7 +143,7 @@ def verify_manifest(path: Path) -> frozenset[str]:
             there = file.is_file()
             whole = there and file.stat().st_size == expected.bytes and sum_file(file) == expected
         except (OSError, ValueError) as error:
-            raise unreadable(f"{file}: cannot be read", error) from None
+            raise _unreadable(f"{file}: cannot be read", error) from None
         if not there:
             raise CheckpointError(f"{file}: the file is missing from this checkpoint; use an older one")
         if not whole:
@@ -180,3 +195,12 @@ def _is_sound(file: Path) -> bool:
     except OSError:  # it has been read whole a moment ago
         return True
     return True
+
+
+def _unreadable(told: str, error: Exception) -> TroupeError:
+    """What to raise. CheckpointError for damage, a reason to go on from an older checkpoint; otherwise RunError: what
+    passes is no such reason, for steps that are there would be lost. `told`: which file, and what about it."""
+    remedy = _OF_THE_MACHINE.get(getattr(error, "errno", None) or 0)
+    if remedy is None:
+        return CheckpointError(f"{told}: {error}; use an older checkpoint")
+    return RunError(f"{told} now: {error}; that is no damage: {remedy} and resume")

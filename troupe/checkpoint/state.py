@@ -1,4 +1,4 @@
-"""What a checkpoint consists of in memory, and the `[checkpoint]` section. Knows files by name only."""
+"""What a checkpoint consists of in memory, and the `[checkpoint]` section."""
 
 from __future__ import annotations
 

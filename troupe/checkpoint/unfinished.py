@@ -1,16 +1,13 @@
-"""`unfinished.msgpack`: the groups under way when a checkpoint was cut. Knows nothing of what becomes of them."""
+"""Writing `unfinished.msgpack`: the groups under way when a checkpoint was cut."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from troupe.checkpoint.faults import unreadable
 from troupe.messages import ScoredGroup, Unfinished
 
-_UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=repr)
 
 
@@ -30,14 +27,6 @@ def encode_unfinished(unfinished: Unfinished) -> bytes:
     for name in ("scored", "collected"):  # one by one, so that other threads get a turn
         fields[name] = [msgspec.Raw(_encoded(group)) for group in fields[name]]
     return _ENCODER.encode(fields)
-
-
-def read_unfinished(file: Path) -> Unfinished:
-    """What a checkpoint's file says; CheckpointError where it is damaged, RunError where it cannot be read now."""
-    try:
-        return msgspec.msgpack.decode(file.read_bytes(), type=Unfinished)
-    except _UNREADABLE as error:
-        raise unreadable(f"{file}: the groups under way cannot be read", error) from None
 
 
 def _encoded(group: ScoredGroup) -> bytes:

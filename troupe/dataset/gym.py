@@ -2,8 +2,8 @@
 
 They are made in a process of their own (`gym_rows.py`) in which texts have the same hashes each time: some tasks draw
 from sets, and would be others in every start. It says on stderr how far it is, and ends with this one. What was made is
-kept (`kept_rows.py`), since some tasks take a second a row. Knows nothing of rewards: they find in the column
-`reasoning_gym` which entry a row is.
+kept (`kept_rows.py`), since some tasks take a second a row. Rewards find in the column `reasoning_gym` which entry a
+row is.
 """
 
 from __future__ import annotations

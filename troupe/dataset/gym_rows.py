@@ -7,14 +7,10 @@ lines that say how far it is; see `gym.py`. It ends with who started it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import importlib
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -23,10 +19,10 @@ from typing import Any
 import msgspec
 
 from troupe.dataset.gym import DEFAULTS, MADE, PREFIX
-from troupe.dataset.queries import parsed, split_query
+from troupe.dataset.query import parsed, split_query
 from troupe.errors import DatasetError
+from troupe.runtime.process import end_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _EVERY_S = 1.0  # between two lines about how far it is
 
 
@@ -132,19 +128,6 @@ def main() -> None:
     out.write(msgspec.json.encode(answer))
 
 
-def end_with_parent() -> None:
-    """Have this process end, whatever it does, when whoever started it has closed its stdin or is gone."""
-    threading.Thread(target=_watch, name="troupe-lifeline", daemon=True).start()
-    if sys.platform == "linux":  # should the thread not get a turn
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _watch() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    end_with_parent()
+    end_with_parent(sys.stdin.fileno())
     main()

@@ -1,7 +1,4 @@
-"""Rows that Hugging Face `datasets` loads: of the hub, its cache, or a folder here. Needs the extra `datasets`.
-
-Knows nothing of what a row must be.
-"""
+"""Rows that Hugging Face `datasets` loads: of the hub, its cache, or a folder here. Needs the extra `datasets`."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from troupe.dataset.extras import optional
-from troupe.dataset.queries import split_query
+from troupe.dataset.files import optional
+from troupe.dataset.query import split_query
 from troupe.errors import DatasetError
 from troupe.runtime.files import expanded
 

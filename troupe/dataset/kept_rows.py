@@ -1,7 +1,7 @@
 """Rows that took long to make, kept for the next start in the user's cache (`$XDG_CACHE_HOME/troupe/rows`).
 
 A file is named by all that its rows depend on, and used only if it is whole. Nothing depends on it: what cannot be read
-is made once more, and what cannot be written is not kept. Knows nothing of what makes the rows.
+is made once more, and what cannot be written is not kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from troupe.dataset.queries import split_query
+from troupe.dataset.query import split_query
 from troupe.runtime.files import drafted, expanded
 
 _FORMAT = 1

@@ -1,4 +1,4 @@
-"""Checked prompts, epochs, and an order that a seed fixes. Knows nothing of where rows come from."""
+"""Checked prompts, epochs, and an order that a seed fixes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class PromptDataset:
         return PromptDataset([self._rows[i] for i in self.order(seed, epoch=0)], self.source)
 
     def order(self, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-        """The permutation of row indices in which one epoch plays, the same on every platform.
+        """The permutation of row indices in which one epoch has them, the same on every platform.
 
         The key is sha256("troupe.dataset/SEED/EPOCH") read as a big-endian integer. It seeds `random.Random`,
         whose `random()` Python promises to keep. Fisher–Yates from the last place i down to 1 swaps places i

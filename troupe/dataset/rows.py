@@ -1,7 +1,4 @@
-"""What a row must be: a prompt that can be asked, and columns that can be sent on.
-
-Knows nothing of where rows come from.
-"""
+"""What a row must be: a prompt that can be asked, and columns that can be sent on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `[data]` section. Knows nothing of how rows are read."""
+"""The `[data]` section."""
 
 from __future__ import annotations
 

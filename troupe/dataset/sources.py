@@ -1,4 +1,4 @@
-"""From the text that names a source of prompts to its rows. Knows nothing of what a row must be."""
+"""From the text that names a source of prompts to its rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from troupe.dataset import gym, hub
-from troupe.dataset.files import refuse_folder
-from troupe.dataset.json_files import read_json, read_jsonl
-from troupe.dataset.tables import read_csv, read_parquet
+from troupe.dataset.files import read_csv, read_json, read_jsonl, read_parquet, refuse_folder
 from troupe.errors import DatasetError
 from troupe.runtime.files import expanded
 

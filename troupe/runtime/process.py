@@ -217,10 +217,8 @@ def serve_plainly(handler: Callable[[Wire], None]) -> NoReturn:
         os.environ["PYTHONPATH"] = path
     for each in (end, lifeline):
         os.set_inheritable(each, False)
-    _tie_to_parent(lifeline)
-    os.register_at_fork(after_in_child=lambda: _tie_to_parent(lifeline))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(lifeline)
+    os.register_at_fork(after_in_child=lambda: _tie_to_parent(lifeline))  # what it forks ends too
     code = 0
     try:
         handler(Wire(socket.socket(fileno=end)))
@@ -232,14 +230,19 @@ def serve_plainly(handler: Callable[[Wire], None]) -> NoReturn:
     os._exit(code)
 
 
+def end_with_parent(lifeline: int) -> None:
+    """Have this process end, whatever it does, when its parent has closed the other end of a pipe, or is gone."""
+    _tie_to_parent(lifeline)
+    if sys.platform == "linux":  # should the thread not get a turn
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _tie_to_parent(lifeline: int) -> None:
-    """End with the parent; so does, by a thread of its own, what this process forks."""
-    threading.Thread(target=_end_with_parent, args=(lifeline,), name="troupe-lifeline", daemon=True).start()
+    def watch() -> None:
+        os.read(lifeline, 1)  # nobody writes: it returns when the parent's end is closed
+        os._exit(1)
 
-
-def _end_with_parent(lifeline: int) -> None:
-    os.read(lifeline, 1)  # nobody writes: it returns when the parent's end is closed
-    os._exit(1)
+    threading.Thread(target=watch, name="troupe-lifeline", daemon=True).start()
 
 
 def _environment(more: Mapping[str, str], *wires: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The part of a source behind its `?`: `size=500&seed=1`. Knows nothing of what the options mean."""
+"""The part of a source behind its `?`: `size=500&seed=1`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from typing import Any
 from urllib.parse import unquote
 
-from troupe.dataset.json_files import repeated_key
 from troupe.errors import DatasetError
 
 
@@ -34,12 +33,16 @@ def parsed(value: str) -> Any:
     DatasetError for an object that has a key twice, of which readers silently take one.
     """
     try:
-        return json.loads(value, object_pairs_hook=_with_each_key_once)
+        return json.loads(value, object_pairs_hook=with_each_key_once)
     except (ValueError, RecursionError):
         return value
 
 
-def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (repeated := repeated_key(pairs)) is not None:
-        raise DatasetError(f"the key {repeated!r} is given twice in an object; give it once")
-    return dict(pairs)
+def with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; DatasetError where a key stands in it twice, of which readers silently take one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise DatasetError(f"the key {key!r} stands twice in one object; remove one of them")
+        found[key] = value
+    return found
