@@ -20,7 +20,7 @@ from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.messages import GroupClosed, ScoredGroup, Update
 from troupe.policy import load_policy
-from troupe.policy.decode.loop import Batch
+from troupe.policy.decode.loop import Wave
 from troupe.runtime.board import Credits, PolicyBoard
 from troupe.run.result import RunResult
 
@@ -113,26 +113,26 @@ def test_new_weights_are_taken_amid_a_completion(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Watched(monkeypatch, ragged_model, tmp_path, schedule__max_staleness=3)
-    begun: list[Batch] = []
-    advance, three = Batch.advance, threading.Event()
+    begun: list[Wave] = []
+    advance, three = Wave.advance, threading.Event()
 
-    def waits_for_a_version(batch: Batch) -> bool:
+    def waits_for_a_version(wave: Wave) -> bool:
         """The second decode goes on after three tokens when version 1 is there."""
-        if batch not in begun:
-            begun.append(batch)
+        if wave not in begun:
+            begun.append(wave)
         deadline_s = time.monotonic() + 60
-        while batch in begun[1:2] and len(batch._versions) == 3 and batch._engine.current_weights()[1] < 1:
+        while wave in begun[1:2] and len(wave._versions) == 3 and wave._current_weights()[1] < 1:
             three.set()
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
-        return advance(batch)
+        return advance(wave)
 
     def weigh(completion_ids: list[list[int]], **_: Any) -> list[float]:
         """Holds version 1 up until then; in a thread of its own."""
         assert three.wait(60)
         return weigh_ids(completion_ids)
 
-    monkeypatch.setattr(Batch, "advance", waits_for_a_version)
+    monkeypatch.setattr(Wave, "advance", waits_for_a_version)
     run.check(troupe.train(run.config, [weigh]))
     mixed = [r.versions for g in run.groups for r in g.group.rollouts if r.versions[:4] == (0, 0, 0, 1)]
     assert mixed, "three tokens of version 0, the next of 1"

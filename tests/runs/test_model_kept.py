@@ -162,13 +162,13 @@ def test_logits_that_are_not_finite_end_a_run_and_its_last_checkpoint_stays(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tiny_model, tmp_path, checkpoint__every=1)
-    plain = decoding.Batch._prefill
+    plain = decoding.Wave._prefill
     rounds: list[None] = []
     run = tmp_path / "run"
 
-    def overflows(batch: decoding.Batch, weights: Any) -> mx.array:
+    def overflows(wave: decoding.Wave, weights: Any) -> mx.array:
         rounds.append(None)
-        hidden = plain(batch, weights)
+        hidden = plain(wave, weights)
         if len(rounds) <= 2:
             return hidden
         until_s = time.monotonic() + 30.0
@@ -177,7 +177,7 @@ def test_logits_that_are_not_finite_end_a_run_and_its_last_checkpoint_stays(
         return hidden * float("inf")
 
     with monkeypatch.context() as spoiled:
-        spoiled.setattr(decoding.Batch, "_prefill", overflows)
+        spoiled.setattr(decoding.Wave, "_prefill", overflows)
         with pytest.raises(RunError, match=r"logits for token 0 .* not finite"):
             troupe.train(config, [weigh_ids])
     assert len(rounds) == 3, "no new generator is made for what none can mend"

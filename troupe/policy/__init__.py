@@ -1,16 +1,9 @@
 """Tokens in; tokens, log-probs and gradients out."""
 
 from troupe.policy.companions import DTYPES, Companions
-from troupe.policy.decode.engine import (
-    CompletedGroup,
-    Completion,
-    GenerationConfig,
-    RolloutBatch,
-    RolloutEngine,
-    RolloutRequest,
-    generate_batch,
-)
+from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
+from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler, SamplingConfig
 from troupe.policy.fingerprint import model_fingerprint
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
@@ -34,10 +27,12 @@ from troupe.policy.network.qwen3 import (
 )
 from troupe.policy.network.rotary import YarnScaling
 from troupe.policy.text.complete import (
+    RolloutBatch,
     TextCompletion,
     TextPrompt,
     complete_texts,
     encode_prompt,
+    generate_batch,
     opened_thought,
     stream_text,
 )

@@ -1,8 +1,4 @@
-"""`Policy`, a language model in memory, and the ways to get one.
-
-Ties the other files of this room together for scripts. Knows nothing of training, nor of how text becomes ids: the
-tokenizer is loaded when it is first asked for.
-"""
+"""`Policy`, a language model in memory, and the ways to get one: the other files of this room tied together."""
 
 from __future__ import annotations
 
@@ -17,7 +13,8 @@ import msgspec
 
 from troupe.errors import InputError, ModelError
 from troupe.policy.companions import DTYPES, GENERATION_CONFIG_FILE, Companions
-from troupe.policy.decode.engine import GenerationConfig
+from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.requests import GenerationConfig
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.hub import resolve_model
 from troupe.policy.network.architecture import Qwen3Config
@@ -181,6 +178,13 @@ class Policy:
             parts.append(mx.pad(part, [(0, 0), (0, T - part.shape[1])]))
             mx.eval(parts[-1])
         return mx.concatenate(parts)
+
+    def engine(self, generation: GenerationConfig) -> RolloutEngine:
+        """What decodes with this policy. Raises ModelError as `check_stop_ids`."""
+        self.check_stop_ids()
+        engine = RolloutEngine(self.config, generation, stop_ids=self.eos_ids, tokenizer=self.tokenizer)
+        engine.load(self.weights, 0)
+        return engine
 
     def generate_text(
         self,

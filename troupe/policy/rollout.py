@@ -1,5 +1,6 @@
-"""The decoding engine's public door: many prompts, several samples of each. `decode/engine.py` has the work."""
+"""The decoding engine's public door: many prompts, several samples of each."""
 
-from troupe.policy.decode.engine import RolloutEngine, generate_batch
+from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.text.complete import generate_batch
 
 __all__ = ["RolloutEngine", "generate_batch"]

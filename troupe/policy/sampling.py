@@ -1,4 +1,4 @@
-"""The sampler's public door: choosing the next token. `decode/sampling.py` and `decode/filters.py` have the work."""
+"""The sampler's public door: choosing the next token."""
 
 from troupe.policy.decode.filters import (
     apply_min_p,

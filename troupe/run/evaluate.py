@@ -24,7 +24,6 @@ from troupe.policy import (
     CompletedGroup,
     GenerationConfig,
     Policy,
-    RolloutEngine,
     RolloutRequest,
     load_policy,
     opened_thought,
@@ -184,8 +183,7 @@ async def _complete(
     A cancelled caller waits for one token, not for the longest completion.
     """
     seed, step = key
-    engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer)
-    engine.load(policy.weights, 0)
+    engine = policy.engine(generation)
     requests = [RolloutRequest(prompt_ids=prompt_ids[i], key=(seed, step, i, 0)) for i in places]
     decoding = await device.run(engine.decode, requests)
     completed = await device.run(_in_order, _counted(decoding, progress), on_cancel=engine.abort)

@@ -16,15 +16,9 @@ from troupe.errors import ModelError
 from troupe.policy.decode import loop as decoding
 from troupe.policy.decode import memory
 from troupe.policy.decode.drawing import draw_tokens
-from troupe.policy.decode.engine import (
-    CompletedGroup,
-    Completion,
-    GenerationConfig,
-    RolloutEngine,
-    RolloutRequest,
-    generate_batch,
-)
+from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.memory import fused_copy_bytes
+from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.model import Policy, load_policy, random_policy
 from troupe.policy.network.qwen3 import Qwen3Config, init_weights
@@ -408,19 +402,6 @@ def test_abort_leaves_out_waves_not_begun() -> None:
     assert next(running).index == 0
     engine.abort()
     assert list(running) == []
-
-
-def test_generate_batch_returns_rows_in_prompt_order(tiny_model: Path) -> None:
-    policy = load_policy(tiny_model)
-    generation = GenerationConfig(max_completion_length=8)
-    batch = generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
-    assert batch.prompt_ids == [policy.tokenizer.encode("hello")] * 3 + [policy.tokenizer.encode("a")] * 3
-    assert batch.texts == [policy.tokenizer.decode(ids) for ids in batch.completion_ids]
-    log_probs = np.array(policy.compute_log_probs(batch.prompt_ids, batch.completion_ids))
-    for row, ours in enumerate(batch.log_probs):
-        np.testing.assert_allclose(ours, log_probs[row][: len(ours)], atol=1e-4)
-    assert batch == generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
-    assert batch != generate_batch(policy, ["hello", "a"], 3, generation, seed=5)
 
 
 def test_released_weights_are_let_go_and_others_loaded() -> None:

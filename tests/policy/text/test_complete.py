@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from tests.policy.text.test_added_tokens import DECODER, folder_of
 from tests.support.tiny import CONFIG, write_tiny_model
 from troupe.errors import InputError, ModelError
 from troupe.policy import GenerationConfig, Policy, Qwen3Config, RolloutRequest, Weights, load_policy
-from troupe.policy.decode import engine as rollout
-from troupe.policy.text.complete import TextPrompt, complete_texts, encode_prompt, opened_thought, stream_text
+from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.text.complete import (
+    TextPrompt,
+    complete_texts,
+    encode_prompt,
+    generate_batch,
+    opened_thought,
+    stream_text,
+)
 from troupe.policy.text.tokenizer import Tokenizer
 
 SAMPLED = GenerationConfig(num_generations=3, max_completion_length=10)
@@ -24,6 +32,18 @@ CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "
 @pytest.fixture
 def policy(tiny_model: Path) -> Policy:
     return load_policy(tiny_model)
+
+
+def test_generate_batch_returns_rows_in_prompt_order(policy: Policy) -> None:
+    generation = GenerationConfig(max_completion_length=8)
+    batch = generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
+    assert batch.prompt_ids == [policy.tokenizer.encode("hello")] * 3 + [policy.tokenizer.encode("a")] * 3
+    assert batch.texts == [policy.tokenizer.decode(ids) for ids in batch.completion_ids]
+    log_probs = np.array(policy.compute_log_probs(batch.prompt_ids, batch.completion_ids))
+    for row, ours in enumerate(batch.log_probs):
+        np.testing.assert_allclose(ours, log_probs[row][: len(ours)], atol=1e-4)
+    assert batch == generate_batch(policy, ["hello", "a"], 3, generation, seed=4)
+    assert batch != generate_batch(policy, ["hello", "a"], 3, generation, seed=5)
 
 
 def test_a_chat_goes_through_the_template(policy: Policy) -> None:
@@ -48,7 +68,7 @@ def test_half_a_surrogate_pair_is_no_text(policy: Policy, prompt: str) -> None:
 def test_every_prompt_is_completed_as_often_as_asked(policy: Policy) -> None:
     prompts: list[TextPrompt] = ["hello", CHAT, "x"]
     found = complete_texts(policy, prompts, SAMPLED, seed=5)
-    expected = rollout.generate_batch(policy, ["hello", "[system]Be kind.[user]Hi[assistant]", "x"], 3, SAMPLED, seed=5)
+    expected = generate_batch(policy, ["hello", "[system]Be kind.[user]Hi[assistant]", "x"], 3, SAMPLED, seed=5)
     assert [sample.text for group in found for sample in group] == expected.texts
     assert [[sample.prompt_tokens for sample in group] for group in found] == [[5] * 3, [35] * 3, [1] * 3]
     lengths = [len(ids) for ids in expected.completion_ids]
@@ -69,12 +89,12 @@ def test_a_stream_never_yields_half_a_character(policy: Policy, monkeypatch: pyt
     """Ids: é in two bytes, a special token, an id of the padded vocabulary, ✓ in three, the first byte of a fourth."""
     taken: list[int] = []
 
-    def scripted(engine: rollout.RolloutEngine, request: RolloutRequest) -> Iterator[int]:
+    def scripted(engine: RolloutEngine, request: RolloutRequest) -> Iterator[int]:
         for id_ in (0xC3, 0xA9, 257, 259, 0xE2, 0x9C, 0x93, 0x21, 0xF0):
             taken.append(id_)
             yield id_
 
-    monkeypatch.setattr(rollout.RolloutEngine, "stream", scripted)
+    monkeypatch.setattr(RolloutEngine, "stream", scripted)
     pieces = stream_text(policy, "x", SAMPLED, 0)
     assert next(pieces) == "é"
     assert len(taken) == 2, "a character comes as soon as it is whole"
@@ -84,14 +104,14 @@ def test_a_stream_never_yields_half_a_character(policy: Policy, monkeypatch: pyt
 def test_a_stream_hands_tokens_over_while_it_decodes(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = msgspec.structs.replace(SAMPLED, max_completion_length=10_000)
     steps = 0
-    current_weights = rollout.RolloutEngine.current_weights
+    current_weights = RolloutEngine.current_weights
 
-    def counted(engine: rollout.RolloutEngine) -> tuple[Weights, int]:
+    def counted(engine: RolloutEngine) -> tuple[Weights, int]:
         nonlocal steps
         steps += 1
         return current_weights(engine)
 
-    monkeypatch.setattr(rollout.RolloutEngine, "current_weights", counted)
+    monkeypatch.setattr(RolloutEngine, "current_weights", counted)
     pieces = stream_text(policy, "hello", endless, seed=1)
     next(pieces)
     assert 1 <= steps < 9, "at most the bytes of a character, and the token on its way"

@@ -1,11 +1,10 @@
 """The batched decoding engine: many prompts, several samples of each, one step of the device for all their next tokens.
 
-Deals in token ids; only `generate_batch`, the door for scripts, has text. Knows nothing of rewards, actors or clocks:
-what is computed together, and when a finished row leaves the batch, follows from the requests and the tokens alone.
+Token ids in, token ids out. What is computed together, and when a finished row leaves the batch, follows from the
+requests and the tokens alone.
 
 Noise: sample i of a request draws its token t by one uniform number that is a hash of (the request's key, i, t), so
-it is the same whatever else is in the batch, on whichever device (`drawing.py`). The loop itself is in `decoding.py`,
-when a completion ends early in `stopping.py`, how much memory a decode takes in `memory.py`.
+it is the same whatever else is in the batch, on whichever device.
 """
 
 from __future__ import annotations
@@ -14,34 +13,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
-
-import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.decode import cuda_kernels
-from troupe.policy.decode.loop import Batch
+from troupe.policy.decode.loop import DecodeSetup, Wave
 from troupe.policy.decode.memory import decode_memory_bytes, split_into_waves
-from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
+from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.decode.stopping import StopRules
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.gpu_attention import attention_is_fused
 from troupe.policy.network.qwen3 import EMBEDDING, Qwen3Config, Weights, fuse_projections
-
-if TYPE_CHECKING:
-    from troupe.policy.model import Policy
-    from troupe.policy.text.tokenizer import Tokenizer
-
-__all__ = [
-    "CompletedGroup",
-    "Completion",
-    "GenerationConfig",
-    "RolloutBatch",
-    "RolloutEngine",
-    "RolloutRequest",
-    "generate_batch",
-]
+from troupe.policy.text.tokenizer import Tokenizer
 
 
 class RolloutEngine:
@@ -65,7 +48,7 @@ class RolloutEngine:
         """
         self.config = policy_config
         self.generation = generation
-        self.stop_rules = StopRules(
+        self._stop_rules = StopRules(
             stop_ids,
             generation.stop,
             partial(tokenizer.decode_stream, skip_special_tokens=False) if tokenizer else None,
@@ -132,13 +115,6 @@ class RolloutEngine:
         """Let go of the weights and of what was made of them; `load` brings others. Not while decoding."""
         self._loaded = self._prepared = None
 
-    @property
-    def writes_scores(self) -> bool:
-        """Whether this device holds the scores of whole prompts where it computes them whole."""
-        assert self._loaded is not None
-        dtype = self._loaded[0][EMBEDDING].dtype
-        return not attention_is_fused(self.config.head_dim, dtype, gradient=False, on_cpu=is_on_cpu())
-
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
         """What decoding prompts of these lengths together takes beside the weights; see `decode_memory_bytes`."""
         assert self._loaded is not None
@@ -152,10 +128,19 @@ class RolloutEngine:
             min(self.generation.max_completion_length, room),
             dtype,
             is_filtering=self.sampler.is_filtering,
-            writes_scores=self.writes_scores,
+            writes_scores=self._writes_scores(),
             in_blocks=is_on_cpu(),
             copies_updates=not is_on_cpu() and not cuda_kernels.serve(*heads),
         )
+
+    def _writes_scores(self) -> bool:
+        assert self._loaded is not None
+        dtype = self._loaded[0][EMBEDDING].dtype
+        return not attention_is_fused(self.config.head_dim, dtype, gradient=False, on_cpu=is_on_cpu())
+
+    def _wave(self, requests: Sequence[RolloutRequest], places: range) -> Wave:
+        setup = DecodeSetup(self.config, self.generation, self.sampler, self._stop_rules, self._writes_scores())
+        return Wave(setup, requests, places, self.current_weights)
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
         """Check the requests and make ready to decode → which of them are decoded together."""
@@ -177,30 +162,30 @@ class RolloutEngine:
         return waves
 
     def _decode(self, requests: Sequence[RolloutRequest], waves: Sequence[range]) -> Iterator[list[CompletedGroup]]:
-        for wave in waves:
+        for places in waves:
             if self._aborted.is_set():
                 return
-            batch = Batch(self, requests, wave)
+            wave = self._wave(requests, places)
             self.tokens = 0
-            more = batch.advance()
+            more = wave.advance()
             yield []
             while more:
                 self.tokens += 1
-                if completed := list(batch.take_completed()):
+                if completed := list(wave.take_completed()):
                     yield completed
                 if self._aborted.is_set():
-                    batch.abandon()
+                    wave.abandon()
                     break
-                more = batch.advance()
-            if completed := list(batch.take_completed()):
+                more = wave.advance()
+            if completed := list(wave.take_completed()):
                 yield completed
 
     def _stream(self, request: RolloutRequest) -> Iterator[int]:
-        batch = Batch(self, [request], range(1))
+        wave = self._wave([request], range(1))
         seen, more = 0, True
         while more and not self._aborted.is_set():
-            more = batch.advance()
-            ids = batch.groups[0][0].token_ids
+            more = wave.advance()
+            ids = wave.groups[0][0].token_ids
             yield from ids[seen:]
             seen = len(ids)
 
@@ -216,40 +201,3 @@ def _check_request(config: Qwen3Config, index: int, request: RolloutRequest) -> 
             f"request {index}: a prompt of {len(prompt)} tokens leaves no room for a completion; the model has "
             f"{config.max_position_embeddings} positions (max_position_embeddings), so shorten the prompt"
         )
-
-
-class RolloutBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """Completions of several prompts, as lists in prompt-major order: G rows of the first prompt, then the next's."""
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    log_probs: list[list[float]]
-    """Nats, under softmax(logits / temperature)."""
-    texts: list[str]
-    """Completions without special tokens."""
-
-
-def generate_batch(
-    policy: Policy,
-    prompts: Sequence[str],
-    num_generations: int,
-    generation: GenerationConfig | None = None,
-    seed: int = 0,
-) -> RolloutBatch:
-    """Complete every prompt `num_generations` times, which overrides the field of `generation`.
-
-    Raises ModelError for a prompt without room or a policy without tokenizer.
-    """
-    generation = msgspec.structs.replace(generation or GenerationConfig(), num_generations=num_generations)
-    engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer)
-    engine.load(policy.weights, 0)
-    prompt_ids = policy.tokenizer.batch_encode(prompts)
-    requests = [RolloutRequest(prompt_ids=tuple(ids), key=(seed, i)) for i, ids in enumerate(prompt_ids)]
-    groups = sorted(engine.decode(requests), key=lambda group: group.index)
-    completions = [completion for group in groups for completion in group.completions]
-    return RolloutBatch(
-        prompt_ids=[ids for ids in prompt_ids for _ in range(num_generations)],
-        completion_ids=[list(completion.token_ids) for completion in completions],
-        log_probs=[list(completion.log_probs) for completion in completions],
-        texts=[policy.tokenizer.decode_sampled(completion.token_ids) for completion in completions],
-    )

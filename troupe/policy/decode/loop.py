@@ -1,7 +1,7 @@
 """The loop of the decoding engine: rows that grow token by token, laid out as one batch on the device.
 
-One token of every row is always under way on the device while the one before is read back. Knows nothing of text and of
-who asked; all it does follows from requests and tokens.
+One token of every row is always under way on the device while the one before is read back. All it does follows from
+requests and tokens.
 
 Penalties look back over the prompt too, not only over what was sampled: the window of recent ids starts filled with the
 prompt's last ones, as in mlx-lm.
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -22,15 +22,30 @@ from troupe.policy.decode.cache import DecodingCache, PiecedPromptCache, PromptC
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
 from troupe.policy.decode.drawing import NOISE_BLOCK, draw_tokens, noise_block, row_key
 from troupe.policy.decode.memory import piece_length, prefill_chunks
-from troupe.policy.decode.requests import CompletedGroup, Completion, FinishReason, RolloutRequest
-from troupe.policy.decode.stopping import StopWatch
-from troupe.policy.network.qwen3 import Weights, hidden_states, project
-
-if TYPE_CHECKING:
-    from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.requests import (
+    CompletedGroup,
+    Completion,
+    FinishReason,
+    GenerationConfig,
+    RolloutRequest,
+)
+from troupe.policy.decode.sampling import Sampler
+from troupe.policy.decode.stopping import StopRules, StopWatch
+from troupe.policy.network.qwen3 import Qwen3Config, Weights, hidden_states, project
 
 COMPACT_EVERY = 8
 """Finished rows leave the batch only at token positions that this divides."""
+
+
+class DecodeSetup(NamedTuple):
+    """What all rows of a decode have in common."""
+
+    config: Qwen3Config
+    generation: GenerationConfig
+    sampler: Sampler
+    stop_rules: StopRules
+    writes_scores: bool
+    """Whether this device holds the scores of whole prompts where it computes them whole."""
 
 
 class Row:
@@ -66,30 +81,39 @@ class Row:
         )
 
 
-class Batch:
-    """The state of one wave: its rows, where they lie in the device's batch, and tokens not yet read back."""
+class Wave:
+    """Requests that are decoded together: their rows, where these lie in the device's batch, and tokens not yet read
+    back."""
 
-    def __init__(self, engine: RolloutEngine, requests: Sequence[RolloutRequest], wave: range) -> None:
-        self._engine = engine
-        self._prompts = [requests[index].prompt_ids for index in wave]
-        G, longest = engine.generation.num_generations, engine.generation.max_completion_length
-        room, rules = engine.config.max_position_embeddings, engine.stop_rules
+    def __init__(
+        self,
+        setup: DecodeSetup,
+        requests: Sequence[RolloutRequest],
+        places: range,
+        current_weights: Callable[[], tuple[Weights, int]],
+    ) -> None:
+        """Those of `requests` at `places`. `current_weights` gives, for each token, the weights and their version."""
+        self._setup = setup
+        self._current_weights = current_weights
+        self._prompts = [requests[index].prompt_ids for index in places]
+        G, longest = setup.generation.num_generations, setup.generation.max_completion_length
+        room, rules = setup.config.max_position_embeddings, setup.stop_rules
         self.groups = {
             index: [
                 Row(index, row_key(request.key, i), min(longest, room - len(request.prompt_ids)), rules.watch())
                 for i in range(G)
             ]
-            for index, request in zip(wave, requests[wave.start : wave.stop], strict=True)
+            for index, request in zip(places, requests[places.start : places.stop], strict=True)
         }
         self._slots = [list(group) for group in self.groups.values()]  # the rows in the device's batch, slot by slot
         self._limit = max(row.limit for slot in self._slots for row in slot)
         self._versions: list[int] = []
         self._unread: deque[tuple[int, list[Row], list[mx.array]]] = deque()
-        self._waiting = list(wave)
+        self._waiting = list(places)
         self._cache: DecodingCache | None = None
         self._ids = mx.array([])
         self._noise: list[mx.array] = []  # (B, NOISE_BLOCK) for the draw, and again for filters that want it
-        self._recent = self._last_of_prompts(engine.sampler.context_size)
+        self._recent = self._last_of_prompts(setup.sampler.context_size)
 
     def advance(self) -> bool:
         """Make one more token of every row on the device and read back the one before → whether rows are left."""
@@ -120,14 +144,14 @@ class Batch:
 
     def _dispatch(self, t: int) -> None:
         """Let the device make token t of every row."""
-        weights, version = self._engine.current_weights()
-        config = self._engine.config
+        weights, version = self._current_weights()
+        config = self._setup.config
         rows = [row for slot in self._slots for row in slot]
         hidden = self._prefill(weights) if self._cache is None else self._cache.forward(config, weights, self._ids)
         logits = project(config, weights, hidden)
         if t == 0:
-            logits = mx.repeat(logits, self._engine.generation.num_generations, axis=0)
-        sampler = self._engine.sampler
+            logits = mx.repeat(logits, self._setup.generation.num_generations, axis=0)
+        sampler = self._setup.sampler
         if t % NOISE_BLOCK == 0:
             purposes = [b"", b"filter"] if sampler.needs_uniforms else [b""]
             self._noise = [noise_block([row.key for row in rows], t // NOISE_BLOCK, purpose) for purpose in purposes]
@@ -142,7 +166,7 @@ class Batch:
 
     def _prefill(self, weights: Weights) -> mx.array:
         """Every prompt once → the hidden state of its last token, (requests, D); opens the cache."""
-        config, hidden, parts = self._engine.config, [], []
+        config, hidden, parts = self._setup.config, [], []
         for portion in prefill_chunks([len(prompt) for prompt in self._prompts]):
             part, last = self._prefill_portion(weights, [self._prompts[i] for i in portion])
             parts.append(part)
@@ -154,10 +178,10 @@ class Batch:
 
     def _prefill_portion(self, weights: Weights, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, mx.array]:
         """Some prompts together → their keys and values, and the hidden state of each one's last token."""
-        config, lengths = self._engine.config, [len(prompt) for prompt in prompts]
+        config, lengths = self._setup.config, [len(prompt) for prompt in prompts]
         width = max(lengths)
         ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-        size = piece_length(len(prompts), width, writes_scores=self._engine.writes_scores)
+        size = piece_length(len(prompts), width, writes_scores=self._setup.writes_scores)
         last = mx.array(lengths)[:, None, None] - 1
         if size == width:
             part = PromptCache(lengths)
@@ -175,7 +199,7 @@ class Batch:
         if W == 0:
             return None
         windows = [[*[-1] * (W - len(prompt)), *prompt[-W:]] for prompt in self._prompts]
-        return mx.repeat(mx.array(windows, dtype=mx.int32), self._engine.generation.num_generations, axis=0)
+        return mx.repeat(mx.array(windows, dtype=mx.int32), self._setup.generation.num_generations, axis=0)
 
     def _read(self) -> None:
         """Give every row its token of the oldest unread step; see which rows end."""
@@ -192,7 +216,7 @@ class Batch:
 
     def _not_finite(self, t: int, row: Row) -> RunError:
         """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
-        weights, _ = self._engine.current_weights()
+        weights, _ = self._current_weights()
         dtype = str(next(iter(weights.values())).dtype).removeprefix("mlx.core.")
         return RunError(
             f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "

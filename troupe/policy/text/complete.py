@@ -1,22 +1,17 @@
-"""Text in, text out: prompts, plain or chats, completed by a policy, all at once or word by word.
-
-Stands between the tokenizer and the decoding engine. Knows nothing of files, rewards or the command line.
-"""
+"""Text in, text out: prompts, plain or chats, completed by a policy, all at once or word by word."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
 from troupe.errors import InputError
-from troupe.policy.decode.engine import GenerationConfig, RolloutEngine, RolloutRequest
+from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.requests import Completion, FinishReason, GenerationConfig, RolloutRequest
 from troupe.policy.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from troupe.policy.model import Policy
 
 OPENED, CLOSED = "<think>", "</think>"
 """What thoughts stand between."""
@@ -33,7 +28,27 @@ class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     """The stop token included."""
-    finish_reason: Literal["stop", "length", "repetition", "aborted"]
+    finish_reason: FinishReason
+
+
+class RolloutBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Completions of several prompts, as lists in prompt-major order: G rows of the first prompt, then the next's."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    log_probs: list[list[float]]
+    """Nats, under softmax(logits / temperature)."""
+    texts: list[str]
+    """Completions without special tokens."""
+
+
+class TextPolicy(Protocol):
+    """A policy that can be asked for text."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def engine(self, generation: GenerationConfig) -> RolloutEngine: ...
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: TextPrompt, **template_kwargs: Any) -> list[int]:
@@ -74,7 +89,7 @@ def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int])
 
 
 def complete_texts(
-    policy: Policy, prompts: Sequence[TextPrompt], generation: GenerationConfig, seed: int, **template_kwargs: Any
+    policy: TextPolicy, prompts: Sequence[TextPrompt], generation: GenerationConfig, seed: int, **template_kwargs: Any
 ) -> list[list[TextCompletion]]:
     """Complete every prompt `generation.num_generations` times, all together → completions by prompt and sample.
 
@@ -83,7 +98,6 @@ def complete_texts(
     """
     tokenizer = policy.tokenizer
     rows = [encode_prompt(tokenizer, prompt, **template_kwargs) for prompt in prompts]
-    groups = sorted(_engine(policy, generation).decode(_requests(rows, seed)), key=lambda group: group.index)
     return [
         [
             TextCompletion(
@@ -92,14 +106,36 @@ def complete_texts(
                 completion_tokens=len(completion.token_ids),
                 finish_reason=completion.finish_reason,
             )
-            for completion in group.completions
+            for completion in completions
         ]
-        for row, group in zip(rows, groups, strict=True)
+        for row, completions in zip(rows, _decode(policy, rows, generation, seed), strict=True)
     ]
 
 
+def generate_batch(
+    policy: TextPolicy,
+    prompts: Sequence[str],
+    num_generations: int,
+    generation: GenerationConfig | None = None,
+    seed: int = 0,
+) -> RolloutBatch:
+    """Complete every prompt `num_generations` times, which overrides the field of `generation`.
+
+    Raises ModelError for a prompt without room or a policy without tokenizer.
+    """
+    generation = msgspec.structs.replace(generation or GenerationConfig(), num_generations=num_generations)
+    prompt_ids = policy.tokenizer.batch_encode(prompts)
+    completions = [completion for group in _decode(policy, prompt_ids, generation, seed) for completion in group]
+    return RolloutBatch(
+        prompt_ids=[ids for ids in prompt_ids for _ in range(num_generations)],
+        completion_ids=[list(completion.token_ids) for completion in completions],
+        log_probs=[list(completion.log_probs) for completion in completions],
+        texts=[policy.tokenizer.decode_sampled(completion.token_ids) for completion in completions],
+    )
+
+
 def stream_text(
-    policy: Policy, prompt: TextPrompt, generation: GenerationConfig, seed: int, **template_kwargs: Any
+    policy: TextPolicy, prompt: TextPrompt, generation: GenerationConfig, seed: int, **template_kwargs: Any
 ) -> Iterator[str]:
     """Complete one prompt once → its text in pieces as they come, each of whole characters and none empty.
 
@@ -108,7 +144,7 @@ def stream_text(
     """
     generation = msgspec.structs.replace(generation, num_generations=1)
     row = encode_prompt(policy.tokenizer, prompt, **template_kwargs)
-    ids = _engine(policy, generation).stream(_requests([row], seed)[0])
+    ids = policy.engine(generation).stream(_requests([row], seed)[0])
     return _pieces(policy.tokenizer, ids)
 
 
@@ -122,11 +158,12 @@ def _pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
-def _engine(policy: Policy, generation: GenerationConfig) -> RolloutEngine:
-    policy.check_stop_ids()
-    engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer)
-    engine.load(policy.weights, 0)
-    return engine
+def _decode(
+    policy: TextPolicy, rows: Sequence[Sequence[int]], generation: GenerationConfig, seed: int
+) -> list[tuple[Completion, ...]]:
+    """Completions of each row, in order."""
+    groups = policy.engine(generation).decode(_requests(rows, seed))
+    return [group.completions for group in sorted(groups, key=lambda group: group.index)]
 
 
 def _requests(rows: Sequence[Sequence[int]], seed: int) -> list[RolloutRequest]:
