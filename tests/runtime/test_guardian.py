@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from troupe.runtime import guardian
 from troupe.runtime.guardian import QUIET_S, TELL_S, TICK_S, Call, Guardian, Page, Vigil, reason, stacks_of
+from troupe.runtime.guarding import WrittenPage
 
 STACKS = """Timeout (0:00:03)!
 Thread 0x00007f0000000002 (most recent call first):
@@ -81,16 +83,16 @@ def test_a_turn_begins_anew() -> None:
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
+def page(tmp_path: Path) -> Iterator[WrittenPage]:
     descriptor = os.open(tmp_path / "page", os.O_RDWR | os.O_CREAT)
     os.ftruncate(descriptor, Page.BYTES)
-    yield Page(descriptor)
+    yield WrittenPage(descriptor)
     os.close(descriptor)
 
 
-def test_the_page_tells_what_was_written(page: Page) -> None:
+def test_the_page_tells_what_was_written(page: WrittenPage) -> None:
     page.tell(1.5, 2.5, LOOP, 2)
-    assert page.told() == (1.5, 2.5, LOOP, 2)
+    assert page.turns() == (1.5, 2.5, LOOP, 2)
     page.write("folder", "/runs/日本\udcff")
     assert page.read("folder") == "/runs/日本\udcff"
     page.write("folder", "x" * 5000)
@@ -98,7 +100,7 @@ def test_the_page_tells_what_was_written(page: Page) -> None:
     assert page.read("threads") == ""
 
 
-def test_the_page_knows_the_calls_under_way(page: Page) -> None:
+def test_the_page_knows_the_calls_under_way(page: WrittenPage) -> None:
     first = page.begin(Call(1.0, WORKER, 17, "kind", "/home/me/rewards.py", "kind"))
     page.begin(Call(2.0, 0, 0, "a" * 500, "/home/me/" + "x" * 5000, "b" * 500))
     newest, oldest = page.calls()
@@ -114,7 +116,7 @@ def test_the_page_knows_the_calls_under_way(page: Page) -> None:
     assert [call.since_s for call in page.calls()] == [2.0]
 
 
-def test_more_calls_than_there_are_places_for_are_left_out(page: Page) -> None:
+def test_more_calls_than_there_are_places_for_are_left_out(page: WrittenPage) -> None:
     places = [page.begin(Call(0.0, 1, 1, "n", "f", "g")) for _ in range(1000)]
     assert None in places
     for place in places:
@@ -160,6 +162,13 @@ def test_who_blocks_the_event_loop_is_named() -> None:
     calls = [call("other", file="/home/me/others.py"), call("judge"), call("kind", WORKER)]
     told = reason(calls, stacks, held=False, loop_thread=LOOP, busiest=WORKER)
     assert told == ("judge", "the reward judge (/home/me/rewards.py:9) keeps the event loop from turning")
+
+
+def test_files_of_ours_are_not_to_blame_however_deep_they_lie() -> None:
+    ours = f"{Path(guardian.__file__).parents[1]}/rewards/processes/worker.py"
+    stacks = {LOOP: [("/usr/lib/python3.11/x.py", 1, "f"), (ours, 2, "g"), ("/home/me/rewards.py", 9, "h")]}
+    told = reason([], stacks, held=False, loop_thread=LOOP, busiest=None)
+    assert told == ("", "/home/me/rewards.py:9 keeps the event loop from turning")
 
 
 def test_a_page_is_no_larger_than_it_looks() -> None:

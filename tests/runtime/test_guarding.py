@@ -42,7 +42,7 @@ async def test_signals_are_received_and_everything_is_as_before_afterwards() -> 
                 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
                     os.kill(os.getpid(), number)
                     assert await signals.receive() == number
-            assert guard._page.told()[3] == 3
+            assert guard._page.turns()[3] == 3
             child = guard._child
             assert child is not None
         assert signal.getsignal(signal.SIGTERM) is handler
@@ -82,7 +82,7 @@ async def main():
             os._exit(len(guarding._pages))
         code = os.waitpid(child, 0)[1]
         await anyio.sleep(0.02)
-        print(code, guard._page.told()[3])
+        print(code, guard._page.turns()[3])
 
 anyio.run(main)
 """
@@ -98,9 +98,9 @@ def test_a_fork_s_signals_are_its_own() -> None:
 
 async def test_it_tells_that_it_turns() -> None:
     with Guard(signals=False) as guard:
-        turned_s, pulsed_s, thread, _ = guard._page.told()
+        turned_s, pulsed_s, thread, _ = guard._page.turns()
         assert thread == threading.get_ident()
-        await until(lambda: guard._page.told()[0] > turned_s and guard._page.told()[1] > pulsed_s)
+        await until(lambda: guard._page.turns()[0] > turned_s and guard._page.turns()[1] > pulsed_s)
 
 
 async def test_a_guardian_that_is_killed_is_replaced_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,13 @@ STACKS_SIGNAL = signal.SIGURG
 """Has a trainer's stacks written down."""
 SILENT = "control.silent"
 """In the run folder: what keeps the trainer from answering."""
+_OURS = f"{Path(__file__).parents[1]}/"
 
-_HEAD = struct.Struct("<ddQI")
-_CALL = struct.Struct("<BdQQ")
-_TEXTS = {"folder": (64, 4096), "threads": (4160, 12_000)}
-_CALLS_AT, _CALL_BYTES, _CALLS = 16_384, 512, 96
+HEAD = struct.Struct("<ddQI")
+CALL = struct.Struct("<BdQQ")
+TEXTS = {"folder": (64, 4096), "threads": (4160, 12_000)}
+"""`folder`, where the run writes, and `threads`, as JSON → where the text begins and how long it may be."""
+CALLS_AT, CALL_BYTES, CALLS = 16_384, 512, 96
 
 
 class Call:
@@ -55,74 +57,41 @@ class Call:
 
 
 class Page:
-    """What a trainer tells by writing to memory: it never waits, and is there to be read when the trainer is stuck.
+    """What a trainer has written to memory, there to be read when it is stuck.
 
     Times are `time.monotonic`, which processes of one machine have in common.
     """
 
-    BYTES = _CALLS_AT + _CALL_BYTES * _CALLS
+    BYTES = CALLS_AT + CALL_BYTES * CALLS
 
     def __init__(self, descriptor: int) -> None:
-        self._memory = mmap.mmap(descriptor, self.BYTES)
-        self._free = list(range(_CALLS))
+        self.memory = mmap.mmap(descriptor, self.BYTES)
 
-    def tell(self, turned_s: float, pulsed_s: float, loop_thread: int, heeded: int) -> None:
+    def turns(self) -> tuple[float, float, int, int]:
         """When the event loop turned last, when any thread could run, which thread the loop's is, signals heeded."""
-        _HEAD.pack_into(self._memory, 0, turned_s, pulsed_s, loop_thread, heeded)
-
-    def told(self) -> tuple[float, float, int, int]:
-        """What `tell` was given last."""
-        return _HEAD.unpack_from(self._memory, 0)
-
-    def write(self, what: str, text: str) -> None:
-        """Keep a text: `folder`, where the run writes, or `threads`, as JSON. One that is too long is left out."""
-        start, room = _TEXTS[what]
-        data = text.encode(errors="surrogateescape")
-        if len(data) <= room - 4:
-            struct.pack_into("<I", self._memory, start, 0)
-            self._memory[start + 4 : start + 4 + len(data)] = data
-            struct.pack_into("<I", self._memory, start, len(data))
+        return HEAD.unpack_from(self.memory, 0)
 
     def read(self, what: str) -> str:
         """The text that was written last; empty where there is none."""
-        start, room = _TEXTS[what]
-        (size,) = struct.unpack_from("<I", self._memory, start)
-        return self._memory[start + 4 : start + 4 + min(size, room - 4)].decode(errors="surrogateescape")
-
-    def begin(self, call: Call) -> int | None:
-        """Note a call → its place; None where all places are taken."""
-        try:
-            place = self._free.pop()
-        except IndexError:
-            return None
-        start = _CALLS_AT + place * _CALL_BYTES
-        text = "\0".join((call.name[:80], call.function[:80], call.file)).encode(errors="replace")
-        text = text[: _CALL_BYTES - _CALL.size - 1] + b"\0"
-        self._memory[start + _CALL.size : start + _CALL.size + len(text)] = text
-        _CALL.pack_into(self._memory, start, 1, call.since_s, call.thread, call.native)
-        return place
-
-    def end(self, place: int | None) -> None:
-        """The call is over."""
-        if place is not None:
-            self._memory[_CALLS_AT + place * _CALL_BYTES] = 0
-            self._free.append(place)
+        start, room = TEXTS[what]
+        (size,) = struct.unpack_from("<I", self.memory, start)
+        return self.memory[start + 4 : start + 4 + min(size, room - 4)].decode(errors="surrogateescape")
 
     def calls(self) -> list[Call]:
         """Those under way, the newest first."""
         found = []
-        for place in range(_CALLS):
-            start = _CALLS_AT + place * _CALL_BYTES
-            used, since_s, thread, native = _CALL.unpack_from(self._memory, start)
+        for place in range(CALLS):
+            start = CALLS_AT + place * CALL_BYTES
+            used, since_s, thread, native = CALL.unpack_from(self.memory, start)
             if used:
-                text = self._memory[start + _CALL.size : start + _CALL_BYTES].decode(errors="replace")
+                text = self.memory[start + CALL.size : start + CALL_BYTES].decode(errors="replace")
                 name, function, file = [*text.split("\0"), "", ""][:3]
                 found.append(Call(since_s, thread, native, name, file, function))
         return sorted(found, key=lambda call: -call.since_s)
 
 
 class Vigil:
-    """The rule: what is to be done, from one look to the next. Knows no clock, no process and no terminal."""
+    """The rule: what is to be done, from one look to the next."""
 
     def __init__(self, limit_s: float) -> None:
         """`limit_s`: of silence, after which the trainer is ended; 0: never."""
@@ -208,11 +177,11 @@ def reason(
 def _place(frames: list[Frame], file: str | None) -> str:
     """FILE:LINE of the innermost frame in a file; else in none of Python's own and ours; else of the innermost."""
     own = [frame for frame in frames if frame[0] == file]
-    foreign = [f for f in frames if not re.search(r"/python3[^/]*/|/troupe/[^/]+/[^/]+\.py$", f[0])]
-    for path, line, _ in [*own, *foreign, *frames][:1]:
-        here = f"{Path.cwd()}/"
-        return f"{path.removeprefix(here)}:{line}"
-    return ""
+    foreign = [
+        frame for frame in frames if not frame[0].startswith(_OURS) and not re.search("/python3[^/]*/", frame[0])
+    ]
+    places = [*own, *foreign, *frames]
+    return f"{places[0][0].removeprefix(f'{Path.cwd()}/')}:{places[0][1]}" if places else ""
 
 
 class Guardian:
@@ -236,15 +205,15 @@ class Guardian:
                     return
                 looked_s = now_s
         finally:
-            self._speak_no_more()
+            self._remove_silent()
 
     def _is_over(self, passed_s: float) -> bool:
-        turned_s, _, _, heeded = self._page.told()
+        turned_s, _, _, heeded = self._page.turns()
         vigil, before_s = self._vigil, self._vigil.silent_s
         waiting = self._waiting() if before_s else 0
         what = vigil.look(passed_s, turned_s, heeded, waiting)
         if vigil.silent_s == 0.0:
-            self._speak_no_more()
+            self._remove_silent()
             return False
         if before_s == 0.0:
             self._ticks = self._computed()
@@ -292,7 +261,7 @@ class Guardian:
 
     @property
     def _is_held(self) -> bool:
-        return time.monotonic() - self._page.told()[1] > 0.8 * STACKS_S
+        return time.monotonic() - self._page.turns()[1] > 0.8 * STACKS_S
 
     def _have_stacks_written(self) -> None:
         """By `faulthandler`, whose handler needs no lock; nothing of the trainer runs, so that its stacks stand still.
@@ -303,7 +272,7 @@ class Guardian:
             os.kill(self._parent, STACKS_SIGNAL)
 
     def _reason(self) -> tuple[str, str]:
-        loop_thread, calls, held = self._page.told()[2], self._page.calls(), self._is_held
+        loop_thread, calls, held = self._page.turns()[2], self._page.calls(), self._is_held
         try:
             threads = {int(ident): native for ident, native in json.loads(self._page.read("threads")).items()}
         except ValueError:
@@ -323,12 +292,10 @@ class Guardian:
         """Thread, by the system's number → ticks of the processor that it has had. Empty where the system does not
         say."""
         ticks = {}
-        try:
+        with suppress(OSError, ValueError, IndexError):  # a thread has just ended, or there is no such folder
             for task in Path(f"/proc/{self._parent}/task").iterdir():
                 fields = (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
                 ticks[int(task.name)] = int(fields[11]) + int(fields[12])
-        except (OSError, ValueError, IndexError):  # a thread has just ended, or there is no such folder
-            return ticks
         return ticks
 
     def _write_silent(self, name: str, sentence: str) -> None:
@@ -338,15 +305,13 @@ class Guardian:
             return
         path = Path(folder) / SILENT
         told = {"pid": self._parent, "name": name, "reason": sentence, "since": time.time() - self._vigil.silent_s}
-        try:
-            passing = path.with_name(f"{SILENT}~")
-            passing.write_text(json.dumps(told), encoding="utf-8")
-            passing.replace(path)
+        with suppress(OSError):
+            draft = path.with_name(f"{SILENT}~")
+            draft.write_text(json.dumps(told), encoding="utf-8")
+            draft.replace(path)
             self._silent = path
-        except OSError:
-            return
 
-    def _speak_no_more(self) -> None:
+    def _remove_silent(self) -> None:
         if self._silent is not None:
             with suppress(OSError):
                 self._silent.unlink()
@@ -356,11 +321,9 @@ class Guardian:
         """To stderr, if somebody reads it; names and paths are of others, and may not act on a terminal."""
         text = _ACTING.sub("?", text)
         line = f"{os.linesep if self._terminal else ''}{text}\n".encode(errors="replace")
-        try:
+        with suppress(OSError):
             if select.select([], [2], [], 0)[1]:
                 os.write(2, line[:4000])
-        except OSError:
-            return
 
 
 _ACTING = re.compile(r"[^\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f]")

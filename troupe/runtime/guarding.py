@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,19 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from troupe.runtime import guardian
-from troupe.runtime.guardian import STACKS_S, STACKS_SIGNAL, TICK_S, Call, Page
+from troupe.runtime.guardian import (
+    CALL,
+    CALL_BYTES,
+    CALLS,
+    CALLS_AT,
+    HEAD,
+    STACKS_S,
+    STACKS_SIGNAL,
+    TEXTS,
+    TICK_S,
+    Call,
+    Page,
+)
 
 _RESTARTS = 3
 """Guardians that may end before no other is started."""
@@ -34,7 +47,48 @@ _END_S = 2.0
 """That a guardian may take to end."""
 _WAKES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_pages: list[Page] = []
+
+class WrittenPage(Page):
+    """The page, as the trainer writes it: that never waits."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor)
+        self._free = list(range(CALLS))
+
+    def tell(self, turned_s: float, pulsed_s: float, loop_thread: int, heeded: int) -> None:
+        """Write down what `turns` reads."""
+        HEAD.pack_into(self.memory, 0, turned_s, pulsed_s, loop_thread, heeded)
+
+    def write(self, what: str, text: str) -> None:
+        """Keep a text of those in TEXTS. One that is too long is left out."""
+        start, room = TEXTS[what]
+        data = text.encode(errors="surrogateescape")
+        if len(data) <= room - 4:
+            struct.pack_into("<I", self.memory, start, 0)
+            self.memory[start + 4 : start + 4 + len(data)] = data
+            struct.pack_into("<I", self.memory, start, len(data))
+
+    def begin(self, call: Call) -> int | None:
+        """Note a call → its place; None where all places are taken."""
+        try:
+            place = self._free.pop()
+        except IndexError:
+            return None
+        start = CALLS_AT + place * CALL_BYTES
+        text = "\0".join((call.name[:80], call.function[:80], call.file)).encode(errors="replace")
+        text = text[: CALL_BYTES - CALL.size - 1] + b"\0"
+        self.memory[start + CALL.size : start + CALL.size + len(text)] = text
+        CALL.pack_into(self.memory, start, 1, call.since_s, call.thread, call.native)
+        return place
+
+    def end(self, place: int | None) -> None:
+        """The call is over."""
+        if place is not None:
+            self.memory[CALLS_AT + place * CALL_BYTES] = 0
+            self._free.append(place)
+
+
+_pages: list[WrittenPage] = []
 """The page of who guards this process: the lock is the process's, too."""
 
 
@@ -78,7 +132,7 @@ class Guard:
         self._child: subprocess.Popen[bytes] | None = None
         self._signals: socket.socket | None = None
         self._stack = ExitStack()
-        self._page: Page
+        self._page: WrittenPage
         self._memory = self._stacks = -1
         self._loop: asyncio.AbstractEventLoop
         self._timer: asyncio.TimerHandle
@@ -88,7 +142,7 @@ class Guard:
         with ExitStack() as stack:
             self._memory = _shared(stack, b"\0" * Page.BYTES)
             self._stacks = _shared(stack, b"")
-            self._page = Page(self._memory)
+            self._page = WrittenPage(self._memory)
             self._turn()
             stack.callback(lambda: self._timer.cancel())
             if self._with_signals:
