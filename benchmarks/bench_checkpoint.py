@@ -69,7 +69,7 @@ def write_inputs(folder: Path, prompts: int) -> tuple[Path, Path]:
     return model, folder / "prompts.json"
 
 
-def play(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The run → its figures."""
     table: dict[str, Any] = {
         "output": str(folder / "run"),
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
     busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="troupe-checkpoint-", dir=args.folder) as folder:
         write_inputs(Path(folder), args.prompts)
-        figures = play(Path(folder), args)
+        figures = run(Path(folder), args)
     about = {
         "load_before": round(busy, 1),
         "parameters": parameter_count(POLICY),

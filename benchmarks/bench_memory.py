@@ -2,7 +2,7 @@
 
     python benchmarks/bench_memory.py [--model Qwen3-0.6B --dtype bfloat16 --prompts 2 --group 8 --tokens 512]
 
-Random weights. Makes the memory plan of such a run, then plays its phases without actors: decodes every completion to
+Random weights. Makes the memory plan of such a run, then does its phases without actors: decodes every completion to
 its full length, lets the engine go, learns twice; all that a run holds is held. Prints one JSON line for each choice of
 `--micro-batches` and `--checkpointing`; peaks are MLX's, cached buffers not counted. With `--limit` MLX waits rather
 than run ahead over it, as in a run; `--limit 0` shows what the work itself needs, slowly.
@@ -59,7 +59,7 @@ def plan_of(args: argparse.Namespace, micro_batches: int, checkpointing: bool) -
     return plan_memory(config, work)
 
 
-def play(plan: Plan, args: argparse.Namespace, policy: Policy) -> dict[str, float]:
+def do_phases(plan: Plan, args: argparse.Namespace, policy: Policy) -> dict[str, float]:
     """Peaks in GB and seconds of the phases."""
     config = plan.config
     rng = random.Random(0)
@@ -124,7 +124,7 @@ def main() -> None:
         plan = plan_of(args, micro_batches, bool(checkpointing))
         policy = random_policy(PRESETS[args.model], dtype=args.dtype)
         mx.clear_cache()
-        figures = play(plan, args, policy)
+        figures = do_phases(plan, args, policy)
         predicted = {f"predicted_{name}_gb": peak_bytes({name: items}) / GB for name, items in plan.phases.items()}
         line = {
             "benchmark": "memory",

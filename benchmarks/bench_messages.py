@@ -135,7 +135,7 @@ def step_shares(spans: list[Span]) -> list[dict[str, float]]:
 
 
 def demo_steps(steps: int) -> list[dict[str, float]]:
-    """Play the demo for so many steps, in a folder that is thrown away."""
+    """Run the demo for so many steps, in a folder that is thrown away."""
     with TemporaryDirectory() as folder:
         settings = {
             "output": f"{folder}/run",

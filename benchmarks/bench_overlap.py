@@ -144,17 +144,17 @@ class Bench:
         with blas_limited(1):
             return anyio.run(_sequential, prepared, self.args.steps)
 
-    def played(self, reward: Reward, max_staleness: int, **schedule: Any) -> Timing:
+    def timed(self, reward: Reward, max_staleness: int, **schedule: Any) -> Timing:
         """The same as a run of actors."""
         config = self.config(max_staleness, **schedule)
         ends_s: list[float] = []
 
-        async def play() -> None:
+        async def run() -> None:
             async with troupe.Supervisor(config, rewards=[reward]) as run:
                 async for _ in run.updates():
                     ends_s.append(time.perf_counter())  # noqa: PERF401 - at the moment it comes
 
-        anyio.run(play)
+        anyio.run(run)
         measured = ends_s[WARM_UP - 1 : WARM_UP + self.args.steps]
         return Timing(statistics.fmean(end - start for start, end in pairwise(measured)))
 
@@ -223,22 +223,22 @@ def latency_part(bench: Bench) -> Iterator[dict[str, Any]]:
         sequential = bench.sequential(reward)
         yield {"part": "latency", "what": "sequential", "latency": latency, **_rounded(sequential)}
         for max_staleness in args.staleness:
-            played = bench.played(reward, max_staleness)
+            overlapped = bench.timed(reward, max_staleness)
             ideal_s = max(sequential.device_s, sequential.score_s)
             line = {
                 "part": "latency",
                 "what": "run",
                 "latency": latency,
                 "max_staleness": max_staleness,
-                "step_s": round(played.step_s, 4),
-                "of_larger": round(played.step_s / ideal_s, 3),
-                "speedup": round(sequential.step_s / played.step_s, 3),
+                "step_s": round(overlapped.step_s, 4),
+                "of_larger": round(overlapped.step_s / ideal_s, 3),
+                "speedup": round(sequential.step_s / overlapped.step_s, 3),
             }
             if latency:
-                hidden = (sequential.step_s - played.step_s) / sequential.score_s
+                hidden = (sequential.step_s - overlapped.step_s) / sequential.score_s
                 line["hidden"] = round(hidden, 3)
                 if latency == 1.0 and max_staleness <= 1:
-                    line["ok"] = played.step_s <= 1.10 * ideal_s if max_staleness else hidden >= 1 / 3
+                    line["ok"] = overlapped.step_s <= 1.10 * ideal_s if max_staleness else hidden >= 1 / 3
             yield line
 
 
@@ -252,16 +252,16 @@ def rewards_part(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _compared(bench: Bench, name: str, reward: Callable[[], Reward]) -> dict[str, Any]:
-    sequential, played = bench.sequential(reward()), bench.played(reward(), 1)
+    sequential, overlapped = bench.sequential(reward()), bench.timed(reward(), 1)
     ideal_s = max(sequential.device_s, sequential.score_s)
     return {
         "part": "rewards",
         "reward": name,
         "max_staleness": 1,
         **{f"sequential_{key}": value for key, value in _rounded(sequential).items()},
-        "step_s": round(played.step_s, 4),
-        "of_larger": round(played.step_s / ideal_s, 3),
-        "speedup": round(sequential.step_s / played.step_s, 3),
+        "step_s": round(overlapped.step_s, 4),
+        "of_larger": round(overlapped.step_s / ideal_s, 3),
+        "speedup": round(sequential.step_s / overlapped.step_s, 3),
     }
 
 
@@ -287,9 +287,9 @@ def processes_part(bench: Bench) -> Iterator[dict[str, Any]]:
     """Generator and learner side by side on two cores."""
     reward = service(0.0, bench.args.prompts)
     device = bench.sequential(reward)
-    turns = bench.played(reward, 0)
+    turns = bench.timed(reward, 0)
     for placement in ("thread", "process"):
-        beside = bench.played(reward, 1, generator=placement)
+        beside = bench.timed(reward, 1, generator=placement)
         speedup = turns.step_s / beside.step_s
         yield {
             "part": "processes",

@@ -71,7 +71,7 @@ def run_ours(engine: RolloutEngine, prompts: Mapping[int, list[int]], step: int)
 
 
 class Process:
-    """A process that plays rounds. Use as a context manager."""
+    """A process that does rounds. Use as a context manager."""
 
     def __init__(self, *command: str, **environment: str) -> None:
         self._name = " ".join(command[:3])
@@ -88,7 +88,7 @@ class Process:
             pass
 
     def begin(self) -> None:
-        """Let it play the next round."""
+        """Let it do the next round."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, which its answer tells
             print("go", file=self._process.stdin, flush=True)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--steps 2000 --fail 0.05 --out FOLDER]
 
-Plays the demo's policy and data with a reward of which a share of the calls raises, hangs past its deadline or gives
+Runs the demo's policy and data with a reward of which a share of the calls raises, hangs past its deadline or gives
 NaN, checkpoints every 50 steps. Reads the trainer's resident memory, threads and descriptors from the system (Linux)
 every `--every` steps and prints one JSON line each, then the counts of incidents and groups.
 """
@@ -68,7 +68,7 @@ def read(pid: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Play and watch."""
+    """Run and watch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--fail", type=float, default=0.05)

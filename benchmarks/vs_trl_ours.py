@@ -2,7 +2,7 @@
 
     python benchmarks/vs_trl_ours.py RUN.toml RESULT.json
 
-The result: `origin_s`, when the play began, `ended_s`, when the update of each step came (both on the monotonic clock,
+The result: `origin_s`, when the run began, `ended_s`, when the update of each step came (both on the monotonic clock,
 which all processes of a machine share), `metrics` of each step, `versions` and `device`.
 """
 

@@ -26,7 +26,7 @@ _HEAD = """\
 | it ends with | when |
 |---|---|
 | 0 | done |
-| 2 | bad input, found before work began; or nobody plays the run that was asked |
+| 2 | bad input, found before work began; or no process runs the run that was asked |
 | 3 | a fault while a run was under way, or a request that was refused |
 | 130 | interrupted; `troupe train -o OUT_DIR --resume` goes on |
 

@@ -1,4 +1,4 @@
-"""Makes the pictures of the documents that show what a user sees, each of a run that really plays.
+"""Makes the pictures of the documents that show what a user sees, each of a real run.
 
     python -m scripts.make_screens [NAME…] [--out docs/images]
 

@@ -1,4 +1,4 @@
-"""What the outside may ask of a run while it plays, and what it is told about it.
+"""What may be asked of a run from outside while it runs, and what is answered.
 
 All requests may be asked at any time and return at once; what they ask for happens when the actor gets to it.
 """

@@ -1,8 +1,8 @@
-"""The life of a group, one type a stage: Prompt → RolloutGroup → ScoredGroup.
+"""The life of a group, a type for each state: Prompt → RolloutGroup → ScoredGroup.
 
 A *step* is one learner batch: P prompts × G completions. A group's identity is its `Slot`; its `gid` is unique
 over the whole run and a function of the slot alone, so that a group issued again after a crash is the same group.
-A new stage is a new type that holds the one before: no field is ever filled in later.
+The next state is another type, which holds the one before: no field is ever filled in later.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Any actor → Metrics: one timed piece of work, or of waiting."""
+    """Any actor → Metrics: some work, or a wait, with its times."""
 
     actor: str
     name: str
