@@ -29,7 +29,7 @@ def test_a_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench, "POLICY", msgspec.structs.replace(CONFIG, max_position_embeddings=64))
     shape = ["--pairs", "4", "--prompts", "2", "--group", "2", "--new-tokens", "4", "--generator", "thread"]
     bench.write_inputs(tmp_path, 2)
-    found = bench.play(tmp_path, bench.parse(shape))
+    found = bench.run(tmp_path, bench.parse(shape))
     assert found["measured"] >= 1
     assert found["cost"] > -1 < found["beside_s"]
     assert found["write_s"] > 0
