@@ -25,7 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 import troupe  # first: it loads OpenBLAS before MLX
-from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.grpo import (
     Batch,
     LearnerConfig,
@@ -67,7 +67,7 @@ def loss_of(log_probs: Callable[..., Any], batch: Batch) -> Callable[[Weights], 
 
 def step_of(variant: str, config: Qwen3Config, micro_batches: int) -> Callable[[Weights, State, Batch], Any]:
     """(weights, state, batch) → weights, state."""
-    packed = completion_log_probs(config, 1.0, recompute=variant == "recompute", entropy_gradient=False)
+    packed = CompletionLogProbs(config, 1.0, recompute=variant == "recompute", entropy_gradient=False)
     optimizer = AdamW(1e-6)
     learner = LearnerConfig(gradient_accumulation_steps=micro_batches)
 

@@ -20,7 +20,7 @@ from itertools import product
 
 import troupe  # first: it loads OpenBLAS before MLX
 from troupe import RunConfig
-from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.checkpoint import CheckpointConfig
 from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.policy import (
@@ -89,7 +89,7 @@ def do_phases(plan: Plan, args: argparse.Namespace, policy: Policy) -> dict[str,
         [rng.gauss(0, 1) for _ in completions],
         pad_id=0,
     )
-    log_probs = completion_log_probs(
+    log_probs = CompletionLogProbs(
         policy.config, 1.0, recompute=config.learner.gradient_checkpointing or False, entropy_gradient=False
     )
     for _ in range(args.steps):

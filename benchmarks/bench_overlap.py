@@ -40,7 +40,7 @@ import anyio
 import msgspec
 
 import troupe  # first: it loads OpenBLAS before MLX
-from troupe.actors.learner.batch import as_rollouts, assemble, completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.grpo import learning_rate, train_on_batch
 from troupe.messages import RolloutGroup, ScoredGroup, Slot
@@ -163,7 +163,7 @@ async def _sequential(prepared: Prepared, steps: int) -> Timing:
     config, policy, rewards = prepared.config, prepared.policy, prepared.rewards
     learner, P = config.learner, config.learner.batch_size
     engine = RolloutEngine(policy.config, config.generation, stop_ids=policy.eos_ids)
-    log_probs = completion_log_probs(policy.config, config.generation.temperature)
+    log_probs = CompletionLogProbs(policy.config, config.generation.temperature)
     reward_weights = dict(zip(rewards.names, rewards.weights, strict=True))
     weights, state = policy.weights, prepared.optimizer_state
     generate_s, score_s, learn_s = [], [], []

@@ -19,7 +19,7 @@ from importlib.metadata import version
 
 import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import arguments, policy_of
-from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.grpo import LearnerConfig, adamw_init, compute_advantages, make_batch, train_on_batch
 from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, parameter_count
 
@@ -58,7 +58,7 @@ def main() -> None:
             compute_advantages(rewards, args.group),
             pad_id=0,
         )
-        log_probs = completion_log_probs(config, 1.0, entropy_gradient=False)
+        log_probs = CompletionLogProbs(config, 1.0, entropy_gradient=False)
         result = train_on_batch(weights, state, batch, log_probs, learner, lr=learner.lr)
         weights, state = result.weights, result.optimizer_state
         if step:  # the first step compiles kernels

@@ -16,7 +16,7 @@ import troupe  # first: on Linux it makes MLX's matrix products fast
 # isort: split
 import mlx.core as mx
 
-from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.grpo import (
     LearnerConfig,
@@ -132,7 +132,7 @@ assert gain > 0.0
 print(f"     Σ A·Δlog p over all rows: {gain:+.3f}, which is above 0: the step went the right way")
 
 # %% 10. The same in one call, as the Learner does it: in micro-batches, with gradients that take less memory.
-log_probs_of = completion_log_probs(policy.config, temperature=1.0, entropy_gradient=False)
+log_probs_of = CompletionLogProbs(policy.config, temperature=1.0, entropy_gradient=False)
 learner = LearnerConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28, gradient_accumulation_steps=2)
 told = train_on_batch(policy.weights, adamw_init(policy.weights), batch, log_probs_of, learner, lr=LR).metrics
 assert abs(told["grad_norm"] - float(norm)) < 1e-3 * float(norm)

@@ -25,7 +25,7 @@ from tests.support.fakes import Reports, device_thread, make_scored, same_bits, 
 from tests.support.tiny import CONFIG
 from troupe.actors import checkpointer as checkpointer_room
 from troupe.actors.checkpointer import Checkpointer, growing_pauses
-from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.actors.ledgers import CheckpointLedger
 from troupe.checkpoint import CheckpointConfig, RunState, files, list_checkpoints, load_checkpoint
 from troupe.checkpoint import keep as keeping
@@ -555,7 +555,7 @@ async def test_learning_goes_on_while_a_snapshot_is_written_and_changes_nothing_
 ) -> None:
     """Real steps of learning while a slow disk has taken half a file."""
     config = LearnerConfig(lr=0.1, batch_size=1)
-    log_probs = completion_log_probs(CONFIG, 1.0)
+    log_probs = CompletionLogProbs(CONFIG, 1.0)
     completions = [[5, 6, 7], [8, 9], [10]]
     batch = make_batch(
         [(1, 2, 3)] * 3, completions, [[-5.0] * len(row) for row in completions], [1.0, -1.0, 0.5], pad_id=0

@@ -167,17 +167,17 @@ def three_updates(weights: dict[str, mx.array], state: OptimizerState) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 64, 250])
-def test_in_pieces_the_update_has_the_same_bits(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, pieces = mixed_weights(), mixed_weights()
-    state, pieces_state = adamw_init(weights), adamw_init(pieces)
+def test_in_slices_the_update_has_the_same_bits(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, slices = mixed_weights(), mixed_weights()
+    state, slices_state = adamw_init(weights), adamw_init(slices)
     three_updates(weights, state)
     monkeypatch.setattr(optimizer, "UPDATED_AT_ONCE", at_once)
-    three_updates(pieces, pieces_state)
-    assert weights.keys() == pieces.keys() == mixed_weights().keys()
+    three_updates(slices, slices_state)
+    assert weights.keys() == slices.keys() == mixed_weights().keys()
     assert state["step"].item() == 3.0
-    assert same_bits(pieces, weights)
-    assert same_bits(pieces_state, state)
-    assert all(w.dtype == mixed_weights()[name].dtype for name, w in pieces.items())
+    assert same_bits(slices, weights)
+    assert same_bits(slices_state, state)
+    assert all(w.dtype == mixed_weights()[name].dtype for name, w in slices.items())
 
 
 @pytest.mark.parametrize("at_once", [1, 64, 2**24])
@@ -241,7 +241,7 @@ def test_the_norm_of_low_precision_gradients_is_taken_in_float32() -> None:
     assert norm.item() == pytest.approx(math.sqrt(1000) * 1e-3, rel=4e-3)
 
 
-def test_the_norm_of_many_arrays_does_not_depend_on_their_order_nor_on_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_norm_of_many_arrays_does_not_depend_on_their_order_nor_on_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     grads = {f"w{i}": mx.array(rng.normal(size=(i + 1, 3)).astype(np.float32)) for i in range(50)}
     norm = global_norm(grads)

@@ -120,7 +120,7 @@ class BigramWithGradient:
     ) -> Generator[tuple[Any, dict[str, mx.array]], None, tuple[mx.array, Any]]:
         self.asked += 1
         value, grads = mx.value_and_grad(lambda weights: loss(*bigram(weights, batch)))(weights)
-        for _ in range(self.asked % 3):  # micro-batches differ in how many pieces their work has
+        for _ in range(self.asked % 3):  # micro-batches differ in how many chunks their work has
             yield (value, grads["bias"] * 1.0), {}
         yield (), {"bias": grads["bias"]}
         yield None, {"table": grads["table"]}

@@ -28,7 +28,7 @@ from troupe.grpo import (
     make_batch,
     sync_reference,
 )
-from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.policy import load_policy
 
 DATA = Path(__file__).parents[1] / "data"
@@ -103,7 +103,7 @@ def l2(weight: mx.array) -> float:
 @pytest.mark.parametrize("run", RUNS, ids=[run["name"] for run in RUNS])
 def test_a_run_of_trl_replayed_micro_batch_by_micro_batch(run: Run) -> None:
     config = learner_config(run)
-    log_probs_of = completion_log_probs(
+    log_probs_of = CompletionLogProbs(
         (policy := load_policy(DATA / "qwen3" / run["model"])).config, run["config"]["temperature"]
     )
     weights: Weights = dict(policy.weights)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from troupe import RunConfig
-from troupe.actors.learner.batch import as_rollouts, assemble, completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.actors.schedule import PromptSchedule, count_steps, tokenize_prompts
 from troupe.dataset import PromptDataset
 from troupe.grpo import adamw_init, learning_rate, sync_reference, train_on_batch
@@ -36,7 +36,7 @@ def play_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Stra
     P = learner.batch_size
     schedule = PromptSchedule(dataset, ids, batch_size=P, seed=config.seed, shuffle=config.data.shuffle)
     total = count_steps(len(dataset), batch_size=P, epochs=learner.epochs, max_steps=learner.max_steps)
-    log_probs = completion_log_probs(
+    log_probs = CompletionLogProbs(
         policy.config, generation.temperature, recompute=learner.gradient_checkpointing or False
     )
 

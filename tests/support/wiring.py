@@ -377,7 +377,7 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
         patch.setattr(supervisor, "prepare", lambda *_, **__: prepared)
         patch.setattr(performance, "Policy", lambda *_: None)
         patch.setattr(training, "train_on_batch", train)
-        patch.setattr(training, "completion_log_probs", lambda *_, **__: None)
+        patch.setattr(training, "CompletionLogProbs", lambda *_, **__: None)
         patch.setattr(checkpointer_room.Checkpointer, "write", write)
         patch.setattr(Channel, "_put", watched_put)
         patch.setattr(Mailbox, "take", watched_take)

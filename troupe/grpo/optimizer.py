@@ -88,7 +88,7 @@ def adamw_update_in_place(
 ) -> None:
     """`adamw_update` with gradients times `grad_scale`, that puts new arrays into `weights` and `state`.
 
-    Piece by piece, old arrays that nobody else holds being given up on the way, and `grads` with them. So an update
+    Part by part, old arrays that nobody else holds being given up on the way, and `grads` with them. So an update
     takes the memory of a few millions of numbers more, not of everything twice.
     """
     beta1, beta2 = betas
@@ -109,7 +109,7 @@ def adamw_update_in_place(
         taken = [_take(name, weights, grads, state) for name in names]
         keeps = [decayed if parts["m"].ndim >= 2 else whole for parts in taken]
         if taken[0]["m"].size > UPDATED_AT_ONCE:
-            updated = [_updated_in_pieces(taken.pop(), keeps[0], rates)]
+            updated = [_updated_in_slices(taken.pop(), keeps[0], rates)]
         else:
             updated = _updated(taken, keeps, rates)
             taken.clear()  # or the old arrays would outlive the update
@@ -140,18 +140,18 @@ def _take(
     return parts | {part: state.pop(f"{part}.{name}") for part in _PARTS if f"{part}.{name}" in state}
 
 
-def _updated_in_pieces(parts: dict[str, mx.array], keep: mx.array, rates: _Rates) -> dict[str, mx.array]:
-    """The new arrays of a large weight, piece by piece written into the old ones, which are given up."""
+def _updated_in_slices(parts: dict[str, mx.array], keep: mx.array, rates: _Rates) -> dict[str, mx.array]:
+    """The new arrays of a large weight, slice by slice written into the old ones, which are given up."""
     rows = max(1, UPDATED_AT_ONCE * parts["m"].shape[0] // parts["m"].size)
     for name in parts:
         parts[name] = parts[name][:]  # writing into an array changes it for all who hold the object
     for start in range(0, parts["m"].shape[0], rows):
-        piece = slice(start, start + rows)
-        (updated,) = _updated([{name: array[piece] for name, array in parts.items()}], [keep], rates)
+        part = slice(start, start + rows)
+        (updated,) = _updated([{name: array[part] for name, array in parts.items()}], [keep], rates)
         mx.eval(updated)
         mx.synchronize()  # a GPU lets go of what it has read only now; before, writing would copy the whole array
         for name, array in updated.items():
-            parts[name][piece] = array
+            parts[name][part] = array
         mx.eval(parts)
     del parts["grad"]
     return parts
@@ -212,13 +212,13 @@ def split_halves(x: mx.array) -> tuple[mx.array, mx.array]:
 
 def global_norm(grads: Mapping[str, mx.array]) -> mx.array:
     """‖g‖₂ over all gradients together, float32 (); the same bits whatever the order of the dict."""
-    sums = [_sum_of_squares(part) for name in sorted(grads) for part in _pieces(grads[name])]
+    sums = [_sum_of_squares(part) for name in sorted(grads) for part in _slices(grads[name])]
     while len(sums) > 1:  # sixteen a kernel
         sums = [_added_up(*sums[start : start + 16]) for start in range(0, len(sums), 16)]
     return mx.sqrt(sums[0])
 
 
-def _pieces(x: mx.array) -> list[mx.array]:
+def _slices(x: mx.array) -> list[mx.array]:
     return [x.reshape(-1)[start : start + UPDATED_AT_ONCE] for start in range(0, x.size, UPDATED_AT_ONCE)]
 
 

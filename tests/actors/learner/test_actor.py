@@ -13,7 +13,7 @@ import pytest
 from tests.support.fakes import Reports, device_thread, ended, make_scored, same_bits, send_all, taken
 from tests.support.tiny import CONFIG
 from troupe.actors.learner.actor import Learner, LearnerOutputs
-from troupe.actors.learner.batch import assemble, completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gathering_for
 from troupe.actors.learner.snapshots import Snapshots
 from troupe.actors.learner.statistics import StepMeter
@@ -147,7 +147,7 @@ def expected(stage: Stage, groups: Sequence[ScoredGroup], config: LearnerConfig 
             weights,
             state,
             batch,
-            completion_log_probs(CONFIG, 0.9),
+            CompletionLogProbs(CONFIG, 0.9),
             config,
             lr=[learning_rate(step * passes + i, TOTAL * passes, config) for i in range(passes)],
             ref_weights=stage.start_weights if config.beta else None,
@@ -266,7 +266,7 @@ async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained(
         alone.start_weights,
         adamw_init(alone.start_weights),
         assemble([make_scored(0, 0)], LEARNER, weights={"r": 1.0}, pad_id=257).batch,
-        completion_log_probs(CONFIG, 0.9),
+        CompletionLogProbs(CONFIG, 0.9),
         LEARNER,
         lr=1e-2,
         max_completion_length=12,
@@ -397,7 +397,7 @@ async def test_groups_without_signal_are_replaced_together_when_their_round_is_s
         stage.start_weights,
         adamw_init(stage.start_weights),
         assemble([make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2), alone], DYNAMIC, weights={"r": 1.0}, pad_id=257).batch,
-        completion_log_probs(CONFIG, 0.9),
+        CompletionLogProbs(CONFIG, 0.9),
         DYNAMIC,
         lr=1e-2,
         max_completion_length=12,
@@ -624,7 +624,7 @@ async def test_free_steps_are_made_of_what_comes_first() -> None:
             weights,
             state,
             assemble(groups, LEARNER, weights={"r": 1.0}, pad_id=257).batch,
-            completion_log_probs(CONFIG, 0.9),
+            CompletionLogProbs(CONFIG, 0.9),
             LEARNER,
             lr=learning_rate(step, 9, LEARNER),
             max_completion_length=12,
@@ -643,7 +643,7 @@ async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
         stage.start_weights,
         adamw_init(stage.start_weights),
         assemble([old, young], LEARNER, weights={"r": 1.0}, pad_id=257, oldest=3 if on_stale == "drop" else None).batch,
-        completion_log_probs(CONFIG, 0.9),
+        CompletionLogProbs(CONFIG, 0.9),
         LEARNER,
         lr=learning_rate(4, 9, LEARNER),
         max_completion_length=12,

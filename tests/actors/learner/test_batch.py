@@ -10,13 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from troupe.actors.learner.batch import as_rollouts, assemble, completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.actors.learner.gathering import is_usable
 from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
-from troupe.grpo.pieces import side_by_side
-from troupe.grpo.step import LogProbs
 from troupe.messages import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import CompletedGroup, Completion, Weights, load_policy
+from troupe.policy.gradient.chunks import side_by_side
 
 
 def rollout(*ids: int, reason: FinishReason = "stop") -> Rollout:
@@ -183,7 +182,7 @@ def test_log_probs_and_entropies_are_those_of_each_row_alone(
     tiny_model: Path, rows: list[int], temperature: float
 ) -> None:
     policy, batch = load_policy(tiny_model), batch_of(rows)
-    log_probs, entropies = completion_log_probs(policy.config, temperature)(policy.weights, batch)
+    log_probs, entropies = CompletionLogProbs(policy.config, temperature)(policy.weights, batch)
     assert log_probs.dtype == entropies.dtype == mx.float32
     assert log_probs.shape == entropies.shape == batch.completion_mask.shape
     padding = np.array(batch.completion_mask) == 0
@@ -203,8 +202,7 @@ def test_log_probs_and_entropies_are_those_of_each_row_alone(
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_the_gradient_of_its_own_is_that_of_mlx(tiny_model: Path, recompute: bool, entropy_gradient: bool) -> None:
     policy, batch = load_policy(tiny_model), batch_of([0, 0, 1, 3])
-    log_probs_fn = completion_log_probs(policy.config, 0.8, recompute=recompute, entropy_gradient=entropy_gradient)
-    assert isinstance(log_probs_fn, LogProbs)
+    log_probs_fn = CompletionLogProbs(policy.config, 0.8, recompute=recompute, entropy_gradient=entropy_gradient)
 
     def loss(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, mx.array]:
         return (log_probs * log_probs + entropies).sum(), mx.max(entropies)
@@ -228,7 +226,7 @@ def test_the_gradient_of_its_own_is_that_of_mlx(tiny_model: Path, recompute: boo
 
 def test_training_by_its_own_gradient_is_training_by_that_of_mlx(tiny_model: Path) -> None:
     policy = load_policy(tiny_model)
-    log_probs_fn = completion_log_probs(policy.config, 0.8, recompute=True)
+    log_probs_fn = CompletionLogProbs(policy.config, 0.8, recompute=True)
     batch = replace(batch_of([0, 0, 1, 3, 2]), advantages=mx.array([1.0, -1.0, 0.5, -0.25, 2.0]))
     plain = LearnerConfig(num_iterations=2, vllm_importance_sampling_correction=False, max_grad_norm=0.0)
     for config in (plain, msgspec.structs.replace(plain, gradient_accumulation_steps=3, entropy_coef=0.1)):
@@ -236,7 +234,6 @@ def test_training_by_its_own_gradient_is_training_by_that_of_mlx(tiny_model: Pat
             train_on_batch(policy.weights, adamw_init(policy.weights), batch, function, config, lr=0.0)
             for function in (log_probs_fn, log_probs_fn.__call__)
         )
-        assert not isinstance(log_probs_fn.__call__, LogProbs)
         assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4, abs=1e-6)
         for name, moment in theirs.optimizer_state.items():
             scale = float(mx.abs(moment).max()) or 1.0

@@ -12,7 +12,7 @@ import mlx.core as mx
 import msgspec
 import pytest
 
-from troupe.actors.learner.batch import completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.grpo import (
     LearnerConfig,
     adamw_init,
@@ -133,7 +133,7 @@ def measured_and_predicted(
         pad_id=0,
     )
     learner = LearnerConfig(gradient_accumulation_steps=micro_batches, entropy_coef=0.1 if entropy else 0.0)
-    log_probs = completion_log_probs(config, 1.0, recompute=recompute, entropy_gradient=entropy)
+    log_probs = CompletionLogProbs(config, 1.0, recompute=recompute, entropy_gradient=entropy)
     gc.collect()
     before = mx.get_active_memory()
     weights = random_policy(config).weights

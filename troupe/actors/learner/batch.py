@@ -9,7 +9,7 @@ Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocab
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 import msgspec
@@ -25,6 +25,7 @@ from troupe.actors.learner.statistics import (
 from troupe.grpo import Batch, LearnerConfig, make_batch
 from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
+from troupe.policy.gradient.chunks import Chunk
 
 Extra = TypeVar("Extra")
 
@@ -54,8 +55,8 @@ class LearnerBatch(msgspec.Struct, frozen=True, kw_only=True):
     """Rewards, completions and advantages of the batch under TRL's names."""
 
 
-class completion_log_probs:  # noqa: N801 - a function (weights, batch) that knows its own gradient, see `LogProbs`
-    """Log-probs and entropies of the completion tokens of a batch, both float32 (B, T), in nats.
+class CompletionLogProbs:
+    """The `PolicyLogProbs` of a Qwen3 model: log-probs and entropies of completions, both float32 (B, T), in nats.
 
     Both are of the distribution softmax(logits / temperature). `recompute`: a gradient computes the inside of each
     layer again instead of keeping it (activation checkpointing). Without `entropy_gradient` entropies are constants.
@@ -70,13 +71,13 @@ class completion_log_probs:  # noqa: N801 - a function (weights, batch) that kno
         self._entropy_gradient = entropy_gradient
 
     def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
-        """See the class."""
+        """Log-probs and entropies."""
         return completion_statistics(self._config, weights, batch.prompts, batch.completions, self._temperature)
 
     def gradients(
         self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
-    ) -> Generator[tuple[Any, dict[str, mx.array]], None, tuple[mx.array, Extra]]:
-        """See `completion_gradients`."""
+    ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
+        """The gradients of `loss` by the weights, backwards through the network by hand."""
         return completion_gradients(
             self._config,
             weights,

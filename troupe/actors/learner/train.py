@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.learner.batch import assemble, completion_log_probs
+from troupe.actors.learner.batch import CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gid_of
 from troupe.actors.learner.statistics import group_statistics, has_signal, num_tokens, spread_statistics
 from troupe.grpo import LearnerConfig, learning_rate, sync_reference, train_on_batch
@@ -72,7 +72,7 @@ class BatchTrainer:
         self.config = config
         self.reward_weights = reward_weights
         self.total_steps = total_steps
-        self._log_probs = completion_log_probs(
+        self._log_probs = CompletionLogProbs(
             policy_config,
             temperature,
             recompute=config.gradient_checkpointing or False,

@@ -3,8 +3,7 @@
 Not by `mx.grad`, for three reasons. Layer after layer is evaluated and given away, so that what is in memory is known
 and not left to the order in which MLX takes one large graph. Of a layer only its input is kept, or only the results
 of its matrix products, never the many things in between. And kernels are fused, which MLX does not do inside of a
-gradient. Who goes through the pieces says when each is computed, and may go through several such works side by side.
-Knows no loss and no batch.
+gradient. Who goes through the chunks says when each is computed.
 
 Computing activations again: Chen et al. 2016, arXiv:1604.06174; some of them: Korthikanti et al., arXiv:2205.05198.
 Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d head size.
@@ -13,10 +12,11 @@ Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d he
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
+from troupe.policy.gradient.chunks import Chunk, Gradients
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
 from troupe.policy.network.embedding import embed, sum_by_id
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward
@@ -34,9 +34,6 @@ from troupe.policy.network.qwen3 import (
 )
 
 Extra = TypeVar("Extra")
-Gradients = dict[str, mx.array]
-Piece = tuple[Any, Gradients]
-"""Arrays to begin with (None: none; empty: what was begun is to be there first), and gradients that are complete."""
 
 
 class _Kept(NamedTuple):
@@ -61,10 +58,10 @@ def completion_gradients(
     *,
     recompute: bool = False,
     entropy_gradient: bool = True,
-) -> Generator[Piece, None, tuple[mx.array, Extra]]:
-    """Pieces of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
+) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
+    """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
-    The arrays of a piece are to be begun when it comes, and to be there before the piece after the next is asked for:
+    The arrays of a chunk are to be begun when it comes, and to be there before the chunk after the next is asked for:
     the device is kept busy and the memory low. `loss` maps what `completion_statistics` gives of the same arguments to
     a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
     Without `entropy_gradient` the entropies count as constants.
@@ -82,29 +79,14 @@ def completion_gradients(
         del inside
         x = y
 
-    norm, head = weights[FINAL_NORM], weights[EMBEDDING if config.tie_word_embeddings else HEAD]
-
-    def sources(x: mx.array, norm: mx.array) -> mx.array:
-        return packing.sources(mx.fast.rms_norm(x.squeeze(0), norm, config.rms_norm_eps))
-
-    hidden = sources(x, norm)
-    outputs = yield from _one_by_one(head_forward(hidden, head, packing.targets, temperature))
-    rows = [packing.in_rows(outputs[0]), packing.in_rows(outputs[1])]
-
     def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:
         return loss(TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies)))
 
-    value, cotangents = mx.value_and_grad(of_rows, argnums=(0, 1))(*rows)
-    of_targets = [mx.vjp(packing.in_rows, [outputs[0]], [grad])[1][0] for grad in cotangents]
-
-    of_entropies = of_targets[1] if entropy_gradient else None
-    hidden_grad, head_grad = yield from _one_by_one(
-        head_backward(hidden, head, packing.targets, temperature, outputs, (of_targets[0], of_entropies))
-    )
-    x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
+    of_head = _through_head(config, weights, packing, x, of_rows, temperature, entropy_gradient=entropy_gradient)
+    value, x_grad, norm_grad, head_grad = yield from of_head
     done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
     yield (x_grad, done), {}
-    del x, hidden, hidden_grad, outputs
+    del x, of_head
     for index in reversed(range(config.num_hidden_layers)):
         layer = (config, _of_layer(weights, index), packing, rotation)
         x_grad, grads = yield from _backwards(*layer, *kept.pop(), x_grad)
@@ -115,8 +97,38 @@ def completion_gradients(
     return value
 
 
-def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generator[Piece, None, Extra]:
-    """The pieces of a work whose blocks need each for itself all the memory there is."""
+def _through_head(
+    config: Qwen3Config,
+    weights: Weights,
+    packing: Packing,
+    x: mx.array,
+    loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]],
+    temperature: float,
+    *,
+    entropy_gradient: bool,
+) -> Generator[Chunk, None, tuple[tuple[mx.array, Extra], mx.array, mx.array, mx.array]]:
+    """From the last layer's result x (1, N, D) to the loss and back: what the loss gives, and the cotangents of x and
+    of the weights of norm and head."""
+
+    def sources(x: mx.array, norm: mx.array) -> mx.array:
+        return packing.sources(mx.fast.rms_norm(x.squeeze(0), norm, config.rms_norm_eps))
+
+    norm, head = weights[FINAL_NORM], weights[EMBEDDING if config.tie_word_embeddings else HEAD]
+    hidden = sources(x, norm)
+    outputs = yield from _one_by_one(head_forward(hidden, head, packing.targets, temperature))
+    rows = [packing.in_rows(outputs[0]), packing.in_rows(outputs[1])]
+    value, cotangents = mx.value_and_grad(loss, argnums=(0, 1))(*rows)
+    of_targets = [mx.vjp(packing.in_rows, [outputs[0]], [grad])[1][0] for grad in cotangents]
+    of_entropies = of_targets[1] if entropy_gradient else None
+    hidden_grad, head_grad = yield from _one_by_one(
+        head_backward(hidden, head, packing.targets, temperature, outputs, (of_targets[0], of_entropies))
+    )
+    x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
+    return value, x_grad, norm_grad, head_grad
+
+
+def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generator[Chunk, None, Extra]:
+    """A chunk a block, each computed alone: a block takes all the memory there is."""
     while True:
         try:
             block = next(blocks)
@@ -161,7 +173,7 @@ def _backwards(
     x: mx.array,
     kept: _Kept | None,
     y_grad: mx.array,
-) -> Generator[Piece, None, tuple[mx.array, Gradients]]:
+) -> Generator[Chunk, None, tuple[mx.array, Gradients]]:
     """Through one layer: the cotangent of its result → that of its input x, (1, N, D), and those of its weights."""
     if kept is None:
         kept = _inside(config, w, x, packing, rotation)

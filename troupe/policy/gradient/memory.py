@@ -1,6 +1,6 @@
 """How much memory the gradient of a micro-batch takes: functions of lengths and settings alone.
 
-Knows nothing of losses, optimizers and how much memory is free. Counts what `completion_gradients` keeps and makes:
+Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
           matrix products, D + 2·H·d + 2·K·d + 2·F, on a CPU with H float32 that attention was divided by
@@ -8,8 +8,8 @@ head      beside what is kept, hidden states of M targets; of each logit of a bl
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
           twice the gradient of the head, V·D
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
-          `_layer_bytes` has, and the layer's own gradients; on a GPU three times, for it prepares the next piece early
-          and lets go of nothing within a piece; there, where attention's gradient writes scores out, four arrays of
+          `_layer_bytes` has, and the layer's own gradients; on a GPU three times, for it prepares the next chunk early
+          and lets go of nothing within a chunk; there, where attention's gradient writes scores out, four arrays of
           the scores that are written at a time
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32

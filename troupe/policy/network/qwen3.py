@@ -104,7 +104,7 @@ def hidden_states(
     """Integer ids (B, T) → hidden states (B, T, D) after the final norm, in the weights' dtype.
 
     Without `attention` every row attends within itself, and padding on its right changes nothing. Pure, so it can be
-    differentiated by its weights (`differentiation.py` does that with less memory and faster); with those of
+    differentiated by its weights (`policy/gradient/backward.py` does that with less memory and faster); with those of
     `fuse_projections` it is faster.
     """
     attention = attention or WholeRows()
