@@ -23,10 +23,10 @@ from troupe.daemon.trainer.frames import (
     Begin,
     Failed,
     Finished,
-    Playing,
+    Happened,
     Rejected,
+    Started,
     Stepped,
-    Told,
     decode_in_trainer,
 )
 from troupe.errors import ConfigError
@@ -132,13 +132,13 @@ async def _make(act: Any, connection: Connection, run: FakeRun, folder: Path) ->
         case ["play", step]:
             run.step_now = step
             (folder / "run.toml").write_text("")
-            await connection.send(encode(Playing(notices=("a notice",), step=step, total_steps=TOTAL, speaks=False)))
+            await connection.send(encode(Started(notices=("a notice",), step=step, total_steps=TOTAL, speaks=False)))
         case ["step", step]:
             run.step_now = step
             stepped = Stepped(step=step, total_steps=TOTAL, metrics={"reward": 0.25}, incidents={"odd": step})
             await connection.send(encode(stepped))
         case ["tell", incident]:
-            told = Told(incidents=(msgspec.convert(incident, Incident),))
+            told = Happened(incidents=(msgspec.convert(incident, Incident),))
             await connection.send(encode(told))
         case ["tell page"]:
             (folder / "page-seen").write_text((folder / PAGE).read_text())

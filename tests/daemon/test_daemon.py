@@ -29,11 +29,11 @@ from troupe.daemon.trainer.frames import (
     Begin,
     Failed,
     Finished,
-    Playing,
+    Happened,
     Rejected,
+    Started,
     Stepped,
     ToDaemon,
-    Told,
 )
 from troupe.daemon.trainer.link import Child
 from troupe.messages import (
@@ -108,7 +108,7 @@ class FakeChild:
         self._send.send_nowait(b"\xc1")
 
     def play(self, step: int = 0, *, speaks: bool = False) -> None:
-        self.tell(Playing(notices=("a notice",), step=step, total_steps=TOTAL, speaks=speaks))
+        self.tell(Started(notices=("a notice",), step=step, total_steps=TOTAL, speaks=speaks))
 
     def step(self, step: int, **incidents: int) -> None:
         self.tell(Stepped(step=step, total_steps=TOTAL, metrics={"reward": 0.25}, incidents=incidents))
@@ -516,14 +516,14 @@ def test_steps_and_incidents_are_told_once(theatre: Theatre, log: pytest.LogCapt
     async def body() -> None:
         theatre.child.play(speaks=True)
         theatre.child.step(1, reward_error=1)
-        theatre.child.tell(Told(incidents=(LATE,)))
+        theatre.child.tell(Happened(incidents=(LATE,)))
         await settled()
         assert "late" not in log.text, "the trainer's own lines say so"
         theatre.child.die()
         await anyio.sleep(2)
         theatre.child.play(speaks=False)
         theatre.child.step(1, reward_error=2)
-        theatre.child.tell(Told(incidents=(LATE,), left_out=7))
+        theatre.child.tell(Happened(incidents=(LATE,), left_out=7))
         theatre.child.step(2, reward_error=2)
         theatre.child.tell(Finished(steps=2, total_steps=TOTAL))
 
@@ -658,8 +658,8 @@ def test_a_call_that_hangs_is_named_and_not_tried_over_and_over(tmp_path: Path) 
     assert theatre.play(body) == 3
     assert len(theatre.children) == 2
     assert theatre.spawned_s[1] < 100
-    assert "given up: the reward kind holds Python's lock, and a start from the same step" in theatre.daemon.last_words
-    assert 'rewards.run = ["process"]' in theatre.daemon.last_words
+    assert "given up: the reward kind holds Python's lock, and a start from the same step" in theatre.daemon.outcome
+    assert 'rewards.run = ["process"]' in theatre.daemon.outcome
 
 
 def test_what_was_said_of_another_trainer_says_nothing_of_this_one(tmp_path: Path) -> None:

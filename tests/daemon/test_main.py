@@ -380,7 +380,7 @@ def test_a_drained_run_is_gone_on_with_by_its_folder_alone(real_order: Order) ->
         step_reached(again, 6)
         assert isinstance(asked(again, Drain()), Done)
         assert daemon.wait(PATIENCE_S) == 0
-    assert "playing from step 0" not in log_of(again).partition("ended after")[2]
+    assert "running from step 0" not in log_of(again).partition("ended after")[2]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from troupe.daemon.trainer.frames import Happened
 from troupe.records.layout import LOG
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.runtime.terminal import harmless
@@ -106,6 +107,15 @@ def logging_into(folder: Path, config: DaemonConfig) -> Iterator[None]:
             if not isinstance(handler, _QuietStream):
                 with suppress(OSError):  # a disk that is full
                     handler.close()
+
+
+def log_incidents(happened: Happened) -> None:
+    """Write down what went wrong in a run."""
+    if happened.left_out:
+        LOGGER.warning(f"{happened.left_out} further incidents, which came before these")
+    for incident, times in zip(happened.incidents, happened.times or (1,) * len(happened.incidents), strict=True):
+        again = f" ({times} times)" if times > 1 else ""
+        LOGGER.warning(f"incident in {incident.actor}: {incident.message}{again}")
 
 
 def set_limits(config: DaemonConfig) -> None:

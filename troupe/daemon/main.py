@@ -27,7 +27,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
-    """Play an order with trainers of the module `trainer` → the exit code.
+    """Run an order with trainers of the module `trainer` → the exit code.
 
     Raises OutputError where the run folder cannot be made, or another daemon or trainer is there; RunError where a full
     or failing disk is why; ConfigError where the page cannot have its port.
@@ -69,7 +69,7 @@ async def _serve(order: Order, trainer: str, held: HeldFolder) -> int:
                 code = await daemon.run()
                 tasks.cancel_scope.cancel()
             if history is not None:
-                history.end(daemon.last_words, well=code == 0)
+                history.end(daemon.outcome, well=code == 0)
             return code
 
 

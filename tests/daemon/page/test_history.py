@@ -13,7 +13,7 @@ from tests.daemon.control.test_protocol import STATUS
 from tests.support.stored import closed
 from troupe.daemon.page.history import Event, History
 from troupe.daemon.page.news import excerpt
-from troupe.daemon.trainer.frames import Playing, Stepped, Told
+from troupe.daemon.trainer.frames import Happened, Started, Stepped
 from troupe.messages import Incident
 
 pytestmark = pytest.mark.anyio
@@ -28,8 +28,8 @@ def stepped(step: int, **metrics: float) -> Stepped:
     return Stepped(step=step, total_steps=9, metrics={"reward": step / 10, **metrics}, incidents={})
 
 
-def playing(step: int) -> Playing:
-    return Playing(notices=(), step=step, total_steps=9, speaks=False)
+def playing(step: int) -> Started:
+    return Started(notices=(), step=step, total_steps=9, speaks=False)
 
 
 def told(events: list[Event]) -> list[tuple[str, Any]]:
@@ -40,7 +40,7 @@ async def test_who_comes_is_told_everything_and_then_what_is_new() -> None:
     book = history()
     book.take(playing(0))
     book.take(stepped(1))
-    book.take(Told(incidents=(LATE,), groups=(excerpt(closed(1, 0)),)))
+    book.take(Happened(incidents=(LATE,), groups=(excerpt(closed(1, 0)),)))
     book.now(STATUS)
     events, number = book.since(0)
     assert [kind for kind, _ in told(events)] == ["about", "curves", "group", "incident", "status"]
@@ -80,7 +80,7 @@ async def test_one_who_is_slow_gets_what_is_left() -> None:
     _, number = book.since(0)
     for step in range(2, 2000):
         book.take(stepped(step))
-        book.take(Told(incidents=(LATE,), left_out=step, groups=(excerpt(closed(step, 0)),)))
+        book.take(Happened(incidents=(LATE,), left_out=step, groups=(excerpt(closed(step, 0)),)))
         book.now(STATUS)
     events, _ = book.since(number)
     kinds = [event.kind for event in events]
@@ -124,13 +124,13 @@ async def test_figures_that_json_cannot_say() -> None:
 
 async def test_an_incident_that_happens_again_takes_its_own_place() -> None:
     book, other = history(), Incident(actor="scorer", kind="odd", message="!")
-    book.take(Told(incidents=(other, LATE), times=(1, 3)))
+    book.take(Happened(incidents=(other, LATE), times=(1, 3)))
     _, number = book.since(0)
     for _ in range(100):
-        book.take(Told(incidents=(LATE,), times=(4,)))
+        book.take(Happened(incidents=(LATE,), times=(4,)))
     [(_, again)] = [one for one in told(book.since(number)[0]) if one[0] == "incident"]
     assert (again["message"], again["times"]) == ("late", 403)
-    book.take(Told(incidents=(other, LATE)))
+    book.take(Happened(incidents=(other, LATE)))
     incidents = [data for kind, data in told(book.since(0)[0]) if kind == "incident"]
     assert [(data["kind"], data.get("times", 1)) for data in incidents] == [
         ("odd", 1),

@@ -93,7 +93,7 @@ async def test_long_and_odd_text_is_cut_and_can_be_sent() -> None:
     )
     news.add(msgspec.structs.replace(group, scored=scored))
     told = frames.decode_in_daemon(encode(news.take()))
-    assert isinstance(told, frames.Told)
+    assert isinstance(told, frames.Happened)
     assert len(told.incidents[0].message) < 1100
     text = told.groups[0].samples[0].text
     assert len(text) < 2100

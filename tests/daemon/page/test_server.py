@@ -20,7 +20,7 @@ from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.page import server as web
 from troupe.daemon.page.history import History
 from troupe.daemon.page.server import Page
-from troupe.daemon.trainer.frames import Playing, Stepped, Told
+from troupe.daemon.trainer.frames import Happened, Started, Stepped
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Done, Drain, Incident, Pause, Refused, Resume, Status, Step, Stop
 from troupe.runtime.http import HOST, HttpLimits
@@ -48,7 +48,7 @@ class FakeStage:
         self.heard: list[tuple[Request, str]] = []
         self.looks = 0
 
-    async def heed(self, request: Request, who: str) -> Reply:
+    async def answer(self, request: Request, who: str) -> Reply:
         self.heard.append((request, who))
         return Refused(message="no brakes") if isinstance(request, Stop) else Done(message="heard")
 
@@ -375,13 +375,13 @@ async def test_one_who_watches_is_told_as_it_happens(tmp_path: Path) -> None:
         assert await watching.next() == ("curves", {"step": []})
         first = await watching.until("status")
         assert first["step"] >= 1
-        theatre.history.take(Playing(notices=(), step=0, total_steps=9, speaks=False))
+        theatre.history.take(Started(notices=(), step=0, total_steps=9, speaks=False))
         theatre.history.take(Stepped(step=1, total_steps=9, metrics={"reward": 0.5}, incidents={}))
         await watching.until("curves", step=[1], reward=[0.5])
         theatre.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 0.75}, incidents={}))
         await watching.until("step", step=2, figures={"reward": 0.75})
         late = Incident(actor="scorer", kind="reward_timeout", message="the <judge> is late\n")
-        theatre.history.take(Told(incidents=(late,)))
+        theatre.history.take(Happened(incidents=(late,)))
         assert (await watching.until("incident"))["message"] == "the <judge> is late\n"
         again = await watching.until("status")
         assert again["step"] > first["step"], "the run is looked at again and again"
@@ -401,7 +401,7 @@ async def test_after_a_restart_steps_that_are_made_again_are_drawn_once(tmp_path
             theatre.history.take(Stepped(step=step, total_steps=9, metrics={"reward": step}, incidents={}))
         theatre.history.failed("the process ended by SIGKILL")
         assert (await watching.until("incident"))["message"] == "the process ended by SIGKILL"
-        theatre.history.take(Playing(notices=(), step=1, total_steps=9, speaks=False))
+        theatre.history.take(Started(notices=(), step=1, total_steps=9, speaks=False))
         theatre.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 20}, incidents={}))
         await watching.until("curves", step=[1, 2], reward=[1.0, 20.0])
 
@@ -415,7 +415,7 @@ async def test_one_who_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
         await until(lambda: theatre.page._watchers == 1)
         long = Incident(actor="scorer", kind="odd", message="x" * 100_000)
         while theatre.page._watchers:  # until what the system buffers for it is full
-            theatre.history.take(Told(incidents=(long,) * 64))
+            theatre.history.take(Happened(incidents=(long,) * 64))
             await anyio.sleep(0.01)
         async with theatre.watching() as watching:
             assert await watching.until("status")

@@ -2,8 +2,7 @@
 
 `control.sock` is the socket. Where its path would be longer than the system allows, or the file system has no sockets,
 the socket is in a private folder among the temporary files; `control.path` says where, and of which folder it is, so
-that a copy of the folder is not taken for the run. `control.lock` is held by who owns the socket. Knows nothing of what
-is said over it.
+that a copy of the folder is not taken for the run. `control.lock` is held by who owns the socket.
 """
 
 from __future__ import annotations

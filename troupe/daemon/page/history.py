@@ -17,7 +17,7 @@ import msgspec
 
 from troupe.daemon.control.protocol import encode_line
 from troupe.daemon.page.curves import Curves, figures, read_curves
-from troupe.daemon.trainer.frames import Playing, Stepped, Told
+from troupe.daemon.trainer.frames import Happened, Started, Stepped
 from troupe.messages import Status
 from troupe.records.layout import METRICS
 
@@ -58,10 +58,10 @@ class History:
         """Begin with the steps that the run in the folder has made already."""
         self._curves = await anyio.to_thread.run_sync(read_curves, folder / METRICS)
 
-    def take(self, frame: Playing | Stepped | Told) -> None:
+    def take(self, frame: Started | Stepped | Happened) -> None:
         """What a trainer tells."""
         match frame:
-            case Playing():
+            case Started():
                 self._curves.cut(frame.step)
                 self._steps.clear()
                 self._steps_begin = self._next()
@@ -71,7 +71,7 @@ class History:
                 if len(self._steps) == _STEPS:
                     self._steps_begin = self._steps[0].number
                 self._steps.append(self._event("step", {"step": frame.step, "figures": drawn}))
-            case Told():
+            case Happened():
                 at = round(self._clock(), 1)
                 for group in frame.groups:
                     self._groups.append(self._event("group", {"at": at, "group": group}))

@@ -10,7 +10,7 @@ from collections import deque
 import anyio
 import msgspec
 
-from troupe.daemon.trainer.frames import EndedGroup, Sample, Told
+from troupe.daemon.trainer.frames import EndedGroup, Happened, Sample
 from troupe.messages import GroupClosed, Incident, Rollout
 from troupe.records.text import prompt_text
 
@@ -47,9 +47,9 @@ class News:
     def __bool__(self) -> bool:
         return self._came.is_set()
 
-    def take(self) -> Told:
+    def take(self) -> Happened:
         """What there is; it is not told again."""
-        told = Told(
+        told = Happened(
             incidents=tuple(_shortened(incident) for incident, _ in self._incidents.values()),
             times=tuple(times for _, times in self._incidents.values()),
             left_out=self._left_out,

@@ -57,7 +57,7 @@ _NO_TOKEN = "this page is for those who have its token: open the address that th
 class Stage(Protocol):
     """What a page asks of its daemon."""
 
-    async def heed(self, request: Request, who: str) -> Reply: ...
+    async def answer(self, request: Request, who: str) -> Reply: ...
     async def status(self) -> Status: ...
 
 
@@ -192,7 +192,7 @@ class Page:
         if not isinstance(asked, _BUTTONS):
             reply = Refused(message=f"the page has no button for {type(asked).__name__}; use the `troupe` command")
         else:
-            reply = await self._stage.heed(asked, "the page")
+            reply = await self._stage.answer(asked, "the page")
         return _json(reply)
 
     async def _exposition(self) -> HttpResponse:

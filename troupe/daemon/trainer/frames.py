@@ -14,7 +14,7 @@ from troupe.runtime.codec import decoder
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """The first frame to a trainer: what to play."""
+    """The first frame to a trainer: what to run."""
 
     run_toml: str
     output: str
@@ -45,7 +45,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reply: Reply
 
 
-class Playing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+class Started(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="Playing"):
     """Everything is loaded and checked, and the run has begun."""
 
     notices: tuple[str, ...]
@@ -92,7 +92,7 @@ class EndedGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The best and the worst of them; the first two where all are alike."""
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+class Happened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="Told"):
     """What has happened since the last one: the newest of it, where it was much."""
 
     incidents: tuple[Incident, ...] = ()
@@ -109,11 +109,6 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     steps: int
     total_steps: int
 
-    @property
-    def complete(self) -> bool:
-        """Whether every step was made."""
-        return self.steps >= self.total_steps
-
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """What was given cannot be used, so that another try would come to the same; the last frame."""
@@ -128,7 +123,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 ToTrainer: TypeAlias = Begin | Ask
-ToDaemon: TypeAlias = Answer | Playing | Stepped | Told | Finished | Rejected | Failed
+ToDaemon: TypeAlias = Answer | Started | Stepped | Happened | Finished | Rejected | Failed
 Last: TypeAlias = Finished | Rejected | Failed
 
 decode_in_trainer: Callable[[bytes], ToTrainer] = decoder(ToTrainer, "the daemon and its trainer")

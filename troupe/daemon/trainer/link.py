@@ -1,7 +1,4 @@
-"""The daemon's end of one trainer: its process, the requests that it has not answered yet, and whether it is alive.
-
-Knows neither what is asked nor what comes after the process.
-"""
+"""The daemon's end of one trainer: its process, the requests that it has not answered yet, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -43,8 +40,8 @@ class Child(Protocol):
     async def aclose(self, grace_s: float | None = None) -> None: ...
 
 
-class Player:
-    """A process that plays."""
+class Link:
+    """A trainer, as the daemon speaks with it."""
 
     def __init__(self, child: Child) -> None:
         self.child = child
@@ -84,8 +81,8 @@ class Player:
         finally:
             del self._answers[number]
 
-    def take(self, answer: Answer) -> None:
-        """Its answer to some request."""
+    def settle(self, answer: Answer) -> None:
+        """Give an answer to who asked."""
         if answer.number in self._answers:  # who asked may have gone
             self._answers[answer.number] = answer.reply
         self._wake()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import anyio
 
-from troupe.daemon.control.answers import answer, answer_checked, takes_a_while
+from troupe.daemon.control.answers import answer_checked, takes_a_while
 from troupe.daemon.page.news import News
 from troupe.daemon.trainer.frames import (
     Answer,
@@ -24,8 +25,8 @@ from troupe.daemon.trainer.frames import (
     Failed,
     Finished,
     Last,
-    Playing,
     Rejected,
+    Started,
     Stepped,
     decode_in_trainer,
 )
@@ -38,8 +39,11 @@ from troupe.run.supervisor import Supervisor
 from troupe.runtime.codec import encode
 from troupe.runtime.frames import Connection
 from troupe.runtime.guarding import Guard
+from troupe.runtime.held_folder import HeldFolder
 from troupe.runtime.process import serve
 from troupe.runtime.roles import together
+
+Supervise: TypeAlias = Callable[..., Supervisor]
 
 _NEWS_GAP_S = 0.5
 """Between two frames with news, at least."""
@@ -49,8 +53,8 @@ _PASSES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 """What is wrong with a disk today and may not be tomorrow."""
 
 
-async def play(connection: Connection) -> None:
-    """Play one run from the first frame on, and tell how it ended."""
+async def run_trainer(connection: Connection, supervise: Supervise = Supervisor) -> None:
+    """Make one run from the first frame on, and tell how it ended."""
     begin = decode_in_trainer(await connection.receive())
     assert isinstance(begin, Begin)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -59,7 +63,7 @@ async def play(connection: Connection) -> None:
     try:
         with Guard(signals=False) as guard:  # that it ends is the daemon's business
             guard.writes_in(Path(begin.output))
-            last: Last = await _play(connection, begin)
+            last: Last = await _run(connection, begin, supervise)
     except InputError as error:
         message = sayable(str(error))
         last = Failed(message=message) if _passes(error) else Rejected(message=message)
@@ -68,9 +72,9 @@ async def play(connection: Connection) -> None:
     await connection.send(encode(last))
 
 
-async def _play(connection: Connection, begin: Begin) -> Finished:
+async def _run(connection: Connection, begin: Begin, supervise: Supervise) -> Finished:
     folder = Path(begin.output)
-    if begin.identity is not None and _identity(folder) != begin.identity:
+    if begin.identity is not None and not _leads_to(folder, begin.identity):
         raise OutputError(f"{folder}: the folder was moved, deleted or exchanged while the run was to be started")
     stands = (folder / RUN_TOML).is_file()
     # of a run that stands there all stays that neither the file nor a setting says
@@ -80,7 +84,7 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
     config = layered(base, [*said, Layer("--output", {"output": begin.output}), *settings_layers(begin.settings)])
     if stands and (finished := _finished(folder, config)):
         return finished
-    run = Supervisor(config, resume=stands, allow_changes=begin.allow_changes)
+    run = supervise(config, resume=stands, allow_changes=begin.allow_changes)
     if begin.paused:
         run.pause()
     listening, checking = anyio.CancelScope(), anyio.CancelScope()
@@ -95,18 +99,14 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
                     with suppress(anyio.WouldBlock):  # who asked so often is told that there was no answer
                         to_check.send_nowait(ask)
                 else:
-                    await connection.send(_answered(run, ask))
+                    await _answer(run, ask, connection)
 
     async def check() -> None:
         with checking, checks:
             async for ask in checks:
-                try:
-                    reply = await answer_checked(run, ask.request)
-                except Exception as error:
-                    reply = _failed(error)
-                await connection.send(encode(Answer(number=ask.number, reply=reply)))
+                await _answer(run, ask, connection)
 
-    async def perform() -> None:
+    async def work() -> None:
         try:
             async with run:
                 await _tell(connection, run, completions=begin.completions)
@@ -114,20 +114,18 @@ async def _play(connection: Connection, begin: Begin) -> Finished:
             listening.cancel()
             checking.cancel()
 
-    await together([listen, check, perform])
+    await together([listen, check, work])
     return Finished(steps=run.result.steps, total_steps=run.result.total_steps)
 
 
-def _answered(run: Supervisor, ask: Ask) -> bytes:
-    """The frame that answers a request, which must not end the run."""
+async def _answer(run: Supervisor, ask: Ask, connection: Connection) -> None:
+    """Answer a request, which must not end the run."""
     try:
-        return encode(Answer(number=ask.number, reply=answer(run, ask.request)))
+        frame = encode(Answer(number=ask.number, reply=await answer_checked(run, ask.request)))
     except Exception as error:
-        return encode(Answer(number=ask.number, reply=_failed(error)))
-
-
-def _failed(error: Exception) -> Refused:
-    return Refused(message=f"the request failed: {error!a}")
+        refused = Refused(message=f"the request failed: {error!a}")
+        frame = encode(Answer(number=ask.number, reply=refused))
+    await connection.send(frame)
 
 
 def _passes(error: InputError) -> bool:
@@ -136,10 +134,10 @@ def _passes(error: InputError) -> bool:
 
 
 async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -> None:
-    """Tell the daemon that the run plays, of every step and of what else happens, until it has ended."""
+    """Tell the daemon that the run has begun, of every step and of what else happens, until it has ended."""
     status, speaks = run.status(), "console" in run.config.metrics.sinks
-    playing = Playing(notices=run.notices, step=status.step, total_steps=status.total_steps, speaks=speaks)
-    await connection.send(encode(playing))
+    started = Started(notices=run.notices, step=status.step, total_steps=status.total_steps, speaks=speaks)
+    await connection.send(encode(started))
     news, over = News(), anyio.CancelScope()
 
     async def hear(messages: AsyncIterator[Incident | GroupClosed]) -> None:
@@ -155,14 +153,9 @@ async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -
 
     async def tell_steps() -> None:
         async for update in run.updates():
-            incidents = run.status().incidents
-            await connection.send(
-                encode(
-                    Stepped(
-                        step=update.step, total_steps=update.total_steps, metrics=update.metrics, incidents=incidents
-                    )
-                )
-            )
+            step, total_steps, metrics = update.step, update.total_steps, update.metrics
+            stepped = Stepped(step=step, total_steps=total_steps, metrics=metrics, incidents=run.status().incidents)
+            await connection.send(encode(stepped))
         over.cancel()
 
     hearing = [partial(hear, run.incidents())]
@@ -173,12 +166,12 @@ async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -
         await connection.send(encode(news.take()))
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
+def _leads_to(folder: Path, identity: tuple[int, int]) -> bool:
     try:
-        found = folder.stat()
+        with closing(HeldFolder(folder)) as held:
+            return held.identity == identity
     except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        return False
 
 
 def _finished(folder: Path, config: RunConfig) -> Finished | None:
@@ -194,4 +187,4 @@ def _finished(folder: Path, config: RunConfig) -> Finished | None:
 
 
 if __name__ == "__main__":
-    serve(play)
+    serve(run_trainer)
