@@ -1,5 +1,5 @@
 """wandb and trackio with modules in their place that keep what they are told; the real ones are in
-`test_tracked_runs.py`."""
+`runs/records/test_tracked.py`."""
 
 from __future__ import annotations
 

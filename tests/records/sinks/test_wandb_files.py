@@ -1,4 +1,4 @@
-"""Logs of the form that wandb writes, made by hand; the ones of the real wandb are in `test_tracked_runs.py`."""
+"""Logs of the form that wandb writes, made by hand; those of the real wandb are in `runs/records/test_tracked.py`."""
 
 from __future__ import annotations
 

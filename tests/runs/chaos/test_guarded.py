@@ -66,7 +66,7 @@ PLACE = "the reward kind (rewards.py:7) holds Python's lock"
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.fspath(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", os.fspath(Path(__file__).parents[3]))
     write_ragged_model(tmp_path / "m")
     write_prompts(tmp_path / "p.json")
     (tmp_path / "rewards.py").write_text(REWARDS)
