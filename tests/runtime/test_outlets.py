@@ -94,21 +94,21 @@ def test_lines_go_above_a_display_whole_and_each_thread_s_by_itself(pipe: tuple[
     outlet = Outlet(pipe[1])
     above: list[str] = []
     outlet.divert(above.append)
-    outlet.take(b"one ")
+    outlet.put_above(b"one ")
 
     def write() -> None:
-        outlet.take(b"another")
-        outlet.take(b" line\n")
+        outlet.put_above(b"another")
+        outlet.put_above(b" line\n")
 
     other = threading.Thread(target=write)
     other.start()
     other.join()
-    outlet.take("half – ".encode())
-    outlet.take(b"line\nbegun")
+    outlet.put_above("half – ".encode())
+    outlet.put_above(b"line\nbegun")
     assert above == ["another line", "one half – line"]
     outlet.put(b"drawn ")
     outlet.divert(None)
-    outlet.take(b" and ended\n")
+    outlet.put_above(b" and ended\n")
     assert outlet.close()
     os.close(pipe[1])
     assert read_all(pipe[0]) == b"drawn begun and ended\n"
@@ -144,7 +144,7 @@ def test_a_line_that_never_ends_does_not_grow_for_ever(pipe: tuple[int, int]) ->
     above: list[str] = []
     outlet.divert(above.append)
     for number in range(1000):
-        outlet.take(b"\r%5d of 1000 done" % number + b" " * 80)
+        outlet.put_above(b"\r%5d of 1000 done" % number + b" " * 80)
     assert above
     assert sum(map(len, outlet._open.values())) < 20_000
     outlet.divert(None)
@@ -163,7 +163,7 @@ def test_a_display_may_end_while_others_print(pipe: tuple[int, int]) -> None:
         enders[-1].join(0.2)
 
     outlet.divert(above)
-    outlet.take(b"one\ntwo\n")
+    outlet.put_above(b"one\ntwo\n")
     for ender in enders:
         ender.join()
     assert lines == ["one", "two"]

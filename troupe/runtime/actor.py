@@ -1,7 +1,7 @@
 """Actor: one typed mailbox, one `handle(message)`, an end that follows from the end of its mailbox.
 
 An actor owns its state alone and touches others only by sending messages into the channels it was given. When its
-mailbox ends it sends what is left, closes its channels, and so the end travels down the play by itself.
+mailbox ends it sends what is left, closes its channels, and so the end travels down the run by itself.
 
 A message is in the actor's hand until it has been handled. When an actor fails, another one of its kind goes on with
 the same mailbox and channels (`troupe.runtime.roles`), and is given what was in hand once more: whatever must not
@@ -32,7 +32,7 @@ class Actor(ABC):
 
     name: ClassVar[str]
     leaves_last: ClassVar[bool] = False
-    """Whether a play that is cut short goes on for this actor until all others have ended, as they may still report."""
+    """Whether a run that is cut short goes on for this actor until all others have ended, as they may still report."""
     acknowledges: ClassVar[bool] = False
     """Whether the actor itself says when it is done with a message (`self.inbox.done(message)`), because the work goes
     on after `handle` has returned. What it never says so of is given to its successor, should it fail."""
@@ -58,7 +58,7 @@ class Actor(ABC):
     async def stop(self) -> None:
         """Release what `start` acquired; runs on every way out, and is not cancelled.
 
-        When it fails, that is an incident, not a fault: the part was played, or another fault is told already.
+        When it fails, that is an incident, not a fault: the work was done, or another fault is told already.
         """
 
     @property
@@ -67,9 +67,9 @@ class Actor(ABC):
         return 0
 
     async def run(self) -> None:
-        """Play the part from `start` to the end of the mailbox.
+        """Run from `start` to the end of the mailbox.
 
-        The channels close only when the part was played to its end: after a fault somebody else may go on with
+        The channels close only when the actor has come to its end: after a fault somebody else may go on with
         them, and nobody downstream takes a fault for a regular end.
         """
         try:

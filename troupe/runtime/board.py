@@ -1,7 +1,7 @@
 """What actors share besides messages: the newest and pinned weights, and the count of groups still alive.
 
 Both are touched from the event loop only. Weights are handed over by reference: in unified memory publishing copies
-nothing. The board does not know what weights are.
+nothing.
 """
 
 from __future__ import annotations

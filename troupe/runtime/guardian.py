@@ -41,8 +41,7 @@ _OURS = f"{Path(__file__).parents[1]}/"
 
 HEAD = struct.Struct("<ddQI")
 CALL = struct.Struct("<BdQQ")
-TEXTS = {"folder": (64, 4096), "threads": (4160, 12_000)}
-"""`folder`, where the run writes, and `threads`, as JSON → where the text begins and how long it may be."""
+TEXTS = {"folder": (64, 4096), "threads": (4160, 12_000)}  # where each begins, and how long it may be
 CALLS_AT, CALL_BYTES, CALLS = 16_384, 512, 96
 
 
@@ -177,9 +176,7 @@ def reason(
 def _place(frames: list[Frame], file: str | None) -> str:
     """FILE:LINE of the innermost frame in a file; else in none of Python's own and ours; else of the innermost."""
     own = [frame for frame in frames if frame[0] == file]
-    foreign = [
-        frame for frame in frames if not frame[0].startswith(_OURS) and not re.search("/python3[^/]*/", frame[0])
-    ]
+    foreign = [f for f in frames if not (f[0].startswith(_OURS) or re.search("/python3[^/]*/", f[0]))]
     places = [*own, *foreign, *frames]
     return f"{places[0][0].removeprefix(f'{Path.cwd()}/')}:{places[0][1]}" if places else ""
 

@@ -1,5 +1,5 @@
 """A folder that is held by its descriptor, so that whoever writes in it by its name can see whether the name still
-leads there. Knows nothing of what is in the folder."""
+leads there."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class HeldFolder:
         if self._is_there():
             return None
         time.sleep(_PAUSE_S)
-        return None if self._is_there() else FolderGoneError(self._told())
+        return None if self._is_there() else FolderGoneError(self._message())
 
     def where(self) -> Path | None:
         """The path under which the folder can be found now; None where it was deleted, or nobody tells."""
@@ -72,7 +72,7 @@ class HeldFolder:
         except OSError:
             return True
 
-    def _told(self) -> str:
+    def _message(self) -> str:
         now = self.where()
         there = "another folder lies there" if self.path.is_dir() else "no folder lies there any more"
         if now is None:

@@ -1,7 +1,7 @@
 """A small, strict part of HTTP/1.1 on 127.0.0.1: one request a connection, one answer, whole or as a stream.
 
 What a client may use up is bounded: connections, bytes of a request, the time that asking takes and the time that a
-piece of the answer takes to be read. Whoever goes over a bound is dropped, and harms neither the run nor the others.
+chunk of the answer takes to be read. Whoever goes over a bound is dropped, and harms neither the run nor the others.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     request_s: float = 10.0
     """From the beginning of the connection to the end of the request."""
     write_s: float = 10.0
-    """That a client may take to read one piece of the answer."""
+    """That a client may take to read one chunk of the answer."""
 
 
 class HttpRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +63,7 @@ class HttpRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HttpResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """What it is told: the body at once, or piece by piece until the stream or the client ends."""
+    """What it is told: the body at once, or chunk by chunk until the stream or the client ends."""
 
     status: HTTPStatus = HTTPStatus.OK
     kind: str = "text/plain; charset=utf-8"
@@ -189,10 +189,10 @@ class HttpServer:
         if isinstance(body, bytes):
             await self._write(connection, head + body)
             return
-        async with aclosing(body) as pieces:
+        async with aclosing(body) as chunks:
             await self._write(connection, head)
-            async for piece in pieces:
-                await self._write(connection, piece)
+            async for chunk in chunks:
+                await self._write(connection, chunk)
 
     async def _write(self, connection: socket.socket, data: bytes) -> None:
         with anyio.fail_after(self._limits.write_s):

@@ -2,7 +2,7 @@
 
 The lock is the system's (`flock`), so that it goes with the process that took it, however that ends, and a lock of a
 dead owner is nobody's. Children do not inherit it. Where the file system knows no locks, what the file says of its
-owner decides, as far as this machine can tell whether that one lives. Knows nothing of runs.
+owner decides, as far as this machine can tell whether that one lives.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ terminal) must not hold up a run.
 
 `unhurried()` exchanges `sys.stdout` and `sys.stderr` for streams of which a thread each takes what was written to the
 real ones. Of what nobody reads the oldest is left out, and counted. While a display is drawn, what others write goes
-above it line by line. Quick to import; knows nothing of what is written.
+above it line by line. Quick to import.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Outlet:
                 self._untold += 1
             self._change.notify_all()
 
-    def take(self, data: bytes) -> None:
+    def put_above(self, data: bytes) -> None:
         """Have it written by itself, or above the display that is there."""
         with self._change:
             if self._above is None:
@@ -86,7 +86,7 @@ class Outlet:
                 self._above(line.decode(errors="replace"))
 
     def divert(self, above: Above | None) -> None:
-        """Give every line that comes by `take` to `above`, which must not wait; None: no longer."""
+        """Give every line that comes by `put_above` to `above`, which must not wait; None: no longer."""
         with self._change:
             begun, self._open = (self._open if above is None else {}), {}
             self._above = above
@@ -181,7 +181,7 @@ class _Raw(io.RawIOBase):
 
     def __init__(self, outlet: Outlet, *, own: bool = False) -> None:
         self.outlet = outlet
-        self._put = outlet.put if own else outlet.take
+        self._put = outlet.put if own else outlet.put_above
 
     def writable(self) -> bool:
         return True

@@ -1,5 +1,5 @@
-"""Settings that a whole process has one of, and that several runs in it may want to hold at once. Quick to import;
-knows nothing of what is set."""
+"""Settings that a whole process has one of, and that several runs in it may want to hold at once. Quick to
+import."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Reporter: an actor's way to tell what it does: incidents, and spans of work and of waiting.
 
-Spans are cheap and never wait: they go into a channel that drops the oldest. Pieces of work that overlap get different
+Spans are cheap and never wait: they go into a channel that drops the oldest. Spans that overlap get different
 *lanes*, so that a timeline never draws one inside another that has nothing to do with it: spans of one task nest and
-share a lane, those of tasks at the same time do not. It does not know what the names mean; `timing.py` does.
+share a lane, those of tasks at the same time do not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SILENT: AbstractContextManager[Any] = nullcontext()
 class Reporter:
     """An actor's way to tell what it does: incidents, which are never lost, and spans, which may be.
 
-    Both channels are optional, so that an actor can be played alone in a test or a script. Spans are opened and
+    Both channels are optional, so that an actor can be run alone in a test or a script. Spans are opened and
     recorded on the event loop. `process`: pid of a child process, which tells of spans when they begin too, so that the
     run knows what is done there.
     """
@@ -68,7 +68,7 @@ class Reporter:
         gids: Sequence[int] = (),
         kind: SpanKind = "work",
     ) -> AbstractContextManager[Any]:
-        """Time the body as one piece of work, or of waiting named for what is waited for, on the actor's track."""
+        """Time the body as one span of work, or of waiting named for what is waited for, on the actor's track."""
         if self._spans is None:
             return _SILENT
         return _Timed(self, name, step, gid, gids, kind)
@@ -84,7 +84,7 @@ class Reporter:
         gids: Sequence[int] = (),
         kind: SpanKind = "work",
     ) -> None:
-        """Tell of a piece of work that was timed elsewhere, such as in a device thread (`time.perf_counter`)."""
+        """Tell of work that was timed elsewhere, such as in a device thread (`time.perf_counter`)."""
         if self._spans is None:
             return
         inside = self._open.get(asyncio.current_task())

@@ -1,6 +1,6 @@
-"""Playing a whole cast: every actor at once, to the end of all, or to the first fault that a new actor does not mend.
+"""Running all actors of a run at once, to the end of all, or to the first fault that a new actor does not mend.
 
-A *role* is what the play needs; an actor plays it. When an actor fails, a new one takes over its mailbox, its channels
+A *role* is what the run needs; an actor has it. When an actor fails, a new one takes over its mailbox, its channels
 and what it had in hand, after a while that grows with every failure, and an incident tells of it.
 """
 
@@ -11,6 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Restarts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Role:
-    """One part of the play, and the actor that has it now.
+    """One role of a run, and the actor that has it now.
 
     `make` gives an actor with the same mailbox, channels, device thread and outliving ledgers each time. Exceptions
     that are no TroupeError are mended by a new actor where the role is `restartable`; TroupeErrors are final.
@@ -68,7 +69,7 @@ class Role:
         return self.actor.name
 
     async def run(self, restarts: Restarts) -> None:
-        """Play the role to its end, by as many actors as it takes."""
+        """Run the role to its end, with as many actors as it takes."""
         work = self.actor.run
         while True:
             try:
@@ -114,31 +115,31 @@ class Role:
         await restarts.sleep(pause_s)
 
 
-async def run_roles(cast: Sequence[Role | Actor], restarts: Restarts | None = None) -> None:
-    """Play all roles concurrently until each has ended. An actor that is given itself is not restarted.
+async def run_roles(members: Sequence[Role | Actor], restarts: Restarts | None = None) -> None:
+    """Run all roles concurrently until each has ended. An actor that is given itself is not restarted.
 
-    Who receives is started before who sends: the cast is given in the order in which work flows. There is no order of
+    Who receives is started before who sends: they are given in the order in which work flows. There is no order of
     shutting down: the first actor ends when it has nothing more to say, its channels close, and the end travels on. A
     fault that no restart mends cancels the others and is raised as itself, not as a group; those that leave last then
     read what is left in their mailboxes, and end.
     """
     restarts = restarts or Restarts()
-    roles = [member if isinstance(member, Role) else _once(member) for member in reversed(cast)]
-    audience = [role for role in roles if role.actor.leaves_last]
+    roles = [member if isinstance(member, Role) else _once(member) for member in reversed(members)]
+    first, last = ([role for role in roles if role.actor.leaves_last is is_last] for is_last in (False, True))
 
-    async def perform() -> None:
+    async def run_first() -> None:
         try:
-            await together([_played(role, restarts) for role in roles if role not in audience])
+            await together([partial(role.run, restarts) for role in first])
         except BaseException:
-            for role in audience:
+            for role in last:
                 role.actor.inbox.end()
             raise
 
-    async def listen() -> None:
+    async def run_last() -> None:
         with anyio.CancelScope(shield=True):
-            await together([_played(role, restarts) for role in audience])
+            await together([partial(role.run, restarts) for role in last])
 
-    await together([listen, perform])
+    await together([run_last, run_first])
 
 
 async def together(works: Iterable[Callable[[], Coroutine[Any, Any, object]]]) -> None:
@@ -200,10 +201,6 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def _once(actor: Actor) -> Role:
     return Role(lambda: actor, restartable=False)
-
-
-def _played(role: Role, restarts: Restarts) -> Callable[[], Coroutine[Any, Any, None]]:
-    return lambda: role.run(restarts)
 
 
 def _place(fault: Exception) -> str:

@@ -80,7 +80,7 @@ def length(plain: Iterable[Interval]) -> float:
 class Times:
     """What one actor did in a while: `work` and `wait` as plain lists.
 
-    Who waits in the midst of a piece of work is not at work meanwhile; what happens in other lanes counts by itself.
+    Who waits in the midst of work is not at work meanwhile; what happens in other lanes counts by itself.
     An actor waits while any lane of it waits and none works.
     """
 
