@@ -23,8 +23,9 @@ import pytest
 
 from tests.support.fakes import Reports, device_thread, make_scored, same_bits, send_all
 from tests.support.tiny import CONFIG
-from troupe.actors import checkpointer as checkpointer_room
-from troupe.actors.checkpointer import Checkpointer, growing_pauses
+from troupe.actors import checkpoint_writer as writer_room
+from troupe.actors.checkpoint_writer import CheckpointWriter
+from troupe.actors.checkpointer import Checkpointer, growing_pauses, lower_priority
 from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.actors.ledgers import CheckpointLedger
 from troupe.checkpoint import CheckpointConfig, RunState, files, list_checkpoints, load_checkpoint
@@ -35,7 +36,6 @@ from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.messages import CheckpointWritten, Snapshot, Unfinished
 from troupe.policy import Weights, load_policy, random_policy
 from troupe.policy.safetensors import safetensors_chunks
-from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.roles import Restarts, Role, run_roles
 
@@ -43,6 +43,16 @@ pytestmark = pytest.mark.anyio
 
 FOREVER = 1e9
 """Seconds that no test waits."""
+
+
+def state_of(snapshot: Snapshot) -> RunState:
+    return RunState(
+        version=snapshot.version,
+        seed=4,
+        dataset="data",
+        num_tokens=snapshot.num_tokens,
+        metrics=dict(snapshot.metrics),
+    )
 
 
 class Stage:
@@ -59,27 +69,18 @@ class Stage:
         self.reports, self.inbox, self.run = Reports(), Mailbox("checkpointer"), run
         self.snapshots: Channel[Snapshot] = self.inbox.channel("snapshots", Snapshot, bound=9)
         self.metrics = Mailbox("metrics")
-        self.ledger = ledger or CheckpointLedger()
+        self.ledger, self.device = ledger or CheckpointLedger(), device_thread("checkpointer")
         self.settled: list[tuple[int, list[str]]] = []
         self._settles = settled
         self.make = partial(
             Checkpointer,
             self.inbox,
             self.metrics.channel("checkpoints", CheckpointWritten, bound=9),
-            device=device_thread("checkpointer"),
-            run=run,
-            config=CheckpointConfig(**({"keep": 2} | config)),
-            policy_config=CONFIG,
-            source=source,
-            run_state=lambda snapshot: RunState(
-                version=snapshot.version,
-                seed=4,
-                dataset="data",
-                num_tokens=snapshot.num_tokens,
-                metrics=dict(snapshot.metrics),
+            writer=CheckpointWriter(
+                run, CheckpointConfig(**({"keep": 2} | config)), CONFIG, source, run_state=state_of, ledger=self.ledger
             ),
+            device=self.device,
             settle=self._settle,
-            ledger=self.ledger,
             pauses=lambda: pauses,
             report=self.reports.reporter("checkpointer"),
         )
@@ -136,14 +137,10 @@ async def test_its_thread_lets_others_go_first_and_no_other_does(tmp_path: Path)
 
     stage, before = Stage(tmp_path), niceness()
     await stage.checkpointer.start()
-    assert await device_of(stage).run(niceness) == max(5, before)
+    assert await stage.device.run(niceness) == max(5, before)
     assert niceness() == before
-    checkpointer_room._step_back()
+    lower_priority()
     assert niceness() == before, "the main thread is nobody's background"
-
-
-def device_of(stage: Stage) -> DeviceThread:
-    return stage.checkpointer._device
 
 
 async def until(holds: Callable[[], object]) -> None:
@@ -233,12 +230,8 @@ async def test_without_anybody_to_settle_or_to_tell(tmp_path: Path) -> None:
     channel: Channel[Snapshot] = inbox.channel("snapshots", Snapshot, bound=1)
     checkpointer = Checkpointer(
         inbox,
+        writer=CheckpointWriter(tmp_path, CheckpointConfig(), CONFIG, None, run_state=state_of),
         device=device_thread("checkpointer"),
-        run=tmp_path,
-        config=CheckpointConfig(),
-        policy_config=CONFIG,
-        source=None,
-        run_state=lambda snapshot: RunState(version=snapshot.version, seed=4, dataset="data"),
     )
     await send_all(channel, [snapshot(1)])
     await run_roles([checkpointer])
@@ -467,7 +460,7 @@ async def test_what_cannot_be_removed_is_an_incident_of_its_own(
     assert message.startswith("old checkpoints could not be removed: ")
     assert "step-00000001: [Errno 16] Device or resource busy" in message
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer_room, "prune_checkpoints", lambda *_, **__: stuck(tmp_path))
+        patch.setattr(writer_room, "prune_checkpoints", lambda *_, **__: stuck(tmp_path))
         await stage.checkpointer.handle(snapshot(3))
     [(kind, message)] = await stage.incidents()
     assert (kind, message.count("Device or resource busy")) == ("prune_failed", 1)
@@ -497,7 +490,7 @@ async def test_the_room_that_killed_runs_took_is_there_for_the_next_checkpoint(
 async def test_a_snapshot_that_a_failed_checkpointer_had_in_hand_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, late: bool
 ) -> None:
-    work, failures = getattr(checkpointer_room, where), iter([ValueError("before or after")])
+    work, failures = getattr(writer_room, where), iter([ValueError("before or after")])
 
     def fails_once(*args: Any, **settings: Any) -> Any:
         if not late:
@@ -508,7 +501,7 @@ async def test_a_snapshot_that_a_failed_checkpointer_had_in_hand_is_written_agai
             raise error
         return result
 
-    monkeypatch.setattr(checkpointer_room, where, fails_once)
+    monkeypatch.setattr(writer_room, where, fails_once)
     stage = Stage(tmp_path)
     await send_all(stage.snapshots, [snapshot(1), snapshot(2, final=True)])
     role = Role(stage.make)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from troupe import load_config
 from troupe.checkpoint import Checkpoint, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.policy import load_policy
-from troupe.run import pipeline
+from troupe.run.factories import Factories
 from troupe.run.memory import peak_bytes
 from troupe.run.pipeline import build_pipeline
 from troupe.run.prepare import prepare
@@ -83,7 +82,7 @@ def test_a_run_equals_the_plain_loop_bit_for_bit(tmp_path: Path, ragged_model: P
     [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (1, 1), (2, 1)))],
 )
 def test_dynamic_sampling_equals_the_plain_loop_whatever_the_delays(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, attempts: int
+    tmp_path: Path, ragged_model: Path, max_staleness: int, attempts: int
 ) -> None:
     settings = DYNAMIC | {"schedule__max_staleness": max_staleness, "learner__max_resampling_attempts": attempts}
     straight = play_straight(tiny_config(ragged_model, tmp_path, **settings), often_equal)
@@ -91,9 +90,8 @@ def test_dynamic_sampling_equals_the_plain_loop_whatever_the_delays(
     closed: list[list[GroupClosed]] = []
     for seed in range(4):
         sink = FakeSink()
-        with_sinks(monkeypatch, sink)
         config = tiny_config(ragged_model, tmp_path / str(seed), **settings)
-        result = troupe.train(config, [delayed(seed, reward=often_equal)])
+        result = troupe.train(config, [delayed(seed, reward=often_equal)], factories=with_sinks(sink))
         stored = last_checkpoint(result.folder)
         assert same_bits(stored.weights, straight.weights)
         assert same_bits(stored.optimizer_state, straight.optimizer_state)
@@ -171,22 +169,20 @@ def test_with_one_version_of_staleness_generation_overlaps_learning(tmp_path: Pa
     assert overlaps
 
 
-def with_sinks(monkeypatch: pytest.MonkeyPatch, *sinks: FakeSink) -> None:
-    chosen: Callable[[Any], list[FakeSink]] = lambda prepared: list(sinks)  # noqa: E731
-    monkeypatch.setattr(pipeline, "_sinks", chosen)
+def with_sinks(*sinks: FakeSink) -> Factories:
+    return Factories(sinks=lambda prepared: list(sinks))
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_every_group_is_closed_once_and_every_step_told_in_order(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int
+    tmp_path: Path, ragged_model: Path, max_staleness: int
 ) -> None:
     def moody(completion_ids: list[list[int]], prompts: list[str], **_: Any) -> list[float | None]:
         return [None] * len(completion_ids) if prompts[0] == "abc" else list(weigh_ids(completion_ids))
 
     sink = FakeSink()
-    with_sinks(monkeypatch, sink)
     config = tiny_config(ragged_model, tmp_path, schedule__max_staleness=max_staleness)
-    result = troupe.train(config, [moody])
+    result = troupe.train(config, [moody], factories=with_sinks(sink))
     closed = [message for message in sink.got if isinstance(message, GroupClosed)]
     assert [message.gid for message in closed] == list(range(4 * BATCH_SIZE))
     assert [message.version for message in closed] == [1, 1, 2, 2, 3, 3, 4, 4]

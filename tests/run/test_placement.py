@@ -69,7 +69,7 @@ class Watch:
     async def play(self, run: Supervisor) -> RunResult:
         with anyio.fail_after(PATIENCE_S):
             async with run:
-                files = run._pipeline.files
+                files = run._pipeline.ledgers.files
                 await run.wait()
                 if files is not None and files._folder is not None:
                     self.folders.append(files._folder)
@@ -207,7 +207,7 @@ async def main():
         async for update in run.updates():
             pipeline = run._pipeline
             generator = pipeline.roles[1].actor
-            print(generator._processes[0].child.pid, pipeline.files._folder, flush=True)
+            print(generator._processes[0].child.pid, pipeline.ledgers.files._folder, flush=True)
 
 anyio.run(main)
 """

@@ -20,7 +20,7 @@ import anyio
 
 from tests.support import virtual_time
 from tests.support.plans import Plan, draw_plan
-from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, set_stage
+from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, set_stage, stage_factories
 from troupe import RewardActor, RewardSample, RunConfig
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
@@ -212,8 +212,9 @@ def play(plan: Plan) -> Report:
         rewards = rewards_of(chaos)
         prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows)
         try:
-            with set_stage(prepared, chaos, ledger, real_statistics=plan.seed % 8 == 0), seeded(plan.seed):
-                report = virtual_time.run(_perform, chaos, config, ledger, rewards[0])
+            run = Supervisor(config, factories=stage_factories(prepared, chaos, ledger))
+            with set_stage(chaos, ledger, real_statistics=plan.seed % 8 == 0), seeded(plan.seed):
+                report = virtual_time.run(perform, run, chaos, ledger, rewards[0])
             assert_all_holds(plan, report)
         except Exception as error:
             fault: BaseException = error
@@ -237,8 +238,9 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(state)
 
 
-async def _perform(chaos: Chaos, config: RunConfig, ledger: Ledger, reward: Reward) -> Report:
-    run, plan = Supervisor(config), chaos.plan
+async def perform(run: Supervisor, chaos: Chaos, ledger: Ledger, reward: Reward) -> Report:
+    """Go through the whole run, and ask of it what the plan says."""
+    plan = chaos.plan
     async with anyio.create_task_group() as tasks:
         try:
             async with run:

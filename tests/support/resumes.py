@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tests.support import virtual_time
-from tests.support.chaos import Chaos, _perform, config_of, rewards_of, seeded
+from tests.support.chaos import Chaos, config_of, perform, rewards_of, seeded
 from tests.support.plans import Plan, draw_plan
-from tests.support.wiring import Ledger, prepared_run, set_stage
+from tests.support.wiring import Ledger, prepared_run, set_stage, stage_factories
 from troupe.checkpoint import Checkpoint, RunState
 from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.messages import GroupClosed, Snapshot, Unfinished
 from troupe.rewards import RewardManager
 from troupe.run.prepare import Prepared
 from troupe.run.resume.groups import restored_free, restored_pinned
+from troupe.run.supervisor import Supervisor
 
 STARTS = 4
 """Of a run, at most; the last one plays to the end."""
@@ -198,8 +199,9 @@ def _start(plan: Plan, folder: Path, cut: Cut | None) -> Start:
     if cut is not None:
         prepared = resumed(prepared, cut)
     ledger = StartLedger((plan.max_staleness + 1) * plan.prompts, prepared)
-    with set_stage(prepared, chaos, ledger, real_statistics=False), seeded(plan.seed):
-        report = virtual_time.run(_perform, chaos, config, ledger, rewards[0])
+    run = Supervisor(config, factories=stage_factories(prepared, chaos, ledger))
+    with set_stage(chaos, ledger, real_statistics=False), seeded(plan.seed):
+        report = virtual_time.run(perform, run, chaos, ledger, rewards[0])
     assert not ledger.broken, ledger.broken
     return Start(chaos, ledger, report.weights, report.steps)
 

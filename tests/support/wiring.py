@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,7 @@ import pytest
 import troupe  # noqa: F401 - before MLX
 from tests.support.fakes import DirectSinkThread
 from troupe import RunConfig
-from troupe.actors import checkpointer as checkpointer_room
-from troupe.actors import metrics as metrics_room
+from troupe.actors.checkpoint_writer import CheckpointWriter
 from troupe.actors.learner import train as training
 from troupe.actors.schedule import PromptSchedule
 from troupe.dataset import PromptDataset
@@ -44,14 +44,12 @@ from troupe.messages import (
     Update,
 )
 from troupe.policy import Companions, CompletedGroup, Completion, RolloutRequest
-from troupe.records.sinks import sinks as sink_threads
 from troupe.rewards import RewardManager
-from troupe.run import live as performance
-from troupe.run import pipeline, supervisor
+from troupe.run.factories import Factories
 from troupe.run.prepare import Prepared
 from troupe.run.resume.groups import Restored
 from troupe.runtime.device import DeviceThread
-from troupe.runtime.mailbox import Channel, Mailbox
+from troupe.runtime.mailbox import Channel, Mailbox, Overflow
 
 DATA = ("prompts", "rollouts", "scored", "closed")
 """Channels on the way of a group, which must hold all that are alive."""
@@ -328,31 +326,78 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
     )
 
 
-@contextmanager
-def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statistics: bool) -> Iterator[None]:
-    """Play every run that begins in the body on the stage.
+class WatchedChannel(Channel[Any]):
+    """Tells hooks and ledger of every message that it delivers."""
 
-    `real_statistics`: what is computed of scores with small arrays is not faked; it takes most of the time of a play.
-    """
-    put, take, channel_of = Channel._put, Mailbox.take, Mailbox.channel
-    generations = prepared.config.generation.num_generations
+    def __init__(self, *given: Any, hooks: Hooks, ledger: Ledger, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self._hooks, self._ledger = hooks, ledger
 
-    def watched_put(channel: Channel[Any], message: Any) -> None:
-        if channel.name in SENDERS:
-            hooks.on_step(SENDERS[channel.name], "send")
-        if "listener" not in channel._inbox.name:
-            ledger.see(channel.name, message)
-        put(channel, message)
+    def _put(self, message: Any) -> None:
+        if self.name in SENDERS:
+            self._hooks.on_step(SENDERS[self.name], "send")
+        self._ledger.see(self.name, message)
+        super()._put(message)
 
-    def bounded_channel(mailbox: Mailbox, name: str, *types: type, bound: int, **settings: Any) -> Channel[Any]:
-        return channel_of(mailbox, name, *types, bound=hooks.bound(name, bound), **settings)
 
-    async def watched_take(mailbox: Mailbox) -> Any:
-        message = await take(mailbox)
-        hooks.on_step(mailbox.name, "take")
-        if mailbox.name == "prompter":
-            ledger.obey(message)
+class WatchedMailbox(Mailbox):
+    """Its channels are watched, and as long as the hooks say."""
+
+    def __init__(self, name: str, hooks: Hooks, ledger: Ledger) -> None:
+        super().__init__(name)
+        self._hooks, self._ledger = hooks, ledger
+
+    def channel(
+        self, name: str, *types: type, bound: int, overflow: Overflow = "block", side: bool = False
+    ) -> Channel[Any]:
+        bound = self._hooks.bound(name, bound)
+        channel = WatchedChannel(self, name, types, bound, overflow, side=side, hooks=self._hooks, ledger=self._ledger)
+        self.channels.append(channel)
+        return channel
+
+    async def take(self) -> Any:
+        message = await super().take()
+        self._hooks.on_step(self.name, "take")
+        if self.name == "prompter":
+            self._ledger.obey(message)
         return message
+
+
+class WatchedWriter(CheckpointWriter):
+    """Writes nothing."""
+
+    def __init__(self, *given: Any, hooks: Hooks, seen: Ledger, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self._hooks, self._seen = hooks, seen
+
+    def write(self, snapshot: Snapshot, give_way: Callable[[], None] = lambda: None) -> None:
+        self._hooks.on_write(snapshot)
+        self._seen.written.append(snapshot.version)
+        if snapshot.final:
+            self._seen.final = snapshot.version
+
+
+def stage_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger) -> Factories:
+    """What takes time or room, faked."""
+    generations = prepared.config.generation.num_generations
+    engine: Any = lambda *_, **__: ScriptedEngine(generations)  # noqa: E731
+    return Factories(
+        prepare=lambda *_, **__: prepared,
+        device=partial(VirtualDevice, hooks=hooks),
+        mailbox=partial(WatchedMailbox, hooks=hooks, ledger=ledger),
+        engine=engine,
+        writer=partial(WatchedWriter, hooks=hooks, seen=ledger),
+        sinks=lambda _: [StageSink(hooks)],
+        sink_thread=DirectSinkThread,
+    )
+
+
+@contextmanager
+def set_stage(hooks: Hooks, ledger: Ledger, *, real_statistics: bool) -> Iterator[None]:
+    """What the learner computes in the body is faked.
+
+    `real_statistics`: what is computed of scores with small arrays is not; it takes most of the time of a run.
+    """
 
     def train(weights: Mapping[str, bytes], state: object, batch: Any, *_: Any, **settings: Any) -> StepResult:
         given = _digest_of_batch(batch)
@@ -361,27 +406,9 @@ def set_stage(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statisti
         trained: Any = {"w": ledger.learned[-1]} if finite else weights
         return StepResult(weights=trained, optimizer_state={}, metrics={"loss": 0.0}, updated=finite)
 
-    def write(_: object, snapshot: Snapshot) -> None:
-        hooks.on_write(snapshot)
-        ledger.written.append(snapshot.version)
-        if snapshot.final:
-            ledger.final = snapshot.version
-
     with pytest.MonkeyPatch.context() as patch:
-        for room in (pipeline, supervisor):
-            patch.setattr(room, "DeviceThread", lambda name: VirtualDevice(name, hooks))
-        patch.setattr(pipeline, "RolloutEngine", lambda *_, **__: ScriptedEngine(generations))
-        patch.setattr(pipeline, "_sinks", lambda _: [StageSink(hooks)])
-        patch.setattr(sink_threads, "SinkThread", DirectSinkThread)
-        patch.setattr(metrics_room, "_LETS_OTHERS_FIRST_S", 0.0)
-        patch.setattr(supervisor, "prepare", lambda *_, **__: prepared)
-        patch.setattr(performance, "Policy", lambda *_: None)
         patch.setattr(training, "train_on_batch", train)
         patch.setattr(training, "CompletionLogProbs", lambda *_, **__: None)
-        patch.setattr(checkpointer_room.Checkpointer, "write", write)
-        patch.setattr(Channel, "_put", watched_put)
-        patch.setattr(Mailbox, "take", watched_take)
-        patch.setattr(Mailbox, "channel", bounded_channel)
         if not real_statistics:
             patch.setattr(training, "group_statistics", lambda *_: {"reward": 0.0})
             patch.setattr(training, "spread_statistics", lambda *_: {})

@@ -6,33 +6,15 @@ import itertools
 import os
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import anyio
-import msgspec
 
-from troupe.actors.ledgers import CheckpointLedger
-from troupe.checkpoint import (
-    Checkpoint,
-    CheckpointConfig,
-    Made,
-    Pruned,
-    RunState,
-    checkpoint_folder,
-    clear_leftovers,
-    newer_versions,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-    save_final_policy,
-)
-from troupe.errors import CheckpointError, FolderGoneError, RunError
+from troupe.actors.checkpoint_writer import CheckpointWriter
+from troupe.errors import FolderGoneError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot
-from troupe.policy import Companions, Qwen3Config
 from troupe.runtime.actor import Actor
 from troupe.runtime.backoff import backoff_s
 from troupe.runtime.device import DeviceThread
@@ -62,44 +44,31 @@ class Checkpointer(Actor):
         inbox: Mailbox,
         written: Channel[CheckpointWritten] | None = None,
         *,
+        writer: CheckpointWriter,
         device: DeviceThread,
-        run: Path,
-        config: CheckpointConfig,
-        policy_config: Qwen3Config,
-        source: Path | Companions | None,
-        run_state: Callable[[Snapshot], RunState],
-        made: Callable[[], Made] = Made,
         settle: Callable[[int], Awaitable[bool]] | None = None,
-        check_folder: Callable[[], None] = lambda: None,
-        ledger: CheckpointLedger | None = None,
         pauses: Callable[[], Iterable[float]] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`settle`: comes back when all that was told up to the Update of a version is on the disk; False where that
-        took too long. `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
-        `pauses`: seconds between attempts.
+        """`writer` outlives the actor, and works on the thread of `device`. `settle`: comes back when all that was told
+        up to the Update of a version is on the disk; False where that took too long. `pauses`: seconds between
+        attempts.
 
         Settling comes before writing: it takes a moment, while nobody waits for the checkpoint yet, and writing stays
         one call that nothing can leave half done.
         """
         super().__init__(inbox, [] if written is None else [written], report)
         self._written = written
+        self._writer = writer
+        self._ledger = writer.ledger
         self._device = device
-        self._run = run
-        self._config = config
-        self._policy_config = policy_config
-        self._source = source
-        self._run_state = run_state
-        self._made = made
         self._settle = settle
-        self._check_folder = check_folder
-        self._ledger = CheckpointLedger() if ledger is None else ledger
         self._pauses = pauses or growing_pauses
 
     async def start(self) -> None:
         """Let all others have the processors first: nobody waits for a checkpoint as long as a step takes longer. Tell
         of a checkpoint that nobody has been told of."""
-        await self._device.run(_step_back)
+        await self._device.run(lower_priority)
         await self._tell_of_written()
 
     async def handle(self, message: Snapshot) -> None:
@@ -112,26 +81,10 @@ class Checkpointer(Actor):
             except OSError as error:
                 if message.final:
                     raise RunError(
-                        f"{self._run}: the final policy could not be written: {error}; make room or mend the "
+                        f"{self._writer.run}: the final policy could not be written: {error}; make room or mend the "
                         "permissions, then go on with --resume"
                     ) from error
                 await self._failed(message, error)
-
-    def write(self, snapshot: Snapshot) -> None:
-        """Write one snapshot, in the calling thread. OSError where the disk fails, FolderGoneError where the run folder
-        is not in its place: then nothing is written."""
-        self._check_folder()
-        if self._is_news(snapshot):
-            self._write_checkpoint(snapshot)
-        if snapshot.final:
-            self._check_folder()
-            save_final_policy(
-                self._run / "final",
-                self._policy_config,
-                snapshot.weights,
-                self._source,
-                before_taking_place=self._check_folder,
-            )
 
     async def _take(self) -> Any:
         """The next message; while none comes, what could not be written is tried again."""
@@ -154,8 +107,13 @@ class Checkpointer(Actor):
         self._ledger.pending = None
 
     async def _attempt(self, snapshot: Snapshot) -> None:
+
+        def give_way() -> None:
+            if snapshot is self._ledger.pending and len(self.inbox):
+                raise _SupersededError
+
         try:
-            await self._device.run(self.write, snapshot)
+            await self._device.run(self._writer.write, snapshot, give_way)
         except FolderGoneError as error:
             await self._tell("folder_gone", str(error))
             raise
@@ -179,7 +137,7 @@ class Checkpointer(Actor):
 
     async def _failed(self, snapshot: Snapshot, error: OSError) -> None:
         again = "the next one will be tried"
-        if self._config.overlap is not False:  # else memory has no room for a snapshot while learning goes on
+        if self._writer.tries_again:
             self._ledger.pending = snapshot
             again = "it is tried again"
         self._ledger.failing = True
@@ -199,80 +157,12 @@ class Checkpointer(Actor):
     async def _tell(self, kind: str, message: str) -> None:
         await self.report.incident(Incident(actor=self.name, kind=kind, message=message))
 
-    def _is_news(self, snapshot: Snapshot) -> bool:
-        """Whether the newest checkpoint lacks any of it: what is whole is not written again for nothing."""
-        newest = self._ledger.newest
-        if newest is not None and not self._is_there(newest):
-            self._ledger.newest = None
-            self._ledger.taken_away = (
-                f"{checkpoint_folder(self._run, newest)}: the newest checkpoint was removed under the run; until the "
-                f"one of step {snapshot.version} was written, a kill would have cost all steps since those that are "
-                "left"
-            )
-        return snapshot.version != self._ledger.newest or not _gids(snapshot) <= self._ledger.gids
-
-    def _is_there(self, version: int) -> bool:
-        """Whether the run folder has a finished checkpoint; also where nobody can tell."""
-        try:
-            return version in newer_versions(self._run, version - 1)
-        except RunError:
-            return True
-
-    def _write_checkpoint(self, snapshot: Snapshot) -> None:
-        started_s = time.perf_counter()
-        ledger, folder = self._ledger, checkpoint_folder(self._run, snapshot.version)
-        checkpoint = Checkpoint(
-            config=self._policy_config,
-            weights=snapshot.weights,
-            optimizer_state=snapshot.optimizer_state,
-            behind=snapshot.behind,
-            state=self._state(snapshot, folder),
-            made=self._made(),
-            reference=snapshot.reference,
-            unfinished=snapshot.unfinished,
-        )
-
-        def give_way() -> None:
-            self._check_folder()
-            if snapshot is ledger.pending and len(self.inbox):
-                raise _SupersededError
-
-        clear_leftovers(self._run)
-        size = save_checkpoint(folder, checkpoint, source=self._source, before_block=give_way)
-        seconds = time.perf_counter() - started_s
-        self._check_folder()  # what lies there now may have checkpoints of its own, which are not ours to prune
-        pruned = self._prune(snapshot.version)
-        ledger.newest, ledger.gids = snapshot.version, _gids(snapshot)
-        ledger.pruning_faults = pruned.faults
-        ledger.untold = CheckpointWritten(
-            version=snapshot.version, folder=str(folder), bytes=size, seconds=seconds, removed=pruned.removed
-        )
-
-    def _state(self, snapshot: Snapshot, folder: Path) -> RunState:
-        """Where the same step was cut before and none was made since, the means of then are those of the step."""
-        state = self._run_state(snapshot)
-        if not state.metrics and snapshot.version == self._ledger.newest:
-            try:
-                return msgspec.structs.replace(state, metrics=read_state(folder).metrics)
-            except (CheckpointError, RunError):  # it was removed, harmed, or cannot be read now
-                pass
-        return state
-
-    def _prune(self, version: int) -> Pruned:
-        self._ledger.abandoned.discard(version)
-        try:
-            pruned = prune_checkpoints(self._run, self._config, abandoned=self._ledger.abandoned)
-        except OSError as error:
-            return Pruned(faults=(str(error),))
-        self._ledger.abandoned -= set(pruned.removed)
-        return pruned
-
 
 class _SupersededError(Exception):
     """A newer snapshot has come while an older one was tried again."""
 
 
-def _step_back() -> None:
+def lower_priority() -> None:
     """Lower the priority of this thread, where the system knows one for a single thread and it is not lower already."""
     if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
         thread = threading.get_native_id()
@@ -283,8 +173,3 @@ def _step_back() -> None:
 def growing_pauses() -> Iterator[float]:
     """1 s, 2 s, 4 s … 60 s, 60 s …"""
     return (backoff_s(nth, _FIRST_PAUSE_S, _LONGEST_PAUSE_S) for nth in itertools.count(1))
-
-
-def _gids(snapshot: Snapshot) -> frozenset[int]:
-    unfinished = snapshot.unfinished
-    return frozenset(group.group.prompt.gid for group in (*unfinished.scored, *unfinished.collected))

@@ -91,6 +91,7 @@ class LiveRun:
         self._place = place
         self._device = device
         self._errands = errands
+        self._report = pipeline.wiring.supervisor_report
         self._scope = anyio.CancelScope()
         self._changes = ChangesLog(prepared.folder)
         self._watchdog_s = prepared.live.watchdog_s
@@ -101,7 +102,7 @@ class LiveRun:
         self._after: Evaluation | None = None
         self._farewells: list[tuple[str, Sitting, int]] = []
         self._stage = Progress()
-        self._newest_update = pipeline.news.listen(1, Update)
+        self._newest_update = pipeline.wiring.news.listen(1, Update)
 
     def stop(self) -> None:
         """End now, with a checkpoint of the last completed step."""
@@ -112,13 +113,13 @@ class LiveRun:
     def remind(self, hint: str) -> None:
         """Say with the notice what can be done next; at once where the status is shown."""
         self._hint = hint
-        if self._pipeline.sinks.take(Status):
-            self._pipeline.sinks.write(self.status())
+        if self._pipeline.ledgers.sinks.take(Status):
+            self._pipeline.ledgers.sinks.write(self.status())
 
     @property
     def notice(self) -> str:
         """What a run does that was asked to end; empty where it was not, and when it has ended."""
-        version, ledger = self._pipeline.learner.version, self._pipeline.ledger
+        version, ledger = self._pipeline.learner.version, self._pipeline.ledgers.prompts
         if self._ended.is_set() or not (self._stopping or ledger.draining or self._hint):
             return ""
         begun = -(-ledger.next // self._prepared.config.learner.batch_size)
@@ -132,7 +133,7 @@ class LiveRun:
     @property
     def phase(self) -> Phase:
         """Where the run stands."""
-        ledger = self._pipeline.ledger
+        ledger = self._pipeline.ledgers.prompts
         phases: list[tuple[bool, Phase]] = [
             (self.fault is not None, "failed"),
             (self._ended.is_set(), "ended"),
@@ -156,10 +157,10 @@ class LiveRun:
             groups=self._live_groups(now_s),
             queues=queues(pipeline.actors),
             doing={} if self._ended.is_set() else doing(pipeline.actors, now_s),
-            held=pipeline.ledger.held,
+            held=pipeline.ledgers.prompts.held,
             rewards_down=dict(self._prepared.rewards.down),
             restarts={role.name: role.restarts for role in pipeline.roles if role.restarts},
-            incidents=dict(pipeline.tally.incidents),
+            incidents=dict(pipeline.ledgers.tally.incidents),
             metrics=dict(updates[-1].metrics) if updates else {},
             activity=None if self._ended.is_set() else self._activity(now_s),
             notice=self.notice,
@@ -176,7 +177,9 @@ class LiveRun:
     def _live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
         """Groups between prompting and the end of their training, the oldest first."""
         pipeline = self._pipeline
-        return live_groups(pipeline.ledger.alive, pipeline.actors, now_s, handed_over=pipeline.handed_over)
+        return live_groups(
+            pipeline.ledgers.prompts.alive, pipeline.actors, now_s, handed_over=pipeline.ledgers.handed_over
+        )
 
     async def run(self) -> None:
         """Play the run to its end, well or not; then `result` or `fault` is there, and `ended` is set."""
@@ -189,24 +192,24 @@ class LiveRun:
         except Exception as error:
             self.fault = error if isinstance(error, FolderGoneError) else self._place.gone() or error
         finally:
-            self._pipeline.news.close()
+            self._pipeline.wiring.news.close()
             self._ended.set()
 
     async def _play(self) -> None:
         rewards, pipeline = self._prepared.rewards, self._pipeline
-        pipeline.sinks.open()
+        pipeline.ledgers.sinks.open()
         try:
             await _beside(self._tell_sinks, self._play_told)
         finally:
             with self._stage.at("stopping the rewards"):
                 for incident in await rewards.stop():
                     pipeline.tell(incident)
-            for incident in pipeline.untold:
+            for incident in pipeline.unread_incidents:
                 pipeline.tell(incident)
             with anyio.CancelScope(shield=True):
-                for incident in await pipeline.sinks.close():
+                for incident in await pipeline.ledgers.sinks.close():
                     pipeline.tell(incident)
-            pipeline.tally.switched_off_sinks.update(pipeline.sinks.switched_off)
+            pipeline.ledgers.tally.switched_off_sinks.update(pipeline.ledgers.sinks.switched_off)
         self._place.check()
         self.result = self._what_came_of_it()
         write_summary(self.result)
@@ -248,13 +251,13 @@ class LiveRun:
 
     async def _tell_sinks(self) -> None:
         """Have those sinks that show it know what the run is doing."""
-        while self._pipeline.sinks.take(Status):
-            self._pipeline.sinks.write(self.status())
+        while self._pipeline.ledgers.sinks.take(Status):
+            self._pipeline.ledgers.sinks.write(self.status())
             await anyio.sleep(_STATUS_EVERY_S)
 
     async def _watch_folder(self) -> None:
         """End the run where its folder is taken away: what would be written from then on is half a run."""
-        updates = self._pipeline.news.listen(1, Update)
+        updates = self._pipeline.wiring.news.listen(1, Update)
         async for _ in updates:
             try:
                 if await self._device.run(self._look_at_folder):
@@ -272,7 +275,7 @@ class LiveRun:
         return False
 
     def _tell(self, kind: str, message: str) -> None:
-        self._pipeline.incidents.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))
+        self._report.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))
 
     async def _watch(self) -> None:
         begun_s = time.perf_counter()
@@ -290,7 +293,7 @@ class LiveRun:
         now_s = time.perf_counter()
         groups = self._live_groups(now_s)
         if groups or self.phase not in ("paused", "held"):
-            self._pipeline.incidents.incident_nowait(stall(groups, self._pipeline.actors, now_s, still_s))
+            self._report.incident_nowait(stall(groups, self._pipeline.actors, now_s, still_s))
 
     async def _run_errands(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -305,7 +308,7 @@ class LiveRun:
     async def _set(self, key: str, value: Any) -> None:
         """Write down what is set, then do it; the learner writes down itself what it must do at a step."""
         if key == "learner.lr":
-            self._pipeline.settings.send_nowait(SetLearningRate(lr=value))
+            self._pipeline.wiring.settings.send_nowait(SetLearningRate(lr=value))
             return
         change = Change(step=self._pipeline.learner.version, key=key, value=value)
         self._place.check()
@@ -313,12 +316,10 @@ class LiveRun:
             await anyio.to_thread.run_sync(self._changes.add, change)
         except OSError as error:
             message = f"{key} was not set to {value}, since that could not be written down: {error}"
-            self._pipeline.incidents.incident_nowait(
-                Incident(actor="supervisor", kind="change_failed", message=message)
-            )
+            self._report.incident_nowait(Incident(actor="supervisor", kind="change_failed", message=message))
             return
         if key == "checkpoint.every":
-            self._pipeline.settings.send_nowait(SetCheckpointEvery(steps=value))
+            self._pipeline.wiring.settings.send_nowait(SetCheckpointEvery(steps=value))
         else:
             self._watchdog_s = value
             self._watching.cancel()
@@ -339,7 +340,7 @@ class LiveRun:
             if not isinstance(reward, str):
                 return 0
             config, version = self._prepared.config, pipeline.learner.version
-            begun = -(-pipeline.ledger.next // config.learner.batch_size)
+            begun = -(-pipeline.ledgers.prompts.next // config.learner.batch_size)
             step = begun if config.schedule.mode == "pinned" and not was_down else version
             self._place.check()
             self._changes.add(Change(step=step, key=f"rewards.{name}", value=reward))  # no await: none begins meanwhile
@@ -349,30 +350,28 @@ class LiveRun:
             old = await self._prepared.rewards.replace(name, reward, first_step)
         except Exception as error:
             message = f"the reward {name} was not exchanged, the old one goes on: {error}"
-            pipeline.incidents.incident_nowait(
-                Incident(actor="supervisor", kind="reward_exchange_failed", message=message)
-            )
+            self._report.incident_nowait(Incident(actor="supervisor", kind="reward_exchange_failed", message=message))
             return
         await self._dismiss(name, old, step)
 
     async def _dismiss(self, name: str, old: Sitting, step: int) -> None:
         """Stop a reward that another takes over from in a step, when all steps before have ended."""
-        await self._pipeline.board.newer_than(step - 1)
+        await self._pipeline.ledgers.board.newer_than(step - 1)
         for incident in await self._prepared.rewards.dismiss(name, old):
-            self._pipeline.incidents.incident_nowait(incident)
+            self._report.incident_nowait(incident)
 
     async def _write_checkpoint(self) -> None:
         pipeline, snapshot = self._pipeline, self._pipeline.learner.snapshot()
         try:
             with anyio.CancelScope(shield=True):
-                pipeline.sinks.settle(snapshot.version)  # Metrics has read all that was told, and has ended
-                if not await pipeline.sinks.settled(snapshot.version):
+                pipeline.ledgers.sinks.settle(snapshot.version)  # Metrics has read all that was told, and has ended
+                if not await pipeline.ledgers.sinks.settled(snapshot.version):
                     message = (
                         f"not all that was told of the steps up to {snapshot.version} is on the disk yet, but its "
                         "checkpoint is written"
                     )
                     pipeline.tell(Incident(actor="supervisor", kind="checkpoint_unsettled", message=message))
-                await self._device.run(pipeline.write_snapshot, snapshot)
+                await self._device.run(pipeline.ledgers.writer.write, snapshot)
         except OSError as error:
             raise RunError(
                 f"{self._prepared.folder}: the checkpoint of step {snapshot.version} could not be written: {error}; "
@@ -414,7 +413,7 @@ class LiveRun:
 
     def _what_came_of_it(self) -> RunResult:
         before, after = self._before, self._after
-        tally, version = self._pipeline.tally, self._pipeline.learner.version
+        tally, version = self._pipeline.ledgers.tally, self._pipeline.learner.version
         return RunResult(
             folder=str(self._prepared.folder),
             steps=version,

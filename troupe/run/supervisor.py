@@ -28,14 +28,14 @@ from troupe.messages import (
 from troupe.rewards import Reward
 from troupe.run.activity import Progress
 from troupe.run.config import RunConfig, check_config
+from troupe.run.factories import Factories
 from troupe.run.folder import RunFolder
 from troupe.run.live import Errands, Exchange, LiveRun, Setting
 from troupe.run.pipeline import Pipeline, build_pipeline
-from troupe.run.prepare import Prepared, prepare
+from troupe.run.prepare import Prepared
 from troupe.run.result import RunResult, remove_summary
 from troupe.run.resume.changes import ChangesLog, check_change
 from troupe.run.tables import anchored_reward
-from troupe.runtime.device import DeviceThread
 
 _LISTENER_BOUND = 64
 
@@ -60,8 +60,10 @@ class Supervisor:
         *,
         resume: bool = False,
         allow_changes: Sequence[str] = (),
+        factories: Factories | None = None,
     ) -> None:
-        """`allow_changes`: keys in which the config may differ from that of the run that is resumed."""
+        """`allow_changes`: keys in which the config may differ from that of the run that is resumed. `factories`: what
+        the run makes of threads, engines, files and sinks."""
         self.config = config
         self.notices: tuple[str, ...] = ()
         """What the user should know, one line each; filled on entering."""
@@ -75,7 +77,8 @@ class Supervisor:
         self._errands = Errands()
         self._stage = Progress()
         self._ended = anyio.Event()
-        self._device = DeviceThread("supervisor")
+        self._factories = Factories() if factories is None else factories
+        self._device = self._factories.device("supervisor")
         self._place: RunFolder | None = None
         self._live: LiveRun | None = None
         """There when everything is loaded."""
@@ -95,7 +98,7 @@ class Supervisor:
                 prepared = await self._device.run(self._prepare, place, on_cancel=stop_making_rows)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
             self.lost = prepared.lost
-            self._pipeline = build_pipeline(prepared, check_folder=place.check)
+            self._pipeline = build_pipeline(prepared, self._factories, check_folder=place.check)
             performance = LiveRun(
                 prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
             )
@@ -126,10 +129,10 @@ class Supervisor:
         finally:
             self._leave()
             with anyio.CancelScope(shield=True):
-                for device in (*self._pipeline.devices, self._device):
+                for device in (*self._pipeline.ledgers.devices.values(), self._device):
                     await device.close()
-            if self._pipeline.files is not None:
-                self._pipeline.files.close()
+            if self._pipeline.ledgers.files is not None:
+                self._pipeline.ledgers.files.close()
         fault = None if self._live is None else self._live.fault
         if fault is not None and error is None:
             raise fault
@@ -165,12 +168,12 @@ class Supervisor:
     async def _listen(self, kind: type[T]) -> AsyncGenerator[T, None]:
         if self._live is None:
             raise RuntimeError("there is nothing to listen to yet: enter the supervisor with `async with` first")
-        mailbox = self._pipeline.news.listen(_LISTENER_BOUND, kind)
+        mailbox = self._pipeline.wiring.news.listen(_LISTENER_BOUND, kind)
         try:
             async for message in mailbox:
                 yield message
         finally:
-            self._pipeline.news.leave(mailbox)
+            self._pipeline.wiring.news.leave(mailbox)
 
     async def wait(self) -> None:
         """Wait until the run has ended, well or not."""
@@ -190,26 +193,26 @@ class Supervisor:
     def pause(self) -> None:
         """Ask that no step is begun until `resume`; steps begun are finished."""
         self._pausing = True
-        self._ask(lambda pipeline: pipeline.control.send_nowait(Pause()))
+        self._ask(lambda pipeline: pipeline.wiring.control.send_nowait(Pause()))
 
     def resume(self) -> None:
         """Ask a paused run to go on."""
         self._pausing = False
-        self._ask(lambda pipeline: pipeline.control.send_nowait(Resume()))
+        self._ask(lambda pipeline: pipeline.wiring.control.send_nowait(Resume()))
 
     def step(self, n: int = 1) -> None:
         """Ask a paused run to begin `n` ≥ 1 more steps and then to be paused still."""
         if n < 1:
             raise ValueError(f"step({n}): a run can go on by 1 step or more")
-        self._ask(lambda pipeline: pipeline.control.send_nowait(Step(steps=n)))
+        self._ask(lambda pipeline: pipeline.wiring.control.send_nowait(Step(steps=n)))
 
     def drain(self) -> None:
         """Ask the run to end after the steps already begun, with checkpoint and final policy."""
-        self._ask(lambda pipeline: pipeline.drain.send_nowait(Drain()))
+        self._ask(lambda pipeline: pipeline.wiring.drain.send_nowait(Drain()))
 
     def checkpoint(self) -> None:
         """Ask for a checkpoint at the end of the step in hand."""
-        self._ask(lambda pipeline: pipeline.checkpoint.send_nowait(Checkpoint()))
+        self._ask(lambda pipeline: pipeline.wiring.checkpoint.send_nowait(Checkpoint()))
 
     def stop(self) -> None:
         """Ask the run to end now, with a checkpoint of the last completed step."""
@@ -269,7 +272,9 @@ class Supervisor:
 
     def _prepare(self, place: RunFolder) -> Prepared:
         config = msgspec.structs.replace(self.config, output=str(place.path))
-        prepared = prepare(config, self._rewards, resume=self._resume, allow_changes=self._allow_changes)
+        prepared = self._factories.prepare(
+            config, self._rewards, resume=self._resume, allow_changes=self._allow_changes
+        )
         place.check()  # loading takes a while
         remove_summary(place.path)  # before run.toml asks for more steps than it speaks of
         place.begin(prepared.config)
@@ -283,12 +288,19 @@ class Supervisor:
 
 
 def train(
-    config: RunConfig, rewards: Sequence[Reward] = (), *, resume: bool = False, allow_changes: Sequence[str] = ()
+    config: RunConfig,
+    rewards: Sequence[Reward] = (),
+    *,
+    resume: bool = False,
+    allow_changes: Sequence[str] = (),
+    factories: Factories | None = None,
 ) -> RunResult:
-    """Play a run to its end and return what became of it; the blocking form of `Supervisor`."""
+    """Run to the end and return what became of it; the blocking form of `Supervisor`."""
 
     async def run() -> RunResult:
-        async with Supervisor(config, rewards, resume=resume, allow_changes=allow_changes) as supervisor:
+        async with Supervisor(
+            config, rewards, resume=resume, allow_changes=allow_changes, factories=factories
+        ) as supervisor:
             await supervisor.wait()
         return supervisor.result
 

@@ -16,10 +16,9 @@ import troupe
 from tests.support.fakes import FakeSink, delayed, often_equal, same_bits, tiny_config, write_ragged_model
 from tests.support.straight import Straight, play_straight
 from troupe import RunConfig, Supervisor
-from troupe.run import pipeline, supervisor
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
-from troupe.run.pipeline import build_pipeline
-from troupe.runtime.mailbox import Channel
+from troupe.run.factories import Factories
+from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.board import PolicyBoard
 
@@ -57,7 +56,18 @@ class SlowSink(FakeSink):
         super().write(message)
 
 
-def shake(monkeypatch: pytest.MonkeyPatch, seed: int, *, room: int = 1, most_s: float = 0.0015) -> SlowSink:
+class RoomyMailbox(Mailbox):
+    """Its channels are longer than they must be."""
+
+    def __init__(self, name: str, room: int) -> None:
+        super().__init__(name)
+        self._room = room
+
+    def channel(self, name: str, *types: type, bound: int, **settings: Any) -> Any:
+        return super().channel(name, *types, bound=bound * self._room, **settings)
+
+
+def shake(monkeypatch: pytest.MonkeyPatch, seed: int, *, room: int = 1, most_s: float = 0.0015) -> Factories:
     """Let every send, every call of a device and every look at the policy take a random while more."""
     dice = random.Random(seed)
 
@@ -70,10 +80,7 @@ def shake(monkeypatch: pytest.MonkeyPatch, seed: int, *, room: int = 1, most_s: 
 
     for owner, name in ((Channel, "send"), (DeviceThread, "run"), (PolicyBoard, "get"), (PolicyBoard, "newer_than")):
         monkeypatch.setattr(owner, name, late(getattr(owner, name)))
-    monkeypatch.setattr(supervisor, "build_pipeline", partial(build_pipeline, room=room))
-    sink = SlowSink(random.Random(seed))
-    monkeypatch.setattr(pipeline, "_sinks", lambda prepared: [sink])
-    return sink
+    return Factories(mailbox=partial(RoomyMailbox, room=room), sinks=lambda prepared: [SlowSink(random.Random(seed))])
 
 
 def newest(run: str | Path) -> Checkpoint:
@@ -118,9 +125,9 @@ def test_any_staleness_equals_the_plain_loop_whatever_the_timing(
     straight = play_straight(config, often_equal)
     for seed, room, concurrency in timings:
         with monkeypatch.context() as patch:
-            shake(patch, seed, room=room)
+            factories = shake(patch, seed, room=room)
             again = tiny_config(ragged_model, tmp_path / str(seed), **settings, rewards__concurrency=concurrency)
-            result = troupe.train(again, [delayed(seed, reward=often_equal)])
+            result = troupe.train(again, [delayed(seed, reward=often_equal)], factories=factories)
         assert result.complete
         check(newest(result.folder), straight, config)
 
@@ -139,8 +146,8 @@ def test_many_timings_and_longer_delays(
         rewards__concurrency=random.Random(seed).choice([1, 2, 64]),
     )
     straight = play_straight(config, often_equal)
-    shake(monkeypatch, seed, room=1 + seed % 3, most_s=0.02)
-    result = troupe.train(config, [delayed(seed, most_s=0.05, reward=often_equal)])
+    factories = shake(monkeypatch, seed, room=1 + seed % 3, most_s=0.02)
+    result = troupe.train(config, [delayed(seed, most_s=0.05, reward=often_equal)], factories=factories)
     check(newest(result.folder), straight, config)
 
 
@@ -158,14 +165,14 @@ async def test_with_more_staleness_too_a_run_goes_on_to_the_same_bits(
 ) -> None:
     config = tiny_config(ragged_model, tmp_path, **FULL, schedule__max_staleness=max_staleness)
     straight = play_straight(config, often_equal)
-    shake(monkeypatch, 5)
-    async with Supervisor(config, [delayed(5, reward=often_equal)]) as run:
+    factories = shake(monkeypatch, 5)
+    async with Supervisor(config, [delayed(5, reward=often_equal)], factories=factories) as run:
         async for update in run.updates():
             if update.step == 2:
                 getattr(run, ending)()
     assert 2 <= run.result.steps <= STEPS
     assert len(newest(run.folder).behind) == min(run.result.steps, max_staleness)
-    async with Supervisor(config, [delayed(6, reward=often_equal)], resume=True) as rest:
+    async with Supervisor(config, [delayed(6, reward=often_equal)], resume=True, factories=factories) as rest:
         await rest.wait()
     assert rest.result.complete
     check(newest(rest.folder), straight, config)

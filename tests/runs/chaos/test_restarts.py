@@ -14,10 +14,10 @@ import troupe
 from tests.support import virtual_time
 from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_ragged_model
 from tests.support.faults import Faults
-from tests.support.wiring import Hooks, Ledger, digest, prepared_run, set_stage
+from tests.support.wiring import Hooks, Ledger, digest, prepared_run, set_stage, stage_factories
 from tests.support.straight import play_straight
 from troupe import RunConfig
-from troupe.actors import checkpointer as checkpointer_room
+from troupe.actors import checkpoint_writer as writer_room
 from troupe.actors.generator import actor as generator_room
 from troupe.checkpoint import CheckpointConfig, load_checkpoint
 from troupe.errors import RunError
@@ -86,14 +86,15 @@ def play(
     )
     rewards = RewardManager([reward], config=config.rewards)
     ledger, faults = Ledger((config.schedule.max_staleness + 1) * P), Faults(actor, strike, at_stop=at_stop)
-    prepared = prepared_run(config, rewards, rows=5)
+    slow = Slow()
+    factories = stage_factories(prepared_run(config, rewards, rows=5), slow, ledger)
 
     async def perform() -> RunResult:
-        async with Supervisor(config) as run:
+        async with Supervisor(config, factories=factories) as run:
             await run.wait()
         return run.result
 
-    with set_stage(prepared, Slow(), ledger, real_statistics=False), faults.injected():
+    with set_stage(slow, ledger, real_statistics=False), faults.injected():
         result = virtual_time.run(perform)
     return Played(ledger, result, faults)
 
@@ -177,7 +178,7 @@ def test_a_real_run_in_which_work_fails_once_equals_the_plain_loop(
         "decode": (RolloutEngine, "load"),
         "text": (generator_room, "as_rollouts"),
         "reward": (RewardManager, "score_group"),
-        "disk": (checkpointer_room, "save_checkpoint"),
+        "disk": (writer_room, "save_checkpoint"),
     }[place]
     work, calls = getattr(owner, name), itertools.count()
 

@@ -16,7 +16,7 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from tests.support import virtual_time
-from tests.support.wiring import Hooks, Ledger, prepared_run, set_stage
+from tests.support.wiring import Hooks, Ledger, prepared_run, set_stage, stage_factories
 from troupe import RunConfig
 from troupe.run.resume.changes import ChangesLog
 from troupe.checkpoint import CheckpointConfig
@@ -67,7 +67,9 @@ class Theatre:
         self.ledger, self.hooks = Ledger(2 * P), Slow()
         self.rewards = RewardManager([reward], config=self.config.rewards)
         with self.staged():
-            self.run = Supervisor(self.config)
+            prepared = prepared_run(self.config, self.rewards, rows=7)
+            factories = stage_factories(prepared, self.hooks, self.ledger)
+            self.run = Supervisor(self.config, factories=factories)
 
     def play(self, body: Body, *, before: Callable[[], None] = lambda: None) -> None:
         async def perform() -> None:
@@ -80,8 +82,7 @@ class Theatre:
 
     @contextmanager
     def staged(self) -> Iterator[None]:
-        prepared = prepared_run(self.config, self.rewards, rows=7)
-        with set_stage(prepared, self.hooks, self.ledger, real_statistics=False), pytest.MonkeyPatch.context() as patch:
+        with set_stage(self.hooks, self.ledger, real_statistics=False), pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "perf_counter", virtual_now)
             yield
 

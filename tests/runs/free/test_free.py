@@ -14,7 +14,7 @@ import pytest
 import troupe
 from tests.support.fakes import BATCH_SIZE, FakeSink, delayed, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
 from troupe import load_config
-from troupe.run import pipeline
+from troupe.run.factories import Factories
 from troupe.actors.learner.actor import Learner
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.demo import DEMO_CONFIG
@@ -53,7 +53,7 @@ class Watched:
 
         monkeypatch.setattr(Learner, "handle", handled)
         monkeypatch.setattr(Credits, "take", taken)
-        monkeypatch.setattr(pipeline, "_sinks", lambda prepared: [self.sink])
+        self.factories = Factories(sinks=lambda prepared: [self.sink])
         base = {"schedule__mode": "free", "schedule__generator": "thread", "learner__max_steps": STEPS}
         self.config = tiny_config(model, folder, **base | settings)
 
@@ -99,7 +99,7 @@ def test_a_free_run_ends_with_every_group_closed_once(
         learner__dynamic_sampling=True,
         learner__max_resampling_attempts=1,
     )
-    result = troupe.train(run.config, [delayed(3, most_s=0.02, reward=often_equal)])
+    result = troupe.train(run.config, [delayed(3, most_s=0.02, reward=often_equal)], factories=run.factories)
     run.check(result)
     assert result.closed_groups["trained"] >= 1
     final = load_policy(Path(result.folder) / "final").weights
@@ -133,7 +133,7 @@ def test_new_weights_are_taken_amid_a_completion(
         return weigh_ids(completion_ids)
 
     monkeypatch.setattr(Wave, "advance", waits_for_a_version)
-    run.check(troupe.train(run.config, [weigh]))
+    run.check(troupe.train(run.config, [weigh], factories=run.factories))
     mixed = [r.versions for g in run.groups for r in g.group.rollouts if r.versions[:4] == (0, 0, 0, 1)]
     assert mixed, "three tokens of version 0, the next of 1"
 
@@ -161,7 +161,7 @@ def test_a_group_that_is_scored_too_late(
         return weigh_ids(completion_ids)
 
     monkeypatch.setattr(PolicyBoard, "publish", published)
-    run.check(troupe.train(run.config, [first_is_late]))
+    run.check(troupe.train(run.config, [first_is_late], factories=run.factories))
     [old] = [g for g in run.groups if [list(r.token_ids) for r in g.group.rollouts] == late]
     slot = old.group.prompt.slot
     attempts = [
@@ -183,7 +183,7 @@ def test_scores_that_are_missing_close_a_group_without_holding_up_a_step(
         return [None] * len(completion_ids)
 
     run = Watched(monkeypatch, ragged_model, tmp_path, schedule__max_staleness=1, schedule__on_stale="requeue")
-    result = troupe.train(run.config, [never])
+    result = troupe.train(run.config, [never], factories=run.factories)
     run.check(result)
     assert result.closed_groups == {"quarantined": STEPS * BATCH_SIZE}
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.fakes import often_equal, tiny_config, weigh_ids, write_ragged_model
 from tests.support.stored import rows
 from troupe import RunConfig, Supervisor
-from troupe.actors import checkpointer
+from troupe.actors import checkpoint_writer
 from troupe.checkpoint import save_checkpoint
 from troupe.records.store.write import StepRows, StoreWriter
 from troupe.records.sinks.jsonl import JsonlSink
@@ -142,7 +142,7 @@ async def test_steps_are_on_the_disk_before_a_checkpoint_of_them(
         return save_checkpoint(folder, *args, **settings)
 
     monkeypatch.setattr(JsonlSink, "flush", late_flush)
-    monkeypatch.setattr(checkpointer, "save_checkpoint", watched)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", watched)
     every = 100 if is_stopped else 1
     async with Supervisor(tiny_config(ragged_model, tmp_path, checkpoint__every=every, **WITH_STORE), [weigh_ids]) as r:
         async for update in r.updates():

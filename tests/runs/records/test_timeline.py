@@ -99,21 +99,21 @@ async def test_a_sink_that_hangs_does_not_hang_the_run(
     from threading import Event
 
     from tests.support.fakes import FakeSink
-    from troupe.run import pipeline
+    from troupe.run.factories import Factories
     from troupe.messages import Update
 
     gate = Event()
 
     class Hanging(FakeSink):
-        takes = (Update,)
+        takes: tuple[type, ...] = (Update,)
 
         def write(self, message: object) -> None:
             gate.wait(60)
 
-    monkeypatch.setattr(pipeline, "_sinks", lambda prepared: [Hanging("disk")])
     monkeypatch.setattr(sink_threads, "_AT_ONCE_S", 0.0)
     config = tiny_config(tiny_model, tmp_path, metrics__sink_timeout_s=0.05)
-    async with Supervisor(config, [weigh_ids]) as run:
+    factories = Factories(sinks=lambda prepared: [Hanging("disk")])
+    async with Supervisor(config, [weigh_ids], factories=factories) as run:
         steps = [update.step async for update in run.updates()]
     gate.set()
     assert steps == [1, 2, 3, 4]

@@ -13,7 +13,7 @@ import pytest
 import troupe
 from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_ragged_model
 from tests.support.straight import play_straight
-from troupe.actors import checkpointer as checkpointer_room
+from troupe.actors import checkpoint_writer as writer_room
 from troupe.checkpoint import files, list_checkpoints, load_checkpoint, save_checkpoint
 
 
@@ -38,7 +38,7 @@ def test_a_disk_that_fails_for_a_while_changes_nothing_that_is_learned(
             raise OSError(28, "No space left on device")
         return save(path, *args, **settings)
 
-    monkeypatch.setattr(checkpointer_room, "save_checkpoint", full_for_a_while)
+    monkeypatch.setattr(writer_room, "save_checkpoint", full_for_a_while)
     config = tiny_config(ragged_model, tmp_path, checkpoint__every=1, schedule__max_staleness=1)
     result = troupe.train(config, [weigh_ids])
     assert result.complete

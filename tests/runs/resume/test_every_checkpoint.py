@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.fakes import BATCH_SIZE, FakeSink, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
 from troupe import RunConfig, Supervisor
-from troupe.run import pipeline
+from troupe.run.factories import Factories
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.rewards import batch_reward
@@ -51,17 +51,16 @@ class Judge:
 class Play:
     """A run, or a part of one, and what its sinks were told."""
 
-    def __init__(self, config: RunConfig, reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, config: RunConfig, reward: Any) -> None:
         self.config, self.sink = config, FakeSink()
         self.rewards = reward if isinstance(reward, list) else [reward]
-        self._patch = monkeypatch
         self.result: RunResult
 
     async def to_the_end(
         self, *, resume: bool = False, ask: Callable[[Supervisor, Update], None] | None = None
     ) -> Play:
-        self._patch.setattr(pipeline, "_sinks", lambda prepared: [self.sink])
-        async with Supervisor(self.config, self.rewards, resume=resume) as run:
+        factories = Factories(sinks=lambda prepared: [self.sink])
+        async with Supervisor(self.config, self.rewards, resume=resume, factories=factories) as run:
             async for update in run.updates():
                 if ask is not None:
                     ask(run, update)
@@ -139,7 +138,6 @@ SLOW = pytest.mark.slow
 async def test_a_pinned_run_goes_on_from_any_checkpoint_to_the_same_bits(
     tmp_path: Path,
     ragged_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
     staleness: int,
     settings: dict[str, Any],
     reward: Any,
@@ -147,11 +145,11 @@ async def test_a_pinned_run_goes_on_from_any_checkpoint_to_the_same_bits(
     def config(folder: Path) -> RunConfig:
         return config_of(ragged_model, folder, schedule__max_staleness=staleness, **settings)
 
-    whole = await Play(config(tmp_path), Judge(1, reward), monkeypatch).to_the_end()
+    whole = await Play(config(tmp_path), Judge(1, reward)).to_the_end()
     for version in range(1, STEPS):
         folder = tmp_path / str(version)
         cut_back(Path(whole.result.folder), version, folder / "run")
-        rest = await Play(config(folder), Judge(version, reward), monkeypatch).to_the_end(resume=True)
+        rest = await Play(config(folder), Judge(version, reward)).to_the_end(resume=True)
         assert same_bits(rest.final.weights, whole.final.weights)
         assert same_bits(rest.final.optimizer_state, whole.final.optimizer_state)
         assert rest.final.state.num_tokens == whole.final.state.num_tokens
@@ -161,14 +159,14 @@ async def test_a_pinned_run_goes_on_from_any_checkpoint_to_the_same_bits(
 
 
 async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ragged_model: Path
 ) -> None:
     """With a reward that would give others: what was scored before the checkpoint stays as it was."""
     kept = 0
     for seed in range(4):
         folder = tmp_path / str(seed)
         whole = await Play(
-            config_of(ragged_model, folder, schedule__max_staleness=2), Judge(seed, moody=True), monkeypatch
+            config_of(ragged_model, folder, schedule__max_staleness=2), Judge(seed, moody=True)
         ).to_the_end()
         cut_back(Path(whole.result.folder), 2, folder / "again" / "run")
         unfinished = load_checkpoint(folder / "again" / "run" / "checkpoints" / "step-00000002").unfinished
@@ -176,7 +174,7 @@ async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
         kept += len(scored)
         judge = Judge(seed + 9, moody=True)
         rest = await Play(
-            config_of(ragged_model, folder / "again", schedule__max_staleness=2), judge, monkeypatch
+            config_of(ragged_model, folder / "again", schedule__max_staleness=2), judge
         ).to_the_end(resume=True)
         scores = {message.gid: message.scored.scores for message in rest.closed if message.scored is not None}
         for group in scored:
@@ -202,7 +200,6 @@ async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
 async def test_a_free_run_goes_on_with_every_prompt_and_trains_none_twice(
     tmp_path: Path,
     ragged_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
     staleness: int,
     on_stale: str,
     settings: dict[str, Any],
@@ -222,12 +219,12 @@ async def test_a_free_run_goes_on_with_every_prompt_and_trains_none_twice(
     def ask(run: Supervisor, update: Update) -> None:
         run.checkpoint()  # also while a step is being collected
 
-    whole = await Play(config(tmp_path), Judge(1, reward), monkeypatch).to_the_end(ask=ask)
+    whole = await Play(config(tmp_path), Judge(1, reward)).to_the_end(ask=ask)
     check_closed(whole.closed)
     for version in range(1, STEPS):
         folder = tmp_path / str(version)
         cut_back(Path(whole.result.folder), version, folder / "run")
-        rest = await Play(config(folder), Judge(version, reward), monkeypatch).to_the_end(resume=True)
+        rest = await Play(config(folder), Judge(version, reward)).to_the_end(resume=True)
         assert rest.result.complete
         check_closed([message for message in whole.closed if message.version <= version] + rest.closed)
         assert rest.final.state.num_tokens == sum(
@@ -249,7 +246,7 @@ def check_closed(closed: list[GroupClosed]) -> None:
 
 
 async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who_have_their_scores(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ragged_model: Path
 ) -> None:
     @batch_reward
     def rank(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -273,7 +270,7 @@ async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who
             return [0.0] * len(completion_ids)
 
         rewards = [rank, one_after_the_other]
-        whole = await Play(config(folder), rewards, monkeypatch).to_the_end(ask=ask)
+        whole = await Play(config(folder), rewards).to_the_end(ask=ask)
         parted = 0
         for version in range(1, STEPS):
             again = folder / str(version)
@@ -283,7 +280,7 @@ async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who
             steps = Counter(group.slot.step for group in unfinished.open if group.slot not in scored)
             parted += 1 in steps.values()
             with anyio.fail_after(60):
-                rest = await Play(config(again), rewards, monkeypatch).to_the_end(resume=True)
+                rest = await Play(config(again), rewards).to_the_end(resume=True)
             check_closed([message for message in whole.closed if message.version <= version] + rest.closed)
         return parted
 
@@ -308,7 +305,7 @@ EVERYTHING: dict[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("staleness", "processes"), [(0, 0), (2, 0), (1, 1), (3, 2)])
 async def test_with_everything_on_and_stopped_again_and_again_a_pinned_run_comes_to_the_same_bits(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, staleness: int, processes: int
+    tmp_path: Path, ragged_model: Path, staleness: int, processes: int
 ) -> None:
     @batch_reward
     def rank(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -323,7 +320,7 @@ async def test_with_everything_on_and_stopped_again_and_again_a_pinned_run_comes
         given = {f"schedule__{name}": value for name, value in where.items()}
         return config_of(ragged_model, folder, schedule__max_staleness=staleness, **EVERYTHING | given)
 
-    whole = await Play(config(tmp_path / "whole"), [rank, missing], monkeypatch).to_the_end()
+    whole = await Play(config(tmp_path / "whole"), [rank, missing]).to_the_end()
     dice, parts, again = random.Random(staleness), config(tmp_path / "parts"), False
     closed: list[GroupClosed] = []
     for start in range(6):
@@ -337,7 +334,7 @@ async def test_with_everything_on_and_stopped_again_and_again_a_pinned_run_comes
             if left == 0:
                 run.stop()
 
-        rest = await Play(parts, [rank, missing], monkeypatch).to_the_end(resume=again, ask=ask)
+        rest = await Play(parts, [rank, missing]).to_the_end(resume=again, ask=ask)
         again = True
         closed += rest.closed
     assert rest.result.complete

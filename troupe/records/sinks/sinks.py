@@ -261,13 +261,15 @@ class Sinks:
         clock: Callable[[], float] = time.perf_counter,
         gather_s: float = _GATHER_S,
         before_opening: Callable[[], None] = lambda: None,
+        thread: Callable[..., SinkThread] = SinkThread,
     ) -> None:
         """`before_opening` is called in each sink's thread before it is opened; where it raises, the sink is switched
-        off."""
+        off. `thread`: makes that thread."""
         self.switched_off: dict[str, str] = {}
         """Sink → why."""
         self._sinks = tuple(sinks)
         self._before_opening = before_opening
+        self._make_thread = thread
         self._timeout_s, self._clock, self._gather_s = timeout_s, clock, gather_s
         self._threads: list[SinkThread] = []
         self._opened = False
@@ -281,7 +283,7 @@ class Sinks:
         if not self._opened:
             self._opened = True
             self._threads = [
-                SinkThread(
+                self._make_thread(
                     sink,
                     lane,
                     self._writes.append,

@@ -1,0 +1,132 @@
+"""Ledgers: what outlives the actors of a run, and is there before the first of them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from troupe.actors.checkpoint_writer import CheckpointWriter
+from troupe.actors.generator.weights_files import WeightsFiles
+from troupe.actors.ledgers import CheckpointLedger, OpenGroups, PromptLedger
+from troupe.actors.metrics import Tally
+from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
+from troupe.messages import CheckpointWritten, ScoredGroup, Snapshot
+from troupe.policy import Weights
+from troupe.records.sinks.sinks import Sinks
+from troupe.run.config import config_table
+from troupe.run.factories import Factories
+from troupe.run.prepare import Prepared
+from troupe.runtime.board import Credits, PolicyBoard
+from troupe.runtime.device import DeviceThread
+
+
+class Ledgers(msgspec.Struct, frozen=True, kw_only=True):
+    """What outlives the actors."""
+
+    board: PolicyBoard[Weights]
+    credits: Credits
+    prompts: PromptLedger
+    open_groups: OpenGroups
+    handed_over: set[int]
+    """Groups that the Generator has sent on while the round that they are part of is still being decoded."""
+    recorded: dict[int, ScoredGroup]
+    """Gid → groups that were sampled and scored before the run was resumed."""
+    tally: Tally
+    sinks: Sinks
+    """Closed by Metrics at its end, unless held-out rows come after it; close them at the end, also again."""
+    writer: CheckpointWriter
+    files: WeightsFiles | None
+    """Weights for the generator's processes, where it has any; close them at the end, too."""
+    devices: dict[str, DeviceThread]
+    """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
+    computes."""
+
+
+def open_ledgers(prepared: Prepared, factories: Factories, check_folder: Callable[[], None]) -> Ledgers:
+    """As the run begins, or goes on."""
+    config, restored = prepared.config, prepared.restored
+    schedule, batch_size = config.schedule, config.learner.batch_size
+    sinks = Sinks(
+        factories.sinks(prepared),
+        timeout_s=config.metrics.sink_timeout_s,
+        before_opening=check_folder,
+        thread=factories.sink_thread,
+    )
+    by_process = schedule.generator == "process"
+    return Ledgers(
+        board=PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0),
+        credits=Credits((schedule.max_staleness + 1) * batch_size, restored.alive),
+        prompts=PromptLedger(
+            next=restored.next,
+            end=prepared.total_steps * batch_size,
+            outbox=deque(restored.prompts),
+            alive={gid: (slot, time.perf_counter()) for gid, slot in restored.alive.items()},
+        ),
+        open_groups=OpenGroups(restored.open),
+        handed_over=set(),
+        recorded=dict(restored.recorded),
+        tally=Tally(),
+        sinks=sinks,
+        writer=_make_writer(prepared, factories, sinks, check_folder),
+        files=WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2) if by_process else None,
+        devices={name: factories.device(name) for name in ("generator", "learner", "checkpointer")},
+    )
+
+
+def _make_writer(
+    prepared: Prepared, factories: Factories, sinks: Sinks, check_folder: Callable[[], None]
+) -> CheckpointWriter:
+    config, policy = prepared.config, prepared.policy
+    # by themselves: the writer must not keep the weights that the run began with
+    rewards, dataset, model, stop_ids = prepared.rewards, prepared.fingerprint, prepared.model, policy.eos_ids
+    table, machine = config_table(config), prepared.machine
+
+    def run_state(snapshot: Snapshot) -> RunState:
+        standing = rewards.standing(snapshot.version)
+        return RunState(
+            version=snapshot.version,
+            seed=config.seed,
+            dataset=dataset,
+            num_tokens=snapshot.num_tokens,
+            mode=config.schedule.mode,
+            model=model,
+            skipped_in_a_row=snapshot.skipped_in_a_row,
+            rewards={name: RewardState(version=times, spec=spec) for name, (times, spec) in standing.items()},
+            metrics=dict(snapshot.metrics),
+            stop_ids=tuple(sorted(stop_ids)),
+        )
+
+    return factories.writer(
+        prepared.folder,
+        config.checkpoint,
+        policy.config,
+        policy.companions,
+        run_state=run_state,
+        made=lambda: Made(config=table, machine=machine, lacking=sinks.lacking()),
+        check_folder=check_folder,
+        ledger=_checkpoints_so_far(prepared),
+    )
+
+
+def _checkpoints_so_far(prepared: Prepared) -> CheckpointLedger:
+    """What is known of the run's checkpoints when it begins, or goes on."""
+    found = prepared.checkpoint
+    if found is None:
+        return CheckpointLedger(abandoned=newer_versions(prepared.folder, -1))
+    unfinished, version = found.unfinished, found.state.version
+    folder = checkpoint_folder(prepared.folder, version)
+    return CheckpointLedger(
+        newest=version,
+        gids=frozenset(group.group.prompt.gid for group in (*unfinished.scored, *unfinished.collected)),
+        abandoned=newer_versions(prepared.folder, version),
+        # once more: a stop writes its checkpoint when nobody listens any more, and a kill may come before the telling
+        untold=CheckpointWritten(
+            version=version,
+            folder=str(folder),
+            bytes=sum(file.stat().st_size for file in folder.glob("*") if file.name != MANIFEST),
+            seconds=0.0,
+        ),
+    )
