@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.policy.forward_vectors import SHIPPED
+from tests.support.devices import compute_on
 from tests.test_oracles import IDS, oracle
 from troupe.errors import InputError, ModelError
 from troupe.policy.companions import COMPANION_FILES
@@ -91,9 +92,9 @@ def test_on_a_cpu_half_precision_becomes_float32_and_elsewhere_stays(
 ) -> None:
     tensors = {name: w.astype(mx.bfloat16) for name, w in arrays(folder / "model.safetensors").items()}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    monkeypatch.setattr("troupe.policy.folders.is_on_cpu", lambda: True)
+    compute_on(monkeypatch, cpu=True)
     assert load_policy(folder).dtype == "float32"
-    monkeypatch.setattr("troupe.policy.folders.is_on_cpu", lambda: False)
+    compute_on(monkeypatch, cpu=False)
     assert load_policy(folder).dtype == "bfloat16"
     norms = {name: w.astype(mx.float32) for name, w in tensors.items() if w.ndim == 1}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors | norms)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from troupe.policy.decode import sampling
+from tests.support.devices import compute_on
 from troupe.policy.decode.drawing import noise_block, row_key
 from troupe.policy.decode.sampling import draw_by_shares
 from troupe.policy.network import elementwise
@@ -28,7 +28,7 @@ def test_noise_is_uniform_and_belongs_to_key_and_block() -> None:
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_the_draw_never_leaves_the_support(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
-    monkeypatch.setattr(sampling, "is_on_cpu", lambda: on_cpu)
+    compute_on(monkeypatch, cpu=on_cpu)
     shares = mx.array([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]] * 7)
     uniforms = mx.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-24, 1.0])
     assert draw_by_shares(shares, uniforms).tolist() == [1, 1, 3, 3, 4, 4, 4]

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from troupe.policy.decode import cuda_kernels, memory
-from troupe.policy.decode import engine as rollout
+from tests.support.devices import compute_on
 from troupe.policy.decode import loop as decoding
+from troupe.policy.decode import memory
 from troupe.policy.decode.cache import DecodingCache
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.memory import (
@@ -93,8 +93,7 @@ def test_an_engine_counts_as_its_device_computes(
     has_card: bool | None, head_dim: int, expected: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On an NVIDIA card, on an Apple GPU, and on a processor."""
-    monkeypatch.setattr(rollout, "is_on_cpu", lambda: has_card is None)
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: bool(has_card))
+    compute_on(monkeypatch, cpu=has_card is None)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: bool(has_card))
     monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
     config = config_of(head_dim=head_dim, num_hidden_layers=3)

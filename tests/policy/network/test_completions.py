@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from troupe.policy.network import embedding, packing, qwen3
+from tests.support.devices import compute_on
 from troupe.policy.network.completions import completion_statistics
 from troupe.policy.network.qwen3 import Qwen3Config, Weights, hidden_states, init_weights, project
 
@@ -36,8 +36,7 @@ GROUP = ([[1, 2, 3]] * 4, [[10, 11, 12], [13, 14, 15], [16, 17, 18], [19, 20, 21
 @pytest.fixture(params=["cpu", "gpu"])
 def device_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed on a CPU and what on a GPU, wherever the tests run."""
-    for module in (embedding, packing, qwen3):
-        monkeypatch.setattr(module, "is_on_cpu", lambda: request.param == "cpu")
+    compute_on(monkeypatch, cpu=request.param == "cpu")
 
 
 def row_by_row(

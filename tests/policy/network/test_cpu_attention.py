@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from troupe.policy.network.cpu_attention import attention, attention_gradient, block_size, blocks
+from troupe.policy.network.cpu_attention import attention, attention_gradient, block_size, query_blocks
 
 B, H, K, D = 3, 4, 2, 8
 SCALE = 0.4
@@ -51,7 +51,7 @@ SIZES = [(1, 1), (5, 5), (3, 9), (130, 130), (150, 170)]
 def test_attention_is_that_of_the_definition(T: int, S: int, is_ragged: bool, size: float) -> None:
     real = ragged(S, T) if is_ragged else None
     q, k, v = arrays(T, S, size)
-    o, normalizer = attention(q, k, v, SCALE, blocks(T, S, H // K, real))
+    o, normalizer = attention(q, k, v, SCALE, query_blocks(T, S, H // K, real))
     expected, log_total = by_definition(q, k, v, visible(T, S, real))
     np.testing.assert_allclose(np.array(o), expected, atol=2e-6 * size, rtol=1e-5)
     np.testing.assert_allclose(np.array(normalizer), log_total, atol=1e-5, rtol=2e-6)
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_mlx(T: int, S: int, is_ragged: bool) -> None:
         k, v = (mx.repeat(x, H // K, axis=1) for x in (k, v))
         return mx.softmax(mx.where(sees, SCALE * (q @ k.swapaxes(-1, -2)), -mx.inf), axis=-1) @ v
 
-    among = blocks(T, S, H // K, real)
+    among = query_blocks(T, S, H // K, real)
     o, normalizer = attention(*inputs, SCALE, among)
     found = attention_gradient(*inputs, SCALE, among, normalizer, cotangent, (o * cotangent).sum(-1))
     for ours, theirs in zip(found, mx.vjp(plain, list(inputs), [cotangent])[1], strict=True):
@@ -77,7 +77,7 @@ def test_gradients_are_those_of_mlx(T: int, S: int, is_ragged: bool) -> None:
 
 def test_low_precision_goes_through_float32() -> None:
     q, k, v = arrays(70, 80, dtype=mx.bfloat16)
-    among = blocks(70, 80, H // K)
+    among = query_blocks(70, 80, H // K)
     o, normalizer = attention(q, k, v, SCALE, among)
     expected, log_total = by_definition(q, k, v, visible(70, 80, None))
     assert (o.dtype, normalizer.dtype) == (mx.bfloat16, mx.float32)
@@ -93,10 +93,10 @@ def test_blocks_are_of_about_one_size(T: int, size: int) -> None:
 
 
 def test_blocks_by_hand() -> None:
-    (only,) = blocks(2, 3, 2)
+    (only,) = query_blocks(2, 3, 2)
     assert (only.start, only.stop, only.keys, only.padding) == (0, 2, 3, None)
     assert only.causal.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [-mx.inf, 0, -mx.inf, 0]]
-    first, second = blocks(100, 110, 1, mx.ones((2, 110), mx.bool_))
+    first, second = query_blocks(100, 110, 1, mx.ones((2, 110), mx.bool_))
     assert [(block.start, block.stop, block.keys) for block in (first, second)] == [(0, 50, 60), (50, 100, 110)]
     assert first.padding is not None
     assert first.padding.shape == (2, 1, 60, 1)

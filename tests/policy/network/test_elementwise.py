@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.devices import compute_on
 from troupe.policy.network import elementwise
 
 
@@ -99,7 +100,7 @@ def test_the_exponential_of_other_types_is_that_of_mlx() -> None:
 def test_on_a_gpu_mlx_computes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     x = mx.array([0.5, -1.0])
     assert elementwise.is_on_cpu()
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    compute_on(monkeypatch, cpu=False)
     assert not elementwise.is_on_cpu()
     assert not elementwise.is_fast_here(x)
 

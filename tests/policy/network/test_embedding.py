@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from troupe.policy.network import embedding
+from tests.support.devices import compute_on
 from troupe.policy.network.embedding import embed, sum_by_id
 
 
 @pytest.fixture(params=["cpu", "gpu"])
 def device_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of adding up, wherever the tests run."""
-    monkeypatch.setattr(embedding, "is_on_cpu", lambda: request.param == "cpu")
+    compute_on(monkeypatch, cpu=request.param == "cpu")
 
 
 def by_definition(x: np.ndarray, ids: np.ndarray, size: int) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_low_precision_is_summed_in_float32() -> None:
 def test_rows_are_looked_up_and_their_gradient_is_the_sum_of_the_cotangents(
     on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "is_on_cpu", lambda: on_cpu)
+    compute_on(monkeypatch, cpu=on_cpu)
     table = mx.random.normal((6, 3), key=mx.random.key(0))
     ids = mx.array([[5, 0, 5, 2], [5, 5, 0, 1]])
     cotangent = mx.random.normal((2, 4, 3), key=mx.random.key(1))

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.devices import compute_on
 from troupe.policy.network import head
 from troupe.policy.network.head import head_backward, head_forward, result, token_statistics
 
@@ -188,7 +189,7 @@ def test_processors_and_gpus_have_their_own_sizes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(head, "BLOCK_NUMBERS_ON_CPU", 300 * 10)
     monkeypatch.setattr(head, "BLOCK_NUMBERS", 600 * 10)
     assert [block.stop for block in head._blocks(1000, 10)] == [256, 512, 768, 1000]
-    monkeypatch.setattr(head, "is_on_cpu", lambda: False)
+    compute_on(monkeypatch, cpu=False)
     assert [block.stop for block in head._blocks(1000, 10)] == [512, 1000]
 
 
@@ -197,7 +198,7 @@ def test_powers_in_one_loop_are_those_in_two(monkeypatch: pytest.MonkeyPatch) ->
     peak = mx.max(logits, axis=-1, keepdims=True)
     found = []
     for on_cpu in (True, False):
-        monkeypatch.setattr(head, "is_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        compute_on(monkeypatch, cpu=on_cpu)
         found.append(head._powers(logits, 0.5, peak * 0.5))
     expected = np.exp(0.5 * (np.array(logits) - np.array(peak)))
     for powers, weighted in found:

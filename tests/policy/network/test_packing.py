@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.devices import compute_on
 from troupe.policy.network import gpu_attention
-from troupe.policy.network import packing as packing_module
-from troupe.policy.network.packing import Cells, Packing
+from troupe.policy.network.layouts import SQUARE, Cells, read_rows
+from troupe.policy.network.packing import Packing
 
 H, K, D = 4, 2, 8
 SCALE = 0.4
@@ -21,11 +22,11 @@ SCALE = 0.4
 @pytest.fixture(params=["in parts", "in whole rows", "in portions of whole rows"])
 def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """All ways of attending, wherever the tests run."""
-    monkeypatch.setattr(packing_module, "is_on_cpu", lambda: request.param == "in parts")
+    compute_on(monkeypatch, cpu=request.param == "in parts")
     in_portions = request.param == "in portions of whole rows"
     monkeypatch.setattr(gpu_attention, "attention_is_fused", lambda *of, **kind: not in_portions)
     if in_portions:  # two of four heads
-        monkeypatch.setattr(gpu_attention, "PORTION", 2 * packing_module.SQUARE**2)
+        monkeypatch.setattr(gpu_attention, "PORTION", 2 * SQUARE**2)
     return str(request.param)
 
 
@@ -242,6 +243,6 @@ def test_low_precision_stays_near() -> None:
 @pytest.mark.usefixtures("attention_path")
 def test_rows_are_read_whole_whatever_their_width(dtype: mx.Dtype, width: int) -> None:
     x = mx.random.normal((6, width, 2), key=mx.random.key(4)).astype(dtype)[:, :, :1]
-    read = packing_module._take(x, mx.array([[5, 0], [3, 3]]))
+    read = read_rows(x, mx.array([[5, 0], [3, 3]]))
     assert read.dtype == dtype
     assert mx.array_equal(read, mx.stack([mx.stack([x[5], x[0]]), mx.stack([x[3], x[3]])])).item()

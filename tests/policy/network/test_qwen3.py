@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.policy.forward_vectors import ABOUT, MODELS, SHIPPED, model_folder, tensors
+from tests.support.devices import compute_on
 from tests.test_oracles import oracle
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
@@ -109,9 +110,9 @@ def test_fused_rotation_kernels_agree_with_the_cpu_path(
         hidden = hidden_states(config, weights, ids, attention=FarAlong(offset))
         return hidden, mx.grad(score)(weights)
 
-    monkeypatch.setattr("troupe.policy.network.qwen3.is_on_cpu", lambda: True)
+    compute_on(monkeypatch, cpu=True)
     here, gradients = forward_and_gradient()
-    monkeypatch.setattr("troupe.policy.network.qwen3.is_on_cpu", lambda: False)
+    compute_on(monkeypatch, cpu=False)
     fused, theirs = forward_and_gradient()
     assert float(mx.abs(here - fused).max()) < 1e-5
     for name, gradient in gradients.items():
@@ -122,7 +123,7 @@ def test_fused_rotation_kernels_agree_with_the_cpu_path(
 def test_positions_may_be_given_for_all_for_each_row_or_for_each_token(
     on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("troupe.policy.network.qwen3.is_on_cpu", lambda: on_cpu)
+    compute_on(monkeypatch, cpu=on_cpu)
     ids = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])
     weights = init_weights(SMALL, mx.random.key(0))
     of_all, of_rows, of_tokens, apart = (
@@ -198,7 +199,7 @@ def test_initial_weights_have_the_shapes_and_spread_they_should() -> None:
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_stretched_positions_decode_as_they_forward(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.policy.network.qwen3.is_on_cpu", lambda: on_cpu)
+    compute_on(monkeypatch, cpu=on_cpu)
     config, weights = YARNED, init_weights(YARNED, mx.random.key(0))
     rows = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6]]
     later = [[11, 12, 13], [21, 22, 23]]
@@ -219,7 +220,7 @@ def test_stretched_positions_decode_as_they_forward(on_cpu: bool, monkeypatch: p
 def test_the_gradient_of_a_rotation_turns_back(
     config: Qwen3Config, offset: int | mx.array, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("troupe.policy.network.qwen3.is_on_cpu", lambda: on_cpu)
+    compute_on(monkeypatch, cpu=on_cpu)
     rotate = Rotation(config, 4, offset)
     y, cotangent = (mx.random.normal((2, 3, 4, config.head_dim), key=mx.random.key(i)) for i in range(2))
     by_mlx = mx.grad(lambda y: (rotate(y) * cotangent).sum())(y)
@@ -234,7 +235,7 @@ def test_a_stretched_rotation_rounds_once(offset: int | mx.array, monkeypatch: p
     y = mx.random.normal((2, 3, 4, YARNED.head_dim), key=mx.random.key(0)).astype(mx.bfloat16)
     turned = []
     for on_cpu in (True, False):
-        monkeypatch.setattr("troupe.policy.network.qwen3.is_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        compute_on(monkeypatch, cpu=on_cpu)
         turned.append(Rotation(YARNED, 4, offset)(y))
     assert turned[0].dtype == turned[1].dtype == mx.bfloat16
     exact, ours = (x.astype(mx.float32) for x in turned)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from troupe.policy.network.cpu_attention import attention, block_size, blocks
+from troupe.policy.network.cpu_attention import attention, block_size, query_blocks
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
 from troupe.policy.network.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
 
@@ -87,7 +87,7 @@ class PiecedPromptCache(PromptCache):
         for start in range(0, T, size := block_size(T)):
             stop = min(start + size, T)
             seen = S - T + stop
-            among = blocks(stop - start, seen, heads_per_key)
+            among = query_blocks(stop - start, seen, heads_per_key)
             part = attention(q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, among)[0]
             mx.eval(part)  # MLX runs some operations ahead, each of which would hold the scores of a block
             found.append(part)

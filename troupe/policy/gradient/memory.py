@@ -28,7 +28,7 @@ import msgspec
 from troupe.policy.network.cpu_attention import block_size
 from troupe.policy.network.gpu_attention import scores_at_a_time
 from troupe.policy.network.head import block_rows
-from troupe.policy.network.packing import padded
+from troupe.policy.network.layouts import padded
 from troupe.policy.network.qwen3 import Qwen3Config, parameter_count
 
 

@@ -2,9 +2,8 @@
 
 Scores stand with keys as rows and queries as columns, because MLX reduces columns several times as fast as rows on a
 CPU. Only the exponential is compiled: what is fused with a broadcast array and computed in place, g++ does not
-vectorize. The gradient needs but one number
-a query besides its result, the log of what its powers were divided by (Dao et al. 2022, arXiv:2205.14135). Knows
-rectangles, nothing of packing or models.
+vectorize. The gradient needs but one number a query besides its result, the log of what its powers were divided by (Dao
+et al. 2022, arXiv:2205.14135).
 
 Shapes: B rows, H query heads, K key/value heads, d head size; T queries, which are the last T of S tokens; in a block
 b queries, which may see s keys.
@@ -28,7 +27,7 @@ def block_size(T: int) -> int:
     return -(-T // max(1, round(T / BLOCK)))
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries [start, stop) and the first `keys` keys."""
 
     start: int
@@ -40,7 +39,7 @@ class Block(NamedTuple):
     """The same where a key stands for nothing, (B, 1, s, 1); None where there is no such key."""
 
 
-def blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> list[Block]:
+def query_blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> list[QueryBlock]:
     """For T queries, the last of S tokens. `real`, bools (B, S): which keys count; each query must see one at least."""
     size = block_size(T)
     found = []
@@ -49,11 +48,13 @@ def blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> 
         keys = S - T + stop
         sees = mx.arange(keys)[:, None] <= mx.arange(S - T + start, keys)
         padding = None if real is None else _bias(real[:, None, :keys, None])
-        found.append(Block(start, stop, keys, mx.tile(_bias(sees), (1, heads_per_key)), padding))
+        found.append(QueryBlock(start, stop, keys, mx.tile(_bias(sees), (1, heads_per_key)), padding))
     return found
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, among: Sequence[Block]) -> tuple[mx.array, mx.array]:
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, among: Sequence[QueryBlock]
+) -> tuple[mx.array, mx.array]:
     """Queries (B, H, T, d), keys and values (B, K, S, d) → (B, H, T, d), and log Σ e^score of each, float32 (B, H, T).
 
     Not differentiable.
@@ -79,7 +80,7 @@ def attention_gradient(
     k: mx.array,
     v: mx.array,
     scale: float,
-    among: Sequence[Block],
+    among: Sequence[QueryBlock],
     normalizer: mx.array,
     o_grad: mx.array,
     mean: mx.array,
@@ -106,20 +107,20 @@ def attention_gradient(
     return _joined(q_grads[::-1], 3).reshape(q.shape) * scale, k_grad, v_grad
 
 
-def _scores(keys: mx.array, queries: mx.array, block: Block) -> mx.array:
+def _scores(keys: mx.array, queries: mx.array, block: QueryBlock) -> mx.array:
     """Keys (B, K, s, d), scaled queries (B, K, n, d) → float32 (B, K, s, n)."""
     scores = (keys @ queries.swapaxes(-1, -2)).astype(mx.float32) + block.causal
     return scores if block.padding is None else scores + block.padding
 
 
-def _part(x: mx.array, block: Block, k: mx.array) -> mx.array:
+def _part(x: mx.array, block: QueryBlock, k: mx.array) -> mx.array:
     """The queries of a block: (B, H, T, n) → (B, K, H/K·b, n), heads that share keys one after the other."""
     B, H, T, n = x.shape
     K = k.shape[1]
     return x.reshape(B, K, H // K, T, n)[:, :, :, block.start : block.stop].reshape(B, K, -1, n)
 
 
-def _whole(x: mx.array, block: Block, H: int) -> mx.array:
+def _whole(x: mx.array, block: QueryBlock, H: int) -> mx.array:
     """(B, K, H/K·b, n) → (B, K, H/K, b, n)."""
     B, K, _, n = x.shape
     return x.reshape(B, K, H // K, block.stop - block.start, n)
