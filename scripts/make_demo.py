@@ -25,7 +25,14 @@ import click
 import mlx.core as mx
 import msgspec
 
-from troupe.grpo import adamw_init, adamw_update, clip_by_global_norm, learning_rate, selective_log_softmax
+from troupe.grpo import (
+    LearnerConfig,
+    adamw_init,
+    adamw_update,
+    clip_by_global_norm,
+    learning_rate,
+    selective_log_softmax,
+)
 from troupe.policy import (
     GenerationConfig,
     Policy,
@@ -201,10 +208,11 @@ def train_supervised(config: Qwen3Config, known: Sequence[Sum], recipe: Recipe) 
     gradient = mx.value_and_grad(loss_of)
     weights = init_weights(config, mx.random.key(recipe.seed))
     state = adamw_init(weights)
+    schedule = LearnerConfig(lr=recipe.lr, lr_scheduler=recipe.lr_scheduler, warmup_steps=recipe.warmup_steps)
     for step, (ids, mask) in zip(range(recipe.steps), lessons(known, recipe), strict=False):
         loss, grads = gradient(weights, ids, mask)
         grads, _ = clip_by_global_norm(grads, 1.0)
-        lr = learning_rate(step, recipe.steps, recipe)
+        lr = learning_rate(step, recipe.steps, schedule)
         weights, state = adamw_update(weights, grads, state, lr=lr, weight_decay=recipe.weight_decay)
         mx.eval(loss, weights, state)
         if (step + 1) % max(1, recipe.steps // 10) == 0:

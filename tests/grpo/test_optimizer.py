@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import mlx.core as mx
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.fakes import same_bits
 from troupe.grpo import optimizer
-from troupe.grpo.config import Scheduler
+from troupe.grpo.config import LearnerConfig, Scheduler
 from troupe.grpo.optimizer import (
     OptimizerState,
     adamw_init,
@@ -255,12 +254,6 @@ def test_the_norm_of_many_arrays_does_not_depend_on_their_order_nor_on_slices(mo
     assert global_norm(grads).item() == pytest.approx(expected, rel=1e-6)
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    lr: float = 2.0
-    lr_scheduler: Scheduler = "linear"
-    warmup_steps: int = 0
-
-
 @pytest.mark.parametrize(
     ("scheduler", "warmup", "expected"),
     [
@@ -273,11 +266,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ],
 )
 def test_learning_rates_of_four_updates_and_beyond(scheduler: Scheduler, warmup: int, expected: list[float]) -> None:
-    plan = Plan(lr_scheduler=scheduler, warmup_steps=warmup)
+    plan = LearnerConfig(lr=2.0, lr_scheduler=scheduler, warmup_steps=warmup)
     rates = [learning_rate(step, 4, plan) for step in range(6)]
     np.testing.assert_allclose(rates, expected, atol=1e-12)
 
 
 def test_a_warm_up_that_fills_the_run() -> None:
-    assert learning_rate(4, 4, Plan(warmup_steps=4)) == 2.0
-    assert learning_rate(3, 4, Plan(warmup_steps=4)) == 1.5
+    plan = LearnerConfig(lr=2.0, warmup_steps=4)
+    assert [learning_rate(step, 4, plan) for step in (3, 4)] == [1.5, 2.0]

@@ -1,8 +1,7 @@
 """Group-relative advantages from reward tables, and the statistics of the rewards.
 
-Knows nothing of reward functions: a table of numbers comes in, NaN where a score is missing. Formulas, defaults and
-metric names are those of TRL 1.16, with one exception: a group of equal rewards gets exactly 0 and a standard
-deviation of exactly 0, where rounding would leave a spurious signal.
+Formulas, defaults and metric names are those of TRL 1.16, with one exception: a group of equal rewards gets exactly 0
+and a standard deviation of exactly 0, where rounding would leave a spurious signal.
 
 Shapes: B = groups × G rows, group by group; F reward functions. float32, but for the offset that the scores of a group
 may have in common, which goes before (`reward_table.py`).

@@ -1,7 +1,7 @@
 """One learner batch as arrays: padded token ids, masks from lengths, and micro-batches of it.
 
-Knows nothing of text, tokenizers, models or rewards. Which positions are padding is known from the lengths of the
-rows, never guessed from the ids, so a completion may hold any id, the padding id included.
+Which positions are padding is known from the lengths of the rows, never guessed from the ids, so a completion may hold
+any id, the padding id included.
 
 Shapes: B rows (prompts × generations), P the longest prompt, T the longest completion.
 """
@@ -75,19 +75,10 @@ class Batch:
 
     def rows(self, part: slice) -> Batch:
         """The rows of a slice, without the padding columns that none of them needs."""
-        completions = self.completions[part]
-        if not completions:
+        rows = range(self.num_rows)[part]
+        if not rows:
             raise ValueError(f"{part} selects none of the {self.num_rows} rows of the batch; take at least one")
-        T = _width([len(ids) for ids in completions])
-        return replace(
-            self,
-            prompts=self.prompts[part],
-            completions=completions,
-            completion_mask=self.completion_mask[part, :T],
-            advantages=self.advantages[part],
-            sampling_log_probs=self.sampling_log_probs[part, :T],
-            truncated=self.truncated[part],
-        )
+        return self.select(rows)
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers, in the order given, without the padding columns that none of them needs."""

@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens and entropies, from logits.
 
-Knows nothing of models or temperatures: scale the logits first. Shapes: (…) any leading axes, V the vocabulary.
-Everything is computed in float32, whatever the dtype of the logits.
+Logits are of the temperature wanted already. Shapes: (…) any leading axes, V the vocabulary. Everything is computed in
+float32, whatever the dtype of the logits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The GRPO loss: policy term → weights → reduction → KL → entropy bonus, over given log-probs.
 
-Knows nothing of models, optimizers or micro-batching: the normalizer is an argument, so that the losses of the
-micro-batches of a batch add up to exactly the loss of the batch. Names, formulas and defaults are those of TRL 1.16.
+The normalizer is an argument, so that the losses of the micro-batches of a batch add up to exactly the loss of the
+batch. Names, formulas and defaults are those of TRL 1.16.
 
 Shapes: B rows, T completion tokens. Everything is computed in float32; log-probs, entropies and KL in nats.
 """
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from troupe.grpo import ratios
 from troupe.grpo.config import LossConfig
-from troupe.grpo.objectives import OBJECTIVES, Objective, PolicyInputs, Scale
+from troupe.grpo.objectives import OBJECTIVES, PolicyInputs, Scale
 from troupe.grpo.tallies import Tallies, averages, nan_max, nan_min, tally
 
 
@@ -139,7 +139,8 @@ def loss_and_tallies(
         )
     loss = mx.sum(objective.reduce(token_loss, mask))
     if ref_per_token_logps is not None and config.beta != 0.0:
-        kl = _kl(new, ref_per_token_logps, ratio, mask, config, objective)
+        kl = ratios.reference_kl(new, ref_per_token_logps, mask)
+        kl = kl * ratio if config.use_bias_correction_kl and objective.kl_has_ratio else kl
         loss = loss + config.beta * mx.sum(objective.reduce(kl, mask))
         tallies["kl"] = tally(kl, mask)
     loss = loss / normalizer.policy
@@ -170,19 +171,6 @@ def sampler_tallies(old_log_probs: mx.array, sampling_log_probs: mx.array, ratio
         "sampling/importance_sampling_ratio/max": nan_max(counted),
     }
     return {name: mx.stop_gradient(value) for name, value in tallies.items()}
-
-
-def _kl(
-    new: mx.array,
-    ref: mx.array,
-    ratio: mx.array,
-    mask: mx.array,
-    config: LossConfig,
-    objective: Objective,
-) -> mx.array:
-    """The KL estimate (B, T), times the importance ratio where bias correction is on."""
-    kl = ratios.reference_kl(new, ref, mask)
-    return kl * ratio if config.use_bias_correction_kl and objective.kl_has_ratio else kl
 
 
 def _entropy_mask(

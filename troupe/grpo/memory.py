@@ -1,4 +1,4 @@
-"""How much memory AdamW holds and takes. Knows numbers and types of weights, nothing of models or of what is free."""
+"""How much memory AdamW holds and takes, by numbers and types of weights."""
 
 from __future__ import annotations
 

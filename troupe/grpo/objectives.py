@@ -1,7 +1,7 @@
 """The policy terms: one function an algorithm, and the table `OBJECTIVES` that says how each becomes a loss.
 
-Knows nothing of batches, normalizers or the KL term. Shapes: B rows, T completion tokens; ratios and losses are
-(B, T) at token level and (B, 1) at sequence level. Everything is float32.
+Shapes: B rows, T completion tokens; ratios and losses are (B, T) at token level and (B, 1) at sequence level.
+Everything is float32.
 
 To add an objective, write its function and its line in the table.
 """

@@ -1,7 +1,6 @@
 """AdamW, clipping and learning rates as pure functions over flat dicts of arrays.
 
-Knows nothing of models, losses or files: weights and gradients are `name → array`, the optimizer's state is too, so
-that a checkpoint can write it as it is.
+Weights and gradients are `name → array`, the optimizer's state is too, so that a checkpoint can write it as it is.
 
 State: `step` float32 () updates done; `m.NAME` and `v.NAME` float32 first and second moments of weight NAME; and what
 a weight of lower precision lacks of the float32 weight that is really trained (a bfloat16 weight near 0.02 moves in
@@ -14,29 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.grpo.config import Scheduler
+from troupe.grpo.config import LearnerConfig, Scheduler
 
 OptimizerState = dict[str, mx.array]
-"""Flat name → array; see the module docstring."""
+"""Flat name → array, as the docstring of this file has it."""
 
 _PARTS = ("m", "v", "low", "master")
 UPDATED_AT_ONCE = 2**24
 """Numbers, of one weight or of several, that are updated at a time."""
-
-
-class Schedule(Protocol):
-    """The settings that `learning_rate` reads; `LearnerConfig` has them."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def lr_scheduler(self) -> Scheduler: ...
-    @property
-    def warmup_steps(self) -> int: ...
 
 
 def adamw_init(weights: Mapping[str, mx.array]) -> OptimizerState:
@@ -250,7 +238,7 @@ def clip_by_global_norm(grads: Mapping[str, mx.array], max_norm: float | None) -
     return {name: grad * scale.astype(grad.dtype) for name, grad in grads.items()}, norm
 
 
-def learning_rate(step: int, total_steps: int, config: Schedule) -> float:
+def learning_rate(step: int, total_steps: int, config: LearnerConfig) -> float:
     """The learning rate of update `step` (from 0) of `total_steps`, by the formulas of transformers' `get_scheduler`.
 
     During the first `warmup_steps` updates lr · step / warmup_steps, so that the first update of a warm-up has rate

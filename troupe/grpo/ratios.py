@@ -1,8 +1,8 @@
 """What compares two policies on the same tokens: importance ratios, the KL estimate, and who is left out of the loss.
 
-Knows nothing of objectives: each function is one formula. Shapes: B rows, T completion tokens; ℓ, ℓo, ℓr, ℓs are the
-log-probs (B, T), in nats, of the current, old, reference and sampling policy; m the mask (B, T); A the advantages
-(B, 1) or (B, T). Everything is float32. What stands where m = 0 never matters, except where a docstring says so.
+Each function is one formula. Shapes: B rows, T completion tokens; ℓ, ℓo, ℓr, ℓs are the log-probs (B, T), in nats, of
+the current, old, reference and sampling policy; m the mask (B, T); A the advantages (B, 1) or (B, T). Everything is
+float32. What stands where m = 0 never matters, except where a docstring says so.
 """
 
 from __future__ import annotations

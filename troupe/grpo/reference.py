@@ -1,7 +1,4 @@
-"""The reference policy that the KL term compares with, where it follows the policy.
-
-Knows nothing of losses or of when to synchronize: weights come in, weights go out.
-"""
+"""The reference policy that the KL term compares with, where it follows the policy."""
 
 from __future__ import annotations
 
@@ -23,9 +20,7 @@ def sync_reference(
         raise ValueError(
             f"reference and policy do not have the same weights ({odd[0]} is in one alone); give one model twice"
         )
-    return {name: _mixed(weight, policy[name], alpha) for name, weight in reference.items()}
-
-
-def _mixed(reference: mx.array, policy: mx.array, alpha: float) -> mx.array:
-    old, new = reference.astype(mx.float32), policy.astype(mx.float32)
-    return (alpha * new + (1.0 - alpha) * old).astype(reference.dtype)
+    return {
+        name: (alpha * policy[name].astype(mx.float32) + (1.0 - alpha) * old.astype(mx.float32)).astype(old.dtype)
+        for name, old in reference.items()
+    }

@@ -2,7 +2,6 @@
 
 Scores are float64 until their mean is gone where float32 would lose what they differ by: those of 1e8 and 1e8 + 1 are
 the same number there. Where they differ by much of their size, which is the usual case, all is float32 as in TRL.
-Knows nothing of what is done with the rows.
 """
 
 from __future__ import annotations

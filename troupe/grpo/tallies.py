@@ -1,7 +1,7 @@
 """Metrics that add up: the tallies of micro-batches merge into exactly the metrics of the whole batch.
 
-Knows nothing of what is measured. A *tally* is a mean in two parts, an array (2,) of total and count; under a name
-that ends in "min" or "max" it is the extreme itself, an array (), NaN where there was nothing to look at.
+A *tally* is a mean in two parts, an array (2,) of total and count; under a name that ends in "min" or "max" it is the
+extreme itself, an array (), NaN where there was nothing to look at.
 """
 
 from __future__ import annotations

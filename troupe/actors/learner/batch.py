@@ -1,7 +1,6 @@
 """Where groups become a batch, and where the algorithm meets the language model.
 
-`grpo` knows arrays and no model, `policy` knows a model and no algorithm, messages know neither: these few functions
-join them, for the Learner actor and for whoever wants one step without actors. No state, no I/O.
+For the Learner actor and for whoever wants one step without actors.
 
 Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocabulary.
 """

@@ -1,12 +1,13 @@
 """Which groups make a step, which are sampled anew, and how each ends: the bookkeeping of both schedules.
 
-Decisions follow from slots, scores and versions alone. Knows nothing of actors, arrays or time.
+Decisions follow from slots, scores and versions alone.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
@@ -33,22 +34,35 @@ class StepGroups(NamedTuple):
         return [group for group in self.groups if self.states[gid_of(group)] in states]
 
 
-class Gathering(Protocol):
+class Gathering(ABC):
     """Groups on their way into steps."""
 
+    def __init__(self, batch_size: int, min_scored: int, resampling: int, max_staleness: int) -> None:
+        """Steps of `batch_size` groups, in each of which `min_scored` completions must have a score; a group without
+        signal is replaced `resampling` times."""
+        self._batch_size = batch_size
+        self._min_scored = min_scored
+        self._resampling = resampling
+        self._max_staleness = max_staleness
+
+    @abstractmethod
     def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
         """Take a group in → the groups, in order, that are to be examined now."""
 
+    @abstractmethod
     def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
         """Decide on what `add` gave; `without_signal`: gids of those that nothing can be learned from; `version`: the
         newest one. Gives the groups to be sampled anew."""
 
+    @abstractmethod
     def is_ready(self, version: int) -> bool:
         """Whether the step that makes `version` + 1 can begin."""
 
+    @abstractmethod
     def take(self, version: int) -> StepGroups | None:
         """That step, if it is ready."""
 
+    @abstractmethod
     def unfinished(self) -> Unfinished:
         """What is collected, for a checkpoint."""
 
@@ -70,7 +84,7 @@ def gathering_for(
     return free
 
 
-class PinnedGathering:
+class PinnedGathering(Gathering):
     """Steps in order, each of the groups of its own slots.
 
     Groups without signal are replaced together, when all groups of their round are here, so that neither what a step
@@ -78,18 +92,13 @@ class PinnedGathering:
     """
 
     def __init__(self, batch_size: int, min_scored: int, resampling: int, max_staleness: int) -> None:
-        self._batch_size = batch_size
-        self._min_scored = min_scored
-        self._resampling = resampling
-        self._max_staleness = max_staleness
+        super().__init__(batch_size, min_scored, resampling, max_staleness)
         self._steps: dict[int, _Rounds] = {}
 
     def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
-        """See `Gathering`: a whole round, or nothing."""
         return self._rounds_of(group).add(group)
 
     def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
-        """See `Gathering`."""
         without = [group for group in groups if gid_of(group) in without_signal and self._is_usable(group)]
         if not without:
             return None
@@ -98,11 +107,9 @@ class PinnedGathering:
         return rounds.replace(without) if slot_of(without[0]).attempt < self._resampling else None
 
     def is_ready(self, version: int) -> bool:
-        """See `Gathering`."""
         return version in self._steps and not self._steps[version].missing
 
     def take(self, version: int) -> StepGroups | None:
-        """See `Gathering`."""
         if not self.is_ready(version):
             return None
         rounds = self._steps.pop(version)
@@ -115,7 +122,6 @@ class PinnedGathering:
         )
 
     def unfinished(self) -> Unfinished:
-        """See `Gathering`."""
         groups = [group for rounds in self._steps.values() for group in rounds.groups]
         return Unfinished(collected=tuple(sorted(groups, key=slot_of)))
 
@@ -155,7 +161,7 @@ class _Rounds:
         return Replace(slots=tuple(map(slot_of, groups)))
 
 
-class FreeGathering:
+class FreeGathering(Gathering):
     """A step is made of the first groups that are here, whatever their slots.
 
     Each group is decided on when it comes. That is also when its step begins, as far as staleness goes: a step begins
@@ -166,10 +172,7 @@ class FreeGathering:
     def __init__(
         self, batch_size: int, min_scored: int, resampling: int, max_staleness: int, on_stale: OnStale
     ) -> None:
-        self._batch_size = batch_size
-        self._min_scored = min_scored
-        self._resampling = resampling
-        self._max_staleness = max_staleness
+        super().__init__(batch_size, min_scored, resampling, max_staleness)
         self._on_stale = on_stale
         self._pasts: dict[tuple[int, int], Past] = {}
         self._lost: dict[int, Past] = {}
@@ -179,11 +182,9 @@ class FreeGathering:
         self._replaced: set[int] = set()
 
     def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
-        """See `Gathering`: the group itself."""
         return [group]
 
     def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
-        """See `Gathering`."""
         (group,) = groups
         slot, gid = slot_of(group), gid_of(group)
         place = slot.step, slot.place
@@ -219,11 +220,9 @@ class FreeGathering:
         return Replace(slots=(slot,), rows=rows)
 
     def is_ready(self, version: int) -> bool:
-        """See `Gathering`."""
         return len(self._groups) - len(self._replaced) >= self._batch_size
 
     def take(self, version: int) -> StepGroups | None:
-        """See `Gathering`."""
         if not self.is_ready(version):
             return None
         step = StepGroups(
@@ -237,7 +236,6 @@ class FreeGathering:
         return step
 
     def unfinished(self) -> Unfinished:
-        """See `Gathering`."""
         return Unfinished(
             collected=tuple(self._groups),
             states=dict(self._states),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import msgspec
 
 from troupe.actors.learner.gathering import gid_of, slot_of
-from troupe.actors.learner.statistics import RunningMean
 from troupe.actors.learner.train import LearnerState
 from troupe.actors.ledgers import OpenGroups
 from troupe.messages import ScoredGroup, Snapshot, Unfinished
@@ -41,17 +39,18 @@ class Snapshots:
         self._with_reference = with_reference
         self._recorded = {} if recorded is None else recorded
         self._next_prompt = next_prompt
-        self._means: defaultdict[str, RunningMean] = defaultdict(RunningMean)
+        self._sums: dict[str, tuple[float, int]] = {}
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Count the metrics of one more step."""
         for name, value in metrics.items():
             if math.isfinite(value):
-                self._means[name].add(value)
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + value, count + 1
 
     def forget_metrics(self) -> None:
         """Begin new means, the snapshot with the old ones being sent."""
-        self._means.clear()
+        self._sums.clear()
 
     def make(
         self,
@@ -75,7 +74,9 @@ class Snapshots:
             reference=state.reference if self._with_reference else None,
             num_tokens=state.num_tokens,
             skipped_in_a_row=state.skipped_in_a_row,
-            metrics={name: mean.value for name, mean in self._means.items() if math.isfinite(mean.value)},
+            metrics={
+                name: total / count for name, (total, count) in self._sums.items() if math.isfinite(total / count)
+            },
             unfinished=msgspec.structs.replace(
                 collected,
                 next=self._next_prompt(),

@@ -1,6 +1,6 @@
 """What scored groups say before anything is learned from them: scores, completions, and whether there is a signal.
 
-Pure functions from groups to numbers under TRL's names. Knows nothing of models, batches or steps.
+Functions from groups to numbers under TRL's names.
 
 Shapes: B = groups × G completions in the order given, F reward functions. float32.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -36,16 +37,23 @@ def rows_without_reward(groups: Sequence[ScoredGroup]) -> list[int]:
     return [place * G + sample for place, group in enumerate(groups) for sample in group.faulted]
 
 
+def _score_arguments(
+    groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """What every function of scores in `grpo.advantages` is given."""
+    return {
+        "rewards": score_table(groups, list(weights)),
+        "num_generations": len(groups[0].group.rollouts),
+        "weights": list(weights.values()),
+        "multi_objective_aggregation": config.multi_objective_aggregation,
+        "left_out": rows_without_reward(groups),
+    }
+
+
 def advantages_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]) -> mx.array:
     """Advantages (B,) by the learner's settings; `weights` maps each reward's name to its weight."""
-    return compute_advantages(
-        score_table(groups, list(weights)),
-        len(groups[0].group.rollouts),
-        config.scale_rewards,
-        weights=list(weights.values()),
-        multi_objective_aggregation=config.multi_objective_aggregation,
-        left_out=rows_without_reward(groups),
-    )
+    table = _score_arguments(groups, config, weights)
+    return compute_advantages(**table, scale_rewards=config.scale_rewards)
 
 
 def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[float | None, ...]:
@@ -81,15 +89,8 @@ def group_statistics(
     groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
 ) -> dict[str, float]:
     """Rewards and completions of the groups, and what reward functions logged themselves (mean over the groups)."""
-    rewards = reward_statistics(
-        score_table(groups, list(weights)),
-        len(groups[0].group.rollouts),
-        config.scale_rewards,
-        weights=list(weights.values()),
-        multi_objective_aggregation=config.multi_objective_aggregation,
-        names=list(weights),
-        left_out=rows_without_reward(groups),
-    )
+    table = _score_arguments(groups, config, weights)
+    rewards = reward_statistics(**table, scale_rewards=config.scale_rewards, names=list(weights))
     # what rewards log comes first: it may not stand in for the metrics that are ours
     return {**_logged(groups), **rewards, **_completions([rollout for g in groups for rollout in g.group.rollouts])}
 
@@ -103,13 +104,7 @@ def spread_statistics(
     TRL's figures of these names are those of `reward_statistics`: it takes the deviation of the batch for the second
     where the batch is what scales, and so counts no group then.
     """
-    within, part = spread_within_groups(
-        score_table(groups, list(weights)),
-        len(groups[0].group.rollouts),
-        weights=list(weights.values()),
-        multi_objective_aggregation=config.multi_objective_aggregation,
-        left_out=rows_without_reward(groups),
-    )
+    within, part = spread_within_groups(**_score_arguments(groups, config, weights))
     return {"reward_std_within_groups": within, "frac_reward_zero_std": part}
 
 
@@ -172,23 +167,6 @@ class StepMeter:
         peak = self._peak_bytes()
         self._reset_peak()
         return seconds, peak
-
-
-class RunningMean:
-    """Of numbers that come one by one."""
-
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
-
-    def add(self, value: float) -> None:
-        """Take one more in."""
-        self._sum += value
-        self._count += 1
-
-    @property
-    def value(self) -> float:
-        """Infinite where the sum is too large for a number."""
-        return self._sum / self._count
 
 
 def sampled_tokens(groups: Sequence[ScoredGroup]) -> int:

@@ -1,7 +1,7 @@
 """The computing of a learner: what becomes of its state with the groups of one step, on the device's thread.
 
-No actor, no channel, nothing that waits: a step's groups and the state before go in, the state after and what is to be
-told of it come out. The state before is used up.
+A step's groups and the state before go in, the state after and the step's metrics come out; nothing waits. The state
+before is used up.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class BatchTrainer:
         passes = self.config.num_iterations
         first, total = step * passes, self.total_steps * passes
         config = self.config
-        if changed := bisect.bisect_right(self._rates, step, key=_first_step):
+        if changed := bisect.bisect_right(self._rates, step, key=lambda rate: rate[0]):
             config = msgspec.structs.replace(config, lr=self._rates[changed - 1][1])
         return [learning_rate(first + i, total, config) for i in range(passes)]
 
@@ -177,7 +177,3 @@ class BatchTrainer:
 
 def _has_scores(group: ScoredGroup) -> bool:
     return any(score is not None for scores in group.scores.values() for score in scores)
-
-
-def _first_step(rate: tuple[int, float]) -> int:
-    return rate[0]
