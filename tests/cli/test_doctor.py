@@ -9,8 +9,7 @@ import mlx.core as mx
 import msgspec
 import pytest
 
-from troupe.cli import doctor
-from troupe.cli.doctor import Report, describe, examine
+from troupe.cli.doctor import Report, advise, describe, examine, measure_matmul
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import device_name, memory_gb, processors
 
@@ -61,57 +60,44 @@ def test_examines_this_machine() -> None:
     assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
 
 
-def test_the_speed_is_floating_point_operations_over_the_best_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speed_is_floating_point_operations_over_the_best_time() -> None:
     # 2·768³ operations in 1, 0.5, 2, 1 and 1 seconds
     ticks = iter([0.0, 1.0, 1.0, 1.5, 2.0, 4.0, 4.0, 5.0, 5.0, 6.0])
-
-    class Clock:
-        @staticmethod
-        def perf_counter() -> float:
-            return next(ticks)
-
-    monkeypatch.setattr(doctor, "time", Clock)
-    assert doctor._measure_matmul() == pytest.approx(2 * 768**3 / 0.5 / 1e9)
+    assert measure_matmul(lambda: next(ticks)) == pytest.approx(2 * 768**3 / 0.5 / 1e9)
 
 
-def machine(
-    monkeypatch: pytest.MonkeyPatch, *, device: mx.DeviceType, gflops: float, advice: list[str], blas: str
-) -> None:
-    monkeypatch.setattr(doctor, "_measure_matmul", lambda: gflops)
-    monkeypatch.setattr(doctor, "device_name", lambda: "some device")
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
-    monkeypatch.setattr(linux_cpu, "advice", lambda: advice)
-    monkeypatch.setattr(linux_cpu, "load_openblas", lambda: blas)
-    monkeypatch.setattr(sys, "platform", "linux")
-
-
-def test_a_slow_cpu_without_a_known_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, device=mx.cpu, gflops=4.2, advice=[], blas="loaded")
-    (line,) = examine().advice
+def test_a_slow_cpu_is_told_of_and_a_known_reason_alone() -> None:
+    (line,) = advise(4.2, on_cpu=True, known=list)
     assert line.startswith("matrix products reach only 4 GFLOP/s")
-
-
-def test_a_known_reason_is_told_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, device=mx.cpu, gflops=4.2, advice=["install it"], blas="missing")
-    report = examine()
-    assert report.advice == ("install it",)
-    assert report.blas == "the reference BLAS of the mlx wheel"
+    assert advise(4.2, on_cpu=True, known=lambda: ["install it"]) == ["install it"]
+    assert advise(20.0, on_cpu=True, known=list) == []
 
 
 @pytest.mark.parametrize(("cuda_home", "lines"), [(None, 1), ("/opt/cuda", 0)])
 def test_a_gpu_on_linux_wants_the_cuda_toolkit(
     monkeypatch: pytest.MonkeyPatch, cuda_home: str | None, lines: int
 ) -> None:
-    machine(monkeypatch, device=mx.gpu, gflops=4.2, advice=["not for a GPU"], blas="too late")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(Path, "is_dir", lambda self: False)
     if cuda_home is None:
         monkeypatch.delenv("CUDA_HOME", raising=False)
     else:
         monkeypatch.setenv("CUDA_HOME", cuda_home)
-    report = examine()
-    assert len(report.advice) == lines
-    assert all("CUDA" in line for line in report.advice)
-    assert report.blas == "the reference BLAS of the mlx wheel, loaded before OpenBLAS"
+    advice = advise(4.2, on_cpu=False, known=lambda: ["not for a GPU"])
+    assert len(advice) == lines
+    assert all("CUDA" in line for line in advice)
+
+
+@pytest.mark.parametrize(
+    ("blas", "words"),
+    [
+        ("missing", "the reference BLAS of the mlx wheel"),
+        ("too late", "the reference BLAS of the mlx wheel, loaded before OpenBLAS"),
+    ],
+)
+def test_the_library_of_matrix_products_is_named(monkeypatch: pytest.MonkeyPatch, blas: str, words: str) -> None:
+    monkeypatch.setattr(linux_cpu, "load_openblas", lambda: blas)
+    assert examine().blas == words
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.support.fakes import write_prompts, write_ragged_model
 from troupe.cli.main import main
-from troupe.daemon.control.client import Client, NobodyThereError, ask
+from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import Place
 from troupe.daemon.control.protocol import Request
 from troupe.messages import Done, Drain, GetStatus, Reload, Set, Status
@@ -42,9 +42,8 @@ def test_a_run_in_a_terminal_can_be_asked_and_drained(workplace: Path) -> None:
                 continue
             if isinstance(status, Status) and status.step > 0:
                 break
-        with Client(workplace / "o") as client:
-            requests: list[Request] = [GetStatus(), Set(key="learner.lr", value=1e-5), Reload(), Drain()]
-            heard.extend(map(client.ask, requests))
+        requests: list[Request] = [GetStatus(), Set(key="learner.lr", value=1e-5), Reload(), Drain()]
+        heard.extend(ask(workplace / "o", request) for request in requests)
 
     speaker = threading.Thread(target=speak)
     speaker.start()

@@ -162,20 +162,20 @@ def _on_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-@control.command()
-@_out
-@report_errors
-def pause(folder: Path) -> None:
-    """Begin no further step until told to resume."""
-    _request(folder, Pause())
+def _add_request(name: str, request: Request, text: str) -> None:
+    """A command that sends one request."""
+
+    @control.command(name, help=text)
+    @_out
+    @report_errors
+    def command(folder: Path) -> None:
+        _request(folder, request)
 
 
-@control.command()
-@_out
-@report_errors
-def resume(folder: Path) -> None:
-    """Go on after a pause."""
-    _request(folder, Resume())
+_add_request("pause", Pause(), "Begin no further step until told to resume.")
+_add_request("resume", Resume(), "Go on after a pause.")
+_add_request("checkpoint", Checkpoint(), "Write a checkpoint at the end of the step in hand.")
+_add_request("drain", Drain(), "End the run after the steps already begun.")
 
 
 @control.command()
@@ -185,22 +185,6 @@ def resume(folder: Path) -> None:
 def step(folder: Path, steps: int) -> None:
     """Begin one more step of a paused run, or several."""
     _request(folder, Step(steps=steps))
-
-
-@control.command()
-@_out
-@report_errors
-def checkpoint(folder: Path) -> None:
-    """Write a checkpoint at the end of the step in hand."""
-    _request(folder, Checkpoint())
-
-
-@control.command()
-@_out
-@report_errors
-def drain(folder: Path) -> None:
-    """End the run after the steps already begun."""
-    _request(folder, Drain())
 
 
 @control.command()

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from troupe.runtime.terminal import tell, tell_json
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
+_CUDA = Path("/usr/local/cuda")
+_NO_TOOLKIT = "no CUDA toolkit found: MLX compiles some kernels with it; install it or set CUDA_HOME"
 
 
 @click.command(name="doctor", short_help="Tell what this machine gives, and lacks.")
@@ -56,41 +59,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine() -> Report:
     """Look at the machine; takes well under a second."""
+    device, gflops, limit_gb = "unknown", None, None
     try:
         import mlx.core as mx  # here, and all that needs it: a machine without it is one to tell of
 
         from troupe.runtime.memory import device_limit_gb
     except ImportError as error:
-        if (told := missing_backend(error)) is None:
+        if (reason := missing_backend(error)) is None:
             raise
-        return _report(device="unknown", advice=[told, *linux_cpu.advice()])
-    gflops = _measure_matmul()
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    advice = linux_cpu.advice() if on_cpu else []
-    if on_cpu and not advice and gflops < _SLOW_GFLOPS:
-        advice = [f"matrix products reach only {gflops:.0f} GFLOP/s: is another program busy, or mlx imported first?"]
-    if (
-        not on_cpu
-        and sys.platform == "linux"
-        and "CUDA_HOME" not in os.environ
-        and not Path("/usr/local/cuda").is_dir()
-    ):
-        advice.append("no CUDA toolkit found: MLX compiles some kernels with it; install it or set CUDA_HOME")
-    return _report(
-        device=device_name(),
-        advice=advice,
-        memory_limit_gb=device_limit_gb(),
-        matmul_gflops=round(gflops, 1),
-    )
-
-
-def _report(
-    *,
-    device: str,
-    advice: list[str],
-    memory_limit_gb: float | None = None,
-    matmul_gflops: float | None = None,
-) -> Report:
+        advice = [reason, *linux_cpu.advice()]
+    else:
+        device, gflops, limit_gb = device_name(), measure_matmul(), device_limit_gb()
+        advice = advise(gflops, on_cpu=mx.default_device() == mx.Device(mx.cpu))
     return Report(
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
@@ -104,10 +84,20 @@ def _report(
         }[linux_cpu.load_openblas()],
         threads=processors(),
         memory_gb=memory_gb(),
-        memory_limit_gb=memory_limit_gb,
-        matmul_gflops=matmul_gflops,
+        memory_limit_gb=limit_gb,
+        matmul_gflops=None if gflops is None else round(gflops, 1),
         advice=tuple(advice),
     )
+
+
+def advise(gflops: float, *, on_cpu: bool, known: Callable[[], list[str]] = linux_cpu.advice) -> list[str]:
+    """What to mend where MLX works. `known`: reasons why a CPU is slow."""
+    if not on_cpu:
+        lacking = sys.platform == "linux" and "CUDA_HOME" not in os.environ and not _CUDA.is_dir()
+        return [_NO_TOOLKIT] if lacking else []
+    if (advice := known()) or gflops >= _SLOW_GFLOPS:
+        return advice
+    return [f"matrix products reach only {gflops:.0f} GFLOP/s: is another program busy, or mlx imported first?"]
 
 
 def _mlx_version() -> str:
@@ -140,14 +130,15 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _measure_matmul() -> float:
+def measure_matmul(clock: Callable[[], float] = time.perf_counter) -> float:
+    """GFLOP/s of the fastest of several products."""
     import mlx.core as mx
 
     a = mx.random.normal((_SIZE, _SIZE), key=mx.random.key(0))
     mx.eval(a @ a)
     best_s = float("inf")
     for _ in range(_REPEATS):
-        start_s = time.perf_counter()
+        start_s = clock()
         mx.eval(a @ a)
-        best_s = min(best_s, time.perf_counter() - start_s)
+        best_s = min(best_s, clock() - start_s)
     return 2 * _SIZE**3 / best_s / 1e9

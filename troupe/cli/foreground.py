@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import anyio
 
-from troupe.daemon.control.answers import answer_client
+from troupe.daemon.control.answers import answer_checked
 from troupe.daemon.control.place import refuse_where_served
 from troupe.daemon.control.server import ControlServer
 from troupe.run.config import RunConfig
@@ -54,7 +54,7 @@ async def run_in_terminal(
             for notice in run.notices:
                 tell(f"note: {notice}", error=notice in run.lost)
             signals = _Signals(run)
-            async with ControlServer(run.folder, functools.partial(answer_client, run)) as server:
+            async with ControlServer(run.folder, functools.partial(answer_checked, run)) as server:
                 if server.unavailable is not None:
                     tell(f"note: {server.unavailable}")
                 async with anyio.create_task_group() as tasks:

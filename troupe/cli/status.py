@@ -1,4 +1,4 @@
-"""A Status as a person reads it at a glance. Knows no terminal."""
+"""A Status as a person reads it at a glance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often, and how soon, a run that has failed is started again. Knows nothing of processes.
+"""How often, and how soon, a run that has failed is started again.
 
 What counts as progress is a step that no start has made before: a run that always fails at the same place would
 otherwise be started for ever.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from troupe.daemon.daemon import Daemon
 from troupe.daemon.logs import LOGGER, logging_into
 from troupe.daemon.orders import Order
 from troupe.daemon.page.history import History
-from troupe.daemon.trainer.link import Child
 from troupe.errors import InputError, OutputError, RunError
 from troupe.records.layout import LOG, RUN_TOML
 from troupe.runtime.held_folder import HeldFolder
@@ -54,15 +52,21 @@ async def keep_alive(order: Order, *, trainer: str = _TRAINER) -> int:
 
 
 async def _serve(order: Order, trainer: str, held: HeldFolder) -> int:
-    with logging_into(order.output, order.daemon):
-        history = History(order.output.name, str(order.output)) if order.daemon.page else None
-        daemon = Daemon(order, order.daemon, partial(_spawned, trainer), history=history, held=held)
-        async with ControlServer(order.output, daemon.answer) as server, AsyncExitStack() as stack:
+    folder, port = order.output, order.daemon.page
+    with logging_into(folder, order.daemon):
+        history = History(folder.name, str(folder)) if port else None
+        spawn = partial(ChildProcess.start, trainer, tell=lambda line: LOGGER.info("| %s", line))
+        daemon = Daemon(order, order.daemon, spawn, history=history, held=held)
+        async with ControlServer(folder, daemon.answer) as server, AsyncExitStack() as stack:
             if server.unavailable is not None:
                 LOGGER.warning(server.unavailable)
             if history is not None:
-                await history.read(order.output)
-                await stack.enter_async_context(_page(daemon, history, order))
+                from troupe.daemon.page.server import Page  # where it is asked for: the daemon is light
+
+                await history.read(folder)
+                page = await stack.enter_async_context(Page(daemon, history, folder, 0 if port is True else port))
+                tell(f"live page: {page.address}")
+                LOGGER.info("a live page is served; its address is in page.url")
             code = 0
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(daemon.obey_signals)
@@ -71,22 +75,6 @@ async def _serve(order: Order, trainer: str, held: HeldFolder) -> int:
             if history is not None:
                 history.end(daemon.outcome, well=code == 0)
             return code
-
-
-@asynccontextmanager
-async def _page(daemon: Daemon, history: History, order: Order) -> AsyncIterator[None]:
-    """The live page, and its address told."""
-    from troupe.daemon.page.server import Page  # where it is asked for: the daemon is light
-
-    port = order.daemon.page
-    async with Page(daemon, history, order.output, 0 if port is True else port) as page:
-        tell(f"live page: {page.address}")
-        LOGGER.info("a live page is served; its address is in page.url")
-        yield
-
-
-async def _spawned(module: str) -> Child:
-    return await ChildProcess.start(module, tell=lambda line: LOGGER.info("| %s", line))
 
 
 def _remove(made: list[Path]) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tests.daemon.control.test_protocol import STATUS
-from troupe.daemon.control.answers import answer, answer_checked, answer_client, takes_a_while
+from troupe.daemon.control.answers import answer, answer_checked, takes_a_while
 from troupe.daemon.control.place import Peer
 from troupe.daemon.control.protocol import Request
 from troupe.errors import ConfigError, RewardError
@@ -147,4 +147,4 @@ async def test_a_reward_is_looked_at_before_there_is_an_answer() -> None:
 
 @pytest.mark.anyio
 async def test_a_client_is_answered_the_same() -> None:
-    assert await answer_client(Run("paused"), GetStatus(), Peer()) == Run("paused").status()
+    assert await answer_checked(Run("paused"), GetStatus(), Peer()) == Run("paused").status()

@@ -21,7 +21,7 @@ from troupe.daemon.control.place import (
     MAX_PATH_BYTES,
     Peer,
     Place,
-    connected,
+    connect,
     find_socket,
     peer_of,
     refuse_where_served,
@@ -58,7 +58,7 @@ def test_the_socket_is_there_while_the_place_is_held(tmp_path: Path) -> None:
         mode = (tmp_path / CONTROL_SOCKET).stat().st_mode
         assert stat.S_ISSOCK(mode)
         assert stat.S_IMODE(mode) == 0o600
-        with connected(tmp_path / CONTROL_SOCKET, 5.0) as client:
+        with connect(tmp_path / CONTROL_SOCKET, 5.0) as client:
             accepted, _ = listener.accept()
             with accepted:
                 assert peer_of(accepted) == Peer(uid=os.geteuid(), pid=os.getpid())
@@ -108,7 +108,7 @@ def test_what_a_dead_owner_left_gives_way(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.take()
     with place.listen():
-        connected(tmp_path / CONTROL_SOCKET, 5.0).close()
+        connect(tmp_path / CONTROL_SOCKET, 5.0).close()
         assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
     place.leave()
 
@@ -177,11 +177,11 @@ def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
     owner.stdout.close()
     assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
     with pytest.raises(ConnectionRefusedError):
-        connected(tmp_path / CONTROL_SOCKET, 5.0)
+        connect(tmp_path / CONTROL_SOCKET, 5.0)
     place = Place(tmp_path)
     place.take()
     with place.listen():
-        connected(tmp_path / CONTROL_SOCKET, 5.0).close()
+        connect(tmp_path / CONTROL_SOCKET, 5.0).close()
     place.leave()
 
 
@@ -196,7 +196,7 @@ def test_a_long_path_has_its_socket_among_the_temporary_files(tmp_path: Path) ->
         assert path.parent.parent == Path(tempfile.gettempdir())
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        connected(path, 5.0).close()
+        connect(path, 5.0).close()
     place.leave()
     assert not path.parent.exists()
     assert names(folder) == set()
@@ -212,7 +212,7 @@ def test_the_longest_path_that_fits_is_used(tmp_path: Path) -> None:
     place.take()
     with place.listen():
         assert len(os.fsencode(folder / CONTROL_SOCKET)) == MAX_PATH_BYTES
-        connected(folder / CONTROL_SOCKET, 5.0).close()
+        connect(folder / CONTROL_SOCKET, 5.0).close()
     place.leave()
 
 
@@ -301,7 +301,7 @@ def test_a_copy_of_a_folder_is_not_the_run_in_it(tmp_path: Path) -> None:
         other.take()
         path = find_socket(folder)
         assert path is not None
-        connected(path, 5.0).close()
+        connect(path, 5.0).close()
         other.leave()
     place.leave()
     assert not path.parent.exists()

@@ -22,7 +22,7 @@ import pytest
 
 from tests.daemon.control.test_protocol import REQUESTS, STATUS
 from troupe.daemon.control import server as server_room
-from troupe.daemon.control.client import Client, NobodyThereError, ask
+from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import Peer, Place
 from troupe.daemon.control.protocol import MAX_REQUEST_BYTES, Reply, Request, decode_request, encode_line
 from troupe.daemon.control.server import ControlServer, Limits
@@ -64,13 +64,8 @@ async def hosted(folder: Path, **limits: float) -> AsyncIterator[Host]:
 
 
 async def asked(folder: Path, *requests: Request) -> list[Reply]:
-    """The answers over one connection."""
-
-    def converse() -> list[Reply]:
-        with Client(folder, 30.0) as client:
-            return [client.ask(request) for request in requests]
-
-    return await anyio.to_thread.run_sync(converse)
+    """The answers, each over a connection of its own."""
+    return await anyio.to_thread.run_sync(lambda: [ask(folder, request, 30.0) for request in requests])
 
 
 class Raw:

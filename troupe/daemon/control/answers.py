@@ -75,18 +75,16 @@ def answer(run: Run, request: Request) -> Reply:
             return Refused(message="only a daemon reads its configuration again; use `troupe set`")
 
 
-async def answer_client(run: Run, request: Request, peer: Peer) -> Reply:
-    """The same for a client of the control socket, whoever it is: the socket lets in nobody else's."""
-    return await answer_checked(run, request)
-
-
 def takes_a_while(request: Request) -> bool:
     """Whether the answer waits for something to be looked at: another reward is loaded first."""
     return isinstance(request, Set) and request.key.startswith("rewards.")
 
 
-async def answer_checked(run: Run, request: Request) -> Reply:
-    """The same, with a look at what shows only where it is tried. The run goes on meanwhile."""
+async def answer_checked(run: Run, request: Request, peer: Peer | None = None) -> Reply:
+    """The same, with a look at what shows only where it is tried. The run goes on meanwhile.
+
+    `peer` may be anybody: the control socket lets in nobody else's.
+    """
     if isinstance(request, Set) and takes_a_while(request) and run.status().phase not in ("ended", "failed"):
         try:
             await run.check(request.key, request.value)

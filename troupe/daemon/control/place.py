@@ -179,7 +179,7 @@ def find_socket(folder: Path) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
-def connected(path: Path, timeout_s: float | None) -> socket.socket:
+def connect(path: Path, timeout_s: float | None) -> socket.socket:
     """A connection to a control socket. OSError where nobody answers."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

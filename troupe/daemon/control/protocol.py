@@ -1,8 +1,8 @@
 """What is said over the control socket: one JSON object a line, one answer a line, in order.
 
-A request names its type: `{"type": "Step", "steps": 2}`; the answer is a Done, a Refused, or a Status. Knows neither
-sockets nor runs. To watch a run is to ask for its status again and again: the server then keeps nothing for a watcher,
-and one that is slow or gone can hold up nobody.
+A request names its type: `{"type": "Step", "steps": 2}`; the answer is a Done, a Refused, or a Status. To watch a run
+is to ask for its status again and again: the server then keeps nothing for a watcher, and one that is slow or gone can
+hold up nobody.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The server's end of the control socket: many clients, none of which can harm the run or each other.
 
 What a client may use up is bounded: connections, the bytes of a line, the time that a line and an answer may take.
-Whoever goes over a bound is told so, where he listens, and dropped. Knows nothing of what requests come to.
+Whoever goes over a bound is told so, where he listens, and dropped.
 """
 
 from __future__ import annotations
