@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -53,6 +56,21 @@ def made(version: int, *, dtype: mx.Dtype = mx.float32, behind: tuple[int, ...] 
         behind={number: weights(number, dtype) for number in behind},
         state=msgspec.structs.replace(RunState(version=version, seed=11, dataset="abc"), **state),
     )
+
+
+def disk_with_room(left: int) -> Callable[[int, memoryview], int]:
+    """An `os.write` that takes so many bytes, and then says that the disk is full."""
+    write = os.write
+
+    def limited(descriptor: int, block: memoryview) -> int:
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = write(descriptor, block[:left])
+        left -= taken
+        return taken
+
+    return limited
 
 
 def under_way() -> Unfinished:

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.checkpoints import disk_with_room
 from troupe.checkpoint import files
 from troupe.checkpoint.files import make_folders, sum_file, write_file
 
 
-def test_what_goes_through_is_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 7)
+def test_what_goes_through_is_what_is_there(tmp_path: Path) -> None:
     calls: list[int] = []
-    entry = write_file(tmp_path / "f", [b"", b"abc", memoryview(bytes(range(23)))], lambda: calls.append(len(calls)))
     data = b"abc" + bytes(range(23))
+    chunks = [b"", b"abc", memoryview(data)[3:]]
+    entry = write_file(tmp_path / "f", chunks, lambda: calls.append(len(calls)), block_bytes=7)
     assert (tmp_path / "f").read_bytes() == data
     assert (entry.bytes, entry.sha256) == (26, hashlib.sha256(data).hexdigest())
     assert sum_file(tmp_path / "f") == entry
@@ -40,7 +41,6 @@ def test_a_disk_that_takes_little_at_a_time_gets_everything(tmp_path: Path, monk
 def test_whole_blocks_go_past_the_cache_where_that_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool
 ) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
     write, writes = os.write, []
 
     def noted(descriptor: int, block: memoryview) -> int:
@@ -53,7 +53,7 @@ def test_whole_blocks_go_past_the_cache_where_that_can_be(
     monkeypatch.setattr(os, "write", noted)
     monkeypatch.setattr(fcntl, "fcntl", flags_of_a_file_system_that_can(fcntl.fcntl))
     data = bytes(range(256)) * 33
-    entry = write_file(tmp_path / "f", [data[:5000], data[5000:]])
+    entry = write_file(tmp_path / "f", [data[:5000], data[5000:]], block_bytes=4096)
     assert (tmp_path / "f").read_bytes() == data
     assert entry == sum_file(tmp_path / "f")
     whole = [(4096, True)] if can else [(4096, True), (4096, False)]
@@ -75,50 +75,34 @@ def flags_of_a_file_system_that_can(real: Callable[..., int]) -> Callable[..., i
 
 
 def test_a_disk_that_is_full_amid_a_block_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
-    write, left = os.write, 4096 + 512
-
-    def limited(descriptor: int, block: memoryview) -> int:
-        nonlocal left
-        if left == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        taken = write(descriptor, block[:left])
-        left -= taken
-        return taken
-
-    monkeypatch.setattr(os, "write", limited)
+    monkeypatch.setattr(os, "write", disk_with_room(4096 + 512))
     with pytest.raises(OSError, match="No space left"):
-        write_file(tmp_path / "f", [bytes(3 * 4096)])
+        write_file(tmp_path / "f", [bytes(3 * 4096)], block_bytes=4096)
 
 
 def test_on_macos_the_cache_is_left_out_for_whole_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(files, "BLOCK_BYTES", 4)
     monkeypatch.setattr(fcntl, "F_NOCACHE", 48, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", lambda descriptor, command, argument=0: asked.append((command, argument)))
-    write_file(tmp_path / "f", [b"abcdefg"])
+    write_file(tmp_path / "f", [b"abcdefg"], block_bytes=4)
     assert asked == [(48, 1), (48, 0)]
     assert (tmp_path / "f").read_bytes() == b"abcdefg"
 
 
-def test_new_folders_are_put_on_the_disk_with_the_one_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    monkeypatch.setattr(files, "sync", lambda path: synced.append(path.relative_to(tmp_path.parent).as_posix()))
-    make_folders(tmp_path / "a" / "b")
-    name = tmp_path.name
-    assert synced == [name, f"{name}/a", "."], "the name of a, of b, and of what a is in"
-    synced.clear()
-    make_folders(tmp_path / "a" / "b")
-    assert synced == []
+def test_new_folders_are_put_on_the_disk_with_the_one_above(tmp_path: Path) -> None:
+    synced: list[Path] = []
+    make_folders(tmp_path / "a" / "b", synced.append)
+    assert synced == [tmp_path, tmp_path / "a", tmp_path.parent], "the name of a, of b, and of what a is in"
+    make_folders(tmp_path / "a" / "b", synced.append)
+    assert len(synced) == 3
 
 
-def test_a_folder_above_that_is_closed_to_us_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_above_that_is_closed_to_us_is_left_alone(tmp_path: Path) -> None:
     def sync(path: Path) -> None:
         if path == tmp_path.parent:
             raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(files, "sync", sync)
-    make_folders(tmp_path / "a")
+    make_folders(tmp_path / "a", sync)
     assert (tmp_path / "a").is_dir()
 
 

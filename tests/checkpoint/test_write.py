@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from tests.checkpoint.checkpoints import assert_same, assert_same_arrays, made, weights, whole
+from tests.checkpoint.checkpoints import assert_same, assert_same_arrays, disk_with_room, made, weights, whole
 from tests.support.tiny import CONFIG
 from troupe.checkpoint import (
     MANIFEST,
@@ -119,7 +119,6 @@ def test_everything_is_on_the_disk_before_the_manifest_and_that_before_the_name(
 def test_every_file_that_is_written_is_synced_after_its_last_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 1)
     done: list[str] = []
     write = os.write
 
@@ -130,7 +129,7 @@ def test_every_file_that_is_written_is_synced_after_its_last_byte(
 
     monkeypatch.setattr(os, "write", noted)
     monkeypatch.setattr(os, "fsync", lambda fd: done.append("sync"))
-    files.write_file(tmp_path / "f", [b"a", b"b"])
+    files.write_file(tmp_path / "f", [b"a", b"b"], block_bytes=1)
     assert done == ["write", "write", "sync"]
 
 
@@ -233,22 +232,12 @@ def test_a_power_cut_while_pruning_leaves_checkpoints_whole(run: Path, monkeypat
 def test_a_disk_that_is_full_from_some_byte_on_leaves_the_old_checkpoint(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, write = checkpoint_folder(run, 5), os.write
+    folder = checkpoint_folder(run, 5)
     save_checkpoint(folder, made(5))
     size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "config.json")  # which is copied
     for room in (0, 1, 100, size // 4, size // 2, size - 1):
-        left = room
-
-        def limited(descriptor: int, block: memoryview) -> int:
-            nonlocal left
-            if left == 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            taken = write(descriptor, block[:left])
-            left -= taken
-            return taken
-
         with monkeypatch.context() as patch:
-            patch.setattr(os, "write", limited)
+            patch.setattr(os, "write", disk_with_room(room))
             with pytest.raises(OSError, match="No space left"):
                 save_checkpoint(folder, made(5, seed=12))
         assert names_in(run / "checkpoints") == ["step-00000005"]
@@ -353,7 +342,7 @@ def test_a_read_only_folder_is_an_os_error(run: Path, monkeypatch: pytest.Monkey
         assert names_in(run / "checkpoints") == ["step-00000001"]
 
 
-def play_in_a_process(run: Path, before: str) -> str:
+def save_in_a_process(run: Path, before: str) -> str:
     """What a process prints that saves a checkpoint after `before`."""
     program = f"""
         import sys
@@ -381,7 +370,7 @@ def test_a_limit_on_file_sizes_is_an_os_error_and_leaves_nothing(run: Path) -> N
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     save_checkpoint(checkpoint_folder(run, 1), made(1))
-    assert play_in_a_process(run, limit).startswith("OSError [Errno 27] File too large")
+    assert save_in_a_process(run, limit).startswith("OSError [Errno 27] File too large")
     assert names_in(run / "checkpoints") == ["step-00000001"]
     assert_same(load_checkpoint(checkpoint_folder(run, 1)), made(1))
 
@@ -395,7 +384,7 @@ def test_a_small_file_system_that_is_really_full(run: Path, room_kb: int) -> Non
         pytest.skip("mounting is not permitted here")
     try:
         # the check of the room is put aside: what counts is what happens when it did not see it coming
-        said = play_in_a_process(run, "from troupe.checkpoint import writing; writing._check_room = lambda *_: None")
+        said = save_in_a_process(run, "from troupe.checkpoint import write; write._check_room = lambda *_: None")
         assert said.startswith("OSError [Errno 28]") if room_kb < 3000 else said == "saved\n"
         assert names_in(run / "checkpoints") == ([] if room_kb < 3000 else ["step-00000002"])
     finally:

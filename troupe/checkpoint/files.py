@@ -33,20 +33,23 @@ class FileSum(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
-def write_file(path: Path, chunks: Chunks, before_block: Callable[[], None] = lambda: None) -> FileSum:
+def write_file(
+    path: Path, chunks: Chunks, before_block: Callable[[], None] = lambda: None, *, block_bytes: int | None = None
+) -> FileSum:
     """Write a file that was not there, and have it on the disk. OSError where that fails.
 
-    `before_block` is called again and again meanwhile; what it raises ends the writing.
+    `before_block` is called before each block of `block_bytes`; what it raises ends the writing.
     """
+    block_bytes = block_bytes or BLOCK_BYTES
     digest, size = hashlib.sha256(), 0
     under_way: list[Future[None]] = []
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with ThreadPoolExecutor(2) as pool:
-            for block in _blocks(chunks):
+            for block in _blocks(chunks, block_bytes):
                 _finish(under_way)
                 before_block()
-                _go_past_the_cache(descriptor, len(block) == BLOCK_BYTES)
+                _go_past_the_cache(descriptor, len(block) == block_bytes)
                 under_way += pool.submit(digest.update, block), pool.submit(_write_all, descriptor, block)
                 size += len(block)
             _finish(under_way)
@@ -75,7 +78,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_folders(path: Path) -> None:
+def make_folders(path: Path, sync: Callable[[Path], None] = sync) -> None:
     """Make a folder and those above it that are missing, and have their names on the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -86,17 +89,17 @@ def make_folders(path: Path) -> None:
             sync(missing[-1].parent.parent)
 
 
-def _blocks(chunks: Chunks) -> Iterator[memoryview]:
+def _blocks(chunks: Chunks, block_bytes: int) -> Iterator[memoryview]:
     """What comes, in blocks of one size but the last; each may be used until the one after the next is asked for."""
-    block, other = (memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2))
+    block, other = (memoryview(mmap.mmap(-1, block_bytes)) for _ in range(2))
     filled = 0
     for chunk in chunks:
         rest = memoryview(chunk).cast("B")
         while rest:
-            taken = min(len(rest), BLOCK_BYTES - filled)
+            taken = min(len(rest), block_bytes - filled)
             _copy(block[filled : filled + taken], rest[:taken])
             filled, rest = filled + taken, rest[taken:]
-            if filled == BLOCK_BYTES:
+            if filled == block_bytes:
                 yield block
                 block, other, filled = other, block, 0
     if filled:

@@ -11,13 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from troupe.checkpoint.state import (
-    MANIFEST,
-    REPLACED_PREFIX,
-    STATE_FILE,
-    TEMPORARY_PREFIX,
-    CheckpointConfig,
-)
+from troupe.checkpoint.state import MANIFEST, REPLACED_PREFIX, STATE_FILE, TEMPORARY_PREFIX, CheckpointConfig
 from troupe.errors import RunError
 
 _STEP_FOLDER = re.compile(rf"({re.escape(REPLACED_PREFIX)})?step-(\d{{8,}})")

@@ -192,8 +192,8 @@ def _is_sound(file: Path) -> bool:
         read_header(file)
     except ModelError:
         return False
-    except OSError:  # it has been read whole a moment ago
-        return True
+    except OSError:
+        pass  # it has been read whole a moment ago
     return True
 
 

@@ -14,14 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from troupe.checkpoint.files import (
-    Chunks,
-    FileSum,
-    make_folders,
-    sum_file,
-    sync,
-    write_file,
-)
+from troupe.checkpoint.files import Chunks, FileSum, make_folders, sum_file, sync, write_file
 from troupe.checkpoint.state import (
     MADE_FILE,
     MANIFEST,

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,19 +35,8 @@ _TOLD = 2000  # characters of what a process said before it died
 _EVERY_S = 5.0  # between two lines about how far it is
 
 
-class GymRows(msgspec.Struct, frozen=True):
-    """What a source gave."""
-
-    rows: list[dict[str, Any]]
-    in_all: int
-    """Rows of the source, at least those here."""
-
-    def __iter__(self) -> Iterator[tuple[None, dict[str, Any]]]:
-        return ((None, row) for row in self.rows)
-
-
-def read_gym(source: str, first: int | None = None) -> GymRows:
-    """The rows of `reasoning_gym:TASK,TASK?size=500&seed=0&OPTION=VALUE&TASK.OPTION=VALUE`.
+def read_gym(source: str, first: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many there are, of `reasoning_gym:TASK,TASK?size=500&seed=0&OPTION=VALUE&TASK.OPTION=VALUE`.
 
     Each task gives `size` rows, and the rows of several take turns. `OPTION` is one of the task's configuration.
     Columns: `prompt`, `answer` (a text), `task`, and `reasoning_gym`, an object with `task`, `options` and `index`,
@@ -64,7 +52,7 @@ def read_gym(source: str, first: int | None = None) -> GymRows:
         )
     kept = KeptRows.of(source, None if found.origin is None else Path(found.origin).parent)
     if (rows := kept.read()) is not None:
-        return GymRows(rows, len(rows))
+        return rows, len(rows)
     what = "its rows, which are kept for the next start" if first is None else f"its first {first} rows"
     _tell(f"{source}: making {what}; of some tasks this takes a while")
     answer = _made(source, first)
@@ -72,7 +60,7 @@ def read_gym(source: str, first: int | None = None) -> GymRows:
         raise DatasetError(answer["error"])
     if first is None:
         kept.write(answer["rows"])
-    return GymRows(answer["rows"], answer.get("in_all", len(answer["rows"])))
+    return answer["rows"], answer["in_all"]
 
 
 def stop_making_rows() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from troupe.dataset import gym
 from troupe.dataset.rows import PromptRow, check_row
 from troupe.dataset.settings import ChatMode, DataConfig
 from troupe.dataset.sources import read_file, read_source
@@ -44,10 +43,8 @@ class PromptDataset:
             DatasetError: naming source, line, row and column, for whatever cannot be used.
         """
         source, config = str(source), DataConfig() if config is None else config
-        if source.startswith(gym.PREFIX):
-            made = gym.read_gym(source, first)
-            return cls._checked(made, source, config, in_all=made.in_all)
-        return cls._checked(read_source(source), source, config)
+        rows, in_all = read_source(source, first)
+        return cls._checked(rows, source, config, in_all)
 
     @classmethod
     def from_json(cls, path: str | Path, chat: ChatMode = "auto") -> PromptDataset:

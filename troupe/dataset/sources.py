@@ -20,23 +20,20 @@ FILES: dict[str, Callable[[Path], Iterator[tuple[int | None, Any]]]] = {
 }
 """Suffix → what reads the rows of such a file, each with its line where there are lines."""
 
-PREFIXED: dict[str, Callable[[str], Iterable[tuple[int | None, Any]]]] = {
-    hub.PREFIX: hub.read_hub,
-    gym.PREFIX: gym.read_gym,
-}
-"""How a source begins → what reads its rows."""
 
-
-def read_source(source: str) -> Iterable[tuple[int | None, Any]]:
-    """Line (None where there is none) and value of each row. DatasetError where they cannot be had."""
-    for prefix, read in PREFIXED.items():
-        if source.startswith(prefix):
-            return read(source)
-    return read_file(expanded(source))
+def read_source(source: str, first: int | None = None) -> tuple[Iterable[tuple[int | None, Any]], int | None]:
+    """Line (None where there is none) and value of each row; and how many there are, where not all of them come
+    because `first` are enough. DatasetError where they cannot be had."""
+    if source.startswith(gym.PREFIX):
+        rows, in_all = gym.read_gym(source, first)
+        return ((None, row) for row in rows), in_all
+    if source.startswith(hub.PREFIX):
+        return hub.read_hub(source), None
+    return read_file(expanded(source)), None
 
 
 def read_file(path: Path) -> Iterator[tuple[int | None, Any]]:
-    """The same of a file."""
+    """Line and value of each row of a file."""
     refuse_folder(path)
     read = FILES.get(path.suffix.lower())
     if read is None:
@@ -58,7 +55,7 @@ def anchored_source(source: str, base: Path) -> str:
 
 def source_name(source: str) -> str:
     """What a run of these prompts may be called: the file's name without suffix, the dataset's or the first task's."""
-    for prefix in PREFIXED:
+    for prefix in (hub.PREFIX, gym.PREFIX):
         if source.startswith(prefix):
             name = source.removeprefix(prefix).partition("?")[0]
             return Path(name.partition(",")[0]).name or "run"
