@@ -19,7 +19,7 @@ from troupe.checkpoint.files import make_folders, sum_file, write_file
 def test_what_goes_through_is_what_is_there(tmp_path: Path) -> None:
     calls: list[int] = []
     data = b"abc" + bytes(range(23))
-    chunks = [b"", b"abc", memoryview(data)[3:]]
+    chunks: list[bytes | memoryview] = [b"", b"abc", memoryview(data)[3:]]
     entry = write_file(tmp_path / "f", chunks, lambda: calls.append(len(calls)), block_bytes=7)
     assert (tmp_path / "f").read_bytes() == data
     assert (entry.bytes, entry.sha256) == (26, hashlib.sha256(data).hexdigest())
