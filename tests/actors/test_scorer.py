@@ -18,7 +18,7 @@ from troupe.runtime.roles import run_roles
 pytestmark = pytest.mark.anyio
 
 
-class Stage:
+class Scoring:
     def __init__(
         self, *rewards: Any, breaker_failures: int = 8, recorded: dict[int, ScoredGroup] | None = None
     ) -> None:
@@ -62,21 +62,21 @@ async def test_a_slow_group_does_not_hold_up_a_fast_one() -> None:
             await release.wait()
         return [float(sum(ids)) for ids in completion_ids]
 
-    stage = Stage(slow_for_the_first)
+    scoring = Scoring(slow_for_the_first)
     groups = [make_group(make_prompt(0, place)) for place in range(2)]
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.scorer])
-        await send_all(stage.groups, groups)
+        tasks.start_soon(run_roles, [scoring.scorer])
+        await send_all(scoring.groups, groups)
         await anyio.wait_all_tasks_blocked()
-        [fast] = await taken(stage.learner)
+        [fast] = await taken(scoring.learner)
         assert fast.group == groups[1]
-        assert not ended(stage.learner), "a group is still in hand"
+        assert not ended(scoring.learner), "a group is still in hand"
         release.set()
-    [slow] = await taken(stage.learner)
+    [slow] = await taken(scoring.learner)
     assert slow.group == groups[0]
     assert slow.scores == {"slow_for_the_first": tuple(float(sum(r.token_ids)) for r in groups[0].rollouts)}
-    assert ended(stage.learner)
-    spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+    assert ended(scoring.learner)
+    spans = [m for m in await taken(scoring.reports.mailbox) if isinstance(m, Span)]
     scored = [(s.name, s.step, s.gid) for s in spans if s.kind == "work"]
     assert scored == [("score slow_for_the_first", 0, 1), ("score slow_for_the_first", 0, 0)]
 
@@ -89,34 +89,34 @@ async def test_a_failed_call_is_an_incident_and_its_scores_are_missing_not_zero(
         log_metric("seen", len(completions))
         return [1.0, None, float("nan")]
 
-    stage = Stage(broken, whole)
-    await send_all(stage.groups, [make_group(make_prompt(0, 1))])
-    await run_roles([stage.scorer])
-    [scored] = await taken(stage.learner)
+    scoring = Scoring(broken, whole)
+    await send_all(scoring.groups, [make_group(make_prompt(0, 1))])
+    await run_roles([scoring.scorer])
+    [scored] = await taken(scoring.learner)
     assert scored.scores == {"broken": (None, None, None), "whole": (1.0, None, None)}
     assert scored.logged == {"seen": 3.0}
-    incidents = await stage.reports.incidents()
+    incidents = await scoring.reports.incidents()
     assert [(i.kind, i.gid) for i in incidents] == [("reward_error", 1), ("reward_nonfinite", 1)]
     assert "ConnectionError: judge is away" in incidents[0].message
 
 
 @pytest.mark.parametrize("answer", [[1.0], "111", [1.0, "x", 2.0]])
-async def test_a_broken_contract_ends_the_play(answer: Any) -> None:
+async def test_a_broken_contract_ends_the_run(answer: Any) -> None:
     def wrong(completions: list[str], **_: Any) -> Any:
         return answer
 
-    stage = Stage(wrong)
-    await send_all(stage.groups, [make_group(make_prompt(0, 0))])
+    scoring = Scoring(wrong)
+    await send_all(scoring.groups, [make_group(make_prompt(0, 0))])
     with pytest.raises(RewardError, match="reward wrong returned"):
-        await run_roles([stage.scorer])
-    assert await taken(stage.learner) == []
-    assert not ended(stage.learner)
+        await run_roles([scoring.scorer])
+    assert await taken(scoring.learner) == []
+    assert not ended(scoring.learner)
 
 
 async def test_incidents_arrive_before_the_group_they_are_about() -> None:
-    stage = Stage(lambda completions: [None, None, float("inf")])
+    scoring = Scoring(lambda completions: [None, None, float("inf")])
     seen: list[object] = []
-    sent_incident, sent_group = stage.scorer.report.incident, stage.scorer.outputs[0].send  # type: ignore[union-attr]
+    sent_incident, sent_group = scoring.scorer.report.incident, scoring.scorer.outputs[0].send  # type: ignore[union-attr]
 
     async def note_incident(incident: Incident) -> None:
         seen.append(incident.kind)
@@ -126,10 +126,10 @@ async def test_incidents_arrive_before_the_group_they_are_about() -> None:
         seen.append("group")
         await sent_group(message)
 
-    stage.scorer.report.incident = note_incident  # type: ignore[method-assign]
-    stage.scorer.outputs[0].send = note_group  # type: ignore[union-attr,method-assign]
-    await send_all(stage.groups, [make_group(make_prompt(0, 0))])
-    await run_roles([stage.scorer])
+    scoring.scorer.report.incident = note_incident  # type: ignore[method-assign]
+    scoring.scorer.outputs[0].send = note_group  # type: ignore[union-attr,method-assign]
+    await send_all(scoring.groups, [make_group(make_prompt(0, 0))])
+    await run_roles([scoring.scorer])
     assert seen == ["reward_nonfinite", "group"]
 
 
@@ -140,9 +140,9 @@ async def test_rewards_are_told_where_training_stands_by_the_slot_alone() -> Non
         states.append(trainer_state)
         return [0.0] * len(completions)
 
-    stage = Stage(look)
-    await send_all(stage.groups, [make_group(make_prompt(3, 1))])
-    await run_roles([stage.scorer])
+    scoring = Scoring(look)
+    await send_all(scoring.groups, [make_group(make_prompt(3, 1))])
+    await run_roles([scoring.scorer])
     (state,) = states
     assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (3, 9, 1.5, 5)
     assert (state.train_batch_size, state.is_world_process_zero, state.log_history) == (6, True, ())
@@ -156,18 +156,18 @@ async def test_prompting_is_held_while_a_reward_is_down_and_nothing_is_lost() ->
             raise ConnectionError("no judge")
         return [1.0] * len(completions)
 
-    stage = Stage(away, breaker_failures=2)
+    scoring = Scoring(away, breaker_failures=2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.scorer])
-        await send_all(stage.groups, [make_group(make_prompt(0, place)) for place in range(5)])
+        tasks.start_soon(run_roles, [scoring.scorer])
+        await send_all(scoring.groups, [make_group(make_prompt(0, place)) for place in range(5)])
         with anyio.fail_after(30):
-            hold = await stage.told(held=True)
+            hold = await scoring.told(held=True)
             up.set()
-            await stage.told(held=False)
+            await scoring.told(held=False)
     assert hold.reasons[0].startswith("reward away is down: ConnectionError: no judge")
-    groups = await taken(stage.learner)
+    groups = await taken(scoring.learner)
     assert sorted(group.scores["away"].count(None) for group in groups) == [0, 0, 0, 0, 3]
-    kinds = [incident.kind for incident in await stage.reports.incidents()]
+    kinds = [incident.kind for incident in await scoring.reports.incidents()]
     assert sorted(kinds) == ["reward_back", "reward_down", "reward_error"]
 
 
@@ -180,23 +180,23 @@ async def test_who_takes_over_scores_what_was_in_hand_and_says_what_is_down() ->
             raise ConnectionError("no judge")
         return [float(len(completions))] * len(completions)
 
-    stage = Stage(whole, breaker_failures=1)
+    scoring = Scoring(whole, breaker_failures=1)
     groups = [make_group(make_prompt(0, place)) for place in range(2)]
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.scorer.run)
+        tasks.start_soon(scoring.scorer.run)
         for group in groups:
-            await stage.groups.send(group)
+            await scoring.groups.send(group)
         with anyio.fail_after(30):
-            await stage.told(held=True)
+            await scoring.told(held=True)
         tasks.cancel_scope.cancel()
-    stage.inbox.take_back()
-    stage.groups.close()
+    scoring.inbox.take_back()
+    scoring.groups.close()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.another()])
+        tasks.start_soon(run_roles, [scoring.another()])
         with anyio.fail_after(30):
-            await stage.told(held=True)
+            await scoring.told(held=True)
             up.set()
-    scored = await taken(stage.learner)
+    scored = await taken(scoring.learner)
     assert [(s.group, s.scores) for s in scored] == [(group, {"whole": (6.0,) * 3}) for group in groups]
 
 
@@ -215,12 +215,12 @@ async def test_scores_of_before_a_resume_are_used_once_and_only_for_the_same_com
             group=RolloutGroup(prompt=other.prompt, rollouts=before.rollouts), scores={"reward": (0.0, 1.0)}
         ),
     }
-    stage = Stage(reward, recorded=recorded)
-    await send_all(stage.groups, [same, other])
-    await stage.rewards.start()
-    await run_roles([stage.scorer])
-    await stage.rewards.stop()
-    scores = {group.group.prompt.gid: group.scores for group in await taken(stage.learner)}
+    scoring = Scoring(reward, recorded=recorded)
+    await send_all(scoring.groups, [same, other])
+    await scoring.rewards.start()
+    await run_roles([scoring.scorer])
+    await scoring.rewards.stop()
+    scores = {group.group.prompt.gid: group.scores for group in await taken(scoring.learner)}
     assert scores == {0: {"reward": (0.0, 1.0)}, 1: {"reward": (0.5, 0.5)}}
     assert asked == [2]
     assert recorded == {}, "nothing stays that a later checkpoint would take for scored"

@@ -12,7 +12,6 @@ from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import GroupScores, RewardActor, RewardManager, RewardSample, RewardsConfig, batch_reward
-from troupe.rewards import manager as manager_module
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +41,7 @@ class Judge(RewardActor):
             raise OSError("will not close")
 
 
-class Stage:
+class Scoring:
     def __init__(self, *rewards: Any, **settings: Any) -> None:
         self.manager = RewardManager(rewards, config=RewardsConfig(retries=0, breaker_max_wait_s=0.001, **settings))
         self.results: dict[int, GroupScores] = {}
@@ -54,25 +53,25 @@ class Stage:
 
 async def test_groups_under_way_keep_the_old_one_and_it_stops_after_the_last_of_them() -> None:
     old, new = Judge(1.0, closes=False), Judge(2.0)
-    stage = Stage(old)
+    scoring = Scoring(old)
     stopped: list[Incident] = []
 
     async def exchange() -> None:
-        stopped.extend(await stage.manager.exchange("Judge", new))
+        stopped.extend(await scoring.manager.exchange("Judge", new))
 
-    async with stage.manager, anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.score, 0)
+    async with scoring.manager, anyio.create_task_group() as tasks:
+        tasks.start_soon(scoring.score, 0)
         await anyio.wait_all_tasks_blocked()
         tasks.start_soon(exchange)
         await anyio.wait_all_tasks_blocked()
-        tasks.start_soon(stage.score, 1)
+        tasks.start_soon(scoring.score, 1)
         new.go.set()
         await anyio.wait_all_tasks_blocked()
-        assert stage.results[1].scores == {"Judge": (2.0, 2.0, 2.0)}
+        assert scoring.results[1].scores == {"Judge": (2.0, 2.0, 2.0)}
         assert (old.events, new.events) == (["start"], ["start"])
-        assert stage.manager.versions == {"Judge": 1}
+        assert scoring.manager.versions == {"Judge": 1}
         old.go.set()
-    assert stage.results[0].scores == {"Judge": (1.0, 1.0, 1.0)}
+    assert scoring.results[0].scores == {"Judge": (1.0, 1.0, 1.0)}
     assert (old.events, new.events) == (["start", "stop"], ["start", "stop"])
     assert [incident.message.split(" (")[0] for incident in stopped] == [
         "reward Judge: did not stop: OSError: will not close"
@@ -82,22 +81,22 @@ async def test_groups_under_way_keep_the_old_one_and_it_stops_after_the_last_of_
 async def test_what_cannot_take_over_leaves_the_old_one() -> None:
     old, broken = Judge(1.0), Judge(2.0, opens=False)
     old.go.set()
-    stage = Stage(old)
-    stage.manager.check_columns({"answer"})
-    async with stage.manager:
+    scoring = Scoring(old)
+    scoring.manager.check_columns({"answer"})
+    async with scoring.manager:
         with pytest.raises(RewardError, match="there is no reward 'judge' to be exchanged; there are: Judge"):
-            await stage.manager.exchange("judge", old)
+            await scoring.manager.exchange("judge", old)
         with pytest.raises(RewardError, match="reward Judge did not start: OSError: no connection"):
-            await stage.manager.exchange("Judge", broken)
+            await scoring.manager.exchange("Judge", broken)
         with pytest.raises(RewardError, match="requires hint"):
-            await stage.manager.exchange("Judge", lambda completions, hint: [])
+            await scoring.manager.exchange("Judge", lambda completions, hint: [])
         with pytest.raises(RewardError, match="is unknown"):
-            await stage.manager.exchange("Judge", "lenght")
+            await scoring.manager.exchange("Judge", "lenght")
         with pytest.raises(RewardError, match="is called once a group, and its replacement would be once a batch"):
-            await stage.manager.exchange("Judge", batch_reward(lambda completions: []))
-        await stage.score(0)
-        assert stage.manager.versions == {"Judge": 0}
-    assert stage.results[0].scores == {"Judge": (1.0, 1.0, 1.0)}
+            await scoring.manager.exchange("Judge", batch_reward(lambda completions: []))
+        await scoring.score(0)
+        assert scoring.manager.versions == {"Judge": 0}
+    assert scoring.results[0].scores == {"Judge": (1.0, 1.0, 1.0)}
     assert broken.events == ["start", "stop"]
 
 
@@ -105,18 +104,18 @@ async def test_an_exchange_is_a_way_out_when_the_old_one_is_down() -> None:
     old, new = Judge(-1.0), Judge(2.0)
     old.go.set()
     new.go.set()
-    stage = Stage(old, breaker_failures=1)
+    scoring = Scoring(old, breaker_failures=1)
     told: list[str] = []
-    stage.manager.listen(lambda incident: told.append(incident.kind))
-    async with stage.manager:
+    scoring.manager.listen(lambda incident: told.append(incident.kind))
+    async with scoring.manager:
         with anyio.fail_after(30):
             async with anyio.create_task_group() as tasks:
                 for place in range(3):
-                    tasks.start_soon(stage.score, place)
-                while not stage.manager.down:
+                    tasks.start_soon(scoring.score, place)
+                while not scoring.manager.down:
                     await anyio.lowlevel.checkpoint()
-                await stage.manager.exchange("Judge", new)
-    assert [stage.results[place].scores["Judge"] for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
+                await scoring.manager.exchange("Judge", new)
+    assert [scoring.results[place].scores["Judge"] for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
     assert told == ["reward_down", "reward_exchanged", "reward_back"]
     assert old.events == ["start", "stop"]
 
@@ -130,17 +129,17 @@ async def test_a_round_that_has_begun_stays_whole_with_the_old_one() -> None:
     def new(completions: list[str]) -> list[float]:
         return [2.0] * len(completions)
 
-    stage = Stage(old)
-    async with stage.manager, anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.score, 0, 2)
+    scoring = Scoring(old)
+    async with scoring.manager, anyio.create_task_group() as tasks:
+        tasks.start_soon(scoring.score, 0, 2)
         await anyio.wait_all_tasks_blocked()
-        tasks.start_soon(stage.manager.exchange, "old", new)
+        tasks.start_soon(scoring.manager.exchange, "old", new)
         await anyio.wait_all_tasks_blocked()
-        await stage.score(1, 2)
+        await scoring.score(1, 2)
         for place in range(2):
-            stage.manager.settled(make_group(make_prompt(0, place, batch_size=2)))
-    assert [stage.results[place].rewards for place in range(2)] == [(1.0, 1.0, 1.0)] * 2
-    assert (await stage.manager.compute_rewards(["p"], ["a"])).scores == {"old": (2.0,)}
+            scoring.manager.settled(make_group(make_prompt(0, place, batch_size=2)))
+    assert [scoring.results[place].rewards for place in range(2)] == [(1.0, 1.0, 1.0)] * 2
+    assert (await scoring.manager.compute_rewards(["p"], ["a"])).scores == {"old": (2.0,)}
 
 
 async def test_a_round_that_waits_for_a_reward_that_is_down_moves_to_the_new_one() -> None:
@@ -152,19 +151,19 @@ async def test_a_round_that_waits_for_a_reward_that_is_down_moves_to_the_new_one
     async def new(completions: list[str]) -> list[float]:
         return [2.0] * len(completions)
 
-    stage = Stage(old, breaker_failures=1)
-    async with stage.manager:
+    scoring = Scoring(old, breaker_failures=1)
+    async with scoring.manager:
         with anyio.fail_after(30):
             async with anyio.create_task_group() as tasks:
                 for place in range(3):
-                    tasks.start_soon(stage.score, place, 3)
-                while not stage.manager.down:
+                    tasks.start_soon(scoring.score, place, 3)
+                while not scoring.manager.down:
                     await anyio.lowlevel.checkpoint()
-                await stage.manager.exchange("old", new)
-    assert [stage.results[place].rewards for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
+                await scoring.manager.exchange("old", new)
+    assert [scoring.results[place].rewards for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
 
 
-async def test_of_two_exchanges_at_once_the_later_one_has_the_seat_in_the_end() -> None:
+async def test_of_two_exchanges_at_once_the_later_one_scores_in_the_end() -> None:
     class Slow(Judge):
         async def start(self) -> None:
             await self.go.wait()
@@ -172,17 +171,17 @@ async def test_of_two_exchanges_at_once_the_later_one_has_the_seat_in_the_end() 
 
     old, slow, last = Judge(1.0), Slow(2.0), Judge(3.0)
     last.go.set()
-    stage = Stage(old)
-    async with stage.manager:
+    scoring = Scoring(old)
+    async with scoring.manager:
         async with anyio.create_task_group() as tasks:
             for judge in (slow, last):
-                tasks.start_soon(stage.manager.exchange, "Judge", judge)
+                tasks.start_soon(scoring.manager.exchange, "Judge", judge)
                 await anyio.wait_all_tasks_blocked()
             slow.go.set()
-        await stage.score(0)
-        assert stage.manager.versions == {"Judge": 2}
+        await scoring.score(0)
+        assert scoring.manager.versions == {"Judge": 2}
         assert (old.events, slow.events, last.events) == (["start", "stop"], ["start", "stop"], ["start"])
-    assert stage.results[0].scores == {"Judge": (3.0, 3.0, 3.0)}
+    assert scoring.results[0].scores == {"Judge": (3.0, 3.0, 3.0)}
 
 
 async def test_the_file_of_a_successor_is_imported_while_the_loop_goes_on(tmp_path: Path) -> None:
@@ -195,25 +194,25 @@ async def test_the_file_of_a_successor_is_imported_while_the_loop_goes_on(tmp_pa
         "def judge(completions):\n"
         "    return [2.0] * len(completions)\n"
     )
-    stage = Stage(lambda completions: [1.0] * len(completions))
-    async with stage.manager:
+    scoring = Scoring(lambda completions: [1.0] * len(completions))
+    async with scoring.manager:
         with anyio.fail_after(60):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(stage.manager.exchange, "<lambda>", f"{file}:judge")
-                await stage.score(0)
+                tasks.start_soon(scoring.manager.exchange, "<lambda>", f"{file}:judge")
+                await scoring.score(0)
                 (tmp_path / "go").touch()
-            await stage.score(1)
-    assert [stage.results[place].rewards for place in range(2)] == [(1.0,) * 3, (2.0,) * 3]
+            await scoring.score(1)
+    assert [scoring.results[place].rewards for place in range(2)] == [(1.0,) * 3, (2.0,) * 3]
 
 
 async def test_the_managers_end_stops_the_old_one_too_where_its_groups_never_ended() -> None:
     old, new = Judge(1.0), Judge(2.0)
-    stage = Stage(old)
-    async with stage.manager:
+    scoring = Scoring(old)
+    async with scoring.manager:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(stage.score, 0)
+            tasks.start_soon(scoring.score, 0)
             await anyio.wait_all_tasks_blocked()
-            tasks.start_soon(stage.manager.exchange, "Judge", new)
+            tasks.start_soon(scoring.manager.exchange, "Judge", new)
             await anyio.wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
         assert old.events == ["start"]
@@ -222,8 +221,8 @@ async def test_the_managers_end_stops_the_old_one_too_where_its_groups_never_end
 
 async def test_before_the_start_it_is_a_plain_replacement() -> None:
     old, new = Judge(1.0), Judge(2.0)
-    stage = Stage(old)
-    await stage.manager.exchange("Judge", new)
+    scoring = Scoring(old)
+    await scoring.manager.exchange("Judge", new)
     assert (old.events, new.events) == ([], [])
 
 
@@ -252,14 +251,13 @@ OTHERS = {
     ],
 )
 async def test_a_successor_can_be_looked_at_before_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, said: str | None
+    tmp_path: Path, other: str, said: str | None
 ) -> None:
-    monkeypatch.setattr(manager_module, "_LOOK_S", 2.0 if other == "hangs:f" else 60.0)
     file, _, name = other.partition(":")
     if file in OTHERS:
         (tmp_path / f"{file}.py").write_text(OTHERS[file], encoding="utf-8")
     spec = f"{tmp_path / file}.py:{name}"
-    async with RewardManager("length") as manager:
+    async with RewardManager("length", look_s=2.0 if other == "hangs:f" else 60.0) as manager:
         manager.check_columns(set())
         if said is None:
             await manager.examine("length_reward", spec)
@@ -273,7 +271,7 @@ async def test_a_successor_can_be_looked_at_before_it_is_asked_for(
 
 
 @pytest.mark.alone
-async def test_a_file_that_is_loaded_beside_the_play_may_not_fork(tmp_path: Path) -> None:
+async def test_a_file_that_is_loaded_beside_a_run_may_not_fork(tmp_path: Path) -> None:
     path = tmp_path / "forks.py"
     path.write_text("import os\nif not os.fork():\n    os._exit(0)\ndef f(completions, **k): return []\n")
     async with RewardManager("length") as manager:

@@ -19,8 +19,7 @@ from typing import Any
 
 import pytest
 
-from troupe.rewards.attempts import described, is_by_code
-from troupe.rewards.faults import is_library, may_pass, place_of
+from troupe.rewards.faults import described, in_short, is_library, may_pass, place_of
 
 
 def http_error(status: int) -> urllib.error.HTTPError:
@@ -127,13 +126,11 @@ STAY = [
 @pytest.mark.parametrize("error", PASS, ids=repr)
 def test_what_a_service_makes_may_pass(error: BaseException) -> None:
     assert may_pass(error)
-    assert not is_by_code(error)
 
 
 @pytest.mark.parametrize("error", STAY, ids=repr)
 def test_everything_else_is_the_codes(error: BaseException) -> None:
     assert not may_pass(error)
-    assert is_by_code(error)
 
 
 def test_what_was_handled_and_left_out_is_no_cause() -> None:
@@ -179,3 +176,27 @@ def test_what_is_installed_or_ours_is_a_library() -> None:
     assert all(map(is_library, libraries))
     assert not is_library(__file__)
     assert not is_library(str(Path("rewards.py")))
+
+
+def test_what_utf_8_cannot_say_is_told_by_its_escape() -> None:
+    assert described(ValueError("no file caf\udce9")) == r"ValueError: no file caf\udce9"
+
+
+def test_long_texts_are_cut_and_empty_ones_left_out() -> None:
+    assert described(ValueError()) == "ValueError"
+    assert described(ValueError("x" * 1000)) == "ValueError: " + "x" * 299 + "…"
+
+
+@pytest.mark.parametrize(
+    ("message", "short"),
+    [
+        ("ConnectionRefusedError: [Errno 111] Connection refused (/home/me/judge.py:12)", "connection refused"),
+        ("OSError: Multiple exceptions: [Errno 111] Connect call failed ('::1', 9, 0, 0)", "connection refused"),
+        ("URLError: <urlopen error [Errno 61] Connection refused>", "connection refused"),
+        ("no answer within 60 s", "no answer within 60 s"),
+        ("ValueError: odd (f.py:1) one\ntwo (/a b/judge.py:3)", "ValueError: odd (f.py:1) one two"),
+        ("x" * 200, "x" * 99 + "…"),
+    ],
+)
+def test_a_fault_in_a_few_words(message: str, short: str) -> None:
+    assert in_short(message) == short

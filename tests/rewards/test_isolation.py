@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, isolation
-from troupe.rewards.isolation import end_tasks, in_daemon_thread, in_own_task, in_place
+from troupe.rewards.isolation import InPlace, end_tasks, in_daemon_thread, in_own_task
 
 pytestmark = pytest.mark.anyio
 
@@ -70,9 +70,7 @@ async def test_calls_at_the_same_time_have_threads_of_their_own() -> None:
         barrier.wait(30)
         threads.add(threading.current_thread())
 
-    async with anyio.create_task_group() as tasks:
-        for _ in range(5):
-            tasks.start_soon(in_daemon_thread, meet)
+    await asyncio.gather(*(in_daemon_thread(meet) for _ in range(5)))
     assert len(threads) == 5
 
 
@@ -141,9 +139,8 @@ async def test_what_is_called_in_place_does_not_end_its_caller(error: BaseExcept
     def fail() -> None:
         raise error
 
-    with pytest.raises(RuntimeError, match=f"the reward raised {type(error).__name__}"):
-        in_place(fail)
-    assert in_place(lambda: 7) == 7
+    with pytest.raises(RuntimeError, match=f"the reward raised {type(error).__name__}"), InPlace():
+        fail()
 
 
 async def test_an_interrupt_of_the_codes_own_is_told_from_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,16 +155,16 @@ async def test_an_interrupt_of_the_codes_own_is_told_from_the_users(monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
-        with pytest.raises(KeyboardInterrupt):
-            in_place(fail)
+        with pytest.raises(KeyboardInterrupt), InPlace():
+            fail()
     with monkeypatch.context() as patch:
         patch.setattr(signal, "getsignal", lambda number: _on_sigint)
-        with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"):
-            in_place(fail)
+        with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"), InPlace():
+            fail()
         with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"):
             await in_own_task(fail_later)
-        with pytest.raises(KeyboardInterrupt):
-            in_place(_on_sigint)
+        with pytest.raises(KeyboardInterrupt), InPlace():
+            _on_sigint()
 
 
 def test_an_event_loop_ends_although_a_task_ignores_its_cancellation() -> None:

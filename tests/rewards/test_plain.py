@@ -17,9 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from troupe.rewards import plain as room
-from troupe.rewards.plain import plain
-from troupe.rewards.reward_log import RewardLog
+from troupe.rewards import reward_log
+from troupe.rewards.reward_log import RewardLog, plain
 
 
 class Shouting(str):
@@ -113,8 +112,8 @@ def test_what_stands_for_what(case: int) -> None:
 
 
 def test_nothing_is_kept_that_is_larger_than_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "LONGEST", 10)
-    monkeypatch.setattr(room, "MOST", 5)
+    monkeypatch.setattr(reward_log, "LONGEST", 10)
+    monkeypatch.setattr(reward_log, "MOST", 5)
     assert plain("x" * 25) == "x" * 10 + "… (15 more characters)"
     assert plain(["a" * 6, "b" * 6]) == ["aaaaaa", "bbbb… (2 more characters)"]
     assert plain(list(range(9))) == [0, 1, 2, 3, "… (5 more)"]
@@ -129,7 +128,7 @@ def test_what_lies_too_deep_is_cut() -> None:
         found, depth = plain(value), 0
         while isinstance(found, list):
             found, depth = (found[0] if found else None), depth + 1
-        assert (found, depth) == ("…", room.DEEPEST)
+        assert (found, depth) == ("…", reward_log.DEEPEST)
 
 
 class Evil:

@@ -53,7 +53,7 @@ def groups(step: int = 0, attempt: int = 0, size: int = 3) -> list[Any]:
     return [make_group(make_prompt(step, place, attempt, batch_size=size), size=2) for place in range(size)]
 
 
-class Stage:
+class Scoring:
     def __init__(self, *rewards: Any) -> None:
         self.manager = RewardManager(rewards, config=RewardsConfig(retries=0, breaker_failures=0))
         self.results: dict[int, GroupScores] = {}
@@ -69,21 +69,21 @@ async def test_one_call_a_round_in_slot_order_while_other_rewards_do_not_wait() 
         seen.append(prompts[0])
         return [0.0] * len(completions)
 
-    stage = Stage(ranks, each)
+    scoring = Scoring(ranks, each)
     first, second = groups(), groups(step=1)
     async with anyio.create_task_group() as tasks:
         for group in [first[2], second[0], first[0]]:
-            tasks.start_soon(stage.score, group)
+            tasks.start_soon(scoring.score, group)
         await anyio.wait_all_tasks_blocked()
-        assert (ranks.calls, stage.results) == ([], {})
+        assert (ranks.calls, scoring.results) == ([], {})
         assert seen == ["prompt 2", "prompt 3", "prompt 0"]
-        tasks.start_soon(stage.score, first[1])
+        tasks.start_soon(scoring.score, first[1])
         await anyio.wait_all_tasks_blocked()
         assert ranks.calls == [["prompt 0"] * 2 + ["prompt 1"] * 2 + ["prompt 2"] * 2]
         for group in second[1:]:
-            tasks.start_soon(stage.score, group)
+            tasks.start_soon(scoring.score, group)
     assert len(ranks.calls) == 2
-    by_place = [stage.results[group.prompt.gid] for group in first]
+    by_place = [scoring.results[group.prompt.gid] for group in first]
     assert [result.scores["Ranks"] for result in by_place] == [(0.0, 1.0), (2.0, 3.0), (4.0, 5.0)]
     assert [result.extra["place"] for result in by_place] == [(0, 1), (2, 3), (4, 5)]
     assert [result.metrics for result in by_place] == [{"calls": 1.0}] * 3
@@ -92,33 +92,33 @@ async def test_one_call_a_round_in_slot_order_while_other_rewards_do_not_wait() 
 async def test_a_failed_call_is_missing_for_the_round_and_told_once() -> None:
     ranks = Ranks()
     ranks.faults = 1
-    stage = Stage(ranks)
+    scoring = Scoring(ranks)
     async with anyio.create_task_group() as tasks:
         for group in groups():
-            tasks.start_soon(stage.score, group)
-    assert [result.scores["Ranks"] for result in stage.results.values()] == [(None, None)] * 3
-    assert sum(len(result.incidents) for result in stage.results.values()) == 1
+            tasks.start_soon(scoring.score, group)
+    assert [result.scores["Ranks"] for result in scoring.results.values()] == [(None, None)] * 3
+    assert sum(len(result.incidents) for result in scoring.results.values()) == 1
 
 
 async def test_replacements_are_a_round_of_their_own() -> None:
     ranks = Ranks()
-    stage = Stage(ranks)
+    scoring = Scoring(ranks)
     async with anyio.create_task_group() as tasks:
         for group in groups():
-            tasks.start_soon(stage.score, group)
+            tasks.start_soon(scoring.score, group)
         alone = make_group(make_prompt(0, 1, 1, batch_size=3, round_size=1), size=2)
-        tasks.start_soon(stage.score, alone)
+        tasks.start_soon(scoring.score, alone)
     assert sorted(map(len, ranks.calls)) == [2, 6]
 
 
 async def test_who_waits_for_the_round_is_not_at_work_meanwhile() -> None:
     ranks = Ranks()
     ranks.gate = anyio.Event()
-    stage = Stage(ranks)
+    scoring = Scoring(ranks)
     report = Reporter("scorer", None, Mailbox("metrics").channel("spans", Span, bound=99, overflow="drop_oldest"))
     async with anyio.create_task_group() as tasks:
         for group in groups(step=4, size=2):
-            tasks.start_soon(stage.manager.score_group, group, None, report)
+            tasks.start_soon(scoring.manager.score_group, group, None, report)
         await anyio.wait_all_tasks_blocked()
         doing = [(span.name, span.kind, span.step, span.gid) for span in report.doing]
         ranks.gate.set()
@@ -133,36 +133,34 @@ async def test_who_waits_for_the_round_is_not_at_work_meanwhile() -> None:
 async def test_groups_that_are_decoded_alone_are_scored_alone() -> None:
     ranks = Ranks()
     ranks.gate = anyio.Event()
-    stage = Stage(ranks)
+    scoring = Scoring(ranks)
     alone = [make_group(make_prompt(0, place, 1, batch_size=3, round_size=1), size=2) for place in (0, 2)]
     async with anyio.create_task_group() as tasks:
         for group in alone:
-            tasks.start_soon(stage.score, group)
+            tasks.start_soon(scoring.score, group)
             await anyio.wait_all_tasks_blocked()
         assert [len(call) for call in ranks.calls] == [2, 2], "neither waits for the other"
         ranks.gate.set()
     for group in alone:
-        stage.manager.settled(group)
+        scoring.manager.settled(group)
     assert len(ranks.calls) == 2
-    seat = stage.manager._seats["Ranks"].now
-    assert seat.rounds is not None
-    assert not seat.rounds.open
+    assert not scoring.manager.has_open_rounds
 
 
 async def test_when_who_makes_the_call_is_cancelled_another_one_does() -> None:
     ranks = Ranks()
     ranks.gate = anyio.Event()
-    stage = Stage(ranks)
+    scoring = Scoring(ranks)
     cancelled = anyio.CancelScope()
     three = groups()
 
     async def last() -> None:
         with cancelled:
-            await stage.score(three[2])
+            await scoring.score(three[2])
 
     async with anyio.create_task_group() as tasks:
         for group in three[:2]:
-            tasks.start_soon(stage.score, group)
+            tasks.start_soon(scoring.score, group)
         await anyio.wait_all_tasks_blocked()
         tasks.start_soon(last)
         await anyio.wait_all_tasks_blocked()
@@ -170,27 +168,25 @@ async def test_when_who_makes_the_call_is_cancelled_another_one_does() -> None:
         await anyio.wait_all_tasks_blocked()
         assert len(ranks.calls) == 2
         ranks.gate.set()
-    assert len(stage.results) == 2
-    await stage.score(three[2])
+    assert len(scoring.results) == 2
+    await scoring.score(three[2])
     assert len(ranks.calls) == 2, "the group that comes again gets what the call gave"
-    assert stage.results[2].scores["Ranks"] == (4.0, 5.0)
+    assert scoring.results[2].scores["Ranks"] == (4.0, 5.0)
 
 
 async def test_a_group_that_comes_again_after_others_were_sent_on_does_not_wait_for_them() -> None:
-    stage = Stage(Ranks())
+    scoring = Scoring(Ranks())
     three = groups()
     async with anyio.create_task_group() as tasks:
         for group in three:
-            tasks.start_soon(stage.score, group)
-    before = dict(stage.results)
-    stage.manager.settled(three[0])
+            tasks.start_soon(scoring.score, group)
+    before = dict(scoring.results)
+    scoring.manager.settled(three[0])
     for group in three[1:]:
-        await stage.score(group)
-        stage.manager.settled(group)
-    assert stage.results == before
-    seat = stage.manager._seats["Ranks"].now
-    assert seat.rounds is not None
-    assert not seat.rounds.open, "nothing is kept when all are settled"
+        await scoring.score(group)
+        scoring.manager.settled(group)
+    assert scoring.results == before
+    assert not scoring.manager.has_open_rounds, "nothing is kept when all are settled"
 
 
 async def test_outside_of_a_run_all_that_is_given_is_one_batch() -> None:
@@ -214,10 +210,10 @@ async def test_the_scope_may_be_set_by_a_decorator_and_is_checked() -> None:
         calls.append(len(completions))
         return [0.0] * len(completions)
 
-    stage = Stage(functools.partial(count))
+    scoring = Scoring(functools.partial(count))
     async with anyio.create_task_group() as tasks:
         for group in groups():
-            tasks.start_soon(stage.score, group)
+            tasks.start_soon(scoring.score, group)
     assert calls == [6]
 
     def odd(completions: list[str]) -> list[float]:

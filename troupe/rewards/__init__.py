@@ -16,9 +16,10 @@ from troupe.rewards.builtin import (
     think_format_reward,
 )
 from troupe.rewards.convention import Reward, RewardFunction, batch_reward, check_columns
-from troupe.rewards.exchange import Sitting
+from troupe.rewards.exchange import RewardVersion as Sitting
 from troupe.rewards.loading import default_reward, load_reward
-from troupe.rewards.manager import GroupScores, RewardManager, Wait
+from troupe.rewards.manager import RewardManager, Wait
+from troupe.rewards.outcomes import GroupScores
 from troupe.rewards.settings import RewardsConfig
 from troupe.rewards.trainer_state import TrainerState
 from troupe.rewards.verifiers import get_math_verify_reward, reasoning_gym_reward

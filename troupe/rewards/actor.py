@@ -1,4 +1,4 @@
-"""RewardActor: a reward with a life of its own, scoring one sample at a time. Knows nothing of groups or retries."""
+"""RewardActor: a reward with a life of its own, scoring one sample at a time."""
 
 from __future__ import annotations
 

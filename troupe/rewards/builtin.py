@@ -2,8 +2,6 @@
 
 `think_format_reward`, `get_repetition_penalty_reward` and `get_soft_overlong_punishment` are those that TRL 1.16 has
 under these names, with the same scores.
-
-Knows nothing of how rewards are called, timed or combined.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ from typing import Any, TypeAlias
 
 from troupe.errors import RewardError
 from troupe.messages import ChatMessage, PromptText
+from troupe.rewards.convention import Unscored
 from troupe.rewards.matching import Matching
-from troupe.rewards.unscored import Unscored
 
 Completion: TypeAlias = str | Sequence[ChatMessage]
 Words: TypeAlias = tuple[str, ...]

@@ -1,29 +1,44 @@
-"""Breaker: while a reward's service is down, calls wait instead of failing, and one at a time tries whether it is back.
+"""Calling a reward: in a time limit, with retries, so many calls at once, and waiting while its service is down.
 
-The n-th call in a row that fails after its retries *opens* the breaker. It does not fail itself: it waits and tries
-again, as do all that come after it and those that were under way, so that nothing is lost from then on. They take
-turns, so that a call that can never succeed does not hide that others would. The first success *closes* the breaker.
-Where no call has ever succeeded and all failed by errors of the code, nothing would come of waiting: that is raised.
-Knows nothing of what is called.
+The n-th call in a row that fails after its retries *opens* the breaker: the reward is down. That call does not fail: it
+waits and tries again, as do all that come after it and those that were under way, so that nothing is lost from then on.
+They take turns, so that a call that can never succeed does not hide that others would. The first success *closes* the
+breaker. Where no call has ever succeeded and all failed by errors of the code, nothing would come of waiting: that is
+raised.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Awaitable, Callable
-from typing import Annotated, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Annotated, Any
 
 import anyio
 import msgspec
 
-from troupe.rewards.attempts import FIRST_WAIT_S, Fault
+from troupe.errors import RewardError
+from troupe.rewards.faults import Fault, described, is_own_failure, may_pass
 from troupe.runtime.backoff import backoff_s
 
-T = TypeVar("T")
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 30.0
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of one reward's calls."""
+
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)]
+    """Seconds for one attempt."""
+    retries: Annotated[int, msgspec.Meta(ge=0)]
+    """Attempts after the first."""
+    concurrency: Annotated[int, msgspec.Meta(ge=1)]
+    """Calls at once."""
 
 
 class BreakerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """When to open, and how often to try."""
+    """When to open the breaker, and how often to try then."""
 
     failures: Annotated[int, msgspec.Meta(ge=0)]
     """Calls in a row that fail; 0: never open."""
@@ -35,107 +50,165 @@ class Exchanged(Exception):  # noqa: N818 - no error: a call that waited is to b
     """The reward was replaced by another one while the call waited for it to be back."""
 
 
-class NeverWorked(Exception):  # noqa: N818 - said with the reward's name by who knows it
-    """No call has ever succeeded, and those that would open the breaker all failed by errors of the code."""
+class Attempt:
+    """One attempt at a call, and its outcome: what the call gave, or why it gave nothing."""
 
-    def __init__(self, calls: int, fault: Fault) -> None:
-        super().__init__(fault.message)
-        self.calls, self.fault = calls, fault
+    outcome: Any
+    timed_out = False
 
 
-class Breaker:
-    """Shared by all calls of one reward, of which `places` says how many are made at once.
+@contextmanager
+def limited(timeout_s: float) -> Iterator[Attempt]:
+    """`with limited(…) as attempt: attempt.outcome = await call()`: where that fails or takes too long, it is a Fault.
 
-    `changed(why, down_s)` is called when it opens, and with None when it closes after `down_s` seconds; `jitter` is
-    uniform in [0, 1).
+    A RewardError comes through, for it says that the code is wrong and not that a call failed.
+    """
+    attempt = Attempt()
+    attempt.outcome = late = Fault("reward_timeout", f"no answer within {timeout_s:g} s")
+    with anyio.move_on_after(timeout_s) as scope:
+        try:
+            yield attempt
+        except RewardError:
+            raise
+        except BaseException as error:
+            if not is_own_failure(error):
+                raise
+            if not scope.cancel_called:
+                attempt.outcome = Fault("reward_error", described(error), not may_pass(error))
+    attempt.timed_out = scope.cancelled_caught and attempt.outcome is late
+
+
+class Tries:
+    """Attempts that have failed in a row, those of calls at the same time together: what is waited for."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.why = ""
+        """The newest fault."""
+        self.since_s = 0.0
+        """When the first of them failed (`time.perf_counter`)."""
+
+    def note(self, outcome: object) -> None:
+        """One more attempt has an outcome."""
+        if not isinstance(outcome, Fault):
+            self.failed = 0
+            return
+        if not self.failed:
+            self.since_s = time.perf_counter()
+        self.failed += 1
+        self.why = outcome.message
+
+
+class Caller:
+    """Makes all calls of one reward.
+
+    `changed(why, down_s)` is called when the breaker opens, and with None when it closes after `down_s` seconds;
+    `jitter` is uniform in [0, 1).
     """
 
     def __init__(
         self,
+        name: str,
+        pace: Pace,
         limits: BreakerLimits,
-        places: anyio.CapacityLimiter,
         changed: Callable[[str | None, float], None],
-        jitter: Callable[[], float],
+        *,
+        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._limits = limits
-        self._places = places
-        self._changed = changed
-        self._jitter = jitter
+        self.name, self.pace = name, pace
+        self._limits, self._changed, self._sleep, self._jitter = limits, changed, sleep, jitter
+        self._places = anyio.CapacityLimiter(pace.concurrency)
+        self.tries = Tries()
+        self.why: str | None = None
+        """The newest fault while the breaker is open; None: the service is taken to be up."""
+        self.proven = False
+        """Whether the reward has worked, or calls are to wait even if it never has."""
+        self.remedy: Callable[[str], str] = lambda message: "correct it and start again"
+        """What to do about code that has never worked and failed by such a fault."""
         self._failures = 0
         self._only_code = True
         """Whether all of these failed by errors of the code."""
-        self._tries = 0
+        self._waited = 0
+        """Tries in vain since the breaker has opened."""
         self._turn = anyio.Lock()
         self._moved = anyio.Event()
         self._since_s = 0.0
         self._retired = False
-        self.why: str | None = None
-        """The newest fault while it is open; None: the service is taken to be up."""
-        self.proven = False
-        """Whether it has worked, or calls are to wait even if it never has."""
+
+    def limited(self) -> AbstractContextManager[Attempt]:
+        """An attempt within the time that the pace allows."""
+        return limited(self.pace.timeout_s)
 
     async def run(
-        self, call: Callable[[], Awaitable[T | Fault]], attempt: Callable[[], Awaitable[T | Fault]]
-    ) -> T | Fault:
-        """Make a call, or wait until it can be made. `call` has its retries, `attempt` is one try.
+        self,
+        call: Callable[[], Awaitable[Any]],
+        attempting: Callable[[], AbstractContextManager[Attempt]],
+        *,
+        patient: bool,
+    ) -> Any:
+        """What the call gave, or the last attempt's fault; each attempt is made within an `attempting()`.
 
-        Who waits for the reward to be back holds no place among the calls at once.
+        A `patient` call waits while the reward is down, and holds no place among the calls at once meanwhile.
 
         Raises:
             Exchanged: where the reward was retired while the call waited.
-            NeverWorked: in place of opening.
-            Whatever the call raises, and then nothing is counted.
+            RewardError: for code that has never worked and is wrong, in place of opening.
+            Whatever the attempt raises, and then nothing is counted.
         """
         while True:
-            made = await self._make(call)
-            if made is not None:
-                return made[0]
+            async with self._places:
+                if not patient or self.why is None:
+                    for retry in range(self.pace.retries + 1):
+                        if retry:
+                            await self._sleep(backoff_s(retry, _FIRST_WAIT_S, _LONGEST_WAIT_S, self._jitter()))
+                        with attempting() as attempt:
+                            attempt.outcome = await call()
+                        self.tries.note(attempt.outcome)
+                        if not isinstance(attempt.outcome, Fault):
+                            break
+                    if not patient or self._counts(attempt.outcome):
+                        return attempt.outcome
             async with self._turn:  # in order of arrival; who has tried in vain goes to the end
-                tried = await self._try(attempt)
+                tried = await self._try(call, attempting)
             if tried is not None:
-                return tried[0]
+                return tried.outcome
+
+    def wait_s(self, tries: int) -> float:
+        """Seconds until it is tried again whether the service is back, after so many tries in vain."""
+        return backoff_s(tries + 1, _FIRST_WAIT_S, self._limits.max_wait_s, self._jitter())
 
     def retire(self) -> None:
         """Another reward takes over: calls that wait end with Exchanged."""
         self._retired = True
         self._moved.set()
 
-    async def _make(self, call: Callable[[], Awaitable[T | Fault]]) -> tuple[T | Fault] | None:
-        """The outcome of the call, None where it has to wait."""
-        async with self._places:
-            if self.why is not None:
-                return None
-            outcome = await call()
-            if isinstance(outcome, Fault):
-                return (outcome,) if self._failed(outcome) else None
-            self._succeeded()
-            return (outcome,)
-
-    async def _try(self, attempt: Callable[[], Awaitable[T | Fault]]) -> tuple[T] | None:
-        """Wait, then try once, unless the service is back before."""
+    async def _try(
+        self, call: Callable[[], Awaitable[Any]], attempting: Callable[[], AbstractContextManager[Attempt]]
+    ) -> Attempt | None:
+        """Wait, then try once, unless the service is back before; None where nothing came of it."""
         if not self._waits():
             return None
-        with anyio.move_on_after(self._wait_s()):
+        with anyio.move_on_after(self.wait_s(self._waited)):
             await self._moved.wait()
         if not self._waits():
             return None
         async with self._places:
-            outcome = await attempt()
-        if isinstance(outcome, Fault):
-            self._tries += 1
+            with attempting() as attempt:
+                attempt.outcome = await call()
+        self.tries.note(attempt.outcome)
+        if isinstance(attempt.outcome, Fault):
+            self._waited += 1
             if self.why is not None:
-                self.why = outcome.message
+                self.why = attempt.outcome.message
             return None
         self._succeeded()
-        return (outcome,)
+        return attempt
 
     def _waits(self) -> bool:
         if self._retired:
             raise Exchanged
         return self.why is not None
-
-    def _wait_s(self) -> float:
-        return backoff_s(self._tries + 1, FIRST_WAIT_S, self._limits.max_wait_s, self._jitter())
 
     def _succeeded(self) -> None:
         self._failures, self._only_code, self.proven = 0, True, True
@@ -144,18 +217,25 @@ class Breaker:
             self._moved.set()
             self._changed(None, time.perf_counter() - self._since_s)
 
-    def _failed(self, fault: Fault) -> bool:
-        """Count it; whether the call has failed, as opposed to having to wait."""
-        if self.why is None:
-            self._failures += 1
-            self._only_code = self._only_code and fault.by_code
-            if not self._limits.failures or self._failures < self._limits.failures:
-                return True
-            if self._only_code and not self.proven:
-                raise NeverWorked(self._failures, fault)
-            self.why, self._since_s, self._tries, self._failures = fault.message, time.perf_counter(), 0, 0
-            self._moved = anyio.Event()
-            if self._retired:
-                self._moved.set()
-            self._changed(self.why, 0.0)
+    def _counts(self, outcome: object) -> bool:
+        """Count a call; whether this is its outcome, as opposed to having to wait."""
+        if not isinstance(outcome, Fault):
+            self._succeeded()
+            return True
+        if self.why is not None:
+            return False
+        self._failures += 1
+        self._only_code = self._only_code and outcome.by_code
+        if not self._limits.failures or self._failures < self._limits.failures:
+            return True
+        if self._only_code and not self.proven:
+            raise RewardError(
+                f"reward {self.name} has not worked once, and its first {self._failures} calls failed by errors of "
+                f"its code, the last one by {outcome.message}; {self.remedy(outcome.message)}"
+            )
+        self.why, self._since_s, self._waited, self._failures = outcome.message, time.perf_counter(), 0, 0
+        self._moved = anyio.Event()
+        if self._retired:
+            self._moved.set()
+        self._changed(self.why, 0.0)
         return False

@@ -2,8 +2,7 @@
 
 A function is called with the keyword arguments `prompts`, `completions`, `completion_ids`, `completion_starts`,
 `trainer_state`, `log_extra`, `log_metric` and every dataset column, each column a list of length G; it gets those that
-its signature names, or all with `**kwargs`. It returns one number or None a completion. Knows nothing of retries and
-weights.
+its signature names, or all with `**kwargs`. It returns one number or None a completion.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ import msgspec
 
 from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.isolation import in_daemon_thread, in_own_task, in_place
+from troupe.rewards.isolation import InPlace, in_daemon_thread, in_own_task
 from troupe.rewards.reward_log import RewardLog
-from troupe.rewards.unscored import Unscored
 from troupe.runtime.guarding import under_way
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -254,11 +252,15 @@ def _size(array: Any) -> int:
     return math.prod(array.shape)
 
 
-def reasons(result: Any) -> dict[int, str]:
-    """Completion → why it was not scored, where a function says so by an `Unscored` in its list."""
-    if not isinstance(result, list):
-        return {}
-    return {index: score.why for index, score in enumerate(result) if isinstance(score, Unscored)}
+class Unscored(float):
+    """A NaN, in the place of a score, that says why there is none: told as a fault of its completion."""
+
+    why: str
+
+    def __new__(cls, why: str) -> Unscored:
+        score = super().__new__(cls, math.nan)
+        score.why = why
+        return score
 
 
 async def call_function(
@@ -278,22 +280,23 @@ async def call_function(
     given = {**arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
     call = functools.partial(function, **accepted_arguments(function, given, signature))
     code = reward_code(function)
-    if signature.is_async:
-        with under_way(name, code, in_turns=True):
-            return checked_scores(await in_own_task(call), name, size), log
 
-    def play() -> Any:
-        with under_way(name, code):
-            result = call()
-            log.why = reasons(result)
-            # Numbers are read on the thread that made them: an unevaluated MLX array is no use on another.
-            return result if inspect.isawaitable(result) else checked_scores(result, name, size)
+    def read(result: Any) -> Any:
+        """Numbers are read on the thread that made them: an unevaluated MLX array is no use on another."""
+        if isinstance(result, list):
+            log.why = {index: score.why for index, score in enumerate(result) if isinstance(score, Unscored)}
+        return result if inspect.isawaitable(result) else checked_scores(result, name, size)
 
-    result = in_place(play) if signature.is_quick else await in_daemon_thread(play)
-    if not inspect.isawaitable(result):
+    result: Any = None
+    if signature.is_quick and not signature.is_async:
+        with InPlace(), under_way(name, code):
+            result = read(call())
+    elif not signature.is_async:
+        result = await in_daemon_thread(call, read, under_way(name, code))
+    if not signature.is_async and not inspect.isawaitable(result):
         return result, log
     with under_way(name, code, in_turns=True):
-        return checked_scores(await in_own_task(lambda: result), name, size), log
+        return checked_scores(await in_own_task(call if signature.is_async else lambda: result), name, size), log
 
 
 def _is_async(function: RewardFunction) -> bool:

@@ -1,77 +1,42 @@
-"""Seats: which runner scores which group while rewards are exchanged. Knows nothing of what runners do."""
+"""Rewards under their names: which version of one scores which group, and how another version takes over in a run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import anyio
 
+from troupe.errors import RewardError
 from troupe.rewards.calling import Exchanged
+from troupe.rewards.convention import Reward
+from troupe.rewards.faults import Fault
+from troupe.rewards.loading import is_code, load_beside, load_reward
+from troupe.rewards.outcomes import Batch, Outcome, Round
+from troupe.rewards.processes.runner import look_at
 from troupe.rewards.rounds import Rounds
-from troupe.rewards.runners import Batch, Outcome, Round, Runner
+from troupe.rewards.runners import ActorRunner, Runner
 from troupe.runtime.reporter import Reporter
 
 
-class Seat:
-    """One reward's place: the runner that has it now, and those that it was taken from and that still have work."""
+class RewardVersion:
+    """A reward from the first group that it scores until its last group is done."""
 
-    def __init__(self, runner: Runner, spec: str | None) -> None:
-        self.name, self.scope = runner.name, runner.scope
-        self.now = Sitting(runner, spec)
-        self.before: list[Sitting] = []
-        """Those that still have work, the oldest first."""
-        self.changing = anyio.Lock()
-        """Held while a successor gets ready, so that who was asked for last has the seat in the end."""
-        self._history = [(0, 0, spec)]
-
-    def sitting_for(self, key: Round | None, step: int | None) -> Sitting:
-        """Who scores a group of a step: a round that is scored in one call stays with whom it began with."""
-        if key is not None:
-            for sitting in self.before:
-                if sitting.rounds is not None and sitting.rounds.has_begun(key):
-                    return sitting
-        candidates = (self.now, *reversed(self.before)) if step is not None else ()
-        sitting = next((one for one in candidates if one.first_step <= (step or 0)), self.now)
-        return self.now if sitting.runner.breaker.why is not None else sitting  # none waits for one that was replaced
-
-    def take(self, sitting: Sitting) -> None:
-        """Another one has the seat now; who had it must be kept in `before` as long as it has work. Where the new one
-        does not work the run waits for yet another, and goes on."""
-        sitting.runner.breaker.proven = True
-        self.now = sitting
-        self._history.append((sitting.first_step, sitting.version, sitting.spec))
-
-    def standing(self, step: int) -> tuple[int, str | None]:
-        """How often the seat was taken over up to a step, and the text that names who has it then."""
-        return next((version, spec) for first, version, spec in reversed(self._history) if first <= step)
-
-
-class Sitting:
-    """A runner while it has its seat, and after that until its last group is done."""
-
-    def __init__(self, runner: Runner, spec: str | None, *, version: int = 0, first_step: int = 0) -> None:
-        """`spec`: the text that names the reward; None where it was given in Python. `version`: how often the seat was
-        taken over before. `first_step`: groups of earlier steps are not scored by it."""
-        self.runner, self.spec, self.version, self.first_step = runner, spec, version, first_step
+    def __init__(self, runner: Runner, spec: str | None, *, number: int = 0, first_step: int = 0) -> None:
+        """`spec`: the text that names the reward; None where it was given in Python. `number`: how often it was
+        exchanged before. `first_step`: groups of earlier steps are not scored by it."""
+        self.runner, self.spec, self.number, self.first_step = runner, spec, number, first_step
         self.rounds = Rounds(runner) if runner.scope == "batch" else None
         self.calls = 0
         self._moved = anyio.Event()
 
-    async def score(self, batch: Batch, report: Reporter) -> Outcome:
-        """A group, in a call of its own or with the others of its round."""
-        self.calls += 1
-        try:
-            if self.rounds is None or batch.round is None:
-                return await self.runner.score(batch)
-            try:
-                return await self.rounds.score(batch, report)
-            except Exchanged:
-                self.rounds.leave(batch.round)
-                raise
-        finally:
-            self.calls -= 1
-            self.tell()
+    def settled(self, key: Round, gid: int) -> None:
+        """A group of a round was sent on with its scores: it will not come again."""
+        if self.rounds is not None:
+            self.rounds.settled(key, gid)
+            self.wake()
 
-    def tell(self) -> None:
-        """Something has ended."""
+    def wake(self) -> None:
+        """Have `done` look again: something has ended."""
         self._moved.set()
         self._moved = anyio.Event()
 
@@ -79,3 +44,146 @@ class Sitting:
         """Wait until nothing is under way."""
         while self.calls or (self.rounds is not None and self.rounds.open):
             await self._moved.wait()
+
+
+class NamedReward:
+    """The version of a reward that scores now, and those before it that still have groups under way."""
+
+    def __init__(
+        self, name: str, reward: Reward, spec: str | None, runner_of: Callable[[Reward, str | None], Runner]
+    ) -> None:
+        """`runner_of` makes what runs a version, from the reward and the text that names it."""
+        self._runner_of = runner_of
+        runner = runner_of(reward, spec)
+        self.name, self.scope = name, runner.scope
+        self.now = RewardVersion(runner, spec)
+        self.before: list[RewardVersion] = []
+        """The oldest first."""
+        self.is_started = False
+        """Whether a version that takes over is started, too."""
+        self.columns: frozenset[str] | None = None
+        """That every version can have, once they are known."""
+        self._changing = anyio.Lock()
+        """Held while a version gets ready, so that the one that was asked for last scores in the end."""
+        self._history = [(0, 0, spec)]
+
+    async def score(self, batch: Batch, report: Reporter) -> Outcome:
+        """A group, in a call of its own or with the others of its round; `report` gets a span."""
+        step = None if batch.slot is None else batch.slot.step
+        with report.span(f"score {self.name}", step=step, gid=batch.gid):
+            while True:
+                version = self._version_for(batch.round, step)
+                version.calls += 1
+                try:
+                    if version.rounds is None or batch.round is None:
+                        return await version.runner.score(batch)
+                    return await version.rounds.score(batch, report)
+                except Exchanged:  # while it waited: the version that took over makes the call
+                    if version.rounds is not None and batch.round is not None:
+                        version.rounds.leave(batch.round)
+                finally:
+                    version.calls -= 1
+                    version.wake()
+
+    def standing(self, step: int) -> tuple[int, str | None]:
+        """How often the reward was exchanged up to a step, and the text that names the version then."""
+        return next((number, spec) for first, number, spec in reversed(self._history) if first <= step)
+
+    def check_columns(self, columns: frozenset[str]) -> None:
+        """RewardError where this version requires a column that is not among these; the later ones may not either."""
+        self.columns = columns
+        self.now.runner.check_columns(columns)
+
+    def settled(self, key: Round, gid: int) -> None:
+        """A group of a round was sent on with its scores."""
+        for version in (*self.before, self.now):
+            version.settled(key, gid)
+
+    async def start(self) -> None:
+        """RewardError where it cannot be started."""
+        await self.now.runner.start()
+
+    async def stop(self) -> list[Fault]:
+        """Stop all versions, each with its timeout."""
+        self.is_started = False
+        faults = [await version.runner.stop() for version in (*self.before, self.now)]
+        self.before.clear()
+        return [fault for fault in faults if fault is not None]
+
+    def reinstate(self, spec: str, number: int) -> None:
+        """Go on with a version of an earlier start; RewardError where it cannot be used any more."""
+        self._take_over(RewardVersion(self._checked(self._runner_of(load_reward(spec), spec)), spec, number=number))
+
+    async def examine(self, spec: str, limit_s: float) -> None:
+        """RewardError where a reward that a text names could not take over, as far as that shows before its start. Its
+        file is loaded in a process first, where it may hang or end."""
+        if is_code(spec):
+            await look_at(spec, self.name, limit_s)
+        self._checked(self._runner_of(await load_beside(spec), spec))
+
+    async def replace(self, reward: Reward | str, first_step: Callable[[bool], int]) -> tuple[RewardVersion, bool]:
+        """Have another reward take over, checked and started → the version before it, and whether that was down.
+
+        `first_step(was_down)` is called when the new one is ready, and says which step's groups are the first that it
+        scores; it may raise, and then the old one stays.
+
+        Raises:
+            RewardError: for a reward that cannot be used or started, or one of another scope.
+        """
+        async with self._changing:
+            spec = reward if isinstance(reward, str) else None
+            loaded = await load_beside(reward) if isinstance(reward, str) else reward
+            runner = self._checked(self._runner_of(loaded, spec))
+            if isinstance(runner, ActorRunner):
+                runner.watch.refuses_forks = True
+            old = self.now
+            try:
+                if self.is_started:
+                    await runner.start()
+                was_down = old.runner.caller.why is not None
+                step = first_step(was_down)
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await runner.stop()
+                raise
+            self._take_over(RewardVersion(runner, spec, number=old.number + 1, first_step=step))
+            self.before.append(old)
+        old.runner.caller.retire()
+        return old, was_down
+
+    async def stop_replaced(self, old: RewardVersion) -> Fault | None:
+        """Stop a version that was replaced, when nothing is under way with it."""
+        await old.done()
+        fault = None
+        with anyio.CancelScope(shield=True):
+            if old in self.before:  # otherwise all were stopped meanwhile
+                self.before.remove(old)
+                fault = await old.runner.stop()
+        return fault
+
+    def _version_for(self, key: Round | None, step: int | None) -> RewardVersion:
+        """Which one scores a group of a step: a round that is scored in one call stays with the one it began with."""
+        if key is not None:
+            for version in self.before:
+                if version.rounds is not None and version.rounds.has_begun(key):
+                    return version
+        candidates = (self.now, *reversed(self.before)) if step is not None else ()
+        version = next((one for one in candidates if one.first_step <= (step or 0)), self.now)
+        return self.now if version.runner.caller.why is not None else version  # none waits for one that was replaced
+
+    def _take_over(self, version: RewardVersion) -> None:
+        """Where the new version does not work the run waits for yet another, and goes on."""
+        version.runner.caller.proven = True
+        self.now = version
+        self._history.append((version.first_step, version.number, version.spec))
+
+    def _checked(self, runner: Runner) -> Runner:
+        """The runner, if it can take over."""
+        if runner.scope != self.scope:
+            raise RewardError(
+                f"reward {self.name} is called once a {self.scope}, and its replacement would be once a "
+                f"{runner.scope}; start a run of its own for that"
+            )
+        if self.columns is not None:
+            runner.check_columns(self.columns)
+        return runner

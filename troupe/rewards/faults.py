@@ -1,14 +1,14 @@
-"""What an error says about its cause: a service that may come back, or code that is wrong. And where in the user's own
-code it arose.
+"""Why there is no score, and what an error says of its cause: a service that may come back, or code that is wrong.
 
 Errors of libraries that are not ours to import are told by the names of their classes and by the HTTP status that they
-carry. Knows nothing of rewards.
+carry.
 """
 
 from __future__ import annotations
 
 import errno
 import http.client
+import math
 import re
 import socket
 import ssl
@@ -19,9 +19,15 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
+
+import anyio
+import msgspec
 
 import troupe.errors
+from troupe.errors import sayable
+
+FaultKind = Literal["reward_timeout", "reward_error", "reward_nonfinite", "reward_log"]
 
 _PASSING = (ConnectionError, TimeoutError, socket.gaierror, socket.herror, ssl.SSLError, http.client.HTTPException)
 _PASSING_ERRNO = {
@@ -46,6 +52,20 @@ _WRONG_NAME = re.compile(
     r"UnsupportedProtocol|LocalProtocol|Invalid\w*U(RL|rl)|MissingSchema|InvalidSchema|UnknownProtocol"
 )
 """Of errors that those libraries raise for an address that cannot be right, some of them as kinds of the above."""
+
+
+_REFUSED = re.compile(r"connection refused|connect call failed|\[Errno (111|61)\]", re.IGNORECASE)
+_PLACE = re.compile(r" \([^()]*:\d+\)$")
+_SHORT = 100
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """Why there is no score; of the kind `reward_log`, why something that was logged is not there."""
+
+    kind: FaultKind
+    message: str
+    by_code: bool = False
+    """Whether no service that is away makes such an error."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -151,3 +171,33 @@ def is_library(filename: str) -> bool:
 def _folders() -> tuple[Path, ...]:
     ours = Path(troupe.errors.__file__).parent
     return (ours, *{Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
+
+
+def is_own_failure(error: BaseException) -> bool:
+    """Whether the called code failed, as opposed to us or the user ending it."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_own_failure(inner) for inner in error.exceptions)
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        # Code that awaits a task cancelled elsewhere raises the same class without anybody cancelling us.
+        return anyio.current_effective_deadline() != -math.inf
+    return not isinstance(error, (KeyboardInterrupt, GeneratorExit))
+
+
+def in_short(message: str) -> str:
+    """A fault in a few words for a line of a display: without the place in the code, and no longer than that."""
+    if _REFUSED.search(message):
+        return "connection refused"
+    text = _PLACE.sub("", " ".join(message.split()))
+    return text if len(text) <= _SHORT else text[: _SHORT - 1] + "…"
+
+
+def described(error: BaseException) -> str:
+    """Class, text and place of an error in one line, as UTF-8 can say it; the place is the user's own line, if there is
+    one."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its __str__ is code like any other
+        text = ""
+    text = text if len(text) <= 300 else text[:299] + "…"
+    place = f" ({place})" if (place := place_of(error)) else ""
+    return sayable(f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}")

@@ -1,52 +1,52 @@
-"""A reward function at work in this process as long as that is possible, and in processes of its own from then on.
+"""Runs a reward function in this process as long as that is possible, and in processes of its own from then on.
 
 It moves when it asks for what it may not have here (`watching.py`), or when calls do not end in their time: a thread
 cannot be stopped. The call that shows it is made once more, whatever it came to here, so that scores are those of a
-process from the first one that could differ. Knows nothing of other rewards.
+process from the first one that could differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import anyio
 
 from troupe.errors import RewardError
-from troupe.rewards.attempts import Attempts, Fault, is_own_failure
-from troupe.rewards.calling import Breaker
-from troupe.rewards.convention import RewardFunction, reward_place, unwrapped
-from troupe.rewards.reward_log import RewardLog
-from troupe.rewards.runners import Batch, FunctionRunner, Fuse, Outcome, Runner, as_outcome, ended
+from troupe.rewards.calling import Attempt, Caller
+from troupe.rewards.convention import RewardFunction, call_function, check_signature, reward_place, unwrapped
+from troupe.rewards.faults import Fault
+from troupe.rewards.outcomes import Batch, Outcome, as_outcome
+from troupe.rewards.runners import Runner, ended
 from troupe.rewards.watching import Watch, found_in
 
 OVERRUNS = 2
 """Calls left behind in their threads after which a function is moved."""
-
-Elsewhere: TypeAlias = Callable[[Breaker], Runner]
-"""Makes what runs a function in processes and shares the breaker; RewardError where it cannot be run there."""
 
 
 class _MustMove(RewardError):  # noqa: N818 - an error to nobody but those who make the call
     """The call is to be made in a process."""
 
 
-class MovableRunner(FunctionRunner):
-    """A function that is not started is not moved: it is an error there that it would have to be."""
+class FunctionRunner(Runner):
+    """A reward function: a call a group, in the event loop or in a thread. One that is not started is not moved: it is
+    an error there that it would have to be."""
 
     def __init__(
         self,
-        name: str,
         reward: RewardFunction,
-        attempts: Attempts,
-        fuse: Fuse,
-        start_timeout_s: float,
+        caller: Caller,
         *,
-        elsewhere: Elsewhere,
+        elsewhere: Callable[[], Runner],
         moved: Callable[[str], None],
     ) -> None:
-        """`moved` is called with why, once."""
-        super().__init__(name, reward, attempts, fuse, start_timeout_s)
+        """`elsewhere` makes what runs the function in processes, with the same caller; RewardError where it cannot be
+        run there. `moved` is called with why, once."""
+        super().__init__(reward, caller)
+        caller.remedy = partial(self._remedy, caller.remedy)
+        self._function = reward
+        self._signature = check_signature(reward)
         self._elsewhere, self._moved = elsewhere, moved
         self._watch = Watch()
         self._watch.found = found_in(getattr(unwrapped(reward), "__module__", None))
@@ -70,49 +70,48 @@ class MovableRunner(FunctionRunner):
     async def score(self, batch: Batch) -> Outcome:
         """(G,) scores; all missing where every attempt failed."""
         if self._there is None:
-            answer = await self._here(batch)
-            if answer is not None:
-                return answer
+            call = partial(call_function, self._function, self.name, batch.given, batch.size, self._signature)
+            try:
+                answer = await self.caller.run(call, self._attempting, patient=batch.patient)
+            except _MustMove:
+                pass
+            else:
+                if not self._must_move:  # otherwise the last attempt did not end
+                    return self._with_offer(as_outcome(answer, batch.size))
         there = self._there or await self._move()
         return await there.score(batch)
 
-    async def _here(self, batch: Batch) -> Outcome | None:
-        """None where the call is to be made in a process."""
+    @contextmanager
+    def _attempting(self) -> Iterator[Attempt]:
+        if self._must_move:
+            raise _MustMove
         try:
-            outcome = await super().score(batch)
-        except _MustMove:
-            return None
-        if self._must_move:  # the last attempt did not end
-            return None
+            with self.caller.limited() as attempt, self._watch.watching():
+                yield attempt
+        except RewardError:
+            if self._must_move:
+                raise _MustMove from None
+            raise
+        if not attempt.timed_out:
+            if self._must_move:
+                raise _MustMove
+        elif self._in_thread:
+            self._overruns += 1
+
+    def _with_offer(self, outcome: Outcome) -> Outcome:
         if self._overruns and any(fault.kind == "reward_timeout" for fault in outcome.faults):
-            return as_outcome(Fault("reward_timeout", f"{outcome.faults[0].message}; {self._offer()}"), batch.size)
+            return as_outcome(
+                Fault("reward_timeout", f"{outcome.faults[0].message}; {self._offer()}"), len(outcome.scores)
+            )
         return outcome
 
-    async def _once(self, batch: Batch) -> tuple[list[float | None], RewardLog]:
-        if self._must_move:
-            raise _MustMove
-        begun_s = anyio.current_time()
-        try:
-            with self._watch.watching():
-                answer = await super()._once(batch)
-        except BaseException as error:
-            if is_own_failure(error) and self._must_move:
-                raise _MustMove from error
-            late = anyio.current_time() - begun_s >= 0.99 * self._attempts.pace.timeout_s
-            if late and not is_own_failure(error) and self._in_thread:
-                self._overruns += 1
-            raise
-        if self._must_move:
-            raise _MustMove
-        return answer
-
-    def _remedy(self, message: str) -> str:
-        if self._in_thread and "thread" in message.lower() and self._can_move:
+    def _remedy(self, otherwise: Callable[[str], str], message: str) -> str:
+        if self._there is None and self._in_thread and "thread" in message.lower() and self._can_move:
             return (
                 'if it wants the main thread, or the one that its file was read in, give it rewards.run = ["process"]; '
                 "else correct it and start again"
             )
-        return super()._remedy(message)
+        return otherwise(message)
 
     @property
     def _in_thread(self) -> bool:
@@ -125,7 +124,7 @@ class MovableRunner(FunctionRunner):
     @property
     def _can_move(self) -> bool:
         try:
-            self._elsewhere(self.breaker)
+            self._elsewhere()
         except RewardError:
             return False
         return True
@@ -148,7 +147,7 @@ class MovableRunner(FunctionRunner):
                     'rewards.run = ["process"], and use `async with` on the manager, or await its start()'
                 )
             try:
-                there = self._elsewhere(self.breaker)
+                there = self._elsewhere()
             except RewardError as error:
                 raise RewardError(
                     f"reward {self.name} needs a process of its own, since {why}, and cannot be moved to one "

@@ -1,12 +1,13 @@
 """Running code that nobody trusts to return, so that whoever waits for it can always go on.
 
-A coroutine runs in a task of its own and a function in a daemon thread; both can be left behind. Knows nothing of
-rewards. (anyio's worker threads are no daemons: one that hangs would keep the whole process from ever ending.)
+A coroutine runs in a task of its own and a function in a daemon thread; both can be left behind. (anyio's worker
+threads are no daemons: one that hangs would keep the whole process from ever ending.)
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import ctypes
 import queue
@@ -14,6 +15,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeGuard, TypeVar
 
 import anyio
@@ -54,16 +56,15 @@ async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
     return shell.results[0]
 
 
-def in_place(work: Callable[[], T]) -> T:
-    """Run `work` here and now; what would be taken for the end of who calls comes as a RuntimeError."""
-    try:
-        return work()
-    except (GeneratorExit, StopIteration, asyncio.CancelledError) as error:
-        raise as_failure(error) from error
-    except KeyboardInterrupt as error:
-        if is_own_interrupt(error):
+class InPlace:
+    """`with InPlace():` what runs in the body and would be taken for the end of who calls comes as a RuntimeError."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        ends_caller = isinstance(error, (GeneratorExit, StopIteration, asyncio.CancelledError))
+        if error is not None and (ends_caller or is_own_interrupt(error)):
             raise as_failure(error) from error
-        raise
 
 
 def as_failure(error: BaseException) -> RuntimeError:
@@ -167,25 +168,24 @@ def _chain(waiting: object) -> Iterator[object]:
         waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
 
 
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """Run `work` in a daemon thread, one of those that are idle or a new one.
+def in_daemon_thread(
+    work: Callable[[], Any],
+    read: Callable[[Any], Any] = lambda result: result,
+    within: AbstractContextManager[Any] | None = None,
+) -> asyncio.Future[Any]:
+    """Run `work` in a daemon thread, one of those that are idle or a new one, and there `read` what it returns, both of
+    it `within` a context → the future of what was read.
 
     A cancelled call is left to itself: Python cannot stop a thread. Its thread ends with it and is never used again.
     """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-    call = _ThreadCall(work, loop, answer, contextvars.copy_context())
+    call = _ThreadCall(work, read, contextlib.nullcontext() if within is None else within)
     with _LOCK:
         thread = _IDLE.pop() if _IDLE else None
     if thread is None:
         thread = _WorkerThread()
         thread.start()
     thread.calls.put(call)
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        call.abandoned = True
-        raise
+    return call.answer
 
 
 def end_idle_threads() -> None:
@@ -199,34 +199,21 @@ def end_idle_threads() -> None:
         thread.join()  # it does nothing but wait
 
 
-class _ThreadCall(Generic[T]):
+class _ThreadCall:
     """Work for a thread, and the way back to who waits for it."""
 
     def __init__(
-        self,
-        work: Callable[[], T],
-        loop: asyncio.AbstractEventLoop,
-        answer: asyncio.Future[T],
-        context: contextvars.Context,
+        self, work: Callable[[], Any], read: Callable[[Any], Any], within: AbstractContextManager[Any]
     ) -> None:
-        self.answer, self.abandoned = answer, False
-        self._work, self._loop, self._context = work, loop, context
-        self._result: T
-        self._error: BaseException | None = None
+        self.work, self.read, self.within = work, read, within
+        self.context = contextvars.copy_context()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[Any] = self._loop.create_future()
 
-    def play(self) -> None:
-        """On the thread."""
-        try:
-            self._result = self._context.run(self._work)
-        except (KeyboardInterrupt, StopIteration, GeneratorExit, asyncio.CancelledError) as error:
-            # No signal reaches this thread, so it is the code's own interrupt; no future carries a StopIteration; and
-            # the others would mean that who waits is to end.
-            self._error = as_failure(error)
-        except BaseException as error:
-            self._error = error
-
-    def tell(self) -> None:
-        """On the thread: hand over what came of it."""
+    def hand_over(self) -> None:
+        """On the thread: give the result, or the error, to who waits."""
         try:
             self._loop.call_soon_threadsafe(self._deliver)
         except RuntimeError:
@@ -235,31 +222,39 @@ class _ThreadCall(Generic[T]):
     def _deliver(self) -> None:
         if self.answer.done():  # cancelled meanwhile
             return
-        if self._error is not None:
-            self.answer.set_exception(self._error)
+        if self.error is not None:
+            self.answer.set_exception(self.error)
         else:
-            self.answer.set_result(self._result)
+            self.answer.set_result(self.result)
 
 
 class _WorkerThread(threading.Thread):
-    """Plays one call after the other; idle in between, and at an end when it has been so for long."""
+    """Makes one call after the other; idle in between, and at an end when it has been so for long."""
 
     def __init__(self) -> None:
         super().__init__(name="troupe reward", daemon=True)
-        self.calls: queue.SimpleQueue[_ThreadCall[Any] | None] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[_ThreadCall | None] = queue.SimpleQueue()
 
     def run(self) -> None:
         while (call := self._next()) is not None:
-            call.play()
-            if call.abandoned:
-                call.tell()
+            try:
+                with call.within:
+                    call.result = call.context.run(call.read, call.context.run(call.work))
+            except (KeyboardInterrupt, StopIteration, GeneratorExit, asyncio.CancelledError) as error:
+                # No signal reaches this thread, so it is the code's own interrupt; no future carries a StopIteration;
+                # and the others would mean that who waits is to end.
+                call.error = as_failure(error)
+            except BaseException as error:
+                call.error = error
+            if call.answer.cancelled():
+                call.hand_over()
                 return
             with _LOCK:
                 _IDLE.append(self)
-            call.tell()
+            call.hand_over()
             del call  # holds what the reward was given
 
-    def _next(self) -> _ThreadCall[Any] | None:
+    def _next(self) -> _ThreadCall | None:
         try:
             return self.calls.get(timeout=IDLE_S)
         except queue.Empty:

@@ -1,6 +1,6 @@
 """From the name of a reward, as a configuration or command line has it, to the reward itself.
 
-Knows nothing of configurations; user files are run as Python, so they must be the user's own.
+User files are run as Python, so they must be the user's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from types import ModuleType
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.attempts import described
 from troupe.rewards.builtin import (
     diversity_reward,
     exact_answer_reward,
@@ -29,6 +28,7 @@ from troupe.rewards.builtin import (
     think_format_reward,
 )
 from troupe.rewards.convention import Reward, RewardFunction, check_signature
+from troupe.rewards.faults import described
 from troupe.rewards.isolation import in_daemon_thread
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
 from troupe.rewards.watching import Watch, loading_watch, remember
@@ -107,7 +107,8 @@ async def load_beside(spec: str) -> Reward:
     watch = Watch(is_loading=True)
     watch.refuses_forks = True
     with watch.watching():
-        return await in_daemon_thread(partial(load_reward, spec))
+        reward: Reward = await in_daemon_thread(partial(load_reward, spec))
+        return reward
 
 
 def is_code(spec: str) -> bool:

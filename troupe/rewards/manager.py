@@ -3,16 +3,14 @@
 A call that raises, hangs or gives NaN makes a *missing* score (None) and an incident, never a 0: its completion then
 has no reward, whatever other functions say, while one for which a function answers None has that of the others. Only
 code that breaks the convention (wrong length, wrong type, missing column), or has never worked and cannot, ends the
-run. A reward of which one call after the other fails is *down*: its calls then wait (`breaker.py`). Knows nothing of
-advantages or channels.
+run. A reward of which one call after the other fails is *down*: its calls then wait (`calling.py`).
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, Set
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -23,48 +21,21 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.attempts import Attempts, Fault, Pace, in_short
-from troupe.rewards.calling import Breaker, BreakerLimits, Exchanged
+from troupe.rewards.calling import BreakerLimits, Caller
 from troupe.rewards.convention import Reward
-from troupe.rewards.exchange import Seat, Sitting
-from troupe.rewards.function_runner import MovableRunner
+from troupe.rewards.events import RewardEvents, incident_of
+from troupe.rewards.exchange import NamedReward, RewardVersion
+from troupe.rewards.faults import in_short
+from troupe.rewards.function_runner import FunctionRunner
 from troupe.rewards.isolation import end_idle_threads
-from troupe.rewards.loading import is_code, load_beside, load_reward
-from troupe.rewards.processes.runner import ProcessRunner, look_at, process_spec
-from troupe.rewards.runners import (
-    ActorRunner,
-    Batch,
-    Outcome,
-    Round,
-    Runner,
-    joined,
-    own_pace,
-)
-from troupe.rewards.settings import RewardsConfig, Run, checked_run, checked_weights, unique_names
+from troupe.rewards.loading import load_reward
+from troupe.rewards.outcomes import Batch, GroupScores, Outcome, joined, round_of
+from troupe.rewards.processes.runner import ProcessRunner, process_spec
+from troupe.rewards.runners import ActorRunner, Runner
+from troupe.rewards.settings import RewardsConfig, checked_run, checked_weights, own_pace, unique_names
 from troupe.rewards.watching import begins, ends
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import together
-
-_LOOK_S = 60.0
-"""That the code of a reward may take to load before it is said that it cannot be exchanged for another."""
-
-
-class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the rewards say about G completions."""
-
-    scores: dict[str, tuple[float | None, ...]]
-    """Reward name → (G,) finite scores, None where missing."""
-    rewards: tuple[float | None, ...]
-    """(G,) Σ weight·score over the scores that are there; None where none is, or one is missing through a fault."""
-    incidents: tuple[Incident, ...]
-    """Why scores are missing, of kinds reward_timeout, reward_error and reward_nonfinite; and what of that which
-    functions logged could not be kept, reward_log."""
-    faulted: tuple[int, ...] = ()
-    """Samples of which some score is missing through a fault."""
-    metrics: dict[str, float] = {}
-    """What functions logged by `log_metric`, the mean of each name."""
-    extra: dict[str, tuple[Any, ...]] = {}
-    """What functions logged by `log_extra`: column → (G,) values."""
 
 
 class Wait(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,15 +60,17 @@ class RewardManager:
         *,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
+        look_s: float = 60.0,
     ) -> None:
         """A text is loaded by `load_reward`. `weights` default to the config's, those to each reward's attribute
-        `weight`, that to 1. `sleep` and `jitter` pace the retries.
+        `weight`, that to 1. `sleep` and `jitter` pace the retries. `look_s`: that the code of a reward may take to load
+        before it is said that it cannot be exchanged for another.
 
         Raises:
             RewardError: no reward, one that cannot be called as a reward, or weights of another length.
         """
         self._config = RewardsConfig() if config is None else config
-        self._sleep, self._jitter = sleep, jitter
+        self._sleep, self._jitter, self._look_s = sleep, jitter, look_s
         given = (
             [reward_funcs] if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) else reward_funcs
         )
@@ -106,82 +79,81 @@ class RewardManager:
         rewards = [load_reward(reward) if isinstance(reward, str) else reward for reward in given]
         self.names = unique_names(rewards)
         self.weights = checked_weights(self._config.weights if weights is None else weights, self.names, rewards)
-        run = checked_run(self._config.run, self.names, rewards)
-        specs = [reward if isinstance(reward, str) else None for reward in given]
-        self._run: dict[str, Run] = dict(zip(self.names, run, strict=True))
-        self._seats = {
-            name: Seat(self._runner(name, reward, spec), spec)
-            for name, reward, spec in zip(self.names, rewards, specs, strict=True)
+        self._events = RewardEvents(self._config)
+        runs = checked_run(self._config.run, self.names, rewards)
+        self._named = {
+            name: NamedReward(
+                name, reward, text if isinstance(text, str) else None, partial(self._runner, name, run == "process")
+            )
+            for name, reward, text, run in zip(self.names, rewards, given, runs, strict=True)
         }
-        self._columns: frozenset[str] | None = None
         self.starting: str | None = None
         """The reward whose start is waited for now."""
-        self._started = False
-        self._listener: Callable[[Incident], None] | None = None
-        self._untold: list[Incident] = []
-        """Of rewards that were moved while nobody listened."""
-        self._moved = anyio.Event()
 
     @property
     def down(self) -> Mapping[str, str]:
         """Rewards that are down, by name: why."""
-        breakers = {name: seat.now.runner.breaker for name, seat in self._seats.items()}
-        return {name: breaker.why for name, breaker in breakers.items() if breaker.why is not None}
+        whys = {name: reward.now.runner.caller.why for name, reward in self._named.items()}
+        return {name: why for name, why in whys.items() if why is not None}
 
     @property
     def waits(self) -> dict[str, Wait]:
         """Rewards that are waited for because what was tried has failed, by name."""
         now_s, found = time.perf_counter(), {}
-        for name, seat in self._seats.items():
-            tries = seat.now.runner.tries
-            if seat.now.calls and tries.failed:
+        for name, reward in self._named.items():
+            tries = reward.now.runner.caller.tries
+            if reward.now.calls and tries.failed:
                 found[name] = Wait(why=in_short(tries.why), tries=tries.failed, for_s=now_s - tries.since_s)
         return found
 
     @property
     def rewards(self) -> tuple[Reward, ...]:
-        """Those that have the places now, in the order of `names`."""
-        return tuple(seat.now.runner.reward for seat in self._seats.values())
+        """The versions that score now, in the order of `names`."""
+        return tuple(reward.now.runner.reward for reward in self._named.values())
 
     @property
     def versions(self) -> Mapping[str, int]:
         """Reward → how often it was exchanged."""
-        return {name: seat.now.version for name, seat in self._seats.items()}
+        return {name: reward.now.number for name, reward in self._named.items()}
 
     def standing(self, step: int) -> dict[str, tuple[int, str | None]]:
-        """Reward → how often it was exchanged up to a step, and the text that names who has its place then (None where
-        that was given in Python)."""
-        return {name: seat.standing(step) for name, seat in self._seats.items()}
+        """Reward → how often it was exchanged up to a step, and the text that names the version then (None where that
+        was given in Python)."""
+        return {name: reward.standing(step) for name, reward in self._named.items()}
 
     def reinstate(self, name: str, spec: str, version: int) -> None:
-        """Put a reward that was exchanged in an earlier start into its place again. Only before `start`.
+        """Go on with a reward that was exchanged in an earlier start. Only before `start`.
 
         Raises:
             RewardError: where it cannot be used any more.
         """
-        seat = self._seats[name]
-        runner = self._checked(seat, self._runner(name, load_reward(spec), spec))
-        seat.take(Sitting(runner, spec, version=version))
+        self._named[name].reinstate(spec, version)
 
     @property
     def compares_groups(self) -> bool:
         """Whether a reward is called once for all groups of a round."""
-        return any(seat.scope == "batch" for seat in self._seats.values())
+        return any(reward.scope == "batch" for reward in self._named.values())
+
+    @property
+    def has_open_rounds(self) -> bool:
+        """Whether there is a round of which not all groups are settled."""
+        return any(version.rounds is not None and version.rounds.open for version in self._versions())
+
+    def _versions(self) -> list[RewardVersion]:
+        return [version for reward in self._named.values() for version in (*reward.before, reward.now)]
 
     async def changed(self) -> None:
         """Wait until a reward goes down, is back or is exchanged."""
-        await self._moved.wait()
+        await self._events.next()
 
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once, with an incident, whenever `down` changes; it must not raise."""
-        self._listener = listener
-        while listener is not None and self._untold:
-            listener(self._untold.pop(0))
+        self._events.listen(listener)
 
     def trust(self) -> None:
         """Take it that the rewards have worked before: one whose code fails is then waited for, as a service is."""
-        for seat in self._seats.values():
-            seat.now.runner.breaker.proven = True
+        for reward in self._named.values():
+            reward.now.runner.caller.proven = True
 
     def check_columns(self, columns: Set[str]) -> None:
         """Refuse rewards that require a column which the dataset lacks; to be called before sampling.
@@ -189,9 +161,8 @@ class RewardManager:
         Raises:
             RewardError: naming reward and columns.
         """
-        self._columns = frozenset(columns)
-        for seat in self._seats.values():
-            seat.now.runner.check_columns(self._columns)
+        for reward in self._named.values():
+            reward.check_columns(frozenset(columns))
 
     async def start(self) -> None:
         """Start every reward, in order. One that cannot start ends what had started.
@@ -199,12 +170,13 @@ class RewardManager:
         Raises:
             RewardError: naming the reward.
         """
-        self._started = True
+        for reward in self._named.values():
+            reward.is_started = True
         begins(self)
         try:
-            for seat in self._seats.values():
-                self.starting = seat.name
-                await seat.now.runner.start()
+            for name, reward in self._named.items():
+                self.starting = name
+                await reward.start()
             self.starting = None
         except BaseException:
             await self.stop()
@@ -212,13 +184,10 @@ class RewardManager:
 
     async def stop(self) -> tuple[Incident, ...]:
         """Stop every reward that was started, each with its timeout, cancelled or not; what fails is an incident."""
-        self._started = False
         incidents: list[Incident] = []
         with anyio.CancelScope(shield=True):
-            for seat in reversed(self._seats.values()):
-                for sitting in [*seat.before, seat.now]:
-                    incidents += await self._stop(sitting)
-                seat.before.clear()
+            for name, reward in reversed(self._named.items()):
+                incidents += [incident_of(name, fault, None) for fault in await reward.stop()]
         end_idle_threads()
         ends(self)
         return tuple(incidents)
@@ -243,90 +212,33 @@ class RewardManager:
         Raises:
             RewardError: for a name that is not there, a reward that cannot be used or started, or one of another scope.
         """
-        return await self.dismiss(name, await self.replace(name, reward))
+        return await self.stop_replaced(name, await self.replace(name, reward))
 
     async def examine(self, name: str, spec: str) -> None:
-        """See whether a reward that a text names could take the place of one. Its file is loaded in a process first,
-        where it may hang or end; it is not started.
+        """See whether a reward that a text names could take the place of one, without starting it.
 
         Raises:
             RewardError: as `exchange`, but for what would show at the start only.
         """
-        seat = self._seat(name)
-        if is_code(spec):
-            await look_at(spec, name, min(_LOOK_S, self._config.start_timeout_s))
-        self._checked(seat, self._runner(name, await load_beside(spec), spec))
-
-    def _seat(self, name: str) -> Seat:
-        if name not in self._seats:
-            raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
-        return self._seats[name]
+        await self._existing(name).examine(spec, min(self._look_s, self._config.start_timeout_s))
 
     async def replace(
         self, name: str, reward: Reward | str, first_step: Callable[[bool], int] = lambda was_down: 0
-    ) -> Sitting:
-        """The first half of `exchange`: returns who is to be dismissed.
-
-        `first_step(was_down)` is called when the new one is ready, with whether the old one is down, and says which
-        step's groups are the first that the new one scores; it may raise, and then the old one stays.
-        """
-        seat = self._seat(name)
-        async with seat.changing:
-            spec = reward if isinstance(reward, str) else None
-            runner = await self._successor(seat, reward)
-            old = seat.now
-            was_down = old.runner.breaker.why is not None
-            try:
-                step = first_step(was_down)
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await runner.stop()
-                raise
-            seat.take(Sitting(runner, spec, version=old.version + 1, first_step=step))
-            seat.before.append(old)
-        old.runner.breaker.retire()
-        self._tell(Incident(actor="scorer", kind="reward_exchanged", message=f"reward {name} was exchanged"))
-        if was_down:
-            self._tell(Incident(actor="scorer", kind="reward_back", message=f"reward {name} is no longer waited for"))
+    ) -> RewardVersion:
+        """The first half of `exchange`, with `first_step` as `NamedReward.replace` has it → what is to be stopped."""
+        old, was_down = await self._existing(name).replace(reward, first_step)
+        self._events.exchanged(name, was_down)
         return old
 
-    async def dismiss(self, name: str, old: Sitting) -> tuple[Incident, ...]:
-        """The second half of `exchange`: stop who was replaced when nothing is under way with it."""
-        seat = self._seats[name]
-        await old.done()
-        incidents: list[Incident] = []
-        with anyio.CancelScope(shield=True):
-            if old in seat.before:  # otherwise the manager was stopped meanwhile
-                seat.before.remove(old)
-                incidents = await self._stop(old)
-        return tuple(incidents)
+    async def stop_replaced(self, name: str, old: RewardVersion) -> tuple[Incident, ...]:
+        """The second half of `exchange`: stop what was replaced when nothing is under way with it."""
+        fault = await self._named[name].stop_replaced(old)
+        return () if fault is None else (incident_of(name, fault, None),)
 
-    async def _successor(self, seat: Seat, reward: Reward | str) -> Runner:
-        """Another runner for the seat, checked and started."""
-        spec = reward if isinstance(reward, str) else None
-        loaded = await load_beside(reward) if isinstance(reward, str) else reward
-        runner = self._checked(seat, self._runner(seat.name, loaded, spec))
-        if isinstance(runner, ActorRunner):
-            runner.watch.refuses_forks = True
-        if self._started:
-            try:
-                await runner.start()
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await runner.stop()
-                raise
-        return runner
-
-    def _checked(self, seat: Seat, runner: Runner) -> Runner:
-        """The runner, if it can have the seat."""
-        if runner.scope != seat.scope:
-            raise RewardError(
-                f"reward {seat.name} is called once a {seat.scope}, and its replacement would be once a "
-                f"{runner.scope}; start a run of its own for that"
-            )
-        if self._columns is not None:
-            runner.check_columns(self._columns)
-        return runner
+    def _existing(self, name: str) -> NamedReward:
+        if name not in self._named:
+            raise RewardError(f"there is no reward {name!r} to be exchanged; there are: {', '.join(self.names)}")
+        return self._named[name]
 
     async def compute_rewards(
         self,
@@ -352,9 +264,9 @@ class RewardManager:
                 )
         return await self._score(Batch(arguments=arguments, columns=listed), Reporter("scorer"))
 
-    async def score_group(
+    def score_group(
         self, group: RolloutGroup, trainer_state: Any = None, report: Reporter | None = None
-    ) -> GroupScores:
+    ) -> Coroutine[Any, Any, GroupScores]:
         """Score a group of a run as TRL would: a conversation's completions are lists of one assistant message.
 
         Calls of a reward that is down wait. A reward of scope "batch" is called when all groups of the round are here,
@@ -365,7 +277,7 @@ class RewardManager:
             RewardError: for a reward that breaks the convention, or one that has not worked once and whose code is at
                 fault when it would be taken to be down.
         """
-        return await self._score(_batch(group, trainer_state, in_run=True), report or Reporter("scorer"))
+        return self._score(Batch.of(group, trainer_state, in_run=True), report or Reporter("scorer"))
 
     async def score_groups(
         self,
@@ -380,182 +292,69 @@ class RewardManager:
         Raises:
             RewardError: for a reward that breaks the convention.
         """
-        batches = [_batch(group, trainer_state, in_run=False) for group in groups]
-        outcomes: dict[tuple[str, int], Outcome] = {}
+        batches = [Batch.of(group, trainer_state, in_run=False) for group in groups]
+        outcomes: dict[str, list[Outcome | None]] = {name: [None] * len(batches) for name in self.names}
         silent = Reporter("scorer")
 
-        listener = tell or (lambda incident: None)
-
-        def note(seat: Seat, outcome: Outcome, gid: int | None) -> None:
+        async def score(name: str, batch: Batch, places: slice) -> None:
+            outcome = await self._named[name].score(batch, silent)
             for fault in outcome.faults:
-                listener(_incident(seat.name, fault, gid))
+                if tell is not None:
+                    tell(incident_of(name, fault, batch.gid))
+            outcomes[name][places] = outcome.split([each.size for each in batches[places]])
 
-        async def one(seat: Seat, place: int) -> None:
-            outcomes[seat.name, place] = outcome = await seat.now.score(batches[place], silent)
-            note(seat, outcome, batches[place].gid)
-
-        async def whole(seat: Seat) -> None:
-            outcome = await seat.now.score(joined(batches), silent)
-            note(seat, outcome, None)
-            for place, part in enumerate(outcome.split([batch.size for batch in batches])):
-                outcomes[seat.name, place] = part
-
-        works: list[Callable[[], Any]] = []
-        for seat in self._seats.values() if batches else ():
-            by_group = [partial(one, seat, place) for place in range(len(batches))]
-            works += [partial(whole, seat)] if seat.scope == "batch" else by_group
-        await together(works)
-        return [
-            self._combine(batch, [outcomes[name, place] for name in self.names]) for place, batch in enumerate(batches)
-        ]
+        calls = []
+        for name, reward in self._named.items() if batches else ():
+            if reward.scope == "batch":
+                calls.append(partial(score, name, joined(batches), slice(None)))
+            else:
+                calls += [partial(score, name, each, slice(place, place + 1)) for place, each in enumerate(batches)]
+        await together(calls)
+        return [self._combined(batch.gid, parts) for batch, *parts in zip(batches, *outcomes.values(), strict=True)]
 
     def settled(self, group: RolloutGroup) -> None:
         """The group was sent on with its scores and will not be scored again."""
-        key = _round(group)
-        if key is None:
-            return
-        for seat in self._seats.values():
-            for sitting in (*seat.before, seat.now):
-                if sitting.rounds is not None:
-                    sitting.rounds.settled(key, group.prompt.gid)
-                    sitting.tell()
+        key = round_of(group)
+        if key is not None:
+            for version in self._versions():
+                version.settled(key, group.prompt.gid)
 
     async def _score(self, batch: Batch, report: Reporter) -> GroupScores:
+        first, *others = self._named.values()
+        if not others:  # a task group costs as much as all the rest
+            return self._combined(batch.gid, [await first.score(batch, report)])
         outcomes: dict[str, Outcome] = {}
-        step = None if batch.slot is None else batch.slot.step
 
-        async def play(seat: Seat) -> None:
-            with report.span(f"score {seat.name}", step=step, gid=batch.gid):
-                while True:
-                    try:
-                        outcomes[seat.name] = await seat.sitting_for(batch.round, step).score(batch, report)
-                    except Exchanged:
-                        continue
-                    return
+        async def score(reward: NamedReward) -> None:
+            outcomes[reward.name] = await reward.score(batch, report)
 
-        first, *others = self._seats.values()
-        if others:
-            await together([partial(play, seat) for seat in (first, *others)])
-        else:
-            await play(first)  # a task group costs as much as all the rest
-        return self._combine(batch, [outcomes[name] for name in self.names])
+        await together([partial(score, reward) for reward in (first, *others)])
+        return self._combined(batch.gid, [outcomes[name] for name in self.names])
 
-    def _combine(self, batch: Batch, outcomes: list[Outcome]) -> GroupScores:
-        scores = {name: tuple(o.scores) for name, o in zip(self.names, outcomes, strict=True)}
-        faulted = sorted(frozenset[int]().union(*(outcome.faulted for outcome in outcomes)))
-        rewards: list[float | None] = []
-        for index, sample in enumerate(zip(*scores.values(), strict=True)):
-            present = [w * s for w, s in zip(self.weights, sample, strict=True) if s is not None]
-            rewards.append(math.fsum(present) if present and index not in faulted else None)
-        return GroupScores(
-            scores=scores,
-            rewards=tuple(rewards),
-            faulted=tuple(faulted),
-            incidents=tuple(
-                _incident(name, fault, batch.gid)
-                for name, outcome in zip(self.names, outcomes, strict=True)
-                for fault in outcome.faults
-            ),
-            metrics={name: value for o in outcomes for name, value in o.log.metrics.items()},
-            extra={column: values for o in outcomes for column, values in o.log.extra.items()},
-        )
+    def _combined(self, gid: int | None, outcomes: Sequence[Outcome]) -> GroupScores:
+        return GroupScores.combined(dict(zip(self.names, outcomes, strict=True)), self.weights, gid)
 
-    def _runner(self, name: str, reward: Reward, spec: str | None) -> Runner:
+    def _runner(self, name: str, in_process: bool, reward: Reward, spec: str | None) -> Runner:
+        """What runs a reward that a text may name."""
         config = self._config
-        section = Pace(timeout_s=config.timeout_s, retries=config.retries, concurrency=config.concurrency)
-        attempts = Attempts(pace=own_pace(reward, name, section), sleep=self._sleep, jitter=self._jitter)
-        limits = BreakerLimits(failures=config.breaker_failures, max_wait_s=config.breaker_max_wait_s)
-        fuse = partial(Breaker, limits, changed=partial(self._breaker_moved, name), jitter=self._jitter)
-        if self._run[name] == "process":
+        pace = own_pace(reward, name, config)
+        if in_process:
             spec = process_spec(reward, spec)
-            assert not isinstance(reward, RewardActor)
-            return ProcessRunner(
-                name, reward, attempts, fuse, config.start_timeout_s, spec=spec, processes=config.processes
-            )
+            pace = msgspec.structs.replace(pace, concurrency=config.processes)
+        limits = BreakerLimits(failures=config.breaker_failures, max_wait_s=config.breaker_max_wait_s)
+        changed = partial(self._events.breaker_changed, name)
+        caller = Caller(name, pace, limits, changed, sleep=self._sleep, jitter=self._jitter)
         if isinstance(reward, RewardActor):
-            return ActorRunner(name, reward, attempts, fuse, config.start_timeout_s)
+            return ActorRunner(reward, caller, config.start_timeout_s)
 
-        def elsewhere(breaker: Breaker) -> Runner:
-            named = process_spec(reward, spec, "do without what has it moved")
-            return ProcessRunner(
-                *(name, reward, attempts, lambda _: breaker, config.start_timeout_s),
-                spec=named,
-                processes=config.processes,
-            )
+        def in_processes(spec: str) -> Runner:
+            return ProcessRunner(reward, caller, config.start_timeout_s, spec=spec, processes=config.processes)
 
-        return MovableRunner(
-            *(name, reward, attempts, fuse, config.start_timeout_s),
-            elsewhere=elsewhere,
-            moved=partial(self._reward_moved, name),
+        if in_process and spec is not None:
+            return in_processes(spec)
+        return FunctionRunner(
+            reward,
+            caller,
+            elsewhere=lambda: in_processes(process_spec(reward, spec, "do without what has it moved")),
+            moved=partial(self._events.moved, name),
         )
-
-    async def _stop(self, sitting: Sitting) -> list[Incident]:
-        fault = await sitting.runner.stop()
-        return [] if fault is None else [_incident(sitting.runner.name, fault, None)]
-
-    def _breaker_moved(self, name: str, why: str | None, down_s: float) -> None:
-        if why is None:
-            self._tell(_event("reward_back", f"reward {name} answers again after {down_s:.1f} s; its calls go on"))
-            return
-        failures, longest_s = self._config.breaker_failures, self._config.breaker_max_wait_s
-        self._tell(
-            _event(
-                "reward_down",
-                f"reward {name} is down, {failures} calls in a row have failed: {why}; its calls wait, no step is "
-                f"begun, and it is tried again at least every {longest_s:g} s; to have another in its place: "
-                f"troupe set OUT_DIR rewards.{name}=FILE.py:NAME",
-            )
-        )
-
-    def _reward_moved(self, name: str, why: str) -> None:
-        incident = _event(
-            "reward_moved",
-            f"reward {name} now runs in processes of its own, {self._config.processes} at a time (rewards.processes): "
-            f"{why}; what it kept in variables begins anew there; rewards.run has it there from the start",
-        )
-        if self._listener is None:
-            self._untold.append(incident)
-        else:
-            self._tell(incident)
-
-    def _tell(self, incident: Incident) -> None:
-        self._moved.set()
-        self._moved = anyio.Event()
-        if self._listener is not None:
-            self._listener(incident)
-
-
-def _batch(group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
-    prompt, size = group.prompt, len(group.rollouts)
-    texts = [rollout.text for rollout in group.rollouts]
-    is_chat = not isinstance(prompt.prompt, str)
-    return Batch(
-        arguments={
-            "prompts": [prompt.prompt] * size,
-            "completions": [[{"role": "assistant", "content": t}] for t in texts] if is_chat else texts,
-            "completion_ids": [list(rollout.token_ids) for rollout in group.rollouts],
-            "completion_starts": [prompt.opened] * size,
-            "trainer_state": trainer_state,
-        },
-        columns={name: [value] * size for name, value in prompt.columns.items()},
-        gid=prompt.gid,
-        slot=prompt.slot,
-        round=_round(group) if in_run else None,
-        patient=in_run,
-    )
-
-
-def _round(group: RolloutGroup) -> Round | None:
-    """None for a group that is decoded alone: in the free schedule several of a step and attempt may be."""
-    prompt = group.prompt
-    if prompt.round_size == 1:
-        return None
-    return Round(step=prompt.slot.step, attempt=prompt.slot.attempt, size=prompt.round_size)
-
-
-def _event(kind: str, message: str) -> Incident:
-    return Incident(actor="scorer", kind=kind, message=message)
-
-
-def _incident(name: str, fault: Fault, gid: int | None) -> Incident:
-    return Incident(actor="scorer", kind=fault.kind, message=f"reward {name}: {fault.message}", gid=gid)

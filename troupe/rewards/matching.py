@@ -2,7 +2,7 @@
 
 Python's `re` may have more ways to try than there are atoms, holds Python's lock meanwhile, and cannot be stopped. So
 texts are matched in small processes (12 MB, there within 50 ms) that the system ends when a text takes too much
-processor time, a measure that does not depend on what else the machine does. Knows nothing of rewards.
+processor time, a measure that does not depend on what else the machine does.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""Rounds: the groups of a round gathered for rewards that score them all in one call.
-
-Knows nothing of how the call is made.
-"""
+"""Rounds: the groups of a round gathered for rewards that score them all in one call."""
 
 from __future__ import annotations
 
 import anyio
 
 from troupe.messages import Slot
-from troupe.rewards.runners import Batch, Outcome, Round, Runner, joined
+from troupe.rewards.outcomes import Batch, Outcome, Round, joined
+from troupe.rewards.runners import Runner
 from troupe.runtime.reporter import Reporter
 
 

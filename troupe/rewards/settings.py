@@ -1,7 +1,4 @@
-"""The `[rewards]` section, and what names, weights and ways to run follow from it for a list of rewards.
-
-Knows nothing of how rewards are run.
-"""
+"""The `[rewards]` section, and what names, weights and ways to run follow from it for a list of rewards."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from troupe.errors import RewardError
+from troupe.rewards.calling import Pace
 from troupe.rewards.convention import Reward, reward_name, unwrapped
 
 Run: TypeAlias = Literal["auto", "process"]
@@ -90,3 +88,15 @@ def checked_run(run: Sequence[Run] | None, names: Sequence[str], rewards: Sequen
             f"rewards.run has {len(run)} values for {len(names)} rewards ({', '.join(names)}); give one for each"
         )
     return run
+
+
+def own_pace(reward: Reward, name: str, config: RewardsConfig) -> Pace:
+    """The section's pace, overruled by the attributes of a function or an actor's class."""
+    section = Pace(timeout_s=config.timeout_s, retries=config.retries, concurrency=config.concurrency)
+    given = unwrapped(reward)
+    own = {key: getattr(given, key, None) for key in ("timeout_s", "retries", "concurrency")}
+    own = {key: value for key, value in own.items() if value is not None}
+    try:
+        return msgspec.convert({**msgspec.structs.asdict(section), **own}, Pace)
+    except msgspec.ValidationError as error:
+        raise RewardError(f"reward {name}: {error}; correct the attribute of its class") from None

@@ -1,4 +1,4 @@
-"""TrainerState: where training stands, as TRL tells reward functions. Knows nothing of how it is trained."""
+"""TrainerState: where training stands, as TRL tells reward functions."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ process of its own. Code may hide that it was refused (`except Exception`), so e
 the call looks there, whatever the call came to.
 
 Watched is what runs in a context that a `Watch` was entered in, in tasks begun there, and in threads started there.
-Everybody else's calls go through as ever. Knows nothing of rewards.
+Everybody else's calls go through as ever.
 """
 
 from __future__ import annotations

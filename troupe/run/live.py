@@ -20,7 +20,8 @@ from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, LiveGroup, Phase, SetCheckpointEvery, SetLearningRate, Status, Update
 from troupe.policy import Policy, load_policy
 from troupe.records.layout import RUN_TOML
-from troupe.rewards import Reward, Sitting
+from troupe.rewards import Reward
+from troupe.rewards.exchange import RewardVersion
 from troupe.run.activity import Progress, of_actors, with_waits
 from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
@@ -100,7 +101,7 @@ class LiveRun:
         self._hint = ""
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
-        self._farewells: list[tuple[str, Sitting, int]] = []
+        self._farewells: list[tuple[str, RewardVersion, int]] = []
         self._stage = Progress()
         self._newest_update = pipeline.wiring.news.listen(1, Update)
 
@@ -354,10 +355,10 @@ class LiveRun:
             return
         await self._dismiss(name, old, step)
 
-    async def _dismiss(self, name: str, old: Sitting, step: int) -> None:
+    async def _dismiss(self, name: str, old: RewardVersion, step: int) -> None:
         """Stop a reward that another takes over from in a step, when all steps before have ended."""
         await self._pipeline.ledgers.board.newer_than(step - 1)
-        for incident in await self._prepared.rewards.dismiss(name, old):
+        for incident in await self._prepared.rewards.stop_replaced(name, old):
             self._report.incident_nowait(incident)
 
     async def _write_checkpoint(self) -> None:

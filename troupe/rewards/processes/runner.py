@@ -1,13 +1,13 @@
 """A reward function in processes that can be killed: for code that may hang, crash or eat a processor.
 
-The function is named, not sent: the workers load it by file or module. Arguments and answers are msgpack. Knows nothing
-of other rewards.
+The function is named, not sent: the workers load it by file or module. Arguments and answers are msgpack.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import anyio
 import msgspec
 
 from troupe.errors import RewardError
-from troupe.rewards.attempts import Attempts, Fault
+from troupe.rewards.calling import Attempt, Caller
 from troupe.rewards.convention import (
     PROVIDED,
     Reward,
@@ -27,9 +27,11 @@ from troupe.rewards.convention import (
     shown,
     unwrapped,
 )
+from troupe.rewards.faults import Fault
+from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
 from troupe.rewards.processes.calls import LOOK, Broken, Call, Raised, Ready, Scores, decode_reply
 from troupe.rewards.reward_log import RewardLog
-from troupe.rewards.runners import Batch, Fuse, Outcome, Runner, as_outcome, finite, summed
+from troupe.rewards.runners import Runner, not_started
 from troupe.rewards.trainer_state import TrainerState
 from troupe.runtime.code_files import PREFIX
 from troupe.runtime.codec import encode
@@ -118,19 +120,10 @@ class ProcessRunner(Runner):
     """
 
     def __init__(
-        self,
-        name: str,
-        reward: RewardFunction,
-        attempts: Attempts,
-        fuse: Fuse,
-        start_timeout_s: float,
-        *,
-        spec: str,
-        processes: int,
+        self, reward: RewardFunction, caller: Caller, start_timeout_s: float, *, spec: str, processes: int
     ) -> None:
-        super().__init__(name, reward, attempts, fuse, start_timeout_s, places=processes)
-        self._attempts = attempts  # a worker's answer may say that its call has failed: `_attempt` notes it
-        self._function, self._spec = reward, spec
+        super().__init__(reward, caller)
+        self._function, self._spec, self._start_timeout_s = reward, spec, start_timeout_s
         self._signature = check_signature(reward)
         self._apart = getattr(unwrapped(reward), "scope", None) is None
         self._workers = anyio.CapacityLimiter(processes)
@@ -151,34 +144,21 @@ class ProcessRunner(Runner):
         """End the workers; those that are busy end with their calls."""
         self._started = False
         while self._idle:
-            await self._idle.pop().stop(min(1.0, self._attempts.pace.timeout_s))
+            await self._idle.pop().stop(min(1.0, self.caller.pace.timeout_s))
         return None
 
     async def score(self, batch: Batch) -> Outcome:
         """(G,) scores; missing where every attempt failed."""
         if not self._started:
-            raise RewardError(
-                f"reward {self.name} has not been started; use `async with` on the manager, or await its start()"
-            )
-        answer = await self._call(batch, partial(self._all_attempts, batch), partial(self._attempt, batch))
+            raise not_started(self.name)
+        # each call of a worker has a limit of its own
+        answer = await self.caller.run(
+            partial(self._attempt, batch), lambda: nullcontext(Attempt()), patient=batch.patient
+        )
         return answer if isinstance(answer, Outcome) else as_outcome(answer, batch.size)
-
-    async def _all_attempts(self, batch: Batch) -> Outcome | Fault:
-        answer = await self._attempt(batch)
-        for attempt in range(1, self._attempts.pace.retries + 1):
-            if isinstance(answer, Outcome):
-                break
-            await self._attempts.wait(attempt)
-            answer = await self._attempt(batch)
-        return answer
 
     async def _attempt(self, batch: Batch) -> Outcome | Fault:
         """One call, and where its worker was lost one for each sample; a fault where that gave nothing."""
-        outcome = await self._one_attempt(batch)
-        self.tries.note(outcome)
-        return outcome
-
-    async def _one_attempt(self, batch: Batch) -> Outcome | Fault:
         answer = await self._once(batch)
         if not isinstance(answer, Lost):
             return answer
@@ -207,10 +187,12 @@ class ProcessRunner(Runner):
                 except RewardError as error:  # it was loaded before, so this may pass
                     return Fault("reward_error", str(error))
             try:
-                reply = await self._attempts.once(partial(worker.ask, frame))
+                with self.caller.limited() as attempt:
+                    attempt.outcome = await worker.ask(frame)
             except BaseException:
                 await worker.kill()  # it is still busy
                 raise
+            reply: Scores | Raised | Broken | Lost | Fault = attempt.outcome
             if isinstance(reply, Fault):
                 await worker.kill()
                 return Lost(Fault(reply.kind, f"{reply.message}; its process was killed"))
@@ -228,7 +210,7 @@ class ProcessRunner(Runner):
         return _read(reply, batch.size)
 
     async def _new_worker(self) -> Worker:
-        limit_s = self._start.pace.timeout_s
+        limit_s = self._start_timeout_s
         try:
             with anyio.fail_after(limit_s):
                 return await Worker.start(self._spec, self.name)

@@ -16,8 +16,8 @@ from typing import Any
 
 from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.attempts import described, is_by_code
 from troupe.rewards.convention import RewardFunction, Signature, checked_scores
+from troupe.rewards.faults import described, may_pass
 from troupe.rewards.loading import load_reward
 from troupe.rewards.processes.calls import LOOK, Broken, Raised, Ready, Scores, decode_call
 from troupe.rewards.reward_log import RewardLog
@@ -27,7 +27,7 @@ from troupe.runtime.frames import Connection, Wire
 from troupe.runtime.process import serve_plainly
 
 
-def play(wire: Wire) -> None:
+def answer_calls(wire: Wire) -> None:
     """Answer calls until the parent wants no more. A function that is not async has the main thread to itself, without
     an event loop that runs, as in a program of its own."""
     leave_alone()
@@ -44,7 +44,7 @@ def play(wire: Wire) -> None:
     signature = Signature.of(function)
     wire.send(encode(Ready()))
     if signature.is_async:
-        wire.run(partial(_play_async, function, signature))
+        wire.run(partial(_answer_async, function, signature))
         return
     loop = asyncio.new_event_loop()
     while (frame := wire.receive()) is not None:
@@ -54,7 +54,7 @@ def play(wire: Wire) -> None:
         wire.send(_answer(function, signature, frame, loop))
 
 
-async def _play_async(function: RewardFunction, signature: Signature, connection: Connection) -> None:
+async def _answer_async(function: RewardFunction, signature: Signature, connection: Connection) -> None:
     while True:
         given = _Given(await connection.receive())
         try:
@@ -103,7 +103,7 @@ class _Given:
 def _failed(error: BaseException) -> bytes:
     if isinstance(error, RewardError):
         return encode(Broken(sayable(str(error))))
-    return encode(Raised(described(error), is_by_code(error)))
+    return encode(Raised(described(error), not may_pass(error)))
 
 
 def _load(spec: str) -> RewardFunction:
@@ -120,4 +120,4 @@ def _load(spec: str) -> RewardFunction:
 
 
 if __name__ == "__main__":
-    serve_plainly(play)
+    serve_plainly(answer_calls)

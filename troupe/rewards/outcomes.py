@@ -1,0 +1,201 @@
+"""What a reward is asked and what comes of it: batches of completions, and their outcomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from troupe.messages import Incident, RolloutGroup, Slot
+from troupe.rewards.events import incident_of
+from troupe.rewards.faults import Fault
+from troupe.rewards.reward_log import RewardLog
+
+_LARGEST = 1e18
+"""Of a score's size: advantages square it in float32, which ends at 3.4e38."""
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """Which groups are decoded together: those of one step and attempt."""
+
+    step: int
+    attempt: int
+    size: int
+    """Groups in it."""
+
+
+def round_of(group: RolloutGroup) -> Round | None:
+    """None for a group that is decoded alone: in the free schedule several of a step and attempt may be."""
+    prompt = group.prompt
+    if prompt.round_size == 1:
+        return None
+    return Round(step=prompt.slot.step, attempt=prompt.slot.attempt, size=prompt.round_size)
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """Completions in TRL's shape: G of one prompt, or those of several prompts one after the other."""
+
+    arguments: dict[str, Any]
+    """`prompts`, `completions`, `trainer_state` and so on, without the columns."""
+    columns: dict[str, list[Any]]
+    gid: int | None = None
+    slot: Slot | None = None
+    round: Round | None = None
+    """Of the group, where it is scored in a run."""
+    patient: bool = False
+    """Whether calls wait while the reward is down, instead of failing."""
+
+    @property
+    def size(self) -> int:
+        """Number of completions."""
+        return len(self.arguments["completions"])
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What a function may take."""
+        return {"trainer_state": None, **self.columns, **self.arguments}
+
+    @classmethod
+    def of(cls, group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
+        """A group; in a run, it is scored with the others of its round where the reward compares them, and waits."""
+        prompt, size = group.prompt, len(group.rollouts)
+        texts = [rollout.text for rollout in group.rollouts]
+        is_chat = not isinstance(prompt.prompt, str)
+        return cls(
+            arguments={
+                "prompts": [prompt.prompt] * size,
+                "completions": [[{"role": "assistant", "content": t}] for t in texts] if is_chat else texts,
+                "completion_ids": [list(rollout.token_ids) for rollout in group.rollouts],
+                "completion_starts": [prompt.opened] * size,
+                "trainer_state": trainer_state,
+            },
+            columns={name: [value] * size for name, value in prompt.columns.items()},
+            gid=prompt.gid,
+            slot=prompt.slot if in_run else None,
+            round=round_of(group) if in_run else None,
+            patient=in_run,
+        )
+
+    def part(self, index: int) -> Batch:
+        """One sample by itself."""
+        cut = slice(index, index + 1)
+        arguments = {k: v[cut] if isinstance(v, list) else v for k, v in self.arguments.items()}
+        return msgspec.structs.replace(
+            self, arguments=arguments, columns={name: values[cut] for name, values in self.columns.items()}
+        )
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """Several groups as one batch; a column that a group lacks is None for its completions."""
+    names = dict.fromkeys(name for batch in batches for name in batch.columns)
+    return Batch(
+        arguments={
+            key: [item for batch in batches for item in batch.arguments[key]] if isinstance(value, list) else value
+            for key, value in batches[0].arguments.items()
+        },
+        columns={
+            name: [item for batch in batches for item in batch.columns.get(name, [None] * batch.size)] for name in names
+        },
+        patient=batches[0].patient,
+    )
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one reward says about a batch."""
+
+    scores: list[float | None]
+    """(G,) finite, None where missing."""
+    faults: list[Fault]
+    log: RewardLog
+    faulted: frozenset[int] = frozenset()
+    """Completions whose score is missing through a fault, and not because the reward says None."""
+
+    def split(self, sizes: list[int]) -> list[Outcome]:
+        """The outcomes of the batches that were joined. Each has the whole batch's metrics, the first one its faults,
+        told once."""
+        outcomes: list[Outcome] = []
+        start = 0
+        for size in sizes:
+            cut = slice(start, start + size)
+            log = RewardLog(size)
+            log.extra = {column: values[cut] for column, values in self.log.extra.items()}
+            log.logged = self.log.logged
+            faulted = frozenset(index - start for index in self.faulted if start <= index < start + size)
+            faults = [] if outcomes else self.faults
+            outcomes.append(Outcome(scores=self.scores[cut], faults=faults, log=log, faulted=faulted))
+            start += size
+        return outcomes
+
+
+class GroupScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the rewards say about G completions."""
+
+    scores: dict[str, tuple[float | None, ...]]
+    """Reward name → (G,) finite scores, None where missing."""
+    rewards: tuple[float | None, ...]
+    """(G,) Σ weight·score over the scores that are there; None where none is, or one is missing through a fault."""
+    incidents: tuple[Incident, ...]
+    """Why scores are missing, of kinds reward_timeout, reward_error and reward_nonfinite; and what of that which
+    functions logged could not be kept, reward_log."""
+    faulted: tuple[int, ...] = ()
+    """Samples of which some score is missing through a fault."""
+    metrics: dict[str, float] = {}
+    """What functions logged by `log_metric`, the mean of each name."""
+    extra: dict[str, tuple[Any, ...]] = {}
+    """What functions logged by `log_extra`: column → (G,) values."""
+
+    @classmethod
+    def combined(cls, outcomes: Mapping[str, Outcome], weights: Sequence[float], gid: int | None) -> GroupScores:
+        """What each reward says about a group, in one."""
+        scores = {name: tuple(outcome.scores) for name, outcome in outcomes.items()}
+        faulted = sorted(frozenset[int]().union(*(outcome.faulted for outcome in outcomes.values())))
+        rewards: list[float | None] = []
+        for index, sample in enumerate(zip(*scores.values(), strict=True)):
+            present = [w * s for w, s in zip(weights, sample, strict=True) if s is not None]
+            rewards.append(math.fsum(present) if present and index not in faulted else None)
+        return cls(
+            scores=scores,
+            rewards=tuple(rewards),
+            faulted=tuple(faulted),
+            incidents=tuple(
+                incident_of(name, fault, gid) for name, outcome in outcomes.items() for fault in outcome.faults
+            ),
+            metrics={name: value for outcome in outcomes.values() for name, value in outcome.log.metrics.items()},
+            extra={column: values for outcome in outcomes.values() for column, values in outcome.log.extra.items()},
+        )
+
+
+def as_outcome(answer: tuple[list[float | None], RewardLog] | Fault, size: int) -> Outcome:
+    """A function's answer, or that there is none."""
+    if isinstance(answer, Fault):
+        return Outcome(scores=[None] * size, faults=[answer], log=RewardLog(size), faulted=frozenset(range(size)))
+    scores, log = answer
+    return finite(scores, [Fault("reward_log", message) for message in log.faults], log)
+
+
+def summed(faults: Mapping[int, Fault], size: int) -> list[Fault]:
+    """One fault a kind, naming the samples that had it; its text is the first one's."""
+    summed = []
+    for kind in sorted({fault.kind for fault in faults.values()}):
+        samples = sorted(index for index, fault in faults.items() if fault.kind == kind)
+        shown = ", ".join(map(str, samples))
+        summed.append(Fault(kind, f"samples {shown} of {size}: {faults[samples[0]].message}"))
+    return summed
+
+
+def finite(
+    scores: list[float | None], faults: list[Fault], log: RewardLog, faulted: frozenset[int] = frozenset()
+) -> Outcome:
+    """NaN, infinities and what float32 arithmetic would turn into them become missing scores and one more fault."""
+    bad = {index: score for index, score in enumerate(scores) if score is not None and not abs(score) <= _LARGEST}
+    told = {index: Fault("reward_timeout", log.why[index]) for index in bad if index in log.why}
+    faults = [*faults, *summed(told, len(scores))]
+    scores = [None if index in told else score for index, score in enumerate(scores)]
+    bad = {index: score for index, score in bad.items() if index not in told}
+    if bad:
+        shown = ", ".join(f"{score} for sample {index}" for index, score in bad.items())
+        faults = [*faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite, {_LARGEST:g} at most")]
+        scores = [None if index in bad else score for index, score in enumerate(scores)]
+    return Outcome(scores=scores, faults=faults, log=log, faulted=faulted | bad.keys() | told.keys())
