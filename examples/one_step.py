@@ -16,7 +16,6 @@ import troupe  # first: on Linux it makes MLX's matrix products fast
 # isort: split
 import mlx.core as mx
 
-from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.grpo import (
     LearnerConfig,
@@ -131,9 +130,15 @@ gain = float(mx.sum((after - before) * batch.advantages))
 assert gain > 0.0
 print(f"     Σ A·Δlog p over all rows: {gain:+.3f}, which is above 0: the step went the right way")
 
-# %% 10. The same in one call, as the Learner does it: in micro-batches, with gradients that take less memory.
-log_probs_of = CompletionLogProbs(policy.config, temperature=1.0, entropy_gradient=False)
+# %% 10. The same in one call, as the Learner does it: in micro-batches, whose gradients are added up.
 learner = LearnerConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28, gradient_accumulation_steps=2)
-told = train_on_batch(policy.weights, adamw_init(policy.weights), batch, log_probs_of, learner, lr=LR).metrics
+told = train_on_batch(
+    policy.weights,
+    adamw_init(policy.weights),
+    batch,
+    lambda weights, batch: completion_statistics(policy.config, weights, batch.prompts, batch.completions),
+    learner,
+    lr=LR,
+).metrics
 assert abs(told["grad_norm"] - float(norm)) < 1e-3 * float(norm)
 print(f"10. train_on_batch says: loss {told['loss']:+.5f}, gradient norm {told['grad_norm']:.4f}")

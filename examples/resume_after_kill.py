@@ -2,7 +2,7 @@
 
     python examples/resume_after_kill.py
 
-Plays one run three times over, each start in a process of its own: once without a break; once until, after step 8, the
+Makes one run three times over, each start in a process of its own: once without a break; once until, after step 8, the
 process kills itself with SIGKILL, which no program can catch; and then the killed run goes on. Checkpoints are written
 every 5 steps, so the last start begins at step 5 and makes steps 6 to 8 a second time. In the end the weights of both
 runs are compared bit by bit, and so are the metrics and every completion. Takes ten to twenty seconds on two CPU cores.
@@ -24,7 +24,6 @@ import anyio
 
 import troupe
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.records.store.read import Query, open_store
 
 STEPS, EVERY, KILL_AT = 12, 5, 8
 
@@ -32,18 +31,18 @@ STEPS, EVERY, KILL_AT = 12, 5, 8
 def main() -> int:
     """0 where both runs are the same."""
     parser = argparse.ArgumentParser(description="Kill a run, go on with it, and compare.")
-    parser.add_argument("--play", type=Path, metavar="FOLDER", help="play one start of a run; what the three starts do")
-    parser.add_argument("--kill-at", type=int, metavar="STEP", help="with --play: SIGKILL after this step")
-    parser.add_argument("--resume", action="store_true", help="with --play: go on with what is in the folder")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="one start of a run; what the three starts do")
+    parser.add_argument("--kill-at", type=int, metavar="STEP", help="with --start: SIGKILL after this step")
+    parser.add_argument("--resume", action="store_true", help="with --start: go on with what is in the folder")
     options = parser.parse_args()
-    if options.play is not None:
-        anyio.run(play, options.play, options.kill_at, options.resume)
+    if options.start is not None:
+        anyio.run(run_once, options.start, options.kill_at, options.resume)
         return 0
     with tempfile.TemporaryDirectory(prefix="troupe-kill-") as folder:
         return compare(Path(folder))
 
 
-async def play(folder: Path, kill_at: int | None, resume: bool) -> None:
+async def run_once(folder: Path, kill_at: int | None, resume: bool) -> None:
     """One start of the run in `folder`."""
     config = troupe.load_config(
         DEMO_CONFIG,
@@ -63,7 +62,7 @@ async def play(folder: Path, kill_at: int | None, resume: bool) -> None:
 
 
 def compare(folder: Path) -> int:
-    """Play the three starts, and say what is the same."""
+    """Make the three starts, and say what is the same."""
     whole, killed = folder / "whole", folder / "killed"
     print(f"1. {STEPS} steps without a break")
     start(whole)
@@ -85,8 +84,8 @@ def compare(folder: Path) -> int:
 
 
 def start(folder: Path, *flags: str) -> int:
-    """Play one start in a process of its own → its exit code, negative where a signal ended it."""
-    command = [sys.executable, __file__, "--play", str(folder), *flags]
+    """Make one start in a process of its own → its exit code, negative where a signal ended it."""
+    command = [sys.executable, __file__, "--start", str(folder), *flags]
     return subprocess.run(command, check=False).returncode
 
 
@@ -108,8 +107,11 @@ def step_rewards(folder: Path) -> list[tuple[int, float]]:
 
 def completions(folder: Path) -> list[tuple[int, int, str, float | None]]:
     """(group, sample, text, reward) of all that was sampled."""
-    with open_store(folder) as run:
-        return [(c.gid, c.sample, c.text, c.reward) for c in run.completions(Query())]
+    table = folder / "completions.jsonl"
+    command = [sys.executable, "-m", "troupe", "inspect", str(folder), "--jsonl", str(table)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = map(json.loads, table.read_text(encoding="utf-8").splitlines())
+    return [(line["gid"], line["sample"], line["text"], line["reward"]) for line in lines]
 
 
 if __name__ == "__main__":

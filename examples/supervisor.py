@@ -64,7 +64,7 @@ class Coach:
         return None
 
 
-async def play(config: troupe.RunConfig, coach: Coach, resume: bool, fail_at: int | None) -> troupe.RunResult:
+async def run_once(config: troupe.RunConfig, coach: Coach, resume: bool, fail_at: int | None) -> troupe.RunResult:
     """One start of the run, until it has ended."""
     lr = config.learner.lr
     async with troupe.Supervisor(config, resume=resume) as run:
@@ -115,7 +115,7 @@ def main() -> int:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             config = troupe.load_config(DEMO_CONFIG, settings)
-            result = anyio.run(play, config, Coach(options.good_enough), begun or attempt > 1, fail_at)
+            result = anyio.run(run_once, config, Coach(options.good_enough), begun or attempt > 1, fail_at)
         except InputError as error:  # a key, a file, a reward: to be mended by hand, so trying again is no use
             print(f"error: {error}", file=sys.stderr)
             return 2

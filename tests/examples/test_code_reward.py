@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.examples.playing import played
+from tests.examples.running import run_command
 from troupe.rewards import RewardManager, RewardsConfig, load_reward
 
 pytestmark = pytest.mark.anyio
@@ -145,7 +145,7 @@ async def test_a_cancelled_run_is_killed() -> None:
 
 @pytest.mark.slow
 def test_it_shows_what_becomes_of_completions_of_all_kinds(tmp_path: Path) -> None:
-    done = played("python examples/code_reward.py", tmp_path)
+    done = run_command("python examples/code_reward.py", tmp_path)
     assert done.returncode == 0, done.stderr
     scores = {line[:18].strip(): line[19] for line in done.stdout.splitlines()[1:]}
     assert len(scores) == 8

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from tests.examples.playing import EXAMPLES, LIMIT_S, command, played
+from tests.examples.running import EXAMPLES, LIMIT_S, command, run_command
 from troupe.run.config import config_table, load_config
 
 PAGE = (EXAMPLES / "daemon" / "README.md").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ class Day:
 
     def type(self, line: str) -> str:
         """As in the second one → what it says."""
-        done = played(line, self.folder)
+        done = run_command(line, self.folder)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -50,7 +50,7 @@ class Day:
         """Until the status is as wanted; `alone`: without a daemon."""
         deadline_s = time.monotonic() + LIMIT_S
         while True:
-            done = played("troupe status runs/arithmetic --json", self.folder)
+            done = run_command("troupe status runs/arithmetic --json", self.folder)
             status: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
             if wanted(status):
                 return status

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from tests.examples.playing import EXAMPLES, command
+from tests.examples.running import EXAMPLES, command
 from troupe.cli.main import main
 from troupe.run.config import RunConfig, check_config, load_config
 

@@ -15,7 +15,7 @@ import anyio
 import pytest
 from anyio.abc import SocketAttribute, SocketStream
 
-from tests.examples.playing import command
+from tests.examples.running import command
 from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.rewards import RewardManager, RewardsConfig, load_reward

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.playing import EXAMPLES, imported, played
+from tests.examples.running import EXAMPLES, imported, run_command
 
 REWARDS = imported("json_and_regex/rewards.py")
 ROWS = json.loads((EXAMPLES / "json_and_regex" / "prompts.json").read_text())
@@ -30,7 +30,7 @@ def test_the_right_sum_always_fits_and_a_forgotten_hundred_never_does() -> None:
 
 @pytest.mark.slow
 def test_the_reward_rises(tmp_path: Path) -> None:
-    done = played("troupe train examples/json_and_regex/run.toml", tmp_path)
+    done = run_command("troupe train examples/json_and_regex/run.toml", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "runs" / "prompts-001" / "metrics.jsonl").read_text().splitlines()
     means = [json.loads(line)["rewards/fits/mean"] for line in lines]

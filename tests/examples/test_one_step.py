@@ -7,7 +7,7 @@ import re
 import mlx.core as mx
 import pytest
 
-from tests.examples.playing import EXAMPLES, imported
+from tests.examples.running import EXAMPLES, imported
 
 
 @pytest.fixture(scope="module")

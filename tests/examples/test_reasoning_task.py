@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.playing import imported, played
+from tests.examples.running import imported, run_command
 
 if os.environ.get("TROUPE_REQUIRE_ORACLES") != "1":
     pytest.importorskip("reasoning_gym")
@@ -36,7 +36,7 @@ def test_the_verifier_scores_each_completion_by_its_own_task() -> None:
 
 @pytest.mark.slow
 def test_held_out_tasks_score_better_after_training(tmp_path: Path) -> None:
-    done = played("python examples/reasoning_task.py --max-steps 16", tmp_path)
+    done = run_command("python examples/reasoning_task.py --max-steps 16", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     told = re.search(
         r"^16 steps; the verifier on held-out tasks: ([\d.]+)% before, ([\d.]+)% after$", done.stdout, re.M

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.playing import imported, played
+from tests.examples.running import imported, run_command
 
 Coach = imported("supervisor.py").Coach
 
@@ -34,7 +34,7 @@ def test_a_high_mean_ends_the_run_and_then_nothing_more_is_asked() -> None:
 
 @pytest.mark.slow
 def test_what_breaks_costs_little_and_what_is_good_enough_ends_early(tmp_path: Path) -> None:
-    done = played("python examples/supervisor.py --output runs/shaken --fail-at 7 --good-enough 0.68", tmp_path)
+    done = run_command("python examples/supervisor.py --output runs/shaken --fail-at 7 --good-enough 0.68", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "start 1 of 3 failed: something broke; going on from the newest checkpoint" in done.stdout
     assert "good enough" in done.stdout
@@ -50,7 +50,7 @@ def test_what_breaks_costs_little_and_what_is_good_enough_ends_early(tmp_path: P
 
 @pytest.mark.slow
 def test_bad_input_is_told_and_not_tried_again(tmp_path: Path) -> None:
-    done = played("python examples/supervisor.py --output runs/none --max-steps 0", tmp_path)
+    done = run_command("python examples/supervisor.py --output runs/none --max-steps 0", tmp_path)
     assert done.returncode == 2
     assert "learner.max_steps" in done.stderr
     assert not (tmp_path / "runs").exists()

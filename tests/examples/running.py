@@ -34,8 +34,8 @@ def command(line: str) -> list[str]:
     return [*own.get(program, [program]), *words]
 
 
-def played(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Play a command line in `folder`, and wait for its end."""
+def run_command(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line in `folder`, and wait for its end."""
     return subprocess.run(
         command(line),
         cwd=folder,
