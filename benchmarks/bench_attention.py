@@ -77,16 +77,16 @@ def measure(shape: Shape, dtype: mx.Dtype) -> dict[str, Any]:
     B, S, P, n, H, K, d = shape
     layers = layers_of(shape, dtype)
     lengths, step, constants = mx.array([P] * S, mx.int32), mx.array([n], mx.int32), mx.array([1e-6, d**-0.5])
-    by_units = cuda_kernels.planned(B, H, K, d, dtype, P + n)
-    by_sums = cuda_kernels.planned(B, H, K, d, mx.float32, P + n)
+    by_units = cuda_kernels.plan_launch(B, H, K, d, dtype, P + n)
+    by_sums = cuda_kernels.plan_launch(B, H, K, d, mx.float32, P + n)
 
-    def attend(plan: cuda_kernels.Plan) -> list[mx.array]:
+    def attend(plan: cuda_kernels.Launch) -> list[mx.array]:
         return [
             cuda_kernels.attend(qkv, scales, turn, prompts, own, lengths, step, constants, plan=plan)
             for qkv, scales, turn, prompts, own in layers
         ]
 
-    def microseconds(plan: cuda_kernels.Plan) -> float:
+    def microseconds(plan: cuda_kernels.Launch) -> float:
         mx.synchronize()
         start_s = time.perf_counter()
         mx.eval(attend(plan), attend(plan))
@@ -113,7 +113,7 @@ def measure(shape: Shape, dtype: mx.Dtype) -> dict[str, Any]:
 def main() -> None:
     """Measure every shape and print the lines."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    if not cuda_kernels.are_here():
+    if not cuda_kernels.are_available():
         sys.exit("MLX has no NVIDIA card here")
     for shape in SHAPES:
         print(json.dumps(measure(shape, mx.bfloat16)), flush=True)

@@ -26,8 +26,8 @@ from troupe.policy.cuda_memory import bytes_on_card
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.safetensors import bytes_of, safetensors_chunks
 
-with_a_card = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
-without_a_card = pytest.mark.skipif(cuda_kernels.are_here(), reason="the driver is acted where there is none")
+with_a_card = pytest.mark.skipif(not cuda_kernels.are_available(), reason="MLX has no NVIDIA card here")
+without_a_card = pytest.mark.skipif(cuda_kernels.are_available(), reason="the driver is acted where there is none")
 
 
 class ActedDriver:
@@ -109,7 +109,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> ActedDriver:
 def test_the_same_bytes_come_in_full_blocks(driver: ActedDriver, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     plain = b"".join(map(bytes, safetensors_chunks(ARRAYS)))
     monkeypatch.setattr(cuda_memory, "BLOCK_BYTES", block)
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: True)
     assert b"".join(map(bytes, safetensors_chunks(ARRAYS))) == plain
     size = sum(array.nbytes for array in ARRAYS.values())
     assert driver.copied == [block] * (size // block) + [size % block] * (size % block > 0)
@@ -173,7 +173,7 @@ def test_a_checkpoint_with_an_array_that_was_moved_is_not_there(
         return [place + (next(moved) == len(asked)) for place in addresses(asked)]
 
     monkeypatch.setattr(cuda_memory, "_addresses", wander)
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: True)
     with pytest.raises(OSError, match="moved out of the card's memory"):
         save_checkpoint(tmp_path / "step-00000001", made(1))
     assert list(tmp_path.iterdir()) == []
@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_does_not_keep_the_engine(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, block)
 
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: True)
     monkeypatch.setattr(cuda_memory, "BLOCK_BYTES", 8)
     monkeypatch.setattr(files, "BLOCK_BYTES", 8)
     faults = []
@@ -232,7 +232,7 @@ def test_a_card_gives_the_same_bytes_and_keeps_its_arrays(monkeypatch: pytest.Mo
     before = cuda_memory._addresses(contiguous)
     got = b"".join(map(bytes, safetensors_chunks(arrays)))
     assert cuda_memory._addresses(contiguous) == before
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: False)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: False)
     assert got == b"".join(map(bytes, safetensors_chunks(arrays)))
 
 

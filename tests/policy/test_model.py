@@ -15,7 +15,7 @@ from tests.policy.test_folders import edit_json
 from troupe.errors import InputError, ModelError
 from troupe.policy.folders import read_model_folder
 from troupe.policy.model import Policy, load_policy, random_policy
-from troupe.policy.network.qwen3 import Qwen3Config
+from troupe.policy.network.architecture import Qwen3Config
 
 TIED, UNTIED = SHIPPED / "qwen3-tiny-tied", SHIPPED / "qwen3-tiny-untied"
 

@@ -330,7 +330,7 @@ def test_the_table() -> None:
 def test_a_gpu_counts_what_it_writes_out_and_copies(
     has_card: bool, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: has_card)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: has_card)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: has_card)
     monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
     policy = msgspec.structs.replace(POLICY, head_dim=128)

@@ -180,7 +180,7 @@ def tokenize_prompts(
     if variables and any(not isinstance(row.prompt, str) for row in dataset):
         unknown = tokenizer.unknown_variables(**variables)
         if unknown and not keeps_unknown:
-            told = tokenizer.told_unknown(unknown[0], **variables)
+            told = tokenizer.explain_unknown(unknown[0], **variables)
             raise ConfigError(f"data.chat_template_kwargs.{unknown[0]}: {told}")
         variables = {name: value for name, value in variables.items() if name not in unknown}
     encoded = []

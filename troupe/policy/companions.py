@@ -1,7 +1,6 @@
 """What lies beside the weights in a model folder and travels with them: configuration, tokenizer, chat template.
 
-Kept as bytes from the moment a model is loaded, so that what becomes of its folder afterwards touches nothing. Knows
-nothing of tensors but their type.
+Kept as bytes from the moment a model is loaded, so that what becomes of its folder afterwards touches nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +34,11 @@ RANK_FILE = ".tiktoken"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """The name, as in `DTYPES`, of a type that weights are held in."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 class Companions(msgspec.Struct, frozen=True):
     """Files by name. Links are followed, as everybody does who reads a model (the hub's cache is made of them): what is
     kept, and written, is what they lead to."""
@@ -64,7 +68,7 @@ class Companions(msgspec.Struct, frozen=True):
         """Whether a vocabulary is among them."""
         return any(name in ("tokenizer.json", "vocab.json") or name.endswith(RANK_FILE) for name in self.files)
 
-    def write_as_they_are(self, folder: Path) -> None:
+    def write_unchanged(self, folder: Path) -> None:
         """Write all of them into a folder that is there."""
         for name, content in self.files.items():
             _write(folder / name, content)
@@ -72,7 +76,7 @@ class Companions(msgspec.Struct, frozen=True):
     def write(self, folder: Path, config: Qwen3Config, weights: Weights) -> None:
         """Write them beside these weights: as they are, but for what config.json says of the weights that is not so;
         where there is none, it is made from `config`."""
-        self.write_as_they_are(folder)
+        self.write_unchanged(folder)
         content = self.files.get(CONFIG_FILE)
         if content is None:
             _write(folder / CONFIG_FILE, _formatted(config.to_dict()))
@@ -83,7 +87,7 @@ class Companions(msgspec.Struct, frozen=True):
 def _corrected(settings: dict[str, object], config: Qwen3Config, weights: Weights) -> dict[str, object]:
     """With the type that the weights are held in, in which transformers would load them, the head that they have, and
     the class of network that their names are those of."""
-    held = next(name for name, dtype in DTYPES.items() if dtype == weights[EMBEDDING].dtype)
+    held = dtype_name(weights[EMBEDDING].dtype)
     true: dict[str, object] = {key: held for key in ("dtype", "torch_dtype") if settings.get(key) not in (None, held)}
     if bool(settings.get("tie_word_embeddings")) != config.tie_word_embeddings:
         true["tie_word_embeddings"] = config.tie_word_embeddings

@@ -1,9 +1,4 @@
-"""Model folders as Hugging Face lays them out: config.json, safetensors whole or in shards, tokenizer files.
-
-Knows shapes and types of what lies in a folder, and reads only from the disk; the rest of what there is to know of one
-is next door: which files (`weight_files.py`), which names (`tensor_names.py`), what lies beside (`companions.py`).
-Knows nothing of where folders come from, of text, nor of training.
-"""
+"""Model folders as Hugging Face lays them out: config.json, safetensors whole or in shards, tokenizer files."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import InputError, ModelError
-from troupe.policy.companions import DTYPES, Companions
+from troupe.policy.companions import DTYPES, Companions, dtype_name
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
@@ -168,13 +163,12 @@ def _finite(
 
 
 def _what_is_not_finite(folder: Path, places: Mapping[str, _Stored], kept: mx.Dtype, bad: list[str]) -> str:
-    held = next(key for key, dtype in DTYPES.items() if dtype == kept)
     faults, is_room = [], True
     for name in bad:
         file, stored = places[name]
         was_finite = bool(mx.all(mx.isfinite(_load({name: places[name]})[name])).item())
         is_room &= was_finite
-        reason = f"not finite in {held}, which has no room for its numbers" if was_finite else "not finite"
+        reason = f"not finite in {dtype_name(kept)}, which has no room for its numbers" if was_finite else "not finite"
         faults.append(f"{stored}: {reason} (in {file.name})")
     remedy = (
         "hold the weights in another type (model.dtype, --dtype)"

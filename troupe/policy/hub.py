@@ -1,8 +1,7 @@
 """From what a user calls a model to a folder on this disk: a path, or an id of the Hugging Face hub.
 
-Knows how the hub's cache is laid out, so that models which other tools fetched are found without any dependency and
-without the network; fetches what is missing where `huggingface_hub` is installed (the extra `hub`). Knows nothing of
-what is in a folder but which files make it whole.
+Models that other tools fetched are found in the hub's cache without any dependency and without the network; what is
+missing is fetched where `huggingface_hub` is installed (the extra `hub`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import InputError, ModelError
-from troupe.policy.companions import DTYPES, GENERATION_CONFIG_FILE, Companions
+from troupe.policy.companions import DTYPES, GENERATION_CONFIG_FILE, Companions, dtype_name
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.requests import GenerationConfig
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
@@ -70,8 +70,7 @@ class Policy:
     @property
     def dtype(self) -> str:
         """The name, as in `DTYPES`, of the type that the weights are held in."""
-        held = self.weights[EMBEDDING].dtype
-        return next(name for name, dtype in DTYPES.items() if dtype == held)
+        return dtype_name(self.weights[EMBEDDING].dtype)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -229,7 +228,7 @@ class Policy:
         return stream_text(self, prompt, generation, _seed(seed))
 
     def save(self, path: str | Path, max_shard_bytes: int | None = MAX_SHARD_BYTES) -> None:
-        """Write the policy as a model folder; see `save_model_folder`."""
+        """Write the policy as a model folder, as `save_model_folder` does."""
         save_model_folder(path, self.config, self.weights, self.companions, max_shard_bytes)
 
 
@@ -256,7 +255,7 @@ def _id_rows(ids: mx.array | Sequence[Sequence[int]]) -> list[list[int]]:
 def load_policy(path: str | Path, dtype: str | None = None) -> Policy:
     """Read a model folder, or the one that a hub id such as "Qwen/Qwen3-0.6B" stands for → `Policy`.
 
-    See `read_model_folder` for `dtype` and errors, and `resolve_model` for hub ids.
+    `dtype` and errors are those of `read_model_folder` and `resolve_model`.
     """
     folder = resolve_model(path)
     config, weights = read_model_folder(folder, dtype)

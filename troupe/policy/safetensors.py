@@ -103,7 +103,7 @@ def safetensors_chunks(
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % _ALIGNMENT)
     yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    if cuda_kernels.are_here():  # the card has a memory of its own
+    if cuda_kernels.are_available():  # the card has a memory of its own
         yield from bytes_on_card(arrays.values())
     else:
         yield from (bytes_of(array) for array in arrays.values() if array.size)

@@ -1,7 +1,4 @@
-"""What the tensors of a model are called: the names that other tools give them, and what a set of names tells.
-
-One home for prefixes and for what is known of tensors that are not ours. Knows nothing of files and arrays.
-"""
+"""What the tensors of a model are called: the names that other tools give them, and what a set of names tells."""
 
 from __future__ import annotations
 
@@ -48,14 +45,14 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], lay
     `missing`: canonical names that no file has; `unexpected`: names as stored. `layers`: num_hidden_layers.
     """
     if adapters := [name for name in unexpected if _ADAPTER.search(name)]:
-        return f"it holds adapters beside the weights ({_some(adapters)}); fuse or merge first, then give the result"
+        return f"it holds adapters beside the weights ({some(adapters)}); fuse or merge first, then give the result"
     if quantized := [name for name in unexpected if _QUANTIZED.search(name)]:
         return (
-            f"its weights are quantized ({_some(quantized)}), and such weights cannot be trained; use the unquantized "
+            f"its weights are quantized ({some(quantized)}), and such weights cannot be trained; use the unquantized "
             "folder of this model"
         )
     if experts := [name for name in unexpected if ".experts." in name]:
-        return f"it holds a mixture of experts ({_some(experts)}); Troupe trains the dense Qwen3 models"
+        return f"it holds a mixture of experts ({some(experts)}); Troupe trains the dense Qwen3 models"
     if EMBEDDING in missing and (strange := [name for name in unexpected if name.endswith(_ANCHOR)]):
         prefix = strange[0].removesuffix(_ANCHOR)
         return (
@@ -68,7 +65,7 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], lay
             "where the embedding serves as the head"
         )
     if biases := [name for name in unexpected if name.endswith("_proj.bias")]:
-        return f"its projections have biases ({_some(biases)}), which Qwen3's do not; it is another kind of network"
+        return f"its projections have biases ({some(biases)}), which Qwen3's do not; it is another kind of network"
     if any(name.endswith("q_norm.weight") for name in missing) and not any("mlp" in name for name in missing):
         return "it has no norms of queries and keys (q_norm, k_norm), as Qwen3 does; it is another kind of network"
     stored = [int(match[1]) for name in unexpected if (match := _LAYER.match(canonical_name(name)))]
@@ -80,6 +77,7 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], lay
     return ""
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """The first of them, and how many more there are."""
     shown = sorted(names)[:_SHOWN]
     return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

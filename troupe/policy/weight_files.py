@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.tensor_names import some
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -30,7 +30,6 @@ _OTHER_FORMATS = (
     ("*.msgpack", "Flax's format; save it anew with transformers, whose save_pretrained writes safetensors"),
     ("*.onnx", "a graph that cannot be trained; take the model's folder of safetensors"),
 )
-_SHOWN = 3
 
 
 def check_folder(folder: Path) -> None:
@@ -124,16 +123,16 @@ def _instead(folder: Path) -> str:
     """What else there is, and what can be done with it."""
     names = _names(folder)
     if broken := [file.name for file in sorted(folder.iterdir()) if not file.exists()]:
-        return f", but links that lead nowhere ({_listed(broken)}); copy, or fetch, what they stand for"
+        return f", but links that lead nowhere ({some(broken)}); copy, or fetch, what they stand for"
     if others := [name for name in names if name.endswith(".safetensors")]:
         rename = WEIGHTS_FILE if len(others) == 1 else "model-00001-of-0000N.safetensors and so on"
         return (
-            f", but safetensors under other names ({_listed(others)}); if they are this model's weights, rename to "
+            f", but safetensors under other names ({some(others)}); if they are this model's weights, rename to "
             f"{rename}"
         )
     for pattern, meaning in _OTHER_FORMATS:
         if others := [name for name in names if PurePosixPath(name).match(pattern)]:
-            return f", but {_listed(others)}, {meaning}"
+            return f", but {some(others)}, {meaning}"
     return f"; copy the model's weights beside {CONFIG_FILE}"
 
 
@@ -153,8 +152,3 @@ def _base_model(folder: Path) -> str:
     named = [settings.get(key) for key in ("base_model_name_or_path", "model")]  # PEFT's and mlx-lm's
     base = next((name for name in named if isinstance(name, str) and name), None)
     return "its base model" if base is None else f"its base model {base}"
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = list(names)[:_SHOWN]
-    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

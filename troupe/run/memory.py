@@ -252,7 +252,7 @@ def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
         is_filtering=Sampler(generation).is_filtering,
         writes_scores=not attention_is_fused(policy.head_dim, work.dtype, gradient=False, on_cpu=work.on_cpu),
         in_blocks=work.on_cpu,
-        copies_updates=not work.on_cpu and not cuda_kernels.serve(*heads),
+        copies_updates=not work.on_cpu and not cuda_kernels.can_serve(*heads),
     )
     return needed if generation.memory_limit_gb is None else min(needed, round(generation.memory_limit_gb * GB))
 

@@ -16,7 +16,7 @@ from troupe.policy.decode.sampling import Sampler
 from troupe.policy.model import Policy
 from troupe.policy.network.qwen3 import fuse_projections
 
-pytestmark = pytest.mark.skipif(not cuda_kernels.are_here(), reason="MLX has no NVIDIA card here")
+pytestmark = pytest.mark.skipif(not cuda_kernels.are_available(), reason="MLX has no NVIDIA card here")
 
 
 def config(heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Qwen3Config:
@@ -91,7 +91,7 @@ def test_so_are_they_however_the_work_is_divided(
 ) -> None:
     policy = random_policy(config(**shape), dtype="bfloat16")
     heads = policy.config.num_attention_heads, policy.config.num_key_value_heads, policy.config.head_dim
-    plan = cuda_kernels.planned(len(lengths) * width, *heads, mx.bfloat16, max(lengths))
+    plan = cuda_kernels.plan_launch(len(lengths) * width, *heads, mx.bfloat16, max(lengths))
     assert (plan.by_units, plan.block[1], plan.splits) == (True, team, splits)
     assert largest_difference(policy, lengths, width) < 5e-2
 
@@ -101,7 +101,7 @@ def test_a_draw_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     uniforms = mx.random.uniform(shape=(256,), key=mx.random.key(1))
     sampler = Sampler(GenerationConfig(temperature=0.7), frozenset())
     ids, log_probs = drawing.draw_tokens(sampler, logits, uniforms)
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: False)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: False)
     plain_ids, _ = drawing.draw_tokens(sampler, logits, uniforms)
     far = mx.abs(ids.astype(mx.int32) - plain_ids.astype(mx.int32))
     assert number(mx.sum(far == 0)) >= 250, "sums of 151,936 numbers are rounded differently"

@@ -18,24 +18,24 @@ def shared_bytes(group: int, head_dim: int) -> int:
 
 
 def test_heads_that_fit_into_shared_memory_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: True)
     for group in range(1, 7):
         for head_dim in (64, 128, 256):
             fits = shared_bytes(group, head_dim) <= SHARED
-            assert cuda_kernels.serve(8 * group, 8, head_dim) == fits, (group, head_dim)
-    assert not cuda_kernels.serve(48, 8, 256)
-    assert cuda_kernels.serve(40, 8, 256)
+            assert cuda_kernels.can_serve(8 * group, 8, head_dim) == fits, (group, head_dim)
+    assert not cuda_kernels.can_serve(48, 8, 256)
+    assert cuda_kernels.can_serve(40, 8, 256)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(56, 64), (8, 96), (8, 192), (8, 320), (16, 32)])
 def test_other_heads_are_left_to_the_plain_cache(heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: True)
-    assert not cuda_kernels.serve(heads, 8, head_dim)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: True)
+    assert not cuda_kernels.can_serve(heads, 8, head_dim)
 
 
 def test_nothing_is_served_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "are_here", lambda: False)
-    assert not cuda_kernels.serve(16, 8, 128)
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: False)
+    assert not cuda_kernels.can_serve(16, 8, 128)
 
 
 @pytest.mark.parametrize("has_units", [True, False])
@@ -47,7 +47,7 @@ def test_every_row_and_all_of_its_context_has_a_block(
     monkeypatch.setattr(cuda_kernels, "_have_matrix_units", lambda: has_units)
     for rows in (1, 3, 8, 31, 256, 1000):
         for context in (1, 100, 2047, 2048, 5000, 40_000):
-            plan = cuda_kernels.planned(rows, heads, 8, head_dim, dtype, context)
+            plan = cuda_kernels.plan_launch(rows, heads, 8, head_dim, dtype, context)
             blocks = [-(-all_ // each) for all_, each in zip(plan.grid, plan.block, strict=True)]
             threads = plan.block[0] * plan.block[1] * plan.block[2]
             assert 1 <= plan.splits <= max(1, context // 128)
@@ -71,7 +71,7 @@ def test_few_rows_have_teams_and_long_contexts_several_blocks(monkeypatch: pytes
     monkeypatch.setattr(cuda_kernels, "_have_matrix_units", lambda: True)
 
     def team_and_splits(rows: int, context: int) -> tuple[int, int]:
-        plan = cuda_kernels.planned(rows, 16, 8, 128, mx.bfloat16, context)
+        plan = cuda_kernels.plan_launch(rows, 16, 8, 128, mx.bfloat16, context)
         return plan.block[1], plan.splits
 
     assert [team_and_splits(rows, 500) for rows in (256, 128, 64, 32, 1)] == [(1, 1), (1, 1), (2, 1), (4, 1), (8, 1)]

@@ -21,7 +21,8 @@ from troupe.policy.decode.memory import fused_copy_bytes
 from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.model import Policy, load_policy, random_policy
-from troupe.policy.network.qwen3 import Qwen3Config, init_weights
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.qwen3 import init_weights
 
 CONFIG = Qwen3Config(
     vocab_size=61,

@@ -18,7 +18,7 @@ from troupe.policy.decode.drawing import NOISE_BLOCK, noise_block, row_key
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.requests import Completion, GenerationConfig, RolloutRequest
 from troupe.policy.model import load_policy, random_policy
-from troupe.policy.network.qwen3 import Qwen3Config
+from troupe.policy.network.architecture import Qwen3Config
 
 CONFIG = Qwen3Config(
     vocab_size=61,

@@ -23,7 +23,8 @@ from troupe.policy.decode.memory import (
 from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
 from troupe.policy.model import random_policy
 from troupe.policy.network import gpu_attention
-from troupe.policy.network.qwen3 import EMBEDDING, Qwen3Config, fuse_projections
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.qwen3 import EMBEDDING, fuse_projections
 
 
 def config_of(**sizes: int) -> Qwen3Config:

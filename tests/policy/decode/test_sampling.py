@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import troupe  # noqa: F401 – loads OpenBLAS before mlx
 from tests.policy.distributions import INF, chi_square, kept, log
 from tests.test_oracles import oracle
-from troupe.policy.decode import sampling
+from troupe.policy.decode import filters
 from troupe.policy.decode.sampling import Sampler, SamplingConfig, categorical_sample
 
 
@@ -397,16 +397,16 @@ def call_edge(name: str, value: Any) -> mx.array:
     logprobs = EDGE_LOGITS
     calls: dict[str, Callable[[], mx.array]] = {
         "temperature": lambda: categorical_sample(logprobs, value, mx.random.key(0)),
-        "top_k": lambda: sampling.apply_top_k(logprobs, value),
-        "top_p": lambda: sampling.apply_top_p(logprobs, value),
-        "min_p": lambda: sampling.apply_min_p(logprobs, value),
-        "min_tokens_to_keep": lambda: sampling.apply_min_p(logprobs, 0.0, value),
-        "xtc_probability": lambda: sampling.apply_xtc(logprobs, value, 0.1),
-        "xtc_threshold": lambda: sampling.apply_xtc(logprobs, 0.0, value),
-        "logit_bias": lambda: sampling.apply_logit_bias(logprobs, value),
+        "top_k": lambda: filters.apply_top_k(logprobs, value),
+        "top_p": lambda: filters.apply_top_p(logprobs, value),
+        "min_p": lambda: filters.apply_min_p(logprobs, value),
+        "min_tokens_to_keep": lambda: filters.apply_min_p(logprobs, 0.0, value),
+        "xtc_probability": lambda: filters.apply_xtc(logprobs, value, 0.1),
+        "xtc_threshold": lambda: filters.apply_xtc(logprobs, 0.0, value),
+        "logit_bias": lambda: filters.apply_logit_bias(logprobs, value),
     }
     for kind in ("repetition", "presence", "frequency"):
-        apply = getattr(sampling, f"apply_{kind}_penalty")
+        apply = getattr(filters, f"apply_{kind}_penalty")
         calls[f"{kind}_penalty"] = partial(apply, logprobs, EDGE_RECENT, value)
         calls[f"{kind}_context_size"] = partial(apply, logprobs, EDGE_RECENT, 1.5, value)
     return calls[name]()
@@ -469,14 +469,14 @@ class TestMlxLm:
         for seed in range(10):
             logprobs = oracle_logprobs(seed, V, has_ties)
             pairs = [
-                (sampling.apply_top_k(logprobs, 5), mlx_lm.apply_top_k(logprobs, 5)),
-                (sampling.apply_min_p(logprobs, 0.07), mlx_lm.apply_min_p(logprobs, 0.07)),
-                (sampling.apply_min_p(logprobs, 0.9, 4), mlx_lm.apply_min_p(logprobs, 0.9, 4)),
-                (sampling.apply_xtc(logprobs, 1.0, 0.03), mlx_lm.apply_xtc(logprobs, 1.0, 0.03, [])),
-                (sampling.apply_xtc(logprobs, 1.0, 0.03, [3]), mlx_lm.apply_xtc(logprobs, 1.0, 0.03, [3])),
+                (filters.apply_top_k(logprobs, 5), mlx_lm.apply_top_k(logprobs, 5)),
+                (filters.apply_min_p(logprobs, 0.07), mlx_lm.apply_min_p(logprobs, 0.07)),
+                (filters.apply_min_p(logprobs, 0.9, 4), mlx_lm.apply_min_p(logprobs, 0.9, 4)),
+                (filters.apply_xtc(logprobs, 1.0, 0.03), mlx_lm.apply_xtc(logprobs, 1.0, 0.03, [])),
+                (filters.apply_xtc(logprobs, 1.0, 0.03, [3]), mlx_lm.apply_xtc(logprobs, 1.0, 0.03, [3])),
             ]
             pairs += [
-                (sampling.apply_top_p(logprobs, p), mlx_lm.apply_top_p(logprobs, p)) for p in (0.1, 0.53, 0.9, 0.987)
+                (filters.apply_top_p(logprobs, p), mlx_lm.apply_top_p(logprobs, p)) for p in (0.1, 0.53, 0.9, 0.987)
             ]
             for ours, theirs in pairs:
                 if has_ties:

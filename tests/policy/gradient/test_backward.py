@@ -17,9 +17,10 @@ from tests.policy.network.test_completions import COMPLETIONS, CONFIGS, GROUP, P
 from troupe.policy.gradient.backward import completion_gradients
 from troupe.policy.gradient.chunks import side_by_side
 from troupe.policy.network import head
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.completions import completion_statistics
 from troupe.policy.network.head import TokenStatistics
-from troupe.policy.network.qwen3 import Qwen3Config, Weights, expected_shapes, init_weights
+from troupe.policy.network.qwen3 import Weights, expected_shapes, init_weights
 from troupe.policy.network.rotary import YarnScaling
 
 __all__ = ["device_path"]

@@ -144,7 +144,7 @@ def _tokenizer(setup: Setup) -> Tokenizer:
     if not setup.tokenizer_files:
         return Tokenizer.from_pretrained(setup.tokenizer)
     with TemporaryDirectory(prefix="troupe-tokenizer-") as folder:
-        Companions(setup.tokenizer_files).write_as_they_are(Path(folder))
+        Companions(setup.tokenizer_files).write_unchanged(Path(folder))
         return Tokenizer.from_pretrained(folder)
 
 

@@ -2,7 +2,7 @@
 
 A prompt's keys and values are computed once and lie once in memory, in a *slot*; the `width` rows of that slot read
 them together, as one matrix product. What each row has sampled itself lies in preallocated blocks, written in place.
-All rows are equally far into their completions, so one length serves all. Knows nothing of sampling and stopping.
+All rows are equally far into their completions, so one length serves all.
 
 Shapes: S slots, w rows a slot, B = S·w rows in slot order, H query heads, K key/value heads, R = H/K, d head size,
 P longest prompt, N places for own tokens.
@@ -17,9 +17,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.cpu_attention import attention, block_size, query_blocks
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
-from troupe.policy.network.qwen3 import Qwen3Config, Weights, WholeRows, hidden_states
+from troupe.policy.network.qwen3 import Weights, WholeRows, hidden_states
 
 BLOCK = 64
 """Places by which the room for own tokens grows."""
@@ -37,7 +38,7 @@ class PromptCache(WholeRows):
         self.values: list[mx.array] = []
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention.attend`; keeps k and v, (prompts, K, P, d), of one layer after the other."""
+        """Keeps k and v, (prompts, K, P, d), of one layer after the other."""
         self.keys.append(mx.contiguous(k))  # not a view, which would hold queries and all
         self.values.append(mx.contiguous(v))
         if k.shape[0] * k.shape[2] >= PACED_TOKENS:
@@ -74,7 +75,6 @@ class PiecedPromptCache(PromptCache):
         return last
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention.attend`."""
         keys, values = self._write(self.keys, layer, k), self._write(self.values, layer, v)
         mx.async_eval(self.keys[layer], self.values[layer])  # type: ignore[no-untyped-call]
         mx.eval(self.keys[layer - 1 : layer])  # as for prompts that are computed whole
@@ -154,7 +154,7 @@ class DecodingCache:
         return hidden
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention.attend`; T = 1. Call `advance` when every layer has seen the token."""
+        """T = 1. Call `advance` when every layer has seen the token."""
         prompt_keys, prompt_values = self._prompt_keys[layer], self._prompt_values[layer]
         S, K, P, d = prompt_keys.shape
         B, H = q.shape[:2]

@@ -1,6 +1,6 @@
 """Decoding on NVIDIA cards with kernels of our own: the same network and the same cache, in a third of the launches.
 
-Shapes as in `cache.py`. Knows nothing of sampling and stopping.
+Shapes as in `cache.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import BLOCK, DecodingCache, PromptCache
-from troupe.policy.network.qwen3 import EMBEDDING, FINAL_NORM, Qwen3Config, Weights
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.qwen3 import EMBEDDING, FINAL_NORM, Weights
 from troupe.policy.network.rotary import attention_factor, inverse_frequencies
 
 _WORTH_COMPILING = 8
@@ -31,11 +32,10 @@ class CudaDecodingCache(DecodingCache):
 
     @property
     def arrays(self) -> list[mx.array]:
-        """See `DecodingCache.arrays`."""
         return [*self._prompt_keys, *self._prompt_values, *self._own]
 
     def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
-        """See `DecodingCache.forward`. `weights` are those of `fuse_projections`."""
+        """As `DecodingCache.forward`, with weights of `fuse_projections`."""
         lengths, step = mx.array(self._prompt_lengths, mx.int32), mx.array([self.length], mx.int32)
         frequencies = mx.array(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
         angles, factor = (lengths + step)[:, None] * frequencies, attention_factor(config.rope_scaling)
@@ -44,7 +44,7 @@ class CudaDecodingCache(DecodingCache):
         x = weights[EMBEDDING][ids]
         for index in range(config.num_hidden_layers):
             self._make_room(index, x.dtype)
-        plan = cuda_kernels.planned(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
+        plan = cuda_kernels.plan_launch(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
         shape = plan, self._own[0].shape
         if shape != self._shape:
             self._shape, self._steps, self._layers = shape, 0, partial(_through_layers, config, plan)
@@ -56,7 +56,6 @@ class CudaDecodingCache(DecodingCache):
         return y
 
     def select(self, slots: Sequence[int], rows: Sequence[int], width: int) -> None:
-        """See `DecodingCache.select`."""
         super().select(slots, rows, width)
         index = mx.array(list(rows))
         self._own = [mx.contiguous(x[index]) for x in self._own]
@@ -76,7 +75,7 @@ class CudaDecodingCache(DecodingCache):
 
 def _through_layers(
     config: Qwen3Config,
-    plan: cuda_kernels.Plan,
+    plan: cuda_kernels.Launch,
     x: mx.array,
     weights: Weights,
     kept: tuple[list[mx.array], list[mx.array], list[mx.array]],

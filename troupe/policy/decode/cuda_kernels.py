@@ -3,7 +3,7 @@
 A decoding step of a small model costs what its launches cost, not what it computes. MLX compiles the sources, in the
 folder `cuda`, when they are first used, once for each type and kind of head: numbers of rows and tokens are told when
 they run. Each kernel has its plain twin in MLX's own operations (`qwen3.py`, `cache.py`, `drawing.py`), which serves
-every other device and is what the tests compare with. Knows nothing of requests, weights and caches.
+every other device and is what the tests compare with.
 
 Attention has two: by the matrix units, for the 16-bit types of cards that have them, and by sums for all else. Whoever
 reads them may begin with the one by sums.
@@ -69,12 +69,12 @@ def _kernel(name: str) -> Any:
     return mx.fast.cuda_kernel(name=f"troupe_{name}", input_names=inputs, output_names=outputs, source=source)
 
 
-def are_here() -> bool:
+def are_available() -> bool:
     """Whether these kernels can be used: MLX computes on an NVIDIA card."""
     return mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """How the work of `attend` is divided."""
 
     by_units: bool
@@ -87,27 +87,27 @@ class Plan(NamedTuple):
     """Blocks that share the context of a row's heads."""
 
 
-def serve(heads: int, kv_heads: int, head_dim: int) -> bool:
+def can_serve(heads: int, kv_heads: int, head_dim: int) -> bool:
     """Whether `attend` knows heads of this kind, here: a warp each for a group's queries, key and value, and what all
     warps share of the queries in 48 KiB."""
     group = heads // kv_heads
-    return are_here() and head_dim in _HEAD_SIZES and group <= 6 and group * head_dim <= _LARGEST_GROUP
+    return are_available() and head_dim in _HEAD_SIZES and group <= 6 and group * head_dim <= _LARGEST_GROUP
 
 
-def planned(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, context: int) -> Plan:
+def plan_launch(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, context: int) -> Launch:
     """How to divide the work of so many rows, of which the longest sees `context` tokens."""
     pairs = rows * kv_heads
     group = heads // kv_heads
     if dtype.size > 2 or group * head_dim > _LARGEST_GROUP_OF_UNITS or not _have_matrix_units():
         splits = max(1, min(_BLOCKS_WANTED // pairs, context // _LEAST_SPLIT))
-        return Plan(False, (pairs * splits * _THREADS, 1, 1), (_THREADS, 1, 1), splits)
+        return Launch(False, (pairs * splits * _THREADS, 1, 1), (_THREADS, 1, 1), splits)
     team = 1
     while team < _LARGEST_TEAM and pairs * team < _WARPS_WANTED:
         team *= 2
     together, splits = max(1, _WARPS_AT_ONCE // team), 1
     if context >= _WORTH_JOINING:
         splits = max(1, min(_WARPS_WANTED // (pairs * team), context // _LEAST_OF_BLOCK))
-    return Plan(True, (32 * -(-pairs // together), team * splits, together), (32, team, together), splits)
+    return Launch(True, (32 * -(-pairs // together), team * splits, together), (32, team, together), splits)
 
 
 @cache
@@ -126,7 +126,7 @@ def attend(
     step: mx.array,
     constants: mx.array,
     *,
-    plan: Plan,
+    plan: Launch,
 ) -> mx.array:
     """The new token of every row: projections (B, (H + 2·K)·d) → attention (B, H·d).
 

@@ -1,6 +1,6 @@
 """The engine's dice: which uniform number belongs to which token, and the draw that it decides.
 
-Knows nothing of requests and stopping. A row's numbers are a hash of its key and the token's position, the same on
+A row's numbers are a hash of its key and the token's position, the same on
 every device and whatever stands beside it in a batch.
 """
 
@@ -58,7 +58,7 @@ def draw_tokens(
         ids, sampled = sampler.choose(adjusted, uniforms, filter_uniforms)
         chosen = mx.take_along_axis(log_probs, ids[:, None], axis=-1)[:, 0]
         return [ids, chosen, sampled] if sampler.is_filtering else [ids, chosen]
-    if cuda_kernels.are_here():
+    if cuda_kernels.are_available():
         return list(cuda_kernels.draw(logits, uniforms, sampler.config.temperature))
     scaled = logits.astype(mx.float32)
     if sampler.config.temperature != 1.0:

@@ -21,9 +21,10 @@ from troupe.policy.decode.memory import decode_memory_bytes, split_into_waves
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.decode.stopping import StopRules
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.gpu_attention import attention_is_fused
-from troupe.policy.network.qwen3 import EMBEDDING, Qwen3Config, Weights, fuse_projections
+from troupe.policy.network.qwen3 import EMBEDDING, Weights, fuse_projections
 from troupe.policy.text.tokenizer import Tokenizer
 
 
@@ -116,7 +117,7 @@ class RolloutEngine:
         self._loaded = self._prepared = None
 
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
-        """What decoding prompts of these lengths together takes beside the weights; see `decode_memory_bytes`."""
+        """What decoding prompts of these lengths together takes beside the weights."""
         assert self._loaded is not None
         config, dtype = self.config, self._loaded[0][EMBEDDING].dtype
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -130,7 +131,7 @@ class RolloutEngine:
             is_filtering=self.sampler.is_filtering,
             writes_scores=self._writes_scores(),
             in_blocks=is_on_cpu(),
-            copies_updates=not is_on_cpu() and not cuda_kernels.serve(*heads),
+            copies_updates=not is_on_cpu() and not cuda_kernels.can_serve(*heads),
         )
 
     def _writes_scores(self) -> bool:
@@ -171,13 +172,13 @@ class RolloutEngine:
             yield []
             while more:
                 self.tokens += 1
-                if completed := list(wave.take_completed()):
+                if completed := list(wave.pop_completed()):
                     yield completed
                 if self._aborted.is_set():
                     wave.abandon()
                     break
                 more = wave.advance()
-            if completed := list(wave.take_completed()):
+            if completed := list(wave.pop_completed()):
                 yield completed
 
     def _stream(self, request: RolloutRequest) -> Iterator[int]:

@@ -1,6 +1,6 @@
 """What makes tokens unlikelier or impossible: filters, penalties and logit bias. Arrays in, arrays out.
 
-Knows nothing of temperature, draws, and which ids came before. Shapes are (V,) or (B, V), V the vocabulary; what a
+Shapes are (V,) or (B, V), V the vocabulary; what a
 filter removes becomes −inf. `sampling.py` says in which order they act.
 """
 

@@ -31,7 +31,8 @@ from troupe.policy.decode.requests import (
 )
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.decode.stopping import StopRules, StopWatch
-from troupe.policy.network.qwen3 import Qwen3Config, Weights, hidden_states, project
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.qwen3 import Weights, hidden_states, project
 
 COMPACT_EVERY = 8
 """Finished rows leave the batch only at token positions that this divides."""
@@ -134,7 +135,7 @@ class Wave:
         for row in (row for slot in self._slots for row in slot if row.finish_reason is None):
             row.finish_reason = "aborted"
 
-    def take_completed(self) -> Iterator[CompletedGroup]:
+    def pop_completed(self) -> Iterator[CompletedGroup]:
         """The groups that ended since the last call, in request order."""
         for index in list(self._waiting):
             group = self.groups[index]
@@ -172,7 +173,7 @@ class Wave:
             parts.append(part)
             hidden.append(last)
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kind = CudaDecodingCache if cuda_kernels.serve(*heads) else DecodingCache
+        kind = CudaDecodingCache if cuda_kernels.can_serve(*heads) else DecodingCache
         self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
         return mx.concatenate(hidden)
 

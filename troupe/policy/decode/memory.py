@@ -1,6 +1,6 @@
 """How much memory a decode takes, and what is computed together: functions of lengths and settings alone.
 
-Knows nothing of tokens, weights and how much memory is free at the moment: the same run makes the same batches.
+How much memory is free at the moment does not count: the same run makes the same batches.
 
 Held: keys and values, 2·K·d·L numbers for each of S·P prompt places (P the longest prompt) and of S·G·N places for
 own tokens (N the most that a row may have). Besides, the larger of
@@ -21,13 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.cpu_attention import block_size
-from troupe.policy.network.qwen3 import Qwen3Config
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens, padding included, that are prefilled at once."""
-
-
 WHOLE_PROMPT = 2048
 """Up to so many places a portion of prompts is computed in one piece, also where scores are written out."""
 PIECE_TOKENS = 1024

@@ -1,8 +1,7 @@
 """Choosing the next token: penalties, temperature, filters and the draw. Arrays in, arrays out.
 
-The penalties and filters themselves are next door in `filters.py`. Knows nothing of models, text, batches of
-requests, which tokens came before or which random key belongs to which row: callers bring logits, recent ids and
-randomness. Shapes are (V,) or (B, V), V the vocabulary; what a filter removes becomes −inf.
+Callers bring logits, recent ids and randomness. Shapes are (V,) or (B, V), V the vocabulary; what a filter removes
+becomes −inf.
 
 Order, stated once (docs/sampling.md has the table of edge values): logit bias, repetition, presence and frequency
 penalty (`Sampler.adjust`), temperature (`Sampler.scale`), top_k, top_p, min_p, XTC (`Sampler.filter`), the draw.
@@ -25,9 +24,7 @@ from troupe.policy.decode.filters import (
     apply_min_p,
     apply_presence_penalty,
     apply_repetition_penalty,
-    apply_top_k,
     apply_top_p,
-    apply_xtc,
     check_bias,
     check_min_p,
     check_repetition,
@@ -38,21 +35,6 @@ from troupe.policy.decode.filters import (
     mark,
 )
 from troupe.policy.network.elementwise import exp, is_on_cpu
-
-__all__ = [
-    "GREEDY_BELOW",
-    "Sampler",
-    "SamplingConfig",
-    "apply_frequency_penalty",
-    "apply_logit_bias",
-    "apply_min_p",
-    "apply_presence_penalty",
-    "apply_repetition_penalty",
-    "apply_top_k",
-    "apply_top_p",
-    "apply_xtc",
-    "categorical_sample",
-]
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this act as 0, the most likely token: dividing by less would overflow float32 logits."""

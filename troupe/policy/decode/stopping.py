@@ -1,6 +1,6 @@
 """When a completion ends before its length limit: stop ids, stop strings, repetition. Host side, one token at a time.
 
-Knows nothing of arrays and batches. A completion keeps the token that ended it, so the text of one that a stop string
+A completion keeps the token that ended it, so the text of one that a stop string
 ended keeps that string, and whatever else its last token holds behind it: what is scored is what is trained.
 """
 

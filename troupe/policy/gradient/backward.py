@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import mlx.core as mx
 
 from troupe.policy.gradient.chunks import Chunk, Gradients
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
 from troupe.policy.network.embedding import embed, sum_by_id
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward
@@ -26,7 +27,6 @@ from troupe.policy.network.qwen3 import (
     FINAL_NORM,
     HEAD,
     LayerWeights,
-    Qwen3Config,
     Rotation,
     Weights,
     attention_inputs,

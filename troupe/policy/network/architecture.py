@@ -1,6 +1,6 @@
 """What a Qwen3 network is made of: sizes and constants, as `config.json` names them, and the published sizes.
 
-Knows which settings change the arithmetic and refuses those that are not here. Knows nothing of arrays and files.
+Settings that would change the arithmetic into one that is not here are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.network.rope_settings import DEFAULT_ROPE_THETA, rope_settings
+from troupe.policy.network.rope_settings import DEFAULT_ROPE_THETA, convert_by_key, rope_settings
 from troupe.policy.network.rotary import YarnScaling
 
 ARCHITECTURE = "Qwen3ForCausalLM"
@@ -85,13 +85,7 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
         for key in _REQUIRED:
             if key not in known:
                 raise ModelError(f"{key}: missing; a Qwen3 config.json must name it")
-        for field in msgspec.structs.fields(cls):  # one at a time, so that the message can name the key
-            if field.name in known:
-                try:
-                    msgspec.convert(known[field.name], field.type)
-                except msgspec.ValidationError as error:
-                    raise ModelError(f"{field.name}: {known[field.name]!r} is refused: {error}") from None
-        config = msgspec.convert(known, cls)
+        config = convert_by_key(known, cls)
         if (scaling := config.rope_scaling) is None or scaling.max_positions <= config.max_position_embeddings:
             return config
         return msgspec.structs.replace(config, max_position_embeddings=scaling.max_positions)

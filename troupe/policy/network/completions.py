@@ -1,15 +1,13 @@
-"""How likely given completions are to a policy: the learner's forward pass.
-
-Knows no loss, no batch and no text.
-"""
+"""How likely given completions are to a policy: the learner's forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.head import TokenStatistics, token_statistics
 from troupe.policy.network.packing import Packing
-from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Qwen3Config, Weights, hidden_states
+from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, hidden_states
 
 
 def completion_statistics(

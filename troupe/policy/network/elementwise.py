@@ -2,7 +2,7 @@
 
 MLX's own exponential takes 10–20 ns a number on a CPU, which made up a third of a decoding step. Here a polynomial,
 fused into one loop by `mx.compile`, takes 2–4 ns. On other devices, in other types and where no compiler is installed,
-MLX's own functions are used. Knows nothing of models. Everything is differentiable.
+MLX's own functions are used. Everything is differentiable.
 
 Argument reduction after Cody and Waite, then Taylor's polynomial of degree 6: relative error below 4e-7.
 """

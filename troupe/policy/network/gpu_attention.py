@@ -1,7 +1,7 @@
 """Attention within whole rows on a GPU: MLX's fused kernels, and where there are none, in portions.
 
 Where MLX has no fused kernel it writes all scores out, its gradient several times: too much for whole batches. What
-MLX 0.32 fuses, and where, is known here alone. Knows rectangles, nothing of packing or models.
+MLX 0.32 fuses, and where, is known here alone.
 
 Shapes: R rows, H query heads, K key/value heads, S places, d head size.
 """

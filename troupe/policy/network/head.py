@@ -2,7 +2,7 @@
 
 M tokens times a vocabulary of 151,936 logits would fill gigabytes, several times over when differentiated. Here the
 vocabulary is taken in blocks, forwards and, with a gradient of its own, backwards, where each block's logits are
-computed again. Knows no model and no loss.
+computed again.
 
 Shapes: M tokens, D hidden size, V vocabulary. Logits have the type of the weights, all that follows is float32.
 """

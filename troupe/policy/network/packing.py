@@ -84,7 +84,7 @@ class Packing:
         return self._rows.spread(ordered)
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention.attend`: all (1, heads, N, d)."""
+        """All (1, heads, N, d)."""
         if self._whole_rows is not None:
             return self.attend_keeping(q, k, v, scale)[0]
 
@@ -157,7 +157,7 @@ class Packing:
         normalizer: mx.array,
         mean: mx.array,
     ) -> list[mx.array]:
-        """All (N, heads, d), the last two (N, H); see `_attend_in_parts` and `attention_gradient`."""
+        """The cotangents for `_attend_in_parts`: all (N, heads, d), the last two arguments (N, H)."""
         blocks_of_prompts, blocks_of_completions = self._blocks(q.shape[1] // k.shape[1])
         each = (q, k, v, normalizer, o_grad, mean)
         prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in each), strict=True)
@@ -196,7 +196,7 @@ def _attend_in_whole_rows(rows: WholeRows, q: mx.array, k: mx.array, v: mx.array
 def _gradient_in_whole_rows(
     rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array
 ) -> list[mx.array]:
-    """All (N, heads, d); see `_attend_in_whole_rows`."""
+    """The cotangents for `_attend_in_whole_rows`, all (N, heads, d)."""
     q, k, v = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v))
     grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2))
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]

@@ -1,7 +1,7 @@
 """The Qwen3 network as pure functions over a flat dict of arrays named as in Hugging Face folders.
 
-Knows the arithmetic and the shapes of every tensor. Knows nothing of files, tokenizers, sampling or losses; nor of
-which tokens see each other: whoever decodes step by step, or packs many rows into one, passes its own `Attention`.
+Which tokens see each other is not said here: whoever decodes step by step, or packs many rows into one, passes its own
+`Attention`.
 
 Shapes: B rows, T tokens, D hidden size, V vocabulary, H query heads, K key/value heads, d head size.
 
@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config as Qwen3Config  # where callers look for it
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu, swiglu
 from troupe.policy.network.embedding import embed
 from troupe.policy.network.rotary import attention_factor, inverse_frequencies
@@ -90,7 +90,6 @@ class WholeRows:
     offset: int | mx.array = 0
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention.attend`."""
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 

@@ -1,12 +1,9 @@
-"""What a config.json says of rotary positions, wherever it says it; what is not understood is refused by its key.
-
-Knows the forms that folders have it in. Knows nothing of frequencies, which are next door in `rotary.py`.
-"""
+"""What a config.json says of rotary positions, wherever it says it; what is not understood is refused by its key."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,6 +12,8 @@ from troupe.policy.network.rotary import YarnScaling
 
 DEFAULT_ROPE_THETA = 10000.0
 """Where nothing names it: transformers' own, which its older versions leave out when they write a config.json."""
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 _UNSAID = object()
 _PLACES = ("rope_scaling", "rope_parameters")
@@ -96,13 +95,18 @@ def _yarn(key: str, given: Mapping[str, Any], settings: Mapping[str, Any]) -> Ya
         raise ModelError(f"{key}.factor: missing; YaRN must be told how far to stretch, such as 4.0")
     trained = settings.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
     scaling["original_max_position_embeddings"] = trained or settings.get("max_position_embeddings", 32768)
-    for field in msgspec.structs.fields(YarnScaling):  # one at a time, so that the message can name the key
-        if field.name in scaling:
-            try:
-                msgspec.convert(scaling[field.name], field.type)
-            except msgspec.ValidationError as error:
-                raise ModelError(f"{key}.{field.name}: {scaling[field.name]!r} is refused: {error}") from None
+    return convert_by_key(scaling, YarnScaling, f"{key}.")
+
+
+def convert_by_key(settings: Mapping[str, Any], kind: type[T], place: str = "") -> T:
+    """Settings as a struct. Raises ModelError, its message starting with the key at fault behind `place`."""
     try:
-        return msgspec.convert(scaling, YarnScaling)
+        for field in msgspec.structs.fields(kind):  # one at a time, so that the message can name the key
+            if field.name in settings:
+                try:
+                    msgspec.convert(settings[field.name], field.type)
+                except msgspec.ValidationError as error:
+                    raise ModelError(f"{field.name}: {settings[field.name]!r} is refused: {error}") from None
+        return msgspec.convert(settings, kind)
     except ModelError as error:
-        raise ModelError(f"{key}.{error}") from None
+        raise ModelError(f"{place}{error}") from None

@@ -1,6 +1,6 @@
 """The frequencies by which rotary positions turn, plain or stretched by YaRN. Numbers in, numbers out.
 
-Knows nothing of arrays, networks and files. Everything is rounded to float32 at the same places as in transformers:
+Everything is rounded to float32 at the same places as in transformers:
 at position 100,000 the last bit of a frequency is a hundredth of a radian.
 
 Sources: rotary positions (arXiv:2104.09864); YaRN (arXiv:2309.00071), sections 3.2 and 3.4.

@@ -58,22 +58,22 @@ def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     """
     if config.get("add_prefix_space"):
         raise ModelError(f"{folder / CONFIG_FILE}: add_prefix_space: true is not supported; texts begin as they are")
-    told = _Told(folder, config)
+    declared = _Declared(folder, config)
     is_qwen = str(config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast") == "Qwen2Tokenizer"
     table = _Table(vocabulary)
     for token in vocabulary.added:
         table.declare(token, vocabulary.origin)
-    for token in told.decoder:
-        table.declare(token, str(told.decoder_file), moves=is_qwen)
-    named = told.named()
+    for token in declared.decoder:
+        table.declare(token, str(declared.decoder_file), moves=is_qwen)
+    named = declared.named()
     if is_qwen:
         has_default = _DEFAULT in table.tokens or _DEFAULT in vocabulary.names
         defaults = dict.fromkeys(("eos_token", "unk_token", "pad_token"), AddedToken(_DEFAULT)) if has_default else {}
-        named = {**{name: token for name, token in defaults.items() if name not in told.settings}, **named}
+        named = {**{name: token for name, token in defaults.items() if name not in declared.settings}, **named}
     known = frozenset(table.tokens)
     for name in sorted(named, key=lambda name: NAMED.index(name) if name in NAMED else len(NAMED)):
         table.mark(named[name], None if is_qwen else known, is_named=True)
-    for token in told.extra:
+    for token in declared.extra:
         table.mark(token, None if is_qwen else known, is_named=False)
     if is_qwen:  # the decoder decides; of another class, what was special once stays it
         table.special = {content for content, token in table.tokens.items() if token.special}
@@ -87,7 +87,7 @@ def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     )
 
 
-class _Told:
+class _Declared:
     """What the files beside `tokenizer.json` say."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ class _Told:
         if not self.settings.get(_EXTRA) and _ADDITIONAL in self.settings:
             self.settings[_EXTRA] = self.settings.pop(_ADDITIONAL)
         self._models_own: dict[str, AddedToken] = {}
-        self._take_names()
+        self._collect_names()
         held = self._convert(config.get("added_tokens_decoder"), dict[int, _Flags] | None, "added_tokens_decoder")
         if held is None:
             self._read_map(folder / MAP_FILE)
@@ -118,7 +118,7 @@ class _Told:
         }
         return {name: token for name, token in {**found, **self._models_own}.items() if token.content}
 
-    def _take_names(self) -> None:
+    def _collect_names(self) -> None:
         """The extra tokens, where they are given by name."""
         for key in _BY_NAME:
             if isinstance(self.settings.get(key), dict):
@@ -136,7 +136,7 @@ class _Told:
             elif name != _EXTRA:
                 value = self._read_flags(name, value)
             self.settings[name] = value
-        self._take_names()
+        self._collect_names()
 
     def _read_added(self, file: Path) -> list[AddedToken]:
         held = self._convert(read_object(file) or {}, dict[str, int], "of a token")

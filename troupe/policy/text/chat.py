@@ -1,7 +1,7 @@
 """A model's own chat template: messages in, prompt text out.
 
 The template is code that came with a model folder, so it runs in Jinja's immutable sandbox, with the helpers that
-Hugging Face gives such templates. Knows nothing of token ids.
+Hugging Face gives such templates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from troupe.policy.text.template_sandbox import GenerationBlocks, Sandbox, instr
 TEMPLATE_FILE = "chat_template.jinja"
 """Where newer model folders keep the template; it wins over the one in `tokenizer_config.json`."""
 
-_TOLD = 500  # characters of what a template says went wrong
+_MOST_SHOWN = 500  # characters of what a template says went wrong
 _MAX_SOURCE = 1_000_000  # characters of a template
 
 
@@ -79,7 +79,7 @@ class ChatTemplate:
         tree = self._parsed()
         environment = tree.environment
         assert environment is not None
-        with self._told_of():
+        with self._naming_faults():
             instrument(tree)
             return Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
 
@@ -88,11 +88,11 @@ class ChatTemplate:
             raise ModelError(
                 f"{self.origin}: the chat template has {len(self.source)} characters; the limit is {_MAX_SOURCE}"
             )
-        with self._told_of():
+        with self._naming_faults():
             return _environment().parse(self.source)
 
     @contextmanager
-    def _told_of(self) -> Iterator[None]:
+    def _naming_faults(self) -> Iterator[None]:
         """Whatever keeps the source from becoming a template, with its line where that is known."""
         try:
             yield
@@ -181,10 +181,10 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _TOLD + 50 else f"{text[:_TOLD]} … ({len(text)} characters)"
+    return text if len(text) <= _MOST_SHOWN + 50 else f"{text[:_MOST_SHOWN]} … ({len(text)} characters)"
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002 – templates may name the argument
-    if len(format) > _TOLD or re.search(r"%[^a-zA-Z%]*\d\d\d", format):
+    if len(format) > _MOST_SHOWN or re.search(r"%[^a-zA-Z%]*\d\d\d", format):
         raise OverflowError(f"strftime_now: a format of {len(format)} characters; use a short one, without widths")
     return datetime.now().astimezone().strftime(format)

@@ -1,8 +1,7 @@
 """Messages as chat templates want them, and answers that are begun: what transformers does around a template.
 
 A key whose value is null is no key. Thoughts are `reasoning_content`, also where they come as `thinking` or
-`reasoning`. A final message that is to be continued is marked, and what is rendered ends at the mark. Knows nothing of
-templates but their text.
+`reasoning`. A final message that is to be continued is marked, and what is rendered ends at the mark.
 """
 
 from __future__ import annotations

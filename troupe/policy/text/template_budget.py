@@ -1,7 +1,7 @@
 """What rendering a chat template may take: steps, and characters that are built.
 
 `Budget` has so much of both for one rendering, and what stands below says how much a value is, and how much an
-operator, a filter or a method is about to make of its arguments. Knows nothing of Jinja's trees and environments.
+operator, a filter or a method is about to make of its arguments.
 """
 
 from __future__ import annotations

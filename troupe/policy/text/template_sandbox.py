@@ -2,7 +2,7 @@
 
 A template is code of others. The sandbox keeps it from reaching out; here it is kept from filling the memory. All that
 makes something larger than what it is made of (`*`, `~`, `+`, `%`, filters, methods, blocks that are set, the output)
-asks the budget first. Knows nothing of messages.
+asks the budget first.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Text ↔ token ids for byte-level BPE, as Qwen's models use it, on tiktoken.
 
-Gives the ids that Hugging Face's tokenizers gives. Knows nothing of arrays and models; the files are read next door in
-`vocabulary.py`, and chat templates filled in in `chat.py`.
-
-tiktoken merges by rank, so tokens get ranks in the order of the merges, and where that is not the order of the ids,
-ranks are mapped to ids afterwards.
+Gives the ids that Hugging Face's tokenizers gives. tiktoken merges by rank, so tokens get ranks in the order of the
+merges, and where that is not the order of the ids, ranks are mapped to ids afterwards.
 """
 
 from __future__ import annotations
@@ -162,7 +159,7 @@ class Tokenizer:
             )
         template = self._template_for(tools, kwargs)
         if unknown := self.unknown_variables(tools=tools, **kwargs):
-            raise InputError(self.told_unknown(unknown[0], tools=tools, **kwargs))
+            raise InputError(self.explain_unknown(unknown[0], tools=tools, **kwargs))
         kwargs.pop("chat_template", None)
         plain = plain_messages(messages)
         if not asked:
@@ -177,7 +174,7 @@ class Tokenizer:
         given = {"tools": tools, **kwargs}
         return [name for name, value in given.items() if name not in known and (value or name not in _MAY_BE_EMPTY)]
 
-    def told_unknown(self, name: str, tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any) -> str:
+    def explain_unknown(self, name: str, tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any) -> str:
         """What is to be said of one of them."""
         template = self._template_for(tools, kwargs)
         known = sorted(template.variables - {"messages", *_HELPERS})

@@ -1,7 +1,7 @@
 """The files of a byte-level BPE tokenizer → one `Vocabulary`, whatever their format.
 
 Reads `tokenizer.json`, or `vocab.json` with `merges.txt`, or a `*.tiktoken` rank file, and refuses by name what
-tiktoken could not reproduce. Knows nothing of encoding and decoding.
+tiktoken could not reproduce.
 """
 
 from __future__ import annotations
