@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakes import write_prompts, write_ragged_model
+from tests.support.runs import play
 
 
 @pytest.fixture(scope="session")
 def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of which completions end early; never written to."""
     return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
+    """A run of four steps with a plain function as its reward, and no options named; never written to."""
+    return Path(play(ragged_model, tmp_path_factory.mktemp("plain")).folder)
 
 
 @pytest.fixture

@@ -23,12 +23,6 @@ from troupe.messages import Done, Pause, Refused, Resume, Status, Step
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
-    """A run that nobody steered."""
-    return Path(play(ragged_model, tmp_path_factory.mktemp("plain")).folder)
-
-
 def config_in(model: Path, folder: Path, **settings: Any) -> troupe.RunConfig:
     return tiny_config(model, folder, **STORED | settings)
 

@@ -8,27 +8,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from click.testing import CliRunner, Result
 
 from tests.support.extras import extra
+from tests.support.runs import done, refused
 from tests.support.tiny import CONFIG, write_tiny_model
-from troupe.cli.main import main
 from troupe.run.config import load_config
 
-SHORT = (
-    "--set",
-    "generation.max_completion_length=6",
-    "--set",
-    "metrics.sinks=['sqlite']",
-    "--set",
-    "checkpoint.every=1",
-)
+SHORT = ["--set", "generation.max_completion_length=6", "--set", "metrics.sinks=['sqlite']", "--set", "checkpoint.every=1"]
 LONGER = ("--max-steps", "2", "--allow-change", "learner.max_steps", "--resume")
 SMALL = ("--batch-size", "2", "--num-generations", "2", "--lr", "1e-2", *SHORT)
-
-
-def troupe(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
 
 
 @pytest.fixture
@@ -53,41 +41,30 @@ def columns(**more: str) -> list[str]:
 
 def test_a_table_with_other_columns_trains_and_the_plan_says_what_was_read(place: Path, tiny_model: Path) -> None:
     base = ["train", "-m", str(tiny_model), "-d", "sums.csv", *columns(), *SMALL]
-    plan = troupe(*base, "--dry-run")
-    assert plan.exit_code == 0, plan.stderr
-    assert f"# 6 prompts of 4 tokens from {place}/sums.csv; columns for rewards: answer, solution\n" in plan.stdout
-    assert "# the first one, as the model reads it: '0+0='\n" in plan.stdout
+    plan = done(*base, "--dry-run")
+    assert f"# 6 prompts of 4 tokens from {place}/sums.csv; columns for rewards: answer, solution\n" in plan
+    assert "# the first one, as the model reads it: '0+0='\n" in plan
     assert not (place / "runs").exists()
-    run = troupe(*base, "--max-steps", "1")
-    assert run.exit_code == 0, run.stderr
+    done(*base, "--max-steps", "1")
     config = load_config(place / "runs" / "sums-001" / "run.toml")
     assert (config.rewards.functions, config.data.path) == (("exact_answer",), str(place / "sums.csv"))
 
 
 def test_a_resume_goes_on_with_the_same_rows_from_wherever_and_with_no_others(place: Path, tiny_model: Path) -> None:
     base = ["-m", str(tiny_model), *SMALL, "-o", "out"]
-    assert troupe("train", "-d", "sums.csv", *columns(), *base, "--max-steps", "1").exit_code == 0
-    for source, named in (
-        ("other.csv", columns()),
-        ("sums.csv", columns(system_prompt="Add.")),
-    ):
-        refused = troupe("train", "-d", source, *named, *base, *LONGER)
-        assert refused.exit_code == 2
-        assert f"made with other prompts than those now in {place / source}" in refused.stderr
-    again = troupe("train", "-d", "same.jsonl", "--set", "data.prompt_column=asked", *columns()[2:], *base, *LONGER)
-    assert again.exit_code == 0, again.stderr
-    assert "2 of 2 steps" in again.stdout
+    done("train", "-d", "sums.csv", *columns(), *base, "--max-steps", "1")
+    for source, named in (("other.csv", columns()), ("sums.csv", columns(system_prompt="Add."))):
+        message = refused("train", "-d", source, *named, *base, *LONGER)
+        assert f"made with other prompts than those now in {place / source}" in message
+    same = ("-d", "same.jsonl", "--set", "data.prompt_column=asked", *columns()[2:])
+    assert "2 of 2 steps" in done("train", *same, *base, *LONGER)
 
 
 def test_an_evaluation_reads_rows_as_a_run_does(place: Path, tiny_model: Path) -> None:
     base = ["eval", "-m", str(tiny_model), "-d", "sums.csv", "--max-new-tokens", "2", "--json"]
-    result = troupe(*base, *columns(chat="always"))
-    assert result.exit_code == 0, result.stderr
-    assert msgspec.json.decode(result.stdout)["rows"] == 6
-    missing = troupe(*base)
-    assert (missing.exit_code, 'has no "prompt"' in missing.stderr) == (2, True)
-    wrong = troupe(*base, "--set", "learner.lr=1")
-    assert (wrong.exit_code, "only [data] means something here" in wrong.stderr) == (2, True)
+    assert json.loads(done(*base, *columns(chat="always")))["rows"] == 6
+    assert 'has no "prompt"' in refused(*base)
+    assert "only [data] means something here" in refused(*base, "--set", "learner.lr=1")
 
 
 @pytest.mark.slow
@@ -102,13 +79,10 @@ def test_tasks_of_reasoning_gym_bring_their_verifier_and_a_resume_knows_the_seed
     source = (
         "reasoning_gym:chain_sum,word_ladder?size=3&seed=1&word_ladder.max_word_length=3&word_ladder.min_word_length=3"
     )
-    run = troupe("train", "-d", source, *base, "--max-steps", "1")
-    assert run.exit_code == 0, run.stderr
+    said = done("train", "-d", source, *base, "--max-steps", "1")
     config = load_config(place / "out" / "run.toml")
     assert (config.rewards.functions, config.data.path) == (("reasoning_gym",), source)
-    assert "incidents" not in run.stdout
-    refused = troupe("train", "-d", source.replace("seed=1", "seed=2"), *base, *LONGER)
-    assert (refused.exit_code, "the run was made with other prompts than those now in" in refused.stderr) == (2, True)
-    again = troupe("train", "-d", source, *base, *LONGER)
-    assert again.exit_code == 0, again.stderr
-    assert "2 of 2 steps" in again.stdout
+    assert "incidents" not in said
+    message = refused("train", "-d", source.replace("seed=1", "seed=2"), *base, *LONGER)
+    assert "the run was made with other prompts than those now in" in message
+    assert "2 of 2 steps" in done("train", "-d", source, *base, *LONGER)

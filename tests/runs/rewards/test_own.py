@@ -23,12 +23,6 @@ TRAIN = ("train", "-m", "m", "-d", "p.json", "--num-generations", "3", "--batch-
 SHORT = ("--set", "generation.max_completion_length=8", "--lr", "0.01")
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
-    """A run with a plain function."""
-    return Path(play(ragged_model, tmp_path_factory.mktemp("plain")).folder)
-
-
 async def in_the_loop(completion_ids: list[list[int]], **_: Any) -> list[float]:
     await anyio.lowlevel.checkpoint()
     return weigh_ids(completion_ids)

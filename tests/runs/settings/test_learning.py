@@ -27,12 +27,6 @@ def untrained(ragged_model: Path) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
-    """A run of four steps with the options that nobody named."""
-    return Path(play(ragged_model, tmp_path_factory.mktemp("plain")).folder)
-
-
-@pytest.fixture(scope="module")
 def by_loss(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> dict[str, Path]:
     """Loss type → a run of it, all else equal."""
     folder = tmp_path_factory.mktemp("losses")
@@ -146,31 +140,39 @@ def test_without_beta_there_is_no_kl_and_with_it_the_first_step_is_at_the_refere
     assert not same_bits(policy_of(run), policy_of(plain))
 
 
-def test_a_strong_beta_keeps_the_policy_near_where_it_began(tmp_path: Path, ragged_model: Path) -> None:
-    last = {}
-    for beta in (0.001, 10.0):
-        settings = {"learner__beta": beta, "learner__max_steps": 8, "learner__lr_scheduler": "constant"}
-        last[beta] = column(play(ragged_model, tmp_path / str(beta), **settings).folder, "kl")[-1]
-    assert last[10.0] < last[0.001] / 2
+FOLLOWS = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "others", "metric", "factor"),
+    [
+        ("beta", (10.0, 0.001), {"lr_scheduler": "constant", "max_steps": 8}, "kl", 0.5),
+        ("ref_model_mixup_alpha", (0.5, 0.0), {"max_steps": 6, **FOLLOWS}, "kl", 1.0),
+        ("entropy_coef", (-0.5, 0.5), {"lr_scheduler": "constant", "max_steps": 6}, "entropy", 0.98),
+    ],
+    ids=["a strong beta keeps near", "a reference halfway lies between", "a bonus keeps open"],
+)
+def test_an_option_moves_what_it_is_for(
+    tmp_path: Path,
+    ragged_model: Path,
+    option: str,
+    values: tuple[float, float],
+    others: dict[str, Any],
+    metric: str,
+    factor: float,
+) -> None:
+    settings = {f"learner__{name}": value for name, value in others.items()}
+    less, more = (
+        column(play(ragged_model, tmp_path / str(value), **settings, **{f"learner__{option}": value}).folder, metric)
+        for value in values
+    )
+    assert 0 < less[-1] < factor * more[-1]
 
 
 def test_a_reference_that_follows_every_step_is_the_policy_itself(tmp_path: Path, ragged_model: Path) -> None:
-    follow = {
-        "learner__sync_ref_model": True,
-        "learner__ref_model_sync_steps": 1,
-        "learner__ref_model_mixup_alpha": 1.0,
-    }
-    result = play(ragged_model, tmp_path, learner__beta=0.1, **follow)
+    follow = {f"learner__{name}": value for name, value in FOLLOWS.items()}
+    result = play(ragged_model, tmp_path, learner__ref_model_mixup_alpha=1.0, **follow)
     assert column(result.folder, "kl") == pytest.approx([0.0] * 4, abs=1e-6)
-
-
-def test_a_reference_that_follows_halfway_lies_between(tmp_path: Path, ragged_model: Path) -> None:
-    kl = {}
-    for alpha in (0.0, 0.5):
-        follow = {"learner__ref_model_sync_steps": 1, "learner__ref_model_mixup_alpha": alpha}
-        settings = {"learner__beta": 0.1, "learner__sync_ref_model": True, "learner__max_steps": 6} | follow
-        kl[alpha] = column(play(ragged_model, tmp_path / str(alpha), **settings).folder, "kl")[-1]
-    assert 0 < kl[0.5] < kl[0.0]
 
 
 def test_a_batch_trained_on_twice_moves_the_policy_further_and_leaves_the_ratio_of_1(
@@ -184,21 +186,17 @@ def test_a_batch_trained_on_twice_moves_the_policy_further_and_leaves_the_ratio_
     assert completions(plain, step=1) == completions(run, step=1)
 
 
-@pytest.mark.parametrize("pieces", [2, 6])
-def test_micro_batches_change_memory_and_not_what_is_learned(
-    tmp_path: Path, ragged_model: Path, plain: Path, untrained: Weights, pieces: int
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("gradient_accumulation_steps", 2), ("gradient_accumulation_steps", 6), ("gradient_checkpointing", True)],
+)
+def test_what_saves_memory_does_not_change_what_is_learned(
+    tmp_path: Path, ragged_model: Path, plain: Path, untrained: Weights, option: str, value: Any
 ) -> None:
-    run = play(ragged_model, tmp_path, learner__gradient_accumulation_steps=pieces).folder
+    run = play(ragged_model, tmp_path, **{f"learner__{option}": value}).folder
     assert distance(policy_of(run), policy_of(plain)) < 1e-3 * distance(policy_of(plain), untrained)
     assert column(run, "loss") == pytest.approx(column(plain, "loss"), abs=1e-5)
     assert [c.token_ids for c in completions(run)] == [c.token_ids for c in completions(plain)]
-
-
-def test_computing_layers_twice_changes_memory_and_not_what_is_learned(
-    tmp_path: Path, ragged_model: Path, plain: Path, untrained: Weights
-) -> None:
-    run = play(ragged_model, tmp_path, learner__gradient_checkpointing=True).folder
-    assert distance(policy_of(run), policy_of(plain)) < 1e-3 * distance(policy_of(plain), untrained)
 
 
 def test_dynamic_sampling_trains_only_on_groups_that_differ(tmp_path: Path, ragged_model: Path) -> None:
@@ -223,14 +221,6 @@ def test_completions_that_were_cut_off_can_be_left_out_of_the_loss(tmp_path: Pat
     assert column(masked, "loss") == [0.0, 0.0]
     counted = play(tiny_model, tmp_path / "counted", **settings).folder
     assert not same_bits(policy_of(counted), load_policy(tiny_model).weights)
-
-
-def test_an_entropy_bonus_keeps_the_policy_more_open_than_a_penalty(tmp_path: Path, ragged_model: Path) -> None:
-    last = {}
-    for weight in (0.5, -0.5):
-        settings = {"learner__entropy_coef": weight, "learner__max_steps": 6, "learner__lr_scheduler": "constant"}
-        last[weight] = column(play(ragged_model, tmp_path / str(weight), **settings).folder, "entropy")[-1]
-    assert last[0.5] > last[-0.5] + 0.1
 
 
 def test_an_entropy_weight_that_adapts_rises_where_the_entropy_is_too_low(tmp_path: Path, ragged_model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,12 @@ from troupe.errors import ConfigError
 
 RUN = ("-m", "m", "-d", "p.json", "--num-generations", "2", "--batch-size", "2", "--reward", "length")
 SHORT = ("--set", "generation.max_completion_length=6", "--max-steps", "1")
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    """The configuration that a dry run prints."""
+    printed = done(*arguments, "--dry-run")
+    return tomllib.loads("\n".join(line for line in printed.splitlines() if not line.startswith("note: ")))
 
 
 @pytest.mark.parametrize(
@@ -79,8 +86,7 @@ def test_set_takes_lists_tables_truth_and_plain_words(desk: Path) -> None:
         "generation.stop": '["\\n"]',
     }
     flags = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
-    printed = done("train", *RUN[:-2], *flags, "-o", "out", "--dry-run")
-    table = tomllib.loads("\n".join(line for line in printed.splitlines() if not line.startswith("note: ")))
+    table = planned("train", *RUN[:-2], *flags, "-o", "out")
     assert table["rewards"]["functions"] == ["length", "diversity"]
     assert table["rewards"]["weights"] == [1.0, 0.5]
     assert table["data"]["shuffle"] is False
@@ -97,9 +103,8 @@ def test_a_setting_that_names_no_key_is_refused(desk: Path, setting: str) -> Non
 
 
 def test_a_dry_run_prints_every_key_that_the_run_then_stores(desk: Path) -> None:
-    printed = done("train", *RUN, *SHORT, "-o", "out", "--dry-run")
+    plan = planned("train", *RUN, *SHORT, "-o", "out")
     assert not (desk / "out").exists()
-    plan = tomllib.loads("\n".join(line for line in printed.splitlines() if not line.startswith("note: ")))
     done("train", *RUN, *SHORT, "-o", "out")
     assert plan == tomllib.loads((desk / "out" / "run.toml").read_text())
 
@@ -161,8 +166,7 @@ def test_a_run_file_that_was_moved_with_its_data_means_the_same(desk: Path) -> N
 
 def test_a_memory_limit_is_kept_by_smaller_pieces_and_told(desk: Path) -> None:
     flags = ("train", *RUN[:4], "--num-generations", "8", "--batch-size", "4", "--reward", "length", "--max-steps", "1")
-    free = done(*flags, "-o", "out", "--dry-run")
-    plan = tomllib.loads("\n".join(line for line in free.splitlines() if not line.startswith("note: ")))
+    plan = planned(*flags, "-o", "out")
     assert plan["learner"]["gradient_accumulation_steps"] == 1
     tight = done(*flags, "-o", "out", "--memory-limit", "0.004")
     stored = load_config("out/run.toml")
@@ -185,8 +189,7 @@ def test_python_is_told_the_same_as_the_command_line(desk: Path) -> None:
 
 
 def test_everything_that_can_be_set_is_in_the_plan_or_has_no_value(desk: Path) -> None:
-    printed = done("train", *RUN, "-o", "out", "--dry-run")
-    plan = tomllib.loads("\n".join(line for line in printed.splitlines() if not line.startswith("note: ")))
+    plan = planned("train", *RUN, "-o", "out")
     for section, keys in config_table(troupe.RunConfig()).items():
         if isinstance(keys, dict):
             assert keys.keys() <= plan[section].keys(), section
