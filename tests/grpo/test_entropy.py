@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from troupe.grpo.config import LossConfig
-from troupe.grpo.entropy import EntropyControl, adapted_entropy_coef, entropy_control
+from troupe.grpo.entropy import EntropyControl, entropy_control
 
 ON = LossConfig(
     use_adaptive_entropy=True,
@@ -27,7 +27,9 @@ ON = LossConfig(
 def test_the_coefficient_rises_at_or_below_the_target_and_falls_above(
     coef: float, entropy: float, expected: float
 ) -> None:
-    assert adapted_entropy_coef(coef, entropy, ON) == pytest.approx(expected)
+    control = EntropyControl(coef, 0.0).after_update(entropy, ON)
+    assert control.coef == pytest.approx(expected)
+    assert control.last_entropy == entropy
 
 
 def test_the_bonus_counts_only_after_an_entropy_at_or_below_the_target() -> None:

@@ -19,13 +19,6 @@ import mlx.core as mx
 from troupe.grpo.config import LossConfig
 
 
-def adapted_entropy_coef(coef: float, entropy: float, config: LossConfig) -> float:
-    """The coefficient after an update: min(c + Δ, c_max) where the mean entropy ≤ target, else max(c − Δ, c_min)."""
-    if entropy <= config.entropy_target:
-        return min(coef + config.entropy_coef_delta, config.entropy_coef_max)
-    return max(coef - config.entropy_coef_delta, config.entropy_coef_min)
-
-
 class EntropyControl(NamedTuple):
     """Where the controller stands."""
 
@@ -40,10 +33,15 @@ class EntropyControl(NamedTuple):
         return self.coef
 
     def after_update(self, entropy: float, config: LossConfig) -> EntropyControl:
-        """The controller after an update with a batch of this mean entropy; the same where it is switched off."""
+        """The controller after an update with a batch of this mean entropy; the same where it is switched off.
+
+        The coefficient becomes min(c + Δ, c_max) where the entropy ≤ target, else max(c − Δ, c_min).
+        """
         if not config.use_adaptive_entropy:
             return self
-        return EntropyControl(adapted_entropy_coef(self.coef, entropy, config), entropy)
+        if entropy <= config.entropy_target:
+            return EntropyControl(min(self.coef + config.entropy_coef_delta, config.entropy_coef_max), entropy)
+        return EntropyControl(max(self.coef - config.entropy_coef_delta, config.entropy_coef_min), entropy)
 
     def as_state(self, config: LossConfig) -> dict[str, mx.array]:
         """What the state of the optimizer keeps of it, evaluated; nothing where it is switched off."""

@@ -7,6 +7,7 @@ So cutting a batch into more of them changes the memory it takes and not its gra
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
@@ -121,7 +122,10 @@ class BatchGradient:
         values: list[tuple[mx.array, Tallies]] = []
         lanes = max(1, len(self._streams))
         for first in range(0, len(self._micros), lanes):
-            works = [self._differentiate(weights, micro, entropy_coef) for micro in self._micros[first : first + lanes]]
+            works = [
+                self._log_probs.gradients(weights, micro.batch, partial(self._loss, micro, entropy_coef))
+                for micro in self._micros[first : first + lanes]
+            ]
             for portion in side_by_side(works, self._streams, values):
                 for name in list(portion) if len(self._micros) > 1 else ():
                     # sums of low-precision gradients are kept in float32; popped, a sum takes the memory of the last
@@ -134,16 +138,8 @@ class BatchGradient:
         loss = mx.sum(mx.stack([loss for loss, _ in values]))
         return total, {"loss": loss, **averages(merge([tallies for _, tallies in values]))}
 
-    def _differentiate(
-        self, weights: Weights, micro: _MicroBatch, entropy_coef: float
-    ) -> Generator[Chunk, None, tuple[mx.array, Tallies]]:
-        def loss(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Tallies]:
-            return self._loss(log_probs, entropies, micro, entropy_coef)
-
-        return self._log_probs.gradients(weights, micro.batch, loss)
-
     def _loss(
-        self, log_probs: mx.array, entropies: mx.array, micro: _MicroBatch, entropy_coef: float
+        self, micro: _MicroBatch, entropy_coef: float, log_probs: mx.array, entropies: mx.array
     ) -> tuple[mx.array, Tallies]:
         """The share of one micro-batch in the loss of the batch."""
         config, batch, mask = self._config, micro.batch, micro.batch.completion_mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -56,11 +57,10 @@ def train_on_batch(
     rates = _rates(lr, config)
     if config.beta != 0.0 and ref_weights is None:
         raise ValueError(f"beta is {config.beta} and there are no ref_weights; give them or set beta = 0")
-    log_probs = log_probs_fn if hasattr(log_probs_fn, "gradients") else DifferentiatedByMlx(log_probs_fn)
     gradient = BatchGradient(
         weights,
         batch.without_truncated() if config.mask_truncated_completions else batch,
-        log_probs,
+        log_probs_fn if hasattr(log_probs_fn, "gradients") else DifferentiatedByMlx(log_probs_fn),
         config,
         ref_weights=ref_weights,
         max_completion_length=max_completion_length,
@@ -71,17 +71,25 @@ def train_on_batch(
     control = entropy_control(state, config)
     new_weights, new_state = dict(weights), dict(state)
     state.clear()
+    adamw: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
     passes: list[dict[str, float]] = []
     updated = True
     for rate in rates:
         grads, values = gradient.at(new_weights, control.in_force(config))
         norm = global_norm(grads)
-        numbers = _floats(values | {"grad_norm": norm})
+        values["grad_norm"] = norm
+        figures: list[float] = mx.stack(list(values.values())).tolist()  # type: ignore[assignment] # one transfer
+        numbers = dict(zip(values, figures, strict=True))
         passes.append(numbers)
         updated = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
         if not updated:
             break
-        _update(new_weights, grads, new_state, norm, rate, config)
+        scale = clip_scale(norm, config.max_grad_norm)
+        adamw_update_in_place(new_weights, grads, new_state, lr=rate, grad_scale=scale, **adamw)
         control = control.after_update(numbers.get("controlled_entropy", math.inf), config)
         new_state |= control.as_state(config)
         on_part("pass")
@@ -101,33 +109,6 @@ def _rates(lr: float | Sequence[float], config: LearnerConfig) -> list[float]:
     if outside := [rate for rate in rates if not 0.0 <= rate <= 1.0]:  # also what keeps a finite update finite
         raise ValueError(f"the learning rate is {outside[0]}; give a number from 0 to 1")
     return rates
-
-
-def _update(
-    weights: dict[str, mx.array],
-    grads: dict[str, mx.array],
-    state: OptimizerState,
-    norm: mx.array,
-    lr: float,
-    config: LearnerConfig,
-) -> None:
-    """AdamW by the settings of the configuration, in place."""
-    adamw_update_in_place(
-        weights,
-        grads,
-        state,
-        lr=lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        grad_scale=clip_scale(norm, config.max_grad_norm),
-    )
-
-
-def _floats(values: Mapping[str, mx.array]) -> dict[str, float]:
-    """All values in one transfer from the device."""
-    numbers: list[float] = mx.stack(list(values.values())).tolist()  # type: ignore[assignment]
-    return dict(zip(values, numbers, strict=True))
 
 
 def _over_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import anyio
 import mlx.core as mx
@@ -51,7 +52,7 @@ class Stage:
         learns_beside_checkpoints: bool = True,
         schedule: ScheduleConfig | None = None,
         telling_bound: int = 20,
-        recorded: Mapping[int, ScoredGroup] | None = None,
+        recorded: Mapping[int, ScoredGroup] = MappingProxyType({}),
         unfinished: Unfinished | None = None,
         trainer: type[BatchTrainer] = BatchTrainer,
         meter: StepMeter | None = None,
@@ -137,19 +138,24 @@ def both() -> list[list[ScoredGroup]]:
     return [two_steps()[:2], two_steps()[2:]]
 
 
-def expected(stage: Stage, groups: Sequence[ScoredGroup], config: LearnerConfig = LEARNER) -> Weights:
-    """The same two steps by hand, in slot order."""
-    weights, state = stage.start_weights, adamw_init(stage.start_weights)
-    for step in range(2):
-        batch = assemble(groups[2 * step : 2 * step + 2], config, weights={"r": 1.0}, pad_id=257).batch
-        passes = config.num_iterations
+def by_hand(
+    stage: Stage,
+    *steps: Sequence[ScoredGroup],
+    config: LearnerConfig = LEARNER,
+    first: int = 0,
+    total: int = TOTAL,
+    oldest: int | None = None,
+) -> Weights:
+    """The weights that `train_on_batch` makes of these groups, step by step."""
+    weights, state, passes = stage.start_weights, adamw_init(stage.start_weights), config.num_iterations
+    for step, groups in enumerate(steps, first):
         result = train_on_batch(
             weights,
             state,
-            batch,
+            assemble(groups, config, weights={"r": 1.0}, pad_id=257, oldest=oldest).batch,
             CompletionLogProbs(CONFIG, 0.9),
             config,
-            lr=[learning_rate(step * passes + i, TOTAL * passes, config) for i in range(passes)],
+            lr=[learning_rate(step * passes + i, total * passes, config) for i in range(passes)],
             ref_weights=stage.start_weights if config.beta else None,
             max_completion_length=12,
         )
@@ -166,7 +172,7 @@ def expected(stage: Stage, groups: Sequence[ScoredGroup], config: LearnerConfig 
 )
 async def test_any_order_of_arrival_gives_the_weights_of_train_on_batch_bit_for_bit(config: LearnerConfig) -> None:
     groups = two_steps()
-    reference = expected(Stage(config=config), groups, config)
+    reference = by_hand(Stage(), *both(), config=config)
     assert not same_bits(reference, Stage().start_weights)
     for order in [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)]:
         stage = Stage(config=config)
@@ -260,18 +266,9 @@ async def test_time_and_peak_memory_of_a_step_are_measured_from_the_end_of_the_o
 
 async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained() -> None:
     poor = make_scored(0, 1, (0.7, None, None))
-    stage, alone = Stage(), Stage()
+    stage = Stage()
     await stage.run([make_scored(0, 0), poor])
-    result = train_on_batch(
-        alone.start_weights,
-        adamw_init(alone.start_weights),
-        assemble([make_scored(0, 0)], LEARNER, weights={"r": 1.0}, pad_id=257).batch,
-        CompletionLogProbs(CONFIG, 0.9),
-        LEARNER,
-        lr=1e-2,
-        max_completion_length=12,
-    )
-    assert same_bits(stage.learner.weights, result.weights)
+    assert same_bits(stage.learner.weights, by_hand(stage, [make_scored(0, 0)]))
     assert [c.state for c in await taken(stage.prompter)] == ["trained", "quarantined"]
     [incident] = await stage.reports.incidents()
     assert (incident.kind, incident.gid, incident.actor) == ("group_quarantined", 1, "learner")
@@ -374,11 +371,11 @@ async def test_groups_without_signal_are_replaced_together_when_their_round_is_s
         await anyio.wait_all_tasks_blocked()
         assert await taken(stage.prompter) == [], "the other place could be without signal too"
         await stage.scored.send(make_scored(0, 0, (1.0, 1.0, 1.0)))
-        await _until(stage.prompter)
+        await something_in(stage.prompter)
         assert replacements(await taken(stage.prompter)) == [[(0, 0, 0), (0, 1, 0)]]
         await stage.scored.send(alone)
         await stage.scored.send(make_scored(0, 0, (0.0, 0.0, 0.0), attempt=1))
-        await _until(stage.prompter)
+        await something_in(stage.prompter)
         assert replacements(await taken(stage.prompter)) == [[(0, 0, 1)]]
         assert await taken(stage.metrics) == [], "groups are closed when their step is done"
         await stage.scored.send(make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2))
@@ -393,19 +390,11 @@ async def test_groups_without_signal_are_replaced_together_when_their_round_is_s
     ]
     to_prompter = await taken(stage.prompter)
     assert ends(to_prompter) == [(0, 0, 2, "trained"), (0, 1, 1, "trained")], "one a credit"
-    by_hand = train_on_batch(
-        stage.start_weights,
-        adamw_init(stage.start_weights),
-        assemble([make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2), alone], DYNAMIC, weights={"r": 1.0}, pad_id=257).batch,
-        CompletionLogProbs(CONFIG, 0.9),
-        DYNAMIC,
-        lr=1e-2,
-        max_completion_length=12,
-    )
-    assert same_bits(stage.learner.weights, by_hand.weights)
+    trained = [make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2), alone]
+    assert same_bits(stage.learner.weights, by_hand(stage, trained, config=DYNAMIC))
 
 
-async def _until(mailbox: Mailbox) -> None:
+async def something_in(mailbox: Mailbox) -> None:
     while not len(mailbox):
         await anyio.wait_all_tasks_blocked()
 
@@ -470,7 +459,7 @@ async def test_replacements_of_a_later_step_do_not_wait_for_the_earlier_one() ->
         tasks.start_soon(run_roles, [stage.learner])
         for group in (make_scored(1, 0, SAME), make_scored(1, 1), make_scored(0, 1)):
             await stage.scored.send(group)
-        await _until(stage.prompter)
+        await something_in(stage.prompter)
         assert replacements(await taken(stage.prompter)) == [[(1, 0, 0)]]
         await stage.scored.send(make_scored(1, 0, attempt=1))
         await stage.scored.send(make_scored(0, 0))
@@ -608,7 +597,7 @@ def free_stage(on_stale: OnStale = "drop", *, config: LearnerConfig = LEARNER, v
 
 
 async def test_free_steps_are_made_of_what_comes_first() -> None:
-    stage, by_hand = free_stage(), free_stage()
+    stage = free_stage()
     arrived = [make_scored(1, 1, (1.0, 0.0, 0.0)), make_scored(0, 0), make_scored(0, 1), make_scored(1, 0)]
     await stage.run(arrived)
     assert ends(await taken(stage.metrics)) == [
@@ -618,18 +607,7 @@ async def test_free_steps_are_made_of_what_comes_first() -> None:
         (1, 0, 0, "trained"),
     ]
     assert [update.step for update in await taken(stage.updates)] == [1, 2]
-    weights, state = by_hand.start_weights, adamw_init(by_hand.start_weights)
-    for step, groups in enumerate([(arrived[1], arrived[0]), (arrived[2], arrived[3])]):
-        result = train_on_batch(
-            weights,
-            state,
-            assemble(groups, LEARNER, weights={"r": 1.0}, pad_id=257).batch,
-            CompletionLogProbs(CONFIG, 0.9),
-            LEARNER,
-            lr=learning_rate(step, 9, LEARNER),
-            max_completion_length=12,
-        )
-        weights, state = result.weights, result.optimizer_state
+    weights = by_hand(stage, (arrived[1], arrived[0]), arrived[2:], total=9)
     assert same_bits(stage.learner.weights, weights)
 
 
@@ -639,16 +617,8 @@ async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
     young, old = aged(make_scored(7, 0), 4), aged(make_scored(2, 1), 2, 3)
     await stage.run([young, old])
     [update] = await taken(stage.updates)
-    result = train_on_batch(
-        stage.start_weights,
-        adamw_init(stage.start_weights),
-        assemble([old, young], LEARNER, weights={"r": 1.0}, pad_id=257, oldest=3 if on_stale == "drop" else None).batch,
-        CompletionLogProbs(CONFIG, 0.9),
-        LEARNER,
-        lr=learning_rate(4, 9, LEARNER),
-        max_completion_length=12,
-    )
-    assert same_bits(stage.learner.weights, result.weights)
+    oldest = 3 if on_stale == "drop" else None
+    assert same_bits(stage.learner.weights, by_hand(stage, [old, young], first=4, total=9, oldest=oldest))
     tokens, total = 3, sum(len(r.token_ids) for g in (young, old) for r in g.group.rollouts)
     behind = sum(4 - v for g in (young, old) for r in g.group.rollouts for v in r.versions)
     expected = {
@@ -679,7 +649,7 @@ async def test_no_step_begins_of_which_stale_tokens_leave_nothing() -> None:
         tasks.start_soon(run_roles, [stage.learner])
         await stage.scored.send(old)
         await stage.scored.send(older)
-        await _until(stage.prompter)
+        await something_in(stage.prompter)
         [replace] = await taken(stage.prompter)
         assert replace == Replace(slots=(older.group.prompt.slot,), rows=(older.group.prompt.row,))
         await anyio.wait_all_tasks_blocked()
@@ -699,7 +669,7 @@ async def test_an_old_group_is_sent_back_with_its_row_and_its_credit() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_roles, [stage.learner])
         await stage.scored.send(old)
-        await _until(stage.prompter)
+        await something_in(stage.prompter)
         [replace] = await taken(stage.prompter)
         assert replace == Replace(slots=(old.group.prompt.slot,), rows=(old.group.prompt.row,))
         await stage.scored.send(aged(make_scored(3, 0), 5))

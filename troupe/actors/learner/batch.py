@@ -122,9 +122,6 @@ def assemble(
         **advantage_statistics(advantages),
         "num_tokens": float(num_tokens(groups)),
     }
-    return LearnerBatch(batch=batch, advantages=_by_group(advantages, G), metrics=metrics)
-
-
-def _by_group(advantages: mx.array, G: int) -> tuple[tuple[float, ...], ...]:
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
-    return tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
+    by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
+    return LearnerBatch(batch=batch, advantages=by_group, metrics=metrics)

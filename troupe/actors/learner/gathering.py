@@ -58,9 +58,13 @@ class Gathering(ABC):
     def is_ready(self, version: int) -> bool:
         """Whether the step that makes `version` + 1 can begin."""
 
-    @abstractmethod
     def take(self, version: int) -> StepGroups | None:
         """That step, if it is ready."""
+        return self._take(version) if self.is_ready(version) else None
+
+    @abstractmethod
+    def _take(self, version: int) -> StepGroups:
+        """That step, which is ready."""
 
     @abstractmethod
     def unfinished(self) -> Unfinished:
@@ -99,7 +103,7 @@ class PinnedGathering(Gathering):
         return self._rounds_of(group).add(group)
 
     def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
-        without = [group for group in groups if gid_of(group) in without_signal and self._is_usable(group)]
+        without = [group for group in groups if gid_of(group) in without_signal and is_usable(group, self._min_scored)]
         if not without:
             return None
         rounds = self._rounds_of(without[0])
@@ -109,9 +113,7 @@ class PinnedGathering(Gathering):
     def is_ready(self, version: int) -> bool:
         return version in self._steps and not self._steps[version].missing
 
-    def take(self, version: int) -> StepGroups | None:
-        if not self.is_ready(version):
-            return None
+    def _take(self, version: int) -> StepGroups:
         rounds = self._steps.pop(version)
         return StepGroups(
             groups=tuple(sorted(rounds.groups, key=slot_of)),
@@ -131,10 +133,7 @@ class PinnedGathering(Gathering):
     def _end_state(self, group: ScoredGroup, rounds: _Rounds) -> ClosedState:
         if gid_of(group) in rounds.filtered:
             return "filtered"
-        return "trained" if self._is_usable(group) else "quarantined"
-
-    def _is_usable(self, group: ScoredGroup) -> bool:
-        return is_usable(group, self._min_scored)
+        return "trained" if is_usable(group, self._min_scored) else "quarantined"
 
 
 class _Rounds:
@@ -222,9 +221,7 @@ class FreeGathering(Gathering):
     def is_ready(self, version: int) -> bool:
         return len(self._groups) - len(self._replaced) >= self._batch_size
 
-    def take(self, version: int) -> StepGroups | None:
-        if not self.is_ready(version):
-            return None
+    def _take(self, version: int) -> StepGroups:
         step = StepGroups(
             groups=tuple(sorted(self._groups, key=slot_of)),
             states=self._states,

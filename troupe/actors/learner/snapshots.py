@@ -24,8 +24,8 @@ class Snapshots:
         every: int,
         beside_learning: bool = True,
         with_reference: bool = False,
-        open_groups: OpenGroups | None = None,
-        recorded: Mapping[int, ScoredGroup] | None = None,
+        open_groups: OpenGroups,
+        recorded: Mapping[int, ScoredGroup],
         next_prompt: Callable[[], int] = lambda: 0,
     ) -> None:
         """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
@@ -35,9 +35,9 @@ class Snapshots:
         self.every = every
         """Steps from one snapshot to the next."""
         self.beside_learning = beside_learning
-        self.open_groups = OpenGroups() if open_groups is None else open_groups
+        self.open_groups = open_groups
         self._with_reference = with_reference
-        self._recorded = {} if recorded is None else recorded
+        self._recorded = recorded
         self._next_prompt = next_prompt
         self._sums: dict[str, tuple[float, int]] = {}
 
@@ -66,6 +66,7 @@ class Snapshots:
         `published`: the versions on the board; `collected`: the groups that the learner has; those in its `inbox` are
         found there.
         """
+        means = {name: total / count for name, (total, count) in self._sums.items()}
         return Snapshot(
             version=state.version,
             weights=state.weights,
@@ -74,9 +75,7 @@ class Snapshots:
             reference=state.reference if self._with_reference else None,
             num_tokens=state.num_tokens,
             skipped_in_a_row=state.skipped_in_a_row,
-            metrics={
-                name: total / count for name, (total, count) in self._sums.items() if math.isfinite(total / count)
-            },
+            metrics={name: mean for name, mean in means.items() if math.isfinite(mean)},
             unfinished=msgspec.structs.replace(
                 collected,
                 next=self._next_prompt(),

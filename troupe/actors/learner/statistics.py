@@ -147,7 +147,6 @@ class StepMeter:
 
     def __init__(
         self,
-        *,
         clock: Callable[[], float] = time.perf_counter,
         peak_bytes: Callable[[], int] = mx.get_peak_memory,
         reset_peak: Callable[[], None] = mx.reset_peak_memory,

@@ -144,7 +144,7 @@ def _inside(config: Qwen3Config, w: LayerWeights, x: mx.array, packing: Packing,
     """A layer from its input (1, N, D) to the last matrix product."""
     q, k, v = attention_inputs(config, w, x)
     attended = packing.attend_keeping(*_turned(config, w, rotation, q, k, v), config.head_dim**-0.5)
-    middle = x + _side_by_side(attended.o) @ w("self_attn.o_proj").T
+    middle = x + _joined_heads(attended.o) @ w("self_attn.o_proj").T
     return _Kept(q, k, v, attended, middle, *mlp_inputs(config, w, middle))
 
 
@@ -159,7 +159,7 @@ def _turned(
     return q, k, v.swapaxes(1, 2)
 
 
-def _side_by_side(o: mx.array) -> mx.array:
+def _joined_heads(o: mx.array) -> mx.array:
     """(1, H, N, d) → (1, N, H·d)."""
     o = o.swapaxes(1, 2)
     return o.reshape(*o.shape[:2], -1)
@@ -198,7 +198,7 @@ def _backwards(
     yield (middle_grad, dict(grads)), {}
     del y_part, gate_grad, up_grad, h, h_grad
 
-    o_grad = through_product("self_attn.o_proj", _side_by_side(kept.attended.o), middle_grad)
+    o_grad = through_product("self_attn.o_proj", _joined_heads(kept.attended.o), middle_grad)
     o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
     turned = _turned(config, w, rotation, kept.q, kept.k, kept.v)
     q_grad, k_grad, v_grad = packing.attend_gradient(*turned, config.head_dim**-0.5, o_grad, kept.attended)
