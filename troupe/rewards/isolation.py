@@ -37,7 +37,7 @@ async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
     closed, and where it ignores that too, never resumed.
     """
     shell = _Shell(call)
-    task = asyncio.get_running_loop().create_task(shell.run())
+    task = asyncio.get_running_loop().create_task(shell)
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
@@ -85,43 +85,60 @@ def is_own_interrupt(error: BaseException | None) -> TypeGuard[KeyboardInterrupt
     return not is_asyncios and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
 
 
-class _Shell(Generic[T]):
-    """Drives a coroutine, and can stop doing so."""
+class _Shell(Coroutine[Any, Any, None], Generic[T]):
+    """Drives a coroutine for a task, and can stop doing so. Its error is kept: a SystemExit out of a task would end the
+    event loop."""
 
     def __init__(self, call: Callable[[], Awaitable[T]]) -> None:
         self._call = call
+        self._steps: Generator[Any, Any, T] | None = None
         self._left = False
+        self.cr_await: Awaitable[T] | None = None
         self.results: list[T] = []
         self.error: BaseException | None = None
-
-    async def run(self) -> None:
-        """Never raises: a SystemExit out of a task would end the event loop."""
-        try:
-            self.results.append(await self)
-        except BaseException as error:
-            self.error = error
 
     def leave(self) -> None:
         """The next cancellation ends the task whatever the coroutine does."""
         self._left = True
 
-    def __await__(self) -> Generator[Any, Any, T]:
-        awaitable = self._call()
-        steps = awaitable.__await__()
-        thrown: BaseException | None = None
-        while True:
+    def send(self, value: None) -> Any:
+        if self._steps is None:
             try:
-                waits_for = next(steps) if thrown is None else steps.throw(thrown)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            thrown = None
-            try:
-                yield waits_for
+                self.cr_await = self._call()
+                self._steps = self.cr_await.__await__()
             except BaseException as error:
-                if self._left:
-                    _close(awaitable)
-                    raise
-                thrown = error
+                self.error = error
+                raise StopIteration from None
+        try:
+            return next(self._steps)
+        except BaseException as error:
+            self._end(error)
+        raise StopIteration
+
+    def throw(self, error: Any, *_: Any) -> Any:
+        if self._steps is None:
+            raise error
+        try:
+            if not self._left:
+                return self._steps.throw(error)
+            self.close()
+            self.error = error
+        except BaseException as raised:
+            self._end(raised)
+        raise StopIteration
+
+    def close(self) -> None:
+        if self.cr_await is not None:
+            _close(self.cr_await)
+
+    def _end(self, error: BaseException) -> None:
+        if isinstance(error, StopIteration):
+            self.results.append(error.value)
+        else:
+            self.error = error
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        raise TypeError("a task drives it")
 
 
 async def end_tasks(tasks: Collection[asyncio.Task[Any]]) -> list[str]:

@@ -25,7 +25,7 @@ class Call(msgspec.Struct, frozen=True, tag=True):
     trainer_state: TrainerState | None = None
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
+class Loaded(msgspec.Struct, frozen=True, tag="Ready"):
     """Child → parent: the reward is loaded."""
 
 
@@ -53,7 +53,7 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Reply: TypeAlias = Ready | Scores | Raised | Broken
+Reply: TypeAlias = Loaded | Scores | Raised | Broken
 
 decode_call: Callable[[bytes], Call] = decoder(Call, "a run and a reward")
 decode_reply: Callable[[bytes], Reply] = decoder(Reply, "a run and a reward")

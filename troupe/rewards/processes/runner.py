@@ -29,7 +29,7 @@ from troupe.rewards.convention import (
 )
 from troupe.rewards.faults import Fault
 from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
-from troupe.rewards.processes.calls import LOOK, Broken, Call, Raised, Ready, Scores, decode_reply
+from troupe.rewards.processes.calls import LOOK, Broken, Call, Loaded, Raised, Scores, decode_reply
 from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.runners import Runner, not_started
 from troupe.rewards.trainer_state import TrainerState
@@ -80,7 +80,7 @@ class Worker:
         except BaseException:
             await child.aclose(0.0)
             raise
-        if not isinstance(reply, Ready):
+        if not isinstance(reply, Loaded):
             await child.aclose(0.0)
             raise RewardError(f"reward {name}: {reply.message if isinstance(reply, Broken) else reply}")
         return cls(child)
@@ -92,7 +92,7 @@ class Worker:
             reply = decode_reply(await self._child.receive())
         except (anyio.EndOfStream, anyio.BrokenResourceError, FrameError) as error:
             return Lost(Fault("reward_error", str(error), by_code=self._ended_itself))
-        return Lost(Fault("reward_error", "its process answered out of turn")) if isinstance(reply, Ready) else reply
+        return Lost(Fault("reward_error", "its process answered out of turn")) if isinstance(reply, Loaded) else reply
 
     @property
     def _ended_itself(self) -> bool:

@@ -19,7 +19,7 @@ from troupe.rewards.actor import RewardActor
 from troupe.rewards.convention import RewardFunction, Signature, checked_scores
 from troupe.rewards.faults import described, may_pass
 from troupe.rewards.loading import load_reward
-from troupe.rewards.processes.calls import LOOK, Broken, Raised, Ready, Scores, decode_call
+from troupe.rewards.processes.calls import LOOK, Broken, Loaded, Raised, Scores, decode_call
 from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import leave_alone
 from troupe.runtime.codec import encode
@@ -35,14 +35,14 @@ def answer_calls(wire: Wire) -> None:
     try:
         if rest == [LOOK]:
             load_reward(spec)
-            wire.send(encode(Ready()))
+            wire.send(encode(Loaded()))
             return
         function = _load(spec)
     except RewardError as error:
         wire.send(encode(Broken(sayable(str(error)))))
         return
     signature = Signature.of(function)
-    wire.send(encode(Ready()))
+    wire.send(encode(Loaded()))
     if signature.is_async:
         wire.run(partial(_answer_async, function, signature))
         return
