@@ -160,17 +160,17 @@ class Bench:
 
 
 async def _sequential(prepared: Prepared, steps: int) -> Timing:
-    config, policy, rewards = prepared.config, prepared.policy, prepared.rewards
+    config, policy, rewards = prepared.config, prepared.start.policy, prepared.inputs.rewards
     learner, P = config.learner, config.learner.batch_size
     engine = RolloutEngine(policy.config, config.generation, stop_ids=policy.eos_ids)
     log_probs = CompletionLogProbs(policy.config, config.generation.temperature)
     reward_weights = dict(zip(rewards.names, rewards.weights, strict=True))
-    weights, state = policy.weights, prepared.optimizer_state
+    weights, state = policy.weights, prepared.start.optimizer_state
     generate_s, score_s, learn_s = [], [], []
     async with rewards:
         for step in range(WARM_UP + steps):
             start_s = time.perf_counter()
-            prompts = [prepared.schedule.prompt(Slot(step=step, place=place)) for place in range(P)]
+            prompts = [prepared.inputs.schedule.prompt(Slot(step=step, place=place)) for place in range(P)]
             engine.load(weights, step)
             requests = [
                 RolloutRequest(prompt_ids=p.prompt_ids, key=(config.seed, step, i, 0)) for i, p in enumerate(prompts)

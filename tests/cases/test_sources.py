@@ -242,8 +242,10 @@ def test_a_dry_run_makes_a_few_rows_and_knows_how_many_there_are(
     )
     prepared = prepare(config, to_show=True)
     assert rows_made(made) == 2 * 4
-    assert prepared.total_steps == 500 * config.learner.epochs // config.learner.batch_size
-    assert prepared.prompts.startswith("500 prompts of 2 tokens (in the first 4, the others were not made) from ")
+    assert prepared.inputs.total_steps == 500 * config.learner.epochs // config.learner.batch_size
+    assert prepared.inputs.description.startswith(
+        "500 prompts of 2 tokens (in the first 4, the others were not made) from "
+    )
     assert capsys.readouterr().err.count("making its first 4 rows") == 2
     PromptDataset.load(config.data.path or "")
     prepare(config, to_show=True)

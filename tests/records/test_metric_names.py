@@ -49,7 +49,7 @@ def test_the_list_is_what_checkpoints_are_judged_by(tiny_model: Path, tmp_path: 
     config = tiny_config(tiny_model, tmp_path, learner__max_steps=1, **settings)
     train(config, [logging])
     stored = load_checkpoint(list_checkpoints(Path(str(config.output)))[0]).state.metrics
-    names = prepare(config, [logging], resume=True).rewards.names
+    names = prepare(config, [logging], resume=True).inputs.rewards.names
     assert set(OF_EVERY_STEP) <= set(stored)
     assert set(stored) - {"share"} <= set(known_metrics(names))
     assert check_metric("share", names, [logging]) is not None

@@ -24,6 +24,7 @@ from troupe.actors.generator.weights_files import SHARED_MEMORY, remove_leftover
 from troupe.errors import ConfigError, ModelError
 from troupe.policy import Weights, load_policy
 from troupe.run.config import load_config
+from troupe.run.placement import Machine
 from troupe.run.prepare import prepare
 from troupe.run.result import RunResult
 from troupe.runtime import linux_cpu
@@ -287,13 +288,10 @@ def test_as_many_micro_batches_are_learned_at_a_time_as_are_worth_it(
     assert (config.learner.gradient_accumulation_steps or 1) >= streams
 
 
-def test_on_a_gpu_there_is_one_stream_whatever_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
-) -> None:
-    monkeypatch.setattr("troupe.run.prepare.is_on_cpu", lambda: False)
+def test_on_a_gpu_there_is_one_stream_whatever_was_asked_for(tmp_path: Path, tiny_model: Path) -> None:
     settings: dict[str, Any] = {"generator": "auto", "learner_streams": 2, "max_staleness": 1}
     config = tiny_config(tiny_model, tmp_path, **{f"schedule__{key}": value for key, value in settings.items()})
-    schedule = prepare(config, [weigh_ids]).config.schedule
+    schedule = prepare(config, [weigh_ids], machine=Machine(on_cpu=False, cores=2)).config.schedule
     assert (schedule.generator, schedule.learner_streams) == ("thread", 1)
 
 

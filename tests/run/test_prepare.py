@@ -23,8 +23,8 @@ from troupe.messages import Slot
 from troupe.policy import ModelConfig, load_policy
 from troupe.run.config import write_config
 from troupe.run.memory import peak_bytes
+from troupe.run.placement import Machine
 from troupe.run.prepare import prepare
-from troupe.runtime import linux_cpu
 from troupe.runtime.device import arrays_in
 from troupe.runtime.memory import GB
 
@@ -223,8 +223,10 @@ def test_held_out_rows_need_the_columns_of_the_training_rows(workplace: Workplac
 
 
 def test_max_steps_overrides_epochs_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
-    assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=100, learner__epochs=1)).total_steps == 100
-    assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=1, learner__epochs=9)).total_steps == 1
+    assert (
+        prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=100, learner__epochs=1)).inputs.total_steps == 100
+    )
+    assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=1, learner__epochs=9)).inputs.total_steps == 1
 
 
 def test_what_is_resolved(tmp_path: Path, tiny_model: Path) -> None:
@@ -236,14 +238,16 @@ def test_what_is_resolved(tmp_path: Path, tiny_model: Path) -> None:
         "takes 5"
     ) in prepared.notices
     assert prepared.config.rewards.functions == ("exact_answer",)
-    assert prepared.rewards.names == ("exact_answer_reward",)
+    assert prepared.inputs.rewards.names == ("exact_answer_reward",)
     assert prepared.folder == tmp_path / "run"
     assert not prepared.folder.exists()
-    assert (prepared.total_steps, prepared.first_step, prepared.checkpoint) == (4, 0, None)
-    assert prepared.reference is prepared.policy.weights
-    assert prepared.optimizer_state.keys() == adamw_init(prepared.policy.weights).keys()
-    assert prepare(tiny_config(tiny_model, tmp_path)).reference is None
-    assert prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=None)).total_steps == 8  # ⌈5 rows · 3 / 2⌉
+    assert (prepared.inputs.total_steps, prepared.start.first_step, prepared.start.checkpoint) == (4, 0, None)
+    assert prepared.start.reference is prepared.start.policy.weights
+    assert prepared.start.optimizer_state.keys() == adamw_init(prepared.start.policy.weights).keys()
+    assert prepare(tiny_config(tiny_model, tmp_path)).start.reference is None
+    assert (
+        prepare(tiny_config(tiny_model, tmp_path, learner__max_steps=None)).inputs.total_steps == 8
+    )  # ⌈5 rows · 3 / 2⌉
 
 
 @pytest.mark.parametrize(
@@ -271,20 +275,20 @@ def test_the_reference_of_a_resumed_run(
         Checkpoint(
             config=base.config,
             weights=synced,
-            optimizer_state=fresh.optimizer_state,
+            optimizer_state=fresh.start.optimizer_state,
             behind={},
-            state=RunState(version=1, seed=0, dataset=fresh.fingerprint, num_tokens=9),
+            state=RunState(version=1, seed=0, dataset=fresh.start.identity.dataset, num_tokens=9),
             reference=synced if stored else None,
         ),
     )
     prepared = prepare(config, resume=True)
-    assert prepared.checkpoint is not None
-    assert prepared.checkpoint.state.num_tokens == 9
+    assert prepared.start.checkpoint is not None
+    assert prepared.start.checkpoint.state.num_tokens == 9
     if held is None:
-        assert prepared.reference is None
+        assert prepared.start.reference is None
     else:
-        assert prepared.reference is not None
-        assert same_bits(prepared.reference, synced if held == "synced" else base.weights)
+        assert prepared.start.reference is not None
+        assert same_bits(prepared.start.reference, synced if held == "synced" else base.weights)
 
 
 def test_a_run_that_was_begun_with_a_variable_of_no_use_goes_on(tmp_path: Path, tiny_model: Path) -> None:
@@ -298,7 +302,7 @@ def test_a_run_that_was_begun_with_a_variable_of_no_use_goes_on(tmp_path: Path, 
     run.mkdir()
     write_config(msgspec.structs.replace(fresh.config, data=config.data), run / "run.toml")
     again = prepare(config, resume=True)
-    assert again.schedule.prompt(Slot(step=0, place=0)) == fresh.schedule.prompt(Slot(step=0, place=0))
+    assert again.inputs.schedule.prompt(Slot(step=0, place=0)) == fresh.inputs.schedule.prompt(Slot(step=0, place=0))
 
 
 @pytest.mark.parametrize(("began", "goes_on"), [("free", "pinned"), ("pinned", "free")])
@@ -310,11 +314,11 @@ def test_a_run_is_not_resumed_with_another_schedule(tmp_path: Path, tiny_model: 
     save_checkpoint(
         checkpoint_folder(run, 1),
         Checkpoint(
-            config=fresh.policy.config,
-            weights=fresh.policy.weights,
-            optimizer_state=fresh.optimizer_state,
+            config=fresh.start.policy.config,
+            weights=fresh.start.policy.weights,
+            optimizer_state=fresh.start.optimizer_state,
             behind={},
-            state=RunState(version=1, seed=0, dataset=fresh.fingerprint, mode=began),
+            state=RunState(version=1, seed=0, dataset=fresh.start.identity.dataset, mode=began),
         ),
     )
     with pytest.raises(CheckpointError, match=f"the run's schedule is '{began}', not '{goes_on}'"):
@@ -323,7 +327,7 @@ def test_a_run_is_not_resumed_with_another_schedule(tmp_path: Path, tiny_model: 
 
 def test_given_rewards_stand_beside_named_ones_with_weights(tmp_path: Path, tiny_model: Path) -> None:
     config = tiny_config(tiny_model, tmp_path, rewards__functions=["length"])
-    assert prepare(config, [weigh_ids]).rewards.names == ("length_reward", "weigh_ids")
+    assert prepare(config, [weigh_ids]).inputs.rewards.names == ("length_reward", "weigh_ids")
 
 
 def test_a_config_made_in_python_is_checked_too(tiny_model: Path) -> None:
@@ -353,19 +357,22 @@ def test_a_run_is_planned_below_its_memory_limit(tmp_path: Path, tiny_model: Pat
 def test_without_arrays_all_else_stays(tmp_path: Path, tiny_model: Path) -> None:
     prepared = prepare(tiny_config(tiny_model, tmp_path, learner__beta=0.1))
     rest = prepared.without_arrays()
-    assert not list(arrays_in([rest.policy.weights, rest.reference, rest.optimizer_state]))
-    assert (rest.policy.config, rest.policy.path) == (prepared.policy.config, prepared.policy.path)
-    assert (rest.config, rest.total_steps, rest.first_step) == (prepared.config, 4, 0)
-    optimizer_state = adamw_init(prepared.policy.weights)
-    stored = Checkpoint(
-        config=prepared.policy.config,
-        weights=prepared.policy.weights,
-        optimizer_state=optimizer_state,
-        behind={1: prepared.policy.weights},
-        state=RunState(version=2, seed=0, dataset=""),
-        reference=prepared.policy.weights,
+    assert not list(arrays_in([rest.start.policy.weights, rest.start.reference, rest.start.optimizer_state]))
+    assert (rest.start.policy.config, rest.start.policy.path) == (
+        prepared.start.policy.config,
+        prepared.start.policy.path,
     )
-    rest = msgspec.structs.replace(prepared, checkpoint=stored).without_arrays()
+    assert (rest.config, rest.inputs.total_steps, rest.start.first_step) == (prepared.config, 4, 0)
+    optimizer_state = adamw_init(prepared.start.policy.weights)
+    stored = Checkpoint(
+        config=prepared.start.policy.config,
+        weights=prepared.start.policy.weights,
+        optimizer_state=optimizer_state,
+        behind={1: prepared.start.policy.weights},
+        state=RunState(version=2, seed=0, dataset=""),
+        reference=prepared.start.policy.weights,
+    )
+    rest = msgspec.structs.replace(prepared.start, checkpoint=stored).without_arrays()
     assert rest.first_step == 2
     assert not list(arrays_in(rest.checkpoint))
 
@@ -386,16 +393,14 @@ def test_without_arrays_all_else_stays(tmp_path: Path, tiny_model: Path) -> None
 def test_the_resolved_config_says_where_the_generator_runs_and_with_how_many_threads(
     tmp_path: Path,
     tiny_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
     schedule: dict[str, Any],
     on_cpu: bool,
     placed: tuple[str, int | None],
 ) -> None:
-    monkeypatch.setattr(linux_cpu, "blas_threads", lambda: 8)
-    monkeypatch.setattr("troupe.run.prepare.is_on_cpu", lambda: on_cpu)
+    machine = Machine(on_cpu=on_cpu, cores=8)
     settings = {"schedule__generator": "auto"} | {f"schedule__{key}": value for key, value in schedule.items()}
     settings["learner__batch_size"] = 11
-    config = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config
+    config = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids], machine=machine).config
     assert (config.schedule.generator, config.schedule.blas_threads) == placed
 
 
@@ -414,20 +419,19 @@ def test_the_resolved_config_says_where_the_generator_runs_and_with_how_many_thr
 def test_light_weights_are_decoded_in_a_process_a_core_where_there_is_much_to_do(
     tmp_path: Path,
     tiny_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
     placed: tuple[str, int, int, int],
 ) -> None:
-    monkeypatch.setattr(linux_cpu, "blas_threads", lambda: 8)
-    monkeypatch.setattr("troupe.run.prepare._WORTHWHILE", 64)
+    machine = Machine(on_cpu=True, cores=8, worthwhile=64)
     settings = {"schedule__generator": "auto", "learner__batch_size": 11} | settings
-    schedule = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config.schedule
-    memory = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).memory
+    config = tiny_config(tiny_model, tmp_path, **settings)
+    memory = prepare(config, [weigh_ids], machine=machine).memory
+    schedule = memory.config.schedule
     assert (schedule.generator, schedule.generator_processes, schedule.blas_threads) == placed[:3]
     assert memory.config.schedule.learner_streams == placed[3]
     if settings == {"schedule__generator": "auto", "learner__batch_size": 11}:
-        monkeypatch.setattr("troupe.run.prepare._LIGHT", 1)
-        schedule = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids]).config.schedule
+        heavy = msgspec.structs.replace(machine, light=1)
+        schedule = prepare(config, [weigh_ids], machine=heavy).config.schedule
         assert (schedule.generator, schedule.generator_processes) == ("thread", 1)
 
 
@@ -437,8 +441,6 @@ def test_more_processes_than_prompts_a_step_are_refused(tmp_path: Path, tiny_mod
         prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids])
 
 
-def test_without_openblas_no_threads_are_named(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linux_cpu, "blas_threads", lambda: None)
-    assert prepare(tiny_config(tiny_model, tmp_path), [weigh_ids]).config.schedule.blas_threads is None
+def test_without_openblas_no_threads_are_named(tmp_path: Path, tiny_model: Path) -> None:
+    machine = Machine(on_cpu=True, cores=None)
+    assert prepare(tiny_config(tiny_model, tmp_path), [weigh_ids], machine=machine).config.schedule.blas_threads is None

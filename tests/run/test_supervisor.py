@@ -680,7 +680,7 @@ async def test_mlx_keeps_the_limit_of_a_run_as_long_as_it_runs(tmp_path: Path, r
     before = mx.get_memory_limit()
     async with troupe.Supervisor(tiny_config(ragged_model, tmp_path, memory_limit_gb=0.5), [look]) as run:
         await run.wait()
-        assert not run._prepared.policy.weights, "the run itself keeps what it still needs of them"
+        assert not run._prepared.start.policy.weights, "the run itself keeps what it still needs of them"
     assert set(seen) == {475_000_000}
     assert mx.get_memory_limit() == before
     assert any(notice.startswith("memory: at most 0.0 of 0.5 GB") for notice in run.notices)

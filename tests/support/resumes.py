@@ -69,12 +69,12 @@ class StartLedger(Ledger):
     """Sees one start of several."""
 
     def __init__(self, limit: int, prepared: Prepared) -> None:
-        super().__init__(max(limit, len(prepared.restored.alive)))
+        super().__init__(max(limit, len(prepared.start.restored.alive)))
         self.ends: list[GroupClosed] = []
-        for group in prepared.restored.collected.collected:
+        for group in prepared.start.restored.collected.collected:
             prompt = group.group.prompt
             self.issued[prompt.gid] = prompt.slot
-            if prompt.gid not in prepared.restored.collected.replaced:
+            if prompt.gid not in prepared.start.restored.collected.replaced:
                 self.alive.add(prompt.gid)
 
     def see(self, channel: str, message: object) -> None:
@@ -107,17 +107,17 @@ def resumed(prepared: Prepared, cut: Cut) -> Prepared:
     unfinished = msgspec.msgpack.decode(cut.unfinished, type=Unfinished)
     config = prepared.config
     if config.schedule.mode == "free":
-        wanted = (prepared.total_steps - cut.version) * config.learner.batch_size
-        restored = restored_free(unfinished, prepared.schedule, wanted=wanted)
+        wanted = (prepared.inputs.total_steps - cut.version) * config.learner.batch_size
+        restored = restored_free(unfinished, prepared.inputs.schedule, wanted=wanted)
     else:
         restored = restored_pinned(
             unfinished,
-            prepared.schedule,
+            prepared.inputs.schedule,
             cut.version,
             max_staleness=config.schedule.max_staleness,
-            whole_rounds=prepared.rewards.compares_groups,
+            whole_rounds=prepared.inputs.rewards.compares_groups,
         )
-    policy: Any = type(prepared.policy)(**{**vars(prepared.policy), "weights": cut.weights})
+    policy: Any = type(prepared.start.policy)(**{**vars(prepared.start.policy), "weights": cut.weights})
     state = RunState(
         version=cut.version,
         seed=config.seed,
@@ -128,7 +128,8 @@ def resumed(prepared: Prepared, cut: Cut) -> Prepared:
     )
     on_stage: dict[str, Any] = {"config": None, "weights": cut.weights, "behind": cut.behind}
     checkpoint = Checkpoint(optimizer_state={}, state=state, unfinished=unfinished, **on_stage)
-    return msgspec.structs.replace(prepared, policy=policy, checkpoint=checkpoint, restored=restored)
+    start = msgspec.structs.replace(prepared.start, policy=policy, checkpoint=checkpoint, restored=restored)
+    return msgspec.structs.replace(prepared, start=start)
 
 
 def play(seed: int, starts: int = STARTS) -> None:

@@ -46,8 +46,11 @@ from troupe.messages import (
 from troupe.policy import Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.rewards import RewardManager
 from troupe.run.factories import Factories
+from troupe.run.inputs import Inputs
 from troupe.run.prepare import Prepared
+from troupe.run.resume.check import Identity
 from troupe.run.resume.groups import Restored
+from troupe.run.start import Start
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox, Overflow
 
@@ -304,24 +307,34 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
     return Prepared(
         config=config,
         folder=Path(config.output),
-        policy=policy,
-        source=Path(config.output),
-        reference=None,
-        rewards=rewards,
-        schedule=PromptSchedule(
-            dataset,
-            [(1 + i, 2) for i in range(rows)],
-            batch_size=config.learner.batch_size,
-            seed=config.seed,
-            shuffle=True,
+        inputs=Inputs(
+            config=config,
+            source=Path(config.output),
+            policy=policy,
+            dataset=dataset,
+            schedule=PromptSchedule(
+                dataset,
+                [(1 + i, 2) for i in range(rows)],
+                batch_size=config.learner.batch_size,
+                seed=config.seed,
+                shuffle=True,
+            ),
+            evaluation=None,
+            rewards=rewards,
+            longest_prompt=2,
+            total_steps=config.learner.max_steps or 1,
+            description="",
+            notices=(),
         ),
-        total_steps=config.learner.max_steps or 1,
-        fingerprint="",
-        evaluation=None,
-        checkpoint=None,
-        optimizer_state={},
-        restored=Restored(next=0),
         memory=memory,
+        start=Start(
+            identity=Identity(dataset="", model="", rewards=rewards.names),
+            policy=policy,
+            reference=None,
+            optimizer_state={},
+            checkpoint=None,
+            restored=Restored(next=0),
+        ),
         notices=(),
     )
 

@@ -11,18 +11,19 @@ _MILLION, _BILLION = 10**6, 10**9
 
 def describe_plan(prepared: Prepared) -> list[str]:
     """The lines, what matters most first."""
-    config, policy = prepared.config, prepared.policy
+    config, policy = prepared.config, prepared.start.policy
     learner, generation, rewards = config.learner, config.generation, config.rewards
-    weights = rewards.weights or (1.0,) * len(prepared.rewards.names)
-    scored = [f"{name} × {weight:g}" for name, weight in zip(prepared.rewards.names, weights, strict=False)]
+    weights = rewards.weights or (1.0,) * len(prepared.inputs.rewards.names)
+    scored = [f"{name} × {weight:g}" for name, weight in zip(prepared.inputs.rewards.names, weights, strict=False)]
     limit = prepared.memory.limit_gb
-    steps = f"{prepared.total_steps} steps into {prepared.folder}; nothing was written"
-    if prepared.first_step:
-        steps = f"{prepared.total_steps} steps, {prepared.first_step} of them done, {steps.partition(' steps ')[2]}"
+    steps = f"{prepared.inputs.total_steps} steps into {prepared.folder}; nothing was written"
+    if prepared.start.first_step:
+        done = f"{prepared.start.first_step} of them done"
+        steps = f"{prepared.inputs.total_steps} steps, {done}, {steps.partition(' steps ')[2]}"
     return [
         steps,
-        f"model: {prepared.source}, {_count(parameter_count(policy.config))} weights in {policy.dtype}",
-        *prepared.prompts.splitlines(),
+        f"model: {prepared.inputs.source}, {_count(parameter_count(policy.config))} weights in {policy.dtype}",
+        *prepared.inputs.description.splitlines(),
         f"a step: {learner.batch_size} prompts × {generation.num_generations} completions of at most "
         f"{generation.max_completion_length} tokens, at temperature {generation.temperature:g}",
         f"rewards: {', '.join(scored)}",

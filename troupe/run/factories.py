@@ -25,8 +25,8 @@ def sinks_of(prepared: Prepared) -> list[Sink]:
     run = RunInfo(
         name=prepared.folder.name,
         folder=str(prepared.folder),
-        total_steps=prepared.total_steps,
-        first_step=prepared.first_step,
+        total_steps=prepared.inputs.total_steps,
+        first_step=prepared.start.first_step,
         program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
         config=config_table(prepared.config),

@@ -47,7 +47,7 @@ class Ledgers(msgspec.Struct, frozen=True, kw_only=True):
 
 def open_ledgers(prepared: Prepared, factories: Factories, check_folder: Callable[[], None]) -> Ledgers:
     """As the run begins, or goes on."""
-    config, restored = prepared.config, prepared.restored
+    config, restored = prepared.config, prepared.start.restored
     schedule, batch_size = config.schedule, config.learner.batch_size
     sinks = Sinks(
         factories.sinks(prepared),
@@ -61,7 +61,7 @@ def open_ledgers(prepared: Prepared, factories: Factories, check_folder: Callabl
         credits=Credits((schedule.max_staleness + 1) * batch_size, restored.alive),
         prompts=PromptLedger(
             next=restored.next,
-            end=prepared.total_steps * batch_size,
+            end=prepared.inputs.total_steps * batch_size,
             outbox=deque(restored.prompts),
             alive={gid: (slot, time.perf_counter()) for gid, slot in restored.alive.items()},
         ),
@@ -79,20 +79,20 @@ def open_ledgers(prepared: Prepared, factories: Factories, check_folder: Callabl
 def _make_writer(
     prepared: Prepared, factories: Factories, sinks: Sinks, check_folder: Callable[[], None]
 ) -> CheckpointWriter:
-    config, policy = prepared.config, prepared.policy
+    config, policy = prepared.config, prepared.start.policy
     # by themselves: the writer must not keep the weights that the run began with
-    rewards, dataset, model, stop_ids = prepared.rewards, prepared.fingerprint, prepared.model, policy.eos_ids
-    table, machine = config_table(config), prepared.machine
+    rewards, identity, stop_ids = prepared.inputs.rewards, prepared.start.identity, policy.eos_ids
+    table, machine = config_table(config), prepared.rounding
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)
         return RunState(
             version=snapshot.version,
             seed=config.seed,
-            dataset=dataset,
+            dataset=identity.dataset,
             num_tokens=snapshot.num_tokens,
             mode=config.schedule.mode,
-            model=model,
+            model=identity.model,
             skipped_in_a_row=snapshot.skipped_in_a_row,
             rewards={name: RewardState(version=times, spec=spec) for name, (times, spec) in standing.items()},
             metrics=dict(snapshot.metrics),
@@ -113,7 +113,7 @@ def _make_writer(
 
 def _checkpoints_so_far(prepared: Prepared) -> CheckpointLedger:
     """What is known of the run's checkpoints when it begins, or goes on."""
-    found = prepared.checkpoint
+    found = prepared.start.checkpoint
     if found is None:
         return CheckpointLedger(abandoned=newer_versions(prepared.folder, -1))
     unfinished, version = found.unfinished, found.state.version

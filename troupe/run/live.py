@@ -153,13 +153,13 @@ class LiveRun:
         return Status(
             phase=self.phase,
             step=pipeline.learner.version,
-            total_steps=self._prepared.total_steps,
+            total_steps=self._prepared.inputs.total_steps,
             policy_version=pipeline.learner.version,
             groups=self._live_groups(now_s),
             queues=queues(pipeline.actors),
             doing={} if self._ended.is_set() else doing(pipeline.actors, now_s),
             held=pipeline.ledgers.prompts.held,
-            rewards_down=dict(self._prepared.rewards.down),
+            rewards_down=dict(self._prepared.inputs.rewards.down),
             restarts={role.name: role.restarts for role in pipeline.roles if role.restarts},
             incidents=dict(pipeline.ledgers.tally.incidents),
             metrics=dict(updates[-1].metrics) if updates else {},
@@ -169,11 +169,11 @@ class LiveRun:
 
     def _activity(self, now_s: float) -> Activity | None:
         prepared, at = self._prepared, self._stage.activity(now_s)
-        if at is not None and prepared.rewards.starting is not None:
-            at = msgspec.structs.replace(at, what=f"starting the reward {prepared.rewards.starting}")
+        if at is not None and prepared.inputs.rewards.starting is not None:
+            at = msgspec.structs.replace(at, what=f"starting the reward {prepared.inputs.rewards.starting}")
         if at is None and self._playing:
             at = of_actors(self._pipeline.actors, now_s, prepared.config.generation.max_completion_length)
-        return with_waits(at, prepared.rewards.waits)
+        return with_waits(at, prepared.inputs.rewards.waits)
 
     def _live_groups(self, now_s: float) -> tuple[LiveGroup, ...]:
         """Groups between prompting and the end of their training, the oldest first."""
@@ -197,7 +197,7 @@ class LiveRun:
             self._ended.set()
 
     async def _play(self) -> None:
-        rewards, pipeline = self._prepared.rewards, self._pipeline
+        rewards, pipeline = self._prepared.inputs.rewards, self._pipeline
         pipeline.ledgers.sinks.open()
         try:
             await _beside(self._tell_sinks, self._play_told)
@@ -220,8 +220,8 @@ class LiveRun:
         threads = self._prepared.config.schedule.blas_threads
         limit_gb, wired_gb = self._prepared.memory.limit_gb, self._prepared.config.wired_limit_gb
         with self._scope, memory_limited(limit_gb), memory_wired(wired_gb), linux_cpu.blas_limited(threads):
-            if self._prepared.checkpoint is not None:
-                self._prepared.rewards.trust()
+            if self._prepared.start.checkpoint is not None:
+                self._prepared.inputs.rewards.trust()
             with self._stage.at("starting the rewards"):
                 await self._start_rewards()
             await _beside(self._run_errands, self._perform)
@@ -232,7 +232,7 @@ class LiveRun:
     async def _start_rewards(self) -> None:
         """RunError where one does not start that an earlier start had: a judge that is away may come back."""
         try:
-            await self._prepared.rewards.start()
+            await self._prepared.inputs.rewards.start()
             await self._exchange_as_before()
         except RewardError as error:
             if not self._prepared.rewards_worked:
@@ -244,7 +244,7 @@ class LiveRun:
         self._before = await self._evaluate(await self._untrained_policy(), "held-out rows")
         self._prepared = self._prepared.without_arrays()
         self._playing = True
-        for message in self._prepared.lost:
+        for message in self._prepared.start.lost:
             self._tell("steps_lost", message)
         playing = partial(_beside, self._watch, partial(run_roles, self._pipeline.roles))
         await _beside(self._watch_folder, playing)
@@ -328,8 +328,8 @@ class LiveRun:
     async def _exchange_as_before(self) -> None:
         """Have the rewards ready that take over at later steps, because they did so in a start before this one."""
         for step, name, spec in self._prepared.live.exchanges:
-            if step > self._prepared.first_step:
-                old = await self._prepared.rewards.replace(name, spec, partial(_at, step))
+            if step > self._prepared.start.first_step:
+                old = await self._prepared.inputs.rewards.replace(name, spec, partial(_at, step))
                 self._farewells.append((name, old, step))
 
     async def _exchange(self, name: str, reward: Reward | str) -> None:
@@ -348,7 +348,7 @@ class LiveRun:
             return step if config.schedule.mode == "pinned" else 0
 
         try:
-            old = await self._prepared.rewards.replace(name, reward, first_step)
+            old = await self._prepared.inputs.rewards.replace(name, reward, first_step)
         except Exception as error:
             message = f"the reward {name} was not exchanged, the old one goes on: {error}"
             self._report.incident_nowait(Incident(actor="supervisor", kind="reward_exchange_failed", message=message))
@@ -358,7 +358,7 @@ class LiveRun:
     async def _dismiss(self, name: str, old: RewardVersion, step: int) -> None:
         """Stop a reward that another takes over from in a step, when all steps before have ended."""
         await self._pipeline.ledgers.board.newer_than(step - 1)
-        for incident in await self._prepared.rewards.stop_replaced(name, old):
+        for incident in await self._prepared.inputs.rewards.stop_replaced(name, old):
             self._report.incident_nowait(incident)
 
     async def _write_checkpoint(self) -> None:
@@ -381,18 +381,18 @@ class LiveRun:
 
     async def _untrained_policy(self) -> Policy:
         """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
-        if self._prepared.checkpoint is None or self._prepared.evaluation is None:
-            return self._prepared.policy
+        if self._prepared.start.checkpoint is None or self._prepared.inputs.evaluation is None:
+            return self._prepared.start.policy
         with self._stage.at("loading the policy as it was before step 1"):
-            read = await self._device.run(load_policy, self._prepared.source, self._prepared.config.model.dtype)
-        return self._prepared.policy.having(read.weights)
+            read = await self._device.run(load_policy, self._prepared.inputs.source, self._prepared.config.model.dtype)
+        return self._prepared.start.policy.having(read.weights)
 
     def _trained_policy(self) -> Policy:
-        policy = self._prepared.policy
+        policy = self._prepared.start.policy
         return policy.having(self._pipeline.learner.weights)
 
     async def _evaluate(self, policy: Policy, what: str) -> Evaluation | None:
-        held_out = self._prepared.evaluation
+        held_out = self._prepared.inputs.evaluation
         if held_out is None:
             return None
 
@@ -407,7 +407,7 @@ class LiveRun:
                 held_out.prompt_ids,
                 generation=greedy,
                 device=self._device,
-                rewards=self._prepared.rewards,
+                rewards=self._prepared.inputs.rewards,
                 progress=stage,
                 tell=tell,
             )
@@ -418,7 +418,7 @@ class LiveRun:
         return RunResult(
             folder=str(self._prepared.folder),
             steps=version,
-            total_steps=self._prepared.total_steps,
+            total_steps=self._prepared.inputs.total_steps,
             version=version,
             wall_s=time.perf_counter() - self._began_s,
             closed_groups=dict(tally.closed_groups),

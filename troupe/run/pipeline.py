@@ -69,7 +69,7 @@ def build_pipeline(
     """
     factories = Factories() if factories is None else factories
     ledgers = open_ledgers(prepared, factories, check_folder)
-    wiring = open_wiring(max(ledgers.credits.limit, len(prepared.restored.alive)), factories.mailbox)
+    wiring = open_wiring(max(ledgers.credits.limit, len(prepared.start.restored.alive)), factories.mailbox)
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     place = _process_generator if ledgers.files is not None else partial(_thread_generator, factories=factories)
     return Pipeline(
@@ -93,7 +93,7 @@ def _prompter(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[
         Prompter,
         wiring.prompter,
         wiring.prompts,
-        schedule=prepared.schedule,
+        schedule=prepared.inputs.schedule,
         credits=ledgers.credits,
         ledger=ledgers.prompts,
         open_groups=ledgers.open_groups,
@@ -111,7 +111,7 @@ def _most_at_once(prepared: Prepared) -> int | None:
 def _thread_generator(
     prepared: Prepared, wiring: Wiring, ledgers: Ledgers, *, factories: Factories
 ) -> Callable[[], Actor]:
-    policy = prepared.policy
+    policy = prepared.start.policy
     return partial(
         Generator,
         wiring.generator,
@@ -158,11 +158,11 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
     return [
         Setup(
             name=f"generator {number}" if processes > 1 else "generator",
-            policy=prepared.policy.config,
+            policy=prepared.start.policy.config,
             generation=config.generation,
-            stop_ids=tuple(sorted(prepared.policy.eos_ids)),
-            tokenizer=str(prepared.source),
-            tokenizer_files=prepared.policy.companions.files,
+            stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
+            tokenizer=str(prepared.inputs.source),
+            tokenizer_files=prepared.start.policy.companions.files,
             seed=config.seed,
             max_staleness=staleness,
             most_at_once=_most_at_once(prepared),
@@ -181,14 +181,14 @@ def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[]
         Scorer,
         wiring.scorer,
         wiring.scored,
-        rewards=prepared.rewards,
+        rewards=prepared.inputs.rewards,
         hold=wiring.hold,
         trainer_state=partial(
             TrainerState.at,
-            max_steps=prepared.total_steps,
+            max_steps=prepared.inputs.total_steps,
             prompts=config.learner.batch_size,
             num_generations=config.generation.num_generations,
-            rows=prepared.schedule.rows,
+            rows=prepared.inputs.schedule.rows,
         ),
         recorded=ledgers.recorded,
         report=wiring.reporters["scorer"],
@@ -198,7 +198,12 @@ def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[]
 def _make_learner(
     prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories, check_folder: Callable[[], None]
 ) -> Learner:
-    config, policy, changes, prompts = prepared.config, prepared.policy, ChangesLog(prepared.folder), ledgers.prompts
+    config, policy, changes, prompts = (
+        prepared.config,
+        prepared.start.policy,
+        ChangesLog(prepared.folder),
+        ledgers.prompts,
+    )
 
     def keep_rate(step: int, lr: float) -> None:
         check_folder()
@@ -216,11 +221,11 @@ def _make_learner(
         trainer=factories.trainer(
             config.learner,
             policy.config,
-            reward_weights=dict(zip(prepared.rewards.names, prepared.rewards.weights, strict=True)),
+            reward_weights=dict(zip(prepared.inputs.rewards.names, prepared.inputs.rewards.weights, strict=True)),
             temperature=config.generation.temperature,
             max_completion_length=config.generation.max_completion_length,
             pad_id=policy.pad_id,
-            total_steps=prepared.total_steps,
+            total_steps=prepared.inputs.total_steps,
             streams=config.schedule.learner_streams or 1,
             rates=prepared.live.rates,
         ),
@@ -231,7 +236,7 @@ def _make_learner(
             batch_size=config.learner.batch_size,
             min_scored=config.rewards.min_scored,
             resampling=config.learner.max_resampling_attempts,
-            unfinished=prepared.restored.collected,
+            unfinished=prepared.start.restored.collected,
         ),
         snapshots=Snapshots(
             every=prepared.live.checkpoint_every,
@@ -241,7 +246,7 @@ def _make_learner(
             recorded=ledgers.recorded,
             next_prompt=lambda: prompts.next,
         ),
-        prompts_per_epoch=prepared.schedule.rows,
+        prompts_per_epoch=prepared.inputs.schedule.rows,
         keep_rate=keep_rate,
         report=wiring.reporters["learner"],
     )
@@ -249,16 +254,16 @@ def _make_learner(
 
 def _starting_state(prepared: Prepared, board: PolicyBoard[Weights]) -> LearnerState:
     """Publish the versions that the first steps are generated with; say where learning goes on."""
-    if prepared.checkpoint is not None:
-        for version, weights in sorted(prepared.checkpoint.behind.items()):
+    if prepared.start.checkpoint is not None:
+        for version, weights in sorted(prepared.start.checkpoint.behind.items()):
             board.publish(version, weights)
-    board.publish(prepared.first_step, prepared.policy.weights)
-    state = None if prepared.checkpoint is None else prepared.checkpoint.state
+    board.publish(prepared.start.first_step, prepared.start.policy.weights)
+    state = None if prepared.start.checkpoint is None else prepared.start.checkpoint.state
     return LearnerState(
-        version=prepared.first_step,
-        weights=prepared.policy.weights,
-        optimizer_state=prepared.optimizer_state,
-        reference=prepared.reference,
+        version=prepared.start.first_step,
+        weights=prepared.start.policy.weights,
+        optimizer_state=prepared.start.optimizer_state,
+        reference=prepared.start.reference,
         num_tokens=0 if state is None else state.num_tokens,
         skipped_in_a_row=0 if state is None else state.skipped_in_a_row,
     )

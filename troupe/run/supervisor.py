@@ -97,7 +97,7 @@ class Supervisor:
                 place = await self._device.run(self._take_folder)
                 prepared = await self._device.run(self._prepare, place, on_cancel=stop_making_rows)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
-            self.lost = prepared.lost
+            self.lost = prepared.start.lost
             self._pipeline = build_pipeline(prepared, self._factories, check_folder=place.check)
             performance = LiveRun(
                 prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
@@ -238,11 +238,11 @@ class Supervisor:
     async def check(self, key: str, value: Any) -> None:
         """See whether a value can be `set`, also where that takes a while: a reward is loaded in a process of its own
         first, and in this one then, within a minute. Raises InputError where it cannot."""
-        names = self._prepared.rewards.names if self._live is not None else None
+        names = self._prepared.inputs.rewards.names if self._live is not None else None
         value = check_change(self.config, key, value, names)
         section, _, name = key.partition(".")
         if section == "rewards" and names is not None:
-            await self._prepared.rewards.examine(name, anchored_reward(value, Path.cwd()))
+            await self._prepared.inputs.rewards.examine(name, anchored_reward(value, Path.cwd()))
 
     def set(self, key: str, value: Any) -> None:
         """Ask for another value of one of the keys that may change while a run plays: `learner.lr`, from the next step
@@ -251,7 +251,7 @@ class Supervisor:
 
         ConfigError for another key, or a value that the config would refuse. What fails later is an incident.
         """
-        names = self._prepared.rewards.names if self._live is not None else None
+        names = self._prepared.inputs.rewards.names if self._live is not None else None
         value = check_change(self.config, key, value, names)
         section, _, name = key.partition(".")
         if section == "rewards":
@@ -278,7 +278,7 @@ class Supervisor:
         place.check()  # loading takes a while
         remove_summary(place.path)  # before run.toml asks for more steps than it speaks of
         place.begin(prepared.config)
-        for change in prepared.new_changes:
+        for change in prepared.start.new_changes:
             ChangesLog(place.path).add(change)
         return prepared
 

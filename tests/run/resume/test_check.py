@@ -33,6 +33,7 @@ from troupe.policy import Weights
 from troupe.records.layout import CHANGES, RUN_TOML
 from troupe.rewards import RewardManager, load_reward
 from troupe.run.config import config_table, write_config
+from troupe.run.placement import Machine
 from troupe.run.prepare import Prepared, prepare
 from troupe.run.resume.changes import Change, ChangesLog
 from troupe.run.resume.check import OPEN, Resumption, stored_config
@@ -114,14 +115,14 @@ def test_open_values_are_those_that_preparing_fills_in(
 
 
 def test_a_run_of_a_troupe_without_streams_goes_on_without(
-    tmp_path: Path, ragged_model: Path, stored: RunConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ragged_model: Path, stored: RunConfig
 ) -> None:
     """On streams, matrix products are those of one thread of OpenBLAS, which rounds otherwise than two."""
-    monkeypatch.setattr("troupe.run.prepare._WORTHWHILE", 1)
     asked = tiny_config(ragged_model, tmp_path, generation__max_completion_length=500, schedule__blas_threads=2)
     old = changed(stored, learner__gradient_accumulation_steps=2, schedule__learner_streams=None)
     write_config(changed(old, schedule__blas_threads=2), tmp_path / "run" / RUN_TOML)
-    assert prepare(asked, [weigh_ids], resume=True).config.schedule.learner_streams == 1
+    machine = Machine(on_cpu=True, cores=2, worthwhile=1)
+    assert prepare(asked, [weigh_ids], resume=True, machine=machine).config.schedule.learner_streams == 1
 
 
 def test_what_is_left_open_stays_as_it_was_chosen(tmp_path: Path, ragged_model: Path, stored: RunConfig) -> None:
@@ -308,9 +309,9 @@ async def test_a_moved_model_is_the_same_and_another_one_is_not(tmp_path: Path, 
     data = shutil.copy(tmp_path / "prompts.json", tmp_path / "copy.json")
     elsewhere = changed(config, model__path=str(moved), data__path=str(data))
     prepared = prepare(elsewhere, [weigh_ids], resume=True)
-    assert prepared.first_step >= 2
-    assert prepared.checkpoint is not None
-    assert prepared.checkpoint.state.model == prepared.model
+    assert prepared.start.first_step >= 2
+    assert prepared.start.checkpoint is not None
+    assert prepared.start.checkpoint.state.model == prepared.start.identity.model
     (Path(moved) / "generation_config.json").write_text('{"eos_token_id": 7}')
     with pytest.raises(CheckpointError, match=rf"the run began with another model than the one now in {moved}"):
         prepare(elsewhere, [weigh_ids], resume=True)
@@ -379,7 +380,7 @@ async def test_a_checkpoint_that_is_not_of_this_run(tmp_path: Path, ragged_model
     newest, before, *_ = list_checkpoints(folder)
     (newest / "state.json").write_text("{}")
     prepared = prepare(config, [weigh_ids], resume=True)
-    assert f"step-{prepared.first_step:08d}" == before.name
+    assert f"step-{prepared.start.first_step:08d}" == before.name
     assert any("trying the one before" in notice for notice in prepared.notices)
 
 
@@ -396,7 +397,7 @@ async def test_more_and_fewer_steps(tmp_path: Path, ragged_model: Path) -> None:
     assert told in more.notices
     by_epochs = changed(config, learner__max_steps=None, learner__epochs=6)
     more = prepare(by_epochs, [weigh_ids], resume=True, allow_changes=allowed)
-    assert more.total_steps == 15  # ⌈5 rows · 6 / 2⌉
+    assert more.inputs.total_steps == 15  # ⌈5 rows · 6 / 2⌉
     assert any(notice.startswith("the run now has 15 steps") for notice in more.notices)
 
 
@@ -409,7 +410,7 @@ async def test_other_rewards_from_python_have_to_be_allowed(tmp_path: Path, ragg
     message = "made with the rewards weigh_ids, and is resumed with other; .*--allow-change rewards.functions"
     with pytest.raises(CheckpointError, match=message):
         prepare(config, [other], resume=True)
-    assert prepare(config, [other], resume=True, allow_changes=["rewards.functions"]).rewards.names == ("other",)
+    assert prepare(config, [other], resume=True, allow_changes=["rewards.functions"]).inputs.rewards.names == ("other",)
 
 
 async def test_what_was_sampled_otherwise_is_sampled_once_more(tmp_path: Path, ragged_model: Path) -> None:
@@ -418,7 +419,7 @@ async def test_what_was_sampled_otherwise_is_sampled_once_more(tmp_path: Path, r
     hotter = changed(config, generation__temperature=1.5)
     prepared = prepare(hotter, [weigh_ids], resume=True, allow_changes=["generation.temperature"])
     assert "groups that were sampled and not trained on yet are sampled once more" in prepared.notices
-    assert (prepared.restored.recorded, prepared.restored.collected.collected) == ({}, ())
+    assert (prepared.start.restored.recorded, prepared.start.restored.collected.collected) == ({}, ())
     run = await play(hotter, [weigh_ids], resume=True, allow=("generation.temperature",))
     assert run.result.complete
     assert load_config(tmp_path / "run" / RUN_TOML).generation.temperature == 1.5
@@ -482,7 +483,7 @@ async def test_what_a_resume_asks_for_takes_the_place_of_what_was_set(tmp_path: 
     first = await play(config, [weigh_ids], before=before)
     assert {"step-00000004", "step-00000006"} <= {path.name for path in list_checkpoints(first.folder)}
     again = prepare(config, [weigh_ids], resume=True)
-    assert (again.live.checkpoint_every, again.live.watchdog_s, again.new_changes) == (2, 7.0, ())
+    assert (again.live.checkpoint_every, again.live.watchdog_s, again.start.new_changes) == (2, 7.0, ())
     asked = changed(config, learner__lr=0.25, learner__max_steps=STEPS + 1, checkpoint__every=3)
     rest = await play(asked, [weigh_ids], resume=True, allow=("learner.lr", "learner.max_steps"))
     rates = metrics_of(rest.folder, "learning_rate")
@@ -617,10 +618,10 @@ async def test_other_functions_end_an_exchange(tmp_path: Path, ragged_model: Pat
     await play(config, ask=ask)
     several = changed(config, rewards__functions=[f"{judges}:f", "length"])
     prepared = prepare(several, resume=True, allow_changes=["rewards.functions"])
-    assert prepared.new_changes == (Change(step=prepared.first_step, key="rewards.f", value=f"{judges}:f"),)
+    assert prepared.start.new_changes == (Change(step=prepared.start.first_step, key="rewards.f", value=f"{judges}:f"),)
     rest = await play(several, resume=True, allow=("rewards.functions",))
     assert rest.result.complete
-    assert prepare(several, resume=True).rewards.standing(STEPS)["f"][1] == f"{judges}:f"
+    assert prepare(several, resume=True).inputs.rewards.standing(STEPS)["f"][1] == f"{judges}:f"
 
 
 async def test_a_reward_exchanged_for_one_from_python_is_named(tmp_path: Path, ragged_model: Path) -> None:
@@ -662,8 +663,8 @@ async def test_an_exchange_just_after_a_checkpoint_outlives_a_kill(
     else:
         ChangesLog(folder).add(Change(step=made.step, key="rewards.f", value=f"{judges}:f"))
     prepared = prepare(changed(config, output=str(folder)), resume=True)
-    assert prepared.first_step == made.step - (spec == "g")
-    assert prepared.rewards.standing(prepared.first_step)["f"] == (2 - (spec == "g"), f"{judges}:{spec}")
+    assert prepared.start.first_step == made.step - (spec == "g")
+    assert prepared.inputs.rewards.standing(prepared.start.first_step)["f"] == (2 - (spec == "g"), f"{judges}:{spec}")
     assert f"reward f: {judges}:{spec}, for which it was exchanged" in prepared.notices
 
 
@@ -716,9 +717,10 @@ async def test_one_that_is_to_take_over_again_and_cannot_start_is_a_fault_that_m
 def test_which_rewards_an_earlier_start_could_use(before: dict[str, RewardState], name: str, worked: bool) -> None:
     state = RunState(version=1, seed=1, dataset="", rewards=before)
     standing = SimpleNamespace(standing=lambda step: {"f": (0, name)})
-    prepared: Any = SimpleNamespace(checkpoint=SimpleNamespace(state=state), rewards=standing, first_step=1)
+    start = SimpleNamespace(checkpoint=SimpleNamespace(state=state), first_step=1)
+    prepared: Any = SimpleNamespace(start=start, inputs=SimpleNamespace(rewards=standing))
     assert Prepared.rewards_worked.__get__(prepared) is worked
-    prepared.checkpoint, prepared.rewards = None, None
+    prepared.start.checkpoint, prepared.inputs.rewards = None, None
     for prepared.rewards_stood in (False, True):
         assert Prepared.rewards_worked.__get__(prepared) is prepared.rewards_stood
 
@@ -744,7 +746,7 @@ async def test_an_exchange_is_heeded_during_the_evaluation_before_training(tmp_p
         assert run.status().phase == "starting"
         run.exchange_reward("first", second)
         with anyio.fail_after(60):
-            while not run._prepared.rewards.versions["first"]:
+            while not run._prepared.inputs.rewards.versions["first"]:
                 await anyio.wait_all_tasks_blocked()
         exchanged.set()
     assert calls == ["first"] * 2 + ["second"] * (2 + 2), "the rows of the evaluation before, the step, and after"
@@ -847,11 +849,10 @@ async def test_what_an_earlier_start_was_allowed_stays_allowed(folder: Path) -> 
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, str]:
+def machine(folder: Path) -> dict[str, str]:
     """What is told of the machine, and what the run was made on."""
     now = dict(arithmetic())
     assert read_made(list_checkpoints(folder)[0]).machine == now
-    monkeypatch.setattr("troupe.run.prepare.arithmetic", lambda: now)
     return now
 
 
@@ -864,7 +865,7 @@ def test_what_decides_the_bits_is_compared_and_allowed_by_name(
         pytest.skip("means nothing on this device")
     machine[name] = "another"
     with pytest.raises(CheckpointError) as refused:
-        prepare(as_stored(folder), [weigh_ids], resume=True)
+        prepare(as_stored(folder), [weigh_ids], resume=True, rounding=machine)
     assert str(refused.value) == (
         f"{folder}: the run in this folder was made where numbers are rounded otherwise than here:\n"
         f"  machine.{name}: '{old}' → 'another'\n"
@@ -872,29 +873,26 @@ def test_what_decides_the_bits_is_compared_and_allowed_by_name(
         f"what is meant by --allow-change machine.{name}"
     )
     for allow in (f"machine.{name}", "machine"):
-        prepared = prepare(as_stored(folder), [weigh_ids], resume=True, allow_changes=[allow])
+        prepared = prepare(as_stored(folder), [weigh_ids], resume=True, rounding=machine, allow_changes=[allow])
         assert f"machine.{name}: '{old}' → 'another', as allowed" in prepared.notices
 
 
 def test_settings_and_machine_are_refused_together(folder: Path, machine: dict[str, str]) -> None:
     machine["mlx"] = "another"
     with pytest.raises(CheckpointError, match=r"(?s)learner\.lr: .*machine\.mlx: .*leave them out.*have machine\.mlx"):
-        prepare(changed(as_stored(folder), learner__lr=0.5), [weigh_ids], resume=True)
+        prepare(changed(as_stored(folder), learner__lr=0.5), [weigh_ids], resume=True, rounding=machine)
 
 
 def test_what_nobody_knows_is_not_compared(folder: Path, tmp_path: Path, machine: dict[str, str]) -> None:
     old = of_an_older_troupe(folder, tmp_path / "old")
     newest = load_checkpoint(list_checkpoints(folder)[0]).state.version  # one more step may end before a stop is heard
     machine |= {"mlx": "another", "new of this Troupe": "yes"}
-    assert prepare(as_stored(old), [weigh_ids], resume=True).first_step == newest
+    assert prepare(as_stored(old), [weigh_ids], resume=True, rounding=machine).start.first_step == newest
     machine["mlx"] = read_made(list_checkpoints(folder)[0]).machine["mlx"]
-    assert prepare(as_stored(folder), [weigh_ids], resume=True).first_step == newest
+    assert prepare(as_stored(folder), [weigh_ids], resume=True, rounding=machine).start.first_step == newest
 
 
-async def test_bits_of_a_free_run_are_nobodys_promise(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_bits_of_a_free_run_are_nobodys_promise(tmp_path: Path, ragged_model: Path) -> None:
     config = config_for(ragged_model, tmp_path, schedule__mode="free")
     await play(config, [weigh_ids], ask=stop_at(2))
-    monkeypatch.setattr("troupe.run.prepare.arithmetic", lambda: {"mlx": "another"})
-    assert prepare(config, [weigh_ids], resume=True).first_step > 0
+    assert prepare(config, [weigh_ids], resume=True, rounding={"mlx": "another"}).start.first_step > 0

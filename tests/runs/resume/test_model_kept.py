@@ -17,7 +17,7 @@ import troupe
 from tests.cases.cases import copy_case
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.straight import play_straight
-from troupe.run import prepare as preparing
+from troupe.run import inputs
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.checkpoint.files import sum_file
 from troupe.errors import RunError
@@ -140,7 +140,7 @@ def test_a_run_of_an_older_troupe_goes_on_with_the_ids_and_the_head_that_it_had(
         return policy.having(weights, config=tied, eos_ids=policy.eos_ids_by_one_file)
 
     with monkeypatch.context() as old:
-        old.setattr(preparing, "load_policy", as_of_old)
+        old.setattr(inputs, "load_policy", as_of_old)
         run = Path(troupe.train(config, [weigh_ids]).folder)
     expected = load_checkpoint(list_checkpoints(run)[0])
     assert expected.config.tie_word_embeddings
