@@ -372,9 +372,9 @@ def test_without_arrays_all_else_stays(tmp_path: Path, tiny_model: Path) -> None
         state=RunState(version=2, seed=0, dataset=""),
         reference=prepared.start.policy.weights,
     )
-    rest = msgspec.structs.replace(prepared.start, checkpoint=stored).without_arrays()
-    assert rest.first_step == 2
-    assert not list(arrays_in(rest.checkpoint))
+    start = msgspec.structs.replace(prepared.start, checkpoint=stored).without_arrays()
+    assert start.first_step == 2
+    assert not list(arrays_in(start.checkpoint))
 
 
 @pytest.mark.parametrize(
