@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TypeAlias
 
 import anyio
@@ -168,14 +167,14 @@ async def test_updates_carry_the_queues_and_what_was_dropped() -> None:
     }
 
 
-async def test_updates_say_where_the_time_went(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_updates_say_where_the_time_went() -> None:
     learning = Mailbox("nobody")
-    reporter = Reporter("generator", None, learning.channel("spans", Span, bound=9, overflow="drop_oldest"))
+    spans = learning.channel("spans", Span, bound=9, overflow="drop_oldest")
+    reporter = Reporter("generator", None, spans, clock=lambda: stage.now_s)
     stage = Stage(reporters=(reporter,))
     listener = stage.listeners.listen(9)
     await stage.metrics.handle(Span(actor="learner", name="learn", start_s=101.0, end_s=104.0))
     await stage.metrics.handle(Span(actor="scorer", name="score", start_s=103.0, end_s=106.0))
-    monkeypatch.setattr("troupe.runtime.reporter.time", SimpleNamespace(perf_counter=lambda: stage.now_s))
     stage.now_s = 105.0
     with reporter.span("decode"):
         stage.now_s = 110.0

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import anyio
@@ -125,15 +124,14 @@ async def test_the_base_class_asks_for_handle_only() -> None:
     assert Listener.heard == [1]
 
 
-async def test_reporter_sends_incidents_and_spans_and_closes_both(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reporter_sends_incidents_and_spans_and_closes_both() -> None:
     times = iter([10.0, 12.5])
     box = Mailbox("metrics")
     incidents = box.channel("incidents", Incident, bound=2)
     spans = box.channel("spans", Span, bound=1, overflow="drop_oldest")
-    report = Reporter("scorer", incidents, spans)
+    report = Reporter("scorer", incidents, spans, clock=lambda: next(times))
     incident = Incident(actor="scorer", kind="odd", message="something odd")
     await report.incident(incident)
-    monkeypatch.setattr("troupe.runtime.reporter.time", SimpleNamespace(perf_counter=lambda: next(times)))
     with pytest.raises(KeyError), report.span("score", step=3, gid=7):
         raise KeyError
     report.close()

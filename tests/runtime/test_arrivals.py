@@ -11,7 +11,6 @@ from typing import Any
 import anyio
 import pytest
 
-from troupe.runtime import arrivals as module
 from troupe.runtime.arrivals import arrivals
 
 pytestmark = pytest.mark.anyio
@@ -29,13 +28,12 @@ async def test_who_cannot_be_let_in_keeps_nobody_else_out(
         return await accept(listener)
 
     monkeypatch.setattr(loop, "sock_accept", accept_or_not)
-    monkeypatch.setattr(module, "_PAUSE_S", 0.001)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     with caplog.at_level(logging.WARNING, "troupe.daemon"):
         clients = [socket.create_connection(listener.getsockname()) for _ in range(2)]
         with anyio.fail_after(10):
-            async for connection in arrivals(listener, "page"):
+            async for connection in arrivals(listener, "page", pause_s=0.001):
                 with connection, clients.pop() as client:
                     assert not connection.getblocking()
                     connection.sendall(b"hello")
@@ -54,7 +52,7 @@ async def test_cancelling_closes_the_listener() -> None:
     listener.setblocking(False)
 
     async def serve() -> None:
-        async for _ in arrivals(listener, "page"):
+        async for _ in arrivals(listener, "page", pause_s=0.001):
             pass
 
     async with anyio.create_task_group() as tasks:

@@ -42,8 +42,8 @@ async def test_signals_are_received_and_everything_is_as_before_afterwards() -> 
                 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
                     os.kill(os.getpid(), number)
                     assert await signals.receive() == number
-            assert guard._page.turns()[3] == 3
-            child = guard._child
+            assert guard.page.turns()[3] == 3
+            child = guard.child
             assert child is not None
         assert signal.getsignal(signal.SIGTERM) is handler
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
@@ -60,12 +60,12 @@ async def test_calls_under_way_are_on_the_page() -> None:
     with Guard(signals=False) as guard:
         guard.writes_in(Path("/runs/kind"))
         with under_way("kind", until.__code__), under_way("judge", None, in_turns=True):
-            judge, kind = guard._page.calls()
+            judge, kind = guard.page.calls()
         assert (kind.name, kind.file, kind.function) == ("kind", __file__, "until")
         assert (kind.thread, kind.native) == (threading.get_ident(), threading.get_native_id())
         assert (judge.name, judge.thread) == ("judge", 0)
-        assert guard._page.calls() == []
-        assert guard._page.read("folder") == "/runs/kind"
+        assert guard.page.calls() == []
+        assert guard.page.read("folder") == "/runs/kind"
     assert guarding._pages == []
 
 
@@ -82,7 +82,7 @@ async def main():
             os._exit(len(guarding._pages))
         code = os.waitpid(child, 0)[1]
         await anyio.sleep(0.02)
-        print(code, guard._page.turns()[3])
+        print(code, guard.page.turns()[3])
 
 anyio.run(main)
 """
@@ -98,21 +98,20 @@ def test_a_fork_s_signals_are_its_own() -> None:
 
 async def test_it_tells_that_it_turns() -> None:
     with Guard(signals=False) as guard:
-        turned_s, pulsed_s, thread, _ = guard._page.turns()
+        turned_s, pulsed_s, thread, _ = guard.page.turns()
         assert thread == threading.get_ident()
-        await until(lambda: guard._page.turns()[0] > turned_s and guard._page.turns()[1] > pulsed_s)
+        await until(lambda: guard.page.turns()[0] > turned_s and guard.page.turns()[1] > pulsed_s)
 
 
-async def test_a_guardian_that_is_killed_is_replaced_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guarding, "TICK_S", 0.01)
+async def test_a_guardian_that_is_killed_is_replaced_a_few_times() -> None:
     told: list[str] = []
-    with Guard(signals=False, tell=told.append) as guard:
+    with Guard(signals=False, tell=told.append, tick_s=0.01) as guard:
         for _ in range(4):
-            child = guard._child
+            child = guard.child
             assert child is not None
             child.kill()
-            await until(lambda child=child: guard._child is not child)  # type: ignore[misc]
-        assert guard._child is None
+            await until(lambda child=child: guard.child is not child)  # type: ignore[misc]
+        assert guard.child is None
     assert len(told) == 1
     assert told[0].startswith("note: the guardian beside this run has ended 4 times (exit code -9)")
 
@@ -127,7 +126,7 @@ async def test_without_a_guardian_the_run_goes_on(monkeypatch: pytest.MonkeyPatc
 async def test_shared_memory_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create", raising=False)
     with Guard(signals=False) as guard, under_way("kind", None):
-        assert [call.name for call in guard._page.calls()] == ["kind"]
+        assert [call.name for call in guard.page.calls()] == ["kind"]
         assert [call.name for call in Page(guard._memory).calls()] == ["kind"]
 
 

@@ -108,11 +108,10 @@ def test_a_file_system_that_does_not_answer_is_no_sign(
         held.check()
 
 
-def test_it_takes_two_looks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_takes_two_looks(place: Path) -> None:
     """A name may be away for a moment, as on a network file system while somebody replaces a link."""
-    held = HeldFolder(place)
+    held = HeldFolder(place, sleep=lambda _: place.with_name("away").rename(place))
     place.rename(place.with_name("away"))
-    monkeypatch.setattr("troupe.runtime.held_folder.time.sleep", lambda _: place.with_name("away").rename(place))
     held.check()
 
 

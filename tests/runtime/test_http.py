@@ -202,7 +202,7 @@ async def test_one_too_many() -> None:
             answer = await said(server, get("/"))
             assert answer.startswith(b"HTTP/1.1 503")
             assert b"2 clients are there already" in answer
-        await until(lambda: server._connections == 0)
+        await until(lambda: server.connections == 0)
         assert (await said(server, get("/"))).startswith(b"HTTP/1.1 200")
 
 
@@ -210,9 +210,9 @@ async def test_a_crowd_is_not_even_heard() -> None:
     handler = Handler()
     async with serving(handler, connections=1, request_s=1000.0) as server:
         async with await anyio.connect_tcp(HOST, server.port), await anyio.connect_tcp(HOST, server.port):
-            await until(lambda: server._connections == 2)
+            await until(lambda: server.connections == 2)
             assert await said(server, b"") == b"", "it is dropped at once, and takes up no descriptor"
-        await until(lambda: server._connections == 0)
+        await until(lambda: server.connections == 0)
         assert (await said(server, get("/"))).startswith(b"HTTP/1.1 200")
 
 

@@ -182,7 +182,7 @@ def test_importing_mlx_first_warns() -> None:
 
 @ORDER
 def test_importing_troupe_first_loads_openblas_silently() -> None:
-    program = "import troupe; from troupe import linux_cpu; print(linux_cpu.load_openblas(), linux_cpu._is_mapped())"
+    program = "from troupe.runtime import linux_cpu; print(linux_cpu.load_openblas(), linux_cpu._is_mapped())"
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "loaded True\n", "")
 
@@ -278,7 +278,7 @@ def test_a_run_that_may_not_have_the_memory_ends_and_says_so(tmp_path: Path) -> 
         pytest.skip("there is no OpenBLAS here")
     program = (
         "import resource, sys, troupe\n"
-        "from troupe import linux_cpu\n"
+        "from troupe.runtime import linux_cpu\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))\n"
         "linux_cpu.take_buffers(1)\n"
@@ -301,7 +301,7 @@ def test_openblas_says_which_kernels_it_has() -> None:
         pytest.skip("there is no OpenBLAS here")
     assert told is not None
     assert told.startswith("OpenBLAS ")
-    program = "from troupe import linux_cpu; print(linux_cpu.openblas_kernels())"
+    program = "from troupe.runtime import linux_cpu; print(linux_cpu.openblas_kernels())"
     environment = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}
     other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() in (told, f"{told.rpartition(' ')[0]} Prescott")

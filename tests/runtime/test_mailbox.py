@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import deque
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -164,10 +163,9 @@ async def test_overflow_drops_the_oldest_of_its_own_channel_only(overflow: Any, 
     assert (stats.sent, stats.dropped, stats.depth, stats.peak_depth) == (4, dropped, 0, 2)
 
 
-async def test_waiting_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_time_is_measured() -> None:
     now = [100.0]
-    monkeypatch.setattr("troupe.runtime.mailbox.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    box = Mailbox("box")
+    box = Mailbox("box", clock=lambda: now[0])
     channel = box.channel("c", int, bound=2)
     channel.send_nowait(1)
     now[0] = 101.5

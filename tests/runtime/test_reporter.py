@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -20,20 +19,19 @@ pytestmark = pytest.mark.anyio
 class Desk:
     """A reporter, a clock that it reads, and what it told."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now_s = 0.0
         self.box = Mailbox("metrics")
         self.spans: Channel[Span] = self.box.channel("spans", Span, bound=9999, overflow="drop_oldest")
-        self.report = Reporter("scorer", None, self.spans)
-        monkeypatch.setattr("troupe.runtime.reporter.time", SimpleNamespace(perf_counter=lambda: self.now_s))
+        self.report = Reporter("scorer", None, self.spans, clock=lambda: self.now_s)
 
     async def told(self) -> list[tuple[str, float, float, int]]:
         return [(span.name, span.start_s, span.end_s, span.lane) for span in await taken(self.box)]
 
 
 @pytest.fixture
-def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(monkeypatch)
+def desk() -> Desk:
+    return Desk()
 
 
 async def test_a_span_says_all_that_it_was_told(desk: Desk) -> None:
@@ -46,7 +44,9 @@ async def test_a_span_says_all_that_it_was_told(desk: Desk) -> None:
 
 async def test_a_child_tells_of_beginnings_too_and_the_parent_knows_what_it_is_at(desk: Desk) -> None:
     child_box = Mailbox("frames")
-    child = Reporter("generator", None, child_box.channel("spans", Span, bound=99), process=77)
+    child = Reporter(
+        "generator", None, child_box.channel("spans", Span, bound=99), process=77, clock=lambda: desk.now_s
+    )
     with child.span("decode", step=3):
         desk.now_s = 1.0
         with child.span("hand over", gid=5):

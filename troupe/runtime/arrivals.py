@@ -14,7 +14,7 @@ _PAUSE_S = 0.1
 """After one who could not be let in: where no descriptors are left, the next could not either."""
 
 
-async def arrivals(listener: socket.socket, whose: str) -> AsyncGenerator[socket.socket]:
+async def arrivals(listener: socket.socket, whose: str, pause_s: float = _PAUSE_S) -> AsyncGenerator[socket.socket]:
     """Connections that do not block, until it is cancelled; then the listener is closed."""
     loop = asyncio.get_running_loop()
     with listener:
@@ -23,7 +23,7 @@ async def arrivals(listener: socket.socket, whose: str) -> AsyncGenerator[socket
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:  # no descriptors left, or the client is gone already
                 _LOG.warning("a client of the %s could not be let in: %s", whose, error)
-                await anyio.sleep(_PAUSE_S)
+                await anyio.sleep(pause_s)
                 continue
             connection.setblocking(False)
             yield connection

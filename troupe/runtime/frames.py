@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import cached_property
+from typing import BinaryIO
 
 import anyio
 
@@ -85,14 +88,23 @@ class Wire:
     def __init__(self, wire: socket.socket) -> None:
         self._wire = wire
 
+    @cached_property
+    def _incoming(self) -> BinaryIO:  # made by who reads it: the socket stays open as long as it is
+        return self._wire.makefile("rb")
+
     def send(self, frame: bytes) -> None:
         """Send one frame whole."""
         self._wire.sendall(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
 
     def receive(self) -> bytes | None:
         """The next frame; None where the parent wants no more."""
-        head = self._exactly(_LENGTH_BYTES)
-        return None if head is None else self._exactly(int.from_bytes(head, "big"))
+        with suppress(OSError):
+            head = self._incoming.read(_LENGTH_BYTES)
+            length = int.from_bytes(head, "big")
+            frame = self._incoming.read(length)
+            if len(head) == _LENGTH_BYTES and len(frame) == length:
+                return frame
+        return None
 
     def run(self, handler: Callable[[Connection], Awaitable[None]]) -> None:
         """Go on in an event loop, to the end."""
@@ -106,15 +118,3 @@ class Wire:
                     raise
 
         anyio.run(connected)
-
-    def _exactly(self, size: int) -> bytes | None:
-        read = bytearray()
-        while len(read) < size:
-            try:
-                part = self._wire.recv(min(size - len(read), _BUFFER_BYTES))
-            except OSError:
-                part = b""
-            if not part:
-                return None
-            read += part
-        return bytes(read)

@@ -118,21 +118,26 @@ class Guard:
     """
 
     def __init__(
-        self, limit_s: float = 0.0, *, signals: bool = True, tell: Callable[[str], None] | None = None
+        self,
+        limit_s: float = 0.0,
+        *,
+        signals: bool = True,
+        tell: Callable[[str], None] | None = None,
+        tick_s: float = TICK_S,
     ) -> None:
         """`signals`: whether this process heeds them by `received`; to be entered in the main thread, then. `tell` is
         given a sentence when the guardian is gone for good; called from another thread."""
         self.unavailable: str | None = None
-        self._limit_s, self._with_signals, self._tell = limit_s, signals, tell
+        self._limit_s, self._with_signals, self._tell, self._tick_s = limit_s, signals, tell, tick_s
         self._turned_s = self._pulsed_s = time.monotonic()
         self._heeded = self._starts = 0
         self._numbers: frozenset[int] = frozenset()
         self._sender: MemoryObjectSendStream[int] | None = None
         self._over = threading.Event()
-        self._child: subprocess.Popen[bytes] | None = None
+        self.child: subprocess.Popen[bytes] | None = None
         self._signals: socket.socket | None = None
         self._stack = ExitStack()
-        self._page: WrittenPage
+        self.page: WrittenPage
         self._memory = self._stacks = -1
         self._loop: asyncio.AbstractEventLoop
         self._timer: asyncio.TimerHandle
@@ -142,15 +147,15 @@ class Guard:
         with ExitStack() as stack:
             self._memory = _shared(stack, b"\0" * Page.BYTES)
             self._stacks = _shared(stack, b"")
-            self._page = WrittenPage(self._memory)
+            self.page = WrittenPage(self._memory)
             self._turn()
             stack.callback(lambda: self._timer.cancel())
             if self._with_signals:
                 self._wire_signals(stack)
             faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
             stack.callback(faulthandler.unregister, STACKS_SIGNAL)
-            _pages.append(self._page)
-            stack.callback(_pages.remove, self._page)
+            _pages.append(self.page)
+            stack.callback(_pages.remove, self.page)
             self._start()
             stack.callback(self._end)
             pulse = threading.Thread(target=self._pulse, name="troupe-pulse", daemon=True)
@@ -167,7 +172,7 @@ class Guard:
 
     def writes_in(self, folder: Path) -> None:
         """The run folder, where the guardian tells why the run does not answer."""
-        self._page.write("folder", str(folder))
+        self.page.write("folder", str(folder))
 
     @contextmanager
     def received(self, *numbers: signal.Signals) -> Iterator[MemoryObjectReceiveStream[int]]:
@@ -212,25 +217,25 @@ class Guard:
         """On the event loop, again and again."""
         self._turned_s = time.monotonic()
         self._write()
-        self._timer = self._loop.call_later(TICK_S, self._turn)
+        self._timer = self._loop.call_later(self._tick_s, self._turn)
 
     def _write(self) -> None:
-        self._page.tell(self._turned_s, self._pulsed_s, self._thread, self._heeded)
+        self.page.tell(self._turned_s, self._pulsed_s, self._thread, self._heeded)
 
     def _pulse(self) -> None:
         """In a thread: that threads can run, and which there are."""
         written_s = 0.0
-        while not self._over.wait(TICK_S):
+        while not self._over.wait(self._tick_s):
             self._pulsed_s = now_s = time.monotonic()
             self._write()
             threads = {thread.ident: thread.native_id for thread in threading.enumerate() if thread.ident}
-            self._page.write("threads", json.dumps(threads))
+            self.page.write("threads", json.dumps(threads))
             if now_s - self._turned_s > STACKS_S and self._turned_s > written_s:
                 written_s = now_s
                 os.ftruncate(self._stacks, 0)
                 os.lseek(self._stacks, 0, os.SEEK_SET)
                 faulthandler.dump_traceback(self._stacks, all_threads=True)
-            if self._child is not None and self._child.poll() is not None:
+            if self.child is not None and self.child.poll() is not None:
                 self._replace()
 
     def _start(self) -> None:
@@ -239,37 +244,37 @@ class Guard:
         ends = [end for end in (self._memory, self._stacks, signals) if end >= 0]
         arguments = [os.getpid(), self._memory, self._stacks, signals, self._limit_s]
         try:
-            self._child = subprocess.Popen(
+            self.child = subprocess.Popen(
                 [sys.executable, "-I", "-S", guardian.__file__, *map(str, arguments)],
                 stdin=subprocess.PIPE,  # its end tells the guardian that we are gone
                 stdout=subprocess.DEVNULL,
                 pass_fds=ends,
             )
         except (OSError, ValueError) as error:
-            self._child = None
+            self.child = None
             self.unavailable = (
                 f"there is no guardian beside this run ({error}): a call that holds Python's lock will keep signals "
                 "from being heeded"
             )
 
     def _replace(self) -> None:
-        assert self._child is not None
-        code = self._child.returncode
-        _close(self._child)
+        assert self.child is not None
+        code = self.child.returncode
+        _close(self.child)
         if self._starts <= _RESTARTS:
             self._start()
         else:
-            self._child = None
+            self.child = None
             self.unavailable = (
                 f"the guardian beside this run has ended {self._starts} times (exit code {code}) and is not started "
                 "again: a call that holds Python's lock will keep signals from being heeded"
             )
-        if self._child is None and self._tell is not None:
+        if self.child is None and self._tell is not None:
             self._tell(f"note: {self.unavailable}")
 
     def _end(self) -> None:
-        if self._child is not None:
-            _close(self._child)
+        if self.child is not None:
+            _close(self.child)
 
 
 def _close(child: subprocess.Popen[bytes]) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from troupe.errors import FolderGoneError
@@ -22,9 +23,10 @@ _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 class HeldFolder:
     """`check` may be called in any thread; the rest belongs to whoever holds it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sleep: Callable[[float], object] = time.sleep) -> None:
         """OSError where there is no such folder."""
         self.path = path
+        self._sleep = sleep
         self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     @property
@@ -43,7 +45,7 @@ class HeldFolder:
         """What `check` would raise."""
         if self._is_there():
             return None
-        time.sleep(_PAUSE_S)
+        self._sleep(_PAUSE_S)
         return None if self._is_there() else FolderGoneError(self._message())
 
     def where(self) -> Path | None:

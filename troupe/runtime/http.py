@@ -92,7 +92,7 @@ class HttpServer:
         self.port = port
         self._handler = handler
         self._limits = limits or HttpLimits()
-        self._connections = 0
+        self.connections = 0
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> HttpServer:
@@ -119,10 +119,10 @@ class HttpServer:
 
     async def _accept(self, listener: socket.socket) -> None:
         async for connection in arrivals(listener, "page"):
-            if self._connections >= 2 * self._limits.connections:
+            if self.connections >= 2 * self._limits.connections:
                 connection.close()
                 continue
-            self._connections += 1
+            self.connections += 1
             self._tasks.start_soon(self._serve, connection, name="page client")
 
     async def _serve(self, connection: socket.socket) -> None:
@@ -135,7 +135,7 @@ class HttpServer:
         except (OSError, TimeoutError, EOFError) as error:
             _LOG.debug("a client of the page is gone: %r", error)
         finally:
-            self._connections -= 1
+            self.connections -= 1
 
     async def _answer(self, connection: socket.socket) -> HttpResponse:
         try:
@@ -174,7 +174,7 @@ class HttpServer:
 
     def _refusal(self) -> HttpResponse | None:
         most = self._limits.connections
-        if self._connections <= most:
+        if self.connections <= most:
             return None
         message = f"{most} clients are there already; close one and try again"
         return RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, message).response

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import anyio
@@ -123,7 +124,7 @@ class Channel(Generic[T]):
             raise anyio.ClosedResourceError(f"channel {self.name} is closed")
 
     async def _wait_for_room(self) -> None:
-        since = time.perf_counter()
+        since_s = self._inbox.clock()
         turn = anyio.Event()
         self._blocked.append(turn)
         try:
@@ -136,7 +137,7 @@ class Channel(Generic[T]):
                 self._blocked.remove(turn)
             raise
         finally:
-            self._blocked_s += time.perf_counter() - since
+            self._blocked_s += self._inbox.clock() - since_s
         self._reserved -= 1
 
     @property
@@ -187,10 +188,11 @@ class Mailbox:
     long somebody could still ask something of it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self.name = name
+        self.clock = clock
         self.channels: list[Channel[Any]] = []
-        self.moved_s = time.perf_counter()
+        self.moved_s = clock()
         """When a message was last taken; before the first, when the mailbox was made."""
         self.finished = 0
         """Messages that the reader was done with so far."""
@@ -232,7 +234,7 @@ class Mailbox:
             self._arrival = anyio.Event()
             await self._arrival.wait()
         letter = self._queue.popleft()
-        self.moved_s = time.perf_counter()
+        self.moved_s = self.clock()
         letter.channel._taken(self.moved_s - letter.since_s)
         self._in_hand.append(letter)
         return letter.message
@@ -248,7 +250,7 @@ class Mailbox:
 
     def take_back(self) -> None:
         """Put everything in hand back at the head, in order of arrival, for the reader that comes next."""
-        now_s = time.perf_counter()
+        now_s = self.clock()
         while self._in_hand:
             letter = self._in_hand.pop()
             letter.channel._taken_back()
@@ -279,7 +281,7 @@ class Mailbox:
         return len(self._queue)
 
     def _arrived(self, channel: Channel[Any], message: Any) -> None:
-        self._queue.append(_Letter(channel, message, time.perf_counter()))
+        self._queue.append(_Letter(channel, message, self.clock()))
         self._arrival.set()
 
     def _channel_closed(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any
@@ -39,9 +39,11 @@ class Reporter:
         spans: Channel[Span] | None = None,
         *,
         process: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.actor = actor
         self.process = process
+        self.clock = clock
         self._incidents = incidents
         self._spans = spans
         self._open: dict[asyncio.Task[Any] | None, list[_Timed]] = {}
@@ -109,7 +111,7 @@ class Reporter:
 
     def mark(self, name: str, *, step: int | None = None, gid: int | None = None, gids: Sequence[int] = ()) -> None:
         """Tell of a moment: a span without length."""
-        now_s = time.perf_counter()
+        now_s = self.clock()
         self.record(name, now_s, now_s, step=step, gid=gid, gids=gids)
 
     def forward(self, span: Span) -> None:
@@ -130,7 +132,7 @@ class Reporter:
     @property
     def doing(self) -> list[Span]:
         """What has begun and not ended, as far as it has come; outer spans before those inside."""
-        now_s = time.perf_counter()
+        now_s = self.clock()
         here = [timed.until(now_s) for stack in self._open.values() for timed in stack]
         return here + [msgspec.structs.replace(span, end_s=now_s) for span in self._elsewhere.values()]
 
@@ -166,7 +168,7 @@ class _Timed:
     def __enter__(self) -> None:
         report = self._report
         self._task = asyncio.current_task()
-        self._start_s = self.last_s = start_s = time.perf_counter()
+        self._start_s = self.last_s = start_s = report.clock()
         stack = report._open.get(self._task)
         if stack is None:
             self.lane = lane = report._free_lane(start_s)
@@ -182,8 +184,8 @@ class _Timed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        end_s = time.perf_counter()
         report, stack = self._report, self._stack
+        end_s = report.clock()
         stack.remove(self)
         if stack:
             stack[-1].last_s = end_s
