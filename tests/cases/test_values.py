@@ -15,11 +15,11 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 import pytest
-from click.testing import CliRunner
 
 import troupe
 from tests.cases.cases import copy_case, expected_of
 from tests.support.fakes import make_scored, tiny_config
+from tests.support.runs import call, done, refused
 from troupe.actors.learner.gathering import is_usable
 from troupe.actors.learner.statistics import (
     advantages_of,
@@ -30,7 +30,6 @@ from troupe.actors.learner.statistics import (
 )
 from troupe.checkpoint.read import read_unfinished
 from troupe.checkpoint.unfinished import encode_unfinished
-from troupe.cli.main import main
 from troupe.errors import RewardError
 from troupe.grpo import LearnerConfig
 from troupe.messages import Unfinished
@@ -49,9 +48,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def run_case(folder: Path, *options: str) -> Path:
     """`troupe train` on a case's prompts with the demo's policy → the run's folder."""
-    command = ["train", "-d", str(folder / "prompts.json"), "-o", str(folder / "o"), *options]
-    result = CliRunner().invoke(main, command, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    done("train", "-d", folder / "prompts.json", "-o", folder / "o", *options)
     return folder / "o"
 
 
@@ -249,16 +246,9 @@ ONE = "one-completion-a-group"
 @pytest.mark.parametrize("min_scored", ["1", "2"])
 def test_one_completion_a_group_is_refused(tmp_path: Path, scale: str, min_scored: str) -> None:
     folder = copy_case(ONE, tmp_path)
-    command = ["train", "-d", str(folder / "prompts.json"), "-o", str(folder / "o"), "--num-generations", "1"]
-    command += [
-        "--max-steps",
-        "2",
-        "--set",
-        f"learner.scale_rewards={scale}",
-        "--reward",
-        f"{folder}/rewards.py:length",
-    ]
-    result = CliRunner().invoke(main, [*command, "--set", f"rewards.min_scored={min_scored}"])
+    command = ["train", "-d", folder / "prompts.json", "-o", folder / "o", "--num-generations", "1", "--max-steps", "2"]
+    command += ["--reward", f"{folder}/rewards.py:length", "--set", f"learner.scale_rewards={scale}"]
+    result = call(*command, "--set", f"rewards.min_scored={min_scored}")
     assert result.exit_code == expected_of(ONE)["exit_code"]
     assert "generation.num_generations is 1, but advantages compare the completions" in result.output
     assert "min_scored" not in result.output
@@ -269,9 +259,8 @@ def test_a_resume_with_one_completion_a_group_is_refused(tmp_path: Path, tiny_mo
     config = tiny_config(tiny_model, tmp_path, learner__scale_rewards="none", learner__max_steps=1)
     run = troupe.train(config, [base]).folder
     command = ["train", "-o", run, "--resume", "--max-steps", "2", "--num-generations", "1"]
-    result = CliRunner().invoke(main, [*command, "--allow-change", "generation.num_generations"])
-    assert result.exit_code == 2
-    assert "generation.num_generations is 1, but advantages compare the completions" in result.output
+    message = refused(*command, "--allow-change", "generation.num_generations")
+    assert "generation.num_generations is 1, but advantages compare the completions" in message
 
 
 FREE = "free-process-stale"

@@ -57,11 +57,14 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return tmp_path / saved.name
 
 
-def rewrite(folder: Path, name: str, data: bytes) -> None:
-    """Change a file and its entry in the manifest: a fault that no sum can show."""
-    (folder / name).write_bytes(data)
+def rewrite(folder: Path, name: str, data: bytes | None) -> None:
+    """Change a file and its entry in the manifest, a fault that no sum can show; or, with None, remove the entry."""
     listed = json.loads((folder / MANIFEST).read_text())
-    listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if data is None:
+        del listed[name]
+    else:
+        listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (folder / name).write_bytes(data)
     (folder / MANIFEST).write_text(json.dumps(listed))
 
 
@@ -91,10 +94,8 @@ def test_every_entry_of_the_optimizers_state_comes_back(run: Path) -> None:
 
 def test_a_folder_of_the_first_format_is_read(folder: Path) -> None:
     rewrite(folder, "state.json", b'{"version": 2, "seed": 1, "dataset": "x"}')
-    listed = json.loads((folder / MANIFEST).read_text())
-    del listed["unfinished.msgpack"]
+    rewrite(folder, "unfinished.msgpack", None)
     (folder / "unfinished.msgpack").unlink()
-    (folder / MANIFEST).write_text(json.dumps(listed))
     loaded = load_checkpoint(folder)
     assert loaded.state == RunState(format=1, version=2, seed=1, dataset="x")
     assert (loaded.state.mode, loaded.state.model, loaded.state.num_tokens) == ("pinned", "", 0)
@@ -202,9 +203,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_manifest_that_forgets_a_file_is_refused(folder: Path, name: str) -> None:
-    listed = json.loads((folder / MANIFEST).read_text())
-    del listed[name]
-    (folder / MANIFEST).write_text(json.dumps(listed))
+    rewrite(folder, name, None)
     with pytest.raises(CheckpointError, match=rf"does not list {name}: no whole checkpoint; use another one"):
         load_checkpoint(folder)
 

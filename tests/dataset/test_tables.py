@@ -11,15 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.dataset.test_prompts import write
 from tests.support.extras import extra
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import DatasetError
-
-
-def write(folder: Path, name: str, text: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def test_csv_rows_are_texts_and_know_the_line_they_start_on(tmp_path: Path) -> None:

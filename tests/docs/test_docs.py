@@ -227,32 +227,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_all(together: list[str], folder: Path, model: Path, *pages: Path) -> None:
+    """Run commands in a folder that has the files of some pages and a model."""
+    for block in blocks(*pages):
+        if block.file_name is not None:
+            (folder / block.file_name).write_text(block.text, encoding="utf-8")
+    shutil.copytree(model, folder / "models" / "Qwen3-0.6B")
+    with Shell(folder) as shell:
+        for command in together:
+            shell.run(command)
+        shell.finish()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=named)
 def test_the_commands_of_a_page_work_in_the_order_shown(page: Path, tmp_path: Path, model: Path) -> None:
-    for block in [*blocks(README), *blocks(page)]:
-        if block.file_name is not None:
-            (tmp_path / block.file_name).write_text(block.text, encoding="utf-8")
-    shutil.copytree(model, tmp_path / "models" / "Qwen3-0.6B")
-    with Shell(tmp_path) as shell:
-        for block in runnable(page):
-            for command in commands(block):
-                shell.run(command)
-        shell.finish()
+    run_all([command for block in runnable(page) for command in commands(block)], tmp_path, model, README, page)
 
 
 @pytest.mark.slow
 def test_the_readmes_commands_for_several_terminals_work(tmp_path: Path, model: Path) -> None:
-    for block in blocks(README):
-        if block.file_name is not None:
-            (tmp_path / block.file_name).write_text(block.text, encoding="utf-8")
-    shutil.copytree(model, tmp_path / "models" / "Qwen3-0.6B")
     together = [command for block in blocks(README) if block.kind == "sh" for command in commands(block)]
     assert together
-    with Shell(tmp_path) as shell:
-        for command in together:
-            shell.run(command)
-        shell.finish()
+    run_all(together, tmp_path, model, README)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such shell")
