@@ -246,9 +246,9 @@ ONE = "one-completion-a-group"
 @pytest.mark.parametrize("min_scored", ["1", "2"])
 def test_one_completion_a_group_is_refused(tmp_path: Path, scale: str, min_scored: str) -> None:
     folder = copy_case(ONE, tmp_path)
-    command = ["train", "-d", folder / "prompts.json", "-o", folder / "o", "--num-generations", "1", "--max-steps", "2"]
-    command += ["--reward", f"{folder}/rewards.py:length", "--set", f"learner.scale_rewards={scale}"]
-    result = call(*command, "--set", f"rewards.min_scored={min_scored}")
+    command = ["train", "-d", f"{folder}/prompts.json", "-o", f"{folder}/o", "--num-generations", "1"]
+    command += ["--max-steps", "2", "--reward", f"{folder}/rewards.py:length"]
+    result = call(*command, "--set", f"learner.scale_rewards={scale}", "--set", f"rewards.min_scored={min_scored}")
     assert result.exit_code == expected_of(ONE)["exit_code"]
     assert "generation.num_generations is 1, but advantages compare the completions" in result.output
     assert "min_scored" not in result.output
