@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ from tests.support.trace_events import read_trace
 from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.messages import CheckpointWritten, ClosedState, Drain, GroupClosed, Incident, Settle, Slot, Span, Update
 from troupe.records.sinks.jsonl import JsonlSink
-from troupe.records.sinks.sinks import Sinks
+from troupe.records.sinks.sinks import Sinks, SinkThread
 from troupe.records.sinks.trace import TraceWriter
 from troupe.runtime.broadcast import Broadcast
 from troupe.runtime.mailbox import Channel, Mailbox
@@ -40,7 +41,11 @@ def closed(gid: int, state: ClosedState) -> GroupClosed:
 
 class Stage:
     def __init__(
-        self, *sinks: FakeSink, watched: tuple[Mailbox, ...] = (), reporters: tuple[Reporter, ...] = ()
+        self,
+        *sinks: FakeSink,
+        watched: tuple[Mailbox, ...] = (),
+        reporters: tuple[Reporter, ...] = (),
+        thread: Callable[..., SinkThread] = SinkThread,
     ) -> None:
         self.inbox = Mailbox("metrics")
         self.reports: Channel[Report] = self.inbox.channel(
@@ -48,7 +53,7 @@ class Stage:
         )
         self.listeners: Broadcast[Heard] = Broadcast("news", Update, GroupClosed, Incident)
         self.tally = Tally()
-        self.sinks = Sinks(sinks, gather_s=0.0)
+        self.sinks = Sinks(sinks, gather_s=0.0, thread=thread)
         self.now_s = 100.0
         self.watched, self.reporters = watched, reporters
         self.metrics = self.make()
@@ -94,10 +99,9 @@ async def test_counts_and_hands_everything_to_every_sink_in_order() -> None:
     assert stage.tally.switched_off_sinks == {}
 
 
-async def test_a_sink_that_fails_is_an_incident_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
+async def test_a_sink_that_fails_is_an_incident_for_the_others() -> None:
     bad, good = FakeSink("bad", refuses=(Update,)), FakeSink("good")
-    stage = Stage(bad, good)
+    stage = Stage(bad, good, thread=DirectSinkThread)
     await stage.run(update(1), SPAN, update(2), SPAN, update(3), SPAN, update(4))
     assert bad.attempts == 3
     assert bad.closed == 1
@@ -108,22 +112,20 @@ async def test_a_sink_that_fails_is_an_incident_for_the_others(monkeypatch: pyte
     assert stage.tally.incidents == {"sink_failed": 1}
 
 
-async def test_sinks_that_fail_together_are_both_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sinks_that_fail_together_are_both_switched_off() -> None:
     """The second fails for the third time on the incident about the first, while both still take the update."""
-    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
     first = FakeSink("first", refuses=(Update,))
     second = FakeSink("second", refuses=(Update, Incident))
     third = FakeSink("third")
-    stage = Stage(first, second, third)
+    stage = Stage(first, second, third, thread=DirectSinkThread)
     await stage.run(INCIDENT, INCIDENT, update(1), update(2), update(3), update(4))
     assert stage.tally.switched_off_sinks == {"first": "OSError: disk full", "second": "OSError: disk full"}
     assert stage.tally.incidents == {"reward_timeout": 2, "sink_failed": 2}
     assert steps(third) == [1, 2, 3, 4]
 
 
-async def test_listeners_hear_of_groups_and_incidents_those_of_sinks_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
-    stage = Stage(FakeSink("bad", refuses=(GroupClosed,)))
+async def test_listeners_hear_of_groups_and_incidents_those_of_sinks_too() -> None:
+    stage = Stage(FakeSink("bad", refuses=(GroupClosed,)), thread=DirectSinkThread)
     incidents, groups = stage.listeners.listen(9, Incident), stage.listeners.listen(9, GroupClosed)
     ends = [closed(gid, "trained") for gid in range(3)]
     await stage.run(INCIDENT, *ends)
@@ -188,10 +190,9 @@ async def test_updates_say_where_the_time_went() -> None:
     assert times["time/generator/busy"] == pytest.approx(0.5)
 
 
-async def test_writes_of_the_sinks_are_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.records.sinks.sinks.SinkThread", DirectSinkThread)
+async def test_writes_of_the_sinks_are_its_own_work() -> None:
     sink = FakeSink("disk")
-    stage = Stage(sink)
+    stage = Stage(sink, thread=DirectSinkThread)
     await stage.run(INCIDENT, closed(0, "trained"), SPAN)
     own = [message for message in sink.got if isinstance(message, Span) and message.actor == "metrics"]
     assert [(span.name, span.lane) for span in own] == [("write disk", 0)]  # of the incident; told with the group
