@@ -15,7 +15,7 @@ from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig
-from troupe.rewards.calling import BreakerLimits, Caller, Exchanged, Pace
+from troupe.rewards.calling import Caller, Exchanged
 from troupe.rewards.faults import Fault
 
 pytestmark = pytest.mark.anyio
@@ -29,10 +29,10 @@ def paced(
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    pace = Pace(timeout_s=timeout_s, retries=retries, concurrency=4)
     told = [] if events is None else events
-    breaker = BreakerLimits(**{"failures": 0, "max_wait_s": 0.001, **limits})
-    return Caller("judge", pace, breaker, lambda why, down_s: told.append(why), sleep=sleep, jitter=lambda: jitter)
+    breaker = {"breaker_failures": 0, "breaker_max_wait_s": 0.001, **limits}
+    config = RewardsConfig(timeout_s=timeout_s, retries=retries, concurrency=4, **breaker)
+    return Caller("judge", config, lambda why, down_s: told.append(why), sleep=sleep, jitter=lambda: jitter)
 
 
 async def made(caller: Caller, call: Callable[[], Awaitable[Any]], *, patient: bool = False) -> Any:
@@ -159,7 +159,7 @@ class Service:
         self.now = self.most = 0
 
     def caller(self, failures: int = 2, max_wait_s: float = 0.001) -> Caller:
-        return paced([], events=self.events, failures=failures, max_wait_s=max_wait_s)
+        return paced([], events=self.events, breaker_failures=failures, breaker_max_wait_s=max_wait_s)
 
     async def call(self) -> int | Fault:
         self.asked += 1

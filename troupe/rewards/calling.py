@@ -13,37 +13,17 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
-import msgspec
 
 from troupe.errors import RewardError
 from troupe.rewards.faults import Fault, described, is_own_failure, may_pass
+from troupe.rewards.settings import RewardsConfig
 from troupe.runtime.backoff import backoff_s
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
-
-
-class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """The limits of one reward's calls."""
-
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)]
-    """Seconds for one attempt."""
-    retries: Annotated[int, msgspec.Meta(ge=0)]
-    """Attempts after the first."""
-    concurrency: Annotated[int, msgspec.Meta(ge=1)]
-    """Calls at once."""
-
-
-class BreakerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """When to open the breaker, and how often to try then."""
-
-    failures: Annotated[int, msgspec.Meta(ge=0)]
-    """Calls in a row that fail; 0: never open."""
-    max_wait_s: Annotated[float, msgspec.Meta(gt=0)]
-    """Longest time between two tries."""
 
 
 class Exchanged(Exception):  # noqa: N818 - no error: a call that waited is to be made by another reward
@@ -55,27 +35,6 @@ class Attempt:
 
     outcome: Any
     timed_out = False
-
-
-@contextmanager
-def limited(timeout_s: float) -> Iterator[Attempt]:
-    """`with limited(…) as attempt: attempt.outcome = await call()`: where that fails or takes too long, it is a Fault.
-
-    A RewardError comes through, for it says that the code is wrong and not that a call failed.
-    """
-    attempt = Attempt()
-    attempt.outcome = late = Fault("reward_timeout", f"no answer within {timeout_s:g} s")
-    with anyio.move_on_after(timeout_s) as scope:
-        try:
-            yield attempt
-        except RewardError:
-            raise
-        except BaseException as error:
-            if not is_own_failure(error):
-                raise
-            if not scope.cancel_called:
-                attempt.outcome = Fault("reward_error", described(error), not may_pass(error))
-    attempt.timed_out = scope.cancelled_caught and attempt.outcome is late
 
 
 class Tries:
@@ -100,7 +59,7 @@ class Tries:
 
 
 class Caller:
-    """Makes all calls of one reward.
+    """Makes all calls of one reward, within the limits of its config.
 
     `changed(why, down_s)` is called when the breaker opens, and with None when it closes after `down_s` seconds;
     `jitter` is uniform in [0, 1).
@@ -109,16 +68,15 @@ class Caller:
     def __init__(
         self,
         name: str,
-        pace: Pace,
-        limits: BreakerLimits,
+        config: RewardsConfig,
         changed: Callable[[str | None, float], None],
         *,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.name, self.pace = name, pace
-        self._limits, self._changed, self._sleep, self._jitter = limits, changed, sleep, jitter
-        self._places = anyio.CapacityLimiter(pace.concurrency)
+        self.name, self.config = name, config
+        self._changed, self._sleep, self._jitter = changed, sleep, jitter
+        self._places = anyio.CapacityLimiter(config.concurrency)
         self.tries = Tries()
         self.why: str | None = None
         """The newest fault while the breaker is open; None: the service is taken to be up."""
@@ -136,9 +94,24 @@ class Caller:
         self._since_s = 0.0
         self._retired = False
 
-    def limited(self) -> AbstractContextManager[Attempt]:
-        """An attempt within the time that the pace allows."""
-        return limited(self.pace.timeout_s)
+    @contextmanager
+    def limited(self) -> Iterator[Attempt]:
+        """`with caller.limited() as attempt: attempt.outcome = await call()`: where that fails or takes too long, the
+        outcome is a Fault. A RewardError comes through, for it says that the code is wrong and not that a call failed.
+        """
+        attempt = Attempt()
+        attempt.outcome = late = Fault("reward_timeout", f"no answer within {self.config.timeout_s:g} s")
+        with anyio.move_on_after(self.config.timeout_s) as scope:
+            try:
+                yield attempt
+            except RewardError:
+                raise
+            except BaseException as error:
+                if not is_own_failure(error):
+                    raise
+                if not scope.cancel_called:
+                    attempt.outcome = Fault("reward_error", described(error), not may_pass(error))
+        attempt.timed_out = scope.cancelled_caught and attempt.outcome is late
 
     async def run(
         self,
@@ -159,7 +132,7 @@ class Caller:
         while True:
             async with self._places:
                 if not patient or self.why is None:
-                    for retry in range(self.pace.retries + 1):
+                    for retry in range(self.config.retries + 1):
                         if retry:
                             await self._sleep(backoff_s(retry, _FIRST_WAIT_S, _LONGEST_WAIT_S, self._jitter()))
                         with attempting() as attempt:
@@ -176,7 +149,7 @@ class Caller:
 
     def wait_s(self, tries: int) -> float:
         """Seconds until it is tried again whether the service is back, after so many tries in vain."""
-        return backoff_s(tries + 1, _FIRST_WAIT_S, self._limits.max_wait_s, self._jitter())
+        return backoff_s(tries + 1, _FIRST_WAIT_S, self.config.breaker_max_wait_s, self._jitter())
 
     def retire(self) -> None:
         """Another reward takes over: calls that wait end with Exchanged."""
@@ -226,7 +199,7 @@ class Caller:
             return False
         self._failures += 1
         self._only_code = self._only_code and outcome.by_code
-        if not self._limits.failures or self._failures < self._limits.failures:
+        if not self.config.breaker_failures or self._failures < self.config.breaker_failures:
             return True
         if self._only_code and not self.proven:
             raise RewardError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import anyio
-
 from troupe.messages import Incident
 from troupe.rewards.faults import Fault
 from troupe.rewards.settings import RewardsConfig
@@ -24,11 +22,6 @@ class RewardEvents:
         self._listener: Callable[[Incident], None] | None = None
         self._untold: list[Incident] = []
         """Of rewards that were moved while nobody listened."""
-        self._happened = anyio.Event()
-
-    async def next(self) -> None:
-        """Wait until something happens."""
-        await self._happened.wait()
 
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have a listener called with each incident at once; it must not raise."""
@@ -65,8 +58,6 @@ class RewardEvents:
             self._tell("reward_back", f"reward {name} is no longer waited for")
 
     def _tell(self, kind: str, message: str, *, keep: bool = False) -> None:
-        self._happened.set()
-        self._happened = anyio.Event()
         incident = Incident(actor="scorer", kind=kind, message=message)
         if self._listener is not None:
             self._listener(incident)

@@ -8,7 +8,7 @@ import anyio
 
 from troupe.errors import RewardError
 from troupe.rewards.calling import Exchanged
-from troupe.rewards.convention import Reward
+from troupe.rewards.convention import Reward, check_columns
 from troupe.rewards.faults import Fault
 from troupe.rewards.loading import is_code, load_beside, load_reward
 from troupe.rewards.outcomes import Batch, Outcome, Round
@@ -92,7 +92,7 @@ class NamedReward:
     def check_columns(self, columns: frozenset[str]) -> None:
         """RewardError where this version requires a column that is not among these; the later ones may not either."""
         self.columns = columns
-        self.now.runner.check_columns(columns)
+        check_columns(self.now.runner.reward, columns)
 
     def settled(self, key: Round, gid: int) -> None:
         """A group of a round was sent on with its scores."""
@@ -185,5 +185,5 @@ class NamedReward:
                 f"{runner.scope}; start a run of its own for that"
             )
         if self.columns is not None:
-            runner.check_columns(self.columns)
+            check_columns(runner.reward, self.columns)
         return runner

@@ -21,7 +21,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.calling import BreakerLimits, Caller
+from troupe.rewards.calling import Caller
 from troupe.rewards.convention import Reward
 from troupe.rewards.events import RewardEvents, incident_of
 from troupe.rewards.exchange import NamedReward, RewardVersion
@@ -32,7 +32,7 @@ from troupe.rewards.loading import load_reward
 from troupe.rewards.outcomes import Batch, GroupScores, Outcome, joined, round_of
 from troupe.rewards.processes.runner import ProcessRunner, process_spec
 from troupe.rewards.runners import ActorRunner, Runner
-from troupe.rewards.settings import RewardsConfig, checked_run, checked_weights, own_pace, unique_names
+from troupe.rewards.settings import RewardsConfig, checked_run, checked_weights, own_config, unique_names
 from troupe.rewards.watching import begins, ends
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import together
@@ -141,10 +141,6 @@ class RewardManager:
 
     def _versions(self) -> list[RewardVersion]:
         return [version for reward in self._named.values() for version in (*reward.before, reward.now)]
-
-    async def changed(self) -> None:
-        """Wait until a reward goes down, is back or is exchanged."""
-        await self._events.next()
 
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once, with an incident, whenever `down` changes; it must not raise."""
@@ -336,25 +332,18 @@ class RewardManager:
 
     def _runner(self, name: str, in_process: bool, reward: Reward, spec: str | None) -> Runner:
         """What runs a reward that a text may name."""
-        config = self._config
-        pace = own_pace(reward, name, config)
+        config = own_config(reward, name, self._config)
         if in_process:
             spec = process_spec(reward, spec)
-            pace = msgspec.structs.replace(pace, concurrency=config.processes)
-        limits = BreakerLimits(failures=config.breaker_failures, max_wait_s=config.breaker_max_wait_s)
+            config = msgspec.structs.replace(config, concurrency=config.processes)
         changed = partial(self._events.breaker_changed, name)
-        caller = Caller(name, pace, limits, changed, sleep=self._sleep, jitter=self._jitter)
+        caller = Caller(name, config, changed, sleep=self._sleep, jitter=self._jitter)
         if isinstance(reward, RewardActor):
-            return ActorRunner(reward, caller, config.start_timeout_s)
-
-        def in_processes(spec: str) -> Runner:
-            return ProcessRunner(reward, caller, config.start_timeout_s, spec=spec, processes=config.processes)
-
+            return ActorRunner(reward, caller)
         if in_process and spec is not None:
-            return in_processes(spec)
-        return FunctionRunner(
-            reward,
-            caller,
-            elsewhere=lambda: in_processes(process_spec(reward, spec, "do without what has it moved")),
-            moved=partial(self._events.moved, name),
-        )
+            return ProcessRunner(reward, caller, spec)
+
+        def in_processes() -> Runner:
+            return ProcessRunner(reward, caller, process_spec(reward, spec, "do without what has it moved"))
+
+        return FunctionRunner(reward, caller, elsewhere=in_processes, moved=partial(self._events.moved, name))

@@ -28,10 +28,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
 
 def round_of(group: RolloutGroup) -> Round | None:
     """None for a group that is decoded alone: in the free schedule several of a step and attempt may be."""
-    prompt = group.prompt
-    if prompt.round_size == 1:
-        return None
-    return Round(step=prompt.slot.step, attempt=prompt.slot.attempt, size=prompt.round_size)
+    size, slot = group.prompt.round_size, group.prompt.slot
+    return None if size == 1 else Round(step=slot.step, attempt=slot.attempt, size=size)
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,9 +117,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         start = 0
         for size in sizes:
             cut = slice(start, start + size)
-            log = RewardLog(size)
-            log.extra = {column: values[cut] for column, values in self.log.extra.items()}
-            log.logged = self.log.logged
+            extra = {column: values[cut] for column, values in self.log.extra.items()}
+            log = RewardLog(size, extra, self.log.logged)
             faulted = frozenset(index - start for index in self.faulted if start <= index < start + size)
             faults = [] if outcomes else self.faults
             outcomes.append(Outcome(scores=self.scores[cut], faults=faults, log=log, faulted=faulted))

@@ -26,11 +26,16 @@ class RewardLog:
     left out, and is one of the `faults`: the scores do not suffer from it.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        extra: dict[str, tuple[Any, ...]] | None = None,
+        logged: dict[str, list[float]] | None = None,
+    ) -> None:
         self.size = size
-        self.extra: dict[str, tuple[Any, ...]] = {}
+        self.extra = {} if extra is None else extra
         """Column → (G,) values for the table of completions, plain data."""
-        self.logged: dict[str, list[float]] = {}
+        self.logged = {} if logged is None else logged
         """Name → every value logged."""
         self.why: dict[int, str] = {}
         """Completion → why the function could not score it."""

@@ -11,7 +11,7 @@ import anyio
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor, RewardSample
 from troupe.rewards.calling import Caller
-from troupe.rewards.convention import Reward, Scope, check_columns, checked_score, own_copy, reward_code, reward_scope
+from troupe.rewards.convention import Reward, Scope, checked_score, own_copy, reward_code, reward_scope
 from troupe.rewards.faults import Fault, described, is_own_failure
 from troupe.rewards.isolation import end_tasks, in_own_task
 from troupe.rewards.outcomes import Batch, Outcome, finite, summed
@@ -28,16 +28,13 @@ class Runner(ABC):
         self.name, self.reward, self.caller = caller.name, reward, caller
         self.scope: Scope = reward_scope(reward)
 
-    def check_columns(self, columns: frozenset[str]) -> None:
-        """RewardError where the reward requires a column that is not among these."""
-        check_columns(self.reward, columns)
-
+    @abstractmethod
     async def start(self) -> None:
         """Get ready; RewardError where that fails or takes too long."""
 
+    @abstractmethod
     async def stop(self) -> Fault | None:
         """Undo `start`, if that was called."""
-        return None
 
     @abstractmethod
     async def score(self, batch: Batch) -> Outcome:
@@ -47,15 +44,16 @@ class Runner(ABC):
 class ActorRunner(Runner):
     """One reward actor: a call a sample."""
 
-    def __init__(self, reward: RewardActor, caller: Caller, start_timeout_s: float) -> None:
+    def __init__(self, reward: RewardActor, caller: Caller) -> None:
         super().__init__(reward, caller)
-        self._actor, self._start_timeout_s, self._started = reward, start_timeout_s, False
+        self._actor, self._started = reward, False
         self.watch = Watch()
 
     async def start(self) -> None:
         """Start the actor. What it forks now, before anything is computed, is its own affair; later it may not."""
         self._started = True
-        with anyio.move_on_after(self._start_timeout_s) as scope:
+        limit_s = self.caller.config.start_timeout_s
+        with anyio.move_on_after(limit_s) as scope:
             try:
                 with self.watch.watching():
                     await in_own_task(self._actor.start)
@@ -67,7 +65,7 @@ class ActorRunner(Runner):
                 ) from error
         if scope.cancelled_caught:
             raise RewardError(
-                f"reward {self.name} did not start within {self._start_timeout_s:g} s; correct what its start() "
+                f"reward {self.name} did not start within {limit_s:g} s; correct what its start() "
                 "waits for, or raise rewards.start_timeout_s"
             )
         self.watch.refuses_forks = True

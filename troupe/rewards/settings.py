@@ -10,7 +10,6 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from troupe.errors import RewardError
-from troupe.rewards.calling import Pace
 from troupe.rewards.convention import Reward, reward_name, unwrapped
 
 Run: TypeAlias = Literal["auto", "process"]
@@ -90,13 +89,12 @@ def checked_run(run: Sequence[Run] | None, names: Sequence[str], rewards: Sequen
     return run
 
 
-def own_pace(reward: Reward, name: str, config: RewardsConfig) -> Pace:
-    """The section's pace, overruled by the attributes of a function or an actor's class."""
-    section = Pace(timeout_s=config.timeout_s, retries=config.retries, concurrency=config.concurrency)
+def own_config(reward: Reward, name: str, config: RewardsConfig) -> RewardsConfig:
+    """The section, overruled by the attributes of a function or an actor's class."""
     given = unwrapped(reward)
     own = {key: getattr(given, key, None) for key in ("timeout_s", "retries", "concurrency")}
     own = {key: value for key, value in own.items() if value is not None}
     try:
-        return msgspec.convert({**msgspec.structs.asdict(section), **own}, Pace)
+        return msgspec.convert({**msgspec.structs.asdict(config), **own}, RewardsConfig)
     except msgspec.ValidationError as error:
         raise RewardError(f"reward {name}: {error}; correct the attribute of its class") from None

@@ -119,15 +119,12 @@ class ProcessRunner(Runner):
     gone is replaced when it is needed.
     """
 
-    def __init__(
-        self, reward: RewardFunction, caller: Caller, start_timeout_s: float, *, spec: str, processes: int
-    ) -> None:
+    def __init__(self, reward: RewardFunction, caller: Caller, spec: str) -> None:
         super().__init__(reward, caller)
-        self._function, self._spec, self._start_timeout_s = reward, spec, start_timeout_s
+        self._function, self._spec = reward, spec
         self._signature = check_signature(reward)
         self._apart = getattr(unwrapped(reward), "scope", None) is None
-        self._workers = anyio.CapacityLimiter(processes)
-        self._processes = processes
+        self._workers = anyio.CapacityLimiter(caller.config.processes)
         self._idle: list[Worker] = []
         self._started = False
 
@@ -138,13 +135,13 @@ class ProcessRunner(Runner):
         async def begin() -> None:
             self._idle.append(await self._new_worker())
 
-        await together([begin] * self._processes)
+        await together([begin] * self.caller.config.processes)
 
     async def stop(self) -> Fault | None:
         """End the workers; those that are busy end with their calls."""
         self._started = False
         while self._idle:
-            await self._idle.pop().stop(min(1.0, self.caller.pace.timeout_s))
+            await self._idle.pop().stop(min(1.0, self.caller.config.timeout_s))
         return None
 
     async def score(self, batch: Batch) -> Outcome:
@@ -210,7 +207,7 @@ class ProcessRunner(Runner):
         return _read(reply, batch.size)
 
     async def _new_worker(self) -> Worker:
-        limit_s = self._start_timeout_s
+        limit_s = self.caller.config.start_timeout_s
         try:
             with anyio.fail_after(limit_s):
                 return await Worker.start(self._spec, self.name)
@@ -287,17 +284,15 @@ def process_spec(reward: Reward, spec: str | None, otherwise: str = 'run it as "
 
 
 def _read(reply: Scores, size: int) -> Outcome:
-    log = RewardLog(size)
-    log.extra = {column: tuple(values) for column, values in reply.extra.items()}
-    log.logged = reply.metrics
+    log = RewardLog(size, {column: tuple(values) for column, values in reply.extra.items()}, reply.metrics)
     return finite(reply.scores, [Fault("reward_log", message) for message in reply.log_faults], log)
 
 
 def _merged(parts: dict[int, Outcome], faults: dict[int, Fault], size: int) -> Outcome:
     """Samples that were scored one by one as one group again."""
-    log = RewardLog(size)
     scores: list[float | None] = [None] * size
     extra: dict[str, list[Any]] = {}
+    logged: dict[str, list[float]] = {}
     told = summed(faults, size)
     faulted = set(faults)
     for index, part in sorted(parts.items()):
@@ -307,6 +302,6 @@ def _merged(parts: dict[int, Outcome], faults: dict[int, Fault], size: int) -> O
         for column, (value,) in part.log.extra.items():
             extra.setdefault(column, [None] * size)[index] = value
         for name, values in part.log.logged.items():
-            log.logged.setdefault(name, []).extend(values)
-    log.extra = {column: tuple(values) for column, values in extra.items()}
+            logged.setdefault(name, []).extend(values)
+    log = RewardLog(size, {column: tuple(values) for column, values in extra.items()}, logged)
     return Outcome(scores=scores, faults=told, log=log, faulted=frozenset(faulted))
