@@ -7,16 +7,16 @@ import platform
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.abc
 import anyio.from_thread
-import anyio.lowlevel
 import click
 import msgspec
 import pytest
@@ -53,50 +53,36 @@ class Host:
         self._limits = limits
         self.heard: list[Request] = []
         self.ends_after = 10_000
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=anyio.run, args=(self._serve,))
+        self._stack = ExitStack()
 
     def __enter__(self) -> Host:
-        self._thread.start()
-        assert self._ready.wait(60)
+        self._portal = self._stack.enter_context(anyio.from_thread.start_blocking_portal())
+        self._stopped = self._portal.call(anyio.Event)
+        self._served, _ = self._portal.start_task(self._serve)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._loop.from_thread_stop()
-        self._thread.join()
+        self._portal.call(self._stopped.set)
+        self._served.result()
+        self._stack.close()
 
-    async def _serve(self) -> None:
-        self._loop = _Stopper()
+    async def _serve(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         async with ControlServer(self.folder, self._answer, self._limits):
-            self._ready.set()
-            await self._loop.stopped.wait()
+            task_status.started()
+            await self._stopped.wait()
 
     async def _answer(self, request: Request, peer: Peer) -> Reply:
         self.heard.append(request)
         match request:
             case GetStatus():
                 if len(self.heard) == self.ends_after:
-                    self._loop.stopped.set()
+                    self._stopped.set()
                 return msgspec.structs.replace(STATUS, step=len(self.heard))
             case Stop():
                 return Refused(message="no brakes")
             case Resume():
                 return Done()
         return Done(message=f"heard {type(request).__name__}")
-
-
-class _Stopper:
-    """Made in the loop, used from outside."""
-
-    def __init__(self) -> None:
-        self.stopped = anyio.Event()
-        self._token = anyio.lowlevel.current_token()
-
-    def from_thread_stop(self) -> None:
-        try:
-            anyio.from_thread.run_sync(self.stopped.set, token=self._token)
-        except RuntimeError:  # it has ended by itself
-            return
 
 
 def call(*arguments: str) -> Result:
@@ -309,7 +295,7 @@ def test_a_folder_of_something_else_is_refused_as_what_it_is(
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_request_to_a_run_that_nobody_plays_says_what_became_of_it(tmp_path: Path) -> None:
+def test_a_request_to_a_run_that_nobody_runs_says_what_became_of_it(tmp_path: Path) -> None:
     (tmp_path / "run.toml").touch()
     (tmp_path / "summary.json").write_text('{"steps": 4, "total_steps": 4}')
     result = call("drain", str(tmp_path))
@@ -319,7 +305,7 @@ def test_a_request_to_a_run_that_nobody_plays_says_what_became_of_it(tmp_path: P
 
 @pytest.fixture
 def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that plays in the folder, does not answer, and whose guardian says why."""
+    """A process that runs in the folder, does not answer, and whose guardian says why."""
     monkeypatch.setattr(command_room, "_HOPE_S", 0.05)
     process = subprocess.Popen(["sleep", "1000"])
     owner = Owner(pid=process.pid, host=platform.node(), started=0.0, process=process_identity(process.pid))

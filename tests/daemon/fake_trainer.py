@@ -1,4 +1,4 @@
-"""A trainer that plays a script instead of a run: `python -m tests.daemon.fake_trainer`. It loads no MLX.
+"""A trainer that follows a script instead of making a run: `python -m tests.daemon.fake_trainer`. It loads no MLX.
 
 `OUT/script.json` has one list of acts for each start, the last one for all further ones; `OUT/starts.jsonl` gets the
 first frame of each start.
@@ -98,7 +98,7 @@ class FakeRun:
         raise ConfigError(f"set {key}: cannot change while a run plays")
 
 
-async def play(connection: Connection) -> None:
+async def follow(connection: Connection) -> None:
     """Make the acts of this start, one after the other, and answer meanwhile."""
     begin = decode_in_trainer(await connection.receive())
     assert isinstance(begin, Begin)
@@ -119,17 +119,17 @@ async def play(connection: Connection) -> None:
                 assert isinstance(ask, Ask)
                 await connection.send(encode(Answer(number=ask.number, reply=answer(run, ask.request))))
 
-    async def perform() -> None:
+    async def make() -> None:
         for act in script[min(start, len(script) - 1)]:
             await _make(act, connection, run, folder)
         listening.cancel()
 
-    await together([listen, perform])
+    await together([listen, make])
 
 
 async def _make(act: Any, connection: Connection, run: FakeRun, folder: Path) -> None:
     match act:
-        case ["play", step]:
+        case ["start", step]:
             run.step_now = step
             (folder / "run.toml").write_text("")
             await connection.send(encode(Started(notices=("a notice",), step=step, total_steps=TOTAL, speaks=False)))
@@ -172,4 +172,4 @@ async def _make(act: Any, connection: Connection, run: FakeRun, folder: Path) ->
 
 
 if __name__ == "__main__":
-    serve(play)
+    serve(follow)

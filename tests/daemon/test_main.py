@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.main import keep_alive
 from troupe.daemon.orders import Order
 from troupe.errors import ConfigError, OutputError, RunError
-from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Resume, Set, Status, Step, Stop
+from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Resume, Set, Status, Step
 from troupe.records.layout import LOG, PAGE
 from troupe.records.standing import aftermath, describe
 from troupe.runtime.lock import read_owner
@@ -61,13 +61,13 @@ def test_a_run_that_fails_in_every_way_and_goes_on(tmp_path: Path) -> None:
     order = an_order(
         tmp_path,
         [
-            [["play", 0], ["step", 1], ["say", "about to go"], ["kill", signal.SIGKILL]],
-            [["play", 0], ["step", 2], ["exit", 7]],
-            [["play", 0], ["step", 3], ["raise", "no memory"]],
-            [["play", 0], ["step", 4], ["kill", signal.SIGSEGV]],
-            [["play", 0], ["step", 5], ["garbage"]],
-            [["play", 0], ["step", 6], ["fail", "the disk is full"]],
-            [["play", 6], ["finish", TOTAL]],
+            [["start", 0], ["step", 1], ["say", "about to go"], ["kill", signal.SIGKILL]],
+            [["start", 0], ["step", 2], ["exit", 7]],
+            [["start", 0], ["step", 3], ["raise", "no memory"]],
+            [["start", 0], ["step", 4], ["kill", signal.SIGSEGV]],
+            [["start", 0], ["step", 5], ["garbage"]],
+            [["start", 0], ["step", 6], ["fail", "the disk is full"]],
+            [["start", 6], ["finish", TOTAL]],
         ],
     )
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
@@ -87,7 +87,7 @@ def test_a_run_that_fails_in_every_way_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_it_gives_up_with_the_last_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    order = an_order(tmp_path, [[["play", 0], ["say", "the last words"], ["exit", 9]]], QUICK + "restarts = 1\n")
+    order = an_order(tmp_path, [[["start", 0], ["say", "the last words"], ["exit", 9]]], QUICK + "restarts = 1\n")
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 3
     assert len(starts(order)) == 2
     told = capfd.readouterr().err
@@ -124,10 +124,10 @@ def test_a_disk_that_is_full_today_is_a_fault(
         anyio.run(keep_alive, order)
 
 
-def test_a_page_while_it_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_while_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     late = {"actor": "scorer", "kind": "odd", "message": "the judge is late"}
     script: list[list[list[Any]]] = [
-        [["play", 0], ["step", 1], ["tell", late], ["tell page"], ["finish", TOTAL]],
+        [["start", 0], ["step", 1], ["tell", late], ["tell page"], ["finish", TOTAL]],
     ]
     order = an_order(tmp_path, script, QUICK + "page = true\n")
     (order.output / PAGE).write_text("http://127.0.0.1:1/?token=of-one-who-was-killed\n")
@@ -144,7 +144,7 @@ def test_a_page_while_it_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_without_a_page_none_is_told_of(tmp_path: Path) -> None:
-    order = an_order(tmp_path, [[["play", 0], ["finish", TOTAL]]])
+    order = an_order(tmp_path, [[["start", 0], ["finish", TOTAL]]])
     (order.output / PAGE).write_text("left by one who was killed")
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
     assert starts(order)[0]["completions"] is False
@@ -171,12 +171,12 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 @contextmanager
 def a_daemon(order: Order, *, trainer: str | None = FAKE) -> Iterator[subprocess.Popen[str]]:
     """A daemon in a process, killed at the end."""
-    play = (
+    program = (
         "import anyio, sys, functools; from pathlib import Path; from troupe.daemon.main import keep_alive; "
         "from troupe.daemon.orders import Order; order = Order.given(Path(sys.argv[1]), sys.argv[2]); "
         "sys.exit(anyio.run(functools.partial(keep_alive, order, trainer=sys.argv[3])))"
     )
-    arguments = ["-c", play, str(order.run_toml), str(order.output), trainer or "troupe.daemon.trainer.process"]
+    arguments = ["-c", program, str(order.run_toml), str(order.output), trainer or "troupe.daemon.trainer.process"]
     daemon = subprocess.Popen(
         [sys.executable, *arguments],
         stderr=subprocess.PIPE,
@@ -191,40 +191,55 @@ def a_daemon(order: Order, *, trainer: str | None = FAKE) -> Iterator[subprocess
         print(daemon.communicate()[1])
 
 
+def until(found: Callable[[], object], order: Order) -> Any:
+    """What is found, as soon as there is something."""
+    until_s = time.monotonic() + PATIENCE_S
+    while not (value := found()):
+        assert time.monotonic() < until_s, log_of(order)
+        time.sleep(0.02)
+    return value
+
+
 def asked(order: Order, request: Request) -> Reply:
     """The answer, as soon as somebody is there."""
-    until_s = time.monotonic() + PATIENCE_S
-    while True:
-        try:
+
+    def answer() -> Reply | None:
+        with suppress(NobodyThereError):
             return ask(order.output, request)
-        except NobodyThereError:
-            assert time.monotonic() < until_s, log_of(order)
-            time.sleep(0.02)
+        return None
+
+    reply: Reply = until(answer, order)
+    return reply
 
 
-def status_when(order: Order, **figures: Any) -> Status:
+def status_when(order: Order, holds: Callable[[Status], bool] = lambda status: True, **figures: Any) -> Status:
     """The status, as soon as it has these figures."""
-    until_s = time.monotonic() + PATIENCE_S
-    while True:
+
+    def status() -> Status | None:
         status = asked(order, GetStatus())
         assert isinstance(status, Status)
-        if all(getattr(status, name) == value for name, value in figures.items()):
-            return status
-        assert time.monotonic() < until_s, status
-        time.sleep(0.02)
+        told = all(getattr(status, name) == value for name, value in figures.items())
+        return status if told and holds(status) else None
+
+    found: Status = until(status, order)
+    return found
+
+
+def step_reached(order: Order, step: int) -> Status:
+    return status_when(order, lambda status: status.step >= step, phase="running")
 
 
 @pytest.mark.slow
 def test_a_daemon_is_paused_killed_within_and_comes_back_paused(tmp_path: Path) -> None:
-    order = an_order(tmp_path, [[["play", 0], ["step", 1], ["wait"], ["finish", 1]]])
+    order = an_order(tmp_path, [[["start", 0], ["step", 1], ["wait"], ["finish", 1]]])
     with a_daemon(order) as daemon:
         status_when(order, phase="running", step=1)
         assert isinstance(asked(order, Pause()), Done)
         status_when(order, phase="paused")
-        trainer = _child_of(daemon.pid)
+        trainer = _child_of(order, daemon.pid)
         os.kill(trainer, signal.SIGKILL)
         status = status_when(order, phase="paused")
-        assert _child_of(daemon.pid) != trainer
+        assert _child_of(order, daemon.pid) != trainer
         assert status.restarting is not None
         assert "SIGKILL" in status.restarting.reason
         assert isinstance(asked(order, Step(steps=2)), Done)
@@ -236,14 +251,13 @@ def test_a_daemon_is_paused_killed_within_and_comes_back_paused(tmp_path: Path) 
         assert daemon.wait(PATIENCE_S) == 0
 
 
-def _child_of(pid: int) -> int:
-    until_s = time.monotonic() + PATIENCE_S
-    while True:
+def _child_of(order: Order, pid: int) -> int:
+    def child() -> int | None:
         told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-        if children := told.stdout.split():
-            return int(children[0])
-        assert time.monotonic() < until_s
-        time.sleep(0.02)
+        return int(told.stdout.split()[0]) if told.stdout.split() else None
+
+    found: int = until(child, order)
+    return found
 
 
 def _is_alive(pid: int) -> bool:
@@ -257,31 +271,25 @@ def _is_alive(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_trainer_does_not_outlive_a_killed_daemon(tmp_path: Path) -> None:
-    order = an_order(tmp_path, [[["play", 0], ["deaf"]]])
+    order = an_order(tmp_path, [[["start", 0], ["deaf"]]])
     with a_daemon(order) as daemon:
         _started(order, 1)
-        trainer = _child_of(daemon.pid)
-        until_s = time.monotonic() + PATIENCE_S
+        trainer = _child_of(order, daemon.pid)
         daemon.kill()
         daemon.wait(PATIENCE_S)
-        while _is_alive(trainer):
-            assert time.monotonic() < until_s
-            time.sleep(0.01)
+        until(lambda: not _is_alive(trainer), order)
     with a_daemon(order):
         _started(order, 2)
 
 
 def _started(order: Order, times: int) -> None:
-    until_s = time.monotonic() + PATIENCE_S
-    while not (order.output / "starts.jsonl").exists() or len(starts(order)) < times:
-        assert time.monotonic() < until_s
-        time.sleep(0.02)
+    until(lambda: (order.output / "starts.jsonl").exists() and len(starts(order)) >= times, order)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_daemon_is_light(tmp_path: Path) -> None:
-    order = an_order(tmp_path, [[["play", 0], ["wait"], ["finish", 1]]])
+    order = an_order(tmp_path, [[["start", 0], ["wait"], ["finish", 1]]])
     with a_daemon(order) as daemon:
         status_when(order, phase="running")
         status = Path(f"/proc/{daemon.pid}/status").read_text()
@@ -294,7 +302,7 @@ def test_the_daemon_is_light(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trainer_that_hangs_is_killed_and_the_next_one_finishes(tmp_path: Path) -> None:
-    script: list[list[list[Any]]] = [[["play", 0], ["step", 1], ["deaf"]], [["play", 1], ["finish", TOTAL]]]
+    script: list[list[list[Any]]] = [[["start", 0], ["step", 1], ["deaf"]], [["start", 1], ["finish", TOTAL]]]
     order = an_order(tmp_path, script, QUICK + "kill_after_s = 10\n")
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
     assert len(starts(order)) == 2
@@ -318,23 +326,12 @@ def real_order(tmp_path: Path) -> Order:
     return Order.given(tmp_path / "RUN.toml", str(tmp_path / "out"))
 
 
-def step_reached(order: Order, step: int) -> Status:
-    until_s = time.monotonic() + PATIENCE_S
-    while True:
-        status = asked(order, GetStatus())
-        assert isinstance(status, Status)
-        if status.step >= step and status.phase == "running":
-            return status
-        assert time.monotonic() < until_s, status
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_the_real_trainer_is_killed_paused_and_drained(real_order: Order) -> None:
     order = real_order
     with a_daemon(order, trainer=None) as daemon:
         step_reached(order, 7)
-        os.kill(_child_of(daemon.pid), signal.SIGKILL)
+        os.kill(_child_of(order, daemon.pid), signal.SIGKILL)
         status = step_reached(order, 12)
         assert status.total_steps == 400
         assert isinstance(asked(order, Set(key="learner.lr", value=-1)), Refused)
@@ -345,10 +342,7 @@ def test_the_real_trainer_is_killed_paused_and_drained(real_order: Order) -> Non
         status_when(order, phase="paused", step=paused.step + 1)
         order.run_toml.write_text(order.run_toml.read_text().replace("[learner]", "[learner]\nlr = 3e-5"))
         daemon.send_signal(signal.SIGHUP)
-        until_s = time.monotonic() + PATIENCE_S
-        while "0.00003" not in (order.output / "changes.jsonl").read_text():
-            assert time.monotonic() < until_s
-            time.sleep(0.02)
+        until(lambda: "0.00003" in (order.output / "changes.jsonl").read_text(), order)
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(PATIENCE_S) == 0
     log = log_of(order)
@@ -362,7 +356,6 @@ def test_the_real_trainer_is_killed_paused_and_drained(real_order: Order) -> Non
         daemon.send_signal(signal.SIGTERM)
         daemon.send_signal(signal.SIGINT)
         assert daemon.wait(PATIENCE_S) == 0
-    assert isinstance(Stop(), Stop)
 
 
 @pytest.mark.slow
@@ -385,7 +378,7 @@ def test_a_drained_run_is_gone_on_with_by_its_folder_alone(real_order: Order) ->
 
 @pytest.mark.slow
 def test_a_second_daemon_is_refused(tmp_path: Path) -> None:
-    order = an_order(tmp_path, [[["play", 0], ["wait"], ["finish", 1]]])
+    order = an_order(tmp_path, [[["start", 0], ["wait"], ["finish", 1]]])
     with a_daemon(order):
         status_when(order, phase="running")
         with pytest.raises(OutputError, match="there already"):
@@ -408,7 +401,7 @@ def test_without_a_socket_it_trains_all_the_same(tmp_path: Path, monkeypatch: py
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(Place, "listen", refuse)
-    order = an_order(tmp_path, [[["play", 9], ["finish", TOTAL]]])
+    order = an_order(tmp_path, [[["start", 9], ["finish", TOTAL]]])
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
     assert "there is no control socket ([Errno 95] Operation not supported)" in log_of(order)
 
@@ -418,7 +411,7 @@ def test_a_folder_that_is_moved_ends_the_daemon_and_no_run_begins_in_its_place(
     tmp_path: Path, acts: list[list[Any]]
 ) -> None:
     """With the code on which systemd, too, begins no new one."""
-    order = an_order(tmp_path, [[["play", 0], ["step", 1], *acts, ["fail", "the folder is gone"]]])
+    order = an_order(tmp_path, [[["start", 0], ["step", 1], *acts, ["fail", "the folder is gone"]]])
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 2
     moved = tmp_path / "moved"
     log = (moved / LOG).read_text(encoding="utf-8")
@@ -429,7 +422,7 @@ def test_a_folder_that_is_moved_ends_the_daemon_and_no_run_begins_in_its_place(
 
 
 def test_a_restart_keeps_to_what_was_allowed_of_the_machine(tmp_path: Path) -> None:
-    order = an_order(tmp_path, [[["play", 0], ["exit", 7]], [["play", 0], ["finish", TOTAL]]])
+    order = an_order(tmp_path, [[["start", 0], ["exit", 7]], [["start", 0], ["finish", TOTAL]]])
     order = msgspec.structs.replace(order, allow_changes=("learner.lr", "machine.compiler", "machine"))
     assert anyio.run(lambda: keep_alive(order, trainer=FAKE)) == 0
     first, second = starts(order)
