@@ -1,8 +1,9 @@
-"""AdamW against numpy in float64, clipping, learning rates against hand-worked points."""
+"""AdamW against numpy in float64, what it holds and takes; clipping, learning rates against hand-worked points."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +25,9 @@ from troupe.grpo.optimizer import (
     global_norm,
     join_halves,
     learning_rate,
+    optimizer_state_bytes,
     split_halves,
+    update_bytes,
 )
 
 
@@ -274,3 +277,41 @@ def test_learning_rates_of_four_updates_and_beyond(scheduler: Scheduler, warmup:
 def test_a_warm_up_that_fills_the_run() -> None:
     plan = LearnerConfig(lr=2.0, warmup_steps=4)
     assert [learning_rate(step, 4, plan) for step in (3, 4)] == [1.5, 2.0]
+
+
+@pytest.fixture
+def mlx_waits() -> Iterator[None]:
+    before = mx.set_memory_limit(1)
+    yield
+    mx.set_memory_limit(before)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_the_state_of_adamw(dtype: mx.Dtype) -> None:
+    state = adamw_init({"w": mx.zeros((30, 7), dtype), "b": mx.zeros(11, dtype)})
+    held = sum(array.nbytes for name, array in state.items() if name != "step")
+    assert optimizer_state_bytes(30 * 7 + 11, dtype) == held
+
+
+def test_an_update_by_hand() -> None:
+    assert update_bytes(1000, 100, mx.float32) == 8000
+    assert update_bytes(1000, 900, mx.float32) == 18 * 900
+    assert (
+        update_bytes(10 * optimizer.UPDATED_AT_ONCE, 5 * optimizer.UPDATED_AT_ONCE, mx.bfloat16)
+        == (18 + 5 * 2) * optimizer.UPDATED_AT_ONCE
+    )
+
+
+@pytest.mark.usefixtures("mlx_waits")
+@pytest.mark.parametrize("shapes", [[(400, 500)] * 20, [(4000, 500), (30, 40), (40,)]])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_an_update_peaks_below_the_formula(shapes: list[tuple[int, ...]], dtype: mx.Dtype) -> None:
+    published = {str(i): mx.ones(shape, dtype) for i, shape in enumerate(shapes)}
+    weights, grads = dict(published), {name: mx.ones(x.shape, dtype) for name, x in published.items()}
+    state = adamw_init(published)
+    mx.eval(published, grads, state)
+    held = mx.get_active_memory()  # the gradients among it, whose place the new weights take
+    mx.reset_peak_memory()
+    adamw_update_in_place(weights, grads, state, lr=1e-3)
+    sizes = [x.size for x in published.values()]
+    assert mx.get_peak_memory() - held <= update_bytes(sum(sizes), max(sizes), dtype)

@@ -6,8 +6,14 @@ from troupe.grpo.config import LearnerConfig, LossConfig
 from troupe.grpo.entropy import EntropyControl, entropy_control
 from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
 from troupe.grpo.loss import Normalizer, batch_normalizer, grpo_loss
-from troupe.grpo.memory import optimizer_state_bytes, update_bytes
-from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, learning_rate
+from troupe.grpo.optimizer import (
+    adamw_init,
+    adamw_update,
+    clip_by_global_norm,
+    learning_rate,
+    optimizer_state_bytes,
+    update_bytes,
+)
 from troupe.grpo.reference import sync_reference
 from troupe.grpo.step import StepResult, train_on_batch
 

@@ -34,7 +34,7 @@ def compute_advantages(
 
     `rewards` (B,) or (B, F), float32 or float64, NaN = missing, B a multiple of `num_generations`; `weights` (F,),
     default all 1. `left_out`: rows that nothing is compared with, whatever scores they have.
-    "sum_then_normalize" (Shao et al. 2024, arXiv:2402.03300): R_i = Σ_j w_j·r_ij over the scores that are there,
+    "sum_then_normalize" (Shao et al. 2024, arXiv:2402.03300): R_i = Σ_j w_j·r_ij over the scores that are present,
     A_i = (R_i − mean of its group) / (σ + 1e-4), σ with ddof 1 of the group or of the batch; "none" does not divide
     (Liu et al. 2025, arXiv:2503.20783). "normalize_then_sum" (GDPO 2026, arXiv:2601.05242): each function is
     normalized within its group first, then the weighted sum is normalized over the batch; `scale_rewards` does not
@@ -140,8 +140,8 @@ def _compared(table: RewardTable, G: int, aggregation: Aggregation) -> mx.array:
 
 def _mean(x: mx.array) -> mx.array:
     """The mean over the last axis, kept, of the numbers; NaN where there is none."""
-    there = mx.logical_not(mx.isnan(x))
-    return mx.sum(mx.where(there, x, 0.0), axis=-1, keepdims=True) / mx.sum(there, axis=-1, keepdims=True)
+    present = mx.logical_not(mx.isnan(x))
+    return mx.sum(mx.where(present, x, 0.0), axis=-1, keepdims=True) / mx.sum(present, axis=-1, keepdims=True)
 
 
 def _centered(x: mx.array) -> mx.array:
@@ -154,9 +154,9 @@ def _std(x: mx.array) -> mx.array:
 
     NaN where there are fewer than two numbers.
     """
-    there = mx.logical_not(mx.isnan(x))
-    squares = mx.sum(mx.where(there, mx.square(x - _mean(x)), 0.0), axis=-1, keepdims=True)
-    count = mx.sum(there, axis=-1, keepdims=True)
+    present = mx.logical_not(mx.isnan(x))
+    squares = mx.sum(mx.where(present, mx.square(x - _mean(x)), 0.0), axis=-1, keepdims=True)
+    count = mx.sum(present, axis=-1, keepdims=True)
     std = mx.where(_constant(x), 0.0, mx.sqrt(squares / (count - 1)))
     return mx.where(count < 2, math.nan, std)
 

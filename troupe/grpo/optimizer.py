@@ -1,4 +1,4 @@
-"""AdamW, clipping and learning rates as pure functions over flat dicts of arrays.
+"""AdamW and the memory that it takes, clipping and learning rates: pure functions over flat dicts of arrays.
 
 Weights and gradients are `name → array`, the optimizer's state is too, so that a checkpoint can write it as it is.
 
@@ -94,7 +94,7 @@ def adamw_update_in_place(
     )
     decayed, whole = mx.array(1.0 - lr * weight_decay), mx.array(1.0)
     for names in _portions(weights):
-        taken = [_take(name, weights, grads, state) for name in names]
+        taken = [_pop_parts(name, weights, grads, state) for name in names]
         keeps = [decayed if parts["m"].ndim >= 2 else whole for parts in taken]
         if taken[0]["m"].size > UPDATED_AT_ONCE:
             updated = [_updated_in_slices(taken.pop(), keeps[0], rates)]
@@ -120,7 +120,7 @@ def _portions(weights: Mapping[str, mx.array]) -> list[list[str]]:
     return portions
 
 
-def _take(
+def _pop_parts(
     name: str, weights: dict[str, mx.array], grads: dict[str, mx.array], state: OptimizerState
 ) -> dict[str, mx.array]:
     """Everything that belongs to one weight, out of the three dicts."""
@@ -196,6 +196,23 @@ def split_halves(x: mx.array) -> tuple[mx.array, mx.array]:
     """float32 → it rounded to the nearest bfloat16, and the low half of its bits, uint16. Without loss."""
     bits = mx.view(x, mx.uint32)
     return mx.view(((bits + 0x8000) >> 16).astype(mx.uint16), mx.bfloat16), (bits & 0xFFFF).astype(mx.uint16)
+
+
+def optimizer_state_bytes(numbers: int, dtype: mx.Dtype) -> int:
+    """Of the state of `adamw_init` for so many weights of one type: two float32 moments, and what `dtype` lacks."""
+    lacking = 2 if dtype == mx.bfloat16 else 0 if dtype == mx.float32 else 4
+    return numbers * (4 + 4 + lacking)
+
+
+def update_bytes(numbers: int, largest: int, dtype: mx.Dtype) -> int:
+    """What `adamw_update_in_place` takes beside the weights, the state and the gradients: an upper end, as measured.
+
+    `numbers` of all weights, of which `largest` are in the largest ones (embedding and head). No more than a portion
+    is under way: the new arrays of its largest weights and what their kernels make, or a little of all of it. A weight
+    larger than a portion is there anew before its gradient is gone.
+    """
+    portion = math.ceil(max(8 * min(numbers, UPDATED_AT_ONCE), 18 * min(largest, UPDATED_AT_ONCE)))
+    return portion + (largest * dtype.size if largest > UPDATED_AT_ONCE else 0)
 
 
 def global_norm(grads: Mapping[str, mx.array]) -> mx.array:

@@ -37,7 +37,7 @@ ENDING = r"step 1: .* all of the last 2 \(learner.max_nonfinite_steps\).*lower l
 TOTAL = 3
 
 
-class Stage:
+class Rig:
     """A learner of groups of three, two a step, with everything that it sends."""
 
     def __init__(
@@ -139,7 +139,7 @@ def both() -> list[list[ScoredGroup]]:
 
 
 def by_hand(
-    stage: Stage,
+    rig: Rig,
     *steps: Sequence[ScoredGroup],
     config: LearnerConfig = LEARNER,
     first: int = 0,
@@ -147,7 +147,7 @@ def by_hand(
     oldest: int | None = None,
 ) -> Weights:
     """The weights that `train_on_batch` makes of these groups, step by step."""
-    weights, state, passes = stage.start_weights, adamw_init(stage.start_weights), config.num_iterations
+    weights, state, passes = rig.start_weights, adamw_init(rig.start_weights), config.num_iterations
     for step, groups in enumerate(steps, first):
         result = train_on_batch(
             weights,
@@ -156,7 +156,7 @@ def by_hand(
             CompletionLogProbs(CONFIG, 0.9),
             config,
             lr=[learning_rate(step * passes + i, total * passes, config) for i in range(passes)],
-            ref_weights=stage.start_weights if config.beta else None,
+            ref_weights=rig.start_weights if config.beta else None,
             max_completion_length=12,
         )
         weights, state = result.weights, result.optimizer_state
@@ -172,20 +172,20 @@ def by_hand(
 )
 async def test_any_order_of_arrival_gives_the_weights_of_train_on_batch_bit_for_bit(config: LearnerConfig) -> None:
     groups = two_steps()
-    reference = by_hand(Stage(), *both(), config=config)
-    assert not same_bits(reference, Stage().start_weights)
+    reference = by_hand(Rig(), *both(), config=config)
+    assert not same_bits(reference, Rig().start_weights)
     for order in [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)]:
-        stage = Stage(config=config)
-        await stage.run([groups[i] for i in order])
-        assert stage.learner.version == 2
-        assert same_bits(stage.learner.weights, reference), order
-        assert stage.board.kept[2] is stage.learner.weights, "handed over by reference"
+        rig = Rig(config=config)
+        await rig.run([groups[i] for i in order])
+        assert rig.learner.version == 2
+        assert same_bits(rig.learner.weights, reference), order
+        assert rig.board.kept[2] is rig.learner.weights, "handed over by reference"
 
 
 async def test_every_group_is_closed_once_to_both_with_the_version_it_made() -> None:
-    stage = Stage()
-    await stage.run(list(reversed(two_steps())))
-    to_prompter, to_metrics = await taken(stage.prompter), await taken(stage.metrics)
+    rig = Rig()
+    await rig.run(list(reversed(two_steps())))
+    to_prompter, to_metrics = await taken(rig.prompter), await taken(rig.metrics)
     assert to_prompter == to_metrics
     assert [(c.gid, c.slot.step, c.slot.place, c.state, c.version) for c in to_prompter] == [
         (0, 0, 0, "trained", 1),
@@ -193,13 +193,13 @@ async def test_every_group_is_closed_once_to_both_with_the_version_it_made() -> 
         (2, 1, 0, "trained", 2),
         (3, 1, 1, "trained", 2),
     ]
-    assert all(map(ended, (stage.prompter, stage.metrics, stage.updates, stage.checkpointer)))
+    assert all(map(ended, (rig.prompter, rig.metrics, rig.updates, rig.checkpointer)))
 
 
 async def test_updates_tell_the_step() -> None:
-    stage = Stage()
-    await stage.run(two_steps())
-    first, second = await taken(stage.updates)
+    rig = Rig()
+    await rig.run(two_steps())
+    first, second = await taken(rig.updates)
     assert (first.step, first.version, first.total_steps, second.step) == (1, 1, TOTAL, 2)
     assert first.metrics["reward"] == pytest.approx((0.0 + 1.0 + 0.5 + 0.2 + 0.9) / 5)
     assert first.metrics["groups/trained"] == 2.0
@@ -219,7 +219,7 @@ async def test_updates_tell_the_step() -> None:
     assert first.metrics["completions/mean_length"] == pytest.approx(sum(tokens[0]) / 6)
     assert first.metrics["advantages/frac_zero"] == 2 / 6  # 0.5 is the mean of its group; one score is missing
     assert first.metrics["advantages/mean"] == pytest.approx(0, abs=1e-6)
-    spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+    spans = [m for m in await taken(rig.reports.mailbox) if isinstance(m, Span)]
     works = [(s.name, s.step) for s in spans if s.kind == "work"]
     names = ["prepare", "pass", "learn", "publish", "close: trained"]
     assert works == [(name, step) for step in (0, 1) for name in names]
@@ -229,10 +229,10 @@ async def test_updates_tell_the_step() -> None:
 
 
 async def test_staleness_is_counted_in_versions() -> None:
-    stage = Stage(max_staleness=1, version=4, total_steps=9)
+    rig = Rig(max_staleness=1, version=4, total_steps=9)
     older, newer = make_scored(4, 0, version=3), make_scored(4, 1, version=4)
-    await stage.run([older, newer])
-    [update] = await taken(stage.updates)
+    await rig.run([older, newer])
+    [update] = await taken(rig.updates)
     old, new = (sum(len(r.token_ids) for r in scored.group.rollouts) for scored in (older, newer))
     assert update.step == 5
     assert update.metrics["staleness"] == pytest.approx(old / (old + new))
@@ -240,12 +240,12 @@ async def test_staleness_is_counted_in_versions() -> None:
 
 
 async def test_tokens_of_earlier_starts_and_of_quarantined_groups_count() -> None:
-    stage, poor = Stage(num_tokens=1000), make_scored(0, 1, (0.7, None, None))
-    await stage.run([make_scored(0, 0), poor])
-    [update] = await taken(stage.updates)
+    rig, poor = Rig(num_tokens=1000), make_scored(0, 1, (0.7, None, None))
+    await rig.run([make_scored(0, 0), poor])
+    [update] = await taken(rig.updates)
     rollouts = [r for scored in (make_scored(0, 0), poor) for r in scored.group.rollouts]
     assert update.metrics["num_tokens"] == 1000 + 3 * 2 + 3 * 3 + sum(len(r.token_ids) for r in rollouts)
-    assert stage.snapshots[0].num_tokens == update.metrics["num_tokens"]
+    assert rig.snapshots[0].num_tokens == update.metrics["num_tokens"]
 
 
 async def test_time_and_peak_memory_of_a_step_are_measured_from_the_end_of_the_one_before() -> None:
@@ -257,37 +257,37 @@ async def test_time_and_peak_memory_of_a_step_are_measured_from_the_end_of_the_o
         return next(peaks)
 
     meter = StepMeter(clock=lambda: next(clock), peak_bytes=read, reset_peak=lambda: calls.append("reset"))
-    stage = Stage(meter=meter)
-    await stage.run(two_steps())
+    rig = Rig(meter=meter)
+    await rig.run(two_steps())
     assert calls == ["reset", "read", "reset", "read", "reset"]
-    figures = [update.metrics for update in await taken(stage.updates)]
+    figures = [update.metrics for update in await taken(rig.updates)]
     assert [(m["peak_memory_gb"], m["step_time"]) for m in figures] == [(3.0, 2.5), (2.0, 0.5)]
 
 
 async def test_a_group_with_too_few_scores_is_quarantined_named_and_not_trained() -> None:
     poor = make_scored(0, 1, (0.7, None, None))
-    stage = Stage()
-    await stage.run([make_scored(0, 0), poor])
-    assert same_bits(stage.learner.weights, by_hand(stage, [make_scored(0, 0)]))
-    assert [c.state for c in await taken(stage.prompter)] == ["trained", "quarantined"]
-    [incident] = await stage.reports.incidents()
+    rig = Rig()
+    await rig.run([make_scored(0, 0), poor])
+    assert same_bits(rig.learner.weights, by_hand(rig, [make_scored(0, 0)]))
+    assert [c.state for c in await taken(rig.prompter)] == ["trained", "quarantined"]
+    [incident] = await rig.reports.incidents()
     assert (incident.kind, incident.gid, incident.actor) == ("group_quarantined", 1, "learner")
     assert "group 1 (dataset row 1)" in incident.message
-    assert (await taken(stage.updates))[0].metrics["groups/trained"] == 1.0
+    assert (await taken(rig.updates))[0].metrics["groups/trained"] == 1.0
 
 
 async def test_a_step_without_usable_groups_makes_no_update_but_a_version() -> None:
-    stage = Stage()
+    rig = Rig()
     nothing: tuple[float | None, ...] = (None, None, None)
-    await stage.run([make_scored(0, 0, nothing), make_scored(0, 1, nothing)])
-    assert stage.learner.version == 1
-    assert stage.board.version == 1
-    assert stage.learner.weights is stage.start_weights
-    assert [(c.gid, c.state) for c in await taken(stage.metrics)] == [(0, "quarantined"), (1, "quarantined")]
-    [update] = await taken(stage.updates)
+    await rig.run([make_scored(0, 0, nothing), make_scored(0, 1, nothing)])
+    assert rig.learner.version == 1
+    assert rig.board.version == 1
+    assert rig.learner.weights is rig.start_weights
+    assert [(c.gid, c.state) for c in await taken(rig.metrics)] == [(0, "quarantined"), (1, "quarantined")]
+    [update] = await taken(rig.updates)
     assert (update.step, update.metrics["groups/trained"]) == (1, 0.0)
     assert "loss" not in update.metrics
-    assert [i.kind for i in await stage.reports.incidents()] == ["group_quarantined"] * 2
+    assert [i.kind for i in await rig.reports.incidents()] == ["group_quarantined"] * 2
 
 
 def endless_scores(step: int) -> list[ScoredGroup]:
@@ -296,33 +296,33 @@ def endless_scores(step: int) -> list[ScoredGroup]:
 
 
 async def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on() -> None:
-    stage = Stage(config=UNDIVIDED)
-    await stage.run([*endless_scores(0), *two_steps()[2:], *endless_scores(2)])
-    assert stage.learner.version == 3, "a good step in between starts the count anew"
-    assert all(mx.all(mx.isfinite(array)).item() for array in stage.learner.weights.values())
-    incidents = await stage.reports.incidents()
+    rig = Rig(config=UNDIVIDED)
+    await rig.run([*endless_scores(0), *two_steps()[2:], *endless_scores(2)])
+    assert rig.learner.version == 3, "a good step in between starts the count anew"
+    assert all(mx.all(mx.isfinite(array)).item() for array in rig.learner.weights.values())
+    incidents = await rig.reports.incidents()
     assert [i.kind for i in incidents] == ["nonfinite_step"] * 2
     assert "step 0: " in incidents[0].message
     assert "gradient norm (inf) or updated weights are not finite; the update was skipped" in incidents[0].message
-    assert [c.state for c in await taken(stage.prompter)] == ["trained"] * 6
+    assert [c.state for c in await taken(rig.prompter)] == ["trained"] * 6
 
 
 async def test_too_many_of_them_in_a_row_end_the_run() -> None:
-    stage = Stage(config=UNDIVIDED)
+    rig = Rig(config=UNDIVIDED)
     with pytest.raises(RunError, match=ENDING):
-        await stage.run([*endless_scores(0), *endless_scores(1), *two_steps()])
-    assert stage.learner.version == 2
-    assert not ended(stage.checkpointer), "no final policy is made of a run that failed"
-    assert stage.snapshots == []
+        await rig.run([*endless_scores(0), *endless_scores(1), *two_steps()])
+    assert rig.learner.version == 2
+    assert not ended(rig.checkpointer), "no final policy is made of a run that failed"
+    assert rig.snapshots == []
 
 
 async def test_snapshots_by_schedule_and_one_that_is_final() -> None:
-    stage = Stage(checkpoint_every=1, total_steps=2, max_staleness=1)
-    await stage.run(two_steps())
-    first, final = stage.snapshots
+    rig = Rig(checkpoint_every=1, total_steps=2, max_staleness=1)
+    await rig.run(two_steps())
+    first, final = rig.snapshots
     assert (first.version, first.final, final.version, final.final) == (1, False, 2, True)
     assert list(first.behind) == [0]
-    assert first.behind[0] is stage.start_weights
+    assert first.behind[0] is rig.start_weights
     assert list(final.behind) == [1]
     assert final.behind[1] is first.weights, "weights travel by reference"
     assert first.optimizer_state.keys() == final.optimizer_state.keys()
@@ -330,22 +330,22 @@ async def test_snapshots_by_schedule_and_one_that_is_final() -> None:
 
 
 async def test_a_checkpoint_on_request_holds_the_last_completed_step() -> None:
-    stage = Stage()
+    rig = Rig()
     groups = two_steps()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
-        tasks.start_soon(stage.write)
+        tasks.start_soon(run_roles, [rig.learner])
+        tasks.start_soon(rig.write)
         for group in groups[:3]:  # step 1 is not complete
-            await stage.scored.send(group)
-        while stage.learner.version == 0:
+            await rig.scored.send(group)
+        while rig.learner.version == 0:
             await anyio.wait_all_tasks_blocked()
-        stage.request.send_nowait(Checkpoint())
+        rig.request.send_nowait(Checkpoint())
         await anyio.wait_all_tasks_blocked()
-        [snapshot] = stage.snapshots
+        [snapshot] = rig.snapshots
         assert (snapshot.version, snapshot.final) == (1, False)
-        assert snapshot.weights is stage.learner.weights
+        assert snapshot.weights is rig.learner.weights
         assert snapshot.behind == {}
-        stage.scored.close()
+        rig.scored.close()
 
 
 SAME = (0.4, 0.4, None)
@@ -363,35 +363,35 @@ def ends(messages: Sequence[GroupClosed | Replace]) -> list[tuple[int, int, int,
 
 
 async def test_groups_without_signal_are_replaced_together_when_their_round_is_scored() -> None:
-    stage = Stage(config=DYNAMIC)
+    rig = Rig(config=DYNAMIC)
     alone = make_scored(0, 1, (0.3, 0.1, None), attempt=1)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
-        await stage.scored.send(make_scored(0, 1, SAME))
+        tasks.start_soon(run_roles, [rig.learner])
+        await rig.scored.send(make_scored(0, 1, SAME))
         await anyio.wait_all_tasks_blocked()
-        assert await taken(stage.prompter) == [], "the other place could be without signal too"
-        await stage.scored.send(make_scored(0, 0, (1.0, 1.0, 1.0)))
-        await something_in(stage.prompter)
-        assert replacements(await taken(stage.prompter)) == [[(0, 0, 0), (0, 1, 0)]]
-        await stage.scored.send(alone)
-        await stage.scored.send(make_scored(0, 0, (0.0, 0.0, 0.0), attempt=1))
-        await something_in(stage.prompter)
-        assert replacements(await taken(stage.prompter)) == [[(0, 0, 1)]]
-        assert await taken(stage.metrics) == [], "groups are closed when their step is done"
-        await stage.scored.send(make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2))
-        stage.scored.close()
-    assert stage.learner.version == 1
-    assert ends(await taken(stage.metrics)) == [
+        assert await taken(rig.prompter) == [], "the other place could be without signal too"
+        await rig.scored.send(make_scored(0, 0, (1.0, 1.0, 1.0)))
+        await something_in(rig.prompter)
+        assert replacements(await taken(rig.prompter)) == [[(0, 0, 0), (0, 1, 0)]]
+        await rig.scored.send(alone)
+        await rig.scored.send(make_scored(0, 0, (0.0, 0.0, 0.0), attempt=1))
+        await something_in(rig.prompter)
+        assert replacements(await taken(rig.prompter)) == [[(0, 0, 1)]]
+        assert await taken(rig.metrics) == [], "groups are closed when their step is done"
+        await rig.scored.send(make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2))
+        rig.scored.close()
+    assert rig.learner.version == 1
+    assert ends(await taken(rig.metrics)) == [
         (0, 0, 0, "filtered"),
         (0, 0, 1, "filtered"),
         (0, 0, 2, "trained"),
         (0, 1, 0, "filtered"),
         (0, 1, 1, "trained"),
     ]
-    to_prompter = await taken(stage.prompter)
+    to_prompter = await taken(rig.prompter)
     assert ends(to_prompter) == [(0, 0, 2, "trained"), (0, 1, 1, "trained")], "one a credit"
     trained = [make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2), alone]
-    assert same_bits(stage.learner.weights, by_hand(stage, trained, config=DYNAMIC))
+    assert same_bits(rig.learner.weights, by_hand(rig, trained, config=DYNAMIC))
 
 
 async def something_in(mailbox: Mailbox) -> None:
@@ -400,15 +400,15 @@ async def something_in(mailbox: Mailbox) -> None:
 
 
 async def test_a_place_without_signal_to_the_last_is_left_out_and_its_credit_returned() -> None:
-    stage = Stage(config=DYNAMIC)
+    rig = Rig(config=DYNAMIC)
     groups = [make_scored(0, 0, SAME, attempt=a) for a in range(3)]
     good = make_scored(0, 1)
-    await stage.run([good, *groups])
-    to_prompter = await taken(stage.prompter)
+    await rig.run([good, *groups])
+    to_prompter = await taken(rig.prompter)
     assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
     assert ends(to_prompter) == [(0, 0, 2, "filtered"), (0, 1, 0, "trained")]
-    assert ends(await taken(stage.metrics)) == [*[(0, 0, a, "filtered") for a in range(3)], (0, 1, 0, "trained")]
-    [update] = await taken(stage.updates)
+    assert ends(await taken(rig.metrics)) == [*[(0, 0, a, "filtered") for a in range(3)], (0, 1, 0, "trained")]
+    [update] = await taken(rig.updates)
     tokens = [sum(len(r.token_ids) for r in scored.group.rollouts) for scored in (*groups, good)]
     expected = {
         "groups/trained": 1.0,
@@ -427,51 +427,51 @@ async def test_a_place_without_signal_to_the_last_is_left_out_and_its_credit_ret
 
 
 async def test_a_step_without_any_signal_makes_a_version_and_no_update() -> None:
-    stage = Stage(config=DYNAMIC)
-    await stage.run([make_scored(0, place, SAME, attempt=a) for a in range(3) for place in range(2)])
-    assert (stage.learner.version, stage.board.version) == (1, 1)
-    assert stage.learner.weights is stage.start_weights
-    [update] = await taken(stage.updates)
+    rig = Rig(config=DYNAMIC)
+    await rig.run([make_scored(0, place, SAME, attempt=a) for a in range(3) for place in range(2)])
+    assert (rig.learner.version, rig.board.version) == (1, 1)
+    assert rig.learner.weights is rig.start_weights
+    [update] = await taken(rig.updates)
     assert "loss" not in update.metrics
     assert update.metrics["reward"] == pytest.approx(0.4)
     assert update.metrics["learn_tokens_per_second"] == 0.0
-    assert [end[3] for end in ends(await taken(stage.prompter))] == ["filtered", "filtered"]
+    assert [end[3] for end in ends(await taken(rig.prompter))] == ["filtered", "filtered"]
 
 
 async def test_a_quarantined_group_is_not_replaced() -> None:
-    stage = Stage(config=DYNAMIC)
-    await stage.run(
+    rig = Rig(config=DYNAMIC)
+    await rig.run(
         [
             make_scored(0, 0, NOTHING),
             make_scored(0, 1, SAME),
             make_scored(0, 1, NOTHING, attempt=1),
         ]
     )
-    to_prompter = await taken(stage.prompter)
+    to_prompter = await taken(rig.prompter)
     assert replacements(to_prompter) == [[(0, 1, 0)]]
     assert ends(to_prompter) == [(0, 0, 0, "quarantined"), (0, 1, 1, "quarantined")]
-    assert stage.learner.version == 1
+    assert rig.learner.version == 1
 
 
 async def test_replacements_of_a_later_step_do_not_wait_for_the_earlier_one() -> None:
-    stage = Stage(config=DYNAMIC, max_staleness=1)
+    rig = Rig(config=DYNAMIC, max_staleness=1)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
+        tasks.start_soon(run_roles, [rig.learner])
         for group in (make_scored(1, 0, SAME), make_scored(1, 1), make_scored(0, 1)):
-            await stage.scored.send(group)
-        await something_in(stage.prompter)
-        assert replacements(await taken(stage.prompter)) == [[(1, 0, 0)]]
-        await stage.scored.send(make_scored(1, 0, attempt=1))
-        await stage.scored.send(make_scored(0, 0))
-        stage.scored.close()
-    assert stage.learner.version == 2
-    assert [end[:3] for end in ends(await taken(stage.prompter))] == [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 0)]
+            await rig.scored.send(group)
+        await something_in(rig.prompter)
+        assert replacements(await taken(rig.prompter)) == [[(1, 0, 0)]]
+        await rig.scored.send(make_scored(1, 0, attempt=1))
+        await rig.scored.send(make_scored(0, 0))
+        rig.scored.close()
+    assert rig.learner.version == 2
+    assert [end[:3] for end in ends(await taken(rig.prompter))] == [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 0)]
 
 
 async def test_without_dynamic_sampling_equal_rewards_are_trained_on() -> None:
-    stage = Stage()
-    await stage.run([make_scored(0, 0, SAME), make_scored(0, 1)])
-    to_prompter = await taken(stage.prompter)
+    rig = Rig()
+    await rig.run([make_scored(0, 0, SAME), make_scored(0, 1)])
+    to_prompter = await taken(rig.prompter)
     assert replacements(to_prompter) == []
     assert [end[3] for end in ends(to_prompter)] == ["trained", "trained"]
 
@@ -491,22 +491,22 @@ async def test_the_reference_follows_the_policy_every_so_many_updates(
         ref_model_sync_steps=every,
         ref_model_mixup_alpha=0.25,
     )
-    stage = Stage(config=config, checkpoint_every=1, total_steps=2)
-    await stage.run(two_steps())
-    reference = stage.start_weights
-    for snapshot, times in zip(stage.snapshots, synced, strict=True):
+    rig = Rig(config=config, checkpoint_every=1, total_steps=2)
+    await rig.run(two_steps())
+    reference = rig.start_weights
+    for snapshot, times in zip(rig.snapshots, synced, strict=True):
         for _ in range(times):
             reference = {name: 0.25 * snapshot.weights[name] + 0.75 * reference[name] for name in reference}
         assert snapshot.reference is not None
         assert same_bits(snapshot.reference, reference)
-    assert (reference is stage.start_weights) == (sum(synced) == 0)
+    assert (reference is rig.start_weights) == (sum(synced) == 0)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 async def test_a_reference_that_stays_is_not_in_snapshots(beta: float) -> None:
-    stage = Stage(config=LearnerConfig(batch_size=2, lr=1e-2, beta=beta))
-    await stage.run(two_steps())
-    assert [snapshot.reference for snapshot in stage.snapshots] == [None]
+    rig = Rig(config=LearnerConfig(batch_size=2, lr=1e-2, beta=beta))
+    await rig.run(two_steps())
+    assert [snapshot.reference for snapshot in rig.snapshots] == [None]
 
 
 class Eating(BatchTrainer):
@@ -519,11 +519,11 @@ class Eating(BatchTrainer):
 
 
 async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart() -> None:
-    stage = Stage(checkpoint_every=1, total_steps=2, trainer=Eating)
-    other = Stage(checkpoint_every=1, total_steps=2)
-    await stage.run(two_steps())
+    rig = Rig(checkpoint_every=1, total_steps=2, trainer=Eating)
+    other = Rig(checkpoint_every=1, total_steps=2)
+    await rig.run(two_steps())
     await other.run(two_steps())
-    mine, theirs = stage.snapshots, other.snapshots
+    mine, theirs = rig.snapshots, other.snapshots
     assert len(mine) == 2
     for snapshot, wanted in zip(mine, theirs, strict=True):
         assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
@@ -538,20 +538,20 @@ async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole() -> None:
             assert go_on.wait(10)
             return super().train(state, step)
 
-    stage, whole = Stage(trainer=Slow), Stage()
+    rig, whole = Rig(trainer=Slow), Rig()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
+        tasks.start_soon(run_roles, [rig.learner])
         for group in two_steps()[:2]:
-            await stage.scored.send(group)
+            await rig.scored.send(group)
         await anyio.to_thread.run_sync(inside.wait, 10)
         tasks.cancel_scope.cancel()
         go_on.set()
     await whole.run(two_steps()[:2])
-    snapshot, wanted = stage.learner.snapshot(), whole.learner.snapshot()
+    snapshot, wanted = rig.learner.snapshot(), whole.learner.snapshot()
     assert snapshot.version == 1
     assert same_bits(snapshot.weights, wanted.weights)
     assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
-    assert [update.step for update in await taken(stage.updates)] == [1], "and the step is told"
+    assert [update.step for update in await taken(rig.updates)] == [1], "and the step is told"
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -563,19 +563,19 @@ async def test_learning_beside_a_checkpoint_or_after_it(beside: bool) -> None:
             begun.append(state.version)
             return super().train(state, step)
 
-    stage = Stage(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside, trainer=Counted)
-    await send_all(stage.scored, two_steps())
+    rig = Rig(checkpoint_every=1, total_steps=3, learns_beside_checkpoints=beside, trainer=Counted)
+    await send_all(rig.scored, two_steps())
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
-        snapshot = await anext(stage.checkpointer)
+        tasks.start_soon(run_roles, [rig.learner])
+        snapshot = await anext(rig.checkpointer)
         assert snapshot.version == 1
         while beside and len(begun) == 1:
             await anyio.wait_all_tasks_blocked()
         await anyio.wait_all_tasks_blocked()
         assert len(begun) == (2 if beside else 1), "the first checkpoint is still in hand"
-        tasks.start_soon(stage.write)
-    assert [snapshot.version for snapshot in stage.snapshots] == [2, 2]
-    spans = [m.name for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+        tasks.start_soon(rig.write)
+    assert [snapshot.version for snapshot in rig.snapshots] == [2, 2]
+    spans = [m.name for m in await taken(rig.reports.mailbox) if isinstance(m, Span)]
     assert ("wait for checkpoint" in spans) == (not beside)
 
 
@@ -592,33 +592,33 @@ def aged(group: ScoredGroup, *versions: int) -> ScoredGroup:
     return msgspec.structs.replace(group, group=msgspec.structs.replace(group.group, rollouts=rollouts))
 
 
-def free_stage(on_stale: OnStale = "drop", *, config: LearnerConfig = LEARNER, version: int = 0) -> Stage:
-    return Stage(config=config, schedule=free(on_stale), version=version, total_steps=9)
+def free_rig(on_stale: OnStale = "drop", *, config: LearnerConfig = LEARNER, version: int = 0) -> Rig:
+    return Rig(config=config, schedule=free(on_stale), version=version, total_steps=9)
 
 
 async def test_free_steps_are_made_of_what_comes_first() -> None:
-    stage = free_stage()
+    rig = free_rig()
     arrived = [make_scored(1, 1, (1.0, 0.0, 0.0)), make_scored(0, 0), make_scored(0, 1), make_scored(1, 0)]
-    await stage.run(arrived)
-    assert ends(await taken(stage.metrics)) == [
+    await rig.run(arrived)
+    assert ends(await taken(rig.metrics)) == [
         (0, 0, 0, "trained"),
         (1, 1, 0, "trained"),
         (0, 1, 0, "trained"),
         (1, 0, 0, "trained"),
     ]
-    assert [update.step for update in await taken(stage.updates)] == [1, 2]
-    weights = by_hand(stage, (arrived[1], arrived[0]), arrived[2:], total=9)
-    assert same_bits(stage.learner.weights, weights)
+    assert [update.step for update in await taken(rig.updates)] == [1, 2]
+    weights = by_hand(rig, (arrived[1], arrived[0]), arrived[2:], total=9)
+    assert same_bits(rig.learner.weights, weights)
 
 
 @pytest.mark.parametrize("on_stale", ["drop", "correct"])
 async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
-    stage = free_stage(on_stale, version=4)
+    rig = free_rig(on_stale, version=4)
     young, old = aged(make_scored(7, 0), 4), aged(make_scored(2, 1), 2, 3)
-    await stage.run([young, old])
-    [update] = await taken(stage.updates)
+    await rig.run([young, old])
+    [update] = await taken(rig.updates)
     oldest = 3 if on_stale == "drop" else None
-    assert same_bits(stage.learner.weights, by_hand(stage, [old, young], first=4, total=9, oldest=oldest))
+    assert same_bits(rig.learner.weights, by_hand(rig, [old, young], first=4, total=9, oldest=oldest))
     tokens, total = 3, sum(len(r.token_ids) for g in (young, old) for r in g.group.rollouts)
     behind = sum(4 - v for g in (young, old) for r in g.group.rollouts for v in r.versions)
     expected = {
@@ -632,89 +632,89 @@ async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
 
 
 async def test_a_group_of_old_tokens_alone_is_closed_as_stale_and_told_of() -> None:
-    stage = free_stage(version=5)
+    rig = free_rig(version=5)
     old, other = aged(make_scored(2, 1, (1.0, 0.0, 1.0)), 3), aged(make_scored(3, 1, (0.0, 0.0, 1.0)), 5)
-    await stage.run([old, other])
-    assert (stage.learner.version, stage.board.version) == (6, 6)
-    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 0, "trained")]
-    [update] = await taken(stage.updates)
+    await rig.run([old, other])
+    assert (rig.learner.version, rig.board.version) == (6, 6)
+    assert ends(await taken(rig.prompter)) == [(2, 1, 0, "stale"), (3, 1, 0, "trained")]
+    [update] = await taken(rig.updates)
     assert (update.metrics["groups/stale"], update.metrics["groups/trained"]) == (1.0, 1.0)
     assert update.metrics["reward"] == pytest.approx(0.5)
 
 
 async def test_no_step_begins_of_which_stale_tokens_leave_nothing() -> None:
-    stage = free_stage(version=5)
+    rig = free_rig(version=5)
     old, older = aged(make_scored(2, 1), 3), aged(make_scored(3, 1), 2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
-        await stage.scored.send(old)
-        await stage.scored.send(older)
-        await something_in(stage.prompter)
-        [replace] = await taken(stage.prompter)
+        tasks.start_soon(run_roles, [rig.learner])
+        await rig.scored.send(old)
+        await rig.scored.send(older)
+        await something_in(rig.prompter)
+        [replace] = await taken(rig.prompter)
         assert replace == Replace(slots=(older.group.prompt.slot,), rows=(older.group.prompt.row,))
         await anyio.wait_all_tasks_blocked()
-        assert stage.learner.version == 5
-        await stage.scored.send(aged(make_scored(3, 1, attempt=1), 5))
-        stage.scored.close()
-    assert stage.learner.version == 6
-    assert ends(await taken(stage.prompter)) == [(2, 1, 0, "stale"), (3, 1, 1, "trained")]
-    [update] = await taken(stage.updates)
+        assert rig.learner.version == 5
+        await rig.scored.send(aged(make_scored(3, 1, attempt=1), 5))
+        rig.scored.close()
+    assert rig.learner.version == 6
+    assert ends(await taken(rig.prompter)) == [(2, 1, 0, "stale"), (3, 1, 1, "trained")]
+    [update] = await taken(rig.updates)
     assert (update.metrics["groups/stale"], update.metrics["groups/trained"]) == (2.0, 1.0)
 
 
 async def test_an_old_group_is_sent_back_with_its_row_and_its_credit() -> None:
-    stage = free_stage("requeue", version=5)
+    rig = free_rig("requeue", version=5)
     old = aged(make_scored(2, 1), 3, 5)
     again = aged(make_scored(2, 1, attempt=1), 3, 5)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
-        await stage.scored.send(old)
-        await something_in(stage.prompter)
-        [replace] = await taken(stage.prompter)
+        tasks.start_soon(run_roles, [rig.learner])
+        await rig.scored.send(old)
+        await something_in(rig.prompter)
+        [replace] = await taken(rig.prompter)
         assert replace == Replace(slots=(old.group.prompt.slot,), rows=(old.group.prompt.row,))
-        await stage.scored.send(aged(make_scored(3, 0), 5))
+        await rig.scored.send(aged(make_scored(3, 0), 5))
         await anyio.wait_all_tasks_blocked()
-        assert stage.learner.version == 5
-        await stage.scored.send(again)
-        stage.scored.close()
-    assert stage.learner.version == 6
-    assert ends(await taken(stage.prompter)) == [(2, 1, 1, "trained"), (3, 0, 0, "trained")]
-    assert ends(await taken(stage.metrics)) == [(2, 1, 0, "stale"), (2, 1, 1, "trained"), (3, 0, 0, "trained")]
-    [update] = await taken(stage.updates)
+        assert rig.learner.version == 5
+        await rig.scored.send(again)
+        rig.scored.close()
+    assert rig.learner.version == 6
+    assert ends(await taken(rig.prompter)) == [(2, 1, 1, "trained"), (3, 0, 0, "trained")]
+    assert ends(await taken(rig.metrics)) == [(2, 1, 0, "stale"), (2, 1, 1, "trained"), (3, 0, 0, "trained")]
+    [update] = await taken(rig.updates)
     assert (update.metrics["groups/stale"], update.metrics["groups/resampled"]) == (1.0, 1.0)
 
 
 async def test_free_replaces_groups_without_signal_as_they_come() -> None:
-    stage = free_stage(config=DYNAMIC)
-    await stage.run([make_scored(0, 0, SAME, attempt=a) for a in range(3)] + [make_scored(1, 1)])
-    to_prompter = await taken(stage.prompter)
+    rig = free_rig(config=DYNAMIC)
+    await rig.run([make_scored(0, 0, SAME, attempt=a) for a in range(3)] + [make_scored(1, 1)])
+    to_prompter = await taken(rig.prompter)
     assert replacements(to_prompter) == [[(0, 0, 0)], [(0, 0, 1)]]
     assert ends(to_prompter) == [(0, 0, 2, "filtered"), (1, 1, 0, "trained")]
-    assert stage.learner.version == 1
+    assert rig.learner.version == 1
 
 
 async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_step_whole() -> None:
     """A group whose place another has taken is not prompted again: it would never end."""
     free = ScheduleConfig(mode="free", max_staleness=1)
-    stage = Stage(config=DYNAMIC, schedule=free, learns_beside_checkpoints=False)
+    rig = Rig(config=DYNAMIC, schedule=free, learns_beside_checkpoints=False)
     groups = [make_scored(0, 0, (1.0, 1.0, 1.0)), make_scored(0, 1), make_scored(0, 0, attempt=1)]
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
-        stage.request.send_nowait(Checkpoint())
+        tasks.start_soon(run_roles, [rig.learner])
+        rig.request.send_nowait(Checkpoint())
         await anyio.wait_all_tasks_blocked()
         for group in groups:
-            await stage.scored.send(group)
+            await rig.scored.send(group)
         for _ in range(500):  # the last group is looked at on the device
-            if stage.learner.report.doing and len(stage.learner.snapshot().unfinished.collected) == 3:
+            if rig.learner.report.doing and len(rig.learner.snapshot().unfinished.collected) == 3:
                 break
             await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
-    unfinished = stage.learner.snapshot().unfinished
+    unfinished = rig.learner.snapshot().unfinished
     gids = [group.group.prompt.gid for group in unfinished.collected]
     assert gids == [0, 1, 2**48]
     assert unfinished.states == {0: "filtered", 1: "trained", 2**48: "trained"}
     assert unfinished.replaced == (0,)
-    then = Stage(config=DYNAMIC, schedule=free, total_steps=1, unfinished=unfinished)
+    then = Rig(config=DYNAMIC, schedule=free, total_steps=1, unfinished=unfinished)
     await then.run([])
     assert [update.step for update in await taken(then.updates)] == [1], "and who goes on from there learns it"
 
@@ -722,29 +722,29 @@ async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_st
 async def test_a_step_is_told_however_long_that_takes_as_long_as_nobody_stops_it() -> None:
     """A credit that is not given back would keep the run waiting for ever."""
     for stops in (False, True):
-        stage = Stage(telling_bound=1)
-        stage.learner.closing_s = 0.05
+        rig = Rig(telling_bound=1)
+        rig.learner.closing_s = 0.05
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(run_roles, [stage.learner])
+            tasks.start_soon(run_roles, [rig.learner])
             for group in two_steps()[:2]:
-                await stage.scored.send(group)
-            await stage.board.get(1)
+                await rig.scored.send(group)
+            await rig.board.get(1)
             if stops:
                 tasks.cancel_scope.cancel()
             else:
                 await anyio.sleep(0.2)
-                assert await anext(stage.metrics)
+                assert await anext(rig.metrics)
                 await anyio.wait_all_tasks_blocked()
-                assert len(stage.prompter) == 2
+                assert len(rig.prompter) == 2
                 tasks.cancel_scope.cancel()
-        assert len(stage.updates) == (not stops)
+        assert len(rig.updates) == (not stops)
 
 
 async def test_groups_that_had_their_scores_before_a_resume_are_in_the_next_checkpoint_too() -> None:
     """They are on their way through prompter, generator and scorer once more."""
-    stage = Stage(recorded={group.group.prompt.gid: group for group in two_steps()}, version=1)
-    await stage.scored.send(two_steps()[3])
-    snapshot = stage.learner.snapshot()
+    rig = Rig(recorded={group.group.prompt.gid: group for group in two_steps()}, version=1)
+    await rig.scored.send(two_steps()[3])
+    snapshot = rig.learner.snapshot()
     assert [group.group.prompt.gid for group in snapshot.unfinished.scored] == [3, 2], "none of the steps done"
 
 
@@ -757,23 +757,23 @@ async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keep
             assert go_on.wait(10)
             return super().without_signal(groups)
 
-    stage = Stage(config=DYNAMIC, schedule=ScheduleConfig(mode="free"), trainer=Slow)
+    rig = Rig(config=DYNAMIC, schedule=ScheduleConfig(mode="free"), trainer=Slow)
     group = make_scored(0, 1)
-    stage.open_groups.begin(group.group.prompt)
+    rig.open_groups.begin(group.group.prompt)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.learner])
-        await stage.scored.send(group)
+        tasks.start_soon(run_roles, [rig.learner])
+        await rig.scored.send(group)
         await anyio.to_thread.run_sync(inside.wait, 10)
         tasks.cancel_scope.cancel()
         go_on.set()
-    assert stage.learner.snapshot().unfinished.scored == (group,)
+    assert rig.learner.snapshot().unfinished.scored == (group,)
 
 
 async def test_the_means_in_a_snapshot_are_of_finite_numbers() -> None:
     """A metric that a reward logs may be as large as a number gets."""
-    stage = Stage(total_steps=2)
+    rig = Rig(total_steps=2)
     groups = [msgspec.structs.replace(group, logged={"large": 1e308, "small": 0.5}) for group in two_steps()]
-    await stage.run(groups)
-    metrics = stage.snapshots[-1].metrics
+    await rig.run(groups)
+    metrics = rig.snapshots[-1].metrics
     assert "large" not in metrics
     assert metrics["small"] == 0.5

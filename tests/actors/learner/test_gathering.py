@@ -1,4 +1,4 @@
-"""Which groups make a step in either schedule, and how each group ends: cases by hand, and properties of any play."""
+"""Which groups make a step in either schedule, and how each group ends: cases by hand, and properties of any run."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def test_pinned_steps_come_in_order_and_by_slot() -> None:
     gathering = PinnedGathering(2, 2, 0, 1)
     for group in (make_scored(1, 1), make_scored(0, 1, NOTHING), make_scored(1, 0)):
         arrive(gathering, group, 0)
-        assert gathering.take(0) is None
+        assert gathering.take_step(0) is None
     arrive(gathering, make_scored(0, 0), 0)
-    step = gathering.take(0)
+    step = gathering.take_step(0)
     assert ends(step) == [(0, 0, 0, "trained"), (0, 1, 0, "quarantined")]
     assert step is not None
     assert (step.oldest, step.drops_stale, step.replaced) == (-1, False, frozenset())
     assert [slot_of(group).place for group in step.ending("quarantined")] == [1]
-    assert ends(gathering.take(1)) == [(1, 0, 0, "trained"), (1, 1, 0, "trained")]
-    assert gathering.take(2) is None
+    assert ends(gathering.take_step(1)) == [(1, 0, 0, "trained"), (1, 1, 0, "trained")]
+    assert gathering.take_step(2) is None
 
 
 def test_pinned_groups_are_examined_when_their_round_is_whole() -> None:
@@ -94,11 +94,11 @@ def test_pinned_groups_are_examined_when_their_round_is_whole() -> None:
     assert gathering.examine(whole, {gid_of(whole[0]), gid_of(whole[1])}, 0) == Replace(
         slots=(Slot(step=0, place=0), Slot(step=0, place=1))
     )
-    assert gathering.take(0) is None
+    assert gathering.take_step(0) is None
     gathering.add(make_scored(0, 1, attempt=1))
     again = gathering.add(make_scored(0, 0, attempt=1))
     assert gathering.examine(again, {gid_of(again[1])}, 0) is None, "the limit is reached"
-    step = gathering.take(0)
+    step = gathering.take_step(0)
     assert ends(step) == [(0, 0, 0, "filtered"), (0, 0, 1, "trained"), (0, 1, 0, "filtered"), (0, 1, 1, "filtered")]
     assert step is not None
     assert step.replaced == {gid_of(group) for group in whole}
@@ -107,13 +107,13 @@ def test_pinned_groups_are_examined_when_their_round_is_whole() -> None:
 def test_free_steps_are_made_of_the_first_groups_whatever_their_slots() -> None:
     gathering = free()
     assert arrive(gathering, make_scored(1, 1), 0) is None
-    assert gathering.take(0) is None
+    assert gathering.take_step(0) is None
     assert arrive(gathering, make_scored(0, 1, NOTHING), 0) is None
-    step = gathering.take(0)
+    step = gathering.take_step(0)
     assert ends(step) == [(0, 1, 0, "quarantined"), (1, 1, 0, "trained")]
     assert step is not None
     assert step.drops_stale
-    assert gathering.take(1) is None
+    assert gathering.take_step(1) is None
 
 
 @pytest.mark.parametrize("on_stale", ["drop", "correct"])
@@ -121,7 +121,7 @@ def test_a_group_with_some_old_tokens_is_trained(on_stale: OnStale) -> None:
     gathering = free(on_stale)
     assert arrive(gathering, aged(0, 0, (0, 0, 1), (0, 0)), 2) is None
     assert arrive(gathering, aged(0, 1, (2, 2), (2,)), 2) is None
-    step = gathering.take(2)
+    step = gathering.take_step(2)
     assert ends(step) == [(0, 0, 0, "trained"), (0, 1, 0, "trained")]
     assert step is not None
     assert (step.oldest, step.drops_stale) == (1, on_stale == "drop")
@@ -132,7 +132,7 @@ def test_a_group_of_old_tokens_alone(on_stale: OnStale, end: str) -> None:
     gathering = free(on_stale)
     assert arrive(gathering, aged(0, 0, (0, 0), (0,)), 2) is None
     arrive(gathering, aged(0, 1, (2,), (2,)), 2)
-    assert ends(gathering.take(2)) == [(0, 0, 0, end), (0, 1, 0, "trained")]
+    assert ends(gathering.take_step(2)) == [(0, 0, 0, end), (0, 1, 0, "trained")]
 
 
 def test_a_step_of_old_tokens_alone_does_not_begin() -> None:
@@ -140,9 +140,9 @@ def test_a_step_of_old_tokens_alone_does_not_begin() -> None:
     old = [aged(0, place, (0,), (0,)) for place in range(2)]
     assert arrive(gathering, old[0], 2) is None
     assert arrive(gathering, old[1], 2) == Replace(slots=(slot_of(old[1]),), rows=(old[1].group.prompt.row,))
-    assert gathering.take(2) is None
+    assert gathering.take_step(2) is None
     arrive(gathering, aged(0, 1, (2,), (2,), attempt=1), 2)
-    assert ends(gathering.take(2)) == [(0, 0, 0, "stale"), (0, 1, 0, "stale"), (0, 1, 1, "trained")]
+    assert ends(gathering.take_step(2)) == [(0, 0, 0, "stale"), (0, 1, 0, "stale"), (0, 1, 1, "trained")]
 
 
 def test_what_old_tokens_and_missing_scores_leave_nothing_of_does_not_begin_either() -> None:
@@ -153,14 +153,14 @@ def test_what_old_tokens_and_missing_scores_leave_nothing_of_does_not_begin_eith
         slots=(slot_of(old),), rows=(old.group.prompt.row,)
     )
     arrive(gathering, aged(0, 0, (2,), (2,), attempt=1), 2)
-    assert ends(gathering.take(2)) == [(0, 0, 0, "stale"), (0, 0, 1, "trained"), (0, 1, 0, "quarantined")]
+    assert ends(gathering.take_step(2)) == [(0, 0, 0, "stale"), (0, 0, 1, "trained"), (0, 1, 0, "quarantined")]
 
 
 def test_completions_without_tokens_are_not_old() -> None:
     gathering = free()
     arrive(gathering, aged(0, 0, (), ()), 9)
     arrive(gathering, aged(0, 1, (), (9,)), 9)
-    assert [end[3] for end in ends(gathering.take(9))] == ["trained", "trained"]
+    assert [end[3] for end in ends(gathering.take_step(9))] == ["trained", "trained"]
 
 
 def test_an_old_group_is_sent_back_once_with_its_row() -> None:
@@ -168,9 +168,9 @@ def test_an_old_group_is_sent_back_once_with_its_row() -> None:
     first = aged(3, 1, (0, 1), (1,))
     assert arrive(gathering, first, 2) == Replace(slots=(Slot(step=3, place=1),), rows=(first.group.prompt.row,))
     assert arrive(gathering, aged(2, 0, (2,), (2,)), 2) is None
-    assert gathering.take(2) is None, "one that was sent back takes no place"
+    assert gathering.take_step(2) is None, "one that was sent back takes no place"
     assert arrive(gathering, aged(3, 1, (0, 1), (0,), attempt=1), 2) is None, "the second time it is trained on"
-    step = gathering.take(2)
+    step = gathering.take_step(2)
     assert ends(step) == [(2, 0, 0, "trained"), (3, 1, 0, "stale"), (3, 1, 1, "trained")]
     assert step is not None
     assert step.replaced == {gid_of(first)}
@@ -178,7 +178,7 @@ def test_an_old_group_is_sent_back_once_with_its_row() -> None:
     assert arrive(gathering, aged(3, 0, (0,), (0,)), 3) is not None
     assert arrive(gathering, aged(3, 0, (0,), (0,), attempt=1), 3) is None, "or closed, with nothing left of it"
     arrive(gathering, aged(4, 0, (3,), (3,)), 3)
-    assert ends(gathering.take(3))[:2] == [(3, 0, 0, "stale"), (3, 0, 1, "stale")]
+    assert ends(gathering.take_step(3))[:2] == [(3, 0, 0, "stale"), (3, 0, 1, "stale")]
 
 
 def test_what_is_as_old_as_may_be_is_not_stale() -> None:
@@ -193,7 +193,7 @@ def test_groups_without_signal_are_replaced_one_by_one_as_often_as_allowed() -> 
     replaced = [arrive(gathering, make_scored(0, 0, attempt=a), 0, without_signal=True) for a in range(3)]
     assert replaced == [Replace(slots=(Slot(step=0, place=0, attempt=a),)) for a in range(2)] + [None]
     arrive(gathering, make_scored(0, 1), 0)
-    assert ends(gathering.take(0)) == [(0, 0, a, "filtered") for a in range(3)] + [(0, 1, 0, "trained")]
+    assert ends(gathering.take_step(0)) == [(0, 0, a, "filtered") for a in range(3)] + [(0, 1, 0, "trained")]
 
 
 def test_neither_a_group_without_signal_nor_one_without_scores_is_sent_back() -> None:
@@ -201,7 +201,7 @@ def test_neither_a_group_without_signal_nor_one_without_scores_is_sent_back() ->
     assert arrive(gathering, aged(0, 0, (0,), (0,)), 5, without_signal=True) is None
     poor = msgspec.structs.replace(aged(0, 1, (0,), (0,)), scores={"r": (None, None)})
     assert arrive(gathering, poor, 5, without_signal=True) is None
-    assert [end[3] for end in ends(gathering.take(5))] == ["filtered", "quarantined"]
+    assert [end[3] for end in ends(gathering.take_step(5))] == ["filtered", "quarantined"]
 
 
 def test_a_replacement_is_another_row_which_may_be_sent_back_too() -> None:
@@ -212,10 +212,10 @@ def test_a_replacement_is_another_row_which_may_be_sent_back_too() -> None:
     assert arrive(gathering, old[2], 9) == Replace(slots=(slot_of(old[2]),), rows=(old[2].group.prompt.row,))
     assert arrive(gathering, old[3], 9, without_signal=True) is None, "replaced once, as often as allowed"
     arrive(gathering, make_scored(0, 1, version=9), 9)
-    assert [end[3] for end in ends(gathering.take(9))] == ["stale", "filtered", "stale", "filtered", "trained"]
+    assert [end[3] for end in ends(gathering.take_step(9))] == ["stale", "filtered", "stale", "filtered", "trained"]
 
 
-class Play:
+class PaperRun:
     """A whole run on paper: credits, a stream of slots, groups that come in any order with tokens of any age."""
 
     def __init__(self, gathering: Gathering, *, mode: str, P: int, eta: int, steps: int, dice: random.Random) -> None:
@@ -264,7 +264,7 @@ class Play:
             without = {gid_of(g) for g in examined if self.dice.random() < 0.4}
             if replace := self.gathering.examine(examined, without, self.version):
                 self.replace(replace)
-        while step := self.gathering.take(self.version):
+        while step := self.gathering.take_step(self.version):
             self.close(step)
 
     def replace(self, replace: Replace) -> None:
@@ -293,25 +293,25 @@ class Play:
     on_stale=st.sampled_from(["drop", "requeue", "correct"]),
     seed=st.integers(0, 2**32),
 )
-def test_any_play_ends_with_every_group_closed_once_and_no_credit_taken(
+def test_any_run_ends_with_every_group_closed_once_and_no_credit_taken(
     mode: str, P: int, eta: int, steps: int, resampling: int, on_stale: OnStale, seed: int
 ) -> None:
     schedule = ScheduleConfig(mode=mode, max_staleness=eta, on_stale=on_stale)  # type: ignore[arg-type]
     gathering = gathering_for(schedule, batch_size=P, min_scored=1, resampling=resampling)
-    play = Play(gathering, mode=mode, P=P, eta=eta, steps=steps, dice=random.Random(seed))
-    play.run()  # `Credits.take` raises where more than (η + 1)·P would be alive
-    assert play.version == steps, "nobody waits for ever"
-    assert play.credits.live == frozenset()
-    assert play.ended == Counter(play.issued)
-    assert set(play.ended.values()) <= {1}
-    for version, step in enumerate(play.steps):
+    run = PaperRun(gathering, mode=mode, P=P, eta=eta, steps=steps, dice=random.Random(seed))
+    run.run()  # `Credits.take` raises where more than (η + 1)·P would be alive
+    assert run.version == steps, "nobody waits for ever"
+    assert run.credits.live == frozenset()
+    assert run.ended == Counter(run.issued)
+    assert set(run.ended.values()) <= {1}
+    for version, step in enumerate(run.steps):
         check(step, version, eta, schedule)
-    places = [(s.step, s.place) for step in play.steps for s in map(slot_of, step.ending("filtered"))]
+    places = [(s.step, s.place) for step in run.steps for s in map(slot_of, step.ending("filtered"))]
     assert max(Counter(places).values(), default=0) <= resampling + 1
 
 
 def check(step: StepGroups, version: int, eta: int, schedule: ScheduleConfig) -> None:
-    """What holds for every step of a play."""
+    """What holds for every step of a run."""
     assert [slot_of(g) for g in step.groups] == sorted(slot_of(g) for g in step.groups)
     assert step.states.keys() == {gid_of(g) for g in step.groups}
     if schedule.mode == "pinned":

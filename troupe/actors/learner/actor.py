@@ -143,7 +143,8 @@ class Learner(Actor):
             if not self._snapshots.beside_learning:
                 with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
                     await self._to.snapshots.settled()
-            if step := self._gathering.take(self.version):  # not before: who stops us finds it where it was gathered
+            # not before: who stops us finds it where it was gathered
+            if step := self._gathering.take_step(self.version):
                 await self._learn(step)
 
     async def _learn(self, step: StepGroups) -> None:
@@ -157,7 +158,7 @@ class Learner(Actor):
         self._snapshots.open_groups.end(slot_of(group) for group in step.groups)
         with self.report.span("publish", step=self.version - 1):
             self._board.publish(self.version, self.weights)
-        async with finishing(self.closing_s):  # the step counts: whoever stops us, its end is told
+        async with finishing(self.closing_s):  # the step counts: whoever stops us, its end is reported
             await self._close(step, learned.advantages)
             update = self._update(step, learned.metrics, time.perf_counter() - started_s)
             await self._to.updates.send(update)

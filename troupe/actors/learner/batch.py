@@ -8,10 +8,9 @@ Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocab
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
-import msgspec
 
 from troupe.actors.learner.statistics import (
     advantage_statistics,
@@ -44,7 +43,7 @@ def as_rollouts(group: CompletedGroup, decode: Callable[[Sequence[int]], str]) -
     )
 
 
-class LearnerBatch(msgspec.Struct, frozen=True, kw_only=True):
+class Assembled(NamedTuple):
     """A batch ready to be learned from, with what can be said about it before learning."""
 
     batch: Batch
@@ -96,7 +95,7 @@ def assemble(
     weights: Mapping[str, float],
     pad_id: int,
     oldest: int | None = None,
-) -> LearnerBatch:
+) -> Assembled:
     """Turn scored groups of G completions each into one batch, in the order given.
 
     `weights` maps each reward's name to its weight. Scores that are missing are NaN to the advantages, never 0.
@@ -124,4 +123,4 @@ def assemble(
     }
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
     by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
-    return LearnerBatch(batch=batch, advantages=by_group, metrics=metrics)
+    return Assembled(batch=batch, advantages=by_group, metrics=metrics)

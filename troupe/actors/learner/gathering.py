@@ -58,12 +58,12 @@ class Gathering(ABC):
     def is_ready(self, version: int) -> bool:
         """Whether the step that makes `version` + 1 can begin."""
 
-    def take(self, version: int) -> StepGroups | None:
+    def take_step(self, version: int) -> StepGroups | None:
         """That step, if it is ready."""
-        return self._take(version) if self.is_ready(version) else None
+        return self._make_step(version) if self.is_ready(version) else None
 
     @abstractmethod
-    def _take(self, version: int) -> StepGroups:
+    def _make_step(self, version: int) -> StepGroups:
         """That step, which is ready."""
 
     @abstractmethod
@@ -113,7 +113,7 @@ class PinnedGathering(Gathering):
     def is_ready(self, version: int) -> bool:
         return version in self._steps and not self._steps[version].missing
 
-    def _take(self, version: int) -> StepGroups:
+    def _make_step(self, version: int) -> StepGroups:
         rounds = self._steps.pop(version)
         return StepGroups(
             groups=tuple(sorted(rounds.groups, key=slot_of)),
@@ -221,7 +221,7 @@ class FreeGathering(Gathering):
     def is_ready(self, version: int) -> bool:
         return len(self._groups) - len(self._replaced) >= self._batch_size
 
-    def _take(self, version: int) -> StepGroups:
+    def _make_step(self, version: int) -> StepGroups:
         step = StepGroups(
             groups=tuple(sorted(self._groups, key=slot_of)),
             states=self._states,

@@ -98,8 +98,8 @@ class BatchTrainer:
         return {gid_of(group) for group in groups if not has_signal(group, self.config, self.reward_weights)}
 
     def train(self, state: LearnerState, step: StepGroups) -> Learned:
-        """One learner batch. Rewards and completions are told of all groups with scores, those
-        left out of the batch too."""
+        """One learner batch. Metrics of rewards and completions count all groups with scores, also those left out of
+        the batch."""
         parts: list[tuple[str, float, float]] = []
         began_s = time.perf_counter()
 

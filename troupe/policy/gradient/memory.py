@@ -47,12 +47,12 @@ class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """N, of prompts and completions; the last of a completion foretells nothing and is left out."""
+        """N, of prompts and completions; the last of a completion predicts nothing and is left out."""
         return self.prompts * self.prompt_length + self.rows * (self.completion_length - 1)
 
     @property
     def targets(self) -> int:
-        """M, that are foretold."""
+        """M, that are predicted."""
         return self.rows * self.completion_length
 
 
