@@ -25,6 +25,7 @@ from troupe.policy.decode.sampling import GREEDY_BELOW
 from troupe.records.sinks.base import MetricsConfig
 from troupe.rewards import RewardsConfig
 from troupe.run.daemon_settings import DaemonConfig
+from troupe.run.demo_files import moved_demo_file
 from troupe.run.folder_names import policy_folder
 from troupe.run.naming import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.tables import anchored_reward, copied, lay_over, table_of
@@ -195,13 +196,13 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
     model = table.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        path = (base / expanded(model["path"])).absolute()
+        path = (base / expanded(moved_demo_file(model["path"]))).absolute()
         if path.exists() or not is_hub_id(model["path"]):
             model["path"] = str(policy_folder(path))
     data = table.get("data")
     if isinstance(data, dict):
         named = {key: data[key] for key in _SOURCES if isinstance(data.get(key), str)}
-        data |= {key: anchored_source(source, base) for key, source in named.items()}
+        data |= {key: anchored_source(moved_demo_file(source), base) for key, source in named.items()}
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
