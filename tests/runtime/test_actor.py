@@ -137,11 +137,3 @@ async def test_reporter_sends_incidents_and_spans_and_closes_both() -> None:
     report.close()
     expected = Span(actor="scorer", name="score", start_s=10.0, end_s=12.5, step=3, gid=7)
     assert [message async for message in box] == [incident, expected]
-
-
-async def test_reporter_without_channels_is_silent() -> None:
-    report = Reporter("alone")
-    await report.incident(Incident(actor="alone", kind="odd", message="nobody hears it"))
-    with report.span("work"):
-        pass
-    report.close()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import pytest
@@ -39,6 +39,10 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], list[tuple[str
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", load)
     return there, loaded
+
+
+def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    raise FileNotFoundError("nothing may be loaded")
 
 
 def without_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +95,6 @@ def test_mlx_first_is_no_matter_where_it_costs_nothing(
 
 
 def test_a_mac_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("nothing may be loaded")
-
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert linux_cpu.load_openblas() == "not needed"
@@ -120,9 +121,6 @@ def test_kernels_are_not_fused_where_nothing_can_compile_them(
 
 
 def test_a_system_without_proc_has_nothing_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> str:
-        raise FileNotFoundError
-
     monkeypatch.setattr(Path, "read_text", refuse)
     assert not linux_cpu._is_mapped()
 
@@ -163,9 +161,6 @@ def test_without_openblas_there_are_no_threads_to_limit(monkeypatch: pytest.Monk
 
 
 def test_an_openblas_that_cannot_be_opened_again_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise OSError
-
     monkeypatch.setattr(linux_cpu, "load_openblas", lambda: "loaded")
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert linux_cpu.blas_threads() is None
@@ -221,12 +216,9 @@ def test_mlx_s_own_folder_in_it_is_somebody_else_s(
     linux_cpu.check_temporary_files()
     assert [path.name for path in tmp_path.rglob("*")] == ["mlx"]
 
-    def refused(**where: Any) -> None:
+    def opened(**where: Any) -> Any:
         if where["dir"] == tmp_path / "mlx":
             raise PermissionError(13, "Permission denied")
-
-    def opened(**where: Any) -> Any:
-        refused(**where)
         return SimpleNamespace(close=lambda: None)
 
     monkeypatch.setattr("tempfile.TemporaryFile", opened)
@@ -241,24 +233,14 @@ def test_its_buffers_are_taken_where_memory_is_limited(monkeypatch: pytest.Monke
     held: list[int] = []
     given_back: list[int] = []
 
-    class Library:
-        @staticmethod
-        def blas_memory_alloc(kind: int) -> int:
-            held.append(kind)
-            return len(held)
+    def alloc(kind: int) -> int:
+        held.append(kind)
+        return len(held)
 
-        @staticmethod
-        def blas_memory_free(buffer: int) -> None:
-            given_back.append(buffer)
+    def free(buffer: int) -> None:
+        given_back.append(buffer)
 
-    class Alloc(SimpleNamespace):
-        def __call__(self, *args: Any) -> Any:
-            return self.function(*args)
-
-    library = SimpleNamespace(
-        blas_memory_alloc=Alloc(function=Library.blas_memory_alloc),
-        blas_memory_free=Alloc(function=Library.blas_memory_free),
-    )
+    library = SimpleNamespace(blas_memory_alloc=alloc, blas_memory_free=free)
     monkeypatch.setattr(linux_cpu, "_openblas", lambda: library)
     monkeypatch.setattr(linux_cpu, "_is_limited", lambda: False)
     linux_cpu.take_buffers(3)
