@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from troupe.run.result import RunResult
 STORED: dict[str, Any] = {"metrics__sinks": ["jsonl", "sqlite"], "schedule__blas_threads": 1}
 """A run whose completions can be looked at, and that leaves the other cores to other tests."""
 
+_TIMED = ("time", "tokens_per_second", "memory", "queue/", "spans_dropped")
+"""Parts of the names of metrics that are of clocks and machines."""
+
 
 def play(model: Path, folder: Path, *rewards: Reward, **settings: Any) -> RunResult:
     """4 steps × 2 prompts × 3 completions in `folder`/run, to the end; settings as `section__key=value`."""
@@ -34,6 +38,11 @@ def play(model: Path, folder: Path, *rewards: Reward, **settings: Any) -> RunRes
 def lines(run: Path | str) -> list[dict[str, Any]]:
     """metrics.jsonl, a step a line."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those metrics that say what was learned, and not how fast, or by what."""
+    return {name: value for name, value in metrics.items() if not any(part in name for part in _TIMED)}
 
 
 def column(run: Path | str, name: str) -> list[Any]:

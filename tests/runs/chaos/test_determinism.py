@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 import troupe
-from tests.support.fakes import FakeSink, delayed, often_equal, same_bits, tiny_config, write_ragged_model
+from tests.support.fakes import FakeSink, delayed, often_equal, same_bits, tiny_config
 from tests.support.straight import Straight, play_straight
 from troupe import RunConfig, Supervisor
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
@@ -37,11 +37,6 @@ FULL: dict[str, Any] = PLAIN | {
     "learner__ref_model_sync_steps": 3,
 }
 """Everything that could depend on order."""
-
-
-@pytest.fixture(scope="module")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 class SlowSink(FakeSink):

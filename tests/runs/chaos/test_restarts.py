@@ -12,7 +12,7 @@ import pytest
 
 import troupe
 from tests.support import virtual_time
-from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_ragged_model
+from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.faults import Faults
 from tests.support.wiring import Hooks, Ledger, digest, prepared_run, set_stage, stage_factories
 from tests.support.straight import play_straight
@@ -163,11 +163,6 @@ def test_a_fault_at_stop_is_told_and_nothing_else(tmp_path: Path, actor: str) ->
 def test_an_actor_that_goes_on_failing_ends_the_run(tmp_path: Path, actor: str) -> None:
     with pytest.raises(RunError, match=rf"{actor} failed: InjectedError: at .* restarted 3 times within 60 s"):
         play(tmp_path, "pinned, overlapping", actor, tuple(range(7, 99)))
-
-
-@pytest.fixture(scope="module")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 @pytest.mark.parametrize("place", ["decode", "text", "reward", "disk"])

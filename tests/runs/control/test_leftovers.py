@@ -14,7 +14,7 @@ from typing import NamedTuple
 import anyio
 import pytest
 
-from tests.support.fakes import tiny_config, weigh_ids, write_ragged_model
+from tests.support.fakes import tiny_config, weigh_ids
 from troupe.run.supervisor import Supervisor
 
 pytestmark = pytest.mark.alone
@@ -69,11 +69,6 @@ async def broken_off(run: Supervisor) -> None:
 async def raising(run: Supervisor) -> None:
     async for _ in run.updates():
         raise LookupError("mine")
-
-
-@pytest.fixture(scope="module")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 @pytest.mark.parametrize("generator", ["thread", pytest.param("process", marks=pytest.mark.slow)])

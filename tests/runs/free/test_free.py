@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 import troupe
-from tests.support.fakes import BATCH_SIZE, FakeSink, delayed, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
+from tests.support.fakes import BATCH_SIZE, FakeSink, delayed, often_equal, same_bits, tiny_config, weigh_ids
 from troupe import load_config
 from troupe.run.factories import Factories
 from troupe.actors.learner.actor import Learner
@@ -26,11 +26,6 @@ from troupe.run.result import RunResult
 
 pytestmark = pytest.mark.anyio
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 class Watched:

@@ -10,15 +10,11 @@ import anyio
 import pytest
 
 from tests.support.fakes import delayed, often_equal, same_bits, weigh_ids
-from tests.support.runs import column, completions, done, in_store, lines, play, policy_of
-
-TIMED = ("time", "tokens_per_second", "memory", "queue/")
-"""Parts of the names of metrics that say how fast, or by what, and not what was learned."""
-
+from tests.support.runs import column, completions, done, in_store, lines, play, policy_of, timeless
 
 def learned(run: str | Path) -> list[dict[str, Any]]:
     """The metrics of a run, without those of clocks."""
-    return [{k: v for k, v in line.items() if not any(part in k for part in TIMED)} for line in lines(run)]
+    return [timeless(line) for line in lines(run)]
 
 
 def test_training_twice_with_one_seed_gives_one_policy(desk: Path) -> None:

@@ -4,19 +4,18 @@ happened."""
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.kills import EVERY, G, P, STEPS, Trainer, play_and_kill, read_store, write_run
+from tests.support.runs import lines, timeless
 
 pytestmark = pytest.mark.alone
 
 PINNED: dict[str, Any] = {"schedule__max_staleness": 1, "schedule__generator": "thread"}
 FREE = PINNED | {"schedule__mode": "free"}
-TIMES = ("step_time", "learn_time", "tokens_per_second", "learn_tokens_per_second", "peak_memory_gb", "spans_dropped")
 
 
 def final_hash(out: Path) -> str:
@@ -25,10 +24,7 @@ def final_hash(out: Path) -> str:
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     """Line by line, what does not depend on time."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(("time/", "queue/"))} for line in lines
-    ]
+    return [timeless(line) for line in lines(out)]
 
 
 def check_pinned(out: Path, whole: Path) -> None:

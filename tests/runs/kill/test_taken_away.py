@@ -1,12 +1,9 @@
-"""Runs whose folder, or a file in it, is moved, deleted or exchanged while they play."""
+"""Runs whose folder, or a file in it, is moved, deleted or exchanged while they run."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ from typing import Any
 import anyio.lowlevel
 import pytest
 
-from tests.support.fakes import BATCH_SIZE, same_bits, tiny_config, weigh_ids, write_ragged_model
+from tests.support.fakes import BATCH_SIZE, same_bits, tiny_config, weigh_ids
+from tests.support.runs import in_store, lines
 from troupe import RunConfig, RunResult, Supervisor
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.errors import FolderGoneError, RunError
@@ -24,11 +22,6 @@ from troupe.run.sealed_config import is_as_written
 pytestmark = pytest.mark.anyio
 
 STEPS, AT = 5, 2
-
-
-@pytest.fixture(scope="module")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 def config_of(model: Path, folder: Path, **settings: Any) -> RunConfig:
@@ -57,16 +50,11 @@ def final_of(folder: Path) -> Weights:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def rows(folder: Path, query: str) -> list[Any]:
-    with closing(sqlite3.connect(folder / "run.sqlite")) as store:
-        return store.execute(query).fetchall()
+    return [line["step"] for line in lines(folder)]
 
 
 def stored_steps_of(folder: Path) -> list[int]:
-    return [step for (step,) in rows(folder, "SELECT step FROM steps ORDER BY step")]
+    return [step for (step,) in in_store(folder, "SELECT step FROM steps ORDER BY step")]
 
 
 def move(folder: Path) -> Path:
@@ -119,7 +107,7 @@ async def test_a_run_whose_folder_is_taken_away_ends_and_its_own_folder_goes_on(
     assert there == (made if harm is move_and_make_anew else set()), "nothing is written in its place"
     if now is None:
         return
-    assert ("folder_gone",) in rows(now, "SELECT kind FROM incidents")
+    assert ("folder_gone",) in in_store(now, "SELECT kind FROM incidents")
     assert not {"summary.json", "run.lock", "final"} & {path.name for path in now.iterdir()}
     assert steps_of(now) == stored_steps_of(now)
     resumed = config_of(ragged_model, tmp_path / "inputs", output=str(now))
@@ -129,7 +117,7 @@ async def test_a_run_whose_folder_is_taken_away_ends_and_its_own_folder_goes_on(
     assert steps_of(now) == stored_steps_of(now) == list(range(1, STEPS + 1))
     await play(config_of(ragged_model, tmp_path / "whole"))
     assert same_bits(final_of(now), final_of(tmp_path / "whole" / "run"))
-    known = {Path(name).name for (name,) in rows(now, "SELECT folder FROM checkpoints WHERE removed_at IS NULL")}
+    known = {Path(name).name for (name,) in in_store(now, "SELECT folder FROM checkpoints WHERE removed_at IS NULL")}
     assert known == {path.name for path in list_checkpoints(now)}, "the store knows them in the new place, too"
 
 
@@ -147,13 +135,13 @@ async def test_one_that_is_stopped_meanwhile_writes_no_checkpoint_elsewhere(tmp_
         await anyio.lowlevel.checkpoint()
         return score(completion_ids)
 
-    async def perform() -> None:
+    async def run_it() -> None:
         async with Supervisor(config_of(ragged_model, tmp_path), [in_the_loop]) as run:
             runs.append(run)
             await run.wait()
 
     with pytest.raises(FolderGoneError):
-        await perform()
+        await run_it()
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -182,7 +170,7 @@ async def test_a_store_and_metrics_that_are_deleted_are_begun_anew_and_told(tmp_
     assert result.complete
     assert result.incidents == {"file_lost": 3}
     assert is_as_written(folder / "run.toml")
-    [told] = [message for (message,) in rows(folder, "SELECT message FROM incidents") if "run.sqlite was" in message]
+    [told] = [message for (message,) in in_store(folder, "SELECT message FROM incidents") if "run.sqlite was" in message]
     assert f"{folder / 'run.sqlite'} was removed or exchanged under the run" in told
     assert steps_of(folder) == stored_steps_of(folder) == list(range(AT + 1, STEPS + 1))
 
@@ -193,7 +181,7 @@ async def test_checkpoints_that_are_taken_away_are_told_and_the_next_one_is_ther
     folder = tmp_path / "run" / "checkpoints"
 
     def harm() -> None:
-        while (AT,) not in rows(tmp_path / "run", "SELECT version FROM checkpoints"):
+        while (AT,) not in in_store(tmp_path / "run", "SELECT version FROM checkpoints"):
             pass
         folder.rename(tmp_path / "away")
 

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import threading
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.fakes import often_equal, tiny_config, weigh_ids, write_ragged_model
+from tests.support.fakes import often_equal, tiny_config, weigh_ids
+from tests.support.runs import completions, lines
 from tests.support.stored import rows
 from troupe import RunConfig, Supervisor
 from troupe.actors import checkpoint_writer
 from troupe.checkpoint import save_checkpoint
 from troupe.records.store.write import StepRows, StoreWriter
 from troupe.records.sinks.jsonl import JsonlSink
-from troupe.records.store.read import Query, StoredCompletion, open_store
 from troupe.run.result import RunResult
 
 pytestmark = pytest.mark.anyio
 WITH_STORE = {"metrics__sinks": ["jsonl", "sqlite"]}
-
-
-@pytest.fixture(scope="session")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 async def play(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = False, ask_at: int = 0) -> RunResult:
@@ -36,11 +29,6 @@ async def play(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = Fal
             if update.step == ask_at:
                 run.drain()
     return run.result
-
-
-def completions(folder: Path) -> list[StoredCompletion]:
-    with open_store(folder) as run:
-        return list(run.completions(Query()))
 
 
 async def test_the_store_of_a_run_has_all_that_happened(tmp_path: Path, ragged_model: Path) -> None:
@@ -55,10 +43,8 @@ async def test_the_store_of_a_run_has_all_that_happened(tmp_path: Path, ragged_m
     assert all(c.reward == c.scores["weigh_ids"] for c in found)
     assert all(c.log_probs is not None and len(c.log_probs) == len(c.token_ids) for c in found)
     assert all(c.columns is not None and c.columns["answer"] == str(c.row) for c in found)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line, (step, version, metrics) in zip(
-        lines, rows(folder / "run.sqlite", "SELECT step, version, metrics FROM steps ORDER BY step"), strict=True
-    ):
+    steps = rows(folder / "run.sqlite", "SELECT step, version, metrics FROM steps ORDER BY step")
+    for line, (step, version, metrics) in zip(lines(folder), steps, strict=True):
         assert line == {"step": step, "version": version} | json.loads(metrics)
     assert rows(folder / "run.sqlite", "SELECT version FROM checkpoints ORDER BY version") == [2, 4]
     assert (result.incidents, result.switched_off_sinks) == ({}, {})
@@ -137,8 +123,7 @@ async def test_steps_are_on_the_disk_before_a_checkpoint_of_them(
         run = folder.parent.parent
         steps = rows(run / "run.sqlite", "SELECT max(step) FROM steps")
         [settled] = rows(run / "run.sqlite", "SELECT settled FROM starts")
-        lines = len((run / "metrics.jsonl").read_text().splitlines())
-        seen.append((int(folder.name.rpartition("-")[2]), steps[0], settled, lines))
+        seen.append((int(folder.name.rpartition("-")[2]), steps[0], settled, len(lines(run))))
         return save_checkpoint(folder, *args, **settings)
 
     monkeypatch.setattr(JsonlSink, "flush", late_flush)
@@ -166,8 +151,7 @@ async def test_the_store_lists_the_checkpoints_that_are_there_after_a_stop_and_a
     stopped = run.result.steps
     async with Supervisor(config, [weigh_ids], resume=True) as run:
         await run.wait()
-    with closing(sqlite3.connect(tmp_path / "run" / "run.sqlite")) as store:
-        rows = store.execute("SELECT version, bytes, removed_at IS NULL FROM checkpoints ORDER BY version").fetchall()
-    assert {version for version, _, _ in rows} >= {stopped, 6}
-    assert [version for version, _, stands in rows if stands] == [6]
-    assert all(size > 0 for _, size, _ in rows)
+    told = rows(tmp_path / "run" / "run.sqlite", "SELECT version, bytes, removed_at IS NULL FROM checkpoints ORDER BY 1")
+    assert {version for version, _, _ in told} >= {stopped, 6}
+    assert [version for version, _, stands in told if stands] == [6]
+    assert all(size > 0 for _, size, _ in told)

@@ -11,15 +11,10 @@ from typing import Any
 import pytest
 
 import troupe
-from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_ragged_model
+from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.straight import play_straight
 from troupe.actors import checkpoint_writer as writer_room
 from troupe.checkpoint import files, list_checkpoints, load_checkpoint, save_checkpoint
-
-
-@pytest.fixture(scope="module")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 def versions(run: Path) -> list[int]:

@@ -12,7 +12,8 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.support.fakes import BATCH_SIZE, FakeSink, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
+from tests.support.fakes import BATCH_SIZE, FakeSink, often_equal, same_bits, tiny_config, weigh_ids
+from tests.support.runs import timeless
 from troupe import RunConfig, Supervisor
 from troupe.run.factories import Factories
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
@@ -23,12 +24,6 @@ from troupe.run.result import RunResult
 pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]
 
 STEPS = 5
-TIMES = {"step_time", "learn_time", "tokens_per_second", "learn_tokens_per_second", "peak_memory_gb", "spans_dropped"}
-
-
-@pytest.fixture(scope="module")
-def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
 
 
 class Judge:
@@ -75,14 +70,7 @@ class Play:
     def metrics(self) -> dict[int, dict[str, float]]:
         """Step → what does not depend on time."""
         updates = [message for message in self.sink.got if isinstance(message, Update)]
-        return {
-            update.step: {
-                name: value
-                for name, value in update.metrics.items()
-                if name not in TIMES and not name.startswith(("queue/", "time/"))
-            }
-            for update in updates
-        }
+        return {update.step: timeless(update.metrics) for update in updates}
 
     @property
     def completions(self) -> dict[int, list[Any]]:
