@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from troupe.records.curves import Metrics, Thinned, Thinner
+from troupe.records.curves import Curves, Metrics, Thinned, Thinner
 
 
 def thinned(steps: list[Metrics], most_points: int = 1000) -> Thinned:
@@ -61,7 +62,7 @@ def test_more_steps_than_expected_are_taken() -> None:
     thinner = Thinner(2, 2)
     for step in range(1, 6):
         thinner.add(step, {"a": 1.0})
-    assert thinner.result().steps == (1, 2, 3, 4, 5)
+    assert (thinner.result().steps, thinner.result().steps_a_point) == ((4, 5), 4)
 
 
 def test_a_sum_beyond_numbers() -> None:
@@ -84,3 +85,53 @@ def test_the_time_of_all_steps_whatever_the_points(most_points: int) -> None:
     assert (found.seconds, found.sampled) == (8.0, 30.0)
     assert found.totals == {"device_s": 2.0, "reward/hidden_s": 0.25}
     assert found.shares == {"a/busy": pytest.approx((1.0 + 0.6) / 4.0), "b/idle": pytest.approx(0.5 / 4.0)}
+
+
+def table(curves: Curves) -> dict[str, list[Any]]:
+    """Steps and means."""
+    return {"step": curves.steps} | {name: list(curve.mean) for name, curve in curves.curves().items()}
+
+
+def test_steps_in_order() -> None:
+    curves = Curves()
+    curves.add(1, {"reward": 0.5})
+    curves.add(2, {"reward": 1.0, "loss": 0.25})
+    curves.add(3, {"loss": 0.5})
+    assert table(curves) == {"step": [1, 2, 3], "reward": [0.5, 1.0, None], "loss": [None, 0.25, 0.5]}
+
+
+def test_a_step_that_is_made_again_takes_the_place_of_the_first() -> None:
+    curves = Curves()
+    for step in range(1, 6):
+        curves.add(step, {"reward": float(step)})
+    curves.add(3, {"reward": 30.0})
+    assert table(curves) == {"step": [1, 2, 3], "reward": [1.0, 2.0, 30.0]}
+    curves.cut(1)
+    assert table(curves) == {"step": [1], "reward": [1.0]}
+    curves.cut(0)
+    assert table(curves) == {"step": [], "reward": []}
+
+
+def test_neighbours_become_their_mean() -> None:
+    curves = Curves(most=4)
+    for step, reward in enumerate([1.0, 3.0, math.nan, 7.0, 9.0], 1):
+        curves.add(step, {} if math.isnan(reward) else {"reward": reward})
+    assert table(curves) == {"step": [2, 4, 5], "reward": [2.0, 7.0, 9.0]}
+    curves.add(6, {"reward": 1.0})
+    assert table(curves) == {"step": [2, 4, 6], "reward": [2.0, 7.0, 5.0]}
+    curves.add(7, {"reward": 1.0})
+    curves.add(8, {"reward": 1.0})
+    curves.add(9, {"reward": 1.0})
+    assert curves.steps == [4, 8, 9]
+    assert table(curves)["reward"][1:] == [3.0, 1.0]
+
+
+@given(st.integers(2, 30), st.integers(1, 300))
+def test_never_more_than_its_bound_and_the_newest_is_there(most: int, steps: int) -> None:
+    curves = Curves(most)
+    for step in range(1, steps + 1):
+        curves.add(step, {"reward": float(step)})
+        assert len(curves) <= most
+    assert curves.steps[-1] == steps
+    assert curves.steps == sorted(set(curves.steps))
+    assert all(value <= step for step, value in zip(curves.steps, table(curves)["reward"], strict=True))

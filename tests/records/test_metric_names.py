@@ -11,7 +11,8 @@ from tests.support.fakes import tiny_config
 from troupe import train
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.errors import ConfigError
-from troupe.records.metric_names import OF_EVERY_STEP, check_metric, known_metrics
+from troupe.records.figures import OF_EVERY_STEP
+from troupe.records.metric_names import check_metric, known_metrics
 from troupe.rewards import RewardActor, RewardSample
 from troupe.run.prepare import prepare
 
@@ -67,7 +68,7 @@ def test_what_is_known_is_taken_silently(metric: str) -> None:
         ("rewards/plian/mean", plain, r"did you mean rewards/plain/mean"),
         ("rewards/other/mean", catch_all, r"which no step has; did you mean rewards/plain/mean"),
         ("completions/mean_len", logging, r"did you mean completions/mean_length"),
-        ("time/learner/busy", plain, r"which no step has; there are reward, reward_std, "),
+        ("time/learner/busy", plain, r"which no step has; there are reward, reward_std_within_groups, "),
         ("accuracy", plain, r"which no step has; there are reward, "),
         ("accuracy", Judge(), r"which no step has; there are reward, "),
         ("eval_reward", catch_all, r"did you mean reward"),

@@ -5,21 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from troupe.messages import NOTHING_TOLD, LiveGroup, Status
+from troupe.records.figures import FIGURES, function_of, written
 from troupe.runtime.terminal import one_line
 
-_SHOWN = (
-    ("reward", ".4f"),
-    ("reward_std_within_groups", ".4f"),
-    ("reward_std", ".4f"),
-    ("loss", "+.4f"),
-    ("kl", ".4f"),
-    ("entropy", ".3f"),
-    ("grad_norm", ".3f"),
-    ("learning_rate", ".2e"),
-    ("completions/mean_length", ".1f"),
-    ("tokens_per_second", ",.0f"),
-    ("step_time", ".2f"),
-)
 _WIDTH = 14
 
 
@@ -38,12 +26,16 @@ def describe(status: Status, name: str) -> str:
         add("restarting", f"start {failure.attempt} of {failure.limit} {when}; {failure.reason}")
     if status.activity is not None:
         add("now", status.activity.text)
-    figures = [f"{key} {status.metrics[key]:{spec}}" for key, spec in _SHOWN if key in status.metrics]
+    figures = [
+        f"{metric} {written(status.metrics[metric], figure.status)}"
+        for metric, figure in FIGURES.items()
+        if figure.status and metric in status.metrics
+    ]
     for start in range(0, len(figures), 5):
         add("newest step" if start == 0 else "", "  ".join(figures[start : start + 5]))
     for key, value in sorted(status.metrics.items()):
-        if key.startswith("rewards/") and key.endswith("/mean"):
-            add("reward", f"{key.removeprefix('rewards/').removesuffix('/mean')} {value:.4f}")
+        if (function := function_of(key)) is not None:
+            add("reward", f"{function} {written(value, '.4f')}")
     for reason in status.held:
         add("held", reason)
     for reward, reason in status.rewards_down.items():

@@ -1,23 +1,22 @@
-"""Curves of a run of any length in few points: the metrics of neighbouring steps become their mean, least and most.
+"""Curves of a run of any length in few points: of neighbouring steps, the mean, the least and the most.
 
-Steps come one by one and are forgotten; sums over all of them are exact. Knows no metric but `step_time` and `time/…`.
+Steps come one by one and are forgotten; sums over all of them are exact.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
 MOST_POINTS = 1000
 """Points that a curve has at most."""
 
-Metrics = Mapping[str, float | None]
-Point = tuple[float | None, float | None, float | None]
-
-_NOTHING: Point = (None, None, None)
-_NUMBERS = (float, int)
+Metrics = Mapping[str, Any]
+_Point = tuple[int, float, float, float]
+"""How many steps have a value, and its mean, least and most."""
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,107 +29,147 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     """The most."""
 
 
+class Curves:
+    """At most `most` points, each of so many steps, in ascending order; what is no finite number is left out.
+
+    When there are too many points, each two become one. `steps_a_point`: with how many to begin.
+    """
+
+    def __init__(self, most: int = MOST_POINTS, steps_a_point: int = 1) -> None:
+        self._most = most
+        self.steps_a_point = steps_a_point
+        self.steps: list[int] = []
+        """The last step of each point."""
+        self._columns: dict[str, list[_Point | None]] = {}
+        """Metric → its points; the last ones may lack."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """The figures of one more step. One that was there already is made again: it and what came after it go."""
+        self.cut(step - 1)
+        self._put(step, {name: (1, value, value, value) for name, value in metrics.items() if _is_finite(value)})
+        while len(self.steps) > self._most:
+            self.steps_a_point *= 2
+            steps, columns = self.steps, self._columns
+            self.steps, self._columns = [], {}
+            for at, last in enumerate(steps):
+                points = {name: column[at] for name, column in columns.items() if at < len(column)}
+                self._put(last, {name: point for name, point in points.items() if point is not None})
+
+    def cut(self, step: int) -> None:
+        """Forget the points that have steps after this one."""
+        while self.steps and self.steps[-1] > step:
+            self.steps.pop()
+            for column in self._columns.values():
+                del column[len(self.steps) :]
+
+    def curves(self) -> dict[str, Curve]:
+        """Metric → curve; each has as many values as there are points."""
+        found = {}
+        for name, column in self._columns.items():
+            points = [point or (0, None, None, None) for point in column]
+            points += [(0, None, None, None)] * (len(self.steps) - len(points))
+            _, mean, low, high = zip(*points, strict=True) if points else ((), (), (), ())
+            found[name] = Curve(mean=mean) if self.steps_a_point == 1 else Curve(mean=mean, low=low, high=high)
+        return found
+
+    def _put(self, step: int, points: Mapping[str, _Point]) -> None:
+        """Take a point into the last one where both stand for the same steps, else beside it."""
+        if self.steps and (step - 1) // self.steps_a_point == (self.steps[-1] - 1) // self.steps_a_point:
+            self.steps[-1] = step
+        else:
+            self.steps.append(step)
+        for name, point in points.items():
+            column = self._columns.setdefault(name, [])
+            if len(column) == len(self.steps):
+                column[-1] = _joined(column[-1], point)
+            else:
+                column += [None] * (len(self.steps) - 1 - len(column))
+                column.append(point)
+
+
+class Sums:
+    """What all steps took, exactly."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Σ `step_time`."""
+        self.sampled = 0.0
+        """Completion tokens, Σ `tokens_per_second` · `step_time`."""
+        self.totals: dict[str, float] = {}
+        """`device_s`, `reward/hidden_s` and so on → seconds."""
+        self._told_s = 0.0
+        self._share_s: dict[str, float] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        """One more step."""
+        seconds = metrics.get("step_time") or 0.0
+        self.seconds += seconds
+        self.sampled += seconds * (metrics.get("tokens_per_second") or 0.0)
+        if metrics.get("time/device_s") is not None:
+            self._told_s += seconds
+        for name in [name for name in metrics if name.startswith("time/")]:
+            key, value = name.removeprefix("time/"), metrics[name] or 0.0
+            if key.endswith("_s"):
+                self.totals[key] = self.totals.get(key, 0.0) + value
+            else:
+                self._share_s[key] = self._share_s.get(key, 0.0) + value * seconds
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """`ACTOR/busy` and `ACTOR/idle` → share of the time of all steps that say it."""
+        return {name: share_s / self._told_s for name, share_s in self._share_s.items()} if self._told_s else {}
+
+
 class Thinned(msgspec.Struct, frozen=True, kw_only=True):
-    """The metrics of all steps."""
+    """The metrics of all steps: their curves and their sums."""
 
     steps: tuple[int, ...] = ()
     """The last step of each point."""
     steps_a_point: int = 1
     curves: dict[str, Curve] = {}
-    """Metric → curve; each has as many values as there are points."""
     seconds: float = 0.0
-    """Σ `step_time`."""
     sampled: float = 0.0
-    """Completion tokens, Σ `tokens_per_second` · `step_time`."""
     shares: dict[str, float] = {}
-    """`ACTOR/busy` and `ACTOR/idle` → share of the time of all steps that say it."""
     totals: dict[str, float] = {}
-    """`device_s`, `reward/hidden_s` and so on → seconds of all steps together."""
 
 
 class Thinner:
     """Takes the metrics of steps in order. `expected`: how many will come, about."""
 
     def __init__(self, expected: int, most_points: int = MOST_POINTS) -> None:
-        self._size = max(1, math.ceil(expected / most_points))
-        self._last = -1
-        self._bucket: list[Metrics] = []
-        self._steps: list[int] = []
-        self._points: dict[str, list[Point]] = {}
-        self._seconds = self._told_s = self._sampled = 0.0
-        self._share_s: dict[str, float] = {}
-        self._totals: dict[str, float] = {}
+        self._curves = Curves(most_points, max(1, math.ceil(expected / most_points)))
+        self._sums = Sums()
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Take a step; one that is not past all before is left out."""
-        if step <= self._last:
-            return
-        self._last = step
-        self._bucket.append(metrics)
-        if len(self._bucket) == self._size:
-            self._close()
+        if not self._curves.steps or step > self._curves.steps[-1]:
+            self._curves.add(step, metrics)
+            self._sums.add(metrics)
 
     def result(self) -> Thinned:
         """What all steps so far make."""
-        if self._bucket:
-            self._close()
-        curves = {}
-        for name, points in self._points.items():
-            points += [_NOTHING] * (len(self._steps) - len(points))
-            mean, low, high = zip(*points, strict=True)
-            curves[name] = Curve(mean=mean) if self._size == 1 else Curve(mean=mean, low=low, high=high)
+        curves, sums = self._curves, self._sums
         return Thinned(
-            steps=tuple(self._steps),
-            steps_a_point=self._size,
-            curves=curves,
-            seconds=self._seconds,
-            sampled=self._sampled,
-            shares={name: share_s / self._told_s for name, share_s in self._share_s.items()} if self._told_s else {},
-            totals=self._totals,
+            steps=tuple(curves.steps),
+            steps_a_point=curves.steps_a_point,
+            curves=curves.curves(),
+            seconds=sums.seconds,
+            sampled=sums.sampled,
+            shares=sums.shares,
+            totals=sums.totals,
         )
 
-    def _close(self) -> None:
-        """Make a point of the steps that wait."""
-        bucket, self._bucket = self._bucket, []
-        names: dict[str, object] = {}
-        for metrics in bucket:
-            names.update(metrics)
-        for name in names:
-            values = [value for metrics in bucket if type(value := metrics.get(name)) in _NUMBERS]
-            point = _point(values)  # type: ignore[arg-type]
-            if point is not None:
-                points = self._points.setdefault(name, [])
-                points += [_NOTHING] * (len(self._steps) - len(points))
-                points.append(point)
-        self._steps.append(self._last)
-        self._sum_up(bucket, [name for name in names if name.startswith("time/")])
 
-    def _sum_up(self, bucket: Sequence[Metrics], times: Sequence[str]) -> None:
-        for metrics in bucket:
-            seconds = metrics.get("step_time") or 0.0
-            self._seconds += seconds
-            self._sampled += seconds * (metrics.get("tokens_per_second") or 0.0)
-            if metrics.get("time/device_s") is not None:
-                self._told_s += seconds
-        for name in times:
-            key = name.removeprefix("time/")
-            if key.endswith("_s"):
-                sums, values = self._totals, [metrics.get(name) or 0.0 for metrics in bucket]
-            else:
-                sums = self._share_s
-                values = [(metrics.get(name) or 0.0) * (metrics.get("step_time") or 0.0) for metrics in bucket]
-            sums[key] = sums.get(key, 0.0) + math.fsum(values)
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and -math.inf < value < math.inf
 
 
-def _point(values: Sequence[float]) -> Point | None:
-    """Mean, least and most; None where there is no number."""
-    if not values:
-        return None
-    low, high = min(values), max(values)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return None
-    try:
-        mean = math.fsum(values) / len(values)
-    except OverflowError:  # the sum is no number, yet the mean is
-        mean = math.fsum(value / len(values) for value in values)
-    return mean, low, high
+def _joined(one: _Point | None, other: _Point) -> _Point:
+    if one is None:
+        return other
+    count = one[0] + other[0]
+    mean = one[1] + (other[1] - one[1]) * (other[0] / count)
+    return count, mean, min(one[2], other[2]), max(one[3], other[3])

@@ -6,73 +6,17 @@ import difflib
 from collections.abc import Sequence
 
 from troupe.errors import ConfigError
+from troupe.records.figures import FIGURES
 from troupe.rewards import Reward, RewardActor
 from troupe.rewards.convention import Signature
 
 _KEY = "checkpoint.metric_for_best"
-OF_EVERY_STEP = (
-    "reward",
-    "reward_std",
-    "reward_std_within_groups",
-    "frac_reward_zero_std",
-    "completions/mean_length",
-    "completions/min_length",
-    "completions/max_length",
-    "completions/clipped_ratio",
-    "completions/mean_terminated_length",
-    "completions/min_terminated_length",
-    "completions/max_terminated_length",
-    "advantages/mean",
-    "advantages/std",
-    "advantages/abs_mean",
-    "advantages/frac_zero",
-    "num_tokens",
-    "loss",
-    "entropy",
-    "sampling/sampling_logp_difference/mean",
-    "sampling/sampling_logp_difference/max",
-    "sampling/importance_sampling_ratio/min",
-    "sampling/importance_sampling_ratio/mean",
-    "sampling/importance_sampling_ratio/max",
-    "grad_norm",
-    "learning_rate",
-    "nonfinite",
-    "staleness",
-    "staleness/max",
-    "groups/trained",
-    "groups/filtered",
-    "groups/stale",
-    "groups/quarantined",
-    "groups/resampled",
-    "groups/filtered_token_fraction",
-    "tokens/stale_fraction",
-    "epoch",
-    "step_time",
-    "learn_time",
-    "tokens_per_second",
-    "learn_tokens_per_second",
-    "peak_memory_gb",
-)
-"""What the learner tells of a step, whatever the settings."""
-OF_SOME = (
-    "kl",
-    "policy_loss",
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
-    "clip_ratio/low_min",
-    "clip_ratio/high_max",
-    "cispo_clip_ratio",
-    "vespo/phi_seq_mean",
-    "entropy_coef",
-    "controlled_entropy",
-)
-"""What depends on the loss."""
 
 
 def known_metrics(rewards: Sequence[str]) -> list[str]:
     """All names that Troupe itself gives to figures of a step, with rewards of these names."""
-    return [*OF_EVERY_STEP, *OF_SOME, *(f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std"))]
+    ours = [metric for metric, figure in FIGURES.items() if figure.of != "machinery"]
+    return [*ours, *(f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std"))]
 
 
 def check_metric(metric: str, names: Sequence[str], rewards: Sequence[Reward]) -> str | None:

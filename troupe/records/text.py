@@ -1,4 +1,4 @@
-"""Figures, times, sizes, prompts and the texts of others as people read them. `charts.js` mirrors the numbers."""
+"""Figures, times, sizes, prompts and the texts of others as people read them. `format.js` mirrors the numbers."""
 
 from __future__ import annotations
 

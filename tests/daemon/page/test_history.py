@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from tests.daemon.control.test_protocol import STATUS
 from tests.support.stored import closed
-from troupe.daemon.page.history import Event, History
+from troupe.daemon.page.history import Event, History, _table, figures, read_curves
 from troupe.daemon.page.news import excerpt
 from troupe.daemon.trainer.frames import Happened, Started, Stepped
 from troupe.messages import Incident
@@ -138,3 +139,29 @@ async def test_an_incident_that_happens_again_takes_its_own_place() -> None:
         ("odd", 1),
         ("reward_timeout", 1),
     ]
+
+
+def test_the_figures_that_are_drawn() -> None:
+    metrics = {
+        "reward": 0.123456789,
+        "loss": math.nan,
+        "kl": math.inf,
+        "rewards/r/mean": 1,
+        "rewards/r/std": 2.0,
+        "x": 3,
+    }
+    assert figures(metrics) == {"reward": 0.123457, "rewards/r/mean": 1.0}
+    many = {f"rewards/r{number}/mean": 0.0 for number in range(20)}
+    assert len(figures(many)) == 8
+    assert figures({"reward": None, "loss": 10**400, "kl": True}) == {"kl": 1.0}
+
+
+def test_a_file_of_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert len(read_curves(path)) == 0
+    path.write_bytes(
+        b'{"step":1,"version":1,"reward":0.5,"x":"text"}\nnot json\n\xff\n{"step":"two"}\n{"step":-4}\n[1]\n'
+        b'{"step":2,"reward":null,"loss":0.1}\n{"step":99999999999999999999999,"reward":1}\n{"step":3,"rew'
+    )
+    assert _table(read_curves(path)) == {"step": [1, 2], "reward": [0.5, None], "loss": [None, 0.1]}
+    assert len(read_curves(tmp_path)) == 0, "a folder"

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from troupe.records.report.assets import read_asset
+from troupe.records.report.static import read_asset
 
 
-@pytest.mark.parametrize("name", ["style.css", "charts.js", "report.html", "report.js"])
+@pytest.mark.parametrize("name", ["style.css", "format.js", "charts.js", "bars.js", "report.html", "report.js"])
 def test_assets_need_no_network(name: str) -> None:
     text = read_asset(name)
     assert set(re.findall(r"https?://[\w.]+", text)) <= {"http://www.w3.org"}
@@ -22,9 +22,8 @@ def test_every_class_that_is_used_has_a_look() -> None:
     style = read_asset("style.css")
     page = re.sub(r"\{[{%].*?[%}]\}", " ", read_asset("report.html"))
     used = {name for names in re.findall(r'class="([^"]*)"', page) for name in names.split()}
-    used |= {
-        name for names in re.findall(r'html\("\w+", "([\w -]+)"', read_asset("charts.js")) for name in names.split()
-    }
+    scripts = read_asset("charts.js") + read_asset("bars.js")
+    used |= {name for names in re.findall(r'html\("\w+", "([\w -]+)"', scripts) for name in names.split()}
     assert used
     assert {name for name in used if f".{name}" not in style} <= {"number", "name"}
 

@@ -30,7 +30,7 @@ def test_sections_and_their_charts(tmp_path: Path) -> None:
         "Reward": ["reward", "reward_parts", "spread"],
         "Learning": ["loss", "kl", "learning_rate"],
         "Completions": ["lengths"],
-        "The play": ["tokens_per_second", "step_time", "exposed", "peak_memory"],
+        "The run": ["tokens_per_second", "step_time", "exposed", "peak_memory"],
         "Other metrics": ["logged_1"],
     }
     assert sections["Reward"].flat == ("Groups without signal",)

@@ -16,8 +16,9 @@ from tests.records.report.pages import Page
 from tests.support.stored import closed, update
 from troupe.messages import CheckpointWritten, Incident, PromptText
 from troupe.records.layout import STORE
-from troupe.records.report.page import report_page, script_safe
+from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
+from troupe.records.report.static import script_safe
 from troupe.records.sinks.sqlite import SqliteSink
 
 HOSTILE = [

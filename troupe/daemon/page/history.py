@@ -1,14 +1,15 @@
 """What the live page shows of a run, and no more of it than fits into a bounded place.
 
 Everything that comes has a number, and whoever watches asks for what is newer than the newest that he has: so nothing
-is kept for a watcher, and one who is slow misses what was pushed out meanwhile. Knows neither HTTP nor who watches.
+is kept for a watcher, and one who is slow misses what was pushed out meanwhile.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,34 @@ import anyio
 import msgspec
 
 from troupe.daemon.control.protocol import encode_line
-from troupe.daemon.page.curves import Curves, figures, read_curves
 from troupe.daemon.trainer.frames import Happened, Started, Stepped
 from troupe.messages import Status
+from troupe.records.curves import Curves
+from troupe.records.figures import LIVE, function_of
 from troupe.records.layout import METRICS
+from troupe.records.sinks.jsonl import decode_step
 
 _STEPS, _GROUPS, _INCIDENTS = 256, 16, 64
+_MOST_FUNCTIONS = 8
+"""Reward functions whose curves are kept."""
+_MOST = 1e300
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a step's metrics that are drawn; what is not finite is left out."""
+    functions = [name for name in metrics if function_of(name) is not None][:_MOST_FUNCTIONS]
+    drawn = [*(name for name in metrics if name in LIVE), *functions]
+    return {name: _rounded(metrics[name]) for name in drawn if _is_finite(metrics[name])}
+
+
+def read_curves(path: Path) -> Curves:
+    """Those of a `metrics.jsonl`; what is no line of one is passed over, and so is a file that cannot be read."""
+    curves = Curves()
+    with suppress(OSError), path.open("rb") as lines:
+        for line in lines:
+            if (found := decode_step(line)) is not None and found[0] > 0:
+                curves.add(found[0], figures(found[1]))
+    return curves
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -110,7 +133,7 @@ class History:
         newer = sorted((event for event in events if event.number > number), key=lambda event: event.number)
         if number < self._steps_begin or not number:
             newer = [event for event in newer if event.kind != "step"]
-            newer.insert(0, _packed(newest, "curves", self._curves.table()))
+            newer.insert(0, _packed(newest, "curves", _table(self._curves)))
         if not number:
             newer.insert(0, _packed(newest, "about", self._about))
         return newer, newest
@@ -139,3 +162,17 @@ class History:
 
 def _packed(number: int, kind: str, data: Any) -> Event:
     return Event(number, kind, msgspec.json.encode(data))
+
+
+def _table(curves: Curves) -> dict[str, list[Any]]:
+    """Column → a value for each point, the steps under `step`; None where there is none."""
+    means = {name: [None if y is None else _rounded(y) for y in curve.mean] for name, curve in curves.curves().items()}
+    return {"step": list(curves.steps), **means}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and -_MOST < value < _MOST

@@ -25,15 +25,18 @@ from troupe.daemon.control.protocol import ProtocolError, Reply, Request, decode
 from troupe.daemon.page.history import Event, History
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Drain, Pause, Refused, Resume, Status, Step, Stop
-from troupe.records.report.assets import read_asset
+from troupe.records.figures import live_charts
+from troupe.records.report.static import read_asset, script_safe
 from troupe.runtime.http import HOST, HttpLimits, HttpRequest, HttpResponse, HttpServer, RefusedError
 
 _FILES = {
     "": ("live.html", "text/html; charset=utf-8"),
     "style.css": ("style.css", "text/css; charset=utf-8"),
     "live.css": ("live.css", "text/css; charset=utf-8"),
-    "charts.js": ("charts.js", "text/javascript; charset=utf-8"),
-    "live.js": ("live.js", "text/javascript; charset=utf-8"),
+    **{
+        f"{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
+        for name in ("format", "charts", "show", "live", "buttons")
+    },
 }
 _ASSETS = Path(__file__).with_name("assets")
 _BUTTONS = (Pause, Resume, Step, Checkpoint, Drain, Stop)
@@ -76,7 +79,7 @@ class Page:
         self._server = HttpServer(self.answer, port, limits)
         self._token = secrets.token_urlsafe(32)
         self._base = f"/{secrets.token_urlsafe(12)}/"
-        self._files = {name: (read_asset(file, _ASSETS).encode(), kind) for name, (file, kind) in _FILES.items()}
+        self._files = {name: (_read(file), kind) for name, (file, kind) in _FILES.items()}
         self._watchers = 0
         self._watched = anyio.Event()
         self._left = anyio.Event()
@@ -236,6 +239,11 @@ class Page:
                 await self._watched.wait()
             self._history.now(await self._stage.status())
             await anyio.sleep(_STATUS_S)
+
+
+def _read(file: str) -> bytes:
+    """A file of the page, with the charts that its scripts draw where it asks for them."""
+    return read_asset(file, _ASSETS).replace("CHARTS</script>", f"{script_safe(live_charts())}</script>").encode()
 
 
 def _json(reply: Reply, status: HTTPStatus = HTTPStatus.OK) -> HttpResponse:

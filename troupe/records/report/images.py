@@ -10,12 +10,12 @@ from typing import Any
 
 from troupe.errors import InputError, OutputError, remedy
 from troupe.records import text as words
+from troupe.records.figures import OVERVIEW
 from troupe.records.report.charts import Chart, sections_of
 from troupe.records.report.picture import RunPicture
 
 _COLOURS = ("#3a55c9", "#d9622b", "#12877f", "#9a3fb5", "#5f8d1d", "#c2306b", "#b88300", "#6d7684")
 _TEXT, _MUTED, _GRID = "#1d1f24", "#676b75", "#e6e6e0"
-_OVERVIEW = ("reward", "loss", "kl", "entropy", "lengths", "tokens_per_second")
 _FORMATS = {"percent": words.percent, "seconds": words.seconds}
 _ENOUGH_TO_SMOOTH = 40
 
@@ -51,7 +51,7 @@ def _figures(run: RunPicture, charts: Sequence[Chart]) -> Iterator[tuple[str, An
     from matplotlib.figure import Figure  # draws without any display
 
     by_key = {chart.key: chart for chart in charts}
-    if chosen := [by_key[key] for key in _OVERVIEW if key in by_key]:
+    if chosen := [by_key[key] for key in OVERVIEW if key in by_key]:
         figure = Figure(figsize=(12.0, 3.1 * -(-len(chosen) // 2)), layout="constrained")
         axes = figure.subplots(-(-len(chosen) // 2), 2, squeeze=False).flatten()
         for place, chart in zip(axes, chosen, strict=False):

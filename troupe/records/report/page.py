@@ -19,12 +19,13 @@ import msgspec
 from markupsafe import Markup
 
 from troupe.records import text as words
-from troupe.records.report.assets import read_asset
 from troupe.records.report.charts import Chart, Section, Values, rounded, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
+from troupe.records.report.static import read_asset, script_safe
 from troupe.records.store.read import StoredCompletion, StoredIncident
 from troupe.records.text import prompt_text, shown
 
+_SCRIPTS = ("format.js", "charts.js", "bars.js", "report.js")
 _LONGEST_TEXT = 20_000
 """Characters of a prompt or a completion."""
 _LONGEST = 100_000
@@ -91,7 +92,7 @@ class Talk(msgspec.Struct, frozen=True, kw_only=True):
 def report_page(run: RunPicture) -> str:
     """The page as HTML text."""
     sections = sections_of(run)
-    script = read_asset("charts.js") + read_asset("report.js")
+    script = "".join(map(read_asset, _SCRIPTS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = jinja2.Environment(
         autoescape=True,
@@ -144,14 +145,6 @@ def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:
         "charts": [_chart_data(chart) for section in sections for chart in section.charts],
         "bars": {"actors": _actor_bars(run), "beside": _beside_bars(run)},
     }
-
-
-def script_safe(data: Any) -> str:
-    """Data as JSON that ends no script tag: no `<`, `>` and `&`, wherever they stand."""
-    text = msgspec.json.encode(data).decode()
-    for char in "<>&\u2028\u2029":  # in JSON these stand within strings only
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import msgspec
 
 from troupe.errors import InputError, OutputError
 from troupe.messages import Status
-from troupe.records.curves import Metrics, Thinned, Thinner
+from troupe.records.curves import Thinned, Thinner
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.played import Played
+from troupe.records.sinks.jsonl import decode_step
 from troupe.records.standing import Aftermath, Summary, aftermath, describe, read_summary
 from troupe.records.store.read import (
     Overview,
@@ -53,9 +54,6 @@ _STATES: dict[str, State] = {
     "not begun": "new",
     "playing": "running",
 }
-_MOST_STEPS = 2**53
-"""Beyond it is no step, and no number that scripts can count to."""
-_FIGURES = msgspec.json.Decoder(dict[str, float | None])
 
 
 class Samples(msgspec.Struct, frozen=True, kw_only=True):
@@ -281,22 +279,12 @@ def _from_lines(path: Path, notes: list[str]) -> Thinned:
             thinner = Thinner(sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")))
             file.seek(0)
             for line in file:
-                if (told := _line(line)) is not None:
+                if (told := decode_step(line)) is not None:
                     thinner.add(*told)
     except OSError as error:
         notes.append(f"{path}: cannot be read: {error}")
         return Thinned()
     return thinner.result()
-
-
-def _line(line: bytes) -> tuple[int, Metrics] | None:
-    try:
-        metrics = _FIGURES.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    step = metrics.pop("step", None)
-    metrics.pop("version", None)
-    return (int(step), metrics) if step is not None and 0 <= step < _MOST_STEPS else None
 
 
 def _evaluated(summary: Summary) -> Iterator[Evaluated]:

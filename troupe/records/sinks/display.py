@@ -18,52 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from troupe.messages import GroupClosed, Incident, Phase, Status, Update
+from troupe.records.figures import FIGURES, function_of, written
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.digest import Sample, samples_of
 from troupe.runtime.terminal import one_line
 
-# metric, label, format: what one looks at while training
-_LINE = (
-    ("reward", "reward", ".3f"),
-    ("reward_std_within_groups", "± within group", ".3f"),
-    ("reward_std", "± over the batch", ".3f"),
-    ("loss", "loss", "+.4f"),
-    ("kl", "KL", ".4f"),
-    ("entropy", "entropy", ".3f"),
-    ("clip_ratio/region_mean", "clipped", ".1%"),
-    ("grad_norm", "gradient norm", ".3f"),
-    ("learning_rate", "learning rate", ".2e"),
-    ("completions/mean_length", "tokens a completion", ".1f"),
-    ("tokens_per_second", "tokens/s", ",.0f"),
-    ("step_time", "seconds a step", ".2f"),
-)
-# metric, label: the panel about the reward has the first one that is measured
-_SPREADS = (("reward_std_within_groups", "± in a group"), ("reward_std", "± in all"))
-# heading → metric, label, format
-_PANELS: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "learning": (
-        ("loss", "loss", "+.4f"),
-        ("kl", "KL", ".4f"),
-        ("entropy", "entropy", ".3f"),
-        ("clip_ratio/region_mean", "clipped", ".1%"),
-        ("grad_norm", "gradient", ".3f"),
-        ("learning_rate", "rate", ".2e"),
-    ),
-    "completions": (
-        ("completions/mean_length", "tokens", ".1f"),
-        ("completions/max_length", "longest", ",.0f"),
-        ("completions/clipped_ratio", "cut off", ".1%"),
-        ("staleness", "versions old", ".1f"),
-        ("groups/filtered", "no signal", ",.0f"),
-        ("groups/quarantined", "unscored", ",.0f"),
-    ),
-    "speed": (
-        ("tokens_per_second", "tokens/s", ",.0f"),
-        ("step_time", "step", ".2f s"),
-        ("learn_time", "learning", ".2f s"),
-        ("peak_memory_gb", "memory", ".2f GB"),
-    ),
-}
+_PANELS = ("learning", "completions", "speed")
+"""Headings, besides that about the reward."""
 _MOST_REWARDS = 4
 """Reward functions that have a line of their own."""
 _LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
@@ -79,7 +40,6 @@ _WIDEST_BAR, _BESIDE_A_BAR = 60, 40
 _ANSWER_LINES = 2
 _NOTHING = "–"
 _LABEL_WIDTH = 10
-_HUGE = 1e9
 _PACE_STEPS = 32
 """Newest steps that say how long the others will take."""
 _MOST_TEXT = 1000
@@ -97,7 +57,11 @@ _QUEUE_PREFIX, _QUEUE_SUFFIX = "queue/", "/depth"
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(label, formatted value) of the metrics worth a glance, in a fixed order; those absent are left out."""
-    return [(label, _formatted(metrics[key], spec)) for key, label, spec in _LINE if key in metrics]
+    return [
+        (figure.line, written(metrics[metric], figure.spec))
+        for metric, figure in FIGURES.items()
+        if figure.line and metric in metrics
+    ]
 
 
 def queue_depths(metrics: Mapping[str, float]) -> list[tuple[str, int]]:
@@ -218,22 +182,10 @@ class Display:
         return max(0.0, pace_s * (self._total_steps - last) - (self._clock() - ended_s))
 
     def _panels(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        metrics = self._metrics
-        yield (
-            "reward",
-            list(_reward_rows(metrics, self._encoding))
-            if metrics
-            else [("reward", _NOTHING), (_SPREADS[0][1], _NOTHING)],
-        )
-        for heading, rows in _PANELS.items():
-            yield (
-                heading,
-                [
-                    (label, _formatted(metrics[key], spec) if metrics else _NOTHING)
-                    for key, label, spec in rows
-                    if key in metrics or not metrics
-                ],
-            )
+        reward = list(_reward_rows(self._metrics, self._encoding)) if self._metrics else _rows("reward", {})[:2]
+        yield "reward", reward
+        for heading in _PANELS:
+            yield heading, _rows(heading, self._metrics)
 
     def _queues(self) -> Text:
         now = {} if self._status is None else self._status.queues
@@ -273,28 +225,24 @@ class Display:
         return _row("incidents", (f"{self._incidents}  ", "bold yellow"), (last, "yellow"))
 
 
+def _rows(heading: str, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(label, value) of what is measured; places for all of it before the first step."""
+    return [
+        (figure.panel[1], written(metrics[metric], figure.spec, figure.unit) if metrics else _NOTHING)
+        for metric, figure in FIGURES.items()
+        if figure.panel[0] == heading and (metric in metrics or not metrics)
+    ]
+
+
 def _reward_rows(metrics: Mapping[str, float], encoding: str) -> Iterator[tuple[str, str]]:
-    if "reward" in metrics:
-        yield "reward", _formatted(metrics["reward"], ".3f")
-    for key, label in [spread for spread in _SPREADS if spread[0] in metrics][:1]:
-        yield label, _formatted(metrics[key], ".3f")
-    names = [key[len("rewards/") : -len("/mean")] for key in metrics if _is_of_a_function(key)]
-    most = _MOST_REWARDS if len(names) <= _MOST_REWARDS else _MOST_REWARDS - 1
-    for name in names[:most]:
-        yield one_line(name, encoding), _formatted(metrics[f"rewards/{name}/mean"], ".3f")
-    if names[most:]:
-        yield f"and {len(names) - most} more", ""
-
-
-def _is_of_a_function(key: str) -> bool:
-    return key.startswith("rewards/") and key.endswith("/mean")
-
-
-def _formatted(value: float, spec: str) -> str:
-    spec, _, unit = spec.partition(" ")
-    if abs(value) >= _HUGE and math.isfinite(value):
-        spec = ".2e"  # of a run that diverges: all its digits would leave no room for what they are of
-    return f"{value:{spec}}" + (f" {unit}" if unit else "")
+    """The reward, the first spread that is measured, and the means of the functions."""
+    yield from _rows("reward", metrics)[: 2 if "reward" in metrics else 1]
+    means = {name: value for metric, value in metrics.items() if (name := function_of(metric)) is not None}
+    most = _MOST_REWARDS if len(means) <= _MOST_REWARDS else _MOST_REWARDS - 1
+    for name in list(means)[:most]:
+        yield one_line(name, encoding), written(means[name], ".3f")
+    if len(means) > most:
+        yield f"and {len(means) - most} more", ""
 
 
 def _side_by_side(panels: Mapping[str, Sequence[tuple[str, str]]], width: int) -> Table:

@@ -6,12 +6,15 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from troupe.messages import Incident, Update
 from troupe.records.sinks.appended import AppendedFile
 
+_MOST_STEPS = 2**53
+"""Beyond it is no step, and no number that scripts can count to."""
 _BLOCK_BYTES = 1 << 16
 """Read at once when the end of the file is looked at."""
 
@@ -111,19 +114,27 @@ def steps_between(path: Path, after: int, up_to: int) -> list[tuple[int, dict[st
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for _, line in _lines_from_the_end(descriptor, os.fstat(descriptor).st_size):
-            try:
-                told = msgspec.json.decode(line, type=dict[str, float | None])
-                step = int(told.pop("step") or 0)
-            except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+            if (told := decode_step(line)) is None:
                 continue
+            step, metrics = told
             if step <= after:
                 break
             if step <= up_to:
-                told.pop("version", None)
-                found.append((step, {name: value for name, value in told.items() if value is not None}))
+                found.append((step, {name: value for name, value in metrics.items() if value is not None}))
     finally:
         os.close(descriptor)
     return found[::-1]
+
+
+def decode_step(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Step and metrics of a line; None of what is no line of such a file, as one that was cut."""
+    try:
+        metrics = _FIGURES.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    step = metrics.pop("step", None)
+    metrics.pop("version", None)
+    return (step, metrics) if isinstance(step, int) and 0 <= step < _MOST_STEPS else None
 
 
 def _cut_after(path: Path, step: int) -> None:
@@ -176,3 +187,4 @@ class _Line(msgspec.Struct):
 
 
 _STEP = msgspec.json.Decoder(_Line)
+_FIGURES = msgspec.json.Decoder(dict[str, Any])

@@ -1,4 +1,4 @@
-// Line charts and stacked bars as SVG and plain elements, for the report and the live page. No dependencies.
+// Line charts as SVG, for the report and the live page. Needs format.js.
 //
 //   const chart = troupeChart(element, {
 //     title: "Reward", xLabel: "step", format: "number",
@@ -8,63 +8,14 @@
 //
 // Missing values are null: lines have gaps there. Every text is put in as text, never as HTML. Besides the above, a
 // spec may have: smooth (draw a moving mean over the pale line), min and max (the y axis reaches at least there), marks
-// ([{ x, label }], dashed verticals), and a series may have colour (1 to 8) and dashed. `format` is a name in FORMATS
-// below, or a function. Charts with the same xLabel show the same x under the pointer.
+// ([{ x, label }], dashed verticals), and a series may have colour (1 to 8) and dashed. Charts with the same xLabel show
+// the same x under the pointer.
 "use strict";
 
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const states = new WeakMap();
   const charts = new Set();
-
-  const FORMATS = {
-    number: (v) => plain(v),
-    integer: (v) => Math.round(v).toLocaleString("en-US"),
-    percent: (v) => `${trim((100 * v).toFixed(Math.abs(v) < 0.0995 ? 2 : 1))} %`,
-    seconds: (v) => seconds(v),
-    gigabytes: (v) => gigabytes(v),
-    scientific: (v) => (v === 0 ? "0" : v.toExponential(2).replace("e-", "e−").replace("e+", "e")),
-  };
-
-  function trim(text) {
-    return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
-  }
-
-  function plain(v) {
-    const size = Math.abs(v);
-    if (size === 0) return "0";
-    if (size >= 1e9 || size < 1e-4) return v.toExponential(2).replace("e+", "e").replaceAll("-", "−");
-    if (size >= 1e6) return `${trim((v / 1e6).toFixed(2))} M`.replace("-", "−");
-    if (size >= 1000) return Math.round(v).toLocaleString("en-US").replace("-", "−");
-    return trim(v.toPrecision(4)).replace("-", "−");
-  }
-
-  function seconds(v) {
-    const size = Math.abs(v);
-    if (size === 0) return "0 s";
-    if (size < 1) return `${trim((1000 * v).toPrecision(3))} ms`;
-    if (size < 120) return `${trim(v.toPrecision(3))} s`;
-    if (size < 7200) return `${Math.floor(v / 60)} min ${Math.floor(v % 60)} s`;
-    return `${Math.floor(v / 3600)} h ${Math.floor((v % 3600) / 60)} min`;
-  }
-
-  function gigabytes(v) {
-    if (v === 0) return "0";
-    return Math.abs(v) < 1 ? `${trim((1000 * v).toPrecision(3))} MB` : `${trim(v.toPrecision(3))} GB`;
-  }
-
-  function formatValue(value, format) {
-    if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-    return typeof format === "function" ? format(value) : (FORMATS[format] || FORMATS.number)(value);
-  }
-
-  function html(tag, className, parent, text) {
-    const node = document.createElement(tag);
-    if (className) node.className = className;
-    if (text !== undefined) node.textContent = text;
-    if (parent) parent.append(node);
-    return node;
-  }
 
   function svg(tag, attributes, parent) {
     const node = document.createElementNS(SVG, tag);
@@ -83,8 +34,6 @@
     for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) found.push(n * step);
     return found;
   }
-
-  const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
   function reach(lists, low = Infinity, high = -Infinity) {
     for (const list of lists) {
@@ -333,37 +282,5 @@
     return { update };
   }
 
-  // troupeBars(element, { rows: [{ name, note, parts: [{ name, value, kind }] }], total, format }): one bar a row, its
-  // parts beside each other. kind: "busy", "wait", "idle" or 1 to 8 (a colour). total: the value of a full bar.
-  function troupeBars(element, spec) {
-    element.classList.add("bars");
-    element.replaceChildren();
-    const kinds = new Map();
-    for (const row of spec.rows) {
-      const line = html("div", "bars-row", element);
-      html("div", "bars-name", line, row.name).title = row.name;
-      const track = html("div", "bars-track", line);
-      html("div", "bars-note", line, row.note || "");
-      const total = spec.total || row.parts.reduce((sum, part) => sum + (part.value || 0), 0) || 1;
-      row.parts.forEach((part, i) => {
-        if (!known(part.value) || part.value <= 0) return;
-        const kind = part.kind || (i % 8) + 1;
-        const className = typeof kind === "number" ? `s${kind}` : `k-${kind}`;
-        const piece = html("i", className, track);
-        piece.style.width = `${(100 * part.value) / total}%`;
-        piece.title = `${row.name}: ${part.name} ${formatValue(part.value, spec.format)}`;
-        kinds.set(part.name, className);
-      });
-    }
-    const legend = html("div", "legend", element);
-    for (const [name, className] of kinds) {
-      const item = html("span", "legend-item", legend);
-      html("i", `swatch ${className}`, item);
-      html("span", "name", item, name);
-    }
-  }
-
   window.troupeChart = troupeChart;
-  window.troupeBars = troupeBars;
-  window.troupeFormat = formatValue;
 })();

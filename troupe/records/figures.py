@@ -1,0 +1,243 @@
+"""The figures of a step: each metric once, with how it is labelled, written and drawn, wherever it is shown.
+
+The console, `troupe status`, the report and the live page read this table; a new metric is one more line of FIGURES.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+_HUGE = 1e9
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """How a metric is shown; it is left out where the field of a place is empty."""
+
+    spec: str = ""
+    """Python's format of its value on the console."""
+    line: str = ""
+    """Its label in the console's lines."""
+    panel: tuple[str, str] = ("", "")
+    """The heading that it stands under on the console's display, and its label there."""
+    unit: str = ""
+    """What follows it there."""
+    status: str = ""
+    """Its format in `troupe status`, where its name is its label."""
+    chart: str = ""
+    """Its chart's key in CHARTS."""
+    name: str = ""
+    """The name of its line in the chart; empty: the chart's title."""
+    of: Literal["step", "loss", "machinery"] = "step"
+    """step: every step has it; loss: whether a step has it depends on the loss; machinery: of queues and of time."""
+
+
+class ChartSpec(msgspec.Struct, frozen=True):
+    """Lines over steps that are looked at together."""
+
+    section: str
+    title: str
+    about: str = ""
+    """What it shows, in a sentence."""
+    format: str = "number"
+    """A name that `format.js` knows."""
+    least: float | None = 0.0
+    """A value that the vertical axis reaches."""
+    smooth: bool = True
+    spread: tuple[str, ...] = ()
+    """Metrics of which the first that is measured is the half width of a band about the first line."""
+    edges: tuple[str, ...] = ()
+    """The metrics that are the lower and the upper edge of such a band."""
+    parts: bool = False
+    """Whether the means of the reward functions belong to it."""
+    empty: str = ""
+    """What is said where nothing is measured."""
+
+
+_SPREADS = "reward_std_within_groups", "reward_std"
+_LENGTHS = "completions/min_length", "completions/max_length"
+
+CHARTS = {
+    "reward": ChartSpec(
+        "Reward",
+        "Reward",
+        "Weighted sum of all rewards: mean of a step, and about it the standard deviation within groups (where that is "
+        "not measured: over the batch).",
+        least=None,
+        spread=_SPREADS,
+        parts=True,
+    ),
+    "spread": ChartSpec(
+        "Reward",
+        "Spread of the reward",
+        "Standard deviation of rewards: the mean of the groups' own, which is what is learned from, and that of all "
+        "completions of a step.",
+    ),
+    "no_signal": ChartSpec(
+        "Reward",
+        "Groups without signal",
+        "Part of the groups whose rewards are all equal: they teach nothing.",
+        "percent",
+    ),
+    "loss": ChartSpec(
+        "Learning", "Loss", "What the optimizer lowers; near 0 by construction, so its size says little.", least=None
+    ),
+    "kl": ChartSpec(
+        "Learning",
+        "KL to the reference",
+        "How far the policy has moved from where it began, nats a token.",
+        empty="not measured (learner.beta is 0)",
+    ),
+    "entropy": ChartSpec("Learning", "Entropy", "Nats a token: near 0 the policy writes the same again and again."),
+    "clip_ratio": ChartSpec(
+        "Learning", "Clipped tokens", "Part of the tokens whose ratio lies outside the clip range.", "percent"
+    ),
+    "grad_norm": ChartSpec("Learning", "Gradient norm", "Before clipping (learner.max_grad_norm)."),
+    "learning_rate": ChartSpec("Learning", "Learning rate", "Of the step's last update.", "scientific", smooth=False),
+    "advantages": ChartSpec("Learning", "Advantages", "Of the completions trained on."),
+    "lengths": ChartSpec(
+        "Completions",
+        "Tokens a completion",
+        "Mean, and between the shortest and the longest of a step.",
+        edges=_LENGTHS,
+    ),
+    "clipped_ratio": ChartSpec(
+        "Completions",
+        "Cut at the limit",
+        "Part of the completions that did not end by themselves.",
+        "percent",
+    ),
+    "groups": ChartSpec(
+        "Completions",
+        "Groups by how they ended",
+        "Trained on; left out without signal; too old; too few scores.",
+        smooth=False,
+    ),
+    "staleness": ChartSpec(
+        "The run",
+        "Staleness",
+        "Versions between the weights that wrote a token and those that learned from it.",
+    ),
+    "importance_ratio": ChartSpec(
+        "The run",
+        "Importance ratio",
+        "Learner's over sampler's probability of a token; 1 where both agree.",
+        least=None,
+    ),
+    "tokens_per_second": ChartSpec("The run", "Tokens a second", "Sampled tokens over the step's time."),
+    "step_time": ChartSpec("The run", "Time of a step", "From the end of the step before to its own.", "seconds"),
+    "exposed": ChartSpec(
+        "The run",
+        "Device left waiting for",
+        "Seconds of a step in which these were at work and the device was not.",
+        "seconds",
+        smooth=False,
+    ),
+    "peak_memory": ChartSpec("The run", "Peak memory", "Most that the arrays took in a step.", "gigabytes"),
+    "queues": ChartSpec("The run", "Waiting in queues", "Messages, at the end of a step.", smooth=False),
+}
+"""Key, which names files too → chart, in the order in which they are looked at."""
+OVERVIEW = ("reward", "loss", "kl", "entropy", "lengths", "tokens_per_second")
+"""The most telling ones."""
+
+FIGURES = {
+    "reward": Figure(".3f", "reward", ("reward", "reward"), status=".4f", chart="reward", name="all together"),
+    "reward_std_within_groups": Figure(
+        ".3f", "± within group", ("reward", "± in a group"), status=".4f", chart="spread", name="within a group"
+    ),
+    "reward_std": Figure(
+        ".3f", "± over the batch", ("reward", "± in all"), status=".4f", chart="spread", name="over the batch"
+    ),
+    "frac_reward_zero_std": Figure(chart="no_signal"),
+    "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
+    "policy_loss": Figure(of="loss"),
+    "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
+    "entropy": Figure(".3f", "entropy", ("learning", "entropy"), status=".3f", chart="entropy"),
+    "entropy_coef": Figure(of="loss"),
+    "controlled_entropy": Figure(of="loss"),
+    "clip_ratio/region_mean": Figure(
+        ".1%", "clipped", ("learning", "clipped"), chart="clip_ratio", name="either side", of="loss"
+    ),
+    "clip_ratio/low_mean": Figure(chart="clip_ratio", name="below", of="loss"),
+    "clip_ratio/high_mean": Figure(chart="clip_ratio", name="above", of="loss"),
+    "clip_ratio/low_min": Figure(of="loss"),
+    "clip_ratio/high_max": Figure(of="loss"),
+    "cispo_clip_ratio": Figure(chart="clip_ratio", name="clipped weight", of="loss"),
+    "vespo/phi_seq_mean": Figure(of="loss"),
+    "grad_norm": Figure(".3f", "gradient norm", ("learning", "gradient"), status=".3f", chart="grad_norm"),
+    "learning_rate": Figure(".2e", "learning rate", ("learning", "rate"), status=".2e", chart="learning_rate"),
+    "nonfinite": Figure(),
+    "advantages/mean": Figure(),
+    "advantages/abs_mean": Figure(chart="advantages", name="mean size"),
+    "advantages/std": Figure(chart="advantages", name="spread"),
+    "advantages/frac_zero": Figure(),
+    "completions/mean_length": Figure(
+        ".1f", "tokens a completion", ("completions", "tokens"), status=".1f", chart="lengths", name="all completions"
+    ),
+    "completions/min_length": Figure(),
+    "completions/max_length": Figure(",.0f", panel=("completions", "longest")),
+    "completions/mean_terminated_length": Figure(chart="lengths", name="those that ended by themselves"),
+    "completions/min_terminated_length": Figure(),
+    "completions/max_terminated_length": Figure(),
+    "completions/clipped_ratio": Figure(".1%", panel=("completions", "cut off"), chart="clipped_ratio"),
+    "staleness": Figure(".1f", panel=("completions", "versions old"), chart="staleness", name="mean"),
+    "staleness/max": Figure(chart="staleness", name="most"),
+    "groups/trained": Figure(chart="groups", name="trained"),
+    "groups/filtered": Figure(",.0f", panel=("completions", "no signal"), chart="groups", name="filtered"),
+    "groups/stale": Figure(chart="groups", name="stale"),
+    "groups/quarantined": Figure(",.0f", panel=("completions", "unscored"), chart="groups", name="quarantined"),
+    "groups/resampled": Figure(),
+    "groups/filtered_token_fraction": Figure(),
+    "tokens/stale_fraction": Figure(),
+    "sampling/sampling_logp_difference/mean": Figure(),
+    "sampling/sampling_logp_difference/max": Figure(),
+    "sampling/importance_sampling_ratio/min": Figure(),
+    "sampling/importance_sampling_ratio/mean": Figure(chart="importance_ratio"),
+    "sampling/importance_sampling_ratio/max": Figure(),
+    "num_tokens": Figure(),
+    "epoch": Figure(),
+    "tokens_per_second": Figure(",.0f", "tokens/s", ("speed", "tokens/s"), status=",.0f", chart="tokens_per_second"),
+    "learn_tokens_per_second": Figure(),
+    "step_time": Figure(
+        ".2f", "seconds a step", ("speed", "step"), "s", status=".2f", chart="step_time", name="whole step"
+    ),
+    "learn_time": Figure(".2f", panel=("speed", "learning"), unit="s", chart="step_time", name="learning"),
+    "peak_memory_gb": Figure(".2f", panel=("speed", "memory"), unit="GB", chart="peak_memory"),
+    "spans_dropped": Figure(of="machinery"),
+    "time/reward/exposed_s": Figure(chart="exposed", name="rewards", of="machinery"),
+    "time/checkpoint/exposed_s": Figure(chart="exposed", name="checkpoints", of="machinery"),
+    "time/logging/exposed_s": Figure(chart="exposed", name="logging", of="machinery"),
+    "queue/prompts/depth": Figure(chart="queues", name="prompts", of="machinery"),
+    "queue/rollouts/depth": Figure(chart="queues", name="rollouts", of="machinery"),
+    "queue/scored/depth": Figure(chart="queues", name="scored", of="machinery"),
+    "queue/snapshots/depth": Figure(chart="queues", name="snapshots", of="machinery"),
+}
+"""Metric → how it is shown, in the order of every list."""
+OF_EVERY_STEP = tuple(metric for metric, figure in FIGURES.items() if figure.of == "step")
+"""What the learner tells of a step, whatever the settings."""
+LIVE = frozenset({*(metric for metric, figure in FIGURES.items() if figure.status), *_SPREADS, *_LENGTHS})
+"""What the live page keeps of a step, besides the means of the reward functions."""
+
+
+def lines_of(key: str) -> list[tuple[str, str]]:
+    """(metric, name) of every line that a chart may have."""
+    return [(metric, figure.name or CHARTS[key].title) for metric, figure in FIGURES.items() if figure.chart == key]
+
+
+def live_charts() -> list[dict[str, Any]]:
+    """The most telling charts as the script of the live page takes them."""
+    return [msgspec.to_builtins(CHARTS[key]) | {"lines": lines_of(key)} for key in OVERVIEW]
+
+
+def written(value: float, spec: str, unit: str = "") -> str:
+    """A figure on a terminal; one of a run that diverges is short, too, so that there is room for what it is of."""
+    spec = ".2e" if abs(value) >= _HUGE and math.isfinite(value) else spec
+    return f"{value:{spec}} {unit}".rstrip()
+
+
+def function_of(metric: str) -> str | None:
+    """The reward function whose mean score a metric is; None of others."""
+    is_mean = metric.startswith("rewards/") and metric.endswith("/mean")
+    return metric.removeprefix("rewards/").removesuffix("/mean") if is_mean else None

@@ -1,0 +1,53 @@
+// What the scripts of the report and the live page share: figures as text by the name of a format, and elements.
+// A `format` is a name in FORMATS, as records/figures.py gives it to every chart; records/text.py is the same in Python.
+"use strict";
+
+const at = (id) => document.getElementById(id);
+const known = Number.isFinite;
+const FORMATS = {
+  number: plain,
+  integer: (v) => Math.round(v).toLocaleString("en-US"),
+  percent: (v) => `${trim((100 * v).toFixed(Math.abs(v) < 0.0995 ? 2 : 1))} %`,
+  seconds,
+  gigabytes,
+  scientific: (v) => (v === 0 ? "0" : v.toExponential(2).replace("e-", "e−").replace("e+", "e")),
+};
+
+function trim(text) {
+  return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
+}
+
+function plain(v) {
+  const size = Math.abs(v);
+  if (size === 0) return "0";
+  if (size >= 1e9 || size < 1e-4) return v.toExponential(2).replace("e+", "e").replaceAll("-", "−");
+  if (size >= 1e6) return `${trim((v / 1e6).toFixed(2))} M`.replace("-", "−");
+  if (size >= 1000) return Math.round(v).toLocaleString("en-US").replace("-", "−");
+  return trim(v.toPrecision(4)).replace("-", "−");
+}
+
+function seconds(v) {
+  const size = Math.abs(v);
+  if (size === 0) return "0 s";
+  if (size < 1) return `${trim((1000 * v).toPrecision(3))} ms`;
+  if (size < 120) return `${trim(v.toPrecision(3))} s`;
+  if (size < 7200) return `${Math.floor(v / 60)} min ${Math.floor(v % 60)} s`;
+  return `${Math.floor(v / 3600)} h ${Math.floor((v % 3600) / 60)} min`;
+}
+
+function gigabytes(v) {
+  if (v === 0) return "0";
+  return Math.abs(v) < 1 ? `${trim((1000 * v).toPrecision(3))} MB` : `${trim(v.toPrecision(3))} GB`;
+}
+
+function formatValue(value, format) {
+  return known(value) ? (FORMATS[format] || plain)(value) : "–";
+}
+
+function html(tag, className, parent, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  if (parent) parent.append(node);
+  return node;
+}

@@ -1,0 +1,24 @@
+"""The static parts of pages, style, scripts, templates, and how data is put beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_SHARED = Path(__file__).with_name("assets")
+
+
+def read_asset(name: str, folder: Path = _SHARED) -> str:
+    """The text of a page's file, such as `style.css`: of the given folder, or else of those that pages share."""
+    path = folder / name
+    return (path if path.is_file() else _SHARED / name).read_text(encoding="utf-8")
+
+
+def script_safe(data: Any) -> str:
+    """Data as JSON that ends no script tag: no `<`, `>` and `&`, wherever they stand."""
+    text = msgspec.json.encode(data).decode()
+    for char in "<>&\u2028\u2029":  # in JSON these stand within strings only
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
