@@ -16,7 +16,8 @@ from tests.support.trace_events import read_trace
 from troupe.actors.metrics import Heard, Metrics, Tally
 from troupe.messages import CheckpointWritten, ClosedState, Drain, GroupClosed, Incident, Settle, Slot, Span, Update
 from troupe.records.sinks.jsonl import JsonlSink
-from troupe.records.sinks.sinks import Sinks, SinkThread
+from troupe.records.sinks.sinks import Sinks
+from troupe.records.sinks.thread import SinkLimits, SinkThread
 from troupe.records.sinks.trace import TraceWriter
 from troupe.runtime.broadcast import Broadcast
 from troupe.runtime.mailbox import Channel, Mailbox
@@ -53,7 +54,7 @@ class Stage:
         )
         self.listeners: Broadcast[Heard] = Broadcast("news", Update, GroupClosed, Incident)
         self.tally = Tally()
-        self.sinks = Sinks(sinks, gather_s=0.0, thread=thread)
+        self.sinks = Sinks(sinks, limits=SinkLimits(gather_s=0.0), thread=thread)
         self.now_s = 100.0
         self.watched, self.reporters = watched, reporters
         self.metrics = self.make()
@@ -252,7 +253,7 @@ async def test_what_was_told_before_is_settled_also_by_a_successor(tmp_path: Pat
     """The first actor fails with the request in hand; who asked waits until the second has had it carried out."""
     path = tmp_path / "metrics.jsonl"
     stage = Stage()
-    stage.sinks = Sinks([JsonlSink(path)], gather_s=0.0)
+    stage.sinks = Sinks([JsonlSink(path)], limits=SinkLimits(gather_s=0.0))
     settles = stage.inbox.channel("settle", Settle, bound=1, overflow="newest", side=True)
     failures = [OSError("out of luck")]
     seen: list[list[int]] = []

@@ -16,7 +16,7 @@ from tests.support.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, load_config
 from troupe.messages import Incident, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot, Span
 from troupe.policy import CompletedGroup, Completion, RolloutRequest, Weights
-from troupe.records.sinks.sinks import SinkThread
+from troupe.records.sinks.thread import SinkThread
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter

@@ -11,7 +11,7 @@ from troupe.actors.learner.train import BatchTrainer
 from troupe.policy import RolloutEngine
 from troupe.records.sinks.base import RunInfo, Sink
 from troupe.records.sinks.make import make_sinks
-from troupe.records.sinks.sinks import SinkThread
+from troupe.records.sinks.thread import SinkThread
 from troupe.records.sinks.trace import TraceWriter
 from troupe.run.config import config_table
 from troupe.run.prepare import Prepared, prepare

@@ -17,7 +17,6 @@ from anyio.abc import SocketStream
 from tests.daemon.control.test_protocol import STATUS
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import Reply, Request
-from troupe.daemon.page import server as web
 from troupe.daemon.page.history import History
 from troupe.daemon.page.server import Page
 from troupe.daemon.trainer.frames import Happened, Started, Stepped
@@ -29,11 +28,7 @@ pytestmark = pytest.mark.anyio
 PATIENCE_S = 30.0
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks at the run often."""
-    monkeypatch.setattr(web, "_STATUS_S", 0.05)
-    monkeypatch.setattr(web, "_GATHERS_S", 0.01)
+HURRY: dict[str, Any] = {"status_s": 0.05, "gathers_s": 0.01}
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -41,7 +36,7 @@ async def until(holds: Callable[[], bool]) -> None:
         await anyio.sleep(0.005)
 
 
-class FakeStage:
+class FakeDaemon:
     """A daemon that remembers what it was asked."""
 
     def __init__(self) -> None:
@@ -130,11 +125,11 @@ class Watching:
                 return data
 
 
-class Theatre:
+class Opened:
     """A page, its run and a visitor who has arrived."""
 
-    def __init__(self, page: Page, stage: FakeStage, history: History) -> None:
-        self.page, self.stage, self.history = page, stage, history
+    def __init__(self, page: Page, daemon: FakeDaemon, history: History) -> None:
+        self.page, self.daemon, self.history = page, daemon, history
         self.visitor = Visitor(page)
 
     @asynccontextmanager
@@ -145,18 +140,18 @@ class Theatre:
 
 
 @asynccontextmanager
-async def open_page(folder: Path, **limits: float) -> AsyncIterator[Theatre]:
-    stage, history = FakeStage(), History("kind", str(folder))
+async def open_page(folder: Path, **limits: float) -> AsyncIterator[Opened]:
+    daemon, history = FakeDaemon(), History("kind", str(folder))
     with anyio.fail_after(PATIENCE_S):
-        async with Page(stage, history, folder, limits=HttpLimits(**limits)) as page:  # type: ignore[arg-type]
-            theatre = Theatre(page, stage, history)
-            await theatre.visitor.arrive()
-            yield theatre
+        async with Page(daemon, history, folder, limits=HttpLimits(**limits), **HURRY) as page:  # type: ignore[arg-type]
+            opened = Opened(page, daemon, history)
+            await opened.visitor.arrive()
+            yield opened
 
 
 async def test_the_token_moves_into_a_cookie(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         answer = await visitor.ask(f"/?token={visitor.token}")
         name = f"troupe-{visitor.port}"
         assert answer.headers["set-cookie"] == f"{name}={visitor.token}; Path={visitor.base}; HttpOnly; SameSite=Strict"
@@ -168,8 +163,8 @@ async def test_the_token_moves_into_a_cookie(tmp_path: Path) -> None:
 
 
 async def test_every_answer_keeps_the_page_to_itself(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         for path in (visitor.base, f"{visitor.base}live.js", "/nowhere", "/metrics", f"/?token={visitor.token}"):
             headers = (await visitor.ask(path)).headers
             policy = headers["content-security-policy"]
@@ -182,8 +177,8 @@ async def test_every_answer_keeps_the_page_to_itself(tmp_path: Path) -> None:
 
 
 async def test_its_files_have_no_script_and_no_style_within(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         for name, kind in (("style.css", "css"), ("live.css", "css"), ("charts.js", "javascript"), ("live.js", "java")):
             answer = await visitor.ask(visitor.base + name)
             assert answer.status == 200
@@ -217,8 +212,8 @@ async def test_its_files_have_no_script_and_no_style_within(tmp_path: Path) -> N
     ],
 )
 async def test_without_its_token_there_is_one_sentence(tmp_path: Path, path: str, headers: dict[str, str]) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         visitor.cookie = ""
         named = {
             key: value.replace("NAME", f"troupe-{visitor.port}").replace("TOKEN", visitor.token)
@@ -227,7 +222,7 @@ async def test_without_its_token_there_is_one_sentence(tmp_path: Path, path: str
         answer = await visitor.ask(path.replace("BASE", visitor.base), **named)
         assert (answer.status, answer.body.count("\n")) == (403, 1)
         assert "this page is for those who have its token" in answer.body
-        assert theatre.stage.heard == []
+        assert opened.daemon.heard == []
 
 
 @pytest.mark.parametrize(
@@ -241,8 +236,8 @@ async def test_without_its_token_there_is_one_sentence(tmp_path: Path, path: str
     ],
 )
 async def test_cookies_of_other_servers_lock_nobody_out(tmp_path: Path, header: str) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         header = header.replace("OURS", visitor.cookie).replace("NAME", f"troupe-{visitor.port}")
         assert (await visitor.ask(visitor.base, cookie=header)).status == 200
 
@@ -261,8 +256,8 @@ async def test_cookies_of_other_servers_lock_nobody_out(tmp_path: Path, header: 
     ],
 )
 async def test_a_name_that_points_here_is_not_enough(tmp_path: Path, host: str, status: int) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         answer = await visitor.ask(visitor.base, host=host.replace("PORT", str(visitor.port)))
         assert answer.status == status
         assert status == 200 or "localhost only" in answer.body
@@ -270,8 +265,8 @@ async def test_a_name_that_points_here_is_not_enough(tmp_path: Path, host: str, 
 
 
 async def test_the_figures_for_prometheus(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         visitor.cookie = ""
         for answer in (
             await visitor.ask("/metrics", authorization=f"Bearer {visitor.token}"),
@@ -283,15 +278,15 @@ async def test_the_figures_for_prometheus(tmp_path: Path) -> None:
 
 
 async def test_the_buttons(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
+    async with open_page(tmp_path) as opened:
         for kind in ("Pause", "Resume", "Step", "Checkpoint", "Drain"):
-            answer = await theatre.visitor.press(kind)
+            answer = await opened.visitor.press(kind)
             assert answer.status == 200
             assert json.loads(answer.body) == {"type": "Done", "message": "heard"}
-        answer = await theatre.visitor.press("Stop")
+        answer = await opened.visitor.press("Stop")
         assert json.loads(answer.body) == {"type": "Refused", "message": "no brakes"}
         asked = [Pause(), Resume(), Step(), Checkpoint(), Drain(), Stop()]
-        assert theatre.stage.heard == [(request, "the page") for request in asked]
+        assert opened.daemon.heard == [(request, "the page") for request in asked]
 
 
 @pytest.mark.parametrize(
@@ -311,18 +306,18 @@ async def test_the_buttons(tmp_path: Path) -> None:
     ],
 )
 async def test_buttons_of_other_pages_do_nothing(tmp_path: Path, headers: dict[str, str], status: int) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         visitor.cookie = headers.pop("cookie", visitor.cookie)
         named = {name: value.replace("PORT", str(visitor.port)) for name, value in headers.items()}
         answer = await visitor.press("Drain", **named)
         assert answer.status == status, answer
-        assert len(theatre.stage.heard) == (status == 200)
+        assert len(opened.daemon.heard) == (status == 200)
 
 
 async def test_a_token_in_the_address_presses_no_button(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         visitor.cookie = ""
         answer = await visitor.ask(
             f"{visitor.base}ask?token={visitor.token}",
@@ -332,7 +327,7 @@ async def test_a_token_in_the_address_presses_no_button(tmp_path: Path) -> None:
             content_type="application/json",
         )
         assert answer.status == 403
-        assert theatre.stage.heard == []
+        assert opened.daemon.heard == []
 
 
 @pytest.mark.parametrize(
@@ -346,8 +341,8 @@ async def test_a_token_in_the_address_presses_no_button(tmp_path: Path) -> None:
     ],
 )
 async def test_what_no_button_says(tmp_path: Path, body: str, status: int, said: str) -> None:
-    async with open_page(tmp_path) as theatre:
-        visitor = theatre.visitor
+    async with open_page(tmp_path) as opened:
+        visitor = opened.visitor
         answer = await visitor.ask(
             f"{visitor.base}ask",
             "POST",
@@ -359,85 +354,85 @@ async def test_what_no_button_says(tmp_path: Path, body: str, status: int, said:
         reply = json.loads(answer.body)
         assert reply["type"] == "Refused"
         assert said in reply["message"]
-        assert theatre.stage.heard == []
+        assert opened.daemon.heard == []
 
 
 @pytest.mark.parametrize(("method", "status"), [("PUT", 405), ("HEAD", 405), ("OPTIONS", 405), ("POST", 404)])
 async def test_other_methods(tmp_path: Path, method: str, status: int) -> None:
-    async with open_page(tmp_path) as theatre:
-        answer = await theatre.visitor.ask(theatre.visitor.base, method)
+    async with open_page(tmp_path) as opened:
+        answer = await opened.visitor.ask(opened.visitor.base, method)
         assert answer.status == status
 
 
 async def test_one_who_watches_is_told_as_it_happens(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre, theatre.watching() as watching:
+    async with open_page(tmp_path) as opened, opened.watching() as watching:
         assert await watching.next() == ("about", {"run": "kind", "folder": str(tmp_path)})
         assert await watching.next() == ("curves", {"step": []})
         first = await watching.until("status")
         assert first["step"] >= 1
-        theatre.history.take(Started(notices=(), step=0, total_steps=9, speaks=False))
-        theatre.history.take(Stepped(step=1, total_steps=9, metrics={"reward": 0.5}, incidents={}))
+        opened.history.take(Started(notices=(), step=0, total_steps=9, speaks=False))
+        opened.history.take(Stepped(step=1, total_steps=9, metrics={"reward": 0.5}, incidents={}))
         await watching.until("curves", step=[1], reward=[0.5])
-        theatre.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 0.75}, incidents={}))
+        opened.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 0.75}, incidents={}))
         await watching.until("step", step=2, figures={"reward": 0.75})
         late = Incident(actor="scorer", kind="reward_timeout", message="the <judge> is late\n")
-        theatre.history.take(Happened(incidents=(late,)))
+        opened.history.take(Happened(incidents=(late,)))
         assert (await watching.until("incident"))["message"] == "the <judge> is late\n"
         again = await watching.until("status")
         assert again["step"] > first["step"], "the run is looked at again and again"
 
 
 async def test_nobody_watches_and_the_run_is_left_alone(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        assert theatre.stage.looks == 0
-        async with theatre.watching() as watching:
+    async with open_page(tmp_path) as opened:
+        assert opened.daemon.looks == 0
+        async with opened.watching() as watching:
             await watching.until("status")
-        await until(lambda: not theatre.page._watchers)
+        await until(lambda: not opened.page._watchers)
 
 
 async def test_after_a_restart_steps_that_are_made_again_are_drawn_once(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre, theatre.watching() as watching:
+    async with open_page(tmp_path) as opened, opened.watching() as watching:
         for step in (1, 2, 3):
-            theatre.history.take(Stepped(step=step, total_steps=9, metrics={"reward": step}, incidents={}))
-        theatre.history.failed("the process ended by SIGKILL")
+            opened.history.take(Stepped(step=step, total_steps=9, metrics={"reward": step}, incidents={}))
+        opened.history.failed("the process ended by SIGKILL")
         assert (await watching.until("incident"))["message"] == "the process ended by SIGKILL"
-        theatre.history.take(Started(notices=(), step=1, total_steps=9, speaks=False))
-        theatre.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 20}, incidents={}))
+        opened.history.take(Started(notices=(), step=1, total_steps=9, speaks=False))
+        opened.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 20}, incidents={}))
         await watching.until("curves", step=[1, 2], reward=[1.0, 20.0])
 
 
 async def test_one_who_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
     async with (
-        open_page(tmp_path, write_s=0.3) as theatre,
-        await anyio.connect_tcp(HOST, theatre.visitor.port) as deaf,
+        open_page(tmp_path, write_s=0.3) as opened,
+        await anyio.connect_tcp(HOST, opened.visitor.port) as deaf,
     ):
-        await deaf.send(theatre.visitor.request(f"{theatre.visitor.base}events"))
-        await until(lambda: theatre.page._watchers == 1)
+        await deaf.send(opened.visitor.request(f"{opened.visitor.base}events"))
+        await until(lambda: opened.page._watchers == 1)
         long = Incident(actor="scorer", kind="odd", message="x" * 100_000)
-        while theatre.page._watchers:  # until what the system buffers for it is full
-            theatre.history.take(Happened(incidents=(long,) * 64))
+        while opened.page._watchers:  # until what the system buffers for it is full
+            opened.history.take(Happened(incidents=(long,) * 64))
             await anyio.sleep(0.01)
-        async with theatre.watching() as watching:
+        async with opened.watching() as watching:
             assert await watching.until("status")
 
 
 async def test_so_many_pages_and_no_more(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        theatre.page._watchers = 16
-        answer = await theatre.visitor.ask(f"{theatre.visitor.base}events")
+    async with open_page(tmp_path) as opened:
+        opened.page._watchers = 16
+        answer = await opened.visitor.ask(f"{opened.visitor.base}events")
         assert answer.status == 503
         assert "16 pages are open already" in answer.body
-        theatre.page._watchers = 0
+        opened.page._watchers = 0
 
 
 async def test_the_end_is_told_and_the_page_is_gone(tmp_path: Path) -> None:
-    page = Page(FakeStage(), history := History("kind", "kind"), tmp_path)
+    page = Page(FakeDaemon(), history := History("kind", "kind"), tmp_path, **HURRY)
     with anyio.fail_after(PATIENCE_S):
         async with page:
-            theatre = Theatre(page, FakeStage(), history)
-            await theatre.visitor.arrive()
-            stream = await anyio.connect_tcp(HOST, theatre.visitor.port)
-            await stream.send(theatre.visitor.request(f"{theatre.visitor.base}events"))
+            opened = Opened(page, FakeDaemon(), history)
+            await opened.visitor.arrive()
+            stream = await anyio.connect_tcp(HOST, opened.visitor.port)
+            await stream.send(opened.visitor.request(f"{opened.visitor.base}events"))
             watching = Watching(stream)
             await watching.until("about")
             history.end("the run is complete", well=True)
@@ -446,17 +441,17 @@ async def test_the_end_is_told_and_the_page_is_gone(tmp_path: Path) -> None:
             await watching.next()
         await stream.aclose()
         with pytest.raises(OSError, match=r"."):
-            await anyio.connect_tcp(HOST, theatre.visitor.port)
+            await anyio.connect_tcp(HOST, opened.visitor.port)
 
 
 async def test_one_who_watches_and_does_not_read_cannot_hold_up_the_end(tmp_path: Path) -> None:
     with anyio.fail_after(PATIENCE_S):
-        page = Page(FakeStage(), history := History("kind", "kind"), tmp_path)
+        page = Page(FakeDaemon(), history := History("kind", "kind"), tmp_path, **HURRY)
         async with page:
-            theatre = Theatre(page, FakeStage(), history)
-            await theatre.visitor.arrive()
-            stream = await anyio.connect_tcp(HOST, theatre.visitor.port)
-            await stream.send(theatre.visitor.request(f"{theatre.visitor.base}events"))
+            opened = Opened(page, FakeDaemon(), history)
+            await opened.visitor.arrive()
+            stream = await anyio.connect_tcp(HOST, opened.visitor.port)
+            await stream.send(opened.visitor.request(f"{opened.visitor.base}events"))
             await until(lambda: page._watchers > 0)
             history.end("x" * 50_000_000, well=True)
         await stream.aclose()
@@ -466,8 +461,8 @@ async def test_the_address_is_for_its_user_only(tmp_path: Path) -> None:
     left = tmp_path / "page.url"
     left.write_text("http://127.0.0.1:1/?token=old\n")
     left.chmod(0o644)
-    async with open_page(tmp_path) as theatre:
-        assert read_address(tmp_path) == theatre.page.address
+    async with open_page(tmp_path) as opened:
+        assert read_address(tmp_path) == opened.page.address
         assert stat.S_IMODE(left.stat().st_mode) == 0o600
     assert read_address(tmp_path) is None
     assert not left.exists()
@@ -485,12 +480,12 @@ async def test_two_pages_have_two_tokens(tmp_path: Path) -> None:
 
 
 async def test_a_port_that_is_taken(tmp_path: Path) -> None:
-    async with open_page(tmp_path) as theatre:
-        port = theatre.visitor.port
+    async with open_page(tmp_path) as opened:
+        port = opened.visitor.port
         with pytest.raises(ConfigError, match=rf"daemon.page: port {port} of 127.0.0.1 cannot be had"):
-            await Page(FakeStage(), History("b", "b"), tmp_path, port).__aenter__()
+            await Page(FakeDaemon(), History("b", "b"), tmp_path, port).__aenter__()
 
 
 async def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    async with open_page(tmp_path / "gone") as theatre:
-        assert (await theatre.visitor.ask(theatre.visitor.base)).status == 200
+    async with open_page(tmp_path / "gone") as opened:
+        assert (await opened.visitor.ask(opened.visitor.base)).status == 200

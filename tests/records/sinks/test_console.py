@@ -7,7 +7,6 @@ import sys
 import threading
 from contextlib import suppress
 from io import BytesIO, StringIO, TextIOWrapper
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -68,11 +67,10 @@ def test_plain_lines_are_told_in_the_letters_that_there_are(encoding: str) -> No
     assert "within group 0.500" in text
 
 
-def test_plain_lines_for_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_for_logs() -> None:
     now = [50.0]
-    monkeypatch.setattr("troupe.records.sinks.console.time", SimpleNamespace(monotonic=lambda: now[0]))
     stream = StringIO()
-    sink = PlainSink(RUN, stream, interval_s=10.0)
+    sink = PlainSink(RUN, stream, interval_s=10.0, clock=lambda: now[0])
     sink.open()
     sink.write(update(2, total_steps=4, reward=0.5))
     now[0] = 59.0
@@ -90,12 +88,13 @@ def test_plain_lines_for_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_plain_lines_say_what_is_done_before_the_first_step_and_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_say_what_is_done_before_the_first_step_and_after_the_last() -> None:
     """Looked at each second, as in a run: each thing once, and every ten seconds how far it is; amid steps hardly."""
     now = [50.0]
-    monkeypatch.setattr("troupe.records.sinks.console.time", SimpleNamespace(monotonic=lambda: now[0]))
     stream = StringIO()
-    sink = PlainSink(RunInfo(name="kind-001", folder="runs/kind-001", total_steps=2, first_step=0), stream)
+    sink = PlainSink(
+        RunInfo(name="kind-001", folder="runs/kind-001", total_steps=2, first_step=0), stream, clock=lambda: now[0]
+    )
 
     def lasts(seconds: int, what: str) -> None:
         for second in range(seconds):
@@ -127,11 +126,10 @@ def test_plain_lines_say_what_is_done_before_the_first_step_and_after_the_last(m
     ]
 
 
-def test_hundreds_of_incidents_are_a_line_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hundreds_of_incidents_are_a_line_and_a_number() -> None:
     now = [50.0]
-    monkeypatch.setattr("troupe.records.sinks.console.time", SimpleNamespace(monotonic=lambda: now[0]))
     stream = StringIO()
-    sink = PlainSink(RUN, stream)
+    sink = PlainSink(RUN, stream, clock=lambda: now[0])
     for _ in range(400):
         sink.write(Incident(actor="scorer", kind="reward_error", message="refused"))
     now[0] = 60.0

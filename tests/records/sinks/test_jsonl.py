@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from troupe.messages import Incident, Update
-from troupe.records.sinks import appended, jsonl
+from troupe.records.sinks.appended import AppendedFile
 from troupe.records.sinks.base import DurableSink
 from troupe.records.sinks.jsonl import JsonlSink, steps_between
 
@@ -119,7 +120,6 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "pad": "x" * (step % 97)}) + "\n" for step in range(1, 1001)))
     size = path.stat().st_size
-    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 1000)
     read: list[int] = []
 
     def counted(descriptor: int, count: int, offset: int) -> bytes:
@@ -128,7 +128,7 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest
 
     pread = os.pread
     monkeypatch.setattr(os, "pread", counted)
-    sink = JsonlSink(path, first_step=first_step)
+    sink = JsonlSink(path, first_step=first_step, block_bytes=1000)
     sink.open()
     sink.close()
     assert [line["step"] for line in lines(path)] == list(range(1, min(first_step, 1000) + 1))
@@ -152,11 +152,9 @@ def test_wherever_blocks_end_the_same_lines_are_kept(
     parts = [json.dumps({"step": s, "pad": "x" * n}).encode() if whole else b"{" * n for s, n, whole in sorted(told)]
     path.write_bytes(b"".join(part + b"\n" for part in parts) + cut.replace(b"\n", b"").replace(b"\r", b""))
     last = max((i for i, (s, _, whole) in enumerate(sorted(told)) if whole and s <= first_step), default=-1)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(jsonl, "_BLOCK_BYTES", block_bytes)
-        sink = JsonlSink(path, first_step=first_step)
-        sink.open()
-        sink.close()
+    sink = JsonlSink(path, first_step=first_step, block_bytes=block_bytes)
+    sink.open()
+    sink.close()
     assert path.read_bytes() == b"".join(part + b"\n" for part in parts[: last + 1])
 
 
@@ -190,12 +188,9 @@ class SmallDisk(FileIO):
 
 
 @pytest.mark.parametrize("truncates", [True, False])
-def test_a_line_that_a_full_disk_cut_is_taken_back_and_comes_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncates: bool
-) -> None:
+def test_a_line_that_a_full_disk_cut_is_taken_back_and_comes_later(tmp_path: Path, truncates: bool) -> None:
     path = tmp_path / "metrics.jsonl"
-    monkeypatch.setattr(appended, "FileIO", SmallDisk)
-    sink = JsonlSink(path)
+    sink = JsonlSink(path, make_file=partial(AppendedFile, kind=SmallDisk))
     assert isinstance(sink, DurableSink)
     sink.open()
     whole = b'{"step":1,"version":1}\n'
@@ -215,10 +210,9 @@ def test_a_line_that_a_full_disk_cut_is_taken_back_and_comes_later(
     sink.close()
 
 
-def test_what_was_cut_last_is_taken_back_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(appended, "FileIO", SmallDisk)
+def test_what_was_cut_last_is_taken_back_at_the_end(tmp_path: Path) -> None:
     SmallDisk.room, SmallDisk.truncates = 5, True
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink = JsonlSink(tmp_path / "metrics.jsonl", make_file=partial(AppendedFile, kind=SmallDisk))
     sink.open()
     sink.write(update(1))
     SmallDisk.truncates = False

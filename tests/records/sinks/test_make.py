@@ -34,7 +34,6 @@ def test_a_terminal_gets_lines_where_it_lacks_the_letters_of_the_display(encodin
 
 
 @pytest.mark.parametrize(("terminal", "kind"), [(True, "ConsoleSink"), (False, "PlainSink")])
-def test_a_terminal_gets_a_display_and_a_pipe_lines(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: str) -> None:
-    monkeypatch.setattr("troupe.records.sinks.make.Console", lambda: Console(force_terminal=terminal))
-    [sink] = make_sinks(MetricsConfig(sinks=("console",)), RUN)
+def test_a_terminal_gets_a_display_and_a_pipe_lines(terminal: bool, kind: str) -> None:
+    [sink] = make_sinks(MetricsConfig(sinks=("console",)), RUN, terminal=Console(force_terminal=terminal))
     assert type(sink).__name__ == kind

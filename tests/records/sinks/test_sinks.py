@@ -11,10 +11,10 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.support.fakes import FakeSink
+from tests.support.fakes import DirectSinkThread, FakeSink
 from troupe.messages import GroupClosed, Incident, Slot, Span, Update
-from troupe.records.sinks import sinks as threads
 from troupe.records.sinks.sinks import Sinks
+from troupe.records.sinks.thread import SinkLimits, SinkThread
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 60.0
@@ -67,8 +67,16 @@ class Clock:
         return self.now_s
 
 
-def playing(*sinks: FakeSink, clock: Callable[[], float] | None = None, timeout_s: float = PATIENCE_S) -> Sinks:
-    made = Sinks(sinks, timeout_s=timeout_s, clock=clock or Clock(), gather_s=0.0)
+IMPATIENT = SinkLimits(gather_s=0.0, first_pause_s=0.001, longest_pause_s=0.004)
+
+
+def playing(
+    *sinks: FakeSink,
+    clock: Callable[[], float] | None = None,
+    timeout_s: float = PATIENCE_S,
+    limits: SinkLimits = IMPATIENT,
+) -> Sinks:
+    made = Sinks(sinks, timeout_s=timeout_s, clock=clock or Clock(), limits=limits)
     made.open()
     return made
 
@@ -122,12 +130,9 @@ async def test_a_slow_sink_holds_up_nobody_and_writes_what_came_meanwhile_at_onc
     assert slow.flushes <= 3  # the first, the rest, and perhaps nothing at the end
 
 
-async def test_a_sink_that_is_behind_is_given_no_more_spans_but_everything_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("troupe.records.sinks.sinks._MOST_WAITING", 3)
+async def test_a_sink_that_is_behind_is_given_no_more_spans_but_everything_else() -> None:
     slow = GatedSink()
-    sinks = playing(slow)
+    sinks = playing(slow, limits=SinkLimits(gather_s=0.0, most_waiting=3))
     sinks.write(update(1))
     assert slow.reached.wait(PATIENCE_S)
     for message in (SPAN, SPAN, SPAN, SPAN, SPAN, update(2), CLOSED, SPAN, INCIDENT):
@@ -226,7 +231,7 @@ async def test_writes_are_told_but_not_those_of_such_tellings() -> None:
 
 async def test_spans_are_gathered_before_a_sink_is_woken_for_them() -> None:
     sink = GatedSink(at="nowhere")
-    sinks = Sinks([sink], gather_s=PATIENCE_S)
+    sinks = Sinks([sink], limits=SinkLimits(gather_s=PATIENCE_S))
     sinks.open()
     for _ in range(50):
         sinks.write(SPAN)
@@ -268,12 +273,6 @@ class Disk(FakeSink):
             raise OSError(28, "No space left on device")
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(threads, "_LONGEST_PAUSE_S", 0.004)
-
-
 def kinds(incidents: list[Incident]) -> list[str]:
     return [incident.kind for incident in incidents]
 
@@ -285,7 +284,6 @@ async def until(holds: Callable[[], bool]) -> None:
             await anyio.sleep(0.001)
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("call", ["open", "flush"])
 async def test_a_disk_that_fails_for_a_while_loses_nothing(call: str) -> None:
     disk = Disk(ill=(call, "flush"))
@@ -311,7 +309,6 @@ async def test_a_disk_that_fails_for_a_while_loses_nothing(call: str) -> None:
     assert disk.settled == [3], "the end of a run is settled"
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_disk_that_never_comes_back_is_given_up_at_the_end() -> None:
     disk = Disk(ill=("flush",))
     sinks = playing(disk, timeout_s=0.1)
@@ -325,7 +322,6 @@ async def test_a_disk_that_never_comes_back_is_given_up_at_the_end() -> None:
     await until(lambda: disk.closed == 1)
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_disk_that_comes_back_at_the_end_is_waited_for() -> None:
     disk = Disk(ill=("flush", "settle"))
     sinks = playing(disk)
@@ -345,11 +341,9 @@ async def test_a_disk_that_comes_back_at_the_end_is_waited_for() -> None:
     assert (disk.safe, disk.settled, disk.closed, sinks.switched_off) == ([update(1)], [1], 1, {})
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_disk_that_fails_while_too_much_comes_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_MOST_WAITING", 5)
+async def test_a_disk_that_fails_while_too_much_comes_is_switched_off() -> None:
     disk, other = Disk(ill=("flush",)), FakeSink("other")
-    sinks = playing(disk, other)
+    sinks = playing(disk, other, limits=IMPATIENT._replace(most_waiting=5))
     for step in range(1, 6):
         sinks.write(update(step))
     assert disk.tried.wait(PATIENCE_S)
@@ -384,11 +378,9 @@ async def test_notes_of_a_sink_are_told() -> None:
     assert await sinks.close() == (INCIDENT,)
 
 
-def test_pauses_grow_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_grow_up_to_a_limit() -> None:
     pauses: list[float] = []
-    thread = threads.SinkThread.__new__(threads.SinkThread)
-    monkeypatch.setattr(threads.SinkThread, "_start", lambda self: None)
-    thread.__init__(Disk(), 0, lambda write: None, time.perf_counter, 0.0)  # type: ignore[misc]
+    thread = DirectSinkThread(Disk(), 0, lambda write: None, time.perf_counter)
 
     class Change(threading.Condition):
         def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
@@ -398,7 +390,7 @@ def test_pauses_grow_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(8):
         thread._have_trouble("full")
         thread._next_batch()
-    thread.finish()
+    SinkThread.finish(thread)
     thread._next_batch()
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 0.1]
 
@@ -471,7 +463,6 @@ class GatedDisk(Disk):
         assert self.gate.wait(PATIENCE_S)
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_disk_that_fails_holds_up_nobody_and_settles_when_it_is_back() -> None:
     disk = Disk(ill=("settle",))
     sinks = playing(disk)

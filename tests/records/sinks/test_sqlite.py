@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,13 +13,14 @@ from troupe.errors import OutputError
 from troupe.messages import CheckpointWritten, Incident
 from troupe.records.sinks.base import DurableSink
 from troupe.records.sinks.sqlite import SqliteSink
-from troupe.records.store.write import DamagedStoreError, StepRows, StoreWriter
+from troupe.records.store.format import DamagedStoreError, StepRows
+from troupe.records.store.write import StoreWriter
 
 INCIDENT = Incident(actor="scorer", kind="reward_timeout", message="late", gid=3)
 
 
-def opened(path: Path, first_step: int = 0) -> SqliteSink:
-    sink = SqliteSink(path, first_step=first_step, program="0.9", clock=lambda: 50.0)
+def opened(path: Path, first_step: int = 0, **settings: Any) -> SqliteSink:
+    sink = SqliteSink(path, first_step=first_step, program="0.9", clock=lambda: 50.0, **settings)
     sink.open()
     return sink
 
@@ -171,19 +173,19 @@ def test_a_damaged_file_is_set_aside_and_the_run_goes_on(tmp_path: Path) -> None
     assert rows(path, "SELECT start, first_step FROM starts") == [(1, 7)]
 
 
-def test_damage_that_shows_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_that_shows_while_it_writes(tmp_path: Path) -> None:
+    class Malformed(StoreWriter):
+        tries = 0
+
+        def add_step(self, rows: StepRows) -> None:
+            Malformed.tries += 1
+            if Malformed.tries == 2:
+                raise DamagedStoreError("database disk image is malformed")
+            super().add_step(rows)
+
     path = tmp_path / "run.sqlite"
-    sink = opened(path)
+    sink = opened(path, make_store=Malformed)
     play_step(sink, 1)
-    real, tries = StoreWriter.add_step, []
-
-    def malformed(self: StoreWriter, rows: StepRows) -> None:
-        tries.append(1)
-        if len(tries) == 1:
-            raise DamagedStoreError("database disk image is malformed")
-        real(self, rows)
-
-    monkeypatch.setattr(StoreWriter, "add_step", malformed)
     play_step(sink, 2)
     sink.close()
     assert [note.kind for note in sink.notes] == ["store_damaged"]

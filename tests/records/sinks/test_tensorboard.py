@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import struct
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from tests.records.sinks.oracles import package
 from tests.records.sinks.steps import closed, update
 from troupe.messages import Incident
-from troupe.records.sinks import appended
+from troupe.records.sinks.appended import AppendedFile
 from troupe.records.sinks.base import DurableSink, RunInfo
 from troupe.records.sinks.tensorboard import TensorBoardSink
 
@@ -26,7 +27,7 @@ def tensorboard_x() -> Any:
     return package("tensorboardX")
 
 
-def made(folder: Path, first_step: int = 0, at_s: float = 1000.0, **settings: int) -> TensorBoardSink:
+def made(folder: Path, first_step: int = 0, at_s: float = 1000.0, **settings: Any) -> TensorBoardSink:
     run = RunInfo(
         name="run", folder=str(folder), total_steps=9, first_step=first_step, config={"learner": {"lr": 1e-6}}
     )
@@ -113,7 +114,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     assert curves(tmp_path) == {"loss": {1: 0.0}}
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
     class FullDisk(FileIO):
         full = False
 
@@ -123,8 +124,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, monkeypat
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data)
 
-    monkeypatch.setattr(appended, "FileIO", FullDisk)
-    sink = made(tmp_path)
+    sink = made(tmp_path, make_file=partial(AppendedFile, kind=FullDisk))
     assert isinstance(sink, DurableSink)
     sink.open()
     sink.write(update(1, loss=1.0))

@@ -56,8 +56,8 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
-def traced(folder: Path, *messages: object) -> list[dict[str, Any]]:
-    writer = TraceWriter(folder / "trace.json")
+def traced(folder: Path, *messages: object, **limits: int) -> list[dict[str, Any]]:
+    writer = TraceWriter(folder / "trace.json", **limits)
     writer.open()
     for message in messages:
         writer.write(message)
@@ -198,10 +198,10 @@ def test_child_processes_are_processes_of_their_own(tmp_path: Path) -> None:
     assert arrows(trace) == {("group 7", "issue", "hand over")}
 
 
-def test_groups_that_never_end_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("troupe.records.sinks.trace._MOST_GROUPS", 2)
+def test_groups_that_never_end_do_not_pile_up(tmp_path: Path) -> None:
     spans = [span("prompter", "issue", float(gid), gid + 0.5, gid=gid) for gid in range(5)]
-    trace = read_trace(traced(tmp_path, *spans, span("learner", "learn", 9.0, 10.0, gids=(4, 3, 0, 1))))
+    learn = span("learner", "learn", 9.0, 10.0, gids=(4, 3, 0, 1))
+    trace = read_trace(traced(tmp_path, *spans, learn, most_groups=2))
     assert arrows(trace) == {(f"group {gid}", "issue", "learn") for gid in (3, 4)}
 
 

@@ -20,22 +20,21 @@ import pytest
 from tests.support.stored import closed, rows, update
 from troupe.errors import OutputError
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Slot
-from troupe.records.store import write as run_store
-from troupe.records.store.write import (
+from troupe.records.store.format import (
+    FORMAT,
     DamagedStoreError,
-    StoreWriter,
-    check_store,
     checkpoint_statements,
+    connect_to_read,
     group_rows,
     incident_statement,
     json_text,
-    set_aside,
     step_rows,
 )
+from troupe.records.store.write import StoreWriter, check_store, set_aside
 
 
-def writer(path: Path, first_step: int = 0, start: int | None = None, now_s: float = 1e9) -> StoreWriter:
-    return StoreWriter(path, first_step=first_step, start=start, program="1.2.3", clock=lambda: now_s)
+def writer(path: Path, first_step: int = 0, start: int | None = None, now_s: float = 1e9, **limits: Any) -> StoreWriter:
+    return StoreWriter(path, first_step=first_step, start=start, program="1.2.3", clock=lambda: now_s, **limits)
 
 
 def write_steps(store: StoreWriter, *steps: int) -> None:
@@ -214,7 +213,7 @@ def test_a_file_of_something_else_is_damage(tmp_path: Path) -> None:
 def test_an_empty_file_is_a_new_store(tmp_path: Path) -> None:
     (tmp_path / "s").touch()
     writer(tmp_path / "s").close()
-    assert rows(tmp_path / "s", "PRAGMA user_version") == [run_store.FORMAT]
+    assert rows(tmp_path / "s", "PRAGMA user_version") == [FORMAT]
 
 
 def test_damage_inside_is_found_when_it_is_opened(tmp_path: Path) -> None:
@@ -229,12 +228,11 @@ def test_damage_inside_is_found_when_it_is_opened(tmp_path: Path) -> None:
         writer(path)
 
 
-def test_looking_for_damage_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_for_damage_ends_in_time(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     with closing(writer(path)) as store:
         write_steps(store, *range(1, 200))
-    monkeypatch.setattr(run_store, "_CHECK_S", -1.0)
-    with closing(writer(path, first_step=199)) as store:
+    with closing(writer(path, first_step=199, check_s=-1.0)) as store:
         write_steps(store, 200)
 
 
@@ -250,12 +248,9 @@ def test_setting_aside_takes_free_names_and_the_log_of_changes_along(tmp_path: P
     }  # fmt: skip
 
 
-def test_another_program_that_writes_is_in_the_way_for_a_while_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_store, "_BUSY_S", 0.01)
+def test_another_program_that_writes_is_in_the_way_for_a_while_only(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
-    with closing(writer(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+    with closing(writer(path, busy_s=0.01)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(OSError, match=r"run\.sqlite: database is locked"):
             write_steps(store, 1)
@@ -265,7 +260,7 @@ def test_another_program_that_writes_is_in_the_way_for_a_while_only(
 
 def test_a_reader_holds_up_nobody_and_sees_whole_steps(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
-    with closing(writer(path)) as store, closing(run_store.connect_to_read(path)) as reader:
+    with closing(writer(path)) as store, closing(connect_to_read(path)) as reader:
         write_steps(store, 1)
         reader.execute("BEGIN")
         assert reader.execute("SELECT count(*) FROM completions").fetchone() == (6,)

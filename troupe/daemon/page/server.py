@@ -52,12 +52,12 @@ _SAFETY = {
 }
 _NAMES = ("127.0.0.1", "localhost")
 _WATCHERS = 16
-_STATUS_S, _GATHERS_S, _FAREWELL_S = 1.0, 0.2, 1.0
-"""Between two looks at the run; for how long events are gathered; that those who watch may take to read the end."""
+_READS_THE_END_S = 1.0
+"""That those who watch may take to read the end."""
 _NO_TOKEN = "this page is for those who have its token: open the address that the daemon printed, which is in page.url"
 
 
-class Stage(Protocol):
+class Served(Protocol):
     """What a page asks of its daemon."""
 
     async def answer(self, request: Request, who: str) -> Reply: ...
@@ -71,9 +71,18 @@ class Page:
     """
 
     def __init__(
-        self, stage: Stage, history: History, folder: Path, port: int = 0, limits: HttpLimits | None = None
+        self,
+        daemon: Served,
+        history: History,
+        folder: Path,
+        port: int = 0,
+        limits: HttpLimits | None = None,
+        *,
+        status_s: float = 1.0,
+        gathers_s: float = 0.2,
     ) -> None:
-        self._stage = stage
+        """`status_s`: between two looks at the run. `gathers_s`: for how long events are gathered."""
+        self._daemon, self._status_s, self._gathers_s = daemon, status_s, gathers_s
         self._history = history
         self._folder = folder
         self._server = HttpServer(self.answer, port, limits)
@@ -111,7 +120,7 @@ class Page:
         if read_address(self._folder) == self.address:  # and not that of a daemon whose folder lies there now
             remove_address(self._folder)
         if self._history.over and self._watchers:
-            with anyio.move_on_after(_FAREWELL_S):
+            with anyio.move_on_after(_READS_THE_END_S):
                 while self._watchers:
                     await self._left.wait()
         self._tasks.cancel_scope.cancel()
@@ -195,14 +204,14 @@ class Page:
         if not isinstance(asked, _BUTTONS):
             reply = Refused(message=f"the page has no button for {type(asked).__name__}; use the `troupe` command")
         else:
-            reply = await self._stage.answer(asked, "the page")
+            reply = await self._daemon.answer(asked, "the page")
         return _json(reply)
 
     async def _exposition(self) -> HttpResponse:
         from troupe.records.sinks.prometheus_text import exposition  # when it is asked for: the daemon is light
 
         return HttpResponse(
-            kind="text/plain; version=0.0.4; charset=utf-8", body=exposition(await self._stage.status()).encode()
+            kind="text/plain; version=0.0.4; charset=utf-8", body=exposition(await self._daemon.status()).encode()
         )
 
     def _watch(self) -> HttpResponse:
@@ -225,7 +234,7 @@ class Page:
                 if over:
                     return
                 await change.wait()
-                await anyio.sleep(_GATHERS_S)
+                await anyio.sleep(self._gathers_s)
         finally:
             self._watchers -= 1
             self._left.set()
@@ -237,8 +246,8 @@ class Page:
             if not self._watchers:
                 self._watched = anyio.Event()
                 await self._watched.wait()
-            self._history.now(await self._stage.status())
-            await anyio.sleep(_STATUS_S)
+            self._history.now(await self._daemon.status())
+            await anyio.sleep(self._status_s)
 
 
 def _read(file: str) -> bytes:

@@ -1,4 +1,4 @@
-"""A file that grows by whole records only, whatever a disk does meanwhile. Knows nothing of what the records say."""
+"""A file that grows by whole records only, whatever a disk does meanwhile."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class AppendedFile:
     first, wherever that was moved; `lost` is called then, and where somebody has cut the file.
     """
 
-    def __init__(self, path: Path, lost: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, lost: Callable[[], None] = lambda: None, kind: type[FileIO] = FileIO) -> None:
         self._path = path
-        self._lost = lost
+        self._lost, self._kind = lost, kind
         self._folder: int | None = None
         self._file: FileIO | None = None
         self._unwritten = bytearray()
@@ -38,7 +38,7 @@ class AppendedFile:
         """Open for appending. OSError where that fails now."""
         if self._folder is None:
             self._folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        self._file = FileIO(self._path.name, "ab", opener=self._opened)
+        self._file = self._kind(self._path.name, "ab", opener=self._opened)
         self._good = os.fstat(self._file.fileno()).st_size
 
     def add(self, record: bytes) -> None:
@@ -91,7 +91,7 @@ class AppendedFile:
         FolderGoneError where none ever can."""
         if not self._is_in_place(file):
             try:
-                self._file = FileIO(self._path.name, "ab", opener=self._opened)
+                self._file = self._kind(self._path.name, "ab", opener=self._opened)
             except FileNotFoundError:  # a folder that is there can have a new file
                 raise FolderGoneError(f"{self._path.parent}: the folder was deleted under the run") from None
             file.close()

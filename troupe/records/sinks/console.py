@@ -128,10 +128,11 @@ class PlainSink:
     name = "console"
     takes: tuple[type, ...] = (Update, Incident, Status)
 
-    def __init__(self, run: RunInfo, stream: TextIO, *, interval_s: float = 1.0) -> None:
+    def __init__(
+        self, run: RunInfo, stream: TextIO, *, interval_s: float = 1.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._run = run
-        self._stream = stream
-        self._interval_s = interval_s
+        self._stream, self._interval_s, self._clock = stream, interval_s, clock
         self._last_s = self._said_s = float("-inf")
         self._has_stepped = False
         self._at = ""
@@ -143,7 +144,7 @@ class PlainSink:
 
     def write(self, message: object) -> None:
         """Print an update when the last line is old enough or the run is complete, and an incident at once."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if isinstance(message, Incident):
             if self._repeats.take(message, now_s):
                 self._say(f"incident in {message.actor}: {message.message}")
@@ -163,7 +164,7 @@ class PlainSink:
 
     def close(self) -> None:
         """Say what was counted and not told; the stream belongs to the caller."""
-        for line in self._repeats.counted(time.monotonic(), all_of_them=True):
+        for line in self._repeats.counted(self._clock(), all_of_them=True):
             self._say(f"incidents: {line}")
 
     def _tell_of(self, activity: Activity, now_s: float) -> None:
@@ -175,5 +176,5 @@ class PlainSink:
             self._say(activity.text)
 
     def _say(self, line: str) -> None:
-        self._said_s = time.monotonic()
+        self._said_s = self._clock()
         print(one_line(line, self._stream.encoding or "utf-8"), file=self._stream, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from troupe.records.sinks.appended import AppendedFile
 _MOST_STEPS = 2**53
 """Beyond it is no step, and no number that scripts can count to."""
 _BLOCK_BYTES = 1 << 16
-"""Read at once when the end of the file is looked at."""
 
 
 class JsonlSink:
@@ -29,14 +28,22 @@ class JsonlSink:
     name = "jsonl"
     takes: tuple[type, ...] = (Update,)
 
-    def __init__(self, path: Path, *, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        first_step: int = 0,
+        block_bytes: int = _BLOCK_BYTES,
+        make_file: Callable[[Path, Callable[[], None]], AppendedFile] = AppendedFile,
+    ) -> None:
+        """`block_bytes`: read at once when the end of the file is looked at."""
         self.notes: deque[Incident] = deque()
         self.lacking: int | None = None
         """Steps up to the newest that was flushed of which the file has no line; None before it was opened."""
         self._path = path
-        self._first_step = first_step
+        self._first_step, self._block_bytes = first_step, block_bytes
         self._opened = False
-        self._file = AppendedFile(path, self._begin_anew)
+        self._file = make_file(path, self._begin_anew)
         self._newest = self._flushed = first_step
 
     def open(self) -> None:
@@ -70,7 +77,7 @@ class JsonlSink:
 
     def _open_file(self) -> None:
         if self._path.exists():
-            _cut_after(self._path, self._first_step)
+            _cut_after(self._path, self._first_step, self._block_bytes)
         self._file.open()
         self.lacking = self._first_step - len(steps_in(self._path, self._first_step))
 
@@ -137,12 +144,12 @@ def decode_step(line: bytes) -> tuple[int, dict[str, Any]] | None:
     return (step, metrics) if isinstance(step, int) and 0 <= step < _MOST_STEPS else None
 
 
-def _cut_after(path: Path, step: int) -> None:
+def _cut_after(path: Path, step: int, block_bytes: int) -> None:
     """Leave the lines up to the last one that is whole and of no step past `step`; that line gets its end."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         size = os.fstat(descriptor).st_size
-        lines = _lines_from_the_end(descriptor, size)
+        lines = _lines_from_the_end(descriptor, size, block_bytes)
         end, line = next((found for found in lines if _is_of_a_step_up_to(step, found[1])), (0, b""))
         if end == size and (not line or line.endswith(b"\n")):
             return
@@ -154,11 +161,11 @@ def _cut_after(path: Path, step: int) -> None:
         os.close(descriptor)
 
 
-def _lines_from_the_end(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
+def _lines_from_the_end(descriptor: int, size: int, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[int, bytes]]:
     """Every line with where it ends, the last one first; its own end is part of it."""
     start, rest = size, b""
     while start:
-        block_start = max(0, start - _BLOCK_BYTES)
+        block_start = max(0, start - block_bytes)
         rest = os.pread(descriptor, start - block_start, block_start) + rest
         start = block_start
         lines = rest.splitlines(keepends=True) if start == 0 else _whole_lines(rest)

@@ -20,11 +20,15 @@ from troupe.runtime.outlets import of_a_display, outlet_of
 
 
 def make_sinks(
-    config: MetricsConfig, run: RunInfo, others: Mapping[SinkName, Callable[[], Sink]] | None = None
+    config: MetricsConfig,
+    run: RunInfo,
+    others: Mapping[SinkName, Callable[[], Sink]] | None = None,
+    terminal: Console | None = None,
 ) -> list[Sink]:
-    """The sinks of a run, none of them open. `others`: makers of those that are at home elsewhere."""
+    """The sinks of a run, none of them open. `others`: makers of those that are at home elsewhere. `terminal`: where
+    progress is shown; None: standard output."""
     folder = Path(run.folder)
-    console = Console(file=of_a_display(sys.stdout)) if outlet_of(sys.stdout) else Console()
+    console = terminal or (Console(file=of_a_display(sys.stdout)) if outlet_of(sys.stdout) else Console())
     makers: dict[SinkName, Callable[[], Sink]] = {
         "console": lambda: ConsoleSink(run, console) if can_draw(console) else PlainSink(run, sys.stdout),
         "jsonl": lambda: JsonlSink(folder / METRICS, first_step=run.first_step),

@@ -1,4 +1,4 @@
-"""run.sqlite: every step, completion, incident and checkpoint of a run. When to write; how is `run_store`'s."""
+"""run.sqlite: every step, completion, incident and checkpoint of a run. When to write; how is in `store/write.py`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Update
-from troupe.records.store.write import (
+from troupe.records.store.format import (
     DamagedStoreError,
     GroupRows,
     Statement,
     StepRows,
-    StoreWriter,
     checkpoint_statements,
     group_rows,
     incident_statement,
-    set_aside,
     step_rows,
 )
+from troupe.records.store.write import StoreWriter, set_aside
 from troupe.runtime.held_folder import HeldFolder
 
 
@@ -43,6 +42,7 @@ class SqliteSink:
         machine: str = "",
         log_probs: bool = False,
         clock: Callable[[], float] = time.time,
+        make_store: Callable[..., StoreWriter] = StoreWriter,
     ) -> None:
         """`first_step`: steps done before this start. `program`, `machine`: the version of Troupe and where it plays,
         for the store to tell. `log_probs`: whether those of every token are stored."""
@@ -53,7 +53,7 @@ class SqliteSink:
         self._committed = first_step
         self._path, self._first_step, self._program, self._log_probs = path, first_step, program, log_probs
         self._machine = machine
-        self._clock = clock
+        self._clock, self._make_store = clock, make_store
         self._step = first_step
         self._start: int | None = None
         self._store: StoreWriter | None = None
@@ -117,7 +117,7 @@ class SqliteSink:
             self.notes.append(Incident(actor="metrics", kind="file_lost", message=message))
         if self._store is None:
             self._check_folder()
-            self._store = StoreWriter(
+            self._store = self._make_store(
                 self._path,
                 first_step=self._first_step,
                 start=self._start,

@@ -1,7 +1,7 @@
 """TensorBoard event files: scalars, histograms of rewards and lengths, and some completions as text.
 
 The messages of the format are tensorboardX's; the file is written here, so that a disk that fails for a while costs
-nothing. Knows nothing of who reads it.
+nothing.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class TensorBoardSink:
         completions: int = 4,
         completions_every: int = 10,
         clock: Callable[[], float] = time.time,
+        make_file: Callable[[Path], AppendedFile] = AppendedFile,
     ) -> None:
         self.notes: deque[Incident] = deque()
-        self._folder, self._run, self._clock = folder, run, clock
+        self._folder, self._run, self._clock, self._make_file = folder, run, clock, make_file
         self._digest = Digest(newest=run.first_step, samples=completions, every=completions_every)
         self._unpacked: deque[tuple[float, StepDigest]] = deque()
         self._file: AppendedFile | None = None
@@ -93,7 +94,7 @@ class TensorBoardSink:
     def _open_file(self) -> AppendedFile:
         self._folder.mkdir(parents=True, exist_ok=True)
         now_s = self._clock()
-        file = AppendedFile(self._folder / self._next_name(now_s))
+        file = self._make_file(self._folder / self._next_name(now_s))
         file.open()
         self._file = file
         self._add(file, now_s, file_version="brain.Event:2")

@@ -21,7 +21,6 @@ from troupe.messages import GroupClosed, Span
 
 _MAIN_PROCESS = 1
 _PARTS = 8  # of a microsecond: eighths are exact in decimal and in binary, whatever a reader multiplies them with
-_MOST_GROUPS = 1 << 16  # alive at once; more have lost their end
 _MAX_LANES = 1000  # of an actor, for the order of tracks
 _MOST_BYTES = 256 * 2**20  # of a file: viewers hold all of it in memory, several times over
 
@@ -65,8 +64,9 @@ class TraceWriter:
     name = "trace"
     takes: tuple[type, ...] = (Span, GroupClosed)
 
-    def __init__(self, path: Path, *, most_bytes: int = _MOST_BYTES) -> None:
-        self._path, self._most_bytes = path, most_bytes
+    def __init__(self, path: Path, *, most_bytes: int = _MOST_BYTES, most_groups: int = 1 << 16) -> None:
+        """`most_groups`: alive at once; more have lost their end."""
+        self._path, self._most_bytes, self._most_groups = path, most_bytes, most_groups
         self._before = path.with_name(f"{path.stem}.before{path.suffix}")
         self._written = 0
         self._processes: set[int] = set()
@@ -141,7 +141,7 @@ class TraceWriter:
         pieces = self._pieces.get(gid)
         if pieces is None:
             self._pieces[gid] = [piece]
-            if len(self._pieces) > _MOST_GROUPS:
+            if len(self._pieces) > self._most_groups:
                 del self._pieces[next(iter(self._pieces))]
             return
         if before := [past for past in pieces if past.end_s <= piece.start_s]:

@@ -21,7 +21,6 @@ from troupe.records.sinks.base import MetricsConfig, RunInfo
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
 from troupe.records.sinks.jsonl import steps_between
 from troupe.records.sinks.packages import package, wandb_mode
-from troupe.records.sinks.wandb_files import newest_offline_step
 from troupe.runtime.files import drafted
 
 _PATIENCE = 0.8
@@ -130,11 +129,9 @@ class WandbSink(_Tracker):
         )
 
     def _newest_there(self) -> int:
-        told = super()._newest_there()
-        if self._there.offline:
-            written = newest_offline_step(Path(self._run.folder), self._tracked.id)
-            return told if written is None else max(written, self._tracked.kept)
-        return self._there.starting_step - 1 if self._there.resumed else told
+        if self._there.offline:  # its process writes late, and may not have written what a killed start told
+            return self._tracked.kept
+        return self._there.starting_step - 1 if self._there.resumed else super()._newest_there()
 
     def _tell(self, digest: StepDigest) -> None:
         wandb = package("wandb")

@@ -6,8 +6,6 @@ The connection can neither change the file nor hold up who writes. It does not k
 from __future__ import annotations
 
 import sqlite3
-import sys
-from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ import msgspec
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState, PromptText
 from troupe.records.layout import RUN_TOML, STORE
-from troupe.records.store.write import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
+from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer, unpacked
 
 Choice = Literal["best", "worst", "random", "all"]
 """Which completions: those with the highest or lowest value, some by lot, or all in the order of groups."""
@@ -336,18 +334,10 @@ def _completion(row: tuple[Any, ...]) -> StoredCompletion:
     fields = dict(zip(StoredCompletion.__struct_fields__, row, strict=False))  # the last one is the value
     for name in ("prompt", "columns", "versions", "scores", "extra"):
         fields[name] = None if fields[name] is None else msgspec.json.decode(fields[name])
-    fields["token_ids"] = _unpacked("i", fields["token_ids"])
+    fields["token_ids"] = unpacked("i", fields["token_ids"])
     if fields["log_probs"] is not None:
-        fields["log_probs"] = _unpacked("f", fields["log_probs"])
+        fields["log_probs"] = unpacked("f", fields["log_probs"])
     try:
         return msgspec.convert(fields, StoredCompletion)
     except msgspec.ValidationError as error:
         raise InputError(f"group {fields['gid']}, sample {fields['sample']}: not as a run stores it: {error}") from None
-
-
-def _unpacked(code: str, data: bytes) -> list[Any]:
-    numbers = array(code)
-    numbers.frombytes(data)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tolist()

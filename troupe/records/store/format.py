@@ -1,0 +1,228 @@
+"""run.sqlite: what is in it, as rows and the statements that add them, and how it is opened.
+
+starts       one row a start of the run: 1, 2, … with every resume
+machines     which machine played a start; stores of older versions have no such table
+steps        one row a learner batch, its metrics as JSON
+groups       one row a group that has ended, under the step that it ended with
+completions  one row a sample of a group
+incidents    what went wrong, of all starts
+checkpoints  those written; `removed_at` of those that made room for newer ones
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from troupe.errors import OutputError
+from troupe.messages import CheckpointWritten, GroupClosed, Incident, Rollout, Update
+
+FORMAT = 1
+"""`user_version` of the file. A store of a newer format is refused."""
+
+TABLES = (
+    "CREATE TABLE starts (start INTEGER PRIMARY KEY, time REAL, pid INTEGER, first_step INTEGER, troupe TEXT,"
+    " settled INTEGER)",
+    "CREATE TABLE steps (step INTEGER PRIMARY KEY, start INTEGER, version INTEGER, time REAL, metrics TEXT)",
+    "CREATE TABLE groups (gid INTEGER PRIMARY KEY, step INTEGER, slot_step INTEGER, place INTEGER, attempt INTEGER,"
+    " row INTEGER, epoch INTEGER, state TEXT, prompt TEXT, columns TEXT)",
+    "CREATE INDEX groups_by_step ON groups (step)",
+    "CREATE TABLE completions (gid INTEGER, sample INTEGER, step INTEGER, text TEXT, token_ids BLOB, versions TEXT,"
+    " finish_reason TEXT, reward REAL, advantage REAL, scores TEXT, extra TEXT, log_probs BLOB,"
+    " PRIMARY KEY (gid, sample))",
+    "CREATE INDEX completions_by_step ON completions (step)",
+    "CREATE TABLE incidents (start INTEGER, step INTEGER, time REAL, actor TEXT, kind TEXT, message TEXT, gid INTEGER)",
+    "CREATE TABLE checkpoints (version INTEGER PRIMARY KEY, folder TEXT, bytes INTEGER, seconds REAL, time REAL,"
+    " removed_at REAL)",
+)
+MACHINES = "CREATE TABLE IF NOT EXISTS machines (start INTEGER PRIMARY KEY, machine TEXT)"
+TO_BE_MADE_AGAIN = ("steps", "step"), ("groups", "step"), ("completions", "step"), ("checkpoints", "version")
+
+ADD_GROUP = "INSERT OR REPLACE INTO groups VALUES (?,?,?,?,?,?,?,?,?,?)"
+ADD_COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
+ADD_STEP = "INSERT OR REPLACE INTO steps VALUES (?,(SELECT max(start) FROM starts),?,?,?)"
+_ADD_INCIDENT = "INSERT INTO incidents VALUES ((SELECT max(start) FROM starts),?,?,?,?,?,?)"
+_ADD_CHECKPOINT = (
+    "INSERT INTO checkpoints VALUES (?,?,?,?,?,NULL) ON CONFLICT (version) DO UPDATE SET"
+    " folder = excluded.folder, bytes = excluded.bytes, removed_at = NULL,"
+    " seconds = iif(excluded.seconds > 0, excluded.seconds, seconds),"  # 0: told of once more
+    " time = iif(excluded.seconds > 0, excluded.time, time)"
+)
+REMOVE_CHECKPOINT = "UPDATE checkpoints SET removed_at = ? WHERE version = ? AND removed_at IS NULL"
+
+Row = tuple[Any, ...]
+Statement = tuple[str, Row]
+
+
+class DamagedStoreError(Exception):
+    """The file is no run store, or not any more."""
+
+
+class GroupRows(NamedTuple):
+    """A group as it is stored; a small part of the memory that its messages take."""
+
+    group: Row
+    completions: list[Row]
+
+
+class StepRows(NamedTuple):
+    """All that one transaction writes."""
+
+    step: Row
+    groups: Sequence[GroupRows]
+
+
+def group_rows(closed: GroupClosed, *, log_probs: bool = False) -> GroupRows:
+    """What is stored of a group; `log_probs`: those of its tokens, too."""
+    slot, scored = closed.slot, closed.scored
+    place = (closed.gid, closed.version, slot.step, slot.place, slot.attempt)
+    if scored is None:
+        return GroupRows((*place, None, None, closed.state, None, None), [])
+    prompt = scored.group.prompt
+    group = (*place, prompt.row, prompt.epoch, closed.state, json_text(prompt.prompt), json_text(prompt.columns))
+    completions = []
+    for sample, rollout in enumerate(scored.group.rollouts):
+        completions.append(
+            (
+                closed.gid,
+                sample,
+                closed.version,
+                safe_text(rollout.text),
+                packed("i", rollout.token_ids),
+                _runs(rollout),
+                rollout.finish_reason,
+                closed.rewards[sample] if closed.rewards else None,
+                closed.advantages[sample] if closed.advantages else None,
+                json_text({name: scores[sample] for name, scores in scored.scores.items()}),
+                json_text({name: values[sample] for name, values in scored.extra.items()}) if scored.extra else "{}",
+                packed("f", rollout.log_probs) if log_probs else None,
+            )
+        )
+    return GroupRows(group, completions)
+
+
+def step_rows(update: Update, groups: Sequence[GroupRows], unix_s: float) -> StepRows:
+    """A step with the groups that ended with it."""
+    return StepRows((update.step, update.version, unix_s, json_text(update.metrics)), groups)
+
+
+def incident_statement(incident: Incident, step: int, unix_s: float) -> Statement:
+    """What adds an incident; `step`: that of the newest Update before it."""
+    texts = (safe_text(incident.actor), safe_text(incident.kind), safe_text(incident.message))
+    return _ADD_INCIDENT, (step, unix_s, *texts, incident.gid)
+
+
+def checkpoint_statements(written: CheckpointWritten, unix_s: float) -> list[Statement]:
+    """What adds a checkpoint and notes which were removed."""
+    row = (written.version, safe_text(written.folder), written.bytes, written.seconds, unix_s)
+    return [(_ADD_CHECKPOINT, row), *((REMOVE_CHECKPOINT, (unix_s, version)) for version in written.removed)]
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that cannot change the store, does not hold up who writes, and leaves no file behind.
+
+    sqlite3.Error where it cannot be. Where nobody writes, the file is read as it is: who joins the log of a store
+    makes that log's files, and only a writer may remove them.
+    """
+    mode = "mode=ro" if is_in_use(path) else "immutable=1"
+    return sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5.0)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether somebody writes the store, or was killed writing it: then a part of it is in its log. Who ends as one
+    should leaves none."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except OSError:
+        return False
+
+
+def refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
+    """The format of a store, 0 where there is none yet. OutputError where it is newer than ours, DamagedStoreError
+    where it is something else."""
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > FORMAT:
+        raise OutputError(
+            f"{path}: the run store has format {version}, this version of Troupe knows formats up to {FORMAT}; use the "
+            "Troupe that wrote it or a newer one, or move the file away"
+        )
+    if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        raise DamagedStoreError("it is an SQLite file of something else")
+    return version
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON. What JSON does not have, such as an array or any object, is told as well as can be."""
+    try:
+        return _JSON.encode(value).decode()
+    except Exception:  # whatever a user's object does when it is looked at
+        if isinstance(value, dict):
+            parts = (f"{json_text(_name(key))}:{json_text(item)}" for key, item in value.items())
+            return "{" + ",".join(parts) + "}"
+        return _JSON.encode(_name(value)).decode()
+
+
+def safe_text(text: str) -> str:
+    """The text; lone surrogates, which no file takes, are replaced."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _name(value: object) -> str:
+    try:
+        return safe_text(str(value))
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
+def _plain(value: Any) -> Any:
+    """What arrays and numbers of other packages stand for; the text of anything else."""
+    tolist = getattr(value, "tolist", None)
+    return tolist() if callable(tolist) else _name(value)
+
+
+_JSON = msgspec.json.Encoder(enc_hook=_plain)
+
+
+def packed(code: str, numbers: Sequence[float]) -> bytes:
+    """int32 ("i") or float32 ("f"), little-endian."""
+    data = array(code, numbers)
+    if sys.byteorder == "big":
+        data.byteswap()
+    return data.tobytes()
+
+
+def unpacked(code: str, data: bytes) -> list[Any]:
+    """What was packed."""
+    numbers = array(code)
+    numbers.frombytes(data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
+
+
+def _runs(rollout: Rollout) -> str:
+    """The policy versions of the tokens as [[version, tokens], …]."""
+    if len(set(rollout.versions)) == 1:  # nearly always
+        return f"[[{rollout.versions[0]},{len(rollout.versions)}]]"
+    return json_text([(version, len(list(run))) for version, run in groupby(rollout.versions)])
+
+
+@contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """Raise as OSError what may pass, and as DamagedStoreError what does not."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(f"{path}: {error}") from error
+    except sqlite3.DatabaseError as error:
+        if type(error) is sqlite3.DatabaseError:
+            raise DamagedStoreError(str(error)) from error
+        raise
