@@ -1,4 +1,4 @@
-"""Troupe: GRPO training of Qwen3 models on Apple's MLX, played by independent asynchronous actors."""
+"""Troupe: GRPO training of Qwen3 models on Apple's MLX, by independent asynchronous actors."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_nobody_is_there(tmp_path: Path, name: str) -> None:
     result = call(name, str(tmp_path))
     assert result.exit_code == 2
     assert result.stderr == (
-        f"troupe: {tmp_path}: nobody plays a run in this folder now; no step is done yet, and "
+        f"troupe: {tmp_path}: no run is live in this folder now; no step is done yet, and "
         f"nobody is at it; go on with: troupe train -o {tmp_path} --resume\n"
     )
 
@@ -290,7 +290,7 @@ def test_a_folder_of_something_else_is_refused_as_what_it_is(
     (tmp_path / "notes.txt").touch()
     result = call(command[0], ".", *command[1:])
     assert result.exit_code == 2
-    nobody = "" if command == ["status"] else "nobody plays a run in this folder now; "
+    nobody = "" if command == ["status"] else "no run is live in this folder now; "
     assert result.stderr == f"troupe: .: {nobody}there is no run.toml, so this is not the folder of a run\n"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -300,7 +300,7 @@ def test_a_request_to_a_run_that_nobody_runs_says_what_became_of_it(tmp_path: Pa
     (tmp_path / "summary.json").write_text('{"steps": 4, "total_steps": 4}')
     result = call("drain", str(tmp_path))
     assert result.exit_code == 2
-    assert f"{tmp_path}: nobody plays a run in this folder now; complete: 4 of 4 steps" in result.stderr
+    assert f"{tmp_path}: no run is live in this folder now; complete: 4 of 4 steps" in result.stderr
 
 
 @pytest.fixture

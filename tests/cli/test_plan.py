@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tests.support.fakes import tiny_config
 from troupe import train
 from troupe.cli.main import main
-from troupe.cli.plan import describe_plan
+from troupe.cli.train import describe_plan
 from troupe.run.prepare import prepare
 
 

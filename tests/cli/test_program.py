@@ -60,4 +60,4 @@ def test_a_command_for_a_run_is_found(
     with pytest.raises(SystemExit) as end:
         program.main()
     assert end.value.code == 2
-    assert "nobody plays a run" in capsys.readouterr().err
+    assert "no run is live" in capsys.readouterr().err

@@ -204,7 +204,7 @@ def stop(folder: Path, kill: bool) -> None:
 
 
 def _kill(folder: Path) -> bool:
-    """Kill the trainer that plays in a folder → whether one was there that did not answer."""
+    """Kill the trainer of the run in a folder → whether one was there that did not answer."""
     owner, silence = read_owner(folder), silence_of(folder)
     if owner is None or silence is None or owner.pid != silence.pid or not owner.is_alive:
         return False
@@ -242,7 +242,7 @@ def set_command(folder: Path, setting: str) -> None:
     """Set what may change while the run plays, such as learner.lr=1e-6 or log.level=debug."""
     key, value = parse_setting(setting)
     if key.startswith("rewards."):
-        value = anchored_reward(value, Path.cwd())  # ours, not that of who plays the run
+        value = anchored_reward(value, Path.cwd())  # ours, not that of the process that has the run
     _request(folder, Set(key=key, value=value), _LOADING_S if key.startswith("rewards.") else _ANSWER_S)
 
 

@@ -15,10 +15,11 @@ import tomli_w
 from troupe.cli.commands import Command
 from troupe.cli.config import TRAIN_KEYS, tell_policy_of_run, train_config, with_flag
 from troupe.cli.foreground import run_in_terminal
-from troupe.cli.plan import describe_plan
 from troupe.cli.terminal import report_errors
 from troupe.errors import InputError
+from troupe.policy import parameter_count
 from troupe.run.config import config_table
+from troupe.run.memory import describe as describe_memory
 from troupe.run.prepare import Prepared, prepare
 from troupe.run.result import RunResult
 from troupe.runtime.outlets import unhurried
@@ -120,3 +121,35 @@ def tell_result(result: RunResult) -> None:
     final = Path(result.folder) / "final"
     if final.is_dir():  # a run that was stopped has only checkpoints
         tell(f"policy: {final}")
+
+
+def describe_plan(prepared: Prepared) -> list[str]:
+    """What a run would do, in lines, what matters most first: model, prompts, batch, rewards, memory."""
+    config, policy = prepared.config, prepared.start.policy
+    learner, generation, rewards = config.learner, config.generation, config.rewards
+    weights = rewards.weights or (1.0,) * len(prepared.inputs.rewards.names)
+    scored = [f"{name} × {weight:g}" for name, weight in zip(prepared.inputs.rewards.names, weights, strict=False)]
+    limit = prepared.memory.limit_gb
+    steps = f"{prepared.inputs.total_steps} steps into {prepared.folder}; nothing was written"
+    if prepared.start.first_step:
+        done = f"{prepared.start.first_step} of them done"
+        steps = f"{prepared.inputs.total_steps} steps, {done}, {steps.partition(' steps ')[2]}"
+    return [
+        steps,
+        f"model: {prepared.inputs.source}, {_count(parameter_count(policy.config))} weights in {policy.dtype}",
+        *prepared.inputs.description.splitlines(),
+        f"a step: {learner.batch_size} prompts × {generation.num_generations} completions of at most "
+        f"{generation.max_completion_length} tokens, at temperature {generation.temperature:g}",
+        f"rewards: {', '.join(scored)}",
+        f"learning: {learner.loss_type}, learning rate {learner.lr:g} ({learner.lr_scheduler}), beta {learner.beta:g}",
+        f"schedule: {config.schedule.mode}, max_staleness {config.schedule.max_staleness}; a checkpoint every "
+        f"{config.checkpoint.every} steps",
+        *describe_memory(prepared.memory.phases).splitlines(),
+        "memory limit: none" if limit is None else f"memory limit: {config.memory_limit_gb or limit:g} GB",
+    ]
+
+
+def _count(number: int) -> str:
+    if number >= 1e8:
+        return f"{number / 1e9:.2f} billion"
+    return f"{number / 1e6:.2f} million" if number >= 1e5 else str(number)

@@ -1,4 +1,4 @@
-"""What `troupe daemon` is asked to play, and the little of it that the daemon itself has to know."""
+"""What `troupe daemon` is asked to run, and the little of it that the daemon itself has to know."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import msgspec
 
 from troupe.errors import ConfigError
+from troupe.records.layout import RUN_TOML
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import run_folder_named
 from troupe.run.tables import lay_over, table_of
 from troupe.runtime.files import read_toml
-
-_STORED = "run.toml"
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,9 +35,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         A run folder in place of the file is the run that stands there, by its own `run.toml`. Whether the rest of the
         configuration can be used is for the trainer to say.
         """
-        if (run_toml / _STORED).is_file():
+        if (run_toml / RUN_TOML).is_file():
             output = str(run_toml) if output is None else output
-            run_toml = run_toml / _STORED
+            run_toml = run_toml / RUN_TOML
         order = cls(
             run_toml=run_toml.absolute(),
             output=Path(),

@@ -16,9 +16,6 @@ from troupe.messages import Done, Refused, Set
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.tables import flattened
 
-_AT_ITS_START = ("page",)
-"""Keys of its own section that a daemon looks at once."""
-
 
 class Reloading:
     """What is in force of one order's file, and how it changes."""
@@ -55,7 +52,7 @@ class Reloading:
             return f"{key} was not taken over: a number in it has more than 64 bits"
         except (TypeError, ValueError) as error:
             return f"{key} was not taken over: {error!a}"
-        if section == "daemon" and name in _AT_ITS_START:
+        if key == "daemon.page":  # looked at once, at its start
             return f"{key} needs a restart of the daemon"
         if section == "daemon":
             try:

@@ -19,7 +19,7 @@ _PAUSE_S = 30
 
 
 def systemd(order: Order) -> str:
-    """A service of the user's (or the system's) systemd that plays this order. ConfigError where no unit can say it."""
+    """A service of the user's (or the system's) systemd that runs this order. ConfigError where no unit can say it."""
     _check(order)
     return "\n".join(
         [
@@ -50,7 +50,7 @@ def systemd(order: Order) -> str:
 
 
 def launchd(order: Order) -> str:
-    """A launch agent that plays this order. ConfigError where no unit can say it."""
+    """A launch agent that runs this order. ConfigError where no unit can say it."""
     _check(order)
     return plistlib.dumps(
         {

@@ -50,7 +50,7 @@ def test_answers_come_whole_however_they_are_cut(tmp_path: Path) -> None:
 
 
 def test_nobody_is_there(tmp_path: Path) -> None:
-    with pytest.raises(NobodyThereError, match="nobody plays a run in this folder now"):
+    with pytest.raises(NobodyThereError, match="no run is live in this folder now"):
         ask(tmp_path, Pause())
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(os.fspath(tmp_path / CONTROL_SOCKET))

@@ -11,7 +11,7 @@ import random
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -21,9 +21,8 @@ import anyio.to_thread
 import pytest
 
 from tests.daemon.control.test_protocol import REQUESTS, STATUS
-from troupe.daemon.control import server as server_room
 from troupe.daemon.control.client import NobodyThereError, ask
-from troupe.daemon.control.place import Peer, Place
+from troupe.daemon.control.place import Peer, Place, peer_of
 from troupe.daemon.control.protocol import MAX_REQUEST_BYTES, Reply, Request, decode_request, encode_line
 from troupe.daemon.control.server import ControlServer, Limits
 from troupe.errors import OutputError
@@ -56,9 +55,9 @@ class Host:
 
 
 @asynccontextmanager
-async def hosted(folder: Path, **limits: float) -> AsyncIterator[Host]:
+async def hosted(folder: Path, peer: Callable[[socket.socket], Peer] = peer_of, **limits: float) -> AsyncIterator[Host]:
     host = Host()
-    async with ControlServer(folder, host, Limits(**limits)) as server:  # type: ignore[arg-type]
+    async with ControlServer(folder, host, Limits(**limits), peer_of=peer) as server:  # type: ignore[arg-type]
         assert server.unavailable is None
         yield host
 
@@ -255,10 +254,8 @@ async def test_there_is_room_for_so_many_and_no_more(tmp_path: Path) -> None:
             client.close()
 
 
-async def test_another_user_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stranger = Peer(uid=os.geteuid() + 1000, pid=7)
-    monkeypatch.setattr(server_room, "peer_of", lambda connection: stranger)
-    async with hosted(tmp_path) as host:
+async def test_another_user_is_sent_away(tmp_path: Path) -> None:
+    async with hosted(tmp_path, lambda connection: Peer(uid=os.geteuid() + 1000, pid=7)) as host:
         client = Raw(tmp_path)
         await client.say(encode_line(Pause()))
         assert b"belongs to another user" in await client.hear()
@@ -381,17 +378,29 @@ async def test_nothing_is_left_behind_and_the_bodys_error_goes_on_as_itself(tmp_
     with pytest.raises(ValueError, match="mine"):
         await failing_host(tmp_path)
     assert names(tmp_path) == []
-    with pytest.raises(NobodyThereError, match="nobody plays"):
+    with pytest.raises(NobodyThereError, match="no run is live"):
         ask(tmp_path, GetStatus())
 
 
-@pytest.mark.parametrize("step", ["bind", "lock"])
-async def test_without_sockets_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    def refuse(*_: object) -> None:
+class NoPlace(Place):
+    """Of a system that has no locks, or no sockets, to give."""
+
+    def __init__(self, folder: Path, lacking: str) -> None:
+        super().__init__(folder)
+        self._lacking = lacking
+
+    def take(self) -> None:
+        if self._lacking == "locks":
+            raise OSError(95, "Operation not supported")
+        super().take()
+
+    def listen(self) -> socket.socket:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(Place, "listen" if step == "bind" else "take", refuse)
-    async with ControlServer(tmp_path, Host()) as server:
+
+@pytest.mark.parametrize("lacking", ["sockets", "locks"])
+async def test_without_sockets_the_run_goes_on(tmp_path: Path, lacking: str) -> None:
+    async with ControlServer(tmp_path, Host(), place=NoPlace(tmp_path, lacking)) as server:
         assert server.unavailable is not None
         assert "not supported" in server.unavailable
     assert names(tmp_path) == []

@@ -21,7 +21,7 @@ def ask(folder: Path, request: Request, timeout_s: float = 15.0, most_bytes: int
     """
     try:
         if (path := find_socket(folder)) is None:
-            raise NobodyThereError(f"{folder}: nobody plays a run in this folder now")
+            raise NobodyThereError(f"{folder}: no run is live in this folder now")
         connection = connect(path, timeout_s)
     except OSError as error:
         raise NobodyThereError(f"{folder}: nobody answers on the control socket there: {error}") from None

@@ -54,9 +54,19 @@ class ControlServer:
     sockets to give, `unavailable` says why, and nobody is served. Leaving drops everybody and removes the socket.
     """
 
-    def __init__(self, folder: Path, handler: Handler, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        handler: Handler,
+        limits: Limits | None = None,
+        *,
+        place: Place | None = None,
+        peer_of: Callable[[socket.socket], Peer] = peer_of,
+    ) -> None:
+        """`place`: where it listens; `peer_of`: who is at the other end."""
         self.unavailable: str | None = None
-        self._place = Place(folder)
+        self._place = place or Place(folder)
+        self._peer_of = peer_of
         self._handler = handler
         self._limits = limits or Limits()
         self._connections = 0
@@ -96,12 +106,12 @@ class ControlServer:
 
     async def _serve(self, connection: socket.socket) -> None:
         """One client, to the end of its connection; whatever it does stays in here."""
-        peer = peer_of(connection)
+        peer = self._peer_of(connection)
         try:
             with connection:
                 try:
                     self._check(peer)
-                    await _Conversation(connection, peer, self._handler, self._limits).hold()
+                    await self._converse(connection, peer)
                 except _DroppedError as reason:
                     _LOG.debug("%s is dropped: %s", peer, reason)
                     await _send(connection, _refusal(str(reason)), self._limits.write_s)
@@ -116,59 +126,49 @@ class ControlServer:
         if self._connections > self._limits.connections:
             raise _DroppedError(f"{self._limits.connections} clients are there already; try again when one has gone")
 
-
-class _Conversation:
-    """What one client asks, one line after the other."""
-
-    def __init__(self, connection: socket.socket, peer: Peer, handler: Handler, limits: Limits) -> None:
-        self._connection = connection
-        self._peer = peer
-        self._handler = handler
-        self._limits = limits
-        self._read = bytearray()
-
-    async def hold(self) -> None:
+    async def _converse(self, connection: socket.socket, peer: Peer) -> None:
         """Until the client closes its side; half a line before that is no request."""
-        while (line := await self._line()) is not None:
-            await _send(self._connection, await self._answer(line), self._limits.write_s)
+        read = bytearray()
+        while (line := await self._line(connection, read)) is not None:
+            await _send(connection, await self._answer(line, peer), self._limits.write_s)
             await anyio.lowlevel.checkpoint()  # a client that never stops asking leaves others their turn
 
-    async def _line(self) -> bytes | None:
+    async def _line(self, connection: socket.socket, read: bytearray) -> bytes | None:
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
         searched = 0
-        while (end := self._read.find(b"\n", searched)) < 0:
-            searched = len(self._read)
+        while (end := read.find(b"\n", searched)) < 0:
+            searched = len(read)
             if searched > MAX_REQUEST_BYTES:
                 raise _DroppedError(f"a request has at most {MAX_REQUEST_BYTES:,} bytes")
-            allowed_s = begun_s + self._limits.line_s - loop.time() if self._read else self._limits.idle_s
+            allowed_s = begun_s + self._limits.line_s - loop.time() if read else self._limits.idle_s
             try:
                 with anyio.fail_after(max(0.0, allowed_s)):
-                    chunk = await loop.sock_recv(self._connection, _CHUNK_BYTES)
+                    chunk = await loop.sock_recv(connection, _CHUNK_BYTES)
             except TimeoutError:
-                what = "a request was not finished" if self._read else "nothing was asked"
-                raise _DroppedError(f"{what} within {self._limits.line_s if self._read else allowed_s:g} s") from None
+                what = "a request was not finished" if read else "nothing was asked"
+                raise _DroppedError(f"{what} within {self._limits.line_s if read else allowed_s:g} s") from None
             if not chunk:
                 return None
-            if not self._read:
+            if not read:
                 begun_s = loop.time()
-            self._read += chunk
-        line = bytes(self._read[:end])
-        del self._read[: end + 1]
+            read += chunk
+        line = bytes(read[:end])
+        del read[: end + 1]
         if len(line) > MAX_REQUEST_BYTES:
             raise _DroppedError(f"a request has at most {MAX_REQUEST_BYTES:,} bytes")
         return line
 
-    async def _answer(self, line: bytes) -> bytes:
+    async def _answer(self, line: bytes, peer: Peer) -> bytes:
         try:
             request = decode_request(line)
         except ProtocolError as error:
-            _LOG.debug("%s: %s", self._peer, error)
+            _LOG.debug("%s: %s", peer, error)
             return _refusal(str(error))
         try:
-            return encode_line(await self._handler(request, self._peer))
+            return encode_line(await self._handler(request, peer))
         except Exception as error:  # a request must not end the run
-            _LOG.exception("a request of %s failed", self._peer)
+            _LOG.exception("a request of %s failed", peer)
             return _refusal(f"the request failed: {type(error).__name__}: {error}")
 
 
