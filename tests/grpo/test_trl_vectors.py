@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.support import trl
+from tests.support.fakes import make_rollout
 from tests.support.trl import number
 from troupe.actors.learner.batch import assemble
 from troupe.grpo import (
@@ -43,7 +44,7 @@ from troupe.grpo.ratios import (
     sampler_correction,
 )
 from troupe.grpo.tallies import averages, merge
-from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup, Slot
+from troupe.messages import Prompt, RolloutGroup, ScoredGroup, Slot
 from troupe.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
 Case = dict[str, Any]
@@ -338,15 +339,7 @@ def test_advantages_and_reward_statistics(case: Case) -> None:
 def test_masks_and_metrics_of_completions(case: Case) -> None:
     ended = (case["eos_token_id"], case["pad_token_id"])
     rollouts = [
-        Rollout(
-            token_ids=tuple(row),
-            log_probs=(0.0,) * len(row),
-            sampling_log_probs=(0.0,) * len(row),
-            versions=(0,) * len(row),
-            finish_reason="stop" if row and row[-1] in ended else "length",
-            text="",
-        )
-        for row in case["completion_ids"]
+        make_rollout(row, reason="stop" if row and row[-1] in ended else "length") for row in case["completion_ids"]
     ]
     G, scores = case["num_generations"], number(case["rewards_per_func"])
     table = [tuple(None if math.isnan(score) else score for score in row) for row in scores]

@@ -13,8 +13,9 @@ import anyio
 import msgspec
 import pytest
 
+from tests.support.fakes import make_rollout
 from troupe.errors import RewardError
-from troupe.messages import Incident, Prompt, Rollout, RolloutGroup, Slot
+from troupe.messages import Incident, Prompt, RolloutGroup, Slot
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, exact_answer_reward
 
 pytestmark = pytest.mark.anyio
@@ -104,20 +105,9 @@ async def test_columns_and_ids_reach_the_functions() -> None:
 
 
 def group(prompt: Any, **columns: Any) -> RolloutGroup:
-    def rollout(text: str, ids: tuple[int, ...]) -> Rollout:
-        zeros = (0.0,) * len(ids)
-        return Rollout(
-            token_ids=ids,
-            log_probs=zeros,
-            sampling_log_probs=zeros,
-            versions=(0,) * len(ids),
-            finish_reason="stop",
-            text=text,
-        )
-
     slot = Slot(step=0, place=0)
     asked = Prompt(gid=9, slot=slot, epoch=0, row=0, prompt=prompt, prompt_ids=(1,), columns=columns)
-    return RolloutGroup(prompt=asked, rollouts=(rollout("yes", (5, 6)), rollout("no", (7,))))
+    return RolloutGroup(prompt=asked, rollouts=(make_rollout((5, 6), text="yes"), make_rollout((7,), text="no")))
 
 
 async def test_groups_are_scored_as_trl_would() -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from tests.support.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, load_config
-from troupe.messages import Incident, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot, Span
+from troupe.messages import FinishReason, Incident, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot, Span
 from troupe.policy import CompletedGroup, Completion, RolloutRequest, Weights
 from troupe.records.sinks.thread import SinkThread
 from troupe.runtime.device import DeviceThread
@@ -87,6 +87,26 @@ def make_prompt(
     )
 
 
+def make_rollout(
+    ids: Sequence[int],
+    *,
+    log_probs: Sequence[float] | None = None,
+    versions: Sequence[int] | None = None,
+    reason: FinishReason = "stop",
+    text: str = "",
+) -> Rollout:
+    """A completion; its log-probs are −1 and its tokens of version 0 if not told otherwise."""
+    given = (-1.0,) * len(ids) if log_probs is None else tuple(log_probs)
+    return Rollout(
+        token_ids=tuple(ids),
+        log_probs=given,
+        sampling_log_probs=given,
+        versions=(0,) * len(ids) if versions is None else tuple(versions),
+        finish_reason=reason,
+        text=text,
+    )
+
+
 def make_group(prompt: Prompt, *, size: int = NUM_GENERATIONS, version: int = 0) -> RolloutGroup:
     """A group whose completions differ in length and ids, as a function of the gid alone."""
     dice = random.Random(prompt.gid)
@@ -94,16 +114,8 @@ def make_group(prompt: Prompt, *, size: int = NUM_GENERATIONS, version: int = 0)
     for _ in range(size):
         ids = tuple(dice.randrange(100) for _ in range(dice.randrange(2, 6)))
         log_probs = tuple(-5.0 - dice.random() for _ in ids)
-        rollouts.append(
-            Rollout(
-                token_ids=ids,
-                log_probs=log_probs,
-                sampling_log_probs=log_probs,
-                versions=(version,) * len(ids),
-                finish_reason="stop",
-                text=" ".join(map(str, ids)),
-            )
-        )
+        versions, text = (version,) * len(ids), " ".join(map(str, ids))
+        rollouts.append(make_rollout(ids, log_probs=log_probs, versions=versions, text=text))
     return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
 
 

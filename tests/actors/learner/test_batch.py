@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.support.fakes import make_rollout
 from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.actors.learner.gathering import is_usable
 from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
@@ -19,15 +20,9 @@ from troupe.policy.gradient.chunks import side_by_side
 
 
 def rollout(*ids: int, reason: FinishReason = "stop") -> Rollout:
-    log_probs = tuple(-0.25 * (t + 1) for t in range(len(ids)))
-    return Rollout(
-        token_ids=ids,
-        log_probs=log_probs,
-        sampling_log_probs=tuple(10 * x for x in log_probs),
-        versions=(0,) * len(ids),
-        finish_reason=reason,
-        text="",
-    )
+    log_probs = [-0.25 * (t + 1) for t in range(len(ids))]
+    made = make_rollout(ids, log_probs=log_probs, reason=reason)
+    return msgspec.structs.replace(made, sampling_log_probs=tuple(10 * x for x in log_probs))
 
 
 def group(

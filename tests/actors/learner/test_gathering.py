@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.fakes import make_prompt, make_scored
+from tests.support.fakes import make_prompt, make_rollout, make_scored
 from troupe.actors.learner.gathering import (
     FreeGathering,
     Gathering,
@@ -21,7 +21,7 @@ from troupe.actors.learner.gathering import (
     slot_of,
 )
 from troupe.actors.schedule import OnStale, ScheduleConfig
-from troupe.messages import Replace, Rollout, RolloutGroup, ScoredGroup, Slot
+from troupe.messages import Replace, RolloutGroup, ScoredGroup, Slot
 from troupe.runtime.board import Credits
 
 NOTHING: tuple[float | None, ...] = (None, None, None)
@@ -34,17 +34,7 @@ def free(on_stale: OnStale = "drop", *, max_staleness: int = 1, resampling: int 
 
 def aged(step: int, place: int, *versions: tuple[int, ...], attempt: int = 0) -> ScoredGroup:
     """A group whose completions have tokens of these versions."""
-    rollouts = tuple(
-        Rollout(
-            token_ids=tuple(range(len(row))),
-            log_probs=(-1.0,) * len(row),
-            sampling_log_probs=(-1.0,) * len(row),
-            versions=row,
-            finish_reason="stop",
-            text="",
-        )
-        for row in versions
-    )
+    rollouts = tuple(make_rollout(range(len(row)), versions=row) for row in versions)
     group = RolloutGroup(prompt=make_prompt(step, place, attempt), rollouts=rollouts)
     return ScoredGroup(group=group, scores={"r": tuple(float(i) for i in range(len(rollouts)))})
 

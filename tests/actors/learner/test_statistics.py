@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.fakes import make_prompt
+from tests.support.fakes import make_prompt, make_rollout
 from troupe.actors.learner.statistics import (
     advantage_statistics,
     advantages_of,
@@ -27,15 +27,7 @@ WEIGHTS = {"a": 1.0, "b": 2.0}
 
 
 def rollout(length: int, reason: FinishReason = "stop") -> Rollout:
-    zeros = (0.0,) * length
-    return Rollout(
-        token_ids=(7,) * length,
-        log_probs=zeros,
-        sampling_log_probs=zeros,
-        versions=(0,) * length,
-        finish_reason=reason,
-        text="",
-    )
+    return make_rollout((7,) * length, reason=reason)
 
 
 def group(

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from tests.support.fakes import make_rollout
 from troupe.messages import (
     NOT_STARTED,
     GroupClosed,
     Phase,
     Prompt,
     PromptText,
-    Rollout,
     RolloutGroup,
     ScoredGroup,
     Slot,
@@ -36,17 +36,7 @@ def closed(
 ) -> GroupClosed:
     """A group that ended with step `step`; its n-th completion has n tokens, and the n-th of the rewards."""
     slot = Slot(step=step - 1, place=place)
-    rollouts = tuple(
-        Rollout(
-            token_ids=(7,) * n,
-            log_probs=(0.0,) * n,
-            sampling_log_probs=(0.0,) * n,
-            versions=(0,) * n,
-            finish_reason="stop",
-            text=text,
-        )
-        for n, text in enumerate(texts, 1)
-    )
+    rollouts = tuple(make_rollout((7,) * n, log_probs=(0.0,) * n, text=text) for n, text in enumerate(texts, 1))
     asked = Prompt(gid=step, slot=slot, epoch=0, row=0, prompt=prompt, prompt_ids=(1,), columns={})
     told = tuple(rewards[: len(texts)])
     scored = ScoredGroup(group=RolloutGroup(prompt=asked, rollouts=rollouts), scores={"exact": told})
