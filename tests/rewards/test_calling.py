@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
+from tests.rewards.scoring import until
 from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Incident
@@ -168,12 +169,6 @@ class Service:
         await anyio.lowlevel.checkpoint()
         self.now -= 1
         return self.asked if self.up else Fault("reward_error", f"fault {self.asked}")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
 
 
 async def test_the_last_of_the_calls_in_a_row_waits_and_the_others_have_failed() -> None:

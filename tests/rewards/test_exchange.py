@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
 
+from tests.rewards.scoring import Scoring, until
 from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
-from troupe.messages import Incident
-from troupe.rewards import GroupScores, RewardActor, RewardManager, RewardSample, RewardsConfig, batch_reward
+from troupe.messages import Incident, RolloutGroup
+from troupe.rewards import RewardActor, RewardManager, RewardSample, batch_reward
 
 pytestmark = pytest.mark.anyio
 
@@ -41,14 +41,8 @@ class Judge(RewardActor):
             raise OSError("will not close")
 
 
-class Scoring:
-    def __init__(self, *rewards: Any, **settings: Any) -> None:
-        self.manager = RewardManager(rewards, config=RewardsConfig(retries=0, breaker_max_wait_s=0.001, **settings))
-        self.results: dict[int, GroupScores] = {}
-
-    async def score(self, place: int, size: int = 9) -> None:
-        group = make_group(make_prompt(0, place, batch_size=size))
-        self.results[place] = await self.manager.score_group(group)
+def group(place: int, size: int = 9) -> RolloutGroup:
+    return make_group(make_prompt(0, place, batch_size=size))
 
 
 async def test_groups_under_way_keep_the_old_one_and_it_stops_after_the_last_of_them() -> None:
@@ -60,11 +54,11 @@ async def test_groups_under_way_keep_the_old_one_and_it_stops_after_the_last_of_
         stopped.extend(await scoring.manager.exchange("Judge", new))
 
     async with scoring.manager, anyio.create_task_group() as tasks:
-        tasks.start_soon(scoring.score, 0)
+        tasks.start_soon(scoring.score, group(0))
         await anyio.wait_all_tasks_blocked()
         tasks.start_soon(exchange)
         await anyio.wait_all_tasks_blocked()
-        tasks.start_soon(scoring.score, 1)
+        tasks.start_soon(scoring.score, group(1))
         new.go.set()
         await anyio.wait_all_tasks_blocked()
         assert scoring.results[1].scores == {"Judge": (2.0, 2.0, 2.0)}
@@ -94,7 +88,7 @@ async def test_what_cannot_take_over_leaves_the_old_one() -> None:
             await scoring.manager.exchange("Judge", "lenght")
         with pytest.raises(RewardError, match="is called once a group, and its replacement would be once a batch"):
             await scoring.manager.exchange("Judge", batch_reward(lambda completions: []))
-        await scoring.score(0)
+        await scoring.score(group(0))
         assert scoring.manager.versions == {"Judge": 0}
     assert scoring.results[0].scores == {"Judge": (1.0, 1.0, 1.0)}
     assert broken.events == ["start", "stop"]
@@ -111,9 +105,8 @@ async def test_an_exchange_is_a_way_out_when_the_old_one_is_down() -> None:
         with anyio.fail_after(30):
             async with anyio.create_task_group() as tasks:
                 for place in range(3):
-                    tasks.start_soon(scoring.score, place)
-                while not scoring.manager.down:
-                    await anyio.lowlevel.checkpoint()
+                    tasks.start_soon(scoring.score, group(place))
+                await until(lambda: scoring.manager.down)
                 await scoring.manager.exchange("Judge", new)
     assert [scoring.results[place].scores["Judge"] for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
     assert told == ["reward_down", "reward_exchanged", "reward_back"]
@@ -131,13 +124,13 @@ async def test_a_round_that_has_begun_stays_whole_with_the_old_one() -> None:
 
     scoring = Scoring(old)
     async with scoring.manager, anyio.create_task_group() as tasks:
-        tasks.start_soon(scoring.score, 0, 2)
+        tasks.start_soon(scoring.score, group(0, 2))
         await anyio.wait_all_tasks_blocked()
         tasks.start_soon(scoring.manager.exchange, "old", new)
         await anyio.wait_all_tasks_blocked()
-        await scoring.score(1, 2)
+        await scoring.score(group(1, 2))
         for place in range(2):
-            scoring.manager.settled(make_group(make_prompt(0, place, batch_size=2)))
+            scoring.manager.settled(group(place, 2))
     assert [scoring.results[place].rewards for place in range(2)] == [(1.0, 1.0, 1.0)] * 2
     assert (await scoring.manager.compute_rewards(["p"], ["a"])).scores == {"old": (2.0,)}
 
@@ -156,9 +149,8 @@ async def test_a_round_that_waits_for_a_reward_that_is_down_moves_to_the_new_one
         with anyio.fail_after(30):
             async with anyio.create_task_group() as tasks:
                 for place in range(3):
-                    tasks.start_soon(scoring.score, place, 3)
-                while not scoring.manager.down:
-                    await anyio.lowlevel.checkpoint()
+                    tasks.start_soon(scoring.score, group(place, 3))
+                await until(lambda: scoring.manager.down)
                 await scoring.manager.exchange("old", new)
     assert [scoring.results[place].rewards for place in range(3)] == [(2.0, 2.0, 2.0)] * 3
 
@@ -178,7 +170,7 @@ async def test_of_two_exchanges_at_once_the_later_one_scores_in_the_end() -> Non
                 tasks.start_soon(scoring.manager.exchange, "Judge", judge)
                 await anyio.wait_all_tasks_blocked()
             slow.go.set()
-        await scoring.score(0)
+        await scoring.score(group(0))
         assert scoring.manager.versions == {"Judge": 2}
         assert (old.events, slow.events, last.events) == (["start", "stop"], ["start", "stop"], ["start"])
     assert scoring.results[0].scores == {"Judge": (3.0, 3.0, 3.0)}
@@ -199,9 +191,9 @@ async def test_the_file_of_a_successor_is_imported_while_the_loop_goes_on(tmp_pa
         with anyio.fail_after(60):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(scoring.manager.exchange, "<lambda>", f"{file}:judge")
-                await scoring.score(0)
+                await scoring.score(group(0))
                 (tmp_path / "go").touch()
-            await scoring.score(1)
+            await scoring.score(group(1))
     assert [scoring.results[place].rewards for place in range(2)] == [(1.0,) * 3, (2.0,) * 3]
 
 
@@ -210,7 +202,7 @@ async def test_the_managers_end_stops_the_old_one_too_where_its_groups_never_end
     scoring = Scoring(old)
     async with scoring.manager:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(scoring.score, 0)
+            tasks.start_soon(scoring.score, group(0))
             await anyio.wait_all_tasks_blocked()
             tasks.start_soon(scoring.manager.exchange, "Judge", new)
             await anyio.wait_all_tasks_blocked()

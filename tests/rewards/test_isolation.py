@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, isolation
-from troupe.rewards.isolation import InPlace, end_tasks, in_daemon_thread, in_own_task
+from troupe.rewards.isolation import DaemonThreads, InPlace, end_tasks, in_daemon_thread, in_own_task
 
 pytestmark = pytest.mark.anyio
 
@@ -107,13 +107,12 @@ def test_a_thread_that_outlives_the_event_loop_ends_quietly() -> None:
     assert not stuck[0].is_alive()
 
 
-async def test_an_idle_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "_IDLE", [])
-    monkeypatch.setattr(isolation, "IDLE_S", 0.01)
-    thread = await in_daemon_thread(threading.current_thread)
+async def test_an_idle_thread_ends() -> None:
+    threads = DaemonThreads(idle_s=0.01)
+    thread = await threads.run(threading.current_thread)
     thread.join(30)
     assert not thread.is_alive()
-    assert await in_daemon_thread(lambda: 7) == 7
+    assert await threads.run(lambda: 7) == 7
 
 
 async def test_what_a_thread_raises_comes_through_and_context_goes_along() -> None:

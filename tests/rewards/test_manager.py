@@ -13,16 +13,13 @@ import anyio
 import msgspec
 import pytest
 
+from tests.rewards.scoring import no_sleep
 from tests.support.fakes import make_rollout
 from troupe.errors import RewardError
 from troupe.messages import Incident, Prompt, RolloutGroup, Slot
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, exact_answer_reward
 
 pytestmark = pytest.mark.anyio
-
-
-async def no_sleep(seconds: float) -> None:
-    await anyio.lowlevel.checkpoint()
 
 
 manager = functools.partial(RewardManager, sleep=no_sleep)

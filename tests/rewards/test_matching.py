@@ -13,7 +13,7 @@ import pytest
 
 from troupe.rewards import RewardManager
 from troupe.rewards.builtin import format_reward
-from troupe.rewards.matching import ALL_S, LIMIT_S, Matching, _end
+from troupe.rewards.matching import ALL_S, LIMIT_S, Matching, end_process
 
 pytestmark = pytest.mark.anyio
 ENDLESS = r"(a+)+$"
@@ -44,18 +44,18 @@ def test_several_threads_share_the_processes() -> None:
     for thread in threads:
         thread.join()
     assert found == [[True, False]] * 12
-    assert 1 <= len(matching._idle) <= 4
+    assert 1 <= len(matching.idle) <= 4
 
 
 def test_processes_end_with_what_they_are_for_and_one_that_was_killed_is_replaced() -> None:
     matching = Matching(r"\d+")
     matching.full(["1"])
-    [child] = matching._idle
+    [child] = matching.idle
     os.kill(child.pid, signal.SIGKILL)
     assert child.stdout is not None
     assert child.stdout.read() == b"", "it has ended"
     assert matching.full(["1"]) == [True]
-    [other] = matching._idle
+    [other] = matching.idle
     assert other.pid != child.pid
     del matching
     gc.collect()
@@ -95,7 +95,7 @@ class _Taken(list[Any]):
 
 def test_an_idle_process_that_another_thread_takes_first_is_no_error() -> None:
     matching = Matching("a+")
-    matching._idle = _Taken()
+    matching.idle = _Taken()
     assert matching.full(["aa", "b"]) == [True, False]
-    [child] = list(matching._idle)
-    _end(child)
+    [child] = list(matching.idle)
+    end_process(child)

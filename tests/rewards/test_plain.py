@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import functools
 import math
 import threading
 from collections import OrderedDict, deque
@@ -17,8 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from troupe.rewards import reward_log
-from troupe.rewards.reward_log import RewardLog, plain
+from troupe.rewards.reward_log import DEEPEST, RewardLog, plain
 
 
 class Shouting(str):
@@ -111,16 +111,15 @@ def test_what_stands_for_what(case: int) -> None:
     assert type(found) is type(expected)
 
 
-def test_nothing_is_kept_that_is_larger_than_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_log, "LONGEST", 10)
-    monkeypatch.setattr(reward_log, "MOST", 5)
-    assert plain("x" * 25) == "x" * 10 + "… (15 more characters)"
-    assert plain(["a" * 6, "b" * 6]) == ["aaaaaa", "bbbb… (2 more characters)"]
-    assert plain(list(range(9))) == [0, 1, 2, 3, "… (5 more)"]
-    assert plain([[1, 2, 3], [4, 5, 6]]) == [[1, 2, 3], ["… (3 more)"]]
-    assert plain(dict.fromkeys("abcdefg", 0)) == {**dict.fromkeys("abcd", 0), "…": "3 more"}
-    assert plain(mx.arange(9)) == [0, 1, 2, 3, "… (5 more)"]
-    assert plain(np.arange(9).reshape(3, 3)) == [0, 1, 2, 3, "… (5 more)"]
+def test_nothing_is_kept_that_is_larger_than_the_limits() -> None:
+    cut = functools.partial(plain, most=5, longest=10)
+    assert cut("x" * 25) == "x" * 10 + "… (15 more characters)"
+    assert cut(["a" * 6, "b" * 6]) == ["aaaaaa", "bbbb… (2 more characters)"]
+    assert cut(list(range(9))) == [0, 1, 2, 3, "… (5 more)"]
+    assert cut([[1, 2, 3], [4, 5, 6]]) == [[1, 2, 3], ["… (3 more)"]]
+    assert cut(dict.fromkeys("abcdefg", 0)) == {**dict.fromkeys("abcd", 0), "…": "3 more"}
+    assert cut(mx.arange(9)) == [0, 1, 2, 3, "… (5 more)"]
+    assert cut(np.arange(9).reshape(3, 3)) == [0, 1, 2, 3, "… (5 more)"]
 
 
 def test_what_lies_too_deep_is_cut() -> None:
@@ -128,7 +127,7 @@ def test_what_lies_too_deep_is_cut() -> None:
         found, depth = plain(value), 0
         while isinstance(found, list):
             found, depth = (found[0] if found else None), depth + 1
-        assert (found, depth) == ("…", reward_log.DEEPEST)
+        assert (found, depth) == ("…", DEEPEST)
 
 
 class Evil:

@@ -9,15 +9,14 @@ import anyio
 import msgspec
 import pytest
 
+from tests.rewards.scoring import Scoring
 from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import Span
 from troupe.rewards import (
-    GroupScores,
     RewardActor,
     RewardManager,
     RewardSample,
-    RewardsConfig,
     TrainerState,
     batch_reward,
 )
@@ -53,15 +52,6 @@ def groups(step: int = 0, attempt: int = 0, size: int = 3) -> list[Any]:
     return [make_group(make_prompt(step, place, attempt, batch_size=size), size=2) for place in range(size)]
 
 
-class Scoring:
-    def __init__(self, *rewards: Any) -> None:
-        self.manager = RewardManager(rewards, config=RewardsConfig(retries=0, breaker_failures=0))
-        self.results: dict[int, GroupScores] = {}
-
-    async def score(self, group: Any) -> None:
-        self.results[group.prompt.gid] = await self.manager.score_group(group)
-
-
 async def test_one_call_a_round_in_slot_order_while_other_rewards_do_not_wait() -> None:
     ranks, seen = Ranks(), list[str]()
 
@@ -69,7 +59,7 @@ async def test_one_call_a_round_in_slot_order_while_other_rewards_do_not_wait() 
         seen.append(prompts[0])
         return [0.0] * len(completions)
 
-    scoring = Scoring(ranks, each)
+    scoring = Scoring(ranks, each, breaker_failures=0)
     first, second = groups(), groups(step=1)
     async with anyio.create_task_group() as tasks:
         for group in [first[2], second[0], first[0]]:
@@ -92,7 +82,7 @@ async def test_one_call_a_round_in_slot_order_while_other_rewards_do_not_wait() 
 async def test_a_failed_call_is_missing_for_the_round_and_told_once() -> None:
     ranks = Ranks()
     ranks.faults = 1
-    scoring = Scoring(ranks)
+    scoring = Scoring(ranks, breaker_failures=0)
     async with anyio.create_task_group() as tasks:
         for group in groups():
             tasks.start_soon(scoring.score, group)
@@ -102,7 +92,7 @@ async def test_a_failed_call_is_missing_for_the_round_and_told_once() -> None:
 
 async def test_replacements_are_a_round_of_their_own() -> None:
     ranks = Ranks()
-    scoring = Scoring(ranks)
+    scoring = Scoring(ranks, breaker_failures=0)
     async with anyio.create_task_group() as tasks:
         for group in groups():
             tasks.start_soon(scoring.score, group)
@@ -114,7 +104,7 @@ async def test_replacements_are_a_round_of_their_own() -> None:
 async def test_who_waits_for_the_round_is_not_at_work_meanwhile() -> None:
     ranks = Ranks()
     ranks.gate = anyio.Event()
-    scoring = Scoring(ranks)
+    scoring = Scoring(ranks, breaker_failures=0)
     report = Reporter("scorer", None, Mailbox("metrics").channel("spans", Span, bound=99, overflow="drop_oldest"))
     async with anyio.create_task_group() as tasks:
         for group in groups(step=4, size=2):
@@ -133,7 +123,7 @@ async def test_who_waits_for_the_round_is_not_at_work_meanwhile() -> None:
 async def test_groups_that_are_decoded_alone_are_scored_alone() -> None:
     ranks = Ranks()
     ranks.gate = anyio.Event()
-    scoring = Scoring(ranks)
+    scoring = Scoring(ranks, breaker_failures=0)
     alone = [make_group(make_prompt(0, place, 1, batch_size=3, round_size=1), size=2) for place in (0, 2)]
     async with anyio.create_task_group() as tasks:
         for group in alone:
@@ -150,7 +140,7 @@ async def test_groups_that_are_decoded_alone_are_scored_alone() -> None:
 async def test_when_who_makes_the_call_is_cancelled_another_one_does() -> None:
     ranks = Ranks()
     ranks.gate = anyio.Event()
-    scoring = Scoring(ranks)
+    scoring = Scoring(ranks, breaker_failures=0)
     cancelled = anyio.CancelScope()
     three = groups()
 

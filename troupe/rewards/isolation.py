@@ -24,8 +24,6 @@ T = TypeVar("T")
 
 GRACE_S = 1.0
 """That a cancelled coroutine may take to end before it is left behind."""
-IDLE_S = 30.0
-"""After which a thread without work ends."""
 
 
 async def in_own_task(call: Callable[[], Awaitable[T]]) -> T:
@@ -185,37 +183,6 @@ def _chain(waiting: object) -> Iterator[object]:
         waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
 
 
-def in_daemon_thread(
-    work: Callable[[], Any],
-    read: Callable[[Any], Any] = lambda result: result,
-    within: AbstractContextManager[Any] | None = None,
-) -> asyncio.Future[Any]:
-    """Run `work` in a daemon thread, one of those that are idle or a new one, and there `read` what it returns, both of
-    it `within` a context → the future of what was read.
-
-    A cancelled call is left to itself: Python cannot stop a thread. Its thread ends with it and is never used again.
-    """
-    call = _ThreadCall(work, read, contextlib.nullcontext() if within is None else within)
-    with _LOCK:
-        thread = _IDLE.pop() if _IDLE else None
-    if thread is None:
-        thread = _WorkerThread()
-        thread.start()
-    thread.calls.put(call)
-    return call.answer
-
-
-def end_idle_threads() -> None:
-    """End the threads that wait for work; whoever has some later starts another."""
-    with _LOCK:
-        idle = _IDLE.copy()
-        _IDLE.clear()
-    for thread in idle:
-        thread.calls.put(None)
-    for thread in idle:
-        thread.join()  # it does nothing but wait
-
-
 class _ThreadCall:
     """Work for a thread, and the way back to who waits for it."""
 
@@ -245,11 +212,51 @@ class _ThreadCall:
             self.answer.set_result(self.result)
 
 
+class DaemonThreads:
+    """Daemon threads that make calls, and are used again."""
+
+    def __init__(self, idle_s: float = 30.0) -> None:
+        """`idle_s`: after which a thread without work ends."""
+        self.idle_s, self.lock = idle_s, threading.Lock()
+        self.idle: list[_WorkerThread] = []
+
+    def run(
+        self,
+        work: Callable[[], Any],
+        read: Callable[[Any], Any] = lambda result: result,
+        within: AbstractContextManager[Any] | None = None,
+    ) -> asyncio.Future[Any]:
+        """Run `work` in one that is idle or a new one, and there `read` what it returns, both of it `within` a context
+        → the future of what was read.
+
+        A cancelled call is left to itself: Python cannot stop a thread. Its thread ends with it and is never used
+        again.
+        """
+        call = _ThreadCall(work, read, contextlib.nullcontext() if within is None else within)
+        with self.lock:
+            thread = self.idle.pop() if self.idle else None
+        if thread is None:
+            thread = _WorkerThread(self)
+            thread.start()
+        thread.calls.put(call)
+        return call.answer
+
+    def end_idle(self) -> None:
+        """End the threads that wait for work; whoever has some later starts another."""
+        with self.lock:
+            ending, self.idle = self.idle, []
+        for thread in ending:
+            thread.calls.put(None)
+        for thread in ending:
+            thread.join()  # it does nothing but wait
+
+
 class _WorkerThread(threading.Thread):
     """Makes one call after the other; idle in between, and at an end when it has been so for long."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: DaemonThreads) -> None:
         super().__init__(name="troupe reward", daemon=True)
+        self._threads = threads
         self.calls: queue.SimpleQueue[_ThreadCall | None] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -266,21 +273,21 @@ class _WorkerThread(threading.Thread):
             if call.answer.cancelled():
                 call.hand_over()
                 return
-            with _LOCK:
-                _IDLE.append(self)
+            with self._threads.lock:
+                self._threads.idle.append(self)
             call.hand_over()
             del call  # holds what the reward was given
 
     def _next(self) -> _ThreadCall | None:
         try:
-            return self.calls.get(timeout=IDLE_S)
+            return self.calls.get(timeout=self._threads.idle_s)
         except queue.Empty:
-            with _LOCK:
-                if self in _IDLE:
-                    _IDLE.remove(self)
+            with self._threads.lock:
+                if self in self._threads.idle:
+                    self._threads.idle.remove(self)
                     return None
         return self.calls.get()  # somebody has just taken it up
 
 
-_LOCK = threading.Lock()
-_IDLE: list[_WorkerThread] = []
+THREADS = DaemonThreads()
+in_daemon_thread = THREADS.run

@@ -27,7 +27,7 @@ from troupe.rewards.events import RewardEvents, incident_of
 from troupe.rewards.exchange import NamedReward, RewardVersion
 from troupe.rewards.faults import in_short
 from troupe.rewards.function_runner import FunctionRunner
-from troupe.rewards.isolation import end_idle_threads
+from troupe.rewards.isolation import THREADS
 from troupe.rewards.loading import load_reward
 from troupe.rewards.outcomes import Batch, GroupScores, Outcome, joined, round_of
 from troupe.rewards.processes.runner import ProcessRunner, process_spec
@@ -184,7 +184,7 @@ class RewardManager:
         with anyio.CancelScope(shield=True):
             for name, reward in reversed(self._named.items()):
                 incidents += [incident_of(name, fault, None) for fault in await reward.stop()]
-        end_idle_threads()
+        THREADS.end_idle()
         ends(self)
         return tuple(incidents)
 

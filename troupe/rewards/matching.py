@@ -32,9 +32,9 @@ class Matching:
 
     def __init__(self, pattern: str, limit_s: float = LIMIT_S) -> None:
         self._pattern, self._limit_s = pattern, limit_s
-        self._idle: list[subprocess.Popen[bytes]] = []
+        self.idle: list[subprocess.Popen[bytes]] = []
         self._places = threading.BoundedSemaphore(_AT_ONCE)
-        weakref.finalize(self, _end_all, self._idle)
+        weakref.finalize(self, _end_all, self.idle)
 
     def limit_s(self, count: int) -> float:
         """Seconds of processor time that each of `count` texts may take."""
@@ -67,11 +67,11 @@ class Matching:
         child = None
         while child is None:
             try:
-                child = self._idle.pop()
+                child = self.idle.pop()
             except IndexError:  # others take from it, too
                 break
             if child.poll() is not None:  # somebody has ended it meanwhile
-                _end(child)
+                end_process(child)
                 child = None
         child = child or subprocess.Popen(
             [sys.executable, "-I", "-S", matcher.__file__, json.dumps(self._pattern)],
@@ -86,9 +86,9 @@ class Matching:
             raise
         finally:
             if child.poll() is None:
-                self._idle.append(child)
+                self.idle.append(child)
             else:
-                _end(child)
+                end_process(child)
 
 
 def _ask(child: subprocess.Popen[bytes], texts: Sequence[str], limit_s: float) -> list[bool]:
@@ -106,10 +106,10 @@ def _ask(child: subprocess.Popen[bytes], texts: Sequence[str], limit_s: float) -
 
 def _end_all(children: list[subprocess.Popen[bytes]]) -> None:
     while children:
-        _end(children.pop())
+        end_process(children.pop())
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def end_process(child: subprocess.Popen[bytes]) -> None:
     for pipe in (child.stdin, child.stdout):
         with suppress(OSError):
             if pipe is not None:

@@ -130,7 +130,7 @@ DEEPEST = 32
 """Lists and objects inside each other."""
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, *, most: int = MOST, longest: int = LONGEST) -> Any:
     """The value as msgpack and JSON have it, cut where it is larger than the limits, which a text in it says.
 
     Arrays of any library become numbers or lists of numbers, sets lists in a fixed order, keys texts; whole numbers of
@@ -139,14 +139,14 @@ def plain(value: Any) -> Any:
     Raises:
         Whatever the value raises when it is looked at.
     """
-    return _Reading().of(value, 0)
+    return _Reading(most, longest).of(value, 0)
 
 
 class _Reading:
     """One value being read, and how much of it may still be taken."""
 
-    def __init__(self) -> None:
-        self._values, self._characters = MOST, LONGEST
+    def __init__(self, values: int, characters: int) -> None:
+        self._values, self._characters = values, characters
 
     def of(self, value: Any, depth: int) -> Any:
         self._values -= 1

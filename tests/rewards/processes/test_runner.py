@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from tests.rewards import process_rewards
+from tests.rewards.scoring import is_alive, no_sleep
 from tests.support.fakes import make_group, make_prompt
 from troupe.errors import RewardError
 from troupe.messages import RolloutGroup
@@ -25,10 +26,6 @@ from troupe.runtime.process import ChildProcess
 pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
 FILE = process_rewards.__file__
-
-
-async def no_sleep(seconds: float) -> None:
-    await anyio.lowlevel.checkpoint()
 
 
 def in_processes(*rewards: Any, processes: int = 1, retries: int = 0, **settings: Any) -> RewardManager:
@@ -50,14 +47,6 @@ def saying(*texts: str, **columns: Any) -> RolloutGroup:
     group = make_group(make_prompt(0, 0, **columns), size=len(texts))
     rollouts = [msgspec.structs.replace(r, text=text) for r, text in zip(group.rollouts, texts, strict=True)]
     return msgspec.structs.replace(group, rollouts=tuple(rollouts))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 async def test_functions_of_files_modules_and_our_own_are_called_across() -> None:
