@@ -1,7 +1,8 @@
 """Follow one group through a real run: how far it is to the user's reward, and how many files from prompt to weights.
 
-`python -m scripts.trace_group` prints two Markdown tables. A run of three tiny steps, with the policy that ships and a
-reward in a file of its own, is watched by a profile function in every thread; the third step is measured.
+`python -m scripts.trace_group` prints two Markdown tables. A run of four tiny steps, with the policy that ships and a
+reward in a file of its own, is watched by a profile function in every thread. The third step is measured: nothing is
+done for the first time then, and nothing ends.
 
 Calls to a reward: functions of ours that were entered for a group after the Scorer's own and have not ended when the
 user's function begins. Hops: how often these pass from one file to another, the last one into the user's file.
@@ -33,7 +34,7 @@ import troupe
 HOUSE = str(Path(troupe.__file__).parent)
 MOST_HOPS, MOST_FILES = 7, 40
 RUNTIME = ("runtime/", "linux_cpu.py")
-STEPS = 3
+STEPS, MEASURED = 4, 3
 ON_PATH = {"prompter", "generator", "scorer", "learner"}
 
 REWARDS = {
@@ -58,7 +59,7 @@ class Trace:
         self.calls: list[str] = []
         """Functions between the Scorer and the user's, outermost first, for the newest group."""
         self.files: set[str] = set()
-        """Of a group's path, in the last step."""
+        """Of a group's path, in the step that is measured."""
         self.published = 0
 
     @property
@@ -115,7 +116,7 @@ class Trace:
             _group.set({})
 
     def _on_path(self, frame: FrameType) -> bool:
-        if self.published != STEPS:  # the version that a run begins with is published too
+        if self.published != MEASURED:  # the version that a run begins with is published too
             return False
         thread = threading.current_thread()
         if thread is threading.main_thread():
@@ -146,7 +147,7 @@ def _name(code: CodeType) -> str:
 
 
 def trace(reward: str, folder: Path) -> Trace:
-    """Run three steps with a reward of this source."""
+    """Run four steps with a reward of this source."""
     file = folder / "own_reward.py"
     file.write_text(reward, encoding="utf-8")
     prompts = folder / "prompts.json"

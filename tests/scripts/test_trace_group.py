@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from scripts.trace_group import REWARDS, trace
+from scripts.trace_group import MOST_HOPS, REWARDS, trace
 
 
 @pytest.mark.parametrize("kind", REWARDS)
 def test_a_group_is_followed_from_its_prompt_to_the_weights(kind: str, tmp_path: Path) -> None:
     seen = trace(REWARDS[kind], tmp_path)
-    assert seen.calls[0] == "rewards/manager.py:RewardManager.score_group"
     assert seen.hops[0] == "rewards/manager.py"
+    assert len(seen.hops) <= MOST_HOPS or kind == "a RewardActor", seen.calls
     actors = {file for file in seen.stations if file.startswith("actors/")}
     assert {"actors/prompter.py", "actors/scorer.py"} < actors
     assert not actors & {"actors/metrics.py", "actors/checkpointer.py"}
