@@ -36,6 +36,7 @@ from troupe.checkpoint import (
 from troupe.checkpoint import write as writing
 from troupe.errors import FolderGoneError
 from troupe.policy import load_policy
+from troupe.runtime.files import sync
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +87,7 @@ def test_what_another_run_writes_in_a_folder_that_took_the_place_stays(run: Path
 def steps_until_named(save: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is done to files and folders, in order, as `what name`."""
     done: list[str] = []
-    write_file, sync, rename = files.write_file, files.sync, Path.rename
+    write_file, rename = files.write_file, Path.rename
 
     def note(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(path: Path, *args: Any, **settings: Any) -> Any:

@@ -50,7 +50,7 @@ class Doubler(Actor):
         self.diary.append("stop")
 
 
-def stage(*messages: int) -> tuple[Doubler, Channel[int], Mailbox]:
+def doubler(*messages: int) -> tuple[Doubler, Channel[int], Mailbox]:
     inbox, outbox = Mailbox("in"), Mailbox("out")
     channel = inbox.channel("numbers", int, bound=8)
     for message in messages:
@@ -59,7 +59,7 @@ def stage(*messages: int) -> tuple[Doubler, Channel[int], Mailbox]:
 
 
 async def test_lives_from_start_to_stop_and_closes_its_outputs() -> None:
-    actor, channel, outbox = stage(3, 4)
+    actor, channel, outbox = doubler(3, 4)
     channel.close()
     await actor.run()
     assert actor.diary == ["start", "handle 3", "handle 4", "finish", "stop"]
@@ -68,7 +68,7 @@ async def test_lives_from_start_to_stop_and_closes_its_outputs() -> None:
 
 
 async def test_waits_for_its_tasks_before_it_finishes() -> None:
-    actor, channel, _ = stage(0)
+    actor, channel, _ = doubler(0)
     channel.close()
     async with anyio.create_task_group() as group:
         group.start_soon(actor.run)
@@ -79,7 +79,7 @@ async def test_waits_for_its_tasks_before_it_finishes() -> None:
 
 
 async def test_a_fault_stops_but_does_not_finish_nor_close() -> None:
-    actor, _, _ = stage(1, -5, 2)
+    actor, _, _ = doubler(1, -5, 2)
     with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="-5 is negative")):
         await actor.run()
     assert actor.diary == ["start", "handle 1", "handle -5", "stop"]
@@ -87,7 +87,7 @@ async def test_a_fault_stops_but_does_not_finish_nor_close() -> None:
 
 
 async def test_a_cancelled_actor_stops_shielded() -> None:
-    actor, _, _ = stage(0)
+    actor, _, _ = doubler(0)
     async with anyio.create_task_group() as group:
         group.start_soon(actor.run)
         await wait_all_tasks_blocked()
@@ -97,7 +97,7 @@ async def test_a_cancelled_actor_stops_shielded() -> None:
 
 
 async def test_outputs_that_are_closed_already_and_broadcasts_are_no_trouble() -> None:
-    actor, channel, _ = stage()
+    actor, channel, _ = doubler()
     news: Broadcast[int] = Broadcast("news", int)
     early = Mailbox("early").channel("early", int, bound=1)
     actor = Doubler(actor.inbox, actor.out, news, early)

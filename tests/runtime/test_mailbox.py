@@ -192,7 +192,7 @@ async def test_no_deadlock_with_many_senders_and_one_place() -> None:
     box = Mailbox("box")
     channels = [box.channel(f"c{i}", int, bound=1) for i in range(3)]
 
-    async def play(sender: int) -> None:
+    async def send_all(sender: int) -> None:
         for number in range(20):
             await channels[sender].send(100 * sender + number)
             if number % 3 == 0:
@@ -201,7 +201,7 @@ async def test_no_deadlock_with_many_senders_and_one_place() -> None:
 
     async with anyio.create_task_group() as group:
         for sender in range(3):
-            group.start_soon(play, sender)
+            group.start_soon(send_all, sender)
         with anyio.fail_after(30):
             got = await read_all(box)
     for sender in range(3):

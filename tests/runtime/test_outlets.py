@@ -209,9 +209,9 @@ with unhurried():
 
 
 def test_what_is_forked_off_meanwhile_prints_too_and_hangs_at_no_lock() -> None:
-    played = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
-    assert played.returncode == 0, played.stderr
-    assert played.stdout.count("child") == 20
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("child") == 20
 
 
 def test_nobody_waits_for_a_stderr_that_is_stuck(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:

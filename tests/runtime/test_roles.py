@@ -45,7 +45,7 @@ def chain(length: int) -> tuple[Channel[int], list[Relay], Mailbox]:
     return channels[0], [Relay(boxes[i], channels[i + 1]) for i in range(length)], boxes[-1]
 
 
-async def test_the_end_travels_down_the_play() -> None:
+async def test_the_end_travels_down_the_run() -> None:
     first, relays, last = chain(3)
     got: list[int] = []
 
@@ -73,7 +73,7 @@ async def test_a_fault_cancels_the_others_and_is_raised_as_itself_with_its_cause
     assert not relays[-1].out.closed
 
 
-async def test_a_cancelled_play_ends_without_a_fault() -> None:
+async def test_a_cancelled_run_ends_without_a_fault() -> None:
     _, relays, _ = chain(2)
     async with anyio.create_task_group() as group:
         group.start_soon(run_roles, relays)
@@ -117,14 +117,14 @@ class Listener(Actor):
         self.heard.append(message)
 
 
-def audience() -> tuple[LastWords, Listener, Channel[int]]:
+def talkers() -> tuple[LastWords, Listener, Channel[int]]:
     box = Mailbox("listener")
     out, other = box.channel("numbers", int, bound=3), box.channel("others", int, bound=3)
     return LastWords(out), Listener(box), other
 
 
 async def test_who_leaves_last_hears_what_the_others_say_when_they_are_cancelled() -> None:
-    speaker, listener, _ = audience()
+    speaker, listener, _ = talkers()
     async with anyio.create_task_group() as group:
         group.start_soon(run_roles, [listener, speaker])
         await wait_all_tasks_blocked()
@@ -133,7 +133,7 @@ async def test_who_leaves_last_hears_what_the_others_say_when_they_are_cancelled
 
 
 async def test_who_leaves_last_hears_what_the_others_say_after_a_fault() -> None:
-    speaker, listener, _ = audience()
+    speaker, listener, _ = talkers()
     first, relays, _ = chain(1)
     first.send_nowait(13)
     with pytest.raises(ValueError, match="13 is refused"):
@@ -141,8 +141,8 @@ async def test_who_leaves_last_hears_what_the_others_say_after_a_fault() -> None
     assert listener.heard == [7]
 
 
-async def test_a_fault_of_who_leaves_last_ends_the_play_too() -> None:
-    speaker, listener, other = audience()
+async def test_a_fault_of_who_leaves_last_ends_the_run_too() -> None:
+    speaker, listener, other = talkers()
     other.send_nowait(13)
     with pytest.raises(ValueError, match="13 is refused"):
         await run_roles([speaker, listener])
@@ -270,7 +270,7 @@ async def test_work_that_goes_on_in_tasks_is_given_to_the_new_actor_in_order(num
     assert failures.role.restarts == 1
 
 
-async def test_one_failure_more_than_the_limit_within_the_window_ends_the_play() -> None:
+async def test_one_failure_more_than_the_limit_within_the_window_ends_the_run() -> None:
     failures = Failures({"handle 1": 99})
     with pytest.raises(RunError, match=r"failing failed: OSError: no luck .* restarted 3 times within 60 s") as caught:
         await failures.run()
@@ -293,7 +293,7 @@ async def test_failures_that_lie_further_apart_than_the_window_do_not_add_up() -
     assert failures.pauses.slept == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
 
 
-async def test_an_actor_that_fails_again_and_again_over_the_same_message_ends_the_play() -> None:
+async def test_an_actor_that_fails_again_and_again_over_the_same_message_ends_the_run() -> None:
     failures = Failures({"handle 1": 19 + 1, "handle 0": 19})
 
     async def long_sleep(_: float) -> None:
@@ -327,7 +327,7 @@ class Holding(Actor):
         assert self.heavy[0]() is None, "the traceback of the fault before was kept"
 
 
-async def test_what_a_failed_actor_had_is_let_go_of_when_the_next_one_plays() -> None:
+async def test_what_a_failed_actor_had_is_let_go_of_when_the_next_one_runs() -> None:
     inbox = Mailbox("holding")
     numbers = inbox.channel("numbers", int, bound=1)
     numbers.send_nowait(1)
@@ -388,7 +388,7 @@ async def test_a_new_actor_that_cannot_be_made_counts_as_a_failure() -> None:
     assert failures.role.actor is first
 
 
-async def test_a_play_can_be_cancelled_amid_the_pause_before_a_restart() -> None:
+async def test_a_run_can_be_cancelled_amid_the_pause_before_a_restart() -> None:
     failures = Failures({"handle 1": 1})
     restarts = Restarts(sleep=lambda seconds: anyio.sleep_forever())
     async with anyio.create_task_group() as group:
@@ -398,8 +398,8 @@ async def test_a_play_can_be_cancelled_amid_the_pause_before_a_restart() -> None
     assert failures.out_box.waiting == (0,)
 
 
-async def test_who_leaves_last_is_restarted_too_and_hears_the_rest_when_a_play_is_cut_short() -> None:
-    speaker, listener, other = audience()
+async def test_who_leaves_last_is_restarted_too_and_hears_the_rest_when_a_run_is_cut_short() -> None:
+    speaker, listener, other = talkers()
     heard: list[int] = []
 
     class Careful(Listener):

@@ -21,6 +21,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from troupe.runtime.files import flush, sync
+
 BLOCK_BYTES = 1 << 24
 Chunks: TypeAlias = Iterable[bytes | memoryview]
 """The content of a file, in pieces."""
@@ -53,7 +55,7 @@ def write_file(
                 under_way += pool.submit(digest.update, block), pool.submit(_write_all, descriptor, block)
                 size += len(block)
             _finish(under_way)
-        _flush(descriptor)
+        flush(descriptor)
     finally:
         wait(under_way)  # who writes must not meet another file of this number
         os.close(descriptor)
@@ -67,15 +69,6 @@ def sum_file(path: Path) -> FileSum:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
         return FileSum(bytes=stream.tell(), sha256=digest.hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _flush(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_folders(path: Path, sync: Callable[[Path], None] = sync) -> None:
@@ -148,12 +141,3 @@ def _go_past_the_cache(descriptor: int, past: bool) -> None:
 
 def _goes_past_the_cache(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
-
-
-def _flush(descriptor: int) -> None:
-    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: its fsync leaves data in the drive's cache
-    if full is not None:
-        with suppress(OSError):  # a file system that has no such thing
-            fcntl.fcntl(descriptor, full)
-            return
-    os.fsync(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from troupe.checkpoint.files import Chunks, FileSum, make_folders, sum_file, sync, write_file
+from troupe.checkpoint.files import Chunks, FileSum, make_folders, sum_file, write_file
 from troupe.checkpoint.state import (
     MADE_FILE,
     MANIFEST,
@@ -33,6 +33,7 @@ from troupe.errors import FolderGoneError
 from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
 from troupe.policy.folders import companions_of
 from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
+from troupe.runtime.files import sync
 
 _SMALL_BYTES = 1 << 20
 """For configuration, state, manifest, and the file system's own."""

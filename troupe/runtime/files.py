@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import tomllib
@@ -47,9 +48,19 @@ def sync(path: Path) -> None:
     """Wait until a file, or which names a folder has, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int) -> None:
+    """Wait until what was written to an open file is on the disk."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: its fsync leaves data in the drive's cache
+    if full is not None:
+        with suppress(OSError):  # a file system that has no such thing
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
