@@ -9,11 +9,11 @@ import mlx.core as mx
 import msgspec
 import pytest
 
-from troupe.cli.doctor import Report, advise, describe, examine, measure_matmul
+from troupe.cli.doctor import Machine, advise, describe, examine, measure_matmul
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import device_name, memory_gb, processors
 
-REPORT = Report(
+MACHINE = Machine(
     python="3.11.7 (/usr/bin/python)",
     platform="Linux",
     mlx="0.32.4",
@@ -28,7 +28,7 @@ REPORT = Report(
 
 
 def test_the_report_as_lines() -> None:
-    assert describe(REPORT).splitlines() == [
+    assert describe(MACHINE).splitlines() == [
         "Python               3.11.7 (/usr/bin/python)",
         "platform             Linux",
         "mlx                  0.32.4",
@@ -40,7 +40,7 @@ def test_the_report_as_lines() -> None:
         "measured             1,234 GFLOP/s, float32, on the default device",
         "nothing to mend",
     ]
-    ill = msgspec.structs.replace(REPORT, memory_gb=None, memory_limit_gb=11.84, advice=("a", "b"))
+    ill = msgspec.structs.replace(MACHINE, memory_gb=None, memory_limit_gb=11.84, advice=("a", "b"))
     assert describe(ill).splitlines()[-5:] == [
         "memory               unknown",
         "limit of a run       11.8 GB (memory_limit_gb)",
@@ -57,7 +57,7 @@ def test_examines_this_machine() -> None:
     assert report.matmul_gflops is not None
     assert report.matmul_gflops > 0
     assert report.device.split(" ")[0] == ("cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu")
-    assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
+    assert msgspec.json.decode(msgspec.json.encode(report), type=Machine) == report
 
 
 def test_the_speed_is_floating_point_operations_over_the_best_time() -> None:

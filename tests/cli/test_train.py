@@ -1,4 +1,4 @@
-"""The command line: flags to config, the default rules, whole runs, signals, exit codes, what is printed."""
+"""The command line: flags to config, the default rules, whole runs, signals, exit codes, what is printed, the plan."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ import pytest
 from click.testing import CliRunner, Result
 
 import troupe
-from tests.support.fakes import same_bits, write_prompts, write_ragged_model
+from tests.support.fakes import same_bits, tiny_config, write_prompts, write_ragged_model
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.config import train_config
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.cli.evaluate import evaluate_aloud
 from troupe.cli.foreground import run_in_terminal
 from troupe.cli.main import main
-from troupe.cli.train import tell_result
+from troupe.cli.train import describe_plan, tell_result
 from troupe.policy import load_policy
 from troupe.run.activity import Progress
 from troupe.run.config import config_table, load_config
 from troupe.run.evaluate import Evaluation
+from troupe.run.prepare import prepare
 from troupe.run.result import RunResult
 
 RUN = ("-m", "m", "-d", "p.json", "--num-generations", "3", "--batch-size", "2", "--lr", "0.01")
@@ -424,3 +425,40 @@ def test_a_run_that_is_long_in_loading_says_so(capsys: pytest.CaptureFixture[str
     assert (result.steps, interrupted) == (1, False)
     first = capsys.readouterr().out.splitlines()[0]
     assert (first == "loading the model m and the prompts p.json") == said
+
+
+def test_the_plan_says_what_matters(tiny_model: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_model, tmp_path, rewards__functions=["length", "diversity"], rewards__weights=[1, 0.5])
+    lines = describe_plan(prepare(config))
+    assert lines[:2] == [
+        f"4 steps into {tmp_path / 'run'}; nothing was written",
+        f"model: {tiny_model}, {lines[1].split()[-4]} weights in float32",
+    ]
+    assert lines[2].startswith("5 prompts of ")
+    assert lines[4:8] == [
+        "a step: 2 prompts × 3 completions of at most 12 tokens, at temperature 1",
+        "rewards: length_reward × 1, diversity_reward × 0.5",
+        "learning: dapo, learning rate 0.01 (linear), beta 0",
+        "schedule: pinned, max_staleness 0; a checkpoint every 50 steps",
+    ]
+    assert lines[8].startswith("memory at the most, MB")
+    assert lines[-1] == "memory limit: none"
+    limited = tiny_config(tiny_model, tmp_path, memory_limit_gb=0.5)
+    assert describe_plan(prepare(limited))[-1] == "memory limit: 0.5 GB"
+
+
+def test_of_a_resumed_run_it_says_what_is_done(tiny_model: Path, tmp_path: Path) -> None:
+    troupe.train(tiny_config(tiny_model, tmp_path, learner__max_steps=1))
+    longer = tiny_config(tiny_model, tmp_path)
+    prepared = prepare(longer, resume=True, allow_changes=["learner.max_steps"])
+    assert describe_plan(prepared)[0] == f"4 steps, 1 of them done, into {tmp_path / 'run'}; nothing was written"
+
+
+def test_the_plan_comes_first_then_notes_then_the_config(workplace: Path) -> None:
+    out = done("train", "-m", "m", "-d", "p.json", "-o", "out", "--dry-run")
+    plan, _, config = out.partition("\n\n")
+    kinds = ["plan" if line.startswith("# ") else "note" for line in plan.splitlines()]
+    assert kinds == sorted(kinds, reverse=True)
+    assert "note: generation.max_completion_length lowered from" in plan
+    assert tomllib.loads(config)["output"] == str(workplace / "out")
+    assert not (workplace / "out").exists()

@@ -35,7 +35,7 @@ def doctor(as_json: bool) -> None:
         tell(describe(report))
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine as MLX sees it."""
 
     python: str
@@ -57,7 +57,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What to mend, one line each; empty where nothing is amiss."""
 
 
-def examine() -> Report:
+def examine() -> Machine:
     """Look at the machine; takes well under a second."""
     device, gflops, limit_gb = "unknown", None, None
     try:
@@ -71,7 +71,7 @@ def examine() -> Report:
     else:
         device, gflops, limit_gb = device_name(), measure_matmul(), device_limit_gb()
         advice = advise(gflops, on_cpu=mx.default_device() == mx.Device(mx.cpu))
-    return Report(
+    return Machine(
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         mlx=_mlx_version(),
@@ -107,26 +107,26 @@ def _mlx_version() -> str:
         return "not installed"
 
 
-def describe(report: Report) -> str:
-    """The report as lines for a person."""
-    memory = "unknown" if report.memory_gb is None else f"{report.memory_gb:.1f} GB"
-    limit = "none" if report.memory_limit_gb is None else f"{report.memory_limit_gb:.1f} GB (memory_limit_gb)"
+def describe(machine: Machine) -> str:
+    """The machine as lines for a person."""
+    memory = "unknown" if machine.memory_gb is None else f"{machine.memory_gb:.1f} GB"
+    limit = "none" if machine.memory_limit_gb is None else f"{machine.memory_limit_gb:.1f} GB (memory_limit_gb)"
     measured = "nothing: MLX cannot be imported"
-    if report.matmul_gflops is not None:
-        measured = f"{report.matmul_gflops:,.0f} GFLOP/s, float32, on the default device"
+    if machine.matmul_gflops is not None:
+        measured = f"{machine.matmul_gflops:,.0f} GFLOP/s, float32, on the default device"
     rows = [
-        ("Python", report.python),
-        ("platform", report.platform),
-        ("mlx", report.mlx),
-        ("device", report.device),
-        ("CPU matrix products", report.blas),
-        ("processors", str(report.threads)),
+        ("Python", machine.python),
+        ("platform", machine.platform),
+        ("mlx", machine.mlx),
+        ("device", machine.device),
+        ("CPU matrix products", machine.blas),
+        ("processors", str(machine.threads)),
         ("memory", memory),
         ("limit of a run", limit),
         ("measured", measured),
     ]
     lines = [f"{label:<20} {value}" for label, value in rows]
-    lines += [f"to mend: {line}" for line in report.advice] or ["nothing to mend"]
+    lines += [f"to mend: {line}" for line in machine.advice] or ["nothing to mend"]
     return "\n".join(lines)
 
 

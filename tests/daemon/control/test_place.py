@@ -10,6 +10,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,17 @@ from troupe.records.layout import CONTROL_LOCK, CONTROL_POINTER, CONTROL_SOCKET,
 pytestmark = pytest.mark.alone
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[Place]:
+    """The place of a folder, as long as the body lasts."""
+    place = Place(folder)
+    place.take()
+    try:
+        yield place
+    finally:
+        place.leave()
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -50,9 +63,7 @@ def point(folder: Path, path: Path | str) -> None:
 
 
 def test_the_socket_is_there_while_the_place_is_held(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    place.take()
-    with place.listen() as listener:
+    with held(tmp_path) as place, place.listen() as listener:
         assert find_socket(tmp_path) == tmp_path / CONTROL_SOCKET
         assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
         mode = (tmp_path / CONTROL_SOCKET).stat().st_mode
@@ -63,7 +74,6 @@ def test_the_socket_is_there_while_the_place_is_held(tmp_path: Path) -> None:
             with accepted:
                 assert peer_of(accepted) == Peer(uid=os.geteuid(), pid=os.getpid())
             assert client.recv(1) == b""
-    place.leave()
     place.leave()
     assert names(tmp_path) == set()
     assert find_socket(tmp_path) is None
@@ -105,22 +115,17 @@ def test_what_a_dead_owner_left_gives_way(tmp_path: Path) -> None:
     (tmp_path / ".cabcdefgh").mkdir()
     (tmp_path / ".cabcdefgh" / "s").write_text("")
     (tmp_path / PAGE).write_text("http://127.0.0.1:1/?token=of-a-page-that-is-gone")
-    place = Place(tmp_path)
-    place.take()
-    with place.listen():
+    with held(tmp_path) as place, place.listen():
         connect(tmp_path / CONTROL_SOCKET, 5.0).close()
         assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
-    place.leave()
 
 
 def test_a_socket_that_is_another_ones_stays(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    place.take()
-    place.listen().close()
-    other = socket.socket(socket.AF_UNIX)
-    other.bind(os.fspath(tmp_path / "other"))
-    (tmp_path / "other").replace(tmp_path / CONTROL_SOCKET)
-    place.leave()
+    with held(tmp_path) as place:
+        place.listen().close()
+        other = socket.socket(socket.AF_UNIX)
+        other.bind(os.fspath(tmp_path / "other"))
+        (tmp_path / "other").replace(tmp_path / CONTROL_SOCKET)
     assert names(tmp_path) == {CONTROL_SOCKET}
     other.close()
 
@@ -139,23 +144,18 @@ def test_one_place_one_owner(tmp_path: Path) -> None:
 def test_the_command_that_is_named_can_be_given_as_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "two words"
     folder.mkdir()
-    place = Place(folder)
-    place.take()
-    with pytest.raises(OutputError, match=f"troupe status '{folder}'$"):
+    with held(folder), pytest.raises(OutputError, match=f"troupe status '{folder}'$"):
         Place(folder).take()
-    place.leave()
 
 
 @pytest.mark.slow
 def test_who_comes_later_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     refuse_where_served(tmp_path / "nowhere")
     refuse_where_served(tmp_path)
-    place = Place(tmp_path)
-    place.take()
-    with pytest.raises(OutputError, match=f"is there already .process {os.getpid()}."):
-        refuse_where_served(tmp_path)
-    assert names(tmp_path) == {CONTROL_LOCK}
-    place.leave()
+    with held(tmp_path):
+        with pytest.raises(OutputError, match=f"is there already .process {os.getpid()}."):
+            refuse_where_served(tmp_path)
+        assert names(tmp_path) == {CONTROL_LOCK}
     (tmp_path / CONTROL_LOCK).write_text("{}")  # of somebody who was killed
     refuse_where_served(tmp_path)
     assert names(tmp_path) == set()
@@ -178,18 +178,13 @@ def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == {CONTROL_SOCKET, CONTROL_LOCK}
     with pytest.raises(ConnectionRefusedError):
         connect(tmp_path / CONTROL_SOCKET, 5.0)
-    place = Place(tmp_path)
-    place.take()
-    with place.listen():
+    with held(tmp_path) as place, place.listen():
         connect(tmp_path / CONTROL_SOCKET, 5.0).close()
-    place.leave()
 
 
 def test_a_long_path_has_its_socket_among_the_temporary_files(tmp_path: Path) -> None:
     folder = long_folder(tmp_path)
-    place = Place(folder)
-    place.take()
-    with place.listen():
+    with held(folder) as place, place.listen():
         path = find_socket(folder)
         assert path is not None
         assert names(folder) == {CONTROL_POINTER, CONTROL_LOCK}
@@ -197,7 +192,6 @@ def test_a_long_path_has_its_socket_among_the_temporary_files(tmp_path: Path) ->
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         connect(path, 5.0).close()
-    place.leave()
     assert not path.parent.exists()
     assert names(folder) == set()
 
@@ -208,12 +202,9 @@ def test_the_longest_path_that_fits_is_used(tmp_path: Path) -> None:
         pytest.skip("the folder for temporary files has too long a path")
     folder = tmp_path / ("x" * room)
     folder.mkdir()
-    place = Place(folder)
-    place.take()
-    with place.listen():
+    with held(folder) as place, place.listen():
         assert len(os.fsencode(folder / CONTROL_SOCKET)) == MAX_PATH_BYTES
         connect(folder / CONTROL_SOCKET, 5.0).close()
-    place.leave()
 
 
 def test_the_private_folder_of_a_dead_owner_goes(tmp_path: Path) -> None:
@@ -252,11 +243,9 @@ def test_a_file_system_without_sockets_has_them_among_the_temporary_files(
         return listen_at(place, path)
 
     monkeypatch.setattr(Place, "_listen_at", refuse_here)
-    place = Place(tmp_path)
-    place.take()
-    place.listen().close()
-    assert names(tmp_path) == {CONTROL_POINTER, CONTROL_LOCK}
-    place.leave()
+    with held(tmp_path) as place:
+        place.listen().close()
+        assert names(tmp_path) == {CONTROL_POINTER, CONTROL_LOCK}
 
 
 def test_no_short_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,9 +280,7 @@ def test_a_pointer_that_cannot_be_written_leaves_no_socket(tmp_path: Path, monke
 def test_a_copy_of_a_folder_is_not_the_run_in_it(tmp_path: Path) -> None:
     """Whoever asks the copy must not reach the run, and whoever resumes the copy must not take its socket away."""
     folder = long_folder(tmp_path)
-    place = Place(folder)
-    place.take()
-    with place.listen():
+    with held(folder) as place, place.listen():
         copy = folder.with_name("copy" * 20)
         shutil.copytree(folder, copy)
         assert find_socket(copy) is None
@@ -303,7 +290,6 @@ def test_a_copy_of_a_folder_is_not_the_run_in_it(tmp_path: Path) -> None:
         assert path is not None
         connect(path, 5.0).close()
         other.leave()
-    place.leave()
     assert not path.parent.exists()
 
 

@@ -10,7 +10,7 @@ from collections import deque
 import anyio
 import msgspec
 
-from troupe.daemon.trainer.frames import EndedGroup, Happened, Sample
+from troupe.daemon.trainer.frames import EndedGroup, Excerpt, Happened
 from troupe.messages import GroupClosed, Incident, Rollout
 from troupe.records.text import prompt_text
 
@@ -82,8 +82,10 @@ def excerpt(closed: GroupClosed) -> EndedGroup:
     )
 
 
-def _sample(number: int, rollout: Rollout, reward: float | None, scores: dict[str, tuple[float | None, ...]]) -> Sample:
-    return Sample(
+def _sample(
+    number: int, rollout: Rollout, reward: float | None, scores: dict[str, tuple[float | None, ...]]
+) -> Excerpt:
+    return Excerpt(
         sample=number,
         text=_cut(rollout.text, _TEXT_CHARS),
         tokens=len(rollout.token_ids),

@@ -66,7 +66,7 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of this start, by kind."""
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Excerpt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An excerpt of a completion."""
 
     sample: int
@@ -88,7 +88,7 @@ class EndedGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     prompt: str
     rewards: tuple[float | None, ...]
     """(G,) of all its completions."""
-    samples: tuple[Sample, ...]
+    samples: tuple[Excerpt, ...]
     """The best and the worst of them; the first two where all are alike."""
 
 
