@@ -96,15 +96,8 @@ class HttpServer:
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> HttpServer:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            listener.setblocking(False)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart the port is ours again
-            listener.bind((HOST, self.port))
-            listener.listen()
-        except BaseException:
-            listener.close()
-            raise
+        listener = socket.create_server((HOST, self.port))  # which may be had again right after a restart
+        listener.setblocking(False)
         self.port = listener.getsockname()[1]
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
@@ -141,7 +134,10 @@ class HttpServer:
         try:
             with anyio.fail_after(self._limits.request_s):
                 request = await self._read(connection)
-            return self._refusal() or await self._handler(request)
+            if self.connections > (most := self._limits.connections):
+                message = f"{most} clients are there already; close one and try again"
+                return RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, message).response
+            return await self._handler(request)
         except RefusedError as refusal:
             return refusal.response
         except (OSError, TimeoutError, EOFError):
@@ -171,13 +167,6 @@ class HttpServer:
         while len(body) < length:
             body += await _more(connection)
         return msgspec.structs.replace(request, body=body[:length])
-
-    def _refusal(self) -> HttpResponse | None:
-        most = self._limits.connections
-        if self.connections <= most:
-            return None
-        message = f"{most} clients are there already; close one and try again"
-        return RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, message).response
 
     async def _send(self, connection: socket.socket, response: HttpResponse) -> None:
         body = response.body
