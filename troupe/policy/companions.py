@@ -39,6 +39,12 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
+def companion_files(folder: Path) -> list[Path]:
+    """What lies beside the weights of a model folder."""
+    named = [folder / name for name in (CONFIG_FILE, *COMPANION_FILES)]
+    return [file for file in (*named, *sorted(folder.glob(f"*{RANK_FILE}"))) if file.is_file()]
+
+
 class Companions(msgspec.Struct, frozen=True):
     """Files by name. Links are followed, as everybody does who reads a model (the hub's cache is made of them): what is
     kept, and written, is what they lead to."""
@@ -48,14 +54,12 @@ class Companions(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, folder: Path) -> Companions:
         """Those of a model folder, read now. ModelError where one cannot be read."""
-        rank_files = sorted(file.name for file in folder.glob(f"*{RANK_FILE}"))
         files = {}
-        for name in (CONFIG_FILE, *COMPANION_FILES, *rank_files):
-            if (folder / name).is_file():
-                try:
-                    files[name] = (folder / name).read_bytes()
-                except OSError as error:
-                    raise ModelError(f"{folder / name}: cannot be read: {error}") from None
+        for file in companion_files(folder):
+            try:
+                files[file.name] = file.read_bytes()
+            except OSError as error:
+                raise ModelError(f"{file}: cannot be read: {error}") from None
         return cls(files)
 
     @property

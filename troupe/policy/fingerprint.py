@@ -7,9 +7,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from troupe.policy.companions import COMPANION_FILES
+from troupe.policy.companions import companion_files
 from troupe.policy.safetensors import read_start
-from troupe.policy.weight_files import CONFIG_FILE, INDEX_FILE
+from troupe.policy.weight_files import INDEX_FILE
 
 SAMPLES, SAMPLE_BYTES = 64, 16_384
 """Pieces of each file of weights that are looked at, evenly spaced, and how long each is."""
@@ -32,11 +32,8 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for name in (CONFIG_FILE, INDEX_FILE, *COMPANION_FILES):
-        if (folder / name).is_file():
-            yield folder / name
-    yield from folder.glob("*.tiktoken")
-    yield from folder.glob("*.safetensors")
+    yield from companion_files(folder)
+    yield from (file for file in (folder / INDEX_FILE, *folder.glob("*.safetensors")) if file.is_file())
 
 
 def _pieces(file: Path, size: int) -> Iterator[bytes]:

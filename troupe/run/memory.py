@@ -29,7 +29,7 @@ from troupe.policy import (
     gradient_memory_bytes,
     parameter_count,
 )
-from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode.memory import device_ways
 from troupe.policy.network.gpu_attention import attention_is_fused
 from troupe.run.config import RunConfig
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
@@ -242,7 +242,6 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
     """What decoding this many of the longest prompts takes; no more than the config allows a decode."""
     generation, policy = config.generation, work.policy
-    heads = policy.num_attention_heads, policy.num_key_value_heads, policy.head_dim
     needed = decode_memory_bytes(
         policy,
         [work.longest_prompt] * prompts,
@@ -250,9 +249,7 @@ def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
         generation.max_completion_length,
         work.dtype,
         is_filtering=Sampler(generation).is_filtering,
-        writes_scores=not attention_is_fused(policy.head_dim, work.dtype, gradient=False, on_cpu=work.on_cpu),
-        in_blocks=work.on_cpu,
-        copies_updates=not work.on_cpu and not cuda_kernels.can_serve(*heads),
+        **device_ways(policy, work.dtype, on_cpu=work.on_cpu),
     )
     return needed if generation.memory_limit_gb is None else min(needed, round(generation.memory_limit_gb * GB))
 

@@ -15,15 +15,13 @@ from functools import partial
 from itertools import chain
 
 from troupe.errors import ModelError
-from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.loop import DecodeSetup, Wave
-from troupe.policy.decode.memory import decode_memory_bytes, split_into_waves
+from troupe.policy.decode.memory import decode_memory_bytes, device_ways, split_into_waves
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.decode.stopping import StopRules
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.gpu_attention import attention_is_fused
 from troupe.policy.network.qwen3 import EMBEDDING, Weights, fuse_projections
 from troupe.policy.text.tokenizer import Tokenizer
 
@@ -120,7 +118,6 @@ class RolloutEngine:
         """What decoding prompts of these lengths together takes beside the weights."""
         assert self._loaded is not None
         config, dtype = self.config, self._loaded[0][EMBEDDING].dtype
-        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         room = config.max_position_embeddings - min(prompt_lengths)
         return decode_memory_bytes(
             config,
@@ -129,18 +126,13 @@ class RolloutEngine:
             min(self.generation.max_completion_length, room),
             dtype,
             is_filtering=self.sampler.is_filtering,
-            writes_scores=self._writes_scores(),
-            in_blocks=is_on_cpu(),
-            copies_updates=not is_on_cpu() and not cuda_kernels.can_serve(*heads),
+            **device_ways(config, dtype, on_cpu=is_on_cpu()),
         )
 
-    def _writes_scores(self) -> bool:
-        assert self._loaded is not None
-        dtype = self._loaded[0][EMBEDDING].dtype
-        return not attention_is_fused(self.config.head_dim, dtype, gradient=False, on_cpu=is_on_cpu())
-
     def _wave(self, requests: Sequence[RolloutRequest], places: range) -> Wave:
-        setup = DecodeSetup(self.config, self.generation, self.sampler, self._stop_rules, self._writes_scores())
+        assert self._loaded is not None
+        ways = device_ways(self.config, self._loaded[0][EMBEDDING].dtype, on_cpu=is_on_cpu())
+        setup = DecodeSetup(self.config, self.generation, self.sampler, self._stop_rules, ways["writes_scores"])
         return Wave(setup, requests, places, self.current_weights)
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:

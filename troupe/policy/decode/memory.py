@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from troupe.policy.decode import cuda_kernels
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.cpu_attention import block_size
+from troupe.policy.network.gpu_attention import attention_is_fused
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens, padding included, that are prefilled at once."""
@@ -108,6 +110,16 @@ def decode_memory_bytes(
     )
     decoding += (held - prompts_held) * max(2 / L, 1.0 if copies_updates else 0.0)
     return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
+
+
+def device_ways(config: Qwen3Config, dtype: mx.Dtype, *, on_cpu: bool) -> dict[str, bool]:
+    """The last three arguments of `decode_memory_bytes` for a device: a CPU (`on_cpu`), or whatever else is here."""
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return {
+        "writes_scores": not attention_is_fused(config.head_dim, dtype, gradient=False, on_cpu=on_cpu),
+        "in_blocks": on_cpu,
+        "copies_updates": not on_cpu and not cuda_kernels.can_serve(*heads),
+    }
 
 
 def split_into_waves(

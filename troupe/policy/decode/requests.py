@@ -28,7 +28,7 @@ class GenerationConfig(SamplingConfig, frozen=True, kw_only=True, forbid_unknown
     repetition_pattern: Annotated[int, msgspec.Meta(ge=1)] = 16
     """Longest pattern, in tokens, that the cut-off looks for."""
     memory_limit_gb: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
-    """Most memory of a decode beside the weights, in 10⁹ bytes by the formula of `policy/memory.py`; prompts that do
+    """Most memory of a decode beside the weights, in 10⁹ bytes by the formula of `decode/memory.py`; prompts that do
     not fit together are decoded in waves, one after the other. Without it all are decoded together."""
 
     def __post_init__(self) -> None:

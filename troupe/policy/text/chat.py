@@ -19,7 +19,7 @@ import msgspec
 from jinja2 import Template, TemplateError, meta, nodes
 
 from troupe.errors import ModelError
-from troupe.policy.text.template_budget import begun, spend
+from troupe.policy.text.template_budget import rendering, spend
 from troupe.policy.text.template_sandbox import GenerationBlocks, Sandbox, instrument
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -51,7 +51,7 @@ class ChatTemplate:
         long, builds too much, or reaches for what the sandbox forbids.
         """
         compiled = self._compiled
-        with begun() as budget:
+        with rendering() as budget:
             variables = {
                 **self.special_tokens,
                 "messages": messages,

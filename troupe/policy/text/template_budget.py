@@ -10,6 +10,7 @@ import operator
 import re
 import string
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -103,16 +104,14 @@ def spend() -> Budget:
     return _budget.get() or Budget()
 
 
-class begun:  # noqa: N801 – a context manager
-    """`with begun() as budget:` one rendering."""
-
-    def __enter__(self) -> Budget:
-        budget = Budget()
-        self._token = _budget.set(budget)
-        return budget
-
-    def __exit__(self, *_: object) -> None:
-        _budget.reset(self._token)
+@contextmanager
+def rendering() -> Iterator[Budget]:
+    """`with rendering() as budget:` one rendering."""
+    token = _budget.set(Budget())
+    try:
+        yield spend()
+    finally:
+        _budget.reset(token)
 
 
 def _size(value: Any) -> int:
@@ -261,22 +260,8 @@ _PASSING = frozenset(
 )
 """Filters that hand on what stands in a value, and never look into it."""
 COMPARING = (
-    "eq",
-    "==",
-    "equalto",
-    "ne",
-    "!=",
-    "in",
-    "lt",
-    "lessthan",
-    "<",
-    "le",
-    "<=",
-    "gt",
-    "greaterthan",
-    ">",
-    "ge",
-    ">=",
+    *("eq", "==", "equalto", "ne", "!=", "in"),
+    *("lt", "lessthan", "<", "le", "<=", "gt", "greaterthan", ">", "ge", ">="),
 )
 """Tests that look into all of what they compare."""
 _COUNTED = frozenset({"batch", "center", "indent", "slice", "truncate", "wordwrap"})
