@@ -1,5 +1,5 @@
 """Which heads the kernels for NVIDIA cards take, and how the work is divided; what they compute is in
-`test_cuda_decoding.py`."""
+`test_cuda_cache.py`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ def test_heads_that_fit_into_shared_memory_are_served(monkeypatch: pytest.Monkey
     assert cuda_kernels.can_serve(40, 8, 256)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(56, 64), (8, 96), (8, 192), (8, 320), (16, 32)])
-def test_other_heads_are_left_to_the_plain_cache(heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "are_available", lambda: True)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "here"), [(56, 64, True), (8, 96, True), (8, 192, True), (8, 320, True), (16, 128, False)]
+)
+def test_other_heads_and_devices_are_left_to_the_plain_cache(
+    heads: int, head_dim: int, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "are_available", lambda: here)
     assert not cuda_kernels.can_serve(heads, 8, head_dim)
-
-
-def test_nothing_is_served_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "are_available", lambda: False)
-    assert not cuda_kernels.can_serve(16, 8, 128)
 
 
 @pytest.mark.parametrize("has_units", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -26,43 +27,52 @@ from troupe.policy.decode.filters import (
 
 # --- filters, by hand -----------------------------------------------------------------------------------------------
 
-
-def test_top_k_keeps_the_likeliest_and_their_values() -> None:
-    filtered = apply_top_k(log(0.1, 0.4, 0.2, 0.3), 2)
-    np.testing.assert_allclose(np.array(filtered), [-INF, math.log(0.4), -INF, math.log(0.3)], rtol=1e-6)
-
-
-def test_top_k_works_row_by_row() -> None:
-    rows = mx.stack([log(0.1, 0.4, 0.2, 0.3), log(0.7, 0.1, 0.15, 0.05)])
-    assert kept(apply_top_k(rows, 1)) == [[1], [0]]
-
-
-def test_top_k_of_equal_tokens_keeps_exactly_k_with_the_lower_ids() -> None:
-    assert kept(apply_top_k(mx.zeros((2, 6)), 4)) == [[0, 1, 2, 3]] * 2
-
-
-@pytest.mark.parametrize("top_k", [0, -1, 4, 5])
-def test_top_k_off(top_k: int) -> None:
-    values = log(0.1, 0.4, 0.2, 0.3)
-    assert np.array_equal(np.array(apply_top_k(values, top_k)), np.array(values))
+HAND = log(0.4, 0.3, 0.2, 0.1)
+RISING = log(1e-30, 0.5, 0.4, 0.1)
+FALLING = log(0.5, 0.25, 0.2, 0.05)
+ONE_LIKELY = mx.stack([log(0.9, 0.05, 0.03, 0.02), log(0.02, 0.03, 0.05, 0.9)])
 
 
 @pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [(0.3, [1]), (0.5, [1]), (0.51, [1, 2]), (0.9, [1, 2]), (0.91, [1, 2, 3]), (1.0, [0, 1, 2, 3]), (1e-9, [1])],
+    ("filtered", "expected"),
+    [
+        pytest.param(lambda: apply_top_k(mx.stack([HAND, HAND[::-1]]), 1), [[0], [3]], id="top_k, row by row"),
+        pytest.param(lambda: apply_top_k(mx.zeros((2, 6)), 4), [[0, 1, 2, 3]] * 2, id="top_k of equal tokens"),
+        *((lambda k=k: apply_top_k(HAND, k), [0, 1, 2, 3]) for k in (0, -1, 4, 5)),
+        *((lambda p=p: apply_top_p(RISING, p), [1]) for p in (1e-9, 0.3, 0.5)),
+        *((lambda p=p: apply_top_p(RISING, p), [1, 2]) for p in (0.51, 0.9)),
+        (lambda: apply_top_p(RISING, 0.91), [1, 2, 3]),
+        (lambda: apply_top_p(RISING, 1.0), [0, 1, 2, 3]),
+        pytest.param(lambda: apply_top_p(log(0.4, 0.2, 0.2, 0.2), 0.4), [0], id="top_p, reached by the first"),
+        pytest.param(
+            lambda: apply_top_p(log(0.4, 0.2, 0.2, 0.2), 0.5), [0, 1, 2, 3], id="top_p, as likely as that"
+        ),
+        # after top_k 2 of (.5, .3, .2) the shares are .625 and .375, so .6 is reached by the first alone
+        pytest.param(lambda: apply_top_p(apply_top_k(log(0.5, 0.3, 0.2), 2), 0.6), [0], id="top_p of what is left"),
+        (lambda: apply_min_p(FALLING, 0.05), [0, 1, 2, 3]),
+        (lambda: apply_min_p(FALLING, 0.3), [0, 1, 2]),
+        (lambda: apply_min_p(FALLING, 0.5), [0, 1]),
+        (lambda: apply_min_p(FALLING, 0.6), [0]),
+        pytest.param(lambda: apply_min_p(ONE_LIKELY, 0.5, 3), [[0, 1, 2], [1, 2, 3]], id="min_p leaves three"),
+        pytest.param(lambda: apply_min_p(ONE_LIKELY, 0.5, 4), [[0, 1, 2, 3]] * 2, id="min_p leaves four"),
+        pytest.param(
+            lambda: apply_min_p(log(0.7, 0.1, 0.1, 0.1), 0.5, 3), [0, 1, 2], id="min_p leaves three equals"
+        ),
+        pytest.param(lambda: apply_xtc(HAND, 1.0, 0.15), [2, 3], id="xtc leaves the last of the top choices"),
+        pytest.param(lambda: apply_xtc(log(0.9, 0.06, 0.04), 1.0, 0.1), [0, 1, 2], id="xtc needs two top choices"),
+        pytest.param(lambda: apply_xtc(HAND, 1.0, 0.15, [0]), [0, 2, 3], id="xtc spares special tokens"),
+        pytest.param(lambda: apply_xtc(HAND, 1.0, 0.15, [99, -1]), [2, 3], id="xtc, strange ids"),
+        pytest.param(lambda: apply_xtc(HAND, 0.0, 0.15), [0, 1, 2, 3], id="xtc, off"),
+        pytest.param(lambda: apply_xtc(log(0.4, 0.2, 0.2, 0.2), 1.0, 0.15), [1, 2, 3], id="xtc keeps ties"),
+    ],
 )
-def test_top_p_keeps_the_fewest_that_reach_the_share(top_p: float, expected: list[int]) -> None:
-    assert kept(apply_top_p(log(1e-30, 0.5, 0.4, 0.1), top_p)) == expected
+def test_what_is_kept(filtered: Callable[[], mx.array], expected: list[Any]) -> None:
+    assert kept(filtered()) == expected
 
 
-def test_top_p_keeps_all_that_are_as_likely_as_the_last() -> None:
-    assert kept(apply_top_p(log(0.4, 0.2, 0.2, 0.2), 0.4)) == [0]
-    assert kept(apply_top_p(log(0.4, 0.2, 0.2, 0.2), 0.5)) == [0, 1, 2, 3]
-
-
-def test_top_p_counts_shares_of_what_is_left() -> None:
-    # After top_k 2 of (.5, .3, .2) the shares are .625 and .375, so .6 is reached by the first alone.
-    assert kept(apply_top_p(apply_top_k(log(0.5, 0.3, 0.2), 2), 0.6)) == [0]
+def test_what_is_kept_keeps_its_value() -> None:
+    filtered = apply_top_k(log(0.1, 0.4, 0.2, 0.3), 2)
+    np.testing.assert_allclose(np.array(filtered), [-INF, math.log(0.4), -INF, math.log(0.3)], rtol=1e-6)
 
 
 def test_top_p_at_the_size_of_a_real_vocabulary() -> None:
@@ -73,32 +83,25 @@ def test_top_p_at_the_size_of_a_real_vocabulary() -> None:
     assert abs(count - expected) < V * 5e-4
 
 
-@pytest.mark.parametrize(("min_p", "expected"), [(0.05, [0, 1, 2, 3]), (0.3, [0, 1, 2]), (0.5, [0, 1]), (0.6, [0])])
-def test_min_p_removes_below_a_fraction_of_the_largest(min_p: float, expected: list[int]) -> None:
-    assert kept(apply_min_p(log(0.5, 0.25, 0.2, 0.05), min_p)) == expected
-
-
-def test_min_p_leaves_as_many_as_asked() -> None:
-    rows = mx.stack([log(0.9, 0.05, 0.03, 0.02), log(0.02, 0.03, 0.05, 0.9)])
-    assert kept(apply_min_p(rows, 0.5, 3)) == [[0, 1, 2], [1, 2, 3]]
-    assert kept(apply_min_p(rows, 0.5, 4)) == [[0, 1, 2, 3]] * 2
-
-
-@pytest.mark.parametrize("top_p", [0.0, -0.1, math.nan])
-def test_top_p_is_refused_at_and_below_zero(top_p: float) -> None:
-    with pytest.raises(ValueError, match=r"top_p is .*above 0"):
-        apply_top_p(log(0.5, 0.5), top_p)
-
-
-@pytest.mark.parametrize("min_p", [-0.1, 1.0, math.nan])
-def test_min_p_is_refused_outside_its_bounds(min_p: float) -> None:
-    with pytest.raises(ValueError, match=r"min_p is .*\[0, 1\)"):
-        apply_min_p(log(0.5, 0.5), min_p)
-
-
-def test_min_tokens_to_keep_is_refused_below_one() -> None:
-    with pytest.raises(ValueError, match="min_tokens_to_keep is 0"):
-        apply_min_p(log(0.5, 0.5), 0.5, 0)
+@pytest.mark.parametrize(
+    ("apply", "message"),
+    [
+        *((lambda p=p: apply_top_p(HAND, p), r"top_p is .*above 0") for p in (0.0, -0.1, math.nan)),
+        *((lambda p=p: apply_min_p(HAND, p), r"min_p is .*\[0, 1\)") for p in (-0.1, 1.0, math.nan)),
+        (lambda: apply_min_p(HAND, 0.5, 0), "min_tokens_to_keep is 0"),
+        (lambda: apply_xtc(HAND, 1.1, 0.1), "xtc_probability"),
+        (lambda: apply_xtc(HAND, 1, 0.6), "xtc_threshold"),
+        (lambda: apply_repetition_penalty(HAND, [0], 0.0), "penalty"),
+        (lambda: apply_repetition_penalty(HAND, [0], INF), "penalty"),
+        (lambda: apply_repetition_penalty(HAND, [0], 2.0, 0), "context"),
+        (lambda: apply_logit_bias(HAND, {-1: 1.0}), "token id -1"),
+        (lambda: apply_logit_bias(HAND, {0: INF}), "token 0 is inf"),
+        (lambda: apply_logit_bias(HAND, {0: math.nan}), "nan"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(apply: Callable[[], mx.array], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply()
 
 
 def test_filters_keep_the_dtype() -> None:
@@ -108,35 +111,20 @@ def test_filters_keep_the_dtype() -> None:
         assert kept(filtered.astype(mx.float32)) == [1]
 
 
-# --- xtc and repetition penalty -------------------------------------------------------------------------------------
-
-
-def test_xtc_leaves_only_the_last_of_the_top_choices() -> None:
-    assert kept(apply_xtc(log(0.4, 0.3, 0.2, 0.1), 1.0, 0.15)) == [2, 3]
-
-
-def test_xtc_needs_two_top_choices() -> None:
-    assert kept(apply_xtc(log(0.9, 0.06, 0.04), 1.0, 0.1)) == [0, 1, 2]
-
-
-def test_xtc_spares_special_tokens_and_does_nothing_at_probability_zero() -> None:
-    values = log(0.4, 0.3, 0.2, 0.1)
-    assert kept(apply_xtc(values, 1.0, 0.15, [0])) == [0, 2, 3]
-    assert kept(apply_xtc(values, 0.0, 0.15)) == [0, 1, 2, 3]
+# --- xtc and penalties ----------------------------------------------------------------------------------------------
 
 
 def test_xtc_draws_per_row() -> None:
-    rows = mx.broadcast_to(log(0.4, 0.3, 0.2, 0.1), (4000, 4))
+    rows = mx.broadcast_to(HAND, (4000, 4))
     hit = (np.array(apply_xtc(rows, 0.3, 0.15, key=mx.random.key(3))) == -INF)[:, 0]
     assert abs(hit.mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 4000)
 
 
-@pytest.mark.parametrize(
-    ("probability", "threshold", "name"), [(1.1, 0.1, "xtc_probability"), (1, 0.6, "xtc_threshold")]
-)
-def test_xtc_refuses_bad_settings(probability: float, threshold: float, name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        apply_xtc(log(0.5, 0.5), probability, threshold)
+def test_xtc_removes_where_the_rows_number_lies_below_the_probability() -> None:
+    rows = mx.broadcast_to(HAND, (3, 4))
+    filtered = apply_xtc(rows, 0.5, 0.15, uniforms=mx.array([0.0, 0.49, 0.5]))
+    assert kept(filtered) == [[2, 3], [2, 3], [0, 1, 2, 3]]
+    assert kept(apply_xtc(rows[0], 0.5, 0.15, uniforms=mx.array(0.49))) == [2, 3]
 
 
 def test_repetition_penalty_by_hand() -> None:
@@ -154,33 +142,6 @@ def test_repetition_penalty_off() -> None:
     assert apply_repetition_penalty(logits, [], 2.0).tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("penalty", "context", "name"), [(0.0, 20, "penalty"), (INF, 20, "penalty"), (2.0, 0, "context")]
-)
-def test_repetition_penalty_refuses_bad_settings(penalty: float, context: int, name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        apply_repetition_penalty(mx.array([1.0]), [0], penalty, context)
-
-
-# --- what the settings do together with others ----------------------------------------------------------------------
-
-
-def test_min_p_leaves_exactly_as_many_equal_tokens_as_asked() -> None:
-    assert kept(apply_min_p(log(0.7, 0.1, 0.1, 0.1), 0.5, 3)) == [0, 1, 2]
-
-
-def test_xtc_removes_where_the_rows_number_lies_below_the_probability() -> None:
-    rows = mx.broadcast_to(log(0.4, 0.3, 0.2, 0.1), (3, 4))
-    filtered = apply_xtc(rows, 0.5, 0.15, uniforms=mx.array([0.0, 0.49, 0.5]))
-    assert kept(filtered) == [[2, 3], [2, 3], [0, 1, 2, 3]]
-    assert kept(apply_xtc(rows[0], 0.5, 0.15, uniforms=mx.array(0.49))) == [2, 3]
-
-
-def test_xtc_ignores_special_ids_outside_the_vocabulary_and_keeps_ties() -> None:
-    assert kept(apply_xtc(log(0.4, 0.3, 0.2, 0.1), 1.0, 0.15, [99, -1])) == [2, 3]
-    assert kept(apply_xtc(log(0.4, 0.2, 0.2, 0.2), 1.0, 0.15)) == [1, 2, 3]
-
-
 def test_presence_is_subtracted_once_and_frequency_every_time() -> None:
     logits = mx.array([[1.0, -1.0, 2.0, 3.0], [4.0, 5.0, -6.0, 0.0]])
     recent = mx.array([[-1, 3, 0, 3], [2, 2, 2, 9]])
@@ -191,23 +152,15 @@ def test_presence_is_subtracted_once_and_frequency_every_time() -> None:
 
 
 @pytest.mark.parametrize("apply", [apply_repetition_penalty, apply_presence_penalty, apply_frequency_penalty])
-def test_penalties_look_at_the_newest_ids_only(apply: Any) -> None:
-    logits = mx.array([[1.0, 2.0, 3.0, 4.0]])
-    recent = [0, 1, 2, 3]
+def test_every_penalty(apply: Any) -> None:
+    """Looks at the newest ids alone, changes nothing where nothing came, leaves the banned banned, keeps the dtype."""
+    logits, recent = mx.array([[1.0, 2.0, 3.0, 4.0]]), [0, 1, 2, 3]
     assert apply(logits, recent, 2.0, context_size=2).tolist() == apply(logits, [2, 3], 2.0).tolist()
     assert apply(logits, recent, 2.0, context_size=99).tolist() == apply(logits, recent, 2.0).tolist()
-
-
-@pytest.mark.parametrize("apply", [apply_repetition_penalty, apply_presence_penalty, apply_frequency_penalty])
-def test_penalties_change_nothing_where_nothing_came(apply: Any) -> None:
-    logits = mx.array([[1.0, -INF, 3.0]])
-    for recent in ([], [-1, -1], [3, 7, -1]):
-        assert apply(logits, recent, 2.0).tolist() == logits.tolist()
-
-
-@pytest.mark.parametrize("apply", [apply_repetition_penalty, apply_presence_penalty, apply_frequency_penalty])
-def test_penalties_leave_banned_tokens_banned_and_keep_the_dtype(apply: Any) -> None:
-    changed = apply(mx.array([1.0, -INF, 3.0], dtype=mx.bfloat16), [1, 1, 2], 2.0)
+    banned = mx.array([[1.0, -INF, 3.0]])
+    for nothing in ([], [-1, -1], [3, 7, -1]):
+        assert apply(banned, nothing, 2.0).tolist() == banned.tolist()
+    changed = apply(banned[0].astype(mx.bfloat16), [1, 1, 2], 2.0)
     assert changed.dtype == mx.bfloat16
     assert changed.astype(mx.float32).tolist() == [1.0, -INF, 1.5 if apply is apply_repetition_penalty else 1.0]
 
@@ -237,15 +190,6 @@ def test_logit_bias_adds_bans_and_ignores_ids_beyond_the_vocabulary() -> None:
     assert apply_logit_bias(logits, {0: 1.5, 2: -INF, 9: 1.0}).tolist() == [[2.5, 2.0, -INF], [5.5, 5.0, -INF]]
     assert apply_logit_bias(logits[0], {1: -1.0}).tolist() == [1.0, 1.0, 3.0]
     assert apply_logit_bias(logits, {3: 1.0}) is logits
-
-
-@pytest.mark.parametrize(
-    ("bias", "message"),
-    [({-1: 1.0}, "token id -1"), ({0: INF}, "token 0 is inf"), ({0: math.nan}, "nan")],
-)
-def test_logit_bias_refuses_bad_values(bias: dict[int, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        apply_logit_bias(mx.zeros((2,)), bias)
 
 
 @pytest.mark.parametrize("offset", [-1000.0, -30.0, 0.0, 50.0, 1000.0])
