@@ -30,9 +30,10 @@ from troupe.run.activity import Progress
 from troupe.run.config import RunConfig, check_config
 from troupe.run.factories import Factories
 from troupe.run.folder import RunFolder
-from troupe.run.live import Errands, Exchange, LiveRun, Setting
+from troupe.run.live import LiveRun
 from troupe.run.pipeline import Pipeline, build_pipeline
 from troupe.run.prepare import Prepared
+from troupe.run.requests import Exchange, Requests, Setting
 from troupe.run.result import RunResult, remove_summary
 from troupe.run.resume.changes import ChangesLog, check_change
 from troupe.run.tables import anchored_reward
@@ -74,8 +75,8 @@ class Supervisor:
         self._allow_changes = tuple(allow_changes)
         self._entered = self._stopping = self._pausing = False
         self._requests: list[Callable[[Pipeline], None]] = []
-        self._errands = Errands()
-        self._stage = Progress()
+        self._outside = Requests()
+        self._progress = Progress()
         self._ended = anyio.Event()
         self._factories = Factories() if factories is None else factories
         self._device = self._factories.device("supervisor")
@@ -93,14 +94,14 @@ class Supervisor:
         self._entered = True
         began_s = time.perf_counter()
         try:
-            with self._stage.at("loading the model and the prompts"):
+            with self._progress.at("loading the model and the prompts"):
                 place = await self._device.run(self._take_folder)
                 prepared = await self._device.run(self._prepare, place, on_cancel=stop_making_rows)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
             self.lost = prepared.start.lost
             self._pipeline = build_pipeline(prepared, self._factories, check_folder=place.check)
-            performance = LiveRun(
-                prepared, self._pipeline, place, self._device, self._errands, ended=self._ended, began_s=began_s
+            live = LiveRun(
+                prepared, self._pipeline, place, self._device, self._outside, ended=self._ended, began_s=began_s
             )
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
@@ -111,12 +112,12 @@ class Supervisor:
             with anyio.CancelScope(shield=True):
                 await self._device.close()
             raise
-        self._live = performance
+        self._live = live
         for request in self._requests:
             request(self._pipeline)
         if self._stopping:
-            performance.stop()
-        self._tasks.start_soon(performance.run, name="run")
+            live.stop()
+        self._tasks.start_soon(live.run, name="run")
         return self
 
     async def __aexit__(
@@ -183,7 +184,7 @@ class Supervisor:
         """What the run is doing now. May be asked at any time; it is put together when asked and costs little."""
         if self._live is not None:
             return self._live.status()
-        return msgspec.structs.replace(NOT_STARTED, activity=self._stage.activity(time.perf_counter()))
+        return msgspec.structs.replace(NOT_STARTED, activity=self._progress.activity(time.perf_counter()))
 
     @property
     def pausing(self) -> bool:
@@ -233,7 +234,7 @@ class Supervisor:
         down, and a resume keeps to that; one given in Python is gone with the process. One that is refused or does not
         start is an incident, and the old one goes on.
         """
-        self._errands.exchanges.send_nowait(Exchange(name, anchored_reward(reward, Path.cwd())))
+        self._outside.exchanges.send_nowait(Exchange(name, anchored_reward(reward, Path.cwd())))
 
     async def check(self, key: str, value: Any) -> None:
         """See whether a value can be `set`, also where that takes a while: a reward is loaded in a process of its own
@@ -257,7 +258,7 @@ class Supervisor:
         if section == "rewards":
             self.exchange_reward(name, value)
         else:
-            self._errands.settings.send_nowait(Setting(key, value))
+            self._outside.settings.send_nowait(Setting(key, value))
 
     def _ask(self, request: Callable[[Pipeline], None]) -> None:
         if self._live is not None:

@@ -1,0 +1,143 @@
+"""Requests from outside a run that are not its actors' work: settings, and other rewards in the place of those there.
+
+What changes the run is written down first, so that whoever resumes it makes the change again at the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import anyio
+import msgspec
+
+from troupe.messages import Incident, SetCheckpointEvery, SetLearningRate
+from troupe.rewards import Reward
+from troupe.rewards.exchange import RewardVersion
+from troupe.run.folder import RunFolder
+from troupe.run.pipeline import Pipeline
+from troupe.run.prepare import Prepared
+from troupe.run.resume.changes import Change, ChangesLog
+from troupe.runtime.mailbox import Mailbox
+
+_MOST_WAITING = 64
+"""Exchanges of rewards, and settings, before the oldest is forgotten."""
+
+
+class Exchange(msgspec.Struct, frozen=True):
+    """A reward to be put in the place of another."""
+
+    name: str
+    reward: Reward | str
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """A key of the config, checked, that is to have another value."""
+
+    key: str
+    value: Any
+
+
+class Requests:
+    """What is asked of a run; may be asked before there is one."""
+
+    def __init__(self) -> None:
+        self.inbox = Mailbox("supervisor")
+        self.exchanges = self.inbox.channel("exchanges", Exchange, bound=_MOST_WAITING, overflow="drop_oldest")
+        self.settings = self.inbox.channel("settings", Setting, bound=_MOST_WAITING, overflow="drop_oldest")
+
+
+class RequestHandler:
+    """Does what is asked of one run while its actors run."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        pipeline: Pipeline,
+        place: RunFolder,
+        requests: Requests,
+        *,
+        set_watchdog: Callable[[float], None],
+    ) -> None:
+        """`set_watchdog`: called with `schedule.watchdog_s` when it is set."""
+        self._batch_size = prepared.config.learner.batch_size
+        self._is_pinned = prepared.config.schedule.mode == "pinned"
+        self._later = [each for each in prepared.live.exchanges if each[0] > prepared.start.first_step]
+        self._rewards = prepared.inputs.rewards
+        self._changes = ChangesLog(prepared.folder)
+        self._pipeline = pipeline
+        self._report = pipeline.wiring.supervisor_report
+        self._place = place
+        self._requests = requests
+        self._set_watchdog = set_watchdog
+        self._replaced: list[tuple[str, RewardVersion, int]] = []
+
+    async def exchange_as_before(self) -> None:
+        """Have the rewards ready that take over at later steps, because they did so in a start before this one."""
+        for step, name, spec in self._later:
+            old = await self._rewards.replace(name, spec, partial(_at, step))
+            self._replaced.append((name, old, step))
+
+    async def run(self) -> None:
+        """Do what is asked, for as long as it is awaited."""
+        async with anyio.create_task_group() as tasks:
+            for replaced in self._replaced:
+                tasks.start_soon(self._stop_replaced, *replaced)
+            async for request in self._requests.inbox:  # not in turn: an old reward that hangs would hold up all
+                if isinstance(request, Exchange):
+                    tasks.start_soon(self._exchange, request.name, request.reward)
+                else:
+                    await self._set(request.key, request.value)
+
+    async def _set(self, key: str, value: Any) -> None:
+        """Write down what is set, then do it; the learner writes down itself what it must do at a step."""
+        if key == "learner.lr":
+            self._pipeline.wiring.settings.send_nowait(SetLearningRate(lr=value))
+            return
+        change = Change(step=self._pipeline.learner.version, key=key, value=value)
+        self._place.check()
+        try:
+            await anyio.to_thread.run_sync(self._changes.add, change)
+        except OSError as error:
+            self._tell("change_failed", f"{key} was not set to {value}, since that could not be written down: {error}")
+            return
+        if key == "checkpoint.every":
+            self._pipeline.wiring.settings.send_nowait(SetCheckpointEvery(steps=value))
+        else:
+            self._set_watchdog(value)
+
+    async def _exchange(self, name: str, reward: Reward | str) -> None:
+        """A reward that a text names takes over with a step, so that whoever resumes can do the same."""
+        step = 0
+
+        def first_step(was_down: bool) -> int:
+            nonlocal step
+            if not isinstance(reward, str):
+                return 0
+            begun = -(-self._pipeline.ledgers.prompts.next // self._batch_size)
+            step = begun if self._is_pinned and not was_down else self._pipeline.learner.version
+            self._place.check()
+            self._changes.add(Change(step=step, key=f"rewards.{name}", value=reward))  # no await: none begins meanwhile
+            return step if self._is_pinned else 0
+
+        try:
+            old = await self._rewards.replace(name, reward, first_step)
+        except Exception as error:
+            message = f"the reward {name} was not exchanged, the old one goes on: {error}"
+            self._tell("reward_exchange_failed", message)
+            return
+        await self._stop_replaced(name, old, step)
+
+    async def _stop_replaced(self, name: str, old: RewardVersion, step: int) -> None:
+        """Stop a reward that another takes over from in a step, when all steps before have ended."""
+        await self._pipeline.ledgers.board.newer_than(step - 1)
+        for incident in await self._rewards.stop_replaced(name, old):
+            self._report.incident_nowait(incident)
+
+    def _tell(self, kind: str, message: str) -> None:
+        self._report.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))
+
+
+def _at(step: int, was_down: bool) -> int:
+    return step
