@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -357,7 +358,7 @@ class WatchedMailbox(Mailbox):
     """Its channels are watched, and as long as the hooks say."""
 
     def __init__(self, name: str, hooks: Hooks, ledger: Ledger) -> None:
-        super().__init__(name)
+        super().__init__(name, clock=lambda: time.perf_counter())
         self._hooks, self._ledger = hooks, ledger
 
     def channel(
