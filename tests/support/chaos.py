@@ -20,7 +20,7 @@ import anyio
 
 from tests.support import virtual_time
 from tests.support.plans import Plan, draw_plan
-from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, set_stage, stage_factories
+from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, stage_factories
 from troupe import RewardActor, RewardSample, RunConfig
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
@@ -212,8 +212,10 @@ def play(plan: Plan) -> Report:
         rewards = rewards_of(chaos)
         prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows)
         try:
-            run = Supervisor(config, factories=stage_factories(prepared, chaos, ledger))
-            with set_stage(chaos, ledger, real_statistics=plan.seed % 8 == 0), seeded(plan.seed):
+            run = Supervisor(
+                config, factories=stage_factories(prepared, chaos, ledger, real_statistics=plan.seed % 8 == 0)
+            )
+            with seeded(plan.seed):
                 report = virtual_time.run(perform, run, chaos, ledger, rewards[0])
             assert_all_holds(plan, report)
         except Exception as error:

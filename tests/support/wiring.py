@@ -12,21 +12,19 @@ import hashlib
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 import troupe  # noqa: F401 - before MLX
 from tests.support.fakes import DirectSinkThread
 from troupe import RunConfig
 from troupe.actors.checkpoint_writer import CheckpointWriter
-from troupe.actors.learner import train as training
+from troupe.actors.learner.gathering import StepGroups, gid_of
+from troupe.actors.learner.train import BatchTrainer, LearnerState
 from troupe.actors.schedule import PromptSchedule
 from troupe.dataset import PromptDataset
 from troupe.grpo import Batch, StepResult
@@ -391,7 +389,7 @@ class WatchedWriter(CheckpointWriter):
             self._seen.final = snapshot.version
 
 
-def stage_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger) -> Factories:
+def stage_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statistics: bool = False) -> Factories:
     """What takes time or room, faked."""
     generations = prepared.config.generation.num_generations
     engine: Any = lambda *_, **__: ScriptedEngine(generations)  # noqa: E731
@@ -399,6 +397,7 @@ def stage_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger) -> Factori
         prepare=lambda *_, **__: prepared,
         device=partial(VirtualDevice, hooks=hooks),
         mailbox=partial(WatchedMailbox, hooks=hooks, ledger=ledger),
+        trainer=partial(ScriptedTrainer, hooks=hooks, ledger=ledger, real_statistics=real_statistics),
         engine=engine,
         writer=partial(WatchedWriter, hooks=hooks, seen=ledger),
         sinks=lambda _: [StageSink(hooks)],
@@ -406,34 +405,35 @@ def stage_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger) -> Factori
     )
 
 
-@contextmanager
-def set_stage(hooks: Hooks, ledger: Ledger, *, real_statistics: bool) -> Iterator[None]:
-    """What the learner computes in the body is faked.
+class ScriptedTrainer(BatchTrainer):
+    """Learns by hashing, and says nothing of groups.
 
-    `real_statistics`: what is computed of scores with small arrays is not; it takes most of the time of a run.
+    `real_statistics`: what is computed of scores with small arrays is not faked; it takes most of the time of a run.
     """
 
-    def train(weights: Mapping[str, bytes], state: object, batch: Any, *_: Any, **settings: Any) -> StepResult:
+    def __init__(self, *given: Any, hooks: Hooks, ledger: Ledger, real_statistics: bool, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self._hooks, self._ledger, self._real = hooks, ledger, real_statistics
+
+    def learn(self, state: LearnerState, batch: Any, on_part: Callable[[str], None]) -> StepResult:
+        weights: Any = state.weights
         given = _digest_of_batch(batch)
-        ledger.learned.append(digest(weights["w"], given, settings["lr"]))
-        finite = hooks.is_finite(given)
-        trained: Any = {"w": ledger.learned[-1]} if finite else weights
+        self._ledger.learned.append(digest(weights["w"], given, self.learning_rates(state.version)))
+        finite = self._hooks.is_finite(given)
+        trained: Any = {"w": self._ledger.learned[-1]} if finite else weights
         return StepResult(weights=trained, optimizer_state={}, metrics={"loss": 0.0}, updated=finite)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_on_batch", train)
-        patch.setattr(training, "CompletionLogProbs", lambda *_, **__: None)
-        if not real_statistics:
-            patch.setattr(training, "group_statistics", lambda *_: {"reward": 0.0})
-            patch.setattr(training, "spread_statistics", lambda *_: {})
-            patch.setattr(training, "has_signal", _has_signal)
-            patch.setattr(training, "assemble", _assemble)
-        yield
+    def describe(self, step: StepGroups) -> dict[str, float]:
+        return super().describe(step) if self._real else {"reward": 0.0}
 
+    def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Any:
+        if self._real:
+            return super().assemble(groups, oldest)
+        batch = [(g.group.prompt, g.group.rollouts, g.scores) for g in groups]
+        return SimpleNamespace(batch=batch, metrics={}, advantages=[(0.0,) * len(g.group.rollouts) for g in groups])
 
-def _assemble(groups: Sequence[ScoredGroup], *_: Any, **__: Any) -> Any:
-    batch = [(g.group.prompt, g.group.rollouts, g.scores) for g in groups]
-    return SimpleNamespace(batch=batch, metrics={}, advantages=[(0.0,) * len(g.group.rollouts) for g in groups])
+    def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
+        return super().without_signal(groups) if self._real else {gid_of(g) for g in groups if not _has_signal(g)}
 
 
 def _digest_of_batch(batch: Any) -> bytes:
@@ -442,7 +442,7 @@ def _digest_of_batch(batch: Any) -> bytes:
     return digest(batch)
 
 
-def _has_signal(group: ScoredGroup, config: object, weights: Mapping[str, float]) -> bool:
+def _has_signal(group: ScoredGroup) -> bool:
     rewards = [
         sum(score for score in scores if score is not None)
         for scores in zip(*group.scores.values(), strict=True)

@@ -14,7 +14,7 @@ import troupe
 from tests.support import virtual_time
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.faults import Faults
-from tests.support.wiring import Hooks, Ledger, digest, prepared_run, set_stage, stage_factories
+from tests.support.wiring import Hooks, Ledger, digest, prepared_run, stage_factories
 from tests.support.straight import play_straight
 from troupe import RunConfig
 from troupe.actors import checkpoint_writer as writer_room
@@ -94,7 +94,7 @@ def play(
             await run.wait()
         return run.result
 
-    with set_stage(slow, ledger, real_statistics=False), faults.injected():
+    with faults.injected():
         result = virtual_time.run(perform)
     return Played(ledger, result, faults)
 

@@ -16,7 +16,7 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from tests.support import virtual_time
-from tests.support.wiring import Hooks, Ledger, prepared_run, set_stage, stage_factories
+from tests.support.wiring import Hooks, Ledger, prepared_run, stage_factories
 from troupe import RunConfig
 from troupe.run.resume.changes import ChangesLog
 from troupe.checkpoint import CheckpointConfig
@@ -82,7 +82,7 @@ class Theatre:
 
     @contextmanager
     def staged(self) -> Iterator[None]:
-        with set_stage(self.hooks, self.ledger, real_statistics=False), pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "perf_counter", virtual_now)
             yield
 

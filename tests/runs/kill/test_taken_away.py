@@ -15,6 +15,9 @@ from tests.support.fakes import BATCH_SIZE, same_bits, tiny_config, weigh_ids
 from tests.support.runs import in_store, lines
 from troupe import RunConfig, RunResult, Supervisor
 from troupe.checkpoint import list_checkpoints, load_checkpoint
+from troupe.actors.learner.gathering import StepGroups
+from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
+from troupe.run.factories import Factories
 from troupe.errors import FolderGoneError, RunError
 from troupe.policy import Weights
 from troupe.run.sealed_config import is_as_written
@@ -145,16 +148,14 @@ async def test_one_that_is_stopped_meanwhile_writes_no_checkpoint_elsewhere(tmp_
     assert list((tmp_path / "run").iterdir()) == []
 
 
-async def test_what_fails_because_the_folder_is_gone_is_told_as_that(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: Any, **__: Any) -> None:
-        move(tmp_path / "run")
-        raise RunError("no room for the weights")
+async def test_what_fails_because_the_folder_is_gone_is_told_as_that(tmp_path: Path, ragged_model: Path) -> None:
+    class Failing(BatchTrainer):
+        def train(self, state: LearnerState, step: StepGroups) -> Learned:
+            move(tmp_path / "run")
+            raise RunError("no room for the weights")
 
-    monkeypatch.setattr("troupe.actors.learner.train.train_on_batch", fails)
     with pytest.raises(FolderGoneError):
-        await play(config_of(ragged_model, tmp_path))
+        await play(config_of(ragged_model, tmp_path), factories=Factories(trainer=Failing))
 
 
 async def test_a_store_and_metrics_that_are_deleted_are_begun_anew_and_told(tmp_path: Path, ragged_model: Path) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import bisect
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.learner.batch import CompletionLogProbs, assemble
+from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gid_of
 from troupe.actors.learner.statistics import group_statistics, has_signal, num_tokens, spread_statistics
-from troupe.grpo import LearnerConfig, learning_rate, sync_reference, train_on_batch
+from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.messages import ScoredGroup
 from troupe.policy import Qwen3Config, Weights
 from troupe.runtime.linux_cpu import blas_limited
@@ -98,8 +98,7 @@ class BatchTrainer:
         return {gid_of(group) for group in groups if not has_signal(group, self.config, self.reward_weights)}
 
     def train(self, state: LearnerState, step: StepGroups) -> Learned:
-        """One learner batch. Metrics of rewards and completions count all groups with scores, also those left out of
-        the batch."""
+        """One learner batch."""
         parts: list[tuple[str, float, float]] = []
         began_s = time.perf_counter()
 
@@ -108,38 +107,14 @@ class BatchTrainer:
 
         weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
         advantages: dict[int, tuple[float, ...]] = {}
-        usable = step.ending("trained", "filtered", "stale")
-        faulted = [group for group in step.ending("quarantined") if group.faulted and _has_scores(group)]
-        metrics = {"reward": math.nan}
-        if scored := [*usable, *faulted]:
-            metrics = group_statistics(scored, self.config, self.reward_weights)
-        if usable:
-            metrics |= spread_statistics(usable, self.config, self.reward_weights)
+        metrics = self.describe(step)
         if trained := step.ending("trained"):
-            prepared = assemble(
-                trained,
-                self.config,
-                weights=self.reward_weights,
-                pad_id=self._pad_id,
-                oldest=step.oldest if step.drops_stale else None,
-            )
-            with blas_limited(1 if self._streams else None):
-                result = train_on_batch(
-                    weights,
-                    optimizer_state,
-                    prepared.batch,
-                    self._log_probs,
-                    self.config,
-                    lr=self._learning_rates(state.version),
-                    ref_weights=state.reference,
-                    max_completion_length=self._max_completion_length,
-                    on_part=end_part,
-                    streams=self._streams,
-                )
+            assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
+            result = self.learn(state, assembled.batch, end_part)
             weights, optimizer_state = result.weights, result.optimizer_state
             skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
-            advantages = {gid_of(group): a for group, a in zip(trained, prepared.advantages, strict=True)}
-            metrics = {**prepared.metrics, **metrics, **result.metrics}
+            advantages = {gid_of(group): a for group, a in zip(trained, assembled.advantages, strict=True)}
+            metrics = {**assembled.metrics, **metrics, **result.metrics}
         state = LearnerState(
             version=state.version + 1,
             weights=weights,
@@ -150,7 +125,38 @@ class BatchTrainer:
         )
         return Learned(state, metrics, advantages, parts)
 
-    def _learning_rates(self, step: int) -> list[float]:
+    def describe(self, step: StepGroups) -> dict[str, float]:
+        """Rewards and completions of all groups with scores, also those left out of the batch."""
+        usable = step.ending("trained", "filtered", "stale")
+        faulted = [group for group in step.ending("quarantined") if group.faulted and _has_scores(group)]
+        metrics = {"reward": math.nan}
+        if scored := [*usable, *faulted]:
+            metrics = group_statistics(scored, self.config, self.reward_weights)
+        if usable:
+            metrics |= spread_statistics(usable, self.config, self.reward_weights)
+        return metrics
+
+    def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Assembled:
+        """The groups as a batch, without tokens of versions before `oldest`."""
+        return assemble(groups, self.config, weights=self.reward_weights, pad_id=self._pad_id, oldest=oldest)
+
+    def learn(self, state: LearnerState, batch: Batch, on_part: Callable[[str], None]) -> StepResult:
+        """`train_on_batch` by the learner's settings."""
+        with blas_limited(1 if self._streams else None):
+            return train_on_batch(
+                state.weights,
+                state.optimizer_state,
+                batch,
+                self._log_probs,
+                self.config,
+                lr=self.learning_rates(state.version),
+                ref_weights=state.reference,
+                max_completion_length=self._max_completion_length,
+                on_part=on_part,
+                streams=self._streams,
+            )
+
+    def learning_rates(self, step: int) -> list[float]:
         """One for each update of the batch; the schedule counts updates, as TRL's does."""
         passes = self.config.num_iterations
         first, total = step * passes, self.total_steps * passes
