@@ -30,7 +30,7 @@ from troupe.daemon.orders import Order
 from troupe.errors import ConfigError, OutputError, RunError
 from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Resume, Set, Status, Step
 from troupe.records.layout import LOG, PAGE
-from troupe.records.standing import aftermath, describe
+from troupe.records.standing import describe_standing, read_standing
 from troupe.runtime.lock import read_owner
 
 pytestmark = pytest.mark.alone
@@ -365,7 +365,7 @@ def test_a_drained_run_is_gone_on_with_by_its_folder_alone(real_order: Order) ->
         assert isinstance(asked(real_order, Drain()), Done)
         assert daemon.wait(PATIENCE_S) == 0
     real_order.run_toml.unlink()
-    told = describe(aftermath(real_order.output))
+    told = describe_standing(read_standing(real_order.output))
     assert told.endswith(f"of 400; go on with: troupe daemon {real_order.output}")
     again = Order.given(Path(told.split()[-1]), None)
     assert again.output == real_order.output

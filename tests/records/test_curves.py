@@ -82,9 +82,9 @@ def test_the_time_of_all_steps_whatever_the_points(most_points: int) -> None:
         {"time/reward/hidden_s": 0.25},
     ]
     found = thinned(steps, most_points)
-    assert (found.seconds, found.sampled) == (8.0, 30.0)
-    assert found.totals == {"device_s": 2.0, "reward/hidden_s": 0.25}
-    assert found.shares == {"a/busy": pytest.approx((1.0 + 0.6) / 4.0), "b/idle": pytest.approx(0.5 / 4.0)}
+    assert (found.sums.seconds, found.sums.sampled) == (8.0, 30.0)
+    assert found.sums.totals == {"device_s": 2.0, "reward/hidden_s": 0.25}
+    assert found.sums.shares == {"a/busy": pytest.approx((1.0 + 0.6) / 4.0), "b/idle": pytest.approx(0.5 / 4.0)}
 
 
 def table(curves: Curves) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""What a folder says of a run that nobody plays."""
+"""What a folder says of a run that does not answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from troupe.errors import InputError
-from troupe.records.standing import Aftermath, aftermath, describe
+from troupe.records.standing import Standing, describe_standing, read_standing
 from troupe.runtime.lock import LOCK, Owner, RunLock, process_identity
 
 
@@ -44,32 +44,34 @@ def dead_owner(run: Path, host: str | None = None) -> int:
 
 
 def test_a_run_that_has_not_begun(run: Path) -> None:
-    found = aftermath(run)
-    assert found == Aftermath(folder=str(run), fate="not begun", step=0, total_steps=None, checkpoint=None)
-    assert describe(found) == (f"no step is done yet, and nobody is at it; go on with: troupe train -o {run} --resume")
+    found = read_standing(run)
+    assert found == Standing(folder=str(run), fate="not begun", step=0, total_steps=None, checkpoint=None)
+    assert describe_standing(found) == (
+        f"no step is done yet, and nobody is at it; go on with: troupe train -o {run} --resume"
+    )
 
 
 def test_a_run_that_is_complete(run: Path) -> None:
     add_checkpoint(run, 100)
     add_summary(run, 100, 100)
-    found = aftermath(run)
+    found = read_standing(run)
     assert (found.fate, found.step, found.total_steps, found.checkpoint) == ("complete", 100, 100, "step-00000100")
-    assert describe(found) == "complete: 100 of 100 steps"
+    assert describe_standing(found) == "complete: 100 of 100 steps"
 
 
 def test_a_run_that_was_ended(run: Path) -> None:
     add_checkpoint(run, 40)
     add_summary(run, 40, 100)
-    found = aftermath(run)
+    found = read_standing(run)
     assert found.fate == "ended"
-    assert describe(found) == f"ended after step 40 of 100; go on with: troupe train -o {run} --resume"
+    assert describe_standing(found) == f"ended after step 40 of 100; go on with: troupe train -o {run} --resume"
 
 
 def test_a_run_that_a_daemon_kept_is_gone_on_with_by_one(run: Path) -> None:
     (run / "daemon.log").write_text("")
     add_checkpoint(run, 40)
     add_summary(run, 40, 100)
-    assert describe(aftermath(run)) == f"ended after step 40 of 100; go on with: troupe daemon {run}"
+    assert describe_standing(read_standing(run)) == f"ended after step 40 of 100; go on with: troupe daemon {run}"
 
 
 def test_a_run_that_was_killed(run: Path) -> None:
@@ -78,53 +80,53 @@ def test_a_run_that_was_killed(run: Path) -> None:
     add_checkpoint(run, 20)
     add_checkpoint(run, 30, whole=False)
     (run / "checkpoints" / ".tmp-step-00000040").mkdir()
-    found = aftermath(run)
+    found = read_standing(run)
     assert (found.fate, found.step, found.checkpoint, found.pid) == ("cut off", 20, "step-00000020", pid)
-    assert describe(found).startswith("cut off; newest checkpoint: step-00000020; go on with")
+    assert describe_standing(found).startswith("cut off; newest checkpoint: step-00000020; go on with")
 
 
 def test_one_that_was_killed_before_its_first_checkpoint(run: Path) -> None:
     (run / "metrics.jsonl").write_text("{}\n")
-    assert describe(aftermath(run)).startswith("cut off; newest checkpoint: none yet;")
+    assert describe_standing(read_standing(run)).startswith("cut off; newest checkpoint: none yet;")
 
 
 def test_a_summary_of_an_earlier_start_does_not_count(run: Path) -> None:
     add_summary(run, 40, 100)
     add_checkpoint(run, 60)
-    found = aftermath(run)
+    found = read_standing(run)
     assert (found.fate, found.step, found.total_steps) == ("cut off", 60, 100)
 
 
-def test_a_run_that_plays_and_does_not_answer(run: Path) -> None:
+def test_a_live_run_that_does_not_answer(run: Path) -> None:
     lock = RunLock(run)
     lock.take()
-    found = aftermath(run)
+    found = read_standing(run)
     lock.release()
     assert (found.fate, found.pid) == ("playing", os.getpid())
-    assert f"process {os.getpid()} plays a run here, but does not answer" in describe(found)
+    assert f"process {os.getpid()} runs here, but does not answer" in describe_standing(found)
 
 
-def test_on_another_machine_it_may_be_playing(run: Path) -> None:
+def test_on_another_machine_it_may_be_live(run: Path) -> None:
     dead_owner(run, host="elsewhere")
-    assert aftermath(run).fate == "playing"
+    assert read_standing(run).fate == "playing"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"steps": "x", "total_steps": 3}'])
 def test_a_damaged_summary_says_nothing(run: Path, text: str) -> None:
     (run / "summary.json").write_text(text)
-    assert aftermath(run).fate == "not begun"
+    assert read_standing(run).fate == "not begun"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        aftermath(tmp_path / "nowhere")
+        read_standing(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"no run\.toml"):
-        aftermath(tmp_path)
+        read_standing(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        aftermath(tmp_path / ("a" * 300))
+        read_standing(tmp_path / ("a" * 300))
 
 
 def test_a_run_whose_guardian_says_why_it_does_not_answer(run: Path) -> None:
@@ -133,17 +135,21 @@ def test_a_run_whose_guardian_says_why_it_does_not_answer(run: Path) -> None:
     add_checkpoint(run, 5)
     told = {"pid": os.getpid(), "name": "kind", "reason": "the reward kind holds Python's lock", "since": 0.0}
     (run / "control.silent").write_text(json.dumps(told))
-    found = aftermath(run)
+    found = read_standing(run)
     assert (found.fate, found.checkpoint) == ("silent", "step-00000005")
-    assert describe(found).startswith("not answering for ")
-    assert "the reward kind holds Python's lock; newest checkpoint: step-00000005; wait, or end it" in describe(found)
-    assert f"troupe stop {run} --kill" in describe(found)
+    said = describe_standing(found)
+    assert said.startswith("not answering for ")
+    assert (
+        "the reward kind holds Python's lock; newest checkpoint: step-00000005; wait, or end it"
+        in describe_standing(found)
+    )
+    assert f"troupe stop {run} --kill" in said
     (run / "control.silent").write_text(json.dumps({**told, "pid": 1}))
-    assert aftermath(run).fate == "playing", "it was said of another one"
+    assert read_standing(run).fate == "playing", "it was said of another one"
     lock.release()
 
 
-def test_who_has_died_and_is_not_buried_plays_nothing(run: Path) -> None:
+def test_who_has_died_and_is_not_buried_runs_nothing(run: Path) -> None:
     dead = subprocess.Popen(["true"])
     owner = Owner(pid=dead.pid, host=os.uname().nodename, started=0.0, process=process_identity(dead.pid))
     until_s = time.monotonic() + 30.0
@@ -151,6 +157,6 @@ def test_who_has_died_and_is_not_buried_plays_nothing(run: Path) -> None:
         assert time.monotonic() < until_s
         time.sleep(0.001)
     (run / LOCK).write_bytes(msgspec.json.encode(owner))
-    assert aftermath(run).fate == "cut off"
+    assert read_standing(run).fate == "cut off"
     dead.wait()
     assert Owner(pid=os.getpid(), host=os.uname().nodename, started=0.0).is_alive

@@ -33,7 +33,7 @@ from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.daemon.trainer import process as trainer
 from troupe.errors import CheckpointError, OutputError, RewardError, RunError
 from troupe.policy import Weights, load_policy
-from troupe.records.standing import aftermath
+from troupe.records.standing import read_standing
 from troupe.run import supervisor
 from troupe.run.config import RunConfig, load_config
 from troupe.run.folder import RunFolder
@@ -607,7 +607,7 @@ async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(
 ) -> None:
     done = await play(tiny_config(ragged_model, tmp_path, learner__max_steps=1))
     folder = Path(done.folder)
-    assert aftermath(folder).fate == "complete"
+    assert read_standing(folder).fate == "complete"
     longer = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
 
     def die(*_: Any, **__: Any) -> Any:
@@ -620,9 +620,9 @@ async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(
     stored = load_config(folder / "run.toml")
     assert stored.learner.max_steps == 2
     assert trainer._finished(folder, stored) is None
-    assert aftermath(folder).fate == "cut off"
+    assert read_standing(folder).fate == "cut off"
     assert (await play(longer, resume=True)).steps == 2
-    assert aftermath(folder).fate == "complete"
+    assert read_standing(folder).fate == "complete"
 
 
 async def test_a_summary_that_cannot_be_removed_is_told_before_the_config_is_stored(

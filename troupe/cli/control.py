@@ -41,8 +41,7 @@ from troupe.messages import (
     Stop,
 )
 from troupe.records.silence import silence_of
-from troupe.records.standing import aftermath
-from troupe.records.standing import describe as describe_aftermath
+from troupe.records.standing import describe_standing, read_standing
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.installing import unusable_backend
 from troupe.runtime.lock import read_owner
@@ -129,12 +128,12 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
         except (NobodyThereError, RunError) as error:
             if isinstance(error, RunError) and silence_of(folder) is None:
                 raise
-            found = aftermath(folder)
+            found = read_standing(folder)
             goes_on = found.fate == "silent"
             if as_json:
                 tell_json(msgspec.json.encode(found).decode())
             else:
-                tell(f"{folder}: {describe_aftermath(found)}")
+                tell(f"{folder}: {describe_standing(found)}")
         if not watch or not goes_on:
             return
         time.sleep(interval)
@@ -251,7 +250,7 @@ def _request(folder: Path, request: Request, timeout_s: float = _ANSWER_S) -> No
         reply = ask(folder, request, _patience_s(folder, timeout_s))
     except NobodyThereError as nobody:
         try:
-            why = describe_aftermath(aftermath(folder))
+            why = describe_standing(read_standing(folder))
         except InputError as error:  # it is no run's folder at all
             why = str(error).removeprefix(f"{folder}: ")
         raise InputError(f"{nobody}; {why}") from None

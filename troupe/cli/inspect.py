@@ -79,7 +79,7 @@ def inspect(
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of what is shown: a table, and under it a text."""
+    """One part of what is shown: a table, and under it a text."""
 
     title: str
     rows: Sequence[Sequence[str]] = ()

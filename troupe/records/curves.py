@@ -90,18 +90,19 @@ class Curves:
                 column.append(point)
 
 
-class Sums:
+class Sums(msgspec.Struct):
     """What all steps took, exactly."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        """Σ `step_time`."""
-        self.sampled = 0.0
-        """Completion tokens, Σ `tokens_per_second` · `step_time`."""
-        self.totals: dict[str, float] = {}
-        """`device_s`, `reward/hidden_s` and so on → seconds."""
-        self._told_s = 0.0
-        self._share_s: dict[str, float] = {}
+    seconds: float = 0.0
+    """Σ `step_time`."""
+    sampled: float = 0.0
+    """Completion tokens, Σ `tokens_per_second` · `step_time`."""
+    totals: dict[str, float] = {}
+    """`device_s`, `reward/hidden_s` and so on → seconds."""
+    timed_s: float = 0.0
+    """Σ `step_time` of the steps that say what actors did."""
+    actor_s: dict[str, float] = {}
+    """`ACTOR/busy` and `ACTOR/idle` → seconds."""
 
     def add(self, metrics: Metrics) -> None:
         """One more step."""
@@ -109,18 +110,18 @@ class Sums:
         self.seconds += seconds
         self.sampled += seconds * (metrics.get("tokens_per_second") or 0.0)
         if metrics.get("time/device_s") is not None:
-            self._told_s += seconds
+            self.timed_s += seconds
         for name in [name for name in metrics if name.startswith("time/")]:
             key, value = name.removeprefix("time/"), metrics[name] or 0.0
             if key.endswith("_s"):
                 self.totals[key] = self.totals.get(key, 0.0) + value
             else:
-                self._share_s[key] = self._share_s.get(key, 0.0) + value * seconds
+                self.actor_s[key] = self.actor_s.get(key, 0.0) + value * seconds
 
     @property
     def shares(self) -> dict[str, float]:
         """`ACTOR/busy` and `ACTOR/idle` → share of the time of all steps that say it."""
-        return {name: share_s / self._told_s for name, share_s in self._share_s.items()} if self._told_s else {}
+        return {name: actor_s / self.timed_s for name, actor_s in self.actor_s.items()} if self.timed_s else {}
 
 
 class Thinned(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,10 +131,7 @@ class Thinned(msgspec.Struct, frozen=True, kw_only=True):
     """The last step of each point."""
     steps_a_point: int = 1
     curves: dict[str, Curve] = {}
-    seconds: float = 0.0
-    sampled: float = 0.0
-    shares: dict[str, float] = {}
-    totals: dict[str, float] = {}
+    sums: Sums = msgspec.field(default_factory=Sums)
 
 
 class Thinner:
@@ -151,15 +149,9 @@ class Thinner:
 
     def result(self) -> Thinned:
         """What all steps so far make."""
-        curves, sums = self._curves, self._sums
+        curves = self._curves
         return Thinned(
-            steps=tuple(curves.steps),
-            steps_a_point=curves.steps_a_point,
-            curves=curves.curves(),
-            seconds=sums.seconds,
-            sampled=sums.sampled,
-            shares=sums.shares,
-            totals=sums.totals,
+            steps=tuple(curves.steps), steps_a_point=curves.steps_a_point, curves=curves.curves(), sums=self._sums
         )
 
 

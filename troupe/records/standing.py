@@ -1,14 +1,11 @@
-"""What a run folder says of a run that nobody plays at the moment: finished, ended early, or cut off.
-
-Reads small files only, and changes nothing.
-"""
+"""What the small files of a run folder say: how a run stands that does not answer, and what it came to."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,7 +33,16 @@ class Summary(msgspec.Struct):
     rewards_after: dict[str, float] = {}
 
 
-class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
+class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A key that was set while a run went on; one line of `changes.jsonl`."""
+
+    step: int
+    """The first learner batch, counted from 0, that it holds for."""
+    key: str
+    value: Any
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """How a run stands that does not answer."""
 
     folder: str
@@ -55,15 +61,15 @@ class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
     """Why it does not answer."""
 
 
-def aftermath(folder: Path) -> Aftermath:
+def read_standing(folder: Path) -> Standing:
     """What the files say. InputError where they are not those of a run, or cannot be read."""
     try:
-        return _aftermath(folder)
+        return _read_standing(folder)
     except OSError as error:
         raise InputError(f"{folder}: the folder cannot be read: {error}") from None
 
 
-def _aftermath(folder: Path) -> Aftermath:
+def _read_standing(folder: Path) -> Standing:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     owner = read_owner(folder)
@@ -83,7 +89,7 @@ def _aftermath(folder: Path) -> Aftermath:
         fate = "not begun"
     else:
         fate = "cut off"
-    return Aftermath(
+    return Standing(
         folder=str(folder),
         fate=fate,
         step=step,
@@ -95,7 +101,7 @@ def _aftermath(folder: Path) -> Aftermath:
     )
 
 
-def describe(found: Aftermath) -> str:
+def describe_standing(found: Standing) -> str:
     """The same in words."""
     of = "" if found.total_steps is None else f" of {found.total_steps}"
     folder = shlex.quote(found.folder)
@@ -107,7 +113,7 @@ def describe(found: Aftermath) -> str:
             return f"ended after step {found.step}{of}; {go_on}"
         case "playing":
             return (
-                f"process {found.pid} plays a run here, but does not answer, which it cannot while it loads its model; "
+                f"process {found.pid} runs here, but does not answer, which it cannot while it loads its model; "
                 f"newest checkpoint: {_or_none(found)}"
             )
         case "silent":
@@ -121,7 +127,7 @@ def describe(found: Aftermath) -> str:
             return f"cut off; newest checkpoint: {_or_none(found)}; {go_on}"
 
 
-def _or_none(found: Aftermath) -> str:
+def _or_none(found: Standing) -> str:
     return found.checkpoint or "none yet"
 
 

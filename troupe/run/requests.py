@@ -13,12 +13,13 @@ import anyio
 import msgspec
 
 from troupe.messages import Incident, SetCheckpointEvery, SetLearningRate
+from troupe.records.standing import Change
 from troupe.rewards import Reward
 from troupe.rewards.exchange import RewardVersion
 from troupe.run.folder import RunFolder
 from troupe.run.pipeline import Pipeline
 from troupe.run.prepare import Prepared
-from troupe.run.resume.changes import Change, ChangesLog
+from troupe.run.resume.changes import ChangesLog
 from troupe.runtime.mailbox import Mailbox
 
 _MOST_WAITING = 64

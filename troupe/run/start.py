@@ -13,10 +13,11 @@ from troupe.grpo import adamw_init
 from troupe.messages import Unfinished
 from troupe.policy import Policy, Weights, model_fingerprint
 from troupe.records.lost_steps import lost_steps
+from troupe.records.standing import Change
 from troupe.rewards import RewardManager
 from troupe.run.config import RunConfig
 from troupe.run.inputs import Inputs
-from troupe.run.resume.changes import Change, ChangesLog
+from troupe.run.resume.changes import ChangesLog
 from troupe.run.resume.check import Identity, Resumption, as_begun, newest_checkpoint, reinstated
 from troupe.run.resume.groups import Restored, restored_free, restored_pinned
 

@@ -44,9 +44,7 @@ ONE_LIKELY = mx.stack([log(0.9, 0.05, 0.03, 0.02), log(0.02, 0.03, 0.05, 0.9)])
         (lambda: apply_top_p(RISING, 0.91), [1, 2, 3]),
         (lambda: apply_top_p(RISING, 1.0), [0, 1, 2, 3]),
         pytest.param(lambda: apply_top_p(log(0.4, 0.2, 0.2, 0.2), 0.4), [0], id="top_p, reached by the first"),
-        pytest.param(
-            lambda: apply_top_p(log(0.4, 0.2, 0.2, 0.2), 0.5), [0, 1, 2, 3], id="top_p, as likely as that"
-        ),
+        pytest.param(lambda: apply_top_p(log(0.4, 0.2, 0.2, 0.2), 0.5), [0, 1, 2, 3], id="top_p, as likely as that"),
         # after top_k 2 of (.5, .3, .2) the shares are .625 and .375, so .6 is reached by the first alone
         pytest.param(lambda: apply_top_p(apply_top_k(log(0.5, 0.3, 0.2), 2), 0.6), [0], id="top_p of what is left"),
         (lambda: apply_min_p(FALLING, 0.05), [0, 1, 2, 3]),
@@ -55,9 +53,7 @@ ONE_LIKELY = mx.stack([log(0.9, 0.05, 0.03, 0.02), log(0.02, 0.03, 0.05, 0.9)])
         (lambda: apply_min_p(FALLING, 0.6), [0]),
         pytest.param(lambda: apply_min_p(ONE_LIKELY, 0.5, 3), [[0, 1, 2], [1, 2, 3]], id="min_p leaves three"),
         pytest.param(lambda: apply_min_p(ONE_LIKELY, 0.5, 4), [[0, 1, 2, 3]] * 2, id="min_p leaves four"),
-        pytest.param(
-            lambda: apply_min_p(log(0.7, 0.1, 0.1, 0.1), 0.5, 3), [0, 1, 2], id="min_p leaves three equals"
-        ),
+        pytest.param(lambda: apply_min_p(log(0.7, 0.1, 0.1, 0.1), 0.5, 3), [0, 1, 2], id="min_p leaves three equals"),
         pytest.param(lambda: apply_xtc(HAND, 1.0, 0.15), [2, 3], id="xtc leaves the last of the top choices"),
         pytest.param(lambda: apply_xtc(log(0.9, 0.06, 0.04), 1.0, 0.1), [0, 1, 2], id="xtc needs two top choices"),
         pytest.param(lambda: apply_xtc(HAND, 1.0, 0.15, [0]), [0, 2, 3], id="xtc spares special tokens"),

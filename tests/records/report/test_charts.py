@@ -35,7 +35,7 @@ def test_sections_and_their_charts(tmp_path: Path) -> None:
     }
     assert sections["Reward"].flat == ("Groups without signal",)
     assert sections["Learning"].flat == ("Clipped tokens",)
-    assert sections["Other metrics"].charts[0].title == "judge/speed"
+    assert sections["Other metrics"].charts[0].spec.title == "judge/speed"
 
 
 def test_values_are_those_of_the_metrics(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from troupe.errors import InputError
 from troupe.messages import NOT_STARTED, CheckpointWritten, Incident, Restarting, Status
 from troupe.records.layout import STORE
 from troupe.records.report import picture as read
-from troupe.records.report.picture import LiveChange, RunPicture, read_run
+from troupe.records.report.picture import RunPicture, read_run
 from troupe.records.sinks.sqlite import SqliteSink
+from troupe.records.standing import Change
 from troupe.runtime.lock import RunLock
 
 
@@ -33,10 +34,10 @@ def test_a_run_that_was_cut_off(tmp_path: Path) -> None:
     assert run.metrics.curves["rewards/style/mean"].mean[1] is None
     assert (run.first("reward"), run.newest("reward"), run.newest("nothing")) == (0.1, 0.5, None)
     assert run.tokens == 500.0
-    assert run.metrics.seconds == 10.0
-    assert run.metrics.sampled == 2.0 * 10 * (1 + 2 + 3 + 4 + 5)
+    assert run.metrics.sums.seconds == 10.0
+    assert run.metrics.sums.sampled == 2.0 * 10 * (1 + 2 + 3 + 4 + 5)
     assert run.config["learner"]["lr"] == 1e-6
-    assert run.machines == {1: "node-7, 4 processors"}
+    assert run.stored.machines == {1: "node-7, 4 processors"}
     assert run.notes == ()
 
 
@@ -74,17 +75,17 @@ def test_a_run_resumed_twice(tmp_path: Path) -> None:
     write_steps(tmp_path, 3, 6, clock=Clock(10_000.0))
     write_steps(tmp_path, 7, 8, clock=Clock(20_000.0))
     run = read_run(tmp_path)
-    assert [(start.start, start.first_step) for start in run.starts] == [(1, 0), (2, 2), (3, 6)]
+    assert [(start.start, start.first_step) for start in run.stored.starts] == [(1, 0), (2, 2), (3, 6)]
     assert run.metrics.steps == tuple(range(1, 9))
     assert run.metrics.curves["reward"].mean == tuple(step / 10 for step in range(1, 9))
-    assert run.played_s == 20.0 + 40.0 + 20.0  # the first start's steps 3 and 4 were made again
-    assert run.newest_unix_s == 20_030.0
+    assert run.seconds == 20.0 + 40.0 + 20.0  # the first start's steps 3 and 4 were made again
+    assert run.stored.newest_unix_s == 20_030.0
 
 
 def test_samples_are_those_of_the_first_and_the_newest_step(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path, 3))
-    assert [samples.step for samples in run.samples] == [1, 3]
-    for samples in run.samples:
+    assert [samples.step for samples in run.stored.samples] == [1, 3]
+    for samples in run.stored.samples:
         best, worst, other = (samples.completions[name] for name in ("best", "worst", "random"))
         assert best.reward == 2.0
         assert worst.reward == 0.2 if samples.step == 1 else worst.reward == 0.5
@@ -93,7 +94,7 @@ def test_samples_are_those_of_the_first_and_the_newest_step(tmp_path: Path) -> N
 
 
 def test_one_step_is_shown_once(tmp_path: Path) -> None:
-    assert [samples.step for samples in read_run(make_run(tmp_path, 1)).samples] == [1]
+    assert [samples.step for samples in read_run(make_run(tmp_path, 1)).stored.samples] == [1]
 
 
 def test_incidents_and_checkpoints(tmp_path: Path) -> None:
@@ -106,11 +107,11 @@ def test_incidents_and_checkpoints(tmp_path: Path) -> None:
     tell(tmp_path, *late, Incident(actor="learner", kind="odd", message="!"), *written, first_step=2)
     run = read_run(tmp_path)
     assert run.incidents == {"late": read.INCIDENTS_SHOWN + 3, "odd": 1}
-    assert len(run.newest_incidents) == read.INCIDENTS_SHOWN
-    newest, before = run.newest_incidents[:2]
+    assert len(run.stored.incidents) == read.INCIDENTS_SHOWN
+    newest, before = run.stored.incidents[:2]
     assert (newest.kind, newest.start, newest.step, newest.gid) == ("odd", 2, 2, None)
     assert (before.actor, before.message, before.gid) == ("scorer", f"late {len(late) - 1}", len(late) - 1)
-    assert [(found.version, found.bytes) for found in run.checkpoints] == [(2, 20)]
+    assert [(found.version, found.bytes) for found in run.stored.checkpoints] == [(2, 20)]
 
 
 def test_incidents_that_are_alike_take_one_line(tmp_path: Path) -> None:
@@ -119,9 +120,9 @@ def test_incidents_that_are_alike_take_one_line(tmp_path: Path) -> None:
     tell(tmp_path, *[refused] * 400, Incident(actor="learner", kind="odd", message="!"), refused, first_step=2)
     run = read_run(tmp_path)
     assert run.incidents == {"reward_error": 401, "odd": 1}
-    assert [(found.kind, found.times) for found in run.newest_incidents] == [("reward_error", 401), ("odd", 1)]
-    assert run.overview is not None
-    assert run.overview.newest_incidents == {"reward_error": "refused", "odd": "!"}
+    assert [(found.kind, found.times) for found in run.stored.incidents] == [("reward_error", 401), ("odd", 1)]
+    assert run.stored.overview is not None
+    assert run.stored.overview.newest_incidents == {"reward_error": "refused", "odd": "!"}
 
 
 class Jumping(Clock):
@@ -143,9 +144,9 @@ def test_a_clock_that_was_set_changes_no_duration(tmp_path: Path, by_s: float, a
     """A start and five steps, 10 s from one to the next; the step that the clock was set in measured 2 s."""
     run = read_run(make_run(tmp_path, 5, clock=Jumping(at, by_s)))
     if at == 2 and by_s == 36_000.0:
-        assert run.played_s == 36_050.0, "a start may take so long"
+        assert run.seconds == 36_050.0, "a start may take so long"
         return
-    assert run.played_s == 4 * 10.0 + 2.0
+    assert run.seconds == 4 * 10.0 + 2.0
     [note] = [note for note in run.notes if "the clock went" in note]
     way, much = "on" if by_s > 0 else "back", f"{abs(by_s + 8.0) / 3600:,.1f} h"
     assert note.startswith(f"Before step {at - 1} the clock went {way} by {much if abs(by_s) > 3600 else '60 min'}")
@@ -163,8 +164,8 @@ def test_a_run_without_a_store(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.metrics.steps == (1, 2, 3, 4, 5)
     assert run.metrics.curves["reward"].mean == (0.1, 0.2, 0.3, 0.4, 0.5)
-    assert (run.played_s, run.newest_unix_s) == (10.0, None)
-    assert (run.starts, run.checkpoints, run.samples) == ((), (), ())
+    assert (run.seconds, run.stored.newest_unix_s) == (10.0, None)
+    assert (run.stored.starts, run.stored.checkpoints, run.stored.samples) == ((), (), ())
     assert run.incidents == {"late": 2}  # of the summary
     [note] = run.notes
     assert "no run.sqlite" in note
@@ -183,7 +184,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, store: bool) -> None:
         write_steps(tmp_path, 1, 0)
     run = read_run(tmp_path)
     assert (run.state, run.step, run.total_steps) == ("crashed" if store else "new", 0, None)
-    assert (run.metrics.steps, run.samples, run.played_s) == ((), (), None)
+    assert (run.metrics.steps, run.stored.samples, run.seconds) == ((), (), None)
 
 
 def test_a_store_that_was_begun_anew_gives_way_to_the_lines(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_a_store_that_was_begun_anew_gives_way_to_the_lines(tmp_path: Path) -> N
     sink.close()
     run = read_run(tmp_path)
     assert run.metrics.steps == (1, 2, 3, 4)
-    assert [samples.step for samples in run.samples] == [3]
+    assert [samples.step for samples in run.stored.samples] == [3]
 
 
 @pytest.mark.parametrize("damage", ["file", "row"])
@@ -233,7 +234,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_what_was_set_while_it_played(tmp_path: Path) -> None:
     make_run(tmp_path, 1)
     (tmp_path / "changes.jsonl").write_bytes(b'{"step":3,"key":"learner.lr","value":1e-5}\n{"step":')
-    assert read_run(tmp_path).changes == (LiveChange(3, "learner.lr", 1e-5),)
+    assert read_run(tmp_path).changes == (Change(step=3, key="learner.lr", value=1e-5),)
 
 
 @pytest.mark.parametrize("summary", ["", "[]", '{"incidents": 3}'])
@@ -250,7 +251,7 @@ def test_files_that_are_no_text_tell_nothing(tmp_path: Path) -> None:
     whole = b'{"step": 4, "key": "learner.lr", "value": 1e-05}'
     (tmp_path / "changes.jsonl").write_bytes(b"\n".join([b'{"step": 3, "key": "\xff", "value": 1}', deep, whole]))
     run = read_run(tmp_path)
-    assert (run.evaluated, run.changes) == ((), (LiveChange(4, "learner.lr", 1e-5),))
+    assert (run.evaluated, run.changes) == ((), (Change(step=4, key="learner.lr", value=1e-5),))
 
 
 def test_a_step_that_nobody_can_count_to_is_left_out(tmp_path: Path) -> None:

@@ -45,12 +45,12 @@ def test_a_run_from_its_beginning_to_its_end(tiny_model: Path, tmp_path: Path) -
     assert run.metrics.steps == (1, 2, 3)
     for name in ("reward", "loss", "entropy", "grad_norm", "completions/mean_length", "step_time", "num_tokens"):
         assert run.metrics.curves[name].mean == tuple(line[name] for line in lines)
-    assert run.metrics.seconds == pytest.approx(sum(line["step_time"] for line in lines))
-    assert set(run.metrics.shares) >= {"generator/busy", "learner/busy", "scorer/idle"}
-    assert run.overview is not None
-    assert run.overview.groups == result.closed_groups == {"trained": 6}
-    assert [samples.step for samples in run.samples] == [1, 3]
-    assert "processors" in run.machines[1]
+    assert run.metrics.sums.seconds == pytest.approx(sum(line["step_time"] for line in lines))
+    assert set(run.metrics.sums.shares) >= {"generator/busy", "learner/busy", "scorer/idle"}
+    assert run.stored.overview is not None
+    assert run.stored.overview.groups == result.closed_groups == {"trained": 6}
+    assert [samples.step for samples in run.stored.samples] == [1, 3]
+    assert "processors" in run.stored.machines[1]
     page = page_of(out)
     assert "finished" in page.within("span")
     [loss] = [chart for chart in page.data["charts"] if chart["title"] == "Loss"]
@@ -79,6 +79,6 @@ def test_a_run_that_is_watched_killed_and_gone_on_with(tmp_path: Path) -> None:
     trainer.process.send_signal(signal.SIGINT)
     assert trainer.wait() == 130
     run = read_run(out)
-    assert (run.state, len(run.starts), len(run.machines)) == ("stopped", 2, 2)
+    assert (run.state, len(run.stored.starts), len(run.stored.machines)) == ("stopped", 2, 2)
     [mark] = page_of(out).data["marks"]
-    assert mark["x"] == run.starts[1].first_step >= 4
+    assert mark["x"] == run.stored.starts[1].first_step >= 4

@@ -14,6 +14,7 @@ Values = tuple[float | None, ...]
 
 _MOST_LINES = 6
 """In one chart of rewards; more make another chart."""
+_PARTS = ChartSpec("Reward", "Parts of the reward", "Mean score of each reward function, not weighted.", least=None)
 _MOST_OTHERS = 24
 """Charts of metrics that are not ours."""
 
@@ -26,24 +27,15 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     low: Values = ()
     """The lower edge of a band about the line; empty where it has none."""
     high: Values = ()
-    colour: int | None = None
-    """1 to 8; None: by its place among the lines."""
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
-    """Lines over steps."""
+    """A chart with the lines that a run has of it."""
 
     key: str
     """A name for files."""
-    title: str
+    spec: ChartSpec
     lines: tuple[Line, ...]
-    format: str = "number"
-    """A name that `format.js` knows."""
-    about: str = ""
-    """What it shows, in a sentence."""
-    least: float | None = None
-    """A value that the vertical axis reaches."""
-    smooth: bool = True
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,9 +65,9 @@ def sections_of(run: RunPicture) -> tuple[Section, ...]:
 
 
 def _section(title: str, charts: Sequence[Chart]) -> Section:
-    flat = [chart for chart in charts if chart.least == 0.0 and not any(any(line.y) for line in chart.lines)]
+    flat = [chart for chart in charts if chart.spec.least == 0.0 and not any(any(line.y) for line in chart.lines)]
     shown = tuple(chart for chart in charts if chart not in flat)
-    return Section(title=title, charts=shown, flat=tuple(chart.title for chart in flat))
+    return Section(title=title, charts=shown, flat=tuple(chart.spec.title for chart in flat))
 
 
 def _chart(run: RunPicture, key: str, spec: ChartSpec) -> Chart | None:
@@ -86,15 +78,7 @@ def _chart(run: RunPicture, key: str, spec: ChartSpec) -> Chart | None:
     if spec.spread or spec.edges:
         low, high = _band(run, spec, lines[0].y)
         lines[0] = msgspec.structs.replace(lines[0], low=low, high=high)
-    return Chart(
-        key=key,
-        title=spec.title,
-        lines=tuple(lines),
-        format=spec.format,
-        about=spec.about,
-        least=spec.least,
-        smooth=spec.smooth,
-    )
+    return Chart(key=key, spec=spec, lines=tuple(lines))
 
 
 def _band(run: RunPicture, spec: ChartSpec, middle: Values) -> tuple[Values, Values]:
@@ -128,9 +112,8 @@ def _parts(run: RunPicture, *, alone: bool) -> Iterator[Chart]:
     lines = [_line(run, metric, name) for name, metric in parts.items()]
     for start in range(0, len(lines), _MOST_LINES):
         number = "" if start == 0 else f"_{start // _MOST_LINES + 1}"
-        about = "Mean score of each reward function, not weighted."
         some = tuple(lines[start : start + _MOST_LINES])
-        yield Chart(key=f"reward_parts{number}", title="Parts of the reward", lines=some, about=about)
+        yield Chart(key=f"reward_parts{number}", spec=_PARTS, lines=some)
 
 
 def _sum(mean: float | None, spread: float | None, sign: float) -> float | None:
@@ -144,7 +127,11 @@ def _others(run: RunPicture) -> list[Chart]:
         name for name in run.metrics.curves if name not in known and not name.startswith(_OURS) and _has(run, name)
     ]
     return [
-        Chart(key=f"logged_{number}", title=name, lines=(_line(run, name, name, band=True),))
+        Chart(
+            key=f"logged_{number}",
+            spec=ChartSpec("Other metrics", name, least=None),
+            lines=(_line(run, name, name, band=True),),
+        )
         for number, name in enumerate(names[:_MOST_OTHERS], 1)
     ]
 

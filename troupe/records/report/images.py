@@ -67,12 +67,12 @@ def _figures(run: RunPicture, charts: Sequence[Chart]) -> Iterator[tuple[str, An
 
 def _draw(axes: Any, steps: Sequence[int], chart: Chart) -> None:
     for number, line in enumerate(chart.lines):
-        colour = _COLOURS[((line.colour or number + 1) - 1) % len(_COLOURS)]
+        colour = _COLOURS[number % len(_COLOURS)]
         y = [_or_gap(value) for value in line.y]
         if line.low:
             low, high = ([_or_gap(value) for value in edge] for edge in (line.low, line.high))
             axes.fill_between(steps, low, high, color=colour, alpha=0.14, linewidth=0)
-        smooth = chart.smooth and len(y) >= _ENOUGH_TO_SMOOTH
+        smooth = chart.spec.smooth and len(y) >= _ENOUGH_TO_SMOOTH
         marker = "o" if len(y) == 1 else None
         axes.plot(
             steps, y, color=colour, linewidth=1.0 if smooth else 1.6, alpha=0.35 if smooth else 1.0, marker=marker,
@@ -80,7 +80,7 @@ def _draw(axes: Any, steps: Sequence[int], chart: Chart) -> None:
         )  # fmt: skip
         if smooth:
             axes.plot(steps, _smoothed(line.y), color=colour, linewidth=1.8, label=_plain(line.name))
-    axes.set_title(_plain(chart.title), loc="left", fontsize=11, fontweight="bold", color=_TEXT)
+    axes.set_title(_plain(chart.spec.title), loc="left", fontsize=11, fontweight="bold", color=_TEXT)
     axes.set_xlabel("step", fontsize=9, color=_MUTED)
     axes.tick_params(labelsize=9, colors=_MUTED, length=0)
     axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.8)
@@ -88,10 +88,10 @@ def _draw(axes: Any, steps: Sequence[int], chart: Chart) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_GRID)
-    if (told := _FORMATS.get(chart.format)) is not None:
+    if (told := _FORMATS.get(chart.spec.format)) is not None:
         axes.yaxis.set_major_formatter(lambda value, _: told(value))
-    if chart.least is not None:
-        axes.set_ylim(bottom=chart.least)
+    if chart.spec.least is not None:
+        axes.set_ylim(bottom=chart.spec.least)
     if len(chart.lines) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=_MUTED)
 

@@ -117,15 +117,21 @@ def report_page(run: RunPicture) -> str:
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
         starts=[
-            (start.start, words.date(start.unix_s), start.first_step, start.troupe, run.machines.get(start.start, ""))
-            for start in run.starts
+            (
+                start.start,
+                words.date(start.unix_s),
+                start.first_step,
+                start.troupe,
+                run.stored.machines.get(start.start, ""),
+            )
+            for start in run.stored.starts
         ],
         incidents=run.incidents,
-        newest_incidents=[(words.date(i.unix_s), i.step, i.actor, i.kind, _what(i)) for i in run.newest_incidents],
+        newest_incidents=[(words.date(i.unix_s), i.step, i.actor, i.kind, _what(i)) for i in run.stored.incidents],
         incidents_shown=INCIDENTS_SHOWN,
         checkpoints=[
             (c.version, words.date(c.unix_s), words.size(c.bytes), words.seconds(c.seconds), c.folder)
-            for c in run.checkpoints
+            for c in run.stored.checkpoints
         ],
         changes=[(change.step + 1, change.key, _value(change.value)) for change in run.changes],
         settings=list(_settings(run.config)),
@@ -139,7 +145,7 @@ def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:
         "x": run.metrics.steps,
         "marks": [
             {"x": start.first_step, "label": f"start {start.start}, {words.date(start.unix_s)}"}
-            for start in run.starts
+            for start in run.stored.starts
             if start.first_step
         ],
         "charts": [_chart_data(chart) for section in sections for chart in section.charts],
@@ -153,13 +159,11 @@ def _chart_data(chart: Chart) -> dict[str, Any]:
         one: dict[str, Any] = {"name": _name(line.name), "y": _rounded(line.y)}
         if line.low:
             one["band"] = {"low": _rounded(line.low), "high": _rounded(line.high)}
-        if line.colour:
-            one["colour"] = line.colour
         series.append(one)
-    spec: dict[str, Any] = {"title": _name(chart.title), "about": chart.about, "format": chart.format, "series": series}
-    spec |= {"smooth": chart.smooth} if chart.smooth else {}
-    spec |= {"min": chart.least} if chart.least is not None else {}
-    return spec
+    spec = chart.spec
+    told: dict[str, Any] = {"title": _name(spec.title), "about": spec.about, "format": spec.format, "series": series}
+    told |= {"smooth": True} if spec.smooth else {}
+    return told | ({"min": spec.least} if spec.least is not None else {})
 
 
 def _name(text: str) -> str:
@@ -171,7 +175,7 @@ def _rounded(values: Values) -> list[float | None]:
 
 
 def _actor_bars(run: RunPicture) -> list[dict[str, Any]]:
-    shares = run.metrics.shares
+    shares = run.metrics.sums.shares
     there = {name.partition("/")[0] for name in shares}
     rows = []
     for actor in [*(a for a in _ACTORS if a in there), *sorted(there - set(_ACTORS))]:
@@ -188,7 +192,7 @@ def _actor_bars(run: RunPicture) -> list[dict[str, Any]]:
 def _beside_bars(run: RunPicture) -> list[dict[str, Any]]:
     rows = []
     for name, label in _BESIDE.items():
-        hidden, exposed = (run.metrics.totals.get(f"{name}/{part}_s") for part in ("hidden", "exposed"))
+        hidden, exposed = (run.metrics.sums.totals.get(f"{name}/{part}_s") for part in ("hidden", "exposed"))
         if hidden is None or exposed is None:
             continue
         parts = [
@@ -205,14 +209,14 @@ def _facts(run: RunPicture) -> Iterator[str]:
     model = _value_of(run.config, "model.path")
     if isinstance(model, str):
         yield Path(model).name
-    if run.starts:
-        yield f"began {words.date(run.starts[0].unix_s)}"
-    if run.newest_unix_s is not None:
-        yield f"newest step {words.date(run.newest_unix_s)}"
-    if run.machines:
-        yield run.machines[max(run.machines)]
-    if run.starts:
-        yield f"Troupe {run.starts[-1].troupe}"
+    if run.stored.starts:
+        yield f"began {words.date(run.stored.starts[0].unix_s)}"
+    if run.stored.newest_unix_s is not None:
+        yield f"newest step {words.date(run.stored.newest_unix_s)}"
+    if run.stored.machines:
+        yield run.stored.machines[max(run.stored.machines)]
+    if run.stored.starts:
+        yield f"Troupe {run.stored.starts[-1].troupe}"
 
 
 def _tiles(run: RunPicture) -> Iterator[Tile]:
@@ -225,14 +229,14 @@ def _tiles(run: RunPicture) -> Iterator[Tile]:
     epoch = run.newest("epoch")
     of = [] if run.total_steps is None else [f"of {run.total_steps:,}"]
     yield Tile("steps", f"{run.step:,}", ", ".join([*of, *([] if epoch is None else [f"epoch {epoch:.2f}"])]))
-    starts = len(run.starts)
-    yield Tile("time", words.seconds(run.played_s), f"in {starts} starts" if starts > 1 else "")
-    if run.metrics.sampled and run.metrics.seconds:
+    starts = len(run.stored.starts)
+    yield Tile("time", words.seconds(run.seconds), f"in {starts} starts" if starts > 1 else "")
+    if run.metrics.sums.sampled and run.metrics.sums.seconds:
         tokens = "" if run.tokens is None else f"{words.number(run.tokens)} in all"
-        yield Tile("tokens/s", words.number(run.metrics.sampled / run.metrics.seconds), tokens)
-    device_s = run.metrics.totals.get("device_s")
-    if device_s is not None and run.metrics.seconds:
-        yield Tile("device busy", words.percent(min(1.0, device_s / run.metrics.seconds)), "of the time")
+        yield Tile("tokens/s", words.number(run.metrics.sums.sampled / run.metrics.sums.seconds), tokens)
+    device_s = run.metrics.sums.totals.get("device_s")
+    if device_s is not None and run.metrics.sums.seconds:
+        yield Tile("device busy", words.percent(min(1.0, device_s / run.metrics.sums.seconds)), "of the time")
     peak = run.metrics.curves.get("peak_memory_gb")
     if peak is not None and (peaks := [value for value in peak.high or peak.mean if value is not None]):
         yield Tile("peak memory", words.size(1e9 * max(peaks)))
@@ -253,7 +257,7 @@ def _numbered(sections: Sequence[Section]) -> list[tuple[Section, list[int]]]:
 def _talks(run: RunPicture) -> Iterator[Talk]:
     """Row by row: the best of the first step, the best of the newest, and so on."""
     for choice in ("best", "random", "worst"):
-        for samples in run.samples:
+        for samples in run.stored.samples:
             if (completion := samples.completions.get(choice)) is not None:
                 yield _talk(completion, f"step {samples.step:,}, {choice}")
 

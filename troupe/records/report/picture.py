@@ -1,6 +1,6 @@
-"""A run folder → one picture of the run, whatever state it is in. Changes nothing, and leaves nothing behind.
+"""A run folder → one picture of the run, whatever state it is in. Changes nothing.
 
-run.sqlite tells most; without it metrics.jsonl tells the curves. It does not know how anything is shown.
+run.sqlite tells most; without it metrics.jsonl tells the curves.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from troupe.errors import InputError, OutputError
 from troupe.messages import Status
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
-from troupe.records.report.played import Played
+from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
-from troupe.records.standing import Aftermath, Summary, aftermath, describe, read_summary
+from troupe.records.standing import Change, Standing, Summary, describe_standing, read_standing, read_summary
 from troupe.records.store.read import (
     Overview,
     Query,
@@ -72,12 +72,28 @@ class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
     after: float | None
 
 
-class LiveChange(msgspec.Struct, frozen=True):
-    """A key that was set while the run played."""
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """What the store tells besides the figures; nothing where there is none."""
 
-    step: int
-    key: str
-    value: Any
+    overview: Overview | None = None
+    newest_unix_s: float | None = None
+    """When the newest step was done."""
+    incidents: tuple[StoredIncident, ...] = ()
+    """The newest first, at most INCIDENTS_SHOWN."""
+    machines: dict[int, str] = {}
+    """Start → the machine that it ran on."""
+    samples: tuple[Samples, ...] = ()
+    """Of the first and of the newest step that have completions."""
+
+    @property
+    def starts(self) -> tuple[Start, ...]:
+        """Every start of the run that is known."""
+        return () if self.overview is None else self.overview.starts
+
+    @property
+    def checkpoints(self) -> tuple[StoredCheckpoint, ...]:
+        """Those that are there, the newest first."""
+        return () if self.overview is None else self.overview.checkpoints
 
 
 class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,36 +111,17 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     """`run.toml` as it is; empty where there is none."""
     config_text: str
     metrics: Thinned
-    played_s: float | None
-    """Seconds from the start of each start to its newest step, all starts together; see `played.py`."""
-    newest_unix_s: float | None
-    """When the newest step was done."""
+    seconds: float | None
+    """From the start of each start to its newest step, all starts together."""
     tokens: float | None
     """Prompt and completion tokens so far."""
-    overview: Overview | None
-    """None where there is no store."""
     incidents: dict[str, int]
     """Kind → number; of the last start only, where there is no store."""
-    newest_incidents: tuple[StoredIncident, ...]
-    """The newest first, at most INCIDENTS_SHOWN."""
-    machines: dict[int, str]
-    """Start → the machine that played it."""
-    changes: tuple[LiveChange, ...]
+    stored: Stored
+    changes: tuple[Change, ...]
     evaluated: tuple[Evaluated, ...]
-    samples: tuple[Samples, ...]
-    """Of the first and of the newest step that have completions."""
     notes: tuple[str, ...]
     """What could not be read, and why."""
-
-    @property
-    def starts(self) -> tuple[Start, ...]:
-        """Every start of the run that is known."""
-        return () if self.overview is None else self.overview.starts
-
-    @property
-    def checkpoints(self) -> tuple[StoredCheckpoint, ...]:
-        """Those that are there, the newest first."""
-        return () if self.overview is None else self.overview.checkpoints
 
     def first(self, name: str) -> float | None:
         """The first value of a metric's curve."""
@@ -140,28 +137,15 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
         return next((value for value in values if value is not None), None)
 
 
-class _Stored(msgspec.Struct):
-    """What the store tells."""
-
-    overview: Overview
-    metrics: Thinned
-    played_s: float
-    newest_unix_s: float | None
-    incidents: tuple[StoredIncident, ...]
-    machines: dict[int, str]
-    samples: tuple[Samples, ...]
-
-
 def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = ()) -> RunPicture:
     """The picture of the run in a folder. InputError where there is no run; what is damaged is a note.
 
     `status`: what the run itself says, where it answers. `notes`: those that there are already.
     """
-    fate = aftermath(folder)
+    fate = read_standing(folder)
     notes = list(notes)
     config, config_text = _config(folder, notes)
-    stored = _stored(folder, notes)
-    metrics = stored.metrics if stored else Thinned()
+    stored, metrics, seconds = _stored(folder, notes)
     lines = folder / METRICS
     if (not metrics.steps or metrics.steps[0] > metrics.steps_a_point) and lines.is_file():  # none, or not from step 1
         told = _from_lines(lines, notes)
@@ -170,39 +154,35 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
     summary = read_summary(folder) or Summary()
     newest = metrics.steps[-1] if metrics.steps else 0
     step = max(newest, fate.step, status.step if status else 0)
-    overview = stored.overview if stored else None
+    overview = stored.overview
     return RunPicture(
         folder=str(folder.absolute()),
         state=_state(fate, status),
-        told=_told(fate, status),
+        told=_describe(fate, status),
         step=step,
         total_steps=_total_steps(fate, status, config, metrics),
         config=config,
         config_text=config_text,
         metrics=metrics,
-        played_s=stored.played_s if stored and overview and overview.steps else metrics.seconds or None,
-        newest_unix_s=stored.newest_unix_s if stored else None,
+        seconds=seconds if overview and overview.steps else metrics.sums.seconds or None,
         tokens=_last(metrics, "num_tokens"),
-        overview=overview,
         incidents=overview.incidents if overview else summary.incidents,
-        newest_incidents=stored.incidents if stored else (),
-        machines=stored.machines if stored else {},
+        stored=stored,
         changes=tuple(_changes(folder / CHANGES)),
         evaluated=tuple(_evaluated(summary)) if summary.steps >= step else (),  # else it is of an earlier start
-        samples=stored.samples if stored else (),
         notes=tuple(notes),
     )
 
 
-def _state(fate: Aftermath, status: Status | None) -> State:
+def _state(fate: Standing, status: Status | None) -> State:
     if status is not None and status.phase != "ended" and status.phase != "failed":
         return status.phase
     return _STATES[fate.fate]
 
 
-def _told(fate: Aftermath, status: Status | None) -> str:
+def _describe(fate: Standing, status: Status | None) -> str:
     if status is None:
-        return describe(fate)
+        return describe_standing(fate)
     if status.restarting is not None:
         return f"it has failed and is started again (attempt {status.restarting.attempt}): {status.restarting.reason}"
     if status.held or status.rewards_down:
@@ -220,41 +200,41 @@ def _config(folder: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
         return {}, ""
 
 
-def _stored(folder: Path, notes: list[str]) -> _Stored | None:
+def _stored(folder: Path, notes: list[str]) -> tuple[Stored, Thinned, float]:
+    """What the store tells, the figures in it, and for how many seconds the run went on."""
     if not (folder / STORE).is_file():
         notes.append(
             f"There is no {STORE}, so completions, incidents, starts and checkpoints are not shown; runs have one "
             "where metrics.sinks names 'sqlite'."
         )
-        return None
-    try:
-        with open_store(folder) as run:
-            return _read_store(run, notes)
-    except OutputError as error:
-        notes.append(str(error))
-        return None
+    else:
+        try:
+            with open_store(folder) as run:
+                return _read_store(run, notes)
+        except OutputError as error:
+            notes.append(str(error))
+    return Stored(), Thinned(), 0.0
 
 
-def _read_store(run: StoredRun, notes: list[str]) -> _Stored:
+def _read_store(run: StoredRun, notes: list[str]) -> tuple[Stored, Thinned, float]:
     overview = run.overview()
     thinner = Thinner(overview.steps)
-    played = Played({start.start: start.unix_s for start in overview.starts})
+    time = RunTime({start.start: start.unix_s for start in overview.starts})
     newest: float | None = None
-    for stored in run.steps():
-        thinner.add(stored.step, stored.metrics)
-        played.add(stored.step, stored.start, stored.unix_s, stored.metrics.get("step_time"))
-        newest = stored.unix_s
-    if played.note is not None:
-        notes.append(played.note)
-    return _Stored(
+    for step in run.steps():
+        thinner.add(step.step, step.metrics)
+        time.add(step.step, step.start, step.unix_s, step.metrics.get("step_time"))
+        newest = step.unix_s
+    if time.note is not None:
+        notes.append(time.note)
+    stored = Stored(
         overview=overview,
-        metrics=thinner.result(),
-        played_s=played.seconds,
         newest_unix_s=newest,
         incidents=tuple(run.newest_incidents(INCIDENTS_SHOWN)),
         machines=run.machines(),
         samples=tuple(_samples(run)),
     )
+    return stored, thinner.result(), time.seconds
 
 
 def _samples(run: StoredRun) -> Iterator[Samples]:
@@ -294,19 +274,19 @@ def _evaluated(summary: Summary) -> Iterator[Evaluated]:
         yield Evaluated(name=name, before=summary.rewards_before.get(name), after=summary.rewards_after.get(name))
 
 
-def _changes(path: Path) -> Iterator[LiveChange]:
+def _changes(path: Path) -> Iterator[Change]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
         return
     for line in lines:
         try:
-            yield msgspec.json.decode(line, type=LiveChange)
+            yield msgspec.json.decode(line, type=Change)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # cut while it was written, or damaged
             continue
 
 
-def _total_steps(fate: Aftermath, status: Status | None, config: dict[str, Any], metrics: Thinned) -> int | None:
+def _total_steps(fate: Standing, status: Status | None, config: dict[str, Any], metrics: Thinned) -> int | None:
     """From who knows: the run itself, its summary, its config, or how far an epoch has come."""
     if status is not None and status.total_steps:
         return status.total_steps

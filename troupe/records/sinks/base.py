@@ -60,7 +60,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     program: str = ""
     """The version of Troupe."""
     machine: str = ""
-    """Where it plays, in words."""
+    """What it runs on, in words."""
     config: dict[str, Any] = {}
     """The resolved config, as run.toml has it."""
 

@@ -1,7 +1,4 @@
-"""What happened in a step, put together for those who keep curves, histograms and a few texts of it.
-
-Knows nothing of where it goes.
-"""
+"""What happened in a step, put together for those who keep curves, histograms and a few texts of it."""
 
 from __future__ import annotations
 

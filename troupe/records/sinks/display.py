@@ -1,4 +1,4 @@
-"""What a person sees of a run at a glance: messages in, something that rich can draw out. Knows no terminal.
+"""What a person sees of a run at a glance: messages in, something that rich can draw out.
 
 It has the same number of lines from one moment to the next, so that nothing jumps: places for what has not come yet
 are kept free, and a line that is too long is cut.

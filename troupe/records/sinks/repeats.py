@@ -1,6 +1,6 @@
 """Which incidents are worth a line each: the first of a kind at once, and of many like it how many there were.
 
-A judge that is away can make hundreds in a second. Nothing is lost by it: run.sqlite has every one. Knows no stream.
+A judge that is away can make hundreds in a second. Nothing is lost by it: run.sqlite has every one.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class SqliteSink:
         clock: Callable[[], float] = time.time,
         make_store: Callable[..., StoreWriter] = StoreWriter,
     ) -> None:
-        """`first_step`: steps done before this start. `program`, `machine`: the version of Troupe and where it plays,
+        """`first_step`: steps done before this start. `program`, `machine`: the version of Troupe and what it runs on,
         for the store to tell. `log_probs`: whether those of every token are stored."""
         self.notes: deque[Incident] = deque()
         self.lacking: int | None = None

@@ -44,7 +44,7 @@ class _Slice(msgspec.Struct):
     args: _Args
 
 
-class _Piece(msgspec.Struct, frozen=True):
+class _Drawn(msgspec.Struct, frozen=True):
     """A span of a group, as drawn."""
 
     start_s: float
@@ -72,7 +72,7 @@ class TraceWriter:
         self._processes: set[int] = set()
         self._actors: dict[str, int] = {}
         self._tracks: dict[tuple[int, str, int], int] = {}
-        self._pieces: dict[int, list[_Piece]] = {}
+        self._spans: dict[int, list[_Drawn]] = {}
         self._arrows = 0
         self._file: FileIO | None = None
         self._unwritten = bytearray()
@@ -87,7 +87,7 @@ class TraceWriter:
     def write(self, message: object) -> None:
         """Add a span to its track, with the arrows that end in it; a group that is closed has no more of them."""
         if isinstance(message, GroupClosed):
-            self._pieces.pop(message.gid, None)
+            self._spans.pop(message.gid, None)
         elif isinstance(message, Span):
             self._draw(message)
 
@@ -119,7 +119,7 @@ class TraceWriter:
 
     def _begin(self) -> None:
         self._file, self._written = FileIO(self._path, "wb"), 0
-        self._processes, self._tracks, self._pieces = set(), {}, {}
+        self._processes, self._tracks, self._spans = set(), {}, {}
         self._unwritten = bytearray(b"[\n")
         self._name_process(_MAIN_PROCESS, "troupe", before=b"")
 
@@ -131,31 +131,31 @@ class TraceWriter:
         args = _Args(span.step, span.gid, span.gids)
         self._append(_Slice("X", process, track, span.name, span.kind, ts, max(end - start, 1) / _PARTS, args))
         for gid in span.gids if span.gid is None else (span.gid, *span.gids):
-            self._follow(gid, _Piece(span.start_s, span.end_s, process, track, ts))
+            self._follow(gid, _Drawn(span.start_s, span.end_s, process, track, ts))
 
-    def _follow(self, gid: int, piece: _Piece) -> None:
-        """Draw the arrows from the last pieces of the group that had ended when this one began.
+    def _follow(self, gid: int, span: _Drawn) -> None:
+        """Draw the arrows from the last spans of the group that had ended when this one began.
 
         Spans come in when they end, so all of them are here.
         """
-        pieces = self._pieces.get(gid)
-        if pieces is None:
-            self._pieces[gid] = [piece]
-            if len(self._pieces) > self._most_groups:
-                del self._pieces[next(iter(self._pieces))]
+        spans = self._spans.get(gid)
+        if spans is None:
+            self._spans[gid] = [span]
+            if len(self._spans) > self._most_groups:
+                del self._spans[next(iter(self._spans))]
             return
-        if before := [past for past in pieces if past.end_s <= piece.start_s]:
+        if before := [past for past in spans if past.end_s <= span.start_s]:
             latest_start = max(past.start_s for past in before)
             for past in before:
                 if past.end_s > latest_start or past.start_s == latest_start:
-                    self._arrow(gid, past, piece)
-        pieces.append(piece)
+                    self._arrow(gid, past, span)
+        spans.append(span)
 
-    def _arrow(self, gid: int, past: _Piece, piece: _Piece) -> None:
+    def _arrow(self, gid: int, past: _Drawn, span: _Drawn) -> None:
         self._arrows += 1
         name, number = f"group {gid}", self._arrows
         self._event("s", past.process, past.track, name, cat="group", ts=past.ts, id=number)
-        self._event("f", piece.process, piece.track, name, cat="group", ts=piece.ts, id=number, bp="e")
+        self._event("f", span.process, span.track, name, cat="group", ts=span.ts, id=number, bp="e")
 
     def _track(self, process: int, actor: str, lane: int) -> int:
         """Begin a track."""

@@ -1,7 +1,7 @@
 """run.sqlite: what is in it, as rows and the statements that add them, and how it is opened.
 
 starts       one row a start of the run: 1, 2, … with every resume
-machines     which machine played a start; stores of older versions have no such table
+machines     which machine a start ran on; stores of older versions have no such table
 steps        one row a learner batch, its metrics as JSON
 groups       one row a group that has ended, under the step that it ended with
 completions  one row a sample of a group

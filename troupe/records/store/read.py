@@ -1,6 +1,6 @@
 """Reading run.sqlite, also while the run writes it: what happened, and which completions there are.
 
-The connection can neither change the file nor hold up who writes. It does not know how anything is shown.
+The connection can neither change the file nor hold up who writes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     first_step: int
     """Steps done before."""
     troupe: str
-    """The version that played."""
+    """The version that ran it."""
 
 
 class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,7 +224,7 @@ class StoredRun:
         return [_struct(StoredIncident, row) for row in rows]
 
     def machines(self) -> dict[int, str]:
-        """Start → the machine that played it; those that a Troupe wrote which did not tell are left out."""
+        """Start → the machine that it ran on; those that a Troupe wrote which did not tell are left out."""
         ask = self._connection.execute
         if not ask("SELECT count(*) FROM sqlite_master WHERE name = 'machines'").fetchone()[0]:
             return {}

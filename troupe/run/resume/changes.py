@@ -17,6 +17,7 @@ import msgspec
 
 from troupe.errors import ConfigError
 from troupe.records.layout import CHANGES
+from troupe.records.standing import Change
 from troupe.run.config import RunConfig, known_keys, with_value
 from troupe.run.naming import describe_meaning, ours_for
 from troupe.run.resume.rules import rule_of, value_of
@@ -29,15 +30,6 @@ the daemon's own."""
 
 _ADDING = threading.Lock()
 """Held by whoever writes a change: each finds the end of the file, and several logs may be of one file."""
-
-
-class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A key that was set while a run played; one line of `changes.jsonl`."""
-
-    step: int
-    """The first learner batch, counted from 0, that it holds for."""
-    key: str
-    value: Any
 
 
 def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str] | None) -> Any:

@@ -29,9 +29,10 @@ from troupe.errors import CheckpointError, ConfigError
 from troupe.messages import Unfinished
 from troupe.policy import Policy, Weights, expected_shapes
 from troupe.records.layout import RUN_TOML
+from troupe.records.standing import Change
 from troupe.rewards import RewardManager
 from troupe.run.config import RunConfig, known_keys, load_config, with_value
-from troupe.run.resume.changes import LIVE_KEYS, Change, ChangesLog, in_force
+from troupe.run.resume.changes import LIVE_KEYS, ChangesLog, in_force
 from troupe.run.resume.rules import MACHINE, MACHINE_KEYS, Difference, check_allowed, differences, value_of
 from troupe.run.sealed_config import is_as_written
 

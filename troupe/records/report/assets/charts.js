@@ -7,9 +7,8 @@
 //   chart.update({ ... });          // other data; `troupeChart(element, ...)` again does the same
 //
 // Missing values are null: lines have gaps there. Every text is put in as text, never as HTML. Besides the above, a
-// spec may have: smooth (draw a moving mean over the pale line), min and max (the y axis reaches at least there), marks
-// ([{ x, label }], dashed verticals), and a series may have colour (1 to 8) and dashed. Charts with the same xLabel show
-// the same x under the pointer.
+// spec may have: smooth (draw a moving mean over the pale line), min (the y axis reaches at least there), and marks
+// ([{ x, label }], dashed verticals). Charts with the same xLabel show the same x under the pointer.
 "use strict";
 
 (() => {
@@ -57,13 +56,12 @@
       [low, high] = [Math.max(bandLow, low - room), Math.min(bandHigh, high + room)];
     }
     if (known(spec.min)) low = Math.min(low, spec.min);
-    if (known(spec.max)) high = Math.max(high, spec.max);
     if (low === high) {
       const room = Math.abs(low) * 0.1 || 1;
       return [spec.min === low ? low : low - room, high + room];
     }
     const room = 0.06 * (high - low);
-    return [spec.min === low ? low : low - room, spec.max === high ? high : high + room];
+    return [spec.min === low ? low : low - room, high + room];
   }
 
   // moving mean over a window of about a twentieth of the points; gaps stay gaps
@@ -218,11 +216,10 @@
       svg("title", {}, line).textContent = mark.label || "";
     }
     spec.series.forEach((one, i) => {
-      const group = svg("g", { class: `s${one.colour || (i % 8) + 1}` }, area);
+      const group = svg("g", { class: `s${(i % 8) + 1}` }, area);
       if (one.band) svg("path", { class: "band", d: bandPath(one.x, one.band.low, one.band.high, toX, toY) }, group);
       const smooth = spec.smooth && one.y.length >= 40;
       const path = { class: smooth ? "line raw" : "line", d: linePath(one.x, one.y, toX, toY) };
-      if (one.dashed) path["stroke-dasharray"] = "5 4";
       svg("path", path, group);
       if (smooth) svg("path", { class: "line", d: linePath(one.x, smoothed(one.y), toX, toY) }, group);
     });
@@ -254,7 +251,7 @@
           html("span", "name", item);
           html("b", "", item);
         }
-        item.children[0].className = `swatch s${one.colour || (i % 8) + 1}`;
+        item.children[0].className = `swatch s${(i % 8) + 1}`;
         item.children[1].textContent = one.name;
         item.children[2].textContent = texts[i];
       });
@@ -266,7 +263,7 @@
     svg("line", { class: "cursor", x1: x, x2: x, y1: 0, y2: state.inner.height }, state.over);
     spec.series.forEach((one, i) => {
       if (places[i] < 0 || !known(one.y[places[i]])) return;
-      const group = svg("g", { class: `s${one.colour || (i % 8) + 1}` }, state.over);
+      const group = svg("g", { class: `s${(i % 8) + 1}` }, state.over);
       svg("circle", { class: "dot", cx: state.toX(one.x[places[i]]), cy: state.toY(one.y[places[i]]), r: 4 }, group);
     });
   }

@@ -1,4 +1,4 @@
-"""How long a run has played, from times of day that may have been set meanwhile and from what the steps measured.
+"""How long a run has gone on, from times of day that may have been set meanwhile and from what the steps measured.
 
 Each step says by a clock that is never set how long it took (`step_time`), and by the other one when it ended. Where
 the two differ by more than the start of a run or a moment explains, somebody has set the clock, or the machine slept,
@@ -16,7 +16,7 @@ _LONGEST_START_S = 12 * 3600.0
 """Before the first step of a start: loading, held-out rows."""
 
 
-class Played:
+class RunTime:
     """Takes the steps in order."""
 
     def __init__(self, began: Mapping[int, float]) -> None:
@@ -58,10 +58,10 @@ class Played:
         way = "on" if beyond_s > 0 else "back"
         times = "" if len(self._jumps) == 1 else f" and at {len(self._jumps) - 1} other steps"
         return (
-            f"Before step {step:,}{times} the clock went {way} by {_told(abs(beyond_s))} that no step took: it was "
+            f"Before step {step:,}{times} the clock went {way} by {_duration(abs(beyond_s))} that no step took: it was "
             "set, or the machine slept. Durations are what the steps measured; times of day do not compare across it."
         )
 
 
-def _told(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
