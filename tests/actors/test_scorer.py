@@ -28,26 +28,26 @@ class Scoring:
         self.groups: Channel[RolloutGroup] = self.inbox.channel("rollouts", RolloutGroup, bound=9)
         config = RewardsConfig(retries=0, breaker_failures=breaker_failures, breaker_max_wait_s=0.001)
         self.rewards = RewardManager(rewards, config=config)
-        self._scored = self.learner.channel("scored", ScoredGroup, bound=9)
+        self.scored = self.learner.channel("scored", ScoredGroup, bound=9)
         self.prompter.channel("closed", GroupClosed, bound=1)  # keeps the mailbox open
-        self._hold = self.prompter.channel("hold", Hold, bound=1, overflow="newest", side=True)
-        self._report = self.reports.reporter("scorer")
+        self.holds = self.prompter.channel("hold", Hold, bound=1, overflow="newest", side=True)
+        self.report = self.reports.reporter("scorer")
         self.scorer = self.another()
 
     def another(self) -> Scorer:
         """One who goes on with the same mailboxes and rewards."""
         return Scorer(
             self.inbox,
-            self._scored,
+            self.scored,
             rewards=self.rewards,
-            hold=self._hold,
+            hold=self.holds,
             recorded=self.recorded,
             trainer_state=lambda step: TrainerState.at(step, max_steps=9, prompts=2, num_generations=3, rows=4),
-            report=self._report,
+            report=self.report,
         )
 
-    async def told(self, *, held: bool) -> Hold:
-        """What the prompter is told, as soon as it says this."""
+    async def hold(self, *, held: bool) -> Hold:
+        """The next message to the prompter that holds it, or no longer does."""
         async for hold in self.prompter:
             if bool(hold.reasons) == held:
                 return hold  # type: ignore[no-any-return]
@@ -161,9 +161,9 @@ async def test_prompting_is_held_while_a_reward_is_down_and_nothing_is_lost() ->
         tasks.start_soon(run_roles, [scoring.scorer])
         await send_all(scoring.groups, [make_group(make_prompt(0, place)) for place in range(5)])
         with anyio.fail_after(30):
-            hold = await scoring.told(held=True)
+            hold = await scoring.hold(held=True)
             up.set()
-            await scoring.told(held=False)
+            await scoring.hold(held=False)
     assert hold.reasons[0].startswith("reward away is down: ConnectionError: no judge")
     groups = await taken(scoring.learner)
     assert sorted(group.scores["away"].count(None) for group in groups) == [0, 0, 0, 0, 3]
@@ -187,14 +187,14 @@ async def test_who_takes_over_scores_what_was_in_hand_and_says_what_is_down() ->
         for group in groups:
             await scoring.groups.send(group)
         with anyio.fail_after(30):
-            await scoring.told(held=True)
+            await scoring.hold(held=True)
         tasks.cancel_scope.cancel()
     scoring.inbox.take_back()
     scoring.groups.close()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_roles, [scoring.another()])
         with anyio.fail_after(30):
-            await scoring.told(held=True)
+            await scoring.hold(held=True)
             up.set()
     scored = await taken(scoring.learner)
     assert [(s.group, s.scores) for s in scored] == [(group, {"whole": (6.0,) * 3}) for group in groups]

@@ -149,17 +149,19 @@ def test_sequences_of_every_kind_are_scores(result: object) -> None:
     assert checked_scores([None, 1], "r", 2) == [None, 1.0]
 
 
+NO_LISTS: list[Any] = [None, 1.0, "ab", b"ab", {0: 1.0, 1: 2.0}, {1.0, 2.0}, (x for x in (1, 2)), "x" * 99]
+
+
 @pytest.mark.parametrize(
-    "result", [None, 1.0, "ab", b"ab", {0: 1.0, 1: 2.0}, {1.0, 2.0}, (x for x in (1, 2)), "x" * 99]
+    ("result", "said"),
+    [
+        *((each, ".*; return a list of 2 numbers or None") for each in NO_LISTS),
+        ([1, 2, 3], "3 scores for 2 completions"),
+    ],
 )
-def test_results_that_are_no_list_are_refused(result: object) -> None:
-    with pytest.raises(RewardError, match=r"reward r returned .*; return a list of 2 numbers or None"):
+def test_results_that_are_no_list_of_that_length_are_refused(result: object, said: str) -> None:
+    with pytest.raises(RewardError, match=f"reward r returned {said}"):
         checked_scores(result, "r", 2)
-
-
-def test_results_of_another_length_are_refused() -> None:
-    with pytest.raises(RewardError, match="reward r returned 3 scores for 2 completions"):
-        checked_scores([1, 2, 3], "r", 2)
 
 
 async def test_sync_functions_run_on_a_daemon_thread_and_async_ones_in_the_loop() -> None:

@@ -33,14 +33,14 @@ def in_thread(code: Callable[[], Any]) -> Any:
     """Run it in a thread, in this context."""
     outcome: list[Any] = []
 
-    def play() -> None:
+    def run() -> None:
         try:
             outcome.append(code())
         except BaseException as error:
             outcome.append(error)
 
     context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(play,))
+    thread = threading.Thread(target=context.run, args=(run,))
     thread.start()
     thread.join(30)
     return outcome[0]
@@ -198,8 +198,8 @@ os.late = watching.late = Late()
 
 
 def test_nothing_is_in_the_way_of_an_interpreter_that_ends() -> None:
-    played = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=True)
-    assert played.stderr == ""
+    ended = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
 
 
 def test_a_file_that_is_loaded_in_a_thread_may_prepare_what_wants_the_main_one() -> None:

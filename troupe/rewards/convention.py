@@ -137,10 +137,6 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True):
         """Those of `arguments` that the function takes."""
         return {name: value for name, value in arguments.items() if self.takes_all or name in self.names}
 
-    def required_beside(self, available: Set[str]) -> list[str]:
-        """Names of required parameters that are not available."""
-        return sorted(name for name, required in self.names.items() if required and name not in available)
-
 
 def check_signature(function: RewardFunction) -> Signature:
     """Refuse what cannot be called in TRL's way.
@@ -171,7 +167,7 @@ def check_columns(reward: Reward, columns: Set[str]) -> None:
 
 def check_available(function: RewardFunction, signature: Signature, available: Set[str]) -> None:
     """RewardError where a required argument is not among those available."""
-    missing = signature.required_beside(available)
+    missing = sorted(name for name, required in signature.names.items() if required and name not in available)
     if missing:
         has = ", ".join(sorted(available - PROVIDED)) or "none"
         remedy = "name it by data.answer_column" if missing == ["answer"] else "give the argument a default"
@@ -218,7 +214,7 @@ def checked_score(value: Any, name: str, index: int) -> float | None:
     if value is None:
         return None
     try:
-        if getattr(value, "shape", ()) and _size(value) == 1:
+        if getattr(value, "shape", ()) and math.prod(value.shape) == 1:  # an array, whatever library it is of
             value = value.item()
         is_number = hasattr(value, "__float__") and not isinstance(value, str)
         if is_number and (isinstance(value, numbers.Real) or not isinstance(value, numbers.Complex)):
@@ -245,11 +241,6 @@ def checked_scores(result: Any, name: str, size: int) -> list[float | None]:
     if len(values) != size:
         raise RewardError(f"reward {name} returned {len(values)} scores for {size} completions; return one for each")
     return [checked_score(value, name, index) for index, value in enumerate(values)]
-
-
-def _size(array: Any) -> int:
-    """How many numbers an array has, whatever library it is of."""
-    return math.prod(array.shape)
 
 
 class Unscored(float):

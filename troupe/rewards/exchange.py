@@ -25,15 +25,14 @@ class RewardVersion:
         """`spec`: the text that names the reward; None where it was given in Python. `number`: how often it was
         exchanged before. `first_step`: groups of earlier steps are not scored by it."""
         self.runner, self.spec, self.number, self.first_step = runner, spec, number, first_step
-        self.rounds = Rounds(runner) if runner.scope == "batch" else None
+        self.rounds = Rounds(runner)
         self.calls = 0
         self._moved = anyio.Event()
 
     def settled(self, key: Round, gid: int) -> None:
         """A group of a round was sent on with its scores: it will not come again."""
-        if self.rounds is not None:
-            self.rounds.settled(key, gid)
-            self.wake()
+        self.rounds.settled(key, gid)
+        self.wake()
 
     def wake(self) -> None:
         """Have `done` look again: something has ended."""
@@ -42,7 +41,7 @@ class RewardVersion:
 
     async def done(self) -> None:
         """Wait until nothing is under way."""
-        while self.calls or (self.rounds is not None and self.rounds.open):
+        while self.calls or self.rounds.open:
             await self._moved.wait()
 
 
@@ -75,12 +74,11 @@ class NamedReward:
                 version = self._version_for(batch.round, step)
                 version.calls += 1
                 try:
-                    if version.rounds is None or batch.round is None:
-                        return await version.runner.score(batch)
-                    return await version.rounds.score(batch, report)
+                    if self.scope == "batch" and batch.round is not None:
+                        return await version.rounds.score(batch, report)
+                    return await version.runner.score(batch)
                 except Exchanged:  # while it waited: the version that took over makes the call
-                    if version.rounds is not None and batch.round is not None:
-                        version.rounds.leave(batch.round)
+                    version.rounds.leave(batch.round)
                 finally:
                     version.calls -= 1
                     version.wake()
@@ -93,11 +91,6 @@ class NamedReward:
         """RewardError where this version requires a column that is not among these; the later ones may not either."""
         self.columns = columns
         check_columns(self.now.runner.reward, columns)
-
-    def settled(self, key: Round, gid: int) -> None:
-        """A group of a round was sent on with its scores."""
-        for version in (*self.before, self.now):
-            version.settled(key, gid)
 
     async def start(self) -> None:
         """RewardError where it cannot be started."""
@@ -163,10 +156,9 @@ class NamedReward:
 
     def _version_for(self, key: Round | None, step: int | None) -> RewardVersion:
         """Which one scores a group of a step: a round that is scored in one call stays with the one it began with."""
-        if key is not None:
-            for version in self.before:
-                if version.rounds is not None and version.rounds.has_begun(key):
-                    return version
+        for version in self.before:
+            if version.rounds.has_begun(key):
+                return version
         candidates = (self.now, *reversed(self.before)) if step is not None else ()
         version = next((one for one in candidates if one.first_step <= (step or 0)), self.now)
         return self.now if version.runner.caller.why is not None else version  # none waits for one that was replaced

@@ -77,7 +77,7 @@ def is_own_interrupt(error: BaseException | None) -> TypeGuard[KeyboardInterrupt
     if not isinstance(error, KeyboardInterrupt):
         return False
     if threading.current_thread() is not threading.main_thread():
-        return True  # no signal is heeded here
+        return True  # no signal is delivered here
     names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     is_asyncios = names[-1:] == ["_on_sigint"]  # its handler, at the second Ctrl-C
     return not is_asyncios and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -151,10 +151,10 @@ async def end_tasks(tasks: Collection[asyncio.Task[Any]]) -> list[str]:
         asyncio._unregister_task(task)  # who closes the loop would wait for it without end
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         _keep(list(_chain(task.get_coro())))
-    return [_told(task) for task in left]
+    return [_place_of(task) for task in left]
 
 
-def _told(task: asyncio.Task[Any]) -> str:
+def _place_of(task: asyncio.Task[Any]) -> str:
     coroutine = task.get_coro()
     code = getattr(coroutine, "cr_code", None)
     name = getattr(coroutine, "__qualname__", None) or task.get_name()

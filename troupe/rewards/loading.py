@@ -50,6 +50,8 @@ NUMBERED: dict[str, tuple[Callable[..., RewardFunction], Sequence[tuple[str, typ
 }
 """Name → what makes the reward from the numbers that stand behind the name, and what they are called."""
 
+_KINDS = [*BUILTIN, *NUMBERED, "format", "math_verify", "reasoning_gym"]
+
 
 def load_reward(spec: str, base: Path | None = None) -> Reward:
     """The reward of a name: one of `BUILTIN`, "format:REGEX", one of `NUMBERED`, "math_verify", "math_verify:COLUMN",
@@ -90,8 +92,7 @@ def _load(spec: str, base: Path | None) -> Reward:
     if not colon or not file or not name:
         if kind.endswith(".py"):
             raise RewardError(f"reward {spec!r} names a file and nothing in it; write {kind}:NAME")
-        known = [*BUILTIN, *NUMBERED, "format", "math_verify", "reasoning_gym"]
-        raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, known)}; {_FORMS}")
+        raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, _KINDS)}; {_FORMS}")
     if _is_module(file):
         return _usable(_import_module(file), name, Path(file))
     path = (base or Path()) / expanded(file)
@@ -114,7 +115,7 @@ async def load_beside(spec: str) -> Reward:
 def is_code(spec: str) -> bool:
     """Whether a name is that of code which is not ours: "FILE.py:NAME" or "MODULE:NAME"."""
     kind, colon, _ = spec.partition(":")
-    return bool(colon) and kind not in {*BUILTIN, *NUMBERED, "format", "math_verify", "reasoning_gym"}
+    return bool(colon) and kind not in _KINDS
 
 
 def default_reward(columns: Set[str], source: str) -> str:

@@ -137,7 +137,7 @@ class RewardManager:
     @property
     def has_open_rounds(self) -> bool:
         """Whether there is a round of which not all groups are settled."""
-        return any(version.rounds is not None and version.rounds.open for version in self._versions())
+        return any(version.rounds.open for version in self._versions())
 
     def _versions(self) -> list[RewardVersion]:
         return [version for reward in self._named.values() for version in (*reward.before, reward.now)]
@@ -266,8 +266,8 @@ class RewardManager:
         """Score a group of a run as TRL would: a conversation's completions are lists of one assistant message.
 
         Calls of a reward that is down wait. A reward of scope "batch" is called when all groups of the round are here,
-        so they must be scored at the same time, and `settled` be told of each afterwards. `report` gets a span of each
-        reward.
+        so they must be scored at the same time, and `settled` be called for each afterwards. `report` gets a span of
+        each reward.
 
         Raises:
             RewardError: for a reward that breaks the convention, or one that has not worked once and whose code is at

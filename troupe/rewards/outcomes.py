@@ -187,12 +187,11 @@ def finite(
 ) -> Outcome:
     """NaN, infinities and what float32 arithmetic would turn into them become missing scores and one more fault."""
     bad = {index: score for index, score in enumerate(scores) if score is not None and not abs(score) <= _LARGEST}
-    told = {index: Fault("reward_timeout", log.why[index]) for index in bad if index in log.why}
-    faults = [*faults, *summed(told, len(scores))]
-    scores = [None if index in told else score for index, score in enumerate(scores)]
-    bad = {index: score for index, score in bad.items() if index not in told}
+    explained = {index: Fault("reward_timeout", log.why[index]) for index in bad if index in log.why}
+    faults = [*faults, *summed(explained, len(scores))]
+    scores = [None if index in bad else score for index, score in enumerate(scores)]
+    bad = {index: score for index, score in bad.items() if index not in explained}
     if bad:
         shown = ", ".join(f"{score} for sample {index}" for index, score in bad.items())
         faults = [*faults, Fault("reward_nonfinite", f"returned {shown}; scores must be finite, {_LARGEST:g} at most")]
-        scores = [None if index in bad else score for index, score in enumerate(scores)]
-    return Outcome(scores=scores, faults=faults, log=log, faulted=faulted | bad.keys() | told.keys())
+    return Outcome(scores=scores, faults=faults, log=log, faulted=faulted | bad.keys() | explained.keys())

@@ -27,18 +27,18 @@ class Rounds:
         """Whether there is a round that has begun and is not settled."""
         return bool(self._gathered)
 
-    def has_begun(self, key: Round) -> bool:
+    def has_begun(self, key: Round | None) -> bool:
         """Whether a group of the round has come, and not all are settled."""
         return key in self._gathered
 
     async def score(self, batch: Batch, report: Reporter) -> Outcome:
-        """The group's part of its round's outcome; `report` is told of the time until the others are here."""
+        """The group's part of its round's outcome; `report` gets a span of the wait for the others."""
         key, gid = batch.round, batch.gid
         assert key is not None
         assert gid is not None
         gathered = self._gathered.setdefault(key, _Gathered())
         gathered.groups[gid] = batch
-        gathered.tell()
+        gathered.wake()
         while gid not in gathered.outcomes:
             if gathered.calling or len(gathered.groups) < key.size:
                 with report.span("wait for the round", step=key.step, gid=gid, kind="wait"):
@@ -49,7 +49,7 @@ class Rounds:
                 await self._call(gathered)
             finally:
                 gathered.calling = False
-                gathered.tell()
+                gathered.wake()
         return gathered.outcomes[gid]
 
     def settled(self, key: Round, gid: int) -> None:
@@ -60,9 +60,10 @@ class Rounds:
             if len(gathered.settled) >= key.size:
                 del self._gathered[key]
 
-    def leave(self, key: Round) -> None:
+    def leave(self, key: Round | None) -> None:
         """Another reward takes over the round, whose call was not made."""
-        self._gathered.pop(key, None)
+        if key is not None:
+            self._gathered.pop(key, None)
 
     async def _call(self, gathered: _Gathered) -> None:
         batches = sorted(gathered.groups.values(), key=_slot)
@@ -83,7 +84,7 @@ class _Gathered:
         self.calling = False
         self.changed = anyio.Event()
 
-    def tell(self) -> None:
+    def wake(self) -> None:
         self.changed.set()
         self.changed = anyio.Event()
 

@@ -110,12 +110,8 @@ def reasoning_gym_reward(
     ]
 
 
-def _import_reasoning_gym() -> None:
-    importlib.import_module("reasoning_gym")
-
-
 reasoning_gym_reward.run = "process"  # type: ignore[attr-defined]
-reasoning_gym_reward.get_ready = _import_reasoning_gym  # type: ignore[attr-defined]
+reasoning_gym_reward.get_ready = functools.partial(importlib.import_module, "reasoning_gym")  # type: ignore[attr-defined]
 
 
 def load_reasoning_gym_reward() -> Callable[..., list[float | None]]:

@@ -170,9 +170,11 @@ async def test_a_cancelled_call_leaves_no_busy_worker() -> None:
         assert (await score(manager, "b")).incidents == ()
 
 
-async def test_workers_must_be_started() -> None:
-    with pytest.raises(RewardError, match="reward lengths has not been started"):
-        await score(in_processes(process_rewards.lengths), "a")
+async def test_what_works_between_start_and_stop_must_be_started() -> None:
+    for manager in (in_processes(process_rewards.lengths), RewardManager(process_rewards.Judge())):
+        with pytest.raises(RewardError, match=r"reward \w+ has not been started"):
+            await score(manager, "a")
+        assert await manager.stop() == ()
 
 
 async def test_a_function_gets_ready_in_its_process_and_texts_have_the_same_hashes_there(tmp_path: Path) -> None:

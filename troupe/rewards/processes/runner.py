@@ -293,15 +293,15 @@ def _merged(parts: dict[int, Outcome], faults: dict[int, Fault], size: int) -> O
     scores: list[float | None] = [None] * size
     extra: dict[str, list[Any]] = {}
     logged: dict[str, list[float]] = {}
-    told = summed(faults, size)
+    listed = summed(faults, size)
     faulted = set(faults)
     for index, part in sorted(parts.items()):
         (scores[index],) = part.scores
         faulted |= {index for _ in part.faulted}
-        told += [Fault(fault.kind, f"sample {index} of {size}, alone: {fault.message}") for fault in part.faults]
+        listed += [Fault(fault.kind, f"sample {index} of {size}, alone: {fault.message}") for fault in part.faults]
         for column, (value,) in part.log.extra.items():
             extra.setdefault(column, [None] * size)[index] = value
         for name, values in part.log.logged.items():
             logged.setdefault(name, []).extend(values)
     log = RewardLog(size, {column: tuple(values) for column, values in extra.items()}, logged)
-    return Outcome(scores=scores, faults=told, log=log, faulted=frozenset(faulted))
+    return Outcome(scores=scores, faults=listed, log=log, faulted=frozenset(faulted))
