@@ -186,7 +186,6 @@ def test_it_is_watched_until_the_run_has_ended(host: Host) -> None:
 def test_a_terminal_is_cleared_between(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[bool] = []
     monkeypatch.setattr(click, "clear", lambda: cleared.append(True))
-    monkeypatch.setattr(command_room, "_on_terminal", lambda: True)
     host.ends_after = 2
     (host.folder / "run.toml").write_text("")
     result = call("status", str(host.folder), "--watch", "--interval", "0.1")

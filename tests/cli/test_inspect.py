@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner
@@ -13,12 +14,12 @@ from rich.console import Console
 
 from tests.support.fakes import make_scored
 from tests.support.stored import closed, rows, update
-from troupe.cli import inspect as inspecting
-from troupe.cli.inspect import Block, as_renderable, as_text
+from troupe.cli.inspect import Block, as_renderable, as_text, describe_versions, show_completions
 from troupe.cli.main import main
 from troupe.messages import CheckpointWritten, GroupClosed, Incident
 from troupe.records.layout import STORE
 from troupe.records.sinks.sqlite import SqliteSink
+from troupe.records.store.read import Query, open_store
 from troupe.records.text import shown
 
 
@@ -47,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *options: str, code: int = 0) -> str:
-    result = CliRunner().invoke(main, ["inspect", str(folder), *options])
+def run(folder: Path, *options: str, code: int = 0, env: dict[str, str] | None = None) -> str:
+    result = CliRunner(env=env).invoke(main, ["inspect", str(folder), *options])
     assert result.exit_code == code, result.output
     return result.output
 
@@ -119,9 +120,9 @@ def test_random_completions_are_of_the_newest_step(folder: Path) -> None:
     assert {one["step"] for one in found} == {2}
 
 
-def test_a_listing_for_a_person_ends_somewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspecting, "_MOST_SHOWN", 4)
-    text = run(folder, "--step", "2")
+def test_a_listing_for_a_person_ends_somewhere(folder: Path) -> None:
+    with open_store(folder) as stored:
+        text = "".join(map(as_text, show_completions(stored, Query(step=2), most=4)))
     assert text.count(", sample ") == 4
     assert "2 more: ask for fewer, or for a number (--best K), or write them out (--jsonl FILE)" in text
     assert run(folder, "--best", "6").count(", sample ") == 6
@@ -218,21 +219,15 @@ def odd_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("terminal", [True, False])
+TERMINAL = {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "300"}
+
+
+@pytest.mark.parametrize("environment", [{}, TERMINAL], ids=["file", "terminal"])
 @pytest.mark.parametrize("options", [(), ("--step", "1"), ("--step", "all", "--best", "1"), ("--json",)])
-def test_no_name_acts_on_a_terminal(
-    odd_folder: Path, options: tuple[str, ...], terminal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if terminal:
-        console = Console(force_terminal=True, width=300, no_color=True, highlight=False, color_system=None)
-        monkeypatch.setattr(inspecting, "Console", lambda: console)
-        with console.capture() as capture:
-            text = run(odd_folder, *options)
-        text += capture.get()
-    else:
-        text = run(odd_folder, *options)
+def test_no_name_acts_on_a_terminal(odd_folder: Path, options: tuple[str, ...], environment: dict[str, str]) -> None:
+    text = run(odd_folder, *options, env=environment)
     assert text.strip()
-    assert not {char for char in text if not char.isprintable()} - {"\n"} - ({"\x1b"} if terminal else set())
+    assert not {char for char in text if not char.isprintable()} - {"\n"} - ({"\x1b"} if environment else set())
     assert not any(piece in text for piece in ("\x1b[2J", "\x1b[31m", "\x07", "\x9b", "\u202e"))
 
 
@@ -244,7 +239,7 @@ def test_refusals_hold_nothing_that_acts(odd_folder: Path) -> None:
 
 
 def test_several_versions_are_told() -> None:
-    assert inspecting._versions([(3, 5), (4, 2)]) == "versions 3 (5), 4 (2)"
+    assert describe_versions([(3, 5), (4, 2)]) == "versions 3 (5), 4 (2)"
 
 
 def test_what_would_act_on_a_terminal_is_shown_instead() -> None:
@@ -254,13 +249,8 @@ def test_what_would_act_on_a_terminal_is_shown_instead() -> None:
     )
 
 
-def test_a_terminal_is_given_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(force_terminal=True, width=80, no_color=True, record=True, file=(folder / "drawn").open("w"))
-    monkeypatch.setattr(inspecting, "Console", lambda: console)
-    run(folder)
-    run(folder, "--state", "filtered")
-    drawn = console.export_text()
-    console.file.close()
+def test_a_terminal_is_given_tables(folder: Path) -> None:
+    drawn = click.unstyle(run(folder, env=TERMINAL) + run(folder, "--state", "filtered", env=TERMINAL))
     assert "Best of step 2: group 3, sample 2" in drawn
     assert "╭" in drawn
     assert "there is no such completion" in drawn

@@ -150,15 +150,11 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
     if as_json:
         tell_json(encode_line(found).decode().rstrip("\n"))
         return
-    if clear and _on_terminal():
-        click.clear()
+    if clear:
+        click.clear()  # on a terminal
     tell(views.describe(found, str(folder)))
     if (address := read_address(folder)) is not None:
         tell(views.row("live page", address))
-
-
-def _on_terminal() -> bool:
-    return sys.stdout.isatty()
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

@@ -13,13 +13,13 @@ import msgspec
 from troupe.cli.commands import Command
 from troupe.cli.config import find_model, flag_layers
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.cli.foreground import guarded
 from troupe.cli.terminal import Number, report_errors
 from troupe.errors import InputError
 from troupe.run.activity import Progress
 from troupe.run.config import known_keys, layered, load_config, settings_layers
 from troupe.run.evaluate import Evaluation, evaluate_folder
 from troupe.run.naming import describe_meaning, ours_for
+from troupe.runtime.guarding import Guard
 from troupe.runtime.roles import together
 from troupe.runtime.terminal import tell, tell_json
 
@@ -123,5 +123,6 @@ async def evaluate_aloud(evaluating: Callable[..., Awaitable[Evaluation]], silen
                 if (activity := progress.activity(time.perf_counter())) is not None:
                     tell(activity.text, error=True)
 
-    await guarded(functools.partial(together, [work, speak]))
+    with Guard():  # so that Ctrl-C comes to an end even where a reward holds Python's lock
+        await together([work, speak])
     return results[0]

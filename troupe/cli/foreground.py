@@ -6,10 +6,9 @@ import asyncio
 import functools
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TypeVar
 
 import anyio
 
@@ -28,8 +27,6 @@ _LOADS_SILENTLY_S = 2.0
 """Before it is said that the model and the prompts are being loaded."""
 _LAST_WORDS_S = 0.5
 """That a reader has, where the process ends at once."""
-
-T = TypeVar("T")
 
 
 async def run_in_terminal(
@@ -67,12 +64,6 @@ async def run_in_terminal(
 def _tell_of_loading(config: RunConfig) -> None:
     model, prompts = (Path(path or "").name for path in (config.model.path, config.data.path))
     tell(f"loading the model {model} and the prompts {prompts}")
-
-
-async def guarded(work: Callable[[], Awaitable[T]]) -> T:
-    """Do some work of which Ctrl-C comes to an end even where a reward holds Python's lock."""
-    with Guard():
-        return await work()
 
 
 class _Signals:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import click
 import msgspec
+from msgspec.structs import replace
 from rich import box
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -191,11 +192,10 @@ def newest_extremes(run: StoredRun, overview: Overview) -> dict[Choice, StoredCo
     return {choice: completions[0] for choice, completions in found.items() if completions}
 
 
-def show_completions(run: StoredRun, query: Query) -> Iterator[Block]:
-    """The completions of a query, one by one."""
-    most = _MOST_SHOWN if query.count is None else query.count
+def show_completions(run: StoredRun, query: Query, most: int = _MOST_SHOWN) -> Iterator[Block]:
+    """The completions of a query, one by one; `most` where it names no number."""
     count = 0
-    for completion in run.completions(msgspec.structs.replace(query, count=most)):
+    for completion in run.completions(replace(query, count=query.count or most)):
         count += 1
         yield _completion(completion)
     left = run.count(query) - count if query.count is None else 0
@@ -273,14 +273,15 @@ def _completion(completion: StoredCompletion, before: str = "") -> Block:
         *((name, plain_text(value)) for name, value in completion.extra.items()),
         *((name, plain_text(value)) for name, value in (completion.columns or {}).items()),
         ("ended by", completion.finish_reason),
-        ("tokens", f"{len(completion.token_ids)} by policy {_versions(completion.versions)}"),
+        ("tokens", f"{len(completion.token_ids)} by policy {describe_versions(completion.versions)}"),
         ("prompt", prompt_text(completion.prompt) or MISSING),
     ]
     title = f"{before}{place}, {completion.state} in step {completion.step}, row {completion.row}"
     return Block(title=title, rows=facts, text=completion.text)
 
 
-def _versions(versions: Sequence[tuple[int, int]]) -> str:
+def describe_versions(versions: Sequence[tuple[int, int]]) -> str:
+    """Which versions of the policy sampled how many tokens."""
     if len(versions) == 1:
         return f"version {versions[0][0]}"
     return "versions " + ", ".join(f"{version} ({tokens})" for version, tokens in versions)
