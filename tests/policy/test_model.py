@@ -12,6 +12,7 @@ import pytest
 
 from tests.policy.forward_vectors import ABOUT, MODELS, SHIPPED, model_folder, tensors
 from tests.policy.test_folders import edit_json
+from tests.policy.test_hub import put_model
 from troupe.errors import InputError, ModelError
 from troupe.policy.folders import read_model_folder
 from troupe.policy.model import Policy, load_policy, random_policy
@@ -137,13 +138,9 @@ def test_a_random_policy_has_no_tokenizer() -> None:
 
 def test_a_hub_id_is_looked_for_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    model = tmp_path / "models--Some--Tiny"
-    shutil.copytree(TIED, model / "snapshots" / "abc123")
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text("abc123")
-    policy = load_policy("Some/Tiny")
-    assert policy.path == model / "snapshots" / "abc123"
-    stored = load_policy(TIED)
+    snapshot = put_model(tmp_path, "Some/Tiny")
+    policy, stored = load_policy("Some/Tiny"), load_policy(TIED)
+    assert policy.path == snapshot
     assert all(mx.array_equal(policy.weights[name], stored.weights[name]).item() for name in stored.weights)
     with pytest.raises(ModelError, match=r"^Some/Other: no such folder here"):
         load_policy("Some/Other")

@@ -48,28 +48,6 @@ def numpy_filter(logits: npt.NDArray[Any], config: SamplingConfig) -> list[list[
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": INF}, "temperature is inf"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"xtc_probability": 1.5}, "xtc_probability is 1.5"),
-        ({"xtc_threshold": 0.6}, "xtc_threshold is 0.6"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
-        ({"presence_context_size": 0}, "presence_context_size is 0"),
-        ({"logit_bias": {-1: 1.0}}, "token id -1"),
-        ({"min_p": 1.0}, "min_p is 1.0"),
-        ({"min_tokens_to_keep": 0}, "min_tokens_to_keep is 0"),
-    ],
-)
-def test_config_refuses_values_out_of_bounds(setting: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingConfig(**setting)
-    with pytest.raises(msgspec.ValidationError):
-        msgspec.convert(setting, SamplingConfig)
-
-
 def test_config_refuses_unknown_keys_and_defaults_are_off() -> None:
     with pytest.raises(msgspec.ValidationError, match="topp"):
         msgspec.convert({"topp": 0.5}, SamplingConfig)
@@ -416,7 +394,7 @@ def call_edge(name: str, value: Any) -> mx.array:
 def test_edge_values_are_as_documented(name: str, text: str, outcome: str) -> None:
     value = edge_value(text)
     if "refused" in outcome:
-        with pytest.raises(ValueError, match=r"(?s)^.*(is|has) .*but"):
+        with pytest.raises(ValueError, match=rf"(?s)^{name} .*but"):
             SamplingConfig(**{name: value})
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert({name: value}, SamplingConfig)

@@ -93,22 +93,15 @@ def assert_rows(tokenizer: Tokenizer, vectors: dict[str, Any]) -> None:
         assert tokenizer.encode(row["text"]) == row["ids"], row["text"]
         assert tokenizer.decode(row["ids"], skip_special_tokens=False) == row["decoded"]
         assert tokenizer.decode(row["ids"]) == row["decoded_skip_special"]
+        stream = tokenizer.decode_stream()
+        assert "".join([stream.push(id_) for id_ in row["ids"]]) + stream.finish() == row["decoded_skip_special"]
 
 
 def test_qwen3_rows(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
     assert_rows(qwen3, vectors)
-
-
-def test_qwen3_rows_in_a_batch(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
     rows = vectors["rows"]
     assert qwen3.batch_encode([row["text"] for row in rows]) == [row["ids"] for row in rows]
     assert qwen3.batch_decode([row["ids"] for row in rows]) == [row["decoded_skip_special"] for row in rows]
-
-
-def test_qwen3_rows_as_a_stream(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
-    for row in vectors["rows"]:
-        stream = qwen3.decode_stream()
-        assert "".join([stream.push(id_) for id_ in row["ids"]]) + stream.finish() == row["decoded_skip_special"]
 
 
 def test_qwen3_chats(qwen3: Tokenizer, vectors: dict[str, Any]) -> None:
@@ -281,18 +274,14 @@ def test_added_tokens_longest_first_and_their_options(tmp_path: Path) -> None:
     assert tokenizer.decode([260, 261, 256]) == "oneé!"
 
 
-def test_named_tokens_of_the_plain_vocabulary_become_special(tmp_path: Path) -> None:
-    vocab = {LETTERS[byte]: byte for byte in range(256)} | {"<end>": 258}
-    tokenizer = load(tmp_path, {"eos_token": "<end>"}, model__vocab=vocab)
-    assert tokenizer.encode("a<end>") == [97, 258]
+@pytest.mark.parametrize("name", ["<end>", "<｜end of 日｜>"])
+def test_named_tokens_of_the_plain_vocabulary_become_special(tmp_path: Path, name: str) -> None:
+    """In the byte alphabet or outside it, where the vocabulary's entry is plain text."""
+    vocab = {LETTERS[byte]: byte for byte in range(256)} | {name: 258}
+    tokenizer = load(tmp_path, {"eos_token": name}, model__vocab=vocab)
+    assert tokenizer.encode(f"a{name}") == [97, 258]
     assert tokenizer.decode([97, 258]) == "a"
-
-
-def test_a_vocabulary_entry_outside_the_byte_alphabet_is_plain_text(tmp_path: Path) -> None:
-    vocab = {LETTERS[byte]: byte for byte in range(256)} | {"<｜end of 日｜>": 258}
-    tokenizer = load(tmp_path, {"eos_token": "<｜end of 日｜>"}, model__vocab=vocab)
-    assert tokenizer.encode("<｜end of 日｜>") == [258]
-    assert tokenizer.decode([258], skip_special_tokens=False) == "<｜end of 日｜>"
+    assert tokenizer.decode([258], skip_special_tokens=False) == name
 
 
 def test_sampled_ids_of_a_padded_vocabulary_are_left_out(tmp_path: Path) -> None:
