@@ -11,12 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 import troupe
 from tests.cases.cases import copy_case, expected_of
+from tests.support.runs import call, done, lines
 from troupe.checkpoint import list_checkpoints, load_checkpoint
-from troupe.cli.main import main
 from troupe.errors import ModelError
 from troupe.policy import load_policy, read_model_folder
 from troupe.run.evaluate import evaluate_folder
@@ -48,10 +47,6 @@ def refusal(folder: Path, dtype: str | None = None) -> str:
     return str(caught.value)
 
 
-def generate(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ("generate", *arguments))
-
-
 def last_logits(folder: Path, ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.array(load_policy(folder, "float32").model(mx.array([ids]))[0, -1].astype(mx.float32))
 
@@ -67,9 +62,7 @@ def base(tmp_path: Path) -> Path:
 def test_the_tokenizer_s_eos_token_ends_a_text_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base)
     expected = expected_of("eos_base_folder")
-    result = CliRunner().invoke(main, expected["argv"][1:])
-    assert result.exit_code == 0, result.output
-    printed = json.loads(result.stdout)
+    printed = json.loads(done(*expected["argv"][1:]))
     for key in ("completion", "completion_tokens", "finish_reason"):
         assert printed[key] == expected[key]
     policy = load_policy("model")
@@ -125,8 +118,7 @@ def any_reward(completions: list[str], **_: Any) -> list[float]:
 def test_completions_of_a_run_end_there_too(base: Path, tmp_path: Path) -> None:
     config = run_config(base / "model", tmp_path, base / "chats.jsonl", temperature=0.01)
     result = troupe.train(config, [any_reward])
-    lines = [json.loads(line) for line in (Path(result.folder) / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if line.get("step") == 1)
+    first = next(line for line in lines(result.folder) if line.get("step") == 1)
     length = expected_of("eos_base_folder")["completion_tokens"]
     assert first["completions/mean_length"] == length
     assert first["completions/clipped_ratio"] == 0.0
@@ -204,7 +196,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
         "eval": ["eval", "-m", "model", "-d", "chats.jsonl"],
         "train": ["train", "-m", "model", "-d", "chats.jsonl", "-o", "out", "--set", "learner.batch_size=1"],
     }
-    result = CliRunner().invoke(main, arguments[command])
+    result = call(*arguments[command])
     assert (result.exit_code, result.stdout) == (2, "")
     for name in expected_of("nan_weights")["message_names"]:
         assert name in result.stderr
@@ -347,7 +339,7 @@ def test_shards_load_without_their_index(shards: Path) -> None:
     _, weights = read_model_folder(shards)
     stored = {name: array for file in shards.glob("*.safetensors") for name, array in arrays(file).items()}
     assert all(mx.array_equal(weights[name], stored[name]).item() for name in stored)
-    assert generate("-m", str(shards), "-p", "a", "--max-new-tokens", "1").exit_code == 0
+    assert call("generate", "-m", shards, "-p", "a", "--max-new-tokens", "1").exit_code == 0
 
 
 def test_a_shard_that_is_missing_is_named(shards: Path) -> None:
@@ -446,7 +438,7 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", ["adapter_folder", "rope_per_layer_type"])
 def test_what_is_not_understood_is_refused_by_its_name(tmp_path: Path, case: str) -> None:
-    result = generate("-m", str(copy_case(case, tmp_path) / "model"), "-p", "a")
+    result = call("generate", "-m", copy_case(case, tmp_path) / "model", "-p", "a")
     assert (result.exit_code, result.stdout) == (2, "")
     for name in expected_of(case)["message_names"]:
         assert name in result.stderr

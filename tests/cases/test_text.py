@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from tests.cases.cases import CASES, copy_case, expected_of
 from tests.policy.tokenizer_vectors import DATA, qwen_rank_file
+from tests.support.runs import call
 from troupe.actors.schedule import tokenize_prompts
-from troupe.cli.main import main
 from troupe.dataset import PromptDataset
 from troupe.policy import Tokenizer
 from troupe.run.config import load_config
@@ -33,10 +32,6 @@ def test_nfc_newer_marks(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     rows: list[dict[str, Any]] = expected_of("nfc_newer_marks")["rows"]
     assert [tokenizer.encode(row["text"]) for row in rows] == [row["ids"] for row in rows]
-
-
-def call(*argv: str) -> Result:
-    return CliRunner().invoke(main, argv)
 
 
 def first_prompt(folder: Path, *settings: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakes import write_prompts, write_ragged_model
-from tests.support.runs import play
+from tests.support.runs import train
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
     """A run of four steps with a plain function as its reward, and no options named; never written to."""
-    return Path(play(ragged_model, tmp_path_factory.mktemp("plain")).folder)
+    return Path(train(ragged_model, tmp_path_factory.mktemp("plain")).folder)
 
 
 @pytest.fixture

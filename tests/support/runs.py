@@ -29,7 +29,7 @@ _TIMED = ("time", "tokens_per_second", "memory", "queue/", "spans_dropped")
 """Parts of the names of metrics that are of clocks and machines."""
 
 
-def play(model: Path, folder: Path, *rewards: Reward, **settings: Any) -> RunResult:
+def train(model: Path, folder: Path, *rewards: Reward, **settings: Any) -> RunResult:
     """4 steps × 2 prompts × 3 completions in `folder`/run, to the end; settings as `section__key=value`."""
     given = rewards or (() if settings.get("rewards__functions") else (weigh_ids,))
     return troupe.train(tiny_config(model, folder, **STORED | settings), given)

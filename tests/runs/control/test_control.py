@@ -1,4 +1,4 @@
-"""What one may ask of a run while it plays, and what it tells: requests return at once, at any time, from anywhere."""
+"""What one may ask of a run while it goes on, and what it tells: requests return at once, at any time, from anywhere."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ async def rate(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
-class Theatre:
-    """A run on the virtual stage."""
+class VirtualRun:
+    """A run in virtual time, with stand-ins for all that computes."""
 
     def __init__(
         self, folder: Path, reward: Callable[..., Any] = rate, *, watchdog_s: float = 600.0, **rewards: Any
@@ -66,22 +66,22 @@ class Theatre:
         )
         self.ledger, self.hooks = Ledger(2 * P), Slow()
         self.rewards = RewardManager([reward], config=self.config.rewards)
-        with self.staged():
+        with self.with_stand_ins():
             prepared = prepared_run(self.config, self.rewards, rows=7)
             factories = stage_factories(prepared, self.hooks, self.ledger)
             self.run = Supervisor(self.config, factories=factories)
 
-    def play(self, body: Body, *, before: Callable[[], None] = lambda: None) -> None:
-        async def perform() -> None:
+    def go_through(self, body: Body, *, before: Callable[[], None] = lambda: None) -> None:
+        async def body_in_it() -> None:
             before()
             async with self.run:
                 await body(self.run)
 
-        with self.staged():
-            virtual_time.run(perform)
+        with self.with_stand_ins():
+            virtual_time.run(body_in_it)
 
     @contextmanager
-    def staged(self) -> Iterator[None]:
+    def with_stand_ins(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "perf_counter", virtual_now)
             yield
@@ -96,8 +96,8 @@ def virtual_now() -> float:
 
 
 @pytest.fixture
-def theatre(tmp_path: Path) -> Theatre:
-    return Theatre(tmp_path)
+def virtual(tmp_path: Path) -> VirtualRun:
+    return VirtualRun(tmp_path)
 
 
 async def quiet() -> None:
@@ -105,7 +105,7 @@ async def quiet() -> None:
     await anyio.sleep(60)
 
 
-def test_a_paused_run_finishes_what_is_begun_waits_and_goes_on(theatre: Theatre) -> None:
+def test_a_paused_run_finishes_what_is_begun_waits_and_goes_on(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         async for update in run.updates():
             if update.step == 1:
@@ -123,47 +123,47 @@ def test_a_paused_run_finishes_what_is_begun_waits_and_goes_on(theatre: Theatre)
         run.resume()
         await run.wait()
 
-    theatre.play(body)
-    assert theatre.run.result.steps == STEPS
+    virtual.go_through(body)
+    assert virtual.run.result.steps == STEPS
 
 
-def test_requests_before_the_start_are_heeded(theatre: Theatre) -> None:
+def test_requests_before_the_start_are_heeded(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         await quiet()
         status = run.status()
-        assert (status.phase, status.step, theatre.ledger.issued) == ("paused", 0, {})
+        assert (status.phase, status.step, virtual.ledger.issued) == ("paused", 0, {})
         run.step(2)
         await quiet()
         assert run.status().step == 2
         run.drain()
 
     def before() -> None:
-        theatre.run.pause()
-        assert theatre.run.status().phase == "starting"
-        assert theatre.run.status().total_steps == 0
+        virtual.run.pause()
+        assert virtual.run.status().phase == "starting"
+        assert virtual.run.status().total_steps == 0
 
-    theatre.play(body, before=before)
-    assert theatre.run.result.steps == 2
-    assert theatre.ledger.final == 2
+    virtual.go_through(body, before=before)
+    assert virtual.run.result.steps == 2
+    assert virtual.ledger.final == 2
 
 
-def test_a_run_that_is_stopped_before_the_start_makes_no_step(theatre: Theatre) -> None:
+def test_a_run_that_is_stopped_before_the_start_makes_no_step(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         assert run.status().phase == "stopping"
         await run.wait()
 
-    theatre.play(body, before=theatre.run.stop)
-    assert theatre.run.result.steps == 0
-    assert theatre.ledger.written == [0]
+    virtual.go_through(body, before=virtual.run.stop)
+    assert virtual.run.result.steps == 0
+    assert virtual.ledger.written == [0]
 
 
-def test_requests_after_the_end_change_nothing(theatre: Theatre) -> None:
+def test_requests_after_the_end_change_nothing(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         await run.wait()
         ask_everything(run)
 
-    theatre.play(body)
-    run = theatre.run
+    virtual.go_through(body)
+    run = virtual.run
     ask_everything(run)
     status = run.status()
     assert (status.phase, status.step, status.doing) == ("ended", STEPS, {})
@@ -177,7 +177,7 @@ def ask_everything(run: Supervisor) -> None:
     run.exchange_reward("rate", rate)
 
 
-def test_everything_may_be_asked_within_updates_and_more_often_than_anybody_reads(theatre: Theatre) -> None:
+def test_everything_may_be_asked_within_updates_and_more_often_than_anybody_reads(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         async for _ in run.updates():
             for _ in range(500):  # the channel for requests holds 1024
@@ -187,13 +187,13 @@ def test_everything_may_be_asked_within_updates_and_more_often_than_anybody_read
                 run.resume()
                 run.status()
 
-    theatre.play(body)
-    assert theatre.run.result.steps == STEPS
+    virtual.go_through(body)
+    assert virtual.run.result.steps == STEPS
 
 
-def test_a_step_is_one_at_least(theatre: Theatre) -> None:
+def test_a_step_is_one_at_least(virtual: VirtualRun) -> None:
     with pytest.raises(ValueError, match=r"step\(0\)"):
-        theatre.run.step(0)
+        virtual.run.step(0)
 
 
 async def first_update(run: Supervisor) -> Update:
@@ -202,7 +202,7 @@ async def first_update(run: Supervisor) -> Update:
     raise AssertionError("the run ended")
 
 
-def test_drain_and_checkpoint(theatre: Theatre) -> None:
+def test_drain_and_checkpoint(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         await first_update(run)
         run.checkpoint()
@@ -210,21 +210,21 @@ def test_drain_and_checkpoint(theatre: Theatre) -> None:
         await anyio.lowlevel.checkpoint()
         await anyio.sleep(0.01)
         assert run.status().phase == "draining"
-        step, last = run.status().step, theatre.run.config.schedule.max_staleness
+        step, last = run.status().step, virtual.run.config.schedule.max_staleness
         assert run.status().notice == (
             f"finishing steps {step + 1} to {step + 2}" if last else f"finishing step {step + 1}"
         )
         run.remind("Ctrl-C again stops now")
         assert run.status().notice.endswith("; Ctrl-C again stops now")
 
-    theatre.play(body)
-    assert 2 <= theatre.run.result.steps < STEPS
-    assert theatre.ledger.written[0] < theatre.run.result.steps
-    assert theatre.ledger.final == theatre.run.result.steps
-    assert theatre.run.status().notice == "", "it has ended"
+    virtual.go_through(body)
+    assert 2 <= virtual.run.result.steps < STEPS
+    assert virtual.ledger.written[0] < virtual.run.result.steps
+    assert virtual.ledger.final == virtual.run.result.steps
+    assert virtual.run.status().notice == "", "it has ended"
 
 
-def test_a_stop_says_which_step_is_saved(theatre: Theatre) -> None:
+def test_a_stop_says_which_step_is_saved(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         await first_update(run)
         assert run.status().notice == ""
@@ -232,7 +232,7 @@ def test_a_stop_says_which_step_is_saved(theatre: Theatre) -> None:
         run.remind("Ctrl-C again leaves at once")
         assert run.status().notice == f"stopping, saving step {run.status().step}; Ctrl-C again leaves at once"
 
-    theatre.play(body)
+    virtual.go_through(body)
 
 
 def test_the_status_names_every_live_group_and_who_has_it(tmp_path: Path) -> None:
@@ -254,9 +254,9 @@ def test_the_status_names_every_live_group_and_who_has_it(tmp_path: Path) -> Non
         assert "of group 0 for" in status.doing["scorer"]
         released.set()
 
-    theatre = Theatre(tmp_path, waits)
-    theatre.play(body)
-    assert theatre.run.result.steps == STEPS
+    virtual = VirtualRun(tmp_path, waits)
+    virtual.go_through(body)
+    assert virtual.run.result.steps == STEPS
 
 
 def test_a_run_in_which_nothing_moves_says_so_again_and_again_and_goes_on(tmp_path: Path) -> None:
@@ -272,17 +272,17 @@ def test_a_run_in_which_nothing_moves_says_so_again_and_again_and_goes_on(tmp_pa
         assert run.status().incidents == {"stalled": 2}
         released.set()
 
-    theatre = Theatre(tmp_path, waits, watchdog_s=100.0, timeout_s=1000.0)
-    see = theatre.ledger.see
+    virtual = VirtualRun(tmp_path, waits, watchdog_s=100.0, timeout_s=1000.0)
+    see = virtual.ledger.see
 
     def listen(channel: str, message: object) -> None:
         if isinstance(message, Incident):
             told.append(message)
         see(channel, message)
 
-    theatre.ledger.see = listen  # type: ignore[method-assign]
-    theatre.play(body)
-    assert theatre.run.result.incidents == {"stalled": 2}
+    virtual.ledger.see = listen  # type: ignore[method-assign]
+    virtual.go_through(body)
+    assert virtual.run.result.incidents == {"stalled": 2}
     assert "nothing has moved for 100 s; the oldest group is 0 (step 0, place 0, attempt 0), with scorer" in (
         told[0].message
     )
@@ -307,43 +307,43 @@ def test_the_watchdog_can_be_set_while_it_watches(tmp_path: Path, monkeypatch: p
         released.set()
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", at_once)  # a thread that writes a line would take no virtual time
-    theatre = Theatre(tmp_path, waits, watchdog_s=100.0, timeout_s=1e5)
-    theatre.play(body)
-    assert theatre.run.result.incidents == {"stalled": 4}
-    assert len(ChangesLog(theatre.run.folder).read()) == 3
+    virtual = VirtualRun(tmp_path, waits, watchdog_s=100.0, timeout_s=1e5)
+    virtual.go_through(body)
+    assert virtual.run.result.incidents == {"stalled": 4}
+    assert len(ChangesLog(virtual.run.folder).read()) == 3
 
 
 def test_a_paused_run_is_not_stalled(tmp_path: Path) -> None:
-    theatre = Theatre(tmp_path, watchdog_s=100.0)
+    virtual = VirtualRun(tmp_path, watchdog_s=100.0)
 
     async def body(run: Supervisor) -> None:
         await anyio.sleep(1000)
         assert run.status().incidents == {}
         run.resume()
 
-    theatre.play(body, before=theatre.run.pause)
-    assert theatre.run.result.incidents == {}
+    virtual.go_through(body, before=virtual.run.pause)
+    assert virtual.run.result.incidents == {}
 
 
 def test_what_comes_before_the_first_prompt_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theatre = Theatre(tmp_path, watchdog_s=100.0)
+    virtual = VirtualRun(tmp_path, watchdog_s=100.0)
 
     async def long_start() -> None:
         await anyio.sleep(1000)
 
-    monkeypatch.setattr(theatre.rewards, "start", long_start)
+    monkeypatch.setattr(virtual.rewards, "start", long_start)
 
     async def body(run: Supervisor) -> None:
         await anyio.sleep(500)
         assert run.status().phase == "starting"
         await run.wait()
 
-    theatre.play(body)
-    assert theatre.run.result.incidents == {}
+    virtual.go_through(body)
+    assert virtual.run.result.incidents == {}
 
 
 @pytest.mark.parametrize("when", ["before", "amid", "after"])
-def test_a_reward_is_exchanged_while_running(theatre: Theatre, when: str) -> None:
+def test_a_reward_is_exchanged_while_running(virtual: VirtualRun, when: str) -> None:
     scored: list[int] = []
 
     async def better(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -358,22 +358,22 @@ def test_a_reward_is_exchanged_while_running(theatre: Theatre, when: str) -> Non
         if when == "after":
             run.exchange_reward("rate", better)
 
-    before: Callable[[], None] = lambda: theatre.run.exchange_reward("rate", better)  # noqa: E731
-    theatre.play(body, before=before if when == "before" else lambda: None)
-    assert theatre.run.result.closed_groups == {"trained": P * STEPS}
+    before: Callable[[], None] = lambda: virtual.run.exchange_reward("rate", better)  # noqa: E731
+    virtual.go_through(body, before=before if when == "before" else lambda: None)
+    assert virtual.run.result.closed_groups == {"trained": P * STEPS}
     assert (0 < len(scored) < P * STEPS) if when == "amid" else (len(scored) == (P * STEPS if when == "before" else 0))
-    assert theatre.rewards.versions["rate"] == (when != "after")
+    assert virtual.rewards.versions["rate"] == (when != "after")
 
 
-def test_an_exchange_that_fails_is_an_incident(theatre: Theatre) -> None:
+def test_an_exchange_that_fails_is_an_incident(virtual: VirtualRun) -> None:
     async def body(run: Supervisor) -> None:
         run.exchange_reward("nobody", rate)
         await quiet()
         run.resume()
 
-    theatre.play(body, before=theatre.run.pause)
-    assert theatre.run.result.incidents == {"reward_exchange_failed": 1}
-    assert theatre.run.result.steps == STEPS
+    virtual.go_through(body, before=virtual.run.pause)
+    assert virtual.run.result.incidents == {"reward_exchange_failed": 1}
+    assert virtual.run.result.steps == STEPS
 
 
 def test_a_reward_that_is_down_holds_the_run_and_is_named(tmp_path: Path) -> None:
@@ -384,6 +384,8 @@ def test_a_reward_that_is_down_holds_the_run_and_is_named(tmp_path: Path) -> Non
             raise ConnectionError("no answer")
         return await rate(completion_ids)
 
+    virtual = VirtualRun(tmp_path, moody, retries=0, breaker_failures=1)
+
     async def body(run: Supervisor) -> None:
         nonlocal up
         await anyio.sleep(100)
@@ -391,33 +393,32 @@ def test_a_reward_that_is_down_holds_the_run_and_is_named(tmp_path: Path) -> Non
         assert status.phase == "held"
         assert "no answer" in status.rewards_down["moody"]
         assert "moody" in status.held[0]
-        assert len(stage.ledger.issued) <= 2 * P
+        assert len(virtual.ledger.issued) <= 2 * P
         up = True
 
-    stage = Theatre(tmp_path, moody, retries=0, breaker_failures=1)
-    stage.play(body)
-    assert stage.run.result.steps == STEPS
-    status = stage.run.status()
+    virtual.go_through(body)
+    assert virtual.run.result.steps == STEPS
+    status = virtual.run.status()
     assert (status.phase, status.held, status.rewards_down) == ("ended", (), {})
 
 
-def test_the_status_of_a_run_that_failed(theatre: Theatre) -> None:
-    theatre.hooks.disk_fails = True
+def test_the_status_of_a_run_that_failed(virtual: VirtualRun) -> None:
+    virtual.hooks.disk_fails = True
 
     async def body(run: Supervisor) -> None:
         await run.wait()
         assert run.status().phase == "failed"
 
     with pytest.raises(RunError, match="could not be written"):
-        theatre.play(body)
-    ask_everything(theatre.run)
-    assert theatre.run.status().phase == "failed"
+        virtual.go_through(body)
+    ask_everything(virtual.run)
+    assert virtual.run.status().phase == "failed"
 
 
 @pytest.mark.anyio
-async def test_updates_need_a_run_that_was_entered(theatre: Theatre) -> None:
+async def test_updates_need_a_run_that_was_entered(virtual: VirtualRun) -> None:
     with pytest.raises(RuntimeError, match="enter the supervisor"):
-        await anext(theatre.run.updates())
+        await anext(virtual.run.updates())
 
 
 @pytest.mark.anyio
@@ -430,6 +431,6 @@ async def test_requests_of_a_reward_wait_in_order() -> None:
     assert box.waiting == (1, 2)
 
 
-def test_a_status_can_be_sent_as_json(theatre: Theatre) -> None:
-    status = theatre.run.status()
+def test_a_status_can_be_sent_as_json(virtual: VirtualRun) -> None:
+    status = virtual.run.status()
     assert msgspec.json.decode(msgspec.json.encode(status), type=Status) == status

@@ -11,7 +11,7 @@ import pytest
 
 import troupe
 from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_prompts
-from tests.support.runs import STORED, completions, done, lines, play, policy_of, refused, summary, write_jsonl
+from tests.support.runs import STORED, completions, done, lines, policy_of, refused, summary, train, write_jsonl
 
 TRAIN = ("train", "-m", "m", "-o", "out", "--num-generations", "2", "--batch-size", "2", "--max-steps", "1")
 SHORT = ("--set", "generation.max_completion_length=6")
@@ -51,7 +51,7 @@ def test_json_jsonl_and_a_file_from_windows_make_one_run(tmp_path: Path, ragged_
     windows = "\r\n".join(json.dumps(row) for row in ROWS) + "\r\n\r\n"
     (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + windows.encode())
     first, second, third = (
-        policy_of(play(ragged_model, tmp_path / f"run of {name}", data__path=str(tmp_path / name)).folder)
+        policy_of(train(ragged_model, tmp_path / f"run of {name}", data__path=str(tmp_path / name)).folder)
         for name in ("a.json", "b.jsonl", "c.jsonl")
     )
     assert same_bits(first, second)
@@ -196,7 +196,7 @@ def test_a_single_prompt_without_signal_is_tried_as_often_as_asked_and_the_run_e
 def test_epochs_decide_how_many_steps_there_are_and_each_has_every_row_once(tmp_path: Path, ragged_model: Path) -> None:
     data = write_prompts(tmp_path / "five.json", rows=5)
     settings = {"data__path": str(data), "learner__max_steps": None, "learner__epochs": 2}
-    result = play(ragged_model, tmp_path, **settings)
+    result = train(ragged_model, tmp_path, **settings)
     assert result.total_steps == 5, "5 rows, 2 a step, twice"
     orders = defaultdict[int | None, list[int | None]](list)
     for c in completions(result.folder):
@@ -208,14 +208,14 @@ def test_epochs_decide_how_many_steps_there_are_and_each_has_every_row_once(tmp_
 
 
 def test_without_shuffling_prompts_come_as_the_file_has_them(tmp_path: Path, ragged_model: Path) -> None:
-    result = play(ragged_model, tmp_path, data__shuffle=False)
+    result = train(ragged_model, tmp_path, data__shuffle=False)
     assert [c.row for c in completions(result.folder) if c.sample == 0] == [0, 1, 2, 3, 4, 0, 1, 2]
 
 
 def test_another_seed_gives_another_order_of_the_same_prompts(tmp_path: Path, ragged_model: Path) -> None:
     orders = []
     for seed in (1, 2):
-        result = play(ragged_model, tmp_path / str(seed), seed=seed, learner__max_steps=2, learner__batch_size=5)
+        result = train(ragged_model, tmp_path / str(seed), seed=seed, learner__max_steps=2, learner__batch_size=5)
         orders.append([c.row for c in completions(result.folder, step=1) if c.sample == 0])
     assert orders[0] != orders[1]
     assert sorted(orders[0], key=str) == sorted(orders[1], key=str) == [0, 1, 2, 3, 4]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.fakes import often_equal, weigh_ids
-from tests.support.runs import completions, done, in_store, incidents, lines, names_in, play, refused, summary
+from tests.support.runs import completions, done, in_store, incidents, lines, names_in, refused, summary, train
 from troupe.policy import load_policy
 from troupe.records.store.read import StoredCompletion
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
         "rewards__weights": [1.0, 0.25],
     }
     folder = tmp_path_factory.mktemp("records")
-    return Path(play(ragged_model, folder, shaky, agrees, **settings).folder)
+    return Path(train(ragged_model, folder, shaky, agrees, **settings).folder)
 
 
 def _scored(completion_ids: list[list[int]]) -> list[tuple[list[int], float]]:
@@ -211,7 +211,7 @@ def test_a_person_is_shown_the_numbers_that_programs_get(run: Path) -> None:
 
 
 def test_without_any_sink_there_is_still_a_policy_and_a_summary(tmp_path: Path, ragged_model: Path) -> None:
-    result = play(ragged_model, tmp_path, metrics__sinks=[])
+    result = train(ragged_model, tmp_path, metrics__sinks=[])
     folder = Path(result.folder)
     assert names_in(folder) == {"run.toml", "summary.json", "checkpoints", "final"}
     assert summary(folder) == result
@@ -220,7 +220,7 @@ def test_without_any_sink_there_is_still_a_policy_and_a_summary(tmp_path: Path, 
 
 def test_what_a_policy_writes_cannot_reach_the_terminal_of_who_reads_it(tmp_path: Path, tiny_model: Path) -> None:
     escapes = dict.fromkeys((0x1B, 0x07, 0x0D, ord("[")), 60.0)
-    run = play(tiny_model, tmp_path, weigh_ids, generation__logit_bias=escapes, learner__max_steps=1).folder
+    run = train(tiny_model, tmp_path, weigh_ids, generation__logit_bias=escapes, learner__max_steps=1).folder
     assert any("\x1b" in c.text for c in completions(run))
     shown = done("inspect", run, "--step", "all")
     assert "\x1b" not in shown

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import troupe
 from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_prompts
-from tests.support.runs import STORED, call, column, completions, done, in_store, lines, names_in, play, policy_of, refused, summary
+from tests.support.runs import STORED, call, column, completions, done, in_store, lines, names_in, policy_of, refused, summary, train
 from troupe import Supervisor
 from troupe.checkpoint import list_checkpoints
 from troupe.policy import load_policy
@@ -41,7 +41,7 @@ def checkpoints_in(run: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
     """A run of four steps that nothing happened to, with a checkpoint of each."""
-    return Path(play(ragged_model, tmp_path_factory.mktemp("whole"), checkpoint__every=1).folder)
+    return Path(train(ragged_model, tmp_path_factory.mktemp("whole"), checkpoint__every=1).folder)
 
 
 async def cut(model: Path, folder: Path, ending: str, at: int = 2, /, **settings: Any) -> Path:
@@ -289,7 +289,7 @@ def test_the_newest_checkpoints_and_the_best_stay(tmp_path: Path, ragged_model: 
         return [10.0 * (trainer_state.global_step == 1) + index for index in range(len(completions))]
 
     settings = {"checkpoint__every": 1, "checkpoint__keep": 2, "learner__max_steps": 6}
-    run = Path(play(ragged_model, tmp_path, second_is_best, **settings).folder)
+    run = Path(train(ragged_model, tmp_path, second_is_best, **settings).folder)
     assert checkpoints_in(run) == ["step-00000002", "step-00000005", "step-00000006"]
     standing = in_store(run, "SELECT version FROM checkpoints WHERE removed_at IS NULL ORDER BY version")
     assert standing == [(2,), (5,), (6,)]
@@ -326,7 +326,7 @@ def test_the_final_folder_has_the_type_that_was_trained_in_and_says_so(
     shutil.copytree(ragged_model, model)
     said = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(said | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
-    run = Path(play(model, tmp_path, model__dtype=dtype, learner__max_steps=2).folder)
+    run = Path(train(model, tmp_path, model__dtype=dtype, learner__max_steps=2).folder)
     with safe_open(run / "final" / "model.safetensors", framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}  # noqa: SIM118
     config = json.loads((run / "final" / "config.json").read_text())
@@ -341,7 +341,7 @@ async def test_a_run_in_half_the_bits_goes_on_as_if_it_had_not_been_cut(
     tmp_path: Path, ragged_model: Path, dtype: str
 ) -> None:
     settings = {"model__dtype": dtype}
-    await anyio.to_thread.run_sync(lambda: play(ragged_model, tmp_path / "whole", checkpoint__every=1, **settings))
+    await anyio.to_thread.run_sync(lambda: train(ragged_model, tmp_path / "whole", checkpoint__every=1, **settings))
     run = await cut(ragged_model, tmp_path / "cut", "stop", **settings)
     await anyio.to_thread.run_sync(resumed, run)
     weights = [(folder / "final/model.safetensors").read_bytes() for folder in (run, tmp_path / "whole" / "run")]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
-from tests.support.runs import STORED, column, completions, done, incidents, lines, names_in, play, policy_of, refused, summary
+from tests.support.runs import STORED, column, completions, done, incidents, lines, names_in, policy_of, refused, summary, train
 from troupe import RewardActor, RewardSample, Supervisor
 from troupe.policy import load_policy
 
@@ -64,13 +64,13 @@ def as_mlx(completion_ids: list[list[int]], **_: Any) -> Any:
 def test_however_a_reward_is_written_the_policy_is_the_same(
     tmp_path: Path, ragged_model: Path, plain: Path, reward: Any
 ) -> None:
-    result = play(ragged_model, tmp_path, reward)
+    result = train(ragged_model, tmp_path, reward)
     assert same_bits(policy_of(result.folder), policy_of(plain))
     assert result.incidents == {}
 
 
 def test_scores_may_be_mlx_arrays(tmp_path: Path, ragged_model: Path, plain: Path) -> None:
-    result = play(ragged_model, tmp_path, as_mlx)
+    result = train(ragged_model, tmp_path, as_mlx)
     assert column(result.folder, "reward")[0] == pytest.approx(column(plain, "reward")[0], abs=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_a_judge_is_started_once_before_and_stopped_once_after_all_its_scores(
     tmp_path: Path, ragged_model: Path
 ) -> None:
     judge = Judge()
-    play(ragged_model, tmp_path, judge)
+    train(ragged_model, tmp_path, judge)
     assert judge.lived == ["start", *["score"] * 24, "stop"]
 
 
@@ -86,7 +86,7 @@ def test_a_reward_that_returns_nan_for_one_completion_does_not_stop_the_run(tmp_
     def sometimes(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [math.nan, *weigh_ids(completion_ids[1:-1]), math.inf] if len(completion_ids) > 2 else []
 
-    result = play(ragged_model, tmp_path, sometimes, generation__num_generations=4)
+    result = train(ragged_model, tmp_path, sometimes, generation__num_generations=4)
     assert result.complete
     assert result.closed_groups == {"trained": 8}
     assert [c.scores["sometimes"] is None for c in completions(result.folder, gid=0)] == [True, False, False, True]
@@ -101,7 +101,7 @@ def test_completions_that_a_reward_has_nothing_to_say_about_are_left_out_of_its_
     def picky(completions: list[str], **_: Any) -> list[float | None]:
         return [None, 1.0, 3.0]
 
-    result = play(ragged_model, tmp_path, picky)
+    result = train(ragged_model, tmp_path, picky)
     assert column(result.folder, "rewards/picky/mean") == [2.0] * 4
     assert result.incidents == {}, "None is an answer, not a fault"
     first = completions(result.folder, gid=0)
@@ -115,7 +115,7 @@ def test_a_group_with_a_single_score_is_set_aside_and_told_and_the_others_are_tr
     def mostly_none(completion_ids: list[list[int]], prompts: list[str], **_: Any) -> list[float | None]:
         return [1.0, None, None] if prompts[0] == "ab" else weigh_ids(completion_ids)  # type: ignore[return-value]
 
-    result = play(ragged_model, tmp_path, mostly_none, learner__max_steps=5)
+    result = train(ragged_model, tmp_path, mostly_none, learner__max_steps=5)
     stored = completions(result.folder)
     assert {c.state for c in stored if c.prompt == "ab"} == {"quarantined"}
     assert {c.state for c in stored if c.prompt != "ab"} == {"trained"}
@@ -123,38 +123,31 @@ def test_a_group_with_a_single_score_is_set_aside_and_told_and_the_others_are_tr
     assert result.closed_groups == {"quarantined": 4, "trained": 6}, "two rows of five begin with these two letters"
 
 
-def test_a_reward_that_raises_now_and_then_costs_its_groups_and_says_why(tmp_path: Path, ragged_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("fails", "kind", "said"),
+    [(True, "reward_error", "ValueError: cannot parse this one"), (False, "reward_timeout", "")],
+    ids=["raises", "hangs"],
+)
+def test_a_reward_that_fails_once_costs_one_group_and_says_why(
+    tmp_path: Path, ragged_model: Path, fails: bool, kind: str, said: str
+) -> None:
     calls: list[int] = []
 
-    def shaky(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    async def shaky(completion_ids: list[list[int]], **_: Any) -> list[float]:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 3 and fails:
             raise ValueError("cannot parse this one")
-        return weigh_ids(completion_ids)
-
-    result = play(ragged_model, tmp_path, shaky)
-    assert result.complete
-    assert result.closed_groups == {"trained": 7, "quarantined": 1}
-    [(kind, message), *others] = incidents(result.folder)
-    assert kind == "reward_error"
-    assert "shaky" in message
-    assert "ValueError: cannot parse this one" in message
-    assert result.incidents == {kind: 1, **{other: 1 for other, _ in others}}
-
-
-def test_a_reward_that_hangs_costs_one_group_and_not_the_run(tmp_path: Path, ragged_model: Path) -> None:
-    calls: list[int] = []
-
-    async def hangs_once(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:
             await anyio.Event().wait()
         return weigh_ids(completion_ids)
 
-    result = play(ragged_model, tmp_path, hangs_once, rewards__timeout_s=2.0)
+    result = train(ragged_model, tmp_path, shaky, rewards__timeout_s=2.0)
     assert result.complete
     assert result.closed_groups == {"trained": 7, "quarantined": 1}
-    assert result.incidents["reward_timeout"] == 1
+    told = dict(incidents(result.folder))
+    assert "shaky" in told[kind]
+    assert said in told[kind]
+    assert result.incidents == dict.fromkeys(told, 1)
 
 
 def test_a_second_try_that_works_leaves_no_gap(tmp_path: Path, ragged_model: Path, plain: Path) -> None:
@@ -166,7 +159,7 @@ def test_a_second_try_that_works_leaves_no_gap(tmp_path: Path, ragged_model: Pat
             raise ConnectionError("not yet")
         return weigh_ids(completion_ids)
 
-    result = play(ragged_model, tmp_path, fails_first, rewards__retries=1)
+    result = train(ragged_model, tmp_path, fails_first, rewards__retries=1)
     assert result.incidents == {}
     assert same_bits(policy_of(result.folder), policy_of(plain))
 
@@ -175,7 +168,7 @@ def test_a_missing_score_does_not_stop_the_other_reward_from_counting(tmp_path: 
     def silent(completions: list[str], **_: Any) -> list[None]:
         return [None] * len(completions)
 
-    result = play(ragged_model, tmp_path, weigh_ids, silent)
+    result = train(ragged_model, tmp_path, weigh_ids, silent)
     assert result.closed_groups == {"trained": 8}
     assert all(c.reward == c.scores["weigh_ids"] for c in completions(result.folder))
     assert all(value is None or math.isnan(value) for value in column(result.folder, "rewards/silent/mean"))
@@ -185,7 +178,7 @@ def test_weights_are_what_the_reward_is_summed_with(tmp_path: Path, ragged_model
     def size(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [float(len(ids)) for ids in completion_ids]
 
-    result = play(ragged_model, tmp_path, weigh_ids, size, rewards__weights=[2.0, -0.5])
+    result = train(ragged_model, tmp_path, weigh_ids, size, rewards__weights=[2.0, -0.5])
     for c in completions(result.folder):
         assert c.scores["size"] == len(c.token_ids)
         assert c.reward == pytest.approx(2.0 * c.scores["weigh_ids"] - 0.5 * c.scores["size"])  # type: ignore[operator]
@@ -198,7 +191,7 @@ def test_a_reward_of_weight_0_is_watched_and_teaches_nothing(tmp_path: Path, rag
     def watched(completions: list[str], **_: Any) -> list[float]:
         return [float(len(text)) for text in completions]
 
-    result = play(ragged_model, tmp_path, weigh_ids, watched, rewards__weights=[1.0, 0.0])
+    result = train(ragged_model, tmp_path, weigh_ids, watched, rewards__weights=[1.0, 0.0])
     assert same_bits(policy_of(result.folder), policy_of(plain))
     assert all(value > 0 for value in column(result.folder, "rewards/watched/mean"))
 
@@ -207,7 +200,7 @@ def test_a_reward_that_gives_everybody_the_same_teaches_nothing(tmp_path: Path, 
     def ones(completions: list[str], **_: Any) -> list[float]:
         return [0.1] * len(completions)
 
-    result = play(ragged_model, tmp_path, ones)
+    result = train(ragged_model, tmp_path, ones)
     assert same_bits(policy_of(result.folder), load_policy(ragged_model).weights)
     assert column(result.folder, "frac_reward_zero_std") == [1.0] * 4
     assert column(result.folder, "reward_std") == [0.0] * 4
@@ -220,7 +213,7 @@ def test_two_rewards_of_one_name_are_told_apart(tmp_path: Path, ragged_model: Pa
 
         return score
 
-    result = play(ragged_model, tmp_path, make(1.0), make(10.0))
+    result = train(ragged_model, tmp_path, make(1.0), make(10.0))
     assert column(result.folder, "rewards/score/mean") == [1.0] * 4
     assert column(result.folder, "rewards/score_2/mean") == [10.0] * 4
 
@@ -231,7 +224,7 @@ def test_what_a_reward_logs_is_in_the_metrics_and_beside_each_completion(tmp_pat
         log_metric("letters", float(sum(map(len, completions))))
         return [float(len(text)) for text in completions]
 
-    result = play(ragged_model, tmp_path, talks)
+    result = train(ragged_model, tmp_path, talks)
     stored = completions(result.folder)
     assert all(c.extra == {"shouted": c.text.upper()} for c in stored)
     for line in lines(result.folder):
@@ -248,7 +241,7 @@ def test_a_reward_may_look_at_how_far_training_is(tmp_path: Path, ragged_model: 
         seen.append((trainer_state.global_step, trainer_state.max_steps))
         return [trainer_state.global_step + score for score in weigh_ids(completion_ids)]
 
-    result = play(ragged_model, tmp_path, rising)
+    result = train(ragged_model, tmp_path, rising)
     assert sorted(seen) == [(step, 4) for step in (0, 0, 1, 1, 2, 2, 3, 3)]
     assert [math.floor(value) for value in column(result.folder, "reward")] == [0, 1, 2, 3]
 
@@ -348,7 +341,7 @@ def test_held_out_rows_that_nobody_scores_are_told_as_such(desk: Path) -> None:
 def test_functions_without_a_name_of_their_own_can_be_rewards_too(
     tmp_path: Path, ragged_model: Path, plain: Path
 ) -> None:
-    result = play(ragged_model, tmp_path, lambda completion_ids, **_: weigh_ids(completion_ids), partial(weigh_ids))
+    result = train(ragged_model, tmp_path, lambda completion_ids, **_: weigh_ids(completion_ids), partial(weigh_ids))
     assert result.closed_groups == {"trained": 8}
     assert {"rewards/<lambda>/mean", "rewards/weigh_ids/mean"} <= lines(result.folder)[0].keys()
     assert column(result.folder, "rewards/<lambda>/mean") == column(result.folder, "rewards/weigh_ids/mean")

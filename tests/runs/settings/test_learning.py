@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.fakes import often_equal, same_bits, weigh_ids
-from tests.support.runs import column, completions, distance, lines, play, policy_of
+from tests.support.runs import column, completions, distance, lines, policy_of, train
 from troupe.grpo.config import LossType
 from troupe.policy import Weights, load_policy
 from troupe.records.store.read import StoredCompletion
@@ -32,7 +32,7 @@ def by_loss(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> dic
     folder = tmp_path_factory.mktemp("losses")
     runs = {}
     for loss_type in get_args(LossType):
-        result = play(ragged_model, folder / loss_type, learner__loss_type=loss_type, **TWICE)
+        result = train(ragged_model, folder / loss_type, learner__loss_type=loss_type, **TWICE)
         runs[loss_type] = Path(result.folder)
     return runs
 
@@ -87,7 +87,7 @@ def advantages(group: list[StoredCompletion]) -> np.ndarray:
 def test_advantages_in_the_store_follow_from_the_rewards_in_the_store(
     tmp_path: Path, ragged_model: Path, scale: str
 ) -> None:
-    result = play(ragged_model, tmp_path, learner__scale_rewards=scale)
+    result = train(ragged_model, tmp_path, learner__scale_rewards=scale)
     batches: dict[int, list[list[StoredCompletion]]] = {}
     for group in groups(result.folder):
         batches.setdefault(group[0].step, []).append(group)
@@ -105,7 +105,7 @@ def test_rewards_normalized_one_by_one_count_alike_however_large_they_are(tmp_pa
         return [1000.0 * (len(ids) % 3) for ids in completion_ids]
 
     settings = {"learner__multi_objective_aggregation": "normalize_then_sum", "learner__max_steps": 2}
-    run = play(ragged_model, tmp_path, weigh_ids, huge, **settings).folder
+    run = train(ragged_model, tmp_path, weigh_ids, huge, **settings).folder
     for step in (1, 2):
         batch = [group for group in groups(run) if group[0].step == step]
         totals = []
@@ -123,7 +123,7 @@ def test_a_policy_learns_to_write_what_is_rewarded(tmp_path: Path, tiny_model: P
         return [sum(97 <= token < 123 for token in ids) / len(ids) for ids in completion_ids]
 
     settings = {"learner__max_steps": 20, "learner__lr_scheduler": "constant", "generation__num_generations": 8}
-    result = play(tiny_model, tmp_path, lower, **settings)
+    result = train(tiny_model, tmp_path, lower, **settings)
     told = column(result.folder, "reward")
     assert np.mean(told[:3]) < 0.3
     assert np.mean(told[-3:]) > np.mean(told[:3]) + 0.3
@@ -132,7 +132,7 @@ def test_a_policy_learns_to_write_what_is_rewarded(tmp_path: Path, tiny_model: P
 def test_without_beta_there_is_no_kl_and_with_it_the_first_step_is_at_the_reference(
     tmp_path: Path, ragged_model: Path, plain: Path
 ) -> None:
-    run = play(ragged_model, tmp_path, learner__beta=0.1).folder
+    run = train(ragged_model, tmp_path, learner__beta=0.1).folder
     kl = column(run, "kl")
     assert kl[0] == pytest.approx(0.0, abs=1e-6)
     assert all(value > 1e-4 for value in kl[1:])
@@ -163,7 +163,7 @@ def test_an_option_moves_what_it_is_for(
 ) -> None:
     settings = {f"learner__{name}": value for name, value in others.items()}
     less, more = (
-        column(play(ragged_model, tmp_path / str(value), **settings, **{f"learner__{option}": value}).folder, metric)
+        column(train(ragged_model, tmp_path / str(value), **settings, **{f"learner__{option}": value}).folder, metric)
         for value in values
     )
     assert 0 < less[-1] < factor * more[-1]
@@ -171,14 +171,14 @@ def test_an_option_moves_what_it_is_for(
 
 def test_a_reference_that_follows_every_step_is_the_policy_itself(tmp_path: Path, ragged_model: Path) -> None:
     follow = {f"learner__{name}": value for name, value in FOLLOWS.items()}
-    result = play(ragged_model, tmp_path, learner__ref_model_mixup_alpha=1.0, **follow)
+    result = train(ragged_model, tmp_path, learner__ref_model_mixup_alpha=1.0, **follow)
     assert column(result.folder, "kl") == pytest.approx([0.0] * 4, abs=1e-6)
 
 
 def test_a_batch_trained_on_twice_moves_the_policy_further_and_leaves_the_ratio_of_1(
     tmp_path: Path, ragged_model: Path, plain: Path
 ) -> None:
-    run = play(ragged_model, tmp_path, learner__num_iterations=2, learner__epsilon=0.001).folder
+    run = train(ragged_model, tmp_path, learner__num_iterations=2, learner__epsilon=0.001).folder
     once, twice = lines(plain), lines(run)
     assert len(once) == len(twice) == 4
     assert once[0]["clip_ratio/region_mean"] == 0.0, "the policy that learns is the one that wrote"
@@ -193,14 +193,14 @@ def test_a_batch_trained_on_twice_moves_the_policy_further_and_leaves_the_ratio_
 def test_what_saves_memory_does_not_change_what_is_learned(
     tmp_path: Path, ragged_model: Path, plain: Path, untrained: Weights, option: str, value: Any
 ) -> None:
-    run = play(ragged_model, tmp_path, **{f"learner__{option}": value}).folder
+    run = train(ragged_model, tmp_path, **{f"learner__{option}": value}).folder
     assert distance(policy_of(run), policy_of(plain)) < 1e-3 * distance(policy_of(plain), untrained)
     assert column(run, "loss") == pytest.approx(column(plain, "loss"), abs=1e-5)
     assert [c.token_ids for c in completions(run)] == [c.token_ids for c in completions(plain)]
 
 
 def test_dynamic_sampling_trains_only_on_groups_that_differ(tmp_path: Path, ragged_model: Path) -> None:
-    result = play(ragged_model, tmp_path, often_equal, learner__dynamic_sampling=True, learner__max_steps=5)
+    result = train(ragged_model, tmp_path, often_equal, learner__dynamic_sampling=True, learner__max_steps=5)
     assert result.closed_groups["filtered"] >= 1
     for c in completions(result.folder):
         assert (c.advantage is None) == (c.state == "filtered")
@@ -215,19 +215,19 @@ def test_dynamic_sampling_trains_only_on_groups_that_differ(tmp_path: Path, ragg
 
 def test_completions_that_were_cut_off_can_be_left_out_of_the_loss(tmp_path: Path, tiny_model: Path) -> None:
     settings = {"generation__logit_bias": {256: -100.0}, "learner__max_steps": 2}
-    masked = play(tiny_model, tmp_path / "masked", learner__mask_truncated_completions=True, **settings).folder
+    masked = train(tiny_model, tmp_path / "masked", learner__mask_truncated_completions=True, **settings).folder
     assert column(masked, "completions/clipped_ratio") == [1.0, 1.0]
     assert same_bits(policy_of(masked), load_policy(tiny_model).weights), "all were cut off, so nothing is left"
     assert column(masked, "loss") == [0.0, 0.0]
-    counted = play(tiny_model, tmp_path / "counted", **settings).folder
+    counted = train(tiny_model, tmp_path / "counted", **settings).folder
     assert not same_bits(policy_of(counted), load_policy(tiny_model).weights)
 
 
 def test_an_entropy_weight_that_adapts_rises_where_the_entropy_is_too_low(tmp_path: Path, ragged_model: Path) -> None:
     settings = {"learner__use_adaptive_entropy": True, "learner__entropy_coef_delta": 0.01}
-    high = play(ragged_model, tmp_path / "high", learner__entropy_target=100.0, **settings).folder
+    high = train(ragged_model, tmp_path / "high", learner__entropy_target=100.0, **settings).folder
     assert column(high, "entropy_coef") == pytest.approx([0.01, 0.02, 0.03, 0.04])
-    low = play(ragged_model, tmp_path / "low", learner__entropy_target=0.0, **settings).folder
+    low = train(ragged_model, tmp_path / "low", learner__entropy_target=0.0, **settings).folder
     assert column(low, "entropy_coef") == pytest.approx([0.0] * 4)
 
 
@@ -243,14 +243,14 @@ def test_the_learning_rate_warms_up_and_falls_as_scheduled(
     tmp_path: Path, tiny_model: Path, scheduler: str, rates: list[float]
 ) -> None:
     settings = {"learner__lr_scheduler": scheduler, "learner__warmup_steps": 2, "learner__max_steps": 6}
-    result = play(tiny_model, tmp_path, generation__max_completion_length=3, **settings)
+    result = train(tiny_model, tmp_path, generation__max_completion_length=3, **settings)
     assert column(result.folder, "learning_rate") == pytest.approx(rates)
 
 
 def test_a_learning_rate_of_0_watches_and_learns_nothing(
     tmp_path: Path, ragged_model: Path, untrained: Weights
 ) -> None:
-    result = play(ragged_model, tmp_path, learner__lr=0.0)
+    result = train(ragged_model, tmp_path, learner__lr=0.0)
     assert same_bits(policy_of(result.folder), untrained)
     assert all(norm > 0 for norm in column(result.folder, "grad_norm"))
 
@@ -262,7 +262,7 @@ def test_weight_decay_makes_matrices_smaller_and_leaves_norms_alone(
         return [1.0] * len(completions)
 
     settings = {"learner__weight_decay": 0.5, "learner__lr": 0.01, "learner__lr_scheduler": "constant"}
-    trained = policy_of(play(ragged_model, tmp_path, ones, **settings).folder)
+    trained = policy_of(train(ragged_model, tmp_path, ones, **settings).folder)
     left = (1 - 0.01 * 0.5) ** 4
     for name, weight in untrained.items():
         expected = weight * left if weight.ndim > 1 else weight
@@ -270,20 +270,20 @@ def test_weight_decay_makes_matrices_smaller_and_leaves_norms_alone(
 
 
 def test_ratios_of_whole_completions_teach_otherwise_than_those_of_tokens(tmp_path: Path, ragged_model: Path) -> None:
-    tokens = play(ragged_model, tmp_path / "token", **TWICE).folder
-    whole = play(ragged_model, tmp_path / "sequence", learner__importance_sampling_level="sequence", **TWICE).folder
+    tokens = train(ragged_model, tmp_path / "token", **TWICE).folder
+    whole = train(ragged_model, tmp_path / "sequence", learner__importance_sampling_level="sequence", **TWICE).folder
     assert not same_bits(policy_of(tokens), policy_of(whole))
     assert completions(tokens, step=1) == completions(whole, step=1)
 
 
 def test_only_the_most_uncertain_tokens_may_count(tmp_path: Path, ragged_model: Path, plain: Path) -> None:
-    run = play(ragged_model, tmp_path, learner__top_entropy_quantile=0.2).folder
+    run = train(ragged_model, tmp_path, learner__top_entropy_quantile=0.2).folder
     assert not same_bits(policy_of(run), policy_of(plain))
     assert completions(run, step=1) == completions(plain, step=1)
     assert all(math.isfinite(loss) for loss in column(run, "loss"))
 
 
 def test_the_gradient_is_told_as_it_was_before_it_was_clipped(tmp_path: Path, ragged_model: Path, plain: Path) -> None:
-    run = play(ragged_model, tmp_path, learner__max_grad_norm=1e-6).folder
+    run = train(ragged_model, tmp_path, learner__max_grad_norm=1e-6).folder
     assert column(run, "grad_norm")[0] == pytest.approx(column(plain, "grad_norm")[0])
     assert column(run, "grad_norm")[0] > 1e-3

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.fakes import same_bits, weigh_ids
-from tests.support.runs import column, completions, done, lines, play, policy_of, write_jsonl
+from tests.support.runs import column, completions, done, lines, policy_of, train, write_jsonl
 from tests.support.tiny import CONFIG
 from troupe.policy import load_policy
 
@@ -20,7 +20,7 @@ ONE_STEP = {"learner__max_steps": 1}
 def test_only_the_likeliest_token_makes_a_group_of_equals_that_teaches_nothing(
     tmp_path: Path, ragged_model: Path
 ) -> None:
-    run = play(ragged_model, tmp_path, generation__top_k=1, **ONE_STEP).folder
+    run = train(ragged_model, tmp_path, generation__top_k=1, **ONE_STEP).folder
     for gid in (0, 1):
         assert len({tuple(c.token_ids) for c in completions(run, gid=gid)}) == 1
     assert {c.advantage for c in completions(run)} == {0.0}
@@ -31,7 +31,7 @@ def test_a_low_temperature_writes_more_alike_than_a_high_one(tmp_path: Path, tin
     entropies, different = [], []
     for temperature in (0.05, 2.0):
         settings = {"generation__temperature": temperature, "generation__num_generations": 8} | ONE_STEP
-        run = play(tiny_model, tmp_path / str(temperature), **settings).folder
+        run = train(tiny_model, tmp_path / str(temperature), **settings).folder
         entropies += column(run, "entropy")
         different.append(len({c.text for c in completions(run)}))
     assert entropies[0] < 0.5 * entropies[1]
@@ -40,7 +40,7 @@ def test_a_low_temperature_writes_more_alike_than_a_high_one(tmp_path: Path, tin
 
 def test_a_stop_string_ends_a_completion_and_stays_in_it(tmp_path: Path, tiny_model: Path) -> None:
     settings = {"generation__stop": ["a", "zz"], "generation__logit_bias": {97: 4.0}, **ONE_STEP}
-    run = play(tiny_model, tmp_path, generation__num_generations=8, **settings).folder
+    run = train(tiny_model, tmp_path, generation__num_generations=8, **settings).folder
     stopped = [c for c in completions(run) if c.finish_reason == "stop" and c.token_ids[-1] != 256]
     assert stopped
     assert all(c.text.endswith("a") and c.text.count("a") == 1 for c in stopped)
@@ -50,23 +50,23 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(tmp_path: Path, tiny_mo
 
 def test_a_completion_that_repeats_itself_is_ended(tmp_path: Path, tiny_model: Path) -> None:
     settings = {"generation__logit_bias": {97: 100.0}, "generation__repetition_cutoff": 4} | ONE_STEP
-    run = play(tiny_model, tmp_path, **settings).folder
+    run = train(tiny_model, tmp_path, **settings).folder
     assert {(c.text, c.finish_reason) for c in completions(run)} == {("aaaa", "repetition")}
     assert column(run, "completions/clipped_ratio") == [1.0]
 
 
 def test_a_banned_token_is_never_written(tmp_path: Path, tiny_model: Path) -> None:
     settings = {"generation__num_generations": 8, **ONE_STEP}
-    free = completions(play(tiny_model, tmp_path / "free", **settings).folder)
+    free = completions(train(tiny_model, tmp_path / "free", **settings).folder)
     banned = max({t for c in free for t in c.token_ids}, key=lambda t: sum(c.token_ids.count(t) for c in free))
     bias = {"generation__logit_bias": {banned: -1000.0}}
-    left = completions(play(tiny_model, tmp_path / "banned", **settings | bias).folder)
+    left = completions(train(tiny_model, tmp_path / "banned", **settings | bias).folder)
     assert any(banned in c.token_ids for c in free)
     assert not any(banned in c.token_ids for c in left)
 
 
 def test_completions_of_one_token_are_a_run_like_any_other(tmp_path: Path, tiny_model: Path) -> None:
-    result = play(tiny_model, tmp_path, generation__max_completion_length=1)
+    result = train(tiny_model, tmp_path, generation__max_completion_length=1)
     assert result.closed_groups == {"trained": 8}
     assert {len(c.token_ids) for c in completions(result.folder)} == {1}
     assert column(result.folder, "completions/mean_length") == [1.0] * 4
@@ -81,7 +81,7 @@ def test_completions_that_end_at_once_are_empty_texts_for_rewards_and_train_on(
         seen.extend(completions)
         return [float(index) for index in range(len(completions))]
 
-    result = play(tiny_model, tmp_path, looks, generation__logit_bias={256: 100.0})
+    result = train(tiny_model, tmp_path, looks, generation__logit_bias={256: 100.0})
     assert result.complete
     assert set(seen) == {""}
     stored = completions(result.folder)
@@ -93,7 +93,7 @@ def test_completions_that_end_at_once_are_empty_texts_for_rewards_and_train_on(
 
 
 def test_two_completions_a_prompt_are_one_better_and_one_worse(tmp_path: Path, ragged_model: Path) -> None:
-    result = play(ragged_model, tmp_path, generation__num_generations=2)
+    result = train(ragged_model, tmp_path, generation__num_generations=2)
     for gid in range(8):
         one, other = (c for c in completions(result.folder, gid=gid))
         if one.reward != other.reward:
@@ -111,7 +111,7 @@ def test_a_prompt_that_leaves_room_for_one_token_shortens_every_completion_and_s
 
 def test_tokens_that_the_tokenizer_has_no_text_for_are_written_as_nothing(tmp_path: Path, tiny_model: Path) -> None:
     assert CONFIG.vocab_size == 260, "of which the tokenizer knows 258"
-    run = play(tiny_model, tmp_path, generation__logit_bias={258: 100.0, 259: 100.0}, **ONE_STEP).folder
+    run = train(tiny_model, tmp_path, generation__logit_bias={258: 100.0, 259: 100.0}, **ONE_STEP).folder
     stored = completions(run)
     assert {token for c in stored for token in c.token_ids} <= {258, 259}
     assert {c.text for c in stored} == {""}
@@ -120,7 +120,7 @@ def test_tokens_that_the_tokenizer_has_no_text_for_are_written_as_nothing(tmp_pa
 
 def test_characters_cut_in_half_do_not_break_the_text_or_its_json(tmp_path: Path, tiny_model: Path) -> None:
     halves = dict.fromkeys((0xF0, 0x9F, 0xA6, 0x8A, 0xE2), 60.0)
-    run = play(tiny_model, tmp_path, generation__logit_bias=halves, generation__max_completion_length=7).folder
+    run = train(tiny_model, tmp_path, generation__logit_bias=halves, generation__max_completion_length=7).folder
     stored = completions(run)
     assert any("\ufffd" in c.text for c in stored)
     for c in stored:
@@ -143,7 +143,7 @@ def test_a_penalty_on_repetition_makes_repetition_rarer(tmp_path: Path, tiny_mod
     for penalty in (0.0, 50.0):
         settings = {"generation__presence_penalty": penalty, "generation__num_generations": 8} | ONE_STEP
         bias = {"generation__logit_bias": dict.fromkeys(range(97, 105), 6.0)}
-        stored = completions(play(tiny_model, tmp_path / str(penalty), **settings | bias).folder)
+        stored = completions(train(tiny_model, tmp_path / str(penalty), **settings | bias).folder)
         repeated.append(sum(len(c.token_ids) - len(set(c.token_ids)) for c in stored))
     assert repeated[0] > 0
     assert repeated[1] == 0
@@ -154,7 +154,7 @@ def test_rare_tokens_can_be_cut_off(tmp_path: Path, tiny_model: Path) -> None:
     for settings in ({}, {"generation__min_p": 0.5}, {"generation__top_p": 0.2}, {"generation__top_k": 3}):
         name = "-".join(settings) or "none"
         stored = completions(
-            play(tiny_model, tmp_path / name, generation__num_generations=8, **settings, **ONE_STEP).folder
+            train(tiny_model, tmp_path / name, generation__num_generations=8, **settings, **ONE_STEP).folder
         )
         different.append(len({token for c in stored for token in c.token_ids}))
     assert all(fewer < different[0] for fewer in different[1:])
@@ -165,6 +165,6 @@ def test_the_completions_of_a_prompt_do_not_depend_on_its_neighbours(tmp_path: P
     for others in (["bb"], ["cccccc"]):
         data = write_jsonl(tmp_path / f"{others[0]}.jsonl", [{"prompt": p} for p in ["aa", *others]])
         settings = {"data__path": str(data), "data__shuffle": False, **ONE_STEP}
-        run = play(ragged_model, tmp_path / others[0], weigh_ids, **settings).folder
+        run = train(ragged_model, tmp_path / others[0], weigh_ids, **settings).folder
         texts[others[0]] = [c.text for c in completions(run, gid=0)]
     assert texts["bb"] == texts["cccccc"]
