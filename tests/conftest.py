@@ -31,3 +31,13 @@ def closed_devices() -> Iterator[None]:
     yield
     while OPEN_DEVICES:
         anyio.run(OPEN_DEVICES.pop().close)
+
+
+@pytest.fixture
+def mlx_waits() -> Iterator[None]:
+    """MLX begins nothing ahead of the device, so that a peak of memory is that of the work itself."""
+    import mlx.core as mx  # after troupe
+
+    before = mx.set_memory_limit(1)
+    yield
+    mx.set_memory_limit(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -277,13 +276,6 @@ def test_learning_rates_of_four_updates_and_beyond(scheduler: Scheduler, warmup:
 def test_a_warm_up_that_fills_the_run() -> None:
     plan = LearnerConfig(lr=2.0, warmup_steps=4)
     assert [learning_rate(step, 4, plan) for step in (3, 4)] == [1.5, 2.0]
-
-
-@pytest.fixture
-def mlx_waits() -> Iterator[None]:
-    before = mx.set_memory_limit(1)
-    yield
-    mx.set_memory_limit(before)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])

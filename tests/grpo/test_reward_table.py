@@ -107,9 +107,9 @@ def test_rows_that_are_left_out_are_compared_with_nothing() -> None:
         found = compute_advantages(table, G, scale, left_out=[2], **choice).tolist()  # type: ignore[arg-type]
         without = compute_advantages(others, 3, scale, **choice).tolist()  # type: ignore[arg-type]
         assert found == pytest.approx([*without[:2], 0.0, without[2]])  # type: ignore[index]
-    told = reward_statistics(table, G, left_out=[2])
-    assert told["reward"] == pytest.approx((2 + 3 + 3) / 3)
-    assert told["rewards/r0/mean"] == pytest.approx(7 / 4), "a score that is there counts for its function"
+    statistics = reward_statistics(table, G, left_out=[2])
+    assert statistics["reward"] == pytest.approx((2 + 3 + 3) / 3)
+    assert statistics["rewards/r0/mean"] == pytest.approx(7 / 4), "a score that is there counts for its function"
 
 
 def test_the_spread_within_groups_is_not_that_of_the_batch() -> None:

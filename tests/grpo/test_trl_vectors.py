@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 import pytest
 
 from tests.support import trl
-from tests.support.fakes import make_rollout
+from tests.support.fakes import make_prompt, make_rollout
 from tests.support.trl import number
 from troupe.actors.learner.batch import assemble
 from troupe.grpo import (
@@ -44,7 +45,7 @@ from troupe.grpo.ratios import (
     sampler_correction,
 )
 from troupe.grpo.tallies import averages, merge
-from troupe.messages import Prompt, RolloutGroup, ScoredGroup, Slot
+from troupe.messages import RolloutGroup, ScoredGroup
 from troupe.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
 Case = dict[str, Any]
@@ -348,15 +349,8 @@ def test_masks_and_metrics_of_completions(case: Case) -> None:
     assert prompt_tokens % len(rollouts) == 0
     groups = []
     for place, start in enumerate(range(0, len(rollouts), G)):
-        prompt = Prompt(
-            gid=place,
-            slot=Slot(step=0, place=place),
-            epoch=0,
-            row=place,
-            prompt="?",
-            prompt_ids=(7,) * int(prompt_tokens // len(rollouts)),
-            columns={},
-        )
+        prompt_ids = (7,) * int(prompt_tokens // len(rollouts))
+        prompt = msgspec.structs.replace(make_prompt(0, place), prompt_ids=prompt_ids)
         columns = zip(*table[start : start + G], strict=True)
         groups.append(
             ScoredGroup(

@@ -51,7 +51,7 @@ class Rig:
         num_tokens: int = 0,
         learns_beside_checkpoints: bool = True,
         schedule: ScheduleConfig | None = None,
-        telling_bound: int = 20,
+        closed_bound: int = 20,
         recorded: Mapping[int, ScoredGroup] = MappingProxyType({}),
         unfinished: Unfinished | None = None,
         trainer: type[BatchTrainer] = BatchTrainer,
@@ -73,7 +73,7 @@ class Rig:
             self.inbox,
             LearnerOutputs(
                 closed_to_prompter=self.prompter.channel("closed", GroupClosed, Replace, bound=20),
-                closed_to_metrics=self.metrics.channel("closed", GroupClosed, bound=telling_bound),
+                closed_to_metrics=self.metrics.channel("closed", GroupClosed, bound=closed_bound),
                 updates=self.updates.channel("updates", Update, bound=20),
                 snapshots=self.checkpointer.channel("snapshots", Snapshot, bound=20),
             ),
@@ -196,7 +196,7 @@ async def test_every_group_is_closed_once_to_both_with_the_version_it_made() -> 
     assert all(map(ended, (rig.prompter, rig.metrics, rig.updates, rig.checkpointer)))
 
 
-async def test_updates_tell_the_step() -> None:
+async def test_updates_describe_the_step() -> None:
     rig = Rig()
     await rig.run(two_steps())
     first, second = await taken(rig.updates)
@@ -529,6 +529,17 @@ async def test_a_snapshot_outlives_the_step_that_takes_the_optimizer_state_apart
         assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
 
 
+async def stop_amid(rig: Rig, groups: Sequence[ScoredGroup], inside: threading.Event, go_on: threading.Event) -> None:
+    """Stop the learner when it has come to a place in its work on these groups, then let that go on."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run_roles, [rig.learner])
+        for group in groups:
+            await rig.scored.send(group)
+        await anyio.to_thread.run_sync(inside.wait, 10)
+        tasks.cancel_scope.cancel()
+        go_on.set()
+
+
 async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole() -> None:
     inside, go_on = threading.Event(), threading.Event()
 
@@ -539,19 +550,13 @@ async def test_who_stops_the_learner_amid_a_step_gets_that_step_whole() -> None:
             return super().train(state, step)
 
     rig, whole = Rig(trainer=Slow), Rig()
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [rig.learner])
-        for group in two_steps()[:2]:
-            await rig.scored.send(group)
-        await anyio.to_thread.run_sync(inside.wait, 10)
-        tasks.cancel_scope.cancel()
-        go_on.set()
+    await stop_amid(rig, two_steps()[:2], inside, go_on)
     await whole.run(two_steps()[:2])
     snapshot, wanted = rig.learner.snapshot(), whole.learner.snapshot()
     assert snapshot.version == 1
     assert same_bits(snapshot.weights, wanted.weights)
     assert same_bits(snapshot.optimizer_state, wanted.optimizer_state)
-    assert [update.step for update in await taken(rig.updates)] == [1], "and the step is told"
+    assert [update.step for update in await taken(rig.updates)] == [1], "and the step is reported"
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -631,7 +636,7 @@ async def test_old_tokens_are_dropped_or_trained_on(on_stale: OnStale) -> None:
     assert {name: update.metrics[name] for name in expected} == pytest.approx(expected)
 
 
-async def test_a_group_of_old_tokens_alone_is_closed_as_stale_and_told_of() -> None:
+async def test_a_group_of_old_tokens_alone_is_closed_as_stale_and_reported() -> None:
     rig = free_rig(version=5)
     old, other = aged(make_scored(2, 1, (1.0, 0.0, 1.0)), 3), aged(make_scored(3, 1, (0.0, 0.0, 1.0)), 5)
     await rig.run([old, other])
@@ -704,7 +709,7 @@ async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_st
         await anyio.wait_all_tasks_blocked()
         for group in groups:
             await rig.scored.send(group)
-        for _ in range(500):  # the last group is looked at on the device
+        for _ in range(500):  # the last group is examined on the device
             if rig.learner.report.doing and len(rig.learner.snapshot().unfinished.collected) == 3:
                 break
             await anyio.sleep(0.01)
@@ -719,10 +724,10 @@ async def test_who_stops_a_learner_that_waits_for_a_checkpoint_finds_the_next_st
     assert [update.step for update in await taken(then.updates)] == [1], "and who goes on from there learns it"
 
 
-async def test_a_step_is_told_however_long_that_takes_as_long_as_nobody_stops_it() -> None:
+async def test_the_end_of_a_step_is_reported_however_long_that_takes_as_long_as_nobody_stops_it() -> None:
     """A credit that is not given back would keep the run waiting for ever."""
     for stops in (False, True):
-        rig = Rig(telling_bound=1)
+        rig = Rig(closed_bound=1)
         rig.learner.closing_s = 0.05
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run_roles, [rig.learner])
@@ -748,7 +753,7 @@ async def test_groups_that_had_their_scores_before_a_resume_are_in_the_next_chec
     assert [group.group.prompt.gid for group in snapshot.unfinished.scored] == [3, 2], "none of the steps done"
 
 
-async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keeps_its_scores() -> None:
+async def test_a_free_group_that_is_being_examined_when_the_run_is_stopped_keeps_its_scores() -> None:
     inside, go_on = threading.Event(), threading.Event()
 
     class Slow(BatchTrainer):
@@ -760,12 +765,7 @@ async def test_a_free_group_that_is_being_looked_at_when_the_run_is_stopped_keep
     rig = Rig(config=DYNAMIC, schedule=ScheduleConfig(mode="free"), trainer=Slow)
     group = make_scored(0, 1)
     rig.open_groups.begin(group.group.prompt)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [rig.learner])
-        await rig.scored.send(group)
-        await anyio.to_thread.run_sync(inside.wait, 10)
-        tasks.cancel_scope.cancel()
-        go_on.set()
+    await stop_amid(rig, [group], inside, go_on)
     assert rig.learner.snapshot().unfinished.scored == (group,)
 
 

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.support.fakes import make_rollout
+from tests.support.fakes import make_prompt, make_rollout
 from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.actors.learner.gathering import is_usable
 from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
-from troupe.messages import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Slot
+from troupe.messages import FinishReason, Rollout, RolloutGroup, ScoredGroup
 from troupe.policy import CompletedGroup, Completion, Weights, load_policy
 from troupe.policy.gradient.chunks import side_by_side
 
@@ -32,9 +32,7 @@ def group(
     logged: dict[str, float] | None = None,
     **scores: tuple[float | None, ...],
 ) -> ScoredGroup:
-    prompt = Prompt(
-        gid=place, slot=Slot(step=0, place=place), epoch=0, row=place, prompt="?", prompt_ids=prompt_ids, columns={}
-    )
+    prompt = msgspec.structs.replace(make_prompt(0, place), prompt_ids=prompt_ids)
     return ScoredGroup(group=RolloutGroup(prompt=prompt, rollouts=rollouts), scores=scores, logged=logged or {})
 
 
@@ -72,7 +70,7 @@ def test_assemble_equals_the_hand_worked_batch() -> None:
     np.testing.assert_allclose(np.array(batch.advantages), [a, -a, 0.0, 0.0], rtol=1e-6)
 
 
-def test_assemble_tells_what_can_be_told_before_learning() -> None:
+def test_assemble_describes_what_is_known_before_learning() -> None:
     metrics = assemble(GROUPS, LearnerConfig(), weights={"exact": 1.0, "style": 2.0}, pad_id=0).metrics
     expected = {
         "reward": 2.0,  # of 2, 0 and 4: the row without a score does not count, nor what a reward logs as "reward"

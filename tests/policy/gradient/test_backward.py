@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -192,14 +192,6 @@ def test_the_order_of_the_weights_does_not_matter() -> None:
     assert all(np.array_equal(np.array(first[name]), np.array(second[name])) for name in first)
 
 
-@pytest.fixture
-def waiting() -> Iterator[None]:
-    """MLX waits for memory instead of running ahead, so that a peak is that of the computation."""
-    limit = mx.set_memory_limit(1)
-    yield
-    mx.set_memory_limit(limit)
-
-
 def peak(layers: int, *, recompute: bool) -> int:
     """Bytes that gradients of 512 tokens take at most besides the weights, when each is given away as it comes."""
     config = msgspec.structs.replace(
@@ -222,7 +214,7 @@ VOCABULARY, HIDDEN = 20_000, 32
 LOGITS_BYTES, INPUT_BYTES = 512 * VOCABULARY * 4, 512 * HIDDEN * 4
 
 
-@pytest.mark.usefixtures("waiting")
+@pytest.mark.usefixtures("mlx_waits")
 def test_logits_are_never_there_at_once_and_layers_leave_little_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "BLOCK_NUMBERS_ON_CPU", 2**17)
     few, many = (peak(layers, recompute=True) for layers in (2, 10))

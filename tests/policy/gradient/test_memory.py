@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -105,14 +104,6 @@ def test_a_gpu_that_writes_scores_out_holds_a_portion_of_them(recompute: bool) -
     assert written - fused == 4 * 4 * row * 2, "four arrays of four of the eight rows"
     on_cpu = (gradient_memory_bytes(config, mx.bfloat16, batch, writes_scores=writes) for writes in (False, True))
     assert len(set(on_cpu)) == 1, "a CPU has blocks of its own"
-
-
-@pytest.fixture
-def mlx_waits() -> Iterator[None]:
-    """MLX begins nothing ahead of the device, so that a peak is that of the work itself."""
-    before = mx.set_memory_limit(1)
-    yield
-    mx.set_memory_limit(before)
 
 
 def measured_and_predicted(

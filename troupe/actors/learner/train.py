@@ -128,9 +128,13 @@ class BatchTrainer:
     def describe(self, step: StepGroups) -> dict[str, float]:
         """Rewards and completions of all groups with scores, also those left out of the batch."""
         usable = step.ending("trained", "filtered", "stale")
-        faulted = [group for group in step.ending("quarantined") if group.faulted and _has_scores(group)]
+        scored = usable + [
+            group
+            for group in step.ending("quarantined")
+            if group.faulted and any(score is not None for scores in group.scores.values() for score in scores)
+        ]
         metrics = {"reward": math.nan}
-        if scored := [*usable, *faulted]:
+        if scored:
             metrics = group_statistics(scored, self.config, self.reward_weights)
         if usable:
             metrics |= spread_statistics(usable, self.config, self.reward_weights)
@@ -179,7 +183,3 @@ class BatchTrainer:
         for _ in range(due):
             reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
         return reference
-
-
-def _has_scores(group: ScoredGroup) -> bool:
-    return any(score is not None for scores in group.scores.values() for score in scores)
