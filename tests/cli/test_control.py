@@ -210,14 +210,20 @@ def test_the_status_of_what_is_no_run(tmp_path: Path) -> None:
     assert "this is not the folder of a run" in result.stderr
 
 
-def test_the_daemon_is_given_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Order] = []
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Order]:
+    """The orders that a daemon would run; none is."""
+    orders: list[Order] = []
 
     async def keep(order: Order) -> int:
-        given.append(order)
+        orders.append(order)
         return 3
 
     monkeypatch.setattr(command_room, "keep_alive", keep)
+    return orders
+
+
+def test_the_daemon_is_given_the_order(tmp_path: Path, given: list[Order]) -> None:
     (tmp_path / "RUN.toml").write_text("[learner]\nlr = 1\n")
     arguments: list[Any] = [tmp_path / "RUN.toml", "-o", tmp_path / "o", "--set", "seed=3", "--allow-change", "a.b"]
     assert call("daemon", *map(str, arguments)).exit_code == 3
@@ -235,18 +241,9 @@ def test_the_daemon_is_given_the_order(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "page"), [([], False), (["--page"], True), (["--page", "8123"], 8123), (["--page", "-o", "o"], True)]
 )
-def test_a_page_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], page: bool | int
-) -> None:
-    given: list[Order] = []
-
-    async def keep(order: Order) -> int:
-        given.append(order)
-        return 0
-
-    monkeypatch.setattr(command_room, "keep_alive", keep)
+def test_a_page_is_asked_for(tmp_path: Path, given: list[Order], arguments: list[str], page: bool | int) -> None:
     (tmp_path / "RUN.toml").write_text("")
-    assert call("daemon", str(tmp_path / "RUN.toml"), "-o", str(tmp_path / "o"), *arguments).exit_code == 0
+    assert call("daemon", str(tmp_path / "RUN.toml"), "-o", str(tmp_path / "o"), *arguments).exit_code == 3
     assert given[0].daemon.page == page
     unit = call("daemon", str(tmp_path / "RUN.toml"), "-o", "o", *arguments, "--print-unit", "systemd").stdout
     assert ("daemon.page=" in unit) is bool(page)

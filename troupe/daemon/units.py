@@ -91,18 +91,8 @@ def _environment() -> dict[str, str]:
 def _command(order: Order) -> Sequence[str]:
     settings = [part for setting in order.settings for part in ("--set", setting)]
     allowed = [part for key in order.allow_changes for part in ("--allow-change", key)]
-    return (
-        sys.executable,
-        "-P",
-        "-m",
-        "troupe",
-        "daemon",
-        str(order.run_toml),
-        "--output",
-        str(order.output),
-        *settings,
-        *allowed,
-    )
+    daemon = (sys.executable, "-P", "-m", "troupe", "daemon", str(order.run_toml), "--output", str(order.output))
+    return (*daemon, *settings, *allowed)
 
 
 def _name(order: Order) -> str:
