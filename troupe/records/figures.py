@@ -142,6 +142,17 @@ CHARTS = {
 OVERVIEW = ("reward", "loss", "kl", "entropy", "lengths", "tokens_per_second")
 """The most telling ones."""
 
+_IN_FILES_ONLY = (
+    "nonfinite", "advantages/mean", "advantages/frac_zero", "completions/min_length",
+    "completions/min_terminated_length", "completions/max_terminated_length", "groups/resampled",
+    "groups/filtered_token_fraction", "tokens/stale_fraction", "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min",
+    "sampling/importance_sampling_ratio/max", "num_tokens", "epoch", "learn_tokens_per_second",
+)  # fmt: skip
+_OF_SOME_LOSSES = (
+    "policy_loss", "entropy_coef", "controlled_entropy", "clip_ratio/low_min", "clip_ratio/high_max",
+    "vespo/phi_seq_mean",
+)  # fmt: skip
 FIGURES = {
     "reward": Figure(".3f", "reward", ("reward", "reward"), status=".4f", chart="reward", name="all together"),
     "reward_std_within_groups": Figure(
@@ -152,35 +163,23 @@ FIGURES = {
     ),
     "frac_reward_zero_std": Figure(chart="no_signal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
-    "policy_loss": Figure(of="loss"),
     "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
     "entropy": Figure(".3f", "entropy", ("learning", "entropy"), status=".3f", chart="entropy"),
-    "entropy_coef": Figure(of="loss"),
-    "controlled_entropy": Figure(of="loss"),
     "clip_ratio/region_mean": Figure(
         ".1%", "clipped", ("learning", "clipped"), chart="clip_ratio", name="either side", of="loss"
     ),
     "clip_ratio/low_mean": Figure(chart="clip_ratio", name="below", of="loss"),
     "clip_ratio/high_mean": Figure(chart="clip_ratio", name="above", of="loss"),
-    "clip_ratio/low_min": Figure(of="loss"),
-    "clip_ratio/high_max": Figure(of="loss"),
     "cispo_clip_ratio": Figure(chart="clip_ratio", name="clipped weight", of="loss"),
-    "vespo/phi_seq_mean": Figure(of="loss"),
     "grad_norm": Figure(".3f", "gradient norm", ("learning", "gradient"), status=".3f", chart="grad_norm"),
     "learning_rate": Figure(".2e", "learning rate", ("learning", "rate"), status=".2e", chart="learning_rate"),
-    "nonfinite": Figure(),
-    "advantages/mean": Figure(),
     "advantages/abs_mean": Figure(chart="advantages", name="mean size"),
     "advantages/std": Figure(chart="advantages", name="spread"),
-    "advantages/frac_zero": Figure(),
     "completions/mean_length": Figure(
         ".1f", "tokens a completion", ("completions", "tokens"), status=".1f", chart="lengths", name="all completions"
     ),
-    "completions/min_length": Figure(),
     "completions/max_length": Figure(",.0f", panel=("completions", "longest")),
     "completions/mean_terminated_length": Figure(chart="lengths", name="those that ended by themselves"),
-    "completions/min_terminated_length": Figure(),
-    "completions/max_terminated_length": Figure(),
     "completions/clipped_ratio": Figure(".1%", panel=("completions", "cut off"), chart="clipped_ratio"),
     "staleness": Figure(".1f", panel=("completions", "versions old"), chart="staleness", name="mean"),
     "staleness/max": Figure(chart="staleness", name="most"),
@@ -188,31 +187,24 @@ FIGURES = {
     "groups/filtered": Figure(",.0f", panel=("completions", "no signal"), chart="groups", name="filtered"),
     "groups/stale": Figure(chart="groups", name="stale"),
     "groups/quarantined": Figure(",.0f", panel=("completions", "unscored"), chart="groups", name="quarantined"),
-    "groups/resampled": Figure(),
-    "groups/filtered_token_fraction": Figure(),
-    "tokens/stale_fraction": Figure(),
-    "sampling/sampling_logp_difference/mean": Figure(),
-    "sampling/sampling_logp_difference/max": Figure(),
-    "sampling/importance_sampling_ratio/min": Figure(),
     "sampling/importance_sampling_ratio/mean": Figure(chart="importance_ratio"),
-    "sampling/importance_sampling_ratio/max": Figure(),
-    "num_tokens": Figure(),
-    "epoch": Figure(),
     "tokens_per_second": Figure(",.0f", "tokens/s", ("speed", "tokens/s"), status=",.0f", chart="tokens_per_second"),
-    "learn_tokens_per_second": Figure(),
     "step_time": Figure(
         ".2f", "seconds a step", ("speed", "step"), "s", status=".2f", chart="step_time", name="whole step"
     ),
     "learn_time": Figure(".2f", panel=("speed", "learning"), unit="s", chart="step_time", name="learning"),
     "peak_memory_gb": Figure(".2f", panel=("speed", "memory"), unit="GB", chart="peak_memory"),
+    **dict.fromkeys(_IN_FILES_ONLY, Figure()),
+    **dict.fromkeys(_OF_SOME_LOSSES, Figure(of="loss")),
     "spans_dropped": Figure(of="machinery"),
-    "time/reward/exposed_s": Figure(chart="exposed", name="rewards", of="machinery"),
-    "time/checkpoint/exposed_s": Figure(chart="exposed", name="checkpoints", of="machinery"),
-    "time/logging/exposed_s": Figure(chart="exposed", name="logging", of="machinery"),
-    "queue/prompts/depth": Figure(chart="queues", name="prompts", of="machinery"),
-    "queue/rollouts/depth": Figure(chart="queues", name="rollouts", of="machinery"),
-    "queue/scored/depth": Figure(chart="queues", name="scored", of="machinery"),
-    "queue/snapshots/depth": Figure(chart="queues", name="snapshots", of="machinery"),
+    **{
+        f"time/{work}/exposed_s": Figure(chart="exposed", name=name, of="machinery")
+        for work, name in (("reward", "rewards"), ("checkpoint", "checkpoints"), ("logging", "logging"))
+    },
+    **{
+        f"queue/{queue}/depth": Figure(chart="queues", name=queue, of="machinery")
+        for queue in ("prompts", "rollouts", "scored", "snapshots")
+    },
 }
 """Metric → how it is shown, in the order of every list."""
 OF_EVERY_STEP = tuple(metric for metric, figure in FIGURES.items() if figure.of == "step")

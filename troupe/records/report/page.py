@@ -22,7 +22,7 @@ from troupe.records import text as words
 from troupe.records.report.charts import Chart, Section, Values, rounded, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.report.static import read_asset, script_safe
-from troupe.records.store.read import StoredCompletion, StoredIncident
+from troupe.records.store.read import StoredCompletion
 from troupe.records.text import prompt_text, shown
 
 _SCRIPTS = ("format.js", "charts.js", "bars.js", "report.js")
@@ -94,14 +94,13 @@ def report_page(run: RunPicture) -> str:
     sections = sections_of(run)
     script = "".join(map(read_asset, _SCRIPTS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = jinja2.Environment(
-        autoescape=True,
-        finalize=_harmless,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).from_string(read_asset("report.html"))
-    return template.render(
+    pages = jinja2.Environment(
+        autoescape=True, finalize=_harmless, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    pages.filters |= {
+        "date": words.date, "number": words.number, "seconds": words.seconds, "bytes": words.size, "plain": _value,
+    }  # fmt: skip
+    return pages.from_string(read_asset("report.html")).render(
         style=Markup(read_asset("style.css")),
         script=Markup(script),
         digest=digest,
@@ -113,27 +112,9 @@ def report_page(run: RunPicture) -> str:
         progress=None if not run.total_steps else min(100.0, 100.0 * run.step / run.total_steps),
         tiles=list(_tiles(run)),
         sections=_numbered(sections),
-        evaluated=[(s.name, words.number(s.before), words.number(s.after)) for s in run.evaluated],
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
-        starts=[
-            (
-                start.start,
-                words.date(start.unix_s),
-                start.first_step,
-                start.troupe,
-                run.stored.machines.get(start.start, ""),
-            )
-            for start in run.stored.starts
-        ],
-        incidents=run.incidents,
-        newest_incidents=[(words.date(i.unix_s), i.step, i.actor, i.kind, _what(i)) for i in run.stored.incidents],
         incidents_shown=INCIDENTS_SHOWN,
-        checkpoints=[
-            (c.version, words.date(c.unix_s), words.size(c.bytes), words.seconds(c.seconds), c.folder)
-            for c in run.stored.checkpoints
-        ],
-        changes=[(change.step + 1, change.key, _value(change.value)) for change in run.changes],
         settings=list(_settings(run.config)),
         written=words.date(time.time()),
     )
@@ -242,10 +223,6 @@ def _tiles(run: RunPicture) -> Iterator[Tile]:
         yield Tile("peak memory", words.size(1e9 * max(peaks)))
     incidents = sum(run.incidents.values())
     yield Tile("incidents", f"{incidents:,}", ", ".join(list(run.incidents)[:2]))
-
-
-def _what(incident: StoredIncident) -> str:
-    return incident.message if incident.times == 1 else f"{incident.message} ({incident.times:,} times)"
 
 
 def _numbered(sections: Sequence[Section]) -> list[tuple[Section, list[int]]]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import msgspec
 
 from troupe.messages import GroupClosed, Update
 from troupe.records.layout import METRICS
-from troupe.records.sinks.base import MetricsConfig, RunInfo
+from troupe.records.sinks.base import MetricsConfig, RunInfo, SinkName
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
 from troupe.records.sinks.jsonl import steps_between
 from troupe.records.sinks.packages import package, wandb_mode
@@ -43,6 +43,7 @@ class _Tracker(ABC):
 
     name: str
     takes: tuple[type, ...] = (Update, GroupClosed)
+    _log_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, run: RunInfo, config: MetricsConfig) -> None:
         self._run, self._config = run, config
@@ -95,15 +96,23 @@ class _Tracker(ABC):
         """The newest step that was told before; where the tracker itself says so, it knows better than our file."""
         return self._tracked.step
 
-    @abstractmethod
     def _tell(self, digest: StepDigest) -> None:
         """Tell of a step that has ended."""
+        there = package(cast("SinkName", self.name))
+        row: dict[str, Any] = dict(digest.metrics)
+        for key, values in (("rewards", digest.rewards), ("completions/lengths", digest.lengths)):
+            if values:
+                row[f"histograms/{key}"] = there.Histogram([float(value) for value in values])
+        if digest.samples:
+            row["completions"] = there.Table(columns=list(_COLUMNS), data=_rows(digest.step, digest.samples))
+        self._there.log(row, step=digest.step, **self._log_options)
 
 
 class WandbSink(_Tracker):
     """Weights & Biases; in offline mode everything lies in the run folder."""
 
     name = "wandb"
+    _log_options: ClassVar[Mapping[str, Any]] = {"commit": True}
 
     def _begin(self, name: str, *, goes_on: bool) -> Any:
         wandb = package("wandb")
@@ -133,15 +142,6 @@ class WandbSink(_Tracker):
             return self._tracked.kept
         return self._there.starting_step - 1 if self._there.resumed else super()._newest_there()
 
-    def _tell(self, digest: StepDigest) -> None:
-        wandb = package("wandb")
-        row: dict[str, Any] = dict(digest.metrics)
-        for key, values in _histograms(digest):
-            row[key] = wandb.Histogram(values)
-        if digest.samples:
-            row["completions"] = wandb.Table(columns=list(_COLUMNS), data=_rows(digest.step, digest.samples))
-        self._there.log(row, step=digest.step, commit=True)
-
 
 class TrackioSink(_Tracker):
     """trackio, which keeps its runs in a folder of its own (TRACKIO_DIR)."""
@@ -166,23 +166,9 @@ class TrackioSink(_Tracker):
         following = getattr(self._there, "_next_step", None)  # it writes twice a second, so a kill may cost it steps
         return max(0, following - 1) if isinstance(following, int) else super()._newest_there()
 
-    def _tell(self, digest: StepDigest) -> None:
-        trackio = package("trackio")
-        row: dict[str, Any] = dict(digest.metrics)
-        for key, values in _histograms(digest):
-            row[key] = trackio.Histogram(values)
-        if digest.samples:
-            row["completions"] = trackio.Table(columns=list(_COLUMNS), data=_rows(digest.step, digest.samples))
-        self._there.log(row, step=digest.step)
-
 
 def _say_nothing(*_: object, **__: object) -> None:
     pass
-
-
-def _histograms(digest: StepDigest) -> list[tuple[str, list[float]]]:
-    pairs = (("rewards", digest.rewards), ("completions/lengths", digest.lengths))
-    return [(f"histograms/{key}", [float(value) for value in values]) for key, values in pairs if values]
 
 
 def _rows(step: int, samples: Sequence[Sample]) -> list[list[Any]]:
