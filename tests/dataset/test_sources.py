@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from troupe.dataset import PromptDataset, anchored_source, source_name
-from troupe.dataset.query import parsed, split_query
+from troupe.dataset.query import parse_value, split_query
 from troupe.errors import DatasetError
 from troupe.run.config import load_config
 
@@ -61,9 +61,9 @@ def test_options_are_read_from_behind_the_question_mark() -> None:
     source = "x:y?size=5&data_dir=a%26b%20c&from=1+1&z="
     assert split_query(source) == ("x:y", {"size": "5", "data_dir": "a&b c", "from": "1+1", "z": ""})
     values = {"5": 5, "0.5": 0.5, "true": True, "null": None, "[1, 2]": [1, 2], "hard": "hard", "": ""}
-    assert {text: parsed(text) for text in values} == values
+    assert {text: parse_value(text) for text in values} == values
     with pytest.raises(DatasetError, match=r"the key 'b' stands twice in one object"):
-        parsed('{"a": [{"b": 1, "c": 2, "b": 3}]}')
+        parse_value('{"a": [{"b": 1, "c": 2, "b": 3}]}')
 
 
 @pytest.mark.parametrize(

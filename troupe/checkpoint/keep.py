@@ -39,13 +39,13 @@ def checkpoint_folder(run: Path, version: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The finished checkpoint folders of a run, newest first. RunError where nobody can tell which there are."""
-    found = _listed(run)
+    found = _list_finished(run)
     return [found[version] for version in sorted(found, reverse=True)]
 
 
 def newer_versions(run: Path, version: int) -> set[int]:
     """Versions after `version` of which the run folder has finished checkpoints. RunError as above."""
-    return {there for there in _listed(run) if there > version}
+    return {there for there in _list_finished(run) if there > version}
 
 
 def prune_checkpoints(run: Path, config: CheckpointConfig, *, abandoned: Collection[int] = ()) -> Pruned:
@@ -54,14 +54,14 @@ def prune_checkpoints(run: Path, config: CheckpointConfig, *, abandoned: Collect
     `abandoned`: versions that are not of this run any more; they are removed, and never count. Only for who writes the
     checkpoints of the run: what another one is writing would be a leftover too.
     """
-    standing = {version: folder for version, folder in _finished(run).items() if version not in abandoned}
+    standing = {version: folder for version, folder in _find_finished(run).items() if version not in abandoned}
     kept = set(sorted(standing, reverse=True)[: config.keep])
-    if config.keep_best and (best := _best(standing, config)) is not None:
+    if config.keep_best and (best := _best_version(standing, config)) is not None:
         kept.add(best)
     keep_folders = {standing[version] for version in kept}
     removed: set[int] = set()
     faults: list[str] = []
-    for folder in _ours(run):
+    for folder in _step_folders(run):
         if folder in keep_folders:
             continue
         finished = (folder / MANIFEST).is_file()
@@ -79,28 +79,28 @@ def prune_checkpoints(run: Path, config: CheckpointConfig, *, abandoned: Collect
 
 def clear_leftovers(run: Path) -> None:
     """Remove what interrupted writes have left, as far as that is possible: it may take the room that is needed."""
-    for folder in _ours(run):
+    for folder in _step_folders(run):
         if folder.name.startswith(TEMPORARY_PREFIX) or not (folder / MANIFEST).is_file():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _listed(run: Path) -> dict[int, Path]:
+def _list_finished(run: Path) -> dict[int, Path]:
     try:
-        return _finished(run)
+        return _find_finished(run)
     except OSError as error:  # no reason to take it for a run without checkpoints, which begins anew
         raise RunError(f"{run}: its checkpoints cannot be listed now: {error}; mend that and resume") from error
 
 
-def _finished(run: Path) -> dict[int, Path]:
+def _find_finished(run: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
-    for folder in _ours(run):  # a replaced one sorts before its replacement
+    for folder in _step_folders(run):  # a replaced one sorts before its replacement
         match = _STEP_FOLDER.fullmatch(folder.name)
         if match and (folder / MANIFEST).is_file():
             found[int(match[2])] = folder
     return found
 
 
-def _ours(run: Path) -> Iterator[Path]:
+def _step_folders(run: Path) -> Iterator[Path]:
     """Folders of checkpoints, whole or not, by name. OSError where the system does not tell."""
     try:
         folders = sorted((run / "checkpoints").iterdir())  # a glob would pass over what it may not read
@@ -111,7 +111,7 @@ def _ours(run: Path) -> Iterator[Path]:
             yield folder
 
 
-def _best(folders: dict[int, Path], config: CheckpointConfig) -> int | None:
+def _best_version(folders: dict[int, Path], config: CheckpointConfig) -> int | None:
     """The version whose metric is best; None where none has it."""
     sign = 1.0 if config.greater_is_better else -1.0
     values: dict[int, float] = {}

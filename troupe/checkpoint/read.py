@@ -27,7 +27,7 @@ from troupe.checkpoint.state import (
     Made,
     RunState,
 )
-from troupe.checkpoint.write import replaced
+from troupe.checkpoint.write import replaced_path
 from troupe.errors import CheckpointError, ModelError, RunError, TroupeError
 from troupe.messages import Unfinished
 from troupe.policy import Qwen3Config, expected_shapes
@@ -61,8 +61,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Arrays come back bit for bit in the dtype that they were saved in.
     """
     path = Path(path)
-    if not path.exists() and replaced(path).exists():
-        path = replaced(path)
+    if not path.exists() and replaced_path(path).exists():
+        path = replaced_path(path)
     names = verify_manifest(path)
     if lacking := {CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE} - names:
         raise CheckpointError(
@@ -72,7 +72,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         config = Qwen3Config.from_dict(msgspec.json.decode((path / CONFIG_FILE).read_bytes(), type=dict[str, Any]))
     except (*_UNREADABLE, ModelError) as error:
-        raise _unreadable(f"{path / CONFIG_FILE}: the model's configuration cannot be used", error) from None
+        raise _fault_of_reading(f"{path / CONFIG_FILE}: the model's configuration cannot be used", error) from None
     matches = [match for name in sorted(names) if (match := BEHIND_FILE.fullmatch(name))]
     return Checkpoint(
         config=config,
@@ -100,7 +100,7 @@ def read_state(folder: Path) -> RunState:
             )
         return msgspec.structs.replace(msgspec.json.decode(raw, type=RunState), format=written)
     except _UNREADABLE as error:
-        raise _unreadable(f"{file}: the state of the run cannot be read", error) from None
+        raise _fault_of_reading(f"{file}: the state of the run cannot be read", error) from None
 
 
 def read_unfinished(file: Path) -> Unfinished:
@@ -108,7 +108,7 @@ def read_unfinished(file: Path) -> Unfinished:
     try:
         return msgspec.msgpack.decode(file.read_bytes(), type=Unfinished)
     except _UNREADABLE as error:
-        raise _unreadable(f"{file}: the groups under way cannot be read", error) from None
+        raise _fault_of_reading(f"{file}: the groups under way cannot be read", error) from None
 
 
 def read_made(folder: Path) -> Made:
@@ -134,7 +134,7 @@ def verify_manifest(path: Path) -> frozenset[str]:
             f"{path}: no {MANIFEST}, so this checkpoint was never finished; use an older one"
         ) from None
     except _UNREADABLE as error:
-        raise _unreadable(f"{manifest}: the manifest cannot be read", error) from None
+        raise _fault_of_reading(f"{manifest}: the manifest cannot be read", error) from None
     for name, expected in entries.items():
         file = path / name
         if Path(name).name != name or name in ("", ".."):
@@ -143,7 +143,7 @@ def verify_manifest(path: Path) -> frozenset[str]:
             there = file.is_file()
             whole = there and file.stat().st_size == expected.bytes and sum_file(file) == expected
         except (OSError, ValueError) as error:
-            raise _unreadable(f"{file}: cannot be read", error) from None
+            raise _fault_of_reading(f"{file}: cannot be read", error) from None
         if not there:
             raise CheckpointError(f"{file}: the file is missing from this checkpoint; use an older one")
         if not whole:
@@ -197,7 +197,7 @@ def _is_sound(file: Path) -> bool:
     return True
 
 
-def _unreadable(told: str, error: Exception) -> TroupeError:
+def _fault_of_reading(told: str, error: Exception) -> TroupeError:
     """What to raise. CheckpointError for damage, a reason to go on from an older checkpoint; otherwise RunError: what
     passes is no such reason, for steps that are there would be lost. `told`: which file, and what about it."""
     remedy = _OF_THE_MACHINE.get(getattr(error, "errno", None) or 0)

@@ -25,11 +25,11 @@ def encode_unfinished(unfinished: Unfinished) -> bytes:
     """
     fields = {name: getattr(unfinished, name) for name in unfinished.__struct_fields__}
     for name in ("scored", "collected"):  # one by one, so that other threads get a turn
-        fields[name] = [msgspec.Raw(_encoded(group)) for group in fields[name]]
+        fields[name] = [msgspec.Raw(_encode_group(group)) for group in fields[name]]
     return _ENCODER.encode(fields)
 
 
-def _encoded(group: ScoredGroup) -> bytes:
+def _encode_group(group: ScoredGroup) -> bytes:
     replace = msgspec.structs.replace
     prompt = replace(group.group.prompt, prompt="", columns={})
     bare = replace(group, group=replace(group.group, prompt=prompt), extra={}, logged={})

@@ -85,7 +85,7 @@ def save_final_policy(
         save_model_folder(folder.path, config, weights, companions, MAX_SHARD_BYTES)
 
 
-def replaced(path: Path) -> Path:
+def replaced_path(path: Path) -> Path:
     """Where the folder at `path` waits while another takes its place."""
     return path.parent / f"{REPLACED_PREFIX}{path.name}"
 
@@ -145,7 +145,7 @@ def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] 
 
 def _take_place(temporary: Path, path: Path) -> None:
     """Rename; what was there goes when the new folder is there for good."""
-    old = replaced(path)
+    old = replaced_path(path)
     if path.exists():  # an older cut of the same step, or the final policy of a run that went on
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)

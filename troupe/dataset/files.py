@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from troupe.dataset.query import with_each_key_once
+from troupe.dataset.query import refuse_repeated_keys
 from troupe.errors import DatasetError, remedy
 
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
@@ -49,7 +49,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value; write null or a finite number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=with_each_key_once)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=refuse_repeated_keys)
 _SPACE = " \t\r\n"
 
 
@@ -150,7 +150,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not values:
                 continue
             if names is None:
-                names = _checked_names(values, path, start, separator)
+                names = _check_header(values, path, start, separator)
             elif len(values) != len(names):
                 raise DatasetError(
                     f"{path}:{start}: {len(values)} values, but the header names {len(names)} columns; put values that "
@@ -162,7 +162,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise DatasetError(f"{path}:{line}: the row starting here cannot be read: {error}; correct it") from None
 
 
-def _checked_names(names: list[str], path: Path, line: int, separator: str) -> list[str]:
+def _check_header(names: list[str], path: Path, line: int, separator: str) -> list[str]:
     others = {other: kind for other, kind in _SEPARATORS.items() if other != separator}
     if len(names) == 1 and (other := next((other for other in others if other in names[0]), None)):
         remedy = "name the file .tsv" if other == "\t" else f"save it with {_SEPARATORS[separator]}"
@@ -179,7 +179,7 @@ def _checked_names(names: list[str], path: Path, line: int, separator: str) -> l
 def read_parquet(path: Path) -> Iterator[tuple[None, dict[str, Any]]]:
     """The columns of each row. DatasetError where the file is none, or pyarrow is missing."""
     data = read_bytes(path)
-    arrow, parquet = optional("pyarrow", "datasets", path), optional("pyarrow.parquet", "datasets", path)
+    arrow, parquet = import_optional("pyarrow", "datasets", path), import_optional("pyarrow.parquet", "datasets", path)
     try:
         for batch in parquet.ParquetFile(arrow.BufferReader(data)).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
@@ -188,7 +188,7 @@ def read_parquet(path: Path) -> Iterator[tuple[None, dict[str, Any]]]:
         raise DatasetError(f"{path}: this is no Parquet file that pyarrow can read: {error}") from error
 
 
-def optional(module: str, extra: str, source: object) -> ModuleType:
+def import_optional(module: str, extra: str, source: object) -> ModuleType:
     """The module of an extra. DatasetError, which says how to install it, where it is missing."""
     try:
         return importlib.import_module(module)

@@ -55,7 +55,7 @@ def read_gym(source: str, first: int | None = None) -> tuple[list[dict[str, Any]
         return rows, len(rows)
     what = "its rows, which are kept for the next start" if first is None else f"its first {first} rows"
     _tell(f"{source}: making {what}; of some tasks this takes a while")
-    answer = _made(source, first)
+    answer = _make_in_child(source, first)
     if "error" in answer:
         raise DatasetError(answer["error"])
     if first is None:
@@ -70,7 +70,7 @@ def stop_making_rows() -> None:
         child.kill()
 
 
-def _made(source: str, first: int | None) -> dict[str, Any]:
+def _make_in_child(source: str, first: int | None) -> dict[str, Any]:
     """What the process answers, told of while it works. It is gone afterwards, however this ends."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     with tempfile.TemporaryFile() as said:
@@ -86,7 +86,7 @@ def _made(source: str, first: int | None) -> dict[str, Any]:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            document = _followed(source, child.stdout)
+            document = _read_document(source, child.stdout)
             code = child.wait()
         finally:
             _MAKERS.discard(child)
@@ -105,7 +105,7 @@ def _made(source: str, first: int | None) -> dict[str, Any]:
     return answer
 
 
-def _followed(source: str, stdout: BinaryIO | Any) -> bytes:
+def _read_document(source: str, stdout: BinaryIO | Any) -> bytes:
     """What the process prints but for how far it is, of which a line is told now and then."""
     document, told_s = b"", time.monotonic()
     for line in stdout:

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from troupe.dataset.gym import DEFAULTS, MADE, PREFIX
-from troupe.dataset.query import parsed, split_query
+from troupe.dataset.query import parse_value, split_query
 from troupe.errors import DatasetError
 from troupe.runtime.process import end_with_parent
 
@@ -60,7 +60,7 @@ def _options(source: str, tasks: list[str], texts: dict[str, str]) -> dict[str, 
     for key, text in texts.items():
         task, dot, option = key.partition(".")
         try:
-            value = parsed(text)
+            value = parse_value(text)
         except DatasetError as error:
             raise DatasetError(f"{source}: {key}: {error}") from None
         if not dot:

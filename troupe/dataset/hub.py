@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from troupe.dataset.files import optional
+from troupe.dataset.files import import_optional
 from troupe.dataset.query import split_query
 from troupe.errors import DatasetError
 from troupe.runtime.files import expanded
@@ -34,7 +34,7 @@ def read_hub(source: str) -> Iterator[tuple[None, dict[str, Any]]]:
         raise DatasetError(f"{source}: no dataset is named; write hf:NAME or hf:FOLDER")
     if unknown := sorted(options.keys() - _OPTIONS.keys()):
         raise DatasetError(f"{source}: unknown option {unknown[0]}; there are {', '.join(_OPTIONS)}")
-    datasets = optional("datasets", "datasets", source)
+    datasets = import_optional("datasets", "datasets", source)
     split = options.pop("split", None)
     try:
         loaded = _load(datasets, name, split, {_OPTIONS[key]: value for key, value in options.items()})
@@ -59,11 +59,11 @@ def _load(datasets: Any, name: str, split: str | None, arguments: dict[str, str]
         raise DatasetError(f"{name}: this folder was written by save_to_disk and takes no option but split")
     found = datasets.load_from_disk(str(folder))
     if isinstance(found, datasets.DatasetDict):
-        return _chosen(datasets, name, found, split or "train")
-    return found if split is None else _chosen(datasets, name, {_split_name(folder, found): found}, split)
+        return _pick_split(datasets, name, found, split or "train")
+    return found if split is None else _pick_split(datasets, name, {_name_of_split(folder, found): found}, split)
 
 
-def _split_name(folder: Path, dataset: Any) -> str:
+def _name_of_split(folder: Path, dataset: Any) -> str:
     """What a saved dataset says that it was, or the folder that it was saved in: a split's name, or "train" where it
     was made of rows or of several splits."""
     if (folder.resolve().parent / _SAVED[0]).is_file():
@@ -72,7 +72,7 @@ def _split_name(folder: Path, dataset: Any) -> str:
     return names.pop() if len(names) == 1 else "train"
 
 
-def _chosen(datasets: Any, name: str, parts: Mapping[str, Any], split: str) -> Any:
+def _pick_split(datasets: Any, name: str, parts: Mapping[str, Any], split: str) -> Any:
     """A split, or what the library calls a slice or a sum of several."""
     if split in parts:
         return parts[split]

@@ -27,18 +27,18 @@ def split_query(source: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-def parsed(value: str) -> Any:
+def parse_value(value: str) -> Any:
     """A number, true, false, null, list or object as JSON has them; anything else as the text that it is.
 
     DatasetError for an object that has a key twice, of which readers silently take one.
     """
     try:
-        return json.loads(value, object_pairs_hook=with_each_key_once)
+        return json.loads(value, object_pairs_hook=refuse_repeated_keys)
     except (ValueError, RecursionError):
         return value
 
 
-def with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; DatasetError where a key stands in it twice, of which readers silently take one."""
     found: dict[str, Any] = {}
     for key, value in pairs:

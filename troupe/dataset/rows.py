@@ -49,7 +49,7 @@ def check_row(value: Any, source: str, row: int, line: int | None, config: DataC
     if not isinstance(value, Mapping):
         raise DatasetError(f'{where} is {_kind(value)}, not an object; write {{"prompt": …}}')
     columns = dict(value)
-    prompt = _asked(_check_prompt(_taken(columns, config, where), where), where, config)
+    prompt = _as_conversation(_check_prompt(_take_prompt(columns, config, where), where), where, config)
     if config.answer_column not in (None, "answer"):
         if config.answer_column not in columns:
             raise _no_column(columns, "data.answer_column", str(config.answer_column), where)
@@ -91,7 +91,7 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _taken(columns: dict[str, Any], config: DataConfig, where: str) -> Any:
+def _take_prompt(columns: dict[str, Any], config: DataConfig, where: str) -> Any:
     """The column of the prompts, taken out of the others: the one that is named, or else `messages`.
 
     Of `messages`, which other trainers learn to write, a final answer is no part of the question: it becomes the
@@ -128,7 +128,7 @@ def _no_column(columns: Mapping[Any, Any], key: str, name: str, where: str) -> D
     return DatasetError(f"{where} has no column {name!r}, which {key} names; {remedy}")
 
 
-def _asked(prompt: PromptText, where: str, config: DataConfig) -> PromptText:
+def _as_conversation(prompt: PromptText, where: str, config: DataConfig) -> PromptText:
     """The prompt as a conversation, where that is wanted."""
     if isinstance(prompt, str):
         if config.chat == "auto" and config.system_prompt is None:

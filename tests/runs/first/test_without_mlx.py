@@ -12,7 +12,7 @@ import pytest
 
 import troupe
 from troupe import errors
-from troupe.dataset.files import optional
+from troupe.dataset.files import import_optional
 from troupe.errors import DatasetError, ModelError, RewardError
 from troupe.errors import packages_of, remedy
 from troupe.runtime.installing import backend_remedy, missing_backend
@@ -104,7 +104,7 @@ def test_a_wheel_s_user_is_told_packages_not_a_clone(monkeypatch: pytest.MonkeyP
     with pytest.raises(RewardError, match=r"missing; install it: /v/bin/python -m pip install 'math-verify\["):
         load_reward("math_verify")
     with pytest.raises(DatasetError, match=r"install it: /v/bin/python -m pip install 'datasets>=4' 'pyarrow>=18'$"):
-        optional("no_such_module", "datasets", "x")
+        import_optional("no_such_module", "datasets", "x")
 
 
 def test_a_model_of_the_hub_s_is_fetched_by_a_package_where_there_is_no_clone(
