@@ -33,8 +33,6 @@ _SHOWN = 6
 _INTEGERS = {2: (mx.uint16, mx.int16), 4: (mx.uint32, mx.int32)}
 _INFINITY = {mx.float32: 0x7F800000, mx.bfloat16: 0x7F80, mx.float16: 0x7C00}
 """By its bits, as an integer; numbers that are not finite begin with it, whatever their sign."""
-
-
 _ROOM = {mx.float16: 5, mx.bfloat16: 8, mx.float32: 9}
 """Orders the types by the largest number that each has room for; float32 has a little more than bfloat16."""
 _AT_ONCE = 16

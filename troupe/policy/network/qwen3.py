@@ -222,14 +222,18 @@ def _layer(
         return weights[f"model.layers.{index}.{name}.weight"]
 
     if f"model.layers.{index}.self_attn.qkv_proj.weight" not in weights:
-        o = attend(config, w, *attention_inputs(config, w, x), attention, rotate, index)
-        x = x + o @ w("self_attn.o_proj").T
-        return x + swiglu(*mlp_inputs(config, w, x)) @ w("mlp.down_proj").T
-    y = mx.fast.rms_norm(x, w("input_layernorm"), eps)
-    qkv = _heads(config, y, w("self_attn.qkv_proj"))
-    qk = mx.fast.rms_norm(qkv[:, :, : H + K], None, eps) * w("self_attn.qk_norm")
-    qk = rotate(qk.swapaxes(1, 2))
-    o = attention.attend(index, qk[:, :H], qk[:, H:], qkv[:, :, H + K :].swapaxes(1, 2), config.head_dim**-0.5)
+        *qk, v = attention_inputs(config, w, x)
+        q, k = (
+            rotate(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), eps).swapaxes(1, 2))
+            for y, name in zip(qk, "qk", strict=True)
+        )
+    else:
+        y = mx.fast.rms_norm(x, w("input_layernorm"), eps)
+        qkv = _heads(config, y, w("self_attn.qkv_proj"))
+        both = mx.fast.rms_norm(qkv[:, :, : H + K], None, eps) * w("self_attn.qk_norm")
+        both = rotate(both.swapaxes(1, 2))
+        q, k, v = both[:, :H], both[:, H:], qkv[:, :, H + K :]
+    o = attention.attend(index, q, k, v.swapaxes(1, 2), config.head_dim**-0.5)
     x = x + o.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ w("self_attn.o_proj").T
     if f"model.layers.{index}.{_GATE_UP}" not in weights:
         return x + swiglu(*mlp_inputs(config, w, x)) @ w("mlp.down_proj").T
@@ -246,25 +250,6 @@ def attention_inputs(config: Qwen3Config, w: LayerWeights, x: mx.array) -> tuple
     y = mx.fast.rms_norm(x, w("input_layernorm"), config.rms_norm_eps)
     q, k, v = (_heads(config, y, w(f"self_attn.{name}_proj")) for name in "qkv")
     return q, k, v
-
-
-def attend(
-    config: Qwen3Config,
-    w: LayerWeights,
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    attention: Attention,
-    rotate: Rotation,
-    index: int,
-) -> mx.array:
-    """What `attention_inputs` gave → (B, T, H·d)."""
-    q, k = (
-        rotate(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), config.rms_norm_eps).swapaxes(1, 2))
-        for y, name in ((q, "q"), (k, "k"))
-    )
-    o = attention.attend(index, q, k, v.swapaxes(1, 2), config.head_dim**-0.5)
-    return o.swapaxes(1, 2).reshape(*v.shape[:2], -1)
 
 
 def mlp_inputs(config: Qwen3Config, w: LayerWeights, x: mx.array) -> tuple[mx.array, mx.array]:

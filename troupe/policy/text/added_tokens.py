@@ -183,15 +183,8 @@ class _Flags(msgspec.Struct):
     special: bool = False
 
     def token(self, id_: int = -1) -> AddedToken:
-        return AddedToken(
-            self.content,
-            id=id_,
-            single_word=self.single_word,
-            lstrip=self.lstrip,
-            rstrip=self.rstrip,
-            normalized=not self.special if self.normalized is None else self.normalized,
-            special=self.special,
-        )
+        normalized = not self.special if self.normalized is None else self.normalized
+        return AddedToken(**{**msgspec.structs.asdict(self), "id": id_, "normalized": normalized})
 
 
 class _Table:
