@@ -31,7 +31,7 @@ def config_of(model: Path, inputs: Path, folder: Path, **settings: Any) -> RunCo
     return tiny_config(model, inputs, output=str(folder), **given | settings)
 
 
-async def play(config: RunConfig, **settings: Any) -> tuple[RunResult, Supervisor]:
+async def run_it(config: RunConfig, **settings: Any) -> tuple[RunResult, Supervisor]:
     async with Supervisor(config, [weigh_ids], **settings) as run:
         await run.wait()
     return run.result, run
@@ -41,7 +41,7 @@ async def play(config: RunConfig, **settings: Any) -> tuple[RunResult, Superviso
 def whole(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
     """A run folder in which everything is told."""
     inputs = tmp_path_factory.mktemp("whole")
-    anyio.run(play, config_of(ragged_model, inputs, inputs / "run"))
+    anyio.run(run_it, config_of(ragged_model, inputs, inputs / "run"))
     assert read_made(list_checkpoints(inputs / "run")[0]).lacking == {"jsonl": 0, "sqlite": 0}
     return inputs / "run"
 
@@ -92,14 +92,14 @@ async def test_what_is_lost_is_told_once_and_the_run_goes_on(
     harm(folder)
     allowed = {"resume": True, "allow_changes": ["learner.max_steps"]}
     config = config_of(ragged_model, whole.parent, folder, learner__max_steps=STEPS + 1)
-    result, run = await play(config, **allowed)
+    result, run = await run_it(config, **allowed)
     assert result.complete
     assert result.incidents["steps_lost"] == 1
     assert set(result.incidents) <= {"steps_lost", "store_damaged"}
     [told] = run.lost
     assert told in run.notices
     assert told.startswith(f"{folder / name}: of the 4 steps that are done it lacks {steps}, which it had")
-    result, run = await play(config_of(ragged_model, whole.parent, folder, learner__max_steps=STEPS + 2), **allowed)
+    result, run = await run_it(config_of(ragged_model, whole.parent, folder, learner__max_steps=STEPS + 2), **allowed)
     assert run.lost == ()
     assert not result.incidents
 
@@ -131,9 +131,9 @@ async def test_of_steps_that_a_disk_never_took_it_is_not_said_that_the_file_had_
     settings = {"checkpoint__every": 1, "metrics__sink_timeout_s": 1.0}
     with monkeypatch.context() as patched:
         patched.setattr(JsonlSink, "flush", fails_from_the_second_step_on)
-        await play(config_of(ragged_model, tmp_path, tmp_path / "run", **settings))
+        await run_it(config_of(ragged_model, tmp_path, tmp_path / "run", **settings))
     config = config_of(ragged_model, tmp_path, tmp_path / "run", learner__max_steps=STEPS + 1, **settings)
-    _, run = await play(config, resume=True, allow_changes=["learner.max_steps"])
+    _, run = await run_it(config, resume=True, allow_changes=["learner.max_steps"])
     [told] = run.lost
     assert "it lacks 2-4, which it had, or was about to get, when" in told
     assert "or its disk failed then" in told

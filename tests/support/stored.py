@@ -36,7 +36,7 @@ def update(step: int, **metrics: float) -> Update:
     return Update(step=step, version=step, total_steps=9, metrics=metrics)
 
 
-def play_step(sink: SqliteSink, step: int, groups: int = 2) -> None:
+def write_step(sink: SqliteSink, step: int, groups: int = 2) -> None:
     """Tell a sink of a step, and have it written."""
     for place in range(groups):
         sink.write(closed(step, place))

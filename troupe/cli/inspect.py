@@ -101,7 +101,7 @@ def query_for(
     choice: Choice = next(iter(asked), "all")
     step = step or ("all" if everywhere or conditions.get("gid") is not None else "last")
     if step == "last":
-        number = run.newest_step()
+        number = (run.step_range() or (None, None))[1]
     elif step == "all":
         number = None
     elif step.isdecimal() and len(step) < _DIGITS:

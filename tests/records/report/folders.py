@@ -92,7 +92,7 @@ def write_steps(
 
 
 def make_run(folder: Path, steps: int = 5, **options: Any) -> Path:
-    """The folder of a run that nobody plays, without a summary: it was cut off."""
+    """The folder of a run that nobody is at, without a summary: it was cut off."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(RUN_TOML, encoding="utf-8")
     if steps:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tests.records.report.folders import Clock, finish, make_run, metrics_of, tell, write_steps
-from tests.support.stored import play_step
+from tests.support.stored import write_step
 from troupe.errors import InputError
 from troupe.messages import NOT_STARTED, CheckpointWritten, Incident, Restarting, Status
 from troupe.records.layout import STORE
@@ -191,7 +191,7 @@ def test_a_store_that_was_begun_anew_gives_way_to_the_lines(tmp_path: Path) -> N
     make_run(tmp_path, 4, store=False)
     sink = SqliteSink(tmp_path / STORE, first_step=2)
     sink.open()
-    play_step(sink, 3)
+    write_step(sink, 3)
     sink.close()
     run = read_run(tmp_path)
     assert run.metrics.steps == (1, 2, 3, 4)
@@ -276,7 +276,7 @@ def test_a_run_is_read_while_it_is_written(tmp_path: Path) -> None:
     sink = SqliteSink(tmp_path / STORE, clock=Clock())
     sink.open()
     for step in range(1, 6):
-        play_step(sink, step)
+        write_step(sink, step)
         run = read_run(tmp_path)
         assert (run.state, run.step, len(run.metrics.steps)) == ("running", step, step)
     sink.close()

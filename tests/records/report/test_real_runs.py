@@ -1,4 +1,4 @@
-"""Reports of runs that were played: one that ends as it should, and one that is killed and gone on with."""
+"""Reports of runs that were made: one that ends as it should, and one that is killed and gone on with."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from troupe.runtime.outlets import of_a_display, unhurried
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=4, first_step=1)
 
 
-def played(run: RunInfo, *messages: object, width: int = 100) -> str:
+def drawn(run: RunInfo, *messages: object, width: int = 100) -> str:
     stream = StringIO()
     sink = ConsoleSink(run, Console(file=stream, force_terminal=True, width=width, no_color=True))
     sink.open()
@@ -35,18 +35,18 @@ def played(run: RunInfo, *messages: object, width: int = 100) -> str:
 def test_the_display_ends_with_the_last_state() -> None:
     incident = Incident(actor="scorer", kind="odd", message="the judge [/bold] was late")
     messages = update(2), incident, closed(1, texts=("one [red] answer",)), update(3, reward=0.25, loss=0.125)
-    text = played(RUN, *messages).split("kind-001")[-1]
+    text = drawn(RUN, *messages).split("kind-001")[-1]
     for part in ("3 of 4", "steps", "0.250", "+0.1250", "one [red] answer", "the judge [/bold] was late"):
         assert part in text, part
 
 
 def test_the_display_starts_where_a_resume_goes_on() -> None:
-    assert "1 of 4" in played(RUN)
+    assert "1 of 4" in drawn(RUN)
 
 
 @pytest.mark.parametrize("name", ["run{1}", "run{task.nothing}", "odd [/bold] name", "[red]"])
 def test_a_folder_may_have_any_name(name: str) -> None:
-    assert name in played(RunInfo(name=name, folder=name, total_steps=4, first_step=0), update(1))
+    assert name in drawn(RunInfo(name=name, folder=name, total_steps=4, first_step=0), update(1))
 
 
 def test_closing_without_opening_prints_nothing() -> None:

@@ -70,7 +70,7 @@ class Clock:
 IMPATIENT = SinkLimits(gather_s=0.0, first_pause_s=0.001, longest_pause_s=0.004)
 
 
-def playing(
+def begun(
     *sinks: FakeSink,
     clock: Callable[[], float] | None = None,
     timeout_s: float = PATIENCE_S,
@@ -84,7 +84,7 @@ def playing(
 async def test_every_sink_gets_what_it_takes_in_order_and_is_closed_once() -> None:
     one, other = FakeSink("one"), FakeSink("other")
     other.takes = (Update, Incident)
-    sinks = playing(one, other)
+    sinks = begun(one, other)
     messages = [SPAN, update(1), CLOSED, INCIDENT, SPAN, update(2)]
     for message in messages:
         sinks.write(message)
@@ -107,7 +107,7 @@ async def test_opening_twice_is_once() -> None:
             opened.append(self.name)
 
     sink = Counting()
-    sinks = playing(sink)
+    sinks = begun(sink)
     sinks.write(update(1))
     sinks.open()
     sinks.write(update(2))
@@ -118,7 +118,7 @@ async def test_opening_twice_is_once() -> None:
 
 async def test_a_slow_sink_holds_up_nobody_and_writes_what_came_meanwhile_at_once() -> None:
     slow, quick = GatedSink("slow"), FakeSink("quick")
-    sinks = playing(slow, quick)
+    sinks = begun(slow, quick)
     sinks.write(update(1))
     assert slow.reached.wait(PATIENCE_S)
     for step in range(2, 100):  # returns although nothing is written
@@ -132,7 +132,7 @@ async def test_a_slow_sink_holds_up_nobody_and_writes_what_came_meanwhile_at_onc
 
 async def test_a_sink_that_is_behind_is_given_no_more_spans_but_everything_else() -> None:
     slow = GatedSink()
-    sinks = playing(slow, limits=SinkLimits(gather_s=0.0, most_waiting=3))
+    sinks = begun(slow, limits=SinkLimits(gather_s=0.0, most_waiting=3))
     sinks.write(update(1))
     assert slow.reached.wait(PATIENCE_S)
     for message in (SPAN, SPAN, SPAN, SPAN, SPAN, update(2), CLOSED, SPAN, INCIDENT):
@@ -147,7 +147,7 @@ async def test_a_sink_that_is_behind_is_given_no_more_spans_but_everything_else(
 async def test_a_hanging_sink_is_switched_off_and_the_others_go_on(at: str) -> None:
     clock = Clock()
     hanging, good = GatedSink("hanging", at), FakeSink("good")
-    sinks = playing(hanging, good, clock=clock, timeout_s=5.0 if at != "close" else 0.05)
+    sinks = begun(hanging, good, clock=clock, timeout_s=5.0 if at != "close" else 0.05)
     sinks.write(update(1))
     if at != "close":
         assert hanging.reached.wait(PATIENCE_S)
@@ -172,7 +172,7 @@ async def test_a_hanging_sink_is_switched_off_and_the_others_go_on(at: str) -> N
 
 async def test_three_failures_in_a_row_on_one_type_are_enough() -> None:
     bad = FakeSink("bad", refuses=(Update,))
-    sinks = playing(bad)
+    sinks = begun(bad)
     for message in (update(1), SPAN, update(2), SPAN, update(3), SPAN, update(4)):
         sinks.write(message)
     [incident] = await sinks.close()
@@ -186,7 +186,7 @@ async def test_a_package_that_would_end_the_program_ends_its_sink_only() -> None
             raise SystemExit("nobody is logged in")
 
     leaving, other = Leaving("leaving"), FakeSink("other")
-    sinks = playing(leaving, other)
+    sinks = begun(leaving, other)
     sinks.write(update(1))
     [incident] = await sinks.close()
     assert incident.message == "the sink leaving is switched off: SystemExit: nobody is logged in"
@@ -195,7 +195,7 @@ async def test_a_package_that_would_end_the_program_ends_its_sink_only() -> None
 
 async def test_a_sink_that_does_not_open_gets_nothing() -> None:
     bad = FakeSink("bad", opens=False)
-    sinks = playing(bad)
+    sinks = begun(bad)
     sinks.write(update(1))
     [incident] = await sinks.close()
     assert incident.message == "the sink bad is switched off: OSError: no such device"
@@ -207,14 +207,14 @@ async def test_a_sink_that_does_not_close_is_told() -> None:
         def close(self) -> None:
             raise OSError("stale handle")
 
-    sinks = playing(Stuck("stuck"))
+    sinks = begun(Stuck("stuck"))
     assert [incident.kind for incident in await sinks.close()] == ["sink_failed"]
     assert sinks.switched_off == {"stuck": "OSError: stale handle"}
 
 
 async def test_writes_are_told_but_not_those_of_such_tellings() -> None:
     clock, sink = Clock(), GatedSink()
-    sinks = playing(FakeSink("first"), sink, clock=clock)
+    sinks = begun(FakeSink("first"), sink, clock=clock)
     sink.takes = ()
     sinks._threads[1].takes = (Update,)
     sinks.write(update(1))
@@ -287,7 +287,7 @@ async def until(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("call", ["open", "flush"])
 async def test_a_disk_that_fails_for_a_while_loses_nothing(call: str) -> None:
     disk = Disk(ill=(call, "flush"))
-    sinks = playing(disk)
+    sinks = begun(disk)
     sinks.write(update(1))
     assert disk.tried.wait(PATIENCE_S)
     sinks.write(update(2))
@@ -311,7 +311,7 @@ async def test_a_disk_that_fails_for_a_while_loses_nothing(call: str) -> None:
 
 async def test_a_disk_that_never_comes_back_is_given_up_at_the_end() -> None:
     disk = Disk(ill=("flush",))
-    sinks = playing(disk, timeout_s=0.1)
+    sinks = begun(disk, timeout_s=0.1)
     sinks.write(update(1))
     sinks.write(update(2))
     assert kinds(list(await sinks.close())) == ["sink_failing", "sink_failed"]
@@ -324,7 +324,7 @@ async def test_a_disk_that_never_comes_back_is_given_up_at_the_end() -> None:
 
 async def test_a_disk_that_comes_back_at_the_end_is_waited_for() -> None:
     disk = Disk(ill=("flush", "settle"))
-    sinks = playing(disk)
+    sinks = begun(disk)
     sinks.write(update(1))
     closed: list[Incident] = []
 
@@ -343,7 +343,7 @@ async def test_a_disk_that_comes_back_at_the_end_is_waited_for() -> None:
 
 async def test_a_disk_that_fails_while_too_much_comes_is_switched_off() -> None:
     disk, other = Disk(ill=("flush",)), FakeSink("other")
-    sinks = playing(disk, other, limits=IMPATIENT._replace(most_waiting=5))
+    sinks = begun(disk, other, limits=IMPATIENT._replace(most_waiting=5))
     for step in range(1, 6):
         sinks.write(update(step))
     assert disk.tried.wait(PATIENCE_S)
@@ -363,7 +363,7 @@ async def test_a_durable_sink_that_fails_for_other_reasons_is_switched_off_as_an
         def flush(self) -> None:
             raise ValueError("a bug")
 
-    sinks = playing(Wrong())
+    sinks = begun(Wrong())
     for step in range(1, 4):
         sinks.write(update(step))
         await until(lambda: sinks._threads[0].waiting >= step and not sinks._threads[0]._waiting)  # noqa: B023
@@ -374,7 +374,7 @@ async def test_a_durable_sink_that_fails_for_other_reasons_is_switched_off_as_an
 async def test_notes_of_a_sink_are_told() -> None:
     disk = Disk()
     disk.notes.append(INCIDENT)
-    sinks = playing(disk)
+    sinks = begun(disk)
     assert await sinks.close() == (INCIDENT,)
 
 
@@ -405,7 +405,7 @@ async def test_settled_comes_when_everything_put_before_is_on_every_durable_disk
         settle()
 
     slow.settle = gated  # type: ignore[method-assign]
-    sinks = playing(slow, plain, quick)
+    sinks = begun(slow, plain, quick)
     done: list[int] = []
 
     async def wait(version: int) -> None:
@@ -442,7 +442,7 @@ async def test_settled_comes_when_everything_put_before_is_on_every_durable_disk
 async def test_a_disk_that_hangs_is_waited_for_as_long_as_it_may() -> None:
     disk = GatedDisk()
     clock = Clock()
-    sinks = playing(disk, timeout_s=0.05, clock=clock)
+    sinks = begun(disk, timeout_s=0.05, clock=clock)
     sinks.write(update(1))
     sinks.settle(1)
     assert not await sinks.settled(1)
@@ -465,7 +465,7 @@ class GatedDisk(Disk):
 
 async def test_a_disk_that_fails_holds_up_nobody_and_settles_when_it_is_back() -> None:
     disk = Disk(ill=("settle",))
-    sinks = playing(disk)
+    sinks = begun(disk)
     sinks.write(update(1))
     sinks.settle(1)
     assert await sinks.settled(1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.stored import closed, play_step, rows, update
+from tests.support.stored import closed, rows, update, write_step
 from troupe.errors import OutputError
 from troupe.messages import CheckpointWritten, Incident
 from troupe.records.sinks.base import DurableSink
@@ -70,7 +70,7 @@ def test_over_resumes_every_completion_stands_once(tmp_path: Path) -> None:
     for first_step, last in ((0, 4), (2, 5), (5, 6), (0, 1)):
         sink = opened(path, first_step)
         for step in range(first_step + 1, last + 1):
-            play_step(sink, step)
+            write_step(sink, step)
         sink.close()
         counts = rows(path, "SELECT step, count(*) FROM completions GROUP BY step")
         assert counts == [(step, 6) for step in range(1, last + 1)]
@@ -82,7 +82,7 @@ def test_what_a_failing_disk_does_not_take_comes_with_the_next_flush(
 ) -> None:
     path = tmp_path / "run.sqlite"
     sink = opened(path)
-    play_step(sink, 1)
+    write_step(sink, 1)
 
     def full(_: StoreWriter, rows: StepRows) -> None:
         raise OSError("disk is full")
@@ -91,7 +91,7 @@ def test_what_a_failing_disk_does_not_take_comes_with_the_next_flush(
         patch.setattr(StoreWriter, "add_step", full)
         for step in (2, 3):
             with pytest.raises(OSError, match="disk is full"):
-                play_step(sink, step)
+                write_step(sink, step)
         sink.write(INCIDENT)
     sink.settle()  # nothing is open: nothing to settle
     sink.flush()
@@ -111,7 +111,7 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
     try:
         for step in range(1, 151):
             try:
-                play_step(sink, step)
+                write_step(sink, step)
             except OSError:
                 failures += 1
     finally:
@@ -141,7 +141,7 @@ def test_a_folder_that_comes_back(tmp_path: Path) -> None:
 
 def test_settling_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = opened(tmp_path / "run.sqlite")
-    play_step(sink, 1)
+    write_step(sink, 1)
 
     def fail(_: StoreWriter, step: int) -> None:
         raise DamagedStoreError("malformed")
@@ -150,7 +150,7 @@ def test_settling_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(StoreWriter, "settle", fail)
         with pytest.raises(OSError, match="malformed"):
             sink.settle()
-    play_step(sink, 2)
+    write_step(sink, 2)
     sink.settle()
     sink.close()
     assert rows(tmp_path / "run.sqlite", "SELECT settled FROM starts") == [2]
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_set_aside_and_the_run_goes_on(tmp_path: Path) -> None
     path = tmp_path / "run.sqlite"
     path.write_bytes(b"not a database" * 99)
     sink = opened(path, first_step=7)
-    play_step(sink, 8)
+    write_step(sink, 8)
     sink.close()
     [note] = sink.notes
     assert note.kind == "store_damaged"
@@ -185,8 +185,8 @@ def test_damage_that_shows_while_it_writes(tmp_path: Path) -> None:
 
     path = tmp_path / "run.sqlite"
     sink = opened(path, make_store=Malformed)
-    play_step(sink, 1)
-    play_step(sink, 2)
+    write_step(sink, 1)
+    write_step(sink, 2)
     sink.close()
     assert [note.kind for note in sink.notes] == ["store_damaged"]
     assert rows(path, "SELECT step, count(*) FROM completions GROUP BY step") == [(2, 6)]

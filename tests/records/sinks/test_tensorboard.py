@@ -34,7 +34,7 @@ def made(folder: Path, first_step: int = 0, at_s: float = 1000.0, **settings: An
     return TensorBoardSink(folder, run, clock=lambda: at_s, **settings)
 
 
-def play(sink: TensorBoardSink, *messages: object) -> None:
+def feed(sink: TensorBoardSink, *messages: object) -> None:
     sink.open()
     for message in messages:
         sink.write(message)
@@ -72,7 +72,7 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
 
 def test_scalars_histograms_and_texts_of_a_step(tmp_path: Path) -> None:
     texts = ("46", "</script>\n**not bold**")
-    play(made(tmp_path), closed(1, texts=texts), update(1, {"loss": 0.5, "rewards/a b/mean": math.nan}), update(2))
+    feed(made(tmp_path), closed(1, texts=texts), update(1, {"loss": 0.5, "rewards/a b/mean": math.nan}), update(2))
     [path] = tmp_path.iterdir()
     assert path.name == "events.out.tfevents.0000001000.troupe"
     version, start, config, step, _ = events_in(path)
@@ -96,7 +96,7 @@ def test_scalars_histograms_and_texts_of_a_step(tmp_path: Path) -> None:
 def test_checksums_are_those_of_the_format(tmp_path: Path) -> None:
     masked_crc32c = package("tensorboardX.record_writer").masked_crc32c
 
-    play(made(tmp_path), update(1, loss=0.5))
+    feed(made(tmp_path), update(1, loss=0.5))
     data = next(tmp_path.iterdir()).read_bytes()
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -106,11 +106,11 @@ def test_checksums_are_those_of_the_format(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
-    play(made(tmp_path), *(update(step, loss=float(step)) for step in range(1, 8)))
-    play(made(tmp_path, 5), *(update(step, loss=step + 0.5) for step in range(5, 8)))  # within the same second
-    play(made(tmp_path, 7, at_s=3.0), update(8, loss=8.25))  # and with a clock that was set back
+    feed(made(tmp_path), *(update(step, loss=float(step)) for step in range(1, 8)))
+    feed(made(tmp_path, 5), *(update(step, loss=step + 0.5) for step in range(5, 8)))  # within the same second
+    feed(made(tmp_path, 7, at_s=3.0), update(8, loss=8.25))  # and with a clock that was set back
     assert curves(tmp_path) == {"loss": {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: 6.5, 7: 7.5, 8: 8.25}}
-    play(made(tmp_path, 0), update(1, loss=0.0))  # killed before its first checkpoint: all is made again
+    feed(made(tmp_path, 0), update(1, loss=0.0))  # killed before its first checkpoint: all is made again
     assert curves(tmp_path) == {"loss": {1: 0.0}}
 
 
@@ -159,7 +159,7 @@ def test_what_it_does_not_care_for_changes_nothing(tmp_path: Path) -> None:
     sink.settle()
     sink.close()
     assert list(tmp_path.iterdir()) == []
-    play(sink, Incident(actor="scorer", kind="odd", message="late"), closed(1), update(1), update(1))
+    feed(sink, Incident(actor="scorer", kind="odd", message="late"), closed(1), update(1), update(1))
     sink.write(update(2))
     sink.flush()
     steps = [event.step for event in events_in(next(tmp_path.iterdir())) if event.summary.value]

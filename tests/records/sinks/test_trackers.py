@@ -81,7 +81,7 @@ def sink_of(kind: str, folder: Path, first_step: int = 0, **settings: Any) -> Si
     return {"wandb": WandbSink, "trackio": TrackioSink}[kind](run, MetricsConfig(**settings))
 
 
-def play(sink: Sink, *messages: object) -> None:
+def feed(sink: Sink, *messages: object) -> None:
     sink.open()
     for message in messages:
         sink.write(message)
@@ -92,7 +92,7 @@ def play(sink: Sink, *messages: object) -> None:
 
 def test_a_run_is_told_with_its_config_and_steps(tmp_path: Path, kind: str, tracker: Tracker) -> None:
     texts = ("46\ud800", "45")
-    play(sink_of(kind, tmp_path), closed(1, texts=texts), update(1, loss=0.5), closed(2), update(2, loss=0.25))
+    feed(sink_of(kind, tmp_path), closed(1, texts=texts), update(1, loss=0.5), closed(2), update(2, loss=0.25))
     [init] = tracker.inits
     assert init["config"] == {"learner": {"lr": 1e-6}}
     assert init["project"] == "troupe"
@@ -110,8 +110,8 @@ def test_wandb_is_told_where_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyP
     made = Tracker()
     monkeypatch.setitem(sys.modules, "wandb", made)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    play(sink_of("wandb", tmp_path, wandb_project="sums", wandb_entity="us", wandb_name="first"))
-    play(sink_of("wandb", tmp_path, wandb_mode="online"))
+    feed(sink_of("wandb", tmp_path, wandb_project="sums", wandb_entity="us", wandb_name="first"))
+    feed(sink_of("wandb", tmp_path, wandb_mode="online"))
     first, second = made.inits
     assert (first["project"], first["entity"], first["name"], first["mode"]) == ("sums", "us", "first", "offline")
     assert (second["name"], second["mode"], second["resume"], second["dir"]) == (
@@ -125,9 +125,9 @@ def test_wandb_is_told_where_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_resumed_run_is_the_same_one_and_has_each_step_once(tmp_path: Path, kind: str, tracker: Tracker) -> None:
-    play(sink_of(kind, tmp_path), *(update(step) for step in range(1, 6)))
-    play(sink_of(kind, tmp_path, 3), *(update(step) for step in range(4, 8)))  # 4 and 5 are made once more
-    play(sink_of(kind, tmp_path, 7), update(8))
+    feed(sink_of(kind, tmp_path), *(update(step) for step in range(1, 6)))
+    feed(sink_of(kind, tmp_path, 3), *(update(step) for step in range(4, 8)))  # 4 and 5 are made once more
+    feed(sink_of(kind, tmp_path, 7), update(8))
     assert tracker.steps == [1, 2, 3, 4, 5, 6, 7, 8]
     name = "id" if kind == "wandb" else "name"
     assert len({init[name] for init in tracker.inits}) == 1
@@ -141,17 +141,17 @@ def test_a_resumed_run_is_the_same_one_and_has_each_step_once(tmp_path: Path, ki
 def test_a_run_that_was_killed_before_its_first_checkpoint_stays_the_same_one(
     tmp_path: Path, kind: str, tracker: Tracker
 ) -> None:
-    play(sink_of(kind, tmp_path), update(1), update(2))
-    play(sink_of(kind, tmp_path), update(1), update(2), update(3))
+    feed(sink_of(kind, tmp_path), update(1), update(2))
+    feed(sink_of(kind, tmp_path), update(1), update(2), update(3))
     assert tracker.steps == [1, 2, 3]
     assert tracker.inits[0]["name"] == tracker.inits[1]["name"]
 
 
 def test_steps_that_a_kill_left_untold_are_told_by_the_next_start(tmp_path: Path, kind: str, tracker: Tracker) -> None:
-    play(sink_of(kind, tmp_path), update(1), update(2))
+    feed(sink_of(kind, tmp_path), update(1), update(2))
     lines = [{"step": step, "version": step, "loss": step / 8, "kl": None} for step in range(1, 8)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step":')
-    play(sink_of(kind, tmp_path, 5), update(6, loss=0.75))
+    feed(sink_of(kind, tmp_path, 5), update(6, loss=0.75))
     assert tracker.rows == [(1, {}), (2, {}), *((step, {"loss": step / 8}) for step in range(3, 7))]
 
 
@@ -160,7 +160,7 @@ def test_what_the_tracker_knows_counts_more_than_our_file(tmp_path: Path, kind: 
     (tmp_path / f"{kind}.json").write_text('{"id":"x","step":5}')
     tracker.resumed, tracker.offline, tracker.starting_step = True, False, 4
     tracker._next_step = 4  # type: ignore[attr-defined]
-    play(sink_of(kind, tmp_path, 5), update(6))
+    feed(sink_of(kind, tmp_path, 5), update(6))
     assert tracker.steps == [4, 5, 6]
 
 
@@ -171,7 +171,7 @@ def test_an_offline_run_is_told_anew_what_a_killed_start_told(
     monkeypatch.setitem(sys.modules, "wandb", made := Tracker())
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step":{step}}}\n' for step in range(1, 6)))
     (tmp_path / "wandb.json").write_text(f'{{"id":"x","step":5,"kept":{kept}}}')
-    play(sink_of("wandb", tmp_path, 5), update(6))
+    feed(sink_of("wandb", tmp_path, 5), update(6))
     assert made.steps == told
     assert json.loads((tmp_path / "wandb.json").read_bytes()) == {"id": "x", "step": 6, "kept": 6}
 
@@ -179,14 +179,14 @@ def test_an_offline_run_is_told_anew_what_a_killed_start_told(
 def test_two_runs_have_two_names(tmp_path: Path, kind: str, tracker: Tracker) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        play(sink_of(kind, folder), update(1))
+        feed(sink_of(kind, folder), update(1))
     name = "id" if kind == "wandb" else "name"
     assert tracker.inits[0][name] != tracker.inits[1][name]
 
 
 def test_a_file_that_a_crash_has_cut_begins_another_run(tmp_path: Path, kind: str, tracker: Tracker) -> None:
     (tmp_path / f"{kind}.json").write_bytes(b'{"id":')
-    play(sink_of(kind, tmp_path, 3), update(4))
+    feed(sink_of(kind, tmp_path, 3), update(4))
     assert tracker.steps == [4]
 
 
@@ -194,7 +194,7 @@ def test_what_it_does_not_care_for_is_not_told(tmp_path: Path, kind: str, tracke
     sink = sink_of(kind, tmp_path)
     sink.flush()
     sink.close()
-    play(sink, Incident(actor="scorer", kind="odd", message="late"), closed(1))
+    feed(sink, Incident(actor="scorer", kind="odd", message="late"), closed(1))
     assert tracker.rows == []
 
 

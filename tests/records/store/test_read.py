@@ -23,7 +23,7 @@ from troupe.records.store.read import Query, StoredRun, open_store
 STATES: list[ClosedState] = ["trained", "filtered", "quarantined"]
 
 
-def played(step: int, place: int) -> GroupClosed:
+def closed_group(step: int, place: int) -> GroupClosed:
     scores = [None if (step + place + i) % 4 == 0 else (7 * step + 3 * place + 5 * i) % 11 / 10 for i in range(3)]
     message = closed(step, place, scores, state=STATES[(step + place) % 3])
     assert message.scored is not None
@@ -31,7 +31,7 @@ def played(step: int, place: int) -> GroupClosed:
     return msgspec.structs.replace(message, scored=msgspec.structs.replace(message.scored, scores=others))
 
 
-GROUPS = [played(step, place) for step in (1, 2, 3) for place in (0, 1)]
+GROUPS = [closed_group(step, place) for step in (1, 2, 3) for place in (0, 1)]
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_overview(run: StoredRun) -> None:
     ]
     [start] = overview.starts
     assert (start.start, start.unix_s, start.pid, start.first_step, start.troupe) == (1, 50.0, os.getpid(), 0, "0.9")
-    assert run.newest_step() == 3
+    assert run.step_range() == (1, 3)
     assert run.reward_names() == ["r", 'it\'s "odd"']
 
 
@@ -153,13 +153,13 @@ def test_it_reads_what_is_there_while_the_run_writes(tmp_path: Path) -> None:
         assert (empty.steps, empty.newest_step, empty.rewards, empty.groups) == (0, None, {}, {})
         assert run.reward_names() == []
         for step in (1, 2):
-            sink.write(played(step, 0))
+            sink.write(closed_group(step, 0))
             sink.write(update(step))
             sink.flush()
             assert found(run) == [v[2:4] for v in values() if v[1] <= step and v[2] % 2 == 0]
         reading = run.completions(Query())
         next(reading)
-        sink.write(played(3, 0))
+        sink.write(closed_group(3, 0))
         sink.write(update(3))
         sink.flush()  # although a reader is in the middle
         assert len(list(reading)) == 5
@@ -180,7 +180,7 @@ def test_what_a_killed_run_has_in_its_log_is_read_and_stays(
 ) -> None:
     sink = SqliteSink(folder / STORE, first_step=3)
     sink.open()
-    sink.write(played(4, 0))
+    sink.write(closed_group(4, 0))
     sink.write(update(4))
     sink.flush()
     killed = tmp_path_factory.mktemp("killed")
@@ -191,7 +191,7 @@ def test_what_a_killed_run_has_in_its_log_is_read_and_stays(
     assert before[f"{STORE}-wal"] > 0
     for _ in range(2):
         with open_store(killed) as run:
-            assert run.newest_step() == 4
+            assert run.step_range() == (1, 4)
     assert {path.name: path.stat().st_size for path in killed.iterdir()} == before
 
 

@@ -188,11 +188,6 @@ class StoredRun:
         finally:
             ask("COMMIT")
 
-    def newest_step(self) -> int | None:
-        """The newest step that is stored."""
-        step: int | None = self._connection.execute("SELECT max(step) FROM steps").fetchone()[0]
-        return step
-
     def has_step(self, step: int) -> bool:
         """Whether anything of a step is stored: itself, or groups that ended with it."""
         tables = ("steps", "groups")
