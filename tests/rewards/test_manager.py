@@ -395,6 +395,16 @@ async def test_an_actors_faults_are_summed_by_kind() -> None:
     assert judge.samples[0].completion_ids == ()
 
 
+async def test_a_score_that_raises_when_it_is_read_is_a_fault() -> None:
+    class Unreadable:
+        def __float__(self) -> float:
+            raise RuntimeError("away")
+
+    async with manager(Judge(lambda sample: Unreadable())) as rewards:
+        result = await rewards.compute_rewards(["p"], ["a"])
+    assert [incident.kind for incident in result.incidents] == ["reward_error"]
+
+
 async def test_an_actor_that_breaks_the_contract_ends_everything() -> None:
     async with manager(Judge(lambda sample: "good")) as rewards:
         with pytest.raises(RewardError, match="reward Judge returned 'good'"):

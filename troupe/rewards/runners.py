@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import anyio
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor, RewardSample
-from troupe.rewards.calling import Caller
+from troupe.rewards.calling import Attempt, Caller
 from troupe.rewards.convention import Reward, Scope, checked_score, own_copy, reward_code, reward_scope
 from troupe.rewards.faults import Fault, described, is_own_failure
 from troupe.rewards.isolation import end_tasks, in_own_task
@@ -88,8 +90,8 @@ class ActorRunner(Runner):
         faults: dict[int, Fault] = {}
 
         async def score_one(index: int) -> None:
-            call = partial(self._call, _sample(batch, index))
-            answer = await self.caller.run(call, self.caller.limited, patient=batch.patient)
+            call = partial(in_own_task, partial(self._actor.score, _sample(batch, index)))
+            answer = await self.caller.run(call, partial(self._attempting, index), patient=batch.patient)
             if isinstance(answer, Fault):
                 faults[index] = answer
             else:
@@ -98,10 +100,13 @@ class ActorRunner(Runner):
         await together([partial(score_one, index) for index in range(batch.size)])
         return finite(scores, summed(faults, batch.size), RewardLog(batch.size), frozenset(faults))
 
-    async def _call(self, sample: RewardSample) -> float | None:
+    @contextmanager
+    def _attempting(self, index: int) -> Iterator[Attempt]:
         try:
-            with self.watch.watching(), under_way(self.name, reward_code(self._actor), in_turns=True):
-                return checked_score(await in_own_task(partial(self._actor.score, sample)), self.name, sample.index)
+            code = reward_code(self._actor)
+            with self.caller.limited() as attempt, self.watch.watching(), under_way(self.name, code, in_turns=True):
+                yield attempt
+                attempt.outcome = checked_score(attempt.outcome, self.name, index)
         finally:
             if self.watch.found is not None:
                 raise RewardError(
