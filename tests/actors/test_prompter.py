@@ -341,7 +341,9 @@ async def test_the_successor_of_a_prompter_that_failed_amid_sending_issues_the_r
             failures += 1
             stage.prompter = stage.another()
             await (
-                stage.prompter.start() if stage.ledger.heeded is None else stage.prompter.handle(stage.ledger.heeded)
+                stage.prompter.start()
+                if stage.ledger.last_acted_on is None
+                else stage.prompter.handle(stage.ledger.last_acted_on)
             )
     assert failures == (nth < 7)
     assert await stage.issued() == [0, 1, 2, 3, 1 + STRIDE, 2 + STRIDE, 4]

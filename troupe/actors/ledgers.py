@@ -30,7 +30,7 @@ class PromptLedger(msgspec.Struct, kw_only=True):
     held: tuple[str, ...] = ()
     """Why no step may be begun now."""
     draining: bool = False
-    heeded: Any = None
+    last_acted_on: Any = None
     """The message that was acted upon last: a Prompter that gets it once more has nothing left to do but to send."""
 
 

@@ -1,4 +1,4 @@
-"""Metrics: takes every report of the play and hands it to the sinks and to those who listen."""
+"""Metrics: takes every report of the run and hands it to the sinks and to those who listen."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Metrics(Actor):
             self._sinks.write(span)
 
     def _step_times(self) -> dict[str, float]:
-        """Where the time since the last Update went; see `StepTimes`."""
+        """Where the time since the last Update went."""
         doing = [span for reporter in self._reporters for span in reporter.doing]
         return self._times.end_step(self._clock(), doing)
 

@@ -48,19 +48,19 @@ class Prompter(Actor):
         self._replaces = replaces
 
     async def start(self) -> None:
-        """Issue as many prompts as there are credits, unless a request is waiting already: then it is heeded first."""
+        """Issue as many prompts as there are credits, unless a request is waiting already: then it comes first."""
         if not len(self.inbox):
             await self._issue()
 
     async def handle(self, message: GroupClosed | Replace | Hold | Pause | Resume | Step | Drain) -> None:
         """A closed group makes room for the next, one that is not trained on for its replacement; the others say which
         steps may be begun."""
-        if message is not self._ledger.heeded:
-            self._heed(message)
-            self._ledger.heeded = message
+        if message is not self._ledger.last_acted_on:
+            self._act_on(message)
+            self._ledger.last_acted_on = message
         await self._issue()
 
-    def _heed(self, message: GroupClosed | Replace | Hold | Pause | Resume | Step | Drain) -> None:
+    def _act_on(self, message: GroupClosed | Replace | Hold | Pause | Resume | Step | Drain) -> None:
         ledger = self._ledger
         match message:
             case GroupClosed(gid=gid):

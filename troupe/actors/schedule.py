@@ -3,7 +3,7 @@
 The prompts form one endless stream, epoch after epoch, each epoch a permutation of the rows drawn from the seed.
 Step k, place j is element k·P + j of that stream, so the cursor of a run is derived from k alone, no row is left out
 at the end of an epoch, and every step is full. Replacements (attempt ≥ 1) come from a stream of their own for every
-step, so they do not shift the others. Knows nothing of actors.
+step, so they do not shift the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """η, how many versions old the weights may be that a trained token was sampled from; at most (η + 1)·P groups are
     alive. 0 is strictly on-policy; with 1, generation of a step overlaps scoring and learning of the step before."""
     on_stale: OnStale = "drop"
-    """In `free`, what becomes of tokens that are older when their step begins; see `OnStale`."""
+    """In `free`, what becomes of tokens that are older when their step begins."""
     generator: Literal["auto", "thread", "process"] = "auto"
     """Where the generator runs: in a thread of the training process, or in processes of its own. `auto`: a process
     where it works beside the learner (max_staleness ≥ 1) on a CPU, whose threads MLX keeps from overlapping, or where
@@ -60,7 +60,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Micro-batches that the learner differentiates at a time, each on a core of its own with one thread of OpenBLAS;
     at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as there are
     cores for it if the work is worth it, but 1 where the generator works in the same process meanwhile. On a GPU it is
-    always 1. Give 1 where several runs play in one process and are to be reproducible: OpenBLAS belongs to all."""
+    always 1. Give 1 where several runs share one process and are to be reproducible: OpenBLAS belongs to all."""
     watchdog_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     """Seconds without movement after which an incident says who waits for what; 0: never."""
 
@@ -90,7 +90,7 @@ class PromptSchedule:
         shuffle: bool,
         opened: Callable[[PromptText, tuple[int, ...]], str] = lambda prompt, ids: "",
     ) -> None:
-        """`opened`: what a prompt, with these ids, has written of the thoughts; see `policy.opened_thought`."""
+        """`opened`: what a prompt, with these ids, has written of the thoughts."""
         self.batch_size = batch_size
         self.rows = len(dataset)
         """Prompts an epoch."""

@@ -1,7 +1,7 @@
 """What a run as a whole is at, or waits for, put into one line when somebody asks. It changes nothing.
 
-While actors play it is read off their open spans; before and after, a `Progress` says it. Times are on
-`time.perf_counter`. Knows nothing of who shows it.
+While actors run it is read off their open spans; before and after, a `Progress` says it.
+Times are on `time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Wait(Protocol):
 
 
 class Progress:
-    """What is done while no actor plays: a few fields that whoever does it sets, from any thread."""
+    """What is done while no actor runs: a few fields that whoever does it sets, from any thread."""
 
     def __init__(self) -> None:
         self.what = ""

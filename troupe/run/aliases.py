@@ -1,7 +1,7 @@
 """What others call our settings: TRL's GRPOConfig and its command line, mlx-lm-lora, mlx-lm.
 
 One table. The command line and the configuration answer a foreign name with it, and `scripts/alias_tables.py` writes
-it into docs/coming-from-trl.md. Data only; quick to import, and knows nothing of ours but names.
+it into docs/coming-from-trl.md. Data only, and quick to import.
 """
 
 from __future__ import annotations

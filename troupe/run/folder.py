@@ -1,5 +1,5 @@
 """The folder that a run writes in: chosen, taken before anything is loaded, kept from other runs, and left as it was
-found where nothing came of it. Knows nothing of what is written there but the config."""
+found where nothing came of it."""
 
 from __future__ import annotations
 

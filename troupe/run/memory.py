@@ -2,7 +2,7 @@
 
 Functions of settings and lengths alone, never of what is free at the moment: the same config makes the same choices,
 and the resolved config holds them. Everything is counted for the longest prompt and for completions of full length.
-Knows nothing of actors. In words: docs/memory.md.
+In words: docs/memory.md.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
     for choice in (fastest, *others):
         phases = _phases(config, work, choice)
         if peak_bytes(phases) <= _usable_gb(limit_gb) * GB:
-            told = (_told(config, choice, phases, limit_gb),)
+            told = (_notice(config, choice, phases, limit_gb),)
             room_gb = _decode_room_gb(phases, _usable_gb(limit_gb)) / max(_processes(config), 1)
             each_gb = _process_bytes(config, phases, room_gb) / GB / (1.0 - RESERVE)
             return Plan(
@@ -302,7 +302,7 @@ def _check_decode_limit(config: RunConfig, work: Workload) -> None:
         )
 
 
-def _told(config: RunConfig, choice: _Choice, phases: Phases, limit_gb: float) -> str:
+def _notice(config: RunConfig, choice: _Choice, phases: Phases, limit_gb: float) -> str:
     P, rows = _most_prompts(config), config.learner.batch_size * config.generation.num_generations
     micro = choice.micro_batches
     measures = [

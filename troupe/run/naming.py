@@ -1,6 +1,6 @@
 """From a name that we do not have to the nearest of ours: another spelling, another section, somebody else's word.
 
-Pure functions over names; knows neither what keys mean nor which commands there are.
+Pure functions over names.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from troupe.rewards import RewardManager
 from troupe.run.config import RunConfig
 from troupe.run.inputs import Inputs
 from troupe.run.resume.changes import ChangesLog
-from troupe.run.resume.check import Identity, Resumption, as_begun, newest_checkpoint, reinstated
+from troupe.run.resume.check import Resumption
 from troupe.run.resume.groups import Restored, restored_free, restored_pinned
+from troupe.run.resume.newest import Identity, as_begun, newest_checkpoint, reinstated
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +116,7 @@ def _changes(
     checkpoint: Checkpoint | None,
     rewards: RewardManager,
 ) -> tuple[tuple[Change, ...], tuple[Change, ...], list[str]]:
-    """What was changed while the run played, what this start changes of that, and what the user should know.
+    """What was changed while the run was live, what this start changes of that, and what the user should know.
 
     Rewards that were exchanged before the checkpoint have their places again.
     """

@@ -1,6 +1,6 @@
-"""What a play is doing, read off its actors and mailboxes when somebody asks. It changes nothing.
+"""What a run is doing, read off its actors and mailboxes when somebody asks. It changes nothing.
 
-The functions take the cast in the order in which work flows, and times on `time.perf_counter`.
+The functions take the actors in the order in which work flows, and times on `time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def live_groups(
 
 
 def gid_of(message: object) -> int | None:
-    """The group that a message carries through the play."""
+    """The group that a message carries."""
     match message:
         case Prompt() | GroupClosed():
             return message.gid

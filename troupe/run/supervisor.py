@@ -44,7 +44,7 @@ T = TypeVar("T", Update, Incident, GroupClosed)
 
 
 class Supervisor:
-    """Plays a run: `async with Supervisor(config, rewards=[...]) as run`.
+    """Runs a run: `async with Supervisor(config, rewards=[...]) as run`.
 
     Entering loads and checks everything (InputError before anything is written) and starts the run; leaving waits
     until it has ended and raises what made it fail. An error in the body cancels the run.
@@ -69,7 +69,7 @@ class Supervisor:
         self.notices: tuple[str, ...] = ()
         """What the user should know, one line each; filled on entering."""
         self.lost: tuple[str, ...] = ()
-        """Those of them that tell of steps which files of the run have lost since it was played last."""
+        """Those of them that tell of steps which files of the run have lost since it ran last."""
         self._rewards = rewards
         self._resume = resume
         self._allow_changes = tuple(allow_changes)
@@ -188,7 +188,7 @@ class Supervisor:
 
     @property
     def pausing(self) -> bool:
-        """Whether `pause` was asked for last, not `resume`; the status says so a moment later, when it is heeded."""
+        """Whether `pause` was asked for last, not `resume`; the status says so a moment later, when it is acted on."""
         return self._pausing
 
     def pause(self) -> None:
@@ -246,9 +246,9 @@ class Supervisor:
             await self._prepared.inputs.rewards.examine(name, anchored_reward(value, Path.cwd()))
 
     def set(self, key: str, value: Any) -> None:
-        """Ask for another value of one of the keys that may change while a run plays: `learner.lr`, from the next step
-        on; `rewards.NAME`, a text as the config's, from the next step that is begun (see `exchange_reward`);
-        `checkpoint.every`; `schedule.watchdog_s`. A resume keeps to it.
+        """Ask for another value of one of the keys that may change while a run is live: `learner.lr`, from the next
+        step on; `rewards.NAME`, a text as the config's, from the next step that is begun; `checkpoint.every`;
+        `schedule.watchdog_s`. A resume keeps to it.
 
         ConfigError for another key, or a value that the config would refuse. What fails later is an incident.
         """

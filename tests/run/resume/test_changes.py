@@ -118,15 +118,15 @@ def test_what_may_be_set() -> None:
         (
             "learner.beta",
             0.1,
-            r"set learner.beta: cannot change while a run plays; what can: learner.lr, rewards.NAME, ",
+            r"set learner.beta: cannot change while a run is live; what can: learner.lr, rewards.NAME, ",
         ),
         ("learner.beta", 0.1, r"resume it with --allow-change learner.beta"),
-        ("seed", 1, r"set seed: cannot change while a run plays; what can: .*log.level$"),
+        ("seed", 1, r"set seed: cannot change while a run is live; what can: .*log.level$"),
         ("learner.lrr", 1, r"set learner.lrr: there is no such key to be set; what can: learner.lr"),
         ("lr", 1, r"set lr: there is no such key to be set: it is learner.lr here; what can: learner.lr"),
         ("learning_rate", 1, r"there is no such key to be set: it is learner.lr here \(the same default, 1e-6\); what"),
         ("rewards.q", "length", r"set rewards.q: there is no such key to be set; what can: rewards.r, rewards.s$"),
-        ("rewards.timeout_s", 3, r"set rewards.timeout_s: cannot change while a run plays; what can: rewards.r, "),
+        ("rewards.timeout_s", 3, r"set rewards.timeout_s: cannot change while a run is live; what can: rewards.r, "),
         ("rewards.NAME", "length", r"set rewards.NAME: there is no such key"),
         ("rewards.r", 5, r"set rewards.r: 5 is no text; name a reward as the config does"),
         ("log.level", "debug", r"set log.level: only a daemon keeps a log of its own"),
@@ -185,7 +185,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / CHANGES).mkdir()
-    with pytest.raises(ConfigError, match="the changes made while the run played cannot be read"):
+    with pytest.raises(ConfigError, match="the changes made while the run was live cannot be read"):
         ChangesLog(tmp_path).read()
 
 

@@ -160,7 +160,7 @@ async def test_what_cannot_be_set_is_refused_at_once_and_the_run_goes_on(
     wrong = [
         ("learner.lr", -1.0, "learner.lr is -1.0"),
         ("learner.lr", "fast", "learner.lr is 'fast'"),
-        ("learner.batch_size", 8, "cannot change while a run plays"),
+        ("learner.batch_size", 8, "cannot change while a run is live"),
         ("learner.learning_rate", 0.1, "there is no such key"),
         ("rewards.nobody", "length", "rewards.weigh_ids"),
     ]

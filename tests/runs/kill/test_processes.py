@@ -244,7 +244,7 @@ def test_a_run_in_a_shell_answers_every_question_from_another(bench: Path) -> No
         ask("checkpoint")
         refused = start("set", out, "learner.batch_size=8", cwd=bench)
         code, _, complaint = ended(refused)
-        assert (code, "cannot change while a run plays" in complaint) == (3, True)
+        assert (code, "cannot change while a run is live" in complaint) == (3, True)
         ask("resume")
         until(lambda: status()["step"] > stood + 2, run)
         ask("drain")

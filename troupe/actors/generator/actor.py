@@ -68,7 +68,7 @@ class Generator(Actor):
         self._decode_text = decode_text
         self._seed = seed
         self._most_at_once = most_at_once
-        self._there: list[Prompt] = []
+        self._undecoded: list[Prompt] = []
         self._device = device
         self._engine: RolloutEngine
 
@@ -87,9 +87,9 @@ class Generator(Actor):
             if prompts := self._rounds.gather(message):
                 await self._decode_pinned(prompts)
             return
-        self._there.append(message)
-        if len(self._there) == self._most_at_once or not len(self.inbox):
-            prompts, self._there = self._there, []
+        self._undecoded.append(message)
+        if len(self._undecoded) == self._most_at_once or not len(self.inbox):
+            prompts, self._undecoded = self._undecoded, []
             await self._decode_newest(prompts)
 
     async def _decode_pinned(self, prompts: list[Prompt]) -> None:

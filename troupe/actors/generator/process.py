@@ -51,8 +51,8 @@ _INCIDENTS, _SPANS = 256, 4096
 _MADE_EVERY_S = 1.0
 
 
-async def play(connection: Connection) -> None:
-    """Play the part from the first frame to the end of the connection."""
+async def run_generator(connection: Connection) -> None:
+    """Run a generator from the first frame to the end of the connection."""
     setup = decode_in_process(await connection.receive())
     assert isinstance(setup, Setup)
     if setup.on_cpu:
@@ -61,14 +61,14 @@ async def play(connection: Connection) -> None:
         with linux_cpu.blas_limited(setup.blas_threads), memory_limited(setup.limit_gb):
             if setup.on_cpu:
                 linux_cpu.take_buffers(1 + (setup.blas_threads or 1))
-            await _Part(connection, setup).play()
+            await _GeneratorProcess(connection, setup).run()
     except TroupeError as error:
         await connection.send(encode(Refused(kind=type(error).__name__, message=str(error))))
         while True:
             await connection.receive()  # until the run has read it and closes
 
 
-class _Part:
+class _GeneratorProcess:
     """The generator with its wires."""
 
     def __init__(self, connection: Connection, setup: Setup) -> None:
@@ -97,14 +97,14 @@ class _Part:
             ),
         )
 
-    async def play(self) -> None:
+    async def run(self) -> None:
         async with AsyncExitStack() as devices:
             await devices.enter_async_context(self._device)
             await devices.enter_async_context(self._loader)
             await self._connection.send(encode(Ready()))
-            await together([self._listen, self._perform, self._tell_made])
+            await together([self._listen, self._generate, self._tell_made])
 
-    async def _perform(self) -> None:
+    async def _generate(self) -> None:
         await together([self._generator.run, self._tell])
         await self._connection.send(encode(Ended()))
 
@@ -155,4 +155,4 @@ def _load(path: Path) -> Weights:
 
 
 if __name__ == "__main__":
-    serve(play)
+    serve(run_generator)

@@ -112,8 +112,8 @@ class RemoteGenerator(Actor):
         self._board = board
         self._files = files
         self._device = device
-        self._there: list[Prompt] = []
-        self._told, self._telling = -1, anyio.Event()
+        self._unsent: list[Prompt] = []
+        self._shared, self._sharing = -1, anyio.Event()
         self._decoding: dict[int, tuple[list[Prompt], set[int]]] = {}
         """Group → the prompts that are done with together with its own, and those of them that are still open."""
         self._processes: list[_Process] = []
@@ -163,10 +163,10 @@ class RemoteGenerator(Actor):
             if prompts := self._rounds.gather(message):
                 await self._decode([prompts], self._board.pinned_for(message.slot.step))
             return
-        self._there.append(message)
+        self._unsent.append(message)
         if not len(self.inbox):
-            await self._until_told(self._board.version)
-            prompts, self._there = self._there, []
+            await self._until_shared(self._board.version)
+            prompts, self._unsent = self._unsent, []
             await self._decode([[prompt] for prompt in prompts], None)
 
     async def finish(self) -> None:
@@ -213,7 +213,7 @@ class RemoteGenerator(Actor):
             return
         with self.report.span("wait for policy", kind="wait"):
             weights = await self._board.get(version)
-        await self._tell_of(version, weights, processes)
+        await self._send_weights(version, weights, processes)
 
     async def _follow(self) -> None:
         """Tell every process of each new version, the newest where several came at once."""
@@ -221,20 +221,20 @@ class RemoteGenerator(Actor):
         with self._following:
             while True:
                 version, weights = await self._board.newer_than(version)
-                await self._tell_of(version, weights, self._processes)
+                await self._send_weights(version, weights, self._processes)
                 del weights  # not held while the next one is waited for
-                self._told = version
-                self._telling.set()
-                self._telling = anyio.Event()
+                self._shared = version
+                self._sharing.set()
+                self._sharing = anyio.Event()
 
-    async def _until_told(self, version: int) -> None:
+    async def _until_shared(self, version: int) -> None:
         """Wait until every process has been told of this version or of a newer one."""
-        if self._told < version:
+        if self._shared < version:
             with self.report.span("wait for policy", kind="wait"):
-                while self._told < version:
-                    await self._telling.wait()
+                while self._shared < version:
+                    await self._sharing.wait()
 
-    async def _tell_of(self, version: int, weights: Weights, processes: Sequence[_Process]) -> None:
+    async def _send_weights(self, version: int, weights: Weights, processes: Sequence[_Process]) -> None:
         self._files.keep(self._board.kept)
         for process in processes:
             self._files.lend(version)

@@ -42,7 +42,7 @@ class WeightsFiles:
         self._lock: int | None = None
         self._lent: Counter[int] = Counter()
         self._kept: frozenset[int] = frozenset()
-        self._there: set[int] = set()
+        self._written: set[int] = set()
 
     def write(self, version: int, weights: Weights) -> Path:
         """The file of a version; written unless it is there. RunError where the disk has no room."""
@@ -51,7 +51,7 @@ class WeightsFiles:
             self._open(self._at_once * needed)
         assert self._folder is not None
         path = self._path(version)
-        if version in self._there:
+        if version in self._written:
             return path
         try:
             _check_room(self._folder, needed)
@@ -62,7 +62,7 @@ class WeightsFiles:
                 f"{path}: the weights for the generator's process could not be written: {error}; make room, or set "
                 "schedule.generator to thread"
             ) from None
-        self._there.add(version)
+        self._written.add(version)
         return path
 
     def lend(self, version: int) -> None:
@@ -87,13 +87,13 @@ class WeightsFiles:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        self._there.clear()
+        self._written.clear()
 
     def _tidy(self) -> None:
         # a copy: the thread that writes may add to it at any moment
-        for version in [v for v in tuple(self._there) if v not in self._kept and not self._lent[v]]:
+        for version in [v for v in tuple(self._written) if v not in self._kept and not self._lent[v]]:
             self._path(version).unlink(missing_ok=True)
-            self._there.remove(version)
+            self._written.remove(version)
             del self._lent[version]
 
     def _path(self, version: int) -> Path:

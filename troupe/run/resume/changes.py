@@ -25,7 +25,7 @@ from troupe.run.tables import anchored_reward
 from troupe.runtime.files import sync
 
 LIVE_KEYS = ("learner.lr", "rewards.NAME", "checkpoint.every", "schedule.watchdog_s", "log.level")
-"""What may be set while a run plays. NAME is a reward's, and its value what `rewards.functions` takes; `log.level` is
+"""What may be set while a run is live. NAME is a reward's, and its value what `rewards.functions` takes; `log.level` is
 the daemon's own."""
 
 _ADDING = threading.Lock()
@@ -33,7 +33,7 @@ _ADDING = threading.Lock()
 
 
 def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str] | None) -> Any:
-    """The value, as the config would hold it, of a key that is to be set while a run plays.
+    """The value, as the config would hold it, of a key that is to be set while a run is live.
 
     `rewards`: their names; None where they are not known yet. ConfigError for a key that may not be set now, or a value
     that the config would refuse.
@@ -51,7 +51,7 @@ def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str]
     if key not in LIVE_KEYS or section == "rewards":
         names = [f"rewards.{reward}" for reward in rewards or ()] if section == "rewards" else list(LIVE_KEYS)
         known = key in known_keys()
-        problem = "cannot change while a run plays" if known else "there is no such key to be set"
+        problem = "cannot change while a run is live" if known else "there is no such key to be set"
         if not known and section != "rewards" and (meaning := ours_for(key, known_keys())) is not None:
             problem += f": {describe_meaning(meaning)}"
         remedy = f"; for others: end the run, and resume it with --allow-change {key}" if _may_be_allowed(key) else ""
@@ -60,7 +60,7 @@ def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str]
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """What a start of a run begins with, of all that may be set while it plays."""
+    """What a start of a run begins with, of all that may be set while it is live."""
 
     rates: tuple[tuple[int, float], ...] = ()
     """First step → peak learning rate, rising; before that the config's."""
@@ -100,7 +100,9 @@ class ChangesLog:
         except FileNotFoundError:
             return ()
         except OSError as error:
-            raise ConfigError(f"{self._path}: the changes made while the run played cannot be read: {error}") from None
+            raise ConfigError(
+                f"{self._path}: the changes made while the run was live cannot be read: {error}"
+            ) from None
         changes = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:

@@ -1,7 +1,6 @@
 """What a run that goes on from a checkpoint does with the groups that were under way.
 
 A checkpoint keeps of a group what cannot be had again: completions and scores. Prompts are made anew from slot and row.
-Knows nothing of actors.
 """
 
 from __future__ import annotations

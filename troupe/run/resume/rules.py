@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
 MACHINE = "machine"
 """Allows all of the next ones."""
 MACHINE_KEYS = tuple(f"{MACHINE}.{name}" for name in ("device", "mlx", "system", "compiler", "blas", "tf32"))
-"""What is no key of the config and decides the bits, too: that of the machine (see `arithmetic`)."""
+"""What is no key of the config and decides the bits, too: that of the machine."""
 
 _WHY_NEVER = {
     "model.path": "a run goes on with the model that it began with",
