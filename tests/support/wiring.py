@@ -47,8 +47,8 @@ from troupe.rewards import RewardManager
 from troupe.run.factories import Factories
 from troupe.run.inputs import Inputs
 from troupe.run.prepare import Prepared
-from troupe.run.resume.newest import Identity
 from troupe.run.resume.groups import Restored
+from troupe.run.resume.newest import Identity
 from troupe.run.start import Start
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox, Overflow
