@@ -54,9 +54,7 @@ def train_on_batch(
     micro-batches are differentiated at a time, each on one of them, which is for processors with several cores; it
     changes no bit. Raises `ValueError` for an argument that is missing, or a learning rate outside [0, 1].
     """
-    rates = _rates(lr, config)
-    if config.beta != 0.0 and ref_weights is None:
-        raise ValueError(f"beta is {config.beta} and there are no ref_weights; give them or set beta = 0")
+    rates = _checked_rates(lr, config, ref_weights)
     gradient = BatchGradient(
         weights,
         batch.without_truncated() if config.mask_truncated_completions else batch,
@@ -71,11 +69,7 @@ def train_on_batch(
     control = entropy_control(state, config)
     new_weights, new_state = dict(weights), dict(state)
     state.clear()
-    adamw: dict[str, Any] = {
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
-    }
+    adamw = _adamw_settings(config)
     passes: list[dict[str, float]] = []
     updated = True
     for rate in rates:
@@ -85,8 +79,7 @@ def train_on_batch(
         figures: list[float] = mx.stack(list(values.values())).tolist()  # type: ignore[assignment] # one transfer
         numbers = dict(zip(values, figures, strict=True))
         passes.append(numbers)
-        updated = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
-        if not updated:
+        if not (updated := math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
             break
         scale = clip_scale(norm, config.max_grad_norm)
         adamw_update_in_place(new_weights, grads, new_state, lr=rate, grad_scale=scale, **adamw)
@@ -99,8 +92,13 @@ def train_on_batch(
     return StepResult(weights=new_weights, optimizer_state=new_state, metrics=summary, updated=updated)
 
 
-def _rates(lr: float | Sequence[float], config: LearnerConfig) -> list[float]:
-    """The learning rate of each pass."""
+def _adamw_settings(config: LearnerConfig) -> dict[str, Any]:
+    betas = config.adam_beta1, config.adam_beta2
+    return {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
+
+
+def _checked_rates(lr: float | Sequence[float], config: LearnerConfig, ref_weights: Weights | None) -> list[float]:
+    """The learning rate of each pass; ValueError where arguments do not fit."""
     rates = [float(lr)] * config.num_iterations if isinstance(lr, int | float) else list(lr)
     if len(rates) != config.num_iterations:
         raise ValueError(
@@ -108,6 +106,8 @@ def _rates(lr: float | Sequence[float], config: LearnerConfig) -> list[float]:
         )
     if outside := [rate for rate in rates if not 0.0 <= rate <= 1.0]:  # also what keeps a finite update finite
         raise ValueError(f"the learning rate is {outside[0]}; give a number from 0 to 1")
+    if config.beta != 0.0 and ref_weights is None:
+        raise ValueError(f"beta is {config.beta} and there are no ref_weights; give them or set beta = 0")
     return rates
 
 
