@@ -29,6 +29,7 @@ class Tracker:
         self.inits: list[dict[str, Any]] = []
         self.rows: list[tuple[int, dict[str, Any]]] = []
         self.finished = 0
+        self.__version__ = "0.43.0"
         self.resumed, self.offline, self.step, self.starting_step = False, True, 0, 0
         self.fails: set[str] = set()
         self.gate: threading.Event | None = None
@@ -162,6 +163,21 @@ def test_what_the_tracker_knows_counts_more_than_our_file(tmp_path: Path, kind: 
     tracker._next_step = 4  # type: ignore[attr-defined]
     feed(sink_of(kind, tmp_path, 5), update(6))
     assert tracker.steps == [4, 5, 6]
+
+
+def test_of_a_trackio_that_we_do_not_know_our_own_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Tracker()
+    made.__version__ = "1.0.0"
+    made._next_step = 4  # type: ignore[attr-defined]
+    for module, there in {
+        "trackio": made,
+        "trackio.run": SimpleNamespace(),
+        "trackio.utils": SimpleNamespace(),
+    }.items():
+        monkeypatch.setitem(sys.modules, module, there)
+    (tmp_path / "trackio.json").write_text('{"id":"x","step":5}')
+    feed(sink_of("trackio", tmp_path, 5), update(6))
+    assert made.steps == [6]
 
 
 @pytest.mark.parametrize(("kept", "told"), [(0, [1, 2, 3, 4, 5, 6]), (3, [4, 5, 6]), (5, [6])])

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def report_page(run: RunPicture) -> str:
         facts=list(_facts(run)),
         progress=None if not run.total_steps else min(100.0, 100.0 * run.step / run.total_steps),
         tiles=list(_tiles(run)),
-        sections=_numbered(sections),
+        sections=sections,
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
         incidents_shown=INCIDENTS_SHOWN,
@@ -223,12 +222,6 @@ def _tiles(run: RunPicture) -> Iterator[Tile]:
         yield Tile("peak memory", words.size(1e9 * max(peaks)))
     incidents = sum(run.incidents.values())
     yield Tile("incidents", f"{incidents:,}", ", ".join(list(run.incidents)[:2]))
-
-
-def _numbered(sections: Sequence[Section]) -> list[tuple[Section, list[int]]]:
-    """(section, numbers of its charts on the page)."""
-    numbers = count()
-    return [(section, [next(numbers) for _ in section.charts]) for section in sections]
 
 
 def _talks(run: RunPicture) -> Iterator[Talk]:

@@ -25,6 +25,8 @@ from troupe.runtime.files import drafted
 
 _PATIENCE = 0.8
 """Part of `sink_timeout_s` after which a tracker gives up by itself, and so can say why."""
+_TRACKIO = "0."
+"""Versions of trackio in which a run knows its next step."""
 _COLUMNS = ("step", "prompt", "completion", "reward", "scores", "tokens")
 
 
@@ -163,7 +165,9 @@ class TrackioSink(_Tracker):
         )
 
     def _newest_there(self) -> int:
-        following = getattr(self._there, "_next_step", None)  # it writes twice a second, so a kill may cost it steps
+        # it writes twice a second, so a kill may cost it steps; of a version that we do not know it costs points
+        is_known = str(getattr(package("trackio"), "__version__", "")).startswith(_TRACKIO)
+        following = getattr(self._there, "_next_step", None) if is_known else None
         return max(0, following - 1) if isinstance(following, int) else super()._newest_there()
 
 
