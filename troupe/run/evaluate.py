@@ -5,7 +5,7 @@ The same engine, rewards and batch as in a run, called one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,7 +186,7 @@ async def _complete(
     engine = policy.engine(generation)
     requests = [RolloutRequest(prompt_ids=prompt_ids[i], key=(seed, step, i, 0)) for i in places]
     decoding = await device.run(engine.decode, requests)
-    completed = await device.run(_in_order, _counted(decoding, progress), on_cancel=engine.abort)
+    completed = await device.run(_in_order, decoding, progress, on_cancel=engine.abort)
     groups = []
     for place, group in zip(places, completed, strict=True):
         row = dataset[place]
@@ -205,15 +205,14 @@ async def _complete(
     return groups
 
 
-def _counted(groups: Iterable[CompletedGroup], progress: Progress | None) -> Iterator[CompletedGroup]:
+def _in_order(groups: Iterable[CompletedGroup], progress: Progress | None) -> list[CompletedGroup]:
+    """All of them, counted as they come."""
+    completed = []
     for group in groups:
+        completed.append(group)
         if progress is not None:
             progress.done += 1
-        yield group
-
-
-def _in_order(groups: Iterable[CompletedGroup]) -> list[CompletedGroup]:
-    return sorted(groups, key=lambda group: group.index)
+    return sorted(completed, key=lambda group: group.index)
 
 
 def _accuracy(dataset: PromptDataset, texts: Sequence[str]) -> float | None:

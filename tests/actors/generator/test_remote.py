@@ -60,10 +60,15 @@ class Stage:
     """A remote generator; version 0 is on the board."""
 
     def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, does: str = "", *, setups: Sequence[Setup] = (SETUP,)
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        does: str = "",
+        *,
+        setups: Sequence[Setup] = (SETUP,),
+        module: str = CHILD,
     ) -> None:
         monkeypatch.setenv("CHILD_DOES", does)
-        monkeypatch.setattr(remote_generator, "MODULE", CHILD)
         self.reports, self.inbox, self.scorer = Reports(), Mailbox("generator"), Mailbox("scorer")
         self.prompts: Channel[Prompt] = self.inbox.channel("prompts", Prompt, bound=9)
         self.board: PolicyBoard[Any] = PolicyBoard(1)
@@ -79,6 +84,7 @@ class Stage:
             board=self.board,
             files=self.files,
             device=device_thread("weights"),
+            module=module,
             handed_over=self.handed_over,
             report=self.reports.reporter("generator"),
         )
@@ -255,8 +261,7 @@ async def test_faults_of_the_process_are_faults_of_the_actor(
 
 
 async def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(tmp_path, monkeypatch)
-    monkeypatch.setattr(remote_generator, "MODULE", "tests.actors.no_such_module")
+    stage = Stage(tmp_path, monkeypatch, module="tests.actors.no_such_module")
     with pytest.raises(RunError, match=r"(?s)exit code 1; its last lines:.*No module named tests\.actors\.no_such"):
         await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
 
@@ -277,8 +282,7 @@ async def test_what_no_restart_mends_is_final(
 async def test_a_folder_without_tokenizer_is_refused_by_the_process_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Stage(tmp_path, monkeypatch)
-    monkeypatch.setattr(remote_generator, "MODULE", "troupe.actors.generator.process")
+    stage = Stage(tmp_path, monkeypatch, module="troupe.actors.generator.process")
     with pytest.raises(ModelError, match="/nowhere"):
         await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.fakes import same_bits
 from troupe.actors.generator import weights_files
-from troupe.actors.generator.weights_files import WeightsFiles, remove_leftovers
+from troupe.actors.generator.weights_files import WeightsFiles, free_bytes, remove_leftovers
 from troupe.errors import RunError
 
 WEIGHTS = {"a": mx.array([[1.0, -2.5], [3.0, 1e-30]]), "b": mx.array([1, 2, 3]).astype(mx.bfloat16)}
@@ -78,20 +78,16 @@ def test_a_file_goes_when_it_is_not_kept_and_nobody_reads_it(files: WeightsFiles
     files.close()
 
 
-def test_the_run_folder_serves_where_memory_has_no_room(
-    monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, tmp_path: Path, memory: Path
-) -> None:
-    monkeypatch.setattr(weights_files, "_free", lambda place: 100 if place == memory else 10**12)
+def test_the_run_folder_serves_where_memory_has_no_room(files: WeightsFiles, tmp_path: Path, memory: Path) -> None:
+    files.free = lambda place: 100 if place == memory else 10**12
     assert files.write(0, WEIGHTS).is_relative_to(tmp_path / "run")
     assert list(memory.iterdir()) == []
     files.close()
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_no_room_anywhere_is_told_before_anything_is_written(
-    monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(weights_files, "_free", lambda place: 100)
+def test_no_room_anywhere_is_told_before_anything_is_written(files: WeightsFiles, tmp_path: Path) -> None:
+    files.free = lambda place: 100
     with pytest.raises(RunError, match=r"take 8\.2e-07 GB of files, but .*memory has 1e-07 GB .*schedule\.generator"):
         files.write(0, WEIGHTS)
     assert names(tmp_path) == []
@@ -101,10 +97,10 @@ def test_room_that_is_gone_later_is_told_and_leaves_no_half_file(
     monkeypatch: pytest.MonkeyPatch, files: WeightsFiles, tmp_path: Path
 ) -> None:
     files.write(0, WEIGHTS)
-    monkeypatch.setattr(weights_files, "_free", lambda place: 100)
+    files.free = lambda place: 100
     with pytest.raises(RunError, match=r"00000001\.safetensors: .* could not be written: 4\.1e-07 GB are needed"):
         files.write(1, WEIGHTS)
-    monkeypatch.undo()
+    files.free = free_bytes
 
     faults: list[Exception] = [OSError(errno.ENOSPC, "No space left"), RuntimeError("the card is gone")]
 

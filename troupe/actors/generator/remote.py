@@ -48,7 +48,6 @@ from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.reporter import Reporter
 
-MODULE = "troupe.actors.generator.process"
 M = TypeVar("M")
 
 
@@ -99,11 +98,13 @@ class RemoteGenerator(Actor):
         board: PolicyBoard[Weights],
         files: WeightsFiles,
         device: DeviceThread,
+        module: str = "troupe.actors.generator.process",
         handed_over: set[int] | None = None,
         recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`setups`: one a process. `device`: the thread that writes files. `handed_over` and `recorded` are as for
+        """`setups`: one a process. `device`: the thread that writes files. `module`: what each
+        process runs. `handed_over` and `recorded` are as for
         `Rounds`."""
         super().__init__(inbox, [groups], report)
         self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded)
@@ -112,6 +113,7 @@ class RemoteGenerator(Actor):
         self._board = board
         self._files = files
         self._device = device
+        self._module = module
         self._unsent: list[Prompt] = []
         self._shared, self._sharing = -1, anyio.Event()
         self._decoding: dict[int, tuple[list[Prompt], set[int]]] = {}
@@ -135,7 +137,7 @@ class RemoteGenerator(Actor):
         """Start the processes, all at once."""
         with self.report.span("start process"):
             for _ in self._setups:
-                self._processes.append(_Process(await ChildProcess.start(MODULE)))
+                self._processes.append(_Process(await ChildProcess.start(self._module)))
             async with anyio.create_task_group() as starting:
                 for process, setup in zip(self._processes, self._setups, strict=True):
                     starting.start_soon(self._begin, process, setup)

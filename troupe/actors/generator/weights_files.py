@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class WeightsFiles:
     def __init__(self, run: Path, *, at_once: int, shared_memory: Path = SHARED_MEMORY) -> None:
         """`run`: the run folder, where the files lie if memory has no room for them. `at_once`: how many files there
         may be at the same time."""
+        self.free: Callable[[Path], int] = free_bytes
+        """Bytes that are free at a place."""
         self._places = (shared_memory, run)
         self._at_once = at_once
         self._folder: Path | None = None
@@ -54,7 +56,7 @@ class WeightsFiles:
         if version in self._written:
             return path
         try:
-            _check_room(self._folder, needed)
+            self._check_room(needed)
             with drafted(path) as draft, draft.open("wb") as file:
                 file.writelines(safetensors_chunks(weights))
         except (OSError, RuntimeError) as error:
@@ -100,13 +102,18 @@ class WeightsFiles:
         assert self._folder is not None
         return self._folder / f"{version:08d}.safetensors"
 
+    def _check_room(self, needed: int) -> None:
+        assert self._folder is not None
+        if (free := self.free(self._folder)) < needed:
+            raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
+
     def _open(self, needed: int) -> None:
         tried = []
         for place in self._places:
             if not (place.is_dir() and os.access(place, os.W_OK)):
                 continue
-            tried.append(f"{place} has {_free(place) / 1e9:.3g} GB free")
-            if _free(place) >= needed:
+            tried.append(f"{place} has {self.free(place) / 1e9:.3g} GB free")
+            if self.free(place) >= needed:
                 self._folder, self._lock = _locked_folder(place)
                 return
         raise RunError(
@@ -149,11 +156,7 @@ def _locked_folder(place: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _free(place: Path) -> int:
+def free_bytes(place: Path) -> int:
+    """That its file system has for us."""
     room = os.statvfs(place)
     return room.f_bavail * room.f_frsize
-
-
-def _check_room(place: Path, needed: int) -> None:
-    if (free := _free(place)) < needed:
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")

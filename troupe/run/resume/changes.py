@@ -54,7 +54,8 @@ def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str]
         problem = "cannot change while a run is live" if known else "there is no such key to be set"
         if not known and section != "rewards" and (meaning := ours_for(key, known_keys())) is not None:
             problem += f": {describe_meaning(meaning)}"
-        remedy = f"; for others: end the run, and resume it with --allow-change {key}" if _may_be_allowed(key) else ""
+        may_be_allowed = known and rule_of(key) != "never"
+        remedy = f"; for others: end the run, and resume it with --allow-change {key}" if may_be_allowed else ""
         raise ConfigError(f"set {key}: {problem}; what can: {', '.join(names)}{remedy}")
     return value_of(with_value(config, key, value, f"set {key}"), key)
 
@@ -162,10 +163,6 @@ def in_force(changes: Sequence[Change], key: str) -> list[tuple[int, Any]]:
             schedule = [(step, value) for step, value in schedule if step < change.step]
             schedule.append((change.step, change.value))
     return schedule
-
-
-def _may_be_allowed(key: str) -> bool:
-    return key in known_keys() and rule_of(key) != "never"
 
 
 def _write_all(descriptor: int, line: bytes, start: int) -> None:
