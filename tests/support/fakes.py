@@ -231,6 +231,11 @@ def weigh_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 13 / 13 for ids in completion_ids]
 
 
+def ones(completions: list[str], **_: Any) -> list[float]:
+    """A reward that is the same for everybody, and so teaches nothing."""
+    return [1.0] * len(completions)
+
+
 def often_equal(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """A reward that many groups agree on."""
     return [float(sum(ids) % 5 == 0) for ids in completion_ids]

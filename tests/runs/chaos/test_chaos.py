@@ -18,7 +18,7 @@ pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tra
 
 PLAYS, BLOCK = 1000, 50
 FAST = 150
-"""Plays that the ordinary tests have; the others are slow."""
+"""Runs that the ordinary tests have; the others are slow."""
 
 PLAIN = Plan(
     seed=1,
@@ -100,7 +100,7 @@ def test_a_calm_play_takes_hardly_any_time() -> None:
     assert report.ledger.written[-1] == report.ledger.final == 4
 
 
-# What the plays would catch: each of these breaks one rule of the house.
+# What the runs would catch: each of these breaks one rule of the house.
 
 
 def test_a_group_that_is_closed_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-class Played(NamedTuple):
+class Run(NamedTuple):
     """What a run came to."""
 
     ledger: Ledger
@@ -67,7 +67,7 @@ async def parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-def play(
+def run_with_faults(
     folder: Path,
     schedule: str,
     actor: str,
@@ -75,7 +75,7 @@ def play(
     *,
     at_stop: bool = False,
     reward: Callable[..., Any] = coarse,
-) -> Played:
+) -> Run:
     config = RunConfig(
         seed=3,
         output=tempfile.mkdtemp(dir=folder),  # a run that ended is in the way of the next
@@ -89,19 +89,19 @@ def play(
     slow = Slow()
     factories = stage_factories(prepared_run(config, rewards, rows=5), slow, ledger)
 
-    async def perform() -> RunResult:
+    async def body() -> RunResult:
         async with Supervisor(config, factories=factories) as run:
             await run.wait()
         return run.result
 
     with faults.injected():
-        result = virtual_time.run(perform)
-    return Played(ledger, result, faults)
+        result = virtual_time.run(body)
+    return Run(ledger, result, faults)
 
 
-def assert_whole(played: Played) -> None:
+def assert_whole(run: Run) -> None:
     """Nothing was lost, nothing doubled."""
-    ledger = played.ledger
+    ledger = run.ledger
     assert not ledger.broken
     assert ledger.closed.keys() == ledger.issued.keys()
     assert set(ledger.closed.values()) == {1}
@@ -109,26 +109,26 @@ def assert_whole(played: Played) -> None:
     assert [update.step for update in ledger.updates] == [1, 2]
     assert sorted(set(ledger.written)) == [1, 2]
     assert ledger.final == STEPS
-    assert played.result.closed_groups.keys() == ledger.states.keys()
+    assert run.result.closed_groups.keys() == ledger.states.keys()
 
 
 def assert_faults_leave_no_trace(
     folder: Path, schedule: str, actor: str, *, every: int, in_a_row: int, reward: Callable[..., Any] = coarse
 ) -> None:
-    calm = play(folder, schedule, actor, reward=reward)
+    calm = run_with_faults(folder, schedule, actor, reward=reward)
     assert_whole(calm)
     for point in itertools.count(0, every):
-        played = play(folder, schedule, actor, tuple(range(point, point + in_a_row)), reward=reward)
-        where = played.faults.places[point : point + in_a_row]
-        if not where:  # the play was over before
+        run = run_with_faults(folder, schedule, actor, tuple(range(point, point + in_a_row)), reward=reward)
+        where = run.faults.places[point : point + in_a_row]
+        if not where:  # the run was over before
             assert point >= 10
             return
-        assert_whole(played)
-        restarts = played.result.incidents.get("actor_restarted", 0)
+        assert_whole(run)
+        restarts = run.result.incidents.get("actor_restarted", 0)
         assert 1 <= restarts <= len(where), where  # faults of two tasks at once are one failure
         if schedule != "free":  # there the groups of a step depend on time, which a restart takes
-            assert played.ledger.learned == calm.ledger.learned, where
-            assert played.result.closed_groups == calm.result.closed_groups, where
+            assert run.ledger.learned == calm.ledger.learned, where
+            assert run.result.closed_groups == calm.result.closed_groups, where
 
 
 @pytest.mark.parametrize("actor", ACTORS)
@@ -151,18 +151,18 @@ def test_faults_at_any_await_one_after_the_other(tmp_path: Path, schedule: str, 
 
 @pytest.mark.parametrize("actor", ACTORS)
 def test_a_fault_at_stop_is_told_and_nothing_else(tmp_path: Path, actor: str) -> None:
-    played = play(tmp_path, "pinned, overlapping", actor, at_stop=True)
-    assert_whole(played)
-    assert played.result.incidents["stop_failed"] == 1
-    played = play(tmp_path, "pinned, overlapping", actor, (7,), at_stop=True)
-    assert_whole(played)
-    assert (played.result.incidents["stop_failed"], played.result.incidents["actor_restarted"]) == (2, 1)
+    run = run_with_faults(tmp_path, "pinned, overlapping", actor, at_stop=True)
+    assert_whole(run)
+    assert run.result.incidents["stop_failed"] == 1
+    run = run_with_faults(tmp_path, "pinned, overlapping", actor, (7,), at_stop=True)
+    assert_whole(run)
+    assert (run.result.incidents["stop_failed"], run.result.incidents["actor_restarted"]) == (2, 1)
 
 
 @pytest.mark.parametrize("actor", ACTORS)
 def test_an_actor_that_goes_on_failing_ends_the_run(tmp_path: Path, actor: str) -> None:
     with pytest.raises(RunError, match=rf"{actor} failed: InjectedError: at .* restarted 3 times within 60 s"):
-        play(tmp_path, "pinned, overlapping", actor, tuple(range(7, 99)))
+        run_with_faults(tmp_path, "pinned, overlapping", actor, tuple(range(7, 99)))
 
 
 @pytest.mark.parametrize("place", ["decode", "text", "reward", "disk"])

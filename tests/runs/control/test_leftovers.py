@@ -82,16 +82,16 @@ def test_nothing_is_left_behind(
         ragged_model, tmp_path, schedule__max_staleness=1, schedule__generator=generator, learner__max_steps=4
     )
 
-    async def play() -> None:
+    async def run_it() -> None:
         async with Supervisor(config, [weigh_ids]) as run:
             await body(run)
 
     before = belongings()
     if body is raising:
         with pytest.raises(LookupError, match="mine"):
-            anyio.run(play)
+            anyio.run(run_it)
     else:
-        anyio.run(play)
+        anyio.run(run_it)
     assert belongings() == before
     assert list((tmp_path / "temporary").iterdir()) == []
     assert not {path.name for path in (tmp_path / "run").iterdir()} & {"run.lock", "control.sock", "control.lock"}

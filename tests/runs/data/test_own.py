@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import troupe
-from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_prompts
+from tests.support.fakes import ones, same_bits, tiny_config, weigh_ids, write_prompts
 from tests.support.runs import STORED, completions, done, lines, policy_of, refused, summary, train, write_jsonl
 
 TRAIN = ("train", "-m", "m", "-o", "out", "--num-generations", "2", "--batch-size", "2", "--max-steps", "1")
@@ -184,9 +184,6 @@ def test_a_single_prompt_fills_every_step_with_one_pass_after_the_other(tmp_path
 def test_a_single_prompt_without_signal_is_tried_as_often_as_asked_and_the_run_ends(
     tmp_path: Path, ragged_model: Path
 ) -> None:
-    def ones(completions: list[str], **_: Any) -> list[float]:
-        return [1.0] * len(completions)
-
     sampling = {"learner__dynamic_sampling": True, "learner__max_resampling_attempts": 2, "learner__max_steps": 2}
     result = troupe.train(with_data(ragged_model, tmp_path, [{"prompt": "only"}], **sampling), [ones])
     assert result.complete

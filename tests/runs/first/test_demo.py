@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_demo(out: Path, *flags: str, **environment: str) -> dict[str, Any]:
-    """Play `troupe train -o OUT` in a process of its own, outside the repository; its summary.json."""
+    """Run `troupe train -o OUT` in a process of its own, outside the repository; its summary.json."""
     command = [sys.executable, "-m", "troupe", "train", "-o", str(out), *flags]
     env = os.environ | environment
     done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The free schedule, played whole: every group closes once, nobody waits for ever, what is too old is dealt with."""
+"""The free schedule in whole runs: every group closes once, nobody waits for ever, what is too old is dealt with."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def until(there: Callable[[], Any], process: Process | None = None) -> None:
 
 
 @contextmanager
-def playing(*arguments: str | Path, cwd: Path, **more: str) -> Iterator[Process]:
+def started(*arguments: str | Path, cwd: Path, **more: str) -> Iterator[Process]:
     """A process that is gone afterwards, whatever happens."""
     process = start(*arguments, cwd=cwd, **more)
     try:
@@ -135,7 +135,7 @@ def test_a_run_that_is_interrupted_saves_and_resume_goes_on_as_if_nothing_had_be
     bench: Path, whole: Path, number: signal.Signals
 ) -> None:
     out, gate = bench / number.name, bench / f"{number.name}.gate"
-    with playing("train", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as run:
+    with started("train", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as run:
         until(lambda: steps_in(out) >= 2, run)
         run.send_signal(number)
         assert run.stderr is not None
@@ -154,7 +154,7 @@ def test_a_run_that_is_interrupted_saves_and_resume_goes_on_as_if_nothing_had_be
 def test_a_run_that_is_killed_loses_nothing_that_it_had_told(bench: Path, whole: Path) -> None:
     out, gate = bench / "killed", bench / "never.gate"
     for steps in (1, 2, 3):
-        with playing("train", "run.toml", "-o", out, "--resume", cwd=bench, GATE=str(gate)) as run:
+        with started("train", "run.toml", "-o", out, "--resume", cwd=bench, GATE=str(gate)) as run:
             until(lambda steps=steps: steps_in(out) >= steps and list_checkpoints(out), run)  # type: ignore[misc]
             run.kill()
     assert "killed" in said("status", out, cwd=bench)
@@ -166,7 +166,7 @@ def test_a_run_that_is_killed_loses_nothing_that_it_had_told(bench: Path, whole:
 
 def test_three_impatient_interrupts_leave_at_once_and_what_was_saved_is_whole(bench: Path, whole: Path) -> None:
     out = bench / "impatient"
-    with playing("train", "run.toml", "-o", out, cwd=bench) as run:
+    with started("train", "run.toml", "-o", out, cwd=bench) as run:
         until(lambda: list_checkpoints(out), run)
         for _ in range(3):
             run.send_signal(signal.SIGINT)
@@ -221,7 +221,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_and_gives_the_terminal_back(bench: Path
 
 def test_a_run_in_a_shell_answers_every_question_from_another(bench: Path) -> None:
     out = bench / "asked"
-    with playing("train", "long.toml", "-o", out, "--set", "learner.lr_scheduler=constant", cwd=bench) as run:
+    with started("train", "long.toml", "-o", out, "--set", "learner.lr_scheduler=constant", cwd=bench) as run:
         until(lambda: steps_in(out) >= 1, run)
 
         def status() -> dict[str, Any]:
@@ -259,7 +259,7 @@ def test_a_run_in_a_shell_answers_every_question_from_another(bench: Path) -> No
 
 def test_stop_from_another_shell_ends_at_once_and_resume_goes_on(bench: Path, whole: Path) -> None:
     out, gate = bench / "stopped", bench / "stopped.gate"
-    with playing("train", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as run:
+    with started("train", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as run:
         until(lambda: steps_in(out) >= 1, run)
         said("stop", out, cwd=bench)
         gate.touch()
@@ -274,7 +274,7 @@ def test_the_daemon_brings_a_killed_trainer_back_and_the_policy_is_the_one_of_a_
     bench: Path, whole: Path
 ) -> None:
     out, gate = bench / "kept", bench / "kept.gate"
-    with playing("daemon", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as daemon:
+    with started("daemon", "run.toml", "-o", out, cwd=bench, GATE=str(gate)) as daemon:
         until(lambda: steps_in(out) >= 2, daemon)
         listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         children = [int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == daemon.pid]

@@ -32,7 +32,7 @@ def config_of(model: Path, folder: Path, **settings: Any) -> RunConfig:
     return tiny_config(model, folder, **given | settings)
 
 
-async def play(config: RunConfig, harm: Callable[[], object] = lambda: None, **settings: Any) -> RunResult:
+async def run_it(config: RunConfig, harm: Callable[[], object] = lambda: None, **settings: Any) -> RunResult:
     """A run to its end; `harm` is done while the step after `AT` is scored."""
     calls = count()
 
@@ -103,7 +103,7 @@ async def test_a_run_whose_folder_is_taken_away_ends_and_its_own_folder_goes_on(
         folder.symlink_to(tmp_path / "own")
     own: list[Path | None] = []
     with pytest.raises(FolderGoneError, match="was taken away from under the run"):
-        await play(config, lambda: own.append(harm(folder)))
+        await run_it(config, lambda: own.append(harm(folder)))
     [now] = own
     there = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     made = {"checkpoints", "checkpoints/step-00000001", "checkpoints/step-00000001/MANIFEST.json"}
@@ -114,11 +114,11 @@ async def test_a_run_whose_folder_is_taken_away_ends_and_its_own_folder_goes_on(
     assert not {"summary.json", "run.lock", "final"} & {path.name for path in now.iterdir()}
     assert steps_of(now) == stored_steps_of(now)
     resumed = config_of(ragged_model, tmp_path / "inputs", output=str(now))
-    result = await play(resumed, resume=True)
+    result = await run_it(resumed, resume=True)
     assert result.complete
     assert not result.incidents
     assert steps_of(now) == stored_steps_of(now) == list(range(1, STEPS + 1))
-    await play(config_of(ragged_model, tmp_path / "whole"))
+    await run_it(config_of(ragged_model, tmp_path / "whole"))
     assert same_bits(final_of(now), final_of(tmp_path / "whole" / "run"))
     known = {Path(name).name for (name,) in in_store(now, "SELECT folder FROM checkpoints WHERE removed_at IS NULL")}
     assert known == {path.name for path in list_checkpoints(now)}, "the store knows them in the new place, too"
@@ -138,13 +138,13 @@ async def test_one_that_is_stopped_meanwhile_writes_no_checkpoint_elsewhere(tmp_
         await anyio.lowlevel.checkpoint()
         return score(completion_ids)
 
-    async def run_it() -> None:
+    async def stop_it() -> None:
         async with Supervisor(config_of(ragged_model, tmp_path), [in_the_loop]) as run:
             runs.append(run)
             await run.wait()
 
     with pytest.raises(FolderGoneError):
-        await run_it()
+        await stop_it()
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -155,7 +155,7 @@ async def test_what_fails_because_the_folder_is_gone_is_told_as_that(tmp_path: P
             raise RunError("no room for the weights")
 
     with pytest.raises(FolderGoneError):
-        await play(config_of(ragged_model, tmp_path), factories=Factories(trainer=Failing))
+        await run_it(config_of(ragged_model, tmp_path), factories=Factories(trainer=Failing))
 
 
 async def test_a_store_and_metrics_that_are_deleted_are_begun_anew_and_told(tmp_path: Path, ragged_model: Path) -> None:
@@ -167,7 +167,7 @@ async def test_a_store_and_metrics_that_are_deleted_are_begun_anew_and_told(tmp_
         for path in [*folder.glob("run.sqlite*"), folder / "metrics.jsonl", folder / "run.toml"]:
             path.unlink()
 
-    result = await play(config_of(ragged_model, tmp_path), harm)
+    result = await run_it(config_of(ragged_model, tmp_path), harm)
     assert result.complete
     assert result.incidents == {"file_lost": 3}
     assert is_as_written(folder / "run.toml")
@@ -186,7 +186,7 @@ async def test_checkpoints_that_are_taken_away_are_told_and_the_next_one_is_ther
             pass
         folder.rename(tmp_path / "away")
 
-    result = await play(config_of(ragged_model, tmp_path), harm)
+    result = await run_it(config_of(ragged_model, tmp_path), harm)
     assert result.complete
     assert result.incidents == {"checkpoints_gone": 1}
     assert final_of(tmp_path / "run")

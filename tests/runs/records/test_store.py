@@ -24,17 +24,17 @@ pytestmark = pytest.mark.anyio
 WITH_STORE = {"metrics__sinks": ["jsonl", "sqlite"]}
 
 
-async def play(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = False, ask_at: int = 0) -> RunResult:
+async def run_to(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = False, drain_at: int = 0) -> RunResult:
     async with Supervisor(config, [reward], resume=resume) as run:
         async for update in run.updates():
-            if update.step == ask_at:
+            if update.step == drain_at:
                 run.drain()
     return run.result
 
 
 async def test_the_store_of_a_run_has_all_that_happened(tmp_path: Path, ragged_model: Path) -> None:
     config = tiny_config(ragged_model, tmp_path, checkpoint__every=2, metrics__store_log_probs=True, **WITH_STORE)
-    result = await play(config)
+    result = await run_to(config)
     folder = Path(result.folder)
     found = completions(folder)
     assert [(c.step, c.gid, c.sample) for c in found] == [
@@ -61,9 +61,9 @@ async def test_over_resumes_everything_stands_once(tmp_path: Path, ragged_model:
     }
     whole = tiny_config(ragged_model, tmp_path / "whole", **settings)
     parts = tiny_config(ragged_model, tmp_path / "parts", **settings)
-    await play(whole, often_equal)
+    await run_to(whole, often_equal)
     for stop_at in (1, 3, 0):
-        result = await play(parts, often_equal, resume=stop_at != 1, ask_at=stop_at)
+        result = await run_to(parts, often_equal, resume=stop_at != 1, drain_at=stop_at)
     assert result.complete
     assert completions(tmp_path / "parts" / "run") == completions(tmp_path / "whole" / "run")
     path = tmp_path / "parts" / "run" / "run.sqlite"
@@ -74,11 +74,11 @@ async def test_over_resumes_everything_stands_once(tmp_path: Path, ragged_model:
 async def test_rows_past_the_checkpoint_are_made_anew(tmp_path: Path, ragged_model: Path) -> None:
     """As after a kill: the store is three steps ahead of the newest checkpoint."""
     config = tiny_config(ragged_model, tmp_path, checkpoint__every=1, **WITH_STORE)
-    folder = Path((await play(config)).folder)
+    folder = Path((await run_to(config)).folder)
     before = completions(folder)
     for step in (2, 3, 4):
         (folder / "checkpoints" / f"step-{step:08}" / "MANIFEST.json").unlink()
-    await play(config, resume=True)
+    await run_to(config, resume=True)
     assert completions(folder) == before
     assert rows(folder / "run.sqlite", "SELECT start, step FROM steps ORDER BY step") == [
         (1, 1),
@@ -101,7 +101,7 @@ async def test_a_store_that_fails_for_a_while_is_whole_in_the_end(
 
     monkeypatch.setattr(StoreWriter, "add_step", fails_five_times)
     config = tiny_config(ragged_model, tmp_path, checkpoint__every=1, **WITH_STORE)
-    result = await play(config)
+    result = await run_to(config)
     assert result.complete
     assert result.switched_off_sinks == {}
     assert result.incidents == {"sink_failing": 1, "sink_back": 1}

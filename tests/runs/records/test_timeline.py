@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.support.fakes import delayed, tiny_config, weigh_ids
+from tests.support.fakes import delayed, ones, tiny_config, weigh_ids
 from tests.support.trace_events import Slice, Trace, read_trace
 from troupe import Supervisor, train
 from troupe.records.sinks import sinks as sink_threads
 
-STAGES = ["issue", "hand over", "score weigh_ids", "learn", "close: trained"]
+STATIONS = ["issue", "hand over", "score weigh_ids", "learn", "close: trained"]
 
 
-def played(folder: Path, rewards: list[Any], model: Path, **settings: Any) -> tuple[Trace, list[dict[str, Any]]]:
+def traced(folder: Path, rewards: list[Any], model: Path, **settings: Any) -> tuple[Trace, list[dict[str, Any]]]:
     config = tiny_config(model, folder, **settings)
     train(config, rewards)
     trace = read_trace(json.loads((folder / "run" / "trace.json").read_text()))
@@ -32,11 +32,11 @@ def steps_of(trace: Trace) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_every_group_can_be_followed_through_the_play(max_staleness: int, tmp_path: Path, tiny_model: Path) -> None:
-    trace, lines = played(tmp_path, [delayed(1)], tiny_model, schedule__max_staleness=max_staleness)
+def test_every_group_can_be_followed_through_the_run(max_staleness: int, tmp_path: Path, tiny_model: Path) -> None:
+    trace, lines = traced(tmp_path, [delayed(1)], tiny_model, schedule__max_staleness=max_staleness)
     ways = steps_of(trace)
     assert len(ways) == 8  # 4 steps of 2 groups
-    assert all(way == STAGES for way in ways.values()), ways
+    assert all(way == STATIONS for way in ways.values()), ways
     on = {trace.track_of(piece).split()[0] for piece in trace.slices}
     assert on == {"prompter", "generator", "scorer", "learner", "checkpointer", "metrics"}
     names = {piece.name for piece in trace.slices}
@@ -56,9 +56,9 @@ def test_groups_scored_at_once_lie_in_lanes_and_two_rewards_part_and_meet(tmp_pa
     def other(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [float(len(ids)) for ids in completion_ids]
 
-    trace, _ = played(tmp_path, [delayed(1), delayed(2, reward=other)], tiny_model)
+    trace, _ = traced(tmp_path, [delayed(1), delayed(2, reward=other)], tiny_model)
     ways = steps_of(trace)
-    assert all(sorted(way) == sorted([*STAGES, "score other"]) for way in ways.values()), ways
+    assert all(sorted(way) == sorted([*STATIONS, "score other"]) for way in ways.values()), ways
     for name in ways:
         edges = {(start.name, end.name) for arrow, start, end in trace.arrows if arrow == name}
         assert ("hand over", "score weigh_ids") in edges
@@ -70,11 +70,8 @@ def test_groups_scored_at_once_lie_in_lanes_and_two_rewards_part_and_meet(tmp_pa
 
 
 def test_filtered_groups_are_followed_to_their_end(tmp_path: Path, tiny_model: Path) -> None:
-    def same(completions: list[str], **_: Any) -> list[float]:
-        return [1.0] * len(completions)
-
     settings = {"learner__dynamic_sampling": True, "learner__max_resampling_attempts": 1, "learner__max_steps": 1}
-    trace, _ = played(tmp_path, [same], tiny_model, **settings)
+    trace, _ = traced(tmp_path, [ones], tiny_model, **settings)
     assert [way[-1] for way in steps_of(trace).values()] == ["close: filtered"] * 4
 
 
@@ -124,9 +121,9 @@ async def test_a_sink_that_hangs_does_not_hang_the_run(
 
 @pytest.mark.slow
 def test_the_generators_process_has_tracks_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
-    trace, lines = played(tmp_path, [delayed(1)], tiny_model, schedule__generator="process", schedule__max_staleness=1)
+    trace, lines = traced(tmp_path, [delayed(1)], tiny_model, schedule__generator="process", schedule__max_staleness=1)
     ways = steps_of(trace)
-    assert all(way == STAGES for way in ways.values()), ways
+    assert all(way == STATIONS for way in ways.values()), ways
     [process] = {piece.process for piece in trace.slices if piece.name == "decode"}
     assert process != 1
     assert lines[0]["time/generator/busy"] > 0.0

@@ -43,7 +43,7 @@ class Judge:
         return [score + mood * i for i, score in enumerate(self._reward(completion_ids=completion_ids))]
 
 
-class Play:
+class Part:
     """A run, or a part of one, and what its sinks were told."""
 
     def __init__(self, config: RunConfig, reward: Any) -> None:
@@ -53,7 +53,7 @@ class Play:
 
     async def to_the_end(
         self, *, resume: bool = False, ask: Callable[[Supervisor, Update], None] | None = None
-    ) -> Play:
+    ) -> Part:
         factories = Factories(sinks=lambda prepared: [self.sink])
         async with Supervisor(self.config, self.rewards, resume=resume, factories=factories) as run:
             async for update in run.updates():
@@ -133,11 +133,11 @@ async def test_a_pinned_run_goes_on_from_any_checkpoint_to_the_same_bits(
     def config(folder: Path) -> RunConfig:
         return config_of(ragged_model, folder, schedule__max_staleness=staleness, **settings)
 
-    whole = await Play(config(tmp_path), Judge(1, reward)).to_the_end()
+    whole = await Part(config(tmp_path), Judge(1, reward)).to_the_end()
     for version in range(1, STEPS):
         folder = tmp_path / str(version)
         cut_back(Path(whole.result.folder), version, folder / "run")
-        rest = await Play(config(folder), Judge(version, reward)).to_the_end(resume=True)
+        rest = await Part(config(folder), Judge(version, reward)).to_the_end(resume=True)
         assert same_bits(rest.final.weights, whole.final.weights)
         assert same_bits(rest.final.optimizer_state, whole.final.optimizer_state)
         assert rest.final.state.num_tokens == whole.final.state.num_tokens
@@ -153,7 +153,7 @@ async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
     kept = 0
     for seed in range(4):
         folder = tmp_path / str(seed)
-        whole = await Play(
+        whole = await Part(
             config_of(ragged_model, folder, schedule__max_staleness=2), Judge(seed, moody=True)
         ).to_the_end()
         cut_back(Path(whole.result.folder), 2, folder / "again" / "run")
@@ -161,7 +161,7 @@ async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
         scored = [*unfinished.collected, *unfinished.scored]
         kept += len(scored)
         judge = Judge(seed + 9, moody=True)
-        rest = await Play(
+        rest = await Part(
             config_of(ragged_model, folder / "again", schedule__max_staleness=2), judge
         ).to_the_end(resume=True)
         scores = {message.gid: message.scored.scores for message in rest.closed if message.scored is not None}
@@ -207,12 +207,12 @@ async def test_a_free_run_goes_on_with_every_prompt_and_trains_none_twice(
     def ask(run: Supervisor, update: Update) -> None:
         run.checkpoint()  # also while a step is being collected
 
-    whole = await Play(config(tmp_path), Judge(1, reward)).to_the_end(ask=ask)
+    whole = await Part(config(tmp_path), Judge(1, reward)).to_the_end(ask=ask)
     check_closed(whole.closed)
     for version in range(1, STEPS):
         folder = tmp_path / str(version)
         cut_back(Path(whole.result.folder), version, folder / "run")
-        rest = await Play(config(folder), Judge(version, reward)).to_the_end(resume=True)
+        rest = await Part(config(folder), Judge(version, reward)).to_the_end(resume=True)
         assert rest.result.complete
         check_closed([message for message in whole.closed if message.version <= version] + rest.closed)
         assert rest.final.state.num_tokens == sum(
@@ -247,7 +247,7 @@ async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who
         run.checkpoint()
 
     async def parted_rounds(folder: Path, late_s: float) -> int:
-        """Play, and go on from every checkpoint → those that were taken while a round had scores in part."""
+        """Run, and go on from every checkpoint → those that were taken while a round had scores in part."""
         asked = 0
 
         async def one_after_the_other(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -258,7 +258,7 @@ async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who
             return [0.0] * len(completion_ids)
 
         rewards = [rank, one_after_the_other]
-        whole = await Play(config(folder), rewards).to_the_end(ask=ask)
+        whole = await Part(config(folder), rewards).to_the_end(ask=ask)
         parted = 0
         for version in range(1, STEPS):
             again = folder / str(version)
@@ -268,7 +268,7 @@ async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who
             steps = Counter(group.slot.step for group in unfinished.open if group.slot not in scored)
             parted += 1 in steps.values()
             with anyio.fail_after(60):
-                rest = await Play(config(again), rewards).to_the_end(resume=True)
+                rest = await Part(config(again), rewards).to_the_end(resume=True)
             check_closed([message for message in whole.closed if message.version <= version] + rest.closed)
         return parted
 
@@ -308,7 +308,7 @@ async def test_with_everything_on_and_stopped_again_and_again_a_pinned_run_comes
         given = {f"schedule__{name}": value for name, value in where.items()}
         return config_of(ragged_model, folder, schedule__max_staleness=staleness, **EVERYTHING | given)
 
-    whole = await Play(config(tmp_path / "whole"), [rank, missing]).to_the_end()
+    whole = await Part(config(tmp_path / "whole"), [rank, missing]).to_the_end()
     dice, parts, again = random.Random(staleness), config(tmp_path / "parts"), False
     closed: list[GroupClosed] = []
     for start in range(6):
@@ -322,7 +322,7 @@ async def test_with_everything_on_and_stopped_again_and_again_a_pinned_run_comes
             if left == 0:
                 run.stop()
 
-        rest = await Play(parts, [rank, missing]).to_the_end(resume=again, ask=ask)
+        rest = await Part(parts, [rank, missing]).to_the_end(resume=again, ask=ask)
         again = True
         closed += rest.closed
     assert rest.result.complete

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.support.fakes import often_equal, same_bits, weigh_ids
+from tests.support.fakes import often_equal, ones, same_bits, weigh_ids
 from tests.support.runs import column, completions, distance, lines, policy_of, train
 from troupe.grpo.config import LossType
 from troupe.policy import Weights, load_policy
@@ -258,9 +258,6 @@ def test_a_learning_rate_of_0_watches_and_learns_nothing(
 def test_weight_decay_makes_matrices_smaller_and_leaves_norms_alone(
     tmp_path: Path, ragged_model: Path, untrained: Weights
 ) -> None:
-    def ones(completions: list[str], **_: Any) -> list[float]:
-        return [1.0] * len(completions)
-
     settings = {"learner__weight_decay": 0.5, "learner__lr": 0.01, "learner__lr_scheduler": "constant"}
     trained = policy_of(train(ragged_model, tmp_path, ones, **settings).folder)
     left = (1 - 0.01 * 0.5) ** 4
