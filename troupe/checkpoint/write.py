@@ -126,6 +126,7 @@ def _new_folder(path: Path, needed_bytes: int, before_block: Callable[[], None] 
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     _check_room(path.parent, needed_bytes + _SMALL_BYTES)
+    before_block()  # having folders on the disk took a while
     try:
         temporary.mkdir()
         folder = _NewFolder(temporary, before_block)

@@ -91,7 +91,6 @@ async def test_rows_past_the_checkpoint_are_made_anew(tmp_path: Path, ragged_mod
 async def test_a_store_that_fails_for_a_while_is_whole_in_the_end(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("troupe.records.sinks.sinks._FIRST_PAUSE_S", 0.001)
     add_step, failures = StoreWriter.add_step, [OSError(28, "No space left on device")] * 5
 
     def fails_five_times(self: StoreWriter, step: StepRows) -> None:
