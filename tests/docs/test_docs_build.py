@@ -58,7 +58,7 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
 @pytest.mark.slow
 def test_the_reference_of_python_has_signatures_and_meanings(site: Path) -> None:
     page = re.sub(r"<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
-    for text in ("Plays a run", "exchange_reward", "Ask the run to end after the steps already begun"):
+    for text in ("Runs a run", "exchange_reward", "Ask the run to end after the steps already begun"):
         assert text in page
 
 

@@ -13,7 +13,7 @@ from scripts.trace_group import MOST_HOPS, REWARDS, trace
 def test_a_group_is_followed_from_its_prompt_to_the_weights(kind: str, tmp_path: Path) -> None:
     seen = trace(REWARDS[kind], tmp_path)
     assert seen.hops[0] == "rewards/manager.py"
-    assert len(seen.hops) <= MOST_HOPS or kind == "a RewardActor", seen.calls
+    assert len(seen.hops) <= MOST_HOPS, seen.calls
     actors = {file for file in seen.stations if file.startswith("actors/")}
     assert {"actors/prompter.py", "actors/scorer.py"} < actors
     assert not actors & {"actors/metrics.py", "actors/checkpointer.py"}
