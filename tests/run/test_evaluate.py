@@ -150,9 +150,7 @@ async def test_rows_without_an_answer_do_not_count_in_the_accuracy(ragged_model:
         assert (await accuracy())[0] == 1.0
 
 
-async def test_rows_past_one_chunk_are_the_same_and_faults_are_told(
-    ragged_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rows_past_one_chunk_are_the_same_and_faults_are_told(ragged_model: Path) -> None:
     policy = load_policy(ragged_model)
     dataset = PromptDataset.from_rows([{"prompt": "abcde"[: 1 + i % 5], "n": i} for i in range(7)])
     ids = [tuple(row.prompt.encode()) for row in dataset if isinstance(row.prompt, str)]
@@ -164,7 +162,6 @@ async def test_rows_past_one_chunk_are_the_same_and_faults_are_told(
 
     results = []
     for rows in (128, 3):
-        monkeypatch.setattr("troupe.run.evaluate._EVAL_ROWS", rows)
         async with DeviceThread("test") as device:
             results.append(
                 await evaluate(
@@ -174,6 +171,7 @@ async def test_rows_past_one_chunk_are_the_same_and_faults_are_told(
                     generation=GenerationConfig(temperature=0.0, max_completion_length=8),
                     device=device,
                     rewards=RewardManager([by_number], config=RewardsConfig(retries=0)),
+                    rows_at_once=rows,
                 )
             )
     whole, chunked = results

@@ -24,7 +24,10 @@ import pytest
 import troupe
 from troupe.errors import FolderGoneError, OutputError
 from troupe.run.config import RunConfig, load_config
+from troupe.run.factories import Factories
 from troupe.run.folder import RunFolder, run_folder
+from troupe.run.prepare import Prepared
+from troupe.run.supervisor import train
 from troupe.runtime.lock import LOCK, LockedError, Owner, RunLock, process_identity, read_owner
 
 HOLD = """
@@ -465,17 +468,17 @@ def test_a_second_start_is_refused_with_the_first_one_s_process_and_touches_noth
     RunFolder.take(config, resume=True).leave()
 
 
-def test_a_second_start_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object, **__: object) -> None:
+def test_a_second_start_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    def load(*_: object, **__: object) -> Prepared:
         raise AssertionError("something is loaded")
 
-    monkeypatch.setattr("troupe.run.supervisor.prepare", load)
+    factories = Factories(prepare=load)
     place = RunFolder.take(config_of(tmp_path), resume=False)
     with pytest.raises(OutputError, match="another run, process"):
-        troupe.train(config_of(tmp_path))
+        train(config_of(tmp_path), factories=factories)
     place.leave()
     with pytest.raises(AssertionError, match="something is loaded"):
-        troupe.train(config_of(tmp_path))
+        train(config_of(tmp_path), factories=factories)
     assert names_in(tmp_path) == set()
 
 

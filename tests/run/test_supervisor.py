@@ -34,8 +34,8 @@ from troupe.daemon.trainer import process as trainer
 from troupe.errors import CheckpointError, OutputError, RewardError, RunError
 from troupe.policy import Weights, load_policy
 from troupe.records.standing import read_standing
-from troupe.run import supervisor
 from troupe.run.config import RunConfig, load_config
+from troupe.run.factories import Factories
 from troupe.run.folder import RunFolder
 from troupe.run.result import RunResult
 
@@ -166,11 +166,10 @@ async def test_groups_come_as_they_end_and_incidents_as_they_happen(tmp_path: Pa
 
 
 async def test_a_slow_reader_gets_the_newest_updates_and_never_stalls_the_run(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ragged_model: Path
 ) -> None:
-    monkeypatch.setattr(supervisor, "_LISTENER_BOUND", 2)
     async with Supervisor(tiny_config(ragged_model, tmp_path), [weigh_ids]) as run:
-        updates = run.updates()
+        updates = run.updates(2)
         first = await anext(updates)
         await run.wait()
         rest = [update.step async for update in updates]
@@ -602,9 +601,7 @@ async def test_resuming_a_run_that_is_done_makes_no_step(tmp_path: Path, ragged_
     assert same_bits(newest_weights(again.folder), weights)
 
 
-async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(
-    tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(tmp_path: Path, ragged_model: Path) -> None:
     done = await play(tiny_config(ragged_model, tmp_path, learner__max_steps=1))
     folder = Path(done.folder)
     assert read_standing(folder).fate == "complete"
@@ -613,10 +610,10 @@ async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(
     def die(*_: Any, **__: Any) -> Any:
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(supervisor, "build_pipeline", die)
-        with pytest.raises(RuntimeError, match="killed"):
-            await Supervisor(longer, [weigh_ids], resume=True, allow_changes=["learner.max_steps"]).__aenter__()
+    killed = Factories(sinks=die)
+    allowed = ["learner.max_steps"]
+    with pytest.raises(RuntimeError, match="killed"):
+        await Supervisor(longer, [weigh_ids], resume=True, allow_changes=allowed, factories=killed).__aenter__()
     stored = load_config(folder / "run.toml")
     assert stored.learner.max_steps == 2
     assert trainer._finished(folder, stored) is None

@@ -31,8 +31,6 @@ from troupe.policy import (
 from troupe.rewards import Reward, RewardManager, default_reward, exact_answer_reward
 from troupe.runtime.device import DeviceThread
 
-_EVAL_ROWS = 128
-
 
 class GroupBatch(msgspec.Struct, frozen=True, kw_only=True):
     """One step's batch: B = prompts × G rows, P and T the longest prompt and completion, evaluated arrays."""
@@ -136,6 +134,7 @@ async def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     tell: Callable[[Incident], None] | None = None,
+    rows_at_once: int = 128,
 ) -> Evaluation:
     """Complete every row once and score it. Greedy where `generation.temperature` is 0, as it should be to compare.
 
@@ -150,8 +149,8 @@ async def evaluate(
     texts: list[str] = []
     scores: dict[str, list[float]] = {}
     incidents: list[Incident] = []
-    for start in range(0, len(dataset), _EVAL_ROWS):
-        places = range(start, min(start + _EVAL_ROWS, len(dataset)))
+    for start in range(0, len(dataset), rows_at_once):
+        places = range(start, min(start + rows_at_once, len(dataset)))
         groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0), progress)
         texts += [group.rollouts[0].text for group in groups]
         if rewards is not None:

@@ -151,12 +151,12 @@ class Supervisor:
             raise RuntimeError("the run has no result yet: leave the `async with` block, or await wait(), first")
         return result
 
-    def updates(self) -> AsyncGenerator[Update, None]:
+    def updates(self, most_waiting: int = _LISTENER_BOUND) -> AsyncGenerator[Update, None]:
         """Every step's Update from now on, until the run ends. A slow reader gets the newest ones only.
 
         Raises RuntimeError where the supervisor was not entered.
         """
-        return self._listen(Update)
+        return self._listen(Update, most_waiting)
 
     def incidents(self) -> AsyncGenerator[Incident, None]:
         """Every incident from now on; otherwise as `updates`."""
@@ -166,10 +166,10 @@ class Supervisor:
         """Every group that ends from now on, with its completions and their scores; otherwise as `updates`."""
         return self._listen(GroupClosed)
 
-    async def _listen(self, kind: type[T]) -> AsyncGenerator[T, None]:
+    async def _listen(self, kind: type[T], most_waiting: int = _LISTENER_BOUND) -> AsyncGenerator[T, None]:
         if self._live is None:
             raise RuntimeError("there is nothing to listen to yet: enter the supervisor with `async with` first")
-        mailbox = self._pipeline.wiring.news.listen(_LISTENER_BOUND, kind)
+        mailbox = self._pipeline.wiring.news.listen(most_waiting, kind)
         try:
             async for message in mailbox:
                 yield message
