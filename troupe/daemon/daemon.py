@@ -247,7 +247,7 @@ class Daemon:
                 case Finished() | Rejected() | Failed():
                     return frame
             if self._history is not None:
-                self._history.take(frame)
+                self._history.add(frame)
 
     def _note_start(self, trainer: Link, started: Started) -> None:
         self._has_run = self._runs = True

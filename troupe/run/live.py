@@ -79,7 +79,7 @@ class LiveRun:
     def remind(self, hint: str) -> None:
         """Say with the notice what can be done next; at once where the status is shown."""
         self._hint = hint
-        if self._pipeline.ledgers.sinks.take(Status):
+        if self._pipeline.ledgers.sinks.do_take(Status):
             self._pipeline.ledgers.sinks.write(self.status())
 
     @property
@@ -214,7 +214,7 @@ class LiveRun:
 
     async def _tell_sinks(self) -> None:
         """Have those sinks that show it know what the run is doing."""
-        while self._pipeline.ledgers.sinks.take(Status):
+        while self._pipeline.ledgers.sinks.do_take(Status):
             self._pipeline.ledgers.sinks.write(self.status())
             await anyio.sleep(_STATUS_EVERY_S)
 

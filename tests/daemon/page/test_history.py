@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 LATE = Incident(actor="scorer", kind="reward_timeout", message="late")
 
 
-def history() -> History:
+def new_history() -> History:
     return History("kind", "/runs/kind", clock=lambda: 1234.56)
 
 
@@ -29,7 +29,7 @@ def stepped(step: int, **metrics: float) -> Stepped:
     return Stepped(step=step, total_steps=9, metrics={"reward": step / 10, **metrics}, incidents={})
 
 
-def playing(step: int) -> Started:
+def started(step: int) -> Started:
     return Started(notices=(), step=step, total_steps=9, speaks=False)
 
 
@@ -38,12 +38,12 @@ def told(events: list[Event]) -> list[tuple[str, Any]]:
 
 
 async def test_who_comes_is_told_everything_and_then_what_is_new() -> None:
-    book = history()
-    book.take(playing(0))
-    book.take(stepped(1))
-    book.take(Happened(incidents=(LATE,), groups=(excerpt(closed(1, 0)),)))
-    book.now(STATUS)
-    events, number = book.since(0)
+    history = new_history()
+    history.add(started(0))
+    history.add(stepped(1))
+    history.add(Happened(incidents=(LATE,), groups=(excerpt(closed(1, 0)),)))
+    history.now(STATUS)
+    events, number = history.since(0)
     assert [kind for kind, _ in told(events)] == ["about", "curves", "group", "incident", "status"]
     by_kind = dict(told(events))
     assert by_kind["about"] == {"run": "kind", "folder": "/runs/kind"}
@@ -51,39 +51,39 @@ async def test_who_comes_is_told_everything_and_then_what_is_new() -> None:
     assert by_kind["incident"] == {"at": 1234.6, "actor": "scorer", "kind": "reward_timeout", "message": "late"}
     assert by_kind["group"]["group"]["samples"][0]["scores"] == {"r": 1.0}
     assert by_kind["status"]["phase"] == STATUS.phase
-    assert book.since(number) == ([], number)
-    book.take(stepped(2, loss=0.5))
-    book.failed("killed")
-    events, number = book.since(number)
+    assert history.since(number) == ([], number)
+    history.add(stepped(2, loss=0.5))
+    history.failed("killed")
+    events, number = history.since(number)
     assert told(events) == [
         ("step", {"step": 2, "figures": {"reward": 0.2, "loss": 0.5}}),
         ("incident", {"at": 1234.6, "actor": "daemon", "kind": "trainer_failed", "message": "killed"}),
     ]
-    assert not book.over
-    book.end("complete", well=True)
-    assert told(book.since(number)[0]) == [("end", {"message": "complete", "well": True})]
-    assert book.over
+    assert not history.over
+    history.end("complete", well=True)
+    assert told(history.since(number)[0]) == [("end", {"message": "complete", "well": True})]
+    assert history.over
 
 
 async def test_a_start_that_makes_steps_again_tells_the_curves_anew() -> None:
-    book = history()
+    history = new_history()
     for step in range(1, 6):
-        book.take(stepped(step))
-    _, number = book.since(0)
-    book.take(playing(2))
-    book.take(stepped(3))
-    assert told(book.since(number)[0]) == [("curves", {"step": [1, 2, 3], "reward": [0.1, 0.2, 0.3]})]
+        history.add(stepped(step))
+    _, number = history.since(0)
+    history.add(started(2))
+    history.add(stepped(3))
+    assert told(history.since(number)[0]) == [("curves", {"step": [1, 2, 3], "reward": [0.1, 0.2, 0.3]})]
 
 
 async def test_one_who_is_slow_gets_what_is_left() -> None:
-    book = history()
-    book.take(stepped(1))
-    _, number = book.since(0)
+    history = new_history()
+    history.add(stepped(1))
+    _, number = history.since(0)
     for step in range(2, 2000):
-        book.take(stepped(step))
-        book.take(Happened(incidents=(LATE,), left_out=step, groups=(excerpt(closed(step, 0)),)))
-        book.now(STATUS)
-    events, _ = book.since(number)
+        history.add(stepped(step))
+        history.add(Happened(incidents=(LATE,), left_out=step, groups=(excerpt(closed(step, 0)),)))
+        history.now(STATUS)
+    events, _ = history.since(number)
     kinds = [event.kind for event in events]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"curves": 1, "incident": 64, "group": 16, "status": 1}
     assert dict(told(events))["curves"]["step"][-1] == 1999
@@ -93,46 +93,46 @@ async def test_one_who_is_slow_gets_what_is_left() -> None:
 
 async def test_it_begins_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step":1,"reward":0.5}\n{"step":2,"reward":0.75}\n')
-    book = history()
-    await book.read(tmp_path)
-    book.take(playing(1))
-    assert dict(told(book.since(0)[0]))["curves"] == {"step": [1], "reward": [0.5]}
+    history = new_history()
+    await history.read(tmp_path)
+    history.add(started(1))
+    assert dict(told(history.since(0)[0]))["curves"] == {"step": [1], "reward": [0.5]}
 
 
 async def test_a_change_wakes_those_who_wait() -> None:
-    book = history()
+    history = new_history()
     woken = 0
 
     async def wait() -> None:
         nonlocal woken
-        await book.change.wait()
+        await history.change.wait()
         woken += 1
 
     async with anyio.create_task_group() as tasks:
         for _ in range(3):
             tasks.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
-        book.now(STATUS)
+        history.now(STATUS)
     assert woken == 3
-    assert not book.change.is_set()
+    assert not history.change.is_set()
 
 
 async def test_figures_that_json_cannot_say() -> None:
-    book = history()
-    book.take(stepped(1, loss=float("nan"), kl=float("inf")))
-    assert dict(told(book.since(0)[0]))["curves"] == {"step": [1], "reward": [0.1]}
+    history = new_history()
+    history.add(stepped(1, loss=float("nan"), kl=float("inf")))
+    assert dict(told(history.since(0)[0]))["curves"] == {"step": [1], "reward": [0.1]}
 
 
 async def test_an_incident_that_happens_again_takes_its_own_place() -> None:
-    book, other = history(), Incident(actor="scorer", kind="odd", message="!")
-    book.take(Happened(incidents=(other, LATE), times=(1, 3)))
-    _, number = book.since(0)
+    history, other = new_history(), Incident(actor="scorer", kind="odd", message="!")
+    history.add(Happened(incidents=(other, LATE), times=(1, 3)))
+    _, number = history.since(0)
     for _ in range(100):
-        book.take(Happened(incidents=(LATE,), times=(4,)))
-    [(_, again)] = [one for one in told(book.since(number)[0]) if one[0] == "incident"]
+        history.add(Happened(incidents=(LATE,), times=(4,)))
+    [(_, again)] = [one for one in told(history.since(number)[0]) if one[0] == "incident"]
     assert (again["message"], again["times"]) == ("late", 403)
-    book.take(Happened(incidents=(other, LATE)))
-    incidents = [data for kind, data in told(book.since(0)[0]) if kind == "incident"]
+    history.add(Happened(incidents=(other, LATE)))
+    incidents = [data for kind, data in told(history.since(0)[0]) if kind == "incident"]
     assert [(data["kind"], data.get("times", 1)) for data in incidents] == [
         ("odd", 1),
         ("reward_timeout", 403),

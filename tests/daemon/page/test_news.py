@@ -25,7 +25,7 @@ async def test_those_that_are_alike_are_told_once_with_how_many() -> None:
     for _ in range(400):
         news.add(incident(2))
     news.add(incident(1))
-    told = news.take()
+    told = news.collect()
     assert [(one.message, times) for one, times in zip(told.incidents, told.times, strict=True)] == [
         ("late 2", 400),
         ("late 1", 2),
@@ -39,7 +39,7 @@ async def test_the_newest_incidents_and_how_many_more() -> None:
     for number in range(20):
         news.add(incident(number))
     await news.some()
-    told = news.take()
+    told = news.collect()
     assert [one.message for one in told.incidents] == [f"late {number}" for number in range(4, 20)]
     assert told.left_out == 4
     assert not news
@@ -53,7 +53,9 @@ async def test_the_newest_groups() -> None:
     for step in range(1, 12):
         news.add(closed(step, 0))
     news.add(GroupClosed(gid=1, slot=closed(1, 0).slot, state="stale", version=12))
-    assert [group.step for group in news.take().groups] == list(range(4, 12)), "there is nothing to see of the last one"
+    assert [group.step for group in news.collect().groups] == list(range(4, 12)), (
+        "there is nothing to see of the last one"
+    )
 
 
 async def test_the_best_and_the_worst_completion() -> None:
@@ -92,7 +94,7 @@ async def test_long_and_odd_text_is_cut_and_can_be_sent() -> None:
         group.scored, group=msgspec.structs.replace(group.scored.group, prompt=prompt, rollouts=rollouts)
     )
     news.add(msgspec.structs.replace(group, scored=scored))
-    told = frames.decode_in_daemon(encode(news.take()))
+    told = frames.decode_in_daemon(encode(news.collect()))
     assert isinstance(told, frames.Happened)
     assert len(told.incidents[0].message) < 1100
     text = told.groups[0].samples[0].text

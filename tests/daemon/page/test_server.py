@@ -370,13 +370,13 @@ async def test_one_who_watches_is_told_as_it_happens(tmp_path: Path) -> None:
         assert await watching.next() == ("curves", {"step": []})
         first = await watching.until("status")
         assert first["step"] >= 1
-        opened.history.take(Started(notices=(), step=0, total_steps=9, speaks=False))
-        opened.history.take(Stepped(step=1, total_steps=9, metrics={"reward": 0.5}, incidents={}))
+        opened.history.add(Started(notices=(), step=0, total_steps=9, speaks=False))
+        opened.history.add(Stepped(step=1, total_steps=9, metrics={"reward": 0.5}, incidents={}))
         await watching.until("curves", step=[1], reward=[0.5])
-        opened.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 0.75}, incidents={}))
+        opened.history.add(Stepped(step=2, total_steps=9, metrics={"reward": 0.75}, incidents={}))
         await watching.until("step", step=2, figures={"reward": 0.75})
         late = Incident(actor="scorer", kind="reward_timeout", message="the <judge> is late\n")
-        opened.history.take(Happened(incidents=(late,)))
+        opened.history.add(Happened(incidents=(late,)))
         assert (await watching.until("incident"))["message"] == "the <judge> is late\n"
         again = await watching.until("status")
         assert again["step"] > first["step"], "the run is looked at again and again"
@@ -393,11 +393,11 @@ async def test_nobody_watches_and_the_run_is_left_alone(tmp_path: Path) -> None:
 async def test_after_a_restart_steps_that_are_made_again_are_drawn_once(tmp_path: Path) -> None:
     async with open_page(tmp_path) as opened, opened.watching() as watching:
         for step in (1, 2, 3):
-            opened.history.take(Stepped(step=step, total_steps=9, metrics={"reward": step}, incidents={}))
+            opened.history.add(Stepped(step=step, total_steps=9, metrics={"reward": step}, incidents={}))
         opened.history.failed("the process ended by SIGKILL")
         assert (await watching.until("incident"))["message"] == "the process ended by SIGKILL"
-        opened.history.take(Started(notices=(), step=1, total_steps=9, speaks=False))
-        opened.history.take(Stepped(step=2, total_steps=9, metrics={"reward": 20}, incidents={}))
+        opened.history.add(Started(notices=(), step=1, total_steps=9, speaks=False))
+        opened.history.add(Stepped(step=2, total_steps=9, metrics={"reward": 20}, incidents={}))
         await watching.until("curves", step=[1, 2], reward=[1.0, 20.0])
 
 
@@ -410,7 +410,7 @@ async def test_one_who_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
         await until(lambda: opened.page._watchers == 1)
         long = Incident(actor="scorer", kind="odd", message="x" * 100_000)
         while opened.page._watchers:  # until what the system buffers for it is full
-            opened.history.take(Happened(incidents=(long,) * 64))
+            opened.history.add(Happened(incidents=(long,) * 64))
             await anyio.sleep(0.01)
         async with opened.watching() as watching:
             assert await watching.until("status")

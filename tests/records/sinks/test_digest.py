@@ -13,17 +13,17 @@ from troupe.records.text import prompt_text
 
 def test_a_step_has_what_its_groups_say_one_by_one() -> None:
     digest = Digest(samples=2, every=1)
-    assert digest.take(closed(1, texts=("a", "b", "c"), rewards=(0.5, None, 1.0))) is None
-    assert digest.take(closed(1, texts=("d",), rewards=(math.inf,), place=1)) is None
-    assert digest.take(GroupClosed(gid=7, slot=Slot(step=0, place=2), state="stale", version=1)) is None
-    assert digest.take(Incident(actor="scorer", kind="odd", message="late")) is None
-    told = digest.take(update(1, loss=0.5))
+    assert digest.add(closed(1, texts=("a", "b", "c"), rewards=(0.5, None, 1.0))) is None
+    assert digest.add(closed(1, texts=("d",), rewards=(math.inf,), place=1)) is None
+    assert digest.add(GroupClosed(gid=7, slot=Slot(step=0, place=2), state="stale", version=1)) is None
+    assert digest.add(Incident(actor="scorer", kind="odd", message="late")) is None
+    told = digest.add(update(1, loss=0.5))
     assert told is not None
     assert (told.step, told.metrics) == (1, {"loss": 0.5})
     assert told.rewards == (0.5, 1.0)
     assert told.lengths == (1, 2, 3, 1)
     assert [sample.text for sample in told.samples] == ["d", "b"]  # b has no score at all
-    following = digest.take(update(2))
+    following = digest.add(update(2))
     assert following is not None
     assert (following.rewards, following.lengths, following.samples) == ((), (), ())
 
@@ -42,8 +42,8 @@ def test_a_step_has_what_its_groups_say_one_by_one() -> None:
 )
 def test_rewards_of_which_no_histogram_can_be_made_are_left_out(rewards: tuple[float, ...], kept: bool) -> None:
     digest = Digest()
-    digest.take(closed(1, texts=tuple("abc"[: len(rewards)]), rewards=rewards))
-    told = digest.take(update(1))
+    digest.add(closed(1, texts=tuple("abc"[: len(rewards)]), rewards=rewards))
+    told = digest.add(update(1))
     assert told is not None
     assert told.rewards == (rewards if kept else ())
     assert len(told.lengths) == len(rewards)
@@ -52,8 +52,8 @@ def test_rewards_of_which_no_histogram_can_be_made_are_left_out(rewards: tuple[f
 def test_samples_go_from_the_best_to_the_worst() -> None:
     for most, expected in ((1, "e"), (2, "ea"), (3, "eca"), (5, "edcba"), (9, "edcba"), (0, "")):
         digest = Digest(samples=most, every=1)
-        digest.take(closed(1, texts=tuple("abcde"), rewards=(0.0, 0.1, 0.2, 0.3, 0.4)))
-        told = digest.take(update(1))
+        digest.add(closed(1, texts=tuple("abcde"), rewards=(0.0, 0.1, 0.2, 0.3, 0.4)))
+        told = digest.add(update(1))
         assert told is not None
         assert "".join(sample.text for sample in told.samples) == expected
 
@@ -62,8 +62,8 @@ def test_texts_come_with_the_first_step_and_then_now_and_then() -> None:
     digest = Digest(samples=1, every=4)
     with_texts = []
     for step in range(1, 13):
-        digest.take(closed(step))
-        told = digest.take(update(step))
+        digest.add(closed(step))
+        told = digest.add(update(step))
         assert told is not None
         if told.samples:
             with_texts.append(step)
@@ -72,13 +72,13 @@ def test_texts_come_with_the_first_step_and_then_now_and_then() -> None:
 
 def test_a_step_that_was_told_is_not_told_again_nor_are_its_groups() -> None:
     digest = Digest(newest=2)
-    digest.take(closed(2, texts=("old",)))
-    assert digest.take(update(2)) is None
-    digest.take(closed(3, texts=("one", "two")))
-    told = digest.take(update(3))
+    digest.add(closed(2, texts=("old",)))
+    assert digest.add(update(2)) is None
+    digest.add(closed(3, texts=("one", "two")))
+    told = digest.add(update(3))
     assert told is not None
     assert told.lengths == (1, 2)
-    assert digest.take(update(3)) is None
+    assert digest.add(update(3)) is None
     assert digest.newest == 3
 
 

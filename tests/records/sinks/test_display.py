@@ -69,7 +69,7 @@ def test_shows_what_is_there_in_a_fixed_order() -> None:
 
 def test_figures_of_a_run_that_diverges_leave_room_for_what_they_are_of() -> None:
     display = Display(RUN)
-    display.take(update(1, loss=-1e30, grad_norm=3.5e12, kl=float("inf"), reward=2e200))
+    display.add(update(1, loss=-1e30, grad_norm=3.5e12, kl=float("inf"), reward=2e200))
     text = "\n".join(drawn(display))
     assert {"loss", "gradient", "KL", "reward"} <= set(text.split())
     assert {"-1.00e+30", "3.50e+12", "inf", "2.00e+200"} <= set(text.split())
@@ -77,7 +77,7 @@ def test_figures_of_a_run_that_diverges_leave_room_for_what_they_are_of() -> Non
 
 def test_a_terminal_of_few_letters_can_show_the_name_of_any_reward() -> None:
     display = Display(RUN, encoding="cp1252")
-    display.take(update(1, {"rewards/日本/mean": 0.5}))
+    display.add(update(1, {"rewards/日本/mean": 0.5}))
     assert r"\u65e5\u672c" in "\n".join(drawn(display))
 
 
@@ -87,22 +87,22 @@ def test_progress_says_how_much_is_left_at_the_pace_of_the_newest_steps() -> Non
     assert line(display, "steps").endswith("0 of 100")
     for step in range(1, 11):  # ten slow ones, at the start
         clock.now_s += 60.0
-        display.take(update(step, total_steps=100))
+        display.add(update(step, total_steps=100))
     for step in range(11, 51):
         clock.now_s += 2.0
-        display.take(update(step, total_steps=100, epoch=step / 40))
+        display.add(update(step, total_steps=100, epoch=step / 40))
     clock.now_s += 1.0
     assert line(display, "steps").endswith("50 of 100     0:01:39 left")
     assert line(display, "epoch").endswith("1.25 of 2.50")
     assert drawn(display)[0] == "kind-001  running  0:11:21"
-    display.take(update(100, total_steps=100, epoch=2.5))
+    display.add(update(100, total_steps=100, epoch=2.5))
     assert line(display, "steps").endswith("100 of 100")
     assert drawn(display)[0].startswith("kind-001  complete")
 
 
 def test_bars_are_as_long_as_what_is_done() -> None:
     display = Display(RUN, clock=Clock())
-    display.take(update(25, total_steps=100, epoch=1.5))
+    display.add(update(25, total_steps=100, epoch=1.5))
     steps, epoch = drawn(Display(RUN, clock=Clock()), 100)[1:3]
     assert "╸" not in steps + epoch
     console = Console(file=StringIO(), force_terminal=True, color_system="standard", width=100)
@@ -115,7 +115,7 @@ def test_bars_are_as_long_as_what_is_done() -> None:
 
 def test_the_newest_figures_stand_under_their_headings() -> None:
     display = Display(RUN, clock=Clock())
-    display.take(update(2, METRICS))
+    display.add(update(2, METRICS))
     rows = [text.split() for text in drawn(display, 120)]
     at = rows.index(["reward", "learning", "completions", "speed"])
     assert rows[at + 1 : at + 4] == [
@@ -129,7 +129,7 @@ def test_the_newest_figures_stand_under_their_headings() -> None:
 
 def test_many_reward_functions_take_four_lines_at_most() -> None:
     display = Display(RUN, clock=Clock())
-    display.take(update(2, {"reward": 0.5} | {f"rewards/r{i}/mean": i / 8 for i in range(6)}))
+    display.add(update(2, {"reward": 0.5} | {f"rewards/r{i}/mean": i / 8 for i in range(6)}))
     text = "\n".join(drawn(display))
     assert "r2" in text
     assert "r3" not in text
@@ -139,12 +139,12 @@ def test_many_reward_functions_take_four_lines_at_most() -> None:
 @pytest.mark.parametrize("width", [30, 44, 60, 80, 100, 140, 200])
 def test_no_line_is_wider_than_the_terminal_and_none_comes_or_goes(width: int) -> None:
     display = Display(RUN, clock=Clock())
-    display.take(update(1, METRICS))
+    display.add(update(1, METRICS))
     before = drawn(display, width)
-    display.take(closed(2, texts=("a long answer\n" * 500,), prompt="漢字" * 500))
-    display.take(Incident(actor="scorer", kind="odd", message="late " * 100))
-    display.take(status("held", held=("the judge is down " * 20,), queues=dict.fromkeys("abcdefghij", 12345)))
-    display.take(update(2, METRICS))
+    display.add(closed(2, texts=("a long answer\n" * 500,), prompt="漢字" * 500))
+    display.add(Incident(actor="scorer", kind="odd", message="late " * 100))
+    display.add(status("held", held=("the judge is down " * 20,), queues=dict.fromkeys("abcdefghij", 12345)))
+    display.add(update(2, METRICS))
     after = drawn(display, width)
     assert len(after) == len(before)
     assert max(map(cell_len, after)) <= width
@@ -153,25 +153,25 @@ def test_no_line_is_wider_than_the_terminal_and_none_comes_or_goes(width: int) -
 def test_a_terminal_of_80_columns_has_it_all_in_24_lines() -> None:
     display = Display(RUN, clock=Clock())
     assert len(drawn(display, 80)) <= 23
-    display.take(update(1, METRICS | {f"rewards/r{i}/mean": 0.0 for i in range(9)}))
+    display.add(update(1, METRICS | {f"rewards/r{i}/mean": 0.0 for i in range(9)}))
     assert len(drawn(display, 80)) <= 23
 
 
 def test_the_newest_completion_with_its_reward() -> None:
     display = Display(RUN, clock=Clock())
-    display.take(closed(1, texts=("46\n\x1b[31m[bold]", "45")))
+    display.add(closed(1, texts=("46\n\x1b[31m[bold]", "45")))
     assert line(display, "prompt") == "prompt    12+34="
     assert line(display, "answer") == "answer    1.000  46⏎\\x1b[31m[bold]"
-    display.take(closed(2, texts=("hm",), rewards=(None,), prompt=[{"role": "user", "content": "hello"}]))
+    display.add(closed(2, texts=("hm",), rewards=(None,), prompt=[{"role": "user", "content": "hello"}]))
     assert line(display, "prompt") == "prompt    user: hello"
     assert line(display, "answer") == "answer    no score  hm"
-    display.take(GroupClosed(gid=9, slot=Slot(step=3, place=0), state="stale", version=3))
+    display.add(GroupClosed(gid=9, slot=Slot(step=3, place=0), state="stale", version=3))
     assert line(display, "answer") == "answer    no score  hm"
 
 
 def test_a_long_answer_has_two_lines_and_shows_how_it_ends() -> None:
     display = Display(RUN, clock=Clock())
-    display.take(closed(1, texts=("First " + "and then " * 500 + "the end",)))
+    display.add(closed(1, texts=("First " + "and then " * 500 + "the end",)))
     shown = drawn(display, 80)
     at = next(i for i, text in enumerate(shown) if text.startswith("answer"))
     assert shown[at].startswith("answer    1.000  First and then and then")
@@ -182,13 +182,13 @@ def test_a_long_answer_has_two_lines_and_shows_how_it_ends() -> None:
 def test_what_holds_the_run_up_is_told_before_incidents() -> None:
     display = Display(RUN, clock=Clock())
     assert line(display, "incidents") == "incidents none"
-    display.take(Incident(actor="scorer", kind="odd", message="late"))
+    display.add(Incident(actor="scorer", kind="odd", message="late"))
     assert line(display, "incidents") == "incidents 1  scorer: late"
-    display.take(status("held", held=("the judge is down",)))
+    display.add(status("held", held=("the judge is down",)))
     assert line(display, "held") == "held      the judge is down"
     assert drawn(display)[0].startswith("kind-001  held")
-    display.take(update(1, {"queue/prompts/depth": 7.0}))
-    display.take(status("paused", queues={"prompts": 2, "scorer incidents": 0}))
+    display.add(update(1, {"queue/prompts/depth": 7.0}))
+    display.add(status("paused", queues={"prompts": 2, "scorer incidents": 0}))
     assert drawn(display)[0].startswith("kind-001  paused")
     assert line(display, "incidents") == "incidents 1  scorer: late"
     assert line(display, "queues").split() == ["queues", "prompts", "2"]
@@ -198,14 +198,14 @@ def test_what_the_run_is_at_stands_there_from_the_first_second() -> None:
     display = Display(RUN, clock=Clock())
     assert drawn(display)[0].startswith("kind-001  starting")
     assert line(display, "now") == "now       –"
-    display.take(status("starting", activity=Activity(what="held-out rows", detail=" 37 / 400 (12 s)")))
+    display.add(status("starting", activity=Activity(what="held-out rows", detail=" 37 / 400 (12 s)")))
     assert drawn(display)[0].startswith("kind-001  starting")
     assert line(display, "now") == "now       held-out rows 37 / 400 (12 s)"
     wait = Activity(what="waiting for reward j\x1b[2J", detail=": refused (12 tries, 34 s); " + "x" * 200, waiting=True)
-    display.take(status("starting", activity=wait))
+    display.add(status("starting", activity=wait))
     assert line(display, "now", 80).startswith("now       waiting for reward j\\x1b[2J: refused (12 tries, 34 s); x")
     assert max(map(cell_len, drawn(display, 80))) <= 80
-    display.take(status("running"))
+    display.add(status("running"))
     assert drawn(display)[0].startswith("kind-001  running")
     assert line(display, "now") == "now       –"
 
@@ -230,12 +230,12 @@ def test_times_as_a_clock_shows_them() -> None:
 
 def test_a_notice_stands_where_a_line_is_kept_free_for_it() -> None:
     display = Display(RUN)
-    display.take(status())
+    display.add(status())
     before = drawn(display)
-    display.take(status("draining", notice="finishing step 2; Ctrl-C again stops now\x1b[2J"))
+    display.add(status("draining", notice="finishing step 2; Ctrl-C again stops now\x1b[2J"))
     after = drawn(display)
     assert [new for old, new in zip(before[1:], after[1:], strict=True) if old != new] == [
         r"finishing step 2; Ctrl-C again stops now\x1b[2J"
     ]
-    display.take(update(100, total_steps=100))
+    display.add(update(100, total_steps=100))
     assert "finishing" not in "\n".join(drawn(display))

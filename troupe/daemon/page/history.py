@@ -81,7 +81,7 @@ class History:
         """Begin with the steps that the run in the folder has made already."""
         self._curves = await anyio.to_thread.run_sync(read_curves, folder / METRICS)
 
-    def take(self, frame: Started | Stepped | Happened) -> None:
+    def add(self, frame: Started | Stepped | Happened) -> None:
         """What a trainer tells."""
         match frame:
             case Started():

@@ -47,7 +47,7 @@ class News:
     def __bool__(self) -> bool:
         return self._came.is_set()
 
-    def take(self) -> Happened:
+    def collect(self) -> Happened:
         """What there is; it is not told again."""
         told = Happened(
             incidents=tuple(_shortened(incident) for incident, _ in self._incidents.values()),

@@ -148,7 +148,7 @@ async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -
         with over:
             while True:
                 await news.some()
-                await connection.send(encode(news.take()))
+                await connection.send(encode(news.collect()))
                 await anyio.sleep(_NEWS_GAP_S)
 
     async def tell_steps() -> None:
@@ -163,7 +163,7 @@ async def _tell(connection: Connection, run: Supervisor, *, completions: bool) -
         hearing.append(partial(hear, run.closed_groups()))
     await together([tell_steps, tell_news, *hearing])
     if news:
-        await connection.send(encode(news.take()))
+        await connection.send(encode(news.collect()))
 
 
 def _leads_to(folder: Path, identity: tuple[int, int]) -> bool:

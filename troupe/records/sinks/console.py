@@ -55,7 +55,7 @@ class ConsoleSink:
 
     def write(self, message: object) -> None:
         """Take over what is new; the display refreshes by itself."""
-        self._display.take(message)
+        self._display.add(message)
 
     def flush(self) -> None:
         """The display refreshes by itself."""
@@ -146,7 +146,7 @@ class PlainSink:
         """Print an update when the last line is old enough or the run is complete, and an incident at once."""
         now_s = self._clock()
         if isinstance(message, Incident):
-            if self._repeats.take(message, now_s):
+            if self._repeats.is_told_alone(message, now_s):
                 self._say(f"incident in {message.actor}: {message.message}")
         elif isinstance(message, Update):
             self._has_stepped = message.step < message.total_steps

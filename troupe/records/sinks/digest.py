@@ -47,7 +47,7 @@ class Digest:
         self._most, self._every = samples, every
         self._groups: list[GroupClosed] = []
 
-    def take(self, message: object) -> StepDigest | None:
+    def add(self, message: object) -> StepDigest | None:
         """What is told of the step that this message ends, if it ends one."""
         if isinstance(message, GroupClosed):
             self._groups.append(message)

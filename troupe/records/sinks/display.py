@@ -106,7 +106,7 @@ class Display:
         self._incidents = 0
         self._last_incident = ""
 
-    def take(self, message: object) -> None:
+    def add(self, message: object) -> None:
         """Take over what is new."""
         if isinstance(message, Update):
             self._metrics, self._step, self._total_steps = message.metrics, message.step, message.total_steps

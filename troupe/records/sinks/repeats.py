@@ -19,7 +19,7 @@ class Repeats:
         self._lines, self._window_s = lines, window_s
         self._windows: dict[tuple[str, str], _Window] = {}
 
-    def take(self, incident: Incident, now_s: float) -> bool:
+    def is_told_alone(self, incident: Incident, now_s: float) -> bool:
         """Whether this one is told by itself; it is not where the same was, or several of its kind, a moment ago."""
         window = self._windows.setdefault((incident.actor, incident.kind), _Window(now_s))
         if incident.message not in window.told and len(window.told) < self._lines:

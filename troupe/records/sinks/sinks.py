@@ -76,7 +76,7 @@ class Sinks:
             if isinstance(message, thread.takes):
                 thread.put(message)
 
-    def take(self, kind: type) -> bool:
+    def do_take(self, kind: type) -> bool:
         """Whether any of them takes messages of a type."""
         return any(issubclass(kind, sink.takes) for sink in self._sinks)
 

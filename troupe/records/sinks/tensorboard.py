@@ -67,7 +67,7 @@ class TensorBoardSink:
 
     def write(self, message: object) -> None:
         """Take a message; a step is written by the `flush` after its Update."""
-        if (digest := self._digest.take(message)) is not None:
+        if (digest := self._digest.add(message)) is not None:
             self._unpacked.append((self._clock(), digest))
 
     def flush(self) -> None:

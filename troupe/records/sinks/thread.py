@@ -61,7 +61,7 @@ class SinkThread:
         self,
         sink: Sink,
         lane: int,
-        told: Callable[[Write], None],
+        tell: Callable[[Write], None],
         clock: Callable[[], float],
         limits: SinkLimits = LIMITS,
         changed: Callable[[], None] = lambda: None,
@@ -79,7 +79,7 @@ class SinkThread:
         """The version up to which everything is on the disk."""
         self.trouble: str | None = None
         """Why a durable sink cannot write at the moment."""
-        self._sink, self._lane, self._told, self._clock, self._limits = sink, lane, told, clock, limits
+        self._sink, self._lane, self._tell, self._clock, self._limits = sink, lane, tell, clock, limits
         self._changed = changed
         self._before_opening = before_opening
         self._change = threading.Condition()
@@ -197,7 +197,7 @@ class SinkThread:
                 return
         self._flush()
         if not own:  # otherwise telling of a write would make one more, for ever
-            self._told(Write(self.name, self._lane, start_s, self._clock()))
+            self._tell(Write(self.name, self._lane, start_s, self._clock()))
 
     def _flush(self) -> None:
         if not self._call(self._sink.flush, "flush"):

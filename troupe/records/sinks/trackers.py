@@ -70,7 +70,7 @@ class _Tracker(ABC):
 
     def write(self, message: object) -> None:
         """Take a message; a step is told when it has ended."""
-        digest = self._digest.take(message)
+        digest = self._digest.add(message)
         if digest is not None and self._there is not None:
             self._tell(digest)
             self._tracked = msgspec.structs.replace(self._tracked, step=digest.step)
