@@ -51,20 +51,19 @@ def test_a_run_that_has_not_begun(run: Path) -> None:
     )
 
 
-def test_a_run_that_is_complete(run: Path) -> None:
-    add_checkpoint(run, 100)
-    add_summary(run, 100, 100)
+@pytest.mark.parametrize(
+    ("step", "fate", "described"),
+    [
+        (100, "complete", "complete: 100 of 100 steps"),
+        (40, "ended", "ended after step 40 of 100; go on with: troupe train -o RUN --resume"),
+    ],
+)
+def test_a_run_that_has_a_summary(run: Path, step: int, fate: str, described: str) -> None:
+    add_checkpoint(run, step)
+    add_summary(run, step, 100)
     found = read_standing(run)
-    assert (found.fate, found.step, found.total_steps, found.checkpoint) == ("complete", 100, 100, "step-00000100")
-    assert describe_standing(found) == "complete: 100 of 100 steps"
-
-
-def test_a_run_that_was_ended(run: Path) -> None:
-    add_checkpoint(run, 40)
-    add_summary(run, 40, 100)
-    found = read_standing(run)
-    assert found.fate == "ended"
-    assert describe_standing(found) == f"ended after step 40 of 100; go on with: troupe train -o {run} --resume"
+    assert (found.fate, found.step, found.total_steps, found.checkpoint) == (fate, step, 100, f"step-{step:08d}")
+    assert describe_standing(found) == described.replace("RUN", str(run))
 
 
 def test_a_run_that_a_daemon_kept_is_gone_on_with_by_one(run: Path) -> None:

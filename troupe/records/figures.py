@@ -104,10 +104,7 @@ CHARTS = {
         edges=_LENGTHS,
     ),
     "clipped_ratio": ChartSpec(
-        "Completions",
-        "Cut at the limit",
-        "Part of the completions that did not end by themselves.",
-        "percent",
+        "Completions", "Cut at the limit", "Part of the completions that did not end by themselves.", "percent"
     ),
     "groups": ChartSpec(
         "Completions",
@@ -116,9 +113,7 @@ CHARTS = {
         smooth=False,
     ),
     "staleness": ChartSpec(
-        "The run",
-        "Staleness",
-        "Versions between the weights that wrote a token and those that learned from it.",
+        "The run", "Staleness", "Versions between the weights that wrote a token and those that learned from it."
     ),
     "importance_ratio": ChartSpec(
         "The run",
