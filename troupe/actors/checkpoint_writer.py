@@ -24,7 +24,7 @@ from troupe.checkpoint import (
     save_final_policy,
 )
 from troupe.errors import CheckpointError, RunError
-from troupe.messages import CheckpointWritten, Snapshot
+from troupe.messages import CheckpointWritten, Snapshot, Unfinished
 from troupe.policy import Companions, Qwen3Config
 
 
@@ -87,7 +87,7 @@ class CheckpointWriter:
                 f"one of step {snapshot.version} was written, a kill would have cost all steps since those that are "
                 "left"
             )
-        return snapshot.version != self.ledger.newest or not _gids(snapshot) <= self.ledger.gids
+        return snapshot.version != self.ledger.newest or not gids_of(snapshot.unfinished) <= self.ledger.gids
 
     def _is_there(self, version: int) -> bool:
         """Whether the run folder has a finished checkpoint; also where nobody can tell."""
@@ -119,7 +119,7 @@ class CheckpointWriter:
         seconds = time.perf_counter() - started_s
         self._check_folder()  # what lies there now may have checkpoints of its own, which are not ours to prune
         pruned = self._prune(snapshot.version)
-        ledger.newest, ledger.gids = snapshot.version, _gids(snapshot)
+        ledger.newest, ledger.gids = snapshot.version, gids_of(snapshot.unfinished)
         ledger.pruning_faults = pruned.faults
         ledger.untold = CheckpointWritten(
             version=snapshot.version, folder=str(folder), bytes=size, seconds=seconds, removed=pruned.removed
@@ -145,6 +145,6 @@ class CheckpointWriter:
         return pruned
 
 
-def _gids(snapshot: Snapshot) -> frozenset[int]:
-    unfinished = snapshot.unfinished
+def gids_of(unfinished: Unfinished) -> frozenset[int]:
+    """Groups whose scores a checkpoint holds."""
     return frozenset(group.group.prompt.gid for group in (*unfinished.scored, *unfinished.collected))

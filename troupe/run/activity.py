@@ -9,24 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from troupe.messages import Activity, Span
+from troupe.rewards import Wait
 from troupe.runtime.actor import Actor
 
 _AT_LEAST_S = 1.0
 """What has taken less is told without its time."""
-
-
-class Wait(Protocol):
-    """A reward that is waited for because what was tried has failed."""
-
-    @property
-    def why(self) -> str: ...
-    @property
-    def tries(self) -> int: ...
-    @property
-    def for_s(self) -> float: ...
 
 
 class Progress:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -29,6 +29,7 @@ from troupe.policy import (
     opened_thought,
 )
 from troupe.rewards import Reward, RewardManager, default_reward, exact_answer_reward
+from troupe.run.activity import Progress
 from troupe.runtime.device import DeviceThread
 
 
@@ -63,15 +64,6 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     completions: tuple[str, ...]
     incidents: tuple[Incident, ...] = ()
     """Why scores are missing."""
-
-
-class Progress(Protocol):
-    """Is told how far an evaluation is."""
-
-    total: int
-    """Rows."""
-    done: int
-    """Those that are completed; set from the device's thread."""
 
 
 async def generate_and_score(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from troupe.actors.checkpoint_writer import CheckpointWriter
+from troupe.actors.checkpoint_writer import CheckpointWriter, gids_of
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.ledgers import CheckpointLedger, OpenGroups, PromptLedger
 from troupe.actors.metrics import Tally
@@ -116,11 +116,11 @@ def _checkpoints_so_far(prepared: Prepared) -> CheckpointLedger:
     found = prepared.start.checkpoint
     if found is None:
         return CheckpointLedger(abandoned=newer_versions(prepared.folder, -1))
-    unfinished, version = found.unfinished, found.state.version
+    version = found.state.version
     folder = checkpoint_folder(prepared.folder, version)
     return CheckpointLedger(
         newest=version,
-        gids=frozenset(group.group.prompt.gid for group in (*unfinished.scored, *unfinished.collected)),
+        gids=gids_of(found.unfinished),
         abandoned=newer_versions(prepared.folder, version),
         # once more: a stop writes its checkpoint when nobody listens any more, and a kill may come before the telling
         untold=CheckpointWritten(
