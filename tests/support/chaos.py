@@ -20,7 +20,7 @@ import anyio
 
 from tests.support import virtual_time
 from tests.support.plans import Plan, draw_plan
-from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, stage_factories
+from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, virtual_factories
 from troupe import RewardActor, RewardSample, RunConfig
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
@@ -213,7 +213,7 @@ def play(plan: Plan) -> Report:
         prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows)
         try:
             run = Supervisor(
-                config, factories=stage_factories(prepared, chaos, ledger, real_statistics=plan.seed % 8 == 0)
+                config, factories=virtual_factories(prepared, chaos, ledger, real_statistics=plan.seed % 8 == 0)
             )
             with seeded(plan.seed):
                 report = virtual_time.run(perform, run, chaos, ledger, rewards[0])

@@ -18,7 +18,7 @@ import msgspec
 from tests.support import virtual_time
 from tests.support.chaos import Chaos, config_of, perform, rewards_of, seeded
 from tests.support.plans import Plan, draw_plan
-from tests.support.wiring import Ledger, prepared_run, stage_factories
+from tests.support.wiring import Ledger, prepared_run, virtual_factories
 from troupe.checkpoint import Checkpoint, RunState
 from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.messages import GroupClosed, Snapshot, Unfinished
@@ -200,7 +200,7 @@ def _start(plan: Plan, folder: Path, cut: Cut | None) -> Start:
     if cut is not None:
         prepared = resumed(prepared, cut)
     ledger = StartLedger((plan.max_staleness + 1) * plan.prompts, prepared)
-    run = Supervisor(config, factories=stage_factories(prepared, chaos, ledger))
+    run = Supervisor(config, factories=virtual_factories(prepared, chaos, ledger))
     with seeded(plan.seed):
         report = virtual_time.run(perform, run, chaos, ledger, rewards[0])
     assert not ledger.broken, ledger.broken

@@ -1,4 +1,4 @@
-"""A stage for whole runs in virtual time: everything real but what takes time or room.
+"""Whole runs in virtual time: everything real but what takes time or room.
 
 Supervisor, pipeline, actors, channels, credits and reward manager are the real ones. Faked are the device threads (a
 call takes virtual seconds), the engine, the gradient step, the checkpoint files and the sinks. "Weights" are one
@@ -67,10 +67,10 @@ def digest(*things: object) -> bytes:
 
 
 class Hooks:
-    """What may be made to go wrong on the stage; each is asked at its moment and may raise."""
+    """What may be made to go wrong in a run; each is asked at its moment and may raise."""
 
     def delay_s(self, who: str) -> float:
-        """Virtual seconds of the next piece of work on a device."""
+        """Virtual seconds of the next call on a device."""
         return 0.0
 
     def on_step(self, who: str, place: str) -> None:
@@ -264,10 +264,10 @@ class Ledger:
         self.alive.discard(gid)
 
 
-class StageSink:
+class SilentSink:
     """Writes nothing."""
 
-    name = "stage"
+    name = "silent"
     takes: tuple[type, ...] = (Update, GroupClosed, Incident, Span)  # no Status: its timer would hide deadlocks
 
     def __init__(self, hooks: Hooks) -> None:
@@ -389,7 +389,7 @@ class WatchedWriter(CheckpointWriter):
             self._seen.final = snapshot.version
 
 
-def stage_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statistics: bool = False) -> Factories:
+def virtual_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_statistics: bool = False) -> Factories:
     """What takes time or room, faked."""
     generations = prepared.config.generation.num_generations
     engine: Any = lambda *_, **__: ScriptedEngine(generations)  # noqa: E731
@@ -400,7 +400,7 @@ def stage_factories(prepared: Prepared, hooks: Hooks, ledger: Ledger, *, real_st
         trainer=partial(ScriptedTrainer, hooks=hooks, ledger=ledger, real_statistics=real_statistics),
         engine=engine,
         writer=partial(WatchedWriter, hooks=hooks, seen=ledger),
-        sinks=lambda _: [StageSink(hooks)],
+        sinks=lambda _: [SilentSink(hooks)],
         sink_thread=DirectSinkThread,
     )
 

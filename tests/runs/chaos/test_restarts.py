@@ -14,7 +14,7 @@ import troupe
 from tests.support import virtual_time
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.faults import Faults
-from tests.support.wiring import Hooks, Ledger, digest, prepared_run, stage_factories
+from tests.support.wiring import Hooks, Ledger, digest, prepared_run, virtual_factories
 from tests.support.straight import play_straight
 from troupe import RunConfig
 from troupe.actors import checkpoint_writer as writer_room
@@ -87,7 +87,7 @@ def run_with_faults(
     rewards = RewardManager([reward], config=config.rewards)
     ledger, faults = Ledger((config.schedule.max_staleness + 1) * P), Faults(actor, strike, at_stop=at_stop)
     slow = Slow()
-    factories = stage_factories(prepared_run(config, rewards, rows=5), slow, ledger)
+    factories = virtual_factories(prepared_run(config, rewards, rows=5), slow, ledger)
 
     async def body() -> RunResult:
         async with Supervisor(config, factories=factories) as run:

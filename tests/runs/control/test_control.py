@@ -16,7 +16,7 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from tests.support import virtual_time
-from tests.support.wiring import Hooks, Ledger, prepared_run, stage_factories
+from tests.support.wiring import Hooks, Ledger, prepared_run, virtual_factories
 from troupe import RunConfig
 from troupe.run.resume.changes import ChangesLog
 from troupe.checkpoint import CheckpointConfig
@@ -68,7 +68,7 @@ class VirtualRun:
         self.rewards = RewardManager([reward], config=self.config.rewards)
         with self.with_stand_ins():
             prepared = prepared_run(self.config, self.rewards, rows=7)
-            factories = stage_factories(prepared, self.hooks, self.ledger)
+            factories = virtual_factories(prepared, self.hooks, self.ledger)
             self.run = Supervisor(self.config, factories=factories)
 
     def go_through(self, body: Body, *, before: Callable[[], None] = lambda: None) -> None:
