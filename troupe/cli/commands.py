@@ -93,7 +93,7 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """First what begins or looks at something, then what speaks with a run that goes on."""
         others = [name for name in self.list_commands(ctx) if name not in _FIRST]
-        for title, names in (("Commands", _FIRST), ("To keep a run alive, and to speak with one that plays", others)):
+        for title, names in (("Commands", _FIRST), ("To keep a run alive, and to speak with one that is live", others)):
             room = formatter.width - 6 - max(map(len, self.commands))
             rows = [(name, self.commands[name].get_short_help_str(room)) for name in names if name in self.commands]
             with formatter.section(title):

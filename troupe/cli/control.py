@@ -229,12 +229,12 @@ def _ended_within(pid: int, timeout_s: float) -> bool:
         return True
 
 
-@control.command(name="set", short_help="Set what may change while the run plays.")
+@control.command(name="set", short_help="Set what may change while the run goes on.")
 @_out
 @click.argument("setting", metavar="KEY=VALUE")
 @report_errors
 def set_command(folder: Path, setting: str) -> None:
-    """Set what may change while the run plays, such as learner.lr=1e-6 or log.level=debug."""
+    """Set what may change while the run goes on, such as learner.lr=1e-6 or log.level=debug."""
     key, value = parse_setting(setting)
     if key.startswith("rewards."):
         value = anchored_reward(value, Path.cwd())  # ours, not that of the process that has the run
