@@ -91,11 +91,11 @@ class FakeRun:
 
     def set(self, key: str, value: Any) -> None:
         if key != "learner.lr":
-            raise ConfigError(f"set {key}: cannot change while a run plays")
+            raise ConfigError(f"set {key}: cannot change while a run is live")
         self.asked.append(f"{key}={value}")
 
     async def check(self, key: str, value: Any) -> None:
-        raise ConfigError(f"set {key}: cannot change while a run plays")
+        raise ConfigError(f"set {key}: cannot change while a run is live")
 
 
 async def follow(connection: Connection) -> None:

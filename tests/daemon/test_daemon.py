@@ -91,7 +91,7 @@ class FakeChild:
         if not self.deaf:
             reply: Reply = self.status if isinstance(message.request, GetStatus) else Done(message="heard")
             if isinstance(message.request, Set) and message.request.key != "learner.lr":
-                reply = Refused(message="cannot change while a run plays")
+                reply = Refused(message="cannot change while a run is live")
             self.tell(Answer(number=message.number, reply=reply))
 
     async def receive(self) -> bytes:
@@ -517,7 +517,7 @@ async def test_the_configuration_is_read_again(harness: Harness) -> None:
     )
     said = await harness.message(Reload(), Done)
     assert "learner.lr is now 2e-06" in said
-    assert "learner.batch_size needs a restart: cannot change while a run plays" in said
+    assert "learner.batch_size needs a restart: cannot change while a run is live" in said
     assert "output needs a restart" in said
     assert "daemon.restarts is now 9" in said
     assert LOGGER.level == logging.ERROR
