@@ -27,8 +27,8 @@ from troupe.rewards.convention import (
     reward_name,
     reward_place,
 )
+from troupe.rewards.extras import RewardLog
 from troupe.rewards.loading import load_reward
-from troupe.rewards.reward_log import RewardLog
 
 pytestmark = pytest.mark.anyio
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from troupe.rewards.reward_log import DEEPEST, RewardLog, plain
+from troupe.rewards.extras import DEEPEST, RewardLog, plain
 
 
 class Shouting(str):

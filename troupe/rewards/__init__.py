@@ -1,7 +1,7 @@
 """Scores, or a reason why there is none.
 
 A reward is a function in TRL's signature (`convention.py`), called once a group or once a step, or a `RewardActor`
-(`actor.py`), called once a sample. Functions run in the event loop, in a thread (`isolation.py`) or in processes
+(`actor.py`), called once a sample. Functions run in the event loop, in a thread (`runtime/isolation.py`) or in processes
 (`processes/`).
 """
 

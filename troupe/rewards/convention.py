@@ -19,9 +19,9 @@ import msgspec
 
 from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
-from troupe.rewards.isolation import InPlace, in_daemon_thread, in_own_task
-from troupe.rewards.reward_log import RewardLog
+from troupe.rewards.extras import RewardLog
 from troupe.runtime.guarding import under_way
+from troupe.runtime.isolation import InPlace, in_daemon_thread, in_own_task
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's signature; sync or async."""

@@ -29,11 +29,11 @@ from troupe.rewards.builtin import (
 )
 from troupe.rewards.convention import Reward, RewardFunction, check_signature
 from troupe.rewards.faults import described
-from troupe.rewards.isolation import in_daemon_thread
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
 from troupe.rewards.watching import Watch, loading_watch, remember
 from troupe.runtime.code_files import module_name, spec_of
 from troupe.runtime.files import expanded
+from troupe.runtime.isolation import in_daemon_thread
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,

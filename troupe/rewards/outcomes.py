@@ -10,8 +10,8 @@ import msgspec
 
 from troupe.messages import Incident, RolloutGroup, Slot
 from troupe.rewards.events import incident_of
+from troupe.rewards.extras import RewardLog
 from troupe.rewards.faults import Fault
-from troupe.rewards.reward_log import RewardLog
 
 _LARGEST = 1e18
 """Of a score's size: advantages square it in float32, which ends at 3.4e38."""

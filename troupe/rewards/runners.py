@@ -14,12 +14,12 @@ from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor, RewardSample
 from troupe.rewards.calling import Attempt, Caller
 from troupe.rewards.convention import Reward, Scope, checked_score, own_copy, reward_code, reward_scope
+from troupe.rewards.extras import RewardLog
 from troupe.rewards.faults import Fault, described, is_own_failure
-from troupe.rewards.isolation import end_tasks, in_own_task
 from troupe.rewards.outcomes import Batch, Outcome, finite, summed
-from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import Watch, tasks_of
 from troupe.runtime.guarding import under_way
+from troupe.runtime.isolation import end_tasks, in_own_task
 from troupe.runtime.roles import together
 
 

@@ -27,10 +27,10 @@ from troupe.rewards.convention import (
     shown,
     unwrapped,
 )
+from troupe.rewards.extras import RewardLog
 from troupe.rewards.faults import Fault
 from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
 from troupe.rewards.processes.calls import LOOK, Broken, Call, Loaded, Raised, Scores, decode_reply
-from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.runners import Runner, not_started
 from troupe.rewards.trainer_state import TrainerState
 from troupe.runtime.code_files import PREFIX

@@ -17,10 +17,10 @@ from typing import Any
 from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.convention import RewardFunction, Signature, checked_scores
+from troupe.rewards.extras import RewardLog
 from troupe.rewards.faults import described, may_pass
 from troupe.rewards.loading import load_reward
 from troupe.rewards.processes.calls import LOOK, Broken, Loaded, Raised, Scores, decode_call
-from troupe.rewards.reward_log import RewardLog
 from troupe.rewards.watching import leave_alone
 from troupe.runtime.codec import encode
 from troupe.runtime.frames import Connection, Wire

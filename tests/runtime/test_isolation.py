@@ -14,8 +14,9 @@ from typing import Any
 import anyio
 import pytest
 
-from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, isolation
-from troupe.rewards.isolation import DaemonThreads, InPlace, end_tasks, in_daemon_thread, in_own_task
+from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig
+from troupe.runtime import isolation
+from troupe.runtime.isolation import DaemonThreads, InPlace, end_tasks, in_daemon_thread, in_own_task
 
 pytestmark = pytest.mark.anyio
 
@@ -273,8 +274,8 @@ async def test_an_async_function_that_ignores_cancellation_is_missing() -> None:
 
 LEAVES_ONE_BEHIND = """
 import anyio, asyncio
-from troupe.rewards import isolation
-from tests.rewards.test_isolation import stubborn
+from troupe.runtime import isolation
+from tests.runtime.test_isolation import stubborn
 
 async def main():
     isolation.GRACE_S = 0.01
