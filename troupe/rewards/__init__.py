@@ -1,8 +1,7 @@
 """Scores, or a reason why there is none.
 
 A reward is a function in TRL's signature (`convention.py`), called once a group or once a step, or a `RewardActor`
-(`actor.py`), called once a sample. Functions run in the event loop, in a thread (`runtime/isolation.py`) or in processes
-(`processes/`).
+(`actor.py`), called once a sample. Functions run in the event loop, in a thread or in processes (`processes/`).
 """
 
 from troupe.rewards.actor import RewardActor, RewardSample
@@ -17,11 +16,11 @@ from troupe.rewards.builtin import (
 )
 from troupe.rewards.convention import Reward, RewardFunction, batch_reward, check_columns
 from troupe.rewards.exchange import RewardVersion as Sitting
+from troupe.rewards.extras import TrainerState
 from troupe.rewards.loading import default_reward, load_reward
 from troupe.rewards.manager import RewardManager, Wait
 from troupe.rewards.outcomes import GroupScores
 from troupe.rewards.settings import RewardsConfig
-from troupe.rewards.trainer_state import TrainerState
 from troupe.rewards.verifiers import get_math_verify_reward, reasoning_gym_reward
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""What one call of a reward reports beside its scores, as plain data: None, booleans, numbers, texts, and lists and
-objects of these, never huge.
+"""What a reward function is handed beside columns, as by TRL: `trainer_state`, `log_extra` and `log_metric`.
 
-It is read where it is logged, on the thread of whoever made it, so that nothing lazy and no user's object goes further.
+What is logged is read at once, on the thread of whoever made it, as plain data (None, booleans, numbers, texts, lists
+and objects of these, never huge), so that nothing lazy and no user's object goes further.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import msgspec
+
 from troupe.errors import RewardError, sayable
 from troupe.rewards.faults import described
 
@@ -19,11 +21,50 @@ _MOST_NAMES = 1000
 _SHOWN = 3  # faults of a call that are told one by one
 
 
-class RewardLog:
-    """What one call reported beside its scores, by TRL's `log_extra(column, values)` and `log_metric(name, value)`.
+class TrainerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a reward function gets as `trainer_state`: the fields of the object of that name in transformers that mean
+    something here, under their names.
 
-    Both read what they are given at once, on the thread that calls them, and keep plain data. What cannot be kept is
-    left out, and is one of the `faults`: the scores do not suffer from it.
+    It is a function of the group's slot alone, so a schedule in a reward (a bonus that fades, say) does not depend on
+    timing: steps that end while the group is being scored are not counted. Nothing that depends on the machine or the
+    moment is there: best_metric, total_flos, num_input_tokens_seen, log_history's entries.
+    """
+
+    global_step: int
+    """Learner batch k ≥ 0 that the completions are for: batches done when it begins. In TRL: optimizer updates, which
+    is the same where num_iterations is 1."""
+    max_steps: int
+    """Learner batches of the whole run."""
+    epoch: float
+    """Passes over the dataset before the batch, with the fraction."""
+    num_train_epochs: int = 1
+    """Passes that the run takes at most, rounded up."""
+    train_batch_size: int = 1
+    """Completions in a batch, P × G."""
+    is_world_process_zero: bool = True
+    """Always: one process trains."""
+    is_local_process_zero: bool = True
+    """Always."""
+    is_hyper_param_search: bool = False
+    """Never."""
+    log_history: tuple[dict[str, Any], ...] = ()
+    """Always empty."""
+
+    @classmethod
+    def at(cls, step: int, *, max_steps: int, prompts: int, num_generations: int, rows: int) -> TrainerState:
+        """For batch `step` of `prompts` prompts each, of a dataset of `rows`."""
+        return cls(
+            global_step=step,
+            max_steps=max_steps,
+            epoch=step * prompts / rows,
+            num_train_epochs=-(-max_steps * prompts // rows),
+            train_batch_size=prompts * num_generations,
+        )
+
+
+class RewardLog:
+    """What one call reported beside its scores. What cannot be kept is left out, and is one of the `faults`: the scores
+    do not suffer from it.
     """
 
     def __init__(

@@ -23,14 +23,12 @@ from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.calling import Caller
 from troupe.rewards.convention import Reward
-from troupe.rewards.events import RewardEvents, incident_of
 from troupe.rewards.exchange import NamedReward, RewardVersion
 from troupe.rewards.faults import in_short
-from troupe.rewards.function_runner import FunctionRunner
 from troupe.rewards.loading import load_reward
-from troupe.rewards.outcomes import Batch, GroupScores, Outcome, joined, round_of
+from troupe.rewards.outcomes import Batch, GroupScores, Outcome, RewardEvents, incident_of, joined, round_of
 from troupe.rewards.processes.runner import ProcessRunner, process_spec
-from troupe.rewards.runners import ActorRunner, Runner
+from troupe.rewards.runners import ActorRunner, FunctionRunner, Runner
 from troupe.rewards.settings import RewardsConfig, checked_run, checked_weights, own_config, unique_names
 from troupe.rewards.watching import begins, ends
 from troupe.runtime.isolation import THREADS

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from troupe.rewards.trainer_state import TrainerState
+from troupe.rewards.extras import TrainerState
 from troupe.runtime.codec import decoder
 
 LOOK = "look"

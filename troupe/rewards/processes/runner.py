@@ -27,12 +27,11 @@ from troupe.rewards.convention import (
     shown,
     unwrapped,
 )
-from troupe.rewards.extras import RewardLog
+from troupe.rewards.extras import RewardLog, TrainerState
 from troupe.rewards.faults import Fault
 from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
 from troupe.rewards.processes.calls import LOOK, Broken, Call, Loaded, Raised, Scores, decode_reply
 from troupe.rewards.runners import Runner, not_started
-from troupe.rewards.trainer_state import TrainerState
 from troupe.runtime.code_files import PREFIX
 from troupe.runtime.codec import encode
 from troupe.runtime.frames import FrameError
