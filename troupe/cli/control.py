@@ -40,8 +40,7 @@ from troupe.messages import (
     Step,
     Stop,
 )
-from troupe.records.silence import silence_of
-from troupe.records.standing import describe_standing, read_standing
+from troupe.records.standing import describe_standing, read_standing, silence_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.installing import unusable_backend
 from troupe.runtime.lock import read_owner

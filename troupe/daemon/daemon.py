@@ -44,7 +44,7 @@ from troupe.messages import (
     Stop,
 )
 from troupe.records.layout import RUN_TOML
-from troupe.records.silence import Silence, remedy, silence_of
+from troupe.records.standing import Silence, remedy, silence_of
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.held_folder import HeldFolder

@@ -6,6 +6,7 @@ The console, `troupe status`, the report and the live page read this table; a ne
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -228,3 +229,12 @@ def function_of(metric: str) -> str | None:
     """The reward function whose mean score a metric is; None of others."""
     is_mean = metric.startswith("rewards/") and metric.endswith("/mean")
     return metric.removeprefix("rewards/").removesuffix("/mean") if is_mean else None
+
+
+def queue_depths(metrics: Mapping[str, float]) -> dict[str, int]:
+    """Channel → messages waiting, from the metrics of a step."""
+    return {
+        name.removeprefix("queue/").removesuffix("/depth"): int(depth)
+        for name, depth in metrics.items()
+        if name.startswith("queue/") and name.endswith("/depth")
+    }

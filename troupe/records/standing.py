@@ -1,9 +1,10 @@
-"""What the small files of a run folder say: how a run stands that does not answer, and what it came to."""
+"""What the small files of a run folder say: how a run stands that does not answer, why, and what it came to."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import msgspec
 
 from troupe.errors import InputError
 from troupe.records.layout import LOG, METRICS, RUN_TOML, SUMMARY
-from troupe.records.silence import silence_of
+from troupe.runtime.guardian import SILENT
 from troupe.runtime.lock import Owner, read_owner
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -150,3 +151,42 @@ def read_summary(folder: Path) -> Summary | None:
         return msgspec.json.decode((folder / SUMMARY).read_bytes(), type=Summary)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
+
+
+class Silence(msgspec.Struct, frozen=True):
+    """Why a trainer does not answer."""
+
+    pid: int
+    """Of the trainer."""
+    name: str
+    """The reward that it is about; empty where it is something else."""
+    reason: str
+    """One sentence, without its end."""
+    since: float
+    """Unix time."""
+
+    def __str__(self) -> str:
+        return f"not answering for {max(0.0, time.time() - self.since):.0f} s: {self.reason}"
+
+    @property
+    def what(self) -> str:
+        """What it is about, to be compared with what it was about before."""
+        return self.name or self.reason
+
+
+def silence_of(folder: Path, pid: int | None = None) -> Silence | None:
+    """What is said of the trainer `pid`, or of whoever has the folder and lives; None where it answers, for all that is
+    known. A guardian that was killed with its trainer has left what it said."""
+    if pid is None:
+        owner = read_owner(folder)
+        pid = owner.pid if owner is not None and owner.is_alive else None
+    try:
+        found = msgspec.json.decode((folder / SILENT).read_bytes(), type=Silence)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return found if found.pid == pid else None
+
+
+def remedy(silence: Silence) -> str:
+    """What helps, as the end of a sentence."""
+    return 'run it in a process, which can be killed: rewards.run = ["process"]' if silence.name else "mend that"

@@ -13,7 +13,7 @@ import msgspec
 from troupe.errors import ConfigError
 from troupe.policy import is_on_cpu
 from troupe.records.layout import STORE
-from troupe.records.sinks.packages import check_sinks
+from troupe.records.sinks.base import check_sinks
 from troupe.records.store.write import check_store
 from troupe.rewards import Reward
 from troupe.run.config import RunConfig, check_config

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from troupe.errors import FolderGoneError
-from troupe.records.sinks.appended import AppendedFile
+from troupe.records.sinks.jsonl import AppendedFile
 
 
 def test_records_are_there_after_a_flush_and_follow_what_was_there(tmp_path: Path) -> None:

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import socket
+import sys
+from contextlib import closing
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 
-from troupe.records.sinks.base import MetricsConfig
+from troupe.errors import ConfigError
+from troupe.records.sinks.base import MetricsConfig, SinkName, check_sinks
 
 
 def test_all_sinks_are_on_by_default() -> None:
@@ -19,3 +25,58 @@ def test_unknown_sinks_are_refused() -> None:
 def test_a_sink_twice_is_refused_for_both_would_write_into_one_file() -> None:
     with pytest.raises(msgspec.ValidationError, match="has jsonl more than once; name each sink once"):
         msgspec.convert({"sinks": ["jsonl", "trace", "jsonl"]}, MetricsConfig)
+
+
+@pytest.mark.parametrize(
+    ("sink", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")]
+)
+def test_a_package_that_is_missing_is_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, sink: SinkName, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError) as refused:
+        check_sinks(MetricsConfig(sinks=("jsonl", sink)))
+    for part in (f"metrics.sinks has '{sink}'", f"package {package} ", f"pip install -e '.[{sink}]'"):
+        assert part in str(refused.value)
+    check_sinks(MetricsConfig(sinks=("jsonl",)))
+
+
+@pytest.mark.parametrize(
+    ("logged_in", "mode", "environment", "fine"),
+    [
+        (False, None, None, False),
+        (True, None, None, True),
+        (False, "offline", None, True),
+        (False, None, "offline", True),
+        (False, None, "disabled", True),
+        (False, "online", "offline", False),
+        (True, "online", "offline", True),
+    ],
+)
+def test_who_is_not_logged_in_is_told_before_training(
+    monkeypatch: pytest.MonkeyPatch, logged_in: bool, mode: str | None, environment: str | None, fine: bool
+) -> None:
+    def login(*, prompt: bool, verify: bool) -> bool:
+        assert not prompt
+        return logged_in
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    config = MetricsConfig(sinks=("wandb",), wandb_mode=mode)  # type: ignore[arg-type]
+    if fine:
+        check_sinks(config)
+    else:
+        with pytest.raises(ConfigError, match=r'wandb login.*metrics.wandb_mode = "offline"'):
+            check_sinks(config)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"metrics.prometheus_port is {port}.*give another port"):
+            check_sinks(MetricsConfig(sinks=("prometheus",), prometheus_port=port))
+    check_sinks(MetricsConfig(sinks=("prometheus",), prometheus_port=port))

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from tests.records.sinks.steps import closed, status, update
 from troupe.messages import Activity, GroupClosed, Incident, Slot
+from troupe.records.figures import queue_depths
 from troupe.records.sinks.base import RunInfo
-from troupe.records.sinks.display import Display, clock_time, fitted, queue_depths, shown_metrics
+from troupe.records.sinks.display import Display, clock_time, fitted, shown_metrics
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=100, first_step=0)
 METRICS = {
@@ -64,7 +65,7 @@ def test_shows_what_is_there_in_a_fixed_order() -> None:
         ("seconds a step", "1.50"),
     ]
     assert shown_metrics({"reward": float("nan")}) == [("reward", "nan")]
-    assert queue_depths(METRICS) == [("scored", 3)]
+    assert queue_depths(METRICS) == {"scored": 3}
 
 
 def test_figures_of_a_run_that_diverges_leave_room_for_what_they_are_of() -> None:

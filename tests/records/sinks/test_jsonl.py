@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from troupe.messages import Incident, Update
-from troupe.records.sinks.appended import AppendedFile
 from troupe.records.sinks.base import DurableSink
-from troupe.records.sinks.jsonl import JsonlSink, steps_between
+from troupe.records.sinks.jsonl import AppendedFile, JsonlSink, steps_between
 
 
 def update(step: int, **metrics: float) -> Update:
@@ -240,9 +239,7 @@ def test_a_folder_that_comes_back(tmp_path: Path) -> None:
 
 def test_settling_syncs_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[bool] = []
-    monkeypatch.setattr(
-        "troupe.records.sinks.appended.os.fsync", lambda descriptor: synced.append(_is_folder(descriptor))
-    )
+    monkeypatch.setattr("troupe.records.sinks.jsonl.os.fsync", lambda descriptor: synced.append(_is_folder(descriptor)))
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.open()
     sink.write(update(1))

@@ -11,8 +11,7 @@ import pytest
 from tests.records.sinks.oracles import package
 from tests.records.sinks.steps import status, update
 from troupe.messages import NOT_STARTED, Incident, LiveGroup, Restarting, Slot
-from troupe.records.sinks.prometheus import PrometheusSink
-from troupe.records.sinks.prometheus_text import exposition
+from troupe.records.sinks.prometheus import PrometheusSink, exposition
 
 GROUPS = tuple(
     LiveGroup(gid=i, slot=Slot(step=0, place=i), owner=owner, waiting=waiting, age_s=10.0 - i)

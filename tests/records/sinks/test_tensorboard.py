@@ -15,8 +15,8 @@ import pytest
 from tests.records.sinks.oracles import package
 from tests.records.sinks.steps import closed, update
 from troupe.messages import Incident
-from troupe.records.sinks.appended import AppendedFile
 from troupe.records.sinks.base import DurableSink, RunInfo
+from troupe.records.sinks.jsonl import AppendedFile
 from troupe.records.sinks.tensorboard import TensorBoardSink
 
 pytestmark = pytest.mark.filterwarnings("ignore")

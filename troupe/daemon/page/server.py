@@ -27,6 +27,7 @@ from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Drain, Pause, Refused, Resume, Status, Step, Stop
 from troupe.records.figures import live_charts
 from troupe.records.report.static import read_asset, script_safe
+from troupe.records.sinks.prometheus import CONTENT_TYPE, exposition
 from troupe.runtime.http import HOST, HttpLimits, HttpRequest, HttpResponse, HttpServer, RefusedError
 
 _FILES = {
@@ -208,11 +209,7 @@ class Page:
         return _json(reply)
 
     async def _exposition(self) -> HttpResponse:
-        from troupe.records.sinks.prometheus_text import exposition  # when it is asked for: the daemon is light
-
-        return HttpResponse(
-            kind="text/plain; version=0.0.4; charset=utf-8", body=exposition(await self._daemon.status()).encode()
-        )
+        return HttpResponse(kind=CONTENT_TYPE, body=exposition(await self._daemon.status()).encode())
 
     def _watch(self) -> HttpResponse:
         if self._watchers >= _WATCHERS:

@@ -13,7 +13,7 @@ from troupe.daemon.logs import LOGGER
 from troupe.daemon.trainer import frames
 from troupe.daemon.trainer.frames import Answer, Ask, ToDaemon, ToTrainer
 from troupe.messages import GetStatus, Refused
-from troupe.records.silence import Silence
+from troupe.records.standing import Silence
 from troupe.runtime.codec import encode
 from troupe.runtime.frames import FrameError
 

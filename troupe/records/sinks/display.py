@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from troupe.messages import GroupClosed, Incident, Phase, Status, Update
-from troupe.records.figures import FIGURES, function_of, written
+from troupe.records.figures import FIGURES, function_of, queue_depths, written
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.digest import Sample, samples_of
 from troupe.runtime.terminal import one_line
@@ -52,7 +52,6 @@ _STYLES: dict[Phase, str] = {
     "stopping": "bold cyan",
     "failed": "bold red",
 }
-_QUEUE_PREFIX, _QUEUE_SUFFIX = "queue/", "/depth"
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -61,15 +60,6 @@ def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         (figure.line, written(metrics[metric], figure.spec))
         for metric, figure in FIGURES.items()
         if figure.line and metric in metrics
-    ]
-
-
-def queue_depths(metrics: Mapping[str, float]) -> list[tuple[str, int]]:
-    """(channel, messages waiting) from the metrics of a step."""
-    return [
-        (key.removeprefix(_QUEUE_PREFIX).removesuffix(_QUEUE_SUFFIX), int(value))
-        for key, value in metrics.items()
-        if key.startswith(_QUEUE_PREFIX) and key.endswith(_QUEUE_SUFFIX)
     ]
 
 
@@ -189,7 +179,7 @@ class Display:
 
     def _queues(self) -> Text:
         now = {} if self._status is None else self._status.queues
-        depths = [(name, now.get(name, depth)) for name, depth in queue_depths(self._metrics)]
+        depths = [(name, now.get(name, depth)) for name, depth in queue_depths(self._metrics).items()]
         parts: list[tuple[str, str]] = []
         for name, depth in depths:
             parts += [(f"{name} ", "dim"), (f"{depth:<5}", "" if depth else "dim")]

@@ -17,10 +17,9 @@ from typing import Any
 import tomli_w
 
 from troupe.messages import GroupClosed, Incident, Update
-from troupe.records.sinks.appended import AppendedFile
-from troupe.records.sinks.base import RunInfo
+from troupe.records.sinks.base import RunInfo, package
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
-from troupe.records.sinks.packages import package
+from troupe.records.sinks.jsonl import AppendedFile
 
 FOLDER = "tensorboard"
 _BINS = 30

@@ -17,10 +17,9 @@ import msgspec
 
 from troupe.messages import GroupClosed, Update
 from troupe.records.layout import METRICS
-from troupe.records.sinks.base import MetricsConfig, RunInfo, SinkName
+from troupe.records.sinks.base import MetricsConfig, RunInfo, SinkName, package, wandb_mode
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
 from troupe.records.sinks.jsonl import steps_between
-from troupe.records.sinks.packages import package, wandb_mode
 from troupe.runtime.files import drafted
 
 _PATIENCE = 0.8
