@@ -1,4 +1,7 @@
-"""How the loss is put together: additivity, masks, bounds. TRL's figures are in test_trl_vectors.py."""
+"""How the loss is put together, what its entropy bonus weighs, and log-probs against numpy in float64.
+
+TRL's figures are in test_trl_vectors.py.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,16 @@ import numpy as np
 import pytest
 
 from troupe.grpo.config import Level, LossConfig, LossType
-from troupe.grpo.loss import batch_normalizer, grpo_loss, loss_and_tallies
-from troupe.grpo.ratios import entropy_threshold, high_entropy_mask
-from troupe.grpo.tallies import averages, merge
+from troupe.grpo.loss import (
+    EntropyControl,
+    batch_normalizer,
+    entropy_control,
+    entropy_from_logits,
+    grpo_loss,
+    loss_and_tallies,
+    selective_log_softmax,
+)
+from troupe.grpo.objectives import averages, entropy_threshold, high_entropy_mask, merge, upper_epsilon
 
 B, T = 6, 7
 
@@ -190,8 +200,95 @@ def test_the_configuration_has_bounds(fields: dict[str, Any]) -> None:
 def test_defaults_are_trls() -> None:
     config = LossConfig()
     assert (config.loss_type, config.importance_sampling_level) == ("dapo", "token")
-    assert (config.epsilon, config.upper_epsilon, config.delta, config.beta) == (0.2, 0.2, None, 0.0)
+    assert (config.epsilon, upper_epsilon(config), config.delta, config.beta) == (0.2, 0.2, None, 0.0)
     assert config.use_bias_correction_kl is True
     assert (config.use_adaptive_entropy, config.entropy_coef, config.entropy_coef_delta) == (False, 0.0, 0.005)
     assert (config.entropy_target, config.entropy_coef_min, config.entropy_coef_max) == (0.2, 0.0, 1.0)
-    assert LossConfig(epsilon_high=0.28).upper_epsilon == 0.28
+    assert upper_epsilon(LossConfig(epsilon_high=0.28)) == 0.28
+
+
+ON = LossConfig(
+    use_adaptive_entropy=True,
+    entropy_coef=0.02,
+    entropy_coef_delta=0.01,
+    entropy_target=1.0,
+    entropy_coef_min=0.015,
+    entropy_coef_max=0.035,
+)
+
+
+@pytest.mark.parametrize(
+    ("coef", "entropy", "expected"),
+    [(0.02, 0.9, 0.03), (0.02, 1.0, 0.03), (0.03, 0.9, 0.035), (0.03, 1.1, 0.02), (0.02, 1.1, 0.015)],
+)
+def test_the_coefficient_rises_at_or_below_the_target_and_falls_above(
+    coef: float, entropy: float, expected: float
+) -> None:
+    control = EntropyControl(coef, 0.0).after_update(entropy, ON)
+    assert control.coef == pytest.approx(expected)
+    assert control.last_entropy == entropy
+
+
+def test_the_bonus_counts_only_after_an_entropy_at_or_below_the_target() -> None:
+    control = entropy_control({}, ON)
+    assert control == EntropyControl(0.02, math.inf)
+    assert control.in_force(ON) == 0.0
+    low, high = control.after_update(0.5, ON), control.after_update(1.5, ON)
+    assert low.in_force(ON) == pytest.approx(0.03)
+    assert high.in_force(ON) == 0.0
+    assert high.coef == 0.015
+
+
+def test_the_state_of_the_optimizer_keeps_it() -> None:
+    control = EntropyControl(0.25, 0.5)
+    state = control.as_state(ON)
+    assert {name: (array.dtype, array.shape) for name, array in state.items()} == {
+        "entropy_coef": (mx.float32, ()),
+        "last_entropy": (mx.float32, ()),
+    }
+    assert entropy_control({"step": mx.array(3.0)} | state, ON) == control
+
+
+def test_a_fixed_coefficient_stays() -> None:
+    config = LossConfig(entropy_coef=0.1)
+    control = entropy_control({"entropy_coef": mx.array(0.7), "last_entropy": mx.array(0.0)}, config)
+    assert control.in_force(config) == 0.1
+    assert control.after_update(5.0, config) == control
+    assert control.as_state(config) == {}
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(*shape, 11)) * 3
+    ids = rng.integers(0, 11, size=shape)
+    expected = log_softmax(logits)
+    chosen = selective_log_softmax(mx.array(logits.astype(np.float32)), mx.array(ids))
+    assert chosen.shape == shape
+    np.testing.assert_allclose(np.array(chosen), np.take_along_axis(expected, ids[..., None], -1)[..., 0], atol=2e-6)
+    entropy = entropy_from_logits(mx.array(logits.astype(np.float32)))
+    np.testing.assert_allclose(np.array(entropy), -(np.exp(expected) * expected).sum(-1), atol=2e-6)
+
+
+def test_low_precision_logits_are_computed_in_float32() -> None:
+    logits = mx.array([[1.0, 2.0, 3.0]], dtype=mx.bfloat16)
+    chosen = selective_log_softmax(logits, mx.array([2]))
+    assert chosen.dtype == entropy_from_logits(logits).dtype == mx.float32
+    assert chosen.item() == pytest.approx(3 - math.log(math.exp(1) + math.exp(2) + math.exp(3)), abs=1e-6)
+
+
+def test_an_excluded_token_adds_nothing_to_the_entropy() -> None:
+    logits = mx.array([0.0, -math.inf, 0.0])
+    assert entropy_from_logits(logits).item() == pytest.approx(math.log(2.0))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = mx.array([1e4, 1e4 - 1.0, -1e4])
+    p = 1 / (1 + math.exp(-1.0))
+    assert selective_log_softmax(logits, mx.array(0)).item() == pytest.approx(math.log(p), abs=1e-3)
+    assert entropy_from_logits(logits).item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-3)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.support.fakes import same_bits
+from troupe.grpo import sync_reference
 from troupe.grpo.batch import Batch, make_batch
 from troupe.grpo.config import CorrectionMode, LearnerConfig, Level, LossType
-from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
-from troupe.grpo.loss import grpo_loss
+from troupe.grpo.loss import entropy_from_logits, grpo_loss, selective_log_softmax
 from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, join_halves
 from troupe.grpo.step import StepResult, train_on_batch
 
@@ -402,3 +402,26 @@ def test_arguments_that_are_missing_are_refused() -> None:
 def test_the_configuration_has_bounds(fields: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(fields, LearnerConfig)
+
+
+def test_the_mixture_by_hand() -> None:
+    reference = {"a": mx.array([1.0, 2.0]), "b": mx.array([[4.0]])}
+    policy = {"a": mx.array([3.0, -2.0]), "b": mx.array([[0.0]])}
+    mixed = sync_reference(reference, policy, 0.25)
+    np.testing.assert_allclose(np.array(mixed["a"]), [1.5, 1.0])
+    np.testing.assert_allclose(np.array(mixed["b"]), [[3.0]])
+    assert reference["a"].tolist() == [1.0, 2.0]
+
+
+def test_the_ends_are_exact_and_dtypes_stay() -> None:
+    reference = {"a": mx.array([0.1, 1e-3], dtype=mx.bfloat16)}
+    policy = {"a": mx.array([0.7, -3.0], dtype=mx.bfloat16)}
+    for alpha, expected in ((0.0, reference), (1.0, policy)):
+        mixed = sync_reference(reference, policy, alpha)
+        assert mixed["a"].dtype == mx.bfloat16
+        assert mixed["a"].tolist() == expected["a"].tolist()
+
+
+def test_other_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"not have the same weights \(b is in one alone\)"):
+        sync_reference({"a": mx.zeros(1)}, {"a": mx.zeros(1), "b": mx.zeros(1)}, 0.5)

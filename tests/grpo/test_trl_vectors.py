@@ -34,17 +34,17 @@ from troupe.grpo import (
     selective_log_softmax,
     sync_reference,
 )
-from troupe.grpo.entropy import EntropyControl
-from troupe.grpo.loss import loss_and_tallies, sampler_tallies
-from troupe.grpo.ratios import (
+from troupe.grpo.loss import EntropyControl, has_entropy_bonus, loss_and_tallies, sampler_tallies
+from troupe.grpo.objectives import (
+    averages,
     entropy_threshold,
     high_entropy_mask,
     importance_ratio,
     masked_difference,
+    merge,
     reference_kl,
     sampler_correction,
 )
-from troupe.grpo.tallies import averages, merge
 from troupe.messages import RolloutGroup, ScoredGroup
 from troupe.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
@@ -173,7 +173,7 @@ def run_loss(fields: Case, prefix: str, inputs: Case) -> tuple[Any, Any, Any, An
 
 def as_trl_logs(metrics: Tensors, config: LossConfig, inputs: Case) -> Tensors:
     """TRL logs the policy part of most losses before it divides by the accumulation steps, and a fixed coefficient."""
-    if not config.has_entropy_bonus:
+    if not has_entropy_bonus(config):
         return metrics
     logged = dict(metrics)
     if config.loss_type not in trl.OVER_THE_GENERATION_BATCH:

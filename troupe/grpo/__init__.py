@@ -3,9 +3,15 @@
 from troupe.grpo.advantages import compute_advantages, reward_statistics, spread_within_groups
 from troupe.grpo.batch import Batch, make_batch, split
 from troupe.grpo.config import LearnerConfig, LossConfig
-from troupe.grpo.entropy import EntropyControl, entropy_control
-from troupe.grpo.logprobs import entropy_from_logits, selective_log_softmax
-from troupe.grpo.loss import Normalizer, batch_normalizer, grpo_loss
+from troupe.grpo.loss import (
+    EntropyControl,
+    Normalizer,
+    batch_normalizer,
+    entropy_control,
+    entropy_from_logits,
+    grpo_loss,
+    selective_log_softmax,
+)
 from troupe.grpo.optimizer import (
     adamw_init,
     adamw_update,
@@ -14,8 +20,7 @@ from troupe.grpo.optimizer import (
     optimizer_state_bytes,
     update_bytes,
 )
-from troupe.grpo.reference import sync_reference
-from troupe.grpo.step import StepResult, train_on_batch
+from troupe.grpo.step import StepResult, sync_reference, train_on_batch
 
 __all__ = [
     "Batch",

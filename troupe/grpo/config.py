@@ -57,7 +57,7 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: the mean token entropy, times this, is subtracted from the loss."""
     use_adaptive_entropy: bool = False
-    """Let `entropy_coef`, then only the first weight, follow the entropy; see `troupe.grpo.entropy`."""
+    """Let `entropy_coef`, then only the first weight, follow the entropy; see `troupe.grpo.loss.EntropyControl`."""
     entropy_coef_delta: NonNegative = 0.005
     """By how much the weight rises or falls at each update."""
     entropy_target: NonNegative = 0.2
@@ -73,21 +73,6 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 f"entropy_coef_min is {self.entropy_coef_min}, above entropy_coef_max = {self.entropy_coef_max}; "
                 "lower the one or raise the other"
             )
-
-    @property
-    def upper_epsilon(self) -> float:
-        """ε_high, or ε where it is not set."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    @property
-    def has_entropy_bonus(self) -> bool:
-        """Whether the loss has an entropy bonus, be its weight 0 at the moment."""
-        return self.entropy_coef != 0.0 or self.use_adaptive_entropy
-
-    @property
-    def needs_entropies(self) -> bool:
-        """Whether the loss itself, not only a metric, depends on entropies."""
-        return self.top_entropy_quantile < 1.0 or self.has_entropy_bonus
 
 
 class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,7 +110,7 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     max_resampling_attempts: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
     """How often a place of the batch is sampled anew before the step goes on without it."""
     sync_ref_model: bool = False
-    """Let the reference policy follow the policy; see `reference.sync_reference`."""
+    """Let the reference policy follow the policy; see `troupe.grpo.sync_reference`."""
     ref_model_mixup_alpha: Fraction = 0.6
     """The policy's share in the reference at each synchronization."""
     ref_model_sync_steps: AtLeastOne = 512
@@ -146,7 +131,7 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """Weigh by ρ, how much likelier the learner finds a token than the sampler did (TRL's name; the sampler here is
     Troupe's own generator, with its older weights and other kernels)."""
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """See `ratios.sampler_correction`."""
+    """See `objectives.sampler_correction`."""
     vllm_importance_sampling_clip_min: NonNegative | None = None
     """Lower bound of ρ; None is no bound."""
     vllm_importance_sampling_clip_max: NonNegative | None = 3.0

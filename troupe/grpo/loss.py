@@ -3,19 +3,36 @@
 The normalizer is an argument, so that the losses of the micro-batches of a batch add up to exactly the loss of the
 batch. Names, formulas and defaults are those of TRL 1.16.
 
-Shapes: B rows, T completion tokens. Everything is computed in float32; log-probs, entropies and KL in nats.
+Shapes: B rows, T completion tokens, V the vocabulary. Everything is computed in float32; log-probs, entropies and KL in
+nats.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.grpo import ratios
 from troupe.grpo.config import LossConfig
-from troupe.grpo.objectives import OBJECTIVES, PolicyInputs, Scale
-from troupe.grpo.tallies import Tallies, averages, nan_max, nan_min, tally
+from troupe.grpo.objectives import (
+    OBJECTIVES,
+    PolicyInputs,
+    Scale,
+    Tallies,
+    averages,
+    entropy_threshold,
+    high_entropy_mask,
+    importance_ratio,
+    masked_difference,
+    masked_sum,
+    nan_max,
+    nan_min,
+    off_policy_mask,
+    reference_kl,
+    tally,
+)
 
 
 class Normalizer(NamedTuple):
@@ -72,7 +89,7 @@ def grpo_loss(
     batch, None = the current one, without gradient; `advantages` (B,) or (B, T); `completion_mask` (B, T) of 0 and 1.
     `ref_per_token_logps` (B, T) is needed where beta ≠ 0, `entropies` (B, T) where the configuration uses them (and
     for the metric). `sampling_per_token_logps` (B, T), default the old ones, serve the off-policy mask;
-    `importance_sampling_ratio` (B, T) or (B, 1) is ρ, see `ratios.sampler_correction`. `entropy_threshold` () and
+    `importance_sampling_ratio` (B, T) or (B, 1) is ρ, see `objectives.sampler_correction`. `entropy_threshold` () and
     `normalizer` are those of these rows alone unless given; `max_completion_length` is read for the latter.
     `entropy_coef` is the weight of the entropy bonus in force, default `config.entropy_coef`; where it is adaptive, the
     metric `controlled_entropy` is what its controller goes by.
@@ -96,6 +113,11 @@ def grpo_loss(
     return loss, averages(tallies)
 
 
+def has_entropy_bonus(config: LossConfig) -> bool:
+    """Whether the loss has an entropy bonus, be its weight 0 at the moment."""
+    return config.entropy_coef != 0.0 or config.use_adaptive_entropy
+
+
 def loss_and_tallies(
     per_token_logps: mx.array,
     old_per_token_logps: mx.array | None,
@@ -112,22 +134,22 @@ def loss_and_tallies(
     normalizer: Normalizer | None = None,
     max_completion_length: int | None = None,
 ) -> tuple[mx.array, Tallies]:
-    """As `grpo_loss`, with tallies (see `troupe.grpo.tallies`) for metrics, which add up over micro-batches."""
+    """As `grpo_loss`, with tallies for metrics, which add up over micro-batches."""
     _check(per_token_logps, advantages, completion_mask, config, ref_per_token_logps, entropies)
     objective = OBJECTIVES[config.loss_type]
     new = per_token_logps.astype(mx.float32)
     old = mx.stop_gradient(new) if old_per_token_logps is None else old_per_token_logps
     mask = completion_mask.astype(mx.float32)
     A = advantages if advantages.ndim == 2 else advantages[:, None]
-    log_ratio = ratios.masked_difference(new, old, mask)
-    ratio = ratios.importance_ratio(log_ratio, mask, config.importance_sampling_level)
+    log_ratio = masked_difference(new, old, mask)
+    ratio = importance_ratio(log_ratio, mask, config.importance_sampling_level)
     kept = _entropy_mask(entropies, mask, config, entropy_threshold)
     x = PolicyInputs(new, log_ratio, ratio, A, mask, kept, importance_sampling_ratio)
 
     token_loss, tallies = objective.policy_term(x, config)
     if config.off_policy_mask_threshold is not None:
         sampling = old if sampling_per_token_logps is None else sampling_per_token_logps
-        token_loss = token_loss * ratios.off_policy_mask(new, sampling, A, mask, config.off_policy_mask_threshold)
+        token_loss = token_loss * off_policy_mask(new, sampling, A, mask, config.off_policy_mask_threshold)
     if config.top_entropy_quantile < 1.0 and not objective.takes_entropy_mask:
         token_loss = token_loss * kept
     if importance_sampling_ratio is not None and not objective.takes_sampler_ratio:
@@ -139,20 +161,20 @@ def loss_and_tallies(
         )
     loss = mx.sum(objective.reduce(token_loss, mask))
     if ref_per_token_logps is not None and config.beta != 0.0:
-        kl = ratios.reference_kl(new, ref_per_token_logps, mask)
+        kl = reference_kl(new, ref_per_token_logps, mask)
         kl = kl * ratio if config.use_bias_correction_kl and objective.kl_has_ratio else kl
         loss = loss + config.beta * mx.sum(objective.reduce(kl, mask))
         tallies["kl"] = tally(kl, mask)
     loss = loss / normalizer.policy
     if entropies is not None:
         tallies["entropy"] = tally(entropies, mask)
-        if config.has_entropy_bonus:
+        if has_entropy_bonus(config):
             tallies["policy_loss"] = mx.stack([loss, mx.array(0.0)])  # a sum over micro-batches, not a mean
             if config.use_adaptive_entropy:
                 tallies["controlled_entropy"] = tally(entropies, kept)
             coef = config.entropy_coef if entropy_coef is None else entropy_coef
             count = mx.maximum(mx.sum(kept), 1.0) if normalizer.entropy is None else normalizer.entropy
-            loss = loss - coef * mx.sum(ratios.masked_sum(entropies, kept)) / count
+            loss = loss - coef * mx.sum(masked_sum(entropies, kept)) / count
     return loss, {name: mx.stop_gradient(value) for name, value in tallies.items()}
 
 
@@ -180,8 +202,8 @@ def _entropy_mask(
     if config.top_entropy_quantile == 1.0 or entropies is None:
         return mask
     if threshold is None:
-        threshold = ratios.entropy_threshold(entropies, mask, config.top_entropy_quantile)
-    return ratios.high_entropy_mask(entropies, mask, threshold)
+        threshold = entropy_threshold(entropies, mask, config.top_entropy_quantile)
+    return high_entropy_mask(entropies, mask, threshold)
 
 
 def _check(
@@ -203,5 +225,75 @@ def _check(
         raise ValueError(f"advantages has the shape {advantages.shape}; give {shape[:1]} or {shape}")
     if config.beta != 0.0 and ref_per_token_logps is None:
         raise ValueError(f"beta is {config.beta} and there are no ref_per_token_logps; give them or set beta = 0")
-    if config.needs_entropies and entropies is None:
+    if entropies is None and (config.top_entropy_quantile < 1.0 or has_entropy_bonus(config)):
         raise ValueError("top_entropy_quantile below 1 and entropy_coef need entropies; give them or leave both alone")
+
+
+class EntropyControl(NamedTuple):
+    """Adaptive entropy control: the coefficient of the entropy bonus follows the entropy of the policy.
+
+    After every update the coefficient rises by a fixed amount where the entropy is at or below its target, and falls by
+    it elsewhere; the bonus counts only while the entropy last measured is at or below the target (He et al. 2025,
+    "Skywork Open Reasoner 1", arXiv:2505.22312, by the rules of TRL 1.16). Both numbers stand in the flat state of the
+    optimizer, as `entropy_coef` and `last_entropy`, each float32 ().
+    """
+
+    coef: float
+    last_entropy: float
+    """Mean token entropy of the batch of the last update, in nats; +inf before the first one."""
+
+    def in_force(self, config: LossConfig) -> float:
+        """The coefficient to weigh the bonus of the next update with."""
+        if config.use_adaptive_entropy and not self.last_entropy <= config.entropy_target:
+            return 0.0
+        return self.coef
+
+    def after_update(self, entropy: float, config: LossConfig) -> EntropyControl:
+        """The controller after an update with a batch of this mean entropy; the same where it is switched off.
+
+        The coefficient becomes min(c + Δ, c_max) where the entropy ≤ target, else max(c − Δ, c_min).
+        """
+        if not config.use_adaptive_entropy:
+            return self
+        if entropy <= config.entropy_target:
+            return EntropyControl(min(self.coef + config.entropy_coef_delta, config.entropy_coef_max), entropy)
+        return EntropyControl(max(self.coef - config.entropy_coef_delta, config.entropy_coef_min), entropy)
+
+    def as_state(self, config: LossConfig) -> dict[str, mx.array]:
+        """What the state of the optimizer keeps of it, evaluated; nothing where it is switched off."""
+        if not config.use_adaptive_entropy:
+            return {}
+        state = {"entropy_coef": mx.array(self.coef), "last_entropy": mx.array(self.last_entropy)}
+        mx.eval(state)
+        return state
+
+
+def entropy_control(state: Mapping[str, mx.array], config: LossConfig) -> EntropyControl:
+    """The controller as the state of the optimizer has it; at its start where that says nothing of it."""
+    if not config.use_adaptive_entropy or "entropy_coef" not in state:
+        return EntropyControl(config.entropy_coef, math.inf)
+    return EntropyControl(float(state["entropy_coef"]), float(state["last_entropy"]))
+
+
+def selective_log_softmax(logits: mx.array, target_ids: mx.array) -> mx.array:
+    """log p(a) = ℓ_a − log Σ_v exp ℓ_v, in nats, for the chosen ids a alone.
+
+    `logits` (…, V); `target_ids` (…) integers in [0, V), or (…, K) for K ids a position. Returns float32 of the shape
+    of `target_ids`.
+    """
+    logits = logits.astype(mx.float32)
+    log_normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
+    if target_ids.ndim == logits.ndim:
+        return mx.take_along_axis(logits, target_ids, axis=-1) - log_normalizer
+    return (mx.take_along_axis(logits, target_ids[..., None], axis=-1) - log_normalizer)[..., 0]
+
+
+def entropy_from_logits(logits: mx.array) -> mx.array:
+    """H = −Σ_v p_v log p_v in nats, with p = softmax(ℓ).
+
+    `logits` (…, V), finite or −inf (an excluded token). Returns float32 (…).
+    """
+    logits = logits.astype(mx.float32)
+    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    # An excluded token contributes 0; clamping keeps 0 · −inf from making it NaN.
+    return -mx.sum(mx.exp(log_probs) * mx.maximum(log_probs, mx.finfo(mx.float32).min), axis=-1)

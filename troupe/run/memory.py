@@ -20,6 +20,7 @@ from rich.table import Table
 
 from troupe.errors import ConfigError
 from troupe.grpo import optimizer_state_bytes, update_bytes
+from troupe.grpo.loss import has_entropy_bonus
 from troupe.policy import (
     MicroBatch,
     Qwen3Config,
@@ -223,7 +224,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         work.dtype,
         _largest_micro_batch(config, work, choice.micro_batches),
         recompute=choice.checkpointing,
-        entropy_gradient=learner.has_entropy_bonus,
+        entropy_gradient=has_entropy_bonus(learner),
         adds_up=choice.micro_batches > 1,
         on_cpu=work.on_cpu,
         writes_scores=not attention_is_fused(work.policy.head_dim, work.dtype, gradient=True, on_cpu=work.on_cpu),

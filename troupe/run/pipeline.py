@@ -17,8 +17,7 @@ from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.wire import Setup
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
-from troupe.actors.learner.snapshots import Snapshots
-from troupe.actors.learner.train import LearnerState
+from troupe.actors.learner.train import LearnerState, Snapshots
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer

@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.policy.network.test_completions import COMPLETIONS, CONFIGS, GROUP, PROMPTS, TIED, device_path, row_by_row
-from troupe.policy.gradient.backward import completion_gradients
-from troupe.policy.gradient.chunks import side_by_side
+from troupe.policy.gradient.backward import completion_gradients, side_by_side
 from troupe.policy.network import head
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.completions import completion_statistics

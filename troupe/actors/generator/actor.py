@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple
 
 import anyio
 
-from troupe.actors.generator.rounds import Rounds
 from troupe.actors.learner.batch import as_rollouts
+from troupe.actors.ledgers import Rounds
 from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup
 from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest, Weights
 from troupe.runtime.actor import Actor

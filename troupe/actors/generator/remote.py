@@ -16,7 +16,6 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from troupe import errors
-from troupe.actors.generator.rounds import Rounds
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import (
     Completed,
@@ -37,6 +36,7 @@ from troupe.actors.generator.wire import (
     pack_prompt,
     unpack_rollout,
 )
+from troupe.actors.ledgers import Rounds
 from troupe.errors import RunError, TroupeError
 from troupe.messages import Incident, Prompt, RolloutGroup, ScoredGroup, Span
 from troupe.policy import Weights

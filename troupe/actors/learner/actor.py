@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import anyio
 import msgspec
 
-from troupe.actors.learner.gathering import Gathering, StepGroups, gid_of, slot_of
-from troupe.actors.learner.snapshots import Snapshots
-from troupe.actors.learner.statistics import (
+from troupe.actors.learner.batch import (
     StepMeter,
     end_statistics,
     num_tokens,
@@ -19,7 +17,8 @@ from troupe.actors.learner.statistics import (
     staleness_statistics,
     weighted_rewards,
 )
-from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
+from troupe.actors.learner.gathering import Gathering, StepGroups, gid_of, slot_of
+from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
 from troupe.errors import RunError
 from troupe.messages import (
     Checkpoint,

@@ -7,23 +7,18 @@ Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocab
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
-from troupe.actors.learner.statistics import (
-    advantage_statistics,
-    advantages_of,
-    group_statistics,
-    is_truncated,
-    num_tokens,
-    spread_statistics,
-)
-from troupe.grpo import Batch, LearnerConfig, make_batch
+from troupe.actors.learner.gathering import StepGroups, slot_of, stale_tokens
+from troupe.grpo import Batch, LearnerConfig, compute_advantages, make_batch, reward_statistics, spread_within_groups
 from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
-from troupe.policy.gradient.chunks import Chunk
+from troupe.policy.gradient.backward import Chunk
 
 Extra = TypeVar("Extra")
 
@@ -124,3 +119,196 @@ def assemble(
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
     by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
     return Assembled(batch=batch, advantages=by_group, metrics=metrics)
+
+
+def score_table(groups: Sequence[ScoredGroup], names: Sequence[str]) -> mx.array:
+    """Scores (B, F), float64, one column a name; NaN where a score is missing."""
+    return mx.array(
+        [
+            [math.nan if score is None else score for score in row]
+            for group in groups
+            for row in zip(*(group.scores[name] for name in names), strict=True)
+        ],
+        dtype=mx.float64,
+    )
+
+
+def rows_without_reward(groups: Sequence[ScoredGroup]) -> list[int]:
+    """Places in 0 … B − 1 of the completions that have none because some score is missing through a fault."""
+    G = len(groups[0].group.rollouts)
+    return [place * G + sample for place, group in enumerate(groups) for sample in group.faulted]
+
+
+def _score_arguments(
+    groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """What every function of scores in `grpo.advantages` is given."""
+    return {
+        "rewards": score_table(groups, list(weights)),
+        "num_generations": len(groups[0].group.rollouts),
+        "weights": list(weights.values()),
+        "multi_objective_aggregation": config.multi_objective_aggregation,
+        "left_out": rows_without_reward(groups),
+    }
+
+
+def advantages_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]) -> mx.array:
+    """Advantages (B,) by the learner's settings; `weights` maps each reward's name to its weight."""
+    table = _score_arguments(groups, config, weights)
+    return compute_advantages(**table, scale_rewards=config.scale_rewards)
+
+
+def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[float | None, ...]:
+    """(G,) Σ weight·score of each completion over the scores that are there; None where none is, or where one is
+    missing through a fault."""
+    rewards: list[float | None] = []
+    for sample, row in enumerate(zip(*(group.scores[name] for name in weights), strict=True)):
+        present = [w * s for w, s in zip(weights.values(), row, strict=True) if s is not None]
+        rewards.append(math.fsum(present) if present and sample not in group.faulted else None)
+    return tuple(rewards)
+
+
+def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, float]) -> bool:
+    """Whether some advantage of the group, taken alone, is not 0.
+
+    Without signal are groups whose weighted rewards, as far as they are there, are all equal. That holds for every
+    `scale_rewards`, since each compares a completion with its own group first; also where rewards are normalized one by
+    one and cancel out.
+    """
+    return bool(mx.any(advantages_of([group], config, weights) != 0.0).item())
+
+
+def is_truncated(rollout: Rollout) -> bool:
+    """Whether a completion was cut: by the length limit, or for repeating itself.
+
+    TRL looks whether the last token is a stop id, and so counts a completion that a stop string ended as cut. Here it
+    ended as it was asked to.
+    """
+    return rollout.finish_reason != "stop"
+
+
+def group_statistics(
+    groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Rewards and completions of the groups, and what reward functions logged themselves (mean over the groups)."""
+    table = _score_arguments(groups, config, weights)
+    rewards = reward_statistics(**table, scale_rewards=config.scale_rewards, names=list(weights))
+    # what rewards log comes first: it may not stand in for the metrics that are ours
+    return {**_logged(groups), **rewards, **_completions([rollout for g in groups for rollout in g.group.rollouts])}
+
+
+def spread_statistics(
+    groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
+) -> dict[str, float]:
+    """`reward_std_within_groups`, the mean of the groups' own standard deviations, and `frac_reward_zero_std`, the part
+    of the groups without signal.
+
+    TRL's figures of these names are those of `reward_statistics`: it takes the deviation of the batch for the second
+    where the batch is what scales, and so counts no group then.
+    """
+    within, part = spread_within_groups(**_score_arguments(groups, config, weights))
+    return {"reward_std_within_groups": within, "frac_reward_zero_std": part}
+
+
+def advantage_statistics(advantages: mx.array) -> dict[str, float]:
+    """Mean, standard deviation (ddof 1, 0 of one number) and mean size of (B,) advantages, and the part that is 0."""
+    values: list[float] = advantages.tolist()  # type: ignore[assignment]
+    B = len(values)
+    mean = math.fsum(values) / B
+    return {
+        "advantages/mean": mean,
+        "advantages/std": math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(B - 1, 1)),
+        "advantages/abs_mean": math.fsum(map(abs, values)) / B,
+        "advantages/frac_zero": sum(value == 0.0 for value in values) / B,
+    }
+
+
+def staleness_statistics(groups: Sequence[ScoredGroup], newest: int) -> dict[str, float]:
+    """How many versions the weights that sampled a token were behind `newest`: the mean and the largest over tokens."""
+    behind = [newest - v for group in groups for rollout in group.group.rollouts for v in rollout.versions] or [0]
+    return {"staleness": sum(behind) / len(behind), "staleness/max": float(max(behind))}
+
+
+def end_statistics(step: StepGroups) -> dict[str, float]:
+    """How many groups of a step ended how, and which part of the tokens that was."""
+    sampled = max(sampled_tokens(step.groups), 1)
+    stale = sum(stale_tokens(group, step.oldest) for group in step.groups)
+    return {
+        "groups/trained": float(len(step.ending("trained"))),
+        "groups/filtered": float(len(step.ending("filtered"))),
+        "groups/stale": float(len(step.ending("stale"))),
+        "groups/quarantined": float(len(step.ending("quarantined"))),
+        "groups/resampled": float(sum(slot_of(group).attempt > 0 for group in step.groups)),
+        "groups/filtered_token_fraction": sampled_tokens(step.ending("filtered")) / sampled,
+        "tokens/stale_fraction": stale / sampled,
+    }
+
+
+class StepMeter:
+    """Measures how long each step takes, from the end of the one before, and the most memory that was in use."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        peak_bytes: Callable[[], int] = mx.get_peak_memory,
+        reset_peak: Callable[[], None] = mx.reset_peak_memory,
+    ) -> None:
+        self._clock, self._peak_bytes, self._reset_peak = clock, peak_bytes, reset_peak
+        self._began_s = 0.0
+
+    def begin(self) -> None:
+        """The first step begins."""
+        self._began_s = self._clock()
+        self._reset_peak()
+
+    def measure_step(self) -> tuple[float, int]:
+        """Seconds and bytes of the step that ends now, at which the next begins."""
+        now_s = self._clock()
+        seconds, self._began_s = now_s - self._began_s, now_s
+        peak = self._peak_bytes()
+        self._reset_peak()
+        return seconds, peak
+
+
+def sampled_tokens(groups: Sequence[ScoredGroup]) -> int:
+    """Tokens of all completions."""
+    return sum(len(rollout.token_ids) for group in groups for rollout in group.group.rollouts)
+
+
+def num_tokens(groups: Sequence[ScoredGroup]) -> int:
+    """Tokens of all completions, and of the prompt of each completion, as TRL counts them."""
+    return sum(
+        len(group.group.prompt.prompt_ids) + len(rollout.token_ids)
+        for group in groups
+        for rollout in group.group.rollouts
+    )
+
+
+def _logged(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    names = {name for group in groups for name in group.logged if isinstance(name, str)}
+    values = {name: [group.logged[name] for group in groups if name in group.logged] for name in sorted(names)}
+    return {name: _mean(column) for name, column in values.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # the sum is no number, yet the mean is
+        return math.fsum(value / len(values) for value in values)
+    except ValueError:  # infinities that cancel out
+        return math.nan
+
+
+def _completions(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    ended = [len(rollout.token_ids) for rollout in rollouts if not is_truncated(rollout)]
+    terminated = ended or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": (len(lengths) - len(ended)) / len(lengths),
+        "completions/mean_terminated_length": sum(terminated) / len(terminated),
+        "completions/min_terminated_length": float(min(terminated)),
+        "completions/max_terminated_length": float(max(terminated)),
+    }

@@ -1,4 +1,4 @@
-"""The computing of a learner: what becomes of its state with the groups of one step, on the device's thread.
+"""What the groups of one step make of a learner's state, on the device's thread, and what of it a checkpoint gets.
 
 A step's groups and the state before go in, the state after and the step's metrics come out; nothing waits. The state
 before is used up.
@@ -15,13 +15,23 @@ from typing import NamedTuple
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
-from troupe.actors.learner.gathering import StepGroups, gid_of
-from troupe.actors.learner.statistics import group_statistics, has_signal, num_tokens, spread_statistics
+from troupe.actors.learner.batch import (
+    Assembled,
+    CompletionLogProbs,
+    assemble,
+    group_statistics,
+    has_signal,
+    num_tokens,
+    spread_statistics,
+)
+from troupe.actors.learner.gathering import StepGroups, gid_of, slot_of
+from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
-from troupe.messages import ScoredGroup
+from troupe.grpo.loss import has_entropy_bonus
+from troupe.messages import ScoredGroup, Snapshot, Unfinished
 from troupe.policy import Qwen3Config, Weights
 from troupe.runtime.linux_cpu import blas_limited
+from troupe.runtime.mailbox import Mailbox
 
 
 class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +86,7 @@ class BatchTrainer:
             policy_config,
             temperature,
             recompute=config.gradient_checkpointing or False,
-            entropy_gradient=config.has_entropy_bonus,
+            entropy_gradient=has_entropy_bonus(config),
         )
         self._max_completion_length = max_completion_length
         self._pad_id = pad_id
@@ -183,3 +193,89 @@ class BatchTrainer:
         for _ in range(due):
             reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
         return reference
+
+
+class Snapshots:
+    """Makes the snapshots of a run, each with the means of the metrics since the one before."""
+
+    def __init__(
+        self,
+        *,
+        every: int,
+        beside_learning: bool = True,
+        with_reference: bool = False,
+        open_groups: OpenGroups,
+        recorded: Mapping[int, ScoredGroup],
+        next_prompt: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
+        the policy. `open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the
+        run was resumed and have not come to the learner yet. `next_prompt`: number of the prompt that will be begun
+        next."""
+        self.every = every
+        """Steps from one snapshot to the next."""
+        self.beside_learning = beside_learning
+        self.open_groups = open_groups
+        self._with_reference = with_reference
+        self._recorded = recorded
+        self._next_prompt = next_prompt
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Count the metrics of one more step."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + value, count + 1
+
+    def forget_metrics(self) -> None:
+        """Begin new means, the snapshot with the old ones being sent."""
+        self._sums.clear()
+
+    def make(
+        self,
+        state: LearnerState,
+        inbox: Mailbox,
+        published: Mapping[int, Weights],
+        collected: Unfinished,
+        *,
+        final: bool = False,
+    ) -> Snapshot:
+        """Everything a checkpoint of `state` needs, by reference.
+
+        `published`: the versions on the board; `collected`: the groups that the learner has; those in its `inbox` are
+        found there.
+        """
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        return Snapshot(
+            version=state.version,
+            weights=state.weights,
+            optimizer_state=dict(state.optimizer_state),  # its own: the next step takes the learner's apart
+            behind={version: weights for version, weights in published.items() if version < state.version},
+            reference=state.reference if self._with_reference else None,
+            num_tokens=state.num_tokens,
+            skipped_in_a_row=state.skipped_in_a_row,
+            metrics={name: mean for name, mean in means.items() if math.isfinite(mean)},
+            unfinished=msgspec.structs.replace(
+                collected,
+                next=self._next_prompt(),
+                open=self.open_groups.all(),
+                scored=self._scored(state.version, inbox, set(map(gid_of, collected.collected))),
+            ),
+            final=final,
+        )
+
+    def _scored(self, version: int, inbox: Mailbox, collected: set[int]) -> tuple[ScoredGroup, ...]:
+        """The groups that have their scores and are not collected: one that is being examined, those that wait, and
+        those from before a resume that are still on their way."""
+        scored: dict[int, ScoredGroup] = {}
+        for message in inbox.in_hand:
+            if isinstance(message, ScoredGroup) and self.open_groups.has(slot_of(message)):
+                scored[gid_of(message)] = message
+        for message in inbox.waiting:
+            if isinstance(message, ScoredGroup):
+                scored[gid_of(message)] = message
+        for gid, group in self._recorded.items():
+            if slot_of(group).step >= version or self.open_groups.has(slot_of(group)):
+                scored.setdefault(gid, group)
+        return tuple(group for gid, group in scored.items() if gid not in collected)

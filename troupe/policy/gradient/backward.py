@@ -11,12 +11,12 @@ Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import mlx.core as mx
 
-from troupe.policy.gradient.chunks import Chunk, Gradients
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
 from troupe.policy.network.embedding import embed, sum_by_id
@@ -34,6 +34,12 @@ from troupe.policy.network.qwen3 import (
 )
 
 Extra = TypeVar("Extra")
+Value = TypeVar("Value")
+Gradients = dict[str, mx.array]
+
+Chunk: TypeAlias = tuple[Any, Gradients]
+"""Arrays to begin with, and gradients that are complete. What was begun is awaited before more than one chunk is on its
+way; None: nothing to begin with, empty: await it at once."""
 
 
 class _Kept(NamedTuple):
@@ -222,3 +228,44 @@ def _prefix(index: int) -> str:
 
 def _of_layer(weights: Weights, index: int) -> LayerWeights:
     return lambda name: weights[f"{_prefix(index)}{name}.weight"]
+
+
+def side_by_side(
+    works: Sequence[Generator[Chunk, None, Value]], streams: Sequence[mx.Stream], values: list[Value]
+) -> Iterator[Gradients]:
+    """Goes through all works chunk by chunk, each on its stream where there are streams: the gradients as they are
+    complete, and in `values`, in the order of the works, what each returns.
+
+    While the device is at one chunk of each the next is prepared, no more: it is kept busy and the memory low. All
+    works have the same portions, and of each that of an earlier work comes first, or sums would depend on the streams.
+    """
+    found: dict[int, Value] = {}
+    early: dict[int, Gradients] = {}
+    given = [0] * len(works)
+    begun: Any = ()
+    while len(found) < len(works):
+        beginning = []
+        for place, work in enumerate(works):
+            if place in found:
+                continue
+            arrays, portion = None, early.pop(place, {})
+            if not portion:
+                try:
+                    with mx.stream(streams[place]) if streams else nullcontext():
+                        arrays, portion = next(work)
+                except StopIteration as end:
+                    found[place] = end.value
+                    continue
+            if arrays is not None:
+                beginning.append(arrays)
+            if portion and place and given[place] == given[place - 1]:
+                early[place] = portion
+            elif portion:
+                given[place] += 1
+                yield portion
+            del arrays, portion
+        if beginning:
+            mx.async_eval(beginning)  # type: ignore[no-untyped-call]
+            mx.eval(begun)
+            begun = beginning
+    values.extend(found[place] for place in range(len(works)))
