@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 
 from troupe.run.config import RunConfig
-from troupe.run.resume.rules import rule_of
+from troupe.run.resume.changes import rule_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 

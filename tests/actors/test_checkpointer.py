@@ -23,9 +23,8 @@ import pytest
 
 from tests.support.fakes import Reports, device_thread, make_scored, same_bits, send_all
 from tests.support.tiny import CONFIG
-from troupe.actors import checkpoint_writer as writer_room
-from troupe.actors.checkpoint_writer import CheckpointWriter
-from troupe.actors.checkpointer import Checkpointer, growing_pauses, lower_priority
+from troupe.actors import checkpointer as writer_room
+from troupe.actors.checkpointer import Checkpointer, CheckpointWriter, growing_pauses, lower_priority
 from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.actors.ledgers import CheckpointLedger
 from troupe.checkpoint import CheckpointConfig, RunState, files, list_checkpoints, load_checkpoint

@@ -27,11 +27,11 @@ from troupe.cli.foreground import run_in_terminal
 from troupe.cli.main import main
 from troupe.cli.train import describe_plan, tell_result
 from troupe.policy import load_policy
-from troupe.run.activity import Progress
 from troupe.run.config import config_table, load_config
 from troupe.run.evaluate import Evaluation
 from troupe.run.prepare import prepare
 from troupe.run.result import RunResult
+from troupe.run.status import Progress
 
 RUN = ("-m", "m", "-d", "p.json", "--num-generations", "3", "--batch-size", "2", "--lr", "0.01")
 SHORT = ("--set", "generation.max_completion_length=8")

@@ -18,7 +18,7 @@ from tests.support.runs import in_store
 from troupe import Supervisor
 from troupe.messages import Activity, Incident
 from troupe.rewards import RewardActor, RewardSample, Wait
-from troupe.run.activity import Progress, of_actors, with_waits
+from troupe.run.status import Progress, of_actors, with_waits
 
 pytestmark = pytest.mark.anyio
 

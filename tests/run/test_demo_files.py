@@ -11,7 +11,7 @@ from tests.support.fakes import same_bits
 from troupe import RunConfig, Supervisor, load_config
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.policy import load_policy
-from troupe.run.demo_files import DEMO, moved_demo_file
+from troupe.run.folder_names import DEMO, moved_demo_file
 
 pytestmark = pytest.mark.anyio
 

@@ -14,8 +14,8 @@ import pytest
 
 from troupe.errors import FolderGoneError, OutputError
 from troupe.run.config import RunConfig, load_config
-from troupe.run.factories import Factories
 from troupe.run.folder import RunFolder, run_folder
+from troupe.run.ledgers import Factories
 from troupe.run.prepare import Prepared
 from troupe.run.supervisor import train
 from troupe.runtime.lock import LOCK, LockedError, Owner, RunLock

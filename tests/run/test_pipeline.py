@@ -25,7 +25,7 @@ from troupe import load_config
 from troupe.checkpoint import Checkpoint, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.policy import load_policy
-from troupe.run.factories import Factories
+from troupe.run.ledgers import Factories
 from troupe.run.memory import peak_bytes
 from troupe.run.pipeline import build_pipeline
 from troupe.run.prepare import prepare

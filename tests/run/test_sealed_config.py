@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from troupe.run.config import load_config, write_config
-from troupe.run.sealed_config import is_as_written, seal
+from troupe.run.folder import is_as_written, seal
 
 
 @pytest.fixture

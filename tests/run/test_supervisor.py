@@ -35,8 +35,8 @@ from troupe.errors import CheckpointError, OutputError, RewardError, RunError
 from troupe.policy import Weights, load_policy
 from troupe.records.standing import read_standing
 from troupe.run.config import RunConfig, load_config
-from troupe.run.factories import Factories
 from troupe.run.folder import RunFolder
+from troupe.run.ledgers import Factories
 from troupe.run.result import RunResult
 
 pytestmark = pytest.mark.anyio

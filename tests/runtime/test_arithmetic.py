@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from troupe.errors import ConfigError
-from troupe.run.resume.rules import MACHINE_KEYS, check_allowed, rule_of
+from troupe.run.resume.changes import MACHINE_KEYS, check_allowed, rule_of
 from troupe.runtime import arithmetic as room
 from troupe.runtime import linux_cpu
 from troupe.runtime.arithmetic import arithmetic

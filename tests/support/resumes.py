@@ -24,7 +24,7 @@ from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.messages import GroupClosed, Snapshot, Unfinished
 from troupe.rewards import RewardManager
 from troupe.run.prepare import Prepared
-from troupe.run.resume.groups import restored_free, restored_pinned
+from troupe.run.resume.newest import restored_free, restored_pinned
 from troupe.run.supervisor import Supervisor
 
 STARTS = 4

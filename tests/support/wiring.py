@@ -22,7 +22,7 @@ from typing import Any
 import troupe  # noqa: F401 - before MLX
 from tests.support.fakes import DirectSinkThread
 from troupe import RunConfig
-from troupe.actors.checkpoint_writer import CheckpointWriter
+from troupe.actors.checkpointer import CheckpointWriter
 from troupe.actors.learner.gathering import StepGroups, gid_of
 from troupe.actors.learner.train import BatchTrainer, LearnerState
 from troupe.actors.schedule import PromptSchedule
@@ -44,12 +44,10 @@ from troupe.messages import (
 )
 from troupe.policy import Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.rewards import RewardManager
-from troupe.run.factories import Factories
 from troupe.run.inputs import Inputs
-from troupe.run.prepare import Prepared
-from troupe.run.resume.groups import Restored
-from troupe.run.resume.newest import Identity
-from troupe.run.start import Start
+from troupe.run.ledgers import Factories
+from troupe.run.prepare import Prepared, Start
+from troupe.run.resume.newest import Identity, Restored
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Channel, Mailbox, Overflow
 

@@ -25,8 +25,7 @@ from troupe.policy.decode.sampling import GREEDY_BELOW
 from troupe.records.sinks.base import MetricsConfig
 from troupe.rewards import RewardsConfig
 from troupe.run.daemon_settings import DaemonConfig
-from troupe.run.demo_files import moved_demo_file
-from troupe.run.folder_names import policy_folder
+from troupe.run.folder_names import moved_demo_file, policy_folder
 from troupe.run.naming import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.tables import anchored_reward, copied, lay_over, table_of
 from troupe.runtime.files import expanded, read_toml

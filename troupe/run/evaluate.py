@@ -5,6 +5,7 @@ The same engine, rewards and batch as in a run, called one after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from troupe.policy import (
     opened_thought,
 )
 from troupe.rewards import Reward, RewardManager, default_reward, exact_answer_reward
-from troupe.run.activity import Progress
+from troupe.run.status import Progress
 from troupe.runtime.device import DeviceThread
 
 
@@ -64,6 +65,11 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     completions: tuple[str, ...]
     incidents: tuple[Incident, ...] = ()
     """Why scores are missing."""
+
+    @property
+    def scored(self) -> dict[str, float]:
+        """Mean score of each reward that scored anything."""
+        return {name: mean for name, mean in self.rewards.items() if not math.isnan(mean)}
 
 
 async def generate_and_score(

@@ -1,21 +1,24 @@
 """The folder that a run writes in: chosen, taken before anything is loaded, kept from other runs, and left as it was
-found where nothing came of it."""
+found where nothing came of it; its `run.toml` has a sum, by which a resume sees whether it was edited since."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from troupe.actors.generator.weights_files import remove_leftovers
 from troupe.dataset import source_name
-from troupe.errors import FolderGoneError, OutputError
+from troupe.errors import ConfigError, FolderGoneError, OutputError
 from troupe.records.layout import RUN_TOML, is_of_no_run
 from troupe.run.config import RunConfig, write_config
 from troupe.run.folder_names import run_folder_named
-from troupe.run.sealed_config import seal
-from troupe.runtime.files import drafted
+from troupe.runtime.files import drafted, read_toml
 from troupe.runtime.held_folder import HeldFolder
 from troupe.runtime.lock import LOCK, LockedError, Owner, RunLock
 
@@ -203,3 +206,28 @@ def _refusal(folder: Path, owner: Owner | None) -> str:
     if owner is not None and not owner.is_here:
         remedy += f"; if it is dead, remove {folder / LOCK}"
     return f"{folder}: {who}; {remedy}"
+
+
+_SEAL = "# What a resume may take for settled, unless it was edited since: sha256 "
+
+
+def seal(path: Path) -> None:
+    """Add the sum, in a comment at the end, to a file that was just written. OSError where the disk fails."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"\n{_SEAL}{_sum(read_toml(path))}\n")
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether the file says what a run wrote into it; layout, order and comments may differ. False, too, without a
+    sum."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        sums = [line.removeprefix(_SEAL).strip() for line in lines if line.startswith(_SEAL)]
+        return sums[-1:] == [_sum(read_toml(path))]
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return False
+
+
+def _sum(table: dict[str, Any]) -> str:
+    text = msgspec.json.encode(table, order="deterministic")
+    return hashlib.sha256(text).hexdigest()

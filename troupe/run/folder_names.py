@@ -1,4 +1,5 @@
-"""What a user calls a folder, as a path. Quick to import; of what is in one it knows where a run has its policies."""
+"""What a user calls a folder or a file, as a path. Quick to import; of what is in a folder it knows where a run has its
+policies."""
 
 from __future__ import annotations
 
@@ -49,3 +50,14 @@ def policy_folder(path: Path) -> Path:
     else:
         remedy = f"nor a checkpoint; what it does: troupe status {shlex.quote(str(path))}"
     raise ModelError(f"{path}: the run in this folder has no final policy yet; {remedy}")
+
+
+DEMO = Path(__file__).parent.parent / "cli" / "demo"
+
+
+def moved_demo_file(path: str) -> str:
+    """The shipped file where a path led into the demo of a Troupe that kept it in `troupe/demo`, and leads nowhere now;
+    else the path as it is."""
+    _, found, rest = path.rpartition("/troupe/demo/")
+    shipped = DEMO / rest
+    return str(shipped) if found and not Path(path).exists() and shipped.exists() else path

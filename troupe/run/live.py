@@ -15,16 +15,14 @@ import msgspec
 
 from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, Phase, Status, Update
-from troupe.run.activity import Progress, of_actors, with_waits
-from troupe.run.evaluate import Evaluation
+from troupe.policy import Policy, load_policy
+from troupe.run.beside import RequestHandler, Requests, StallWatch, groups_of, watch_folder
+from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
-from troupe.run.held_out import HeldOut, mean_scores
 from troupe.run.pipeline import Pipeline
 from troupe.run.prepare import Prepared
-from troupe.run.requests import RequestHandler, Requests
 from troupe.run.result import RunResult, write_summary
-from troupe.run.status import doing, queues
-from troupe.run.watches import StallWatch, groups_of, watch_folder
+from troupe.run.status import Progress, doing, of_actors, queues, with_waits
 from troupe.runtime import linux_cpu
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.memory import memory_limited, memory_wired
@@ -65,7 +63,6 @@ class LiveRun:
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self._progress = Progress()
-        self._held_out = HeldOut(prepared, pipeline, device, self._progress)
         self._stall = StallWatch(pipeline, prepared.live.watchdog_s, lambda: self.phase in ("paused", "held"))
         self._requests = RequestHandler(prepared, pipeline, place, requests, set_watchdog=self._stall.set_limit)
         self._newest_update = pipeline.wiring.news.listen(1, Update)
@@ -199,8 +196,8 @@ class LiveRun:
 
     async def _train(self) -> None:
         """Evaluate, have the actors run under watch, and evaluate again."""
-        untrained = await self._held_out.untrained_policy(self._prepared.start)
-        self._before = await self._held_out.evaluate(untrained, "held-out rows")
+        untrained = await self._untrained_policy()
+        self._before = await self._evaluate(untrained, "held-out rows")
         del untrained
         self._prepared = self._prepared.without_arrays()
         self._running = True
@@ -210,7 +207,37 @@ class LiveRun:
         actors = partial(_beside, partial(run_roles, self._pipeline.roles), self._stall.run)
         await _beside(actors, partial(watch_folder, self._place, self._pipeline, self._device))
         trained = self._prepared.start.policy.having(self._pipeline.learner.weights)
-        self._after = await self._held_out.evaluate(trained, "held-out rows after training")
+        self._after = await self._evaluate(trained, "held-out rows after training")
+
+    async def _untrained_policy(self) -> Policy:
+        """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
+        start, inputs = self._prepared.start, self._prepared.inputs
+        if start.checkpoint is None or inputs.evaluation is None:
+            return start.policy
+        with self._progress.at("loading the policy as it was before step 1"):
+            read = await self._device.run(load_policy, inputs.source, self._prepared.config.model.dtype)
+        return start.policy.having(read.weights)
+
+    async def _evaluate(self, policy: Policy, what: str) -> Evaluation | None:
+        """Complete every held-out row greedily, and score it. `what`: the rows, in words."""
+        inputs = self._prepared.inputs
+        if inputs.evaluation is None:
+            return None
+
+        def tell(incident: Incident) -> None:  # its gid is the number of a row
+            self._pipeline.tell(msgspec.structs.replace(incident, gid=None, message=f"{what}: {incident.message}"))
+
+        with self._progress.at(what) as progress:
+            return await evaluate(
+                policy,
+                inputs.evaluation.dataset,
+                inputs.evaluation.prompt_ids,
+                generation=msgspec.structs.replace(self._prepared.config.generation, temperature=0.0),
+                device=self._device,
+                rewards=inputs.rewards,
+                progress=progress,
+                tell=tell,
+            )
 
     async def _tell_sinks(self) -> None:
         """Have those sinks that show it know what the run is doing."""
@@ -250,8 +277,8 @@ class LiveRun:
             switched_off_sinks=dict(tally.switched_off_sinks),
             accuracy_before=before.accuracy if before else None,
             accuracy_after=after.accuracy if after else None,
-            rewards_before=mean_scores(before),
-            rewards_after=mean_scores(after),
+            rewards_before=before.scored if before else {},
+            rewards_after=after.scored if after else {},
         )
 
 

@@ -25,8 +25,7 @@ from troupe.messages import Incident, Settle
 from troupe.policy import Weights, is_on_cpu
 from troupe.records.standing import Change
 from troupe.rewards import TrainerState
-from troupe.run.factories import Factories
-from troupe.run.ledgers import Ledgers, open_ledgers
+from troupe.run.ledgers import Factories, Ledgers, open_ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.resume.changes import ChangesLog
 from troupe.run.wiring import Wiring, open_wiring

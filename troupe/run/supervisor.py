@@ -26,16 +26,16 @@ from troupe.messages import (
     Update,
 )
 from troupe.rewards import Reward
-from troupe.run.activity import Progress
+from troupe.run.beside import Exchange, Requests, Setting
 from troupe.run.config import RunConfig, check_config
-from troupe.run.factories import Factories
 from troupe.run.folder import RunFolder
+from troupe.run.ledgers import Factories
 from troupe.run.live import LiveRun
 from troupe.run.pipeline import Pipeline, build_pipeline
 from troupe.run.prepare import Prepared
-from troupe.run.requests import Exchange, Requests, Setting
 from troupe.run.result import RunResult, remove_summary
 from troupe.run.resume.changes import ChangesLog, check_change
+from troupe.run.status import Progress
 from troupe.run.tables import anchored_reward
 
 _LISTENER_BOUND = 64

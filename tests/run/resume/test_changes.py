@@ -15,8 +15,19 @@ from troupe.errors import ConfigError
 from troupe.records.layout import CHANGES
 from troupe.records.standing import Change
 from troupe.run.config import known_keys
-from troupe.run.resume.changes import LIVE_KEYS, ChangesLog, Live, check_change, in_force
-from troupe.run.resume.rules import RULES, Difference, check_allowed, differences, rule_of, value_of
+from troupe.run.resume.changes import (
+    LIVE_KEYS,
+    RULES,
+    ChangesLog,
+    Difference,
+    Live,
+    check_allowed,
+    check_change,
+    differences,
+    in_force,
+    rule_of,
+    value_of,
+)
 
 CONFIG = load_config(None, [{"learner": {"lr": 1e-4}, "checkpoint": {"every": 9}, "schedule": {"watchdog_s": 5.0}}])
 

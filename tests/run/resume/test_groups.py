@@ -10,7 +10,7 @@ from tests.support.fakes import make_group
 from troupe.actors.schedule import PromptSchedule
 from troupe.dataset import PromptDataset
 from troupe.messages import OpenGroup, ScoredGroup, Slot, Unfinished
-from troupe.run.resume.groups import restored_free, restored_pinned
+from troupe.run.resume.newest import restored_free, restored_pinned
 
 P, ROWS = 2, 9
 

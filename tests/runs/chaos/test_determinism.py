@@ -17,7 +17,7 @@ from tests.support.fakes import FakeSink, delayed, often_equal, same_bits, tiny_
 from tests.support.straight import Straight, play_straight
 from troupe import RunConfig, Supervisor
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
-from troupe.run.factories import Factories
+from troupe.run.ledgers import Factories
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.board import PolicyBoard

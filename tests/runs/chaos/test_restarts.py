@@ -17,7 +17,7 @@ from tests.support.faults import Faults
 from tests.support.wiring import Hooks, Ledger, digest, prepared_run, virtual_factories
 from tests.support.straight import play_straight
 from troupe import RunConfig
-from troupe.actors import checkpoint_writer as writer_room
+from troupe.actors import checkpointer as writer_room
 from troupe.actors.generator import actor as generator_room
 from troupe.checkpoint import CheckpointConfig, load_checkpoint
 from troupe.errors import RunError

@@ -14,7 +14,7 @@ import pytest
 import troupe
 from tests.support.fakes import BATCH_SIZE, FakeSink, delayed, often_equal, same_bits, tiny_config, weigh_ids
 from troupe import load_config
-from troupe.run.factories import Factories
+from troupe.run.ledgers import Factories
 from troupe.actors.learner.actor import Learner
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.demo import DEMO_CONFIG

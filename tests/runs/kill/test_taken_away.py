@@ -17,10 +17,10 @@ from troupe import RunConfig, RunResult, Supervisor
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.actors.learner.gathering import StepGroups
 from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
-from troupe.run.factories import Factories
+from troupe.run.ledgers import Factories
 from troupe.errors import FolderGoneError, RunError
 from troupe.policy import Weights
-from troupe.run.sealed_config import is_as_written
+from troupe.run.folder import is_as_written
 
 pytestmark = pytest.mark.anyio
 
@@ -171,7 +171,9 @@ async def test_a_store_and_metrics_that_are_deleted_are_begun_anew_and_told(tmp_
     assert result.complete
     assert result.incidents == {"file_lost": 3}
     assert is_as_written(folder / "run.toml")
-    [told] = [message for (message,) in in_store(folder, "SELECT message FROM incidents") if "run.sqlite was" in message]
+    [told] = [
+        message for (message,) in in_store(folder, "SELECT message FROM incidents") if "run.sqlite was" in message
+    ]
     assert f"{folder / 'run.sqlite'} was removed or exchanged under the run" in told
     assert steps_of(folder) == stored_steps_of(folder) == list(range(AT + 1, STEPS + 1))
 

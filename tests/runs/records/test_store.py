@@ -13,10 +13,10 @@ from tests.support.fakes import often_equal, tiny_config, weigh_ids
 from tests.support.runs import completions, lines
 from tests.support.stored import rows
 from troupe import RunConfig, Supervisor
-from troupe.actors import checkpoint_writer
+from troupe.actors import checkpointer
 from troupe.checkpoint import save_checkpoint
-from troupe.records.store.format import (StepRows)
-from troupe.records.store.write import (StoreWriter)
+from troupe.records.store.format import StepRows
+from troupe.records.store.write import StoreWriter
 from troupe.records.sinks.jsonl import JsonlSink
 from troupe.run.result import RunResult
 
@@ -127,7 +127,7 @@ async def test_steps_are_on_the_disk_before_a_checkpoint_of_them(
         return save_checkpoint(folder, *args, **settings)
 
     monkeypatch.setattr(JsonlSink, "flush", late_flush)
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", watched)
+    monkeypatch.setattr(checkpointer, "save_checkpoint", watched)
     every = 100 if is_stopped else 1
     async with Supervisor(tiny_config(ragged_model, tmp_path, checkpoint__every=every, **WITH_STORE), [weigh_ids]) as r:
         async for update in r.updates():
@@ -151,7 +151,9 @@ async def test_the_store_lists_the_checkpoints_that_are_there_after_a_stop_and_a
     stopped = run.result.steps
     async with Supervisor(config, [weigh_ids], resume=True) as run:
         await run.wait()
-    told = rows(tmp_path / "run" / "run.sqlite", "SELECT version, bytes, removed_at IS NULL FROM checkpoints ORDER BY 1")
+    told = rows(
+        tmp_path / "run" / "run.sqlite", "SELECT version, bytes, removed_at IS NULL FROM checkpoints ORDER BY 1"
+    )
     assert {version for version, _, _ in told} >= {stopped, 6}
     assert [version for version, _, stands in told if stands] == [6]
     assert all(size > 0 for _, size, _ in told)

@@ -96,7 +96,7 @@ async def test_a_sink_that_hangs_does_not_hang_the_run(
     from threading import Event
 
     from tests.support.fakes import FakeSink
-    from troupe.run.factories import Factories
+    from troupe.run.ledgers import Factories
     from troupe.messages import Update
 
     gate = Event()

@@ -13,7 +13,7 @@ import pytest
 import troupe
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.straight import play_straight
-from troupe.actors import checkpoint_writer as writer_room
+from troupe.actors import checkpointer as writer_room
 from troupe.checkpoint import files, list_checkpoints, load_checkpoint, save_checkpoint
 
 

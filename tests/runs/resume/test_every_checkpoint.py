@@ -15,7 +15,7 @@ import pytest
 from tests.support.fakes import BATCH_SIZE, FakeSink, often_equal, same_bits, tiny_config, weigh_ids
 from tests.support.runs import timeless
 from troupe import RunConfig, Supervisor
-from troupe.run.factories import Factories
+from troupe.run.ledgers import Factories
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.rewards import batch_reward
@@ -146,9 +146,7 @@ async def test_a_pinned_run_goes_on_from_any_checkpoint_to_the_same_bits(
         assert rest.completions == {step: whole.completions[step] for step in later}
 
 
-async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
-    tmp_path: Path, ragged_model: Path
-) -> None:
+async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(tmp_path: Path, ragged_model: Path) -> None:
     """With a reward that would give others: what was scored before the checkpoint stays as it was."""
     kept = 0
     for seed in range(4):
@@ -161,9 +159,9 @@ async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(
         scored = [*unfinished.collected, *unfinished.scored]
         kept += len(scored)
         judge = Judge(seed + 9, moody=True)
-        rest = await Part(
-            config_of(ragged_model, folder / "again", schedule__max_staleness=2), judge
-        ).to_the_end(resume=True)
+        rest = await Part(config_of(ragged_model, folder / "again", schedule__max_staleness=2), judge).to_the_end(
+            resume=True
+        )
         scores = {message.gid: message.scored.scores for message in rest.closed if message.scored is not None}
         for group in scored:
             assert scores[group.group.prompt.gid] == group.scores

@@ -24,9 +24,18 @@ from troupe.errors import CheckpointError, ConfigError
 from troupe.records.layout import RUN_TOML
 from troupe.records.standing import Change
 from troupe.run.config import RunConfig, known_keys, load_config, with_value
-from troupe.run.resume.changes import LIVE_KEYS, ChangesLog, in_force
-from troupe.run.resume.rules import MACHINE, MACHINE_KEYS, Difference, check_allowed, differences, value_of
-from troupe.run.sealed_config import is_as_written
+from troupe.run.folder import is_as_written
+from troupe.run.resume.changes import (
+    LIVE_KEYS,
+    MACHINE,
+    MACHINE_KEYS,
+    ChangesLog,
+    Difference,
+    check_allowed,
+    differences,
+    in_force,
+    value_of,
+)
 
 OPEN: dict[str, Any] = {
     "rewards.functions": (),

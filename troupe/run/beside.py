@@ -1,18 +1,23 @@
-"""Requests from outside a run that are not its actors' work: settings, and other rewards in the place of those there.
+"""What goes on beside the actors of a run. Requests from outside that are not their work are done: settings, and other
+rewards in the place of those there. It is watched that something moves, and that the run folder stays in its place.
 
 What changes the run is written down first, so that whoever resumes it makes the change again at the same step.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import anyio
 import msgspec
 
-from troupe.messages import Incident, SetCheckpointEvery, SetLearningRate
+from troupe.errors import FolderGoneError
+from troupe.messages import Incident, LiveGroup, SetCheckpointEvery, SetLearningRate, Update
+from troupe.records.layout import RUN_TOML
 from troupe.records.standing import Change
 from troupe.rewards import Reward
 from troupe.rewards.exchange import RewardVersion
@@ -20,7 +25,10 @@ from troupe.run.folder import RunFolder
 from troupe.run.pipeline import Pipeline
 from troupe.run.prepare import Prepared
 from troupe.run.resume.changes import ChangesLog
+from troupe.run.status import last_movement_s, live_groups, stall
+from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Mailbox
+from troupe.runtime.watchdog import watch
 
 _MOST_WAITING = 64
 """Exchanges of rewards, and settings, before the oldest is forgotten."""
@@ -142,3 +150,67 @@ class RequestHandler:
 
 def _at(step: int, was_down: bool) -> int:
     return step
+
+
+class StallWatch:
+    """Tells when nothing has moved for a while."""
+
+    def __init__(self, pipeline: Pipeline, limit_s: float, may_rest: Callable[[], bool]) -> None:
+        """`limit_s`: 0 is never. `may_rest`: whether it is no wonder that nothing moves where no group is alive."""
+        self._pipeline = pipeline
+        self._limit_s = limit_s
+        self._may_rest = may_rest
+        self._watching = anyio.CancelScope()
+
+    def set_limit(self, limit_s: float) -> None:
+        """Begin anew with another limit."""
+        self._limit_s = limit_s
+        self._watching.cancel()
+
+    async def run(self) -> None:
+        """Watch for as long as it is awaited."""
+        begun_s = time.perf_counter()
+
+        def moved_s() -> float:
+            return max(begun_s, last_movement_s(self._pipeline.actors))
+
+        while True:  # once more whenever the limit is set
+            with anyio.CancelScope() as self._watching:
+                if not self._limit_s:
+                    await anyio.Event().wait()  # without a timer, which would hide that nothing can go on
+                await watch(self._limit_s, moved_s, self._tell_of_stall, clock=time.perf_counter)
+
+    def _tell_of_stall(self, still_s: float) -> None:
+        now_s = time.perf_counter()
+        groups = groups_of(self._pipeline, now_s)
+        if groups or not self._may_rest():
+            incident = stall(groups, self._pipeline.actors, now_s, still_s)
+            self._pipeline.wiring.supervisor_report.incident_nowait(incident)
+
+
+def groups_of(pipeline: Pipeline, now_s: float) -> tuple[LiveGroup, ...]:
+    """Groups between prompting and the end of their training, the oldest first."""
+    ledgers = pipeline.ledgers
+    return live_groups(ledgers.prompts.alive, pipeline.actors, now_s, handed_over=ledgers.handed_over)
+
+
+async def watch_folder(place: RunFolder, pipeline: Pipeline, device: DeviceThread) -> None:
+    """End the run where its folder is taken away: what would be written from then on is half a run."""
+
+    def is_restored() -> bool:
+        place.check()
+        with suppress(OSError):  # a disk that fails now may not at the next step
+            return place.restore_config()
+        return False
+
+    def tell(kind: str, message: str) -> None:
+        incident = Incident(actor="supervisor", kind=kind, message=message)
+        pipeline.wiring.supervisor_report.incident_nowait(incident)
+
+    async for _ in pipeline.wiring.news.listen(1, Update):
+        try:
+            if await device.run(is_restored):
+                tell("file_lost", f"{place.path / RUN_TOML} was removed under the run; it is stored again")
+        except FolderGoneError as error:
+            tell("folder_gone", str(error))
+            raise
