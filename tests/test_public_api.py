@@ -139,3 +139,7 @@ def test_the_leading_arguments_of_the_loss_are_the_contracts() -> None:
     ]
     assert "ref_per_token_logps" in parameters
     assert list(inspect.signature(compute_advantages).parameters)[:3] == ["rewards", "num_generations", "scale_rewards"]
+
+
+def test_the_guard_of_scripts_is_where_the_documents_have_it() -> None:
+    assert inspect.getdoc(troupe.runtime.Guard)
