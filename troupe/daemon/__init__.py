@@ -1,1 +1,1 @@
-"""A run that goes on by itself, and how one speaks with a run from outside."""
+"""A run that goes on by itself and can be spoken to."""
