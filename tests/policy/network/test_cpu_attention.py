@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from troupe.policy.network.cpu_attention import attention, attention_gradient, block_size, query_blocks
+from troupe.policy.network.attention import attention, attention_gradient, block_size, query_blocks
 
 B, H, K, D = 3, 4, 2, 8
 SCALE = 0.4

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.cpu_attention import attention, block_size, query_blocks
+from troupe.policy.network.attention import attention, block_size, query_blocks
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
 from troupe.policy.network.qwen3 import Weights, WholeRows, hidden_states
 

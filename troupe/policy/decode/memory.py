@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.cpu_attention import block_size
+from troupe.policy.network.attention import block_size
 from troupe.policy.network.gpu_attention import attention_is_fused
 
 PREFILL_TOKENS = 8192

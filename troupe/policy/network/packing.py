@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from troupe.policy.network.cpu_attention import QueryBlock, attention, attention_gradient, query_blocks
+from troupe.policy.network.attention import QueryBlock, attention, attention_gradient, query_blocks
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.gpu_attention import attention as attention_of_rows
 from troupe.policy.network.gpu_attention import attention_gradient as gradient_of_rows
