@@ -25,7 +25,7 @@ from typing import Any
 
 import troupe  # noqa: F401 - first: it loads OpenBLAS before MLX
 from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, random_policy
-from troupe.policy.decode import memory
+from troupe.policy.decode import cache
 
 import mlx.core as mx  # isort: skip
 
@@ -47,11 +47,11 @@ def ours(engine: RolloutEngine, whole_prompt: int) -> Callable[[Sequence[int]], 
     """Decode one token after the prompt, which goes in pieces where it is longer than `whole_prompt`."""
 
     def read(prompt: Sequence[int]) -> None:
-        before, memory.WHOLE_PROMPT = memory.WHOLE_PROMPT, whole_prompt
+        before, cache.WHOLE_PROMPT = cache.WHOLE_PROMPT, whole_prompt
         try:
             list(engine.decode([RolloutRequest(prompt_ids=tuple(prompt), key=(0,))]))
         finally:
-            memory.WHOLE_PROMPT = before
+            cache.WHOLE_PROMPT = before
 
     return read
 
@@ -88,7 +88,7 @@ def main() -> None:
     engine = RolloutEngine(CONFIG, GenerationConfig(num_generations=1, max_completion_length=1), stop_ids=frozenset())
     engine.load(policy.weights, 0)
     engine.current_weights()
-    ways = {"pieces": ours(engine, memory.WHOLE_PROMPT), "whole": ours(engine, NEVER)}
+    ways = {"pieces": ours(engine, cache.WHOLE_PROMPT), "whole": ours(engine, NEVER)}
     dice = random.Random(0)
     line: dict[str, Any] = {"machine": platform.platform(), "mlx": version("mlx")}
     with tempfile.TemporaryDirectory() as folder:

@@ -22,9 +22,9 @@ from troupe.policy import (
     parameter_count,
 )
 from troupe.policy.decode import cuda_kernels
-from troupe.policy.decode.memory import split_into_waves
-from troupe.policy.network import gpu_attention
-from troupe.policy.network.gpu_attention import attention_is_fused
+from troupe.policy.decode.engine import split_into_waves
+from troupe.policy.network import attention
+from troupe.policy.network.attention import attention_is_fused
 from troupe.run import memory as budget
 from troupe.run.memory import Plan, Workload, describe, peak_bytes, plan_memory
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb, memory_limited
@@ -332,7 +332,7 @@ def test_a_gpu_counts_what_it_writes_out_and_copies(
 ) -> None:
     monkeypatch.setattr(cuda_kernels, "are_available", lambda: has_card)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: has_card)
-    monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(attention, "_has_cudnn_attention", lambda: True)
     policy = msgspec.structs.replace(POLICY, head_dim=128)
     phases = plan_memory(config_of(), WORK._replace(policy=policy, dtype=dtype, on_cpu=False)).phases
     whole = MicroBatch(prompts=3, prompt_length=20, rows=12, completion_length=100)

@@ -29,14 +29,12 @@ from troupe.policy.network.rotary import YarnScaling
 from troupe.policy.text.complete import (
     RolloutBatch,
     TextCompletion,
-    TextPrompt,
     complete_texts,
     encode_prompt,
     generate_batch,
-    opened_thought,
     stream_text,
 )
-from troupe.policy.text.tokenizer import Tokenizer
+from troupe.policy.text.tokenizer import TextPrompt, Tokenizer, opened_thought
 
 __all__ = [
     "DTYPES",

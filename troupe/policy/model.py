@@ -20,9 +20,9 @@ from troupe.policy.hub import resolve_model
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.completions import completion_statistics
 from troupe.policy.network.qwen3 import EMBEDDING, Weights, hidden_states, init_weights, project
-from troupe.policy.network.rope_settings import names_theta
-from troupe.policy.text.complete import TextPrompt, complete_texts, stream_text
-from troupe.policy.text.tokenizer import Tokenizer
+from troupe.policy.network.rotary import names_theta
+from troupe.policy.text.complete import complete_texts, stream_text
+from troupe.policy.text.tokenizer import TextPrompt, Tokenizer
 from troupe.policy.weight_files import CONFIG_FILE, parse_json
 
 ROWS_AT_ONCE = 32

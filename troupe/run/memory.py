@@ -31,7 +31,7 @@ from troupe.policy import (
     parameter_count,
 )
 from troupe.policy.decode.memory import device_ways
-from troupe.policy.network.gpu_attention import attention_is_fused
+from troupe.policy.network.attention import attention_is_fused
 from troupe.run.config import RunConfig
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from troupe.errors import ModelError
+from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
-from troupe.policy.decode import memory
-from troupe.policy.decode.drawing import draw_tokens
 from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.loop import draw_tokens
 from troupe.policy.decode.memory import fused_copy_bytes
 from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
@@ -148,9 +148,9 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     draw = draw_tokens
 
-    def counting(sampler: Sampler, logits: mx.array, *rest: mx.array) -> list[mx.array]:
+    def counting(sampler: Sampler, logits: mx.array, *rest: mx.array, by_kernel: bool) -> list[mx.array]:
         sizes.append(logits.shape[0])
-        return draw(sampler, logits, *rest)
+        return draw(sampler, logits, *rest, by_kernel=by_kernel)
 
     monkeypatch.setattr("troupe.policy.decode.loop.draw_tokens", counting)
     stop = frozenset(range(0, 61, 4))
@@ -310,7 +310,7 @@ def test_decode_needs_weights() -> None:
 def test_long_prompts_are_prefilled_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     generation = GenerationConfig(num_generations=2, max_completion_length=6)
     whole = by_index(engine_for(generation).decode(RAGGED))
-    monkeypatch.setattr(memory, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(cache, "PREFILL_TOKENS", 20)
     parts = by_index(engine_for(generation).decode(RAGGED))
     assert [[c.token_ids for c in group] for group in parts] == [[c.token_ids for c in group] for group in whole]
 

@@ -1,4 +1,5 @@
-"""The loop of the engine against an oracle that knows no batch: each row alone, whole, in numpy, token by token."""
+"""The loop of the engine against an oracle that knows no batch: each row alone, whole, in numpy, token by token. Its
+dice: uniform and independent noise, a draw that never leaves the support."""
 
 from __future__ import annotations
 
@@ -12,13 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.devices import compute_on
+from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
-from troupe.policy.decode import memory
-from troupe.policy.decode.drawing import NOISE_BLOCK, noise_block, row_key
 from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.loop import NOISE_BLOCK, noise_block, row_key
 from troupe.policy.decode.requests import Completion, GenerationConfig, RolloutRequest
+from troupe.policy.decode.sampling import draw_by_shares
 from troupe.policy.model import load_policy, random_policy
 from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.elementwise import exp
 
 CONFIG = Qwen3Config(
     vocab_size=61,
@@ -107,7 +111,7 @@ def cases(draw: st.DrawFn) -> tuple[list[RolloutRequest], GenerationConfig, froz
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from([(memory.WHOLE_PROMPT, memory.PIECE_TOKENS), (5, 9), (20, 64), (0, 1)]))
+@given(cases(), st.sampled_from([(cache.WHOLE_PROMPT, cache.PIECE_TOKENS), (5, 9), (20, 64), (0, 1)]))
 def test_any_batch_is_its_rows_alone(
     case: tuple[list[RolloutRequest], GenerationConfig, frozenset[int], int, int, int], pieces: tuple[int, int]
 ) -> None:
@@ -115,9 +119,9 @@ def test_any_batch_is_its_rows_alone(
     requests, generation, stop_ids, compact_every, prefill_tokens, together = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "COMPACT_EVERY", compact_every)
-        patch.setattr(memory, "PREFILL_TOKENS", prefill_tokens)
-        patch.setattr(memory, "WHOLE_PROMPT", pieces[0])
-        patch.setattr(memory, "PIECE_TOKENS", pieces[1])
+        patch.setattr(cache, "PREFILL_TOKENS", prefill_tokens)
+        patch.setattr(cache, "WHOLE_PROMPT", pieces[0])
+        patch.setattr(cache, "PIECE_TOKENS", pieces[1])
         engine = RolloutEngine(CONFIG, generation, stop_ids=stop_ids)
         engine.load(POLICY.weights, 0)
         limit = engine.memory_bytes([max(len(request.prompt_ids) for request in requests)] * together) / 1e9
@@ -208,3 +212,60 @@ def test_xtc_spares_special_tokens_and_newlines(tiny_model: Path) -> None:
     engine = RolloutEngine(policy.config, generation, stop_ids=frozenset({3}), tokenizer=policy.tokenizer)
     assert engine.sampler.special_ids == (3, 10, 256, 257)
     assert RolloutEngine(policy.config, generation, stop_ids=frozenset({3})).sampler.special_ids == (3,)
+
+
+def test_noise_is_uniform_and_belongs_to_key_and_block() -> None:
+    keys = [row_key((3, 1, 4), i) for i in range(2000)]
+    assert len({*keys, row_key((3, 1), 4), row_key((31, 4), 0)}) == 2002
+    noise = np.array(noise_block(keys, 0))
+    assert noise.shape == (2000, 16)
+    assert noise.min() >= 0
+    assert noise.max() < 1
+    counts = np.bincount((noise * 20).astype(int).ravel(), minlength=20)
+    assert ((counts - 1600) ** 2 / 1600).sum() < 19 + 4 * np.sqrt(38)
+    assert abs(np.corrcoef(noise[:, 0], noise[:, 1])[0, 1]) < 0.1
+    np.testing.assert_array_equal(np.array(noise_block(keys[7:8], 0)), noise[7:8])
+    assert not np.any(np.array(noise_block(keys[:1], 1)) == noise[0])
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_draw_never_leaves_the_support(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    compute_on(monkeypatch, cpu=on_cpu)
+    shares = mx.array([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]] * 7)
+    uniforms = mx.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-24, 1.0])
+    assert draw_by_shares(shares, uniforms).tolist() == [1, 1, 3, 3, 4, 4, 4]
+
+
+def test_the_draw_survives_a_real_vocabulary() -> None:
+    V = 151_936
+    shares = exp(mx.random.normal((4, V), key=mx.random.key(0)) * 3)
+    shares[:, -1000:] = 0
+    ids = np.array(draw_by_shares(shares, mx.array([0.0, 0.5, 0.999, 1 - 2.0**-24])))
+    exact = np.array(shares).astype(np.float64)
+    ends = np.cumsum(exact, axis=-1) / exact.sum(axis=-1, keepdims=True)
+    for row, (token, uniform) in enumerate(zip(ids.astype(int), [0.0, 0.5, 0.999, 1.0], strict=True)):
+        assert token < V - 1000
+        assert ends[row, token - 1] - 1e-4 <= uniform <= ends[row, token] + 1e-4 if token else uniform == 0.0
+
+
+def test_the_draw_in_two_steps_inverts_the_exact_distribution() -> None:
+    shares = exp(mx.random.normal((64, 2048), key=mx.random.key(1)) * 4)
+    shares[:, 128:640] = 0
+    shares[:, 1000:1100] = 0
+    uniforms = mx.random.uniform(shape=(64,), key=mx.random.key(2))
+    uniforms[:3] = mx.array([0.0, 1 - 2.0**-24, 1.0])
+    ids = np.array(draw_by_shares(shares, uniforms)).astype(int)
+    exact = np.array(shares).astype(np.float64)
+    assert np.all(exact[np.arange(64), ids] > 0)
+    ends = np.cumsum(exact, axis=-1) / exact.sum(axis=-1, keepdims=True)
+    past = ends[np.arange(64), ids]
+    wanted = np.array(uniforms).astype(np.float64)
+    assert np.all(wanted <= past + 1e-6)
+    assert np.all(past - exact[np.arange(64), ids] / exact.sum(axis=-1) <= wanted + 1e-6)
+
+
+def test_the_draw_in_two_steps_takes_the_first_and_last_id_with_a_share() -> None:
+    shares = mx.zeros((2, 2048))
+    shares[:, 700] = 0.25
+    shares[:, 1300] = 0.25
+    assert draw_by_shares(shares, mx.array([0.0, 1.0])).tolist() == [700, 1300]

@@ -8,21 +8,18 @@ import mlx.core as mx
 import pytest
 
 from tests.support.devices import compute_on
+from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
-from troupe.policy.decode import memory
-from troupe.policy.decode.cache import DecodingCache
-from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.cache import DecodingCache, piece_length, prefill_chunks
+from troupe.policy.decode.engine import RolloutEngine, split_into_waves
 from troupe.policy.decode.memory import (
     cache_bytes,
     decode_memory_bytes,
     fused_copy_bytes,
-    piece_length,
-    prefill_chunks,
-    split_into_waves,
 )
 from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
 from troupe.policy.model import random_policy
-from troupe.policy.network import gpu_attention
+from troupe.policy.network import attention
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import EMBEDDING, fuse_projections
 
@@ -96,7 +93,7 @@ def test_an_engine_counts_as_its_device_computes(
     """On an NVIDIA card, on an Apple GPU, and on a processor."""
     compute_on(monkeypatch, cpu=has_card is None)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: bool(has_card))
-    monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(attention, "_has_cudnn_attention", lambda: True)
     config = config_of(head_dim=head_dim, num_hidden_layers=3)
     engine = RolloutEngine(config, GenerationConfig(num_generations=2, max_completion_length=9), stop_ids=frozenset())
     engine.load({EMBEDDING: mx.zeros((1,), mx.bfloat16)}, 0)
@@ -182,7 +179,7 @@ def test_the_peak_is_never_more_than_a_tenth_over(sizes: dict[str, int], lengths
 
 
 def test_prompts_are_prefilled_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(cache, "PREFILL_TOKENS", 20)
     assert list(prefill_chunks([4, 9, 1, 30, 17])) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
     assert list(prefill_chunks([5, 5, 5, 5, 5])) == [range(4), range(4, 5)]
 

@@ -1,4 +1,4 @@
-"""Attention of whole rows against numpy; portions against the whole, in numbers and in memory; what is fused where.
+"""Attention in blocks and of whole rows by its definition in float64; portions against the whole; what is fused where.
 
 Runs on a CPU, too, where MLX writes scores out as it does on a GPU without a fused kernel.
 """
@@ -12,18 +12,112 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from troupe.policy.network import gpu_attention
-from troupe.policy.network.gpu_attention import (
-    attention,
-    attention_gradient,
+from troupe.policy.network import attention
+from troupe.policy.network.attention import (
+    attention_in_blocks,
     attention_is_fused,
+    attention_of_rows,
+    block_size,
+    gradient_in_blocks,
+    gradient_of_rows,
     portion,
+    query_blocks,
     scores_at_a_time,
 )
 
-R, H, K, S, D = 5, 6, 3, 16, 8
+B, R, H, K, S, D = 3, 5, 6, 3, 16, 8
 SCALE = 0.4
 ROW = H * S * S
+
+
+def arrays(T: int, S: int, size: float = 1.0, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array, mx.array]:
+    q, k, v = (
+        mx.random.normal((B, heads, n, D), key=mx.random.key(i))
+        for i, (heads, n) in enumerate([(H, T), (K, S), (K, S)])
+    )
+    return (q * size).astype(dtype), k.astype(dtype), v.astype(dtype)
+
+
+def visible(T: int, S: int, real: mx.array | None) -> np.ndarray:
+    """Bools (B, T, S), place by place."""
+    keys = np.ones((B, S), bool) if real is None else np.array(real)
+    return np.array([[[keys[b, s] and s <= S - T + t for s in range(S)] for t in range(T)] for b in range(B)])
+
+
+def by_definition(q: mx.array, k: mx.array, v: mx.array, sees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Results and log Σ e^score in float64."""
+    queries, keys, values = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (q, k, v))
+    scores = SCALE * queries @ np.repeat(keys, H // K, axis=1).swapaxes(-1, -2)
+    scores = np.where(sees[:, None], scores, -np.inf)
+    peak = scores.max(-1, keepdims=True)
+    powers = np.exp(scores - peak)
+    total = powers.sum(-1, keepdims=True)
+    return powers / total @ np.repeat(values, H // K, axis=1), (peak + np.log(total))[..., 0]
+
+
+def ragged(S: int, T: int) -> mx.array:
+    """Of three rows one has all keys, the others lack some before the queries."""
+    return mx.logical_or(mx.arange(S) >= S - T, mx.arange(S) < mx.array([S, 1, 2])[:, None])
+
+
+SIZES = [(1, 1), (5, 5), (3, 9), (130, 130), (150, 170)]
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+@pytest.mark.parametrize(("T", "S"), SIZES)
+@pytest.mark.parametrize("size", [1.0, 200.0], ids=["small scores", "large scores"])
+def test_attention_in_blocks_is_that_of_the_definition(T: int, S: int, is_ragged: bool, size: float) -> None:
+    real = ragged(S, T) if is_ragged else None
+    q, k, v = arrays(T, S, size)
+    o, normalizer = attention_in_blocks(q, k, v, SCALE, query_blocks(T, S, H // K, real))
+    expected, log_total = by_definition(q, k, v, visible(T, S, real))
+    np.testing.assert_allclose(np.array(o), expected, atol=2e-6 * size, rtol=1e-5)
+    np.testing.assert_allclose(np.array(normalizer), log_total, atol=1e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+@pytest.mark.parametrize(("T", "S"), SIZES)
+def test_gradients_in_blocks_are_those_of_mlx(T: int, S: int, is_ragged: bool) -> None:
+    real = ragged(S, T) if is_ragged else None
+    inputs, sees = arrays(T, S), mx.array(visible(T, S, real))[:, None]
+    cotangent = mx.random.normal((B, H, T, D), key=mx.random.key(7))
+
+    def plain(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        k, v = (mx.repeat(x, H // K, axis=1) for x in (k, v))
+        return mx.softmax(mx.where(sees, SCALE * (q @ k.swapaxes(-1, -2)), -mx.inf), axis=-1) @ v
+
+    among = query_blocks(T, S, H // K, real)
+    o, normalizer = attention_in_blocks(*inputs, SCALE, among)
+    found = gradient_in_blocks(*inputs, SCALE, among, normalizer, cotangent, (o * cotangent).sum(-1))
+    for ours, theirs in zip(found, mx.vjp(plain, list(inputs), [cotangent])[1], strict=True):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=3e-5)
+
+
+def test_low_precision_goes_through_float32() -> None:
+    q, k, v = arrays(70, 80, dtype=mx.bfloat16)
+    among = query_blocks(70, 80, H // K)
+    o, normalizer = attention_in_blocks(q, k, v, SCALE, among)
+    expected, log_total = by_definition(q, k, v, visible(70, 80, None))
+    assert (o.dtype, normalizer.dtype) == (mx.bfloat16, mx.float32)
+    np.testing.assert_allclose(np.array(o.astype(mx.float32)), expected, atol=0.03)
+    np.testing.assert_allclose(np.array(normalizer), log_total, atol=0.03)
+    grads = gradient_in_blocks(q, k, v, SCALE, among, normalizer, o, (o * o).astype(mx.float32).sum(-1))
+    assert all(grad.dtype == mx.bfloat16 for grad in grads)
+
+
+@pytest.mark.parametrize(("T", "size"), [(1, 1), (64, 64), (95, 95), (97, 49), (127, 64), (800, 67)])
+def test_blocks_are_of_about_one_size(T: int, size: int) -> None:
+    assert block_size(T) == size
+
+
+def test_blocks_by_hand() -> None:
+    (only,) = query_blocks(2, 3, 2)
+    assert (only.start, only.stop, only.keys, only.padding) == (0, 2, 3, None)
+    assert only.causal.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [-mx.inf, 0, -mx.inf, 0]]
+    first, second = query_blocks(100, 110, 1, mx.ones((2, 110), mx.bool_))
+    assert [(block.start, block.stop, block.keys) for block in (first, second)] == [(0, 50, 60), (50, 100, 110)]
+    assert first.padding is not None
+    assert first.padding.shape == (2, 1, 60, 1)
 
 
 def rectangles(R: int, H: int, K: int, S: int) -> list[mx.array]:
@@ -37,8 +131,8 @@ def rectangles(R: int, H: int, K: int, S: int) -> list[mx.array]:
 @pytest.fixture
 def rows_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have so many scores written out at a time."""
-    monkeypatch.setattr(gpu_attention, "attention_is_fused", lambda *of, **kind: False)
-    return lambda scores: monkeypatch.setattr(gpu_attention, "PORTION", scores)
+    monkeypatch.setattr(attention, "attention_is_fused", lambda *of, **kind: False)
+    return lambda scores: monkeypatch.setattr(attention, "PORTION", scores)
 
 
 ON_CUDA = [
@@ -62,7 +156,7 @@ def test_what_is_fused_where(
     has_cuda: bool, kinds: list[tuple[int, mx.Dtype, bool, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: has_cuda)
-    monkeypatch.setattr(gpu_attention, "_has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(attention, "_has_cudnn_attention", lambda: True)
     for head_dim, dtype, forwards, backwards in kinds:
         assert attention_is_fused(head_dim, dtype, gradient=False, on_cpu=False) == forwards
         assert attention_is_fused(head_dim, dtype, gradient=True, on_cpu=False) == backwards
@@ -76,11 +170,11 @@ def test_older_cards_have_nothing_fused(
     info = {} if generation is None else {"compute_capability_major": generation}
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: info)
-    gpu_attention._has_cudnn_attention.cache_clear()
+    attention._has_cudnn_attention.cache_clear()
     try:
         assert attention_is_fused(128, mx.bfloat16, gradient=True, on_cpu=False) == is_fused
     finally:
-        gpu_attention._has_cudnn_attention.cache_clear()
+        attention._has_cudnn_attention.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -105,15 +199,10 @@ def test_portions_are_as_few_as_will_do(sizes: tuple[int, int, int, int], expect
 
 def test_attention_and_its_gradient_by_definition() -> None:
     q, k, v, o_grad = rectangles(R, H, K, S)
-    o = np.zeros((R, H, S, D))
-    for head in range(H):
-        keys, values = (np.array(x, np.float64)[:, head // (H // K)] for x in (k, v))
-        scores = SCALE * np.array(q, np.float64)[:, head] @ keys.swapaxes(-1, -2)
-        powers = np.where(np.tri(S) == 1, np.exp(scores), 0)
-        o[:, head] = powers / powers.sum(axis=-1, keepdims=True) @ values
-    np.testing.assert_allclose(np.array(attention(q, k, v, SCALE)), o, atol=2e-6)
-    by_mlx = mx.grad(lambda q, k, v: (attention(q, k, v, SCALE) * o_grad).sum(), argnums=(0, 1, 2))(q, k, v)
-    for one, other in zip(attention_gradient(q, k, v, SCALE, o_grad), by_mlx, strict=True):
+    expected, _ = by_definition(q, k, v, np.tri(S, dtype=bool)[None])
+    np.testing.assert_allclose(np.array(attention_of_rows(q, k, v, SCALE)), expected, atol=2e-6)
+    by_mlx = mx.grad(lambda q, k, v: (attention_of_rows(q, k, v, SCALE) * o_grad).sum(), argnums=(0, 1, 2))(q, k, v)
+    for one, other in zip(gradient_of_rows(q, k, v, SCALE, o_grad), by_mlx, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-6)
 
 
@@ -121,21 +210,21 @@ def test_attention_and_its_gradient_by_definition() -> None:
 def test_portions_are_the_whole(scores: int, rows_cut: Callable[[int], None]) -> None:
     q, k, v, o_grad = rectangles(R, H, K, S)
     rows_cut(R * ROW)
-    whole = [attention(q, k, v, SCALE), *attention_gradient(q, k, v, SCALE, o_grad)]
+    whole = [attention_of_rows(q, k, v, SCALE), *gradient_of_rows(q, k, v, SCALE, o_grad)]
     rows_cut(scores)
-    cut = [attention(q, k, v, SCALE), *attention_gradient(q, k, v, SCALE, o_grad)]
+    cut = [attention_of_rows(q, k, v, SCALE), *gradient_of_rows(q, k, v, SCALE, o_grad)]
     for one, other in zip(cut, whole, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_fused_is_one_whole_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, o_grad = rectangles(R, H, K, S)
-    monkeypatch.setattr(gpu_attention, "attention_is_fused", lambda *of, **kind: True)
-    monkeypatch.setattr(gpu_attention, "PORTION", 1)
+    monkeypatch.setattr(attention, "attention_is_fused", lambda *of, **kind: True)
+    monkeypatch.setattr(attention, "PORTION", 1)
     with monkeypatch.context() as patched:
         patched.setattr(mx, "eval", None)
         patched.setattr(mx, "concatenate", None)
-        found = [attention(q, k, v, SCALE), *attention_gradient(q, k, v, SCALE, o_grad)]
+        found = [attention_of_rows(q, k, v, SCALE), *gradient_of_rows(q, k, v, SCALE, o_grad)]
 
     def plain(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask="causal")
@@ -156,7 +245,7 @@ def test_the_peak_is_that_of_a_portion(rows: int, share: int, rows_cut: Callable
     try:
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(attention_gradient(q, k, v, SCALE, o_grad))
+        mx.eval(gradient_of_rows(q, k, v, SCALE, o_grad))
         peak = mx.get_peak_memory() - before
     finally:
         mx.set_memory_limit(limit)

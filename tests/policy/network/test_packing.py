@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
-from troupe.policy.network import gpu_attention
+from troupe.policy.network import attention
 from troupe.policy.network.layouts import SQUARE, Cells, read_rows
 from troupe.policy.network.packing import Packing
 
@@ -24,9 +24,9 @@ def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """All ways of attending, wherever the tests run."""
     compute_on(monkeypatch, cpu=request.param == "in parts")
     in_portions = request.param == "in portions of whole rows"
-    monkeypatch.setattr(gpu_attention, "attention_is_fused", lambda *of, **kind: not in_portions)
+    monkeypatch.setattr(attention, "attention_is_fused", lambda *of, **kind: not in_portions)
     if in_portions:  # two of four heads
-        monkeypatch.setattr(gpu_attention, "PORTION", 2 * SQUARE**2)
+        monkeypatch.setattr(attention, "PORTION", 2 * SQUARE**2)
     return str(request.param)
 
 

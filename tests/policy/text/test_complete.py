@@ -16,14 +16,12 @@ from troupe.errors import InputError, ModelError
 from troupe.policy import GenerationConfig, Policy, Qwen3Config, RolloutRequest, Weights, load_policy
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.text.complete import (
-    TextPrompt,
     complete_texts,
     encode_prompt,
     generate_batch,
-    opened_thought,
     stream_text,
 )
-from troupe.policy.text.tokenizer import Tokenizer
+from troupe.policy.text.tokenizer import TextPrompt, Tokenizer, opened_thought
 
 SAMPLED = GenerationConfig(num_generations=3, max_completion_length=10)
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]

@@ -13,19 +13,48 @@ Source of the two-part attention: shared-prefix decoding as in Hydragen (arXiv:2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.attention import attention, block_size, query_blocks
+from troupe.policy.network.attention import attention_in_blocks, block_size, query_blocks
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
 from troupe.policy.network.qwen3 import Weights, WholeRows, hidden_states
 
+PREFILL_TOKENS = 8192
+"""Most prompt tokens, padding included, that are prefilled at once."""
+WHOLE_PROMPT = 2048
+"""Up to so many places a portion of prompts is computed in one piece, also where scores are written out."""
+PIECE_TOKENS = 1024
+"""So many tokens, padding included, are computed at once of prompts that are longer."""
 BLOCK = 64
 """Places by which the room for own tokens grows."""
 PACED_TOKENS = 1024
 """So many prompt tokens are worth waiting for one layer of them after the other."""
+
+
+def piece_length(prompts: int, longest: int, *, writes_scores: bool) -> int:
+    """How many tokens of each of the `prompts` of a portion, padded to `longest`, are computed at once.
+
+    Where scores are written out they grow with the square of what is computed at once; a kernel that does without
+    takes a portion whole, however long.
+    """
+    if not writes_scores or longest <= WHOLE_PROMPT:
+        return longest
+    return max(1, PIECE_TOKENS // prompts)
+
+
+def prefill_chunks(lengths: Sequence[int]) -> Iterator[range]:
+    """Split prompts of these lengths, in order, into runs of at most PREFILL_TOKENS places each, padding included."""
+    start = longest = 0
+    for index, length in enumerate(lengths):
+        if index > start and (index - start + 1) * max(longest, length) > PREFILL_TOKENS:
+            yield range(start, index)
+            start = index
+            longest = 0
+        longest = max(longest, length)
+    yield range(start, len(lengths))
 
 
 class PromptCache(WholeRows):
@@ -88,7 +117,7 @@ class PiecedPromptCache(PromptCache):
             stop = min(start + size, T)
             seen = S - T + stop
             among = query_blocks(stop - start, seen, heads_per_key)
-            part = attention(q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, among)[0]
+            part = attention_in_blocks(q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, among)[0]
             mx.eval(part)  # MLX runs some operations ahead, each of which would hold the scores of a block
             found.append(part)
         return mx.concatenate(found, axis=2)

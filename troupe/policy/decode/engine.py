@@ -10,13 +10,14 @@ it is the same whatever else is in the batch, on whichever device.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from itertools import chain
 
 from troupe.errors import ModelError
+from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.loop import DecodeSetup, Wave
-from troupe.policy.decode.memory import decode_memory_bytes, device_ways, split_into_waves
+from troupe.policy.decode.memory import decode_memory_bytes, device_ways
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.decode.stopping import StopRules
@@ -129,11 +130,17 @@ class RolloutEngine:
             **device_ways(config, dtype, on_cpu=is_on_cpu()),
         )
 
+    @cached_property
+    def _setup(self) -> DecodeSetup:
+        """Made when the first decode begins, in its thread, whose device it asks for."""
+        config = self.config
+        attends = cuda_kernels.can_serve(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        return DecodeSetup(
+            config, self.generation, self.sampler, self._stop_rules, cuda_kernels.are_available(), attends
+        )
+
     def _wave(self, requests: Sequence[RolloutRequest], places: range) -> Wave:
-        assert self._loaded is not None
-        ways = device_ways(self.config, self._loaded[0][EMBEDDING].dtype, on_cpu=is_on_cpu())
-        setup = DecodeSetup(self.config, self.generation, self.sampler, self._stop_rules, ways["writes_scores"])
-        return Wave(setup, requests, places, self.current_weights)
+        return Wave(self._setup, requests, places, self.current_weights)
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
         """Check the requests and make ready to decode → which of them are decoded together."""
@@ -194,3 +201,21 @@ def _check_request(config: Qwen3Config, index: int, request: RolloutRequest) -> 
             f"request {index}: a prompt of {len(prompt)} tokens leaves no room for a completion; the model has "
             f"{config.max_position_embeddings} positions (max_position_embeddings), so shorten the prompt"
         )
+
+
+def split_into_waves(
+    lengths: Sequence[int], cost: Callable[[Sequence[int]], int], limit_bytes: float | None
+) -> list[range]:
+    """Split prompts, in order, into as few runs as a first fit gives, none of which costs more than the limit.
+
+    `cost`: bytes for prompts of these lengths. A prompt that alone costs more has a run of its own; None is no limit.
+    """
+    if limit_bytes is None:
+        return [range(len(lengths))] if lengths else []
+    waves: list[range] = []
+    start = 0
+    for index in range(1, len(lengths) + 1):
+        if index == len(lengths) or cost(lengths[start : index + 1]) > limit_bytes:
+            waves.append(range(start, index))
+            start = index
+    return waves

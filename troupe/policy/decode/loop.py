@@ -1,7 +1,8 @@
-"""The loop of the decoding engine: rows that grow token by token, laid out as one batch on the device.
+"""The loop of the decoding engine: rows that grow token by token, laid out as one batch on the device, and their dice.
 
 One token of every row is always under way on the device while the one before is read back. All it does follows from
-requests and tokens.
+requests and tokens: a row's random numbers are a hash of its key and the token's position, the same on every device
+and whatever stands beside it in a batch.
 
 Penalties look back over the prompt too, not only over what was sampled: the window of recent ids starts filled with the
 prompt's last ones, as in mlx-lm.
@@ -9,19 +10,26 @@ prompt's last ones, as in mlx-lm.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from troupe.errors import RunError
 from troupe.policy.decode import cuda_kernels
-from troupe.policy.decode.cache import DecodingCache, PiecedPromptCache, PromptCache, join_prompts
+from troupe.policy.decode.cache import (
+    DecodingCache,
+    PiecedPromptCache,
+    PromptCache,
+    join_prompts,
+    piece_length,
+    prefill_chunks,
+)
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
-from troupe.policy.decode.drawing import NOISE_BLOCK, draw_tokens, noise_block, row_key
-from troupe.policy.decode.memory import piece_length, prefill_chunks
 from troupe.policy.decode.requests import (
     CompletedGroup,
     Completion,
@@ -29,13 +37,17 @@ from troupe.policy.decode.requests import (
     GenerationConfig,
     RolloutRequest,
 )
-from troupe.policy.decode.sampling import Sampler
+from troupe.policy.decode.sampling import Sampler, draw_by_shares
 from troupe.policy.decode.stopping import StopRules, StopWatch
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import Weights, hidden_states, project
+from troupe.policy.network.attention import attention_is_fused
+from troupe.policy.network.elementwise import exp, is_on_cpu
+from troupe.policy.network.qwen3 import EMBEDDING, Weights, hidden_states, project
 
 COMPACT_EVERY = 8
 """Finished rows leave the batch only at token positions that this divides."""
+NOISE_BLOCK = 16
+"""Uniform numbers that one hash of 64 bytes gives."""
 
 
 class DecodeSetup(NamedTuple):
@@ -45,8 +57,9 @@ class DecodeSetup(NamedTuple):
     generation: GenerationConfig
     sampler: Sampler
     stop_rules: StopRules
-    writes_scores: bool
-    """Whether this device holds the scores of whole prompts where it computes them whole."""
+    draws_by_kernel: bool
+    """Whether the kernels of `cuda_kernels` draw, and whether they attend, for heads of this kind."""
+    attends_by_kernel: bool
 
 
 class Row:
@@ -157,7 +170,9 @@ class Wave:
             purposes = [b"", b"filter"] if sampler.needs_uniforms else [b""]
             self._noise = [noise_block([row.key for row in rows], t // NOISE_BLOCK, purpose) for purpose in purposes]
         draw, *of_filters = [noise[:, t % NOISE_BLOCK] for noise in self._noise]
-        self._ids, *log_probs = draw_tokens(sampler, logits, draw, self._recent, *of_filters)
+        self._ids, *log_probs = draw_tokens(
+            sampler, logits, draw, self._recent, *of_filters, by_kernel=self._setup.draws_by_kernel
+        )
         if self._recent is not None:
             newest = self._ids[:, None].astype(mx.int32)
             self._recent = mx.concatenate([self._recent[:, 1:], newest], axis=1)
@@ -167,13 +182,12 @@ class Wave:
 
     def _prefill(self, weights: Weights) -> mx.array:
         """Every prompt once → the hidden state of its last token, (requests, D); opens the cache."""
-        config, hidden, parts = self._setup.config, [], []
+        hidden, parts = [], []
         for portion in prefill_chunks([len(prompt) for prompt in self._prompts]):
             part, last = self._prefill_portion(weights, [self._prompts[i] for i in portion])
             parts.append(part)
             hidden.append(last)
-        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kind = CudaDecodingCache if cuda_kernels.can_serve(*heads) else DecodingCache
+        kind = CudaDecodingCache if self._setup.attends_by_kernel else DecodingCache
         self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
         return mx.concatenate(hidden)
 
@@ -182,7 +196,8 @@ class Wave:
         config, lengths = self._setup.config, [len(prompt) for prompt in prompts]
         width = max(lengths)
         ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-        size = piece_length(len(prompts), width, writes_scores=self._setup.writes_scores)
+        is_fused = attention_is_fused(config.head_dim, weights[EMBEDDING].dtype, gradient=False, on_cpu=is_on_cpu())
+        size = piece_length(len(prompts), width, writes_scores=not is_fused)
         last = mx.array(lengths)[:, None, None] - 1
         if size == width:
             part = PromptCache(lengths)
@@ -264,3 +279,55 @@ def arrange(slots: list[list[Row]]) -> list[list[Row]]:
         return slots
     laid = [rows[i : i + best_width] for rows in live.values() for i in range(0, len(rows), best_width)]
     return [slot + slot[-1:] * (best_width - len(slot)) for slot in laid]
+
+
+def row_key(request_key: Sequence[int], sample: int) -> bytes:
+    """What names the random stream of one sample: 16 bytes, distinct for distinct (request key, sample)."""
+    text = ",".join(map(str, (*request_key, sample)))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def noise_block(keys: Sequence[bytes], block: int, purpose: bytes = b"") -> mx.array:
+    """Uniform numbers k/2²⁴ in [0, 1) for token positions block·16 … block·16+15 of rows → float32 (rows, 16).
+
+    Other purposes (at most 16 bytes) give independent numbers.
+    """
+    place = block.to_bytes(8, "little")
+    digests = b"".join(hashlib.blake2b(place, key=key, person=purpose).digest() for key in keys)
+    numbers = mx.array(cast(Any, memoryview(array("I", digests))))  # by the buffer protocol, as uint32
+    return (numbers >> 8).astype(mx.float32).reshape(len(keys), NOISE_BLOCK) * 2.0**-24
+
+
+def draw_tokens(
+    sampler: Sampler,
+    logits: mx.array,
+    uniforms: mx.array,
+    recent: mx.array | None = None,
+    filter_uniforms: mx.array | None = None,
+    *,
+    by_kernel: bool = False,
+) -> list[mx.array]:
+    """Logits (B, V), uniforms (B,) → ids (B,), their log-probs under softmax(logits / temperature), and, where anything
+    is on that changes this distribution, those under the one drawn from.
+
+    `recent` (B, W) ids, −1 pads, for the penalties; `filter_uniforms` (B,) for XTC. `by_kernel`: an NVIDIA card's
+    kernel of our own draws where nothing is on.
+    """
+    if sampler.is_filtering or sampler.is_greedy:
+        log_probs = sampler.scale(logits)
+        adjusted = log_probs
+        if sampler.is_adjusting:
+            adjusted = sampler.scale(sampler.adjust(logits, () if recent is None else recent))
+        ids, sampled = sampler.choose(adjusted, uniforms, filter_uniforms)
+        chosen = mx.take_along_axis(log_probs, ids[:, None], axis=-1)[:, 0]
+        return [ids, chosen, sampled] if sampler.is_filtering else [ids, chosen]
+    if by_kernel:
+        return list(cuda_kernels.draw(logits, uniforms, sampler.config.temperature))
+    scaled = logits.astype(mx.float32)
+    if sampler.config.temperature != 1.0:
+        scaled = scaled / sampler.config.temperature
+    scaled = scaled - mx.max(scaled, axis=-1, keepdims=True)
+    powers = exp(scaled)  # serves the draw and the log-probability
+    ids = draw_by_shares(powers, uniforms)
+    chosen = mx.take_along_axis(scaled, ids[:, None], axis=-1)[:, 0]
+    return [ids, chosen - mx.log(mx.sum(powers, axis=-1))]

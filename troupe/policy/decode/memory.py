@@ -1,4 +1,4 @@
-"""How much memory a decode takes, and what is computed together: functions of lengths and settings alone.
+"""How much memory a decode takes: functions of lengths and settings alone.
 
 How much memory is free at the moment does not count: the same run makes the same batches.
 
@@ -17,44 +17,14 @@ that is held is exact; the factors of the others are measured on a CPU with MLX 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode.cache import piece_length, prefill_chunks
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.attention import block_size
-from troupe.policy.network.gpu_attention import attention_is_fused
-
-PREFILL_TOKENS = 8192
-"""Most prompt tokens, padding included, that are prefilled at once."""
-WHOLE_PROMPT = 2048
-"""Up to so many places a portion of prompts is computed in one piece, also where scores are written out."""
-PIECE_TOKENS = 1024
-"""So many tokens, padding included, are computed at once of prompts that are longer."""
-
-
-def piece_length(prompts: int, longest: int, *, writes_scores: bool) -> int:
-    """How many tokens of each of the `prompts` of a portion, padded to `longest`, are computed at once.
-
-    Where scores are written out they grow with the square of what is computed at once; a kernel that does without
-    takes a portion whole, however long.
-    """
-    if not writes_scores or longest <= WHOLE_PROMPT:
-        return longest
-    return max(1, PIECE_TOKENS // prompts)
-
-
-def prefill_chunks(lengths: Sequence[int]) -> Iterator[range]:
-    """Split prompts of these lengths, in order, into runs of at most PREFILL_TOKENS places each, padding included."""
-    start = longest = 0
-    for index, length in enumerate(lengths):
-        if index > start and (index - start + 1) * max(longest, length) > PREFILL_TOKENS:
-            yield range(start, index)
-            start = index
-            longest = 0
-        longest = max(longest, length)
-    yield range(start, len(lengths))
+from troupe.policy.network.attention import attention_is_fused, block_size
 
 
 def cache_bytes(
@@ -120,21 +90,3 @@ def device_ways(config: Qwen3Config, dtype: mx.Dtype, *, on_cpu: bool) -> dict[s
         "in_blocks": on_cpu,
         "copies_updates": not on_cpu and not cuda_kernels.can_serve(*heads),
     }
-
-
-def split_into_waves(
-    lengths: Sequence[int], cost: Callable[[Sequence[int]], int], limit_bytes: float | None
-) -> list[range]:
-    """Split prompts, in order, into as few runs as a first fit gives, none of which costs more than the limit.
-
-    `cost`: bytes for prompts of these lengths. A prompt that alone costs more has a run of its own; None is no limit.
-    """
-    if limit_bytes is None:
-        return [range(len(lengths))] if lengths else []
-    waves: list[range] = []
-    start = 0
-    for index in range(1, len(lengths) + 1):
-        if index == len(lengths) or cost(lengths[start : index + 1]) > limit_bytes:
-            waves.append(range(start, index))
-            start = index
-    return waves

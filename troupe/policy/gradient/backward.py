@@ -19,8 +19,7 @@ import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
-from troupe.policy.network.embedding import embed, sum_by_id
-from troupe.policy.network.head import TokenStatistics, head_backward, head_forward
+from troupe.policy.network.head import TokenStatistics, embed, head_backward, head_forward, sum_by_id
 from troupe.policy.network.packing import Attended, Packing
 from troupe.policy.network.qwen3 import (
     EMBEDDING,

@@ -26,8 +26,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.attention import block_size
-from troupe.policy.network.gpu_attention import scores_at_a_time
+from troupe.policy.network.attention import block_size, scores_at_a_time
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
 from troupe.policy.network.qwen3 import parameter_count

@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.network.rope_settings import DEFAULT_ROPE_THETA, convert_by_key, rope_settings
-from troupe.policy.network.rotary import YarnScaling
+from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, YarnScaling, convert_by_key, rope_settings
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 _ARCHITECTURES = ([ARCHITECTURE], ["Qwen3Model"])

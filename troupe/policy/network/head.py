@@ -1,8 +1,12 @@
-"""Log-probabilities and entropies of chosen tokens from hidden states, without ever holding all their logits.
+"""The two ends of the vocabulary: rows of the embedding, and log-probabilities and entropies of chosen tokens.
 
-M tokens times a vocabulary of 151,936 logits would fill gigabytes, several times over when differentiated. Here the
-vocabulary is taken in blocks, forwards and, with a gradient of its own, backwards, where each block's logits are
-computed again.
+An embedding's gradient is the same each time. MLX adds up those of equal ids by atomic additions on a GPU, in whatever
+order they come. Here each id's are added up in the order of the tokens: on a CPU by the one thread that adds there,
+elsewhere by segmented sums of doubling reach (Hillis & Steele 1986, doi:10.1145/7902.7903).
+
+The head never holds all logits: M tokens times a vocabulary of 151,936 would fill gigabytes, several times over when
+differentiated. So the vocabulary is taken in blocks, forwards and, with a gradient of its own, backwards, where each
+block's logits are computed again.
 
 Shapes: M tokens, D hidden size, V vocabulary. Logits have the type of the weights, all that follows is float32.
 """
@@ -185,3 +189,36 @@ def _pick(logits: mx.array, targets: mx.array, block: slice) -> mx.array:
     """The logit of each target, float32 (M,); that of any other token where the target is not in the block."""
     index = mx.clip(targets - block.start, 0, block.stop - block.start - 1)
     return mx.take_along_axis(logits, index[:, None], axis=-1)[:, 0].astype(mx.float32)
+
+
+def embed(table: mx.array, ids: mx.array) -> mx.array:
+    """Table (V, D), integer ids (…) → (…, D)."""
+    if is_on_cpu():  # one thread adds in order
+        return table[ids]
+    look_up = mx.custom_function(lambda table: table[ids])
+
+    @look_up.vjp
+    def vjp(table: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return sum_by_id(cotangent.reshape(-1, table.shape[1]), ids.reshape(-1), table.shape[0])
+
+    return cast(mx.array, look_up(table))
+
+
+def sum_by_id(x: mx.array, ids: mx.array, size: int) -> mx.array:
+    """(n, D) and ids (n,) in [0, size) → (size, D), whose row i is the sum of the x of id i, summed in float32."""
+    if is_on_cpu():
+        return mx.zeros((size, x.shape[1])).at[ids].add(x.astype(mx.float32)).astype(x.dtype)
+    n = ids.shape[0]
+    order = mx.argsort(ids.astype(mx.int64) * n + mx.arange(n))
+    run = ids[order]
+    sums = x[order].astype(mx.float32)
+    reach = 1
+    while reach < n:  # row j holds the sum of its run over [j, j + reach)
+        same = mx.concatenate([run[reach:] == run[:-reach], mx.zeros(reach, mx.bool_)])
+        further = mx.concatenate([sums[reach:], mx.zeros((reach, x.shape[1]))])
+        sums = sums + mx.where(same[:, None], further, 0.0)
+        reach *= 2
+    is_first = mx.concatenate([mx.ones(1, mx.bool_), run[1:] != run[:-1]])
+    # the first row of each run goes to its id, all others beyond the end of the table
+    place = mx.where(is_first, run, size)
+    return mx.zeros((size + 1, x.shape[1]), x.dtype).at[place].add(sums.astype(x.dtype))[:size]

@@ -16,10 +16,15 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from troupe.policy.network.attention import QueryBlock, attention, attention_gradient, query_blocks
+from troupe.policy.network.attention import (
+    QueryBlock,
+    attention_in_blocks,
+    attention_of_rows,
+    gradient_in_blocks,
+    gradient_of_rows,
+    query_blocks,
+)
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.gpu_attention import attention as attention_of_rows
-from troupe.policy.network.gpu_attention import attention_gradient as gradient_of_rows
 from troupe.policy.network.layouts import Cells, WholeRows, differentiable_read
 
 
@@ -113,12 +118,12 @@ class Packing:
         of_prompts, of_completions = self._blocks(q.shape[1] // k.shape[1])
         prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in (q, k, v)), strict=True)
         q, k, v = (self._prompts.spread(x).swapaxes(1, 2) for x in prompts)  # (Q, heads, P, d)
-        found = attention(q, k, v, scale, of_prompts)
+        found = attention_in_blocks(q, k, v, scale, of_prompts)
         outputs = [[self._prompts.collect(x.swapaxes(1, 2)) for x in found]]
         if self._completions.count:
             q, own_k, own_v = (self._completions.spread(x).swapaxes(1, 2) for x in completions)
             k, v = self._behind_prompts(k, own_k), self._behind_prompts(v, own_v)
-            found = attention(q, k, v, scale, of_completions)
+            found = attention_in_blocks(q, k, v, scale, of_completions)
             outputs.append([self._completions.collect(x.swapaxes(1, 2)) for x in found])
         o, normalizer = (mx.concatenate(list(parts)) for parts in zip(*outputs, strict=True))
         return o, normalizer
@@ -163,12 +168,12 @@ class Packing:
         prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in each), strict=True)
         q, k, v, *rest = (self._prompts.spread(x).swapaxes(1, 2) for x in prompts)
         P, Q = self._prompts.width, self._prompts.rows
-        of_prompts = attention_gradient(q, k, v, scale, blocks_of_prompts, *rest)
+        of_prompts = gradient_in_blocks(q, k, v, scale, blocks_of_prompts, *rest)
         if not self._completions.count:
             return [self._prompts.collect(x.swapaxes(1, 2)) for x in of_prompts]
         q, own_k, own_v, *rest = (self._completions.spread(x).swapaxes(1, 2) for x in completions)
         k, v = self._behind_prompts(k, own_k), self._behind_prompts(v, own_v)
-        dq, dk, dv = attention_gradient(q, k, v, scale, blocks_of_completions, *rest)
+        dq, dk, dv = gradient_in_blocks(q, k, v, scale, blocks_of_completions, *rest)
         to_prompts = [mx.sum(x[:, :, :P].reshape(Q, -1, *x[:, :, :P].shape[1:]), axis=1) for x in (dk, dv)]
         of_prompts = (of_prompts[0], of_prompts[1] + to_prompts[0], of_prompts[2] + to_prompts[1])
         return [

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu, swiglu
-from troupe.policy.network.embedding import embed
+from troupe.policy.network.head import embed
 from troupe.policy.network.rotary import attention_factor, inverse_frequencies
 
 Weights: TypeAlias = Mapping[str, mx.array]

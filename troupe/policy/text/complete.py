@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import msgspec
 
 from troupe.errors import InputError
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.requests import Completion, FinishReason, GenerationConfig, RolloutRequest
-from troupe.policy.text.tokenizer import Tokenizer
-
-OPENED, CLOSED = "<think>", "</think>"
-"""What thoughts stand between."""
-
-TextPrompt: TypeAlias = str | Sequence[Mapping[str, Any]]
-"""Text to continue, or the messages of a chat to answer."""
+from troupe.policy.text.tokenizer import TextPrompt, Tokenizer
 
 
 class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,23 +63,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: TextPrompt, **template_kwargs: A
     except UnicodeEncodeError as error:
         raise InputError(f"prompt: its character {error.start} is no Unicode text; give the prompt as UTF-8") from None
     return tokenizer.encode(text, add_special_tokens)
-
-
-def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int]) -> str:
-    """What a prompt has written of the completion's thoughts: from its last `<think>` on, where that is still open.
-
-    Of a text that is at its very end alone, and white space; of a chat anywhere in the turn that is begun, behind the
-    last special token. Mostly "".
-    """
-    if isinstance(prompt, str):
-        return prompt[prompt.rfind(OPENED) :] if prompt.rstrip().endswith(OPENED) else ""
-    special = tokenizer.special_ids
-    start = len(ids)
-    while start and (ids[start - 1] not in special or tokenizer.decode([ids[start - 1]], False) in (OPENED, CLOSED)):
-        start -= 1
-    text = tokenizer.decode(ids[start:], skip_special_tokens=False)
-    begun = text[text.rfind(OPENED) :] if OPENED in text else ""
-    return begun if begun.strip() == OPENED or (start and CLOSED not in begun) else ""
 
 
 def complete_texts(

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import tiktoken
 
@@ -28,6 +28,12 @@ from troupe.policy.text.vocabulary import (
     read_object,
     read_vocabulary,
 )
+
+OPENED, CLOSED = "<think>", "</think>"
+"""What thoughts stand between."""
+
+TextPrompt: TypeAlias = str | Sequence[Mapping[str, Any]]
+"""Text to continue, or the messages of a chat to answer."""
 
 _PANIC = "PanicException"  # of Rust, by name, since its class can be had from nowhere; it is no Exception
 _LONGEST_RUN = 500_000  # characters of white space; at a million, the steps that the pattern may take are used up
@@ -233,6 +239,23 @@ class DecodeStream:
     def finish(self) -> str:
         """What is left at the end: "", or U+FFFD where the last character never got its rest."""
         return self._utf8.decode(b"", final=True)
+
+
+def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int]) -> str:
+    """What a prompt has written of the completion's thoughts: from its last `<think>` on, where that is still open.
+
+    Of a text that is at its very end alone, and white space; of a chat anywhere in the turn that is begun, behind the
+    last special token. Mostly "".
+    """
+    if isinstance(prompt, str):
+        return prompt[prompt.rfind(OPENED) :] if prompt.rstrip().endswith(OPENED) else ""
+    special = tokenizer.special_ids
+    start = len(ids)
+    while start and (ids[start - 1] not in special or tokenizer.decode([ids[start - 1]], False) in (OPENED, CLOSED)):
+        start -= 1
+    text = tokenizer.decode(ids[start:], skip_special_tokens=False)
+    begun = text[text.rfind(OPENED) :] if OPENED in text else ""
+    return begun if begun.strip() == OPENED or (start and CLOSED not in begun) else ""
 
 
 def _listed(ids: Iterable[int]) -> Iterable[int]:
