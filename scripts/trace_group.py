@@ -121,7 +121,7 @@ class Trace:
         thread = threading.current_thread()
         if thread is threading.main_thread():
             return _actor.get() in ON_PATH
-        return thread.name.startswith(("troupe-generator", "troupe-learner", "troupe reward"))
+        return thread.name.startswith(("troupe-generator", "troupe-learner", "troupe call"))
 
     def _note_calls(self, frame: FrameType) -> None:
         stack: list[FrameType] = []

@@ -197,7 +197,7 @@ async def test_an_interrupt_raised_by_the_function_itself_is_a_fault_like_any_ot
     def gives_up(completions: list[str]) -> list[float]:
         raise KeyboardInterrupt
 
-    with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"):
+    with pytest.raises(RuntimeError, match="the called code raised KeyboardInterrupt"):
         await call_function(gives_up, "gives_up", {"completions": ["a"]}, 1)
 
 

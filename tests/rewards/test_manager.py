@@ -235,7 +235,7 @@ async def test_errors_that_are_not_the_rewards_come_through() -> None:
     with pytest.raises(KeyboardInterrupt):
         await manager(ends).compute_rewards(["p"], ["a"])
     result = await manager(leaves).compute_rewards(["p"], ["a"])
-    assert "RuntimeError: the reward raised GeneratorExit" in result.incidents[0].message
+    assert "RuntimeError: the called code raised GeneratorExit" in result.incidents[0].message
 
 
 async def test_cancelling_leaves_no_result_and_cancels_the_rewards() -> None:

@@ -139,7 +139,7 @@ async def test_what_is_called_in_place_does_not_end_its_caller(error: BaseExcept
     def fail() -> None:
         raise error
 
-    with pytest.raises(RuntimeError, match=f"the reward raised {type(error).__name__}"), InPlace():
+    with pytest.raises(RuntimeError, match=f"the called code raised {type(error).__name__}"), InPlace():
         fail()
 
 
@@ -159,9 +159,9 @@ async def test_an_interrupt_of_the_codes_own_is_told_from_the_users(monkeypatch:
             fail()
     with monkeypatch.context() as patch:
         patch.setattr(signal, "getsignal", lambda number: _on_sigint)
-        with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"), InPlace():
+        with pytest.raises(RuntimeError, match="the called code raised KeyboardInterrupt"), InPlace():
             fail()
-        with pytest.raises(RuntimeError, match="the reward raised KeyboardInterrupt"):
+        with pytest.raises(RuntimeError, match="the called code raised KeyboardInterrupt"):
             await in_own_task(fail_later)
         with pytest.raises(KeyboardInterrupt), InPlace():
             _on_sigint()
@@ -177,6 +177,47 @@ def test_an_event_loop_ends_although_a_task_ignores_its_cancellation() -> None:
 
     line = stubborn.__code__.co_firstlineno
     assert anyio.run(leave_behind) == [f"stubborn ({__file__}:{line})"]
+
+
+async def test_with_a_python_that_is_not_known_only_what_is_public_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "KNOWN_PYTHON", False)
+    monkeypatch.setattr(asyncio, "_unregister_task", None)
+    monkeypatch.setattr(isolation, "ctypes", None)
+    released = asyncio.Event()
+
+    async def deaf_to_its_end() -> None:
+        while not released.is_set():
+            try:
+                await asyncio.sleep(3600)
+            except BaseException:
+                continue
+
+    before = asyncio.all_tasks()
+    tasks = [asyncio.create_task(code()) for code in (deaf, deaf_to_its_end, anyio.sleep_forever)]
+    await anyio.lowlevel.checkpoint()
+    left = await end_tasks(tasks)
+    assert [place.partition(" ")[0].rpartition(".")[2] for place in left] == ["deaf", "deaf_to_its_end"]
+    assert asyncio.all_tasks() - before == {tasks[1]}, "one that may be closed ends"
+    released.set()
+    tasks[1].cancel()
+    await asyncio.wait([tasks[1]])
+
+    with anyio.move_on_after(0.01) as scope:
+        await in_own_task(stubborn)
+    assert scope.cancelled_caught
+    assert asyncio.all_tasks() == before
+
+
+async def test_with_such_a_python_every_interrupt_in_the_main_thread_is_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(isolation, "KNOWN_PYTHON", False)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with pytest.raises(KeyboardInterrupt), InPlace():
+        fail()
 
 
 async def test_a_task_of_its_own_gives_what_the_coroutine_gives() -> None:

@@ -12,9 +12,10 @@ import contextvars
 import ctypes
 import queue
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeGuard, TypeVar
 
@@ -67,7 +68,7 @@ class InPlace:
 
 def as_failure(error: BaseException) -> RuntimeError:
     """An error of the code's own that must not come to others as itself, since it would mean something to them."""
-    fault = RuntimeError(f"the reward raised {type(error).__name__}")
+    fault = RuntimeError(f"the called code raised {type(error).__name__}")
     fault.__cause__ = error
     return fault.with_traceback(error.__traceback__)
 
@@ -78,9 +79,7 @@ def is_own_interrupt(error: BaseException | None) -> TypeGuard[KeyboardInterrupt
         return False
     if threading.current_thread() is not threading.main_thread():
         return True  # no signal is delivered here
-    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-    is_asyncios = names[-1:] == ["_on_sigint"]  # its handler, at the second Ctrl-C
-    return not is_asyncios and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    return signal.getsignal(signal.SIGINT) is not signal.default_int_handler and not _may_be_asyncios(error)
 
 
 class _Shell(Coroutine[Any, Any, None], Generic[T]):
@@ -146,12 +145,12 @@ async def end_tasks(tasks: Collection[asyncio.Task[Any]]) -> list[str]:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks, timeout=GRACE_S)
-    left = [task for task in tasks if not task.done()]
-    for task in left:
-        asyncio._unregister_task(task)  # who closes the loop would wait for it without end
-        task._log_destroy_pending = False  # type: ignore[attr-defined]
-        _keep(list(_chain(task.get_coro())))
-    return [_place_of(task) for task in left]
+    left = {task: _place_of(task) for task in tasks if not task.done()}
+    if left and KNOWN_PYTHON:
+        _forget(left)
+    elif left:
+        await _close_tasks(left)
+    return list(left.values())
 
 
 def _place_of(task: asyncio.Task[Any]) -> str:
@@ -161,13 +160,19 @@ def _place_of(task: asyncio.Task[Any]) -> str:
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
 
 
-def _keep(objects: list[object]) -> None:
-    """Never collect these, not even when the interpreter ends: they would be closed once more."""
-    for each in objects:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+async def _close_tasks(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Have tasks that ignore their cancellation end by closing what they run. Where that is ignored, too, the event
+    loop will not end without them."""
+    for task in tasks:
+        _close(task.get_coro())
+        task.cancel()
+    done, _ = await asyncio.wait(tasks, timeout=GRACE_S)
+    for task in done:
+        if not task.cancelled():
+            task.exception()  # of having been closed: asyncio need not tell of it
 
 
-def _close(awaitable: Awaitable[Any]) -> None:
+def _close(awaitable: object) -> None:
     frames = list(_chain(awaitable))
     try:
         if isinstance(awaitable, Coroutine):
@@ -181,6 +186,37 @@ def _chain(waiting: object) -> Iterator[object]:
     while waiting is not None:
         yield waiting
         waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
+
+
+KNOWN_PYTHON = sys.implementation.name == "cpython" and sys.version_info < (3, 15)
+"""Whether Python's insides are as the three functions below know them: nobody promises that they stay. With another
+Python only what is public is used, by which less can be left behind."""
+
+_KEPT: list[object] = []
+
+
+def _keep(objects: Iterable[object]) -> None:
+    """Never collect these, not even when the interpreter ends: they would be closed once more. (Another Python may do
+    so, and say it on stderr.)"""
+    for each in objects:
+        if KNOWN_PYTHON:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+        else:
+            _KEPT.append(each)
+
+
+def _forget(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Have the event loop end without these tasks; who closes it would otherwise wait for them without end."""
+    for task in tasks:
+        asyncio._unregister_task(task)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        _keep(_chain(task.get_coro()))
+
+
+def _may_be_asyncios(error: KeyboardInterrupt) -> bool:
+    """Whether asyncio's handler of a second Ctrl-C has raised this. Another Python's may look like any."""
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return names[-1:] == ["_on_sigint"] or not KNOWN_PYTHON
 
 
 class _ThreadCall:
@@ -255,7 +291,7 @@ class _WorkerThread(threading.Thread):
     """Makes one call after the other; idle in between, and at an end when it has been so for long."""
 
     def __init__(self, threads: DaemonThreads) -> None:
-        super().__init__(name="troupe reward", daemon=True)
+        super().__init__(name="troupe call", daemon=True)
         self._threads = threads
         self.calls: queue.SimpleQueue[_ThreadCall | None] = queue.SimpleQueue()
 
@@ -276,7 +312,7 @@ class _WorkerThread(threading.Thread):
             with self._threads.lock:
                 self._threads.idle.append(self)
             call.hand_over()
-            del call  # holds what the reward was given
+            del call  # holds what the code was given
 
     def _next(self) -> _ThreadCall | None:
         try:
