@@ -29,7 +29,7 @@ from troupe.actors.learner.batch import (
 )
 from troupe.actors.learner.gathering import is_usable
 from troupe.checkpoint.read import read_unfinished
-from troupe.checkpoint.unfinished import encode_unfinished
+from troupe.checkpoint.write import encode_unfinished
 from troupe.errors import RewardError
 from troupe.grpo import LearnerConfig
 from troupe.messages import Unfinished

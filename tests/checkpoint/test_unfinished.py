@@ -12,9 +12,10 @@ import pytest
 from tests.checkpoint.checkpoints import under_way, without_prompts
 from tests.support.fakes import make_scored
 from troupe.checkpoint.read import read_unfinished
-from troupe.checkpoint.unfinished import encode_unfinished
+from troupe.checkpoint.write import encode_unfinished
 from troupe.errors import CheckpointError
 from troupe.messages import Unfinished
+from troupe.rewards.extras import DEEPEST, RewardLog
 
 
 def through(tmp_path: Path, unfinished: Unfinished) -> Unfinished:
@@ -60,8 +61,7 @@ class Lazy:
         raise RuntimeError("no stream in this thread")
 
 
-def _nested(depth: int) -> Any:
-    value: Any = 1
+def _nested(depth: int, value: Any = 1) -> Any:
     for _ in range(depth):
         value = [value]
     return value
@@ -72,23 +72,24 @@ def _nested(depth: int) -> Any:
     [
         (Odd(), "<odd>"),
         ({"a": Odd()}, {"a": "<odd>"}),
-        ({1: 2}, {1: 2}),
-        (datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)),
+        ({1: 2}, {"1": 2}),
+        (datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), "2026-01-02 00:00:00+00:00"),
         (Worse(), None),
         (Lazy(), None),
-        (2**70, None),
-        ("\ud800", None),
-        (_nested(100_000), None),
+        (2**70, str(2**70)),
+        ("\ud800", "\\ud800"),
+        (_nested(100_000), _nested(DEEPEST, "…")),
     ],
     ids=["object", "inside", "int key", "time", "no repr", "lazy", "huge", "surrogate", "deep"],
 )
 def test_whatever_a_reward_logs_the_group_comes_back(tmp_path: Path, value: Any, comes_back: Any) -> None:
-    group = make_scored(1, 0)
-    loaded = through(tmp_path, Unfinished(scored=(msgspec.structs.replace(group, extra={"x": (value, 1)}),)))
-    [found] = loaded.scored
+    log = RewardLog(2)
+    log.log_extra("x", [value, 1])
+    group = msgspec.structs.replace(make_scored(1, 0), extra=log.extra)
+    [found] = through(tmp_path, Unfinished(scored=(group,))).scored
     assert found.scores == group.scores
     assert found.group.rollouts == group.group.rollouts
-    assert found.extra == ({} if comes_back is None else {"x": (comes_back, 1)})
+    assert found.extra == {"x": (comes_back, 1)}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,8 @@ def test_garbage_is_refused(tmp_path: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize("name", [None, ("a",), "\ud800", 3], ids=str)
 def test_names_that_are_no_texts_cost_what_was_logged_and_not_the_group(tmp_path: Path, name: Any) -> None:
-    group = msgspec.structs.replace(make_scored(1, 0), logged={name: 1.0}, extra={"x": (1, 2, 3)})
+    log = RewardLog(1)
+    log.log_metric(name, 1.0)
+    group = msgspec.structs.replace(make_scored(1, 0), logged=log.metrics)
     [found] = through(tmp_path, Unfinished(collected=(group,))).collected
-    assert (found.scores, found.logged) == (group.scores, {})
+    assert (found.scores, found.logged) == (group.scores, {"\\ud800": 1.0} if name == "\ud800" else {})

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from troupe.cli.main import main
-from troupe.dataset.kept_rows import KeptRows
+from troupe.dataset.gym import KeptRows
 from troupe.runtime.files import drafted, expanded
 
 

@@ -20,7 +20,7 @@ from tests.support.chaos import Chaos, config_of, perform, rewards_of, seeded
 from tests.support.plans import Plan, draw_plan
 from tests.support.wiring import Ledger, prepared_run, virtual_factories
 from troupe.checkpoint import Checkpoint, RunState
-from troupe.checkpoint.unfinished import encode_unfinished
+from troupe.checkpoint.write import encode_unfinished
 from troupe.messages import GroupClosed, Snapshot, Unfinished
 from troupe.rewards import RewardManager
 from troupe.run.prepare import Prepared

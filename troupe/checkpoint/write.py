@@ -1,4 +1,4 @@
-"""Writing folders so that, whatever happens, they are whole or absent.
+"""Writing checkpoints and models so that, whatever happens, their folders are whole or absent.
 
 Files go to a temporary folder beside the place, each is put on the disk, the manifest last; then the folder is renamed.
 """
@@ -28,8 +28,8 @@ from troupe.checkpoint.state import (
     Checkpoint,
     Made,
 )
-from troupe.checkpoint.unfinished import encode_unfinished
 from troupe.errors import FolderGoneError
+from troupe.messages import ScoredGroup, Unfinished
 from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
 from troupe.policy.folders import companions_of
 from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
@@ -83,6 +83,21 @@ def save_final_policy(
     companions = companions_of(source)
     with _new_folder(path, safetensors_bytes(weights) + companions.total_bytes, before_taking_place) as folder:
         save_model_folder(folder.path, config, weights, companions, MAX_SHARD_BYTES)
+
+
+def encode_unfinished(unfinished: Unfinished) -> bytes:
+    """As msgpack. Prompts go without text and columns: the dataset can say them once more, and they may hold anything.
+    (What rewards logged is plain data already.)"""
+    fields = {name: getattr(unfinished, name) for name in unfinished.__struct_fields__}
+    for name in ("scored", "collected"):  # one by one, so that other threads get a turn
+        fields[name] = [msgspec.Raw(_encode_group(group)) for group in fields[name]]
+    return msgspec.msgpack.encode(fields)
+
+
+def _encode_group(group: ScoredGroup) -> bytes:
+    replace = msgspec.structs.replace
+    prompt = replace(group.group.prompt, prompt="", columns={})
+    return msgspec.msgpack.encode(replace(group, group=replace(group.group, prompt=prompt)))
 
 
 def replaced_path(path: Path) -> Path:

@@ -2,12 +2,13 @@
 
 They are made in a process of their own (`gym_rows.py`) in which texts have the same hashes each time: some tasks draw
 from sets, and would be others in every start. It says on stderr how far it is, and ends with this one. What was made is
-kept (`kept_rows.py`), since some tasks take a second a row. Rewards find in the column `reasoning_gym` which entry a
-row is.
+kept in the user's cache (`$XDG_CACHE_HOME/troupe/rows`), since some tasks take a second a row. Rewards find in the
+column `reasoning_gym` which entry a row is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from troupe.dataset.kept_rows import KeptRows
+from troupe.dataset.query import split_query
 from troupe.errors import DatasetError, remedy
+from troupe.runtime.files import drafted, expanded
 from troupe.runtime.terminal import harmless
 
 PREFIX = "reasoning_gym:"
@@ -33,6 +35,8 @@ MADE = b"made "
 _MAKERS: set[subprocess.Popen[bytes]] = set()
 _TOLD = 2000  # characters of what a process said before it died
 _EVERY_S = 5.0  # between two lines about how far it is
+_FORMAT = 1  # of the files of kept rows
+_MOST_FILES = 64
 
 
 def read_gym(source: str, first: int | None = None) -> tuple[list[dict[str, Any]], int]:
@@ -122,3 +126,75 @@ def _tell(line: str) -> None:
     """On stderr, if anybody is there to read it."""
     with suppress(OSError, ValueError):
         print(harmless(line), file=sys.stderr, flush=True)
+
+
+class _KeptFile(msgspec.Struct, frozen=True):
+    """What a file of kept rows holds."""
+
+    key: dict[str, Any]
+    digest: str
+    """sha256 of the rows."""
+    rows: msgspec.Raw
+
+
+class KeptRows:
+    """The rows of one source, as this version of Python and of the library that makes them has them.
+
+    A file is named by all that its rows depend on, and used only if it is whole. Nothing depends on it: what cannot be
+    read is made once more, and what cannot be written is not kept.
+    """
+
+    def __init__(self, key: dict[str, Any], folder: Path) -> None:
+        self._key, self._folder = key, folder
+        name = hashlib.sha256(msgspec.json.encode(key, order="deterministic")).hexdigest()
+        self.path = folder / f"{name}.json"
+
+    @classmethod
+    def of(cls, source: str, package: Path | None) -> KeptRows:
+        """Of a source with options; `package`: folder of the library. Another file in it is another version."""
+        name, options = split_query(source)
+        key = {
+            "format": _FORMAT,
+            "source": name,
+            "options": options,
+            "library": None if package is None else _stamp(package),
+            "python": sys.version,
+        }
+        return cls(key, _cache() / "rows")
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """The rows, or None where there are none that are whole."""
+        try:
+            file = msgspec.json.decode(self.path.read_bytes(), type=_KeptFile)
+            if file.key == self._key and file.digest == hashlib.sha256(file.rows).hexdigest():
+                return msgspec.json.decode(file.rows, type=list[dict[str, Any]])
+        except (OSError, UnicodeDecodeError, RecursionError, msgspec.MsgspecError):
+            pass
+        return None
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Keep them, if there is a place: whole or not at all. The oldest files give way."""
+        data = msgspec.json.encode(rows)
+        file = _KeptFile(key=self._key, digest=hashlib.sha256(data).hexdigest(), rows=msgspec.Raw(data))
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with drafted(self.path) as draft:  # who writes it at the same time may cut it: it is not whole then
+                draft.write_bytes(msgspec.json.encode(file))
+            files = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
+            for old in files[:-_MOST_FILES]:
+                old.unlink(missing_ok=True)
+
+
+def _cache() -> Path:
+    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return (folder if folder.is_absolute() else Path(os.devnull)) / "troupe"  # a user without a home keeps nothing
+
+
+def _stamp(package: Path) -> str:
+    """Of which files a library consists, by name, size and time: its version, also where somebody works on it."""
+    digest = hashlib.sha256(str(package).encode(errors="surrogateescape"))
+    for path in sorted(package.rglob("*.py")):
+        with suppress(OSError):
+            told = path.stat()
+            digest.update(f"{path.relative_to(package)} {told.st_size} {told.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

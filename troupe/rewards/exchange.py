@@ -75,12 +75,10 @@ class Rounds:
             self._gathered.pop(key, None)
 
     async def _call(self, gathered: _Gathered) -> None:
-        batches = sorted(gathered.groups.values(), key=_slot)
-        outcome = await self._runner.score(joined(batches))
-        parts = outcome.split([batch.size for batch in batches])
-        for batch, part in zip(batches, parts, strict=True):
-            assert batch.gid is not None
-            gathered.outcomes[batch.gid] = part
+        groups = sorted(gathered.groups.items(), key=lambda group: _slot(group[1]))
+        outcome = await self._runner.score(joined([batch for _, batch in groups]))
+        parts = outcome.split([batch.size for _, batch in groups])
+        gathered.outcomes.update(zip((gid for gid, _ in groups), parts, strict=True))
 
 
 class _Gathered:
@@ -176,10 +174,6 @@ class NamedReward:
         """RewardError where this version requires a column that is not among these; the later ones may not either."""
         self.columns = columns
         check_columns(self.now.runner.reward, columns)
-
-    async def start(self) -> None:
-        """RewardError where it cannot be started."""
-        await self.now.runner.start()
 
     async def stop(self) -> list[Fault]:
         """Stop all versions, each with its timeout."""

@@ -170,7 +170,7 @@ class RewardManager:
         try:
             for name, reward in self._named.items():
                 self.starting = name
-                await reward.start()
+                await reward.now.runner.start()
             self.starting = None
         except BaseException:
             await self.stop()
