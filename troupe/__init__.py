@@ -7,8 +7,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from troupe.runtime import code_files as reward_files  # noqa: F401 - the last for processes that are spawned
-from troupe.runtime import installing, linux_cpu
-from troupe.runtime.machine import VERSION
+from troupe.runtime import linux_cpu
+from troupe.runtime.machine import VERSION, missing_backend
 
 if linux_cpu.load_openblas() == "too late":  # must run before anything imports mlx.core
     warnings.warn(
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"troupe.{_HOMES.get(name, name)}")
     except ImportError as error:
-        if (told := installing.missing_backend(error)) is None:
+        if (told := missing_backend(error)) is None:
             raise
         raise ImportError(f"troupe.{name}: {told}") from None
     if name in _ROOMS:

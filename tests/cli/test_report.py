@@ -13,7 +13,7 @@ from tests.records.report.pages import Page
 from troupe import __main__ as program
 from troupe.cli.main import main
 from troupe.cli.report import ask_status, report, write_page
-from troupe.daemon.control.client import NobodyThereError
+from troupe.daemon.control.protocol import NobodyThereError
 from troupe.errors import RunError
 from troupe.messages import NOT_STARTED, Refused, Status
 

@@ -23,9 +23,8 @@ from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.config import train_config
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.cli.evaluate import evaluate_aloud
-from troupe.cli.foreground import run_in_terminal
 from troupe.cli.main import main
-from troupe.cli.train import describe_plan, tell_result
+from troupe.cli.train import describe_plan, run_in_terminal, tell_result
 from troupe.policy import load_policy
 from troupe.run.config import config_table, load_config
 from troupe.run.evaluate import Evaluation

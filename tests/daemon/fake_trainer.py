@@ -32,8 +32,7 @@ from troupe.daemon.trainer.frames import (
 from troupe.errors import ConfigError
 from troupe.messages import Incident, Status
 from troupe.records.layout import PAGE
-from troupe.runtime.codec import encode
-from troupe.runtime.frames import Connection
+from troupe.runtime.frames import Connection, encode
 from troupe.runtime.process import serve
 from troupe.runtime.roles import together
 

@@ -53,7 +53,7 @@ from troupe.messages import (
     Stop,
 )
 from troupe.run.daemon_settings import DaemonConfig
-from troupe.runtime.codec import encode
+from troupe.runtime.frames import encode
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.process import ChildEnded
 

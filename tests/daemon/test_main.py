@@ -22,9 +22,8 @@ import pytest
 from tests.daemon.fake_trainer import TOTAL
 from tests.support.fakes import write_prompts, write_ragged_model
 from troupe.checkpoint import list_checkpoints
-from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import Place
-from troupe.daemon.control.protocol import Reply, Request
+from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask
 from troupe.daemon.main import keep_alive
 from troupe.daemon.orders import Order
 from troupe.errors import ConfigError, OutputError, RunError

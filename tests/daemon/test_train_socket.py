@@ -11,9 +11,8 @@ from click.testing import CliRunner
 
 from tests.support.fakes import write_prompts, write_ragged_model
 from troupe.cli.main import main
-from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import Place
-from troupe.daemon.control.protocol import Request
+from troupe.daemon.control.protocol import NobodyThereError, Request, ask
 from troupe.messages import Done, Drain, GetStatus, Reload, Set, Status
 
 ARGUMENTS = ("-m", "m", "-d", "p.json", "--reward", "length", "-o", "o", "--num-generations", "2", "--batch-size", "2")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from troupe.cli.main import main
-from troupe.daemon.control.client import NobodyThereError, ask
+from troupe.daemon.control.protocol import NobodyThereError, ask
 from troupe.messages import GetStatus, Status
 
 ROOT = Path(__file__).parents[2]

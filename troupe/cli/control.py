@@ -21,9 +21,8 @@ import msgspec
 from troupe.cli import status as views
 from troupe.cli.commands import Command
 from troupe.cli.terminal import Number, fail, report_errors
-from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import read_address
-from troupe.daemon.control.protocol import Reply, Request, encode_line
+from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask, encode_line
 from troupe.daemon.main import keep_alive
 from troupe.daemon.orders import Order
 from troupe.daemon.units import launchd, systemd
@@ -42,8 +41,8 @@ from troupe.messages import (
 )
 from troupe.records.standing import describe_standing, read_standing, silence_of
 from troupe.run.tables import anchored_reward, parse_setting
-from troupe.runtime.installing import unusable_backend
 from troupe.runtime.lock import read_owner
+from troupe.runtime.machine import unusable_backend
 from troupe.runtime.terminal import EXIT_FAULT, tell, tell_json
 
 _ANSWER_S, _HOPE_S, _DEATH_S = 15.0, 6.0, 10.0  # a daemon answers for its trainer after 5 s

@@ -14,8 +14,7 @@ import click
 import msgspec
 
 from troupe.runtime import linux_cpu
-from troupe.runtime.installing import missing_backend
-from troupe.runtime.machine import device_name, memory_gb, processors
+from troupe.runtime.machine import device_name, memory_gb, missing_backend, processors
 from troupe.runtime.terminal import tell, tell_json
 
 _SLOW_GFLOPS = 20.0

@@ -12,8 +12,7 @@ import click
 from troupe.cli.commands import Commands
 from troupe.cli.control import control
 from troupe.cli.terminal import fail
-from troupe.runtime.installing import missing_backend
-from troupe.runtime.machine import VERSION
+from troupe.runtime.machine import VERSION, missing_backend
 from troupe.runtime.terminal import EXIT_BAD_INPUT
 
 _LOADED = {name: name for name in ("train", "generate", "inspect", "report", "doctor")} | {"eval": "evaluate"}

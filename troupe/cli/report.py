@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from troupe.cli.terminal import report_errors
-from troupe.daemon.control.client import NobodyThereError, ask
-from troupe.daemon.control.protocol import Reply, Request
+from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask
 from troupe.errors import OutputError, TroupeError
 from troupe.messages import GetStatus, Status
 from troupe.records.layout import REPORT

@@ -22,11 +22,10 @@ from troupe.daemon.control.answers import takes_a_while
 from troupe.daemon.control.place import Peer
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.daemon.logs import LOGGER, log_incidents
-from troupe.daemon.orders import Order
+from troupe.daemon.orders import Order, Reloading, set_level
 from troupe.daemon.page.history import History
-from troupe.daemon.reloading import Reloading, set_level
 from troupe.daemon.trainer.frames import Answer, Begin, Failed, Finished, Happened, Last, Rejected, Started, Stepped
-from troupe.daemon.trainer.link import ANSWER_S, CHECKED_S, GONE, Child, Link, first_of
+from troupe.daemon.trainer.link import ANSWER_S, CHECKED_S, GONE, Child, Link
 from troupe.errors import FolderGoneError
 from troupe.messages import (
     NOT_STARTED,
@@ -48,6 +47,7 @@ from troupe.records.standing import Silence, remedy, silence_of
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.held_folder import HeldFolder
+from troupe.runtime.roles import first_fault
 from troupe.runtime.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 
 _FROM_SIGNAL = "a signal"
@@ -222,7 +222,7 @@ class Daemon:
                 end = await self._follow(trainer)
                 tasks.cancel_scope.cancel()
         except* GONE as gone:
-            end = Failed(message=trainer.verdict or str(first_of(gone)))
+            end = Failed(message=trainer.verdict or str(first_fault(gone)))
         finally:
             self._trainer, self._silence = None, trainer.silence
             trainer.hang_up()

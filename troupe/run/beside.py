@@ -6,8 +6,9 @@ What changes the run is written down first, so that whoever resumes it makes the
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -28,7 +29,6 @@ from troupe.run.resume.changes import ChangesLog
 from troupe.run.status import last_movement_s, live_groups, stall
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.mailbox import Mailbox
-from troupe.runtime.watchdog import watch
 
 _MOST_WAITING = 64
 """Exchanges of rewards, and settings, before the oldest is forgotten."""
@@ -186,6 +186,25 @@ class StallWatch:
         if groups or not self._may_rest():
             incident = stall(groups, self._pipeline.actors, now_s, still_s)
             self._pipeline.wiring.supervisor_report.incident_nowait(incident)
+
+
+async def watch(
+    limit_s: float,
+    moved_s: Callable[[], float],
+    tell: Callable[[float], None],
+    *,
+    clock: Callable[[], float],
+    sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+) -> None:
+    """Call `tell(seconds without movement)` when nothing has moved for `limit_s`, and again each time that much has
+    passed, until cancelled. `moved_s` says when something moved last, on `clock`."""
+    told_s = -math.inf
+    while True:
+        await sleep(max(max(moved_s(), told_s) + limit_s - clock(), 0.0))
+        now_s, last_s = clock(), moved_s()
+        if now_s >= max(last_s, told_s) + limit_s:
+            told_s = now_s
+            tell(now_s - last_s)
 
 
 def groups_of(pipeline: Pipeline, now_s: float) -> tuple[LiveGroup, ...]:

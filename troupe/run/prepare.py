@@ -40,7 +40,7 @@ from troupe.run.resume.newest import (
     restored_pinned,
 )
 from troupe.runtime import linux_cpu
-from troupe.runtime.arithmetic import arithmetic
+from troupe.runtime.machine import arithmetic
 from troupe.runtime.memory import check_wired_limit
 
 _REWARDS = {"rewards.functions", "rewards.run"}

@@ -1,4 +1,7 @@
-"""Frames of bytes over a socket: 4 bytes of length, most significant first, and that many bytes."""
+"""Frames of bytes over a socket: 4 bytes of length, most significant first, and that many bytes.
+
+Messages between our own processes are frames of msgpack, which a decoder of the types that may come checks.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,25 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cached_property
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import anyio
+import msgspec
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 _LENGTH_BYTES = 4
 _BUFFER_BYTES = 1024 * 1024
 
+encode = msgspec.msgpack.Encoder().encode
+"""One message as one frame."""
+
 
 class FrameError(ValueError):
     """What came is no frame, or what was to be sent is too long for one."""
+
+
+class MessageError(FrameError):
+    """A frame that holds nothing that may come here."""
 
 
 class Connection:
@@ -118,3 +129,17 @@ class Wire:
                     raise
 
         anyio.run(connected)
+
+
+def decoder(messages: Any, between: str) -> Callable[[bytes], Any]:
+    """A function from a frame to a message of these types (a struct or a union of structs); MessageError, which names
+    `between` whom it was sent, for anything else."""
+    decode = msgspec.msgpack.Decoder(messages).decode
+
+    def decode_checked(frame: bytes) -> Any:
+        try:
+            return decode(frame)
+        except msgspec.MsgspecError as error:
+            raise MessageError(f"a frame of {len(frame)} bytes between {between} is no message: {error}") from None
+
+    return decode_checked

@@ -25,8 +25,7 @@ from troupe.actors.generator.wire import (
     pack_rollout,
 )
 from troupe.messages import Incident, Rollout, Span
-from troupe.runtime.codec import encode
-from troupe.runtime.frames import Connection
+from troupe.runtime.frames import Connection, encode
 from troupe.runtime.process import serve
 
 HOUR_S = 3600.0

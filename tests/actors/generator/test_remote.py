@@ -34,8 +34,7 @@ from troupe.errors import ModelError, RunError
 from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import GenerationConfig
 from troupe.runtime.board import PolicyBoard
-from troupe.runtime.codec import MessageError
-from troupe.runtime.frames import FrameError
+from troupe.runtime.frames import FrameError, MessageError
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.process import ChildEnded
 from troupe.runtime.roles import Restarts, Role, run_roles

@@ -26,7 +26,7 @@ from troupe.actors.generator.wire import (
 )
 from troupe.messages import Incident, Prompt, Rollout, Slot, Span
 from troupe.policy import PRESETS, GenerationConfig, YarnScaling
-from troupe.runtime.codec import MessageError, encode
+from troupe.runtime.frames import MessageError, encode
 
 float32 = st.floats(width=32, allow_nan=False)
 

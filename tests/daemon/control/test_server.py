@@ -21,9 +21,16 @@ import anyio.to_thread
 import pytest
 
 from tests.daemon.control.test_protocol import REQUESTS, STATUS
-from troupe.daemon.control.client import NobodyThereError, ask
 from troupe.daemon.control.place import Peer, Place, peer_of
-from troupe.daemon.control.protocol import MAX_REQUEST_BYTES, Reply, Request, decode_request, encode_line
+from troupe.daemon.control.protocol import (
+    MAX_REQUEST_BYTES,
+    NobodyThereError,
+    Reply,
+    Request,
+    ask,
+    decode_request,
+    encode_line,
+)
 from troupe.daemon.control.server import ControlServer, Limits
 from troupe.errors import OutputError
 from troupe.messages import Done, Drain, GetStatus, Pause, Refused, Set, Stop

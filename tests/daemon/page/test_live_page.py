@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.daemon.control.client import ask
+from troupe.daemon.control.protocol import ask
 from troupe.messages import GetStatus, Status
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -10,7 +10,7 @@ from tests.support.stored import closed
 from troupe.daemon.page.news import News, excerpt
 from troupe.daemon.trainer import frames
 from troupe.messages import GroupClosed, Incident
-from troupe.runtime.codec import encode
+from troupe.runtime.frames import encode
 
 pytestmark = pytest.mark.anyio
 

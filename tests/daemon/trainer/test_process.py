@@ -36,8 +36,7 @@ from troupe.daemon.trainer.process import run_trainer
 from troupe.errors import ConfigError, OutputError, RewardError, RunError
 from troupe.messages import Done, GetStatus, GroupClosed, Incident, Pause, Refused, Reload, Set, Status, Update
 from troupe.run.config import RunConfig, load_config, write_config
-from troupe.runtime.codec import encode
-from troupe.runtime.frames import Connection
+from troupe.runtime.frames import Connection, encode
 
 pytestmark = pytest.mark.anyio
 

@@ -40,7 +40,7 @@ from troupe.run.prepare import Prepared, prepare
 from troupe.run.resume.changes import ChangesLog
 from troupe.run.resume.check import OPEN, Resumption, stored_config
 from troupe.run.supervisor import train
-from troupe.runtime.arithmetic import arithmetic
+from troupe.runtime.machine import arithmetic
 
 pytestmark = pytest.mark.anyio
 

@@ -15,7 +15,7 @@ from troupe import errors
 from troupe.dataset.files import import_optional
 from troupe.errors import DatasetError, ModelError, RewardError
 from troupe.errors import packages_of, remedy
-from troupe.runtime.installing import backend_remedy, missing_backend
+from troupe.runtime.machine import backend_remedy, missing_backend
 from troupe.policy import hub
 from troupe.rewards import load_reward
 

@@ -26,7 +26,7 @@ from troupe.policy import GenerationConfig, Policy, load_policy
 from troupe.policy.decode import loop as decoding
 from troupe.run.prepare import prepare
 from troupe.actors.generator.wire import Setup, decode_in_process
-from troupe.runtime.codec import encode
+from troupe.runtime.frames import encode
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

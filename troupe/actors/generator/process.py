@@ -38,9 +38,8 @@ from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import Companions, RolloutEngine, Tokenizer, Weights
 from troupe.runtime import linux_cpu
 from troupe.runtime.board import PolicyBoard
-from troupe.runtime.codec import encode
 from troupe.runtime.device import DeviceThread
-from troupe.runtime.frames import Connection
+from troupe.runtime.frames import Connection, encode
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.memory import memory_limited
 from troupe.runtime.process import serve

@@ -42,8 +42,8 @@ from troupe.messages import Incident, Prompt, RolloutGroup, ScoredGroup, Span
 from troupe.policy import Weights
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
-from troupe.runtime.codec import MessageError, encode
 from troupe.runtime.device import DeviceThread
+from troupe.runtime.frames import MessageError, encode
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.reporter import Reporter

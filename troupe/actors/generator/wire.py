@@ -14,7 +14,7 @@ import msgspec
 
 from troupe.messages import FinishReason, Incident, Prompt, Rollout, Slot, Span
 from troupe.policy import GenerationConfig, Qwen3Config
-from troupe.runtime.codec import MessageError, decoder
+from troupe.runtime.frames import MessageError, decoder
 
 Number = TypeVar("Number", int, float)
 

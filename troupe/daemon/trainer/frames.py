@@ -10,7 +10,7 @@ import msgspec
 
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.messages import ClosedState, FinishReason, Incident
-from troupe.runtime.codec import decoder
+from troupe.runtime.frames import decoder
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 
@@ -14,8 +14,7 @@ from troupe.daemon.trainer import frames
 from troupe.daemon.trainer.frames import Answer, Ask, ToDaemon, ToTrainer
 from troupe.messages import GetStatus, Refused
 from troupe.records.standing import Silence
-from troupe.runtime.codec import encode
-from troupe.runtime.frames import FrameError
+from troupe.runtime.frames import FrameError, encode
 
 ANSWER_S = 5.0
 """That a trainer may take to answer before the daemon answers for it."""
@@ -124,11 +123,3 @@ class Link:
     def _wake(self) -> None:
         self._answered.set()
         self._answered = anyio.Event()
-
-
-def first_of(faults: BaseExceptionGroup[Any]) -> BaseException:
-    """The first fault in a group of groups."""
-    fault: BaseException = faults
-    while isinstance(fault, BaseExceptionGroup):
-        fault = fault.exceptions[0]
-    return fault

@@ -36,8 +36,7 @@ from troupe.records.layout import RUN_TOML
 from troupe.records.standing import read_summary
 from troupe.run.config import Layer, RunConfig, layered, load_config, read_overrides, settings_layers
 from troupe.run.supervisor import Supervisor
-from troupe.runtime.codec import encode
-from troupe.runtime.frames import Connection
+from troupe.runtime.frames import Connection, encode
 from troupe.runtime.guarding import Guard
 from troupe.runtime.held_folder import HeldFolder
 from troupe.runtime.process import serve

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from troupe.rewards.extras import TrainerState
-from troupe.runtime.codec import decoder
+from troupe.runtime.frames import decoder
 
 LOOK = "look"
 """Has a worker load the reward and end."""

@@ -33,8 +33,7 @@ from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
 from troupe.rewards.processes.calls import LOOK, Broken, Call, Loaded, Raised, Scores, decode_reply
 from troupe.rewards.runners import Runner, not_started
 from troupe.runtime.code_files import PREFIX
-from troupe.runtime.codec import encode
-from troupe.runtime.frames import FrameError
+from troupe.runtime.frames import FrameError, encode
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.roles import together
 

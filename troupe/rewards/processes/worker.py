@@ -22,8 +22,7 @@ from troupe.rewards.faults import described, may_pass
 from troupe.rewards.loading import load_reward
 from troupe.rewards.processes.calls import LOOK, Broken, Loaded, Raised, Scores, decode_call
 from troupe.rewards.watching import leave_alone
-from troupe.runtime.codec import encode
-from troupe.runtime.frames import Connection, Wire
+from troupe.runtime.frames import Connection, Wire, encode
 from troupe.runtime.process import serve_plainly
 
 

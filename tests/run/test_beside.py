@@ -1,34 +1,13 @@
-"""The watchdog on a clock of its own."""
+"""When it is said that nothing has moved, on a clock of its own."""
 
 from __future__ import annotations
 
 import anyio
 import pytest
 
-from troupe.runtime.watchdog import Watchdog, watch
+from troupe.run.beside import watch
 
 pytestmark = pytest.mark.anyio
-
-
-def test_speaks_when_nothing_has_moved_for_the_limit_and_again_each_time_that_much_passes() -> None:
-    dog = Watchdog(10.0)
-    assert [now for now in range(0, 45, 1) if dog.speaks(float(now), 3.0)] == [13, 23, 33, 43]
-
-
-def test_movement_makes_it_wait_anew() -> None:
-    dog = Watchdog(10.0)
-    assert dog.due_s(0.0) == 10.0
-    assert not dog.speaks(10.0, 4.0)
-    assert dog.speaks(14.0, 4.0)
-    assert dog.due_s(4.0) == 24.0, "it has just spoken"
-    assert not dog.speaks(24.0, 20.0)
-    assert dog.speaks(30.0, 20.0)
-
-
-@pytest.mark.parametrize("limit", [0.0, -1.0])
-def test_a_limit_is_more_than_zero(limit: float) -> None:
-    with pytest.raises(ValueError, match="would never be silent"):
-        Watchdog(limit)
 
 
 async def test_watch_sleeps_until_it_may_be_time_and_tells_how_long_it_has_been_still() -> None:
