@@ -19,16 +19,7 @@ PAGE = "page.url"
 LOG = "daemon.log"
 
 _IS_PASSING = re.compile(r"\.c[a-z0-9_]{8}")
-_OF_NO_RUN = {
-    LOCK,
-    CONTROL_SOCKET,
-    CONTROL_POINTER,
-    CONTROL_LOCK,
-    SILENT,
-    f"{SILENT}~",
-    PAGE,
-    f".writing-{RUN_TOML}",
-}
+_OF_NO_RUN = {LOCK, CONTROL_SOCKET, CONTROL_POINTER, CONTROL_LOCK, SILENT, f"{SILENT}~", PAGE, f".writing-{RUN_TOML}"}
 
 
 def is_of_no_run(name: str) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 from troupe.errors import InputError
 from troupe.records.layout import LOG, METRICS, RUN_TOML, SUMMARY
 from troupe.runtime.guardian import SILENT
-from troupe.runtime.lock import Owner, read_owner
+from troupe.runtime.lock import read_owner
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
@@ -82,7 +82,7 @@ def _read_standing(folder: Path) -> Standing:
     step = max(version, 0)
     fate: Fate
     silence = silence_of(folder)
-    if owner is not None and _may_be_alive(owner):
+    if owner is not None and (owner.is_alive or not owner.is_here):
         fate = "playing" if silence is None else "silent"
     elif summary is not None and of is not None and summary.steps >= step:  # one that is older is of an earlier start
         fate, step = ("complete" if summary.steps >= of else "ended"), summary.steps
@@ -106,6 +106,7 @@ def describe_standing(found: Standing) -> str:
     """The same in words."""
     of = "" if found.total_steps is None else f" of {found.total_steps}"
     folder = shlex.quote(found.folder)
+    newest = f"newest checkpoint: {found.checkpoint or 'none yet'}"
     go_on = f"go on with: troupe {f'daemon {folder}' if found.kept else f'train -o {folder} --resume'}"
     match found.fate:
         case "complete":
@@ -115,25 +116,14 @@ def describe_standing(found: Standing) -> str:
         case "playing":
             return (
                 f"process {found.pid} runs here, but does not answer, which it cannot while it loads its model; "
-                f"newest checkpoint: {_or_none(found)}"
+                f"{newest}"
             )
         case "silent":
-            return (
-                f"{found.reason}; newest checkpoint: {_or_none(found)}; wait, or end it without saving: "
-                f"troupe stop {shlex.quote(found.folder)} --kill"
-            )
+            return f"{found.reason}; {newest}; wait, or end it without saving: troupe stop {folder} --kill"
         case "not begun":
             return f"no step is done yet, and nobody is at it; {go_on}"
         case _:
-            return f"cut off; newest checkpoint: {_or_none(found)}; {go_on}"
-
-
-def _or_none(found: Standing) -> str:
-    return found.checkpoint or "none yet"
-
-
-def _may_be_alive(owner: Owner) -> bool:
-    return owner.is_alive if owner.is_here else True
+            return f"cut off; {newest}; {go_on}"
 
 
 def _newest(folder: Path) -> tuple[int, str | None]:

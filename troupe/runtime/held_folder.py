@@ -16,8 +16,18 @@ _F_GETPATH = 50  # of macOS
 _LONGEST_PATH = 1024
 _PAUSE_S = 0.05
 """Between the two looks that it takes to say that a folder is gone."""
-_NOT_THERE = (FileNotFoundError, NotADirectoryError)
-"""Other errors (a file system that does not answer, say) are no sign that the name leads elsewhere."""
+
+
+def leads_to(name: Path | str, file: int | os.stat_result, folder: int | None = None) -> bool:
+    """Whether a name, in a folder that is open, leads to a file that is open, or was found before. True, too, where the
+    system does not tell: an error of a file system that does not answer is no sign that the name leads elsewhere."""
+    try:
+        found = os.stat(name, dir_fd=folder)
+        return os.path.samestat(found, os.fstat(file) if isinstance(file, int) else file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 class HeldFolder:
@@ -65,14 +75,8 @@ class HeldFolder:
             os.close(descriptor)
 
     def _is_there(self) -> bool:
-        if (descriptor := self._descriptor) is None:  # read once: another thread may close it meanwhile
-            return True
-        try:
-            return os.path.samestat(self.path.stat(), os.fstat(descriptor))
-        except _NOT_THERE:
-            return False
-        except OSError:
-            return True
+        descriptor = self._descriptor  # read once: another thread may close it meanwhile
+        return descriptor is None or leads_to(self.path, descriptor)
 
     def _message(self) -> str:
         now = self.where()

@@ -32,7 +32,7 @@ def test_a_run_that_was_cut_off(tmp_path: Path) -> None:
     assert run.metrics.steps == (1, 2, 3, 4, 5)
     assert run.metrics.curves["reward"].mean == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert run.metrics.curves["rewards/style/mean"].mean[1] is None
-    assert (run.first("reward"), run.newest("reward"), run.newest("nothing")) == (0.1, 0.5, None)
+    assert (run.values("reward"), run.values("nothing")) == ([0.1, 0.2, 0.3, 0.4, 0.5], [])
     assert run.tokens == 500.0
     assert run.metrics.sums.seconds == 10.0
     assert run.metrics.sums.sampled == 2.0 * 10 * (1 + 2 + 3 + 4 + 5)

@@ -11,7 +11,7 @@ import anyio
 import msgspec
 
 from troupe.daemon.trainer.frames import EndedGroup, Excerpt, Happened
-from troupe.messages import GroupClosed, Incident, Rollout
+from troupe.messages import GroupClosed, Incident
 from troupe.records.text import prompt_text
 
 _INCIDENTS, _GROUPS = 16, 8
@@ -50,7 +50,10 @@ class News:
     def collect(self) -> Happened:
         """What there is; it is not told again."""
         told = Happened(
-            incidents=tuple(_shortened(incident) for incident, _ in self._incidents.values()),
+            incidents=tuple(
+                msgspec.structs.replace(incident, message=_cut(incident.message, _MESSAGE_CHARS))
+                for incident, _ in self._incidents.values()
+            ),
             times=tuple(times for _, times in self._incidents.values()),
             left_out=self._left_out,
             groups=tuple(map(excerpt, self._groups)),
@@ -77,26 +80,17 @@ def excerpt(closed: GroupClosed) -> EndedGroup:
         prompt=_cut(prompt_text(group.prompt.prompt), _PROMPT_CHARS),
         rewards=tuple(rewards),
         samples=tuple(
-            _sample(number, group.rollouts[number], rewards[number], closed.scored.scores) for number in chosen
+            Excerpt(
+                sample=i,
+                text=_cut(group.rollouts[i].text, _TEXT_CHARS),
+                tokens=len(group.rollouts[i].token_ids),
+                finish_reason=group.rollouts[i].finish_reason,
+                reward=rewards[i],
+                scores={name: values[i] for name, values in closed.scored.scores.items()},
+            )
+            for i in chosen
         ),
     )
-
-
-def _sample(
-    number: int, rollout: Rollout, reward: float | None, scores: dict[str, tuple[float | None, ...]]
-) -> Excerpt:
-    return Excerpt(
-        sample=number,
-        text=_cut(rollout.text, _TEXT_CHARS),
-        tokens=len(rollout.token_ids),
-        finish_reason=rollout.finish_reason,
-        reward=reward,
-        scores={name: values[number] for name, values in scores.items()},
-    )
-
-
-def _shortened(incident: Incident) -> Incident:
-    return msgspec.structs.replace(incident, message=_cut(incident.message, _MESSAGE_CHARS))
 
 
 def _cut(text: str, chars: int) -> str:

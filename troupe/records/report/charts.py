@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -134,8 +133,3 @@ def _others(run: RunPicture) -> list[Chart]:
         )
         for number, name in enumerate(names[:_MOST_OTHERS], 1)
     ]
-
-
-def rounded(value: float | None) -> float | None:
-    """Five digits: more than any chart shows."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

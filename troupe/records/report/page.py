@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import msgspec
 from markupsafe import Markup
 
 from troupe.records import text as words
-from troupe.records.report.charts import Chart, Section, Values, rounded, sections_of
+from troupe.records.report.charts import Chart, Section, Values, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.report.static import read_asset, script_safe
 from troupe.records.store.read import StoredCompletion
@@ -35,15 +36,9 @@ _MOST_SCORES = 2
 """Scores on held-out rows among the figures that one reads first; with more there is a table."""
 _BADGES: dict[State, str] = {
     "finished": "good",
-    "running": "busy",
-    "starting": "busy",
-    "paused": "warn",
-    "held": "warn",
-    "draining": "warn",
-    "stopping": "warn",
-    "stopped": "warn",
-    "restarting": "bad",
-    "crashed": "bad",
+    **dict.fromkeys(("running", "starting"), "busy"),
+    **dict.fromkeys(("paused", "held", "draining", "stopping", "stopped"), "warn"),
+    **dict.fromkeys(("restarting", "crashed"), "bad"),
     "new": "",
 }
 _ACTORS = ("generator", "scorer", "learner", "checkpointer", "prompter", "metrics")
@@ -136,9 +131,9 @@ def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:
 def _chart_data(chart: Chart) -> dict[str, Any]:
     series = []
     for line in chart.lines:
-        one: dict[str, Any] = {"name": _name(line.name), "y": _rounded(line.y)}
+        one: dict[str, Any] = {"name": _name(line.name), "y": _all_rounded(line.y)}
         if line.low:
-            one["band"] = {"low": _rounded(line.low), "high": _rounded(line.high)}
+            one["band"] = {"low": _all_rounded(line.low), "high": _all_rounded(line.high)}
         series.append(one)
     spec = chart.spec
     told: dict[str, Any] = {"title": _name(spec.title), "about": spec.about, "format": spec.format, "series": series}
@@ -150,8 +145,13 @@ def _name(text: str) -> str:
     return shown(text[:_LONGEST_NAME])
 
 
-def _rounded(values: Values) -> list[float | None]:
-    return [rounded(value) for value in values]
+def _all_rounded(values: Values) -> list[float | None]:
+    return [_rounded(value) for value in values]
+
+
+def _rounded(value: float | None) -> float | None:
+    """Five digits: more than any chart shows."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
 def _actor_bars(run: RunPicture) -> list[dict[str, Any]]:
@@ -161,9 +161,9 @@ def _actor_bars(run: RunPicture) -> list[dict[str, Any]]:
     for actor in [*(a for a in _ACTORS if a in there), *sorted(there - set(_ACTORS))]:
         busy, idle = shares.get(f"{actor}/busy", 0.0), shares.get(f"{actor}/idle", 0.0)
         parts = [
-            {"name": "at work", "value": rounded(busy), "kind": "busy"},
-            {"name": "waiting", "value": rounded(idle), "kind": "wait"},
-            {"name": "the rest", "value": rounded(max(0.0, 1.0 - busy - idle)), "kind": "idle"},
+            {"name": "at work", "value": _rounded(busy), "kind": "busy"},
+            {"name": "waiting", "value": _rounded(idle), "kind": "wait"},
+            {"name": "the rest", "value": _rounded(max(0.0, 1.0 - busy - idle)), "kind": "idle"},
         ]
         rows.append({"name": actor, "note": f"{words.percent(busy)} at work", "parts": parts})
     return rows
@@ -176,8 +176,8 @@ def _beside_bars(run: RunPicture) -> list[dict[str, Any]]:
         if hidden is None or exposed is None:
             continue
         parts = [
-            {"name": "hidden under device work", "value": rounded(hidden), "kind": 3},
-            {"name": "exposed: the device waited", "value": rounded(exposed), "kind": 2},
+            {"name": "hidden under device work", "value": _rounded(hidden), "kind": 3},
+            {"name": "exposed: the device waited", "value": _rounded(exposed), "kind": 2},
         ]
         note = f"{words.seconds(hidden)} hidden, {words.seconds(exposed)} exposed"
         rows.append({"name": label, "note": note, "parts": parts})
@@ -200,15 +200,14 @@ def _facts(run: RunPicture) -> Iterator[str]:
 
 
 def _tiles(run: RunPicture) -> Iterator[Tile]:
-    newest = run.newest("reward")
-    if newest is not None:
-        yield Tile("reward", words.number(newest), f"from {words.number(run.first('reward'))}")
+    if rewards := run.values("reward"):
+        yield Tile("reward", words.number(rewards[-1]), f"from {words.number(rewards[0])}")
     for score in run.evaluated[:_MOST_SCORES]:
         figure = words.percent if score.name == "accuracy" else words.number
         yield Tile(f"held-out {score.name}", figure(score.after), f"from {figure(score.before)}")
-    epoch = run.newest("epoch")
     of = [] if run.total_steps is None else [f"of {run.total_steps:,}"]
-    yield Tile("steps", f"{run.step:,}", ", ".join([*of, *([] if epoch is None else [f"epoch {epoch:.2f}"])]))
+    epochs = [f"epoch {epoch:.2f}" for epoch in run.values("epoch")[-1:]]
+    yield Tile("steps", f"{run.step:,}", ", ".join(of + epochs))
     starts = len(run.stored.starts)
     yield Tile("time", words.seconds(run.seconds), f"in {starts} starts" if starts > 1 else "")
     if run.metrics.sums.sampled and run.metrics.sums.seconds:

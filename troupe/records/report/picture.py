@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from troupe.errors import InputError, OutputError
-from troupe.messages import Status
+from troupe.messages import Phase, Status
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
@@ -31,20 +31,9 @@ from troupe.records.store.read import (
 )
 from troupe.runtime.files import read_toml
 
-State = Literal[
-    "running",
-    "starting",
-    "paused",
-    "held",
-    "draining",
-    "stopping",
-    "restarting",
-    "finished",
-    "stopped",
-    "crashed",
-    "new",
-]
-"""stopped: ended before its last step, on request; crashed: cut off; new: nothing is done, and nobody is at it."""
+State = Literal[Phase, "finished", "stopped", "crashed", "new"]
+"""What a run says of itself, or what its files do. stopped: ended before its last step, on request; crashed: cut off;
+new: nothing is done, and nobody is at it."""
 
 INCIDENTS_SHOWN = 60
 _STATES: dict[str, State] = {
@@ -123,18 +112,10 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     """What could not be read, and why."""
 
-    def first(self, name: str) -> float | None:
-        """The first value of a metric's curve."""
-        return self._end(name, 1)
-
-    def newest(self, name: str) -> float | None:
-        """The newest value of a metric's curve: of one step, or of the steps of the last point."""
-        return self._end(name, -1)
-
-    def _end(self, name: str, order: int) -> float | None:
+    def values(self, name: str) -> list[float]:
+        """What is known of a metric, in order: of each step, or of the steps of each point."""
         curve = self.metrics.curves.get(name)
-        values = () if curve is None else curve.mean[::order]
-        return next((value for value in values if value is not None), None)
+        return [] if curve is None else [value for value in curve.mean if value is not None]
 
 
 def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = ()) -> RunPicture:
@@ -238,12 +219,11 @@ def _read_store(run: StoredRun, notes: list[str]) -> tuple[Stored, Thinned, floa
 
 
 def _samples(run: StoredRun) -> Iterator[Samples]:
-    for step in dict.fromkeys(run.steps_with_completions()):
+    for step in run.steps_with_completions():
         chosen: dict[str, StoredCompletion] = {}
-        for completion in run.completions(Query(choice="best", count=1, step=step)):
-            chosen["best"] = completion
-        for completion in run.completions(Query(choice="worst", count=1, step=step)):
-            chosen["worst"] = completion
+        for choice in ("best", "worst"):
+            for completion in run.completions(Query(choice=choice, count=1, step=step)):
+                chosen[choice] = completion
         taken = {(found.gid, found.sample) for found in chosen.values()}
         for completion in run.completions(Query(choice="random", count=1 + len(taken), step=step)):
             if (completion.gid, completion.sample) not in taken:

@@ -51,19 +51,16 @@ class ConsoleSink:
         self._above = _Above(console)
 
     def open(self) -> None:
-        """Start the live display."""
         self._live.start()
         self._above.open()
 
     def write(self, message: object) -> None:
-        """Take over what is new; the display refreshes by itself."""
         self._display.add(message)
 
     def flush(self) -> None:
         """The display refreshes by itself."""
 
     def close(self) -> None:
-        """Draw the last state and give the terminal back."""
         self._above.close()
         self._live.stop()
 
@@ -141,7 +138,6 @@ class PlainSink:
         self._repeats = Repeats()
 
     def open(self) -> None:
-        """Say what begins."""
         self._say(f"{self._run.name}: step {self._run.first_step} of {self._run.total_steps}, into {self._run.folder}")
 
     def write(self, message: object) -> None:

@@ -36,6 +36,12 @@ class StepDigest(msgspec.Struct, frozen=True, kw_only=True):
     samples: tuple[Sample, ...] = ()
     """From the best to the worst, evenly spaced between; empty in most steps."""
 
+    @property
+    def histograms(self) -> dict[str, tuple[float, ...]]:
+        """Name → values, of those that have any."""
+        told = {"rewards": self.rewards, "completions/lengths": self.lengths}
+        return {name: values for name, values in told.items() if values}
+
 
 class Digest:
     """Collects the groups of a step until its Update comes; a step that was told before is left out."""
@@ -108,6 +114,4 @@ def _spread(samples: list[Sample], most: int) -> tuple[Sample, ...]:
     ranked = sorted(samples, key=lambda sample: -math.inf if math.isnan(sample.reward) else sample.reward, reverse=True)
     if len(ranked) <= most:
         return tuple(ranked)
-    if most == 1:
-        return (ranked[0],)
-    return tuple(ranked[round(i * (len(ranked) - 1) / (most - 1))] for i in range(most))
+    return tuple(ranked[round(i * (len(ranked) - 1) / max(1, most - 1))] for i in range(most))

@@ -14,6 +14,7 @@ import msgspec
 
 from troupe.errors import FolderGoneError
 from troupe.messages import Incident, Update
+from troupe.runtime.held_folder import leads_to
 
 _MOST_STEPS = 2**53
 """Beyond it is no step, and no number that scripts can count to."""
@@ -98,7 +99,7 @@ class AppendedFile:
     def _look_for_it(self, file: FileIO) -> None:
         """Go on in the file that the name leads to now. OSError where there is none and none can be made now,
         FolderGoneError where none ever can."""
-        if not self._is_in_place(file):
+        if not leads_to(self._path.name, file.fileno(), self._folder):
             try:
                 self._file = self._kind(self._path.name, "ab", opener=self._opened)
             except FileNotFoundError:  # a folder that is there can have a new file
@@ -110,16 +111,6 @@ class AppendedFile:
         assert self._file is not None
         self._good = os.fstat(self._file.fileno()).st_size
         self._lost()
-
-    def _is_in_place(self, file: FileIO) -> bool:
-        """Whether the name in the folder is still that of the file; also where the system does not tell."""
-        try:
-            there = os.stat(self._path.name, dir_fd=self._folder)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return os.path.samestat(there, os.fstat(file.fileno()))
 
 
 class JsonlSink:
@@ -164,18 +155,15 @@ class JsonlSink:
             self._file.add(msgspec.json.encode(line) + b"\n")
 
     def flush(self) -> None:
-        """Write the lines. OSError where that fails now; then none is lost, and it can be tried again."""
         if self._opened and not self._file.is_open:
             self._open_file()
         self._file.flush()
         self._flushed = self._newest
 
     def settle(self) -> None:
-        """Have every line that was flushed on the disk, come what may. OSError where that fails now."""
         self._file.settle()
 
     def close(self) -> None:
-        """Close the file, at the end of a line. Safe to call twice."""
         self._opened = False
         self._file.close()
 
@@ -202,16 +190,10 @@ class JsonlSink:
 def steps_in(path: Path, up_to: int) -> set[int]:
     """The steps, up to one, of which such a file has a line; none where there is no file. OSError where it cannot be
     read."""
-    steps: set[int] = set()
     if not path.exists():
-        return steps
+        return set()
     with path.open("rb") as file:
-        for line in file:
-            try:
-                steps.add(_STEP.decode(line).step)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                continue
-    return {step for step in steps if 1 <= step <= up_to}
+        return {told[0] for line in file if (told := decode_step(line)) is not None and 1 <= told[0] <= up_to}
 
 
 def steps_between(path: Path, after: int, up_to: int) -> list[tuple[int, dict[str, float]]]:
@@ -254,7 +236,8 @@ def _cut_after(path: Path, step: int, block_bytes: int) -> None:
     try:
         size = os.fstat(descriptor).st_size
         lines = _lines_from_the_end(descriptor, size, block_bytes)
-        end, line = next((found for found in lines if _is_of_a_step_up_to(step, found[1])), (0, b""))
+        kept = ((end, line) for end, line in lines if (told := decode_step(line)) is not None and told[0] <= step)
+        end, line = next(kept, (0, b""))
         if end == size and (not line or line.endswith(b"\n")):
             return
         os.ftruncate(descriptor, end)
@@ -286,16 +269,4 @@ def _whole_lines(data: bytes) -> list[bytes]:
     return others.splitlines(keepends=True) if newline else []
 
 
-def _is_of_a_step_up_to(step: int, line: bytes) -> bool:
-    try:
-        return msgspec.json.decode(line, type=_Line).step <= step
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
-
-
-class _Line(msgspec.Struct):
-    step: int
-
-
-_STEP = msgspec.json.Decoder(_Line)
 _FIGURES = msgspec.json.Decoder(dict[str, Any])

@@ -59,7 +59,6 @@ class PrometheusSink:
             self._serving = stack.pop_all()
 
     def write(self, message: object) -> None:
-        """Take over what is new."""
         if isinstance(message, Status):
             self._status = message
         elif isinstance(message, Update):
@@ -86,7 +85,6 @@ class PrometheusSink:
         self._status = msgspec.structs.replace(status, incidents=status.incidents | told)
 
     def close(self) -> None:
-        """Serve no more. Safe to call twice."""
         self._serving.close()
 
     async def _answer(self, request: HttpRequest) -> HttpResponse:

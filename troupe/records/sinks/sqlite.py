@@ -80,7 +80,6 @@ class SqliteSink:
             self._others += checkpoint_statements(message, self._clock())
 
     def flush(self) -> None:
-        """Commit what is whole. OSError where that fails now; then nothing is lost, and it can be tried again."""
         if not self._opened:
             return
         try:
@@ -90,7 +89,6 @@ class SqliteSink:
             self._put_out()
 
     def settle(self) -> None:
-        """Have everything that was flushed on the disk, come what may. OSError where that fails now."""
         if self._store is not None:
             try:
                 self._store.settle(self._step)

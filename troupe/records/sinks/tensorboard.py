@@ -58,7 +58,6 @@ class TensorBoardSink:
         self._crc: Any = None
 
     def open(self) -> None:
-        """Begin the file of this start."""
         self._events, self._summaries = package("tensorboard", "proto.event_pb2"), package("tensorboard", "summary")
         self._crc = package("tensorboard", "crc32c").crc32c
         self._opened = True
@@ -70,7 +69,6 @@ class TensorBoardSink:
             self._unpacked.append((self._clock(), digest))
 
     def flush(self) -> None:
-        """Write what came. OSError where that fails now; then nothing is lost, and it can be tried again."""
         if not self._opened:
             return
         file = self._file or self._open_file()
@@ -80,12 +78,10 @@ class TensorBoardSink:
         file.flush()
 
     def settle(self) -> None:
-        """Have all that was flushed on the disk, come what may. OSError where that fails now."""
         if self._file is not None:
             self._file.settle()
 
     def close(self) -> None:
-        """Close the file. Safe to call twice."""
         self._opened = False
         if self._file is not None:
             self._file.close()
@@ -117,9 +113,8 @@ class TensorBoardSink:
         summary = self._summaries.Summary()
         for name, value in digest.metrics.items():
             summary.value.add(tag=_tag(name), simple_value=value)
-        for name, values in (("rewards", digest.rewards), ("completions/lengths", digest.lengths)):
-            if values:
-                summary.MergeFrom(self._summaries.histogram(name, list(values), bins=_BINS))
+        for name, values in digest.histograms.items():
+            summary.MergeFrom(self._summaries.histogram(name, list(values), bins=_BINS))
         if digest.samples:
             summary.MergeFrom(self._summaries.text("completions", _as_markdown(digest.samples)))
         self._add(file, wall_s, step=digest.step, summary=summary)

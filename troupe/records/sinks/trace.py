@@ -101,7 +101,6 @@ class TraceWriter:
             self._put_out()
 
     def close(self) -> None:
-        """End the array and close the file. Safe to call twice."""
         if self._file is None:
             return
         try:
@@ -120,8 +119,8 @@ class TraceWriter:
     def _begin(self) -> None:
         self._file, self._written = FileIO(self._path, "wb"), 0
         self._processes, self._tracks, self._spans = set(), {}, {}
-        self._unwritten = bytearray(b"[\n")
-        self._name_process(_MAIN_PROCESS, "troupe", before=b"")
+        self._unwritten = bytearray()
+        self._name_process(_MAIN_PROCESS, "troupe")
 
     def _draw(self, span: Span) -> None:
         process = _MAIN_PROCESS if span.process is None else span.process
@@ -158,7 +157,6 @@ class TraceWriter:
         self._event("f", span.process, span.track, name, cat="group", ts=span.ts, id=number, bp="e")
 
     def _track(self, process: int, actor: str, lane: int) -> int:
-        """Begin a track."""
         if process not in self._processes:
             self._name_process(process, f"troupe {actor}")
         track = self._tracks[process, actor, lane] = len(self._tracks) + 1
@@ -167,15 +165,15 @@ class TraceWriter:
         self._event("M", process, track, "thread_sort_index", args={"sort_index": order})
         return track
 
-    def _name_process(self, process: int, name: str, *, before: bytes = b",\n") -> None:
+    def _name_process(self, process: int, name: str) -> None:
         self._processes.add(process)
-        self._event("M", process, 0, "process_name", before=before, args={"name": name})
+        self._event("M", process, 0, "process_name", args={"name": name})
 
-    def _event(self, phase: str, process: int, track: int, name: str, *, before: bytes = b",\n", **fields: Any) -> None:
-        self._append({"ph": phase, "pid": process, "tid": track, "name": name, **fields}, before)
+    def _event(self, phase: str, process: int, track: int, name: str, **fields: Any) -> None:
+        self._append({"ph": phase, "pid": process, "tid": track, "name": name, **fields})
 
-    def _append(self, event: object, before: bytes = b",\n") -> None:
+    def _append(self, event: object) -> None:
         if self._file is None:
             raise ValueError(f"the trace {self._path} is not open")
-        self._unwritten += before
+        self._unwritten += b",\n" if self._written or self._unwritten else b"[\n"
         self._unwritten += self._encode(event)

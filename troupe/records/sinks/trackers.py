@@ -75,12 +75,10 @@ class _Tracker(ABC):
             self._tracked = msgspec.structs.replace(self._tracked, step=digest.step)
 
     def flush(self) -> None:
-        """Remember what was told."""
         if self._there is not None:
             _write(self._path, self._tracked)
 
     def close(self) -> None:
-        """Have all of it written there. Safe to call twice."""
         there, self._there = self._there, None
         if there is not None:
             there.finish()
@@ -101,9 +99,8 @@ class _Tracker(ABC):
         """Tell of a step that has ended."""
         there = package(cast("SinkName", self.name))
         row: dict[str, Any] = dict(digest.metrics)
-        for key, values in (("rewards", digest.rewards), ("completions/lengths", digest.lengths)):
-            if values:
-                row[f"histograms/{key}"] = there.Histogram([float(value) for value in values])
+        for name, values in digest.histograms.items():
+            row[f"histograms/{name}"] = there.Histogram([float(value) for value in values])
         if digest.samples:
             row["completions"] = there.Table(columns=list(_COLUMNS), data=_rows(digest.step, digest.samples))
         self._there.log(row, step=digest.step, **self._log_options)

@@ -32,6 +32,7 @@ from troupe.records.store.format import (
     safe_text,
     store_errors,
 )
+from troupe.runtime.held_folder import leads_to
 
 
 class StoreWriter:
@@ -99,13 +100,8 @@ class StoreWriter:
     @property
     def is_in_place(self) -> bool:
         """Whether the name still leads to the file, in the folder that it was opened in, wherever that was moved.
-        SQLite itself writes on into a file that was removed. True, too, where the system does not tell."""
-        try:
-            return os.path.samestat(os.stat(self._path.name, dir_fd=self._folder), self._file)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
+        SQLite itself writes on into a file that was removed."""
+        return leads_to(self._path.name, self._file, self._folder)
 
     def count_steps(self, up_to: int) -> int:
         """How many steps, up to one, are stored."""
