@@ -66,11 +66,7 @@ def checked_weights(
     if weights is None:
         own = [getattr(unwrapped(reward), "weight", None) for reward in rewards]
         weights = [1.0 if weight is None else weight for weight in own]
-    if len(weights) != len(names):
-        raise RewardError(
-            f"rewards.weights has {len(weights)} numbers for {len(names)} rewards "
-            f"({', '.join(names)}); give one for each"
-        )
+    _check_one_each("weights", "numbers", weights, names)
     for name, weight in zip(names, weights, strict=True):
         if not math.isfinite(weight):
             raise RewardError(f"rewards.weights: {weight} for reward {name}; give a finite number")
@@ -82,11 +78,15 @@ def checked_run(run: Sequence[Run] | None, names: Sequence[str], rewards: Sequen
     fit."""
     if run is None:
         return ["process" if getattr(unwrapped(reward), "run", None) == "process" else "auto" for reward in rewards]
-    if len(run) != len(names):
-        raise RewardError(
-            f"rewards.run has {len(run)} values for {len(names)} rewards ({', '.join(names)}); give one for each"
-        )
+    _check_one_each("run", "values", run, names)
     return run
+
+
+def _check_one_each(key: str, what: str, given: Sequence[object], names: Sequence[str]) -> None:
+    if len(given) != len(names):
+        raise RewardError(
+            f"rewards.{key} has {len(given)} {what} for {len(names)} rewards ({', '.join(names)}); give one for each"
+        )
 
 
 def own_config(reward: Reward, name: str, config: RewardsConfig) -> RewardsConfig:
