@@ -224,19 +224,6 @@ async def test_what_does_not_settle_in_time_is_told_and_the_checkpoint_written(t
     assert "told of the steps up to 3" in message
 
 
-async def test_without_anybody_to_settle_or_to_tell(tmp_path: Path) -> None:
-    inbox = Mailbox("checkpointer")
-    channel: Channel[Snapshot] = inbox.channel("snapshots", Snapshot, bound=1)
-    checkpointer = Checkpointer(
-        inbox,
-        writer=CheckpointWriter(tmp_path, CheckpointConfig(), CONFIG, None, run_state=state_of),
-        device=device_thread("checkpointer"),
-    )
-    await send_all(channel, [snapshot(1)])
-    await run_roles([checkpointer])
-    assert len(list_checkpoints(tmp_path)) == 1
-
-
 def test_pauses_grow_to_a_minute() -> None:
     assert list(islice(growing_pauses(), 9)) == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 

@@ -9,9 +9,8 @@ from dataclasses import fields
 import pytest
 
 from troupe.cli.main import main
-from troupe.run.aliases import COMMANDS, TABLES, meaning_of, normalized
+from troupe.run.aliases import COMMANDS, TABLES, describe_meaning, foreign_for, meaning_of, normalized, ours_for
 from troupe.run.config import known_keys
-from troupe.run.naming import describe_meaning, foreign_for, ours_for
 
 FLAGS = {flag for command in main.load_all().values() for param in command.params for flag in param.opts}
 

@@ -44,6 +44,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _NICENESS = 5
 """Of the thread that writes checkpoints, and of those that it starts. Where all processors are busy it gets about a
 quarter of one: more would be taken from the learner, and with much less it would have to be waited for."""
+UNSETTLED = "not all that was told of the steps up to {} is on the disk yet, but its checkpoint is written"
 
 
 class Checkpointer(Actor):
@@ -61,11 +62,11 @@ class Checkpointer(Actor):
     def __init__(
         self,
         inbox: Mailbox,
-        written: Channel[CheckpointWritten] | None = None,
+        written: Channel[CheckpointWritten],
         *,
         writer: CheckpointWriter,
         device: DeviceThread,
-        settle: Callable[[int], Awaitable[bool]] | None = None,
+        settle: Callable[[int], Awaitable[bool]],
         pauses: Callable[[], Iterable[float]] | None = None,
         report: Reporter | None = None,
     ) -> None:
@@ -76,7 +77,7 @@ class Checkpointer(Actor):
         Settling comes before writing: it takes a moment, while nobody waits for the checkpoint yet, and writing stays
         one call that nothing can leave half done.
         """
-        super().__init__(inbox, [] if written is None else [written], report)
+        super().__init__(inbox, [written], report)
         self._written = written
         self._writer = writer
         self._ledger = writer.ledger
@@ -94,7 +95,8 @@ class Checkpointer(Actor):
         """Write a checkpoint; for the last one also the plain model folder `final/`."""
         self._ledger.pending = None
         with self.report.span("checkpoint", step=message.version):
-            await self._settled(message.version)
+            if not await self._settle(message.version):
+                await self._tell("checkpoint_unsettled", UNSETTLED.format(message.version))
             try:
                 await self._attempt(message)
             except OSError as error:
@@ -150,7 +152,7 @@ class Checkpointer(Actor):
         await self._tell_of_written()
 
     async def _tell_of_written(self) -> None:
-        if self._ledger.untold is not None and self._written is not None:
+        if self._ledger.untold is not None:
             await self._written.send(self._ledger.untold)
         self._ledger.untold = None
 
@@ -165,13 +167,6 @@ class Checkpointer(Actor):
             f"checkpoints from before stay, and {again}"
         )
         await self._tell("checkpoint_failed", message)
-
-    async def _settled(self, version: int) -> None:
-        if self._settle is not None and not await self._settle(version):
-            message = (
-                f"not all that was told of the steps up to {version} is on the disk yet, but its checkpoint is written"
-            )
-            await self._tell("checkpoint_unsettled", message)
 
     async def _tell(self, kind: str, message: str) -> None:
         await self.report.incident(Incident(actor=self.name, kind=kind, message=message))

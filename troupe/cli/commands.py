@@ -12,8 +12,7 @@ from typing import Any
 
 import click
 
-from troupe.run.aliases import COMMANDS, Meaning, known_names, normalized
-from troupe.run.naming import close_to, ours_for, plain
+from troupe.run.aliases import COMMANDS, Meaning, close_to, known_names, normalized, ours_for, plain
 
 _FIRST = ("train", "generate", "eval", "inspect", "report", "doctor")
 

@@ -15,9 +15,9 @@ from troupe.cli.config import find_model, flag_layers
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.cli.terminal import Number, report_errors
 from troupe.errors import InputError
+from troupe.run.aliases import describe_meaning, ours_for
 from troupe.run.config import known_keys, layered, load_config, settings_layers
 from troupe.run.evaluate import Evaluation, evaluate_folder
-from troupe.run.naming import describe_meaning, ours_for
 from troupe.run.status import Progress
 from troupe.runtime.guarding import Guard
 from troupe.runtime.roles import together

@@ -24,9 +24,9 @@ from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
 from troupe.policy.decode.sampling import GREEDY_BELOW
 from troupe.records.sinks.base import MetricsConfig
 from troupe.rewards import RewardsConfig
+from troupe.run.aliases import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import moved_demo_file, policy_folder
-from troupe.run.naming import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.tables import anchored_reward, copied, lay_over, table_of
 from troupe.runtime.files import expanded, read_toml
 

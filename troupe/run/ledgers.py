@@ -15,7 +15,7 @@ from troupe.actors.learner.train import BatchTrainer
 from troupe.actors.ledgers import CheckpointLedger, OpenGroups, PromptLedger
 from troupe.actors.metrics import Tally
 from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
-from troupe.messages import CheckpointWritten, ScoredGroup, Snapshot
+from troupe.messages import CheckpointWritten, Snapshot
 from troupe.policy import RolloutEngine, Weights
 from troupe.records.sinks.base import RunInfo, Sink
 from troupe.records.sinks.make import make_sinks
@@ -30,57 +30,68 @@ from troupe.runtime.machine import VERSION, describe_machine
 from troupe.runtime.mailbox import Mailbox
 
 
-class Ledgers(msgspec.Struct, frozen=True, kw_only=True):
+def sinks_of(prepared: Prepared) -> list[Sink]:
+    """The sinks that the config names."""
+    run = RunInfo(
+        name=prepared.folder.name,
+        folder=str(prepared.folder),
+        total_steps=prepared.inputs.total_steps,
+        first_step=prepared.start.first_step,
+        program=VERSION,
+        machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
+        config=config_table(prepared.config),
+    )
+    return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
+
+
+class Factories(msgspec.Struct, frozen=True, kw_only=True):
+    """How the parts of a run are made that take time or room."""
+
+    prepare: Callable[..., Prepared] = prepare
+    device: Callable[[str], DeviceThread] = DeviceThread
+    mailbox: Callable[[str], Mailbox] = Mailbox
+    trainer: Callable[..., BatchTrainer] = BatchTrainer
+    engine: Callable[..., RolloutEngine] = RolloutEngine
+    writer: Callable[..., CheckpointWriter] = CheckpointWriter
+    sinks: Callable[[Prepared], list[Sink]] = sinks_of
+    sink_thread: Callable[..., SinkThread] = SinkThread
+
+
+class Ledgers:
     """What outlives the actors."""
 
-    board: PolicyBoard[Weights]
-    credits: Credits
-    prompts: PromptLedger
-    open_groups: OpenGroups
-    handed_over: set[int]
-    """Groups that the Generator has sent on while the round that they are part of is still being decoded."""
-    recorded: dict[int, ScoredGroup]
-    """Gid → groups that were sampled and scored before the run was resumed."""
-    tally: Tally
-    sinks: Sinks
-    """Closed by Metrics at its end, unless held-out rows come after it; close them at the end, also again."""
-    writer: CheckpointWriter
-    files: WeightsFiles | None
-    """Weights for the generator's processes, where it has any; close them at the end, too."""
-    devices: dict[str, DeviceThread]
-    """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
-    computes."""
-
-
-def open_ledgers(prepared: Prepared, factories: Factories, check_folder: Callable[[], None]) -> Ledgers:
-    """As the run begins, or goes on."""
-    config, restored = prepared.config, prepared.start.restored
-    schedule, batch_size = config.schedule, config.learner.batch_size
-    sinks = Sinks(
-        factories.sinks(prepared),
-        timeout_s=config.metrics.sink_timeout_s,
-        before_opening=check_folder,
-        thread=factories.sink_thread,
-    )
-    by_process = schedule.generator == "process"
-    return Ledgers(
-        board=PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0),
-        credits=Credits((schedule.max_staleness + 1) * batch_size, restored.alive),
-        prompts=PromptLedger(
+    def __init__(self, prepared: Prepared, factories: Factories, check_folder: Callable[[], None]) -> None:
+        config, restored = prepared.config, prepared.start.restored
+        schedule, batch_size = config.schedule, config.learner.batch_size
+        self.board: PolicyBoard[Weights] = PolicyBoard(schedule.max_staleness if schedule.mode == "pinned" else 0)
+        self.credits = Credits((schedule.max_staleness + 1) * batch_size, restored.alive)
+        self.prompts = PromptLedger(
             next=restored.next,
             end=prepared.inputs.total_steps * batch_size,
             outbox=deque(restored.prompts),
             alive={gid: (slot, time.perf_counter()) for gid, slot in restored.alive.items()},
-        ),
-        open_groups=OpenGroups(restored.open),
-        handed_over=set(),
-        recorded=dict(restored.recorded),
-        tally=Tally(),
-        sinks=sinks,
-        writer=_make_writer(prepared, factories, sinks, check_folder),
-        files=WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2) if by_process else None,
-        devices={name: factories.device(name) for name in ("generator", "learner", "checkpointer")},
-    )
+        )
+        self.open_groups = OpenGroups(restored.open)
+        self.handed_over: set[int] = set()
+        """Groups that the Generator has sent on while the round that they are part of is still being decoded."""
+        self.recorded = dict(restored.recorded)
+        """Gid → groups that were sampled and scored before the run was resumed."""
+        self.tally = Tally()
+        self.sinks = Sinks(
+            factories.sinks(prepared),
+            timeout_s=config.metrics.sink_timeout_s,
+            before_opening=check_folder,
+            thread=factories.sink_thread,
+        )
+        """Closed when held-out rows have been told, too."""
+        self.writer = _make_writer(prepared, factories, self.sinks, check_folder)
+        self.files: WeightsFiles | None = None
+        """Weights for the generator's processes, where it has any; close them at the end, too."""
+        if schedule.generator == "process":
+            self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2)
+        self.devices = {name: factories.device(name) for name in ("generator", "learner", "checkpointer")}
+        """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
+        computes."""
 
 
 def _make_writer(
@@ -137,30 +148,3 @@ def _checkpoints_so_far(prepared: Prepared) -> CheckpointLedger:
             seconds=0.0,
         ),
     )
-
-
-def sinks_of(prepared: Prepared) -> list[Sink]:
-    """The sinks that the config names."""
-    run = RunInfo(
-        name=prepared.folder.name,
-        folder=str(prepared.folder),
-        total_steps=prepared.inputs.total_steps,
-        first_step=prepared.start.first_step,
-        program=VERSION,
-        machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
-        config=config_table(prepared.config),
-    )
-    return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
-
-
-class Factories(msgspec.Struct, frozen=True, kw_only=True):
-    """How the parts of a run are made that take time or room."""
-
-    prepare: Callable[..., Prepared] = prepare
-    device: Callable[[str], DeviceThread] = DeviceThread
-    mailbox: Callable[[str], Mailbox] = Mailbox
-    trainer: Callable[..., BatchTrainer] = BatchTrainer
-    engine: Callable[..., RolloutEngine] = RolloutEngine
-    writer: Callable[..., CheckpointWriter] = CheckpointWriter
-    sinks: Callable[[Prepared], list[Sink]] = sinks_of
-    sink_thread: Callable[..., SinkThread] = SinkThread

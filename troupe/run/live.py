@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import msgspec
 
+from troupe.actors.checkpointer import UNSETTLED
 from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, Phase, Status, Update
 from troupe.policy import Policy, load_policy
@@ -251,10 +252,7 @@ class LiveRun:
             with anyio.CancelScope(shield=True):
                 pipeline.ledgers.sinks.settle(snapshot.version)  # Metrics has read all that was told, and has ended
                 if not await pipeline.ledgers.sinks.settled(snapshot.version):
-                    message = (
-                        f"not all that was told of the steps up to {snapshot.version} is on the disk yet, but its "
-                        "checkpoint is written"
-                    )
+                    message = UNSETTLED.format(snapshot.version)
                     pipeline.tell(Incident(actor="supervisor", kind="checkpoint_unsettled", message=message))
                 await self._device.run(pipeline.ledgers.writer.write, snapshot)
         except OSError as error:

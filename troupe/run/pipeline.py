@@ -25,10 +25,10 @@ from troupe.messages import Incident, Settle
 from troupe.policy import Weights, is_on_cpu
 from troupe.records.standing import Change
 from troupe.rewards import TrainerState
-from troupe.run.ledgers import Factories, Ledgers, open_ledgers
+from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.resume.changes import ChangesLog
-from troupe.run.wiring import Wiring, open_wiring
+from troupe.run.wiring import Wiring
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.roles import Role
@@ -67,8 +67,8 @@ def build_pipeline(
     `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
     """
     factories = Factories() if factories is None else factories
-    ledgers = open_ledgers(prepared, factories, check_folder)
-    wiring = open_wiring(max(ledgers.credits.limit, len(prepared.start.restored.alive)), factories.mailbox)
+    ledgers = Ledgers(prepared, factories, check_folder)
+    wiring = Wiring(max(ledgers.credits.limit, len(prepared.start.restored.alive)), factories.mailbox)
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     place = _process_generator if ledgers.files is not None else partial(_thread_generator, factories=factories)
     return Pipeline(

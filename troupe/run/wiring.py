@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
-
 from troupe.actors.metrics import Heard
 from troupe.messages import (
     Checkpoint,
@@ -49,74 +47,42 @@ _REQUESTS = 1024
 _REPORTING = ("prompter", "generator", "scorer", "learner", "checkpointer")
 
 
-class Wiring(msgspec.Struct, frozen=True, kw_only=True):
+class Wiring:
     """The mailboxes of the actors, the channels into them, and the reporters, which send into that of Metrics."""
 
-    prompter: Mailbox
-    generator: Mailbox
-    scorer: Mailbox
-    learner: Mailbox
-    checkpointer: Mailbox
-    metrics: Mailbox
+    def __init__(self, live: int, mailbox: Callable[[str], Mailbox] = Mailbox) -> None:
+        """`live`: most groups that may be alive: so long, no send on the way of a group can ever wait in a circle."""
+        self.prompter, self.generator, self.scorer = mailbox("prompter"), mailbox("generator"), mailbox("scorer")
+        self.learner, self.checkpointer, self.metrics = mailbox("learner"), mailbox("checkpointer"), mailbox("metrics")
+        prompter, learner, metrics = self.prompter, self.learner, self.metrics
 
-    prompts: Channel[Prompt]
-    rollouts: Channel[RolloutGroup]
-    scored: Channel[ScoredGroup]
-    closed: Channel[GroupClosed | Replace]
-    closed_groups: Channel[GroupClosed]
-    updates: Channel[Update]
-    snapshots: Channel[Snapshot]
-    checkpoints: Channel[CheckpointWritten]
-    hold: Channel[Hold]
-    settle: Channel[Settle]
+        self.prompts = self.generator.channel("prompts", Prompt, bound=live)
+        self.rollouts = self.scorer.channel("rollouts", RolloutGroup, bound=live)
+        self.scored = learner.channel("scored", ScoredGroup, bound=live)
+        self.closed: Channel[GroupClosed | Replace] = prompter.channel("closed", GroupClosed, Replace, bound=live)
+        self.closed_groups = metrics.channel("closed groups", GroupClosed, bound=live)
+        self.updates = metrics.channel("updates", Update, bound=_UPDATES)
+        self.snapshots = self.checkpointer.channel("snapshots", Snapshot, bound=1)
+        self.checkpoints = metrics.channel("checkpoints", CheckpointWritten, bound=_UPDATES)
+        self.hold = prompter.channel("hold", Hold, bound=1, overflow="newest", side=True)
+        self.settle = metrics.channel("settle", Settle, bound=1, overflow="newest", side=True)
 
-    drain: Channel[Drain]
-    control: Channel[Pause | Resume | Step]
-    checkpoint: Channel[Checkpoint]
-    settings: Channel[SetLearningRate | SetCheckpointEvery]
-
-    reporters: dict[str, Reporter]
-    """Of each actor but Metrics."""
-    metrics_report: Reporter
-    supervisor_report: Reporter
-    """Never waits."""
-    news: Broadcast[Heard]
-    """What Metrics is told, for any number of listeners."""
-
-
-def open_wiring(live: int, mailbox: Callable[[str], Mailbox] = Mailbox) -> Wiring:
-    """Open every channel. `live`: most groups that may be alive: so long, no send on the way of a group can ever wait
-    in a circle."""
-    prompter, generator, scorer = mailbox("prompter"), mailbox("generator"), mailbox("scorer")
-    learner, checkpointer, metrics = mailbox("learner"), mailbox("checkpointer"), mailbox("metrics")
-    return Wiring(
-        prompter=prompter,
-        generator=generator,
-        scorer=scorer,
-        learner=learner,
-        checkpointer=checkpointer,
-        metrics=metrics,
-        prompts=generator.channel("prompts", Prompt, bound=live),
-        rollouts=scorer.channel("rollouts", RolloutGroup, bound=live),
-        scored=learner.channel("scored", ScoredGroup, bound=live),
-        closed=prompter.channel("closed", GroupClosed, Replace, bound=live),
-        closed_groups=metrics.channel("closed groups", GroupClosed, bound=live),
-        updates=metrics.channel("updates", Update, bound=_UPDATES),
-        snapshots=checkpointer.channel("snapshots", Snapshot, bound=1),
-        checkpoints=metrics.channel("checkpoints", CheckpointWritten, bound=_UPDATES),
-        hold=prompter.channel("hold", Hold, bound=1, overflow="newest", side=True),
-        settle=metrics.channel("settle", Settle, bound=1, overflow="newest", side=True),
-        drain=prompter.channel("drain", Drain, bound=1, overflow="newest", side=True),
-        control=prompter.channel("control", Pause, Resume, Step, bound=_REQUESTS, overflow="drop_oldest", side=True),
-        checkpoint=learner.channel("checkpoint request", Checkpoint, bound=1, overflow="newest", side=True),
-        settings=learner.channel(
+        self.drain = prompter.channel("drain", Drain, bound=1, overflow="newest", side=True)
+        self.control: Channel[Pause | Resume | Step] = prompter.channel(
+            "control", Pause, Resume, Step, bound=_REQUESTS, overflow="drop_oldest", side=True
+        )
+        self.checkpoint = learner.channel("checkpoint request", Checkpoint, bound=1, overflow="newest", side=True)
+        self.settings: Channel[SetLearningRate | SetCheckpointEvery] = learner.channel(
             "settings", SetLearningRate, SetCheckpointEvery, bound=_REQUESTS, overflow="drop_oldest", side=True
-        ),
-        reporters={actor: _reporter(actor, metrics) for actor in _REPORTING},
-        metrics_report=_side_reporter("metrics", "metrics incidents", metrics),
-        supervisor_report=_side_reporter("supervisor", "incidents", metrics),
-        news=Broadcast("news", Update, GroupClosed, Incident),
-    )
+        )
+
+        self.reporters = {actor: _reporter(actor, metrics) for actor in _REPORTING}
+        """Of each actor but Metrics."""
+        self.metrics_report = _side_reporter("metrics", "metrics incidents", metrics)
+        self.supervisor_report = _side_reporter("supervisor", "incidents", metrics)
+        """Never waits."""
+        self.news: Broadcast[Heard] = Broadcast("news", Update, GroupClosed, Incident)
+        """What Metrics is told, for any number of listeners."""
 
 
 def _reporter(actor: str, metrics: Mailbox) -> Reporter:

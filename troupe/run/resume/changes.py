@@ -18,8 +18,8 @@ import msgspec
 from troupe.errors import ConfigError
 from troupe.records.layout import CHANGES
 from troupe.records.standing import Change
+from troupe.run.aliases import close_to, describe_meaning, ours_for
 from troupe.run.config import RunConfig, known_keys, with_value
-from troupe.run.naming import close_to, describe_meaning, ours_for
 from troupe.run.tables import anchored_reward
 from troupe.runtime.files import sync
 
