@@ -46,50 +46,33 @@ def whole(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
     return inputs / "run"
 
 
-def lines_cut(folder: Path) -> None:
-    path = folder / "metrics.jsonl"
+def lines_cut(path: Path) -> None:
     first, second, third, _ = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + third + second[:9])
 
 
-def metrics_gone(folder: Path) -> None:
-    (folder / "metrics.jsonl").unlink()
-
-
-def store_gone(folder: Path) -> None:
-    (folder / "run.sqlite").unlink()
-
-
-def store_empty(folder: Path) -> None:
-    (folder / "run.sqlite").write_bytes(b"")
-
-
-def store_cut(folder: Path) -> None:
-    (folder / "run.sqlite").write_bytes((folder / "run.sqlite").read_bytes()[:5000])
-
-
-def rows_gone(folder: Path) -> None:
-    with closing(sqlite3.connect(folder / "run.sqlite")) as store, store:
+def rows_gone(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as store, store:
         store.execute("DELETE FROM steps WHERE step = 3")
 
 
-HARMS: list[tuple[Callable[[Path], None], str, str]] = [
-    (lines_cut, "metrics.jsonl", "2, 4"),
-    (metrics_gone, "metrics.jsonl", "1-4"),
-    (store_gone, "run.sqlite", "1-4"),
-    (store_empty, "run.sqlite", "1-4"),
-    (store_cut, "run.sqlite", "1-4"),
-    (rows_gone, "run.sqlite", "3"),
-]
+HARMS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "lines cut": (lines_cut, "metrics.jsonl", "2, 4"),
+    "lines gone": (Path.unlink, "metrics.jsonl", "1-4"),
+    "store gone": (Path.unlink, "run.sqlite", "1-4"),
+    "store empty": (lambda path: path.write_bytes(b""), "run.sqlite", "1-4"),
+    "store cut": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "run.sqlite", "1-4"),
+    "rows gone": (rows_gone, "run.sqlite", "3"),
+}
 
 
-@pytest.mark.parametrize(("harm", "name", "steps"), HARMS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("harm", "name", "steps"), HARMS.values(), ids=HARMS)
 @pytest.mark.anyio
 async def test_what_is_lost_is_told_once_and_the_run_goes_on(
-    tmp_path: Path, whole: Path, ragged_model: Path, harm: Callable[[Path], None], name: str, steps: str
+    tmp_path: Path, whole: Path, ragged_model: Path, harm: Callable[[Path], object], name: str, steps: str
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
-    harm(folder)
+    harm(folder / name)
     allowed = {"resume": True, "allow_changes": ["learner.max_steps"]}
     config = config_of(ragged_model, whole.parent, folder, learner__max_steps=STEPS + 1)
     result, run = await run_it(config, **allowed)

@@ -96,8 +96,11 @@ class Visitor:
         return Answer(int(first.split()[1]), named, rest.decode())
 
     async def press(self, kind: str, **headers: str) -> Answer:
+        return await self.post(json.dumps({"type": kind}), **headers)
+
+    async def post(self, body: str, query: str = "", **headers: str) -> Answer:
         said = {"origin": f"http://{HOST}:{self.port}", "content_type": "application/json"} | headers
-        return await self.ask(f"{self.base}ask", "POST", json.dumps({"type": kind}), **said)
+        return await self.ask(f"{self.base}ask{query}", "POST", body, **said)
 
 
 class Watching:
@@ -319,14 +322,7 @@ async def test_a_token_in_the_address_presses_no_button(tmp_path: Path) -> None:
     async with open_page(tmp_path) as opened:
         visitor = opened.visitor
         visitor.cookie = ""
-        answer = await visitor.ask(
-            f"{visitor.base}ask?token={visitor.token}",
-            "POST",
-            '{"type":"Drain"}',
-            origin=f"http://{HOST}:{visitor.port}",
-            content_type="application/json",
-        )
-        assert answer.status == 403
+        assert (await visitor.post('{"type":"Drain"}', f"?token={visitor.token}")).status == 403
         assert opened.daemon.heard == []
 
 
@@ -342,14 +338,7 @@ async def test_a_token_in_the_address_presses_no_button(tmp_path: Path) -> None:
 )
 async def test_what_no_button_says(tmp_path: Path, body: str, status: int, said: str) -> None:
     async with open_page(tmp_path) as opened:
-        visitor = opened.visitor
-        answer = await visitor.ask(
-            f"{visitor.base}ask",
-            "POST",
-            body,
-            origin=f"http://{HOST}:{visitor.port}",
-            content_type="application/json",
-        )
+        answer = await opened.visitor.post(body)
         assert answer.status == status
         reply = json.loads(answer.body)
         assert reply["type"] == "Refused"

@@ -7,16 +7,15 @@ from pathlib import Path
 import msgspec
 
 from tests.records.report.folders import make_run
-from troupe.records.curves import Metrics, Thinner
+from tests.records.test_curves import thinned
+from troupe.records.curves import Metrics
 from troupe.records.report.charts import Chart, sections_of
 from troupe.records.report.picture import RunPicture, read_run
 
 
-def with_metrics(run: RunPicture, *steps: Metrics, most_points: int = 1000) -> RunPicture:
-    thinner = Thinner(len(steps), most_points)
-    for number, metrics in enumerate(steps, 1):
-        thinner.add(number, metrics)
-    return msgspec.structs.replace(run, metrics=thinner.result())
+def run_of(folder: Path, *steps: Metrics, most_points: int = 1000) -> RunPicture:
+    """A run that has these metrics only."""
+    return msgspec.structs.replace(read_run(make_run(folder, 0)), metrics=thinned(list(steps), most_points))
 
 
 def charts_of(run: RunPicture) -> dict[str, Chart]:
@@ -52,13 +51,13 @@ def test_values_are_those_of_the_metrics(tmp_path: Path) -> None:
 
 
 def test_a_line_of_many_steps_has_a_band(tmp_path: Path) -> None:
-    run = with_metrics(read_run(make_run(tmp_path, 0)), {"loss": 1.0}, {"loss": 3.0}, most_points=1)
+    run = run_of(tmp_path, {"loss": 1.0}, {"loss": 3.0}, most_points=1)
     [line] = charts_of(run)["loss"].lines
     assert (line.y, line.low, line.high) == ((2.0,), (1.0,), (3.0,))
 
 
 def test_many_rewards_share_charts(tmp_path: Path) -> None:
-    run = with_metrics(read_run(make_run(tmp_path, 0)), {f"rewards/r{i}/mean": 1.0 for i in range(14)})
+    run = run_of(tmp_path, {f"rewards/r{i}/mean": 1.0 for i in range(14)})
     charts = charts_of(run)
     assert [(key, len(chart.lines)) for key, chart in charts.items()] == [
         ("reward_parts", 6),
@@ -68,24 +67,24 @@ def test_many_rewards_share_charts(tmp_path: Path) -> None:
 
 
 def test_one_reward_alone_is_the_reward(tmp_path: Path) -> None:
-    run = with_metrics(read_run(make_run(tmp_path, 0)), {"reward": 1.0, "rewards/r/mean": 1.0})
+    run = run_of(tmp_path, {"reward": 1.0, "rewards/r/mean": 1.0})
     charts = charts_of(run)
     assert list(charts) == ["reward"]
     assert (charts["reward"].lines[0].low, charts["reward"].lines[0].high) == ((), ())
 
 
 def test_a_reward_of_nothing_but_0_is_drawn(tmp_path: Path) -> None:
-    run = with_metrics(read_run(make_run(tmp_path, 0)), {"reward": 0.0, "loss": 0.0, "kl": 0.0})
+    run = run_of(tmp_path, {"reward": 0.0, "loss": 0.0, "kl": 0.0})
     assert list(charts_of(run)) == ["reward", "loss"]
 
 
 def test_metrics_without_a_number_make_no_chart(tmp_path: Path) -> None:
-    run = with_metrics(read_run(make_run(tmp_path, 0)), {"loss": None, "mine": None})
+    run = run_of(tmp_path, {"loss": None, "mine": None})
     assert sections_of(run) == ()
 
 
 def test_what_rewards_log_has_an_end(tmp_path: Path) -> None:
-    run = with_metrics(read_run(make_run(tmp_path, 0)), {f"reward_model/{i}": 1.0 for i in range(50)})
+    run = run_of(tmp_path, {f"reward_model/{i}": 1.0 for i in range(50)})
     [section] = sections_of(run)
     assert len(section.charts) == 24
     assert len({chart.key for chart in section.charts}) == 24

@@ -50,17 +50,13 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert told == [("accuracy", 0.25, 0.5), ("r", None, 0.75)]
 
 
-def test_scores_of_an_earlier_start_are_left_out(tmp_path: Path) -> None:
-    make_run(tmp_path, 5)
-    finish(tmp_path, 3, 9, accuracy_after=0.5)
-    assert read_run(tmp_path).evaluated == ()
-
-
-def test_a_run_that_was_asked_to_end(tmp_path: Path) -> None:
-    make_run(tmp_path, 5)
-    finish(tmp_path, 5, 9)
+@pytest.mark.parametrize(("steps", "scores"), [(3, 0), (5, 1)])
+def test_a_run_that_was_asked_to_end_has_the_scores_of_its_newest_start(
+    tmp_path: Path, steps: int, scores: int
+) -> None:
+    finish(make_run(tmp_path, 5), steps, 9, accuracy_after=0.5)
     run = read_run(tmp_path)
-    assert (run.state, run.step, run.total_steps) == ("stopped", 5, 9)
+    assert (run.state, run.step, run.total_steps, len(run.evaluated)) == ("stopped", 5, 9, scores)
 
 
 def test_max_steps_tell_how_long_a_run_is(tmp_path: Path) -> None:

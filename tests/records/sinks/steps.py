@@ -19,6 +19,26 @@ from troupe.messages import (
     Status,
     Update,
 )
+from troupe.records.sinks.base import Sink
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def feed(sink: Sink, *messages: object) -> None:
+    """All that a sink gets in a run of these messages."""
+    sink.open()
+    for message in messages:
+        sink.write(message)
+    sink.flush()
+    sink.close()
 
 
 def update(step: int, told: Mapping[str, float] | None = None, *, total_steps: int = 4, **metrics: float) -> Update:

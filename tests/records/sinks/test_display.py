@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from tests.records.sinks.steps import closed, status, update
+from tests.records.sinks.steps import Clock, closed, status, update
 from troupe.messages import Activity, GroupClosed, Incident, Slot
 from troupe.records.figures import queue_depths
 from troupe.records.sinks.base import RunInfo
@@ -31,14 +31,6 @@ METRICS = {
     "queue/scored/depth": 3.0,
     "queue/scored/wait_s": 9.0,
 }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def drawn(display: Display, width: int = 100) -> list[str]:

@@ -12,13 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from troupe.messages import Incident, Update
+from tests.records.sinks.steps import feed, update
+from troupe.messages import Incident
 from troupe.records.sinks.base import DurableSink
 from troupe.records.sinks.jsonl import AppendedFile, JsonlSink, steps_between
-
-
-def update(step: int, **metrics: float) -> Update:
-    return Update(step=step, version=step, total_steps=9, metrics=metrics)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -46,11 +43,7 @@ def test_writes_one_line_a_step_at_once(tmp_path: Path) -> None:
 
 
 def test_metrics_never_stand_in_for_the_step(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.open()
-    sink.write(Update(step=4, version=4, total_steps=9, metrics={"loss": 1.0, "step": 99.0, "version": 98.0}))
-    sink.flush()
-    sink.close()
+    feed(JsonlSink(tmp_path / "metrics.jsonl"), update(4, {"loss": 1.0, "step": 99.0, "version": 98.0}))
     (line,) = lines(tmp_path / "metrics.jsonl")
     assert list(line.items()) == [("step", 4), ("version", 4), ("loss", 1.0)]
 
@@ -58,11 +51,7 @@ def test_metrics_never_stand_in_for_the_step(tmp_path: Path) -> None:
 def test_a_resume_drops_the_steps_that_will_be_made_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "old": True}) + "\n" for step in range(1, 6)))
-    sink = JsonlSink(path, first_step=3)
-    sink.open()
-    sink.write(update(4))
-    sink.flush()
-    sink.close()
+    feed(JsonlSink(path, first_step=3), update(4))
     assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
     assert [line.get("old", False) for line in lines(path)] == [True, True, True, False]
     assert list(tmp_path.iterdir()) == [path]
@@ -75,22 +64,14 @@ def test_a_resume_drops_the_steps_that_will_be_made_again(tmp_path: Path) -> Non
 def test_a_line_that_a_crash_has_cut_is_dropped(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\n{"step":2}\n' + broken)
-    sink = JsonlSink(path, first_step=8)
-    sink.open()
-    sink.write(update(9))
-    sink.flush()
-    sink.close()
+    feed(JsonlSink(path, first_step=8), update(9))
     assert [line["step"] for line in lines(path)] == [1, 2, 9]
 
 
 def test_a_line_that_lost_only_its_end_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\n{"step":2}')
-    sink = JsonlSink(path, first_step=2)
-    sink.open()
-    sink.write(update(3))
-    sink.flush()
-    sink.close()
+    feed(JsonlSink(path, first_step=2), update(3))
     assert [line["step"] for line in lines(path)] == [1, 2, 3]
 
 
@@ -127,9 +108,7 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest
 
     pread = os.pread
     monkeypatch.setattr(os, "pread", counted)
-    sink = JsonlSink(path, first_step=first_step, block_bytes=1000)
-    sink.open()
-    sink.close()
+    feed(JsonlSink(path, first_step=first_step, block_bytes=1000))
     assert [line["step"] for line in lines(path)] == list(range(1, min(first_step, 1000) + 1))
     assert sum(read) <= size - path.stat().st_size + 2000
 
@@ -151,19 +130,12 @@ def test_wherever_blocks_end_the_same_lines_are_kept(
     parts = [json.dumps({"step": s, "pad": "x" * n}).encode() if whole else b"{" * n for s, n, whole in sorted(told)]
     path.write_bytes(b"".join(part + b"\n" for part in parts) + cut.replace(b"\n", b"").replace(b"\r", b""))
     last = max((i for i, (s, _, whole) in enumerate(sorted(told)) if whole and s <= first_step), default=-1)
-    sink = JsonlSink(path, first_step=first_step, block_bytes=block_bytes)
-    sink.open()
-    sink.close()
+    feed(JsonlSink(path, first_step=first_step, block_bytes=block_bytes))
     assert path.read_bytes() == b"".join(part + b"\n" for part in parts[: last + 1])
 
 
 def test_an_update_that_is_told_twice_is_one_line(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.open()
-    for step in (1, 2, 2, 3):
-        sink.write(update(step))
-    sink.flush()
-    sink.close()
+    feed(JsonlSink(tmp_path / "metrics.jsonl"), *map(update, (1, 2, 2, 3)))
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
@@ -257,12 +229,7 @@ def _is_folder(descriptor: int) -> bool:
 def test_steps_can_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert steps_between(path, 0, 9) == []
-    sink = JsonlSink(path)
-    sink.open()
-    for step in range(1, 6):
-        sink.write(update(step, loss=step / 8, kl=float("nan")))
-    sink.flush()
-    sink.close()
+    feed(JsonlSink(path), *(update(step, loss=step / 8, kl=float("nan")) for step in range(1, 6)))
     with path.open("a") as file:
         file.write('[1]\n{"loss":1}\n{"step":6,"lo')
     assert steps_between(path, 2, 4) == [(3, {"loss": 0.375}), (4, {"loss": 0.5})]

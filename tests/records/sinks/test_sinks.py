@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
+from tests.records.sinks.steps import Clock, update
 from tests.support.fakes import DirectSinkThread, FakeSink
 from troupe.messages import GroupClosed, Incident, Slot, Span, Update
 from troupe.records.sinks.sinks import Sinks
@@ -22,10 +23,6 @@ SPAN = Span(actor="learner", name="learn", start_s=1.0, end_s=2.0)
 OWN_SPAN = Span(actor="metrics", name="write trace", start_s=1.0, end_s=2.0)
 INCIDENT = Incident(actor="scorer", kind="reward_timeout", message="late")
 CLOSED = GroupClosed(gid=1, slot=Slot(step=0, place=0), state="trained", version=1)
-
-
-def update(step: int) -> Update:
-    return Update(step=step, version=step, total_steps=9, metrics={})
 
 
 class GatedSink(FakeSink):
@@ -57,14 +54,6 @@ class GatedSink(FakeSink):
         if call == self.at:
             self.reached.set()
             assert self.gate.wait(PATIENCE_S)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 IMPATIENT = SinkLimits(gather_s=0.0, first_pause_s=0.001, longest_pause_s=0.004)

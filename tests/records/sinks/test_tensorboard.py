@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.records.sinks.oracles import package
-from tests.records.sinks.steps import closed, update
+from tests.records.sinks.steps import closed, feed, update
 from troupe.messages import Incident
 from troupe.records.sinks.base import DurableSink, RunInfo
 from troupe.records.sinks.jsonl import AppendedFile
@@ -32,15 +32,6 @@ def made(folder: Path, first_step: int = 0, at_s: float = 1000.0, **settings: An
         name="run", folder=str(folder), total_steps=9, first_step=first_step, config={"learner": {"lr": 1e-6}}
     )
     return TensorBoardSink(folder, run, clock=lambda: at_s, **settings)
-
-
-def feed(sink: TensorBoardSink, *messages: object) -> None:
-    sink.open()
-    for message in messages:
-        sink.write(message)
-    sink.flush()
-    sink.settle()
-    sink.close()
 
 
 def events_in(path: Path) -> list[Any]:
@@ -129,6 +120,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
     sink.open()
     sink.write(update(1, loss=1.0))
     sink.flush()
+    sink.settle()
     FullDisk.full = True
     for step in (2, 3):
         sink.write(update(step, loss=float(step)))

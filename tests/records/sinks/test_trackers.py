@@ -107,13 +107,12 @@ def test_a_run_is_told_with_its_config_and_steps(tmp_path: Path, kind: str, trac
     assert tracker.finished == 1
 
 
-def test_wandb_is_told_where_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Tracker()
-    monkeypatch.setitem(sys.modules, "wandb", made)
+@pytest.mark.parametrize("kind", ["wandb"])
+def test_wandb_is_told_where_and_how(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     feed(sink_of("wandb", tmp_path, wandb_project="sums", wandb_entity="us", wandb_name="first"))
     feed(sink_of("wandb", tmp_path, wandb_mode="online"))
-    first, second = made.inits
+    first, second = tracker.inits
     assert (first["project"], first["entity"], first["name"], first["mode"]) == ("sums", "us", "first", "offline")
     assert (second["name"], second["mode"], second["resume"], second["dir"]) == (
         "kind-001",
@@ -165,30 +164,24 @@ def test_what_the_tracker_knows_counts_more_than_our_file(tmp_path: Path, kind: 
     assert tracker.steps == [4, 5, 6]
 
 
-def test_of_a_trackio_that_we_do_not_know_our_own_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Tracker()
-    made.__version__ = "1.0.0"
-    made._next_step = 4  # type: ignore[attr-defined]
-    for module, there in {
-        "trackio": made,
-        "trackio.run": SimpleNamespace(),
-        "trackio.utils": SimpleNamespace(),
-    }.items():
-        monkeypatch.setitem(sys.modules, module, there)
+@pytest.mark.parametrize("kind", ["trackio"])
+def test_of_a_trackio_that_we_do_not_know_our_own_file_counts(tmp_path: Path, tracker: Tracker) -> None:
+    tracker.__version__ = "1.0.0"
+    tracker._next_step = 4  # type: ignore[attr-defined]
     (tmp_path / "trackio.json").write_text('{"id":"x","step":5}')
     feed(sink_of("trackio", tmp_path, 5), update(6))
-    assert made.steps == [6]
+    assert tracker.steps == [6]
 
 
+@pytest.mark.parametrize("kind", ["wandb"])
 @pytest.mark.parametrize(("kept", "told"), [(0, [1, 2, 3, 4, 5, 6]), (3, [4, 5, 6]), (5, [6])])
 def test_an_offline_run_is_told_anew_what_a_killed_start_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, told: list[int]
+    tmp_path: Path, tracker: Tracker, kept: int, told: list[int]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", made := Tracker())
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step":{step}}}\n' for step in range(1, 6)))
     (tmp_path / "wandb.json").write_text(f'{{"id":"x","step":5,"kept":{kept}}}')
     feed(sink_of("wandb", tmp_path, 5), update(6))
-    assert made.steps == told
+    assert tracker.steps == told
     assert json.loads((tmp_path / "wandb.json").read_bytes()) == {"id": "x", "step": 6, "kept": 6}
 
 
