@@ -120,12 +120,7 @@ def spread_within_groups(
     table = RewardTable(rewards, num_generations, weights, left_out)
     within = _spread(table.totals(num_generations).values)
     compared = _spread(_compared(table, num_generations, multi_objective_aggregation))
-    return _number(_mean(within.reshape(1, -1))), _number(_part_of_nothing(compared))
-
-
-def _number(x: mx.array) -> float:
-    value: float = x.item()  # type: ignore[assignment]
-    return value
+    return float(_mean(within.reshape(1, -1))), float(_part_of_nothing(compared))
 
 
 def _part_of_nothing(spread: mx.array) -> mx.array:

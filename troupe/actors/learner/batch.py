@@ -1,6 +1,5 @@
-"""Where groups become a batch, and where the algorithm meets the language model.
-
-For the Learner actor and for whoever wants one step without actors.
+"""Where groups become a batch, what they say before anything is learned from them, and where the algorithm meets the
+language model.
 
 Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocabulary.
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -48,6 +48,7 @@ class Assembled(NamedTuple):
     """Rewards, completions and advantages of the batch under TRL's names."""
 
 
+@dataclass(frozen=True)
 class CompletionLogProbs:
     """The `PolicyLogProbs` of a Qwen3 model: log-probs and entropies of completions, both float32 (B, T), in nats.
 
@@ -55,31 +56,28 @@ class CompletionLogProbs:
     layer again instead of keeping it (activation checkpointing). Without `entropy_gradient` entropies are constants.
     """
 
-    def __init__(
-        self, config: Qwen3Config, temperature: float, *, recompute: bool = False, entropy_gradient: bool = True
-    ) -> None:
-        self._config = config
-        self._temperature = temperature
-        self._recompute = recompute
-        self._entropy_gradient = entropy_gradient
+    config: Qwen3Config
+    temperature: float
+    recompute: bool = False
+    entropy_gradient: bool = True
 
     def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
         """Log-probs and entropies."""
-        return completion_statistics(self._config, weights, batch.prompts, batch.completions, self._temperature)
+        return completion_statistics(self.config, weights, batch.prompts, batch.completions, self.temperature)
 
     def gradients(
         self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
     ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
         """The gradients of `loss` by the weights, backwards through the network by hand."""
         return completion_gradients(
-            self._config,
+            self.config,
             weights,
             batch.prompts,
             batch.completions,
             lambda statistics: loss(*statistics),
-            self._temperature,
-            recompute=self._recompute,
-            entropy_gradient=self._entropy_gradient,
+            self.temperature,
+            recompute=self.recompute,
+            entropy_gradient=self.entropy_gradient,
         )
 
 
@@ -133,22 +131,20 @@ def score_table(groups: Sequence[ScoredGroup], names: Sequence[str]) -> mx.array
     )
 
 
-def rows_without_reward(groups: Sequence[ScoredGroup]) -> list[int]:
-    """Places in 0 … B − 1 of the completions that have none because some score is missing through a fault."""
-    G = len(groups[0].group.rollouts)
-    return [place * G + sample for place, group in enumerate(groups) for sample in group.faulted]
-
-
 def _score_arguments(
     groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What every function of scores in `grpo.advantages` is given."""
+    """What every function of scores in `grpo.advantages` is given.
+
+    Completions have no reward of which some score is missing through a fault.
+    """
+    G = len(groups[0].group.rollouts)
     return {
         "rewards": score_table(groups, list(weights)),
-        "num_generations": len(groups[0].group.rollouts),
+        "num_generations": G,
         "weights": list(weights.values()),
         "multi_objective_aggregation": config.multi_objective_aggregation,
-        "left_out": rows_without_reward(groups),
+        "left_out": [place * G + sample for place, group in enumerate(groups) for sample in group.faulted],
     }
 
 
