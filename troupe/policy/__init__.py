@@ -7,12 +7,11 @@ from troupe.policy.decode.requests import CompletedGroup, Completion, Generation
 from troupe.policy.decode.sampling import Sampler, SamplingConfig
 from troupe.policy.fingerprint import model_fingerprint
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
-from troupe.policy.gradient.backward import completion_gradients
+from troupe.policy.gradient.backward import completion_gradients, completion_statistics
 from troupe.policy.gradient.memory import MicroBatch, gradient_memory_bytes
 from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.model import ModelConfig, Policy, load_policy, random_policy
 from troupe.policy.network.architecture import PRESETS, Qwen3Config
-from troupe.policy.network.completions import completion_statistics
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.head import TokenStatistics
 from troupe.policy.network.qwen3 import (

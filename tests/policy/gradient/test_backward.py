@@ -13,11 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.policy.network.test_completions import COMPLETIONS, CONFIGS, GROUP, PROMPTS, TIED, device_path, row_by_row
-from troupe.policy.gradient.backward import completion_gradients, side_by_side
+from tests.policy.gradient.test_completions import COMPLETIONS, CONFIGS, GROUP, PROMPTS, TIED, device_path, row_by_row
+from troupe.policy.gradient.backward import completion_gradients, completion_statistics, side_by_side
 from troupe.policy.network import head
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.completions import completion_statistics
 from troupe.policy.network.head import TokenStatistics
 from troupe.policy.network.qwen3 import Weights, expected_shapes, init_weights
 from troupe.policy.network.rotary import YarnScaling

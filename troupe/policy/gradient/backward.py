@@ -1,4 +1,4 @@
-"""The gradient of a loss of completions' log-probabilities, by the weights: backwards through the network by hand.
+"""How likely completions are to a policy, and the gradient of a loss of that, backwards through the network by hand.
 
 Not by `mx.grad`, for three reasons. Layer after layer is evaluated and given away, so that what is in memory is known
 and not left to the order in which MLX takes one large graph. Of a layer only its input is kept, or only the results
@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
-from troupe.policy.network.head import TokenStatistics, embed, head_backward, head_forward, sum_by_id
+from troupe.policy.network.head import TokenStatistics, embed, head_backward, head_forward, sum_by_id, token_statistics
 from troupe.policy.network.packing import Attended, Packing
 from troupe.policy.network.qwen3 import (
     EMBEDDING,
@@ -29,6 +29,7 @@ from troupe.policy.network.qwen3 import (
     Rotation,
     Weights,
     attention_inputs,
+    hidden_states,
     mlp_inputs,
 )
 
@@ -51,6 +52,26 @@ class _Kept(NamedTuple):
     middle: mx.array
     gate: mx.array
     up: mx.array
+
+
+def completion_statistics(
+    config: Qwen3Config,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+) -> TokenStatistics:
+    """Log-probabilities and entropies of R completions after their prompts, float32 (R, T), 0 after a row's own end.
+
+    In nats, under softmax(logits / temperature); T is the longest completion. `prompts` are R rows of at least one id.
+    Neighbours with the same prompt share its computation. Differentiable by the weights; `completion_gradients` does
+    that with less memory.
+    """
+    packing = Packing(prompts, completions)
+    hidden = hidden_states(config, weights, packing.ids[None], attention=packing).squeeze(0)
+    head = weights[EMBEDDING if config.tie_word_embeddings else HEAD]
+    log_probs, entropies = token_statistics(packing.sources(hidden), head, packing.targets, temperature)
+    return TokenStatistics(packing.in_rows(log_probs), packing.in_rows(entropies))
 
 
 def completion_gradients(

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
+from troupe.policy.gradient.backward import completion_statistics
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.completions import completion_statistics
 from troupe.policy.network.qwen3 import Weights, hidden_states, init_weights, project
 
 TIED = Qwen3Config(
