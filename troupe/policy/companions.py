@@ -12,9 +12,9 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.model_files import CONFIG_FILE, parse_json
 from troupe.policy.network.architecture import ARCHITECTURE, Qwen3Config
 from troupe.policy.network.qwen3 import EMBEDDING, Weights
-from troupe.policy.weight_files import CONFIG_FILE, parse_json
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 COMPANION_FILES = (

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from troupe.policy.companions import companion_files
+from troupe.policy.model_files import INDEX_FILE
 from troupe.policy.safetensors import read_start
-from troupe.policy.weight_files import INDEX_FILE
 
 SAMPLES, SAMPLE_BYTES = 64, 16_384
 """Pieces of each file of weights that are looked at, evenly spaced, and how long each is."""

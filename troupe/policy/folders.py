@@ -11,12 +11,7 @@ import msgspec
 
 from troupe.errors import InputError, ModelError
 from troupe.policy.companions import DTYPES, Companions, dtype_name
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
-from troupe.policy.safetensors import read_header
-from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
-from troupe.policy.weight_files import (
+from troupe.policy.model_files import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -25,6 +20,11 @@ from troupe.policy.weight_files import (
     read_json,
     weight_files,
 )
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
+from troupe.policy.safetensors import read_header
+from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Where Hugging Face's tools split a model by default."""

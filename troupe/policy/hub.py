@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from troupe.errors import ModelError, in_clone, remedy
-from troupe.policy.weight_files import CONFIG_FILE, weight_files
+from troupe.policy.model_files import CONFIG_FILE, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = "main"

@@ -18,12 +18,12 @@ from troupe.policy.decode.requests import GenerationConfig
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.gradient.backward import completion_statistics
 from troupe.policy.hub import resolve_model
+from troupe.policy.model_files import CONFIG_FILE, parse_json
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import EMBEDDING, Weights, hidden_states, init_weights, project
 from troupe.policy.network.rotary import names_theta
 from troupe.policy.text.complete import complete_texts, stream_text
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer
-from troupe.policy.weight_files import CONFIG_FILE, parse_json
 
 ROWS_AT_ONCE = 32
 """Completions that `Policy.compute_log_probs` lays out at a time."""
