@@ -19,8 +19,7 @@ import click
 import msgspec
 
 from troupe.cli import status as views
-from troupe.cli.commands import Command
-from troupe.cli.terminal import Number, fail, report_errors
+from troupe.cli.commands import Command, Number, fail, report_errors
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask, encode_line
 from troupe.daemon.main import keep_alive

@@ -10,10 +10,9 @@ import anyio
 import click
 import msgspec
 
-from troupe.cli.commands import Command
+from troupe.cli.commands import Command, Number, report_errors
 from troupe.cli.config import find_model, flag_layers
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.cli.terminal import Number, report_errors
 from troupe.errors import InputError
 from troupe.run.aliases import describe_meaning, ours_for
 from troupe.run.config import known_keys, layered, load_config, settings_layers

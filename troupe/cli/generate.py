@@ -11,9 +11,8 @@ from typing import Any
 import click
 import msgspec
 
-from troupe.cli.commands import Command
+from troupe.cli.commands import Command, Number, report_errors
 from troupe.cli.config import find_model
-from troupe.cli.terminal import Number, report_errors
 from troupe.errors import InputError
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.runtime.terminal import tell, tell_json

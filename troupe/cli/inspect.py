@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from troupe.cli.terminal import Number, report_errors
+from troupe.cli.commands import Number, report_errors
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState
 from troupe.records.layout import CHANGES, METRICS

@@ -9,9 +9,8 @@ import importlib
 
 import click
 
-from troupe.cli.commands import Commands
+from troupe.cli.commands import Commands, fail
 from troupe.cli.control import control
-from troupe.cli.terminal import fail
 from troupe.runtime.machine import VERSION, missing_backend
 from troupe.runtime.terminal import EXIT_BAD_INPUT
 

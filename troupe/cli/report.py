@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from troupe.cli.terminal import report_errors
+from troupe.cli.commands import report_errors
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask
 from troupe.errors import OutputError, TroupeError
 from troupe.messages import GetStatus, Status

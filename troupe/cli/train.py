@@ -20,9 +20,8 @@ import anyio
 import click
 import tomli_w
 
-from troupe.cli.commands import Command
+from troupe.cli.commands import Command, report_errors
 from troupe.cli.config import TRAIN_KEYS, tell_policy_of_run, train_config, with_flag
-from troupe.cli.terminal import report_errors
 from troupe.daemon.control.answers import answer_checked
 from troupe.daemon.control.place import refuse_where_served
 from troupe.daemon.control.server import ControlServer

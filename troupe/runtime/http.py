@@ -13,16 +13,14 @@ import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from http import HTTPStatus
-from types import TracebackType
 from typing import TypeAlias
 from urllib.parse import parse_qsl
 
 import anyio
 import h11
 import msgspec
-from anyio.abc import TaskGroup
 
-from troupe.runtime.arrivals import arrivals
+from troupe.runtime.arrivals import SocketServer
 
 HOST = "127.0.0.1"
 _LOG = logging.getLogger("troupe.daemon")
@@ -82,53 +80,33 @@ class RefusedError(Exception):
         self.response = HttpResponse(status=status, body=f"{message}\n".encode())
 
 
-class HttpServer:
+class HttpServer(SocketServer):
     """Serves one port: `async with HttpServer(handler, port) as server`; 0: one that the system chooses.
 
     Entering raises OSError where the port cannot be had. Leaving drops everybody.
     """
 
+    whose = "page"
+
     def __init__(self, handler: HttpHandler, port: int = 0, limits: HttpLimits | None = None) -> None:
         self.port = port
         self._handler = handler
         self._limits = limits or HttpLimits()
-        self.connections = 0
-        self._tasks: TaskGroup
+        self.most = 2 * self._limits.connections
 
-    async def __aenter__(self) -> HttpServer:
+    def _open(self) -> socket.socket:
         listener = socket.create_server((HOST, self.port))  # which may be had again right after a restart
         listener.setblocking(False)
         self.port = listener.getsockname()[1]
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        self._tasks.start_soon(self._accept, listener, name="page")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tasks.cancel_scope.cancel()
-        await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
-
-    async def _accept(self, listener: socket.socket) -> None:
-        async for connection in arrivals(listener, "page"):
-            if self.connections >= 2 * self._limits.connections:
-                connection.close()
-                continue
-            self.connections += 1
-            self._tasks.start_soon(self._serve, connection, name="page client")
+        return listener
 
     async def _serve(self, connection: socket.socket) -> None:
-        """One client, to the end of its connection; whatever it does stays in here."""
         try:
-            with connection:
-                response = await self._answer(connection)
-                await self._send(connection, response)
-                await _part(connection)
+            response = await self._answer(connection)
+            await self._send(connection, response)
+            await _part(connection)
         except (OSError, TimeoutError, EOFError) as error:
             _LOG.debug("a client of the page is gone: %r", error)
-        finally:
-            self.connections -= 1
 
     async def _answer(self, connection: socket.socket) -> HttpResponse:
         try:

@@ -95,19 +95,9 @@ class Reporter:
         else:
             lane = self._free_lane(start_s)
             self._lanes[lane] = end_s
-        span = Span(
-            actor=self.actor,
-            name=name,
-            start_s=start_s,
-            end_s=end_s,
-            kind=kind,
-            step=step,
-            gid=gid,
-            gids=tuple(gids),
-            lane=lane,
-            process=self.process,
-        )
-        self._tell(span)
+        timed = _Timed(self, name, step, gid, gids, kind)
+        timed.start_s, timed.lane = start_s, lane
+        self._tell(timed.until(end_s))
 
     def mark(self, name: str, *, step: int | None = None, gid: int | None = None, gids: Sequence[int] = ()) -> None:
         """Tell of a moment: a span without length."""
@@ -158,7 +148,7 @@ class Reporter:
 class _Timed:
     """One open span of a reporter."""
 
-    __slots__ = ("_gid", "_gids", "_kind", "_name", "_report", "_stack", "_start_s", "_step", "_task", "lane", "last_s")
+    __slots__ = ("_gid", "_gids", "_kind", "_name", "_report", "_stack", "_step", "_task", "lane", "last_s", "start_s")
 
     def __init__(
         self, report: Reporter, name: str, step: int | None, gid: int | None, gids: Sequence[int], kind: SpanKind
@@ -168,7 +158,7 @@ class _Timed:
     def __enter__(self) -> None:
         report = self._report
         self._task = asyncio.current_task()
-        self._start_s = self.last_s = start_s = report.clock()
+        self.start_s = self.last_s = start_s = report.clock()
         stack = report._open.get(self._task)
         if stack is None:
             self.lane = lane = report._free_lane(start_s)
@@ -199,7 +189,7 @@ class _Timed:
         return Span(
             actor=self._report.actor,
             name=self._name,
-            start_s=self._start_s,
+            start_s=self.start_s,
             end_s=end_s,
             kind=self._kind,
             step=self._step,

@@ -11,19 +11,17 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 import anyio
 import anyio.lowlevel
 import msgspec
-from anyio.abc import TaskGroup
 
 from troupe.daemon.control.place import Peer, Place, peer_of
 from troupe.daemon.control.protocol import MAX_REQUEST_BYTES, ProtocolError, Reply, Request, decode_request, encode_line
 from troupe.errors import sayable
 from troupe.messages import Refused
-from troupe.runtime.arrivals import arrivals
+from troupe.runtime.arrivals import SocketServer
 
 Handler: TypeAlias = Callable[[Request, Peer], Awaitable[Reply]]
 
@@ -47,12 +45,14 @@ class _DroppedError(Exception):
     """The client is told why, and dropped."""
 
 
-class ControlServer:
+class ControlServer(SocketServer):
     """Serves a run folder's control socket: `async with ControlServer(folder, handler) as server`.
 
     The folder has to be there. Entering raises OutputError where somebody else serves it; where the system has no
     sockets to give, `unavailable` says why, and nobody is served. Leaving drops everybody and removes the socket.
     """
+
+    whose = "control socket"
 
     def __init__(
         self,
@@ -69,23 +69,6 @@ class ControlServer:
         self._peer_of = peer_of
         self._handler = handler
         self._limits = limits or Limits()
-        self._connections = 0
-        self._tasks: TaskGroup
-
-    async def __aenter__(self) -> ControlServer:
-        listener = self._open()
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        if listener is not None:
-            self._tasks.start_soon(self._accept, listener, name="control socket")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._place.leave()
-        self._tasks.cancel_scope.cancel()
-        await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
 
     def _open(self) -> socket.socket | None:
         try:
@@ -99,31 +82,25 @@ class ControlServer:
             self._place.leave()
             raise
 
-    async def _accept(self, listener: socket.socket) -> None:
-        async for connection in arrivals(listener, "control socket"):
-            self._connections += 1
-            self._tasks.start_soon(self._serve, connection, name="control client")
+    def _leave(self) -> None:
+        self._place.leave()
 
     async def _serve(self, connection: socket.socket) -> None:
-        """One client, to the end of its connection; whatever it does stays in here."""
         peer = self._peer_of(connection)
         try:
-            with connection:
-                try:
-                    self._check(peer)
-                    await self._converse(connection, peer)
-                except _DroppedError as reason:
-                    _LOG.debug("%s is dropped: %s", peer, reason)
-                    await _send(connection, _refusal(str(reason)), self._limits.write_s)
+            try:
+                self._check(peer)
+                await self._converse(connection, peer)
+            except _DroppedError as reason:
+                _LOG.debug("%s is dropped: %s", peer, reason)
+                await _send(connection, _refusal(str(reason)), self._limits.write_s)
         except (OSError, TimeoutError) as error:
             _LOG.debug("%s is gone: %r", peer, error)
-        finally:
-            self._connections -= 1
 
     def _check(self, peer: Peer) -> None:
         if not peer.may_enter:
             raise _DroppedError(f"this run belongs to another user than {peer.uid}")
-        if self._connections > self._limits.connections:
+        if self.connections > self._limits.connections:
             raise _DroppedError(f"{self._limits.connections} clients are there already; try again when one has gone")
 
     async def _converse(self, connection: socket.socket, peer: Peer) -> None:
