@@ -10,14 +10,13 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import anyio
 import msgspec
 
 from troupe.errors import FolderGoneError
-from troupe.messages import Incident, LiveGroup, SetCheckpointEvery, SetLearningRate, Update
+from troupe.messages import LiveGroup, SetCheckpointEvery, SetLearningRate, Update
 from troupe.records.layout import RUN_TOML
 from troupe.records.standing import Change
 from troupe.rewards import Reward
@@ -85,7 +84,11 @@ class RequestHandler:
     async def exchange_as_before(self) -> None:
         """Have the rewards ready that take over at later steps, because they did so in a start before this one."""
         for step, name, spec in self._later:
-            old = await self._rewards.replace(name, spec, partial(_at, step))
+
+            def at(was_down: bool, step: int = step) -> int:
+                return step
+
+            old = await self._rewards.replace(name, spec, at)
             self._replaced.append((name, old, step))
 
     async def run(self) -> None:
@@ -109,7 +112,9 @@ class RequestHandler:
         try:
             await anyio.to_thread.run_sync(self._changes.add, change)
         except OSError as error:
-            self._tell("change_failed", f"{key} was not set to {value}, since that could not be written down: {error}")
+            self._pipeline.note(
+                "change_failed", f"{key} was not set to {value}, since that could not be written down: {error}"
+            )
             return
         if key == "checkpoint.every":
             self._pipeline.wiring.settings.send_nowait(SetCheckpointEvery(steps=value))
@@ -134,7 +139,7 @@ class RequestHandler:
             old = await self._rewards.replace(name, reward, first_step)
         except Exception as error:
             message = f"the reward {name} was not exchanged, the old one goes on: {error}"
-            self._tell("reward_exchange_failed", message)
+            self._pipeline.note("reward_exchange_failed", message)
             return
         await self._stop_replaced(name, old, step)
 
@@ -143,13 +148,6 @@ class RequestHandler:
         await self._pipeline.ledgers.board.newer_than(step - 1)
         for incident in await self._rewards.stop_replaced(name, old):
             self._report.incident_nowait(incident)
-
-    def _tell(self, kind: str, message: str) -> None:
-        self._report.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))
-
-
-def _at(step: int, was_down: bool) -> int:
-    return step
 
 
 class StallWatch:
@@ -222,14 +220,10 @@ async def watch_folder(place: RunFolder, pipeline: Pipeline, device: DeviceThrea
             return place.restore_config()
         return False
 
-    def tell(kind: str, message: str) -> None:
-        incident = Incident(actor="supervisor", kind=kind, message=message)
-        pipeline.wiring.supervisor_report.incident_nowait(incident)
-
     async for _ in pipeline.wiring.news.listen(1, Update):
         try:
             if await device.run(is_restored):
-                tell("file_lost", f"{place.path / RUN_TOML} was removed under the run; it is stored again")
+                pipeline.note("file_lost", f"{place.path / RUN_TOML} was removed under the run; it is stored again")
         except FolderGoneError as error:
-            tell("folder_gone", str(error))
+            pipeline.note("folder_gone", str(error))
             raise

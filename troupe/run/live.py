@@ -203,8 +203,7 @@ class LiveRun:
         self._prepared = self._prepared.without_arrays()
         self._running = True
         for message in self._prepared.start.lost:
-            incident = Incident(actor="supervisor", kind="steps_lost", message=message)
-            self._pipeline.wiring.supervisor_report.incident_nowait(incident)
+            self._pipeline.note("steps_lost", message)
         actors = partial(_beside, partial(run_roles, self._pipeline.roles), self._stall.run)
         await _beside(actors, partial(watch_folder, self._place, self._pipeline, self._device))
         trained = self._prepared.start.policy.having(self._pipeline.learner.weights)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -52,6 +53,10 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         """Incidents that came when Metrics had ended."""
         return tuple(m for actor in self.actors for m in actor.inbox.waiting if isinstance(m, Incident))
 
+    def note(self, kind: str, message: str) -> None:
+        """Report an incident of the supervisor while Metrics runs."""
+        self.wiring.supervisor_report.incident_nowait(Incident(actor="supervisor", kind=kind, message=message))
+
     def tell(self, incident: Incident) -> None:
         """Count an incident and pass it on while Metrics, who does so otherwise, does not run."""
         self.ledgers.tally.incidents[incident.kind] += 1
@@ -70,11 +75,10 @@ def build_pipeline(
     ledgers = Ledgers(prepared, factories, check_folder)
     wiring = Wiring(max(ledgers.credits.limit, len(prepared.start.restored.alive)), factories.mailbox)
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
-    place = _process_generator if ledgers.files is not None else partial(_thread_generator, factories=factories)
     return Pipeline(
         roles=(
             Role(_prompter(prepared, wiring, ledgers)),
-            Role(place(prepared, wiring, ledgers)),
+            Role(_generator(prepared, wiring, ledgers, factories)),
             Role(_scorer(prepared, wiring, ledgers)),
             Role(lambda: learner, restartable=False),
             Role(_checkpointer(wiring, ledgers)),
@@ -107,45 +111,29 @@ def _most_at_once(prepared: Prepared) -> int | None:
     return prepared.config.learner.batch_size if prepared.config.schedule.mode == "free" else None
 
 
-def _thread_generator(
-    prepared: Prepared, wiring: Wiring, ledgers: Ledgers, *, factories: Factories
-) -> Callable[[], Actor]:
-    policy = prepared.start.policy
+def _generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories) -> Callable[[], Actor]:
+    config, policy = prepared.config, prepared.start.policy
+    shared: dict[str, Any] = {
+        "board": ledgers.board,
+        "device": ledgers.devices["generator"],
+        "handed_over": ledgers.handed_over,
+        "recorded": ledgers.recorded,
+        "report": wiring.reporters["generator"],
+    }
+    if ledgers.files is not None:
+        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
+        return partial(RemoteGenerator, wiring.generator, wiring.rollouts, setups=setups, files=ledgers.files, **shared)
     return partial(
         Generator,
         wiring.generator,
         wiring.rollouts,
         engine=partial(
-            factories.engine,
-            policy.config,
-            prepared.config.generation,
-            stop_ids=policy.eos_ids,
-            tokenizer=policy.tokenizer,
+            factories.engine, policy.config, config.generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer
         ),
-        device=ledgers.devices["generator"],
-        board=ledgers.board,
         decode_text=policy.tokenizer.decode_sampled,
-        seed=prepared.config.seed,
+        seed=config.seed,
         most_at_once=_most_at_once(prepared),
-        handed_over=ledgers.handed_over,
-        recorded=ledgers.recorded,
-        report=wiring.reporters["generator"],
-    )
-
-
-def _process_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
-    assert ledgers.files is not None
-    return partial(
-        RemoteGenerator,
-        wiring.generator,
-        wiring.rollouts,
-        setups=_setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
-        board=ledgers.board,
-        files=ledgers.files,
-        device=ledgers.devices["generator"],
-        handed_over=ledgers.handed_over,
-        recorded=ledgers.recorded,
-        report=wiring.reporters["generator"],
+        **shared,
     )
 
 

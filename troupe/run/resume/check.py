@@ -14,12 +14,7 @@ from typing import Any
 
 import msgspec
 
-from troupe.checkpoint import (
-    Checkpoint,
-    Made,
-    list_checkpoints,
-    read_made,
-)
+from troupe.checkpoint import Checkpoint, Made, list_checkpoints, read_made
 from troupe.errors import CheckpointError, ConfigError
 from troupe.records.layout import RUN_TOML
 from troupe.records.standing import Change
@@ -84,7 +79,8 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
         stored = stored_config(folder)
         if stored is None:
             return None
-        newest = _newest_made(folder)
+        # how the steps up to the newest checkpoint were made; whether it is whole is seen when it is loaded
+        newest = next((read_made(checkpoint) for checkpoint in list_checkpoints(folder)), Made())
         stored = _made_with(folder, stored, newest)
         asked = config
         for key, is_open in OPEN.items():
@@ -115,7 +111,7 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
             d
             for d in found
             if (d.rule == "never" and d.key not in SETTLED_BY_CONTENTS)
-            or (d.rule == "by name" and not self._flags(d) & self.allowed)
+            or (d.rule == "by name" and not {self._flag(d), *([MACHINE] if d in self.machine else [])} & self.allowed)
         ]
         if refused:
             raise CheckpointError(self.refusal(refused))
@@ -179,10 +175,6 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
             remedies.append("or start a new run in another folder")
         return "\n".join([*told, ", ".join(remedies)])
 
-    def _flags(self, difference: Difference) -> set[str]:
-        """The keys that allow a difference."""
-        return {self._flag(difference)} | ({MACHINE} if difference in self.machine else set())
-
     def _flag(self, difference: Difference) -> str:
         """The key by which a difference is allowed: another memory limit brings other choices with it."""
         if difference in self.machine:
@@ -209,11 +201,6 @@ def stored_config(folder: Path) -> RunConfig | None:
     if stored.schedule.learner_streams is None:  # of a Troupe without streams, on which products are rounded otherwise
         stored = with_value(stored, "schedule.learner_streams", 1, f"{file}")
     return stored
-
-
-def _newest_made(folder: Path) -> Made:
-    """How the steps up to the newest checkpoint were made; whether it is whole is seen when it is loaded."""
-    return next((read_made(checkpoint) for checkpoint in list_checkpoints(folder)), Made())
 
 
 def _made_with(folder: Path, stored: RunConfig, newest: Made) -> RunConfig:

@@ -61,7 +61,9 @@ def newest_checkpoint(
             _check_rewards(folder, found.state, identity.rewards)
         if resumption is not None and resumption.samples_anew:
             notices.append("groups that were sampled and not trained on yet are sampled once more")
-            found = msgspec.structs.replace(found, unfinished=_begun_anew(found.unfinished))
+            # what was begun stays begun, but nothing is kept of what came of it
+            bare = msgspec.structs.replace(found.unfinished, scored=(), collected=(), states={}, replaced=())
+            found = msgspec.structs.replace(found, unfinished=bare)
         if found.state.format < FORMAT:
             notices.append(_OF_AN_OLDER_TROUPE)
         return _held(found, policy), [*notices, f"going on after step {found.state.version}"]
@@ -157,11 +159,6 @@ def _check_rewards(folder: Path, state: RunState, rewards: Sequence[str]) -> Non
             f"{folder}: the run was made with the rewards {', '.join(state.rewards)}, and is resumed with "
             f"{', '.join(rewards)}; give the same ones, or allow others by --allow-change rewards.functions"
         )
-
-
-def _begun_anew(unfinished: Unfinished) -> Unfinished:
-    """What was begun stays begun, but nothing is kept of what came of it."""
-    return msgspec.structs.replace(unfinished, scored=(), collected=(), states={}, replaced=())
 
 
 def _held(found: Checkpoint, policy: Policy) -> Checkpoint:
