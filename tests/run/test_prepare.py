@@ -48,6 +48,11 @@ class Workplace:
         assert sorted(self.folder.rglob("*")) == before, "something was left behind"
         return result.exit_code, result.stderr
 
+    def refuses(self, message: str, *arguments: str) -> None:
+        code, text = self.train(*arguments)
+        assert code == 2, text
+        assert message in text
+
 
 @pytest.fixture
 def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
@@ -112,9 +117,7 @@ def test_a_config_file(workplace: Workplace, toml: str, message: str) -> None:
     ],
 )
 def test_arguments(workplace: Workplace, arguments: list[str], message: str) -> None:
-    code, text = workplace.train(*arguments)
-    assert code == 2, text
-    assert message in text
+    workplace.refuses(message, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +137,7 @@ def test_arguments(workplace: Workplace, arguments: list[str], message: str) -> 
 )  # fmt: skip
 def test_data(workplace: Workplace, name: str, content: str, message: str) -> None:
     workplace.write(name, content)
-    code, text = workplace.train("-m", "m", "-d", name)
-    assert code == 2, text
-    assert message in text
+    workplace.refuses(message, "-m", "m", "-d", name)
 
 
 def no_weights(model: Path) -> None:
@@ -184,9 +185,7 @@ def no_tokenizer(model: Path) -> None:
 )
 def test_a_model_folder(workplace: Workplace, damage: Callable[[Path], None], message: str) -> None:
     damage(workplace.folder / "m")
-    code, text = workplace.train(*BASE)
-    assert code == 2, text
-    assert message in text
+    workplace.refuses(message, *BASE)
 
 
 @pytest.mark.parametrize(
@@ -203,9 +202,7 @@ def test_a_model_folder(workplace: Workplace, damage: Callable[[Path], None], me
 )
 def test_a_reward_file(workplace: Workplace, source: str, spec: str, message: str) -> None:
     workplace.write("r.py", source)
-    code, text = workplace.train(*BASE, "--reward", spec, "--num-generations", "3", "--batch-size", "2")
-    assert code == 2, text
-    assert message in text
+    workplace.refuses(message, *BASE, "--reward", spec, "--num-generations", "3", "--batch-size", "2")
 
 
 def test_the_message_is_one_and_no_traceback(workplace: Workplace) -> None:
@@ -217,9 +214,7 @@ def test_the_message_is_one_and_no_traceback(workplace: Workplace) -> None:
 
 def test_held_out_rows_need_the_columns_of_the_training_rows(workplace: Workplace) -> None:
     workplace.write("h.jsonl", '{"prompt": "a"}')
-    code, text = workplace.train(*BASE, "--set", "data.eval_path=h.jsonl")
-    assert code == 2
-    assert "h.jsonl: the held-out rows lack the column answer" in text
+    workplace.refuses("h.jsonl: the held-out rows lack the column answer", *BASE, "--set", "data.eval_path=h.jsonl")
 
 
 def test_max_steps_overrides_epochs_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
@@ -250,6 +245,17 @@ def test_what_is_resolved(tmp_path: Path, tiny_model: Path) -> None:
     )  # ⌈5 rows · 3 / 2⌉
 
 
+def store_run(run: Path, config: RunConfig, *, mode: Any = "pinned", **held: Any) -> None:
+    """A run with a checkpoint of its first step."""
+    fresh = prepare(config)
+    run.mkdir()
+    write_config(fresh.config, run / "run.toml")
+    state = RunState(version=1, seed=0, dataset=fresh.start.identity.dataset, num_tokens=9, mode=mode)
+    policy, optimizer_state = fresh.start.policy, fresh.start.optimizer_state
+    given = {"weights": policy.weights, "optimizer_state": optimizer_state, "behind": {}} | held
+    save_checkpoint(checkpoint_folder(run, 1), Checkpoint(config=policy.config, state=state, **given))
+
+
 @pytest.mark.parametrize(
     ("learner", "stored", "held"),
     [
@@ -266,21 +272,7 @@ def test_the_reference_of_a_resumed_run(
     config = tiny_config(tiny_model, tmp_path, **learner)
     base = load_policy(tiny_model)
     synced = {name: 2 * array for name, array in base.weights.items()}
-    run = tmp_path / "run"
-    fresh = prepare(config)
-    run.mkdir()
-    write_config(fresh.config, run / "run.toml")
-    save_checkpoint(
-        checkpoint_folder(run, 1),
-        Checkpoint(
-            config=base.config,
-            weights=synced,
-            optimizer_state=fresh.start.optimizer_state,
-            behind={},
-            state=RunState(version=1, seed=0, dataset=fresh.start.identity.dataset, num_tokens=9),
-            reference=synced if stored else None,
-        ),
-    )
+    store_run(tmp_path / "run", config, weights=synced, reference=synced if stored else None)
     prepared = prepare(config, resume=True)
     assert prepared.start.checkpoint is not None
     assert prepared.start.checkpoint.state.num_tokens == 9
@@ -308,19 +300,7 @@ def test_a_run_that_was_begun_with_a_variable_of_no_use_goes_on(tmp_path: Path, 
 @pytest.mark.parametrize(("began", "goes_on"), [("free", "pinned"), ("pinned", "free")])
 def test_a_run_is_not_resumed_with_another_schedule(tmp_path: Path, tiny_model: Path, began: Any, goes_on: str) -> None:
     config = tiny_config(tiny_model, tmp_path, schedule__mode=goes_on)
-    run, fresh = tmp_path / "run", prepare(config)
-    run.mkdir()
-    write_config(fresh.config, run / "run.toml")
-    save_checkpoint(
-        checkpoint_folder(run, 1),
-        Checkpoint(
-            config=fresh.start.policy.config,
-            weights=fresh.start.policy.weights,
-            optimizer_state=fresh.start.optimizer_state,
-            behind={},
-            state=RunState(version=1, seed=0, dataset=fresh.start.identity.dataset, mode=began),
-        ),
-    )
+    store_run(tmp_path / "run", config, mode=began)
     with pytest.raises(CheckpointError, match=f"the run's schedule is '{began}', not '{goes_on}'"):
         prepare(config, resume=True)
 

@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import anyio
+import anyio.lowlevel
+import msgspec
 import pytest
 
-from tests.support.fakes import make_group, make_prompt, make_scored
-from troupe.messages import GroupClosed, Incident, LiveGroup, Prompt, RolloutGroup, ScoredGroup, Slot, Span
-from troupe.run.status import doing, gid_of, last_movement_s, live_groups, queues, stall
+from tests.support.fakes import (
+    make_group,
+    make_prompt,
+    make_scored,
+    tiny_config,
+    weigh_ids,
+    write_prompts,
+    write_ragged_model,
+)
+from tests.support.runs import in_store
+from troupe import Supervisor
+from troupe.messages import Activity, GroupClosed, Incident, LiveGroup, Prompt, RolloutGroup, ScoredGroup, Slot, Span
+from troupe.rewards import RewardActor, RewardSample, Wait
+from troupe.run.status import (
+    Progress,
+    doing,
+    gid_of,
+    last_movement_s,
+    live_groups,
+    of_actors,
+    queues,
+    stall,
+    with_waits,
+)
 from troupe.runtime.actor import Actor
 from troupe.runtime.mailbox import Mailbox
 from troupe.runtime.reporter import Reporter
@@ -153,3 +179,181 @@ async def test_a_device_that_computes_is_named_and_not_called_dead() -> None:
     elsewhere = Span(actor="generator", name="generate", start_s=time.perf_counter(), end_s=math.inf, process=7)
     actors[1].report.forward(elsewhere)
     assert "generator is computing `generate` since" in stall([], actors, time.perf_counter(), 300.0).message
+
+
+@pytest.fixture(scope="module")
+def ragged_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ragged_model(tmp_path_factory.mktemp("models") / "ragged")
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with anyio.fail_after(60):
+        while not holds():  # noqa: ASYNC110 - nobody says when
+            await anyio.sleep(0.01)
+
+
+class Generating(Player):
+    made = 113
+
+
+async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
+    prompter, _, scorer, learner = cast()
+    generator, checkpointer = Generating("generator"), Player("checkpointer")
+    actors = [prompter, generator, scorer, learner, checkpointer]
+    now_s = time.perf_counter()
+    with prompter.report.span("idle", kind="wait"), scorer.report.span("wait for the round", kind="wait"):
+        assert of_actors(actors, now_s, 512) is None
+    with checkpointer.report.span("checkpoint", step=3):
+        assert of_actors(actors, now_s, 512) == Activity(what="saving step 3")
+        with generator.report.span("generate", step=1), learner.report.span("learn", step=0):
+            told = of_actors(actors, time.perf_counter() + 45.2, 512)
+    assert told is not None
+    assert told.what == "generating step 2, learning step 1"
+    assert told.detail == ": 113 of at most 512 tokens (45 s)"
+    with scorer.report.span("score judge", step=0, gid=1), scorer.report.span("score judge", step=0, gid=2):
+        assert of_actors(actors, now_s, 512) == Activity(what="scoring step 1")
+    with generator.report.span("generate"):
+        assert getattr(of_actors(actors, now_s, 512), "what", None) == "generating"
+    with generator.report.span("start process"):
+        assert getattr(of_actors(actors, now_s, 512), "text", None) == "starting the generator"
+
+
+def test_a_stage_tells_how_far_it_is_and_for_how_long() -> None:
+    stage = Progress()
+    assert stage.activity(0.0) is None
+    with stage.at("held-out rows") as now:
+        assert stage.activity(now.since_s) == Activity(what="held-out rows")
+        now.done, now.total = 37, 400
+        assert stage.activity(now.since_s + 0.9) == Activity(what="held-out rows", detail=" 37 / 400")
+        for later_s, told in ((12.0, "12 s"), (180.0, "3 min"), (7501.0, "2 h 05 min")):
+            assert getattr(stage.activity(now.since_s + later_s), "text", "") == f"held-out rows 37 / 400 ({told})"
+    assert stage.activity(0.0) is None
+
+
+def test_what_is_waited_for_comes_first() -> None:
+    wait = Wait(why="connection refused", tries=12, for_s=34.2)
+    assert with_waits(None, {}) is None
+    alone = with_waits(None, {"my_judge": wait})
+    assert alone is not None
+    assert alone.text == "waiting for reward my_judge: connection refused (12 tries, 34 s)"
+    assert alone.waiting
+    both = with_waits(Activity(what="scoring step 1"), {"a": wait, "b": Wait(why="odd", tries=1, for_s=0.2)})
+    assert both is not None
+    assert both.what == "waiting for reward a and b"
+    assert both.detail == ": connection refused (12 tries, 34 s); odd (1 try, 0 s); scoring step 1"
+
+
+async def test_a_judge_that_does_not_listen_is_told_of_before_the_first_step(
+    tmp_path: Path, ragged_model: Path, free_tcp_port: int
+) -> None:
+    async def my_judge(completions: list[str], **_: Any) -> list[float]:
+        await anyio.connect_tcp("127.0.0.1", free_tcp_port)
+        raise AssertionError("nobody listens there")
+
+    held_out = write_prompts(tmp_path / "held-out.json", rows=5)
+    settings = {"rewards__retries": 1000, "learner__max_steps": 1}
+    async with Supervisor(
+        tiny_config(ragged_model, tmp_path, **settings, data__eval_path=str(held_out)), [my_judge]
+    ) as run:
+        await until(lambda: (now := run.status().activity) is not None and now.waiting)
+        now = run.status().activity
+        assert now is not None
+        assert run.status().phase == "starting"
+        run.stop()
+    assert now.what == "waiting for reward my_judge"
+    assert " tries, " in now.detail or "(1 try, " in now.detail
+    assert "; held-out rows 5 / 5" in now.detail
+
+
+async def test_faults_of_held_out_rows_are_stored_and_told_when_they_happen(tmp_path: Path, ragged_model: Path) -> None:
+    calls, heard = 0, list[Incident]()
+
+    async def broken(completions: list[str], **_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            await anyio.sleep_forever()
+        raise OSError("no route")
+
+    held_out = write_prompts(tmp_path / "held-out.json", rows=5)
+    config = tiny_config(ragged_model, tmp_path, metrics__sinks=["sqlite"], data__eval_path=str(held_out))
+    async with Supervisor(config, [broken]) as run, anyio.create_task_group() as tasks:
+
+        async def listen() -> None:
+            heard.extend([incident async for incident in run.incidents()])
+
+        tasks.start_soon(listen)
+        await until(lambda: (run.folder / "run.sqlite").exists() and len(_stored(run.folder)) == 4)
+        assert run.status().phase == "starting"
+        assert run.status().incidents == {"reward_error": 4}
+        run.stop()
+    stored = _stored(run.folder)
+    assert [(kind, step, gid) for kind, _, step, gid in stored] == [("reward_error", 0, None)] * 4
+    assert all(message.startswith("held-out rows: reward broken: OSError: no route") for _, message, _, _ in stored)
+    assert [incident.message for incident in heard] == [message for _, message, _, _ in stored]
+    assert run.result.incidents == {"reward_error": 4}
+
+
+def _stored(run: Path) -> list[tuple[Any, ...]]:
+    """Kind, message, step and group of every incident; none where the tables are being made."""
+    if not in_store(run, "SELECT 1 FROM sqlite_master WHERE name = 'incidents'"):
+        return []
+    return in_store(run, "SELECT kind, message, step, gid FROM incidents ORDER BY rowid")
+
+
+async def test_held_out_rows_after_the_last_step_are_told_too(tmp_path: Path, ragged_model: Path) -> None:
+    """Of a judge that goes away by then, too."""
+    calls = 0
+
+    async def fickle(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls > 4:  # two held-out rows, and the two groups of the step
+            raise OSError("gone")
+        return weigh_ids(completion_ids)
+
+    held_out = write_prompts(tmp_path / "held-out.json", rows=2)
+    settings = {"rewards__retries": 0, "metrics__sinks": ["sqlite", "jsonl"], "learner__max_steps": 1}
+    config = tiny_config(ragged_model, tmp_path, **settings, data__eval_path=str(held_out))
+    async with Supervisor(config, [fickle]) as run:
+        await run.wait()
+    stored = _stored(run.folder)
+    assert [(kind, step) for kind, _, step, _ in stored] == [("reward_error", 1)] * 2
+    assert stored[0][1].startswith("held-out rows after training: reward fickle: OSError: gone")
+    assert run.result.incidents == {"reward_error": 2}
+    assert run.status().activity is None
+
+
+async def test_a_reward_that_does_not_stop_is_in_the_store(tmp_path: Path, ragged_model: Path) -> None:
+    class Stubborn(RewardActor):
+        async def score(self, sample: RewardSample) -> float:
+            return float(len(sample.completion_ids))
+
+        async def stop(self) -> None:
+            raise OSError("stuck")
+
+    settings = {"metrics__sinks": ["sqlite"], "learner__max_steps": 1}
+    async with Supervisor(tiny_config(ragged_model, tmp_path, **settings), [Stubborn()]) as run:
+        await run.wait()
+    [(kind, message, _, _)] = _stored(run.folder)
+    assert kind == "reward_error"
+    assert "did not stop: OSError: stuck" in message
+
+
+async def test_a_supervisor_that_loads_says_so(tmp_path: Path, ragged_model: Path) -> None:
+    run = Supervisor(tiny_config(ragged_model, tmp_path, learner__max_steps=1), [weigh_ids])
+    assert run.status().activity is None
+    seen: list[Activity | None] = []
+
+    async def look() -> None:
+        while not seen or seen[-1] is None:
+            seen.append(run.status().activity)
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(look)
+        async with run:
+            run.stop()
+    assert seen[-1] is not None
+    assert seen[-1].what == "loading the model and the prompts"
+    assert msgspec.json.decode(msgspec.json.encode(seen[-1]), type=Activity) == seen[-1]
