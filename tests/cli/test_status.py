@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tests.daemon.control.test_protocol import STATUS
-from troupe.cli.status import describe, duration, headline
+from troupe.cli.control import describe, duration, headline
 from troupe.messages import Activity, LiveGroup, Restarting, Slot
 
 
