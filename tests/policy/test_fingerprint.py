@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.tiny import write_tiny_model
 from troupe.policy import model_fingerprint
-from troupe.policy.fingerprint import SAMPLE_BYTES, SAMPLES
+from troupe.policy.model_files import SAMPLE_BYTES, SAMPLES
 
 
 @pytest.fixture

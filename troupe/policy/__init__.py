@@ -1,16 +1,15 @@
 """Tokens in; tokens, log-probs and gradients out."""
 
-from troupe.policy.companions import DTYPES, Companions
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
 from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler, SamplingConfig
-from troupe.policy.fingerprint import model_fingerprint
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.gradient.backward import completion_gradients, completion_statistics
 from troupe.policy.gradient.memory import MicroBatch, gradient_memory_bytes
 from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.model import ModelConfig, Policy, load_policy, random_policy
+from troupe.policy.model_files import DTYPES, Companions, model_fingerprint
 from troupe.policy.network.architecture import PRESETS, Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.head import TokenStatistics

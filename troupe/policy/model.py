@@ -12,13 +12,12 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import InputError, ModelError
-from troupe.policy.companions import DTYPES, GENERATION_CONFIG_FILE, Companions, dtype_name
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.requests import GenerationConfig
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.gradient.backward import completion_statistics
 from troupe.policy.hub import resolve_model
-from troupe.policy.model_files import CONFIG_FILE, parse_json
+from troupe.policy.model_files import CONFIG_FILE, DTYPES, GENERATION_CONFIG_FILE, Companions, dtype_name, parse_json
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import EMBEDDING, Weights, hidden_states, init_weights, project
 from troupe.policy.network.rotary import names_theta

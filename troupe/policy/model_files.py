@@ -1,15 +1,25 @@
-"""Which files of a model folder hold its weights, and true words where there are none that can be read."""
+"""The files of a model folder: those of its weights, with true words where none can be read; those beside the weights,
+which travel with them (configuration, tokenizer, chat template); and what tells one folder from another.
+
+What travels is kept as bytes from the moment a model is loaded, so that what becomes of its folder afterwards touches
+nothing.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.tensor_names import some
+from troupe.policy.network.architecture import ARCHITECTURE, Qwen3Config
+from troupe.policy.network.qwen3 import EMBEDDING, Weights
+from troupe.policy.safetensors import read_start
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -17,6 +27,25 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 """What files of weights, and the index of shards, are called."""
 
+GENERATION_CONFIG_FILE = "generation_config.json"
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    GENERATION_CONFIG_FILE,
+)
+"""What travels with the weights, byte for byte, from a model folder into every folder made from it."""
+RANK_FILE = ".tiktoken"
+"""How the name of another such file ends."""
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+SAMPLES, SAMPLE_BYTES = 64, 16_384
+"""Pieces of each file of weights that are looked at, evenly spaced, and how long each is."""
+_SHOWN = 3
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin", "adapters.npz")
@@ -30,6 +59,12 @@ _OTHER_FORMATS = (
     ("*.msgpack", "Flax's format; save it anew with transformers, whose save_pretrained writes safetensors"),
     ("*.onnx", "a graph that cannot be trained; take the model's folder of safetensors"),
 )
+
+
+def some(names: Collection[str]) -> str:
+    """The first of them, and how many more there are."""
+    shown = sorted(names)[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def check_folder(folder: Path) -> None:
@@ -152,3 +187,116 @@ def _base_model(folder: Path) -> str:
     named = [settings.get(key) for key in ("base_model_name_or_path", "model")]  # PEFT's and mlx-lm's
     base = next((name for name in named if isinstance(name, str) and name), None)
     return "its base model" if base is None else f"its base model {base}"
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """The name, as in `DTYPES`, of a type that weights are held in."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """What lies beside the weights of a model folder."""
+    named = [folder / name for name in (CONFIG_FILE, *COMPANION_FILES)]
+    return [file for file in (*named, *sorted(folder.glob(f"*{RANK_FILE}"))) if file.is_file()]
+
+
+class Companions(msgspec.Struct, frozen=True):
+    """Files by name. Links are followed, as everybody does who reads a model (the hub's cache is made of them): what is
+    kept, and written, is what they lead to."""
+
+    files: Mapping[str, bytes] = {}
+
+    @classmethod
+    def of(cls, folder: Path) -> Companions:
+        """Those of a model folder, read now. ModelError where one cannot be read."""
+        files = {}
+        for file in companion_files(folder):
+            try:
+                files[file.name] = file.read_bytes()
+            except OSError as error:
+                raise ModelError(f"{file}: cannot be read: {error}") from None
+        return cls(files)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all of them."""
+        return sum(map(len, self.files.values()))
+
+    @property
+    def have_tokenizer(self) -> bool:
+        """Whether a vocabulary is among them."""
+        return any(name in ("tokenizer.json", "vocab.json") or name.endswith(RANK_FILE) for name in self.files)
+
+    def write_unchanged(self, folder: Path) -> None:
+        """Write all of them into a folder that is there."""
+        for name, content in self.files.items():
+            _write(folder / name, content)
+
+    def write(self, folder: Path, config: Qwen3Config, weights: Weights) -> None:
+        """Write them beside these weights: as they are, but for what config.json says of the weights that is not so;
+        where there is none, it is made from `config`."""
+        self.write_unchanged(folder)
+        content = self.files.get(CONFIG_FILE)
+        if content is None:
+            _write(folder / CONFIG_FILE, _formatted(config.to_dict()))
+        elif (settings := parse_json(folder / CONFIG_FILE, content)) != (true := _corrected(settings, config, weights)):
+            _write(folder / CONFIG_FILE, _formatted(true))
+
+
+def _corrected(settings: dict[str, object], config: Qwen3Config, weights: Weights) -> dict[str, object]:
+    """With the type that the weights are held in, in which transformers would load them, the head that they have, and
+    the class of network that their names are those of."""
+    held = dtype_name(weights[EMBEDDING].dtype)
+    true: dict[str, object] = {key: held for key in ("dtype", "torch_dtype") if settings.get(key) not in (None, held)}
+    if bool(settings.get("tie_word_embeddings")) != config.tie_word_embeddings:
+        true["tie_word_embeddings"] = config.tie_word_embeddings
+    if settings.get("architectures") not in (None, [ARCHITECTURE]):
+        true["architectures"] = [ARCHITECTURE]
+    return settings | true
+
+
+def _formatted(settings: Mapping[str, object]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n"
+
+
+def _write(file: Path, content: bytes) -> None:
+    if file.is_symlink():
+        file.unlink()  # else what it leads to, elsewhere, would be overwritten
+    file.write_bytes(content)
+
+
+def model_fingerprint(folder: Path) -> str:
+    """64 hexadecimal digits that are the same for the same model, wherever it lies.
+
+    All of the configuration and the tokenizer's files counts; of the weights the names, sizes, headers (names, types
+    and shapes of all tensors) and `SAMPLES` pieces of each file, about 1 MB. A folder in which single numbers were
+    changed may therefore pass; one that was trained on does not. OSError where a file cannot be read.
+    """
+    total = hashlib.sha256()
+    for file in sorted(_files(folder)):
+        size = file.stat().st_size
+        total.update(f"{file.name}\0{size}\0".encode())
+        for piece in _pieces(file, size):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from companion_files(folder)
+    yield from (file for file in (folder / INDEX_FILE, *folder.glob("*.safetensors")) if file.is_file())
+
+
+def _pieces(file: Path, size: int) -> Iterator[bytes]:
+    if file.suffix != ".safetensors":
+        yield file.read_bytes()
+        return
+    with file.open("rb") as stream:
+        yield read_start(stream)
+        begin = stream.tell()
+        step = max((size - begin) // SAMPLES, SAMPLE_BYTES)
+        for start in range(begin, size, step):
+            stream.seek(start)
+            yield stream.read(SAMPLE_BYTES)
+        if size - SAMPLE_BYTES > begin:
+            stream.seek(size - SAMPLE_BYTES)
+            yield stream.read(SAMPLE_BYTES)

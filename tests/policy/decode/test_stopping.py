@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tests.support.tiny import write_tiny_model
-from troupe.policy.decode.stopping import StopRules
+from troupe.policy.decode.stopping import StopRules, StopWatch
 from troupe.policy.text.tokenizer import Tokenizer
 
 END = 256  # the tiny model's special token, "<|endoftext|>"
@@ -25,7 +25,7 @@ def text_rules(tokenizer: Tokenizer, *strings: str) -> StopRules:
 
 def ends(rules: StopRules, ids: Sequence[int]) -> tuple[int, str] | None:
     """How many tokens are taken until the completion ends, and why."""
-    watch = rules.watch()
+    watch = StopWatch(rules)
     for count, id_ in enumerate(ids, 1):
         if reason := watch.push(id_):
             return count, reason

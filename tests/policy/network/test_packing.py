@@ -178,7 +178,7 @@ def check_attention(prompts: list[list[int]], completions: list[list[int]]) -> N
 
     ours = mx.grad(score(lambda q, k, v: packing.attend(0, q, k, v, SCALE)), argnums=(0, 1, 2))(q, k, v)
     theirs = mx.grad(score(lambda q, k, v: attend_row_by_row(rows, q, k, v)), argnums=(0, 1, 2))(q, k, v)
-    by_hand = packing.attend_gradient(q, k, v, SCALE, cotangent)
+    by_hand = packing.attend_gradient(q, k, v, SCALE, cotangent, packing.attend_keeping(q, k, v, SCALE))
     for one, same, other in zip(ours, by_hand, theirs, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=5e-6)
         np.testing.assert_allclose(np.array(same), np.array(other), atol=5e-6)

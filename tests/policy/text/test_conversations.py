@@ -13,7 +13,7 @@ from tests.policy.text.test_added_tokens import folder_of
 from tests.policy.tokenizer_vectors import DATA
 from tests.support.extras import extra
 from troupe.errors import InputError
-from troupe.policy.text.conversations import plain_messages
+from troupe.policy.text.chat import plain_messages
 from troupe.policy.text.tokenizer import Tokenizer
 
 QWEN3 = json.loads((DATA / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]

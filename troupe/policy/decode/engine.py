@@ -2,9 +2,6 @@
 
 Token ids in, token ids out. What is computed together, and when a finished row leaves the batch, follows from the
 requests and the tokens alone.
-
-Noise: sample i of a request draws its token t by one uniform number that is a hash of (the request's key, i, t), so
-it is the same whatever else is in the batch, on whichever device.
 """
 
 from __future__ import annotations

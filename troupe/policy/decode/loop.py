@@ -1,8 +1,8 @@
 """The loop of the decoding engine: rows that grow token by token, laid out as one batch on the device, and their dice.
 
 One token of every row is always under way on the device while the one before is read back. All it does follows from
-requests and tokens: a row's random numbers are a hash of its key and the token's position, the same on every device
-and whatever stands beside it in a batch.
+requests and tokens: sample i of a request draws its token t by one uniform number that is a hash of (the request's key,
+i, t), so it is the same whatever else is in the batch, on whichever device.
 
 Penalties look back over the prompt too, not only over what was sampled: the window of recent ids starts filled with the
 prompt's last ones, as in mlx-lm.
@@ -114,7 +114,7 @@ class Wave:
         room, rules = setup.config.max_position_embeddings, setup.stop_rules
         self.groups = {
             index: [
-                Row(index, row_key(request.key, i), min(longest, room - len(request.prompt_ids)), rules.watch())
+                Row(index, row_key(request.key, i), min(longest, room - len(request.prompt_ids)), StopWatch(rules))
                 for i in range(G)
             ]
             for index, request in zip(places, requests[places.start : places.stop], strict=True)

@@ -22,7 +22,7 @@ class TextStream(Protocol):
 
 
 class StopRules:
-    """What ends a completion early. Immutable; `watch` gives each row its own memory.
+    """What ends a completion early. Immutable: the memory of a row is its `StopWatch`.
 
     Stop strings are looked for in the completion alone, not in its prompt, also across the borders of tokens; special
     tokens count with their text, so that naming one as a stop string works. Repetition: the last tokens are one pattern
@@ -45,10 +45,6 @@ class StopRules:
         self.open_stream = open_stream if strings else None
         self.cutoff = cutoff
         self.longest_pattern = longest_pattern
-
-    def watch(self) -> StopWatch:
-        """The state of one new completion."""
-        return StopWatch(self)
 
 
 class StopWatch:

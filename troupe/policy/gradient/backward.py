@@ -30,6 +30,7 @@ from troupe.policy.network.qwen3 import (
     Weights,
     attention_inputs,
     hidden_states,
+    layer_weights,
     mlp_inputs,
 )
 
@@ -97,7 +98,7 @@ def completion_gradients(
     x = embed(weights[EMBEDDING], packing.ids[None])
     kept: list[tuple[mx.array, _Kept | None]] = []
     for index in range(config.num_hidden_layers):
-        w = _of_layer(weights, index)
+        w = layer_weights(weights, index)
         inside = _inside(config, w, x, packing, rotation)
         y = inside.middle + swiglu(inside.gate, inside.up) @ w("mlp.down_proj").T
         kept.append((x, None if recompute else inside))
@@ -114,10 +115,10 @@ def completion_gradients(
     yield (x_grad, done), {}
     del x, of_head
     for index in reversed(range(config.num_hidden_layers)):
-        layer = (config, _of_layer(weights, index), packing, rotation)
+        layer = (config, layer_weights(weights, index), packing, rotation)
         x_grad, grads = yield from _backwards(*layer, *kept.pop(), x_grad)
         yield None, done
-        done = {f"{_prefix(index)}{name}.weight": grad for name, grad in grads.items()}
+        done = {f"model.layers.{index}.{name}.weight": grad for name, grad in grads.items()}
     embedding_grad = sum_by_id(x_grad.squeeze(0), packing.ids, config.vocab_size)
     yield None, done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
     return value
@@ -240,14 +241,6 @@ def _backwards(
     x_grad = middle_grad + through_norm("input_layernorm", x, h_grads[0] + h_grads[1] + h_grads[2])
     yield (x_grad, grads), {}
     return x_grad, grads
-
-
-def _prefix(index: int) -> str:
-    return f"model.layers.{index}."
-
-
-def _of_layer(weights: Weights, index: int) -> LayerWeights:
-    return lambda name: weights[f"{_prefix(index)}{name}.weight"]
 
 
 def side_by_side(

@@ -135,17 +135,17 @@ class Packing:
         v: mx.array,
         scale: float,
         o_grad: mx.array,
-        attended: Sequence[mx.array] | None = None,
+        attended: Sequence[mx.array],
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The cotangents of q, k and v from that of what `attend` gave; by hand, because kernels are fused so.
 
-        `attended` is what `attend_keeping` gave; without it, it is computed again where it is needed.
+        `attended` is what `attend_keeping` gave.
         """
         if self._whole_rows is not None:
             q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
             grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad)
         else:
-            o, normalizer = attended or self.attend_keeping(q, k, v, scale)
+            o, normalizer = attended
             mean = mx.sum(_by_token(o_grad).astype(mx.float32) * _by_token(o), axis=-1)
             q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
             grads = self._gradient_in_parts(q, k, v, scale, o_grad, normalizer, mean)

@@ -218,9 +218,7 @@ def _layer(
     """One decoder layer, (B, T, D) → (B, T, D)."""
     H, K, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
 
-    def w(name: str) -> mx.array:
-        return weights[f"model.layers.{index}.{name}.weight"]
-
+    w = layer_weights(weights, index)
     if f"model.layers.{index}.self_attn.qkv_proj.weight" not in weights:
         *qk, v = attention_inputs(config, w, x)
         q, k = (
@@ -243,6 +241,11 @@ def _layer(
 
 LayerWeights = Callable[[str], mx.array]
 """Name within a layer, such as "mlp.up_proj" → weight."""
+
+
+def layer_weights(weights: Weights, index: int) -> LayerWeights:
+    """Those of one layer."""
+    return lambda name: weights[f"model.layers.{index}.{name}.weight"]
 
 
 def attention_inputs(config: Qwen3Config, w: LayerWeights, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:

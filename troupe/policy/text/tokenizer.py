@@ -17,8 +17,7 @@ import tiktoken
 
 from troupe.errors import InputError, ModelError
 from troupe.policy.text.added_tokens import CONFIG_FILE, Tokens, read_tokens
-from troupe.policy.text.chat import ChatTemplate, choose_chat_template, load_chat_templates
-from troupe.policy.text.conversations import Begun, plain_messages
+from troupe.policy.text.chat import Begun, ChatTemplate, choose_chat_template, load_chat_templates, plain_messages
 from troupe.policy.text.normal_forms import normalize
 from troupe.policy.text.vocabulary import (
     GPT2_PATTERN,
@@ -150,7 +149,7 @@ class Tokenizer:
 
         `tools` are JSON schemas; `kwargs` such as `enable_thinking` go to the template, but `chat_template="name"`
         picks one of several, and with `continue_final_message` (true, or the key of a message) the text ends within the
-        final message, as the model is to go on with it. Messages are read as `conversations.py` says.
+        final message, as the model is to go on with it. Messages are read as `chat.py` says.
 
         Raises ModelError where there is no template, or it refuses the messages; InputError for a variable that it
         never refers to, and for a final message that cannot be continued.
