@@ -41,19 +41,19 @@ def test_values_are_those_of_the_metrics(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path, 3))
     charts = charts_of(run)
     [mean] = charts["reward"].lines
-    assert mean.y == (0.1, 0.2, 0.3)
+    assert mean.mean == (0.1, 0.2, 0.3)
     assert (mean.low, mean.high) == ((0.1 - 0.25, 0.2 - 0.25, 0.3 - 0.25), (0.1 + 0.25, 0.2 + 0.25, 0.3 + 0.25))
     parts = charts["reward_parts"].lines
-    assert [(line.name, line.y) for line in parts] == [("r", (0.05, 0.1, 0.15)), ("style", (0.95, None, 0.85))]
+    assert [(line.name, line.mean) for line in parts] == [("r", (0.05, 0.1, 0.15)), ("style", (0.95, None, 0.85))]
     every, ended = charts["lengths"].lines[0], charts["lengths"].lines[1:]
-    assert (every.y, every.low, every.high, ended) == ((4.0,) * 3, (2.0,) * 3, (6.0, 7.0, 8.0), ())
-    assert charts["exposed"].lines[0].y == (0.125,) * 3
+    assert (every.mean, every.low, every.high, ended) == ((4.0,) * 3, (2.0,) * 3, (6.0, 7.0, 8.0), ())
+    assert charts["exposed"].lines[0].mean == (0.125,) * 3
 
 
 def test_a_line_of_many_steps_has_a_band(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"loss": 1.0}, {"loss": 3.0}, most_points=1)
     [line] = charts_of(run)["loss"].lines
-    assert (line.y, line.low, line.high) == ((2.0,), (1.0,), (3.0,))
+    assert (line.mean, line.low, line.high) == ((2.0,), (1.0,), (3.0,))
 
 
 def test_many_rewards_share_charts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from troupe.records.curves import Curve
 from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of
 from troupe.records.report.picture import RunPicture
 
@@ -18,14 +19,10 @@ _MOST_OTHERS = 24
 """Charts of metrics that are not ours."""
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a chart, a value a point of the run's curves."""
+class Line(Curve, frozen=True, kw_only=True):
+    """One line of a chart; `low` and `high` are the edges of a band about it, empty where it has none."""
 
     name: str
-    y: Values
-    low: Values = ()
-    """The lower edge of a band about the line; empty where it has none."""
-    high: Values = ()
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +61,7 @@ def sections_of(run: RunPicture) -> tuple[Section, ...]:
 
 
 def _section(title: str, charts: Sequence[Chart]) -> Section:
-    flat = [chart for chart in charts if chart.spec.least == 0.0 and not any(any(line.y) for line in chart.lines)]
+    flat = [chart for chart in charts if chart.spec.least == 0.0 and not any(any(line.mean) for line in chart.lines)]
     shown = tuple(chart for chart in charts if chart not in flat)
     return Section(title=title, charts=shown, flat=tuple(chart.spec.title for chart in flat))
 
@@ -75,7 +72,7 @@ def _chart(run: RunPicture, key: str, spec: ChartSpec) -> Chart | None:
         return None
     lines = [_line(run, metric, name, band=len(there) == 1) for metric, name in there]
     if spec.spread or spec.edges:
-        low, high = _band(run, spec, lines[0].y)
+        low, high = _band(run, spec, lines[0].mean)
         lines[0] = msgspec.structs.replace(lines[0], low=low, high=high)
     return Chart(key=key, spec=spec, lines=tuple(lines))
 
@@ -93,9 +90,7 @@ def _band(run: RunPicture, spec: ChartSpec, middle: Values) -> tuple[Values, Val
 
 def _line(run: RunPicture, metric: str, name: str, *, band: bool = False) -> Line:
     curve = run.metrics.curves[metric]
-    if band:
-        return Line(name=name, y=curve.mean, low=curve.low, high=curve.high)
-    return Line(name=name, y=curve.mean)
+    return Line(name=name, mean=curve.mean, low=curve.low if band else (), high=curve.high if band else ())
 
 
 def _has(run: RunPicture, metric: str) -> bool:

@@ -68,7 +68,7 @@ def _figures(run: RunPicture, charts: Sequence[Chart]) -> Iterator[tuple[str, An
 def _draw(axes: Any, steps: Sequence[int], chart: Chart) -> None:
     for number, line in enumerate(chart.lines):
         colour = _COLOURS[number % len(_COLOURS)]
-        y = [_or_gap(value) for value in line.y]
+        y = [_or_gap(value) for value in line.mean]
         if line.low:
             low, high = ([_or_gap(value) for value in edge] for edge in (line.low, line.high))
             axes.fill_between(steps, low, high, color=colour, alpha=0.14, linewidth=0)
@@ -79,7 +79,7 @@ def _draw(axes: Any, steps: Sequence[int], chart: Chart) -> None:
             label=None if smooth else _plain(line.name),
         )  # fmt: skip
         if smooth:
-            axes.plot(steps, _smoothed(line.y), color=colour, linewidth=1.8, label=_plain(line.name))
+            axes.plot(steps, _smoothed(line.mean), color=colour, linewidth=1.8, label=_plain(line.name))
     axes.set_title(_plain(chart.spec.title), loc="left", fontsize=11, fontweight="bold", color=_TEXT)
     axes.set_xlabel("step", fontsize=9, color=_MUTED)
     axes.tick_params(labelsize=9, colors=_MUTED, length=0)

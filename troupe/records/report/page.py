@@ -131,7 +131,7 @@ def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:
 def _chart_data(chart: Chart) -> dict[str, Any]:
     series = []
     for line in chart.lines:
-        one: dict[str, Any] = {"name": _name(line.name), "y": _all_rounded(line.y)}
+        one: dict[str, Any] = {"name": _name(line.name), "y": _all_rounded(line.mean)}
         if line.low:
             one["band"] = {"low": _all_rounded(line.low), "high": _all_rounded(line.high)}
         series.append(one)
