@@ -1,7 +1,5 @@
 """Troupe: GRPO training of Qwen3 models on Apple's MLX, by independent asynchronous actors."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from typing import TYPE_CHECKING, Any

@@ -14,8 +14,6 @@ TroupeError
 A message names the value, the limit and what to do about it, and starts with the file, line or key at fault.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -4,8 +4,6 @@ prompts are decoded together.
 An actor that fails is made anew, and its successor is given the same ledger.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext

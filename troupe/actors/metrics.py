@@ -1,7 +1,5 @@
 """Metrics: takes every report of the run and hands it to the sinks and to those who listen."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence

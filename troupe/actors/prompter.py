@@ -1,8 +1,6 @@
 """Prompter: decides when a group may begin. It issues prompts in slot order, as far as the credits allow, and
 replacements at once, on the credits of the groups that they replace."""
 
-from __future__ import annotations
-
 import time
 
 from troupe.actors.ledgers import OpenGroups, PromptLedger, next_attempt

@@ -6,8 +6,6 @@ at the end of an epoch, and every step is full. Replacements (attempt ≥ 1) com
 step, so they do not shift the others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import random

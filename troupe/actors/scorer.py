@@ -1,7 +1,5 @@
 """Scorer: gives every completion its scores. All groups in hand are scored at the same time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

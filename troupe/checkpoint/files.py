@@ -5,8 +5,6 @@ block is summed and written, each in a thread of its own, the next is filled; fo
 lock, so that other threads go on.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl

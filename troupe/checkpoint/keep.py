@@ -1,7 +1,5 @@
 """Which checkpoints a run folder has, and which of them stay."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Reading checkpoint folders: every file is verified before it is used, and what is wrong is named."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterator
 from pathlib import Path

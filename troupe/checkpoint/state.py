@@ -1,7 +1,5 @@
 """What a checkpoint consists of in memory, and the `[checkpoint]` section."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal

@@ -3,8 +3,6 @@
 Files go to a temporary folder beside the place, each is put on the disk, the manifest last; then the folder is renamed.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

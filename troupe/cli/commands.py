@@ -4,8 +4,6 @@ errors as exit codes and messages. Quick to import.
 Which key of the configuration a flag stands for is said where the command is; what others call it, in `aliases`.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import shlex

@@ -1,7 +1,5 @@
 """What flags mean as a configuration, and which of them an error is about."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

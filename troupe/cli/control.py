@@ -3,8 +3,6 @@
 Exit codes: 0 done, 2 bad input or nobody there, 3 refused or a fault.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import shlex

@@ -1,7 +1,5 @@
 """`troupe doctor`: what this machine gives to MLX, what is slow about it, and how to mend it."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -1,7 +1,5 @@
 """`troupe eval`: the mean score of each reward over a dataset that a policy completes."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Awaitable, Callable

@@ -1,7 +1,5 @@
 """`troupe generate`: a policy continues a text, or answers a chat."""
 
-from __future__ import annotations
-
 import secrets
 import sys
 import time

@@ -3,8 +3,6 @@
 What a policy wrote may hold anything, and so may names, so control characters are shown as escapes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args

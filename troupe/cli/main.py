@@ -3,8 +3,6 @@
 Exit codes: 0 done, 2 bad input, 3 fault, 130 interrupted and resumable.
 """
 
-from __future__ import annotations
-
 import importlib
 
 import click

@@ -1,7 +1,5 @@
 """`troupe report`: one HTML page about a run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 What a run in a terminal has beside the run itself: signals, a guardian, the control socket.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import os

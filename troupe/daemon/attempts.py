@@ -4,8 +4,6 @@ What counts as progress is a step that no start has made before: a run that alwa
 otherwise be started for ever.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections import deque

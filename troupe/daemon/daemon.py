@@ -4,8 +4,6 @@ It prepares nothing and computes nothing. A trainer that fails is started again 
 and as soon as `restarts` allows; what was given and cannot be used ends the daemon at once.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import time

@@ -1,7 +1,5 @@
 """`daemon.log`: what the daemon did and why, in the run folder, with a limit on its size; the same lines on stderr."""
 
-from __future__ import annotations
-
 import logging
 import logging.handlers
 import os

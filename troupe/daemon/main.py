@@ -1,7 +1,5 @@
 """One daemon, from the folder that it makes to the exit code: the parts of this room put together."""
 
-from __future__ import annotations
-
 import errno
 from contextlib import AsyncExitStack, closing, suppress
 from functools import partial

@@ -1,7 +1,5 @@
 """Unit files that have the system keep a daemon alive: systemd's and launchd's. Text only; installs nothing."""
 
-from __future__ import annotations
-
 import os
 import plistlib
 import re

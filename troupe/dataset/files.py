@@ -1,7 +1,5 @@
 """Rows of files: JSON, JSONL, CSV and TSV by the standard library, Parquet by pyarrow (the extra `datasets`)."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import io

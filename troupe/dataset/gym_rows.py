@@ -4,8 +4,6 @@
 lines that say how far it is; see `gym.py`. It ends with who started it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """The part of a source behind its `?`: `size=500&seed=1`."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 from urllib.parse import unquote

@@ -1,7 +1,5 @@
 """What a row must be: a prompt that can be asked, and columns that can be sent on."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any

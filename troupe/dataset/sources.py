@@ -3,8 +3,6 @@
 Those that Hugging Face `datasets` loads, of the hub, its cache or a folder here, need the extra `datasets`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path

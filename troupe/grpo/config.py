@@ -1,7 +1,5 @@
 """The settings of the algorithm, without MLX: what the loss is made of, and how a batch becomes updates."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import msgspec

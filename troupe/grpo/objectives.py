@@ -12,8 +12,6 @@ and ℓs are the log-probs (B, T), in nats, of the current, old, reference and s
 advantages (B, 1) or (B, T). All is float32. What stands where m = 0 never matters, unless a docstring says so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 All requests may be asked at any time and return at once; what they ask for happens when the actor gets to it.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 import msgspec

@@ -5,8 +5,6 @@ over the whole run and a function of the slot alone, so that a group issued agai
 The next state is another type, which holds the one before: no field is ever filled in later.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, TypeAlias
 
 import msgspec

@@ -5,8 +5,6 @@ Times are seconds on the monotonic clock (`time.perf_counter`) of the process th
 *Policy version* is the number of completed learner batches, so the untrained policy is version 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

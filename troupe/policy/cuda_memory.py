@@ -5,8 +5,6 @@ takes longer. The card's copy engine reads arrays where they are. MLX has no way
 C functions, of which these few are called.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache

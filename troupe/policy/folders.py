@@ -3,8 +3,6 @@
 Tensors are known by the names that other tools give them, too, and where they are not, their names tell why.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path

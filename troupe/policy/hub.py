@@ -4,8 +4,6 @@ Models that other tools fetched are found in the hub's cache without any depende
 missing is fetched where `huggingface_hub` is installed (the extra `hub`).
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

@@ -4,8 +4,6 @@ A file is the length of its header (8 bytes, little-endian), the header (JSON: n
 and the bytes of all tensors, without gaps.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

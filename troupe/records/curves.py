@@ -3,8 +3,6 @@
 Steps come one by one and are forgotten; sums over all of them are exact.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

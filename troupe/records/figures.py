@@ -3,8 +3,6 @@
 The console, `troupe status`, the report and the live page read this table; a new metric is one more line of FIGURES.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal

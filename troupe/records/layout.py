@@ -1,7 +1,5 @@
 """The files of a run folder by name, and which of them do not make it the folder of a run."""
 
-from __future__ import annotations
-
 import re
 
 from troupe.runtime.guardian import SILENT

@@ -1,7 +1,5 @@
 """Steps that a run's files told of when a checkpoint was written, and that they do not tell of any more."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from itertools import count, groupby
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which figures a step has, known before the first: what `checkpoint.metric_for_best` may name."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What the small files of a run folder say: how a run stands that does not answer, why, and what it came to."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import time

@@ -1,7 +1,5 @@
 """Figures, times, sizes, prompts and the texts of others as people read them. `format.js` mirrors the numbers."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any

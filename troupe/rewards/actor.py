@@ -1,7 +1,5 @@
 """RewardActor: a reward with a life of its own, scoring one sample at a time."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any
 

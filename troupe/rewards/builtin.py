@@ -4,8 +4,6 @@
 under these names, with the same scores.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

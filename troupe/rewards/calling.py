@@ -7,8 +7,6 @@ breaker. Where no call has ever succeeded and all failed by errors of the code, 
 raised.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator

@@ -4,8 +4,6 @@ Errors of libraries that are not ours to import are told by the names of their c
 carry.
 """
 
-from __future__ import annotations
-
 import errno
 import http.client
 import math

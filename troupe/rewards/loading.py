@@ -3,8 +3,6 @@
 User files are run as Python, so they must be the user's own.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.util

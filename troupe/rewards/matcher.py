@@ -5,8 +5,6 @@ text as soon as it is known: 1 where the whole of it matches, else 0. A text tha
 system's own timer, which needs nothing of Python; so it ends also where nobody waits for it any more.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

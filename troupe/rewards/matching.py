@@ -5,8 +5,6 @@ texts are matched in small processes (12 MB, there within 50 ms) that the system
 processor time, a measure that does not depend on what else the machine does.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -6,8 +6,6 @@ thread cannot be stopped. The call that shows it is made once more, whatever it 
 of a process from the first one that could differ.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The `[rewards]` section, and what names, weights and ways to run follow from it for a list of rewards."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Both read what a policy wrote as mathematics or code-like text and may take for 
 that can be killed unless the configuration says otherwise. The packages are imported there, and not before.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

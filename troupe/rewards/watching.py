@@ -10,8 +10,6 @@ Watched is what runs in a context that a `Watch` was entered in, in tasks begun 
 Everybody else's calls go through as ever.
 """
 
-from __future__ import annotations
-
 import asyncio
 import asyncio.events
 import contextlib

@@ -5,8 +5,6 @@ it into docs/coming-from-trl.md. From a name that we do not have it leads to the
 another section, somebody else's word. Quick to import.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Sequence

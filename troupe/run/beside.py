@@ -4,8 +4,6 @@ rewards in the place of those there. It is watched that something moves, and tha
 What changes the run is written down first, so that whoever resumes it makes the change again at the same step.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Awaitable, Callable

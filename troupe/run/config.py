@@ -4,8 +4,6 @@ Each section's struct lives with the room that it configures; this module joins 
 says what is wrong with them in the user's words.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence

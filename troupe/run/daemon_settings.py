@@ -1,7 +1,5 @@
 """The `[daemon]` section of a configuration."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import msgspec

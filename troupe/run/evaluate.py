@@ -3,8 +3,6 @@
 The same engine, rewards and batch as in a run, called one after the other.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

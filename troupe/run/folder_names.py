@@ -1,8 +1,6 @@
 """What a user calls a folder or a file, as a path. Quick to import; of what is in a folder it knows where a run has its
 policies."""
 
-from __future__ import annotations
-
 import shlex
 import stat
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Inputs: what a run is made from, loaded and checked, the cheap checks first; and their placement: where the generator
 runs, how many threads work, and what is chosen so that all of it fits the memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Ledgers: what outlives the actors of a run, and is there before the first of them; and the factories of what a run
 makes of threads, engines, files and sinks, in whose place tests give others."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 It is given a prepared run and a built pipeline, runs them to the end, and keeps what came of it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial

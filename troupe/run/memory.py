@@ -5,8 +5,6 @@ and the resolved config holds them. Everything is counted for the longest prompt
 In words: docs/memory.md.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping

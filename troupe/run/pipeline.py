@@ -4,8 +4,6 @@ An actor that fails is made anew (all but the Learner): its maker gives it the s
 What must outlive an actor is therefore in `Ledgers`, outside its maker.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

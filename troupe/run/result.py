@@ -1,7 +1,5 @@
 """summary.json: what became of a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import msgspec

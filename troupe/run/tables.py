@@ -1,7 +1,5 @@
 """Configurations as plain tables: `section.key=value`, laying one table over another. Quick to import."""
 
-from __future__ import annotations
-
 import datetime
 import tomllib
 from collections.abc import Mapping

@@ -10,8 +10,6 @@ Prompter up (Hold). From outside come Pause, Resume, Step and Drain to the Promp
 Learner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from troupe.actors.metrics import Heard

@@ -8,8 +8,6 @@ the same mailbox and channels (`troupe.runtime.roles`), and is given what was in
 happen twice, or be forgotten, is kept in an object that outlives the actor.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The clients of a listening socket: each is served in a task of its own, whatever happens to any other."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

@@ -1,7 +1,5 @@
 """How long to wait before something that failed is tried again."""
 
-from __future__ import annotations
-
 import math
 
 _MOST_DOUBLINGS = 32

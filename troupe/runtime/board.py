@@ -4,8 +4,6 @@ Both are touched from the event loop only. Weights are handed over by reference:
 nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 

@@ -1,7 +1,5 @@
 """Broadcast: one sender, and any number of listeners who come and go."""
 
-from __future__ import annotations
-
 from typing import Generic, TypeVar
 
 from troupe.runtime.mailbox import Channel, Mailbox, refusal

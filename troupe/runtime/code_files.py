@@ -4,8 +4,6 @@ A process that `multiprocessing` spawns gets functions by the names of their mod
 which the folder of every such file is. It imports `troupe` on its way, and so finds them. Quick to import.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Sequence

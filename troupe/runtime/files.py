@@ -1,7 +1,5 @@
 """Files: `~` in their names, writing one whole, reading TOML. Quick to import."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shlex

@@ -7,8 +7,6 @@ share, what Python's own watchdog wrote of its stacks, and the pipe into which t
 Standard library only, and little of it: it lives as long as the run.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import os

@@ -1,8 +1,6 @@
 """A folder that is held by its descriptor, so that whoever writes in it by its name can see whether the name still
 leads there."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shlex

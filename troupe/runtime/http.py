@@ -4,8 +4,6 @@ What a client may use up is bounded: connections, bytes of a request, the time t
 chunk of the answer takes to be read. Whoever goes over a bound is dropped, and harms neither the run nor the others.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

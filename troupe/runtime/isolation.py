@@ -4,8 +4,6 @@ A coroutine runs in a task of its own and a function in a daemon thread; both ca
 threads are no daemons: one that hangs would keep the whole process from ever ending.)
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars

@@ -6,8 +6,6 @@ enough; afterwards it is too late. A C++ compiler: MLX compiles fused kernels wi
 macOS (Accelerate, Metal) and NVIDIA cards need none of this. Imports nothing of ours that imports MLX.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

@@ -5,8 +5,6 @@ dead owner is nobody's. Children do not inherit it. Where the file system knows 
 owner decides, as far as this machine can tell whether that one lives.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import platform

@@ -3,8 +3,6 @@
 Quick to import: MLX is imported where something is asked that only it knows.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """MLX's memory in this process: limits on what it takes, and what Apple's GPU keeps resident (macOS 15 or newer)."""
 
-from __future__ import annotations
-
 import platform
 import sys
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ real ones. Of what nobody reads the oldest is left out, and counted. While a dis
 above it line by line. Quick to import.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import queue

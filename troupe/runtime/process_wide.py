@@ -1,8 +1,6 @@
 """Settings that a whole process has one of, and that several runs in it may want to hold at once. Quick to
 import."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ Spans are cheap and never wait: they go into a channel that drops the oldest. Sp
 share a lane, those of tasks at the same time do not.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import time

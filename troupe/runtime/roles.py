@@ -4,8 +4,6 @@ A *role* is what the run needs; an actor has it. When an actor fails, a new one 
 and what it had in hand, after a while that grows with every failure, and an incident tells of it.
 """
 
-from __future__ import annotations
-
 import random
 import traceback
 from collections import deque

@@ -5,8 +5,6 @@ Pure arithmetic but for `StepTimes`, which collects the spans of the step in han
 compute on the device and of those whose work is meant to hide behind them; it reads no clock.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

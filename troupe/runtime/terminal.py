@@ -5,8 +5,6 @@ that hides what stood before it, a mark that turns a line around. Everything tha
 through here; what programs read (JSON) through `safe_json`. Pages are HTML, and escape by themselves what HTML means.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

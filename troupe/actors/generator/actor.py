@@ -1,7 +1,5 @@
 """Generator: completes prompts. It decodes many together and hands over each group when it is finished."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple

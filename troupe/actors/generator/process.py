@@ -4,8 +4,6 @@ The same actor as in a thread, behind a mailbox that is fed from the connection.
 loaded of the files that the run wrote.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from contextlib import AsyncExitStack

@@ -4,8 +4,6 @@ It brings prompts there and completions back. A process that dies is a fault of 
 anew.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence

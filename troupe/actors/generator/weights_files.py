@@ -9,8 +9,6 @@ themselves; `mx.load` maps nothing, it reads the file once into arrays of the pr
 once by the learner, once by the file, and once by each process that has loaded it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -1,8 +1,6 @@
 """Learner: makes the gradient steps. It collects a step's scored groups, has those sampled anew that it cannot use,
 learns, publishes, and closes the groups."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 

@@ -4,8 +4,6 @@ language model.
 Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence

@@ -4,8 +4,6 @@ A step's groups and the state before go in, the state after and the step's metri
 before is used up.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 import time

@@ -1,7 +1,5 @@
 """What a Supervisor makes of a request: the same from a socket, from a daemon and from a terminal."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 from troupe.daemon.control.place import Peer

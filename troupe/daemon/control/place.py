@@ -5,8 +5,6 @@ the socket is in a private folder among the temporary files; `control.path` says
 that a copy of the folder is not taken for the run. `control.lock` is held by who owns the socket.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

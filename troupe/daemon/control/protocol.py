@@ -5,8 +5,6 @@ is to ask for its status again and again: the server then keeps nothing for a wa
 hold up nobody. The client makes plain blocking calls, and is quick to import.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, get_args

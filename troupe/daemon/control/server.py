@@ -4,8 +4,6 @@ What a client may use up is bounded: connections, the bytes of a line, the time 
 Whoever goes over a bound is told so, where he listens, and dropped.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import socket

@@ -4,8 +4,6 @@ Everything that comes has a number, and whoever watches asks for what is newer t
 is kept for a watcher, and one who is slow misses what was pushed out meanwhile.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Mapping

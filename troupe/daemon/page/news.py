@@ -3,8 +3,6 @@
 A bounded place between a run, which waits for nobody, and the wire: what is too much is left out, the oldest first.
 """
 
-from __future__ import annotations
-
 from collections import deque
 
 import anyio

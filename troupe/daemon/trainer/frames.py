@@ -1,8 +1,6 @@
 """What the daemon and its trainer tell each other: msgpack frames, the requests and answers of the control socket in
 some of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeAlias
 

@@ -1,7 +1,5 @@
 """The daemon's end of one trainer: its process, the requests that it has not answered yet, and whether it is alive."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Protocol

@@ -4,8 +4,6 @@ A Supervisor that is spoken to in frames. What the user gave and cannot be used 
 not try it again; any other fault is told in one sentence, or by the traceback that the daemon reads.
 """
 
-from __future__ import annotations
-
 import errno
 import signal
 from collections.abc import AsyncIterator, Callable

@@ -10,8 +10,6 @@ P longest prompt, N places for own tokens.
 Source of the two-part attention: shared-prefix decoding as in Hydragen (arXiv:2402.05099), here with one softmax.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

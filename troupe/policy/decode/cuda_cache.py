@@ -3,8 +3,6 @@
 Shapes as in `cache.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

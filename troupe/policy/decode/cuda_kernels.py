@@ -15,8 +15,6 @@ Sources: online softmax (arXiv:1805.02867), split over the context as in Flash-D
 of a sum stay where the matrix units left them, as in FlashAttention-2 (arXiv:2307.08691).
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple

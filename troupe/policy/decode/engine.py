@@ -4,8 +4,6 @@ Token ids in, token ids out. What is computed together, and when a finished row 
 requests and the tokens alone.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial

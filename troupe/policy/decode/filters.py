@@ -4,8 +4,6 @@ Shapes are (V,) or (B, V), V the vocabulary; what a
 filter removes becomes −inf. `sampling.py` says in which order they act.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

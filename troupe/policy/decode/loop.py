@@ -8,8 +8,6 @@ Penalties look back over the prompt too, not only over what was sampled: the win
 prompt's last ones, as in mlx-lm.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from array import array

@@ -14,8 +14,6 @@ D hidden size, F intermediate size, L layers, H query heads, K key/value heads, 
 that is held is exact; the factors of the others are measured on a CPU with MLX 0.32, as upper ends.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

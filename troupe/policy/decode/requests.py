@@ -1,7 +1,5 @@
 """What a decode is asked for and what it gives: settings, requests, completions. Data only, in token ids."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal, TypeAlias
 

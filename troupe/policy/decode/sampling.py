@@ -9,8 +9,6 @@ Each works on what the one before left, and shares are those of the remaining ma
 Temperature 0 takes the likeliest token after the penalties; filters cannot change that one, and XTC is off.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated

@@ -4,8 +4,6 @@ A completion keeps the token that ended it, so the text of one that a stop strin
 ended keeps that string, and whatever else its last token holds behind it: what is scored is what is trained.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeAlias

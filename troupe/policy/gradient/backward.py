@@ -9,8 +9,6 @@ Computing activations again: Chen et al. 2016, arXiv:1604.06174; some of them: K
 Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias, TypeVar

@@ -18,8 +18,6 @@ Of these the largest. What is kept is exact, the factors of the others are upper
 and on an H100.
 """
 
-from __future__ import annotations
-
 import math
 
 import mlx.core as mx

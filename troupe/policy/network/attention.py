@@ -12,8 +12,6 @@ Shapes: B rows, H query heads, K key/value heads, d head size; T queries, which 
 b queries, which may see s keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple

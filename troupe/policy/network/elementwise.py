@@ -7,8 +7,6 @@ MLX's own functions are used. Everything is differentiable.
 Argument reduction after Cody and Waite, then Taylor's polynomial of degree 6: relative error below 4e-7.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable

@@ -11,8 +11,6 @@ block's logits are computed again.
 Shapes: M tokens, D hidden size, V vocabulary. Logits have the type of the weights, all that follows is float32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast

@@ -6,8 +6,6 @@ order of adding up.
 Shapes: N tokens of Q prompts, then of R completions, at most G of a prompt; S places of a row; d head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from typing import cast

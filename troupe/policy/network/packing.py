@@ -8,8 +8,6 @@ Shapes: R completions of Q distinct prompts, at most G of each; P longest prompt
 token; N tokens, M completion tokens to be foretold; H query heads, K key/value heads, d head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, cast

@@ -9,8 +9,6 @@ Sources: Qwen3 Technical Report (arXiv:2505.09388); RMSNorm (arXiv:1910.07467); 
 SwiGLU (arXiv:2002.05202); grouped-query attention (arXiv:2305.13245).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias

@@ -6,8 +6,6 @@ is a hundredth of a radian. What is not understood of a config.json is refused b
 Sources: rotary positions (arXiv:2104.09864); YaRN (arXiv:2309.00071), sections 3.2 and 3.4.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Mapping

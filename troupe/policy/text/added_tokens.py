@@ -8,8 +8,6 @@ a declared id is kept where that would count on from the vocabulary instead, and
 has stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar

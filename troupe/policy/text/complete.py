@@ -1,7 +1,5 @@
 """Text in, text out: prompts, plain or chats, completed by a policy, all at once or word by word."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol

@@ -5,8 +5,6 @@ which nothing composes with and nothing is sorted around. Python's tables are ne
 text is cut at the characters that later tables treat in a way of their own, and what lies between is normalized.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import Literal, TypeAlias

@@ -4,8 +4,6 @@
 operator, a filter or a method is about to make of its arguments.
 """
 
-from __future__ import annotations
-
 import operator
 import re
 import string

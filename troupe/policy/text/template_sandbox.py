@@ -5,8 +5,6 @@ makes something larger than what it is made of (`*`, `~`, `+`, `%`, filters, met
 asks the budget first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 

@@ -4,8 +4,6 @@ Reads `tokenizer.json`, or `vocab.json` with `merges.txt`, or a `*.tiktoken` ran
 tiktoken could not reproduce.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import re

@@ -1,7 +1,5 @@
 """Which charts a run gets: metrics by their names → sections of charts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import msgspec

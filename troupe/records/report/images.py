@@ -1,7 +1,5 @@
 """The charts of a run as PNG files, drawn by matplotlib (the extra `report`)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec

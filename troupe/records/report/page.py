@@ -4,8 +4,6 @@ What a policy wrote, what rewards logged and what errors said are put in as text
 the charts stands in a script tag that is no script and holds no `<`, and the page's policy allows no script but ours.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import math

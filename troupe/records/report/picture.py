@@ -3,8 +3,6 @@
 run.sqlite tells most; without it metrics.jsonl tells the curves.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The static parts of pages, style, scripts, templates, and how data is put beside them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a sink is, the `[metrics]` section that chooses among them, and whether those chosen can work here."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import socket

@@ -1,7 +1,5 @@
 """Progress for a person: a live display on a terminal (drawn by `sinks/display.py`), plain lines elsewhere."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

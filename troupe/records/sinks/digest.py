@@ -1,7 +1,5 @@
 """What happened in a step, put together for those who keep curves, histograms and a few texts of it."""
 
-from __future__ import annotations
-
 import math
 
 import msgspec

@@ -4,8 +4,6 @@ It has the same number of lines from one moment to the next, so that nothing jum
 are kept free, and a line that is too long is cut.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """metrics.jsonl, one JSON object a step, readable while the run goes on; and the file under it, of whole records."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """From the names in `metrics.sinks` to the sinks themselves."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path

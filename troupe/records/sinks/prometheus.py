@@ -4,8 +4,6 @@ Names begin with `troupe_`. Metrics of the newest step keep theirs, with `_` for
 that exist once a reward, a queue or an actor share a name and say whose they are in a label.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

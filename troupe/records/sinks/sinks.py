@@ -3,8 +3,6 @@
 `Sinks` outlives the actor that feeds it: a successor goes on with the same open sinks.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """run.sqlite: every step, completion, incident and checkpoint of a run. When to write; how is in `store/write.py`."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

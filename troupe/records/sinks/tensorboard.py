@@ -4,8 +4,6 @@ The messages of the format are tensorboardX's; the file is written here, so that
 nothing.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 import time

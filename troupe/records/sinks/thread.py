@@ -4,8 +4,6 @@ A sink that fails three times in a row on the same type of message, or that does
 a fault. A durable sink whose disk fails has not: it is tried again, with growing pauses, until too much waits.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections import Counter, deque

@@ -9,8 +9,6 @@ on, which the format allows, and what is flushed are whole events, so that the f
 that has become large gives way to a new one: a run of weeks neither fills the disk nor makes what no viewer can open.
 """
 
-from __future__ import annotations
-
 from io import FileIO
 from pathlib import Path
 from typing import Any

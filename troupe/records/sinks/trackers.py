@@ -5,8 +5,6 @@ that was told last: a step that a resume makes once more is not told twice. Step
 are told by the next one, out of metrics.jsonl.
 """
 
-from __future__ import annotations
-
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

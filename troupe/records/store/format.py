@@ -9,8 +9,6 @@ incidents    what went wrong, of all starts
 checkpoints  those written; `removed_at` of those that made room for newer ones
 """
 
-from __future__ import annotations
-
 import sqlite3
 import sys
 from array import array

@@ -3,8 +3,6 @@
 The connection can neither change the file nor hold up who writes.
 """
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager

@@ -4,8 +4,6 @@ A step is written in one transaction, so that a reader, and who comes after a cr
 step and start; times are told, and nothing depends on them.
 """
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import time

@@ -1,7 +1,5 @@
 """What a run and a reward in a process say to each other, as msgpack: plain data, no pickle."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeAlias
 

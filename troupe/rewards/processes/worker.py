@@ -4,8 +4,6 @@
 reward prints goes to stderr.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import signal

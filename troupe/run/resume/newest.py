@@ -4,8 +4,6 @@ is done with the groups that were under way.
 A checkpoint keeps of a group what cannot be had again: completions and scores. Prompts are made anew from slot and row.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
