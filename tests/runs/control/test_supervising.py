@@ -218,6 +218,7 @@ async def test_a_program_that_gives_up_waiting_leaves_a_folder_that_is_free(
 async def test_two_runs_one_after_the_other_in_one_program_are_two_runs_alone(
     tmp_path: Path, ragged_model: Path, plain: Path
 ) -> None:
+    before = set(threading.enumerate())
     other = config_in(ragged_model, tmp_path / "other", seed=9, learner__max_steps=2)
     async with Supervisor(other, [weigh_ids]) as first:
         await first.wait()
@@ -225,7 +226,8 @@ async def test_two_runs_one_after_the_other_in_one_program_are_two_runs_alone(
         await second.wait()
     assert completions(second.folder) == completions(plain)
     assert same_bits(policy_of(second.folder), policy_of(plain))
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("troupe-")]
+    left = set(threading.enumerate()) - before
+    assert not [thread.name for thread in left if thread.name.startswith("troupe-")]
 
 
 async def test_two_runs_at_once_in_two_folders_do_not_disturb_each_other(
