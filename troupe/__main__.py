@@ -14,7 +14,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    __spec__ = (
-        None  # so that what multiprocessing spawns imports this file, and with it finds rewards (reward_files.py)
-    )
+    __spec__ = None  # so that what multiprocessing spawns imports this file, and with it finds rewards (code_files.py)
     main()

@@ -82,3 +82,19 @@ async def test_a_run_of_the_demo_before_its_move_resumes_to_the_same_bits(tmp_pa
         await rest.wait()
     finals = [load_policy(tmp_path / name / "final").weights for name in ("whole", "parts")]
     assert same_bits(*finals)
+
+
+def test_a_demo_file_that_is_there_stays_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = tmp_path / "troupe" / "demo"
+    demo.mkdir(parents=True)
+    shutil.copytree(DEMO / "policy", demo / "policy")
+    shutil.copy(DEMO / "arithmetic.json", demo)
+    toml = tmp_path / "run.toml"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for home in (".", "~"):
+        toml.write_text(
+            f'[model]\npath = "{home}/troupe/demo/policy"\n[data]\npath = "{home}/troupe/demo/arithmetic.json"\n'
+        )
+        config = load_config(toml)
+        assert config.model.path == str(demo / "policy")
+        assert config.data.path == str(demo / "arithmetic.json")

@@ -128,7 +128,14 @@ async def test_a_request_in_small_pieces() -> None:
         (get("/", "A: \x00"), 400),
         (get("/", "A: b\nB: c"), 400),
         (get("/", "A: b\rB: c"), 400),
+        (b"GET / HTTP/1.2\r\nHost: h\r\n\r\n", 400),
+        (b"M-SEARCH / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (get("/", "A: b", " folded"), 400),
         (get("/", "Host: b"), 400),
+        (get("/", "Origin: a", "Origin: a"), 400),
+        (get("/", "Content-Type: a", "Content-Type: b"), 400),
+        (get("/", "Content-Length: 1", "Content-Length: 1"), 400),
+        (get("/", "Content-Length: 1, 1"), 400),
         (get("/?" + "a&" * 40), 400),
         (get("/", "Transfer-Encoding: chunked"), 400),
         (get("/", "Transfer-Encoding: gzip"), 400),
@@ -223,7 +230,6 @@ def test_a_long_header_takes_no_time(line: bytes, end: bytes) -> None:
 
 def test_white_space_around_a_value_is_no_part_of_it() -> None:
     assert parse_head(b"GET / HTTP/1.0\r\nA: \t b : c\t ").headers == {"a": "b : c"}
-    assert parse_head(b"GET / HTTP/1.0\r\nA: 1\r\n folded").headers == {"a": "1 folded"}
 
 
 async def test_leaving_drops_everybody() -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio
@@ -220,6 +220,15 @@ async def test_with_such_a_python_every_interrupt_in_the_main_thread_is_the_user
         fail()
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C means what it means in a program that has not asked for anything else."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 async def test_a_task_of_its_own_gives_what_the_coroutine_gives() -> None:
     async def add(a: int, b: int) -> int:
         await anyio.lowlevel.checkpoint()

@@ -85,7 +85,7 @@ def save_final_policy(
 
 def encode_unfinished(unfinished: Unfinished) -> bytes:
     """As msgpack. Prompts go without text and columns: the dataset can say them once more, and they may hold anything.
-    (What rewards logged is plain data already.)"""
+    What rewards logged is plain data already; what were not is left out, since it is not worth a checkpoint."""
     fields = {name: getattr(unfinished, name) for name in unfinished.__struct_fields__}
     for name in ("scored", "collected"):  # one by one, so that other threads get a turn
         fields[name] = [msgspec.Raw(_encode_group(group)) for group in fields[name]]
@@ -95,7 +95,11 @@ def encode_unfinished(unfinished: Unfinished) -> bytes:
 def _encode_group(group: ScoredGroup) -> bytes:
     replace = msgspec.structs.replace
     prompt = replace(group.group.prompt, prompt="", columns={})
-    return msgspec.msgpack.encode(replace(group, group=replace(group.group, prompt=prompt)))
+    bare = replace(group, group=replace(group.group, prompt=prompt))
+    try:
+        return msgspec.msgpack.encode(bare)
+    except Exception:  # whatever an object does when it is looked at
+        return msgspec.msgpack.encode(replace(bare, extra={}, logged={}))
 
 
 def replaced_path(path: Path) -> Path:

@@ -178,8 +178,7 @@ class Policy:
         return mx.concatenate(parts)
 
     def engine(self, generation: GenerationConfig) -> RolloutEngine:
-        """What decodes with this policy. Raises ModelError as `check_stop_ids`."""
-        self.check_stop_ids()
+        """What decodes with this policy."""
         engine = RolloutEngine(self.config, generation, stop_ids=self.eos_ids, tokenizer=self.tokenizer)
         engine.load(self.weights, 0)
         return engine

@@ -39,6 +39,8 @@ _BITS = {name: 8 * dtype.size for dtype, name in _WRITTEN.items()} | {
     "F8_E5M2": 8,
     "F8_E4M3": 8,
     "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "F64": 64,
     "C64": 64,
 }

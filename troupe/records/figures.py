@@ -148,14 +148,14 @@ _OF_SOME_LOSSES = (
     "vespo/phi_seq_mean",
 )  # fmt: skip
 FIGURES = {
-    "reward": Figure(".3f", "reward", ("reward", "reward"), status=".4f", chart="reward", name="all together"),
+    "reward": Figure(".3f", "reward", ("reward", "reward"), status=".4f", chart="reward", name="mean"),
     "reward_std_within_groups": Figure(
         ".3f", "± within group", ("reward", "± in a group"), status=".4f", chart="spread", name="within a group"
     ),
     "reward_std": Figure(
         ".3f", "± over the batch", ("reward", "± in all"), status=".4f", chart="spread", name="over the batch"
     ),
-    "frac_reward_zero_std": Figure(chart="no_signal"),
+    "frac_reward_zero_std": Figure(chart="no_signal", name="all rewards equal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
     "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
     "entropy": Figure(".3f", "entropy", ("learning", "entropy"), status=".3f", chart="entropy"),

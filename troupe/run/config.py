@@ -28,8 +28,6 @@ from troupe.run.folder_names import moved_demo_file, policy_folder
 from troupe.run.tables import anchored_reward, copied, lay_over, table_of
 from troupe.runtime.files import expanded, read_toml
 
-"""Where a run folder keeps its whole resolved config."""
-
 _SOURCES = ("path", "eval_path")
 """Keys of [data] that name prompts."""
 
@@ -193,13 +191,13 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
     model = table.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        path = (base / expanded(moved_demo_file(model["path"]))).absolute()
+        path = Path(moved_demo_file(str((base / expanded(model["path"])).absolute())))
         if path.exists() or not is_hub_id(model["path"]):
             model["path"] = str(policy_folder(path))
     data = table.get("data")
     if isinstance(data, dict):
         named = {key: data[key] for key in _SOURCES if isinstance(data.get(key), str)}
-        data |= {key: anchored_source(moved_demo_file(source), base) for key, source in named.items()}
+        data |= {key: moved_demo_file(anchored_source(source, base)) for key, source in named.items()}
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]

@@ -25,10 +25,14 @@ _LOG = logging.getLogger("troupe.daemon")
 _CHUNK_BYTES = 64 * 1024
 _MOST_FIELDS = 16
 _HEAD_ENDS = b"\r\n\r\n"
-_UNUSUAL = re.compile(rb"[^\t\r\n -~\x80-\xff]|\r(?!\n)|(?<!\r)\n")
-"""In a head: what is no line of text. h11 would take some of it, and long over the rest."""
+_UNUSUAL = re.compile(rb"[^\t\r\n -~\x80-\xff]|\r(?!\n)|(?<!\r)\n|\r\n[ \t]")
+"""In a head: what is no line of text, or goes on with one. h11 would take some of it, and long over the rest."""
+_METHOD = re.compile(rb"[A-Z]{1,16}")
+_LENGTHS = re.compile(rb"(?i)\r\ncontent-length:[^\r]*(?:,|\r.*\ncontent-length:)", re.DOTALL)
+"""Several lengths, which h11 takes for one where they are equal."""
 _GOES_ON = {"cookie": "; "}
 """How the values of a header that comes twice are joined, where that has a meaning."""
+_ONCE = ("host", "origin", "content-length", "authorization", "content-type")
 _LINGERS_S = 1.0
 """That a client may take to close its side, so that it has read the answer before the connection is gone."""
 
@@ -168,16 +172,25 @@ def parse_head(head: bytes) -> HttpRequest:
     """The request with this head, without its body. RefusedError for anything out of the ordinary."""
     if _UNUSUAL.search(head):
         raise RefusedError(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1.1: there are control characters in it")
+    if _LENGTHS.search(head):
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "the request has two headers content-length")
     parser = h11.Connection(h11.SERVER)
     parser.receive_data(head + _HEAD_ENDS)
     try:
         request = parser.next_event()
     except h11.RemoteProtocolError as error:
         raise RefusedError(HTTPStatus.BAD_REQUEST, f"this is no request of HTTP/1.1: {error}") from None
-    if not isinstance(request, h11.Request) or not (request.method.isupper() and request.target.startswith(b"/")):
+    if not (
+        isinstance(request, h11.Request)
+        and request.http_version in (b"1.0", b"1.1")
+        and _METHOD.fullmatch(request.method)
+        and request.target.startswith(b"/")
+    ):
         raise RefusedError(HTTPStatus.BAD_REQUEST, "this is no request that a server of pages understands")
     headers: dict[str, str] = {}
     for name, value in ((name.decode(), value.decode("latin-1")) for name, value in request.headers):
+        if name in headers and name in _ONCE:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, f"the request has two headers {name}")
         headers[name] = _GOES_ON.get(name, ", ").join([headers[name], value]) if name in headers else value
     path, _, query = request.target.decode("latin-1").partition("?")
     try:

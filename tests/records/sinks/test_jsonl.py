@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.records.sinks.steps import feed, update
 from troupe.messages import Incident
 from troupe.records.sinks.base import DurableSink
-from troupe.records.sinks.jsonl import AppendedFile, JsonlSink, steps_between
+from troupe.records.sinks.jsonl import AppendedFile, JsonlSink, decode_step, steps_between
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -235,3 +235,17 @@ def test_steps_can_be_read_again(tmp_path: Path) -> None:
     assert steps_between(path, 2, 4) == [(3, {"loss": 0.375}), (4, {"loss": 0.5})]
     assert [step for step, _ in steps_between(path, 0, 9)] == [1, 2, 3, 4, 5]
     assert steps_between(path, 4, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [
+        (b'{"step": 2, "loss": 1.5, "kl": null, "odd": "oops", "flag": true}', (2, {"loss": 1.5, "kl": None})),
+        (b'{"step": 2.0}', (2, {})),
+        (b'{"step": true}', None),
+        (b'{"step": 2.5}', None),
+        (b'{"step": "2"}', None),
+    ],
+)
+def test_a_line_is_a_step_and_numbers(line: bytes, step: tuple[int, dict[str, float | None]] | None) -> None:
+    assert decode_step(line) == step

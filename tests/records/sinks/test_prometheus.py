@@ -145,6 +145,8 @@ def test_the_sink_serves_what_the_newest_messages_say() -> None:
             assert line in page
         with pytest.raises(urllib.error.HTTPError, match="404"):
             fetched(sink.port, "/")
+        with pytest.raises(urllib.error.HTTPError, match="501"):
+            urllib.request.urlopen(f"http://127.0.0.1:{sink.port}/metrics", data=b"", timeout=10)
     finally:
         sink.close()
         sink.close()

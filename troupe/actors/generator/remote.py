@@ -101,9 +101,8 @@ class RemoteGenerator(Actor):
         recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`setups`: one a process. `device`: the thread that writes files. `module`: what each
-        process runs. `handed_over` and `recorded` are as for
-        `Rounds`."""
+        """`setups`: one a process. `device`: the thread that writes files. `module`: what each process runs.
+        `handed_over` and `recorded` are as for `Rounds`."""
         super().__init__(inbox, [groups], report)
         self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded)
         self._setups = setups

@@ -42,6 +42,8 @@ class TextPolicy(Protocol):
 
     def engine(self, generation: GenerationConfig) -> RolloutEngine: ...
 
+    def check_stop_ids(self) -> None: ...
+
 
 def encode_prompt(tokenizer: Tokenizer, prompt: TextPrompt, **template_kwargs: Any) -> list[int]:
     """Ids of a prompt; a chat goes through the model's template, up to where the assistant begins to speak, or goes on
@@ -73,6 +75,7 @@ def complete_texts(
     """
     tokenizer = policy.tokenizer
     rows = [encode_prompt(tokenizer, prompt, **template_kwargs) for prompt in prompts]
+    policy.check_stop_ids()
     return [
         [
             TextCompletion(
@@ -119,6 +122,7 @@ def stream_text(
     """
     generation = msgspec.structs.replace(generation, num_generations=1)
     row = encode_prompt(policy.tokenizer, prompt, **template_kwargs)
+    policy.check_stop_ids()
     ids = policy.engine(generation).stream(_requests([row], seed)[0])
     return _pieces(policy.tokenizer, ids)
 

@@ -43,6 +43,7 @@ _STATES: dict[str, State] = {
     "cut off": "crashed",
     "not begun": "new",
     "playing": "running",
+    "silent": "running",
 }
 
 

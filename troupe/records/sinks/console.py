@@ -1,4 +1,4 @@
-"""Progress for a person: a live display on a terminal (drawn by `sinks/display.py`), plain lines elsewhere."""
+"""Progress for a person: a live display on a terminal (drawn by `display.py`), plain lines elsewhere."""
 
 import os
 import sys

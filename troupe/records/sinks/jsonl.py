@@ -218,14 +218,17 @@ def steps_between(path: Path, after: int, up_to: int) -> list[tuple[int, dict[st
 
 
 def decode_step(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Step and metrics of a line; None of what is no line of such a file, as one that was cut."""
+    """Step and metrics of a line, without what is no number; None of what is no line of such a file, as one that was
+    cut."""
     try:
         metrics = _FIGURES.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     step = metrics.pop("step", None)
     metrics.pop("version", None)
-    return (step, metrics) if isinstance(step, int) and 0 <= step < _MOST_STEPS else None
+    if type(step) not in (int, float) or not 0 <= step < _MOST_STEPS or step != int(step):
+        return None
+    return int(step), {name: value for name, value in metrics.items() if value is None or type(value) in (int, float)}
 
 
 def _cut_after(path: Path, step: int, block_bytes: int) -> None:

@@ -86,6 +86,8 @@ class PrometheusSink:
         self._serving.close()
 
     async def _answer(self, request: HttpRequest) -> HttpResponse:
+        if request.method != "GET":
+            raise RefusedError(HTTPStatus.NOT_IMPLEMENTED, "The metrics of the run can be read, with GET.")
         if request.path != "/metrics":
             raise RefusedError(HTTPStatus.NOT_FOUND, "The metrics of the run are at /metrics.")
         return HttpResponse(kind=CONTENT_TYPE, body=exposition(self._status).encode())
