@@ -54,7 +54,7 @@ def state_of(snapshot: Snapshot) -> RunState:
     )
 
 
-class Stage:
+class Rig:
     def __init__(
         self,
         run: Path,
@@ -134,9 +134,9 @@ async def test_its_thread_lets_others_go_first_and_no_other_does(tmp_path: Path)
     def niceness() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    stage, before = Stage(tmp_path), niceness()
-    await stage.checkpointer.start()
-    assert await stage.device.run(niceness) == max(5, before)
+    rig, before = Rig(tmp_path), niceness()
+    await rig.checkpointer.start()
+    assert await rig.device.run(niceness) == max(5, before)
     assert niceness() == before
     lower_priority()
     assert niceness() == before, "the main thread is nobody's background"
@@ -175,10 +175,10 @@ class Disk:
 
 
 async def test_what_else_a_snapshot_holds_is_written(tmp_path: Path, tiny_model: Path) -> None:
-    stage = Stage(tmp_path, tiny_model)
+    rig = Rig(tmp_path, tiny_model)
     unfinished = Unfinished(next=7, scored=(make_scored(3, 0),))
     whole = snapshot(3, reference=weights_of(9), num_tokens=77, unfinished=unfinished, metrics={"reward": 1})
-    await stage.run_with(whole)
+    await rig.run_with(whole)
     loaded = load_checkpoint(list_checkpoints(tmp_path)[0])
     assert loaded.reference is not None
     assert same_bits(loaded.reference, weights_of(9))
@@ -188,9 +188,9 @@ async def test_what_else_a_snapshot_holds_is_written(tmp_path: Path, tiny_model:
 
 
 async def test_every_snapshot_is_written_and_told_and_the_oldest_removed(tmp_path: Path, tiny_model: Path) -> None:
-    stage = Stage(tmp_path, tiny_model)
-    await stage.run_with(snapshot(1), snapshot(2), snapshot(5, final=True))
-    assert stage.versions == ["5", "2"]
+    rig = Rig(tmp_path, tiny_model)
+    await rig.run_with(snapshot(1), snapshot(2), snapshot(5, final=True))
+    assert rig.versions == ["5", "2"]
     newest, _ = list_checkpoints(tmp_path)
     loaded = load_checkpoint(newest)
     assert same_bits(loaded.weights, weights_of(5))
@@ -200,26 +200,26 @@ async def test_every_snapshot_is_written_and_told_and_the_oldest_removed(tmp_pat
     assert same_bits(final.weights, weights_of(5))
     assert final.tokenizer.encode("hi") == [104, 105]
     assert names_in(tmp_path) == {"checkpoints", "final"}, "nothing temporary is left"
-    assert [(told.version, told.removed) for told in stage.told] == [(1, ()), (2, ()), (5, (1,))]
-    told = stage.told[-1]
+    assert [(told.version, told.removed) for told in rig.told] == [(1, ()), (2, ()), (5, (1,))]
+    told = rig.told[-1]
     assert told.folder == str(newest)
     assert told.bytes == sum(path.stat().st_size for path in newest.iterdir() if path.name != "MANIFEST.json")
     assert 0 < told.seconds < 60
-    assert stage.metrics.channels[0].closed
-    assert await stage.incidents() == []
+    assert rig.metrics.channels[0].closed
+    assert await rig.incidents() == []
 
 
 async def test_before_a_checkpoint_is_there_all_that_was_told_is_on_the_disk(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    await stage.run_with(snapshot(1), snapshot(2))
-    assert stage.settled == [(1, []), (2, ["1"])]
+    rig = Rig(tmp_path)
+    await rig.run_with(snapshot(1), snapshot(2))
+    assert rig.settled == [(1, []), (2, ["1"])]
 
 
 async def test_what_does_not_settle_in_time_is_told_and_the_checkpoint_written(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, settled=False)
-    await stage.run_with(snapshot(3))
-    assert stage.versions == ["3"]
-    [(kind, message)] = await stage.incidents()
+    rig = Rig(tmp_path, settled=False)
+    await rig.run_with(snapshot(3))
+    assert rig.versions == ["3"]
+    [(kind, message)] = await rig.incidents()
     assert kind == "checkpoint_unsettled"
     assert "told of the steps up to 3" in message
 
@@ -231,16 +231,16 @@ def test_pauses_grow_to_a_minute() -> None:
 async def test_a_failing_disk_is_an_incident_and_what_failed_is_tried_until_it_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, disk = Stage(tmp_path, pauses=[0.0] * 9, keep=1), Disk(monkeypatch, 2)
+    rig, disk = Rig(tmp_path, pauses=[0.0] * 9, keep=1), Disk(monkeypatch, 2)
     waited: list[bool] = []
 
     async def learn_on() -> None:
-        await stage.snapshots.send(snapshot(1))
-        await stage.snapshots.settled()
-        await stage.snapshots.send(snapshot(2))
-        await stage.snapshots.settled()  # or the test would never end
-        waited.append(stage.ledger.pending is not None)
-        assert stage.versions == ["1"]
+        await rig.snapshots.send(snapshot(1))
+        await rig.snapshots.settled()
+        await rig.snapshots.send(snapshot(2))
+        await rig.snapshots.settled()  # or the test would never end
+        waited.append(rig.ledger.pending is not None)
+        assert rig.versions == ["1"]
 
     def attempt() -> None:
         if disk.attempts.count(2) == 4:
@@ -248,21 +248,21 @@ async def test_a_failing_disk_is_an_incident_and_what_failed_is_tried_until_it_w
 
     disk.on_attempt = attempt
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.checkpointer])
+        tasks.start_soon(run_roles, [rig.checkpointer])
         await learn_on()
-        await until(lambda: stage.ledger.pending is None)
-        assert stage.versions == ["2"]
-        stage.snapshots.close()
+        await until(lambda: rig.ledger.pending is None)
+        assert rig.versions == ["2"]
+        rig.snapshots.close()
     assert waited == [True]
     assert disk.attempts == [1, 2, 2, 2, 2]
     assert same_bits(load_checkpoint(list_checkpoints(tmp_path)[0]).weights, weights_of(2))
-    (failed, message), (back, good) = await stage.incidents()
+    (failed, message), (back, good) = await rig.incidents()
     assert (failed, back) == ("checkpoint_failed", "checkpoint_back")
     assert "the checkpoint of step 2 could not be written: [Errno 28] No space left" in message
     assert "training goes on" in message
     assert "it is tried again" in message
     assert good == "the checkpoint of step 2 is written: the disk works"
-    assert [told.version for told in stage.told] == [1, 2]
+    assert [told.version for told in rig.told] == [1, 2]
     assert names_in(tmp_path / "checkpoints") == {"step-00000002"}
 
 
@@ -273,14 +273,14 @@ class Held(dict[str, Any]):
 async def test_a_newer_snapshot_takes_the_place_of_one_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, disk = Stage(tmp_path), Disk(monkeypatch, 2)
+    rig, disk = Rig(tmp_path), Disk(monkeypatch, 2)
     old = Held(weights_of(2))
     alive = weakref.ref(old)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.checkpointer])
-        await stage.snapshots.send(snapshot(2, weights=old))
+        tasks.start_soon(run_roles, [rig.checkpointer])
+        await rig.snapshots.send(snapshot(2, weights=old))
         del old
-        await stage.snapshots.settled()
+        await rig.snapshots.settled()
         assert alive() is not None, "kept, to be tried again"
         held: list[object] = []
 
@@ -289,26 +289,26 @@ async def test_a_newer_snapshot_takes_the_place_of_one_that_failed(
             held.append(alive())
 
         disk.on_attempt = look
-        await stage.snapshots.send(snapshot(3))
-        await stage.snapshots.settled()
-        stage.snapshots.close()
+        await rig.snapshots.send(snapshot(3))
+        await rig.snapshots.settled()
+        rig.snapshots.close()
     assert held == [None], "its arrays are let go of before the next is written"
     assert disk.attempts == [2, 3]
-    assert stage.versions == ["3"]
-    assert [kind for kind, _ in await stage.incidents()] == ["checkpoint_failed", "checkpoint_back"]
+    assert rig.versions == ["3"]
+    assert [kind for kind, _ in await rig.incidents()] == ["checkpoint_failed", "checkpoint_back"]
 
 
 async def test_an_attempt_gives_way_to_a_newer_snapshot_while_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
-    stage, disk = Stage(tmp_path, pauses=[0.0] * 9), Disk(monkeypatch, 2)
+    rig, disk = Rig(tmp_path, pauses=[0.0] * 9), Disk(monkeypatch, 2)
     write_all, write_again, go_on = files._write_all, threading.Event(), threading.Event()
     blocks = 0
 
     def slow(descriptor: int, block: memoryview) -> None:
         nonlocal blocks
-        if stage.ledger.pending is not None:
+        if rig.ledger.pending is not None:
             blocks += 1
             write_again.set()
             assert go_on.wait(60)
@@ -316,68 +316,68 @@ async def test_an_attempt_gives_way_to_a_newer_snapshot_while_it_writes(
 
     monkeypatch.setattr(files, "_write_all", slow)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.checkpointer])
-        await stage.snapshots.send(snapshot(2))
+        tasks.start_soon(run_roles, [rig.checkpointer])
+        await rig.snapshots.send(snapshot(2))
         await until(lambda: write_again.is_set())
-        await stage.snapshots.send(snapshot(3))
+        await rig.snapshots.send(snapshot(3))
         go_on.set()
-        stage.snapshots.close()
+        rig.snapshots.close()
     assert blocks == 1, "it noticed at the next block"
     assert disk.attempts == [2, 3]
     assert names_in(tmp_path / "checkpoints") == {"step-00000003"}
-    assert [told.version for told in stage.told] == [3]
+    assert [told.version for told in rig.told] == [3]
 
 
 async def test_where_memory_has_no_room_for_it_a_snapshot_that_failed_is_not_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, disk = Stage(tmp_path, pauses=[0.0] * 9, overlap=False), Disk(monkeypatch, 2)
-    await stage.run_with(snapshot(2), snapshot(3))
+    rig, disk = Rig(tmp_path, pauses=[0.0] * 9, overlap=False), Disk(monkeypatch, 2)
+    await rig.run_with(snapshot(2), snapshot(3))
     assert disk.attempts == [2, 3]
-    (_, message), (back, _) = await stage.incidents()
+    (_, message), (back, _) = await rig.incidents()
     assert message.endswith("and the next one will be tried")
     assert back == "checkpoint_back"
 
 
 async def test_the_end_of_the_run_ends_the_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, disk = Stage(tmp_path), Disk(monkeypatch, 2)
-    await stage.run_with(snapshot(2))  # it pauses for ever, but the mailbox ends
-    assert (disk.attempts, stage.versions) == ([2], [])
+    rig, disk = Rig(tmp_path), Disk(monkeypatch, 2)
+    await rig.run_with(snapshot(2))  # it pauses for ever, but the mailbox ends
+    assert (disk.attempts, rig.versions) == ([2], [])
 
 
 async def test_attempts_end_when_there_is_no_pause_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, disk = Stage(tmp_path, pauses=[0.0]), Disk(monkeypatch, 2)
+    rig, disk = Rig(tmp_path, pauses=[0.0]), Disk(monkeypatch, 2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.checkpointer])
-        await stage.snapshots.send(snapshot(2))
+        tasks.start_soon(run_roles, [rig.checkpointer])
+        await rig.snapshots.send(snapshot(2))
         await until(lambda: len(disk.attempts) >= 2)
-        await stage.snapshots.send(snapshot(3))
-        stage.snapshots.close()
+        await rig.snapshots.send(snapshot(3))
+        rig.snapshots.close()
     assert disk.attempts == [2, 2, 3]
 
 
 async def test_the_final_policy_must_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    stage = Stage(tmp_path)
+    rig = Rig(tmp_path)
     with pytest.raises(RunError, match="the final policy could not be written"):
-        await stage.run_with(snapshot(2, final=True))
+        await rig.run_with(snapshot(2, final=True))
 
 
 async def test_a_checkpoint_that_is_whole_is_not_written_again(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    await stage.checkpointer.handle(snapshot(2))
+    rig = Rig(tmp_path)
+    await rig.checkpointer.handle(snapshot(2))
     manifest = tmp_path / "checkpoints" / "step-00000002" / "MANIFEST.json"
     written = manifest.stat().st_mtime_ns
-    await stage.run_with(snapshot(2, final=True))
+    await rig.run_with(snapshot(2, final=True))
     assert manifest.stat().st_mtime_ns == written
     assert same_bits(load_policy(tmp_path / "final").weights, weights_of(2))
-    assert [told.version for told in stage.told] == [2]
+    assert [told.version for told in rig.told] == [2]
 
 
 async def test_of_the_same_step_what_holds_more_scores_is_written_and_keeps_the_means(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
+    rig = Rig(tmp_path)
     more = Unfinished(scored=(make_scored(3, 0),))
-    await stage.run_with(
+    await rig.run_with(
         snapshot(2, metrics={"reward": 0.5}),
         snapshot(2, unfinished=more),
         snapshot(2, unfinished=more),
@@ -386,21 +386,21 @@ async def test_of_the_same_step_what_holds_more_scores_is_written_and_keeps_the_
     loaded = load_checkpoint(folder)
     assert len(loaded.unfinished.scored) == 1
     assert loaded.state.metrics == {"reward": 0.5}
-    assert [told.version for told in stage.told] == [2, 2]
+    assert [told.version for told in rig.told] == [2, 2]
 
 
 async def test_means_of_a_checkpoint_that_was_removed_meanwhile_are_gone(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, ledger=CheckpointLedger(newest=2))
-    await stage.run_with(snapshot(2, unfinished=Unfinished(collected=(make_scored(2, 0),))))
+    rig = Rig(tmp_path, ledger=CheckpointLedger(newest=2))
+    await rig.run_with(snapshot(2, unfinished=Unfinished(collected=(make_scored(2, 0),))))
     assert load_checkpoint(list_checkpoints(tmp_path)[0]).state.metrics == {}
 
 
 async def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, keep=1)
+    rig = Rig(tmp_path, keep=1)
     rewards = {1: 0.1, 2: 0.8, 3: 0.3, 4: math.nan, 5: 0.2}
-    await stage.run_with(*(snapshot(version, metrics={"reward": reward}) for version, reward in rewards.items()))
-    assert stage.versions == ["5", "2"]
-    assert [told.removed for told in stage.told] == [(), (1,), (), (3,), (4,)]
+    await rig.run_with(*(snapshot(version, metrics={"reward": reward}) for version, reward in rewards.items()))
+    assert rig.versions == ["5", "2"]
+    assert [told.removed for told in rig.told] == [(), (1,), (), (3,), (4,)]
     state = json.loads((tmp_path / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert state["metrics"] == {"reward": 0.8}
 
@@ -408,24 +408,24 @@ async def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
 async def test_a_future_that_was_abandoned_goes_with_the_first_own_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await Stage(tmp_path, keep=9).run_with(*map(snapshot, (1, 2, 6, 7)))
+    await Rig(tmp_path, keep=9).run_with(*map(snapshot, (1, 2, 6, 7)))
     disk = Disk(monkeypatch, 3)
-    stage = Stage(tmp_path, keep=2, ledger=CheckpointLedger(newest=2, abandoned={6, 7}))
-    await stage.checkpointer.handle(snapshot(3))
-    assert stage.versions == ["7", "6", "2", "1"], "nothing goes before there is one"
+    rig = Rig(tmp_path, keep=2, ledger=CheckpointLedger(newest=2, abandoned={6, 7}))
+    await rig.checkpointer.handle(snapshot(3))
+    assert rig.versions == ["7", "6", "2", "1"], "nothing goes before there is one"
     disk.broken.clear()
-    await stage.checkpointer.handle(snapshot(4))
-    assert stage.versions == ["4", "2"]
-    assert stage.told[-1].removed == (1, 6, 7)
-    await stage.run_with(*map(snapshot, (6, 7)))
-    assert stage.versions == ["7", "6"], "these are its own"
+    await rig.checkpointer.handle(snapshot(4))
+    assert rig.versions == ["4", "2"]
+    assert rig.told[-1].removed == (1, 6, 7)
+    await rig.run_with(*map(snapshot, (6, 7)))
+    assert rig.versions == ["7", "6"], "these are its own"
 
 
 async def test_a_checkpoint_in_the_place_of_an_abandoned_one_is_the_runs_own(tmp_path: Path) -> None:
-    await Stage(tmp_path, keep=9).run_with(*map(snapshot, (1, 4)))
-    stage = Stage(tmp_path, ledger=CheckpointLedger(newest=1, abandoned={4}))
-    await stage.run_with(snapshot(4, num_tokens=9))
-    assert stage.versions == ["4", "1"]
+    await Rig(tmp_path, keep=9).run_with(*map(snapshot, (1, 4)))
+    rig = Rig(tmp_path, ledger=CheckpointLedger(newest=1, abandoned={4}))
+    await rig.run_with(snapshot(4, num_tokens=9))
+    assert rig.versions == ["4", "1"]
     assert load_checkpoint(list_checkpoints(tmp_path)[0]).state.num_tokens == 9
 
 
@@ -436,24 +436,24 @@ async def test_what_cannot_be_removed_is_an_incident_of_its_own(
         if not ignore_errors:
             raise OSError(16, "Device or resource busy")
 
-    stage = Stage(tmp_path, keep=1)
-    await stage.checkpointer.handle(snapshot(1))
+    rig = Rig(tmp_path, keep=1)
+    await rig.checkpointer.handle(snapshot(1))
     with monkeypatch.context() as patch:
         patch.setattr(keeping, "shutil", SimpleNamespace(rmtree=stuck))
-        await stage.checkpointer.handle(snapshot(2))
-    [(kind, message)] = await stage.incidents()
+        await rig.checkpointer.handle(snapshot(2))
+    [(kind, message)] = await rig.incidents()
     assert kind == "prune_failed"
     assert message.startswith("old checkpoints could not be removed: ")
     assert "step-00000001: [Errno 16] Device or resource busy" in message
     with monkeypatch.context() as patch:
         patch.setattr(writer_room, "prune_checkpoints", lambda *_, **__: stuck(tmp_path))
-        await stage.checkpointer.handle(snapshot(3))
-    [(kind, message)] = await stage.incidents()
+        await rig.checkpointer.handle(snapshot(3))
+    [(kind, message)] = await rig.incidents()
     assert (kind, message.count("Device or resource busy")) == ("prune_failed", 1)
-    await stage.run_with(snapshot(4))
-    assert stage.versions == ["4"]
-    assert await stage.incidents() == []
-    assert [told.version for told in stage.told] == [1, 2, 3, 4]
+    await rig.run_with(snapshot(4))
+    assert rig.versions == ["4"]
+    assert await rig.incidents() == []
+    assert [told.version for told in rig.told] == [1, 2, 3, 4]
 
 
 async def test_the_room_that_killed_runs_took_is_there_for_the_next_checkpoint(
@@ -468,7 +468,7 @@ async def test_the_room_that_killed_runs_took_is_there_for_the_next_checkpoint(
         check_room(folder, needed_bytes)
 
     monkeypatch.setattr(writing, "_check_room", check)
-    await Stage(tmp_path).run_with(snapshot(1))
+    await Rig(tmp_path).run_with(snapshot(1))
 
 
 @pytest.mark.parametrize("where", ["save_checkpoint", "prune_checkpoints", "save_final_policy"])
@@ -488,9 +488,9 @@ async def test_a_snapshot_that_a_failed_checkpointer_had_in_hand_is_written_agai
         return result
 
     monkeypatch.setattr(writer_room, where, fails_once)
-    stage = Stage(tmp_path)
-    await send_all(stage.snapshots, [snapshot(1), snapshot(2, final=True)])
-    role = Role(stage.make)
+    rig = Rig(tmp_path)
+    await send_all(rig.snapshots, [snapshot(1), snapshot(2, final=True)])
+    role = Role(rig.make)
     await run_roles([role], Restarts(first_s=0.0))
     assert role.restarts == 1
     folders = list_checkpoints(tmp_path)
@@ -499,11 +499,11 @@ async def test_a_snapshot_that_a_failed_checkpointer_had_in_hand_is_written_agai
         assert same_bits(load_checkpoint(folder).weights, weights_of(version))
     assert same_bits(load_policy(tmp_path / "final").weights, weights_of(2))
     assert names_in(tmp_path) == {"checkpoints", "final"}
-    assert {told.version for told in stage.told} == {1, 2}
+    assert {told.version for told in rig.told} == {1, 2}
 
 
 async def test_a_successor_goes_on_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, disk = Stage(tmp_path, pauses=[0.0] * 9), Disk(monkeypatch, 2)
+    rig, disk = Rig(tmp_path, pauses=[0.0] * 9), Disk(monkeypatch, 2)
     faults = iter([ValueError("out of luck")])
 
     def attempt() -> None:
@@ -514,12 +514,12 @@ async def test_a_successor_goes_on_trying(tmp_path: Path, monkeypatch: pytest.Mo
             disk.broken.clear()
 
     disk.on_attempt = attempt
-    role = Role(stage.make)
+    role = Role(rig.make)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_roles, [role], Restarts(first_s=0.0))
-        await stage.snapshots.send(snapshot(2))
-        await until(lambda: stage.versions)
-        stage.snapshots.close()
+        await rig.snapshots.send(snapshot(2))
+        await until(lambda: rig.versions)
+        rig.snapshots.close()
     assert role.restarts == 1
     assert disk.attempts == [2, 2, 2, 2]
     assert same_bits(load_checkpoint(list_checkpoints(tmp_path)[0]).weights, weights_of(2))
@@ -562,12 +562,12 @@ async def test_learning_goes_on_while_a_snapshot_is_written_and_changes_nothing_
         write_all(descriptor, block)
 
     monkeypatch.setattr(files, "_write_all", slow)
-    stage = Stage(tmp_path)
+    rig = Rig(tmp_path)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_roles, [stage.checkpointer])
-        await stage.snapshots.send(taken)
+        tasks.start_soon(run_roles, [rig.checkpointer])
+        await rig.snapshots.send(taken)
         del taken
-        stage.snapshots.close()
+        rig.snapshots.close()
         await until(lambda: half_way.is_set())
         for _ in range(3):
             weights, state = step(weights, state)

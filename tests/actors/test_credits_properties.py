@@ -1,6 +1,6 @@
 """Credits, in virtual time: live groups never exceed them, and no delays, bounds or failures make a run stand still.
 
-`tests.support.chaos.play` checks both at every moment, and that each group closes once; a deadlock is told as such.
+`tests.support.chaos.drive` checks both at every moment, and that each group closes once; a deadlock is told as such.
 Here hypothesis looks for the plan that breaks it, and shrinks it.
 """
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.chaos import assert_timing_changes_nothing, play
+from tests.support.chaos import assert_timing_changes_nothing, drive
 from tests.support.plans import REQUESTS, Plan
 
 pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
@@ -64,7 +64,7 @@ def plans(draw: st.DrawFn, *, failures: bool) -> Plan:
 @WHOLE_RUNS
 @given(plan=plans(failures=False))
 def test_live_groups_never_exceed_the_credits(plan: Plan) -> None:
-    report = play(plan)
+    report = drive(plan)
     limit = (plan.max_staleness + 1) * plan.prompts
     assert report.ledger.most_alive <= limit
     assert report.ledger.most_alive >= min(limit, plan.steps * plan.prompts), "every credit is used"
@@ -74,6 +74,6 @@ def test_live_groups_never_exceed_the_credits(plan: Plan) -> None:
 @WHOLE_RUNS
 @given(plan=plans(failures=True))
 def test_nothing_makes_a_run_stand_still(plan: Plan) -> None:
-    report = play(plan)
+    report = drive(plan)
     if plan.is_reproducible:
         assert_timing_changes_nothing(plan, report)

@@ -40,7 +40,7 @@ def closed(gid: int, state: ClosedState) -> GroupClosed:
     return GroupClosed(gid=gid, slot=Slot(step=0, place=gid), state=state, version=1)
 
 
-class Stage:
+class Rig:
     def __init__(
         self,
         *sinks: FakeSink,
@@ -88,29 +88,29 @@ def steps(sink: FakeSink) -> list[int]:
 
 async def test_counts_and_hands_everything_to_every_sink_in_order() -> None:
     one, other = FakeSink("one"), FakeSink("other")
-    stage = Stage(one, other)
+    rig = Rig(one, other)
     ends = closed(0, "trained"), closed(1, "quarantined"), closed(2, "trained")
     written = CheckpointWritten(version=1, folder="c", bytes=1, seconds=0.1)
     messages: list[Report] = [ends[0], SPAN, ends[1], INCIDENT, written, ends[2]]
-    await stage.run(*messages)
+    await rig.run(*messages)
     assert told(one) == told(other) == messages
     assert (one.closed, other.closed) == (1, 1)
-    assert stage.tally.closed_groups == {"trained": 2, "quarantined": 1}
-    assert stage.tally.incidents == {"reward_timeout": 1}
-    assert stage.tally.switched_off_sinks == {}
+    assert rig.tally.closed_groups == {"trained": 2, "quarantined": 1}
+    assert rig.tally.incidents == {"reward_timeout": 1}
+    assert rig.tally.switched_off_sinks == {}
 
 
 async def test_a_sink_that_fails_is_an_incident_for_the_others() -> None:
     bad, good = FakeSink("bad", refuses=(Update,)), FakeSink("good")
-    stage = Stage(bad, good, thread=DirectSinkThread)
-    await stage.run(update(1), SPAN, update(2), SPAN, update(3), SPAN, update(4))
+    rig = Rig(bad, good, thread=DirectSinkThread)
+    await rig.run(update(1), SPAN, update(2), SPAN, update(3), SPAN, update(4))
     assert bad.attempts == 3
     assert bad.closed == 1
     [incident] = [message for message in good.got if isinstance(message, Incident)]
     assert (incident.kind, incident.message) == ("sink_failed", "the sink bad is switched off: OSError: disk full")
     assert steps(good) == [1, 2, 3, 4]
-    assert stage.tally.switched_off_sinks == {"bad": "OSError: disk full"}
-    assert stage.tally.incidents == {"sink_failed": 1}
+    assert rig.tally.switched_off_sinks == {"bad": "OSError: disk full"}
+    assert rig.tally.incidents == {"sink_failed": 1}
 
 
 async def test_sinks_that_fail_together_are_both_switched_off() -> None:
@@ -118,31 +118,31 @@ async def test_sinks_that_fail_together_are_both_switched_off() -> None:
     first = FakeSink("first", refuses=(Update,))
     second = FakeSink("second", refuses=(Update, Incident))
     third = FakeSink("third")
-    stage = Stage(first, second, third, thread=DirectSinkThread)
-    await stage.run(INCIDENT, INCIDENT, update(1), update(2), update(3), update(4))
-    assert stage.tally.switched_off_sinks == {"first": "OSError: disk full", "second": "OSError: disk full"}
-    assert stage.tally.incidents == {"reward_timeout": 2, "sink_failed": 2}
+    rig = Rig(first, second, third, thread=DirectSinkThread)
+    await rig.run(INCIDENT, INCIDENT, update(1), update(2), update(3), update(4))
+    assert rig.tally.switched_off_sinks == {"first": "OSError: disk full", "second": "OSError: disk full"}
+    assert rig.tally.incidents == {"reward_timeout": 2, "sink_failed": 2}
     assert steps(third) == [1, 2, 3, 4]
 
 
 async def test_listeners_hear_of_groups_and_incidents_those_of_sinks_too() -> None:
-    stage = Stage(FakeSink("bad", refuses=(GroupClosed,)), thread=DirectSinkThread)
-    incidents, groups = stage.listeners.listen(9, Incident), stage.listeners.listen(9, GroupClosed)
+    rig = Rig(FakeSink("bad", refuses=(GroupClosed,)), thread=DirectSinkThread)
+    incidents, groups = rig.listeners.listen(9, Incident), rig.listeners.listen(9, GroupClosed)
     ends = [closed(gid, "trained") for gid in range(3)]
-    await stage.run(INCIDENT, *ends)
+    await rig.run(INCIDENT, *ends)
     assert await taken(groups) == ends
     heard = await taken(incidents)
     assert [incident.kind for incident in heard] == ["reward_timeout", "sink_failed"]
 
 
 async def test_listeners_get_updates_of_which_a_slow_one_keeps_the_newest() -> None:
-    stage = Stage()
-    slow, late = stage.listeners.listen(2), Mailbox("none yet")
+    rig = Rig()
+    slow, late = rig.listeners.listen(2), Mailbox("none yet")
     for step in range(1, 6):
-        await stage.metrics.handle(update(step))
+        await rig.metrics.handle(update(step))
         if step == 3:
-            late = stage.listeners.listen(9)
-    await stage.run()
+            late = rig.listeners.listen(9)
+    await rig.run()
     assert [message.step for message in await taken(slow)] == [4, 5]
     assert [message.step for message in await taken(late)] == [4, 5]
     assert ended(slow)
@@ -155,12 +155,12 @@ async def test_updates_carry_the_queues_and_what_was_dropped() -> None:
     watched.channel("request", Drain, bound=1, side=True)
     scored.send_nowait(INCIDENT)
     scored.send_nowait(INCIDENT)
-    stage = Stage(watched=(watched,))
-    spans = stage.inbox.channel("spans", Span, bound=2, overflow="drop_oldest", side=True)
+    rig = Rig(watched=(watched,))
+    spans = rig.inbox.channel("spans", Span, bound=2, overflow="drop_oldest", side=True)
     for _ in range(5):
         spans.send_nowait(SPAN)
-    listener = stage.listeners.listen(9)
-    await stage.run(update(1))
+    listener = rig.listeners.listen(9)
+    await rig.run(update(1))
     [told_update] = await taken(listener)
     assert told_update.metrics == {
         "reward": 1.0,
@@ -173,15 +173,15 @@ async def test_updates_carry_the_queues_and_what_was_dropped() -> None:
 async def test_updates_say_where_the_time_went() -> None:
     learning = Mailbox("nobody")
     spans = learning.channel("spans", Span, bound=9, overflow="drop_oldest")
-    reporter = Reporter("generator", None, spans, clock=lambda: stage.now_s)
-    stage = Stage(reporters=(reporter,))
-    listener = stage.listeners.listen(9)
-    await stage.metrics.handle(Span(actor="learner", name="learn", start_s=101.0, end_s=104.0))
-    await stage.metrics.handle(Span(actor="scorer", name="score", start_s=103.0, end_s=106.0))
-    stage.now_s = 105.0
+    reporter = Reporter("generator", None, spans, clock=lambda: rig.now_s)
+    rig = Rig(reporters=(reporter,))
+    listener = rig.listeners.listen(9)
+    await rig.metrics.handle(Span(actor="learner", name="learn", start_s=101.0, end_s=104.0))
+    await rig.metrics.handle(Span(actor="scorer", name="score", start_s=103.0, end_s=106.0))
+    rig.now_s = 105.0
     with reporter.span("decode"):
-        stage.now_s = 110.0
-        await stage.metrics.handle(update(1))
+        rig.now_s = 110.0
+        await rig.metrics.handle(update(1))
     [told_update] = await taken(listener)
     times = {key: value for key, value in told_update.metrics.items() if key.startswith("time/")}
     assert times["time/learner/busy"] == pytest.approx(0.3)
@@ -193,16 +193,16 @@ async def test_updates_say_where_the_time_went() -> None:
 
 async def test_writes_of_the_sinks_are_its_own_work() -> None:
     sink = FakeSink("disk")
-    stage = Stage(sink, thread=DirectSinkThread)
-    await stage.run(INCIDENT, closed(0, "trained"), SPAN)
+    rig = Rig(sink, thread=DirectSinkThread)
+    await rig.run(INCIDENT, closed(0, "trained"), SPAN)
     own = [message for message in sink.got if isinstance(message, Span) and message.actor == "metrics"]
     assert [(span.name, span.lane) for span in own] == [("write disk", 0)]  # of the incident; told with the group
 
 
 async def test_a_successor_goes_on_with_the_same_open_sinks(tmp_path: Path) -> None:
     jsonl = JsonlSink(tmp_path / "metrics.jsonl")
-    stage = Stage()
-    stage.sinks = Sinks([jsonl, TraceWriter(tmp_path / "trace.json")])
+    rig = Rig()
+    rig.sinks = Sinks([jsonl, TraceWriter(tmp_path / "trace.json")])
     failing = [2, 4]
 
     class Frail(Metrics):
@@ -213,17 +213,17 @@ async def test_a_successor_goes_on_with_the_same_open_sinks(tmp_path: Path) -> N
             await super().handle(message)
 
     def make() -> Metrics:
-        return Frail(stage.inbox, sinks=stage.sinks, listeners=stage.listeners, tally=stage.tally)
+        return Frail(rig.inbox, sinks=rig.sinks, listeners=rig.listeners, tally=rig.tally)
 
     for step in range(1, 6):
-        await stage.reports.send(update(step))
-        await stage.reports.send(closed(step, "trained"))
-        await stage.reports.send(Span(actor="learner", name="learn", start_s=float(step), end_s=step + 0.5))
-    stage.reports.close()
+        await rig.reports.send(update(step))
+        await rig.reports.send(closed(step, "trained"))
+        await rig.reports.send(Span(actor="learner", name="learn", start_s=float(step), end_s=step + 0.5))
+    rig.reports.close()
     await run_roles([Role(make)], Restarts(first_s=0.0))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert stage.tally.closed_groups == {"trained": 5}
+    assert rig.tally.closed_groups == {"trained": 5}
     trace = read_trace(json.loads((tmp_path / "trace.json").read_text()))
     assert [piece.name for piece in trace.slices].count("learn") == 5
 
@@ -231,30 +231,30 @@ async def test_a_successor_goes_on_with_the_same_open_sinks(tmp_path: Path) -> N
 @pytest.mark.parametrize("at", ["writes", "news", "write"])
 async def test_what_is_handed_over_again_is_counted_once(monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     """The sinks fail before they have taken the message."""
-    stage = Stage(FakeSink())
-    working, failures = getattr(stage.sinks, at), [OSError("out of luck")]
+    rig = Rig(FakeSink())
+    working, failures = getattr(rig.sinks, at), [OSError("out of luck")]
 
     def failing(*given: object) -> object:
         if failures:
             raise failures.pop()
         return working(*given)
 
-    monkeypatch.setattr(stage.sinks, at, failing)
-    await stage.reports.send(closed(0, "trained"))
-    await stage.reports.send(INCIDENT)
-    stage.reports.close()
-    await run_roles([Role(stage.make)], Restarts(first_s=0.0))
+    monkeypatch.setattr(rig.sinks, at, failing)
+    await rig.reports.send(closed(0, "trained"))
+    await rig.reports.send(INCIDENT)
+    rig.reports.close()
+    await run_roles([Role(rig.make)], Restarts(first_s=0.0))
     assert failures == []
-    assert stage.tally.closed_groups == {"trained": 1}
-    assert stage.tally.incidents["reward_timeout"] == 1
+    assert rig.tally.closed_groups == {"trained": 1}
+    assert rig.tally.incidents["reward_timeout"] == 1
 
 
 async def test_what_was_told_before_is_settled_also_by_a_successor(tmp_path: Path) -> None:
     """The first actor fails with the request in hand; who asked waits until the second has had it carried out."""
     path = tmp_path / "metrics.jsonl"
-    stage = Stage()
-    stage.sinks = Sinks([JsonlSink(path)], limits=SinkLimits(gather_s=0.0))
-    settles = stage.inbox.channel("settle", Settle, bound=1, overflow="newest", side=True)
+    rig = Rig()
+    rig.sinks = Sinks([JsonlSink(path)], limits=SinkLimits(gather_s=0.0))
+    settles = rig.inbox.channel("settle", Settle, bound=1, overflow="newest", side=True)
     failures = [OSError("out of luck")]
     seen: list[list[int]] = []
 
@@ -265,15 +265,15 @@ async def test_what_was_told_before_is_settled_also_by_a_successor(tmp_path: Pat
             await super().handle(message)
 
     def make() -> Metrics:
-        return Frail(stage.inbox, sinks=stage.sinks, listeners=stage.listeners, tally=stage.tally)
+        return Frail(rig.inbox, sinks=rig.sinks, listeners=rig.listeners, tally=rig.tally)
 
     async def checkpoint() -> None:
         for step in (1, 2):
-            await stage.reports.send(update(step))
+            await rig.reports.send(update(step))
         settles.send_nowait(Settle(version=2))
-        assert await stage.sinks.settled(2)
+        assert await rig.sinks.settled(2)
         seen.append([json.loads(line)["step"] for line in path.read_text().splitlines()])
-        stage.reports.close()
+        rig.reports.close()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(checkpoint)
@@ -284,9 +284,9 @@ async def test_what_was_told_before_is_settled_also_by_a_successor(tmp_path: Pat
 
 async def test_a_step_of_a_thousand_spans_costs_little(tmp_path: Path) -> None:
     """Measured at 15 to 20 ms, the writing included; the bound is wide, for the machine may be busy."""
-    stage = Stage()
-    stage.sinks = Sinks([TraceWriter(tmp_path / "trace.json")])
-    metrics = stage.make()
+    rig = Rig()
+    rig.sinks = Sinks([TraceWriter(tmp_path / "trace.json")])
+    metrics = rig.make()
     await metrics.start()
     costs_s = []
     for step in range(5):
@@ -296,7 +296,7 @@ async def test_a_step_of_a_thousand_spans_costs_little(tmp_path: Path) -> None:
             await metrics.handle(
                 Span(actor="scorer", name="score", start_s=began_s, end_s=began_s + 0.01, lane=i % 16, gid=i)
             )
-        stage.now_s = 101.0 + step
+        rig.now_s = 101.0 + step
         await metrics.handle(update(step + 1))
         costs_s.append(time.perf_counter() - start_s)
     await metrics.finish()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 P, ROWS, STRIDE = 3, 4, 2**48
 
 
-class Stage:
+class Rig:
     """A prompter with three prompts a step, and both its neighbours' ends in hand."""
 
     def __init__(
@@ -73,243 +73,243 @@ class Stage:
 
 
 async def test_issues_in_slot_order_as_far_as_credits_reach() -> None:
-    stage = Stage(credits_=4)
+    rig = Rig(credits_=4)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
+        tasks.start_soon(rig.prompter.run)
         await anyio.wait_all_tasks_blocked()
-        prompts = await taken(stage.generator)
+        prompts = await taken(rig.generator)
         assert [(p.gid, p.slot.step, p.slot.place) for p in prompts] == [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 1, 0)]
         assert [(p.epoch, p.row, p.prompt, p.columns) for p in prompts[2:]] == [
             (0, 2, "row 2", {"answer": "2"}),
             (0, 3, "row 3", {"answer": "3"}),
         ]
-        await stage.close(2)
-        assert await stage.issued() == [4]
-        await stage.close(0, 1)
-        assert await stage.issued() == [5, 6]
-        assert not ended(stage.generator)
-        await stage.close(3, 4, 5)
-        assert await stage.issued() == [7, 8]
-        assert ended(stage.generator), "the last prompt ends the stream, though its groups are alive"
-        await stage.close(6, 7, 8)
-        stage.closed.close()
+        await rig.close(2)
+        assert await rig.issued() == [4]
+        await rig.close(0, 1)
+        assert await rig.issued() == [5, 6]
+        assert not ended(rig.generator)
+        await rig.close(3, 4, 5)
+        assert await rig.issued() == [7, 8]
+        assert ended(rig.generator), "the last prompt ends the stream, though its groups are alive"
+        await rig.close(6, 7, 8)
+        rig.closed.close()
 
 
 async def test_goes_on_at_the_first_step_of_a_resumed_run() -> None:
-    stage = Stage(credits_=6, first_step=1, total_steps=2)
+    rig = Rig(credits_=6, first_step=1, total_steps=2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [3, 4, 5]
-        assert ended(stage.generator)
-        stage.closed.close()
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [3, 4, 5]
+        assert ended(rig.generator)
+        rig.closed.close()
 
 
 @pytest.mark.parametrize("first_step", [2, 5])
 async def test_a_run_that_is_done_issues_nothing(first_step: int) -> None:
-    stage = Stage(credits_=3, first_step=first_step, total_steps=2)
-    stage.closed.close()
-    await stage.prompter.run()
-    assert await stage.issued() == []
-    assert ended(stage.generator)
+    rig = Rig(credits_=3, first_step=first_step, total_steps=2)
+    rig.closed.close()
+    await rig.prompter.run()
+    assert await rig.issued() == []
+    assert ended(rig.generator)
 
 
 async def test_drain_amid_a_step_finishes_that_step_and_no_further() -> None:
-    stage = Stage(credits_=4)
+    rig = Rig(credits_=4)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2, 3]
-        stage.drain.send_nowait(Drain())
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2, 3]
+        rig.drain.send_nowait(Drain())
         await anyio.wait_all_tasks_blocked()
-        assert not ended(stage.generator), "step 1 has begun, so places 1 and 2 of it are still to come"
-        await stage.close(0, 1, 2)
-        assert await stage.issued() == [4, 5]
-        assert ended(stage.generator)
-        stage.drain.send_nowait(Drain())  # a second request changes nothing
-        await stage.close(3, 4, 5)
-        assert await stage.issued() == []
-        stage.closed.close()
+        assert not ended(rig.generator), "step 1 has begun, so places 1 and 2 of it are still to come"
+        await rig.close(0, 1, 2)
+        assert await rig.issued() == [4, 5]
+        assert ended(rig.generator)
+        rig.drain.send_nowait(Drain())  # a second request changes nothing
+        await rig.close(3, 4, 5)
+        assert await rig.issued() == []
+        rig.closed.close()
 
 
 async def test_drain_between_steps_ends_at_once() -> None:
-    stage = Stage(credits_=3)
+    rig = Rig(credits_=3)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2]
-        stage.drain.send_nowait(Drain())
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2]
+        rig.drain.send_nowait(Drain())
         await anyio.wait_all_tasks_blocked()
-        assert ended(stage.generator)
-        await stage.close(0, 1, 2)
-        assert await stage.issued() == []
-        stage.closed.close()
+        assert ended(rig.generator)
+        await rig.close(0, 1, 2)
+        assert await rig.issued() == []
+        rig.closed.close()
 
 
 async def test_drain_before_the_start_begins_no_step() -> None:
-    stage = Stage(credits_=3)
-    stage.drain.send_nowait(Drain())
-    stage.closed.close()
-    await stage.prompter.run()
-    assert await stage.issued() == []
-    assert ended(stage.generator)
+    rig = Rig(credits_=3)
+    rig.drain.send_nowait(Drain())
+    rig.closed.close()
+    await rig.prompter.run()
+    assert await rig.issued() == []
+    assert ended(rig.generator)
 
 
 async def test_a_group_closed_twice_is_a_fault() -> None:
-    stage = Stage(credits_=3)
-    await stage.prompter.start()
+    rig = Rig(credits_=3)
+    await rig.prompter.start()
     closed = GroupClosed(gid=1, slot=Slot(step=0, place=1), state="trained", version=1)
-    await stage.prompter.handle(closed)
-    await stage.prompter.handle(closed)  # the same message, as a Prompter gets it whose predecessor failed
+    await rig.prompter.handle(closed)
+    await rig.prompter.handle(closed)  # the same message, as a Prompter gets it whose predecessor failed
     closed = GroupClosed(gid=1, slot=Slot(step=0, place=1), state="trained", version=1)
     with pytest.raises(ValueError, match="group 1 is not alive"):
-        await stage.prompter.handle(closed)
+        await rig.prompter.handle(closed)
 
 
 async def test_replacements_take_over_the_credits_and_are_one_round() -> None:
-    stage = Stage(credits_=P, replaces=True, rows=20, total_steps=2)
+    rig = Rig(credits_=P, replaces=True, rows=20, total_steps=2)
     first, third = Slot(step=0, place=0), Slot(step=0, place=2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2]
-        await stage.replace(first, third)
-        prompts = await taken(stage.generator)
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2]
+        await rig.replace(first, third)
+        prompts = await taken(rig.generator)
         assert [(p.gid, p.slot.place, p.slot.attempt, p.round_size) for p in prompts] == [
             (STRIDE, 0, 1, 2),
             (2 + STRIDE, 2, 1, 2),
         ]
         assert [p.row for p in prompts] == [
-            stage.schedule.prompt(Slot(step=0, place=place, attempt=1)).row for place in (0, 2)
+            rig.schedule.prompt(Slot(step=0, place=place, attempt=1)).row for place in (0, 2)
         ]
-        assert stage.credits.live == {STRIDE, 1, 2 + STRIDE}
-        await stage.replace(Slot(step=0, place=2, attempt=1))
-        [last] = await taken(stage.generator)
+        assert rig.credits.live == {STRIDE, 1, 2 + STRIDE}
+        await rig.replace(Slot(step=0, place=2, attempt=1))
+        [last] = await taken(rig.generator)
         assert (last.gid, last.round_size) == (2 + 2 * STRIDE, 1)
-        await stage.close(STRIDE, 1, 2 + 2 * STRIDE)
-        assert await stage.issued() == [3, 4, 5], "every credit came back once"
-        await stage.close(3, 4, 5)
-        stage.closed.close()
+        await rig.close(STRIDE, 1, 2 + 2 * STRIDE)
+        assert await rig.issued() == [3, 4, 5], "every credit came back once"
+        await rig.close(3, 4, 5)
+        rig.closed.close()
 
 
 async def test_the_stream_stays_open_for_replacements_until_every_group_is_closed() -> None:
-    stage = Stage(credits_=P, replaces=True, total_steps=1)
+    rig = Rig(credits_=P, replaces=True, total_steps=1)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2]
-        await stage.replace(Slot(step=0, place=1))
-        assert await stage.issued() == [1 + STRIDE]
-        await stage.close(0, 1 + STRIDE)
-        assert not ended(stage.generator)
-        await stage.close(2)
-        assert ended(stage.generator)
-        stage.closed.close()
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2]
+        await rig.replace(Slot(step=0, place=1))
+        assert await rig.issued() == [1 + STRIDE]
+        await rig.close(0, 1 + STRIDE)
+        assert not ended(rig.generator)
+        await rig.close(2)
+        assert ended(rig.generator)
+        rig.closed.close()
 
 
 async def test_drain_amid_a_round_of_replacements() -> None:
-    stage = Stage(credits_=P, replaces=True)
+    rig = Rig(credits_=P, replaces=True)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2]
-        stage.drain.send_nowait(Drain())
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2]
+        rig.drain.send_nowait(Drain())
         await anyio.wait_all_tasks_blocked()
-        await stage.replace(Slot(step=0, place=0))
-        assert await stage.issued() == [STRIDE], "the step has begun and is finished"
-        await stage.close(STRIDE, 1, 2)
-        assert await stage.issued() == []
-        assert ended(stage.generator)
-        stage.closed.close()
+        await rig.replace(Slot(step=0, place=0))
+        assert await rig.issued() == [STRIDE], "the step has begun and is finished"
+        await rig.close(STRIDE, 1, 2)
+        assert await rig.issued() == []
+        assert ended(rig.generator)
+        rig.closed.close()
 
 
 async def test_replacing_a_group_that_is_not_alive_is_a_fault() -> None:
-    stage = Stage(credits_=P, replaces=True)
-    await stage.prompter.start()
+    rig = Rig(credits_=P, replaces=True)
+    await rig.prompter.start()
     replace = Replace(slots=(Slot(step=0, place=1),))
-    await stage.prompter.handle(replace)
-    await stage.prompter.handle(replace)
+    await rig.prompter.handle(replace)
+    await rig.prompter.handle(replace)
     replace = Replace(slots=(Slot(step=0, place=1),))
     with pytest.raises(ValueError, match="group 1 is not alive"):
-        await stage.prompter.handle(replace)
+        await rig.prompter.handle(replace)
 
 
 async def test_a_pause_amid_a_step_finishes_that_step_and_begins_none_until_resumed() -> None:
-    stage = Stage(credits_=4)
+    rig = Rig(credits_=4)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2, 3]
-        assert await stage.ask(Pause(), Pause()) == []
-        await stage.close(0, 1, 2)
-        assert await stage.issued() == [4, 5], "step 1 had begun"
-        await stage.close(3, 4, 5)
-        assert await stage.issued() == []
-        assert not ended(stage.generator)
-        assert await stage.ask(Resume()) == [6, 7, 8]
-        assert ended(stage.generator)
-        stage.closed.close()
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2, 3]
+        assert await rig.ask(Pause(), Pause()) == []
+        await rig.close(0, 1, 2)
+        assert await rig.issued() == [4, 5], "step 1 had begun"
+        await rig.close(3, 4, 5)
+        assert await rig.issued() == []
+        assert not ended(rig.generator)
+        assert await rig.ask(Resume()) == [6, 7, 8]
+        assert ended(rig.generator)
+        rig.closed.close()
 
 
 async def test_steps_are_begun_one_by_one_while_paused() -> None:
-    stage = Stage(credits_=9, total_steps=9)
+    rig = Rig(credits_=9, total_steps=9)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.ask(Step()) == [0, 1, 2, 3, 4, 5, 6, 7, 8], "without a pause it changes nothing"
-        await stage.ask(Pause())
-        await stage.close(*range(9))
-        assert await stage.issued() == []
-        assert await stage.ask(Step()) == [9, 10, 11]
-        await stage.close(9, 10, 11)
-        assert await stage.ask(Step(), Step()) == [12, 13, 14, 15, 16, 17]
-        await stage.close(*range(12, 18))
-        assert await stage.ask(Step(steps=2)) == [18, 19, 20, 21, 22, 23]
-        stage.drain.send_nowait(Drain())
-        await stage.issued()
-        assert ended(stage.generator), "a paused run can be drained"
-        stage.closed.close()
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.ask(Step()) == [0, 1, 2, 3, 4, 5, 6, 7, 8], "without a pause it changes nothing"
+        await rig.ask(Pause())
+        await rig.close(*range(9))
+        assert await rig.issued() == []
+        assert await rig.ask(Step()) == [9, 10, 11]
+        await rig.close(9, 10, 11)
+        assert await rig.ask(Step(), Step()) == [12, 13, 14, 15, 16, 17]
+        await rig.close(*range(12, 18))
+        assert await rig.ask(Step(steps=2)) == [18, 19, 20, 21, 22, 23]
+        rig.drain.send_nowait(Drain())
+        await rig.issued()
+        assert ended(rig.generator), "a paused run can be drained"
+        rig.closed.close()
 
 
 async def test_a_pause_before_the_start_begins_no_step() -> None:
-    stage = Stage(credits_=3)
-    stage.control.send_nowait(Pause())
+    rig = Rig(credits_=3)
+    rig.control.send_nowait(Pause())
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == []
-        assert await stage.ask(Step()) == [0, 1, 2]
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == []
+        assert await rig.ask(Step()) == [0, 1, 2]
         tasks.cancel_scope.cancel()
 
 
 async def test_replacements_go_on_while_paused_or_held() -> None:
-    stage = Stage(credits_=P, replaces=True, rows=20)
+    rig = Rig(credits_=P, replaces=True, rows=20)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2]
-        await stage.ask(Pause(), Hold(reasons=("judge is down",)))
-        await stage.replace(Slot(step=0, place=1))
-        assert await stage.issued() == [1 + STRIDE]
-        await stage.close(0, 1 + STRIDE, 2)
-        assert await stage.issued() == []
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2]
+        await rig.ask(Pause(), Hold(reasons=("judge is down",)))
+        await rig.replace(Slot(step=0, place=1))
+        assert await rig.issued() == [1 + STRIDE]
+        await rig.close(0, 1 + STRIDE, 2)
+        assert await rig.issued() == []
         tasks.cancel_scope.cancel()
 
 
 async def test_a_hold_lasts_until_there_is_no_reason_left_and_is_apart_from_a_pause() -> None:
-    stage = Stage(credits_=P, total_steps=5)
+    rig = Rig(credits_=P, total_steps=5)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2]
-        await stage.ask(Hold(reasons=("judge is down", "runner is down")))
-        await stage.close(0, 1, 2)
-        assert await stage.issued() == []
-        assert stage.ledger.held == ("judge is down", "runner is down")
-        assert await stage.ask(Hold(reasons=("runner is down",))) == []
-        assert await stage.ask(Pause(), Hold(reasons=())) == [], "it is paused still"
-        await stage.ask(Hold(reasons=("judge is down",)))
-        assert await stage.ask(Resume()) == [], "it is held still"
-        assert await stage.ask(Hold(reasons=())) == [3, 4, 5]
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2]
+        await rig.ask(Hold(reasons=("judge is down", "runner is down")))
+        await rig.close(0, 1, 2)
+        assert await rig.issued() == []
+        assert rig.ledger.held == ("judge is down", "runner is down")
+        assert await rig.ask(Hold(reasons=("runner is down",))) == []
+        assert await rig.ask(Pause(), Hold(reasons=())) == [], "it is paused still"
+        await rig.ask(Hold(reasons=("judge is down",)))
+        assert await rig.ask(Resume()) == [], "it is held still"
+        assert await rig.ask(Hold(reasons=())) == [3, 4, 5]
         tasks.cancel_scope.cancel()
 
 
 async def test_rows_of_groups_that_are_sent_back_are_prompted_again() -> None:
-    stage = Stage(credits_=P, replaces=True, rows=20)
+    rig = Rig(credits_=P, replaces=True, rows=20)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        rows = [prompt.row for prompt in (await stage.issued_prompts())]
-        await stage.closed.send(Replace(slots=(Slot(step=0, place=2),), rows=(rows[2],)))
-        [again] = await stage.issued_prompts()
+        tasks.start_soon(rig.prompter.run)
+        rows = [prompt.row for prompt in (await rig.issued_prompts())]
+        await rig.closed.send(Replace(slots=(Slot(step=0, place=2),), rows=(rows[2],)))
+        [again] = await rig.issued_prompts()
         assert (again.gid, again.row, again.round_size) == (2 + STRIDE, rows[2], 1)
         tasks.cancel_scope.cancel()
 
@@ -322,43 +322,43 @@ class NoRoomError(Exception):
 async def test_the_successor_of_a_prompter_that_failed_amid_sending_issues_the_rest(
     nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Stage(credits_=4, replaces=True, rows=20)
-    sends, send = iter(range(99)), stage.prompts.send
+    rig = Rig(credits_=4, replaces=True, rows=20)
+    sends, send = iter(range(99)), rig.prompts.send
 
     async def failing_send(prompt: Prompt) -> None:
         if next(sends) == nth:
             raise NoRoomError
         await send(prompt)
 
-    monkeypatch.setattr(stage.prompts, "send", failing_send)
+    monkeypatch.setattr(rig.prompts, "send", failing_send)
     work = [GroupClosed(gid=0, slot=Slot(step=0, place=0), state="trained", version=1)]
     requests = [Replace(slots=(Slot(step=0, place=1), Slot(step=0, place=2))), *work, Pause(), Step()]
-    prompter, failures = stage.another(), 0
-    for do in (prompter.start, *(lambda m=m: stage.prompter.handle(m) for m in requests)):
+    prompter, failures = rig.another(), 0
+    for do in (prompter.start, *(lambda m=m: rig.prompter.handle(m) for m in requests)):
         try:
             await do()
         except NoRoomError:
             failures += 1
-            stage.prompter = stage.another()
+            rig.prompter = rig.another()
             await (
-                stage.prompter.start()
-                if stage.ledger.last_acted_on is None
-                else stage.prompter.handle(stage.ledger.last_acted_on)
+                rig.prompter.start()
+                if rig.ledger.last_acted_on is None
+                else rig.prompter.handle(rig.ledger.last_acted_on)
             )
     assert failures == (nth < 7)
-    assert await stage.issued() == [0, 1, 2, 3, 1 + STRIDE, 2 + STRIDE, 4]
-    assert stage.credits.live == {1 + STRIDE, 2 + STRIDE, 3, 4} == set(stage.ledger.alive)
-    assert stage.ledger.steps_allowed == 3
+    assert await rig.issued() == [0, 1, 2, 3, 1 + STRIDE, 2 + STRIDE, 4]
+    assert rig.credits.live == {1 + STRIDE, 2 + STRIDE, 3, 4} == set(rig.ledger.alive)
+    assert rig.ledger.steps_allowed == 3
 
 
 async def test_a_replacement_takes_over_a_credit_that_would_not_be_given_now() -> None:
     """A free run that goes on with a smaller max_staleness has more groups alive than may begin."""
-    stage = Stage(credits_=3, replaces=True)
+    rig = Rig(credits_=3, replaces=True)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.prompter.run)
-        assert await stage.issued() == [0, 1, 2]
-        stage.credits.limit = 1
-        await stage.replace(Slot(step=0, place=1))
-        assert await stage.issued() == [1 + STRIDE]
-        assert stage.credits.live == {0, 1 + STRIDE, 2} == set(stage.ledger.alive)
+        tasks.start_soon(rig.prompter.run)
+        assert await rig.issued() == [0, 1, 2]
+        rig.credits.limit = 1
+        await rig.replace(Slot(step=0, place=1))
+        assert await rig.issued() == [1 + STRIDE]
+        assert rig.credits.live == {0, 1 + STRIDE, 2} == set(rig.ledger.alive)
         tasks.cancel_scope.cancel()

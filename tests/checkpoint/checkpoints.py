@@ -74,7 +74,7 @@ def disk_with_room(left: int) -> Callable[[int, memoryview], int]:
 
 
 def under_way() -> Unfinished:
-    """Groups in every stage, with all that they may carry."""
+    """Groups in every rig, with all that they may carry."""
     scored = make_scored(3, 0, (0.5, None, -1.0))
     remarks: dict[str, tuple[Any, ...]] = {"why": ("short", None, {"b": [1, 2.5]}), "raw": (b"\x00\xff", True, "é")}
     return Unfinished(

@@ -22,7 +22,7 @@ load_reward(f"{FILE}:passes_tests")
 EXAMPLE: Any = next(module for name, module in sys.modules.items() if name.startswith("troupe_reward_code_reward_"))
 
 
-MARK = secrets.token_hex(8)  # others may play the same tests on this machine
+MARK = secrets.token_hex(8)  # others may drive the same tests on this machine
 SLEEPS = f"import time; time.sleep(600)  # {MARK}"
 
 

@@ -20,7 +20,7 @@ from tests.support.fakes import (
     weigh_ids,
     write_ragged_model,
 )
-from tests.support.straight import play_straight
+from tests.support.straight import run_straight
 from troupe import load_config
 from troupe.checkpoint import Checkpoint, load_checkpoint
 from troupe.messages import GroupClosed, Update
@@ -61,7 +61,7 @@ SYNCED = {"learner__beta": 0.05, "learner__sync_ref_model": True, "learner__ref_
 def test_a_run_equals_the_plain_loop_bit_for_bit(tmp_path: Path, ragged_model: Path, settings: dict[str, Any]) -> None:
     config = tiny_config(ragged_model, tmp_path, **settings)
     result = troupe.train(config, [delayed(seed=1)])
-    straight = play_straight(config, weigh_ids)
+    straight = run_straight(config, weigh_ids)
     stored = last_checkpoint(result.folder)
     assert same_bits(stored.weights, straight.weights)
     assert same_bits(stored.optimizer_state, straight.optimizer_state)
@@ -85,7 +85,7 @@ def test_dynamic_sampling_equals_the_plain_loop_whatever_the_delays(
     tmp_path: Path, ragged_model: Path, max_staleness: int, attempts: int
 ) -> None:
     settings = DYNAMIC | {"schedule__max_staleness": max_staleness, "learner__max_resampling_attempts": attempts}
-    straight = play_straight(tiny_config(ragged_model, tmp_path, **settings), often_equal)
+    straight = run_straight(tiny_config(ragged_model, tmp_path, **settings), often_equal)
     assert sum(straight.filtered) >= 3, "the case is worth its name"
     closed: list[list[GroupClosed]] = []
     for seed in range(4):
@@ -220,6 +220,6 @@ def test_a_run_below_a_memory_limit_equals_the_plain_loop_with_its_choices(
     chosen = load_config(Path(result.folder) / "run.toml")
     assert (chosen.checkpoint.overlap, chosen.generation.memory_limit_gb is None) == (False, False)
     assert (chosen.learner.gradient_accumulation_steps or 0) > 1
-    straight = play_straight(chosen, weigh_ids)
+    straight = run_straight(chosen, weigh_ids)
     assert same_bits(last_checkpoint(result.folder).weights, straight.weights)
     assert same_bits(last_checkpoint(result.folder).optimizer_state, straight.optimizer_state)

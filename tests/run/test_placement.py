@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from tests.support.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
-from tests.support.straight import Straight, play_straight
+from tests.support.straight import Straight, run_straight
 from troupe import Supervisor
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.weights_files import SHARED_MEMORY, remove_leftovers
@@ -67,7 +67,7 @@ class Watch:
 
         monkeypatch.setattr(ChildProcess, "start", classmethod(watched))
 
-    async def play(self, run: Supervisor) -> RunResult:
+    async def drive(self, run: Supervisor) -> RunResult:
         with anyio.fail_after(PATIENCE_S):
             async with run:
                 files = run._pipeline.ledgers.files
@@ -97,7 +97,7 @@ def final(result: RunResult) -> Weights:
 
 
 def straight_of(config: Any, reward: Any = weigh_ids) -> Straight:
-    return play_straight(config, reward)
+    return run_straight(config, reward)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ async def test_a_process_gives_the_bits_of_the_plain_loop(
     tmp_path: Path, ragged_model: Path, watch: Watch, max_staleness: int
 ) -> None:
     config = tiny_config(ragged_model, tmp_path, schedule__max_staleness=max_staleness, **PLACED)
-    result = await watch.play(Supervisor(config, [delayed(seed=1)]))
+    result = await watch.drive(Supervisor(config, [delayed(seed=1)]))
     assert same_bits(final(result), straight_of(config).weights)
     assert result.closed_groups == {"trained": 8}
     assert result.incidents == {}
@@ -122,11 +122,11 @@ async def test_dynamic_sampling_and_delays_change_nothing(
     tmp_path: Path, ragged_model: Path, watch: Watch, max_staleness: int
 ) -> None:
     settings = FULL | PLACED | {"schedule__max_staleness": max_staleness, "learner__max_steps": 5}
-    expected = play_straight(tiny_config(ragged_model, tmp_path, **settings), often_equal)
+    expected = run_straight(tiny_config(ragged_model, tmp_path, **settings), often_equal)
     assert sum(expected.filtered) >= 2, "the case is worth its name"
     for seed in range(2):
         config = tiny_config(ragged_model, tmp_path / str(seed), **settings)
-        result = await watch.play(Supervisor(config, [delayed(seed, reward=often_equal)]))
+        result = await watch.drive(Supervisor(config, [delayed(seed, reward=often_equal)]))
         assert same_bits(final(result), expected.weights)
     watch.check_nothing_is_left(processes=2)
 
@@ -134,7 +134,7 @@ async def test_dynamic_sampling_and_delays_change_nothing(
 @pytest.mark.slow
 async def test_thread_and_process_resume_each_other(tmp_path: Path, ragged_model: Path, watch: Watch) -> None:
     settings = PLACED | {"schedule__max_staleness": 1, "learner__max_steps": 6, "checkpoint__every": 1}
-    expected = play_straight(tiny_config(ragged_model, tmp_path, **settings), weigh_ids)
+    expected = run_straight(tiny_config(ragged_model, tmp_path, **settings), weigh_ids)
     config = tiny_config(ragged_model, tmp_path, **settings)
     async with Supervisor(config, [weigh_ids]) as run:
         async for update in run.updates():
@@ -146,7 +146,7 @@ async def test_thread_and_process_resume_each_other(tmp_path: Path, ragged_model
         async for update in run.updates():
             if update.step == 4:
                 run.stop()
-    result = await watch.play(Supervisor(config, [weigh_ids], resume=True))
+    result = await watch.drive(Supervisor(config, [weigh_ids], resume=True))
     assert same_bits(final(result), expected.weights)
 
 
@@ -156,19 +156,19 @@ async def test_several_processes_are_a_function_of_the_config(tmp_path: Path, ra
     settings = PLACED | {"schedule__max_staleness": 1, "schedule__generator_processes": 2, "learner__batch_size": 3}
     for seed in range(2):
         config = tiny_config(ragged_model, tmp_path / str(seed), **settings)
-        runs.append(final(await watch.play(Supervisor(config, [delayed(seed)]))))
+        runs.append(final(await watch.drive(Supervisor(config, [delayed(seed)]))))
     assert same_bits(runs[0], runs[1])
     watch.check_nothing_is_left(processes=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_stale", ["drop", "requeue"])
-async def test_the_free_schedule_plays_to_its_end(
+async def test_the_free_schedule_goes_to_its_end(
     tmp_path: Path, ragged_model: Path, watch: Watch, on_stale: str
 ) -> None:
     settings = {"schedule__mode": "free", "schedule__on_stale": on_stale, "schedule__max_staleness": 1}
     config = tiny_config(ragged_model, tmp_path, **PLACED | settings)
-    result = await watch.play(Supervisor(config, [delayed(seed=1)]))
+    result = await watch.drive(Supervisor(config, [delayed(seed=1)]))
     assert result.complete
     assert result.incidents == {}
     watch.check_nothing_is_left(processes=1)
@@ -188,7 +188,7 @@ async def test_a_killed_process_is_restarted_and_changes_nothing(
 
     sizes = {"learner__batch_size": 4, "generation__max_completion_length": 48, "schedule__max_staleness": 1}
     config = tiny_config(ragged_model, tmp_path, **PLACED | sizes)
-    result = await watch.play(Supervisor(config, [kill_at_first]))
+    result = await watch.drive(Supervisor(config, [kill_at_first]))
     assert result.incidents == {"actor_restarted": 1}
     assert result.closed_groups == {"trained": 16}
     assert same_bits(final(result), straight_of(config).weights)
@@ -250,7 +250,7 @@ async def test_a_tokenizer_that_the_process_cannot_load_ends_the_run_as_bad_inpu
 
     monkeypatch.setattr(RemoteGenerator, "start", start)
     with pytest.raises(ModelError, match="tokenizer"):
-        await watch.play(Supervisor(tiny_config(ragged_model, tmp_path, **PLACED), [weigh_ids]))
+        await watch.drive(Supervisor(tiny_config(ragged_model, tmp_path, **PLACED), [weigh_ids]))
     assert len(watch.children) == 1
 
 
@@ -266,7 +266,7 @@ async def test_a_process_that_is_made_anew_needs_no_model_folder(
     copy = tmp_path / "model"
     shutil.copytree(ragged_model, copy)
     monkeypatch.setattr(RemoteGenerator, "start", start)
-    await watch.play(Supervisor(tiny_config(copy, tmp_path, **PLACED), [weigh_ids]))
+    await watch.drive(Supervisor(tiny_config(copy, tmp_path, **PLACED), [weigh_ids]))
     assert len(watch.children) == 1
 
 

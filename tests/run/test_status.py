@@ -44,10 +44,10 @@ from troupe.runtime.reporter import Reporter
 pytestmark = pytest.mark.anyio
 
 
-class Player(Actor):
+class Working(Actor):
     """Stands about."""
 
-    name: ClassVar[str] = "player"
+    name: ClassVar[str] = "working"
 
     def __init__(self, name: str, *, last: bool = False) -> None:
         self.name = name  # type: ignore[misc]
@@ -62,11 +62,11 @@ class Player(Actor):
         self.way_in = self.inbox.channel(f"to {name}", Prompt, RolloutGroup, ScoredGroup, GroupClosed, bound=9)
 
     async def handle(self, message: Any) -> None:
-        raise AssertionError("it is never played")
+        raise AssertionError("it is never run")
 
 
-def cast() -> list[Player]:
-    return [Player(name) for name in ("prompter", "generator", "scorer", "learner")]
+def actors_of_a_run() -> list[Working]:
+    return [Working(name) for name in ("prompter", "generator", "scorer", "learner")]
 
 
 def alive(*prompts: Prompt, since_s: float = 90.0) -> dict[int, tuple[Slot, float]]:
@@ -74,7 +74,7 @@ def alive(*prompts: Prompt, since_s: float = 90.0) -> dict[int, tuple[Slot, floa
 
 
 async def test_a_group_belongs_to_who_has_it_furthest_down_the_line() -> None:
-    actors = prompter, generator, scorer, learner = cast()
+    actors = prompter, generator, scorer, learner = actors_of_a_run()
     prompts = [make_prompt(step, place) for step in range(3) for place in range(2)]
     for prompt in prompts[:5]:
         generator.way_in.send_nowait(prompt)
@@ -102,14 +102,14 @@ async def test_a_group_belongs_to_who_has_it_furthest_down_the_line() -> None:
 
 
 async def test_queues_are_those_of_the_data_channels() -> None:
-    actors = cast()
+    actors = actors_of_a_run()
     actors[0].inbox.channel("control", Prompt, bound=1, side=True).send_nowait(make_prompt(0, 0))
     actors[1].way_in.send_nowait(make_prompt(0, 0))
     assert queues(actors) == {"to prompter": 0, "to generator": 1, "to scorer": 0, "to learner": 0}
 
 
 async def test_what_everybody_does_is_told_in_words() -> None:
-    prompter, generator, scorer, learner = cast()
+    prompter, generator, scorer, learner = actors_of_a_run()
     with (
         prompter.report.span("idle", kind="wait"),
         learner.report.span("learn", step=3),
@@ -132,8 +132,8 @@ async def test_what_everybody_does_is_told_in_words() -> None:
 
 
 async def test_movement_is_a_message_taken_or_work_begun_on_a_device() -> None:
-    actors = prompter, _generator, scorer, learner = cast()
-    metrics = Player("metrics", last=True)
+    actors = prompter, _generator, scorer, learner = actors_of_a_run()
+    metrics = Working("metrics", last=True)
     begin_s = last_movement_s(actors)
     with scorer.report.span("score"), learner.report.span("idle", kind="wait"):
         assert last_movement_s(actors) == begin_s, "a reward that hangs does not move, nor does one who waits"
@@ -153,7 +153,7 @@ OLDEST = LiveGroup(gid=12, slot=Slot(step=3, place=0, attempt=1), owner="scorer"
 
 
 async def test_a_stall_names_the_oldest_group_and_what_everybody_waits_for() -> None:
-    actors = _prompter, _generator, scorer, learner = cast()
+    actors = _prompter, _generator, scorer, learner = actors_of_a_run()
     with scorer.report.span("score", gid=12), learner.report.span("idle", kind="wait"):
         incident = stall([OLDEST], actors, time.perf_counter() + 600.0, 600.2)
     assert (incident.actor, incident.kind, incident.gid) == ("supervisor", "stalled", 12)
@@ -169,7 +169,7 @@ async def test_a_stall_names_the_oldest_group_and_what_everybody_waits_for() -> 
 
 
 async def test_a_device_that_computes_is_named_and_not_called_dead() -> None:
-    actors = cast()
+    actors = actors_of_a_run()
     with actors[3].report.span("learn", step=3):
         incident = stall([], actors, time.perf_counter() + 300.0, 300.0)
     assert (incident.kind, incident.gid) == ("long_work", None)
@@ -192,13 +192,13 @@ async def until(holds: Callable[[], bool]) -> None:
             await anyio.sleep(0.01)
 
 
-class Generating(Player):
+class Generating(Working):
     made = 113
 
 
 async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
-    prompter, _, scorer, learner = cast()
-    generator, checkpointer = Generating("generator"), Player("checkpointer")
+    prompter, _, scorer, learner = actors_of_a_run()
+    generator, checkpointer = Generating("generator"), Working("checkpointer")
     actors = [prompter, generator, scorer, learner, checkpointer]
     now_s = time.perf_counter()
     with prompter.report.span("idle", kind="wait"), scorer.report.span("wait for the round", kind="wait"):
@@ -218,16 +218,16 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
         assert getattr(of_actors(actors, now_s, 512), "text", None) == "starting the generator"
 
 
-def test_a_stage_tells_how_far_it_is_and_for_how_long() -> None:
-    stage = Progress()
-    assert stage.activity(0.0) is None
-    with stage.at("held-out rows") as now:
-        assert stage.activity(now.since_s) == Activity(what="held-out rows")
+def test_progress_tells_how_far_it_is_and_for_how_long() -> None:
+    rig = Progress()
+    assert rig.activity(0.0) is None
+    with rig.at("held-out rows") as now:
+        assert rig.activity(now.since_s) == Activity(what="held-out rows")
         now.done, now.total = 37, 400
-        assert stage.activity(now.since_s + 0.9) == Activity(what="held-out rows", detail=" 37 / 400")
+        assert rig.activity(now.since_s + 0.9) == Activity(what="held-out rows", detail=" 37 / 400")
         for later_s, told in ((12.0, "12 s"), (180.0, "3 min"), (7501.0, "2 h 05 min")):
-            assert getattr(stage.activity(now.since_s + later_s), "text", "") == f"held-out rows 37 / 400 ({told})"
-    assert stage.activity(0.0) is None
+            assert getattr(rig.activity(now.since_s + later_s), "text", "") == f"held-out rows 37 / 400 ({told})"
+    assert rig.activity(0.0) is None
 
 
 def test_what_is_waited_for_comes_first() -> None:

@@ -90,7 +90,7 @@ def same_state(one: Checkpoint, other: Checkpoint) -> bool:
     return arrays and same_bits(*references) and states[0] == states[1]
 
 
-async def play(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = False, ask_at: int = 0) -> RunResult:
+async def drive(config: RunConfig, reward: Any = weigh_ids, *, resume: bool = False, ask_at: int = 0) -> RunResult:
     """A run to its end; drained when step `ask_at` is told."""
     async with Supervisor(config, [reward], resume=resume) as run:
         async for update in run.updates():
@@ -103,7 +103,7 @@ async def test_what_a_run_leaves_behind(tmp_path: Path, ragged_model: Path) -> N
     held_out = write_prompts(tmp_path / "held-out.json", rows=3)
     settings = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_best": False}
     config = tiny_config(ragged_model, tmp_path, **settings, data__eval_path=str(held_out))
-    result = await play(config)
+    result = await drive(config)
     run = tmp_path / "run"
     assert names_in(run) == {"run.toml", "summary.json", "metrics.jsonl", "trace.json", "checkpoints", "final"}
     assert names_in(run / "checkpoints") == {"step-00000004"}
@@ -190,15 +190,15 @@ def test_a_supervisor_can_be_made_before_there_is_an_event_loop(tmp_path: Path, 
 @pytest.mark.parametrize("max_staleness", [0, 1])
 async def test_a_drained_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
     settings = {"schedule__max_staleness": max_staleness, "learner__max_steps": 7}
-    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings), delayed(1))
+    whole = await drive(tiny_config(ragged_model, tmp_path / "whole", **settings), delayed(1))
     config = tiny_config(ragged_model, tmp_path / "cut", **settings)
-    part = await play(config, delayed(2), ask_at=2)
+    part = await drive(config, delayed(2), ask_at=2)
     assert 2 <= part.steps < 7
     assert not part.complete
     assert part.closed_groups == {"trained": 2 * part.steps}
     assert same_bits(load_policy(Path(part.folder) / "final").weights, newest_weights(part.folder))
     stored = troupe.load_config(Path(part.folder) / "run.toml")
-    rest = await play(stored, delayed(3), resume=True)
+    rest = await drive(stored, delayed(3), resume=True)
     assert (rest.steps, rest.complete, rest.closed_groups) == (7, True, {"trained": 2 * (7 - part.steps)})
     assert same_bits(newest_weights(rest.folder), newest_weights(whole.folder))
     assert same_bits(load_policy(Path(rest.folder) / "final").weights, newest_weights(whole.folder))
@@ -209,7 +209,7 @@ async def test_a_drained_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_mod
 @pytest.mark.parametrize("max_staleness", [0, 1])
 async def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
     settings = {"schedule__max_staleness": max_staleness, "learner__max_steps": 6}
-    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings))
+    whole = await drive(tiny_config(ragged_model, tmp_path / "whole", **settings))
     config = tiny_config(ragged_model, tmp_path / "cut", **settings)
     async with Supervisor(config, [delayed(4)]) as run:
         async for update in run.updates():
@@ -221,7 +221,7 @@ async def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_mod
     assert "final" not in names_in(run.folder)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, part.steps + 1)), "every step told"
-    rest = await play(config, resume=True)
+    rest = await drive(config, resume=True)
     assert rest.complete
     assert same_bits(newest_weights(rest.folder), newest_weights(whole.folder))
 
@@ -246,7 +246,7 @@ async def test_a_run_that_resamples_and_follows_goes_on_to_the_same_bits(
     tmp_path: Path, ragged_model: Path, max_staleness: int, ending: str
 ) -> None:
     settings = FULL | {"schedule__max_staleness": max_staleness}
-    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings), delayed(1, reward=often_equal))
+    whole = await drive(tiny_config(ragged_model, tmp_path / "whole", **settings), delayed(1, reward=often_equal))
     assert whole.closed_groups["filtered"] >= 3
     config = tiny_config(ragged_model, tmp_path / "cut", **settings)
     async with Supervisor(config, [delayed(2, reward=often_equal)]) as run:
@@ -254,7 +254,7 @@ async def test_a_run_that_resamples_and_follows_goes_on_to_the_same_bits(
             if update.step == 4:
                 getattr(run, ending)()
     assert 4 <= run.result.steps < 7
-    rest = await play(config, delayed(3, reward=often_equal), resume=True)
+    rest = await drive(config, delayed(3, reward=often_equal), resume=True)
     assert rest.complete
     assert same_state(newest(rest.folder), newest(whole.folder))
     assert newest(rest.folder).reference is not None
@@ -298,7 +298,7 @@ async def test_a_run_without_any_signal_ends_with_the_weights_that_it_had(
         return [1.0] * len(completions)
 
     settings = {"learner__dynamic_sampling": True, "schedule__max_staleness": max_staleness}
-    result = await play(tiny_config(ragged_model, tmp_path, **settings), constant)
+    result = await drive(tiny_config(ragged_model, tmp_path, **settings), constant)
     assert result.complete
     assert result.closed_groups == {"filtered": 4 * BATCH_SIZE * (1 + 3)}
     assert same_bits(newest_weights(result.folder), load_policy(ragged_model).weights)
@@ -308,10 +308,10 @@ async def test_a_run_without_any_signal_ends_with_the_weights_that_it_had(
 
 async def test_bfloat16_goes_on_in_bfloat16(tmp_path: Path, ragged_model: Path) -> None:
     settings = {"model__dtype": "bfloat16", "learner__max_steps": 4, "schedule__max_staleness": 1}
-    whole = await play(tiny_config(ragged_model, tmp_path / "whole", **settings))
-    part = await play(tiny_config(ragged_model, tmp_path / "cut", **settings), ask_at=1)
+    whole = await drive(tiny_config(ragged_model, tmp_path / "whole", **settings))
+    part = await drive(tiny_config(ragged_model, tmp_path / "cut", **settings), ask_at=1)
     assert part.steps < 4
-    rest = await play(troupe.load_config(Path(part.folder) / "run.toml"), resume=True)
+    rest = await drive(troupe.load_config(Path(part.folder) / "run.toml"), resume=True)
     assert same_bits(newest_weights(rest.folder), newest_weights(whole.folder))
 
 
@@ -349,7 +349,7 @@ async def test_a_drain_during_evaluation_begins_no_step(tmp_path: Path, ragged_m
         go_on.set()
     assert (run.result.steps, run.result.closed_groups) == (0, {})
     assert [path.name for path in list_checkpoints(run.folder)] == ["step-00000000"]
-    assert (await play(config, resume=True)).complete
+    assert (await drive(config, resume=True)).complete
 
 
 async def test_a_stop_during_evaluation_ends_at_once(tmp_path: Path, ragged_model: Path) -> None:
@@ -360,7 +360,7 @@ async def test_a_stop_during_evaluation_ends_at_once(tmp_path: Path, ragged_mode
         await inside.wait()
         run.stop()
     assert (run.result.steps, run.result.rewards_before) == (0, {})
-    assert (await play(config, resume=True)).complete
+    assert (await drive(config, resume=True)).complete
 
 
 async def test_an_error_in_the_body_cancels_the_run_and_comes_out_as_itself(tmp_path: Path, ragged_model: Path) -> None:
@@ -413,7 +413,7 @@ async def test_a_reward_that_breaks_its_contract_leaves_nothing_behind(
 
     config = tiny_config(ragged_model, tmp_path, output=str(tmp_path / "runs" / "deep" / "run"))
     with pytest.raises(RewardError, match="reward wrong returned"):
-        await play(config, wrong)
+        await drive(config, wrong)
     assert names_in(tmp_path) == {"prompts.json"}, "the folders that the run made are gone"
 
 
@@ -426,16 +426,16 @@ async def test_a_broken_reward_leaves_an_empty_folder_empty_and_an_earlier_run_a
     config = tiny_config(ragged_model, tmp_path, learner__max_steps=6)
     (tmp_path / "run").mkdir()
     with pytest.raises(RewardError):
-        await play(config, wrong, resume=True)  # of which nothing is there yet
+        await drive(config, wrong, resume=True)  # of which nothing is there yet
     assert names_in(tmp_path) == {"prompts.json", "run"}
     assert names_in(tmp_path / "run") == set()
     wrong.__name__ = "weigh_ids"
-    await play(config, ask_at=1)
+    await drive(config, ask_at=1)
     before = names_in(tmp_path / "run")
     with pytest.raises(RewardError):
-        await play(config, wrong, resume=True)
+        await drive(config, wrong, resume=True)
     assert names_in(tmp_path / "run") == before - {"summary.json"}, "which spoke of the start before"
-    assert (await play(config, resume=True)).complete
+    assert (await drive(config, resume=True)).complete
 
 
 async def test_a_reward_that_does_not_start_leaves_nothing_behind(tmp_path: Path, ragged_model: Path) -> None:
@@ -447,7 +447,7 @@ async def test_a_reward_that_does_not_start_leaves_nothing_behind(tmp_path: Path
             return 0.0
 
     with pytest.raises(RewardError, match="reward Away did not start: ConnectionError: no judge"):
-        await play(tiny_config(ragged_model, tmp_path), Away())
+        await drive(tiny_config(ragged_model, tmp_path), Away())
     assert names_in(tmp_path) == {"prompts.json"}
 
 
@@ -467,12 +467,12 @@ class Judge(troupe.RewardActor):
 async def test_a_judge_that_is_away_at_a_resume_is_a_fault_that_may_pass(tmp_path: Path, ragged_model: Path) -> None:
     config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
     judge = Judge()
-    assert (await play(config, judge, ask_at=1)).steps < 3
+    assert (await drive(config, judge, ask_at=1)).steps < 3
     judge.is_away = True
     with pytest.raises(RunError, match=r"reward Judge did not start: .*no judge.*; an earlier start named it too"):
-        await play(config, judge, resume=True)
+        await drive(config, judge, resume=True)
     judge.is_away = False
-    assert (await play(config, judge, resume=True)).complete
+    assert (await drive(config, judge, resume=True)).complete
 
 
 @pytest.mark.parametrize("is_new", [False, True])
@@ -518,7 +518,7 @@ class Other(Judge):
 
 async def test_a_reward_that_is_new_at_a_resume_has_to_start(tmp_path: Path, ragged_model: Path) -> None:
     config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
-    await play(config)
+    await drive(config)
     away = Judge()
     away.is_away = True
     with pytest.raises(RewardError, match="reward Judge did not start"):
@@ -530,7 +530,7 @@ async def test_an_output_folder_under_a_file_is_refused(tmp_path: Path, ragged_m
     (tmp_path / "file").write_text("x")
     config = tiny_config(ragged_model, tmp_path, output=str(tmp_path / "file" / "run"))
     with pytest.raises(OutputError, match="the output folder cannot be written"):
-        await play(config)
+        await drive(config)
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -554,7 +554,7 @@ async def test_a_fault_in_the_learner_ends_the_run_with_its_checkpoints_whole(
         learner__max_steps=9,
     )
     with pytest.raises(RunError, match=r"learner.max_nonfinite_steps"):
-        await play(config, endless)
+        await drive(config, endless)
     versions = [load_checkpoint(path).state.version for path in list_checkpoints(tmp_path / "run")]
     assert versions[-1] == 1
     assert "final" not in names_in(tmp_path / "run")
@@ -573,36 +573,36 @@ async def test_a_stop_whose_checkpoint_fails_is_a_fault(tmp_path: Path, ragged_m
 
 async def test_resuming_as_another_run_is_refused(tmp_path: Path, ragged_model: Path) -> None:
     config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
-    await play(config)
+    await drive(config)
     before = names_in(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"seed: 0 → 3 \(never"):
-        await play(msgspec.structs.replace(config, seed=3), resume=True)
+        await drive(msgspec.structs.replace(config, seed=3), resume=True)
     with pytest.raises(CheckpointError, match=r"schedule.max_staleness: 0 → 1\n(.*\n)*.*--allow-change schedule.max"):
-        await play(tiny_config(ragged_model, tmp_path, schedule__max_staleness=1), resume=True)
+        await drive(tiny_config(ragged_model, tmp_path, schedule__max_staleness=1), resume=True)
     later = tiny_config(ragged_model, tmp_path, schedule__max_staleness=1, learner__max_steps=2)
     with pytest.raises(CheckpointError, match=r"max_staleness is 1, so step 2 needs policy version 1"):
         async with Supervisor(later, [weigh_ids], resume=True, allow_changes=["schedule.max_staleness"]):
             pass
     wider = write_tiny_model(tmp_path / "wider", msgspec.structs.replace(CONFIG, intermediate_size=96))
     with pytest.raises(CheckpointError, match="the run began with another model"):
-        await play(tiny_config(wider, tmp_path, learner__max_steps=2), resume=True)
+        await drive(tiny_config(wider, tmp_path, learner__max_steps=2), resume=True)
     write_prompts(tmp_path / "prompts.json", rows=6)
     with pytest.raises(CheckpointError, match="made with other prompts"):
-        await play(config, resume=True)
+        await drive(config, resume=True)
     assert names_in(tmp_path / "run") == before
 
 
 async def test_resuming_a_run_that_is_done_makes_no_step(tmp_path: Path, ragged_model: Path) -> None:
     config = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
-    done = await play(config)
+    done = await drive(config)
     weights = newest_weights(done.folder)
-    again = await play(config, resume=True)
+    again = await drive(config, resume=True)
     assert (again.steps, again.closed_groups, again.complete) == (2, {}, True)
     assert same_bits(newest_weights(again.folder), weights)
 
 
 async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(tmp_path: Path, ragged_model: Path) -> None:
-    done = await play(tiny_config(ragged_model, tmp_path, learner__max_steps=1))
+    done = await drive(tiny_config(ragged_model, tmp_path, learner__max_steps=1))
     folder = Path(done.folder)
     assert read_standing(folder).fate == "complete"
     longer = tiny_config(ragged_model, tmp_path, learner__max_steps=2)
@@ -618,7 +618,7 @@ async def test_what_a_shorter_run_came_to_does_not_count_for_the_longer_one(tmp_
     assert stored.learner.max_steps == 2
     assert trainer._finished(folder, stored) is None
     assert read_standing(folder).fate == "cut off"
-    assert (await play(longer, resume=True)).steps == 2
+    assert (await drive(longer, resume=True)).steps == 2
     assert read_standing(folder).fate == "complete"
 
 
@@ -626,7 +626,7 @@ async def test_a_summary_that_cannot_be_removed_is_told_before_the_config_is_sto
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(ragged_model, tmp_path, learner__max_steps=1)
-    folder = Path((await play(config)).folder)
+    folder = Path((await drive(config)).folder)
     before, real = (folder / "run.toml").read_bytes(), Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:

@@ -19,7 +19,7 @@ STACKS = """Timeout (0:00:03)!
 Thread 0x00007f0000000002 (most recent call first):
   File "/usr/lib/python3.11/re/__init__.py", line 166 in match
   File "/home/me/rewards.py", line 7 in kind
-  File "/site/troupe/rewards/convention.py", line 240 in play
+  File "/site/troupe/rewards/convention.py", line 240 in drive
 
 Current thread 0x00007f0000000001 (most recent call first):
   File "/usr/lib/python3.11/selectors.py", line 468 in select

@@ -1,7 +1,7 @@
 """Runs in which everything goes wrong that may, in virtual time over `wiring.py`; and what must hold
 all the same.
 
-All of a play follows from its seed: `python -m tests.support.chaos SEED` plays one again and tells what happened.
+All of a run follows from its seed: `python -m tests.support.chaos SEED` makes one again and tells what happened.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FATES = ("raises", "exits", "hangs", "ignores cancellation", *ODD)
 
 
 class Chaos(Hooks):
-    """The waits and faults of a play: a stream of random numbers of its own for each who asks."""
+    """The waits and faults of a drive: a stream of random numbers of its own for each who asks."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -160,7 +160,7 @@ def rewards_of(chaos: Chaos) -> list[Reward]:
 
 
 def config_of(plan: Plan, folder: Path) -> RunConfig:
-    """The play's settings."""
+    """The drive's settings."""
     dynamic = plan.attempts > 0
     return RunConfig(
         seed=plan.seed,
@@ -191,7 +191,7 @@ def config_of(plan: Plan, folder: Path) -> RunConfig:
 
 
 class Report(NamedTuple):
-    """How a play went."""
+    """How a drive went."""
 
     ledger: Ledger
     steps: int
@@ -203,8 +203,8 @@ class Report(NamedTuple):
     """Times that an actor failed, by its name."""
 
 
-def play(plan: Plan) -> Report:
-    """Play it, and see that everything holds; AssertionError with the plan where it does not."""
+def drive(plan: Plan) -> Report:
+    """Make it, and see that everything holds; AssertionError with the plan where it does not."""
     with TemporaryDirectory(prefix="troupe-chaos-") as folder:
         config = config_of(plan, Path(folder))
         chaos = Chaos(plan)
@@ -305,7 +305,7 @@ def assert_all_holds(plan: Plan, report: Report) -> None:
 
 def assert_timing_changes_nothing(plan: Plan, report: Report) -> None:
     """A pinned run learns the same without the delays and accidents, as far as it went."""
-    calm = play(plan.calm())
+    calm = drive(plan.calm())
     went = len(report.ledger.learned)
     same = report.ledger.learned == calm.ledger.learned[:went]
     if report.steps == calm.steps and not plan.asks("stop"):
@@ -314,13 +314,13 @@ def assert_timing_changes_nothing(plan: Plan, report: Report) -> None:
 
 
 def main() -> None:
-    """Play again what failed."""
+    """Make again what failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seed", type=int, nargs="+")
     for seed in parser.parse_args().seed:
         plan = draw_plan(seed)
         print(plan)
-        report = play(plan)
+        report = drive(plan)
         if plan.is_reproducible:
             assert_timing_changes_nothing(plan, report)
         print(f"{report.steps} steps in {report.took_s:g} s; groups {dict(report.ledger.states)}")

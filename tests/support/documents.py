@@ -105,7 +105,7 @@ class Shell:
 
     `troupe …` is called in this process, which spares loading everything once more, anything else by bash. What
     lasts (`troupe daemon`, `--watch`) goes to the background, as it would into another terminal, and must have ended
-    well when the page is done. A daemon is given so many steps that it plays until it is asked to end.
+    well when the page is done. A daemon is given so many steps that it runs until it is asked to end.
     """
 
     def __init__(self, folder: Path) -> None:

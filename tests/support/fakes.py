@@ -30,7 +30,7 @@ OPEN_DEVICES: list[DeviceThread] = []
 
 
 def device_thread(name: str) -> DeviceThread:
-    """A device thread for an actor that is played alone; closed when the test is done."""
+    """A device thread for an actor that runs alone; closed when the test is done."""
     OPEN_DEVICES.append(DeviceThread(name))
     return OPEN_DEVICES[-1]
 

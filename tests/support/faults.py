@@ -1,4 +1,4 @@
-"""Faults at every await of an actor: counted in one play, injected one by one in the next ones."""
+"""Faults at every await of an actor: counted in one drive, injected one by one in the next ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Faults:
     """Every await of an actor's loop is a point, once before what it waits for and once after it.
 
     A message that was sent has been delivered: there is no point after a send. `strike`: the points of `actor` that
-    raise, counted from 0 in the order in which the play comes to them; their places are noted in `places`. `at_stop`:
+    raise, counted from 0 in the order in which the drive comes to them; their places are noted in `places`. `at_stop`:
     whether it fails when it stops, every time.
     """
 
@@ -70,13 +70,13 @@ class Faults:
                 for step in ("start", "handle", "finish"):
                     at_once = actor is Metrics and step == "handle"  # it awaits nothing: it fails before or never
                     sides: tuple[Side, ...] = ("before",) if at_once else ("before", "after")
-                    self._wrap(patch, actor, step, lambda player, *_: player.name, sides)
+                    self._wrap(patch, actor, step, lambda actor_, *_: actor_.name, sides)
             yield
 
     def _stop(self, inner: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-        async def stop(player: Actor) -> None:
-            await inner(player)
-            if self.at_stop and player.name == self.actor:
+        async def stop(actor_: Actor) -> None:
+            await inner(actor_)
+            if self.at_stop and actor_.name == self.actor:
                 raise InjectedError("at stop")
 
         return stop

@@ -92,9 +92,9 @@ class Trainer:
         return False
 
 
-def play_and_kill(config: Path, out: Path, kills: int, seed: int) -> int:
+def run_and_kill(config: Path, out: Path, kills: int, seed: int) -> int:
     """Kill starts of a run at random moments, half of them while a checkpoint is written; check the folder after each,
-    and let the last start play to the end → how many were killed."""
+    and let the last start drive to the end → how many were killed."""
     dice = random.Random(seed)
     killed = 0
     while killed < kills:

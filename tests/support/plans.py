@@ -1,4 +1,4 @@
-"""What a chaotic run is made of and what goes wrong in it: drawn from a seed, played by `tests/support/chaos.py`."""
+"""What a chaotic run is made of and what goes wrong in it: drawn from a seed, run by `tests/support/chaos.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODES: tuple[Mode, ...] = ("pinned", "free")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is played, and what goes wrong."""
+    """What is run, and what goes wrong."""
 
     seed: int
     prompts: int
@@ -74,7 +74,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return self.mode == "pinned" and self.outage is None
 
     def calm(self) -> Plan:
-        """The same play without anything that depends on time; what follows from the completions stays."""
+        """The same drive without anything that depends on time; what follows from the completions stays."""
         quiet: dict[str, Any] = dict.fromkeys(
             ("delay_s", "bad_disk", "bad_sinks", "hiccups", "faults", "deadly", "watchdog_s"), 0.0
         )
@@ -82,7 +82,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def draw_plan(seed: int) -> Plan:
-    """A play at random."""
+    """A drive at random."""
     dice = random.Random(seed)
     delay_s = dice.choice([0.01, 1.0, 20.0])
     mode = dice.choice(MODES)

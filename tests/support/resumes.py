@@ -1,7 +1,7 @@
 """Runs that end amid their work and go on from a checkpoint, again and again, over `wiring.py`; and
 what must hold of all their starts together.
 
-All of a play follows from its seed: `python -m tests.support.resumes SEED` plays one again.
+All of a run follows from its seed: `python -m tests.support.resumes SEED` makes one again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from troupe.run.resume.newest import restored_free, restored_pinned
 from troupe.run.supervisor import Supervisor
 
 STARTS = 4
-"""Of a run, at most; the last one plays to the end."""
+"""Of a run, at most; the last one goes to the end."""
 
 
 class Cut(NamedTuple):
-    """A checkpoint as it lies on the disk, as far as the stage has a disk."""
+    """A checkpoint as it lies on the disk, as far as the rig has a disk."""
 
     version: int
     weights: dict[str, bytes]
@@ -126,21 +126,21 @@ def resumed(prepared: Prepared, cut: Cut) -> Prepared:
         skipped_in_a_row=cut.skipped_in_a_row,
         mode=config.schedule.mode,
     )
-    on_stage: dict[str, Any] = {"config": None, "weights": cut.weights, "behind": cut.behind}
-    checkpoint = Checkpoint(optimizer_state={}, state=state, unfinished=unfinished, **on_stage)
+    given: dict[str, Any] = {"config": None, "weights": cut.weights, "behind": cut.behind}
+    checkpoint = Checkpoint(optimizer_state={}, state=state, unfinished=unfinished, **given)
     start = msgspec.structs.replace(prepared.start, policy=policy, checkpoint=checkpoint, restored=restored)
     return msgspec.structs.replace(prepared, start=start)
 
 
-def play(seed: int, starts: int = STARTS) -> None:
-    """Play a run in several starts, and see that everything holds; AssertionError where it does not."""
+def drive(seed: int, starts: int = STARTS) -> None:
+    """Make a run in several starts, and see that everything holds; AssertionError where it does not."""
     dice = random.Random(f"resumes/{seed}")
     plan = msgspec.structs.replace(draw_plan(seed), outage=None, watchdog_s=0.0, deadly=0.0)
     steps = dice.randint(3, 8)
     plan = msgspec.structs.replace(plan, steps=steps, requests=())
     with TemporaryDirectory(prefix="troupe-resumes-") as folder:
         try:
-            _play(plan, Path(folder), dice, starts)
+            _drive(plan, Path(folder), dice, starts)
         except Exception as error:
             fault: BaseException = error
             while isinstance(fault, BaseExceptionGroup):
@@ -149,7 +149,7 @@ def play(seed: int, starts: int = STARTS) -> None:
             raise AssertionError(f"seed {seed}: {what}\n(python -m tests.support.resumes {seed})\n{plan}") from fault
 
 
-def _play(plan: Plan, folder: Path, dice: random.Random, starts: int) -> None:
+def _drive(plan: Plan, folder: Path, dice: random.Random, starts: int) -> None:
     whole = _start(plan.calm(), folder, None) if plan.is_reproducible else None
     store, cut = Store(), None
     for number in range(starts):
@@ -221,14 +221,14 @@ def check(plan: Plan, store: Store) -> None:
 
 
 def main() -> None:
-    """Play again what failed."""
+    """Make again what failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int, nargs="?")
     arguments = parser.parse_args()
     for seed in range(arguments.first, (arguments.last or arguments.first) + 1):
         try:
-            play(seed)
+            drive(seed)
         except AssertionError as error:
             print(str(error)[:1500])
 

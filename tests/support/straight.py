@@ -1,4 +1,4 @@
-"""The run as one loop: no actors, no tasks, no channels. What the play must equal bit for bit."""
+"""The run as one loop: no actors, no tasks, no channels. What the drive must equal bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Straight(NamedTuple):
     num_tokens: int
 
 
-def play_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
+def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
     """A pinned run with one reward that wants `completion_ids` alone."""
     learner, generation = config.learner, config.generation
     policy = load_policy(config.model.path or "", config.model.dtype)

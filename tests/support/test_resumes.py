@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.resumes import play
+from tests.support.resumes import drive
 
 pytestmark = pytest.mark.no_cover  # other tests cover what these shake
 
@@ -17,8 +17,8 @@ BLOCK = 50
 )
 def test_over_all_starts_every_group_ends_once(first: int) -> None:
     for seed in range(first, first + (BLOCK if first else 15)):
-        play(seed)
+        drive(seed)
 
 
 def test_a_step_that_was_whole_when_its_run_was_stopped() -> None:
-    play(1068)
+    drive(1068)

@@ -1,6 +1,6 @@
 """An asyncio event loop whose clock jumps: what would wait for an hour waits for no time at all.
 
-When nothing is ready the clock is set to the next timer, so a play with seconds of delay takes milliseconds, and the
+When nothing is ready the clock is set to the next timer, so a drive with seconds of delay takes milliseconds, and the
 same program takes the same turns every time. Where there is no timer either, nobody can ever wake up again: that is a
 deadlock, and `StuckError` says where every task waits. Knows nothing of actors but that they have a `name`.
 """
@@ -19,7 +19,7 @@ import anyio
 T = TypeVar("T")
 
 HORIZON_S = 1e5
-"""Virtual seconds after which a play that only waits for timers (of a watchdog, say) counts as stuck."""
+"""Virtual seconds after which a drive that only waits for timers (of a watchdog, say) counts as stuck."""
 TURNS = 1_000_000
 """Turns of the loop in which the clock may stand still."""
 PATIENCE_S = 20.0

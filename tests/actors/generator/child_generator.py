@@ -39,7 +39,7 @@ OF_EVERY = Rollout(
 )
 
 
-async def play(connection: Connection) -> None:
+async def drive(connection: Connection) -> None:
     does = os.environ.get("CHILD_DOES", "")
     await connection.receive()
     if does == "refuse":
@@ -81,4 +81,4 @@ async def play(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve(play)
+    serve(drive)

@@ -21,7 +21,7 @@ from troupe.runtime.roles import run_roles
 pytestmark = pytest.mark.anyio
 
 
-class Stage:
+class Rig:
     """A generator over a fake engine; version 0 is on the board."""
 
     def __init__(self, engine: FakeEngine, *, max_staleness: int = 0, most_at_once: int | None = None) -> None:
@@ -54,20 +54,20 @@ class Stage:
 
 async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish() -> None:
     engine = FakeEngine(order=[1, 0])
-    stage = Stage(engine)
+    rig = Rig(engine)
     first, second = make_prompt(0, 0), make_prompt(0, 1)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.generator.run)
-        await stage.prompts.send(second)  # out of order: slots decide what is decoded where
+        tasks.start_soon(rig.generator.run)
+        await rig.prompts.send(second)  # out of order: slots decide what is decoded where
         await anyio.wait_all_tasks_blocked()
         assert engine.requests == []
-        await stage.prompts.send(first)
-        stage.prompts.close()
+        await rig.prompts.send(first)
+        rig.prompts.close()
     assert [(r.prompt_ids, r.key) for r in engine.requests[0]] == [
         (first.prompt_ids, (7, 0, 0, 0)),
         (second.prompt_ids, (7, 0, 1, 0)),
     ]
-    groups = await taken(stage.scorer)
+    groups = await taken(rig.scorer)
     assert [group.prompt for group in groups] == [second, first]
     rollout = Rollout(
         token_ids=(72, 105, 34),
@@ -78,9 +78,9 @@ async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish()
         text='Hi"',
     )
     assert groups[0].rollouts == (rollout, rollout)
-    assert ended(stage.scorer)
-    assert stage.made_on.startswith("troupe-generator")
-    spans = [m for m in await taken(stage.reports.mailbox) if isinstance(m, Span)]
+    assert ended(rig.scorer)
+    assert rig.made_on.startswith("troupe-generator")
+    spans = [m for m in await taken(rig.reports.mailbox) if isinstance(m, Span)]
     assert [(s.name, s.step, s.gid, s.kind) for s in spans if s.name != "idle"] == [
         ("wait for policy", 0, None, "wait"),
         ("decode", 0, None, "work"),
@@ -95,7 +95,7 @@ async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish()
 
 async def test_rounds_of_different_steps_and_attempts_do_not_mix() -> None:
     engine = FakeEngine(order=[0])
-    stage = Stage(engine, max_staleness=1)
+    rig = Rig(engine, max_staleness=1)
     sent = [
         make_prompt(1, 0, round_size=2),
         make_prompt(0, 1, 1, round_size=2),
@@ -103,8 +103,8 @@ async def test_rounds_of_different_steps_and_attempts_do_not_mix() -> None:
         make_prompt(0, 0, 1, round_size=2),
         make_prompt(1, 1, round_size=2),
     ]
-    await send_all(stage.prompts, sent)
-    await run_roles([stage.generator])
+    await send_all(rig.prompts, sent)
+    await run_roles([rig.generator])
     assert [[request.key[1:] for request in decoded] for decoded in engine.requests] == [
         [(0, 0, 2)],
         [(0, 0, 1), (0, 1, 1)],
@@ -117,18 +117,18 @@ async def test_rounds_of_different_steps_and_attempts_do_not_mix() -> None:
 @pytest.mark.parametrize(("max_staleness", "versions"), [(0, [0, 1, 2]), (1, [0, 0, 1])])
 async def test_every_step_waits_for_exactly_its_version(max_staleness: int, versions: list[int]) -> None:
     engine = FakeEngine(order=[0])
-    stage = Stage(engine, max_staleness=max_staleness)
+    rig = Rig(engine, max_staleness=max_staleness)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.generator.run)
+        tasks.start_soon(rig.generator.run)
         for step in range(3):
-            await stage.prompts.send(make_prompt(step, 0, round_size=1))
-        stage.prompts.close()
+            await rig.prompts.send(make_prompt(step, 0, round_size=1))
+        rig.prompts.close()
         for version in range(3):
             await _until_decoded(engine, versions.count(0) if version == 0 else versions.index(version) + 1)
             await anyio.wait_all_tasks_blocked()
             assert [loaded for _, loaded in engine.loaded] == [v for v in versions if v <= version]
             if version < max(versions):
-                stage.board.publish(version + 1, {"weights": version + 1})
+                rig.board.publish(version + 1, {"weights": version + 1})
             else:
                 break
     assert [weights for weights, _ in engine.loaded] == [{"weights": version} for version in versions]
@@ -154,15 +154,15 @@ async def test_a_cancel_aborts_the_decode_and_waits_for_its_thread() -> None:
             go_on.set()
 
     engine = ReleasedByAbort(order=[0], between=between)
-    stage = Stage(engine)
+    rig = Rig(engine)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.generator.run)
-        await stage.prompts.send(make_prompt(0, 0, round_size=1))
+        tasks.start_soon(rig.generator.run)
+        await rig.prompts.send(make_prompt(0, 0, round_size=1))
         await anyio.to_thread.run_sync(inside.wait, 10)
         tasks.cancel_scope.cancel()
     assert stopped_after == [True]
-    assert await taken(stage.scorer) == []
-    assert not ended(stage.scorer), "nobody takes a cancelled generator for one that is done"
+    assert await taken(rig.scorer) == []
+    assert not ended(rig.scorer), "nobody takes a cancelled generator for one that is done"
 
 
 async def test_a_prompt_is_in_hand_until_its_round_is_over() -> None:
@@ -173,20 +173,20 @@ async def test_a_prompt_is_in_hand_until_its_round_is_over() -> None:
         go_on.wait(next(pauses_s))
 
     engine = FakeEngine(order=[1, 0], between=between)
-    stage = Stage(engine)
+    rig = Rig(engine)
     prompts = [make_prompt(0, 0), make_prompt(0, 1), make_prompt(1, 0)]
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.generator.run)
+        tasks.start_soon(rig.generator.run)
         for prompt in prompts:
-            await stage.prompts.send(prompt)
-        while not len(stage.scorer):
+            await rig.prompts.send(prompt)
+        while not len(rig.scorer):
             await anyio.wait_all_tasks_blocked()
-        assert list(stage.inbox.in_hand) == prompts[:2]
-        assert stage.handed_over == {1}
+        assert list(rig.inbox.in_hand) == prompts[:2]
+        assert rig.handed_over == {1}
         go_on.set()
-        while stage.inbox.in_hand != (prompts[2],):
+        while rig.inbox.in_hand != (prompts[2],):
             await anyio.wait_all_tasks_blocked()
-        assert stage.handed_over == set(), "who is done with needs not be remembered"
+        assert rig.handed_over == set(), "who is done with needs not be remembered"
         tasks.cancel_scope.cancel()
 
 
@@ -209,30 +209,30 @@ class Breaking(FakeEngine):
 @pytest.mark.parametrize("most_at_once", [None, 2])
 async def test_a_successor_sends_only_what_was_not_sent(after: int, most_at_once: int | None) -> None:
     engine = Breaking([1, 0], after=after)
-    stage = Stage(engine, most_at_once=most_at_once)
+    rig = Rig(engine, most_at_once=most_at_once)
     prompts = [make_prompt(0, 0), make_prompt(0, 1)]
-    await send_all(stage.prompts, prompts)
+    await send_all(rig.prompts, prompts)
     with pytest.raises(OSError, match="the device is gone"):
-        await run_roles([stage.generator])
-    assert stage.handed_over == set([1][:after])
-    stage.inbox.take_back()
+        await run_roles([rig.generator])
+    assert rig.handed_over == set([1][:after])
+    rig.inbox.take_back()
     if most_at_once and after:
         engine.order = [0]  # in the free schedule only the one that is left is decoded again
-    await run_roles([stage.make()])
-    assert [group.prompt.gid for group in await taken(stage.scorer)] == [1, 0]
+    await run_roles([rig.make()])
+    assert [group.prompt.gid for group in await taken(rig.scorer)] == [1, 0]
     assert len(engine.requests[1]) == (1 if most_at_once and after else 2)
-    assert (stage.inbox.in_hand, stage.handed_over) == ((), set())
+    assert (rig.inbox.in_hand, rig.handed_over) == ((), set())
 
 
 @pytest.mark.parametrize("most_at_once", [None, 2])
 async def test_a_round_that_was_sent_whole_is_not_decoded_again(most_at_once: int | None) -> None:
     engine = FakeEngine(order=[0])
-    stage = Stage(engine, most_at_once=most_at_once)
-    stage.handed_over |= {0, 1}
-    await send_all(stage.prompts, [make_prompt(0, 0), make_prompt(0, 1)])
-    await run_roles([stage.generator])
+    rig = Rig(engine, most_at_once=most_at_once)
+    rig.handed_over |= {0, 1}
+    await send_all(rig.prompts, [make_prompt(0, 0), make_prompt(0, 1)])
+    await run_roles([rig.generator])
     assert engine.requests == []
-    assert (stage.inbox.in_hand, stage.handed_over, await taken(stage.scorer)) == ((), set(), [])
+    assert (rig.inbox.in_hand, rig.handed_over, await taken(rig.scorer)) == ((), set(), [])
 
 
 async def test_free_decodes_what_is_there_at_once() -> None:
@@ -242,17 +242,17 @@ async def test_free_decodes_what_is_there_at_once() -> None:
         assert go_on.wait(10)
 
     engine = FakeEngine(order=[0], between=between)
-    stage = Stage(engine, most_at_once=2)
+    rig = Rig(engine, most_at_once=2)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.generator.run)
-        await stage.prompts.send(make_prompt(4, 1))
+        tasks.start_soon(rig.generator.run)
+        await rig.prompts.send(make_prompt(4, 1))
         await _until_decoded(engine, 1)
         for step, place in [(4, 0), (3, 0), (5, 1)]:  # come while the first is decoded
-            await stage.prompts.send(make_prompt(step, place))
+            await rig.prompts.send(make_prompt(step, place))
         await anyio.wait_all_tasks_blocked()
         assert len(engine.requests) == 1
         go_on.set()
-        stage.prompts.close()
+        rig.prompts.close()
     assert [[request.key[1:3] for request in decoded] for decoded in engine.requests] == [
         [(4, 1)],
         [(4, 0), (3, 0)],  # in order of arrival, two at the most
@@ -269,18 +269,18 @@ async def test_free_takes_every_newer_version_amid_a_decode() -> None:
         assert go_on.wait(10)
 
     engine = FakeEngine(order=[0], between=between)
-    stage = Stage(engine, most_at_once=2)
-    stage.board.publish(1, {"weights": 1})
+    rig = Rig(engine, most_at_once=2)
+    rig.board.publish(1, {"weights": 1})
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.generator.run)
-        await stage.prompts.send(make_prompt(7, 0))
+        tasks.start_soon(rig.generator.run)
+        await rig.prompts.send(make_prompt(7, 0))
         await anyio.to_thread.run_sync(inside.wait, 10)
         for version in (2, 3):
-            stage.board.publish(version, {"weights": version})
+            rig.board.publish(version, {"weights": version})
             while engine.loaded[-1][1] != version:
                 await anyio.wait_all_tasks_blocked()
         go_on.set()
-        stage.prompts.close()
+        rig.prompts.close()
     loaded: list[Any] = list(engine.loaded)
     assert loaded == [({"weights": version}, version) for version in (1, 2, 3)]
     assert engine.released >= 1

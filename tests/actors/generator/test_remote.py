@@ -55,7 +55,7 @@ SETUP = Setup(
 )
 
 
-class Stage:
+class Rig:
     """A remote generator; version 0 is on the board."""
 
     def __init__(
@@ -102,15 +102,15 @@ class Stage:
 
 
 async def test_groups_come_back_whole_and_the_end_travels_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(tmp_path, monkeypatch)
+    rig = Rig(tmp_path, monkeypatch)
     prompts = [make_prompt(0, 0), make_prompt(0, 1)]
-    groups = await stage.run(prompts[::-1])
+    groups = await rig.run(prompts[::-1])
     assert [group.prompt for group in groups] == prompts
     assert all(group.rollouts == (OF_EVERY,) * 2 for group in groups)
-    assert stage.handed_over == set()
-    assert len(stage.inbox) == 0
-    assert stage.left() == ["00000000.safetensors"], "the board still holds it"
-    stage.files.close()
+    assert rig.handed_over == set()
+    assert len(rig.inbox) == 0
+    assert rig.left() == ["00000000.safetensors"], "the board still holds it"
+    rig.files.close()
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
@@ -122,7 +122,7 @@ async def test_how_far_the_process_is_is_known_here(tmp_path: Path, monkeypatch:
         await hand_over(generator, completed)
 
     monkeypatch.setattr(RemoteGenerator, "_hand_over", watched)
-    await Stage(tmp_path, monkeypatch).run([make_prompt(0, 0), make_prompt(0, 1)])
+    await Rig(tmp_path, monkeypatch).run([make_prompt(0, 0), make_prompt(0, 1)])
     assert seen == [7, 7]
 
 
@@ -147,9 +147,9 @@ async def test_a_process_tells_how_far_it_is_when_that_has_changed(monkeypatch: 
 
 async def test_spans_come_by_our_clock_and_incidents_come_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before_s = time.perf_counter()
-    stage = Stage(tmp_path, monkeypatch)
-    await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
-    reports = await taken(stage.reports.mailbox)
+    rig = Rig(tmp_path, monkeypatch)
+    await rig.run([make_prompt(0, 0), make_prompt(0, 1)])
+    reports = await taken(rig.reports.mailbox)
     spans = [report for report in reports if isinstance(report, Span) and report.name == "generate"]
     assert len(spans) == 2
     off_s = 5.0  # far less than the clocks differ by, and more than half of what a message takes on a busy machine
@@ -160,47 +160,47 @@ async def test_spans_come_by_our_clock_and_incidents_come_too(tmp_path: Path, mo
 async def test_a_process_that_tells_of_a_span_before_it_tells_the_time_is_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Stage(tmp_path, monkeypatch, does="span first")
-    assert len(await stage.run([make_prompt(0, 0), make_prompt(0, 1)])) == 2
-    assert [r.kind for r in await taken(stage.reports.mailbox) if isinstance(r, Incident)] == ["bored"]
+    rig = Rig(tmp_path, monkeypatch, does="span first")
+    assert len(await rig.run([make_prompt(0, 0), make_prompt(0, 1)])) == 2
+    assert [r.kind for r in await taken(rig.reports.mailbox) if isinstance(r, Incident)] == ["bored"]
 
 
 async def test_prompts_are_dealt_by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(tmp_path, monkeypatch, setups=[SETUP, SETUP])
+    rig = Rig(tmp_path, monkeypatch, setups=[SETUP, SETUP])
     prompts = [make_prompt(0, place, round_size=3) for place in range(3)]
-    groups = {group.prompt.slot.place: group for group in await stage.run(prompts)}
+    groups = {group.prompt.slot.place: group for group in await rig.run(prompts)}
     # the child says by the number of completions how many prompts of the round it was given
     assert [len(groups[place].rollouts) for place in range(3)] == [2, 1, 2]
 
 
 async def test_old_versions_go_when_the_board_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(tmp_path, monkeypatch)
-    actor = stage.make()
+    rig = Rig(tmp_path, monkeypatch)
+    actor = rig.make()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(actor.run)
         for step in range(4):
             if step > 1:
-                stage.board.publish(step - 1, {"w": mx.array([0.0, 1.0, 2.0])})
+                rig.board.publish(step - 1, {"w": mx.array([0.0, 1.0, 2.0])})
             for place in range(2):
-                await stage.prompts.send(make_prompt(step, place))
+                await rig.prompts.send(make_prompt(step, place))
             with anyio.fail_after(60):
                 for _ in range(2):
-                    await anext(stage.scorer)
+                    await anext(rig.scorer)
         assert [process.lent for process in actor._processes] == [{}], "nothing is kept of a version that was read"
-        stage.prompts.close()
-    assert stage.left() == ["00000001.safetensors", "00000002.safetensors"]
-    stage.files.close()
+        rig.prompts.close()
+    assert rig.left() == ["00000001.safetensors", "00000002.safetensors"]
+    rig.files.close()
 
 
 async def test_free_prompts_go_at_once_and_versions_as_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    stage = Stage(tmp_path, monkeypatch, setups=[msgspec.structs.replace(SETUP, most_at_once=4)])
-    groups = await stage.run([make_prompt(0, 0, round_size=9), make_prompt(5, 1, round_size=9)])
+    rig = Rig(tmp_path, monkeypatch, setups=[msgspec.structs.replace(SETUP, most_at_once=4)])
+    groups = await rig.run([make_prompt(0, 0, round_size=9), make_prompt(5, 1, round_size=9)])
     assert [group.prompt.slot.step for group in groups] == [0, 5], "no step need be whole"
-    assert stage.left() == ["00000000.safetensors"]
-    stage.files.close()
+    assert rig.left() == ["00000000.safetensors"]
+    rig.files.close()
 
 
 async def test_free_prompts_follow_the_newest_version_of_their_time(
@@ -220,18 +220,18 @@ async def test_free_prompts_follow_the_newest_version_of_their_time(
 
     monkeypatch.setattr(remote_generator._Process, "send", listed)
     monkeypatch.setattr(WeightsFiles, "write", slow)
-    stage = Stage(tmp_path, monkeypatch, setups=[msgspec.structs.replace(SETUP, most_at_once=4)])
+    rig = Rig(tmp_path, monkeypatch, setups=[msgspec.structs.replace(SETUP, most_at_once=4)])
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.make().run)
+        tasks.start_soon(rig.make().run)
         for version in range(3):
             if version:
-                stage.board.publish(version, {"w": mx.array([0.0, 1.0, 2.0])})
-            await stage.prompts.send(make_prompt(version, 0))
+                rig.board.publish(version, {"w": mx.array([0.0, 1.0, 2.0])})
+            await rig.prompts.send(make_prompt(version, 0))
             with anyio.fail_after(60):
-                await anext(stage.scorer)
-        stage.prompts.close()
+                await anext(rig.scorer)
+        rig.prompts.close()
     assert told == ["Setup", "Ping", 0, "Prompts", 1, "Prompts", 2, "Prompts", "End"]
-    stage.files.close()
+    rig.files.close()
 
 
 @pytest.mark.parametrize(
@@ -250,19 +250,19 @@ async def test_free_prompts_follow_the_newest_version_of_their_time(
 async def test_faults_of_the_process_are_faults_of_the_actor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, cause: type[Exception], message: str
 ) -> None:
-    stage = Stage(tmp_path, monkeypatch, does)
+    rig = Rig(tmp_path, monkeypatch, does)
     with pytest.raises(RunError, match=message) as caught:
-        await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
+        await rig.run([make_prompt(0, 0), make_prompt(0, 1)])
     assert isinstance(caught.value.__cause__, cause)
     assert "it was restarted 1 times" in str(caught.value)
-    assert len(stage.inbox) == 2, "nothing was lost"
-    stage.files.close()
+    assert len(rig.inbox) == 2, "nothing was lost"
+    rig.files.close()
 
 
 async def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(tmp_path, monkeypatch, module="tests.actors.no_such_module")
+    rig = Rig(tmp_path, monkeypatch, module="tests.actors.no_such_module")
     with pytest.raises(RunError, match=r"(?s)exit code 1; its last lines:.*No module named tests\.actors\.no_such"):
-        await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
+        await rig.run([make_prompt(0, 0), make_prompt(0, 1)])
 
 
 @pytest.mark.parametrize(
@@ -272,27 +272,27 @@ async def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypa
 async def test_what_no_restart_mends_is_final(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, error: type[Exception], message: str
 ) -> None:
-    stage = Stage(tmp_path, monkeypatch, does)
+    rig = Rig(tmp_path, monkeypatch, does)
     with pytest.raises(error, match=message):
-        await stage.run([make_prompt(0, 0)])
-    assert await stage.reports.incidents() == []
+        await rig.run([make_prompt(0, 0)])
+    assert await rig.reports.incidents() == []
 
 
 async def test_a_folder_without_tokenizer_is_refused_by_the_process_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Stage(tmp_path, monkeypatch, module="troupe.actors.generator.process")
+    rig = Rig(tmp_path, monkeypatch, module="troupe.actors.generator.process")
     with pytest.raises(ModelError, match="/nowhere"):
-        await stage.run([make_prompt(0, 0), make_prompt(0, 1)])
+        await rig.run([make_prompt(0, 0), make_prompt(0, 1)])
 
 
 async def test_a_process_that_dies_between_two_groups_is_followed_by_one_that_does_the_round_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHILD_MARK", str(tmp_path / "mark"))
-    stage = Stage(tmp_path, monkeypatch, "die once")
+    rig = Rig(tmp_path, monkeypatch, "die once")
     prompts = [make_prompt(0, 0), make_prompt(0, 1)]
-    groups = await stage.run(prompts)
+    groups = await rig.run(prompts)
     assert [group.prompt for group in groups] == prompts, "each once"
-    assert [incident.kind for incident in await stage.reports.incidents()] == ["actor_restarted", "bored"]
-    stage.files.close()
+    assert [incident.kind for incident in await rig.reports.incidents()] == ["actor_restarted", "bored"]
+    rig.files.close()

@@ -155,7 +155,7 @@ def run() -> FakeSupervisor:
     return FakeSupervisor.made[-1]
 
 
-async def test_it_plays_and_tells_of_every_step(tmp_path: Path) -> None:
+async def test_it_runs_and_tells_of_every_step(tmp_path: Path) -> None:
     async with running() as daemon:
         await daemon.send(begin(tmp_path, settings=("learner.lr=0.5",), allow_changes=("learner.lr",)))
         assert await daemon.hear() == Started(notices=("a notice",), step=3, total_steps=10, speaks=False)

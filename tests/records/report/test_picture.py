@@ -227,7 +227,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path / "nowhere")
 
 
-def test_what_was_set_while_it_played(tmp_path: Path) -> None:
+def test_what_was_set_while_it_ran(tmp_path: Path) -> None:
     make_run(tmp_path, 1)
     (tmp_path / "changes.jsonl").write_bytes(b'{"step":3,"key":"learner.lr","value":1e-5}\n{"step":')
     assert read_run(tmp_path).changes == (Change(step=3, key="learner.lr", value=1e-5),)

@@ -232,7 +232,7 @@ def test_the_ends_of_what_has_completions(run: StoredRun, tmp_path_factory: pyte
     sink.close()
 
 
-def test_which_machine_played(folder: Path, run: StoredRun) -> None:
+def test_which_machine_ran(folder: Path, run: StoredRun) -> None:
     assert run.machines() == {}
     for machine in ("one", "another"):
         sink = SqliteSink(folder / STORE, first_step=3, machine=machine)

@@ -1,4 +1,4 @@
-"""What of a run may change: the rules for a resume, what may be set while it plays, and the file that keeps it."""
+"""What of a run may change: the rules for a resume, what may be set while it runs, and the file that keeps it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_may_be_allowed() -> None:
         check_allowed(["seed"])
 
 
-# While it plays
+# While it runs
 
 
 def test_what_may_be_set() -> None:

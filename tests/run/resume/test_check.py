@@ -1,4 +1,4 @@
-"""Whether a run may go on as it is asked to, and whether what was changed while it played is changed again."""
+"""Whether a run may go on as it is asked to, and whether what was changed while it ran is changed again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_prompts, write_ragged_model
-from tests.support.straight import play_straight
+from tests.support.straight import run_straight
 from tests.support.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, Supervisor, load_config
 from troupe.checkpoint import (
@@ -240,7 +240,7 @@ def config_for(model: Path, folder: Path, **settings: Any) -> RunConfig:
     return tiny_config(model, folder, **given | settings)
 
 
-async def play(
+async def drive(
     config: RunConfig,
     rewards: Any = (),
     *,
@@ -305,7 +305,7 @@ def cut(whole: Path, folder: Path, after: int) -> Path:
 async def test_a_moved_model_is_the_same_and_another_one_is_not(tmp_path: Path, ragged_model: Path) -> None:
     model = shutil.copytree(ragged_model, tmp_path / "model")
     config = config_for(model, tmp_path)
-    await play(config, [weigh_ids], ask=stop_at(2))
+    await drive(config, [weigh_ids], ask=stop_at(2))
     moved = shutil.move(model, tmp_path / "moved")
     data = shutil.copy(tmp_path / "prompts.json", tmp_path / "copy.json")
     elsewhere = changed(config, model__path=str(moved), data__path=str(data))
@@ -337,7 +337,7 @@ async def test_where_nothing_was_learned_yet_nobody_can_tell_whether_it_is_the_s
 async def test_a_state_without_a_model_s_fingerprint_is_compared_by_shapes(tmp_path: Path, ragged_model: Path) -> None:
     """As older checkpoints have it."""
     config = config_for(ragged_model, tmp_path)
-    await play(config, [weigh_ids], ask=stop_at(1))
+    await drive(config, [weigh_ids], ask=stop_at(1))
     wider = write_tiny_model(tmp_path / "wider", msgspec.structs.replace(CONFIG, intermediate_size=96))
     for path in list_checkpoints(tmp_path / "run"):
         found = load_checkpoint(path)
@@ -351,7 +351,7 @@ async def test_a_state_without_a_model_s_fingerprint_is_compared_by_shapes(tmp_p
 
 async def test_a_free_run_of_the_first_format_says_why_it_cannot_go_on(tmp_path: Path, ragged_model: Path) -> None:
     config = config_for(ragged_model, tmp_path, schedule__mode="free")
-    await play(config, [weigh_ids], ask=stop_at(1))
+    await drive(config, [weigh_ids], ask=stop_at(1))
     for path in list_checkpoints(tmp_path / "run"):
         found = load_checkpoint(path)
         shutil.rmtree(path)
@@ -364,7 +364,7 @@ async def test_a_free_run_of_the_first_format_says_why_it_cannot_go_on(tmp_path:
 async def test_a_checkpoint_that_is_not_of_this_run(tmp_path: Path, ragged_model: Path) -> None:
     """Whatever its `run.toml` says; and one that is damaged gives way to the one before."""
     config = config_for(ragged_model, tmp_path)
-    await play(config, [weigh_ids], ask=stop_at(3))
+    await drive(config, [weigh_ids], ask=stop_at(3))
     folder = tmp_path / "run"
     for key, wrong, difference, message in (
         ("seed", 7, r"seed: 0 → 7 \(never", "the run has seed 0, not 7"),
@@ -387,7 +387,7 @@ async def test_a_checkpoint_that_is_not_of_this_run(tmp_path: Path, ragged_model
 
 async def test_more_and_fewer_steps(tmp_path: Path, ragged_model: Path) -> None:
     config = config_for(ragged_model, tmp_path)
-    await play(config, [weigh_ids], ask=stop_at(3))
+    await drive(config, [weigh_ids], ask=stop_at(3))
     done = load_checkpoint(list_checkpoints(tmp_path / "run")[0]).state.version
     allowed = ["learner.max_steps", "learner.epochs"]
     with pytest.raises(ConfigError, match=rf"{done} steps are done and 1 are asked for"):
@@ -407,7 +407,7 @@ async def test_other_rewards_from_python_have_to_be_allowed(tmp_path: Path, ragg
         return [1.0] * len(completions)
 
     config = config_for(ragged_model, tmp_path)
-    await play(config, [weigh_ids], ask=stop_at(2))
+    await drive(config, [weigh_ids], ask=stop_at(2))
     message = "made with the rewards weigh_ids, and is resumed with other; .*--allow-change rewards.functions"
     with pytest.raises(CheckpointError, match=message):
         prepare(config, [other], resume=True)
@@ -416,12 +416,12 @@ async def test_other_rewards_from_python_have_to_be_allowed(tmp_path: Path, ragg
 
 async def test_what_was_sampled_otherwise_is_sampled_once_more(tmp_path: Path, ragged_model: Path) -> None:
     config = config_for(ragged_model, tmp_path, learner__max_steps=5)
-    await play(config, [weigh_ids], ask=stop_at(3))
+    await drive(config, [weigh_ids], ask=stop_at(3))
     hotter = changed(config, generation__temperature=1.5)
     prepared = prepare(hotter, [weigh_ids], resume=True, allow_changes=["generation.temperature"])
     assert "groups that were sampled and not trained on yet are sampled once more" in prepared.notices
     assert (prepared.start.restored.recorded, prepared.start.restored.collected.collected) == ({}, ())
-    run = await play(hotter, [weigh_ids], resume=True, allow=("generation.temperature",))
+    run = await drive(hotter, [weigh_ids], resume=True, allow=("generation.temperature",))
     assert run.result.complete
     assert load_config(tmp_path / "run" / RUN_TOML).generation.temperature == 1.5
 
@@ -432,18 +432,18 @@ async def test_a_start_that_was_killed_before_its_first_checkpoint_is_made_again
     """Under the stored config, with the changes made at their steps, and with no line of the start before."""
     settings = {"checkpoint__every": 99, "learner__lr_scheduler": "constant", "learner__max_steps": 3}
     config = config_for(ragged_model, tmp_path, **settings)
-    await play(config, [weigh_ids])
+    await drive(config, [weigh_ids])
     folder = tmp_path / "run"
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "final")
     ChangesLog(folder).add(Change(step=2, key="learner.lr", value=0.125))
-    run = await play(config, [weigh_ids], resume=True)
+    run = await drive(config, [weigh_ids], resume=True)
     assert any("no whole checkpoint yet, so the run starts from the beginning" in notice for notice in run.notices)
     assert metrics_of(folder, "learning_rate") == {1: 0.01, 2: 0.01, 3: 0.125}
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-# What is changed while a run plays
+# What is changed while a run is live
 
 
 @pytest.mark.parametrize("cuts", [1, pytest.param(4, marks=pytest.mark.slow)])
@@ -456,7 +456,7 @@ async def test_another_learning_rate_is_there_from_its_step_on_and_again_after_a
         if update.step in (2, 4):
             run.set("learner.lr", 0.05 / update.step)
 
-    whole = await play(config, [weigh_ids], ask=ask)
+    whole = await drive(config, [weigh_ids], ask=ask)
     assert whole.result.incidents == {}
     made = ChangesLog(whole.folder).read()
     assert [(change.key, change.value) for change in made] == [("learner.lr", 0.025), ("learner.lr", 0.0125)]
@@ -467,7 +467,7 @@ async def test_another_learning_rate_is_there_from_its_step_on_and_again_after_a
     assert metrics_of(whole.folder, "learning_rate") == pytest.approx(expected)
     for after in sorted({1, first, second, STEPS - 1} - {STEPS})[:cuts]:
         folder = cut(whole.folder, tmp_path / f"cut {after}", after)
-        rest = await play(changed(config, output=str(folder)), [weigh_ids], resume=True)
+        rest = await drive(changed(config, output=str(folder)), [weigh_ids], resume=True)
         assert rest.result.complete
         assert metrics_of(folder, "learning_rate") == metrics_of(whole.folder, "learning_rate")
         assert same_bits(final_of(folder), final_of(whole.folder))
@@ -481,12 +481,12 @@ async def test_what_a_resume_asks_for_takes_the_place_of_what_was_set(tmp_path: 
         run.set("checkpoint.every", 2)
         run.set("schedule.watchdog_s", 7)
 
-    first = await play(config, [weigh_ids], before=before)
+    first = await drive(config, [weigh_ids], before=before)
     assert {"step-00000004", "step-00000006"} <= {path.name for path in list_checkpoints(first.folder)}
     again = prepare(config, [weigh_ids], resume=True)
     assert (again.live.checkpoint_every, again.live.watchdog_s, again.start.new_changes) == (2, 7.0, ())
     asked = changed(config, learner__lr=0.25, learner__max_steps=STEPS + 1, checkpoint__every=3)
-    rest = await play(asked, [weigh_ids], resume=True, allow=("learner.lr", "learner.max_steps"))
+    rest = await drive(asked, [weigh_ids], resume=True, allow=("learner.lr", "learner.max_steps"))
     rates = metrics_of(rest.folder, "learning_rate")
     assert (rates[1], rates[STEPS], rates[STEPS + 1]) == (0.5, 0.5, 0.25)
     assert ChangesLog(rest.folder).read()[-2:] == (
@@ -511,7 +511,7 @@ async def test_a_change_that_cannot_be_kept_is_not_made(
     monkeypatch.setattr(ChangesLog, "add", no_disk)
     (tmp_path / "r.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
-    run = await play(changed(config, rewards__functions=[f"{tmp_path / 'r.py'}:f"]), before=before)
+    run = await drive(changed(config, rewards__functions=[f"{tmp_path / 'r.py'}:f"]), before=before)
     assert run.result.incidents == {"change_failed": 2, "reward_exchange_failed": 1}
     assert set(metrics_of(run.folder, "learning_rate").values()) == {0.01}
     assert len(list_checkpoints(run.folder)) == STEPS
@@ -574,7 +574,7 @@ async def test_an_exchanged_reward_scores_the_same_steps_after_a_resume(
         if update.step == 1:
             run.set("rewards.f", "r.py:g")
 
-    whole = await play(config, ask=ask)
+    whole = await drive(config, ask=ask)
     assert "reward_exchange_failed" not in whole.result.incidents
     [made] = ChangesLog(whole.folder).read()
     assert (made.key, made.value) == ("rewards.f", f"{judges}:g")
@@ -585,7 +585,7 @@ async def test_an_exchanged_reward_scores_the_same_steps_after_a_resume(
         assert state.rewards == {"f": expected or RewardState(version=0, spec=f"{judges}:f")}
     for after in [k for k in dict.fromkeys((made.step - 1, made.step, made.step + 1, 1)) if k < STEPS][:cuts]:
         folder = cut(whole.folder, tmp_path / f"cut {after}", after)
-        rest = await play(changed(config, output=str(folder)), resume=True)
+        rest = await drive(changed(config, output=str(folder)), resume=True)
         assert rest.result.complete
         told = [notice for notice in rest.notices if notice.startswith("reward f: ")]
         assert bool(told) == (after >= made.step)
@@ -600,9 +600,9 @@ async def test_without_a_checkpoint_the_changes_say_who_scores(tmp_path: Path, r
     judge = load_reward(f"{judges}:g")
     write_config(prepare(config).config, folder / RUN_TOML)
     ChangesLog(folder).add(Change(step=0, key="rewards.f", value=f"{judges}:g"))
-    run = await play(config, resume=True)
+    run = await drive(config, resume=True)
     assert f"reward f: {judges}:g, for which it was exchanged" in run.notices
-    straight = play_straight(config, lambda ids: judge("", ids))  # type: ignore[operator]
+    straight = run_straight(config, lambda ids: judge("", ids))  # type: ignore[operator]
     assert same_bits(load_checkpoint(list_checkpoints(run.folder)[0]).weights, straight.weights)
 
 
@@ -616,11 +616,11 @@ async def test_other_functions_end_an_exchange(tmp_path: Path, ragged_model: Pat
         if update.step == 5:
             run.stop()
 
-    await play(config, ask=ask)
+    await drive(config, ask=ask)
     several = changed(config, rewards__functions=[f"{judges}:f", "length"])
     prepared = prepare(several, resume=True, allow_changes=["rewards.functions"])
     assert prepared.start.new_changes == (Change(step=prepared.start.first_step, key="rewards.f", value=f"{judges}:f"),)
-    rest = await play(several, resume=True, allow=("rewards.functions",))
+    rest = await drive(several, resume=True, allow=("rewards.functions",))
     assert rest.result.complete
     assert prepare(several, resume=True).inputs.rewards.standing(STEPS)["f"][1] == f"{judges}:f"
 
@@ -636,7 +636,7 @@ async def test_a_reward_exchanged_for_one_from_python_is_named(tmp_path: Path, r
             run.stop()
 
     config = config_for(ragged_model, tmp_path)
-    first = await play(config, [weigh_ids], ask=ask)
+    first = await drive(config, [weigh_ids], ask=ask)
     assert not (first.folder / CHANGES).exists()
     state = load_checkpoint(list_checkpoints(first.folder)[0]).state
     assert state.rewards == {"weigh_ids": RewardState(version=1, spec=None)}
@@ -655,7 +655,7 @@ async def test_an_exchange_just_after_a_checkpoint_outlives_a_kill(
         if update.step == 1:
             run.set("rewards.f", f"{judges}:g")
 
-    whole = await play(config, ask=ask)
+    whole = await drive(config, ask=ask)
     [made] = ChangesLog(whole.folder).read()
     folder = cut(whole.folder, tmp_path / "cut", after=made.step - (spec == "g"))
     if spec == "g":  # as it was when the change was made
@@ -683,7 +683,7 @@ async def test_a_reward_that_does_not_start_is_an_incident_and_not_kept(
 ) -> None:
     config = config_for(ragged_model, tmp_path, rewards__functions=[f"{judges}:f"])
 
-    run = await play(config, before=lambda run: run.set("rewards.f", f"{judges}:broken"))
+    run = await drive(config, before=lambda run: run.set("rewards.f", f"{judges}:broken"))
     assert run.result.incidents == {"reward_exchange_failed": 1}
     assert ChangesLog(run.folder).read() == ()
 
@@ -696,12 +696,12 @@ async def test_one_that_is_to_take_over_again_and_cannot_start_is_a_fault_that_m
     def stop(run: Supervisor, update: Update) -> None:
         run.drain()
 
-    run = await play(config, ask=stop)
+    run = await drive(config, ask=stop)
     ChangesLog(run.folder).add(Change(step=run.result.steps + 1, key="rewards.f", value=f"{judges}:later"))
     with pytest.raises(RunError, match=r"has no 'later'.*; an earlier start named it too"):
-        await play(config, resume=True)
+        await drive(config, resume=True)
     (tmp_path / "r.py").write_text(f"{REWARDS}\nlater = g\n")
-    assert (await play(config, resume=True)).result.complete
+    assert (await drive(config, resume=True)).result.complete
 
 
 @pytest.mark.parametrize(
@@ -780,7 +780,7 @@ def as_stored(folder: Path) -> RunConfig:
 def begun(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
     """A run that ended after three of its steps."""
     tmp_path = tmp_path_factory.mktemp("begun")
-    anyio.run(lambda: play(config_for(ragged_model, tmp_path), [weigh_ids], ask=stop_at(3)))
+    anyio.run(lambda: drive(config_for(ragged_model, tmp_path), [weigh_ids], ask=stop_at(3)))
     return tmp_path / "run"
 
 
@@ -895,5 +895,5 @@ def test_what_nobody_knows_is_not_compared(folder: Path, tmp_path: Path, machine
 
 async def test_bits_of_a_free_run_are_nobodys_promise(tmp_path: Path, ragged_model: Path) -> None:
     config = config_for(ragged_model, tmp_path, schedule__mode="free")
-    await play(config, [weigh_ids], ask=stop_at(2))
+    await drive(config, [weigh_ids], ask=stop_at(2))
     assert prepare(config, [weigh_ids], resume=True, rounding={"mlx": "another"}).start.first_step > 0

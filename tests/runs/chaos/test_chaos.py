@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.support.chaos import assert_all_holds, assert_timing_changes_nothing, play
+from tests.support.chaos import assert_all_holds, assert_timing_changes_nothing, drive
 from tests.support.plans import Plan, REQUESTS, draw_plan
 from tests.support.virtual_time import StuckError
 from troupe.messages import GroupClosed
@@ -48,12 +48,12 @@ PLAIN = Plan(
 def test_whatever_happens_every_group_ends_once(first: int) -> None:
     for seed in range(first, first + BLOCK):
         plan = draw_plan(seed)
-        report = play(plan)
+        report = drive(plan)
         if plan.is_reproducible and seed % 4 == 0:
             assert_timing_changes_nothing(plan, report)
 
 
-def test_the_plays_are_as_wild_as_they_claim() -> None:
+def test_the_runs_are_as_wild_as_they_claim() -> None:
     plans = [draw_plan(seed) for seed in range(PLAYS)]
     assert len(set(map(msgspec.json.encode, plans))) == PLAYS
     assert {plan.max_staleness for plan in plans} == {0, 1, 2, 3}
@@ -67,7 +67,7 @@ def test_the_plays_are_as_wild_as_they_claim() -> None:
     incidents: set[str] = set()
     states: set[str] = set()
     for plan in plans[:40]:
-        report = play(plan)
+        report = drive(plan)
         incidents |= report.ledger.incidents.keys()
         states |= report.ledger.states.keys()
     assert {"trained", "filtered", "quarantined"} <= states
@@ -83,16 +83,16 @@ def test_the_plays_are_as_wild_as_they_claim() -> None:
     } <= incidents
 
 
-def test_a_seed_plays_the_same_again() -> None:
+def test_a_seed_gives_the_same_again() -> None:
     for seed in (3, 7, 19):
-        one, other = play(draw_plan(seed)), play(draw_plan(seed))
+        one, other = drive(draw_plan(seed)), drive(draw_plan(seed))
         assert one.ledger.learned == other.ledger.learned
         assert one.ledger.incidents == other.ledger.incidents
         assert (one.took_s, one.faults, one.weights) == (other.took_s, other.faults, other.weights)
 
 
-def test_a_calm_play_takes_hardly_any_time() -> None:
-    report = play(PLAIN)
+def test_a_calm_run_takes_hardly_any_time() -> None:
+    report = drive(PLAIN)
     assert (report.steps, report.faults.total()) == (4, 0)
     assert report.took_s < 1, "virtual seconds"
     assert report.ledger.states == {"trained": 8}
@@ -106,14 +106,14 @@ def test_a_calm_play_takes_hardly_any_time() -> None:
 def test_a_group_that_is_closed_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     twice(monkeypatch, "closed groups")
     with pytest.raises(AssertionError, match=r"seed 1: a group was closed twice\n\(python -m tests.support.chaos 1\)"):
-        play(PLAIN)
+        drive(PLAIN)
 
 
 def test_a_lost_credit_is_a_deadlock_that_says_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     lost(monkeypatch, "closed")
     plan = msgspec.structs.replace(PLAIN, prompts=1, max_staleness=0)
     with pytest.raises(AssertionError, match=r"(?s)seed 1: deadlock at .*generator: .*\n  learner: .*take") as caught:
-        play(plan)
+        drive(plan)
     assert isinstance(caught.value.__cause__, StuckError)
 
 
@@ -121,18 +121,18 @@ def test_a_credit_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = Credits.__init__
     monkeypatch.setattr(Credits, "__init__", lambda self, limit, live=(): begin(self, limit + 1, live))
     with pytest.raises(AssertionError, match="5 groups are alive, 4 may be"):
-        play(PLAIN)
+        drive(PLAIN)
 
 
 def test_a_run_that_timing_changes_is_caught() -> None:
     plan = msgspec.structs.replace(PLAIN, mode="free", delay_s=1.0, prompts=3, steps=5)
-    report = play(plan)
+    report = drive(plan)
     with pytest.raises(AssertionError, match="seed 1: timing changed the run"):
         assert_timing_changes_nothing(plan, report)
 
 
 def test_a_lost_update_is_caught() -> None:
-    report = play(PLAIN)
+    report = drive(PLAIN)
     del report.ledger.updates[1]
     with pytest.raises(AssertionError):
         assert_all_holds(PLAIN, report)

@@ -14,7 +14,7 @@ import pytest
 
 import troupe
 from tests.support.fakes import FakeSink, delayed, often_equal, same_bits, tiny_config
-from tests.support.straight import Straight, play_straight
+from tests.support.straight import Straight, run_straight
 from troupe import RunConfig, Supervisor
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.run.ledgers import Factories
@@ -117,7 +117,7 @@ def test_any_staleness_equals_the_plain_loop_whatever_the_timing(
 ) -> None:
     settings = settings | {"schedule__max_staleness": max_staleness}
     config = tiny_config(ragged_model, tmp_path, **settings)
-    straight = play_straight(config, often_equal)
+    straight = run_straight(config, often_equal)
     for seed, room, concurrency in timings:
         with monkeypatch.context() as patch:
             factories = shake(patch, seed, room=room)
@@ -140,7 +140,7 @@ def test_many_timings_and_longer_delays(
         schedule__max_staleness=max_staleness,
         rewards__concurrency=random.Random(seed).choice([1, 2, 64]),
     )
-    straight = play_straight(config, often_equal)
+    straight = run_straight(config, often_equal)
     factories = shake(monkeypatch, seed, room=1 + seed % 3, most_s=0.02)
     result = troupe.train(config, [delayed(seed, most_s=0.05, reward=often_equal)], factories=factories)
     check(newest(result.folder), straight, config)
@@ -148,7 +148,7 @@ def test_many_timings_and_longer_delays(
 
 def test_each_staleness_gives_other_weights(tmp_path: Path, ragged_model: Path) -> None:
     loops = [
-        play_straight(tiny_config(ragged_model, tmp_path, **PLAIN, schedule__max_staleness=eta), often_equal).weights
+        run_straight(tiny_config(ragged_model, tmp_path, **PLAIN, schedule__max_staleness=eta), often_equal).weights
         for eta in range(4)
     ]
     assert not any(same_bits(one, other) for i, one in enumerate(loops) for other in loops[:i])
@@ -159,7 +159,7 @@ async def test_with_more_staleness_too_a_run_goes_on_to_the_same_bits(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, ending: str
 ) -> None:
     config = tiny_config(ragged_model, tmp_path, **FULL, schedule__max_staleness=max_staleness)
-    straight = play_straight(config, often_equal)
+    straight = run_straight(config, often_equal)
     factories = shake(monkeypatch, 5)
     async with Supervisor(config, [delayed(5, reward=often_equal)], factories=factories) as run:
         async for update in run.updates():

@@ -15,7 +15,7 @@ from tests.support import virtual_time
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.faults import Faults
 from tests.support.wiring import Hooks, Ledger, digest, prepared_run, virtual_factories
-from tests.support.straight import play_straight
+from tests.support.straight import run_straight
 from troupe import RunConfig
 from troupe.actors import checkpointer as writer_room
 from troupe.actors.generator import actor as generator_room
@@ -190,4 +190,4 @@ def test_a_real_run_in_which_work_fails_once_equals_the_plain_loop(
     assert result.incidents == {"actor_restarted": 1}
     assert result.closed_groups == {"trained": 8}
     last = load_checkpoint(Path(result.folder) / "checkpoints" / "step-00000004")
-    assert same_bits(last.weights, play_straight(config, weigh_ids).weights)
+    assert same_bits(last.weights, run_straight(config, weigh_ids).weights)

@@ -285,7 +285,7 @@ async def test_a_supervisor_whose_input_is_bad_writes_nothing_and_another_may_fo
     assert run.result.complete
 
 
-async def test_a_folder_in_which_a_run_plays_is_refused_to_a_second_one(tmp_path: Path, ragged_model: Path) -> None:
+async def test_a_folder_in_which_a_run_is_live_is_refused_to_a_second_one(tmp_path: Path, ragged_model: Path) -> None:
     config = config_in(ragged_model, tmp_path)
     async with Supervisor(config, [weigh_ids]) as run:
         run.pause()

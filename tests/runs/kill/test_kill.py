@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.kills import EVERY, G, P, STEPS, Trainer, play_and_kill, read_store, write_run
+from tests.support.kills import EVERY, G, P, STEPS, Trainer, run_and_kill, read_store, write_run
 from tests.support.runs import lines, timeless
 
 pytestmark = pytest.mark.alone
@@ -50,7 +50,7 @@ def uninterrupted(folder: Path, **settings: Any) -> Path:
 
 def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = uninterrupted(tmp_path, **PINNED)
-    assert play_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=2, seed=2) == 2
+    assert run_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=2, seed=2) == 2
     check_pinned(tmp_path / "out", whole)
 
 
@@ -62,7 +62,7 @@ def test_pinned_runs_that_are_killed_again_and_again(tmp_path: Path, generator: 
     killed, seed = 0, 0
     while killed < 20:
         out = tmp_path / f"out-{seed}"
-        killed += play_and_kill(tmp_path / "run.toml", out, kills=STEPS // EVERY // 2, seed=seed)
+        killed += run_and_kill(tmp_path / "run.toml", out, kills=STEPS // EVERY // 2, seed=seed)
         check_pinned(out, whole)
         seed += 1
 
@@ -74,6 +74,6 @@ def test_free_runs_that_are_killed_again_and_again(tmp_path: Path, generator: st
     killed, seed = 0, 100
     while killed < 10:
         out = tmp_path / f"out-{seed}"
-        killed += play_and_kill(config, out, kills=STEPS // EVERY // 2, seed=seed)
+        killed += run_and_kill(config, out, kills=STEPS // EVERY // 2, seed=seed)
         check_free(out)
         seed += 1

@@ -55,7 +55,7 @@ def harm(dice: random.Random, out: Path, number: int) -> Path | None:
             return None
 
 
-def plays(trainer: Trainer, step: int) -> bool:
+def is_running(trainer: Trainer, step: int) -> bool:
     """Whether it has the folder, and a checkpoint of some step or a later one."""
     owner = read_owner(trainer.out)
     return owner is not None and owner.pid == trainer.process.pid and newest_step(trainer.out) >= step
@@ -87,7 +87,7 @@ def test_no_run_ends_well_with_half_of_it_elsewhere(tmp_path: Path, staleness: i
     for number in range(ROUNDS):
         before = newest_step(out)
         trainer = Trainer(config, out)
-        is_there = trainer.wait_until(partial(plays, trainer, before + dice.randrange(0, 3)))
+        is_there = trainer.wait_until(partial(is_running, trainer, before + dice.randrange(0, 3)))
         time.sleep(dice.random() * 0.2)
         if not is_there or trainer.process.poll() is not None:  # it was faster
             assert trainer.wait() == 0

@@ -12,7 +12,7 @@ import pytest
 
 import troupe
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
-from tests.support.straight import play_straight
+from tests.support.straight import run_straight
 from troupe.actors import checkpointer as writer_room
 from troupe.checkpoint import files, list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -41,7 +41,7 @@ def test_a_disk_that_fails_for_a_while_changes_nothing_that_is_learned(
     assert result.incidents == {"checkpoint_failed": 2, "checkpoint_back": 1}
     run = Path(result.folder)
     assert versions(run) == [4, 3]
-    assert same_bits(load_checkpoint(list_checkpoints(run)[0]).weights, play_straight(config, weigh_ids).weights)
+    assert same_bits(load_checkpoint(list_checkpoints(run)[0]).weights, run_straight(config, weigh_ids).weights)
 
 
 def test_a_damaged_future_goes_when_the_resumed_run_has_a_checkpoint_of_its_own(

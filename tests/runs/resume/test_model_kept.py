@@ -16,7 +16,7 @@ import pytest
 import troupe
 from tests.cases.cases import copy_case
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
-from tests.support.straight import play_straight
+from tests.support.straight import run_straight
 from troupe.run import inputs
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.checkpoint.files import sum_file
@@ -101,7 +101,7 @@ def test_a_head_of_its_own_goes_through_a_run(tmp_path: Path, generator: str) ->
     result = troupe.train(config, [weigh_ids])
     assert result.complete
     run = Path(result.folder)
-    expected = play_straight(config, weigh_ids).weights
+    expected = run_straight(config, weigh_ids).weights
     assert not mx.array_equal(expected["lm_head.weight"], load_policy(model).weights["lm_head.weight"]).item()
     for folder in (list_checkpoints(run)[0], run / "final"):
         policy = load_policy(folder)
@@ -184,5 +184,5 @@ def test_logits_that_are_not_finite_end_a_run_and_its_last_checkpoint_stays(
     assert load_checkpoint(list_checkpoints(run)[0]).state.version in (1, 2)
     assert not (run / "final").exists()
     assert troupe.train(config, [weigh_ids], resume=True).complete
-    expected = play_straight(config, weigh_ids).weights
+    expected = run_straight(config, weigh_ids).weights
     assert same_bits(load_checkpoint(list_checkpoints(run)[0]).weights, expected)
