@@ -34,7 +34,7 @@ async def until(there: Callable[[], object], within_s: float = 30.0) -> None:
 async def test_signals_are_received_and_everything_is_as_before_afterwards() -> None:
     def handler(*_: Any) -> None: ...
 
-    before = signal.signal(signal.SIGTERM, handler)
+    before, hang_up = signal.signal(signal.SIGTERM, handler), signal.getsignal(signal.SIGHUP)
     try:
         with Guard() as guard:
             assert guard.unavailable is None
@@ -46,7 +46,7 @@ async def test_signals_are_received_and_everything_is_as_before_afterwards() -> 
             child = guard.child
             assert child is not None
         assert signal.getsignal(signal.SIGTERM) is handler
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == hang_up
         assert signal.set_wakeup_fd(-1) == -1
         assert child.returncode == 0, "it ends with who it guards"
         assert "troupe-pulse" not in {thread.name for thread in threading.enumerate()}
