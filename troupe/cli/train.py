@@ -102,6 +102,8 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
         result, interrupted = anyio.run(run, config)
     except InputError as error:
         raise with_flag(error, flags) from None
+    if interrupted:  # one more signal, while Python ends, would find threads of MLX at work
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     tell_result(result)
     if interrupted and not result.complete:
         tell(f"interrupted; go on with: troupe train -o {shlex.quote(result.folder)} --resume")
