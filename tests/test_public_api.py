@@ -97,7 +97,7 @@ def test_every_name_in_all_can_be_imported(module: str) -> None:
 @pytest.mark.parametrize(
     ("path", "parameters"),
     [
-        ("troupe.policy.load_policy", ["path", "dtype"]),
+        ("troupe.policy.load_policy", ["path", "dtype", "adapter"]),
         ("troupe.policy.Policy.compute_log_probs", ["self", "prompt_ids", "completion_ids"]),
         (
             "troupe.policy.Policy.generate_text",

@@ -16,7 +16,8 @@ from tests.support.devices import compute_on
 from tests.test_oracles import IDS, oracle
 from troupe.errors import InputError, ModelError
 from troupe.policy.folders import read_model_folder, save_model_folder
-from troupe.policy.model import load_policy, random_policy
+from troupe.policy.load import load_policy
+from troupe.policy.model import random_policy
 from troupe.policy.model_files import COMPANION_FILES
 from troupe.policy.network.qwen3 import expected_shapes
 

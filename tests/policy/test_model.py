@@ -15,7 +15,8 @@ from tests.policy.test_folders import edit_json
 from tests.policy.test_hub import put_model
 from troupe.errors import InputError, ModelError
 from troupe.policy.folders import read_model_folder
-from troupe.policy.model import Policy, load_policy, random_policy
+from troupe.policy.load import load_policy
+from troupe.policy.model import Policy, random_policy
 from troupe.policy.network.architecture import Qwen3Config
 
 TIED, UNTIED = SHIPPED / "qwen3-tiny-tied", SHIPPED / "qwen3-tiny-untied"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from troupe.grpo.config import LearnerConfig, Scheduler
+from troupe.policy.network.linear import MAGNITUDE
 
 OptimizerState = dict[str, mx.array]
 """Flat name → array, as the docstring of this file has it."""
@@ -52,7 +53,7 @@ def adamw_update(
 ) -> tuple[dict[str, mx.array], OptimizerState]:
     """One AdamW update (Loshchilov & Hutter 2019, arXiv:1711.05101), as `torch.optim.AdamW` computes it.
 
-        θ ← θ·(1 − lr·λ)                      λ = weight_decay, matrices (ndim ≥ 2) only
+        θ ← θ·(1 − lr·λ)                      λ = weight_decay, matrices (ndim ≥ 2) and DoRA's magnitudes only
         m ← β₁·m + (1 − β₁)·g                 v ← β₂·v + (1 − β₂)·g²
         θ ← θ − lr/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
 
@@ -95,7 +96,7 @@ def adamw_update_in_place(
     decayed, whole = mx.array(1.0 - lr * weight_decay), mx.array(1.0)
     for names in _portions(weights):
         taken = [_pop_parts(name, weights, grads, state) for name in names]
-        keeps = [decayed if parts["m"].ndim >= 2 else whole for parts in taken]
+        keeps = [decayed if _is_decayed(name, parts["m"]) else whole for name, parts in zip(names, taken, strict=True)]
         if taken[0]["m"].size > UPDATED_AT_ONCE:
             updated = [_updated_in_slices(taken.pop(), keeps[0], rates)]
         else:
@@ -105,6 +106,11 @@ def adamw_update_in_place(
         for name, parts in zip(names, updated, strict=True):
             weights[name] = parts.pop("weight")
             state |= {f"{part}.{name}": array for part, array in parts.items()}
+
+
+def _is_decayed(name: str, x: mx.array) -> bool:
+    """As in transformers' Trainer: all but norms and biases."""
+    return x.ndim >= 2 or name.endswith(f"{MAGNITUDE}.weight")
 
 
 def _portions(weights: Mapping[str, mx.array]) -> list[list[str]]:

@@ -8,7 +8,8 @@ from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model
 from troupe.policy.gradient.backward import completion_gradients, completion_statistics
 from troupe.policy.gradient.memory import MicroBatch, gradient_memory_bytes
 from troupe.policy.hub import is_hub_id, resolve_model
-from troupe.policy.model import ModelConfig, Policy, load_policy, random_policy
+from troupe.policy.load import load_policy
+from troupe.policy.model import ModelConfig, Policy, random_policy
 from troupe.policy.model_files import DTYPES, Companions, model_fingerprint
 from troupe.policy.network.architecture import PRESETS, Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu

@@ -3,8 +3,7 @@
 Tensors are known by the names that other tools give them, too, and where they are not, their names tell why.
 """
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +21,14 @@ from troupe.policy.model_files import (
     check_folder,
     dtype_name,
     read_json,
-    some,
     weight_files,
 )
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, expected_shapes
+from troupe.policy.network.linear import Linear
+from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, dtype_in, expected_shapes, weights_dtype
 from troupe.policy.safetensors import read_header
+from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Where Hugging Face's tools split a model by default."""
@@ -42,20 +42,6 @@ _ROOM = {mx.float16: 5, mx.bfloat16: 8, mx.float32: 9}
 _AT_ONCE = 16
 """Tensors that are read, cast and looked at together."""
 
-_FRONT = frozenset({"module", "base_model", "model", "language_model"})
-"""Names of parts around a network, in any order and number: `model.language_model.layers.0…` is `model.layers.0…`. A
-base model as it is published has none at all."""
-_ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""What `torch.compile` and its like put into a name where they wrap a part."""
-
-_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)(\.|$)|^lora_")
-_QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|scales|biases|g_idx|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|"
-    r"input_scale|SCB|absmax|quant_map|nested_absmax|quant_state\S*)$"
-)
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-_ANCHOR = "embed_tokens.weight"
-
 
 class _Stored(NamedTuple):
     """Where a tensor is."""
@@ -64,14 +50,18 @@ class _Stored(NamedTuple):
     name: str
 
 
-def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3Config, Weights]:
+def read_model_folder(
+    path: str | Path, dtype: str | None = None, *, expand: bool | None = None
+) -> tuple[Qwen3Config, Weights]:
     """Read config.json and the safetensors of a folder → (config, evaluated weights).
 
     `dtype`: a name of `DTYPES`; None keeps what is stored, or where that is several types, the one of the embedding for
-    all; except that on a CPU everything becomes float32, the only type with fast matrix products there. Tensors may
-    have other prefixes than Hugging Face's (`canonical_name`). Where an own `lm_head.weight` lies beside
-    tie_word_embeddings: true and is not the embedding, it is kept, and the config says that they are not tied. Raises
-    ModelError, which names the folder, the file and bad tensors: those that hold NaN or infinity in that type, too.
+    all (where it is packed, of the last norm); except that on a CPU everything becomes float32, the only type with fast
+    matrix products there. `expand`: matrices that are packed into few bits become float numbers, and the config says
+    so; None: on a CPU, where products with packed ones are slow. Else they stay packed. Tensors may have other prefixes
+    than Hugging Face's (`canonical_name`). Where an own `lm_head.weight` lies beside tie_word_embeddings: true and is
+    not the embedding, it is kept, and the config says that they are not tied. ModelError names the folder,
+    the file and bad tensors: those that hold NaN or infinity in that type, too.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype: {dtype!r} is refused; it must be one of {', '.join(DTYPES)}")
@@ -89,9 +79,28 @@ def read_model_folder(path: str | Path, dtype: str | None = None) -> tuple[Qwen3
             del stored[HEAD]
         else:
             config = msgspec.structs.replace(config, tie_word_embeddings=False)
-    kept = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else stored[EMBEDDING].dtype
+    kept = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else _dtype_of(stored)
     weights = _finite(folder, places, stored, kept)
+    if config.quantization is not None and (is_on_cpu() if expand is None else expand):
+        config = _expand(config, weights, kept)
     return config, {name: weights[name] for name in expected_shapes(config)}
+
+
+def _dtype_of(stored: Weights) -> mx.Dtype:
+    dtype = stored[EMBEDDING].dtype
+    return weights_dtype(stored) if dtype == mx.uint32 else dtype
+
+
+def _expand(config: Qwen3Config, weights: dict[str, mx.array], dtype: mx.Dtype) -> Qwen3Config:
+    """Unpack every matrix, one after the other → the config of what they are then."""
+    for name in [name for name in weights if name.endswith(".scales")]:
+        module = name.removesuffix(".scales")
+        expanded = Linear.of(config, weights, module).expanded(dtype)
+        mx.eval(expanded)
+        for kind in ("scales", "biases"):
+            weights.pop(f"{module}.{kind}", None)
+        weights[f"{module}.weight"] = expanded
+    return msgspec.structs.replace(config, quantization=None)
 
 
 def _load(places: Mapping[str, _Stored]) -> dict[str, mx.array]:
@@ -113,8 +122,11 @@ def _are_equal(a: mx.array, b: mx.array) -> bool:
 def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> dict[str, _Stored]:
     """Where each tensor of the network is, with the head of its own that a tied one may have. Raises one ModelError
     that tells of missing, unexpected, mis-shaped and non-float tensors, and why, where that is known."""
-    wanted = expected_shapes(config)
-    shapes = wanted | {HEAD: wanted[EMBEDDING]}
+    try:
+        wanted = expected_shapes(config)
+    except ModelError as error:
+        raise ModelError(f"{folder / CONFIG_FILE}: {error}") from None
+    shapes = {HEAD: wanted[EMBEDDING]} | wanted
     places: dict[str, _Stored] = {}
     faults: list[str] = []
     unexpected: list[str] = []
@@ -136,8 +148,8 @@ def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> dict
                 faults.append(f"{known}: stored twice{names} in {file.name}")
             elif tensor.shape != (asked := shapes[known]):
                 faults.append(f"{name}: shape {list(tensor.shape)} in {file.name}, config.json asks for {list(asked)}")
-            elif tensor.dtype not in ("F32", "BF16", "F16"):
-                faults.append(f"{name}: dtype {tensor.dtype} in {file.name}, only F32, BF16 and F16 can be trained")
+            elif tensor.dtype not in (dtypes := _stored_dtypes(config, known)):
+                faults.append(f"{name}: dtype {tensor.dtype} in {file.name}, it must be {' or '.join(dtypes)}")
             places[known] = _Stored(file, name)
     missing = wanted.keys() - places.keys()
     faults += [f"{name}: missing" for name in missing]
@@ -146,6 +158,12 @@ def _check_tensors(folder: Path, config: Qwen3Config, files: list[Path]) -> dict
         why = f" {cause}" if cause else ""
         raise ModelError(f"{folder}: {len(faults)} bad tensor(s) for its config.json:{why}{_listed(faults)}")
     return places
+
+
+def _stored_dtypes(config: Qwen3Config, name: str) -> Sequence[str]:
+    """The types that a tensor may be stored in."""
+    packed = {mx.uint32: ["U32"], mx.uint8: ["U8"]}
+    return packed.get(dtype_in(config, name, mx.float32), ["F32", "BF16", "F16"])
 
 
 def _finite(
@@ -163,6 +181,9 @@ def _finite(
         extremes = []
         for name in names[start : start + _AT_ONCE]:
             tensor = stored.pop(name)  # or its memory would stay beside that of the other type
+            if tensor.dtype not in _ROOM:
+                weights[name] = tensor
+                continue
             weights[name] = tensor.astype(kept)  # no copy where that is its type
             seen = weights[name] if _ROOM[kept] < _ROOM[tensor.dtype] else tensor
             unsigned, signed = _INTEGERS[seen.dtype.size]
@@ -267,57 +288,3 @@ def _split(weights: Mapping[str, mx.array], max_bytes: int) -> list[dict[str, mx
         shards[-1][name] = tensor
         room -= tensor.nbytes
     return shards
-
-
-def canonical_name(stored: str) -> str:
-    """The name of this tensor without what tools put around it, as in `expected_shapes`: "layers.0.mlp.up_proj.weight"
-    and "_orig_mod.model.layers.0.mlp.up_proj.weight" → "model.layers.0.mlp.up_proj.weight".
-    """
-    parts = [part for part in stored.split(".") if part not in _ANYWHERE]
-    while parts and parts[0] in _FRONT:
-        parts.pop(0)
-    bare = ".".join(parts)
-    return bare if bare == HEAD or not bare else f"model.{bare}"
-
-
-def is_harmless(stored: str) -> bool:
-    """Whether this tensor is computed from the configuration, and stored by old tools for no use."""
-    return stored.endswith("rotary_emb.inv_freq")
-
-
-def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], layers: int) -> str:
-    """Why these names do not fit, with the remedy, where there is a known cause; else "".
-
-    `missing`: canonical names that no file has; `unexpected`: names as stored. `layers`: num_hidden_layers.
-    """
-    if adapters := [name for name in unexpected if _ADAPTER.search(name)]:
-        return f"it holds adapters beside the weights ({some(adapters)}); fuse or merge first, then give the result"
-    if quantized := [name for name in unexpected if _QUANTIZED.search(name)]:
-        return (
-            f"its weights are quantized ({some(quantized)}), and such weights cannot be trained; use the unquantized "
-            "folder of this model"
-        )
-    if experts := [name for name in unexpected if ".experts." in name]:
-        return f"it holds a mixture of experts ({some(experts)}); Troupe trains the dense Qwen3 models"
-    if EMBEDDING in missing and (strange := [name for name in unexpected if name.endswith(_ANCHOR)]):
-        prefix = strange[0].removesuffix(_ANCHOR)
-        return (
-            f"the names of its tensors begin with {prefix!r}, which is not known; rename them to begin with 'model.', "
-            f"as in {EMBEDDING}"
-        )
-    if missing == {HEAD}:
-        return (
-            f"config.json does not say tie_word_embeddings: true, so there must be an {HEAD}; add it, or set that key "
-            "where the embedding serves as the head"
-        )
-    if biases := [name for name in unexpected if name.endswith("_proj.bias")]:
-        return f"its projections have biases ({some(biases)}), which Qwen3's do not; it is another kind of network"
-    if any(name.endswith("q_norm.weight") for name in missing) and not any("mlp" in name for name in missing):
-        return "it has no norms of queries and keys (q_norm, k_norm), as Qwen3 does; it is another kind of network"
-    stored = [int(match[1]) for name in unexpected if (match := _LAYER.match(canonical_name(name)))]
-    if stored and max(stored) >= layers:
-        return f"it holds layers up to {max(stored)}, but config.json's num_hidden_layers is {layers}"
-    lacking = {int(match[1]) for name in missing if (match := _LAYER.match(name))}
-    if lacking and min(lacking) > 0 and lacking == set(range(min(lacking), layers)):
-        return f"it holds no layer from {min(lacking)} on, but config.json's num_hidden_layers is {layers}"
-    return ""

@@ -12,14 +12,26 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import InputError, ModelError
+from troupe.policy.adapter.base import Base
+from troupe.policy.adapter.files import (
+    AdapterFiles,
+    adapter_files,
+    save_adapter,
+)
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.requests import GenerationConfig
-from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
+from troupe.policy.folders import MAX_SHARD_BYTES, save_model_folder
 from troupe.policy.gradient.backward import completion_statistics
-from troupe.policy.hub import resolve_model
-from troupe.policy.model_files import CONFIG_FILE, DTYPES, GENERATION_CONFIG_FILE, Companions, dtype_name, parse_json
+from troupe.policy.model_files import (
+    CONFIG_FILE,
+    DTYPES,
+    GENERATION_CONFIG_FILE,
+    Companions,
+    dtype_name,
+    parse_json,
+)
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import EMBEDDING, Weights, hidden_states, init_weights, project
+from troupe.policy.network.qwen3 import Weights, hidden_states, init_weights, project, weights_dtype
 from troupe.policy.network.rotary import names_theta
 from troupe.policy.text.complete import complete_texts, stream_text
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer
@@ -40,17 +52,24 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Policy:
     """A language model in memory: `config`, `weights`, and the folder `path` it came from (None: made at random).
 
+    `weights` are what is trained: the whole network, or an adapter, and then `base` is the network that it completes.
     `companions`: what lay beside the weights when they were read. What the folder holds later does not count, but for
     the tokenizer, which is read when it is first asked for.
     """
 
     def __init__(
-        self, config: Qwen3Config, weights: Weights, path: Path | None = None, companions: Companions | None = None
+        self,
+        config: Qwen3Config,
+        weights: Weights,
+        path: Path | None = None,
+        companions: Companions | None = None,
+        base: Base | None = None,
     ) -> None:
         """`companions`: None reads them from the folder now, where there is one. Raises ModelError as
         `Companions.of`."""
         self.config = config
         self.weights = weights
+        self.base = Base() if base is None else base
         self.path = path
         self.companions = Companions() if path is None else Companions.of(path) if companions is None else companions
         self._tokenizer: Tokenizer | None = None
@@ -61,15 +80,26 @@ class Policy:
     ) -> Policy:
         """The same policy with other weights, which reads nothing again; where given, with another `config` of the same
         vocabulary, or other ids that end a text."""
-        other = Policy(self.config if config is None else config, weights, self.path, self.companions)
+        other = Policy(self.config if config is None else config, weights, self.path, self.companions, self.base)
         other._tokenizer = self._tokenizer
         other._eos_ids = self._eos_ids if eos_ids is None else eos_ids
         return other
 
+    def without_arrays(self) -> Policy:
+        """All of it but the numbers."""
+        bare = self.having({})
+        bare.base = Base()
+        return bare
+
+    @property
+    def network(self) -> Weights:
+        """The weights of the whole network, an adapter beside the base's."""
+        return self.base.completed(self.config, self.weights)
+
     @property
     def dtype(self) -> str:
-        """The name, as in `DTYPES`, of the type that the weights are held in."""
-        return dtype_name(self.weights[EMBEDDING].dtype)
+        """The name, as in `DTYPES`, of the type that the network computes in."""
+        return dtype_name(weights_dtype(self.base.weights or self.weights))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -147,7 +177,8 @@ class Policy:
 
     def model(self, ids: mx.array) -> mx.array:
         """Integer ids (B, T), no padding → logits (B, T, V)."""
-        return project(self.config, self.weights, hidden_states(self.config, self.weights, ids))
+        network = self.network
+        return project(self.config, network, hidden_states(self.config, network, ids))
 
     def compute_log_probs(
         self, prompt_ids: mx.array | Sequence[Sequence[int]], completion_ids: mx.array | Sequence[Sequence[int]]
@@ -169,17 +200,17 @@ class Policy:
         T = max(map(len, completions), default=0)
         if T == 0:
             return mx.zeros((len(prompts), 0))
-        parts = []
+        parts, network = [], self.network
         for start in range(0, len(prompts), ROWS_AT_ONCE):
             some = slice(start, start + ROWS_AT_ONCE)
-            part, _ = completion_statistics(self.config, self.weights, prompts[some], completions[some])
+            part, _ = completion_statistics(self.config, network, prompts[some], completions[some])
             parts.append(mx.pad(part, [(0, 0), (0, T - part.shape[1])]))
             mx.eval(parts[-1])
         return mx.concatenate(parts)
 
     def engine(self, generation: GenerationConfig) -> RolloutEngine:
         """What decodes with this policy."""
-        engine = RolloutEngine(self.config, generation, stop_ids=self.eos_ids, tokenizer=self.tokenizer)
+        engine = RolloutEngine(self.config, generation, stop_ids=self.eos_ids, tokenizer=self.tokenizer, base=self.base)
         engine.load(self.weights, 0)
         return engine
 
@@ -226,8 +257,18 @@ class Policy:
         return stream_text(self, prompt, generation, _seed(seed))
 
     def save(self, path: str | Path, max_shard_bytes: int | None = MAX_SHARD_BYTES) -> None:
-        """Write the policy as a model folder, as `save_model_folder` does."""
-        save_model_folder(path, self.config, self.weights, self.companions, max_shard_bytes)
+        """Write the policy as a model folder, as `save_model_folder` does; an adapter as an adapter folder."""
+        if (files := self.adapter_files(self.weights)) is not None:
+            save_adapter(Path(path), files)
+        else:
+            save_model_folder(path, self.config, self.weights, self.companions, max_shard_bytes)
+
+    def adapter_files(self, weights: Weights) -> AdapterFiles | None:
+        """What to write of these weights where they are an adapter's; None where they are a whole network."""
+        base = self.base
+        if base.adapter is None:
+            return None
+        return adapter_files(self.config, base.adapter, weights, base_name=base.name, base_fingerprint=base.fingerprint)
 
 
 def _one_completion(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> GenerationConfig:
@@ -248,16 +289,6 @@ def _id_rows(ids: mx.array | Sequence[Sequence[int]]) -> list[list[int]]:
     if isinstance(ids, mx.array):
         return cast("list[list[int]]", ids.tolist())
     return [list(row) for row in ids]
-
-
-def load_policy(path: str | Path, dtype: str | None = None) -> Policy:
-    """Read a model folder, or the one that a hub id such as "Qwen/Qwen3-0.6B" stands for → `Policy`.
-
-    `dtype` and errors are those of `read_model_folder` and `resolve_model`.
-    """
-    folder = resolve_model(path)
-    config, weights = read_model_folder(folder, dtype)
-    return Policy(config, weights, folder, Companions.of(folder))
 
 
 def random_policy(config: Qwen3Config, seed: int = 0, dtype: str = "float32") -> Policy:

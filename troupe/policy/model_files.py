@@ -18,7 +18,7 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.network.architecture import ARCHITECTURE, Qwen3Config
-from troupe.policy.network.qwen3 import EMBEDDING, Weights
+from troupe.policy.network.qwen3 import Weights, weights_dtype
 from troupe.policy.safetensors import read_start
 
 CONFIG_FILE = "config.json"
@@ -47,7 +47,7 @@ SAMPLES, SAMPLE_BYTES = 64, 16_384
 """Pieces of each file of weights that are looked at, evenly spaced, and how long each is."""
 _SHOWN = 3
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin", "adapters.npz")
 _OTHER_FORMATS = (
     ("*.gguf", "which is llama.cpp's format; take the model's folder of safetensors"),
@@ -75,9 +75,9 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: no such model folder; give one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     adapters = [name for name in _ADAPTER_WEIGHTS if (folder / name).is_file()]
     is_whole = any(_SHARD.fullmatch(name) or name in (WEIGHTS_FILE, INDEX_FILE) for name in _names(folder))
-    if (adapters or (folder / _ADAPTER_CONFIG).is_file()) and not is_whole:
+    if (adapters or (folder / ADAPTER_CONFIG).is_file()) and not is_whole:
         raise ModelError(
-            f"{folder}: holds an adapter ({', '.join(adapters or [_ADAPTER_CONFIG])}) and no whole model; fuse or "
+            f"{folder}: holds an adapter ({', '.join(adapters or [ADAPTER_CONFIG])}) and no whole model; fuse or "
             f"merge first with {_base_model(folder)}, and give the folder that comes of it"
         )
     if not (folder / CONFIG_FILE).is_file():
@@ -181,7 +181,7 @@ def _names(folder: Path) -> list[str]:
 def _base_model(folder: Path) -> str:
     """The model that an adapter belongs to, as far as it says."""
     try:
-        settings = read_json(folder / _ADAPTER_CONFIG)
+        settings = read_json(folder / ADAPTER_CONFIG)
     except ModelError:
         settings = {}
     named = [settings.get(key) for key in ("base_model_name_or_path", "model")]  # PEFT's and mlx-lm's
@@ -246,8 +246,10 @@ class Companions(msgspec.Struct, frozen=True):
 def _corrected(settings: dict[str, object], config: Qwen3Config, weights: Weights) -> dict[str, object]:
     """With the type that the weights are held in, in which transformers would load them, the head that they have, and
     the class of network that their names are those of."""
-    held = dtype_name(weights[EMBEDDING].dtype)
+    held = dtype_name(weights_dtype(weights))
     true: dict[str, object] = {key: held for key in ("dtype", "torch_dtype") if settings.get(key) not in (None, held)}
+    if config.quantization is None:
+        settings = {key: value for key, value in settings.items() if key not in ("quantization", "quantization_config")}
     if bool(settings.get("tie_word_embeddings")) != config.tie_word_embeddings:
         true["tie_word_embeddings"] = config.tie_word_embeddings
     if settings.get("architectures") not in (None, [ARCHITECTURE]):

@@ -20,7 +20,8 @@ from troupe.policy.decode.loop import draw_tokens
 from troupe.policy.decode.memory import fused_copy_bytes
 from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
-from troupe.policy.model import Policy, load_policy, random_policy
+from troupe.policy.load import load_policy
+from troupe.policy.model import Policy, random_policy
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import init_weights
 

@@ -20,7 +20,8 @@ from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.loop import NOISE_BLOCK, noise_block, row_key
 from troupe.policy.decode.requests import Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import draw_by_shares
-from troupe.policy.model import load_policy, random_policy
+from troupe.policy.load import load_policy
+from troupe.policy.model import random_policy
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import exp
 

@@ -21,7 +21,7 @@ from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
 from troupe.policy.model import random_policy
 from troupe.policy.network import attention
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import EMBEDDING, fuse_projections
+from troupe.policy.network.qwen3 import FINAL_NORM, fuse_projections
 
 
 def config_of(**sizes: int) -> Qwen3Config:
@@ -96,7 +96,7 @@ def test_an_engine_counts_as_its_device_computes(
     monkeypatch.setattr(attention, "_has_cudnn_attention", lambda: True)
     config = config_of(head_dim=head_dim, num_hidden_layers=3)
     engine = RolloutEngine(config, GenerationConfig(num_generations=2, max_completion_length=9), stop_ids=frozenset())
-    engine.load({EMBEDDING: mx.zeros((1,), mx.bfloat16)}, 0)
+    engine.load({FINAL_NORM: mx.zeros((1,), mx.bfloat16)}, 0)
     expected["in_blocks"] = has_card is None
     assert engine.memory_bytes([300, 7]) == decode_memory_bytes(config, [300, 7], 2, 9, mx.bfloat16, **expected)
     config = config_of(head_dim=head_dim, num_hidden_layers=3, max_position_embeddings=9000)

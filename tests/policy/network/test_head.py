@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.support.devices import compute_on
 from troupe.policy.network import head
 from troupe.policy.network.head import embed, head_backward, head_forward, result, sum_by_id, token_statistics
+from troupe.policy.network.linear import Linear
 
 M, D, V = 9, 6, 700
 
@@ -28,7 +29,7 @@ class Case(NamedTuple):
 
     def score(self, hidden: mx.array, head: mx.array, temperature: float = 1.0) -> mx.array:
         """The sum over all tokens of their statistics times the cotangents."""
-        log_probs, entropies = token_statistics(hidden, head, self.targets, temperature)
+        log_probs, entropies = token_statistics(hidden, Linear(head), self.targets, temperature)
         return (log_probs * self.of_log_probs + entropies * self.of_entropies).sum()
 
 
@@ -73,7 +74,7 @@ def gradients_by_definition(case: Case, temperature: float, of_entropies: np.nda
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
 def test_log_probs_and_entropies_are_those_of_the_whole_softmax(case: Case, temperature: float) -> None:
-    log_probs, entropies = token_statistics(case.hidden, case.head, case.targets, temperature)
+    log_probs, entropies = token_statistics(case.hidden, Linear(case.head), case.targets, temperature)
     assert log_probs.dtype == entropies.dtype == mx.float32
     _, chosen, expected = by_definition(case, temperature)
     size = 11 / temperature  # of the largest logit: what float32 cannot tell of it, no difference of logits can have
@@ -90,9 +91,9 @@ def test_gradients_are_those_of_the_formulas(case: Case, temperature: float, thr
             case.hidden, case.head
         )
     else:
-        outputs = result(head_forward(case.hidden, case.head, case.targets, temperature))
+        outputs = result(head_forward(case.hidden, Linear(case.head), case.targets, temperature))
         cotangents = (case.of_log_probs, case.of_entropies if through == "both" else None)
-        ours = result(head_backward(case.hidden, case.head, case.targets, temperature, outputs, cotangents))
+        ours = result(head_backward(case.hidden, Linear(case.head), case.targets, temperature, outputs, cotangents))
     of_entropies = np.array(case.of_entropies).astype(np.float64) * (through != "log-probs")
     for gradient, expected in zip(ours, gradients_by_definition(case, temperature, of_entropies), strict=True):
         assert gradient.dtype == mx.float32
@@ -118,7 +119,7 @@ def test_gradients_are_the_slopes(case: Case) -> None:
 @pytest.mark.usefixtures("blocks")
 def test_logits_of_any_size_are_added_up(case: Case) -> None:
     large = case._replace(head=case.head * 500.0)  # softmaxes that are almost certain, e^ℓ beyond float32
-    log_probs, entropies = token_statistics(large.hidden, large.head, large.targets, 1.0)
+    log_probs, entropies = token_statistics(large.hidden, Linear(large.head), large.targets, 1.0)
     _, chosen, expected = by_definition(large, 1.0)
     np.testing.assert_allclose(np.array(log_probs), chosen, rtol=1e-5)
     np.testing.assert_allclose(np.array(entropies), expected, atol=2e-3)
@@ -131,7 +132,7 @@ def test_logits_of_any_size_are_added_up(case: Case) -> None:
 def test_low_precision_keeps_the_statistics_in_float32(case: Case, dtype: mx.Dtype) -> None:
     rounded = case._replace(hidden=case.hidden.astype(dtype), head=case.head.astype(dtype))
     exact = case._replace(hidden=rounded.hidden.astype(mx.float32), head=rounded.head.astype(mx.float32))
-    log_probs, entropies = token_statistics(rounded.hidden, rounded.head, case.targets, 0.7)
+    log_probs, entropies = token_statistics(rounded.hidden, Linear(rounded.head), case.targets, 0.7)
     assert log_probs.dtype == entropies.dtype == mx.float32
     _, chosen, expected = by_definition(exact, 0.7)
     np.testing.assert_allclose(np.array(log_probs), chosen, atol=0.05)  # logits near 10 have steps of 1/32
@@ -148,7 +149,7 @@ def test_a_token_that_is_all_but_certain_keeps_its_small_gradient_in_bfloat16() 
     hidden, table = mx.array([[1.0]], mx.bfloat16), mx.array([[0.0]] * 3 + [[10.0]], mx.bfloat16)
 
     def log_prob(hidden: mx.array) -> mx.array:
-        return token_statistics(hidden, table, mx.array([3]), 1.0).log_probs.sum()
+        return token_statistics(hidden, Linear(table), mx.array([3]), 1.0).log_probs.sum()
 
     missing = 3 / (3 + np.exp(10.0))  # 1 − p is 1.4e-4; as 1 minus a bfloat16 it would be 0
     assert mx.grad(log_prob)(hidden).item() == pytest.approx(10 * missing, rel=0.01)
@@ -163,9 +164,11 @@ def test_many_blocks_give_the_bits_that_they_gave_before(case: Case, monkeypatch
 def test_no_tokens_have_no_statistics_and_leave_no_gradient() -> None:
     table = mx.ones((V, D))
     empty = mx.array([], mx.int32)
-    log_probs, entropies = token_statistics(mx.zeros((0, D)), table, empty, 1.0)
+    log_probs, entropies = token_statistics(mx.zeros((0, D)), Linear(table), empty, 1.0)
     assert log_probs.shape == entropies.shape == (0,)
-    gradient = mx.grad(lambda table: token_statistics(mx.zeros((0, D)), table, empty, 1.0).log_probs.sum())(table)
+    gradient = mx.grad(lambda table: token_statistics(mx.zeros((0, D)), Linear(table), empty, 1.0).log_probs.sum())(
+        table
+    )
     assert not mx.any(gradient).item()
 
 

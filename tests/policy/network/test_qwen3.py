@@ -17,7 +17,6 @@ from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import (
-    Rotation,
     Weights,
     WholeRows,
     expected_shapes,
@@ -28,6 +27,7 @@ from troupe.policy.network.qwen3 import (
     project,
 )
 from troupe.policy.network.rotary import YarnScaling, attention_factor
+from troupe.policy.network.rotation import Rotation
 
 SMALL = Qwen3Config(
     vocab_size=50,

@@ -7,7 +7,7 @@ Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocab
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from troupe.actors.learner.gathering import StepGroups, slot_of, stale_tokens
 from troupe.grpo import Batch, LearnerConfig, compute_advantages, make_batch, reward_statistics, spread_within_groups
 from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
+from troupe.policy.adapter.base import Base
 from troupe.policy.gradient.backward import Chunk
 
 Extra = TypeVar("Extra")
@@ -58,25 +59,44 @@ class CompletionLogProbs:
     temperature: float
     recompute: bool = False
     entropy_gradient: bool = True
+    base: Base = field(default_factory=Base)
+    """What the weights complete; empty: they are the whole network."""
 
     def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
         """Log-probs and entropies."""
-        return completion_statistics(self.config, weights, batch.prompts, batch.completions, self.temperature)
+        network = self.base.completed(self.config, weights)
+        return completion_statistics(self.config, network, batch.prompts, batch.completions, self.temperature)
 
     def gradients(
         self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
     ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
         """The gradients of `loss` by the weights, backwards through the network by hand."""
-        return completion_gradients(
+        network = self.base.completed(self.config, weights)
+        chunks = completion_gradients(
             self.config,
-            weights,
+            network,
             batch.prompts,
             batch.completions,
             lambda statistics: loss(*statistics),
             self.temperature,
             recompute=self.recompute,
             entropy_gradient=self.entropy_gradient,
+            of_base=not self.base.is_whole,
         )
+        return self._of_trained(network, chunks) if self.base.is_whole else chunks
+
+    def _of_trained(
+        self, network: Weights, chunks: Generator[Chunk, None, tuple[mx.array, Extra]]
+    ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
+        """Chunks with gradients by a completed network → with those by what is trained."""
+        while True:
+            try:
+                arrays, portion = next(chunks)
+            except StopIteration as end:
+                result: tuple[mx.array, Extra] = end.value
+                return result
+            yield arrays, self.base.gradients(network, portion)
+            del arrays, portion
 
 
 def assemble(

@@ -11,7 +11,7 @@ import mlx.core as mx
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import BLOCK, DecodingCache, PromptCache
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import EMBEDDING, FINAL_NORM, Weights
+from troupe.policy.network.qwen3 import FINAL_NORM, GATE_UP, QK_NORM, QKV, Layer, Weights, embedded
 from troupe.policy.network.rotary import attention_factor, inverse_frequencies
 
 _WORTH_COMPILING = 8
@@ -39,7 +39,7 @@ class CudaDecodingCache(DecodingCache):
         angles, factor = (lengths + step)[:, None] * frequencies, attention_factor(config.rope_scaling)
         turn = mx.cos(angles) * factor, mx.sin(angles) * factor
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        x = weights[EMBEDDING][ids]
+        x = embedded(config, weights, ids)
         for index in range(config.num_hidden_layers):
             self._make_room(index, x.dtype)
         plan = cuda_kernels.plan_launch(len(ids), *heads, x.dtype, max(self._prompt_lengths) + self.length)
@@ -88,11 +88,11 @@ def _through_layers(
     eps = config.rms_norm_eps
     constants = mx.array([eps, config.head_dim**-0.5])
     for index, (*prompts, own) in enumerate(zip(*kept, strict=True)):
-        layer = f"model.layers.{index}."
-        y = mx.fast.rms_norm(x, weights[layer + "input_layernorm.weight"], eps)
+        layer = Layer(config, weights, index)
+        y = mx.fast.rms_norm(x, layer.norm("input_layernorm"), eps)
         o = cuda_kernels.attend(
-            y @ weights[layer + "self_attn.qkv_proj.weight"].T,
-            weights[layer + "self_attn.qk_norm.weight"],
+            layer.joined_inputs(QKV, y),
+            layer.norm(QK_NORM),
             turn,
             (prompts[0], prompts[1]),
             own,
@@ -101,8 +101,7 @@ def _through_layers(
             constants,
             plan=plan,
         )
-        x = x + o @ weights[layer + "self_attn.o_proj.weight"].T  # mx.addmm takes twice as long to launch
-        y = mx.fast.rms_norm(x, weights[layer + "post_attention_layernorm.weight"], eps)
-        gated = cuda_kernels.gate(y @ weights[layer + "mlp.gate_up_proj.weight"].T)
-        x = x + gated @ weights[layer + "mlp.down_proj.weight"].T
+        x = x + layer.linear("self_attn.o_proj")(o)  # mx.addmm takes twice as long to launch
+        y = mx.fast.rms_norm(x, layer.norm("post_attention_layernorm"), eps)
+        x = x + layer.linear("mlp.down_proj")(cuda_kernels.gate(layer.joined_inputs(GATE_UP, y)))
     return mx.fast.rms_norm(x, weights[FINAL_NORM], eps)

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from itertools import chain
 
 from troupe.errors import ModelError
+from troupe.policy.adapter.base import Base
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.loop import DecodeSetup, Wave
 from troupe.policy.decode.memory import decode_memory_bytes, device_ways
@@ -18,7 +19,7 @@ from troupe.policy.decode.sampling import Sampler
 from troupe.policy.decode.stopping import StopRules
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.qwen3 import EMBEDDING, Weights, fuse_projections
+from troupe.policy.network.qwen3 import Weights, weights_dtype
 from troupe.policy.text.tokenizer import Tokenizer
 
 
@@ -35,9 +36,11 @@ class RolloutEngine:
         *,
         stop_ids: frozenset[int],
         tokenizer: Tokenizer | None = None,
+        base: Base | None = None,
     ) -> None:
         """`stop_ids`: ids that end a completion; empty lets every one run to its limit.
 
+        `base`: what the weights that are loaded complete; None: they are the whole network.
         `tokenizer`: finds stop strings, without it they raise ValueError, and lets XTC spare special tokens and
         newlines; stop ids are always spared.
         """
@@ -54,6 +57,7 @@ class RolloutEngine:
         if tokenizer is not None and generation.xtc_probability > 0.0:
             spared = spared | tokenizer.special_ids | frozenset(tokenizer.encode("\n", add_special_tokens=False))
         self.sampler = Sampler(generation, spared)
+        self._base = Base() if base is None else base
         self._loaded: tuple[Weights, int] | None = None
         self._prepared: tuple[Weights, Weights, int] | None = None
         self._aborted = threading.Event()
@@ -61,7 +65,10 @@ class RolloutEngine:
         """Tokens that the longest row of the running decode has; for whoever asks how far it is, from any thread."""
 
     def load(self, weights: Weights, version: int) -> None:
-        """Use these evaluated weights, named as in Hugging Face folders, from the next token on. Caches are kept."""
+        """Use these evaluated weights, named as in Hugging Face folders, from the next token on. Caches are kept.
+
+        Beside a base they are what is trained; without any, the base decodes alone.
+        """
         self._loaded = (weights, version)
 
     def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
@@ -103,7 +110,7 @@ class RolloutEngine:
         assert self._loaded is not None
         weights, version = self._loaded
         if self._prepared is None or self._prepared[0] is not weights:
-            self._prepared = (weights, fuse_projections(self.config, weights), version)
+            self._prepared = (weights, self._base.for_decoding(self.config, weights), version)
         return self._prepared[1], version
 
     def release(self) -> None:
@@ -113,7 +120,7 @@ class RolloutEngine:
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
         """What decoding prompts of these lengths together takes beside the weights."""
         assert self._loaded is not None
-        config, dtype = self.config, self._loaded[0][EMBEDDING].dtype
+        config, dtype = self.config, weights_dtype(self._base.weights or self._loaded[0])
         room = config.max_position_embeddings - min(prompt_lengths)
         return decode_memory_bytes(
             config,

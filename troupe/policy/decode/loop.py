@@ -40,7 +40,7 @@ from troupe.policy.decode.stopping import StopRules, StopWatch
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.attention import attention_is_fused
 from troupe.policy.network.elementwise import exp, is_on_cpu
-from troupe.policy.network.qwen3 import EMBEDDING, Weights, hidden_states, project
+from troupe.policy.network.qwen3 import Weights, hidden_states, project, weights_dtype
 
 COMPACT_EVERY = 8
 """Finished rows leave the batch only at token positions that this divides."""
@@ -194,7 +194,7 @@ class Wave:
         config, lengths = self._setup.config, [len(prompt) for prompt in prompts]
         width = max(lengths)
         ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-        is_fused = attention_is_fused(config.head_dim, weights[EMBEDDING].dtype, gradient=False, on_cpu=is_on_cpu())
+        is_fused = attention_is_fused(config.head_dim, weights_dtype(weights), gradient=False, on_cpu=is_on_cpu())
         size = piece_length(len(prompts), width, writes_scores=not is_fused)
         last = mx.array(lengths)[:, None, None] - 1
         if size == width:
@@ -231,7 +231,7 @@ class Wave:
     def _not_finite(self, t: int, row: Row) -> RunError:
         """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
         weights, _ = self._current_weights()
-        dtype = str(next(iter(weights.values())).dtype).removeprefix("mlx.core.")
+        dtype = str(weights_dtype(weights)).removeprefix("mlx.core.")
         return RunError(
             f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "
             f"nothing can be drawn from them; the network overflows in {dtype} with the weights of version "

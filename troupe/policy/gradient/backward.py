@@ -11,26 +11,28 @@ Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d he
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
-from troupe.policy.network.head import TokenStatistics, embed, head_backward, head_forward, sum_by_id, token_statistics
+from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
 from troupe.policy.network.packing import Attended, Packing
 from troupe.policy.network.qwen3 import (
     EMBEDDING,
     FINAL_NORM,
+    GATE_UP,
     HEAD,
-    LayerWeights,
-    Rotation,
+    QKV,
+    Layer,
     Weights,
-    attention_inputs,
+    embedded,
+    head_of,
     hidden_states,
-    layer_weights,
-    mlp_inputs,
 )
+from troupe.policy.network.rotation import Rotation
 
 Extra = TypeVar("Extra")
 Value = TypeVar("Value")
@@ -68,7 +70,7 @@ def completion_statistics(
     """
     packing = Packing(prompts, completions)
     hidden = hidden_states(config, weights, packing.ids[None], attention=packing).squeeze(0)
-    head = weights[EMBEDDING if config.tie_word_embeddings else HEAD]
+    head = head_of(config, weights)
     log_probs, entropies = token_statistics(packing.sources(hidden), head, packing.targets, temperature)
     return TokenStatistics(packing.in_rows(log_probs), packing.in_rows(entropies))
 
@@ -83,42 +85,51 @@ def completion_gradients(
     *,
     recompute: bool = False,
     entropy_gradient: bool = True,
+    of_base: bool = True,
 ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
     """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
     The arrays of a chunk are to be begun when it comes, and to be there before the chunk after the next is asked for:
     the device is kept busy and the memory low. `loss` maps what `completion_statistics` gives of the same arguments to
     a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
-    Without `entropy_gradient` the entropies count as constants.
+    Without `entropy_gradient` the entropies count as constants. Without `of_base` only the adapters beside the
+    matrices are trained: nothing else has a gradient, and layers below the lowest of them are not gone back through.
     """
     packing = Packing(prompts, completions)
     rotation = Rotation(config, packing.ids.shape[0], packing.offset)
-    x = embed(weights[EMBEDDING], packing.ids[None])
+    x = embedded(config, weights, packing.ids[None])
+    layers = [Layer(config, weights, index) for index in range(config.num_hidden_layers)]
+    trained = [layer for layer in layers if of_base or layer.has_adapters]
+    lowest = trained[0].index if trained else len(layers)
     kept: list[tuple[mx.array, _Kept | None]] = []
-    for index in range(config.num_hidden_layers):
-        w = layer_weights(weights, index)
-        inside = _inside(config, w, x, packing, rotation)
-        y = inside.middle + swiglu(inside.gate, inside.up) @ w("mlp.down_proj").T
-        kept.append((x, None if recompute else inside))
-        yield (y, [] if recompute else inside), {}
+    for layer in layers:
+        inside = _inside(layer, x, packing, rotation)
+        y = inside.middle + layer.linear("mlp.down_proj")(swiglu(inside.gate, inside.up))
+        if layer.index >= lowest:
+            kept.append((x, None if recompute else inside))
+        yield (y, [] if recompute or layer.index < lowest else inside), {}
         del inside
         x = y
 
     def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:
         return loss(TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies)))
 
-    of_head = _through_head(config, weights, packing, x, of_rows, temperature, entropy_gradient=entropy_gradient)
-    value, x_grad, norm_grad, head_grad = yield from of_head
-    done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
+    value, x_grad, norm_grad, head_grad = yield from _through_head(
+        config, weights, packing, x, of_rows, temperature, entropy_gradient=entropy_gradient, of_base=of_base
+    )
+    done: Gradients = {}
+    if head_grad is not None:
+        done = {FINAL_NORM: norm_grad} | ({} if config.tie_word_embeddings else {HEAD: head_grad})
     yield (x_grad, done), {}
-    del x, of_head
-    for index in reversed(range(config.num_hidden_layers)):
-        layer = (config, layer_weights(weights, index), packing, rotation)
-        x_grad, grads = yield from _backwards(*layer, *kept.pop(), x_grad)
+    del x
+    for layer in reversed(layers[lowest:]):
+        x_grad, grads = yield from _backwards(layer, packing, rotation, *kept.pop(), x_grad, of_base=of_base)
         yield None, done
-        done = {f"model.layers.{index}.{name}.weight": grad for name, grad in grads.items()}
-    embedding_grad = sum_by_id(x_grad.squeeze(0), packing.ids, config.vocab_size)
-    yield None, done | {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
+        done = {f"model.layers.{layer.index}.{name}.weight": grad for name, grad in grads.items()}
+    if head_grad is not None:
+        embedding_grad = sum_by_id(x_grad.squeeze(0), packing.ids, config.vocab_size)
+        done |= {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
+    yield None, done
     return value
 
 
@@ -131,22 +142,23 @@ def _through_head(
     temperature: float,
     *,
     entropy_gradient: bool,
-) -> Generator[Chunk, None, tuple[tuple[mx.array, Extra], mx.array, mx.array, mx.array]]:
+    of_base: bool,
+) -> Generator[Chunk, None, tuple[tuple[mx.array, Extra], mx.array, mx.array, mx.array | None]]:
     """From the last layer's result x (1, N, D) to the loss and back: what the loss gives, and the cotangents of x and
-    of the weights of norm and head."""
+    of the weights of norm and head, the last None without `of_base`."""
 
     def sources(x: mx.array, norm: mx.array) -> mx.array:
         return packing.sources(mx.fast.rms_norm(x.squeeze(0), norm, config.rms_norm_eps))
 
-    norm, head = weights[FINAL_NORM], weights[EMBEDDING if config.tie_word_embeddings else HEAD]
+    norm, head = weights[FINAL_NORM], head_of(config, weights)
     hidden = sources(x, norm)
     outputs = yield from _one_by_one(head_forward(hidden, head, packing.targets, temperature))
     rows = [packing.in_rows(outputs[0]), packing.in_rows(outputs[1])]
     value, cotangents = mx.value_and_grad(loss, argnums=(0, 1))(*rows)
     of_targets = [mx.vjp(packing.in_rows, [outputs[0]], [grad])[1][0] for grad in cotangents]
-    of_entropies = of_targets[1] if entropy_gradient else None
+    of_outputs = of_targets[0], of_targets[1] if entropy_gradient else None
     hidden_grad, head_grad = yield from _one_by_one(
-        head_backward(hidden, head, packing.targets, temperature, outputs, (of_targets[0], of_entropies))
+        head_backward(hidden, head, packing.targets, temperature, outputs, of_outputs, of_head=of_base)
     )
     x_grad, norm_grad = mx.vjp(sources, [x, norm], [hidden_grad])[1]
     return value, x_grad, norm_grad, head_grad
@@ -165,20 +177,21 @@ def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generat
         yield (), {}
 
 
-def _inside(config: Qwen3Config, w: LayerWeights, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
+def _inside(layer: Layer, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
     """A layer from its input (1, N, D) to the last matrix product."""
-    q, k, v = attention_inputs(config, w, x)
-    attended = packing.attend_keeping(*_turned(config, w, rotation, q, k, v), config.head_dim**-0.5)
-    middle = x + _joined_heads(attended.o) @ w("self_attn.o_proj").T
-    return _Kept(q, k, v, attended, middle, *mlp_inputs(config, w, middle))
+    q, k, v = layer.attention_inputs(x)
+    attended = packing.attend_keeping(*_turned(layer, rotation, q, k, v), layer.config.head_dim**-0.5)
+    middle = x + layer.linear("self_attn.o_proj")(_joined_heads(attended.o))
+    gate, up = layer.mlp_inputs(middle)
+    return _Kept(q, k, v, attended, middle, gate, up)
 
 
 def _turned(
-    config: Qwen3Config, w: LayerWeights, rotation: Rotation, q: mx.array, k: mx.array, v: mx.array
+    layer: Layer, rotation: Rotation, q: mx.array, k: mx.array, v: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(1, N, heads, d) → (1, heads, N, d), queries and keys normalized and rotated."""
     q, k = (
-        rotation(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), config.rms_norm_eps).swapaxes(1, 2))
+        rotation(mx.fast.rms_norm(y, layer.norm(f"self_attn.{name}_norm"), layer.config.rms_norm_eps).swapaxes(1, 2))
         for y, name in ((q, "q"), (k, "k"))
     )
     return q, k, v.swapaxes(1, 2)
@@ -191,52 +204,61 @@ def _joined_heads(o: mx.array) -> mx.array:
 
 
 def _backwards(
-    config: Qwen3Config,
-    w: LayerWeights,
+    layer: Layer,
     packing: Packing,
     rotation: Rotation,
     x: mx.array,
     kept: _Kept | None,
     y_grad: mx.array,
+    *,
+    of_base: bool,
 ) -> Generator[Chunk, None, tuple[mx.array, Gradients]]:
     """Through one layer: the cotangent of its result → that of its input x, (1, N, D), and those of its weights."""
     if kept is None:
-        kept = _inside(config, w, x, packing, rotation)
+        kept = _inside(layer, x, packing, rotation)
         yield (kept,), {}
+    config = layer.config
     eps = config.rms_norm_eps
     grads: Gradients = {}
 
     def through_product(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
-        """y = x @ W.T, with W the weight of this name."""
-        grads[name] = y_grad.reshape(-1, y_grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-        return y_grad @ w(name)
+        x_grad, found = layer.linear(name).gradients(x, y_grad, trained=of_base)
+        grads.update({name + kind: grad for kind, grad in found.items()})
+        return x_grad
+
+    def through_products(whole: str, x: mx.array, y_grads: Sequence[mx.array]) -> mx.array:
+        parts = layer.parts(whole)
+        if len(parts) == 1:
+            return through_product(whole, x, mx.concatenate(list(y_grads), axis=-1))
+        x_grads = [through_product(name, x, grad) for name, grad in zip(parts, y_grads, strict=True)]
+        return reduce(mx.add, x_grads)
 
     def through_norm(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
-        x_grad, grads[name] = mx.vjp(lambda x, scale: mx.fast.rms_norm(x, scale, eps), [x, w(name)], [y_grad])[1]
+        norm = [x, layer.norm(name)]
+        x_grad, scale_grad = mx.vjp(lambda x, scale: mx.fast.rms_norm(x, scale, eps), norm, [y_grad])[1]
+        if of_base:
+            grads[name] = scale_grad
         return x_grad
 
     y_part = through_product("mlp.down_proj", swiglu(kept.gate, kept.up), y_grad)
     gate_grad, up_grad = swiglu_gradient(kept.gate, kept.up, y_part)
-    h = mx.fast.rms_norm(kept.middle, w("post_attention_layernorm"), eps)
-    h_grad = through_product("mlp.gate_proj", h, gate_grad) + through_product("mlp.up_proj", h, up_grad)
+    h = mx.fast.rms_norm(kept.middle, layer.norm("post_attention_layernorm"), eps)
+    h_grad = through_products(GATE_UP, h, (gate_grad, up_grad))
     middle_grad = y_grad + through_norm("post_attention_layernorm", kept.middle, h_grad)
     yield (middle_grad, dict(grads)), {}
     del y_part, gate_grad, up_grad, h, h_grad
 
     o_grad = through_product("self_attn.o_proj", _joined_heads(kept.attended.o), middle_grad)
     o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
-    turned = _turned(config, w, rotation, kept.q, kept.k, kept.v)
+    turned = _turned(layer, rotation, kept.q, kept.k, kept.v)
     q_grad, k_grad, v_grad = packing.attend_gradient(*turned, config.head_dim**-0.5, o_grad, kept.attended)
     q_grad, k_grad = (
         through_norm(f"self_attn.{name}_norm", y, rotation.gradient(grad).swapaxes(1, 2))
         for y, name, grad in ((kept.q, "q", q_grad), (kept.k, "k", k_grad))
     )
-    h = mx.fast.rms_norm(x, w("input_layernorm"), eps)
-    h_grads = [
-        through_product(f"self_attn.{name}_proj", h, grad.reshape(*h.shape[:2], -1))
-        for name, grad in (("q", q_grad), ("k", k_grad), ("v", v_grad.swapaxes(1, 2)))
-    ]
-    x_grad = middle_grad + through_norm("input_layernorm", x, h_grads[0] + h_grads[1] + h_grads[2])
+    h = mx.fast.rms_norm(x, layer.norm("input_layernorm"), eps)
+    y_grads = [grad.reshape(*h.shape[:2], -1) for grad in (q_grad, k_grad, v_grad.swapaxes(1, 2))]
+    x_grad = middle_grad + through_norm("input_layernorm", x, through_products(QKV, h, y_grads))
     yield (x_grad, grads), {}
     return x_grad, grads
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.network.quantization import Quantization, quantization_table, read_quantization
 from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, YarnScaling, convert_by_key, rope_settings
 
 ARCHITECTURE = "Qwen3ForCausalLM"
@@ -40,6 +41,8 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool = False
     eos_token_id: tuple[int, ...] = ()
     """Ids that end a text, where the folder's generation_config.json names none."""
+    quantization: Quantization | None = None
+    """How matrices are packed; None: they are float numbers."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no network can have. Raises ModelError."""
@@ -79,12 +82,14 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
         _refuse_unsupported(settings)
         known = {field: settings[field] for field in cls.__struct_fields__ if settings.get(field) is not None}
         known |= rope_settings(settings)
+        quantization = read_quantization(settings)
+        known.pop("quantization", None)
         eos = settings.get("eos_token_id")
         known["eos_token_id"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
         for key in _REQUIRED:
             if key not in known:
                 raise ModelError(f"{key}: missing; a Qwen3 config.json must name it")
-        config = convert_by_key(known, cls)
+        config = msgspec.structs.replace(convert_by_key(known, cls), quantization=quantization)
         if (scaling := config.rope_scaling) is None or scaling.max_positions <= config.max_position_embeddings:
             return config
         return msgspec.structs.replace(config, max_position_embeddings=scaling.max_positions)
@@ -93,6 +98,8 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
         """The settings as a `config.json` that transformers and mlx-lm read; `from_dict` gives the same config back."""
         settings: dict[str, Any] = msgspec.structs.asdict(self)
         settings["eos_token_id"] = list(self.eos_token_id) or None
+        del settings["quantization"]
+        packed = {} if self.quantization is None else quantization_table(self.quantization)
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
             given = msgspec.structs.asdict(self.rope_scaling)
@@ -107,6 +114,7 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
             **settings,
             "rope_scaling": None if self.rope_scaling is None else rope,
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            **({"quantization": packed, "quantization_config": packed} if packed else {}),
         }
 
 
@@ -141,9 +149,6 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
         raise ModelError("attention_bias: true is not supported; Qwen3's projections have no bias")
     if (activation := settings.get("hidden_act", "silu")) != "silu":
         raise ModelError(f"hidden_act: {activation!r} is not supported; it must be 'silu'")
-    for key in ("quantization", "quantization_config", "compression_config"):
-        if settings.get(key):
-            raise ModelError(f"{key}: quantized weights cannot be trained; use the unquantized folder of this model")
     layers, window = settings.get("layer_types"), settings.get("sliding_window", _DEFAULT_WINDOW)
     if layers is not None:
         _check_layer_types(layers, settings.get("num_hidden_layers"))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import mlx.core as mx
 
 from troupe.policy.network.elementwise import compiled, exponential, is_on_cpu
+from troupe.policy.network.linear import Linear
 
 Result = TypeVar("Result")
 
@@ -34,19 +35,25 @@ class TokenStatistics(NamedTuple):
     entropies: mx.array
 
 
-def token_statistics(hidden: mx.array, head: mx.array, targets: mx.array, temperature: float) -> TokenStatistics:
-    """Of the tokens `targets` (M,), foretold by `hidden` (M, D) through the rows of `head` (V, D). Differentiable."""
+def token_statistics(hidden: mx.array, head: Linear, targets: mx.array, temperature: float) -> TokenStatistics:
+    """Of the tokens `targets` (M,), foretold by `hidden` (M, D) through the rows of `head` (V, D). Differentiable by
+    `hidden`, and by the weight of a head that is not packed."""
 
     @mx.custom_function
-    def statistics(hidden: mx.array, head: mx.array) -> Any:
-        return result(head_forward(hidden, head, targets, temperature))
+    def statistics(hidden: mx.array, weight: mx.array) -> Any:
+        return result(head_forward(hidden, head._replace(weight=weight), targets, temperature))
 
     @statistics.vjp
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        hidden, head = primals
-        return result(head_backward(hidden, head, targets, temperature, outputs, cotangents[:2]))
+        hidden, weight = primals
+        of_head = head.scales is None
+        blocks = head_backward(
+            hidden, head._replace(weight=weight), targets, temperature, outputs, cotangents[:2], of_head=of_head
+        )
+        hidden_grad, head_grad = result(blocks)
+        return hidden_grad, mx.zeros_like(weight) if head_grad is None else head_grad
 
-    log_probs, entropies, _ = cast("tuple[mx.array, ...]", statistics(hidden, head))
+    log_probs, entropies, _ = cast("tuple[mx.array, ...]", statistics(hidden, head.weight))
     return TokenStatistics(log_probs, entropies)
 
 
@@ -61,7 +68,7 @@ def result(blocks: Generator[Any, None, Result]) -> Result:
 
 
 def head_forward(
-    hidden: mx.array, head: mx.array, targets: mx.array, temperature: float
+    hidden: mx.array, head: Linear, targets: mx.array, temperature: float
 ) -> Generator[tuple[mx.array, ...], None, tuple[mx.array, mx.array, mx.array]]:
     """Returns log-probabilities, entropies and log Σ e^ℓ of M tokens, (M,) each; arguments as for `token_statistics`.
 
@@ -71,8 +78,8 @@ def head_forward(
     scale = 1.0 / temperature
     chosen = mx.zeros(hidden.shape[0])
     normalizer = entropies = mx.array(-math.inf)  # log Σ e^ℓ over the blocks so far, and the entropies within them
-    for block in _blocks(head.shape[0], hidden.shape[0]):
-        logits = hidden @ head[block].T
+    for block in _blocks(head.size, hidden.shape[0]):
+        logits = head.rows(block)(hidden)
         peak = mx.max(logits, axis=-1).astype(mx.float32) * scale
         powers, weighted = _powers(logits, scale, peak[:, None])
         total = mx.sum(powers, axis=-1)
@@ -93,16 +100,19 @@ def head_forward(
 
 def head_backward(
     hidden: mx.array,
-    head: mx.array,
+    head: Linear,
     targets: mx.array,
     temperature: float,
     outputs: Sequence[mx.array],
     cotangents: Sequence[mx.array | None],
-) -> Generator[tuple[mx.array, ...], None, tuple[mx.array, mx.array]]:
-    """Returns the cotangents of `hidden` and `head`, from those (M,) of log-probabilities and entropies.
+    *,
+    of_head: bool = True,
+) -> Generator[tuple[mx.array, ...], None, tuple[mx.array, mx.array | None]]:
+    """Returns the cotangents of `hidden` and, with `of_head`, of the head, from those (M,) of log-probabilities and
+    entropies.
 
     `outputs` are what `head_forward` returns; yields as it does. None for the entropies, which then count as
-    constants, spares a third of the work.
+    constants, spares a third of the work; a head that is not trained another.
     """
     scale = 1.0 / temperature
     log_probs, entropies, normalizer = (x[:, None] for x in outputs)
@@ -111,22 +121,29 @@ def head_backward(
     rest = -mx.expm1(log_probs)  # 1 − p of the target, precisely
     weighted = (hidden.astype(mx.float32) * of_log_probs).astype(hidden.dtype)
     hidden_grad = mx.zeros(hidden.shape)
-    head_grads = []
-    for block in _blocks(head.shape[0], hidden.shape[0]):
-        logits = hidden @ head[block].T
+    head_grads: list[mx.array] = []
+    for block in _blocks(head.size, hidden.shape[0]):
+        part = head.rows(block)
+        logits = part(hidden)
         columns = mx.arange(block.start, block.stop)
         # without the cotangent of each row, which enters through `weighted` and at the end
         grad = compiled(_log_prob_grad, logits.shape)(logits, scale, normalizer, columns, targets[:, None], rest)
-        head_grad = grad.T @ weighted
-        hidden_grad = hidden_grad + (grad @ head[block]).astype(mx.float32) * of_log_probs
+        here, of_part = part.gradients(weighted, grad, trained=of_head)
+        hidden_grad = hidden_grad + here.astype(mx.float32) * of_log_probs
+        head_grad = of_part.get("")
         if of_entropies is not None:
             grad = compiled(_entropy_grad, logits.shape)(logits, scale, normalizer, entropies, of_entropies)
-            head_grad = head_grad + grad.T @ hidden
-            hidden_grad = hidden_grad + (grad @ head[block]).astype(mx.float32)
+            here, of_part = part.gradients(hidden, grad, trained=of_head)
+            head_grad = None if head_grad is None else head_grad + of_part[""]
+            hidden_grad = hidden_grad + here.astype(mx.float32)
+        if head_grad is None:
+            hidden, weighted = mx.depends([hidden, weighted], [hidden_grad])
+            yield (hidden_grad,)
+            continue
         head_grads.append(head_grad)
         hidden, weighted = mx.depends([hidden, weighted], [hidden_grad, head_grad])
         yield hidden_grad, head_grad
-    return hidden_grad.astype(hidden.dtype), mx.concatenate(head_grads)
+    return hidden_grad.astype(hidden.dtype), mx.concatenate(head_grads) if of_head else None
 
 
 def _powers(logits: mx.array, scale: float, peak: mx.array) -> tuple[mx.array, mx.array]:

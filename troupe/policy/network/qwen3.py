@@ -10,15 +10,17 @@ SwiGLU (arXiv:2002.05202); grouped-query attention (arXiv:2305.13245).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu, swiglu
+from troupe.policy.network.elementwise import is_on_cpu, swiglu
 from troupe.policy.network.head import embed
-from troupe.policy.network.rotary import attention_factor, inverse_frequencies
+from troupe.policy.network.linear import JOINED, A, Linear, by_columns
+from troupe.policy.network.quantization import packed_shapes
+from troupe.policy.network.rotation import Rotation
 
 Weights: TypeAlias = Mapping[str, mx.array]
 """Hugging Face tensor name → array, such as `model.layers.0.self_attn.q_proj.weight` (H·d, D)."""
@@ -29,7 +31,21 @@ HEAD = "lm_head.weight"
 
 
 def expected_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every trainable tensor; no `lm_head.weight` where the embedding serves as the head."""
+    """Name → shape of every tensor of a folder; no `lm_head.weight` where the embedding serves as the head. ModelError
+    where a matrix cannot be packed as it is said to be."""
+    shapes = network_shapes(config)
+    if config.quantization is None:
+        return shapes
+    packed: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        packing = config.quantization.of(module) if len(shape) == 2 else None
+        packed |= {name: shape} if packing is None else packed_shapes(module, (shape[0], shape[1]), packing)
+    return packed
+
+
+def network_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
+    """The same, nothing being packed."""
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
     layer = {
@@ -54,14 +70,53 @@ def expected_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def linear_shapes(config: Qwen3Config) -> dict[str, tuple[int, int]]:
+    """Module → (out, in) of the matrices of all layers, in the network's order; without embedding and head."""
+    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
+    layer = {
+        "self_attn.q_proj": (Hd, D),
+        "self_attn.k_proj": (Kd, D),
+        "self_attn.v_proj": (Kd, D),
+        "self_attn.o_proj": (D, Hd),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    layers = range(config.num_hidden_layers)
+    return {f"model.layers.{index}.{name}": shape for index in layers for name, shape in layer.items()}
+
+
+def weights_dtype(weights: Weights) -> mx.Dtype:
+    """The type of a network's float numbers: that of its last norm, since matrices may be packed."""
+    return weights[FINAL_NORM].dtype
+
+
 def parameter_count(config: Qwen3Config) -> int:
-    """Number of trainable numbers; a tied embedding counts once."""
-    return sum(math.prod(shape) for shape in expected_shapes(config).values())
+    """Numbers of the network, however they are packed; a tied embedding counts once."""
+    return sum(math.prod(shape) for shape in network_shapes(config).values())
+
+
+def network_bytes(config: Qwen3Config, dtype: mx.Dtype) -> int:
+    """What all tensors of a network take, its float numbers being of this type."""
+    shapes = expected_shapes(config)
+    return sum(math.prod(shape) * dtype_in(config, name, dtype).size for name, shape in shapes.items())
+
+
+def dtype_in(config: Qwen3Config, name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The type of one tensor of a network whose float numbers are of `dtype`."""
+    module, _, kind = name.rpartition(".")
+    packing = None if config.quantization is None or "norm" in module else config.quantization.of(module)
+    if packing is None or kind == "biases":
+        return dtype
+    if kind == "weight":
+        return mx.uint32
+    return dtype if packing.mode == "affine" else mx.uint8
 
 
 def init_weights(config: Qwen3Config, key: mx.array, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
     """Random weights: matrices N(0, initializer_range²), norm scales 1. `key` is an `mx.random.key`."""
-    shapes = expected_shapes(config)
+    shapes = network_shapes(config)
     keys = mx.random.split(key, len(shapes))
     return {
         name: mx.ones(shape, dtype)
@@ -106,158 +161,155 @@ def hidden_states(
     """
     attention = attention or WholeRows()
     rotate = Rotation(config, ids.shape[1], attention.offset)
-    x = embed(weights[EMBEDDING], ids)
+    x = embedded(config, weights, ids)
     for index in range(config.num_hidden_layers):
-        x = _layer(config, weights, index, x, attention, rotate)
+        x = _through_layer(Layer(config, weights, index), x, attention, rotate)
     return mx.fast.rms_norm(x, weights[FINAL_NORM], config.rms_norm_eps)
+
+
+def embedded(config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
+    """Integer ids (…) → what the embedding has for them (…, D)."""
+    table = Linear.of(config, weights, EMBEDDING.removesuffix(".weight"))
+    if table.scales is None:
+        return embed(table.weight, ids)
+    return table.expanded(weights_dtype(weights), ids)
+
+
+def head_of(config: Qwen3Config, weights: Weights) -> Linear:
+    """The matrix (V, D) that gives logits: the embedding, where names are tied."""
+    return Linear.of(config, weights, (EMBEDDING if config.tie_word_embeddings else HEAD).removesuffix(".weight"))
 
 
 def project(config: Qwen3Config, weights: Weights, hidden: mx.array) -> mx.array:
     """Hidden states (…, D) → logits (…, V) in the weights' dtype."""
-    return hidden @ weights[EMBEDDING if config.tie_word_embeddings else HEAD].T
+    return head_of(config, weights)(hidden)
 
 
-def fuse_projections(config: Qwen3Config, weights: Weights) -> Weights:
+def fuse_projections(config: Qwen3Config, weights: Weights, *, uses_up: bool = False) -> dict[str, mx.array]:
     """The same network for decoding: q, k, v as one matrix and gate, up as one, which takes fewer and larger products.
 
     On a CPU gate and up stay apart, since halves of a product's rows are not contiguous, and these matrices lie column
-    by column: BLAS copies a matrix at every product, and transposing it on the way takes as long as multiplying 32 rows
-    by it. Copies those matrices (evaluated); shares the others. `hidden_states` and `project` take the result.
+    by column. Matrices that are packed in different ways stay apart, too. Copies those matrices, layer by layer
+    (evaluated); shares the others. With `uses_up` it takes them out of `weights`, a dict, so that nothing is there
+    twice. `hidden_states`, `project` and gradients take the result.
     """
     fused = dict(weights)
-    by_columns = is_on_cpu()
+    if uses_up:
+        assert isinstance(weights, dict)
+        weights.clear()
+    on_cpu = is_on_cpu()
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}."
-        for whole, parts in _FUSED.items():
-            if by_columns and whole == _GATE_UP:
-                fused |= {layer + part: _by_columns(fused[layer + part]) for part in parts}
-            else:
-                joined = mx.concatenate([fused.pop(layer + part) for part in parts])
-                fused[layer + whole] = _by_columns(joined) if by_columns else joined
-        norms = [(config.num_attention_heads, "q_norm"), (config.num_key_value_heads, "k_norm")]
-        scales = [mx.tile(fused.pop(f"{layer}self_attn.{name}.weight"), (heads, 1)) for heads, name in norms]
-        fused[f"{layer}self_attn.qk_norm.weight"] = mx.concatenate(scales)
-    mx.eval(fused)
+        made: dict[str, mx.array] = {}
+        for whole, parts in JOINED.items():
+            if on_cpu and whole == GATE_UP:
+                made |= {f"{layer}{part}.weight": by_columns(fused[f"{layer}{part}.weight"]) for part in parts}
+            elif config.quantization is None or _are_packed_alike(config, [layer + part for part in parts]):
+                made |= _joined(fused, layer + whole, [layer + part for part in parts], on_cpu=on_cpu)
+        made[f"{layer}{QK_NORM}.weight"] = _both_norms(config, fused, f"{layer}self_attn.")
+        mx.eval(made)
+        fused |= made
     return fused
 
 
-_GATE_UP = "mlp.gate_up_proj.weight"
-_FUSED = {
-    "self_attn.qkv_proj.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
-    _GATE_UP: ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-}
+QKV, GATE_UP = JOINED
+QK_NORM = "self_attn.qk_norm"
 
 
-def _by_columns(x: mx.array) -> mx.array:
-    """The same matrix, whose transpose is contiguous."""
-    return mx.contiguous(x.T).T
+def _are_packed_alike(config: Qwen3Config, modules: Sequence[str]) -> bool:
+    assert config.quantization is not None
+    return len({config.quantization.of(module) for module in modules}) == 1
 
 
-class Rotation:
-    """Turns queries and keys by rotary positions."""
-
-    def __init__(self, config: Qwen3Config, T: int, offset: int | mx.array) -> None:
-        """`offset` as in `Attention.offset`."""
-        self._d, self._base = config.head_dim, config.rope_theta
-        self._factor = attention_factor(config.rope_scaling)
-        self._offset = offset
-        self._periods: mx.array | None = None
-        frequencies = mx.array(inverse_frequencies(self._d, self._base, config.rope_scaling))
-        self._has_tables = is_on_cpu()  # elsewhere one fused kernel is faster
-        if config.rope_scaling is not None:
-            self._periods = 1.0 / frequencies
-        if self._has_tables:
-            if isinstance(offset, mx.array):
-                positions = offset[:, None] if offset.ndim == 2 else offset[:, None, None] + mx.arange(T)
-            else:
-                positions = offset + mx.arange(T)
-            angles = positions[..., None].astype(mx.float32) * frequencies  # (T or B·1·T, d/2)
-            self._cos, self._sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
-
-    def __call__(self, y: mx.array) -> mx.array:
-        """(B, heads, T, d) turned."""
-        if self._has_tables:
-            return _turned(y, self._cos, self._sin)
-        if isinstance(self._offset, int) or self._offset.ndim == 1:
-            return self._turn(y, self._offset)
-        B, heads, T, d = y.shape  # a position for every token: each is a row of its own
-        tokens = y.swapaxes(1, 2).reshape(B * T, heads, 1, d)
-        return self._turn(tokens, self._offset.reshape(-1)).reshape(B, T, heads, d).swapaxes(1, 2)
-
-    def gradient(self, cotangent: mx.array) -> mx.array:
-        """The cotangent of what was turned, from that of the result: turned back."""
-        if self._has_tables:
-            return _turned(cotangent, self._cos, -self._sin)
-        return mx.vjp(self, [cotangent], [cotangent])[1][0]  # linear: where it is taken does not matter
-
-    def _turn(self, y: mx.array, offset: int | mx.array) -> mx.array:
-        if self._periods is None:
-            return mx.fast.rope(y, self._d, traditional=False, base=self._base, scale=1.0, offset=offset)
-        stretched = y.astype(mx.float32) * self._factor  # which 16 bits would round
-        turned = mx.fast.rope(
-            stretched, self._d, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
-        )
-        return turned.astype(y.dtype)
+def _joined(weights: dict[str, mx.array], whole: str, parts: Sequence[str], *, on_cpu: bool) -> dict[str, mx.array]:
+    """Some matrices as one, out of the dict that has them."""
+    made = {}
+    for kind in (".weight", ".scales", ".biases"):
+        if parts[0] + kind in weights:
+            joined = mx.concatenate([weights.pop(part + kind) for part in parts])
+            made[whole + kind] = by_columns(joined) if on_cpu else joined
+    return made
 
 
-def _turned(y: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    a, b = mx.split(y, 2, axis=-1)
-    turn = compiled(_turn_halves, a.shape) if a.size > WORTHWHILE else _turn_halves
-    return mx.concatenate(list(turn(a, b, cos, sin)), axis=-1).astype(y.dtype)
+def _both_norms(config: Qwen3Config, weights: dict[str, mx.array], prefix: str) -> mx.array:
+    """The scales of queries and keys, one row a head (H + K, d)."""
+    norms = [(config.num_attention_heads, "q_norm"), (config.num_key_value_heads, "k_norm")]
+    return mx.concatenate([mx.tile(weights[f"{prefix}{name}.weight"], (heads, 1)) for heads, name in norms])
 
 
-def _turn_halves(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
-    return a * cos - b * sin, a * sin + b * cos
+class Layer:
+    """One decoder layer of a network's weights, by the names within it."""
 
+    def __init__(self, config: Qwen3Config, weights: Weights, index: int) -> None:
+        self.config, self.index = config, index
+        self._weights, self._prefix = weights, f"model.layers.{index}."
 
-def _layer(
-    config: Qwen3Config, weights: Weights, index: int, x: mx.array, attention: Attention, rotate: Rotation
-) -> mx.array:
-    """One decoder layer, (B, T, D) → (B, T, D)."""
-    H, K, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+    def norm(self, name: str) -> mx.array:
+        """The scales of one of its norms, such as "input_layernorm"."""
+        return self._weights[f"{self._prefix}{name}.weight"]
 
-    w = layer_weights(weights, index)
-    if f"model.layers.{index}.self_attn.qkv_proj.weight" not in weights:
-        *qk, v = attention_inputs(config, w, x)
-        q, k = (
-            rotate(mx.fast.rms_norm(y, w(f"self_attn.{name}_norm"), eps).swapaxes(1, 2))
-            for y, name in zip(qk, "qk", strict=True)
-        )
-    else:
-        y = mx.fast.rms_norm(x, w("input_layernorm"), eps)
-        qkv = _heads(config, y, w("self_attn.qkv_proj"))
-        both = mx.fast.rms_norm(qkv[:, :, : H + K], None, eps) * w("self_attn.qk_norm")
+    def linear(self, name: str) -> Linear:
+        """One of its matrices, such as "mlp.up_proj", or of those that are joined."""
+        return Linear.of(self.config, self._weights, self._prefix + name)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether beside any of its matrices there is one."""
+        modules = [name for whole in JOINED for name in self.parts(whole)] + ["self_attn.o_proj", "mlp.down_proj"]
+        return any(f"{self._prefix}{module}{A}.weight" in self._weights for module in modules)
+
+    def parts(self, whole: str) -> Sequence[str]:
+        """The matrices that there are of those that `whole` joins: itself, or each."""
+        return [whole] if f"{self._prefix}{whole}.weight" in self._weights else JOINED[whole]
+
+    def inputs(self, whole: str, y: mx.array) -> list[mx.array]:
+        """(…, D) → the products of the matrices that `whole` joins, each (…, out)."""
+        found = [self.linear(name)(y) for name in self.parts(whole)]
+        if len(found) > 1:
+            return found
+        config, d = self.config, self.config.head_dim
+        if whole == GATE_UP:
+            return list(mx.split(found[0], 2, axis=-1))
+        ends = [config.num_attention_heads * d, (config.num_attention_heads + config.num_key_value_heads) * d]
+        return list(mx.split(found[0], ends, axis=-1))
+
+    def joined_inputs(self, whole: str, y: mx.array) -> mx.array:
+        """As `inputs`, behind each other."""
+        found = [self.linear(name)(y) for name in self.parts(whole)]
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
+
+    def attention_inputs(self, x: mx.array) -> list[mx.array]:
+        """(B, T, D) → queries, keys and values (B, T, heads, d), neither normalized nor rotated."""
+        y = mx.fast.rms_norm(x, self.norm("input_layernorm"), self.config.rms_norm_eps)
+        return [self._heads(part) for part in self.inputs(QKV, y)]
+
+    def mlp_inputs(self, x: mx.array) -> list[mx.array]:
+        """(B, T, D) → gate and up (B, T, F)."""
+        y = mx.fast.rms_norm(x, self.norm("post_attention_layernorm"), self.config.rms_norm_eps)
+        return self.inputs(GATE_UP, y)
+
+    def rotated_inputs(self, x: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array, mx.array]:
+        """(B, T, D) → queries, keys and values (B, heads, T, d), normalized and rotated."""
+        H, K, eps = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.rms_norm_eps
+        if f"{self._prefix}{QK_NORM}.weight" not in self._weights:
+            *qk, v = self.attention_inputs(x)
+            q, k = (
+                rotate(mx.fast.rms_norm(y, self.norm(f"self_attn.{name}_norm"), eps).swapaxes(1, 2))
+                for y, name in zip(qk, "qk", strict=True)
+            )
+            return q, k, v.swapaxes(1, 2)
+        y = mx.fast.rms_norm(x, self.norm("input_layernorm"), eps)
+        qkv = self._heads(self.joined_inputs(QKV, y))
+        both = mx.fast.rms_norm(qkv[:, :, : H + K], None, eps) * self.norm(QK_NORM)
         both = rotate(both.swapaxes(1, 2))
-        q, k, v = both[:, :H], both[:, H:], qkv[:, :, H + K :]
-    o = attention.attend(index, q, k, v.swapaxes(1, 2), config.head_dim**-0.5)
-    x = x + o.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ w("self_attn.o_proj").T
-    if f"model.layers.{index}.{_GATE_UP}" not in weights:
-        return x + swiglu(*mlp_inputs(config, w, x)) @ w("mlp.down_proj").T
-    y = mx.fast.rms_norm(x, w("post_attention_layernorm"), eps)
-    return x + swiglu(*mx.split(y @ w("mlp.gate_up_proj").T, 2, axis=-1)) @ w("mlp.down_proj").T
+        return both[:, :H], both[:, H:], qkv[:, :, H + K :].swapaxes(1, 2)
+
+    def _heads(self, y: mx.array) -> mx.array:
+        return y.reshape(*y.shape[:2], -1, self.config.head_dim)
 
 
-LayerWeights = Callable[[str], mx.array]
-"""Name within a layer, such as "mlp.up_proj" → weight."""
-
-
-def layer_weights(weights: Weights, index: int) -> LayerWeights:
-    """Those of one layer."""
-    return lambda name: weights[f"model.layers.{index}.{name}.weight"]
-
-
-def attention_inputs(config: Qwen3Config, w: LayerWeights, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """(B, T, D) → queries, keys and values (B, T, heads, d), neither normalized nor rotated."""
-    y = mx.fast.rms_norm(x, w("input_layernorm"), config.rms_norm_eps)
-    q, k, v = (_heads(config, y, w(f"self_attn.{name}_proj")) for name in "qkv")
-    return q, k, v
-
-
-def mlp_inputs(config: Qwen3Config, w: LayerWeights, x: mx.array) -> tuple[mx.array, mx.array]:
-    """(B, T, D) → gate and up (B, T, F)."""
-    y = mx.fast.rms_norm(x, w("post_attention_layernorm"), config.rms_norm_eps)
-    return y @ w("mlp.gate_proj").T, y @ w("mlp.up_proj").T
-
-
-def _heads(config: Qwen3Config, y: mx.array, projection: mx.array) -> mx.array:
-    return (y @ projection.T).reshape(*y.shape[:2], -1, config.head_dim)
+def _through_layer(layer: Layer, x: mx.array, attention: Attention, rotate: Rotation) -> mx.array:
+    """(B, T, D) → (B, T, D)."""
+    o = attention.attend(layer.index, *layer.rotated_inputs(x, rotate), layer.config.head_dim**-0.5)
+    x = x + layer.linear("self_attn.o_proj")(o.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+    return x + layer.linear("mlp.down_proj")(swiglu(*layer.mlp_inputs(x)))

@@ -1,0 +1,207 @@
+"""What of a policy is not trained, and how it is completed by what is.
+
+A policy is a frozen base and what is trained. Where the whole network is trained the base is empty; beside an adapter
+it is the network, and only the adapter's few numbers go to the optimizer, the policy board, files and checkpoints.
+
+The network knows an adapter as two small matrices beside a large one (`network/linear.py`), in the type that it
+computes in; what is trained are PEFT's tensors, one pair a module, in float32. Here is the way from these to those, and
+for gradients back: scales are multiplied into B, and where several modules are joined into one matrix their A lie below
+each other and their B in blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from troupe.policy.adapter.modules import Adapter
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.linear import JOINED, MAGNITUDE, A, B, Linear, by_columns
+from troupe.policy.network.qwen3 import Weights, fuse_projections, linear_shapes, weights_dtype
+
+_NORM = ".lora_norm"
+"""‖W + s·BA‖ of each row, beside what DoRA made of it: for the way back."""
+
+
+class _Part(NamedTuple):
+    """A module with an adapter within a matrix of the base."""
+
+    module: str
+    rows: slice
+    """Of the matrix."""
+    ranks: slice
+    """Of the rows of A there, and columns of B."""
+    scale: float
+
+
+class Base:
+    """The part of a policy that is not trained: nothing (`Base()`), or a network beside which an adapter is."""
+
+    def __init__(self) -> None:
+        self.weights: Weights = {}
+        """Laid out as for decoding (`fuse_projections`), which is how they are held once."""
+        self.adapter: Adapter | None = None
+        self.name, self.fingerprint = "", ""
+        """The folder of the network, and what tells it from others."""
+        self._parts: dict[str, list[_Part]] = {}
+        self._norms: dict[str, mx.array] = {}
+
+    @classmethod
+    def of(
+        cls,
+        config: Qwen3Config,
+        weights: dict[str, mx.array],
+        adapter: Adapter | None,
+        *,
+        name: str = "",
+        fingerprint: str = "",
+    ) -> "Base":
+        """A network for good; `weights` is used up. None: no adapter is beside it."""
+        base = cls()
+        base.adapter, base.name, base.fingerprint = adapter, name, fingerprint
+        base.weights = _laid_out(config, weights)
+        if adapter is not None:
+            base._parts = _parts(config, base.weights, adapter)
+        return base
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the network is all here, and what is trained, if anything, lies beside it."""
+        return bool(self.weights)
+
+    def completed(self, config: Qwen3Config, trained: Weights) -> Weights:
+        """The network that what is trained makes of the base; lazily. Without anything trained, the base alone."""
+        if not self.is_whole:
+            return trained
+        network = dict(self.weights)
+        dtype = weights_dtype(network)
+        for module, parts in self._parts.items():
+            if f"{parts[0].module}{A}.weight" in trained:
+                network |= self._beside(config, module, parts, trained, dtype)
+        return network
+
+    def for_decoding(self, config: Qwen3Config, trained: Weights) -> Weights:
+        """The same network laid out for decoding, evaluated: where it computes in float32, with the adapter in it."""
+        if not self.is_whole:
+            return fuse_projections(config, trained)
+        network = dict(self.completed(config, trained))
+        for module in self._parts:
+            linear = Linear.of(config, network, module)
+            if linear.is_merged:
+                for kind in (A, B, MAGNITUDE):
+                    network.pop(f"{module}{kind}.weight", None)
+                network[f"{module}.weight"] = linear.merged().weight
+                if linear.factor is not None:
+                    directed = network[f"{module}.weight"] * linear.factor[:, None]
+                    network[f"{module}.weight"] = by_columns(directed) if is_on_cpu() else directed
+                mx.eval(network[f"{module}.weight"])  # one by one: what it is made from is held meanwhile
+            network.pop(module + _NORM, None)
+        mx.eval(network)
+        return network
+
+    def gradients(self, network: Weights, gradients: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Gradients by a completed network's weights → by what is trained, in float32."""
+        if not self.is_whole:
+            return dict(gradients)
+        found: dict[str, mx.array] = {}
+        for name, gradient in gradients.items():
+            module, _, kind = name.removesuffix(".weight").rpartition(".")
+            for part in self._parts[module]:
+                if kind == A[1:]:
+                    own = gradient[part.ranks]
+                elif kind == B[1:]:
+                    own = gradient[part.rows, part.ranks].astype(mx.float32) * part.scale
+                else:
+                    own = gradient[part.rows].astype(mx.float32) / network[module + _NORM][part.rows]
+                found[f"{part.module}.{kind}.weight"] = own.astype(mx.float32)
+        return found
+
+    def row_norms(self, config: Qwen3Config, adapter: Adapter) -> dict[str, mx.array]:
+        """‖W‖₂ of the rows of every module that is to have an adapter, float32 (out,): DoRA's magnitudes at first."""
+        norms: dict[str, mx.array] = {}
+        for matrix, parts in _parts(config, self.weights, adapter).items():
+            whole = mx.sqrt(self._squares(config, matrix))
+            norms |= {part.module: whole[part.rows] for part in parts}
+            mx.eval(whole)
+        return norms
+
+    def _beside(
+        self, config: Qwen3Config, module: str, parts: Sequence[_Part], trained: Weights, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
+        """What lies beside one matrix of the base."""
+        out = Linear.of(config, self.weights, module).size
+        a = mx.concatenate([trained[f"{part.module}{A}.weight"] for part in parts])
+        blocks, at = [], 0
+        for part in parts:
+            block = trained[f"{part.module}{B}.weight"] * part.scale
+            before, after = part.ranks.start, a.shape[0] - part.ranks.stop
+            blocks += [mx.zeros((part.rows.start - at, a.shape[0]))] if part.rows.start > at else []
+            blocks.append(mx.pad(block, [(0, 0), (before, after)]) if before or after else block)
+            at = part.rows.stop
+        blocks += [mx.zeros((out - at, a.shape[0]))] if at < out else []
+        b = mx.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+        beside = {f"{module}{A}.weight": a.astype(dtype), f"{module}{B}.weight": b.astype(dtype)}
+        if f"{parts[0].module}{MAGNITUDE}.weight" in trained:
+            norm = mx.sqrt(self._adapted_squares(config, module, a, b))
+            beside[module + _NORM] = norm
+            factor = mx.ones(out)
+            for part in parts:
+                factor[part.rows] = trained[f"{part.module}{MAGNITUDE}.weight"] / norm[part.rows]
+            beside[f"{module}{MAGNITUDE}.weight"] = factor.astype(dtype)
+        return beside
+
+    def _squares(self, config: Qwen3Config, module: str) -> mx.array:
+        """‖w‖² of the rows of a matrix of the base, float32 (out,); kept once it is known."""
+        if module not in self._norms:
+            linear = Linear.of(config, self.weights, module)
+            self._norms[module] = mx.sum(mx.square(linear.expanded(mx.float32)), axis=1)
+            mx.eval(self._norms[module])
+        return self._norms[module]
+
+    def _adapted_squares(self, config: Qwen3Config, module: str, a: mx.array, b: mx.array) -> mx.array:
+        """‖w + (BA)‖² of the rows: ‖w‖² + 2·w·(BA) + ‖(BA)‖², for which nothing of the matrix's size is made."""
+        linear = Linear.of(config, self.weights, module)
+        along = linear(a.astype(weights_dtype(self.weights))).astype(mx.float32).T  # W Aᵀ, (out, r)
+        return self._squares(config, module) + mx.sum(b * (2.0 * along + b @ (a @ a.T)), axis=1)
+
+
+def _laid_out(config: Qwen3Config, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """For good: matrices are given up as others are made of them."""
+    held = fuse_projections(config, weights, uses_up=True)
+    if is_on_cpu():
+        for module in linear_shapes(config):
+            if f"{module}.weight" in held and module.endswith(("o_proj", "down_proj")):
+                held[f"{module}.weight"] = by_columns(held[f"{module}.weight"])
+                mx.eval(held[f"{module}.weight"])
+    return held
+
+
+def _parts(config: Qwen3Config, weights: Weights, adapter: Adapter) -> dict[str, list[_Part]]:
+    """Matrix of the base → the modules with an adapter that it holds, in order."""
+    found: dict[str, list[_Part]] = {}
+    shapes = linear_shapes(config)
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        for name in (*JOINED, "self_attn.o_proj", "mlp.down_proj"):
+            modules = [prefix + part for part in JOINED.get(name, [name])]
+            if f"{prefix}{name}.weight" in weights:
+                found |= _parts_of(prefix + name, modules, shapes, adapter)
+            else:
+                for module in modules:
+                    found |= _parts_of(module, [module], shapes, adapter)
+    return found
+
+
+def _parts_of(
+    matrix: str, modules: Sequence[str], shapes: Mapping[str, tuple[int, int]], adapter: Adapter
+) -> dict[str, list[_Part]]:
+    parts, row, rank = [], 0, 0
+    for module in modules:
+        out, adapted = shapes[module][0], adapter.modules.get(module)
+        if adapted is not None:
+            rows, ranks = slice(row, row + out), slice(rank, rank + adapted.rank)
+            parts.append(_Part(module, rows, ranks, adapted.scale))
+            rank += adapted.rank
+        row += out
+    return {matrix: parts} if parts else {}

@@ -1,0 +1,179 @@
+"""Adapter folders: PEFT's and mlx-lm's read as ours, and one folder written that both load as it is.
+
+    adapter_config.json          settings, under the names of both
+    adapter_model.safetensors    PEFT's tensors
+    adapters.safetensors         mlx-lm's
+
+Over which base an adapter was trained is said by its fingerprint in the metadata of both files, where Troupe wrote
+them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import msgspec
+
+from troupe.errors import ModelError
+from troupe.policy.adapter import mlx_lm, peft
+from troupe.policy.adapter.modules import Adapter, adapter_shapes
+from troupe.policy.model_files import ADAPTER_CONFIG, read_json, some
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.safetensors import StoredTensor, read_header
+
+_BASE = "base"
+"""Key of the metadata."""
+_FLOATS = ("F32", "BF16", "F16")
+_PICKLES = ("adapter_model.bin", "adapters.npz")
+
+
+class StoredAdapter(NamedTuple):
+    """What an adapter folder holds."""
+
+    adapter: Adapter
+    weights: dict[str, mx.array]
+    """float32, evaluated, under the names of `adapter_shapes` and in its order."""
+    base_name: str | None
+    """The folder or hub id of the base, as the folder has it."""
+    base_fingerprint: str | None
+    """None where another tool wrote the folder."""
+
+
+class AdapterFiles(NamedTuple):
+    """What is to be written of an adapter."""
+
+    settings: bytes
+    """Of `adapter_config.json`."""
+    tensors: Mapping[str, tuple[Mapping[str, mx.array], dict[str, str]]]
+    """File → its tensors and metadata."""
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    names = (ADAPTER_CONFIG, peft.WEIGHTS_FILE, mlx_lm.WEIGHTS_FILE)
+    return any((folder / name).is_file() for name in names) and not (folder / "config.json").is_file()
+
+
+def base_named_in(folder: Path) -> str | None:
+    """The base that an adapter folder names: an existing folder, which may be named from the adapter's, or a hub id."""
+    settings = read_json(folder / ADAPTER_CONFIG)
+    named = [settings.get(key) for key in ("base_model_name_or_path", "model")]  # PEFT's and mlx-lm's
+    name = next((name for name in named if isinstance(name, str) and name), None)
+    beside = None if name is None else folder / name
+    return str(beside) if beside is not None and beside.is_dir() else name
+
+
+def read_adapter(folder: Path, network: Qwen3Config) -> StoredAdapter:
+    """Read an adapter of this network. ModelError names the file and the key or tensor that is wrong."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such adapter folder; give one that holds {ADAPTER_CONFIG} and its tensors")
+    config = folder / ADAPTER_CONFIG
+    if not config.is_file():
+        raise ModelError(f"{folder}: holds no {ADAPTER_CONFIG}, so it is no adapter folder")
+    settings = read_json(config)
+    ours = peft if (folder / peft.WEIGHTS_FILE).is_file() else mlx_lm
+    file = folder / ours.WEIGHTS_FILE
+    if not file.is_file():
+        pickles = [name for name in _PICKLES if (folder / name).is_file()]
+        instead = f", but {pickles[0]}, which is not read; save it anew as safetensors" if pickles else ""
+        raise ModelError(f"{folder}: holds neither {peft.WEIGHTS_FILE} nor {mlx_lm.WEIGHTS_FILE}{instead}")
+    headers = _headers(file)
+    names = {stored: ours.our_name(stored) for stored in headers}
+    known = {name for name in names.values() if name is not None}
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    assert isinstance(arrays, dict)
+    assert isinstance(metadata, dict)
+    if ours is peft:
+        adapter = peft.read_settings(config, settings, known, network)
+    else:
+        partial = mlx_lm.PARTIAL in metadata
+        adapter = mlx_lm.read_settings(config, settings, known, network, partial=partial)
+    _check(file, headers, names, adapter_shapes(network, adapter), is_transposed=ours is mlx_lm)
+    weights = {}
+    for stored, name in names.items():
+        array = arrays[stored].astype(mx.float32)
+        weights[str(name)] = mx.contiguous(array.T) if ours is mlx_lm and array.ndim == 2 else array
+    mx.eval(weights)
+    if bad := [name for name, array in weights.items() if not mx.all(mx.isfinite(array)).item()]:
+        raise ModelError(f"{file}: NaN or infinity in {some(bad)}; such an adapter cannot be used")
+    in_order = {name: weights[name] for name in adapter_shapes(network, adapter)}
+    return StoredAdapter(adapter, in_order, base_named_in(folder), metadata.get(_BASE))
+
+
+def _headers(file: Path) -> dict[str, StoredTensor]:
+    try:
+        return dict(read_header(file))
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from None
+
+
+def _check(
+    file: Path,
+    headers: Mapping[str, StoredTensor],
+    names: Mapping[str, str | None],
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    is_transposed: bool,
+) -> None:
+    """Raise one ModelError that tells of tensors that are missing, left over, of another shape or no floats."""
+    faults = []
+    if not wanted and not headers:
+        raise ModelError(f"{file}: holds no adapter of this network: no tensors")
+    for stored, tensor in headers.items():
+        name = names[stored]
+        shape = tensor.shape[::-1] if is_transposed else tensor.shape
+        if name is None or name not in wanted:
+            faults.append(f"{stored}: left over: no module of this network, or a kind that {ADAPTER_CONFIG} lacks")
+        elif shape != (asked := wanted[name]):
+            expected = asked[::-1] if is_transposed else asked
+            faults.append(
+                f"{stored}: shape {list(tensor.shape)}, this base and {ADAPTER_CONFIG} ask for {list(expected)}"
+            )
+        elif tensor.dtype not in _FLOATS:
+            faults.append(f"{stored}: dtype {tensor.dtype}, only F32, BF16 and F16 are read")
+    faults += [f"{name}: missing" for name in wanted if name not in names.values()]
+    if faults:
+        shown = "".join(f"\n  {fault}" for fault in faults[:6])
+        more = f"\n  and {len(faults) - 6} more" if len(faults) > 6 else ""
+        raise ModelError(f"{file}: {len(faults)} bad tensor(s) for this base: {shown}{more}")
+
+
+def check_base(stored: StoredAdapter, folder: Path, fingerprint: str, base: Path) -> None:
+    """Raise ModelError where an adapter says that it was trained over another base than the one of this fingerprint."""
+    if stored.base_fingerprint not in (None, fingerprint):
+        named = "" if stored.base_name is None else f" ({stored.base_name})"
+        raise ModelError(
+            f"{folder}: this adapter was trained over another base{named} than {base}: their fingerprints are "
+            f"{str(stored.base_fingerprint)[:12]}… and {fingerprint[:12]}…; give the base that it was trained over"
+        )
+
+
+def adapter_files(
+    network: Qwen3Config, adapter: Adapter, weights: Mapping[str, mx.array], *, base_name: str, base_fingerprint: str
+) -> AdapterFiles:
+    """What to write of an adapter, so that PEFT, mlx-lm and we read it."""
+    settings: dict[str, Any] = {
+        **peft.settings_for(adapter, network.num_hidden_layers, base_name),
+        **mlx_lm.settings_for(network, adapter),
+    }
+    of_peft = {peft.peft_name(name): array for name, array in weights.items()}
+    partial = {mlx_lm.PARTIAL: "true"} if mlx_lm.is_partial(network, adapter) else {}
+    return AdapterFiles(
+        msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n",
+        {
+            peft.WEIGHTS_FILE: (of_peft, {"format": "pt", _BASE: base_fingerprint}),
+            mlx_lm.WEIGHTS_FILE: (
+                mlx_lm.tensors_for(adapter, weights),
+                {"format": "mlx", _BASE: base_fingerprint, **partial},
+            ),
+        },
+    )
+
+
+def save_adapter(folder: Path, files: AdapterFiles) -> None:
+    """Write an adapter folder; not atomic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ADAPTER_CONFIG).write_bytes(files.settings)
+    for name, (arrays, metadata) in files.tensors.items():
+        mx.save_safetensors(str(folder / name), dict(arrays), metadata=metadata)

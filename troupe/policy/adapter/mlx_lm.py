@@ -1,0 +1,110 @@
+"""mlx-lm's adapters: what its `adapter_config.json` says, and its tensors, which are PEFT's transposed.
+
+It has one rank and one scale for all modules. Where ours differ, smaller ones are filled up with zeros to the largest
+rank, and the ratio of the scales is in B.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from troupe.errors import ModelError
+from troupe.policy.adapter.modules import Adapted, Adapter, Kind, layer_of
+from troupe.policy.adapter.values import number_of
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.linear import MAGNITUDE, A, B
+from troupe.policy.network.qwen3 import linear_shapes
+
+WEIGHTS_FILE = "adapters.safetensors"
+PARTIAL = "partial"
+"""Key of the metadata of a file in which modules are missing that the settings name: they have no adapter."""
+_KINDS: Mapping[str, Kind] = {"lora": "lora", "dora": "dora"}
+_SUFFIXES = {A: ".lora_a", B: ".lora_b", MAGNITUDE: ".m"}
+
+
+def our_name(stored: str) -> str | None:
+    """mlx-lm's name of a tensor → ours; None where it is none of an adapter's."""
+    for ours, theirs in _SUFFIXES.items():
+        if stored.endswith(theirs):
+            return f"{stored.removesuffix(theirs)}{ours}.weight"
+    return None
+
+
+def read_settings(
+    file: Path, settings: Mapping[str, Any], stored: set[str], network: Qwen3Config, *, partial: bool
+) -> Adapter:
+    """The adapter of a parsed `adapter_config.json` whose file of tensors has these, under our names; modules that are
+    named and have no tensors are among those of the result unless it is `partial`. Raises ModelError, naming the file
+    and the key."""
+    kind = settings.get("fine_tune_type", "lora")
+    if kind not in _KINDS:
+        raise ModelError(f"{file}: fine_tune_type: {kind!r} is not supported; it must be 'lora' or 'dora'")
+    parameters = settings.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise ModelError(f"{file}: lora_parameters: missing; it must say rank and scale")
+    if "scale" not in parameters and "alpha" in parameters:
+        raise ModelError(
+            f"{file}: lora_parameters.scale: missing, and alpha {parameters['alpha']!r} does not say it: mlx-lm "
+            "multiplies by scale itself, others by alpha / rank; add the scale that the adapter was trained with"
+        )
+    scale = number_of(file, parameters, "scale", None)
+    rank = number_of(file, parameters, "rank", None)
+    if rank != int(rank) or rank < 1:
+        raise ModelError(f"{file}: lora_parameters.rank: {rank} is refused; it must be a whole number from 1")
+    layers = number_of(file, settings, "num_layers", -1)
+    first = network.num_hidden_layers - int(layers) if layers > 0 else 0
+    keys = parameters.get("keys")
+    modules = {}
+    for module in linear_shapes(network):
+        named = layer_of(module) >= first and (keys is None or module.split(".", 3)[3] in keys or module in keys)
+        has = f"{module}{A}.weight" in stored or f"{module}{B}.weight" in stored
+        if has or (named and not partial):
+            modules[module] = Adapted(int(rank), scale)
+    dropout = number_of(file, parameters, "dropout", 0.0)
+    return Adapter(kind=_KINDS[kind], modules=modules, dropout=dropout)
+
+
+def settings_for(network: Qwen3Config, adapter: Adapter) -> dict[str, Any]:
+    """What mlx-lm reads."""
+    rank, scale = _common(adapter)
+    lowest = min(map(layer_of, adapter.modules))
+    return {
+        "fine_tune_type": adapter.kind,
+        "num_layers": network.num_hidden_layers - lowest if lowest else -1,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": adapter.dropout,
+            "keys": sorted({module.split(".", 3)[3] for module in adapter.modules}),
+        },
+    }
+
+
+def is_partial(network: Qwen3Config, adapter: Adapter) -> bool:
+    """Whether `settings_for` names modules that have no adapter."""
+    names = {module.split(".", 3)[3] for module in adapter.modules}
+    return len(adapter.modules) < len(names) * (network.num_hidden_layers - min(map(layer_of, adapter.modules)))
+
+
+def tensors_for(adapter: Adapter, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Ours → mlx-lm's, lazily."""
+    rank, scale = _common(adapter)
+    tensors = {}
+    for module, adapted in adapter.modules.items():
+        more = rank - adapted.rank
+        a, b = weights[f"{module}{A}.weight"].T, weights[f"{module}{B}.weight"].T
+        if adapted.scale != scale:
+            b = b * (adapted.scale / scale)
+        tensors[f"{module}.lora_a"] = mx.contiguous(mx.pad(a, [(0, 0), (0, more)]) if more else a)
+        tensors[f"{module}.lora_b"] = mx.contiguous(mx.pad(b, [(0, more), (0, 0)]) if more else b)
+        if adapter.kind == "dora":
+            tensors[f"{module}.m"] = weights[f"{module}{MAGNITUDE}.weight"]
+    return tensors
+
+
+def _common(adapter: Adapter) -> tuple[int, float]:
+    """The largest rank, and the scale of most modules."""
+    scales = [adapted.scale for adapted in adapter.modules.values()]
+    return max(adapted.rank for adapted in adapter.modules.values()), max(sorted(set(scales)), key=scales.count)

@@ -1,0 +1,162 @@
+"""A matrix of the network, as it is held: in float numbers or packed into few bits, alone or with an adapter beside it.
+
+    y = f ⊙ (x Wᵀ + (x Aᵀ) Bᵀ)
+
+W (out, in) is the network's. A (r, in) and B (out, r) are the adapter's (LoRA, arXiv:2106.09685), the scale already in
+B; f (out,) is DoRA's magnitude over the norm of what it directs (arXiv:2402.09353), a norm that counts as constant.
+
+In float32, W + BA is computed anew at every use, which costs as much as a few tokens and spares two products of every
+token. In 16 bits it is not: where the entries of BA are a thousandth of W's, most of the sums round back to W.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.quantization import Quantized
+
+A, B, MAGNITUDE = ".lora_A", ".lora_B", ".lora_magnitude_vector"
+"""What is behind a module's name, before ".weight", in the names of its adapter; as PEFT has them."""
+
+JOINED: Mapping[str, Sequence[str]] = {
+    "self_attn.qkv_proj": [f"self_attn.{name}_proj" for name in "qkv"],
+    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+}
+"""Matrices of a layer that have the same input, and what they are called as one."""
+
+
+class Linear(NamedTuple):
+    """One matrix and what stands beside it; the formula stands at the head of this file."""
+
+    weight: mx.array
+    """(out, in), or packed (out, in · bits / 32) uint32."""
+    packing: Quantized | None = None
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    a: mx.array | None = None
+    b: mx.array | None = None
+    factor: mx.array | None = None
+
+    @classmethod
+    def of(cls, config: Qwen3Config, weights: Mapping[str, mx.array], module: str) -> "Linear":
+        """The matrix `module`, such as "model.layers.0.mlp.up_proj", in a network's weights."""
+
+        def find(kind: str) -> mx.array | None:
+            return weights.get(f"{module}{kind}.weight")
+
+        scales = weights.get(f"{module}.scales")
+        packing = None
+        if scales is not None and config.quantization is not None:
+            packing = config.quantization.of(first_part(module))
+        biases = weights.get(f"{module}.biases")
+        return cls(weights[f"{module}.weight"], packing, scales, biases, find(A), find(B), find(MAGNITUDE))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(…, in) → (…, out)."""
+        if self.a is None or self.b is None:
+            return self._times(x)
+        y = self._directed(x, self.a, self.b)
+        return y if self.factor is None else y * self.factor
+
+    def gradients(self, x: mx.array, y_grad: mx.array, *, trained: bool) -> tuple[mx.array, dict[str, mx.array]]:
+        """From x (…, in) and the cotangent (…, out) of y: that of x, and those of what is trained here.
+
+        The latter by what is behind the module's name: "" is W's (with `trained`), `A`, `B` and `MAGNITUDE` are the
+        adapter's.
+        """
+        a, b = self.a, self.b
+        if a is None or b is None:
+            grads = {"": _by_rows(y_grad).T @ _by_rows(x)} if trained else {}
+            return self._back(y_grad), grads
+        grads = {}
+        if self.factor is not None:
+            grads[MAGNITUDE] = mx.sum(_by_rows(y_grad) * _by_rows(self._directed(x, a, b)), axis=0)
+            y_grad = y_grad * self.factor
+        inner_grad = y_grad @ b
+        grads[A] = _by_rows(inner_grad).T @ _by_rows(x)
+        grads[B] = _by_rows(y_grad).T @ _by_rows(x @ a.T)
+        if self.is_merged:
+            return y_grad @ self.merged().weight, grads
+        return self._back(y_grad) + inner_grad @ a, grads
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the adapter is added to the matrix before it is used."""
+        return self.a is not None and self.scales is None and self.weight.dtype == mx.float32
+
+    def merged(self) -> "Linear":
+        """W + BA, without the factor; lazily. On a CPU its transpose is contiguous, as `by_columns` has it."""
+        assert self.a is not None
+        assert self.b is not None
+        if is_on_cpu():
+            return Linear(mx.addmm(self.weight.T, self.a.T, self.b.T).T)
+        return Linear(mx.addmm(self.weight, self.b, self.a))
+
+    def rows(self, block: slice) -> "Linear":
+        """Some of the rows of W, hence of y, of a matrix without adapter."""
+        scales, biases = (None if part is None else part[block] for part in (self.scales, self.biases))
+        return Linear(self.weight[block], self.packing, scales, biases)
+
+    @property
+    def size(self) -> int:
+        """Numbers of y: rows of W."""
+        return self.weight.shape[0]
+
+    def expanded(self, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
+        """W as float numbers (out, in) of a type, or the rows of W of integer ids (…) → (…, in); lazily."""
+        weight, scales, biases = (
+            part if part is None or ids is None else part[ids] for part in (self.weight, self.scales, self.biases)
+        )
+        assert weight is not None
+        if self.packing is None or scales is None:
+            return weight.astype(dtype)
+        group, bits, mode = self.packing.group_size, self.packing.bits, self.packing.mode
+        return mx.dequantize(weight, scales, biases, group_size=group, bits=bits, mode=mode, dtype=dtype)
+
+    def _directed(self, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        """y without the factor."""
+        if self.is_merged:
+            return x @ self.merged().weight.T
+        return self._times(x) + (x @ a.T) @ b.T
+
+    def _times(self, x: mx.array) -> mx.array:
+        return x @ self.weight.T if self.scales is None else self._packed_product(x, transpose=True)
+
+    def _back(self, y_grad: mx.array) -> mx.array:
+        return y_grad @ self.weight if self.scales is None else self._packed_product(y_grad, transpose=False)
+
+    def _packed_product(self, x: mx.array, *, transpose: bool) -> mx.array:
+        assert self.packing is not None
+        assert self.scales is not None
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=transpose,
+            group_size=self.packing.group_size,
+            bits=self.packing.bits,
+            mode=self.packing.mode,
+        )
+
+
+def first_part(module: str) -> str:
+    """The first of the matrices that a name of `JOINED` stands for; any other name as it is."""
+    for whole, parts in JOINED.items():
+        if module.endswith(whole):
+            return module.removesuffix(whole) + parts[0]
+    return module
+
+
+def by_columns(x: mx.array) -> mx.array:
+    """The same matrix, whose transpose is contiguous: BLAS copies a matrix at every product, and transposing it on the
+    way takes as long as multiplying 32 rows by it."""
+    return mx.contiguous(x.T).T
+
+
+def _by_rows(x: mx.array) -> mx.array:
+    """(…, n) → (m, n)."""
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,121 @@
+"""How the matrices of a network are packed into few bits, as `config.json` says and mlx-lm writes it.
+
+Groups of neighbouring numbers of a row share a scale, and in mode "affine" an offset (`biases`). MX formats: OCP
+Microscaling Formats 1.0.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from troupe.errors import ModelError
+
+
+class Quantized(msgspec.Struct, frozen=True):
+    """How one matrix is packed."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+
+class Quantization(msgspec.Struct, frozen=True):
+    """How the matrices of a network are packed."""
+
+    default: Quantized
+    modules: Mapping[str, Quantized | None] = {}
+    """Those that differ, by name; None: not packed."""
+
+    def of(self, module: str) -> Quantized | None:
+        """How a matrix, such as "model.layers.0.mlp.up_proj", is packed; None: it is not."""
+        return self.modules.get(module, self.default)
+
+
+_KEYS = ("quantization", "quantization_config")
+_AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+_FLOAT_MODES = {
+    "mxfp4": Quantized(32, 4, "mxfp4"),
+    "mxfp8": Quantized(32, 8, "mxfp8"),
+    "nvfp4": Quantized(16, 4, "nvfp4"),
+}
+_NAMES = ("group_size", "bits", "mode")
+_REMEDY = "take the unquantized folder of this model, and quantize it with mlx_lm.convert -q where it must be small"
+
+
+def read_quantization(settings: Mapping[str, Any]) -> Quantization | None:
+    """What a parsed `config.json` says; None where nothing is packed. ModelError, beginning with the key, for what is
+    not here."""
+    if settings.get("compression_config"):
+        raise ModelError(f"compression_config: weights packed so are not supported; {_REMEDY}")
+    found: dict[str, Quantization] = {}
+    for key in _KEYS:
+        if (table := settings.get(key)) is None or table == {}:
+            continue
+        if not isinstance(table, dict):
+            raise ModelError(f"{key}: {table!r} is refused; it must be a table with group_size and bits")
+        if "group_size" not in table or "quant_method" in table:
+            raise ModelError(f"{key}: the kind {table.get('quant_method')!r} is not supported; {_REMEDY}")
+        default = _read_one(key, table)
+        modules = {name: _read_module(f"{key}.{name}", value) for name, value in table.items() if name not in _NAMES}
+        found[key] = Quantization(default, {n: q for n, q in modules.items() if q != default})
+    if len(found) == 2 and found[_KEYS[0]] != found[_KEYS[1]]:
+        raise ModelError(f"{_KEYS[1]}: says something else than {_KEYS[0]}; keep the one that is true")
+    return next(iter(found.values()), None)
+
+
+def _read_module(key: str, value: Any) -> Quantized | None:
+    if value is False or value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ModelError(f"{key}: {value!r} is refused; it must be a table with group_size and bits, or false")
+    return _read_one(key, value)
+
+
+def _read_one(key: str, table: Mapping[str, Any]) -> Quantized:
+    mode = table.get("mode", "affine")
+    group, bits = (table.get(name) for name in ("group_size", "bits"))
+    for name, value in (("group_size", group), ("bits", bits)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ModelError(f"{key}.{name}: {value!r} is refused; it must be a whole number")
+    if mode == "affine":
+        if bits not in _AFFINE_BITS:
+            raise ModelError(f"{key}.bits: {bits} is not supported; it must be one of {_listed(_AFFINE_BITS)}")
+        if group not in _AFFINE_GROUPS:
+            raise ModelError(f"{key}.group_size: {group} is not supported; it must be one of {_listed(_AFFINE_GROUPS)}")
+        return Quantized(int(group), int(bits))
+    if not isinstance(mode, str) or mode not in _FLOAT_MODES:
+        known = ", ".join(("affine", *_FLOAT_MODES))
+        raise ModelError(f"{key}.mode: {mode!r} is not supported; it must be one of {known}")
+    if Quantized(int(group or 0), int(bits or 0), mode) != (only := _FLOAT_MODES[mode]):
+        raise ModelError(
+            f"{key}: {mode} has groups of {only.group_size} numbers of {only.bits} bits, not {group} of {bits}"
+        )
+    return only
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def quantization_table(quantization: Quantization) -> dict[str, Any]:
+    """As mlx-lm writes it, for `config.json`."""
+    modules = {name: False if q is None else msgspec.structs.asdict(q) for name, q in quantization.modules.items()}
+    return {**msgspec.structs.asdict(quantization.default), **modules}
+
+
+def packed_shapes(module: str, shape: tuple[int, int], packing: Quantized) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors of a packed matrix (out, in): `weight` uint32, `scales`, and `biases` where it is
+    affine. ModelError, beginning with "quantization", where its rows cannot be cut into such groups."""
+    rows, columns = shape
+    if columns % packing.group_size or columns * packing.bits % 32:
+        raise ModelError(
+            f"quantization: {module} has rows of {columns} numbers, which groups of {packing.group_size} numbers of "
+            f"{packing.bits} bits do not divide"
+        )
+    groups = (rows, columns // packing.group_size)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{module}.weight": (rows, columns * packing.bits // 32),
+        f"{module}.scales": groups,
+    }
+    return shapes | ({f"{module}.biases": groups} if packing.mode == "affine" else {})

@@ -1,0 +1,64 @@
+"""Queries and keys turned by rotary positions (arXiv:2104.09864): by tables on a CPU, by one fused kernel elsewhere."""
+
+import mlx.core as mx
+
+from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu
+from troupe.policy.network.rotary import attention_factor, inverse_frequencies
+
+
+class Rotation:
+    """Turns queries and keys by rotary positions."""
+
+    def __init__(self, config: Qwen3Config, T: int, offset: int | mx.array) -> None:
+        """`offset` as in `Attention.offset`."""
+        self._d, self._base = config.head_dim, config.rope_theta
+        self._factor = attention_factor(config.rope_scaling)
+        self._offset = offset
+        self._periods: mx.array | None = None
+        frequencies = mx.array(inverse_frequencies(self._d, self._base, config.rope_scaling))
+        self._has_tables = is_on_cpu()  # elsewhere one fused kernel is faster
+        if config.rope_scaling is not None:
+            self._periods = 1.0 / frequencies
+        if self._has_tables:
+            if isinstance(offset, mx.array):
+                positions = offset[:, None] if offset.ndim == 2 else offset[:, None, None] + mx.arange(T)
+            else:
+                positions = offset + mx.arange(T)
+            angles = positions[..., None].astype(mx.float32) * frequencies  # (T or B·1·T, d/2)
+            self._cos, self._sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
+
+    def __call__(self, y: mx.array) -> mx.array:
+        """(B, heads, T, d) turned."""
+        if self._has_tables:
+            return _turned(y, self._cos, self._sin)
+        if isinstance(self._offset, int) or self._offset.ndim == 1:
+            return self._turn(y, self._offset)
+        B, heads, T, d = y.shape  # a position for every token: each is a row of its own
+        tokens = y.swapaxes(1, 2).reshape(B * T, heads, 1, d)
+        return self._turn(tokens, self._offset.reshape(-1)).reshape(B, T, heads, d).swapaxes(1, 2)
+
+    def gradient(self, cotangent: mx.array) -> mx.array:
+        """The cotangent of what was turned, from that of the result: turned back."""
+        if self._has_tables:
+            return _turned(cotangent, self._cos, -self._sin)
+        return mx.vjp(self, [cotangent], [cotangent])[1][0]  # linear: where it is taken does not matter
+
+    def _turn(self, y: mx.array, offset: int | mx.array) -> mx.array:
+        if self._periods is None:
+            return mx.fast.rope(y, self._d, traditional=False, base=self._base, scale=1.0, offset=offset)
+        stretched = y.astype(mx.float32) * self._factor  # which 16 bits would round
+        turned = mx.fast.rope(
+            stretched, self._d, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
+        return turned.astype(y.dtype)
+
+
+def _turned(y: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    a, b = mx.split(y, 2, axis=-1)
+    turn = compiled(_turn_halves, a.shape) if a.size > WORTHWHILE else _turn_halves
+    return mx.concatenate(list(turn(a, b, cos, sin)), axis=-1).astype(y.dtype)
+
+
+def _turn_halves(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+    return a * cos - b * sin, a * sin + b * cos

@@ -1,0 +1,75 @@
+"""Names that other tools give to tensors: ours for them, and what names that do not fit tell of a folder."""
+
+import re
+from collections.abc import Collection, Sequence
+
+from troupe.policy.model_files import some
+from troupe.policy.network.qwen3 import EMBEDDING, HEAD
+
+_FRONT = frozenset({"module", "base_model", "model", "language_model"})
+"""Names of parts around a network, in any order and number: `model.language_model.layers.0…` is `model.layers.0…`. A
+base model as it is published has none at all."""
+_ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What `torch.compile` and its like put into a name where they wrap a part."""
+
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)(\.|$)|^lora_")
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|scales|biases|g_idx|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|"
+    r"input_scale|SCB|absmax|quant_map|nested_absmax|quant_state\S*)$"
+)
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_ANCHOR = "embed_tokens.weight"
+
+
+def canonical_name(stored: str) -> str:
+    """The name of this tensor without what tools put around it, as in `expected_shapes`: "layers.0.mlp.up_proj.weight"
+    and "_orig_mod.model.layers.0.mlp.up_proj.weight" → "model.layers.0.mlp.up_proj.weight".
+    """
+    parts = [part for part in stored.split(".") if part not in _ANYWHERE]
+    while parts and parts[0] in _FRONT:
+        parts.pop(0)
+    bare = ".".join(parts)
+    return bare if bare == HEAD or not bare else f"model.{bare}"
+
+
+def is_harmless(stored: str) -> bool:
+    """Whether this tensor is computed from the configuration, and stored by old tools for no use."""
+    return stored.endswith("rotary_emb.inv_freq")
+
+
+def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], layers: int) -> str:
+    """Why these names do not fit, with the remedy, where there is a known cause; else "".
+
+    `missing`: canonical names that no file has; `unexpected`: names as stored. `layers`: num_hidden_layers.
+    """
+    if adapters := [name for name in unexpected if _ADAPTER.search(name)]:
+        return f"it holds adapters beside the weights ({some(adapters)}); fuse or merge first, then give the result"
+    if quantized := [name for name in unexpected if _QUANTIZED.search(name)]:
+        return (
+            f"its weights are quantized ({some(quantized)}), and such weights cannot be trained; use the unquantized "
+            "folder of this model"
+        )
+    if experts := [name for name in unexpected if ".experts." in name]:
+        return f"it holds a mixture of experts ({some(experts)}); Troupe trains the dense Qwen3 models"
+    if EMBEDDING in missing and (strange := [name for name in unexpected if name.endswith(_ANCHOR)]):
+        prefix = strange[0].removesuffix(_ANCHOR)
+        return (
+            f"the names of its tensors begin with {prefix!r}, which is not known; rename them to begin with 'model.', "
+            f"as in {EMBEDDING}"
+        )
+    if missing == {HEAD}:
+        return (
+            f"config.json does not say tie_word_embeddings: true, so there must be an {HEAD}; add it, or set that key "
+            "where the embedding serves as the head"
+        )
+    if biases := [name for name in unexpected if name.endswith("_proj.bias")]:
+        return f"its projections have biases ({some(biases)}), which Qwen3's do not; it is another kind of network"
+    if any(name.endswith("q_norm.weight") for name in missing) and not any("mlp" in name for name in missing):
+        return "it has no norms of queries and keys (q_norm, k_norm), as Qwen3 does; it is another kind of network"
+    stored = [int(match[1]) for name in unexpected if (match := _LAYER.match(canonical_name(name)))]
+    if stored and max(stored) >= layers:
+        return f"it holds layers up to {max(stored)}, but config.json's num_hidden_layers is {layers}"
+    lacking = {int(match[1]) for name in missing if (match := _LAYER.match(name))}
+    if lacking and min(lacking) > 0 and lacking == set(range(min(lacking), layers)):
+        return f"it holds no layer from {min(lacking)} on, but config.json's num_hidden_layers is {layers}"
+    return ""
