@@ -33,7 +33,8 @@ from troupe.policy import (
     is_on_cpu,
     random_policy,
 )
-from troupe.run.memory import Plan, Workload, peak_bytes, plan_memory
+from troupe.run.memory import Plan, peak_bytes, plan_memory
+from troupe.run.workload import Workload
 from troupe.runtime.memory import GB
 
 import mlx.core as mx  # isort: skip

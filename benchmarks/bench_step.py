@@ -21,6 +21,7 @@ import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import arguments, policy_of
 from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.grpo import LearnerConfig, adamw_init, compute_advantages, make_batch, train_on_batch
+from troupe.grpo.optimizer import LEARNING_RATE
 from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, parameter_count
 
 import mlx.core as mx  # isort: skip
@@ -59,7 +60,7 @@ def main() -> None:
             pad_id=0,
         )
         log_probs = CompletionLogProbs(config, 1.0, entropy_gradient=False)
-        result = train_on_batch(weights, state, batch, log_probs, learner, lr=learner.lr)
+        result = train_on_batch(weights, state, batch, log_probs, learner, lr=LEARNING_RATE)
         weights, state = result.weights, result.optimizer_state
         if step:  # the first step compiles kernels
             generate_s.append(generated_s - start_s)

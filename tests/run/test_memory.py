@@ -26,7 +26,8 @@ from troupe.policy.decode.engine import split_into_waves
 from troupe.policy.network import attention
 from troupe.policy.network.attention import attention_is_fused
 from troupe.run import memory as budget
-from troupe.run.memory import Plan, Workload, describe, peak_bytes, plan_memory
+from troupe.run.memory import Plan, describe, peak_bytes, plan_memory
+from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb, memory_limited
 
 POLICY = Qwen3Config(

@@ -42,7 +42,7 @@ from troupe.messages import (
     Step,
     Update,
 )
-from troupe.policy import Companions, CompletedGroup, Completion, RolloutRequest
+from troupe.policy import Base, Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.rewards import RewardManager
 from troupe.run.inputs import Inputs
 from troupe.run.ledgers import Factories
@@ -295,6 +295,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
         eos_ids=frozenset(),
         pad_id=0,
         weights={"w": b"untrained"},
+        base=Base(),
         path=None,
         companions=Companions(),
         notices=[],
@@ -307,6 +308,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
         inputs=Inputs(
             config=config,
             source=Path(config.output),
+            fingerprint="model",
             policy=policy,
             dataset=dataset,
             schedule=PromptSchedule(

@@ -33,7 +33,8 @@ from troupe.checkpoint import (
 )
 from troupe.errors import CheckpointError, FolderGoneError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot, Unfinished
-from troupe.policy import Companions, Qwen3Config
+from troupe.policy import Companions, Qwen3Config, Weights
+from troupe.policy.adapter.files import AdapterFiles
 from troupe.runtime.actor import Actor
 from troupe.runtime.backoff import backoff_s
 from troupe.runtime.device import DeviceThread
@@ -201,10 +202,13 @@ class CheckpointWriter:
         *,
         run_state: Callable[[Snapshot], RunState],
         made: Callable[[], Made] = Made,
+        adapter_files: Callable[[Weights], AdapterFiles | None] = lambda weights: None,
         check_folder: Callable[[], None] = lambda: None,
         ledger: CheckpointLedger | None = None,
     ) -> None:
-        """`check_folder`: raises FolderGoneError where the run folder is not in its place any more."""
+        """`adapter_files`: what to write of weights that are an adapter's, else None.
+
+        `check_folder`: raises FolderGoneError where the run folder is not in its place any more."""
         self.ledger = CheckpointLedger() if ledger is None else ledger
         self.run = run
         self._config = config
@@ -212,6 +216,7 @@ class CheckpointWriter:
         self._source = source
         self._run_state = run_state
         self._made = made
+        self._adapter_files = adapter_files
         self._check_folder = check_folder
 
     @property
@@ -235,6 +240,7 @@ class CheckpointWriter:
                 self._policy_config,
                 snapshot.weights,
                 self._source,
+                adapter=self._adapter_files(snapshot.weights),
                 before_taking_place=self._check_folder,
             )
 
@@ -260,8 +266,9 @@ class CheckpointWriter:
     def _write_checkpoint(self, snapshot: Snapshot, give_way: Callable[[], None]) -> None:
         started_s = time.perf_counter()
         ledger, folder = self.ledger, checkpoint_folder(self.run, snapshot.version)
+        adapter = self._adapter_files(snapshot.weights)
         checkpoint = Checkpoint(
-            config=self._policy_config,
+            config=self._policy_config if adapter is None else None,
             weights=snapshot.weights,
             optimizer_state=snapshot.optimizer_state,
             behind=snapshot.behind,
@@ -276,7 +283,7 @@ class CheckpointWriter:
             give_way()
 
         clear_leftovers(self.run)
-        size = save_checkpoint(folder, checkpoint, source=self._source, before_block=before_block)
+        size = save_checkpoint(folder, checkpoint, source=self._source, adapter=adapter, before_block=before_block)
         seconds = time.perf_counter() - started_s
         self._check_folder()  # what lies there now may have checkpoints of its own, which are not ours to prune
         pruned = self._prune(snapshot.version)

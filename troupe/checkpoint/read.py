@@ -1,7 +1,7 @@
 """Reading checkpoint folders: every file is verified before it is used, and what is wrong is named."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,8 @@ from troupe.checkpoint.write import replaced_path
 from troupe.errors import CheckpointError, ModelError, RunError, TroupeError
 from troupe.messages import Unfinished
 from troupe.policy import Qwen3Config, expected_shapes
+from troupe.policy.adapter.peft import WEIGHTS_FILE as ADAPTER_FILE
+from troupe.policy.adapter.peft import our_name
 from troupe.policy.safetensors import read_header
 
 _UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -62,26 +64,33 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists() and replaced_path(path).exists():
         path = replaced_path(path)
     names = verify_manifest(path)
-    if lacking := {CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE} - names:
+    of_adapter = ADAPTER_FILE in names
+    policy_files = {ADAPTER_FILE} if of_adapter else {CONFIG_FILE, MODEL_FILE}
+    if lacking := (policy_files | {OPTIMIZER_FILE, STATE_FILE}) - names:
         raise CheckpointError(
             f"{path / MANIFEST}: does not list {', '.join(sorted(lacking))}: no whole checkpoint; use another one"
         )
     state = read_state(path)
-    try:
-        config = Qwen3Config.from_dict(msgspec.json.decode((path / CONFIG_FILE).read_bytes(), type=dict[str, Any]))
-    except (*_UNREADABLE, ModelError) as error:
-        raise _fault_of_reading(f"{path / CONFIG_FILE}: the model's configuration cannot be used", error) from None
+    config = None if of_adapter else _read_config(path / CONFIG_FILE)
+    weights = _load_adapter(path / ADAPTER_FILE) if config is None else _load_weights(path / MODEL_FILE, config)
     matches = [match for name in sorted(names) if (match := BEHIND_FILE.fullmatch(name))]
     return Checkpoint(
         config=config,
-        weights=_load_weights(path / MODEL_FILE, config),
+        weights=weights,
         optimizer_state=_load_arrays(path / OPTIMIZER_FILE),
-        behind={int(match[1]): _load_weights(path / match[0], config) for match in matches},
+        behind={int(match[1]): _load_like(path / match[0], weights) for match in matches},
         state=state,
         made=read_made(path),
-        reference=_load_weights(path / REFERENCE_FILE, config) if REFERENCE_FILE in names else None,
+        reference=_load_like(path / REFERENCE_FILE, weights) if REFERENCE_FILE in names else None,
         unfinished=read_unfinished(path / UNFINISHED_FILE) if UNFINISHED_FILE in names else Unfinished(),
     )
+
+
+def _read_config(file: Path) -> Qwen3Config:
+    try:
+        return Qwen3Config.from_dict(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]))
+    except (*_UNREADABLE, ModelError) as error:
+        raise _fault_of_reading(f"{file}: the model's configuration cannot be used", error) from None
 
 
 def read_state(folder: Path) -> RunState:
@@ -170,6 +179,22 @@ def _load_weights(file: Path, config: Qwen3Config) -> dict[str, mx.array]:
     if {name: array.shape for name, array in loaded.items()} != wanted:
         raise CheckpointError(f"{file}: its tensors are not those that {CONFIG_FILE} asks for; use an older checkpoint")
     return {name: loaded[name] for name in wanted}
+
+
+def _load_adapter(file: Path) -> dict[str, mx.array]:
+    """The tensors of an adapter under our names."""
+    loaded = {our_name(name): array for name, array in _load_arrays(file).items()}
+    if None in loaded or not loaded:
+        raise CheckpointError(f"{file}: its tensors are not an adapter's; use an older checkpoint")
+    return {str(name): array for name, array in loaded.items()}
+
+
+def _load_like(file: Path, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors of another version of a policy, in its order."""
+    loaded = _load_arrays(file)
+    if {name: array.shape for name, array in loaded.items()} != {name: a.shape for name, a in weights.items()}:
+        raise CheckpointError(f"{file}: its tensors are not those of the policy beside it; use an older checkpoint")
+    return {name: loaded[name] for name in weights}
 
 
 def _load_arrays(file: Path) -> dict[str, mx.array]:

@@ -90,7 +90,8 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint in memory; arrays are evaluated."""
 
-    config: Qwen3Config
+    config: Qwen3Config | None
+    """None: an adapter was trained, which does not hold its base."""
     weights: Weights
     optimizer_state: dict[str, mx.array]
     behind: Mapping[int, Weights]

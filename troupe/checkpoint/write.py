@@ -29,7 +29,9 @@ from troupe.checkpoint.state import (
 from troupe.errors import FolderGoneError
 from troupe.messages import ScoredGroup, Unfinished
 from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
+from troupe.policy.adapter.files import AdapterFiles, save_adapter
 from troupe.policy.folders import companions_of
+from troupe.policy.model_files import ADAPTER_CONFIG
 from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
 from troupe.runtime.files import sync
 
@@ -42,26 +44,35 @@ def save_checkpoint(
     checkpoint: Checkpoint,
     *,
     source: Path | Companions | None = None,
+    adapter: AdapterFiles | None = None,
     before_block: Callable[[], None] = lambda: None,
 ) -> int:
     """Write a checkpoint folder so that, whatever happens, it is whole or absent; returns its size in bytes.
 
-    `source`: the model folder whose tokenizer files are copied, or what was kept of it. What was at `path` is replaced.
+    `source`: the model folder whose tokenizer files are copied, or what was kept of it. `adapter`: the weights as an
+    adapter's files, which lie there instead of a model. What was at `path` is replaced.
     `before_block` is called again and again while files are written; what it raises ends the writing. Raises OSError
     where the disk fails or has too little room; either the old folder or the new one is then whole.
     """
     path = Path(path)
-    files = {MODEL_FILE: checkpoint.weights, OPTIMIZER_FILE: checkpoint.optimizer_state}
+    policy = {MODEL_FILE: (checkpoint.weights, {"format": "pt"})} if adapter is None else adapter.tensors
+    files: dict[str, Weights] = {OPTIMIZER_FILE: checkpoint.optimizer_state}
     files |= {f"behind-{version:08d}.safetensors": weights for version, weights in checkpoint.behind.items()}
     if checkpoint.reference is not None:
         files[REFERENCE_FILE] = checkpoint.reference
     unfinished = encode_unfinished(checkpoint.unfinished)
-    needed = sum(map(safetensors_bytes, files.values())) + len(unfinished)
-    companions = companions_of(source)
+    needed = sum(map(safetensors_bytes, [*files.values(), *(arrays for arrays, _ in policy.values())]))
+    needed += len(unfinished)
+    companions = companions_of(source if adapter is None else None)
     with _new_folder(path, needed + companions.total_bytes, before_block) as folder:
-        companions.write(folder.path, checkpoint.config, checkpoint.weights)
+        if adapter is not None:
+            folder.write(ADAPTER_CONFIG, [adapter.settings])
+        elif checkpoint.config is not None:
+            companions.write(folder.path, checkpoint.config, checkpoint.weights)
+        for name, (arrays, metadata) in policy.items():
+            folder.write(name, safetensors_chunks(arrays, metadata))
         for name, arrays in files.items():
-            folder.write(name, safetensors_chunks(arrays, {"format": "pt"} if name == MODEL_FILE else None))
+            folder.write(name, safetensors_chunks(arrays))
         folder.write(UNFINISHED_FILE, [unfinished])
         if checkpoint.made != Made():
             folder.write(MADE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.made))])
@@ -75,9 +86,16 @@ def save_final_policy(
     weights: Weights,
     source: Path | Companions | None = None,
     *,
+    adapter: AdapterFiles | None = None,
     before_taking_place: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a plain model folder, with a manifest, in the place of what is at `path`; whole or absent, as above."""
+    """Write a plain model folder, or an adapter folder, with a manifest, in the place of what is at `path`; whole or
+    absent, as above."""
+    if adapter is not None:
+        needed = sum(safetensors_bytes(arrays) for arrays, _ in adapter.tensors.values())
+        with _new_folder(path, needed, before_taking_place) as folder:
+            save_adapter(folder.path, adapter)
+        return
     companions = companions_of(source)
     with _new_folder(path, safetensors_bytes(weights) + companions.total_bytes, before_taking_place) as folder:
         save_model_folder(folder.path, config, weights, companions, MAX_SHARD_BYTES)

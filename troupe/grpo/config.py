@@ -76,8 +76,9 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The section `[learner]`: the loss, and how a batch becomes updates."""
 
-    lr: Fraction = 1e-6
-    """Peak learning rate."""
+    lr: Fraction | None = None
+    """Peak learning rate. None: 1e-6; of an adapter 1e-5, ten times as much, since it begins at nothing and has few
+    numbers to move."""
     lr_scheduler: Scheduler = "linear"
     """How it falls after the warm-up; see `optimizer.learning_rate`."""
     warmup_steps: Count = 0

@@ -24,6 +24,8 @@ OptimizerState = dict[str, mx.array]
 """Flat name → array, as the docstring of this file has it."""
 
 _PARTS = ("m", "v", "low", "master")
+LEARNING_RATE = 1e-6
+"""Where the config leaves it open."""
 UPDATED_AT_ONCE = 2**24
 """Numbers, of one weight or of several, that are updated at a time."""
 
@@ -268,10 +270,11 @@ def learning_rate(step: int, total_steps: int, config: LearnerConfig) -> float:
     0. Then, with p the part of the remaining updates that is done: constant lr; linear lr·(1 − p);
     cosine lr·(1 + cos πp)/2.
     """
+    peak = LEARNING_RATE if config.lr is None else config.lr
     if step < config.warmup_steps:
-        return config.lr * step / config.warmup_steps
+        return peak * step / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.lr * _SHAPES[config.lr_scheduler](min(1.0, done))
+    return peak * _SHAPES[config.lr_scheduler](min(1.0, done))
 
 
 _SHAPES: dict[Scheduler, Callable[[float], float]] = {

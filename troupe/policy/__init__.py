@@ -1,5 +1,8 @@
 """Tokens in; tokens, log-probs and gradients out."""
 
+from troupe.policy.adapter.base import Base
+from troupe.policy.adapter.modules import Adapter
+from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
 from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
@@ -39,7 +42,10 @@ __all__ = [
     "DTYPES",
     "MAX_SHARD_BYTES",
     "PRESETS",
+    "Adapter",
+    "AdapterConfig",
     "Attention",
+    "Base",
     "Companions",
     "CompletedGroup",
     "Completion",

@@ -1,6 +1,10 @@
 """Ways to a `Policy`: a model folder, an adapter folder beside or instead of it, a base with a new adapter."""
 
+import hashlib
 from pathlib import Path
+from typing import Any, cast
+
+import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
@@ -20,28 +24,44 @@ def load_policy(path: str | Path, dtype: str | None = None, *, adapter: str | Pa
     `adapter`: an adapter folder of PEFT, mlx-lm or a run, to be beside it. Where `path` itself is one, the base is the
     one that it names. `dtype` and errors are those of `read_model_folder`, `resolve_model` and `read_adapter`.
     """
-    folder, of_path = resolve_base(path)
-    if of_path is not None and adapter is not None:
+    folder, adapter_folder = resolve_base(path, None if adapter is None else Path(adapter))
+    policy = _whole(folder, dtype)
+    return policy if adapter_folder is None else _beside(policy, adapter_folder, model_fingerprint(folder))[0]
+
+
+def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, seed: int) -> tuple[Policy, str]:
+    """What a run begins with, and its fingerprint: the whole network of a folder, or an adapter beside it, new or read,
+    as `settings` say. Raises what `load_policy` raises, ConfigError as `resolve_adapter`, and ModelError for a packed
+    network that would be trained whole."""
+    given = None if settings.resume_from is None else Path(settings.resume_from)
+    folder, adapter_folder = resolve_base(path, given)
+    if adapter_folder is not None and settings.kind is not None and given is None:
         raise ModelError(
-            f"{of_path}: is an adapter itself, and {adapter} is given beside it; name a base, or one of them"
+            f"{adapter_folder}: is an adapter itself, so that no new one can begin beside it; leave adapter.kind out "
+            "to go on with it, or fuse it first (troupe fuse)"
         )
-    adapter = of_path if adapter is None else Path(adapter)
-    config, weights = read_model_folder(folder, dtype)
-    policy = Policy(config, weights, folder, Companions.of(folder))
-    if adapter is None:
-        return policy
-    stored = read_adapter(adapter, config)
-    fingerprint = model_fingerprint(folder)
-    check_base(stored, adapter, fingerprint, folder)
-    del weights
-    return with_adapter(policy, stored.adapter, stored.weights, fingerprint)
+    policy, fingerprint = _whole(folder, dtype), model_fingerprint(folder)
+    if adapter_folder is not None:
+        policy, of_adapter = _beside(policy, adapter_folder, fingerprint, settings)
+        return policy, hashlib.sha256(f"{fingerprint} {of_adapter}".encode()).hexdigest()
+    if settings.kind is not None:
+        return _with_new(policy, settings, seed, fingerprint), fingerprint
+    if policy.is_packed:
+        raise ModelError(
+            f"{folder}: its weights are quantized, and such a network cannot be trained whole; train an adapter beside "
+            "it (--lora 16), or write it out in float numbers first (mlx_lm.convert -d) or take the unquantized model"
+        )
+    return policy, fingerprint
 
 
-def resolve_base(path: str | Path) -> tuple[Path, Path | None]:
-    """The model folder of a path or hub id, and where it is an adapter folder, which names its base, that folder."""
+def resolve_base(path: str | Path, adapter: Path | None = None) -> tuple[Path, Path | None]:
+    """The model folder that a path or hub id means, and the adapter folder beside it, if any: `adapter`, or `path`
+    itself, whose base is then the one that it names."""
     folder = resolve_model(path)
     if not is_adapter_folder(folder):
-        return folder, None
+        return folder, adapter
+    if adapter is not None:
+        raise ModelError(f"{folder}: is an adapter itself, and {adapter} is given beside it; name one of them")
     if (base := base_named_in(folder)) is None:
         raise ModelError(f"{folder}: holds an adapter and names no base; give the base, and the adapter beside it")
     try:
@@ -53,22 +73,46 @@ def resolve_base(path: str | Path) -> tuple[Path, Path | None]:
         ) from None
 
 
-def with_adapter(policy: Policy, adapter: Adapter, weights: Weights, fingerprint: str) -> Policy:
-    """A whole network as the base of an adapter, whose weights are what is trained; uses up those of `policy`."""
-    network = dict(policy.weights)
-    policy.weights = {}
-    name = "" if policy.path is None else str(policy.path.absolute())
-    base = Base.of(policy.config, network, adapter, name=name, fingerprint=fingerprint)
-    adapted = policy.having(weights)
-    adapted.base = base
-    return adapted
+def _whole(folder: Path, dtype: str | None) -> Policy:
+    config, weights = read_model_folder(folder, dtype)
+    return Policy(config, weights, folder, Companions.of(folder))
 
 
-def with_new_adapter(policy: Policy, settings: AdapterConfig, seed: int, fingerprint: str) -> Policy:
-    """A whole network as the base of an adapter that begins as `settings` say. ConfigError as `resolve_adapter`."""
-    adapted = with_adapter(policy, resolve_adapter(settings, policy.config), {}, fingerprint)
-    adapter = adapted.base.adapter
-    assert adapter is not None
+def _beside(
+    policy: Policy, folder: Path, fingerprint: str, settings: AdapterConfig | None = None
+) -> tuple[Policy, str]:
+    """A whole network with the adapter of a folder beside it, and what tells this adapter from others."""
+    stored = read_adapter(folder, policy.config)
+    check_base(stored, folder, fingerprint, policy.path or folder)
+    adapter = stored.adapter
+    if settings is not None:
+        if settings.kind not in (None, adapter.kind):
+            raise ModelError(
+                f"{folder}: is a {adapter.kind} adapter, and adapter.kind is {settings.kind}; leave it out"
+            )
+        adapter = msgspec.structs.replace(adapter, dropout=settings.dropout)
+    return _adapted(policy, adapter, stored.weights, fingerprint), digest_of(stored.weights)
+
+
+def _with_new(policy: Policy, settings: AdapterConfig, seed: int, fingerprint: str) -> Policy:
+    """A whole network as the base of an adapter that begins as `settings` say."""
+    adapter = resolve_adapter(settings, policy.config)
+    adapted = _adapted(policy, adapter, {}, fingerprint)
     norms = adapted.base.row_norms(policy.config, adapter) if adapter.kind == "dora" else None
-    adapted.weights = init_adapter(policy.config, adapter, settings.init, seed, norms)
-    return adapted
+    return adapted.having(init_adapter(policy.config, adapter, settings.init, seed, norms))
+
+
+def _adapted(policy: Policy, adapter: Adapter, weights: Weights, fingerprint: str) -> Policy:
+    """A whole network as the base of an adapter, whose weights are what is trained; uses up those of `policy`."""
+    network, policy.weights = dict(policy.weights), {}
+    name = "" if policy.path is None else str(policy.path.absolute())
+    return policy.having(weights, base=Base.of(policy.config, network, adapter, name=name, fingerprint=fingerprint))
+
+
+def digest_of(weights: Weights) -> str:
+    """64 hexadecimal digits that are the same for the same numbers."""
+    total = hashlib.sha256()
+    for name, array in weights.items():
+        total.update(name.encode())
+        total.update(memoryview(cast(Any, array)))
+    return total.hexdigest()

@@ -13,11 +13,7 @@ import msgspec
 
 from troupe.errors import InputError, ModelError
 from troupe.policy.adapter.base import Base
-from troupe.policy.adapter.files import (
-    AdapterFiles,
-    adapter_files,
-    save_adapter,
-)
+from troupe.policy.adapter.files import save_adapter
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.requests import GenerationConfig
 from troupe.policy.folders import MAX_SHARD_BYTES, save_model_folder
@@ -31,6 +27,7 @@ from troupe.policy.model_files import (
     parse_json,
 )
 from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.quantization import read_quantization
 from troupe.policy.network.qwen3 import Weights, hidden_states, init_weights, project, weights_dtype
 from troupe.policy.network.rotary import names_theta
 from troupe.policy.text.complete import complete_texts, stream_text
@@ -76,25 +73,37 @@ class Policy:
         self._eos_ids: frozenset[int] | None = None
 
     def having(
-        self, weights: Weights, *, config: Qwen3Config | None = None, eos_ids: frozenset[int] | None = None
+        self,
+        weights: Weights,
+        *,
+        config: Qwen3Config | None = None,
+        eos_ids: frozenset[int] | None = None,
+        base: Base | None = None,
     ) -> Policy:
         """The same policy with other weights, which reads nothing again; where given, with another `config` of the same
-        vocabulary, or other ids that end a text."""
-        other = Policy(self.config if config is None else config, weights, self.path, self.companions, self.base)
+        vocabulary, other ids that end a text, or another base."""
+        other = Policy(
+            self.config if config is None else config, weights, self.path, self.companions, base or self.base
+        )
         other._tokenizer = self._tokenizer
         other._eos_ids = self._eos_ids if eos_ids is None else eos_ids
         return other
 
     def without_arrays(self) -> Policy:
         """All of it but the numbers."""
-        bare = self.having({})
-        bare.base = Base()
-        return bare
+        return self.having({}, base=Base())
 
     @property
     def network(self) -> Weights:
         """The weights of the whole network, an adapter beside the base's."""
         return self.base.completed(self.config, self.weights)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the folder holds packed matrices, whatever has become of them."""
+        return (
+            read_quantization(parse_json(Path(CONFIG_FILE), self.companions.files.get(CONFIG_FILE, b"{}"))) is not None
+        )
 
     @property
     def dtype(self) -> str:
@@ -258,17 +267,10 @@ class Policy:
 
     def save(self, path: str | Path, max_shard_bytes: int | None = MAX_SHARD_BYTES) -> None:
         """Write the policy as a model folder, as `save_model_folder` does; an adapter as an adapter folder."""
-        if (files := self.adapter_files(self.weights)) is not None:
+        if (files := self.base.files_of(self.config, self.weights)) is not None:
             save_adapter(Path(path), files)
         else:
             save_model_folder(path, self.config, self.weights, self.companions, max_shard_bytes)
-
-    def adapter_files(self, weights: Weights) -> AdapterFiles | None:
-        """What to write of these weights where they are an adapter's; None where they are a whole network."""
-        base = self.base
-        if base.adapter is None:
-            return None
-        return adapter_files(self.config, base.adapter, weights, base_name=base.name, base_fingerprint=base.fingerprint)
 
 
 def _one_completion(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> GenerationConfig:

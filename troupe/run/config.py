@@ -18,7 +18,7 @@ from troupe.checkpoint import CheckpointConfig
 from troupe.dataset import DataConfig, anchored_source
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
-from troupe.policy import GenerationConfig, ModelConfig, is_hub_id
+from troupe.policy import AdapterConfig, GenerationConfig, ModelConfig, is_hub_id
 from troupe.policy.decode.sampling import GREEDY_BELOW
 from troupe.records.sinks.base import MetricsConfig
 from troupe.rewards import RewardsConfig
@@ -50,6 +50,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Arrays of up to so many 10⁹ bytes stay resident for Apple's GPU, on macOS 15 or newer (MLX's `set_wired_limit`);
     elsewhere it changes nothing, and a note says so. None leaves MLX its own. See docs/memory.md."""
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
     rewards: RewardsConfig = RewardsConfig()
@@ -77,6 +78,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"generation.num_generations is {self.generation.num_generations}, but advantages compare the "
                 "completions of a prompt with each other; give at least 2"
             )
+        if self.adapter.is_on and self.learner.sync_ref_model and self.learner.ref_model_mixup_alpha != 1.0:
+            told = "learner.ref_model_mixup_alpha is not 1, but a mixture of two adapters is no adapter; give 1, or"
+            raise ValueError(f"{told} set learner.sync_ref_model = false")
         rows = self.learner.batch_size * self.generation.num_generations
         if (self.learner.gradient_accumulation_steps or 1) > rows:
             raise ValueError(
@@ -194,6 +198,9 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
         path = Path(moved_demo_file(str((base / expanded(model["path"])).absolute())))
         if path.exists() or not is_hub_id(model["path"]):
             model["path"] = str(policy_folder(path))
+    adapter = table.get("adapter")
+    if isinstance(adapter, dict) and isinstance(adapter.get("resume_from"), str):
+        adapter["resume_from"] = str(policy_folder((base / expanded(adapter["resume_from"])).absolute()))
     data = table.get("data")
     if isinstance(data, dict):
         named = {key: data[key] for key in _SOURCES if isinstance(data.get(key), str)}

@@ -39,7 +39,7 @@ def policy_folder(path: Path) -> Path:
     began = (path / "run.toml").is_file() and any((path / name).exists() for name in _OF_A_RUN)
     if not began or (path / "config.json").exists():
         return path
-    if (path / "final" / "config.json").is_file():
+    if any((path / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
         return path / "final"
     checkpoints = [folder for folder in path.glob("checkpoints/step-*") if (folder / "MANIFEST.json").is_file()]
     if checkpoints:

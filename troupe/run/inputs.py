@@ -10,16 +10,22 @@ import msgspec
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
-from troupe.policy import DTYPES, Policy, Qwen3Config, load_policy, opened_thought, resolve_model
+from troupe.grpo.optimizer import LEARNING_RATE
+from troupe.policy import DTYPES, Policy, Qwen3Config, opened_thought
+from troupe.policy.adapter.modules import describe_adapter
+from troupe.policy.load import begin_policy
 from troupe.records.metric_names import check_metric
 from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run.config import RunConfig
-from troupe.run.memory import Plan, Workload, plan_memory
+from troupe.run.memory import Plan, plan_memory
 from troupe.run.resume.check import Resumption
+from troupe.run.workload import Workload
 from troupe.runtime import linux_cpu
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
+_ADAPTER_RATES = 10
+"""Times the learning rate of a whole network."""
 _FLOAT16 = (
     "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
     "model.dtype = 'bfloat16' has no such limit"
@@ -39,7 +45,9 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     config: RunConfig
     """With the rewards that it left open, and completions no longer than the model has positions for."""
     source: Path
-    """The model folder."""
+    """The model folder; beside an adapter that of the base."""
+    fingerprint: str
+    """Of the model that the run begins with, an adapter that it begins with included."""
     policy: Policy
     dataset: PromptDataset
     schedule: PromptSchedule
@@ -67,8 +75,10 @@ def load_inputs(
     held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
     rewards, config = _rewards(config, given, dataset, held_out)
     notices = _best_by(config, rewards, resumption)
-    source = resolve_model(model)
-    policy = load_policy(source, config.model.dtype)
+    policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
+    assert policy.path is not None
+    config, told = _with_rate(config, policy)
+    notices += told
     if not resume:
         policy.check_stop_ids()
     kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
@@ -90,7 +100,8 @@ def load_inputs(
         notices += think_notices(policy.tokenizer, opened(dataset[0].prompt, prompt_ids[0]))
     return Inputs(
         config=config,
-        source=source,
+        source=policy.path,
+        fingerprint=fingerprint,
         policy=policy,
         dataset=dataset,
         schedule=PromptSchedule(
@@ -110,6 +121,18 @@ def load_inputs(
         description="\n".join(described),
         notices=tuple(notices),
     )
+
+
+def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
+    """With the learning rate where the config leaves it open, and what to tell of that and of an adapter."""
+    adapter, lr, notices = policy.base.adapter, config.learner.lr, list[str]()
+    if adapter is not None:
+        notices.append(describe_adapter(policy.config, adapter))
+    if lr is None:
+        lr = LEARNING_RATE if adapter is None else _ADAPTER_RATES * LEARNING_RATE
+        if adapter is not None:
+            notices.append(f"learner.lr is {lr:g}, ten times that of training the whole network; name it for another")
+    return msgspec.structs.replace(config, learner=msgspec.structs.replace(config.learner, lr=lr)), notices
 
 
 def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_unknown: bool) -> list[tuple[int, ...]]:
@@ -184,7 +207,8 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
     """The config with every choice in it, and the memory that the run takes so. ConfigError where it cannot fit."""
     config, policy = inputs.config, inputs.policy
     worthwhile = _worthwhile(config, policy.config, inputs.longest_prompt, machine)
-    is_light = sum(array.nbytes for array in policy.weights.values()) <= machine.light
+    held = policy.base.weights or policy.weights
+    is_light = sum(array.nbytes for array in held.values()) <= machine.light
     config = _placed(config, machine, worthwhile if is_light else 1)
     config, streams = _streamed(config, machine, worthwhile)
     if machine.on_cpu:
@@ -192,6 +216,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
     work = Workload(
         policy=policy.config,
         dtype=DTYPES[policy.dtype],
+        adapter=policy.base.adapter,
         longest_prompt=inputs.longest_prompt,
         on_cpu=machine.on_cpu,
         streams=streams,

@@ -99,6 +99,8 @@ def _make_writer(
     # by themselves: the writer must not keep the weights that the run began with
     rewards, identity, stop_ids = prepared.inputs.rewards, prepared.start.identity, policy.eos_ids
     table, machine = config_table(config), prepared.rounding
+    files_of = policy.base.files_of
+    network = policy.config
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)
@@ -122,6 +124,7 @@ def _make_writer(
         policy.companions,
         run_state=run_state,
         made=lambda: Made(config=table, machine=machine, lacking=sinks.lacking()),
+        adapter_files=lambda weights: files_of(network, weights),
         check_folder=check_folder,
         ledger=_checkpoints_so_far(prepared),
     )

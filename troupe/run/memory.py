@@ -21,38 +21,25 @@ from troupe.grpo import optimizer_state_bytes, update_bytes
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.policy import (
     MicroBatch,
-    Qwen3Config,
     Sampler,
     decode_memory_bytes,
     fused_copy_bytes,
     gradient_memory_bytes,
-    parameter_count,
 )
-from troupe.policy.decode.memory import device_ways
+from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
 from troupe.policy.network.attention import attention_is_fused
+from troupe.policy.network.qwen3 import network_bytes
 from troupe.run.config import RunConfig
+from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
 _VERSIONS_THERE = "policy versions of the generator"
 _ON_THE_WAY = "policy versions on the way"
+_BASE = "base"
 _LAID_OUT = "weights laid out for decoding"
 
 Phases = Mapping[str, Mapping[str, int]]
 """Phase → what it holds → bytes."""
-
-
-class Workload(NamedTuple):
-    """What the memory of a run follows from, besides its config."""
-
-    policy: Qwen3Config
-    dtype: mx.Dtype
-    """Of the weights."""
-    longest_prompt: int
-    """Tokens."""
-    on_cpu: bool
-    """Where it is computed."""
-    streams: int = 1
-    """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,13 +182,15 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     own, the learner's, and the files that they go by, which lie in memory where there is room.
     """
     learner, staleness = config.learner, config.schedule.max_staleness
-    numbers = parameter_count(work.policy)
-    weights = numbers * work.dtype.size
+    numbers, kind = work.trained, work.dtype if work.adapter is None else mx.float32
+    weights = numbers * kind.size
     is_free = config.schedule.mode == "free"
     held = {
         "policy versions": (1 + (min(staleness, 1) if is_free else staleness)) * weights,
-        "optimizer state": optimizer_state_bytes(numbers, work.dtype),
+        "optimizer state": optimizer_state_bytes(numbers, kind),
     }
+    if work.adapter is not None:
+        held = {_BASE: network_bytes(work.policy, work.dtype), **held}
     if learner.beta:
         held["reference policy"] = weights
     if choice.overlap:
@@ -209,11 +198,11 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         held["checkpoint being written"] = written + held["optimizer state"]
     processes = _processes(config)
     if processes:
-        held[_VERSIONS_THERE] = processes * held["policy versions"]
+        held[_VERSIONS_THERE] = processes * (held.get(_BASE, 0) + held["policy versions"])
         held[_ON_THE_WAY] = held["policy versions"]
     layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
     generating = {
-        _LAID_OUT: max(processes, 1) * layouts * fused_copy_bytes(work.policy, work.dtype),
+        _LAID_OUT: max(processes, 1) * layouts * _laid_out_bytes(work),
         "decode": max(processes, 1) * _decode_bytes(config, work, choice.prompts),
     }
     held_while_learning = held | (generating if staleness or processes else {})
@@ -226,16 +215,23 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         adds_up=choice.micro_batches > 1,
         on_cpu=work.on_cpu,
         writes_scores=not attention_is_fused(work.policy.head_dim, work.dtype, gradient=True, on_cpu=work.on_cpu),
+        adapter=work.adapter,
     )
     gradients = 4 * numbers if choice.micro_batches > 1 else weights
     learn = {"gradients": gradients, "forward and backward": choice.streams * (learning - gradients)}
     if learner.num_iterations > 1:
         learn["next policy"] = weights
-    tables = work.policy.vocab_size * work.policy.hidden_size * (1 if work.policy.tie_word_embeddings else 2)
-    update = {"gradients": gradients, "moving weights": update_bytes(numbers, tables, work.dtype)}
+    update = {"gradients": gradients, "moving weights": update_bytes(numbers, work.largest, kind)}
     if learner.num_iterations > 1:  # else the next policy takes the place of the gradients bit by bit
         update["next policy"] = weights
     return {"generate": held | generating, "learn": held_while_learning | learn, "update": held_while_learning | update}
+
+
+def _laid_out_bytes(work: Workload) -> int:
+    """What of a version is laid out for decoding: the base is so already, once for all versions."""
+    if work.adapter is None:
+        return fused_copy_bytes(work.policy, work.dtype)
+    return decoding_adapter_bytes(work.policy, work.adapter, work.dtype)
 
 
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:

@@ -13,7 +13,7 @@ import msgspec
 from troupe.actors.checkpointer import Checkpointer
 from troupe.actors.generator.actor import Generator
 from troupe.actors.generator.remote import RemoteGenerator
-from troupe.actors.generator.wire import Setup
+from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
 from troupe.actors.learner.train import LearnerState, Snapshots
@@ -126,7 +126,12 @@ def _generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: 
         wiring.generator,
         wiring.rollouts,
         engine=partial(
-            factories.engine, policy.config, config.generation, stop_ids=policy.eos_ids, tokenizer=policy.tokenizer
+            factories.engine,
+            policy.config,
+            config.generation,
+            stop_ids=policy.eos_ids,
+            tokenizer=policy.tokenizer,
+            base=policy.base,
         ),
         decode_text=policy.tokenizer.decode_sampled,
         seed=config.seed,
@@ -144,6 +149,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
         Setup(
             name=f"generator {number}" if processes > 1 else "generator",
             policy=prepared.start.policy.config,
+            base=_base_source(prepared),
             generation=config.generation,
             stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
             tokenizer=str(prepared.inputs.source),
@@ -158,6 +164,19 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
         )
         for number in range(processes)
     ]
+
+
+def _base_source(prepared: Prepared) -> BaseSource | None:
+    """Where a process of the generator reads the base, where an adapter is trained."""
+    policy = prepared.start.policy
+    if policy.base.adapter is None:
+        return None
+    return BaseSource(
+        folder=str(prepared.inputs.source),
+        fingerprint=policy.base.fingerprint,
+        dtype=policy.dtype,
+        adapter=policy.base.adapter,
+    )
 
 
 def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
@@ -213,6 +232,7 @@ def _make_learner(
             total_steps=prepared.inputs.total_steps,
             streams=config.schedule.learner_streams or 1,
             rates=prepared.live.rates,
+            base=policy.base,
         ),
         state=_starting_state(prepared, ledgers.board),
         board=ledgers.board,

@@ -17,7 +17,7 @@ from troupe.checkpoint import Checkpoint
 from troupe.errors import ConfigError
 from troupe.grpo import adamw_init
 from troupe.messages import Unfinished
-from troupe.policy import Policy, Weights, is_on_cpu, model_fingerprint
+from troupe.policy import Policy, Weights, is_on_cpu
 from troupe.records.layout import STORE
 from troupe.records.lost_steps import lost_steps
 from troupe.records.sinks.base import check_sinks
@@ -119,7 +119,7 @@ def prepare(
     return Prepared(
         config=msgspec.structs.replace(memory.config, output=str(folder)),
         folder=folder,
-        inputs=msgspec.structs.replace(inputs, policy=inputs.policy.having({})),
+        inputs=msgspec.structs.replace(inputs, policy=inputs.policy.without_arrays()),
         memory=memory,
         start=start,
         rounding=rounding,
@@ -195,9 +195,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     """Find the newest checkpoint where the run is resumed. CheckpointError, ConfigError or RewardError where it cannot
     go on so."""
     policy, rewards = inputs.policy, inputs.rewards
-    identity = Identity(
-        dataset=inputs.dataset.fingerprint, model=model_fingerprint(inputs.source), rewards=rewards.names
-    )
+    identity = Identity(dataset=inputs.dataset.fingerprint, model=inputs.fingerprint, rewards=rewards.names)
     checkpoint: Checkpoint | None = None
     notices: list[str] = []
     lost: list[str] = []

@@ -23,6 +23,7 @@ from troupe.checkpoint.files import sum_file
 from troupe.errors import RunError
 from troupe.actors.generator.process import _tokenizer
 from troupe.policy import GenerationConfig, Policy, load_policy
+from troupe.policy.load import begin_policy
 from troupe.policy.decode import loop as decoding
 from troupe.run.prepare import prepare
 from troupe.actors.generator.wire import Setup, decode_in_process
@@ -133,16 +134,17 @@ def test_a_run_of_an_older_troupe_goes_on_with_the_ids_and_the_head_that_it_had(
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, *range(40)]}))
     config = tiny_config(model, tmp_path, checkpoint__every=1, learner__lr=1e-3)
 
-    def as_of_old(*arguments: Any) -> Policy:
-        policy = load_policy(*arguments)
+    def as_of_old(*arguments: Any) -> tuple[Policy, str]:
+        policy, fingerprint = begin_policy(*arguments)
         tied = msgspec.structs.replace(policy.config, tie_word_embeddings=True)
         weights = {name: array for name, array in policy.weights.items() if name != "lm_head.weight"}
-        return policy.having(weights, config=tied, eos_ids=policy.eos_ids_by_one_file)
+        return policy.having(weights, config=tied, eos_ids=policy.eos_ids_by_one_file), fingerprint
 
     with monkeypatch.context() as old:
-        old.setattr(inputs, "load_policy", as_of_old)
+        old.setattr(inputs, "begin_policy", as_of_old)
         run = Path(troupe.train(config, [weigh_ids]).folder)
     expected = load_checkpoint(list_checkpoints(run)[0])
+    assert expected.config is not None
     assert expected.config.tie_word_embeddings
     for folder in list_checkpoints(run)[:2]:
         shutil.rmtree(folder)

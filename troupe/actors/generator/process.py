@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from troupe.actors.generator.actor import Generator
 from troupe.actors.generator.wire import (
+    BaseSource,
     Completed,
     End,
     Ended,
@@ -31,9 +32,18 @@ from troupe.actors.generator.wire import (
     pack_rollout,
     unpack_prompt,
 )
-from troupe.errors import TroupeError
+from troupe.errors import ModelError, TroupeError
 from troupe.messages import Incident, Prompt, RolloutGroup, Span
-from troupe.policy import Companions, RolloutEngine, Tokenizer, Weights
+from troupe.policy import (
+    Base,
+    Companions,
+    Qwen3Config,
+    RolloutEngine,
+    Tokenizer,
+    Weights,
+    model_fingerprint,
+    read_model_folder,
+)
 from troupe.runtime import linux_cpu
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
@@ -69,7 +79,8 @@ class _GeneratorProcess:
     """The generator with its wires."""
 
     def __init__(self, connection: Connection, setup: Setup) -> None:
-        self._connection = connection
+        self._connection, self._setup = connection, setup
+        self._base = Base()
         tokenizer = _tokenizer(setup)
         inbox, self._outbox = Mailbox("generator"), Mailbox("outbox")
         self._prompts: Channel[Prompt] = inbox.channel("prompts", Prompt, bound=setup.live)
@@ -79,7 +90,11 @@ class _GeneratorProcess:
             inbox,
             self._outbox.channel("rollouts", RolloutGroup, bound=setup.live),
             engine=lambda: RolloutEngine(
-                setup.policy, setup.generation, stop_ids=frozenset(setup.stop_ids), tokenizer=tokenizer
+                setup.policy,
+                setup.generation,
+                stop_ids=frozenset(setup.stop_ids),
+                tokenizer=tokenizer,
+                base=self._base,
             ),
             device=self._device,
             board=self._board,
@@ -98,6 +113,8 @@ class _GeneratorProcess:
         async with AsyncExitStack() as devices:
             await devices.enter_async_context(self._device)
             await devices.enter_async_context(self._loader)
+            if self._setup.base is not None:
+                self._base = await self._loader.run(_read_base, self._setup.policy, self._setup.base)
             await self._connection.send(encode(Ready()))
             await together([self._listen, self._generate, self._tell_made])
 
@@ -135,6 +152,18 @@ class _GeneratorProcess:
                     await self._connection.send(encode(Pong(now_s=time.perf_counter())))
                 case End():
                     self._prompts.close()
+
+
+def _read_base(config: Qwen3Config, source: BaseSource) -> Base:
+    """The base that the run began with, as the run holds it. ModelError where the folder is another model's by now."""
+    folder = Path(source.folder)
+    if model_fingerprint(folder) != source.fingerprint:
+        raise ModelError(
+            f"{folder}: the base was changed since the run began, so that its adapter cannot be sampled from; restore "
+            "it and resume"
+        )
+    read, weights = read_model_folder(folder, source.dtype, expand=config.quantization is None)
+    return Base.of(read, dict(weights), source.adapter, name=source.folder, fingerprint=source.fingerprint)
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:

@@ -13,10 +13,21 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from troupe.messages import FinishReason, Incident, Prompt, Rollout, Slot, Span
-from troupe.policy import GenerationConfig, Qwen3Config
+from troupe.policy import Adapter, GenerationConfig, Qwen3Config
 from troupe.runtime.frames import MessageError, decoder
 
 Number = TypeVar("Number", int, float)
+
+
+class BaseSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the base is that weights complete, and what lies beside it."""
+
+    folder: str
+    fingerprint: str
+    """Of the folder, when the run began."""
+    dtype: str
+    """That it is held in."""
+    adapter: Adapter
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -25,6 +36,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: str
     """For its track on the timeline."""
     policy: Qwen3Config
+    base: BaseSource | None = None
+    """None: what is published is the whole network."""
     generation: GenerationConfig
     stop_ids: tuple[int, ...]
     tokenizer: str

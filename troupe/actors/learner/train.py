@@ -27,7 +27,7 @@ from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.messages import ScoredGroup, Snapshot, Unfinished
-from troupe.policy import Qwen3Config, Weights
+from troupe.policy import Base, Qwen3Config, Weights
 from troupe.runtime.linux_cpu import blas_limited
 from troupe.runtime.mailbox import Mailbox
 
@@ -74,9 +74,10 @@ class BatchTrainer:
         total_steps: int,
         streams: int = 1,
         rates: Sequence[tuple[int, float]] = (),
+        base: Base | None = None,
     ) -> None:
         """`streams`: micro-batches that are differentiated at a time. `rates`: first step → peak learning rate, rising,
-        where it is not the config's."""
+        where it is not the config's. `base`: what the weights complete; None: they are the whole network."""
         self.config = config
         self.reward_weights = reward_weights
         self.total_steps = total_steps
@@ -85,6 +86,7 @@ class BatchTrainer:
             temperature,
             recompute=config.gradient_checkpointing or False,
             entropy_gradient=has_entropy_bonus(config),
+            base=Base() if base is None else base,
         )
         self._max_completion_length = max_completion_length
         self._pad_id = pad_id

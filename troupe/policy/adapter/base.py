@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from troupe.policy.adapter.files import AdapterFiles, adapter_files
 from troupe.policy.adapter.modules import Adapter
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
@@ -116,6 +117,12 @@ class Base:
                     own = gradient[part.rows].astype(mx.float32) / network[module + _NORM][part.rows]
                 found[f"{part.module}.{kind}.weight"] = own.astype(mx.float32)
         return found
+
+    def files_of(self, config: Qwen3Config, trained: Weights) -> AdapterFiles | None:
+        """What to write of what is trained where it is an adapter's; None where it is the whole network."""
+        if self.adapter is None:
+            return None
+        return adapter_files(config, self.adapter, trained, base_name=self.name, base_fingerprint=self.fingerprint)
 
     def row_norms(self, config: Qwen3Config, adapter: Adapter) -> dict[str, mx.array]:
         """‖W‖₂ of the rows of every module that is to have an adapter, float32 (out,): DoRA's magnitudes at first."""

@@ -157,6 +157,8 @@ def adapter_files(
         **peft.settings_for(adapter, network.num_hidden_layers, base_name),
         **mlx_lm.settings_for(network, adapter),
     }
+    of_mlx = mlx_lm.tensors_for(adapter, weights)
+    mx.eval(of_mlx)
     of_peft = {peft.peft_name(name): array for name, array in weights.items()}
     partial = {mlx_lm.PARTIAL: "true"} if mlx_lm.is_partial(network, adapter) else {}
     return AdapterFiles(
@@ -164,7 +166,7 @@ def adapter_files(
         {
             peft.WEIGHTS_FILE: (of_peft, {"format": "pt", _BASE: base_fingerprint}),
             mlx_lm.WEIGHTS_FILE: (
-                mlx_lm.tensors_for(adapter, weights),
+                of_mlx,
                 {"format": "mlx", _BASE: base_fingerprint, **partial},
             ),
         },

@@ -19,10 +19,13 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from troupe.policy.adapter.modules import Adapter, layer_of
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import piece_length, prefill_chunks
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.attention import attention_is_fused, block_size
+from troupe.policy.network.linear import JOINED
+from troupe.policy.network.qwen3 import linear_shapes
 
 
 def cache_bytes(
@@ -39,6 +42,20 @@ def fused_copy_bytes(config: Qwen3Config, dtype: mx.Dtype) -> int:
     H, K = config.num_attention_heads, config.num_key_value_heads
     layer = (H + 2 * K) * d * D + 2 * config.intermediate_size * D + (H + K) * d
     return config.num_hidden_layers * layer * dtype.size
+
+
+def decoding_adapter_bytes(config: Qwen3Config, adapter: Adapter, dtype: mx.Dtype) -> int:
+    """What `Base.for_decoding` makes of a version: the matrices with the adapter in them, where they are added up; else
+    A, and B in blocks, of the matrices that are joined."""
+    shapes, total = linear_shapes(config), 0
+    merged = dtype == mx.float32 and config.quantization is None
+    for layer in {layer_of(module) for module in adapter.modules}:
+        for names in (*JOINED.values(), ["self_attn.o_proj"], ["mlp.down_proj"]):
+            modules = [f"model.layers.{layer}.{name}" for name in names]
+            ranks = [adapter.modules[module].rank for module in modules if module in adapter.modules]
+            rows, columns = sum(shapes[module][0] for module in modules), shapes[modules[0]][1]
+            total += (rows * columns if merged else sum(ranks) * (rows + columns)) if ranks else 0
+    return total * dtype.size
 
 
 def decode_memory_bytes(

@@ -14,6 +14,9 @@ layer     beside what is kept and the gradients of the layers above: what going 
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32
 
+Beside an adapter, of which only the numbers count as gradients: nothing for the tables, nothing kept below the lowest
+layer that has one, and in a layer the matrices that it is added to.
+
 Of these the largest. What is kept is exact, the factors of the others are upper ends, measured with MLX 0.32 on a CPU
 and on an H100.
 """
@@ -23,11 +26,12 @@ import math
 import mlx.core as mx
 import msgspec
 
+from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, layer_of
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.attention import block_size, scores_at_a_time
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
-from troupe.policy.network.qwen3 import parameter_count
+from troupe.policy.network.qwen3 import linear_shapes, parameter_count
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,37 +67,55 @@ def gradient_memory_bytes(
     adds_up: bool = False,
     on_cpu: bool = True,
     writes_scores: bool = False,
+    adapter: Adapter | None = None,
 ) -> int:
     """Bytes that the gradient of a micro-batch takes beside the weights, the gradients included.
 
     `recompute` and `entropy_gradient` as for `completion_gradients`; `dtype` is that of the weights. `adds_up`: the
     gradients are added to float32 sums, which are counted too. `on_cpu`: attention writes its scores out and blocks of
-    logits are small; elsewhere attention is one kernel, but with `writes_scores` its gradient is not. The formula
-    stands at the head of this file.
+    logits are small; elsewhere attention is one kernel, but with `writes_scores` its gradient is not. With an `adapter`
+    nothing else is trained. The formula stands at the head of this file.
     """
     D, L, V, size = config.hidden_size, config.num_hidden_layers, config.vocab_size, dtype.size
     N, M = batch.tokens, batch.targets
-    numbers, table = parameter_count(config), V * D
-    layer = (numbers - table * (1 if config.tie_word_embeddings else 2) - D) // L
-    made = size + 4 if adds_up and size < 4 else size  # bytes of a new gradient, with its like in float32
+    table, lowest = V * D, 0
+    if adapter is None:
+        numbers, each = parameter_count(config), size
+        layer = (numbers - table * (1 if config.tie_word_embeddings else 2) - D) // L
+    else:
+        table, lowest = 0, min(map(layer_of, adapter.modules))
+        numbers, each = adapter_parameter_count(config, adapter), 4
+        layer = numbers // (L - lowest)
+    made = size + 4 if adds_up and size < 4 else each  # bytes of a new gradient, with its like in float32
     sums = 4 * numbers if adds_up else 0
     normalizers = 4 * config.num_attention_heads if on_cpu else 0
-    kept = L * N * (D * size if recompute else (D + _inside(config)) * size + normalizers)
+    kept = (L - lowest) * N * (D * size if recompute else (D + _inside(config)) * size + normalizers)
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
     forwards, backwards, of_entropies = (25, 20, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
     head = kept + (N * D + 3 * M * D) * size + 3 * M * D * 4
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
+    back += 0 if adapter is None else _beside_bytes(config, adapter, dtype, N)
     back *= 1 if on_cpu else 3
     if writes_scores and not on_cpu:
         places = padded(batch.prompt_length + batch.completion_length - 1)
         heads = config.num_attention_heads, config.num_key_value_heads
         back += 4 * scores_at_a_time(batch.rows, *heads, places) * size
     first = kept + table * size + back
-    gradients = 0 if adds_up else numbers * size
+    gradients = 0 if adds_up else numbers * each
     tables = (4.2 if on_cpu else 7.3) if adds_up else 3.1
     last = gradients + max(back, tables * table * size + 6 * N * D * 4)
     return math.ceil(sums + max(head, first, last))
+
+
+def _beside_bytes(config: Qwen3Config, adapter: Adapter, dtype: mx.Dtype, tokens: int) -> int:
+    """What an adapter takes in a layer: the matrices with it in them (`Linear.is_merged`), or the largest one written
+    out, and what A gives of each token, with its gradient."""
+    F, D = config.intermediate_size, config.hidden_size
+    rank = max(adapted.rank for adapted in adapter.modules.values())
+    merged = dtype == mx.float32 and config.quantization is None
+    matrices = sum(map(math.prod, list(linear_shapes(config).values())[:7])) if merged else 2 * F * D
+    return (matrices + 2 * 7 * rank * tokens) * dtype.size
 
 
 def _inside(config: Qwen3Config) -> int:

@@ -33,6 +33,8 @@ RULES: dict[str, Rule] = {
     "seed": "never",
     "model.path": "never",  # unless it is the same model at another place
     "model.dtype": "never",
+    "adapter.resume_from": "never",  # unless it is the same adapter at another place
+    "adapter.*": "never",
     "data.path": "never",  # as above
     "data.shuffle": "never",
     "data.prompt_column": "never",  # as above
@@ -75,6 +77,7 @@ MACHINE_KEYS = tuple(f"{MACHINE}.{name}" for name in ("device", "mlx", "system",
 _WHY_NEVER = {
     "model.path": "a run goes on with the model that it began with",
     "model.dtype": "the optimizer's state belongs to weights of that type",
+    "adapter.resume_from": "a run goes on with the adapter that it began with",
     "data.path": "a run goes on with the prompts that it began with",
     "data.prompt_column": "a run goes on with the prompts that it began with",
     "data.answer_column": "a run goes on with the answers that it began with",

@@ -35,6 +35,7 @@ from troupe.run.resume.changes import (
 OPEN: dict[str, Any] = {
     "rewards.functions": (),
     "generation.memory_limit_gb": None,
+    "learner.lr": None,
     "learner.gradient_accumulation_steps": None,
     "learner.gradient_checkpointing": None,
     "checkpoint.overlap": None,
@@ -48,7 +49,14 @@ OPEN: dict[str, Any] = {
 _AS_IT_WAS = "PATH for g++, OPENBLAS_CORETYPE, the package mlx"
 
 _CAPPED = "generation.max_completion_length"
-SETTLED_BY_CONTENTS = ("model.path", "data.path", "data.prompt_column", "data.answer_column", "data.system_prompt")
+SETTLED_BY_CONTENTS = (
+    "model.path",
+    "adapter.resume_from",
+    "data.path",
+    "data.prompt_column",
+    "data.answer_column",
+    "data.system_prompt",
+)
 _SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions")
 """Keys of which it depends what is sampled, and what scores it gets."""
 

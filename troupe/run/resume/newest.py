@@ -76,7 +76,8 @@ def as_begun(policy: Policy, checkpoint: Checkpoint) -> Policy:
     stop_ids = checkpoint.state.stop_ids
     eos_ids = policy.eos_ids_by_one_file if stop_ids is None else frozenset(stop_ids)
     config, weights = policy.config, policy.weights
-    if checkpoint.config.tie_word_embeddings and not config.tie_word_embeddings:
+    own = checkpoint.config
+    if own is not None and own.tie_word_embeddings and not config.tie_word_embeddings:
         config = msgspec.structs.replace(config, tie_word_embeddings=True)
         weights = {name: weights[name] for name in expected_shapes(config)}
     return policy.having(weights, config=config, eos_ids=eos_ids)
@@ -135,7 +136,8 @@ def _check_same_run(folder: Path, state: RunState, config: RunConfig, identity: 
 
 
 def _check_same_policy(folder: Path, found: Checkpoint, policy: Policy, config: RunConfig) -> None:
-    if expected_shapes(found.config) != expected_shapes(as_begun(policy, found).config):
+    begun = as_begun(policy, found)
+    if {name: array.shape for name, array in found.weights.items()} != shapes_of(begun):
         raise CheckpointError(
             f"{folder}: the run trains a model of other shapes than the one in {policy.path}; "
             "resume with the model it began with (model.path), or start a new run in another folder"
@@ -150,6 +152,11 @@ def _check_same_policy(folder: Path, found: Checkpoint, policy: Policy, config: 
         )
 
 
+def shapes_of(policy: Policy) -> dict[str, tuple[int, ...]]:
+    """Of what is trained."""
+    return {name: array.shape for name, array in policy.weights.items()}
+
+
 def _check_rewards(folder: Path, state: RunState, rewards: Sequence[str]) -> None:
     """Rewards given in Python stand in no config, so that their names are all that can be compared."""
     if state.rewards and set(state.rewards) != set(rewards):
@@ -162,7 +169,7 @@ def _check_rewards(folder: Path, state: RunState, rewards: Sequence[str]) -> Non
 def _held(found: Checkpoint, policy: Policy) -> Checkpoint:
     def like(stored: Weights) -> Weights:
         """In the types that the run holds its policy in, which a checkpoint file need not give back."""
-        weights = {name: array.astype(policy.weights[name].dtype) for name, array in stored.items()}
+        weights = {name: stored[name].astype(begun.dtype) for name, begun in policy.weights.items() if name in stored}
         mx.eval(list(weights.values()))
         return weights
 

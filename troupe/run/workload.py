@@ -1,0 +1,39 @@
+"""What the memory of a run follows from, besides its config."""
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from troupe.policy import Adapter, Qwen3Config, parameter_count
+from troupe.policy.adapter.modules import adapter_parameter_count, adapter_shapes
+
+
+class Workload(NamedTuple):
+    """What the memory of a run follows from, besides its config."""
+
+    policy: Qwen3Config
+    dtype: mx.Dtype
+    """Of the weights."""
+    longest_prompt: int
+    """Tokens."""
+    on_cpu: bool
+    """Where it is computed."""
+    adapter: Adapter | None = None
+    """What alone is trained; None: the whole network."""
+    streams: int = 1
+    """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        if self.adapter is None:
+            return parameter_count(self.policy)
+        return adapter_parameter_count(self.policy, self.adapter)
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest of them: embedding and head, where they are."""
+        if self.adapter is not None:
+            return max(map(math.prod, adapter_shapes(self.policy, self.adapter).values()))
+        return self.policy.vocab_size * self.policy.hidden_size * (1 if self.policy.tie_word_embeddings else 2)
