@@ -40,6 +40,7 @@ computed; **by name**, it has to be allowed by `--allow-change section.key`; **n
 _SECTIONS = {
     "": "The run as a whole; these keys stand above all sections.",
     "model": "The policy that the run begins with.",
+    "adapter": "What is trained beside the model, where not all of it is. See [adapters](adapters.md).",
     "data": "The prompts. See [prompts](datasets.md).",
     "generation": "How completions are sampled. See [sampling](sampling.md) for the order in which filters act.",
     "rewards": "What is scored, and how reward code is run. See [rewards](rewards.md).",

@@ -416,7 +416,7 @@ def test_a_config_that_is_none_is_told(shards: Path, content: bytes) -> None:
         {"quantization_config": {"quant_method": "awq", "bits": 4}},
         {"quantization_config": {"quant_method": "fp8"}},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-        {"quantization": {"group_size": 64, "bits": 4}},
+        {"quantization": {"bits": 4}},
         {"compression_config": {"quant_method": "compressed-tensors"}},
     ],
     ids=str,
@@ -424,8 +424,8 @@ def test_a_config_that_is_none_is_told(shards: Path, content: bytes) -> None:
 def test_quantized_folders_are_told_for_what_they_are(shards: Path, settings: dict[str, Any]) -> None:
     edit_json(shards / "config.json", **settings)
     (key,) = settings
-    start = f"{shards / 'config.json'}: {key}: quantized weights cannot be trained"
-    assert refusal(shards) == f"{start}; use the unquantized folder of this model"
+    assert refusal(shards).startswith(f"{shards / 'config.json'}: {key}: ")
+    assert "take the unquantized folder of this model" in refusal(shards)
 
 
 # adapter_folder

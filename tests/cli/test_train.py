@@ -108,11 +108,11 @@ def test_otherwise_the_general_defaults_rule_with_the_demo_s_missing_part(workpl
     for given in ({"model": "m"}, {"settings": ("model.path=m",)}):
         config = train_config(None, resume=False, **given)
         assert (config.model.path, config.data.path) == (str(workplace / "m"), demo.data.path)
-        assert config.learner.lr == 1e-6
+        assert config.learner.lr is None
         assert config.data.eval_path is None
     config = train_config(None, resume=False, dataset="p.json")
     assert (config.model.path, config.data.path) == (demo.model.path, str(workplace / "p.json"))
-    assert (config.learner.lr, config.learner.batch_size, config.learner.epochs) == (1e-6, 4, 3)
+    assert (config.learner.lr, config.learner.batch_size, config.learner.epochs) == (None, 4, 3)
     assert config.rewards.functions == ()
 
 

@@ -27,7 +27,7 @@ SHIPPED = sorted(path for part in ("troupe", "examples") for path in (ROOT / par
 def test_defaults() -> None:
     config = load_config()
     assert config == RunConfig()
-    assert (config.learner.lr, config.learner.epochs, config.learner.batch_size) == (1e-6, 3, 4)
+    assert (config.learner.lr, config.learner.epochs, config.learner.batch_size) == (None, 3, 4)
     assert (config.generation.num_generations, config.generation.temperature) == (8, 1.0)
     assert (config.schedule.mode, config.schedule.max_staleness) == ("pinned", 0)
 
@@ -43,7 +43,10 @@ def test_every_shipped_toml_loads(path: Path) -> None:
     [
         ("learner.lrr=1", "unknown key learner.lrr; did you mean learner.lr?"),
         ("lerner.lr=1", "unknown key lerner; did you mean learner?"),
-        ("foo=1", "unknown key foo; known keys here: checkpoint, daemon, data, generation, learner, memory_limit_gb, "),
+        (
+            "foo=1",
+            "unknown key foo; known keys here: adapter, checkpoint, daemon, data, generation, learner, ",
+        ),
         ("learner=3", "learner is 3: expected a table, got int"),
         ("learner.lr={peak=1.0}", "learner.lr: expected float, got a table"),
         ("learner.lr='fast'", "learner.lr is 'fast': expected float, got str"),

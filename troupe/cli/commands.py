@@ -20,7 +20,7 @@ from troupe.run.aliases import COMMANDS, Meaning, close_to, known_names, normali
 from troupe.runtime.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, tell
 
 P = ParamSpec("P")
-_FIRST = ("train", "generate", "eval", "inspect", "report", "doctor")
+_FIRST = ("train", "generate", "eval", "inspect", "report", "fuse", "doctor")
 
 
 class Number(click.FloatRange):

@@ -15,6 +15,8 @@ from troupe.runtime.terminal import tell
 
 TRAIN_KEYS = {
     "model": "model.path",
+    "lora": "adapter.rank",
+    "adapter": "adapter.resume_from",
     "dataset": "data.path",
     "prompt_column": "data.prompt_column",
     "chat": "data.chat",
@@ -35,7 +37,7 @@ _PLAIN_WORDS = {"output", "seed"}
 """Keys that a message may have as a word of its own."""
 _ABOUT = {"chat": "chat template"}
 """Parameter → what messages call that which it asks for."""
-_NAMING = {"model", "dataset", "eval_data", "rewards"}
+_NAMING = {"model", "adapter", "dataset", "eval_data", "rewards"}
 """Those that name a file, a folder or a function."""
 
 
@@ -82,6 +84,8 @@ def flag_layers(flags: dict[str, Any]) -> list[Layer]:
         said: Any = "always" if parameter == "chat" else list(value) if parameter == "rewards" else value
         for part in reversed(key.split(".")):
             said = {part: said}
+        if parameter == "lora":
+            said["adapter"]["kind"] = "lora"
         layers.append(Layer(_flag(parameter), said))
     return layers
 
@@ -116,6 +120,11 @@ def find_model(model: str | None) -> str:
         return str(load_config(DEMO_CONFIG).model.path)
     tell_policy_of_run(model)
     return str(policy_folder(expanded(model)))
+
+
+def find_adapter(adapter: str) -> str:
+    """What `--adapter` names: an adapter folder, or that of a run."""
+    return str(policy_folder(expanded(adapter)))
 
 
 def tell_policy_of_run(model: str | None) -> None:

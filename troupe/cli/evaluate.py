@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, report_errors
-from troupe.cli.config import find_model, flag_layers
+from troupe.cli.config import find_adapter, find_model, flag_layers
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.errors import InputError
 from troupe.run.aliases import describe_meaning, ours_for
@@ -39,6 +39,7 @@ _KEYS = {
 @click.option(
     "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
 )
+@click.option("--adapter", metavar="ADAPTER_DIR", help="Adapter beside the model: a run's, PEFT's or mlx-lm's.")
 @click.option(
     "-d", "--dataset", metavar="PROMPTS", help="Rows to complete, as of train; default: the demo's held-out ones."
 )
@@ -54,6 +55,7 @@ _KEYS = {
 @report_errors
 def evaluate(
     model: str | None,
+    adapter: str | None,
     dataset: str | None,
     prompt_column: str | None,
     chat: bool,
@@ -87,6 +89,7 @@ def evaluate(
             temperature=temperature,
             seed=seed,
             dtype=dtype,
+            adapter=None if adapter is None else find_adapter(adapter),
         ),
     )
     seconds = time.perf_counter() - started_s

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, report_errors
-from troupe.cli.config import find_model
+from troupe.cli.config import find_adapter, find_model
 from troupe.errors import InputError
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.runtime.terminal import tell, tell_json
@@ -33,6 +33,7 @@ _KEYS = {
 @click.option(
     "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
 )
+@click.option("--adapter", metavar="ADAPTER_DIR", help="Adapter beside the model: a run's, PEFT's or mlx-lm's.")
 @click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from standard input.")
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's message, and let the assistant answer.")
 @click.option("--system", metavar="TEXT", help="The system message of the chat.")
@@ -49,6 +50,7 @@ _KEYS = {
 def generate(
     *,
     model: str | None,
+    adapter: str | None,
     prompt: str,
     chat: bool,
     system: str | None,
@@ -71,7 +73,7 @@ def generate(
         asked = [*asked, {"role": "user", "content": text}]
     generation = GenerationConfig(num_generations=samples, max_completion_length=max_new_tokens, **sampling)
     seed = secrets.randbits(32) if seed is None else seed
-    policy = load_policy(find_model(model), dtype)
+    policy = load_policy(find_model(model), dtype, adapter=None if adapter is None else find_adapter(adapter))
     raw = not sys.stdout.isatty()  # a file or a program wants the text as it was written
     options: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
     if options and policy.tokenizer.unknown_variables(**options):

@@ -25,6 +25,7 @@ from troupe.daemon.control.place import refuse_where_served
 from troupe.daemon.control.server import ControlServer
 from troupe.errors import InputError
 from troupe.policy import parameter_count
+from troupe.policy.adapter.modules import describe_adapter
 from troupe.run.config import RunConfig, config_table
 from troupe.run.folder_names import run_folder_named
 from troupe.run.memory import describe as describe_memory
@@ -46,6 +47,8 @@ _LAST_WORDS_S = 0.5
 @click.option(
     "-m", "--model", metavar="MODEL_DIR", help="Policy to train: a Hugging Face folder, a hub id, or a run folder."
 )
+@click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank beside the policy.")
+@click.option("--adapter", metavar="ADAPTER_DIR", help="Go on with an adapter: a run's, PEFT's or mlx-lm's.")
 @click.option(
     "-d", "--dataset", metavar="PROMPTS", help="File (.json, .jsonl, .csv, .parquet), hf:… or reasoning_gym:…."
 )
@@ -154,6 +157,7 @@ def describe_plan(prepared: Prepared) -> list[str]:
     return [
         steps,
         f"model: {prepared.inputs.source}, {_count(parameter_count(policy.config))} weights in {policy.dtype}",
+        *([] if policy.base.adapter is None else [f"adapter: {describe_adapter(policy.config, policy.base.adapter)}"]),
         *prepared.inputs.description.splitlines(),
         f"a step: {learner.batch_size} prompts × {generation.num_generations} completions of at most "
         f"{generation.max_completion_length} tokens, at temperature {generation.temperature:g}",

@@ -26,7 +26,7 @@ from troupe.policy.model_files import (
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.linear import Linear
-from troupe.policy.network.qwen3 import EMBEDDING, HEAD, Weights, dtype_in, expected_shapes, weights_dtype
+from troupe.policy.network.qwen3 import EMBEDDING, FINAL_NORM, HEAD, Weights, dtype_in, expected_shapes, weights_dtype
 from troupe.policy.safetensors import read_header
 from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
 
@@ -84,6 +84,18 @@ def read_model_folder(
     if config.quantization is not None and (is_on_cpu() if expand is None else expand):
         config = _expand(config, weights, kept)
     return config, {name: weights[name] for name in expected_shapes(config)}
+
+
+def stored_dtype(folder: Path) -> str:
+    """The name of the type that the float numbers of a folder are stored in: that of its last norm. ModelError as
+    above, where there is none."""
+    check_folder(folder)
+    stored = {canonical_name(name): tensor.dtype for file in weight_files(folder) for name, tensor in read_header(file)}
+    kind = stored.get(FINAL_NORM)
+    found = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(str(kind))
+    if found is None:
+        raise ModelError(f"{folder}: {FINAL_NORM}: missing, or of the type {kind}; it must be F32, BF16 or F16")
+    return found
 
 
 def _dtype_of(stored: Weights) -> mx.Dtype:

@@ -8,14 +8,17 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
-from troupe.policy.adapter.files import base_named_in, check_base, is_adapter_folder, read_adapter
+from troupe.policy.adapter.files import StoredAdapter, base_named_in, check_base, is_adapter_folder, read_adapter
 from troupe.policy.adapter.modules import Adapter, init_adapter, resolve_adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.folders import read_model_folder
 from troupe.policy.hub import resolve_model
 from troupe.policy.model import Policy
 from troupe.policy.model_files import Companions, model_fingerprint
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import Weights
+
+_REMEDY = "give its base, with the adapter beside it (-m BASE --adapter DIR), or fuse or merge first"
 
 
 def load_policy(path: str | Path, dtype: str | None = None, *, adapter: str | Path | None = None) -> Policy:
@@ -63,14 +66,20 @@ def resolve_base(path: str | Path, adapter: Path | None = None) -> tuple[Path, P
     if adapter is not None:
         raise ModelError(f"{folder}: is an adapter itself, and {adapter} is given beside it; name one of them")
     if (base := base_named_in(folder)) is None:
-        raise ModelError(f"{folder}: holds an adapter and names no base; give the base, and the adapter beside it")
+        raise ModelError(f"{folder}: holds an adapter and names no base; {_REMEDY}")
     try:
         return resolve_model(base), folder
     except ModelError as error:
         raise ModelError(
-            f"{folder}: holds an adapter of the base {base}, which is not there: {error}; give the base, and the "
-            "adapter beside it"
+            f"{folder}: holds an adapter of the base {base}, which cannot be used: {error}; {_REMEDY}"
         ) from None
+
+
+def adapter_beside(folder: Path, config: Qwen3Config, base: Path) -> StoredAdapter:
+    """The adapter of a folder, which must be one of this base. ModelError where it is not."""
+    stored = read_adapter(folder, config)
+    check_base(stored, folder, model_fingerprint(base), base)
+    return stored
 
 
 def _whole(folder: Path, dtype: str | None) -> Policy:

@@ -273,7 +273,7 @@ def _convert(table: dict[str, Any], sources: _Sources) -> RunConfig:
         key = where.rstrip("`").lstrip(".")
         if not key:
             raise ConfigError(f"{sources.of_relation(message, '')}: {message}") from None
-        value = _value_at(table, key)
+        value, message = _value_at(table, key), message.replace(" | null", "")
         message = message[:1].lower() + message[1:].replace("`", "").replace("object", "a table")
         if isinstance(value, dict):  # too long to show
             is_section = key in RunConfig.__struct_fields__

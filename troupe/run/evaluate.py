@@ -5,6 +5,7 @@ The same engine, rewards and batch as in a run, called one after the other.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,10 @@ async def evaluate_folder(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluate a model folder on a source of prompts; what `troupe eval` does.
+    """Evaluate a model folder, or one with an adapter beside it, on a source of prompts; what `troupe eval` does.
 
     Without rewards the rows must say what is right (`default_reward`). `data` says how rows are read, as in a run; its
     paths do not count. Raises InputError.
@@ -249,7 +251,7 @@ async def evaluate_folder(
     manager = RewardManager(list(rewards) or [default_reward(rows.columns, rows.source)])
     manager.check_columns(rows.columns)
     async with DeviceThread("evaluation") as device, manager:
-        policy = await device.run(load_policy, model, dtype)
+        policy = await device.run(partial(load_policy, model, dtype, adapter=adapter))
         policy.check_stop_ids()
         positions = policy.config.max_position_embeddings
         limit = min(data.max_prompt_tokens or positions, positions - 1)

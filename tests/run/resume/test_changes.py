@@ -77,7 +77,7 @@ def test_differences_are_told_in_words() -> None:
     assert [str(difference) for difference in found] == [
         "seed: 0 → 3 (never: all that is drawn follows from it)",
         "rewards.functions: [] → ['length']",
-        "learner.lr: 1e-06 → 0.001",
+        "learner.lr: (none) → 0.001",
         "learner.max_steps: (none) → 7",
     ]
     assert str(Difference(key="model.path", old="/a", new="/b")).startswith(

@@ -55,7 +55,8 @@ def read_quantization(settings: Mapping[str, Any]) -> Quantization | None:
         if not isinstance(table, dict):
             raise ModelError(f"{key}: {table!r} is refused; it must be a table with group_size and bits")
         if "group_size" not in table or "quant_method" in table:
-            raise ModelError(f"{key}: the kind {table.get('quant_method')!r} is not supported; {_REMEDY}")
+            named = f"the kind {table['quant_method']!r}" if "quant_method" in table else "no group_size, which"
+            raise ModelError(f"{key}: {named} is not supported; {_REMEDY}")
         default = _read_one(key, table)
         modules = {name: _read_module(f"{key}.{name}", value) for name, value in table.items() if name not in _NAMES}
         found[key] = Quantization(default, {n: q for n, q in modules.items() if q != default})

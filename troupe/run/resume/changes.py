@@ -77,7 +77,7 @@ MACHINE_KEYS = tuple(f"{MACHINE}.{name}" for name in ("device", "mlx", "system",
 _WHY_NEVER = {
     "model.path": "a run goes on with the model that it began with",
     "model.dtype": "the optimizer's state belongs to weights of that type",
-    "adapter.resume_from": "a run goes on with the adapter that it began with",
+    "adapter.*": "a run goes on with the adapter that it began with",
     "data.path": "a run goes on with the prompts that it began with",
     "data.prompt_column": "a run goes on with the prompts that it began with",
     "data.answer_column": "a run goes on with the answers that it began with",
@@ -87,6 +87,10 @@ _WHY_NEVER = {
     "schedule.mode": "the two schedules keep other things of groups under way",
     "seed": "all that is drawn follows from it",
 }
+
+
+def _why_never(key: str) -> str:
+    return _WHY_NEVER.get(key) or _WHY_NEVER[f"{key.partition('.')[0]}.*"]
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +106,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
         return rule_of(self.key)
 
     def __str__(self) -> str:
-        why = f" (never: {_WHY_NEVER[self.key]})" if self.rule == "never" else ""
+        why = f" (never: {_why_never(self.key)})" if self.rule == "never" else ""
         return f"{self.key}: {_shown(self.old)} → {_shown(self.new)}{why}"
 
 
@@ -135,7 +139,7 @@ def check_allowed(keys: Sequence[str]) -> frozenset[str]:
             raise ConfigError(f"--allow-change {key}: there is no such key; {_nearest(key)}")
         if rule_of(key) == "never":
             raise ConfigError(
-                f"--allow-change {key}: this can never change ({_WHY_NEVER[key]}); start a new run in another folder, "
+                f"--allow-change {key}: this can never change ({_why_never(key)}); start a new run in another folder, "
                 "from a checkpoint of this one if you like: each is a model folder"
             )
     return frozenset(keys)

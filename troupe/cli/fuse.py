@@ -1,0 +1,67 @@
+"""`troupe fuse`: a model folder with an adapter in it."""
+
+from pathlib import Path
+
+import click
+import mlx.core as mx
+
+from troupe.checkpoint import save_final_policy
+from troupe.cli.commands import Command, report_errors
+from troupe.cli.config import find_adapter, find_model
+from troupe.errors import OutputError
+from troupe.policy import Policy, load_policy
+from troupe.policy.adapter.fuse import fuse as fuse_network
+from troupe.policy.folders import read_model_folder, stored_dtype
+from troupe.policy.load import adapter_beside, resolve_base
+from troupe.policy.model_files import Companions
+from troupe.runtime.terminal import tell
+
+_TEXTS = ("The capital of France is", "12 + 30 =", "def add(a, b):\n    return", "Once upon a time")
+_IDS = 12
+"""Of a text without a tokenizer."""
+
+
+@click.command(cls=Command, keys={"model": "model.path"}, short_help="Put an adapter into its base.")
+@click.option("-m", "--model", metavar="MODEL_DIR", help="The base; default: the one that the adapter names.")
+@click.option("--adapter", metavar="ADAPTER_DIR", required=True, help="Adapter of a run, of PEFT or of mlx-lm.")
+@click.option("-o", "--output", metavar="OUT_DIR", required=True, help="Where the model folder goes.")
+@click.option("--dequantize", is_flag=True, help="Of a quantized base write float numbers, which keeps the adapter.")
+@report_errors
+def fuse(model: str | None, adapter: str, output: str, *, dequantize: bool) -> None:
+    """Write a model folder that is the base with the adapter in it, and tell what rounding costs."""
+    out = Path(output).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: is there already and not empty; give another folder (-o OUT_DIR)")
+    of_adapter = Path(find_adapter(adapter))
+    folder, beside = resolve_base(
+        of_adapter if model is None else find_model(model), None if model is None else of_adapter
+    )
+    assert beside is not None
+    config, weights = read_model_folder(folder, stored_dtype(folder), expand=False)
+    stored = adapter_beside(beside, config, folder)
+    was_packed = config.quantization is not None
+    fused_config, fused = fuse_network(config, dict(weights), stored.adapter, stored.weights, dequantize=dequantize)
+    del weights
+    save_final_policy(out, fused_config, fused, Companions.of(folder))
+    del fused
+    apart = _apart(load_policy(folder, adapter=beside), load_policy(out))
+    tell(f"fused {len(stored.adapter.modules)} matrices into {out}")
+    rounded = "packing them again" if was_packed and not dequantize else "rounding them"
+    tell(f"largest difference of a logit, by {rounded}: {apart:.3g} (over {len(_TEXTS)} short texts)")
+    if was_packed and not dequantize:
+        tell("note: the adapter beside its base is exact, and so is --dequantize")
+
+
+def _apart(exact: Policy, fused: Policy) -> float:
+    """The largest difference of a logit, over a few texts."""
+    largest = 0.0
+    for number, text in enumerate(_TEXTS):
+        if exact.companions.have_tokenizer:
+            ids = exact.tokenizer.encode(text)
+        else:
+            key = mx.random.key(number)
+            ids = mx.random.randint(0, exact.config.vocab_size, (_IDS,), key=key).tolist()  # type: ignore[assignment]
+        row = mx.array([ids])
+        apart = mx.max(mx.abs(exact.model(row).astype(mx.float32) - fused.model(row).astype(mx.float32)))
+        largest = max(largest, float(apart))
+    return largest
