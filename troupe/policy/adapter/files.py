@@ -8,8 +8,9 @@ Over which base an adapter was trained is said by its fingerprint in the metadat
 them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ import msgspec
 from troupe.errors import ModelError
 from troupe.policy.adapter import mlx_lm, peft
 from troupe.policy.adapter.modules import Adapter, adapter_shapes
-from troupe.policy.model_files import ADAPTER_CONFIG, read_json, some
+from troupe.policy.model_files import ADAPTER_CONFIG, WEIGHTS_NAME, read_json, some
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.safetensors import StoredTensor, read_header
 
@@ -50,9 +51,12 @@ class AdapterFiles(NamedTuple):
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    names = (ADAPTER_CONFIG, peft.WEIGHTS_FILE, mlx_lm.WEIGHTS_FILE)
-    return any((folder / name).is_file() for name in names) and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter and no weights of a model; a config.json alone, which some trainers leave
+    beside an adapter, is no model."""
+    names = (ADAPTER_CONFIG, peft.WEIGHTS_FILE, mlx_lm.WEIGHTS_FILE, *_PICKLES)
+    if not any((folder / name).is_file() for name in names):
+        return False
+    return not any(WEIGHTS_NAME.fullmatch(file.name) for file in folder.glob("model*.safetensors*"))
 
 
 def base_named_in(folder: Path) -> str | None:
@@ -72,15 +76,12 @@ def read_adapter(folder: Path, network: Qwen3Config) -> StoredAdapter:
     if not config.is_file():
         raise ModelError(f"{folder}: holds no {ADAPTER_CONFIG}, so it is no adapter folder")
     settings = read_json(config)
-    ours = peft if (folder / peft.WEIGHTS_FILE).is_file() else mlx_lm
+    ours = _format_of(folder, settings)
     file = folder / ours.WEIGHTS_FILE
-    if not file.is_file():
-        pickles = [name for name in _PICKLES if (folder / name).is_file()]
-        instead = f", but {pickles[0]}, which is not read; save it anew as safetensors" if pickles else ""
-        raise ModelError(f"{folder}: holds neither {peft.WEIGHTS_FILE} nor {mlx_lm.WEIGHTS_FILE}{instead}")
     headers = _headers(file)
-    names = {stored: ours.our_name(stored) for stored in headers}
+    names = {stored: ours.our_name(stored) for stored, _ in headers}
     known = {name for name in names.values() if name is not None}
+    _check_types(file, headers)
     arrays, metadata = mx.load(str(file), return_metadata=True)
     assert isinstance(arrays, dict)
     assert isinstance(metadata, dict)
@@ -89,7 +90,7 @@ def read_adapter(folder: Path, network: Qwen3Config) -> StoredAdapter:
     else:
         partial = mlx_lm.PARTIAL in metadata
         adapter = mlx_lm.read_settings(config, settings, known, network, partial=partial)
-    _check(file, headers, names, adapter_shapes(network, adapter), is_transposed=ours is mlx_lm)
+    _check(file, headers, names, adapter_shapes(network, adapter), ours)
     weights = {}
     for stored, name in names.items():
         array = arrays[stored].astype(mx.float32)
@@ -101,42 +102,59 @@ def read_adapter(folder: Path, network: Qwen3Config) -> StoredAdapter:
     return StoredAdapter(adapter, in_order, base_named_in(folder), metadata.get(_BASE))
 
 
-def _headers(file: Path) -> dict[str, StoredTensor]:
+def _format_of(folder: Path, settings: Mapping[str, Any]) -> ModuleType:
+    """Whose tensors are to be read; where both kinds are there, those of the tool that wrote the settings last."""
+    there = [ours for ours in (peft, mlx_lm) if (folder / ours.WEIGHTS_FILE).is_file()]
+    if not there:
+        pickles = [name for name in _PICKLES if (folder / name).is_file()]
+        instead = f", but {pickles[0]}, which is not read; save it anew as safetensors" if pickles else ""
+        raise ModelError(f"{folder}: holds neither {peft.WEIGHTS_FILE} nor {mlx_lm.WEIGHTS_FILE}{instead}")
+    return there[0] if "peft_type" in settings else there[-1]
+
+
+def _headers(file: Path) -> list[tuple[str, StoredTensor]]:
     try:
-        return dict(read_header(file))
+        return read_header(file)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error}") from None
 
 
+def _check_types(file: Path, headers: Sequence[tuple[str, StoredTensor]]) -> None:
+    """Before anything is loaded: MLX does not know all types that the format has."""
+    if bad := [f"{name}: dtype {tensor.dtype}" for name, tensor in headers if tensor.dtype not in _FLOATS]:
+        raise ModelError(f"{file}: {some(bad)}; only {', '.join(_FLOATS)} are read")
+
+
 def _check(
     file: Path,
-    headers: Mapping[str, StoredTensor],
+    headers: Sequence[tuple[str, StoredTensor]],
     names: Mapping[str, str | None],
     wanted: Mapping[str, tuple[int, ...]],
-    *,
-    is_transposed: bool,
+    ours: ModuleType,
 ) -> None:
-    """Raise one ModelError that tells of tensors that are missing, left over, of another shape or no floats."""
+    """Raise one ModelError that tells of tensors that are missing, left over, twice there or of another shape."""
     faults = []
+    seen: set[str | None] = set()
     if not wanted and not headers:
         raise ModelError(f"{file}: holds no adapter of this network: no tensors")
-    for stored, tensor in headers.items():
+    for stored, tensor in headers:
         name = names[stored]
-        shape = tensor.shape[::-1] if is_transposed else tensor.shape
+        shape = tensor.shape[::-1] if ours is mlx_lm else tensor.shape
         if name is None or name not in wanted:
-            faults.append(f"{stored}: left over: no module of this network, or a kind that {ADAPTER_CONFIG} lacks")
+            faults.append(f"{stored}: left over: {ADAPTER_CONFIG} names no such part of an adapter of this network")
+        elif name in seen:
+            faults.append(f"{stored}: stored twice")
         elif shape != (asked := wanted[name]):
-            expected = asked[::-1] if is_transposed else asked
+            expected = asked[::-1] if ours is mlx_lm else asked
             faults.append(
                 f"{stored}: shape {list(tensor.shape)}, this base and {ADAPTER_CONFIG} ask for {list(expected)}"
             )
-        elif tensor.dtype not in _FLOATS:
-            faults.append(f"{stored}: dtype {tensor.dtype}, only F32, BF16 and F16 are read")
-    faults += [f"{name}: missing" for name in wanted if name not in names.values()]
+        seen.add(name)
+    faults += [f"{ours.their_name(name)}: missing" for name in wanted if name not in seen]
     if faults:
         shown = "".join(f"\n  {fault}" for fault in faults[:6])
         more = f"\n  and {len(faults) - 6} more" if len(faults) > 6 else ""
-        raise ModelError(f"{file}: {len(faults)} bad tensor(s) for this base: {shown}{more}")
+        raise ModelError(f"{file}: {len(faults)} bad tensor(s) for this base:{shown}{more}")
 
 
 def check_base(stored: StoredAdapter, folder: Path, fingerprint: str, base: Path) -> None:
@@ -159,7 +177,7 @@ def adapter_files(
     }
     of_mlx = mlx_lm.tensors_for(adapter, weights)
     mx.eval(of_mlx)
-    of_peft = {peft.peft_name(name): array for name, array in weights.items()}
+    of_peft = {peft.their_name(name): array for name, array in weights.items()}
     partial = {mlx_lm.PARTIAL: "true"} if mlx_lm.is_partial(network, adapter) else {}
     return AdapterFiles(
         msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n",

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from troupe.errors import ModelError
-from troupe.policy.adapter.modules import Adapted, Adapter, Kind, layer_of
-from troupe.policy.adapter.values import number_of
+from troupe.policy.adapter.modules import Adapted, Adapter, Kind, layer_of, name_in_layer
+from troupe.policy.adapter.values import names_of, number_of
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.linear import MAGNITUDE, A, B
 from troupe.policy.network.qwen3 import linear_shapes
@@ -32,14 +32,25 @@ def our_name(stored: str) -> str | None:
     return None
 
 
+def their_name(name: str) -> str:
+    """Our name of a tensor → mlx-lm's."""
+    module, _, kind = name.removesuffix(".weight").rpartition(".")
+    return f"{module}{_SUFFIXES[f'.{kind}']}"
+
+
 def read_settings(
     file: Path, settings: Mapping[str, Any], stored: set[str], network: Qwen3Config, *, partial: bool
 ) -> Adapter:
-    """The adapter of a parsed `adapter_config.json` whose file of tensors has these, under our names; modules that are
-    named and have no tensors are among those of the result unless it is `partial`. Raises ModelError, naming the file
-    and the key."""
+    """The adapter of a parsed `adapter_config.json` whose file of tensors has these, under our names: the modules that
+    mlx-lm would give one; of a `partial` file those of them that have tensors. Raises ModelError, naming the file and
+    the key."""
     kind = settings.get("fine_tune_type", "lora")
-    if kind not in _KINDS:
+    if kind == "full":
+        raise ModelError(
+            f"{file}: fine_tune_type: 'full': these are weights of the network itself, no adapter; make a model folder "
+            "of them with mlx_lm.fuse, and give that"
+        )
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ModelError(f"{file}: fine_tune_type: {kind!r} is not supported; it must be 'lora' or 'dora'")
     parameters = settings.get("lora_parameters")
     if not isinstance(parameters, dict):
@@ -51,16 +62,21 @@ def read_settings(
         )
     scale = number_of(file, parameters, "scale", None)
     rank = number_of(file, parameters, "rank", None)
+    if scale == 0.0:
+        raise ModelError(f"{file}: lora_parameters.scale: 0, so that the adapter does nothing; correct it")
     if rank != int(rank) or rank < 1:
         raise ModelError(f"{file}: lora_parameters.rank: {rank} is refused; it must be a whole number from 1")
     layers = number_of(file, settings, "num_layers", -1)
     first = network.num_hidden_layers - int(layers) if layers > 0 else 0
-    keys = parameters.get("keys")
+    keys = names_of(file, parameters, "keys")
+    if isinstance(keys, str):
+        raise ModelError(f"{file}: lora_parameters.keys: {keys!r} is refused; it must be a list of names")
     modules = {}
     for module in linear_shapes(network):
-        named = layer_of(module) >= first and (keys is None or module.split(".", 3)[3] in keys or module in keys)
-        has = f"{module}{A}.weight" in stored or f"{module}{B}.weight" in stored
-        if has or (named and not partial):
+        is_meant = keys is None or name_in_layer(module) in keys
+        is_meant = (is_meant and layer_of(module) >= first) or (keys is not None and module in keys)
+        has_tensors = f"{module}{A}.weight" in stored or f"{module}{B}.weight" in stored
+        if is_meant and (has_tensors or not partial):
             modules[module] = Adapted(int(rank), scale)
     dropout = number_of(file, parameters, "dropout", 0.0)
     return Adapter(kind=_KINDS[kind], modules=modules, dropout=dropout)
@@ -77,14 +93,14 @@ def settings_for(network: Qwen3Config, adapter: Adapter) -> dict[str, Any]:
             "rank": rank,
             "scale": scale,
             "dropout": adapter.dropout,
-            "keys": sorted({module.split(".", 3)[3] for module in adapter.modules}),
+            "keys": sorted({name_in_layer(module) for module in adapter.modules}),
         },
     }
 
 
 def is_partial(network: Qwen3Config, adapter: Adapter) -> bool:
     """Whether `settings_for` names modules that have no adapter."""
-    names = {module.split(".", 3)[3] for module in adapter.modules}
+    names = {name_in_layer(module) for module in adapter.modules}
     return len(adapter.modules) < len(names) * (network.num_hidden_layers - min(map(layer_of, adapter.modules)))
 
 
@@ -97,10 +113,10 @@ def tensors_for(adapter: Adapter, weights: Mapping[str, mx.array]) -> dict[str, 
         a, b = weights[f"{module}{A}.weight"].T, weights[f"{module}{B}.weight"].T
         if adapted.scale != scale:
             b = b * (adapted.scale / scale)
-        tensors[f"{module}.lora_a"] = mx.contiguous(mx.pad(a, [(0, 0), (0, more)]) if more else a)
-        tensors[f"{module}.lora_b"] = mx.contiguous(mx.pad(b, [(0, more), (0, 0)]) if more else b)
+        tensors[module + _SUFFIXES[A]] = mx.contiguous(mx.pad(a, [(0, 0), (0, more)]) if more else a)
+        tensors[module + _SUFFIXES[B]] = mx.contiguous(mx.pad(b, [(0, more), (0, 0)]) if more else b)
         if adapter.kind == "dora":
-            tensors[f"{module}.m"] = weights[f"{module}{MAGNITUDE}.weight"]
+            tensors[module + _SUFFIXES[MAGNITUDE]] = weights[f"{module}{MAGNITUDE}.weight"]
     return tensors
 
 

@@ -4,14 +4,14 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import mlx.core as mx
 import msgspec
 
 from troupe.errors import ConfigError
-from troupe.policy.adapter.settings import AdapterConfig
+from troupe.policy.adapter.settings import AdapterConfig, end_pattern
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.linear import MAGNITUDE, A, B
 from troupe.policy.network.qwen3 import linear_shapes, parameter_count
@@ -48,6 +48,10 @@ def resolve_adapter(config: AdapterConfig, network: Qwen3Config) -> Adapter:
     chosen = _targeted(config.target_modules, modules)
     layers = _layers(config.layers, network.num_hidden_layers)
     chosen = [module for module in chosen if layer_of(module) in layers]
+    if not chosen:
+        raise ConfigError(
+            "adapter.layers leaves none of the modules that adapter.target_modules names; change one of them"
+        )
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
             if not any(matches(pattern, module) for module in chosen):
@@ -64,7 +68,12 @@ def resolve_adapter(config: AdapterConfig, network: Qwen3Config) -> Adapter:
 
 def matches(pattern: str, module: str) -> bool:
     """Whether a regular expression matches the end of a module's name behind a dot, as PEFT's patterns do."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return re.match(end_pattern(pattern), module) is not None
+
+
+def is_named(module: str, names: Iterable[str]) -> bool:
+    """Whether a module's name equals one of these, or ends with it behind a dot."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def by_pattern(patterns: Mapping[str, T], module: str, otherwise: T) -> T:
@@ -77,6 +86,11 @@ def layer_of(module: str) -> int:
     found = _LAYER.match(module)
     assert found is not None
     return int(found[1])
+
+
+def name_in_layer(module: str) -> str:
+    """A module's name without that of its layer, such as "self_attn.q_proj"."""
+    return module.split(".", 3)[3]
 
 
 def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
@@ -95,9 +109,9 @@ def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"adapter.target_modules: {name!r} cannot have an adapter here; the seven matrices of each layer can"
             )
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
+        if not any(is_named(module, [name]) for module in modules):
             raise ConfigError(f"adapter.target_modules: no module is called {name!r}; {_nearest(name, modules)}")
-    return [m for m in modules if any(m == name or m.endswith(f".{name}") for name in target)]
+    return [module for module in modules if is_named(module, target)]
 
 
 def _nearest(name: str, modules: Sequence[str]) -> str:

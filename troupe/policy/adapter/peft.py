@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from troupe.errors import ModelError
-from troupe.policy.adapter.modules import Adapted, Adapter, by_pattern
-from troupe.policy.adapter.values import number_of, numbers_of
+from troupe.errors import ModelError, sayable
+from troupe.policy.adapter.modules import Adapted, Adapter, by_pattern, is_named, layer_of
+from troupe.policy.adapter.settings import end_pattern
+from troupe.policy.adapter.values import check_expression, names_of, number_of, numbers_of
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.linear import MAGNITUDE, A, B
 from troupe.policy.network.qwen3 import linear_shapes
@@ -32,7 +33,7 @@ _PLAIN = {
     "monteclora_config": (None, {}),
 }
 """Settings that change arithmetic, and the values that do not."""
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", None)
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
 """Ways to begin after which the base is as it was."""
 
 
@@ -43,7 +44,7 @@ def our_name(stored: str) -> str | None:
     return None if match is None else f"{match[1]}.{match[2]}.weight"
 
 
-def peft_name(name: str) -> str:
+def their_name(name: str) -> str:
     """Our name of a tensor → PEFT's."""
     bare = name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
     return f"{_PREFIX}{bare}"
@@ -52,8 +53,8 @@ def peft_name(name: str) -> str:
 def read_settings(file: Path, settings: Mapping[str, Any], stored: set[str], network: Qwen3Config) -> Adapter:
     """The adapter of a parsed `adapter_config.json` whose file of tensors has these, under our names.
 
-    Which modules have an adapter is said by the tensors; where a module is targeted and has none, its name is among
-    those of the result, so that what is missing is found. Raises ModelError, naming the file and the key.
+    The modules are those that PEFT would look for: it passes over tensors of any other. Raises ModelError, naming the
+    file and the key.
     """
     if (kind := settings.get("peft_type")) != "LORA":
         raise ModelError(f"{file}: peft_type: {kind!r} is not supported; it must be 'LORA'")
@@ -66,41 +67,49 @@ def read_settings(file: Path, settings: Mapping[str, Any], stored: set[str], net
             "(path_initial_model_for_weight_conversion) first"
         )
     rank, alpha = number_of(file, settings, "r", 8), number_of(file, settings, "lora_alpha", 8)
-    ranks, alphas = numbers_of(file, settings, "rank_pattern"), numbers_of(file, settings, "alpha_pattern")
+    ranks, alphas = _patterns(file, settings, "rank_pattern"), _patterns(file, settings, "alpha_pattern")
     rooted = bool(settings.get("use_rslora"))
     modules = {}
-    for module in linear_shapes(network):
-        if f"{module}{A}.weight" in stored or f"{module}{B}.weight" in stored or _is_targeted(settings, module):
-            own = by_pattern(ranks, module, rank)
-            if own != int(own) or own < 1:
-                raise ModelError(f"{file}: the rank of {module} is {own}; it must be a whole number from 1")
-            scale = by_pattern(alphas, module, alpha) / (math.sqrt(own) if rooted else own)
-            modules[module] = Adapted(int(own), scale)
+    for module in _targeted(file, settings, stored, network):
+        own, own_alpha = by_pattern(ranks, module, rank), by_pattern(alphas, module, alpha)
+        if own != int(own) or own < 1:
+            raise ModelError(f"{file}: the rank of {module} is {own}; it must be a whole number from 1")
+        if own_alpha == 0.0:
+            raise ModelError(f"{file}: lora_alpha of {module} is 0, so that its adapter does nothing; correct it")
+        modules[module] = Adapted(int(own), own_alpha / (math.sqrt(own) if rooted else own))
     dropout = number_of(file, settings, "lora_dropout", 0.0)
     return Adapter(kind="dora" if settings.get("use_dora") else "lora", modules=modules, dropout=dropout)
 
 
-def _is_targeted(settings: Mapping[str, Any], module: str) -> bool:
-    """Whether the settings ask for an adapter there, as far as they can be read."""
-    target, excluded, layers = (
-        settings.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform")
-    )
-    if excluded and _is_named(excluded, module):
-        return False
-    if isinstance(layers, int):
-        layers = [layers]
-    if isinstance(layers, list) and int(module.split(".")[2]) not in layers:
-        return False
-    return target == "all-linear" or (bool(target) and _is_named(target, module))
+def _patterns(file: Path, settings: Mapping[str, Any], key: str) -> dict[str, float]:
+    table = numbers_of(file, settings, key)
+    for pattern in table:
+        check_expression(file, key, pattern)
+        check_expression(file, key, end_pattern(pattern))
+    return table
 
 
-def _is_named(names: Any, module: str) -> bool:
-    if isinstance(names, str):
-        try:
-            return re.fullmatch(names, module) is not None
-        except re.error:
-            return False
-    return isinstance(names, list) and any(module == name or module.endswith(f".{name}") for name in names)
+def _targeted(file: Path, settings: Mapping[str, Any], stored: set[str], network: Qwen3Config) -> list[str]:
+    """The modules of the network that the settings name; where they name none at all, those that have tensors."""
+    target, excluded = names_of(file, settings, "target_modules"), names_of(file, settings, "exclude_modules")
+    layers = settings.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or None
+    if layers is not None and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
+        raise ModelError(f"{file}: layers_to_transform: {layers!r} is refused; it must be a list of numbers of layers")
+    modules = [module for module in linear_shapes(network) if not (excluded and _is_meant(excluded, module))]
+    if target is None:
+        return [module for module in modules if f"{module}{A}.weight" in stored or f"{module}{B}.weight" in stored]
+    if target == "all-linear":
+        return modules
+    return [
+        module
+        for module in modules
+        if _is_meant(target, module) and (layers is None or module in target or layer_of(module) in layers)
+    ]
+
+
+def _is_meant(names: str | list[str], module: str) -> bool:
+    return re.fullmatch(names, module) is not None if isinstance(names, str) else is_named(module, names)
 
 
 def settings_for(adapter: Adapter, layers: int, base_name: str) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def settings_for(adapter: Adapter, layers: int, base_name: str) -> dict[str, Any
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": sayable(base_name),
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -123,11 +132,7 @@ def settings_for(adapter: Adapter, layers: int, base_name: str) -> dict[str, Any
         "use_dora": adapter.kind == "dora",
         "target_modules": names if _names_all(adapter, names, layers) else sorted(adapter.modules),
         "rank_pattern": {re.escape(m): a.rank for m, a in adapter.modules.items() if a.rank != ranks},
-        "alpha_pattern": {
-            re.escape(m): whole_number(a.scale * a.rank)
-            for m, a in adapter.modules.items()
-            if a.scale * a.rank != alphas
-        },
+        "alpha_pattern": {re.escape(m): alpha for m, a in adapter.modules.items() if (alpha := _alpha_of(a)) != alphas},
     }
 
 
@@ -139,10 +144,11 @@ def _names_all(adapter: Adapter, names: list[str], layers: int) -> bool:
 def _most_common(adapter: Adapter) -> tuple[int, float]:
     """Rank and alpha of most modules."""
     ranks = [adapted.rank for adapted in adapter.modules.values()]
-    alphas = [adapted.scale * adapted.rank for adapted in adapter.modules.values()]
-    return max(set(ranks), key=ranks.count), whole_number(max(sorted(set(alphas)), key=alphas.count))
+    alphas = [_alpha_of(adapted) for adapted in adapter.modules.values()]
+    return max(sorted(set(ranks)), key=ranks.count), max(sorted(set(alphas)), key=alphas.count)
 
 
-def whole_number(value: float) -> float:
-    """As an integer where it is one: PEFT declares alpha so."""
-    return int(value) if value == int(value) else value
+def _alpha_of(adapted: Adapted) -> float:
+    """What gives this scale; an integer where one does: PEFT declares alpha so."""
+    alpha = adapted.scale * adapted.rank
+    return round(alpha) if round(alpha) / adapted.rank == adapted.scale else alpha

@@ -58,7 +58,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 raise ValueError(f"{name} is {alpha}; give a finite number above 0")
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, key):
-                check_pattern(f"adapter.{key}", pattern)
+                check_end_pattern(f"adapter.{key}", pattern)
         if isinstance(self.target_modules, str):
             check_pattern("adapter.target_modules", self.target_modules)
         if not self.target_modules:
@@ -72,7 +72,10 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, int) and self.layers < 1:
-            raise ValueError(f"adapter.layers is {self.layers}; give how many of the last layers, at least 1")
+            raise ValueError(
+                f"adapter.layers is {self.layers}; give how many of the last layers, at least 1, or leave it "
+                "out for all"
+            )
         if isinstance(self.layers, tuple):
             if not self.layers:
                 raise ValueError("adapter.layers is empty; give numbers of layers, or leave it out for all")
@@ -80,12 +83,28 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 raise ValueError(f"adapter.layers names layer {min(self.layers)}; the first layer is 0")
 
 
+def end_pattern(pattern: str) -> str:
+    """The regular expression that a key of PEFT's patterns stands for: it matches where the end of a module's name
+    does, behind a dot."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def check_pattern(key: str, pattern: str) -> None:
     """Raise ValueError where a text is no regular expression."""
+    _compile(key, pattern, pattern)
+
+
+def check_end_pattern(key: str, pattern: str) -> None:
+    """Raise ValueError where a text is none that `end_pattern` can take, which a bracket or a flag may spoil."""
+    _compile(key, pattern, pattern)
+    _compile(key, pattern, end_pattern(pattern))
+
+
+def _compile(key: str, pattern: str, whole: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+        re.compile(whole)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{key}: {pattern!r} is no regular expression that fits here: {error}") from None
 
 
 def _named(key: str, values: dict[str, float]) -> list[tuple[str, float]]:

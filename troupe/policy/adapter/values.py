@@ -1,11 +1,15 @@
-"""Numbers of an adapter's settings, checked."""
+"""Values of an adapter's settings, checked."""
 
-import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from troupe.errors import ModelError
+
+_MOST = 1e30
+"""Far above what any of these numbers is."""
+_SHOWN = 40
 
 
 def number_of(file: Path, settings: Mapping[str, Any], key: str, otherwise: float | None) -> float:
@@ -13,8 +17,8 @@ def number_of(file: Path, settings: Mapping[str, Any], key: str, otherwise: floa
     value = settings.get(key)
     if value is None:
         value = otherwise
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        what = "missing" if value is None else f"{value!r} is refused"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST <= value <= _MOST:
+        what = "missing" if value is None else f"{str(value)[:_SHOWN]} is refused"
         raise ModelError(f"{file}: {key}: {what}; it must be a finite number")
     return value
 
@@ -25,3 +29,22 @@ def numbers_of(file: Path, settings: Mapping[str, Any], key: str) -> dict[str, f
     if not isinstance(table, dict):
         raise ModelError(f"{file}: {key}: {table!r} is refused; it must be a table of numbers")
     return {name: number_of(file, table, name, None) for name in table}
+
+
+def names_of(file: Path, settings: Mapping[str, Any], key: str) -> str | list[str] | None:
+    """What names modules: a regular expression, or a list of names; None where the key is missing or null. ModelError
+    for anything else."""
+    value = settings.get(key)
+    if isinstance(value, str):
+        check_expression(file, key, value)
+    elif value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise ModelError(f"{file}: {key}: {str(value)[:_SHOWN]} is refused; it must be a text or a list of names")
+    return value
+
+
+def check_expression(file: Path, key: str, expression: str) -> None:
+    """Raise ModelError where a text is no regular expression."""
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ModelError(f"{file}: {key}: {expression!r} is no regular expression: {error}") from None
