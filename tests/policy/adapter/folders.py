@@ -29,6 +29,24 @@ def resolved(network: Qwen3Config = NETWORK, **table: Any) -> Adapter:
     return resolve_adapter(msgspec.convert(given, AdapterConfig), network)
 
 
+ADAPTERS = {
+    "all": resolved(rank=8),
+    "dora": resolved(kind="dora", rank=4, alpha=6.0, target_modules=["q_proj", "down_proj"]),
+    "rslora": resolved(rank=7, alpha=6.0, use_rslora=True, target_modules=["k_proj", "mlp.up_proj"]),
+    "last": resolved(rank=2, layers=1, dropout=0.25),
+    "holes": resolved(rank=3, layers=[0, 2], target_modules=["v_proj"]),
+    "one": resolved(target_modules=["model.layers.1.mlp.up_proj"]),
+    "patterns": resolved(
+        rank=4,
+        alpha=8.0,
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 8},
+        alpha_pattern={"down_proj": 4.0, "layers.2.mlp.up_proj": 3.0},
+    ),
+    "patterns-dora": resolved(kind="dora", rank=4, layers=[1], rank_pattern={"o_proj": 1}, alpha_pattern={"k_proj": 1}),
+}
+"""One of each kind that the two formats tell otherwise."""
+
+
 def random_weights(adapter: Adapter, seed: int = 0) -> dict[str, mx.array]:
     """Of which none is 0."""
     shapes = adapter_shapes(NETWORK, adapter)
