@@ -132,6 +132,8 @@ def test_the_base_may_be_named_from_the_adapter_s_folder_or_be_a_hub_s(tmp_path:
     folder = copied("peft/qv", tmp_path)
     edit_settings(folder, setting("base_model_name_or_path", "Qwen/Qwen3-0.6B"))
     assert base_named_in(folder) == "Qwen/Qwen3-0.6B"
+    edit_settings(folder, setting("base_model_name_or_path", "m" * 5000))
+    assert base_named_in(folder) == "m" * 5000, "no folder's name can be so long"
     edit_settings(folder, setting("base_model_name_or_path", None))
     assert base_named_in(folder) is None
 
@@ -324,6 +326,7 @@ def test_other_beginnings_are_harmless(init: Any, tmp_path: Path) -> None:
         ("alpha_pattern", {"q_proj": None}, "q_proj: missing; it must be a finite number"),
         ("target_modules", "(", "target_modules: '(' is no regular expression"),
         ("target_modules", {"q_proj": 1}, "target_modules: {'q_proj': 1} is refused; it must be a text or a list"),
+        ("lora_dropout", 1.0, "lora_dropout: 1.0 is refused; it must be at least 0 and below 1"),
         ("exclude_modules", ["q_proj", 7], "exclude_modules: ['q_proj', 7] is refused"),
         ("layers_to_transform", "1", "layers_to_transform: '1' is refused; it must be a list of numbers of layers"),
     ],
@@ -353,6 +356,7 @@ def without_scale(settings: dict[str, Any]) -> None:
         (parameter("scale", 0.0), "lora_parameters.scale: 0, so that the adapter does nothing"),
         (parameter("rank", 2.5), "lora_parameters.rank: 2.5 is refused; it must be a whole number from 1"),
         (parameter("keys", "self_attn.q_proj"), "lora_parameters.keys: 'self_attn.q_proj' is refused; it must be a li"),
+        (parameter("dropout", -0.1), "dropout: -0.1 is refused; it must be at least 0 and below 1"),
         (parameter("keys", [1]), "keys: [1] is refused"),
         (setting("num_layers", "all"), "num_layers: all is refused; it must be a finite number"),
     ],

@@ -9,6 +9,7 @@ them.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -64,8 +65,10 @@ def base_named_in(folder: Path) -> str | None:
     settings = read_json(folder / ADAPTER_CONFIG)
     named = [settings.get(key) for key in ("base_model_name_or_path", "model")]  # PEFT's and mlx-lm's
     name = next((name for name in named if isinstance(name, str) and name), None)
-    beside = None if name is None else folder / name
-    return str(beside) if beside is not None and beside.is_dir() else name
+    if name is not None:
+        with suppress(OSError):  # a text too long for a name is no folder's
+            return str(folder / name) if (folder / name).is_dir() else name
+    return name
 
 
 def read_adapter(folder: Path, network: Qwen3Config) -> StoredAdapter:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.modules import Adapted, Adapter, Kind, layer_of, name_in_layer
-from troupe.policy.adapter.values import names_of, number_of
+from troupe.policy.adapter.values import dropout_of, names_of, number_of
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.linear import MAGNITUDE, A, B
 from troupe.policy.network.qwen3 import linear_shapes
@@ -78,7 +78,7 @@ def read_settings(
         has_tensors = f"{module}{A}.weight" in stored or f"{module}{B}.weight" in stored
         if is_meant and (has_tensors or not partial):
             modules[module] = Adapted(int(rank), scale)
-    dropout = number_of(file, parameters, "dropout", 0.0)
+    dropout = dropout_of(file, parameters, "dropout")
     return Adapter(kind=_KINDS[kind], modules=modules, dropout=dropout)
 
 

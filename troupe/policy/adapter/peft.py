@@ -9,7 +9,7 @@ from typing import Any
 from troupe.errors import ModelError, sayable
 from troupe.policy.adapter.modules import Adapted, Adapter, by_pattern, is_named, layer_of
 from troupe.policy.adapter.settings import end_pattern
-from troupe.policy.adapter.values import check_expression, names_of, number_of, numbers_of
+from troupe.policy.adapter.values import check_expression, dropout_of, names_of, number_of, numbers_of
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.linear import MAGNITUDE, A, B
 from troupe.policy.network.qwen3 import linear_shapes
@@ -77,7 +77,7 @@ def read_settings(file: Path, settings: Mapping[str, Any], stored: set[str], net
         if own_alpha == 0.0:
             raise ModelError(f"{file}: lora_alpha of {module} is 0, so that its adapter does nothing; correct it")
         modules[module] = Adapted(int(own), own_alpha / (math.sqrt(own) if rooted else own))
-    dropout = number_of(file, settings, "lora_dropout", 0.0)
+    dropout = dropout_of(file, settings, "lora_dropout")
     return Adapter(kind="dora" if settings.get("use_dora") else "lora", modules=modules, dropout=dropout)
 
 

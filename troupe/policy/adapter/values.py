@@ -23,6 +23,14 @@ def number_of(file: Path, settings: Mapping[str, Any], key: str, otherwise: floa
     return value
 
 
+def dropout_of(file: Path, settings: Mapping[str, Any], key: str) -> float:
+    """A part of all, below 1; 0 where the key is missing."""
+    dropout = number_of(file, settings, key, 0.0)
+    if not 0.0 <= dropout < 1.0:
+        raise ModelError(f"{file}: {key}: {dropout} is refused; it must be at least 0 and below 1")
+    return dropout
+
+
 def numbers_of(file: Path, settings: Mapping[str, Any], key: str) -> dict[str, float]:
     """A table of finite numbers; empty where the key is missing."""
     table = settings.get(key) or {}
