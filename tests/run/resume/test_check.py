@@ -102,7 +102,7 @@ def test_open_values_are_those_that_preparing_fills_in(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("troupe.run.memory.device_limit_gb", lambda: 0.05)
-    asked = changed(tiny_config(tiny_model, tmp_path), schedule__generator=None)
+    asked = changed(tiny_config(tiny_model, tmp_path), schedule__generator=None, learner__lr=None)
     resolved = prepare(asked).config
     for key, is_open in OPEN.items():
         section, _, name = key.partition(".")
