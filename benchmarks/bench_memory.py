@@ -1,11 +1,13 @@
 """Does the memory formula hold? Predicted beside measured, for the phases of a run.
 
     python benchmarks/bench_memory.py [--model Qwen3-0.6B --dtype bfloat16 --prompts 2 --group 8 --tokens 512]
+                                      [--lora 16 --bits 4]
 
-Random weights. Makes the memory plan of such a run, then does its phases without actors: decodes every completion to
-its full length, lets the engine go, learns twice; all that a run holds is held. Prints one JSON line for each choice of
-`--micro-batches` and `--checkpointing`; peaks are MLX's, cached buffers not counted. With `--limit` MLX waits rather
-than run ahead over it, as in a run; `--limit 0` shows what the work itself needs, slowly.
+Random weights, with `--lora` an adapter beside them, with `--bits` packed in groups of 64. Makes the memory plan of
+such a run, then does its phases without actors: decodes every completion to its full length, lets the engine go, learns
+twice; all that a run holds is held. Prints one JSON line for each choice of `--micro-batches` and `--checkpointing`;
+peaks are MLX's, cached buffers not counted. With `--limit` MLX waits rather than run ahead over it, as in a run;
+`--limit 0` shows what the work itself needs, slowly.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import time
 from importlib.metadata import version
 from itertools import product
 
+import msgspec
+
 import troupe  # first: it loads OpenBLAS before MLX
 from troupe import RunConfig
 from troupe.actors.learner.batch import CompletionLogProbs
@@ -26,13 +30,19 @@ from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.policy import (
     DTYPES,
     PRESETS,
+    Adapter,
+    AdapterConfig,
+    Base,
     GenerationConfig,
     Policy,
+    Qwen3Config,
     RolloutEngine,
     RolloutRequest,
     is_on_cpu,
-    random_policy,
 )
+from troupe.policy.adapter.modules import init_adapter, resolve_adapter
+from troupe.policy.network.quantization import Quantization, Quantized
+from troupe.policy.network.qwen3 import network_shapes
 from troupe.run.memory import Plan, peak_bytes, plan_memory
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB
@@ -43,6 +53,7 @@ import mlx.core as mx  # isort: skip
 def plan_of(args: argparse.Namespace, micro_batches: int, checkpointing: bool) -> Plan:
     """What is predicted."""
     config = RunConfig(
+        memory_limit_gb=args.memory_limit,
         generation=GenerationConfig(num_generations=args.group, max_completion_length=args.tokens - args.prompt_tokens),
         learner=LearnerConfig(
             batch_size=args.prompts,
@@ -52,12 +63,44 @@ def plan_of(args: argparse.Namespace, micro_batches: int, checkpointing: bool) -
         checkpoint=CheckpointConfig(overlap=False),
     )
     work = Workload(
-        policy=PRESETS[args.model],
+        policy=network_of(args),
         dtype=DTYPES[args.dtype],
+        adapter=None if args.lora is None else adapter_of(args),
         longest_prompt=args.prompt_tokens,
         on_cpu=is_on_cpu(),
     )
     return plan_memory(config, work)
+
+
+def network_of(args: argparse.Namespace) -> Qwen3Config:
+    """The network, packed or not."""
+    packing = None if args.bits is None else Quantization(Quantized(64, args.bits))
+    return msgspec.structs.replace(PRESETS[args.model], quantization=packing)
+
+
+def adapter_of(args: argparse.Namespace) -> Adapter:
+    """All linear layers."""
+    return resolve_adapter(AdapterConfig(kind="lora", rank=args.lora), PRESETS[args.model])
+
+
+def policy_of(args: argparse.Namespace) -> Policy:
+    """Random weights, matrix by matrix, as they are to be held."""
+    network, weights = network_of(args), dict[str, mx.array]()
+    for number, (name, shape) in enumerate(network_shapes(network).items()):
+        key, dtype = mx.random.key(number), DTYPES[args.dtype]
+        x = mx.ones(shape, dtype) if len(shape) == 1 else (mx.random.normal(shape, key=key) * 0.02).astype(dtype)
+        if args.bits is not None and len(shape) == 2:
+            parts = mx.quantize(x, group_size=64, bits=args.bits)
+            named = zip(("weight", "scales", "biases"), parts, strict=True)
+            weights |= {f"{name.removesuffix('.weight')}.{kind}": part for kind, part in named}
+        else:
+            weights[name] = x
+        mx.eval(weights)
+    if args.lora is None:
+        return Policy(network, weights)
+    adapter = adapter_of(args)
+    base = Base.of(network, weights, adapter)
+    return Policy(network, init_adapter(network, adapter, "default", 0), base=base)
 
 
 def do_phases(plan: Plan, args: argparse.Namespace, policy: Policy) -> dict[str, float]:
@@ -78,7 +121,7 @@ def do_phases(plan: Plan, args: argparse.Namespace, policy: Policy) -> dict[str,
     if not args.no_decode:
         mx.reset_peak_memory()
         start_s = time.perf_counter()
-        engine = RolloutEngine(policy.config, config.generation, stop_ids=frozenset())
+        engine = RolloutEngine(policy.config, config.generation, stop_ids=frozenset(), base=policy.base)
         engine.load(weights, 0)
         list(engine.decode([RolloutRequest(prompt_ids=ids, key=(i,)) for i, ids in enumerate(prompts)]))
         engine.release()
@@ -91,7 +134,11 @@ def do_phases(plan: Plan, args: argparse.Namespace, policy: Policy) -> dict[str,
         pad_id=0,
     )
     log_probs = CompletionLogProbs(
-        policy.config, 1.0, recompute=config.learner.gradient_checkpointing or False, entropy_gradient=False
+        policy.config,
+        1.0,
+        recompute=config.learner.gradient_checkpointing or False,
+        entropy_gradient=False,
+        base=policy.base,
     )
     for _ in range(args.steps):
         published = weights  # what the generator would decode with
@@ -118,12 +165,15 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="GB that MLX is told not to run ahead over")
     parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="an adapter of all linear layers")
+    parser.add_argument("--bits", type=int, help="of packed matrices")
+    parser.add_argument("--memory-limit", type=float, help="GB that the plan has to fit, as memory_limit_gb")
     args = parser.parse_args()
     if args.limit is not None:
         mx.set_memory_limit(max(1, round(args.limit * GB)))
     for micro_batches, checkpointing in product(args.micro_batches, args.checkpointing):
         plan = plan_of(args, micro_batches, bool(checkpointing))
-        policy = random_policy(PRESETS[args.model], dtype=args.dtype)
+        policy = policy_of(args)
         mx.clear_cache()
         figures = do_phases(plan, args, policy)
         predicted = {f"predicted_{name}_gb": peak_bytes({name: items}) / GB for name, items in plan.phases.items()}
@@ -133,6 +183,7 @@ def main() -> None:
             "micro_batches": micro_batches,
             "checkpointing": bool(checkpointing),
             **{name: round(value, 3) for name, value in (predicted | figures).items()},
+            "plan": plan.notices,
             "device": str(mx.default_device()),
             "machine": platform.platform(),
             "mlx": version("mlx"),
