@@ -416,7 +416,6 @@ def test_a_config_that_is_none_is_told(shards: Path, content: bytes) -> None:
         {"quantization_config": {"quant_method": "awq", "bits": 4}},
         {"quantization_config": {"quant_method": "fp8"}},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-        {"quantization": {"bits": 4}},
         {"compression_config": {"quant_method": "compressed-tensors"}},
     ],
     ids=str,
@@ -424,8 +423,9 @@ def test_a_config_that_is_none_is_told(shards: Path, content: bytes) -> None:
 def test_quantized_folders_are_told_for_what_they_are(shards: Path, settings: dict[str, Any]) -> None:
     edit_json(shards / "config.json", **settings)
     (key,) = settings
-    assert refusal(shards).startswith(f"{shards / 'config.json'}: {key}: ")
-    assert "take the unquantized folder of this model" in refusal(shards)
+    kind = settings[key]["quant_method"]
+    assert refusal(shards).startswith(f"{shards / 'config.json'}: {key}: weights packed by {kind!r} are not supported")
+    assert refusal(shards).endswith("quantize it with mlx_lm.convert -q where it must be small")
 
 
 # adapter_folder

@@ -18,6 +18,7 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.network.architecture import ARCHITECTURE, Qwen3Config
+from troupe.policy.network.quantization import QUANTIZATION_KEYS, quantization_table
 from troupe.policy.network.qwen3 import Weights, weights_dtype
 from troupe.policy.safetensors import read_start
 
@@ -249,7 +250,9 @@ def _corrected(settings: dict[str, object], config: Qwen3Config, weights: Weight
     held = dtype_name(weights_dtype(weights))
     true: dict[str, object] = {key: held for key in ("dtype", "torch_dtype") if settings.get(key) not in (None, held)}
     if config.quantization is None:
-        settings = {key: value for key, value in settings.items() if key not in ("quantization", "quantization_config")}
+        settings = {key: value for key, value in settings.items() if key not in QUANTIZATION_KEYS}
+    elif not any(settings.get(key) for key in QUANTIZATION_KEYS):
+        true |= dict.fromkeys(QUANTIZATION_KEYS, quantization_table(config.quantization))
     if bool(settings.get("tie_word_embeddings")) != config.tie_word_embeddings:
         true["tie_word_embeddings"] = config.tie_word_embeddings
     if settings.get("architectures") not in (None, [ARCHITECTURE]):

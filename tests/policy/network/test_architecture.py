@@ -46,7 +46,7 @@ def test_eos_may_be_a_list_or_absent() -> None:
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "architectures"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization": {"bits": 4}}, "quantization"),
+        ({"quantization": {"bits": 4}}, "quantization.group_size"),
         ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
         ({"layer_types": None, "use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rope_parameters.rope_type"),

@@ -31,8 +31,13 @@ class Quantization(msgspec.Struct, frozen=True):
         """How a matrix, such as "model.layers.0.mlp.up_proj", is packed; None: it is not."""
         return self.modules.get(module, self.default)
 
+    def having(self, modules: Mapping[str, Quantized | None]) -> "Quantization":
+        """The same, with what differs elsewhere."""
+        return Quantization(self.default, {name: q for name, q in modules.items() if q != self.default})
 
-_KEYS = ("quantization", "quantization_config")
+
+QUANTIZATION_KEYS = ("quantization", "quantization_config")
+"""Of `config.json`; mlx-lm writes the same under both."""
 _AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _FLOAT_MODES = {
     "mxfp4": Quantized(32, 4, "mxfp4"),
@@ -47,33 +52,44 @@ def read_quantization(settings: Mapping[str, Any]) -> Quantization | None:
     """What a parsed `config.json` says; None where nothing is packed. ModelError, beginning with the key, for what is
     not here."""
     if settings.get("compression_config"):
-        raise ModelError(f"compression_config: weights packed so are not supported; {_REMEDY}")
+        raise ModelError(_foreign("compression_config", settings["compression_config"]))
+    if settings.get("quantize_activations"):
+        raise ModelError("quantize_activations: true is not supported; only weights are packed here")
     found: dict[str, Quantization] = {}
-    for key in _KEYS:
-        if (table := settings.get(key)) is None or table == {}:
+    for key in QUANTIZATION_KEYS:
+        if not (table := settings.get(key)):
             continue
         if not isinstance(table, dict):
             raise ModelError(f"{key}: {table!r} is refused; it must be a table with group_size and bits")
-        if "group_size" not in table or "quant_method" in table:
-            named = f"the kind {table['quant_method']!r}" if "quant_method" in table else "no group_size, which"
-            raise ModelError(f"{key}: {named} is not supported; {_REMEDY}")
-        default = _read_one(key, table)
-        modules = {name: _read_module(f"{key}.{name}", value) for name, value in table.items() if name not in _NAMES}
-        found[key] = Quantization(default, {n: q for n, q in modules.items() if q != default})
-    if len(found) == 2 and found[_KEYS[0]] != found[_KEYS[1]]:
-        raise ModelError(f"{_KEYS[1]}: says something else than {_KEYS[0]}; keep the one that is true")
+        if "quant_method" in table:
+            raise ModelError(_foreign(key, table))
+        default = _read_one(key, {name: value for name, value in table.items() if name in _NAMES})
+        modules = {name: value for name, value in table.items() if name not in _NAMES}
+        found[key] = Quantization(default).having(
+            {name: _read_module(f"{key}.{name}", value, default) for name, value in modules.items()}
+        )
+    first, second = QUANTIZATION_KEYS
+    if len(found) == 2 and found[first] != found[second]:
+        raise ModelError(f"{second}: says something else than {first}; keep the one that is true")
     return next(iter(found.values()), None)
 
 
-def _read_module(key: str, value: Any) -> Quantized | None:
-    if value is False or value is None:
-        return None
+def _foreign(key: str, table: Any) -> str:
+    kind = table.get("quant_method") if isinstance(table, dict) else table
+    return f"{key}: weights packed by {kind!r} are not supported; {_REMEDY}"
+
+
+def _read_module(key: str, value: Any, default: Quantized) -> Quantized | None:
+    if value is None or isinstance(value, bool):
+        return default if value else None
     if not isinstance(value, dict):
         raise ModelError(f"{key}: {value!r} is refused; it must be a table with group_size and bits, or false")
     return _read_one(key, value)
 
 
 def _read_one(key: str, table: Mapping[str, Any]) -> Quantized:
+    if others := sorted(name for name, value in table.items() if name not in _NAMES and value):
+        raise ModelError(f"{key}.{others[0]}: {table[others[0]]!r} is not supported; there may be {', '.join(_NAMES)}")
     mode = table.get("mode", "affine")
     group, bits = (table.get(name) for name in ("group_size", "bits"))
     for name, value in (("group_size", group), ("bits", bits)):
