@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from troupe.policy.model_files import some
+from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import EMBEDDING, HEAD
 
 _FRONT = frozenset({"module", "base_model", "model", "language_model"})
@@ -13,10 +14,13 @@ _ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 """What `torch.compile` and its like put into a name where they wrap a part."""
 
 _ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)(\.|$)|^lora_")
-_QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|scales|biases|g_idx|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|"
+_PACKED = re.compile(r"\.(scales|biases)$")
+"""What MLX puts beside a matrix that it has packed."""
+_FOREIGN = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|"
     r"input_scale|SCB|absmax|quant_map|nested_absmax|quant_state\S*)$"
 )
+_HEAD = HEAD.removesuffix("weight")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _ANCHOR = "embed_tokens.weight"
 
@@ -29,7 +33,7 @@ def canonical_name(stored: str) -> str:
     while parts and parts[0] in _FRONT:
         parts.pop(0)
     bare = ".".join(parts)
-    return bare if bare == HEAD or not bare else f"model.{bare}"
+    return bare if bare.startswith(_HEAD) or not bare else f"model.{bare}"
 
 
 def is_harmless(stored: str) -> bool:
@@ -37,17 +41,24 @@ def is_harmless(stored: str) -> bool:
     return stored.endswith("rotary_emb.inv_freq")
 
 
-def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], layers: int) -> str:
+def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], config: Qwen3Config) -> str:
     """Why these names do not fit, with the remedy, where there is a known cause; else "".
 
-    `missing`: canonical names that no file has; `unexpected`: names as stored. `layers`: num_hidden_layers.
+    `missing`: canonical names that no file has; `unexpected`: names as stored.
     """
+    layers = config.num_hidden_layers
     if adapters := [name for name in unexpected if _ADAPTER.search(name)]:
         return f"it holds adapters beside the weights ({some(adapters)}); fuse or merge first, then give the result"
-    if quantized := [name for name in unexpected if _QUANTIZED.search(name)]:
+    if foreign := [name for name in unexpected if _FOREIGN.search(name)]:
         return (
-            f"its weights are quantized ({some(quantized)}), and such weights cannot be trained; use the unquantized "
-            "folder of this model"
+            f"its weights are quantized ({some(foreign)}) in a format that is not read; take the unquantized folder of "
+            "this model, and quantize it with mlx_lm.convert -q where it must be small"
+        )
+    if packed := [name for name in unexpected if _PACKED.search(name) and _layer_of(name) < layers]:
+        how = "does not say so" if config.quantization is None else "says otherwise"
+        return (
+            f"its weights are quantized ({some(packed)}), and config.json's quantization {how}; copy the config.json "
+            "that came with them"
         )
     if experts := [name for name in unexpected if ".experts." in name]:
         return f"it holds a mixture of experts ({some(experts)}); Troupe trains the dense Qwen3 models"
@@ -66,10 +77,16 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], lay
         return f"its projections have biases ({some(biases)}), which Qwen3's do not; it is another kind of network"
     if any(name.endswith("q_norm.weight") for name in missing) and not any("mlp" in name for name in missing):
         return "it has no norms of queries and keys (q_norm, k_norm), as Qwen3 does; it is another kind of network"
-    stored = [int(match[1]) for name in unexpected if (match := _LAYER.match(canonical_name(name)))]
-    if stored and max(stored) >= layers:
-        return f"it holds layers up to {max(stored)}, but config.json's num_hidden_layers is {layers}"
+    last = max(map(_layer_of, unexpected), default=-1)
+    if last >= layers:
+        return f"it holds layers up to {last}, but config.json's num_hidden_layers is {layers}"
     lacking = {int(match[1]) for name in missing if (match := _LAYER.match(name))}
     if lacking and min(lacking) > 0 and lacking == set(range(min(lacking), layers)):
         return f"it holds no layer from {min(lacking)} on, but config.json's num_hidden_layers is {layers}"
     return ""
+
+
+def _layer_of(stored: str) -> int:
+    """The number of the layer that a tensor belongs to; −1 for what is outside of all."""
+    match = _LAYER.match(canonical_name(stored))
+    return -1 if match is None else int(match[1])
