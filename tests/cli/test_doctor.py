@@ -10,6 +10,9 @@ import msgspec
 import pytest
 
 from troupe.cli.doctor import Machine, advise, describe, examine, measure_matmul
+from troupe.cli.main import main
+from troupe.policy import PRESETS
+from troupe.run.fits import Fits, predict_fits
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import device_name, memory_gb, processors
 
@@ -122,3 +125,13 @@ def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     cores: Any = None
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert processors() == 1
+
+
+def test_tells_which_model_fits_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    main.main(["doctor", "--fits"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("predicted by formula for ")
+    assert [line.split(" ")[0] for line in lines if line.startswith("Qwen3-")] == list(PRESETS)
+    main.main(["doctor", "--fits", "--json"], standalone_mode=False)
+    fits = msgspec.json.decode(capsys.readouterr().out, type=Fits)
+    assert fits == predict_fits()

@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 import msgspec
 
+from troupe.cli.commands import fail, report_errors
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import device_name, memory_gb, missing_backend, processors
-from troupe.runtime.terminal import tell, tell_json
+from troupe.runtime.terminal import EXIT_BAD_INPUT, tell, tell_json
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
@@ -22,14 +23,35 @@ _NO_TOOLKIT = "no CUDA toolkit found: MLX compiles some kernels with it; install
 
 
 @click.command(name="doctor", short_help="Tell what this machine gives, and lacks.")
+@click.option("--fits", is_flag=True, help="Tell which model fits which memory instead, by formula.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json: bool) -> None:
+@report_errors
+def doctor(*, fits: bool, as_json: bool) -> None:
     """Tell what this machine gives, what is slow, and how to mend it."""
+    if fits:
+        tell_fits(as_json=as_json)
+        return
     report = examine()
     if as_json:
         tell_json(msgspec.json.encode(report).decode())
     else:
         tell(describe(report))
+
+
+def tell_fits(*, as_json: bool) -> None:
+    """Print what training each published model takes, all of it or an adapter."""
+    try:
+        from troupe.run.fits import describe as describe_fits  # here, since it needs MLX
+        from troupe.run.fits import predict_fits
+    except ImportError as error:
+        if (reason := missing_backend(error)) is None:
+            raise
+        fail(reason, EXIT_BAD_INPUT)
+    fits = predict_fits()
+    if as_json:
+        tell_json(msgspec.json.encode(fits).decode())
+        return
+    tell(describe_fits(fits))
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):

@@ -102,6 +102,11 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
     return Plan(config=tried, limit_gb=None, phases=phases, notices=(f"{refusal}; it is tried all the same",))
 
 
+def least_bytes(config: RunConfig, work: Workload) -> int:
+    """The largest phase of a run with all chosen that saves memory, of what `config` leaves open."""
+    return min(peak_bytes(_phases(config, work, choice)) for choice in _choices(config, work))
+
+
 def peak_bytes(phases: Phases) -> int:
     """The largest phase."""
     return max(sum(items.values()) for items in phases.values())

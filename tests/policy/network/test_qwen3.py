@@ -179,6 +179,8 @@ def test_parameter_count_is_that_of_transformers(name: str) -> None:
         ("Qwen3-1.7B", 1_720_574_976),
         ("Qwen3-4B", 4_022_468_096),
         ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-14B", 14_768_307_200),
+        ("Qwen3-32B", 32_762_123_264),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:

@@ -189,6 +189,8 @@ PRESETS: Mapping[str, Qwen3Config] = MappingProxyType(
         "Qwen3-1.7B": _published(28, 2048, 6144, 16, tied=True),
         "Qwen3-4B": _published(36, 2560, 9728, 32, tied=True),
         "Qwen3-8B": _published(36, 4096, 12288, 32, tied=False),
+        "Qwen3-14B": _published(40, 5120, 17408, 40, tied=False),
+        "Qwen3-32B": _published(64, 5120, 25600, 64, tied=False),
     }
 )
 """The dense networks of the Qwen3 Technical Report (arXiv:2505.09388, table 1), by name."""
