@@ -24,6 +24,7 @@ _SILENT_S = 10.0
 """From one line that says how far an evaluation is to the next."""
 _KEYS = {
     "model": "model.path",
+    "adapter": "adapter.resume_from",
     "dataset": "data.path",
     "prompt_column": "data.prompt_column",
     "chat": "data.chat",

@@ -21,7 +21,11 @@ _IDS = 12
 """Of a text without a tokenizer."""
 
 
-@click.command(cls=Command, keys={"model": "model.path"}, short_help="Put an adapter into its base.")
+@click.command(
+    cls=Command,
+    keys={"model": "model.path", "adapter": "adapter.resume_from"},
+    short_help="Put an adapter into its base.",
+)
 @click.option("-m", "--model", metavar="MODEL_DIR", help="The base; default: the one that the adapter names.")
 @click.option("--adapter", metavar="ADAPTER_DIR", required=True, help="Adapter of a run, of PEFT or of mlx-lm.")
 @click.option("-o", "--output", metavar="OUT_DIR", required=True, help="Where the model folder goes.")

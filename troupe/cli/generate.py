@@ -17,6 +17,7 @@ from troupe.runtime.terminal import tell, tell_json
 
 _KEYS = {
     "model": "model.path",
+    "adapter": "adapter.resume_from",
     "samples": "generation.num_generations",
     "max_new_tokens": "generation.max_completion_length",
     "chat": "data.chat",

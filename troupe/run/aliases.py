@@ -1,4 +1,4 @@
-"""What others call our settings: TRL's GRPOConfig and its command line, mlx-lm-lora, mlx-lm.
+"""What others call our settings: TRL's GRPOConfig and its command line, PEFT, mlx-lm-lora, mlx-lm.
 
 One table. The command line and the configuration answer a foreign name with it, and `scripts/alias_tables.py` writes
 it into docs/coming-from-trl.md. From a name that we do not have it leads to the nearest of ours: another spelling,
@@ -32,7 +32,8 @@ def _same(section: str, *names: str, note: str = "") -> Alias:
 
 
 GRPO_CONFIG = (
-    _a("model", "model.path", "Qwen3 only, all weights"),
+    _a("model", "model.path", "Qwen3 only"),
+    _a("peft_config", "adapter.kind", "its keys are in the section `[adapter]`; see [adapters](adapters.md)"),
     _a("train_dataset", "data.path", "a file, or `hf:NAME`; see [prompts](datasets.md)"),
     _a("eval_dataset", "data.eval_path", "likewise; before and after the run, greedily, once a row"),
     _a("reward_funcs", "rewards.functions", "`FILE.py:NAME`; reward models are yours to call"),
@@ -98,7 +99,7 @@ GRPO_CONFIG = (
 )
 
 OTHER_COMMANDS = (
-    _a("--model_name_or_path", "model.path", "Qwen3 only, all weights"),
+    _a("--model_name_or_path", "model.path", "Qwen3 only"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
     _a(
         "--dataset_config --dataset_train_split",
@@ -111,6 +112,7 @@ OTHER_COMMANDS = (
     _a("--max-tokens --max-new-tokens", "generation.max_completion_length"),
     _a("--temp", "generation.temperature"),
     _a("--system-prompt", "data.system_prompt"),
+    _a("--save-path", "--output"),
     _a("--num-return-sequences", "generation.num_generations"),
     _a("--apply-chat-template --use-default-chat-template", "data.chat"),
     _a("--chat-template-config", "data.chat_template_kwargs"),
@@ -122,7 +124,7 @@ MLX_LM_LORA = (
     _a("--group-size", "generation.num_generations", "the default is 8, not 4"),
     _a("--batch-size", "learner.batch_size", "prompts in both"),
     _a("--iters --epochs", "learner.max_steps learner.epochs"),
-    _a("--learning-rate", "learner.lr", "the default is 1e-6, since all weights are trained"),
+    _a("--learning-rate", "learner.lr", "the default is 1e-6 for all weights, 1e-5 for an adapter"),
     _a("--lr-schedule", "learner.lr_scheduler", "`linear`, `cosine`, `constant`"),
     _a("--max-completion-length", "generation.max_completion_length"),
     _a("--temperature", "generation.temperature", "the default is 1.0"),
@@ -143,14 +145,32 @@ MLX_LM_LORA = (
         "splits the batch",
     ),
     _a("--save-every", "checkpoint.every"),
-    _a("--adapter-path --fuse", "output", "the whole model is in `final/`"),
-    _a("--resume-adapter-file", "--resume", "of the run folder that `-o` names"),
+    _a("--adapter-path", "adapter.resume_from", "to use one, or to begin with it; what a run makes is in its `final/`"),
+    _a("--resume-adapter-file", "adapter.resume_from", "an adapter's folder; `--resume` goes on with a run"),
+    _a("--train-type --fine-tune-type", "adapter.kind", "left out, all weights are trained"),
+    _a("--num-layers --lora-layers", "adapter.layers", "left out, all of them have an adapter, not 16"),
+    _a("lora_parameters", "adapter.rank adapter.alpha adapter.dropout adapter.target_modules", "alpha is scale × rank"),
+    _a("scale", "adapter.alpha", "scale × rank; the scale is 2 where nothing is named, not 20"),
     _a("--optimizer-config", "learner.adam_beta1 learner.adam_beta2 learner.adam_epsilon", "AdamW"),
     _a("--steps-per-report --report-to --wandb", "metrics.sinks", "every step is logged"),
     _a("--project-name", "metrics.wandb_project metrics.trackio_project"),
     _a("--val-batches --steps-per-eval", "data.eval_path", "all rows, before and after the run"),
     _a("--max-seq-length", "data.max_prompt_tokens generation.max_completion_length", "of prompt and completion"),
     _a("--seed", "seed"),
+)
+
+ADAPTERS = (
+    _a("use_peft", "adapter.kind", "`--lora RANK` says both"),
+    _a("r lora_r lora_rank", "adapter.rank", "the default is 16"),
+    _a("lora_alpha", "adapter.alpha", "the scale is alpha / rank; left out, alpha is twice the rank"),
+    _a("lora_dropout", "adapter.dropout", "0 unless it is named"),
+    _a("lora_target_modules", "adapter.target_modules", "left out, all seven matrices of a layer"),
+    _a("exclude_modules", "adapter.target_modules", "name the others, or one regular expression"),
+    _a("layers_to_transform", "adapter.layers"),
+    _same("adapter", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
+    _a("init_lora_weights", "adapter.init", '`"default"`, `"gaussian"`'),
+    _a("use_dora", "adapter.kind", '`"dora"`'),
+    _a("load_in_…", "model.path", "a folder that `mlx_lm.convert -q` has made; see [adapters](adapters.md)"),
 )
 
 ABSENT = (
@@ -186,14 +206,14 @@ ABSENT = (
     ),
     _a("do_train do_eval --train --test", "", "`troupe train` and `troupe eval` are commands"),
     _a("max_tool_calling_iterations tools environment_factory rollout_func", "", "one turn, no tools"),
+    _a("--train-mode", "", "GRPO always"),
+    _a("--fuse --merge", "", "`troupe fuse` is a command"),
     _a(
-        "peft_config use_peft lora_… use_rslora use_dora --num-layers --train-type --fine-tune-type --train-mode",
+        "lora_… modules_to_save layers_pattern layer_replication",
         "",
-        "all weights are trained, by GRPO and without adapters",
+        "of each matrix A and B are trained, nothing else",
     ),
-    _a(
-        "load_in_… bnb_… qat_… --quantize-activations", "", "no quantized training; `mlx_lm.convert` quantizes `final/`"
-    ),
+    _a("bnb_… qat_… --quantize-activations", "", "`mlx_lm.convert -q` packs a model, before or after training"),
     _a("--mask-prompt", "", "only completions are learned from"),
     _a(
         "--judge --reference-model-path",
@@ -227,6 +247,7 @@ COMMANDS = {
     "show": "inspect",
     "view": "inspect",
     "look": "inspect",
+    "merge": "fuse",
     "html": "report",
     "plot": "report",
     "end": "drain",
@@ -239,6 +260,7 @@ COMMANDS = {
 TABLES = {
     "GRPOConfig": GRPO_CONFIG,
     "mlx-lm-lora": MLX_LM_LORA,
+    "LoraConfig": ADAPTERS,
     "other commands": OTHER_COMMANDS,
     "absent": ABSENT,
 }
