@@ -13,7 +13,8 @@ from troupe.actors.schedule import PromptSchedule, count_steps, tokenize_prompts
 from troupe.dataset import PromptDataset
 from troupe.grpo import adamw_init, learning_rate, sync_reference, train_on_batch
 from troupe.messages import Prompt, RolloutGroup, ScoredGroup, Slot
-from troupe.policy import RolloutEngine, RolloutRequest, Weights, load_policy
+from troupe.policy import RolloutEngine, RolloutRequest, Weights
+from troupe.policy.load import begin_policy
 
 
 class Straight(NamedTuple):
@@ -30,18 +31,21 @@ class Straight(NamedTuple):
 def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
     """A pinned run with one reward that wants `completion_ids` alone."""
     learner, generation = config.learner, config.generation
-    policy = load_policy(config.model.path or "", config.model.dtype)
+    policy, _ = begin_policy(config.model.path or "", config.model.dtype, config.adapter, config.seed)
     dataset = PromptDataset.from_json(config.data.path or "")
     ids = tokenize_prompts(dataset, policy.tokenizer, config.data, max_tokens=policy.config.max_position_embeddings)
     P = learner.batch_size
     schedule = PromptSchedule(dataset, ids, batch_size=P, seed=config.seed, shuffle=config.data.shuffle)
     total = count_steps(len(dataset), batch_size=P, epochs=learner.epochs, max_steps=learner.max_steps)
     log_probs = CompletionLogProbs(
-        policy.config, generation.temperature, recompute=learner.gradient_checkpointing or False
+        policy.config,
+        generation.temperature,
+        recompute=learner.gradient_checkpointing or False,
+        base=policy.base,
     )
 
     def complete(prompts: list[Prompt], weights: Weights, version: int) -> list[ScoredGroup]:
-        engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids)
+        engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, base=policy.base)
         engine.load(weights, version)
         keys = [(config.seed, p.slot.step, p.slot.place, p.slot.attempt) for p in prompts]
         requests = [RolloutRequest(prompt_ids=p.prompt_ids, key=key) for p, key in zip(prompts, keys, strict=True)]

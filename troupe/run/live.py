@@ -212,6 +212,8 @@ class LiveRun:
         start, inputs = self._prepared.start, self._prepared.inputs
         if start.checkpoint is None or inputs.evaluation is None:
             return start.policy
+        if start.untrained is not None:
+            return start.policy.having(start.untrained)
         with self._progress.at("loading the policy as it was before step 1"):
             read = await self._device.run(load_policy, inputs.source, self._prepared.config.model.dtype)
         return start.policy.having(read.weights)

@@ -165,6 +165,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     """Made in earlier starts while the run was live."""
     new_changes: tuple[Change, ...] = ()
     """Those of them that are new, because this start asks for another value; to be written before it begins."""
+    untrained: Weights | None = None
+    """The adapter that the run began with; None: the whole network is trained, which is too much to be kept."""
     lost: tuple[str, ...] = ()
     """What files of the run do not tell of any more, one line each."""
     notices: tuple[str, ...] = ()
@@ -184,6 +186,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(
             self,
             policy=self.policy.having({}),
+            untrained=None,
             reference=None,
             checkpoint=checkpoint,
             optimizer_state={},
@@ -220,6 +223,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     return Start(
         identity=identity,
         policy=policy if checkpoint is None else policy.having(checkpoint.weights),
+        untrained=policy.weights if policy.base.is_whole else None,
         reference=_reference(config, policy, checkpoint),
         optimizer_state=optimizer_state,
         checkpoint=checkpoint,

@@ -53,7 +53,7 @@ def newest_checkpoint(
         if isinstance(found, CheckpointError):
             notices.append(f"{found}; trying the one before")
             continue
-        _check_same_run(folder, found.state, config, identity, policy.path)
+        _check_same_run(folder, found, config, identity, policy.path)
         _check_same_policy(folder, found, policy, config)
         if "rewards.functions" not in allowed:
             _check_rewards(folder, found.state, identity.rewards)
@@ -109,17 +109,22 @@ def reinstated(
     return told
 
 
-def _check_same_run(folder: Path, state: RunState, config: RunConfig, identity: Identity, source: Path | None) -> None:
+def _check_same_run(
+    folder: Path, found: Checkpoint, config: RunConfig, identity: Identity, source: Path | None
+) -> None:
+    state = found.state
     if state.dataset != identity.dataset:
         raise CheckpointError(
             f"{folder}: the run was made with other prompts than those now in {config.data.path}; "
             "restore the dataset, or start a new run in another folder"
         )
     if state.model not in ("", identity.model):
-        raise CheckpointError(
-            f"{folder}: the run began with another model than the one now in {source}, whose configuration, tokenizer "
-            "or weights differ; restore the model, or start a new run in another folder"
-        )
+        began = f"another model than the one now in {source}, whose configuration, tokenizer or weights differ"
+        remedy = "restore the model"
+        if found.config is None:
+            began = f"another base than the one now in {source}, or another adapter than adapter.resume_from now names"
+            remedy = "restore them"
+        raise CheckpointError(f"{folder}: the run began with {began}; {remedy}, or start a new run in another folder")
     if state.format == 1 and config.schedule.mode == "free":
         raise CheckpointError(
             f"{folder}: the checkpoint of step {state.version} is of a Troupe that kept nothing of groups under way, "
