@@ -24,8 +24,8 @@ from troupe.runtime import linux_cpu
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
-_ADAPTER_RATES = 10
-"""Times the learning rate of a whole network."""
+_ADAPTER_RATE = 1e-5
+"""Learning rate of an adapter, ten times that of a whole network; written out, as ten times 1e-6 is another number."""
 _FLOAT16 = (
     "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
     "model.dtype = 'bfloat16' has no such limit"
@@ -129,7 +129,7 @@ def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]
     if adapter is not None:
         notices.append(describe_adapter(policy.config, adapter))
     if lr is None:
-        lr = LEARNING_RATE if adapter is None else _ADAPTER_RATES * LEARNING_RATE
+        lr = LEARNING_RATE if adapter is None else _ADAPTER_RATE
         if adapter is not None:
             notices.append(f"learner.lr is {lr:g}, ten times that of training the whole network; name it for another")
     return msgspec.structs.replace(config, learner=msgspec.structs.replace(config.learner, lr=lr)), notices
