@@ -124,6 +124,7 @@ def test_what_may_be_set() -> None:
         ("learner.lr", -1e-9, r"learner.lr is -1e-09"),
         ("learner.lr", float("nan"), r"learner.lr is nan; give a finite number"),
         ("learner.lr", "1e-4", r"learner.lr is '1e-4': expected float, got str"),
+        ("learner.lr", None, r"set learner.lr: None is no value"),
         ("checkpoint.every", 0, r"checkpoint.every is 0: expected int >= 1"),
         ("schedule.watchdog_s", -1, r"schedule.watchdog_s is -1"),
         (

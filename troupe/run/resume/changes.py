@@ -194,6 +194,8 @@ def check_change(config: RunConfig, key: str, value: Any, rewards: Sequence[str]
         may_be_allowed = known and rule_of(key) != "never"
         remedy = f"; for others: end the run, and resume it with --allow-change {key}" if may_be_allowed else ""
         raise ConfigError(f"set {key}: {problem}; what can: {', '.join(names)}{remedy}")
+    if value is None:
+        raise ConfigError(f"set {key}: None is no value; what a config may leave open is chosen when a run is prepared")
     return value_of(with_value(config, key, value, f"set {key}"), key)
 
 
