@@ -36,8 +36,13 @@ def byte_symbols() -> list[str]:
 
 def write_tiny_model(folder: Path, config: Qwen3Config = CONFIG, seed: int = 0) -> Path:
     """Write the folder and return it. `seed` changes the weights."""
-    policy = random_policy(config, seed)
-    policy.save(folder)
+    random_policy(config, seed).save(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write one of 258 ids beside a model: a byte each, and two special tokens."""
     tokens = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     added = [
         {"id": 256 + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False}
@@ -57,4 +62,3 @@ def write_tiny_model(folder: Path, config: Qwen3Config = CONFIG, seed: int = 0) 
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": END, "pad_token": PAD, "chat_template": TEMPLATE}), encoding="utf-8"
     )
-    return folder
