@@ -35,6 +35,9 @@ class Batch:
     """(B,) whether the completion was cut by the length limit."""
     pad_id: int
     """Stands in the padding of `prompt_ids` and `completion_ids`."""
+    keys: tuple[tuple[int, int], ...] | None = None
+    """(B,) two numbers below 2³² for each row, by which its prompt's and its completion's tokens are told from others
+    where dropout is drawn."""
 
     @cached_property
     def prompt_ids(self) -> mx.array:
@@ -93,6 +96,7 @@ class Batch:
             advantages=self.advantages[chosen],
             sampling_log_probs=self.sampling_log_probs[chosen, :T],
             truncated=tuple(self.truncated[i] for i in rows),
+            keys=None if self.keys is None else tuple(self.keys[i] for i in rows),
         )
 
     def with_tokens(self, kept: Sequence[Sequence[bool]]) -> Batch:

@@ -233,6 +233,7 @@ def _make_learner(
             streams=config.schedule.learner_streams or 1,
             rates=prepared.live.rates,
             base=policy.base,
+            seed=config.seed,
         ),
         state=_starting_state(prepared, ledgers.board),
         board=ledgers.board,

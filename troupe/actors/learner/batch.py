@@ -7,7 +7,7 @@ Shapes: B = groups × G rows, P and T the longest prompt and completion, V vocab
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
 from troupe.policy.adapter.base import Base
 from troupe.policy.gradient.backward import Chunk
+from troupe.policy.network.dropout import Dropout, row_keys, token_keys
 
 Extra = TypeVar("Extra")
 
@@ -61,6 +62,8 @@ class CompletionLogProbs:
     entropy_gradient: bool = True
     base: Base = field(default_factory=Base)
     """What the weights complete; empty: they are the whole network."""
+    seed: int = 0
+    """Of the run, for dropout."""
 
     def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
         """Log-probs and entropies."""
@@ -82,8 +85,17 @@ class CompletionLogProbs:
             recompute=self.recompute,
             entropy_gradient=self.entropy_gradient,
             of_base=not self.base.is_whole,
+            dropout=self._dropout(batch),
         )
         return self._of_trained(network, chunks) if self.base.is_whole else chunks
+
+    def _dropout(self, batch: Batch) -> Dropout | None:
+        """What gradients drop; log-probs alone are those of the policy as it is sampled from."""
+        adapter = self.base.adapter
+        if adapter is None or not adapter.dropout:
+            return None
+        assert batch.keys is not None
+        return Dropout(adapter.dropout, token_keys(batch.prompts, batch.completions, batch.keys, self.seed))
 
     def _of_trained(
         self, network: Weights, chunks: Generator[Chunk, None, tuple[mx.array, Extra]]
@@ -124,6 +136,8 @@ def assemble(
         pad_id=pad_id,
         truncated=[is_truncated(rollout) for rollout in rollouts],
     )
+    keys = [key for group in groups for key in row_keys(group.group.prompt.gid, G)]
+    batch = replace(batch, keys=tuple(keys))
     if oldest is not None:
         batch = batch.with_tokens([[version >= oldest for version in rollout.versions] for rollout in rollouts])
     metrics = {

@@ -75,9 +75,11 @@ class BatchTrainer:
         streams: int = 1,
         rates: Sequence[tuple[int, float]] = (),
         base: Base | None = None,
+        seed: int = 0,
     ) -> None:
         """`streams`: micro-batches that are differentiated at a time. `rates`: first step → peak learning rate, rising,
-        where it is not the config's. `base`: what the weights complete; None: they are the whole network."""
+        where it is not the config's. `base`: what the weights complete; None: they are the whole network.
+        `seed`: of the run, for dropout."""
         self.config = config
         self.reward_weights = reward_weights
         self.total_steps = total_steps
@@ -87,6 +89,7 @@ class BatchTrainer:
             recompute=config.gradient_checkpointing or False,
             entropy_gradient=has_entropy_bonus(config),
             base=Base() if base is None else base,
+            seed=seed,
         )
         self._max_completion_length = max_completion_length
         self._pad_id = pad_id

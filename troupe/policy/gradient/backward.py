@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
 from troupe.policy.network.packing import Attended, Packing
@@ -86,6 +87,7 @@ def completion_gradients(
     recompute: bool = False,
     entropy_gradient: bool = True,
     of_base: bool = True,
+    dropout: Dropout | None = None,
 ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
     """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
@@ -94,11 +96,12 @@ def completion_gradients(
     a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
     Without `entropy_gradient` the entropies count as constants. Without `of_base` only the adapters beside the
     matrices are trained: nothing else has a gradient, and layers below the lowest of them are not gone back through.
+    `dropout`: of the packed tokens, before the adapters.
     """
     packing = Packing(prompts, completions)
     rotation = Rotation(config, packing.ids.shape[0], packing.offset)
     x = embedded(config, weights, packing.ids[None])
-    layers = [Layer(config, weights, index) for index in range(config.num_hidden_layers)]
+    layers = [Layer(config, weights, index, dropout) for index in range(config.num_hidden_layers)]
     trained = [layer for layer in layers if of_base or layer.has_adapters]
     lowest = trained[0].index if trained else len(layers)
     kept: list[tuple[mx.array, _Kept | None]] = []

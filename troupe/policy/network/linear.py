@@ -9,7 +9,7 @@ In float32, W + BA is computed anew at every use, which costs as much as a few t
 token. In 16 bits it is not: where the entries of BA are a thousandth of W's, most of the sums round back to W.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -42,6 +42,8 @@ class Linear(NamedTuple):
     a: mx.array | None = None
     b: mx.array | None = None
     factor: mx.array | None = None
+    drop: Callable[[mx.array], mx.array] | None = None
+    """What A sees of an input; linear, and its own transpose."""
 
     @classmethod
     def of(cls, config: Qwen3Config, weights: Mapping[str, mx.array], module: str) -> "Linear":
@@ -78,17 +80,18 @@ class Linear(NamedTuple):
         if self.factor is not None:
             grads[MAGNITUDE] = mx.sum(_by_rows(y_grad) * _by_rows(self._directed(x, a, b)), axis=0)
             y_grad = y_grad * self.factor
-        inner_grad = y_grad @ b
-        grads[A] = _by_rows(inner_grad).T @ _by_rows(x)
-        grads[B] = _by_rows(y_grad).T @ _by_rows(x @ a.T)
+        inner_grad, seen = y_grad @ b, x if self.drop is None else self.drop(x)
+        grads[A] = _by_rows(inner_grad).T @ _by_rows(seen)
+        grads[B] = _by_rows(y_grad).T @ _by_rows(seen @ a.T)
         if self.is_merged:
             return y_grad @ self.merged().weight, grads
-        return self._back(y_grad) + inner_grad @ a, grads
+        through_a = inner_grad @ a
+        return self._back(y_grad) + (through_a if self.drop is None else self.drop(through_a)), grads
 
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is added to the matrix before it is used."""
-        return self.a is not None and self.scales is None and self.weight.dtype == mx.float32
+        return self.a is not None and self.scales is None and self.weight.dtype == mx.float32 and self.drop is None
 
     def merged(self) -> "Linear":
         """W + BA, without the factor; lazily. On a CPU its transpose is contiguous, as `by_columns` has it."""
@@ -123,7 +126,8 @@ class Linear(NamedTuple):
         """y without the factor."""
         if self.is_merged:
             return x @ self.merged().weight.T
-        return self._times(x) + (x @ a.T) @ b.T
+        seen = x if self.drop is None else self.drop(x)
+        return self._times(x) + (seen @ a.T) @ b.T
 
     def _times(self, x: mx.array) -> mx.array:
         return x @ self.weight.T if self.scales is None else self._packed_product(x, transpose=True)

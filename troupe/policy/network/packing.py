@@ -38,7 +38,7 @@ class Packing:
 
     def __init__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
         """R prompts of at least one id, R completions. Neighbouring equal prompts are taken as one."""
-        distinct, sizes = _distinct(prompts)
+        distinct, sizes = distinct_prompts(prompts)
         G = max(sizes)
         inner = [max(0, len(completion) - 1) for completion in completions]
         rows = iter(inner)
@@ -210,7 +210,7 @@ def _by_token(x: mx.array) -> mx.array:
     return x.squeeze(0).swapaxes(0, 1)
 
 
-def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
+def distinct_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
     """The prompts with neighbours that are equal taken as one, and how many each stands for."""
     distinct: list[Sequence[int]] = []
     sizes: list[int] = []

@@ -11,11 +11,13 @@ SwiGLU (arXiv:2002.05202); grouped-query attention (arXiv:2305.13245).
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
 from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.elementwise import is_on_cpu, swiglu
 from troupe.policy.network.head import embed
 from troupe.policy.network.linear import JOINED, A, Linear, by_columns
@@ -240,8 +242,8 @@ def _both_norms(config: Qwen3Config, weights: dict[str, mx.array], prefix: str) 
 class Layer:
     """One decoder layer of a network's weights, by the names within it."""
 
-    def __init__(self, config: Qwen3Config, weights: Weights, index: int) -> None:
-        self.config, self.index = config, index
+    def __init__(self, config: Qwen3Config, weights: Weights, index: int, dropout: Dropout | None = None) -> None:
+        self.config, self.index, self._dropout = config, index, dropout
         self._weights, self._prefix = weights, f"model.layers.{index}."
 
     def norm(self, name: str) -> mx.array:
@@ -250,7 +252,11 @@ class Layer:
 
     def linear(self, name: str) -> Linear:
         """One of its matrices, such as "mlp.up_proj", or of those that are joined."""
-        return Linear.of(self.config, self._weights, self._prefix + name)
+        module = self._prefix + name
+        linear = Linear.of(self.config, self._weights, module)
+        if self._dropout is None or linear.a is None:
+            return linear
+        return linear._replace(drop=partial(self._dropout.of, module))
 
     @property
     def has_adapters(self) -> bool:

@@ -1,0 +1,92 @@
+"""Dropout of what an adapter sees while it learns (Srivastava et al. 2014): drawn by a hash of where a number stands.
+
+Which numbers are 0 follows from the run's seed, the row's slot, the place of the token, the matrix and the column: not
+from how a batch is cut, where it is computed, or in which order. Matrices that have the same input lose the same of it.
+
+The hash is the end of MurmurHash3, over 32 bits.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from troupe.policy.network.elementwise import compiled
+from troupe.policy.network.linear import JOINED
+from troupe.policy.network.packing import distinct_prompts
+
+RowKeys = Sequence[tuple[int, int]]
+"""Of each row two numbers below 2³²: what its prompt's tokens are drawn by, and its completion's."""
+
+_GOLDEN = 0x9E3779B9
+"""2³² over the golden ratio: neighbours get far apart."""
+
+
+class Dropout(NamedTuple):
+    """What is dropped of N tokens."""
+
+    rate: float
+    """Part of the numbers that are 0; the others are divided by 1 − rate."""
+    keys: mx.array
+    """(N,) uint32."""
+
+    def of(self, module: str, x: mx.array) -> mx.array:
+        """x (1, N, D), the input of a matrix, without what is dropped. Linear, and its own transpose."""
+        least = mx.array(min(round(self.rate * 2**32), 2**32 - 1), mx.uint32)
+        salt = mx.array(zlib.crc32(_input_of(module).encode()), mx.uint32)
+        kept = mx.array(1.0 / (1.0 - self.rate), x.dtype)
+        dropped: mx.array = compiled(_dropped, x.shape)(
+            x, self.keys[:, None], mx.arange(x.shape[-1]), salt, least, kept
+        )
+        return dropped
+
+
+def _dropped(
+    x: mx.array, keys: mx.array, columns: mx.array, salt: mx.array, least: mx.array, kept: mx.array
+) -> mx.array:
+    h = _mixed(keys + salt) + columns.astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32)
+    return mx.where(_mixed(h) >= least, x * kept, mx.array(0, x.dtype))
+
+
+def _mixed(h: mx.array) -> mx.array:
+    h = (h ^ (h >> 16)) * mx.array(0x85EBCA6B, mx.uint32)
+    h = (h ^ (h >> 13)) * mx.array(0xC2B2AE35, mx.uint32)
+    return h ^ (h >> 16)
+
+
+def _input_of(module: str) -> str:
+    """A name for the input of a matrix: that of the first with the same."""
+    for whole, parts in JOINED.items():
+        for name in (whole, *parts):
+            if module.endswith(f".{name}"):
+                return module.removesuffix(name) + parts[0]
+    return module
+
+
+def token_keys(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], rows: RowKeys, seed: int
+) -> mx.array:
+    """One key a token, as `Packing` lays them out, (N,) uint32."""
+    starts: list[int] = []
+    lengths: list[int] = []
+    _, sizes = distinct_prompts(prompts)
+    row = 0
+    for size in sizes:
+        starts.append(rows[row][0])
+        lengths.append(len(prompts[row]))
+        row += size
+    starts += [own for _, own in rows]
+    lengths += [max(0, len(completion) - 1) for completion in completions]
+    salt = zlib.crc32(str(seed).encode())
+    parts = [
+        _mixed(mx.arange(length).astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32) + mx.array(start ^ salt, mx.uint32))
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    return mx.concatenate(parts)
+
+
+def row_keys(gid: int, samples: int) -> list[tuple[int, int]]:
+    """The keys of a group's rows."""
+    of_prompt = zlib.crc32(f"{gid}".encode())
+    return [(of_prompt, zlib.crc32(f"{gid}.{sample}".encode())) for sample in range(samples)]
