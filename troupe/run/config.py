@@ -78,9 +78,6 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"generation.num_generations is {self.generation.num_generations}, but advantages compare the "
                 "completions of a prompt with each other; give at least 2"
             )
-        if self.adapter.is_on and self.learner.sync_ref_model and self.learner.ref_model_mixup_alpha != 1.0:
-            told = "learner.ref_model_mixup_alpha is not 1, but a mixture of two adapters is no adapter; give 1, or"
-            raise ValueError(f"{told} set learner.sync_ref_model = false")
         rows = self.learner.batch_size * self.generation.num_generations
         if (self.learner.gradient_accumulation_steps or 1) > rows:
             raise ValueError(

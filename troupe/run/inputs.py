@@ -10,6 +10,7 @@ import msgspec
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
+from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
 from troupe.policy import DTYPES, Policy, Qwen3Config, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
@@ -127,12 +128,22 @@ def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]
     """With the learning rate where the config leaves it open, and what to tell of that and of an adapter."""
     adapter, lr, notices = policy.base.adapter, config.learner.lr, list[str]()
     if adapter is not None:
+        _check_reference(config.learner)
         notices.append(describe_adapter(policy.config, adapter))
     if lr is None:
         lr = LEARNING_RATE if adapter is None else _ADAPTER_RATE
         if adapter is not None:
             notices.append(f"learner.lr is {lr:g}, ten times that of training the whole network; name it for another")
     return msgspec.structs.replace(config, learner=msgspec.structs.replace(config.learner, lr=lr)), notices
+
+
+def _check_reference(learner: LearnerConfig) -> None:
+    """Raise ConfigError where the reference policy would be a mixture of adapters, which is no adapter."""
+    if learner.sync_ref_model and learner.ref_model_mixup_alpha != 1.0:
+        raise ConfigError(
+            f"learner.ref_model_mixup_alpha is {learner.ref_model_mixup_alpha:g}, but a mixture of two adapters is no "
+            "adapter; give 1, or set learner.sync_ref_model = false"
+        )
 
 
 def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_unknown: bool) -> list[tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,10 @@ def test_a_stream_hands_tokens_over_while_it_decodes(policy: Policy, monkeypatch
     steps = 0
     current_weights = RolloutEngine.current_weights
 
-    def counted(engine: RolloutEngine) -> tuple[Weights, int]:
+    def counted(engine: RolloutEngine, slots: Sequence[int]) -> tuple[Weights, Mapping[int, int]]:
         nonlocal steps
         steps += 1
-        return current_weights(engine)
+        return current_weights(engine, slots)
 
     monkeypatch.setattr(RolloutEngine, "current_weights", counted)
     pieces = stream_text(policy, "hello", endless, seed=1)

@@ -101,6 +101,26 @@ class Base:
         mx.eval(network)
         return network
 
+    def for_mixed_decoding(self, config: Qwen3Config, policies: Sequence[Weights], slots: Sequence[int]) -> Weights:
+        """The base with adapters of several policies: the one of `slots[i]` for the i-th of len(slots) equal parts of
+        the rows. Evaluated; nothing is added to the base's matrices."""
+        network, index = dict(self.weights), mx.array(list(slots))
+        dtype = weights_dtype(network)
+        completed = [self.completed(config, trained) for trained in policies]
+        for module, parts in self._parts.items():
+            out, columns = Linear.of(config, network, module).size, linear_shapes(config)[parts[0].module][1]
+            empty = {
+                A: mx.zeros((parts[-1].ranks.stop, columns), dtype),
+                B: mx.zeros((out, parts[-1].ranks.stop), dtype),
+                MAGNITUDE: mx.ones(out, dtype),
+            }
+            for kind, nothing in empty.items():
+                name = f"{module}{kind}.weight"
+                if any(name in one for one in completed):
+                    network[name] = mx.stack([one.get(name, nothing) for one in completed])[index]
+            mx.eval(network)
+        return network
+
     def gradients(self, network: Weights, gradients: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Gradients by a completed network's weights → by what is trained, in float32."""
         if not self.is_whole:

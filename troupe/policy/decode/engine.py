@@ -5,9 +5,10 @@ requests and the tokens alone.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
+from typing import NamedTuple
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
@@ -21,6 +22,15 @@ from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.qwen3 import Weights, weights_dtype
 from troupe.policy.text.tokenizer import Tokenizer
+
+
+class _Mixed(NamedTuple):
+    """Policies over one base, laid out for rows of several."""
+
+    policies: Sequence[Weights]
+    places: Sequence[int]
+    """Of the rows' equal parts, among `policies`."""
+    network: Weights
 
 
 class RolloutEngine:
@@ -58,18 +68,22 @@ class RolloutEngine:
             spared = spared | tokenizer.special_ids | frozenset(tokenizer.encode("\n", add_special_tokens=False))
         self.sampler = Sampler(generation, spared)
         self._base = Base() if base is None else base
-        self._loaded: tuple[Weights, int] | None = None
-        self._prepared: tuple[Weights, Weights, int] | None = None
+        self._loaded: dict[int, tuple[Weights, int]] = {}
+        self._prepared: dict[int, tuple[Weights, Weights, int]] = {}
+        self._mixed: _Mixed | None = None
         self._aborted = threading.Event()
         self.tokens = 0
         """Tokens that the longest row of the running decode has; for whoever asks how far it is, from any thread."""
 
-    def load(self, weights: Weights, version: int) -> None:
+    def load(self, weights: Weights, version: int, policy: int = 0) -> None:
         """Use these evaluated weights, named as in Hugging Face folders, from the next token on. Caches are kept.
 
-        Beside a base they are what is trained; without any, the base decodes alone.
+        Beside a base they are what is trained; without any, the base decodes alone. There may be several policies over
+        one base, by number: each request says which completes it, and those of all are decoded together.
         """
-        self._loaded = (weights, version)
+        if policy and not self._base.is_whole:
+            raise ValueError("several policies can be decoded together only over one base")
+        self._loaded = {**self._loaded, policy: (weights, version)}
 
     def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
         """Decode all requests together, or in as many waves as the memory limit asks for; `next` returns when another
@@ -105,22 +119,39 @@ class RolloutEngine:
         """
         self._aborted.set()
 
-    def current_weights(self) -> tuple[Weights, int]:
-        """The newest weights, laid out for decoding, and their version. For the decoding thread."""
-        assert self._loaded is not None
-        weights, version = self._loaded
-        if self._prepared is None or self._prepared[0] is not weights:
-            self._prepared = (weights, self._base.for_decoding(self.config, weights), version)
-        return self._prepared[1], version
+    def current_weights(self, slots: Sequence[int] = (0,)) -> tuple[Weights, Mapping[int, int]]:
+        """The newest weights, laid out for decoding rows in equal parts of these policies, and the versions of all
+        policies. For the decoding thread."""
+        loaded = self._loaded
+        versions = {policy: version for policy, (_, version) in loaded.items()}
+        if len(set(slots)) == 1:
+            weights, version = loaded[policy := slots[0]]
+            prepared = self._prepared.get(policy)
+            if prepared is None or prepared[0] is not weights:
+                self._prepared.pop(policy, None)
+                prepared = (weights, self._base.for_decoding(self.config, weights), version)
+                self._prepared[policy] = prepared
+            return prepared[1], versions
+        order = sorted(set(slots))
+        policies, places = [loaded[policy][0] for policy in order], [order.index(policy) for policy in slots]
+        mixed = self._mixed
+        if (
+            mixed is None
+            or mixed.places != places
+            or any(a is not b for a, b in zip(mixed.policies, policies, strict=False))
+        ):
+            network = self._base.for_mixed_decoding(self.config, policies, places)
+            mixed = self._mixed = _Mixed(policies, places, network)
+        return mixed.network, versions
 
     def release(self) -> None:
         """Let go of the weights and of what was made of them; `load` brings others. Not while decoding."""
-        self._loaded = self._prepared = None
+        self._loaded, self._prepared, self._mixed = {}, {}, None
 
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
         """What decoding prompts of these lengths together takes beside the weights."""
-        assert self._loaded is not None
-        config, dtype = self.config, weights_dtype(self._base.weights or self._loaded[0])
+        held = self._base.weights or next(iter(self._loaded.values()))[0]
+        config, dtype = self.config, weights_dtype(held)
         room = config.max_position_embeddings - min(prompt_lengths)
         return decode_memory_bytes(
             config,
@@ -146,10 +177,12 @@ class RolloutEngine:
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
         """Check the requests and make ready to decode → which of them are decoded together."""
-        if self._loaded is None:
+        if not self._loaded:
             raise RuntimeError("decode came before load: the engine has no weights yet")
         for index, request in enumerate(requests):
             _check_request(self.config, index, request)
+            if request.policy not in self._loaded:
+                raise RuntimeError(f"request {index}: policy {request.policy} was not loaded")
         limit = self.generation.memory_limit_gb
         lengths = [len(request.prompt_ids) for request in requests]
         waves = split_into_waves(lengths, self.memory_bytes, None if limit is None else limit * 1e9)

@@ -12,7 +12,7 @@ import hashlib
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -63,8 +63,9 @@ class DecodeSetup(NamedTuple):
 class Row:
     """One sample while it grows. `limit`: most tokens it may have."""
 
-    def __init__(self, request: int, key: bytes, limit: int, watch: StopWatch) -> None:
+    def __init__(self, request: int, key: bytes, limit: int, watch: StopWatch, policy: int = 0) -> None:
         self.request = request
+        self.policy = policy
         self.key = key
         self.limit = limit
         self.watch = watch
@@ -82,13 +83,13 @@ class Row:
         if self.finish_reason is None and len(self.token_ids) == self.limit:
             self.finish_reason = "length"
 
-    def completion(self, versions: Sequence[int]) -> Completion:
+    def completion(self, versions: Sequence[Mapping[int, int]]) -> Completion:
         assert self.finish_reason is not None
         return Completion(
             token_ids=tuple(self.token_ids),
             log_probs=tuple(self.log_probs),
             sampling_log_probs=tuple(self.sampling_log_probs),
-            versions=tuple(versions[: len(self.token_ids)]),
+            versions=tuple(of_all[self.policy] for of_all in versions[: len(self.token_ids)]),
             finish_reason=self.finish_reason,
         )
 
@@ -102,9 +103,10 @@ class Wave:
         setup: DecodeSetup,
         requests: Sequence[RolloutRequest],
         places: range,
-        current_weights: Callable[[], tuple[Weights, int]],
+        current_weights: Callable[[Sequence[int]], tuple[Weights, Mapping[int, int]]],
     ) -> None:
-        """Those of `requests` at `places`. `current_weights` gives, for each token, the weights and their version."""
+        """Those of `requests` at `places`. `current_weights` gives, for each token, the weights for the policies of the
+        slots, and the versions of all."""
         self._setup = setup
         self._current_weights = current_weights
         self._prompts = [requests[index].prompt_ids for index in places]
@@ -112,14 +114,20 @@ class Wave:
         room, rules = setup.config.max_position_embeddings, setup.stop_rules
         self.groups = {
             index: [
-                Row(index, row_key(request.key, i), min(longest, room - len(request.prompt_ids)), StopWatch(rules))
+                Row(
+                    index,
+                    row_key(request.key, i),
+                    min(longest, room - len(request.prompt_ids)),
+                    StopWatch(rules),
+                    request.policy,
+                )
                 for i in range(G)
             ]
             for index, request in zip(places, requests[places.start : places.stop], strict=True)
         }
         self._slots = [list(group) for group in self.groups.values()]  # the rows in the device's batch, slot by slot
         self._limit = max(row.limit for slot in self._slots for row in slot)
-        self._versions: list[int] = []
+        self._versions: list[Mapping[int, int]] = []
         self._unread: deque[tuple[int, list[Row], list[mx.array]]] = deque()
         self._waiting = list(places)
         self._cache: DecodingCache | None = None
@@ -156,10 +164,10 @@ class Wave:
 
     def _dispatch(self, t: int) -> None:
         """Let the device make token t of every row."""
-        weights, version = self._current_weights()
+        weights, versions = self._current_weights([slot[0].policy for slot in self._slots])
         config = self._setup.config
         rows = [row for slot in self._slots for row in slot]
-        hidden = self._prefill(weights) if self._cache is None else self._cache.forward(config, weights, self._ids)
+        hidden = self._prefill() if self._cache is None else self._cache.forward(config, weights, self._ids)
         logits = project(config, weights, hidden)
         if t == 0:
             logits = mx.repeat(logits, self._setup.generation.num_generations, axis=0)
@@ -176,12 +184,13 @@ class Wave:
             self._recent = mx.concatenate([self._recent[:, 1:], newest], axis=1)
         mx.async_eval(self._ids, *log_probs)  # type: ignore[no-untyped-call]
         self._unread.append((t, rows, [self._ids, *log_probs]))
-        self._versions.append(version)
+        self._versions.append(versions)
 
-    def _prefill(self, weights: Weights) -> mx.array:
+    def _prefill(self) -> mx.array:
         """Every prompt once → the hidden state of its last token, (requests, D); opens the cache."""
         hidden, parts = [], []
         for portion in prefill_chunks([len(prompt) for prompt in self._prompts]):
+            weights, _ = self._current_weights([self._slots[i][0].policy for i in portion])
             part, last = self._prefill_portion(weights, [self._prompts[i] for i in portion])
             parts.append(part)
             hidden.append(last)
@@ -230,13 +239,13 @@ class Wave:
 
     def _not_finite(self, t: int, row: Row) -> RunError:
         """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
-        weights, _ = self._current_weights()
+        weights, _ = self._current_weights([row.policy])
         dtype = str(weights_dtype(weights)).removeprefix("mlx.core.")
         return RunError(
             f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "
             f"nothing can be drawn from them; the network overflows in {dtype} with the weights of version "
-            f"{self._versions[t]}: hold them in a type with more room (model.dtype, --dtype), or use weights from "
-            "before they grew so large"
+            f"{self._versions[t][row.policy]}: hold them in a type with more room (model.dtype, --dtype), or use "
+            "weights from before they grew so large"
         )
 
     def _compact(self) -> None:

@@ -49,6 +49,8 @@ class RolloutRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Token ids, at least one."""
     key: tuple[int, ...]
     """Integers in [0, 2⁶⁴) that name the random stream of the group, such as (seed, step, place, attempt)."""
+    policy: int = 0
+    """Which of the policies that the engine has loaded completes it."""
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,6 +40,7 @@ class Linear(NamedTuple):
     scales: mx.array | None = None
     biases: mx.array | None = None
     a: mx.array | None = None
+    """(r, in); or (S, r, in) where x is S equal parts, one behind the other, each with an adapter of its own."""
     b: mx.array | None = None
     factor: mx.array | None = None
     drop: Callable[[mx.array], mx.array] | None = None
@@ -64,7 +65,11 @@ class Linear(NamedTuple):
         if self.a is None or self.b is None:
             return self._times(x)
         y = self._directed(x, self.a, self.b)
-        return y if self.factor is None else y * self.factor
+        if self.factor is None:
+            return y
+        if self.a.ndim == 2:
+            return y * self.factor
+        return (y.reshape(self.a.shape[0], -1, self.size) * self.factor[:, None]).reshape(y.shape)
 
     def gradients(self, x: mx.array, y_grad: mx.array, *, trained: bool) -> tuple[mx.array, dict[str, mx.array]]:
         """From x (…, in) and the cotangent (…, out) of y: that of x, and those of what is trained here.
@@ -91,7 +96,9 @@ class Linear(NamedTuple):
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is added to the matrix before it is used."""
-        return self.a is not None and self.scales is None and self.weight.dtype == mx.float32 and self.drop is None
+        if self.a is None or self.scales is not None or self.drop is not None:
+            return False
+        return self.a.ndim == 2 and self.weight.dtype == mx.float32
 
     def merged(self) -> "Linear":
         """W + BA, without the factor; lazily. On a CPU its transpose is contiguous, as `by_columns` has it."""
@@ -126,8 +133,11 @@ class Linear(NamedTuple):
         """y without the factor."""
         if self.is_merged:
             return x @ self.merged().weight.T
-        seen = x if self.drop is None else self.drop(x)
-        return self._times(x) + (seen @ a.T) @ b.T
+        seen, y = x if self.drop is None else self.drop(x), self._times(x)
+        if a.ndim == 2:
+            return y + (seen @ a.T) @ b.T
+        parts = seen.reshape(a.shape[0], -1, seen.shape[-1])
+        return y + ((parts @ a.swapaxes(1, 2)) @ b.swapaxes(1, 2)).reshape(y.shape)
 
     def _times(self, x: mx.array) -> mx.array:
         return x @ self.weight.T if self.scales is None else self._packed_product(x, transpose=True)

@@ -1,0 +1,75 @@
+"""Rows of several policies over one base, decoded together, are the rows of each decoded alone."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from troupe.policy import AdapterConfig, Completion, GenerationConfig, RolloutEngine, RolloutRequest, random_policy
+from troupe.policy.adapter.base import Base
+from troupe.policy.adapter.modules import Adapter, init_adapter, resolve_adapter
+from troupe.policy.network.architecture import Qwen3Config
+
+CONFIG = Qwen3Config(
+    vocab_size=90,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.3,
+    tie_word_embeddings=True,
+)
+PROMPTS = [(1, 2, 3), (4, 5, 6, 7, 8), (9,), (10, 11), (12, 13, 14, 15)]
+STOP = frozenset(range(6))
+
+
+def trained(adapter: Adapter, base: Base, seed: int) -> dict[str, mx.array]:
+    norms = base.row_norms(CONFIG, adapter) if adapter.kind == "dora" else None
+    weights = init_adapter(CONFIG, adapter, "default", seed, norms)
+    return {
+        name: x + 0.2 * mx.random.normal(x.shape, key=mx.random.key(seed + n))
+        for n, (name, x) in enumerate(weights.items())
+    }
+
+
+def decoded(engine: RolloutEngine, policies: list[int]) -> list[Completion]:
+    requests = [
+        RolloutRequest(prompt_ids=prompt, key=(7, place), policy=policy)
+        for place, (prompt, policy) in enumerate(zip(PROMPTS, policies, strict=True))
+    ]
+    groups = sorted(engine.decode(requests), key=lambda group: group.index)
+    return [completion for group in groups for completion in group.completions]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "lora"}, {"kind": "dora"}, {"kind": "lora", "target_modules": ("q_proj", "down_proj")}],
+    ids=str,
+)
+def test_mixed_rows_are_those_of_each_policy_alone(settings: dict[str, object]) -> None:
+    adapter = resolve_adapter(AdapterConfig(rank=4, **settings), CONFIG)  # type: ignore[arg-type]
+    base = Base.of(CONFIG, dict(random_policy(CONFIG, 3).weights), adapter)
+    generation = GenerationConfig(num_generations=3, max_completion_length=24)
+    engine = RolloutEngine(CONFIG, generation, stop_ids=STOP, base=base)
+    for policy, weights in enumerate([trained(adapter, base, 10), {}, trained(adapter, base, 50)]):
+        engine.load(weights, 100 + policy, policy=policy)
+    mixed = decoded(engine, [0, 1, 2, 0, 2])
+    alone = [decoded(engine, [policy] * 5) for policy in range(3)]
+    assert len({alone[policy][0].token_ids for policy in range(3)}) == 3, "the policies differ"
+    for row, completion in enumerate(mixed):
+        policy = [0, 1, 2, 0, 2][row // 3]
+        other = alone[policy][row]
+        assert completion.token_ids == other.token_ids
+        np.testing.assert_allclose(completion.log_probs, other.log_probs, atol=2e-5)
+        assert set(completion.versions) == {100 + policy}
+
+
+def test_a_policy_that_is_not_there_is_told() -> None:
+    weights = random_policy(CONFIG, 3).weights
+    engine = RolloutEngine(CONFIG, GenerationConfig(num_generations=2, max_completion_length=2), stop_ids=STOP)
+    engine.load(weights, 0)
+    with pytest.raises(ValueError, match="only over one base"):
+        engine.load(weights, 0, policy=1)
+    with pytest.raises(RuntimeError, match="policy 3 was not loaded"):
+        decoded(engine, [0, 0, 3, 0, 0])
