@@ -14,7 +14,7 @@ from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.folders import read_model_folder
 from troupe.policy.hub import resolve_model
 from troupe.policy.model import Policy
-from troupe.policy.model_files import Companions, model_fingerprint
+from troupe.policy.model_files import Companions, check_folder, model_fingerprint
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import Weights
 
@@ -68,11 +68,13 @@ def resolve_base(path: str | Path, adapter: Path | None = None) -> tuple[Path, P
     if (base := base_named_in(folder)) is None:
         raise ModelError(f"{folder}: holds an adapter and names no base; {_REMEDY}")
     try:
-        return resolve_model(base), folder
-    except ModelError as error:
+        found = resolve_model(base)
+        check_folder(found)
+    except (ModelError, OSError) as error:
         raise ModelError(
             f"{folder}: holds an adapter of the base {base}, which cannot be used: {error}; {_REMEDY}"
         ) from None
+    return found, folder
 
 
 def adapter_beside(folder: Path, config: Qwen3Config, base: Path) -> StoredAdapter:
