@@ -4,9 +4,11 @@ r"""How long does a whole GRPO step take, over what TRL and mlx-lm-lora take for
         [--prompts 4 --group 8 --prompt-tokens 64 --new-tokens 128 --steps 3 --rounds 3] [--max-staleness 0]
     python -m benchmarks.bench_vs_step --model Qwen3-0.6B --dtype bfloat16 --prompts 32 --prompt-tokens 128 \
         --new-tokens 256 --steps 8 [--memory-limit 24]
+    python -m benchmarks.bench_vs_step --lora 8 --mlx-lm-lora-python lora/bin/python
 
 A random Qwen3-shaped policy, by default of 8.9 million float32 parameters on the CPU; generate, score, learn, all
-weights trained, no reference policy. Without peers it times our side alone. Each round runs every side once, in a
+weights trained, no reference policy; with `--lora` an adapter of all linear layers, and our whole training beside it.
+Without peers it times our side alone. Each round runs every side once, in a
 process of its own with as many threads as it takes: ours is a whole `Supervisor` run, TRL's the real GRPOTrainer
 (transformers generates; no gradient checkpointing, which is faster), mlx-lm-lora's the real train_grpo. One id of the
 vocabulary ends a completion, so nearly all run to their limit. The interpreters: `python -m venv trl && trl/bin/pip
@@ -87,6 +89,9 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
         table["memory_limit_gb"] = args.memory_limit
     if args.micro_batches:
         table["learner"]["gradient_accumulation_steps"] = args.micro_batches
+    write_config(troupe.load_config(None, [table]), folder / "full.toml")
+    if args.lora:
+        table["adapter"] = {"kind": "lora", "rank": args.lora}
     write_config(troupe.load_config(None, [table]), folder / "run.toml")
     settings = {
         **generation,
@@ -95,6 +100,7 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
         "per_device_train_batch_size": args.prompts * args.group,
         "gradient_checkpointing": False,
         "beta": 0.0,
+        "lora_rank": args.lora,
     }
     job = {"model": str(model), "rows": rows, "threads": args.threads, "reward": "varied", "settings": settings}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -103,6 +109,8 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
 def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """Side → its command line, without the result file."""
     found = {"troupe": [sys.executable, str(HERE / "vs_trl_ours.py"), str(folder / "run.toml")]}
+    if args.lora:
+        found["troupe-full"] = [sys.executable, str(HERE / "vs_trl_ours.py"), str(folder / "full.toml")]
     if args.trl_python:
         found["trl"] = [args.trl_python, str(HERE / "vs_trl_theirs.py"), str(folder / "job.json")]
     if args.mlx_lm_lora_python:
@@ -127,8 +135,9 @@ def run(side: str, command: list[str], folder: Path, threads: int | None) -> dic
     ours = {
         name: round(statistics.median(metrics[name] for metrics in found["metrics"][1:]), 3)
         for name in ("learn_time", "peak_memory_gb")
-        if side == "troupe"
+        if side.startswith("troupe")
     }
+    ours |= {name: found[name] for name in ("peak_memory_gb",) if name in found}
     return {
         "side": side,
         "step_s": round(statistics.median(steps_s), 3),
@@ -141,8 +150,10 @@ def run(side: str, command: list[str], folder: Path, threads: int | None) -> dic
 def compared(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """Medians over the rounds, and ratios to ours within each."""
     sides = list(rounds[0])
+    peaks = {side: [one[side]["peak_memory_gb"] for one in rounds if "peak_memory_gb" in one[side]] for side in sides}
     figures: dict[str, Any] = {
-        "step_s": {side: statistics.median(found[side]["step_s"] for found in rounds) for side in sides}
+        "peak_memory_gb": {side: statistics.median(found) for side, found in peaks.items() if found},
+        "step_s": {side: statistics.median(found[side]["step_s"] for found in rounds) for side in sides},
     }
     for side in sides[1:]:
         ratios = [found[side]["step_s"] / found["troupe"]["step_s"] for found in rounds]
@@ -164,6 +175,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="that are counted, of each run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="adapters of all linear layers, of both sides")
     parser.add_argument("--threads", type=int, help="of every side (default: as many as each takes)")
     parser.add_argument("--micro-batches", type=int, default=0, help="of ours; 0: as a run chooses")
     parser.add_argument("--memory-limit", type=float, help="of ours, in GB")

@@ -48,6 +48,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = importlib.import_module("mlx_lm").load(job["model"])
     trainer = importlib.import_module("mlx_lm_lora.trainer.grpo_trainer")
     settings, clock = job["settings"], Clock()
+    if rank := settings.get("lora_rank"):
+        model.freeze()
+        tuner = importlib.import_module("mlx_lm.tuner.utils")
+        tuner.linear_to_lora_layers(model, -1, {"rank": rank, "scale": 2.0, "dropout": 0.0})
     prompts = settings["per_device_train_batch_size"] // settings["num_generations"]
 
     def reward(prompts: list[str], completions: list[str], answer: list[str], types: Any = None) -> list[float]:
@@ -85,7 +89,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             training_callback=clock,
             end_answer_token="",  # none ends a completion early
         )
-    return {"ended_s": clock.ended_s, "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlx-lm-lora")}}
+    peak = importlib.import_module("mlx.core").get_peak_memory() / 1e9
+    versions = {name: version(name) for name in ("mlx", "mlx-lm", "mlx-lm-lora")}
+    return {"ended_s": clock.ended_s, "peak_memory_gb": round(peak, 3), "versions": versions}
 
 
 if __name__ == "__main__":
