@@ -48,15 +48,14 @@ def test_the_final_folder_and_every_checkpoint_is_an_adapter_s_and_nothing_of_th
     last = list_checkpoints(run)[0]
     assert (last / "adapter_config.json").read_bytes() == (run / "final" / "adapter_config.json").read_bytes()
     for name in FILES - {"adapter_config.json"}:
-        of_checkpoint, of_final = (
-            mx.load(str(folder / name), return_metadata=True) for folder in (last, run / "final")
-        )
-        assert same_bits(of_checkpoint[0], of_final[0])
-        assert of_checkpoint[1] == of_final[1]
+        stored: list[Any] = [mx.load(str(folder / name), return_metadata=True) for folder in (last, run / "final")]
+        (of_checkpoint, its_metadata), (of_final, metadata) = stored
+        assert same_bits(of_checkpoint, of_final)
+        assert its_metadata == metadata
 
 
 def test_a_checkpoint_is_as_small_as_what_is_trained(tmp_path: Path, ragged_model: Path) -> None:
-    few = {"adapter__kind": "lora", "adapter__rank": 1, "adapter__target_modules": ["q_proj"]}
+    few: dict[str, Any] = {"adapter__kind": "lora", "adapter__rank": 1, "adapter__target_modules": ["q_proj"]}
     run = Path(train_adapter(ragged_model, tmp_path, schedule__max_staleness=1, **few).folder)
     trained = sum(array.nbytes for array in newest(run).weights.values())
     assert trained == 4 * 2 * (32 + 32)

@@ -19,7 +19,7 @@ from troupe.errors import ConfigError
 from troupe.policy import load_policy
 from troupe.run.prepare import prepare
 
-FOLLOWS = {"learner__beta": 0.1, "learner__sync_ref_model": True, "learner__ref_model_sync_steps": 1}
+FOLLOWS: dict[str, Any] = {"learner__beta": 0.1, "learner__sync_ref_model": True, "learner__ref_model_sync_steps": 1}
 
 
 def lower(completion_ids: list[list[int]], **_: Any) -> list[float]:
