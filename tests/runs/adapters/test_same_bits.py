@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.support.adapters import DORA, LORA, adapter_config, kill_generators, 
 from tests.support.fakes import delayed, often_equal, same_bits, weigh_ids
 from tests.support.runs import completions, in_store, lines, policy_of, timeless
 from tests.support.straight import run_straight
+from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest
+from troupe.run.ledgers import Factories
 
 SLOW = pytest.mark.slow
 PATTERNS: dict[str, Any] = LORA | {
@@ -131,6 +134,34 @@ def test_a_process_of_the_generator_that_is_killed_is_made_anew_beside_the_same_
     assert result.incidents == {"actor_restarted": 1}
     assert same_bits(policy_of(result.folder), policy_of(whole.folder))
     assert completions(result.folder) == completions(whole.folder)
+
+
+def test_a_generator_that_fails_is_made_anew_beside_the_same_base(tmp_path: Path, ragged_model: Path) -> None:
+    made: list[FaultyEngine] = []
+
+    def engine(*arguments: Any, **named: Any) -> RolloutEngine:
+        made.append(FaultyEngine(*arguments, **named))
+        made[-1].fails = len(made) == 1
+        return made[-1]
+
+    whole = train_adapter(ragged_model, tmp_path / "whole", **DORA)
+    config = adapter_config(ragged_model, tmp_path / "faulty", **DORA)
+    result = troupe.train(config, [weigh_ids], factories=Factories(engine=engine))
+    assert result.incidents == {"actor_restarted": 1}
+    assert len(made) == 2
+    assert same_bits(policy_of(result.folder), policy_of(whole.folder))
+
+
+class FaultyEngine(RolloutEngine):
+    """Fails once at its third decode, where it is to."""
+
+    fails, decodes = False, 0
+
+    def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
+        self.decodes += 1
+        if self.fails and self.decodes == 3:
+            raise ArithmeticError("once")
+        return super().decode_lists(requests)
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
