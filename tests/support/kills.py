@@ -145,7 +145,7 @@ def check_after_kill(out: Path) -> None:
 
 def processes() -> list[str]:
     """`ppid pid command` of every process."""
-    listed = subprocess.run(["ps", "-axo", "ppid=,pid=,command="], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["ps", "-axwwo", "ppid=,pid=,command="], capture_output=True, text=True, check=True)
     return listed.stdout.splitlines()
 
 

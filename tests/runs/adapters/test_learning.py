@@ -55,8 +55,9 @@ def test_a_reference_that_follows_every_step_is_the_policy_itself(tmp_path: Path
 
 
 def test_a_reference_of_two_adapters_is_refused(tmp_path: Path, ragged_model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ref_model_mixup_alpha is not 1, but a mixture of two adapters is no adap"):
-        adapter_config(ragged_model, tmp_path, **FOLLOWS)
+    config = adapter_config(ragged_model, tmp_path, **FOLLOWS)
+    with pytest.raises(ConfigError, match=r"ref_model_mixup_alpha is .*, but a mixture of two adapters is no adapter"):
+        prepare(config, [weigh_ids])
 
 
 def test_a_rate_that_is_left_open_is_ten_times_that_of_a_whole_network_and_stored(
