@@ -27,7 +27,7 @@ def lower(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(97 <= token < 123 for token in ids) / len(ids) for ids in completion_ids]
 
 
-@pytest.mark.parametrize("settings", [LORA, DORA], ids=["lora", "dora"])
+@pytest.mark.parametrize("settings", [LORA, pytest.param(DORA, marks=pytest.mark.slow)], ids=["lora", "dora"])
 def test_an_adapter_learns_what_pays(tmp_path: Path, tiny_model: Path, settings: dict[str, Any]) -> None:
     more = {"learner__lr": 0.03, "learner__lr_scheduler": "constant", "learner__max_steps": 20}
     result = train_adapter(tiny_model, tmp_path, lower, **settings | more, generation__num_generations=8)
@@ -36,7 +36,7 @@ def test_an_adapter_learns_what_pays(tmp_path: Path, tiny_model: Path, settings:
     assert np.mean(told[-3:]) > np.mean(told[:3]) + 0.3
 
 
-@pytest.mark.parametrize("settings", [LORA, DORA], ids=["lora", "dora"])
+@pytest.mark.parametrize("settings", [LORA, pytest.param(DORA, marks=pytest.mark.slow)], ids=["lora", "dora"])
 def test_the_reference_is_the_base_which_the_first_step_is_at_and_a_strong_beta_keeps_near(
     tmp_path: Path, ragged_model: Path, settings: dict[str, Any]
 ) -> None:

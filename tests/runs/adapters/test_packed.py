@@ -48,7 +48,17 @@ def test_a_packed_network_cannot_be_trained_whole_and_two_ways_out_are_told(tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("how", KINDS, ids=[f"{how.get('mode', 'affine')} {how['bits']}" for how in KINDS])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(
+            how,
+            id=f"{how.get('mode', 'affine')} {how['bits']}",
+            marks=[] if how in (KINDS[0], KINDS[-1]) else pytest.mark.slow,
+        )
+        for how in KINDS
+    ],
+)
 def test_an_adapter_is_trained_beside_a_packed_base(tmp_path: Path, wide: Path, how: dict[str, Any]) -> None:
     model = write_packed(wide, tmp_path / "packed", **how)
     config = adapter_config(model, tmp_path, schedule__max_staleness=1, **LORA)

@@ -46,8 +46,8 @@ EACH: dict[str, Any] = {"checkpoint__every": 1, "learner__max_steps": 5}
 @pytest.mark.parametrize(
     ("settings", "staleness"),
     [
-        pytest.param(LORA, 0, id="lora"),
-        pytest.param(LORA | {"model__dtype": "bfloat16"}, 1, id="16 bits"),
+        pytest.param(LORA, 0, id="lora", marks=SLOW),
+        pytest.param(LORA | {"model__dtype": "bfloat16"}, 1, id="16 bits", marks=SLOW),
         pytest.param(EVERYTHING, 2, id="everything"),
         pytest.param(EVERYTHING | PROCESSES, 1, id="everything, processes", marks=SLOW),
     ],
@@ -70,7 +70,7 @@ def test_a_run_goes_on_from_any_checkpoint_to_the_same_bits(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("ending", ["stop", "drain"])
+@pytest.mark.parametrize("ending", ["stop", pytest.param("drain", marks=SLOW)])
 async def test_a_run_that_was_ended_amid_its_steps_goes_on_as_if_it_had_not_been(
     tmp_path: Path, ragged_model: Path, ending: str
 ) -> None:
@@ -89,7 +89,7 @@ async def test_a_run_that_was_ended_amid_its_steps_goes_on_as_if_it_had_not_been
     assert column(run.folder, "loss") == column(whole.folder, "loss")
 
 
-@pytest.mark.parametrize("on_stale", ["requeue", "correct"])
+@pytest.mark.parametrize("on_stale", ["requeue", pytest.param("correct", marks=SLOW)])
 def test_a_free_run_goes_on_with_every_place(tmp_path: Path, ragged_model: Path, on_stale: str) -> None:
     settings = EACH | {"schedule__mode": "free", "schedule__max_staleness": 1, "schedule__on_stale": on_stale}
     whole = train_adapter(ragged_model, tmp_path, delayed(1, most_s=0.02), **settings)
@@ -145,7 +145,7 @@ def test_another_base_is_refused_and_the_run_stays_as_it_is(tmp_path: Path) -> N
     assert same_bits(policy_of(folder / "run"), policy_of(run))
 
 
-@pytest.mark.parametrize("becomes", ["another", "nothing"])
+@pytest.mark.parametrize("becomes", [pytest.param("another", marks=SLOW), "nothing"])
 def test_a_base_that_changes_amid_a_run_in_one_process_spoils_nothing(tmp_path: Path, becomes: str) -> None:
     """It was read once; what is evaluated at the end, too, is what was learned."""
     model = write_ragged_model(tmp_path / "model")
@@ -172,7 +172,7 @@ def spoil(model: Path, becomes: str) -> None:
         write_tiny_model(model, RAGGED, seed=1)
 
 
-@pytest.mark.parametrize("becomes", ["another", "nothing"])
+@pytest.mark.parametrize("becomes", ["another", pytest.param("nothing", marks=SLOW)])
 def test_a_process_of_the_generator_takes_no_other_base_than_the_one_that_the_run_began_with(
     tmp_path: Path, becomes: str
 ) -> None:

@@ -43,18 +43,20 @@ PROCESS: dict[str, Any] = {"schedule__generator": "process"}
     ("settings", "staleness"),
     [
         pytest.param(LORA, 1, id="lora"),
-        pytest.param(LORA | {"adapter__use_rslora": True, "adapter__init": "gaussian"}, 0, id="rslora"),
+        pytest.param(LORA | {"adapter__use_rslora": True, "adapter__init": "gaussian"}, 0, id="rslora", marks=SLOW),
         pytest.param(DORA, 2, id="dora"),
-        pytest.param(PATTERNS, 0, id="patterns"),
-        pytest.param(LAST, 0, id="few modules of the last layer"),
-        pytest.param(LORA | {"learner__gradient_checkpointing": True}, 0, id="layers computed twice"),
+        pytest.param(LAST, 0, id="few modules of the last layer", marks=SLOW),
+        pytest.param(LORA | {"learner__gradient_checkpointing": True}, 0, id="layers computed twice", marks=SLOW),
         pytest.param(DORA | {"model__dtype": "bfloat16"}, 0, id="16 bits"),
         pytest.param(
-            LORA | {"learner__gradient_accumulation_steps": 4, "schedule__learner_streams": 3}, 0, id="three streams"
+            LORA | {"learner__gradient_accumulation_steps": 4, "schedule__learner_streams": 3},
+            0,
+            id="three streams",
+            marks=SLOW,
         ),
-        pytest.param(LORA | EVERYTHING, 1, id="everything"),
+        pytest.param(LORA | EVERYTHING, 1, id="everything", marks=SLOW),
         pytest.param(DORA | EVERYTHING, 3, id="everything, dora", marks=SLOW),
-        pytest.param(PATTERNS | EVERYTHING, 2, id="everything, patterns", marks=SLOW),
+        pytest.param(PATTERNS | EVERYTHING, 2, id="everything, patterns"),
     ],
 )
 def test_a_run_comes_to_the_bits_of_the_plain_loop(
@@ -81,6 +83,7 @@ def test_the_same_run_twice_writes_the_same_files(tmp_path: Path, ragged_model: 
         assert (one / "final" / name).read_bytes() == (two / "final" / name).read_bytes()
 
 
+@SLOW
 def test_another_seed_begins_with_another_adapter(tmp_path: Path, ragged_model: Path) -> None:
     one, two = (
         policy_of(train_adapter(ragged_model, tmp_path / str(seed), seed=seed, learner__lr=0.0).folder)
@@ -92,7 +95,12 @@ def test_another_seed_begins_with_another_adapter(tmp_path: Path, ragged_model: 
 
 @pytest.mark.parametrize(
     ("settings", "staleness"),
-    [(LORA, 0), (DORA, 1), pytest.param(PATTERNS, 0, marks=SLOW), pytest.param(LORA | EVERYTHING, 1, marks=SLOW)],
+    [
+        pytest.param(LORA, 0, marks=SLOW),
+        (DORA, 1),
+        pytest.param(PATTERNS, 0, marks=SLOW),
+        pytest.param(LORA | EVERYTHING, 1, marks=SLOW),
+    ],
     ids=["in turns", "overlapping", "patterns", "everything"],
 )
 def test_the_generator_in_a_process_of_its_own_writes_the_same(
@@ -105,7 +113,8 @@ def test_the_generator_in_a_process_of_its_own_writes_the_same(
     assert completions(thread.folder) == completions(process.folder)
 
 
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("staleness", [0, 1])
 def test_a_generator_in_two_processes_writes_the_same_each_time(
     tmp_path: Path, ragged_model: Path, staleness: int
 ) -> None:
@@ -164,7 +173,7 @@ class FaultyEngine(RolloutEngine):
         return super().decode_lists(requests)
 
 
-@pytest.mark.parametrize("where", ["thread", "process"])
+@pytest.mark.parametrize("where", ["thread", pytest.param("process", marks=SLOW)])
 @pytest.mark.parametrize("on_stale", ["drop", pytest.param("requeue", marks=SLOW), pytest.param("correct", marks=SLOW)])
 def test_a_free_run_prompts_every_place_and_ends_every_group_once(
     tmp_path: Path, ragged_model: Path, where: str, on_stale: str
