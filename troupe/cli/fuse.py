@@ -1,6 +1,8 @@
 """`troupe fuse`: a model folder with an adapter in it."""
 
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import click
 import mlx.core as mx
@@ -8,7 +10,7 @@ import mlx.core as mx
 from troupe.checkpoint import save_final_policy
 from troupe.cli.commands import Command, report_errors
 from troupe.cli.config import find_adapter, find_model
-from troupe.errors import OutputError
+from troupe.errors import ModelError, OutputError
 from troupe.policy import Policy, load_policy
 from troupe.policy.adapter.fuse import fuse as fuse_network
 from troupe.policy.folders import read_model_folder, stored_dtype
@@ -60,12 +62,16 @@ def _apart(exact: Policy, fused: Policy) -> float:
     """The largest difference of a logit, over a few texts."""
     largest = 0.0
     for number, text in enumerate(_TEXTS):
-        if exact.companions.have_tokenizer:
-            ids = exact.tokenizer.encode(text)
-        else:
-            key = mx.random.key(number)
-            ids = mx.random.randint(0, exact.config.vocab_size, (_IDS,), key=key).tolist()  # type: ignore[assignment]
-        row = mx.array([ids])
+        row = mx.array([_ids(exact, text, number)])
         apart = mx.max(mx.abs(exact.model(row).astype(mx.float32) - fused.model(row).astype(mx.float32)))
         largest = max(largest, float(apart))
     return largest
+
+
+def _ids(policy: Policy, text: str, number: int) -> list[int]:
+    """A text as ids; any ids where the base has no tokenizer that can be read."""
+    with suppress(ModelError):
+        if policy.companions.have_tokenizer:
+            return policy.tokenizer.encode(text)
+    drawn = mx.random.randint(0, policy.config.vocab_size, (_IDS,), key=mx.random.key(number))
+    return cast("list[int]", drawn.tolist())
