@@ -22,12 +22,12 @@ CONFIG = Qwen3Config(
 )
 PROMPTS = [[1, 2, 3], [1, 2, 3], [7, 8], [7, 8]]
 COMPLETIONS = [[4, 5, 6, 7], [9, 8], [3, 2, 1, 0, 5], [6]]
-KEYS = [*row_keys(11, 2), *row_keys(12, 2)]
+KEYS = [*row_keys(11, 2, PROMPTS[0], 5), *row_keys(12, 2, PROMPTS[2], 5)]
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 def test_so_much_is_dropped_and_the_mean_stays(rate: float) -> None:
-    keys = token_keys([[1] * 500], [[2] * 501], row_keys(3, 1), seed=0)
+    keys = token_keys([[1] * 500], [[2] * 501], row_keys(3, 1, [1], 0), seed=0)
     x = Dropout(rate, keys).of("model.layers.0.self_attn.q_proj", mx.ones((1, 1000, 256)))
     assert float(mx.mean(x == 0.0)) == pytest.approx(rate, abs=0.005)
     assert float(mx.mean(x)) == pytest.approx(1.0, abs=0.005)
@@ -52,7 +52,8 @@ def test_what_is_dropped_follows_from_row_token_matrix_and_seed() -> None:
     assert not same(dropped(), dropped("model.layers.1.mlp.down_proj"))
     assert not same(dropped(), dropped("model.layers.0.mlp.gate_proj"))
     assert not same(dropped(), dropped(seed=1))
-    assert not same(dropped(), dropped(keys=[*row_keys(11, 2), *row_keys(13, 2)]))
+    assert not same(dropped(), dropped(keys=[*KEYS[:2], *row_keys(13, 2, PROMPTS[2], 5)]))
+    assert not same(dropped(), dropped(keys=[*KEYS[:2], *row_keys(12, 2, PROMPTS[2], 6)]))
 
 
 def direction(name: str, like: mx.array) -> mx.array:

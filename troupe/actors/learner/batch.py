@@ -136,7 +136,9 @@ def assemble(
         pad_id=pad_id,
         truncated=[is_truncated(rollout) for rollout in rollouts],
     )
-    keys = [key for group in groups for key in row_keys(group.group.prompt.gid, G)]
+    prompts = [group.group.prompt for group in groups]
+    step = max(prompt.slot.step for prompt in prompts)
+    keys = [key for prompt in prompts for key in row_keys(prompt.gid, G, prompt.prompt_ids, step)]
     batch = replace(batch, keys=tuple(keys))
     if oldest is not None:
         batch = batch.with_tokens([[version >= oldest for version in rollout.versions] for rollout in rollouts])

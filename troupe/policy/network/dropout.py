@@ -1,7 +1,8 @@
 """Dropout of what an adapter sees while it learns (Srivastava et al. 2014): drawn by a hash of where a number stands.
 
-Which numbers are 0 follows from the run's seed, the row's slot, the place of the token, the matrix and the column: not
-from how a batch is cut, where it is computed, or in which order. Matrices that have the same input lose the same of it.
+Which numbers are 0 follows from the run's seed, the row's slot (of a prompt's tokens: the prompt and the step), the
+place of the token, the matrix and the column: not from how a batch is cut, where it is computed, or in which order.
+Matrices that have the same input lose the same of it.
 
 The hash is the end of MurmurHash3, over 32 bits.
 """
@@ -86,7 +87,8 @@ def token_keys(
     return mx.concatenate(parts)
 
 
-def row_keys(gid: int, samples: int) -> list[tuple[int, int]]:
-    """The keys of a group's rows."""
-    of_prompt = zlib.crc32(f"{gid}".encode())
+def row_keys(gid: int, samples: int, prompt_ids: Sequence[int], step: int) -> list[tuple[int, int]]:
+    """The keys of a group's rows. Equal prompts of a step have the same: whether they are neighbours, and computed as
+    one, depends on how a batch is cut."""
+    of_prompt = zlib.crc32(f"{step}:{','.join(map(str, prompt_ids))}".encode())
     return [(of_prompt, zlib.crc32(f"{gid}.{sample}".encode())) for sample in range(samples)]
