@@ -42,6 +42,7 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
         generation.temperature,
         recompute=learner.gradient_checkpointing or False,
         base=policy.base,
+        seed=config.seed,
     )
 
     def complete(prompts: list[Prompt], weights: Weights, version: int) -> list[ScoredGroup]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.adapters import DORA, LORA, adapter_config, train_adapter
 from tests.support.fakes import ones, same_bits, weigh_ids
-from tests.support.runs import column, policy_of
+from tests.support.runs import column, completions, policy_of
 from troupe import Supervisor, load_config
 from troupe.errors import ConfigError
 from troupe.policy import load_policy
@@ -47,6 +47,41 @@ def test_the_reference_is_the_base_which_the_first_step_is_at_and_a_strong_beta_
     )
     assert near[0] == far[0] == 0.0
     assert 0 < near[-1] < 0.5 * far[-1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_into_how_many_micro_batches_a_step_is_split_changes_no_gradient_also_where_prompts_are_equal(
+    tmp_path: Path, ragged_model: Path, dropout: float
+) -> None:
+    """Equal neighbours are computed as one in a batch, and apart in micro-batches of a row."""
+    (tmp_path / "alike.json").write_text(json.dumps([{"prompt": "abcdef", "answer": str(i)} for i in range(5)]))
+    settings: dict[str, Any] = {"data__path": str(tmp_path / "alike.json"), "learner__lr": 1e-4}
+    norms = [
+        column(
+            train_adapter(
+                ragged_model,
+                tmp_path / str(number),
+                **LORA | {"adapter__dropout": dropout, "learner__gradient_accumulation_steps": number} | settings,
+            ).folder,
+            "grad_norm",
+        )
+        for number in (1, 2, 6)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_dropout_is_in_what_is_learned_and_not_in_what_is_sampled(tmp_path: Path, ragged_model: Path) -> None:
+    without, half = (
+        Path(train_adapter(ragged_model, tmp_path / str(rate), **LORA | {"adapter__dropout": rate}).folder)
+        for rate in (0.0, 0.5)
+    )
+    assert completions(half, step=1) == completions(without, step=1)
+    assert not same_bits(policy_of(half), policy_of(without))
+    name = "sampling/sampling_logp_difference/max"
+    assert column(without, name)[-1] < 1e-4 < column(half, name)[-1]
+    settings = json.loads((half / "final" / "adapter_config.json").read_bytes())
+    assert settings["lora_dropout"] == settings["lora_parameters"]["dropout"] == 0.5
 
 
 def test_a_reference_that_follows_every_step_is_the_policy_itself(tmp_path: Path, ragged_model: Path) -> None:

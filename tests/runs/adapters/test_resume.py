@@ -32,6 +32,7 @@ from troupe.run.prepare import prepare
 SLOW = pytest.mark.slow
 PROCESSES: dict[str, Any] = {"schedule__generator": "process", "schedule__generator_processes": 2}
 EVERYTHING: dict[str, Any] = DORA | {
+    "adapter__dropout": 0.2,
     "learner__dynamic_sampling": True,
     "learner__num_iterations": 2,
     "learner__beta": 0.05,

@@ -35,6 +35,7 @@ EVERYTHING: dict[str, Any] = {
     "learner__ref_model_mixup_alpha": 1.0,
     "learner__ref_model_sync_steps": 3,
     "learner__weight_decay": 0.1,
+    "adapter__dropout": 0.2,
 }
 PROCESS: dict[str, Any] = {"schedule__generator": "process"}
 
@@ -45,6 +46,7 @@ PROCESS: dict[str, Any] = {"schedule__generator": "process"}
         pytest.param(LORA, 1, id="lora"),
         pytest.param(LORA | {"adapter__use_rslora": True, "adapter__init": "gaussian"}, 0, id="rslora", marks=SLOW),
         pytest.param(DORA, 2, id="dora"),
+        pytest.param(LORA | {"adapter__dropout": 0.5}, 0, id="dropout", marks=SLOW),
         pytest.param(LAST, 0, id="few modules of the last layer", marks=SLOW),
         pytest.param(LORA | {"learner__gradient_checkpointing": True}, 0, id="layers computed twice", marks=SLOW),
         pytest.param(DORA | {"model__dtype": "bfloat16"}, 0, id="16 bits"),
