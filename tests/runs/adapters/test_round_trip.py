@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +41,7 @@ def continued(logits_of: Callable[[list[int]], np.ndarray], ids: list[int]) -> l
 
 
 @pytest.mark.parametrize("settings", [LORA, DORA], ids=["lora", "dora"])
-def test_what_a_run_has_trained_is_the_same_policy_elsewhere(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_what_a_run_has_trained_is_the_same_policy_elsewhere(tmp_path: Path, settings: dict[str, Any]) -> None:
     torch, peft, transformers = oracle("torch"), oracle("peft"), oracle("transformers")
     utils = oracle("mlx_lm.utils")
     base = write_base(tmp_path / "base")
