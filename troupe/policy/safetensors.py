@@ -94,7 +94,9 @@ def safetensors_chunks(
     arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
     """A file of evaluated arrays, chunk by chunk; the chunks are the arrays' own memory where the processor shares it
-    with the device, and die with the next chunk where not."""
+    with the device, and die with the next chunk where not. Tensors lie in the order of their names, so that equal
+    arrays are equal files, in whatever order they came."""
+    arrays = dict(sorted(arrays.items()))
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():

@@ -21,8 +21,16 @@ from tests.support.adapters import (
     newest,
     train_adapter,
 )
-from tests.support.fakes import RAGGED, delayed, often_equal, same_bits, weigh_ids, write_ragged_model
-from tests.support.runs import column, completions, policy_of
+from tests.support.fakes import (
+    RAGGED,
+    delayed,
+    often_equal,
+    same_bits,
+    tiny_config,
+    weigh_ids,
+    write_ragged_model,
+)
+from tests.support.runs import STORED, column, completions, policy_of, train
 from tests.support.tiny import write_tiny_model
 from troupe import Supervisor
 from troupe.checkpoint import list_checkpoints
@@ -68,6 +76,24 @@ def test_a_run_goes_on_from_any_checkpoint_to_the_same_bits(
         assert same_bits(newest(again.folder).optimizer_state, newest(whole.folder).optimizer_state)
         assert same_bits(policy_of(again.folder), policy_of(whole.folder))
         assert completions(again.folder) == [c for c in completions(whole.folder) if c.step > version]
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "network"])
+def test_a_run_that_was_killed_before_its_last_folder_writes_the_same_files(
+    tmp_path: Path, ragged_model: Path, adapter: bool
+) -> None:
+    settings = LORA if adapter else {"learner__lr": 1e-3}
+    start = train_adapter if adapter else train
+    whole = Path(start(ragged_model, tmp_path, **settings).folder)
+    config = (
+        adapter_config(ragged_model, tmp_path, **settings)
+        if adapter
+        else tiny_config(ragged_model, tmp_path, **STORED | settings)
+    )
+    written = {file.name: file.read_bytes() for file in (whole / "final").iterdir()}
+    shutil.rmtree(whole / "final")
+    troupe.train(config, (weigh_ids,), resume=True)
+    assert {file.name: file.read_bytes() for file in (whole / "final").iterdir()} == written
 
 
 @pytest.mark.anyio

@@ -180,7 +180,8 @@ def adapter_files(
     }
     of_mlx = mlx_lm.tensors_for(adapter, weights)
     mx.eval(of_mlx)
-    of_peft = {peft.their_name(name): array for name, array in weights.items()}
+    in_order = adapter_shapes(network, adapter)  # equal weights make equal files
+    of_peft = {peft.their_name(name): weights[name] for name in in_order}
     partial = {mlx_lm.PARTIAL: "true"} if mlx_lm.is_partial(network, adapter) else {}
     return AdapterFiles(
         msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n",
