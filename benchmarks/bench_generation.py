@@ -2,11 +2,12 @@ r"""How many tokens a second does the engine decode, and how much memory does it
 
     python benchmarks/bench_generation.py [--model tiny --prompts 4 --group 8 --prompt-tokens 64 --new-tokens 128]
     python benchmarks/bench_generation.py --model Qwen3-0.6B --dtype bfloat16 --prompts 32 \
-        --prompt-tokens 128 --new-tokens 256
+        --prompt-tokens 128 --new-tokens 256 [--lora 16]
 
-Random weights; `tiny` has 8.9 million parameters. `--stop-ids K` makes K ids of the vocabulary end a completion, which
-gives ragged lengths; 0 lets every one run to its limit. Prints one JSON line: medians of `--steps` warm rounds, and
-what `RolloutEngine.memory_bytes` said before, with the weights that are laid out for decoding.
+Random weights, with `--lora RANK` an adapter of all linear layers beside them, after a line without it; `tiny` has 8.9
+million parameters. `--stop-ids K` makes K ids of the vocabulary end a completion, which gives ragged lengths; 0 lets
+every one run to its limit. Prints one JSON line: medians of `--steps` warm rounds, and what
+`RolloutEngine.memory_bytes` said before, with the weights that are laid out for decoding.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ import troupe  # first: it loads OpenBLAS before MLX
 from troupe.policy import (
     DTYPES,
     PRESETS,
+    AdapterConfig,
+    Base,
     GenerationConfig,
+    Policy,
     Qwen3Config,
     RolloutEngine,
     RolloutRequest,
@@ -32,6 +36,8 @@ from troupe.policy import (
     parameter_count,
     random_policy,
 )
+from troupe.policy.adapter.modules import init_adapter, resolve_adapter
+from troupe.policy.decode.memory import decoding_adapter_bytes
 
 import mlx.core as mx  # isort: skip
 
@@ -59,6 +65,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--stop-ids", type=int, default=0)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="0: no adapter")
     return parser
 
 
@@ -67,11 +74,15 @@ def measure(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
     config = policy.config
     dice = random.Random(0)
     generation = GenerationConfig(num_generations=args.group, max_completion_length=args.new_tokens)
-    engine = RolloutEngine(config, generation, stop_ids=frozenset(range(1000, 1000 + args.stop_ids)))
+    stop_ids = frozenset(range(1000, 1000 + args.stop_ids))
+    engine = RolloutEngine(config, generation, stop_ids=stop_ids, base=policy.base)
     engine.load(policy.weights, 0)
     held = mx.get_active_memory()
     predicted = engine.memory_bytes([args.prompt_tokens] * args.prompts)
-    predicted += fused_copy_bytes(config, DTYPES[args.dtype])
+    if (adapter := policy.base.adapter) is None:
+        predicted += fused_copy_bytes(config, DTYPES[args.dtype])
+    else:
+        predicted += decoding_adapter_bytes(config, adapter, DTYPES[args.dtype])
     seconds, rates, tokens, peak = [], [], 0, 0
     for step in range(args.steps + 1):
         requests = [
@@ -109,15 +120,23 @@ def measure(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def policy_of(args: argparse.Namespace) -> Any:
+def policy_of(args: argparse.Namespace) -> Policy:
     """The random policy that the options name."""
-    return random_policy(TINY if args.model == "tiny" else PRESETS[args.model], dtype=args.dtype)
+    policy = random_policy(TINY if args.model == "tiny" else PRESETS[args.model], dtype=args.dtype)
+    if not args.lora:
+        return policy
+    config = policy.config
+    adapter = resolve_adapter(AdapterConfig(kind="lora", rank=args.lora), config)
+    base = Base.of(config, dict(policy.weights), adapter)
+    return Policy(config, init_adapter(config, adapter, "default", 0), base=base)
 
 
 def main() -> None:
-    """Measure once and print the line."""
+    """Measure once and print the line, or two."""
     args = arguments(__doc__).parse_args()
-    print(json.dumps(measure(policy_of(args), args)))
+    for rank in sorted({0, args.lora}):
+        args.lora = rank
+        print(json.dumps(measure(policy_of(args), args)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
 import pytest
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on a card; before MLX: figures to compare with are float32
 
 import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
 from tests.support.fakes import OPEN_DEVICES

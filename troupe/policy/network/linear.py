@@ -134,10 +134,10 @@ class Linear(NamedTuple):
         if self.is_merged:
             return x @ self.merged().weight.T
         seen, y = x if self.drop is None else self.drop(x), self._times(x)
-        if a.ndim == 2:
-            return y + (seen @ a.T) @ b.T
-        parts = seen.reshape(a.shape[0], -1, seen.shape[-1])
-        return y + ((parts @ a.swapaxes(1, 2)) @ b.swapaxes(1, 2)).reshape(y.shape)
+        if a.ndim == 3:
+            seen = seen.reshape(a.shape[0], -1, seen.shape[-1])
+        inner = seen @ a.swapaxes(-1, -2)
+        return mx.addmm(y.reshape(*inner.shape[:-1], -1), inner, b.swapaxes(-1, -2)).reshape(y.shape)
 
     def _times(self, x: mx.array) -> mx.array:
         return x @ self.weight.T if self.scales is None else self._packed_product(x, transpose=True)
