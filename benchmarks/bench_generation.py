@@ -25,7 +25,7 @@ from troupe.policy import (
     DTYPES,
     PRESETS,
     GenerationConfig,
-    Qwen3Config,
+    NetworkConfig,
     RolloutEngine,
     RolloutRequest,
     fused_copy_bytes,
@@ -35,7 +35,7 @@ from troupe.policy import (
 
 import mlx.core as mx  # isort: skip
 
-TINY = Qwen3Config(
+TINY = NetworkConfig(
     vocab_size=4096,
     hidden_size=256,
     intermediate_size=768,

@@ -18,7 +18,7 @@ from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.policy import Policy, load_policy
 from troupe.policy.folders import read_model_folder
 from troupe.policy.model_files import read_json
-from troupe.policy.network.qwen3 import hidden_states, project
+from troupe.policy.network.forward import hidden_states, project
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "adapters"
 FOLDER = Path(os.environ.get("TROUPE_ADAPTER_VECTORS") or _SHIPPED)

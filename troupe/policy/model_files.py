@@ -17,9 +17,9 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.network.architecture import ARCHITECTURE, Qwen3Config
+from troupe.policy.network.architecture import ARCHITECTURE, NetworkConfig
 from troupe.policy.network.quantization import QUANTIZATION_KEYS, quantization_table
-from troupe.policy.network.qwen3 import Weights, weights_dtype
+from troupe.policy.network.tensors import Weights, weights_dtype
 from troupe.policy.safetensors import read_start
 
 CONFIG_FILE = "config.json"
@@ -233,7 +233,7 @@ class Companions(msgspec.Struct, frozen=True):
         for name, content in self.files.items():
             _write(folder / name, content)
 
-    def write(self, folder: Path, config: Qwen3Config, weights: Weights) -> None:
+    def write(self, folder: Path, config: NetworkConfig, weights: Weights) -> None:
         """Write them beside these weights: as they are, but for what config.json says of the weights that is not so;
         where there is none, it is made from `config`."""
         self.write_unchanged(folder)
@@ -244,7 +244,7 @@ class Companions(msgspec.Struct, frozen=True):
             _write(folder / CONFIG_FILE, _formatted(true))
 
 
-def _corrected(settings: dict[str, object], config: Qwen3Config, weights: Weights) -> dict[str, object]:
+def _corrected(settings: dict[str, object], config: NetworkConfig, weights: Weights) -> dict[str, object]:
     """With the type that the weights are held in, in which transformers would load them, the head that they have, and
     the class of network that their names are those of."""
     held = dtype_name(weights_dtype(weights))

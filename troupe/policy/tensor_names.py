@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 
 from troupe.policy.model_files import some
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import EMBEDDING, HEAD
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.tensors import EMBEDDING, HEAD
 
 _FRONT = frozenset({"module", "base_model", "model", "language_model"})
 """Names of parts around a network, in any order and number: `model.language_model.layers.0…` is `model.layers.0…`. A
@@ -41,7 +41,7 @@ def is_harmless(stored: str) -> bool:
     return stored.endswith("rotary_emb.inv_freq")
 
 
-def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], config: Qwen3Config) -> str:
+def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], config: NetworkConfig) -> str:
     """Why these names do not fit, with the remedy, where there is a known cause; else "".
 
     `missing`: canonical names that no file has; `unexpected`: names as stored.

@@ -28,7 +28,7 @@ from troupe.policy import (
 )
 from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
 from troupe.policy.network.attention import attention_is_fused
-from troupe.policy.network.qwen3 import network_bytes
+from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb

@@ -22,10 +22,10 @@ from troupe.policy.decode.requests import Completion, GenerationConfig, RolloutR
 from troupe.policy.decode.sampling import draw_by_shares
 from troupe.policy.load import load_policy
 from troupe.policy.model import random_policy
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import exp
 
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,

@@ -20,11 +20,12 @@ from troupe.policy.decode.memory import (
 from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
 from troupe.policy.model import random_policy
 from troupe.policy.network import attention
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import FINAL_NORM, fuse_projections
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.forward import fuse_projections
+from troupe.policy.network.tensors import FINAL_NORM
 
 
-def config_of(**sizes: int) -> Qwen3Config:
+def config_of(**sizes: int) -> NetworkConfig:
     standard: dict[str, Any] = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -35,10 +36,10 @@ def config_of(**sizes: int) -> Qwen3Config:
         "head_dim": 16,
         "max_position_embeddings": 2048,
     }
-    return Qwen3Config(**standard | sizes)
+    return NetworkConfig(**standard | sizes)
 
 
-def decode(config: Qwen3Config, lengths: list[int], G: int, N: int) -> tuple[int, int]:
+def decode(config: NetworkConfig, lengths: list[int], G: int, N: int) -> tuple[int, int]:
     """Decode to the end → (bytes at the peak beside the weights, bytes by the formula)."""
     policy = random_policy(config)
     generation = GenerationConfig(num_generations=G, max_completion_length=N)

@@ -20,11 +20,11 @@ from troupe.grpo import (
     train_on_batch,
     update_bytes,
 )
-from troupe.policy import MicroBatch, Qwen3Config, gradient_memory_bytes, parameter_count, random_policy
+from troupe.policy import MicroBatch, NetworkConfig, gradient_memory_bytes, parameter_count, random_policy
 from troupe.policy.network.head import BLOCK_NUMBERS, block_rows
 
 
-def config_of(**sizes: Any) -> Qwen3Config:
+def config_of(**sizes: Any) -> NetworkConfig:
     standard: dict[str, Any] = {
         "vocab_size": 2000,
         "hidden_size": 64,
@@ -36,7 +36,7 @@ def config_of(**sizes: Any) -> Qwen3Config:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     }
-    return Qwen3Config(**standard | sizes)
+    return NetworkConfig(**standard | sizes)
 
 
 BATCH = MicroBatch(prompts=2, prompt_length=30, rows=8, completion_length=51)
@@ -107,7 +107,7 @@ def test_a_gpu_that_writes_scores_out_holds_a_portion_of_them(recompute: bool) -
 
 
 def measured_and_predicted(
-    config: Qwen3Config, Q: int, P: int, G: int, T: int, micro_batches: int, recompute: bool, entropy: bool
+    config: NetworkConfig, Q: int, P: int, G: int, T: int, micro_batches: int, recompute: bool, entropy: bool
 ) -> tuple[int, int]:
     """Bytes at the peak of the second of two steps, all that is held included."""
     rng = random.Random(0)

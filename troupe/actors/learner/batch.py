@@ -15,7 +15,7 @@ import mlx.core as mx
 from troupe.actors.learner.gathering import StepGroups, slot_of, stale_tokens
 from troupe.grpo import Batch, LearnerConfig, compute_advantages, make_batch, reward_statistics, spread_within_groups
 from troupe.messages import Rollout, ScoredGroup
-from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
+from troupe.policy import CompletedGroup, NetworkConfig, Weights, completion_gradients, completion_statistics
 from troupe.policy.adapter.base import Base
 from troupe.policy.gradient.backward import Chunk
 from troupe.policy.network.dropout import Dropout, row_keys, token_keys
@@ -56,7 +56,7 @@ class CompletionLogProbs:
     layer again instead of keeping it (activation checkpointing). Without `entropy_gradient` entropies are constants.
     """
 
-    config: Qwen3Config
+    config: NetworkConfig
     temperature: float
     recompute: bool = False
     entropy_gradient: bool = True

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_in_blocks, block_size, query_blocks
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
-from troupe.policy.network.qwen3 import Weights, WholeRows, hidden_states
+from troupe.policy.network.forward import WholeRows, hidden_states
+from troupe.policy.network.tensors import Weights
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens, padding included, that are prefilled at once."""
@@ -89,7 +90,7 @@ class PiecedPromptCache(PromptCache):
         self.offset = 0
         self._unseen: int | None = None  # the layer whose results only hidden states need, where nobody wants these
 
-    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
         """The next T ids of every prompt (prompts, T) → of each prompt that ends among them, by its place, the hidden
         state of its last token (D,). All of it is computed."""
         start, stop = self.offset, self.offset + ids.shape[1]
@@ -174,7 +175,7 @@ class DecodingCache:
         """Every array held, to be evaluated with the token that was made last."""
         return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values]
 
-    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
         """The next token of every row (B,) → hidden states (B, D); the token is counted."""
         hidden = hidden_states(config, weights, ids[:, None], attention=self)[:, 0]
         self.advance()

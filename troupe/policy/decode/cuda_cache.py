@@ -10,9 +10,10 @@ import mlx.core as mx
 
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import BLOCK, DecodingCache, PromptCache
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import FINAL_NORM, GATE_UP, QK_NORM, QKV, Layer, Weights, embedded
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.forward import GATE_UP, QK_NORM, QKV, Layer, embedded
 from troupe.policy.network.rotary import attention_factor, inverse_frequencies
+from troupe.policy.network.tensors import FINAL_NORM, Weights
 
 _WORTH_COMPILING = 8
 """Steps of the same shapes after which it pays: for 28 layers it takes some 8 ms, and saves about 1 ms a step."""
@@ -32,7 +33,7 @@ class CudaDecodingCache(DecodingCache):
     def arrays(self) -> list[mx.array]:
         return [*self._prompt_keys, *self._prompt_values, *self._own]
 
-    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
         """As `DecodingCache.forward`, with weights of `fuse_projections`."""
         lengths, step = mx.array(self._prompt_lengths, mx.int32), mx.array([self.length], mx.int32)
         frequencies = mx.array(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
@@ -72,7 +73,7 @@ class CudaDecodingCache(DecodingCache):
 
 
 def _through_layers(
-    config: Qwen3Config,
+    config: NetworkConfig,
     plan: cuda_kernels.Launch,
     x: mx.array,
     weights: Weights,

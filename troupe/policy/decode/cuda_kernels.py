@@ -2,7 +2,7 @@
 
 A decoding step of a small model costs what its launches cost, not what it computes. MLX compiles the sources, in the
 folder `cuda`, when they are first used, once for each type and kind of head: numbers of rows and tokens are told when
-they run. Each kernel has its plain twin in MLX's own operations (`qwen3.py`, `cache.py`, `loop.py`), which serves
+they run. Each kernel has its plain twin in MLX's own operations (`forward.py`, `cache.py`, `loop.py`), which serves
 every other device and is what the tests compare with.
 
 Attention has two: by the matrix units, for the 16-bit types of cards that have them, and by sums for all else. Whoever

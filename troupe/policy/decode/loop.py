@@ -37,10 +37,11 @@ from troupe.policy.decode.requests import (
 )
 from troupe.policy.decode.sampling import Sampler, draw_by_shares
 from troupe.policy.decode.stopping import StopRules, StopWatch
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_is_fused
 from troupe.policy.network.elementwise import exp, is_on_cpu
-from troupe.policy.network.qwen3 import Weights, hidden_states, project, weights_dtype
+from troupe.policy.network.forward import hidden_states, project
+from troupe.policy.network.tensors import Weights, weights_dtype
 
 COMPACT_EVERY = 8
 """Finished rows leave the batch only at token positions that this divides."""
@@ -51,7 +52,7 @@ NOISE_BLOCK = 16
 class DecodeSetup(NamedTuple):
     """What all rows of a decode have in common."""
 
-    config: Qwen3Config
+    config: NetworkConfig
     generation: GenerationConfig
     sampler: Sampler
     stop_rules: StopRules

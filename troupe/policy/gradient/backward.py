@@ -16,24 +16,14 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.elementwise import swiglu, swiglu_gradient
+from troupe.policy.network.forward import GATE_UP, QKV, Layer, embedded, head_of, hidden_states
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
 from troupe.policy.network.packing import Attended, Packing
-from troupe.policy.network.qwen3 import (
-    EMBEDDING,
-    FINAL_NORM,
-    GATE_UP,
-    HEAD,
-    QKV,
-    Layer,
-    Weights,
-    embedded,
-    head_of,
-    hidden_states,
-)
 from troupe.policy.network.rotation import Rotation
+from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights
 
 Extra = TypeVar("Extra")
 Value = TypeVar("Value")
@@ -57,7 +47,7 @@ class _Kept(NamedTuple):
 
 
 def completion_statistics(
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
@@ -77,7 +67,7 @@ def completion_statistics(
 
 
 def completion_gradients(
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
@@ -137,7 +127,7 @@ def completion_gradients(
 
 
 def _through_head(
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     packing: Packing,
     x: mx.array,

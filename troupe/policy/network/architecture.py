@@ -21,7 +21,7 @@ _ARCHITECTURES = ([ARCHITECTURE], ["Qwen3Model"])
 """What a config.json may name; the second is the same network as it is published without a head of its own."""
 
 
-class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
+class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The sizes and constants of one Qwen3 network, under the names of `config.json`."""
 
     vocab_size: int
@@ -65,7 +65,7 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
 
     @classmethod
-    def preset(cls, name: str) -> Qwen3Config:
+    def preset(cls, name: str) -> NetworkConfig:
         """A published network by its name, such as "Qwen3-0.6B", for random weights. Raises ModelError."""
         wanted = name.lower().removeprefix("qwen/")
         for known, config in PRESETS.items():
@@ -74,7 +74,7 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
         raise ModelError(f"preset: {name!r} is not known; it must be one of {', '.join(PRESETS)}")
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Qwen3Config:
+    def from_dict(cls, settings: Mapping[str, Any]) -> NetworkConfig:
         """Read a parsed `config.json`. Unknown keys are passed over; what would change the arithmetic is refused.
 
         Raises ModelError, its message starting with the key at fault.
@@ -168,8 +168,12 @@ def _check_layer_types(layers: Any, count: Any) -> None:
         raise ModelError(f"layer_types: {len(layers)} entries are refused; num_hidden_layers is {count}")
 
 
-def _published(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> Qwen3Config:
-    return Qwen3Config(
+Qwen3Config = NetworkConfig
+"""The name from when there was one family."""
+
+
+def _published(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> NetworkConfig:
+    return NetworkConfig(
         vocab_size=151936,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -183,7 +187,7 @@ def _published(layers: int, hidden: int, intermediate: int, heads: int, *, tied:
     )
 
 
-PRESETS: Mapping[str, Qwen3Config] = MappingProxyType(
+PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
     {
         "Qwen3-0.6B": _published(28, 1024, 3072, 16, tied=True),
         "Qwen3-1.7B": _published(28, 2048, 6144, 16, tied=True),

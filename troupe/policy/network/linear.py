@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.quantization import Quantized
 
@@ -47,7 +47,7 @@ class Linear(NamedTuple):
     """What A sees of an input; linear, and its own transpose."""
 
     @classmethod
-    def of(cls, config: Qwen3Config, weights: Mapping[str, mx.array], module: str) -> "Linear":
+    def of(cls, config: NetworkConfig, weights: Mapping[str, mx.array], module: str) -> "Linear":
         """The matrix `module`, such as "model.layers.0.mlp.up_proj", in a network's weights."""
 
         def find(kind: str) -> mx.array | None:

@@ -134,7 +134,7 @@ _KNOWN = frozenset({*_TYPE_KEYS, "rope_theta", "partial_rotary_factor", *YarnSca
 
 
 def rope_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A parsed config.json → the keys rope_theta and rope_scaling of a `Qwen3Config`. Raises ModelError.
+    """A parsed config.json → the keys rope_theta and rope_scaling of a `NetworkConfig`. Raises ModelError.
 
     Newer folders nest both in `rope_parameters`. Where a `rope_scaling` stands beside it, as Qwen's guide to YaRN has
     one add it, that one counts, as it does in transformers and mlx-lm.

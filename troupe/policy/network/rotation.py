@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu
 from troupe.policy.network.rotary import attention_factor, inverse_frequencies
 
@@ -10,7 +10,7 @@ from troupe.policy.network.rotary import attention_factor, inverse_frequencies
 class Rotation:
     """Turns queries and keys by rotary positions."""
 
-    def __init__(self, config: Qwen3Config, T: int, offset: int | mx.array) -> None:
+    def __init__(self, config: NetworkConfig, T: int, offset: int | mx.array) -> None:
         """`offset` as in `Attention.offset`."""
         self._d, self._base = config.head_dim, config.rope_theta
         self._factor = attention_factor(config.rope_scaling)

@@ -9,123 +9,19 @@ Sources: Qwen3 Technical Report (arXiv:2505.09388); RMSNorm (arXiv:1910.07467); 
 SwiGLU (arXiv:2002.05202); grouped-query attention (arXiv:2305.13245).
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.elementwise import is_on_cpu, swiglu
 from troupe.policy.network.head import embed
 from troupe.policy.network.linear import JOINED, A, Linear, by_columns
-from troupe.policy.network.quantization import packed_shapes
 from troupe.policy.network.rotation import Rotation
-
-Weights: TypeAlias = Mapping[str, mx.array]
-"""Hugging Face tensor name → array, such as `model.layers.0.self_attn.q_proj.weight` (H·d, D)."""
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-
-
-def expected_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a folder; no `lm_head.weight` where the embedding serves as the head. ModelError
-    where a matrix cannot be packed as it is said to be."""
-    shapes = network_shapes(config)
-    if config.quantization is None:
-        return shapes
-    packed: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        packing = config.quantization.of(module) if len(shape) == 2 else None
-        packed |= {name: shape} if packing is None else packed_shapes(module, (shape[0], shape[1]), packing)
-    return packed
-
-
-def network_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
-    """The same, nothing being packed."""
-    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
-    Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
-    layer = {
-        "input_layernorm.weight": (D,),
-        "self_attn.q_proj.weight": (Hd, D),
-        "self_attn.k_proj.weight": (Kd, D),
-        "self_attn.v_proj.weight": (Kd, D),
-        "self_attn.o_proj.weight": (D, Hd),
-        "self_attn.q_norm.weight": (d,),
-        "self_attn.k_norm.weight": (d,),
-        "post_attention_layernorm.weight": (D,),
-        "mlp.gate_proj.weight": (F, D),
-        "mlp.up_proj.weight": (F, D),
-        "mlp.down_proj.weight": (D, F),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
-    for index in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes[FINAL_NORM] = (D,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, D)
-    return shapes
-
-
-def linear_shapes(config: Qwen3Config) -> dict[str, tuple[int, int]]:
-    """Module → (out, in) of the matrices of all layers, in the network's order; without embedding and head."""
-    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
-    Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
-    layer = {
-        "self_attn.q_proj": (Hd, D),
-        "self_attn.k_proj": (Kd, D),
-        "self_attn.v_proj": (Kd, D),
-        "self_attn.o_proj": (D, Hd),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
-    layers = range(config.num_hidden_layers)
-    return {f"model.layers.{index}.{name}": shape for index in layers for name, shape in layer.items()}
-
-
-def weights_dtype(weights: Weights) -> mx.Dtype:
-    """The type of a network's float numbers: that of its last norm, since matrices may be packed."""
-    return weights[FINAL_NORM].dtype
-
-
-def parameter_count(config: Qwen3Config) -> int:
-    """Numbers of the network, however they are packed; a tied embedding counts once."""
-    return sum(math.prod(shape) for shape in network_shapes(config).values())
-
-
-def network_bytes(config: Qwen3Config, dtype: mx.Dtype) -> int:
-    """What all tensors of a network take, its float numbers being of this type."""
-    shapes = expected_shapes(config)
-    return sum(math.prod(shape) * dtype_in(config, name, dtype).size for name, shape in shapes.items())
-
-
-def dtype_in(config: Qwen3Config, name: str, dtype: mx.Dtype) -> mx.Dtype:
-    """The type of one tensor of a network whose float numbers are of `dtype`."""
-    module, _, kind = name.rpartition(".")
-    packing = None if config.quantization is None or "norm" in module else config.quantization.of(module)
-    if packing is None or kind == "biases":
-        return dtype
-    if kind == "weight":
-        return mx.uint32
-    return dtype if packing.mode == "affine" else mx.uint8
-
-
-def init_weights(config: Qwen3Config, key: mx.array, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
-    """Random weights: matrices N(0, initializer_range²), norm scales 1. `key` is an `mx.random.key`."""
-    shapes = network_shapes(config)
-    keys = mx.random.split(key, len(shapes))
-    return {
-        name: mx.ones(shape, dtype)
-        if len(shape) == 1
-        else (mx.random.normal(shape, key=keys[index]) * config.initializer_range).astype(dtype)
-        for index, (name, shape) in enumerate(shapes.items())
-    }
+from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, weights_dtype
 
 
 class Attention(Protocol):
@@ -149,7 +45,7 @@ class WholeRows:
 
 
 def hidden_states(
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     ids: mx.array,
     *,
@@ -169,7 +65,7 @@ def hidden_states(
     return mx.fast.rms_norm(x, weights[FINAL_NORM], config.rms_norm_eps)
 
 
-def embedded(config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
+def embedded(config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
     """Integer ids (…) → what the embedding has for them (…, D)."""
     table = Linear.of(config, weights, EMBEDDING.removesuffix(".weight"))
     if table.scales is None:
@@ -177,17 +73,17 @@ def embedded(config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
     return table.expanded(weights_dtype(weights), ids)
 
 
-def head_of(config: Qwen3Config, weights: Weights) -> Linear:
+def head_of(config: NetworkConfig, weights: Weights) -> Linear:
     """The matrix (V, D) that gives logits: the embedding, where names are tied."""
     return Linear.of(config, weights, (EMBEDDING if config.tie_word_embeddings else HEAD).removesuffix(".weight"))
 
 
-def project(config: Qwen3Config, weights: Weights, hidden: mx.array) -> mx.array:
+def project(config: NetworkConfig, weights: Weights, hidden: mx.array) -> mx.array:
     """Hidden states (…, D) → logits (…, V) in the weights' dtype."""
     return head_of(config, weights)(hidden)
 
 
-def fuse_projections(config: Qwen3Config, weights: Weights, *, uses_up: bool = False) -> dict[str, mx.array]:
+def fuse_projections(config: NetworkConfig, weights: Weights, *, uses_up: bool = False) -> dict[str, mx.array]:
     """The same network for decoding: q, k, v as one matrix and gate, up as one, which takes fewer and larger products.
 
     On a CPU gate and up stay apart, since halves of a product's rows are not contiguous, and these matrices lie column
@@ -218,7 +114,7 @@ QKV, GATE_UP = JOINED
 QK_NORM = "self_attn.qk_norm"
 
 
-def _are_packed_alike(config: Qwen3Config, modules: Sequence[str]) -> bool:
+def _are_packed_alike(config: NetworkConfig, modules: Sequence[str]) -> bool:
     assert config.quantization is not None
     return len({config.quantization.of(module) for module in modules}) == 1
 
@@ -233,7 +129,7 @@ def _joined(weights: dict[str, mx.array], whole: str, parts: Sequence[str], *, o
     return made
 
 
-def _both_norms(config: Qwen3Config, weights: dict[str, mx.array], prefix: str) -> mx.array:
+def _both_norms(config: NetworkConfig, weights: dict[str, mx.array], prefix: str) -> mx.array:
     """The scales of queries and keys, one row a head (H + K, d)."""
     norms = [(config.num_attention_heads, "q_norm"), (config.num_key_value_heads, "k_norm")]
     return mx.concatenate([mx.tile(weights[f"{prefix}{name}.weight"], (heads, 1)) for heads, name in norms])
@@ -242,7 +138,7 @@ def _both_norms(config: Qwen3Config, weights: dict[str, mx.array], prefix: str) 
 class Layer:
     """One decoder layer of a network's weights, by the names within it."""
 
-    def __init__(self, config: Qwen3Config, weights: Weights, index: int, dropout: Dropout | None = None) -> None:
+    def __init__(self, config: NetworkConfig, weights: Weights, index: int, dropout: Dropout | None = None) -> None:
         self.config, self.index, self._dropout = config, index, dropout
         self._weights, self._prefix = weights, f"model.layers.{index}."
 

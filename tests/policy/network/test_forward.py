@@ -15,21 +15,13 @@ from tests.support.devices import compute_on
 from tests.test_oracles import oracle
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import (
-    Weights,
-    WholeRows,
-    expected_shapes,
-    fuse_projections,
-    hidden_states,
-    init_weights,
-    parameter_count,
-    project,
-)
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.forward import WholeRows, fuse_projections, hidden_states, project
 from troupe.policy.network.rotary import YarnScaling, attention_factor
 from troupe.policy.network.rotation import Rotation
+from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count
 
-SMALL = Qwen3Config(
+SMALL = NetworkConfig(
     vocab_size=50,
     hidden_size=16,
     intermediate_size=24,
@@ -44,7 +36,7 @@ SMALL = Qwen3Config(
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=16)
 
 
-def load(name: str) -> tuple[Qwen3Config, Weights, dict[str, mx.array]]:
+def load(name: str) -> tuple[NetworkConfig, Weights, dict[str, mx.array]]:
     return *read_model_folder(model_folder(name), "float32"), tensors()
 
 
@@ -97,7 +89,7 @@ OFFSETS: dict[str, int | mx.array] = {
 @pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize("config", [SMALL, YARNED], ids=["plain", "stretched"])
 def test_fused_rotation_kernels_agree_with_the_cpu_path(
-    config: Qwen3Config, offset: int | mx.array, monkeypatch: pytest.MonkeyPatch
+    config: NetworkConfig, offset: int | mx.array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])
     weights = init_weights(config, mx.random.key(0))
@@ -184,11 +176,11 @@ def test_parameter_count_is_that_of_transformers(name: str) -> None:
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
-    assert parameter_count(Qwen3Config.preset(name)) == count
+    assert parameter_count(NetworkConfig.preset(name)) == count
 
 
 def test_initial_weights_have_the_shapes_and_spread_they_should() -> None:
-    config = Qwen3Config.from_dict(json.loads((SHIPPED / "qwen3-tiny-untied" / "config.json").read_text()))
+    config = NetworkConfig.from_dict(json.loads((SHIPPED / "qwen3-tiny-untied" / "config.json").read_text()))
     weights = init_weights(config, mx.random.key(0), mx.bfloat16)
     assert {name: w.shape for name, w in weights.items()} == expected_shapes(config)
     assert all(w.dtype == mx.bfloat16 for w in weights.values())
@@ -220,7 +212,7 @@ def test_stretched_positions_decode_as_they_forward(on_cpu: bool, monkeypatch: p
 @pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize("config", [SMALL, YARNED], ids=["plain", "stretched"])
 def test_the_gradient_of_a_rotation_turns_back(
-    config: Qwen3Config, offset: int | mx.array, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    config: NetworkConfig, offset: int | mx.array, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute_on(monkeypatch, cpu=on_cpu)
     rotate = Rotation(config, 4, offset)
@@ -270,7 +262,7 @@ def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[s
     torch, transformers = oracle("torch"), oracle("transformers")
     settings = json.loads((SHIPPED / "qwen3-tiny-tied" / "config.json").read_text())
     settings |= {"rope_parameters": None, "rope_scaling": rope, "rope_theta": 1e6, "max_position_embeddings": 40960}
-    config = Qwen3Config.from_dict(settings)
+    config = NetworkConfig.from_dict(settings)
     settings.pop("model_type")
     their_config = transformers.Qwen3Config(**settings | {"rope_scaling": dict(rope)})
     their_config._attn_implementation = "eager"
@@ -290,5 +282,5 @@ def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[s
     assert float(mx.abs(ours - mx.array(theirs.tolist())).max()) <= 1e-4
 
 
-def _ranks(config: Qwen3Config) -> dict[str, int]:
+def _ranks(config: NetworkConfig) -> dict[str, int]:
     return {name: len(shape) for name, shape in expected_shapes(config).items()}
