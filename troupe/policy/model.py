@@ -29,7 +29,7 @@ from troupe.policy.model_files import (
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import hidden_states, project
 from troupe.policy.network.quantization import read_quantization
-from troupe.policy.network.rotary import names_theta
+from troupe.policy.network.rope_settings import names_theta
 from troupe.policy.network.tensors import Weights, init_weights, weights_dtype
 from troupe.policy.text.complete import complete_texts, stream_text
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer

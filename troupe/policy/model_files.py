@@ -17,7 +17,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.network.architecture import ARCHITECTURE, NetworkConfig
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.quantization import QUANTIZATION_KEYS, quantization_table
 from troupe.policy.network.tensors import Weights, weights_dtype
 from troupe.policy.safetensors import read_start
@@ -253,10 +253,12 @@ def _corrected(settings: dict[str, object], config: NetworkConfig, weights: Weig
         settings = {key: value for key, value in settings.items() if key not in QUANTIZATION_KEYS}
     elif not any(settings.get(key) for key in QUANTIZATION_KEYS):
         true |= dict.fromkeys(QUANTIZATION_KEYS, quantization_table(config.quantization))
-    if bool(settings.get("tie_word_embeddings")) != config.tie_word_embeddings:
+    said = settings.get("tie_word_embeddings")
+    tied = config.family.defaults.get("tie_word_embeddings", False) if said is None else bool(said)
+    if tied != config.tie_word_embeddings:
         true["tie_word_embeddings"] = config.tie_word_embeddings
-    if settings.get("architectures") not in (None, [ARCHITECTURE]):
-        true["architectures"] = [ARCHITECTURE]
+    if settings.get("architectures") not in (None, [config.family.architecture]):
+        true["architectures"] = [config.family.architecture]
     return settings | true
 
 

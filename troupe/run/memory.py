@@ -219,7 +219,13 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         entropy_gradient=has_entropy_bonus(learner),
         adds_up=choice.micro_batches > 1,
         on_cpu=work.on_cpu,
-        writes_scores=not attention_is_fused(work.policy.head_dim, work.dtype, gradient=True, on_cpu=work.on_cpu),
+        writes_scores=not attention_is_fused(
+            work.policy.head_dim,
+            work.dtype,
+            gradient=True,
+            on_cpu=work.on_cpu,
+            windowed=work.policy.has_windows,
+        ),
         adapter=work.adapter,
     )
     gradients = 4 * numbers if choice.micro_batches > 1 else weights

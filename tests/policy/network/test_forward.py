@@ -17,7 +17,7 @@ from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import WholeRows, fuse_projections, hidden_states, project
-from troupe.policy.network.rotary import YarnScaling, attention_factor
+from troupe.policy.network.rotary import Rope, YarnScaling, attention_factor
 from troupe.policy.network.rotation import Rotation
 from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count
 
@@ -173,6 +173,19 @@ def test_parameter_count_is_that_of_transformers(name: str) -> None:
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-14B", 14_768_307_200),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen2.5-3B", 3_085_938_688),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("SmolLM2-135M", 134_515_008),
+        ("SmolLM2-360M", 361_821_120),
+        ("SmolLM2-1.7B", 1_711_376_384),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.2-3B", 3_212_749_824),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Mistral-7B-v0.3", 7_248_023_552),
+        ("gemma-3-270m", 268_098_176),
+        ("gemma-3-1b", 999_885_952),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
@@ -215,7 +228,7 @@ def test_the_gradient_of_a_rotation_turns_back(
     config: NetworkConfig, offset: int | mx.array, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute_on(monkeypatch, cpu=on_cpu)
-    rotate = Rotation(config, 4, offset)
+    rotate = Rotation(config.head_dim, Rope(config.rope_theta, config.rope_scaling), 4, offset)
     y, cotangent = (mx.random.normal((2, 3, 4, config.head_dim), key=mx.random.key(i)) for i in range(2))
     by_mlx = mx.grad(lambda y: (rotate(y) * cotangent).sum())(y)
     assert float(mx.abs(rotate.gradient(cotangent) - by_mlx).max()) < 1e-5
@@ -230,7 +243,7 @@ def test_a_stretched_rotation_rounds_once(offset: int | mx.array, monkeypatch: p
     turned = []
     for on_cpu in (True, False):
         compute_on(monkeypatch, cpu=on_cpu)
-        turned.append(Rotation(YARNED, 4, offset)(y))
+        turned.append(Rotation(YARNED.head_dim, Rope(YARNED.rope_theta, YARNED.rope_scaling), 4, offset)(y))
     assert turned[0].dtype == turned[1].dtype == mx.bfloat16
     exact, ours = (x.astype(mx.float32) for x in turned)
     assert float(mx.mean((exact != ours).astype(mx.float32))) < 0.02, "sums of two products may round otherwise"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
 from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode.cuda_cache import serves
 from troupe.policy.decode.loop import DecodeSetup, Wave
 from troupe.policy.decode.memory import decode_memory_bytes, device_ways
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
@@ -167,7 +168,7 @@ class RolloutEngine:
     def _setup(self) -> DecodeSetup:
         """Made when the first decode begins, in its thread, whose device it asks for."""
         config = self.config
-        attends = cuda_kernels.can_serve(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        attends = serves(config)
         return DecodeSetup(
             config, self.generation, self.sampler, self._stop_rules, cuda_kernels.are_available(), attends
         )

@@ -204,7 +204,13 @@ class Wave:
         config, lengths = self._setup.config, [len(prompt) for prompt in prompts]
         width = max(lengths)
         ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-        is_fused = attention_is_fused(config.head_dim, weights_dtype(weights), gradient=False, on_cpu=is_on_cpu())
+        is_fused = attention_is_fused(
+            config.head_dim,
+            weights_dtype(weights),
+            gradient=False,
+            on_cpu=is_on_cpu(),
+            windowed=config.has_windows,
+        )
         size = piece_length(len(prompts), width, writes_scores=not is_fused)
         last = mx.array(lengths)[:, None, None] - 1
         if size == width:

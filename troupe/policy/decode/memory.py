@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from troupe.policy.adapter.modules import Adapter, layer_of
-from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import piece_length, prefill_chunks
+from troupe.policy.decode.cuda_cache import serves
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_is_fused, block_size
 from troupe.policy.network.linear import JOINED
@@ -99,9 +99,10 @@ def decode_memory_bytes(
 
 def device_ways(config: NetworkConfig, dtype: mx.Dtype, *, on_cpu: bool) -> dict[str, bool]:
     """The last three arguments of `decode_memory_bytes` for a device: a CPU (`on_cpu`), or whatever else is here."""
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return {
-        "writes_scores": not attention_is_fused(config.head_dim, dtype, gradient=False, on_cpu=on_cpu),
+        "writes_scores": not attention_is_fused(
+            config.head_dim, dtype, gradient=False, on_cpu=on_cpu, windowed=config.has_windows
+        ),
         "in_blocks": on_cpu,
-        "copies_updates": not on_cpu and not cuda_kernels.can_serve(*heads),
+        "copies_updates": not on_cpu and not serves(config),
     }

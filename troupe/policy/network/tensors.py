@@ -33,35 +33,39 @@ def expected_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
 
 def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """The same, nothing being packed."""
-    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
-    Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
-    layer = {
-        "input_layernorm.weight": (D,),
-        "self_attn.q_proj.weight": (Hd, D),
-        "self_attn.k_proj.weight": (Kd, D),
-        "self_attn.v_proj.weight": (Kd, D),
-        "self_attn.o_proj.weight": (D, Hd),
-        "self_attn.q_norm.weight": (d,),
-        "self_attn.k_norm.weight": (d,),
-        "post_attention_layernorm.weight": (D,),
-        "mlp.gate_proj.weight": (F, D),
-        "mlp.up_proj.weight": (F, D),
-        "mlp.down_proj.weight": (D, F),
-    }
+    D = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
     for index in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config).items()}
     shapes[FINAL_NORM] = (D,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, D)
     return shapes
 
 
-def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
-    """Module → (out, in) of the matrices of all layers, in the network's order; without embedding and head."""
+def _layer_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a layer, by the names within it."""
+    D, d, family = config.hidden_size, config.head_dim, config.family
+    matrices = _layer_matrices(config)
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (D,)}
+    for name in "qkvo":
+        module = f"self_attn.{name}_proj"
+        shapes[f"{module}.weight"] = matrices[module]
+        if name in config.biased:
+            shapes[f"{module}.bias"] = matrices[module][:1]
+    if family.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+    shapes["post_attention_layernorm.weight"] = (D,)
+    if family.norms_behind:
+        shapes |= {f"{name}.weight": (D,) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
+    return shapes | {f"{name}.weight": shape for name, shape in matrices.items() if name.startswith("mlp")}
+
+
+def _layer_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
+    """Module within a layer → (out, in)."""
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
-    layer = {
+    return {
         "self_attn.q_proj": (Hd, D),
         "self_attn.k_proj": (Kd, D),
         "self_attn.v_proj": (Kd, D),
@@ -70,13 +74,23 @@ def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (F, D),
         "mlp.down_proj": (D, F),
     }
-    layers = range(config.num_hidden_layers)
+
+
+def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
+    """Module → (out, in) of the matrices of all layers, in the network's order; without embedding and head."""
+    layers, layer = range(config.num_hidden_layers), _layer_matrices(config)
     return {f"model.layers.{index}.{name}": shape for index in layers for name, shape in layer.items()}
 
 
 def weights_dtype(weights: Weights) -> mx.Dtype:
     """The type of a network's float numbers: that of its last norm, since matrices may be packed."""
     return weights[FINAL_NORM].dtype
+
+
+def norm_scale(config: NetworkConfig, weight: mx.array) -> mx.array:
+    """What a norm of this weight multiplies by; where that is not the weight itself, in float32."""
+    offset = config.family.norm_offset
+    return weight.astype(mx.float32) + offset if offset else weight
 
 
 def parameter_count(config: NetworkConfig) -> int:
@@ -94,7 +108,7 @@ def dtype_in(config: NetworkConfig, name: str, dtype: mx.Dtype) -> mx.Dtype:
     """The type of one tensor of a network whose float numbers are of `dtype`."""
     module, _, kind = name.rpartition(".")
     packing = None if config.quantization is None or "norm" in module else config.quantization.of(module)
-    if packing is None or kind == "biases":
+    if packing is None or kind in ("biases", "bias"):
         return dtype
     if kind == "weight":
         return mx.uint32
@@ -102,11 +116,11 @@ def dtype_in(config: NetworkConfig, name: str, dtype: mx.Dtype) -> mx.Dtype:
 
 
 def init_weights(config: NetworkConfig, key: mx.array, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
-    """Random weights: matrices N(0, initializer_range²), norm scales 1. `key` is an `mx.random.key`."""
+    """Random weights: matrices N(0, initializer_range²), biases 0, norms multiply by 1. `key` is an `mx.random.key`."""
     shapes = network_shapes(config)
     keys = mx.random.split(key, len(shapes))
     return {
-        name: mx.ones(shape, dtype)
+        name: mx.full(shape, 0.0 if name.endswith(".bias") else 1.0 - config.family.norm_offset, dtype)
         if len(shape) == 1
         else (mx.random.normal(shape, key=keys[index]) * config.initializer_range).astype(dtype)
         for index, (name, shape) in enumerate(shapes.items())
