@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
+from tests.support.families import family_configs
 from troupe.policy.gradient.backward import completion_statistics
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import hidden_states, project
@@ -29,7 +30,9 @@ TIED = NetworkConfig(
     tie_word_embeddings=True,
     initializer_range=0.3,
 )
-CONFIGS = {"tied": TIED, "untied": msgspec.structs.replace(TIED, tie_word_embeddings=False)}
+CONFIGS = {"tied": TIED, "untied": msgspec.structs.replace(TIED, tie_word_embeddings=False)} | family_configs(
+    vocab_size=600, hidden_size=16, intermediate_size=24, initializer_range=0.3
+)
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8], [5, 6, 7], [9, 599]]
 COMPLETIONS = [[20, 21, 22], [300], [], [24, 599], [26, 0, 26, 26]]
 GROUP = ([[1, 2, 3]] * 4, [[10, 11, 12], [13, 14, 15], [16, 17, 18], [19, 20, 21]])

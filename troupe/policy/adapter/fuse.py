@@ -20,6 +20,8 @@ def fuse(
     """
     fused: dict[str, mx.array] = {}
     dtype = weights_dtype(weights)
+    for name in [name for name in weights if name.endswith(".bias")]:
+        fused[name] = weights.pop(name)
     for name in [name for name in weights if name.endswith(".weight")]:
         module = name.removesuffix(".weight")
         linear = Linear.of(config, weights, module)

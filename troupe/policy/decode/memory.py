@@ -38,10 +38,14 @@ def cache_bytes(
 
 def fused_copy_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
     """What `fuse_projections` copies."""
-    D, d = config.hidden_size, config.head_dim
+    D, d, family = config.hidden_size, config.head_dim, config.family
     H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = (H + 2 * K) * d * D + 2 * config.intermediate_size * D + (H + K) * d
-    return config.num_hidden_layers * layer * dtype.size
+    layer = ((H + 2 * K) * d * D + 2 * config.intermediate_size * D) * dtype.size
+    if "q" in config.biased:
+        layer += (H + 2 * K) * d * dtype.size
+    if family.qk_norm:
+        layer += (H + K) * d * (4 if family.norm_offset else dtype.size)
+    return config.num_hidden_layers * layer
 
 
 def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype) -> int:

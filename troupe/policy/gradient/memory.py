@@ -3,7 +3,8 @@
 Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
-          matrix products, D + 2·H·d + 2·K·d + 2·F, on a CPU with H float32 that attention was divided by
+          matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP), on a CPU
+          with H float32 that attention was divided by
 head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
           twice the gradient of the head, V·D
@@ -120,8 +121,8 @@ def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, toke
 
 def _inside(config: NetworkConfig) -> int:
     """Numbers that are kept of a token in a layer, besides its input."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    return config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+    heads, behind = config.num_attention_heads + config.num_key_value_heads, config.family.norms_behind
+    return (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
 
 
 def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:

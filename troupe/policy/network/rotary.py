@@ -143,12 +143,12 @@ def inverse_frequencies(d: int, theta: float, scaling: RopeScaling | None = None
 
 def _stretched_as_llama3(frequency: float, scaling: Llama3Scaling) -> float:
     old, slow = scaling.original_max_position_embeddings, _float32(frequency / scaling.factor)
-    period = _float32(_float32(2 * math.pi) / frequency)
+    period = _float32(_float32(1.0 / frequency) * _float32(2 * math.pi))  # as torch divides numbers by arrays
     if period > old / scaling.low_freq_factor:
         return slow
     if period < old / scaling.high_freq_factor:
         return frequency
-    way = _float32(_float32(old / period) - scaling.low_freq_factor)
+    way = _float32(_float32(_float32(1.0 / period) * old) - scaling.low_freq_factor)
     way = _float32(way / (scaling.high_freq_factor - scaling.low_freq_factor))  # 0 where it turns seldom, 1 often
     mixed = _float32(_float32(_float32(1.0 - way) * frequency) / scaling.factor)
     return _float32(mixed + _float32(way * frequency))
