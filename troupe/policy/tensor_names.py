@@ -96,6 +96,8 @@ def _another_family(missing: Collection[str], unexpected: Sequence[str], config:
         return "it has no norms of queries and keys (q_norm, k_norm)"
     if norms := [name for name in unexpected if "norm" in name and _layer_of(name) < config.num_hidden_layers]:
         return f"it has norms that such a network has not ({some(norms)})"
+    if norms := [name for name in missing if "norm" in name]:
+        return f"it lacks norms of such a network ({some(norms)})"
     return ""
 
 

@@ -189,7 +189,7 @@ class Base:
 
     def _adapted_squares(self, config: NetworkConfig, module: str, a: mx.array, b: mx.array) -> mx.array:
         """‖w + (BA)‖² of the rows: ‖w‖² + 2·w·(BA) + ‖(BA)‖², for which nothing of the matrix's size is made."""
-        linear = Linear.of(config, self.weights, module)
+        linear = Linear.of(config, self.weights, module)._replace(bias=None)
         along = linear(a.astype(weights_dtype(self.weights))).astype(mx.float32).T  # W Aᵀ, (out, r)
         return self._squares(config, module) + mx.sum(b * (2.0 * along + b @ (a @ a.T)), axis=1)
 
