@@ -50,7 +50,7 @@ class Assembled(NamedTuple):
 
 @dataclass(frozen=True)
 class CompletionLogProbs:
-    """The `PolicyLogProbs` of a Qwen3 model: log-probs and entropies of completions, both float32 (B, T), in nats.
+    """The `PolicyLogProbs` of a model: log-probs and entropies of completions, both float32 (B, T), in nats.
 
     Both are of the distribution softmax(logits / temperature). `recompute`: a gradient computes the inside of each
     layer again instead of keeping it (activation checkpointing). Without `entropy_gradient` entropies are constants.
