@@ -34,11 +34,11 @@ from typing import Any
 
 import troupe  # first: it loads OpenBLAS before MLX
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.policy import Qwen3Config, is_on_cpu, parameter_count, random_policy
+from troupe.policy import NetworkConfig, is_on_cpu, parameter_count, random_policy
 
 WARM_UP = 2
 GOAL = 0.02
-POLICY = Qwen3Config(
+POLICY = NetworkConfig(
     vocab_size=257,
     hidden_size=1024,
     intermediate_size=3072,

@@ -28,8 +28,8 @@ from troupe.policy import (
     AdapterConfig,
     Base,
     GenerationConfig,
+    NetworkConfig,
     Policy,
-    Qwen3Config,
     RolloutEngine,
     RolloutRequest,
     fused_copy_bytes,
@@ -41,7 +41,7 @@ from troupe.policy.decode.memory import decoding_adapter_bytes
 
 import mlx.core as mx  # isort: skip
 
-TINY = Qwen3Config(
+TINY = NetworkConfig(
     vocab_size=4096,
     hidden_size=256,
     intermediate_size=768,

@@ -38,7 +38,7 @@ from troupe.grpo import (
     selective_log_softmax,
     train_on_batch,
 )
-from troupe.policy import PRESETS, Qwen3Config, Weights, hidden_states, parameter_count, project, random_policy
+from troupe.policy import PRESETS, NetworkConfig, Weights, hidden_states, parameter_count, project, random_policy
 
 import mlx.core as mx  # isort: skip
 from mlx.optimizers import AdamW  # isort: skip
@@ -47,7 +47,7 @@ VARIANTS = ("plain", "float32", "head", "layers", "recompute")
 State = dict[str, mx.array]
 
 
-def plain_log_probs(config: Qwen3Config, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+def plain_log_probs(config: NetworkConfig, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
     """Rows of equal lengths, whole logits."""
     ids = mx.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
     hidden = hidden_states(config, weights, ids[:, :-1])[:, batch.prompt_ids.shape[1] - 1 :]
@@ -65,7 +65,7 @@ def loss_of(log_probs: Callable[..., Any], batch: Batch) -> Callable[[Weights], 
     return loss
 
 
-def step_of(variant: str, config: Qwen3Config, micro_batches: int) -> Callable[[Weights, State, Batch], Any]:
+def step_of(variant: str, config: NetworkConfig, micro_batches: int) -> Callable[[Weights, State, Batch], Any]:
     """(weights, state, batch) → weights, state."""
     packed = CompletionLogProbs(config, 1.0, recompute=variant == "recompute", entropy_gradient=False)
     optimizer = AdamW(1e-6)
@@ -95,7 +95,7 @@ def step_of(variant: str, config: Qwen3Config, micro_batches: int) -> Callable[[
     return {"plain": plain, "float32": at_once, "head": at_once}.get(variant, ours)
 
 
-def make_rows(config: Qwen3Config, args: argparse.Namespace) -> Batch:
+def make_rows(config: NetworkConfig, args: argparse.Namespace) -> Batch:
     """Random ids and advantages."""
     rng = random.Random(0)
 

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import troupe  # noqa: F401 - first: it loads OpenBLAS before MLX
-from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, random_policy
+from troupe.policy import GenerationConfig, NetworkConfig, RolloutEngine, RolloutRequest, random_policy
 from troupe.policy.decode import cache
 
 import mlx.core as mx  # isort: skip
 
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=4096,
     hidden_size=256,
     intermediate_size=768,

@@ -34,15 +34,15 @@ from troupe.policy import (
     AdapterConfig,
     Base,
     GenerationConfig,
+    NetworkConfig,
     Policy,
-    Qwen3Config,
     RolloutEngine,
     RolloutRequest,
     is_on_cpu,
 )
 from troupe.policy.adapter.modules import init_adapter, resolve_adapter
 from troupe.policy.network.quantization import Quantization, Quantized
-from troupe.policy.network.qwen3 import network_shapes
+from troupe.policy.network.tensors import network_shapes
 from troupe.run.memory import Plan, peak_bytes, plan_memory
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB
@@ -72,7 +72,7 @@ def plan_of(args: argparse.Namespace, micro_batches: int, checkpointing: bool) -
     return plan_memory(config, work)
 
 
-def network_of(args: argparse.Namespace) -> Qwen3Config:
+def network_of(args: argparse.Namespace) -> NetworkConfig:
     """The network, packed or not."""
     packing = None if args.bits is None else Quantization(Quantized(64, args.bits))
     return msgspec.structs.replace(PRESETS[args.model], quantization=packing)

@@ -44,7 +44,7 @@ from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assembl
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.grpo import learning_rate, train_on_batch
 from troupe.messages import RolloutGroup, ScoredGroup, Slot
-from troupe.policy import Qwen3Config, RolloutEngine, RolloutRequest, parameter_count, random_policy
+from troupe.policy import NetworkConfig, RolloutEngine, RolloutRequest, parameter_count, random_policy
 from troupe.rewards import Reward, load_reward
 from troupe.run.prepare import Prepared, prepare
 from troupe.runtime.linux_cpu import blas_limited
@@ -53,7 +53,7 @@ WARM_UP = 2
 LATENCIES = (0.0, 0.5, 1.0, 2.0)
 STALENESS = (0, 1, 2)
 EXAMPLES = Path(__file__).parent.parent / "examples"
-POLICY = Qwen3Config(
+POLICY = NetworkConfig(
     vocab_size=257,
     hidden_size=128,
     intermediate_size=384,
@@ -96,7 +96,7 @@ def service(step_s: float, prompts: int) -> Callable[..., Any]:
     return judged
 
 
-def write_inputs(folder: Path, prompts: int, policy: Qwen3Config) -> tuple[Path, Path]:
+def write_inputs(folder: Path, prompts: int, policy: NetworkConfig) -> tuple[Path, Path]:
     """A policy with the demo's tokenizer, and a dataset."""
     model = folder / "policy"
     random_policy(policy).save(model)

@@ -34,7 +34,7 @@ from typing import Any
 
 import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import arguments, policy_of
-from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, Weights, parameter_count
+from troupe.policy import GenerationConfig, NetworkConfig, RolloutEngine, RolloutRequest, Weights, parameter_count
 from troupe.policy.folders import save_model_folder
 from troupe.runtime import linux_cpu
 
@@ -52,7 +52,7 @@ def draw_rounds(args: argparse.Namespace, vocabulary: int) -> list[list[list[int
     ]
 
 
-def engine_of(config: Qwen3Config, weights: Weights, job: dict[str, Any]) -> RolloutEngine:
+def engine_of(config: NetworkConfig, weights: Weights, job: dict[str, Any]) -> RolloutEngine:
     """What decodes our side's part of the job."""
     generation = GenerationConfig(num_generations=job["group"], max_completion_length=job["new_tokens"])
     engine = RolloutEngine(config, generation, stop_ids=frozenset(job["stop_ids"]))

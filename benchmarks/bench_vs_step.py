@@ -41,7 +41,7 @@ import msgspec
 import troupe  # first: it loads OpenBLAS before MLX
 from benchmarks.bench_generation import TINY
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.policy import DTYPES, PRESETS, Qwen3Config, Tokenizer, parameter_count, random_policy
+from troupe.policy import DTYPES, PRESETS, NetworkConfig, Tokenizer, parameter_count, random_policy
 from troupe.run.config import write_config
 
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def varied(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 17 / 17 for ids in completion_ids]
 
 
-def shape_of(args: argparse.Namespace) -> Qwen3Config:
+def shape_of(args: argparse.Namespace) -> NetworkConfig:
     """The shape of the policy that all sides train."""
     return TINY if args.model == "tiny" else PRESETS[args.model]
 

@@ -1,4 +1,4 @@
-"""Write the table of docs/adapters.md that says which model fits which memory, by `troupe/run/fits.py`.
+"""Write the table of docs/memory.md that says which model fits which memory, by `troupe/run/fits.py`.
 
 It stands between the comments `<!-- table: fits -->` and `<!-- end of table -->`, and is the one for Apple's GPU: an
 MLX that is built for NVIDIA cards predicts another. `python -m scripts.fits_table` writes it, `--check` only compares.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from troupe.run.fits import predict_fits, table
 
-PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
+PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 _TABLE = re.compile(r"(<!-- table: fits -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

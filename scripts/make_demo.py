@@ -35,8 +35,8 @@ from troupe.grpo import (
 )
 from troupe.policy import (
     GenerationConfig,
+    NetworkConfig,
     Policy,
-    Qwen3Config,
     RolloutEngine,
     RolloutRequest,
     Weights,
@@ -162,9 +162,9 @@ def write_tokenizer(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def network(recipe: Recipe) -> Qwen3Config:
+def network(recipe: Recipe) -> NetworkConfig:
     """The shape of the policy."""
-    return Qwen3Config(
+    return NetworkConfig(
         vocab_size=END_ID + 1,
         hidden_size=recipe.hidden,
         intermediate_size=recipe.hidden * 8 // 3,
@@ -198,7 +198,7 @@ def lessons(known: Sequence[Sum], recipe: Recipe) -> Iterator[tuple[mx.array, mx
         )
 
 
-def train_supervised(config: Qwen3Config, known: Sequence[Sum], recipe: Recipe) -> Weights:
+def train_supervised(config: NetworkConfig, known: Sequence[Sum], recipe: Recipe) -> Weights:
     """Fit the policy to sloppy answers: mean cross-entropy of the answers' tokens."""
 
     def loss_of(weights: dict[str, mx.array], ids: mx.array, mask: mx.array) -> mx.array:

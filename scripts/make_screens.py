@@ -38,13 +38,13 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.policy import Qwen3Config, random_policy
+from troupe.policy import NetworkConfig, random_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, ROWS = 100, 24
 PATIENCE_S = 300.0
 PAGE = {"width": 1200, "height": 780}
-SLOW = Qwen3Config(
+SLOW = NetworkConfig(
     vocab_size=257,
     hidden_size=1024,
     intermediate_size=3072,

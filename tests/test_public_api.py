@@ -23,6 +23,7 @@ CONTRACT = {
     },
     "troupe.policy": {
         "Policy",
+        "NetworkConfig",
         "Qwen3Config",
         "RolloutEngine",
         "Sampler",

@@ -1,4 +1,4 @@
-"""Troupe: GRPO training of Qwen3 models on Apple's MLX, by independent asynchronous actors."""
+"""Troupe: GRPO training of language models on Apple's MLX, by independent asynchronous actors."""
 
 import importlib
 import warnings

@@ -19,7 +19,7 @@ from troupe.policy.folders import read_model_folder, save_model_folder
 from troupe.policy.load import load_policy
 from troupe.policy.model import random_policy
 from troupe.policy.model_files import COMPANION_FILES
-from troupe.policy.network.qwen3 import expected_shapes
+from troupe.policy.network.tensors import expected_shapes
 
 TIED, UNTIED = SHIPPED / "qwen3-tiny-tied", SHIPPED / "qwen3-tiny-untied"
 

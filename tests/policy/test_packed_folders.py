@@ -19,8 +19,9 @@ from troupe.errors import ModelError
 from troupe.policy import Policy, Weights, load_policy
 from troupe.policy.folders import read_model_folder, save_model_folder
 from troupe.policy.model_files import Companions
+from troupe.policy.network.forward import hidden_states, project
 from troupe.policy.network.quantization import Quantization, Quantized
-from troupe.policy.network.qwen3 import expected_shapes, hidden_states, parameter_count, project
+from troupe.policy.network.tensors import expected_shapes, parameter_count
 
 UP, DOWN, EMBED = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens"
 UNTIED = msgspec.structs.replace(CONFIG, tie_word_embeddings=False)

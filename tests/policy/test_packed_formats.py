@@ -15,9 +15,9 @@ from tests.support.devices import compute_on
 from troupe.errors import ModelError
 from troupe.policy.folders import read_model_folder, save_model_folder
 from troupe.policy.model_files import Companions
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.quantization import Quantization, Quantized
-from troupe.policy.network.qwen3 import expected_shapes, weights_dtype
+from troupe.policy.network.tensors import expected_shapes, weights_dtype
 
 TIED, UNTIED = SHIPPED / "qwen3-tiny-tied", SHIPPED / "qwen3-tiny-untied"
 UP, EMBEDDING, NORM = "model.layers.0.mlp.up_proj", "model.embed_tokens", "model.norm.weight"
@@ -335,9 +335,9 @@ def test_the_config_survives_a_round_trip(quantization: Quantization) -> None:
         settings["quantization"][name] = (
             kind and {"group_size": kind.group_size, "bits": kind.bits, "mode": kind.mode}
         ) or False
-    config = Qwen3Config.from_dict(settings)
+    config = NetworkConfig.from_dict(settings)
     assert config.quantization == quantization
-    assert Qwen3Config.from_dict(config.to_dict()) == config
+    assert NetworkConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_tied_head_of_its_own_that_is_packed_like_the_embedding_is_dropped(tmp_path: Path) -> None:

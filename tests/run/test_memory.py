@@ -15,7 +15,7 @@ from troupe.grpo import update_bytes
 from troupe.policy import (
     PRESETS,
     MicroBatch,
-    Qwen3Config,
+    NetworkConfig,
     decode_memory_bytes,
     fused_copy_bytes,
     gradient_memory_bytes,
@@ -30,7 +30,7 @@ from troupe.run.memory import Plan, describe, peak_bytes, plan_memory
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb, memory_limited
 
-POLICY = Qwen3Config(
+POLICY = NetworkConfig(
     vocab_size=5000,
     hidden_size=64,
     intermediate_size=192,

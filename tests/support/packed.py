@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from troupe.policy import Qwen3Config, random_policy
+from troupe.policy import NetworkConfig, random_policy
 
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=64,
     hidden_size=128,
     intermediate_size=256,
@@ -43,7 +43,7 @@ def write_packed_model(
     packing: Packing = AFFINE,
     modules: Mapping[str, Packing | bool] = {},
     *,
-    config: Qwen3Config = CONFIG,
+    config: NetworkConfig = CONFIG,
     dtype: str = "float32",
     prefix: str = "",
 ) -> dict[str, mx.array]:

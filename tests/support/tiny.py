@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from troupe.policy import Qwen3Config, random_policy
+from troupe.policy import NetworkConfig, random_policy
 
 END, PAD = "<|endoftext|>", "<|pad|>"
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=260,
     hidden_size=32,
     intermediate_size=64,
@@ -34,7 +34,7 @@ def byte_symbols() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def write_tiny_model(folder: Path, config: Qwen3Config = CONFIG, seed: int = 0) -> Path:
+def write_tiny_model(folder: Path, config: NetworkConfig = CONFIG, seed: int = 0) -> Path:
     """Write the folder and return it. `seed` changes the weights."""
     random_policy(config, seed).save(folder)
     write_tokenizer(folder)

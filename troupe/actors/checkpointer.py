@@ -33,7 +33,7 @@ from troupe.checkpoint import (
 )
 from troupe.errors import CheckpointError, FolderGoneError, RunError
 from troupe.messages import CheckpointWritten, Incident, Snapshot, Unfinished
-from troupe.policy import Companions, Qwen3Config, Weights
+from troupe.policy import Companions, NetworkConfig, Weights
 from troupe.policy.adapter.files import AdapterFiles
 from troupe.runtime.actor import Actor
 from troupe.runtime.backoff import backoff_s
@@ -197,7 +197,7 @@ class CheckpointWriter:
         self,
         run: Path,
         config: CheckpointConfig,
-        policy_config: Qwen3Config,
+        policy_config: NetworkConfig,
         source: Path | Companions | None,
         *,
         run_state: Callable[[Snapshot], RunState],

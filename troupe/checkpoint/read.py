@@ -28,7 +28,7 @@ from troupe.checkpoint.state import (
 from troupe.checkpoint.write import replaced_path
 from troupe.errors import CheckpointError, ModelError, RunError, TroupeError
 from troupe.messages import Unfinished
-from troupe.policy import Qwen3Config, expected_shapes
+from troupe.policy import NetworkConfig, expected_shapes
 from troupe.policy.adapter.peft import WEIGHTS_FILE as ADAPTER_FILE
 from troupe.policy.adapter.peft import our_name
 from troupe.policy.safetensors import read_header
@@ -86,9 +86,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def _read_config(file: Path) -> Qwen3Config:
+def _read_config(file: Path) -> NetworkConfig:
     try:
-        return Qwen3Config.from_dict(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]))
+        return NetworkConfig.from_dict(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]))
     except (*_UNREADABLE, ModelError) as error:
         raise _fault_of_reading(f"{file}: the model's configuration cannot be used", error) from None
 
@@ -173,7 +173,7 @@ def load_newest(run: Path) -> Iterator[Checkpoint | CheckpointError]:
             yield error
 
 
-def _load_weights(file: Path, config: Qwen3Config) -> dict[str, mx.array]:
+def _load_weights(file: Path, config: NetworkConfig) -> dict[str, mx.array]:
     """The tensors of a policy, in the order of `expected_shapes`."""
     loaded, wanted = _load_arrays(file), expected_shapes(config)
     if {name: array.shape for name, array in loaded.items()} != wanted:

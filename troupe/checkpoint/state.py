@@ -8,7 +8,7 @@ import mlx.core as mx
 import msgspec
 
 from troupe.messages import Unfinished
-from troupe.policy import Qwen3Config, Weights
+from troupe.policy import NetworkConfig, Weights
 
 FORMAT = 3
 """Of the folders that are written. 1 had no number, no `unfinished.msgpack`, and a state of five fields; 2 did not say
@@ -90,7 +90,7 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint in memory; arrays are evaluated."""
 
-    config: Qwen3Config | None
+    config: NetworkConfig | None
     """None: an adapter was trained, which does not hold its base."""
     weights: Weights
     optimizer_state: dict[str, mx.array]

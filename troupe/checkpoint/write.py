@@ -28,7 +28,7 @@ from troupe.checkpoint.state import (
 )
 from troupe.errors import FolderGoneError
 from troupe.messages import ScoredGroup, Unfinished
-from troupe.policy import MAX_SHARD_BYTES, Companions, Qwen3Config, Weights, save_model_folder
+from troupe.policy import MAX_SHARD_BYTES, Companions, NetworkConfig, Weights, save_model_folder
 from troupe.policy.adapter.files import AdapterFiles, save_adapter
 from troupe.policy.folders import companions_of
 from troupe.policy.model_files import ADAPTER_CONFIG
@@ -82,7 +82,7 @@ def save_checkpoint(
 
 def save_final_policy(
     path: Path,
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     source: Path | Companions | None = None,
     *,

@@ -66,4 +66,4 @@ def _unusable(name: str, reason: str) -> click.Command:
 )
 @click.version_option(VERSION, prog_name="troupe")
 def main() -> None:
-    """Teach Qwen3 models with GRPO on Apple's MLX."""
+    """Teach language models with GRPO on Apple's MLX."""

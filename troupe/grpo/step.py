@@ -20,7 +20,7 @@ from troupe.grpo.loss import batch_normalizer, entropy_control, has_entropy_bonu
 from troupe.grpo.objectives import Tallies, averages, entropy_threshold, high_entropy_mask, merge, sampler_correction
 from troupe.grpo.optimizer import OptimizerState, adamw_update_in_place, clip_scale, global_norm
 from troupe.policy.gradient.backward import Chunk, Gradients, side_by_side
-from troupe.policy.network.qwen3 import Weights
+from troupe.policy.network.tensors import Weights
 
 Extra = TypeVar("Extra")
 

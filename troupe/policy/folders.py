@@ -19,10 +19,10 @@ from troupe.policy.model_files import (
     read_json,
     weight_files,
 )
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.linear import Linear
-from troupe.policy.network.qwen3 import (
+from troupe.policy.network.tensors import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
@@ -58,7 +58,7 @@ _AT_ONCE = 16
 
 def read_model_folder(
     path: str | Path, dtype: str | None = None, *, expand: bool | None = None
-) -> tuple[Qwen3Config, Weights]:
+) -> tuple[NetworkConfig, Weights]:
     """Read config.json and the safetensors of a folder → (config, evaluated weights).
 
     `dtype`: a name of `DTYPES`; None keeps what is stored, or where that is several types, the one of the embedding for
@@ -74,7 +74,7 @@ def read_model_folder(
     folder = Path(path)
     check_folder(folder)
     try:
-        config = Qwen3Config.from_dict(read_json(folder / CONFIG_FILE))
+        config = NetworkConfig.from_dict(read_json(folder / CONFIG_FILE))
     except ModelError as error:
         message = str(error)
         raise ModelError(message if message.startswith(str(folder)) else f"{folder / CONFIG_FILE}: {message}") from None
@@ -122,7 +122,7 @@ def _dtype_of(stored: Weights) -> mx.Dtype:
     return weights_dtype(stored) if dtype == mx.uint32 else dtype
 
 
-def _expand(folder: Path, config: Qwen3Config, weights: dict[str, mx.array], dtype: mx.Dtype) -> Qwen3Config:
+def _expand(folder: Path, config: NetworkConfig, weights: dict[str, mx.array], dtype: mx.Dtype) -> NetworkConfig:
     """Unpack every matrix, one after the other → the config of what they are then."""
     for name in [name for name in weights if name.endswith(".scales")]:
         module = name.removesuffix(".scales")
@@ -148,7 +148,7 @@ def _are_equal(a: mx.array, b: mx.array) -> bool:
 
 def _finite(
     folder: Path,
-    config: Qwen3Config,
+    config: NetworkConfig,
     places: Mapping[str, Stored],
     stored: dict[str, mx.array],
     kept: Mapping[str, mx.Dtype],
@@ -175,7 +175,7 @@ def _finite(
     return weights
 
 
-def _extremes(config: Qwen3Config, name: str, x: mx.array) -> list[tuple[mx.array, int]]:
+def _extremes(config: NetworkConfig, name: str, x: mx.array) -> list[tuple[mx.array, int]]:
     """The largest numbers of a tensor, of either sign, and the first that is not finite; lazily.
 
     As integers numbers of one sign are ordered by size, so that the largest tell: two reductions, which copy nothing.
@@ -213,7 +213,7 @@ def _what_is_not_finite(
 
 def save_model_folder(
     path: str | Path,
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     source: str | Path | Companions | None = None,
     max_shard_bytes: int | None = None,

@@ -15,8 +15,8 @@ from troupe.policy.folders import read_model_folder
 from troupe.policy.hub import resolve_model
 from troupe.policy.model import Policy
 from troupe.policy.model_files import Companions, check_folder, model_fingerprint
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import Weights
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.tensors import Weights
 
 _REMEDY = "give its base, with the adapter beside it (-m BASE --adapter DIR), or fuse or merge first"
 
@@ -77,7 +77,7 @@ def resolve_base(path: str | Path, adapter: Path | None = None) -> tuple[Path, P
     return found, folder
 
 
-def adapter_beside(folder: Path, config: Qwen3Config, base: Path) -> StoredAdapter:
+def adapter_beside(folder: Path, config: NetworkConfig, base: Path) -> StoredAdapter:
     """The adapter of a folder, which must be one of this base. ModelError where it is not."""
     stored = read_adapter(folder, config)
     check_base(stored, folder, model_fingerprint(base), base)

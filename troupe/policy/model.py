@@ -26,10 +26,11 @@ from troupe.policy.model_files import (
     dtype_name,
     parse_json,
 )
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.forward import hidden_states, project
 from troupe.policy.network.quantization import read_quantization
-from troupe.policy.network.qwen3 import Weights, hidden_states, init_weights, project, weights_dtype
-from troupe.policy.network.rotary import names_theta
+from troupe.policy.network.rope_settings import names_theta
+from troupe.policy.network.tensors import Weights, init_weights, weights_dtype
 from troupe.policy.text.complete import complete_texts, stream_text
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer
 
@@ -56,7 +57,7 @@ class Policy:
 
     def __init__(
         self,
-        config: Qwen3Config,
+        config: NetworkConfig,
         weights: Weights,
         path: Path | None = None,
         companions: Companions | None = None,
@@ -76,7 +77,7 @@ class Policy:
         self,
         weights: Weights,
         *,
-        config: Qwen3Config | None = None,
+        config: NetworkConfig | None = None,
         eos_ids: frozenset[int] | None = None,
         base: Base | None = None,
     ) -> Policy:
@@ -293,7 +294,7 @@ def _id_rows(ids: mx.array | Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(row) for row in ids]
 
 
-def random_policy(config: Qwen3Config, seed: int = 0, dtype: str = "float32") -> Policy:
+def random_policy(config: NetworkConfig, seed: int = 0, dtype: str = "float32") -> Policy:
     """A policy with random weights and no folder, for tests and benchmarks."""
     weights = init_weights(config, mx.random.key(seed), DTYPES[dtype])
     mx.eval(weights)

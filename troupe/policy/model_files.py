@@ -17,9 +17,9 @@ import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.network.architecture import ARCHITECTURE, Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.quantization import QUANTIZATION_KEYS, quantization_table
-from troupe.policy.network.qwen3 import Weights, weights_dtype
+from troupe.policy.network.tensors import Weights, weights_dtype
 from troupe.policy.safetensors import read_start
 
 CONFIG_FILE = "config.json"
@@ -233,7 +233,7 @@ class Companions(msgspec.Struct, frozen=True):
         for name, content in self.files.items():
             _write(folder / name, content)
 
-    def write(self, folder: Path, config: Qwen3Config, weights: Weights) -> None:
+    def write(self, folder: Path, config: NetworkConfig, weights: Weights) -> None:
         """Write them beside these weights: as they are, but for what config.json says of the weights that is not so;
         where there is none, it is made from `config`."""
         self.write_unchanged(folder)
@@ -244,7 +244,7 @@ class Companions(msgspec.Struct, frozen=True):
             _write(folder / CONFIG_FILE, _formatted(true))
 
 
-def _corrected(settings: dict[str, object], config: Qwen3Config, weights: Weights) -> dict[str, object]:
+def _corrected(settings: dict[str, object], config: NetworkConfig, weights: Weights) -> dict[str, object]:
     """With the type that the weights are held in, in which transformers would load them, the head that they have, and
     the class of network that their names are those of."""
     held = dtype_name(weights_dtype(weights))
@@ -253,10 +253,12 @@ def _corrected(settings: dict[str, object], config: Qwen3Config, weights: Weight
         settings = {key: value for key, value in settings.items() if key not in QUANTIZATION_KEYS}
     elif not any(settings.get(key) for key in QUANTIZATION_KEYS):
         true |= dict.fromkeys(QUANTIZATION_KEYS, quantization_table(config.quantization))
-    if bool(settings.get("tie_word_embeddings")) != config.tie_word_embeddings:
+    said = settings.get("tie_word_embeddings")
+    tied = config.family.defaults.get("tie_word_embeddings", False) if said is None else bool(said)
+    if tied != config.tie_word_embeddings:
         true["tie_word_embeddings"] = config.tie_word_embeddings
-    if settings.get("architectures") not in (None, [ARCHITECTURE]):
-        true["architectures"] = [ARCHITECTURE]
+    if settings.get("architectures") not in (None, [config.family.architecture]):
+        true["architectures"] = [config.family.architecture]
     return settings | true
 
 

@@ -13,8 +13,8 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.model_files import CONFIG_FILE
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import HEAD, dtype_in, expected_shapes, network_shapes
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.tensors import HEAD, dtype_in, expected_shapes, network_shapes
 from troupe.policy.safetensors import StoredTensor, read_header
 from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
 
@@ -46,7 +46,7 @@ def read_headers(files: Sequence[Path]) -> Headers:
     return headers
 
 
-def config_as_stored(folder: Path, config: Qwen3Config, headers: Headers) -> Qwen3Config:
+def config_as_stored(folder: Path, config: NetworkConfig, headers: Headers) -> NetworkConfig:
     """The config with our names of modules and what the tensors tell: whether there is a head of its own, and which
     matrices are not packed. mlx-lm leaves out those whose rows its groups do not divide, and does not write it down.
     ModelError where none is packed."""
@@ -68,7 +68,7 @@ def config_as_stored(folder: Path, config: Qwen3Config, headers: Headers) -> Qwe
     return msgspec.structs.replace(config, quantization=quantization)
 
 
-def find_tensors(folder: Path, config: Qwen3Config, headers: Headers) -> dict[str, Stored]:
+def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[str, Stored]:
     """Where each tensor of the network is. Raises one ModelError that tells of missing, unexpected, mis-shaped and
     mis-typed tensors, and why, where that is known."""
     try:
@@ -103,7 +103,7 @@ def find_tensors(folder: Path, config: Qwen3Config, headers: Headers) -> dict[st
     return places
 
 
-def _stored_dtypes(config: Qwen3Config, name: str) -> Sequence[str]:
+def _stored_dtypes(config: NetworkConfig, name: str) -> Sequence[str]:
     """The types that a tensor may be stored in."""
     packed = {mx.uint32: ["U32"], mx.uint8: ["U8"]}
     return packed.get(dtype_in(config, name, mx.float32), _FLOATS)

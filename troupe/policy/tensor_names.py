@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 
 from troupe.policy.model_files import some
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import EMBEDDING, HEAD
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.tensors import EMBEDDING, HEAD
 
 _FRONT = frozenset({"module", "base_model", "model", "language_model"})
 """Names of parts around a network, in any order and number: `model.language_model.layers.0…` is `model.layers.0…`. A
@@ -41,7 +41,7 @@ def is_harmless(stored: str) -> bool:
     return stored.endswith("rotary_emb.inv_freq")
 
 
-def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], config: Qwen3Config) -> str:
+def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], config: NetworkConfig) -> str:
     """Why these names do not fit, with the remedy, where there is a known cause; else "".
 
     `missing`: canonical names that no file has; `unexpected`: names as stored.
@@ -61,7 +61,7 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], con
             "that came with them"
         )
     if experts := [name for name in unexpected if ".experts." in name]:
-        return f"it holds a mixture of experts ({some(experts)}); Troupe trains the dense Qwen3 models"
+        return f"it holds a mixture of experts ({some(experts)}); Troupe trains dense models"
     if EMBEDDING in missing and (strange := [name for name in unexpected if name.endswith(_ANCHOR)]):
         prefix = strange[0].removesuffix(_ANCHOR)
         return (
@@ -73,16 +73,31 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], con
             f"config.json does not say tie_word_embeddings: true, so there must be an {HEAD}; add it, or set that key "
             "where the embedding serves as the head"
         )
-    if biases := [name for name in unexpected if name.endswith("_proj.bias")]:
-        return f"its projections have biases ({some(biases)}), which Qwen3's do not; it is another kind of network"
-    if any(name.endswith("q_norm.weight") for name in missing) and not any("mlp" in name for name in missing):
-        return "it has no norms of queries and keys (q_norm, k_norm), as Qwen3 does; it is another kind of network"
+    if other := _another_family(missing, unexpected, config):
+        return f"{other}; it is another kind of network than config.json says (model_type {config.model_type!r})"
     last = max(map(_layer_of, unexpected), default=-1)
     if last >= layers:
         return f"it holds layers up to {last}, but config.json's num_hidden_layers is {layers}"
     lacking = {int(match[1]) for name in missing if (match := _LAYER.match(name))}
     if lacking and min(lacking) > 0 and lacking == set(range(min(lacking), layers)):
         return f"it holds no layer from {min(lacking)} on, but config.json's num_hidden_layers is {layers}"
+    return ""
+
+
+def _another_family(missing: Collection[str], unexpected: Sequence[str], config: NetworkConfig) -> str:
+    """What parts there are, or not, that tell of another family than that of the config; "" where none does."""
+    if biases := [name for name in unexpected if name.endswith("_proj.bias")]:
+        return f"its projections have biases ({some(biases)}) that such a network has not"
+    if any("mlp" in name for name in missing):
+        return ""
+    if without := [name for name in missing if name.endswith("_proj.bias")]:
+        return f"its projections have no biases ({some(without)})"
+    if any(name.endswith("q_norm.weight") for name in missing):
+        return "it has no norms of queries and keys (q_norm, k_norm)"
+    if norms := [name for name in unexpected if "norm" in name and _layer_of(name) < config.num_hidden_layers]:
+        return f"it has norms that such a network has not ({some(norms)})"
+    if norms := [name for name in missing if "norm" in name]:
+        return f"it lacks norms of such a network ({some(norms)})"
     return ""
 
 

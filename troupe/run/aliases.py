@@ -32,7 +32,7 @@ def _same(section: str, *names: str, note: str = "") -> Alias:
 
 
 GRPO_CONFIG = (
-    _a("model", "model.path", "Qwen3 only"),
+    _a("model", "model.path", "dense models of the families that are known"),
     _a("peft_config", "adapter.kind", "its keys are in the section `[adapter]`; see [adapters](adapters.md)"),
     _a("train_dataset", "data.path", "a file, or `hf:NAME`; see [prompts](datasets.md)"),
     _a("eval_dataset", "data.eval_path", "likewise; before and after the run, greedily, once a row"),
@@ -99,7 +99,7 @@ GRPO_CONFIG = (
 )
 
 OTHER_COMMANDS = (
-    _a("--model_name_or_path", "model.path", "Qwen3 only"),
+    _a("--model_name_or_path", "model.path", "dense models of the families that are known"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
     _a(
         "--dataset_config --dataset_train_split",
@@ -194,7 +194,7 @@ ABSENT = (
     _a(
         "model_init_kwargs disable_dropout cast_lm_head_to_fp32 router_aux_loss_coef",
         "",
-        "Qwen3 without experts, which has no dropout; its type is `model.dtype`",
+        "networks without experts and without dropout; their type is `model.dtype`",
     ),
     _a("push_to_hub hub_… log_completions_hub_repo", "", "`hf upload NAME OUT/final` does it"),
     _a("remove_unused_columns log_multimodal log_unique_prompts", "", "rewards and `run.sqlite` have all columns"),

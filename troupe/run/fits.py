@@ -1,6 +1,6 @@
 """Which published model fits which memory, all of it trained or an adapter, by the formula of `memory.py`.
 
-In words: docs/adapters.md.
+In words: docs/memory.md.
 """
 
 import textwrap

@@ -12,7 +12,7 @@ from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
-from troupe.policy import DTYPES, Policy, Qwen3Config, opened_thought
+from troupe.policy import DTYPES, NetworkConfig, Policy, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
 from troupe.records.metric_names import check_metric
@@ -235,7 +235,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
     return plan_memory(config, work)
 
 
-def _worthwhile(config: RunConfig, policy: Qwen3Config, longest_prompt: int, machine: Machine) -> int:
+def _worthwhile(config: RunConfig, policy: NetworkConfig, longest_prompt: int, machine: Machine) -> int:
     """How many parts of a step may be worth a processor of their own."""
     rows = config.learner.batch_size * config.generation.num_generations
     tokens = config.learner.batch_size * longest_prompt + rows * config.generation.max_completion_length

@@ -28,7 +28,7 @@ from troupe.policy import (
 )
 from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
 from troupe.policy.network.attention import attention_is_fused
-from troupe.policy.network.qwen3 import network_bytes
+from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
@@ -219,7 +219,13 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         entropy_gradient=has_entropy_bonus(learner),
         adds_up=choice.micro_batches > 1,
         on_cpu=work.on_cpu,
-        writes_scores=not attention_is_fused(work.policy.head_dim, work.dtype, gradient=True, on_cpu=work.on_cpu),
+        writes_scores=not attention_is_fused(
+            work.policy.head_dim,
+            work.dtype,
+            gradient=True,
+            on_cpu=work.on_cpu,
+            windowed=work.policy.has_windows,
+        ),
         adapter=work.adapter,
     )
     gradients = 4 * numbers if choice.micro_batches > 1 else weights

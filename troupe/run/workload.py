@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.policy import Adapter, Qwen3Config, parameter_count
+from troupe.policy import Adapter, NetworkConfig, parameter_count
 from troupe.policy.adapter.modules import adapter_parameter_count, adapter_shapes
 
 
 class Workload(NamedTuple):
     """What the memory of a run follows from, besides its config."""
 
-    policy: Qwen3Config
+    policy: NetworkConfig
     dtype: mx.Dtype
     """Of the weights."""
     longest_prompt: int

@@ -15,15 +15,15 @@ from troupe.policy.adapter.files import AdapterFiles, adapter_files
 from troupe.policy.adapter.modules import Adapter, adapter_shapes, resolve_adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.model_files import read_json
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 
 VECTORS = Path(__file__).parents[2] / "data" / "adapters"
 BASE = VECTORS / "base"
-NETWORK = Qwen3Config.from_dict(read_json(BASE / "config.json"))
+NETWORK = NetworkConfig.from_dict(read_json(BASE / "config.json"))
 SETTINGS, OF_PEFT, OF_MLX = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
 
 
-def resolved(network: Qwen3Config = NETWORK, **table: Any) -> Adapter:
+def resolved(network: NetworkConfig = NETWORK, **table: Any) -> Adapter:
     """An adapter of rank 16 on everything, but for what is given: keys of `[adapter]`; None leaves one out."""
     given = {key: value for key, value in ({"kind": "lora"} | table).items() if value is not None}
     return resolve_adapter(msgspec.convert(given, AdapterConfig), network)

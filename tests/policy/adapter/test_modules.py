@@ -18,8 +18,8 @@ from troupe.policy.adapter.modules import (
     describe_adapter,
     init_adapter,
 )
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import linear_shapes
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.tensors import linear_shapes
 
 
 def refusal(**table: Any) -> str:
@@ -152,7 +152,7 @@ def test_a_magnitude_begins_as_the_length_of_its_row() -> None:
 
 
 def test_one_line_for_people_has_the_scale_as_a_number() -> None:
-    large = Qwen3Config.preset("Qwen3-4B")
+    large = NetworkConfig.preset("Qwen3-4B")
     assert describe_adapter(large, resolved(large)) == (
         "LoRA of rank 16, scale 2, on 252 of 252 matrices: 33,030,144 trained numbers, 0.82% of the network's"
     )

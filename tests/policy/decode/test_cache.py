@@ -8,7 +8,7 @@ import pytest
 
 from troupe.policy.decode import cache as cache_module
 from troupe.policy.decode.cache import DecodingCache, PromptCache, join_prompts
-from troupe.policy.network.qwen3 import Attention
+from troupe.policy.network.forward import Attention
 
 K, R, D = 2, 3, 4
 H = K * R

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from troupe.policy import GenerationConfig, Qwen3Config, RolloutEngine, RolloutRequest, hidden_states, random_policy
+from troupe.policy import GenerationConfig, NetworkConfig, RolloutEngine, RolloutRequest, hidden_states, random_policy
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
 from troupe.policy.decode.loop import draw_tokens
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.model import Policy
-from troupe.policy.network.qwen3 import fuse_projections
+from troupe.policy.network.forward import fuse_projections
 
 pytestmark = pytest.mark.skipif(not cuda_kernels.are_available(), reason="MLX has no NVIDIA card here")
 
 
-def config(heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Qwen3Config:
-    return Qwen3Config(
+def config(heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> NetworkConfig:
+    return NetworkConfig(
         vocab_size=1024,
         hidden_size=256,
         intermediate_size=512,

@@ -22,10 +22,10 @@ from troupe.policy.decode.requests import CompletedGroup, Completion, Generation
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.load import load_policy
 from troupe.policy.model import Policy, random_policy
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import init_weights
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.tensors import init_weights
 
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
+from tests.support.families import family_configs, shaken_policy
 from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
 from troupe.policy.decode.engine import RolloutEngine
@@ -21,11 +22,11 @@ from troupe.policy.decode.loop import NOISE_BLOCK, noise_block, row_key
 from troupe.policy.decode.requests import Completion, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import draw_by_shares
 from troupe.policy.load import load_policy
-from troupe.policy.model import random_policy
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.model import Policy, random_policy
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import exp
 
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
@@ -37,6 +38,9 @@ CONFIG = Qwen3Config(
     initializer_range=0.25,
 )
 POLICY = random_policy(CONFIG, seed=5)
+POLICIES = {
+    name: shaken_policy(config, seed=5) for name, config in family_configs(hidden_size=32).items() if name != "qwen3"
+} | {"qwen3": POLICY}
 TOLERANCE = 1e-4
 ROOM = CONFIG.max_position_embeddings
 
@@ -47,11 +51,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return normalized
 
 
-def logits_alone(prompt: tuple[int, ...], completion: Completion) -> np.ndarray:
+def logits_alone(prompt: tuple[int, ...], completion: Completion, policy: Policy = POLICY) -> np.ndarray:
     """(T, V) float64: what foretells each token of this one row, from a forward over nothing but the row."""
     row = [*prompt, *completion.token_ids]
     ids = mx.array([row + [0] * (ROOM - len(row))])  # padding on the right is never seen
-    logits: np.ndarray = np.array(POLICY.model(ids))[0, len(prompt) - 1 : len(row) - 1].astype(np.float64)
+    logits: np.ndarray = np.array(policy.model(ids))[0, len(prompt) - 1 : len(row) - 1].astype(np.float64)
     return logits
 
 
@@ -111,32 +115,38 @@ def cases(draw: st.DrawFn) -> tuple[list[RolloutRequest], GenerationConfig, froz
     )
 
 
-@settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from([(cache.WHOLE_PROMPT, cache.PIECE_TOKENS), (5, 9), (20, 64), (0, 1)]))
+@pytest.mark.parametrize("family", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(cases(), st.sampled_from([(cache.WHOLE_PROMPT, cache.PIECE_TOKENS), (5, 9), (20, 64), (0, 1)]), st.booleans())
 def test_any_batch_is_its_rows_alone(
-    case: tuple[list[RolloutRequest], GenerationConfig, frozenset[int], int, int, int], pieces: tuple[int, int]
+    family: str,
+    case: tuple[list[RolloutRequest], GenerationConfig, frozenset[int], int, int, int],
+    pieces: tuple[int, int],
+    on_cpu: bool,
 ) -> None:
     """`pieces`: up to how many places prompts are computed whole, and else how many tokens at once."""
     requests, generation, stop_ids, compact_every, prefill_tokens, together = case
+    policy = POLICIES[family]
     with pytest.MonkeyPatch.context() as patch:
+        compute_on(patch, cpu=on_cpu)
         patch.setattr(decoding, "COMPACT_EVERY", compact_every)
         patch.setattr(cache, "PREFILL_TOKENS", prefill_tokens)
         patch.setattr(cache, "WHOLE_PROMPT", pieces[0])
         patch.setattr(cache, "PIECE_TOKENS", pieces[1])
-        engine = RolloutEngine(CONFIG, generation, stop_ids=stop_ids)
-        engine.load(POLICY.weights, 0)
+        engine = RolloutEngine(policy.config, generation, stop_ids=stop_ids)
+        engine.load(policy.weights, 0)
         limit = engine.memory_bytes([max(len(request.prompt_ids) for request in requests)] * together) / 1e9
         engine = RolloutEngine(
-            CONFIG, msgspec.structs.replace(generation, memory_limit_gb=limit * 1.5), stop_ids=stop_ids
+            policy.config, msgspec.structs.replace(generation, memory_limit_gb=limit * 1.5), stop_ids=stop_ids
         )
-        engine.load(POLICY.weights, 0)
+        engine.load(policy.weights, 0)
         groups = {group.index: group.completions for group in engine.decode(requests)}
     assert sorted(groups) == list(range(len(requests)))
     for index, request in enumerate(requests):
         longest = min(generation.max_completion_length, ROOM - len(request.prompt_ids))
         for sample, completion in enumerate(groups[index]):
             ids = completion.token_ids
-            alone = log_softmax(logits_alone(request.prompt_ids, completion) / generation.temperature)
+            alone = log_softmax(logits_alone(request.prompt_ids, completion, policy) / generation.temperature)
             np.testing.assert_allclose(completion.log_probs, alone[np.arange(len(ids)), list(ids)], atol=TOLERANCE)
             check_draws(alone, uniforms(request, sample), ids)
             end = next((n for n, id_ in enumerate(ids, 1) if id_ in stop_ids), longest)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from tests.support.devices import compute_on
+from tests.support.families import family_configs
 from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
 from troupe.policy.decode.cache import DecodingCache, piece_length, prefill_chunks
@@ -20,11 +21,12 @@ from troupe.policy.decode.memory import (
 from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
 from troupe.policy.model import random_policy
 from troupe.policy.network import attention
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import FINAL_NORM, fuse_projections
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.forward import fuse_projections
+from troupe.policy.network.tensors import FINAL_NORM
 
 
-def config_of(**sizes: int) -> Qwen3Config:
+def config_of(**sizes: int) -> NetworkConfig:
     standard: dict[str, Any] = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -35,10 +37,10 @@ def config_of(**sizes: int) -> Qwen3Config:
         "head_dim": 16,
         "max_position_embeddings": 2048,
     }
-    return Qwen3Config(**standard | sizes)
+    return NetworkConfig(**standard | sizes)
 
 
-def decode(config: Qwen3Config, lengths: list[int], G: int, N: int) -> tuple[int, int]:
+def decode(config: NetworkConfig, lengths: list[int], G: int, N: int) -> tuple[int, int]:
     """Decode to the end → (bytes at the peak beside the weights, bytes by the formula)."""
     policy = random_policy(config)
     generation = GenerationConfig(num_generations=G, max_completion_length=N)
@@ -193,9 +195,10 @@ def test_waves_are_as_full_as_the_limit_allows() -> None:
     assert split_into_waves([], sum, None) == split_into_waves([], sum, 3) == []
 
 
-def test_the_fused_copy_is_what_is_copied() -> None:
-    config = config_of(num_key_value_heads=2, intermediate_size=48)
-    weights = random_policy(config).weights
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", family_configs().values(), ids=family_configs())
+def test_the_fused_copy_is_what_is_copied(config: NetworkConfig, dtype: str) -> None:
+    weights = random_policy(config, dtype=dtype).weights
     fused = fuse_projections(config, weights)
     copied = sum(array.nbytes for name, array in fused.items() if array is not weights.get(name))
-    assert fused_copy_bytes(config, mx.float32) == copied
+    assert fused_copy_bytes(config, weights[FINAL_NORM].dtype) == copied

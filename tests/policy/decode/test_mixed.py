@@ -7,9 +7,9 @@ import pytest
 from troupe.policy import AdapterConfig, Completion, GenerationConfig, RolloutEngine, RolloutRequest, random_policy
 from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import Adapter, init_adapter, resolve_adapter
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=90,
     hidden_size=32,
     intermediate_size=48,

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests.policy.gradient.test_completions import COMPLETIONS, CONFIGS, GROUP, PROMPTS, TIED, device_path, row_by_row
 from troupe.policy.gradient.backward import completion_gradients, completion_statistics, side_by_side
 from troupe.policy.network import head
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.head import TokenStatistics
-from troupe.policy.network.qwen3 import Weights, expected_shapes, init_weights
 from troupe.policy.network.rotary import YarnScaling
+from troupe.policy.network.tensors import Weights, expected_shapes, init_weights
 
 __all__ = ["device_path"]
 
@@ -34,7 +34,7 @@ def of_statistics(statistics: TokenStatistics) -> tuple[mx.array, mx.array]:
     return (mx.exp(log_probs * 0.1) * by_log_probs + entropies * by_entropies).sum(), entropies.mean()
 
 
-def gradients(config: Qwen3Config, weights: Weights, rows: Rows, **settings: Any) -> Any:
+def gradients(config: NetworkConfig, weights: Weights, rows: Rows, **settings: Any) -> Any:
     """Loss, what comes with it, and the gradients in one dict; each must come once."""
     found: dict[str, mx.array] = {}
     values: list[Any] = []
@@ -72,7 +72,7 @@ def check(ours: Any, theirs: Any, tolerance: float = 3e-5) -> None:
     ids=["ragged", "cooler", "group", "one token", "none"],
 )
 def test_gradients_are_those_of_whole_logits_row_by_row(
-    config: Qwen3Config, rows: Rows, temperature: float, recompute: bool
+    config: NetworkConfig, rows: Rows, temperature: float, recompute: bool
 ) -> None:
     weights = init_weights(config, mx.random.key(3))
     ours = gradients(config, weights, rows, temperature=temperature, recompute=recompute)

@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
+from tests.support.families import family_configs
 from troupe.policy.gradient.backward import completion_statistics
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import Weights, hidden_states, init_weights, project
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.forward import hidden_states, project
+from troupe.policy.network.tensors import Weights, init_weights
 
-TIED = Qwen3Config(
+TIED = NetworkConfig(
     vocab_size=600,
     hidden_size=16,
     intermediate_size=24,
@@ -28,7 +30,9 @@ TIED = Qwen3Config(
     tie_word_embeddings=True,
     initializer_range=0.3,
 )
-CONFIGS = {"tied": TIED, "untied": msgspec.structs.replace(TIED, tie_word_embeddings=False)}
+CONFIGS = {"tied": TIED, "untied": msgspec.structs.replace(TIED, tie_word_embeddings=False)} | family_configs(
+    vocab_size=600, hidden_size=16, intermediate_size=24, initializer_range=0.3
+)
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8], [5, 6, 7], [9, 599]]
 COMPLETIONS = [[20, 21, 22], [300], [], [24, 599], [26, 0, 26, 26]]
 GROUP = ([[1, 2, 3]] * 4, [[10, 11, 12], [13, 14, 15], [16, 17, 18], [19, 20, 21]])
@@ -41,7 +45,7 @@ def device_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def row_by_row(
-    config: Qwen3Config, weights: Weights, prompts: Any, completions: Any, temperature: float = 1.0
+    config: NetworkConfig, weights: Weights, prompts: Any, completions: Any, temperature: float = 1.0
 ) -> tuple[mx.array, mx.array]:
     """Log-probs and entropies (R, T) of each row alone from whole logits, by MLX's own operations."""
     T = max(1, *map(len, completions))
@@ -71,7 +75,7 @@ def score(statistics: Callable[[Weights], tuple[mx.array, mx.array]]) -> Callabl
     return scored
 
 
-def check(config: Qwen3Config, prompts: Any, completions: Any, temperature: float = 1.0) -> None:
+def check(config: NetworkConfig, prompts: Any, completions: Any, temperature: float = 1.0) -> None:
     """Values and gradients of both."""
     weights = init_weights(config, mx.random.key(3))
 
@@ -99,7 +103,7 @@ def check(config: Qwen3Config, prompts: Any, completions: Any, temperature: floa
     [((PROMPTS, COMPLETIONS), 1.0), ((PROMPTS, COMPLETIONS), 0.6), (GROUP, 1.0), (([[4]], [[5]]), 1.0)],
     ids=["ragged", "cooler", "group", "one token"],
 )
-def test_rows_are_as_each_alone(config: Qwen3Config, rows: tuple[Any, Any], temperature: float) -> None:
+def test_rows_are_as_each_alone(config: NetworkConfig, rows: tuple[Any, Any], temperature: float) -> None:
     check(config, *rows, temperature)
 
 

@@ -20,11 +20,11 @@ from troupe.grpo import (
     train_on_batch,
     update_bytes,
 )
-from troupe.policy import MicroBatch, Qwen3Config, gradient_memory_bytes, parameter_count, random_policy
+from troupe.policy import MicroBatch, NetworkConfig, gradient_memory_bytes, parameter_count, random_policy
 from troupe.policy.network.head import BLOCK_NUMBERS, block_rows
 
 
-def config_of(**sizes: Any) -> Qwen3Config:
+def config_of(**sizes: Any) -> NetworkConfig:
     standard: dict[str, Any] = {
         "vocab_size": 2000,
         "hidden_size": 64,
@@ -36,7 +36,7 @@ def config_of(**sizes: Any) -> Qwen3Config:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     }
-    return Qwen3Config(**standard | sizes)
+    return NetworkConfig(**standard | sizes)
 
 
 BATCH = MicroBatch(prompts=2, prompt_length=30, rows=8, completion_length=51)
@@ -107,7 +107,7 @@ def test_a_gpu_that_writes_scores_out_holds_a_portion_of_them(recompute: bool) -
 
 
 def measured_and_predicted(
-    config: Qwen3Config, Q: int, P: int, G: int, T: int, micro_batches: int, recompute: bool, entropy: bool
+    config: NetworkConfig, Q: int, P: int, G: int, T: int, micro_batches: int, recompute: bool, entropy: bool
 ) -> tuple[int, int]:
     """Bytes at the peak of the second of two steps, all that is held included."""
     rng = random.Random(0)
@@ -148,6 +148,15 @@ def measured_and_predicted(
     return peak, 4 * numbers + optimizer_state_bytes(numbers, mx.float32) + max(learning, updating)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2"},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "local_rope_theta": 1e4,
+        "sliding_window": 16,
+        "layer_types": ("sliding_attention",) * 3 + ("full_attention",),
+    },
+}
 SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] = [
     ({}, (2, 32, 8, 96, 1, False, False)),
     ({}, (2, 32, 8, 96, 1, True, False)),
@@ -159,6 +168,9 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] 
     ({"vocab_size": 40_000}, (2, 16, 4, 64, 2, True, True)),
     ({"vocab_size": 20_000, "tie_word_embeddings": False, "hidden_size": 128}, (2, 16, 4, 32, 1, True, False)),
     ({"intermediate_size": 1024, "num_hidden_layers": 6}, (4, 16, 8, 48, 4, False, False)),
+    *((FAMILIES["qwen2"] | {"num_hidden_layers": 6}, (2, 32, 8, 96, 1, again, False)) for again in (False, True)),
+    *((FAMILIES["gemma3"], (2, 32, 8, 96, 1, again, False)) for again in (False, True)),
+    *((FAMILIES["gemma3"] | {"num_key_value_heads": 1}, (1, 200, 8, 200, 1, again, False)) for again in (False, True)),
 ]
 
 

@@ -6,10 +6,10 @@ import pytest
 from troupe.policy import AdapterConfig, TokenStatistics, completion_gradients, random_policy
 from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import init_adapter, resolve_adapter
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.dropout import Dropout, row_keys, token_keys
 
-CONFIG = Qwen3Config(
+CONFIG = NetworkConfig(
     vocab_size=60,
     hidden_size=32,
     intermediate_size=48,

@@ -12,9 +12,9 @@ import pytest
 
 from tests.support.packed import AFFINE, CONFIG, FLOAT_KINDS, KINDS, write_packed_model
 from troupe.errors import ModelError
-from troupe.policy import Qwen3Config
+from troupe.policy import NetworkConfig
 from troupe.policy.network.quantization import Quantization, Quantized, packed_shapes, read_quantization
-from troupe.policy.network.qwen3 import dtype_in, expected_shapes, network_bytes, parameter_count
+from troupe.policy.network.tensors import dtype_in, expected_shapes, network_bytes, parameter_count
 
 VECTORS = Path(__file__).parents[2] / "data" / "adapters" / "quantized"
 Q4, Q8 = Quantized(64, 4), Quantized(32, 8)
@@ -36,7 +36,7 @@ def test_every_kind_is_read_and_written(kind: dict[str, Any]) -> None:
     config = msgspec.structs.replace(CONFIG, quantization=quantization)
     written = config.to_dict()
     assert written["quantization"] == written["quantization_config"] == kind
-    assert Qwen3Config.from_dict(json.loads(json.dumps(written))) == config
+    assert NetworkConfig.from_dict(json.loads(json.dumps(written))) == config
 
 
 @pytest.mark.parametrize("keys", [["quantization"], ["quantization_config"], ["quantization", "quantization_config"]])
@@ -60,7 +60,7 @@ def test_modules_differ_where_they_are_named() -> None:
     assert quantization.of("model.embed_tokens") is None
     assert quantization.of(UP) == quantization.of("b") == Q4
     config = msgspec.structs.replace(CONFIG, quantization=quantization)
-    assert Qwen3Config.from_dict(config.to_dict()) == config
+    assert NetworkConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_module_of_another_mode() -> None:
@@ -131,7 +131,7 @@ def test_names_shapes_types_and_bytes_are_those_of_a_folder(
     plain = msgspec.structs.replace(CONFIG, tie_word_embeddings=is_tied)
     modules: dict[str, Any] = {UP: False, "model.embed_tokens": KINDS[-4]}
     stored = write_packed_model(tmp_path, kind, modules, config=plain, dtype=dtype)
-    config = Qwen3Config.from_dict(json.loads((tmp_path / "config.json").read_bytes()))
+    config = NetworkConfig.from_dict(json.loads((tmp_path / "config.json").read_bytes()))
     assert expected_shapes(config) == {name: x.shape for name, x in stored.items()}
     of = {name: dtype_in(config, name, getattr(mx, dtype)) for name in stored}
     assert of == {name: x.dtype for name, x in stored.items()}
@@ -141,8 +141,8 @@ def test_names_shapes_types_and_bytes_are_those_of_a_folder(
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in VECTORS.iterdir()))
 def test_what_mlx_lm_wrote_names_the_tensors_beside_it(name: str) -> None:
-    config = Qwen3Config.from_dict(json.loads((VECTORS / name / "config.json").read_bytes()))
+    config = NetworkConfig.from_dict(json.loads((VECTORS / name / "config.json").read_bytes()))
     stored = mx.load(str(VECTORS / name / "model.safetensors"))
     assert isinstance(stored, dict)
     assert expected_shapes(config) == {name: x.shape for name, x in stored.items()}
-    assert Qwen3Config.from_dict(config.to_dict()) == config
+    assert NetworkConfig.from_dict(config.to_dict()) == config

@@ -13,7 +13,7 @@ import pytest
 from tests.policy.text.test_added_tokens import DECODER, folder_of
 from tests.support.tiny import CONFIG, write_tiny_model
 from troupe.errors import InputError, ModelError
-from troupe.policy import GenerationConfig, Policy, Qwen3Config, RolloutRequest, Weights, load_policy
+from troupe.policy import GenerationConfig, NetworkConfig, Policy, RolloutRequest, Weights, load_policy
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.text.complete import (
     complete_texts,
@@ -130,7 +130,7 @@ def test_positions_that_yarn_adds_can_be_used(tmp_path: Path) -> None:
         "rope_parameters": None,
         "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
     }
-    folder = write_tiny_model(tmp_path, Qwen3Config.from_dict(settings))
+    folder = write_tiny_model(tmp_path, NetworkConfig.from_dict(settings))
     stretched = load_policy(folder)
     [[sample]] = complete_texts(stretched, ["x" * 100], GenerationConfig(num_generations=1), seed=0)
     assert sample.completion_tokens <= 28

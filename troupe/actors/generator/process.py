@@ -37,7 +37,7 @@ from troupe.messages import Incident, Prompt, RolloutGroup, Span
 from troupe.policy import (
     Base,
     Companions,
-    Qwen3Config,
+    NetworkConfig,
     RolloutEngine,
     Tokenizer,
     Weights,
@@ -154,7 +154,7 @@ class _GeneratorProcess:
                     self._prompts.close()
 
 
-def _read_base(config: Qwen3Config, source: BaseSource) -> Base:
+def _read_base(config: NetworkConfig, source: BaseSource) -> Base:
     """The base that the run began with, as the run holds it. ModelError where the folder is another model's by now."""
     folder = Path(source.folder)
     if model_fingerprint(folder) != source.fingerprint:

@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from troupe.messages import FinishReason, Incident, Prompt, Rollout, Slot, Span
-from troupe.policy import Adapter, GenerationConfig, Qwen3Config
+from troupe.policy import Adapter, GenerationConfig, NetworkConfig
 from troupe.runtime.frames import MessageError, decoder
 
 Number = TypeVar("Number", int, float)
@@ -35,7 +35,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     name: str
     """For its track on the timeline."""
-    policy: Qwen3Config
+    policy: NetworkConfig
     base: BaseSource | None = None
     """None: what is published is the whole network."""
     generation: GenerationConfig

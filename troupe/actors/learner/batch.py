@@ -15,7 +15,7 @@ import mlx.core as mx
 from troupe.actors.learner.gathering import StepGroups, slot_of, stale_tokens
 from troupe.grpo import Batch, LearnerConfig, compute_advantages, make_batch, reward_statistics, spread_within_groups
 from troupe.messages import Rollout, ScoredGroup
-from troupe.policy import CompletedGroup, Qwen3Config, Weights, completion_gradients, completion_statistics
+from troupe.policy import CompletedGroup, NetworkConfig, Weights, completion_gradients, completion_statistics
 from troupe.policy.adapter.base import Base
 from troupe.policy.gradient.backward import Chunk
 from troupe.policy.network.dropout import Dropout, row_keys, token_keys
@@ -50,13 +50,13 @@ class Assembled(NamedTuple):
 
 @dataclass(frozen=True)
 class CompletionLogProbs:
-    """The `PolicyLogProbs` of a Qwen3 model: log-probs and entropies of completions, both float32 (B, T), in nats.
+    """The `PolicyLogProbs` of a model: log-probs and entropies of completions, both float32 (B, T), in nats.
 
     Both are of the distribution softmax(logits / temperature). `recompute`: a gradient computes the inside of each
     layer again instead of keeping it (activation checkpointing). Without `entropy_gradient` entropies are constants.
     """
 
-    config: Qwen3Config
+    config: NetworkConfig
     temperature: float
     recompute: bool = False
     entropy_gradient: bool = True

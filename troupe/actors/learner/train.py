@@ -27,7 +27,7 @@ from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.messages import ScoredGroup, Snapshot, Unfinished
-from troupe.policy import Base, Qwen3Config, Weights
+from troupe.policy import Base, NetworkConfig, Weights
 from troupe.runtime.linux_cpu import blas_limited
 from troupe.runtime.mailbox import Mailbox
 
@@ -65,7 +65,7 @@ class BatchTrainer:
     def __init__(
         self,
         config: LearnerConfig,
-        policy_config: Qwen3Config,
+        policy_config: NetworkConfig,
         *,
         reward_weights: Mapping[str, float],
         temperature: float,

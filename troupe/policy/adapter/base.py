@@ -16,10 +16,11 @@ import mlx.core as mx
 
 from troupe.policy.adapter.files import AdapterFiles, adapter_files
 from troupe.policy.adapter.modules import Adapter
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.forward import fuse_projections
 from troupe.policy.network.linear import JOINED, MAGNITUDE, A, B, Linear, by_columns
-from troupe.policy.network.qwen3 import Weights, fuse_projections, linear_shapes, weights_dtype
+from troupe.policy.network.tensors import Weights, linear_shapes, weights_dtype
 
 _NORM = ".lora_norm"
 """‖W + s·BA‖ of each row, beside what DoRA made of it: for the way back."""
@@ -51,7 +52,7 @@ class Base:
     @classmethod
     def of(
         cls,
-        config: Qwen3Config,
+        config: NetworkConfig,
         weights: dict[str, mx.array],
         adapter: Adapter | None,
         *,
@@ -71,7 +72,7 @@ class Base:
         """Whether the network is all here, and what is trained, if anything, lies beside it."""
         return bool(self.weights)
 
-    def completed(self, config: Qwen3Config, trained: Weights) -> Weights:
+    def completed(self, config: NetworkConfig, trained: Weights) -> Weights:
         """The network that what is trained makes of the base; lazily. Without anything trained, the base alone."""
         if not self.is_whole:
             return trained
@@ -82,7 +83,7 @@ class Base:
                 network |= self._beside(config, module, parts, trained, dtype)
         return network
 
-    def for_decoding(self, config: Qwen3Config, trained: Weights) -> Weights:
+    def for_decoding(self, config: NetworkConfig, trained: Weights) -> Weights:
         """The same network laid out for decoding, evaluated: where it computes in float32, with the adapter in it."""
         if not self.is_whole:
             return fuse_projections(config, trained)
@@ -101,7 +102,7 @@ class Base:
         mx.eval(network)
         return network
 
-    def for_mixed_decoding(self, config: Qwen3Config, policies: Sequence[Weights], slots: Sequence[int]) -> Weights:
+    def for_mixed_decoding(self, config: NetworkConfig, policies: Sequence[Weights], slots: Sequence[int]) -> Weights:
         """The base with adapters of several policies: the one of `slots[i]` for the i-th of len(slots) equal parts of
         the rows. Evaluated; nothing is added to the base's matrices."""
         network, index = dict(self.weights), mx.array(list(slots))
@@ -138,13 +139,13 @@ class Base:
                 found[f"{part.module}.{kind}.weight"] = own.astype(mx.float32)
         return found
 
-    def files_of(self, config: Qwen3Config, trained: Weights) -> AdapterFiles | None:
+    def files_of(self, config: NetworkConfig, trained: Weights) -> AdapterFiles | None:
         """What to write of what is trained where it is an adapter's; None where it is the whole network."""
         if self.adapter is None:
             return None
         return adapter_files(config, self.adapter, trained, base_name=self.name, base_fingerprint=self.fingerprint)
 
-    def row_norms(self, config: Qwen3Config, adapter: Adapter) -> dict[str, mx.array]:
+    def row_norms(self, config: NetworkConfig, adapter: Adapter) -> dict[str, mx.array]:
         """‖W‖₂ of the rows of every module that is to have an adapter, float32 (out,): DoRA's magnitudes at first."""
         norms: dict[str, mx.array] = {}
         for matrix, parts in _parts(config, self.weights, adapter).items():
@@ -154,7 +155,7 @@ class Base:
         return norms
 
     def _beside(
-        self, config: Qwen3Config, module: str, parts: Sequence[_Part], trained: Weights, dtype: mx.Dtype
+        self, config: NetworkConfig, module: str, parts: Sequence[_Part], trained: Weights, dtype: mx.Dtype
     ) -> dict[str, mx.array]:
         """What lies beside one matrix of the base."""
         out = Linear.of(config, self.weights, module).size
@@ -178,7 +179,7 @@ class Base:
             beside[f"{module}{MAGNITUDE}.weight"] = factor.astype(dtype)
         return beside
 
-    def _squares(self, config: Qwen3Config, module: str) -> mx.array:
+    def _squares(self, config: NetworkConfig, module: str) -> mx.array:
         """‖w‖² of the rows of a matrix of the base, float32 (out,); kept once it is known."""
         if module not in self._norms:
             linear = Linear.of(config, self.weights, module)
@@ -186,14 +187,14 @@ class Base:
             mx.eval(self._norms[module])
         return self._norms[module]
 
-    def _adapted_squares(self, config: Qwen3Config, module: str, a: mx.array, b: mx.array) -> mx.array:
+    def _adapted_squares(self, config: NetworkConfig, module: str, a: mx.array, b: mx.array) -> mx.array:
         """‖w + (BA)‖² of the rows: ‖w‖² + 2·w·(BA) + ‖(BA)‖², for which nothing of the matrix's size is made."""
-        linear = Linear.of(config, self.weights, module)
+        linear = Linear.of(config, self.weights, module)._replace(bias=None)
         along = linear(a.astype(weights_dtype(self.weights))).astype(mx.float32).T  # W Aᵀ, (out, r)
         return self._squares(config, module) + mx.sum(b * (2.0 * along + b @ (a @ a.T)), axis=1)
 
 
-def _laid_out(config: Qwen3Config, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _laid_out(config: NetworkConfig, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """For good: matrices are given up as others are made of them."""
     held = fuse_projections(config, weights, uses_up=True)
     if is_on_cpu():
@@ -204,7 +205,7 @@ def _laid_out(config: Qwen3Config, weights: dict[str, mx.array]) -> dict[str, mx
     return held
 
 
-def _parts(config: Qwen3Config, weights: Weights, adapter: Adapter) -> dict[str, list[_Part]]:
+def _parts(config: NetworkConfig, weights: Weights, adapter: Adapter) -> dict[str, list[_Part]]:
     """Matrix of the base → the modules with an adapter that it holds, in order."""
     found: dict[str, list[_Part]] = {}
     shapes = linear_shapes(config)

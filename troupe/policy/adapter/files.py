@@ -21,7 +21,7 @@ from troupe.errors import ModelError
 from troupe.policy.adapter import mlx_lm, peft
 from troupe.policy.adapter.modules import Adapter, adapter_shapes
 from troupe.policy.model_files import ADAPTER_CONFIG, WEIGHTS_NAME, read_json, some
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.safetensors import StoredTensor, read_header
 
 _BASE = "base"
@@ -71,7 +71,7 @@ def base_named_in(folder: Path) -> str | None:
     return name
 
 
-def read_adapter(folder: Path, network: Qwen3Config) -> StoredAdapter:
+def read_adapter(folder: Path, network: NetworkConfig) -> StoredAdapter:
     """Read an adapter of this network. ModelError names the file and the key or tensor that is wrong."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such adapter folder; give one that holds {ADAPTER_CONFIG} and its tensors")
@@ -171,7 +171,7 @@ def check_base(stored: StoredAdapter, folder: Path, fingerprint: str, base: Path
 
 
 def adapter_files(
-    network: Qwen3Config, adapter: Adapter, weights: Mapping[str, mx.array], *, base_name: str, base_fingerprint: str
+    network: NetworkConfig, adapter: Adapter, weights: Mapping[str, mx.array], *, base_name: str, base_fingerprint: str
 ) -> AdapterFiles:
     """What to write of an adapter, so that PEFT, mlx-lm and we read it."""
     settings: dict[str, Any] = {

@@ -5,14 +5,14 @@ import mlx.core as mx
 import msgspec
 
 from troupe.policy.adapter.modules import Adapter
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.linear import MAGNITUDE, A, B, Linear
-from troupe.policy.network.qwen3 import Weights, weights_dtype
+from troupe.policy.network.tensors import Weights, weights_dtype
 
 
 def fuse(
-    config: Qwen3Config, weights: dict[str, mx.array], adapter: Adapter, trained: Weights, *, dequantize: bool
-) -> tuple[Qwen3Config, dict[str, mx.array]]:
+    config: NetworkConfig, weights: dict[str, mx.array], adapter: Adapter, trained: Weights, *, dequantize: bool
+) -> tuple[NetworkConfig, dict[str, mx.array]]:
     """A network with the adapter in it, evaluated; `weights` is used up, matrix by matrix.
 
     A matrix that is packed is packed again in the same way, which rounds it to other numbers; with `dequantize` all
@@ -20,6 +20,8 @@ def fuse(
     """
     fused: dict[str, mx.array] = {}
     dtype = weights_dtype(weights)
+    for name in [name for name in weights if name.endswith(".bias")]:
+        fused[name] = weights.pop(name)
     for name in [name for name in weights if name.endswith(".weight")]:
         module = name.removesuffix(".weight")
         linear = Linear.of(config, weights, module)

@@ -13,9 +13,9 @@ import mlx.core as mx
 from troupe.errors import ModelError
 from troupe.policy.adapter.modules import Adapted, Adapter, Kind, layer_of, name_in_layer
 from troupe.policy.adapter.values import dropout_of, names_of, number_of
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.linear import MAGNITUDE, A, B
-from troupe.policy.network.qwen3 import linear_shapes
+from troupe.policy.network.tensors import linear_shapes
 
 WEIGHTS_FILE = "adapters.safetensors"
 PARTIAL = "partial"
@@ -39,7 +39,7 @@ def their_name(name: str) -> str:
 
 
 def read_settings(
-    file: Path, settings: Mapping[str, Any], stored: set[str], network: Qwen3Config, *, partial: bool
+    file: Path, settings: Mapping[str, Any], stored: set[str], network: NetworkConfig, *, partial: bool
 ) -> Adapter:
     """The adapter of a parsed `adapter_config.json` whose file of tensors has these, under our names: the modules that
     mlx-lm would give one; of a `partial` file those of them that have tensors. Raises ModelError, naming the file and
@@ -82,7 +82,7 @@ def read_settings(
     return Adapter(kind=_KINDS[kind], modules=modules, dropout=dropout)
 
 
-def settings_for(network: Qwen3Config, adapter: Adapter) -> dict[str, Any]:
+def settings_for(network: NetworkConfig, adapter: Adapter) -> dict[str, Any]:
     """What mlx-lm reads."""
     rank, scale = _common(adapter)
     lowest = min(map(layer_of, adapter.modules))
@@ -98,7 +98,7 @@ def settings_for(network: Qwen3Config, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def is_partial(network: Qwen3Config, adapter: Adapter) -> bool:
+def is_partial(network: NetworkConfig, adapter: Adapter) -> bool:
     """Whether `settings_for` names modules that have no adapter."""
     names = {name_in_layer(module) for module in adapter.modules}
     return len(adapter.modules) < len(names) * (network.num_hidden_layers - min(map(layer_of, adapter.modules)))

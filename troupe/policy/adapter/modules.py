@@ -12,9 +12,9 @@ import msgspec
 
 from troupe.errors import ConfigError
 from troupe.policy.adapter.settings import AdapterConfig, end_pattern
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.linear import MAGNITUDE, A, B
-from troupe.policy.network.qwen3 import linear_shapes, parameter_count
+from troupe.policy.network.tensors import linear_shapes, parameter_count
 
 Kind = Literal["lora", "dora"]
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     dropout: float = 0.0
 
 
-def resolve_adapter(config: AdapterConfig, network: Qwen3Config) -> Adapter:
+def resolve_adapter(config: AdapterConfig, network: NetworkConfig) -> Adapter:
     """What `config` asks for of this network. ConfigError for modules and layers that it does not have."""
     assert config.kind is not None
     modules = list(linear_shapes(network))
@@ -133,7 +133,7 @@ def _layers(asked: int | Sequence[int] | None, count: int) -> range | Sequence[i
     return asked
 
 
-def adapter_shapes(network: Qwen3Config, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(network: NetworkConfig, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Name → shape of every trained tensor: A (r, in) and B (out, r) of each module, and DoRA's magnitude (out,)."""
     shapes: dict[str, tuple[int, ...]] = {}
     matrices = linear_shapes(network)
@@ -146,13 +146,13 @@ def adapter_shapes(network: Qwen3Config, adapter: Adapter) -> dict[str, tuple[in
     return shapes
 
 
-def adapter_parameter_count(network: Qwen3Config, adapter: Adapter) -> int:
+def adapter_parameter_count(network: NetworkConfig, adapter: Adapter) -> int:
     """Numbers that are trained."""
     return sum(math.prod(shape) for shape in adapter_shapes(network, adapter).values())
 
 
 def init_adapter(
-    network: Qwen3Config,
+    network: NetworkConfig,
     adapter: Adapter,
     init: Literal["default", "gaussian"],
     seed: int,
@@ -180,7 +180,7 @@ def init_adapter(
     return weights
 
 
-def describe_adapter(network: Qwen3Config, adapter: Adapter) -> str:
+def describe_adapter(network: NetworkConfig, adapter: Adapter) -> str:
     """In one line, the scale as a number: PEFT's alpha / rank and mlx-lm's `scale` differ many times over."""
     ranks = sorted({adapted.rank for adapted in adapter.modules.values()})
     scales = sorted({adapted.scale for adapted in adapter.modules.values()})

@@ -10,9 +10,9 @@ from troupe.errors import ModelError, sayable
 from troupe.policy.adapter.modules import Adapted, Adapter, by_pattern, is_named, layer_of
 from troupe.policy.adapter.settings import end_pattern
 from troupe.policy.adapter.values import check_expression, dropout_of, names_of, number_of, numbers_of
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.linear import MAGNITUDE, A, B
-from troupe.policy.network.qwen3 import linear_shapes
+from troupe.policy.network.tensors import linear_shapes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -50,7 +50,7 @@ def their_name(name: str) -> str:
     return f"{_PREFIX}{bare}"
 
 
-def read_settings(file: Path, settings: Mapping[str, Any], stored: set[str], network: Qwen3Config) -> Adapter:
+def read_settings(file: Path, settings: Mapping[str, Any], stored: set[str], network: NetworkConfig) -> Adapter:
     """The adapter of a parsed `adapter_config.json` whose file of tensors has these, under our names.
 
     The modules are those that PEFT would look for: it passes over tensors of any other. Raises ModelError, naming the
@@ -89,7 +89,7 @@ def _patterns(file: Path, settings: Mapping[str, Any], key: str) -> dict[str, fl
     return table
 
 
-def _targeted(file: Path, settings: Mapping[str, Any], stored: set[str], network: Qwen3Config) -> list[str]:
+def _targeted(file: Path, settings: Mapping[str, Any], stored: set[str], network: NetworkConfig) -> list[str]:
     """The modules of the network that the settings name; where they name none at all, those that have tensors."""
     target, excluded = names_of(file, settings, "target_modules"), names_of(file, settings, "exclude_modules")
     layers = settings.get("layers_to_transform")

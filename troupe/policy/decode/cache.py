@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.attention import attention_in_blocks, block_size, query_blocks
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.attention import Places, attention_in_blocks, attention_mask, block_size, query_blocks
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
-from troupe.policy.network.qwen3 import Weights, WholeRows, hidden_states
+from troupe.policy.network.forward import WholeRows, hidden_states
+from troupe.policy.network.tensors import Weights
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens, padding included, that are prefilled at once."""
@@ -64,14 +65,16 @@ class PromptCache(WholeRows):
         self.keys: list[mx.array] = []
         self.values: list[mx.array] = []
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
+    ) -> mx.array:
         """Keeps k and v, (prompts, K, P, d), of one layer after the other."""
         self.keys.append(mx.contiguous(k))  # not a view, which would hold queries and all
         self.values.append(mx.contiguous(v))
         if k.shape[0] * k.shape[2] >= PACED_TOKENS:
             mx.async_eval(self.keys[-1], self.values[-1])  # type: ignore[no-untyped-call]
             mx.eval(self.keys[-2:-1])  # a layer ahead of the device, not more: each holds its whole inside
-        return super().attend(layer, q, k, v, scale)
+        return super().attend(layer, q, k, v, scale, window)
 
 
 class PiecedPromptCache(PromptCache):
@@ -89,7 +92,7 @@ class PiecedPromptCache(PromptCache):
         self.offset = 0
         self._unseen: int | None = None  # the layer whose results only hidden states need, where nobody wants these
 
-    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
         """The next T ids of every prompt (prompts, T) → of each prompt that ends among them, by its place, the hidden
         state of its last token (D,). All of it is computed."""
         start, stop = self.offset, self.offset + ids.shape[1]
@@ -101,21 +104,30 @@ class PiecedPromptCache(PromptCache):
         self.offset = stop
         return last
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
+    ) -> mx.array:
         keys, values = self._write(self.keys, layer, k), self._write(self.values, layer, v)
         mx.async_eval(self.keys[layer], self.values[layer])  # type: ignore[no-untyped-call]
         mx.eval(self.keys[layer - 1 : layer])  # as for prompts that are computed whole
         if layer == self._unseen:
             return q
-        if not is_on_cpu():
-            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask="causal")
         T, S, heads_per_key = q.shape[2], keys.shape[2], q.shape[1] // k.shape[1]
+        if not is_on_cpu():
+            mask = attention_mask(T, S, window)
+            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
         found = []
         for start in range(0, T, size := block_size(T)):
             stop = min(start + size, T)
             seen = S - T + stop
-            among = query_blocks(stop - start, seen, heads_per_key)
-            part = attention_in_blocks(q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, among)[0]
+            first = 0 if window is None else max(0, seen - (stop - start) + 1 - window)  # what no query is too far from
+            places = None
+            if window is not None and window < seen:
+                at = mx.arange(first, seen)[None]
+                places = Places(at[:, start - stop :], at, window)
+            among = query_blocks(stop - start, seen - first, heads_per_key, places=places)
+            there = slice(first, seen)
+            part = attention_in_blocks(q[:, :, start:stop], keys[:, :, there], values[:, :, there], scale, among)[0]
             mx.eval(part)  # MLX runs some operations ahead, each of which would hold the scores of a block
             found.append(part)
         return mx.concatenate(found, axis=2)
@@ -160,6 +172,7 @@ class DecodingCache:
         self._prompt_values = prompts.values
         self._keys: list[mx.array] = []  # (S, K, w, N, d) a layer
         self._values: list[mx.array] = []
+        self._far: tuple[tuple[int, int], mx.array] | None = None
         self._describe_prompts()
 
     @property
@@ -174,13 +187,15 @@ class DecodingCache:
         """Every array held, to be evaluated with the token that was made last."""
         return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values]
 
-    def forward(self, config: Qwen3Config, weights: Weights, ids: mx.array) -> mx.array:
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
         """The next token of every row (B,) → hidden states (B, D); the token is counted."""
         hidden = hidden_states(config, weights, ids[:, None], attention=self)[:, 0]
         self.advance()
         return hidden
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
+    ) -> mx.array:
         """T = 1. Call `advance` when every layer has seen the token."""
         prompt_keys, prompt_values = self._prompt_keys[layer], self._prompt_values[layer]
         S, K, P, d = prompt_keys.shape
@@ -189,12 +204,16 @@ class DecodingCache:
         keys = self._write(self._keys, layer, k.reshape(S, w, K, d).transpose(0, 2, 1, 3))
         values = self._write(self._values, layer, v.reshape(S, w, K, d).transpose(0, 2, 1, 3))
         q = (q * scale).reshape(S, w, K, R, d).transpose(0, 2, 1, 3, 4)
+        hidden = self._padding
+        if window is not None:
+            hidden = self._hidden_from(window)
+            keys, values = keys[..., -window:, :], values[..., -window:, :]
         if is_fast_here(q):
-            o = _attend_apart(q, prompt_keys, prompt_values, keys, values, self._padding)
+            o = _attend_apart(q, prompt_keys, prompt_values, keys, values, hidden)
             return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
         to_prompt = q.reshape(S, K, w * R, d) @ prompt_keys.swapaxes(-1, -2)
-        if self._padding is not None:
-            to_prompt = to_prompt + self._padding
+        if hidden is not None:
+            to_prompt = to_prompt + hidden
         to_own = q @ keys.swapaxes(-1, -2)
         scores = mx.concatenate([to_prompt.reshape(S, K, w, R, P), to_own], axis=-1)
         shares = mx.softmax(scores, axis=-1, precise=True)
@@ -226,9 +245,23 @@ class DecodingCache:
         self.width = width
         self._describe_prompts()
 
+    def _hidden_from(self, window: int) -> mx.array | None:
+        """The additive mask of prompt tokens that are padding, or too far back for the next token, (S, 1, 1, P); None
+        where there are none."""
+        if max(self._prompt_lengths) + self.length < window:
+            return self._padding
+        if self._far is None or self._far[0] != (window, self.length):
+            seen_from = mx.array(self._prompt_lengths)[:, None] + (self.length + 1 - window)
+            dtype = self._prompt_keys[0].dtype
+            far = mx.arange(self._prompt_keys[0].shape[2]) < seen_from
+            mask = mx.where(far, mx.array(-math.inf, dtype), mx.array(0, dtype))[:, None, None]
+            self._far = (window, self.length), mask if self._padding is None else mask + self._padding
+        return self._far[1]
+
     def _describe_prompts(self) -> None:
         """Positions and the additive mask of the padding, (S, 1, 1, P); neither where all prompts are equally long."""
         lengths = self._prompt_lengths
+        self._far = None
         self._row_lengths: mx.array | None = None
         self._padding: mx.array | None = None
         P, dtype = self._prompt_keys[0].shape[2], self._prompt_keys[0].dtype

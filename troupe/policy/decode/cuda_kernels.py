@@ -2,7 +2,7 @@
 
 A decoding step of a small model costs what its launches cost, not what it computes. MLX compiles the sources, in the
 folder `cuda`, when they are first used, once for each type and kind of head: numbers of rows and tokens are told when
-they run. Each kernel has its plain twin in MLX's own operations (`qwen3.py`, `cache.py`, `loop.py`), which serves
+they run. Each kernel has its plain twin in MLX's own operations (`forward.py`, `cache.py`, `loop.py`), which serves
 every other device and is what the tests compare with.
 
 Attention has two: by the matrix units, for the 16-bit types of cards that have them, and by sums for all else. Whoever
@@ -116,7 +116,7 @@ def _have_matrix_units() -> bool:
 
 def attend(
     qkv: mx.array,
-    scales: mx.array,
+    scales: mx.array | None,
     turn: tuple[mx.array, mx.array],
     prompts: tuple[mx.array, mx.array],
     own: mx.array,
@@ -125,6 +125,7 @@ def attend(
     constants: mx.array,
     *,
     plan: Launch,
+    window: int | None = None,
 ) -> mx.array:
     """The new token of every row: projections (B, (H + 2·K)·d) → attention (B, H·d).
 
@@ -132,17 +133,19 @@ def attend(
     would copy all of `own` whenever an earlier step is still being computed. So `own` must be evaluated, contiguous and
     known to nobody else; and the next token's call sees what this one wrote because it depends on its result.
 
-    `scales` (H + K, d) of the norms of queries and keys; `turn`: cosines and sines (S, d/2) of its position in float32;
-    `prompts`: keys and values (S, K, P, d); `own` (B, 2·K, N, d): keys before values, of which the first `step` (1,)
-    int32 places are taken; `lengths` (S,) int32 of the prompts; `constants` float32: (norms' ε, scale of the scores).
+    `scales` (H + K, d) of the norms of queries and keys, None where there are none; `turn`: cosines and sines (S, d/2)
+    of its position in float32; `prompts`: keys and values (S, K, P, d); `own` (B, 2·K, N, d): keys before values, of
+    which the first `step` (1,) int32 places are taken; `lengths` (S,) int32 of the prompts; `constants` float32:
+    (norms' ε, scale of the scores); `window`: how many tokens the new one sees at most, itself among them.
     """
     (B, wide), (_, K, _, d) = qkv.shape, prompts[0].shape
     R, splits = wide // d // K - 2, plan.splits
     kind = qkv.dtype if splits == 1 else mx.float32
     template = [("T", qkv.dtype), ("O", kind), ("HEADS", R * K), ("KV", K), ("R", R), ("SIZE", d)]
     template += [("BRAIN", qkv.dtype == mx.bfloat16), ("WHOLE", splits == 1)]
+    template += [("NORM", scales is not None), ("WINDOW", window or 0)]
     out, parts = _kernel("attend_by_units" if plan.by_units else "attend_by_sums")(
-        inputs=[qkv, scales, *turn, *prompts, own, lengths, step, constants],
+        inputs=[qkv, constants if scales is None else scales, *turn, *prompts, own, lengths, step, constants],
         template=template,
         grid=plan.grid,
         threadgroup=plan.block,

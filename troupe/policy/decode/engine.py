@@ -13,14 +13,15 @@ from typing import NamedTuple
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
 from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode.cuda_cache import serves
 from troupe.policy.decode.loop import DecodeSetup, Wave
 from troupe.policy.decode.memory import decode_memory_bytes, device_ways
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.decode.stopping import StopRules
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.qwen3 import Weights, weights_dtype
+from troupe.policy.network.tensors import Weights, weights_dtype
 from troupe.policy.text.tokenizer import Tokenizer
 
 
@@ -41,7 +42,7 @@ class RolloutEngine:
 
     def __init__(
         self,
-        policy_config: Qwen3Config,
+        policy_config: NetworkConfig,
         generation: GenerationConfig,
         *,
         stop_ids: frozenset[int],
@@ -167,7 +168,7 @@ class RolloutEngine:
     def _setup(self) -> DecodeSetup:
         """Made when the first decode begins, in its thread, whose device it asks for."""
         config = self.config
-        attends = cuda_kernels.can_serve(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        attends = serves(config)
         return DecodeSetup(
             config, self.generation, self.sampler, self._stop_rules, cuda_kernels.are_available(), attends
         )
@@ -225,7 +226,7 @@ class RolloutEngine:
             seen = len(ids)
 
 
-def _check_request(config: Qwen3Config, index: int, request: RolloutRequest) -> None:
+def _check_request(config: NetworkConfig, index: int, request: RolloutRequest) -> None:
     prompt = request.prompt_ids
     if not prompt:
         raise ModelError(f"request {index}: its prompt is empty; give at least one token")

@@ -37,10 +37,11 @@ from troupe.policy.decode.requests import (
 )
 from troupe.policy.decode.sampling import Sampler, draw_by_shares
 from troupe.policy.decode.stopping import StopRules, StopWatch
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_is_fused
 from troupe.policy.network.elementwise import exp, is_on_cpu
-from troupe.policy.network.qwen3 import Weights, hidden_states, project, weights_dtype
+from troupe.policy.network.forward import hidden_states, project
+from troupe.policy.network.tensors import Weights, weights_dtype
 
 COMPACT_EVERY = 8
 """Finished rows leave the batch only at token positions that this divides."""
@@ -51,7 +52,7 @@ NOISE_BLOCK = 16
 class DecodeSetup(NamedTuple):
     """What all rows of a decode have in common."""
 
-    config: Qwen3Config
+    config: NetworkConfig
     generation: GenerationConfig
     sampler: Sampler
     stop_rules: StopRules
@@ -203,7 +204,13 @@ class Wave:
         config, lengths = self._setup.config, [len(prompt) for prompt in prompts]
         width = max(lengths)
         ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-        is_fused = attention_is_fused(config.head_dim, weights_dtype(weights), gradient=False, on_cpu=is_on_cpu())
+        is_fused = attention_is_fused(
+            config.head_dim,
+            weights_dtype(weights),
+            gradient=False,
+            on_cpu=is_on_cpu(),
+            windowed=config.has_windows,
+        )
         size = piece_length(len(prompts), width, writes_scores=not is_fused)
         last = mx.array(lengths)[:, None, None] - 1
         if size == width:

@@ -20,31 +20,35 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from troupe.policy.adapter.modules import Adapter, layer_of
-from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import piece_length, prefill_chunks
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.decode.cuda_cache import serves
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_is_fused, block_size
 from troupe.policy.network.linear import JOINED
-from troupe.policy.network.qwen3 import linear_shapes
+from troupe.policy.network.tensors import linear_shapes
 
 
 def cache_bytes(
-    config: Qwen3Config, prompt_lengths: Sequence[int], num_generations: int, max_new_tokens: int, dtype: mx.Dtype
+    config: NetworkConfig, prompt_lengths: Sequence[int], num_generations: int, max_new_tokens: int, dtype: mx.Dtype
 ) -> int:
     """Keys and values that a decode holds at its end."""
     places = len(prompt_lengths) * (max(prompt_lengths) + num_generations * max_new_tokens)
     return places * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype.size
 
 
-def fused_copy_bytes(config: Qwen3Config, dtype: mx.Dtype) -> int:
+def fused_copy_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
     """What `fuse_projections` copies."""
-    D, d = config.hidden_size, config.head_dim
+    D, d, family = config.hidden_size, config.head_dim, config.family
     H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = (H + 2 * K) * d * D + 2 * config.intermediate_size * D + (H + K) * d
-    return config.num_hidden_layers * layer * dtype.size
+    layer = ((H + 2 * K) * d * D + 2 * config.intermediate_size * D) * dtype.size
+    if "q" in config.biased:
+        layer += (H + 2 * K) * d * dtype.size
+    if family.qk_norm:
+        layer += (H + K) * d * (4 if family.norm_offset else dtype.size)
+    return config.num_hidden_layers * layer
 
 
-def decoding_adapter_bytes(config: Qwen3Config, adapter: Adapter, dtype: mx.Dtype) -> int:
+def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype) -> int:
     """What `Base.for_decoding` makes of a version: the matrices with the adapter in them, where they are added up; else
     A, and B in blocks, of the matrices that are joined."""
     shapes, total = linear_shapes(config), 0
@@ -59,7 +63,7 @@ def decoding_adapter_bytes(config: Qwen3Config, adapter: Adapter, dtype: mx.Dtyp
 
 
 def decode_memory_bytes(
-    config: Qwen3Config,
+    config: NetworkConfig,
     prompt_lengths: Sequence[int],
     num_generations: int,
     max_new_tokens: int,
@@ -97,11 +101,12 @@ def decode_memory_bytes(
     return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
 
 
-def device_ways(config: Qwen3Config, dtype: mx.Dtype, *, on_cpu: bool) -> dict[str, bool]:
+def device_ways(config: NetworkConfig, dtype: mx.Dtype, *, on_cpu: bool) -> dict[str, bool]:
     """The last three arguments of `decode_memory_bytes` for a device: a CPU (`on_cpu`), or whatever else is here."""
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return {
-        "writes_scores": not attention_is_fused(config.head_dim, dtype, gradient=False, on_cpu=on_cpu),
+        "writes_scores": not attention_is_fused(
+            config.head_dim, dtype, gradient=False, on_cpu=on_cpu, windowed=config.has_windows
+        ),
         "in_blocks": on_cpu,
-        "copies_updates": not on_cpu and not cuda_kernels.can_serve(*heads),
+        "copies_updates": not on_cpu and not serves(config),
     }

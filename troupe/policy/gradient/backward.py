@@ -11,29 +11,29 @@ Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d he
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.dropout import Dropout
-from troupe.policy.network.elementwise import swiglu, swiglu_gradient
-from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
-from troupe.policy.network.packing import Attended, Packing
-from troupe.policy.network.qwen3 import (
-    EMBEDDING,
-    FINAL_NORM,
+from troupe.policy.network.forward import (
     GATE_UP,
-    HEAD,
     QKV,
     Layer,
-    Weights,
     embedded,
+    embedding_scale,
     head_of,
     hidden_states,
+    normalized,
 )
-from troupe.policy.network.rotation import Rotation
+from troupe.policy.network.gating import gated, gated_gradient
+from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
+from troupe.policy.network.linear import tensor_name
+from troupe.policy.network.packing import Attended, Packing
+from troupe.policy.network.rotation import Rotations
+from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, norm_scale
 
 Extra = TypeVar("Extra")
 Value = TypeVar("Value")
@@ -45,19 +45,22 @@ way; None: nothing to begin with, empty: await it at once."""
 
 
 class _Kept(NamedTuple):
-    """What the gradient of a layer needs besides its input: the results of its products, but the last."""
+    """What the gradient of a layer needs besides its input: the results of its products; where there is no norm behind
+    them, not those that are added to the input."""
 
     q: mx.array
     k: mx.array
     v: mx.array
     attended: Attended
+    o: mx.array | None
     middle: mx.array
     gate: mx.array
     up: mx.array
+    down: mx.array | None
 
 
 def completion_statistics(
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
@@ -77,7 +80,7 @@ def completion_statistics(
 
 
 def completion_gradients(
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
@@ -99,15 +102,14 @@ def completion_gradients(
     `dropout`: of the packed tokens, before the adapters.
     """
     packing = Packing(prompts, completions)
-    rotation = Rotation(config, packing.ids.shape[0], packing.offset)
+    rotations = Rotations(config, packing.ids.shape[0], packing.offset)
     x = embedded(config, weights, packing.ids[None])
     layers = [Layer(config, weights, index, dropout) for index in range(config.num_hidden_layers)]
     trained = [layer for layer in layers if of_base or layer.has_adapters]
     lowest = trained[0].index if trained else len(layers)
     kept: list[tuple[mx.array, _Kept | None]] = []
     for layer in layers:
-        inside = _inside(layer, x, packing, rotation)
-        y = inside.middle + layer.linear("mlp.down_proj")(swiglu(inside.gate, inside.up))
+        inside, y = _through(layer, x, packing, rotations)
         if layer.index >= lowest:
             kept.append((x, None if recompute else inside))
         yield (y, [] if recompute or layer.index < lowest else inside), {}
@@ -126,18 +128,20 @@ def completion_gradients(
     yield (x_grad, done), {}
     del x
     for layer in reversed(layers[lowest:]):
-        x_grad, grads = yield from _backwards(layer, packing, rotation, *kept.pop(), x_grad, of_base=of_base)
+        x_grad, grads = yield from _backwards(layer, packing, rotations, *kept.pop(), x_grad, of_base=of_base)
         yield None, done
-        done = {f"model.layers.{layer.index}.{name}.weight": grad for name, grad in grads.items()}
+        done = {f"model.layers.{layer.index}.{name}": grad for name, grad in grads.items()}
     if head_grad is not None:
-        embedding_grad = sum_by_id(x_grad.squeeze(0), packing.ids, config.vocab_size)
+        scale = embedding_scale(config, x_grad.dtype)
+        x_grad = (x_grad if scale is None else x_grad * scale).squeeze(0)
+        embedding_grad = sum_by_id(x_grad, packing.ids, config.vocab_size)
         done |= {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
     yield None, done
     return value
 
 
 def _through_head(
-    config: Qwen3Config,
+    config: NetworkConfig,
     weights: Weights,
     packing: Packing,
     x: mx.array,
@@ -151,7 +155,7 @@ def _through_head(
     of the weights of norm and head, the last None without `of_base`."""
 
     def sources(x: mx.array, norm: mx.array) -> mx.array:
-        return packing.sources(mx.fast.rms_norm(x.squeeze(0), norm, config.rms_norm_eps))
+        return packing.sources(normalized(config, x.squeeze(0), norm_scale(config, norm)))
 
     norm, head = weights[FINAL_NORM], head_of(config, weights)
     hidden = sources(x, norm)
@@ -180,24 +184,19 @@ def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generat
         yield (), {}
 
 
-def _inside(layer: Layer, x: mx.array, packing: Packing, rotation: Rotation) -> _Kept:
-    """A layer from its input (1, N, D) to the last matrix product."""
+def _through(layer: Layer, x: mx.array, packing: Packing, rotations: Rotations) -> tuple[_Kept, mx.array]:
+    """A layer from its input (1, N, D) to its result."""
+    config, spec = layer.config, layer.spec
     q, k, v = layer.attention_inputs(x)
-    attended = packing.attend_keeping(*_turned(layer, rotation, q, k, v), layer.config.head_dim**-0.5)
-    middle = x + layer.linear("self_attn.o_proj")(_joined_heads(attended.o))
+    turned = layer.turned(q, k, rotations.of(spec.rope))
+    attended = packing.attend_keeping(*turned, v.swapaxes(1, 2), config.attention_scale, spec.window)
+    o = layer.linear("self_attn.o_proj")(_joined_heads(attended.o))
+    middle = layer.behind_attention(x, o)
     gate, up = layer.mlp_inputs(middle)
-    return _Kept(q, k, v, attended, middle, gate, up)
-
-
-def _turned(
-    layer: Layer, rotation: Rotation, q: mx.array, k: mx.array, v: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """(1, N, heads, d) → (1, heads, N, d), queries and keys normalized and rotated."""
-    q, k = (
-        rotation(mx.fast.rms_norm(y, layer.norm(f"self_attn.{name}_norm"), layer.config.rms_norm_eps).swapaxes(1, 2))
-        for y, name in ((q, "q"), (k, "k"))
-    )
-    return q, k, v.swapaxes(1, 2)
+    down = layer.linear("mlp.down_proj")(gated(config.family.activation, gate, up))
+    behind = config.family.norms_behind
+    kept = _Kept(q, k, v, attended, o if behind else None, middle, gate, up, down if behind else None)
+    return kept, layer.behind_mlp(middle, down)
 
 
 def _joined_heads(o: mx.array) -> mx.array:
@@ -206,10 +205,43 @@ def _joined_heads(o: mx.array) -> mx.array:
     return o.reshape(*o.shape[:2], -1)
 
 
+class _Back:
+    """The ways back through the parts of one layer, each from the cotangent of what a part gives to that of its input
+    x; the gradients of its weights are in `grads`, by the names within the layer."""
+
+    def __init__(self, layer: Layer, *, of_base: bool) -> None:
+        self._layer, self._of_base = layer, of_base
+        self.grads: Gradients = {}
+
+    def product(self, name: str, x: mx.array, y_grad: mx.array) -> mx.array:
+        """Through a matrix."""
+        x_grad, found = self._layer.linear(name).gradients(x, y_grad, trained=self._of_base)
+        self.grads.update({tensor_name(name, kind): grad for kind, grad in found.items()})
+        return x_grad
+
+    def products(self, whole: str, x: mx.array, y_grads: Sequence[mx.array]) -> mx.array:
+        """Through those that `whole` joins, from a cotangent each."""
+        parts = self._layer.parts(whole)
+        if len(parts) == 1:
+            return self.product(whole, x, mx.concatenate(list(y_grads), axis=-1))
+        x_grads = [self.product(name, x, grad) for name, grad in zip(parts, y_grads, strict=True)]
+        return reduce(mx.add, x_grads)
+
+    def norm(self, name: str | None, x: mx.array | None, y_grad: mx.array) -> mx.array:
+        """Through a norm; None: through nothing."""
+        if name is None or x is None:
+            return y_grad
+        arguments = [x, self._layer.norm(name)]
+        x_grad, scale_grad = mx.vjp(partial(normalized, self._layer.config), arguments, [y_grad])[1]
+        if self._of_base:
+            self.grads[f"{name}.weight"] = scale_grad.astype(self._layer.norm_dtype(name))
+        return x_grad
+
+
 def _backwards(
     layer: Layer,
     packing: Packing,
-    rotation: Rotation,
+    rotations: Rotations,
     x: mx.array,
     kept: _Kept | None,
     y_grad: mx.array,
@@ -218,52 +250,35 @@ def _backwards(
 ) -> Generator[Chunk, None, tuple[mx.array, Gradients]]:
     """Through one layer: the cotangent of its result → that of its input x, (1, N, D), and those of its weights."""
     if kept is None:
-        kept = _inside(layer, x, packing, rotation)
+        kept, _ = _through(layer, x, packing, rotations)
         yield (kept,), {}
-    config = layer.config
-    eps = config.rms_norm_eps
-    grads: Gradients = {}
+    config, family, rotation = layer.config, layer.config.family, rotations.of(layer.spec.rope)
+    back = _Back(layer, of_base=of_base)
+    down_grad = back.norm(family.norm_behind_mlp, kept.down, y_grad)
+    y_part = back.product("mlp.down_proj", gated(family.activation, kept.gate, kept.up), down_grad)
+    gate_grad, up_grad = gated_gradient(family.activation, kept.gate, kept.up, y_part)
+    h = layer.normalized(family.norm_before_mlp, kept.middle)
+    h_grad = back.products(GATE_UP, h, (gate_grad, up_grad))
+    middle_grad = y_grad + back.norm(family.norm_before_mlp, kept.middle, h_grad)
+    yield (middle_grad, dict(back.grads)), {}
+    del down_grad, y_part, gate_grad, up_grad, h, h_grad
 
-    def through_product(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
-        x_grad, found = layer.linear(name).gradients(x, y_grad, trained=of_base)
-        grads.update({name + kind: grad for kind, grad in found.items()})
-        return x_grad
-
-    def through_products(whole: str, x: mx.array, y_grads: Sequence[mx.array]) -> mx.array:
-        parts = layer.parts(whole)
-        if len(parts) == 1:
-            return through_product(whole, x, mx.concatenate(list(y_grads), axis=-1))
-        x_grads = [through_product(name, x, grad) for name, grad in zip(parts, y_grads, strict=True)]
-        return reduce(mx.add, x_grads)
-
-    def through_norm(name: str, x: mx.array, y_grad: mx.array) -> mx.array:
-        norm = [x, layer.norm(name)]
-        x_grad, scale_grad = mx.vjp(lambda x, scale: mx.fast.rms_norm(x, scale, eps), norm, [y_grad])[1]
-        if of_base:
-            grads[name] = scale_grad
-        return x_grad
-
-    y_part = through_product("mlp.down_proj", swiglu(kept.gate, kept.up), y_grad)
-    gate_grad, up_grad = swiglu_gradient(kept.gate, kept.up, y_part)
-    h = mx.fast.rms_norm(kept.middle, layer.norm("post_attention_layernorm"), eps)
-    h_grad = through_products(GATE_UP, h, (gate_grad, up_grad))
-    middle_grad = y_grad + through_norm("post_attention_layernorm", kept.middle, h_grad)
-    yield (middle_grad, dict(grads)), {}
-    del y_part, gate_grad, up_grad, h, h_grad
-
-    o_grad = through_product("self_attn.o_proj", _joined_heads(kept.attended.o), middle_grad)
+    o_grad = back.norm(family.norm_behind_attention, kept.o, middle_grad)
+    o_grad = back.product("self_attn.o_proj", _joined_heads(kept.attended.o), o_grad)
     o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
-    turned = _turned(layer, rotation, kept.q, kept.k, kept.v)
-    q_grad, k_grad, v_grad = packing.attend_gradient(*turned, config.head_dim**-0.5, o_grad, kept.attended)
+    turned = (*layer.turned(kept.q, kept.k, rotation), kept.v.swapaxes(1, 2))
+    q_grad, k_grad, v_grad = packing.attend_gradient(
+        *turned, config.attention_scale, o_grad, kept.attended, layer.spec.window
+    )
     q_grad, k_grad = (
-        through_norm(f"self_attn.{name}_norm", y, rotation.gradient(grad).swapaxes(1, 2))
+        back.norm(f"self_attn.{name}_norm" if family.qk_norm else None, y, rotation.gradient(grad).swapaxes(1, 2))
         for y, name, grad in ((kept.q, "q", q_grad), (kept.k, "k", k_grad))
     )
-    h = mx.fast.rms_norm(x, layer.norm("input_layernorm"), eps)
+    h = layer.normalized("input_layernorm", x)
     y_grads = [grad.reshape(*h.shape[:2], -1) for grad in (q_grad, k_grad, v_grad.swapaxes(1, 2))]
-    x_grad = middle_grad + through_norm("input_layernorm", x, through_products(QKV, h, y_grads))
-    yield (x_grad, grads), {}
-    return x_grad, grads
+    x_grad = middle_grad + back.norm("input_layernorm", x, back.products(QKV, h, y_grads))
+    yield (x_grad, back.grads), {}
+    return x_grad, back.grads
 
 
 def side_by_side(

@@ -3,7 +3,8 @@
 Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
-          matrix products, D + 2·H·d + 2·K·d + 2·F, on a CPU with H float32 that attention was divided by
+          matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP), on a CPU
+          with H float32 that attention was divided by
 head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
           twice the gradient of the head, V·D
@@ -27,11 +28,11 @@ import mlx.core as mx
 import msgspec
 
 from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, layer_of
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import block_size, scores_at_a_time
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
-from troupe.policy.network.qwen3 import linear_shapes, parameter_count
+from troupe.policy.network.tensors import linear_shapes, parameter_count
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +59,7 @@ class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def gradient_memory_bytes(
-    config: Qwen3Config,
+    config: NetworkConfig,
     dtype: mx.Dtype,
     batch: MicroBatch,
     *,
@@ -108,7 +109,7 @@ def gradient_memory_bytes(
     return math.ceil(sums + max(head, first, last))
 
 
-def _beside_bytes(config: Qwen3Config, adapter: Adapter, dtype: mx.Dtype, tokens: int) -> int:
+def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, tokens: int) -> int:
     """What an adapter takes in a layer: the matrices with it in them (`Linear.is_merged`), or the largest one written
     out, and what A gives of each token, with its gradient."""
     F, D = config.intermediate_size, config.hidden_size
@@ -118,13 +119,13 @@ def _beside_bytes(config: Qwen3Config, adapter: Adapter, dtype: mx.Dtype, tokens
     return (matrices + 2 * 7 * rank * tokens) * dtype.size
 
 
-def _inside(config: Qwen3Config) -> int:
+def _inside(config: NetworkConfig) -> int:
     """Numbers that are kept of a token in a layer, besides its input."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    return config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+    heads, behind = config.num_attention_heads + config.num_key_value_heads, config.family.norms_behind
+    return (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
 
 
-def _layer_bytes(config: Qwen3Config, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:
+def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:
     """What going back through one layer makes beside what is kept of it and its gradients.
 
     Nine hidden states a token, and the larger of what attention and the gates make.

@@ -1,29 +1,35 @@
-"""What a Qwen3 network is made of: sizes and constants, as `config.json` names them, and the published sizes.
-
-Settings that would change the arithmetic into one that is not here are refused.
-"""
+"""What a network is made of: its family, and sizes and constants, as `config.json` names them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.network.quantization import Quantization, quantization_table, read_quantization
-from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, YarnScaling, convert_by_key, rope_settings
+from troupe.policy.network.config_keys import fields_of
+from troupe.policy.network.families import ACTIVATION_NAMES, FULL, SLIDING, Family, family_of, layers_by_pattern
+from troupe.policy.network.quantization import Quantization, quantization_table
+from troupe.policy.network.rope_settings import convert_by_key, rope_table, stretched_positions
+from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Llama3Scaling, Rope, RopeScaling, YarnScaling
 
-ARCHITECTURE = "Qwen3ForCausalLM"
-_ARCHITECTURES = ([ARCHITECTURE], ["Qwen3Model"])
-"""What a config.json may name; the second is the same network as it is published without a head of its own."""
+
+class LayerSpec(NamedTuple):
+    """In what one layer may differ from another. What a mixture of experts needs of a layer belongs here."""
+
+    window: int | None
+    """A token sees itself and so many less one before it; None: all before it."""
+    rope: Rope
 
 
-class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes and constants of one Qwen3 network, under the names of `config.json`."""
+class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes and constants of one network, under the names of `config.json`."""
 
+    model_type: str = "qwen3"
+    """The family, of `FAMILIES`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -32,90 +38,169 @@ class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
     num_key_value_heads: int
     head_dim: int = 128
     max_position_embeddings: int = 32768
-    """Most tokens of prompt and completion together, already stretched where `rope_scaling` stretches."""
+    """Most tokens of prompt and completion together, already stretched where YaRN stretches."""
     rope_theta: float = DEFAULT_ROPE_THETA
-    rope_scaling: YarnScaling | None = None
+    rope_scaling: RopeScaling | None = None
     """None: rotary positions as they are."""
+    local_rope_theta: float | None = None
+    """The base in layers with a window, whose positions are as they are; None: as in all others."""
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """Whether attention's four matrices have biases, in a family that leaves it to this key."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by its root; None: by that of `head_dim`."""
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    """`FULL` or `SLIDING` for each layer; empty: all are full."""
     eos_token_id: tuple[int, ...] = ()
     """Ids that end a text, where the folder's generation_config.json names none."""
     quantization: Quantization | None = None
     """How matrices are packed; None: they are float numbers."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no network can have. Raises ModelError."""
+        """Refuse what no network can have. Raises ModelError."""
+        family_of(self.model_type)
         for key in _SIZES:
             if (value := getattr(self, key)) < 1:
                 raise ModelError(f"{key}: {value} is too small; it must be at least 1")
             if value > (most := _MOST_LAYERS if key == "num_hidden_layers" else _MOST):
                 raise ModelError(f"{key}: {value} is too large; it must be at most {most}")
-        for key in ("rope_theta", "rms_norm_eps"):
-            if not (value := getattr(self, key)) > 0 or not math.isfinite(value):
+        for key in ("rope_theta", "local_rope_theta", "rms_norm_eps", "query_pre_attn_scalar"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
                 raise ModelError(f"{key}: {value} is refused; it must be a finite number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
-        if self.rope_scaling is not None and self.rope_theta <= 1.0:
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1.0:
             raise ModelError(f"rope_theta: {self.rope_theta} is refused; YaRN needs a base above 1")
         if self.head_dim % 2:
             raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ModelError(
+                f"layer_types: {len(self.layer_types)} entries are refused; num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
+        if SLIDING in self.layer_types and (self.sliding_window or 0) < 1:
+            raise ModelError(
+                f"sliding_window: {self.sliding_window} is refused; layers with a window need one of at least 1 token"
+            )
+
+    @property
+    def family(self) -> Family:
+        """What all networks of its family have in common."""
+        return family_of(self.model_type)
+
+    def layer(self, index: int) -> LayerSpec:
+        """In what one layer may differ from another."""
+        if not self.layer_types or self.layer_types[index] == FULL:
+            return LayerSpec(None, Rope(self.rope_theta, self.rope_scaling))
+        local = self.local_rope_theta
+        return LayerSpec(
+            self.sliding_window, Rope(self.rope_theta, self.rope_scaling) if local is None else Rope(local)
+        )
+
+    @property
+    def ropes(self) -> frozenset[Rope]:
+        """All ways in which positions turn in its layers."""
+        return frozenset(self.layer(index).rope for index in range(self.num_hidden_layers))
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a token of any layer does not see all before it."""
+        return SLIDING in self.layer_types
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by."""
+        scalar = self.head_dim if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar
+        return float(scalar**-0.5)
+
+    @property
+    def biased(self) -> str:
+        """Which of attention's projections add a vector, such as "qkv"; "" is none."""
+        if self.family.biases == "as_said":
+            return "qkvo" if self.attention_bias else ""
+        return "qkv" if self.family.biases == "qkv" else ""
 
     @classmethod
-    def preset(cls, name: str) -> Qwen3Config:
+    def preset(cls, name: str) -> NetworkConfig:
         """A published network by its name, such as "Qwen3-0.6B", for random weights. Raises ModelError."""
-        wanted = name.lower().removeprefix("qwen/")
+        wanted = name.lower().rpartition("/")[2]
         for known, config in PRESETS.items():
             if known.lower() == wanted:
                 return config
         raise ModelError(f"preset: {name!r} is not known; it must be one of {', '.join(PRESETS)}")
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Qwen3Config:
+    def from_dict(cls, settings: Mapping[str, Any]) -> NetworkConfig:
         """Read a parsed `config.json`. Unknown keys are passed over; what would change the arithmetic is refused.
 
         Raises ModelError, its message starting with the key at fault.
         """
-        _refuse_unsupported(settings)
-        known = {field: settings[field] for field in cls.__struct_fields__ if settings.get(field) is not None}
-        known |= rope_settings(settings)
-        quantization = read_quantization(settings)
-        known.pop("quantization", None)
-        eos = settings.get("eos_token_id")
-        known["eos_token_id"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        for key in _REQUIRED:
-            if key not in known:
-                raise ModelError(f"{key}: missing; a Qwen3 config.json must name it")
-        config = msgspec.structs.replace(convert_by_key(known, cls), quantization=quantization)
-        if (scaling := config.rope_scaling) is None or scaling.max_positions <= config.max_position_embeddings:
-            return config
-        return msgspec.structs.replace(config, max_position_embeddings=scaling.max_positions)
+        fields = fields_of(settings, cls.__struct_fields__)
+        quantization = fields.pop("quantization")
+        config = msgspec.structs.replace(convert_by_key(fields, cls), quantization=quantization)
+        positions = max(stretched_positions(config.rope_scaling), config.max_position_embeddings)
+        return msgspec.structs.replace(config, max_position_embeddings=positions)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a `config.json` that transformers and mlx-lm read; `from_dict` gives the same config back."""
         settings: dict[str, Any] = msgspec.structs.asdict(self)
         settings["eos_token_id"] = list(self.eos_token_id) or None
-        del settings["quantization"]
-        packed = {} if self.quantization is None else quantization_table(self.quantization)
-        rope: dict[str, Any] = {"rope_type": "default"}
-        if self.rope_scaling is not None:
-            given = msgspec.structs.asdict(self.rope_scaling)
-            rope = {"rope_type": "yarn", **{key: value for key, value in given.items() if value is not None}}
+        for key in _TOLD_APART:
+            del settings[key]
+        family, packed = self.family, {} if self.quantization is None else quantization_table(self.quantization)
+        rope = {**rope_table(self.rope_scaling), "rope_theta": self.rope_theta}
+        bias = {} if family.biases == "qkv" else {"attention_bias": self.attention_bias}
         return {
-            "architectures": [ARCHITECTURE],
-            "model_type": "qwen3",
-            "attention_bias": False,
-            "hidden_act": "silu",
-            "use_sliding_window": False,
-            "sliding_window": None,
+            "architectures": [family.architecture],
+            "model_type": self.model_type,
+            **bias,
+            family.activation_key: ACTIVATION_NAMES[family.activation][0],
+            **self._windows_to_dict(),
             **settings,
-            "rope_scaling": None if self.rope_scaling is None else rope,
-            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "rope_scaling": None if self.rope_scaling is None else rope_table(self.rope_scaling),
+            **self._scalar_to_dict(),
+            **({} if self.local_rope_theta is None else {"rope_local_base_freq": self.local_rope_theta}),
+            "rope_parameters": rope
+            if self.local_rope_theta is None
+            else {FULL: rope, SLIDING: {**rope_table(None), "rope_theta": self.local_rope_theta}},
             **({"quantization": packed, "quantization_config": packed} if packed else {}),
         }
+
+    def _scalar_to_dict(self) -> dict[str, Any]:
+        if (scalar := self.query_pre_attn_scalar) is None:
+            return {}
+        return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
+
+    def _windows_to_dict(self) -> dict[str, Any]:
+        if self.family.windows == "none":
+            return {"use_sliding_window": False, "sliding_window": None}
+        if self.family.windows == "all":
+            return {"sliding_window": self.sliding_window}
+        kinds, count = list(self.layer_types) or [FULL] * self.num_hidden_layers, self.num_hidden_layers
+        every = next((n for n in range(1, count + 2) if layers_by_pattern(n, count) == kinds), None)
+        pattern = {} if every is None else {"sliding_window_pattern": every}
+        return {"sliding_window": self.sliding_window, "layer_types": kinds, **pattern}
+
+
+_TOLD_APART = (
+    "model_type",
+    "local_rope_theta",
+    "attention_bias",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "layer_types",
+    "quantization",
+)
 
 
 _SIZES = (
@@ -128,54 +213,34 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-_REQUIRED = _SIZES[:6]
 _MOST = 2**31 - 1
 """What MLX can count along one axis."""
 _MOST_LAYERS = 4096
 """Far above every network there is: each layer has names of its own, which are all made before a file is looked at."""
-_FULL = "full_attention"
-_DEFAULT_WINDOW = 4096
-"""Of `sliding_window` where a config.json leaves it out, as in transformers; null is none."""
+
+Qwen3Config = NetworkConfig
+"""The name from when there was one family."""
 
 
-def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
-    """Raise ModelError where a setting asks for arithmetic that is not here."""
-    model_type, architectures = settings.get("model_type"), settings.get("architectures")
-    if model_type != "qwen3":
-        raise ModelError(f"model_type: {model_type!r} is not supported; Troupe trains 'qwen3' models")
-    if architectures is not None and architectures not in _ARCHITECTURES:
-        raise ModelError(f"architectures: {architectures!r} is not supported; it must be ['{ARCHITECTURE}']")
-    if settings.get("attention_bias"):
-        raise ModelError("attention_bias: true is not supported; Qwen3's projections have no bias")
-    if (activation := settings.get("hidden_act", "silu")) != "silu":
-        raise ModelError(f"hidden_act: {activation!r} is not supported; it must be 'silu'")
-    layers, window = settings.get("layer_types"), settings.get("sliding_window", _DEFAULT_WINDOW)
-    if layers is not None:
-        _check_layer_types(layers, settings.get("num_hidden_layers"))
-    elif settings.get("use_sliding_window") and window:
-        raise ModelError(f"use_sliding_window: true (window {window}) is not supported")
-    if settings.get("is_causal") is False or settings.get("use_bidirectional_attention"):
-        key = "is_causal" if settings.get("is_causal") is False else "use_bidirectional_attention"
-        raise ModelError(f"{key}: {settings[key]!r} is not supported; a token sees only those before it")
-
-
-def _check_layer_types(layers: Any, count: Any) -> None:
-    if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
-        raise ModelError(f"layer_types: {layers!r} is refused; it must be a list of names, one a layer")
-    if any(kind != _FULL for kind in layers):
-        raise ModelError(f"layer_types: {sorted(set(layers))} is not supported; every layer must be '{_FULL}'")
-    if len(layers) != count:
-        raise ModelError(f"layer_types: {len(layers)} entries are refused; num_hidden_layers is {count}")
-
-
-def _published(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=151936,
+def _published(
+    model_type: str, layers: int, hidden: int, intermediate: int, heads: tuple[int, int], head_dim: int, **rest: Any
+) -> NetworkConfig:
+    return NetworkConfig(
+        model_type=model_type,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=head_dim,
+        **rest,
+    )
+
+
+def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> NetworkConfig:
+    return _published(
+        *("qwen3", layers, hidden, intermediate, (heads, 8), 128),
+        vocab_size=151936,
         max_position_embeddings=40960,
         rope_theta=1e6,
         tie_word_embeddings=tied,
@@ -183,14 +248,88 @@ def _published(layers: int, hidden: int, intermediate: int, heads: int, *, tied:
     )
 
 
-PRESETS: Mapping[str, Qwen3Config] = MappingProxyType(
+def _qwen2(
+    layers: int, hidden: int, intermediate: int, heads: tuple[int, int], *, vocab: int = 151936, tied: bool = True
+) -> NetworkConfig:
+    return _published(
+        *("qwen2", layers, hidden, intermediate, heads, hidden // heads[0]),
+        vocab_size=vocab,
+        rope_theta=1e6,
+        tie_word_embeddings=tied,
+        eos_token_id=(151645, 151643),
+    )
+
+
+def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], theta: float) -> NetworkConfig:
+    return _published(
+        *("llama", layers, hidden, intermediate, heads, 64),
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rope_theta=theta,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        eos_token_id=(2,),
+    )
+
+
+def _llama3(
+    layers: int, hidden: int, intermediate: int, heads: int, head_dim: int, factor: float, *, tied: bool
+) -> NetworkConfig:
+    return _published(
+        *("llama", layers, hidden, intermediate, (heads, 8), head_dim),
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_theta=5e5,
+        rope_scaling=Llama3Scaling(
+            factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+        ),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        eos_token_id=(128001, 128008, 128009),
+    )
+
+
+def _gemma3(layers: int, hidden: int, intermediate: int) -> NetworkConfig:
+    return _published(
+        *("gemma3_text", layers, hidden, intermediate, (4, 1), 256),
+        vocab_size=262144,
+        rope_theta=1e6,
+        local_rope_theta=1e4,
+        query_pre_attn_scalar=256,
+        sliding_window=512,
+        layer_types=tuple(layers_by_pattern(6, layers)),
+        tie_word_embeddings=True,
+        eos_token_id=(1, 106),
+    )
+
+
+PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
     {
-        "Qwen3-0.6B": _published(28, 1024, 3072, 16, tied=True),
-        "Qwen3-1.7B": _published(28, 2048, 6144, 16, tied=True),
-        "Qwen3-4B": _published(36, 2560, 9728, 32, tied=True),
-        "Qwen3-8B": _published(36, 4096, 12288, 32, tied=False),
-        "Qwen3-14B": _published(40, 5120, 17408, 40, tied=False),
-        "Qwen3-32B": _published(64, 5120, 25600, 64, tied=False),
+        "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, tied=True),
+        "Qwen3-1.7B": _qwen3(28, 2048, 6144, 16, tied=True),
+        "Qwen3-4B": _qwen3(36, 2560, 9728, 32, tied=True),
+        "Qwen3-8B": _qwen3(36, 4096, 12288, 32, tied=False),
+        "Qwen3-14B": _qwen3(40, 5120, 17408, 40, tied=False),
+        "Qwen3-32B": _qwen3(64, 5120, 25600, 64, tied=False),
+        "Qwen2.5-0.5B": _qwen2(24, 896, 4864, (14, 2)),
+        "Qwen2.5-1.5B": _qwen2(28, 1536, 8960, (12, 2)),
+        "Qwen2.5-3B": _qwen2(36, 2048, 11008, (16, 2)),
+        "Qwen2.5-7B": _qwen2(28, 3584, 18944, (28, 4), vocab=152064, tied=False),
+        "SmolLM2-135M": _smol(30, 576, 1536, (9, 3), 1e5),
+        "SmolLM2-360M": _smol(32, 960, 2560, (15, 5), 1e5),
+        "SmolLM2-1.7B": _smol(24, 2048, 8192, (32, 32), 1.3e5),
+        "Llama-3.2-1B": _llama3(16, 2048, 8192, 32, 64, 32.0, tied=True),
+        "Llama-3.2-3B": _llama3(28, 3072, 8192, 24, 128, 32.0, tied=True),
+        "Llama-3.1-8B": _llama3(32, 4096, 14336, 32, 128, 8.0, tied=False),
+        "Mistral-7B-v0.3": _published(
+            *("mistral", 32, 4096, 14336, (32, 8), 128),
+            vocab_size=32768,
+            rope_theta=1e6,
+            rms_norm_eps=1e-5,
+            eos_token_id=(2,),
+        ),
+        "gemma-3-270m": _gemma3(18, 640, 2048),
+        "gemma-3-1b": _gemma3(26, 1152, 6912),
     }
 )
-"""The dense networks of the Qwen3 Technical Report (arXiv:2505.09388, table 1), by name."""
+"""Dense networks as they are published, by name; sizes as in their folders and reports (`FAMILIES` names these)."""

@@ -5,6 +5,8 @@ and queries as columns, because MLX reduces columns several times as fast as row
 compiled: what is fused with a broadcast array and computed in place, g++ does not vectorize. The gradient needs but one
 number a query besides its result, the log of what its powers were divided by (Dao et al. 2022, arXiv:2205.14135).
 
+Where a layer has a window, a token sees itself and some tokens before it. Then no kernel is fused on NVIDIA cards.
+
 On a GPU whole rows attend. Where MLX has no fused kernel it writes all scores out, its gradient several times: too much
 for whole batches. What MLX 0.32 fuses, and where, is known here alone.
 
@@ -13,7 +15,7 @@ b queries, which may see s keys.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -34,6 +36,21 @@ def block_size(T: int) -> int:
     return -(-T // max(1, round(T / BLOCK)))
 
 
+class Places(NamedTuple):
+    """Positions of tokens, and how far back each sees."""
+
+    queries: mx.array
+    """(B or 1, T), int32."""
+    keys: mx.array
+    """(B or 1, S), int32."""
+    window: int
+
+    def part(self, start: int, stop: int, keys: int, heads_per_key: int) -> mx.array:
+        """Which keys of a block are too far back, bools (B or 1, 1, s, H/K·b)."""
+        queries = mx.tile(self.queries[:, start:stop], (1, heads_per_key))
+        return self.keys[:, None, :keys, None] <= queries[:, None, None, :] - self.window
+
+
 class QueryBlock(NamedTuple):
     """Queries [start, stop) and the first `keys` keys."""
 
@@ -44,10 +61,15 @@ class QueryBlock(NamedTuple):
     """Added to the scores, float32 (s, H/K·b): 0, or −∞ where a key comes after the query."""
     padding: mx.array | None
     """The same where a key stands for nothing, (B, 1, s, 1); None where there is no such key."""
+    far: Callable[[], mx.array] | None = None
+    """Makes what tells which keys are too far back, bools (B or 1, 1, s, H/K·b); None: none is."""
 
 
-def query_blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = None) -> list[QueryBlock]:
-    """For T queries, the last of S tokens. `real`, bools (B, S): which keys count; each query must see one at least."""
+def query_blocks(
+    T: int, S: int, heads_per_key: int, real: mx.array | None = None, places: Places | None = None
+) -> list[QueryBlock]:
+    """For T queries, the last of S tokens. `real`, bools (B, S): which keys count; each query must see one at least.
+    `places`: where tokens see back only so far."""
     size = block_size(T)
     found = []
     for start in range(0, T, size):
@@ -55,8 +77,18 @@ def query_blocks(T: int, S: int, heads_per_key: int, real: mx.array | None = Non
         keys = S - T + stop
         sees = mx.arange(keys)[:, None] <= mx.arange(S - T + start, keys)
         padding = None if real is None else _bias(real[:, None, :keys, None])
-        found.append(QueryBlock(start, stop, keys, mx.tile(_bias(sees), (1, heads_per_key)), padding))
+        far = None if places is None else partial(places.part, start, stop, keys, heads_per_key)
+        found.append(QueryBlock(start, stop, keys, mx.tile(_bias(sees), (1, heads_per_key)), padding, far))
     return found
+
+
+def attention_mask(T: int, S: int, window: int | None) -> mx.array | str:
+    """For T queries, the last of S tokens that follow each other: MLX's "causal", or bools (T, S) where a token sees
+    less than all before it."""
+    if window is None or window >= S:
+        return "causal"
+    queries, keys = mx.arange(S - T, S)[:, None], mx.arange(S)
+    return mx.logical_and(keys <= queries, keys > queries - window)
 
 
 def attention_in_blocks(
@@ -117,7 +149,8 @@ def gradient_in_blocks(
 def _scores(keys: mx.array, queries: mx.array, block: QueryBlock) -> mx.array:
     """Keys (B, K, s, d), scaled queries (B, K, n, d) → float32 (B, K, s, n)."""
     scores = (keys @ queries.swapaxes(-1, -2)).astype(mx.float32) + block.causal
-    return scores if block.padding is None else scores + block.padding
+    scores = scores if block.padding is None else scores + block.padding
+    return scores if block.far is None else mx.where(block.far(), -mx.inf, scores)
 
 
 def _part(x: mx.array, block: QueryBlock, k: mx.array) -> mx.array:
@@ -149,15 +182,22 @@ def _bias(sees: mx.array) -> mx.array:
     return mx.where(sees, 0.0, -mx.inf)
 
 
-def attention_is_fused(head_dim: int, dtype: mx.Dtype, *, gradient: bool, on_cpu: bool) -> bool:
+def attention_is_fused(head_dim: int, dtype: mx.Dtype, *, gradient: bool, on_cpu: bool, windowed: bool = False) -> bool:
     """Whether MLX computes attention of whole rows, or its `gradient`, without writing scores out.
 
-    cuDNN has both for 16-bit types, Metal only the forward pass, a CPU (`on_cpu`) nothing.
+    cuDNN has both for 16-bit types, unless tokens see back only so far (`windowed`); Metal only the forward pass, a CPU
+    (`on_cpu`) nothing.
     """
     if on_cpu:
         return False
     if mx.cuda.is_available():
-        return dtype.size == 2 and head_dim % 8 == 0 and head_dim <= _LARGEST_CUDNN and _has_cudnn_attention()
+        return (
+            not windowed
+            and dtype.size == 2
+            and head_dim % 8 == 0
+            and head_dim <= _LARGEST_CUDNN
+            and _has_cudnn_attention()
+        )
     return not gradient and head_dim in _METAL_HEADS
 
 
@@ -185,30 +225,41 @@ def _even(count: int, most: int) -> int:
     return -(-count // -(-count // min(count, max(1, most))))
 
 
-def attention_of_rows(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Queries (B, H, S, d), keys and values (B, K, S, d) → (B, H, S, d): a place sees itself and those before it."""
-
-    def attend(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        return [_attend(q, k, v, scale)]
-
-    if attention_is_fused(q.shape[-1], q.dtype, gradient=False, on_cpu=False):
-        return _attend(q, k, v, scale)
-    return _in_portions(attend, [q, k, v])[0]
+def attention_of_rows(q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None) -> mx.array:
+    """Queries (B, H, S, d), keys and values (B, K, S, d) → (B, H, S, d): a place sees itself and those before it, with
+    a `window` so many in all."""
+    attend = _attending(q.shape[2], scale, window)
+    if _is_fused(q, window, gradient=False):
+        return attend(q, k, v)
+    return _in_portions(lambda q, k, v: [attend(q, k, v)], [q, k, v])[0]
 
 
-def gradient_of_rows(q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array) -> list[mx.array]:
+def gradient_of_rows(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array, window: int | None = None
+) -> list[mx.array]:
     """The cotangents of q, k and v from that of what `attention_of_rows` gave."""
+    attend = _attending(q.shape[2], scale, window)
 
     def gradient(q: mx.array, k: mx.array, v: mx.array, o_grad: mx.array) -> list[mx.array]:
-        return mx.vjp(lambda q, k, v: _attend(q, k, v, scale), [q, k, v], [o_grad])[1]
+        return mx.vjp(attend, [q, k, v], [o_grad])[1]
 
-    if attention_is_fused(q.shape[-1], q.dtype, gradient=True, on_cpu=False):
+    if _is_fused(q, window, gradient=True):
         return gradient(q, k, v, o_grad)
     return _in_portions(gradient, [q, k, v, o_grad])
 
 
-def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+def _is_fused(q: mx.array, window: int | None, *, gradient: bool) -> bool:
+    windowed = window is not None and window < q.shape[2]
+    return attention_is_fused(q.shape[-1], q.dtype, gradient=gradient, on_cpu=False, windowed=windowed)
+
+
+def _attending(S: int, scale: float, window: int | None) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    mask = attention_mask(S, S, window)
+
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+    return attend
 
 
 def _in_portions(function: Callable[..., list[mx.array]], arrays: Sequence[mx.array]) -> list[mx.array]:

@@ -1,9 +1,10 @@
 """A matrix of the network, as it is held: in float numbers or packed into few bits, alone or with an adapter beside it.
 
-    y = f ⊙ (x Wᵀ + (x Aᵀ) Bᵀ)
+    y = f ⊙ (x Wᵀ + (x Aᵀ) Bᵀ) + c
 
-W (out, in) is the network's. A (r, in) and B (out, r) are the adapter's (LoRA, arXiv:2106.09685), the scale already in
-B; f (out,) is DoRA's magnitude over the norm of what it directs (arXiv:2402.09353), a norm that counts as constant.
+W (out, in) and, in some families, c (out,) are the network's. A (r, in) and B (out, r) are the adapter's (LoRA,
+arXiv:2106.09685), the scale already in B; f (out,) is DoRA's magnitude over the norm of what it directs
+(arXiv:2402.09353), a norm that counts as constant.
 
 In float32, W + BA is computed anew at every use, which costs as much as a few tokens and spares two products of every
 token. In 16 bits it is not: where the entries of BA are a thousandth of W's, most of the sums round back to W.
@@ -14,12 +15,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.quantization import Quantized
 
 A, B, MAGNITUDE = ".lora_A", ".lora_B", ".lora_magnitude_vector"
 """What is behind a module's name, before ".weight", in the names of its adapter; as PEFT has them."""
+BIAS = ".bias"
+"""What is behind a module's name in that of c."""
 
 WORTH_EXPANDING = 512
 """Rows from which an NVIDIA card is faster with a packed matrix written out for the moment: MLX 0.32 multiplies packed
@@ -45,9 +48,11 @@ class Linear(NamedTuple):
     factor: mx.array | None = None
     drop: Callable[[mx.array], mx.array] | None = None
     """What A sees of an input; linear, and its own transpose."""
+    bias: mx.array | None = None
+    """c."""
 
     @classmethod
-    def of(cls, config: Qwen3Config, weights: Mapping[str, mx.array], module: str) -> "Linear":
+    def of(cls, config: NetworkConfig, weights: Mapping[str, mx.array], module: str) -> "Linear":
         """The matrix `module`, such as "model.layers.0.mlp.up_proj", in a network's weights."""
 
         def find(kind: str) -> mx.array | None:
@@ -58,10 +63,15 @@ class Linear(NamedTuple):
         if scales is not None and config.quantization is not None:
             packing = config.quantization.of(first_part(module))
         biases = weights.get(f"{module}.biases")
-        return cls(weights[f"{module}.weight"], packing, scales, biases, find(A), find(B), find(MAGNITUDE))
+        adapter = find(A), find(B), find(MAGNITUDE)
+        return cls(weights[f"{module}.weight"], packing, scales, biases, *adapter, bias=weights.get(module + BIAS))
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in) → (…, out)."""
+        y = self._without_bias(x)
+        return y if self.bias is None else y + self.bias
+
+    def _without_bias(self, x: mx.array) -> mx.array:
         if self.a is None or self.b is None:
             return self._times(x)
         y = self._directed(x, self.a, self.b)
@@ -74,14 +84,17 @@ class Linear(NamedTuple):
     def gradients(self, x: mx.array, y_grad: mx.array, *, trained: bool) -> tuple[mx.array, dict[str, mx.array]]:
         """From x (…, in) and the cotangent (…, out) of y: that of x, and those of what is trained here.
 
-        The latter by what is behind the module's name: "" is W's (with `trained`), `A`, `B` and `MAGNITUDE` are the
-        adapter's.
+        The latter by what is behind the module's name: "" is W's and `BIAS` c's (with `trained`), `A`, `B` and
+        `MAGNITUDE` are the adapter's.
         """
         a, b = self.a, self.b
+        grads: dict[str, mx.array] = {}
         if a is None or b is None:
-            grads = {"": _by_rows(y_grad).T @ _by_rows(x)} if trained else {}
+            if trained:
+                grads[""] = _by_rows(y_grad).T @ _by_rows(x)
+            if trained and self.bias is not None:
+                grads[BIAS] = mx.sum(_by_rows(y_grad), axis=0)
             return self._back(y_grad), grads
-        grads = {}
         if self.factor is not None:
             grads[MAGNITUDE] = mx.sum(_by_rows(y_grad) * _by_rows(self._directed(x, a, b)), axis=0)
             y_grad = y_grad * self.factor
@@ -160,6 +173,11 @@ class Linear(NamedTuple):
             bits=self.packing.bits,
             mode=self.packing.mode,
         )
+
+
+def tensor_name(module: str, kind: str) -> str:
+    """The name of a tensor of a module, from what `Linear.gradients` calls it."""
+    return f"{module}{BIAS}" if kind == BIAS else f"{module}{kind}.weight"
 
 
 def first_part(module: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from troupe.policy.network.attention import (
+    Places,
     QueryBlock,
     attention_in_blocks,
     attention_of_rows,
@@ -59,20 +60,38 @@ class Packing:
         places += [range(start, start + n) for start, n in zip(starts, inner, strict=True)]
         self.offset = mx.array(list(chain.from_iterable(places)), dtype=mx.int32)[None]
         """(1, N) rotary position of every token."""
-        self._known_blocks: tuple[list[QueryBlock], list[QueryBlock]] | None = None
+        self._prompt_lengths = lengths
+        self._known_blocks: dict[int | None, tuple[list[QueryBlock], list[QueryBlock]]] = {}
         self._whole_rows = None if is_on_cpu() else WholeRows(lengths, sizes, inner)
 
-    def _blocks(self, heads_per_key: int) -> tuple[list[QueryBlock], list[QueryBlock]]:
+    def _blocks(self, heads_per_key: int, window: int | None) -> tuple[list[QueryBlock], list[QueryBlock]]:
         """Who sees whom: prompts among themselves, and completions their prompts and themselves. The same each time."""
-        if self._known_blocks is None:
+        if window not in self._known_blocks:
             P, T = self._prompts.width, self._completions.width
             real = None
             if not self._prompts.is_full:
                 own = mx.ones((self._prompts.rows, T), mx.bool_)
-                G = self._completions.rows // self._prompts.rows
-                real = mx.repeat(mx.concatenate([self._prompts.is_real, own], axis=1), G, axis=0)
-            self._known_blocks = query_blocks(P, P, heads_per_key), query_blocks(T, P + T, heads_per_key, real)
-        return self._known_blocks
+                real = mx.repeat(mx.concatenate([self._prompts.is_real, own], axis=1), self._each, axis=0)
+            of_prompts, of_completions = (None, None) if window is None or window >= P + T else self._places(window)
+            self._known_blocks[window] = (
+                query_blocks(P, P, heads_per_key, places=of_prompts),
+                query_blocks(T, P + T, heads_per_key, real, of_completions),
+            )
+        return self._known_blocks[window]
+
+    @property
+    def _each(self) -> int:
+        """G."""
+        return self._completions.rows // self._prompts.rows
+
+    def _places(self, window: int) -> tuple[Places, Places]:
+        """Positions of the tokens of prompts, and of completions behind their prompts."""
+        prompt, own = mx.arange(self._prompts.width)[None], mx.arange(self._completions.width)[None]
+        lengths = mx.array(self._prompt_lengths[:1] if self._prompts.is_full else self._prompt_lengths)[:, None]
+        lengths = lengths if self._prompts.is_full else mx.repeat(lengths, self._each, axis=0)
+        own = own + lengths
+        keys = mx.concatenate([mx.broadcast_to(prompt, (own.shape[0], prompt.shape[1])), own], axis=1)
+        return Places(prompt, prompt, window), Places(own, keys, window)
 
     def sources(self, hidden: mx.array) -> mx.array:
         """Hidden states (N, D) → those that foretell the targets, (M, D)."""
@@ -86,34 +105,40 @@ class Packing:
         ordered = differentiable_read(values, lambda x: x[self._in_row_order], lambda x: x[self._in_target_order])
         return self._rows.spread(ordered)
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
+    ) -> mx.array:
         """All (1, heads, N, d)."""
         if self._whole_rows is not None:
-            return self.attend_keeping(q, k, v, scale)[0]
+            return self.attend_keeping(q, k, v, scale, window)[0]
 
         @mx.custom_function
         def attended(q: mx.array, k: mx.array, v: mx.array) -> Any:
-            return self.attend_keeping(q, k, v, scale)
+            return self.attend_keeping(q, k, v, scale, window)
 
         @attended.vjp
         def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
             q, k, v = primals
-            return self.attend_gradient(q, k, v, scale, cotangents[0], outputs)
+            return self.attend_gradient(q, k, v, scale, cotangents[0], outputs, window)
 
         return cast("tuple[mx.array, mx.array]", attended(q, k, v))[0]
 
-    def attend_keeping(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> Attended:
+    def attend_keeping(
+        self, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
+    ) -> Attended:
         """What `attend` gives, with what `attend_gradient` can make use of."""
         q, k, v = (_by_token(x) for x in (q, k, v))
         if self._whole_rows is not None:
-            o = _attend_in_whole_rows(self._whole_rows, q, k, v, scale)
+            o = _attend_in_whole_rows(self._whole_rows, q, k, v, scale, window)
             return Attended(o.swapaxes(0, 1)[None], mx.zeros(0))
-        o, normalizer = self._attend_in_parts(q, k, v, scale)
+        o, normalizer = self._attend_in_parts(q, k, v, scale, window)
         return Attended(o.swapaxes(0, 1)[None], normalizer)
 
-    def _attend_in_parts(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array]:
+    def _attend_in_parts(
+        self, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None
+    ) -> tuple[mx.array, mx.array]:
         """All (N, heads, d). Prompts among themselves, then completions to both: least work without fused kernels."""
-        of_prompts, of_completions = self._blocks(q.shape[1] // k.shape[1])
+        of_prompts, of_completions = self._blocks(q.shape[1] // k.shape[1], window)
         prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in (q, k, v)), strict=True)
         q, k, v = (self._prompts.spread(x).swapaxes(1, 2) for x in prompts)  # (Q, heads, P, d)
         found = attention_in_blocks(q, k, v, scale, of_prompts)
@@ -134,6 +159,7 @@ class Packing:
         scale: float,
         o_grad: mx.array,
         attended: Sequence[mx.array],
+        window: int | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The cotangents of q, k and v from that of what `attend` gave; by hand, because kernels are fused so.
 
@@ -141,12 +167,12 @@ class Packing:
         """
         if self._whole_rows is not None:
             q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
-            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad)
+            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad, window)
         else:
             o, normalizer = attended
             mean = mx.sum(_by_token(o_grad).astype(mx.float32) * _by_token(o), axis=-1)
             q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
-            grads = self._gradient_in_parts(q, k, v, scale, o_grad, normalizer, mean)
+            grads = self._gradient_in_parts(q, k, v, scale, o_grad, normalizer, mean, window)
         dq, dk, dv = (x.swapaxes(0, 1)[None] for x in grads)
         return dq, dk, dv
 
@@ -159,9 +185,10 @@ class Packing:
         o_grad: mx.array,
         normalizer: mx.array,
         mean: mx.array,
+        window: int | None,
     ) -> list[mx.array]:
         """The cotangents for `_attend_in_parts`: all (N, heads, d), the last two arguments (N, H)."""
-        blocks_of_prompts, blocks_of_completions = self._blocks(q.shape[1] // k.shape[1])
+        blocks_of_prompts, blocks_of_completions = self._blocks(q.shape[1] // k.shape[1], window)
         each = (q, k, v, normalizer, o_grad, mean)
         prompts, completions = zip(*(mx.split(x, [self._prompts.count]) for x in each), strict=True)
         q, k, v, *rest = (self._prompts.spread(x).swapaxes(1, 2) for x in prompts)
@@ -186,22 +213,24 @@ class Packing:
         return mx.concatenate([each.reshape(-1, K, P, d), own], axis=2)
 
 
-def _attend_in_whole_rows(rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+def _attend_in_whole_rows(
+    rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None
+) -> mx.array:
     """All (N, heads, d). Each completion with a prompt of its own, which suits fused kernels.
 
     Padding is on the right, where nobody sees it, and may hold anything.
     """
     q, k, v = (differentiable_read(x, rows.spread, rows.spread_back).swapaxes(1, 2) for x in (q, k, v))
-    o = attention_of_rows(q, k, v, scale)
+    o = attention_of_rows(q, k, v, scale, window)
     return differentiable_read(o.swapaxes(1, 2), rows.collect, rows.collect_back)
 
 
 def _gradient_in_whole_rows(
-    rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array
+    rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array, window: int | None
 ) -> list[mx.array]:
     """The cotangents for `_attend_in_whole_rows`, all (N, heads, d)."""
     q, k, v = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v))
-    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2))
+    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2), window)
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]
 
 

@@ -2,23 +2,35 @@
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import Qwen3Config
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu
-from troupe.policy.network.rotary import attention_factor, inverse_frequencies
+from troupe.policy.network.rotary import Rope, attention_factor, inverse_frequencies
+
+
+class Rotations:
+    """Of a network: one for each way in which positions turn in its layers."""
+
+    def __init__(self, config: NetworkConfig, T: int, offset: int | mx.array) -> None:
+        """T tokens; `offset` as in `Attention.offset`."""
+        self._of = {rope: Rotation(config.head_dim, rope, T, offset) for rope in config.ropes}
+
+    def of(self, rope: Rope) -> "Rotation":
+        """The one of a layer."""
+        return self._of[rope]
 
 
 class Rotation:
     """Turns queries and keys by rotary positions."""
 
-    def __init__(self, config: Qwen3Config, T: int, offset: int | mx.array) -> None:
-        """`offset` as in `Attention.offset`."""
-        self._d, self._base = config.head_dim, config.rope_theta
-        self._factor = attention_factor(config.rope_scaling)
+    def __init__(self, head_dim: int, rope: Rope, T: int, offset: int | mx.array) -> None:
+        """T tokens; `offset` as in `Attention.offset`."""
+        self._d, self._base = head_dim, rope.theta
+        self._factor = attention_factor(rope.scaling)
         self._offset = offset
         self._periods: mx.array | None = None
-        frequencies = mx.array(inverse_frequencies(self._d, self._base, config.rope_scaling))
+        frequencies = mx.array(inverse_frequencies(self._d, *rope))
         self._has_tables = is_on_cpu()  # elsewhere one fused kernel is faster
-        if config.rope_scaling is not None:
+        if rope.scaling is not None:
             self._periods = 1.0 / frequencies
         if self._has_tables:
             if isinstance(offset, mx.array):

@@ -22,12 +22,12 @@ if (warp <= R) {
         squares += low[j] * low[j] + high[j] * high[j];
     }
     for (int far = 16; far > 0; far /= 2) squares += __shfl_xor_sync(0xffffffff, squares, far);
-    const float norm = rsqrtf(squares / SIZE + constants[0]);
+    const float norm = NORM ? rsqrtf(squares / SIZE + constants[0]) : 1.f;
     for (int j = 0; j < PAIRS; j++) {
         const int i = place + 32 * j;
         const float cosine = cosines[slot * (SIZE / 2) + i], sine = sines[slot * (SIZE / 2) + i];
-        const float x = low[j] * norm * float(scales[head * SIZE + i]);
-        const float y = high[j] * norm * float(scales[head * SIZE + i + SIZE / 2]);
+        const float x = low[j] * norm * (NORM ? float(scales[head * SIZE + i]) : 1.f);
+        const float y = high[j] * norm * (NORM ? float(scales[head * SIZE + i + SIZE / 2]) : 1.f);
         const float left = x * cosine - y * sine, right = y * cosine + x * sine;
         if (warp < R) {
             ask_all[warp][i] = left * constants[1];
@@ -52,8 +52,9 @@ if (part == 0) {  // nobody reads this place before the next token
 
 // What came before, a token a group, several on their way at once.
 const int prompt_tokens = lengths[slot], tokens = prompt_tokens + step[0];
-const int each = (tokens + splits - 1) / splits;
-const int first = part * each, end = min(tokens, first + each);
+const int begin = WINDOW ? max(0, tokens + 1 - WINDOW) : 0;  // what the new token sees, itself apart
+const int each = (tokens - begin + splits - 1) / splits;
+const int first = begin + part * each, end = min(tokens, first + each);
 const Pack* pk = reinterpret_cast<const Pack*>(prompt_keys + (size_t(slot) * KV + kv_head) * P * SIZE);
 const Pack* pv = reinterpret_cast<const Pack*>(prompt_values + (size_t(slot) * KV + kv_head) * P * SIZE);
 const Pack* ok = reinterpret_cast<const Pack*>(own + (size_t(row) * 2 * KV + kv_head) * N * SIZE);

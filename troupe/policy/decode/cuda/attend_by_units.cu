@@ -29,13 +29,13 @@ for (int r = member; r <= R; r += team) {
         squares += low[j] * low[j] + high[j] * high[j];
     }
     for (int far = 16; far > 0; far /= 2) squares += __shfl_xor_sync(ALL, squares, far);
-    const float norm = rsqrtf(squares / SIZE + constants[0]);
+    const float norm = NORM ? rsqrtf(squares / SIZE + constants[0]) : 1.f;
     T* turned = r < R ? queries + r * SIZE : fresh[place][0];
     for (int j = 0; j < VALUE; j++) {
         const int i = lane + 32 * j;
         const float cosine = cosines[slot * (SIZE / 2) + i], sine = sines[slot * (SIZE / 2) + i];
-        const float x = low[j] * norm * float(scales[head * SIZE + i]);
-        const float y = high[j] * norm * float(scales[head * SIZE + i + SIZE / 2]);
+        const float x = low[j] * norm * (NORM ? float(scales[head * SIZE + i]) : 1.f);
+        const float y = high[j] * norm * (NORM ? float(scales[head * SIZE + i + SIZE / 2]) : 1.f);
         turned[i] = T(x * cosine - y * sine);
         turned[i + SIZE / 2] = T(y * cosine + x * sine);
     }
@@ -88,7 +88,8 @@ for (int j = 0; j < KEY; j++)
 float mixed[TILES][4], most[2] = {-1e30f, -1e30f}, sum[2] = {0.f, 0.f};
 for (int i = 0; i < TILES; i++) mixed[i][0] = mixed[i][1] = mixed[i][2] = mixed[i][3] = 0.f;
 const float scale = constants[1] * 1.44269504f;
-for (int base = (part * team + member) * 16; base <= tokens; base += splits * team * 16) {
+const int begin = WINDOW ? max(0, tokens + 1 - WINDOW) : 0;  // the first token that the new one sees
+for (int base = begin / 16 * 16 + (part * team + member) * 16; base <= tokens; base += splits * team * 16) {
     Piece key[2][KEY], value[4][VALUE];
     #pragma unroll
     for (int u = 0; u < 2; u++) {
@@ -109,7 +110,10 @@ for (int base = (part * team + member) * 16; base <= tokens; base += splits * te
         multiply(score, a[0], b[0], a[1], b[1], asked[0], asked[1]);
         multiply(score, a[2], b[2], a[3], b[3], asked[2], asked[3]);
     }
-    for (int i = 0; i < 4; i++) score[i] = base + g + 8 * (i / 2) <= tokens ? score[i] * scale : -1e30f;
+    for (int i = 0; i < 4; i++) {
+        const int token = base + g + 8 * (i / 2);
+        score[i] = token >= begin && token <= tokens ? score[i] * scale : -1e30f;
+    }
     float now[2];
     for (int i = 0; i < 2; i++) {
         now[i] = fmaxf(most[i], fmaxf(score[i], score[i + 2]));

@@ -15,21 +15,13 @@ from tests.support.devices import compute_on
 from tests.test_oracles import oracle
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
-from troupe.policy.network.architecture import Qwen3Config
-from troupe.policy.network.qwen3 import (
-    Weights,
-    WholeRows,
-    expected_shapes,
-    fuse_projections,
-    hidden_states,
-    init_weights,
-    parameter_count,
-    project,
-)
-from troupe.policy.network.rotary import YarnScaling, attention_factor
+from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.forward import WholeRows, fuse_projections, hidden_states, project
+from troupe.policy.network.rotary import Rope, YarnScaling, attention_factor
 from troupe.policy.network.rotation import Rotation
+from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count
 
-SMALL = Qwen3Config(
+SMALL = NetworkConfig(
     vocab_size=50,
     hidden_size=16,
     intermediate_size=24,
@@ -44,7 +36,7 @@ SMALL = Qwen3Config(
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=16)
 
 
-def load(name: str) -> tuple[Qwen3Config, Weights, dict[str, mx.array]]:
+def load(name: str) -> tuple[NetworkConfig, Weights, dict[str, mx.array]]:
     return *read_model_folder(model_folder(name), "float32"), tensors()
 
 
@@ -97,7 +89,7 @@ OFFSETS: dict[str, int | mx.array] = {
 @pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize("config", [SMALL, YARNED], ids=["plain", "stretched"])
 def test_fused_rotation_kernels_agree_with_the_cpu_path(
-    config: Qwen3Config, offset: int | mx.array, monkeypatch: pytest.MonkeyPatch
+    config: NetworkConfig, offset: int | mx.array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])
     weights = init_weights(config, mx.random.key(0))
@@ -181,14 +173,27 @@ def test_parameter_count_is_that_of_transformers(name: str) -> None:
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-14B", 14_768_307_200),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen2.5-3B", 3_085_938_688),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("SmolLM2-135M", 134_515_008),
+        ("SmolLM2-360M", 361_821_120),
+        ("SmolLM2-1.7B", 1_711_376_384),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.2-3B", 3_212_749_824),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Mistral-7B-v0.3", 7_248_023_552),
+        ("gemma-3-270m", 268_098_176),
+        ("gemma-3-1b", 999_885_952),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
-    assert parameter_count(Qwen3Config.preset(name)) == count
+    assert parameter_count(NetworkConfig.preset(name)) == count
 
 
 def test_initial_weights_have_the_shapes_and_spread_they_should() -> None:
-    config = Qwen3Config.from_dict(json.loads((SHIPPED / "qwen3-tiny-untied" / "config.json").read_text()))
+    config = NetworkConfig.from_dict(json.loads((SHIPPED / "qwen3-tiny-untied" / "config.json").read_text()))
     weights = init_weights(config, mx.random.key(0), mx.bfloat16)
     assert {name: w.shape for name, w in weights.items()} == expected_shapes(config)
     assert all(w.dtype == mx.bfloat16 for w in weights.values())
@@ -220,10 +225,10 @@ def test_stretched_positions_decode_as_they_forward(on_cpu: bool, monkeypatch: p
 @pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize("config", [SMALL, YARNED], ids=["plain", "stretched"])
 def test_the_gradient_of_a_rotation_turns_back(
-    config: Qwen3Config, offset: int | mx.array, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    config: NetworkConfig, offset: int | mx.array, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute_on(monkeypatch, cpu=on_cpu)
-    rotate = Rotation(config, 4, offset)
+    rotate = Rotation(config.head_dim, Rope(config.rope_theta, config.rope_scaling), 4, offset)
     y, cotangent = (mx.random.normal((2, 3, 4, config.head_dim), key=mx.random.key(i)) for i in range(2))
     by_mlx = mx.grad(lambda y: (rotate(y) * cotangent).sum())(y)
     assert float(mx.abs(rotate.gradient(cotangent) - by_mlx).max()) < 1e-5
@@ -238,7 +243,7 @@ def test_a_stretched_rotation_rounds_once(offset: int | mx.array, monkeypatch: p
     turned = []
     for on_cpu in (True, False):
         compute_on(monkeypatch, cpu=on_cpu)
-        turned.append(Rotation(YARNED, 4, offset)(y))
+        turned.append(Rotation(YARNED.head_dim, Rope(YARNED.rope_theta, YARNED.rope_scaling), 4, offset)(y))
     assert turned[0].dtype == turned[1].dtype == mx.bfloat16
     exact, ours = (x.astype(mx.float32) for x in turned)
     assert float(mx.mean((exact != ours).astype(mx.float32))) < 0.02, "sums of two products may round otherwise"
@@ -270,7 +275,7 @@ def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[s
     torch, transformers = oracle("torch"), oracle("transformers")
     settings = json.loads((SHIPPED / "qwen3-tiny-tied" / "config.json").read_text())
     settings |= {"rope_parameters": None, "rope_scaling": rope, "rope_theta": 1e6, "max_position_embeddings": 40960}
-    config = Qwen3Config.from_dict(settings)
+    config = NetworkConfig.from_dict(settings)
     settings.pop("model_type")
     their_config = transformers.Qwen3Config(**settings | {"rope_scaling": dict(rope)})
     their_config._attn_implementation = "eager"
@@ -290,5 +295,5 @@ def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[s
     assert float(mx.abs(ours - mx.array(theirs.tolist())).max()) <= 1e-4
 
 
-def _ranks(config: Qwen3Config) -> dict[str, int]:
+def _ranks(config: NetworkConfig) -> dict[str, int]:
     return {name: len(shape) for name, shape in expected_shapes(config).items()}

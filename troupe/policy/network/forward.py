@@ -1,0 +1,267 @@
+"""A network as pure functions over a flat dict of arrays named as in Hugging Face folders: one forward for all.
+
+In what families differ is data: `NetworkConfig`, with its `Family`. Which tokens see each other is not said here:
+whoever decodes step by step, or packs many rows into one, passes its own `Attention`.
+
+Shapes: B rows, T tokens, D hidden size, V vocabulary, H query heads, K key/value heads, d head size.
+
+Sources: those of `FAMILIES`; RMSNorm (arXiv:1910.07467); rotary positions (arXiv:2104.09864); SwiGLU
+(arXiv:2002.05202); grouped-query attention (arXiv:2305.13245).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import mlx.core as mx
+
+from troupe.policy.network.architecture import LayerSpec, NetworkConfig
+from troupe.policy.network.attention import attention_mask
+from troupe.policy.network.dropout import Dropout
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.gating import gated
+from troupe.policy.network.head import embed
+from troupe.policy.network.linear import BIAS, JOINED, A, Linear, by_columns
+from troupe.policy.network.rotation import Rotation, Rotations
+from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, norm_scale, weights_dtype
+
+
+class Attention(Protocol):
+    """How the queries of new tokens meet keys and values, their own and earlier ones."""
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Rotary position of the first new token: one for all rows, or int32 (B,); or of every token, int32 (B, T)."""
+
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
+    ) -> mx.array:
+        """Queries (B, H, T, d), new keys and values (B, K, T, d), all rotated → (B, H, T, d). `window`: how many tokens
+        each sees at most, itself among them."""
+
+
+class WholeRows:
+    """Attention within whole rows: a token sees itself and what comes before it."""
+
+    offset: int | mx.array = 0
+
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
+    ) -> mx.array:
+        mask = attention_mask(q.shape[2], k.shape[2], window)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def hidden_states(
+    config: NetworkConfig,
+    weights: Weights,
+    ids: mx.array,
+    *,
+    attention: Attention | None = None,
+) -> mx.array:
+    """Integer ids (B, T) → hidden states (B, T, D) after the final norm, in the weights' dtype.
+
+    Without `attention` every row attends within itself, and padding on its right changes nothing. Pure, so it can be
+    differentiated by its weights (`policy/gradient/backward.py` does that with less memory and faster); with those of
+    `fuse_projections` it is faster.
+    """
+    attention = attention or WholeRows()
+    rotations = Rotations(config, ids.shape[1], attention.offset)
+    x = embedded(config, weights, ids)
+    for index in range(config.num_hidden_layers):
+        x = _through_layer(Layer(config, weights, index), x, attention, rotations)
+    return normalized(config, x, norm_scale(config, weights[FINAL_NORM]))
+
+
+def normalized(config: NetworkConfig, x: mx.array, scale: mx.array) -> mx.array:
+    """x (…, n) over the root of its mean square, times `scale` (n,); in the type of x."""
+    return mx.fast.rms_norm(x, scale, config.rms_norm_eps).astype(x.dtype)
+
+
+def embedded(config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
+    """Integer ids (…) → what the embedding has for them (…, D), scaled where the family does so."""
+    table = Linear.of(config, weights, EMBEDDING.removesuffix(".weight"))
+    x = embed(table.weight, ids) if table.scales is None else table.expanded(weights_dtype(weights), ids)
+    scale = embedding_scale(config, x.dtype)
+    return x if scale is None else x * scale
+
+
+def embedding_scale(config: NetworkConfig, dtype: mx.Dtype) -> mx.array | None:
+    """What embedded tokens are multiplied by, rounded to their type as in transformers; None: by nothing."""
+    return mx.array(math.sqrt(config.hidden_size), dtype) if config.family.scales_embedding else None
+
+
+def head_of(config: NetworkConfig, weights: Weights) -> Linear:
+    """The matrix (V, D) that gives logits: the embedding, where names are tied."""
+    return Linear.of(config, weights, (EMBEDDING if config.tie_word_embeddings else HEAD).removesuffix(".weight"))
+
+
+def project(config: NetworkConfig, weights: Weights, hidden: mx.array) -> mx.array:
+    """Hidden states (…, D) → logits (…, V) in the weights' dtype."""
+    return head_of(config, weights)(hidden)
+
+
+def fuse_projections(config: NetworkConfig, weights: Weights, *, uses_up: bool = False) -> dict[str, mx.array]:
+    """The same network for decoding: q, k, v as one matrix and gate, up as one, which takes fewer and larger products.
+
+    On a CPU gate and up stay apart, since halves of a product's rows are not contiguous, and these matrices lie column
+    by column. Matrices that are packed in different ways stay apart, too. Copies those matrices, layer by layer
+    (evaluated); shares the others. With `uses_up` it takes them out of `weights`, a dict, so that nothing is there
+    twice. `hidden_states`, `project` and gradients take the result.
+    """
+    fused = dict(weights)
+    if uses_up:
+        assert isinstance(weights, dict)
+        weights.clear()
+    on_cpu = is_on_cpu()
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}."
+        made: dict[str, mx.array] = {}
+        for whole, parts in JOINED.items():
+            if on_cpu and whole == GATE_UP:
+                made |= {f"{layer}{part}.weight": by_columns(fused[f"{layer}{part}.weight"]) for part in parts}
+            elif config.quantization is None or _are_packed_alike(config, [layer + part for part in parts]):
+                made |= _joined(fused, layer + whole, [layer + part for part in parts], on_cpu=on_cpu)
+        if config.family.qk_norm:
+            made[f"{layer}{QK_NORM}.weight"] = _both_norms(config, fused, f"{layer}self_attn.")
+        mx.eval(made)
+        fused |= made
+    return fused
+
+
+QKV, GATE_UP = JOINED
+QK_NORM = "self_attn.qk_norm"
+
+
+def _are_packed_alike(config: NetworkConfig, modules: Sequence[str]) -> bool:
+    assert config.quantization is not None
+    return len({config.quantization.of(module) for module in modules}) == 1
+
+
+def _joined(weights: dict[str, mx.array], whole: str, parts: Sequence[str], *, on_cpu: bool) -> dict[str, mx.array]:
+    """Some matrices as one, out of the dict that has them."""
+    made = {}
+    for kind in (".weight", ".scales", ".biases", BIAS):
+        if parts[0] + kind in weights:
+            joined = mx.concatenate([weights.pop(part + kind) for part in parts])
+            made[whole + kind] = by_columns(joined) if on_cpu and joined.ndim == 2 else joined
+    return made
+
+
+def _both_norms(config: NetworkConfig, weights: dict[str, mx.array], prefix: str) -> mx.array:
+    """What the norms of queries and keys multiply by, one row a head (H + K, d)."""
+    norms = [(config.num_attention_heads, "q_norm"), (config.num_key_value_heads, "k_norm")]
+    scales = [(heads, norm_scale(config, weights[f"{prefix}{name}.weight"])) for heads, name in norms]
+    return mx.concatenate([mx.tile(scale, (heads, 1)) for heads, scale in scales])
+
+
+class Layer:
+    """One decoder layer of a network's weights, by the names within it."""
+
+    def __init__(self, config: NetworkConfig, weights: Weights, index: int, dropout: Dropout | None = None) -> None:
+        self.config, self.index, self._dropout = config, index, dropout
+        self._weights, self._prefix = weights, f"model.layers.{index}."
+        self.spec: LayerSpec = config.layer(index)
+
+    def norm(self, name: str) -> mx.array:
+        """What one of its norms, such as "input_layernorm", multiplies by."""
+        return norm_scale(self.config, self._weights[f"{self._prefix}{name}.weight"])
+
+    def norm_dtype(self, name: str) -> mx.Dtype:
+        """The type of the weight of one of its norms."""
+        return self._weights[f"{self._prefix}{name}.weight"].dtype
+
+    def normalized(self, name: str | None, x: mx.array) -> mx.array:
+        """x through one of its norms; None is no norm."""
+        return x if name is None else normalized(self.config, x, self.norm(name))
+
+    def linear(self, name: str) -> Linear:
+        """One of its matrices, such as "mlp.up_proj", or of those that are joined."""
+        module = self._prefix + name
+        linear = Linear.of(self.config, self._weights, module)
+        if self._dropout is None or linear.a is None:
+            return linear
+        return linear._replace(drop=partial(self._dropout.of, module))
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether beside any of its matrices there is one."""
+        modules = [name for whole in JOINED for name in self.parts(whole)] + ["self_attn.o_proj", "mlp.down_proj"]
+        return any(f"{self._prefix}{module}{A}.weight" in self._weights for module in modules)
+
+    def parts(self, whole: str) -> Sequence[str]:
+        """The matrices that there are of those that `whole` joins: itself, or each."""
+        return [whole] if f"{self._prefix}{whole}.weight" in self._weights else JOINED[whole]
+
+    def inputs(self, whole: str, y: mx.array) -> list[mx.array]:
+        """(…, D) → the products of the matrices that `whole` joins, each (…, out)."""
+        found = [self.linear(name)(y) for name in self.parts(whole)]
+        if len(found) > 1:
+            return found
+        config, d = self.config, self.config.head_dim
+        if whole == GATE_UP:
+            return list(mx.split(found[0], 2, axis=-1))
+        ends = [config.num_attention_heads * d, (config.num_attention_heads + config.num_key_value_heads) * d]
+        return list(mx.split(found[0], ends, axis=-1))
+
+    def joined_inputs(self, whole: str, y: mx.array) -> mx.array:
+        """As `inputs`, behind each other."""
+        found = [self.linear(name)(y) for name in self.parts(whole)]
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
+
+    def attention_inputs(self, x: mx.array) -> list[mx.array]:
+        """(B, T, D) → queries, keys and values (B, T, heads, d), neither normalized nor rotated."""
+        return [self._heads(part) for part in self.inputs(QKV, self.normalized("input_layernorm", x))]
+
+    def mlp_inputs(self, x: mx.array) -> list[mx.array]:
+        """(B, T, D) → gate and up (B, T, F)."""
+        return self.inputs(GATE_UP, self.normalized(self.config.family.norm_before_mlp, x))
+
+    def behind_attention(self, x: mx.array, o: mx.array) -> mx.array:
+        """What attention adds to x, where `o` is what its last product gives."""
+        return x + self.normalized(self.config.family.norm_behind_attention, o)
+
+    def behind_mlp(self, x: mx.array, y: mx.array) -> mx.array:
+        """What the MLP adds to x, where `y` is what its last product gives."""
+        return x + self.normalized(self.config.family.norm_behind_mlp, y)
+
+    @property
+    def fused_qk_scales(self) -> mx.array | None:
+        """What the norms of queries and keys multiply by (H + K, d), as `fuse_projections` lays it out; None where the
+        family has no such norms. KeyError where it is not laid out."""
+        return self._weights[f"{self._prefix}{QK_NORM}.weight"] if self.config.family.qk_norm else None
+
+    def turned(self, q: mx.array, k: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array]:
+        """Queries and keys (B, T, heads, d) → (B, heads, T, d), normalized, where the family does so, and rotated."""
+        names = ("self_attn.q_norm", "self_attn.k_norm") if self.config.family.qk_norm else (None, None)
+        q, k = (rotate(self.normalized(name, y).swapaxes(1, 2)) for y, name in zip((q, k), names, strict=True))
+        return q, k
+
+    def rotated_inputs(self, x: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array, mx.array]:
+        """(B, T, D) → queries, keys and values (B, heads, T, d), normalized and rotated."""
+        H, K, qk_norm = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.family.qk_norm
+        if (f"{self._prefix}{QK_NORM}.weight" if qk_norm else f"{self._prefix}{QKV}.weight") not in self._weights:
+            q, k, v = self.attention_inputs(x)
+            return *self.turned(q, k, rotate), v.swapaxes(1, 2)
+        qkv = self._heads(self.joined_inputs(QKV, self.normalized("input_layernorm", x)))
+        both = qkv[:, :, : H + K]
+        if qk_norm:
+            scales = self._weights[f"{self._prefix}{QK_NORM}.weight"]
+            both = mx.fast.rms_norm(both.astype(scales.dtype), None, self.config.rms_norm_eps) * scales
+            both = both.astype(x.dtype)
+        both = rotate(both.swapaxes(1, 2))
+        return both[:, :H], both[:, H:], qkv[:, :, H + K :].swapaxes(1, 2)
+
+    def _heads(self, y: mx.array) -> mx.array:
+        return y.reshape(*y.shape[:2], -1, self.config.head_dim)
+
+
+def _through_layer(layer: Layer, x: mx.array, attention: Attention, rotations: Rotations) -> mx.array:
+    """(B, T, D) → (B, T, D)."""
+    config, spec = layer.config, layer.spec
+    turned = layer.rotated_inputs(x, rotations.of(spec.rope))
+    o = attention.attend(layer.index, *turned, config.attention_scale, spec.window)
+    o = layer.linear("self_attn.o_proj")(o.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+    x = layer.behind_attention(x, o)
+    return layer.behind_mlp(x, layer.linear("mlp.down_proj")(gated(config.family.activation, *layer.mlp_inputs(x))))
