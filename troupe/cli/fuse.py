@@ -39,7 +39,7 @@ def fuse(model: str | None, adapter: str, output: str, *, dequantize: bool) -> N
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is there already and not empty; give another folder (-o OUT_DIR)")
     of_adapter = Path(find_adapter(adapter))
-    folder, beside = resolve_base(
+    folder, beside, _ = resolve_base(
         of_adapter if model is None else find_model(model), None if model is None else of_adapter
     )
     assert beside is not None

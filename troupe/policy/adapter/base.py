@@ -44,7 +44,7 @@ class Base:
         """Laid out as for decoding (`fuse_projections`), which is how they are held once."""
         self.adapter: Adapter | None = None
         self.name, self.fingerprint = "", ""
-        """The folder of the network, and what tells it from others."""
+        """The folder or hub id of the network, and what tells it from others."""
         self._parts: dict[str, list[_Part]] = {}
         self._norms: dict[str, mx.array] = {}
 
