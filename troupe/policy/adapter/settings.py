@@ -20,7 +20,8 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     use_rslora: bool = False
     """The scale is alpha / √rank (arXiv:2312.03732)."""
     dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
-    """Part of the numbers that A sees which are 0 while learning; drawn from the seed, the slot and the token."""
+    """Part of the numbers that A sees which are 0 while learning; drawn anew in each pass over a batch, by seed, slot
+    and token."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Which matrices of a layer: "all-linear" for all seven; names, which a module's name equals or ends with behind a
     dot; or one text, a regular expression for the whole of a module's name."""
