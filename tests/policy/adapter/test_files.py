@@ -393,6 +393,14 @@ def zero(*shape: int) -> mx.array:
         (lambda t: t.update({PEFT_A.replace(".lora_A.weight", ".lora_magnitude_vector"): zero(64)}), "vector: left o"),
         (lambda t: t.update({PEFT_B.replace(".weight", ".bias"): zero(64)}), "lora_B.bias: left over"),
         (lambda t: t.update({"base_model.model.lm_head.weight": zero(512, 64)}), "lm_head.weight: left over"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": zero(4, 64)}),
+            "lm_head.lora_A.weight: an adapter of embedding or head is not supported; merge it into its base first",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": zero(4, 512)}),
+            "model.embed_tokens.lora_embedding_A: an adapter of embedding or head is not supported",
+        ),
         (lambda t: t.update({PEFT_A.removeprefix("base_model.model."): zero(4, 64)}), "stored twice"),
         (lambda t: t.clear(), "bad tensor(s) for this base"),
         (lambda t: t.update({PEFT_A: mx.zeros((4, 64), mx.int32)}), f"{PEFT_A}: dtype I32; only F32, BF16, F16"),
@@ -418,6 +426,7 @@ def test_tensors_of_peft_that_do_not_fit_are_named(
         (lambda t: t.update({f"{Q}.lora_a": zero(64, 5)}), f"{Q}.lora_a: shape [64, 5], this base and {SETTINGS} as"),
         (lambda t: t.update({f"{Q.replace('q_', 'k_')}.lora_a": zero(64, 4)}), "k_proj.lora_a: left over"),
         (lambda t: t.update({f"{Q}.m": zero(64)}), f"{Q}.m: left over"),
+        (lambda t: t.update({"lm_head.lora_a": zero(64, 4)}), "lm_head.lora_a: an adapter of embedding or head is not"),
         (lambda t: t.update({f"{Q}.weight": zero(64, 64)}), f"{Q}.weight: left over"),
     ],
 )

@@ -19,7 +19,7 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.adapter import mlx_lm, peft
-from troupe.policy.adapter.modules import Adapter, adapter_shapes
+from troupe.policy.adapter.modules import ENDS, Adapter, adapter_shapes
 from troupe.policy.model_files import ADAPTER_CONFIG, WEIGHTS_NAME, read_json, some
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.safetensors import StoredTensor, read_header
@@ -143,7 +143,9 @@ def _check(
     for stored, tensor in headers:
         name = names[stored]
         shape = tensor.shape[::-1] if ours is mlx_lm else tensor.shape
-        if name is None or name not in wanted:
+        if any(f"{end}.lora_" in stored for end in ENDS):
+            faults.append(f"{stored}: an adapter of embedding or head is not supported; merge it into its base first")
+        elif name is None or name not in wanted:
             faults.append(f"{stored}: left over: {ADAPTER_CONFIG} names no such part of an adapter of this network")
         elif name in seen:
             faults.append(f"{stored}: stored twice")
