@@ -13,21 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
+from tests.support.tiny import small_network
 from troupe.policy.gradient.backward import completion_statistics
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import Weights, hidden_states, init_weights, project
 
-TIED = Qwen3Config(
-    vocab_size=600,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    tie_word_embeddings=True,
-    initializer_range=0.3,
-)
+TIED = small_network(vocab_size=600, hidden_size=16, intermediate_size=24, tie_word_embeddings=True)
 CONFIGS = {"tied": TIED, "untied": msgspec.structs.replace(TIED, tie_word_embeddings=False)}
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8], [5, 6, 7], [9, 599]]
 COMPLETIONS = [[20, 21, 22], [300], [], [24, 599], [26, 0, 26, 26]]

@@ -3,23 +3,13 @@
 import mlx.core as mx
 import pytest
 
+from tests.support.tiny import small_network
 from troupe.policy import AdapterConfig, TokenStatistics, completion_gradients, random_policy
 from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import init_adapter, resolve_adapter
-from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.dropout import Dropout, RowKeys, row_keys, token_keys
 
-CONFIG = Qwen3Config(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.3,
-    tie_word_embeddings=True,
-)
+CONFIG = small_network(tie_word_embeddings=True)
 PROMPTS = [[1, 2, 3], [1, 2, 3], [7, 8], [7, 8]]
 COMPLETIONS = [[4, 5, 6, 7], [9, 8], [3, 2, 1, 0, 5], [6]]
 KEYS = [*row_keys(11, 2, PROMPTS[0], 5), *row_keys(12, 2, PROMPTS[2], 5)]
