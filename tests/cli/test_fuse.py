@@ -56,6 +56,9 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
     other = call("fuse", "-m", DATA / "quantized" / "q4-g64", "--adapter", tmp_path, "-o", tmp_path / "out")
     assert (other.exit_code, (tmp_path / "out").exists()) == (2, False)
     assert "adapter_config.json" in other.stderr
+    whole = call("fuse", "--adapter", DATA / "base", "-o", tmp_path / "out")
+    assert (whole.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert f"{DATA / 'base'}: holds no adapter, so that there is nothing to fuse; give" in whole.stderr
     taken = tmp_path / "taken"
     shutil.copytree(DATA / "base", taken)
     full = call("fuse", "-m", DATA / "base", "--adapter", adapter, "-o", taken)

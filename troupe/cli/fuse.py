@@ -42,7 +42,8 @@ def fuse(model: str | None, adapter: str, output: str, *, dequantize: bool) -> N
     folder, beside, _ = resolve_base(
         of_adapter if model is None else find_model(model), None if model is None else of_adapter
     )
-    assert beside is not None
+    if beside is None:
+        raise ModelError(f"{of_adapter}: holds no adapter, so that there is nothing to fuse; give an adapter's folder")
     config, weights = read_model_folder(folder, stored_dtype(folder), expand=False)
     stored = adapter_beside(beside, config, folder)
     was_packed = config.quantization is not None

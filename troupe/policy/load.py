@@ -4,17 +4,18 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
-from troupe.policy.adapter.files import StoredAdapter, base_named_in, check_base, is_adapter_folder, read_adapter
+from troupe.policy.adapter.files import StoredAdapter, base_named_in, is_adapter_folder, read_adapter
 from troupe.policy.adapter.modules import Adapter, init_adapter, resolve_adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.folders import read_model_folder
 from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.model import Policy
-from troupe.policy.model_files import Companions, check_folder, model_fingerprint
+from troupe.policy.model_files import Companions, check_folder, model_fingerprint, some
 from troupe.policy.network.architecture import Qwen3Config
 from troupe.policy.network.qwen3 import Weights
 
@@ -96,9 +97,7 @@ def _name_of(named: str | Path, folder: Path) -> str:
 
 def adapter_beside(folder: Path, config: Qwen3Config, base: Path) -> StoredAdapter:
     """The adapter of a folder, which must be one of this base. ModelError where it is not."""
-    stored = read_adapter(folder, config)
-    check_base(stored, folder, model_fingerprint(base), base)
-    return stored
+    return read_adapter(folder, config, base, model_fingerprint(base))
 
 
 def _whole(folder: Path, dtype: str | None) -> Policy:
@@ -112,8 +111,7 @@ def _beside(
     """A whole network with the adapter of a folder beside it, and what tells this adapter from others."""
     folder = located.adapter
     assert folder is not None
-    stored = read_adapter(folder, policy.config)
-    check_base(stored, folder, fingerprint, located.folder)
+    stored = read_adapter(folder, policy.config, located.folder, fingerprint)
     adapter = stored.adapter
     if settings is not None:
         if settings.kind not in (None, adapter.kind):
@@ -129,6 +127,11 @@ def _with_new(policy: Policy, settings: AdapterConfig, seed: int, name: str, fin
     adapter = resolve_adapter(settings, policy.config)
     adapted = _adapted(policy, adapter, {}, name, fingerprint)
     norms = adapted.base.row_norms(policy.config, adapter) if adapter.kind == "dora" else None
+    if empty := [module for module, lengths in (norms or {}).items() if not mx.all(lengths > 0.0).item()]:
+        raise ModelError(
+            f"{name}: rows of {some(empty)} hold nothing but 0, and DoRA divides by their length; take "
+            "adapter.kind = 'lora', or leave these matrices out of adapter.target_modules"
+        )
     return adapted.having(init_adapter(policy.config, adapter, settings.init, seed, norms))
 
 

@@ -135,6 +135,20 @@ def test_a_base_that_is_not_where_the_adapter_says_is_missed_by_name_and_may_be_
     assert same_bits(load_policy(final).weights, trained), "a path counts from the adapter's folder"
 
 
+def test_dora_is_refused_where_a_row_of_a_matrix_has_no_direction(desk: Path) -> None:
+    """PEFT and mlx-lm would divide 0 by 0."""
+    shutil.copytree(Path("m").resolve(), "empty")
+    weights = mx.load("empty/model.safetensors")
+    assert isinstance(weights, dict)
+    weights["model.layers.1.mlp.up_proj.weight"][5] = 0.0
+    weights = {name: array + 0 for name, array in weights.items()}
+    mx.eval(weights)
+    mx.save_safetensors("empty/model.safetensors", weights)
+    said = refused("train", "-m", "empty", "--set", "adapter.kind=dora", *RUN, *SHORT, "-o", "out")
+    assert "empty: rows of model.layers.1.mlp.up_proj hold nothing but 0, and DoRA divides by their length" in said
+    done("train", "-m", "empty", "--lora", "4", *RUN, *SHORT, "-o", "out")
+
+
 def put_in_cache(model: Path, cache: Path) -> None:
     """The model `Some/Tiny` as the hub's client leaves it."""
     kept = cache / "models--Some--Tiny"
