@@ -119,7 +119,7 @@ def _beside(
                 f"{folder}: is a {adapter.kind} adapter, and adapter.kind is {settings.kind}; leave it out"
             )
         adapter = msgspec.structs.replace(adapter, dropout=settings.dropout)
-    return _adapted(policy, adapter, stored.weights, located.name, fingerprint), digest_of(stored.weights)
+    return _adapted(policy, adapter, stored.weights, located.name, fingerprint), digest_of(adapter, stored.weights)
 
 
 def _with_new(policy: Policy, settings: AdapterConfig, seed: int, name: str, fingerprint: str) -> Policy:
@@ -141,9 +141,9 @@ def _adapted(policy: Policy, adapter: Adapter, weights: Weights, name: str, fing
     return policy.having(weights, base=Base.of(policy.config, network, adapter, name=name, fingerprint=fingerprint))
 
 
-def digest_of(weights: Weights) -> str:
-    """64 hexadecimal digits that are the same for the same numbers."""
-    total = hashlib.sha256()
+def digest_of(adapter: Adapter, weights: Weights) -> str:
+    """64 hexadecimal digits that are the same for the same policy over a base: kind, scales and numbers."""
+    total = hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(adapter, dropout=0.0)))
     for name, array in weights.items():
         total.update(name.encode())
         total.update(memoryview(cast(Any, array)))
