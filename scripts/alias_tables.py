@@ -6,14 +6,10 @@ hand. `python -m scripts.alias_tables` writes them, `--check` only compares.
 
 from __future__ import annotations
 
-import re
-import sys
-from pathlib import Path
-
+from scripts.pages import DOCS, with_tables, write_or_check
 from troupe.run.aliases import TABLES, Alias
 
-PAGE = Path(__file__).parent.parent / "docs" / "coming-from-trl.md"
-_TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PAGE = DOCS / "coming-from-trl.md"
 _FIRST = {"absent": "theirs"}
 
 
@@ -34,21 +30,8 @@ def table(name: str) -> str:
 
 def reference() -> str:
     """The whole page, its tables written anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    named = [match[2] for match in _TABLE.finditer(text)]
-    assert sorted(named) == sorted(TABLES), f"the tables of the page are {named}"
-    return _TABLE.sub(lambda match: f"{match[1]}\n{table(match[2])}\n{match[3]}", text)
-
-
-def main() -> None:
-    """Write the page, or say whether it is up to date."""
-    written = reference()
-    if "--check" in sys.argv[1:]:
-        if PAGE.read_text(encoding="utf-8") != written:
-            sys.exit(f"{PAGE.name} is out of date; write it with: python -m scripts.alias_tables")
-        return
-    PAGE.write_text(written, encoding="utf-8")
+    return with_tables(PAGE, {name: table(name) for name in TABLES})
 
 
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, reference(), "alias_tables")

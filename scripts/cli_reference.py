@@ -7,14 +7,13 @@ out its help.
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 
 import click
 
+from scripts.pages import DOCS, write_or_check
 from troupe.cli.main import main as troupe
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+PAGE = DOCS / "cli.md"
 
 _HEAD = """\
 # Every command
@@ -90,14 +89,5 @@ def reference() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> None:
-    """Write the page, or say whether it is up to date."""
-    if "--check" in sys.argv[1:]:
-        if PAGE.read_text(encoding="utf-8") != reference():
-            sys.exit(f"{PAGE.name} is out of date; write it with: python -m scripts.cli_reference")
-        return
-    PAGE.write_text(reference(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, reference(), "cli_reference")

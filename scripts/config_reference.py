@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import ast
 import inspect
-import sys
 import textwrap
 import types
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from scripts.pages import DOCS, write_or_check
 from troupe.run.config import RunConfig
 from troupe.run.resume.changes import rule_of
 
-PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+PAGE = DOCS / "configuration.md"
 
 _HEAD = """\
 # Every key of the configuration
@@ -130,14 +129,5 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the page, or say whether it is up to date."""
-    if "--check" in sys.argv[1:]:
-        if PAGE.read_text(encoding="utf-8") != reference():
-            sys.exit(f"{PAGE.name} is out of date; write it with: python -m scripts.config_reference")
-        return
-    PAGE.write_text(reference(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, reference(), "config_reference")

@@ -56,6 +56,9 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
     other = call("fuse", "-m", DATA / "quantized" / "q4-g64", "--adapter", tmp_path, "-o", tmp_path / "out")
     assert (other.exit_code, (tmp_path / "out").exists()) == (2, False)
     assert "adapter_config.json" in other.stderr
+    whole = call("fuse", "--adapter", DATA / "base", "-o", tmp_path / "out")
+    assert (whole.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert f"{DATA / 'base'}: holds no adapter; give the folder of one, or a whole model by -m" in whole.stderr
     taken = tmp_path / "taken"
     shutil.copytree(DATA / "base", taken)
     full = call("fuse", "-m", DATA / "base", "--adapter", adapter, "-o", taken)
@@ -71,11 +74,20 @@ def test_generate_takes_an_adapter_beside_the_model_or_instead_of_it(tmp_path: P
     policy, _ = begin_policy(tiny_model, "float32", AdapterConfig(kind="lora", rank=4), 0)
     policy.having({name: array + 0.3 for name, array in policy.weights.items()}).save(adapter)
     options = ("-p", "ab", "--temperature", "0", "--max-new-tokens", "12", "--json")
-    plain, beside, alone = (
+    plain, beside, alone, named = (
         json.loads(call("generate", *which, *options).stdout)["completion"]
-        for which in (("-m", tiny_model), ("-m", tiny_model, "--adapter", adapter), ("-m", adapter))
+        for which in (
+            ("-m", tiny_model),
+            ("-m", tiny_model, "--adapter", adapter),
+            ("-m", adapter),
+            ("--adapter", adapter),
+        )
     )
-    assert beside == alone != plain
+    assert beside == alone == named != plain
+    for command in (("generate", *options), ("eval", "--reward", "length"), ("fuse", "-o", tmp_path / "out")):
+        whole = call(command[0], "--adapter", tiny_model, *command[1:])
+        assert (whole.exit_code, (tmp_path / "out").exists()) == (2, False)
+        assert f"{tiny_model}: holds no adapter; give the folder of one" in whole.stderr
     both = call("generate", "-m", adapter, "--adapter", adapter, *options)
     assert both.exit_code == 2
     assert "is an adapter itself" in both.stderr

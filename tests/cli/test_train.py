@@ -97,6 +97,17 @@ def test_flags_and_settings_overrule_the_file(workplace: Path) -> None:
     assert config.data.path is None, "a file that names no data does not get the demo's"
 
 
+def test_a_file_may_leave_to_a_flag_what_its_keys_ask_for(workplace: Path) -> None:
+    (workplace / "run.toml").write_text('[model]\npath = "m"\n[adapter]\nalpha = 3.0\nrank = 16\n')
+    found = train_config(Path("run.toml"), resume=False, lora=8).adapter
+    assert (found.kind, found.rank, found.alpha) == ("lora", 8, 3.0)
+    told = call("train", "run.toml")
+    assert (told.exit_code, told.stderr.count("run.toml: adapter")) == (2, 1)
+    assert "adapter.alpha is given, but adapter.kind names no adapter" in told.stderr
+    told = call("train", "-m", "m", "--lora", "16", "--adapter", "x")
+    assert "--lora: adapter.rank is given beside adapter.resume_from" in told.stderr
+
+
 def test_the_demo_rules_where_nothing_is_given() -> None:
     demo = load_config(DEMO_CONFIG)
     assert train_config(None, resume=False) == demo

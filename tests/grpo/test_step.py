@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from troupe.grpo.batch import Batch, make_batch
 from troupe.grpo.config import CorrectionMode, LearnerConfig, Level, LossType
 from troupe.grpo.loss import entropy_from_logits, grpo_loss, selective_log_softmax
 from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, join_halves
-from troupe.grpo.step import StepResult, train_on_batch
+from troupe.grpo.step import DifferentiatedByMlx, StepResult, train_on_batch
 
 V = 6
 Weights = Mapping[str, mx.array]
@@ -123,6 +124,8 @@ def test_micro_batches_change_neither_gradient_nor_metrics(
 class BigramWithGradient:
     """`bigram` that gives its gradients itself, in two portions."""
 
+    has_dropout = False
+
     def __init__(self) -> None:
         self.asked = 0
 
@@ -151,6 +154,56 @@ def test_log_probs_may_bring_a_gradient_of_their_own(iterations: int, micros: in
     assert same.metrics == plain.metrics
     assert same_bits(same.weights, plain.weights)
     assert same_bits(same.optimizer_state, plain.optimizer_state)
+
+
+class BigramWithDropout:
+    """`bigram` whose gradients are of other log-probs in each pass."""
+
+    has_dropout = True
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+
+    def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+        return bigram(weights, batch)
+
+    def gradients(
+        self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Any]]
+    ) -> Generator[tuple[Any, dict[str, mx.array]], None, tuple[mx.array, Any]]:
+        self.passes.append(batch.pass_number)
+        own = DifferentiatedByMlx(lambda w, b: bigram(dropped(w, b.pass_number), b))
+        result: tuple[mx.array, Any] = yield from own.gradients(weights, batch, loss)
+        return result
+
+
+def dropped(weights: Weights, pass_number: int) -> Weights:
+    return {**weights, "table": weights["table"] * (0.9 - 0.2 * pass_number)}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("micros", [1, 3])
+def test_with_dropout_the_old_log_probs_are_those_of_the_policy_that_sampled(iterations: int, micros: int) -> None:
+    config = LearnerConfig(
+        loss_type="dapo", num_iterations=iterations, gradient_accumulation_steps=micros, max_grad_norm=0.0
+    )
+    weights, batch = bigram_weights(), random_batch(bigram_weights())
+    old = bigram(weights, batch)[0]
+    batch = replace(batch, sampling_log_probs=old)
+
+    def loss(w: dict[str, mx.array], number: int) -> mx.array:
+        log_probs = bigram(dropped(w, number), batch)[0]
+        return grpo_loss(log_probs, old, batch.advantages, batch.completion_mask, config)[0]
+
+    state = adamw_init(weights)
+    for number in range(iterations):
+        _, grads = mx.value_and_grad(loss)(weights, number)
+        weights, state = adamw_update(weights, grads, state, lr=0.01)
+    own = BigramWithDropout()
+    result = train_on_batch(bigram_weights(), adamw_init(bigram_weights()), batch, own, config, lr=0.01)
+    assert own.passes == [number for number in range(iterations) for _ in range(micros)]
+    check_close(result.weights, weights)
+    check_close(result.optimizer_state, state)
+    assert result.metrics["sampling/sampling_logp_difference/max"] == 0.0, "the correction knows of no dropout"
 
 
 @pytest.mark.parametrize("streams", [2, 3, 5])

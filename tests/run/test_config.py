@@ -32,6 +32,27 @@ def test_defaults() -> None:
     assert (config.schedule.mode, config.schedule.max_staleness) == ("pinned", 0)
 
 
+@pytest.mark.parametrize(
+    "said", ["rank=16", "use_rslora=false", "dropout=0.0", "target_modules=all-linear", "init=default", "dropout=0.5"]
+)
+def test_a_key_of_an_adapter_that_is_not_named_is_refused_also_where_it_is_the_default(said: str) -> None:
+    key = f"adapter.{said.partition('=')[0]}"
+    with pytest.raises(ConfigError, match=f"{key} is given, but adapter.kind names no adapter"):
+        load_config(None, [f"adapter.{said}"])
+    assert load_config(None, [f"adapter.{said}", "adapter.kind=lora"]).adapter.is_on
+    if key != "adapter.dropout":
+        with pytest.raises(ConfigError, match=f"{key} is given beside adapter.resume_from"):
+            load_config(None, ["adapter.resume_from=a", f"adapter.{said}"])
+
+
+@pytest.mark.parametrize("settings", [[], ["adapter.kind=dora"], ["adapter.resume_from=a"]])
+def test_a_config_that_was_written_out_whole_is_read_back(settings: list[str], tmp_path: Path) -> None:
+    config = load_config(None, settings)
+    write_config(config, tmp_path / "run.toml")
+    assert load_config(tmp_path / "run.toml") == config
+    assert load_config(None, [config_table(config)]) == config
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_toml_loads(path: Path) -> None:
     config = load_config(path)

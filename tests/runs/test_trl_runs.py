@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.support.trl import assert_close, normalizer_of_a_micro_batch, number
+from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.grpo import (
     Batch,
     LearnerConfig,
@@ -28,7 +29,6 @@ from troupe.grpo import (
     make_batch,
     sync_reference,
 )
-from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.policy import load_policy
 
 DATA = Path(__file__).parents[1] / "data"

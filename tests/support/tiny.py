@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from troupe.policy import NetworkConfig, random_policy
 
@@ -62,3 +63,18 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": END, "pad_token": PAD, "chat_template": TEMPLATE}), encoding="utf-8"
     )
+
+
+def small_network(**changes: Any) -> NetworkConfig:
+    """A network without a folder, whose random weights tell tokens apart; `changes`: keys of its config."""
+    standard: dict[str, Any] = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,
+    }
+    return NetworkConfig(**standard | changes)

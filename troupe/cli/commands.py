@@ -20,6 +20,8 @@ from troupe.run.aliases import COMMANDS, Meaning, close_to, known_names, normali
 from troupe.runtime.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, tell
 
 P = ParamSpec("P")
+_OTHER_VALUES = {"scale", "exclude_modules"}
+"""Names of others' settings whose values are other ones here."""
 _FIRST = ("train", "generate", "eval", "inspect", "report", "fuse", "doctor")
 
 
@@ -91,7 +93,7 @@ class Command(click.Command):
         if (flag := spelled.get(normalized(name))) is not None:
             return f"it is {flag} here"
         if (meaning := ours_for(name, _keys())) is not None:
-            return self._meant(meaning, value)
+            return self._meant(meaning, "" if normalized(name) in _OTHER_VALUES else value)
         leaves = [key.rpartition(".")[2] for key in _keys()]
         close = close_to(normalized(name), [*spelled, *leaves, *known_names()])
         if close in spelled:
@@ -171,8 +173,12 @@ def _setting(key: str, value: str) -> str:
     from troupe.errors import ConfigError
     from troupe.run.config import load_config
 
-    for written in (value, f'["{value}"]') if value else ():
+    beside = ["adapter.kind=lora"] if key.startswith("adapter.") else []  # without which the section says nothing
+    ways = [value, f'["{value}"]'] if value else []
+    if key == "adapter.target_modules" and value.replace("_", "").replace(".", "").isalnum():
+        ways.reverse()  # a name: as one text it would be an expression for the whole of a module's name
+    for written in ways:
         with suppress(ConfigError):
-            load_config(None, [f"{key}={written}"])
+            load_config(None, [*beside, f"{key}={written}"])
             return shlex.quote(f"{key}={written}")
     return f"{key}=VALUE"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.errors import InputError
+from troupe.errors import InputError, ModelError
+from troupe.policy.adapter.files import is_adapter_folder
 from troupe.records.layout import RUN_TOML
 from troupe.run.config import Layer, RunConfig, config_table, layered, load_config, read_overrides, settings_layers
 from troupe.run.folder_names import policy_folder, run_folder_named
@@ -125,6 +126,18 @@ def find_model(model: str | None) -> str:
 def find_adapter(adapter: str) -> str:
     """What `--adapter` names: an adapter folder, or that of a run."""
     return str(policy_folder(expanded(adapter)))
+
+
+def find_policy(model: str | None, adapter: str | None) -> tuple[str, Path | None]:
+    """What `-m` and `--adapter` name: a model, or an adapter that names its base; and the adapter beside it, if any."""
+    if adapter is None:
+        return find_model(model), None
+    found = Path(find_adapter(adapter))
+    if model is not None:
+        return find_model(model), found
+    if not is_adapter_folder(found):
+        raise ModelError(f"{found}: holds no adapter; give the folder of one, or a whole model by -m")
+    return str(found), None
 
 
 def tell_policy_of_run(model: str | None) -> None:

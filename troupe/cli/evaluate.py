@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, report_errors
-from troupe.cli.config import find_adapter, find_model, flag_layers
+from troupe.cli.config import find_policy, flag_layers
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.errors import InputError
 from troupe.run.aliases import describe_meaning, ours_for
@@ -38,7 +38,10 @@ _KEYS = {
 
 @click.command(name="eval", cls=Command, keys=_KEYS, short_help="Score a policy on a dataset.")
 @click.option(
-    "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
+    "-m",
+    "--model",
+    metavar="MODEL_DIR",
+    help="Hugging Face folder, or a run folder; default: the adapter's base, or the demo's policy.",
 )
 @click.option("--adapter", metavar="ADAPTER_DIR", help="Adapter beside the model: a run's, PEFT's or mlx-lm's.")
 @click.option(
@@ -77,12 +80,13 @@ def evaluate(
         raise InputError(f"--set {others[0]}: of a config only [data] means something here; write data.key=value{hint}")
     flags = flag_layers({"prompt_column": prompt_column, "chat": chat})
     data = layered(None, [*flags, *settings_layers(settings)]).data
+    path, beside = find_policy(model, adapter)
     started_s = time.perf_counter()
     result = anyio.run(
         evaluate_aloud,
         functools.partial(
             evaluate_folder,
-            find_model(model),
+            path,
             dataset or str(demo.data.eval_path),
             rewards,
             data=data,
@@ -90,7 +94,7 @@ def evaluate(
             temperature=temperature,
             seed=seed,
             dtype=dtype,
-            adapter=None if adapter is None else find_adapter(adapter),
+            adapter=beside,
         ),
     )
     seconds = time.perf_counter() - started_s

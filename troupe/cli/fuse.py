@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from troupe.checkpoint import save_final_policy
 from troupe.cli.commands import Command, report_errors
-from troupe.cli.config import find_adapter, find_model
+from troupe.cli.config import find_policy
 from troupe.errors import ModelError, OutputError
 from troupe.policy import Policy, load_policy
 from troupe.policy.adapter.fuse import fuse as fuse_network
@@ -38,10 +38,7 @@ def fuse(model: str | None, adapter: str, output: str, *, dequantize: bool) -> N
     out = Path(output).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is there already and not empty; give another folder (-o OUT_DIR)")
-    of_adapter = Path(find_adapter(adapter))
-    folder, beside = resolve_base(
-        of_adapter if model is None else find_model(model), None if model is None else of_adapter
-    )
+    folder, beside, _ = resolve_base(*find_policy(model, adapter))
     assert beside is not None
     config, weights = read_model_folder(folder, stored_dtype(folder), expand=False)
     stored = adapter_beside(beside, config, folder)

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, report_errors
-from troupe.cli.config import find_adapter, find_model
+from troupe.cli.config import find_policy
 from troupe.errors import InputError
 from troupe.policy import GenerationConfig, TextPrompt, complete_texts, load_policy, stream_text
 from troupe.runtime.terminal import tell, tell_json
@@ -32,7 +32,10 @@ _KEYS = {
 
 @click.command(cls=Command, keys=_KEYS, short_help="Continue a text with a policy, or answer a chat.")
 @click.option(
-    "-m", "--model", metavar="MODEL_DIR", help="Hugging Face folder, or a run folder; default: the demo's policy."
+    "-m",
+    "--model",
+    metavar="MODEL_DIR",
+    help="Hugging Face folder, or a run folder; default: the adapter's base, or the demo's policy.",
 )
 @click.option("--adapter", metavar="ADAPTER_DIR", help="Adapter beside the model: a run's, PEFT's or mlx-lm's.")
 @click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from standard input.")
@@ -74,7 +77,8 @@ def generate(
         asked = [*asked, {"role": "user", "content": text}]
     generation = GenerationConfig(num_generations=samples, max_completion_length=max_new_tokens, **sampling)
     seed = secrets.randbits(32) if seed is None else seed
-    policy = load_policy(find_model(model), dtype, adapter=None if adapter is None else find_adapter(adapter))
+    path, beside = find_policy(model, adapter)
+    policy = load_policy(path, dtype, adapter=beside)
     raw = not sys.stdout.isatty()  # a file or a program wants the text as it was written
     options: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
     if options and policy.tokenizer.unknown_variables(**options):

@@ -38,6 +38,8 @@ class Batch:
     keys: tuple[tuple[int, int], ...] | None = None
     """(B,) two numbers below 2³² for each row, by which its prompt's and its completion's tokens are told from others
     where dropout is drawn."""
+    pass_number: int = 0
+    """Which of the `num_iterations` passes over the batch this is, from 0; each draws dropout anew."""
 
     @cached_property
     def prompt_ids(self) -> mx.array:

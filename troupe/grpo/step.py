@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
@@ -66,7 +66,7 @@ def train_on_batch(
     gradient = BatchGradient(
         weights,
         batch.without_truncated() if config.mask_truncated_completions else batch,
-        log_probs_fn if hasattr(log_probs_fn, "gradients") else DifferentiatedByMlx(log_probs_fn),
+        _with_gradient(log_probs_fn),
         config,
         ref_weights=ref_weights,
         max_completion_length=max_completion_length,
@@ -80,8 +80,8 @@ def train_on_batch(
     adamw = _adamw_settings(config)
     passes: list[dict[str, float]] = []
     updated = True
-    for rate in rates:
-        grads, values = gradient.at(new_weights, control.in_force(config))
+    for pass_number, rate in enumerate(rates):
+        grads, values = gradient.at(new_weights, control.in_force(config), pass_number)
         norm = global_norm(grads)
         values["grad_norm"] = norm
         figures: list[float] = mx.stack(list(values.values())).tolist()  # type: ignore[assignment] # one transfer
@@ -136,6 +136,11 @@ def _over_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class PolicyLogProbs(Protocol):
     """The log-probs of a policy's completions, and the gradient of what is computed from them."""
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether gradients are those of a network of which something is dropped, otherwise in each pass over a batch;
+        log-probs alone are those of the whole."""
+
     def __call__(self, weights: Weights, batch: Batch, /) -> tuple[mx.array, mx.array]:
         """Log-probs (B, T) of the completion ids and entropies (B, T), both float32, in nats, under the
         temperature-scaled distribution. What stands on padding does not matter, as long as it is finite."""
@@ -148,6 +153,8 @@ class PolicyLogProbs(Protocol):
 
 class DifferentiatedByMlx:
     """A plain function of weights and batch as `PolicyLogProbs`, its gradient in one chunk."""
+
+    has_dropout = False
 
     def __init__(self, function: Callable[[Weights, Batch], tuple[mx.array, mx.array]]) -> None:
         self._function = function
@@ -166,11 +173,18 @@ class DifferentiatedByMlx:
         return result
 
 
+def _with_gradient(
+    log_probs: PolicyLogProbs | Callable[[Weights, Batch], tuple[mx.array, mx.array]],
+) -> PolicyLogProbs:
+    return cast(PolicyLogProbs, log_probs) if hasattr(log_probs, "gradients") else DifferentiatedByMlx(log_probs)
+
+
 class _MicroBatch(NamedTuple):
     """A micro-batch with what stays the same over all passes; (B, T) each."""
 
     batch: Batch
     old: mx.array | None
+    """Of the policy that sampled; None: of the only pass itself, which is the same where nothing is dropped."""
     ref: mx.array | None
 
 
@@ -197,19 +211,19 @@ class BatchGradient:
         self._streams = streams
         self._micros: list[_MicroBatch] = []
         parts = split(batch, config.gradient_accumulation_steps or 1)
-        several_passes = config.num_iterations > 1
+        keeps_old = config.num_iterations > 1 or log_probs.has_dropout
         some_entropies = config.top_entropy_quantile < 1.0
         entropies = []
         for part in parts:
             old = ref = None
-            if several_passes or (some_entropies and len(parts) > 1):
+            if keeps_old or (some_entropies and len(parts) > 1):
                 old, part_entropies = log_probs(weights, part)
                 mx.eval(old, part_entropies)
                 entropies.append(part_entropies)
             if config.beta != 0.0 and ref_weights is not None:
                 ref, _ = log_probs(ref_weights, part)
                 mx.eval(ref)
-            self._micros.append(_MicroBatch(part, old if several_passes else None, ref))
+            self._micros.append(_MicroBatch(part, old if keeps_old else None, ref))
 
         self._entropy_threshold = entropy_tokens = None
         if some_entropies and entropies:
@@ -225,15 +239,17 @@ class BatchGradient:
             max_completion_length=max_completion_length,
         )
 
-    def at(self, weights: Weights, entropy_coef: float) -> tuple[Gradients, Tallies]:
+    def at(self, weights: Weights, entropy_coef: float, pass_number: int) -> tuple[Gradients, Tallies]:
         """The gradient by `weights`, and `loss` and metrics, each (); as many micro-batches at a time as there are
-        streams. `entropy_coef`: the weight of the entropy bonus in force."""
+        streams. `entropy_coef`: the weight of the entropy bonus in force. `pass_number`: from 0."""
         total: Gradients = {}
         values: list[tuple[mx.array, Tallies]] = []
         lanes = max(1, len(self._streams))
         for first in range(0, len(self._micros), lanes):
             works = [
-                self._log_probs.gradients(weights, micro.batch, partial(self._loss, micro, entropy_coef))
+                self._log_probs.gradients(
+                    weights, replace(micro.batch, pass_number=pass_number), partial(self._loss, micro, entropy_coef)
+                )
                 for micro in self._micros[first : first + lanes]
             ]
             for portion in side_by_side(works, self._streams, values):

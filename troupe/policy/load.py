@@ -2,23 +2,36 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import mlx.core as mx
 import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
-from troupe.policy.adapter.files import StoredAdapter, base_named_in, check_base, is_adapter_folder, read_adapter
+from troupe.policy.adapter.files import StoredAdapter, base_named_in, is_adapter_folder, read_adapter
 from troupe.policy.adapter.modules import Adapter, init_adapter, resolve_adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.folders import read_model_folder
-from troupe.policy.hub import resolve_model
+from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.model import Policy
-from troupe.policy.model_files import Companions, check_folder, model_fingerprint
+from troupe.policy.model_files import Companions, check_folder, model_fingerprint, some
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.tensors import Weights
 
 _REMEDY = "give its base, with the adapter beside it (-m BASE --adapter DIR), or fuse or merge first"
+
+
+class Located(NamedTuple):
+    """Where a policy lies."""
+
+    folder: Path
+    """Of the model, or of the base."""
+    adapter: Path | None
+    """Beside it, if any."""
+    name: str
+    """Of the model, for who looks for it later: the hub id that it was named by, which other machines know, or the
+    absolute path of its folder."""
 
 
 def load_policy(path: str | Path, dtype: str | None = None, *, adapter: str | Path | None = None) -> Policy:
@@ -27,9 +40,9 @@ def load_policy(path: str | Path, dtype: str | None = None, *, adapter: str | Pa
     `adapter`: an adapter folder of PEFT, mlx-lm or a run, to be beside it. Where `path` itself is one, the base is the
     one that it names. `dtype` and errors are those of `read_model_folder`, `resolve_model` and `read_adapter`.
     """
-    folder, adapter_folder = resolve_base(path, None if adapter is None else Path(adapter))
-    policy = _whole(folder, dtype)
-    return policy if adapter_folder is None else _beside(policy, adapter_folder, model_fingerprint(folder))[0]
+    located = resolve_base(path, None if adapter is None else Path(adapter))
+    policy = _whole(located.folder, dtype)
+    return policy if located.adapter is None else _beside(policy, located, model_fingerprint(located.folder))[0]
 
 
 def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, seed: int) -> tuple[Policy, str]:
@@ -37,18 +50,19 @@ def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, s
     as `settings` say. Raises what `load_policy` raises, ConfigError as `resolve_adapter`, and ModelError for a packed
     network that would be trained whole."""
     given = None if settings.resume_from is None else Path(settings.resume_from)
-    folder, adapter_folder = resolve_base(path, given)
-    if adapter_folder is not None and settings.kind is not None and given is None:
+    located = resolve_base(path, given)
+    folder = located.folder
+    if located.adapter is not None and settings.kind is not None and given is None:
         raise ModelError(
-            f"{adapter_folder}: is an adapter itself, so that no new one can begin beside it; leave adapter.kind out "
+            f"{located.adapter}: is an adapter itself, so that no new one can begin beside it; leave adapter.kind out "
             "to go on with it, or fuse it first (troupe fuse)"
         )
     policy, fingerprint = _whole(folder, dtype), model_fingerprint(folder)
-    if adapter_folder is not None:
-        policy, of_adapter = _beside(policy, adapter_folder, fingerprint, settings)
+    if located.adapter is not None:
+        policy, of_adapter = _beside(policy, located, fingerprint, settings)
         return policy, hashlib.sha256(f"{fingerprint} {of_adapter}".encode()).hexdigest()
     if settings.kind is not None:
-        return _with_new(policy, settings, seed, fingerprint), fingerprint
+        return _with_new(policy, settings, seed, located.name, fingerprint), fingerprint
     if policy.is_packed:
         raise ModelError(
             f"{folder}: its weights are quantized, and such a network cannot be trained whole; train an adapter beside "
@@ -57,12 +71,12 @@ def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, s
     return policy, fingerprint
 
 
-def resolve_base(path: str | Path, adapter: Path | None = None) -> tuple[Path, Path | None]:
+def resolve_base(path: str | Path, adapter: Path | None = None) -> Located:
     """The model folder that a path or hub id means, and the adapter folder beside it, if any: `adapter`, or `path`
     itself, whose base is then the one that it names."""
     folder = resolve_model(path)
     if not is_adapter_folder(folder):
-        return folder, adapter
+        return Located(folder, adapter, _name_of(path, folder))
     if adapter is not None:
         raise ModelError(f"{folder}: is an adapter itself, and {adapter} is given beside it; name one of them")
     if (base := base_named_in(folder)) is None:
@@ -74,14 +88,16 @@ def resolve_base(path: str | Path, adapter: Path | None = None) -> tuple[Path, P
         raise ModelError(
             f"{folder}: holds an adapter of the base {base}, which cannot be used: {error}; {_REMEDY}"
         ) from None
-    return found, folder
+    return Located(found, folder, _name_of(base, found))
+
+
+def _name_of(named: str | Path, folder: Path) -> str:
+    return str(named) if is_hub_id(named) else str(folder.absolute())
 
 
 def adapter_beside(folder: Path, config: NetworkConfig, base: Path) -> StoredAdapter:
     """The adapter of a folder, which must be one of this base. ModelError where it is not."""
-    stored = read_adapter(folder, config)
-    check_base(stored, folder, model_fingerprint(base), base)
-    return stored
+    return read_adapter(folder, config, base, model_fingerprint(base))
 
 
 def _whole(folder: Path, dtype: str | None) -> Policy:
@@ -90,11 +106,12 @@ def _whole(folder: Path, dtype: str | None) -> Policy:
 
 
 def _beside(
-    policy: Policy, folder: Path, fingerprint: str, settings: AdapterConfig | None = None
+    policy: Policy, located: Located, fingerprint: str, settings: AdapterConfig | None = None
 ) -> tuple[Policy, str]:
     """A whole network with the adapter of a folder beside it, and what tells this adapter from others."""
-    stored = read_adapter(folder, policy.config)
-    check_base(stored, folder, fingerprint, policy.path or folder)
+    folder = located.adapter
+    assert folder is not None
+    stored = read_adapter(folder, policy.config, located.folder, fingerprint)
     adapter = stored.adapter
     if settings is not None:
         if settings.kind not in (None, adapter.kind):
@@ -102,27 +119,31 @@ def _beside(
                 f"{folder}: is a {adapter.kind} adapter, and adapter.kind is {settings.kind}; leave it out"
             )
         adapter = msgspec.structs.replace(adapter, dropout=settings.dropout)
-    return _adapted(policy, adapter, stored.weights, fingerprint), digest_of(stored.weights)
+    return _adapted(policy, adapter, stored.weights, located.name, fingerprint), digest_of(adapter, stored.weights)
 
 
-def _with_new(policy: Policy, settings: AdapterConfig, seed: int, fingerprint: str) -> Policy:
+def _with_new(policy: Policy, settings: AdapterConfig, seed: int, name: str, fingerprint: str) -> Policy:
     """A whole network as the base of an adapter that begins as `settings` say."""
     adapter = resolve_adapter(settings, policy.config)
-    adapted = _adapted(policy, adapter, {}, fingerprint)
+    adapted = _adapted(policy, adapter, {}, name, fingerprint)
     norms = adapted.base.row_norms(policy.config, adapter) if adapter.kind == "dora" else None
+    if empty := [module for module, lengths in (norms or {}).items() if not mx.all(lengths > 0.0).item()]:
+        raise ModelError(
+            f"{name}: rows of {some(empty)} hold nothing but 0, and DoRA divides by their length; take "
+            "adapter.kind = 'lora', or leave these matrices out of adapter.target_modules"
+        )
     return adapted.having(init_adapter(policy.config, adapter, settings.init, seed, norms))
 
 
-def _adapted(policy: Policy, adapter: Adapter, weights: Weights, fingerprint: str) -> Policy:
+def _adapted(policy: Policy, adapter: Adapter, weights: Weights, name: str, fingerprint: str) -> Policy:
     """A whole network as the base of an adapter, whose weights are what is trained; uses up those of `policy`."""
     network, policy.weights = dict(policy.weights), {}
-    name = "" if policy.path is None else str(policy.path.absolute())
     return policy.having(weights, base=Base.of(policy.config, network, adapter, name=name, fingerprint=fingerprint))
 
 
-def digest_of(weights: Weights) -> str:
-    """64 hexadecimal digits that are the same for the same numbers."""
-    total = hashlib.sha256()
+def digest_of(adapter: Adapter, weights: Weights) -> str:
+    """64 hexadecimal digits that are the same for the same policy over a base: kind, scales and numbers."""
+    total = hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(adapter, dropout=0.0)))
     for name, array in weights.items():
         total.update(name.encode())
         total.update(memoryview(cast(Any, array)))

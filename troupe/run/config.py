@@ -25,11 +25,15 @@ from troupe.rewards import RewardsConfig
 from troupe.run.aliases import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import moved_demo_file, policy_folder
-from troupe.run.tables import anchored_reward, copied, lay_over, table_of
+from troupe.run.tables import anchored_reward, copied, lay_over, says, table_of, value_at, without_none
 from troupe.runtime.files import expanded, read_toml
 
 _SOURCES = ("path", "eval_path")
 """Keys of [data] that name prompts."""
+
+
+_WHOLE = {"rank", "rank_pattern", "alpha_pattern"}
+"""Keys of [adapter] that stand beside each other, at their defaults, only in a config that was written out whole."""
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -143,7 +147,15 @@ def layered(path: str | Path | None, layers: Sequence[Layer]) -> RunConfig:
         change = copied(layer.table)
         _anchor_paths(change, Path.cwd())
         lay_over(table, change)
-    return _convert(table, _Sources(base, tuple(layers)))
+    sources = _Sources(base, tuple(layers))
+    config = _convert(table, sources)
+    said = without_none(table.get("adapter", {}))
+    if not said.keys() >= _WHOLE:
+        try:
+            config.adapter.refuse_idle(said)
+        except ValueError as error:
+            raise ConfigError(f"{sources.of_relation(str(error), 'adapter')}: {error}") from None
+    return config
 
 
 def check_config(config: RunConfig) -> RunConfig:
@@ -159,9 +171,9 @@ def check_config(config: RunConfig) -> RunConfig:
 def read_overrides(path: str | Path) -> dict[str, Any]:
     """What a TOML file says, and no more: a table to be laid over another config, as an override is.
 
-    Relative input paths are made absolute. ConfigError as of `load_config`.
+    Relative input paths are made absolute. What it says is checked with what it is laid over, of which its keys may ask
+    for others; ConfigError where it is no TOML.
     """
-    load_config(path)  # what is wrong in it is told as this file's
     table = read_toml(Path(path))
     _anchor_paths(table, Path(path).parent)
     return table
@@ -179,7 +191,7 @@ def with_value(config: RunConfig, key: str, value: Any, source: str) -> RunConfi
 
 def config_table(config: RunConfig) -> dict[str, Any]:
     """The config as nested dicts, without the keys that are None (TOML has no null)."""
-    table: dict[str, Any] = _without_none(msgspec.to_builtins(config, str_keys=True))
+    table: dict[str, Any] = without_none(msgspec.to_builtins(config, str_keys=True))
     return table
 
 
@@ -207,12 +219,6 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value
-
-
 class _Sources(NamedTuple):
     """Who said what of a config."""
 
@@ -223,7 +229,7 @@ class _Sources(NamedTuple):
         """Who said the first of these keys that a layer says."""
         for key in keys:
             for layer in self.layers[::-1]:
-                if _says(layer.table, key):
+                if says(layer.table, key):
                     return layer.source
         return self.base
 
@@ -251,15 +257,6 @@ def _keys(struct: type[msgspec.Struct], prefix: str) -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _says(table: Any, key: str) -> bool:
-    for part in key.split("."):
-        name = part.partition("[")[0]
-        if not isinstance(table, Mapping) or name not in table:
-            return False
-        table = table[name]
-    return True
-
-
 def _convert(table: dict[str, Any], sources: _Sources) -> RunConfig:
     _refuse_unknown_keys(table, RunConfig, sources, "")
     _refuse_nonfinite(table, sources, "")
@@ -270,7 +267,7 @@ def _convert(table: dict[str, Any], sources: _Sources) -> RunConfig:
         key = where.rstrip("`").lstrip(".")
         if not key:
             raise ConfigError(f"{sources.of_relation(message, '')}: {message}") from None
-        value, message = _value_at(table, key), message.replace(" | null", "")
+        value, message = value_at(table, key), message.replace(" | null", "")
         message = message[:1].lower() + message[1:].replace("`", "").replace("object", "a table")
         if isinstance(value, dict):  # too long to show
             is_section = key in RunConfig.__struct_fields__
@@ -281,15 +278,6 @@ def _convert(table: dict[str, Any], sources: _Sources) -> RunConfig:
         elif message.startswith("expected a table") and (meaning := ours_for(key, known_keys())) is not None:
             message += f"; {describe_meaning(meaning)}"
         raise ConfigError(f"{sources.of(key)}: {key} is {value!r}: {message}") from None
-
-
-def _value_at(table: Any, key: str) -> Any:
-    for part in key.split("."):
-        name, _, index = part.rstrip("]").partition("[")
-        table = table.get(name) if isinstance(table, dict) else table
-        if index.isdigit():
-            table = table[int(index)]
-    return table
 
 
 def _choices(key: str) -> list[Any]:

@@ -69,3 +69,30 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def without_none(value: Any) -> Any:
+    """A table without what is None, also in its tables; any other value as it is."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def says(table: Any, key: str) -> bool:
+    """Whether a table has a value for `section.key`, which may end in the place within a list."""
+    for part in key.split("."):
+        name = part.partition("[")[0]
+        if not isinstance(table, Mapping) or name not in table:
+            return False
+        table = table[name]
+    return True
+
+
+def value_at(table: Any, key: str) -> Any:
+    """What a table has at `section.key`, or at a place within a list there."""
+    for part in key.split("."):
+        name, _, index = part.rstrip("]").partition("[")
+        table = table.get(name) if isinstance(table, dict) else table
+        if index.isdigit():
+            table = table[int(index)]
+    return table

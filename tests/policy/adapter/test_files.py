@@ -28,10 +28,8 @@ from tests.policy.adapter.folders import (
 )
 from troupe.errors import ModelError
 from troupe.policy.adapter.files import (
-    StoredAdapter,
     adapter_files,
     base_named_in,
-    check_base,
     is_adapter_folder,
     read_adapter,
     save_adapter,
@@ -219,13 +217,19 @@ def test_the_settings_of_the_tool_that_wrote_last_say_whose_tensors_count(tmp_pa
     assert_equal(read_adapter(tmp_path, NETWORK).weights, for_mlx)
 
 
-def test_an_adapter_of_another_base_is_refused() -> None:
-    stored = read_adapter(VECTORS / "peft" / "qv", NETWORK)
-    check_base(stored, Path("a"), "0" * 64, BASE)  # of PEFT: it does not say
-    stored = StoredAdapter(stored.adapter, stored.weights, "old", "f" * 64)
-    check_base(stored, Path("a"), "f" * 64, BASE)
-    with pytest.raises(ModelError, match=r"^a: this adapter was trained over another base \(old\) than .*f{12}… and 0"):
-        check_base(stored, Path("a"), "0" * 64, BASE)
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    read_adapter(VECTORS / "peft" / "qv", NETWORK, BASE, "0" * 64)  # PEFT does not say
+    adapter = ADAPTERS["last"]
+    save_adapter(tmp_path, files_of(adapter, random_weights(adapter)))
+    read_adapter(tmp_path, NETWORK, BASE, "f" * 64)
+    larger = msgspec.structs.replace(NETWORK, hidden_size=128)  # which would make a fault of every tensor
+    for network in (NETWORK, larger):
+        with pytest.raises(ModelError) as caught:
+            read_adapter(tmp_path, network, Path("other"), "0" * 64)
+        assert str(caught.value).startswith(
+            f"{tmp_path}: this adapter was trained over another base ({BASE}) than other: their fingerprints are "
+            "ffffffffffff… and 000000000000…; give the base"
+        )
 
 
 # what is none
@@ -352,12 +356,14 @@ def without_scale(settings: dict[str, Any]) -> None:
         (setting("fine_tune_type", "loha"), "fine_tune_type: 'loha' is not supported; it must be 'lora' or 'dora'"),
         (setting("fine_tune_type", ["lora"]), "fine_tune_type: ['lora'] is not supported"),
         (setting("lora_parameters", None), "lora_parameters: missing; it must say rank and scale"),
-        (parameter("scale", None), "scale: missing; it must be a finite number"),
+        (parameter("scale", None), "lora_parameters.scale: missing; it must be a finite number"),
+        (parameter("rank", None), "lora_parameters.rank: missing; it must be a finite number"),
         (parameter("scale", 0.0), "lora_parameters.scale: 0, so that the adapter does nothing"),
         (parameter("rank", 2.5), "lora_parameters.rank: 2.5 is refused; it must be a whole number from 1"),
         (parameter("keys", "self_attn.q_proj"), "lora_parameters.keys: 'self_attn.q_proj' is refused; it must be a li"),
         (parameter("dropout", -0.1), "dropout: -0.1 is refused; it must be at least 0 and below 1"),
         (parameter("keys", [1]), "keys: [1] is refused"),
+        (setting("num_layers", 1.5), "num_layers: 1.5 is refused; it must be a whole number"),
         (setting("num_layers", "all"), "num_layers: all is refused; it must be a finite number"),
     ],
 )
@@ -393,6 +399,14 @@ def zero(*shape: int) -> mx.array:
         (lambda t: t.update({PEFT_A.replace(".lora_A.weight", ".lora_magnitude_vector"): zero(64)}), "vector: left o"),
         (lambda t: t.update({PEFT_B.replace(".weight", ".bias"): zero(64)}), "lora_B.bias: left over"),
         (lambda t: t.update({"base_model.model.lm_head.weight": zero(512, 64)}), "lm_head.weight: left over"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": zero(4, 64)}),
+            "lm_head.lora_A.weight: an adapter of embedding or head is not supported; merge it into its base first",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": zero(4, 512)}),
+            "model.embed_tokens.lora_embedding_A: an adapter of embedding or head is not supported",
+        ),
         (lambda t: t.update({PEFT_A.removeprefix("base_model.model."): zero(4, 64)}), "stored twice"),
         (lambda t: t.clear(), "bad tensor(s) for this base"),
         (lambda t: t.update({PEFT_A: mx.zeros((4, 64), mx.int32)}), f"{PEFT_A}: dtype I32; only F32, BF16, F16"),
@@ -418,6 +432,7 @@ def test_tensors_of_peft_that_do_not_fit_are_named(
         (lambda t: t.update({f"{Q}.lora_a": zero(64, 5)}), f"{Q}.lora_a: shape [64, 5], this base and {SETTINGS} as"),
         (lambda t: t.update({f"{Q.replace('q_', 'k_')}.lora_a": zero(64, 4)}), "k_proj.lora_a: left over"),
         (lambda t: t.update({f"{Q}.m": zero(64)}), f"{Q}.m: left over"),
+        (lambda t: t.update({"lm_head.lora_a": zero(64, 4)}), "lm_head.lora_a: an adapter of embedding or head is not"),
         (lambda t: t.update({f"{Q}.weight": zero(64, 64)}), f"{Q}.weight: left over"),
     ],
 )

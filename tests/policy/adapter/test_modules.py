@@ -43,6 +43,7 @@ def test_all_linear_is_all_seven_of_each_layer_with_twice_the_rank_as_alpha() ->
         (["mlp.up_proj"], ["up_proj"]),
         (r".*\.self_attn\.[qk]_proj", ["q_proj", "k_proj"]),
         (r"model\.layers\.\d+\.mlp\.(up|down)_proj", ["up_proj", "down_proj"]),
+        (r"(?!lm_head).*(up|down)_proj", ["up_proj", "down_proj"]),
         (".*", [name.rpartition(".")[2] for name in list(linear_shapes(NETWORK))[:7]]),
     ],
 )
@@ -89,8 +90,14 @@ def test_rslora_divides_by_the_root() -> None:
         ({"target_modules": ["wte"]}, "no module is called 'wte'; there are q_proj, k_proj, v_proj, o_proj, gate_proj"),
         ({"target_modules": ["proj"]}, "no module is called 'proj'"),
         ({"target_modules": ["q_proj", ""]}, "no module is called ''"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapter.target_modules: 'lm_head' cannot have an adapter here"),
-        ({"target_modules": ["model.embed_tokens"]}, "'model.embed_tokens' cannot have an adapter here"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "adapter.target_modules: 'lm_head' names lm_head, which cannot have an adapter here: embedding and head "
+            "are computed without one, together with the softmax; leave it out, or name some of q_proj, k_proj, v_proj",
+        ),
+        ({"target_modules": ["model.embed_tokens"]}, "'model.embed_tokens' names embed_tokens, which cannot have"),
+        ({"target_modules": "lm_head"}, "'lm_head' names lm_head, which cannot have an adapter here"),
+        ({"target_modules": r".*(q_proj|lm_head)"}, "'.*(q_proj|lm_head)' names lm_head, which cannot have an adapter"),
         ({"target_modules": "q_proj"}, "the expression 'q_proj' matches the whole name of no module, such as model."),
         ({"target_modules": ["layers.0.mlp.up_proj"], "layers": 1}, "adapter.layers leaves none of the modules that"),
         ({"layers": 4}, "adapter.layers is 4, but the network has 3 layers; give at most 3"),

@@ -47,6 +47,11 @@ def test_a_key_that_would_do_nothing_is_refused(key: str) -> None:
     assert getattr(read(kind="lora", **{key: NEW[key]}), key) not in (None, getattr(AdapterConfig(), key))
 
 
+def test_dropout_needs_an_adapter_and_may_stand_beside_one_that_there_is() -> None:
+    assert refusal(dropout=0.1).startswith("adapter.dropout is given, but adapter.kind names no adapter; add")
+    assert read(resume_from="a", dropout=0.1).dropout == read(kind="dora", dropout=0.1).dropout == 0.1
+
+
 def test_lists_texts_and_numbers_are_told_apart() -> None:
     config = read(kind="dora", target_modules=["q_proj", "mlp.up_proj"], layers=[0, 2])
     assert (config.target_modules, config.layers) == (("q_proj", "mlp.up_proj"), (0, 2))

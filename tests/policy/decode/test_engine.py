@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.support.tiny import small_network
 from troupe.errors import ModelError
 from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
@@ -22,20 +23,9 @@ from troupe.policy.decode.requests import CompletedGroup, Completion, Generation
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.load import load_policy
 from troupe.policy.model import Policy, random_policy
-from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.tensors import init_weights
 
-CONFIG = NetworkConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=80,
-    initializer_range=0.25,
-)
+CONFIG = small_network(vocab_size=61, max_position_embeddings=80, initializer_range=0.25)
 POLICY = random_policy(CONFIG, seed=5)
 STOP = frozenset({7, 8, 9})
 RAGGED = [

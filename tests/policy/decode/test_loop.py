@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
 from tests.support.families import family_configs, shaken_policy
+from tests.support.tiny import small_network
 from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
 from troupe.policy.decode.engine import RolloutEngine
@@ -23,20 +24,9 @@ from troupe.policy.decode.requests import Completion, GenerationConfig, RolloutR
 from troupe.policy.decode.sampling import draw_by_shares
 from troupe.policy.load import load_policy
 from troupe.policy.model import Policy, random_policy
-from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import exp
 
-CONFIG = NetworkConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    initializer_range=0.25,
-)
+CONFIG = small_network(vocab_size=61, max_position_embeddings=64, initializer_range=0.25)
 POLICY = random_policy(CONFIG, seed=5)
 POLICIES = {
     name: shaken_policy(config, seed=5) for name, config in family_configs(hidden_size=32).items() if name != "qwen3"

@@ -4,22 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.tiny import small_network
 from troupe.policy import AdapterConfig, Completion, GenerationConfig, RolloutEngine, RolloutRequest, random_policy
 from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import Adapter, init_adapter, resolve_adapter
-from troupe.policy.network.architecture import NetworkConfig
 
-CONFIG = NetworkConfig(
-    vocab_size=90,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.3,
-    tie_word_embeddings=True,
-)
+CONFIG = small_network(vocab_size=90, tie_word_embeddings=True)
 PROMPTS = [(1, 2, 3), (4, 5, 6, 7, 8), (9,), (10, 11), (12, 13, 14, 15)]
 STOP = frozenset(range(6))
 

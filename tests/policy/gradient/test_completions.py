@@ -14,22 +14,13 @@ from hypothesis import strategies as st
 
 from tests.support.devices import compute_on
 from tests.support.families import family_configs
+from tests.support.tiny import small_network
 from troupe.policy.gradient.backward import completion_statistics
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import hidden_states, project
 from troupe.policy.network.tensors import Weights, init_weights
 
-TIED = NetworkConfig(
-    vocab_size=600,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    tie_word_embeddings=True,
-    initializer_range=0.3,
-)
+TIED = small_network(vocab_size=600, hidden_size=16, intermediate_size=24, tie_word_embeddings=True)
 CONFIGS = {"tied": TIED, "untied": msgspec.structs.replace(TIED, tie_word_embeddings=False)} | family_configs(
     vocab_size=600, hidden_size=16, intermediate_size=24, initializer_range=0.3
 )

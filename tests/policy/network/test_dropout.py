@@ -3,23 +3,13 @@
 import mlx.core as mx
 import pytest
 
+from tests.support.tiny import small_network
 from troupe.policy import AdapterConfig, TokenStatistics, completion_gradients, random_policy
 from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import init_adapter, resolve_adapter
-from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.dropout import Dropout, row_keys, token_keys
+from troupe.policy.network.dropout import Dropout, RowKeys, row_keys, token_keys
 
-CONFIG = NetworkConfig(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.3,
-    tie_word_embeddings=True,
-)
+CONFIG = small_network(tie_word_embeddings=True)
 PROMPTS = [[1, 2, 3], [1, 2, 3], [7, 8], [7, 8]]
 COMPLETIONS = [[4, 5, 6, 7], [9, 8], [3, 2, 1, 0, 5], [6]]
 KEYS = [*row_keys(11, 2, PROMPTS[0], 5), *row_keys(12, 2, PROMPTS[2], 5)]
@@ -36,24 +26,37 @@ def test_so_much_is_dropped_and_the_mean_stays(rate: float) -> None:
     assert float(mx.max(mx.abs(by_token - rate))) < 0.2
 
 
-def test_what_is_dropped_follows_from_row_token_matrix_and_seed() -> None:
-    x = mx.ones((1, 12, 64))
-
-    def dropped(module: str = "model.layers.1.mlp.gate_proj", seed: int = 0, keys: object = KEYS) -> mx.array:
-        return Dropout(0.5, token_keys(PROMPTS, COMPLETIONS, keys, seed)).of(module, x)  # type: ignore[arg-type]
+def test_what_is_dropped_follows_from_row_token_matrix_seed_and_pass() -> None:
+    def dropped(
+        module: str = "model.layers.1.mlp.gate_proj", *, seed: int = 0, number: int = 0, keys: RowKeys = KEYS
+    ) -> mx.array:
+        tokens = token_keys(PROMPTS, COMPLETIONS, keys, seed=seed, pass_number=number)
+        return Dropout(0.5, tokens).of(module, x)
 
     def same(a: mx.array, b: mx.array) -> bool:
         return bool(mx.array_equal(a, b).item())
 
-    x = mx.ones((1, token_keys(PROMPTS, COMPLETIONS, KEYS, 0).size, 64))
+    x = mx.ones((1, token_keys(PROMPTS, COMPLETIONS, KEYS, seed=0).size, 64))
     assert same(dropped(), dropped())
     assert same(dropped(), dropped("model.layers.1.mlp.up_proj"))  # the same input
     assert same(dropped(), dropped("model.layers.1.mlp.gate_up_proj"))
     assert not same(dropped(), dropped("model.layers.1.mlp.down_proj"))
     assert not same(dropped(), dropped("model.layers.0.mlp.gate_proj"))
     assert not same(dropped(), dropped(seed=1))
+    assert not same(dropped(), dropped(number=1))
+    assert not same(dropped(seed=1), dropped(number=1))
     assert not same(dropped(), dropped(keys=[*KEYS[:2], *row_keys(13, 2, PROMPTS[2], 5)]))
     assert not same(dropped(), dropped(keys=[*KEYS[:2], *row_keys(12, 2, PROMPTS[2], 6)]))
+
+
+def test_no_row_loses_in_one_pass_or_seed_what_another_lost_in_another() -> None:
+    rows = row_keys(7, 8, PROMPTS[0], 0)
+    x, lost = mx.ones((1, 1, 64)), set[tuple[float, ...]]()
+    for _, own in rows:
+        for seed, number in ((seed, number) for seed in range(4) for number in range(4)):
+            keys = token_keys([[1]], [[1]], [(own, own)], seed=seed, pass_number=number)
+            lost.add(tuple(Dropout(0.5, keys).of("model.layers.0.mlp.up_proj", x)[0, 0].tolist()))  # type: ignore[arg-type]
+    assert len(lost) == 8 * 4 * 4
 
 
 def direction(name: str, like: mx.array) -> mx.array:
@@ -70,7 +73,7 @@ def gradients(dropout: bool, rows: slice, shift: float = 0.0) -> tuple[dict[str,
     network = base.completed(CONFIG, trained)
     drop = None
     if dropout:
-        drop = Dropout(0.3, token_keys(PROMPTS[rows], COMPLETIONS[rows], KEYS[rows], 0))
+        drop = Dropout(0.3, token_keys(PROMPTS[rows], COMPLETIONS[rows], KEYS[rows], seed=0))
 
     def total(statistics: TokenStatistics) -> tuple[mx.array, tuple[()]]:
         return statistics.log_probs.sum(), ()

@@ -12,6 +12,7 @@ import pytest
 
 from tests.policy.forward_vectors import ABOUT, MODELS, SHIPPED, model_folder, tensors
 from tests.support.devices import compute_on
+from tests.support.tiny import small_network
 from tests.test_oracles import oracle
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
@@ -21,16 +22,7 @@ from troupe.policy.network.rotary import Rope, YarnScaling, attention_factor
 from troupe.policy.network.rotation import Rotation
 from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count
 
-SMALL = NetworkConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.3,
-)
+SMALL = small_network(vocab_size=50, hidden_size=16, intermediate_size=24)
 
 
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=16)

@@ -133,3 +133,47 @@ def test_a_base_that_is_not_where_the_adapter_says_is_missed_by_name_and_may_be_
     settings = json.loads((final / "adapter_config.json").read_bytes())
     (final / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "../../moved"}))
     assert same_bits(load_policy(final).weights, trained), "a path counts from the adapter's folder"
+
+
+def test_dora_is_refused_where_a_row_of_a_matrix_has_no_direction(desk: Path) -> None:
+    """PEFT and mlx-lm would divide 0 by 0."""
+    shutil.copytree(Path("m").resolve(), "empty")
+    weights = mx.load("empty/model.safetensors")
+    assert isinstance(weights, dict)
+    weights["model.layers.1.mlp.up_proj.weight"][5] = 0.0
+    weights = {name: array + 0 for name, array in weights.items()}
+    mx.eval(weights)
+    mx.save_safetensors("empty/model.safetensors", weights)
+    said = refused("train", "-m", "empty", "--set", "adapter.kind=dora", *RUN, *SHORT, "-o", "out")
+    assert "empty: rows of model.layers.1.mlp.up_proj hold nothing but 0, and DoRA divides by their length" in said
+    done("train", "-m", "empty", "--lora", "4", *RUN, *SHORT, "-o", "out")
+
+
+def put_in_cache(model: Path, cache: Path) -> None:
+    """The model `Some/Tiny` as the hub's client leaves it."""
+    kept = cache / "models--Some--Tiny"
+    shutil.copytree(model, kept / "snapshots" / "abc")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+
+
+def test_a_base_that_has_a_hub_id_is_named_by_it_and_found_on_another_machine(
+    desk: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def base_in(folder: str) -> str:
+        settings: dict[str, str] = json.loads((Path(folder) / "adapter_config.json").read_bytes())
+        return settings["base_model_name_or_path"]
+
+    put_in_cache(ragged_model, desk / "cache")
+    monkeypatch.setenv("HF_HUB_CACHE", str(desk / "cache"))
+    done("train", "-m", "Some/Tiny", "--lora", "4", *RUN, *SHORT, "-o", "out")
+    assert base_in("out/final") == base_in("out/checkpoints/step-00000002") == "Some/Tiny"
+    answer = done("generate", "-m", "out", *ASK)
+    shutil.move(desk / "cache", desk / "elsewhere")
+    assert "holds an adapter of the base Some/Tiny, which cannot be used" in refused("generate", "-m", "out", *ASK)
+    monkeypatch.setenv("HF_HUB_CACHE", str(desk / "elsewhere"))
+    for named in (("-m", "out"), ("-m", "Some/Tiny", "--adapter", "out")):
+        assert done("generate", *named, *ASK) == answer
+    done("train", "-o", "out", "--resume", "--max-steps", "3", "--allow-change", "learner.max_steps")
+    done("train", "-m", "out", *RUN, *SHORT, "-o", "more")
+    assert base_in("out/final") == base_in("more/final") == "Some/Tiny"

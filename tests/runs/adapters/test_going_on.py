@@ -148,7 +148,10 @@ def test_a_run_that_went_on_with_an_adapter_is_resumed_with_the_same_one_whereve
     again = train_adapter(ragged_model, folder, resume=True, **settings | {"adapter__resume_from": str(moved)})
     assert same_bits(newest(again.folder).weights, newest(whole.folder).weights)
     other = settings | {"adapter__resume_from": str(Path(whole.folder) / "final")}
-    for changed in (other, settings | {"adapter__resume_from": None, "adapter__kind": None}):
+    louder = Path(shutil.copytree(moved, tmp_path / "louder")) / "adapter_config.json"
+    louder.write_text(json.dumps(json.loads(louder.read_bytes()) | {"lora_alpha": 99}))
+    scaled = settings | {"adapter__resume_from": str(louder.parent)}
+    for changed in (other, scaled, settings | {"adapter__resume_from": None, "adapter__kind": None}):
         config = adapter_config(ragged_model, folder, **changed)
         with pytest.raises(CheckpointError, match=r"or another adapter than adapter.resume_from now names; restore th"):
             prepare(config, [weigh_ids], resume=True)

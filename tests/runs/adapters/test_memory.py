@@ -41,7 +41,8 @@ def test_the_base_is_in_every_phase_once_and_once_more_in_every_process(tmp_path
         assert items["base"] == base
         assert items["policy versions"] == 2 * trained
         assert items["policy versions of the generator"] == 2 * (base + 2 * trained)
-    assert "base" not in phases(ragged_model, tmp_path, adapter__kind=None, adapter__rank=16)["generate"]
+    whole = adapter_config(ragged_model, tmp_path, adapter__kind=None, generation__max_completion_length=8)
+    assert "base" not in prepare(whole, [weigh_ids]).memory.phases["generate"]
 
 
 def test_a_limit_may_hold_an_adapter_s_run_and_not_that_of_the_whole_network(desk: Path) -> None:

@@ -133,12 +133,13 @@ def test_what_a_run_trains_can_never_change(tmp_path: Path, ragged_model: Path) 
     for others, said in (
         ({"adapter__rank": 5}, r"adapter.rank: 4 → 5 \(never: a run goes on with the adapter that it began with\)"),
         ({"adapter__kind": "dora"}, r"adapter.kind: 'lora' → 'dora' \(never"),
-        ({"adapter__kind": None, "adapter__rank": 16}, r"adapter.kind: 'lora' → \(none\) \(never"),
         ({"adapter__target_modules": ["q_proj"]}, r"adapter.target_modules: 'all-linear' → \['q_proj'\] \(never"),
         ({"adapter__alpha": 1.0}, r"adapter.alpha: \(none\) → 1.0 \(never"),
     ):
         with pytest.raises(CheckpointError, match=said):
             train_adapter(ragged_model, tmp_path, resume=True, **LORA | others)
+    with pytest.raises(CheckpointError, match=r"adapter.kind: 'lora' → \(none\) \(never"):
+        train_adapter(ragged_model, tmp_path, resume=True, adapter__kind=None)
 
 
 def test_a_run_of_the_whole_network_cannot_become_one_of_an_adapter(tmp_path: Path, ragged_model: Path) -> None:

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from tests.support.chaos import assert_all_holds, assert_timing_changes_nothing, drive
-from tests.support.plans import Plan, REQUESTS, draw_plan
+from tests.support.plans import REQUESTS, Plan, draw_plan
 from tests.support.virtual_time import StuckError
 from troupe.messages import GroupClosed
-from troupe.runtime.mailbox import Channel
 from troupe.runtime.board import Credits
+from troupe.runtime.mailbox import Channel
 
 pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
 

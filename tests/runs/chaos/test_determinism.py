@@ -18,9 +18,9 @@ from tests.support.straight import Straight, run_straight
 from troupe import RunConfig, Supervisor
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.run.ledgers import Factories
-from troupe.runtime.mailbox import Channel, Mailbox
-from troupe.runtime.device import DeviceThread
 from troupe.runtime.board import PolicyBoard
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.mailbox import Channel, Mailbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]
 

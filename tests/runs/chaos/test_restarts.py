@@ -14,17 +14,17 @@ import troupe
 from tests.support import virtual_time
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.faults import Faults
-from tests.support.wiring import Hooks, Ledger, digest, prepared_run, virtual_factories
 from tests.support.straight import run_straight
+from tests.support.wiring import Hooks, Ledger, digest, prepared_run, virtual_factories
 from troupe import RunConfig
 from troupe.actors import checkpointer as writer_room
 from troupe.actors.generator import actor as generator_room
+from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig, load_checkpoint
 from troupe.errors import RunError
 from troupe.grpo import LearnerConfig
 from troupe.policy import GenerationConfig, RolloutEngine
 from troupe.rewards import RewardManager, batch_reward
-from troupe.actors.schedule import ScheduleConfig
 from troupe.run.result import RunResult
 from troupe.run.supervisor import Supervisor
 

@@ -1,4 +1,4 @@
-"""What one may ask of a run while it goes on, and what it tells: requests return at once, at any time, from anywhere."""
+"""What one may ask of a run as it goes on, and what it tells: requests return at once, at any time, from anywhere."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from anyio import wait_all_tasks_blocked
 from tests.support import virtual_time
 from tests.support.wiring import Hooks, Ledger, prepared_run, virtual_factories
 from troupe import RunConfig
-from troupe.run.resume.changes import ChangesLog
+from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.errors import RunError
 from troupe.grpo import LearnerConfig
 from troupe.messages import Incident, Status, Update
 from troupe.policy import GenerationConfig
 from troupe.rewards import RewardManager, RewardsConfig
-from troupe.runtime.mailbox import Mailbox
-from troupe.actors.schedule import ScheduleConfig
+from troupe.run.resume.changes import ChangesLog
 from troupe.run.supervisor import Supervisor
+from troupe.runtime.mailbox import Mailbox
 
 P, STEPS = 2, 5
 Body = Callable[[Supervisor], Awaitable[None]]

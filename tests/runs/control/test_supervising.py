@@ -13,7 +13,7 @@ import pytest
 
 import troupe
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
-from tests.support.runs import STORED, column, completions, incidents, lines, names_in, policy_of, summary, train
+from tests.support.runs import STORED, column, completions, incidents, lines, names_in, policy_of, summary
 from troupe import Supervisor
 from troupe.checkpoint import list_checkpoints
 from troupe.daemon.control.answers import answer

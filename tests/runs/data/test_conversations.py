@@ -11,12 +11,12 @@ import msgspec
 import pytest
 
 import troupe
-from tests.support.fakes import tiny_config
 from tests.policy.tokenizer_vectors import DATA, qwen_rank_file, read_vectors
+from tests.support.fakes import tiny_config
 from tests.support.tiny import CONFIG, write_tiny_model
+from troupe.actors.schedule import describe_prompts, tokenize_prompts
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.policy import Tokenizer
-from troupe.actors.schedule import describe_prompts, tokenize_prompts
 
 SYSTEM = {"role": "system", "content": "Add."}
 USER = {"role": "user", "content": "1+1?"}

@@ -14,7 +14,14 @@ from tests.support.runs import done, refused
 from tests.support.tiny import CONFIG, write_tiny_model
 from troupe.run.config import load_config
 
-SHORT = ["--set", "generation.max_completion_length=6", "--set", "metrics.sinks=['sqlite']", "--set", "checkpoint.every=1"]
+SHORT = [
+    "--set",
+    "generation.max_completion_length=6",
+    "--set",
+    "metrics.sinks=['sqlite']",
+    "--set",
+    "checkpoint.every=1",
+]
 LONGER = ("--max-steps", "2", "--allow-change", "learner.max_steps", "--resume")
 SMALL = ("--batch-size", "2", "--num-generations", "2", "--lr", "1e-2", *SHORT)
 

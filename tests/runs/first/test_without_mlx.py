@@ -13,11 +13,10 @@ import pytest
 import troupe
 from troupe import errors
 from troupe.dataset.files import import_optional
-from troupe.errors import DatasetError, ModelError, RewardError
-from troupe.errors import packages_of, remedy
-from troupe.runtime.machine import backend_remedy, missing_backend
+from troupe.errors import DatasetError, ModelError, RewardError, packages_of, remedy
 from troupe.policy import hub
 from troupe.rewards import load_reward
+from troupe.runtime.machine import backend_remedy, missing_backend
 
 ROOT = Path(troupe.__file__).parent.parent
 FAULT = "libmlx.so: cannot open shared object file"

@@ -14,15 +14,15 @@ import pytest
 import troupe
 from tests.support.fakes import BATCH_SIZE, FakeSink, delayed, often_equal, same_bits, tiny_config, weigh_ids
 from troupe import load_config
-from troupe.run.ledgers import Factories
 from troupe.actors.learner.actor import Learner
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.messages import GroupClosed, ScoredGroup, Update
 from troupe.policy import load_policy
 from troupe.policy.decode.loop import Wave
-from troupe.runtime.board import Credits, PolicyBoard
+from troupe.run.ledgers import Factories
 from troupe.run.result import RunResult
+from troupe.runtime.board import Credits, PolicyBoard
 
 pytestmark = pytest.mark.anyio
 STEPS = 6

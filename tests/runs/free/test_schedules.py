@@ -12,6 +12,7 @@ import pytest
 from tests.support.fakes import delayed, often_equal, same_bits, weigh_ids
 from tests.support.runs import column, completions, done, in_store, lines, policy_of, timeless, train
 
+
 def learned(run: str | Path) -> list[dict[str, Any]]:
     """The metrics of a run, without those of clocks."""
     return [timeless(line) for line in lines(run)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.kills import EVERY, G, P, STEPS, Trainer, run_and_kill, read_store, write_run
+from tests.support.kills import EVERY, STEPS, G, P, Trainer, read_store, run_and_kill, write_run
 from tests.support.runs import lines, timeless
 
 pytestmark = pytest.mark.alone

@@ -14,13 +14,13 @@ import pytest
 from tests.support.fakes import BATCH_SIZE, same_bits, tiny_config, weigh_ids
 from tests.support.runs import in_store, lines
 from troupe import RunConfig, RunResult, Supervisor
-from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.actors.learner.gathering import StepGroups
 from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
-from troupe.run.ledgers import Factories
+from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.errors import FolderGoneError, RunError
 from troupe.policy import Weights
 from troupe.run.folder import is_as_written
+from troupe.run.ledgers import Factories
 
 pytestmark = pytest.mark.anyio
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.support.fakes import tiny_config
 from tests.records.sinks.oracles import package
 from tests.records.sinks.test_tensorboard import curves
+from tests.support.fakes import tiny_config
 from troupe import Supervisor
 from troupe.errors import ConfigError
 from troupe.run.prepare import prepare

@@ -15,9 +15,9 @@ from tests.support.stored import rows
 from troupe import RunConfig, Supervisor
 from troupe.actors import checkpointer
 from troupe.checkpoint import save_checkpoint
+from troupe.records.sinks.jsonl import JsonlSink
 from troupe.records.store.format import StepRows
 from troupe.records.store.write import StoreWriter
-from troupe.records.sinks.jsonl import JsonlSink
 from troupe.run.result import RunResult
 
 pytestmark = pytest.mark.anyio

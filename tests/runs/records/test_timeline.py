@@ -96,8 +96,8 @@ async def test_a_sink_that_hangs_does_not_hang_the_run(
     from threading import Event
 
     from tests.support.fakes import FakeSink
-    from troupe.run.ledgers import Factories
     from troupe.messages import Update
+    from troupe.run.ledgers import Factories
 
     gate = Event()
 

@@ -16,7 +16,20 @@ from safetensors import safe_open
 
 import troupe
 from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_prompts
-from tests.support.runs import STORED, call, column, completions, done, in_store, lines, names_in, policy_of, refused, summary, train
+from tests.support.runs import (
+    STORED,
+    call,
+    column,
+    completions,
+    done,
+    in_store,
+    lines,
+    names_in,
+    policy_of,
+    refused,
+    summary,
+    train,
+)
 from troupe import Supervisor
 from troupe.checkpoint import list_checkpoints
 from troupe.policy import load_policy

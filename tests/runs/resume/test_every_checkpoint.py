@@ -15,10 +15,10 @@ import pytest
 from tests.support.fakes import BATCH_SIZE, FakeSink, often_equal, same_bits, tiny_config, weigh_ids
 from tests.support.runs import timeless
 from troupe import RunConfig, Supervisor
-from troupe.run.ledgers import Factories
 from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.messages import GroupClosed, Update
 from troupe.rewards import batch_reward
+from troupe.run.ledgers import Factories
 from troupe.run.result import RunResult
 
 pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]

@@ -17,16 +17,16 @@ import troupe
 from tests.cases.cases import copy_case
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
 from tests.support.straight import run_straight
-from troupe.run import inputs
+from troupe.actors.generator.process import _tokenizer
+from troupe.actors.generator.wire import Setup, decode_in_process
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.checkpoint.files import sum_file
 from troupe.errors import RunError
-from troupe.actors.generator.process import _tokenizer
 from troupe.policy import GenerationConfig, Policy, load_policy
-from troupe.policy.load import begin_policy
 from troupe.policy.decode import loop as decoding
+from troupe.policy.load import begin_policy
+from troupe.run import inputs
 from troupe.run.prepare import prepare
-from troupe.actors.generator.wire import Setup, decode_in_process
 from troupe.runtime.frames import encode
 
 

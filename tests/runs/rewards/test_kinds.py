@@ -11,8 +11,8 @@ import pytest
 import troupe
 from tests.support.fakes import tiny_config, weigh_ids
 from troupe import RunConfig, Supervisor, load_config
-from troupe.run.config import config_table
 from troupe.rewards import TrainerState, batch_reward
+from troupe.run.config import config_table
 
 pytestmark = pytest.mark.anyio
 

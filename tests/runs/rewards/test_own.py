@@ -15,7 +15,19 @@ import numpy as np
 import pytest
 
 from tests.support.fakes import same_bits, tiny_config, weigh_ids
-from tests.support.runs import STORED, column, completions, done, incidents, lines, names_in, policy_of, refused, summary, train
+from tests.support.runs import (
+    STORED,
+    column,
+    completions,
+    done,
+    incidents,
+    lines,
+    names_in,
+    policy_of,
+    refused,
+    summary,
+    train,
+)
 from troupe import RewardActor, RewardSample, Supervisor
 from troupe.policy import load_policy
 

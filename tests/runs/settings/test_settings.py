@@ -10,8 +10,8 @@ import pytest
 
 import troupe
 from tests.support.runs import call, done, lines, names_in, refused, summary
-from troupe.run.config import config_table, load_config
 from troupe.errors import ConfigError
+from troupe.run.config import config_table, load_config
 
 RUN = ("-m", "m", "-d", "p.json", "--num-generations", "2", "--batch-size", "2", "--reward", "length")
 SHORT = ("--set", "generation.max_completion_length=6", "--max-steps", "1")

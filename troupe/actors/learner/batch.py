@@ -89,13 +89,17 @@ class CompletionLogProbs:
         )
         return self._of_trained(network, chunks) if self.base.is_whole else chunks
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether gradients drop something; log-probs alone are those of the policy as it is sampled from."""
+        return self.base.adapter is not None and self.base.adapter.dropout > 0.0
+
     def _dropout(self, batch: Batch) -> Dropout | None:
-        """What gradients drop; log-probs alone are those of the policy as it is sampled from."""
-        adapter = self.base.adapter
-        if adapter is None or not adapter.dropout:
+        if self.base.adapter is None or not self.has_dropout:
             return None
         assert batch.keys is not None
-        return Dropout(adapter.dropout, token_keys(batch.prompts, batch.completions, batch.keys, self.seed))
+        keys = token_keys(batch.prompts, batch.completions, batch.keys, seed=self.seed, pass_number=batch.pass_number)
+        return Dropout(self.base.adapter.dropout, keys)
 
     def _of_trained(
         self, network: Weights, chunks: Generator[Chunk, None, tuple[mx.array, Extra]]

@@ -45,7 +45,7 @@ class Base:
         """Laid out as for decoding (`fuse_projections`), which is how they are held once."""
         self.adapter: Adapter | None = None
         self.name, self.fingerprint = "", ""
-        """The folder of the network, and what tells it from others."""
+        """The folder or hub id of the network, and what tells it from others."""
         self._parts: dict[str, list[_Part]] = {}
         self._norms: dict[str, mx.array] = {}
 
@@ -183,8 +183,9 @@ class Base:
         """‖w‖² of the rows of a matrix of the base, float32 (out,); kept once it is known."""
         if module not in self._norms:
             linear = Linear.of(config, self.weights, module)
-            self._norms[module] = mx.sum(mx.square(linear.expanded(mx.float32)), axis=1)
-            mx.eval(self._norms[module])
+            squares = mx.sum(mx.square(linear.expanded(mx.float32)), axis=1)
+            mx.eval(squares)  # before another thread may see it
+            self._norms[module] = squares
         return self._norms[module]
 
     def _adapted_squares(self, config: NetworkConfig, module: str, a: mx.array, b: mx.array) -> mx.array:

@@ -19,7 +19,7 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.adapter import mlx_lm, peft
-from troupe.policy.adapter.modules import Adapter, adapter_shapes
+from troupe.policy.adapter.modules import ENDS, Adapter, adapter_shapes
 from troupe.policy.model_files import ADAPTER_CONFIG, WEIGHTS_NAME, read_json, some
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.safetensors import StoredTensor, read_header
@@ -71,8 +71,11 @@ def base_named_in(folder: Path) -> str | None:
     return name
 
 
-def read_adapter(folder: Path, network: NetworkConfig) -> StoredAdapter:
-    """Read an adapter of this network. ModelError names the file and the key or tensor that is wrong."""
+def read_adapter(
+    folder: Path, network: NetworkConfig, base: Path | None = None, fingerprint: str | None = None
+) -> StoredAdapter:
+    """Read an adapter of this network. ModelError names the file and the key or tensor that is wrong, and where it says
+    that it was trained over another base than the one of this `fingerprint`, in the folder `base`."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such adapter folder; give one that holds {ADAPTER_CONFIG} and its tensors")
     config = folder / ADAPTER_CONFIG
@@ -88,6 +91,13 @@ def read_adapter(folder: Path, network: NetworkConfig) -> StoredAdapter:
     arrays, metadata = mx.load(str(file), return_metadata=True)
     assert isinstance(arrays, dict)
     assert isinstance(metadata, dict)
+    named, told = base_named_in(folder), metadata.get(_BASE)
+    if base is not None and told not in (None, fingerprint):  # first: with other shapes every tensor would be a fault
+        of = "" if named is None else f" ({named})"
+        raise ModelError(
+            f"{folder}: this adapter was trained over another base{of} than {base}: their fingerprints are "
+            f"{str(told)[:12]}… and {str(fingerprint)[:12]}…; give the base that it was trained over"
+        )
     if ours is peft:
         adapter = peft.read_settings(config, settings, known, network)
     else:
@@ -102,7 +112,7 @@ def read_adapter(folder: Path, network: NetworkConfig) -> StoredAdapter:
     if bad := [name for name, array in weights.items() if not mx.all(mx.isfinite(array)).item()]:
         raise ModelError(f"{file}: NaN or infinity in {some(bad)}; such an adapter cannot be used")
     in_order = {name: weights[name] for name in adapter_shapes(network, adapter)}
-    return StoredAdapter(adapter, in_order, base_named_in(folder), metadata.get(_BASE))
+    return StoredAdapter(adapter, in_order, named, told)
 
 
 def _format_of(folder: Path, settings: Mapping[str, Any]) -> ModuleType:
@@ -143,7 +153,9 @@ def _check(
     for stored, tensor in headers:
         name = names[stored]
         shape = tensor.shape[::-1] if ours is mlx_lm else tensor.shape
-        if name is None or name not in wanted:
+        if any(f"{end}.lora_" in stored for end in ENDS):
+            faults.append(f"{stored}: an adapter of embedding or head is not supported; merge it into its base first")
+        elif name is None or name not in wanted:
             faults.append(f"{stored}: left over: {ADAPTER_CONFIG} names no such part of an adapter of this network")
         elif name in seen:
             faults.append(f"{stored}: stored twice")
@@ -158,16 +170,6 @@ def _check(
         shown = "".join(f"\n  {fault}" for fault in faults[:6])
         more = f"\n  and {len(faults) - 6} more" if len(faults) > 6 else ""
         raise ModelError(f"{file}: {len(faults)} bad tensor(s) for this base:{shown}{more}")
-
-
-def check_base(stored: StoredAdapter, folder: Path, fingerprint: str, base: Path) -> None:
-    """Raise ModelError where an adapter says that it was trained over another base than the one of this fingerprint."""
-    if stored.base_fingerprint not in (None, fingerprint):
-        named = "" if stored.base_name is None else f" ({stored.base_name})"
-        raise ModelError(
-            f"{folder}: this adapter was trained over another base{named} than {base}: their fingerprints are "
-            f"{str(stored.base_fingerprint)[:12]}… and {fingerprint[:12]}…; give the base that it was trained over"
-        )
 
 
 def adapter_files(

@@ -60,13 +60,15 @@ def read_settings(
             f"{file}: lora_parameters.scale: missing, and alpha {parameters['alpha']!r} does not say it: mlx-lm "
             "multiplies by scale itself, others by alpha / rank; add the scale that the adapter was trained with"
         )
-    scale = number_of(file, parameters, "scale", None)
-    rank = number_of(file, parameters, "rank", None)
+    scale = number_of(file, parameters, "scale", None, within="lora_parameters.")
+    rank = number_of(file, parameters, "rank", None, within="lora_parameters.")
     if scale == 0.0:
         raise ModelError(f"{file}: lora_parameters.scale: 0, so that the adapter does nothing; correct it")
     if rank != int(rank) or rank < 1:
         raise ModelError(f"{file}: lora_parameters.rank: {rank} is refused; it must be a whole number from 1")
     layers = number_of(file, settings, "num_layers", -1)
+    if layers != int(layers):
+        raise ModelError(f"{file}: num_layers: {layers} is refused; it must be a whole number")
     first = network.num_hidden_layers - int(layers) if layers > 0 else 0
     keys = names_of(file, parameters, "keys")
     if isinstance(keys, str):

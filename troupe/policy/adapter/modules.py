@@ -20,7 +20,7 @@ Kind = Literal["lora", "dora"]
 T = TypeVar("T")
 _ALL_LINEAR = "all-linear"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_ENDS = ("embed_tokens", "lm_head")
+ENDS = ("model.embed_tokens", "lm_head")
 """Matrices that are no layer's."""
 
 
@@ -96,6 +96,13 @@ def name_in_layer(module: str) -> str:
 def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
     if target == _ALL_LINEAR:
         return list(modules)
+    for name in [target] if isinstance(target, str) else target:
+        if (end := _end_in(name, is_expression=isinstance(target, str))) is not None:
+            raise ConfigError(
+                f"adapter.target_modules: {name!r} names {end}, which cannot have an adapter here: embedding and head "
+                "are computed without one, together with the softmax; leave it out, or name some of "
+                f"{', '.join(_leaves(modules))}"
+            )
     if isinstance(target, str):
         chosen = [module for module in modules if re.fullmatch(target, module)]
         if not chosen:
@@ -105,10 +112,6 @@ def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
             )
         return chosen
     for name in target:
-        if name.rpartition(".")[2] in _ENDS:
-            raise ConfigError(
-                f"adapter.target_modules: {name!r} cannot have an adapter here; the seven matrices of each layer can"
-            )
         if not any(is_named(module, [name]) for module in modules):
             raise ConfigError(f"adapter.target_modules: no module is called {name!r}; {_nearest(name, modules)}")
     return [module for module in modules if is_named(module, target)]
@@ -116,9 +119,23 @@ def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
 
 def _nearest(name: str, modules: Sequence[str]) -> str:
     """What may have been meant."""
-    known = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    known = _leaves(modules)
     close = difflib.get_close_matches(name.rpartition(".")[2], known, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+
+
+def _end_in(name: str, *, is_expression: bool) -> str | None:
+    """The matrix that is no layer's and that a name or an expression is about; one for every module is not."""
+    for whole in ENDS:
+        end = whole.rpartition(".")[2]
+        if end in name and (re.fullmatch(name, whole) if is_expression else is_named(whole, [name])):
+            return end
+    return None
+
+
+def _leaves(modules: Sequence[str]) -> list[str]:
+    """What modules are called within their part of a layer, each once."""
+    return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
 
 def _layers(asked: int | Sequence[int] | None, count: int) -> range | Sequence[int]:

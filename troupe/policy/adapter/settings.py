@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
@@ -20,7 +21,8 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     use_rslora: bool = False
     """The scale is alpha / √rank (arXiv:2312.03732)."""
     dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
-    """Part of the numbers that A sees which are 0 while learning; drawn from the seed, the slot and the token."""
+    """Part of the numbers that A sees which are 0 while learning; drawn anew in each pass over a batch, by seed, slot
+    and token."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Which matrices of a layer: "all-linear" for all seven; names, which a module's name equals or ends with behind a
     dot; or one text, a regular expression for the whole of a module's name."""
@@ -38,21 +40,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     folder."""
 
     def __post_init__(self) -> None:
-        given = [
-            name
-            for name in self.__struct_fields__
-            if name not in ("kind", "resume_from", "dropout") and getattr(self, name) != _DEFAULTS[name]
-        ]
-        if given and self.resume_from is not None:
-            raise ValueError(
-                f"adapter.{given[0]} is given beside adapter.resume_from, whose folder says what the adapter is; leave "
-                "one of them out"
-            )
-        if given and self.kind is None:
-            raise ValueError(
-                f"adapter.{given[0]} is given, but adapter.kind names no adapter; add adapter.kind = 'lora', or leave "
-                "it out to train the whole network"
-            )
+        self.refuse_idle(name for name in self.__struct_fields__ if getattr(self, name) != _DEFAULTS[name])
         for name, alpha in [("adapter.alpha", self.alpha), *_named("adapter.alpha_pattern", self.alpha_pattern)]:
             if alpha is not None and not 0.0 < alpha < math.inf:
                 raise ValueError(f"{name} is {alpha}; give a finite number above 0")
@@ -69,6 +57,22 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def is_on(self) -> bool:
         """Whether an adapter is trained, and not the whole network."""
         return self.kind is not None or self.resume_from is not None
+
+    def refuse_idle(self, given: Iterable[str]) -> None:
+        """Raise ValueError where one of the keys that are given does nothing: no adapter is named, or a folder says
+        what the adapter is."""
+        counting = {"kind", "resume_from", "dropout"} if self.resume_from is not None else {"kind"}
+        idle = next((name for name in given if name not in counting), None)
+        if idle is not None and self.resume_from is not None:
+            raise ValueError(
+                f"adapter.{idle} is given beside adapter.resume_from, whose folder says what the adapter is; leave one "
+                "of them out"
+            )
+        if idle is not None and self.kind is None:
+            raise ValueError(
+                f"adapter.{idle} is given, but adapter.kind names no adapter; add adapter.kind = 'lora', or for an "
+                "adapter that there is adapter.resume_from, or leave it out to train the whole network"
+            )
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, int) and self.layers < 1:

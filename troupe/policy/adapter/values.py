@@ -12,14 +12,15 @@ _MOST = 1e30
 _SHOWN = 40
 
 
-def number_of(file: Path, settings: Mapping[str, Any], key: str, otherwise: float | None) -> float:
-    """A finite number, or the default where the key is missing. ModelError for anything else, or without a default."""
+def number_of(file: Path, settings: Mapping[str, Any], key: str, otherwise: float | None, *, within: str = "") -> float:
+    """A finite number, or the default where the key is missing. ModelError for anything else, or without a default.
+    `within`: the table's own key, with a dot behind it, for messages."""
     value = settings.get(key)
     if value is None:
         value = otherwise
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST <= value <= _MOST:
         what = "missing" if value is None else f"{str(value)[:_SHOWN]} is refused"
-        raise ModelError(f"{file}: {key}: {what}; it must be a finite number")
+        raise ModelError(f"{file}: {within}{key}: {what}; it must be a finite number")
     return value
 
 
@@ -36,7 +37,7 @@ def numbers_of(file: Path, settings: Mapping[str, Any], key: str) -> dict[str, f
     table = settings.get(key) or {}
     if not isinstance(table, dict):
         raise ModelError(f"{file}: {key}: {table!r} is refused; it must be a table of numbers")
-    return {name: number_of(file, table, name, None) for name in table}
+    return {name: number_of(file, table, name, None, within=f"{key}.") for name in table}
 
 
 def names_of(file: Path, settings: Mapping[str, Any], key: str) -> str | list[str] | None:

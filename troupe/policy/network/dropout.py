@@ -1,12 +1,13 @@
 """Dropout of what an adapter sees while it learns (Srivastava et al. 2014): drawn by a hash of where a number stands.
 
-Which numbers are 0 follows from the run's seed, the row's slot (of a prompt's tokens: the prompt and the step), the
-place of the token, the matrix and the column: not from how a batch is cut, where it is computed, or in which order.
-Matrices that have the same input lose the same of it.
+Which numbers are 0 follows from the run's seed, the pass over the batch, the row's slot (of a prompt's tokens: the
+prompt and the step), the place of the token, the matrix and the column: not from how a batch is cut, where it is
+computed, or in which order. Matrices that have the same input lose the same of it.
 
 The hash is the end of MurmurHash3, over 32 bits.
 """
 
+import hashlib
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -66,9 +67,14 @@ def _input_of(module: str) -> str:
 
 
 def token_keys(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], rows: RowKeys, seed: int
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    rows: RowKeys,
+    *,
+    seed: int,
+    pass_number: int = 0,
 ) -> mx.array:
-    """One key a token, as `Packing` lays them out, (N,) uint32."""
+    """One key a token, as `Packing` lays them out, (N,) uint32; others for every seed and pass over the batch."""
     starts: list[int] = []
     lengths: list[int] = []
     _, sizes = distinct_prompts(prompts)
@@ -79,7 +85,8 @@ def token_keys(
         row += size
     starts += [own for _, own in rows]
     lengths += [max(0, len(completion) - 1) for completion in completions]
-    salt = zlib.crc32(str(seed).encode())
+    # no CRC: those of two seeds differ as those of two rows may, which would then swap what they lose
+    salt = int.from_bytes(hashlib.sha256(f"{seed}:{pass_number}".encode()).digest()[:4], "little")
     parts = [
         _mixed(mx.arange(length).astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32) + mx.array(start ^ salt, mx.uint32))
         for start, length in zip(starts, lengths, strict=True)
