@@ -367,8 +367,8 @@ def test_rank_file(tmp_path: Path) -> None:
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer has no 'ByteLevel' part"),
         ({"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}}, "add_prefix_space"),
         (
-            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, BYTE_LEVEL]}},
-            "'Digits'.* is not supported",
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, BYTE_LEVEL]}},
+            "'Punctuation'.* is not supported",
         ),
         (
             {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**BYTE_LEVEL, "use_regex": True}] * 2}},

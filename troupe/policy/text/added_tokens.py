@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.text.normalizing import Prepended
 from troupe.policy.text.vocabulary import AddedToken, Vocabulary, read_object
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -46,6 +47,9 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     """ "eos_token" → id, …"""
     splits_special: bool = False
     """Whether special tokens that stand in a text are read as any other text."""
+    prefix: tuple[int, ...] = ()
+    """Ids that go before a text encoded with special tokens."""
+    suffix: tuple[int, ...] = ()
 
 
 def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> Tokens:
@@ -54,7 +58,7 @@ def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     A token that is named or listed and in no vocabulary is added with the next id. Raises ModelError naming file, key
     and token, for what is no token, and for two tokens with one id.
     """
-    if config.get("add_prefix_space"):
+    if config.get("add_prefix_space") and not any(isinstance(step, Prepended) for step in vocabulary.steps):
         raise ModelError(f"{folder / CONFIG_FILE}: add_prefix_space: true is not supported; texts begin as they are")
     declared = _Declared(folder, config)
     is_qwen = str(config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast") == "Qwen2Tokenizer"
@@ -76,13 +80,29 @@ def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     if is_qwen:  # the decoder decides; of another class, what was special once stays it
         table.special = {content for content, token in table.tokens.items() if token.special}
     table.refuse_shared_ids()
+    ids = {name: table.tokens[token.content].id for name, token in named.items() if token.content}
+    prefix, suffix = _around(config, ids) or (vocabulary.prefix, vocabulary.suffix)
     return Tokens(
         added=tuple(table.tokens.values()),
         special=frozenset(table.tokens[content].id for content in table.special),
         named={name: token.content for name, token in named.items()},
-        ids={name: table.tokens[token.content].id for name, token in named.items() if token.content},
+        ids=ids,
         splits_special=bool(config.get("split_special_tokens")),
+        prefix=prefix,
+        suffix=suffix,
     )
+
+
+def _around(config: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Ids before and after a text where the config says that, which counts more than `tokenizer.json`; else None."""
+    keys = ("add_bos_token", "add_eos_token")
+    if not any(key in config for key in keys):
+        return None
+    before, after = (
+        (ids[name],) if config.get(key) and name in ids else ()
+        for key, name in zip(keys, ("bos_token", "eos_token"), strict=True)
+    )
+    return before, after
 
 
 class _Declared:

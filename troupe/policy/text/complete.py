@@ -128,7 +128,7 @@ def stream_text(
 
 
 def _pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    decoder = tokenizer.decode_stream()
+    decoder = tokenizer.sampled_stream()
     for id_ in ids:
         with suppress(ValueError):  # an id of the model's padded vocabulary, which has no text
             if piece := decoder.push(id_):

@@ -1,50 +1,44 @@
-"""Text ↔ token ids for byte-level BPE, as Qwen's models use it, on tiktoken.
+"""Text ↔ token ids, with the ids and texts that Hugging Face's tokenizers gives.
 
-Gives the ids that Hugging Face's tokenizers gives. tiktoken merges by rank, so tokens get ranks in the order of the
-merges, and where that is not the order of the ids, ranks are mapped to ids afterwards.
+Added tokens are cut out first, the text between them is normalized, and split and merged by one of two BPEs: of bytes
+(`byte_pairs`, on tiktoken) for Qwen, Llama 3 and SmolLM2, of characters (`character_pairs`) for Gemma.
 """
 
 from __future__ import annotations
 
-import codecs
 import difflib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-import tiktoken
-
-from troupe.errors import InputError, ModelError
+from troupe.errors import InputError
+from troupe.policy.text.added_finder import AddedFinder
 from troupe.policy.text.added_tokens import CONFIG_FILE, Tokens, read_tokens
+from troupe.policy.text.byte_pairs import BytePairs
+from troupe.policy.text.character_pairs import CharacterPairs
 from troupe.policy.text.chat import Begun, ChatTemplate, choose_chat_template, load_chat_templates, plain_messages
-from troupe.policy.text.normal_forms import normalize
-from troupe.policy.text.vocabulary import (
-    GPT2_PATTERN,
-    QWEN_PATTERN,
-    AddedToken,
-    Vocabulary,
-    read_object,
-    read_vocabulary,
-)
+from troupe.policy.text.decoding import ByteStream, DecodeStream, FallbackStream
+from troupe.policy.text.normalizing import normalized
+from troupe.policy.text.vocabulary import Vocabulary, Words, read_object
+from troupe.policy.text.vocabulary_files import read_vocabulary
 
 OPENED, CLOSED = "<think>", "</think>"
 """What thoughts stand between."""
 
+CALLS = frozenset({"<|python_tag|>", "[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<function_call>"})
+"""Tokens that begin or end the call of a tool, by the templates of several families: a completion keeps them also where
+its tokenizer takes them for special, as Llama 3's and Mistral's do, since without them a call would be mere text."""
+
 TextPrompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """Text to continue, or the messages of a chat to answer."""
 
-_PANIC = "PanicException"  # of Rust, by name, since its class can be had from nowhere; it is no Exception
-_LONGEST_RUN = 500_000  # characters of white space; at a million, the steps that the pattern may take are used up
-_SPACES = re.compile(r"\s+")
-_SAMPLE = "The 1st word's {end}:\n\n  é 中 x  \t"
 _ARGUMENTS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template"})
 _MAY_BE_EMPTY = ("tools", "documents")
 _HELPERS = ("range", "namespace", "dict", "cycler", "joiner", "raise_exception", "strftime_now")
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer with its added tokens and chat template. Immutable: threads may share one."""
+    """A BPE tokenizer with its added tokens and chat template. Immutable: threads may share one."""
 
     def __init__(
         self,
@@ -54,17 +48,20 @@ class Tokenizer:
     ) -> None:
         self._origin = vocabulary.origin
         self._templates = dict(chat_templates or {})
-        self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
-        self._normal_forms = vocabulary.normal_forms
-        self._named, added = tokens.ids, tokens.added
-        found = [token for token in added if not (tokens.splits_special and token.id in tokens.special)]
-        self._split_raw = _added_token_splitter([token for token in found if not token.normalized], str)
-        self._split_normalized = _added_token_splitter([token for token in found if token.normalized], self._normalize)
-        self._contents = vocabulary.contents | {token.id: token.content.encode() for token in added}
-        self._special = tokens.special
-        ids = list(vocabulary.ids_by_rank.values())
-        self._id_of_rank = None if ids == list(range(len(ids))) else ids
-        self._bpe = _byte_pair_encoding(vocabulary)
+        self._prefix, self._suffix = tokens.prefix, tokens.suffix
+        self._steps, self._decoding = vocabulary.steps, vocabulary.decoding
+        self._named, self._special = tokens.ids, tokens.special
+        self._hidden = tokens.special - {token.id for token in tokens.added if token.content in CALLS}
+        unread = tokens.special if tokens.splits_special else frozenset()
+        raw = [token for token in tokens.added if not token.normalized]
+        self._split_raw = AddedFinder(raw, unread=unread).split
+        late = [token for token in tokens.added if token.normalized]
+        self._split_normalized = AddedFinder(late, self._normalize, unread).split
+        self._contents = vocabulary.contents | {token.id: vocabulary.content(token) for token in tokens.added}
+        if isinstance(vocabulary.model, Words):
+            self._pairs: BytePairs | CharacterPairs = BytePairs(vocabulary.model, vocabulary.origin)
+        else:
+            self._pairs = CharacterPairs(vocabulary.model, vocabulary.names, vocabulary.origin)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
@@ -103,7 +100,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Added tokens written in the text become their ids, special ones too.
 
-        `add_special_tokens` adds what the tokenizer's own post-processor puts around a text; for Qwen3, nothing.
+        `add_special_tokens` adds what the tokenizer itself puts around a text: the begin of a text for Llama 3 and
+        Gemma, nothing for Qwen3 and SmolLM2.
         """
         ids: list[int] = list(self._prefix) if add_special_tokens else []
         for raw in self._split_raw(text):
@@ -114,17 +112,23 @@ class Tokenizer:
                 if isinstance(piece, int):
                     ids.append(piece)
                 else:
-                    ids.extend(self._encode_ordinary(piece))
+                    ids.extend(self._pairs.encode(piece))
         return [*ids, *self._suffix] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id without a token."""
-        contents = (self._bytes_of(id_, skip_special_tokens) for id_ in _listed(ids))
-        return b"".join(contents).decode("utf-8", errors="replace")
+        return self._decode(_listed(ids), self._special if skip_special_tokens else frozenset())
 
     def decode_sampled(self, ids: Iterable[int]) -> str:
-        """Text of ids that a model sampled: `decode`, without those that only the model's padded vocabulary has."""
-        return self.decode(id_ for id_ in _listed(ids) if id_ in self._contents)
+        """Text of ids that a model sampled: `decode`, without those that only the model's padded vocabulary has, and
+        with the special tokens that make a text a call (`CALLS`)."""
+        return self._decode((id_ for id_ in _listed(ids) if id_ in self._contents), self._hidden)
+
+    def _decode(self, ids: Iterable[int], hidden: frozenset[int]) -> str:
+        if self._decoding is None:
+            return b"".join(self._bytes_of(id_, hidden) for id_ in ids).decode("utf-8", errors="replace")
+        stream = self._stream(hidden)
+        return "".join([*map(stream.push, ids), stream.finish()])
 
     def batch_encode(self, texts: Iterable[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text; rows are not padded."""
@@ -136,7 +140,16 @@ class Tokenizer:
 
     def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
         """A decoder that takes one id at a time, for one completion."""
-        return DecodeStream(lambda id_: self._bytes_of(id_, skip_special_tokens))
+        return self._stream(self._special if skip_special_tokens else frozenset())
+
+    def sampled_stream(self) -> DecodeStream:
+        """A decoder of one completion that a model samples: its pieces join to what `decode_sampled` gives."""
+        return self._stream(self._hidden)
+
+    def _stream(self, hidden: frozenset[int]) -> DecodeStream:
+        if self._decoding is None:
+            return ByteStream(lambda id_: self._bytes_of(id_, hidden))
+        return FallbackStream(lambda id_: self._bytes_of(id_, hidden), self._decoding)
 
     def apply_chat_template(
         self,
@@ -191,29 +204,10 @@ class Tokenizer:
         return choose_chat_template(self._templates, self._origin, bool(tools), kwargs.get("chat_template"))
 
     def _normalize(self, text: str) -> str:
-        for form in self._normal_forms:
-            text = normalize(form, text)
-        return text
+        return normalized(self._steps, text)
 
-    def _encode_ordinary(self, text: str) -> list[int]:
-        if len(text) >= _LONGEST_RUN:
-            longest = max((found.end() - found.start() for found in _SPACES.finditer(text)), default=0)
-            if longest >= _LONGEST_RUN:
-                raise InputError(
-                    f"the text has {longest} characters of white space in a row, and fewer than {_LONGEST_RUN} can be "
-                    "split into words; shorten it"
-                )
-        try:
-            ranks = self._bpe.encode_ordinary(text)
-        except BaseException as error:
-            raise _unsplit(error, text, self._origin) from None
-        table = self._id_of_rank
-        if table is None:
-            return ranks
-        return [id_ for id_ in (table[rank] for rank in ranks) if id_ is not None]
-
-    def _bytes_of(self, id_: int, skip_special: bool) -> bytes:
-        if skip_special and id_ in self._special:
+    def _bytes_of(self, id_: int, hidden: frozenset[int]) -> bytes:
+        if id_ in hidden:
             return b""
         try:
             return self._contents[id_]
@@ -222,22 +216,6 @@ class Tokenizer:
                 f"token id {id_} has no text: the ids of {self._origin} lie in [0, {self.vocab_size}); "
                 "leave out ids that only the model's padded vocabulary has"
             ) from None
-
-
-class DecodeStream:
-    """Text of tokens as they come. The pieces join to what `decode` gives; half a character waits for its rest."""
-
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
-        self._bytes_of = bytes_of
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; often one word, "" in the middle of a character. Errors as `decode`."""
-        return self._utf8.decode(self._bytes_of(token_id))
-
-    def finish(self) -> str:
-        """What is left at the end: "", or U+FFFD where the last character never got its rest."""
-        return self._utf8.decode(b"", final=True)
 
 
 def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int]) -> str:
@@ -261,71 +239,3 @@ def _listed(ids: Iterable[int]) -> Iterable[int]:
     """Arrays as a list of Python integers, because their elements are not hashable by value."""
     to_list = getattr(ids, "tolist", None)
     return cast("list[int]", to_list()) if to_list else ids
-
-
-def _added_token_splitter(
-    added: list[AddedToken], normalize: Callable[[str], str]
-) -> Callable[[str], Iterator[str | int]]:
-    """A function that cuts a text into the ids of added tokens and the non-empty text between them.
-
-    Of tokens that begin at the same place the longest wins.
-    """
-    tokens = sorted((token for token in added if token.content), key=lambda token: -len(token.content))
-    patterns = [_added_token_pattern(token, normalize(token.content)) for token in tokens]
-    # `re` skips fast to where some token may begin, but not past groups: so one pattern finds, and one names.
-    finder = re.compile("|".join(patterns)) if patterns else None
-    namer = re.compile("|".join(f"({pattern})" for pattern in patterns))
-
-    def split(text: str) -> Iterator[str | int]:
-        begin = 0
-        for found in finder.finditer(text) if finder else ():
-            if found.start() > begin:
-                yield text[begin : found.start()]
-            named = cast("re.Match[str]", namer.match(text, found.start()))
-            yield tokens[cast("int", named.lastindex) - 1].id
-            begin = found.end()
-        if begin < len(text):
-            yield text[begin:]
-
-    return split
-
-
-def _added_token_pattern(token: AddedToken, content: str) -> str:
-    pattern = re.escape(content)
-    if token.single_word:
-        pattern = rf"(?<!\w){pattern}(?!\w)"
-    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
-
-
-def _byte_pair_encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
-    # tiktoken drops what the pattern does not match; Hugging Face keeps it as a piece of its own.
-    pattern = vocabulary.pattern
-    if pattern not in (QWEN_PATTERN, GPT2_PATTERN):
-        pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-    ranks = {content: rank for rank, content in enumerate(vocabulary.ids_by_rank)}
-    try:
-        encoding = tiktoken.Encoding(vocabulary.origin, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        if pattern not in (QWEN_PATTERN, GPT2_PATTERN):
-            encoding.encode_ordinary(_SAMPLE)
-    except ValueError as error:
-        raise ModelError(
-            f"{vocabulary.origin}: split pattern {vocabulary.pattern!r} is not supported: {error}"
-        ) from error
-    except BaseException as error:
-        if type(error).__name__ != _PANIC:
-            raise
-        raise ModelError(
-            f"{vocabulary.origin}: split pattern {vocabulary.pattern!r} is not supported: it finds words of no "
-            "characters, or takes too many steps"
-        ) from None
-    return encoding
-
-
-def _unsplit(error: BaseException, text: str, origin: str) -> BaseException:
-    """What stands for an error of the tokenizer's Rust code; another one is itself."""
-    if type(error).__name__ != _PANIC:
-        return error
-    return InputError(
-        f"the text of {len(text)} characters cannot be split into words by the pattern of {origin}: it takes too many "
-        "steps, as on a very long run of one kind of character; shorten it"
-    )

@@ -1,21 +1,17 @@
-"""The files of a byte-level BPE tokenizer → one `Vocabulary`, whatever their format.
+"""What the files of a tokenizer say, as one `Vocabulary`, whatever their format; how tokens and merges are spelt."""
 
-Reads `tokenizer.json`, or `vocab.json` with `merges.txt`, or a `*.tiktoken` rank file, and refuses by name what
-tiktoken could not reproduce.
-"""
-
-import base64
-import binascii
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
 from troupe.errors import ModelError
-from troupe.policy.text.normal_forms import NormalForm
+from troupe.policy.text.normalizing import Step
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What the byte-level pre-tokenizer splits by where its file leaves `use_regex` on."""
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -23,16 +19,11 @@ QWEN_PATTERN = (
 )
 """How Qwen2 and Qwen3 split text into words, for folders whose files do not say."""
 
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What the byte-level pre-tokenizer splits by where its file leaves `use_regex` on."""
-
-WHOLE_TEXT = r"[\s\S]+"
-"""No split at all."""
-
+LLAMA3_PATTERN = QWEN_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+"""Llama 3's: up to three digits are a word."""
 
 _T = TypeVar("_T")
-_Merge = str | tuple[str, str]
-_Part = dict[str, Any]
+Merge: TypeAlias = str | tuple[str, str]
 
 
 class AddedToken(msgspec.Struct, frozen=True):
@@ -51,163 +42,120 @@ class AddedToken(msgspec.Struct, frozen=True):
     """Left out by `decode(skip_special_tokens=True)`."""
 
 
+class Words(msgspec.Struct, frozen=True, kw_only=True):
+    """Byte-level BPE: a text is split into words by a pattern, and their bytes are merged."""
+
+    ids_by_rank: dict[bytes, int | None]
+    """Byte string → id in the order of merging: all 256 bytes (None: without a token, is dropped), then merges."""
+    pattern: str = QWEN_PATTERN
+    """Regular expression of one word."""
+
+
+class Characters(msgspec.Struct, frozen=True, kw_only=True):
+    """BPE of characters: a text is merged as a whole, from its characters' tokens, or those of their bytes."""
+
+    merges: list[Merge]
+    bytes_: tuple[int | None, ...]
+    """Ids of the 256 bytes, which a character that is no token falls back to where all of its bytes have one."""
+    unknown: int | None = None
+    """Id of what is no token, nor has bytes; None: it is dropped."""
+    fuses_unknown: bool = False
+    """Whether several in a row are one."""
+    takes_whole: bool = False
+    """Whether a text that is a token is that token, whatever the merges make of it (`ignore_merges`)."""
+
+
+class Decoding(msgspec.Struct, frozen=True, kw_only=True):
+    """How a tokenizer of characters decodes."""
+
+    replaced: tuple[tuple[str, str], ...] = ()
+    """What stands for what within a token: "▁" for a space."""
+    byte_ids: frozenset[int] = frozenset()
+    """Tokens that are one byte. A row of them that is no UTF-8 is one U+FFFD for each."""
+    stripped: str = ""
+    """What is cut off at the beginning, as far as it is there."""
+
+    def content(self, token: str) -> bytes:
+        """The bytes that a token is decoded as, but for those of single bytes."""
+        for old, new in self.replaced:
+            token = token.replace(old, new)
+        return token.encode()
+
+
 class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     """What the files of a tokenizer say."""
 
     origin: str
     """The file, for messages."""
-    ids_by_rank: dict[bytes, int | None]
-    """Byte string → id in the order of merging: all 256 bytes (None: without a token, is dropped), then merges."""
+    model: Words | Characters
     contents: dict[int, bytes]
     """Id → bytes, of every token but the added ones."""
     names: dict[str, int]
     """Token as the file spells it → id, of every token but the added ones."""
     added: list[AddedToken] = []
     """Those that `tokenizer.json` holds."""
-    pattern: str = QWEN_PATTERN
-    """Regular expression of one word."""
-    normal_forms: tuple[NormalForm, ...] = ("NFC",)
-    """Unicode normal forms, applied in this order."""
+    steps: tuple[Step, ...] = ("NFC",)
+    """What a text goes through before it is split, in this order."""
+    decoding: Decoding | None = None
+    """How contents become a text, where they do not just follow one another."""
     prefix: tuple[int, ...] = ()
     """Ids that go before a text encoded with special tokens."""
     suffix: tuple[int, ...] = ()
 
-
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of a model folder.
-
-    `tokenizer.json` comes first, then `vocab.json` + `merges.txt`, then the rank file. Raises ModelError naming the
-    file that is missing, malformed, or of another kind than byte-level BPE.
-    """
-    if (folder / "tokenizer.json").is_file():
-        return _read_tokenizer_json(folder / "tokenizer.json")
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _read_vocab_and_merges(folder)
-    rank_files = sorted(folder.glob("*.tiktoken"))
-    if len(rank_files) == 1:
-        return _read_rank_file(rank_files[0])
-    raise ModelError(
-        f"{folder}: found {len(rank_files)} *.tiktoken files and no tokenizer.json, nor vocab.json with merges.txt; "
-        "copy the tokenizer files of the model into this folder"
-    )
+    def content(self, token: AddedToken) -> bytes:
+        """The bytes that an added token is decoded as."""
+        if self.decoding is None:
+            return token.content.encode()
+        id_ = self.names.get(token.content, -1)
+        return self.contents[id_] if id_ in self.decoding.byte_ids else self.decoding.content(token.content)
 
 
-def read_object(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file. Raises ModelError for anything else."""
-    if not file.is_file():
-        return None
-    return _decode(file, dict[str, Any])
-
-
-class _Bpe(msgspec.Struct):
-    vocab: dict[str, int] | list[Any]
-    type: str | None = None
-    merges: list[_Merge] | None = None
-    dropout: float | None = None
-    unk_token: str | None = None
-    continuing_subword_prefix: str | None = None
-    end_of_word_suffix: str | None = None
-    fuse_unk: bool = False
-    byte_fallback: bool = False
-    ignore_merges: bool = False
-
-
-class _TokenizerJson(msgspec.Struct):
-    model: _Bpe
-    added_tokens: list[AddedToken] = []
-    normalizer: _Part | None = None
-    pre_tokenizer: _Part | None = None
-    post_processor: _Part | None = None
-    decoder: _Part | None = None
-
-
-def _read_tokenizer_json(file: Path) -> Vocabulary:
-    content = _decode(file, _TokenizerJson)
-    model = content.model
-    kind = model.type or ("BPE" if model.merges is not None else "unnamed")
-    if kind != "BPE" or not isinstance(model.vocab, dict):
-        raise ModelError(f"{file}: the tokenizer's model is {kind}; only byte-level BPE, as Qwen3 has it, is supported")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback"):
-        if value := getattr(model, option):
-            raise ModelError(f"{file}: model.{option} is {value!r}, which byte-level BPE of Qwen3's kind does not use")
-    for part in _parts(content.decoder, "decoders"):
-        if part.get("type") != "ByteLevel":
-            raise ModelError(f"{file}: decoder {part.get('type')!r} is not supported, only 'ByteLevel'")
-    prefix, suffix = _post_processor(file, content.post_processor)
-    ids_by_rank, contents = _rank(file, model.vocab, model.merges or [], model.unk_token, model.ignore_merges)
-    return Vocabulary(
-        origin=str(file),
-        ids_by_rank=ids_by_rank,
-        contents=contents,
-        names=model.vocab,
-        added=content.added_tokens,
-        pattern=_split_pattern(file, content.pre_tokenizer),
-        normal_forms=_normal_forms(file, content.normalizer),
-        prefix=prefix,
-        suffix=suffix,
-    )
-
-
-def _read_vocab_and_merges(folder: Path) -> Vocabulary:
-    file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    lines = _text(merges_file).split("\n")
-    merges: list[_Merge] = [line for line in lines if line and not line.startswith("#version")]
-    names = _decode(file, dict[str, int])
-    ids_by_rank, contents = _rank(merges_file, names, merges)
-    return Vocabulary(origin=str(file), ids_by_rank=ids_by_rank, contents=contents, names=names)
-
-
-def _read_rank_file(file: Path) -> Vocabulary:
-    rank_of: dict[bytes, int] = {}
-    for number, line in enumerate(_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            encoded, rank = line.split()
-            rank_of[base64.b64decode(encoded, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise ModelError(f"{file}, line {number}: {line[:80]!r} is no 'base64 rank' pair: {error}") from error
-    if len(set(rank_of.values())) != len(rank_of):
-        raise ModelError(f"{file}: two tokens share one rank; each line needs a rank of its own")
-    missing = [byte for byte in range(256) if bytes([byte]) not in rank_of]
-    if missing:
-        raise ModelError(f"{file}: byte 0x{missing[0]:02X} has no rank; a rank file needs all 256 single bytes")
-    contents = {rank: token for token, rank in rank_of.items()}
-    return Vocabulary(
-        origin=str(file),
-        ids_by_rank={token: rank for rank, token in sorted(contents.items())},
-        contents=contents,
-        names={token.decode(errors="replace"): rank for token, rank in rank_of.items()},
-    )
-
-
-def _rank(
+def rank_words(
     file: Path,
     vocab: dict[str, int],
-    merges: Iterable[_Merge],
+    merges: Iterable[Merge],
     unk_token: str | None = None,
     ignore_merges: bool = False,
 ) -> tuple[dict[bytes, int | None], dict[int, bytes]]:
-    """`Vocabulary.ids_by_rank` and `.contents` of a vocabulary spelt in the byte-level alphabet.
+    """`Words.ids_by_rank` and `Vocabulary.contents` of a vocabulary spelt in the byte-level alphabet.
 
     A token that no merge makes is never found in a text, unless `ignore_merges` says that whole words may be tokens.
     """
-    contents = {id_: _token_bytes(token) for token, id_ in vocab.items()}
-    if len(contents) != len(vocab):
-        raise ModelError(f"{file}: {len(vocab)} tokens have only {len(contents)} different ids; each needs its own")
+    contents = {id_: token_bytes(token) for token, id_ in vocab.items()}
+    refuse_shared_ids(file, vocab)
     ids = {content: id_ for id_, content in contents.items()}
     unknown = vocab.get(unk_token) if unk_token else None
     single = [bytes([byte]) for byte in range(256)]
     ids_by_rank = {byte: ids.get(byte, unknown) for byte in sorted(single, key=lambda byte: ids.get(byte, -1))}
+    for left, right in merged_pairs(file, vocab, merges):
+        made = vocab[left + right]
+        ids_by_rank.setdefault(contents[made], made)
+    if ignore_merges:
+        whole = {content: id_ for id_, content in sorted(contents.items()) if content not in ids_by_rank}
+        ids_by_rank |= whole
+        for content, id_ in whole.items():
+            if any(content[:n] in ids_by_rank and content[n:] in ids_by_rank for n in range(1, len(content))):
+                raise ModelError(
+                    f"{file}: model.ignore_merges is true, and token {id_}, {content.decode(errors='replace')!r}, is "
+                    "two other tokens, of which no merge makes it; only tokens that merges make, or that are no two "
+                    "others, are supported there"
+                )
+    return ids_by_rank, contents
+
+
+def merged_pairs(file: Path, vocab: dict[str, int], merges: Iterable[Merge]) -> Iterator[tuple[str, str]]:
+    """What each merge joins. ModelError where that is no token."""
     for number, merge in enumerate(merges, start=1):
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        made = "".join(pair)
-        if len(pair) != 2 or made not in vocab:
+        if len(pair) != 2 or "".join(pair) not in vocab:
             raise ModelError(f"{file}: merge {number}, {' '.join(pair)!r}, does not make a token of the vocabulary")
-        ids_by_rank.setdefault(contents[vocab[made]], vocab[made])
-    if ignore_merges:
-        ids_by_rank |= {content: id_ for id_, content in sorted(contents.items()) if content not in ids_by_rank}
-    return ids_by_rank, contents
+        yield pair[0], pair[1]
+
+
+def refuse_shared_ids(file: Path, vocab: dict[str, int]) -> None:
+    """ModelError where two tokens have one id."""
+    if (ids := len(set(vocab.values()))) != len(vocab):
+        raise ModelError(f"{file}: {len(vocab)} tokens have only {ids} different ids; each needs its own")
 
 
 @cache
@@ -221,7 +169,8 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in own} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-def _token_bytes(token: str) -> bytes:
+def token_bytes(token: str) -> bytes:
+    """What a token of the byte-level alphabet stands for."""
     alphabet = _alphabet()
     try:
         return bytes([alphabet[character] for character in token])
@@ -229,91 +178,23 @@ def _token_bytes(token: str) -> bytes:
         return token.encode()
 
 
-def _parts(part: _Part | None, sequence_key: str) -> list[_Part]:
-    """A component as a flat list: a "Sequence" is its members, null is none."""
-    if part is None:
-        return []
-    if part.get("type") == "Sequence":
-        return [inner for member in part.get(sequence_key, []) for inner in _parts(member, sequence_key)]
-    return [part]
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file. Raises ModelError for anything else."""
+    if not file.is_file():
+        return None
+    return decode_json(file, dict[str, Any])
 
 
-def _normal_forms(file: Path, normalizer: _Part | None) -> tuple[NormalForm, ...]:
-    known = get_args(NormalForm)
-    forms = tuple(str(part.get("type")) for part in _parts(normalizer, "normalizers"))
-    for form in forms:
-        if form not in known:
-            raise ModelError(f"{file}: normalizer {form!r} is not supported, only {', '.join(known)}")
-    return cast("tuple[NormalForm, ...]", forms)
-
-
-def _split_pattern(file: Path, pre_tokenizer: _Part | None) -> str:
-    """The one pattern that texts are split by. tiktoken takes one, so of several the file is refused."""
-    patterns = []
-    parts = _parts(pre_tokenizer, "pretokenizers")
-    if "ByteLevel" not in [part.get("type") for part in parts]:
-        raise ModelError(f"{file}: pre_tokenizer has no 'ByteLevel' part; only byte-level BPE is supported")
-    for part in parts:
-        match part:
-            case {"type": "ByteLevel"} if not part.get("add_prefix_space"):
-                if part.get("use_regex", True):
-                    patterns.append(GPT2_PATTERN)
-            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(regex)}} if not part.get("invert"):
-                patterns.append(regex)
-            case {"type": "Split", "behavior": "Isolated", "pattern": {"String": str(text)}} if not part.get("invert"):
-                patterns.append(re.escape(text))
-            case _:
-                raise ModelError(
-                    f"{file}: pre_tokenizer part {part} is not supported; use one Split of behavior 'Isolated' "
-                    "and ByteLevel without add_prefix_space"
-                )
-    if len(patterns) > 1:
-        raise ModelError(f"{file}: pre_tokenizer splits {len(patterns)} times; at most one split is supported")
-    return patterns[0] if patterns else WHOLE_TEXT
-
-
-def _post_processor(file: Path, processor: _Part | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids before and after a single text."""
-    before: list[int] = []
-    after: list[int] = []
-    for part in _parts(processor, "processors"):
-        if part.get("type") == "ByteLevel":
-            continue
-        if part.get("type") != "TemplateProcessing":
-            raise ModelError(
-                f"{file}: post_processor {part.get('type')!r} is not supported, "
-                "only 'ByteLevel' and 'TemplateProcessing'"
-            )
-        try:
-            template = msgspec.convert(part, _TemplateProcessing)
-            side = before
-            for piece in template.single:
-                if "SpecialToken" in piece:
-                    side.extend(template.special_tokens[piece["SpecialToken"]["id"]].ids)
-                else:
-                    side = after
-        except (msgspec.ValidationError, KeyError) as error:
-            raise ModelError(f"{file}: post_processor TemplateProcessing is malformed: {error!r}") from error
-    return tuple(before), tuple(after)
-
-
-class _TemplateToken(msgspec.Struct):
-    ids: list[int]
-
-
-class _TemplateProcessing(msgspec.Struct):
-    single: list[dict[str, dict[str, Any]]]
-    special_tokens: dict[str, _TemplateToken]
-
-
-def _decode(file: Path, kind: type[_T]) -> _T:
+def decode_json(file: Path, kind: type[_T]) -> _T:
+    """A JSON file as `kind`. Raises ModelError where it is not that."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{file}: is damaged or no tokenizer file: {error}; copy the file anew") from error
 
 
-def _text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A text file. Raises ModelError where it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
