@@ -7,7 +7,8 @@ from typing import Any
 
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.errors import InputError, ModelError
-from troupe.policy.adapter.files import is_adapter_folder
+from troupe.policy.adapter.files import base_named_in, is_adapter_folder
+from troupe.policy.model_files import ADAPTER_CONFIG
 from troupe.records.layout import RUN_TOML
 from troupe.run.config import Layer, RunConfig, config_table, layered, load_config, read_overrides, settings_layers
 from troupe.run.folder_names import policy_folder, run_folder_named
@@ -57,6 +58,8 @@ def train_config(
     else:
         layers = []  # which is read as it is
     named = {setting.partition("=")[0].strip() for setting in settings} & {"model.path", "data.path"}
+    if run_toml is None and flags.get("adapter") and not flags.get("model") and "model.path" not in named:
+        flags["model"] = _base_of(flags["adapter"])
     if run_toml is None and not (flags.get("model") or flags.get("dataset") or named):
         if resume and isinstance(name, str) and any(run_folder_named(name).glob("checkpoints/step-*")):
             raise InputError(
@@ -71,6 +74,12 @@ def train_config(
         layers = [Layer("the demo", {section: {"path": demo[section]["path"]} for section in ("model", "data")})]
     layers += flag_layers({**flags, "output": output})
     return layered(run_toml, [*layers, *settings_layers(settings)])
+
+
+def _base_of(adapter: str) -> str | None:
+    """The base that an adapter names; None where it does not, or is none, which is told where it is read."""
+    found = Path(find_adapter(adapter))
+    return base_named_in(found) if (found / ADAPTER_CONFIG).is_file() else None
 
 
 def flag_layers(flags: dict[str, Any]) -> list[Layer]:

@@ -88,6 +88,8 @@ def test_flags_name_an_adapter_to_go_on_with(desk: Path) -> None:
     done("train", "-m", "m", "--lora", "4", *FLAGS, *SHORT, "-o", "one")
     done("train", "-m", "m", "--adapter", "one", *FLAGS, *SHORT, "-o", "two")
     done("train", "-m", "one", *FLAGS, *SHORT, "-o", "three")
+    done("train", "--adapter", "one", *FLAGS, *SHORT, "-o", "base-by-adapter")
+    assert same_bits(policy_of("two"), policy_of("base-by-adapter"))
     assert same_bits(policy_of("two"), policy_of("three"))
     assert "2 of 2 steps" in done("train", "-o", "three", "--resume")
     assert summary("three").complete
