@@ -47,9 +47,6 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     """ "eos_token" → id, …"""
     splits_special: bool = False
     """Whether special tokens that stand in a text are read as any other text."""
-    prefix: tuple[int, ...] = ()
-    """Ids that go before a text encoded with special tokens."""
-    suffix: tuple[int, ...] = ()
 
 
 def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> Tokens:
@@ -80,29 +77,13 @@ def read_tokens(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     if is_qwen:  # the decoder decides; of another class, what was special once stays it
         table.special = {content for content, token in table.tokens.items() if token.special}
     table.refuse_shared_ids()
-    ids = {name: table.tokens[token.content].id for name, token in named.items() if token.content}
-    prefix, suffix = _around(config, ids) or (vocabulary.prefix, vocabulary.suffix)
     return Tokens(
         added=tuple(table.tokens.values()),
         special=frozenset(table.tokens[content].id for content in table.special),
         named={name: token.content for name, token in named.items()},
-        ids=ids,
+        ids={name: table.tokens[token.content].id for name, token in named.items() if token.content},
         splits_special=bool(config.get("split_special_tokens")),
-        prefix=prefix,
-        suffix=suffix,
     )
-
-
-def _around(config: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Ids before and after a text where the config says that, which counts more than `tokenizer.json`; else None."""
-    keys = ("add_bos_token", "add_eos_token")
-    if not any(key in config for key in keys):
-        return None
-    before, after = (
-        (ids[name],) if config.get(key) and name in ids else ()
-        for key, name in zip(keys, ("bos_token", "eos_token"), strict=True)
-    )
-    return before, after
 
 
 class _Declared:

@@ -48,7 +48,7 @@ class Tokenizer:
     ) -> None:
         self._origin = vocabulary.origin
         self._templates = dict(chat_templates or {})
-        self._prefix, self._suffix = tokens.prefix, tokens.suffix
+        self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
         self._steps, self._decoding = vocabulary.steps, vocabulary.decoding
         self._named, self._special = tokens.ids, tokens.special
         self._hidden = tokens.special - {token.id for token in tokens.added if token.content in CALLS}
