@@ -20,11 +20,21 @@ from tests.support.families import family_configs, shaken_policy
 from tests.support.tiny import write_tokenizer
 from tests.test_oracles import oracle
 from troupe.errors import ModelError
-from troupe.policy import AdapterConfig, Base, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
+from troupe.policy import (
+    AdapterConfig,
+    Base,
+    GenerationConfig,
+    Policy,
+    RolloutEngine,
+    RolloutRequest,
+    load_policy,
+    random_policy,
+)
 from troupe.policy.adapter.fuse import fuse
 from troupe.policy.adapter.modules import adapter_shapes, resolve_adapter
 from troupe.policy.folders import read_model_folder
 from troupe.policy.gradient.backward import completion_gradients, completion_statistics, side_by_side
+from troupe.policy.network.forward import embedded
 from troupe.policy.network.tensors import weights_dtype
 
 CONFIGS = family_configs(vocab_size=260, initializer_range=0.15, eos_token_id=(256,), intermediate_size=96, head_dim=16)
@@ -319,6 +329,23 @@ def test_peft_and_mlx_lm_read_an_adapter_over_it_and_give_our_logits(name: str, 
 def load_policy_of(name: str, folder: Path) -> Policy:
     saved(name, folder)
     return load_policy(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_embedded_tokens_are_rounded_as_in_transformers(dtype: str, tmp_path: Path) -> None:
+    torch, transformers = oracle("torch"), oracle("transformers")
+    policy = random_policy(
+        msgspec.structs.replace(CONFIGS["gemma3"], hidden_size=40), 1, dtype
+    )  # √40 is no such number
+    policy.save(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        theirs = model.get_input_embeddings()(torch.tensor(IDS)).float().numpy()
+    ours = embedded(policy.config, policy.weights, mx.array(IDS))
+    assert ours.dtype == getattr(mx, dtype)
+    assert np.array_equal(np.array(ours.astype(mx.float32)), theirs)
 
 
 @pytest.mark.slow
