@@ -20,11 +20,21 @@ from tests.support.families import family_configs, shaken_policy
 from tests.support.tiny import write_tokenizer
 from tests.test_oracles import oracle
 from troupe.errors import ModelError
-from troupe.policy import AdapterConfig, Base, GenerationConfig, Policy, RolloutEngine, RolloutRequest, load_policy
+from troupe.policy import (
+    AdapterConfig,
+    Base,
+    GenerationConfig,
+    Policy,
+    RolloutEngine,
+    RolloutRequest,
+    load_policy,
+    random_policy,
+)
 from troupe.policy.adapter.fuse import fuse
 from troupe.policy.adapter.modules import adapter_shapes, resolve_adapter
 from troupe.policy.folders import read_model_folder
-from troupe.policy.gradient.backward import completion_statistics
+from troupe.policy.gradient.backward import completion_gradients, completion_statistics, side_by_side
+from troupe.policy.network.forward import embedded
 from troupe.policy.network.tensors import weights_dtype
 
 CONFIGS = family_configs(vocab_size=260, initializer_range=0.15, eos_token_id=(256,), intermediate_size=96, head_dim=16)
@@ -237,6 +247,31 @@ def test_transformers_reads_it_computes_the_same_and_writes_what_we_read(name: s
     assert np.array_equal(logits(again), logits(policy))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("on_cpu", [True, False])
+@EACH
+def test_gradients_are_those_of_torch(name: str, on_cpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = oracle("torch")
+    policy = saved(name, tmp_path)
+    model = theirs_by_transformers(tmp_path)
+    table = (np.array(LONG) + 1).tolist()  # torch trains no row of padding, which id 0 is for some
+    ids = torch.tensor(table)
+    log_probs = torch.log_softmax(model(ids).logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
+    log_probs[:, 8:].sum().backward()
+    compute_on(monkeypatch, cpu=on_cpu)
+    rows = [row[:9] for row in table], [row[9:] for row in table]
+    ours: dict[str, mx.array] = {}
+    work: Any = completion_gradients(policy.config, policy.weights, *rows, lambda s: (s.log_probs.sum(), ()))
+    for part in side_by_side([work], (), []):
+        ours |= part
+    theirs = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    largest = max(float(np.abs(array).max()) for array in theirs.values())
+    for key, array in theirs.items():
+        assert np.abs(np.array(ours[key]) - array).max() <= 1e-5 * largest, key
+
+
 def has_same_windows_in_mlx_lm(name: str) -> bool:
     return name != "mistral-window"  # which mlx-lm computes without
 
@@ -294,6 +329,23 @@ def test_peft_and_mlx_lm_read_an_adapter_over_it_and_give_our_logits(name: str, 
 def load_policy_of(name: str, folder: Path) -> Policy:
     saved(name, folder)
     return load_policy(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_embedded_tokens_are_rounded_as_in_transformers(dtype: str, tmp_path: Path) -> None:
+    torch, transformers = oracle("torch"), oracle("transformers")
+    policy = random_policy(
+        msgspec.structs.replace(CONFIGS["gemma3"], hidden_size=40), 1, dtype
+    )  # √40 is no such number
+    policy.save(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        theirs = model.get_input_embeddings()(torch.tensor(IDS)).float().numpy()
+    ours = embedded(policy.config, policy.weights, mx.array(IDS))
+    assert ours.dtype == getattr(mx, dtype)
+    assert np.array_equal(np.array(ours.astype(mx.float32)), theirs)
 
 
 @pytest.mark.slow

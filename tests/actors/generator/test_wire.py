@@ -25,7 +25,7 @@ from troupe.actors.generator.wire import (
     unpack_rollout,
 )
 from troupe.messages import Incident, Prompt, Rollout, Slot, Span
-from troupe.policy import PRESETS, GenerationConfig, YarnScaling
+from troupe.policy import PRESETS, GenerationConfig, NetworkConfig, YarnScaling
 from troupe.runtime.frames import MessageError, encode
 
 float32 = st.floats(width=32, allow_nan=False)
@@ -92,12 +92,18 @@ def test_of_a_prompt_goes_what_completes_it() -> None:
     assert [unpack_prompt(packed) for packed in message.prompts] == [expected]
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_setup_comes_out_as_it_went_in(preset: str) -> None:
-    scaling = YarnScaling(factor=2.0, original_max_position_embeddings=1024)
+YARN = YarnScaling(factor=2.0, original_max_position_embeddings=1024)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [*PRESETS.values(), msgspec.structs.replace(PRESETS["Qwen3-0.6B"], rope_scaling=YARN)],
+    ids=[*PRESETS, "yarn"],
+)
+def test_a_setup_comes_out_as_it_went_in(policy: NetworkConfig) -> None:
     setup = Setup(
         name="generator",
-        policy=msgspec.structs.replace(PRESETS[preset], rope_scaling=scaling),
+        policy=policy,
         generation=GenerationConfig(stop=("\n",), logit_bias={5: -1.5}, top_k=4),
         stop_ids=(1, 2),
         tokenizer="/some/where",

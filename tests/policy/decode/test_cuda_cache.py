@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
+from tests.support.families import family_configs, shaken_policy
 from troupe.policy import GenerationConfig, NetworkConfig, RolloutEngine, RolloutRequest, hidden_states, random_policy
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import DecodingCache, PromptCache
@@ -32,6 +33,19 @@ def config(heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> NetworkConf
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
+
+
+FAMILIES = family_configs(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=4096,
+    initializer_range=0.02,
+)
 
 
 def number(x: mx.array) -> float:
@@ -73,6 +87,14 @@ def test_hidden_states_are_those_of_the_plain_cache(
 ) -> None:
     """float32 products are made with TF32 on these cards."""
     assert largest_difference(random_policy(config(**shape), dtype=dtype), lengths, width) < tolerance
+
+
+@pytest.mark.parametrize("lengths", [[5, 17, 64], [900], [30, 2100]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_so_are_they_in_every_family(name: str, dtype: str, tolerance: float, lengths: list[int]) -> None:
+    """Without norms of queries and keys, with biases, with windows and two bases of positions."""
+    assert largest_difference(shaken_policy(FAMILIES[name], dtype=dtype), lengths, 3) < tolerance
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,10 +12,19 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.network.config_keys import fields_of
-from troupe.policy.network.families import ACTIVATION_NAMES, FULL, SLIDING, Family, family_of, layers_by_pattern
+from troupe.policy.network.families import (
+    ACTIVATION_NAMES,
+    FAMILIES,
+    FULL,
+    SLIDING,
+    Family,
+    family_of,
+    layers_by_pattern,
+)
+from troupe.policy.network.presets import PUBLISHED
 from troupe.policy.network.quantization import Quantization, quantization_table
 from troupe.policy.network.rope_settings import convert_by_key, rope_table, stretched_positions
-from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Llama3Scaling, Rope, RopeScaling, YarnScaling
+from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Rope, RopeScaling, YarnScaling
 
 
 class LayerSpec(NamedTuple):
@@ -23,6 +33,12 @@ class LayerSpec(NamedTuple):
     window: int | None
     """A token sees itself and so many less one before it; None: all before it."""
     rope: Rope
+
+
+@lru_cache
+def _layer_spec(window: int | None, theta: float, scaling: RopeScaling | None) -> LayerSpec:
+    """Made once: a decode asks at every token."""
+    return LayerSpec(window, Rope(theta, scaling))
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,21 +112,22 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def family(self) -> Family:
         """What all networks of its family have in common."""
-        return family_of(self.model_type)
+        return FAMILIES[self.model_type]
 
     def layer(self, index: int) -> LayerSpec:
         """In what one layer may differ from another."""
-        if not self.layer_types or self.layer_types[index] == FULL:
-            return LayerSpec(None, Rope(self.rope_theta, self.rope_scaling))
-        local = self.local_rope_theta
-        return LayerSpec(
-            self.sliding_window, Rope(self.rope_theta, self.rope_scaling) if local is None else Rope(local)
-        )
+        return self._spec(self.layer_types[index] if self.layer_types else FULL)
+
+    def _spec(self, kind: str) -> LayerSpec:
+        window = None if kind == FULL else self.sliding_window
+        if kind == FULL or self.local_rope_theta is None:
+            return _layer_spec(window, self.rope_theta, self.rope_scaling)
+        return _layer_spec(window, self.local_rope_theta, None)
 
     @property
     def ropes(self) -> frozenset[Rope]:
         """All ways in which positions turn in its layers."""
-        return frozenset(self.layer(index).rope for index in range(self.num_hidden_layers))
+        return frozenset(self._spec(kind).rope for kind in set(self.layer_types) or {FULL})
 
     @property
     def has_windows(self) -> bool:
@@ -222,114 +239,7 @@ Qwen3Config = NetworkConfig
 """The name from when there was one family."""
 
 
-def _published(
-    model_type: str, layers: int, hidden: int, intermediate: int, heads: tuple[int, int], head_dim: int, **rest: Any
-) -> NetworkConfig:
-    return NetworkConfig(
-        model_type=model_type,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        head_dim=head_dim,
-        **rest,
-    )
-
-
-def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> NetworkConfig:
-    return _published(
-        *("qwen3", layers, hidden, intermediate, (heads, 8), 128),
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        rope_theta=1e6,
-        tie_word_embeddings=tied,
-        eos_token_id=(151645, 151643),
-    )
-
-
-def _qwen2(
-    layers: int, hidden: int, intermediate: int, heads: tuple[int, int], *, vocab: int = 151936, tied: bool = True
-) -> NetworkConfig:
-    return _published(
-        *("qwen2", layers, hidden, intermediate, heads, hidden // heads[0]),
-        vocab_size=vocab,
-        rope_theta=1e6,
-        tie_word_embeddings=tied,
-        eos_token_id=(151645, 151643),
-    )
-
-
-def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], theta: float) -> NetworkConfig:
-    return _published(
-        *("llama", layers, hidden, intermediate, heads, 64),
-        vocab_size=49152,
-        max_position_embeddings=8192,
-        rope_theta=theta,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        eos_token_id=(2,),
-    )
-
-
-def _llama3(
-    layers: int, hidden: int, intermediate: int, heads: int, head_dim: int, factor: float, *, tied: bool
-) -> NetworkConfig:
-    return _published(
-        *("llama", layers, hidden, intermediate, (heads, 8), head_dim),
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_theta=5e5,
-        rope_scaling=Llama3Scaling(
-            factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-        ),
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        eos_token_id=(128001, 128008, 128009),
-    )
-
-
-def _gemma3(layers: int, hidden: int, intermediate: int) -> NetworkConfig:
-    return _published(
-        *("gemma3_text", layers, hidden, intermediate, (4, 1), 256),
-        vocab_size=262144,
-        rope_theta=1e6,
-        local_rope_theta=1e4,
-        query_pre_attn_scalar=256,
-        sliding_window=512,
-        layer_types=tuple(layers_by_pattern(6, layers)),
-        tie_word_embeddings=True,
-        eos_token_id=(1, 106),
-    )
-
-
 PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
-    {
-        "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, tied=True),
-        "Qwen3-1.7B": _qwen3(28, 2048, 6144, 16, tied=True),
-        "Qwen3-4B": _qwen3(36, 2560, 9728, 32, tied=True),
-        "Qwen3-8B": _qwen3(36, 4096, 12288, 32, tied=False),
-        "Qwen3-14B": _qwen3(40, 5120, 17408, 40, tied=False),
-        "Qwen3-32B": _qwen3(64, 5120, 25600, 64, tied=False),
-        "Qwen2.5-0.5B": _qwen2(24, 896, 4864, (14, 2)),
-        "Qwen2.5-1.5B": _qwen2(28, 1536, 8960, (12, 2)),
-        "Qwen2.5-3B": _qwen2(36, 2048, 11008, (16, 2)),
-        "Qwen2.5-7B": _qwen2(28, 3584, 18944, (28, 4), vocab=152064, tied=False),
-        "SmolLM2-135M": _smol(30, 576, 1536, (9, 3), 1e5),
-        "SmolLM2-360M": _smol(32, 960, 2560, (15, 5), 1e5),
-        "SmolLM2-1.7B": _smol(24, 2048, 8192, (32, 32), 1.3e5),
-        "Llama-3.2-1B": _llama3(16, 2048, 8192, 32, 64, 32.0, tied=True),
-        "Llama-3.2-3B": _llama3(28, 3072, 8192, 24, 128, 32.0, tied=True),
-        "Llama-3.1-8B": _llama3(32, 4096, 14336, 32, 128, 8.0, tied=False),
-        "Mistral-7B-v0.3": _published(
-            *("mistral", 32, 4096, 14336, (32, 8), 128),
-            vocab_size=32768,
-            rope_theta=1e6,
-            rms_norm_eps=1e-5,
-            eos_token_id=(2,),
-        ),
-        "gemma-3-270m": _gemma3(18, 640, 2048),
-        "gemma-3-1b": _gemma3(26, 1152, 6912),
-    }
+    {name: NetworkConfig(**fields) for name, fields in PUBLISHED.items()}
 )
-"""Dense networks as they are published, by name; sizes as in their folders and reports (`FAMILIES` names these)."""
+"""Dense networks as they are published, by name."""

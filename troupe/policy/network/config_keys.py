@@ -80,10 +80,8 @@ def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:
             f"architectures: {named!r} is not supported; of a {model_type} it must be ['{family.architecture}']"
         )
     if settings.get("attention_bias") and family.biases != "as_said":
-        raise ModelError(
-            f"attention_bias: true is not supported in a {settings['model_type']}, whose projections are known "
-            f"{'to have biases of their own' if family.biases == 'qkv' else 'without'}"
-        )
+        which = "those of queries, keys and values, and no other," if family.biases == "qkv" else "none"
+        raise ModelError(f"attention_bias: true is not supported; a {settings['model_type']} has {which} here")
     for key in ("hidden_act", "hidden_activation"):
         names = ACTIVATION_NAMES[family.activation]
         if settings.get(key) not in (None, *names):

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from troupe.policy.network.architecture import LayerSpec, NetworkConfig
+from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_mask
 from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.elementwise import is_on_cpu
@@ -75,8 +75,9 @@ def hidden_states(
 
 
 def normalized(config: NetworkConfig, x: mx.array, scale: mx.array) -> mx.array:
-    """x (…, n) over the root of its mean square, times `scale` (n,); in the type of x."""
-    return mx.fast.rms_norm(x, scale, config.rms_norm_eps).astype(x.dtype)
+    """x (…, n) over the root of its mean square, times `scale` (n,) of `norm_scale`; in the type of x."""
+    y = mx.fast.rms_norm(x, scale, config.rms_norm_eps)
+    return y.astype(x.dtype) if config.family.norm_offset else y
 
 
 def embedded(config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
@@ -162,11 +163,12 @@ class Layer:
     def __init__(self, config: NetworkConfig, weights: Weights, index: int, dropout: Dropout | None = None) -> None:
         self.config, self.index, self._dropout = config, index, dropout
         self._weights, self._prefix = weights, f"model.layers.{index}."
-        self.spec: LayerSpec = config.layer(index)
+        self.family, self.spec = config.family, config.layer(index)
 
     def norm(self, name: str) -> mx.array:
         """What one of its norms, such as "input_layernorm", multiplies by."""
-        return norm_scale(self.config, self._weights[f"{self._prefix}{name}.weight"])
+        weight = self._weights[f"{self._prefix}{name}.weight"]
+        return norm_scale(self.config, weight) if self.family.norm_offset else weight
 
     def norm_dtype(self, name: str) -> mx.Dtype:
         """The type of the weight of one of its norms."""
@@ -216,31 +218,31 @@ class Layer:
 
     def mlp_inputs(self, x: mx.array) -> list[mx.array]:
         """(B, T, D) → gate and up (B, T, F)."""
-        return self.inputs(GATE_UP, self.normalized(self.config.family.norm_before_mlp, x))
+        return self.inputs(GATE_UP, self.normalized(self.family.norm_before_mlp, x))
 
     def behind_attention(self, x: mx.array, o: mx.array) -> mx.array:
         """What attention adds to x, where `o` is what its last product gives."""
-        return x + self.normalized(self.config.family.norm_behind_attention, o)
+        return x + (self.normalized(self.family.norm_behind_attention, o) if self.family.norms_behind else o)
 
     def behind_mlp(self, x: mx.array, y: mx.array) -> mx.array:
         """What the MLP adds to x, where `y` is what its last product gives."""
-        return x + self.normalized(self.config.family.norm_behind_mlp, y)
+        return x + (self.normalized(self.family.norm_behind_mlp, y) if self.family.norms_behind else y)
 
     @property
     def fused_qk_scales(self) -> mx.array | None:
         """What the norms of queries and keys multiply by (H + K, d), as `fuse_projections` lays it out; None where the
         family has no such norms. KeyError where it is not laid out."""
-        return self._weights[f"{self._prefix}{QK_NORM}.weight"] if self.config.family.qk_norm else None
+        return self._weights[f"{self._prefix}{QK_NORM}.weight"] if self.family.qk_norm else None
 
     def turned(self, q: mx.array, k: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array]:
         """Queries and keys (B, T, heads, d) → (B, heads, T, d), normalized, where the family does so, and rotated."""
-        names = ("self_attn.q_norm", "self_attn.k_norm") if self.config.family.qk_norm else (None, None)
+        names = ("self_attn.q_norm", "self_attn.k_norm") if self.family.qk_norm else (None, None)
         q, k = (rotate(self.normalized(name, y).swapaxes(1, 2)) for y, name in zip((q, k), names, strict=True))
         return q, k
 
     def rotated_inputs(self, x: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array, mx.array]:
         """(B, T, D) → queries, keys and values (B, heads, T, d), normalized and rotated."""
-        H, K, qk_norm = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.family.qk_norm
+        H, K, qk_norm = self.config.num_attention_heads, self.config.num_key_value_heads, self.family.qk_norm
         if (f"{self._prefix}{QK_NORM}.weight" if qk_norm else f"{self._prefix}{QKV}.weight") not in self._weights:
             q, k, v = self.attention_inputs(x)
             return *self.turned(q, k, rotate), v.swapaxes(1, 2)
@@ -248,8 +250,9 @@ class Layer:
         both = qkv[:, :, : H + K]
         if qk_norm:
             scales = self._weights[f"{self._prefix}{QK_NORM}.weight"]
-            both = mx.fast.rms_norm(both.astype(scales.dtype), None, self.config.rms_norm_eps) * scales
-            both = both.astype(x.dtype)
+            both = both.astype(scales.dtype) if self.family.norm_offset else both
+            both = mx.fast.rms_norm(both, None, self.config.rms_norm_eps) * scales
+            both = both.astype(x.dtype) if self.family.norm_offset else both
         both = rotate(both.swapaxes(1, 2))
         return both[:, :H], both[:, H:], qkv[:, :, H + K :].swapaxes(1, 2)
 
@@ -264,4 +267,4 @@ def _through_layer(layer: Layer, x: mx.array, attention: Attention, rotations: R
     o = attention.attend(layer.index, *turned, config.attention_scale, spec.window)
     o = layer.linear("self_attn.o_proj")(o.swapaxes(1, 2).reshape(*x.shape[:2], -1))
     x = layer.behind_attention(x, o)
-    return layer.behind_mlp(x, layer.linear("mlp.down_proj")(gated(config.family.activation, *layer.mlp_inputs(x))))
+    return layer.behind_mlp(x, layer.linear("mlp.down_proj")(gated(layer.family.activation, *layer.mlp_inputs(x))))

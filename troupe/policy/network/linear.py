@@ -63,23 +63,18 @@ class Linear(NamedTuple):
         if scales is not None and config.quantization is not None:
             packing = config.quantization.of(first_part(module))
         biases = weights.get(f"{module}.biases")
-        adapter = find(A), find(B), find(MAGNITUDE)
-        return cls(weights[f"{module}.weight"], packing, scales, biases, *adapter, bias=weights.get(module + BIAS))
+        weight, bias = weights[f"{module}.weight"], weights.get(module + BIAS)
+        return cls(weight, packing, scales, biases, find(A), find(B), find(MAGNITUDE), None, bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in) → (…, out)."""
-        y = self._without_bias(x)
+        y = self._times(x) if self.a is None or self.b is None else self._directed(x, self.a, self.b)
+        if self.factor is not None and self.a is not None:
+            if self.a.ndim == 2:
+                y = y * self.factor
+            else:
+                y = (y.reshape(self.a.shape[0], -1, self.size) * self.factor[:, None]).reshape(y.shape)
         return y if self.bias is None else y + self.bias
-
-    def _without_bias(self, x: mx.array) -> mx.array:
-        if self.a is None or self.b is None:
-            return self._times(x)
-        y = self._directed(x, self.a, self.b)
-        if self.factor is None:
-            return y
-        if self.a.ndim == 2:
-            return y * self.factor
-        return (y.reshape(self.a.shape[0], -1, self.size) * self.factor[:, None]).reshape(y.shape)
 
     def gradients(self, x: mx.array, y_grad: mx.array, *, trained: bool) -> tuple[mx.array, dict[str, mx.array]]:
         """From x (…, in) and the cotangent (…, out) of y: that of x, and those of what is trained here.
