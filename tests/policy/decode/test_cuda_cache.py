@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import mlx.core as mx
+import msgspec
 import pytest
 
 from tests.support.families import family_configs, shaken_policy
@@ -46,6 +47,12 @@ FAMILIES = family_configs(
     max_position_embeddings=4096,
     initializer_range=0.02,
 )
+FAMILIES |= {
+    f"{name}-{window}": msgspec.structs.replace(kind, sliding_window=window)
+    for name, kind in FAMILIES.items()
+    if kind.has_windows
+    for window in (40, 300)
+}
 
 
 def number(x: mx.array) -> float:

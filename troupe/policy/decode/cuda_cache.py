@@ -21,10 +21,8 @@ _WORTH_COMPILING = 8
 
 
 def serves(config: NetworkConfig) -> bool:
-    """Whether networks of this kind are decoded with these kernels, here. Not yet those with windows: the kernels know
-    them, but no card has compared them with their plain twins."""
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    return cuda_kernels.can_serve(*heads) and not config.has_windows
+    """Whether networks of this kind are decoded with these kernels, here."""
+    return cuda_kernels.can_serve(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
 
 
 class CudaDecodingCache(DecodingCache):
