@@ -9,6 +9,7 @@ from tests.support.tiny import small_network
 from troupe.policy import AdapterConfig, Completion, GenerationConfig, RolloutEngine, RolloutRequest, random_policy
 from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import Adapter, init_adapter, resolve_adapter
+from troupe.policy.network.architecture import NetworkConfig
 
 CONFIG = small_network(vocab_size=90, tie_word_embeddings=True)
 CONFIGS = {"qwen3": CONFIG} | {
