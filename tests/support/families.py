@@ -45,6 +45,7 @@ def family_configs(**sizes: Any) -> dict[str, NetworkConfig]:
             "layer_types": tuple(SLIDING if index % 2 == 0 else FULL for index in range(layers)),
         },
     }
+    each["gemma3-untied"] = each["gemma3"] | {"tie_word_embeddings": False}  # tied, it mostly repeats a random token
     assert {settings["model_type"] for settings in each.values()} == FAMILIES.keys()
     return {name: NetworkConfig(**standard | settings | sizes) for name, settings in each.items()}
 

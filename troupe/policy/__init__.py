@@ -18,7 +18,7 @@ from troupe.policy.network.architecture import PRESETS, NetworkConfig, Qwen3Conf
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.forward import Attention, fuse_projections, hidden_states, project
 from troupe.policy.network.head import TokenStatistics
-from troupe.policy.network.rotary import YarnScaling
+from troupe.policy.network.rotary import LinearScaling, Llama3Scaling, YarnScaling
 from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count
 from troupe.policy.text.complete import (
     RolloutBatch,
@@ -42,6 +42,8 @@ __all__ = [
     "CompletedGroup",
     "Completion",
     "GenerationConfig",
+    "LinearScaling",
+    "Llama3Scaling",
     "MicroBatch",
     "ModelConfig",
     "NetworkConfig",

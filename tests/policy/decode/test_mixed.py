@@ -15,7 +15,7 @@ CONFIG = small_network(vocab_size=90, tie_word_embeddings=True)
 CONFIGS = {"qwen3": CONFIG} | {
     name: config
     for name, config in family_configs(vocab_size=90, initializer_range=0.3).items()
-    if name in ("qwen2", "llama-biased", "gemma3")
+    if name in ("qwen2", "llama-biased", "gemma3-untied")
 }
 PROMPTS = [(1, 2, 3), (4, 5, 6, 7, 8), (9,), (10, 11), (12, 13, 14, 15)]
 STOP = frozenset(range(6))
