@@ -46,10 +46,12 @@ def held_out(way: str) -> list[dict[str, Any]]:
 
 
 def train(way: str, seed: int, steps: int | None, runs: Path) -> str:
-    """Train, write the report, and return the table's row."""
+    """Train, or go on where this was cut off, write the report, and return the table's row."""
     output = runs / f"{way}-{seed}"
     limit = [] if steps is None else ["--max-steps", str(steps)]
-    troupe("train", HERE / f"{way}.toml", "-o", output, "--seed", str(seed), *limit)
+    if not (output / "summary.json").is_file():
+        again = ["--resume"] if output.is_dir() else []
+        troupe("train", HERE / f"{way}.toml", "-o", output, "--seed", str(seed), *limit, *again)
     troupe("report", output)
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -62,21 +64,22 @@ def train(way: str, seed: int, steps: int | None, runs: Path) -> str:
     )
 
 
-def answers(model: Path, way: str) -> list[str]:
-    """Greedy answers to the first held-out questions, as long as in training."""
+def answers(model: Path, questions: list[str], length: int) -> list[str]:
+    """Greedy answers of a model, or of an adapter beside the model that it names."""
     from troupe.policy import load_policy
 
-    prompts = [[{"role": "user", "content": row["prompt"]}] for row in held_out(way)[:QUESTIONS]]
-    return load_policy(model).generate_texts(prompts, max_new_tokens=12 if way == "two-digit" else 10, temperature=0.0)
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    return load_policy(model).generate_texts(prompts, max_new_tokens=length, temperature=0.0)
 
 
 def shown_answers(way: str, run: Path) -> str:
-    """What a run's policy says to the first held-out questions, beside what it said before."""
+    """What a run's policy says to some held-out questions, beside what it said before, no longer than in training."""
     base = MODELS / ("smollm2-4bit" if way == "qlora" else "smollm2")
-    lines = [f"{WAYS[way]}:", "", "| question | before | after |", "|---|---|---|"]
-    for row, before, after in zip(held_out(way), answers(base, way), answers(run / "final", way), strict=False):
-        lines.append(f"| {row['prompt']} | `{json.dumps(before)}` | `{json.dumps(after)}` |")
-    return "\n".join(lines)
+    rows, length = held_out(way), 12 if way == "two-digit" else 10
+    asked = [row["prompt"] for row in rows[:: len(rows) // QUESTIONS]]
+    said = zip(asked, answers(base, asked, length), answers(run / "final", asked, length), strict=True)
+    lines = [f"| {question} | `{json.dumps(before)}` | `{json.dumps(after)}` |" for question, before, after in said]
+    return "\n".join([f"{WAYS[way]}:", "", "| question | before | after |", "|---|---|---|", *lines])
 
 
 def main(options: argparse.Namespace) -> None:
