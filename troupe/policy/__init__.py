@@ -13,7 +13,7 @@ from troupe.policy.gradient.memory import MicroBatch, gradient_memory_bytes
 from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.load import load_policy
 from troupe.policy.model import ModelConfig, Policy, random_policy
-from troupe.policy.model_files import DTYPES, Companions, model_fingerprint
+from troupe.policy.model_files import DTYPES, Companions, model_fingerprint, network_fingerprint
 from troupe.policy.network.architecture import PRESETS, NetworkConfig, Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.forward import Attention, fuse_projections, hidden_states, project
@@ -76,6 +76,7 @@ __all__ = [
     "is_on_cpu",
     "load_policy",
     "model_fingerprint",
+    "network_fingerprint",
     "opened_thought",
     "parameter_count",
     "project",

@@ -41,7 +41,7 @@ from troupe.policy import (
     RolloutEngine,
     Tokenizer,
     Weights,
-    model_fingerprint,
+    network_fingerprint,
     read_model_folder,
 )
 from troupe.runtime import linux_cpu
@@ -157,7 +157,7 @@ class _GeneratorProcess:
 def _read_base(config: NetworkConfig, source: BaseSource) -> Base:
     """The base that the run began with, as the run holds it. ModelError where the folder is another model's by now."""
     folder = Path(source.folder)
-    if model_fingerprint(folder) != source.fingerprint:
+    if network_fingerprint(folder) != source.fingerprint:
         raise ModelError(
             f"{folder}: the base was changed since the run began, so that its adapter cannot be sampled from; restore "
             "it and resume"
