@@ -18,6 +18,7 @@ from troupe.policy import Policy, load_policy
 FOLDER = EXAMPLES / "smollm2"
 SUMS = imported("smollm2/sums.py")
 MAKING = imported("smollm2/make_model.py")
+TABLE = imported("smollm2/table.py")
 QUESTION = [{"role": "user", "content": "What is 1 + 3?"}]
 
 
@@ -53,6 +54,32 @@ def test_the_files_of_prompts_are_those_that_the_script_makes() -> None:
 def test_neighbours_that_gguf_rotates_become_halves() -> None:
     rows = mx.arange(16).reshape(8, 2)  # two heads of four rows: x₀ y₀ x₁ y₁
     assert MAKING.with_halves(rows, heads=2)[:, 0].tolist() == [0, 4, 2, 6, 8, 12, 10, 14]
+
+
+def test_a_row_of_the_table_counts_right_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = list[tuple[str, ...]]()
+    monkeypatch.setattr(TABLE, "troupe", lambda *words: called.append(tuple(map(str, words))))
+    run = tmp_path / "lora-1"
+    run.mkdir()
+    figures = {"rewards_before": {"right_sum": 0.28}, "rewards_after": {"right_sum": 0.92}, "steps": 3, "wall_s": 9.6}
+    (run / "summary.json").write_text(json.dumps(figures), encoding="utf-8")
+    (run / "metrics.jsonl").write_text('{"step_time": 1}\n{"step_time": 9}\n{"step_time": 2}\n', encoding="utf-8")
+    assert TABLE.train("lora", 1, 3, tmp_path) == "| LoRA, one digit | 1 | 14 of 50 | 46 of 50 | 3 | 2.00 | 10 |"
+    assert called == [("report", str(run))]
+    (run / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        TABLE.train("lora", 1, 3, tmp_path)
+    train = ("train", str(FOLDER / "lora.toml"), "-o", str(run), "--seed", "1", "--max-steps", "3", "--resume")
+    assert called[1:] == [train, ("report", str(run))]
+
+
+@pytest.mark.parametrize("way", TABLE.WAYS)
+def test_every_way_is_a_file_whose_answers_are_as_long_as_the_table_says(way: str) -> None:
+    config = troupe.load_config(FOLDER / f"{way}.toml")
+    assert config.generation.max_completion_length == (12 if way == "two-digit" else 10)
+    assert Path(str(config.data.eval_path)).read_text(encoding="utf-8").splitlines() == [
+        json.dumps(row) for row in TABLE.held_out(way)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +123,15 @@ def test_transformers_computes_the_same_of_it(folders: tuple[Path, Path]) -> Non
 
 @pytest.mark.slow
 def test_the_reward_rises(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """All weights, since their reward rises within the fewest steps: half a minute of an idle machine's two cores."""
+    """All weights, since their reward rises within the fewest steps: a minute of two idle cores."""
     shorter: dict[str, Any] = {
         "model": {"path": str(folders[0])},
         "data": {"eval_path": None},
-        "learner": {"max_steps": 7},
+        "learner": {"max_steps": 6},
         "metrics": {"sinks": ["jsonl"]},
         "output": str(tmp_path / "run"),
     }
-    assert troupe.train(troupe.load_config(FOLDER / "whole.toml", [shorter])).steps == 7
+    assert troupe.train(troupe.load_config(FOLDER / "whole.toml", [shorter])).steps == 6
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     means = [json.loads(line)["reward"] for line in lines]
     assert sum(means[-2:]) / 2 > sum(means[:2]) / 2 + 0.2, means
