@@ -82,7 +82,7 @@ def check_folder(folder: Path) -> None:
             f"merge first with {_base_model(folder)}, and give the folder that comes of it"
         )
     if not (folder / CONFIG_FILE).is_file():
-        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        inner = sorted(file.parent.name for name in (CONFIG_FILE, ADAPTER_CONFIG) for file in folder.glob(f"*/{name}"))
         hint = f"; give {folder / inner[0]}" if inner else ""
         if is_whole:
             hint = f"; copy {CONFIG_FILE} beside the weights"
