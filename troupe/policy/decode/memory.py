@@ -40,12 +40,13 @@ def fused_copy_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
     """What `fuse_projections` copies."""
     D, d, family = config.hidden_size, config.head_dim, config.family
     H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = ((H + 2 * K) * d * D + 2 * config.intermediate_size * D) * dtype.size
+    layer = (H + 2 * K) * d * D * dtype.size
     if "q" in config.biased:
         layer += (H + 2 * K) * d * dtype.size
     if family.qk_norm:
         layer += (H + K) * d * (4 if family.norm_offset else dtype.size)
-    return config.num_hidden_layers * layer
+    dense = config.num_hidden_layers - len(config.sparse_layers)
+    return config.num_hidden_layers * layer + dense * 2 * config.intermediate_size * D * dtype.size
 
 
 def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype) -> int:
@@ -57,8 +58,10 @@ def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dt
         for names in (*JOINED.values(), ["self_attn.o_proj"], ["mlp.down_proj"]):
             modules = [f"model.layers.{layer}.{name}" for name in names]
             ranks = [adapter.modules[module].rank for module in modules if module in adapter.modules]
+            if not ranks:
+                continue
             rows, columns = sum(shapes[module][0] for module in modules), shapes[modules[0]][1]
-            total += (rows * columns if merged else sum(ranks) * (rows + columns)) if ranks else 0
+            total += rows * columns if merged else sum(ranks) * (rows + columns)
     return total * dtype.size
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,15 +13,29 @@ from troupe.policy.network.config_keys import fields_of
 from troupe.policy.network.families import ACTIVATION_NAMES, FULL, SLIDING, Family, family_of, layers_by_pattern
 from troupe.policy.network.quantization import Quantization, quantization_table
 from troupe.policy.network.rope_settings import convert_by_key, rope_table, stretched_positions
-from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Llama3Scaling, Rope, RopeScaling, YarnScaling
+from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Rope, RopeScaling, YarnScaling
+
+
+class Experts(NamedTuple):
+    """The MLP of a layer that is a mixture of experts."""
+
+    number: int
+    per_token: int
+    """How many of them a token goes to: those that the router finds likeliest."""
+    size: int
+    """F, numbers within one."""
+    normalized: bool
+    """Whether the shares of a token's experts add up to 1; else they are parts of all experts'."""
 
 
 class LayerSpec(NamedTuple):
-    """In what one layer may differ from another. What a mixture of experts needs of a layer belongs here."""
+    """In what one layer may differ from another."""
 
     window: int | None
     """A token sees itself and so many less one before it; None: all before it."""
     rope: Rope
+    experts: Experts | None = None
+    """None: its MLP is one for all tokens."""
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +67,14 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
     """`FULL` or `SLIDING` for each layer; empty: all are full."""
+    num_experts: int = 0
+    """Experts of each layer that is a mixture of them; 0 in families that have none."""
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    """Each so many-th layer is a mixture of experts, but for those of `mlp_only_layers`."""
+    mlp_only_layers: tuple[int, ...] = ()
     eos_token_id: tuple[int, ...] = ()
     """Ids that end a text, where the folder's generation_config.json names none."""
     quantization: Quantization | None = None
@@ -81,6 +102,26 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.head_dim % 2:
             raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
         self._check_windows()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if not self.family.experts:
+            return
+        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
+            if (value := getattr(self, key)) < 1:
+                raise ModelError(f"{key}: {value} is too small; it must be at least 1")
+            if value > (most := MOST_EXPERTS if key == "num_experts" else _MOST):
+                raise ModelError(f"{key}: {value} is too large; it must be at most {most}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ModelError(
+                f"num_experts_per_tok: {self.num_experts_per_tok} is refused; there are {self.num_experts} experts "
+                "(num_experts)"
+            )
+        if beyond := [index for index in self.mlp_only_layers if not 0 <= index < self.num_hidden_layers]:
+            raise ModelError(
+                f"mlp_only_layers: {beyond[0]} is refused; layers are counted from 0 and num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
 
     def _check_windows(self) -> None:
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
@@ -100,12 +141,23 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def layer(self, index: int) -> LayerSpec:
         """In what one layer may differ from another."""
+        experts = None
+        if self.family.experts and (index + 1) % self.decoder_sparse_step == 0 and index not in self.mlp_only_layers:
+            sizes = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
+            experts = Experts(*sizes, self.norm_topk_prob)
         if not self.layer_types or self.layer_types[index] == FULL:
-            return LayerSpec(None, Rope(self.rope_theta, self.rope_scaling))
+            return LayerSpec(None, Rope(self.rope_theta, self.rope_scaling), experts)
         local = self.local_rope_theta
         return LayerSpec(
-            self.sliding_window, Rope(self.rope_theta, self.rope_scaling) if local is None else Rope(local)
+            self.sliding_window, Rope(self.rope_theta, self.rope_scaling) if local is None else Rope(local), experts
         )
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that are mixtures of experts."""
+        if not self.family.experts:
+            return ()
+        return tuple(index for index in range(self.num_hidden_layers) if self.layer(index).experts)
 
     @property
     def ropes(self) -> frozenset[Rope]:
@@ -133,6 +185,8 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def preset(cls, name: str) -> NetworkConfig:
         """A published network by its name, such as "Qwen3-0.6B", for random weights. Raises ModelError."""
+        from troupe.policy.network.presets import PRESETS  # which is made of configs
+
         wanted = name.lower().rpartition("/")[2]
         for known, config in PRESETS.items():
             if known.lower() == wanted:
@@ -155,7 +209,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The settings as a `config.json` that transformers and mlx-lm read; `from_dict` gives the same config back."""
         settings: dict[str, Any] = msgspec.structs.asdict(self)
         settings["eos_token_id"] = list(self.eos_token_id) or None
-        for key in _TOLD_APART:
+        for key in _TOLD_APART + (() if self.family.experts else _OF_EXPERTS):
             del settings[key]
         family, packed = self.family, {} if self.quantization is None else quantization_table(self.quantization)
         rope = {**rope_table(self.rope_scaling), "rope_theta": self.rope_theta}
@@ -201,8 +255,14 @@ _TOLD_APART = (
     "layer_types",
     "quantization",
 )
-
-
+_OF_EXPERTS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -215,121 +275,10 @@ _SIZES = (
 )
 _MOST = 2**31 - 1
 """What MLX can count along one axis."""
+MOST_EXPERTS = 1024
+"""What MLX multiplies at a time on NVIDIA cards."""
 _MOST_LAYERS = 4096
 """Far above every network there is: each layer has names of its own, which are all made before a file is looked at."""
 
 Qwen3Config = NetworkConfig
 """The name from when there was one family."""
-
-
-def _published(
-    model_type: str, layers: int, hidden: int, intermediate: int, heads: tuple[int, int], head_dim: int, **rest: Any
-) -> NetworkConfig:
-    return NetworkConfig(
-        model_type=model_type,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        head_dim=head_dim,
-        **rest,
-    )
-
-
-def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> NetworkConfig:
-    return _published(
-        *("qwen3", layers, hidden, intermediate, (heads, 8), 128),
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        rope_theta=1e6,
-        tie_word_embeddings=tied,
-        eos_token_id=(151645, 151643),
-    )
-
-
-def _qwen2(
-    layers: int, hidden: int, intermediate: int, heads: tuple[int, int], *, vocab: int = 151936, tied: bool = True
-) -> NetworkConfig:
-    return _published(
-        *("qwen2", layers, hidden, intermediate, heads, hidden // heads[0]),
-        vocab_size=vocab,
-        rope_theta=1e6,
-        tie_word_embeddings=tied,
-        eos_token_id=(151645, 151643),
-    )
-
-
-def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], theta: float) -> NetworkConfig:
-    return _published(
-        *("llama", layers, hidden, intermediate, heads, 64),
-        vocab_size=49152,
-        max_position_embeddings=8192,
-        rope_theta=theta,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        eos_token_id=(2,),
-    )
-
-
-def _llama3(
-    layers: int, hidden: int, intermediate: int, heads: int, head_dim: int, factor: float, *, tied: bool
-) -> NetworkConfig:
-    return _published(
-        *("llama", layers, hidden, intermediate, (heads, 8), head_dim),
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_theta=5e5,
-        rope_scaling=Llama3Scaling(
-            factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-        ),
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        eos_token_id=(128001, 128008, 128009),
-    )
-
-
-def _gemma3(layers: int, hidden: int, intermediate: int) -> NetworkConfig:
-    return _published(
-        *("gemma3_text", layers, hidden, intermediate, (4, 1), 256),
-        vocab_size=262144,
-        rope_theta=1e6,
-        local_rope_theta=1e4,
-        query_pre_attn_scalar=256,
-        sliding_window=512,
-        layer_types=tuple(layers_by_pattern(6, layers)),
-        tie_word_embeddings=True,
-        eos_token_id=(1, 106),
-    )
-
-
-PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
-    {
-        "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, tied=True),
-        "Qwen3-1.7B": _qwen3(28, 2048, 6144, 16, tied=True),
-        "Qwen3-4B": _qwen3(36, 2560, 9728, 32, tied=True),
-        "Qwen3-8B": _qwen3(36, 4096, 12288, 32, tied=False),
-        "Qwen3-14B": _qwen3(40, 5120, 17408, 40, tied=False),
-        "Qwen3-32B": _qwen3(64, 5120, 25600, 64, tied=False),
-        "Qwen2.5-0.5B": _qwen2(24, 896, 4864, (14, 2)),
-        "Qwen2.5-1.5B": _qwen2(28, 1536, 8960, (12, 2)),
-        "Qwen2.5-3B": _qwen2(36, 2048, 11008, (16, 2)),
-        "Qwen2.5-7B": _qwen2(28, 3584, 18944, (28, 4), vocab=152064, tied=False),
-        "SmolLM2-135M": _smol(30, 576, 1536, (9, 3), 1e5),
-        "SmolLM2-360M": _smol(32, 960, 2560, (15, 5), 1e5),
-        "SmolLM2-1.7B": _smol(24, 2048, 8192, (32, 32), 1.3e5),
-        "Llama-3.2-1B": _llama3(16, 2048, 8192, 32, 64, 32.0, tied=True),
-        "Llama-3.2-3B": _llama3(28, 3072, 8192, 24, 128, 32.0, tied=True),
-        "Llama-3.1-8B": _llama3(32, 4096, 14336, 32, 128, 8.0, tied=False),
-        "Mistral-7B-v0.3": _published(
-            *("mistral", 32, 4096, 14336, (32, 8), 128),
-            vocab_size=32768,
-            rope_theta=1e6,
-            rms_norm_eps=1e-5,
-            eos_token_id=(2,),
-        ),
-        "gemma-3-270m": _gemma3(18, 640, 2048),
-        "gemma-3-1b": _gemma3(26, 1152, 6912),
-    }
-)
-"""Dense networks as they are published, by name; sizes as in their folders and reports (`FAMILIES` names these)."""
