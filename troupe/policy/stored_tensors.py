@@ -104,12 +104,12 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
         elif tensor.dtype not in (dtypes := _stored_dtypes(config, whole_of.get(known, known))):
             faults.append(f"{name}: dtype {tensor.dtype} in {file.name}, it must be {' or '.join(dtypes)}")
         places[known] = Stored(file, name)
-    missing = {
-        part
-        for name in wanted.keys() - places.keys()
-        for part in ([name] if config.quantization is not None else stacks.get(name, [name]))
-        if part not in places and not set(stacks.get(name, ())) <= places.keys()
-    }
+    missing = set[str]()
+    for name in wanted.keys() - places.keys():
+        parts = stacks.get(name, [name])
+        lacking = [part for part in parts if part not in places]
+        is_whole_elsewhere = config.quantization is not None and len(lacking) == len(parts)
+        missing |= {name} if is_whole_elsewhere else set(lacking)
     faults += [f"{name}: missing" for name in missing]
     if faults:
         cause = what_the_names_tell(missing, unexpected, config)

@@ -31,6 +31,7 @@ from troupe.policy.network.forward import (
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
 from troupe.policy.network.packing import Attended, Packing
 from troupe.policy.network.rotation import Rotations
+from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, norm_scale
 
 Extra = TypeVar("Extra")
@@ -60,15 +61,17 @@ def completion_statistics(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
+    *,
+    routes: Routes | None = None,
 ) -> TokenStatistics:
     """Log-probabilities and entropies of R completions after their prompts, float32 (R, T), 0 after a row's own end.
 
     In nats, under softmax(logits / temperature); T is the longest completion. `prompts` are R rows of at least one id.
-    Neighbours with the same prompt share its computation. Differentiable by the weights; `completion_gradients` does
-    that with less memory.
+    Neighbours with the same prompt share its computation. `routes`: of the packed tokens. Differentiable by the
+    weights; `completion_gradients` does that with less memory.
     """
     packing = Packing(prompts, completions)
-    hidden = hidden_states(config, weights, packing.ids[None], attention=packing).squeeze(0)
+    hidden = hidden_states(config, weights, packing.ids[None], attention=packing, routes=routes).squeeze(0)
     head = head_of(config, weights)
     log_probs, entropies = token_statistics(packing.sources(hidden), head, packing.targets, temperature)
     return TokenStatistics(packing.in_rows(log_probs), packing.in_rows(entropies))
@@ -86,6 +89,7 @@ def completion_gradients(
     entropy_gradient: bool = True,
     of_base: bool = True,
     dropout: Dropout | None = None,
+    routes: Routes | None = None,
 ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
     """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
@@ -94,12 +98,13 @@ def completion_gradients(
     a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
     Without `entropy_gradient` the entropies count as constants. Without `of_base` only the adapters beside the
     matrices are trained: nothing else has a gradient, and layers below the lowest of them are not gone back through.
-    `dropout`: of the packed tokens, before the adapters.
+    `dropout`: of the packed tokens, before the adapters. `routes`: of the packed tokens; where it balances experts, the
+    gradient of that loss is added to that of `loss`, whose value is without it.
     """
     packing = Packing(prompts, completions)
     rotations = Rotations(config, packing.ids.shape[0], packing.offset)
     x = embedded(config, weights, packing.ids[None])
-    layers = [Layer(config, weights, index, dropout) for index in range(config.num_hidden_layers)]
+    layers = [Layer(config, weights, index, dropout, routes) for index in range(config.num_hidden_layers)]
     trained = [layer for layer in layers if of_base or layer.has_adapters]
     lowest = trained[0].index if trained else len(layers)
     kept: list[tuple[mx.array, _Kept | None]] = []
@@ -107,8 +112,9 @@ def completion_gradients(
         inside, y = _through(layer, x, packing, rotations)
         if layer.index >= lowest:
             kept.append((x, None if recompute else inside))
-        yield (y, [] if recompute or layer.index < lowest else inside), {}
-        del inside
+        noted = [] if routes is None else routes.noted_of(layer.index)
+        yield (y, [] if recompute or layer.index < lowest else inside, noted), {}
+        del inside, noted
         x = y
 
     def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:

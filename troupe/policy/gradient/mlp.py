@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from troupe.policy.gradient.parts import Back
-from troupe.policy.network.experts import Places, Routed, shares
+from troupe.policy.network.experts import Places, Routed, probabilities, shares
 from troupe.policy.network.forward import GATE_UP, Layer
 from troupe.policy.network.gating import gated, gated_gradient
 from troupe.policy.network.tensors import ROUTER, STACKS
@@ -71,6 +71,9 @@ def _back_through_experts(
     of_shares = mx.sum((through * z).astype(mx.float32), axis=-1)
     routing = partial(shares, spec, chosen=routed.chosen)
     parts, (logits_grad,) = mx.vjp(routing, [routed.logits], [places.collected(of_shares, N)])
+    balance_grad = None if layer.routes is None else layer.routes.probabilities_grad()
+    if balance_grad is not None:
+        logits_grad = logits_grad + mx.vjp(probabilities, [routed.logits], [balance_grad])[1][0]
     share = parts[0].astype(z.dtype).reshape(-1)[places.order][:, None]
     gate_grad, up_grad = gated_gradient(activation, kept.gate, kept.up, through * share)
 

@@ -67,7 +67,14 @@ class Stack(NamedTuple):
 
 def _gathered(rows: mx.array, weight: mx.array, experts: mx.array, *, transpose: bool) -> mx.array:
     matrices = weight.swapaxes(-1, -2) if transpose else weight
-    return mx.gather_mm(rows, matrices, rhs_indices=experts, sorted_indices=True)[:, 0]
+    rows, matrices, dtype = _computable(rows), _computable(matrices), rows.dtype
+    return mx.gather_mm(rows, matrices, rhs_indices=experts, sorted_indices=True)[:, 0].astype(dtype)
+
+
+def _computable(x: mx.array) -> mx.array:
+    """The same numbers in a type that MLX has such products for: on a CPU float32 alone."""
+    has_others = mx.metal.is_available() or mx.cuda.is_available()
+    return x if has_others and not is_on_cpu() else x.astype(mx.float32)
 
 
 class Places(NamedTuple):
@@ -97,7 +104,8 @@ class Places(NamedTuple):
         """Σ over the places of each expert of y_grad xᵀ: (n, out), (n, in) → (E, out, in)."""
         ends = mx.cumsum(mx.sum(self.experts[:, None] == mx.arange(count), axis=0))
         starts = mx.concatenate([mx.zeros(1, ends.dtype), ends[:-1]])
-        return mx.segmented_mm(y_grad.T, x, mx.stack([starts, ends], axis=1).astype(mx.uint32))
+        segments = mx.stack([starts, ends], axis=1).astype(mx.uint32)
+        return mx.segmented_mm(_computable(y_grad.T), _computable(x), segments).astype(x.dtype)
 
 
 class Routed(NamedTuple):

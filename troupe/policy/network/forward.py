@@ -25,6 +25,7 @@ from troupe.policy.network.gating import gated
 from troupe.policy.network.head import embed
 from troupe.policy.network.linear import BIAS, JOINED, A, Linear, by_columns
 from troupe.policy.network.rotation import Rotation, Rotations
+from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import (
     EMBEDDING,
     FINAL_NORM,
@@ -69,18 +70,20 @@ def hidden_states(
     ids: mx.array,
     *,
     attention: Attention | None = None,
+    routes: Routes | None = None,
 ) -> mx.array:
     """Integer ids (B, T) → hidden states (B, T, D) after the final norm, in the weights' dtype.
 
-    Without `attention` every row attends within itself, and padding on its right changes nothing. Pure, so it can be
-    differentiated by its weights (`policy/gradient/backward.py` does that with less memory and faster); with those of
-    `fuse_projections` it is faster.
+    Without `attention` every row attends within itself, and padding on its right changes nothing. `routes`: where
+    tokens go in layers that are mixtures of experts, and what is noted of it; None: where the routers say. Pure but for
+    that, so it can be differentiated by its weights (`policy/gradient/backward.py` does that with less memory and
+    faster); with those of `fuse_projections` it is faster.
     """
     attention = attention or WholeRows()
     rotations = Rotations(config, ids.shape[1], attention.offset)
     x = embedded(config, weights, ids)
     for index in range(config.num_hidden_layers):
-        x = _through_layer(Layer(config, weights, index), x, attention, rotations)
+        x = _through_layer(Layer(config, weights, index, routes=routes), x, attention, rotations)
     return normalized(config, x, norm_scale(config, weights[FINAL_NORM]))
 
 
@@ -171,8 +174,15 @@ def _both_norms(config: NetworkConfig, weights: dict[str, mx.array], prefix: str
 class Layer:
     """One decoder layer of a network's weights, by the names within it."""
 
-    def __init__(self, config: NetworkConfig, weights: Weights, index: int, dropout: Dropout | None = None) -> None:
-        self.config, self.index, self._dropout = config, index, dropout
+    def __init__(
+        self,
+        config: NetworkConfig,
+        weights: Weights,
+        index: int,
+        dropout: Dropout | None = None,
+        routes: Routes | None = None,
+    ) -> None:
+        self.config, self.index, self._dropout, self.routes = config, index, dropout, routes
         self._weights, self._prefix = weights, f"model.layers.{index}."
         self.spec: LayerSpec = config.layer(index)
 
@@ -241,6 +251,8 @@ class Layer:
         """Where tokens (N, D) go, in a layer that is a mixture of experts."""
         assert self.spec.experts is not None
         logits = self.linear(ROUTER)(rows)
+        if self.routes is not None:
+            return self.routes.route(self.index, logits)
         return Routed(logits, likeliest(self.spec.experts, mx.stop_gradient(logits)))
 
     def stack(self, name: str) -> Stack:
