@@ -14,11 +14,10 @@ from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.load import load_policy
 from troupe.policy.model import ModelConfig, Policy, random_policy
 from troupe.policy.model_files import DTYPES, Companions, model_fingerprint
-from troupe.policy.network.architecture import NetworkConfig, Qwen3Config
+from troupe.policy.network.architecture import PRESETS, NetworkConfig, Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.forward import Attention, fuse_projections, hidden_states, project
 from troupe.policy.network.head import TokenStatistics
-from troupe.policy.network.presets import PRESETS
 from troupe.policy.network.rotary import YarnScaling
 from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count
 from troupe.policy.text.complete import (

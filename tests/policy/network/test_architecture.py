@@ -10,8 +10,7 @@ import pytest
 
 from tests.policy.forward_vectors import SHIPPED
 from troupe.errors import ModelError
-from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.presets import PRESETS
+from troupe.policy.network.architecture import PRESETS, NetworkConfig
 from troupe.policy.network.rotary import YarnScaling
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

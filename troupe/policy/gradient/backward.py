@@ -98,8 +98,7 @@ def completion_gradients(
     a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
     Without `entropy_gradient` the entropies count as constants. Without `of_base` only the adapters beside the
     matrices are trained: nothing else has a gradient, and layers below the lowest of them are not gone back through.
-    `dropout`: of the packed tokens, before the adapters. `routes`: of the packed tokens; where it balances experts, the
-    gradient of that loss is added to that of `loss`, whose value is without it.
+    `dropout`, `routes`: of the packed tokens. Where these balance experts, that loss counts in the gradients alone.
     """
     packing = Packing(prompts, completions)
     rotations = Rotations(config, packing.ids.shape[0], packing.offset)
@@ -112,9 +111,8 @@ def completion_gradients(
         inside, y = _through(layer, x, packing, rotations)
         if layer.index >= lowest:
             kept.append((x, None if recompute else inside))
-        noted = [] if routes is None else routes.noted_of(layer.index)
-        yield (y, [] if recompute or layer.index < lowest else inside, noted), {}
-        del inside, noted
+        yield (y, [] if recompute or layer.index < lowest else inside, routes and routes.noted_of(layer.index)), {}
+        del inside
         x = y
 
     def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from troupe.errors import ModelError
 from troupe.policy.network.config_keys import fields_of
 from troupe.policy.network.families import ACTIVATION_NAMES, FULL, SLIDING, Family, family_of, layers_by_pattern
+from troupe.policy.network.presets import PUBLISHED
 from troupe.policy.network.quantization import Quantization, quantization_table
 from troupe.policy.network.rope_settings import convert_by_key, rope_table, stretched_positions
 from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Rope, RopeScaling, YarnScaling
@@ -185,8 +187,6 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def preset(cls, name: str) -> NetworkConfig:
         """A published network by its name, such as "Qwen3-0.6B", for random weights. Raises ModelError."""
-        from troupe.policy.network.presets import PRESETS  # which is made of configs
-
         wanted = name.lower().rpartition("/")[2]
         for known, config in PRESETS.items():
             if known.lower() == wanted:
@@ -282,3 +282,8 @@ _MOST_LAYERS = 4096
 
 Qwen3Config = NetworkConfig
 """The name from when there was one family."""
+
+PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
+    {name: NetworkConfig(**settings) for name, settings in PUBLISHED.items()}
+)
+"""Networks as they are published, by name."""

@@ -1,18 +1,19 @@
-"""Networks as they are published, by name."""
+"""Networks as they are published, by name: the fields of their `NetworkConfig`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.families import layers_by_pattern
 from troupe.policy.network.rotary import Llama3Scaling
+
+Settings = Mapping[str, Any]
 
 
 def _published(
     model_type: str, layers: int, hidden: int, intermediate: int, heads: tuple[int, int], head_dim: int, **rest: Any
-) -> NetworkConfig:
-    return NetworkConfig(
+) -> Settings:
+    return dict(
         model_type=model_type,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -24,7 +25,7 @@ def _published(
     )
 
 
-def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> NetworkConfig:
+def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> Settings:
     return _published(
         *("qwen3", layers, hidden, intermediate, (heads, 8), 128),
         vocab_size=151936,
@@ -37,7 +38,7 @@ def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: boo
 
 def _qwen3_moe(
     layers: int, hidden: int, intermediate: tuple[int, int], heads: int, experts: tuple[int, int]
-) -> NetworkConfig:
+) -> Settings:
     return _published(
         *("qwen3_moe", layers, hidden, intermediate[0], (heads, 4), 128),
         vocab_size=151936,
@@ -53,7 +54,7 @@ def _qwen3_moe(
 
 def _qwen2(
     layers: int, hidden: int, intermediate: int, heads: tuple[int, int], *, vocab: int = 151936, tied: bool = True
-) -> NetworkConfig:
+) -> Settings:
     return _published(
         *("qwen2", layers, hidden, intermediate, heads, hidden // heads[0]),
         vocab_size=vocab,
@@ -63,7 +64,7 @@ def _qwen2(
     )
 
 
-def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], theta: float) -> NetworkConfig:
+def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], theta: float) -> Settings:
     return _published(
         *("llama", layers, hidden, intermediate, heads, 64),
         vocab_size=49152,
@@ -77,7 +78,7 @@ def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], t
 
 def _llama3(
     layers: int, hidden: int, intermediate: int, heads: int, head_dim: int, factor: float, *, tied: bool
-) -> NetworkConfig:
+) -> Settings:
     return _published(
         *("llama", layers, hidden, intermediate, (heads, 8), head_dim),
         vocab_size=128256,
@@ -92,7 +93,7 @@ def _llama3(
     )
 
 
-def _gemma3(layers: int, hidden: int, intermediate: int) -> NetworkConfig:
+def _gemma3(layers: int, hidden: int, intermediate: int) -> Settings:
     return _published(
         *("gemma3_text", layers, hidden, intermediate, (4, 1), 256),
         vocab_size=262144,
@@ -106,7 +107,7 @@ def _gemma3(layers: int, hidden: int, intermediate: int) -> NetworkConfig:
     )
 
 
-PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
+PUBLISHED: Mapping[str, Settings] = MappingProxyType(
     {
         "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, tied=True),
         "Qwen3-1.7B": _qwen3(28, 2048, 6144, 16, tied=True),

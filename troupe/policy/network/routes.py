@@ -163,6 +163,12 @@ def rows_of_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Seque
     return mx.array(list(chain.from_iterable([rows] * n for rows, n in zip(each, lengths, strict=True))))
 
 
+def rows_as_bytes(experts: mx.array) -> list[bytes]:
+    """Recorded experts (N, L, k), evaluated, of one token each."""
+    data, each = as_bytes(experts), experts.nbytes // len(experts)
+    return [data[start : start + each] for start in range(0, len(data), each)]
+
+
 def as_bytes(experts: mx.array) -> bytes:
     """Recorded experts, evaluated, row by row."""
     buffer: Any = experts
