@@ -95,7 +95,8 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
                 unexpected.append(name)
                 faults.append(f"{name}: unexpected in {file.name}")
             continue
-        other = places.get(known, places.get(whole_of.get(known, "")))
+        same = [known, whole_of.get(known, ""), *stacks.get(known, ())]
+        other = next((places[one] for one in same if one in places), None)
         if other is not None:
             names = "" if other.name == name else f", as {other.name} and as {name},"
             faults.append(f"{known}: stored twice{names} in {file.name}")
