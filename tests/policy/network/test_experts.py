@@ -14,6 +14,7 @@ import pytest
 
 from tests.policy.gradient.test_backward import gradients
 from tests.support.families import family_configs, shaken_policy
+from tests.support.tiny import write_tokenizer
 from tests.test_oracles import oracle
 from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.errors import ConfigError, ModelError
@@ -26,6 +27,7 @@ from troupe.policy.network.experts import likeliest
 from troupe.policy.network.forward import Layer, hidden_states
 from troupe.policy.network.head import TokenStatistics
 from troupe.policy.network.packing import Packing
+from troupe.policy.network.quantization import Quantization, Quantized
 from troupe.policy.network.routes import Given, Recorded, Routes, as_bytes, rows_of_tokens
 from troupe.policy.network.tensors import as_stored, stacked, stored_shapes
 
@@ -318,3 +320,50 @@ def test_recomputing_changes_no_bit(name: str) -> None:
     policy = shaken_policy(CONFIGS[name])
     kept, again = (gradients(policy.config, policy.weights, ROWS, recompute=way)[2] for way in (False, True))
     assert all(mx.array_equal(kept[key], again[key]).item() for key in kept)
+
+
+def packed_policy() -> Policy:
+    """All matrices in 4 bits but those that experts end with."""
+    whole = shaken_policy(CONFIGS["qwen3-moe"])
+    ends = {f"model.layers.{index}.mlp.experts.down_proj": None for index in range(4)}
+    config = msgspec.structs.replace(whole.config, quantization=Quantization(Quantized(32, 4), ends))
+    weights: dict[str, mx.array] = {}
+    for name, array in whole.weights.items():
+        module = name.removesuffix(".weight")
+        if array.ndim == 1 or module in ends:
+            weights[name] = array
+        else:
+            parts = zip(("weight", "scales", "biases"), mx.quantize(array, group_size=32, bits=4), strict=True)
+            weights |= {f"{module}.{kind}": part for kind, part in parts}
+    return whole.having(weights, config=config)
+
+
+def test_packed_experts_are_stored_as_mlx_lm_has_them_and_computed_as_written_out(tmp_path: Path) -> None:
+    policy = packed_policy()
+    policy.save(tmp_path)
+    stored = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(stored, dict)
+    assert stored["model.layers.0.mlp.switch_mlp.up_proj.scales"].shape == (5, 32, 2)
+    said = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    assert said["model.layers.2.mlp.switch_mlp.down_proj"] is False
+    config, weights = read_model_folder(tmp_path, expand=False)
+    assert config == policy.config
+    assert all(mx.array_equal(weights[key], array).item() for key, array in policy.weights.items())
+    ids = mx.array([[1, 2, 3, 4, 5, 6, 7]])
+    expanded = read_model_folder(tmp_path, expand=True)
+    apart = mx.abs(hidden_states(config, weights, ids) - hidden_states(*expanded, ids)).max()
+    assert float(apart) <= 1e-4
+    parts = Layer(config, weights, 0).stack("up"), Layer(*expanded, 0).stack("up")
+    x, experts = mx.random.normal((6, 32)), mx.array([0, 0, 1, 3, 3, 4])
+    np.testing.assert_allclose(*(np.array(part.back(x, experts)) for part in parts), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_mlx_lm_reads_packed_experts_that_we_saved(tmp_path: Path) -> None:
+    mlx_lm = oracle("mlx_lm")
+    policy = packed_policy()
+    policy.save(tmp_path)
+    write_tokenizer(tmp_path)
+    model, _ = mlx_lm.load(str(tmp_path))
+    ids = mx.array([[1, 2, 3, 4, 5, 6, 7]])
+    np.testing.assert_allclose(np.array(model(ids)), np.array(policy.model(ids)), atol=2e-4)

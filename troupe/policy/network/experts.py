@@ -15,8 +15,11 @@ import mlx.core as mx
 
 from troupe.policy.network.architecture import Experts, NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.linear import WORTH_EXPANDING, Linear
+from troupe.policy.network.linear import Linear
 from troupe.policy.network.quantization import Quantized
+
+_ROWS_WORTH_EXPANDING = 64
+"""Rows an expert from which a packed stack is written out for the moment on an NVIDIA card. Not measured."""
 
 
 class Stack(NamedTuple):
@@ -46,7 +49,7 @@ class Stack(NamedTuple):
         if self.packing is None or self.scales is None:
             return _gathered(rows, self.weight, experts, transpose=transpose)
         group, bits, mode = self.packing.group_size, self.packing.bits, self.packing.mode
-        if len(x) >= WORTH_EXPANDING and mx.cuda.is_available() and not is_on_cpu():
+        if len(x) >= _ROWS_WORTH_EXPANDING * len(self.weight) and mx.cuda.is_available() and not is_on_cpu():
             weight = mx.dequantize(
                 self.weight, self.scales, self.biases, group_size=group, bits=bits, mode=mode, dtype=x.dtype
             )
