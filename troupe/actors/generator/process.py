@@ -95,6 +95,7 @@ class _GeneratorProcess:
                 stop_ids=frozenset(setup.stop_ids),
                 tokenizer=tokenizer,
                 base=self._base,
+                records_experts=setup.records_experts,
             ),
             device=self._device,
             board=self._board,
@@ -126,7 +127,7 @@ class _GeneratorProcess:
         async for message in self._outbox:
             if isinstance(message, RolloutGroup):
                 rollouts = tuple(map(pack_rollout, message.rollouts))
-                message = Completed(gid=message.prompt.gid, rollouts=rollouts)
+                message = Completed(gid=message.prompt.gid, rollouts=rollouts, prompt_experts=message.prompt_experts)
             await self._connection.send(encode(message))
 
     async def _tell_made(self) -> None:

@@ -213,7 +213,7 @@ def _parts(config: NetworkConfig, weights: Weights, adapter: Adapter) -> dict[st
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         for name in (*JOINED, "self_attn.o_proj", "mlp.down_proj"):
-            modules = [prefix + part for part in JOINED.get(name, [name])]
+            modules = [prefix + part for part in JOINED.get(name, [name]) if prefix + part in shapes]
             if f"{prefix}{name}.weight" in weights:
                 found |= _parts_of(prefix + name, modules, shapes, adapter)
             else:

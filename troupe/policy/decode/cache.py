@@ -19,6 +19,7 @@ from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import Places, attention_in_blocks, attention_mask, block_size, query_blocks
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
 from troupe.policy.network.forward import WholeRows, hidden_states
+from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import Weights
 
 PREFILL_TOKENS = 8192
@@ -92,13 +93,15 @@ class PiecedPromptCache(PromptCache):
         self.offset = 0
         self._unseen: int | None = None  # the layer whose results only hidden states need, where nobody wants these
 
-    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
+    def forward(
+        self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None
+    ) -> dict[int, mx.array]:
         """The next T ids of every prompt (prompts, T) → of each prompt that ends among them, by its place, the hidden
         state of its last token (D,). All of it is computed."""
         start, stop = self.offset, self.offset + ids.shape[1]
         ending = [place for place, length in enumerate(self.lengths) if start < length <= stop]
-        self._unseen = None if ending else config.num_hidden_layers - 1
-        states = hidden_states(config, weights, ids, attention=self)
+        self._unseen = None if ending or routes is not None else config.num_hidden_layers - 1
+        states = hidden_states(config, weights, ids, attention=self, routes=routes)
         last = {place: states[place, self.lengths[place] - 1 - start] for place in ending}
         mx.eval(self.keys, self.values, last)
         self.offset = stop
@@ -187,9 +190,9 @@ class DecodingCache:
         """Every array held, to be evaluated with the token that was made last."""
         return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values]
 
-    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None) -> mx.array:
         """The next token of every row (B,) → hidden states (B, D); the token is counted."""
-        hidden = hidden_states(config, weights, ids[:, None], attention=self)[:, 0]
+        hidden = hidden_states(config, weights, ids[:, None], attention=self, routes=routes)[:, 0]
         self.advance()
         return hidden
 

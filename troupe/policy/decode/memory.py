@@ -10,6 +10,7 @@ own tokens (N the most that a row may have). Besides, the larger of
   decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
   under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
   the room that grows; where updates copy, all own keys and values once more.
+Where layers are mixtures of experts, with k of size F' for each token, F is k·(F' + D) if that is more.
 D hidden size, F intermediate size, L layers, H query heads, K key/value heads, d head size, V vocabulary. The part
 that is held is exact; the factors of the others are measured on a CPU with MLX 0.32, as upper ends.
 """
@@ -40,12 +41,13 @@ def fused_copy_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
     """What `fuse_projections` copies."""
     D, d, family = config.hidden_size, config.head_dim, config.family
     H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = ((H + 2 * K) * d * D + 2 * config.intermediate_size * D) * dtype.size
+    layer = (H + 2 * K) * d * D * dtype.size
     if "q" in config.biased:
         layer += (H + 2 * K) * d * dtype.size
     if family.qk_norm:
         layer += (H + K) * d * (4 if family.norm_offset else dtype.size)
-    return config.num_hidden_layers * layer
+    dense = config.num_hidden_layers - len(config.sparse_layers)
+    return config.num_hidden_layers * layer + dense * 2 * config.intermediate_size * D * dtype.size
 
 
 def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype) -> int:
@@ -57,8 +59,10 @@ def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dt
         for names in (*JOINED.values(), ["self_attn.o_proj"], ["mlp.down_proj"]):
             modules = [f"model.layers.{layer}.{name}" for name in names]
             ranks = [adapter.modules[module].rank for module in modules if module in adapter.modules]
+            if not ranks:
+                continue
             rows, columns = sum(shapes[module][0] for module in modules), shapes[modules[0]][1]
-            total += (rows * columns if merged else sum(ranks) * (rows + columns)) if ranks else 0
+            total += rows * columns if merged else sum(ranks) * (rows + columns)
     return total * dtype.size
 
 
@@ -82,7 +86,7 @@ def decode_memory_bytes(
     our own, where the step before still holds it. `dtype` is that of the weights. The formula stands at the head of
     this file.
     """
-    H, F, D, V = (config.num_attention_heads, config.intermediate_size, config.hidden_size, config.vocab_size)
+    H, F, D, V = config.num_attention_heads, mlp_width(config), config.hidden_size, config.vocab_size
     L, size = config.num_hidden_layers, dtype.size
     P, B = max(prompt_lengths), len(prompt_lengths) * num_generations
     held = cache_bytes(config, prompt_lengths, num_generations, max_new_tokens, dtype)
@@ -99,6 +103,15 @@ def decode_memory_bytes(
     )
     decoding += (held - prompts_held) * max(2 / L, 1.0 if copies_updates else 0.0)
     return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
+
+
+def mlp_width(config: NetworkConfig) -> int:
+    """F, the largest of any layer."""
+    if not config.sparse_layers:
+        return config.intermediate_size
+    of_experts = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
+    dense = len(config.sparse_layers) < config.num_hidden_layers
+    return max(of_experts, config.intermediate_size if dense else 0)
 
 
 def device_ways(config: NetworkConfig, dtype: mx.Dtype, *, on_cpu: bool) -> dict[str, bool]:

@@ -4,10 +4,11 @@ Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
           matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP), on a CPU
-          with H float32 that attention was divided by
+          with H float32 that attention was divided by; of a layer with experts 2·k·F' in the place of 2·F, and E
 head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
-          twice the gradient of the head, V·D
+          twice the gradient of the head, V·D; and what the last layer made of its k·N places with experts, which is
+          still there when it begins, 11·(D + F') numbers of each
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
           `_layer_bytes` has, and the layer's own gradients; on a GPU three times, for it prepares the next chunk early
           and lets go of nothing within a chunk; there, where attention's gradient writes scores out, four arrays of
@@ -23,6 +24,7 @@ and on an H100.
 """
 
 import math
+from collections import Counter
 
 import mlx.core as mx
 import msgspec
@@ -32,7 +34,7 @@ from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import block_size, scores_at_a_time
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
-from troupe.policy.network.tensors import linear_shapes, parameter_count
+from troupe.policy.network.tensors import linear_shapes, network_shapes, parameter_count
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,13 +89,17 @@ def gradient_memory_bytes(
         table, lowest = 0, min(map(layer_of, adapter.modules))
         numbers, each = adapter_parameter_count(config, adapter), 4
         layer = numbers // (L - lowest)
+    if adapter is None and config.sparse_layers:
+        layer = _largest_layer(config)
     made = size + 4 if adds_up and size < 4 else each  # bytes of a new gradient, with its like in float32
     sums = 4 * numbers if adds_up else 0
     normalizers = 4 * config.num_attention_heads if on_cpu else 0
-    kept = (L - lowest) * N * (D * size if recompute else (D + _inside(config)) * size + normalizers)
+    inside = [0 if recompute else _inside(config, index) * size + normalizers for index in range(lowest, L)]
+    kept = (L - lowest) * N * D * size + N * sum(inside)
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
     forwards, backwards, of_entropies = (25, 20, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
-    head = kept + (N * D + 3 * M * D) * size + 3 * M * D * 4
+    leaving = 11 * N * config.num_experts_per_tok * (D + config.moe_intermediate_size) * size
+    head = kept + leaving + (N * D + 3 * M * D) * size + 3 * M * D * 4
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
     back += 0 if adapter is None else _beside_bytes(config, adapter, dtype, N)
@@ -115,20 +121,36 @@ def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, toke
     F, D = config.intermediate_size, config.hidden_size
     rank = max(adapted.rank for adapted in adapter.modules.values())
     merged = dtype == mx.float32 and config.quantization is None
-    matrices = sum(map(math.prod, list(linear_shapes(config).values())[:7])) if merged else 2 * F * D
+    of_layers = Counter[int]()
+    for module, shape in linear_shapes(config).items():
+        of_layers[layer_of(module)] += math.prod(shape)
+    widest = max(F, config.num_experts * config.moe_intermediate_size)
+    matrices = max(of_layers.values()) if merged else 2 * widest * D
     return (matrices + 2 * 7 * rank * tokens) * dtype.size
 
 
-def _inside(config: NetworkConfig) -> int:
+def _largest_layer(config: NetworkConfig) -> int:
+    """Numbers of the largest layer."""
+    sizes = Counter[str]()
+    for name, shape in network_shapes(config).items():
+        sizes[".".join(name.split(".")[:3])] += math.prod(shape) if name.startswith("model.layers.") else 0
+    return max(sizes.values())
+
+
+def _inside(config: NetworkConfig, index: int) -> int:
     """Numbers that are kept of a token in a layer, besides its input."""
     heads, behind = config.num_attention_heads + config.num_key_value_heads, config.family.norms_behind
-    return (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+    mlp, experts = 2 * config.intermediate_size, config.layer(index).experts
+    if experts is not None:
+        mlp = 2 * experts.per_token * experts.size + experts.number + 2 * experts.per_token  # and ids of 4 bytes
+    return (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + mlp
 
 
 def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:
     """What going back through one layer makes beside what is kept of it and its gradients.
 
-    Nine hidden states a token, and the larger of what attention and the gates make.
+    Nine hidden states a token, and the larger of what attention and the gates make; of experts both, and of each of a
+    token's places five to six hidden states and six to seven times an expert's size.
     """
     d, F = config.head_dim, config.intermediate_size
     H, K = config.num_attention_heads, config.num_key_value_heads
@@ -139,5 +161,16 @@ def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompu
         attention += 4.9 * scores + 5 * R * (P + T) * K * d
     else:
         attention += R * (P + T) * (6 * H + 4 * K) * d
-    again = N * (_inside(config) + F) if recompute else 0
+    if config.sparse_layers:
+        return (9 * N * config.hidden_size + attention + N * _expert_numbers(config, recompute=recompute)) * size
+    again = N * (_inside(config, 0) + F) if recompute else 0
     return (9 * N * config.hidden_size + max(attention, 4.2 * N * F) + again) * size
+
+
+def _expert_numbers(config: NetworkConfig, *, recompute: bool) -> float:
+    """What is made of a token in the largest MLP of a network with experts, forwards again and backwards. They are so
+    many that they are still there while what attention makes begins."""
+    places, dense = config.num_experts_per_tok, len(config.sparse_layers) < config.num_hidden_layers
+    made = places * (5.5 * config.hidden_size + 6.5 * config.moe_intermediate_size)
+    made = max(made, 4.2 * config.intermediate_size if dense else 0.0)
+    return 2 * made + max(_inside(config, index) for index in range(config.num_hidden_layers)) if recompute else made

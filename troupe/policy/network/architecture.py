@@ -27,18 +27,32 @@ from troupe.policy.network.rope_settings import convert_by_key, rope_table, stre
 from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Rope, RopeScaling, YarnScaling
 
 
+class Experts(NamedTuple):
+    """The MLP of a layer that is a mixture of experts."""
+
+    number: int
+    per_token: int
+    """How many of them a token goes to: those that the router finds likeliest."""
+    size: int
+    """F, numbers within one."""
+    normalized: bool
+    """Whether the shares of a token's experts add up to 1; else they are parts of all experts'."""
+
+
 class LayerSpec(NamedTuple):
-    """In what one layer may differ from another. What a mixture of experts needs of a layer belongs here."""
+    """In what one layer may differ from another."""
 
     window: int | None
     """A token sees itself and so many less one before it; None: all before it."""
     rope: Rope
+    experts: Experts | None = None
+    """None: its MLP is one for all tokens."""
 
 
 @lru_cache
-def _layer_spec(window: int | None, theta: float, scaling: RopeScaling | None) -> LayerSpec:
+def _layer_spec(window: int | None, theta: float, scaling: RopeScaling | None, experts: Experts | None) -> LayerSpec:
     """Made once: a decode asks at every token."""
-    return LayerSpec(window, Rope(theta, scaling))
+    return LayerSpec(window, Rope(theta, scaling), experts)
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +84,14 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
     """`FULL` or `SLIDING` for each layer; empty: all are full."""
+    num_experts: int = 0
+    """Experts of each layer that is a mixture of them; 0 in families that have none."""
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    """Each so many-th layer is a mixture of experts, but for those of `mlp_only_layers`."""
+    mlp_only_layers: tuple[int, ...] = ()
     eos_token_id: tuple[int, ...] = ()
     """Ids that end a text, where the folder's generation_config.json names none."""
     quantization: Quantization | None = None
@@ -97,6 +119,26 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.head_dim % 2:
             raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
         self._check_windows()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if not self.family.experts:
+            return
+        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
+            if (value := getattr(self, key)) < 1:
+                raise ModelError(f"{key}: {value} is too small; it must be at least 1")
+            if value > (most := MOST_EXPERTS if key == "num_experts" else _MOST):
+                raise ModelError(f"{key}: {value} is too large; it must be at most {most}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ModelError(
+                f"num_experts_per_tok: {self.num_experts_per_tok} is refused; there are {self.num_experts} experts "
+                "(num_experts)"
+            )
+        if beyond := [index for index in self.mlp_only_layers if not 0 <= index < self.num_hidden_layers]:
+            raise ModelError(
+                f"mlp_only_layers: {beyond[0]} is refused; layers are counted from 0 and num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
 
     def _check_windows(self) -> None:
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
@@ -116,13 +158,25 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def layer(self, index: int) -> LayerSpec:
         """In what one layer may differ from another."""
-        return self._spec(self.layer_types[index] if self.layer_types else FULL)
+        return self._spec(self.layer_types[index] if self.layer_types else FULL, self._experts(index))
 
-    def _spec(self, kind: str) -> LayerSpec:
+    def _spec(self, kind: str, experts: Experts | None = None) -> LayerSpec:
         window = None if kind == FULL else self.sliding_window
         if kind == FULL or self.local_rope_theta is None:
-            return _layer_spec(window, self.rope_theta, self.rope_scaling)
-        return _layer_spec(window, self.local_rope_theta, None)
+            return _layer_spec(window, self.rope_theta, self.rope_scaling, experts)
+        return _layer_spec(window, self.local_rope_theta, None, experts)
+
+    def _experts(self, index: int) -> Experts | None:
+        if not self.family.experts or (index + 1) % self.decoder_sparse_step or index in self.mlp_only_layers:
+            return None
+        return Experts(self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size, self.norm_topk_prob)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that are mixtures of experts."""
+        if not self.family.experts:
+            return ()
+        return tuple(index for index in range(self.num_hidden_layers) if self.layer(index).experts)
 
     @property
     def ropes(self) -> frozenset[Rope]:
@@ -172,7 +226,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The settings as a `config.json` that transformers and mlx-lm read; `from_dict` gives the same config back."""
         settings: dict[str, Any] = msgspec.structs.asdict(self)
         settings["eos_token_id"] = list(self.eos_token_id) or None
-        for key in _TOLD_APART:
+        for key in _TOLD_APART + (() if self.family.experts else _OF_EXPERTS):
             del settings[key]
         family, packed = self.family, {} if self.quantization is None else quantization_table(self.quantization)
         rope = {**rope_table(self.rope_scaling), "rope_theta": self.rope_theta}
@@ -218,8 +272,14 @@ _TOLD_APART = (
     "layer_types",
     "quantization",
 )
-
-
+_OF_EXPERTS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -232,14 +292,15 @@ _SIZES = (
 )
 _MOST = 2**31 - 1
 """What MLX can count along one axis."""
+MOST_EXPERTS = 1024
+"""What MLX multiplies at a time on NVIDIA cards."""
 _MOST_LAYERS = 4096
 """Far above every network there is: each layer has names of its own, which are all made before a file is looked at."""
 
 Qwen3Config = NetworkConfig
 """The name from when there was one family."""
 
-
 PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
-    {name: NetworkConfig(**fields) for name, fields in PUBLISHED.items()}
+    {name: NetworkConfig(**settings) for name, settings in PUBLISHED.items()}
 )
-"""Dense networks as they are published, by name."""
+"""Networks as they are published, by name."""
