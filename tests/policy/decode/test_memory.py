@@ -25,7 +25,6 @@ from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import fuse_projections
 from troupe.policy.network.tensors import FINAL_NORM
 
-
 MOE: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_experts": 8,
