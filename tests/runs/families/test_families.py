@@ -15,6 +15,7 @@ from tests.support.kills import EVERY, STEPS, Trainer, read_store, run_and_kill,
 from tests.support.runs import completions, lines, policy_of, timeless, train
 from tests.support.straight import run_straight
 from tests.support.tiny import write_tokenizer
+from troupe.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +87,13 @@ def test_a_run_that_records_experts_has_the_bits_of_the_plain_loop_also_after_a_
         assert same_bits(policy_of(again.folder), straight.weights)
     plain = train(model, tmp_path / "plain", **settings | {"learner__router_replay": "off"})
     assert same_bits(policy_of(plain.folder), straight.weights) == (replay == "measure")
+
+
+@pytest.mark.parametrize(("key", "value"), [("router_aux_loss_coef", 0.001), ("router_replay", "on")])
+def test_what_is_for_experts_is_refused_where_there_are_none(key: str, value: Any, tmp_path: Path) -> None:
+    model = write_model("qwen2", tmp_path / "model")
+    with pytest.raises(ConfigError, match=f"learner.{key} is .*, but a qwen2 has no experts; leave it out"):
+        train(model, tmp_path / "run", **{f"learner__{key}": value})
 
 
 @EACH
