@@ -162,7 +162,8 @@ async def test_a_store_and_metrics_that_are_deleted_are_begun_anew_and_told(tmp_
     folder = tmp_path / "run"
 
     def harm() -> None:
-        while stored_steps_of(folder) != list(range(1, AT + 1)):
+        metrics = folder / "metrics.jsonl"  # which another thread writes than the store
+        while stored_steps_of(folder) != list(range(1, AT + 1)) or metrics.read_bytes().count(b"\n") < AT:
             pass
         for path in [*folder.glob("run.sqlite*"), folder / "metrics.jsonl", folder / "run.toml"]:
             path.unlink()
