@@ -19,7 +19,8 @@ from troupe.grpo.config import LearnerConfig
 from troupe.grpo.loss import batch_normalizer, entropy_control, has_entropy_bonus, loss_and_tallies, sampler_tallies
 from troupe.grpo.objectives import Tallies, averages, entropy_threshold, high_entropy_mask, merge, sampler_correction
 from troupe.grpo.optimizer import OptimizerState, adamw_update_in_place, clip_scale, global_norm
-from troupe.policy.gradient.backward import Chunk, Gradients, side_by_side
+from troupe.policy.gradient.backward import Chunk, side_by_side
+from troupe.policy.gradient.parts import Gradients
 from troupe.policy.network.tensors import Weights
 
 Extra = TypeVar("Extra")

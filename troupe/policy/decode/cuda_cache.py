@@ -22,6 +22,8 @@ _WORTH_COMPILING = 8
 
 def serves(config: NetworkConfig) -> bool:
     """Whether networks of this kind are decoded with these kernels, here."""
+    if config.delta_layers or config.family.gates_attention or config.rotary_dim < config.head_dim:
+        return False
     return cuda_kernels.can_serve(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
 
 

@@ -217,7 +217,7 @@ class Wave:
             part = PromptCache(lengths)
             states = hidden_states(config, weights, ids, attention=part)
             found = mx.take_along_axis(states, last, axis=1)[:, 0]
-            mx.eval(found, part.keys, part.values)
+            mx.eval(found, part.arrays)
             return part, found
         pieced, ends = PiecedPromptCache(lengths), dict[int, mx.array]()
         for start in range(0, width, size):

@@ -11,16 +11,16 @@ Shapes: N packed tokens, D hidden size, F intermediate size, H query heads, d he
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import mlx.core as mx
 
+from troupe.policy.gradient.mixing import Mixed, back_through, through
+from troupe.policy.gradient.parts import Back, Gradients
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.forward import (
     GATE_UP,
-    QKV,
     Layer,
     embedded,
     embedding_scale,
@@ -30,14 +30,12 @@ from troupe.policy.network.forward import (
 )
 from troupe.policy.network.gating import gated, gated_gradient
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
-from troupe.policy.network.linear import tensor_name
-from troupe.policy.network.packing import Attended, Packing
+from troupe.policy.network.packing import Packing
 from troupe.policy.network.rotation import Rotations
 from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, norm_scale
 
 Extra = TypeVar("Extra")
 Value = TypeVar("Value")
-Gradients = dict[str, mx.array]
 
 Chunk: TypeAlias = tuple[Any, Gradients]
 """Arrays to begin with, and gradients that are complete. What was begun is awaited before more than one chunk is on its
@@ -48,10 +46,7 @@ class _Kept(NamedTuple):
     """What the gradient of a layer needs besides its input: the results of its products; where there is no norm behind
     them, not those that are added to the input."""
 
-    q: mx.array
-    k: mx.array
-    v: mx.array
-    attended: Attended
+    inside: Mixed
     o: mx.array | None
     middle: mx.array
     gate: mx.array
@@ -186,56 +181,14 @@ def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generat
 
 def _through(layer: Layer, x: mx.array, packing: Packing, rotations: Rotations) -> tuple[_Kept, mx.array]:
     """A layer from its input (1, N, D) to its result."""
-    config, spec = layer.config, layer.spec
-    q, k, v = layer.attention_inputs(x)
-    turned = layer.turned(q, k, rotations.of(spec.rope))
-    attended = packing.attend_keeping(*turned, v.swapaxes(1, 2), config.attention_scale, spec.window)
-    o = layer.linear("self_attn.o_proj")(_joined_heads(attended.o))
+    config = layer.config
+    inside, o = through(layer, x, packing, rotations)
     middle = layer.behind_attention(x, o)
     gate, up = layer.mlp_inputs(middle)
     down = layer.linear("mlp.down_proj")(gated(config.family.activation, gate, up))
     behind = config.family.norms_behind
-    kept = _Kept(q, k, v, attended, o if behind else None, middle, gate, up, down if behind else None)
+    kept = _Kept(inside, o if behind else None, middle, gate, up, down if behind else None)
     return kept, layer.behind_mlp(middle, down)
-
-
-def _joined_heads(o: mx.array) -> mx.array:
-    """(1, H, N, d) → (1, N, H·d)."""
-    o = o.swapaxes(1, 2)
-    return o.reshape(*o.shape[:2], -1)
-
-
-class _Back:
-    """The ways back through the parts of one layer, each from the cotangent of what a part gives to that of its input
-    x; the gradients of its weights are in `grads`, by the names within the layer."""
-
-    def __init__(self, layer: Layer, *, of_base: bool) -> None:
-        self._layer, self._of_base = layer, of_base
-        self.grads: Gradients = {}
-
-    def product(self, name: str, x: mx.array, y_grad: mx.array) -> mx.array:
-        """Through a matrix."""
-        x_grad, found = self._layer.linear(name).gradients(x, y_grad, trained=self._of_base)
-        self.grads.update({tensor_name(name, kind): grad for kind, grad in found.items()})
-        return x_grad
-
-    def products(self, whole: str, x: mx.array, y_grads: Sequence[mx.array]) -> mx.array:
-        """Through those that `whole` joins, from a cotangent each."""
-        parts = self._layer.parts(whole)
-        if len(parts) == 1:
-            return self.product(whole, x, mx.concatenate(list(y_grads), axis=-1))
-        x_grads = [self.product(name, x, grad) for name, grad in zip(parts, y_grads, strict=True)]
-        return reduce(mx.add, x_grads)
-
-    def norm(self, name: str | None, x: mx.array | None, y_grad: mx.array) -> mx.array:
-        """Through a norm; None: through nothing."""
-        if name is None or x is None:
-            return y_grad
-        arguments = [x, self._layer.norm(name)]
-        x_grad, scale_grad = mx.vjp(partial(normalized, self._layer.config), arguments, [y_grad])[1]
-        if self._of_base:
-            self.grads[f"{name}.weight"] = scale_grad.astype(self._layer.norm_dtype(name))
-        return x_grad
 
 
 def _backwards(
@@ -252,8 +205,8 @@ def _backwards(
     if kept is None:
         kept, _ = _through(layer, x, packing, rotations)
         yield (kept,), {}
-    config, family, rotation = layer.config, layer.config.family, rotations.of(layer.spec.rope)
-    back = _Back(layer, of_base=of_base)
+    family = layer.config.family
+    back = Back(layer, of_base=of_base)
     down_grad = back.norm(family.norm_behind_mlp, kept.down, y_grad)
     y_part = back.product("mlp.down_proj", gated(family.activation, kept.gate, kept.up), down_grad)
     gate_grad, up_grad = gated_gradient(family.activation, kept.gate, kept.up, y_part)
@@ -264,19 +217,7 @@ def _backwards(
     del down_grad, y_part, gate_grad, up_grad, h, h_grad
 
     o_grad = back.norm(family.norm_behind_attention, kept.o, middle_grad)
-    o_grad = back.product("self_attn.o_proj", _joined_heads(kept.attended.o), o_grad)
-    o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
-    turned = (*layer.turned(kept.q, kept.k, rotation), kept.v.swapaxes(1, 2))
-    q_grad, k_grad, v_grad = packing.attend_gradient(
-        *turned, config.attention_scale, o_grad, kept.attended, layer.spec.window
-    )
-    q_grad, k_grad = (
-        back.norm(f"self_attn.{name}_norm" if family.qk_norm else None, y, rotation.gradient(grad).swapaxes(1, 2))
-        for y, name, grad in ((kept.q, "q", q_grad), (kept.k, "k", k_grad))
-    )
-    h = layer.normalized("input_layernorm", x)
-    y_grads = [grad.reshape(*h.shape[:2], -1) for grad in (q_grad, k_grad, v_grad.swapaxes(1, 2))]
-    x_grad = middle_grad + back.norm("input_layernorm", x, back.products(QKV, h, y_grads))
+    x_grad = middle_grad + back_through(back, packing, rotations, x, kept.inside, o_grad)
     yield (x_grad, back.grads), {}
     return x_grad, back.grads
 

@@ -12,10 +12,12 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.network.config_keys import fields_of
+from troupe.policy.network.delta import DeltaSizes
 from troupe.policy.network.families import (
     ACTIVATION_NAMES,
     FAMILIES,
     FULL,
+    LINEAR,
     SLIDING,
     Family,
     family_of,
@@ -33,12 +35,14 @@ class LayerSpec(NamedTuple):
     window: int | None
     """A token sees itself and so many less one before it; None: all before it."""
     rope: Rope
+    is_delta: bool = False
+    """Whether it is a gated delta net, without attention."""
 
 
 @lru_cache
-def _layer_spec(window: int | None, theta: float, scaling: RopeScaling | None) -> LayerSpec:
+def _layer_spec(window: int | None, theta: float, scaling: RopeScaling | None, is_delta: bool = False) -> LayerSpec:
     """Made once: a decode asks at every token."""
-    return LayerSpec(window, Rope(theta, scaling))
+    return LayerSpec(window, Rope(theta, scaling), is_delta)
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +73,15 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Scores are divided by its root; None: by that of `head_dim`."""
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
-    """`FULL` or `SLIDING` for each layer; empty: all are full."""
+    """`FULL`, `SLIDING` or `LINEAR` for each layer; empty: all are full."""
+    partial_rotary_factor: float = 1.0
+    """Which part of a head is turned."""
+    linear_conv_kernel_dim: int | None = None
+    """Of gated delta nets, here and below; None where the family has none."""
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
     eos_token_id: tuple[int, ...] = ()
     """Ids that end a text, where the folder's generation_config.json names none."""
     quantization: Quantization | None = None
@@ -96,7 +108,15 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelError(f"rope_theta: {self.rope_theta} is refused; YaRN needs a base above 1")
         if self.head_dim % 2:
             raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
+        factor = self.partial_rotary_factor
+        if factor != 1.0 and not (0.0 < factor < 1.0 and self.rotary_dim and self.rotary_dim % 2 == 0):
+            raise ModelError(
+                f"partial_rotary_factor: {factor} is refused; of {self.head_dim} numbers of a head it must "
+                "leave an even number that is turned"
+            )
         self._check_windows()
+        if self.family.has_delta:
+            self._check_delta()
 
     def _check_windows(self) -> None:
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
@@ -109,6 +129,49 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"sliding_window: {self.sliding_window} is refused; layers with a window need one of at least 1 token"
             )
 
+    def _check_delta(self) -> None:
+        for key in DELTA_KEYS:
+            value, least = getattr(self, key), 2 if key == "linear_conv_kernel_dim" else 1
+            most = _MOST_TAPS if least == 2 else _MOST
+            if value is None or not least <= value <= most:
+                raise ModelError(f"{key}: {value} is refused; it must be from {least} to {most}")
+        sizes = self.delta
+        if sizes.value_heads % sizes.key_heads:
+            raise ModelError(
+                f"linear_num_value_heads: {sizes.value_heads} is not a multiple of linear_num_key_heads "
+                f"{sizes.key_heads}"
+            )
+        if self.layer_types and set(self.layer_types) <= {LINEAR}:
+            raise ModelError(f"layer_types: at least one layer must be {FULL!r}")
+
+    @property
+    def delta(self) -> DeltaSizes:
+        """The sizes of its gated delta nets, in a family that has them."""
+        taps, a, b, K, H = (getattr(self, key) for key in DELTA_KEYS)
+        return DeltaSizes(K, H, a, b, taps)
+
+    @property
+    def delta_layers(self) -> int:
+        """How many layers are gated delta nets."""
+        return self.layer_types.count(LINEAR)
+
+    @property
+    def attention_layers(self) -> int:
+        """How many layers have attention."""
+        return self.num_hidden_layers - self.delta_layers
+
+    def place(self, index: int) -> int:
+        """The number of a layer among those of its sort, that have attention or are gated delta nets."""
+        if LINEAR not in self.layer_types:
+            return index
+        before = self.layer_types[:index].count(LINEAR)
+        return before if self.layer_types[index] == LINEAR else index - before
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head are turned, its first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
     @property
     def family(self) -> Family:
         """What all networks of its family have in common."""
@@ -119,9 +182,9 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self._spec(self.layer_types[index] if self.layer_types else FULL)
 
     def _spec(self, kind: str) -> LayerSpec:
-        window = None if kind == FULL else self.sliding_window
-        if kind == FULL or self.local_rope_theta is None:
-            return _layer_spec(window, self.rope_theta, self.rope_scaling)
+        window = self.sliding_window if kind == SLIDING else None
+        if kind != SLIDING or self.local_rope_theta is None:
+            return _layer_spec(window, self.rope_theta, self.rope_scaling, kind == LINEAR)
         return _layer_spec(window, self.local_rope_theta, None)
 
     @property
@@ -139,6 +202,11 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         """What scores are multiplied by."""
         scalar = self.head_dim if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar
         return float(scalar**-0.5)
+
+    @property
+    def query_size(self) -> int:
+        """Rows of the matrix of the queries, and of the gates beside them."""
+        return self.num_attention_heads * self.head_dim * (2 if self.family.gates_attention else 1)
 
     @property
     def biased(self) -> str:
@@ -176,6 +244,8 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             del settings[key]
         family, packed = self.family, {} if self.quantization is None else quantization_table(self.quantization)
         rope = {**rope_table(self.rope_scaling), "rope_theta": self.rope_theta}
+        if self.partial_rotary_factor != 1.0 or "partial_rotary_factor" in family.rope_keys:
+            rope["partial_rotary_factor"] = self.partial_rotary_factor
         bias = {} if family.biases == "qkv" else {"attention_bias": self.attention_bias}
         return {
             "architectures": [family.architecture],
@@ -183,6 +253,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             **bias,
             family.activation_key: ACTIVATION_NAMES[family.activation][0],
             **self._windows_to_dict(),
+            **self._delta_to_dict(),
             **settings,
             "rope_scaling": None if self.rope_scaling is None else rope_table(self.rope_scaling),
             **self._scalar_to_dict(),
@@ -198,7 +269,16 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             return {}
         return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
+    def _delta_to_dict(self) -> dict[str, Any]:
+        if not self.family.has_delta:
+            return {}
+        kinds = list(self.layer_types) or [FULL] * self.num_hidden_layers
+        own = {key: getattr(self, key) for key in ("partial_rotary_factor", *DELTA_KEYS)}
+        return {"layer_types": kinds, "attn_output_gate": True, **own}
+
     def _windows_to_dict(self) -> dict[str, Any]:
+        if self.family.has_delta:
+            return {}
         if self.family.windows == "none":
             return {"use_sliding_window": False, "sliding_window": None}
         if self.family.windows == "all":
@@ -209,7 +289,18 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         return {"sliding_window": self.sliding_window, "layer_types": kinds, **pattern}
 
 
+DELTA_KEYS = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+_MOST_TAPS = 8
+"""Of the convolution of a gated delta net: no more than its shortest chunk has tokens."""
 _TOLD_APART = (
+    *DELTA_KEYS,
+    "partial_rotary_factor",
     "model_type",
     "local_rope_theta",
     "attention_bias",

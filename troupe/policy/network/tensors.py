@@ -36,50 +36,77 @@ def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     D = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
     for index in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config).items()}
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config, index).items()}
     shapes[FINAL_NORM] = (D,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, D)
     return shapes
 
 
-def _layer_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: NetworkConfig, index: int) -> dict[str, tuple[int, ...]]:
     """Of the tensors of a layer, by the names within it."""
     D, d, family = config.hidden_size, config.head_dim, config.family
-    matrices = _layer_matrices(config)
+    matrices = _layer_matrices(config, index)
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (D,)}
-    for name in "qkvo":
-        module = f"self_attn.{name}_proj"
-        shapes[f"{module}.weight"] = matrices[module]
-        if name in config.biased:
-            shapes[f"{module}.bias"] = matrices[module][:1]
-    if family.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+    if config.layer(index).is_delta:
+        sizes = config.delta
+        shapes |= {f"linear_attn.{name}": (sizes.value_heads,) for name in ("A_log", "dt_bias")}
+        shapes["linear_attn.conv1d.weight"] = (sizes.channels, 1, sizes.taps)
+        shapes["linear_attn.norm.weight"] = (sizes.value_dim,)
+        shapes |= {f"{name}.weight": shape for name, shape in matrices.items() if name.startswith("linear_attn")}
+    else:
+        for name in "qkvo":
+            module = f"self_attn.{name}_proj"
+            shapes[f"{module}.weight"] = matrices[module]
+            if name in config.biased:
+                shapes[f"{module}.bias"] = matrices[module][:1]
+        if family.qk_norm:
+            shapes |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
     shapes["post_attention_layernorm.weight"] = (D,)
     if family.norms_behind:
         shapes |= {f"{name}.weight": (D,) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
     return shapes | {f"{name}.weight": shape for name, shape in matrices.items() if name.startswith("mlp")}
 
 
-def _layer_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
+def _layer_matrices(config: NetworkConfig, index: int) -> dict[str, tuple[int, int]]:
     """Module within a layer → (out, in)."""
-    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
-    Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
-    return {
-        "self_attn.q_proj": (Hd, D),
-        "self_attn.k_proj": (Kd, D),
-        "self_attn.v_proj": (Kd, D),
-        "self_attn.o_proj": (D, Hd),
+    D, F = config.hidden_size, config.intermediate_size
+    return (_delta_matrices if config.layer(index).is_delta else _attention_matrices)(config) | {
         "mlp.gate_proj": (F, D),
         "mlp.up_proj": (F, D),
         "mlp.down_proj": (D, F),
     }
 
 
+def _attention_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
+    D, d = config.hidden_size, config.head_dim
+    Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
+    return {
+        "self_attn.q_proj": (config.query_size, D),
+        "self_attn.k_proj": (Kd, D),
+        "self_attn.v_proj": (Kd, D),
+        "self_attn.o_proj": (D, Hd),
+    }
+
+
+def _delta_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
+    D, sizes = config.hidden_size, config.delta
+    return {
+        "linear_attn.in_proj_qkv": (sizes.channels, D),
+        "linear_attn.in_proj_z": (sizes.value_heads * sizes.value_dim, D),
+        "linear_attn.in_proj_b": (sizes.value_heads, D),
+        "linear_attn.in_proj_a": (sizes.value_heads, D),
+        "linear_attn.out_proj": (D, sizes.value_heads * sizes.value_dim),
+    }
+
+
 def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
     """Module → (out, in) of the matrices of all layers, in the network's order; without embedding and head."""
-    layers, layer = range(config.num_hidden_layers), _layer_matrices(config)
-    return {f"model.layers.{index}.{name}": shape for index in layers for name, shape in layer.items()}
+    return {
+        f"model.layers.{index}.{name}": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in _layer_matrices(config, index).items()
+    }
 
 
 def weights_dtype(weights: Weights) -> mx.Dtype:
@@ -108,7 +135,7 @@ def dtype_in(config: NetworkConfig, name: str, dtype: mx.Dtype) -> mx.Dtype:
     """The type of one tensor of a network whose float numbers are of `dtype`."""
     module, _, kind = name.rpartition(".")
     packing = None if config.quantization is None or "norm" in module else config.quantization.of(module)
-    if packing is None or kind in ("biases", "bias"):
+    if packing is None or kind in ("biases", "bias", "A_log", "dt_bias") or module.endswith("conv1d"):
         return dtype
     if kind == "weight":
         return mx.uint32
@@ -120,8 +147,21 @@ def init_weights(config: NetworkConfig, key: mx.array, dtype: mx.Dtype = mx.floa
     shapes = network_shapes(config)
     keys = mx.random.split(key, len(shapes))
     return {
-        name: mx.full(shape, 0.0 if name.endswith(".bias") else 1.0 - config.family.norm_offset, dtype)
+        name: _first_vector(config, name, shape, keys[index]).astype(dtype)
         if len(shape) == 1
-        else (mx.random.normal(shape, key=keys[index]) * config.initializer_range).astype(dtype)
+        else (mx.random.normal(shape, key=keys[index]) * _first_spread(config, shape)).astype(dtype)
         for index, (name, shape) in enumerate(shapes.items())
     }
+
+
+def _first_vector(config: NetworkConfig, name: str, shape: tuple[int, ...], key: mx.array) -> mx.array:
+    if name.endswith("A_log"):
+        return mx.log(mx.random.uniform(0.01, 16.0, shape, key=key))
+    if name.endswith(("dt_bias", "linear_attn.norm.weight")):
+        return mx.ones(shape)
+    return mx.full(shape, 0.0 if name.endswith(".bias") else 1.0 - config.family.norm_offset)
+
+
+def _first_spread(config: NetworkConfig, shape: tuple[int, ...]) -> float:
+    """Of matrices, and of the taps of a convolution."""
+    return config.initializer_range if len(shape) == 2 else math.sqrt(1.0 / (3 * shape[-1]))
