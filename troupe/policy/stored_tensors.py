@@ -16,7 +16,7 @@ from troupe.policy.model_files import CONFIG_FILE
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.tensors import HEAD, dtype_in, expected_shapes, network_shapes
 from troupe.policy.safetensors import StoredTensor, read_header
-from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
+from troupe.policy.tensor_names import canonical_name, is_passed_over, what_the_names_tell
 
 _SHOWN = 6
 """Faults that a message lists; where each of many tensors has one, the first tell enough."""
@@ -81,7 +81,7 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
     for file, name, tensor in headers:
         known = canonical_name(name)
         if known not in wanted:
-            if not is_harmless(name):
+            if not is_passed_over(name, config):
                 unexpected.append(name)
                 faults.append(f"{name}: unexpected in {file.name}")
             continue

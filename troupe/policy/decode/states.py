@@ -34,9 +34,7 @@ class PromptStates:
         before = self.layers[layer] if layer < len(self.layers) else DeltaState.empty(S, sizes)
         outputs, left = [], []
         for rows in (slice(at, min(at + ROWS, S)) for at in range(0, S, ROWS)):
-            part = DeltaInputs(*(x[rows] for x in inputs[:3]), inputs.kernel)
-            own = DeltaState(*(x[rows] for x in before))
-            o, state, _ = through_rows(part, own, sizes, lengths[rows], paced=True)
+            o, state, _ = through_rows(inputs.of(rows), before.of(rows), sizes, lengths[rows], paced=True)
             mx.eval(state)
             outputs.append(o)
             left.append(state)
@@ -77,7 +75,7 @@ class RowStates:
         """Keep only these rows, by their places now, in this order."""
         index = mx.array(list(rows))
         for place, state in enumerate(self.layers):
-            self.layers[place] = DeltaState(*(x[index] for x in state))
+            self.layers[place] = state.of(index)
             mx.eval(self.layers[place])
 
 

@@ -3,15 +3,16 @@
 Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
-          matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP), on a CPU
-          with H float32 that attention was divided by
+          matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP, H·d where
+          attention is gated), on a CPU with H float32 that attention was divided by; in a gated delta net of C
+          channels and H' heads of b values D + C + 2·H'·b + 2·H' + 2·F
 head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
           twice the gradient of the head, V·D
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
-          `_layer_bytes` has, and the layer's own gradients; on a GPU three times, for it prepares the next chunk early
-          and lets go of nothing within a chunk; there, where attention's gradient writes scores out, four arrays of
-          the scores that are written at a time
+          `_layer_bytes` has (of a gated delta net `backward_bytes`), and the layer's own gradients; on a GPU three
+          times, for it prepares the next chunk early and lets go of nothing within a chunk; there, where attention's
+          gradient writes scores out, four arrays of the scores that are written at a time
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32
 
@@ -30,9 +31,11 @@ import msgspec
 from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, layer_of
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import block_size, scores_at_a_time
+from troupe.policy.network.delta_memory import backward_bytes
+from troupe.policy.network.families import LINEAR
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
-from troupe.policy.network.tensors import linear_shapes, parameter_count
+from troupe.policy.network.tensors import largest_layer, parameter_count
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +86,7 @@ def gradient_memory_bytes(
     if adapter is None:
         numbers, each = parameter_count(config), size
         layer = (numbers - table * (1 if config.tie_word_embeddings else 2) - D) // L
+        layer = max(layer, largest_layer(config)) if config.delta_layers else layer
     else:
         table, lowest = 0, min(map(layer_of, adapter.modules))
         numbers, each = adapter_parameter_count(config, adapter), 4
@@ -90,7 +94,10 @@ def gradient_memory_bytes(
     made = size + 4 if adds_up and size < 4 else each  # bytes of a new gradient, with its like in float32
     sums = 4 * numbers if adds_up else 0
     normalizers = 4 * config.num_attention_heads if on_cpu else 0
-    kept = (L - lowest) * N * (D * size if recompute else (D + _inside(config)) * size + normalizers)
+    deltas = config.layer_types[lowest:].count(LINEAR)
+    inside = (L - lowest - deltas) * (_inside(config) * size + normalizers)
+    inside += deltas * _inside_delta(config) * size if deltas else 0
+    kept = N * ((L - lowest) * D * size + (0 if recompute else inside))
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
     forwards, backwards, of_entropies = (25, 20, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
     head = kept + (N * D + 3 * M * D) * size + 3 * M * D * 4
@@ -115,14 +122,24 @@ def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, toke
     F, D = config.intermediate_size, config.hidden_size
     rank = max(adapted.rank for adapted in adapter.modules.values())
     merged = dtype == mx.float32 and config.quantization is None
-    matrices = sum(map(math.prod, list(linear_shapes(config).values())[:7])) if merged else 2 * F * D
-    return (matrices + 2 * 7 * rank * tokens) * dtype.size
+    count = 9 if config.delta_layers else 7
+    matrices = largest_layer(config) if merged else 2 * F * D
+    return (matrices + 2 * count * rank * tokens) * dtype.size
 
 
 def _inside(config: NetworkConfig) -> int:
     """Numbers that are kept of a token in a layer, besides its input."""
     heads, behind = config.num_attention_heads + config.num_key_value_heads, config.family.norms_behind
-    return (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+    gates = config.query_size - config.num_attention_heads * config.head_dim
+    numbers = (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+    return numbers + gates
+
+
+def _inside_delta(config: NetworkConfig) -> int:
+    """The same in a gated delta net."""
+    sizes = config.delta
+    mixed = sizes.channels + 2 * sizes.value_heads * (sizes.value_dim + 1)
+    return config.hidden_size + mixed + 2 * config.intermediate_size
 
 
 def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:
@@ -139,5 +156,9 @@ def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompu
         attention += 4.9 * scores + 5 * R * (P + T) * K * d
     else:
         attention += R * (P + T) * (6 * H + 4 * K) * d
-    again = N * (_inside(config) + F) if recompute else 0
-    return (9 * N * config.hidden_size + max(attention, 4.2 * N * F) + again) * size
+    inside, mixing = _inside(config), max(attention, 4.2 * N * F) * size
+    if config.delta_layers:
+        inside = max(inside, _inside_delta(config))
+        mixing = max(mixing, backward_bytes(config.delta, (batch.prompts, P), (R, T)))
+    again = N * (inside + F) if recompute else 0
+    return (9 * N * config.hidden_size + again) * size + mixing

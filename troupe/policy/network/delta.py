@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from troupe.policy.network.elementwise import WORTHWHILE, compiled
+
 CHUNK = 64
 """Tokens of a chunk, a power of two."""
 SPAN_TOKENS = 2048
@@ -67,6 +69,10 @@ class DeltaInputs(NamedTuple):
     kernel: mx.array
     """Of the convolution, (C, k)."""
 
+    def of(self, rows: slice) -> "DeltaInputs":
+        """Those of some rows."""
+        return DeltaInputs(self.mixed[rows], self.decay[rows], self.rate[rows], self.kernel)
+
 
 class DeltaState(NamedTuple):
     """What tokens leave to those that follow them."""
@@ -75,6 +81,10 @@ class DeltaState(NamedTuple):
     """The last k − 1 of `DeltaInputs.mixed`, float32 (B, k − 1, C)."""
     memory: mx.array
     """float32 (B, H, a, b)."""
+
+    def of(self, rows: slice | mx.array) -> "DeltaState":
+        """That of some rows."""
+        return DeltaState(self.window[rows], self.memory[rows])
 
     @classmethod
     def empty(cls, rows: int, sizes: DeltaSizes) -> "DeltaState":
@@ -185,9 +195,14 @@ def one_step(inputs: DeltaInputs, state: DeltaState, sizes: DeltaSizes) -> tuple
     fade = mx.exp(inputs.decay).reshape(B, H, 1, 1)
     both = fade * (mx.concatenate([k, q], axis=2) @ state.memory)  # what the memory answers, (B, H, 2, b)
     written = inputs.rate.reshape(B, H, 1, 1) * (v - both[:, :, :1])
-    memory = fade * state.memory + k.swapaxes(-1, -2) * written
+    arguments = fade, state.memory, k.reshape(B, H, a, 1), written
+    memory = (compiled(_faded, state.memory.shape) if state.memory.size > WORTHWHILE else _faded)(*arguments)
     o = both[:, :, 1:] + mx.sum(q * k, axis=-1, keepdims=True) * written
     return o.reshape(B, 1, H, b), DeltaState(longer[:, 1:], memory)
+
+
+def _faded(fade: mx.array, memory: mx.array, k: mx.array, written: mx.array) -> mx.array:
+    return fade * memory + k * written
 
 
 def _padded(inputs: DeltaInputs, state: DeltaState, end: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -250,10 +265,11 @@ def _through_span(
     left = mx.exp(whole)[..., None]
     memory = memory.reshape(B, K, H // K, *memory.shape[2:])
     outputs = []
-    for i in range(n):
-        written = values[:, :, :, i] - answers[:, :, :, i] @ memory
-        outputs.append(reads[:, :, :, i] @ memory + among[:, :, :, i] @ written)
-        memory = left[:, :, :, i] * memory + writes[:, :, :, i].swapaxes(-1, -2) @ written
+    apart = ([y.squeeze(3) for y in mx.split(x, n, axis=3)] for x in (values, answers, reads, among, left, writes))
+    for value, answer, read, inside, stays, write in zip(*apart, strict=True):
+        written = value - answer @ memory
+        outputs.append(read @ memory + inside @ written)
+        memory = stays * memory + write.swapaxes(-1, -2) @ written
     o = mx.stack(outputs, axis=3).reshape(B, H, T, -1).swapaxes(1, 2)
     return o, memory.reshape(B, H, *memory.shape[3:])
 

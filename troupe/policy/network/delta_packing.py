@@ -7,7 +7,7 @@ Shapes: N tokens of Q prompts, then of Q·G completions (those that a prompt lac
 `delta.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -30,7 +30,7 @@ class PackedRows:
         before = []
         for rows in _portions(len(self._lengths), paced=paced):
             empty = DeltaState.empty(rows.stop - rows.start, sizes)
-            o, state, _ = through_rows(_part(prompts, rows), empty, sizes, self._lengths[rows], paced=paced)
+            o, state, _ = through_rows(prompts.of(rows), empty, sizes, self._lengths[rows], paced=paced)
             outputs.append(o)
             before.append(state)
         o = self._prompts.collect(_joined(outputs))
@@ -38,8 +38,8 @@ class PackedRows:
             return o[None]
         state, outputs = DeltaState(*map(_joined, zip(*before, strict=True))), []
         for rows in _portions(len(self._own_lengths), paced=paced):
-            begin = DeltaState(*(x[self._prompt_of(rows)] for x in state))
-            outputs.append(through_rows(_part(own, rows), begin, sizes, paced=paced)[0])
+            begin = state.of(self._prompt_of(rows))
+            outputs.append(through_rows(own.of(rows), begin, sizes, paced=paced)[0])
         return mx.concatenate([o, self._completions.collect(_joined(outputs))])[None]
 
     def back(self, inputs: DeltaInputs, sizes: DeltaSizes, o_grad: mx.array) -> DeltaInputs:
@@ -50,7 +50,7 @@ class PackedRows:
         firsts = []
         for rows in _portions(len(self._lengths), paced=True):
             empty = DeltaState.empty(rows.stop - rows.start, sizes)
-            _, state, begun = through_rows(_part(prompts, rows), empty, sizes, self._lengths[rows], paced=True)
+            _, state, begun = through_rows(prompts.of(rows), empty, sizes, self._lengths[rows], paced=True)
             firsts.append((rows, empty, state, begun))
         left: DeltaState | None = None
         grads: list[DeltaInputs] = []
@@ -61,7 +61,7 @@ class PackedRows:
             spread = self._completions.spread(of_own)
             for rows in _portions(len(self._own_lengths), paced=True):
                 members = self._prompt_of(rows)
-                begin, part = DeltaState(*(x[members] for x in state)), _part(own, rows)
+                begin, part = state.of(members), own.of(rows)
                 _, _, begun = through_rows(part, begin, sizes, paced=True)
                 grad, of_begin = back_through_rows(
                     part, begin, sizes, begun, self._own_lengths[rows], spread[rows], None
@@ -73,10 +73,8 @@ class PackedRows:
         of_completions = _collected(self._completions, grads) if grads else None
         spread, grads = self._prompts.spread(of_prompts), []
         for rows, empty, _, begun in firsts:
-            after = None if left is None else DeltaState(*(x[rows] for x in left))
-            grad, _ = back_through_rows(
-                _part(prompts, rows), empty, sizes, begun, self._lengths[rows], spread[rows], after
-            )
+            after = None if left is None else left.of(rows)
+            grad, _ = back_through_rows(prompts.of(rows), empty, sizes, begun, self._lengths[rows], spread[rows], after)
             kernel_grad = kernel_grad + grad.kernel
             grads.append(grad)
         found = _collected(self._prompts, grads)
@@ -88,11 +86,11 @@ class PackedRows:
     def _apart(self, inputs: DeltaInputs) -> tuple[DeltaInputs, DeltaInputs]:
         """Of the prompts (Q, P, …), and of the completions (Q·G, T, …); 0 in the padding, where no token is."""
         parts = [mx.split(x.squeeze(0), [self._prompts.count]) for x in inputs[:3]]
-        prompts, own = ([cells.spread(part[i]) for part in parts] for i, cells in self._cells())
-        return DeltaInputs(*prompts, inputs.kernel), DeltaInputs(*own, inputs.kernel)
-
-    def _cells(self) -> Iterator[tuple[int, Cells]]:
-        return enumerate((self._prompts, self._completions))
+        both = []
+        for i, cells in enumerate((self._prompts, self._completions)):
+            mixed, decay, rate = (cells.spread(part[i]) for part in parts)
+            both.append(DeltaInputs(mixed, decay, rate, inputs.kernel))
+        return both[0], both[1]
 
     def _prompt_of(self, rows: slice) -> mx.array:
         """The prompts of some completions."""
@@ -110,10 +108,6 @@ def _portions(rows: int, *, paced: bool) -> list[slice]:
     """What is computed at once: all, where nothing may be evaluated in between."""
     size = ROWS if paced else rows
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def _part(inputs: DeltaInputs, rows: slice) -> DeltaInputs:
-    return DeltaInputs(*(x[rows] for x in inputs[:3]), inputs.kernel)
 
 
 def _joined(parts: Sequence[mx.array]) -> mx.array:

@@ -54,6 +54,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """Whether what attention gives is multiplied by σ of a gate, which the queries' matrix gives beside each head."""
     rope_keys: frozenset[str] = frozenset()
     """Further keys of its rotary positions: which part of a head they turn, and what means nothing for text alone."""
+    other_parts: frozenset[str] = frozenset()
+    """What the parts of its folders are called that are passed over: what sees images, and foretells several tokens."""
     ropes: frozenset[str] = frozenset({"default", "yarn"})
     """The variants of rotary positions that there are."""
     defaults: Mapping[str, Any] = MappingProxyType({})
@@ -137,6 +139,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             has_delta=True,
             gates_attention=True,
             rope_keys=frozenset({"partial_rotary_factor", "mrope_section", "mrope_interleaved"}),
+            other_parts=frozenset({"visual", "vision_tower", "mtp"}),
             defaults={
                 "head_dim": 256,
                 "num_key_value_heads": 4,
@@ -159,8 +162,6 @@ by its code there, its layers without attention being Gated DeltaNet's (arXiv:24
 WRAPPED: Mapping[str, str] = MappingProxyType({"qwen3_5": "qwen3_5_text"})
 """`model_type` of networks for images and text → that of their part for text, which stands in `text_config`, and which
 is all that is read of them."""
-PASSED_OVER = ("visual", "mtp")
-"""How the other parts of such networks are called: what sees images, and what foretells several tokens."""
 
 _REFUSED = {
     "qwen3_moe": "mixtures of experts are not trained yet; take a dense model, such as Qwen3-4B",

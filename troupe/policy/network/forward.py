@@ -208,7 +208,7 @@ class Layer:
     def has_adapters(self) -> bool:
         """Whether beside any of its matrices there is one."""
         modules = [name for whole in JOINED for name in self.parts(whole)] + ["self_attn.o_proj", "mlp.down_proj"]
-        modules += [*DELTA_PARTS, DELTA_OUT] if self.spec.is_delta else []
+        modules += [*DELTA_PARTS, DELTA_OUT]
         return any(f"{self._prefix}{module}{A}.weight" in self._weights for module in modules)
 
     def parts(self, whole: str) -> Sequence[str]:
@@ -281,7 +281,7 @@ class Layer:
         H, K, qk_norm = self.config.num_attention_heads, self.config.num_key_value_heads, self.family.qk_norm
         if (f"{self._prefix}{QK_NORM}.weight" if qk_norm else f"{self._prefix}{QKV}.weight") not in self._weights:
             q, k, v, *gate = self.attention_inputs(x)
-            return *self.turned(q, k, rotate), v.swapaxes(1, 2), *(gate or [None])
+            return *self.turned(q, k, rotate), v.swapaxes(1, 2), gate[0] if gate else None
         qkv = self._heads(self.joined_inputs(QKV, self.normalized("input_layernorm", x)))
         both = qkv[:, :, : H + K]
         if qk_norm:

@@ -109,6 +109,12 @@ def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def largest_layer(config: NetworkConfig) -> int:
+    """Numbers of the matrices of the layer that has most."""
+    layers = {config.layer(index).is_delta: index for index in range(config.num_hidden_layers)}
+    return max(sum(map(math.prod, _layer_matrices(config, index).values())) for index in layers.values())
+
+
 def weights_dtype(weights: Weights) -> mx.Dtype:
     """The type of a network's float numbers: that of its last norm, since matrices may be packed."""
     return weights[FINAL_NORM].dtype
