@@ -27,6 +27,8 @@ CHUNK = 64
 """Tokens of a chunk, a power of two."""
 SPAN_TOKENS = 2048
 """So many tokens, of all rows together, are computed at once, but a chunk of each row at the least."""
+SPAN_CHUNKS = 8
+"""No more of a row, for what MLX makes of so many on the way back grows faster than they do."""
 ROWS = SPAN_TOKENS // CHUNK
 """So many rows are computed at once where memory counts."""
 _EPSILON = 1e-6
@@ -111,7 +113,7 @@ def spans(rows: int, T: int) -> tuple[int, list[slice]]:
     chunk = CHUNK
     while chunk > 8 and chunk // 2 >= T:
         chunk //= 2
-    size = chunk * max(1, SPAN_TOKENS // (rows * chunk))
+    size = chunk * min(SPAN_CHUNKS, max(1, SPAN_TOKENS // (rows * chunk)))
     end = -(-T // chunk) * chunk
     return chunk, [slice(start, min(start + size, end)) for start in range(0, end, size)]
 

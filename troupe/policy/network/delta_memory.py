@@ -12,7 +12,7 @@ def forward_bytes(sizes: DeltaSizes, rows: int, T: int) -> float:
     """What `through_rows` makes of so many rows, paced, `ROWS` at a time: their inputs and results in float32, and one
     span."""
     own, tokens = sizes.value_heads * sizes.value_dim, rows * T
-    return 4.0 * (tokens * (3 * sizes.channels + 3 * own) + 4 * rows * sizes.state) + _span_bytes(sizes, rows, T, 1.0)
+    return 4.0 * (tokens * (3 * sizes.channels + 3 * own) + 4 * rows * sizes.state) + _span_bytes(sizes, rows, T, 0.8)
 
 
 def backward_bytes(sizes: DeltaSizes, prompts: tuple[int, int], completions: tuple[int, int]) -> float:
@@ -25,15 +25,15 @@ def backward_bytes(sizes: DeltaSizes, prompts: tuple[int, int], completions: tup
     begun = Q * len(spans(min(Q, ROWS), P)[1]) + some * len(spans(some, max(1, T))[1])
     of_tokens = tokens * (6 * sizes.channels + 6 * own)
     memories = (begun + 4 * Q + 4 * some) * sizes.state
-    span = max(_span_bytes(sizes, Q, P, 2.0), _span_bytes(sizes, R, T, 2.0))
+    span = max(_span_bytes(sizes, Q, P, 1.45), _span_bytes(sizes, R, T, 1.45))
     return 4.0 * (of_tokens + memories) + span
 
 
 def _span_bytes(sizes: DeltaSizes, rows: int, T: int, ways: float) -> float:
-    """What is made of one span, forwards or both ways."""
+    """What is made of one span; `ways` is more for both ways than for one."""
     rows = min(rows, ROWS)
     chunk, parts = spans(rows, max(1, T))
     tokens = rows * max(part.stop - part.start for part in parts)
     heads: int = sizes.value_heads * (6 * chunk + 5 * (sizes.key_dim + sizes.value_dim))
-    states = tokens // chunk * 3 * sizes.memory
-    return 4.0 * ways * (tokens * (6 * sizes.channels + heads) + states)
+    numbers: int = tokens * (6 * sizes.channels + heads) + tokens // chunk * 3 * sizes.memory
+    return 4.0 * ways * numbers
