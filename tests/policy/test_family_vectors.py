@@ -44,6 +44,12 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+def slack_of(name: str) -> float:
+    """How many times further from a tensor's own largest gradient than with others we may be: decays have tiny ones,
+    sums of what nearly cancels."""
+    return float(CASES[name].get("slack", 1.0))
+
+
 def stored(name: str) -> dict[str, mx.array]:
     tensors = mx.load(str(FOLDER / "families" / f"{name}.safetensors"))
     assert isinstance(tensors, dict)
@@ -111,7 +117,7 @@ def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
     for key, x in expected.items():
         apart = float(np.abs(np.array(grads[key]) - x).max())
         assert apart <= 1e-5 * largest, key
-        assert apart <= 3e-5 * float(np.abs(x).max()), key
+        assert apart <= 3e-5 * slack_of(name) * float(np.abs(x).max()), key
 
 
 @EACH
