@@ -44,10 +44,10 @@ def folder_of(name: str) -> Path:
     return folder
 
 
-def slack_of(name: str) -> float:
-    """How many times further from a tensor's own largest gradient than with others we may be: decays have tiny ones,
-    sums of what nearly cancels."""
-    return float(CASES[name].get("slack", 1.0))
+def slack_of(name: str, kind: str = "slack") -> float:
+    """How many times further apart than with others we may be: norms of what is nearly 0 magnify what float32 rounds;
+    "own_slack": measured by a tensor's own largest gradient, of which decays have tiny ones."""
+    return float(CASES[name].get(kind, 1.0))
 
 
 def stored(name: str) -> dict[str, mx.array]:
@@ -71,7 +71,7 @@ def test_logits(name: str, fused: bool) -> None:
         length = int(np.array(mask).sum())
         expected = np.array(logits)[-length:]
         ours = logits_of(config, network, ids[-length:])
-        assert (np.abs(ours - expected) / np.maximum(1.0, np.abs(expected))).max() <= 2e-5
+        assert (np.abs(ours - expected) / np.maximum(1.0, np.abs(expected))).max() <= 2e-5 * slack_of(name)
 
 
 @pytest.mark.usefixtures("device_path")
@@ -97,7 +97,7 @@ def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
     theirs, grpo = stored(name), CASES[name]["grpo"]
     rows = grpo["prompts"], grpo["completions"]
     ours = completion_statistics(config, weights, *rows).log_probs
-    assert np.abs(np.array(ours) - np.array(theirs["log_probs"])).max() <= 5e-6
+    assert np.abs(np.array(ours) - np.array(theirs["log_probs"])).max() <= 5e-6 * slack_of(name)
     mask = mx.array([[t < len(row) for t in range(ours.shape[1])] for row in rows[1]])
 
     def loss(statistics: TokenStatistics) -> tuple[mx.array, tuple[()]]:
@@ -117,7 +117,7 @@ def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
     for key, x in expected.items():
         apart = float(np.abs(np.array(grads[key]) - x).max())
         assert apart <= 1e-5 * largest, key
-        assert apart <= 3e-5 * slack_of(name) * float(np.abs(x).max()), key
+        assert apart <= 3e-5 * slack_of(name, "own_slack") * float(np.abs(x).max()), key
 
 
 @EACH

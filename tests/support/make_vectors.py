@@ -114,16 +114,13 @@ def make(name: str, about: str, changes: dict[str, Any], seed: int) -> dict[str,
     found = {f"grad/{key}": parameter.grad.float().numpy() for key, parameter in model.named_parameters()}
     found |= {"input_ids": ids, "attention_mask": mask, "logits": logits, "greedy": greedy, "log_probs": log_probs}
     save_file(found, FOLDER / "families" / f"{name}.safetensors")
+    grpo = {"prompts": prompts, "completions": completions, "advantages": ADVANTAGES, "loss": float(loss.detach())}
     return {
         "feature": about,
-        "slack": 8.0,
+        "slack": 3.0,
+        "own_slack": 8.0,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "grpo": {
-            "prompts": prompts,
-            "completions": completions,
-            "advantages": ADVANTAGES,
-            "loss": float(loss.detach()),
-        },
+        "grpo": grpo,
     }
 
 
