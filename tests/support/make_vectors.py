@@ -118,7 +118,7 @@ def make(name: str, about: str, changes: dict[str, Any], seed: int) -> dict[str,
     return {
         "feature": about,
         "slack": 3.0,
-        "own_slack": 8.0,
+        "own_slack": 12.0,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "grpo": grpo,
     }

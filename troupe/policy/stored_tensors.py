@@ -89,7 +89,7 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
             other = places[known].name
             names = "" if other == name else f", as {other} and as {name},"
             faults.append(f"{known}: stored twice{names} in {file.name}")
-        elif tensor.shape != (asked := wanted[known]):
+        elif tensor.shape not in ((asked := wanted[known]), _as_mlx_lm_lays_it_out(asked)):
             faults.append(f"{name}: shape {list(tensor.shape)} in {file.name}, config.json asks for {list(asked)}")
         elif tensor.dtype not in (dtypes := _stored_dtypes(config, known)):
             faults.append(f"{name}: dtype {tensor.dtype} in {file.name}, it must be {' or '.join(dtypes)}")
@@ -101,6 +101,24 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
         why = f" {cause}" if cause else ""
         raise ModelError(f"{folder}: {len(faults)} bad tensor(s) for its config.json:{why}{listed(faults)}")
     return places
+
+
+def _as_mlx_lm_lays_it_out(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a convolution (C, 1, taps) has in folders of mlx-lm; any other as it is."""
+    return shape if len(shape) < 3 else (shape[0], *shape[:0:-1])
+
+
+def as_ours(config: NetworkConfig, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors as stored → as Hugging Face lays them out: where mlx-lm has turned convolutions it has also added to norms
+    what they multiply by beside their weight."""
+    wanted = expected_shapes(config)
+    turned = {name for name, tensor in weights.items() if tensor.ndim > 2 and tensor.shape != wanted[name]}
+    if not turned:
+        return weights
+    offset = config.family.norm_offset
+    laid = {name: tensor.swapaxes(1, 2) if name in turned else tensor for name, tensor in weights.items()}
+    norms = [name for name in laid if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight")]
+    return laid | {name: (laid[name].astype(mx.float32) - offset).astype(laid[name].dtype) for name in norms}
 
 
 def _stored_dtypes(config: NetworkConfig, name: str) -> Sequence[str]:

@@ -273,8 +273,10 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         if not self.family.has_delta:
             return {}
         kinds = list(self.layer_types) or [FULL] * self.num_hidden_layers
+        every = next((n for n in range(1, len(kinds) + 2) if layers_by_pattern(n, len(kinds), LINEAR) == kinds), None)
         own = {key: getattr(self, key) for key in ("partial_rotary_factor", *DELTA_KEYS)}
-        return {"layer_types": kinds, "attn_output_gate": True, **own}
+        interval = {} if every is None else {"full_attention_interval": every}  # which mlx-lm goes by
+        return {"layer_types": kinds, **interval, "attn_output_gate": True, **own}
 
     def _windows_to_dict(self) -> dict[str, Any]:
         if self.family.has_delta:

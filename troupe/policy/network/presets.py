@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from troupe.policy.network.families import layers_by_pattern
+from troupe.policy.network.families import LINEAR, layers_by_pattern
 from troupe.policy.network.rotary import Llama3Scaling
 
 
@@ -97,6 +97,17 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "Qwen3-8B": _qwen3(36, 4096, 12288, 32, tied=False),
         "Qwen3-14B": _qwen3(40, 5120, 17408, 40, tied=False),
         "Qwen3-32B": _qwen3(64, 5120, 25600, 64, tied=False),
+        "Qwen3.5-9B": _published(
+            *("qwen3_5_text", 32, 4096, 12288, (16, 4), 256),
+            vocab_size=248320,
+            partial_rotary_factor=0.25,
+            layer_types=tuple(layers_by_pattern(4, 32, LINEAR)),
+            linear_conv_kernel_dim=4,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            linear_num_key_heads=16,
+            linear_num_value_heads=32,
+        ),
         "Qwen2.5-0.5B": _qwen2(24, 896, 4864, (14, 2)),
         "Qwen2.5-1.5B": _qwen2(28, 1536, 8960, (12, 2)),
         "Qwen2.5-3B": _qwen2(36, 2048, 11008, (16, 2)),
@@ -118,4 +129,5 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gemma-3-1b": _gemma3(26, 1152, 6912),
     }
 )
-"""Name → fields of a `NetworkConfig`, as their folders and reports have them (`FAMILIES` names these)."""
+"""Name → fields of a `NetworkConfig`, as their folders and reports have them (`FAMILIES` names these);
+Qwen3.5-9B as transformers has it by default."""
