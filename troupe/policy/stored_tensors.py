@@ -109,8 +109,8 @@ def _as_mlx_lm_lays_it_out(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def as_ours(config: NetworkConfig, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Tensors as stored → as Hugging Face lays them out: where mlx-lm has turned convolutions it has also added to norms
-    what they multiply by beside their weight."""
+    """Tensors as stored → as Hugging Face lays them out: where mlx-lm has turned convolutions, it has added to norms
+    what they multiply by beside their weight, too."""
     wanted = expected_shapes(config)
     turned = {name for name, tensor in weights.items() if tensor.ndim > 2 and tensor.shape != wanted[name]}
     if not turned:

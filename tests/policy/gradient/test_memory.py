@@ -157,6 +157,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ("sliding_attention",) * 3 + ("full_attention",),
     },
 }
+FAMILIES["qwen3_5"] = {
+    "model_type": "qwen3_5_text",
+    "partial_rotary_factor": 0.5,
+    "layer_types": ("linear_attention",) * 3 + ("full_attention",),
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] = [
     ({}, (2, 32, 8, 96, 1, False, False)),
     ({}, (2, 32, 8, 96, 1, True, False)),
@@ -171,6 +181,7 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] 
     *((FAMILIES["qwen2"] | {"num_hidden_layers": 6}, (2, 32, 8, 96, 1, again, False)) for again in (False, True)),
     *((FAMILIES["gemma3"], (2, 32, 8, 96, 1, again, False)) for again in (False, True)),
     *((FAMILIES["gemma3"] | {"num_key_value_heads": 1}, (1, 200, 8, 200, 1, again, False)) for again in (False, True)),
+    *((FAMILIES["qwen3_5"], (2, 100, 4, 200, 1, again, False)) for again in (False, True)),
 ]
 
 
