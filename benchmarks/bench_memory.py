@@ -89,7 +89,7 @@ def policy_of(args: argparse.Namespace) -> Policy:
     for number, (name, shape) in enumerate(network_shapes(network).items()):
         key, dtype = mx.random.key(number), DTYPES[args.dtype]
         x = mx.ones(shape, dtype) if len(shape) == 1 else (mx.random.normal(shape, key=key) * 0.02).astype(dtype)
-        if args.bits is not None and len(shape) == 2:
+        if args.bits is not None and len(shape) > 1:
             parts = mx.quantize(x, group_size=64, bits=args.bits)
             named = zip(("weight", "scales", "biases"), parts, strict=True)
             weights |= {f"{name.removesuffix('.weight')}.{kind}": part for kind, part in named}

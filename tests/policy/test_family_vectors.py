@@ -20,9 +20,10 @@ from troupe.policy.gradient.backward import side_by_side
 from troupe.policy.model_files import read_json
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.families import FAMILIES
-from troupe.policy.network.forward import fuse_projections, hidden_states, project
+from troupe.policy.network.forward import hidden_states, project
+from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.head import TokenStatistics
-from troupe.policy.network.tensors import Weights
+from troupe.policy.network.tensors import Weights, as_stored
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "adapters"
 FOLDER = Path(os.environ.get("TROUPE_ADAPTER_VECTORS") or _SHIPPED)
@@ -112,7 +113,8 @@ def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
         grads |= part
     assert float(values[0][0]) == pytest.approx(grpo["loss"], abs=2e-6)
     expected = {key.removeprefix("grad/"): np.array(x) for key, x in theirs.items() if key.startswith("grad/")}
-    assert grads.keys() == expected.keys() == weights.keys()
+    grads = as_stored(config, grads)
+    assert grads.keys() == expected.keys() == as_stored(config, weights).keys()
     largest = max(float(np.abs(x).max()) for x in expected.values())
     for key, x in expected.items():
         apart = float(np.abs(np.array(grads[key]) - x).max())

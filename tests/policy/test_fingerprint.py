@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.tiny import write_tiny_model
-from troupe.policy import model_fingerprint
+from troupe.policy import model_fingerprint, network_fingerprint
 from troupe.policy.model_files import SAMPLE_BYTES, SAMPLES
 
 
@@ -43,6 +43,16 @@ def test_another_file_that_counts(model: Path, name: str) -> None:
     before = model_fingerprint(model)
     (model / name).write_bytes(struct.pack("<Q", 2) + b"{}")
     assert model_fingerprint(model) != before
+
+
+def test_what_an_adapter_stands_beside_is_configuration_and_weights_alone(tiny_model: Path, model: Path) -> None:
+    before = network_fingerprint(tiny_model)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (model / name).write_text("{}")
+    assert network_fingerprint(model) == before
+    (model / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
+    assert network_fingerprint(model) != before
+    assert network_fingerprint(write_tiny_model(model.parent / "other", seed=1)) != before
 
 
 def test_other_weights_are_another_model(tiny_model: Path, tmp_path: Path) -> None:

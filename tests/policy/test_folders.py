@@ -158,6 +158,13 @@ def test_a_missing_folder_config_or_weights_is_named(folder: Path, tmp_path: Pat
     assert refusal(folder).startswith(f"{folder}: holds no config.json")
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_folder_around_a_model_or_an_adapter_says_which_to_give(tmp_path: Path, name: str) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / name).write_text("{}")
+    assert refusal(tmp_path).endswith(f"so it is no model folder; give {tmp_path / 'final'}")
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
 def test_malformed_json_is_named(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))

@@ -30,6 +30,21 @@ def family_configs(**sizes: Any) -> dict[str, NetworkConfig]:
     layers = (standard | sizes)["num_hidden_layers"]
     each: dict[str, dict[str, Any]] = {
         "qwen3": {"model_type": "qwen3"},
+        "qwen3-moe": {
+            "model_type": "qwen3_moe",
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+        "qwen3-moe-mixed": {
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+        },
         "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
         "llama": {"model_type": "llama", "rope_theta": 5e2, "rope_scaling": LLAMA3, "rms_norm_eps": 1e-5},
         "llama-biased": {"model_type": "llama", "attention_bias": True, "rope_scaling": LinearScaling(factor=4.0)},

@@ -46,14 +46,19 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
     )
 
     def complete(prompts: list[Prompt], weights: Weights, version: int) -> list[ScoredGroup]:
-        engine = RolloutEngine(policy.config, generation, stop_ids=policy.eos_ids, base=policy.base)
+        records = learner.router_replay != "off"
+        engine = RolloutEngine(
+            policy.config, generation, stop_ids=policy.eos_ids, base=policy.base, records_experts=records
+        )
         engine.load(weights, version)
         keys = [(config.seed, p.slot.step, p.slot.place, p.slot.attempt) for p in prompts]
         requests = [RolloutRequest(prompt_ids=p.prompt_ids, key=key) for p, key in zip(prompts, keys, strict=True)]
         scored: dict[int, ScoredGroup] = {}
         for completed in engine.decode(requests):
             group = RolloutGroup(
-                prompt=prompts[completed.index], rollouts=as_rollouts(completed, policy.tokenizer.decode_sampled)
+                prompt=prompts[completed.index],
+                rollouts=as_rollouts(completed, policy.tokenizer.decode_sampled),
+                prompt_experts=completed.prompt_experts,
             )
             completion_ids: Any = [list(rollout.token_ids) for rollout in group.rollouts]
             scored[completed.index] = ScoredGroup(group=group, scores={"r": tuple(reward(completion_ids))})

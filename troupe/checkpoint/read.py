@@ -28,9 +28,10 @@ from troupe.checkpoint.state import (
 from troupe.checkpoint.write import replaced_path
 from troupe.errors import CheckpointError, ModelError, RunError, TroupeError
 from troupe.messages import Unfinished
-from troupe.policy import NetworkConfig, expected_shapes
+from troupe.policy import NetworkConfig
 from troupe.policy.adapter.peft import WEIGHTS_FILE as ADAPTER_FILE
 from troupe.policy.adapter.peft import our_name
+from troupe.policy.network.tensors import stacked, stored_shapes
 from troupe.policy.safetensors import read_header
 
 _UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -175,10 +176,10 @@ def load_newest(run: Path) -> Iterator[Checkpoint | CheckpointError]:
 
 def _load_weights(file: Path, config: NetworkConfig) -> dict[str, mx.array]:
     """The tensors of a policy, in the order of `expected_shapes`."""
-    loaded, wanted = _load_arrays(file), expected_shapes(config)
-    if {name: array.shape for name, array in loaded.items()} != wanted:
+    loaded = _load_arrays(file)
+    if {name: array.shape for name, array in loaded.items()} != stored_shapes(config):
         raise CheckpointError(f"{file}: its tensors are not those that {CONFIG_FILE} asks for; use an older checkpoint")
-    return {name: loaded[name] for name in wanted}
+    return stacked(config, loaded)
 
 
 def _load_adapter(file: Path) -> dict[str, mx.array]:

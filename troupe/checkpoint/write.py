@@ -32,6 +32,7 @@ from troupe.policy import MAX_SHARD_BYTES, Companions, NetworkConfig, Weights, s
 from troupe.policy.adapter.files import AdapterFiles, save_adapter
 from troupe.policy.folders import companions_of
 from troupe.policy.model_files import ADAPTER_CONFIG
+from troupe.policy.network.tensors import as_stored
 from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
 from troupe.runtime.files import sync
 
@@ -55,7 +56,10 @@ def save_checkpoint(
     where the disk fails or has too little room; either the old folder or the new one is then whole.
     """
     path = Path(path)
-    policy = {MODEL_FILE: (checkpoint.weights, {"format": "pt"})} if adapter is None else adapter.tensors
+    weights = checkpoint.weights
+    if adapter is None and checkpoint.config is not None:
+        weights = as_stored(checkpoint.config, weights)
+    policy = {MODEL_FILE: (weights, {"format": "pt"})} if adapter is None else adapter.tensors
     files: dict[str, Weights] = {OPTIMIZER_FILE: checkpoint.optimizer_state}
     files |= {f"behind-{version:08d}.safetensors": weights for version, weights in checkpoint.behind.items()}
     if checkpoint.reference is not None:
@@ -97,7 +101,9 @@ def save_final_policy(
             save_adapter(folder.path, adapter)
         return
     companions = companions_of(source)
-    with _new_folder(path, safetensors_bytes(weights) + companions.total_bytes, before_taking_place) as folder:
+    with _new_folder(
+        path, safetensors_bytes(as_stored(config, weights)) + companions.total_bytes, before_taking_place
+    ) as folder:
         save_model_folder(folder.path, config, weights, companions, MAX_SHARD_BYTES)
 
 

@@ -38,6 +38,9 @@ class Batch:
     keys: tuple[tuple[int, int], ...] | None = None
     """(B,) two numbers below 2³² for each row, by which its prompt's and its completion's tokens are told from others
     where dropout is drawn."""
+    experts: tuple[tuple[bytes, bytes], ...] | None = None
+    """(B,) the experts that the generator sent the tokens of each prompt and completion to, where they were recorded;
+    see `troupe.policy.network.routes`."""
     pass_number: int = 0
     """Which of the `num_iterations` passes over the batch this is, from 0; each draws dropout anew."""
 
@@ -99,6 +102,7 @@ class Batch:
             sampling_log_probs=self.sampling_log_probs[chosen, :T],
             truncated=tuple(self.truncated[i] for i in rows),
             keys=None if self.keys is None else tuple(self.keys[i] for i in rows),
+            experts=None if self.experts is None else tuple(self.experts[i] for i in rows),
         )
 
     def with_tokens(self, kept: Sequence[Sequence[bool]]) -> Batch:

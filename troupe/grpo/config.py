@@ -10,6 +10,7 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Scheduler = Literal["linear", "constant", "cosine"]
+Replay = Literal["off", "measure", "on"]
 
 NonNegative = Annotated[float, msgspec.Meta(ge=0.0)]
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
@@ -97,6 +98,12 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     gradient_checkpointing: bool | None = None
     """Compute the inside of layers again for the gradient instead of keeping it: less memory, more work, the same
     gradient. None: no, unless a run's memory limit asks for it."""
+    router_aux_loss_coef: NonNegative = 0.0
+    """Weight of the load-balancing loss of a network with experts, of each micro-batch: what keeps its routers from
+    sending most tokens to a few experts. Zero computes none."""
+    router_replay: Replay = "off"
+    """In a network with experts: "on" has the learner send each token to the experts that the generator sent it to
+    (arXiv:2510.11370), "measure" only counts where its own routers choose others (`router/flips`)."""
     scale_rewards: ScaleRewards = "group"
     """What advantages are divided by: the standard deviation of the group, of the batch, or nothing."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"

@@ -33,6 +33,7 @@ from troupe.grpo.objectives import (
     reference_kl,
     tally,
 )
+from troupe.policy.network.routes import Routes
 
 
 class Normalizer(NamedTuple):
@@ -193,6 +194,20 @@ def sampler_tallies(old_log_probs: mx.array, sampling_log_probs: mx.array, ratio
         "sampling/importance_sampling_ratio/max": nan_max(counted),
     }
     return {name: mx.stop_gradient(value) for name, value in tallies.items()}
+
+
+def routing_tallies(routes: Routes, part: float) -> tuple[mx.array, Tallies]:
+    """What is added to the loss of a micro-batch that has this part of the batch's rows, () without gradient, and
+    `aux_loss`, TRL's, and `router/flips`: in which part of tokens and layers the router finds other experts than the
+    generator recorded."""
+    tallies: Tallies = {}
+    balance = mx.array(0.0)
+    if routes.balance:
+        value = routes.balance_loss
+        balance, tallies["aux_loss"] = routes.balance * value, mx.stack([value * part, mx.array(part)])
+    if routes.flips is not None:
+        tallies["router/flips"] = routes.flips
+    return balance, tallies
 
 
 def _entropy_mask(

@@ -7,23 +7,30 @@ it takes and not its gradient. Log-probs come from an injected `PolicyLogProbs`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from troupe.grpo.batch import Batch, split
 from troupe.grpo.config import LearnerConfig
-from troupe.grpo.loss import batch_normalizer, entropy_control, has_entropy_bonus, loss_and_tallies, sampler_tallies
+from troupe.grpo.log_probs import DifferentiatedByMlx, PolicyLogProbs
+from troupe.grpo.loss import (
+    batch_normalizer,
+    entropy_control,
+    has_entropy_bonus,
+    loss_and_tallies,
+    routing_tallies,
+    sampler_tallies,
+)
 from troupe.grpo.objectives import Tallies, averages, entropy_threshold, high_entropy_mask, merge, sampler_correction
 from troupe.grpo.optimizer import OptimizerState, adamw_update_in_place, clip_scale, global_norm
-from troupe.policy.gradient.backward import Chunk, side_by_side
+from troupe.policy.gradient.backward import side_by_side
 from troupe.policy.gradient.parts import Gradients
+from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import Weights
-
-Extra = TypeVar("Extra")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,49 +141,10 @@ def _over_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return summary
 
 
-class PolicyLogProbs(Protocol):
-    """The log-probs of a policy's completions, and the gradient of what is computed from them."""
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether gradients are those of a network of which something is dropped, otherwise in each pass over a batch;
-        log-probs alone are those of the whole."""
-
-    def __call__(self, weights: Weights, batch: Batch, /) -> tuple[mx.array, mx.array]:
-        """Log-probs (B, T) of the completion ids and entropies (B, T), both float32, in nats, under the
-        temperature-scaled distribution. What stands on padding does not matter, as long as it is finite."""
-
-    def gradients(
-        self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
-    ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
-        """The gradients of `loss`, of log-probs and entropies, by the weights, each once; returns what `loss` gives."""
-
-
-class DifferentiatedByMlx:
-    """A plain function of weights and batch as `PolicyLogProbs`, its gradient in one chunk."""
-
-    has_dropout = False
-
-    def __init__(self, function: Callable[[Weights, Batch], tuple[mx.array, mx.array]]) -> None:
-        self._function = function
-
-    def __call__(self, weights: Weights, batch: Batch, /) -> tuple[mx.array, mx.array]:
-        """What the function gives."""
-        return self._function(weights, batch)
-
-    def gradients(
-        self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
-    ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
-        """By `mx.value_and_grad`."""
-        value, grads = mx.value_and_grad(lambda weights: loss(*self._function(weights, batch)))(weights)
-        yield None, grads
-        result: tuple[mx.array, Extra] = value
-        return result
-
-
 def _with_gradient(
     log_probs: PolicyLogProbs | Callable[[Weights, Batch], tuple[mx.array, mx.array]],
 ) -> PolicyLogProbs:
+    """As it is, or differentiated by MLX."""
     return cast(PolicyLogProbs, log_probs) if hasattr(log_probs, "gradients") else DifferentiatedByMlx(log_probs)
 
 
@@ -210,6 +178,7 @@ class BatchGradient:
         self._log_probs = log_probs
         self._config = config
         self._streams = streams
+        self._rows = batch.num_rows
         self._micros: list[_MicroBatch] = []
         parts = split(batch, config.gradient_accumulation_steps or 1)
         keeps_old = config.num_iterations > 1 or log_probs.has_dropout
@@ -218,11 +187,11 @@ class BatchGradient:
         for part in parts:
             old = ref = None
             if keeps_old or (some_entropies and len(parts) > 1):
-                old, part_entropies = log_probs(weights, part)
+                old, part_entropies = log_probs(weights, part, **self._routes(part))
                 mx.eval(old, part_entropies)
                 entropies.append(part_entropies)
             if config.beta != 0.0 and ref_weights is not None:
-                ref, _ = log_probs(ref_weights, part)
+                ref, _ = log_probs(ref_weights, part, **self._routes(part))
                 mx.eval(ref)
             self._micros.append(_MicroBatch(part, old if keeps_old else None, ref))
 
@@ -247,12 +216,11 @@ class BatchGradient:
         values: list[tuple[mx.array, Tallies]] = []
         lanes = max(1, len(self._streams))
         for first in range(0, len(self._micros), lanes):
-            works = [
-                self._log_probs.gradients(
-                    weights, replace(micro.batch, pass_number=pass_number), partial(self._loss, micro, entropy_coef)
-                )
-                for micro in self._micros[first : first + lanes]
-            ]
+            works = []
+            for micro in self._micros[first : first + lanes]:
+                batch, routes = replace(micro.batch, pass_number=pass_number), self._routes(micro.batch, balances=True)
+                loss = partial(self._loss, micro, entropy_coef, routes.get("routes"))
+                works.append(self._log_probs.gradients(weights, batch, loss, **routes))
             for portion in side_by_side(works, self._streams, values):
                 for name in list(portion) if len(self._micros) > 1 else ():
                     # sums of low-precision gradients are kept in float32; popped, a sum takes the memory of the last
@@ -262,11 +230,27 @@ class BatchGradient:
                 mx.async_eval(portion)  # type: ignore[no-untyped-call]
                 total |= portion
             mx.eval(total, values)
-        loss = mx.sum(mx.stack([loss for loss, _ in values]))
-        return total, {"loss": loss, **averages(merge([tallies for _, tallies in values]))}
+        total_loss = mx.sum(mx.stack([loss for loss, _ in values]))
+        return total, {"loss": total_loss, **averages(merge([tallies for _, tallies in values]))}
+
+    def _routes(self, batch: Batch, *, balances: bool = False) -> dict[str, Routes]:
+        """`routes` for one pass over a micro-batch, where the settings ask for anything of experts."""
+        config = self._config
+        if config.router_aux_loss_coef == 0.0 and config.router_replay == "off":
+            return {}
+        balance = config.router_aux_loss_coef * batch.num_rows / self._rows if balances else 0.0
+        routes = self._log_probs.routes(batch, follows=config.router_replay == "on", balance=balance)
+        if routes is None:
+            raise ValueError("router_aux_loss_coef and router_replay are for networks with experts; leave them out")
+        return {"routes": routes}
 
     def _loss(
-        self, micro: _MicroBatch, entropy_coef: float, log_probs: mx.array, entropies: mx.array
+        self,
+        micro: _MicroBatch,
+        entropy_coef: float,
+        routes: Routes | None,
+        log_probs: mx.array,
+        entropies: mx.array,
     ) -> tuple[mx.array, Tallies]:
         """The share of one micro-batch in the loss of the batch."""
         config, batch, mask = self._config, micro.batch, micro.batch.completion_mask
@@ -298,7 +282,10 @@ class BatchGradient:
             entropy_coef=entropy_coef,
             normalizer=self._normalizer,
         )
-        return loss, tallies | sampling
+        if routes is None:
+            return loss, tallies | sampling
+        balance, routing = routing_tallies(routes, batch.num_rows / self._rows)
+        return loss + balance, tallies | sampling | routing
 
 
 def sync_reference(

@@ -67,6 +67,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     finish_reason: FinishReason
     text: str
     """The completion decoded, without special tokens."""
+    experts: bytes = b""
+    """Where recorded, the experts that its tokens but the last went to; as `RolloutGroup.prompt_experts`."""
 
 
 class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -75,6 +77,9 @@ class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     """(G,) in sample order."""
+    prompt_experts: bytes = b""
+    """Where recorded, the experts that the prompt's tokens went to: (tokens, layers with experts, experts a token)
+    ascending ids, one byte each, or two where there are more than 256."""
 
 
 class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -27,9 +27,12 @@ from troupe.policy.network.tensors import (
     FINAL_NORM,
     HEAD,
     Weights,
+    as_stored,
     dtype_in,
     expected_shapes,
+    is_one_of_a_stack,
     parameter_count,
+    stacked,
     weights_dtype,
 )
 from troupe.policy.stored_tensors import (
@@ -88,10 +91,10 @@ def read_model_folder(
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(_HEAD)}
     kept = DTYPES[dtype] if dtype else mx.float32 if is_on_cpu() else _dtype_of(stored)
     is_expanded = config.quantization is not None and (is_on_cpu() if expand is None else expand)
-    kinds = {name: dtype_in(config, name, kept) for name in stored}
+    kinds = {name: kept if is_one_of_a_stack(name) else dtype_in(config, name, kept) for name in stored}
     if is_expanded:  # computed in float32, whatever becomes of them, so that nothing is rounded twice
         kinds |= {name: mx.float32 for name, kind in kinds.items() if name.endswith(_BESIDE) and kind == kept}
-    weights = _finite(folder, config, places, stored, kinds)
+    weights = stacked(config, _finite(folder, config, places, stored, kinds))
     if is_expanded:
         config = _expand(folder, config, weights, kept)
     return config, {name: weights[name] for name in expected_shapes(config)}
@@ -232,7 +235,7 @@ def save_model_folder(
         raise InputError(f"max_shard_bytes: {max_shard_bytes} is refused; give at least 1, or None for one file")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    in_order = {name: weights[name] for name in expected_shapes(config)}  # equal weights make equal files
+    in_order = as_stored(config, weights)  # equal weights make equal files
     written = set(_save_weights(folder, in_order, max_shard_bytes, parameter_count(config)))
     for file in folder.iterdir():
         if WEIGHTS_NAME.fullmatch(file.name) and file.name not in written:

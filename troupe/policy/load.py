@@ -15,7 +15,7 @@ from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.folders import read_model_folder
 from troupe.policy.hub import is_hub_id, resolve_model
 from troupe.policy.model import Policy
-from troupe.policy.model_files import Companions, check_folder, model_fingerprint, some
+from troupe.policy.model_files import Companions, check_folder, model_fingerprint, network_fingerprint, some
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.tensors import Weights
 
@@ -42,7 +42,7 @@ def load_policy(path: str | Path, dtype: str | None = None, *, adapter: str | Pa
     """
     located = resolve_base(path, None if adapter is None else Path(adapter))
     policy = _whole(located.folder, dtype)
-    return policy if located.adapter is None else _beside(policy, located, model_fingerprint(located.folder))[0]
+    return policy if located.adapter is None else _beside(policy, located, network_fingerprint(located.folder))[0]
 
 
 def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, seed: int) -> tuple[Policy, str]:
@@ -57,12 +57,12 @@ def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, s
             f"{located.adapter}: is an adapter itself, so that no new one can begin beside it; leave adapter.kind out "
             "to go on with it, or fuse it first (troupe fuse)"
         )
-    policy, fingerprint = _whole(folder, dtype), model_fingerprint(folder)
+    policy, fingerprint, of_base = _whole(folder, dtype), model_fingerprint(folder), network_fingerprint(folder)
     if located.adapter is not None:
-        policy, of_adapter = _beside(policy, located, fingerprint, settings)
+        policy, of_adapter = _beside(policy, located, of_base, settings)
         return policy, hashlib.sha256(f"{fingerprint} {of_adapter}".encode()).hexdigest()
     if settings.kind is not None:
-        return _with_new(policy, settings, seed, located.name, fingerprint), fingerprint
+        return _with_new(policy, settings, seed, located.name, of_base), fingerprint
     if policy.is_packed:
         raise ModelError(
             f"{folder}: its weights are quantized, and such a network cannot be trained whole; train an adapter beside "
@@ -97,7 +97,7 @@ def _name_of(named: str | Path, folder: Path) -> str:
 
 def adapter_beside(folder: Path, config: NetworkConfig, base: Path) -> StoredAdapter:
     """The adapter of a folder, which must be one of this base. ModelError where it is not."""
-    return read_adapter(folder, config, base, model_fingerprint(base))
+    return read_adapter(folder, config, base, network_fingerprint(base))
 
 
 def _whole(folder: Path, dtype: str | None) -> Policy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
             f"merge first with {_base_model(folder)}, and give the folder that comes of it"
         )
     if not (folder / CONFIG_FILE).is_file():
-        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        inner = sorted(file.parent.name for name in (CONFIG_FILE, ADAPTER_CONFIG) for file in folder.glob(f"*/{name}"))
         hint = f"; give {folder / inner[0]}" if inner else ""
         if is_whole:
             hint = f"; copy {CONFIG_FILE} beside the weights"
@@ -282,8 +282,18 @@ def model_fingerprint(folder: Path) -> str:
     and shapes of all tensors) and `SAMPLES` pieces of each file, about 1 MB. A folder in which single numbers were
     changed may therefore pass; one that was trained on does not. OSError where a file cannot be read.
     """
+    return _fingerprint([*companion_files(folder), *_weight_files(folder)])
+
+
+def network_fingerprint(folder: Path) -> str:
+    """The same of config.json and the weights alone: what an adapter stands beside, whichever tokenizer's files, chat
+    template and settings of generation lie there."""
+    return _fingerprint([folder / CONFIG_FILE, *_weight_files(folder)])
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
     total = hashlib.sha256()
-    for file in sorted(_files(folder)):
+    for file in sorted(files):
         size = file.stat().st_size
         total.update(f"{file.name}\0{size}\0".encode())
         for piece in _pieces(file, size):
@@ -291,9 +301,8 @@ def model_fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    yield from companion_files(folder)
-    yield from (file for file in (folder / INDEX_FILE, *folder.glob("*.safetensors")) if file.is_file())
+def _weight_files(folder: Path) -> Iterator[Path]:
+    return (file for file in (folder / INDEX_FILE, *folder.glob("*.safetensors")) if file.is_file())
 
 
 def _pieces(file: Path, size: int) -> Iterator[bytes]:

@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 
 from troupe.policy.model_files import some
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.tensors import EMBEDDING, HEAD
+from troupe.policy.network.quantization import EXPERTS, STACKED_BY_MLX_LM
+from troupe.policy.network.tensors import EMBEDDING, HEAD, ROUTER
 
 _FRONT = frozenset({"module", "base_model", "model", "language_model"})
 """Names of parts around a network, in any order and number: `model.language_model.layers.0…` is `model.layers.0…`. A
@@ -32,7 +33,7 @@ def canonical_name(stored: str) -> str:
     parts = [part for part in stored.split(".") if part not in _ANYWHERE]
     while parts and parts[0] in _FRONT:
         parts.pop(0)
-    bare = ".".join(parts)
+    bare = ".".join(parts).replace(STACKED_BY_MLX_LM, EXPERTS)
     return bare if bare.startswith(_HEAD) or not bare else f"model.{bare}"
 
 
@@ -62,8 +63,10 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], con
             f"its weights are quantized ({some(packed)}), and config.json's quantization {how}; copy the config.json "
             "that came with them"
         )
-    if experts := [name for name in unexpected if ".experts." in name]:
-        return f"it holds a mixture of experts ({some(experts)}); Troupe trains dense models"
+    if experts := [name for name in unexpected if EXPERTS in canonical_name(name)]:
+        return _of_experts(experts, config)
+    if config.sparse_layers and all(f"model.layers.{i}.{ROUTER}.weight" in missing for i in config.sparse_layers):
+        return _is_another("it holds no experts", config)
     if EMBEDDING in missing and (strange := [name for name in unexpected if name.endswith(_ANCHOR)]):
         prefix = strange[0].removesuffix(_ANCHOR)
         return (
@@ -76,7 +79,7 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], con
             "where the embedding serves as the head"
         )
     if other := _another_family(missing, unexpected, config):
-        return f"{other}; it is another kind of network than config.json says (model_type {config.model_type!r})"
+        return _is_another(other, config)
     last = max(map(_layer_of, unexpected), default=-1)
     if last >= layers:
         return f"it holds layers up to {last}, but config.json's num_hidden_layers is {layers}"
@@ -84,6 +87,23 @@ def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], con
     if lacking and min(lacking) > 0 and lacking == set(range(min(lacking), layers)):
         return f"it holds no layer from {min(lacking)} on, but config.json's num_hidden_layers is {layers}"
     return ""
+
+
+def _of_experts(unexpected: Sequence[str], config: NetworkConfig) -> str:
+    """Why there are tensors of experts that the network does not have."""
+    if not config.sparse_layers:
+        return _is_another(f"it holds a mixture of experts ({some(unexpected)})", config)
+    if dense := [name for name in unexpected if _layer_of(name) not in config.sparse_layers]:
+        return (
+            f"it holds experts in layers ({some(dense)}) that have none by config.json's decoder_sparse_step "
+            f"{config.decoder_sparse_step}, mlp_only_layers {list(config.mlp_only_layers)} and num_hidden_layers "
+            f"{config.num_hidden_layers}"
+        )
+    return f"it holds other experts ({some(unexpected)}) than config.json says (num_experts {config.num_experts})"
+
+
+def _is_another(found: str, config: NetworkConfig) -> str:
+    return f"{found}; it is another kind of network than config.json says (model_type {config.model_type!r})"
 
 
 def _another_family(missing: Collection[str], unexpected: Sequence[str], config: NetworkConfig) -> str:

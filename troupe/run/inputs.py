@@ -127,6 +127,7 @@ def load_inputs(
 def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
     """With the learning rate where the config leaves it open, and what to tell of that and of an adapter."""
     adapter, lr, notices = policy.base.adapter, config.learner.lr, list[str]()
+    _check_experts(config.learner, policy.config)
     if adapter is not None:
         _check_reference(config.learner)
         notices.append(describe_adapter(policy.config, adapter))
@@ -135,6 +136,17 @@ def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]
         if adapter is not None:
             notices.append(f"learner.lr is {lr:g}, ten times that of training the whole network; name it for another")
     return msgspec.structs.replace(config, learner=msgspec.structs.replace(config.learner, lr=lr)), notices
+
+
+def _check_experts(learner: LearnerConfig, network: NetworkConfig) -> None:
+    """Raise ConfigError where something is asked of experts that the network does not have."""
+    if network.sparse_layers:
+        return
+    none = f"but a {network.model_type} has no experts"
+    if learner.router_aux_loss_coef:
+        raise ConfigError(f"learner.router_aux_loss_coef is {learner.router_aux_loss_coef:g}, {none}; leave it out")
+    if learner.router_replay != "off":
+        raise ConfigError(f"learner.router_replay is {learner.router_replay!r}, {none}; leave it out")
 
 
 def _check_reference(learner: LearnerConfig) -> None:

@@ -20,6 +20,7 @@ from troupe.actors.learner.train import LearnerState, Snapshots
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
+from troupe.grpo import LearnerConfig
 from troupe.messages import Incident, Settle
 from troupe.policy import Weights, is_on_cpu
 from troupe.records.standing import Change
@@ -132,12 +133,18 @@ def _generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: 
             stop_ids=policy.eos_ids,
             tokenizer=policy.tokenizer,
             base=policy.base,
+            **({"records_experts": True} if records_experts(config.learner) else {}),
         ),
         decode_text=policy.tokenizer.decode_sampled,
         seed=config.seed,
         most_at_once=_most_at_once(prepared),
         **shared,
     )
+
+
+def records_experts(learner: LearnerConfig) -> bool:
+    """Whether the generator is to say which experts tokens went to."""
+    return learner.router_replay != "off"
 
 
 def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
@@ -160,6 +167,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
             live=live,
             on_cpu=is_on_cpu(),
             blas_threads=schedule.blas_threads,
+            records_experts=records_experts(config.learner),
             limit_gb=prepared.memory.generator_limit_gb,
         )
         for number in range(processes)

@@ -33,7 +33,8 @@ class Workload(NamedTuple):
 
     @property
     def largest(self) -> int:
-        """Numbers in the largest of them: embedding and head, where they are."""
+        """Numbers in the largest of them: embedding and head, where they are, or a stack of experts."""
         if self.adapter is not None:
             return max(map(math.prod, adapter_shapes(self.policy, self.adapter).values()))
-        return self.policy.vocab_size * self.policy.hidden_size * (1 if self.policy.tie_word_embeddings else 2)
+        ends = self.policy.vocab_size * self.policy.hidden_size * (1 if self.policy.tie_word_embeddings else 2)
+        return max(ends, self.policy.num_experts * self.policy.moe_intermediate_size * self.policy.hidden_size)

@@ -24,11 +24,11 @@ from troupe.actors.learner.batch import (
     assemble,
     group_statistics,
     has_signal,
-    is_truncated,
     num_tokens,
     score_table,
 )
 from troupe.actors.learner.gathering import is_usable
+from troupe.actors.learner.rollouts import is_truncated
 from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.messages import FinishReason, Rollout, RolloutGroup, ScoredGroup
 from troupe.policy import CompletedGroup, Completion, Weights, load_policy

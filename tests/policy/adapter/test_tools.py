@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.policy.adapter.folders import ADAPTERS, BASE, NETWORK, OF_PEFT, random_weights
-from troupe.policy import load_policy, model_fingerprint
+from troupe.policy import load_policy, network_fingerprint
 from troupe.policy.adapter.files import adapter_files, read_adapter, save_adapter
 from troupe.policy.adapter.modules import Adapter
 from troupe.policy.adapter.peft import their_name
@@ -36,7 +36,7 @@ def written(adapter: Adapter, folder: Path) -> dict[str, mx.array]:
     """Weights that change logits much, and no number past what float32 holds well."""
     weights = {name: 0.2 * array for name, array in random_weights(adapter).items()}
     weights |= {name: 1.0 + array for name, array in weights.items() if "magnitude" in name}
-    fingerprint = model_fingerprint(BASE)
+    fingerprint = network_fingerprint(BASE)
     save_adapter(folder, adapter_files(NETWORK, adapter, weights, base_name=str(BASE), base_fingerprint=fingerprint))
     return weights
 

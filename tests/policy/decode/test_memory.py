@@ -22,11 +22,18 @@ from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
 from troupe.policy.model import random_policy
 from troupe.policy.network import attention
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.forward import fuse_projections
+from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.tensors import FINAL_NORM
 
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+}
 
-def config_of(**sizes: int) -> NetworkConfig:
+
+def config_of(**sizes: Any) -> NetworkConfig:
     standard: dict[str, Any] = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -159,7 +166,7 @@ def test_keys_and_values_are_those_held(monkeypatch: pytest.MonkeyPatch) -> None
         ({"num_hidden_layers": 2, "vocab_size": 30000}, [8] * 4, 8, 8),
     ],
 )
-def test_the_peak_is_close_to_the_formula(sizes: dict[str, int], lengths: list[int], G: int, N: int) -> None:
+def test_the_peak_is_close_to_the_formula(sizes: dict[str, Any], lengths: list[int], G: int, N: int) -> None:
     """How far MLX has let go of one step's arrays when the next one's are made depends on its threads."""
     peak, formula = decode(config_of(**sizes), lengths, G, N)
     assert 0.85 * formula < peak < 1.1 * formula
@@ -172,9 +179,11 @@ def test_the_peak_is_close_to_the_formula(sizes: dict[str, int], lengths: list[i
         ({"num_hidden_layers": 2, "intermediate_size": 2048}, [32] * 16, 1, 1),
         ({"num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 2}, [4], 32, 100),
         ({"num_hidden_layers": 1, "vocab_size": 2000}, [100, 50, 20, 200], 8, 64),
+        (MOE, [10, 400, 30], 4, 20),
+        (MOE | {"num_experts_per_tok": 4, "moe_intermediate_size": 32, "num_hidden_layers": 4}, [8] * 4, 8, 64),
     ],
 )
-def test_the_peak_is_never_more_than_a_tenth_over(sizes: dict[str, int], lengths: list[int], G: int, N: int) -> None:
+def test_the_peak_is_never_more_than_a_tenth_over(sizes: dict[str, Any], lengths: list[int], G: int, N: int) -> None:
     """How much less it is depends on how far MLX runs ahead, which a busy machine does not let it."""
     peak, formula = decode(config_of(**sizes), lengths, G, N)
     assert 0.1 * formula < peak < 1.1 * formula

@@ -167,6 +167,12 @@ FAMILIES["qwen3_5"] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+}
 SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] = [
     ({}, (2, 32, 8, 96, 1, False, False)),
     ({}, (2, 32, 8, 96, 1, True, False)),
@@ -180,6 +186,12 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] 
     ({"intermediate_size": 1024, "num_hidden_layers": 6}, (4, 16, 8, 48, 4, False, False)),
     *((FAMILIES["qwen2"] | {"num_hidden_layers": 6}, (2, 32, 8, 96, 1, again, False)) for again in (False, True)),
     *((FAMILIES["gemma3"], (2, 32, 8, 96, 1, again, False)) for again in (False, True)),
+    *((MOE, (2, 32, 8, 96, 1, again, False)) for again in (False, True)),
+    *(
+        (MOE | {"num_experts": 16, "num_experts_per_tok": 4}, (4, 64, 4, 64, 2, again, False))
+        for again in (False, True)
+    ),
+    (MOE | {"decoder_sparse_step": 2}, (2, 32, 8, 96, 1, False, False)),
     *((FAMILIES["gemma3"] | {"num_key_value_heads": 1}, (1, 200, 8, 200, 1, again, False)) for again in (False, True)),
     *((FAMILIES["qwen3_5"], (2, 100, 4, 200, 1, again, False)) for again in (False, True)),
 ]

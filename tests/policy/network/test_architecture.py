@@ -43,7 +43,7 @@ def test_eos_may_be_a_list_or_absent() -> None:
     ("change", "key"),
     [
         ({"model_type": "llama"}, "model_type"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "architectures"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization": {"bits": 4}}, "quantization.group_size"),

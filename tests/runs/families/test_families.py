@@ -15,6 +15,7 @@ from tests.support.kills import EVERY, STEPS, Trainer, read_store, run_and_kill,
 from tests.support.runs import completions, lines, policy_of, timeless, train
 from tests.support.straight import run_straight
 from tests.support.tiny import write_tokenizer
+from troupe.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,47 @@ def test_a_run_has_the_bits_of_the_plain_loop_also_with_a_process_and_from_any_c
         )
         assert same_bits(policy_of(again.folder), straight.weights)
         assert completions(again.folder) == [c for c in completions(whole.folder) if c.step > version]
+
+
+@pytest.mark.parametrize("replay", ["measure", "on"])
+def test_a_run_that_records_experts_has_the_bits_of_the_plain_loop_also_after_a_resume(
+    replay: str, tmp_path: Path
+) -> None:
+    """Groups that are sampled and not trained on yet lie in checkpoints with the experts of their tokens."""
+    model = write_model("qwen3-moe", tmp_path / "model")
+    settings: dict[str, Any] = {
+        "schedule__max_staleness": 1,
+        "checkpoint__every": 1,
+        "learner__router_replay": replay,
+        "learner__router_aux_loss_coef": 0.5,
+        "learner__lr": 0.03,
+    }
+    whole = train(model, tmp_path / "whole", delayed(1), **settings)
+    config = adapter_config(model, tmp_path / "straight", adapter__kind=None, **settings)
+    straight = run_straight(config, weigh_ids)
+    assert same_bits(newest(whole.folder).weights, straight.weights)
+    metrics = [timeless(line) for line in lines(whole.folder)]
+    flips = [line["router/flips"] for line in metrics]
+    assert flips[0] == 0.0, "the weights are those that sampled"
+    assert max(flips) > 0.0
+    assert all(line["aux_loss"] >= 1.0 for line in metrics)
+    process = train(model, tmp_path / "process", **settings | PROCESS)
+    assert same_bits(policy_of(process.folder), straight.weights)
+    for version in (1, 3):
+        folder = cut_back(whole.folder, version, tmp_path / str(version))
+        again = troupe.train(
+            adapter_config(model, folder, adapter__kind=None, **settings), [delayed(version)], resume=True
+        )
+        assert same_bits(policy_of(again.folder), straight.weights)
+    plain = train(model, tmp_path / "plain", **settings | {"learner__router_replay": "off"})
+    assert same_bits(policy_of(plain.folder), straight.weights) == (replay == "measure")
+
+
+@pytest.mark.parametrize(("key", "value"), [("router_aux_loss_coef", 0.001), ("router_replay", "on")])
+def test_what_is_for_experts_is_refused_where_there_are_none(key: str, value: Any, tmp_path: Path) -> None:
+    model = write_model("qwen2", tmp_path / "model")
+    with pytest.raises(ConfigError, match=f"learner.{key} is .*, but a qwen2 has no experts; leave it out"):
+        train(model, tmp_path / "run", **{f"learner__{key}": value})
 
 
 @EACH

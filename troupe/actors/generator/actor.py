@@ -20,8 +20,8 @@ from troupe.runtime.reporter import Reporter
 class _Decoded(NamedTuple):
     """What is complete at one token."""
 
-    groups: list[tuple[int, tuple[Rollout, ...]]]
-    """(Place of the prompt, its completions)."""
+    groups: list[tuple[int, tuple[Rollout, ...], bytes]]
+    """(Place of the prompt, its completions, the experts of its tokens)."""
     computed: list[tuple[str, float, float]]
     """What the device did since the one before, and when."""
 
@@ -125,8 +125,9 @@ class Generator(Actor):
                 while decoded := await completed.next():
                     for name, start_s, end_s in decoded.computed:
                         self.report.record(name, start_s, end_s, step=step)
-                    for index, rollouts in decoded.groups:
-                        await self._rounds.hand_over(RolloutGroup(prompt=prompts[index], rollouts=rollouts))
+                    for index, rollouts, experts in decoded.groups:
+                        group = RolloutGroup(prompt=prompts[index], rollouts=rollouts, prompt_experts=experts)
+                        await self._rounds.hand_over(group)
             self._engine.release()  # the next step has other weights, and the learner needs room
 
     def _completed(self, decoding: Iterator[list[CompletedGroup]]) -> Iterator[_Decoded]:
@@ -137,7 +138,9 @@ class Generator(Actor):
             end_s = time.perf_counter()
             computed.append(("decode" if groups else "prefill", start_s, end_s))
             if groups:
-                completions = [(group.index, as_rollouts(group, self._decode_text)) for group in groups]
+                completions = [
+                    (group.index, as_rollouts(group, self._decode_text), group.prompt_experts) for group in groups
+                ]
                 computed.append(("write text", end_s, time.perf_counter()))
                 yield _Decoded(completions, computed)
                 computed = []

@@ -41,7 +41,7 @@ from troupe.policy import (
     RolloutEngine,
     Tokenizer,
     Weights,
-    model_fingerprint,
+    network_fingerprint,
     read_model_folder,
 )
 from troupe.runtime import linux_cpu
@@ -95,6 +95,7 @@ class _GeneratorProcess:
                 stop_ids=frozenset(setup.stop_ids),
                 tokenizer=tokenizer,
                 base=self._base,
+                records_experts=setup.records_experts,
             ),
             device=self._device,
             board=self._board,
@@ -126,7 +127,7 @@ class _GeneratorProcess:
         async for message in self._outbox:
             if isinstance(message, RolloutGroup):
                 rollouts = tuple(map(pack_rollout, message.rollouts))
-                message = Completed(gid=message.prompt.gid, rollouts=rollouts)
+                message = Completed(gid=message.prompt.gid, rollouts=rollouts, prompt_experts=message.prompt_experts)
             await self._connection.send(encode(message))
 
     async def _tell_made(self) -> None:
@@ -157,7 +158,7 @@ class _GeneratorProcess:
 def _read_base(config: NetworkConfig, source: BaseSource) -> Base:
     """The base that the run began with, as the run holds it. ModelError where the folder is another model's by now."""
     folder = Path(source.folder)
-    if model_fingerprint(folder) != source.fingerprint:
+    if network_fingerprint(folder) != source.fingerprint:
         raise ModelError(
             f"{folder}: the base was changed since the run began, so that its adapter cannot be sampled from; restore "
             "it and resume"

@@ -277,7 +277,8 @@ class RemoteGenerator(Actor):
         prompts, still_open = self._decoding.pop(completed.gid)
         prompt = next(prompt for prompt in prompts if prompt.gid == completed.gid)
         rollouts = tuple(map(unpack_rollout, completed.rollouts))
-        await self._rounds.hand_over(RolloutGroup(prompt=prompt, rollouts=rollouts))
+        group = RolloutGroup(prompt=prompt, rollouts=rollouts, prompt_experts=completed.prompt_experts)
+        await self._rounds.hand_over(group)
         still_open.discard(prompt.gid)
         if not still_open:
             self._rounds.finish(prompts)

@@ -53,6 +53,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Most groups that may be alive at once."""
     on_cpu: bool
     blas_threads: int | None = None
+    records_experts: bool = False
+    """As for `RolloutEngine`."""
     limit_gb: float | None = None
     """Of MLX's memory in the process, in 10⁹ bytes; None leaves it its own."""
 
@@ -118,6 +120,8 @@ class PackedRollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """(T,) int32."""
     finish_reason: FinishReason
     text: str
+    experts: bytes = b""
+    """As in `Rollout`."""
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -125,6 +129,8 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     gid: int
     rollouts: tuple[PackedRollout, ...]
+    prompt_experts: bytes = b""
+    """As in `RolloutGroup`."""
 
 
 class Made(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -184,6 +190,7 @@ def pack_rollout(rollout: Rollout) -> PackedRollout:
         versions=_ints(rollout.versions),
         finish_reason=rollout.finish_reason,
         text=rollout.text,
+        experts=rollout.experts,
     )
 
 
@@ -201,6 +208,7 @@ def unpack_rollout(packed: PackedRollout) -> Rollout:
         versions=versions,
         finish_reason=packed.finish_reason,
         text=packed.text,
+        experts=packed.experts,
     )
 
 

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 import mlx.core as mx
 
 from troupe.actors.learner.gathering import StepGroups, slot_of, stale_tokens
+from troupe.actors.learner.rollouts import is_truncated, length_statistics, logged_means
 from troupe.grpo import Batch, LearnerConfig, compute_advantages, make_batch, reward_statistics, spread_within_groups
 from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, NetworkConfig, Weights, completion_gradients, completion_statistics
 from troupe.policy.adapter.base import Base
 from troupe.policy.gradient.backward import Chunk
 from troupe.policy.network.dropout import Dropout, row_keys, token_keys
+from troupe.policy.network.routes import Given, Routes, rows_of_tokens
 
 Extra = TypeVar("Extra")
 
@@ -32,6 +34,7 @@ def as_rollouts(group: CompletedGroup, decode: Callable[[Sequence[int]], str]) -
             sampling_log_probs=completion.sampling_log_probs,
             versions=completion.versions,
             finish_reason=completion.finish_reason,
+            experts=completion.experts,
             text=decode(completion.token_ids),
         )
         for completion in group.completions
@@ -65,13 +68,26 @@ class CompletionLogProbs:
     seed: int = 0
     """Of the run, for dropout."""
 
-    def __call__(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+    def routes(self, batch: Batch, *, follows: bool, balance: float = 0.0) -> Routes | None:
+        """Those of one pass over a batch."""
+        if not self.config.sparse_layers:
+            return None
+        rows = batch.prompts, batch.completions
+        given = None if batch.experts is None else Given.of(self.config, *rows, batch.experts)
+        stands_in = rows_of_tokens(*rows) if balance else None
+        return Routes(self.config, given, follows=follows, balance=balance, rows_of_token=stands_in)
+
+    def __call__(self, weights: Weights, batch: Batch, routes: Routes | None = None) -> tuple[mx.array, mx.array]:
         """Log-probs and entropies."""
-        network = self.base.completed(self.config, weights)
-        return completion_statistics(self.config, network, batch.prompts, batch.completions, self.temperature)
+        network, rows = self.base.completed(self.config, weights), (batch.prompts, batch.completions)
+        return completion_statistics(self.config, network, *rows, self.temperature, routes=routes)
 
     def gradients(
-        self, weights: Weights, batch: Batch, loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]]
+        self,
+        weights: Weights,
+        batch: Batch,
+        loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]],
+        routes: Routes | None = None,
     ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
         """The gradients of `loss` by the weights, backwards through the network by hand."""
         network = self.base.completed(self.config, weights)
@@ -86,6 +102,7 @@ class CompletionLogProbs:
             entropy_gradient=self.entropy_gradient,
             of_base=not self.base.is_whole,
             dropout=self._dropout(batch),
+            routes=routes,
         )
         return self._of_trained(network, chunks) if self.base.is_whole else chunks
 
@@ -143,7 +160,7 @@ def assemble(
     prompts = [group.group.prompt for group in groups]
     step = max(prompt.slot.step for prompt in prompts)
     keys = [key for prompt in prompts for key in row_keys(prompt.gid, G, prompt.prompt_ids, step)]
-    batch = replace(batch, keys=tuple(keys))
+    batch = replace(batch, keys=tuple(keys), experts=_recorded_experts(groups))
     if oldest is not None:
         batch = batch.with_tokens([[version >= oldest for version in rollout.versions] for rollout in rollouts])
     metrics = {
@@ -155,6 +172,12 @@ def assemble(
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
     by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
     return Assembled(batch=batch, advantages=by_group, metrics=metrics)
+
+
+def _recorded_experts(groups: Sequence[ScoredGroup]) -> tuple[tuple[bytes, bytes], ...] | None:
+    """Of each row those of prompt and completion; None where none are recorded."""
+    rows = tuple((group.group.prompt_experts, rollout.experts) for group in groups for rollout in group.group.rollouts)
+    return rows if any(prompt for prompt, _ in rows) else None
 
 
 def score_table(groups: Sequence[ScoredGroup], names: Sequence[str]) -> mx.array:
@@ -212,15 +235,6 @@ def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, 
     return bool(mx.any(advantages_of([group], config, weights) != 0.0).item())
 
 
-def is_truncated(rollout: Rollout) -> bool:
-    """Whether a completion was cut: by the length limit, or for repeating itself.
-
-    TRL looks whether the last token is a stop id, and so counts a completion that a stop string ended as cut. Here it
-    ended as it was asked to.
-    """
-    return rollout.finish_reason != "stop"
-
-
 def group_statistics(
     groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]
 ) -> dict[str, float]:
@@ -228,7 +242,11 @@ def group_statistics(
     table = _score_arguments(groups, config, weights)
     rewards = reward_statistics(**table, scale_rewards=config.scale_rewards, names=list(weights))
     # what rewards log comes first: it may not stand in for the metrics that are ours
-    return {**_logged(groups), **rewards, **_completions([rollout for g in groups for rollout in g.group.rollouts])}
+    return {
+        **logged_means(groups),
+        **rewards,
+        **length_statistics([rollout for g in groups for rollout in g.group.rollouts]),
+    }
 
 
 def spread_statistics(
@@ -316,33 +334,3 @@ def num_tokens(groups: Sequence[ScoredGroup]) -> int:
         for group in groups
         for rollout in group.group.rollouts
     )
-
-
-def _logged(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    names = {name for group in groups for name in group.logged if isinstance(name, str)}
-    values = {name: [group.logged[name] for group in groups if name in group.logged] for name in sorted(names)}
-    return {name: _mean(column) for name, column in values.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:  # the sum is no number, yet the mean is
-        return math.fsum(value / len(values) for value in values)
-    except ValueError:  # infinities that cancel out
-        return math.nan
-
-
-def _completions(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    ended = [len(rollout.token_ids) for rollout in rollouts if not is_truncated(rollout)]
-    terminated = ended or [0]
-    return {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": (len(lengths) - len(ended)) / len(lengths),
-        "completions/mean_terminated_length": sum(terminated) / len(terminated),
-        "completions/min_terminated_length": float(min(terminated)),
-        "completions/max_terminated_length": float(max(terminated)),
-    }

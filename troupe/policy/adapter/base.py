@@ -18,7 +18,7 @@ from troupe.policy.adapter.files import AdapterFiles, adapter_files
 from troupe.policy.adapter.modules import Adapter, name_in_layer
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.forward import fuse_projections
+from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.linear import MAGNITUDE, A, B, Linear, by_columns, groups
 from troupe.policy.network.tensors import Weights, linear_shapes, weights_dtype
 

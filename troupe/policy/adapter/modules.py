@@ -14,7 +14,7 @@ from troupe.errors import ConfigError
 from troupe.policy.adapter.settings import AdapterConfig, end_pattern
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.linear import MAGNITUDE, A, B
-from troupe.policy.network.tensors import linear_shapes, parameter_count
+from troupe.policy.network.tensors import ROUTER, STACKS, linear_shapes, parameter_count
 
 Kind = Literal["lora", "dora"]
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def resolve_adapter(config: AdapterConfig, network: NetworkConfig) -> Adapter:
     """What `config` asks for of this network. ConfigError for modules and layers that it does not have."""
     assert config.kind is not None
     modules = list(linear_shapes(network))
-    chosen = _targeted(config.target_modules, modules)
+    chosen = _targeted(config.target_modules, modules, network)
     layers = _layers(config.layers, network.num_hidden_layers)
     chosen = [module for module in chosen if layer_of(module) in layers]
     if not chosen:
@@ -93,7 +93,7 @@ def name_in_layer(module: str) -> str:
     return module.split(".", 3)[3]
 
 
-def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
+def _targeted(target: str | Sequence[str], modules: Sequence[str], network: NetworkConfig) -> list[str]:
     if target == _ALL_LINEAR:
         return list(modules)
     for name in [target] if isinstance(target, str) else target:
@@ -106,6 +106,9 @@ def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
     if isinstance(target, str):
         chosen = [module for module in modules if re.fullmatch(target, module)]
         if not chosen:
+            for module in without_adapter(network):
+                if re.fullmatch(target, module):
+                    _refuse_experts(module, network)
             raise ConfigError(
                 f"adapter.target_modules: the expression {target!r} matches the whole name of no module, such as "
                 f"{modules[0]}; give a list for names that end so"
@@ -113,8 +116,29 @@ def _targeted(target: str | Sequence[str], modules: Sequence[str]) -> list[str]:
         return chosen
     for name in target:
         if not any(is_named(module, [name]) for module in modules):
+            _refuse_experts(name, network)
             raise ConfigError(f"adapter.target_modules: no module is called {name!r}; {_nearest(name, modules)}")
     return [module for module in modules if is_named(module, target)]
+
+
+def without_adapter(network: NetworkConfig) -> list[str]:
+    """Routers, and matrices of experts, stacked and one by one, which can have none."""
+    modules = []
+    for index in network.sparse_layers:
+        prefix = f"model.layers.{index}."
+        modules += [prefix + ROUTER, *(prefix + stack for stack in STACKS.values())]
+        stacks = [stack.rpartition(".")[::2] for stack in STACKS.values()]
+        modules += [f"{prefix}{at}.{expert}.{name}" for expert in range(network.num_experts) for at, name in stacks]
+    return modules
+
+
+def _refuse_experts(name: str, network: NetworkConfig) -> None:
+    """ConfigError where a name is that of a router or of a matrix of experts."""
+    if any(is_named(module, [name]) for module in without_adapter(network)):
+        raise ConfigError(
+            f"adapter.target_modules: {name!r} names routers or experts, which cannot have an adapter here: name "
+            f"some of {', '.join(_leaves(list(linear_shapes(network))))}, or train all weights (adapter.kind left out)"
+        )
 
 
 def _nearest(name: str, modules: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from troupe.policy.network.attention import Places, attention_in_blocks, attenti
 from troupe.policy.network.delta import DeltaInputs, DeltaSizes
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
 from troupe.policy.network.forward import WholeRows, hidden_states
+from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import Weights
 
 PREFILL_TOKENS = 8192
@@ -104,14 +105,16 @@ class PiecedPromptCache(PromptCache):
         self.offset = 0
         self._unseen: int | None = None  # the layer whose results only hidden states need, where nobody wants these
 
-    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> dict[int, mx.array]:
+    def forward(
+        self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None
+    ) -> dict[int, mx.array]:
         """The next T ids of every prompt (prompts, T) → of each prompt that ends among them, by its place, the hidden
         state of its last token (D,). All of it is computed."""
         start, stop = self.offset, self.offset + ids.shape[1]
         ending = [place for place, length in enumerate(self.lengths) if start < length <= stop]
-        is_seen = ending or config.layer(config.num_hidden_layers - 1).is_delta
+        is_seen = ending or routes is not None or config.layer(config.num_hidden_layers - 1).is_delta
         self._unseen = None if is_seen else config.attention_layers - 1
-        states = hidden_states(config, weights, ids, attention=self)
+        states = hidden_states(config, weights, ids, attention=self, routes=routes)
         last = {place: states[place, self.lengths[place] - 1 - start] for place in ending}
         mx.eval(self.arrays, last)
         self.offset = stop
@@ -205,9 +208,9 @@ class DecodingCache:
         """Every array held, to be evaluated with the token that was made last."""
         return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values, *self._states.arrays]
 
-    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None) -> mx.array:
         """The next token of every row (B,) → hidden states (B, D); the token is counted."""
-        hidden = hidden_states(config, weights, ids[:, None], attention=self)[:, 0]
+        hidden = hidden_states(config, weights, ids[:, None], attention=self, routes=routes)[:, 0]
         self.advance()
         return hidden
 

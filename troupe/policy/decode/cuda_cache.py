@@ -14,6 +14,7 @@ from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import GATE_UP, QKV, Layer, embedded, normalized
 from troupe.policy.network.gating import gated
 from troupe.policy.network.rotary import Rope, attention_factor, inverse_frequencies
+from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import FINAL_NORM, Weights, norm_scale
 
 _WORTH_COMPILING = 8
@@ -21,10 +22,11 @@ _WORTH_COMPILING = 8
 
 
 def serves(config: NetworkConfig) -> bool:
-    """Whether networks of this kind are decoded with these kernels, here."""
-    if config.delta_layers or config.family.gates_attention or config.rotary_dim < config.head_dim:
-        return False
-    return cuda_kernels.can_serve(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    """Whether networks of this kind are decoded with these kernels, here. Not those with experts or gated delta nets,
+    nor with attention that is gated or turns heads in part."""
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    is_plain = not config.sparse_layers and not config.delta_layers and not config.family.gates_attention
+    return is_plain and config.rotary_dim == config.head_dim and cuda_kernels.can_serve(*heads)
 
 
 class CudaDecodingCache(DecodingCache):
@@ -41,8 +43,8 @@ class CudaDecodingCache(DecodingCache):
     def arrays(self) -> list[mx.array]:
         return [*self._prompt_keys, *self._prompt_values, *self._own]
 
-    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array) -> mx.array:
-        """As `DecodingCache.forward`, with weights of `fuse_projections`."""
+    def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None) -> mx.array:
+        """As `DecodingCache.forward`, with weights of `fuse_projections`, for networks without experts."""
         lengths, step = mx.array(self._prompt_lengths, mx.int32), mx.array([self.length], mx.int32)
         ropes = tuple(dict.fromkeys(config.layer(index).rope for index in range(config.num_hidden_layers)))
         turns = [_turn(config.head_dim, rope, (lengths + step)[:, None]) for rope in ropes]

@@ -48,12 +48,14 @@ class RolloutEngine:
         stop_ids: frozenset[int],
         tokenizer: Tokenizer | None = None,
         base: Base | None = None,
+        records_experts: bool = False,
     ) -> None:
         """`stop_ids`: ids that end a completion; empty lets every one run to its limit.
 
         `base`: what the weights that are loaded complete; None: they are the whole network.
         `tokenizer`: finds stop strings, without it they raise ValueError, and lets XTC spare special tokens and
-        newlines; stop ids are always spared.
+        newlines; stop ids are always spared. `records_experts`: completions tell which experts their tokens went to,
+        where the network has any.
         """
         self.config = policy_config
         self.generation = generation
@@ -69,6 +71,7 @@ class RolloutEngine:
             spared = spared | tokenizer.special_ids | frozenset(tokenizer.encode("\n", add_special_tokens=False))
         self.sampler = Sampler(generation, spared)
         self._base = Base() if base is None else base
+        self._records_experts = records_experts and bool(policy_config.sparse_layers)
         self._loaded: dict[int, tuple[Weights, int]] = {}
         self._prepared: dict[int, tuple[Weights, Weights, int]] = {}
         self._mixed: _Mixed | None = None
@@ -170,7 +173,13 @@ class RolloutEngine:
         config = self.config
         attends = serves(config)
         return DecodeSetup(
-            config, self.generation, self.sampler, self._stop_rules, cuda_kernels.are_available(), attends
+            config,
+            self.generation,
+            self.sampler,
+            self._stop_rules,
+            cuda_kernels.are_available(),
+            attends,
+            self._records_experts,
         )
 
     def _wave(self, requests: Sequence[RolloutRequest], places: range) -> Wave:

@@ -19,15 +19,9 @@ import mlx.core as mx
 
 from troupe.errors import RunError
 from troupe.policy.decode import cuda_kernels
-from troupe.policy.decode.cache import (
-    DecodingCache,
-    PiecedPromptCache,
-    PromptCache,
-    join_prompts,
-    piece_length,
-    prefill_chunks,
-)
+from troupe.policy.decode.cache import DecodingCache, join_prompts, prefill_chunks
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
+from troupe.policy.decode.prompts import read_prompts
 from troupe.policy.decode.requests import (
     CompletedGroup,
     Completion,
@@ -38,9 +32,9 @@ from troupe.policy.decode.requests import (
 from troupe.policy.decode.sampling import Sampler, draw_by_shares
 from troupe.policy.decode.stopping import StopRules, StopWatch
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.attention import attention_is_fused
-from troupe.policy.network.elementwise import exp, is_on_cpu
-from troupe.policy.network.forward import hidden_states, project
+from troupe.policy.network.elementwise import exp
+from troupe.policy.network.forward import project
+from troupe.policy.network.routes import Routes, rows_as_bytes
 from troupe.policy.network.tensors import Weights, weights_dtype
 
 COMPACT_EVERY = 8
@@ -59,6 +53,8 @@ class DecodeSetup(NamedTuple):
     draws_by_kernel: bool
     """Whether the kernels of `cuda_kernels` draw, and whether they attend, for heads of this kind."""
     attends_by_kernel: bool
+    records_experts: bool = False
+    """Whether it is noted which experts tokens go to."""
 
 
 class Row:
@@ -74,10 +70,12 @@ class Row:
         self.log_probs: list[float] = []
         self.sampling_log_probs: list[float] = []
         self.finish_reason: FinishReason | None = None
+        self._experts = bytearray()
 
-    def push(self, token_id: int, log_prob: float, sampling_log_prob: float) -> None:
-        """Take the next token, and see whether it is the last."""
+    def push(self, token_id: int, log_prob: float, sampling_log_prob: float, experts: bytes = b"") -> None:
+        """Take the next token, and see whether it is the last. `experts`: those of the token before."""
         self.token_ids.append(token_id)
+        self._experts += experts
         self.log_probs.append(log_prob)
         self.sampling_log_probs.append(sampling_log_prob)
         self.finish_reason = self.watch.push(token_id)
@@ -92,6 +90,7 @@ class Row:
             sampling_log_probs=tuple(self.sampling_log_probs),
             versions=tuple(of_all[self.policy] for of_all in versions[: len(self.token_ids)]),
             finish_reason=self.finish_reason,
+            experts=bytes(self._experts),
         )
 
 
@@ -129,7 +128,8 @@ class Wave:
         self._slots = [list(group) for group in self.groups.values()]  # the rows in the device's batch, slot by slot
         self._limit = max(row.limit for slot in self._slots for row in slot)
         self._versions: list[Mapping[int, int]] = []
-        self._unread: deque[tuple[int, list[Row], list[mx.array]]] = deque()
+        self._unread: deque[tuple[int, list[Row], list[mx.array], mx.array | None]] = deque()
+        self._prompt_experts: list[bytes] = []
         self._waiting = list(places)
         self._cache: DecodingCache | None = None
         self._ids = mx.array([])
@@ -161,14 +161,21 @@ class Wave:
             group = self.groups[index]
             if all(row.finish_reason for row in group):
                 self._waiting.remove(index)
-                yield CompletedGroup(index=index, completions=tuple(row.completion(self._versions) for row in group))
+                completions = tuple(row.completion(self._versions) for row in group)
+                recorded = dict(zip(self.groups, self._prompt_experts, strict=False))
+                yield CompletedGroup(index=index, completions=completions, prompt_experts=recorded.get(index, b""))
 
     def _dispatch(self, t: int) -> None:
         """Let the device make token t of every row."""
         weights, versions = self._current_weights([slot[0].policy for slot in self._slots])
         config = self._setup.config
         rows = [row for slot in self._slots for row in slot]
-        hidden = self._prefill() if self._cache is None else self._cache.forward(config, weights, self._ids)
+        routes = None
+        if self._cache is None:
+            hidden = self._prefill()
+        else:
+            routes = Routes(config) if self._setup.records_experts else None
+            hidden = self._cache.forward(config, weights, self._ids, routes)
         logits = project(config, weights, hidden)
         if t == 0:
             logits = mx.repeat(logits, self._setup.generation.num_generations, axis=0)
@@ -183,8 +190,9 @@ class Wave:
         if self._recent is not None:
             newest = self._ids[:, None].astype(mx.int32)
             self._recent = mx.concatenate([self._recent[:, 1:], newest], axis=1)
-        mx.async_eval(self._ids, *log_probs)  # type: ignore[no-untyped-call]
-        self._unread.append((t, rows, [self._ids, *log_probs]))
+        own = None if routes is None else routes.chosen
+        mx.async_eval(self._ids, *log_probs, *([] if own is None else [own]))  # type: ignore[no-untyped-call]
+        self._unread.append((t, rows, [self._ids, *log_probs], own))
         self._versions.append(versions)
 
     def _prefill(self) -> mx.array:
@@ -192,37 +200,14 @@ class Wave:
         hidden, parts = [], []
         for portion in prefill_chunks([len(prompt) for prompt in self._prompts]):
             weights, _ = self._current_weights([self._slots[i][0].policy for i in portion])
-            part, last = self._prefill_portion(weights, [self._prompts[i] for i in portion])
-            parts.append(part)
-            hidden.append(last)
+            config, prompts = self._setup.config, [self._prompts[i] for i in portion]
+            read = read_prompts(config, weights, prompts, records_experts=self._setup.records_experts)
+            parts.append(read.cache)
+            hidden.append(read.last)
+            self._prompt_experts += read.experts
         kind = CudaDecodingCache if self._setup.attends_by_kernel else DecodingCache
         self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
         return mx.concatenate(hidden)
-
-    def _prefill_portion(self, weights: Weights, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, mx.array]:
-        """Some prompts together → their keys and values, and the hidden state of each one's last token."""
-        config, lengths = self._setup.config, [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        ids = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-        is_fused = attention_is_fused(
-            config.head_dim,
-            weights_dtype(weights),
-            gradient=False,
-            on_cpu=is_on_cpu(),
-            windowed=config.has_windows,
-        )
-        size = piece_length(len(prompts), width, writes_scores=not is_fused)
-        last = mx.array(lengths)[:, None, None] - 1
-        if size == width:
-            part = PromptCache(lengths)
-            states = hidden_states(config, weights, ids, attention=part)
-            found = mx.take_along_axis(states, last, axis=1)[:, 0]
-            mx.eval(found, part.arrays)
-            return part, found
-        pieced, ends = PiecedPromptCache(lengths), dict[int, mx.array]()
-        for start in range(0, width, size):
-            ends |= pieced.forward(config, weights, ids[:, start : start + size])
-        return pieced, mx.stack([ends[place] for place in range(len(prompts))])
 
     def _last_of_prompts(self, W: int) -> mx.array | None:
         """The last W ids of every row's prompt, −1 before its first, (B, W); None where no penalty wants them."""
@@ -233,7 +218,8 @@ class Wave:
 
     def _read(self) -> None:
         """Give every row its token of the oldest unread step; see which rows end."""
-        t, rows, arrays = self._unread.popleft()
+        t, rows, arrays, routed = self._unread.popleft()
+        experts = [b""] * len(rows) if routed is None else rows_as_bytes(routed)
         ids = cast("list[int]", arrays[0].tolist())
         log_probs = [cast("list[float]", column.tolist()) for column in arrays[1:]]
         is_sound = math.isfinite(sum(log_probs[0]))
@@ -242,7 +228,7 @@ class Wave:
                 continue  # the row ended while this token was on its way, or it is a filler's copy
             if not is_sound and not math.isfinite(log_probs[0][place]):
                 raise self._not_finite(t, row)
-            row.push(ids[place], log_probs[0][place], log_probs[-1][place])
+            row.push(ids[place], log_probs[0][place], log_probs[-1][place], experts[place])
 
     def _not_finite(self, t: int, row: Row) -> RunError:
         """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""

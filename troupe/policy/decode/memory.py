@@ -12,6 +12,7 @@ every row, H'·a·b + (k − 1)·C float32 (`DeltaSizes`). Besides, the larger o
   decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
   under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
   the room that grows; where updates copy, all own keys and values once more; four times one layer's states.
+Where layers are mixtures of experts, with k of size F' for each token, F is k·(F' + D) if that is more.
 D hidden size, F intermediate size, L layers, H query heads, K key/value heads, d head size, V vocabulary. The part
 that is held is exact; the factors of the others are measured on a CPU with MLX 0.32, as upper ends.
 """
@@ -55,8 +56,8 @@ def fused_copy_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
         layer += rows * dtype.size
     if family.qk_norm and not family.gates_attention:
         layer += (H + K) * d * (4 if family.norm_offset else dtype.size)
-    gates = 2 * config.intermediate_size * D * dtype.size
-    return config.attention_layers * layer + config.num_hidden_layers * gates
+    dense = config.num_hidden_layers - len(config.sparse_layers)
+    return config.attention_layers * layer + dense * 2 * config.intermediate_size * D * dtype.size
 
 
 def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype) -> int:
@@ -69,8 +70,10 @@ def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dt
         for names in groups([name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]).values():
             modules = [prefix + name for name in names]
             ranks = [adapter.modules[module].rank for module in modules if module in adapter.modules]
+            if not ranks:
+                continue
             rows, columns = sum(shapes[module][0] for module in modules), shapes[modules[0]][1]
-            total += (rows * columns if merged else sum(ranks) * (rows + columns)) if ranks else 0
+            total += rows * columns if merged else sum(ranks) * (rows + columns)
     return total * dtype.size
 
 
@@ -94,7 +97,7 @@ def decode_memory_bytes(
     our own, where the step before still holds it. `dtype` is that of the weights. The formula stands at the head of
     this file.
     """
-    H, F, D, V = (config.num_attention_heads, config.intermediate_size, config.hidden_size, config.vocab_size)
+    H, F, D, V = config.num_attention_heads, mlp_width(config), config.hidden_size, config.vocab_size
     L, size = config.attention_layers, dtype.size
     P, B = max(prompt_lengths), len(prompt_lengths) * num_generations
     held = cache_bytes(config, prompt_lengths, num_generations, max_new_tokens, dtype)
@@ -117,6 +120,15 @@ def decode_memory_bytes(
     grown = held - prompts_held - config.delta_layers * (states - of_prompts)
     decoding += grown * max(2 / L, 1.0 if copies_updates else 0.0) + 4 * states
     return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
+
+
+def mlp_width(config: NetworkConfig) -> int:
+    """F, the largest of any layer."""
+    if not config.sparse_layers:
+        return config.intermediate_size
+    of_experts = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
+    dense = len(config.sparse_layers) < config.num_hidden_layers
+    return max(of_experts, config.intermediate_size if dense else 0)
 
 
 def device_ways(config: NetworkConfig, dtype: mx.Dtype, *, on_cpu: bool) -> dict[str, bool]:

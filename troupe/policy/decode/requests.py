@@ -65,6 +65,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     versions: tuple[int, ...]
     """(T,) version of the weights that made each token."""
     finish_reason: FinishReason
+    experts: bytes = b""
+    """Where recorded, the experts that its tokens but the last went to; see `troupe.messages.RolloutGroup`."""
 
 
 class CompletedGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,3 +76,5 @@ class CompletedGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Which request, counted from 0 in the order given."""
     completions: tuple[Completion, ...]
     """(G,) in sample order."""
+    prompt_experts: bytes = b""
+    """Where recorded, those of the prompt's tokens."""

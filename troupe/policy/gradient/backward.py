@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import mlx.core as mx
 
 from troupe.policy.gradient.mixing import Mixed, back_through, through
+from troupe.policy.gradient.mlp import KeptMlp, back_through_mlp, through_mlp
 from troupe.policy.gradient.parts import Back, Gradients
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.forward import (
-    GATE_UP,
     Layer,
     embedded,
     embedding_scale,
@@ -28,10 +28,10 @@ from troupe.policy.network.forward import (
     hidden_states,
     normalized,
 )
-from troupe.policy.network.gating import gated, gated_gradient
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
 from troupe.policy.network.packing import Packing
 from troupe.policy.network.rotation import Rotations
+from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, norm_scale
 
 Extra = TypeVar("Extra")
@@ -49,9 +49,7 @@ class _Kept(NamedTuple):
     inside: Mixed
     o: mx.array | None
     middle: mx.array
-    gate: mx.array
-    up: mx.array
-    down: mx.array | None
+    mlp: KeptMlp
 
 
 def completion_statistics(
@@ -60,15 +58,17 @@ def completion_statistics(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
+    *,
+    routes: Routes | None = None,
 ) -> TokenStatistics:
     """Log-probabilities and entropies of R completions after their prompts, float32 (R, T), 0 after a row's own end.
 
     In nats, under softmax(logits / temperature); T is the longest completion. `prompts` are R rows of at least one id.
-    Neighbours with the same prompt share its computation. Differentiable by the weights; `completion_gradients` does
-    that with less memory.
+    Neighbours with the same prompt share its computation. `routes`: of the packed tokens. Differentiable by the
+    weights; `completion_gradients` does that with less memory.
     """
     packing = Packing(prompts, completions)
-    hidden = hidden_states(config, weights, packing.ids[None], attention=packing).squeeze(0)
+    hidden = hidden_states(config, weights, packing.ids[None], attention=packing, routes=routes).squeeze(0)
     head = head_of(config, weights)
     log_probs, entropies = token_statistics(packing.sources(hidden), head, packing.targets, temperature)
     return TokenStatistics(packing.in_rows(log_probs), packing.in_rows(entropies))
@@ -86,6 +86,7 @@ def completion_gradients(
     entropy_gradient: bool = True,
     of_base: bool = True,
     dropout: Dropout | None = None,
+    routes: Routes | None = None,
 ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
     """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
@@ -94,12 +95,12 @@ def completion_gradients(
     a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
     Without `entropy_gradient` the entropies count as constants. Without `of_base` only the adapters beside the
     matrices are trained: nothing else has a gradient, and layers below the lowest of them are not gone back through.
-    `dropout`: of the packed tokens, before the adapters.
+    `dropout`, `routes`: of the packed tokens. Where these balance experts, that loss counts in the gradients alone.
     """
     packing = Packing(prompts, completions)
     rotations = Rotations(config, packing.ids.shape[0], packing.offset)
     x = embedded(config, weights, packing.ids[None])
-    layers = [Layer(config, weights, index, dropout) for index in range(config.num_hidden_layers)]
+    layers = [Layer(config, weights, index, dropout, routes) for index in range(config.num_hidden_layers)]
     trained = [layer for layer in layers if of_base or layer.has_adapters]
     lowest = trained[0].index if trained else len(layers)
     kept: list[tuple[mx.array, _Kept | None]] = []
@@ -107,7 +108,7 @@ def completion_gradients(
         inside, y = _through(layer, x, packing, rotations)
         if layer.index >= lowest:
             kept.append((x, None if recompute else inside))
-        yield (y, [] if recompute or layer.index < lowest else inside), {}
+        yield (y, [] if recompute or layer.index < lowest else inside, routes and routes.noted_of(layer.index)), {}
         del inside
         x = y
 
@@ -184,11 +185,9 @@ def _through(layer: Layer, x: mx.array, packing: Packing, rotations: Rotations) 
     config = layer.config
     inside, o = through(layer, x, packing, rotations)
     middle = layer.behind_attention(x, o)
-    gate, up = layer.mlp_inputs(middle)
-    down = layer.linear("mlp.down_proj")(gated(config.family.activation, gate, up))
-    behind = config.family.norms_behind
-    kept = _Kept(inside, o if behind else None, middle, gate, up, down if behind else None)
-    return kept, layer.behind_mlp(middle, down)
+    mlp, y = through_mlp(layer, middle)
+    kept = _Kept(inside, o if config.family.norms_behind else None, middle, mlp)
+    return kept, layer.behind_mlp(middle, y)
 
 
 def _backwards(
@@ -207,14 +206,10 @@ def _backwards(
         yield (kept,), {}
     family = layer.config.family
     back = Back(layer, of_base=of_base)
-    down_grad = back.norm(family.norm_behind_mlp, kept.down, y_grad)
-    y_part = back.product("mlp.down_proj", gated(family.activation, kept.gate, kept.up), down_grad)
-    gate_grad, up_grad = gated_gradient(family.activation, kept.gate, kept.up, y_part)
-    h = layer.normalized(family.norm_before_mlp, kept.middle)
-    h_grad = back.products(GATE_UP, h, (gate_grad, up_grad))
+    h_grad = back_through_mlp(back, layer, kept.middle, kept.mlp, y_grad)
     middle_grad = y_grad + back.norm(family.norm_before_mlp, kept.middle, h_grad)
     yield (middle_grad, dict(back.grads)), {}
-    del down_grad, y_part, gate_grad, up_grad, h, h_grad
+    del h_grad
 
     o_grad = back.norm(family.norm_behind_attention, kept.o, middle_grad)
     x_grad = middle_grad + back_through(back, packing, rotations, x, kept.inside, o_grad)

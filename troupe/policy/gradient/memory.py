@@ -5,10 +5,12 @@ Counts what `completion_gradients` keeps and makes:
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
           matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP, H·d where
           attention is gated), on a CPU with H float32 that attention was divided by; in a gated delta net of C
-          channels and H' heads of b values D + C + 2·H'·b + 2·H' + 2·F
+          channels and H" heads of b values C + 2·H"·(b + 1) in the place of 2·H·d + 2·K·d; of a layer with experts
+          2·k·F' in the place of 2·F, and E
 head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
-          twice the gradient of the head, V·D
+          twice the gradient of the head, V·D; and what the last layer made of its k·N places with experts, which is
+          still there when it begins, 11·(D + F') numbers of each
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
           `_layer_bytes` has (of a gated delta net `backward_bytes`), and the layer's own gradients; on a GPU three
           times, for it prepares the next chunk early and lets go of nothing within a chunk; there, where attention's
@@ -24,6 +26,7 @@ and on an H100.
 """
 
 import math
+from collections import Counter
 
 import mlx.core as mx
 import msgspec
@@ -32,10 +35,9 @@ from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, laye
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import block_size, scores_at_a_time
 from troupe.policy.network.delta_memory import backward_bytes
-from troupe.policy.network.families import LINEAR
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
-from troupe.policy.network.tensors import largest_layer, parameter_count
+from troupe.policy.network.tensors import linear_shapes, network_shapes, parameter_count
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,21 +88,21 @@ def gradient_memory_bytes(
     if adapter is None:
         numbers, each = parameter_count(config), size
         layer = (numbers - table * (1 if config.tie_word_embeddings else 2) - D) // L
-        layer = max(layer, largest_layer(config)) if config.delta_layers else layer
     else:
         table, lowest = 0, min(map(layer_of, adapter.modules))
         numbers, each = adapter_parameter_count(config, adapter), 4
         layer = numbers // (L - lowest)
+    if adapter is None and (config.sparse_layers or config.delta_layers):
+        layer = _largest_layer(config)
     made = size + 4 if adds_up and size < 4 else each  # bytes of a new gradient, with its like in float32
     sums = 4 * numbers if adds_up else 0
     normalizers = 4 * config.num_attention_heads if on_cpu else 0
-    deltas = config.layer_types[lowest:].count(LINEAR)
-    inside = (L - lowest - deltas) * (_inside(config) * size + normalizers)
-    inside += deltas * _inside_delta(config) * size if deltas else 0
-    kept = N * ((L - lowest) * D * size + (0 if recompute else inside))
+    inside = [0 if recompute else _inside(config, index) * size + normalizers for index in range(lowest, L)]
+    kept = (L - lowest) * N * D * size + N * sum(inside)
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
     forwards, backwards, of_entropies = (25, 20, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
-    head = kept + (N * D + 3 * M * D) * size + 3 * M * D * 4
+    leaving = 11 * N * config.num_experts_per_tok * (D + config.moe_intermediate_size) * size
+    head = kept + leaving + (N * D + 3 * M * D) * size + 3 * M * D * 4
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
     back += 0 if adapter is None else _beside_bytes(config, adapter, dtype, N)
@@ -122,30 +124,40 @@ def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, toke
     F, D = config.intermediate_size, config.hidden_size
     rank = max(adapted.rank for adapted in adapter.modules.values())
     merged = dtype == mx.float32 and config.quantization is None
-    count = 9 if config.delta_layers else 7
-    matrices = largest_layer(config) if merged else 2 * F * D
-    return (matrices + 2 * count * rank * tokens) * dtype.size
+    of_layers, places = Counter[int](), Counter[int]()
+    for module, shape in linear_shapes(config).items():
+        of_layers[layer_of(module)] += math.prod(shape)
+        places[layer_of(module)] += 1
+    widest = max(F, config.num_experts * config.moe_intermediate_size)
+    matrices = max(of_layers.values()) if merged else 2 * widest * D
+    return (matrices + 2 * max(7, *places.values()) * rank * tokens) * dtype.size
 
 
-def _inside(config: NetworkConfig) -> int:
+def _largest_layer(config: NetworkConfig) -> int:
+    """Numbers of the largest layer."""
+    sizes = Counter[str]()
+    for name, shape in network_shapes(config).items():
+        sizes[".".join(name.split(".")[:3])] += math.prod(shape) if name.startswith("model.layers.") else 0
+    return max(sizes.values())
+
+
+def _inside(config: NetworkConfig, index: int) -> int:
     """Numbers that are kept of a token in a layer, besides its input."""
     heads, behind = config.num_attention_heads + config.num_key_value_heads, config.family.norms_behind
-    gates = config.query_size - config.num_attention_heads * config.head_dim
-    numbers = (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
-    return numbers + gates
-
-
-def _inside_delta(config: NetworkConfig) -> int:
-    """The same in a gated delta net."""
-    sizes = config.delta
-    mixed = sizes.channels + 2 * sizes.value_heads * (sizes.value_dim + 1)
-    return config.hidden_size + mixed + 2 * config.intermediate_size
+    mlp, experts = 2 * config.intermediate_size, config.layer(index).experts
+    if experts is not None:
+        mlp = 2 * experts.per_token * experts.size + experts.number + 2 * experts.per_token  # and ids of 4 bytes
+    mixing = 2 * heads * config.head_dim + config.query_size - config.num_attention_heads * config.head_dim
+    if config.layer(index).is_delta:
+        mixing = config.delta.channels + 2 * config.delta.value_heads * (config.delta.value_dim + 1)
+    return (3 if behind else 1) * config.hidden_size + mixing + mlp
 
 
 def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:
     """What going back through one layer makes beside what is kept of it and its gradients.
 
-    Nine hidden states a token, and the larger of what attention and the gates make.
+    Nine hidden states a token, and the larger of what attention and the gates make; of experts both, and of each of a
+    token's places five to six hidden states and six to seven times an expert's size.
     """
     d, F = config.head_dim, config.intermediate_size
     H, K = config.num_attention_heads, config.num_key_value_heads
@@ -156,9 +168,19 @@ def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompu
         attention += 4.9 * scores + 5 * R * (P + T) * K * d
     else:
         attention += R * (P + T) * (6 * H + 4 * K) * d
-    inside, mixing = _inside(config), max(attention, 4.2 * N * F) * size
+    if config.sparse_layers:
+        return (9 * N * config.hidden_size + attention + N * _expert_numbers(config, recompute=recompute)) * size
+    mixing = max(attention, 4.2 * N * F) * size
     if config.delta_layers:
-        inside = max(inside, _inside_delta(config))
         mixing = max(mixing, backward_bytes(config.delta, (batch.prompts, P), (R, T)))
-    again = N * (inside + F) if recompute else 0
+    again = N * (max(_inside(config, index) for index in range(config.num_hidden_layers)) + F) if recompute else 0
     return (9 * N * config.hidden_size + again) * size + mixing
+
+
+def _expert_numbers(config: NetworkConfig, *, recompute: bool) -> float:
+    """What is made of a token in the largest MLP of a network with experts, forwards again and backwards. They are so
+    many that they are still there while what attention makes begins."""
+    places, dense = config.num_experts_per_tok, len(config.sparse_layers) < config.num_hidden_layers
+    made = places * (5.5 * config.hidden_size + 6.5 * config.moe_intermediate_size)
+    made = max(made, 4.2 * config.intermediate_size if dense else 0.0)
+    return 2 * made + max(_inside(config, index) for index in range(config.num_hidden_layers)) if recompute else made

@@ -1,4 +1,4 @@
-"""The ways back through the parts of one layer: its matrices and norms."""
+"""The ways back through the parts of a layer that all layers are made of: matrices and norms."""
 
 from collections.abc import Sequence
 from functools import partial, reduce

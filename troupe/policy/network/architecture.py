@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.network.checks import DELTA_KEYS, MOST, check_layers
 from troupe.policy.network.config_keys import fields_of
 from troupe.policy.network.delta import DeltaSizes
 from troupe.policy.network.families import (
@@ -29,20 +30,36 @@ from troupe.policy.network.rope_settings import convert_by_key, rope_table, stre
 from troupe.policy.network.rotary import DEFAULT_ROPE_THETA, Rope, RopeScaling, YarnScaling
 
 
+class Experts(NamedTuple):
+    """The MLP of a layer that is a mixture of experts."""
+
+    number: int
+    per_token: int
+    """How many of them a token goes to: those that the router finds likeliest."""
+    size: int
+    """F, numbers within one."""
+    normalized: bool
+    """Whether the shares of a token's experts add up to 1; else they are parts of all experts'."""
+
+
 class LayerSpec(NamedTuple):
-    """In what one layer may differ from another. What a mixture of experts needs of a layer belongs here."""
+    """In what one layer may differ from another."""
 
     window: int | None
     """A token sees itself and so many less one before it; None: all before it."""
     rope: Rope
     is_delta: bool = False
     """Whether it is a gated delta net, without attention."""
+    experts: Experts | None = None
+    """None: its MLP is one for all tokens."""
 
 
 @lru_cache
-def _layer_spec(window: int | None, theta: float, scaling: RopeScaling | None, is_delta: bool = False) -> LayerSpec:
+def _layer_spec(
+    window: int | None, theta: float, scaling: RopeScaling | None, is_delta: bool, experts: Experts | None
+) -> LayerSpec:
     """Made once: a decode asks at every token."""
-    return LayerSpec(window, Rope(theta, scaling), is_delta)
+    return LayerSpec(window, Rope(theta, scaling), is_delta, experts)
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +99,14 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     linear_value_head_dim: int | None = None
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
+    num_experts: int = 0
+    """Experts of each layer that is a mixture of them; 0 in families that have none."""
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    """Each so many-th layer is a mixture of experts, but for those of `mlp_only_layers`."""
+    mlp_only_layers: tuple[int, ...] = ()
     eos_token_id: tuple[int, ...] = ()
     """Ids that end a text, where the folder's generation_config.json names none."""
     quantization: Quantization | None = None
@@ -93,7 +118,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         for key in _SIZES:
             if (value := getattr(self, key)) < 1:
                 raise ModelError(f"{key}: {value} is too small; it must be at least 1")
-            if value > (most := _MOST_LAYERS if key == "num_hidden_layers" else _MOST):
+            if value > (most := _MOST_LAYERS if key == "num_hidden_layers" else MOST):
                 raise ModelError(f"{key}: {value} is too large; it must be at most {most}")
         for key in ("rope_theta", "local_rope_theta", "rms_norm_eps", "query_pre_attn_scalar"):
             value = getattr(self, key)
@@ -108,41 +133,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelError(f"rope_theta: {self.rope_theta} is refused; YaRN needs a base above 1")
         if self.head_dim % 2:
             raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
-        factor = self.partial_rotary_factor
-        if factor != 1.0 and not (0.0 < factor < 1.0 and self.rotary_dim and self.rotary_dim % 2 == 0):
-            raise ModelError(
-                f"partial_rotary_factor: {factor} is refused; of {self.head_dim} numbers of a head it must "
-                "leave an even number that is turned"
-            )
-        self._check_windows()
-        if self.family.has_delta:
-            self._check_delta()
-
-    def _check_windows(self) -> None:
-        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
-            raise ModelError(
-                f"layer_types: {len(self.layer_types)} entries are refused; num_hidden_layers is "
-                f"{self.num_hidden_layers}"
-            )
-        if SLIDING in self.layer_types and (self.sliding_window or 0) < 1:
-            raise ModelError(
-                f"sliding_window: {self.sliding_window} is refused; layers with a window need one of at least 1 token"
-            )
-
-    def _check_delta(self) -> None:
-        for key in DELTA_KEYS:
-            value, least = getattr(self, key), 2 if key == "linear_conv_kernel_dim" else 1
-            most = _MOST_TAPS if least == 2 else _MOST
-            if value is None or not least <= value <= most:
-                raise ModelError(f"{key}: {value} is refused; it must be from {least} to {most}")
-        sizes = self.delta
-        if sizes.value_heads % sizes.key_heads:
-            raise ModelError(
-                f"linear_num_value_heads: {sizes.value_heads} is not a multiple of linear_num_key_heads "
-                f"{sizes.key_heads}"
-            )
-        if self.layer_types and set(self.layer_types) <= {LINEAR}:
-            raise ModelError(f"layer_types: at least one layer must be {FULL!r}")
+        check_layers(msgspec.structs.asdict(self), self.family)
 
     @property
     def delta(self) -> DeltaSizes:
@@ -179,13 +170,25 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def layer(self, index: int) -> LayerSpec:
         """In what one layer may differ from another."""
-        return self._spec(self.layer_types[index] if self.layer_types else FULL)
+        return self._spec(self.layer_types[index] if self.layer_types else FULL, self._experts(index))
 
-    def _spec(self, kind: str) -> LayerSpec:
+    def _spec(self, kind: str, experts: Experts | None = None) -> LayerSpec:
         window = self.sliding_window if kind == SLIDING else None
         if kind != SLIDING or self.local_rope_theta is None:
-            return _layer_spec(window, self.rope_theta, self.rope_scaling, kind == LINEAR)
-        return _layer_spec(window, self.local_rope_theta, None)
+            return _layer_spec(window, self.rope_theta, self.rope_scaling, kind == LINEAR, experts)
+        return _layer_spec(window, self.local_rope_theta, None, False, experts)
+
+    def _experts(self, index: int) -> Experts | None:
+        if not self.family.experts or (index + 1) % self.decoder_sparse_step or index in self.mlp_only_layers:
+            return None
+        return Experts(self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size, self.norm_topk_prob)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that are mixtures of experts."""
+        if not self.family.experts:
+            return ()
+        return tuple(index for index in range(self.num_hidden_layers) if self.layer(index).experts)
 
     @property
     def ropes(self) -> frozenset[Rope]:
@@ -240,7 +243,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The settings as a `config.json` that transformers and mlx-lm read; `from_dict` gives the same config back."""
         settings: dict[str, Any] = msgspec.structs.asdict(self)
         settings["eos_token_id"] = list(self.eos_token_id) or None
-        for key in _TOLD_APART:
+        for key in _TOLD_APART + (() if self.family.experts else _OF_EXPERTS):
             del settings[key]
         family, packed = self.family, {} if self.quantization is None else quantization_table(self.quantization)
         rope = {**rope_table(self.rope_scaling), "rope_theta": self.rope_theta}
@@ -291,15 +294,6 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         return {"sliding_window": self.sliding_window, "layer_types": kinds, **pattern}
 
 
-DELTA_KEYS = (
-    "linear_conv_kernel_dim",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-)
-_MOST_TAPS = 8
-"""Of the convolution of a gated delta net: no more than its shortest chunk has tokens."""
 _TOLD_APART = (
     *DELTA_KEYS,
     "partial_rotary_factor",
@@ -311,8 +305,14 @@ _TOLD_APART = (
     "layer_types",
     "quantization",
 )
-
-
+_OF_EXPERTS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -323,16 +323,13 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-_MOST = 2**31 - 1
-"""What MLX can count along one axis."""
 _MOST_LAYERS = 4096
 """Far above every network there is: each layer has names of its own, which are all made before a file is looked at."""
 
 Qwen3Config = NetworkConfig
 """The name from when there was one family."""
 
-
 PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
-    {name: NetworkConfig(**fields) for name, fields in PUBLISHED.items()}
+    {name: NetworkConfig(**settings) for name, settings in PUBLISHED.items()}
 )
-"""Dense networks as they are published, by name."""
+"""Networks as they are published, by name."""

@@ -36,8 +36,16 @@ _OF_SOME = (
     "linear_value_head_dim",
     "linear_num_key_heads",
     "linear_num_value_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
 )
 """Keys that mean something only in families that have a default for them."""
+_ALSO_EXPERTS = "num_local_experts"
+"""What `num_experts` is called, too: by transformers 5."""
 _MOST = 2**16
 """No list of kinds of layers becomes longer, whatever num_hidden_layers is: that is refused elsewhere."""
 _PLAIN = ("mlp_bias", "attn_logit_softcapping", "final_logit_softcapping")
@@ -71,6 +79,8 @@ def fields_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
     found = {name: value for name, value in family.defaults.items() if name in names}
     known = [name for name in names if name not in _OF_SOME or name in family.defaults]
     found |= {name: settings[name] for name in known if settings.get(name) is not None}
+    if family.experts and settings.get("num_experts") is None and settings.get(_ALSO_EXPERTS) is not None:
+        found["num_experts"] = settings[_ALSO_EXPERTS]
     found.pop("local_rope_theta", None)
     found |= rope_settings(settings, family)
     found |= _windows(settings, family)

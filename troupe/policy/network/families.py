@@ -1,6 +1,6 @@
 """The families of networks that are known: what `model_type` says of one, as far as config.json does not say it by key.
 
-A dense family is one entry of `FAMILIES`. All that computes asks the entry, and nothing asks for a family by name.
+A family is one entry of `FAMILIES`. All that computes asks the entry, and nothing asks for a family by name.
 """
 
 import difflib
@@ -56,6 +56,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """Further keys of its rotary positions: which part of a head they turn, and what means nothing for text alone."""
     other_parts: frozenset[str] = frozenset()
     """What the parts of its folders are called that are passed over: what sees images, and foretells several tokens."""
+    experts: bool = False
+    """Whether layers are mixtures of experts: those that `decoder_sparse_step` and `mlp_only_layers` say."""
     ropes: frozenset[str] = frozenset({"default", "yarn"})
     """The variants of rotary positions that there are."""
     defaults: Mapping[str, Any] = MappingProxyType({})
@@ -86,6 +88,22 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             bare="Qwen3Model",
             qk_norm=True,
             defaults={"head_dim": 128, "max_position_embeddings": 32768},
+        ),
+        "qwen3_moe": Family(
+            architecture="Qwen3MoeForCausalLM",
+            bare="Qwen3MoeModel",
+            qk_norm=True,
+            experts=True,
+            defaults={
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": False,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            },
         ),
         "qwen2": Family(
             architecture="Qwen2ForCausalLM",
@@ -164,7 +182,6 @@ WRAPPED: Mapping[str, str] = MappingProxyType({"qwen3_5": "qwen3_5_text"})
 is all that is read of them."""
 
 _REFUSED = {
-    "qwen3_moe": "mixtures of experts are not trained yet; take a dense model, such as Qwen3-4B",
     "gemma3": "this is a network for images and text; save the part for text alone, with transformers: "
     "Gemma3ForCausalLM.from_pretrained(FOLDER).save_pretrained(TEXT_FOLDER), or take a Gemma 3 that has no other, "
     "such as gemma-3-1b-it",

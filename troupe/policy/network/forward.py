@@ -20,12 +20,22 @@ from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_mask
 from troupe.policy.network.delta import DeltaInputs, DeltaSizes, DeltaState, gated_norm, rates, through_rows
 from troupe.policy.network.dropout import Dropout
-from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.experts import Places, Routed, Stack, likeliest, shares
 from troupe.policy.network.gating import gated
 from troupe.policy.network.head import embed
-from troupe.policy.network.linear import BIAS, JOINED, A, Linear, by_columns
+from troupe.policy.network.linear import JOINED, A, Linear
 from troupe.policy.network.rotation import Rotation, Rotations
-from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, norm_scale, weights_dtype
+from troupe.policy.network.routes import Routes
+from troupe.policy.network.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    ROUTER,
+    STACKS,
+    Weights,
+    norm_scale,
+    weights_dtype,
+)
 
 
 class Attention(Protocol):
@@ -67,18 +77,20 @@ def hidden_states(
     ids: mx.array,
     *,
     attention: Attention | None = None,
+    routes: Routes | None = None,
 ) -> mx.array:
     """Integer ids (B, T) → hidden states (B, T, D) after the final norm, in the weights' dtype.
 
-    Without `attention` every row attends within itself, and padding on its right changes nothing. Pure, so it can be
-    differentiated by its weights (`policy/gradient/backward.py` does that with less memory and faster); with those of
-    `fuse_projections` it is faster.
+    Without `attention` every row attends within itself, and padding on its right changes nothing. `routes`: where
+    tokens go in layers that are mixtures of experts, and what is noted of it; None: where the routers say. Pure but for
+    that, so it can be differentiated by its weights (`policy/gradient/backward.py` does that with less memory and
+    faster); with those of `fuse_projections` it is faster.
     """
     attention = attention or WholeRows()
     rotations = Rotations(config, ids.shape[1], attention.offset)
     x = embedded(config, weights, ids)
     for index in range(config.num_hidden_layers):
-        x = _through_layer(Layer(config, weights, index), x, attention, rotations)
+        x = _through_layer(Layer(config, weights, index, routes=routes), x, attention, rotations)
     return normalized(config, x, norm_scale(config, weights[FINAL_NORM]))
 
 
@@ -111,37 +123,6 @@ def project(config: NetworkConfig, weights: Weights, hidden: mx.array) -> mx.arr
     return head_of(config, weights)(hidden)
 
 
-def fuse_projections(config: NetworkConfig, weights: Weights, *, uses_up: bool = False) -> dict[str, mx.array]:
-    """The same network for decoding: q, k, v as one matrix and gate, up as one, which takes fewer and larger products.
-
-    On a CPU gate and up stay apart, since halves of a product's rows are not contiguous, and these matrices lie column
-    by column. Those of gated delta nets stay as they are. Matrices that are packed in different ways stay apart, too.
-    Copies those matrices, layer by layer (evaluated); shares the others. With `uses_up` it takes them out of `weights`,
-    a dict, so that nothing is there twice. `hidden_states`, `project` and gradients take the result.
-    """
-    fused = dict(weights)
-    if uses_up:
-        assert isinstance(weights, dict)
-        weights.clear()
-    on_cpu = is_on_cpu()
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}."
-        made: dict[str, mx.array] = {}
-        has_attention = not config.layer(index).is_delta
-        for whole, parts in JOINED.items():
-            if whole == QKV and not has_attention:
-                continue
-            if on_cpu and whole == GATE_UP:
-                made |= {f"{layer}{part}.weight": by_columns(fused[f"{layer}{part}.weight"]) for part in parts}
-            elif config.quantization is None or _are_packed_alike(config, [layer + part for part in parts]):
-                made |= _joined(fused, layer + whole, [layer + part for part in parts], on_cpu=on_cpu)
-        if config.family.qk_norm and has_attention and not config.family.gates_attention:
-            made[f"{layer}{QK_NORM}.weight"] = _both_norms(config, fused, f"{layer}self_attn.")
-        mx.eval(made)
-        fused |= made
-    return fused
-
-
 QKV, GATE_UP = JOINED
 DELTA = "linear_attn."
 DELTA_PARTS = [f"{DELTA}in_proj_{name}" for name in ("qkv", "z", "b", "a")]
@@ -151,33 +132,18 @@ DELTA_NORM = "norm.weight"
 QK_NORM = "self_attn.qk_norm"
 
 
-def _are_packed_alike(config: NetworkConfig, modules: Sequence[str]) -> bool:
-    assert config.quantization is not None
-    return len({config.quantization.of(module) for module in modules}) == 1
-
-
-def _joined(weights: dict[str, mx.array], whole: str, parts: Sequence[str], *, on_cpu: bool) -> dict[str, mx.array]:
-    """Some matrices as one, out of the dict that has them."""
-    made = {}
-    for kind in (".weight", ".scales", ".biases", BIAS):
-        if parts[0] + kind in weights:
-            joined = mx.concatenate([weights.pop(part + kind) for part in parts])
-            made[whole + kind] = by_columns(joined) if on_cpu and joined.ndim == 2 else joined
-    return made
-
-
-def _both_norms(config: NetworkConfig, weights: dict[str, mx.array], prefix: str) -> mx.array:
-    """What the norms of queries and keys multiply by, one row a head (H + K, d)."""
-    norms = [(config.num_attention_heads, "q_norm"), (config.num_key_value_heads, "k_norm")]
-    scales = [(heads, norm_scale(config, weights[f"{prefix}{name}.weight"])) for heads, name in norms]
-    return mx.concatenate([mx.tile(scale, (heads, 1)) for heads, scale in scales])
-
-
 class Layer:
     """One decoder layer of a network's weights, by the names within it."""
 
-    def __init__(self, config: NetworkConfig, weights: Weights, index: int, dropout: Dropout | None = None) -> None:
-        self.config, self.index, self._dropout = config, index, dropout
+    def __init__(
+        self,
+        config: NetworkConfig,
+        weights: Weights,
+        index: int,
+        dropout: Dropout | None = None,
+        routes: Routes | None = None,
+    ) -> None:
+        self.config, self.index, self._dropout, self.routes = config, index, dropout, routes
         self._weights, self._prefix = weights, f"model.layers.{index}."
         self.family, self.spec = config.family, config.layer(index)
         self.place = config.place(index)
@@ -252,9 +218,39 @@ class Layer:
         decay, rate = rates(a, b, self.delta_tensor("A_log"), self.delta_tensor("dt_bias"))
         return DeltaInputs(mixed, decay, rate, self.delta_tensor(DELTA_KERNEL))
 
-    def mlp_inputs(self, x: mx.array) -> list[mx.array]:
-        """(B, T, D) → gate and up (B, T, F)."""
-        return self.inputs(GATE_UP, self.normalized(self.family.norm_before_mlp, x))
+    def mlp(self, x: mx.array) -> mx.array:
+        """(B, T, D) → what the MLP, or the experts, give of it, (B, T, D)."""
+        h, activation = self.normalized(self.family.norm_before_mlp, x), self.family.activation
+        if self.spec.experts is None:
+            return self.linear("mlp.down_proj")(gated(activation, *self.inputs(GATE_UP, h)))
+        rows = h.reshape(-1, h.shape[-1])
+        routed = self.routed(rows)
+        places = Places.of(routed.chosen)
+        y = self.stack("down")(gated(activation, *self.expert_inputs(rows, places)), places.experts)
+        return self.mixed(routed, places, y).reshape(x.shape)
+
+    def routed(self, rows: mx.array) -> Routed:
+        """Where tokens (N, D) go, in a layer that is a mixture of experts."""
+        assert self.spec.experts is not None
+        logits = self.linear(ROUTER)(rows)
+        if self.routes is not None:
+            return self.routes.route(self.index, logits)
+        return Routed(logits, likeliest(self.spec.experts, mx.stop_gradient(logits)))
+
+    def stack(self, name: str) -> Stack:
+        """The matrices "gate", "up" or "down" of all experts."""
+        return Stack.of(self.config, self._weights, self._prefix + STACKS[name])
+
+    def expert_inputs(self, rows: mx.array, places: Places) -> list[mx.array]:
+        """(N, D) → gate and up (n, F), in the order of the experts."""
+        x = rows[places.tokens]
+        return [self.stack(name)(x, places.experts) for name in ("gate", "up")]
+
+    def mixed(self, routed: Routed, places: Places, y: mx.array) -> mx.array:
+        """What experts give (n, D), in their order, added up by the shares → (N, D)."""
+        assert self.spec.experts is not None
+        parts = shares(self.spec.experts, *routed).astype(y.dtype)
+        return mx.sum(places.collected(y, len(parts)) * parts[..., None], axis=1)
 
     def behind_attention(self, x: mx.array, o: mx.array) -> mx.array:
         """What attention adds to x, where `o` is what its last product gives."""
@@ -308,7 +304,7 @@ def _through_layer(layer: Layer, x: mx.array, attention: Attention, rotations: R
         o = o.swapaxes(1, 2) if gate is None else gated_heads(o.swapaxes(1, 2), gate)
         o = layer.linear("self_attn.o_proj")(o.reshape(*x.shape[:2], -1))
     x = layer.behind_attention(x, o)
-    return layer.behind_mlp(x, layer.linear("mlp.down_proj")(gated(layer.family.activation, *layer.mlp_inputs(x))))
+    return layer.behind_mlp(x, layer.mlp(x))
 
 
 def gated_heads(o: mx.array, gate: mx.array) -> mx.array:

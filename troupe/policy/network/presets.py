@@ -1,4 +1,4 @@
-"""The sizes and constants of published networks, dense ones, by name."""
+"""Networks as they are published, by name: the fields of their `NetworkConfig`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -7,23 +7,25 @@ from typing import Any
 from troupe.policy.network.families import LINEAR, layers_by_pattern
 from troupe.policy.network.rotary import Llama3Scaling
 
+Settings = Mapping[str, Any]
+
 
 def _published(
     model_type: str, layers: int, hidden: int, intermediate: int, heads: tuple[int, int], head_dim: int, **rest: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "head_dim": head_dim,
+) -> Settings:
+    return dict(
+        model_type=model_type,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=head_dim,
         **rest,
-    }
+    )
 
 
-def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> dict[str, Any]:
+def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: bool) -> Settings:
     return _published(
         *("qwen3", layers, hidden, intermediate, (heads, 8), 128),
         vocab_size=151936,
@@ -34,9 +36,25 @@ def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, *, tied: boo
     )
 
 
+def _qwen3_moe(
+    layers: int, hidden: int, intermediate: tuple[int, int], heads: int, experts: tuple[int, int]
+) -> Settings:
+    return _published(
+        *("qwen3_moe", layers, hidden, intermediate[0], (heads, 4), 128),
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        num_experts=experts[0],
+        num_experts_per_tok=experts[1],
+        moe_intermediate_size=intermediate[1],
+        norm_topk_prob=True,
+        eos_token_id=(151645, 151643),
+    )
+
+
 def _qwen2(
     layers: int, hidden: int, intermediate: int, heads: tuple[int, int], *, vocab: int = 151936, tied: bool = True
-) -> dict[str, Any]:
+) -> Settings:
     return _published(
         *("qwen2", layers, hidden, intermediate, heads, hidden // heads[0]),
         vocab_size=vocab,
@@ -46,7 +64,7 @@ def _qwen2(
     )
 
 
-def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], theta: float) -> dict[str, Any]:
+def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], theta: float) -> Settings:
     return _published(
         *("llama", layers, hidden, intermediate, heads, 64),
         vocab_size=49152,
@@ -60,7 +78,7 @@ def _smol(layers: int, hidden: int, intermediate: int, heads: tuple[int, int], t
 
 def _llama3(
     layers: int, hidden: int, intermediate: int, heads: int, head_dim: int, factor: float, *, tied: bool
-) -> dict[str, Any]:
+) -> Settings:
     return _published(
         *("llama", layers, hidden, intermediate, (heads, 8), head_dim),
         vocab_size=128256,
@@ -75,7 +93,7 @@ def _llama3(
     )
 
 
-def _gemma3(layers: int, hidden: int, intermediate: int) -> dict[str, Any]:
+def _gemma3(layers: int, hidden: int, intermediate: int) -> Settings:
     return _published(
         *("gemma3_text", layers, hidden, intermediate, (4, 1), 256),
         vocab_size=262144,
@@ -89,7 +107,7 @@ def _gemma3(layers: int, hidden: int, intermediate: int) -> dict[str, Any]:
     )
 
 
-PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+PUBLISHED: Mapping[str, Settings] = MappingProxyType(
     {
         "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, tied=True),
         "Qwen3-1.7B": _qwen3(28, 2048, 6144, 16, tied=True),
@@ -108,6 +126,8 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             linear_num_key_heads=16,
             linear_num_value_heads=32,
         ),
+        "Qwen3-30B-A3B": _qwen3_moe(48, 2048, (6144, 768), 32, experts=(128, 8)),
+        "Qwen3-235B-A22B": _qwen3_moe(94, 4096, (12288, 1536), 64, experts=(128, 8)),
         "Qwen2.5-0.5B": _qwen2(24, 896, 4864, (14, 2)),
         "Qwen2.5-1.5B": _qwen2(28, 1536, 8960, (12, 2)),
         "Qwen2.5-3B": _qwen2(36, 2048, 11008, (16, 2)),
@@ -129,5 +149,5 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gemma-3-1b": _gemma3(26, 1152, 6912),
     }
 )
-"""Name → fields of a `NetworkConfig`, as their folders and reports have them (`FAMILIES` names these);
+"""Networks as they are published, by name; sizes as in their folders and reports (`FAMILIES` names these);
 Qwen3.5-9B as transformers has it by default."""

@@ -11,6 +11,9 @@ import msgspec
 
 from troupe.errors import ModelError
 
+EXPERTS, STACKED_BY_MLX_LM = "mlp.experts.", "mlp.switch_mlp."
+"""What the names of all experts' matrices begin with in a layer: ours and transformers', and mlx-lm's."""
+
 
 class Quantized(msgspec.Struct, frozen=True):
     """How one matrix is packed."""
@@ -64,7 +67,9 @@ def read_quantization(settings: Mapping[str, Any]) -> Quantization | None:
         if "quant_method" in table:
             raise ModelError(_foreign(key, table))
         default = _read_one(key, {name: value for name, value in table.items() if name in _NAMES})
-        modules = {name: value for name, value in table.items() if name not in _NAMES}
+        modules = {
+            name.replace(STACKED_BY_MLX_LM, EXPERTS): value for name, value in table.items() if name not in _NAMES
+        }
         found[key] = Quantization(default).having(
             {name: _read_module(f"{key}.{name}", value, default) for name, value in modules.items()}
         )
@@ -117,22 +122,26 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def quantization_table(quantization: Quantization) -> dict[str, Any]:
     """As mlx-lm writes it, for `config.json`."""
-    modules = {name: False if q is None else msgspec.structs.asdict(q) for name, q in quantization.modules.items()}
+    modules = {
+        name.replace(EXPERTS, STACKED_BY_MLX_LM): False if q is None else msgspec.structs.asdict(q)
+        for name, q in quantization.modules.items()
+    }
     return {**msgspec.structs.asdict(quantization.default), **modules}
 
 
-def packed_shapes(module: str, shape: tuple[int, int], packing: Quantized) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the tensors of a packed matrix (out, in): `weight` uint32, `scales`, and `biases` where it is
-    affine. ModelError, beginning with "quantization", where its rows cannot be cut into such groups."""
-    rows, columns = shape
+def packed_shapes(module: str, shape: tuple[int, ...], packing: Quantized) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors of a packed matrix (out, in), or of a stack (…, out, in): `weight` uint32, `scales`,
+    and `biases` where it is affine. ModelError, beginning with "quantization", where its rows cannot be cut into such
+    groups."""
+    *rows, columns = shape
     if columns % packing.group_size or columns * packing.bits % 32:
         raise ModelError(
             f"quantization: {module} has rows of {columns} numbers, which groups of {packing.group_size} numbers of "
             f"{packing.bits} bits do not divide"
         )
-    groups = (rows, columns // packing.group_size)
+    groups = (*rows, columns // packing.group_size)
     shapes: dict[str, tuple[int, ...]] = {
-        f"{module}.weight": (rows, columns * packing.bits // 32),
+        f"{module}.weight": (*rows, columns * packing.bits // 32),
         f"{module}.scales": groups,
     }
     return shapes | ({f"{module}.biases": groups} if packing.mode == "affine" else {})

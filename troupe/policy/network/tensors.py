@@ -1,33 +1,44 @@
-"""The tensors of a network: their names as in Hugging Face folders, shapes, types, numbers, and first values."""
+"""The tensors of a network: their names as in Hugging Face folders, shapes, types, numbers, and first values.
+
+Experts are held stacked, each matrix of all of them as one tensor (E, out, in), and stored one by one, as transformers
+has them; or stacked, as mlx-lm does where they are packed. What leads from one to the other is here.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
+import msgspec
 
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.quantization import packed_shapes
+from troupe.policy.network.quantization import EXPERTS, STACKED_BY_MLX_LM, packed_shapes
 
 Weights: TypeAlias = Mapping[str, mx.array]
-"""Hugging Face tensor name → array, such as `model.layers.0.self_attn.q_proj.weight` (H·d, D)."""
+"""Hugging Face tensor name → array, such as `model.layers.0.self_attn.q_proj.weight` (H·d, D); of experts
+`model.layers.0.mlp.experts.up_proj.weight` (E, F, D)."""
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+CONVOLUTION = "linear_attn.conv1d.weight"
+ROUTER = "mlp.gate"
+"""The matrix, within a layer, that says how likely experts are."""
+STACKS: Mapping[str, str] = {name: f"{EXPERTS}{name}_proj" for name in ("gate", "up", "down")}
+"""Those of all experts of a layer."""
 
 
 def expected_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a folder; no `lm_head.weight` where the embedding serves as the head. ModelError
-    where a matrix cannot be packed as it is said to be."""
+    """Name → shape of every tensor; no `lm_head.weight` where the embedding serves as the head. ModelError where a
+    matrix cannot be packed as it is said to be."""
     shapes = network_shapes(config)
     if config.quantization is None:
         return shapes
     packed: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        packing = config.quantization.of(module) if len(shape) == 2 else None
-        packed |= {name: shape} if packing is None else packed_shapes(module, (shape[0], shape[1]), packing)
+        packing = config.quantization.of(module) if len(shape) > 1 else None
+        packed |= {name: shape} if packing is None else packed_shapes(module, shape, packing)
     return packed
 
 
@@ -46,12 +57,12 @@ def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
 def _layer_shapes(config: NetworkConfig, index: int) -> dict[str, tuple[int, ...]]:
     """Of the tensors of a layer, by the names within it."""
     D, d, family = config.hidden_size, config.head_dim, config.family
-    matrices = _layer_matrices(config, index)
+    matrices, experts = _layer_matrices(config, index), config.layer(index).experts
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (D,)}
     if config.layer(index).is_delta:
         sizes = config.delta
         shapes |= {f"linear_attn.{name}": (sizes.value_heads,) for name in ("A_log", "dt_bias")}
-        shapes["linear_attn.conv1d.weight"] = (sizes.channels, 1, sizes.taps)
+        shapes[CONVOLUTION] = (sizes.channels, 1, sizes.taps)
         shapes["linear_attn.norm.weight"] = (sizes.value_dim,)
         shapes |= {f"{name}.weight": shape for name, shape in matrices.items() if name.startswith("linear_attn")}
     else:
@@ -65,17 +76,21 @@ def _layer_shapes(config: NetworkConfig, index: int) -> dict[str, tuple[int, ...
     shapes["post_attention_layernorm.weight"] = (D,)
     if family.norms_behind:
         shapes |= {f"{name}.weight": (D,) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
+    if experts is not None:
+        E, F = experts.number, experts.size
+        shapes[f"{ROUTER}.weight"] = (E, D)
+        shapes |= {f"{STACKS[name]}.weight": (E, F, D) for name in ("gate", "up")}
+        shapes[f"{STACKS['down']}.weight"] = (E, D, F)
     return shapes | {f"{name}.weight": shape for name, shape in matrices.items() if name.startswith("mlp")}
 
 
 def _layer_matrices(config: NetworkConfig, index: int) -> dict[str, tuple[int, int]]:
-    """Module within a layer → (out, in)."""
+    """Module within a layer → (out, in), of those through which every token goes; without a router."""
     D, F = config.hidden_size, config.intermediate_size
-    return (_delta_matrices if config.layer(index).is_delta else _attention_matrices)(config) | {
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
+    mixing = (_delta_matrices if config.layer(index).is_delta else _attention_matrices)(config)
+    if config.layer(index).experts is not None:
+        return mixing
+    return {**mixing, "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
 
 
 def _attention_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
@@ -101,7 +116,8 @@ def _delta_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
 
 
 def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
-    """Module → (out, in) of the matrices of all layers, in the network's order; without embedding and head."""
+    """Module → (out, in) of the matrices of all layers that can have an adapter, in the network's order; without
+    embedding, head, routers and experts."""
     return {
         f"model.layers.{index}.{name}": shape
         for index in range(config.num_hidden_layers)
@@ -109,10 +125,64 @@ def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def largest_layer(config: NetworkConfig) -> int:
-    """Numbers of the matrices of the layer that has most."""
-    layers = {config.layer(index).is_delta: index for index in range(config.num_hidden_layers)}
-    return max(sum(map(math.prod, _layer_matrices(config, index).values())) for index in layers.values())
+def stored_names(config: NetworkConfig) -> dict[str, Sequence[str]]:
+    """Name → what a folder calls it: the same, or the tensors of the experts one by one, as transformers has them;
+    stacked under mlx-lm's name where the network is packed, which transformers does not read anyway."""
+    E, found = config.num_experts, dict[str, Sequence[str]]()
+    for name in expected_shapes(config):
+        if not is_stack(name):
+            found[name] = (name,)
+        elif config.quantization is not None:
+            found[name] = (name.replace(EXPERTS, STACKED_BY_MLX_LM),)
+        else:
+            before, _, behind = name.partition(EXPERTS)
+            found[name] = tuple(f"{before}{EXPERTS}{expert}.{behind}" for expert in range(E))
+    return found
+
+
+def stored_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor as a folder has it."""
+    shapes, one_by_one = expected_shapes(config), config.quantization is None
+    return {
+        part: shapes[name][1:] if one_by_one and is_stack(name) else shapes[name]
+        for name, parts in stored_names(config).items()
+        for part in parts
+    }
+
+
+def is_stack(name: str) -> bool:
+    """Whether a tensor is of all experts of a layer."""
+    return EXPERTS in name
+
+
+def is_one_of_a_stack(stored: str) -> bool:
+    """Whether a folder's tensor is of one expert alone."""
+    return stored.partition(EXPERTS)[2][:1].isdigit()
+
+
+def as_stored(config: NetworkConfig, weights: Weights) -> dict[str, mx.array]:
+    """All tensors of a network as a folder has them, in its order; lazily."""
+    stored: dict[str, mx.array] = {}
+    for name, names in stored_names(config).items():
+        if not is_stack(name) or config.quantization is not None:
+            stored[names[0]] = weights[name]
+        else:
+            stored |= {part: weights[name][expert] for expert, part in enumerate(names)}
+    return stored
+
+
+def stacked(config: NetworkConfig, stored: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The way back, which uses up `stored`: tensors under a folder's names, or ours, or those of experts one by one."""
+    found: dict[str, mx.array] = {}
+    names = stored_names(config)
+    unpacked = stored_names(msgspec.structs.replace(config, quantization=None)) if config.num_experts else names
+    for name, ways in names.items():
+        if not is_stack(name) or name in stored or (config.quantization is not None and ways[0] in stored):
+            found[name] = stored.pop(name if name in stored else ways[0])
+        else:
+            found[name] = mx.stack([stored.pop(part) for part in unpacked[name]])
+            mx.eval(found[name])  # one after the other: what it is made of is held meanwhile
+    return found
 
 
 def weights_dtype(weights: Weights) -> mx.Dtype:

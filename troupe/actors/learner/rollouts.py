@@ -1,0 +1,47 @@
+"""What a batch's completions are like, and what rewards logged of them: figures of rollouts alone."""
+
+import math
+from collections.abc import Sequence
+
+from troupe.messages import Rollout, ScoredGroup
+
+
+def is_truncated(rollout: Rollout) -> bool:
+    """Whether a completion was cut: by the length limit, or for repeating itself.
+
+    TRL looks whether the last token is a stop id, and so counts a completion that a stop string ended as cut. Here it
+    ended as it was asked to.
+    """
+    return rollout.finish_reason != "stop"
+
+
+def logged_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """What reward functions logged themselves, the mean over the groups."""
+    names = {name for group in groups for name in group.logged if isinstance(name, str)}
+    values = {name: [group.logged[name] for group in groups if name in group.logged] for name in sorted(names)}
+    return {name: _mean(column) for name, column in values.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # the sum is no number, yet the mean is
+        return math.fsum(value / len(values) for value in values)
+    except ValueError:  # infinities that cancel out
+        return math.nan
+
+
+def length_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths, and how many were cut, under TRL's names."""
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    ended = [len(rollout.token_ids) for rollout in rollouts if not is_truncated(rollout)]
+    terminated = ended or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": (len(lengths) - len(ended)) / len(lengths),
+        "completions/mean_terminated_length": sum(terminated) / len(terminated),
+        "completions/min_terminated_length": float(min(terminated)),
+        "completions/max_terminated_length": float(max(terminated)),
+    }
