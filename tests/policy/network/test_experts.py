@@ -23,7 +23,8 @@ from troupe.policy import AdapterConfig, GenerationConfig, NetworkConfig, Policy
 from troupe.policy.adapter.modules import resolve_adapter
 from troupe.policy.folders import read_model_folder
 from troupe.policy.gradient.backward import completion_gradients, completion_statistics, side_by_side
-from troupe.policy.network.experts import likeliest
+from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.experts import Places, Stack, likeliest
 from troupe.policy.network.forward import Layer, hidden_states
 from troupe.policy.network.head import TokenStatistics
 from troupe.policy.network.packing import Packing
@@ -66,6 +67,50 @@ def test_experts_against_all_experts_of_every_token(name: str, normalized: bool)
             y = stacks[2][expert] @ (gate / (1 + np.exp(-gate)) * up)
             expected[token] += p[token, expert] / total * y
     np.testing.assert_allclose(np.array(layer.mlp(x)).reshape(14, -1), expected, atol=2e-5)
+
+
+def test_rows_come_to_the_product_of_experts_with_the_strides_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs MLX 0.32 reads others where a new axis has a stride of 1, without a word."""
+    seen: list[tuple[int, ...] | None] = []
+
+    def noting(rows: mx.array, matrices: mx.array, **ways: Any) -> mx.array:
+        mx.eval(rows)
+        view: Any = rows
+        seen.append(memoryview(view).strides)
+        return mx.zeros((len(rows), 1, matrices.shape[-1]))
+
+    monkeypatch.setattr(mx, "gather_mm", noting)
+    x, experts = mx.random.normal((6, 32))[mx.array([0, 2, 2, 5])], mx.array([0, 0, 1, 1])
+    Stack(mx.zeros((2, 8, 32)))(x, experts)
+    Stack(mx.zeros((2, 32, 8))).back(x, experts)
+    assert seen == [(128, 128, 4)] * 2
+
+
+@pytest.mark.skipif(is_on_cpu(), reason="MLX computes on the CPU")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_a_gpu_products_of_experts_are_the_plain_ones(dtype: mx.Dtype, packed: bool) -> None:
+    weight = mx.random.normal((8, 96, 64), key=mx.random.key(1)).astype(dtype)
+    stack = Stack(weight)
+    if packed:
+        parts = mx.quantize(weight, group_size=32, bits=4)
+        stack = Stack(parts[0], Quantized(32, 4), *parts[1:])
+        weight = mx.dequantize(*parts, group_size=32, bits=4)
+    for rows in (5, 300, 700):
+        chosen = mx.random.randint(0, 8, (rows, 1), key=mx.random.key(rows))
+        places = Places.of(chosen)
+        x, y = (mx.random.normal((rows, size), key=mx.random.key(size)).astype(dtype) for size in (64, 96))
+        matrices = weight[places.experts].astype(mx.float32)
+        for found, product in (
+            (stack(x, places.experts), mx.sum(x[:, None].astype(mx.float32) * matrices, axis=-1)),
+            (stack.back(y, places.experts), mx.sum(y[:, :, None].astype(mx.float32) * matrices, axis=1)),
+        ):
+            np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(product), atol=0.5, rtol=0.02)
+        of_each = mx.stack(
+            [(y * (places.experts == e)[:, None]).astype(mx.float32).T @ x.astype(mx.float32) for e in range(8)]
+        )
+        sums = places.sums_by_expert(y, x, 8).astype(mx.float32)
+        np.testing.assert_allclose(np.array(sums), np.array(of_each), atol=0.6, rtol=0.02)
 
 
 def balance_of(config: NetworkConfig, weights: dict[str, mx.array]) -> mx.array:

@@ -45,7 +45,7 @@ class Stack(NamedTuple):
         return self._product(y_grad, experts, transpose=False)
 
     def _product(self, x: mx.array, experts: mx.array, *, transpose: bool) -> mx.array:
-        rows = x[:, None]
+        rows = x.reshape(len(x), 1, -1)  # not x[:, None]: on GPUs MLX 0.32 takes a new axis' stride for the rows'
         if self.packing is None or self.scales is None:
             return _gathered(rows, self.weight, experts, transpose=transpose)
         group, bits, mode = self.packing.group_size, self.packing.bits, self.packing.mode
