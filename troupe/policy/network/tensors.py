@@ -37,9 +37,14 @@ def expected_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     packed: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        packing = config.quantization.of(module) if len(shape) > 1 else None
+        packing = config.quantization.of(module) if is_packable(name, shape) else None
         packed |= {name: shape} if packing is None else packed_shapes(module, shape, packing)
     return packed
+
+
+def is_packable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix, or a stack of them: no vector, and no convolution."""
+    return len(shape) > 1 and not name.endswith(CONVOLUTION)
 
 
 def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
@@ -225,7 +230,7 @@ def init_weights(config: NetworkConfig, key: mx.array, dtype: mx.Dtype = mx.floa
     return {
         name: _first_vector(config, name, shape, keys[index]).astype(dtype)
         if len(shape) == 1
-        else (mx.random.normal(shape, key=keys[index]) * _first_spread(config, shape)).astype(dtype)
+        else (mx.random.normal(shape, key=keys[index]) * _first_spread(config, name, shape)).astype(dtype)
         for index, (name, shape) in enumerate(shapes.items())
     }
 
@@ -238,6 +243,6 @@ def _first_vector(config: NetworkConfig, name: str, shape: tuple[int, ...], key:
     return mx.full(shape, 0.0 if name.endswith(".bias") else 1.0 - config.family.norm_offset)
 
 
-def _first_spread(config: NetworkConfig, shape: tuple[int, ...]) -> float:
+def _first_spread(config: NetworkConfig, name: str, shape: tuple[int, ...]) -> float:
     """Of matrices, and of the taps of a convolution."""
-    return config.initializer_range if len(shape) == 2 else math.sqrt(1.0 / (3 * shape[-1]))
+    return math.sqrt(1.0 / (3 * shape[-1])) if name.endswith(CONVOLUTION) else config.initializer_range
