@@ -19,6 +19,7 @@ from troupe.policy.network.tensors import (
     HEAD,
     dtype_in,
     expected_shapes,
+    is_packable,
     is_stack,
     network_shapes,
     stored_names,
@@ -67,7 +68,7 @@ def config_as_stored(folder: Path, config: NetworkConfig, headers: Headers) -> N
     modules = {name.removesuffix(".weight"): packing for name, packing in named.items()}
     names = stored_names(msgspec.structs.replace(config, quantization=None))
     shapes = network_shapes(config)
-    matrices = {name.removesuffix(".weight"): names[name] for name, shape in shapes.items() if len(shape) > 1}
+    matrices = {name.removesuffix(".weight"): names[name] for name, shape in shapes.items() if is_packable(name, shape)}
     dense = [
         name
         for name, (first, *_) in matrices.items()
