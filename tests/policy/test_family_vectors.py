@@ -20,7 +20,8 @@ from troupe.policy.gradient.backward import side_by_side
 from troupe.policy.model_files import read_json
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.families import FAMILIES
-from troupe.policy.network.forward import fuse_projections, hidden_states, project
+from troupe.policy.network.forward import hidden_states, project
+from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.head import TokenStatistics
 from troupe.policy.network.tensors import Weights, as_stored
 
@@ -44,6 +45,12 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+def slack_of(name: str, kind: str = "slack") -> float:
+    """How many times further apart than with others we may be: norms of what is nearly 0 magnify what float32 rounds;
+    "own_slack": measured by a tensor's own largest gradient, of which decays have tiny ones."""
+    return float(CASES[name].get(kind, 1.0))
+
+
 def stored(name: str) -> dict[str, mx.array]:
     tensors = mx.load(str(FOLDER / "families" / f"{name}.safetensors"))
     assert isinstance(tensors, dict)
@@ -65,7 +72,7 @@ def test_logits(name: str, fused: bool) -> None:
         length = int(np.array(mask).sum())
         expected = np.array(logits)[-length:]
         ours = logits_of(config, network, ids[-length:])
-        assert (np.abs(ours - expected) / np.maximum(1.0, np.abs(expected))).max() <= 2e-5
+        assert (np.abs(ours - expected) / np.maximum(1.0, np.abs(expected))).max() <= 2e-5 * slack_of(name)
 
 
 @pytest.mark.usefixtures("device_path")
@@ -91,7 +98,7 @@ def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
     theirs, grpo = stored(name), CASES[name]["grpo"]
     rows = grpo["prompts"], grpo["completions"]
     ours = completion_statistics(config, weights, *rows).log_probs
-    assert np.abs(np.array(ours) - np.array(theirs["log_probs"])).max() <= 5e-6
+    assert np.abs(np.array(ours) - np.array(theirs["log_probs"])).max() <= 5e-6 * slack_of(name)
     mask = mx.array([[t < len(row) for t in range(ours.shape[1])] for row in rows[1]])
 
     def loss(statistics: TokenStatistics) -> tuple[mx.array, tuple[()]]:
@@ -112,7 +119,7 @@ def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
     for key, x in expected.items():
         apart = float(np.abs(np.array(grads[key]) - x).max())
         assert apart <= 1e-5 * largest, key
-        assert apart <= 3e-5 * float(np.abs(x).max()), key
+        assert apart <= 3e-5 * slack_of(name, "own_slack") * float(np.abs(x).max()), key
 
 
 @EACH

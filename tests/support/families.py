@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from troupe.policy.model import Policy, random_policy
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.families import FAMILIES, FULL, SLIDING
+from troupe.policy.network.families import FAMILIES, FULL, LINEAR, SLIDING
 from troupe.policy.network.rotary import LinearScaling, Llama3Scaling
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
@@ -59,6 +59,16 @@ def family_configs(**sizes: Any) -> dict[str, NetworkConfig]:
             "sliding_window": 6,
             "layer_types": tuple(SLIDING if index % 2 == 0 else FULL for index in range(layers)),
         },
+    }
+    each["qwen3_5"] = {
+        "model_type": "qwen3_5_text",
+        "partial_rotary_factor": 0.5,
+        "layer_types": tuple(FULL if index == layers - 1 else LINEAR for index in range(layers)),
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
     }
     each["gemma3-untied"] = each["gemma3"] | {"tie_word_embeddings": False}  # tied, it mostly repeats a random token
     assert {settings["model_type"] for settings in each.values()} == FAMILIES.keys()

@@ -16,7 +16,8 @@ from troupe.policy.model import ModelConfig, Policy, random_policy
 from troupe.policy.model_files import DTYPES, Companions, model_fingerprint, network_fingerprint
 from troupe.policy.network.architecture import PRESETS, NetworkConfig, Qwen3Config
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.forward import Attention, fuse_projections, hidden_states, project
+from troupe.policy.network.forward import Attention, hidden_states, project
+from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.head import TokenStatistics
 from troupe.policy.network.rotary import LinearScaling, Llama3Scaling, YarnScaling
 from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count

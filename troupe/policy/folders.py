@@ -37,6 +37,7 @@ from troupe.policy.network.tensors import (
 )
 from troupe.policy.stored_tensors import (
     Stored,
+    as_ours,
     config_as_stored,
     find_tensors,
     listed,
@@ -84,7 +85,7 @@ def read_model_folder(
     headers = read_headers(weight_files(folder))
     is_tied, config = config.tie_word_embeddings, config_as_stored(folder, config, headers)
     places = find_tensors(folder, config, headers)
-    stored = load_tensors(places)
+    stored = as_ours(config, load_tensors(places))
     if is_tied and not config.tie_word_embeddings and _head_is_embedding(stored):
         config = msgspec.structs.replace(config, tie_word_embeddings=True)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(_HEAD)}

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import msgspec
@@ -27,6 +27,7 @@ from troupe.policy.model_files import (
     parse_json,
 )
 from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.config_keys import text_settings
 from troupe.policy.network.forward import hidden_states, project
 from troupe.policy.network.quantization import read_quantization
 from troupe.policy.network.rope_settings import names_theta
@@ -102,9 +103,11 @@ class Policy:
     @property
     def is_packed(self) -> bool:
         """Whether the folder holds packed matrices, whatever has become of them."""
-        return (
-            read_quantization(parse_json(Path(CONFIG_FILE), self.companions.files.get(CONFIG_FILE, b"{}"))) is not None
-        )
+        return read_quantization(text_settings(self._settings)) is not None
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return parse_json(Path(CONFIG_FILE), self.companions.files.get(CONFIG_FILE, b"{}"))
 
     @property
     def dtype(self) -> str:
@@ -123,8 +126,14 @@ class Policy:
     @property
     def notices(self) -> list[str]:
         """What a user should know of how the folder was read, one line each."""
-        settings = parse_json(Path(CONFIG_FILE), self.companions.files.get(CONFIG_FILE, b"{}"))
+        settings = text_settings(whole := self._settings)
         found = []
+        others = ["what sees images"] if settings is not whole else []
+        others += ["what foretells several tokens"] if settings.get("mtp_num_hidden_layers") else []
+        if others and self.config.family.other_parts:
+            found.append(
+                f"{self.path}: only the part for text is used and saved; {' and '.join(others)} is passed over"
+            )
         if settings and not names_theta(settings):
             found.append(
                 f"{self.path}: config.json names no rope_theta, so it is {self.config.rope_theta:g}, as in transformers"

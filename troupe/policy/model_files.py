@@ -18,6 +18,7 @@ import msgspec
 
 from troupe.errors import ModelError
 from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.config_keys import text_settings
 from troupe.policy.network.quantization import QUANTIZATION_KEYS, quantization_table
 from troupe.policy.network.tensors import Weights, weights_dtype
 from troupe.policy.safetensors import read_start
@@ -247,7 +248,8 @@ class Companions(msgspec.Struct, frozen=True):
 def _corrected(settings: dict[str, object], config: NetworkConfig, weights: Weights) -> dict[str, object]:
     """With the type that the weights are held in, in which transformers would load them, the head that they have, and
     the class of network that their names are those of."""
-    held = dtype_name(weights_dtype(weights))
+    held, whole = dtype_name(weights_dtype(weights)), settings
+    settings = dict(text_settings(settings))
     true: dict[str, object] = {key: held for key in ("dtype", "torch_dtype") if settings.get(key) not in (None, held)}
     if config.quantization is None:
         settings = {key: value for key, value in settings.items() if key not in QUANTIZATION_KEYS}
@@ -257,7 +259,8 @@ def _corrected(settings: dict[str, object], config: NetworkConfig, weights: Weig
     tied = config.family.defaults.get("tie_word_embeddings", False) if said is None else bool(said)
     if tied != config.tie_word_embeddings:
         true["tie_word_embeddings"] = config.tie_word_embeddings
-    if settings.get("architectures") not in (None, [config.family.architecture]):
+    is_part = settings.keys() != whole.keys()
+    if is_part or settings.get("architectures") not in (None, [config.family.architecture]):
         true["architectures"] = [config.family.architecture]
     return settings | true
 

@@ -14,9 +14,18 @@ import msgspec
 from troupe.errors import ModelError
 from troupe.policy.model_files import CONFIG_FILE
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.tensors import HEAD, dtype_in, expected_shapes, is_stack, network_shapes, stored_names
+from troupe.policy.network.tensors import (
+    CONVOLUTION,
+    HEAD,
+    dtype_in,
+    expected_shapes,
+    is_packable,
+    is_stack,
+    network_shapes,
+    stored_names,
+)
 from troupe.policy.safetensors import StoredTensor, read_header
-from troupe.policy.tensor_names import canonical_name, is_harmless, what_the_names_tell
+from troupe.policy.tensor_names import canonical_name, is_passed_over, what_the_names_tell
 
 _SHOWN = 6
 """Faults that a message lists; where each of many tensors has one, the first tell enough."""
@@ -59,7 +68,7 @@ def config_as_stored(folder: Path, config: NetworkConfig, headers: Headers) -> N
     modules = {name.removesuffix(".weight"): packing for name, packing in named.items()}
     names = stored_names(msgspec.structs.replace(config, quantization=None))
     shapes = network_shapes(config)
-    matrices = {name.removesuffix(".weight"): names[name] for name, shape in shapes.items() if len(shape) > 1}
+    matrices = {name.removesuffix(".weight"): names[name] for name, shape in shapes.items() if is_packable(name, shape)}
     dense = [
         name
         for name, (first, *_) in matrices.items()
@@ -91,7 +100,7 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
     for file, name, tensor in headers:
         known = canonical_name(name)
         if known not in asked:
-            if not is_harmless(name):
+            if not is_passed_over(name, config):
                 unexpected.append(name)
                 faults.append(f"{name}: unexpected in {file.name}")
             continue
@@ -100,7 +109,7 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
         if other is not None:
             names = "" if other.name == name else f", as {other.name} and as {name},"
             faults.append(f"{known}: stored twice{names} in {file.name}")
-        elif tensor.shape != (shape := asked[known]):
+        elif tensor.shape not in ((shape := asked[known]), _as_mlx_lm_lays_it_out(known, shape)):
             faults.append(f"{name}: shape {list(tensor.shape)} in {file.name}, config.json asks for {list(shape)}")
         elif tensor.dtype not in (dtypes := _stored_dtypes(config, whole_of.get(known, known))):
             faults.append(f"{name}: dtype {tensor.dtype} in {file.name}, it must be {' or '.join(dtypes)}")
@@ -117,6 +126,24 @@ def find_tensors(folder: Path, config: NetworkConfig, headers: Headers) -> dict[
         why = f" {cause}" if cause else ""
         raise ModelError(f"{folder}: {len(faults)} bad tensor(s) for its config.json:{why}{listed(faults)}")
     return places
+
+
+def _as_mlx_lm_lays_it_out(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a convolution (C, 1, taps) has in folders of mlx-lm; any other as it is."""
+    return (shape[0], *shape[:0:-1]) if name.endswith(CONVOLUTION) else shape
+
+
+def as_ours(config: NetworkConfig, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors as stored → as Hugging Face lays them out: where mlx-lm has turned convolutions, it has added to norms
+    what they multiply by beside their weight, too."""
+    wanted = expected_shapes(config)
+    turned = {name for name, x in weights.items() if name.endswith(CONVOLUTION) and x.shape != wanted[name]}
+    if not turned:
+        return weights
+    offset = config.family.norm_offset
+    laid = {name: tensor.swapaxes(1, 2) if name in turned else tensor for name, tensor in weights.items()}
+    norms = [name for name in laid if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight")]
+    return laid | {name: (laid[name].astype(mx.float32) - offset).astype(laid[name].dtype) for name in norms}
 
 
 def _one_by_one(config: NetworkConfig) -> Mapping[str, Sequence[str]]:

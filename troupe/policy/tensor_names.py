@@ -37,9 +37,11 @@ def canonical_name(stored: str) -> str:
     return bare if bare.startswith(_HEAD) or not bare else f"model.{bare}"
 
 
-def is_harmless(stored: str) -> bool:
-    """Whether this tensor is computed from the configuration, and stored by old tools for no use."""
-    return stored.endswith("rotary_emb.inv_freq")
+def is_passed_over(stored: str, config: NetworkConfig) -> bool:
+    """Whether this tensor is of another part than that for text, or computed from the configuration, and stored by old
+    tools for no use."""
+    part = canonical_name(stored).split(".")[1:2]
+    return stored.endswith("rotary_emb.inv_freq") or not config.family.other_parts.isdisjoint(part)
 
 
 def what_the_names_tell(missing: Collection[str], unexpected: Sequence[str], config: NetworkConfig) -> str:

@@ -17,7 +17,7 @@ from troupe.policy.decode.cuda_cache import CudaDecodingCache
 from troupe.policy.decode.loop import draw_tokens
 from troupe.policy.decode.sampling import Sampler
 from troupe.policy.model import Policy
-from troupe.policy.network.forward import fuse_projections
+from troupe.policy.network.fusing import fuse_projections
 
 pytestmark = pytest.mark.skipif(not cuda_kernels.are_available(), reason="MLX has no NVIDIA card here")
 

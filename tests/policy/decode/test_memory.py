@@ -22,7 +22,7 @@ from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
 from troupe.policy.model import random_policy
 from troupe.policy.network import attention
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.forward import fuse_projections
+from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.tensors import FINAL_NORM
 
 MOE: dict[str, Any] = {

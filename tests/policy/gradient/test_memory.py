@@ -157,6 +157,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ("sliding_attention",) * 3 + ("full_attention",),
     },
 }
+FAMILIES["qwen3_5"] = {
+    "model_type": "qwen3_5_text",
+    "partial_rotary_factor": 0.5,
+    "layer_types": ("linear_attention",) * 3 + ("full_attention",),
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 MOE: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_experts": 8,
@@ -183,6 +193,7 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] 
     ),
     (MOE | {"decoder_sparse_step": 2}, (2, 32, 8, 96, 1, False, False)),
     *((FAMILIES["gemma3"] | {"num_key_value_heads": 1}, (1, 200, 8, 200, 1, again, False)) for again in (False, True)),
+    *((FAMILIES["qwen3_5"], (2, 100, 4, 200, 1, again, False)) for again in (False, True)),
 ]
 
 

@@ -12,7 +12,7 @@ from tests.support.families import family_configs
 from tests.test_oracles import oracle
 from troupe.errors import ModelError
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.families import FAMILIES, FULL, SLIDING
+from troupe.policy.network.families import FAMILIES, FULL, LINEAR, SLIDING
 from troupe.policy.network.rotary import LinearScaling, Llama3Scaling, Rope, inverse_frequencies
 from troupe.policy.network.tensors import expected_shapes
 
@@ -102,6 +102,22 @@ def test_no_name_at_all_is_refused(given: Any) -> None:
         ("mistral", {"sliding_window": 0}, "sliding_window"),
         ("mistral", {"sliding_window": "4096"}, "sliding_window"),
         ("mistral", {"layer_types": [FULL] * 6}, "layer_types"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate"),
+        ("qwen3_5_text", {"layer_types": [SLIDING] * 6}, "layer_types"),
+        ("qwen3_5_text", {"layer_types": [LINEAR] * 6}, "layer_types"),
+        ("qwen3_5_text", {"layer_types": [LINEAR] * 5}, "layer_types"),
+        ("qwen3_5_text", {"full_attention_interval": 0}, "full_attention_interval"),
+        ("qwen3_5_text", {"linear_num_value_heads": 3, "linear_num_key_heads": 2}, "linear_num_value_heads"),
+        ("qwen3_5_text", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim"),
+        ("qwen3_5_text", {"linear_conv_kernel_dim": 99}, "linear_conv_kernel_dim"),
+        ("qwen3_5_text", {"linear_key_head_dim": 0}, "linear_key_head_dim"),
+        ("qwen3_5_text", {"partial_rotary_factor": 0.001}, "partial_rotary_factor"),
+        ("qwen3_5_text", {"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor"),
+        ("qwen3_5_text", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("qwen3", {"layer_types": [LINEAR] * 6}, "layer_types"),
+        ("qwen3_5", {}, "text_config"),
+        ("qwen3_5", {"text_config": {"model_type": "qwen3"}}, "text_config.model_type"),
         ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
@@ -139,6 +155,12 @@ def test_what_a_family_has_that_config_json_does_not_say() -> None:
     assert [gemma.layer(i).window for i in range(6)] == [4096] * 5 + [None]
     assert (gemma.layer(0).rope, gemma.layer(5).rope) == (Rope(1e4), Rope(1e6))
     assert (gemma.tie_word_embeddings, gemma.head_dim, gemma.attention_scale) == (True, 256, 1 / 16)
+    hybrid = read("qwen3_5_text", num_key_value_heads=...)
+    assert hybrid.layer_types == (LINEAR, LINEAR, LINEAR, FULL, LINEAR, LINEAR)
+    assert [hybrid.place(i) for i in range(6)] == [0, 1, 2, 0, 3, 4]
+    assert (hybrid.num_key_value_heads, hybrid.head_dim, hybrid.rotary_dim) == (4, 256, 64)
+    assert hybrid.delta == (16, 32, 128, 128, 4)
+    assert read("qwen3", linear_key_head_dim=4).linear_key_head_dim is None, "another family's key"
     assert read("qwen2", query_pre_attn_scalar=24).query_pre_attn_scalar is None, "another family's key"
 
 
@@ -152,6 +174,15 @@ def test_rope_of_either_age_and_kind_of_layers() -> None:
     assert llama == read("llama", rope_scaling=LLAMA3, rope_theta=5e5)
     assert isinstance(llama.rope_scaling, Llama3Scaling)
     assert llama.max_position_embeddings == 2048, "which says it itself"
+
+
+def test_the_text_part_of_a_network_for_images_and_text() -> None:
+    text = {"model_type": "qwen3_5_text", "num_key_value_heads": 4, "tie_word_embeddings": False} | SIZES
+    whole = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    assert NetworkConfig.from_dict(whole) == read("qwen3_5_text")
+    assert NetworkConfig.from_dict(whole | {"tie_word_embeddings": True}) == read(
+        "qwen3_5_text", tie_word_embeddings=True
+    )
 
 
 def test_tensors_of_each_family() -> None:

@@ -17,7 +17,8 @@ from tests.test_oracles import oracle
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.forward import WholeRows, fuse_projections, hidden_states, project
+from troupe.policy.network.forward import WholeRows, hidden_states, project
+from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.rotary import Rope, YarnScaling, attention_factor
 from troupe.policy.network.rotation import Rotation
 from troupe.policy.network.tensors import Weights, expected_shapes, init_weights, parameter_count

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from troupe.policy.adapter.files import AdapterFiles, adapter_files
-from troupe.policy.adapter.modules import Adapter
+from troupe.policy.adapter.modules import Adapter, name_in_layer
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.forward import fuse_projections
-from troupe.policy.network.linear import JOINED, MAGNITUDE, A, B, Linear, by_columns
+from troupe.policy.network.fusing import fuse_projections
+from troupe.policy.network.linear import MAGNITUDE, A, B, Linear, by_columns, groups
 from troupe.policy.network.tensors import Weights, linear_shapes, weights_dtype
 
 _NORM = ".lora_norm"
@@ -200,7 +200,7 @@ def _laid_out(config: NetworkConfig, weights: dict[str, mx.array]) -> dict[str, 
     held = fuse_projections(config, weights, uses_up=True)
     if is_on_cpu():
         for module in linear_shapes(config):
-            if f"{module}.weight" in held and module.endswith(("o_proj", "down_proj")):
+            if f"{module}.weight" in held and module.endswith(("o_proj", "down_proj", "out_proj")):
                 held[f"{module}.weight"] = by_columns(held[f"{module}.weight"])
                 mx.eval(held[f"{module}.weight"])
     return held
@@ -210,10 +210,12 @@ def _parts(config: NetworkConfig, weights: Weights, adapter: Adapter) -> dict[st
     """Matrix of the base → the modules with an adapter that it holds, in order."""
     found: dict[str, list[_Part]] = {}
     shapes = linear_shapes(config)
-    for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        for name in (*JOINED, "self_attn.o_proj", "mlp.down_proj"):
-            modules = [prefix + part for part in JOINED.get(name, [name]) if prefix + part in shapes]
+    names: dict[str, list[str]] = {f"model.layers.{index}.": [] for index in range(config.num_hidden_layers)}
+    for module in shapes:
+        names[module.removesuffix(name := name_in_layer(module))].append(name)
+    for prefix, inside in names.items():
+        for name, parts in groups(inside).items():
+            modules = [prefix + part for part in parts]
             if f"{prefix}{name}.weight" in weights:
                 found |= _parts_of(prefix + name, modules, shapes, adapter)
             else:

@@ -20,7 +20,7 @@ def fuse(
     """
     fused: dict[str, mx.array] = {}
     dtype = weights_dtype(weights)
-    for name in [name for name in weights if name.endswith(".bias")]:
+    for name in [name for name in weights if not name.endswith((".weight", ".scales", ".biases"))]:
         fused[name] = weights.pop(name)
     for name in [name for name in weights if name.endswith(".weight")]:
         module = name.removesuffix(".weight")

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
+from troupe.policy.decode.states import PromptStates, RowStates
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import Places, attention_in_blocks, attention_mask, block_size, query_blocks
+from troupe.policy.network.delta import DeltaInputs, DeltaSizes
 from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
 from troupe.policy.network.forward import WholeRows, hidden_states
 from troupe.policy.network.routes import Routes
@@ -65,6 +67,16 @@ class PromptCache(WholeRows):
         self.lengths = list(lengths)
         self.keys: list[mx.array] = []
         self.values: list[mx.array] = []
+        self.states = PromptStates(lengths)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array held."""
+        return [*self.keys, *self.values, *self.states.arrays]
+
+    def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
+        """Keeps what each prompt leaves behind."""
+        return self.states.recur(layer, inputs, sizes, 0)
 
     def attend(
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
@@ -100,10 +112,11 @@ class PiecedPromptCache(PromptCache):
         state of its last token (D,). All of it is computed."""
         start, stop = self.offset, self.offset + ids.shape[1]
         ending = [place for place, length in enumerate(self.lengths) if start < length <= stop]
-        self._unseen = None if ending or routes is not None else config.num_hidden_layers - 1
+        is_seen = ending or routes is not None or config.layer(config.num_hidden_layers - 1).is_delta
+        self._unseen = None if is_seen else config.attention_layers - 1
         states = hidden_states(config, weights, ids, attention=self, routes=routes)
         last = {place: states[place, self.lengths[place] - 1 - start] for place in ending}
-        mx.eval(self.keys, self.values, last)
+        mx.eval(self.arrays, last)
         self.offset = stop
         return last
 
@@ -135,6 +148,9 @@ class PiecedPromptCache(PromptCache):
             found.append(part)
         return mx.concatenate(found, axis=2)
 
+    def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
+        return self.states.recur(layer, inputs, sizes, self.offset)
+
     def _write(self, kept: list[mx.array], layer: int, new: mx.array) -> mx.array:
         """Put (prompts, K, T, d) at the next places of one layer → everything so far."""
         start, stop = self.offset, self.offset + new.shape[2]
@@ -158,6 +174,7 @@ def join_prompts(parts: Sequence[PromptCache]) -> PromptCache:
             padded = [mx.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)]) for x in layer]
             kept.append(mx.concatenate(padded))
             mx.eval(kept[-1])
+    whole.states.join([part.states for part in parts])
     return whole
 
 
@@ -175,6 +192,7 @@ class DecodingCache:
         self._prompt_values = prompts.values
         self._keys: list[mx.array] = []  # (S, K, w, N, d) a layer
         self._values: list[mx.array] = []
+        self._states = RowStates(prompts.states, width)
         self._far: tuple[tuple[int, int], mx.array] | None = None
         self._describe_prompts()
 
@@ -188,7 +206,7 @@ class DecodingCache:
     @property
     def arrays(self) -> list[mx.array]:
         """Every array held, to be evaluated with the token that was made last."""
-        return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values]
+        return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values, *self._states.arrays]
 
     def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None) -> mx.array:
         """The next token of every row (B,) → hidden states (B, D); the token is counted."""
@@ -224,6 +242,10 @@ class DecodingCache:
         o = o + shares[..., P:] @ values
         return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
 
+    def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
+        """T = 1."""
+        return self._states.recur(layer, inputs, sizes)
+
     def advance(self) -> None:
         """Count the token that every layer has just seen."""
         self.length += 1
@@ -245,6 +267,7 @@ class DecodingCache:
 
         self._keys = [pick(x) for x in self._keys]
         self._values = [pick(x) for x in self._values]
+        self._states.select(rows)
         self.width = width
         self._describe_prompts()
 

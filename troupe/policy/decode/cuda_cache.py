@@ -22,9 +22,11 @@ _WORTH_COMPILING = 8
 
 
 def serves(config: NetworkConfig) -> bool:
-    """Whether networks of this kind are decoded with these kernels, here. Not those with experts."""
+    """Whether networks of this kind are decoded with these kernels, here. Not those with experts or gated delta nets,
+    nor with attention that is gated or turns heads in part."""
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    return cuda_kernels.can_serve(*heads) and not config.sparse_layers
+    is_plain = not config.sparse_layers and not config.delta_layers and not config.family.gates_attention
+    return is_plain and config.rotary_dim == config.head_dim and cuda_kernels.can_serve(*heads)
 
 
 class CudaDecodingCache(DecodingCache):

@@ -3,13 +3,15 @@
 How much memory is free at the moment does not count: the same run makes the same batches.
 
 Held: keys and values, 2·K·d·L numbers for each of S·P prompt places (P the longest prompt) and of S·G·N places for
-own tokens (N the most that a row may have). Besides, the larger of
+own tokens (N the most that a row may have), L being the layers with attention; and of each gated delta net the state of
+every row, H'·a·b + (k − 1)·C float32 (`DeltaSizes`). Besides, the larger of
   prefilling, with as many prompts s in a portion as PREFILL_TOKENS allows: s·P·(8·F + 8·D) numbers, and where a
   device writes scores out, 2·s·H·P² float32; there prompts beyond WHOLE_PROMPT places go in pieces of T tokens, on a
-  CPU each in blocks of b: s·T·(8·F + 8·D) numbers and 7·s·H·b·P float32, elsewhere 2·s·H·T·P;
+  CPU each in blocks of b: s·T·(8·F + 8·D) numbers and 7·s·H·b·P float32, elsewhere 2·s·H·T·P; or in a gated delta net
+  `forward_bytes`;
   decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
   under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
-  the room that grows; where updates copy, all own keys and values once more.
+  the room that grows; where updates copy, all own keys and values once more; four times one layer's states.
 Where layers are mixtures of experts, with k of size F' for each token, F is k·(F' + D) if that is more.
 D hidden size, F intermediate size, L layers, H query heads, K key/value heads, d head size, V vocabulary. The part
 that is held is exact; the factors of the others are measured on a CPU with MLX 0.32, as upper ends.
@@ -25,29 +27,37 @@ from troupe.policy.decode.cache import piece_length, prefill_chunks
 from troupe.policy.decode.cuda_cache import serves
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_is_fused, block_size
-from troupe.policy.network.linear import JOINED
+from troupe.policy.network.delta_memory import forward_bytes
+from troupe.policy.network.linear import groups
 from troupe.policy.network.tensors import linear_shapes
 
 
 def cache_bytes(
     config: NetworkConfig, prompt_lengths: Sequence[int], num_generations: int, max_new_tokens: int, dtype: mx.Dtype
 ) -> int:
-    """Keys and values that a decode holds at its end."""
+    """Keys and values, and states of gated delta nets, that a decode holds at its end."""
     places = len(prompt_lengths) * (max(prompt_lengths) + num_generations * max_new_tokens)
-    return places * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype.size
+    held = places * 2 * config.num_key_value_heads * config.head_dim * config.attention_layers * dtype.size
+    return held + config.delta_layers * _state_bytes(config, len(prompt_lengths) * max(1, num_generations))
+
+
+def _state_bytes(config: NetworkConfig, rows: int) -> int:
+    """What rows carry on in one gated delta net; 0 where there are none."""
+    return 4 * rows * config.delta.state if config.delta_layers else 0
 
 
 def fused_copy_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
     """What `fuse_projections` copies."""
     D, d, family = config.hidden_size, config.head_dim, config.family
     H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = (H + 2 * K) * d * D * dtype.size
+    rows = config.query_size + 2 * K * d
+    layer = rows * D * dtype.size
     if "q" in config.biased:
-        layer += (H + 2 * K) * d * dtype.size
-    if family.qk_norm:
+        layer += rows * dtype.size
+    if family.qk_norm and not family.gates_attention:
         layer += (H + K) * d * (4 if family.norm_offset else dtype.size)
     dense = config.num_hidden_layers - len(config.sparse_layers)
-    return config.num_hidden_layers * layer + dense * 2 * config.intermediate_size * D * dtype.size
+    return config.attention_layers * layer + dense * 2 * config.intermediate_size * D * dtype.size
 
 
 def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype) -> int:
@@ -56,8 +66,9 @@ def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dt
     shapes, total = linear_shapes(config), 0
     merged = dtype == mx.float32 and config.quantization is None
     for layer in {layer_of(module) for module in adapter.modules}:
-        for names in (*JOINED.values(), ["self_attn.o_proj"], ["mlp.down_proj"]):
-            modules = [f"model.layers.{layer}.{name}" for name in names]
+        prefix = f"model.layers.{layer}."
+        for names in groups([name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]).values():
+            modules = [prefix + name for name in names]
             ranks = [adapter.modules[module].rank for module in modules if module in adapter.modules]
             if not ranks:
                 continue
@@ -87,7 +98,7 @@ def decode_memory_bytes(
     this file.
     """
     H, F, D, V = config.num_attention_heads, mlp_width(config), config.hidden_size, config.vocab_size
-    L, size = config.num_hidden_layers, dtype.size
+    L, size = config.attention_layers, dtype.size
     P, B = max(prompt_lengths), len(prompt_lengths) * num_generations
     held = cache_bytes(config, prompt_lengths, num_generations, max_new_tokens, dtype)
     prompts_held = cache_bytes(config, prompt_lengths, 0, 0, dtype)
@@ -97,11 +108,17 @@ def decode_memory_bytes(
         piece = piece_length(len(portion), longest, writes_scores=writes_scores)
         written = 7 * block_size(piece) if in_blocks and piece < longest else 2 * piece
         scores = len(portion) * H * longest * written * 4 if writes_scores else 0
+        if config.delta_layers:
+            prefilling = max(
+                prefilling, forward_bytes(config.delta, len(portion), piece) + len(portion) * piece * 4 * D * size
+            )
         prefilling = max(prefilling, scores + len(portion) * piece * 8 * (F + D) * size)
     decoding = (
         (28.0 if is_filtering else 9.0) * B * V * 4 + 10 * B * H * (P + max_new_tokens) * 4 + 8 * B * (F + D) * size
     )
-    decoding += (held - prompts_held) * max(2 / L, 1.0 if copies_updates else 0.0)
+    states, of_prompts = (_state_bytes(config, rows) for rows in (B, len(prompt_lengths)))
+    grown = held - prompts_held - config.delta_layers * (states - of_prompts)
+    decoding += grown * max(2 / L, 1.0 if copies_updates else 0.0) + 4 * states
     return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
 
 

@@ -41,7 +41,7 @@ def read_prompts(
         states = hidden_states(config, weights, ids, attention=part, routes=routes)
         found = mx.take_along_axis(states, mx.array(lengths)[:, None, None] - 1, axis=1)[:, 0]
         recorded += [] if routes is None else [routes.chosen]
-        mx.eval(found, part.keys, part.values, recorded)
+        mx.eval(found, part.arrays, recorded)
         return ReadPrompts(part, found, _of_prompts(recorded, lengths))
     pieced, ends = PiecedPromptCache(lengths), dict[int, mx.array]()
     for start in range(0, width, size):

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import mlx.core as mx
 
+from troupe.policy.gradient.mixing import Mixed, back_through, through
 from troupe.policy.gradient.mlp import KeptMlp, back_through_mlp, through_mlp
 from troupe.policy.gradient.parts import Back, Gradients
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.forward import (
-    QKV,
     Layer,
     embedded,
     embedding_scale,
@@ -29,7 +29,7 @@ from troupe.policy.network.forward import (
     normalized,
 )
 from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
-from troupe.policy.network.packing import Attended, Packing
+from troupe.policy.network.packing import Packing
 from troupe.policy.network.rotation import Rotations
 from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import EMBEDDING, FINAL_NORM, HEAD, Weights, norm_scale
@@ -46,10 +46,7 @@ class _Kept(NamedTuple):
     """What the gradient of a layer needs besides its input: the results of its products; where there is no norm behind
     them, not those that are added to the input."""
 
-    q: mx.array
-    k: mx.array
-    v: mx.array
-    attended: Attended
+    inside: Mixed
     o: mx.array | None
     middle: mx.array
     mlp: KeptMlp
@@ -185,21 +182,12 @@ def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generat
 
 def _through(layer: Layer, x: mx.array, packing: Packing, rotations: Rotations) -> tuple[_Kept, mx.array]:
     """A layer from its input (1, N, D) to its result."""
-    config, spec = layer.config, layer.spec
-    q, k, v = layer.attention_inputs(x)
-    turned = layer.turned(q, k, rotations.of(spec.rope))
-    attended = packing.attend_keeping(*turned, v.swapaxes(1, 2), config.attention_scale, spec.window)
-    o = layer.linear("self_attn.o_proj")(_joined_heads(attended.o))
+    config = layer.config
+    inside, o = through(layer, x, packing, rotations)
     middle = layer.behind_attention(x, o)
     mlp, y = through_mlp(layer, middle)
-    kept = _Kept(q, k, v, attended, o if config.family.norms_behind else None, middle, mlp)
+    kept = _Kept(inside, o if config.family.norms_behind else None, middle, mlp)
     return kept, layer.behind_mlp(middle, y)
-
-
-def _joined_heads(o: mx.array) -> mx.array:
-    """(1, H, N, d) → (1, N, H·d)."""
-    o = o.swapaxes(1, 2)
-    return o.reshape(*o.shape[:2], -1)
 
 
 def _backwards(
@@ -216,7 +204,7 @@ def _backwards(
     if kept is None:
         kept, _ = _through(layer, x, packing, rotations)
         yield (kept,), {}
-    config, family, rotation = layer.config, layer.config.family, rotations.of(layer.spec.rope)
+    family = layer.config.family
     back = Back(layer, of_base=of_base)
     h_grad = back_through_mlp(back, layer, kept.middle, kept.mlp, y_grad)
     middle_grad = y_grad + back.norm(family.norm_before_mlp, kept.middle, h_grad)
@@ -224,19 +212,7 @@ def _backwards(
     del h_grad
 
     o_grad = back.norm(family.norm_behind_attention, kept.o, middle_grad)
-    o_grad = back.product("self_attn.o_proj", _joined_heads(kept.attended.o), o_grad)
-    o_grad = o_grad.reshape(*kept.q.shape).swapaxes(1, 2)
-    turned = (*layer.turned(kept.q, kept.k, rotation), kept.v.swapaxes(1, 2))
-    q_grad, k_grad, v_grad = packing.attend_gradient(
-        *turned, config.attention_scale, o_grad, kept.attended, layer.spec.window
-    )
-    q_grad, k_grad = (
-        back.norm(f"self_attn.{name}_norm" if family.qk_norm else None, y, rotation.gradient(grad).swapaxes(1, 2))
-        for y, name, grad in ((kept.q, "q", q_grad), (kept.k, "k", k_grad))
-    )
-    h = layer.normalized("input_layernorm", x)
-    y_grads = [grad.reshape(*h.shape[:2], -1) for grad in (q_grad, k_grad, v_grad.swapaxes(1, 2))]
-    x_grad = middle_grad + back.norm("input_layernorm", x, back.products(QKV, h, y_grads))
+    x_grad = middle_grad + back_through(back, packing, rotations, x, kept.inside, o_grad)
     yield (x_grad, back.grads), {}
     return x_grad, back.grads
 

@@ -3,16 +3,18 @@
 Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
-          matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP), on a CPU
-          with H float32 that attention was divided by; of a layer with experts 2·k·F' in the place of 2·F, and E
+          matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP, H·d where
+          attention is gated), on a CPU with H float32 that attention was divided by; in a gated delta net of C
+          channels and H" heads of b values C + 2·H"·(b + 1) in the place of 2·H·d + 2·K·d; of a layer with experts
+          2·k·F' in the place of 2·F, and E
 head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
           16 more for entropies, on a GPU 8 bytes and three, four and three numbers of the weights' type; backwards
           twice the gradient of the head, V·D; and what the last layer made of its k·N places with experts, which is
           still there when it begins, 11·(D + F') numbers of each
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
-          `_layer_bytes` has, and the layer's own gradients; on a GPU three times, for it prepares the next chunk early
-          and lets go of nothing within a chunk; there, where attention's gradient writes scores out, four arrays of
-          the scores that are written at a time
+          `_layer_bytes` has (of a gated delta net `backward_bytes`), and the layer's own gradients; on a GPU three
+          times, for it prepares the next chunk early and lets go of nothing within a chunk; there, where attention's
+          gradient writes scores out, four arrays of the scores that are written at a time
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32
 
@@ -32,6 +34,7 @@ import msgspec
 from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, layer_of
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import block_size, scores_at_a_time
+from troupe.policy.network.delta_memory import backward_bytes
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
 from troupe.policy.network.tensors import linear_shapes, network_shapes, parameter_count
@@ -89,7 +92,7 @@ def gradient_memory_bytes(
         table, lowest = 0, min(map(layer_of, adapter.modules))
         numbers, each = adapter_parameter_count(config, adapter), 4
         layer = numbers // (L - lowest)
-    if adapter is None and config.sparse_layers:
+    if adapter is None and (config.sparse_layers or config.delta_layers):
         layer = _largest_layer(config)
     made = size + 4 if adds_up and size < 4 else each  # bytes of a new gradient, with its like in float32
     sums = 4 * numbers if adds_up else 0
@@ -121,12 +124,13 @@ def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, toke
     F, D = config.intermediate_size, config.hidden_size
     rank = max(adapted.rank for adapted in adapter.modules.values())
     merged = dtype == mx.float32 and config.quantization is None
-    of_layers = Counter[int]()
+    of_layers, places = Counter[int](), Counter[int]()
     for module, shape in linear_shapes(config).items():
         of_layers[layer_of(module)] += math.prod(shape)
+        places[layer_of(module)] += 1
     widest = max(F, config.num_experts * config.moe_intermediate_size)
     matrices = max(of_layers.values()) if merged else 2 * widest * D
-    return (matrices + 2 * 7 * rank * tokens) * dtype.size
+    return (matrices + 2 * max(7, *places.values()) * rank * tokens) * dtype.size
 
 
 def _largest_layer(config: NetworkConfig) -> int:
@@ -143,7 +147,10 @@ def _inside(config: NetworkConfig, index: int) -> int:
     mlp, experts = 2 * config.intermediate_size, config.layer(index).experts
     if experts is not None:
         mlp = 2 * experts.per_token * experts.size + experts.number + 2 * experts.per_token  # and ids of 4 bytes
-    return (3 if behind else 1) * config.hidden_size + 2 * heads * config.head_dim + mlp
+    mixing = 2 * heads * config.head_dim + config.query_size - config.num_attention_heads * config.head_dim
+    if config.layer(index).is_delta:
+        mixing = config.delta.channels + 2 * config.delta.value_heads * (config.delta.value_dim + 1)
+    return (3 if behind else 1) * config.hidden_size + mixing + mlp
 
 
 def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:
@@ -163,8 +170,11 @@ def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompu
         attention += R * (P + T) * (6 * H + 4 * K) * d
     if config.sparse_layers:
         return (9 * N * config.hidden_size + attention + N * _expert_numbers(config, recompute=recompute)) * size
-    again = N * (_inside(config, 0) + F) if recompute else 0
-    return (9 * N * config.hidden_size + max(attention, 4.2 * N * F) + again) * size
+    mixing = max(attention, 4.2 * N * F) * size
+    if config.delta_layers:
+        mixing = max(mixing, backward_bytes(config.delta, (batch.prompts, P), (R, T)))
+    again = N * (max(_inside(config, index) for index in range(config.num_hidden_layers)) + F) if recompute else 0
+    return (9 * N * config.hidden_size + again) * size + mixing
 
 
 def _expert_numbers(config: NetworkConfig, *, recompute: bool) -> float:

@@ -16,29 +16,34 @@ class Back:
     x; the gradients of its weights are in `grads`, by the names within the layer."""
 
     def __init__(self, layer: Layer, *, of_base: bool) -> None:
-        self._layer, self.of_base = layer, of_base
+        """Without `of_base` only adapters are trained."""
+        self.layer, self.of_base = layer, of_base
         self.grads: Gradients = {}
 
     def product(self, name: str, x: mx.array, y_grad: mx.array) -> mx.array:
         """Through a matrix."""
-        x_grad, found = self._layer.linear(name).gradients(x, y_grad, trained=self.of_base)
+        x_grad, found = self.layer.linear(name).gradients(x, y_grad, trained=self.of_base)
         self.grads.update({tensor_name(name, kind): grad for kind, grad in found.items()})
         return x_grad
 
     def products(self, whole: str, x: mx.array, y_grads: Sequence[mx.array]) -> mx.array:
         """Through those that `whole` joins, from a cotangent each."""
-        parts = self._layer.parts(whole)
+        parts = self.layer.parts(whole)
         if len(parts) == 1:
             return self.product(whole, x, mx.concatenate(list(y_grads), axis=-1))
-        x_grads = [self.product(name, x, grad) for name, grad in zip(parts, y_grads, strict=True)]
+        return self.each(parts, x, y_grads)
+
+    def each(self, names: Sequence[str], x: mx.array, y_grads: Sequence[mx.array]) -> mx.array:
+        """Through matrices that have the same input."""
+        x_grads = [self.product(name, x, grad) for name, grad in zip(names, y_grads, strict=True)]
         return reduce(mx.add, x_grads)
 
     def norm(self, name: str | None, x: mx.array | None, y_grad: mx.array) -> mx.array:
         """Through a norm; None: through nothing."""
         if name is None or x is None:
             return y_grad
-        arguments = [x, self._layer.norm(name)]
-        x_grad, scale_grad = mx.vjp(partial(normalized, self._layer.config), arguments, [y_grad])[1]
+        arguments = [x, self.layer.norm(name)]
+        x_grad, scale_grad = mx.vjp(partial(normalized, self.layer.config), arguments, [y_grad])[1]
         if self.of_base:
-            self.grads[f"{name}.weight"] = scale_grad.astype(self._layer.norm_dtype(name))
+            self.grads[f"{name}.weight"] = scale_grad.astype(self.layer.norm_dtype(name))
         return x_grad

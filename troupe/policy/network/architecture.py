@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from troupe.errors import ModelError
+from troupe.policy.network.checks import DELTA_KEYS, MOST, check_layers
 from troupe.policy.network.config_keys import fields_of
+from troupe.policy.network.delta import DeltaSizes
 from troupe.policy.network.families import (
     ACTIVATION_NAMES,
     FAMILIES,
     FULL,
+    LINEAR,
     SLIDING,
     Family,
     family_of,
@@ -45,14 +48,18 @@ class LayerSpec(NamedTuple):
     window: int | None
     """A token sees itself and so many less one before it; None: all before it."""
     rope: Rope
+    is_delta: bool = False
+    """Whether it is a gated delta net, without attention."""
     experts: Experts | None = None
     """None: its MLP is one for all tokens."""
 
 
 @lru_cache
-def _layer_spec(window: int | None, theta: float, scaling: RopeScaling | None, experts: Experts | None) -> LayerSpec:
+def _layer_spec(
+    window: int | None, theta: float, scaling: RopeScaling | None, is_delta: bool, experts: Experts | None
+) -> LayerSpec:
     """Made once: a decode asks at every token."""
-    return LayerSpec(window, Rope(theta, scaling), experts)
+    return LayerSpec(window, Rope(theta, scaling), is_delta, experts)
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +90,15 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Scores are divided by its root; None: by that of `head_dim`."""
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
-    """`FULL` or `SLIDING` for each layer; empty: all are full."""
+    """`FULL`, `SLIDING` or `LINEAR` for each layer; empty: all are full."""
+    partial_rotary_factor: float = 1.0
+    """Which part of a head is turned."""
+    linear_conv_kernel_dim: int | None = None
+    """Of gated delta nets, here and below; None where the family has none."""
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
     num_experts: int = 0
     """Experts of each layer that is a mixture of them; 0 in families that have none."""
     num_experts_per_tok: int = 0
@@ -103,7 +118,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         for key in _SIZES:
             if (value := getattr(self, key)) < 1:
                 raise ModelError(f"{key}: {value} is too small; it must be at least 1")
-            if value > (most := _MOST_LAYERS if key == "num_hidden_layers" else _MOST):
+            if value > (most := _MOST_LAYERS if key == "num_hidden_layers" else MOST):
                 raise ModelError(f"{key}: {value} is too large; it must be at most {most}")
         for key in ("rope_theta", "local_rope_theta", "rms_norm_eps", "query_pre_attn_scalar"):
             value = getattr(self, key)
@@ -118,38 +133,35 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelError(f"rope_theta: {self.rope_theta} is refused; YaRN needs a base above 1")
         if self.head_dim % 2:
             raise ModelError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
-        self._check_windows()
-        self._check_experts()
+        check_layers(msgspec.structs.asdict(self), self.family)
 
-    def _check_experts(self) -> None:
-        if not self.family.experts:
-            return
-        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
-            if (value := getattr(self, key)) < 1:
-                raise ModelError(f"{key}: {value} is too small; it must be at least 1")
-            if value > (most := MOST_EXPERTS if key == "num_experts" else _MOST):
-                raise ModelError(f"{key}: {value} is too large; it must be at most {most}")
-        if self.num_experts_per_tok > self.num_experts:
-            raise ModelError(
-                f"num_experts_per_tok: {self.num_experts_per_tok} is refused; there are {self.num_experts} experts "
-                "(num_experts)"
-            )
-        if beyond := [index for index in self.mlp_only_layers if not 0 <= index < self.num_hidden_layers]:
-            raise ModelError(
-                f"mlp_only_layers: {beyond[0]} is refused; layers are counted from 0 and num_hidden_layers is "
-                f"{self.num_hidden_layers}"
-            )
+    @property
+    def delta(self) -> DeltaSizes:
+        """The sizes of its gated delta nets, in a family that has them."""
+        taps, a, b, K, H = (getattr(self, key) for key in DELTA_KEYS)
+        return DeltaSizes(K, H, a, b, taps)
 
-    def _check_windows(self) -> None:
-        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
-            raise ModelError(
-                f"layer_types: {len(self.layer_types)} entries are refused; num_hidden_layers is "
-                f"{self.num_hidden_layers}"
-            )
-        if SLIDING in self.layer_types and (self.sliding_window or 0) < 1:
-            raise ModelError(
-                f"sliding_window: {self.sliding_window} is refused; layers with a window need one of at least 1 token"
-            )
+    @property
+    def delta_layers(self) -> int:
+        """How many layers are gated delta nets."""
+        return self.layer_types.count(LINEAR)
+
+    @property
+    def attention_layers(self) -> int:
+        """How many layers have attention."""
+        return self.num_hidden_layers - self.delta_layers
+
+    def place(self, index: int) -> int:
+        """The number of a layer among those of its sort, that have attention or are gated delta nets."""
+        if LINEAR not in self.layer_types:
+            return index
+        before = self.layer_types[:index].count(LINEAR)
+        return before if self.layer_types[index] == LINEAR else index - before
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head are turned, its first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def family(self) -> Family:
@@ -161,10 +173,10 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self._spec(self.layer_types[index] if self.layer_types else FULL, self._experts(index))
 
     def _spec(self, kind: str, experts: Experts | None = None) -> LayerSpec:
-        window = None if kind == FULL else self.sliding_window
-        if kind == FULL or self.local_rope_theta is None:
-            return _layer_spec(window, self.rope_theta, self.rope_scaling, experts)
-        return _layer_spec(window, self.local_rope_theta, None, experts)
+        window = self.sliding_window if kind == SLIDING else None
+        if kind != SLIDING or self.local_rope_theta is None:
+            return _layer_spec(window, self.rope_theta, self.rope_scaling, kind == LINEAR, experts)
+        return _layer_spec(window, self.local_rope_theta, None, False, experts)
 
     def _experts(self, index: int) -> Experts | None:
         if not self.family.experts or (index + 1) % self.decoder_sparse_step or index in self.mlp_only_layers:
@@ -193,6 +205,11 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         """What scores are multiplied by."""
         scalar = self.head_dim if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar
         return float(scalar**-0.5)
+
+    @property
+    def query_size(self) -> int:
+        """Rows of the matrix of the queries, and of the gates beside them."""
+        return self.num_attention_heads * self.head_dim * (2 if self.family.gates_attention else 1)
 
     @property
     def biased(self) -> str:
@@ -230,6 +247,8 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             del settings[key]
         family, packed = self.family, {} if self.quantization is None else quantization_table(self.quantization)
         rope = {**rope_table(self.rope_scaling), "rope_theta": self.rope_theta}
+        if self.partial_rotary_factor != 1.0 or "partial_rotary_factor" in family.rope_keys:
+            rope["partial_rotary_factor"] = self.partial_rotary_factor
         bias = {} if family.biases == "qkv" else {"attention_bias": self.attention_bias}
         return {
             "architectures": [family.architecture],
@@ -237,6 +256,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             **bias,
             family.activation_key: ACTIVATION_NAMES[family.activation][0],
             **self._windows_to_dict(),
+            **self._delta_to_dict(),
             **settings,
             "rope_scaling": None if self.rope_scaling is None else rope_table(self.rope_scaling),
             **self._scalar_to_dict(),
@@ -252,7 +272,18 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
             return {}
         return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
+    def _delta_to_dict(self) -> dict[str, Any]:
+        if not self.family.has_delta:
+            return {}
+        kinds = list(self.layer_types) or [FULL] * self.num_hidden_layers
+        every = next((n for n in range(1, len(kinds) + 2) if layers_by_pattern(n, len(kinds), LINEAR) == kinds), None)
+        own = {key: getattr(self, key) for key in ("partial_rotary_factor", *DELTA_KEYS)}
+        interval = {} if every is None else {"full_attention_interval": every}  # which mlx-lm goes by
+        return {"layer_types": kinds, **interval, "attn_output_gate": True, **own}
+
     def _windows_to_dict(self) -> dict[str, Any]:
+        if self.family.has_delta:
+            return {}
         if self.family.windows == "none":
             return {"use_sliding_window": False, "sliding_window": None}
         if self.family.windows == "all":
@@ -264,6 +295,8 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _TOLD_APART = (
+    *DELTA_KEYS,
+    "partial_rotary_factor",
     "model_type",
     "local_rope_theta",
     "attention_bias",
@@ -290,10 +323,6 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-_MOST = 2**31 - 1
-"""What MLX can count along one axis."""
-MOST_EXPERTS = 1024
-"""What MLX multiplies at a time on NVIDIA cards."""
 _MOST_LAYERS = 4096
 """Far above every network there is: each layer has names of its own, which are all made before a file is looked at."""
 

@@ -11,7 +11,9 @@ from troupe.policy.network.families import (
     ACTIVATION_NAMES,
     FAMILIES,
     FULL,
+    LINEAR,
     SLIDING,
+    WRAPPED,
     Family,
     family_of,
     layers_by_pattern,
@@ -29,6 +31,11 @@ _REQUIRED = (
 )
 _OF_SOME = (
     "query_pre_attn_scalar",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -47,9 +54,26 @@ _DEFAULT_WINDOW = 4096
 """Of `sliding_window` where a config.json leaves it out, as in transformers; null is none."""
 
 
+def text_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parsed config.json, or of one for images and text what it says of the part for text. Raises ModelError."""
+    outer = settings.get("model_type")
+    if not isinstance(outer, str) or outer not in WRAPPED:
+        return settings
+    text, inner = settings.get("text_config"), WRAPPED[outer]
+    if not isinstance(text, Mapping):
+        raise ModelError(f"text_config: missing; the config.json of a {outer} must say of what its text part is")
+    if text.get("model_type", inner) != inner:
+        raise ModelError(f"text_config.model_type: {text['model_type']!r} is refused; in a {outer} it is {inner!r}")
+    around = ("tie_word_embeddings", "dtype", "torch_dtype", "eos_token_id", "quantization", "quantization_config")
+    return {**{key: settings[key] for key in around if key in settings}, **text, "model_type": inner} | (
+        {"tie_word_embeddings": settings["tie_word_embeddings"]} if "tie_word_embeddings" in settings else {}
+    )
+
+
 def fields_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Those of the fields `names` that a config.json, or its family, says anything of. Raises ModelError, its message
     starting with the key at fault."""
+    settings = text_settings(settings)
     family = family_of(settings.get("model_type"))
     _refuse_unsupported(settings, family)
     found = {name: value for name, value in family.defaults.items() if name in names}
@@ -101,6 +125,8 @@ def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:
     for key in _PLAIN:
         if settings.get(key):
             raise ModelError(f"{key}: {settings[key]!r} is not supported; leave it out if the network does without")
+    if family.gates_attention and settings.get("attn_output_gate") is False:
+        raise ModelError("attn_output_gate: false is not supported; what attention gives is gated in such a network")
     if settings.get("is_causal") is False or settings.get("use_bidirectional_attention"):
         key = "is_causal" if settings.get("is_causal") is False else "use_bidirectional_attention"
         raise ModelError(f"{key}: {settings[key]!r} is not supported; a token sees only those before it")
@@ -111,6 +137,8 @@ def _windows(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
     layers, count = settings.get("layer_types"), settings.get("num_hidden_layers")
     window = settings.get("sliding_window", family.defaults.get("sliding_window", _DEFAULT_WINDOW))
     kinds: list[str] = []
+    if family.has_delta:
+        return {"sliding_window": None, "layer_types": _with_delta(settings, family, count)}
     if layers is not None:
         kinds = _checked_kinds(layers, count, family)
     elif family.windows == "none" and settings.get("use_sliding_window") and window:
@@ -135,7 +163,7 @@ def _windows(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def _checked_kinds(layers: Any, count: Any, family: Family) -> list[str]:
     if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
         raise ModelError(f"layer_types: {layers!r} is refused; it must be a list of names, one a layer")
-    known = (FULL,) if family.windows == "none" else (FULL, SLIDING)
+    known = (FULL, LINEAR) if family.has_delta else (FULL,) if family.windows == "none" else (FULL, SLIDING)
     if any(kind not in known for kind in layers):
         raise ModelError(
             f"layer_types: {sorted(set(layers))} is not supported; every layer must be {' or '.join(map(repr, known))}"
@@ -147,10 +175,23 @@ def _checked_kinds(layers: Any, count: Any, family: Family) -> list[str]:
 
 def _by_pattern(settings: Mapping[str, Any], family: Family, count: int) -> list[str]:
     """Every n-th layer sees all, the others a window."""
-    every = settings.get("sliding_window_pattern")
-    every = family.defaults["sliding_window_pattern"] if every is None else every
+    return layers_by_pattern(_every("sliding_window_pattern", settings, family), min(count, _MOST))
+
+
+def _with_delta(settings: Mapping[str, Any], family: Family, count: Any) -> list[str]:
+    """Where some layers are gated delta nets: what `layer_types` says, else every n-th layer sees all."""
+    if (layers := settings.get("layer_types")) is not None:
+        kinds = _checked_kinds(layers, count, family)
+    else:
+        every = _every("full_attention_interval", settings, family)
+        kinds = layers_by_pattern(every, min(count, _MOST), LINEAR) if isinstance(count, int) else []
+    return kinds if LINEAR in kinds else []
+
+
+def _every(key: str, settings: Mapping[str, Any], family: Family) -> int:
+    """Each so many-th layer sees all tokens."""
+    every = settings.get(key)
+    every = family.defaults[key] if every is None else every
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ModelError(
-            f"sliding_window_pattern: {every!r} is refused; it says that each so many-th layer sees all tokens"
-        )
-    return layers_by_pattern(every, min(count, _MOST))
+        raise ModelError(f"{key}: {every!r} is refused; it says that each so many-th layer sees all tokens")
+    return every

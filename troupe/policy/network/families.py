@@ -19,8 +19,9 @@ ACTIVATION_NAMES: Mapping[Activation, tuple[str, ...]] = {
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
 }
 """What transformers calls them, the usual name first."""
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers, as `layer_types` has them: one sees all that came before, the other a window of it."""
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+"""Kinds of layers, as `layer_types` has them: one sees all that came before, another a window of it, and the last
+carries a memory of it on: a gated delta net."""
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +48,14 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     windows: Literal["none", "all", "by_layer"] = "none"
     """Which layers see only the last `sliding_window` tokens, their own among them: none, all where there is a window,
     or those that `layer_types` or `sliding_window_pattern` say."""
+    has_delta: bool = False
+    """Whether there are gated delta nets in the layers that `layer_types` or `full_attention_interval` say."""
+    gates_attention: bool = False
+    """Whether what attention gives is multiplied by σ of a gate, which the queries' matrix gives beside each head."""
+    rope_keys: frozenset[str] = frozenset()
+    """Further keys of its rotary positions: which part of a head they turn, and what means nothing for text alone."""
+    other_parts: frozenset[str] = frozenset()
+    """What the parts of its folders are called that are passed over: what sees images, and foretells several tokens."""
     experts: bool = False
     """Whether layers are mixtures of experts: those that `decoder_sparse_step` and `mlp_only_layers` say."""
     ropes: frozenset[str] = frozenset({"default", "yarn"})
@@ -139,10 +148,38 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "sliding_window_pattern": 6,
             },
         ),
+        "qwen3_5_text": Family(
+            architecture="Qwen3_5ForCausalLM",
+            bare="Qwen3_5TextModel",
+            biases="as_said",
+            qk_norm=True,
+            norm_offset=1.0,
+            has_delta=True,
+            gates_attention=True,
+            rope_keys=frozenset({"partial_rotary_factor", "mrope_section", "mrope_interleaved"}),
+            other_parts=frozenset({"visual", "vision_tower", "mtp"}),
+            defaults={
+                "head_dim": 256,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+                "partial_rotary_factor": 0.25,
+                "full_attention_interval": 4,
+                "linear_conv_kernel_dim": 4,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+                "linear_num_key_heads": 16,
+                "linear_num_value_heads": 32,
+            },
+        ),
     }
 )
 """`model_type` → what it says. Sources, as transformers computes them: Qwen3 (arXiv:2505.09388), Qwen2.5
-(arXiv:2412.15115), Llama 3 (arXiv:2407.21783), Mistral 7B (arXiv:2310.06825), Gemma 3 (arXiv:2503.19786)."""
+(arXiv:2412.15115), Llama 3 (arXiv:2407.21783), Mistral 7B (arXiv:2310.06825), Gemma 3 (arXiv:2503.19786); Qwen3.5
+by its code there, its layers without attention being Gated DeltaNet's (arXiv:2412.06464)."""
+
+WRAPPED: Mapping[str, str] = MappingProxyType({"qwen3_5": "qwen3_5_text"})
+"""`model_type` of networks for images and text → that of their part for text, which stands in `text_config`, and which
+is all that is read of them."""
 
 _REFUSED = {
     "gemma3": "this is a network for images and text; save the part for text alone, with transformers: "
@@ -164,6 +201,6 @@ def family_of(model_type: object) -> Family:
     raise ModelError(f"model_type: {model_type!r} is not supported; Troupe trains {known}{nearest}")
 
 
-def layers_by_pattern(every: int, count: int) -> list[str]:
-    """Kinds of layers, of which each so many-th sees all and the others a window."""
-    return [SLIDING if (index + 1) % every else FULL for index in range(count)]
+def layers_by_pattern(every: int, count: int, others: str = SLIDING) -> list[str]:
+    """Kinds of layers, of which each so many-th sees all and the others are of another kind."""
+    return [others if (index + 1) % every else FULL for index in range(count)]

@@ -18,12 +18,12 @@ import mlx.core as mx
 
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_mask
+from troupe.policy.network.delta import DeltaInputs, DeltaSizes, DeltaState, gated_norm, rates, through_rows
 from troupe.policy.network.dropout import Dropout
-from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.experts import Places, Routed, Stack, likeliest, shares
 from troupe.policy.network.gating import gated
 from troupe.policy.network.head import embed
-from troupe.policy.network.linear import BIAS, JOINED, A, Linear, by_columns
+from troupe.policy.network.linear import JOINED, A, Linear
 from troupe.policy.network.rotation import Rotation, Rotations
 from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import (
@@ -39,7 +39,8 @@ from troupe.policy.network.tensors import (
 
 
 class Attention(Protocol):
-    """How the queries of new tokens meet keys and values, their own and earlier ones."""
+    """How the queries of new tokens meet keys and values, their own and earlier ones, and what a gated delta net
+    carries on to them. Layers are counted among those of their sort (`NetworkConfig.place`)."""
 
     @property
     def offset(self) -> int | mx.array:
@@ -50,6 +51,9 @@ class Attention(Protocol):
     ) -> mx.array:
         """Queries (B, H, T, d), new keys and values (B, K, T, d), all rotated → (B, H, T, d). `window`: how many tokens
         each sees at most, itself among them."""
+
+    def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
+        """What the gated delta rule gives of new tokens, behind earlier ones: float32 (B, T, value heads, b)."""
 
 
 class WholeRows:
@@ -62,6 +66,9 @@ class WholeRows:
     ) -> mx.array:
         mask = attention_mask(q.shape[2], k.shape[2], window)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+    def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
+        return through_rows(inputs, DeltaState.empty(inputs.mixed.shape[0], sizes), sizes, paced=False)[0]
 
 
 def hidden_states(
@@ -116,60 +123,13 @@ def project(config: NetworkConfig, weights: Weights, hidden: mx.array) -> mx.arr
     return head_of(config, weights)(hidden)
 
 
-def fuse_projections(config: NetworkConfig, weights: Weights, *, uses_up: bool = False) -> dict[str, mx.array]:
-    """The same network for decoding: q, k, v as one matrix and gate, up as one, which takes fewer and larger products.
-
-    On a CPU gate and up stay apart, since halves of a product's rows are not contiguous, and these matrices lie column
-    by column. Matrices that are packed in different ways stay apart, too, and those of experts. Copies those matrices,
-    layer by layer (evaluated); shares the others. With `uses_up` it takes them out of `weights`, a dict, so that
-    nothing is there twice. `hidden_states`, `project` and gradients take the result.
-    """
-    fused = dict(weights)
-    if uses_up:
-        assert isinstance(weights, dict)
-        weights.clear()
-    on_cpu = is_on_cpu()
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}."
-        made: dict[str, mx.array] = {}
-        for whole, parts in JOINED.items():
-            if whole == GATE_UP and config.layer(index).experts is not None:
-                continue
-            if on_cpu and whole == GATE_UP:
-                made |= {f"{layer}{part}.weight": by_columns(fused[f"{layer}{part}.weight"]) for part in parts}
-            elif config.quantization is None or _are_packed_alike(config, [layer + part for part in parts]):
-                made |= _joined(fused, layer + whole, [layer + part for part in parts], on_cpu=on_cpu)
-        if config.family.qk_norm:
-            made[f"{layer}{QK_NORM}.weight"] = _both_norms(config, fused, f"{layer}self_attn.")
-        mx.eval(made)
-        fused |= made
-    return fused
-
-
 QKV, GATE_UP = JOINED
+DELTA = "linear_attn."
+DELTA_PARTS = [f"{DELTA}in_proj_{name}" for name in ("qkv", "z", "b", "a")]
+DELTA_OUT = f"{DELTA}out_proj"
+DELTA_KERNEL = "conv1d.weight"
+DELTA_NORM = "norm.weight"
 QK_NORM = "self_attn.qk_norm"
-
-
-def _are_packed_alike(config: NetworkConfig, modules: Sequence[str]) -> bool:
-    assert config.quantization is not None
-    return len({config.quantization.of(module) for module in modules}) == 1
-
-
-def _joined(weights: dict[str, mx.array], whole: str, parts: Sequence[str], *, on_cpu: bool) -> dict[str, mx.array]:
-    """Some matrices as one, out of the dict that has them."""
-    made = {}
-    for kind in (".weight", ".scales", ".biases", BIAS):
-        if parts[0] + kind in weights:
-            joined = mx.concatenate([weights.pop(part + kind) for part in parts])
-            made[whole + kind] = by_columns(joined) if on_cpu and joined.ndim == 2 else joined
-    return made
-
-
-def _both_norms(config: NetworkConfig, weights: dict[str, mx.array], prefix: str) -> mx.array:
-    """What the norms of queries and keys multiply by, one row a head (H + K, d)."""
-    norms = [(config.num_attention_heads, "q_norm"), (config.num_key_value_heads, "k_norm")]
-    scales = [(heads, norm_scale(config, weights[f"{prefix}{name}.weight"])) for heads, name in norms]
-    return mx.concatenate([mx.tile(scale, (heads, 1)) for heads, scale in scales])
 
 
 class Layer:
@@ -186,6 +146,8 @@ class Layer:
         self.config, self.index, self._dropout, self.routes = config, index, dropout, routes
         self._weights, self._prefix = weights, f"model.layers.{index}."
         self.family, self.spec = config.family, config.layer(index)
+        self.place = config.place(index)
+        """Its number among the layers of its sort."""
 
     def norm(self, name: str) -> mx.array:
         """What one of its norms, such as "input_layernorm", multiplies by."""
@@ -212,6 +174,7 @@ class Layer:
     def has_adapters(self) -> bool:
         """Whether beside any of its matrices there is one."""
         modules = [name for whole in JOINED for name in self.parts(whole)] + ["self_attn.o_proj", "mlp.down_proj"]
+        modules += [*DELTA_PARTS, DELTA_OUT]
         return any(f"{self._prefix}{module}{A}.weight" in self._weights for module in modules)
 
     def parts(self, whole: str) -> Sequence[str]:
@@ -226,7 +189,7 @@ class Layer:
         config, d = self.config, self.config.head_dim
         if whole == GATE_UP:
             return list(mx.split(found[0], 2, axis=-1))
-        ends = [config.num_attention_heads * d, (config.num_attention_heads + config.num_key_value_heads) * d]
+        ends = [config.query_size, config.query_size + config.num_key_value_heads * d]
         return list(mx.split(found[0], ends, axis=-1))
 
     def joined_inputs(self, whole: str, y: mx.array) -> mx.array:
@@ -235,8 +198,25 @@ class Layer:
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
     def attention_inputs(self, x: mx.array) -> list[mx.array]:
-        """(B, T, D) → queries, keys and values (B, T, heads, d), neither normalized nor rotated."""
-        return [self._heads(part) for part in self.inputs(QKV, self.normalized("input_layernorm", x))]
+        """(B, T, D) → queries, keys and values (B, T, heads, d), neither normalized nor rotated; and where attention is
+        gated, its gates, like the queries, a head of which stands before each of theirs in what the matrix gives."""
+        q, *rest = [self._heads(part) for part in self.inputs(QKV, self.normalized("input_layernorm", x))]
+        return [q[:, :, 0::2], *rest, q[:, :, 1::2]] if self.family.gates_attention else [q, *rest]
+
+    def delta_products(self, x: mx.array) -> list[mx.array]:
+        """(B, T, D) → what a gated delta net mixes, gates by, and has its rates and decays from, each (B, T, out)."""
+        y = self.normalized("input_layernorm", x)
+        return [self.linear(name)(y) for name in DELTA_PARTS]
+
+    def delta_tensor(self, name: str) -> mx.array:
+        """A tensor of a gated delta net that is no matrix, by its name in it; of a convolution (C, taps)."""
+        tensor = self._weights[f"{self._prefix}{DELTA}{name}"]
+        return tensor.squeeze(1) if tensor.ndim == 3 else tensor
+
+    def delta_inputs(self, mixed: mx.array, a: mx.array, b: mx.array) -> DeltaInputs:
+        """For `Attention.recur`, of three of its products."""
+        decay, rate = rates(a, b, self.delta_tensor("A_log"), self.delta_tensor("dt_bias"))
+        return DeltaInputs(mixed, decay, rate, self.delta_tensor(DELTA_KERNEL))
 
     def mlp(self, x: mx.array) -> mx.array:
         """(B, T, D) → what the MLP, or the experts, give of it, (B, T, D)."""
@@ -292,12 +272,12 @@ class Layer:
         q, k = (rotate(self.normalized(name, y).swapaxes(1, 2)) for y, name in zip((q, k), names, strict=True))
         return q, k
 
-    def rotated_inputs(self, x: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array, mx.array]:
-        """(B, T, D) → queries, keys and values (B, heads, T, d), normalized and rotated."""
+    def rotated_inputs(self, x: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+        """(B, T, D) → queries, keys and values (B, heads, T, d), normalized and rotated, and gates (B, T, H, d)."""
         H, K, qk_norm = self.config.num_attention_heads, self.config.num_key_value_heads, self.family.qk_norm
         if (f"{self._prefix}{QK_NORM}.weight" if qk_norm else f"{self._prefix}{QKV}.weight") not in self._weights:
-            q, k, v = self.attention_inputs(x)
-            return *self.turned(q, k, rotate), v.swapaxes(1, 2)
+            q, k, v, *gate = self.attention_inputs(x)
+            return *self.turned(q, k, rotate), v.swapaxes(1, 2), gate[0] if gate else None
         qkv = self._heads(self.joined_inputs(QKV, self.normalized("input_layernorm", x)))
         both = qkv[:, :, : H + K]
         if qk_norm:
@@ -306,7 +286,7 @@ class Layer:
             both = mx.fast.rms_norm(both, None, self.config.rms_norm_eps) * scales
             both = both.astype(x.dtype) if self.family.norm_offset else both
         both = rotate(both.swapaxes(1, 2))
-        return both[:, :H], both[:, H:], qkv[:, :, H + K :].swapaxes(1, 2)
+        return both[:, :H], both[:, H:], qkv[:, :, H + K :].swapaxes(1, 2), None
 
     def _heads(self, y: mx.array) -> mx.array:
         return y.reshape(*y.shape[:2], -1, self.config.head_dim)
@@ -314,9 +294,27 @@ class Layer:
 
 def _through_layer(layer: Layer, x: mx.array, attention: Attention, rotations: Rotations) -> mx.array:
     """(B, T, D) → (B, T, D)."""
-    config, spec = layer.config, layer.spec
-    turned = layer.rotated_inputs(x, rotations.of(spec.rope))
-    o = attention.attend(layer.index, *turned, config.attention_scale, spec.window)
-    o = layer.linear("self_attn.o_proj")(o.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+    if layer.spec.is_delta:
+        o = _through_delta(layer, x, attention)
+    else:
+        config, spec = layer.config, layer.spec
+        *turned, gate = layer.rotated_inputs(x, rotations.of(spec.rope))
+        q, k, v = turned
+        o = attention.attend(layer.place, q, k, v, config.attention_scale, spec.window)
+        o = o.swapaxes(1, 2) if gate is None else gated_heads(o.swapaxes(1, 2), gate)
+        o = layer.linear("self_attn.o_proj")(o.reshape(*x.shape[:2], -1))
     x = layer.behind_attention(x, o)
     return layer.behind_mlp(x, layer.mlp(x))
+
+
+def gated_heads(o: mx.array, gate: mx.array) -> mx.array:
+    """What attention gives, times σ of its gate, elementwise."""
+    return o * mx.sigmoid(gate)
+
+
+def _through_delta(layer: Layer, x: mx.array, attention: Attention) -> mx.array:
+    """(B, T, D) → what a gated delta net adds to it."""
+    mixed, z, b, a = layer.delta_products(x)
+    o = attention.recur(layer.place, layer.delta_inputs(mixed, a, b), layer.config.delta).astype(mixed.dtype)
+    y = gated_norm(o, z, layer.delta_tensor(DELTA_NORM), layer.config.rms_norm_eps)
+    return layer.linear(DELTA_OUT)(y)

@@ -34,6 +34,14 @@ JOINED: Mapping[str, Sequence[str]] = {
 """Matrices of a layer that have the same input, and what they are called as one."""
 
 
+def groups(names: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The matrices of a layer, by their names in it, as they may be joined: first those that are, by the name of the
+    whole, then each of the others."""
+    joined = {whole: parts for whole, parts in JOINED.items() if parts[0] in names}
+    inside = {part for parts in joined.values() for part in parts}
+    return joined | {name: [name] for name in names if name not in inside}
+
+
 class Linear(NamedTuple):
     """One matrix and what stands beside it; the formula stands at the head of this file."""
 

@@ -23,6 +23,8 @@ from troupe.policy.network.attention import (
     gradient_of_rows,
     query_blocks,
 )
+from troupe.policy.network.delta import DeltaInputs, DeltaSizes
+from troupe.policy.network.delta_packing import PackedRows
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.layouts import Cells, WholeRows, differentiable_read
 
@@ -45,7 +47,10 @@ class Packing:
         rows = iter(inner)
         lengths = [len(prompt) for prompt in distinct]
         self._prompts = Cells(lengths)
-        self._completions = Cells([next(rows) if g < size else 0 for size in sizes for g in range(G)])
+        own = [next(rows) if g < size else 0 for size in sizes for g in range(G)]
+        self._completions = Cells(own)
+        self.rows = PackedRows(self._prompts, self._completions, lengths, own)
+        """What gated delta nets go through."""
         self._members = Cells(sizes)
         self._begun = Cells([min(1, len(completion)) for completion in completions])
         self._rows = Cells([len(completion) for completion in completions])
@@ -122,6 +127,10 @@ class Packing:
             return self.attend_gradient(q, k, v, scale, cotangents[0], outputs, window)
 
         return cast("tuple[mx.array, mx.array]", attended(q, k, v))[0]
+
+    def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
+        """All (1, N, …)."""
+        return self.rows.through(inputs, sizes, paced=False)
 
     def attend_keeping(
         self, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from troupe.policy.network.families import layers_by_pattern
+from troupe.policy.network.families import LINEAR, layers_by_pattern
 from troupe.policy.network.rotary import Llama3Scaling
 
 Settings = Mapping[str, Any]
@@ -115,6 +115,17 @@ PUBLISHED: Mapping[str, Settings] = MappingProxyType(
         "Qwen3-8B": _qwen3(36, 4096, 12288, 32, tied=False),
         "Qwen3-14B": _qwen3(40, 5120, 17408, 40, tied=False),
         "Qwen3-32B": _qwen3(64, 5120, 25600, 64, tied=False),
+        "Qwen3.5-9B": _published(
+            *("qwen3_5_text", 32, 4096, 12288, (16, 4), 256),
+            vocab_size=248320,
+            partial_rotary_factor=0.25,
+            layer_types=tuple(layers_by_pattern(4, 32, LINEAR)),
+            linear_conv_kernel_dim=4,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            linear_num_key_heads=16,
+            linear_num_value_heads=32,
+        ),
         "Qwen3-30B-A3B": _qwen3_moe(48, 2048, (6144, 768), 32, experts=(128, 8)),
         "Qwen3-235B-A22B": _qwen3_moe(94, 4096, (12288, 1536), 64, experts=(128, 8)),
         "Qwen2.5-0.5B": _qwen2(24, 896, 4864, (14, 2)),
@@ -138,4 +149,5 @@ PUBLISHED: Mapping[str, Settings] = MappingProxyType(
         "gemma-3-1b": _gemma3(26, 1152, 6912),
     }
 )
-"""Networks as they are published, by name; sizes as in their folders and reports (`FAMILIES` names these)."""
+"""Networks as they are published, by name; sizes as in their folders and reports (`FAMILIES` names these);
+Qwen3.5-9B as transformers has it by default."""

@@ -22,7 +22,8 @@ _TYPE_KEYS = ("rope_type", "type")
 _LOCAL_THETA = "rope_local_base_freq"
 _NAMES = frozenset().union(*(kind.__struct_fields__ for kind in SCALINGS.values()))
 _TRAINED = "original_max_position_embeddings"
-_KNOWN = frozenset({*_TYPE_KEYS, "rope_theta", "partial_rotary_factor", *_NAMES})
+_PARTIAL = "partial_rotary_factor"
+_KNOWN = frozenset({*_TYPE_KEYS, "rope_theta", _PARTIAL, *_NAMES})
 
 
 class _Table(NamedTuple):
@@ -33,8 +34,8 @@ class _Table(NamedTuple):
 
 
 def rope_settings(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """A parsed config.json → the keys rope_theta, rope_scaling and local_rope_theta of a `NetworkConfig`. Raises
-    ModelError.
+    """A parsed config.json → the keys rope_theta, rope_scaling, local_rope_theta and partial_rotary_factor of a
+    `NetworkConfig`. Raises ModelError.
 
     Where a `rope_scaling` stands beside `rope_parameters`, as Qwen's guide to YaRN has one add it, that one counts, as
     it does in transformers and mlx-lm.
@@ -47,8 +48,9 @@ def rope_settings(settings: Mapping[str, Any], family: Family) -> dict[str, Any]
     chosen = scaling if scaling.given else nested
     kind = _kind(chosen, family)
     for table in (scaling, nested, local):
-        _refuse_unknown(table)
-    _refuse_partial("partial_rotary_factor", settings)
+        _refuse_unknown(table, family)
+    if _PARTIAL not in family.rope_keys:
+        _refuse_partial(_PARTIAL, settings)
     theta = _theta({**dict(_named(chosen)), "rope_theta": settings.get("rope_theta", _UNSAID), **dict(_named(nested))})
     found = {
         "rope_theta": family.defaults.get("rope_theta", DEFAULT_ROPE_THETA) if theta is None else theta,
@@ -59,6 +61,9 @@ def rope_settings(settings: Mapping[str, Any], family: Family) -> dict[str, Any]
             raise ModelError(f"{local.key}.rope_type: {_kind(local, family)!r} is not supported; it must be 'default'")
         theta = _theta({**dict(_named(local)), _LOCAL_THETA: settings.get(_LOCAL_THETA, _UNSAID)})
         found["local_rope_theta"] = family.defaults["local_rope_theta"] if theta is None else theta
+    if _PARTIAL in family.rope_keys:
+        said = (place.get(_PARTIAL) for place in (chosen.given, nested.given, settings, family.defaults))
+        found[_PARTIAL] = next(factor for factor in said if factor is not None)
     return found
 
 
@@ -113,7 +118,7 @@ def _kind(table: _Table, family: Family) -> str:
     return str(kind)
 
 
-def _refuse_unknown(table: _Table) -> None:
+def _refuse_unknown(table: _Table, family: Family) -> None:
     key, given = table
     for name, value in given.items():
         if isinstance(value, Mapping):
@@ -121,13 +126,14 @@ def _refuse_unknown(table: _Table) -> None:
                 f"{key}.{name}: an object of its own for a kind of layers is not supported; rope_type and rope_theta "
                 f"must stand in {key} itself"
             )
-        if name not in _KNOWN and value is not None:
+        if name not in _KNOWN | family.rope_keys and value is not None:
             raise ModelError(f"{key}.{name}: {value!r} is not understood; leave it out if the network does without")
-    _refuse_partial(f"{key}.partial_rotary_factor", given)
+    if _PARTIAL not in family.rope_keys:
+        _refuse_partial(f"{key}.{_PARTIAL}", given)
 
 
 def _refuse_partial(key: str, given: Mapping[str, Any]) -> None:
-    factor = given.get("partial_rotary_factor")
+    factor = given.get(_PARTIAL)
     if factor is not None and factor != 1.0:
         raise ModelError(f"{key}: {factor!r} is not supported; all of a head is turned")
 

@@ -12,7 +12,7 @@ class Rotations:
 
     def __init__(self, config: NetworkConfig, T: int, offset: int | mx.array) -> None:
         """T tokens; `offset` as in `Attention.offset`."""
-        self._of = {rope: Rotation(config.head_dim, rope, T, offset) for rope in config.ropes}
+        self._of = {rope: Rotation(config.rotary_dim, rope, T, offset) for rope in config.ropes}
 
     def of(self, rope: Rope) -> "Rotation":
         """The one of a layer."""
@@ -22,9 +22,9 @@ class Rotations:
 class Rotation:
     """Turns queries and keys by rotary positions."""
 
-    def __init__(self, head_dim: int, rope: Rope, T: int, offset: int | mx.array) -> None:
-        """T tokens; `offset` as in `Attention.offset`."""
-        self._d, self._base = head_dim, rope.theta
+    def __init__(self, turned: int, rope: Rope, T: int, offset: int | mx.array) -> None:
+        """T tokens, and the first numbers of a head that are turned, others not; `offset` as in `Attention.offset`."""
+        self._d, self._base = turned, rope.theta
         self._factor = attention_factor(rope.scaling)
         self._offset = offset
         self._periods: mx.array | None = None
@@ -42,6 +42,8 @@ class Rotation:
 
     def __call__(self, y: mx.array) -> mx.array:
         """(B, heads, T, d) turned."""
+        if y.shape[-1] > self._d:
+            return mx.concatenate([self(y[..., : self._d]), y[..., self._d :]], axis=-1)
         if self._has_tables:
             return _turned(y, self._cos, self._sin)
         if isinstance(self._offset, int) or self._offset.ndim == 1:
@@ -52,6 +54,8 @@ class Rotation:
 
     def gradient(self, cotangent: mx.array) -> mx.array:
         """The cotangent of what was turned, from that of the result: turned back."""
+        if cotangent.shape[-1] > self._d:
+            return mx.concatenate([self.gradient(cotangent[..., : self._d]), cotangent[..., self._d :]], axis=-1)
         if self._has_tables:
             return _turned(cotangent, self._cos, -self._sin)
         return mx.vjp(self, [cotangent], [cotangent])[1][0]  # linear: where it is taken does not matter

@@ -21,6 +21,7 @@ Weights: TypeAlias = Mapping[str, mx.array]
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+CONVOLUTION = "linear_attn.conv1d.weight"
 ROUTER = "mlp.gate"
 """The matrix, within a layer, that says how likely experts are."""
 STACKS: Mapping[str, str] = {name: f"{EXPERTS}{name}_proj" for name in ("gate", "up", "down")}
@@ -36,9 +37,14 @@ def expected_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     packed: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        packing = config.quantization.of(module) if len(shape) > 1 else None
+        packing = config.quantization.of(module) if is_packable(name, shape) else None
         packed |= {name: shape} if packing is None else packed_shapes(module, shape, packing)
     return packed
+
+
+def is_packable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix, or a stack of them: no vector, and no convolution."""
+    return len(shape) > 1 and not name.endswith(CONVOLUTION)
 
 
 def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
@@ -58,13 +64,20 @@ def _layer_shapes(config: NetworkConfig, index: int) -> dict[str, tuple[int, ...
     D, d, family = config.hidden_size, config.head_dim, config.family
     matrices, experts = _layer_matrices(config, index), config.layer(index).experts
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (D,)}
-    for name in "qkvo":
-        module = f"self_attn.{name}_proj"
-        shapes[f"{module}.weight"] = matrices[module]
-        if name in config.biased:
-            shapes[f"{module}.bias"] = matrices[module][:1]
-    if family.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+    if config.layer(index).is_delta:
+        sizes = config.delta
+        shapes |= {f"linear_attn.{name}": (sizes.value_heads,) for name in ("A_log", "dt_bias")}
+        shapes[CONVOLUTION] = (sizes.channels, 1, sizes.taps)
+        shapes["linear_attn.norm.weight"] = (sizes.value_dim,)
+        shapes |= {f"{name}.weight": shape for name, shape in matrices.items() if name.startswith("linear_attn")}
+    else:
+        for name in "qkvo":
+            module = f"self_attn.{name}_proj"
+            shapes[f"{module}.weight"] = matrices[module]
+            if name in config.biased:
+                shapes[f"{module}.bias"] = matrices[module][:1]
+        if family.qk_norm:
+            shapes |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
     shapes["post_attention_layernorm.weight"] = (D,)
     if family.norms_behind:
         shapes |= {f"{name}.weight": (D,) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
@@ -78,17 +91,33 @@ def _layer_shapes(config: NetworkConfig, index: int) -> dict[str, tuple[int, ...
 
 def _layer_matrices(config: NetworkConfig, index: int) -> dict[str, tuple[int, int]]:
     """Module within a layer → (out, in), of those through which every token goes; without a router."""
-    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    D, F = config.hidden_size, config.intermediate_size
+    mixing = (_delta_matrices if config.layer(index).is_delta else _attention_matrices)(config)
+    if config.layer(index).experts is not None:
+        return mixing
+    return {**mixing, "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+
+
+def _attention_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
+    D, d = config.hidden_size, config.head_dim
     Hd, Kd = config.num_attention_heads * d, config.num_key_value_heads * d
-    attention = {
-        "self_attn.q_proj": (Hd, D),
+    return {
+        "self_attn.q_proj": (config.query_size, D),
         "self_attn.k_proj": (Kd, D),
         "self_attn.v_proj": (Kd, D),
         "self_attn.o_proj": (D, Hd),
     }
-    if config.layer(index).experts is not None:
-        return attention
-    return {**attention, "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+
+
+def _delta_matrices(config: NetworkConfig) -> dict[str, tuple[int, int]]:
+    D, sizes = config.hidden_size, config.delta
+    return {
+        "linear_attn.in_proj_qkv": (sizes.channels, D),
+        "linear_attn.in_proj_z": (sizes.value_heads * sizes.value_dim, D),
+        "linear_attn.in_proj_b": (sizes.value_heads, D),
+        "linear_attn.in_proj_a": (sizes.value_heads, D),
+        "linear_attn.out_proj": (D, sizes.value_heads * sizes.value_dim),
+    }
 
 
 def linear_shapes(config: NetworkConfig) -> dict[str, tuple[int, int]]:
@@ -187,7 +216,7 @@ def dtype_in(config: NetworkConfig, name: str, dtype: mx.Dtype) -> mx.Dtype:
     """The type of one tensor of a network whose float numbers are of `dtype`."""
     module, _, kind = name.rpartition(".")
     packing = None if config.quantization is None or "norm" in module else config.quantization.of(module)
-    if packing is None or kind in ("biases", "bias"):
+    if packing is None or kind in ("biases", "bias", "A_log", "dt_bias") or module.endswith("conv1d"):
         return dtype
     if kind == "weight":
         return mx.uint32
@@ -199,8 +228,21 @@ def init_weights(config: NetworkConfig, key: mx.array, dtype: mx.Dtype = mx.floa
     shapes = network_shapes(config)
     keys = mx.random.split(key, len(shapes))
     return {
-        name: mx.full(shape, 0.0 if name.endswith(".bias") else 1.0 - config.family.norm_offset, dtype)
+        name: _first_vector(config, name, shape, keys[index]).astype(dtype)
         if len(shape) == 1
-        else (mx.random.normal(shape, key=keys[index]) * config.initializer_range).astype(dtype)
+        else (mx.random.normal(shape, key=keys[index]) * _first_spread(config, name, shape)).astype(dtype)
         for index, (name, shape) in enumerate(shapes.items())
     }
+
+
+def _first_vector(config: NetworkConfig, name: str, shape: tuple[int, ...], key: mx.array) -> mx.array:
+    if name.endswith("A_log"):
+        return mx.log(mx.random.uniform(0.01, 16.0, shape, key=key))
+    if name.endswith(("dt_bias", "linear_attn.norm.weight")):
+        return mx.ones(shape)
+    return mx.full(shape, 0.0 if name.endswith(".bias") else 1.0 - config.family.norm_offset)
+
+
+def _first_spread(config: NetworkConfig, name: str, shape: tuple[int, ...]) -> float:
+    """Of matrices, and of the taps of a convolution."""
+    return math.sqrt(1.0 / (3 * shape[-1])) if name.endswith(CONVOLUTION) else config.initializer_range
