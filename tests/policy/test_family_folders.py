@@ -221,6 +221,31 @@ def test_packed_matrices_are_computed_with_as_with_their_numbers(
     assert np.abs(logits(beside) - logits(other)).max() <= 2e-4
 
 
+def test_the_text_part_of_a_folder_for_images_and_text_is_read_and_saved_and_the_rest_told(tmp_path: Path) -> None:
+    policy = saved("qwen3_5", tmp_path / "text")
+    tensors = mx.load(str(tmp_path / "text" / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    renamed = {key.replace("model.", "model.language_model.", 1): array for key, array in tensors.items()}
+    others = {"model.visual.blocks.0.norm1.weight": mx.ones(3), "mtp.layers.0.input_layernorm.weight": mx.ones(3)}
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    mx.save_safetensors(str(whole / "model.safetensors"), renamed | others)
+    text = policy.config.to_dict() | {"mtp_num_hidden_layers": 1}
+    outer = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": text}
+    (whole / "config.json").write_text(json.dumps(outer | {"tie_word_embeddings": False}))
+    read = load_policy(whole)
+    assert np.array_equal(logits(read), logits(policy))
+    [notice] = read.notices
+    assert "only the part for text" in notice
+    assert "images and what foretells several tokens" in notice
+    read.save(tmp_path / "again")
+    again = load_policy(tmp_path / "again")
+    assert again.config == policy.config
+    assert np.array_equal(logits(again), logits(policy))
+    settings = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (settings["model_type"], settings["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
+
+
 # with other tools
 
 
