@@ -5,6 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 import mlx.core as mx
@@ -39,6 +40,9 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     modules: Mapping[str, Adapted]
     """Name of a module, such as "model.layers.0.self_attn.q_proj" → its adapter, in the network's order."""
     dropout: float = 0.0
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.dropout, *self.modules.items()))
 
 
 def resolve_adapter(config: AdapterConfig, network: NetworkConfig) -> Adapter:
@@ -187,6 +191,7 @@ def adapter_shapes(network: NetworkConfig, adapter: Adapter) -> dict[str, tuple[
     return shapes
 
 
+@lru_cache
 def adapter_parameter_count(network: NetworkConfig, adapter: Adapter) -> int:
     """Numbers that are trained."""
     return sum(math.prod(shape) for shape in adapter_shapes(network, adapter).values())

@@ -19,6 +19,7 @@ that is held is exact; the factors of the others are measured on a CPU with MLX 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -60,6 +61,7 @@ def fused_copy_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
     return config.attention_layers * layer + dense * 2 * config.intermediate_size * D * dtype.size
 
 
+@lru_cache
 def decoding_adapter_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype) -> int:
     """What `Base.for_decoding` makes of a version: the matrices with the adapter in them, where they are added up; else
     A, and B in blocks, of the matrices that are joined."""

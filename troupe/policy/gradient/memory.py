@@ -27,6 +27,7 @@ and on an H100.
 
 import math
 from collections import Counter
+from functools import lru_cache
 
 import mlx.core as mx
 import msgspec
@@ -124,15 +125,22 @@ def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, toke
     F, D = config.intermediate_size, config.hidden_size
     rank = max(adapted.rank for adapted in adapter.modules.values())
     merged = dtype == mx.float32 and config.quantization is None
-    of_layers, places = Counter[int](), Counter[int]()
-    for module, shape in linear_shapes(config).items():
-        of_layers[layer_of(module)] += math.prod(shape)
-        places[layer_of(module)] += 1
+    numbers, places = _largest_matrices(config)
     widest = max(F, config.num_experts * config.moe_intermediate_size)
-    matrices = max(of_layers.values()) if merged else 2 * widest * D
-    return (matrices + 2 * max(7, *places.values()) * rank * tokens) * dtype.size
+    return ((numbers if merged else 2 * widest * D) + 2 * max(7, places) * rank * tokens) * dtype.size
 
 
+@lru_cache
+def _largest_matrices(config: NetworkConfig) -> tuple[int, int]:
+    """Numbers of the matrices that can have adapters in the layer that has most, and how many there may be of them."""
+    numbers, places = Counter[int](), Counter[int]()
+    for module, shape in linear_shapes(config).items():
+        numbers[layer_of(module)] += math.prod(shape)
+        places[layer_of(module)] += 1
+    return max(numbers.values()), max(places.values())
+
+
+@lru_cache
 def _largest_layer(config: NetworkConfig) -> int:
     """Numbers of the largest layer."""
     sizes = Counter[str]()

@@ -30,6 +30,9 @@ class Quantization(msgspec.Struct, frozen=True):
     modules: Mapping[str, Quantized | None] = {}
     """Those that differ, by name; None: not packed."""
 
+    def __hash__(self) -> int:
+        return hash((self.default, *self.modules.items()))
+
     def of(self, module: str) -> Quantized | None:
         """How a matrix, such as "model.layers.0.mlp.up_proj", is packed; None: it is not."""
         return self.modules.get(module, self.default)

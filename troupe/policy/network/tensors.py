@@ -6,6 +6,7 @@ has them; or stacked, as mlx-lm does where they are packed. What leads from one 
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -201,11 +202,13 @@ def norm_scale(config: NetworkConfig, weight: mx.array) -> mx.array:
     return weight.astype(mx.float32) + offset if offset else weight
 
 
+@lru_cache
 def parameter_count(config: NetworkConfig) -> int:
     """Numbers of the network, however they are packed; a tied embedding counts once."""
     return sum(math.prod(shape) for shape in network_shapes(config).values())
 
 
+@lru_cache
 def network_bytes(config: NetworkConfig, dtype: mx.Dtype) -> int:
     """What all tensors of a network take, its float numbers being of this type."""
     shapes = expected_shapes(config)
