@@ -288,7 +288,7 @@ def model_fingerprint(folder: Path) -> str:
 def network_fingerprint(folder: Path) -> str:
     """The same of config.json and the weights alone: what an adapter stands beside, whichever tokenizer's files, chat
     template and settings of generation lie there."""
-    return _fingerprint([folder / CONFIG_FILE, *_weight_files(folder)])
+    return _fingerprint([file for file in (folder / CONFIG_FILE, *_weight_files(folder)) if file.is_file()])
 
 
 def _fingerprint(files: Iterable[Path]) -> str:
