@@ -204,8 +204,8 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] 
 def test_a_step_peaks_below_the_formula_and_not_far_below(
     sizes: dict[str, Any], run: tuple[int, int, int, int, int, bool, bool]
 ) -> None:
-    ratios: list[float] = []
-    while len(ratios) < 3 and not (ratios and ratios[-1] <= 1.6):  # a machine that is busy prepares less ahead, at times
+    ratios: list[float] = []  # several, for a machine that is busy prepares less ahead at times
+    while len(ratios) < 3 and not (ratios and ratios[-1] <= 1.6):
         peak, predicted = measured_and_predicted(config_of(**sizes), *run)
         assert peak <= predicted
         ratios.append(predicted / peak)
