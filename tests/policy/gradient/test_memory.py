@@ -204,10 +204,7 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] 
 def test_a_step_peaks_below_the_formula_and_not_far_below(
     sizes: dict[str, Any], run: tuple[int, int, int, int, int, bool, bool]
 ) -> None:
-    ratios: list[float] = []  # several, for a machine that is busy prepares less ahead at times
-    while len(ratios) < 3 and not (ratios and ratios[-1] <= 1.6):
-        peak, predicted = measured_and_predicted(config_of(**sizes), *run)
-        assert peak <= predicted
-        ratios.append(predicted / peak)
-    # mostly 1.04–1.25; where large tables rule, up to 1.5: their updates may or may not be under way at the same time
-    assert ratios[-1] <= 1.6, ratios
+    peak, predicted = measured_and_predicted(config_of(**sizes), *run)
+    # mostly 1.04–1.25; where large tables rule, up to 1.5: their updates may or may not be under way at the same time;
+    # with experts, computed again, up to 1.66: MLX that does not wait has twice what they make there, and 1.12
+    assert peak <= predicted <= (1.7 if "num_experts" in sizes else 1.6) * peak
