@@ -48,7 +48,7 @@ def refused(*arguments: str) -> str:
         (("train", "--learning-rate", "1e-5"), "No such option '--learning-rate'; it is --lr here"),
         (("train", "--learning_rate=1e-5"), "No such option '--learning_rate'; it is --lr here"),
         (("train", "--iters", "3"), "it is --max-steps here"),
-        (("train", "--model_name_or_path", "m"), "it is --model here (dense models of the families that are known)"),
+        (("train", "--model_name_or_path", "m"), "it is --model here (models of the families that are known)"),
         (("train", "--dataset_name", "x"), "it is --dataset here"),
         (("train", "--eval_dataset", "x"), "it is --eval-dataset here"),
         (("train", "--train-dataset", "x"), "it is --dataset here"),

@@ -17,8 +17,6 @@ from troupe.actors.learner.batch import CompletionLogProbs
 from troupe.grpo import LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.policy import Policy, load_policy
 from troupe.policy.folders import read_model_folder
-from troupe.policy.model_files import read_json
-from troupe.policy.network.families import FAMILIES
 from troupe.policy.network.forward import hidden_states, project
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "adapters"
@@ -35,12 +33,7 @@ PEFT, QUANTIZED, MLX = listed("peft"), listed("quantized"), listed("mlx")
 
 
 def base_of(case: dict[str, Any]) -> Path:
-    folder = FOLDER / str(case["base"])
-    config = folder / "config.json"
-    family = read_json(config)["model_type"] if config.is_file() else case["base"]
-    if family not in FAMILIES:
-        pytest.skip(f"{case['base']}: a network of a family that is not known yet ({family})")
-    return folder
+    return FOLDER / str(case["base"])
 
 
 def logits_of(policy: Policy, row: mx.array) -> np.ndarray:

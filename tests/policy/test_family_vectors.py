@@ -17,9 +17,7 @@ from tests.support.devices import compute_on
 from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, completion_gradients, completion_statistics
 from troupe.policy.folders import read_model_folder
 from troupe.policy.gradient.backward import side_by_side
-from troupe.policy.model_files import read_json
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.families import FAMILIES
 from troupe.policy.network.forward import hidden_states, project
 from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.head import TokenStatistics
@@ -38,11 +36,7 @@ def device_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def folder_of(name: str) -> Path:
-    folder = FOLDER / "families" / name
-    family = read_json(folder / "config.json")["model_type"]
-    if family not in FAMILIES:
-        pytest.skip(f"{name}: {family} is not known yet")
-    return folder
+    return FOLDER / "families" / name
 
 
 def slack_of(name: str, kind: str = "slack") -> float:

@@ -32,7 +32,7 @@ def _same(section: str, *names: str, note: str = "") -> Alias:
 
 
 GRPO_CONFIG = (
-    _a("model", "model.path", "dense models of the families that are known"),
+    _a("model", "model.path", "models of the families that are known"),
     _a("peft_config", "adapter.kind", "its keys are in the section `[adapter]`; see [adapters](adapters.md)"),
     _a("train_dataset", "data.path", "a file, or `hf:NAME`; see [prompts](datasets.md)"),
     _a("eval_dataset", "data.eval_path", "likewise; before and after the run, greedily, once a row"),
@@ -100,7 +100,7 @@ GRPO_CONFIG = (
 )
 
 OTHER_COMMANDS = (
-    _a("--model_name_or_path", "model.path", "dense models of the families that are known"),
+    _a("--model_name_or_path", "model.path", "models of the families that are known"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
     _a(
         "--dataset_config --dataset_train_split",
