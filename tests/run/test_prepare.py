@@ -75,7 +75,7 @@ BASE = ("-m", "m", "-d", "p.json")
         ("[learner\nlr = 1", "run.toml: this is not valid TOML"),
         (
             'output = "o"',
-            "model.path is missing: name a Hugging Face folder of a Qwen3 model (in RUN.toml, or with -m MODEL_DIR)",
+            "model.path is missing: name the Hugging Face folder of a model (in RUN.toml, or with -m MODEL_DIR)",
         ),
         ('[model]\npath = "m"', "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json)"),
     ],

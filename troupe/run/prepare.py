@@ -138,7 +138,7 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
         linux_cpu.check_temporary_files()
     if config.model.path is None:
         raise ConfigError(
-            "model.path is missing: name a Hugging Face folder of a Qwen3 model (in RUN.toml, or with -m MODEL_DIR)"
+            "model.path is missing: name the Hugging Face folder of a model (in RUN.toml, or with -m MODEL_DIR)"
         )
     if config.data.path is None:
         raise ConfigError(
