@@ -1,4 +1,4 @@
-"""The house: four floors of three rooms. Imports go down, or to the left on the same floor, and never in a circle."""
+"""The house: four floors of three or four rooms. Imports go down, or to the left on the same floor, and never in a circle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import troupe
 
 FLOORS = (
     ("messages", "policy", "grpo"),
-    ("runtime", "dataset", "rewards"),
+    ("runtime", "dataset", "rewards", "environments"),
     ("checkpoint", "records", "actors"),
     ("run", "daemon", "cli"),
 )

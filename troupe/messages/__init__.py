@@ -23,13 +23,14 @@ from troupe.messages.control import (
     Step,
     Stop,
 )
+from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
 from troupe.messages.groups import (
-    ChatMessage,
     FinishReason,
     Prompt,
     PromptText,
     Rollout,
     RolloutGroup,
+    RowStart,
     ScoredGroup,
     Slot,
 )
@@ -48,23 +49,28 @@ from troupe.messages.steps import (
     Unfinished,
     Update,
 )
+from troupe.messages.turns import Answered, Observation, TurnTaken
 
 __all__ = [
     "NOTHING_TOLD",
     "NOT_STARTED",
     "Activity",
+    "Answer",
+    "Answered",
     "ChatMessage",
     "Checkpoint",
     "CheckpointWritten",
     "ClosedState",
     "Done",
     "Drain",
+    "Episode",
     "FinishReason",
     "GetStatus",
     "GroupClosed",
     "Hold",
     "Incident",
     "LiveGroup",
+    "Observation",
     "OpenGroup",
     "Past",
     "Pause",
@@ -78,6 +84,7 @@ __all__ = [
     "Resume",
     "Rollout",
     "RolloutGroup",
+    "RowStart",
     "ScoredGroup",
     "Set",
     "SetCheckpointEvery",
@@ -90,6 +97,9 @@ __all__ = [
     "Status",
     "Step",
     "Stop",
+    "ToolCall",
+    "Turn",
+    "TurnTaken",
     "Unfinished",
     "Update",
 ]

@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-ChatMessage: TypeAlias = dict[str, Any]
-"""One chat turn, `{"role": …, "content": …}`, as chat templates take it."""
+from troupe.messages.episodes import ChatMessage, Episode
 
 PromptText: TypeAlias = str | list[ChatMessage]
 """A plain prompt, or a conversation."""
@@ -52,6 +51,14 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Prompts of this step and attempt, this one included: they are decoded together."""
 
 
+class RowStart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """From here on the tokens of a rollout follow another prompt: its own, or its history as it is told from now on."""
+
+    start: int
+    """Place in `token_ids`; 0 where the first row has a prompt of its own."""
+    prompt_ids: tuple[int, ...]
+
+
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One completion of T tokens."""
 
@@ -69,6 +76,12 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The completion decoded, without special tokens."""
     experts: bytes = b""
     """Where recorded, the experts that its tokens but the last went to; as `RolloutGroup.prompt_experts`."""
+    observed: tuple[tuple[int, int], ...] = ()
+    """Of an episode, the ranges [start, stop) of `token_ids` that an environment or a tool put in: the policy read them
+    and did not sample them, so they are no part of any loss, ratio or length. Their log-probs are 0 and mean nothing,
+    their versions are those that read them."""
+    rows: tuple[RowStart, ...] = ()
+    """Of an episode, where new rows begin; empty: all tokens follow the group's prompt."""
 
 
 class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -80,6 +93,8 @@ class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prompt_experts: bytes = b""
     """Where recorded, the experts that the prompt's tokens went to: (tokens, layers with experts, experts a token)
     ascending ids, one byte each, or two where there are more than 256."""
+    episodes: tuple[Episode, ...] = ()
+    """(G,) what became of each sample, where the policy acts in an environment or has tools."""
 
 
 class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
