@@ -1,4 +1,4 @@
-"""The house: four floors of three or four rooms. Imports go down, or to the left on the same floor, and never in a circle."""
+"""The house: four floors of rooms. Imports go down, or to the left on the same floor, and never in a circle."""
 
 from __future__ import annotations
 
