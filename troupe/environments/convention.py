@@ -36,7 +36,7 @@ class ToolError(Exception):
     """A tool raised, or took too long: its text is what the policy reads as `{'error': …}`."""
 
 
-class EnvironmentFault(Exception):
+class EnvironmentFault(Exception):  # noqa: N818 - it says what happened
     """An environment failed, so that its episode is missing: it raised, took too long, died or answered what it must
     not. Its text says what happened."""
 
