@@ -1,0 +1,27 @@
+"""What stands behind an adapter's colon: a name, and options behind a `?`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from troupe.dataset.query import parse_value, split_query
+from troupe.errors import DatasetError, WorldError
+from troupe.rewards.faults import described
+from troupe.runtime.code_loading import Wanted, load_named
+
+
+def read_options(rest: str, prefix: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of `NAME?key=value&key=value`; values are JSON where they can be, else texts."""
+    try:
+        name, options = split_query(rest)
+        return name, {key: parse_value(value) for key, value in options.items()}
+    except DatasetError as error:
+        raise WorldError(f"{prefix}:{error}") from None
+
+
+def load_code(spec: Any, noun: str) -> Callable[..., Any]:
+    """A function or class of "MODULE:NAME" or "FILE.py:NAME", a relative file counted from the working folder."""
+    wanted = Wanted(noun, "class or function", "give FILE.py:NAME or MODULE:NAME", WorldError, described)
+    found = load_named(str(spec), None, wanted).value
+    if not callable(found):
+        raise WorldError(f"{noun} {spec!r} is of type {type(found).__name__} and cannot be called")
+    return found  # type: ignore[no-any-return]
