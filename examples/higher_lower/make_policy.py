@@ -12,6 +12,7 @@ CPU cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ SPECIAL = ("<|endoftext|>", END, "<|system|>", "<|user|>", "<|assistant|>", "<|t
 CALL, CLOSE = '<tool_call>\n{"name": "guess", "arguments": {"number": ', "}}\n</tool_call>"
 WORDS = (CALL, CLOSE, "guess", "higher", "lower", "right", " to ", "done")
 """Texts that are one token each, beside the bytes and the numbers."""
-LARGEST = 50
+LARGEST = 30
 WIDTH = 14
 """Numbers in a range."""
 TRIES = 4
@@ -64,13 +65,15 @@ class Recipe:
 
     seed: int = 0
     careful: float = 0.1
-    """Part of the games in which the player halves what is left; in the others the answers are not listened to."""
-    held_out: int = 100
-    steps: int = 800
-    batch: int = 32
-    lr: float = 5e-3
+    """Part of the games in which the player halves what is left, at last; in the others the answers are not heard."""
+    spoilt_after: int = 300
+    """Updates in which that part falls from 1."""
+    held_out: int = 60
+    steps: int = 400
+    batch: int = 64
+    lr: float = 4e-3
     hidden: int = 64
-    layers: int = 3
+    layers: int = 2
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,7 @@ def write_tokenizer(folder: Path) -> int:
     """The tokenizer's files → how many tokens there are."""
     vocab, merges = merged([*map(str, range(10, LARGEST + 1)), *WORDS])
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    added = [
-        {"id": len(vocab) + n, "content": text, "special": True, **plain}
-        for n, text in enumerate(SPECIAL)
-    ]
+    added = [{"id": len(vocab) + n, "content": text, "special": True, **plain} for n, text in enumerate(SPECIAL)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     numbers = {"type": "Split", "pattern": {"Regex": r"\p{N}+|[^\p{N}]+"}, "behavior": "Isolated", "invert": False}
     files: dict[str, dict[str, Any]] = {
@@ -195,8 +195,9 @@ def spoken(tokenizer: Tokenizer, game: Game, careful: float, rng: random.Random)
 def lessons(tokenizer: Tokenizer, games: Sequence[Game], recipe: Recipe) -> Iterator[tuple[mx.array, mx.array]]:
     """Batches for ever: ids (B, T) padded on the right, and float32 (B, T − 1) that is 1 where the player speaks."""
     rng = random.Random(recipe.seed + 1)
-    while True:
-        rows = [spoken(tokenizer, game, recipe.careful, rng) for game in rng.choices(games, k=recipe.batch)]
+    for step in itertools.count():
+        careful = max(recipe.careful, 1 - step / recipe.spoilt_after)
+        rows = [spoken(tokenizer, game, careful, rng) for game in rng.choices(games, k=recipe.batch)]
         T = max(len(ids) for ids, _ in rows)
         yield (
             mx.array([ids + [0] * (T - len(ids)) for ids, _ in rows]),

@@ -45,3 +45,24 @@ class Count(Environment[CountAction, CountObservation, State]):
     @property
     def state(self) -> State:
         return self._state
+
+
+class MoveAction(Action):
+    """Two numbers."""
+
+    x: int
+    y: int
+
+
+class Move(Environment[MoveAction, CountObservation, State]):
+    """Goes where it is told."""
+
+    def reset(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Any:
+        return CountObservation(heard="at 0, 0")
+
+    def step(self, action: MoveAction, timeout_s: float | None = None, **kwargs: Any) -> CountObservation:
+        return CountObservation(heard=f"at {action.x}, {action.y}")
+
+    @property
+    def state(self) -> State:
+        return State()

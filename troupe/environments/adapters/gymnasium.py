@@ -8,7 +8,7 @@ is given to `reset` where there is one.
 from collections.abc import Callable
 from typing import Any
 
-from troupe.environments.adapters.options import load_code, read_options
+from troupe.environments.adapters.options import load_code, package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.faults import described
@@ -50,8 +50,7 @@ def factory(rest: str) -> Callable[[], Gymnasium]:
         WorldError: gymnasium does not know it or cannot make it, or it has spaces that are no texts.
         ImportError: gymnasium is missing.
     """
-    import gymnasium
-
+    gymnasium = package(PREFIX)
     name, options = read_options(rest, PREFIX)
     wrapper = load_code(options.pop("wrapper"), "wrapper") if "wrapper" in options else None
 
@@ -71,5 +70,4 @@ def factory(rest: str) -> Callable[[], Gymnasium]:
                 f"makes one of it: {PREFIX}:{name}?wrapper=FILE.py:NAME"
             )
     tried.close()
-    label = type(name, (Gymnasium,), {"__init__": lambda self: Gymnasium.__init__(self, make)})
-    return label
+    return type(name, (Gymnasium,), {"__init__": lambda self: Gymnasium.__init__(self, make)})

@@ -12,11 +12,12 @@ import json
 import typing
 import urllib.request
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from troupe.environments.adapters.options import load_code, read_options
+from troupe.environments.adapters.options import load_code, package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.extras import plain
@@ -52,9 +53,7 @@ class Remote:
     """A session of a server."""
 
     def __init__(self, url: str) -> None:
-        from openenv.core.generic_client import GenericEnvClient
-
-        self._client: Any = GenericEnvClient(base_url=url)
+        self._client = package("openenv.core.generic_client").GenericEnvClient(base_url=url)
 
     async def reset(self, columns: Mapping[str, Any]) -> Told:
         return _told(await self._client.reset(**plain(dict(columns))))
@@ -93,11 +92,9 @@ class Local:
         )
 
     async def step(self, action: dict[str, Any]) -> Told:
-        from pydantic import ValidationError
-
         try:
             made = self._action.model_validate(action)
-        except ValidationError as error:
+        except ValueError as error:
             raise NoActionError(f"That is no action: {error}") from None
         return self._read(self._environment.step(made))
 
@@ -109,9 +106,7 @@ class Local:
             close()
 
     def _read(self, observation: Any) -> Told:
-        from openenv.core.env_server.serialization import serialize_observation
-
-        told = serialize_observation(observation)
+        told = package("openenv.core.env_server.serialization").serialize_observation(observation)
         return Told(told["observation"], told["reward"], bool(told["done"]))
 
 
@@ -177,16 +172,16 @@ def factory(rest: str) -> Callable[[], OpenEnv]:
         WorldError: nobody answers there, or an option names no field.
         ImportError: openenv-core is missing.
     """
-    import openenv.core  # noqa: F401 - says at once that the package is missing
-
+    package("openenv.core")  # says at once where it is missing
+    connect: Callable[[], Line]
     place, options = read_options(rest, PREFIX)
     if "://" in place:
         schemas = _schemas_at(place)
-        label, connect = "OpenEnv", lambda: Remote(place)
+        label, connect = "OpenEnv", partial(Remote, place)
     else:
         kind = load_code(place, "environment")
         action, schemas = _of_class(kind, place)
-        label, connect = kind.__name__, lambda: Local(kind, action)
+        label, connect = kind.__name__, partial(Local, kind, action)
     fields = _fields(rest, options, schemas)
     return type(label, (OpenEnv,), {"__init__": lambda self: OpenEnv.__init__(self, connect, fields)})
 

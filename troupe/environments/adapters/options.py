@@ -1,5 +1,6 @@
 """What stands behind an adapter's colon: a name, and options behind a `?`."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,11 @@ from troupe.dataset.query import parse_value, split_query
 from troupe.errors import DatasetError, WorldError
 from troupe.rewards.faults import described
 from troupe.runtime.code_loading import Wanted, load_named
+
+
+def package(module: str) -> Any:
+    """A module of the package that is adapted. ImportError where it is missing."""
+    return importlib.import_module(module)
 
 
 def read_options(rest: str, prefix: str) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from troupe.environments.adapters.options import load_code, read_options
+from troupe.environments.adapters.options import load_code, package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.faults import described
@@ -95,8 +95,7 @@ def factory(rest: str) -> Callable[[], TextArena]:
         WorldError: TextArena has no such game, or cannot make it.
         ImportError: textarena is missing.
     """
-    import textarena
-
+    textarena = package(PREFIX)
     name, options = read_options(rest, PREFIX)
     opponent = load_code(options.pop("opponent"), "opponent") if "opponent" in options else None
     known = textarena.envs.registration.ENV_REGISTRY
@@ -116,8 +115,7 @@ def factory(rest: str) -> Callable[[], TextArena]:
         return game
 
     _try(make, 1 if opponent is None else 2, rest)
-    label = type(name, (TextArena,), {"__init__": lambda self: TextArena.__init__(self, make, opponent)})
-    return label
+    return type(name, (TextArena,), {"__init__": lambda self: TextArena.__init__(self, make, opponent)})
 
 
 def _try(make: Callable[[], Any], players: int, rest: str) -> None:

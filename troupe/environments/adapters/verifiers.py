@@ -8,12 +8,13 @@ and the taskset may have no tool servers and need no container, of which this pr
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import msgspec
 
-from troupe.environments.adapters.options import read_options
+from troupe.environments.adapters.options import package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.extras import plain
@@ -97,6 +98,7 @@ class _Player:
     async def interaction(self, task: Any) -> AsyncIterator["_Interaction"]:
         """A conversation; at its end the task's own rewards are asked for."""
         self.trace = _new_trace(task)
+        await task.setup(self.trace, None)
         yield _Interaction(self)
         self.trace.stop("user_closed")
         self.trace.ok = True
@@ -113,44 +115,37 @@ class _Interaction:
 
     async def turn(self, message: str | None = None) -> Any:
         """Tell the policy something, and what it says then."""
-        from verifiers.v1.agent import Segment
-        from verifiers.v1.types import AssistantMessage, UserMessage
-
+        types = package("verifiers.v1.types")
         if message is not None:
-            _append(self.trace, UserMessage(content=message), sampled=False)
+            _append(self.trace, types.UserMessage(content=message), sampled=False)
         self._player.heard.put_nowait(message or "")
-        said = AssistantMessage(content=await self._player.said.get())
+        said = types.AssistantMessage(content=await self._player.said.get())
         _append(self.trace, said, sampled=True)
-        return Segment(messages=[said], root_reply=said.content)
+        return package("verifiers.v1.agent").Segment(messages=[said], root_reply=said.content)
 
 
 def _new_trace(task: Any) -> Any:
     """A trace with the task's prompt in it."""
-    from verifiers.v1.configs.agent import AgentConfig
-    from verifiers.v1.state import state_cls
-    from verifiers.v1.trace import AgentInfo, Trace, TraceTask
-
-    told = TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
-    trace: Any = Trace(task=told, agent=AgentInfo(config=AgentConfig()), state=state_cls(type(task))())
+    traces = package("verifiers.v1.trace")
+    told = traces.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
+    agent = traces.AgentInfo(config=package("verifiers.v1.configs.agent").AgentConfig())
+    trace = traces.Trace(task=told, agent=agent, state=package("verifiers.v1.state").state_cls(type(task))())
     for message in _prompt(task.data):
         _append(trace, message, sampled=False)
     return trace
 
 
 def _prompt(data: Any) -> list[Any]:
-    from verifiers.v1.types import SystemMessage, UserMessage
-
-    system = [SystemMessage(content=data.system_prompt)] if data.system_prompt else []
+    types = package("verifiers.v1.types")
+    system = [types.SystemMessage(content=data.system_prompt)] if data.system_prompt else []
     if data.prompt is None:
         return system
-    return [*system, *([UserMessage(content=data.prompt)] if isinstance(data.prompt, str) else data.prompt)]
+    return [*system, *([types.UserMessage(content=data.prompt)] if isinstance(data.prompt, str) else data.prompt)]
 
 
 def _append(trace: Any, message: Any, *, sampled: bool) -> None:
-    from verifiers.v1.graph import MessageNode
-
     parent = len(trace.nodes) - 1 if trace.nodes else None
-    trace.nodes.append(MessageNode(parent=parent, message=message, sampled=sampled))
+    trace.nodes.append(package("verifiers.v1.graph").MessageNode(parent=parent, message=message, sampled=sampled))
 
 
 class Tasks:
@@ -180,9 +175,7 @@ def load_tasks(rest: str) -> Tasks:
         WorldError: verifiers cannot load it, or it needs more than a policy.
         ImportError: verifiers is missing, or older than 0.4.
     """
-    import verifiers.v1.utils.loaders as loaders
-    from verifiers.v1.configs.agent import agent_config_fields
-
+    loaders = package("verifiers.v1.utils.loaders")
     name, options = read_options(rest, PREFIX)
     env_id = options.pop("env", "")
     try:
@@ -190,7 +183,7 @@ def load_tasks(rest: str) -> Tasks:
         env = loaders.load_environment(config)
     except Exception as error:
         raise WorldError(f'environment "{PREFIX}:{rest}" cannot be loaded: {described(error)}') from error
-    seats = list(agent_config_fields(env.config))
+    seats = list(package("verifiers.v1.configs.agent").agent_config_fields(env.config))
     task = type(env.taskset).task_type()
     servers = [*env.taskset.toolsets(env.taskset.config), *task.toolsets(env.taskset.config.task)]
     wants = {
@@ -201,7 +194,19 @@ def load_tasks(rest: str) -> Tasks:
     for want, is_so in wants.items():
         if is_so:
             raise WorldError(f'environment "{PREFIX}:{rest}" has {want}: this cannot be played here')
-    return Tasks(name, env, seats[0])
+    tasks = Tasks(name, env, seats[0])
+    if blind := _blind(tasks.task(0)):
+        raise WorldError(
+            f'environment "{PREFIX}:{rest}" has rewards that need a container ({", ".join(blind)}): this cannot be '
+            "played here"
+        )
+    return tasks
+
+
+def _blind(task: Any) -> list[str]:
+    """Names of a task's rewards that ask for the container it was done in; verifiers leaves them out silently."""
+    asked = [(each.__name__, inspect.signature(each).parameters.get("runtime")) for each in task.hooks("reward")]
+    return [name for name, parameter in asked if parameter is not None and parameter.default is parameter.empty]
 
 
 def factory(rest: str) -> Callable[[], Verifiers]:
