@@ -16,6 +16,7 @@ import pytest
 from tests.support.extras import extra
 from troupe.environments import StepResult
 from troupe.environments.adapters import adapted
+from troupe.environments.adapters.options import check_version
 from troupe.environments.describing import describe
 from troupe.environments.loading import load_world
 from troupe.environments.results import checked_step
@@ -140,7 +141,7 @@ class TestTextArena:
 class TestOpenEnv:
     @pytest.fixture(autouse=True)
     def _needs(self) -> None:
-        extra("openenv.core")
+        pytest.importorskip("openenv.core")  # large, like the next one, so that no other test waits for them
 
     @pytest.fixture
     def url(self) -> Iterator[str]:
@@ -206,7 +207,7 @@ class TestOpenEnv:
 class TestVerifiers:
     @pytest.fixture(autouse=True)
     def _needs(self) -> None:
-        extra("verifiers.v1")
+        pytest.importorskip("verifiers.v1")
 
     async def test_a_taskset_answered_at_once_with_its_rubrics(self) -> None:
         environment = made("verifiers:vf_sums?largest=4")
@@ -268,3 +269,9 @@ def test_a_missing_package_is_named_with_its_extra(name: str, monkeypatch: pytes
         load_world(EnvironmentConfig(factory=f"{name}:Some-v1"))
     assert f'"{name}:Some-v1" needs a package' in str(caught.value)
     assert "pip install" in str(caught.value)
+
+
+def test_an_older_version_is_refused() -> None:
+    check_version("pytest", (8, 3))
+    with pytest.raises(WorldError, match=r"pytest is installed as .* need 99\.1 or later"):
+        check_version("pytest", (99, 1))

@@ -8,7 +8,7 @@ is given to `reset` where there is one.
 from collections.abc import Callable
 from typing import Any
 
-from troupe.environments.adapters.options import load_code, package, read_options
+from troupe.environments.adapters.options import check_version, load_code, package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.faults import described
@@ -51,6 +51,7 @@ def factory(rest: str) -> Callable[[], Gymnasium]:
         ImportError: gymnasium is missing.
     """
     gymnasium = package(PREFIX)
+    check_version(PREFIX, (1, 0))
     name, options = read_options(rest, PREFIX)
     wrapper = load_code(options.pop("wrapper"), "wrapper") if "wrapper" in options else None
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from troupe.environments.adapters.options import load_code, package, read_options
+from troupe.environments.adapters.options import check_version, load_code, package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.extras import plain
@@ -173,6 +173,7 @@ def factory(rest: str) -> Callable[[], OpenEnv]:
         ImportError: openenv-core is missing.
     """
     package("openenv.core")  # says at once where it is missing
+    check_version("openenv-core", (0, 3))
     connect: Callable[[], Line]
     place, options = read_options(rest, PREFIX)
     if "://" in place:

@@ -1,7 +1,9 @@
 """What stands behind an adapter's colon: a name, and options behind a `?`."""
 
 import importlib
+import re
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 from troupe.dataset.query import parse_value, split_query
@@ -13,6 +15,15 @@ from troupe.runtime.code_loading import Wanted, load_named
 def package(module: str) -> Any:
     """A module of the package that is adapted. ImportError where it is missing."""
     return importlib.import_module(module)
+
+
+def check_version(distribution: str, least: tuple[int, int]) -> None:
+    """WorldError where an older version of a package is installed than the adapter was written for."""
+    found = version(distribution)
+    numbers = tuple(int(each) for each in re.findall(r"\d+", found)[:2])
+    if numbers < least:
+        wanted = ".".join(map(str, least))
+        raise WorldError(f"{distribution} is installed as {found}; its environments need {wanted} or later: upgrade it")
 
 
 def read_options(rest: str, prefix: str) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from troupe.environments.adapters.options import load_code, package, read_options
+from troupe.environments.adapters.options import check_version, load_code, package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.faults import described
@@ -96,6 +96,7 @@ def factory(rest: str) -> Callable[[], TextArena]:
         ImportError: textarena is missing.
     """
     textarena = package(PREFIX)
+    check_version(PREFIX, (0, 7))
     name, options = read_options(rest, PREFIX)
     opponent = load_code(options.pop("opponent"), "opponent") if "opponent" in options else None
     known = textarena.envs.registration.ENV_REGISTRY

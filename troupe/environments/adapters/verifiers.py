@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from troupe.environments.adapters.options import package, read_options
+from troupe.environments.adapters.options import check_version, package, read_options
 from troupe.environments.convention import StepResult
 from troupe.errors import WorldError
 from troupe.rewards.extras import plain
@@ -175,6 +175,8 @@ def load_tasks(rest: str) -> Tasks:
         WorldError: verifiers cannot load it, or it needs more than a policy.
         ImportError: verifiers is missing, or older than 0.4.
     """
+    package(PREFIX)  # says at once where it is missing
+    check_version(PREFIX, (0, 4))
     loaders = package("verifiers.v1.utils.loaders")
     name, options = read_options(rest, PREFIX)
     env_id = options.pop("env", "")
