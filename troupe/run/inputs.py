@@ -56,6 +56,10 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
+    context: int = 0
+    """Where the policy acts, most tokens of a row, its prompt included."""
+    stage: Stage | None = None
+    """Where the policy acts; None: it answers once."""
     total_steps: int
     description: str
     """What there is to train and to evaluate on, in lines."""
