@@ -1,9 +1,9 @@
-"""Conversations: what was said in the episodes of a run, and what follows from each turn. Used by the Environment actor,
-and by evaluation without actors."""
+"""Conversations: what was said in the episodes of a run, and what follows from each turn. The Environment actor uses
+them, and evaluation without actors."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import anyio
 import msgspec
@@ -60,6 +60,10 @@ class Ending(Protocol):
     def attributes(self) -> dict[str, Any]: ...
     @property
     def failed(self) -> str: ...
+
+
+Understand: TypeAlias = Callable[[Sequence[int], Sequence[int], EnvironmentSpec], Said]
+"""Sampled ids, and those that were read before them → what they say."""
 
 
 class Name(NamedTuple):
@@ -135,10 +139,10 @@ class Conversations:
         world: World,
         words: Mapping[str, Words],
         *,
-        understand: Callable[[Sequence[int], EnvironmentSpec], Said],
+        understand: Understand,
         rules: Rules,
     ) -> None:
-        """`words`: of each environment. `understand`: sampled ids → what they say."""
+        """`words`: of each environment."""
         self.answers = answers
         self._world = world
         self._words = words
@@ -207,7 +211,9 @@ class Conversations:
             with span(f"reset {spec.label or 'episode'}"):
                 answer = await self.answers.open(self._name(taken), taken.prompt.prompt, taken.prompt.columns)
             return self._opened(spec, taken, answer)
-        said = self._understand(taken.token_ids, spec)
+        before = conversation.told[-1].observation
+        read = before.prompt_ids or before.ids or taken.prompt.prompt_ids
+        said = self._understand(taken.token_ids, read, spec)
         last = taken.turn == self._rules.max_turns
         if last and (said.calls or not spec.has_step):
             answer = Answer(said=said.message, done=True)  # what it asks for has nobody to read it

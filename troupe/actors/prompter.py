@@ -13,8 +13,8 @@ from troupe.runtime.reporter import Reporter
 
 
 class Prompter(Actor):
-    """Receives GroupClosed (a credit returns), Replace (one changes hands) and what may stop prompting: Hold from scorer
-    and environment, and Pause, Resume, Step and Drain from outside. Sends Prompt.
+    """Receives GroupClosed (a credit returns), Replace (one changes hands) and what may stop prompting: Hold from the
+    scorer and the environment, and Pause, Resume, Step and Drain from outside. Sends Prompt.
 
     When nothing is left to issue it closes the channel to the generator: that is how a run ends. Where groups may be
     replaced, that is when the last one of them is closed.

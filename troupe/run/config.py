@@ -16,6 +16,7 @@ import tomli_w
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.dataset import DataConfig, anchored_source
+from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.policy import AdapterConfig, GenerationConfig, ModelConfig, is_hub_id
@@ -58,6 +59,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
     rewards: RewardsConfig = RewardsConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     learner: LearnerConfig = LearnerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -217,6 +219,20 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
+    environment = table.get("environment")
+    if isinstance(environment, dict):
+        _anchor_environment(environment, base)
+
+
+def _anchor_environment(table: dict[str, Any], base: Path) -> None:
+    """The same for a section [environment]."""
+    factory, tools = table.get("factory"), table.get("tools")
+    if isinstance(factory, dict):
+        table["factory"] = {name: anchored_reward(spec, base) for name, spec in factory.items()}
+    elif factory is not None:
+        table["factory"] = anchored_reward(factory, base)
+    if isinstance(tools, list | tuple):
+        table["tools"] = [anchored_reward(spec, base) for spec in tools]
 
 
 class _Sources(NamedTuple):

@@ -20,6 +20,7 @@ from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run.config import RunConfig
 from troupe.run.memory import Plan, plan_memory
 from troupe.run.resume.check import Resumption
+from troupe.run.stage import Stage
 from troupe.run.workload import Workload
 from troupe.runtime import linux_cpu
 

@@ -151,13 +151,13 @@ class LiveRun:
             self._ended.set()
 
     async def _run(self) -> None:
-        rewards, pipeline = self._prepared.inputs.rewards, self._pipeline
+        rewards, stage, pipeline = self._prepared.inputs.rewards, self._prepared.inputs.stage, self._pipeline
         pipeline.ledgers.sinks.open()
         try:
             await _beside(self._work, self._tell_sinks)
         finally:
             with self._progress.at("stopping the rewards"):
-                for incident in await rewards.stop():
+                for incident in (*await rewards.stop(), *(() if stage is None else await stage.manager.stop())):
                     pipeline.tell(incident)
             for incident in pipeline.unread_incidents:
                 pipeline.tell(incident)
@@ -178,6 +178,9 @@ class LiveRun:
                 self._prepared.inputs.rewards.trust()
             with self._progress.at("starting the rewards"):
                 await self._start_rewards()
+            if self._prepared.inputs.stage is not None:
+                with self._progress.at("starting the environments"):
+                    await self._prepared.inputs.stage.manager.start()
             await _beside(self._train, self._requests.run)
         if self._stopping:
             with self._progress.at(f"saving step {self._pipeline.learner.version:,}"):

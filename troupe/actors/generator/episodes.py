@@ -159,8 +159,8 @@ class Episodes:
         return all(sample.state == "ended" for sample in self._by_row.values())
 
     def observe(self, observation: Observation) -> tuple[int, ...] | None:
-        """Take an answer. The name of the row that has ended by it, if one has; an answer that nobody waits for any
-        more changes nothing."""
+        """Take an answer. The name of the row that was decoded and has ended by it, if one has; an answer that nobody
+        waits for any more changes nothing."""
         samples = self._samples[observation.gid]
         sample = samples[observation.sample]
         if sample.state != "waiting" or sample.turn != observation.turn:
@@ -177,7 +177,7 @@ class Episodes:
         if all(each.state == "ended" for each in samples):
             rollouts = tuple(each.rollout(self._decode_text) for each in samples)
             self._finished.append(RolloutGroup(prompt=sample.prompt, rollouts=rollouts))
-        return sample.row
+        return sample.row if sample.turn else None
 
     def requests(self) -> list[TurnRequest]:
         """What is to be decoded now, in slot order: all that is ready, which is under way from then on."""
