@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from troupe.messages import ChatMessage, Episode, PromptText, RowStart, ToolCall, Turn
+from troupe.messages import ChatMessage, Episode, PromptText, Rollout, RolloutGroup, RowStart, ToolCall, Turn
 from troupe.records import text as words
+from troupe.records.store.read import StoredCompletion
 from troupe.records.store.text import json_text, safe_text
 
 Ranges = Sequence[tuple[int, int]]
@@ -16,6 +17,8 @@ Ranges = Sequence[tuple[int, int]]
 _THOUGHTS = "reasoning_content", "thinking", "reasoning"
 _THINK, _THOUGHT = "<think>", "</think>"
 _INDENT = "    "
+SPEAKER = r"(?m)^── .*$"
+"""Lines of a conversation's text that say who speaks."""
 
 
 class Called(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,6 +76,28 @@ def conversation(
         )
         said += _came_back(turn)
     return tuple(said)
+
+
+def conversation_of(completion: StoredCompletion) -> tuple[Said, ...]:
+    """What was said in a stored episode; nothing where a completion answered once."""
+    if (episode := completion.episode) is None:
+        return ()
+    length = len(completion.token_ids)
+    return conversation(completion.prompt, episode, observed=episode.observed, rows=episode.rows, length=length)
+
+
+def conversation_in(group: RolloutGroup, sample: int) -> tuple[Said, ...]:
+    """What was said in a sample of a group; nothing where the policy answers once."""
+    if sample >= len(group.episodes):
+        return ()
+    rollout, episode = group.rollouts[sample], group.episodes[sample]
+    length = len(rollout.token_ids)
+    return conversation(group.prompt.prompt, episode, observed=rollout.observed, rows=rollout.rows, length=length)
+
+
+def sampled_tokens(rollout: Rollout) -> int:
+    """How many tokens the policy sampled of a completion."""
+    return len(rollout.token_ids) - observed_within(rollout.observed, 0, len(rollout.token_ids))
 
 
 def observed_within(observed: Ranges, start: int, stop: int) -> int:
