@@ -4,6 +4,7 @@ Everything in it may hold anything: whoever shows it escapes it.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -59,6 +60,9 @@ class Said(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the environment told of the turn, as JSON."""
 
 
+_S = TypeVar("_S", Called, Said)
+
+
 def conversation(
     prompt: PromptText | None, episode: Episode, *, observed: Ranges, rows: Sequence[RowStart], length: int
 ) -> tuple[Said, ...]:
@@ -105,15 +109,17 @@ def observed_within(observed: Ranges, start: int, stop: int) -> int:
     return sum(max(0, min(stop, last) - max(start, first)) for first, last in observed)
 
 
-def shortened(said: Sequence[Said], longest: int, most: int | None = None) -> tuple[Said, ...]:
+def shortened(
+    said: Sequence[Said], longest: int, most: int | None = None, *, most_calls: int | None = None
+) -> tuple[Said, ...]:
     """The same with texts of at most `longest` characters each, which say how many more there were; of more than
-    `most` messages the first ones and the last."""
+    `most` messages the first ones and the last; of more than `most_calls` calls in a turn the first ones."""
     if most is not None and len(said) > most:
         head = most // 2
         left = len(said) - most
         gap = Said(role="…", text=f"{left:,} more message{'' if left == 1 else 's'}")
         said = [*said[:head], gap, *said[len(said) - (most - head) :]]
-    return tuple(_shortened(one, longest) for one in said)
+    return tuple(_shortened(one, longest, most_calls) for one in said)
 
 
 def cut(text: str, longest: int) -> str:
@@ -211,19 +217,17 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json_text(value)
 
 
-def _shortened(said: Said, longest: int) -> Said:
-    calls = tuple(
-        msgspec.structs.replace(
-            call,
-            name=cut(call.name, longest),
-            arguments=cut(call.arguments, longest),
-            result=cut(call.result, longest),
-            error=cut(call.error, longest),
-        )
-        for call in said.calls
-    )
-    texts = {name: cut(getattr(said, name), longest) for name in ("role", "text", "thoughts", "failed", "info")}
-    return msgspec.structs.replace(said, calls=calls, **texts)
+def _shortened(said: Said, longest: int, most_calls: int | None) -> Said:
+    kept = said.calls[:most_calls]
+    calls = [_with_cut(call, longest, "name", "arguments", "result", "error") for call in kept]
+    if left := len(said.calls) - len(kept):
+        calls.append(Called(name=f"… {left:,} more call{'' if left == 1 else 's'}", arguments="", result=""))
+    short = _with_cut(said, longest, "role", "text", "thoughts", "failed", "info")
+    return msgspec.structs.replace(short, calls=tuple(calls))
+
+
+def _with_cut(struct: _S, longest: int, *names: str) -> _S:
+    return msgspec.structs.replace(struct, **{name: cut(getattr(struct, name), longest) for name in names})
 
 
 def _lines(said: Said) -> Iterator[str]:
