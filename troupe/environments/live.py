@@ -7,6 +7,7 @@ than `MOST_BYTES`.
 from __future__ import annotations
 
 import inspect
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -104,6 +105,31 @@ class Gone(Exception):  # noqa: N818
     """The process had ended before it was asked, through no fault of who asks."""
 
 
+class Budget:
+    """The seconds that one answer may take; what is asked at the same time counts once."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = self._left = seconds
+        self._asking = 0
+        self._since_s = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """What is left now."""
+        spent = time.perf_counter() - self._since_s if self._asking else 0.0
+        return max(0.0, self._left - spent)
+
+    def __enter__(self) -> None:
+        if not self._asking:
+            self._since_s = time.perf_counter()
+        self._asking += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._asking -= 1
+        if not self._asking:
+            self._left -= time.perf_counter() - self._since_s
+
+
 class Live(ABC):
     """A live environment, which one episode has for itself."""
 
@@ -113,7 +139,7 @@ class Live(ABC):
         """Whether nothing more can be asked of it."""
 
     @abstractmethod
-    async def do(self, deed: Deed, limit_s: float) -> Any:
+    async def do(self, deed: Deed, budget: Budget) -> Any:
         """What comes of a deed. Raised, Late, Died or Gone where nothing does; after the last three it is lost."""
 
     @property
@@ -146,7 +172,7 @@ class Runner(ABC):
         """Nobody is to have it any more: it is closed, as far as that can be done, and dropped."""
 
     @abstractmethod
-    async def call(self, name: str, arguments: Mapping[str, Any], limit_s: float) -> Content:
+    async def call(self, name: str, arguments: Mapping[str, Any], budget: Budget) -> Content:
         """Call a tool that is no environment's. Raises as `Live.do`."""
 
 

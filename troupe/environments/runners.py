@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 
 from troupe.environments.convention import Content, EnvironmentSpec, World
-from troupe.environments.live import Deed, Late, Live, Raised, Runner, awaited, given, is_async, read
+from troupe.environments.live import Budget, Deed, Late, Live, Raised, Runner, awaited, given, is_async, read
 from troupe.environments.settings import EnvironmentConfig
 from troupe.rewards.faults import is_own_failure
 from troupe.rewards.watching import Watch, begins, ends, tasks_of
@@ -39,11 +39,11 @@ class Hands:
         label: str,
         call: Callable[[], Any],
         reading: Callable[[Any], Any],
-        limit_s: float,
+        budget: Budget,
         threads: DaemonThreads = THREADS,
     ) -> Any:
         """What `reading` makes of what the call gives, on the thread of the call. Raised or Late."""
-        with anyio.move_on_after(max(0.0, limit_s)) as scope:
+        with budget, anyio.move_on_after(budget.left_s) as scope:
             try:
                 with self.watch.watching():
                     return await self._made(label, call, reading, threads)
@@ -52,7 +52,7 @@ class Hands:
                     raise
                 if not scope.cancel_called:
                     raise Raised.by(error) from error
-        raise Late(limit_s)
+        raise Late(budget.seconds)
 
     async def _made(
         self, label: str, call: Callable[[], Any], reading: Callable[[Any], Any], threads: DaemonThreads
@@ -95,19 +95,19 @@ class LocalLive(Live):
 
     async def begin(self, factory: Callable[[], Any], limit_s: float) -> None:
         """Make the instance."""
-        self._instance = await self._hands.make(self.spec.label, factory, lambda made: made, limit_s, self._threads)
+        self._instance = await self._hands.make(self.spec.label, factory, lambda made: made, Budget(limit_s), self._threads)
 
     def adopt(self, instance: Any) -> None:
         """Take one that is there."""
         self._instance = instance
 
-    async def do(self, deed: Deed, limit_s: float) -> Any:
+    async def do(self, deed: Deed, budget: Budget) -> Any:
         try:
             call = deed.called(self._instance)
         except Exception as error:  # a property of the user's
             raise Raised.by(error) from error
         try:
-            data = await self._hands.make(self.spec.label, call, partial(read, deed), limit_s, self._threads)
+            data = await self._hands.make(self.spec.label, call, partial(read, deed), budget, self._threads)
         except BaseException as error:
             self.is_lost = self.is_lost or not isinstance(error, Raised)
             raise
@@ -169,16 +169,16 @@ class LocalRunner(Runner):
         assert isinstance(live, LocalLive)
         try:
             if live.spec.has_close and not live.is_lost:
-                await live.do(Deed(what="close"), self._config.turn_timeout_s)
+                await live.do(Deed(what="close"), Budget(self._config.turn_timeout_s))
         except (Raised, Late):
             pass  # it is dropped either way
         finally:
             live.is_lost = True
             live.end()
 
-    async def call(self, name: str, arguments: Mapping[str, Any], limit_s: float) -> Content:
+    async def call(self, name: str, arguments: Mapping[str, Any], budget: Budget) -> Content:
         function = self._world.function(name)
         assert function is not None, name
         deed = Deed(what="call", name=name, arguments=dict(arguments), is_method=False)
-        data = await self._hands.make(name, deed.called(function), partial(read, deed), limit_s)
+        data = await self._hands.make(name, deed.called(function), partial(read, deed), budget)
         return given(deed, data)  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from troupe.environments.convention import World
 from troupe.environments.settings import EnvironmentConfig
-from troupe.errors import ConfigError
+from troupe.errors import WorldError
 from troupe.runtime.code_files import name_of
 
 _REMEDY = 'define it at the top of a file or module, or run it with environment.run = "thread"'
@@ -12,7 +12,7 @@ def section_of(world: World, config: EnvironmentConfig) -> EnvironmentConfig:
     """The section that loads the same world, whether a text or Python named what is in it.
 
     Raises:
-        ConfigError: for what cannot be loaded by name.
+        WorldError: for what cannot be loaded by name.
     """
     factory = config.factory
     if factory is None and world.factories:
@@ -31,4 +31,4 @@ def _name(found: object, what: str) -> str:
     try:
         return name_of(found)
     except ValueError as error:
-        raise ConfigError(f'environment.run = "process": {what} {error}; {_REMEDY}') from None
+        raise WorldError(f'environment.run = "process": {what} {error}; {_REMEDY}') from None

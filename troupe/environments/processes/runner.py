@@ -18,11 +18,11 @@ import anyio
 import msgspec
 
 from troupe.environments.convention import Content, EnvironmentSpec, World
-from troupe.environments.live import ITS_END, Deed, Died, Gone, Late, Live, Raised, Runner, given
+from troupe.environments.live import Budget, Deed, Died, Gone, Late, Live, Raised, Runner, given
 from troupe.environments.processes.naming import section_of
 from troupe.environments.processes.wire import Broken, Do, Done, Leave, Load, Order, Take, Threw, decode_reply
 from troupe.environments.settings import EnvironmentConfig
-from troupe.errors import ConfigError
+from troupe.errors import WorldError
 from troupe.runtime.frames import FrameError, encode
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.roles import together
@@ -50,22 +50,22 @@ class Worker:
         """Spawn it and wait until everything is loaded.
 
         Raises:
-            ConfigError: where it cannot be loaded, or not in time, or the process does not start or ends.
+            WorldError: where it cannot be loaded, or not in time, or the process does not start or ends.
         """
         try:
             child = await ChildProcess.start(_WORKER, env=_ENVIRONMENT)
         except OSError as error:  # no memory, processes or files left: a machine's fault, which may pass
-            raise ConfigError(f"[environment]: a process could not be started: {error}") from error
+            raise WorldError(f"[environment]: a process could not be started: {error}") from error
         worker = cls(child)
         try:
-            await worker.ask(Load(config), config.start_timeout_s)
+            await worker.ask(Load(config), Budget(config.start_timeout_s))
         except Late:
-            raise ConfigError(
+            raise WorldError(
                 f"[environment]: a process had not loaded it after {config.start_timeout_s:g} s; see what its files "
                 "wait for, or raise environment.start_timeout_s"
             ) from None
         except (Died, Gone) as error:
-            raise ConfigError(f"[environment]: a process ended while it was loaded: {error}") from None
+            raise WorldError(f"[environment]: a process ended while it was loaded: {error}") from None
         except BaseException:
             await worker.kill()
             raise
@@ -76,7 +76,7 @@ class Worker:
         """Whether nothing more can be asked of it."""
         return self._over or self._child.returncode is not None
 
-    async def ask(self, order: Order, limit_s: float) -> bytes:
+    async def ask(self, order: Order, budget: Budget) -> bytes:
         """Have an order carried out, in its turn → what came of it. Raised, Late, Died or Gone where nothing does."""
         frame = encode(order)
         self.waiting += 1
@@ -85,10 +85,10 @@ class Worker:
                 if self.is_over:
                     raise Gone(self._child.how_it_ended())
                 try:
-                    with anyio.move_on_after(max(0.0, limit_s)) as scope:
+                    with budget, anyio.move_on_after(budget.left_s) as scope:
                         reply = await self._reply(frame)
                     if scope.cancelled_caught:
-                        raise Late(limit_s)
+                        raise Late(budget.seconds)
                 except BaseException:
                     await self.kill()  # it is still busy, or dead
                     raise
@@ -96,10 +96,19 @@ class Worker:
             self.waiting -= 1
         if isinstance(reply, Broken):
             await self.kill()
-            raise ConfigError(reply.message)
+            raise WorldError(reply.message)
         if isinstance(reply, Threw):
             raise Raised(reply.text, reply.told, reply.passing)
         return reply.data
+
+    async def do(self, number: int | None, deed: Deed, budget: Budget) -> Any:
+        """What comes of a deed. Raises as `ask`."""
+        data = await self.ask(Do(number, deed), budget)
+        try:
+            return given(deed, data)
+        except msgspec.MsgspecError as error:
+            await self.kill()
+            raise Died(f"its process did not answer as it should: {error}", True) from None
 
     async def _reply(self, frame: bytes) -> Done | Threw | Broken:
         try:
@@ -111,12 +120,6 @@ class Worker:
             raise Died(str(error), itself) from None
         except FrameError as error:
             raise Died(f"its process did not answer as it should: {error}", True) from None
-
-    @property
-    def how(self) -> str:
-        """In a few words how it ended, for a policy to read."""
-        code = self._child.returncode or 0
-        return f"{ITS_END}with exit code {code}" if code >= 0 else f"{ITS_END}by {signal.Signals(-code).name}"
 
     async def kill(self) -> None:
         """Kill its process group and wait until it is gone."""
@@ -139,7 +142,7 @@ class Workers:
         self._starting = anyio.Lock()
 
     async def start(self) -> None:
-        """Start all of them. ConfigError where one cannot be started."""
+        """Start all of them. WorldError where one cannot be started."""
 
         async def begin() -> None:
             self._all.append(await Worker.start(self._config))
@@ -159,7 +162,7 @@ class Workers:
                 if len(self._all) < self._number:
                     try:
                         self._all.append(await Worker.start(self._config))
-                    except ConfigError as error:  # it was loaded before, so this may pass
+                    except WorldError as error:  # it was loaded before, so this may pass
                         raise Raised(str(error), str(error), passing=True) from None
         return min(self._all, key=lambda worker: (worker.waiting, worker.episodes))
 
@@ -172,13 +175,9 @@ class ProcessLive(Live):
         self.worker, self.number = worker, number
         worker.episodes += 1
 
-    async def do(self, deed: Deed, limit_s: float) -> Any:
+    async def do(self, deed: Deed, budget: Budget) -> Any:
         try:
-            return given(deed, await self.worker.ask(Do(self.number, deed), limit_s))
-        except msgspec.MsgspecError as error:
-            await self.worker.kill()
-            self.is_lost = True
-            raise Died(f"its process did not answer as it should: {error}", True) from None
+            return await self.worker.do(self.number, deed, budget)
         except BaseException as error:
             self.is_lost = self.is_lost or not isinstance(error, Raised)
             raise
@@ -188,7 +187,7 @@ class ProcessRunner(Runner):
     """Environments and tools in `processes` workers, or where there are both, in so many for each."""
 
     def __init__(self, world: World, config: EnvironmentConfig) -> None:
-        """ConfigError where something cannot be loaded by name."""
+        """WorldError where something cannot be loaded by name."""
         section = section_of(world, config)
         self._config = config
         self._environments = Workers(config.processes if world.factories else 0, section)
@@ -207,7 +206,7 @@ class ProcessRunner(Runner):
         worker = await self._environments.pick()
         live = ProcessLive(spec, worker, next(self._numbers))
         try:
-            await worker.ask(Take(live.number, spec.name, new), self._config.start_timeout_s)
+            await worker.ask(Take(live.number, spec.name, new), Budget(self._config.start_timeout_s))
         except BaseException:
             worker.episodes -= 1
             raise
@@ -226,11 +225,11 @@ class ProcessRunner(Runner):
         if was_lost:
             return
         try:
-            await live.worker.ask(Leave(live.number, again), self._config.turn_timeout_s)
+            await live.worker.ask(Leave(live.number, again), Budget(self._config.turn_timeout_s))
         except (Raised, Late, Died, Gone):
             pass  # it is dropped either way
 
-    async def call(self, name: str, arguments: Mapping[str, Any], limit_s: float) -> Content:
+    async def call(self, name: str, arguments: Mapping[str, Any], budget: Budget) -> Content:
         deed = Deed(what="call", name=name, arguments=dict(arguments), is_method=False)
         worker = await self._tools.pick()
-        return given(deed, await worker.ask(Do(None, deed), limit_s))  # type: ignore[no-any-return]
+        return await worker.do(None, deed, budget)  # type: ignore[no-any-return]
