@@ -55,8 +55,8 @@ def parse_turn(text: str, style: CallStyle | None, tools: Sequence[ToolSpec] = (
     """Understand one turn.
 
     `text` is what was sampled, decoded without special tokens but with the tags of calls; `begun` what the prompt had
-    begun of the thoughts, such as "<think>", where `text` does not have it. Without tools nothing is taken for a call. A call that is written wrongly has
-    an `error`, and stays in the content as it was written.
+    begun of the thoughts, such as "<think>", where `text` does not have it. Without tools nothing is taken for a call.
+    A call that is written wrongly has an `error`, and stays in the content as it was written.
     """
     schemas = {tool.name: _parameters(tool) for tool in tools}
     parts: list[list[str]] = [[]]
