@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from troupe.environments.convention import Content, EnvironmentSpec, StepResult
+from troupe.environments.convention import Content, EnvironmentFault, EnvironmentSpec, StepResult
+from troupe.environments.results import checked_reset, checked_reward, checked_state, checked_step, tool_content
 from troupe.errors import sayable
 from troupe.rewards.convention import own_copy
 from troupe.rewards.faults import described, may_pass
@@ -78,6 +79,8 @@ class Raised(Exception):  # noqa: N818 - it says what happened
     @classmethod
     def by(cls, error: BaseException) -> Raised:
         """From what the code has raised."""
+        if isinstance(error, EnvironmentFault):  # of what it has returned
+            return cls(str(error), str(error))
         try:
             text = str(error)
         except Exception:  # its __str__ is code like any other
@@ -151,6 +154,11 @@ class Live(ABC):
 class Runner(ABC):
     """Where environments live and tools run."""
 
+    @property
+    def needs_process(self) -> str | None:
+        """What code has asked for that works in a process of its own only, and where; None where it has not."""
+        return None
+
     @abstractmethod
     async def start(self) -> None:
         """Get ready; InputError where that fails."""
@@ -176,19 +184,19 @@ class Runner(ABC):
         """Call a tool that is no environment's. Raises as `Live.do`."""
 
 
-def read(deed: Deed, result: Any) -> bytes:
-    """What came of a deed as msgpack. ValueError or TypeError where it is not what it must be."""
+def read(deed: Deed, label: str, result: Any) -> bytes:
+    """What came of a deed as msgpack. EnvironmentFault, ValueError or TypeError where it is not what it must be."""
     match deed.what:
         case "reset":
-            plain: Any = None if result is None else tool_content(result)
+            plain: Any = checked_reset(result, label)
         case "call":
             plain = tool_content(result)
         case "step":
-            plain = checked_step(result)
+            plain = checked_step(result, label)
         case "state_id":
-            plain = sayable(str(result))
+            plain = checked_state(result, label)
         case "get_reward":
-            plain = None if result is None else float(result)
+            plain = checked_reward(result, f"get_reward of {label}")
         case "save_state" | "attributes":
             plain = result
         case _:

@@ -11,6 +11,7 @@ import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -95,7 +96,9 @@ class LocalLive(Live):
 
     async def begin(self, factory: Callable[[], Any], limit_s: float) -> None:
         """Make the instance."""
-        self._instance = await self._hands.make(self.spec.label, factory, lambda made: made, Budget(limit_s), self._threads)
+        self._instance = await self._hands.make(
+            self.spec.label, factory, lambda made: made, Budget(limit_s), self._threads
+        )
 
     def adopt(self, instance: Any) -> None:
         """Take one that is there."""
@@ -107,7 +110,9 @@ class LocalLive(Live):
         except Exception as error:  # a property of the user's
             raise Raised.by(error) from error
         try:
-            data = await self._hands.make(self.spec.label, call, partial(read, deed), budget, self._threads)
+            data = await self._hands.make(
+                self.spec.label, call, partial(read, deed, self.spec.label), budget, self._threads
+            )
         except BaseException as error:
             self.is_lost = self.is_lost or not isinstance(error, Raised)
             raise
@@ -125,11 +130,10 @@ class LocalRunner(Runner):
         self._world, self._config = world, config
         self._hands = Hands(in_place=config.run == "loop")
         self._idle: dict[str, list[LocalLive]] = defaultdict(list)
-        self._probes = dict(world.probes)
+        self._probes = dict(world.probes) if config.run == "loop" else {}
 
     @property
     def needs_process(self) -> str | None:
-        """What code has asked for that works in a process of its own only."""
         return self._hands.watch.found
 
     async def start(self) -> None:
@@ -169,9 +173,8 @@ class LocalRunner(Runner):
         assert isinstance(live, LocalLive)
         try:
             if live.spec.has_close and not live.is_lost:
-                await live.do(Deed(what="close"), Budget(self._config.turn_timeout_s))
-        except (Raised, Late):
-            pass  # it is dropped either way
+                with suppress(Raised, Late):
+                    await live.do(Deed(what="close"), Budget(self._config.turn_timeout_s))
         finally:
             live.is_lost = True
             live.end()
@@ -180,5 +183,15 @@ class LocalRunner(Runner):
         function = self._world.function(name)
         assert function is not None, name
         deed = Deed(what="call", name=name, arguments=dict(arguments), is_method=False)
-        data = await self._hands.make(name, deed.called(function), partial(read, deed), budget)
+        data = await self._hands.make(name, deed.called(function), partial(read, deed, name), budget)
         return given(deed, data)  # type: ignore[no-any-return]
+
+
+async def close_probes(world: World, config: EnvironmentConfig) -> None:
+    """Close what was made to look at, where it is not to be used: its thread is not the one that it would be used on,
+    or its process."""
+    hands = Hands(in_place=False)
+    for name, instance in world.probes.items():
+        if world.environments[name].has_close:
+            with suppress(Raised, Late):
+                await hands.make(name, instance.close, lambda closed: closed, Budget(config.turn_timeout_s))

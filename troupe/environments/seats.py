@@ -232,7 +232,7 @@ class Seat:
 
     def _given_up(self, name: str, error: Late | Died | Gone) -> Exception:
         """What a call comes to that was not made to its end."""
-        if isinstance(error, Died) and not error.itself or isinstance(error, Gone):
+        if (isinstance(error, Died) and not error.itself) or isinstance(error, Gone):
             return Missing(f"the process of the tool {name} ended: {error}", "environment_died", passing=True)
         kind, text = "tool_timeout", str(error)
         if isinstance(error, Died):
@@ -244,9 +244,7 @@ class Seat:
 class Repeated:
     """A seat on which a turn is played once more: the environment is asked again, tools for all are not."""
 
-    def __init__(
-        self, live: Live, answer: Answer, config: EnvironmentConfig, check: Callable[[], None]
-    ) -> None:
+    def __init__(self, live: Live, answer: Answer, config: EnvironmentConfig, check: Callable[[], None]) -> None:
         self._live, self._answer, self._check = live, answer, check
         self._budget = Budget(config.turn_timeout_s)
         self._calls = list(answer.calls)
@@ -259,9 +257,7 @@ class Repeated:
         """Call a method once more; of a function, and of a call that was not made, what came of it then."""
         made = self._made(name, arguments)
         tool = self._live.spec.tool(name)
-        if made is not None and (
-            tool is None or not tool.is_method or made.error.startswith((NO_ANSWER, ITS_END))
-        ):
+        if made is not None and (tool is None or not tool.is_method or made.error.startswith((NO_ANSWER, ITS_END))):
             if made.error:
                 raise ToolError(made.error)
             return made.result

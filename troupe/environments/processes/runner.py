@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -78,7 +79,7 @@ class Worker:
 
     async def ask(self, order: Order, budget: Budget) -> bytes:
         """Have an order carried out, in its turn → what came of it. Raised, Late, Died or Gone where nothing does."""
-        frame = encode(order)
+        frame = _encoded(order)
         self.waiting += 1
         try:
             async with self._turn:
@@ -224,12 +225,21 @@ class ProcessRunner(Runner):
         live.worker.episodes -= 1
         if was_lost:
             return
-        try:
+        with suppress(Raised, Late, Died, Gone):
             await live.worker.ask(Leave(live.number, again), Budget(self._config.turn_timeout_s))
-        except (Raised, Late, Died, Gone):
-            pass  # it is dropped either way
 
     async def call(self, name: str, arguments: Mapping[str, Any], budget: Budget) -> Content:
         deed = Deed(what="call", name=name, arguments=dict(arguments), is_method=False)
         worker = await self._tools.pick()
         return await worker.do(None, deed, budget)  # type: ignore[no-any-return]
+
+
+def _encoded(order: Order) -> bytes:
+    try:
+        return encode(order)
+    except (TypeError, OverflowError, ValueError) as error:
+        if isinstance(order, Do) and order.deed.what == "call":  # the policy's arguments
+            raise Raised(f"the arguments cannot be sent to the tool: {error}", str(error)) from None
+        raise WorldError(
+            f'environment.run = "process" takes plain data only, but the columns of a row hold other things: {error}'
+        ) from None

@@ -66,15 +66,16 @@ class Desk:
             case Do(None, deed):
                 function = self._world.function(deed.name)
                 assert function is not None, deed.name
-                return self._result(deed, deed.called(function))
+                return self._result(deed, deed.name, deed.called(function))
             case Do(number, deed):
-                return self._result(deed, deed.called(self._taken[number][1]))
+                environment, instance = self._taken[number]
+                return self._result(deed, self._label(environment), deed.called(instance))
             case Leave(number, again):
                 environment, instance = self._taken.pop(number)
                 if again and getattr(instance, "reuse", True):
                     self._idle[environment].append(instance)
                 elif self._world.environments[environment].has_close:
-                    self._result(Deed(what="close"), instance.close)
+                    self._result(Deed(what="close"), "", instance.close)
         return b""
 
     def _instance(self, environment: str, new: bool) -> Any:
@@ -84,11 +85,14 @@ class Desk:
             return self._probes.pop(environment)
         return self._world.factories[environment]()
 
-    def _result(self, deed: Deed, call: Callable[[], Any]) -> bytes:
-        if is_async(call):
-            return read(deed, self._waited_for(call))
-        result = call()
-        return read(deed, self._waited_for(partial(awaited, result)) if inspect.isawaitable(result) else result)
+    def _label(self, environment: str) -> str:
+        return self._world.environments[environment].label
+
+    def _result(self, deed: Deed, label: str, call: Callable[[], Any]) -> bytes:
+        result = self._waited_for(call) if is_async(call) else call()
+        if inspect.isawaitable(result):
+            result = self._waited_for(partial(awaited, result))
+        return read(deed, label, result)
 
     def _waited_for(self, call: Callable[[], Any]) -> Any:
         async def kept() -> tuple[Any, BaseException | None]:
