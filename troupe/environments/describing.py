@@ -46,12 +46,11 @@ def describe(environment: Any, name: str = "", functions: Sequence[ToolSpec] = (
     """
     kind = environment if inspect.isclass(environment) else type(environment)
     label = kind.__name__
-    methods = dict(inspect.getmembers(kind, predicate=inspect.isfunction))
+    methods: dict[str, Callable[..., Any]] = dict(inspect.getmembers(kind, predicate=inspect.isfunction))
     _check_own(kind, methods)
-    has_step = "step" in methods and not _is_tool(methods["step"], isinstance(static(kind, "step"), staticmethod))
-    names = [
-        each for each in methods if not each.startswith("_") and (each not in OWN or _is_step_tool(each, has_step))
-    ]
+    has_step = "step" in methods and not _is_tool(methods["step"], _is_static(kind, "step"))
+    own = OWN if has_step else [each for each in OWN if each != "step"]
+    names = [each for each in methods if not each.startswith("_") and each not in own]
     tools = (*functions, *(_describe_method(kind, methods[each], each) for each in names))
     check_names(tools, label)
     takes, requires = _columns(methods["reset"])
@@ -71,9 +70,8 @@ def describe(environment: Any, name: str = "", functions: Sequence[ToolSpec] = (
     )
 
 
-def static(kind: type, name: str) -> Any:
-    """What stands under the name in the class, unbound."""
-    return inspect.getattr_static(kind, name)
+def _is_static(kind: type, name: str) -> bool:
+    return isinstance(inspect.getattr_static(kind, name), staticmethod)
 
 
 def check_names(tools: Sequence[ToolSpec], label: str = "") -> None:
@@ -83,10 +81,6 @@ def check_names(tools: Sequence[ToolSpec], label: str = "") -> None:
         if names.count(name) > 1:
             where = f" of {label}" if label else ""
             raise WorldError(f"two tools{where} are called {name!r}; rename one, since the policy calls them by name")
-
-
-def _is_step_tool(name: str, has_step: bool) -> bool:
-    return name == "step" and not has_step
 
 
 def _check_own(kind: type, methods: dict[str, Callable[..., Any]]) -> None:
@@ -117,10 +111,9 @@ def place_of_class(kind: type) -> str:
 
 
 def _describe_method(kind: type, method: Callable[..., Any], name: str) -> ToolSpec:
-    is_static = isinstance(static(kind, name), staticmethod)
     label = f"{kind.__name__}.{name}"
     try:
-        schema = json_schema(method, label, is_unbound=not is_static)
+        schema = json_schema(method, label, is_unbound=not _is_static(kind, name))
     except WorldError as error:
         raise WorldError(f"{error}; if {name} is no tool, call it _{name}") from None
     schema["function"]["name"] = name
