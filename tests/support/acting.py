@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import anyio
@@ -14,6 +13,7 @@ from troupe.actors.conversations import Conversations, Rules
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.turn_types import CompletedTurn, TurnRequest
 from troupe.environments.convention import EnvironmentSpec, Said, World
+from troupe.environments.events import Ending
 from troupe.messages import Answer, Incident, PromptText
 
 TURNS, LONGEST, CONTEXT = 4, 40, 60
@@ -34,10 +34,10 @@ class Follows(NamedTuple):
 class FakeWords:
     """Ids follow from the messages; some conversations begin a new row."""
 
-    def opening(self, messages: PromptText) -> tuple[int, ...]:
+    def opening(self, messages: Any) -> tuple[int, ...]:
         return tuple(digest("opening", messages)[:3])
 
-    def following(self, messages: Any, said: Any, sampled_ids: Any, finish_reason: Any, new: Any) -> Follows:
+    def following(self, messages: Any, said: Any, sampled_ids: Any, new: Any, *, given: int | None = None) -> Follows:
         noise = digest("following", messages, said, new)
         if noise[0] % 5 == 0:
             return Follows((), tuple(noise[1 : 4 + noise[1] % 5]))
@@ -69,8 +69,12 @@ class FakeAnswers:
         )
         return await self._once((*name, turn, tuple(token_ids)), answer)
 
-    async def close(self, name: Any, turns: Sequence[Answer]) -> Any:
-        return SimpleNamespace(reward=None, attributes={"turns": len(turns)}, failed="")
+    async def close(self, name: Any, turns: int) -> Ending:
+        return Ending(attributes={"turns": turns})
+
+    @property
+    def ledger(self) -> Any:
+        return self
 
     def forget(self, gid: int) -> None:
         self.forgotten.add(gid)
@@ -84,8 +88,11 @@ class FakeAnswers:
     async def start(self) -> None:
         pass
 
-    async def stop(self) -> tuple[Incident, ...]:
-        return ()
+    async def stop(self) -> None:
+        pass
+
+    def trust(self) -> None:
+        pass
 
     def _failure(self, name: Any, turn: int) -> str:
         return "it fell over" if digest("failure", name, turn)[0] < 8 else ""
@@ -102,7 +109,7 @@ def understand(ids: Sequence[int], read: Sequence[int], spec: EnvironmentSpec) -
     return Said(message={"role": "assistant", "content": " ".join(map(str, ids))})
 
 
-def conversations_of(answers: FakeAnswers, max_turns: int | None = 6) -> Conversations:
+def conversations_of(answers: Any, max_turns: int | None = 6) -> Conversations:
     """Over fake environments and words."""
     rules = Rules(max_turns=max_turns, context=CONTEXT)
     return Conversations(answers, WORLD, {"game": FakeWords()}, understand=understand, rules=rules)
@@ -120,7 +127,8 @@ class ScriptedSession:
     def decode(self, requests: Sequence[TurnRequest]) -> Iterator[list[CompletedTurn]]:
         rows = tuple(request.row for request in requests)
         self.calls.append(rows)
-        lengths, tokens = {}, {}
+        lengths: dict[tuple[int, ...], int] = {}
+        tokens: dict[tuple[int, ...], list[int]] = {}
         for request in requests:
             before = () if request.fresh else self.read[request.row]
             self.read[request.row] = (*before, *request.ids)

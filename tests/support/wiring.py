@@ -299,8 +299,8 @@ class SilentSink:
         pass
 
 
-def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, stage: Any = None, context: int = 0) -> Prepared:
-    """What `prepare` would give, for weights that are one number. `stage` and `context`: where the policy acts."""
+def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, stage: Any = None) -> Prepared:
+    """What `prepare` would give, for weights that are one number. `stage`: where the policy acts."""
     assert config.output is not None
     dataset = PromptDataset.from_rows([{"prompt": f"prompt {i}", "answer": str(i)} for i in range(rows)])
     tokenizer = SimpleNamespace(decode_sampled=lambda ids: " ".join(map(str, ids)), pad_token_id=0)
@@ -336,7 +336,6 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, stage: An
             evaluation=None,
             rewards=rewards,
             longest_prompt=2,
-            context=context,
             stage=stage,
             total_steps=config.learner.max_steps or 1,
             description="",

@@ -3,19 +3,21 @@ them, and evaluation without actors."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import anyio
 import msgspec
 
 from troupe.environments.convention import EnvironmentSpec, Said, World
+from troupe.environments.events import Ending
+from troupe.environments.ledger import ENDING, EpisodeName
+from troupe.environments.manager import EnvironmentManager
 from troupe.messages import (
     Answer,
     Answered,
     ChatMessage,
     Episode,
-    FinishReason,
-    Incident,
     Observation,
     Prompt,
     PromptText,
@@ -23,6 +25,7 @@ from troupe.messages import (
     Turn,
     TurnTaken,
 )
+from troupe.runtime.roles import together
 
 
 class Following(Protocol):
@@ -37,7 +40,7 @@ class Following(Protocol):
 class Words(Protocol):
     """How the conversations of one environment are told in ids."""
 
-    def opening(self, messages: PromptText) -> tuple[int, ...]:
+    def opening(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Of a prompt."""
 
     def following(
@@ -45,44 +48,15 @@ class Words(Protocol):
         messages: Sequence[ChatMessage],
         said: ChatMessage,
         sampled_ids: Sequence[int],
-        finish_reason: FinishReason,
         new: Sequence[ChatMessage],
+        *,
+        given: int | None = None,
     ) -> Following:
-        """Of what came back to a turn."""
-
-
-class Ending(Protocol):
-    """What an environment says at the end of an episode."""
-
-    @property
-    def reward(self) -> float | None: ...
-    @property
-    def attributes(self) -> dict[str, Any]: ...
-    @property
-    def failed(self) -> str: ...
+        """Of what came back to a turn; `given` of the messages are the prompt."""
 
 
 Understand: TypeAlias = Callable[[Sequence[int], Sequence[int], EnvironmentSpec], Said]
 """Sampled ids, and those that were read before them → what they say."""
-
-
-class Name(NamedTuple):
-    """Of an episode."""
-
-    gid: int
-    sample: int
-
-
-class Answers(Protocol):
-    """Who gives the answers of environments: the manager, or a stand-in."""
-
-    async def open(self, name: Any, prompt: PromptText, columns: Mapping[str, Any]) -> Answer: ...
-    async def answer(self, name: Any, turn: int, token_ids: Sequence[int], said: Said) -> Answer: ...
-    async def close(self, name: Any, turns: Sequence[Answer]) -> Ending: ...
-    def forget(self, gid: int) -> None: ...
-    def listen(self, told: Callable[[Incident], None] | None) -> None: ...
-    @property
-    def down(self) -> Mapping[str, str]: ...
 
 
 class _Told(NamedTuple):
@@ -91,8 +65,10 @@ class _Told(NamedTuple):
     taken: TurnTaken
     answer: Answer
     observation: Observation
-    messages: tuple[ChatMessage, ...]
+    messages: tuple[ChatMessage, ...] = ()
     """That the policy reads now; those of a turn that did not fit are left out."""
+    was_asked: bool = True
+    """Whether somebody had to answer."""
 
 
 class _Conversation:
@@ -102,17 +78,18 @@ class _Conversation:
         self.told: list[_Told] = []
         self.at_work = anyio.Lock()
 
-    def messages(self, prompt: PromptText) -> list[ChatMessage]:
-        """All that was said so far."""
-        opening, *turns = self.told
-        said = list(opening.answer.messages) or (prompt if isinstance(prompt, list) else _as_messages(prompt))
-        for told in turns:
-            said = [*said, told.answer.said, *told.messages]
-        return said
+    def opening(self, prompt: PromptText) -> list[ChatMessage]:
+        """What was said before the first turn."""
+        return list(self.told[0].answer.messages) or as_messages(prompt)
+
+    def turns(self) -> list[ChatMessage]:
+        """All that was said since."""
+        return [message for told in self.told[1:] for message in (told.answer.said, *told.messages)]
 
 
-def _as_messages(prompt: str) -> list[ChatMessage]:
-    return [{"role": "user", "content": prompt}]
+def as_messages(prompt: PromptText) -> list[ChatMessage]:
+    """A prompt as a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +112,7 @@ class Conversations:
 
     def __init__(
         self,
-        answers: Answers,
+        manager: EnvironmentManager,
         world: World,
         words: Mapping[str, Words],
         *,
@@ -143,7 +120,7 @@ class Conversations:
         rules: Rules,
     ) -> None:
         """`words`: of each environment."""
-        self.answers = answers
+        self.manager = manager
         self._world = world
         self._words = words
         self._understand = understand
@@ -152,7 +129,7 @@ class Conversations:
 
     async def answer(
         self, taken: TurnTaken, span: Callable[[str], AbstractContextManager[Any]] = nullcontext
-    ) -> tuple[Observation, Answered]:
+    ) -> tuple[Observation, Answered | None]:
         """What a sample reads after its turn, and what is to be recorded of that. `span` times what is waited for."""
         conversation = self._of(taken.prompt.gid, taken.sample)
         async with conversation.at_work:  # who asks once more waits for the first
@@ -163,7 +140,10 @@ class Conversations:
                     raise RuntimeError(f"turn {taken.turn} of {self._name(taken)} came before turn {len(told)}")
                 told.append(await self._turn(conversation, taken, span))
             found = told[taken.turn]
-        answered = Answered(
+        observation = msgspec.structs.replace(found.observation, asker=taken.asker)
+        if not found.was_asked:
+            return observation, None
+        return observation, Answered(
             gid=taken.prompt.gid,
             slot=taken.prompt.slot,
             sample=taken.sample,
@@ -171,27 +151,37 @@ class Conversations:
             token_ids=taken.token_ids,
             answer=found.answer,
         )
-        return msgspec.structs.replace(found.observation, asker=taken.asker), answered
 
-    async def end(self, group: RolloutGroup) -> RolloutGroup:
-        """A group whose samples have all ended, with what became of them."""
-        episodes: list[Episode] = []
+    async def end(self, group: RolloutGroup) -> tuple[RolloutGroup, list[Answered]]:
+        """A group whose samples have all ended, with what became of them; and what is to be recorded of that."""
+        prompt, size = group.prompt, len(group.rollouts)
+        turns = [sum(told.was_asked for told in self._of(prompt.gid, sample).told) - 1 for sample in range(size)]
+        endings: dict[int, Ending] = {}
 
-        async def add(sample: int) -> None:
-            episodes[sample] = await self._episode(group.prompt, sample)
+        async def close(sample: int) -> None:
+            endings[sample] = await self.manager.close(EpisodeName(prompt.gid, sample), turns[sample])
 
-        empty = Episode(environment="", opening=Answer(said={}), turns=())
-        episodes += [empty] * len(group.rollouts)
-        async with anyio.create_task_group() as tasks:
-            for sample in range(len(group.rollouts)):
-                tasks.start_soon(add, sample)
-        return msgspec.structs.replace(group, episodes=tuple(episodes))
+        await together([partial(close, sample) for sample in range(size)])
+        episodes = tuple(self._episode(prompt, sample, endings[sample]) for sample in range(size))
+        answered = [
+            Answered(
+                gid=prompt.gid,
+                slot=prompt.slot,
+                sample=sample,
+                turn=ENDING,
+                token_ids=(turns[sample],),
+                answer=endings[sample].answer,
+            )
+            for sample in range(size)
+        ]
+        return msgspec.structs.replace(group, episodes=episodes), answered
 
     def forget(self, alive: Collection[int]) -> None:
         """Keep of groups those that are alive only."""
         for gid in [gid for gid in self._open if gid not in alive]:
             del self._open[gid]
-            self.answers.forget(gid)
+            self.manager.settled(gid)
+            self.manager.ledger.forget(gid)
 
     def spec_of(self, prompt: Prompt) -> EnvironmentSpec:
         """The environment of a prompt."""
@@ -200,8 +190,8 @@ class Conversations:
     def _of(self, gid: int, sample: int) -> _Conversation:
         return self._open.setdefault(gid, {}).setdefault(sample, _Conversation())
 
-    def _name(self, taken: TurnTaken) -> Name:
-        return Name(taken.prompt.gid, taken.sample)
+    def _name(self, taken: TurnTaken) -> EpisodeName:
+        return EpisodeName(taken.prompt.gid, taken.sample)
 
     async def _turn(
         self, conversation: _Conversation, taken: TurnTaken, span: Callable[[str], AbstractContextManager[Any]]
@@ -209,42 +199,42 @@ class Conversations:
         spec = self.spec_of(taken.prompt)
         if not taken.turn:
             with span(f"reset {spec.label or 'episode'}"):
-                answer = await self.answers.open(self._name(taken), taken.prompt.prompt, taken.prompt.columns)
+                answer = await self.manager.open(self._name(taken), taken.prompt.prompt, taken.prompt.columns)
             return self._opened(spec, taken, answer)
         before = conversation.told[-1].observation
         read = before.prompt_ids or before.ids or taken.prompt.prompt_ids
         said = self._understand(taken.token_ids, read, spec)
         last = taken.turn == self._rules.max_turns
         if last and (said.calls or not spec.has_step):
-            answer = Answer(said=said.message, done=True)  # what it asks for has nobody to read it
-        else:
-            with span(_what(spec, said)):
-                answer = await self.answers.answer(self._name(taken), taken.turn, taken.token_ids, said)
+            answer = Answer(said=said.message, done=True)  # nobody would read what it asks for
+            return _Told(taken, answer, self._done(taken), was_asked=False)
+        with span(_what(spec, said)):
+            answer = await self.manager.answer(self._name(taken), taken.turn, taken.token_ids, said)
         if answer.done or answer.failed or last or taken.finish_reason != "stop" or not answer.messages:
             return _Told(taken, answer, self._done(taken), answer.messages)
-        messages = conversation.messages(taken.prompt.prompt)
+        prompt = conversation.opening(taken.prompt.prompt)
         follows = self._words[spec.name].following(
-            messages, answer.said, taken.token_ids, taken.finish_reason, answer.messages
+            [*prompt, *conversation.turns()], answer.said, taken.token_ids, answer.messages, given=len(prompt)
         )
         begins = follows.prompt_ids
         room = taken.room if begins is None else self._rules.context - len(begins)
         if len(follows.ids) >= room:
-            return _Told(taken, answer, self._done(taken), ())
+            return _Told(taken, answer, self._done(taken))
         return _Told(taken, answer, self._goes_on(taken, follows.ids, begins), answer.messages)
 
     def _opened(self, spec: EnvironmentSpec, taken: TurnTaken, answer: Answer) -> _Told:
         if answer.failed or answer.done:
-            return _Told(taken, answer, self._done(taken), ())
+            return _Told(taken, answer, self._done(taken))
         begins = None
         if answer.messages:
             begins = self._words[spec.name].opening(list(answer.messages))
             if len(begins) >= self._rules.context:
                 why = f"the opening has {len(begins)} tokens with the prompt; at most {self._rules.context - 1} fit"
                 answer = msgspec.structs.replace(answer, failed=why)
-                return _Told(taken, answer, self._done(taken), ())
+                return _Told(taken, answer, self._done(taken))
             if begins == taken.prompt.prompt_ids:
                 begins = None
-        return _Told(taken, answer, self._goes_on(taken, (), begins), ())
+        return _Told(taken, answer, self._goes_on(taken, (), begins))
 
     def _done(self, taken: TurnTaken) -> Observation:
         return Observation(gid=taken.prompt.gid, sample=taken.sample, turn=taken.turn, done=True)
@@ -252,10 +242,9 @@ class Conversations:
     def _goes_on(self, taken: TurnTaken, ids: tuple[int, ...], begins: tuple[int, ...] | None) -> Observation:
         return Observation(gid=taken.prompt.gid, sample=taken.sample, turn=taken.turn, ids=ids, prompt_ids=begins)
 
-    async def _episode(self, prompt: Prompt, sample: int) -> Episode:
+    def _episode(self, prompt: Prompt, sample: int, ending: Ending) -> Episode:
         opening, *turns = self._of(prompt.gid, sample).told
         answers = [told.answer for told in turns]
-        ending = await self.answers.close(Name(prompt.gid, sample), [opening.answer, *answers])
         failed = next((answer.failed for answer in (opening.answer, *answers) if answer.failed), ending.failed)
         reward = self._summed(answers) if ending.reward is None else ending.reward
         return Episode(

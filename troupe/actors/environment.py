@@ -44,7 +44,7 @@ class Environment(Actor):
 
     async def start(self) -> None:
         """Listen to the environments, and say which are down now: an actor before may have said otherwise."""
-        self._conversations.answers.listen(self._note)
+        self._conversations.manager.listen(self._note)
         self._send_hold()
 
     async def handle(self, message: TurnTaken | RolloutGroup) -> None:
@@ -56,12 +56,13 @@ class Environment(Actor):
 
     async def stop(self) -> None:
         """Listen no more."""
-        self._conversations.answers.listen(None)
+        self._conversations.manager.listen(None)
 
     async def _answer(self, taken: TurnTaken) -> None:
         span = partial(self.report.span, step=taken.prompt.slot.step, gid=taken.prompt.gid)
         observation, answered = await self._conversations.answer(taken, span)
-        await self._answered.send(answered)
+        if answered is not None:
+            await self._answered.send(answered)
         await self._observations.send(observation)
         self.inbox.done(taken)
 
@@ -69,7 +70,9 @@ class Environment(Actor):
         ended = group
         if not group.episodes:  # else it was sampled before the run was resumed
             with self.report.span("end episodes", step=group.prompt.slot.step, gid=group.prompt.gid):
-                ended = await self._conversations.end(group)
+                ended, answered = await self._conversations.end(group)
+            for each in answered:
+                await self._answered.send(each)
         await self._groups.send(ended)
         self.inbox.done(group)
         self._conversations.forget(self._alive())
@@ -80,6 +83,6 @@ class Environment(Actor):
 
     def _send_hold(self) -> None:
         if self._hold is not None and not self._hold.closed:
-            down = self._conversations.answers.down
+            down = self._conversations.manager.down
             reasons = tuple(f"environment {name} is down: {why}" for name, why in down.items())
             self._hold.send_nowait(Hold(sender=self.name, reasons=reasons))

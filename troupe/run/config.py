@@ -26,7 +26,16 @@ from troupe.rewards import RewardsConfig
 from troupe.run.aliases import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import moved_demo_file, policy_folder
-from troupe.run.tables import anchored_reward, copied, lay_over, says, table_of, value_at, without_none
+from troupe.run.tables import (
+    anchored_environment,
+    anchored_reward,
+    copied,
+    lay_over,
+    says,
+    table_of,
+    value_at,
+    without_none,
+)
 from troupe.runtime.files import expanded, read_toml
 
 _SOURCES = ("path", "eval_path")
@@ -221,18 +230,7 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
     environment = table.get("environment")
     if isinstance(environment, dict):
-        _anchor_environment(environment, base)
-
-
-def _anchor_environment(table: dict[str, Any], base: Path) -> None:
-    """The same for a section [environment]."""
-    factory, tools = table.get("factory"), table.get("tools")
-    if isinstance(factory, dict):
-        table["factory"] = {name: anchored_reward(spec, base) for name, spec in factory.items()}
-    elif factory is not None:
-        table["factory"] = anchored_reward(factory, base)
-    if isinstance(tools, list | tuple):
-        table["tools"] = [anchored_reward(spec, base) for spec in tools]
+        table["environment"] = anchored_environment(environment, base)
 
 
 class _Sources(NamedTuple):

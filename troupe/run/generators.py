@@ -61,13 +61,14 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
 
 def acting_config(prepared: Prepared) -> ActingConfig:
     """What episodes are sampled with."""
-    config = prepared.config
+    config, stage = prepared.config, prepared.inputs.stage
+    assert stage is not None
     return ActingConfig(
         seed=config.seed,
         limits=EpisodeLimits(
             num_generations=config.generation.num_generations,
             max_completion_length=config.generation.max_completion_length,
-            context=prepared.inputs.context,
+            context=stage.rules.context,
         ),
         most_at_once=_most_at_once(prepared),
     )

@@ -157,8 +157,11 @@ class LiveRun:
             await _beside(self._work, self._tell_sinks)
         finally:
             with self._progress.at("stopping the rewards"):
-                for incident in (*await rewards.stop(), *(() if stage is None else await stage.manager.stop())):
+                for incident in await rewards.stop():
                     pipeline.tell(incident)
+            if stage is not None:
+                stage.manager.listen(pipeline.tell)
+                await stage.manager.stop()
             for incident in pipeline.unread_incidents:
                 pipeline.tell(incident)
             with anyio.CancelScope(shield=True):
@@ -178,9 +181,11 @@ class LiveRun:
                 self._prepared.inputs.rewards.trust()
             with self._progress.at("starting the rewards"):
                 await self._start_rewards()
-            if self._prepared.inputs.stage is not None:
+            if (stage := self._prepared.inputs.stage) is not None:
+                if self._prepared.start.checkpoint is not None:
+                    stage.manager.trust()
                 with self._progress.at("starting the environments"):
-                    await self._prepared.inputs.stage.manager.start()
+                    await stage.manager.start()
             await _beside(self._train, self._requests.run)
         if self._stopping:
             with self._progress.at(f"saving step {self._pipeline.learner.version:,}"):

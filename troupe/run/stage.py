@@ -4,15 +4,16 @@ ids and is understood."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from troupe.actors.conversations import Conversations, Rules, Words
+from troupe.actors.conversations import Conversations, Rules, as_messages
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.environments.calls import CallStyle, parse_turn, which_calls
 from troupe.environments.convention import EnvironmentSpec, Said, World
-from troupe.environments.loading import check_rows, load_world
+from troupe.environments.ledger import EpisodeName
+from troupe.environments.loading import Factory, check_rows, load_world
 from troupe.environments.manager import EnvironmentManager
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
@@ -20,9 +21,27 @@ from troupe.messages import Answered, PromptText
 from troupe.policy import Policy, Tokenizer, opened_thought
 from troupe.policy.text.continuing import Continuer
 
-Given = tuple[Sequence[Callable[..., Any]], Any]
-"""Tools, and the factory of an environment or a table of them, that were given in Python."""
-NOTHING_GIVEN: Given = ((), None)
+
+class Acting(NamedTuple):
+    """What was given in Python to act with."""
+
+    tools: Sequence[Callable[..., Any]] = ()
+    environment_factory: Factory | Mapping[str, Factory] | None = None
+
+
+NOTHING_GIVEN = Acting()
+
+
+class Understanding:
+    """Sampled ids as what they say."""
+
+    def __init__(self, tokenizer: Tokenizer, style: CallStyle | None) -> None:
+        self._tokenizer, self._style = tokenizer, style
+
+    def __call__(self, ids: Sequence[int], read: Sequence[int], spec: EnvironmentSpec) -> Said:
+        """`read`: the ids before them, which may have begun a thought."""
+        begun = opened_thought(self._tokenizer, [], read)
+        return parse_turn(self._tokenizer.decode_sampled(ids), self._style, spec.tools, begun)
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,14 +49,14 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     world: World
     manager: EnvironmentManager
-    words: Mapping[str, Words]
+    words: Mapping[str, Continuer]
     """Of each environment."""
     understand: Understanding
     rules: Rules
     notices: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, config: EnvironmentConfig, given: Given, policy: Policy, data: DataConfig) -> Stage | None:
+    def load(cls, config: EnvironmentConfig, given: Acting, policy: Policy, data: DataConfig) -> Stage | None:
         """What `config` names and what is given besides; None where that is nothing.
 
         Raises:
@@ -86,8 +105,24 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     def recall(self, answers: Iterable[Answered]) -> None:
         """Know what an earlier start of the run was answered."""
         for each in answers:
-            self.manager.ledger.note(_name(each), each.turn, each.token_ids, each.answer)
+            self.manager.ledger.note(EpisodeName(each.gid, each.sample), each.turn, each.token_ids, each.answer)
 
     def conversations(self) -> Conversations:
         """New ones, over the same environments."""
         return Conversations(self.manager, self.world, self.words, understand=self.understand, rules=self.rules)
+
+
+def _style(config: EnvironmentConfig, world: World, tokenizer: Tokenizer, data: DataConfig) -> CallStyle | None:
+    """How tools are called. ConfigError where there are tools and nobody says how."""
+    if not any(spec.tools for spec in world.environments.values()):
+        return None
+    if config.calls != "auto":
+        return config.calls
+    template = tokenizer.chat_template(True, data.chat_template_kwargs.get("chat_template"))
+    style = which_calls(template.source)
+    if style is None:
+        raise ConfigError(
+            f"{template.origin}: the chat template has tools called in a way that is not known; set environment.calls "
+            "to 'hermes' or 'xml', or use a model that calls tools so"
+        )
+    return style

@@ -17,6 +17,7 @@ from tests.support.acting import CONTEXT, LONGEST, FakeAnswers, conversations_of
 from tests.support.chaos import Chaos, Report, assert_all_holds, config_of, perform, rewards_of, seeded
 from tests.support.plans import Plan, draw_plan
 from tests.support.wiring import Ledger, prepared_run, virtual_factories
+from troupe.actors.conversations import Rules
 from troupe.policy import GenerationConfig
 from troupe.rewards import RewardManager
 from troupe.run.supervisor import Supervisor
@@ -28,16 +29,16 @@ def drive(plan: Plan, *, most_delay_s: float = 0.0) -> tuple[Report, FakeAnswers
     """A run of the plan, in which the policy acts; environments take up to so many virtual seconds."""
     dice = random.Random(plan.seed)
     answers = FakeAnswers(lambda: dice.random() ** 4 * most_delay_s)
-    stage: Any = SimpleNamespace(manager=answers, conversations=lambda: conversations_of(answers))
+    stage: Any = SimpleNamespace(
+        manager=answers, conversations=lambda: conversations_of(answers), rules=Rules(context=CONTEXT)
+    )
     with TemporaryDirectory(prefix="troupe-acting-") as folder:
         config = config_of(plan, Path(folder))
         generation = GenerationConfig(num_generations=plan.generations, max_completion_length=LONGEST)
         config = msgspec.structs.replace(config, generation=generation)
         chaos, ledger = Chaos(plan), Ledger((plan.max_staleness + 1) * plan.prompts)
         rewards = rewards_of(chaos)
-        prepared = prepared_run(
-            config, RewardManager(rewards, config=config.rewards), plan.rows, stage=stage, context=CONTEXT
-        )
+        prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows, stage=stage)
         run = Supervisor(config, factories=virtual_factories(prepared, chaos, ledger))
         with seeded(plan.seed):
             report = virtual_time.run(perform, run, chaos, ledger, rewards[0])
