@@ -101,7 +101,8 @@ class Batch:
                 row.finish_reason = "aborted"
 
     def _prefill(self) -> mx.array:
-        """Read what the rows follow → the hidden state of the last token of every slot, (S, D); opens the cache."""
+        """Read what the rows follow → the hidden state of the last token of every slot, (S, D); opens the cache. Of
+        each kind of batch."""
         raise NotImplementedError
 
     def _open(self, prompts: PromptCache) -> None:
@@ -154,20 +155,20 @@ class Batch:
         ids = cast("list[int]", arrays[0].tolist())
         log_probs = [cast("list[float]", column.tolist()) for column in arrays[1:]]
         is_sound = math.isfinite(sum(log_probs[0]))
-        ended: dict[int, Row] = {}
+        ended: list[Row] = []
         for place, row in enumerate(rows):
             if row.finish_reason is not None or row.made > t:
                 continue  # the row ended while this token was on its way, or it is a filler's copy
             if not is_sound and not math.isfinite(log_probs[0][place]):
                 raise self._not_finite(t, row, versions[row.policy])
-            row.push(ids[place], log_probs[0][place], log_probs[-1][place], versions[row.policy], experts[place])
-            if row.finish_reason is not None:
-                ended[place] = row
+            token = ids[place], log_probs[0][place], log_probs[-1][place]
+            if row.push(*token, versions[row.policy], experts[place]):
+                ended.append(row)
         if ended:
             self._ended(ended)
 
-    def _ended(self, rows: Mapping[int, Row]) -> None:
-        """Told of rows, by their places in the batch, when their last token was read back."""
+    def _ended(self, rows: Sequence[Row]) -> None:
+        """Told of rows when their last token was read back."""
 
     def _not_finite(self, t: int, row: Row, version: int) -> RunError:
         """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""

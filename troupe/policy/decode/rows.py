@@ -36,8 +36,8 @@ class Row:
 
     def push(
         self, token_id: int, log_prob: float, sampling_log_prob: float, version: int, experts: bytes = b""
-    ) -> None:
-        """Take the next token, and see whether it is the last. `experts`: those of the token before."""
+    ) -> bool:
+        """Take the next token → whether it is the last. `experts`: those of the token before."""
         self.token_ids.append(token_id)
         self._experts += experts
         self.log_probs.append(log_prob)
@@ -46,6 +46,7 @@ class Row:
         self.finish_reason = self.watch.push(token_id)
         if self.finish_reason is None and len(self.token_ids) == self.limit:
             self.finish_reason = "length"
+        return self.finish_reason is not None
 
     @property
     def made(self) -> int:
@@ -56,6 +57,11 @@ class Row:
     def experts(self) -> bytes:
         """Where recorded, those of its tokens but the last."""
         return bytes(self._experts)
+
+    def take_experts(self) -> bytes:
+        """The same; from now on only those of later tokens are told."""
+        taken, self._experts = self.experts, bytearray()
+        return taken
 
     def completion(self) -> Completion:
         """What it came to, when it has ended."""
