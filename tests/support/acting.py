@@ -11,10 +11,10 @@ import anyio
 
 from troupe.actors.conversations import Conversations, Rules
 from troupe.actors.generator.episodes import EpisodeLimits
-from troupe.actors.generator.turn_types import CompletedTurn, TurnRequest
 from troupe.environments.convention import EnvironmentSpec, Said, World
 from troupe.environments.events import Ending
 from troupe.messages import Answer, Incident, PromptText
+from troupe.policy import CompletedTurn, TurnRequest
 
 TURNS, LONGEST, CONTEXT = 4, 40, 60
 LIMITS = EpisodeLimits(num_generations=3, max_completion_length=LONGEST, context=CONTEXT)

@@ -69,6 +69,7 @@ def acting_config(prepared: Prepared) -> ActingConfig:
             num_generations=config.generation.num_generations,
             max_completion_length=config.generation.max_completion_length,
             context=stage.rules.context,
+            max_turns=stage.rules.max_turns,
         ),
         most_at_once=_most_at_once(prepared),
     )

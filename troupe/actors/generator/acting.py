@@ -4,17 +4,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import anyio
 import msgspec
 from anyio.abc import TaskStatus
 
 from troupe.actors.generator.episodes import EpisodeLimits, Episodes
-from troupe.actors.generator.turn_types import CompletedTurn, TurnRequest
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Observation, Prompt, RolloutGroup, ScoredGroup, TurnTaken
-from troupe.policy import RolloutEngine, Weights
+from troupe.policy import CompletedTurn, RolloutEngine, TurnRequest, TurnSession, Weights
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
@@ -46,7 +45,7 @@ class _Table:
 
     def __init__(self, episodes: Sequence[Episodes] = ()) -> None:
         self.episodes = list(episodes)
-        self.session: Any = None
+        self.session: TurnSession | None = None
         """Of the engine; there from the first turn on."""
         self.over: list[tuple[int, ...]] = []
         """Rows that the session need not keep any more."""
@@ -108,7 +107,7 @@ class ActingGenerator(Actor):
         self._decode_text = decode_text
         self._config = config
         self._asker = next(_ASKERS)
-        self._engine: Any
+        self._engine: RolloutEngine
         self._at_device = anyio.Lock()  # which gives turns in the order of asking
         self._playing: dict[int, tuple[_Table, Episodes]] = {}
         """Group → where it is played, until it is handed over."""

@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from troupe.actors.generator.turn_types import CompletedTurn, TurnRequest
 from troupe.messages import FinishReason, Observation, Prompt, Rollout, RolloutGroup, RowStart, TurnTaken
+from troupe.policy import CompletedTurn, TurnRequest
 
 
 class EpisodeLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +23,8 @@ class EpisodeLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Most tokens of a row behind its prompt, observations included."""
     context: int
     """Most tokens of a row, its prompt included."""
+    max_turns: int | None = None
+    """Most turns of an episode; None: no limit."""
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that a row may have behind this prompt."""
@@ -47,6 +49,8 @@ class _Sample:
         self.sampling_log_probs: list[float] = []
         self.versions: list[int] = []
         self.experts: list[bytes] = []
+        self.prompt_experts = b""
+        """Of the group's prompt, where the first row follows it."""
         self.observed: list[tuple[int, int]] = []
         self.rows: list[RowStart] = []
         self.finish_reason: FinishReason = "aborted"
@@ -80,11 +84,22 @@ class _Sample:
         self.log_probs += turn.log_probs
         self.sampling_log_probs += turn.sampling_log_probs
         self.versions += turn.versions
-        self.experts.append(turn.experts)
+        self._keep_experts(turn)
         self.finish_reason = turn.finish_reason
         self.state, self.fresh = "waiting", False
         self.turn += 1
         return self.taken(turn.token_ids, start)
+
+    def _keep_experts(self, turn: CompletedTurn) -> None:
+        if self.fresh and not self.rows:
+            self.prompt_experts = turn.read_experts
+        elif self.fresh:
+            self.rows[-1] = begun = msgspec.structs.replace(self.rows[-1], prompt_experts=turn.read_experts)
+            each = len(turn.read_experts) // len(begun.prompt_ids)
+            self.experts.append(bytes(each if begun.start else 0))
+        else:
+            self.experts.append(turn.read_experts)
+        self.experts.append(turn.experts)
 
     def taken(self, token_ids: tuple[int, ...], start: int) -> TurnTaken:
         return TurnTaken(
@@ -176,7 +191,8 @@ class Episodes:
         sample.state = "ended"
         if all(each.state == "ended" for each in samples):
             rollouts = tuple(each.rollout(self._decode_text) for each in samples)
-            self._finished.append(RolloutGroup(prompt=sample.prompt, rollouts=rollouts))
+            read = next((each.prompt_experts for each in samples if each.prompt_experts), b"")
+            self._finished.append(RolloutGroup(prompt=sample.prompt, rollouts=rollouts, prompt_experts=read))
         return sample.row if sample.turn else None
 
     def requests(self) -> list[TurnRequest]:
@@ -192,6 +208,7 @@ class Episodes:
                         start=len(sample.token_ids),
                         room=sample.room,
                         fresh=sample.fresh,
+                        last=sample.turn + 1 == self._limits.max_turns,
                     )
                 )
         return requests
