@@ -159,13 +159,10 @@ def test_how_tools_are_called_is_read_from_the_template(template: str, style: Ca
 
 def theirs(text: str, style: CallStyle, begun: str) -> dict[str, Any] | None:
     """What TRL makes of a turn; None where it cannot parse it, and takes all for text."""
-    extra("trl")
-    from transformers.utils.chat_parsing import parse_response
-    from trl import chat_template_utils as known
-
+    known, parsing = extra("trl.chat_template_utils"), extra("transformers.utils.chat_parsing")
     template = known.qwen3_template if style == "hermes" else known.qwen3_5_template
     try:
-        parsed: dict[str, Any] = parse_response(
+        parsed: dict[str, Any] = parsing.parse_response(
             text, template, prefix=f"<|im_start|>assistant\n{begun}", tools=[tool.schema for tool in TOOLS]
         )
     except (ValueError, TypeError):

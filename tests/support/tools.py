@@ -49,7 +49,12 @@ def defaults(city: str, unit: Unit = Unit.CELSIUS, days: int = 3) -> dict[str, A
 
 
 def containers(
-    rows: list[list[int]], pair: tuple[int, str], table: dict[str, list[float]], bare: list, whole: dict, some: tuple
+    rows: list[list[int]],
+    pair: tuple[int, str],
+    table: dict[str, list[float]],
+    bare: list,  # type: ignore[type-arg]
+    whole: dict,  # type: ignore[type-arg]
+    some: tuple,  # type: ignore[type-arg]
 ) -> list[str]:
     """Containers.
 
