@@ -158,7 +158,8 @@ class EnvironmentManager:
         return await self._once(self._talk(name), turn, tuple(token_ids), said)
 
     async def close(self, name: EpisodeName, turns: int) -> Ending:
-        """How the episode has ended, after so many turns of the policy. Its environment is kept until `settled`.
+        """How the episode has ended, after so many turns of the policy, of which those that were asked for count. Its
+        environment is kept until `settled`.
 
         Raises:
             WorldError: as `open`.
@@ -213,12 +214,13 @@ class EnvironmentManager:
         before = token_ids[0] + 1 if turn == ENDING else turn
         answers = self._ledger.before(talk.name, before)
         message = said.message if said is not None else {}
+        if (not answers and turn) or len(answers) < turn:
+            raise ValueError(f"turn {turn} of {talk.name} came before those before it were answered")
         try:
-            if answers is None:
-                return Answer(said=message, failed=f"turn {before} came before those before it were answered")
             if answers and answers[-1].failed:
-                return Answer(said=message, failed=answers[-1].failed)
-            answer = await self._player.ask(talk, turn, answers, said)
+                answer = Answer(said=message, failed=answers[-1].failed)
+            else:
+                answer = await self._player.ask(talk, turn, answers, said)
         except EnvironmentFault as fault:
             kind = fault.kind if isinstance(fault, Missing) else "environment_error"
             self._events.tell(kind, str(fault), talk, turn)
