@@ -84,11 +84,7 @@ class Gate:
                     self._succeeded(kind)
                     return result
             async with self._turn:  # in order of arrival; who has tried in vain goes to the end
-                if self.why is None:
-                    continue
-                with anyio.move_on_after(self._pause_s()):
-                    await self._moved.wait()
-                if self.why is None:
+                if not await self._is_due():
                     continue
                 try:
                     result = await call()
@@ -105,8 +101,13 @@ class Gate:
         """Wait before the `retry`-th further attempt at the same thing."""
         await self._sleep(backoff_s(retry, FIRST_WAIT_S, LONGEST_WAIT_S, self._jitter()))
 
-    def _pause_s(self) -> float:
-        return backoff_s(self._waited + 1, FIRST_WAIT_S, self._config.breaker_max_wait_s, self._jitter())
+    async def _is_due(self) -> bool:
+        """Wait for the next try whether it is back; False where it is back before."""
+        if self.why is not None:
+            pause_s = backoff_s(self._waited + 1, FIRST_WAIT_S, self._config.breaker_max_wait_s, self._jitter())
+            with anyio.move_on_after(pause_s):
+                await self._moved.wait()
+        return self.why is not None
 
     def _succeeded(self, kind: Kind) -> None:
         self.proven.add(kind)

@@ -2,6 +2,7 @@
 start of the run has recorded."""
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from troupe.messages.episodes import Answer
@@ -42,12 +43,10 @@ class EpisodeLedger:
         entry = self._turns(name).get(turn)
         return entry.answer if entry is not None and entry.token_ids == tuple(token_ids) else None
 
-    def before(self, name: EpisodeName, turn: int) -> list[Answer] | None:
-        """The answers to the turns 0 to `turn` − 1; None where one is not there."""
+    def before(self, name: EpisodeName, turn: int) -> list[Answer]:
+        """The answers to the turns 0 to `turn` − 1, as far as they are there one after the other."""
         turns = self._turns(name)
-        if any(each not in turns for each in range(turn)):
-            return None
-        return [turns[each].answer for each in range(turn)]
+        return [turns[each].answer for each in takewhile(turns.__contains__, range(turn))]
 
     def cut(self, name: EpisodeName, turn: int) -> None:
         """The episode goes on in another way from this turn on: what was answered to it and later ones, and how it

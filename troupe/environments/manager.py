@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -21,17 +21,14 @@ import msgspec
 
 from troupe.environments.convention import EnvironmentFault, EnvironmentSpec, Said, World
 from troupe.environments.events import Ending, EnvironmentEvents, View
-from troupe.environments.gate import Gate, Missing
+from troupe.environments.gate import Missing
 from troupe.environments.ledger import ENDING, EpisodeLedger, EpisodeName
-from troupe.environments.live import Runner
-from troupe.environments.processes.runner import ProcessRunner
-from troupe.environments.runners import LocalRunner, close_probes
-from troupe.environments.seats import Seat, Talk, told
+from troupe.environments.playing import Player, ended
+from troupe.environments.runners import close_probes
+from troupe.environments.seats import Talk
 from troupe.environments.settings import EnvironmentConfig
-from troupe.environments.turns import answer_turn, open_episode
 from troupe.messages import Incident, PromptText
 from troupe.messages.episodes import Answer
-from troupe.runtime.roles import first_fault, together
 
 _END_S = 5.0
 """That what is under way may take at the end."""
@@ -69,19 +66,12 @@ class EnvironmentManager:
         """
         self._world, self._config = world, config
         self._ledger = EpisodeLedger() if ledger is None else ledger
-        self._wants_attributes = wants_attributes
         self._events = EnvironmentEvents(config)
-        self._runner: Runner = ProcessRunner(world, config) if config.run == "process" else LocalRunner(world, config)
-        self._gates = {
-            name: Gate(spec.label or "of tools", config, partial(self._changed, name), sleep=sleep, jitter=jitter)
-            for name, spec in world.environments.items()
-        }
-        at_once = 1_000_000 if config.run == "process" else config.concurrency
-        self._places = anyio.CapacityLimiter(at_once)
+        self._player = Player(
+            world, config, self._events, wants_attributes=wants_attributes, sleep=sleep, jitter=jitter
+        )
         self._talks: dict[int, dict[int, Talk]] = {}
         self._asked: dict[EpisodeName, _Asked] = {}
-        self._openings: dict[str, Talk] = {}
-        self._aside: set[asyncio.Task[Any]] = set()
 
     @property
     def ledger(self) -> EpisodeLedger:
@@ -101,7 +91,7 @@ class EnvironmentManager:
     @property
     def down(self) -> Mapping[str, str]:
         """Environments that are down, by name: why."""
-        return {name: gate.why for name, gate in self._gates.items() if gate.why is not None}
+        return {name: gate.why for name, gate in self._player.gates.items() if gate.why is not None}
 
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once with every incident; it must not raise."""
@@ -109,7 +99,7 @@ class EnvironmentManager:
 
     def trust(self) -> None:
         """Take it that the environments have worked before: their code does not end the run any more."""
-        for gate in self._gates.values():
+        for gate in self._player.gates.values():
             gate.proven |= {"open", "answer", "end"}
 
     async def start(self) -> None:
@@ -117,7 +107,7 @@ class EnvironmentManager:
         try:
             if self._config.run != "loop":
                 await close_probes(self._world, self._config)
-            await self._runner.start()
+            await self._player.runner.start()
         except BaseException:
             await self.stop()
             raise
@@ -125,15 +115,13 @@ class EnvironmentManager:
     async def stop(self) -> None:
         """End everything, cancelled or not: nothing is left behind but threads that hang."""
         with anyio.CancelScope(shield=True):
-            tasks = [*self._aside, *(asked.task for asked in self._asked.values())]
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks, timeout=_END_S)
-            with anyio.move_on_after(_END_S):
-                await together([partial(self._lose, talk) for talk in self._all_talks()])
+            await self._player.tries.end(0.0)
+            await ended([asked.task for asked in self._asked.values()], 0.0)
+            for talk in self._all_talks():
+                self._player.lose(talk)
             self._talks.clear()
-            for left in await self._runner.stop():
+            await self._player.errands.end(_END_S)
+            for left in await self._player.runner.stop():
                 self._events.tell("environment_error", left)
 
     async def __aenter__(self) -> EnvironmentManager:
@@ -170,7 +158,8 @@ class EnvironmentManager:
         return await self._once(self._talk(name), turn, tuple(token_ids), said)
 
     async def close(self, name: EpisodeName, turns: int) -> Ending:
-        """How the episode has ended, after so many turns of the policy. Its environment is kept until `settled`.
+        """How the episode has ended, after so many turns of the policy, of which those that were asked for count. Its
+        environment is kept until `settled`.
 
         Raises:
             WorldError: as `open`.
@@ -193,17 +182,19 @@ class EnvironmentManager:
         """The group is scored: its environments may be used for others. Its answers stay in the ledger, until that
         forgets them."""
         for talk in self._talks.pop(gid, {}).values():
-            self._begin(self._settle(talk))
+            self._player.errands.begin(self._settle(talk))
 
     async def _once(self, talk: Talk, turn: int, token_ids: tuple[int, ...], said: Said | None) -> Answer:
         """The answer, which is asked for in a task of its own: whoever waits for it may go."""
-        while (asked := self._asked.get(talk.name)) is not None and not asked.task.done():
+        while (answer := self._ledger.find(talk.name, turn, token_ids)) is None:
+            asked = self._asked.get(talk.name)
+            if asked is None or asked.task.done():
+                break
             if (asked.turn, asked.token_ids) == (turn, token_ids):
                 return await asyncio.shield(asked.task)
             await asyncio.wait([asked.task])
         if said is not None:
             talk.said[turn] = said
-        answer = self._ledger.find(talk.name, turn, token_ids)
         if answer is not None:
             return answer
         task = asyncio.get_running_loop().create_task(self._ask(talk, turn, token_ids, said))
@@ -223,22 +214,22 @@ class EnvironmentManager:
         before = token_ids[0] + 1 if turn == ENDING else turn
         answers = self._ledger.before(talk.name, before)
         message = said.message if said is not None else {}
+        if (not answers and turn) or len(answers) < turn:
+            raise ValueError(f"turn {turn} of {talk.name} came before those before it were answered")
         try:
-            if answers is None:
-                raise Missing(f"turn {before} came before those before it were answered")
             if answers and answers[-1].failed:
-                return Answer(said=message, failed=answers[-1].failed)
-            answer = await self._asked_at(talk, turn, answers, said)
+                answer = Answer(said=message, failed=answers[-1].failed)
+            else:
+                answer = await self._player.ask(talk, turn, answers, said)
         except EnvironmentFault as fault:
             kind = fault.kind if isinstance(fault, Missing) else "environment_error"
             self._events.tell(kind, str(fault), talk, turn)
             answer = Answer(said=message, failed=str(fault))
-            await self._lose(talk)
+            self._player.lose(talk)
         except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._lose(talk)
+            self._player.lose(talk)
             raise
-        if (found := self._runner.needs_process) is not None:
+        if (found := self._player.runner.needs_process) is not None:
             self._events.once(
                 "environment_needs_process",
                 "",
@@ -248,88 +239,12 @@ class EnvironmentManager:
         self._ledger.note(talk.name, turn, token_ids, answer)
         return answer
 
-    async def _asked_at(self, talk: Talk, turn: int, answers: list[Answer], said: Said | None) -> Answer:
-        gate = self._gates[talk.spec.name]
-        if turn == 0:
-            self._openings.setdefault(talk.spec.name, talk)
-            opened = await gate.run(partial(self._opened, talk), "open", talk.name.gid, again=True)
-            self._openings[talk.spec.name] = talk
-            return opened
-        newest = len(answers) - 1
-        if talk.live is not None and talk.seen != newest:  # it has gone on in another way
-            await self._lose(talk)
-        if turn == ENDING:
-            return await gate.run(partial(self._ended, talk, answers), "end", talk.name.gid)
-        assert said is not None
-        return await gate.run(partial(self._answered, talk, turn, answers, said), "answer", talk.name.gid)
-
-    async def _opened(self, talk: Talk) -> Answer:
-        await self._lose(talk)
-        async with self._places:
-            seat = self._seat(talk, 0, [])
-            answer = await _PLAYS.open(talk, seat)
-            return await self._saved(talk, 0, seat, answer)
-
-    async def _answered(self, talk: Talk, turn: int, answers: list[Answer], said: Said) -> Answer:
-        async with self._places:
-            seat = self._seat(talk, turn, answers)
-            answer = await _PLAYS.answer(talk, seat, said)
-            return await self._saved(talk, turn, seat, answer)
-
-    async def _ended(self, talk: Talk, answers: list[Answer]) -> Answer:
-        wanted = talk.spec.has_reward or self._wants_attributes or (talk.live is not None and not talk.live.is_lost)
-        if not talk.spec.is_live or not wanted:
-            return Ending().answer
-        async with self._places:
-            seat = self._seat(talk, ENDING, answers)
-            try:
-                reward, attributes = await seat.end()
-            except EnvironmentFault:
-                if talk.spec.has_reward or self._wants_attributes:
-                    raise
-                return Ending().answer
-        talk.seen = len(answers) - 1
-        if talk.live is not None and talk.live.instance is None:  # what rewards see of it are its attributes
-            live, talk.live = talk.live, None
-            self._begin(self._runner.give_back(live))
-        return Ending(reward=reward, attributes=attributes).answer
-
-    async def _saved(self, talk: Talk, turn: int, seat: Seat, answer: Answer) -> Answer:
-        """The answer, with what the environment has saved of itself after it."""
-        talk.seen = turn
-        if not talk.spec.can_save or not seat.touched:
-            return answer
-        try:
-            return msgspec.structs.replace(answer, saved=await seat.save())
-        except Exception as error:
-            what = f"environment {talk.spec.label} does not save itself: {told(error)}; it is brought back by repeating"
-            self._events.once("environment_unsaved", talk.spec.name, what)
-            return answer
-
-    def _seat(self, talk: Talk, turn: int, answers: list[Answer]) -> Seat:
-        return Seat(
-            talk,
-            turn,
-            answers,
-            self._runner,
-            self._config,
-            plays=_PLAYS,
-            tell=self._events.tell,
-            pause=self._gates[talk.spec.name].pause,
-        )
-
-    async def _lose(self, talk: Talk) -> None:
-        """Its environment is nobody's any more."""
-        live, talk.live, talk.seen = talk.live, None, -1
-        if live is not None:
-            await self._runner.throw_away(live)
-
     async def _settle(self, talk: Talk) -> None:
         if (asked := self._asked.get(talk.name)) is not None:
             await asyncio.wait([asked.task])
         if (live := talk.live) is not None:
             talk.live = None
-            await self._runner.give_back(live)
+            await self._player.runner.give_back(live)
 
     def _talk(self, name: EpisodeName) -> Talk:
         talk = self._talks.get(name.gid, {}).get(name.sample)
@@ -346,47 +261,3 @@ class EnvironmentManager:
         if live is not None and live.instance is not None and not live.is_lost:
             return live.instance
         return View(talk.spec.label, talk.attributes or {})
-
-    def _begin(self, work: Coroutine[Any, Any, object]) -> None:
-        """Have something done aside."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._aside.add(task)
-        task.add_done_callback(self._is_done)
-
-    def _is_done(self, task: asyncio.Task[Any]) -> None:
-        self._aside.discard(task)
-        if not task.cancelled():
-            task.exception()  # an environment that is thrown away may answer with anything
-
-    def _changed(self, name: str, why: str | None, down_s: float) -> None:
-        gate = self._gates[name]
-        self._events.changed(gate.label, why, down_s)
-        if why is not None:  # or nobody might try whether it is back
-            self._begin(gate.run(partial(self._probed, self._openings[name]), "open", -1, again=True))
-
-    async def _probed(self, like: Talk) -> None:
-        talk = Talk(like.name, like.spec, like.prompt, like.columns)
-        await self._opened(talk)
-        if talk.live is not None:
-            await self._runner.give_back(talk.live)
-
-
-class _Plays:
-    """How turns are played."""
-
-    async def open(self, talk: Talk, seat: Any) -> Answer:
-        """The opening."""
-        return await self._alone(open_episode(talk.spec, seat, talk.prompt, talk.columns))
-
-    async def answer(self, talk: Talk, seat: Any, said: Said) -> Answer:
-        """A turn."""
-        return await self._alone(answer_turn(talk.spec, seat, said))
-
-    async def _alone(self, playing: Coroutine[Any, Any, Answer]) -> Answer:
-        try:
-            return await playing
-        except BaseExceptionGroup as group:  # of tools that are called together
-            raise first_fault(group) from None
-
-
-_PLAYS = _Plays()

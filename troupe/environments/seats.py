@@ -122,7 +122,9 @@ class Seat:
     async def save(self) -> bytes:
         """What the environment saves of itself. Raised, Late, Died or Gone where it does not."""
         live = self._talk.live
-        return b"" if live is None or live.is_lost else await live.do(Deed(what="save_state"), self._new_budget)  # type: ignore[no-any-return]
+        if live is None or live.is_lost:
+            return b""
+        return await live.do(Deed(what="save_state"), self._new_budget)  # type: ignore[no-any-return]
 
     async def end(self) -> tuple[float | None, dict[str, Any]]:
         """What `get_reward` says, None where there is none, and the attributes."""

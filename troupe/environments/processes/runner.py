@@ -83,16 +83,7 @@ class Worker:
         self.waiting += 1
         try:
             async with self._turn:
-                if self.is_over:
-                    raise Gone(self._child.how_it_ended())
-                try:
-                    with budget, anyio.move_on_after(budget.left_s) as scope:
-                        reply = await self._reply(frame)
-                    if scope.cancelled_caught:
-                        raise Late(budget.seconds)
-                except BaseException:
-                    await self.kill()  # it is still busy, or dead
-                    raise
+                reply = await self._answered(frame, budget)
         finally:
             self.waiting -= 1
         if isinstance(reply, Broken):
@@ -101,6 +92,20 @@ class Worker:
         if isinstance(reply, Threw):
             raise Raised(reply.text, reply.told, reply.passing)
         return reply.data
+
+    async def _answered(self, frame: bytes, budget: Budget) -> Done | Threw | Broken:
+        if self.is_over:
+            raise Gone(self._child.how_it_ended())
+        reply = None
+        try:
+            with budget, anyio.move_on_after(budget.left_s):
+                reply = await self._reply(frame)
+        finally:
+            if reply is None:
+                await self.kill()  # it is still busy, or dead
+        if reply is None:
+            raise Late(budget.seconds)
+        return reply
 
     async def do(self, number: int | None, deed: Deed, budget: Budget) -> Any:
         """What comes of a deed. Raises as `ask`."""

@@ -63,11 +63,11 @@ class Desk:
         match order:
             case Take(number, environment, new):
                 self._taken[number] = environment, self._instance(environment, new)
-            case Do(None, deed):
+            case Do(number=None, deed=deed):
                 function = self._world.function(deed.name)
                 assert function is not None, deed.name
                 return self._result(deed, deed.name, deed.called(function))
-            case Do(number, deed):
+            case Do(number=int(number), deed=deed):
                 environment, instance = self._taken[number]
                 return self._result(deed, self._label(environment), deed.called(instance))
             case Leave(number, again):
