@@ -1,5 +1,4 @@
-"""The built-in rewards, in TRL's signature. Completions are texts, or message lists whose last
-answer counts.
+"""The built-in rewards, in TRL's signature. Completions are texts, or message lists whose last answer counts.
 
 `think_format_reward`, `get_repetition_penalty_reward` and `get_soft_overlong_punishment` are those that TRL 1.16 has
 under these names, with the same scores.
