@@ -41,6 +41,7 @@ class Seams:
     ) -> None:
         """`end_ids`: what a policy may end a turn with; `variables` go to the template."""
         self._tokenizer, self._template, self._variables = tokenizer, template, dict(variables)
+        self._added = frozenset(tokenizer.added_tokens.values())
         self._end_texts = [text for text, id_ in tokenizer.added_tokens.items() if id_ in end_ids]
         self._closings: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {}
 
@@ -54,13 +55,13 @@ class Seams:
         told = self._behind_mark(calls, new)
         if not told.startswith(closing):
             raise ModelError(
-                f"{self._template.origin}: the chat template ends an assistant's turn with {closing!r}, but with "
-                f"{told[: len(closing)]!r} where another message follows, so nothing can be put behind a turn; use a "
-                "template that ends turns in one way"
+                f"{self._template.origin}: the chat template closes a call with {closing!r}, but with "
+                f"{told[: len(closing)]!r} where another message follows, so nothing can be put behind it; use a "
+                "template that closes calls in one way"
             )
         text = told[len(closing) :]
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, stand_ins=stand_ins))
-        return Seam(text, ids, has_end and bool(ids) and ids[0] in self._tokenizer.added_tokens.values())
+        return Seam(text, ids, has_end and bool(ids) and ids[0] in self._added)
 
     def _closing(self, calls: tuple[tuple[str, str], ...]) -> tuple[str, bool]:
         """What closes the calls of a turn before its end, and whether there is a token that ends it."""
