@@ -349,3 +349,14 @@ def test_what_acts_on_a_terminal_is_escaped_in_conversations(tmp_path: Path) -> 
     assert r"\x1b[2Jno\u202e" in text
     assert r"→ a\x1b {}" in text
     assert not {"\x1b", "\x07", "\u202e"} & set(text)
+
+
+def test_folded_lines_of_a_conversation_are_no_speakers(episodes: Path) -> None:
+    console = Console(width=60, record=True, force_terminal=True)
+    with open_store(episodes) as stored, console.capture() as capture:
+        for block in show_completions(stored, Query(choice="best", count=1)):
+            console.print(as_renderable(block))
+    lines = [
+        line.strip("│ ") if line[2:4] != "  " else "" for line in capture.get().split("\n") if line.startswith("│")
+    ]
+    assert {line.replace("\x1b[1m", "")[:2] for line in lines if line} == {"──"}

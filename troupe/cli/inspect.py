@@ -11,7 +11,8 @@ import click
 import msgspec
 from msgspec.structs import replace
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +20,7 @@ from rich.text import Text
 from troupe.cli.commands import Number, report_errors
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState
-from troupe.records.conversations import SPEAKER, conversation_of, observed_within, shortened
+from troupe.records.conversations import INDENT, SPEAKER, conversation_of, observed_within, shortened
 from troupe.records.conversations import as_text as conversation_text
 from troupe.records.layout import CHANGES, METRICS
 from troupe.records.store.read import Choice, Overview, Query, StoredCompletion, StoredRun, open_store
@@ -240,10 +241,21 @@ def as_renderable(block: Block) -> RenderableType:
         return table
     grid = Table.grid()
     grid.add_row(table)
-    text = Text(block.text)
-    text.highlight_regex(SPEAKER, "bold")
-    grid.add_row(Panel(text, box=box.ROUNDED))
+    is_talk = block.what == "conversation"
+    grid.add_row(Panel(_conversation(block.text) if is_talk else Text(block.text), box=box.ROUNDED))
     return grid
+
+
+def _conversation(text: str) -> RenderableType:
+    """Nothing but who speaks stands at the left edge, also where lines are folded."""
+    return Group(
+        *(
+            Text(line, style="bold")
+            if line.startswith(SPEAKER)
+            else Padding(Text(line.removeprefix(INDENT)), (0, 0, 0, len(INDENT)))
+            for line in text.split("\n")
+        )
+    )
 
 
 def _shown_block(block: Block) -> Block:

@@ -17,9 +17,8 @@ Ranges = Sequence[tuple[int, int]]
 
 _THOUGHTS = "reasoning_content", "thinking", "reasoning"
 _THINK, _THOUGHT = "<think>", "</think>"
-_INDENT = "    "
-SPEAKER = r"(?m)^── .*$"
-"""Lines of a conversation's text that say who speaks."""
+SPEAKER, INDENT = "── ", "    "
+"""How lines of a conversation's text begin that say who speaks, and all others."""
 
 
 class Called(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -232,7 +231,7 @@ def _with_cut(struct: _S, longest: int, *names: str) -> _S:
 
 def _lines(said: Said) -> Iterator[str]:
     who = f"turn {said.turn}" if said.turn else said.role
-    yield " · ".join([f"── {' '.join(who.split())}", *facts_of(said)])
+    yield " · ".join([f"{SPEAKER}{' '.join(who.split())}", *facts_of(said)])
     if said.thoughts:
         yield from _indented(said.thoughts, "~ ")
     if said.text or not (said.calls or said.thoughts or said.failed):
@@ -252,4 +251,4 @@ def _lines(said: Said) -> Iterator[str]:
 
 def _indented(text: str, mark: str = "") -> Iterator[str]:
     for number, line in enumerate(text.splitlines() or [""]):
-        yield _INDENT + (mark if number == 0 else " " * len(mark)) + line
+        yield INDENT + (mark if number == 0 else " " * len(mark)) + line

@@ -257,7 +257,8 @@ function conversation(to, said) {
     html("b", "", head, one.turn ? `turn ${one.turn}` : one.role);
     for (const fact of factsOf(one)) html("span", "", head, fact);
     if (one.thoughts) folded(part, "thoughts", one.thoughts);
-    if (one.text || !(one.calls || one.thoughts || one.failed)) anyWay("", part, one.text || "(nothing)");
+    if (one.role === "system" && one.text.length > 240) folded(part, `${one.text.slice(0, 60)} …`, one.text);
+    else if (one.text || !(one.calls || one.thoughts || one.failed)) anyWay("", part, one.text || "(nothing)");
     for (const each of one.calls || []) call(part, each);
     if (one.failed) html("p", "failed", part, `failed: ${one.failed}`);
     if (one.info) folded(part, "info", one.info);
