@@ -75,8 +75,8 @@ def check_rows(world: World, rows: Iterable[PromptRow], source: str) -> None:
         missing = [name for name in spec.reset_requires if name not in {"prompt", *row.columns}]
         if missing:
             raise WorldError(
-                f"{where}: there is no column {missing[0]!r}, which reset of {spec.label} requires; add it, or give the "
-                "argument a default"
+                f"{where}: there is no column {missing[0]!r}, which reset of {spec.label} requires; add it, or give "
+                "the argument a default"
             )
         if isinstance(row.prompt, str):
             raise WorldError(

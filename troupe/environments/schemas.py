@@ -187,14 +187,15 @@ def _read_docstring(function: Callable[..., Any]) -> _Told:
 
 
 def _read_arguments(section: str) -> dict[str, str]:
-    """Name → description. A description goes on over lines that begin no other argument or are indented deeper."""
+    """Name → description. A description goes on over lines that begin no other argument or are indented deeper; the
+    line after a name with nothing behind it belongs to it, whatever it is."""
     found: dict[str, list[str]] = {}
     indentation: str | None = None
     lines: list[str] = []
     for line in filter(str.strip, section.split("\n")):
         entry = _ENTRY.match(line)
         is_deeper = indentation is not None and line.startswith((f"{indentation} ", f"{indentation}\t"))
-        if entry is not None and not is_deeper:
+        if entry is not None and not is_deeper and lines != [""]:
             indentation = entry[1]
             lines = found[entry[2]] = [line[entry.end() :].strip()]
         elif indentation is not None:

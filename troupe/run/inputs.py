@@ -20,6 +20,7 @@ from troupe.rewards import Reward, RewardManager, default_reward
 from troupe.run.config import RunConfig
 from troupe.run.memory import Plan, plan_memory
 from troupe.run.resume.check import Resumption
+from troupe.run.stage import NOTHING_GIVEN, Acting, Stage
 from troupe.run.workload import Workload
 from troupe.runtime import linux_cpu
 
@@ -56,6 +57,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
+    stage: Stage | None = None
+    """Where the policy acts; None: it answers once."""
     total_steps: int
     description: str
     """What there is to train and to evaluate on, in lines."""
@@ -64,9 +67,16 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_inputs(
-    config: RunConfig, given: Sequence[Reward], resumption: Resumption | None, *, resume: bool, to_show: bool
+    config: RunConfig,
+    given: Sequence[Reward],
+    resumption: Resumption | None,
+    *,
+    resume: bool,
+    to_show: bool,
+    acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
-    """Load what the config names; `given` rewards are used beside those. InputError for what cannot be used."""
+    """Load what the config names; `given` rewards, and what there is to act with, are used beside those. InputError for
+    what cannot be used."""
     data, learner = config.data, config.learner
     model = config.model.path
     assert model is not None
@@ -84,11 +94,17 @@ def load_inputs(
         policy.check_stop_ids()
     kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
     keeps_unknown = kept == data.chat_template_kwargs
-    prompt_ids = _tokenized(dataset, policy, config, keeps_unknown=keeps_unknown)
+    stage = Stage.load(config.environment, acting, policy, data)
+    if stage is not None:
+        notices += stage.notices
+        for rows in (dataset, held_out):
+            if rows is not None:
+                stage.check_rows(rows)
+    prompt_ids = _tokenized(dataset, policy, config, stage, keeps_unknown=keeps_unknown)
     described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     evaluation = None
     if held_out is not None:
-        held_out_ids = _tokenized(held_out, policy, config, keeps_unknown=keeps_unknown)
+        held_out_ids = _tokenized(held_out, policy, config, stage, keeps_unknown=keeps_unknown)
         evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
         described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     longest = max(map(len, prompt_ids))
@@ -116,6 +132,7 @@ def load_inputs(
         evaluation=evaluation,
         rewards=rewards,
         longest_prompt=longest,
+        stage=stage,
         total_steps=count_steps(
             dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
         ),
@@ -158,7 +175,9 @@ def _check_reference(learner: LearnerConfig) -> None:
         )
 
 
-def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_unknown: bool) -> list[tuple[int, ...]]:
+def _tokenized(
+    rows: PromptDataset, policy: Policy, config: RunConfig, stage: Stage | None, *, keeps_unknown: bool
+) -> list[tuple[int, ...]]:
     positions = policy.config.max_position_embeddings
     return tokenize_prompts(
         rows,
@@ -167,6 +186,7 @@ def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_
         max_tokens=min(config.data.max_prompt_tokens or positions, positions - 1),
         vocab_size=policy.config.vocab_size,
         keeps_unknown=keeps_unknown,
+        tell=None if stage is None else stage.opening,
     )
 
 

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from troupe.records.curves import Curve
-from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of
+from troupe.records.figures import CHARTS, FIGURES, WAITS, ChartSpec, function_of, lines_of
 from troupe.records.report.picture import RunPicture
 
 Values = tuple[float | None, ...]
 
 _MOST_LINES = 6
 """In one chart of rewards; more make another chart."""
+_MOST_NAMED = 8
+"""Lines of a chart that whatever has a name adds to."""
 _PARTS = ChartSpec("Reward", "Parts of the reward", "Mean score of each reward function, not weighted.", least=None)
 _MOST_OTHERS = 24
 """Charts of metrics that are not ours."""
@@ -41,7 +43,18 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     """Titles of those that were 0 throughout, and are left out."""
 
 
-_OURS = ("rewards/", "completions/", "advantages/", "clip_ratio/", "sampling/", "groups/", "queue/", "time/", "tokens/")
+_OURS = (
+    "rewards/",
+    "completions/",
+    "advantages/",
+    "clip_ratio/",
+    "sampling/",
+    "groups/",
+    "queue/",
+    "time/",
+    "tokens/",
+    WAITS,
+)
 """How metrics begin that are no reward's own."""
 
 
@@ -66,6 +79,9 @@ def _section(title: str, charts: Sequence[Chart]) -> Section:
 
 def _chart(run: RunPicture, key: str, spec: ChartSpec) -> Chart | None:
     there = [(metric, name) for metric, name in lines_of(key) if _has(run, metric)]
+    if spec.prefix:
+        named = [metric for metric in run.metrics.curves if metric.startswith(spec.prefix) and _has(run, metric)]
+        there += [(metric, metric.removeprefix(spec.prefix)) for metric in named[:_MOST_NAMED]]
     if not there:
         return None
     lines = [_line(run, metric, name, band=len(there) == 1) for metric, name in there]
