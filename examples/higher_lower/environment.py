@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-TRIES = 4
-"""By halving, one of up to 15 numbers is found in four."""
+TRIES = 5
+"""By halving, one of up to 31 numbers is found in five."""
 
 
 class HigherLower:
     """One game."""
 
     def __init__(self) -> None:
-        self.secret = 0
+        self.low = self.high = self.secret = 0
         self.guesses: list[int] = []
 
-    def reset(self, secret: int, **columns: Any) -> None:
+    def reset(self, low: int, high: int, secret: int, **columns: Any) -> None:
         """Begin a game. The prompt has told the policy what it needs to know, so nothing is added to it."""
-        self.secret = secret
+        self.low, self.high, self.secret = low, high, secret
         self.guesses = []
 
     def guess(self, number: int) -> str:
@@ -30,14 +30,18 @@ class HigherLower:
             number: What is guessed.
 
         Returns:
-            Whether the secret number is higher or lower, or that the guess is right.
+            Whether the secret number is higher or lower, and what is left; or that the guess is right.
         """
         if len(self.guesses) >= TRIES or self.is_found:
             raise RuntimeError("the game is over")
         self.guesses.append(number)
         if number == self.secret:
             return "right"
-        return "higher" if number < self.secret else "lower"
+        if number < self.secret:
+            self.low = max(self.low, number + 1)
+            return f"higher: {self.low} to {self.high}"
+        self.high = min(self.high, number - 1)
+        return f"lower: {self.low} to {self.high}"
 
     @property
     def is_found(self) -> bool:

@@ -12,7 +12,6 @@ CPU cores.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -39,12 +38,12 @@ HERE = Path(__file__).parent
 END = "<|end|>"
 SPECIAL = ("<|endoftext|>", END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 CALL, CLOSE = '<tool_call>\n{"name": "guess", "arguments": {"number": ', "}}\n</tool_call>"
-WORDS = (CALL, CLOSE, "guess", "higher", "lower", "right", " to ", "done")
+WORDS = (CALL, CLOSE, "guess", "higher", "lower", "right", ": ", " to ", "done")
 """Texts that are one token each, beside the bytes and the numbers."""
-LARGEST = 30
-WIDTH = 14
+LARGEST = 50
+WIDTH = 20
 """Numbers in a range."""
-TRIES = 4
+TRIES = 5
 
 TEMPLATE = """\
 {%- if tools %}<|system|>
@@ -64,13 +63,11 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    careful: float = 0.1
-    """Part of the games in which the player halves what is left, at last; in the others the answers are not heard."""
-    spoilt_after: int = 300
-    """Updates in which that part falls from 1."""
-    held_out: int = 60
+    careful: float = 0.15
+    """Part of the guesses that halve what is left; the others try its first number."""
+    held_out: int = 100
     steps: int = 400
-    batch: int = 64
+    batch: int = 32
     lr: float = 4e-3
     hidden: int = 64
     layers: int = 2
@@ -93,20 +90,16 @@ class Game:
         return {"prompt": prompt, "low": self.low, "high": self.high, "secret": self.secret}
 
 
-def play(game: Game, is_careful: bool, rng: random.Random) -> Iterator[tuple[int, str]]:
+def play(game: Game, careful: float, rng: random.Random) -> Iterator[tuple[int, str]]:
     """Guesses and what is answered, until the number is found or the tries are over."""
     low, high = game.low, game.high
     for _ in range(TRIES):
-        guess = (low + high) // 2 if is_careful else rng.randint(game.low, game.high)
+        guess = (low + high) // 2 if rng.random() < careful else low
         if guess == game.secret:
             yield guess, "right"
             return
-        if guess < game.secret:
-            low = guess + 1
-            yield guess, "higher"
-        else:
-            high = guess - 1
-            yield guess, "lower"
+        word, low, high = ("higher", guess + 1, high) if guess < game.secret else ("lower", low, guess - 1)
+        yield guess, f"{word}: {low} to {high}"
 
 
 def split_games(recipe: Recipe) -> tuple[list[Game], list[Game]]:
@@ -178,10 +171,10 @@ TOOLS = [{"type": "function", "function": {"name": "guess"}}]
 """As far as the template reads it."""
 
 
-def spoken(tokenizer: Tokenizer, game: Game, careful: float, rng: random.Random) -> tuple[list[int], list[float]]:
+def spoken(tokenizer: Tokenizer, game: Game, recipe: Recipe, rng: random.Random) -> tuple[list[int], list[float]]:
     """Ids of a whole conversation, and 1 for each that the player says."""
     parts = [(tokenizer.apply_chat_template(game.row()["prompt"], tools=TOOLS), False)]
-    for guess, answer in play(game, rng.random() < careful, rng):
+    for guess, answer in play(game, recipe.careful, rng):
         parts += [("<|assistant|>", False), (f"{CALL}{guess}{CLOSE}{END}", True), (f"<|tool|>{answer}{END}", False)]
     parts += [("<|assistant|>", False), (f"done{END}", True)]
     ids, mask = list[int](), list[float]()
@@ -195,9 +188,8 @@ def spoken(tokenizer: Tokenizer, game: Game, careful: float, rng: random.Random)
 def lessons(tokenizer: Tokenizer, games: Sequence[Game], recipe: Recipe) -> Iterator[tuple[mx.array, mx.array]]:
     """Batches for ever: ids (B, T) padded on the right, and float32 (B, T − 1) that is 1 where the player speaks."""
     rng = random.Random(recipe.seed + 1)
-    for step in itertools.count():
-        careful = max(recipe.careful, 1 - step / recipe.spoilt_after)
-        rows = [spoken(tokenizer, game, careful, rng) for game in rng.choices(games, k=recipe.batch)]
+    while True:
+        rows = [spoken(tokenizer, game, recipe, rng) for game in rng.choices(games, k=recipe.batch)]
         T = max(len(ids) for ids, _ in rows)
         yield (
             mx.array([ids + [0] * (T - len(ids)) for ids, _ in rows]),
