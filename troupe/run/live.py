@@ -245,6 +245,7 @@ class LiveRun:
                 rewards=inputs.rewards,
                 progress=progress,
                 tell=tell,
+                stage=inputs.stage,
             )
 
     async def _tell_sinks(self) -> None:

@@ -139,6 +139,7 @@ def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[]
             rows=prepared.inputs.schedule.rows,
         ),
         recorded=ledgers.recorded,
+        settled=None if prepared.inputs.stage is None else prepared.inputs.stage.manager.settled,
         report=wiring.reporters["scorer"],
     )
 
@@ -178,6 +179,7 @@ def _make_learner(
             rates=prepared.live.rates,
             base=policy.base,
             seed=config.seed,
+            gamma=config.environment.gamma,
         ),
         state=_starting_state(prepared, ledgers.board),
         board=ledgers.board,
