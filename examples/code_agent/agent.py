@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from code_reward import Limits, passes_tests, run_code  # noqa: E402 - found by the line above
+from code_reward import Limits, passes_tests, run_code
 
 LIMITS = Limits(wall_s=20.0, output_bytes=2000)
 

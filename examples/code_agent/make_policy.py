@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "higher_lower"))
 
-from tiny_policy import END, Part, Shape, make_policy  # noqa: E402 - found by the line above
+from tiny_policy import END, Part, Shape, make_policy
 
 OPERATORS = {"sum": "+", "difference": "-", "product": "*", "remainder": "%"}
 COMPUTED = {"+": operator.add, "-": operator.sub, "*": operator.mul, "%": operator.mod}
@@ -68,6 +68,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="default: beside this file")
     options = parser.parse_args()
     rng = random.Random(0)
-    make_policy(options.out / "policy", WORDS, lambda: conversation(rng), Shape(steps=200), seed=0)
+    make_policy(options.out / "policy", WORDS, lambda: conversation(rng), Shape(steps=120), seed=0)
     rows = "".join(f"{json.dumps(row)}\n" for row in problems())
     (options.out / "problems.jsonl").write_text(rows, encoding="utf-8")

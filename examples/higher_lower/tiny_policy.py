@@ -50,7 +50,7 @@ class Shape:
 
     steps: int
     batch: int = 32
-    lr: float = 4e-3
+    lr: float = 1e-2
     hidden: int = 64
     layers: int = 2
 
@@ -125,6 +125,8 @@ def make_policy(
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=256,
+        rope_theta=100.0,
+        initializer_range=0.1,
         tie_word_embeddings=True,
         eos_token_id=(tokenizer.encode(END)[0],),
     )
