@@ -314,7 +314,7 @@ async def test_episodes_are_those_of_trl(
     style = which_calls(source)
     assert style is not None
     scripts, environment = (FUNCTIONS, None) if kind == "functions" else (ENVIRONMENT, Counter)
-    tools = [multiply, fail, long, look_up] if environment is None else [multiply]
+    tools: list[Any] = [multiply, fail, long, look_up] if environment is None else [multiply]
     their_samples, their_figures = theirs(folder, scripts, style, tools, environment)
     our_samples, our_figures = await ours(folder, scripts, tools, environment)
     with capsys.disabled():
