@@ -184,6 +184,11 @@ class EnvironmentManager:
         for talk in self._talks.pop(gid, {}).values():
             self._player.errands.begin(self._settle(talk))
 
+    def forget(self, gid: int) -> None:
+        """The group is closed: nobody will ask for any of it again."""
+        self.settled(gid)
+        self._ledger.forget(gid)
+
     async def _once(self, talk: Talk, turn: int, token_ids: tuple[int, ...], said: Said | None) -> Answer:
         """The answer, which is asked for in a task of its own: whoever waits for it may go."""
         while (answer := self._ledger.find(talk.name, turn, token_ids)) is None:
