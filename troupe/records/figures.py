@@ -29,8 +29,9 @@ class Figure(msgspec.Struct, frozen=True):
     """Its chart's key in CHARTS."""
     name: str = ""
     """The name of its line in the chart; empty: the chart's title."""
-    of: Literal["step", "loss", "machinery"] = "step"
-    """step: every step has it; loss: whether a step has it depends on the loss; machinery: of queues and of time."""
+    of: Literal["step", "loss", "episodes", "machinery"] = "step"
+    """step: every step has it; loss: whether a step has it depends on the loss; episodes: steps of a policy that acts
+    have it; machinery: of queues and of time."""
 
 
 class ChartSpec(msgspec.Struct, frozen=True):
@@ -111,6 +112,16 @@ CHARTS = {
         "Trained on; left out without signal; too old; too few scores.",
         smooth=False,
     ),
+    "turns": ChartSpec(
+        "Episodes",
+        "Turns an episode",
+        "Mean, and between the shortest and the longest of a step.",
+        edges=("turns/min", "turns/max"),
+    ),
+    "calls": ChartSpec("Episodes", "Tools", "Calls an episode, and which part of them failed."),
+    "observations": ChartSpec("Episodes", "Tokens read", "Of an episode, from tools and environments."),
+    "waits": ChartSpec("Episodes", "Waited for environments", "Seconds an episode.", "seconds"),
+    "failed": ChartSpec("Episodes", "Failed episodes", "Part of the episodes: they have no reward.", "percent"),
     "staleness": ChartSpec(
         "The run", "Staleness", "Versions between the weights that wrote a token and those that learned from it."
     ),
@@ -189,6 +200,19 @@ FIGURES = {
     ),
     "learn_time": Figure(".2f", panel=("speed", "learning"), unit="s", chart="step_time", name="learning"),
     "peak_memory_gb": Figure(".2f", panel=("speed", "memory"), unit="GB", chart="peak_memory"),
+    "turns/mean": Figure(".1f", "turns", ("completions", "turns"), status=".1f", chart="turns", of="episodes"),
+    "turns/min": Figure(of="episodes"),
+    "turns/max": Figure(of="episodes"),
+    "turns/compared": Figure(of="episodes"),
+    "tools/call_frequency": Figure(
+        ".1f", panel=("completions", "tool calls"), chart="calls", name="calls", of="episodes"
+    ),
+    "tools/failure_frequency": Figure(
+        ".1%", panel=("completions", "calls failed"), chart="calls", name="failed", of="episodes"
+    ),
+    "observations/mean_tokens": Figure(chart="observations", of="episodes"),
+    "environments/wait_s": Figure(chart="waits", of="episodes"),
+    "environments/failed": Figure(".1%", panel=("completions", "failed"), chart="failed", of="episodes"),
     **dict.fromkeys(_IN_FILES_ONLY, Figure()),
     **dict.fromkeys(_OF_SOME_LOSSES, Figure(of="loss")),
     "spans_dropped": Figure(of="machinery"),
