@@ -168,6 +168,21 @@ class Away(Counter):
         return super().reset(start)
 
 
+class Again(Counter):
+    """May be asked again, and takes its time."""
+
+    retries = True
+
+    def step(self, text: str) -> StepResult:
+        """Slowly."""
+        time.sleep(0.01)
+        return super().step(text)
+
+
+class AgainSaving(Again, Saving):
+    """The same, which saves itself."""
+
+
 class Flaky(Counter):
     """May be asked again, and answers every second time."""
 

@@ -1,4 +1,4 @@
-"""Episodes at arm's length: equal answers wherever environments run, faults cost one episode, nothing is asked twice."""
+"""Episodes at arm's length: equal answers wherever they run, faults that cost one episode, and nothing asked twice."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -184,6 +183,11 @@ class EnvironmentManager:
         for talk in self._talks.pop(gid, {}).values():
             self._player.errands.begin(self._settle(talk))
 
+    def forget(self, gid: int) -> None:
+        """The group is closed: nobody will ask for any of it again."""
+        self.settled(gid)
+        self._ledger.forget(gid)
+
     async def _once(self, talk: Talk, turn: int, token_ids: tuple[int, ...], said: Said | None) -> Answer:
         """The answer, which is asked for in a task of its own: whoever waits for it may go."""
         while (answer := self._ledger.find(talk.name, turn, token_ids)) is None:
@@ -209,7 +213,7 @@ class EnvironmentManager:
             task.exception()  # whoever waits has it, if there is somebody
 
     async def _ask(self, talk: Talk, turn: int, token_ids: tuple[int, ...], said: Said | None) -> Answer:
-        began_s = time.perf_counter()
+        began_s = anyio.current_time()
         self._ledger.cut(talk.name, turn)
         before = token_ids[0] + 1 if turn == ENDING else turn
         answers = self._ledger.before(talk.name, before)
@@ -235,7 +239,7 @@ class EnvironmentManager:
                 "",
                 f'{found} works in a process of its own only; set environment.run = "process"',
             )
-        answer = msgspec.structs.replace(answer, seconds=time.perf_counter() - began_s)
+        answer = msgspec.structs.replace(answer, seconds=anyio.current_time() - began_s)
         self._ledger.note(talk.name, turn, token_ids, answer)
         return answer
 

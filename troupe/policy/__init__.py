@@ -37,6 +37,7 @@ from troupe.policy.text.complete import (
     generate_batch,
     stream_text,
 )
+from troupe.policy.text.continuing import Continuer, Following
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer, opened_thought
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
     "CompletedGroup",
     "CompletedTurn",
     "Completion",
+    "Continuer",
+    "Following",
     "GenerationConfig",
     "LinearScaling",
     "Llama3Scaling",
@@ -67,9 +70,9 @@ __all__ = [
     "TextCompletion",
     "TextPrompt",
     "TokenStatistics",
+    "Tokenizer",
     "TurnRequest",
     "TurnSession",
-    "Tokenizer",
     "Weights",
     "YarnScaling",
     "complete_texts",

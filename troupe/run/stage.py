@@ -174,8 +174,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         told = list(self.told)
         if "sqlite" not in config.metrics.sinks:
             told.append(
-                "answers of environments and tools are recorded in run.sqlite, which metrics.sinks does not name: a run "
-                "that is killed asks again for those since its last checkpoint"
+                "answers of environments and tools are recorded in run.sqlite, which metrics.sinks does not name: a "
+                "run that is killed asks again for those since its last checkpoint"
             )
         lost = [spec.label for spec in self.world.environments.values() if spec.is_live and not spec.can_save]
         if lost:

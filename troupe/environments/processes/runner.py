@@ -161,16 +161,23 @@ class Workers:
             await self._all.pop().stop(grace_s)
 
     async def pick(self) -> Worker:
-        """The one with the least to do. Raised where a new one cannot be started."""
-        self._all = [worker for worker in self._all if not worker.is_over]
-        if len(self._all) < self._number:
+        """The one with the fewest episodes and the least to do. Gone where none is there and none can be started."""
+        while len(await self._there()) < self._number:
             async with self._starting:
-                if len(self._all) < self._number:
+                if len(await self._there()) < self._number:
                     try:
                         self._all.append(await Worker.start(self._config))
                     except WorldError as error:  # it was loaded before, so this may pass
-                        raise Raised(str(error), str(error), passing=True) from None
-        return min(self._all, key=lambda worker: (worker.waiting, worker.episodes))
+                        raise Gone(str(error)) from None
+        return min(self._all, key=lambda worker: (worker.episodes, worker.waiting))
+
+    async def _there(self) -> list[Worker]:
+        """Those that are not over; of the others nothing is left afterwards."""
+        while over := [worker for worker in self._all if worker.is_over]:
+            self._all = [worker for worker in self._all if worker not in over]
+            for worker in over:
+                await worker.kill()
+        return self._all
 
 
 class ProcessLive(Live):
@@ -199,6 +206,7 @@ class ProcessRunner(Runner):
         self._environments = Workers(config.processes if world.factories else 0, section)
         self._tools = Workers(config.processes if world.tools else 0, section)
         self._numbers = itertools.count()
+        self._calls = anyio.Semaphore(config.processes)
 
     async def start(self) -> None:
         await together([self._environments.start, self._tools.start])
@@ -235,8 +243,9 @@ class ProcessRunner(Runner):
 
     async def call(self, name: str, arguments: Mapping[str, Any], budget: Budget) -> Content:
         deed = Deed(what="call", name=name, arguments=dict(arguments), is_method=False)
-        worker = await self._tools.pick()
-        return await worker.do(None, deed, budget)  # type: ignore[no-any-return]
+        async with self._calls:  # so that one of them has nothing to do
+            worker = await self._tools.pick()
+            return await worker.do(None, deed, budget)  # type: ignore[no-any-return]
 
 
 def _encoded(order: Order) -> bytes:

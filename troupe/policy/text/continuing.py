@@ -133,7 +133,7 @@ class Continuer:
         told = self._histories.rewritten(before, turn, after, self._seams.before(after, stand_ins).text)
         if told is None:
             return None
-        return tuple(self._tokenizer.encode(told, add_special_tokens=False, stand_ins=stand_ins))
+        return tuple(self._tokenizer.encode_restored(told, stand_ins))
 
     def _prompt_length(self, messages: Sequence[Message]) -> int:
         turns = (place for place, message in enumerate(messages) if message.get("role") == "assistant")
