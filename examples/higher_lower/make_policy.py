@@ -29,7 +29,7 @@ WIDTH = 20
 TRIES = 5
 HELD_OUT = 100
 WORDS = (CALL, CLOSE, "guess", "higher", "lower", "right", ": ", " to ", "done", *map(str, range(10, LARGEST + 1)))
-CAREFUL = 0.1
+CAREFUL = 0.2
 """Part of the guesses that halve what is left; the others try its first number."""
 
 
@@ -96,4 +96,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="default: beside this file")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args()
-    make(options.out, options.seed, Shape(steps=200))
+    make(options.out, options.seed, Shape(steps=300))
