@@ -231,6 +231,20 @@ class TestVerifiers:
         await environment.reset(idx=0)
         await environment.close()
 
+    async def test_their_own_games_of_textarena(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("textarena")
+        nltk = pytest.importorskip("nltk")
+        (tmp_path / "corpora" / "words").mkdir(parents=True)
+        for name in ("en", "en-basic"):
+            (tmp_path / "corpora" / "words" / name).write_text("crane\n")
+        monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+        monkeypatch.setattr(nltk, "download", lambda *_, **__: True)
+        environment = made("verifiers:textarena?game=Hangman-v0")
+        await environment.reset(idx=0)
+        wrong, right = [await environment.step(text) for text in ("[z]", "[crane]")]
+        assert ("_" in wrong.observation, wrong.done) == (True, False)
+        assert (right.reward, right.done, right.info["rewards"]) == (1.0, True, {"game_reward": 1.0})
+
     async def test_a_fault_of_theirs_is_raised(self) -> None:
         environment = made("verifiers:vf_sums")
         with pytest.raises(ValueError, match="has 5 tasks, none with idx 7"):
