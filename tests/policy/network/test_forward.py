@@ -290,3 +290,15 @@ def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[s
 
 def _ranks(config: NetworkConfig) -> dict[str, int]:
     return {name: len(shape) for name, shape in expected_shapes(config).items()}
+
+
+@pytest.mark.parametrize("turned", [4, 64])
+def test_more_rows_than_a_small_kernel_takes(turned: int) -> None:
+    """On NVIDIA cards MLX 0.32.4's fails at 129 rows and fewer than 32 numbers."""
+    y, offsets = mx.random.normal((200, 2, 1, 64), key=mx.random.key(3)), mx.arange(200)
+    found = np.array(Rotation(turned, Rope(1e4, None), 1, offsets)(y))
+    angles = np.arange(200)[:, None] / 1e4 ** (np.arange(0, turned, 2) / turned)
+    a, b, rest = np.split(np.array(y)[:, :, 0], [turned // 2, turned], axis=-1)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    expected = np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
+    np.testing.assert_allclose(found[:, :, 0], expected, atol=2e-5)
