@@ -2,9 +2,9 @@
 
     python examples/smollm2/sums.py                          # writes the four files of prompts beside it anew
 
-The reward was settled first, after reading what the untrained model says to sums of an earlier cut; then the cut was made, by one
-seed; then the first policy was trained. A sum and its mirror (3 + 4, 4 + 3)
-are on the same side of the cut, so that none of those kept aside is trained in the other order.
+The reward was settled first, after reading what the untrained model says to sums of an earlier cut; then the cut was
+made, by one seed; then the first policy was trained. A sum and its mirror (3 + 4, 4 + 3) are on the same side of the
+cut, so that none of those kept aside is trained in the other order.
 """
 
 from __future__ import annotations
