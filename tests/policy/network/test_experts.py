@@ -415,3 +415,14 @@ def test_mlx_lm_reads_packed_experts_that_we_saved(tmp_path: Path) -> None:
     model, _ = mlx_lm.load(str(tmp_path))
     ids = mx.array([[1, 2, 3, 4, 5, 6, 7]])
     np.testing.assert_allclose(np.array(model(ids)), np.array(policy.model(ids)), atol=2e-4)
+
+
+@EACH
+def test_few_tokens_are_mixed_one_by_one(name: str) -> None:
+    layer = Layer(CONFIGS[name], shaken_policy(CONFIGS[name]).weights, 3)
+    rows = mx.random.normal((5, CONFIGS[name].hidden_size), key=mx.random.key(2))
+    routed = layer.routed(rows)
+    places = Places.of(routed.chosen)
+    gate, up = layer.expert_inputs(rows, places)
+    sorted_ones = layer.mixed(routed, places, layer.stack("down")(gate * mx.sigmoid(gate) * up, places.experts))
+    np.testing.assert_allclose(np.array(layer._mixed_one_by_one(rows, routed)), np.array(sorted_ones), atol=1e-5)
