@@ -23,8 +23,8 @@ _ROWS_WORTH_EXPANDING = 64
 
 
 _WORTH_SORTING = 64
-"""Places from which tokens are laid out by expert, elsewhere than on a CPU: few are read one by one as fast, and sorting
-them takes six more launches a layer."""
+"""Places from which tokens are laid out by expert, elsewhere than on a CPU: fewer are read one by one as fast, and
+sorting takes six more launches a layer."""
 
 
 class Stack(NamedTuple):
