@@ -225,7 +225,7 @@ class Layer:
             return self.linear("mlp.down_proj")(gated(activation, *self.inputs(GATE_UP, h)))
         rows = h.reshape(-1, h.shape[-1])
         routed = self.routed(rows)
-        if are_few(routed.chosen):
+        if are_few(self.spec.experts, routed.chosen):
             return self._mixed_one_by_one(rows, routed).reshape(x.shape)
         places = Places.of(routed.chosen)
         y = self.stack("down")(gated(activation, *self.expert_inputs(rows, places)), places.experts)
