@@ -29,6 +29,7 @@ from troupe.policy.text.complete import (
     generate_batch,
     stream_text,
 )
+from troupe.policy.text.continuing import Continuer, Following
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer, opened_thought
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "Companions",
     "CompletedGroup",
     "Completion",
+    "Continuer",
+    "Following",
     "GenerationConfig",
     "LinearScaling",
     "Llama3Scaling",
