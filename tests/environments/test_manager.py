@@ -188,6 +188,12 @@ async def test_instances_are_used_again_when_their_group_is_settled() -> None:
         assert (again.total, again.words) == (9, [])
     assert notes().count("made") == 3  # one to look at
     assert len(again._threads) == 1
+    async with playing("thread", wants_attributes=False) as (manager, _):
+        for sample in range(3):
+            await played(manager, name=EpisodeName(0, sample))
+            await manager.close(EpisodeName(0, sample), 0)
+            await anyio.sleep(0.05)
+    assert notes().count("made") == 3 + 2  # one after the other
 
 
 @pytest.mark.parametrize("run", ["thread", pytest.param("process", marks=pytest.mark.slow)])
