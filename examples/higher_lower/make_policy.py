@@ -4,8 +4,8 @@
 
 It writes `policy/`, and `games.jsonl` and `held-out.jsonl`, which are there already, beside this file. The policy is a
 Qwen3 network of some 100,000 weights with a vocabulary of its own, in which every number of the game is one token. It
-is trained, supervised, on games of a player who mostly tries the first number of what is left, and now and then the one
-in the middle. A game is a range and a secret number in it; no held-out game is ever played in either training. Takes
+is trained, supervised, on games of a teacher who mostly tries one number after the other, and halves what is left only in
+one game of five. A game is a range and a secret number in it; no held-out game is ever played in either training. Takes
 half a minute on two CPU cores.
 """
 
@@ -30,7 +30,7 @@ TRIES = 5
 HELD_OUT = 100
 WORDS = (CALL, CLOSE, "guess", "higher", "lower", "right", ": ", " to ", "done", *map(str, range(10, LARGEST + 1)))
 CAREFUL = 0.2
-"""Part of the guesses that halve what is left; the others try its first number."""
+"""Part of the games in which the teacher halves what is left; in the others it tries one number after the other."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def split_games() -> tuple[list[Game], list[Game]]:
     return games[HELD_OUT:], games[:HELD_OUT]
 
 
-def play(game: Game, careful: float, rng: random.Random) -> Iterator[tuple[int, str]]:
+def play(game: Game, is_careful: bool) -> Iterator[tuple[int, str]]:
     """Guesses and what is answered, until the number is found or the tries are over."""
     low, high = game.low, game.high
     for _ in range(TRIES):
-        guess = (low + high) // 2 if rng.random() < careful else low
+        guess = (low + high) // 2 if is_careful else low
         if guess == game.secret:
             yield guess, "right"
             return
@@ -72,7 +72,7 @@ def play(game: Game, careful: float, rng: random.Random) -> Iterator[tuple[int, 
 def conversation(game: Game, rng: random.Random) -> list[Part]:
     """A whole game as the chat template writes it."""
     parts = [(f"<|system|>guess{END}<|user|>{game.low} to {game.high}{END}", False)]
-    for guess, answer in play(game, CAREFUL, rng):
+    for guess, answer in play(game, rng.random() < CAREFUL):
         parts += [("<|assistant|>", False), (f"{CALL}{guess}{CLOSE}{END}", True), (f"<|tool|>{answer}{END}", False)]
     return [*parts, ("<|assistant|>", False), (f"done{END}", True)]
 

@@ -16,12 +16,13 @@ import pytest
 from tests.support.extras import extra
 from troupe.environments import StepResult
 from troupe.environments.adapters import adapted
-from troupe.environments.adapters.options import check_version
+from troupe.environments.adapters.options import check_version, read_options
 from troupe.environments.describing import describe
 from troupe.environments.loading import load_world
 from troupe.environments.results import checked_step
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import WorldError
+from troupe.run.tables import anchored_environment
 
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore")]
 
@@ -289,3 +290,16 @@ def test_an_older_version_is_refused() -> None:
     check_version("pytest", (8, 3))
     with pytest.raises(WorldError, match=r"pytest is installed as .* need 99\.1 or later"):
         check_version("pytest", (99, 1))
+
+
+def test_files_that_options_name_are_found_from_everywhere(tmp_path: Path) -> None:
+    def anchored(spec: str) -> str:
+        return str(anchored_environment({"factory": spec}, tmp_path / "a b")["factory"])
+
+    spec = anchored("gymnasium:Lake-v1?size=4&wrapper=words.py:Words")
+    assert spec == f"gymnasium:Lake-v1?size=4&wrapper={tmp_path}/a%20b/words.py:Words"
+    assert read_options(spec.partition(":")[2], "gymnasium")[1]["wrapper"] == f"{tmp_path}/a b/words.py:Words"
+    for plain in ("openenv:http://127.0.0.1:8000?action=said", "verifiers:gsm8k?split=train", "openenv:pack.age:Class"):
+        assert anchored(plain) == plain
+    assert anchored("openenv:count.py:Count") == f"openenv:{tmp_path}/a b/count.py:Count"
+    assert anchored("count.py:Count") == f"{tmp_path}/a b/count.py:Count"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def test_who_halves_always_wins_and_the_teacher_answers_as_the_environment_does(
     games, held_out = making.split_games()
     assert (len(games), len(held_out), len({*games, *held_out})) == (520, 100, 620)
     for each in [*games, *held_out]:
-        played = list(making.play(each, 1.0, random.Random(0)))
+        played = list(making.play(each, is_careful=True))
         real = begun(each.low, each.high, each.secret)
         assert [real.guess(number) for number, _ in played] == [answer for _, answer in played]
         assert real.get_reward() == 1.0
