@@ -96,4 +96,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="default: beside this file")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args()
-    make(options.out, options.seed, Shape(steps=300))
+    make(options.out, options.seed, Shape(steps=240))
