@@ -16,11 +16,11 @@ import random
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "higher_lower"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "higher_lower"))
 
 from tiny_policy import END, Part, Shape, make_policy
 
+HERE = Path(__file__).parent
 OPERATORS = {"sum": "+", "difference": "-", "product": "*", "remainder": "%"}
 COMPUTED = {"+": operator.add, "-": operator.sub, "*": operator.mul, "%": operator.mod}
 RUN = '<tool_call>\n{"name": "run_python", "arguments": {"code": "def f(a, b): return a '

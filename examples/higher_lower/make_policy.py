@@ -4,9 +4,9 @@
 
 It writes `policy/`, and `games.jsonl` and `held-out.jsonl`, which are there already, beside this file. The policy is a
 Qwen3 network of some 100,000 weights with a vocabulary of its own, in which every number of the game is one token. It
-is trained, supervised, on games of a teacher who mostly tries one number after the other, and halves what is left only in
-one game of five. A game is a range and a secret number in it; no held-out game is ever played in either training. Takes
-half a minute on two CPU cores.
+is trained, supervised, on games of a teacher who mostly tries one number after the other, and halves what is left only
+in one game of five. A game is a range and a secret number in it; no held-out game is ever played in either training.
+Takes half a minute on two CPU cores.
 """
 
 from __future__ import annotations

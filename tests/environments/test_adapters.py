@@ -229,6 +229,7 @@ class TestVerifiers:
         results = [await environment.step(text) for text in ("2", "1", "x")]
         assert [each.observation for each in results] == ["and then?", "and then?", None]
         assert results[-1].reward == pytest.approx(2 / 3)
+        assert results[-1].info["metrics"] == {"start": 3.0}
         await environment.reset(idx=0)
         await environment.close()
 

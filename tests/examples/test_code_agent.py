@@ -37,12 +37,11 @@ def test_its_methods_are_two_tools() -> None:
 
 @pytest.mark.slow
 def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
-    policy = f"--out {tmp_path}"
-    assert run_command(f"python examples/code_agent/make_policy.py {policy}", tmp_path).returncode == 0
+    made = run_command(f"python examples/code_agent/make_policy.py --out {tmp_path}", tmp_path)
+    assert made.returncode == 0, made.stderr
     assert (tmp_path / "problems.jsonl").read_bytes() == (FOLDER / "problems.jsonl").read_bytes()
-    done = run_command(
-        f"troupe train examples/code_agent/run.toml -m {tmp_path / 'policy'} -o {tmp_path / 'run'} --max-steps 3", tmp_path
-    )
+    folders = f"-m {tmp_path / 'policy'} -o {tmp_path / 'run'}"
+    done = run_command(f"troupe train examples/code_agent/run.toml {folders} --max-steps 3", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3

@@ -28,6 +28,10 @@ class CountdownEnv(vf.Env[CountdownConfig]):
                     segment = await interaction.turn("and then?")
         interaction.trace.record_reward("counted", right / task.data.start, 1.0)
 
+    async def finalize(self, task, episode):  # type: ignore[no-untyped-def]
+        (trace,) = (each for each in episode.traces if each.agent.name == "player")
+        trace.record_metric("start", task.data.start)
+
 
 class CountdownTaskset(vf.Taskset[CountdownTask, vf.TasksetConfig]):
     INFINITE = True

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -35,8 +37,8 @@ class Verifiers:
         """Begin the task of this number. What it asks is in the row's prompt."""
         await self.close()
         task = self._world.task(idx)
-        self._player = _Player(self._world.name)
-        self._run = asyncio.create_task(self._world.env.run(task, _Agents(self._world.seat, self._player)))
+        self._player = _Player(self._world.seat)
+        self._run = asyncio.create_task(_play(self._world.env, task, self._player))
         await self._heard(self._player)
 
     async def step(self, text: str) -> StepResult:
@@ -71,11 +73,17 @@ class Verifiers:
             self._run = None
 
 
-class _Agents:
-    """What the environment's `run` is given: one agent, who is the policy."""
-
-    def __init__(self, seat: str, player: "_Player") -> None:
-        setattr(self, seat, player)
+async def _play(env: Any, task: Any, player: "_Player") -> None:
+    """An episode as verifiers plays it, with the policy as the one agent."""
+    episodes, traces = package("verifiers.v1.episode"), package("verifiers.v1.trace")
+    agents = SimpleNamespace(**{player.name: player})
+    await env.setup(agents)
+    await env.run(task, agents)
+    if player.trace is None:
+        raise ValueError(f"{type(env).__name__}.run() asked its agent for nothing")
+    told = traces.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
+    info = episodes.EnvInfo(id=env.config.env_id)
+    await env.finalize(task, episodes.Episode(env=info, task=told, traces=[player.trace]))
 
 
 class _Player:
@@ -97,7 +105,7 @@ class _Player:
     @contextlib.asynccontextmanager
     async def interaction(self, task: Any) -> AsyncIterator["_Interaction"]:
         """A conversation; at its end the task's own rewards are asked for."""
-        self.trace = _new_trace(task)
+        self.trace = _new_trace(task, self.name)
         await task.setup(self.trace, None)
         yield _Interaction(self)
         self.trace.stop("user_closed")
@@ -124,11 +132,11 @@ class _Interaction:
         return package("verifiers.v1.agent").Segment(messages=[said], root_reply=said.content)
 
 
-def _new_trace(task: Any) -> Any:
+def _new_trace(task: Any, seat: str) -> Any:
     """A trace with the task's prompt in it."""
     traces = package("verifiers.v1.trace")
     told = traces.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
-    agent = traces.AgentInfo(config=package("verifiers.v1.configs.agent").AgentConfig())
+    agent = traces.AgentInfo(config=package("verifiers.v1.configs.agent").AgentConfig(), name=seat)
     trace = traces.Trace(task=told, agent=agent, state=package("verifiers.v1.state").state_cls(type(task))())
     for message in _prompt(task.data):
         _append(trace, message, sampled=False)
@@ -237,6 +245,4 @@ def task_rows(rest: str, first: int) -> list[dict[str, Any]]:
 
 def write_rows(rest: str, first: int, file: str) -> None:
     """Write `task_rows` into a JSONL file."""
-    lines = [msgspec.json.encode(row) + b"\n" for row in task_rows(rest, first)]
-    with open(file, "wb") as out:  # noqa: PTH123 - a name is what callers have
-        out.writelines(lines)
+    Path(file).write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in task_rows(rest, first)))
