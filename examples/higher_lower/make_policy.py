@@ -23,11 +23,11 @@ from tiny_policy import END, Part, Shape, make_policy
 
 HERE = Path(__file__).parent
 CALL, CLOSE = '<tool_call>\n{"name": "guess", "arguments": {"number": ', "}}\n</tool_call>"
-LARGEST = 50
+LARGEST = 30
 WIDTH = 20
 """Numbers in a range."""
 TRIES = 5
-HELD_OUT = 100
+HELD_OUT = 50
 WORDS = (CALL, CLOSE, "guess", "higher", "lower", "right", ": ", " to ", "done", *map(str, range(10, LARGEST + 1)))
 CAREFUL = 0.2
 """Part of the games in which the teacher halves what is left; in the others it tries one number after the other."""
