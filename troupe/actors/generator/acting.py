@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import ClassVar, NamedTuple
 
@@ -47,6 +48,8 @@ class _Table:
         self.episodes = list(episodes)
         self.session: TurnSession | None = None
         """Of the engine; there from the first turn on."""
+        self.is_left = False
+        """Whether nobody wants what is being decoded."""
         self.over: list[tuple[int, ...]] = []
         """Rows that the session need not keep any more."""
         self._news = anyio.Event()
@@ -233,13 +236,17 @@ class ActingGenerator(Actor):
         over, table.over = table.over, []
         with self.report.span("generate", step=step):
             decoding = self._decoded(table, over, requests)
-            async with self._device.iterate(decoding, on_leave=self._engine.abort) as decoded:
+            async with self._device.iterate(decoding, on_leave=partial(self._abandon, table)) as decoded:
                 while item := await decoded.next():
                     for name, start_s, end_s in item.computed:
                         self.report.record(name, start_s, end_s, step=step)
                     for turn in item.turns:
                         await self._ask(of_row[turn.row].add(turn))
             self._engine.release()  # the next step has other weights, and the learner needs room
+
+    def _abandon(self, table: _Table) -> None:
+        table.is_left = True
+        self._engine.abort()
 
     def _decoded(
         self, table: _Table, over: Sequence[tuple[int, ...]], requests: Sequence[TurnRequest]
@@ -250,7 +257,10 @@ class ActingGenerator(Actor):
         table.session.forget(over)
         computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
-        for turns in table.session.decode(requests):
+        decoding = table.session.decode(requests)
+        if table.is_left:  # before it began, which has forgotten the abort
+            self._engine.abort()
+        for turns in decoding:
             end_s = time.perf_counter()
             computed.append(("decode" if turns else "prefill", start_s, end_s))
             if turns:
