@@ -232,13 +232,24 @@ def attributes_of(instance: Any) -> dict[str, Any]:
         if name.startswith("_") or callable(value):
             continue
         try:
+            if not _is_plain(value):
+                continue
             data = msgspec.msgpack.encode({name: value})
-        except Exception:  # an object of the user's
+        except (RecursionError, OverflowError, ValueError):  # a list that holds itself, a number of more than 64 bits
             continue
         if len(data) <= room:
             room -= len(data)
             found[name] = msgspec.msgpack.decode(data)[name]
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is of the types that JSON has, tuples and bytes besides, all the way down."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, str, bytes)
 
 
 def is_async(call: Callable[[], Any]) -> bool:

@@ -57,8 +57,9 @@ class EnvironmentManager:
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """`wants_attributes`: whether rewards take `environments`, so that an environment that was lost is brought back
-        for its attributes alone. `sleep` and `jitter` pace the retries.
+        """`wants_attributes`: whether rewards take `environments`, so that instances in this process are kept until
+        `settled`, and one that was lost is brought back for its attributes alone. `sleep` and `jitter` pace the
+        retries.
 
         Raises:
             WorldError: with `run = "process"`, for what was given in Python and cannot be loaded by name.
@@ -157,8 +158,7 @@ class EnvironmentManager:
         return await self._once(self._talk(name), turn, tuple(token_ids), said)
 
     async def close(self, name: EpisodeName, turns: int) -> Ending:
-        """How the episode has ended, after so many turns of the policy, of which those that were asked for count. Its
-        environment is kept until `settled`.
+        """How the episode has ended, after so many turns of the policy, of which those that were asked for count.
 
         Raises:
             WorldError: as `open`.

@@ -133,8 +133,9 @@ class Player:
                     raise
                 return Ending().answer
         talk.seen = len(answers) - 1
-        if talk.live is not None and talk.live.instance is None:  # what rewards see of it are its attributes
-            live, talk.live = talk.live, None
+        live = talk.live
+        if live is not None and (live.instance is None or not self._wants_attributes):  # else rewards look at it
+            talk.live = None
             self.errands.begin(self.runner.give_back(live))
         return Ending(reward=reward, attributes=attributes).answer
 

@@ -305,7 +305,8 @@ async def begun(runner: Runner, spec: EnvironmentSpec, *, new: bool = False) -> 
     except Late as error:
         raise Missing(f"could not be made: {error}", "environment_timeout", passing=True) from None
     except (Died, Gone) as error:
-        raise Missing(f"could not be made: {error}", "environment_died", passing=True) from None
+        passing = not getattr(error, "itself", False)
+        raise Missing(f"could not be made: {error}", "environment_died", passing=passing) from None
 
 
 def missing(deed: Deed, error: Raised | Late | Died | Gone) -> Missing:

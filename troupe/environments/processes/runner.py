@@ -31,6 +31,8 @@ from troupe.runtime.roles import together
 _WORKER = "troupe.environments.processes.worker"
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """Sets of texts have one order, so that an answer does not depend on the process that gave it."""
+_END_S = 5.0
+"""That a process may take at the end to close its environments."""
 _KILLED_BY = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals that others send: a system without memory, an operator."""
 
@@ -157,8 +159,8 @@ class Workers:
 
     async def stop(self, grace_s: float) -> None:
         """End all of them."""
-        while self._all:
-            await self._all.pop().stop(grace_s)
+        ending, self._all = self._all, []
+        await together([partial(worker.stop, grace_s) for worker in ending])
 
     async def pick(self) -> Worker:
         """The one with the fewest episodes and the least to do. Gone where none is there and none can be started."""
@@ -212,7 +214,7 @@ class ProcessRunner(Runner):
         await together([self._environments.start, self._tools.start])
 
     async def stop(self) -> list[str]:
-        grace_s = min(1.0, self._config.turn_timeout_s)
+        grace_s = min(_END_S, self._config.turn_timeout_s)
         await together([partial(each.stop, grace_s) for each in (self._environments, self._tools)])
         return []
 
