@@ -439,9 +439,3 @@ def test_what_becomes_of_history_is_told() -> None:
         'history = "keep": a user\'s message is put behind what was sampled, though the template would tell earlier '
         "turns anew ("
     )
-
-
-def test_what_does_not_fit_into_a_row() -> None:
-    following = Following((1, 2, 3))
-    assert [following.fits(room) for room in (2, 3, 4)] == [False, True, True]
-    assert Following((), (1, 2, 3)).fits(0)
