@@ -20,7 +20,14 @@ from troupe.errors import ConfigError
 from troupe.messages import Answered, PromptText
 from troupe.policy import Policy, Tokenizer, opened_thought
 from troupe.policy.text.continuing import Continuer
-from troupe.rewards import Reward, RewardManager, RewardsConfig, default_reward, get_environment_reward
+from troupe.rewards import (
+    Reward,
+    RewardManager,
+    RewardsConfig,
+    default_reward,
+    environment_reward,
+    get_environment_reward,
+)
 from troupe.rewards.convention import Signature
 from troupe.run.config import RunConfig
 
@@ -113,7 +120,8 @@ def make_rewards(
         return RewardManager(rewards, config=config)
     for rows in datasets:
         check_rows(acting.world, rows, rows.source)
-    own = [] if "environment" in rewards else acting.own_rewards
+    is_named = any(reward == "environment" or reward is environment_reward for reward in rewards)
+    own = [] if is_named else acting.own_rewards
     weights = config.weights
     if weights is not None and len(weights) == len(rewards):
         weights = (*weights, *(1.0 for _ in own))
