@@ -20,6 +20,7 @@ from troupe.runtime.mailbox import Mailbox
 pytestmark = pytest.mark.anyio
 
 PROMPT = make_prompt(2, 1)
+FOLLOWS = Follows((1, 2))
 ASKED = ({"role": "user", "content": "and?"},)
 
 
@@ -78,7 +79,7 @@ def turn(number: int, *ids: int, room: int = 20, reason: Any = "stop", asker: in
     )
 
 
-def over(manager: Any, follows: Follows = Follows((1, 2)), **rules: Any) -> Conversations:
+def over(manager: Any, follows: Follows = FOLLOWS, **rules: Any) -> Conversations:
     words: Any = {"game": FixedWords(follows)}
     return Conversations(manager, WORLD, words, understand=understand, rules=Rules(context=CONTEXT, **rules))
 
