@@ -4,7 +4,7 @@ from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import Adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.decode.engine import RolloutEngine
-from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
+from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes, turn_memory_bytes
 from troupe.policy.decode.requests import (
     CompletedGroup,
     CompletedTurn,
@@ -100,4 +100,5 @@ __all__ = [
     "resolve_model",
     "save_model_folder",
     "stream_text",
+    "turn_memory_bytes",
 ]

@@ -238,6 +238,32 @@ def test_rows_that_are_forgotten_or_take_their_last_turn_hold_nothing() -> None:
     session.close()
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_within_a_memory_limit_histories_are_dropped_and_read_anew(family: str) -> None:
+    """For one long row, or some of many short ones: in waves, for which others have to make room."""
+    policy = POLICIES[family]
+    limit = engine_of(policy).session().memory_bytes([0], [45], 8) / 1e9
+
+    def conversation() -> tuple[list[CompletedTurn], int]:
+        talk = Talk(engine_of(policy, memory_limit_gb=2 * limit).session(sessions=2), observe=lambda _: 5)
+        talk.take(first_turns(G=8, room=8))
+        for _ in range(2):
+            talk.take(talk.next(sorted(talk.history), room=8))
+            assert talk.session.held_bytes <= limit * 1e9
+        assert largest_gap(policy, talk) < 4 * TOLERANCE
+        return [turn for _, turn in talk.turns], talk.session.tokens_read
+
+    turns, tokens_read = conversation()
+    assert tokens_read > 8 * sum(map(len, PROMPTS)) + 48 * 6
+    assert conversation() == (turns, tokens_read)
+
+
+def test_a_turn_beyond_the_memory_limit_is_refused_before_decoding() -> None:
+    session = engine_of(memory_limit_gb=1e-6).session()
+    with pytest.raises(ModelError, match=r"a turn of 20 tokens behind 4 takes .* GB, but it may have 1e-06 GB"):
+        session.decode(first_turns())
+
+
 def test_an_abort_ends_the_decode_and_rows_go_on_from_there() -> None:
     engine = engine_of(stop_ids=frozenset())
     talk = Talk(engine.session())

@@ -92,9 +92,14 @@ class RolloutEngine:
         waves = self._admit(requests)
         return self._decode(requests, waves)
 
-    def session(self) -> TurnSession:
-        """Rows that go on over several turns; for the decoding thread. `abort` ends its decodes, too."""
-        return TurnSession(self._setup, self._weights, self._aborted, partial(setattr, self, "tokens"))
+    def session(self, *, sessions: int = 1) -> TurnSession:
+        """Rows that go on over several turns; for the decoding thread. `abort` ends its decodes, too.
+
+        `sessions`: how many are open at once; each may have its share of memory_limit_gb.
+        """
+        limit = self.generation.memory_limit_gb
+        limit_bytes = None if limit is None else limit * 1e9 / sessions
+        return TurnSession(self._setup, self._weights, self._aborted, partial(setattr, self, "tokens"), limit_bytes)
 
     def stream(self, request: RolloutRequest) -> Iterator[int]:
         """Decode one request once → the ids of its completion as they come, the same as `decode` gives.

@@ -1,20 +1,26 @@
 """Rows that go on over several turns, their keys and values kept in between.
 
 What a call gives follows from the calls of the session alone, from their rows and tokens: never from when they came.
+Where memory is limited, histories are dropped when others need the room, and their rows read anew at their next turn;
+what does not fit together is decoded in waves. Both follow from lengths and settings, too.
+
 Penalties look back over all that a row has said and read; stop strings and the repetition cut-off over one turn.
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from troupe.errors import ModelError
 from troupe.policy.decode.loaded import LoadedWeights
 from troupe.policy.decode.loop import DecodeSetup
+from troupe.policy.decode.memory import device_ways, turn_memory_bytes
 from troupe.policy.decode.requests import CompletedTurn, TurnRequest
 from troupe.policy.decode.rows import Row, row_key
 from troupe.policy.decode.shelf import HeldRow, RowName, Shelf
 from troupe.policy.decode.stopping import StopWatch
 from troupe.policy.decode.turn_batch import Turn, TurnBatch
+from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.routes import id_type
 from troupe.policy.network.tensors import Weights
 
@@ -29,13 +35,15 @@ class TurnSession:
         weights: LoadedWeights,
         aborted: threading.Event,
         tell: Callable[[int], None],
+        limit_bytes: float | None = None,
     ) -> None:
-        """`weights`: those of the engine. `tell` is told how many tokens the longest turn under way has."""
-        self._setup, self._aborted, self._tell = setup, aborted, tell
+        """`weights`: those of the engine. `tell` is told how many tokens the longest turn under way has. `limit_bytes`:
+        most memory beside the weights, by the formula of `decode/memory.py`, what rows hold counted in."""
+        self._setup, self._aborted, self._tell, self._limit = setup, aborted, tell, limit_bytes
         self._shared = self._weights = weights
         self._rows: dict[RowName, HeldRow] = {}
         self._shelf = Shelf()
-        self._batch: TurnBatch | None = None
+        self._is_decoding = False
         self.tokens_read = 0
         """Tokens that were computed before sampling, in all calls, padding not counted."""
 
@@ -64,47 +72,79 @@ class TurnSession:
 
     def close(self) -> None:
         """Let go of everything."""
-        self._rows, self._shelf, self._batch = {}, Shelf(), None
+        self._rows, self._shelf, self._is_decoding = {}, Shelf(), False
         self.release()
 
     def decode(self, requests: Sequence[TurnRequest]) -> Iterator[list[CompletedTurn]]:
         """Decode a turn of all these rows together; `next` returns the turns that ended at the same token, none when
         what is new has been read. Who leaves before the end loses the rows.
 
-        Raises ModelError at once for ids that are none, are outside the vocabulary or leave no room within
-        max_position_embeddings; ValueError for a row that is named twice, that goes on without having begun or has no
-        room, or where policies differ; RuntimeError where no weights were loaded or the last decode has not ended.
+        Raises ModelError at once for ids that are none, are outside the vocabulary, leave no room within
+        max_position_embeddings or take more than the memory limit by themselves; ValueError for a row that is named
+        twice, that goes on without having begun or has no room, or where policies differ; RuntimeError where no weights
+        were loaded or the last decode has not ended.
         """
-        if self._batch is not None:
+        if self._is_decoding:
             raise RuntimeError("the decode before has not ended; go through it first, or close it")
         self._check(requests)
         self._aborted.clear()
-        return self._decode([self._begun(request) for request in requests])
+        turns = [self._begun(request) for request in requests]
+        self._is_decoding = bool(turns)
+        return self._decode(turns)
+
+    def memory_bytes(self, kept: Sequence[int], new: Sequence[int], room: int) -> int:
+        """What a turn of rows takes beside the weights that hold `kept` tokens, read `new` ones and sample `room`."""
+        config, dtype = self._setup.config, self._weights.dtype
+        ways = device_ways(config, dtype, on_cpu=is_on_cpu())
+        filters = self._setup.sampler.is_filtering
+        return turn_memory_bytes(config, kept, new, room, dtype, is_filtering=filters, **ways)
 
     def _decode(self, turns: Sequence[Turn]) -> Iterator[list[CompletedTurn]]:
-        if not turns:
-            return
-        batch = self._batch = TurnBatch(self._setup, turns, self._shelf, self._weights.current)
+        left = list(turns)
         try:
-            more = batch.advance()
-            self.tokens_read += batch.tokens_read
-            yield []
-            while more:
-                self._tell(batch.length)
-                if completed := batch.pop_completed():
-                    yield completed
-                if self._aborted.is_set():
-                    batch.abandon()
-                    break
-                more = batch.advance()
-            batch.finish()
-            self._batch = None
+            while left:
+                count = self._make_room(left)
+                yield from self._decode_wave(left[:count])
+                left = left[count:] if not self._aborted.is_set() else []
+        finally:
+            self._is_decoding = False
+            self.forget([turn.request.row for turn in turns if turn.row.finish_reason is None])
+
+    def _decode_wave(self, turns: Sequence[Turn]) -> Iterator[list[CompletedTurn]]:
+        batch = TurnBatch(self._setup, turns, self._shelf, self._weights.current)
+        more = batch.advance()
+        self.tokens_read += batch.tokens_read
+        yield []
+        while more:
+            self._tell(batch.length)
             if completed := batch.pop_completed():
                 yield completed
-        finally:
-            if self._batch is not None:
-                self._batch = None
-                self.forget([turn.request.row for turn in turns])
+            if self._aborted.is_set():
+                batch.abandon()
+                break
+            more = batch.advance()
+        batch.finish()
+        if completed := batch.pop_completed():
+            yield completed
+
+    def _make_room(self, turns: Sequence[Turn]) -> int:
+        """How many of the turns, from the first on, are decoded together; what others hold is dropped where it must.
+        Groups of a request stay together where they can."""
+        if self._limit is None:
+            return len(turns)
+        kept = self._shelf.lengths()
+        before = [kept.get(turn.request.row, 0) for turn in turns]
+        new = [len(turn.held.ids) - length for turn, length in zip(turns, before, strict=True)]
+
+        def cost(count: int) -> int:
+            return self.memory_bytes(before[:count], new[:count], max(turn.row.limit for turn in turns[:count]))
+
+        count = bisect_right(range(1, len(turns) + 1), self._limit, key=cost)
+        groups = [turn.request.row[:-1] for turn in turns]
+        ends = [end for end in range(1, count + 1) if end == len(turns) or groups[end - 1] != groups[end]]
+        count = max(1, ends[-1] if ends else count)
+        self._shelf.make_room([turn.request.row for turn in turns[:count]], self._limit - cost(count))
+        return count
 
     def _begun(self, request: TurnRequest) -> Turn:
         """Take note of what a row reads."""
@@ -165,4 +205,10 @@ class TurnSession:
             raise ModelError(
                 f"{name}: {length} tokens leave no room for a turn; the model has {config.max_position_embeddings} "
                 "positions (max_position_embeddings), so end the row before, or shorten what it reads"
+            )
+        room = min(request.room, config.max_position_embeddings - length)
+        if self._limit is not None and (needed := self.memory_bytes([0], [length], room)) > self._limit:
+            raise ModelError(
+                f"{name}: a turn of {room} tokens behind {length} takes {needed / 1e9:.3g} GB, but it may have "
+                f"{self._limit / 1e9:.3g} GB; raise memory_limit_gb, or lower max_completion_length"
             )
