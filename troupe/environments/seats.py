@@ -211,10 +211,12 @@ class Seat:
     async def _repeat(self, live: Live, turn: int, answer: Answer) -> None:
         """Play a turn once more that was answered."""
         talk, seat = self._talk, Repeated(live, answer, self._config, self._check_repeats)
-        if turn:
-            again = await self._plays.answer(talk, seat, talk.said[turn])
-        else:
+        if not turn:
             again = await self._plays.open(talk, seat)
+        elif (said := talk.said.get(turn)) is not None:
+            again = await self._plays.answer(talk, seat, said)
+        else:
+            raise Missing(f"its environment cannot be brought back: what was said in turn {turn} was not told again")
         if not talk.differs and (again.messages, again.done, again.reward) != (
             answer.messages,
             answer.done,
