@@ -29,6 +29,8 @@ class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     seed: int
     limits: EpisodeLimits
+    sessions: int = 1
+    """Rounds that are under way at once, at most."""
     most_at_once: int | None = None
     """Prompts whose episodes are under way at once in the free schedule, at most; None: the schedule is pinned."""
 
@@ -253,7 +255,7 @@ class ActingGenerator(Actor):
     ) -> Iterator[_Decoded]:
         """Turns as they end; for the device's thread."""
         if table.session is None:
-            table.session = self._engine.session()
+            table.session = self._engine.session(sessions=self._config.sessions)
         table.session.forget(over)
         computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
