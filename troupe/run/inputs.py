@@ -100,13 +100,12 @@ def load_inputs(
         policy.check_stop_ids()
     stage = None if world is None else Stage.of(world, policy, data)
     prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
-    prompt_ids = prompts.prompt_ids
-    longest = max(map(len, prompt_ids))
+    longest = max(map(len, prompts.prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
     stage = None if stage is None else stage.within(longest, config.generation.max_completion_length)
     notices += lowered
     opened = partial(opened_thought, policy.tokenizer)
-    notices += _about(config, policy, opened(dataset[0].prompt, prompt_ids[0]))
+    notices += _about(config, policy, opened(dataset[0].prompt, prompts.prompt_ids[0]))
     notices += [] if stage is None else stage.notices(config)
     return Inputs(
         config=config,
@@ -116,7 +115,7 @@ def load_inputs(
         dataset=dataset,
         schedule=PromptSchedule(
             dataset,
-            prompt_ids,
+            prompts.prompt_ids,
             batch_size=learner.batch_size,
             seed=config.seed,
             shuffle=data.shuffle,
