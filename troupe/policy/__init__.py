@@ -5,6 +5,7 @@ from troupe.policy.adapter.modules import Adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes, turn_memory_bytes
+from troupe.policy.decode.open_session import OpenSession
 from troupe.policy.decode.requests import (
     CompletedGroup,
     CompletedTurn,
@@ -60,6 +61,7 @@ __all__ = [
     "MicroBatch",
     "ModelConfig",
     "NetworkConfig",
+    "OpenSession",
     "Policy",
     "Qwen3Config",
     "RolloutBatch",

@@ -25,6 +25,29 @@ from troupe.policy.network.routes import id_type
 from troupe.policy.network.tensors import Weights
 
 
+class Abort:
+    """Asks decodes to end at their next token. From any thread."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        """Notified when it is asked, for whoever waits."""
+        self._is_set = False
+
+    def set(self) -> None:
+        """Ask."""
+        with self.changed:
+            self._is_set = True
+            self.changed.notify_all()
+
+    def clear(self) -> None:
+        """Forget that it was asked."""
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        """Whether it was asked."""
+        return self._is_set
+
+
 class TurnSession:
     """Made by `RolloutEngine.session`, and used by the engine's thread; several may be open at once, and what they
     decode may be interleaved."""
@@ -33,7 +56,7 @@ class TurnSession:
         self,
         setup: DecodeSetup,
         weights: LoadedWeights,
-        aborted: threading.Event,
+        aborted: Abort,
         tell: Callable[[int], None],
         limit_bytes: float | None = None,
     ) -> None:
@@ -110,7 +133,10 @@ class TurnSession:
             self._is_decoding = False
             self.forget([turn.request.row for turn in turns if turn.row.finish_reason is None])
 
-    def _decode_wave(self, turns: Sequence[Turn]) -> Iterator[list[CompletedTurn]]:
+    def _decode_wave(
+        self, turns: Sequence[Turn], pauses: Callable[[TurnBatch], bool] = lambda _: False
+    ) -> Iterator[list[CompletedTurn]]:
+        """To the end, or until the batch is to pause."""
         batch = TurnBatch(self._setup, turns, self._shelf, self._weights.current)
         more = batch.advance()
         self.tokens_read += batch.tokens_read
@@ -122,6 +148,8 @@ class TurnSession:
             if self._aborted.is_set():
                 batch.abandon()
                 break
+            if pauses(batch):
+                break
             more = batch.advance()
         batch.finish()
         if completed := batch.pop_completed():
@@ -132,19 +160,19 @@ class TurnSession:
         Groups of a request stay together where they can."""
         if self._limit is None:
             return len(turns)
+        count = bisect_right(range(1, len(turns) + 1), self._limit, key=lambda count: self._cost(turns[:count]))
+        groups = [turn.request.row[:-1] for turn in turns]
+        ends = [end for end in range(1, count + 1) if end == len(turns) or groups[end - 1] != groups[end]]
+        chosen = turns[: max(1, ends[-1] if ends else count)]
+        self._shelf.make_room([turn.request.row for turn in chosen], self._limit - self._cost(chosen))
+        return len(chosen)
+
+    def _cost(self, turns: Sequence[Turn]) -> int:
+        """What these turns take, none of them in a batch."""
         kept = self._shelf.lengths()
         before = [kept.get(turn.request.row, 0) for turn in turns]
         new = [len(turn.held.ids) - length for turn, length in zip(turns, before, strict=True)]
-
-        def cost(count: int) -> int:
-            return self.memory_bytes(before[:count], new[:count], max(turn.row.limit for turn in turns[:count]))
-
-        count = bisect_right(range(1, len(turns) + 1), self._limit, key=cost)
-        groups = [turn.request.row[:-1] for turn in turns]
-        ends = [end for end in range(1, count + 1) if end == len(turns) or groups[end - 1] != groups[end]]
-        count = max(1, ends[-1] if ends else count)
-        self._shelf.make_room([turn.request.row for turn in turns[:count]], self._limit - cost(count))
-        return count
+        return self.memory_bytes(before, new, max(turn.row.limit - len(turn.row.token_ids) for turn in turns))
 
     def _begun(self, request: TurnRequest) -> Turn:
         """Take note of what a row reads."""
@@ -177,7 +205,8 @@ class TurnSession:
             each = len(config.sparse_layers) * config.num_experts_per_tok * id_type(config).size
             after.experts += before.experts[: same * each]
 
-    def _check(self, requests: Sequence[TurnRequest]) -> None:
+    def _check(self, requests: Sequence[TurnRequest], under_way: int = 0) -> None:
+        """Of which the first are `under_way`."""
         if not self._weights.policies:
             raise RuntimeError("decode came before load: there are no weights yet")
         names = [request.row for request in requests]
@@ -185,21 +214,25 @@ class TurnSession:
             raise ValueError("a row is named twice in one decode; give each row one turn")
         if len({request.policy for request in requests}) > 1:
             raise ValueError("turns of several policies cannot be decoded together; decode those of each by itself")
-        for request in requests:
-            self._check_turn(request)
+        for request in requests[under_way:]:
+            self._check_request(request)
+            self._check_row(request)
 
-    def _check_turn(self, request: TurnRequest) -> None:
+    def _check_request(self, request: TurnRequest) -> None:
         config, name = self._setup.config, f"row {request.row}"
-        if request.policy not in self._weights.policies:
-            raise RuntimeError(f"{name}: policy {request.policy} was not loaded")
-        if not request.fresh and request.row not in self._rows:
-            raise ValueError(f"{name} goes on, but has not begun in this session; its first turn must be fresh")
         if request.room < 1 or request.start < 0:
             raise ValueError(f"{name}: room is {request.room} and start {request.start}, but must be at least 1 and 0")
         if not request.ids:
             raise ModelError(f"{name} has nothing to read; give at least one token")
         if bad := [token for token in request.ids if not 0 <= token < config.vocab_size]:
             raise ModelError(f"{name}: id {bad[0]} is not in the model's vocabulary [0, {config.vocab_size})")
+
+    def _check_row(self, request: TurnRequest) -> None:
+        config, name = self._setup.config, f"row {request.row}"
+        if request.policy not in self._weights.policies:
+            raise RuntimeError(f"{name}: policy {request.policy} was not loaded")
+        if not request.fresh and request.row not in self._rows:
+            raise ValueError(f"{name} goes on, but has not begun in this session; its first turn must be fresh")
         before = [] if request.fresh else self._rows[request.row].ids
         if (length := len(before) + len(request.ids)) >= config.max_position_embeddings:
             raise ModelError(
