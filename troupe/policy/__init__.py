@@ -5,8 +5,16 @@ from troupe.policy.adapter.modules import Adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
-from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
+from troupe.policy.decode.requests import (
+    CompletedGroup,
+    CompletedTurn,
+    Completion,
+    GenerationConfig,
+    RolloutRequest,
+    TurnRequest,
+)
 from troupe.policy.decode.sampling import Sampler, SamplingConfig
+from troupe.policy.decode.session import TurnSession
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.gradient.backward import completion_gradients, completion_statistics
 from troupe.policy.gradient.memory import MicroBatch, gradient_memory_bytes
@@ -42,6 +50,7 @@ __all__ = [
     "Base",
     "Companions",
     "CompletedGroup",
+    "CompletedTurn",
     "Completion",
     "Continuer",
     "Following",
@@ -62,6 +71,8 @@ __all__ = [
     "TextPrompt",
     "TokenStatistics",
     "Tokenizer",
+    "TurnRequest",
+    "TurnSession",
     "Weights",
     "YarnScaling",
     "complete_texts",

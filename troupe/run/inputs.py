@@ -4,6 +4,7 @@ runs, how many threads work, and what is chosen so that all of it fits the memor
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,10 +17,11 @@ from troupe.policy import DTYPES, NetworkConfig, Policy, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
 from troupe.records.metric_names import check_metric
-from troupe.rewards import Reward, RewardManager, default_reward
+from troupe.rewards import Reward, RewardManager
 from troupe.run.config import RunConfig
 from troupe.run.memory import Plan, plan_memory
 from troupe.run.resume.check import Resumption
+from troupe.run.stage import NOTHING_GIVEN, Acting, ActingWorld, Stage, default_rewards, load_acting, make_rewards
 from troupe.run.workload import Workload
 from troupe.runtime import linux_cpu
 
@@ -56,6 +58,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
+    stage: Stage | None = None
+    """Where the policy acts; None: it answers once."""
     total_steps: int
     description: str
     """What there is to train and to evaluate on, in lines."""
@@ -64,9 +68,16 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_inputs(
-    config: RunConfig, given: Sequence[Reward], resumption: Resumption | None, *, resume: bool, to_show: bool
+    config: RunConfig,
+    given: Sequence[Reward],
+    resumption: Resumption | None,
+    *,
+    resume: bool,
+    to_show: bool,
+    acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
-    """Load what the config names; `given` rewards are used beside those. InputError for what cannot be used."""
+    """Load what the config names; `given` rewards, and what there is to act with, are used beside those. InputError for
+    what cannot be used."""
     data, learner = config.data, config.learner
     model = config.model.path
     assert model is not None
@@ -74,7 +85,8 @@ def load_inputs(
     first = _SHOWN_ROWS if to_show and not resume else None
     dataset = PromptDataset.load(data.path, data, first=first)
     held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
-    rewards, config = _rewards(config, given, dataset, held_out)
+    world = load_acting(config.environment, acting)
+    rewards, config = _rewards(config, given, dataset, held_out, world)
     notices = _best_by(config, rewards, resumption)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
     assert policy.path is not None
@@ -82,23 +94,15 @@ def load_inputs(
     notices += told
     if not resume:
         policy.check_stop_ids()
-    kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
-    keeps_unknown = kept == data.chat_template_kwargs
-    prompt_ids = _tokenized(dataset, policy, config, keeps_unknown=keeps_unknown)
-    described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
-    evaluation = None
-    if held_out is not None:
-        held_out_ids = _tokenized(held_out, policy, config, keeps_unknown=keeps_unknown)
-        evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
-        described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
+    stage = None if world is None else Stage.of(world, policy, data)
+    prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
+    prompt_ids = prompts.prompt_ids
     longest = max(map(len, prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
     notices += lowered
-    if policy.dtype == "float16":
-        notices.append(_FLOAT16)
     opened = partial(opened_thought, policy.tokenizer)
-    if "think_format" in config.rewards.functions:
-        notices += think_notices(policy.tokenizer, opened(dataset[0].prompt, prompt_ids[0]))
+    notices += _about(config, policy, opened(dataset[0].prompt, prompt_ids[0]))
+    notices += [] if stage is None else stage.notices(config)
     return Inputs(
         config=config,
         source=policy.path,
@@ -113,15 +117,51 @@ def load_inputs(
             shuffle=data.shuffle,
             opened=opened,
         ),
-        evaluation=evaluation,
+        evaluation=prompts.evaluation,
         rewards=rewards,
         longest_prompt=longest,
+        stage=stage,
         total_steps=count_steps(
             dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
         ),
-        description="\n".join(described),
+        description="\n".join(prompts.described),
         notices=tuple(notices),
     )
+
+
+class _Told(NamedTuple):
+    """Prompts in ids."""
+
+    prompt_ids: list[tuple[int, ...]]
+    evaluation: EvalSet | None
+    described: list[str]
+
+
+def _tell_prompts(
+    dataset: PromptDataset,
+    held_out: PromptDataset | None,
+    policy: Policy,
+    config: RunConfig,
+    stage: Stage | None,
+    resumption: Resumption | None,
+) -> _Told:
+    kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
+    keeps_unknown = kept == config.data.chat_template_kwargs
+    prompt_ids = _tokenized(dataset, policy, config, stage, keeps_unknown=keeps_unknown)
+    described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
+    if held_out is None:
+        return _Told(prompt_ids, None, described)
+    held_out_ids = _tokenized(held_out, policy, config, stage, keeps_unknown=keeps_unknown)
+    described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
+    return _Told(prompt_ids, EvalSet(dataset=held_out, prompt_ids=held_out_ids), described)
+
+
+def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
+    """What to tell of the type of the policy's numbers, and of how it thinks; `opened` as for `think_notices`."""
+    notices = [_FLOAT16] if policy.dtype == "float16" else []
+    if "think_format" in config.rewards.functions:
+        notices += think_notices(policy.tokenizer, opened)
+    return notices
 
 
 def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
@@ -158,7 +198,9 @@ def _check_reference(learner: LearnerConfig) -> None:
         )
 
 
-def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_unknown: bool) -> list[tuple[int, ...]]:
+def _tokenized(
+    rows: PromptDataset, policy: Policy, config: RunConfig, stage: Stage | None, *, keeps_unknown: bool
+) -> list[tuple[int, ...]]:
     positions = policy.config.max_position_embeddings
     return tokenize_prompts(
         rows,
@@ -167,17 +209,24 @@ def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_
         max_tokens=min(config.data.max_prompt_tokens or positions, positions - 1),
         vocab_size=policy.config.vocab_size,
         keeps_unknown=keeps_unknown,
+        tell=None if stage is None else stage.opening,
     )
 
 
 def _rewards(
-    config: RunConfig, given: Sequence[Reward], dataset: PromptDataset, held_out: PromptDataset | None
+    config: RunConfig,
+    given: Sequence[Reward],
+    dataset: PromptDataset,
+    held_out: PromptDataset | None,
+    acting: ActingWorld | None,
 ) -> tuple[RewardManager, RunConfig]:
     functions = config.rewards.functions
     if not functions and not given:
-        functions = (default_reward(dataset.columns, dataset.source),)
+        functions = (default_rewards(dataset, acting),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
-    manager = RewardManager([*functions, *given], config=config.rewards)
+    manager = make_rewards(
+        [*functions, *given], config.rewards, acting, [dataset] if held_out is None else [dataset, held_out]
+    )
     manager.check_columns(dataset.columns)
     if held_out is not None and (missing := dataset.columns - held_out.columns):
         raise DatasetError(

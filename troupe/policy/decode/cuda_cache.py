@@ -43,6 +43,14 @@ class CudaDecodingCache(DecodingCache):
     def arrays(self) -> list[mx.array]:
         return [*self._prompt_keys, *self._prompt_values, *self._own]
 
+    def own(self, layer: int) -> tuple[mx.array, mx.array]:
+        keys, values = mx.split(self._own[layer], 2, axis=1)
+        return keys, values
+
+    def empty(self, layer: int) -> None:
+        super().empty(layer)
+        self._own[layer : layer + 1] = [mx.array(0)] if layer < len(self._own) else []
+
     def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None) -> mx.array:
         """As `DecodingCache.forward`, with weights of `fuse_projections`, for networks without experts."""
         lengths, step = mx.array(self._prompt_lengths, mx.int32), mx.array([self.length], mx.int32)
