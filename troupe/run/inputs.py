@@ -2,6 +2,7 @@
 runs, how many threads work, and what is chosen so that all of it fits the memory."""
 
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,8 @@ def load_inputs(
     notices += told
     if not resume:
         policy.check_stop_ids()
+    config = _dated(config, policy, begins=not resume)
+    data = config.data
     stage = None if world is None else Stage.of(world, policy, data)
     prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
     prompt_ids = prompts.prompt_ids
@@ -162,6 +165,18 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
     if "think_format" in config.rewards.functions:
         notices += think_notices(policy.tokenizer, opened)
     return notices
+
+
+def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
+    """With the day that chat templates are told, where they ask for it. A run that was begun when none was kept goes on
+    with today."""
+    day = config.data.chat_template_date
+    if day is None and begins and policy.tokenizer.asks_for_today:
+        day = date.today().isoformat()  # noqa: DTZ011 - that of whoever begins the run
+    if day is None:
+        return config
+    policy.date_templates(date.fromisoformat(day))
+    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, chat_template_date=day))
 
 
 def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
