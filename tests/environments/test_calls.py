@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +158,22 @@ def test_a_megabyte_of_anything_is_read_at_once(piece: str, style: CallStyle) ->
 )
 def test_how_tools_are_called_is_read_from_the_template(template: str, style: CallStyle | None) -> None:
     assert which_calls(template) == style
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_templates_that_trl_knows_are_known() -> None:
+    known = extra("trl.chat_template_utils")
+    styles = {}
+    for file in sorted((Path(known.__file__).parent / "chat_templates").glob("*.jinja")):
+        tokenizer = SimpleNamespace(chat_template=file.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError):  # it knows no calls of this one
+            parsed_by = known.add_response_schema(tokenizer).response_template
+            xml = parsed_by in (known.qwen3_5_template, known.nemotron_3_template)
+            expected = "hermes" if parsed_by == known.qwen3_template else "xml" if xml else None
+            assert which_calls(tokenizer.chat_template) == expected, file.name
+            styles[file.name] = expected
+    assert {"hermes", "xml", None} <= set(styles.values())
 
 
 def theirs(text: str, style: CallStyle, begun: str) -> dict[str, Any] | None:

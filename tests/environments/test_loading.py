@@ -60,6 +60,7 @@ class Game(Base):
     def _secret(self): ...
 
 class Talk:
+    close = 0
     def reset(self, level=0): ...
     def step(self, text: str) -> StepResult: ...
     def state_id(self, observation): ...
@@ -164,6 +165,7 @@ BAD = [
     (environment("    def go(self, x):\n        '''Goes.'''\n"), r"mine.py:3: tool E.go has no type hint.*call it _go"),
     (environment("    def go(self): ...\n"), r"mine.py:3: tool E.go has no docstring.*if go is no tool, call it _go"),
     (environment("    def save_state(self): ...\n"), r"mine.py:1: environment E has save_state but no load_state"),
+    (environment("    get_reward = staticmethod(dict)\n"), r"mine.py:1: get_reward of E is .*; it must be a method"),
     (environment("    def get_reward(self, x): ...\n"), r"mine.py:3: get_reward of E is called without arguments"),
     ("E = 3\n", r"mine.py: E is 3 \(int\), which cannot be called"),
     ("async def E(): ...\n", r"mine.py:1: .*E is an async function"),

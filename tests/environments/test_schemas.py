@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Union
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support import tools
 from tests.support.extras import extra
-from troupe.environments.schemas import json_schema
+from troupe.environments.schemas import json_schema, schema_of_hint
 from troupe.errors import WorldError
 
 
@@ -58,6 +59,41 @@ def test_docstrings_are_read_as_transformers_does(lines: list[str]) -> None:
     except WorldError:
         ours = None
     assert ours == theirs
+
+
+SIMPLE: list[Any] = [int, float, str, bool, type(None), list, dict, tuple, Any, tools.Unit, set, object, list[bytes]]
+
+
+def random_hint(dice: random.Random, depth: int) -> Any:
+    kind = dice.randrange(4 + 5 * bool(depth))
+    if kind < 3:
+        return dice.choice(SIMPLE)
+    if kind == 3:
+        return Literal[tuple(dice.sample([1, "a", None, True, 2.5, "b"], dice.randrange(1, 4)))]
+    inner = [random_hint(dice, depth - 1) for _ in range(dice.randrange(1, 4))]
+    made = [list[inner[0]], dict[str, inner[0]], tuple[tuple(inner)], tuple[inner[0], ...], Union[tuple(inner)]]  # type: ignore[misc, valid-type]  # noqa: UP007
+    return made[kind - 4]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_hints_are_read_as_transformers_does() -> None:
+    parse = extra("transformers.utils.chat_template_utils")._parse_type_hint
+    read = 0
+    for seed in range(10_000):
+        hint = random_hint(random.Random(seed), 3)
+        theirs: Any
+        try:
+            theirs = json.dumps(parse(hint))
+        except Exception:
+            theirs = None
+        try:
+            ours = json.dumps(schema_of_hint(hint))
+        except ValueError:
+            ours = None
+        assert ours == theirs, hint
+        read += ours is not None
+    assert 2_000 < read < 9_000
 
 
 def test_a_schema_in_full() -> None:

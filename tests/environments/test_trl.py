@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.filterwarnings("i
 END = "<|im_end|>"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", END)
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+CALLS = "CALLS"
+"""Where the calls of a turn stand, if not at its end."""
 MOST_TOKENS, MOST_CALLING_TURNS = 900, 3
 
 
@@ -113,7 +115,8 @@ def xml(name: str, arguments: dict[str, Any]) -> str:
 
 def turn(style: CallStyle, script: Script, place: int) -> str:
     text, calls = script[place] if place < len(script) else ("Done.", [])
-    return text + "\n".join((hermes if style == "hermes" else xml)(*call) for call in calls) + END
+    written = "\n".join((hermes if style == "hermes" else xml)(*call) for call in calls)
+    return (text.replace(CALLS, written) if CALLS in text else text + written) + END
 
 
 FUNCTIONS: dict[str, Script] = {
@@ -127,6 +130,8 @@ FUNCTIONS: dict[str, Script] = {
     "many turns": [("", [("multiply", {"a": n, "b": n})]) for n in range(6)],
     "too long": [("", [("multiply", {"a": 2, "b": 3})]), ("", [("long", {"size": 2 * MOST_TOKENS})]), ("Never.", [])],
     "cut": [("", [("multiply", {"a": 2, "b": 3})]), ("y" * 2 * MOST_TOKENS, [])],
+    "cut behind": [(CALLS + "y" * 2 * MOST_TOKENS, [("multiply", {"a": 2, "b": 3})]), ("Never.", [])],
+    "text behind": [(f"So: {CALLS}", [("multiply", {"a": 2, "b": 3})])],
 }
 ENVIRONMENT: dict[str, Script] = {
     "counts": [("", [("add", {"amount": 2}), ("read", {})]), ("", [("add", {"amount": 1})]), ("Three more.", [])],
@@ -285,7 +290,7 @@ async def ours(
             ids, mask = ids + sampled, mask + [1] * len(sampled)
             text = tokenizer.decode(sampled, skip_special_tokens=True)
             said = parse_turn(text, style, seat.spec.tools)
-            if place == MOST_CALLING_TURNS or sampled[-1] != tokenizer.eos_token_id:
+            if place == MOST_CALLING_TURNS:
                 messages.append(said.message)
                 break
             answer = await answer_turn(seat.spec, seat, said)
@@ -294,7 +299,7 @@ async def ours(
             between = () if answer.done else continuer.following(messages, said.message, sampled, answer.messages).ids
             messages.append(said.message)
             if answer.done or len(ids) + len(between) > MOST_TOKENS:
-                break
+                break  # what does not fit is dropped, and so what answers a turn that was cut
             messages += answer.messages
             ids, mask = ids + list(between), mask + [0] * len(between)
         reward = live.get_reward() if live else None
@@ -314,7 +319,7 @@ async def test_episodes_are_those_of_trl(
     style = which_calls(source)
     assert style is not None
     scripts, environment = (FUNCTIONS, None) if kind == "functions" else (ENVIRONMENT, Counter)
-    tools = [multiply, fail, long, look_up] if environment is None else [multiply]
+    tools: list[Any] = [multiply, fail, long, look_up] if environment is None else [multiply]
     their_samples, their_figures = theirs(folder, scripts, style, tools, environment)
     our_samples, our_figures = await ours(folder, scripts, tools, environment)
     with capsys.disabled():

@@ -222,10 +222,10 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
 async def test_a_wait_for_an_environment_is_told_when_it_lasts() -> None:
     environment, generator = Working("environment"), Generating("generator")
     actors = [generator, environment]
-    with environment.report.span("search", gid=1), environment.report.span("library", gid=2):
+    with environment.report.span("tool search", gid=1), environment.report.span("step library", gid=2):
         now_s = time.perf_counter()
         assert of_actors(actors, now_s + 1.0, 512) is None
-        text = "waiting for environment search and library"
+        text = "waiting for tool search and environment library"
         assert of_actors(actors, now_s + 5.0, 512) == Activity(what=text, detail=" (5 s)")
         assert of_actors(actors, now_s + 12.0, 512) == Activity(what=text, detail=" (12 s)", waiting=True)
         with generator.report.span("generate", step=1):
@@ -243,10 +243,10 @@ async def test_many_that_are_alike_are_counted() -> None:
     environment = Working("environment")
     with ExitStack() as spans:
         for gid in range(64):
-            spans.enter_context(environment.report.span("search", gid=gid))
-        spans.enter_context(environment.report.span("add", gid=1))
+            spans.enter_context(environment.report.span("tool search", gid=gid))
+        spans.enter_context(environment.report.span("tool add", gid=1))
         told = doing([environment], time.perf_counter() + 12.0)["environment"]
-    assert told == "64 × search, the longest for 12.0 s, add of group 1 for 12.0 s"
+    assert told == "64 × tool search, the longest for 12.0 s, tool add of group 1 for 12.0 s"
 
 
 def test_progress_tells_how_far_it_is_and_for_how_long() -> None:

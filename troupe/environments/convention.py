@@ -13,7 +13,7 @@ import msgspec
 from troupe.messages.episodes import ChatMessage
 
 OWN = ("reset", "get_reward", "step", "close", "state_id", "save_state", "load_state")
-"""Public methods of an environment that are no tools. (A `step` that is written as a tool is one: `is_step`.)"""
+"""Public methods of an environment that are no tools. (A `step` that returns a text is one.)"""
 
 Content: TypeAlias = str | list[dict[str, Any]]
 """Of a message: text, or blocks such as `{"type": "text", "text": …}`."""

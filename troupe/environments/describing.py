@@ -31,7 +31,7 @@ def describe_tool(function: Any) -> ToolSpec:
         name=function.__name__,
         schema=json_schema(function),
         is_async=inspect.iscoroutinefunction(function),
-        retries=bool(getattr(function, "retries", False)),
+        retries=getattr(function, "retries", False) is True,
     )
 
 
@@ -64,7 +64,7 @@ def describe(environment: Any, name: str = "", functions: Sequence[ToolSpec] = (
         has_state_id="state_id" in methods,
         can_save="save_state" in methods,
         has_close="close" in methods,
-        retries=bool(getattr(environment, "retries", False)),
+        retries=getattr(environment, "retries", False) is True,
         reset_takes=takes,
         reset_requires=requires,
     )
@@ -87,7 +87,8 @@ def _check_own(kind: type, methods: dict[str, Callable[..., Any]]) -> None:
     """WorldError for what an environment lacks, or has in a form that cannot be used."""
     place = place_of_class(kind)
     for name in OWN:
-        if name not in methods and (found := getattr(kind, name, None)) is not None:
+        found = getattr(kind, name, None)
+        if name not in methods and (callable(found) or (name == "reset" and found is not None)):
             raise WorldError(f"{place}{name} of {kind.__name__} is {shown(found)}; it must be a method")
     if "reset" not in methods:
         raise WorldError(
@@ -122,7 +123,7 @@ def _describe_method(kind: type, method: Callable[..., Any], name: str) -> ToolS
         schema=schema,
         is_async=inspect.iscoroutinefunction(method),
         is_method=True,
-        retries=bool(getattr(method, "retries", False)),
+        retries=getattr(method, "retries", False) is True,
     )
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import msgspec
 
-from troupe.records.figures import WAITS
-
 MOST_POINTS = 1000
 """Points that a curve has at most."""
 
@@ -103,8 +101,6 @@ class Sums(msgspec.Struct):
     """Σ `step_time` of the steps that say what actors did."""
     actor_s: dict[str, float] = {}
     """`ACTOR/busy` and `ACTOR/idle` → seconds."""
-    waits: dict[str, float] = {}
-    """Environment or tool → seconds that episodes waited for it, all together."""
 
     def add(self, metrics: Metrics) -> None:
         """One more step."""
@@ -119,9 +115,6 @@ class Sums(msgspec.Struct):
                 self.totals[key] = self.totals.get(key, 0.0) + value
             else:
                 self.actor_s[key] = self.actor_s.get(key, 0.0) + value * seconds
-        for name in [name for name in metrics if name.startswith(WAITS)]:
-            key = name.removeprefix(WAITS)
-            self.waits[key] = self.waits.get(key, 0.0) + (metrics[name] or 0.0)
 
     @property
     def shares(self) -> dict[str, float]:

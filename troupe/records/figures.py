@@ -52,8 +52,8 @@ class ChartSpec(msgspec.Struct, frozen=True):
     """The metrics that are the lower and the upper edge of such a band."""
     parts: bool = False
     """Whether the means of the reward functions belong to it."""
-    prefix: str = ""
-    """Every metric that begins so is a line of it, named by the rest."""
+    of_names: tuple[str, str] | None = None
+    """Every metric that begins and ends so is a line of it, named by what is between."""
     empty: str = ""
     """What is said where nothing is measured."""
 
@@ -61,8 +61,6 @@ class ChartSpec(msgspec.Struct, frozen=True):
 _SPREADS = "reward_std_within_groups", "reward_std"
 _LENGTHS = "completions/min_length", "completions/max_length"
 
-WAITS = "environments/wait_s/"
-"""How metrics begin that say for how long the episodes of a step waited, by environment and tool."""
 CHARTS = {
     "reward": ChartSpec(
         "Reward",
@@ -127,12 +125,21 @@ CHARTS = {
     ),
     "calls": ChartSpec("Episodes", "Calls of tools", "In an episode, on average."),
     "failures": ChartSpec("Episodes", "Calls that failed", "Part of all calls of tools.", "percent"),
+    "failed_episodes": ChartSpec(
+        "Episodes",
+        "Episodes that failed",
+        "Part of which the environment did not answer; they have no reward.",
+        "percent",
+    ),
     "waits": ChartSpec(
         "Episodes",
-        "Waited for",
-        "Seconds that the episodes of a step waited, all together, by environment and tool.",
+        "Waited for, an episode",
+        "Seconds that an episode waits in all for answers of its environment and its tools.",
         "seconds",
-        prefix=WAITS,
+        of_names=("environments/", "/wait_s"),
+    ),
+    "tool_waits": ChartSpec(
+        "Episodes", "A call takes", "Seconds of a call, by tool.", "seconds", of_names=("tools/", "/wait_s")
     ),
     "staleness": ChartSpec(
         "The run", "Staleness", "Versions between the weights that wrote a token and those that learned from it."
@@ -210,6 +217,8 @@ FIGURES = {
     "tools/failure_frequency": Figure(
         ".1%", "failed calls", status=".3f", chart="failures", name="failed", of="episodes"
     ),
+    "environments/failed": Figure(".1%", "failed episodes", chart="failed_episodes", name="failed", of="episodes"),
+    "environments/wait_s": Figure(".2f", "waited", chart="waits", name="all", of="episodes"),
     **dict.fromkeys(("turns/min", "turns/max"), Figure(of="episodes")),
     "staleness": Figure(".1f", panel=("completions", "versions old"), chart="staleness", name="mean"),
     "staleness/max": Figure(chart="staleness", name="most"),
@@ -270,6 +279,13 @@ def function_of(metric: str) -> str | None:
     """The reward function whose mean score a metric is; None of others."""
     is_mean = metric.startswith("rewards/") and metric.endswith("/mean")
     return metric.removeprefix("rewards/").removesuffix("/mean") if is_mean else None
+
+
+def named_by(metric: str, ends: tuple[str, str]) -> str | None:
+    """What stands between the two ends of a metric's name; None where it has others."""
+    begin, end = ends
+    rest = metric.removeprefix(begin)
+    return rest.removesuffix(end) if metric.startswith(begin) and rest.endswith(end) else None
 
 
 def queue_depths(metrics: Mapping[str, float]) -> dict[str, int]:

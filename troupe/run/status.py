@@ -29,8 +29,9 @@ from troupe.runtime.actor import Actor
 
 _AT_LEARNER = "learner"
 _ENVIRONMENT = "environment"
-_TOLD_AFTER_S, _LONG_S, _MOST_NAMED = 2.0, 10.0, 3
-"""A wait for an environment is told of, and something may be wrong with it; names that are told."""
+_TOLD_AFTER_S, _LONG_S = 2.0, 10.0
+"""A wait for an environment is told of, and something may be wrong with it."""
+_MOST_NAMED, _LONGEST_NAME = 3, 60
 DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer"})
 """Actors whose work is long by nature, and cannot be told from a hang but by its name."""
 
@@ -195,10 +196,18 @@ def _waits_of(going_on: Sequence[Span], now_s: float) -> Activity | None:
     waited_s = max((now_s - span.start_s for span in going_on if span.kind == "work"), default=0.0)
     if waited_s < _TOLD_AFTER_S:
         return None
-    names = list(dict.fromkeys(span.name for span in going_on if span.kind == "work"))
+    names = list(dict.fromkeys(_asked(span.name) for span in going_on if span.kind == "work"))
     told = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
     is_long = waited_s >= _LONG_S
-    return Activity(what=f"waiting for environment {' and '.join(told)}", detail=_lasting(waited_s), waiting=is_long)
+    return Activity(what=f"waiting for {' and '.join(told)}", detail=_lasting(waited_s), waiting=is_long)
+
+
+def _asked(span: str) -> str:
+    """Who is asked, by the name of a span: `tool NAME`, `step NAME`, `reset NAME`."""
+    kind, _, name = span.partition(" ")
+    if kind == "tool":
+        return span[:_LONGEST_NAME]
+    return f"environment {name[:_LONGEST_NAME]}" if kind in ("step", "reset") and name else "environments"
 
 
 def with_waits(activity: Activity | None, waits: Mapping[str, Wait], of: str = "reward") -> Activity | None:

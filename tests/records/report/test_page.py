@@ -186,7 +186,7 @@ def write_hostile_episode(folder: Path, text: str) -> None:
     sink = SqliteSink(folder / STORE)
     sink.open()
     sink.write(msgspec.structs.replace(told, scored=msgspec.structs.replace(told.scored, group=group)))
-    sink.write(update(1, **{f"environments/wait_s/{text}": 1.0, "turns/mean": 2.0}))
+    sink.write(update(1, **{f"tools/{text}/wait_s": 1.0, "turns/mean": 2.0}))
     sink.flush()
     sink.close()
 
@@ -209,7 +209,7 @@ def test_a_conversation_is_shown_turn_by_turn(tmp_path: Path) -> None:
     make_run(tmp_path, 0)
     sink = SqliteSink(tmp_path / STORE)
     sink.open()
-    waits = {"environments/wait_s/search": 2.5, "environments/wait_s/add": 0.5, "time/device_s": 1.0}
+    waits = {"environments/wait_s": 2.5, "tools/add/wait_s": 0.5, "tools/search/wait_s": 1.5, "time/device_s": 1.0}
     for step in (1, 2):
         sink.write(acted(step, 0))
         sink.write(update(step, **{"turns/mean": 3.0, "step_time": 4.0, **waits}))
@@ -225,9 +225,13 @@ def test_a_conversation_is_shown_turn_by_turn(tmp_path: Path) -> None:
     assert f"{len(LONG_RESULT) - 6000:,} more characters" in text
     assert not any("open" in attributes for attributes in page.attributes("details"))
     waited = page.data["bars"]["waits"]
-    assert [(row["name"], row["note"]) for row in waited] == [("search", "5 s"), ("add", "1 s")]
-    [chart] = [chart for chart in page.data["charts"] if chart["title"] == "Waited for"]
-    assert [one["name"] for one in chart["series"]] == ["search", "add"]
+    assert [(row["name"], row["note"]) for row in waited] == [
+        ("an episode", "2.5 s"),
+        ("search, a call", "1.5 s"),
+        ("add, a call", "500 ms"),
+    ]
+    [chart] = [chart for chart in page.data["charts"] if chart["title"] == "A call takes"]
+    assert [one["name"] for one in chart["series"]] == ["add", "search"]
 
 
 def test_a_completion_is_shown_as_it_is(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from troupe.records import text as words
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
+from troupe.records.figures import named_by
 from troupe.records.report.charts import Chart, Section, Values, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.report.static import read_asset, script_safe
@@ -115,6 +116,7 @@ def report_page(run: RunPicture) -> str:
         progress=None if not run.total_steps else min(100.0, 100.0 * run.step / run.total_steps),
         tiles=list(_tiles(run)),
         sections=sections,
+        has_waits=bool(_wait_bars(run)),
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
         incidents_shown=INCIDENTS_SHOWN,
@@ -194,12 +196,18 @@ def _beside_bars(run: RunPicture) -> list[dict[str, Any]]:
 
 
 def _wait_bars(run: RunPicture) -> list[dict[str, Any]]:
-    """For how long episodes waited, by environment and tool; those that took most first."""
+    """How long calls and episodes took, by tool and environment, over all steps; those that took most first."""
+    means = {}
+    for name, curve in run.metrics.curves.items():
+        tool, environment = named_by(name, ("tools/", "/wait_s")), named_by(name, ("environments/", "/wait_s"))
+        label = f"{tool}, a call" if tool else f"{environment}, an episode" if environment else ""
+        label = "an episode" if name == "environments/wait_s" else label
+        if label and (values := [value for value in curve.mean if value is not None]):
+            means[label] = math.fsum(values) / len(values)
     rows = []
-    waits = sorted(run.metrics.sums.waits.items(), key=lambda item: -item[1])
-    for name, waited_s in waits[:_MOST_WAITS]:
-        parts = [{"name": "waited by episodes, all together", "value": _rounded(waited_s), "kind": "wait"}]
-        rows.append({"name": _name(name), "note": words.seconds(waited_s), "parts": parts})
+    for label, mean_s in sorted(means.items(), key=lambda item: -item[1])[:_MOST_WAITS]:
+        parts = [{"name": "waited, on average", "value": _rounded(mean_s), "kind": "wait"}]
+        rows.append({"name": _name(label), "note": words.seconds(mean_s), "parts": parts})
     return rows
 
 
