@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,8 +39,11 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Of the environment, for its answer to each turn."""
     learn_s: float
     """Of the device."""
-    one_device: bool = True
+    one_device: bool = False
     """Whether generator and learner share one; else each has its own."""
+
+    def on_one_device(self) -> Work:
+        return msgspec.structs.replace(self, one_device=True)
 
     @property
     def device_s(self) -> float:
@@ -179,15 +182,24 @@ async def _numbers(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(i) for i in range(len(completion_ids))]  # not in a thread: the clock would not wait for it
 
 
-def step_s(work: Work, folder: Path, **schedule: Any) -> float:
-    """Virtual seconds of a step: the mean of eight, after four that begin the run."""
-    steps, devices, ends_s = 14, (Device(), Device()), list[float]()
+def step_s(work: Work, **schedule: Any) -> float:
+    """Virtual seconds of a step: the mean of twelve, after six that begin the run."""
+    steps, ends_s = 20, list[float]()
+    with TemporaryDirectory(prefix="troupe-timed-") as folder:
+        _run(work, folder, steps, ends_s, ScheduleConfig(generator="thread", watchdog_s=0.0, **schedule))
+    assert len(ends_s) == steps
+    return (ends_s[17] - ends_s[5]) / 12
+
+
+def _run(work: Work, folder: str, steps: int, ends_s: list[float], schedule: ScheduleConfig) -> None:
+    generator = Device()
+    learner = generator if work.one_device else Device()
     config = RunConfig(
-        output=str(folder / "run"),
+        output=f"{folder}/run",
         generation=GenerationConfig(num_generations=2, max_completion_length=2 * len(work.turn_s)),
         rewards=RewardsConfig(),
         learner=LearnerConfig(batch_size=2, max_steps=steps),
-        schedule=ScheduleConfig(generator="thread", watchdog_s=0.0, **schedule),
+        schedule=schedule,
         checkpoint=CheckpointConfig(every=99),
     )
     answers: Any = TimedAnswers(work)
@@ -199,7 +211,6 @@ def step_s(work: Work, folder: Path, **schedule: Any) -> float:
         ),
     )
     prepared = prepared_run(config, RewardManager([_numbers], config=config.rewards), rows=4, stage=stage)
-    generator, learner = devices[0], devices[not work.one_device]
     ledger = Ledger(99)
     factories = virtual_factories(prepared, Hooks(), ledger)
     computing = {"generator": generator, "learner": learner}
@@ -217,5 +228,3 @@ def step_s(work: Work, folder: Path, **schedule: Any) -> float:
             await run.wait()
 
     virtual_time.run(perform)
-    assert len(ends_s) == steps
-    return (ends_s[11] - ends_s[3]) / 8
