@@ -22,6 +22,8 @@ from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 
 _ASKERS = count(1)
+_GATHERS_S = 0.002
+"""Answers that come at the same moment come one by one: they are waited for, so that their turns are decoded together."""
 
 
 class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,7 +34,7 @@ class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sessions: int = 1
     """Rounds that are under way at once, at most."""
     most_at_once: int | None = None
-    """Prompts whose episodes are under way at once in the free schedule, at most; None: the schedule is pinned."""
+    """Prompts whose turns are decoded together in the free schedule, at most; None: the schedule is pinned."""
 
 
 class _Decoded(NamedTuple):
@@ -81,7 +83,8 @@ class ActingGenerator(Actor):
     an environment takes. Several rounds are under way, each with the version that its step is pinned to; their turns
     take the device one after the other, in the order in which they are ready, which changes no bit of any.
 
-    Free schedule: whatever is ready is decoded together, with the newest version at each token.
+    Free schedule: whatever is ready is decoded together, with the newest version at each token. All prompts that are
+    there have their episodes begun, so that some are decoded while others wait for their environments.
     """
 
     name = "generator"
@@ -138,7 +141,7 @@ class ActingGenerator(Actor):
             self._waiting.append(message)
             if self._free is None:
                 self._free = _Table()
-                await self.tasks.start(self._play_free, self._free, self._config.most_at_once)
+                await self.tasks.start(self._play_free, self._free)
             self._free.tell()
         elif prompts := self._rounds.gather(message):
             await self.tasks.start(self._play_pinned, prompts)
@@ -176,12 +179,12 @@ class ActingGenerator(Actor):
                 await self._decode(table, step)
         await self._leave(table)
 
-    async def _play_free(self, table: _Table, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
+    async def _play_free(self, table: _Table, *, task_status: TaskStatus[None]) -> None:
         open_: list[Prompt] = []
         with self.inbox.kept_open():
             task_status.started()
             while self._waiting or open_:
-                while self._waiting and len(open_) < most_at_once:
+                while self._waiting:
                     prompt = self._waiting.popleft()
                     open_.append(prompt)
                     if await self._rounds.left([prompt], as_one=False):
@@ -194,6 +197,7 @@ class ActingGenerator(Actor):
                     await self._decode_newest(table)
                 elif open_:
                     await table.news()
+                    await anyio.sleep(_GATHERS_S)
             self._free = None
         await self._leave(table)
 
@@ -231,7 +235,7 @@ class ActingGenerator(Actor):
         """Decode what is ready at a table, and ask about each turn when it has ended."""
         of_row: dict[tuple[int, ...], Episodes] = {}
         requests: list[TurnRequest] = []
-        for episodes in table.episodes:
+        for episodes in [each for each in table.episodes if each.ready][: self._config.most_at_once]:
             found = episodes.requests()
             requests += found
             of_row |= {request.row: episodes for request in found}
