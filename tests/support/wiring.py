@@ -165,7 +165,7 @@ class ScriptedEngine:
         assert self._loaded is not None, "decoding without weights"
         return self._loaded
 
-    def session(self) -> ScriptedSession:
+    def session(self, *, sessions: int = 1) -> ScriptedSession:
         return ScriptedSession(self, together=True)
 
     def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:

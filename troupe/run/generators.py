@@ -13,6 +13,7 @@ from troupe.grpo import LearnerConfig
 from troupe.policy import is_on_cpu
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
+from troupe.run.stage import sessions_of
 from troupe.run.wiring import Wiring
 from troupe.runtime.actor import Actor
 
@@ -71,6 +72,7 @@ def acting_config(prepared: Prepared) -> ActingConfig:
             context=stage.rules.context,
             max_turns=stage.rules.max_turns,
         ),
+        sessions=sessions_of(config.schedule),
         most_at_once=_most_at_once(prepared),
     )
 

@@ -52,10 +52,10 @@ def write_run(folder: Path, **settings: Any) -> Path:
 
 
 def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
-    log = (config.parent / "log.txt").open("ab")
     command = [sys.executable, "-m", "troupe", "train", str(config), "-o", str(out), "--resume"]
     environment = {**os.environ, "GAME_DELAY_S": "0.05"}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    with (config.parent / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def log_of(config: Path) -> str:

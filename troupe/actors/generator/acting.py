@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import ClassVar, NamedTuple
 
@@ -21,6 +22,8 @@ from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
 
 _ASKERS = count(1)
+_GATHERS_S = 0.002
+"""Answers that come at the same moment come one by one: they are waited for, so that their turns are decoded together."""
 
 
 class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,8 +31,10 @@ class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     seed: int
     limits: EpisodeLimits
+    sessions: int = 1
+    """Rounds that are under way at once, at most."""
     most_at_once: int | None = None
-    """Prompts whose episodes are under way at once in the free schedule, at most; None: the schedule is pinned."""
+    """Prompts whose turns are decoded together in the free schedule, at most; None: the schedule is pinned."""
 
 
 class _Decoded(NamedTuple):
@@ -47,6 +52,8 @@ class _Table:
         self.episodes = list(episodes)
         self.session: TurnSession | None = None
         """Of the engine; there from the first turn on."""
+        self.is_left = False
+        """Whether nobody wants what is being decoded."""
         self.over: list[tuple[int, ...]] = []
         """Rows that the session need not keep any more."""
         self._news = anyio.Event()
@@ -76,7 +83,8 @@ class ActingGenerator(Actor):
     an environment takes. Several rounds are under way, each with the version that its step is pinned to; their turns
     take the device one after the other, in the order in which they are ready, which changes no bit of any.
 
-    Free schedule: whatever is ready is decoded together, with the newest version at each token.
+    Free schedule: whatever is ready is decoded together, with the newest version at each token. All prompts that are
+    there have their episodes begun, so that some are decoded while others wait for their environments.
     """
 
     name = "generator"
@@ -133,7 +141,7 @@ class ActingGenerator(Actor):
             self._waiting.append(message)
             if self._free is None:
                 self._free = _Table()
-                await self.tasks.start(self._play_free, self._free, self._config.most_at_once)
+                await self.tasks.start(self._play_free, self._free)
             self._free.tell()
         elif prompts := self._rounds.gather(message):
             await self.tasks.start(self._play_pinned, prompts)
@@ -171,12 +179,12 @@ class ActingGenerator(Actor):
                 await self._decode(table, step)
         await self._leave(table)
 
-    async def _play_free(self, table: _Table, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
+    async def _play_free(self, table: _Table, *, task_status: TaskStatus[None]) -> None:
         open_: list[Prompt] = []
         with self.inbox.kept_open():
             task_status.started()
             while self._waiting or open_:
-                while self._waiting and len(open_) < most_at_once:
+                while self._waiting:
                     prompt = self._waiting.popleft()
                     open_.append(prompt)
                     if await self._rounds.left([prompt], as_one=False):
@@ -189,6 +197,7 @@ class ActingGenerator(Actor):
                     await self._decode_newest(table)
                 elif open_:
                     await table.news()
+                    await anyio.sleep(_GATHERS_S)
             self._free = None
         await self._leave(table)
 
@@ -226,14 +235,14 @@ class ActingGenerator(Actor):
         """Decode what is ready at a table, and ask about each turn when it has ended."""
         of_row: dict[tuple[int, ...], Episodes] = {}
         requests: list[TurnRequest] = []
-        for episodes in table.episodes:
+        for episodes in [each for each in table.episodes if each.ready][: self._config.most_at_once]:
             found = episodes.requests()
             requests += found
             of_row |= {request.row: episodes for request in found}
         over, table.over = table.over, []
         with self.report.span("generate", step=step):
             decoding = self._decoded(table, over, requests)
-            async with self._device.iterate(decoding, on_leave=self._engine.abort) as decoded:
+            async with self._device.iterate(decoding, on_leave=partial(self._abandon, table)) as decoded:
                 while item := await decoded.next():
                     for name, start_s, end_s in item.computed:
                         self.report.record(name, start_s, end_s, step=step)
@@ -241,16 +250,23 @@ class ActingGenerator(Actor):
                         await self._ask(of_row[turn.row].add(turn))
             self._engine.release()  # the next step has other weights, and the learner needs room
 
+    def _abandon(self, table: _Table) -> None:
+        table.is_left = True
+        self._engine.abort()
+
     def _decoded(
         self, table: _Table, over: Sequence[tuple[int, ...]], requests: Sequence[TurnRequest]
     ) -> Iterator[_Decoded]:
         """Turns as they end; for the device's thread."""
         if table.session is None:
-            table.session = self._engine.session()
+            table.session = self._engine.session(sessions=self._config.sessions)
         table.session.forget(over)
         computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
-        for turns in table.session.decode(requests):
+        decoding = table.session.decode(requests)
+        if table.is_left:  # before it began, which has forgotten the abort
+            self._engine.abort()
+        for turns in decoding:
             end_s = time.perf_counter()
             computed.append(("decode" if turns else "prefill", start_s, end_s))
             if turns:
