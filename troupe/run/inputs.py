@@ -1,6 +1,7 @@
 """Inputs: what a run is made from, loaded and checked, the cheap checks first."""
 
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +99,8 @@ def load_inputs(
     notices += told
     if not resume:
         policy.check_stop_ids()
+    config = _dated(config, policy, begins=not resume)
+    data = config.data
     stage = None if world is None else Stage.of(world, policy, data)
     prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
     longest = max(map(len, prompts.prompt_ids))
@@ -166,6 +169,18 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
     if "think_format" in config.rewards.functions:
         notices += think_notices(policy.tokenizer, opened)
     return notices
+
+
+def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
+    """With the day that chat templates are told, where they ask for it. A run that was begun when none was kept goes on
+    with today."""
+    day = config.data.chat_template_date
+    if day is None and begins and policy.tokenizer.asks_for_today:
+        day = date.today().isoformat()  # noqa: DTZ011 - that of whoever begins the run
+    if day is None:
+        return config
+    policy.date_templates(date.fromisoformat(day))
+    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, chat_template_date=day))
 
 
 def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
