@@ -58,6 +58,7 @@ CONTRACT = {
         "format_reward",
         "length_reward",
     },
+    "troupe.environments": {"EnvironmentConfig", "StepResult"},
     "troupe.dataset": {"PromptDataset"},
     "troupe.checkpoint": {"load_checkpoint", "save_checkpoint"},
     "troupe.messages": {

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from tests.support.fakes import make_scored
-from tests.support.stored import closed, rows, update
+from tests.support.stored import LONG_RESULT, acted, acted_rollout, closed, rows, tool_turn, update
 from troupe.cli.inspect import Block, as_renderable, as_text, describe_versions, show_completions
 from troupe.cli.main import main
-from troupe.messages import CheckpointWritten, GroupClosed, Incident
+from troupe.messages import CheckpointWritten, GroupClosed, Incident, ToolCall
 from troupe.records.layout import STORE
 from troupe.records.sinks.sqlite import SqliteSink
 from troupe.records.store.read import Query, open_store
@@ -295,3 +295,68 @@ def test_an_export_does_not_overwrite_the_run(folder: Path, name: str) -> None:
 
 def test_a_folder_that_cannot_be_read(folder: Path) -> None:
     assert "cannot be read" in run(folder / ("a" * 300), code=2)
+
+
+@pytest.fixture
+def episodes(tmp_path: Path) -> Path:
+    sink = SqliteSink(tmp_path / STORE, program="0.9")
+    sink.open()
+    for message in (acted(1, 0), update(1, reward=0.5)):
+        sink.write(message)
+    sink.flush()
+    sink.close()
+    return tmp_path
+
+
+def test_a_conversation_is_told_turn_by_turn(episodes: Path) -> None:
+    text = run(episodes, "--best", "1")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert {"observed 25 of the tokens", "turns 6, waited 1.67 s", "environment library", "its reward 1"} <= set(lines)
+    assert {"conversation:", "── system", "── turn 1 · 11 tokens · 5 read · 1.45 s"} <= set(lines)
+    assert '→ add {"a":1027,"b":-980} (0.2 ms)' in lines
+    assert "✗ failed: KeyError: 'bk-1072'" in lines
+    assert "── turn 6 · 16 tokens · reward 1" in lines
+    assert f"… {len(LONG_RESULT) - 1000:,} more characters" in text
+    assert text.count("Ibn Sina") < 20
+    assert run(episodes, "--best", "1", "--full").count("Ibn Sina") == 256
+    assert "failed TimeoutError: no answer within 60 s" in " ".join(run(episodes, "--gid", "0").split())
+
+
+def test_exports_carry_messages(episodes: Path, tmp_path: Path) -> None:
+    [best] = objects(episodes, "--best", "1")
+    run(episodes, "--best", "1", "--jsonl", str(tmp_path / "out.jsonl"))
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == best
+    answer = best["episode"]["turns"][0]["answer"]
+    assert answer["messages"] == [{"role": "tool", "name": "search", "content": LONG_RESULT}]
+    assert answer["said"]["tool_calls"][0]["function"]["arguments"] == {"query": "ابن سينا", "limit": 256}
+    assert best["episode"]["observed"][0] == [11, 16]
+
+
+def test_what_acts_on_a_terminal_is_escaped_in_conversations(tmp_path: Path) -> None:
+    group = acted(1, 0)
+    assert group.scored is not None
+    odd = tool_turn("\x1b[2Jno\u202e", ToolCall(name="a\x1b", arguments={}, result="\x07"), seconds=0.1)
+    rollout, episode = acted_rollout([odd])
+    told = msgspec.structs.replace(group.scored.group, rollouts=(rollout,), episodes=(episode,))
+    scored = msgspec.structs.replace(group.scored, group=told)
+    sink = SqliteSink(tmp_path / STORE)
+    sink.open()
+    for message in (msgspec.structs.replace(group, scored=scored), update(1)):
+        sink.write(message)
+    sink.flush()
+    sink.close()
+    text = run(tmp_path, "--gid", "0")
+    assert r"\x1b[2Jno\u202e" in text
+    assert r"→ a\x1b {}" in text
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
+
+
+def test_folded_lines_of_a_conversation_are_no_speakers(episodes: Path) -> None:
+    console = Console(width=60, record=True, force_terminal=True)
+    with open_store(episodes) as stored, console.capture() as capture:
+        for block in show_completions(stored, Query(choice="best", count=1)):
+            console.print(as_renderable(block))
+    lines = [
+        line.strip("│ ") if line[2:4] != "  " else "" for line in capture.get().split("\n") if line.startswith("│")
+    ]
+    assert {line.replace("\x1b[1m", "")[:2] for line in lines if line} == {"──"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -216,6 +217,36 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
         assert getattr(of_actors(actors, now_s, 512), "what", None) == "generating"
     with generator.report.span("start process"):
         assert getattr(of_actors(actors, now_s, 512), "text", None) == "starting the generator"
+
+
+async def test_a_wait_for_an_environment_is_told_when_it_lasts() -> None:
+    environment, generator = Working("environment"), Generating("generator")
+    actors = [generator, environment]
+    with environment.report.span("tool search", gid=1), environment.report.span("step library", gid=2):
+        now_s = time.perf_counter()
+        assert of_actors(actors, now_s + 1.0, 512) is None
+        text = "waiting for tool search and environment library"
+        assert of_actors(actors, now_s + 5.0, 512) == Activity(what=text, detail=" (5 s)")
+        assert of_actors(actors, now_s + 12.0, 512) == Activity(what=text, detail=" (12 s)", waiting=True)
+        with generator.report.span("generate", step=1):
+            told = of_actors(actors, time.perf_counter() + 12.0, 512)
+    assert told is not None
+    assert (told.what, told.waiting) == ("generating step 2", False)
+    assert told.detail == f": 113 of at most 512 tokens (12 s); {text} (12 s)"
+    wait = Wait(why="no answer", tries=3, for_s=9.0)
+    assert getattr(with_waits(None, {"library": wait}, "environment"), "text", "") == (
+        "waiting for environment library: no answer (3 tries, 9 s)"
+    )
+
+
+async def test_many_that_are_alike_are_counted() -> None:
+    environment = Working("environment")
+    with ExitStack() as spans:
+        for gid in range(64):
+            spans.enter_context(environment.report.span("tool search", gid=gid))
+        spans.enter_context(environment.report.span("tool add", gid=1))
+        told = doing([environment], time.perf_counter() + 12.0)["environment"]
+    assert told == "64 × tool search, the longest for 12.0 s, tool add of group 1 for 12.0 s"
 
 
 def test_progress_tells_how_far_it_is_and_for_how_long() -> None:

@@ -96,6 +96,18 @@ def test_a_step_says_what_hid_behind_the_device() -> None:
     assert figures == pytest.approx(expected)
 
 
+def test_environments_hide_behind_the_device_in_runs_that_have_any() -> None:
+    step = StepTimes(0.0)
+    step.add(span("generator", "decode", 0.0, 4.0))
+    assert "time/environment/hidden_s" not in step.end_step(4.0)
+    step.add(span("generator", "decode", 4.0, 6.0))
+    step.add(span("environment", "search", 5.0, 7.0, lane=1))
+    step.add(span("environment", "search", 5.0, 9.0, lane=2))
+    figures = step.end_step(10.0)
+    assert (figures["time/environment/hidden_s"], figures["time/environment/exposed_s"]) == (1.0, 3.0)
+    assert step.end_step(12.0)["time/environment/exposed_s"] == 0.0  # who was seen once stays
+
+
 def test_a_span_over_two_steps_counts_in_both_as_far_as_it_goes() -> None:
     step = StepTimes(0.0)
     first = step.end_step(4.0, [span("generator", "decode", 3.0, 4.0)])

@@ -11,7 +11,8 @@ import click
 import msgspec
 from msgspec.structs import replace
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -19,13 +20,17 @@ from rich.text import Text
 from troupe.cli.commands import Number, report_errors
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState
+from troupe.records.conversations import INDENT, SPEAKER, conversation_of, observed_within, shortened
+from troupe.records.conversations import as_text as conversation_text
 from troupe.records.layout import CHANGES, METRICS
 from troupe.records.store.read import Choice, Overview, Query, StoredCompletion, StoredRun, open_store
-from troupe.records.text import MISSING, date, plain_text, prompt_text, shown, size
+from troupe.records.text import MISSING, date, plain_text, prompt_text, seconds, shown, size
 from troupe.runtime.terminal import tell, tell_json
 
 _MOST_SHOWN = 20
 """Completions that a person is shown where no number was asked for."""
+_MOST_OF_A_TEXT = 1000
+"""Characters of what is said in a conversation, where it is not asked for whole."""
 _DIGITS = 19
 """Numbers of so many may be more than a store can hold."""
 _OF_A_RUN = (METRICS, CHANGES)
@@ -47,6 +52,7 @@ _COUNT = click.IntRange(min=1, max=2**31)
 @click.option("--reward", metavar="NAME", help="Look at this score, not at the weighted sum of all.")
 @click.option("--state", type=click.Choice(get_args(ClosedState)), help="Only those of groups that ended so.")
 @click.option("--gid", type=click.IntRange(min=0, max=2**63 - 1), metavar="G", help="Only those of this group.")
+@click.option("--full", is_flag=True, help="Long texts of a conversation, such as results of tools, whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or one a completion.")
 @click.option("--jsonl", type=_PATH, metavar="FILE", help="Write all that fit to a file, one JSON object each.")
 @report_errors
@@ -57,6 +63,7 @@ def inspect(
     best: int | None,
     worst: int | None,
     random: int | None,
+    full: bool,
     as_json: bool,
     jsonl: Path | None,
     **conditions: Any,
@@ -68,13 +75,13 @@ def inspect(
     chosen: dict[Choice, int | None] = {"best": best, "worst": worst, "random": random}
     with open_store(out) as run:
         if jsonl is None and step is None and not any(v is not None for v in (*chosen.values(), *conditions.values())):
-            tell_overview(run, out, as_json=as_json)
+            tell_overview(run, out, as_json=as_json, full=full)
             return
         query = query_for(run, chosen=chosen, step=step, everywhere=jsonl is not None, **conditions)
         if jsonl is not None:
             tell(f"{export(run, query, jsonl)} completions written to {jsonl}")
         else:
-            tell_completions(run, query, as_json=as_json)
+            tell_completions(run, query, as_json=as_json, full=full)
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +90,8 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     rows: Sequence[Sequence[str]] = ()
     text: str = ""
+    what: str = "completion"
+    """That the text is."""
 
 
 def query_for(
@@ -124,23 +133,23 @@ def _steps_there(run: StoredRun) -> str:
     return f"the run has the steps {first} to {newest}; give one of them, or 'last', or 'all'"
 
 
-def tell_overview(run: StoredRun, folder: Path, *, as_json: bool) -> None:
+def tell_overview(run: StoredRun, folder: Path, *, as_json: bool, full: bool = False) -> None:
     """Print what happened, and the best and the worst completion of the newest step."""
     overview = run.overview()
     extremes = newest_extremes(run, overview)
     if as_json:
         tell_json(msgspec.json.encode({**msgspec.to_builtins(overview), **extremes}).decode())
         return
-    _print(show_overview(overview, folder, extremes))
+    _print(show_overview(overview, folder, extremes, full=full))
 
 
-def tell_completions(run: StoredRun, query: Query, *, as_json: bool) -> None:
+def tell_completions(run: StoredRun, query: Query, *, as_json: bool, full: bool = False) -> None:
     """Print the completions of a query."""
     if as_json:
         for completion in run.completions(query):
             tell_json(msgspec.json.encode(completion).decode())
         return
-    _print(show_completions(run, query))
+    _print(show_completions(run, query, full=full))
 
 
 def export(run: StoredRun, query: Query, path: Path) -> int:
@@ -161,7 +170,9 @@ def export(run: StoredRun, query: Query, path: Path) -> int:
     return count
 
 
-def show_overview(overview: Overview, folder: Path, extremes: Mapping[Choice, StoredCompletion]) -> Iterator[Block]:
+def show_overview(
+    overview: Overview, folder: Path, extremes: Mapping[Choice, StoredCompletion], *, full: bool = False
+) -> Iterator[Block]:
     """What happened, and some completions."""
     yield Block(title=str(folder), rows=_facts(overview))
     if overview.rewards:
@@ -178,7 +189,7 @@ def show_overview(overview: Overview, folder: Path, extremes: Mapping[Choice, St
         ]
         yield Block(title="Checkpoints", rows=written)
     for choice, completion in extremes.items():
-        yield _completion(completion, f"{choice.capitalize()} of step {completion.step}: ")
+        yield _completion(completion, f"{choice.capitalize()} of step {completion.step}: ", full=full)
 
 
 def newest_extremes(run: StoredRun, overview: Overview) -> dict[Choice, StoredCompletion]:
@@ -190,12 +201,13 @@ def newest_extremes(run: StoredRun, overview: Overview) -> dict[Choice, StoredCo
     return {choice: completions[0] for choice, completions in found.items() if completions}
 
 
-def show_completions(run: StoredRun, query: Query, most: int = _MOST_SHOWN) -> Iterator[Block]:
-    """The completions of a query, one by one; `most` where it names no number."""
+def show_completions(run: StoredRun, query: Query, most: int = _MOST_SHOWN, *, full: bool = False) -> Iterator[Block]:
+    """The completions of a query, one by one; `most` where it names no number. `full`: long texts of conversations
+    whole."""
     count = 0
     for completion in run.completions(replace(query, count=query.count or most)):
         count += 1
-        yield _completion(completion)
+        yield _completion(completion, full=full)
     left = run.count(query) - count if query.count is None else 0
     if left > 0:
         yield Block(title=f"{left} more: ask for fewer, or for a number (--best K), or write them out (--jsonl FILE)")
@@ -209,7 +221,7 @@ def as_text(block: Block) -> str:
     count = max((len(row) for row in block.rows), default=0)
     widths = [max(len(row[i]) for row in block.rows if i < len(row)) for i in range(count)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in block.rows]
-    text = ["  completion:", block.text] if block.text else []
+    text = [f"  {block.what}:", block.text] if block.text else []
     return "\n".join([block.title, *(f"  {line}".rstrip() for line in lines), *text, ""])
 
 
@@ -229,14 +241,27 @@ def as_renderable(block: Block) -> RenderableType:
         return table
     grid = Table.grid()
     grid.add_row(table)
-    grid.add_row(Panel(Text(block.text), box=box.ROUNDED))
+    is_talk = block.what == "conversation"
+    grid.add_row(Panel(_conversation(block.text) if is_talk else Text(block.text), box=box.ROUNDED))
     return grid
+
+
+def _conversation(text: str) -> RenderableType:
+    """Nothing but who speaks stands at the left edge, also where lines are folded."""
+    return Group(
+        *(
+            Text(line, style="bold")
+            if line.startswith(SPEAKER)
+            else Padding(Text(line.removeprefix(INDENT)), (0, 0, 0, len(INDENT)))
+            for line in text.split("\n")
+        )
+    )
 
 
 def _shown_block(block: Block) -> Block:
     """Names, folders and kinds may hold anything, as completions may."""
     rows = [[shown(cell) for cell in row] for row in block.rows]
-    return Block(title=shown(block.title), rows=rows, text=shown(block.text))
+    return replace(block, title=shown(block.title), rows=rows, text=shown(block.text))
 
 
 def _print(blocks: Iterable[Block]) -> None:
@@ -262,7 +287,7 @@ def _facts(overview: Overview) -> list[tuple[str, str]]:
     ]
 
 
-def _completion(completion: StoredCompletion, before: str = "") -> Block:
+def _completion(completion: StoredCompletion, before: str = "", *, full: bool = False) -> Block:
     place = f"group {completion.gid}, sample {completion.sample}"
     facts = [
         ("reward", _number(completion.reward)),
@@ -272,10 +297,31 @@ def _completion(completion: StoredCompletion, before: str = "") -> Block:
         *((name, plain_text(value)) for name, value in (completion.columns or {}).items()),
         ("ended by", completion.finish_reason),
         ("tokens", f"{len(completion.token_ids)} by policy {describe_versions(completion.versions)}"),
-        ("prompt", prompt_text(completion.prompt) or MISSING),
+        *_episode_facts(completion),
     ]
     title = f"{before}{place}, {completion.state} in step {completion.step}, row {completion.row}"
-    return Block(title=title, rows=facts, text=completion.text)
+    if completion.episode is None:
+        prompt = ("prompt", prompt_text(completion.prompt) or MISSING)
+        return Block(title=title, rows=[*facts, prompt], text=completion.text)
+    said = conversation_of(completion)
+    text = conversation_text(said if full else shortened(said, _MOST_OF_A_TEXT))
+    return Block(title=title, rows=facts, text=text, what="conversation")
+
+
+def _episode_facts(completion: StoredCompletion) -> Iterator[tuple[str, str]]:
+    if (episode := completion.episode) is None:
+        return
+    observed = observed_within(episode.observed, 0, len(completion.token_ids))
+    yield "observed", f"{observed} of the tokens"
+    turns = f"{len(episode.turns)}, waited {seconds(sum(turn.answer.seconds for turn in episode.turns))}"
+    yield "turns", turns
+    yield "environment", episode.environment or "tools alone"
+    if episode.reward is not None:
+        yield "its reward", _number(episode.reward)
+    if episode.failed:
+        yield "failed", episode.failed
+    if episode.attributes:
+        yield "at the end", plain_text(episode.attributes)
 
 
 def describe_versions(versions: Sequence[tuple[int, int]]) -> str:

@@ -38,6 +38,7 @@ from troupe.policy.text.complete import (
     generate_batch,
     stream_text,
 )
+from troupe.policy.text.continuing import Continuer, Following
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer, opened_thought
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "CompletedGroup",
     "CompletedTurn",
     "Completion",
+    "Continuer",
+    "Following",
     "GenerationConfig",
     "LinearScaling",
     "Llama3Scaling",

@@ -29,8 +29,9 @@ class Figure(msgspec.Struct, frozen=True):
     """Its chart's key in CHARTS."""
     name: str = ""
     """The name of its line in the chart; empty: the chart's title."""
-    of: Literal["step", "loss", "machinery"] = "step"
-    """step: every step has it; loss: whether a step has it depends on the loss; machinery: of queues and of time."""
+    of: Literal["step", "loss", "episodes", "machinery"] = "step"
+    """step: every step has it; loss: whether a step has it depends on the loss; episodes: where the policy acts;
+    machinery: of queues and of time."""
 
 
 class ChartSpec(msgspec.Struct, frozen=True):
@@ -51,6 +52,8 @@ class ChartSpec(msgspec.Struct, frozen=True):
     """The metrics that are the lower and the upper edge of such a band."""
     parts: bool = False
     """Whether the means of the reward functions belong to it."""
+    of_names: tuple[str, str] | None = None
+    """Every metric that begins and ends so is a line of it, named by what is between."""
     empty: str = ""
     """What is said where nothing is measured."""
 
@@ -111,6 +114,33 @@ CHARTS = {
         "Trained on; left out without signal; too old; too few scores.",
         smooth=False,
     ),
+    "turns": ChartSpec(
+        "Episodes",
+        "Turns an episode",
+        "Mean, and between the least and the most of a step.",
+        edges=("turns/min", "turns/max"),
+    ),
+    "observations": ChartSpec(
+        "Episodes", "Tokens read", "What tools and environments answered in an episode; the policy did not write it."
+    ),
+    "calls": ChartSpec("Episodes", "Calls of tools", "In an episode, on average."),
+    "failures": ChartSpec("Episodes", "Calls that failed", "Part of all calls of tools.", "percent"),
+    "failed_episodes": ChartSpec(
+        "Episodes",
+        "Episodes that failed",
+        "Part of which the environment did not answer; they have no reward.",
+        "percent",
+    ),
+    "waits": ChartSpec(
+        "Episodes",
+        "Waited for, an episode",
+        "Seconds that an episode waits in all for answers of its environment and its tools.",
+        "seconds",
+        of_names=("environments/", "/wait_s"),
+    ),
+    "tool_waits": ChartSpec(
+        "Episodes", "A call takes", "Seconds of a call, by tool.", "seconds", of_names=("tools/", "/wait_s")
+    ),
     "staleness": ChartSpec(
         "The run", "Staleness", "Versions between the weights that wrote a token and those that learned from it."
     ),
@@ -135,6 +165,8 @@ CHARTS = {
 """Key, which names files too → chart, in the order in which they are looked at."""
 OVERVIEW = ("reward", "loss", "kl", "entropy", "lengths", "tokens_per_second")
 """The most telling ones."""
+OF_EPISODES = ("turns", "calls", "failures")
+"""The most telling ones, where the policy acts."""
 
 _IN_FILES_ONLY = (
     "nonfinite", "advantages/mean", "advantages/frac_zero", "completions/min_length",
@@ -148,6 +180,9 @@ _OF_SOME_LOSSES = (
     "clip_ratio/high_max",
     "vespo/phi_seq_mean",
 )  # fmt: skip
+_BESIDE_DEVICE = {
+    "environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging",
+}  # fmt: skip
 FIGURES = {
     "reward": Figure(".3f", "reward", ("reward", "reward"), status=".4f", chart="reward", name="mean"),
     "reward_std_within_groups": Figure(
@@ -176,6 +211,15 @@ FIGURES = {
     "completions/max_length": Figure(",.0f", panel=("completions", "longest")),
     "completions/mean_terminated_length": Figure(chart="lengths", name="those that ended by themselves"),
     "completions/clipped_ratio": Figure(".1%", panel=("completions", "cut off"), chart="clipped_ratio"),
+    "turns/mean": Figure(".1f", "turns", status=".1f", chart="turns", name="mean", of="episodes"),
+    "observations/mean_tokens": Figure(chart="observations", name="tokens", of="episodes"),
+    "tools/call_frequency": Figure(".2f", "calls", chart="calls", name="calls", of="episodes"),
+    "tools/failure_frequency": Figure(
+        ".1%", "failed calls", status=".3f", chart="failures", name="failed", of="episodes"
+    ),
+    "environments/failed": Figure(".1%", "failed episodes", chart="failed_episodes", name="failed", of="episodes"),
+    "environments/wait_s": Figure(".2f", "waited", chart="waits", name="all", of="episodes"),
+    **dict.fromkeys(("turns/min", "turns/max", "turns/compared"), Figure(of="episodes")),
     "staleness": Figure(".1f", panel=("completions", "versions old"), chart="staleness", name="mean"),
     "staleness/max": Figure(chart="staleness", name="most"),
     "groups/trained": Figure(chart="groups", name="trained"),
@@ -194,7 +238,7 @@ FIGURES = {
     "spans_dropped": Figure(of="machinery"),
     **{
         f"time/{work}/exposed_s": Figure(chart="exposed", name=name, of="machinery")
-        for work, name in (("reward", "rewards"), ("checkpoint", "checkpoints"), ("logging", "logging"))
+        for work, name in _BESIDE_DEVICE.items()
     },
     **{
         f"queue/{queue}/depth": Figure(chart="queues", name=queue, of="machinery")
@@ -204,7 +248,13 @@ FIGURES = {
 """Metric → how it is shown, in the order of every list."""
 OF_EVERY_STEP = tuple(metric for metric, figure in FIGURES.items() if figure.of == "step")
 """What the learner tells of a step, whatever the settings."""
-LIVE = frozenset({*(metric for metric, figure in FIGURES.items() if figure.status), *_SPREADS, *_LENGTHS})
+LIVE = frozenset(
+    {
+        *(metric for metric, figure in FIGURES.items() if figure.status),
+        *(metric for key in (*OVERVIEW, *OF_EPISODES) for metric in (*CHARTS[key].spread, *CHARTS[key].edges)),
+        *(metric for metric, figure in FIGURES.items() if figure.chart in OF_EPISODES),
+    }
+)
 """What the live page keeps of a step, besides the means of the reward functions."""
 
 
@@ -214,8 +264,9 @@ def lines_of(key: str) -> list[tuple[str, str]]:
 
 
 def live_charts() -> list[dict[str, Any]]:
-    """The most telling charts as the script of the live page takes them."""
-    return [msgspec.to_builtins(CHARTS[key]) | {"lines": lines_of(key)} for key in OVERVIEW]
+    """The most telling charts as the script of the live page takes them; `optional`: those that not every run has."""
+    told = [(key, {"lines": lines_of(key), "optional": key in OF_EPISODES}) for key in (*OVERVIEW, *OF_EPISODES)]
+    return [msgspec.to_builtins(CHARTS[key]) | more for key, more in told]
 
 
 def written(value: float, spec: str, unit: str = "") -> str:
@@ -228,6 +279,13 @@ def function_of(metric: str) -> str | None:
     """The reward function whose mean score a metric is; None of others."""
     is_mean = metric.startswith("rewards/") and metric.endswith("/mean")
     return metric.removeprefix("rewards/").removesuffix("/mean") if is_mean else None
+
+
+def named_by(metric: str, ends: tuple[str, str]) -> str | None:
+    """What stands between the two ends of a metric's name; None where it has others."""
+    begin, end = ends
+    rest = metric.removeprefix(begin)
+    return rest.removesuffix(end) if metric.startswith(begin) and rest.endswith(end) else None
 
 
 def queue_depths(metrics: Mapping[str, float]) -> dict[str, int]:

@@ -7,6 +7,7 @@ The functions take the actors in the order in which work flows, and times on `ti
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -21,11 +22,16 @@ from troupe.messages import (
     ScoredGroup,
     Slot,
     Span,
+    TurnTaken,
 )
 from troupe.rewards import Wait
 from troupe.runtime.actor import Actor
 
 _AT_LEARNER = "learner"
+_ENVIRONMENT = "environment"
+_TOLD_AFTER_S, _LONG_S = 2.0, 10.0
+"""A wait for an environment is told of, and something may be wrong with it."""
+_MOST_NAMED, _LONGEST_NAME = 3, 60
 DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer"})
 """Actors whose work is long by nature, and cannot be told from a hang but by its name."""
 
@@ -57,7 +63,7 @@ def gid_of(message: object) -> int | None:
     match message:
         case Prompt() | GroupClosed():
             return message.gid
-        case RolloutGroup():
+        case RolloutGroup() | TurnTaken():
             return message.prompt.gid
         case ScoredGroup():
             return message.group.prompt.gid
@@ -113,12 +119,20 @@ def _device_work(actor: Actor) -> list[Span]:
 
 
 def _in_words(going_on: Sequence[Span], now_s: float, most: int = 3) -> str:
-    words = [
+    alike = Counter(span.name for span in going_on)
+    many = {name: count for name, count in alike.items() if count > most}
+    words = []
+    for name, count in list(many.items())[:most]:
+        longest_s = max(now_s - span.start_s for span in going_on if span.name == name)
+        words.append(f"{count} × {name}, the longest for {longest_s:.1f} s")
+    others = [span for span in going_on if span.name not in many]
+    room = most - len(words)
+    words += [
         f"{'waits: ' if span.kind == 'wait' else ''}{span.name}{'' if span.gid is None else f' of group {span.gid}'} "
         f"for {now_s - span.start_s:.1f} s"
-        for span in going_on[:most]
+        for span in others[:room]
     ]
-    more = len(going_on) - most
+    more = max(0, len(many) - most) + max(0, len(others) - room)
     return ", ".join([*words, *([f"and {more} more"] if more > 0 else [])]) or NOTHING_TOLD
 
 
@@ -158,7 +172,11 @@ def of_actors(actors: Iterable[Actor], now_s: float, most_tokens: int) -> Activi
     parts: list[str] = []
     begun_s: list[float] = []
     far = ""
+    environment: Activity | None = None
     for actor in actors:
+        if actor.name == _ENVIRONMENT:
+            environment = _waits_of(actor.report.doing, now_s)
+            continue
         spans = [span for span in actor.report.doing if span.kind == "work"]
         told = _of(actor.name, spans)
         if told is None or (actor.name == "checkpointer" and parts):
@@ -168,17 +186,37 @@ def of_actors(actors: Iterable[Actor], now_s: float, most_tokens: int) -> Activi
         if told.startswith("generating") and actor.made:
             far = f": {actor.made:,} of at most {most_tokens:,} tokens"
     if not parts:
+        return environment
+    beside = "" if environment is None else f"; {environment.text}"
+    return Activity(what=", ".join(parts), detail=far + _lasting(now_s - min(begun_s)) + beside)
+
+
+def _waits_of(going_on: Sequence[Span], now_s: float) -> Activity | None:
+    """That answers of environments and tools are waited for; None where none has been for a while."""
+    waited_s = max((now_s - span.start_s for span in going_on if span.kind == "work"), default=0.0)
+    if waited_s < _TOLD_AFTER_S:
         return None
-    return Activity(what=", ".join(parts), detail=far + _lasting(now_s - min(begun_s)))
+    names = list(dict.fromkeys(_asked(span.name) for span in going_on if span.kind == "work"))
+    told = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
+    is_long = waited_s >= _LONG_S
+    return Activity(what=f"waiting for {' and '.join(told)}", detail=_lasting(waited_s), waiting=is_long)
 
 
-def with_waits(activity: Activity | None, waits: Mapping[str, Wait]) -> Activity | None:
-    """The same, and before it what it waits for."""
+def _asked(span: str) -> str:
+    """Who is asked, by the name of a span: `tool NAME`, `step NAME`, `reset NAME`."""
+    kind, _, name = span.partition(" ")
+    if kind == "tool":
+        return span[:_LONGEST_NAME]
+    return f"environment {name[:_LONGEST_NAME]}" if kind in ("step", "reset") and name else "environments"
+
+
+def with_waits(activity: Activity | None, waits: Mapping[str, Wait], of: str = "reward") -> Activity | None:
+    """The same, and before it what it waits for. `of`: what those are that are waited for."""
     if not waits:
         return activity
     told = [f"{wait.why} ({_counted(wait.tries, 'try', 'tries')}, {_time(wait.for_s)})" for wait in waits.values()]
     rest = "" if activity is None else f"; {activity.text}"
-    what = f"waiting for reward {' and '.join(waits)}"
+    what = f"waiting for {of} {' and '.join(waits)}"
     return Activity(what=what, detail=f": {'; '.join(told)}{rest}", waiting=True)
 
 

@@ -1,4 +1,4 @@
-"""Files of rewards as modules: under which names they are imported, and how they are found under them.
+"""Files of user code as modules: under which names they are imported, and how they are found under them.
 
 A process that `multiprocessing` spawns gets functions by the names of their modules, and this process's `sys.path`, in
 which the folder of every such file is. It imports `troupe` on its way, and so finds them. Quick to import.
@@ -23,7 +23,7 @@ class _UncachedLoader(SourceFileLoader):
 
 def module_name(path: Path) -> str:
     """Of a file, resolved: another one for other contents. OSError where it cannot be read."""
-    import hashlib  # only who loads rewards needs it
+    import hashlib  # only who loads such code needs it
 
     identity = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
     return f"{PREFIX}{path.stem}_{identity}"
@@ -34,6 +34,26 @@ def spec_of(name: str, path: Path) -> ModuleSpec:
     spec = importlib.util.spec_from_loader(name, _UncachedLoader(name, str(path)))
     assert spec is not None
     return spec
+
+
+def name_of(found: object) -> str:
+    """By which another process finds a function or class: "FILE.py:NAME" or "MODULE:NAME".
+
+    Raises:
+        ValueError: where it cannot; with a clause that says why.
+    """
+    module, qualname = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    if module is None or qualname is None or "<" in qualname:
+        raise ValueError(
+            "cannot be loaded by name in another process, for it is a lambda, a local function or an object"
+        )
+    loaded = sys.modules.get(module)
+    there: object = loaded
+    for part in qualname.split("."):
+        there = getattr(there, part, None)
+    if there is not found or loaded is None or module == "__main__" or "." in qualname:
+        raise ValueError(f"cannot be loaded by name in another process: {module}.{qualname} is not to be found there")
+    return f"{loaded.__file__ if module.startswith(PREFIX) else module}:{qualname}"
 
 
 class RewardFileFinder:

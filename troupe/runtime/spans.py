@@ -16,8 +16,9 @@ Interval: TypeAlias = tuple[float, float]
 
 ON_DEVICE = ("generator", "learner")
 """Actors whose work is the device's."""
-BEHIND_DEVICE = {"reward": "scorer", "logging": "metrics", "checkpoint": "checkpointer"}
+BEHIND_DEVICE = {"reward": "scorer", "logging": "metrics", "checkpoint": "checkpointer", "environment": "environment"}
 """Work that should hide behind the device's → the actor that does it."""
+_NOT_IN_EVERY_RUN = "environment"
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -113,7 +114,8 @@ class StepTimes:
 
         `time/ACTOR/busy` and `/idle`: share of the time in which it worked, and in which it only waited; what is left
         of 1 is its own machinery. `time/device_s`: seconds of device work. `time/reward/hidden_s` and `/exposed_s`:
-        seconds in which rewards were computed under device work, and without any; likewise `logging` and `checkpoint`.
+        seconds in which rewards were computed under device work, and without any; likewise `logging`,
+        `checkpoint` and, where the policy acts, `environment`.
         """
         start_s, self._start_s = self._start_s, now_s
         by_actor: defaultdict[str, list[Span]] = defaultdict(list)
@@ -132,6 +134,8 @@ class StepTimes:
         device = union(interval for actor in ON_DEVICE if actor in times for interval in times[actor].work)
         figures["time/device_s"] = length(device)
         for name, actor in BEHIND_DEVICE.items():
+            if actor == _NOT_IN_EVERY_RUN and actor not in times:
+                continue
             work = times[actor].work if actor in times else []
             figures[f"time/{name}/hidden_s"] = length(intersection(work, device))
             figures[f"time/{name}/exposed_s"] = length(difference(work, device))

@@ -6,7 +6,7 @@ import anyio
 import msgspec
 import pytest
 
-from tests.support.stored import closed
+from tests.support.stored import acted, acted_rollout, closed, game_turn
 from troupe.daemon.page.news import News, excerpt
 from troupe.daemon.trainer import frames
 from troupe.messages import GroupClosed, Incident
@@ -103,3 +103,26 @@ async def test_long_and_odd_text_is_cut_and_can_be_sent() -> None:
     assert " […] " in text
     assert text.endswith("ä ? end")
     assert told.groups[0].prompt == "system: be kind\nuser: null"
+
+
+async def test_conversations_are_told_in_short() -> None:
+    news = News()
+    news.add(acted(1, 0))
+    long = acted_rollout([game_turn(f"{turn}", "higher") for turn in range(200)])
+    group = acted(2, 0)
+    assert group.scored is not None
+    told = msgspec.structs.replace(group.scored.group, rollouts=(long[0],) * 4, episodes=(long[1],) * 4)
+    news.add(msgspec.structs.replace(group, scored=msgspec.structs.replace(group.scored, group=told)))
+    sent = encode(news.collect())
+    assert len(sent) < 30_000
+    happened = frames.decode_in_daemon(sent)
+    assert isinstance(happened, frames.Happened)
+    best, worst = happened.groups[0].samples
+    assert (best.tokens, best.read, best.text) == (81, 25, "")
+    assert [one.turn for one in best.said if one.turn] == [1, 2, 3, 4, 5, 6]
+    assert len(best.said[2].calls[0].result) < 700
+    assert worst.said[-1].text == "I do not know."
+    said = happened.groups[1].samples[0].said
+    assert len(said) == 25
+    assert said[12].text == "378 more messages"
+    assert [one.text for one in said[-2:]] == ["199", "higher"]

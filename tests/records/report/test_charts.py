@@ -88,3 +88,18 @@ def test_what_rewards_log_has_an_end(tmp_path: Path) -> None:
     [section] = sections_of(run)
     assert len(section.charts) == 24
     assert len({chart.key for chart in section.charts}) == 24
+
+
+def test_charts_of_episodes(tmp_path: Path) -> None:
+    waits = {f"tools/tool {i}/wait_s": 1.0 for i in range(12)}
+    waits |= {"environments/wait_s": 3.0, "environments/library/wait_s": 2.0, "environments/failed": 0.0}
+    turns = {"turns/mean": 2.5, "turns/min": 1.0, "turns/max": 4.0, "observations/mean_tokens": 9.0}
+    run = run_of(tmp_path, {**turns, "tools/call_frequency": 1.5, "tools/failure_frequency": 0.0, **waits})
+    [section] = sections_of(run)
+    assert (section.title, section.flat) == ("Episodes", ("Calls that failed", "Episodes that failed"))
+    charts = charts_of(run)
+    assert list(charts) == ["turns", "observations", "calls", "waits", "tool_waits"]
+    [line] = charts["turns"].lines
+    assert (line.low, line.mean, line.high) == ((1.0,), (2.5,), (4.0,))
+    assert [line.name for line in charts["waits"].lines] == ["all", "library"]
+    assert [line.name for line in charts["tool_waits"].lines] == [f"tool {i}" for i in range(8)]

@@ -15,7 +15,7 @@ import pytest
 
 from tests.records.report.folders import make_run, metrics_of
 from tests.records.report.pages import Page
-from tests.records.report.test_page import HOSTILE, write_hostile
+from tests.records.report.test_page import HOSTILE, write_hostile, write_hostile_episode
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
 
@@ -77,3 +77,12 @@ def test_hostile_text_does_nothing(tmp_path: Path) -> None:
     assert body_of(page)["data-drawn"] == str(len(page.data["charts"]))
     assert page.attributes("img") == []
     assert len(page.attributes("script")) == 2
+
+
+def test_hostile_conversations_do_nothing(tmp_path: Path) -> None:
+    write_hostile_episode(tmp_path, " ".join(text for text in HOSTILE if text.isprintable()))
+    page = Page(dom_of(tmp_path))
+    assert body_of(page)["data-drawn"] == str(len(page.data["charts"]))
+    assert page.attributes("img") == []
+    assert len(page.attributes("script")) == 2
+    assert len([a for a in page.attributes("details") if a.get("class") == "call"]) == 4  # it is the best and the worst

@@ -13,8 +13,8 @@ import pytest
 
 from tests.records.report.folders import finish, make_run, metrics_of, tell
 from tests.records.report.pages import Page
-from tests.support.stored import closed, update
-from troupe.messages import CheckpointWritten, Incident, PromptText
+from tests.support.stored import LONG_RESULT, acted, acted_rollout, closed, update
+from troupe.messages import Answer, CheckpointWritten, Incident, PromptText, ToolCall
 from troupe.records.layout import STORE
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
@@ -164,6 +164,74 @@ def test_what_others_wrote_is_only_text(tmp_path: Path, text: str) -> None:
     assert names == [sorted(attributes) for _, attributes in expected.tags]
     assert page.script == expected.script
     assert page.data["charts"][-1]["series"][0]["y"] == [2.0]
+
+
+def write_hostile_episode(folder: Path, text: str) -> None:
+    """A run with one conversation in which everything that anybody says is `text`."""
+    make_run(folder, 0)
+    call = ToolCall(name=text, arguments={text: [text]}, result=text, error=text, seconds=0.5)
+    answer = Answer(
+        said={"role": "assistant", "content": text, "reasoning_content": text},
+        messages=({"role": text, "content": text}, {"role": "tool", "content": [{"type": "text", "text": text}]}),
+        calls=(call,),
+        info={text: text},
+        failed=text,
+        seconds=1.0,
+    )
+    rollout, episode = acted_rollout([answer, answer], text=text)
+    episode = msgspec.structs.replace(episode, environment=text, attributes={text: text})
+    told = closed(1, 0, (1.0,))
+    assert told.scored is not None
+    group = msgspec.structs.replace(told.scored.group, rollouts=(rollout,), episodes=(episode,))
+    sink = SqliteSink(folder / STORE)
+    sink.open()
+    sink.write(msgspec.structs.replace(told, scored=msgspec.structs.replace(told.scored, group=group)))
+    sink.write(update(1, **{f"tools/{text}/wait_s": 1.0, "turns/mean": 2.0}))
+    sink.flush()
+    sink.close()
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_is_said_in_conversations_is_only_text(tmp_path: Path, text: str) -> None:
+    write_hostile_episode(tmp_path / "calm", "calm")
+    write_hostile_episode(tmp_path / "run", text)
+    expected, page = page_of(tmp_path / "calm"), page_of(tmp_path / "run")
+    assert [(tag, sorted(attributes)) for tag, attributes in page.tags] == [
+        (tag, sorted(attributes)) for tag, attributes in expected.tags
+    ]
+    assert {tuple(sorted(a.items())) for _, a in page.tags if "class" in a} == {
+        tuple(sorted(a.items())) for _, a in expected.tags if "class" in a
+    }
+    assert page.script == expected.script
+
+
+def test_a_conversation_is_shown_turn_by_turn(tmp_path: Path) -> None:
+    make_run(tmp_path, 0)
+    sink = SqliteSink(tmp_path / STORE)
+    sink.open()
+    waits = {"environments/wait_s": 2.5, "tools/add/wait_s": 0.5, "tools/search/wait_s": 1.5, "time/device_s": 1.0}
+    for step in (1, 2):
+        sink.write(acted(step, 0))
+        sink.write(update(step, **{"turns/mean": 3.0, "step_time": 4.0, **waits}))
+    sink.flush()
+    sink.close()
+    page = page_of(tmp_path)
+    heads = [text for text in page.within("b") if text.startswith("turn ")]
+    assert heads[:6] == [f"turn {turn}" for turn in range(1, 7)]
+    text = page.visible
+    assert "library 6 turns 81 tokens 25 read waited 1.7 s ended by stop" in text
+    assert "turn 2 12 tokens 5 read 6 ms open_book" in text
+    assert page.within("code")[:2] == ['search {"query":"ابن سينا","limit":256}', 'open_book {"id":"bk-1072"}']
+    assert f"{len(LONG_RESULT) - 6000:,} more characters" in text
+    assert not any("open" in attributes for attributes in page.attributes("details"))
+    waited = page.data["bars"]["waits"]
+    assert [(row["name"], row["note"]) for row in waited] == [
+        ("an episode", "2.5 s"),
+        ("search, a call", "1.5 s"),
+        ("add, a call", "500 ms"),
+    ]
+    [chart] = [chart for chart in page.data["charts"] if chart["title"] == "A call takes"]
+    assert [one["name"] for one in chart["series"]] == ["add", "search"]
 
 
 def test_a_completion_is_shown_as_it_is(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.records.sinks.steps import closed, update
+from tests.support.stored import acted
 from troupe.messages import GroupClosed, Incident, Slot
 from troupe.records.sinks.digest import Digest, samples_of
 from troupe.records.text import prompt_text
@@ -92,3 +93,15 @@ def test_conversations_are_lines() -> None:
     [sample] = samples_of(closed(1, texts=("x",), prompt=[{"role": "user"}]))
     assert sample.prompt == "user: null"
     assert sample.scores == {"exact": 1.0}
+
+
+def test_what_was_said_in_an_episode_is_its_text() -> None:
+    digest = Digest(samples=1, every=1)
+    digest.add(acted(1, 0))
+    told = digest.add(update(1))
+    assert told is not None
+    assert told.lengths == (81, 50, 23, 11)  # what tools answered is none of the policy's tokens
+    [best] = told.samples
+    assert best.text.startswith("── turn 1 · 11 tokens · 5 read · 1.45 s\n")
+    assert best.text.endswith("**1027**.")
+    assert (best.tokens, best.prompt[:7]) == (81, "system:")

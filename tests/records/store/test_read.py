@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.support.stored import closed, rows, update
+from tests.support.stored import acted, closed, rows, update
 from troupe.errors import InputError, OutputError
 from troupe.messages import CheckpointWritten, ClosedState, GroupClosed, Incident
 from troupe.records.layout import STORE
@@ -279,3 +279,49 @@ def test_a_row_that_no_run_wrote_is_named(folder: Path, run: StoredRun) -> None:
         connection.execute("UPDATE groups SET state = 'lost' WHERE gid = 3")
     with pytest.raises(InputError, match="group 3, sample 0: not as a run stores it: Invalid enum value 'lost'"):
         list(run.completions(Query()))
+
+
+def test_an_episode_comes_back_as_it_was_told(tmp_path: Path) -> None:
+    group = acted(1, 0)
+    assert group.scored is not None
+    saved = msgspec.structs.replace(group.scored.group.episodes[1].opening, saved=b"large")
+    episodes = list(group.scored.group.episodes)
+    episodes[1] = msgspec.structs.replace(episodes[1], opening=saved, attributes={"odd": {"\udcff": [complex(1)]}})
+    told = msgspec.structs.replace(group.scored.group, episodes=tuple(episodes))
+    group = msgspec.structs.replace(group, scored=msgspec.structs.replace(group.scored, group=told))
+    sink = SqliteSink(tmp_path / STORE)
+    sink.open()
+    for message in (group, closed(1, 1), update(1)):
+        sink.write(message)
+    sink.flush()
+    sink.close()
+    with open_store(tmp_path) as run:
+        found = list(run.completions(Query()))
+        assert run.count(Query()) == len(found) == 7
+    assert [one.episode is None for one in found] == [False] * 4 + [True] * 3
+    for one, rollout, episode in zip(found, told.rollouts, told.episodes, strict=False):
+        assert one.episode is not None
+        assert (one.episode.observed, one.episode.rows) == (rollout.observed, rollout.rows)
+        assert (one.episode.turns, one.episode.failed) == (episode.turns, episode.failed)
+        assert (one.episode.environment, one.episode.reward) == ("library", episode.reward)
+    assert found[1].episode is not None
+    assert found[1].episode.opening == msgspec.structs.replace(saved, saved=b"")
+    assert found[1].episode.attributes == {"odd": {"?": ["(1+0j)"]}}
+
+
+def test_a_store_of_before_there_were_episodes(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / STORE)) as connection:
+        connection.execute("DROP TABLE episodes")
+    with open_store(folder) as run:
+        assert {one.episode for one in run.completions(Query())} == {None}
+    sink = SqliteSink(folder / STORE, first_step=2)
+    sink.open()
+    for message in (acted(3, 0), update(3)):
+        sink.write(message)
+    sink.flush()
+    sink.close()
+    assert rows(folder / STORE, "SELECT step, sample FROM episodes") == [(3, 0), (3, 1), (3, 2), (3, 3)]
+    again = SqliteSink(folder / STORE, first_step=2)
+    again.open()
+    again.close()
+    assert rows(folder / STORE, "SELECT count(*) FROM episodes") == [0]  # they are made again, as completions are

@@ -27,9 +27,9 @@ from troupe.records.store.format import (
     connect_to_read,
     group_rows,
     incident_statement,
-    json_text,
     step_rows,
 )
+from troupe.records.store.text import json_text
 from troupe.records.store.write import StoreWriter, check_store, set_aside
 
 

@@ -9,12 +9,15 @@ import anyio
 import msgspec
 
 from troupe.daemon.trainer.frames import EndedGroup, Excerpt, Happened
-from troupe.messages import GroupClosed, Incident
+from troupe.messages import GroupClosed, Incident, ScoredGroup
+from troupe.records.conversations import conversation_in, sampled_tokens, shortened
 from troupe.records.text import prompt_text
 
 _INCIDENTS, _GROUPS = 16, 8
 """Told at once, at most."""
 _MESSAGE_CHARS, _PROMPT_CHARS, _TEXT_CHARS = 1000, 1200, 2000
+_SAID, _SAID_CHARS, _CALLS = 24, 600, 8
+"""Messages of a conversation, characters of each, and calls in one."""
 
 
 class News:
@@ -77,17 +80,23 @@ def excerpt(closed: GroupClosed) -> EndedGroup:
         state=closed.state,
         prompt=_cut(prompt_text(group.prompt.prompt), _PROMPT_CHARS),
         rewards=tuple(rewards),
-        samples=tuple(
-            Excerpt(
-                sample=i,
-                text=_cut(group.rollouts[i].text, _TEXT_CHARS),
-                tokens=len(group.rollouts[i].token_ids),
-                finish_reason=group.rollouts[i].finish_reason,
-                reward=rewards[i],
-                scores={name: values[i] for name, values in closed.scored.scores.items()},
-            )
-            for i in chosen
-        ),
+        samples=tuple(_excerpt(closed.scored, sample, rewards[sample]) for sample in chosen),
+    )
+
+
+def _excerpt(scored: ScoredGroup, sample: int, reward: float | None) -> Excerpt:
+    rollout = scored.group.rollouts[sample]
+    said = shortened(conversation_in(scored.group, sample), _SAID_CHARS, _SAID, most_calls=_CALLS)
+    tokens = sampled_tokens(rollout)
+    return Excerpt(
+        sample=sample,
+        text="" if said else _cut(rollout.text, _TEXT_CHARS),
+        tokens=tokens,
+        finish_reason=rollout.finish_reason,
+        reward=reward,
+        scores={name: values[sample] for name, values in scored.scores.items()},
+        said=said,
+        read=len(rollout.token_ids) - tokens,
     )
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from troupe.daemon.control.protocol import Reply, Request
 from troupe.messages import ClosedState, FinishReason, Incident
+from troupe.records.conversations import Said
 from troupe.runtime.frames import decoder
 
 
@@ -74,6 +75,10 @@ class Excerpt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reward: float | None
     """Weighted sum of the scores; None where there is none."""
     scores: dict[str, float | None]
+    said: tuple[Said, ...] = ()
+    """Of one that acted: what was said, in place of its text."""
+    read: int = 0
+    """Tokens of what came back, which `tokens` leaves out."""
 
 
 class EndedGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

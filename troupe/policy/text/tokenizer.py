@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -52,6 +54,8 @@ class Tokenizer:
         self._steps, self._decoding = vocabulary.steps, vocabulary.decoding
         self._named, self._special = tokens.ids, tokens.special
         self._hidden = tokens.special - {token.id for token in tokens.added if token.content in CALLS}
+        self.added_tokens: Mapping[str, int] = {token.content: token.id for token in tokens.added}
+        """Text → id of the tokens that are found in a text before anything else."""
         unread = tokens.special if tokens.splits_special else frozenset()
         raw = [token for token in tokens.added if not token.normalized]
         self._split_raw = AddedFinder(raw, unread=unread).split
@@ -71,6 +75,17 @@ class Tokenizer:
         vocabulary = read_vocabulary(folder)
         tokens = read_tokens(folder, config, vocabulary)
         return cls(vocabulary, tokens, load_chat_templates(folder, config, tokens.named))
+
+    def dated(self, day: date) -> Tokenizer:
+        """The same, but its chat templates take `day` for today."""
+        other = copy(self)
+        other._templates = {name: template.dated(day) for name, template in self._templates.items()}
+        return other
+
+    @property
+    def asks_for_today(self) -> bool:
+        """Whether a chat template writes today's date."""
+        return any(template.asks_for_today for template in self._templates.values())
 
     @property
     def vocab_size(self) -> int:
@@ -103,7 +118,13 @@ class Tokenizer:
         `add_special_tokens` adds what the tokenizer itself puts around a text: the begin of a text for Llama 3 and
         Gemma, nothing for Qwen3 and SmolLM2.
         """
-        ids: list[int] = list(self._prefix) if add_special_tokens else []
+        ids = self.encode_restored(text, {})
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_restored(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
+        """Ids of a text in which words stand for others, which are read as mere text: no added token is looked for in
+        them. Nothing is put around it."""
+        ids: list[int] = []
         for raw in self._split_raw(text):
             if isinstance(raw, int):
                 ids.append(raw)
@@ -112,8 +133,8 @@ class Tokenizer:
                 if isinstance(piece, int):
                     ids.append(piece)
                 else:
-                    ids.extend(self._pairs.encode(piece))
-        return [*ids, *self._suffix] if add_special_tokens else ids
+                    ids.extend(self._pairs.encode(_restored(piece, stand_ins)))
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id without a token."""
@@ -200,8 +221,13 @@ class Tokenizer:
         remedy = f"did you mean {close[0]}?" if close else f"it refers to {', '.join(known) or 'none'}; leave it out"
         return f"{template.origin}: the chat template never refers to {name}; {remedy}"
 
+    def chat_template(self, has_tools: bool = False, name: str | None = None) -> ChatTemplate:
+        """The one that renders a conversation with tools, or without; or the one called `name`. ModelError where there
+        is none."""
+        return choose_chat_template(self._templates, self._origin, has_tools, name)
+
     def _template_for(self, tools: Sequence[Mapping[str, Any]] | None, kwargs: Mapping[str, Any]) -> ChatTemplate:
-        return choose_chat_template(self._templates, self._origin, bool(tools), kwargs.get("chat_template"))
+        return self.chat_template(bool(tools), kwargs.get("chat_template"))
 
     def _normalize(self, text: str) -> str:
         return normalized(self._steps, text)
@@ -233,6 +259,12 @@ def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int])
     text = tokenizer.decode(ids[start:], skip_special_tokens=False)
     begun = text[text.rfind(OPENED) :] if OPENED in text else ""
     return begun if begun.strip() == OPENED or (start and CLOSED not in begun) else ""
+
+
+def _restored(piece: str, stand_ins: Mapping[str, str]) -> str:
+    for mark, text in stand_ins.items():
+        piece = piece.replace(mark, text)
+    return piece
 
 
 def _listed(ids: Iterable[int]) -> Iterable[int]:

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from troupe.records.curves import Curve
-from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of
+from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of, named_by
 from troupe.records.report.picture import RunPicture
 
 Values = tuple[float | None, ...]
 
 _MOST_LINES = 6
 """In one chart of rewards; more make another chart."""
+_MOST_NAMED = 8
+"""Lines of a chart that whatever has a name adds to."""
 _PARTS = ChartSpec("Reward", "Parts of the reward", "Mean score of each reward function, not weighted.", least=None)
 _MOST_OTHERS = 24
 """Charts of metrics that are not ours."""
@@ -41,7 +43,17 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     """Titles of those that were 0 throughout, and are left out."""
 
 
-_OURS = ("rewards/", "completions/", "advantages/", "clip_ratio/", "sampling/", "groups/", "queue/", "time/", "tokens/")
+_OURS = (
+    "rewards/",
+    "completions/",
+    "advantages/",
+    "clip_ratio/",
+    "sampling/",
+    "groups/",
+    "queue/",
+    "time/",
+    "tokens/",
+)
 """How metrics begin that are no reward's own."""
 
 
@@ -66,6 +78,9 @@ def _section(title: str, charts: Sequence[Chart]) -> Section:
 
 def _chart(run: RunPicture, key: str, spec: ChartSpec) -> Chart | None:
     there = [(metric, name) for metric, name in lines_of(key) if _has(run, metric)]
+    if spec.of_names is not None:
+        named = [(metric, named_by(metric, spec.of_names)) for metric in run.metrics.curves if _has(run, metric)]
+        there += [(metric, name) for metric, name in named if name][:_MOST_NAMED]
     if not there:
         return None
     lines = [_line(run, metric, name, band=len(there) == 1) for metric, name in there]
@@ -115,8 +130,14 @@ def _sum(mean: float | None, spread: float | None, sign: float) -> float | None:
 def _others(run: RunPicture) -> list[Chart]:
     """What depends on the loss and has no chart, and what rewards log."""
     known = {metric for metric, figure in FIGURES.items() if figure.chart or figure.of != "loss"}
+    named = [spec.of_names for spec in CHARTS.values() if spec.of_names is not None]
     names = [
-        name for name in run.metrics.curves if name not in known and not name.startswith(_OURS) and _has(run, name)
+        name
+        for name in run.metrics.curves
+        if name not in known
+        and not name.startswith(_OURS)
+        and not any(named_by(name, ends) for ends in named)
+        and _has(run, name)
     ]
     return [
         Chart(

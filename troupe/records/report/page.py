@@ -17,19 +17,28 @@ import msgspec
 from markupsafe import Markup
 
 from troupe.records import text as words
+from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
+from troupe.records.figures import named_by
 from troupe.records.report.charts import Chart, Section, Values, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.report.static import read_asset, script_safe
+from troupe.records.store.episodes import StoredEpisode
 from troupe.records.store.read import StoredCompletion
 from troupe.records.text import prompt_text, shown
 
 _SCRIPTS = ("format.js", "charts.js", "bars.js", "report.js")
 _LONGEST_TEXT = 20_000
 """Characters of a prompt or a completion."""
+_LONGEST_SAID = 6000
+"""Characters of what is said at once in a conversation, and of a tool's result."""
+_MOST_SAID = 60
+"""Messages of a conversation."""
 _LONGEST = 100_000
 """Characters of anything else."""
 _LONGEST_NAME = 100
 """Characters of what is told of a line."""
+_MOST_WAITS = 12
+"""Environments and tools of which is told how long they took."""
 _MOST_SCORES = 2
 """Scores on held-out rows among the figures that one reads first; with more there is a table."""
 _BADGES: dict[State, str] = {
@@ -39,8 +48,8 @@ _BADGES: dict[State, str] = {
     **dict.fromkeys(("restarting", "crashed"), "bad"),
     "new": "",
 }
-_ACTORS = ("generator", "scorer", "learner", "checkpointer", "prompter", "metrics")
-_BESIDE = {"reward": "rewards", "checkpoint": "checkpoints", "logging": "logging"}
+_ACTORS = ("generator", "environment", "scorer", "learner", "checkpointer", "prompter", "metrics")
+_BESIDE = {"environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging"}
 _SETTINGS = (
     ("model", "model.path"),
     ("weights", "model.dtype"),
@@ -79,6 +88,8 @@ class Talk(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     text: str
     left_out: int
+    said: tuple[Said, ...] = ()
+    """Of a completion that acted: what was said, in place of its prompt."""
 
 
 def report_page(run: RunPicture) -> str:
@@ -91,6 +102,7 @@ def report_page(run: RunPicture) -> str:
     )
     pages.filters |= {
         "date": words.date, "number": words.number, "seconds": words.seconds, "bytes": words.size, "plain": _value,
+        "facts": facts_of,
     }  # fmt: skip
     return pages.from_string(read_asset("report.html")).render(
         style=Markup(read_asset("style.css")),
@@ -104,6 +116,7 @@ def report_page(run: RunPicture) -> str:
         progress=None if not run.total_steps else min(100.0, 100.0 * run.step / run.total_steps),
         tiles=list(_tiles(run)),
         sections=sections,
+        has_waits=bool(_wait_bars(run)),
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
         incidents_shown=INCIDENTS_SHOWN,
@@ -122,7 +135,7 @@ def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:
             if start.first_step
         ],
         "charts": [_chart_data(chart) for section in sections for chart in section.charts],
-        "bars": {"actors": _actor_bars(run), "beside": _beside_bars(run)},
+        "bars": {"actors": _actor_bars(run), "beside": _beside_bars(run), "waits": _wait_bars(run)},
     }
 
 
@@ -182,6 +195,22 @@ def _beside_bars(run: RunPicture) -> list[dict[str, Any]]:
     return rows
 
 
+def _wait_bars(run: RunPicture) -> list[dict[str, Any]]:
+    """How long calls and episodes took, by tool and environment, over all steps; those that took most first."""
+    means = {}
+    for name, curve in run.metrics.curves.items():
+        tool, environment = named_by(name, ("tools/", "/wait_s")), named_by(name, ("environments/", "/wait_s"))
+        label = f"{tool}, a call" if tool else f"{environment}, an episode" if environment else ""
+        label = "an episode" if name == "environments/wait_s" else label
+        if label and (values := [value for value in curve.mean if value is not None]):
+            means[label] = math.fsum(values) / len(values)
+    rows = []
+    for label, mean_s in sorted(means.items(), key=lambda item: -item[1])[:_MOST_WAITS]:
+        parts = [{"name": "waited, on average", "value": _rounded(mean_s), "kind": "wait"}]
+        rows.append({"name": _name(label), "note": words.seconds(mean_s), "parts": parts})
+    return rows
+
+
 def _facts(run: RunPicture) -> Iterator[str]:
     """What stands under the name."""
     model = _value_of(run.config, "model.path")
@@ -232,6 +261,8 @@ def _talks(run: RunPicture) -> Iterator[Talk]:
 def _talk(completion: StoredCompletion, label: str) -> Talk:
     text, left_out = _cut(completion.text)
     facts = [f"{len(completion.token_ids):,} tokens", f"ended by {completion.finish_reason}"]
+    if completion.episode is not None:
+        facts = [*_episode_facts(completion.episode, len(completion.token_ids)), facts[1]]
     if completion.advantage is not None:
         facts.append(f"advantage {words.number(completion.advantage)}")
     if completion.state != "trained":
@@ -249,7 +280,21 @@ def _talk(completion: StoredCompletion, label: str) -> Talk:
         prompt=prompt + (f" … {more:,} more characters" if more else ""),
         text=text,
         left_out=left_out,
+        said=shortened(conversation_of(completion), _LONGEST_SAID, _MOST_SAID),
     )
+
+
+def _episode_facts(episode: StoredEpisode, length: int) -> Iterator[str]:
+    if episode.environment:
+        yield episode.environment
+    turns, read = len(episode.turns), observed_within(episode.observed, 0, length)
+    yield f"{turns:,} turn{'' if turns == 1 else 's'}"
+    yield f"{length - read:,} tokens"
+    yield f"{read:,} read"
+    if waited := sum(turn.answer.seconds for turn in episode.turns) + episode.opening.seconds:
+        yield f"waited {words.seconds(waited)}"
+    if episode.failed:
+        yield "no whole episode"
 
 
 def _harmless(value: Any) -> Any:

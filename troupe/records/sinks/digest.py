@@ -4,11 +4,14 @@ import math
 
 import msgspec
 
-from troupe.messages import GroupClosed, Update
+from troupe.messages import GroupClosed, RolloutGroup, Update
+from troupe.records.conversations import as_text, conversation_in, sampled_tokens, shortened
 from troupe.records.text import prompt_text
 
 _MOST_BINS = 256
 """Of anybody's histogram."""
+_MOST_OF_A_TEXT = 1000
+"""Characters of what is said at once in a conversation, where a completion is given as text."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +33,7 @@ class StepDigest(msgspec.Struct, frozen=True, kw_only=True):
     rewards: tuple[float, ...] = ()
     """Of every completion that has one; empty where they are too far apart, or too large, for a histogram."""
     lengths: tuple[int, ...] = ()
-    """Tokens of every completion."""
+    """Tokens of every completion; what was observed in an episode is none of them."""
     samples: tuple[Sample, ...] = ()
     """From the best to the worst, evenly spaced between; empty in most steps."""
 
@@ -69,7 +72,7 @@ class Digest:
                 tuple(r for group in groups for r in group.rewards if r is not None and math.isfinite(r))
             ),
             lengths=tuple(
-                len(rollout.token_ids)
+                sampled_tokens(rollout)
                 for group in groups
                 if group.scored is not None
                 for rollout in group.scored.group.rollouts
@@ -89,13 +92,22 @@ def samples_of(closed: GroupClosed) -> list[Sample]:
     return [
         Sample(
             prompt=prompt,
-            text=rollout.text,
+            text=_text(group, i),
             reward=rewards[i],
             scores={name: column[i] for name, column in scores.items()},
-            tokens=len(rollout.token_ids),
+            tokens=sampled_tokens(rollout),
         )
         for i, rollout in enumerate(group.rollouts)
     ]
+
+
+def _text(group: RolloutGroup, sample: int) -> str:
+    """What was said in an episode after its prompt, turn by turn; else the completion."""
+    said = conversation_in(group, sample)
+    if not said:
+        return group.rollouts[sample].text
+    first = next((place for place, one in enumerate(said) if one.turn), 0)
+    return as_text(shortened(said[first:], _MOST_OF_A_TEXT))
 
 
 def _binnable(values: tuple[float, ...]) -> tuple[float, ...]:

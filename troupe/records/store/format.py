@@ -5,6 +5,8 @@ machines     which machine a start ran on; stores of older versions have no such
 steps        one row a learner batch, its metrics as JSON
 groups       one row a group that has ended, under the step that it ended with
 completions  one row a sample of a group
+answers      one row a turn of a sample whose step may still be made again; see `answers.py`
+episodes     one row a sample that acted in an environment or called tools; see `episodes.py`
 incidents    what went wrong, of all starts
 checkpoints  those written; `removed_at` of those that made room for newer ones
 """
@@ -18,10 +20,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from troupe.errors import OutputError
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Rollout, Update
+from troupe.records.store.episodes import EPISODES, episode_rows
+from troupe.records.store.text import json_text, safe_text
 
 FORMAT = 1
 """`user_version` of the file. A store of a newer format is refused."""
@@ -42,7 +44,15 @@ TABLES = (
     " removed_at REAL)",
 )
 MACHINES = "CREATE TABLE IF NOT EXISTS machines (start INTEGER PRIMARY KEY, machine TEXT)"
-TO_BE_MADE_AGAIN = ("steps", "step"), ("groups", "step"), ("completions", "step"), ("checkpoints", "version")
+ADDED_SINCE = (MACHINES, *EPISODES)
+"""Tables that stores of older versions lack."""
+TO_BE_MADE_AGAIN = (
+    ("steps", "step"),
+    ("groups", "step"),
+    ("completions", "step"),
+    ("episodes", "step"),
+    ("checkpoints", "version"),
+)
 
 ADD_GROUP = "INSERT OR REPLACE INTO groups VALUES (?,?,?,?,?,?,?,?,?,?)"
 ADD_COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
@@ -69,6 +79,7 @@ class GroupRows(NamedTuple):
 
     group: Row
     completions: list[Row]
+    episodes: Sequence[Row] = ()
 
 
 class StepRows(NamedTuple):
@@ -104,7 +115,7 @@ def group_rows(closed: GroupClosed, *, log_probs: bool = False) -> GroupRows:
                 packed("f", rollout.log_probs) if log_probs else None,
             )
         )
-    return GroupRows(group, completions)
+    return GroupRows(group, completions, episode_rows(closed))
 
 
 def step_rows(update: Update, groups: Sequence[GroupRows], unix_s: float) -> StepRows:
@@ -155,38 +166,6 @@ def refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
     if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         raise DamagedStoreError("it is an SQLite file of something else")
     return version
-
-
-def json_text(value: Any) -> str:
-    """A value as JSON. What JSON does not have, such as an array or any object, is told as well as can be."""
-    try:
-        return _JSON.encode(value).decode()
-    except Exception:  # whatever a user's object does when it is looked at
-        if isinstance(value, dict):
-            parts = (f"{json_text(_name(key))}:{json_text(item)}" for key, item in value.items())
-            return "{" + ",".join(parts) + "}"
-        return _JSON.encode(_name(value)).decode()
-
-
-def safe_text(text: str) -> str:
-    """The text; lone surrogates, which no file takes, are replaced."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def _name(value: object) -> str:
-    try:
-        return safe_text(str(value))
-    except Exception:
-        return f"<{type(value).__name__}>"
-
-
-def _plain(value: Any) -> Any:
-    """What arrays and numbers of other packages stand for; the text of anything else."""
-    tolist = getattr(value, "tolist", None)
-    return tolist() if callable(tolist) else _name(value)
-
-
-_JSON = msgspec.json.Encoder(enc_hook=_plain)
 
 
 def packed(code: str, numbers: Sequence[float]) -> bytes:

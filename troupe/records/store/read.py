@@ -14,6 +14,7 @@ import msgspec
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState, PromptText
 from troupe.records.layout import RUN_TOML, STORE
+from troupe.records.store.episodes import COLUMNS, StoredEpisode, has_episodes, stored_episode
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer, unpacked
 
 Choice = Literal["best", "worst", "random", "all"]
@@ -96,6 +97,8 @@ class StoredCompletion(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, Any]
     log_probs: list[float] | None
     """None where they were not stored."""
+    episode: StoredEpisode | None = None
+    """None where it answered once."""
 
 
 class StoredStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,8 +245,10 @@ class StoredRun:
     def completions(self, query: Query) -> Iterator[StoredCompletion]:
         """The completions, in the order that the query says; those without a value come last, or not at all where it
         chooses by value."""
-        where, values = _conditions(query)
-        sql = f"SELECT {_COLUMNS}, {_value(query)} AS value {where}"
+        acted = has_episodes(self._connection)
+        where, values = _conditions(query, episodes=acted)
+        more = "".join(f", e.{name}" if acted else ", NULL" for name in COLUMNS)
+        sql = f"SELECT {_COLUMNS}{more}, {_value(query)} AS value {where}"
         if query.choice in ("best", "worst"):
             sql += " AND value IS NOT NULL"
         sql += f" ORDER BY {_ORDERS[query.choice]} LIMIT :count"
@@ -296,8 +301,8 @@ def open_store(folder: Path) -> Iterator[StoredRun]:
         ) from None
 
 
-def _conditions(query: Query) -> tuple[str, dict[str, Any]]:
-    """FROM and WHERE of a query, and the values in them."""
+def _conditions(query: Query, *, episodes: bool = False) -> tuple[str, dict[str, Any]]:
+    """FROM and WHERE of a query, with the episodes on demand, and the values in them."""
     conditions = {
         "step": "c.step = :step",
         "gid": "c.gid = :gid",
@@ -307,7 +312,8 @@ def _conditions(query: Query) -> tuple[str, dict[str, Any]]:
     }
     values = {key: value for key in conditions if (value := getattr(query, key)) is not None}
     where = " AND ".join(["TRUE", *(conditions[key] for key in values)])
-    return f"FROM completions c JOIN groups g USING (gid) WHERE {where}", values | {"reward": query.reward}
+    join = " LEFT JOIN episodes e ON e.gid = c.gid AND e.sample = c.sample" if episodes else ""
+    return f"FROM completions c JOIN groups g USING (gid){join} WHERE {where}", values | {"reward": query.reward}
 
 
 def _value(query: Query) -> str:
@@ -324,13 +330,14 @@ def _struct(kind: Any, row: tuple[Any, ...]) -> Any:
 
 
 def _completion(row: tuple[Any, ...]) -> StoredCompletion:
-    fields = dict(zip(StoredCompletion.__struct_fields__, row, strict=False))  # the last one is the value
+    *names, _ = StoredCompletion.__struct_fields__
+    fields: dict[str, Any] = dict(zip(names, row, strict=False))  # then come an episode's, and the value
     for name in ("prompt", "columns", "versions", "scores", "extra"):
         fields[name] = None if fields[name] is None else msgspec.json.decode(fields[name])
     fields["token_ids"] = unpacked("i", fields["token_ids"])
     if fields["log_probs"] is not None:
         fields["log_probs"] = unpacked("f", fields["log_probs"])
     try:
-        return msgspec.convert(fields, StoredCompletion)
-    except msgspec.ValidationError as error:
+        return msgspec.convert(fields | {"episode": stored_episode(row[len(names) : -1])}, StoredCompletion)
+    except msgspec.MsgspecError as error:
         raise InputError(f"group {fields['gid']}, sample {fields['sample']}: not as a run stores it: {error}") from None

@@ -12,12 +12,14 @@ from contextlib import closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from troupe.records.store.answers import ANSWERS
+from troupe.records.store.episodes import ADD_EPISODE
 from troupe.records.store.format import (
     ADD_COMPLETION,
     ADD_GROUP,
     ADD_STEP,
+    ADDED_SINCE,
     FORMAT,
-    MACHINES,
     REMOVE_CHECKPOINT,
     TABLES,
     TO_BE_MADE_AGAIN,
@@ -27,9 +29,9 @@ from troupe.records.store.format import (
     StepRows,
     connect_to_read,
     refuse_newer,
-    safe_text,
     store_errors,
 )
+from troupe.records.store.text import safe_text
 from troupe.runtime.held_folder import leads_to
 
 
@@ -67,8 +69,9 @@ class StoreWriter:
                 self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
                 self._file = path.stat()
                 with self._transaction() as do:
+                    for table in (*ADDED_SINCE, ANSWERS):
+                        do.execute(table)
                     self.start = self._begin(do, first_step, start, (clock(), os.getpid(), first_step, program))
-                    do.execute(MACHINES)
                     do.execute("INSERT OR IGNORE INTO machines VALUES (?,?)", (self.start, safe_text(machine)))
         except BaseException:
             self.close()
@@ -77,8 +80,9 @@ class StoreWriter:
     def add_step(self, rows: StepRows) -> None:
         """Write a step, whole or not at all. One that is there already is replaced."""
         with store_errors(self._path), self._transaction() as do:
-            do.executemany(ADD_GROUP, (group for group, _ in rows.groups))
-            do.executemany(ADD_COMPLETION, (row for _, completions in rows.groups for row in completions))
+            do.executemany(ADD_GROUP, (group.group for group in rows.groups))
+            do.executemany(ADD_COMPLETION, (row for group in rows.groups for row in group.completions))
+            do.executemany(ADD_EPISODE, (row for group in rows.groups for row in group.episodes))
             do.execute(ADD_STEP, rows.step)
 
     def do(self, statements: Iterable[Statement]) -> None:

@@ -6,7 +6,6 @@ The function is named, not sent: the workers load it by file or module. Argument
 from __future__ import annotations
 
 import signal
-import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.rewards.calling import Attempt, Caller
 from troupe.rewards.convention import (
+    OF_ENVIRONMENTS,
     PROVIDED,
     Reward,
     RewardFunction,
@@ -32,7 +32,7 @@ from troupe.rewards.faults import Fault
 from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
 from troupe.rewards.processes.calls import LOOK, Broken, Call, Loaded, Raised, Scores, decode_reply
 from troupe.rewards.runners import Runner, not_started
-from troupe.runtime.code_files import PREFIX
+from troupe.runtime.code_files import name_of
 from troupe.runtime.frames import FrameError, encode
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.roles import together
@@ -220,13 +220,14 @@ class ProcessRunner(Runner):
         taken = self._signature.taken_of(given)
         for own in ("trainer_state", "log_extra", "log_metric"):
             taken.pop(own, None)
+        environments = [view.plain for view in batch.views] if taken.pop("environments", None) is not None else None
         state = batch.arguments.get("trainer_state")
         if state is not None and not isinstance(state, TrainerState):
             raise RewardError(f"reward {self.name}: trainer_state {shown(state)} cannot be sent to a process")
         try:
-            return encode(Call(self.name, batch.size, taken, state))
+            return encode(Call(self.name, batch.size, taken, state, environments))
         except (TypeError, OverflowError, ValueError) as error:
-            columns = ", ".join(sorted(taken.keys() - PROVIDED)) or "none"
+            columns = ", ".join(sorted(taken.keys() - PROVIDED - OF_ENVIRONMENTS)) or "none"
             raise RewardError(
                 f"reward {self.name} runs in processes, which take plain data only, but its arguments hold other "
                 f"things: {error} (columns: {columns})"
@@ -261,24 +262,10 @@ def process_spec(reward: Reward, spec: str | None, otherwise: str = 'run it as "
         raise RewardError(f'reward {name} is a RewardActor and lives in the event loop; run it as "auto"')
     if spec is not None:
         return spec
-    module, qualname = getattr(reward, "__module__", None), getattr(reward, "__qualname__", None)
-    if module is None or qualname is None or "<" in qualname:
-        raise RewardError(
-            f"{reward_place(reward)}reward {name} cannot be loaded by name in another process, for it is a lambda, "
-            f"a local function or an object; {remedy}"
-        )
-    loaded = sys.modules.get(module)
-    found: Any = loaded
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    if found is not reward or loaded is None or module == "__main__" or "." in qualname:
-        raise RewardError(
-            f"{reward_place(reward)}reward {name} cannot be loaded by name in another process: {module}.{qualname} "
-            f"is not to be found there; {remedy}"
-        )
-    if module.startswith(PREFIX):
-        return f"{loaded.__file__}:{qualname}"
-    return f"{module}:{qualname}"
+    try:
+        return name_of(reward)
+    except ValueError as error:
+        raise RewardError(f"{reward_place(reward)}reward {name} {error}; {remedy}") from None
 
 
 def _read(reply: Scores, size: int) -> Outcome:

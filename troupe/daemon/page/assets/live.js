@@ -67,6 +67,7 @@ function recentMean(name, count) {
 
 function drawCharts() {
   CHARTS.forEach((chart, i) => {
+    if (chart.optional && !chart.lines.some(([metric]) => column(metric).length)) return;
     const { title, about, format, smooth, least: min } = chart;
     const empty = curves.step.length ? chart.empty : "no step yet";
     const spec = { title, about, format, smooth, min, empty, series: seriesOf(chart) };
@@ -90,7 +91,7 @@ function draw() {
   if (document.hidden) return; // drawn when it is looked at again
   if (dirty.has("curves")) drawCharts();
   if (dirty.has("incidents")) showIncidents();
-  if (dirty.has("groups") && talksShown === -1) showTalks();
+  if (dirty.has("groups") && !at("talks").childElementCount) showTalks();
   if (dirty.size) showStatus();
   dirty.clear();
 }
