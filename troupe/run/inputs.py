@@ -81,8 +81,7 @@ def load_inputs(
     to_show: bool,
     acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
-    """Load what the config names; `given` rewards, and what there is to act with, are used beside those. InputError for
-    what cannot be used."""
+    """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
     data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
     assert data.path is not None
