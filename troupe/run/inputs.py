@@ -25,6 +25,7 @@ from troupe.run.stage import (
     Acting,
     ActingWorld,
     Stage,
+    check_turn_advantages,
     default_rewards,
     load_acting,
     make_rewards,
@@ -88,7 +89,7 @@ def load_inputs(
     first = _SHOWN_ROWS if to_show and not resume else None
     dataset = PromptDataset.load(data.path, data, first=first)
     held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
-    world = load_acting(config.environment, acting)
+    world = _load_world(config, acting)
     rewards, config = _rewards(config, given, dataset, held_out, world)
     notices = _best_by(config, rewards, resumption)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
@@ -167,6 +168,12 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
     if "think_format" in config.rewards.functions:
         notices += think_notices(policy.tokenizer, opened)
     return notices
+
+
+def _load_world(config: RunConfig, given: Acting) -> ActingWorld | None:
+    world = load_acting(config.environment, given)
+    check_turn_advantages(config.learner, world)
+    return world
 
 
 def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
