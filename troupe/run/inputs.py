@@ -25,6 +25,7 @@ from troupe.run.stage import (
     Acting,
     ActingWorld,
     Stage,
+    check_turn_advantages,
     default_rewards,
     load_acting,
     make_rewards,
@@ -81,15 +82,14 @@ def load_inputs(
     to_show: bool,
     acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
-    """Load what the config names; `given` rewards, and what there is to act with, are used beside those. InputError for
-    what cannot be used."""
+    """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
     data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
     assert data.path is not None
     first = _SHOWN_ROWS if to_show and not resume else None
     dataset = PromptDataset.load(data.path, data, first=first)
     held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
-    world = load_acting(config.environment, acting)
+    world = _load_world(config, acting)
     rewards, config = _rewards(config, given, dataset, held_out, world)
     notices = _best_by(config, rewards, resumption)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
@@ -168,6 +168,12 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
     if "think_format" in config.rewards.functions:
         notices += think_notices(policy.tokenizer, opened)
     return notices
+
+
+def _load_world(config: RunConfig, given: Acting) -> ActingWorld | None:
+    world = load_acting(config.environment, given)
+    check_turn_advantages(config.learner, world)
+    return world
 
 
 def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:

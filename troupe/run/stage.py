@@ -18,6 +18,7 @@ from troupe.environments.loading import Factory, check_rows, load_world
 from troupe.environments.manager import EnvironmentManager
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
+from troupe.grpo import LearnerConfig
 from troupe.messages import Answered, PromptText
 from troupe.policy import Policy, Tokenizer, opened_thought
 from troupe.policy.text.continuing import Continuer
@@ -96,6 +97,20 @@ def load_acting(config: EnvironmentConfig, given: Acting) -> ActingWorld | None:
     if not config.is_on and not given.tools and given.environment_factory is None:
         return None
     return ActingWorld(config, load_world(config, given.tools, given.environment_factory))
+
+
+def check_turn_advantages(learner: LearnerConfig, acting: ActingWorld | None) -> None:
+    """ConfigError where turns are to be compared that no environment names the states of."""
+    if learner.turn_advantages == "off":
+        return
+    specs = [] if acting is None else list(acting.world.environments.values())
+    if not any(spec.has_state_id for spec in specs):
+        names = ", ".join(spec.label for spec in specs if spec.label) or "there is no environment"
+        raise ConfigError(
+            f"learner.turn_advantages is {learner.turn_advantages!r}, which compares turns that began in the same "
+            f"state, but no environment says which are the same ({names}); give it a method "
+            "state_id(self, observation) -> str"
+        )
 
 
 def sessions_of(schedule: ScheduleConfig) -> int:
