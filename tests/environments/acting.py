@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,11 @@ def _act(what: str) -> str:
             sys.exit(3)
         case "flood":
             return "x" * 100_000_000
+        case "garbage":
+            for descriptor in range(3, 64):
+                with suppress(OSError):
+                    if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                        os.write(descriptor, b"\xff" * 64)
         case "away":
             raise ConnectionRefusedError("nobody is there")
     return what
@@ -63,7 +71,8 @@ class Counter:
     def __init__(self) -> None:
         _note("made")
         self.total, self.words = 0, [""]
-        self._hidden = object()
+        self.hidden, self.marks = object(), {1}
+        self._threads = {threading.get_ident()}
 
     def reset(self, start: int = 0, act: str = "", **columns: Any) -> str | None:
         """Begin."""
@@ -75,6 +84,7 @@ class Counter:
     def step(self, text: str) -> StepResult:
         """Add one."""
         _note(f"step {text}")
+        self._threads.add(threading.get_ident())
         self.words.append(_act(text))
         self.total += 1
         return StepResult(
@@ -136,6 +146,12 @@ class Saving(Counter):
         self.total, self.words = data["total"], data["words"]
 
 
+class Once(Counter):
+    """To be made anew for each episode."""
+
+    reuse = False
+
+
 class Changed(Counter):
     """Answers otherwise each time that it is begun."""
 
@@ -166,6 +182,21 @@ class Away(Counter):
         if Path(os.environ["ACTING_NOTES"] + ".away").exists():
             raise ConnectionRefusedError("nobody is there")
         return super().reset(start)
+
+
+class Again(Counter):
+    """May be asked again, and takes its time."""
+
+    retries = True
+
+    def step(self, text: str) -> StepResult:
+        """Slowly."""
+        time.sleep(0.01)
+        return super().step(text)
+
+
+class AgainSaving(Again, Saving):
+    """The same, which saves itself."""
 
 
 class Flaky(Counter):

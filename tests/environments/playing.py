@@ -55,12 +55,20 @@ async def playing(
     tools: Sequence[str] = (),
     *,
     ledger: EpisodeLedger | None = None,
+    wants_attributes: bool = True,
     **settings: Any,
 ) -> AsyncIterator[tuple[EnvironmentManager, list[Incident]]]:
     """A manager that is started, and the incidents that it tells of."""
     config = config_of(run, factory, tools, **settings)
     incidents: list[Incident] = []
-    manager = EnvironmentManager(load_world(config), config, ledger=ledger, sleep=no_sleep, jitter=lambda: 0.0)
+    manager = EnvironmentManager(
+        load_world(config),
+        config,
+        ledger=ledger,
+        wants_attributes=wants_attributes,
+        sleep=no_sleep,
+        jitter=lambda: 0.0,
+    )
     manager.listen(incidents.append)
     async with manager:
         yield manager, incidents

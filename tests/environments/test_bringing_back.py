@@ -13,7 +13,7 @@ from tests.environments.playing import FIRST, played, playing, recorded, saying,
 from troupe.environments.ledger import EpisodeLedger, EpisodeName
 from troupe.messages.episodes import Answer
 
-pytestmark = [pytest.mark.anyio]
+pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
 TURNS = [
     saying("a"),
@@ -40,7 +40,7 @@ def since(before: int) -> list[str]:
         ("loop", "Saving", ["load"]),
         ("process", "Saving", ["load"]),
         ("loop", "Counter", ["reset 2", "step a", "add 5", "later b"]),
-        ("process", "Counter", ["reset 2", "step a", "add 5", "later b"]),
+        pytest.param("process", "Counter", ["reset 2", "step a", "add 5", "later b"], marks=pytest.mark.slow),
         ("loop", "Heavy", ["reset 2", "step a", "add 5", "later b"]),
     ],
 )

@@ -1,9 +1,10 @@
-"""Episodes at arm's length: equal answers wherever environments run, faults cost one episode, nothing is asked twice."""
+"""Episodes at arm's length: equal answers wherever they run, faults that cost one episode, and nothing asked twice."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import anyio
@@ -50,7 +51,7 @@ async def test_loop_threads_and_processes_give_equal_answers() -> None:
             assert [seen.total for seen in manager.environments(0) or ()] == [10]
             assert incidents == []
         all_answers.append([timeless(answer) for answer in answers])
-        all_notes.append([note for note in notes() if note not in ("made", "close")])
+        all_notes.append(sorted(note for note in notes() if note not in ("made", "close")))
         forget()
     assert all_answers[0] == all_answers[1] == all_answers[2]
     assert all_notes[0] == all_notes[1] == all_notes[2]
@@ -74,7 +75,7 @@ async def test_loop_threads_and_processes_give_equal_answers() -> None:
     )
 
 
-@pytest.mark.parametrize("run", ["thread", "process"])
+@pytest.mark.parametrize("run", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 async def test_a_tool_that_hangs_is_an_error_to_read_and_its_environment_is_brought_back(run: str) -> None:
     async with playing(run, tools=("act", "wait"), turn_timeout_s=0.5) as (manager, incidents):
         hung = saying(add={"number": 2}, act={"what": "hang"})
@@ -89,19 +90,20 @@ async def test_a_tool_that_hangs_is_an_error_to_read_and_its_environment_is_brou
     assert notes().count("act hang") == notes().count("do hang") == 1
 
 
-@pytest.mark.parametrize("run", ["thread", "process"])
 @pytest.mark.parametrize(
-    ("what", "kind", "why"),
+    ("run", "what", "kind", "why"),
     [
-        ("raise", "environment_error", "step failed: ValueError: no such thing"),
-        ("hang", "environment_timeout", "step: no answer within 0.5 s"),
-        ("flood", "environment_error", "the result has 100,000,0"),
-        ("exit", "environment_died", "exit code 7"),
+        ("thread", "raise", "environment_error", "step failed: ValueError: no such thing"),
+        ("thread", "hang", "environment_timeout", "step: no answer within 0.5 s"),
+        ("thread", "exit", "environment_error", "os._exit(7)"),
+        ("process", "exit", "environment_died", "exit code 7"),
+        pytest.param("process", "hang", "environment_timeout", "step: no answer within 0.5 s", marks=pytest.mark.slow),
+        pytest.param("process", "raise", "environment_error", "ValueError: no such thing", marks=pytest.mark.slow),
+        pytest.param("process", "flood", "environment_error", "the result has 100,000,0", marks=pytest.mark.slow),
+        pytest.param("thread", "flood", "environment_error", "the result has 100,000,0", marks=pytest.mark.slow),
     ],
 )
 async def test_a_step_that_fails_costs_its_own_episode_only(run: str, what: str, kind: str, why: str) -> None:
-    if (run, what) == ("thread", "exit"):
-        kind, why = "environment_error", "os._exit(7)"
     async with playing(run, turn_timeout_s=0.5 if what == "hang" else 60.0) as (manager, incidents):
         other = EpisodeName(1, 0)
         await played(manager, saying("a"), name=other)
@@ -117,15 +119,17 @@ async def test_a_step_that_fails_costs_its_own_episode_only(run: str, what: str,
         assert notes().count("step a") == (2 if run == "process" and what in ("hang", "exit") else 1)
 
 
-async def test_a_tool_that_returns_too_much_or_ends_its_process_is_an_error_to_read() -> None:
+async def test_a_tool_that_returns_too_much_or_ends_its_process_or_spoils_it_is_an_error_to_read() -> None:
     async with playing("process", None, tools=("act",)) as (manager, incidents):
-        flood, exits = (await played(manager, saying(act={"what": "flood"}), saying(act={"what": "exit"})))[1:]
+        turns = [saying(act={"what": what}) for what in ("flood", "exit", "garbage")]
+        flood, exits, garbage = (await played(manager, *turns))[1:]
         assert "the result has 100,000,005 bytes; the limit is 1,000,000" in told(flood)
-        assert told(exits) == "{'error': 'its process ended while it was called'}"
-        assert [incident.kind for incident in incidents] == ["tool_died"]
-        assert (await manager.answer(FIRST, 3, (3,), saying(act={"what": "killed"}))).failed
+        assert told(exits) == told(garbage) == "{'error': 'its process ended while it was called'}"
+        assert [incident.kind for incident in incidents] == ["tool_died"] * 2
+        assert "its process did not answer as it should" in incidents[1].message
+        assert (await manager.answer(FIRST, 4, (4,), saying(act={"what": "killed"}))).failed
         assert manager.environments(0) is None
-        assert (await manager.close(FIRST, 3)).failed
+        assert (await manager.close(FIRST, 4)).failed
 
 
 async def test_what_needs_a_process_is_said_once() -> None:
@@ -183,6 +187,41 @@ async def test_instances_are_used_again_when_their_group_is_settled() -> None:
         assert any(again is each for each in kept)
         assert (again.total, again.words) == (9, [])
     assert notes().count("made") == 3  # one to look at
+    assert len(again._threads) == 1
+    async with playing("thread", wants_attributes=False) as (manager, _):
+        for sample in range(3):
+            await played(manager, name=EpisodeName(0, sample))
+            await manager.close(EpisodeName(0, sample), 0)
+            await anyio.sleep(0.05)
+    assert notes().count("made") == 3 + 2  # one after the other
+
+
+@pytest.mark.parametrize("run", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+async def test_one_that_says_so_is_used_for_one_episode_only(run: str) -> None:
+    async with playing(run, "Once") as (manager, _):
+        for gid in range(3):
+            await played(manager, saying("a"), name=EpisodeName(gid, 0))
+            await manager.close(EpisodeName(gid, 0), 1)
+            manager.forget(gid)
+            await until(partial(closed, gid + 1))
+    assert notes().count("made") == notes().count("close") == 4  # with the one to look at
+
+
+async def test_what_may_not_be_asked_twice_waits_and_is_asked_once() -> None:
+    async with playing("thread", "Away", breaker_failures=1, breaker_max_wait_s=0.05) as (manager, _):
+        for sample in range(2):
+            await played(manager, name=EpisodeName(1, sample))
+        away(True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(played, manager, name=EpisodeName(2, 0)))
+            await until(lambda: manager.down)
+            answers = [await manager.answer(EpisodeName(1, 0), 1, (1,), saying("raise"))]
+            assert manager.down
+            answers.append(await manager.answer(EpisodeName(1, 1), 1, (1,), saying("a")))
+            assert not manager.down
+            away(False)
+    assert [bool(answer.failed) for answer in answers] == [True, False]
+    assert notes().count("step raise") == 1
 
 
 async def test_a_view_has_what_is_plain_and_cannot_be_changed() -> None:
@@ -279,6 +318,10 @@ async def test_processes_end_with_the_manager_and_a_hung_one_at_once() -> None:
         pids |= {worker._child.pid for pool in pools_of(manager) for worker in pool._all}
     assert not any(map(is_alive, pids))
     assert os.getpid() not in pids
+
+
+def closed(times: int) -> bool:
+    return notes().count("close") >= times
 
 
 def pools_of(manager: EnvironmentManager) -> list[Any]:

@@ -22,8 +22,8 @@ from troupe.grpo import LearnerConfig, adamw_init
 from troupe.messages import Slot
 from troupe.policy import ModelConfig, load_policy
 from troupe.run.config import write_config
-from troupe.run.inputs import Machine
 from troupe.run.memory import peak_bytes
+from troupe.run.placement import Machine
 from troupe.run.prepare import prepare
 from troupe.runtime.device import arrays_in
 from troupe.runtime.memory import GB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,13 @@ class Game:
         length = sum(map(len, self.heard))
         note(self.answer, self.heard)
         done = len(self.heard) >= 2 + length % 3
-        return StepResult(f"{length}!", reward=length % 7 / 7, done=done, info={"length": length})
+        return StepResult(f"{length}!", reward=length % 7 / 7, done=done, info={"call": [self.answer, self.heard]})
+
+    def save_state(self):
+        return [self.answer, self.heard]
+
+    def load_state(self, saved):
+        self.answer, self.heard = saved
 
     def get_reward(self):
         return len(self.heard) + sum(map(len, self.heard)) % 5 / 5
@@ -75,8 +80,3 @@ def acting(folder: Path, **settings: Any) -> dict[str, Any]:
         "generation__max_completion_length": 60,
         **settings,
     }
-
-
-def told(line: str) -> list[Any]:
-    """What a line of the calls says."""
-    return json.loads(line)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ what a step takes follows by arithmetic."""
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -109,32 +109,67 @@ class TimedEngine(ScriptedEngine):
         super().__init__(0)
         self._work, self._device = work, device
 
-    def session(self) -> Any:
-        return self
+    def session(self, *, sessions: int = 1) -> Any:
+        return TimedSession(self, self._work, self._device)
+
+    def open_session(self, *, sessions: int = 1) -> Any:
+        return TimedSession(self, self._work, self._device)
+
+
+class TimedSession:
+    """Rows keep nothing."""
+
+    def __init__(self, engine: ScriptedEngine, work: Work, device: Device) -> None:
+        self._engine, self._work, self._device = engine, work, device
+        self._queue: deque[TurnRequest] = deque()
+        self._is_ending = False
 
     def decode(self, requests: Sequence[TurnRequest]) -> Iterator[list[CompletedTurn]]:
-        _, version = self.loaded()
-        turns = {request.start // 2 for request in requests}
         yield []
-        self._device.spend(max(self._work.turn_s[turn] for turn in turns))
-        ended = [
-            CompletedTurn(
-                row=request.row,
-                token_ids=(1 + request.row[-1],),
-                log_probs=(-1.0,),
-                sampling_log_probs=(-1.0,),
-                versions=(version,),
-                finish_reason="stop",
-            )
-            for request in requests
-        ]
-        yield ended
+        self._spend(requests)
+        yield [self._completed(request) for request in requests]
+
+    def join(self, requests: Sequence[TurnRequest]) -> None:
+        self._queue.extend(requests)
+
+    def end(self) -> None:
+        self._is_ending = True
+
+    def serve(self) -> Iterator[list[CompletedTurn]]:
+        """Turns have four parts, and others join between two."""
+        live: list[TurnRequest] = []
+        parts: Counter[tuple[int, ...]] = Counter()
+        self._is_ending = False
+        while live or self._queue or not self._is_ending:
+            live += self._queue
+            self._queue.clear()
+            self._spend(live, 0.25)
+            parts.update(request.row for request in live)
+            ended = [request for request in live if parts[request.row] == 4]
+            for request in ended:
+                live.remove(request)
+                del parts[request.row]
+            yield [self._completed(request) for request in ended]
 
     def forget(self, rows: Sequence[tuple[int, ...]]) -> None:
         """Nothing is kept."""
 
     def close(self) -> None:
         """Nothing is kept."""
+
+    def _spend(self, requests: Sequence[TurnRequest], part: float = 1.0) -> None:
+        turns = {request.start // 2 for request in requests}
+        self._device.spend(part * max((self._work.turn_s[turn] for turn in turns), default=0.01))
+
+    def _completed(self, request: TurnRequest) -> CompletedTurn:
+        return CompletedTurn(
+            row=request.row,
+            token_ids=(1 + request.row[-1],),
+            log_probs=(-1.0,),
+            sampling_log_probs=(-1.0,),
+            versions=(self._engine.loaded()[1],),
+            finish_reason="stop",
+        )
 
 
 class TimedTrainer(ScriptedTrainer):

@@ -12,7 +12,6 @@ those of as many groups have failed so, that is raised.
 from __future__ import annotations
 
 import random
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -116,7 +115,7 @@ class Gate:
         if self.why is not None:
             self.why = None
             self._moved.set()
-            self._changed(None, time.perf_counter() - self._since_s)
+            self._changed(None, anyio.current_time() - self._since_s)
 
     def _count(self, fault: Missing, kind: Kind, gid: int) -> bool:
         """Count one more that has failed; whether the environment is down."""
@@ -128,7 +127,7 @@ class Gate:
         self._failures += 1
         if self._failures < self._config.breaker_failures:
             return False
-        self.why, self._since_s = str(fault), time.perf_counter()
+        self.why, self._since_s = str(fault), anyio.current_time()
         self._failures = self._waited = 0
         self._moved = anyio.Event()
         self._changed(self.why, 0.0)

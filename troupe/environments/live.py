@@ -7,12 +7,12 @@ than `MOST_BYTES`.
 from __future__ import annotations
 
 import inspect
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
+import anyio
 import msgspec
 
 from troupe.environments.convention import Content, EnvironmentFault, EnvironmentSpec, StepResult
@@ -119,18 +119,18 @@ class Budget:
     @property
     def left_s(self) -> float:
         """What is left now."""
-        spent = time.perf_counter() - self._since_s if self._asking else 0.0
+        spent = anyio.current_time() - self._since_s if self._asking else 0.0
         return max(0.0, self._left - spent)
 
     def __enter__(self) -> None:
         if not self._asking:
-            self._since_s = time.perf_counter()
+            self._since_s = anyio.current_time()
         self._asking += 1
 
     def __exit__(self, *_: object) -> None:
         self._asking -= 1
         if not self._asking:
-            self._left -= time.perf_counter() - self._since_s
+            self._left -= anyio.current_time() - self._since_s
 
 
 class Live(ABC):
@@ -232,13 +232,24 @@ def attributes_of(instance: Any) -> dict[str, Any]:
         if name.startswith("_") or callable(value):
             continue
         try:
+            if not _is_plain(value):
+                continue
             data = msgspec.msgpack.encode({name: value})
-        except Exception:  # an object of the user's
+        except (RecursionError, OverflowError, ValueError):  # a list that holds itself, a number of more than 64 bits
             continue
         if len(data) <= room:
             room -= len(data)
             found[name] = msgspec.msgpack.decode(data)[name]
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is of the types that JSON has, tuples and bytes besides, all the way down."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, str, bytes)
 
 
 def is_async(call: Callable[[], Any]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -58,8 +57,9 @@ class EnvironmentManager:
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """`wants_attributes`: whether rewards take `environments`, so that an environment that was lost is brought back
-        for its attributes alone. `sleep` and `jitter` pace the retries.
+        """`wants_attributes`: whether rewards take `environments`, so that instances in this process are kept until
+        `settled`, and one that was lost is brought back for its attributes alone. `sleep` and `jitter` pace the
+        retries.
 
         Raises:
             WorldError: with `run = "process"`, for what was given in Python and cannot be loaded by name.
@@ -158,8 +158,7 @@ class EnvironmentManager:
         return await self._once(self._talk(name), turn, tuple(token_ids), said)
 
     async def close(self, name: EpisodeName, turns: int) -> Ending:
-        """How the episode has ended, after so many turns of the policy, of which those that were asked for count. Its
-        environment is kept until `settled`.
+        """How the episode has ended, after so many turns of the policy, of which those that were asked for count.
 
         Raises:
             WorldError: as `open`.
@@ -183,6 +182,11 @@ class EnvironmentManager:
         forgets them."""
         for talk in self._talks.pop(gid, {}).values():
             self._player.errands.begin(self._settle(talk))
+
+    def forget(self, gid: int) -> None:
+        """The group is closed: nobody will ask for any of it again."""
+        self.settled(gid)
+        self._ledger.forget(gid)
 
     async def _once(self, talk: Talk, turn: int, token_ids: tuple[int, ...], said: Said | None) -> Answer:
         """The answer, which is asked for in a task of its own: whoever waits for it may go."""
@@ -209,7 +213,7 @@ class EnvironmentManager:
             task.exception()  # whoever waits has it, if there is somebody
 
     async def _ask(self, talk: Talk, turn: int, token_ids: tuple[int, ...], said: Said | None) -> Answer:
-        began_s = time.perf_counter()
+        began_s = anyio.current_time()
         self._ledger.cut(talk.name, turn)
         before = token_ids[0] + 1 if turn == ENDING else turn
         answers = self._ledger.before(talk.name, before)
@@ -235,7 +239,7 @@ class EnvironmentManager:
                 "",
                 f'{found} works in a process of its own only; set environment.run = "process"',
             )
-        answer = msgspec.structs.replace(answer, seconds=time.perf_counter() - began_s)
+        answer = msgspec.structs.replace(answer, seconds=anyio.current_time() - began_s)
         self._ledger.note(talk.name, turn, token_ids, answer)
         return answer
 

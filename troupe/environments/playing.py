@@ -15,7 +15,7 @@ from troupe.environments.convention import EnvironmentFault, Said, World
 from troupe.environments.events import Ending, EnvironmentEvents
 from troupe.environments.gate import Gate
 from troupe.environments.ledger import ENDING
-from troupe.environments.live import Runner
+from troupe.environments.live import Died, Gone, Late, Raised, Runner
 from troupe.environments.processes.runner import ProcessRunner
 from troupe.environments.runners import LocalRunner
 from troupe.environments.seats import Seat, Talk, told
@@ -133,8 +133,9 @@ class Player:
                     raise
                 return Ending().answer
         talk.seen = len(answers) - 1
-        if talk.live is not None and talk.live.instance is None:  # what rewards see of it are its attributes
-            live, talk.live = talk.live, None
+        live = talk.live
+        if live is not None and (live.instance is None or not self._wants_attributes):  # else rewards look at it
+            talk.live = None
             self.errands.begin(self.runner.give_back(live))
         return Ending(reward=reward, attributes=attributes).answer
 
@@ -145,7 +146,9 @@ class Player:
             return answer
         try:
             return msgspec.structs.replace(answer, saved=await seat.save())
-        except Exception as error:
+        except (Died, Gone):  # that the process is gone shows when it is next needed
+            return answer
+        except (Raised, Late) as error:
             what = f"environment {talk.spec.label} does not save itself: {told(error)}; it is brought back by repeating"
             self.events.once("environment_unsaved", talk.spec.name, what)
             return answer

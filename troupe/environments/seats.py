@@ -211,10 +211,12 @@ class Seat:
     async def _repeat(self, live: Live, turn: int, answer: Answer) -> None:
         """Play a turn once more that was answered."""
         talk, seat = self._talk, Repeated(live, answer, self._config, self._check_repeats)
-        if turn:
-            again = await self._plays.answer(talk, seat, talk.said[turn])
-        else:
+        if not turn:
             again = await self._plays.open(talk, seat)
+        elif (said := talk.said.get(turn)) is not None:
+            again = await self._plays.answer(talk, seat, said)
+        else:
+            raise Missing(f"its environment cannot be brought back: what was said in turn {turn} was not told again")
         if not talk.differs and (again.messages, again.done, again.reward) != (
             answer.messages,
             answer.done,
@@ -305,7 +307,8 @@ async def begun(runner: Runner, spec: EnvironmentSpec, *, new: bool = False) -> 
     except Late as error:
         raise Missing(f"could not be made: {error}", "environment_timeout", passing=True) from None
     except (Died, Gone) as error:
-        raise Missing(f"could not be made: {error}", "environment_died", passing=True) from None
+        passing = not getattr(error, "itself", False)
+        raise Missing(f"could not be made: {error}", "environment_died", passing=passing) from None
 
 
 def missing(deed: Deed, error: Raised | Late | Died | Gone) -> Missing:

@@ -4,7 +4,8 @@ from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import Adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.decode.engine import RolloutEngine
-from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
+from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes, turn_memory_bytes
+from troupe.policy.decode.open_session import OpenSession
 from troupe.policy.decode.requests import (
     CompletedGroup,
     CompletedTurn,
@@ -37,6 +38,7 @@ from troupe.policy.text.complete import (
     generate_batch,
     stream_text,
 )
+from troupe.policy.text.continuing import Continuer, Following
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer, opened_thought
 
 __all__ = [
@@ -51,12 +53,15 @@ __all__ = [
     "CompletedGroup",
     "CompletedTurn",
     "Completion",
+    "Continuer",
+    "Following",
     "GenerationConfig",
     "LinearScaling",
     "Llama3Scaling",
     "MicroBatch",
     "ModelConfig",
     "NetworkConfig",
+    "OpenSession",
     "Policy",
     "Qwen3Config",
     "RolloutBatch",
@@ -67,9 +72,9 @@ __all__ = [
     "TextCompletion",
     "TextPrompt",
     "TokenStatistics",
+    "Tokenizer",
     "TurnRequest",
     "TurnSession",
-    "Tokenizer",
     "Weights",
     "YarnScaling",
     "complete_texts",
@@ -97,4 +102,5 @@ __all__ = [
     "resolve_model",
     "save_model_folder",
     "stream_text",
+    "turn_memory_bytes",
 ]

@@ -13,6 +13,7 @@ from troupe.grpo import LearnerConfig
 from troupe.policy import is_on_cpu
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
+from troupe.run.stage import sessions_of
 from troupe.run.wiring import Wiring
 from troupe.runtime.actor import Actor
 
@@ -63,6 +64,7 @@ def acting_config(prepared: Prepared) -> ActingConfig:
     """What episodes are sampled with."""
     config, stage = prepared.config, prepared.inputs.stage
     assert stage is not None
+    prompts, rounds = _most_at_once(prepared), sessions_of(config.schedule)
     return ActingConfig(
         seed=config.seed,
         limits=EpisodeLimits(
@@ -71,6 +73,7 @@ def acting_config(prepared: Prepared) -> ActingConfig:
             context=stage.rules.context,
             max_turns=stage.rules.max_turns,
         ),
+        sessions=rounds,
         most_at_once=_most_at_once(prepared),
     )
 

@@ -27,8 +27,9 @@ from troupe.records.store.write import check_store
 from troupe.rewards import Reward, RewardManager
 from troupe.run.config import RunConfig, check_config
 from troupe.run.folder import run_folder
-from troupe.run.inputs import Inputs, Machine, load_inputs, place_run
+from troupe.run.inputs import Inputs, load_inputs
 from troupe.run.memory import Plan
+from troupe.run.placement import Machine, place_run
 from troupe.run.resume.changes import ChangesLog, Live
 from troupe.run.resume.check import Resumption
 from troupe.run.resume.newest import (

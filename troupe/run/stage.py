@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from troupe.actors.conversations import Conversations, Rules, as_messages
+from troupe.actors.schedule import ScheduleConfig
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.environments.calls import CallStyle, parse_turn, which_calls
 from troupe.environments.convention import EnvironmentSpec, Said, World
@@ -20,7 +21,14 @@ from troupe.errors import ConfigError
 from troupe.messages import Answered, PromptText
 from troupe.policy import Policy, Tokenizer, opened_thought
 from troupe.policy.text.continuing import Continuer
-from troupe.rewards import Reward, RewardManager, RewardsConfig, default_reward, get_environment_reward
+from troupe.rewards import (
+    Reward,
+    RewardManager,
+    RewardsConfig,
+    default_reward,
+    environment_reward,
+    get_environment_reward,
+)
 from troupe.rewards.convention import Signature
 from troupe.run.config import RunConfig
 
@@ -90,6 +98,12 @@ def load_acting(config: EnvironmentConfig, given: Acting) -> ActingWorld | None:
     return ActingWorld(config, load_world(config, given.tools, given.environment_factory))
 
 
+def sessions_of(schedule: ScheduleConfig) -> int:
+    """Rounds of episodes that a generator may have under way at once; in the free schedule as many prompts, so that
+    some are decoded while others wait for their environments."""
+    return 1 + schedule.max_staleness
+
+
 def default_rewards(rows: PromptDataset, acting: ActingWorld | None) -> str:
     """Name of the reward where none is named. RewardError where nothing says what is right."""
     gives = acting is not None and acting.gives_rewards
@@ -113,7 +127,8 @@ def make_rewards(
         return RewardManager(rewards, config=config)
     for rows in datasets:
         check_rows(acting.world, rows, rows.source)
-    own = [] if "environment" in rewards else acting.own_rewards
+    is_named = any(reward == "environment" or reward is environment_reward for reward in rewards)
+    own = [] if is_named else acting.own_rewards
     weights = config.weights
     if weights is not None and len(weights) == len(rewards):
         weights = (*weights, *(1.0 for _ in own))
@@ -169,13 +184,25 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
             told=tuple(dict.fromkeys(notices)),
         )
 
+    def within(self, longest_prompt: int, max_completion_length: int) -> Stage:
+        """With the bound for rows that memory is planned for: what an environment adds to a prompt, or a history that
+        is told anew, may be as long as a completion."""
+        most = longest_prompt + 2 * max_completion_length
+        rules = msgspec.structs.replace(self.rules, context=min(self.rules.context, most))
+        return msgspec.structs.replace(self, rules=rules)
+
+    @property
+    def begins_rows(self) -> bool:
+        """Whether rows may have prompts that the dataset does not have."""
+        return any(spec.is_live for spec in self.world.environments.values())
+
     def notices(self, config: RunConfig) -> list[str]:
         """What the user should know, one line each."""
         told = list(self.told)
         if "sqlite" not in config.metrics.sinks:
             told.append(
-                "answers of environments and tools are recorded in run.sqlite, which metrics.sinks does not name: a run "
-                "that is killed asks again for those since its last checkpoint"
+                "answers of environments and tools are recorded in run.sqlite, which metrics.sinks does not name: a "
+                "run that is killed asks again for those since its last checkpoint"
             )
         lost = [spec.label for spec in self.world.environments.values() if spec.is_live and not spec.can_save]
         if lost:
@@ -184,10 +211,6 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
                 "missing": "are lost with a kill, and their episodes have no reward",
             }[config.environment.on_lost]
             told.append(f"{', '.join(lost)}: without save_state and load_state, environments {becomes}")
-        if config.data.max_prompt_tokens is None and any(spec.is_live for spec in self.world.environments.values()):
-            told.append(
-                "memory is planned for the prompts as the rows have them; what an environment adds to them comes on top"
-            )
         return told
 
     def opening(self, prompt: PromptText, columns: Mapping[str, Any]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ On a machine with an NVIDIA card all of it runs there."""
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,10 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.support.devices import compute_on
 from tests.support.families import family_configs, shaken_policy
 from tests.support.tiny import small_network
 from troupe.errors import ModelError
+from troupe.policy.decode import open_session
 from troupe.policy.decode.engine import RolloutEngine
+from troupe.policy.decode.open_session import OpenSession
 from troupe.policy.decode.requests import CompletedTurn, Completion, GenerationConfig, RolloutRequest, TurnRequest
 from troupe.policy.decode.session import TurnSession
 from troupe.policy.model import Policy, random_policy
@@ -95,9 +99,14 @@ def largest_gap(policy: Policy, talk: Talk, temperature: float = 1.0) -> float:
     return worst
 
 
-@pytest.mark.parametrize("family", POLICIES)
-def test_turns_are_those_of_whole_rows(family: str) -> None:
-    """Rows of several prompts and turns of several lengths, of which some end early."""
+@pytest.mark.parametrize(
+    ("family", "elsewhere"),
+    [*((family, False) for family in POLICIES), *((name, True) for name in ("qwen3", "gemma3", "mistral-window"))],
+)
+def test_turns_are_those_of_whole_rows(family: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several prompts and turns of several lengths, of which some end early. `elsewhere`: as on a GPU."""
+    if elsewhere:
+        compute_on(monkeypatch, cpu=False)
     policy = POLICIES[family]
     talk = Talk(engine_of(policy).session())
     rows = sorted(turn.row for turn in talk.take(first_turns()))
@@ -238,6 +247,32 @@ def test_rows_that_are_forgotten_or_take_their_last_turn_hold_nothing() -> None:
     session.close()
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_within_a_memory_limit_histories_are_dropped_and_read_anew(family: str) -> None:
+    """For one long row, or some of many short ones: in waves, for which others have to make room."""
+    policy = POLICIES[family]
+    limit = engine_of(policy).session().memory_bytes([0], [45], 8) / 1e9
+
+    def conversation() -> tuple[list[CompletedTurn], int]:
+        talk = Talk(engine_of(policy, memory_limit_gb=2 * limit).session(sessions=2), observe=lambda _: 5)
+        talk.take(first_turns(G=8, room=8))
+        for _ in range(2):
+            talk.take(talk.next(sorted(talk.history), room=8))
+            assert talk.session.held_bytes <= limit * 1e9
+        assert largest_gap(policy, talk) < 4 * TOLERANCE
+        return [turn for _, turn in talk.turns], talk.session.tokens_read
+
+    turns, tokens_read = conversation()
+    assert tokens_read > 8 * sum(map(len, PROMPTS)) + 48 * 6
+    assert conversation() == (turns, tokens_read)
+
+
+def test_a_turn_beyond_the_memory_limit_is_refused_before_decoding() -> None:
+    session = engine_of(memory_limit_gb=1e-6).session()
+    with pytest.raises(ModelError, match=r"a turn of 20 tokens behind 4 takes .* GB, but it may have 1e-06 GB"):
+        session.decode(first_turns())
+
+
 def test_an_abort_ends_the_decode_and_rows_go_on_from_there() -> None:
     engine = engine_of(stop_ids=frozenset())
     talk = Talk(engine.session())
@@ -297,3 +332,81 @@ def test_unusable_turns_are_refused_before_decoding(
     first, second = first_turns([(1, 2)], G=2)
     with pytest.raises(error, match=message):
         engine_of().session().decode([msgspec.structs.replace(first, **changes), second])
+
+
+def serve(session: OpenSession, talk: Talk, turns: int) -> None:
+    """Conversations of so many turns, each of which joins when the one before has ended."""
+    taken = {request.row: 1 for request in first_turns()}
+
+    def note(requests: Sequence[TurnRequest]) -> None:
+        for request in requests:
+            talk.history[request.row] = [*([] if request.fresh else talk.history[request.row]), *request.ids]
+        session.join(requests)
+
+    note(first_turns())
+    for completed in session.serve():
+        for turn in completed:
+            talk.turns.append((len(talk.history[turn.row]), turn))
+            talk.history[turn.row] += turn.token_ids
+            if taken[turn.row] < turns:
+                note(talk.next([turn.row]))
+            taken[turn.row] += 1
+        if min(taken.values()) > turns:
+            session.end()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3-untied", "qwen3_5"])
+def test_turns_join_a_decode_under_way(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And draw what they draw in rounds."""
+    monkeypatch.setattr(open_session, "JOIN_EVERY", 4)
+    policy = POLICIES[family]
+    talk = Talk(session := engine_of(policy).open_session())
+    serve(session, talk, turns=3)
+    assert len(talk.turns) == 27
+    assert largest_gap(policy, talk) < 4 * TOLERANCE
+    rounds = Talk(engine_of(policy).session())
+    rounds.take(first_turns())
+    for row in talk.history:
+        first, second = (next(turn for _, turn in one.turns if turn.row == row) for one in (talk, rounds))
+        assert first.token_ids == second.token_ids
+
+
+def test_turns_that_do_not_fit_wait_for_others_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_session, "JOIN_EVERY", 4)
+    limit = engine_of().session().memory_bytes([0], [100], 20) / 1e9
+    session = engine_of(memory_limit_gb=limit).open_session()
+    talk = Talk(session, observe=lambda _: 5)
+    serve(session, talk, turns=3)
+    assert largest_gap(PLAIN, talk) < TOLERANCE
+    assert session.held_bytes <= limit * 1e9
+
+
+def test_an_open_session_waits_until_turns_come_or_an_abort() -> None:
+    engine = engine_of()
+    session = engine.open_session()
+    later = threading.Timer(0.05, session.join, [first_turns()])
+    later.start()
+    serving = session.serve()
+    assert next(serving) == []
+    assert next(serving)
+    aborts = threading.Timer(0.05, engine.abort)
+    aborts.start()
+    rest = [turn for turns in serving for turn in turns]  # ends by the abort, after all turns or amid them
+    assert len(rest) < len(first_turns())
+    aborts.join()
+    session.end()
+    assert list(session.serve()) == []
+
+
+def test_experts_of_a_turn_that_others_joined_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_session, "JOIN_EVERY", 4)
+    policy = POLICIES["qwen3-moe"]
+    engine = RolloutEngine(policy.config, GenerationConfig(), stop_ids=STOP, records_experts=True)
+    engine.load(policy.weights, 0)
+    talk = Talk(session := engine.open_session())
+    serve(session, talk, turns=2)
+    for row, history in talk.history.items():
+        told = b"".join(turn.read_experts + turn.experts for _, turn in talk.turns if turn.row == row)
+        whole = TurnRequest(row=(9, 9), ids=tuple(history), start=0, room=1, fresh=True)
+        [turn] = Talk(engine.session()).take([whole])
+        assert told == turn.read_experts[: -(len(turn.read_experts) // len(history))]

@@ -164,13 +164,13 @@ def test_ids_put_together_are_those_of_the_whole_conversation(
 
 @pytest.mark.parametrize("name", ["gemma", "llama3", "smollm"])
 def test_ids_put_together_with_merges(name: str, tmp_path: Path) -> None:
-    """Of bytes, and of characters: nothing merges over a seam that would not in the whole, and hostile words are text."""
+    """Of bytes, and of characters: nothing merges over a seam that does not in the whole; hostile words are text."""
     shutil.copy(FOLDER / name / "tokenizer.json", tmp_path)
     config = {"eos_token": "<|im_end|>", "chat_template": CHATML, "tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     words = ["\n the thing\n\n", " in the  box ", "<|im_end|> the <s>"]
-    chat = [said(word) if place % 2 else {"role": "user", "content": word} for place, word in enumerate(words * 3)]
+    chat = [said(word.lstrip()) if n % 2 else {"role": "user", "content": word} for n, word in enumerate(words * 3)]
     row: tuple[int, ...] = ()
     for place in range(1, len(chat) - 1, 2):
         turn, new = chat[place], chat[place + 1 : place + 2]
@@ -439,9 +439,3 @@ def test_what_becomes_of_history_is_told() -> None:
         'history = "keep": a user\'s message is put behind what was sampled, though the template would tell earlier '
         "turns anew ("
     )
-
-
-def test_what_does_not_fit_into_a_row() -> None:
-    following = Following((1, 2, 3))
-    assert [following.fits(room) for room in (2, 3, 4)] == [False, True, True]
-    assert Following((), (1, 2, 3)).fits(0)

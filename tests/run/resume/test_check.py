@@ -35,7 +35,7 @@ from troupe.records.standing import Change
 from troupe.rewards import RewardManager, load_reward
 from troupe.run.config import config_table, write_config
 from troupe.run.folder import is_as_written
-from troupe.run.inputs import Machine
+from troupe.run.placement import Machine
 from troupe.run.prepare import Prepared, prepare
 from troupe.run.resume.changes import ChangesLog
 from troupe.run.resume.check import OPEN, Resumption, stored_config

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import anyio
+import msgspec
 import pytest
 
 import troupe
 from tests.support.fakes import same_bits, tiny_config
 from tests.support.games import acting, calls, write_player
 from tests.support.runs import STORED, completions, policy_of
+from troupe.run.evaluate import evaluate_folder
 from troupe.run.result import RunResult
 
 pytestmark = pytest.mark.no_cover
@@ -90,3 +94,58 @@ def test_the_free_schedule_plays_too(player: Path, tmp_path: Path) -> None:
     assert run.complete
     assert not run.incidents
     assert set(calls(tmp_path).values()) == {1}
+
+
+FRAIL = """
+from game import Game as Sound
+
+
+class Game(Sound):
+    def reset(self, answer, **columns):
+        if answer == "1":
+            raise RuntimeError("no board left")
+        return super().reset(answer)
+
+    def step(self, text):
+        if len(text) % 4 == 3:
+            raise RuntimeError("a move too many")
+        return super().step(text)
+"""
+
+
+def test_an_episode_that_fails_is_missing_and_the_run_goes_on(player: Path, tmp_path: Path) -> None:
+    settings = acting(tmp_path)
+    (tmp_path / "frail.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{FRAIL}")
+    settings["environment__factory"] = f"{tmp_path / 'frail.py'}:Game"
+    config = tiny_config(player, tmp_path, **STORED | settings, environment__breaker_failures=0)
+    run = troupe.train(config, [said_length])
+    assert run.complete
+    assert set(run.incidents) == {"environment_error", "group_quarantined"}
+    done = completions(run.folder)
+    assert len(done) == 4 * 2 * 3
+    failed = [each for each in done if each.episode is not None and each.episode.failed]
+    assert {each.reward for each in failed} == {None}
+    assert any("no board left" in each.episode.failed for each in failed if each.episode)
+    assert any("a move too many" in each.episode.failed for each in failed if each.episode)
+    assert any(each.reward is not None for each in done)
+
+
+def test_held_out_rows_are_played(player: Path, tmp_path: Path) -> None:
+    config = tiny_config(player, tmp_path, **STORED | acting(tmp_path))
+    data = msgspec.structs.replace(config.data, eval_path=config.data.path)
+    config = msgspec.structs.replace(config, data=data, rewards=msgspec.structs.replace(config.rewards, functions=()))
+    run = troupe.train(config)
+    assert run.complete
+    assert run.rewards_before.keys() == {"environment_reward"}
+    assert run.rewards_before["environment_reward"] >= 1.0
+    again = anyio.run(
+        partial(
+            evaluate_folder,
+            Path(run.folder) / "final",
+            tmp_path / "prompts.json",
+            data=config.data,
+            environment=config.environment,
+            max_completion_length=60,
+        )
+    )
+    assert again.rewards == run.rewards_after

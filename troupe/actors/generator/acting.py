@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from anyio.abc import TaskStatus
 from troupe.actors.generator.episodes import EpisodeLimits, Episodes
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Observation, Prompt, RolloutGroup, ScoredGroup, TurnTaken
-from troupe.policy import CompletedTurn, RolloutEngine, TurnRequest, TurnSession, Weights
+from troupe.policy import CompletedTurn, OpenSession, RolloutEngine, TurnRequest, TurnSession, Weights
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
@@ -22,7 +23,7 @@ from troupe.runtime.reporter import Reporter
 
 _ASKERS = count(1)
 _GATHERS_S = 0.002
-"""Answers that come at the same moment come one by one: they are waited for, so that their turns are decoded together."""
+"""Answers that come at the same moment come one by one: they are waited for, so that their turns begin together."""
 
 
 class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,8 +31,10 @@ class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     seed: int
     limits: EpisodeLimits
+    sessions: int = 1
+    """Rounds that are under way at once, at most."""
     most_at_once: int | None = None
-    """Prompts whose turns are decoded together in the free schedule, at most; None: the schedule is pinned."""
+    """Prompts whose episodes are under way at once in the free schedule, at most; None: the schedule is pinned."""
 
 
 class _Decoded(NamedTuple):
@@ -47,11 +50,39 @@ class _Table:
 
     def __init__(self, episodes: Sequence[Episodes] = ()) -> None:
         self.episodes = list(episodes)
+        self.prompts: list[Prompt] = []
+        """Free schedule: those that are played."""
         self.session: TurnSession | None = None
         """Of the engine; there from the first turn on."""
-        self.over: list[tuple[int, ...]] = []
+        self.is_left = False
+        """Whether nobody wants what is being decoded."""
+        self.over: deque[tuple[int, ...]] = deque()
         """Rows that the session need not keep any more."""
         self._news = anyio.Event()
+        self._decoding: dict[tuple[int, ...], Episodes] = {}
+
+    @property
+    def under_way(self) -> int:
+        """Turns that are being decoded."""
+        return len(self._decoding)
+
+    def requests(self) -> list[TurnRequest]:
+        """All that is ready, which is under way from then on."""
+        ready: list[TurnRequest] = []
+        for episodes in self.episodes:
+            found = episodes.requests()
+            self._decoding |= {request.row: episodes for request in found}
+            ready += found
+        return ready
+
+    def forget(self) -> None:
+        """Have the session let go of what has ended; for the device's thread."""
+        assert self.session is not None
+        self.session.forget([self.over.popleft() for _ in range(len(self.over))])
+
+    def add(self, turn: CompletedTurn) -> TurnTaken:
+        """A turn has ended; what is to be asked about it."""
+        return self._decoding.pop(turn.row).add(turn)
 
     @property
     def waiting(self) -> bool:
@@ -78,8 +109,7 @@ class ActingGenerator(Actor):
     an environment takes. Several rounds are under way, each with the version that its step is pinned to; their turns
     take the device one after the other, in the order in which they are ready, which changes no bit of any.
 
-    Free schedule: whatever is ready is decoded together, with the newest version at each token. All prompts that are
-    there have their episodes begun, so that some are decoded while others wait for their environments.
+    Free schedule: whatever is ready is decoded together, with the newest version at each token.
     """
 
     name = "generator"
@@ -117,6 +147,7 @@ class ActingGenerator(Actor):
         self._waiting: deque[Prompt] = deque()
         """Free schedule: prompts whose episodes were not begun yet."""
         self._free: _Table | None = None
+        self._served_by: OpenSession
 
     @property
     def made(self) -> int:
@@ -136,7 +167,7 @@ class ActingGenerator(Actor):
             self._waiting.append(message)
             if self._free is None:
                 self._free = _Table()
-                await self.tasks.start(self._play_free, self._free)
+                await self.tasks.start(self._play_free, self._free, self._config.most_at_once)
             self._free.tell()
         elif prompts := self._rounds.gather(message):
             await self.tasks.start(self._play_pinned, prompts)
@@ -174,36 +205,69 @@ class ActingGenerator(Actor):
                 await self._decode(table, step)
         await self._leave(table)
 
-    async def _play_free(self, table: _Table, *, task_status: TaskStatus[None]) -> None:
-        open_: list[Prompt] = []
+    async def _play_free(self, table: _Table, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
         with self.inbox.kept_open():
             task_status.started()
-            while self._waiting or open_:
-                while self._waiting:
-                    prompt = self._waiting.popleft()
-                    open_.append(prompt)
-                    if await self._rounds.left([prompt], as_one=False):
-                        await self._begin([prompt], table)
-                for prompt in [each for each in open_ if not self._is_played([each])]:
-                    open_.remove(prompt)
-                    self._rounds.finish([prompt])
-                table.episodes = [each for each in table.episodes if not each.ended]
+            while await self._turn_over(table, most_at_once):
                 if table.ready:
-                    await self._decode_newest(table)
-                elif open_:
+                    await self._decode_newest(table, most_at_once)
+                else:
                     await table.news()
                     await anyio.sleep(_GATHERS_S)
             self._free = None
         await self._leave(table)
 
-    async def _decode_newest(self, table: _Table) -> None:
+    async def _turn_over(self, table: _Table, most_at_once: int) -> bool:
+        """Be done with prompts whose groups were handed over, and begin others → whether any are played."""
+        for prompt in [each for each in table.prompts if not self._is_played([each])]:
+            table.prompts.remove(prompt)
+            self._rounds.finish([prompt])
+        table.episodes = [each for each in table.episodes if not each.ended]
+        while self._waiting and len(table.prompts) < most_at_once:
+            prompt = self._waiting.popleft()
+            if await self._rounds.left([prompt], as_one=False):
+                table.prompts.append(prompt)
+                await self._begin([prompt], table)
+            else:
+                self._rounds.finish([prompt])
+        return bool(table.prompts)
+
+    async def _decode_newest(self, table: _Table, most_at_once: int) -> None:
+        """Decode what is ready, and what becomes so meanwhile, until nothing is under way."""
         version, weights = await self._board.newer_than(-1)
         self._engine.load(weights, version)
+        if table.session is None:
+            self._served_by = table.session = await self._device.run(self._engine.open_session, plain=True)
+        session = self._served_by
+        session.join(table.requests())
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._follow, version)
-            await self._decode(table, None)
+            tasks.start_soon(self._join_more, table, session, most_at_once)
+            with self.report.span("generate"):
+                while table.under_way:
+                    await self._read(table, self._timed(table, self._served(table, session)), None, session.end)
             tasks.cancel_scope.cancel()
-        self._engine.release()  # of a version that came when all was decoded
+        self._engine.release()
+
+    def _served(self, table: _Table, session: OpenSession) -> Callable[[], Iterator[list[CompletedTurn]]]:
+        """What decodes until nothing is under way. Of rows that have ended, some lie with the others until then."""
+
+        def serve() -> Iterator[list[CompletedTurn]]:
+            ended: list[tuple[int, ...]] = []
+            for turns in session.serve():
+                yield turns
+                ended += table.over
+                table.forget()
+            session.forget(ended)
+
+        return serve
+
+    async def _join_more(self, table: _Table, session: OpenSession, most_at_once: int) -> None:
+        while True:
+            await table.news()
+            await self._turn_over(table, most_at_once)
+            if table.under_way:  # else it is ending
+                session.join(table.requests())
 
     async def _follow(self, version: int) -> None:
         """Have every version that is newer used from the next token on."""
@@ -226,35 +290,49 @@ class ActingGenerator(Actor):
     async def _ask(self, turn: TurnTaken) -> None:
         await self._turns.send(msgspec.structs.replace(turn, asker=self._asker))
 
-    async def _decode(self, table: _Table, step: int | None) -> None:
-        """Decode what is ready at a table, and ask about each turn when it has ended."""
-        of_row: dict[tuple[int, ...], Episodes] = {}
-        requests: list[TurnRequest] = []
-        for episodes in [each for each in table.episodes if each.ready][: self._config.most_at_once]:
-            found = episodes.requests()
-            requests += found
-            of_row |= {request.row: episodes for request in found}
-        over, table.over = table.over, []
+    async def _decode(self, table: _Table, step: int) -> None:
+        """Decode what is ready at a table, together."""
+        requests = table.requests()
+
+        def decoding() -> Iterator[list[CompletedTurn]]:
+            if table.session is None:
+                table.session = self._engine.session(sessions=self._config.sessions)
+            table.forget()
+            return table.session.decode(requests)
+
         with self.report.span("generate", step=step):
-            decoding = self._decoded(table, over, requests)
-            async with self._device.iterate(decoding, on_leave=self._engine.abort) as decoded:
-                while item := await decoded.next():
-                    for name, start_s, end_s in item.computed:
-                        self.report.record(name, start_s, end_s, step=step)
-                    for turn in item.turns:
-                        await self._ask(of_row[turn.row].add(turn))
+            await self._read(table, self._timed(table, decoding), step)
             self._engine.release()  # the next step has other weights, and the learner needs room
 
-    def _decoded(
-        self, table: _Table, over: Sequence[tuple[int, ...]], requests: Sequence[TurnRequest]
-    ) -> Iterator[_Decoded]:
-        """Turns as they end; for the device's thread."""
-        if table.session is None:
-            table.session = self._engine.session()
-        table.session.forget(over)
+    async def _read(
+        self,
+        table: _Table,
+        decoding: Iterator[_Decoded],
+        step: int | None,
+        at_rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Ask about each turn when it has ended. `at_rest` is called when none is under way."""
+        async with self._device.iterate(decoding, on_leave=partial(self._abandon, table)) as decoded:
+            while item := await decoded.next():
+                for name, start_s, end_s in item.computed:
+                    self.report.record(name, start_s, end_s, step=step)
+                for turn in item.turns:
+                    await self._ask(table.add(turn))
+                if not table.under_way:
+                    at_rest()
+
+    def _abandon(self, table: _Table) -> None:
+        table.is_left = True
+        self._engine.abort()
+
+    def _timed(self, table: _Table, begin: Callable[[], Iterator[list[CompletedTurn]]]) -> Iterator[_Decoded]:
+        """Turns as they end, and when the device worked for them; for its thread."""
+        decoding = begin()
+        if table.is_left:  # before it began, which has forgotten the abort
+            self._engine.abort()
         computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
-        for turns in table.session.decode(requests):
+        for turns in decoding:
             end_s = time.perf_counter()
             computed.append(("decode" if turns else "prefill", start_s, end_s))
             if turns:

@@ -31,6 +31,8 @@ from troupe.runtime.roles import together
 _WORKER = "troupe.environments.processes.worker"
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """Sets of texts have one order, so that an answer does not depend on the process that gave it."""
+_END_S = 5.0
+"""That a process may take at the end to close its environments."""
 _KILLED_BY = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals that others send: a system without memory, an operator."""
 
@@ -157,20 +159,27 @@ class Workers:
 
     async def stop(self, grace_s: float) -> None:
         """End all of them."""
-        while self._all:
-            await self._all.pop().stop(grace_s)
+        ending, self._all = self._all, []
+        await together([partial(worker.stop, grace_s) for worker in ending])
 
     async def pick(self) -> Worker:
-        """The one with the least to do. Raised where a new one cannot be started."""
-        self._all = [worker for worker in self._all if not worker.is_over]
-        if len(self._all) < self._number:
+        """The one with the fewest episodes and the least to do. Gone where none is there and none can be started."""
+        while len(await self._there()) < self._number:
             async with self._starting:
-                if len(self._all) < self._number:
+                if len(await self._there()) < self._number:
                     try:
                         self._all.append(await Worker.start(self._config))
                     except WorldError as error:  # it was loaded before, so this may pass
-                        raise Raised(str(error), str(error), passing=True) from None
-        return min(self._all, key=lambda worker: (worker.waiting, worker.episodes))
+                        raise Gone(str(error)) from None
+        return min(self._all, key=lambda worker: (worker.episodes, worker.waiting))
+
+    async def _there(self) -> list[Worker]:
+        """Those that are not over; of the others nothing is left afterwards."""
+        while over := [worker for worker in self._all if worker.is_over]:
+            self._all = [worker for worker in self._all if worker not in over]
+            for worker in over:
+                await worker.kill()
+        return self._all
 
 
 class ProcessLive(Live):
@@ -199,12 +208,13 @@ class ProcessRunner(Runner):
         self._environments = Workers(config.processes if world.factories else 0, section)
         self._tools = Workers(config.processes if world.tools else 0, section)
         self._numbers = itertools.count()
+        self._calls = anyio.Semaphore(config.processes)
 
     async def start(self) -> None:
         await together([self._environments.start, self._tools.start])
 
     async def stop(self) -> list[str]:
-        grace_s = min(1.0, self._config.turn_timeout_s)
+        grace_s = min(_END_S, self._config.turn_timeout_s)
         await together([partial(each.stop, grace_s) for each in (self._environments, self._tools)])
         return []
 
@@ -235,8 +245,9 @@ class ProcessRunner(Runner):
 
     async def call(self, name: str, arguments: Mapping[str, Any], budget: Budget) -> Content:
         deed = Deed(what="call", name=name, arguments=dict(arguments), is_method=False)
-        worker = await self._tools.pick()
-        return await worker.do(None, deed, budget)  # type: ignore[no-any-return]
+        async with self._calls:  # so that one of them has nothing to do
+            worker = await self._tools.pick()
+            return await worker.do(None, deed, budget)  # type: ignore[no-any-return]
 
 
 def _encoded(order: Order) -> bytes:

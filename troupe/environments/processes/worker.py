@@ -11,6 +11,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -47,6 +48,7 @@ def carry_out(wire: Wire) -> None:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)  # an alarm that it has left would end the wait for the next order
         wire.send(encode(reply))
+    desk.close()
 
 
 class Desk:
@@ -77,6 +79,15 @@ class Desk:
                 elif self._world.environments[environment].has_close:
                     self._result(Deed(what="close"), "", instance.close)
         return b""
+
+    def close(self) -> None:
+        """Close all that is there, as far as that can be done."""
+        there = [*self._taken.values(), *self._probes.items()]
+        there += [(environment, instance) for environment, idle in self._idle.items() for instance in idle]
+        for environment, instance in there:
+            if self._world.environments[environment].has_close:
+                with suppress(BaseException):
+                    self._result(Deed(what="close"), "", instance.close)
 
     def _instance(self, environment: str, new: bool) -> Any:
         if self._idle[environment] and not new:

@@ -11,7 +11,7 @@ Source of the two-part attention: shared-prefix decoding as in Hydragen (arXiv:2
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
@@ -275,26 +275,37 @@ class DecodingCache:
         """Count the token that every layer has just seen."""
         self.length += 1
 
-    def select(self, slots: Sequence[int], rows: Sequence[int], width: int) -> None:
-        """Keep only `rows` (indexes into the B of now, `width` for each slot to be) of the prompts in `slots`."""
-        S, K, w = len(self._prompt_lengths), self._prompt_keys[0].shape[1], self.width
-        if list(slots) != list(range(S)):
-            chosen = mx.array(list(slots))
-            self._prompt_keys = [x[chosen] for x in self._prompt_keys]
-            self._prompt_values = [x[chosen] for x in self._prompt_values]
-            self._prompt_lengths = [self._prompt_lengths[slot] for slot in slots]
-        index = mx.array(list(rows))
-
-        def pick(x: mx.array) -> mx.array:
-            d, N = x.shape[-1], x.shape[-2]
-            kept = x.transpose(0, 2, 1, 3, 4).reshape(S * w, K, N, d)[index]
-            return mx.contiguous(kept.reshape(len(slots), width, K, N, d).transpose(0, 2, 1, 3, 4))
-
-        self._keys = [pick(x) for x in self._keys]
-        self._values = [pick(x) for x in self._values]
+    def select(
+        self, slots: Sequence[int], rows: Sequence[int], width: int, before: Callable[[int], None] | None = None
+    ) -> None:
+        """Keep only `rows` (indexes into the B of now, `width` for each slot to be) of the prompts in `slots`. `before`
+        is called before each layer is touched, one after the other."""
+        whole = list(range(len(self._prompt_lengths)))
+        chosen, picked = None if list(slots) == whole else mx.array(list(slots)), mx.array(list(rows))
+        for layer in range(self.layers):
+            if before is not None:
+                before(layer)
+            arrays = self._select(layer, chosen, picked, (len(slots), width))
+            if before is not None:
+                mx.eval(arrays)
+        self._prompt_lengths = [self._prompt_lengths[slot] for slot in slots]
         self.states.select(rows)
         self.width = width
         self._describe_prompts()
+
+    def _select(self, layer: int, slots: mx.array | None, rows: mx.array, shape: tuple[int, int]) -> list[mx.array]:
+        """The same in one layer; None: the prompts of all slots, in their order. → What became of its arrays."""
+        for prompts in (self._prompt_keys, self._prompt_values) if slots is not None else ():
+            prompts[layer] = prompts[layer][slots]
+        for kept in (self._keys, self._values) if layer < len(self._keys) else ():
+            S, K, w, N, d = kept[layer].shape
+            picked = kept[layer].transpose(0, 2, 1, 3, 4).reshape(S * w, K, N, d)[rows]
+            kept[layer] = mx.contiguous(picked.reshape(*shape, K, N, d).transpose(0, 2, 1, 3, 4))
+        return [
+            kept[layer]
+            for kept in (self._prompt_keys, self._prompt_values, self._keys, self._values)
+            if layer < len(kept)
+        ]
 
     def _hidden_from(self, window: int) -> mx.array | None:
         """The additive mask of prompt tokens that are padding, or too far back for the next token, (S, 1, 1, P); None

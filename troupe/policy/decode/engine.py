@@ -4,10 +4,10 @@ Token ids in, token ids out. What is computed together, and when a finished row 
 requests and the tokens alone.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
+from typing import TypeVar
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
@@ -16,14 +16,17 @@ from troupe.policy.decode.cuda_cache import serves
 from troupe.policy.decode.loaded import LoadedWeights
 from troupe.policy.decode.loop import DecodeSetup, Wave
 from troupe.policy.decode.memory import decode_memory_bytes, device_ways
+from troupe.policy.decode.open_session import OpenSession
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
-from troupe.policy.decode.session import TurnSession
+from troupe.policy.decode.session import Abort, TurnSession
 from troupe.policy.decode.stopping import StopRules
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.tensors import Weights
 from troupe.policy.text.tokenizer import Tokenizer
+
+_Session = TypeVar("_Session", bound=TurnSession)
 
 
 class RolloutEngine:
@@ -64,7 +67,7 @@ class RolloutEngine:
         self.sampler = Sampler(generation, spared)
         self._weights = LoadedWeights(policy_config, Base() if base is None else base)
         self._records_experts = records_experts and bool(policy_config.sparse_layers)
-        self._aborted = threading.Event()
+        self._aborted = Abort()
         self.tokens = 0
         """Tokens that the longest row of the running decode has; for whoever asks how far it is, from any thread."""
 
@@ -92,9 +95,21 @@ class RolloutEngine:
         waves = self._admit(requests)
         return self._decode(requests, waves)
 
-    def session(self) -> TurnSession:
-        """Rows that go on over several turns; for the decoding thread. `abort` ends its decodes, too."""
-        return TurnSession(self._setup, self._weights, self._aborted, partial(setattr, self, "tokens"))
+    def session(self, *, sessions: int = 1) -> TurnSession:
+        """Rows that go on over several turns; for the decoding thread. `abort` ends its decodes, too.
+
+        `sessions`: how many are open at once; each may have its share of memory_limit_gb.
+        """
+        return self._opened(TurnSession, sessions)
+
+    def open_session(self, *, sessions: int = 1) -> OpenSession:
+        """One whose turns join a decode that goes on."""
+        return self._opened(OpenSession, sessions)
+
+    def _opened(self, kind: type[_Session], sessions: int) -> _Session:
+        limit = self.generation.memory_limit_gb
+        limit_bytes = None if limit is None else limit * 1e9 / sessions
+        return kind(self._setup, self._weights, self._aborted, partial(setattr, self, "tokens"), limit_bytes)
 
     def stream(self, request: RolloutRequest) -> Iterator[int]:
         """Decode one request once → the ids of its completion as they come, the same as `decode` gives.

@@ -5,6 +5,7 @@ the states of gated delta nets. What stands in the padding are numbers, but they
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -30,34 +31,33 @@ _NOWHERE = 2**30
 """A position that no token has."""
 
 
-def histories(
-    cache: DecodingCache,
-    rows: Sequence[int],
-    own: Sequence[int],
-    states: Sequence[DeltaState],
-    *,
-    uses_up: bool = False,
-) -> PromptCache:
-    """What `rows` of a decode, by their places in it, hold: their prompts and so many of their own tokens. `states`: of
-    these rows, layer by layer, where there are gated delta nets. `uses_up`: the cache is emptied."""
-    slots = [row // cache.width for row in rows]
-    before = [cache.prompt_lengths[slot] for slot in slots]
-    found = PromptCache([a + b for a, b in zip(before, own, strict=True)])
-    found.states.layers = list(states)
-    chosen, of_rows = mx.array(slots), mx.array(list(rows))
-    longest, P, gap = max(own), max(before), _Gap(before, own)
-    for layer in range(cache.layers):
-        whole = [x[:, :, :P][chosen] for x in cache.prompts(layer)]
-        if longest:
-            parts = zip(whole, (x[:, :, :longest][of_rows] for x in cache.own(layer)), strict=True)
-            whole = [mx.concatenate(list(part), axis=2) for part in parts]
-        keys, values = map(gap.closed, whole)
+class Departure:
+    """Rows of a decode that leave it with all that they hold: their prompts and some of their own tokens."""
+
+    def __init__(
+        self, cache: DecodingCache, rows: Sequence[int], own: Sequence[int], states: Sequence[DeltaState]
+    ) -> None:
+        """`rows` by their places, `own` how many of their tokens count, `states` theirs, layer by layer, where there
+        are gated delta nets."""
+        slots = [row // cache.width for row in rows]
+        before = [cache.prompt_lengths[slot] for slot in slots]
+        self.history = PromptCache([a + b for a, b in zip(before, own, strict=True)])
+        """What they hold, when every layer was taken."""
+        self.history.states.layers = list(states)
+        self._cache, self._gap = cache, _Gap(before, own)
+        self._longest, self._P = max(own), max(before)
+        self._slots, self._rows = mx.array(slots), mx.array(list(rows))
+
+    def take(self, layer: int) -> None:
+        """Take over one layer; they come in order."""
+        whole = [x[:, :, : self._P][self._slots] for x in self._cache.prompts(layer)]
+        if self._longest:
+            own = (x[:, :, : self._longest][self._rows] for x in self._cache.own(layer))
+            whole = [mx.concatenate(list(parts), axis=2) for parts in zip(whole, own, strict=True)]
+        keys, values = map(self._gap.closed, whole)
         mx.eval(keys, values)
-        if uses_up:
-            cache.empty(layer)
-        found.keys.append(keys)
-        found.values.append(values)
-    return found
+        self.history.keys.append(keys)
+        self.history.values.append(values)
 
 
 def split(parts: Sequence[PromptCache], orders: Sequence[Sequence[int]]) -> list[PromptCache]:
@@ -100,6 +100,15 @@ def reading_portions(kept: Sequence[int], more: Sequence[int], heads: int) -> li
     return found
 
 
+class _Block(NamedTuple):
+    """Of new tokens those that are computed together, [start, stop), and how many places they may see."""
+
+    start: int
+    stop: int
+    seen: int
+    among: list[QueryBlock]
+
+
 class HistoryCache(PromptCache):
     """Attention of new tokens, padded on the right, to what each row holds and to themselves. They are kept."""
 
@@ -109,7 +118,7 @@ class HistoryCache(PromptCache):
         self.offset = mx.array(held.lengths, dtype=mx.int32)
         self.states.go_on(held.states, more)
         self._held, self._gap = held, _Gap(held.lengths, more)
-        self._blocks: dict[int | None, list[QueryBlock]] = {}
+        self._blocks: dict[int | None, list[_Block]] = {}
 
     def attend(
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
@@ -128,13 +137,17 @@ class HistoryCache(PromptCache):
     def _attended(self, q: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
         (B, H, T, _), S = q.shape, keys.shape[2]
         window = None if window is None or window >= S else window
+        found = []
         if is_on_cpu():
             if window not in self._blocks:
                 self._blocks[window] = self._query_blocks(T, S, H // keys.shape[1], window)
-            return attention_in_blocks(q, keys, values, scale, self._blocks[window])[0]
+            for start, stop, seen, among in self._blocks[window]:
+                there = keys[:, :, :seen], values[:, :, :seen]
+                found.append(attention_in_blocks(q[:, :, start:stop], *there, scale, among)[0])
+                mx.eval(found[-1])  # as for prompts in pieces
+            return mx.concatenate(found, axis=2)
         new, history, is_there = self._positions(T, S)
         at = mx.concatenate([mx.where(is_there, history, _NOWHERE), new], axis=1)[:, None, None, :]
-        found = []
         for start in range(0, T, size := max(1, PORTION // (B * H * S))):
             queries = new[:, None, start : start + size, None]
             mask = at <= queries
@@ -146,13 +159,18 @@ class HistoryCache(PromptCache):
                 mx.eval(found[-1])  # the scores of one part after the other
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
 
-    def _query_blocks(self, T: int, S: int, heads_per_key: int, window: int | None) -> list[QueryBlock]:
+    def _query_blocks(self, T: int, S: int, heads_per_key: int, window: int | None) -> list[_Block]:
         new, history, is_there = self._positions(T, S)
         real = mx.concatenate([is_there, new >= 0], axis=1) if min(self._held.lengths) < S - T else None
-        if window is None:
-            return query_blocks(T, S, heads_per_key, real)
         at = mx.concatenate([mx.broadcast_to(history, is_there.shape), new], axis=1)
-        return query_blocks(T, S, heads_per_key, real, Places(new, at, window))
+        found = []
+        for start in range(0, T, size := block_size(T)):
+            stop = min(start + size, T)
+            seen = S - T + stop
+            places = None if window is None else Places(new[:, start:stop], at[:, :seen], window)
+            there = None if real is None else real[:, :seen]
+            found.append(_Block(start, stop, seen, query_blocks(stop - start, seen, heads_per_key, there, places)))
+        return found
 
     def _positions(self, T: int, S: int) -> tuple[mx.array, mx.array, mx.array]:
         """Of new tokens (B, T), of places of histories (S − T,), and which of the latter have a token (B, S − T)."""

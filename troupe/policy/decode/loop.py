@@ -19,6 +19,7 @@ from troupe.errors import RunError
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import DecodingCache, PromptCache, join_prompts, prefill_chunks
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
+from troupe.policy.decode.histories import Departure
 from troupe.policy.decode.prompts import read_prompts
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.rows import NOISE_BLOCK, Row, arrange, noise_from, row_key
@@ -187,20 +188,22 @@ class Batch:
         slots = arrange(self._slots)
         if len(slots) * len(slots[0]) == len(old) or self._cache is None:
             return
-        self._leave()
         place = {id(row): index for index, row in reversed(list(enumerate(old)))}  # a row, not the copy that fills
         first = {slot[0].request: index for index, slot in reversed(list(enumerate(self._slots)))}
         rows = [row for slot in slots for row in slot]
         index = [place[id(row)] for row in rows]
-        self._cache.select([first[slot[0].request] for slot in slots], index, len(slots[0]))
+        departure = self._departure()
+        taking = None if departure is None else departure.take
+        self._cache.select([first[slot[0].request] for slot in slots], index, len(slots[0]), taking)
         chosen = mx.array(index)
         self._ids = self._ids[chosen]
         self._noise = [noise[chosen] for noise in self._noise]
         self._recent = None if self._recent is None else self._recent[chosen]
         self._slots = slots
 
-    def _leave(self) -> None:
-        """Called before the rows that have ended leave the cache."""
+    def _departure(self) -> Departure | None:
+        """What rows that have ended take along when they leave the cache."""
+        return None
 
 
 class Wave(Batch):

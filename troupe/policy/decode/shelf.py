@@ -45,6 +45,23 @@ class Shelf:
         """How many tokens the history of each row has."""
         return {name: length for names, cache in self._banks for name, length in zip(names, cache.lengths, strict=True)}
 
+    def make_room(self, kept: Iterable[RowName], limit_bytes: float) -> None:
+        """Drop as few histories as there must be, those first that came last, so that all but those of the rows `kept`
+        take no more than the limit together."""
+        kept, dropped = set(kept), []
+        held = [
+            (name, sum(array.nbytes for array in cache.arrays) / len(names))
+            for names, cache in self._banks
+            for name in names
+            if name not in kept
+        ]
+        total = sum(taken for _, taken in held)
+        while held and total > limit_bytes:
+            name, taken = held.pop()
+            dropped.append(name)
+            total -= taken
+        self.drop(dropped)
+
     def put(self, names: Sequence[RowName], cache: PromptCache) -> None:
         """Keep the histories of these rows."""
         self._banks.append((list(names), cache))
@@ -72,7 +89,10 @@ class Shelf:
 
     def drop(self, names: Iterable[RowName]) -> None:
         """Forget the histories of these rows."""
-        dropped, banks, self._banks = set(names), self._banks, []
+        dropped = set(names)
+        if not dropped:
+            return
+        banks, self._banks = self._banks, []
         for held, cache in banks:
             left = [place for place, name in enumerate(held) if name not in dropped]
             if len(left) == len(held):

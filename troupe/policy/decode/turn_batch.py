@@ -14,7 +14,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from troupe.policy.decode.cache import join_prompts, prefill_chunks
-from troupe.policy.decode.histories import histories, read_on, reading_portions, split
+from troupe.policy.decode.histories import Departure, read_on, reading_portions, split
 from troupe.policy.decode.loop import Batch, CurrentWeights, DecodeSetup
 from troupe.policy.decode.prompts import ReadPrompts, read_prompts
 from troupe.policy.decode.requests import CompletedTurn, TurnRequest
@@ -108,7 +108,11 @@ class TurnBatch(Batch):
         told = {id(row) for ended in self._at_end for row in ended.rows}
         if left := [row for row in dict.fromkeys(self._rows) if id(row) not in told]:
             self._ended(left)
-        self._leave(at_end=True)
+        cache, departure = self._cache, self._departure()
+        if cache is not None and departure is not None:
+            for layer in range(cache.layers):
+                departure.take(layer)
+                cache.empty(layer)
         self._cache = None
 
     def _prefill(self) -> mx.array:
@@ -169,7 +173,7 @@ class TurnBatch(Batch):
             mx.async_eval(*states)  # type: ignore[no-untyped-call]
         self._at_end.append(_Ended(list(rows), places, own, states))
 
-    def _leave(self, *, at_end: bool = False) -> None:
+    def _departure(self) -> Departure | None:
         assert self._cache is not None
         places = [place for ended in self._at_end for place in ended.places]
         own = [count for ended in self._at_end for count in ended.own]
@@ -181,12 +185,13 @@ class TurnBatch(Batch):
             if not turn.request.last or row.finish_reason is None:
                 names.append(turn.request.row)
                 chosen.append(number)
+        index, departure = mx.array(chosen), None
         if names:
-            index = mx.array(chosen)
             states = [joined(layer).of(index) for layer in zip(*(ended.states for ended in self._at_end), strict=True)]
-            picked = [places[i] for i in chosen], [own[i] for i in chosen]
-            self._shelf.put(names, histories(self._cache, *picked, states, uses_up=at_end))
+            departure = Departure(self._cache, [places[i] for i in chosen], [own[i] for i in chosen], states)
+            self._shelf.put(names, departure.history)
         self._at_end = []
+        return departure
 
 
 def prompt_groups(turns: Sequence[Turn], kept: Sequence[int]) -> list[list[int]]:

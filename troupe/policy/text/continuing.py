@@ -36,11 +36,6 @@ class Following(NamedTuple):
     prompt_ids: tuple[int, ...] | None = None
     """The prompt of a new row; None: the row goes on."""
 
-    def fits(self, room: int) -> bool:
-        """Whether it may be put behind a row that has `room` for so many tokens; whether a new row's prompt is too long
-        is another question. Where not, the episode ends, and the messages are dropped, as TRL does."""
-        return self.prompt_ids is not None or len(self.ids) <= room
-
 
 class Continuer:
     """Conversations of one tokenizer, with one set of tools. Threads may share it."""
@@ -133,7 +128,7 @@ class Continuer:
         told = self._histories.rewritten(before, turn, after, self._seams.before(after, stand_ins).text)
         if told is None:
             return None
-        return tuple(self._tokenizer.encode(told, add_special_tokens=False, stand_ins=stand_ins))
+        return tuple(self._tokenizer.encode_restored(told, stand_ins))
 
     def _prompt_length(self, messages: Sequence[Message]) -> int:
         turns = (place for place, message in enumerate(messages) if message.get("role") == "assistant")

@@ -57,7 +57,7 @@ SETTLED_BY_CONTENTS = (
     "data.answer_column",
     "data.system_prompt",
 )
-_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions")
+_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions|environment\..+")
 """Keys of which it depends what is sampled, and what scores it gets."""
 
 
