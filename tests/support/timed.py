@@ -122,7 +122,6 @@ class TimedSession:
     def __init__(self, engine: ScriptedEngine, work: Work, device: Device) -> None:
         self._engine, self._work, self._device = engine, work, device
         self._queue: deque[TurnRequest] = deque()
-        self._is_ending = False
 
     def decode(self, requests: Sequence[TurnRequest]) -> Iterator[list[CompletedTurn]]:
         yield []
@@ -133,14 +132,13 @@ class TimedSession:
         self._queue.extend(requests)
 
     def end(self) -> None:
-        self._is_ending = True
+        """It ends whenever there is nothing to do: in virtual time nobody can wait in a thread."""
 
     def serve(self) -> Iterator[list[CompletedTurn]]:
-        """Turns have four parts, and others join between two."""
+        """Turns have four parts; others join when one has ended."""
         live: list[TurnRequest] = []
         parts: Counter[tuple[int, ...]] = Counter()
-        self._is_ending = False
-        while live or self._queue or not self._is_ending:
+        while live or self._queue:
             live += self._queue
             self._queue.clear()
             self._spend(live, 0.25)
@@ -149,7 +147,8 @@ class TimedSession:
             for request in ended:
                 live.remove(request)
                 del parts[request.row]
-            yield [self._completed(request) for request in ended]
+            if ended:
+                yield [self._completed(request) for request in ended]
 
     def forget(self, rows: Sequence[tuple[int, ...]]) -> None:
         """Nothing is kept."""
@@ -159,7 +158,7 @@ class TimedSession:
 
     def _spend(self, requests: Sequence[TurnRequest], part: float = 1.0) -> None:
         turns = {request.start // 2 for request in requests}
-        self._device.spend(part * max((self._work.turn_s[turn] for turn in turns), default=0.01))
+        self._device.spend(part * max((self._work.turn_s[turn] for turn in turns)))
 
     def _completed(self, request: TurnRequest) -> CompletedTurn:
         return CompletedTurn(

@@ -74,7 +74,7 @@ def acting_config(prepared: Prepared) -> ActingConfig:
             max_turns=stage.rules.max_turns,
         ),
         sessions=rounds,
-        most_at_once=_most_at_once(prepared),
+        most_at_once=prompts and prompts * rounds,
     )
 
 
