@@ -133,7 +133,7 @@ class Bench:
             "model": {"path": str(self.model)},
             "data": {"path": str(self.folder / "prompts.json")},
             "generation": {"num_generations": args.group, "max_completion_length": args.new_tokens},
-            "environment": {"factory": f"{folder / 'sleeper.py'}:Sleeper", "concurrency": 4096, "turn_timeout_s": 600.0},
+            "environment": {"factory": f"{folder / 'sleeper.py'}:Sleeper", "concurrency": 4096, "turn_timeout_s": 600},
             "learner": {
                 "batch_size": args.prompts,
                 "max_steps": WARM_UP + args.steps + 2 * schedule["max_staleness"],

@@ -158,7 +158,7 @@ class TimedSession:
 
     def _spend(self, requests: Sequence[TurnRequest], part: float = 1.0) -> None:
         turns = {request.start // 2 for request in requests}
-        self._device.spend(part * max((self._work.turn_s[turn] for turn in turns)))
+        self._device.spend(part * max(self._work.turn_s[turn] for turn in turns))
 
     def _completed(self, request: TurnRequest) -> CompletedTurn:
         return CompletedTurn(

@@ -1,4 +1,5 @@
-"""A whole run with tools, of a policy that says what a script has: what is called, what comes of it, what is refused."""
+"""A whole run with tools, of a policy that says what a script has: what is called, what comes of it, what is
+refused."""
 
 from __future__ import annotations
 
