@@ -4,7 +4,7 @@ what a step takes follows by arithmetic."""
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -108,48 +108,67 @@ class TimedEngine(ScriptedEngine):
     def __init__(self, work: Work, device: Device) -> None:
         super().__init__(0)
         self._work, self._device = work, device
-        self._queue: list[TurnRequest] = []
 
     def session(self, *, sessions: int = 1) -> Any:
-        return self
+        return TimedSession(self, self._work, self._device)
 
-    def open_session(self) -> Any:
-        return self
+    def open_session(self, *, sessions: int = 1) -> Any:
+        return TimedSession(self, self._work, self._device)
 
-    def join(self, requests: Sequence[TurnRequest]) -> None:
-        self._queue += requests
 
-    def end(self) -> None:
-        """It ends whenever there is nothing to do."""
+class TimedSession:
+    """Rows keep nothing."""
 
-    def serve(self) -> Iterator[list[CompletedTurn]]:
-        while self._queue:
-            requests, self._queue = self._queue, []
-            yield from self.decode(requests)
+    def __init__(self, engine: ScriptedEngine, work: Work, device: Device) -> None:
+        self._engine, self._work, self._device = engine, work, device
+        self._queue: deque[TurnRequest] = deque()
 
     def decode(self, requests: Sequence[TurnRequest]) -> Iterator[list[CompletedTurn]]:
-        _, version = self.loaded()
-        turns = {request.start // 2 for request in requests}
         yield []
-        self._device.spend(max(self._work.turn_s[turn] for turn in turns))
-        ended = [
-            CompletedTurn(
-                row=request.row,
-                token_ids=(1 + request.row[-1],),
-                log_probs=(-1.0,),
-                sampling_log_probs=(-1.0,),
-                versions=(version,),
-                finish_reason="stop",
-            )
-            for request in requests
-        ]
-        yield ended
+        self._spend(requests)
+        yield [self._completed(request) for request in requests]
+
+    def join(self, requests: Sequence[TurnRequest]) -> None:
+        self._queue.extend(requests)
+
+    def end(self) -> None:
+        """It ends whenever there is nothing to do: in virtual time nobody can wait in a thread."""
+
+    def serve(self) -> Iterator[list[CompletedTurn]]:
+        """Turns have four parts; others join when one has ended."""
+        live: list[TurnRequest] = []
+        parts: Counter[tuple[int, ...]] = Counter()
+        while live or self._queue:
+            live += self._queue
+            self._queue.clear()
+            self._spend(live, 0.25)
+            parts.update(request.row for request in live)
+            ended = [request for request in live if parts[request.row] == 4]
+            for request in ended:
+                live.remove(request)
+                del parts[request.row]
+            if ended:
+                yield [self._completed(request) for request in ended]
 
     def forget(self, rows: Sequence[tuple[int, ...]]) -> None:
         """Nothing is kept."""
 
     def close(self) -> None:
         """Nothing is kept."""
+
+    def _spend(self, requests: Sequence[TurnRequest], part: float = 1.0) -> None:
+        turns = {request.start // 2 for request in requests}
+        self._device.spend(part * max(self._work.turn_s[turn] for turn in turns))
+
+    def _completed(self, request: TurnRequest) -> CompletedTurn:
+        return CompletedTurn(
+            row=request.row,
+            token_ids=(1 + request.row[-1],),
+            log_probs=(-1.0,),
+            sampling_log_probs=(-1.0,),
+            versions=(self._engine.loaded()[1],),
+            finish_reason="stop",
+        )
 
 
 class TimedTrainer(ScriptedTrainer):
