@@ -1,9 +1,4 @@
-<<<<<<< HEAD
 """A whole run with tools, of a policy that says what a script has: calls, what comes of them, and bad input."""
-=======
-"""A whole run with tools, of a policy that says what a script has: what is called, what comes of it, what is
-refused."""
->>>>>>> overlap
 
 from __future__ import annotations
 

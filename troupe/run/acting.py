@@ -1,5 +1,5 @@
-"""Stage: where the policy acts. The tools and environments of a run, who runs them, and how what is said there becomes
-ids and is understood."""
+"""Where the policy acts: the tools and environments of a run, who runs them, and how what is said there becomes ids and
+is understood."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ def _looks(reward: Reward) -> bool:
     return callable(reward) and "environments" in Signature.of(reward).names
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """What episodes are played with."""
+class ActingSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What episodes are run with."""
 
     world: World
     manager: EnvironmentManager
@@ -168,7 +168,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be known of how it is talked with, one line each."""
 
     @classmethod
-    def of(cls, acting: ActingWorld, policy: Policy, data: DataConfig) -> Stage:
+    def of(cls, acting: ActingWorld, policy: Policy, data: DataConfig) -> ActingSetup:
         """That of a policy. ConfigError, ModelError for a chat template that cannot tell of tools or go on."""
         config, world = acting.config, acting.world
         words = {
@@ -198,7 +198,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
             told=tuple(dict.fromkeys(notices)),
         )
 
-    def within(self, longest_prompt: int, max_completion_length: int) -> Stage:
+    def within(self, longest_prompt: int, max_completion_length: int) -> ActingSetup:
         """With the bound for rows that memory is planned for: what an environment adds to a prompt, or a history that
         is told anew, may be as long as a completion."""
         most = longest_prompt + 2 * max_completion_length
