@@ -64,7 +64,6 @@ def acting_config(prepared: Prepared) -> ActingConfig:
     """What episodes are sampled with."""
     config, stage = prepared.config, prepared.inputs.stage
     assert stage is not None
-    prompts, rounds = _most_at_once(prepared), sessions_of(config.schedule)
     return ActingConfig(
         seed=config.seed,
         limits=EpisodeLimits(
@@ -73,8 +72,8 @@ def acting_config(prepared: Prepared) -> ActingConfig:
             context=stage.rules.context,
             max_turns=stage.rules.max_turns,
         ),
-        sessions=rounds,
-        most_at_once=prompts and prompts * rounds,
+        sessions=sessions_of(config.schedule),
+        most_at_once=_most_at_once(prepared),
     )
 
 

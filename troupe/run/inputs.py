@@ -1,6 +1,7 @@
 """Inputs: what a run is made from, loaded and checked, the cheap checks first."""
 
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -80,10 +81,8 @@ def load_inputs(
     to_show: bool,
     acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
-    """Load what the config names; `given` rewards, and what there is to act with, are used beside those. InputError for
-    what cannot be used."""
-    data, learner = config.data, config.learner
-    model = config.model.path
+    """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
+    data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
     assert data.path is not None
     first = _SHOWN_ROWS if to_show and not resume else None
@@ -98,15 +97,17 @@ def load_inputs(
     notices += told
     if not resume:
         policy.check_stop_ids()
-    stage = None if world is None else Stage.of(world, policy, data)
+    config = _dated(config, policy, begins=not resume)
+    stage = None if world is None else Stage.of(world, policy, config.data)
     prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
     longest = max(map(len, prompts.prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
-    stage = None if stage is None else stage.within(longest, config.generation.max_completion_length)
     notices += lowered
     opened = partial(opened_thought, policy.tokenizer)
     notices += _about(config, policy, opened(dataset[0].prompt, prompts.prompt_ids[0]))
-    notices += [] if stage is None else stage.notices(config)
+    if stage is not None:
+        stage = stage.within(longest, config.generation.max_completion_length)
+        notices += stage.notices(config)
     return Inputs(
         config=config,
         source=policy.path,
@@ -118,7 +119,7 @@ def load_inputs(
             prompts.prompt_ids,
             batch_size=learner.batch_size,
             seed=config.seed,
-            shuffle=data.shuffle,
+            shuffle=config.data.shuffle,
             opened=opened,
         ),
         evaluation=prompts.evaluation,
@@ -166,6 +167,18 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
     if "think_format" in config.rewards.functions:
         notices += think_notices(policy.tokenizer, opened)
     return notices
+
+
+def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
+    """With the day that chat templates are told, where they ask for it. A run that was begun when none was kept goes on
+    with today."""
+    day = config.data.chat_template_date
+    if day is None and begins and policy.tokenizer.asks_for_today:
+        day = date.today().isoformat()  # noqa: DTZ011 - that of whoever begins the run
+    if day is None:
+        return config
+    policy.date_templates(date.fromisoformat(day))
+    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, chat_template_date=day))
 
 
 def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:

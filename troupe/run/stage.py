@@ -99,9 +99,8 @@ def load_acting(config: EnvironmentConfig, given: Acting) -> ActingWorld | None:
 
 
 def sessions_of(schedule: ScheduleConfig) -> int:
-    """Rounds of episodes that a generator may have under way at once; in the free schedule as many prompts, so that
-    some are decoded while others wait for their environments."""
-    return 1 + schedule.max_staleness
+    """Rounds of episodes that a generator may have under way at once."""
+    return 1 + schedule.max_staleness if schedule.mode == "pinned" else 1
 
 
 def default_rewards(rows: PromptDataset, acting: ActingWorld | None) -> str:

@@ -102,7 +102,10 @@ def test_open_values_are_those_that_preparing_fills_in(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("troupe.run.memory.device_limit_gb", lambda: 0.05)
-    asked = changed(tiny_config(tiny_model, tmp_path), schedule__generator=None, learner__lr=None)
+    model = tmp_path / "dated"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d') }}")
+    asked = changed(tiny_config(model, tmp_path), schedule__generator=None, learner__lr=None)
     resolved = prepare(asked).config
     for key, is_open in OPEN.items():
         section, _, name = key.partition(".")

@@ -12,9 +12,10 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from troupe.actors.generator.episodes import EpisodeLimits, Episodes
+from troupe.actors.generator.table import Table
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Observation, Prompt, RolloutGroup, ScoredGroup, TurnTaken
-from troupe.policy import CompletedTurn, OpenSession, RolloutEngine, TurnRequest, TurnSession, Weights
+from troupe.policy import CompletedTurn, OpenSession, RolloutEngine, Weights
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
@@ -23,7 +24,7 @@ from troupe.runtime.reporter import Reporter
 
 _ASKERS = count(1)
 _GATHERS_S = 0.002
-"""Answers that come at the same moment come one by one: they are waited for, so that their turns begin together."""
+"""Answers of one moment come one by one: they are waited for, so that their turns are decoded together."""
 
 
 class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,7 +35,7 @@ class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sessions: int = 1
     """Rounds that are under way at once, at most."""
     most_at_once: int | None = None
-    """Prompts whose episodes are under way at once in the free schedule, at most; None: the schedule is pinned."""
+    """Prompts whose turns are decoded together in the free schedule, at most; None: the schedule is pinned."""
 
 
 class _Decoded(NamedTuple):
@@ -45,62 +46,6 @@ class _Decoded(NamedTuple):
     """What the device did since the one before, and when."""
 
 
-class _Table:
-    """Episodes whose turns are decoded together, and what they share."""
-
-    def __init__(self, episodes: Sequence[Episodes] = ()) -> None:
-        self.episodes = list(episodes)
-        self.prompts: list[Prompt] = []
-        """Free schedule: those that are played."""
-        self.session: TurnSession | None = None
-        """Of the engine; there from the first turn on."""
-        self.is_left = False
-        """Whether nobody wants what is being decoded."""
-        self.over: deque[tuple[int, ...]] = deque()
-        """Rows that the session need not keep any more."""
-        self._news = anyio.Event()
-        self._decoding: dict[tuple[int, ...], Episodes] = {}
-
-    @property
-    def under_way(self) -> int:
-        """Turns that are being decoded."""
-        return len(self._decoding)
-
-    def requests(self) -> list[TurnRequest]:
-        """All that is ready, which is under way from then on."""
-        ready: list[TurnRequest] = []
-        for episodes in self.episodes:
-            found = episodes.requests()
-            self._decoding |= {request.row: episodes for request in found}
-            ready += found
-        return ready
-
-    def forget(self) -> None:
-        """Have the session let go of what has ended; for the device's thread."""
-        assert self.session is not None
-        self.session.forget([self.over.popleft() for _ in range(len(self.over))])
-
-    def add(self, turn: CompletedTurn) -> TurnTaken:
-        """A turn has ended; what is to be asked about it."""
-        return self._decoding.pop(turn.row).add(turn)
-
-    @property
-    def waiting(self) -> bool:
-        return any(each.waiting for each in self.episodes)
-
-    @property
-    def ready(self) -> bool:
-        return any(each.ready for each in self.episodes)
-
-    async def news(self) -> None:
-        """Wait until something was heard since the last call."""
-        await self._news.wait()
-        self._news = anyio.Event()
-
-    def tell(self) -> None:
-        self._news.set()
-
-
 class ActingGenerator(Actor):
     """Receives Prompt and Observation; sends TurnTaken, and RolloutGroup when a group's last episode has ended.
 
@@ -109,7 +54,8 @@ class ActingGenerator(Actor):
     an environment takes. Several rounds are under way, each with the version that its step is pinned to; their turns
     take the device one after the other, in the order in which they are ready, which changes no bit of any.
 
-    Free schedule: whatever is ready is decoded together, with the newest version at each token.
+    Free schedule: whatever is ready is decoded together, with the newest version at each token. All prompts that are
+    there have their episodes begun, so that some are decoded while others wait for their environments.
     """
 
     name = "generator"
@@ -142,11 +88,11 @@ class ActingGenerator(Actor):
         self._asker = next(_ASKERS)
         self._engine: RolloutEngine
         self._at_device = anyio.Lock()  # which gives turns in the order of asking
-        self._playing: dict[int, tuple[_Table, Episodes]] = {}
+        self._playing: dict[int, tuple[Table, Episodes]] = {}
         """Group → where it is played, until it is handed over."""
         self._waiting: deque[Prompt] = deque()
         """Free schedule: prompts whose episodes were not begun yet."""
-        self._free: _Table | None = None
+        self._free: Table | None = None
         self._served_by: OpenSession
 
     @property
@@ -166,7 +112,7 @@ class ActingGenerator(Actor):
         elif self._config.most_at_once is not None:
             self._waiting.append(message)
             if self._free is None:
-                self._free = _Table()
+                self._free = Table()
                 await self.tasks.start(self._play_free, self._free, self._config.most_at_once)
             self._free.tell()
         elif prompts := self._rounds.gather(message):
@@ -192,7 +138,7 @@ class ActingGenerator(Actor):
             self._rounds.finish(prompts)
 
     async def _play_round(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
-        table = _Table()
+        table = Table()
         await self._begin(prompts, table)
         with self.report.span("wait for policy", step=step, kind="wait"):
             await self._board.get(version)
@@ -205,10 +151,10 @@ class ActingGenerator(Actor):
                 await self._decode(table, step)
         await self._leave(table)
 
-    async def _play_free(self, table: _Table, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
+    async def _play_free(self, table: Table, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
         with self.inbox.kept_open():
             task_status.started()
-            while await self._turn_over(table, most_at_once):
+            while await self._turn_over(table):
                 if table.ready:
                     await self._decode_newest(table, most_at_once)
                 else:
@@ -217,13 +163,13 @@ class ActingGenerator(Actor):
             self._free = None
         await self._leave(table)
 
-    async def _turn_over(self, table: _Table, most_at_once: int) -> bool:
-        """Be done with prompts whose groups were handed over, and begin others → whether any are played."""
+    async def _turn_over(self, table: Table) -> bool:
+        """Be done with prompts whose groups were handed over, and begin those that came → whether any are played."""
         for prompt in [each for each in table.prompts if not self._is_played([each])]:
             table.prompts.remove(prompt)
             self._rounds.finish([prompt])
         table.episodes = [each for each in table.episodes if not each.ended]
-        while self._waiting and len(table.prompts) < most_at_once:
+        while self._waiting:
             prompt = self._waiting.popleft()
             if await self._rounds.left([prompt], as_one=False):
                 table.prompts.append(prompt)
@@ -232,14 +178,14 @@ class ActingGenerator(Actor):
                 self._rounds.finish([prompt])
         return bool(table.prompts)
 
-    async def _decode_newest(self, table: _Table, most_at_once: int) -> None:
+    async def _decode_newest(self, table: Table, most_at_once: int) -> None:
         """Decode what is ready, and what becomes so meanwhile, until nothing is under way."""
         version, weights = await self._board.newer_than(-1)
         self._engine.load(weights, version)
         if table.session is None:
             self._served_by = table.session = await self._device.run(self._engine.open_session, plain=True)
         session = self._served_by
-        session.join(table.requests())
+        session.join(table.requests(most_at_once))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._follow, version)
             tasks.start_soon(self._join_more, table, session, most_at_once)
@@ -249,7 +195,7 @@ class ActingGenerator(Actor):
             tasks.cancel_scope.cancel()
         self._engine.release()
 
-    def _served(self, table: _Table, session: OpenSession) -> Callable[[], Iterator[list[CompletedTurn]]]:
+    def _served(self, table: Table, session: OpenSession) -> Callable[[], Iterator[list[CompletedTurn]]]:
         """What decodes until nothing is under way. Of rows that have ended, some lie with the others until then."""
 
         def serve() -> Iterator[list[CompletedTurn]]:
@@ -262,12 +208,12 @@ class ActingGenerator(Actor):
 
         return serve
 
-    async def _join_more(self, table: _Table, session: OpenSession, most_at_once: int) -> None:
+    async def _join_more(self, table: Table, session: OpenSession, most_at_once: int) -> None:
         while True:
             await table.news()
-            await self._turn_over(table, most_at_once)
+            await self._turn_over(table)
             if table.under_way:  # else it is ending
-                session.join(table.requests())
+                session.join(table.requests(most_at_once))
 
     async def _follow(self, version: int) -> None:
         """Have every version that is newer used from the next token on."""
@@ -275,7 +221,7 @@ class ActingGenerator(Actor):
             version, weights = await self._board.newer_than(version)
             self._engine.load(weights, version)
 
-    async def _begin(self, prompts: Sequence[Prompt], table: _Table) -> None:
+    async def _begin(self, prompts: Sequence[Prompt], table: Table) -> None:
         """Have the environments of these begun."""
         config = self._config
         episodes = Episodes(prompts, config.limits, seed=config.seed, decode_text=self._decode_text)
@@ -290,7 +236,7 @@ class ActingGenerator(Actor):
     async def _ask(self, turn: TurnTaken) -> None:
         await self._turns.send(msgspec.structs.replace(turn, asker=self._asker))
 
-    async def _decode(self, table: _Table, step: int) -> None:
+    async def _decode(self, table: Table, step: int) -> None:
         """Decode what is ready at a table, together."""
         requests = table.requests()
 
@@ -306,7 +252,7 @@ class ActingGenerator(Actor):
 
     async def _read(
         self,
-        table: _Table,
+        table: Table,
         decoding: Iterator[_Decoded],
         step: int | None,
         at_rest: Callable[[], None] = lambda: None,
@@ -320,12 +266,13 @@ class ActingGenerator(Actor):
                     await self._ask(table.add(turn))
                 if not table.under_way:
                     at_rest()
+                table.tell()  # there may be room for others
 
-    def _abandon(self, table: _Table) -> None:
+    def _abandon(self, table: Table) -> None:
         table.is_left = True
         self._engine.abort()
 
-    def _timed(self, table: _Table, begin: Callable[[], Iterator[list[CompletedTurn]]]) -> Iterator[_Decoded]:
+    def _timed(self, table: Table, begin: Callable[[], Iterator[list[CompletedTurn]]]) -> Iterator[_Decoded]:
         """Turns as they end, and when the device worked for them; for its thread."""
         decoding = begin()
         if table.is_left:  # before it began, which has forgotten the abort
@@ -340,6 +287,6 @@ class ActingGenerator(Actor):
                 computed = []
             start_s = time.perf_counter()
 
-    async def _leave(self, table: _Table) -> None:
+    async def _leave(self, table: Table) -> None:
         if table.session is not None:
             await self._device.run(table.session.close, plain=True)

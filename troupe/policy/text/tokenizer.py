@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -73,6 +75,17 @@ class Tokenizer:
         vocabulary = read_vocabulary(folder)
         tokens = read_tokens(folder, config, vocabulary)
         return cls(vocabulary, tokens, load_chat_templates(folder, config, tokens.named))
+
+    def dated(self, day: date) -> Tokenizer:
+        """The same, but its chat templates take `day` for today."""
+        other = copy(self)
+        other._templates = {name: template.dated(day) for name, template in self._templates.items()}
+        return other
+
+    @property
+    def asks_for_today(self) -> bool:
+        """Whether a chat template writes today's date."""
+        return any(template.asks_for_today for template in self._templates.values())
 
     @property
     def vocab_size(self) -> int:

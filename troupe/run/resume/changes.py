@@ -44,6 +44,7 @@ RULES: dict[str, Rule] = {
     "data.max_prompt_tokens": "free",  # refuses longer prompts, changes none
     "data.chat": "by name",
     "data.chat_template_kwargs": "by name",
+    "data.chat_template_date": "by name",
     "generation.*": "by name",
     "rewards.functions": "by name",
     "rewards.run": "by name",

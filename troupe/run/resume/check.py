@@ -34,6 +34,7 @@ from troupe.run.resume.changes import (
 
 OPEN: dict[str, Any] = {
     "rewards.functions": (),
+    "data.chat_template_date": None,
     "generation.memory_limit_gb": None,
     "learner.lr": None,
     "learner.gradient_accumulation_steps": None,
