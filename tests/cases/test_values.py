@@ -20,14 +20,14 @@ import troupe
 from tests.cases.cases import copy_case, expected_of
 from tests.support.fakes import make_scored, tiny_config
 from tests.support.runs import call, done, refused
-from troupe.actors.learner.batch import (
+from troupe.actors.learner.gathering import is_usable
+from troupe.actors.learner.scores import (
     advantages_of,
     group_statistics,
     has_signal,
     spread_statistics,
     weighted_rewards,
 )
-from troupe.actors.learner.gathering import is_usable
 from troupe.checkpoint.read import read_unfinished
 from troupe.checkpoint.write import encode_unfinished
 from troupe.errors import RewardError

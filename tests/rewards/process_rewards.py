@@ -170,3 +170,14 @@ ITS_OWN.score = 1.0
 def wants_its_thread(completions: list[str]) -> list[float]:
     """What only the thread that has read this file may use."""
     return [float(ITS_OWN.score)] * len(completions)
+
+
+def moves(completions: list[list[dict[str, Any]]], environments: list[Any], environment_rewards: list[float]) -> Any:
+    """The moves that each environment tells of, and what it gave itself."""
+    return [env.moves + 10 * reward for env, reward in zip(environments, environment_rewards, strict=True)]
+
+
+def sets(environments: list[Any], **columns: Any) -> list[float]:
+    for environment in environments:
+        environment.moves = 0
+    return [0.0] * len(environments)

@@ -2,7 +2,7 @@
 
 from troupe.grpo.advantages import compute_advantages, reward_statistics, spread_within_groups
 from troupe.grpo.batch import Batch, make_batch, split
-from troupe.grpo.config import LearnerConfig, LossConfig
+from troupe.grpo.config import LearnerConfig, LossConfig, ScaleRewards
 from troupe.grpo.loss import (
     EntropyControl,
     Normalizer,
@@ -21,6 +21,7 @@ from troupe.grpo.optimizer import (
     update_bytes,
 )
 from troupe.grpo.step import StepResult, sync_reference, train_on_batch
+from troupe.grpo.turns import compared_part, discounted_returns, turn_advantages
 
 __all__ = [
     "Batch",
@@ -28,12 +29,15 @@ __all__ = [
     "LearnerConfig",
     "LossConfig",
     "Normalizer",
+    "ScaleRewards",
     "StepResult",
     "adamw_init",
     "adamw_update",
     "batch_normalizer",
     "clip_by_global_norm",
+    "compared_part",
     "compute_advantages",
+    "discounted_returns",
     "entropy_control",
     "entropy_from_logits",
     "grpo_loss",
@@ -46,5 +50,6 @@ __all__ = [
     "spread_within_groups",
     "sync_reference",
     "train_on_batch",
+    "turn_advantages",
     "update_bytes",
 ]

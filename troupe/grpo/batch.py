@@ -3,17 +3,24 @@
 Which positions are padding is known from the lengths of the rows, never guessed from the ids, so a completion may hold
 any id, the padding id included.
 
-Shapes: B rows (prompts × generations), P the longest prompt, T the longest completion.
+A *row* is a prompt with tokens behind it. A completion is one row, or several where an episode's history is told anew
+in the middle (`samples`); its tokens that were observed, not sampled, are masked.
+
+Shapes: B rows, P the longest prompt, T the longest completion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from troupe.policy.network.packing import distinct_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +32,10 @@ class Batch:
     completions: tuple[tuple[int, ...], ...]
     """(B,) ids of each completion."""
     completion_mask: mx.array
-    """(B, T) float32: 1 where a token of the completion stands, 0 on padding and in rows left out of the loss."""
+    """(B, T) float32: 1 where a sampled token of the completion stands, 0 on what was observed, on padding and in rows
+    left out of the loss."""
     advantages: mx.array
-    """(B,) float32."""
+    """(B,) float32, or (B, T) where they differ by token."""
     sampling_log_probs: mx.array
     """(B, T) float32, in nats, from the generator, under the temperature-scaled distribution that the learner
     differentiates; 0 on padding."""
@@ -41,6 +49,10 @@ class Batch:
     experts: tuple[tuple[bytes, bytes], ...] | None = None
     """(B,) the experts that the generator sent the tokens of each prompt and completion to, where they were recorded;
     see `troupe.policy.network.routes`."""
+    samples: tuple[int, ...] | None = None
+    """(B,) which completion each row is a part of; None: each is one by itself."""
+    shares: mx.array | None = None
+    """(B,) float32, which part of its completion's unmasked tokens each row has, see `with_shares`; None: all."""
     pass_number: int = 0
     """Which of the `num_iterations` passes over the batch this is, from 0; each draws dropout anew."""
 
@@ -72,6 +84,11 @@ class Batch:
         return len(self.prompts)
 
     @property
+    def num_samples(self) -> int:
+        """Completions of which there are rows."""
+        return self.num_rows if self.samples is None else len(set(self.samples))
+
+    @property
     def num_completion_tokens(self) -> int:
         """Sum of the completion lengths."""
         return sum(self.completion_lengths)
@@ -98,11 +115,13 @@ class Batch:
             prompts=tuple(self.prompts[i] for i in rows),
             completions=tuple(self.completions[i] for i in rows),
             completion_mask=self.completion_mask[chosen, :T],
-            advantages=self.advantages[chosen],
+            advantages=self.advantages[chosen] if self.advantages.ndim == 1 else self.advantages[chosen, :T],
             sampling_log_probs=self.sampling_log_probs[chosen, :T],
             truncated=tuple(self.truncated[i] for i in rows),
             keys=None if self.keys is None else tuple(self.keys[i] for i in rows),
             experts=None if self.experts is None else tuple(self.experts[i] for i in rows),
+            samples=None if self.samples is None else tuple(self.samples[i] for i in rows),
+            shares=None if self.shares is None else self.shares[chosen],
         )
 
     def with_tokens(self, kept: Sequence[Sequence[bool]]) -> Batch:
@@ -113,14 +132,25 @@ class Batch:
         if all(map(all, kept)):
             return self
         T = self.completion_mask.shape[1]
-        mask = mx.array([[float(keep) for keep in row] + [0.0] * (T - len(row)) for row in kept])
-        masked = replace(self, completion_mask=self.completion_mask * mask)
+        masked = replace(self, completion_mask=self.completion_mask * _as_rows(kept, T))
         return masked.select([i for i, row in enumerate(kept) if any(row) or not row])
 
     def without_truncated(self) -> Batch:
         """The same rows, with the mask 0 in the truncated ones (`mask_truncated_completions`)."""
         kept = mx.array([0.0 if cut else 1.0 for cut in self.truncated])
         return replace(self, completion_mask=self.completion_mask * kept[:, None])
+
+    def with_shares(self) -> Batch:
+        """The same rows with their `shares`, which stay what they are when rows are selected; as it is where each row
+        is a completion by itself."""
+        if self.samples is None:
+            return self
+        tokens: list[float] = mx.sum(self.completion_mask, axis=1).tolist()  # type: ignore[assignment]
+        totals: dict[int, float] = {}
+        for sample, count in zip(self.samples, tokens, strict=True):
+            totals[sample] = totals.get(sample, 0.0) + count
+        parts = [n / max(totals[sample], 1.0) for sample, n in zip(self.samples, tokens, strict=True)]
+        return replace(self, shares=mx.array(parts))
 
 
 def make_batch(
@@ -131,19 +161,23 @@ def make_batch(
     *,
     pad_id: int,
     truncated: Sequence[bool] | None = None,
+    sampled: Sequence[Sequence[bool]] | None = None,
+    samples: Sequence[int] | None = None,
 ) -> Batch:
     """Pads B prompts on the left and B completions on the right into one `Batch`.
 
-    `prompts[i]` (P_i,) with P_i ≥ 1, `completions[i]` and `sampling_log_probs[i]` (T_i,), `advantages` (B,). Rows keep
-    their order. `truncated` is all False where it is not given. Every array of the result is evaluated. Raises
-    `ValueError` where the lengths disagree.
+    `prompts[i]` (P_i,) with P_i ≥ 1, `completions[i]`, `sampling_log_probs[i]` and `sampled[i]` (T_i,), `advantages`
+    (B,) or (B, T), `samples` (B,). Rows keep their order. `truncated` is all False where it is not given, `sampled` all
+    True. Every array of the result is evaluated. Raises `ValueError` where the lengths disagree.
     """
     if not isinstance(advantages, mx.array):
         advantages = mx.array(list(advantages))
     advantages = advantages.astype(mx.float32)
-    _check_lengths(prompts, completions, sampling_log_probs, advantages, truncated)
+    _check_lengths(prompts, completions, sampling_log_probs, truncated, sampled, samples)
     completion_lengths = [len(ids) for ids in completions]
-    T = _width(completion_lengths)
+    B, T = len(prompts), _width(completion_lengths)
+    if advantages.shape not in ((B,), (B, T)):
+        raise ValueError(f"advantages has the shape {advantages.shape}, not ({B},) or {(B, T)}; give one for each row")
     batch = Batch(
         prompts=tuple(map(tuple, prompts)),
         completions=tuple(map(tuple, completions)),
@@ -154,7 +188,10 @@ def make_batch(
         ),
         truncated=tuple(truncated) if truncated is not None else (False,) * len(prompts),
         pad_id=pad_id,
+        samples=None if samples is None else tuple(samples),
     )
+    if sampled is not None:
+        batch = replace(batch, completion_mask=batch.completion_mask * _as_rows(sampled, T))
     mx.eval(batch.completion_mask, batch.advantages)
     return batch
 
@@ -174,6 +211,66 @@ def split(batch: Batch, n: int) -> list[Batch]:
     return [batch.rows(slice(start, stop)) for start, stop in pairwise(edges)]
 
 
+def micro_batches(batch: Batch, n: int, max_completion_length: int | None = None) -> list[Batch]:
+    """Cuts a batch into micro-batches of neighbouring rows: n, as `split` does, where each completion is one row.
+
+    Where completions are several rows, into so many that none has more rows than n micro-batches of one row a
+    completion would have, nor takes more places than those may, at `max_completion_length`.
+    """
+    if batch.samples is None:
+        return split(batch, n)
+    firsts = [batch.samples.index(sample) for sample in dict.fromkeys(batch.samples)]
+    S = len(firsts)
+    most = -(-S // max(1, min(n, S)))
+    room = math.inf
+    if max_completion_length is not None:
+        distinct, _ = distinct_prompts([batch.prompts[i] for i in firsts])
+        room = most * max_completion_length + -(-len(distinct) * most // S) * max(map(len, distinct))
+    edges, sizes = [0], _Places()
+    for row in range(batch.num_rows):
+        grown = sizes.with_row(batch.prompts[row], batch.completions[row])
+        if row > edges[-1] and (row - edges[-1] == most or grown.places > room):
+            edges.append(row)
+            grown = _Places().with_row(batch.prompts[row], batch.completions[row])
+        sizes = grown
+    return [batch.rows(slice(start, stop)) for start, stop in pairwise([*edges, batch.num_rows])]
+
+
+class _Places(NamedTuple):
+    """The rectangles that the rows of a micro-batch are laid out in: prompts, and as many completions of each as any
+    has."""
+
+    prompts: int = 0
+    longest_prompt: int = 0
+    of_last: int = 0
+    """Completions of the last prompt."""
+    each: int = 0
+    """Most completions of a prompt."""
+    longest: int = 0
+    last: Sequence[int] = ()
+
+    @property
+    def places(self) -> int:
+        return self.prompts * (self.longest_prompt + self.each * self.longest)
+
+    def with_row(self, prompt: Sequence[int], completion: Sequence[int]) -> _Places:
+        is_new = not self.prompts or tuple(prompt) != tuple(self.last)
+        of_last = 1 if is_new else self.of_last + 1
+        return _Places(
+            prompts=self.prompts + is_new,
+            longest_prompt=max(self.longest_prompt, len(prompt)),
+            of_last=of_last,
+            each=max(self.each, of_last),
+            longest=max(self.longest, len(completion)),
+            last=prompt,
+        )
+
+
+def _as_rows(kept: Sequence[Sequence[bool]], T: int) -> mx.array:
+    """(B, T) float32, 0 on padding."""
+    return mx.array([[float(keep) for keep in row] + [0.0] * (T - len(row)) for row in kept])
+
+
 def _width(lengths: Sequence[int]) -> int:
     """Columns for completions of these lengths: at least one, since kernels dislike empty axes."""
     return max(1, max(lengths))
@@ -183,25 +280,28 @@ def _check_lengths(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     sampling_log_probs: Sequence[Sequence[float]],
-    advantages: mx.array,
     truncated: Sequence[bool] | None,
+    sampled: Sequence[Sequence[bool]] | None,
+    samples: Sequence[int] | None,
 ) -> None:
     B = len(prompts)
     if B == 0:
         raise ValueError("a batch of 0 rows; give at least one prompt with its completion")
-    counts = {"completions": len(completions), "sampling_log_probs": len(sampling_log_probs)}
-    if truncated is not None:
-        counts["truncated"] = len(truncated)
-    for name, count in counts.items():
-        if count != B:
-            raise ValueError(f"{name} has {count} rows, prompts has {B}; give one for each prompt")
-    if advantages.shape != (B,):
-        raise ValueError(f"advantages has the shape {advantages.shape}, not ({B},); give one for each prompt")
+    columns: Mapping[str, Sequence[Any] | None] = {"completions": completions, "sampling_log_probs": sampling_log_probs}
+    columns = {**columns, "truncated": truncated, "sampled": sampled, "samples": samples}
+    for name, column in columns.items():
+        if column is not None and len(column) != B:
+            raise ValueError(f"{name} has {len(column)} rows, prompts has {B}; give one for each prompt")
     for i in range(B):
         if not prompts[i]:
             raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token")
-        if len(completions[i]) != len(sampling_log_probs[i]):
-            raise ValueError(
-                f"sampling_log_probs[{i}] has {len(sampling_log_probs[i])} values for the {len(completions[i])} "
-                f"tokens of completions[{i}]; give one for each token"
-            )
+        by_token: Mapping[str, Sequence[Any] | None] = {
+            "sampling_log_probs": sampling_log_probs[i],
+            "sampled": None if sampled is None else sampled[i],
+        }
+        for name, values in by_token.items():
+            if values is not None and len(values) != len(completions[i]):
+                raise ValueError(
+                    f"{name}[{i}] has {len(values)} values for the {len(completions[i])} tokens of completions[{i}]; "
+                    "give one for each token"
+                )

@@ -11,6 +11,7 @@ ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Scheduler = Literal["linear", "constant", "cosine"]
 Replay = Literal["off", "measure", "on"]
+TurnAdvantages = Literal["off", "gigpo"]
 
 NonNegative = Annotated[float, msgspec.Meta(ge=0.0)]
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
@@ -108,6 +109,11 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """What advantages are divided by: the standard deviation of the group, of the batch, or nothing."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """How several reward functions become one advantage; see `advantages.compute_advantages`."""
+    turn_advantages: TurnAdvantages = "off"
+    """Whether turns of episodes have advantages of their own, added to the episode's: "gigpo" compares those that begin
+    in the same state (arXiv 2505.10978), which an environment names by `state_id`; see `troupe.grpo.turns`."""
+    turn_advantage_weight: NonNegative = 1.0
+    """ω, what a turn's advantage counts beside its episode's."""
     mask_truncated_completions: bool = False
     """Leave completions that the length limit cut out of the loss."""
     dynamic_sampling: bool = False

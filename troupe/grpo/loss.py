@@ -54,7 +54,8 @@ def batch_normalizer(
     entropy_tokens: Scale | None = None,
     max_completion_length: int | None = None,
 ) -> Normalizer:
-    """The normalizer of a batch of so many rows and unmasked tokens.
+    """The normalizer of a batch of so many rows (where completions are several rows: of so many completions) and
+    unmasked tokens.
 
     `entropy_tokens`: those of them that `top_entropy_quantile` leaves, needed for the micro-batches of an entropy
     bonus where that is below 1. `max_completion_length` is the length limit of generation, needed for "dr_grpo"
@@ -134,8 +135,9 @@ def loss_and_tallies(
     entropy_coef: Scale | None = None,
     normalizer: Normalizer | None = None,
     max_completion_length: int | None = None,
+    shares: mx.array | None = None,
 ) -> tuple[mx.array, Tallies]:
-    """As `grpo_loss`, with tallies for metrics, which add up over micro-batches."""
+    """As `grpo_loss`, with tallies for metrics, which add up over micro-batches; `shares` (B,) as `Batch.shares`."""
     _check(per_token_logps, advantages, completion_mask, config, ref_per_token_logps, entropies)
     objective = OBJECTIVES[config.loss_type]
     new = per_token_logps.astype(mx.float32)
@@ -160,11 +162,11 @@ def loss_and_tallies(
         normalizer = batch_normalizer(
             config, rows=mask.shape[0], tokens=mx.sum(mask), max_completion_length=max_completion_length
         )
-    loss = mx.sum(objective.reduce(token_loss, mask))
+    loss = mx.sum(objective.reduced(token_loss, mask, shares))
     if ref_per_token_logps is not None and config.beta != 0.0:
         kl = reference_kl(new, ref_per_token_logps, mask)
         kl = kl * ratio if config.use_bias_correction_kl and objective.kl_has_ratio else kl
-        loss = loss + config.beta * mx.sum(objective.reduce(kl, mask))
+        loss = loss + config.beta * mx.sum(objective.reduced(kl, mask, shares))
         tallies["kl"] = tally(kl, mask)
     loss = loss / normalizer.policy
     if entropies is not None:

@@ -298,6 +298,12 @@ class Objective(NamedTuple):
     kl_has_ratio: bool = True
     """`use_bias_correction_kl` applies."""
 
+    def reduced(self, loss: mx.array, mask: mx.array, shares: mx.array | None) -> mx.array:
+        """`reduce`. Where a completion is several rows, each of the `shares` (B,) of its tokens, it weighs as one row
+        of all these tokens would; (B, 1)."""
+        values = self.reduce(loss, mask)
+        return values if shares is None or self.reduce is masked_sum else values * shares[:, None]
+
 
 OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(clipped, row_means, by_rows),

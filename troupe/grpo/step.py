@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from troupe.grpo.batch import Batch, split
+from troupe.grpo.batch import Batch, micro_batches
 from troupe.grpo.config import LearnerConfig
 from troupe.grpo.log_probs import DifferentiatedByMlx, PolicyLogProbs
 from troupe.grpo.loss import (
@@ -180,7 +180,7 @@ class BatchGradient:
         self._streams = streams
         self._rows = batch.num_rows
         self._micros: list[_MicroBatch] = []
-        parts = split(batch, config.gradient_accumulation_steps or 1)
+        parts = micro_batches(batch.with_shares(), config.gradient_accumulation_steps or 1, max_completion_length)
         keeps_old = config.num_iterations > 1 or log_probs.has_dropout
         some_entropies = config.top_entropy_quantile < 1.0
         entropies = []
@@ -203,7 +203,7 @@ class BatchGradient:
             entropy_tokens = mx.sum(high_entropy_mask(flat, masks, self._entropy_threshold))
         self._normalizer = batch_normalizer(
             config,
-            rows=batch.num_rows,
+            rows=batch.num_samples,
             tokens=mx.sum(batch.completion_mask),
             entropy_tokens=entropy_tokens,
             max_completion_length=max_completion_length,
@@ -281,6 +281,7 @@ class BatchGradient:
             entropy_threshold=self._entropy_threshold,
             entropy_coef=entropy_coef,
             normalizer=self._normalizer,
+            shares=batch.shares,
         )
         if routes is None:
             return loss, tallies | sampling

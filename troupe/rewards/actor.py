@@ -12,9 +12,10 @@ class RewardSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One completion to be scored."""
 
     prompt: PromptText
-    """As the dataset has it."""
+    """As the dataset has it, with what an environment added."""
     completion: str | list[ChatMessage]
-    """The text, or a list with one assistant message where the prompt is a conversation."""
+    """The text, or a list of messages where the prompt is a conversation: one of the assistant, or of an episode all
+    that followed upon the prompt."""
     completion_ids: tuple[int, ...]
     """(T,) token ids; empty where the caller has none."""
     columns: dict[str, Any]
@@ -23,6 +24,8 @@ class RewardSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Number of the group; None outside a run."""
     index: int
     """Place of the sample in its group, from 0."""
+    environment: Any = None
+    """Where it acted in one, its environment, or what is known of it (`EnvironmentView`)."""
 
 
 class RewardActor(ABC):

@@ -1,4 +1,4 @@
-"""The built-in rewards, in TRL's signature. Completions are texts, or message lists whose last content counts.
+"""The built-in rewards, in TRL's signature. Completions are texts, or message lists whose last answer counts.
 
 `think_format_reward`, `get_repetition_penalty_reward` and `get_soft_overlong_punishment` are those that TRL 1.16 has
 under these names, with the same scores.
@@ -21,10 +21,14 @@ Words: TypeAlias = tuple[str, ...]
 
 
 def completion_text(completion: Completion) -> str:
-    """The text itself, or the content of the last message ("" where it has none)."""
+    """The text itself, or the content of the last message of the assistant, or else of anybody ("" where it has none).
+
+    What an environment or a tool has said last is no answer.
+    """
     if isinstance(completion, str):
         return completion
-    return str(completion[-1].get("content") or "") if completion else ""
+    own = [message for message in completion if message.get("role") == "assistant"] or completion
+    return str(own[-1].get("content") or "") if own else ""
 
 
 def length_reward(completions: Sequence[Completion], target_length: int = 200, **columns: Any) -> list[float | None]:

@@ -1,8 +1,9 @@
 """TRL's calling convention for reward functions: which arguments go in, what may come out, on which thread.
 
 A function is called with the keyword arguments `prompts`, `completions`, `completion_ids`, `completion_starts`,
-`trainer_state`, `log_extra`, `log_metric` and every dataset column, each column a list of length G; it gets those that
-its signature names, or all with `**kwargs`. It returns one number or None a completion.
+`trainer_state`, `log_extra`, `log_metric` and every dataset column, each column a list of length G; where there are
+environments also with `environments` and `environment_rewards`. It gets those that its signature names, or all with
+`**kwargs`. It returns one number or None a completion.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ PROVIDED = frozenset(
     {"prompts", "completions", "completion_ids", "completion_starts", "trainer_state", "log_extra", "log_metric"}
 )
 """Arguments that every run provides, beside the dataset's columns."""
+
+OF_ENVIRONMENTS = frozenset({"environments", "environment_rewards"})
+"""Arguments that a run with environments provides."""
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -169,7 +173,12 @@ def check_available(function: RewardFunction, signature: Signature, available: S
     """RewardError where a required argument is not among those available."""
     missing = sorted(name for name, required in signature.names.items() if required and name not in available)
     if missing:
-        has = ", ".join(sorted(available - PROVIDED)) or "none"
+        if not OF_ENVIRONMENTS.isdisjoint(missing):
+            raise RewardError(
+                f"{reward_place(function)}reward {reward_name(function)} is about environments, and there are none; "
+                "name one by environment.factory, or leave the reward out"
+            )
+        has = ", ".join(sorted(available - PROVIDED - OF_ENVIRONMENTS)) or "none"
         remedy = "name it by data.answer_column" if missing == ["answer"] else "give the argument a default"
         raise RewardError(
             f"{reward_place(function)}reward {reward_name(function)} requires {', '.join(missing)}, "
@@ -187,7 +196,8 @@ def accepted_arguments(
     """
     signature = Signature.of(function) if signature is None else signature
     check_available(function, signature, arguments.keys())
-    return {name: own_copy(value) for name, value in signature.taken_of(arguments).items()}
+    taken = signature.taken_of(arguments)
+    return {name: list(value) if name == "environments" else own_copy(value) for name, value in taken.items()}
 
 
 def own_copy(value: Any) -> Any:

@@ -76,7 +76,8 @@ class Rounds:
 
     async def _call(self, gathered: _Gathered) -> None:
         groups = sorted(gathered.groups.items(), key=lambda group: _slot(group[1]))
-        outcome = await self._runner.score(joined([batch for _, batch in groups]))
+        whole = joined([batch for _, batch in groups])
+        outcome = await self._runner.score(whole) if whole.size else Outcome.of_nothing()
         parts = outcome.split([batch.size for _, batch in groups])
         gathered.outcomes.update(zip((gid for gid, _ in groups), parts, strict=True))
 
@@ -151,6 +152,8 @@ class NamedReward:
 
     async def score(self, batch: Batch, report: Reporter) -> Outcome:
         """A group, in a call of its own or with the others of its round; `report` gets a span."""
+        if not batch.size and (self.scope != "batch" or batch.round is None):
+            return Outcome.of_nothing()
         step = None if batch.slot is None else batch.slot.step
         with report.span(f"score {self.name}", step=step, gid=batch.gid):
             while True:

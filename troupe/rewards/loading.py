@@ -26,6 +26,7 @@ from troupe.rewards.builtin import (
     think_format_reward,
 )
 from troupe.rewards.convention import Reward, RewardFunction, check_signature
+from troupe.rewards.episodes import environment_reward
 from troupe.rewards.faults import described
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
 from troupe.rewards.watching import Watch, loading_watch, remember
@@ -39,6 +40,7 @@ BUILTIN: dict[str, RewardFunction] = {
     "exact_answer": exact_answer_reward,
     "think_format": think_format_reward,
     "repetition_penalty": get_repetition_penalty_reward(),
+    "environment": environment_reward,
 }
 """Name → reward."""
 
@@ -116,12 +118,15 @@ def is_code(spec: str) -> bool:
     return bool(colon) and kind not in _KINDS
 
 
-def default_reward(columns: Set[str], source: str) -> str:
-    """Name of the reward for rows with such columns where none is named.
+def default_reward(columns: Set[str], source: str, *, environment_rewards: bool = False) -> str:
+    """Name of the reward for rows with such columns where none is named. `environment_rewards`: whether there are
+    environments that give rewards.
 
     Raises:
         RewardError: where nothing in them says what is right.
     """
+    if environment_rewards:
+        return "environment"
     if "reasoning_gym" in columns:
         return "reasoning_gym"
     if "answer" in columns:
@@ -162,7 +167,7 @@ def _with_numbers(
 
 _FORMS = (
     "give length, diversity, exact_answer, think_format, format:REGEX, repetition_penalty[:N:PENALTY], "
-    "soft_overlong:LONGEST:CACHE, math_verify[:COLUMN], reasoning_gym, FILE.py:NAME or MODULE:NAME"
+    "soft_overlong:LONGEST:CACHE, math_verify[:COLUMN], reasoning_gym, environment, FILE.py:NAME or MODULE:NAME"
 )
 
 

@@ -22,11 +22,12 @@ from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.calling import Caller
-from troupe.rewards.convention import Reward
+from troupe.rewards.convention import OF_ENVIRONMENTS, Reward
+from troupe.rewards.episodes import environments_of
 from troupe.rewards.exchange import NamedReward, RewardVersion
 from troupe.rewards.faults import in_short
 from troupe.rewards.loading import load_reward
-from troupe.rewards.outcomes import Batch, GroupScores, Outcome, RewardEvents, incident_of, joined, round_of
+from troupe.rewards.outcomes import Batch, GroupScores, Outcome, RewardEvents, Wait, incident_of, joined, round_of
 from troupe.rewards.processes.runner import ProcessRunner, process_spec
 from troupe.rewards.runners import ActorRunner, FunctionRunner, Runner
 from troupe.rewards.settings import RewardsConfig, checked_run, checked_weights, own_config, unique_names
@@ -34,17 +35,6 @@ from troupe.rewards.watching import begins, ends
 from troupe.runtime.isolation import THREADS
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import together
-
-
-class Wait(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls of a reward are under way, and the newest tries have all failed."""
-
-    why: str
-    """The newest fault, in a few words."""
-    tries: int
-    """That have failed in a row."""
-    for_s: float
-    """Seconds since the first of them failed."""
 
 
 class RewardManager:
@@ -56,18 +46,21 @@ class RewardManager:
         weights: Sequence[float] | None = None,
         config: RewardsConfig | None = None,
         *,
+        environments: Callable[[int], Sequence[Any] | None] | None = None,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
         look_s: float = 60.0,
     ) -> None:
         """A text is loaded by `load_reward`. `weights` default to the config's, those to each reward's attribute
-        `weight`, that to 1. `sleep` and `jitter` pace the retries. `look_s`: that the code of a reward may take to load
-        before it is said that it cannot be exchanged for another.
+        `weight`, that to 1. `environments`: gid → the (G,) environments of a group, None for those that are not here;
+        to be given where there are any. `sleep` and `jitter` pace the retries. `look_s`: that the code of a reward may
+        take to load before it is said that it cannot be exchanged for another.
 
         Raises:
             RewardError: no reward, one that cannot be called as a reward, or weights of another length.
         """
         self._config = RewardsConfig() if config is None else config
+        self._environments = environments
         self._sleep, self._jitter, self._look_s = sleep, jitter, look_s
         given = (
             [reward_funcs] if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) else reward_funcs
@@ -155,8 +148,9 @@ class RewardManager:
         Raises:
             RewardError: naming reward and columns.
         """
+        provided = frozenset() if self._environments is None else OF_ENVIRONMENTS
         for reward in self._named.values():
-            reward.check_columns(frozenset(columns))
+            reward.check_columns(provided | columns)
 
     async def start(self) -> None:
         """Start every reward, in order. One that cannot start ends what had started.
@@ -261,7 +255,8 @@ class RewardManager:
     def score_group(
         self, group: RolloutGroup, trainer_state: Any = None, report: Reporter | None = None
     ) -> Coroutine[Any, Any, GroupScores]:
-        """Score a group of a run as TRL would: a conversation's completions are lists of one assistant message.
+        """Score a group of a run as TRL would: a conversation's completions are lists of messages. Completions whose
+        episodes have failed are not scored; all their scores are missing.
 
         Calls of a reward that is down wait. A reward of scope "batch" is called when all groups of the round are here,
         so they must be scored at the same time, and `settled` be called for each afterwards. `report` gets a span of
@@ -271,7 +266,7 @@ class RewardManager:
             RewardError: for a reward that breaks the convention, or one that has not worked once and whose code is at
                 fault when it would be taken to be down.
         """
-        return self._score(Batch.of(group, trainer_state, in_run=True), report or Reporter("scorer"))
+        return self._score(self._batch(group, trainer_state, in_run=True), report or Reporter("scorer"))
 
     async def score_groups(
         self,
@@ -286,7 +281,7 @@ class RewardManager:
         Raises:
             RewardError: for a reward that breaks the convention.
         """
-        batches = [Batch.of(group, trainer_state, in_run=False) for group in groups]
+        batches = [self._batch(group, trainer_state, in_run=False) for group in groups]
         outcomes: dict[str, list[Outcome | None]] = {name: [None] * len(batches) for name in self.names}
         silent = Reporter("scorer")
 
@@ -304,7 +299,7 @@ class RewardManager:
             else:
                 calls += [partial(score, name, each, slice(place, place + 1)) for place, each in enumerate(batches)]
         await together(calls)
-        return [self._combined(batch.gid, parts) for batch, *parts in zip(batches, *outcomes.values(), strict=True)]
+        return [self._combined(batch, parts) for batch, *parts in zip(batches, *outcomes.values(), strict=True)]
 
     def settled(self, group: RolloutGroup) -> None:
         """The group was sent on with its scores and will not be scored again."""
@@ -313,20 +308,27 @@ class RewardManager:
             for version in self._versions():
                 version.settled(key, group.prompt.gid)
 
+    def _batch(self, group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
+        environments = None
+        if self._environments is not None and group.episodes:
+            environments = environments_of(group, self._environments(group.prompt.gid))
+        return Batch.of(group, trainer_state, in_run=in_run, environments=environments)
+
     async def _score(self, batch: Batch, report: Reporter) -> GroupScores:
         first, *others = self._named.values()
         if not others:  # a task group costs as much as all the rest
-            return self._combined(batch.gid, [await first.score(batch, report)])
+            return self._combined(batch, [await first.score(batch, report)])
         outcomes: dict[str, Outcome] = {}
 
         async def score(reward: NamedReward) -> None:
             outcomes[reward.name] = await reward.score(batch, report)
 
         await together([partial(score, reward) for reward in (first, *others)])
-        return self._combined(batch.gid, [outcomes[name] for name in self.names])
+        return self._combined(batch, [outcomes[name] for name in self.names])
 
-    def _combined(self, gid: int | None, outcomes: Sequence[Outcome]) -> GroupScores:
-        return GroupScores.combined(dict(zip(self.names, outcomes, strict=True)), self.weights, gid)
+    def _combined(self, batch: Batch, outcomes: Sequence[Outcome]) -> GroupScores:
+        of_all = [outcome.of_group(batch) for outcome in outcomes]
+        return GroupScores.combined(dict(zip(self.names, of_all, strict=True)), self.weights, batch.gid)
 
     def _runner(self, name: str, in_process: bool, reward: Reward, spec: str | None) -> Runner:
         """What runs a reward that a text may name."""

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from troupe.messages import Incident, RolloutGroup, Slot
+from troupe.rewards.episodes import EnvironmentView, messages_of, prompt_of, view_of
 from troupe.rewards.extras import RewardLog
 from troupe.rewards.faults import Fault
 from troupe.rewards.settings import RewardsConfig
@@ -44,6 +45,12 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Of the group, where it is scored in a run."""
     patient: bool = False
     """Whether calls wait while the reward is down, instead of failing."""
+    places: tuple[int, ...] | None = None
+    """Which completions of a group these are; None: all. Those whose episodes have failed are not scored."""
+    group_size: int | None = None
+    """G, where these are not all."""
+    views: tuple[EnvironmentView, ...] = ()
+    """Where there are environments: what is known of each that is plain data."""
 
     @property
     def size(self) -> int:
@@ -56,12 +63,17 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         return {"trainer_state": None, **self.columns, **self.arguments}
 
     @classmethod
-    def of(cls, group: RolloutGroup, trainer_state: Any, *, in_run: bool) -> Batch:
-        """A group; in a run, it is scored with the others of its round where the reward compares them, and waits."""
+    def of(
+        cls, group: RolloutGroup, trainer_state: Any, *, in_run: bool, environments: Sequence[Any] | None = None
+    ) -> Batch:
+        """A group; in a run, it is scored with the others of its round where the reward compares them, and waits.
+
+        `environments` (G,): where the group acted in some.
+        """
         prompt, size = group.prompt, len(group.rollouts)
         texts = [rollout.text for rollout in group.rollouts]
         is_chat = not isinstance(prompt.prompt, str)
-        return cls(
+        whole = cls(
             arguments={
                 "prompts": [prompt.prompt] * size,
                 "completions": [[{"role": "assistant", "content": t}] for t in texts] if is_chat else texts,
@@ -75,14 +87,44 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
             round=round_of(group) if in_run else None,
             patient=in_run,
         )
+        return whole._with_episodes(group, environments) if group.episodes else whole
+
+    def _with_episodes(self, group: RolloutGroup, environments: Sequence[Any] | None) -> Batch:
+        """The same group as what was said in its episodes, as far as they are whole."""
+        episodes = group.episodes
+        arguments = self.arguments | {"prompts": [prompt_of(episode, group.prompt.prompt) for episode in episodes]}
+        if not isinstance(group.prompt.prompt, str):
+            arguments["completions"] = list(map(messages_of, episodes))
+        if environments is not None:
+            arguments["environments"] = list(environments)
+            arguments["environment_rewards"] = [episode.reward for episode in episodes]
+        views = () if environments is None else tuple(map(view_of, episodes))
+        whole = msgspec.structs.replace(self, arguments=arguments, views=views)
+        if not any(episode.failed for episode in episodes):
+            return whole
+        kept = whole.only([place for place, episode in enumerate(episodes) if not episode.failed])
+        return msgspec.structs.replace(kept, group_size=len(episodes))
 
     def part(self, index: int) -> Batch:
         """One sample by itself."""
-        cut = slice(index, index + 1)
-        arguments = {k: v[cut] if isinstance(v, list) else v for k, v in self.arguments.items()}
+        return self.only([index])
+
+    def only(self, indices: Sequence[int]) -> Batch:
+        """Some of the samples."""
         return msgspec.structs.replace(
-            self, arguments=arguments, columns={name: values[cut] for name, values in self.columns.items()}
+            self,
+            arguments={
+                name: [values[i] for i in indices] if isinstance(values, list) else values
+                for name, values in self.arguments.items()
+            },
+            columns={name: [values[i] for i in indices] for name, values in self.columns.items()},
+            places=tuple(self.place(i) for i in indices),
+            views=tuple(self.views[i] for i in indices) if self.views else (),
         )
+
+    def place(self, index: int) -> int:
+        """Of a sample in its group."""
+        return index if self.places is None else self.places[index]
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -97,6 +139,7 @@ def joined(batches: list[Batch]) -> Batch:
             name: [item for batch in batches for item in batch.columns.get(name, [None] * batch.size)] for name in names
         },
         patient=batches[0].patient,
+        views=tuple(view for batch in batches for view in batch.views),
     )
 
 
@@ -109,6 +152,27 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     log: RewardLog
     faulted: frozenset[int] = frozenset()
     """Completions whose score is missing through a fault, and not because the reward says None."""
+
+    @classmethod
+    def of_nothing(cls) -> Outcome:
+        """Of no completions."""
+        return cls(scores=[], faults=[], log=RewardLog(0))
+
+    def of_group(self, batch: Batch) -> Outcome:
+        """The same of the whole group of which the batch was scored: what is missing of the others is so through a
+        fault, that of their episodes."""
+        places, size = batch.places, batch.group_size
+        if places is None or size is None:
+            return self
+        scores: list[float | None] = [None] * size
+        extra: dict[str, list[Any]] = {column: [None] * size for column in self.log.extra}
+        for index, place in enumerate(places):
+            scores[place] = self.scores[index]
+            for column, values in self.log.extra.items():
+                extra[column][place] = values[index]
+        log = RewardLog(size, {column: tuple(values) for column, values in extra.items()}, self.log.logged)
+        faulted = frozenset(places[index] for index in self.faulted) | frozenset(range(size)) - frozenset(places)
+        return Outcome(scores=scores, faults=self.faults, log=log, faulted=faulted)
 
     def split(self, sizes: list[int]) -> list[Outcome]:
         """The outcomes of the batches that were joined. Each has the whole batch's metrics, the first one its faults,
@@ -200,6 +264,17 @@ def finite(
 def incident_of(name: str, fault: Fault, gid: int | None) -> Incident:
     """A reward's fault at a group."""
     return Incident(actor="scorer", kind=fault.kind, message=f"reward {name}: {fault.message}", gid=gid)
+
+
+class Wait(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls of a reward are under way, and the newest tries have all failed."""
+
+    why: str
+    """The newest fault, in a few words."""
+    tries: int
+    """That have failed in a row."""
+    for_s: float
+    """Seconds since the first of them failed."""
 
 
 class RewardEvents:

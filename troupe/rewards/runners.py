@@ -292,5 +292,6 @@ def _sample(batch: Batch, index: int) -> RewardSample:
         completion_ids=tuple(arguments["completion_ids"][index]) if "completion_ids" in arguments else (),
         columns={name: own_copy(values[index]) for name, values in batch.columns.items()},
         gid=batch.gid,
-        index=index,
+        index=batch.place(index),
+        environment=arguments["environments"][index] if "environments" in arguments else None,
     )

@@ -14,8 +14,9 @@ import pytest
 from tests.support.fakes import Reports, device_thread, ended, make_scored, same_bits, send_all, taken
 from tests.support.tiny import CONFIG
 from troupe.actors.learner.actor import Learner, LearnerOutputs
-from troupe.actors.learner.batch import CompletionLogProbs, StepMeter, assemble
+from troupe.actors.learner.batch import CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gathering_for
+from troupe.actors.learner.measures import StepMeter
 from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
 from troupe.actors.ledgers import OpenGroups
 from troupe.actors.schedule import OnStale, ScheduleConfig

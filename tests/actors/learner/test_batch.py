@@ -16,19 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fakes import make_prompt, make_rollout
-from troupe.actors.learner.batch import (
-    CompletionLogProbs,
+from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
+from troupe.actors.learner.gathering import is_usable
+from troupe.actors.learner.measures import num_tokens
+from troupe.actors.learner.rollouts import is_truncated
+from troupe.actors.learner.scores import (
     advantage_statistics,
     advantages_of,
-    as_rollouts,
-    assemble,
     group_statistics,
     has_signal,
-    num_tokens,
     score_table,
 )
-from troupe.actors.learner.gathering import is_usable
-from troupe.actors.learner.rollouts import is_truncated
 from troupe.grpo import Batch, LearnerConfig, adamw_init, make_batch, train_on_batch
 from troupe.messages import FinishReason, Rollout, RolloutGroup, ScoredGroup
 from troupe.policy import CompletedGroup, Completion, Weights, load_policy

@@ -7,11 +7,17 @@ from tests.support.tiny import small_network
 from troupe.policy import AdapterConfig, TokenStatistics, completion_gradients, random_policy
 from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import init_adapter, resolve_adapter
-from troupe.policy.network.dropout import Dropout, RowKeys, row_keys, token_keys
+from troupe.policy.network.dropout import Dropout, RowKeys, completion_key, prompt_key, token_keys
 
 CONFIG = small_network(tie_word_embeddings=True)
 PROMPTS = [[1, 2, 3], [1, 2, 3], [7, 8], [7, 8]]
 COMPLETIONS = [[4, 5, 6, 7], [9, 8], [3, 2, 1, 0, 5], [6]]
+
+
+def row_keys(gid: int, samples: int, prompt: list[int], step: int) -> list[tuple[int, int]]:
+    return [(prompt_key(prompt, step), completion_key(gid, sample)) for sample in range(samples)]
+
+
 KEYS = [*row_keys(11, 2, PROMPTS[0], 5), *row_keys(12, 2, PROMPTS[2], 5)]
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 import anyio
 import msgspec
 
-from troupe.actors.learner.batch import (
+from troupe.actors.learner.gathering import Gathering, StepGroups, gid_of, slot_of
+from troupe.actors.learner.measures import (
     StepMeter,
     end_statistics,
     num_tokens,
     sampled_tokens,
     staleness_statistics,
-    weighted_rewards,
 )
-from troupe.actors.learner.gathering import Gathering, StepGroups, gid_of, slot_of
+from troupe.actors.learner.scores import weighted_rewards
 from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
 from troupe.errors import RunError
 from troupe.messages import (

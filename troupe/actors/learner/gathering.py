@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from troupe.actors.learner.rollouts import num_sampled, sampled_versions
 from troupe.actors.schedule import OnStale, ScheduleConfig
 from troupe.messages import ClosedState, Past, Replace, ScoredGroup, Slot, Unfinished
 
@@ -253,7 +254,7 @@ class FreeGathering(Gathering):
         if is_without_signal:
             return "filtered"
         stale = stale_tokens(group, version - self._max_staleness)
-        is_lost = self._on_stale != "correct" and 0 < stale == sum(len(r.token_ids) for r in group.group.rollouts)
+        is_lost = self._on_stale != "correct" and 0 < stale == sum(map(num_sampled, group.group.rollouts))
         return "stale" if is_lost else "trained"
 
     def _is_sent_back(self, group: ScoredGroup, past: Past, version: int) -> bool:
@@ -273,7 +274,7 @@ def is_usable(group: ScoredGroup, min_scored: int) -> bool:
 
 def stale_tokens(group: ScoredGroup, oldest: int) -> int:
     """How many tokens of a group were sampled from a version before `oldest`."""
-    return sum(version < oldest for rollout in group.group.rollouts for version in rollout.versions)
+    return sum(version < oldest for rollout in group.group.rollouts for version in sampled_versions(rollout))
 
 
 def slot_of(group: ScoredGroup) -> Slot:

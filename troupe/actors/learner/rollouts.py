@@ -15,6 +15,26 @@ def is_truncated(rollout: Rollout) -> bool:
     return rollout.finish_reason != "stop"
 
 
+def is_sampled(rollout: Rollout) -> list[bool]:
+    """(T,) which tokens the policy sampled: all but those that it was given to read."""
+    flags = [True] * len(rollout.token_ids)
+    for start, stop in rollout.observed:
+        flags[start:stop] = [False] * (stop - start)
+    return flags
+
+
+def num_sampled(rollout: Rollout) -> int:
+    """Tokens that the policy sampled."""
+    return len(rollout.token_ids) - sum(stop - start for start, stop in rollout.observed)
+
+
+def sampled_versions(rollout: Rollout) -> tuple[int, ...]:
+    """The policy versions of the tokens that were sampled."""
+    if not rollout.observed:
+        return rollout.versions
+    return tuple(version for version, own in zip(rollout.versions, is_sampled(rollout), strict=True) if own)
+
+
 def logged_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """What reward functions logged themselves, the mean over the groups."""
     names = {name for group in groups for name in group.logged if isinstance(name, str)}
@@ -32,9 +52,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def length_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths, and how many were cut, under TRL's names."""
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    ended = [len(rollout.token_ids) for rollout in rollouts if not is_truncated(rollout)]
+    """Lengths in sampled tokens, and how many were cut, under TRL's names."""
+    lengths = [num_sampled(rollout) for rollout in rollouts]
+    ended = [num_sampled(rollout) for rollout in rollouts if not is_truncated(rollout)]
     terminated = ended or [0]
     return {
         "completions/mean_length": sum(lengths) / len(lengths),

@@ -13,16 +13,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.learner.batch import (
-    Assembled,
-    CompletionLogProbs,
-    assemble,
-    group_statistics,
-    has_signal,
-    num_tokens,
-    spread_statistics,
-)
+from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gid_of, slot_of
+from troupe.actors.learner.measures import num_tokens
+from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
 from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
@@ -76,10 +70,11 @@ class BatchTrainer:
         rates: Sequence[tuple[int, float]] = (),
         base: Base | None = None,
         seed: int = 0,
+        gamma: float = 1.0,
     ) -> None:
         """`streams`: micro-batches that are differentiated at a time. `rates`: first step → peak learning rate, rising,
         where it is not the config's. `base`: what the weights complete; None: they are the whole network.
-        `seed`: of the run, for dropout."""
+        `seed`: of the run, for dropout. `gamma`: by which a turn's reward counts less than that of the turn before."""
         self.config = config
         self.reward_weights = reward_weights
         self.total_steps = total_steps
@@ -96,6 +91,7 @@ class BatchTrainer:
         self._num_streams = streams
         self._streams: list[mx.Stream] = []
         self._rates = list(rates)
+        self._gamma = gamma
 
     def open(self) -> None:
         """Get ready, on the thread that `train` will be called on."""
@@ -108,7 +104,10 @@ class BatchTrainer:
 
     def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
         """Gids of the groups that nothing can be learned from."""
-        return {gid_of(group) for group in groups if not has_signal(group, self.config, self.reward_weights)}
+        return {gid_of(group) for group in groups if not self._has_signal(group)}
+
+    def _has_signal(self, group: ScoredGroup) -> bool:
+        return has_signal(group, self.config, self.reward_weights, self._gamma)
 
     def train(self, state: LearnerState, step: StepGroups) -> Learned:
         """One learner batch."""
@@ -155,7 +154,9 @@ class BatchTrainer:
 
     def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Assembled:
         """The groups as a batch, without tokens of versions before `oldest`."""
-        return assemble(groups, self.config, weights=self.reward_weights, pad_id=self._pad_id, oldest=oldest)
+        return assemble(
+            groups, self.config, weights=self.reward_weights, pad_id=self._pad_id, oldest=oldest, gamma=self._gamma
+        )
 
     def learn(self, state: LearnerState, batch: Batch, on_part: Callable[[str], None]) -> StepResult:
         """`train_on_batch` by the learner's settings."""

@@ -94,8 +94,12 @@ def token_keys(
     return mx.concatenate(parts)
 
 
-def row_keys(gid: int, samples: int, prompt_ids: Sequence[int], step: int) -> list[tuple[int, int]]:
-    """The keys of a group's rows. Equal prompts of a step have the same: whether they are neighbours, and computed as
-    one, depends on how a batch is cut."""
-    of_prompt = zlib.crc32(f"{step}:{','.join(map(str, prompt_ids))}".encode())
-    return [(of_prompt, zlib.crc32(f"{gid}.{sample}".encode())) for sample in range(samples)]
+def prompt_key(prompt_ids: Sequence[int], step: int) -> int:
+    """What a prompt's tokens are drawn by. Equal prompts of a step have the same: whether they are neighbours, and
+    computed as one, depends on how a batch is cut."""
+    return zlib.crc32(f"{step}:{','.join(map(str, prompt_ids))}".encode())
+
+
+def completion_key(gid: int, sample: int, row: int = 0) -> int:
+    """What the tokens of a completion are drawn by, or those of one of its rows."""
+    return zlib.crc32((f"{gid}.{sample}.{row}" if row else f"{gid}.{sample}").encode())

@@ -19,8 +19,10 @@ class Call(msgspec.Struct, frozen=True, tag=True):
     """Under which the reward is reported."""
     size: int
     arguments: dict[str, Any]
-    """Those that the function takes, without trainer_state and what logs."""
+    """Those that the function takes, without trainer_state, environments and what logs."""
     trainer_state: TrainerState | None = None
+    environments: list[tuple[str, dict[str, Any]]] | None = None
+    """Of what the views of environments are made, where the function takes them."""
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="Ready"):

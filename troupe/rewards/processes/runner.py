@@ -17,6 +17,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.rewards.calling import Attempt, Caller
 from troupe.rewards.convention import (
+    OF_ENVIRONMENTS,
     PROVIDED,
     Reward,
     RewardFunction,
@@ -220,13 +221,14 @@ class ProcessRunner(Runner):
         taken = self._signature.taken_of(given)
         for own in ("trainer_state", "log_extra", "log_metric"):
             taken.pop(own, None)
+        environments = [view.plain for view in batch.views] if taken.pop("environments", None) is not None else None
         state = batch.arguments.get("trainer_state")
         if state is not None and not isinstance(state, TrainerState):
             raise RewardError(f"reward {self.name}: trainer_state {shown(state)} cannot be sent to a process")
         try:
-            return encode(Call(self.name, batch.size, taken, state))
+            return encode(Call(self.name, batch.size, taken, state, environments))
         except (TypeError, OverflowError, ValueError) as error:
-            columns = ", ".join(sorted(taken.keys() - PROVIDED)) or "none"
+            columns = ", ".join(sorted(taken.keys() - PROVIDED - OF_ENVIRONMENTS)) or "none"
             raise RewardError(
                 f"reward {self.name} runs in processes, which take plain data only, but its arguments hold other "
                 f"things: {error} (columns: {columns})"

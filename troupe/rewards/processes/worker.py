@@ -15,6 +15,7 @@ from typing import Any
 from troupe.errors import RewardError, sayable
 from troupe.rewards.actor import RewardActor
 from troupe.rewards.convention import RewardFunction, Signature, checked_scores
+from troupe.rewards.episodes import EnvironmentView
 from troupe.rewards.extras import RewardLog
 from troupe.rewards.faults import described, may_pass
 from troupe.rewards.loading import load_reward
@@ -87,7 +88,9 @@ class _Given:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the function may take."""
-        own = {"log_extra": self._log.log_extra, "log_metric": self._log.log_metric}
+        own: dict[str, Any] = {"log_extra": self._log.log_extra, "log_metric": self._log.log_metric}
+        if self._call.environments is not None:
+            own["environments"] = [EnvironmentView(*made_of) for made_of in self._call.environments]
         return {**self._call.arguments, **own, "trainer_state": self._call.trainer_state}
 
     def scores(self, result: Any) -> bytes:
