@@ -52,7 +52,7 @@ _HOMES = {
     "load_config": "run.config",
     "train": "run.supervisor",
 }
-_ROOMS = {"checkpoint", "dataset", "errors", "grpo", "messages", "policy", "rewards"}
+_ROOMS = {"checkpoint", "dataset", "environments", "errors", "grpo", "messages", "policy", "rewards"}
 
 
 def __getattr__(name: str) -> Any:

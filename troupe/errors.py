@@ -6,6 +6,7 @@ TroupeError
 │   ├── DatasetError        a file or row of prompts
 │   ├── ModelError          a model folder: configuration, weights, tokenizer
 │   ├── RewardError         reward code that is missing, does not import or breaks its contract
+│   ├── WorldError          an environment or tool that is missing, does not import or breaks its contract
 │   ├── OutputError         an output folder that may not be used
 │   └── CheckpointError     a checkpoint that is damaged or belongs to another run
 └── RunError                a fault while a run was under way; exit code 3
@@ -51,6 +52,10 @@ class ModelError(InputError):
 
 class RewardError(InputError):
     """A reward cannot be loaded, or returned something that is no list of scores."""
+
+
+class WorldError(InputError):
+    """An environment or a tool cannot be loaded, breaks its contract, or is named by a row and unknown."""
 
 
 class OutputError(InputError):

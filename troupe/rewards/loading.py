@@ -3,16 +3,11 @@
 User files are run as Python, so they must be the user's own.
 """
 
-import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Sequence, Set
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from troupe.errors import RewardError
 from troupe.rewards.actor import RewardActor
@@ -30,8 +25,7 @@ from troupe.rewards.episodes import environment_reward
 from troupe.rewards.faults import described
 from troupe.rewards.verifiers import get_math_verify_reward, load_reasoning_gym_reward
 from troupe.rewards.watching import Watch, loading_watch, remember
-from troupe.runtime.code_files import module_name, spec_of
-from troupe.runtime.files import expanded
+from troupe.runtime.code_loading import Wanted, load_named
 from troupe.runtime.isolation import in_daemon_thread
 
 BUILTIN: dict[str, RewardFunction] = {
@@ -88,15 +82,7 @@ def _load(spec: str, base: Path | None) -> Reward:
         return get_math_verify_reward(rest if colon else "answer")
     if spec == "reasoning_gym":
         return load_reasoning_gym_reward()
-    file, colon, name = spec.rpartition(":")
-    if not colon or not file or not name:
-        if kind.endswith(".py"):
-            raise RewardError(f"reward {spec!r} names a file and nothing in it; write {kind}:NAME")
-        raise RewardError(f"reward {spec!r} is unknown{_suggestion(kind, _KINDS)}; {_FORMS}")
-    if _is_module(file):
-        return _usable(_import_module(file), name, Path(file))
-    path = (base or Path()) / expanded(file)
-    return _usable(_import_file(path), name, path)
+    return _usable(*load_named(spec, base, _WANTED))
 
 
 async def load_beside(spec: str) -> Reward:
@@ -137,22 +123,6 @@ def default_reward(columns: Set[str], source: str, *, environment_rewards: bool 
     )
 
 
-def _is_module(name: str) -> bool:
-    parts = name.split(".")
-    return (
-        not name.endswith(".py")
-        and all(map(str.isidentifier, parts))
-        and importlib.util.find_spec(parts[0]) is not None
-    )
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit, GeneratorExit) as error:
-        raise RewardError(f"{name}: the module does not import: {described(error)}; {_FORMS}") from error
-
-
 def _with_numbers(
     spec: str, make: Callable[..., RewardFunction], parameters: Sequence[tuple[str, type[int] | type[float]]]
 ) -> RewardFunction:
@@ -171,45 +141,10 @@ _FORMS = (
 )
 
 
-def _import_file(path: Path) -> ModuleType:
-    if path.suffix != ".py":
-        raise RewardError(f"{path}: reward code is a .py file, not {path.suffix or 'without suffix'!r}; {_FORMS}")
-    if not path.is_file():
-        raise RewardError(f"{path}: no such file; relative paths start at {path.parent.absolute()}")
-    path = path.resolve()
-    name = module_name(path)
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = spec_of(name, path)
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and typing look a class's module up here
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit, GeneratorExit) as error:
-        del sys.modules[name]
-        raise RewardError(
-            f"{path}:{_line_in(path, error)}: the file does not import: {type(error).__name__}: {error}; correct it"
-        ) from error
-    remember(name)
-    return module
+_WANTED = Wanted("reward", "function or RewardActor", _FORMS, RewardError, described, _KINDS, remember)
 
 
-def _line_in(path: Path, error: BaseException) -> int:
-    """The last line of the user's file on the way to the error."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return error.lineno or 1
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return (lines[-1] if lines else None) or 1
-
-
-def _usable(module: ModuleType, name: str, path: Path) -> Reward:
-    if not hasattr(module, name):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RewardError(f"{path}: has no {name!r}{_suggestion(name, names)}; name a function or RewardActor of it")
-    found = getattr(module, name)
+def _usable(found: Any, name: str, path: Path) -> Reward:
     if inspect.isclass(found):
         return _instance(found, path)
     if isinstance(found, RewardActor):
@@ -235,8 +170,3 @@ def _instance(found: type, path: Path) -> RewardActor:
             f"{path}:{line}: {found.__name__}() failed: {type(error).__name__}: {error}; "
             "it is made without arguments, so give them defaults"
         ) from error
-
-
-def _suggestion(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3)
-    return f" (did you mean {', '.join(close)}?)" if close else ""

@@ -1,4 +1,4 @@
-"""Files of rewards as modules: under which names they are imported, and how they are found under them.
+"""Files of user code as modules: under which names they are imported, and how they are found under them.
 
 A process that `multiprocessing` spawns gets functions by the names of their modules, and this process's `sys.path`, in
 which the folder of every such file is. It imports `troupe` on its way, and so finds them. Quick to import.
@@ -23,7 +23,7 @@ class _UncachedLoader(SourceFileLoader):
 
 def module_name(path: Path) -> str:
     """Of a file, resolved: another one for other contents. OSError where it cannot be read."""
-    import hashlib  # only who loads rewards needs it
+    import hashlib  # only who loads such code needs it
 
     identity = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
     return f"{PREFIX}{path.stem}_{identity}"

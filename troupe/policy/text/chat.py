@@ -81,6 +81,16 @@ class ChatTemplate:
         return frozenset(meta.find_undeclared_variables(self._parsed()))
 
     @cached_property
+    def reads_thoughts(self) -> bool:
+        """Whether it reads the thoughts of a message from a key of their own (`REASONING`). ModelError where it is
+        broken."""
+        tree = self._parsed()
+        read = {node.attr for node in tree.find_all(nodes.Getattr)} | {
+            node.value for node in tree.find_all(nodes.Const)
+        }
+        return not read.isdisjoint(REASONING)
+
+    @cached_property
     def _compiled(self) -> Template:
         tree = self._parsed()
         environment = tree.environment

@@ -52,6 +52,8 @@ class Tokenizer:
         self._steps, self._decoding = vocabulary.steps, vocabulary.decoding
         self._named, self._special = tokens.ids, tokens.special
         self._hidden = tokens.special - {token.id for token in tokens.added if token.content in CALLS}
+        self.added_tokens: Mapping[str, int] = {token.content: token.id for token in tokens.added}
+        """Text → id of the tokens that are found in a text before anything else."""
         unread = tokens.special if tokens.splits_special else frozenset()
         raw = [token for token in tokens.added if not token.normalized]
         self._split_raw = AddedFinder(raw, unread=unread).split
@@ -97,11 +99,14 @@ class Tokenizer:
         """Ids that `decode` leaves out."""
         return self._special
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, stand_ins: Mapping[str, str] | None = None
+    ) -> list[int]:
         """Ids of `text`. Added tokens written in the text become their ids, special ones too.
 
         `add_special_tokens` adds what the tokenizer itself puts around a text: the begin of a text for Llama 3 and
-        Gemma, nothing for Qwen3 and SmolLM2.
+        Gemma, nothing for Qwen3 and SmolLM2. Each of the `stand_ins` found in the text is read as the text that it
+        stands for, in which no added token is looked for.
         """
         ids: list[int] = list(self._prefix) if add_special_tokens else []
         for raw in self._split_raw(text):
@@ -112,7 +117,7 @@ class Tokenizer:
                 if isinstance(piece, int):
                     ids.append(piece)
                 else:
-                    ids.extend(self._pairs.encode(piece))
+                    ids.extend(self._pairs.encode(_restored(piece, stand_ins) if stand_ins else piece))
         return [*ids, *self._suffix] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -200,8 +205,13 @@ class Tokenizer:
         remedy = f"did you mean {close[0]}?" if close else f"it refers to {', '.join(known) or 'none'}; leave it out"
         return f"{template.origin}: the chat template never refers to {name}; {remedy}"
 
+    def chat_template(self, has_tools: bool = False, name: str | None = None) -> ChatTemplate:
+        """The one that renders a conversation with tools, or without; or the one called `name`. ModelError where there
+        is none."""
+        return choose_chat_template(self._templates, self._origin, has_tools, name)
+
     def _template_for(self, tools: Sequence[Mapping[str, Any]] | None, kwargs: Mapping[str, Any]) -> ChatTemplate:
-        return choose_chat_template(self._templates, self._origin, bool(tools), kwargs.get("chat_template"))
+        return self.chat_template(bool(tools), kwargs.get("chat_template"))
 
     def _normalize(self, text: str) -> str:
         return normalized(self._steps, text)
@@ -233,6 +243,12 @@ def opened_thought(tokenizer: Tokenizer, prompt: TextPrompt, ids: Sequence[int])
     text = tokenizer.decode(ids[start:], skip_special_tokens=False)
     begun = text[text.rfind(OPENED) :] if OPENED in text else ""
     return begun if begun.strip() == OPENED or (start and CLOSED not in begun) else ""
+
+
+def _restored(piece: str, stand_ins: Mapping[str, str]) -> str:
+    for mark, text in stand_ins.items():
+        piece = piece.replace(mark, text)
+    return piece
 
 
 def _listed(ids: Iterable[int]) -> Iterable[int]:
