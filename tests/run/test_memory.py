@@ -145,6 +145,18 @@ def test_what_else_is_counted() -> None:
     assert more["generate"]["decode"] == decode_bytes(3, is_filtering=True) > plain["generate"]["decode"]
 
 
+def test_histories_told_anew_are_counted_and_gradients_added_up_for_them() -> None:
+    config = config_of(checkpoint__overlap=False)
+
+    def learning(longest_history: int | None) -> dict[str, int]:
+        return dict(plan_memory(config, WORK._replace(longest_history=longest_history)).phases["learn"])
+
+    plain, short, long = learning(None), learning(120), learning(30_000)
+    assert plain["gradients"] == WEIGHTS
+    assert short["gradients"] == long["gradients"] == 4 * NUMBERS
+    assert sum(plain.values()) < sum(short.values()) < sum(long.values())
+
+
 def test_micro_batches_are_counted_by_the_prompts_they_may_touch() -> None:
     def expected(prompts: int, rows: int) -> int:
         batch = MicroBatch(prompts=prompts, prompt_length=20, rows=rows, completion_length=100)

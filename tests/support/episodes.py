@@ -73,8 +73,9 @@ def played(
     *,
     step: int = 0,
     place: int = 0,
+    attempt: int = 0,
     faulted: Sequence[int] = (),
 ) -> ScoredGroup:
     """A scored group of them, by one reward named `r`."""
-    group = RolloutGroup(prompt=make_prompt(step, place), rollouts=tuple(rollouts), episodes=tuple(episodes))
+    group = RolloutGroup(prompt=make_prompt(step, place, attempt), rollouts=tuple(rollouts), episodes=tuple(episodes))
     return ScoredGroup(group=group, scores={"r": tuple(scores)}, faulted=tuple(faulted))

@@ -219,7 +219,7 @@ FIGURES = {
     ),
     "environments/failed": Figure(".1%", "failed episodes", chart="failed_episodes", name="failed", of="episodes"),
     "environments/wait_s": Figure(".2f", "waited", chart="waits", name="all", of="episodes"),
-    **dict.fromkeys(("turns/min", "turns/max"), Figure(of="episodes")),
+    **dict.fromkeys(("turns/min", "turns/max", "turns/compared"), Figure(of="episodes")),
     "staleness": Figure(".1f", panel=("completions", "versions old"), chart="staleness", name="mean"),
     "staleness/max": Figure(chart="staleness", name="most"),
     "groups/trained": Figure(chart="groups", name="trained"),

@@ -18,18 +18,15 @@ from rich.table import Table
 
 from troupe.errors import ConfigError
 from troupe.grpo import optimizer_state_bytes, update_bytes
-from troupe.grpo.loss import has_entropy_bonus
 from troupe.policy import (
-    MicroBatch,
     Sampler,
     decode_memory_bytes,
     fused_copy_bytes,
-    gradient_memory_bytes,
 )
 from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
-from troupe.policy.network.attention import attention_is_fused
 from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
+from troupe.run.learning_memory import learning_bytes
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
@@ -211,24 +208,9 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         "decode": max(processes, 1) * _decode_bytes(config, work, choice.prompts),
     }
     held_while_learning = held | (generating if staleness or processes else {})
-    learning = gradient_memory_bytes(
-        work.policy,
-        work.dtype,
-        _largest_micro_batch(config, work, choice.micro_batches),
-        recompute=choice.checkpointing,
-        entropy_gradient=has_entropy_bonus(learner),
-        adds_up=choice.micro_batches > 1,
-        on_cpu=work.on_cpu,
-        writes_scores=not attention_is_fused(
-            work.policy.head_dim,
-            work.dtype,
-            gradient=True,
-            on_cpu=work.on_cpu,
-            windowed=work.policy.has_windows,
-        ),
-        adapter=work.adapter,
-    )
-    gradients = 4 * numbers if choice.micro_batches > 1 else weights
+    adds_up = choice.micro_batches > 1 or work.longest_history is not None
+    learning = learning_bytes(config, work, choice.micro_batches, recompute=choice.checkpointing)
+    gradients = 4 * numbers if adds_up else weights
     learn = {"gradients": gradients, "forward and backward": choice.streams * (learning - gradients)}
     if learner.num_iterations > 1:
         learn["next policy"] = weights
@@ -258,18 +240,6 @@ def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
         **device_ways(policy, work.dtype, on_cpu=work.on_cpu),
     )
     return needed if generation.memory_limit_gb is None else min(needed, round(generation.memory_limit_gb * GB))
-
-
-def _largest_micro_batch(config: RunConfig, work: Workload, micro_batches: int) -> MicroBatch:
-    P, G = config.learner.batch_size, config.generation.num_generations
-    rows = math.ceil(P * G / micro_batches)
-    is_whole_groups = rows % G == 0 and P * G % micro_batches == 0
-    return MicroBatch(
-        prompts=rows // G if is_whole_groups else min(P, 1 + math.ceil((rows - 1) / G)),
-        prompt_length=work.longest_prompt,
-        rows=rows,
-        completion_length=config.generation.max_completion_length,
-    )
 
 
 def _decode_room_gb(phases: Phases, limit_gb: float) -> float:

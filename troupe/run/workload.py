@@ -19,6 +19,9 @@ class Workload(NamedTuple):
     """Tokens."""
     on_cpu: bool
     """Where it is computed."""
+    longest_history: int | None = None
+    """Tokens of the longest history that an episode is told anew with amid it, as the prompt of a row of its own; None:
+    each completion is one row."""
     adapter: Adapter | None = None
     """What alone is trained; None: the whole network."""
     streams: int = 1

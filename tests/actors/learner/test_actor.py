@@ -11,6 +11,7 @@ import mlx.core as mx
 import msgspec
 import pytest
 
+from tests.support.episodes import acted, episode, played
 from tests.support.fakes import Reports, device_thread, ended, make_scored, same_bits, send_all, taken
 from tests.support.tiny import CONFIG
 from troupe.actors.learner.actor import Learner, LearnerOutputs
@@ -391,6 +392,46 @@ async def test_groups_without_signal_are_replaced_together_when_their_round_is_s
     assert ends(to_prompter) == [(0, 0, 2, "trained"), (0, 1, 1, "trained")], "one a credit"
     trained = [make_scored(0, 0, (0.0, 1.0, 0.0), attempt=2), alone]
     assert same_bits(rig.learner.weights, by_hand(rig, trained, config=DYNAMIC))
+
+
+def episodes(place: int, *, attempt: int = 0, turn_rewards: float = 0.0, version: int = 0) -> ScoredGroup:
+    """Three episodes, of which two have equal rewards and one has none: two turns each with something read between, the first told anew behind it. The
+    first one's last turn brings `turn_rewards`."""
+    rollouts = [acted(2, 1, 2, rows=[(3, (5, 6))] if i == 0 else [], versions=[version] * 5) for i in range(3)]
+    turns = [
+        episode((0, 2), (3, 5), rewards=(0.0, turn_rewards if i == 0 else 0.0), states=("begun", "seen"))
+        for i in range(3)
+    ]
+    return played(rollouts, turns, SAME, place=place, attempt=attempt)
+
+
+async def test_groups_of_equal_rewards_are_learned_from_by_their_turns_and_else_replaced() -> None:
+    config = msgspec.structs.replace(DYNAMIC, turn_advantages="gigpo", gradient_accumulation_steps=2)
+    rig = Rig(config=config)
+    groups = [episodes(0), episodes(1, turn_rewards=2.0), episodes(0, attempt=1, turn_rewards=1.0)]
+    await rig.run(groups)
+    to_prompter = await taken(rig.prompter)
+    assert replacements(to_prompter) == [[(0, 0, 0)]]
+    assert ends(to_prompter) == [(0, 0, 1, "trained"), (0, 1, 0, "trained")]
+    closed = [message for message in await taken(rig.metrics) if message.advantages is not None]
+    assert [message.advantages for message in closed] == [(0.0,) * 3] * 2, "those of whole episodes"
+    assert same_bits(rig.learner.weights, by_hand(rig, [groups[2], groups[1]], config=config))
+    assert not same_bits(rig.learner.weights, rig.start_weights)
+    [update] = await taken(rig.updates)
+    expected = {"turns/compared": 2 / 3, "turns/mean": 2.0, "completions/mean_length": 4.0}
+    assert {name: update.metrics[name] for name in expected} == expected
+    assert update.metrics["tokens_per_second"] * update.metrics["step_time"] == pytest.approx(9 * 4)
+
+
+async def test_what_was_read_is_neither_old_nor_new() -> None:
+    """Old versions of what was read leave a group trained; old ones of all that was sampled leave it stale."""
+    rig = Rig(schedule=ScheduleConfig(mode="free", max_staleness=1, on_stale="drop"), version=5)
+    young, old = episodes(0, version=5), episodes(1, version=1)
+    scores = {"r": (0.0, 1.0, 0.5)}
+    await rig.run([msgspec.structs.replace(group, scores=scores) for group in (young, old)])
+    assert [state for *_, state in ends(await taken(rig.metrics))] == ["trained", "stale"]
+    [update] = await taken(rig.updates)
+    assert update.metrics["tokens/stale_fraction"] == 0.5
 
 
 async def something_in(mailbox: Mailbox) -> None:

@@ -17,7 +17,7 @@ from troupe.actors.learner.gathering import FreeGathering, PinnedGathering, is_u
 from troupe.actors.learner.measures import num_tokens, sampled_tokens, staleness_statistics
 from troupe.actors.learner.scores import advantages_of, group_statistics, has_signal
 from troupe.grpo import LearnerConfig, adamw_init, train_on_batch
-from troupe.messages import RolloutGroup, ScoredGroup, ToolCall
+from troupe.messages import RolloutGroup, RowStart, ScoredGroup, ToolCall
 from troupe.policy import load_policy
 
 WEIGHTS = {"r": 1.0}
@@ -143,6 +143,28 @@ def test_a_step_learns_from_sampled_tokens_alone(tiny_model: Path) -> None:
     first, other = trained(), trained(40, 41, 42)
     for name, value in first.items():
         np.testing.assert_allclose(np.array(value), np.array(other[name]), atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "sapo"])
+def test_a_history_that_is_told_as_it_was_changes_no_gradient(tiny_model: Path, loss_type: Any) -> None:
+    """A new row whose prompt is the very tokens so far, computed by another way through the network."""
+    policy = load_policy(tiny_model)
+    told = msgspec.structs.replace(FORKED, rows=(RowStart(start=5, prompt_ids=PROMPT + FORKED.token_ids[:5]),))
+    whole = msgspec.structs.replace(FORKED, rows=())
+    moments = []
+    for rollout, micro in ((whole, 1), (told, 1), (told, 2)):
+        batch = made_of(played([rollout, PLAIN], scores=[1.0, 0.0])).batch
+        config = LearnerConfig(loss_type=loss_type, max_grad_norm=0.0, gradient_accumulation_steps=micro)
+        config = msgspec.structs.replace(config, vllm_importance_sampling_correction=False)
+        state = adamw_init(policy.weights)
+        log_probs = CompletionLogProbs(policy.config, 1.0)
+        result = train_on_batch(policy.weights, state, batch, log_probs, config, lr=0.0, max_completion_length=16)
+        moments.append(result.optimizer_state)
+    first, *others = moments
+    for other in others:
+        for name, moment in first.items():
+            scale = float(mx.abs(moment).max()) or 1.0
+            np.testing.assert_allclose(np.array(other[name]) / scale, np.array(moment) / scale, atol=2e-5, err_msg=name)
 
 
 # ---- rewards that are missing

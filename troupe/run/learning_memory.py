@@ -1,0 +1,53 @@
+"""What the learner's largest micro-batch takes."""
+
+import math
+
+from troupe.grpo.loss import has_entropy_bonus
+from troupe.policy import MicroBatch, gradient_memory_bytes
+from troupe.policy.network.attention import attention_is_fused
+from troupe.run.config import RunConfig
+from troupe.run.workload import Workload
+
+
+def learning_bytes(config: RunConfig, work: Workload, micro_batches: int, *, recompute: bool) -> int:
+    """What the gradient of the largest micro-batch takes, the gradients included; of one alone, or added up.
+
+    `recompute`: layers are computed twice. `micro_batches` of a step of which each completion is one row.
+    """
+    return max(
+        gradient_memory_bytes(
+            work.policy,
+            work.dtype,
+            micro_batch,
+            recompute=recompute,
+            entropy_gradient=has_entropy_bonus(config.learner),
+            adds_up=adds_up,
+            on_cpu=work.on_cpu,
+            writes_scores=not attention_is_fused(
+                work.policy.head_dim,
+                work.dtype,
+                gradient=True,
+                on_cpu=work.on_cpu,
+                windowed=work.policy.has_windows,
+            ),
+            adapter=work.adapter,
+        )
+        for micro_batch in _largest_micro_batches(config, work, micro_batches)
+        for adds_up in {micro_batches > 1, micro_batches > 1 or work.longest_history is not None}
+    )
+
+
+def _largest_micro_batches(config: RunConfig, work: Workload, micro_batches: int) -> list[MicroBatch]:
+    """What rows that completions begin with make, and what those do that follow a history told anew, of which there are
+    as many as take the same places (`grpo.batch.micro_batches`)."""
+    P, G = config.learner.batch_size, config.generation.num_generations
+    rows = math.ceil(P * G / micro_batches)
+    is_whole_groups = rows % G == 0 and P * G % micro_batches == 0
+    T = config.generation.max_completion_length
+    prompts = rows // G if is_whole_groups else min(P, 1 + math.ceil((rows - 1) / G))
+    first = MicroBatch(prompts=prompts, prompt_length=work.longest_prompt, rows=rows, completion_length=T)
+    if work.longest_history is None:
+        return [first]
+    places = rows * T + prompts * work.longest_prompt
+    later = min(rows, max(1, places // (work.longest_history + T)))
+    return [first, MicroBatch(prompts=later, prompt_length=work.longest_history, rows=later, completion_length=T)]
