@@ -60,6 +60,7 @@ def train(
     weights: dict[str, mx.array] | None = None,
     log_probs: Any = bigram,
     streams: Sequence[mx.Stream] = (),
+    seed: int = 0,
 ) -> StepResult:
     """A batch from the beginning."""
     weights = bigram_weights() if weights is None else weights
@@ -73,6 +74,7 @@ def train(
         ref_weights=bigram_weights(7),
         max_completion_length=9,
         streams=streams,
+        seed=seed,
     )
 
 

@@ -1,8 +1,8 @@
 """Makes test vectors of one step each of TRL 1.16's trainers: `python -m tests.support.make_trl_steps`.
 
-Writes `tests/data/trl/steps.json` and `.safetensors`: what RLOOTrainer, and GRPOTrainer with rewards that are normalized
-one by one (GDPO), make of the completions of a tiny model: advantages, loss and gradients. Some scores are missing. The
-old log-probs of RLOO are moved, so that its ratios are not 1. Needs the packages `trl` and `datasets`.
+Writes `tests/data/trl/steps.json` and `.safetensors`: what RLOOTrainer, and GRPOTrainer with rewards that are
+normalized one by one (GDPO), make of the completions of a tiny model: advantages, loss and gradients. Some scores are
+missing. The old log-probs of RLOO are moved, so that its ratios are not 1. Needs the packages `trl` and `datasets`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def step_of(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def main() -> None:
     """Write all steps."""
-    cases, tensors = [], {}
+    cases: list[dict[str, Any]] = []
+    tensors: dict[str, np.ndarray] = {}
     for name in STEPS:
         case, found = step_of(name)
         cases.append(case)

@@ -49,7 +49,8 @@ def test_every_loss_type_teaches_something_and_tells_of_its_own_clipping(
     for line in lines(run):
         assert math.isfinite(line["loss"])
         assert line["grad_norm"] > 0
-        assert ("clip_ratio/region_mean" in line) == (loss_type not in ("cispo", "sapo", "vespo"))
+        assert ("clip_ratio/region_mean" in line) == (loss_type not in ("cispo", "sapo", "vespo", "kl_cov"))
+        assert ("covariance/chosen" in line) == (loss_type in ("clip_cov", "kl_cov"))
         for owner, name in OF_ITS_OWN.items():
             assert (name in line) == (owner == loss_type)
     assert 0 < distance(policy_of(run), untrained) < 10
