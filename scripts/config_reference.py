@@ -43,6 +43,7 @@ _SECTIONS = {
     "data": "The prompts. See [prompts](datasets.md).",
     "generation": "How completions are sampled. See [sampling](sampling.md) for the order in which filters act.",
     "rewards": "What is scored, and how reward code is run. See [rewards](rewards.md).",
+    "environment": "What the policy acts with, over several turns. See [environments](environments.md).",
     "learner": "The loss and the optimizer. See [training](training.md).",
     "schedule": "How old the weights may be. See [schedules](schedules.md).",
     "checkpoint": "What is kept. See [resuming](resuming.md).",

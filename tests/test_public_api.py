@@ -105,7 +105,7 @@ def test_every_name_in_all_can_be_imported(module: str) -> None:
             "troupe.policy.Policy.generate_text",
             ["self", "prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed"],
         ),
-        ("troupe.policy.Tokenizer.encode", ["self", "text", "add_special_tokens", "stand_ins"]),
+        ("troupe.policy.Tokenizer.encode", ["self", "text", "add_special_tokens"]),
         ("troupe.policy.Tokenizer.decode", ["self", "ids", "skip_special_tokens"]),
         ("troupe.policy.sampling.apply_top_k", ["logprobs", "top_k"]),
         ("troupe.policy.sampling.apply_top_p", ["logprobs", "top_p"]),

@@ -2,8 +2,9 @@
 
     python examples/smollm2/sums.py                          # writes the four files of prompts beside it anew
 
-The cut was made by one seed, and the reward settled, before anything was trained. A sum and its mirror (3 + 4, 4 + 3)
-are on the same side of the cut, so that none of those kept aside is trained in the other order.
+The reward was settled first, after reading what the untrained model says to sums of an earlier cut; then the cut was
+made, by one seed; then the first policy was trained. A sum and its mirror (3 + 4, 4 + 3) are on the same side of the
+cut, so that none of those kept aside is trained in the other order.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+SEED = 2
+"""Of the cut, drawn anew when the reward had been settled."""
 HELD_OUT = 50
 """Sums kept aside, of either kind."""
 TRAINED = 500
@@ -29,7 +32,7 @@ def right_sum(completions: list[list[dict[str, str]]], total: list[str], **colum
     return [float(end is not None and end[1] == wanted) for end, wanted in zip(ends, total, strict=True)]
 
 
-def split(numbers: range, seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def split(numbers: range, seed: int = SEED) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Pairs to train and pairs to keep aside, in an order drawn from the seed."""
     drawn = random.Random(seed)
     unordered = [(a, b) for a in numbers for b in numbers if a <= b]

@@ -362,3 +362,16 @@ async def test_a_replacement_takes_over_a_credit_that_would_not_be_given_now() -
         assert await rig.issued() == [1 + STRIDE]
         assert rig.credits.live == {0, 1 + STRIDE, 2} == set(rig.ledger.alive)
         tasks.cancel_scope.cancel()
+
+
+async def test_reasons_of_several_senders_stand_beside_each_other() -> None:
+    rig = Rig(credits_=P, total_steps=5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(rig.prompter.run)
+        await rig.issued()
+        await rig.ask(Hold(reasons=("judge is down",)))
+        await rig.ask(Hold(sender="environment", reasons=("game is down",)))
+        assert list(rig.ledger.held) == ["judge is down", "game is down"]
+        await rig.ask(Hold(reasons=()))
+        assert list(rig.ledger.held) == ["game is down"]
+        tasks.cancel_scope.cancel()

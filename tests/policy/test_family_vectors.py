@@ -18,6 +18,7 @@ from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, compl
 from troupe.policy.folders import read_model_folder
 from troupe.policy.gradient.backward import side_by_side
 from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.forward import hidden_states, project
 from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.head import TokenStatistics
@@ -112,7 +113,7 @@ def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
     largest = max(float(np.abs(x).max()) for x in expected.values())
     for key, x in expected.items():
         apart = float(np.abs(np.array(grads[key]) - x).max())
-        assert apart <= 1e-5 * largest, key
+        assert apart <= (1e-5 if is_on_cpu() else 2e-5) * largest, key
         assert apart <= 3e-5 * slack_of(name, "own_slack") * float(np.abs(x).max()), key
 
 

@@ -80,11 +80,14 @@ async def test_a_conversation_is_given_as_trl_gives_it_with_live_environments() 
 
 
 async def test_a_text_stays_a_text_and_who_does_not_ask_gets_no_environment() -> None:
-    def look(completions: Any) -> list[float]:
+    def look(prompts: Any, completions: Any) -> list[float]:
         assert completions == ["", ""]
+        assert prompts == ["Play.", "Play. Begin."]
         return [1.0, 2.0]
 
-    result = await manager(look).score_group(group(WON, LOST, prompt="Play."))
+    opening = msgspec.structs.replace(LOST.opening, messages=({"role": "user", "content": "Play. Begin."},))
+    begun = msgspec.structs.replace(LOST, opening=opening)
+    result = await manager(look).score_group(group(WON, begun, prompt="Play."))
     assert result.scores == {"look": (1.0, 2.0)}
 
 

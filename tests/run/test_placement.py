@@ -24,7 +24,7 @@ from troupe.actors.generator.weights_files import SHARED_MEMORY, remove_leftover
 from troupe.errors import ConfigError, ModelError
 from troupe.policy import Weights, load_policy
 from troupe.run.config import load_config
-from troupe.run.inputs import Machine
+from troupe.run.placement import Machine
 from troupe.run.prepare import prepare
 from troupe.run.result import RunResult
 from troupe.runtime import linux_cpu

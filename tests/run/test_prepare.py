@@ -22,8 +22,8 @@ from troupe.grpo import LearnerConfig, adamw_init
 from troupe.messages import Slot
 from troupe.policy import ModelConfig, load_policy
 from troupe.run.config import write_config
-from troupe.run.inputs import Machine
 from troupe.run.memory import peak_bytes
+from troupe.run.placement import Machine
 from troupe.run.prepare import prepare
 from troupe.runtime.device import arrays_in
 from troupe.runtime.memory import GB
@@ -295,6 +295,24 @@ def test_a_run_that_was_begun_with_a_variable_of_no_use_goes_on(tmp_path: Path, 
     write_config(msgspec.structs.replace(fresh.config, data=config.data), run / "run.toml")
     again = prepare(config, resume=True)
     assert again.inputs.schedule.prompt(Slot(step=0, place=0)) == fresh.inputs.schedule.prompt(Slot(step=0, place=0))
+
+
+def test_a_chat_template_is_told_the_day_on_which_the_run_began(tmp_path: Path, tiny_model: Path) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%m%d') }} {{ messages[0].content }}")
+    (tmp_path / "c.jsonl").write_text('{"prompt": [{"role": "user", "content": "1"}], "answer": "2"}\n')
+    config = tiny_config(model, tmp_path, data__path=str(tmp_path / "c.jsonl"))
+    today = prepare(config).config.data.chat_template_date
+    assert today is not None
+    then = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, chat_template_date="2024-02-29"))
+    began = prepare(then)
+    (tmp_path / "run").mkdir()
+    write_config(began.config, tmp_path / "run" / "run.toml")
+    resumed = prepare(config, resume=True)
+    assert resumed.config.data.chat_template_date == "2024-02-29"
+    ids = resumed.inputs.schedule.prompt(Slot(step=0, place=0)).prompt_ids
+    assert resumed.start.policy.tokenizer.decode(ids) == "0229 1"
 
 
 @pytest.mark.parametrize(("began", "goes_on"), [("free", "pinned"), ("pinned", "free")])

@@ -425,3 +425,24 @@ async def test_a_mailbox_says_when_it_moved_last() -> None:
     assert box.moved_s == made_s
     await box.take()
     assert box.moved_s > made_s
+
+
+async def test_a_reader_may_keep_its_mailbox_open_for_answers_on_the_side() -> None:
+    mailbox = Mailbox("reader")
+    work = mailbox.channel("work", int, bound=1)
+    answers = mailbox.channel("answers", str, bound=1, side=True)
+    work.close()
+    got: list[str] = []
+
+    async def read() -> None:
+        got.extend([message async for message in mailbox])
+
+    async with anyio.create_task_group() as tasks:
+        with mailbox.kept_open():
+            with mailbox.kept_open():
+                tasks.start_soon(read)
+                await checkpoint()
+            await answers.send("yes")
+            while mailbox.finished < 1:
+                await checkpoint()
+    assert got == ["yes"]

@@ -32,7 +32,7 @@ from troupe.rewards import Reward, RewardManager, RewardsConfig
 from troupe.run.supervisor import Supervisor
 from troupe.runtime.mailbox import ChannelStats
 
-FAULTY = ("prompter", "generator", "scorer", "checkpointer", "metrics")
+FAULTY = ("prompter", "generator", "environment", "scorer", "checkpointer", "metrics")
 """Actors that are restarted when they fail."""
 MOST_FAULTS = 3
 """Of an actor: one more and the run may end, as it should."""

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import troupe  # noqa: F401 - before MLX
+from tests.support.acting import ScriptedSession
 from tests.support.fakes import DirectSinkThread
 from troupe import RunConfig
 from troupe.actors.checkpointer import CheckpointWriter
@@ -53,7 +54,14 @@ from troupe.runtime.mailbox import Channel, Mailbox, Overflow
 
 DATA = ("prompts", "rollouts", "scored", "closed")
 """Channels on the way of a group, which must hold all that are alive."""
-SENDERS = {"prompts": "prompter", "rollouts": "generator", "scored": "scorer"}
+SENDERS = {
+    "prompts": "prompter",
+    "turns": "generator",
+    "sampled": "generator",
+    "observations": "environment",
+    "rollouts": "generator",
+    "scored": "scorer",
+}
 """Channel → who sends into it, where it is an actor that may fail."""
 LONGEST = 5
 """Tokens of a completion, at most."""
@@ -152,6 +160,13 @@ class ScriptedEngine:
 
     def release(self) -> None:
         self._loaded = None
+
+    def loaded(self) -> tuple[Any, int]:
+        assert self._loaded is not None, "decoding without weights"
+        return self._loaded
+
+    def session(self, *, sessions: int = 1) -> ScriptedSession:
+        return ScriptedSession(self, together=True)
 
     def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
         assert self._loaded is not None, "decoding without weights"
@@ -284,8 +299,8 @@ class SilentSink:
         pass
 
 
-def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepared:
-    """What `prepare` would give, for weights that are one number."""
+def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, stage: Any = None) -> Prepared:
+    """What `prepare` would give, for weights that are one number. `stage`: where the policy acts."""
     assert config.output is not None
     dataset = PromptDataset.from_rows([{"prompt": f"prompt {i}", "answer": str(i)} for i in range(rows)])
     tokenizer = SimpleNamespace(decode_sampled=lambda ids: " ".join(map(str, ids)), pad_token_id=0)
@@ -321,6 +336,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int) -> Prepar
             evaluation=None,
             rewards=rewards,
             longest_prompt=2,
+            stage=stage,
             total_steps=config.learner.max_steps or 1,
             description="",
             notices=(),

@@ -29,11 +29,16 @@ class PromptLedger(msgspec.Struct, kw_only=True):
     """Group that holds a credit → its slot, and when it was prompted (`time.perf_counter`)."""
     steps_allowed: int | None = None
     """Steps that may be begun while the run is paused, those already begun included; None: it is not paused."""
-    held: tuple[str, ...] = ()
-    """Why no step may be begun now."""
+    holds: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
+    """Why no step may be begun now, by who says so."""
     draining: bool = False
     last_acted_on: Any = None
     """The message that was acted upon last: a Prompter that gets it once more has nothing left to do but to send."""
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Why no step may be begun now."""
+        return tuple(reason for reasons in self.holds.values() for reason in reasons)
 
 
 class CheckpointLedger(msgspec.Struct, kw_only=True):

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import anyio
 import msgspec
 
-from troupe.messages import CheckpointWritten, GroupClosed, Incident, Settle, Span, Update
+from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, Settle, Span, Update
 from troupe.records.sinks.sinks import Sinks
 from troupe.runtime.actor import Actor
 from troupe.runtime.broadcast import Broadcast
@@ -35,8 +35,8 @@ class Tally(msgspec.Struct, kw_only=True):
 
 
 class Metrics(Actor):
-    """Receives Update, GroupClosed, Incident, CheckpointWritten, Span and Settle; broadcasts the first three, of which
-    a slow listener keeps the newest.
+    """Receives Update, GroupClosed, Incident, CheckpointWritten, Answered, Span and Settle; broadcasts the first three,
+    of which a slow listener keeps the newest.
 
     It adds to each Update what only it can see: how long the queues are, and where the time of the step went. Nothing
     here waits: sinks have threads of their own. One that fails or hangs is switched off, or tried again later, which is
@@ -75,10 +75,15 @@ class Metrics(Actor):
         """Have the sinks opened, unless an actor before has."""
         self._sinks.open()
 
-    async def handle(self, message: Update | GroupClosed | Incident | CheckpointWritten | Span | Settle) -> None:
+    async def handle(
+        self, message: Update | GroupClosed | Incident | CheckpointWritten | Answered | Span | Settle
+    ) -> None:
         """Count, pass on, and give to every sink; or have what they were given put on the disk."""
         if isinstance(message, Span):
             self._times.add(message)
+            self._sinks.write(message)
+            return
+        if isinstance(message, Answered):
             self._sinks.write(message)
             return
         if isinstance(message, Settle):

@@ -14,7 +14,7 @@ from troupe.runtime.reporter import Reporter
 
 class Prompter(Actor):
     """Receives GroupClosed (a credit returns), Replace (one changes hands) and what may stop prompting: Hold from the
-    scorer, and Pause, Resume, Step and Drain from outside. Sends Prompt.
+    scorer and the environment, and Pause, Resume, Step and Drain from outside. Sends Prompt.
 
     When nothing is left to issue it closes the channel to the generator: that is how a run ends. Where groups may be
     replaced, that is when the last one of them is closed.
@@ -67,7 +67,7 @@ class Prompter(Actor):
             case Replace():
                 self._replace(message)
             case Hold():
-                ledger.held = message.reasons
+                ledger.holds[message.sender] = message.reasons
             case Pause():
                 if ledger.steps_allowed is None:
                     ledger.steps_allowed = self._begun_steps

@@ -9,10 +9,10 @@ step, so they do not shift the others.
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -165,12 +165,14 @@ def tokenize_prompts(
     max_tokens: int,
     vocab_size: int | None = None,
     keeps_unknown: bool = False,
+    tell: Callable[[PromptText, Mapping[str, Any]], Sequence[int]] | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids of every row, all below `vocab_size`, the rows of the model's embedding (None: not looked at).
 
     Raises DatasetError naming the first row that is longer than `max_tokens` or empty, that the chat template refuses,
     or that has an id which the model does not know; ConfigError for a variable that the template never refers to.
-    `keeps_unknown` leaves such a variable out instead, as a run did that was begun when they did nothing.
+    `keeps_unknown` leaves such a variable out instead, as a run did that was begun when they did nothing. `tell`:
+    prompt and columns → ids, where it is not the tokenizer alone that says them.
     """
     variables = dict(config.chat_template_kwargs)
     if "messages" in variables:
@@ -185,7 +187,7 @@ def tokenize_prompts(
     for row in dataset:
         where = f"{dataset.source}: row {row.row}" if row.line is None else f"{dataset.source}:{row.line}"
         try:
-            ids = encode_prompt(tokenizer, row.prompt, **variables)
+            ids = tell(row.prompt, row.columns) if tell else encode_prompt(tokenizer, row.prompt, **variables)
         except InputError as error:
             raise DatasetError(f"{where}: the prompt cannot be rendered: {error}") from error
         if not ids:

@@ -32,16 +32,19 @@ class Scorer(Actor):
         hold: Channel[Hold] | None = None,
         trainer_state: Callable[[int], TrainerState] | None = None,
         recorded: dict[int, ScoredGroup] | None = None,
+        settled: Callable[[int], None] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`trainer_state`: step → what reward functions are told of it. `recorded`: gid → groups that had their scores
-        when the checkpoint was written that the run goes on from; each is used once, and outlives the actor."""
+        when the checkpoint was written that the run goes on from; each is used once, and outlives the actor.
+        `settled`: is told of the gid when nobody looks at a group's environments any more."""
         super().__init__(inbox, [scored] if hold is None else [scored, hold], report)
         self._scored = scored
         self._hold = hold
         self._rewards = rewards
         self._trainer_state = trainer_state
         self._recorded = {} if recorded is None else recorded
+        self._settled = settled
 
     async def start(self) -> None:
         """Listen to the rewards, and say which are down now: a Scorer before may have said otherwise."""
@@ -81,6 +84,8 @@ class Scorer(Actor):
     def _done_with(self, group: RolloutGroup) -> None:
         self.inbox.done(group)
         self._recorded.pop(group.prompt.gid, None)
+        if self._settled is not None:
+            self._settled(group.prompt.gid)
 
     def _note(self, incident: Incident) -> None:
         self.report.incident_nowait(incident)

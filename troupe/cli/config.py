@@ -30,6 +30,8 @@ TRAIN_KEYS = {
     "num_generations": "generation.num_generations",
     "max_completion_length": "generation.max_completion_length",
     "rewards": "rewards.functions",
+    "environment": "environment.factory",
+    "tools": "environment.tools",
     "max_steps": "learner.max_steps",
     "seed": "seed",
     "memory_limit": "memory_limit_gb",
@@ -39,7 +41,9 @@ _PLAIN_WORDS = {"output", "seed"}
 """Keys that a message may have as a word of its own."""
 _ABOUT = {"chat": "chat template"}
 """Parameter → what messages call that which it asks for."""
-_NAMING = {"model", "adapter", "dataset", "eval_data", "rewards"}
+_SINGULAR = {"rewards": "--reward", "tools": "--tool"}
+"""Those that may be repeated → the flag."""
+_NAMING = {"model", "adapter", "dataset", "eval_data", "rewards", "environment", "tools"}
 """Those that name a file, a folder or a function."""
 
 
@@ -91,7 +95,7 @@ def flag_layers(flags: dict[str, Any]) -> list[Layer]:
             continue
         if parameter in _NAMING and "" in (value if isinstance(value, tuple) else (value,)):
             raise InputError(f"{_flag(parameter)}: its value is empty; give one, or leave the flag out")
-        said: Any = "always" if parameter == "chat" else list(value) if parameter == "rewards" else value
+        said: Any = "always" if parameter == "chat" else list(value) if isinstance(value, tuple) else value
         for part in reversed(key.split(".")):
             said = {part: said}
         if parameter == "lora":
@@ -101,7 +105,7 @@ def flag_layers(flags: dict[str, Any]) -> list[Layer]:
 
 
 def _flag(parameter: str) -> str:
-    return "--reward" if parameter == "rewards" else f"--{parameter.replace('_', '-')}"
+    return _SINGULAR.get(parameter) or f"--{parameter.replace('_', '-')}"
 
 
 def with_flag(error: InputError, flags: dict[str, Any]) -> InputError:

@@ -29,6 +29,8 @@ _KEYS = {
     "prompt_column": "data.prompt_column",
     "chat": "data.chat",
     "rewards": "rewards.functions",
+    "environment": "environment.factory",
+    "tools": "environment.tools",
     "max_new_tokens": "generation.max_completion_length",
     "temperature": "generation.temperature",
     "seed": "seed",
@@ -50,11 +52,19 @@ _KEYS = {
 @click.option("--prompt-column", metavar="NAME", help="Column that holds the prompts.  [default: prompt]")
 @click.option("--chat", is_flag=True, help="Take a prompt that is a text as a user's message.")
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
+@click.option("--environment", metavar="FILE.py:CLASS", help="What the policy acts in, over several turns.")
+@click.option("--tool", "tools", multiple=True, metavar="FILE.py:FUNC", help="Tool it may call; may be repeated.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=Number(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None)
-@click.option("--set", "settings", multiple=True, metavar="data.key=value", help="How rows are read; may be repeated.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="section.key=value",
+    help="A key of [data] or [environment]; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @report_errors
 def evaluate(
@@ -64,6 +74,8 @@ def evaluate(
     prompt_column: str | None,
     chat: bool,
     rewards: tuple[str, ...],
+    environment: str | None,
+    tools: tuple[str, ...],
     settings: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
@@ -73,13 +85,16 @@ def evaluate(
 ) -> None:
     """Complete every row of a dataset once and print the mean score of each reward."""
     demo = load_config(DEMO_CONFIG)
-    if others := [setting for setting in settings if not setting.startswith("data.")]:
+    if others := [setting for setting in settings if not setting.startswith(("data.", "environment."))]:
         settings_layers(others)  # a setting of another form says so
         meaning = ours_for(others[0].partition("=")[0], known_keys())
         hint = f"; {describe_meaning(meaning)}" if meaning is not None and meaning.ours else ""
-        raise InputError(f"--set {others[0]}: of a config only [data] means something here; write data.key=value{hint}")
-    flags = flag_layers({"prompt_column": prompt_column, "chat": chat})
-    data = layered(None, [*flags, *settings_layers(settings)]).data
+        raise InputError(
+            f"--set {others[0]}: of a config only [data] and [environment] mean something here; "
+            f"write data.key=value{hint}"
+        )
+    flags = flag_layers({"prompt_column": prompt_column, "chat": chat, "environment": environment, "tools": tools})
+    config = layered(None, [*flags, *settings_layers(settings)])
     path, beside = find_policy(model, adapter)
     started_s = time.perf_counter()
     result = anyio.run(
@@ -89,7 +104,8 @@ def evaluate(
             path,
             dataset or str(demo.data.eval_path),
             rewards,
-            data=data,
+            data=config.data,
+            environment=config.environment,
             max_completion_length=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -68,6 +68,8 @@ _LAST_WORDS_S = 0.5
 @click.option("--num-generations", type=int, help="Completions a prompt.  [default: 8]")
 @click.option("--max-completion-length", type=int, help="Most tokens of a completion.  [default: 256]")
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="Reward; may be repeated.")
+@click.option("--environment", metavar="FILE.py:CLASS", help="What the policy acts in, over several turns.")
+@click.option("--tool", "tools", multiple=True, metavar="FILE.py:FUNC", help="Tool it may call; may be repeated.")
 @click.option("--max-steps", type=int, help="Stop after so many learner batches.")
 @click.option("--seed", type=int, help="Changes the run.  [default: 0]")
 @click.option("--memory-limit", type=float, metavar="GB", help="Most that the run's arrays may take.")

@@ -1,5 +1,6 @@
 """The `[data]` section."""
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -31,3 +32,13 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Message lists always go through the chat template; "always" sends texts through it too."""
     chat_template_kwargs: dict[str, Any] = {}
     """Further variables for the chat template, such as `enable_thinking`."""
+    chat_template_date: Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """The day, as YYYY-MM-DD, that a chat template is told which writes today's date, as Llama 3's. None: that on which
+    the run begins; its `run.toml` says it, so that a resume on another day has the same prompts."""
+
+    def __post_init__(self) -> None:
+        if self.chat_template_date is not None:
+            try:
+                date.fromisoformat(self.chat_template_date)
+            except ValueError as error:
+                raise ValueError(f"data.chat_template_date is {self.chat_template_date!r}: {error}") from None

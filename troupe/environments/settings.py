@@ -22,22 +22,26 @@ class EnvironmentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Most turns of the policy in an episode; TRL's max_tool_calling_iterations counts what comes back, and so is one
     less. None: an episode ends when no tool is called, when the environment is done, or at max_completion_length."""
     turn_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
-    """Seconds that an environment may take for one answer."""
+    """Seconds that one answer may take, with all that is called for it. A tool that takes longer is an error that the
+    policy reads; an environment that does makes its episode missing."""
     start_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
     """Seconds that making an environment, or a process with what it loads, may take."""
     retries: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Further attempts at an answer, for environments and tools that say of themselves that they may be asked again
-    (`retries = True`)."""
+    """Further attempts, for environments and tools that say of themselves that they may be asked again
+    (`retries = True`), after an error of a kind that passes, such as of a connection, after the time limit, or where
+    their process was killed."""
     concurrency: Annotated[int, msgspec.Meta(ge=1)] = 64
     """Answers that are waited for at once, where they are not given in processes."""
     run: Run = "thread"
     """Where environments and tools run: `thread`, async functions in the event loop and others in threads; `loop`, all
     in the event loop, for what takes microseconds; `process`, in processes that can be killed."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 4
-    """With `run = "process"`, how many; each gives one answer at a time, and an episode stays in its own."""
+    """With `run = "process"`, how many; each does one thing at a time, and an episode stays in its own. Where there are
+    environments and tools, so many for each."""
     breaker_failures: Annotated[int, msgspec.Meta(ge=0)] = 8
-    """Answers in a row that fail after which an environment is taken to be down: no step is begun until one succeeds.
-    0: never."""
+    """Answers in a row that fail by errors of a kind that passes, or the time limit, after which an environment is
+    taken to be down: no step is begun until one succeeds. In as many groups its code may fail before it has worked
+    once; then the run ends. 0: never."""
     breaker_max_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """Longest time between two tries whether an environment that is down is back."""
     history: History = "fork"
@@ -51,8 +55,9 @@ class EnvironmentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """By which a turn's reward counts less than that of the turn before, where turns have rewards."""
     on_lost: OnLost = "repeat"
     """What becomes of an episode amid which a run was killed, where its environment cannot save itself: `repeat`, a new
-    environment is brought to where it was by the calls that were answered; `missing`, the episode has no reward. Tools
-    are never called again for what was answered."""
+    environment is brought to where it was by the calls that were answered; `missing`, the episode has no reward. So it
+    is, too, where a process of environments had to be killed. Functions that are tools are never called again for what
+    was answered."""
 
     def __post_init__(self) -> None:
         if isinstance(self.factory, dict) and not self.factory:

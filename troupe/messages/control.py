@@ -33,8 +33,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Scorer → Prompter: begin no step as long as there are reasons, such as a reward that is down."""
+    """Scorer, Environment → Prompter: begin no step as long as there are reasons, such as a reward that is down."""
 
+    sender: str = "scorer"
+    """Whose reasons they are; those of others stand beside them."""
     reasons: tuple[str, ...]
     """One sentence each; empty: go on."""
 

@@ -57,6 +57,8 @@ class RowStart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     start: int
     """Place in `token_ids`; 0 where the first row has a prompt of its own."""
     prompt_ids: tuple[int, ...]
+    prompt_experts: bytes = b""
+    """Where recorded, as `RolloutGroup.prompt_experts`."""
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,7 +77,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     text: str
     """The completion decoded, without special tokens."""
     experts: bytes = b""
-    """Where recorded, the experts that its tokens but the last went to; as `RolloutGroup.prompt_experts`."""
+    """Where recorded, the experts that its tokens but the last went to; as `RolloutGroup.prompt_experts`. Zeros stand
+    for the last token of a row behind which another row begins, since nobody has read it."""
     observed: tuple[tuple[int, int], ...] = ()
     """Of an episode, the ranges [start, stop) of `token_ids` that an environment or a tool put in: the policy read them
     and did not sample them, so they are no part of any loss, ratio or length. Their log-probs are 0 and mean nothing,

@@ -21,6 +21,8 @@ class TurnTaken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Tokens that the rollout had before this turn."""
     room: int
     """Tokens that the row may have beyond these, an observation's included."""
+    asker: int = 0
+    """Which generator asks, where one has failed and another has begun again."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -37,6 +39,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     opening differs from the group's prompt; None: the row goes on with `ids`."""
     done: bool = False
     """Nothing more is to be sampled."""
+    asker: int = 0
+    """As in the turn that is answered: what an earlier generator asked for is of no use to another."""
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

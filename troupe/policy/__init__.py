@@ -4,9 +4,18 @@ from troupe.policy.adapter.base import Base
 from troupe.policy.adapter.modules import Adapter
 from troupe.policy.adapter.settings import AdapterConfig
 from troupe.policy.decode.engine import RolloutEngine
-from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes
-from troupe.policy.decode.requests import CompletedGroup, Completion, GenerationConfig, RolloutRequest
+from troupe.policy.decode.memory import decode_memory_bytes, fused_copy_bytes, turn_memory_bytes
+from troupe.policy.decode.open_session import OpenSession
+from troupe.policy.decode.requests import (
+    CompletedGroup,
+    CompletedTurn,
+    Completion,
+    GenerationConfig,
+    RolloutRequest,
+    TurnRequest,
+)
 from troupe.policy.decode.sampling import Sampler, SamplingConfig
+from troupe.policy.decode.session import TurnSession
 from troupe.policy.folders import MAX_SHARD_BYTES, read_model_folder, save_model_folder
 from troupe.policy.gradient.backward import completion_gradients, completion_statistics
 from troupe.policy.gradient.memory import MicroBatch, gradient_memory_bytes
@@ -29,6 +38,7 @@ from troupe.policy.text.complete import (
     generate_batch,
     stream_text,
 )
+from troupe.policy.text.continuing import Continuer, Following
 from troupe.policy.text.tokenizer import TextPrompt, Tokenizer, opened_thought
 
 __all__ = [
@@ -41,13 +51,17 @@ __all__ = [
     "Base",
     "Companions",
     "CompletedGroup",
+    "CompletedTurn",
     "Completion",
+    "Continuer",
+    "Following",
     "GenerationConfig",
     "LinearScaling",
     "Llama3Scaling",
     "MicroBatch",
     "ModelConfig",
     "NetworkConfig",
+    "OpenSession",
     "Policy",
     "Qwen3Config",
     "RolloutBatch",
@@ -59,6 +73,8 @@ __all__ = [
     "TextPrompt",
     "TokenStatistics",
     "Tokenizer",
+    "TurnRequest",
+    "TurnSession",
     "Weights",
     "YarnScaling",
     "complete_texts",
@@ -86,4 +102,5 @@ __all__ = [
     "resolve_model",
     "save_model_folder",
     "stream_text",
+    "turn_memory_bytes",
 ]

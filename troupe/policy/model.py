@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -122,6 +123,10 @@ class Policy:
                 raise ModelError("tokenizer: this policy was made at random and has no folder to read a tokenizer from")
             self._tokenizer = Tokenizer.from_pretrained(self.path)
         return self._tokenizer
+
+    def date_templates(self, day: date) -> None:
+        """Have the tokenizer's chat templates take `day` for today."""
+        self._tokenizer = self.tokenizer.dated(day)
 
     @property
     def notices(self) -> list[str]:

@@ -52,8 +52,12 @@ def messages_of(episode: Episode) -> list[ChatMessage]:
 
 
 def prompt_of(episode: Episode, prompt: PromptText) -> PromptText:
-    """The prompt as the episode began with it, with what its environment added."""
-    return list(episode.opening.messages) if episode.opening.messages else prompt
+    """The prompt as the episode began with it, with what its environment added; a text stays one, where it can."""
+    opening = list(episode.opening.messages)
+    if not opening:
+        return prompt
+    content = opening[-1].get("content")
+    return content if isinstance(prompt, str) and isinstance(content, str) else opening
 
 
 def environments_of(group: RolloutGroup, live: Sequence[Any] | None) -> list[Any]:

@@ -16,6 +16,7 @@ import tomli_w
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.dataset import DataConfig, anchored_source
+from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.policy import AdapterConfig, GenerationConfig, ModelConfig, is_hub_id
@@ -25,7 +26,16 @@ from troupe.rewards import RewardsConfig
 from troupe.run.aliases import close_to, describe_meaning, foreign_for, ours_for
 from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import moved_demo_file, policy_folder
-from troupe.run.tables import anchored_reward, copied, lay_over, says, table_of, value_at, without_none
+from troupe.run.tables import (
+    anchored_environment,
+    anchored_reward,
+    copied,
+    lay_over,
+    says,
+    table_of,
+    value_at,
+    without_none,
+)
 from troupe.runtime.files import expanded, read_toml
 
 _SOURCES = ("path", "eval_path")
@@ -58,6 +68,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
     rewards: RewardsConfig = RewardsConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     learner: LearnerConfig = LearnerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -217,6 +228,9 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
+    environment = table.get("environment")
+    if isinstance(environment, dict):
+        table["environment"] = anchored_environment(environment, base)
 
 
 class _Sources(NamedTuple):

@@ -5,6 +5,7 @@ The same engine, rewards and batch as in a run, called one after the other.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import msgspec
 from troupe.actors.learner.batch import as_rollouts, assemble
 from troupe.actors.schedule import tokenize_prompts
 from troupe.dataset import DataConfig, PromptDataset, stop_making_rows
+from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import InputError
 from troupe.grpo import LearnerConfig
 from troupe.messages import Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
@@ -28,7 +30,9 @@ from troupe.policy import (
     load_policy,
     opened_thought,
 )
-from troupe.rewards import Reward, RewardManager, default_reward, exact_answer_reward
+from troupe.rewards import Reward, RewardManager, RewardsConfig, exact_answer_reward
+from troupe.run.playing import Player, number_of_row
+from troupe.run.stage import NOTHING_GIVEN, Acting, Stage, default_rewards, load_acting, make_rewards
 from troupe.run.status import Progress
 from troupe.runtime.device import DeviceThread
 
@@ -131,12 +135,13 @@ async def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     tell: Callable[[Incident], None] | None = None,
+    stage: Stage | None = None,
     rows_at_once: int = 128,
 ) -> Evaluation:
     """Complete every row once and score it. Greedy where `generation.temperature` is 0, as it should be to compare.
 
     `progress` learns how many rows are completed, `tell` why a score is missing, when that is known; the gid of an
-    incident is the number of its row.
+    incident is the number of its row. `stage`: where the policy acts.
     """
     if not len(dataset):
         raise InputError(f"{dataset.source}: no rows to evaluate")
@@ -146,15 +151,27 @@ async def evaluate(
     texts: list[str] = []
     scores: dict[str, list[float]] = {}
     incidents: list[Incident] = []
+
+    player = None
+    if stage is not None:
+        stage.manager.listen(partial(_note, incidents, tell))
+        player = Player(stage, policy, once, device, seed=seed, progress=progress)
     for start in range(0, len(dataset), rows_at_once):
         places = range(start, min(start + rows_at_once, len(dataset)))
-        groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0), progress)
+        if player is None:
+            groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0), progress)
+        else:
+            groups = await player.play([_prompt_of(policy, dataset, prompt_ids, i, -1 - i) for i in places])
         texts += [group.rollouts[0].text for group in groups]
         if rewards is not None:
-            for result in await rewards.score_groups(groups, tell=tell):
-                incidents += result.incidents
+            for result in await rewards.score_groups(groups, tell=partial(_note, None, tell)):
+                incidents += map(_by_row, result.incidents)
                 for name, (score,) in result.scores.items():
                     scores.setdefault(name, []).extend([] if score is None else [score])
+        if player is not None:
+            player.conversations.forget(())
+    if stage is not None:
+        stage.manager.listen(None)
     return Evaluation(
         rows=len(dataset),
         accuracy=_accuracy(dataset, texts),
@@ -162,6 +179,18 @@ async def evaluate(
         completions=tuple(texts),
         incidents=tuple(incidents),
     )
+
+
+def _by_row(incident: Incident) -> Incident:
+    return msgspec.structs.replace(incident, gid=None if incident.gid is None else number_of_row(incident.gid))
+
+
+def _note(kept: list[Incident] | None, tell: Callable[[Incident], None] | None, incident: Incident) -> None:
+    """Tell of an incident, and keep it where it would come no other way."""
+    if kept is not None:
+        kept.append(_by_row(incident))
+    if tell is not None:
+        tell(_by_row(incident))
 
 
 async def _complete(
@@ -185,20 +214,26 @@ async def _complete(
     completed = await device.run(_in_order, decoding, progress, on_cancel=engine.abort)
     groups = []
     for place, group in zip(places, completed, strict=True):
-        row = dataset[place]
-        prompt = Prompt(
-            gid=place,
-            slot=Slot(step=step, place=place),
-            epoch=0,
-            row=place,
-            prompt=row.prompt,
-            prompt_ids=prompt_ids[place],
-            columns=row.columns,
-            opened=opened_thought(policy.tokenizer, row.prompt, prompt_ids[place]),
-        )
+        prompt = _prompt_of(policy, dataset, prompt_ids, place, place, step)
         rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
         groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
     return groups
+
+
+def _prompt_of(
+    policy: Policy, dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...]], place: int, gid: int, step: int = 0
+) -> Prompt:
+    row = dataset[place]
+    return Prompt(
+        gid=gid,
+        slot=Slot(step=step, place=place),
+        epoch=0,
+        row=place,
+        prompt=row.prompt,
+        prompt_ids=prompt_ids[place],
+        columns=row.columns,
+        opened=opened_thought(policy.tokenizer, row.prompt, prompt_ids[place]),
+    )
 
 
 def _in_order(groups: Iterable[CompletedGroup], progress: Progress | None) -> list[CompletedGroup]:
@@ -239,24 +274,38 @@ async def evaluate_folder(
     seed: int = 0,
     dtype: str | None = None,
     adapter: str | Path | None = None,
+    environment: EnvironmentConfig | None = None,
+    acting: Acting = NOTHING_GIVEN,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model folder, or one with an adapter beside it, on a source of prompts; what `troupe eval` does.
 
     Without rewards the rows must say what is right (`default_reward`). `data` says how rows are read, as in a run; its
-    paths do not count. Raises InputError.
+    paths do not count. `environment` and `acting`: what the policy acts with, if it does. Raises InputError.
     """
     data = DataConfig() if data is None else data
     rows = await _loaded(dataset, data)
-    manager = RewardManager(list(rewards) or [default_reward(rows.columns, rows.source)])
+    world = load_acting(EnvironmentConfig() if environment is None else environment, acting)
+    functions = list(rewards) or [default_rewards(rows, world)]
+    manager = make_rewards(functions, RewardsConfig(), world, [rows])
     manager.check_columns(rows.columns)
-    async with DeviceThread("evaluation") as device, manager:
+    async with AsyncExitStack() as begun:
+        device = await begun.enter_async_context(DeviceThread("evaluation"))
+        await begun.enter_async_context(manager)
         policy = await device.run(partial(load_policy, model, dtype, adapter=adapter))
         policy.check_stop_ids()
+        stage = None if world is None else Stage.of(world, policy, data)
+        if stage is not None:
+            await begun.enter_async_context(stage.manager)
         positions = policy.config.max_position_embeddings
         limit = min(data.max_prompt_tokens or positions, positions - 1)
         prompt_ids = tokenize_prompts(
-            rows, policy.tokenizer, data, max_tokens=limit, vocab_size=policy.config.vocab_size
+            rows,
+            policy.tokenizer,
+            data,
+            max_tokens=limit,
+            vocab_size=policy.config.vocab_size,
+            tell=None if stage is None else stage.opening,
         )
         return await evaluate(
             policy,
@@ -267,4 +316,5 @@ async def evaluate_folder(
             rewards=manager,
             seed=seed,
             progress=progress,
+            stage=stage,
         )

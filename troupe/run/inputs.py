@@ -1,9 +1,10 @@
-"""Inputs: what a run is made from, loaded and checked, the cheap checks first; and their placement: where the generator
-runs, how many threads work, and what is chosen so that all of it fits the memory."""
+"""Inputs: what a run is made from, loaded and checked, the cheap checks first."""
 
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -12,16 +13,22 @@ from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
-from troupe.policy import DTYPES, NetworkConfig, Policy, opened_thought
+from troupe.policy import NetworkConfig, Policy, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
 from troupe.records.metric_names import check_metric
-from troupe.rewards import Reward, RewardManager, default_reward
+from troupe.rewards import Reward, RewardManager
 from troupe.run.config import RunConfig
-from troupe.run.memory import Plan, plan_memory
 from troupe.run.resume.check import Resumption
-from troupe.run.workload import Workload
-from troupe.runtime import linux_cpu
+from troupe.run.stage import (
+    NOTHING_GIVEN,
+    Acting,
+    ActingWorld,
+    Stage,
+    default_rewards,
+    load_acting,
+    make_rewards,
+)
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
@@ -56,6 +63,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
+    stage: Stage | None = None
+    """Where the policy acts; None: it answers once."""
     total_steps: int
     description: str
     """What there is to train and to evaluate on, in lines."""
@@ -64,9 +73,16 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_inputs(
-    config: RunConfig, given: Sequence[Reward], resumption: Resumption | None, *, resume: bool, to_show: bool
+    config: RunConfig,
+    given: Sequence[Reward],
+    resumption: Resumption | None,
+    *,
+    resume: bool,
+    to_show: bool,
+    acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
-    """Load what the config names; `given` rewards are used beside those. InputError for what cannot be used."""
+    """Load what the config names; `given` rewards, and what there is to act with, are used beside those. InputError for
+    what cannot be used."""
     data, learner = config.data, config.learner
     model = config.model.path
     assert model is not None
@@ -74,7 +90,8 @@ def load_inputs(
     first = _SHOWN_ROWS if to_show and not resume else None
     dataset = PromptDataset.load(data.path, data, first=first)
     held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
-    rewards, config = _rewards(config, given, dataset, held_out)
+    world = load_acting(config.environment, acting)
+    rewards, config = _rewards(config, given, dataset, held_out, world)
     notices = _best_by(config, rewards, resumption)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
     assert policy.path is not None
@@ -82,23 +99,17 @@ def load_inputs(
     notices += told
     if not resume:
         policy.check_stop_ids()
-    kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
-    keeps_unknown = kept == data.chat_template_kwargs
-    prompt_ids = _tokenized(dataset, policy, config, keeps_unknown=keeps_unknown)
-    described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
-    evaluation = None
-    if held_out is not None:
-        held_out_ids = _tokenized(held_out, policy, config, keeps_unknown=keeps_unknown)
-        evaluation = EvalSet(dataset=held_out, prompt_ids=held_out_ids)
-        described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
-    longest = max(map(len, prompt_ids))
+    config = _dated(config, policy, begins=not resume)
+    data = config.data
+    stage = None if world is None else Stage.of(world, policy, data)
+    prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
+    longest = max(map(len, prompts.prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
+    stage = None if stage is None else stage.within(longest, config.generation.max_completion_length)
     notices += lowered
-    if policy.dtype == "float16":
-        notices.append(_FLOAT16)
     opened = partial(opened_thought, policy.tokenizer)
-    if "think_format" in config.rewards.functions:
-        notices += think_notices(policy.tokenizer, opened(dataset[0].prompt, prompt_ids[0]))
+    notices += _about(config, policy, opened(dataset[0].prompt, prompts.prompt_ids[0]))
+    notices += [] if stage is None else stage.notices(config)
     return Inputs(
         config=config,
         source=policy.path,
@@ -107,21 +118,69 @@ def load_inputs(
         dataset=dataset,
         schedule=PromptSchedule(
             dataset,
-            prompt_ids,
+            prompts.prompt_ids,
             batch_size=learner.batch_size,
             seed=config.seed,
             shuffle=data.shuffle,
             opened=opened,
         ),
-        evaluation=evaluation,
+        evaluation=prompts.evaluation,
         rewards=rewards,
         longest_prompt=longest,
+        stage=stage,
         total_steps=count_steps(
             dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
         ),
-        description="\n".join(described),
+        description="\n".join(prompts.described),
         notices=tuple(notices),
     )
+
+
+class _Told(NamedTuple):
+    """Prompts in ids."""
+
+    prompt_ids: list[tuple[int, ...]]
+    evaluation: EvalSet | None
+    described: list[str]
+
+
+def _tell_prompts(
+    dataset: PromptDataset,
+    held_out: PromptDataset | None,
+    policy: Policy,
+    config: RunConfig,
+    stage: Stage | None,
+    resumption: Resumption | None,
+) -> _Told:
+    kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
+    keeps_unknown = kept == config.data.chat_template_kwargs
+    prompt_ids = _tokenized(dataset, policy, config, stage, keeps_unknown=keeps_unknown)
+    described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
+    if held_out is None:
+        return _Told(prompt_ids, None, described)
+    held_out_ids = _tokenized(held_out, policy, config, stage, keeps_unknown=keeps_unknown)
+    described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
+    return _Told(prompt_ids, EvalSet(dataset=held_out, prompt_ids=held_out_ids), described)
+
+
+def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
+    """What to tell of the type of the policy's numbers, and of how it thinks; `opened` as for `think_notices`."""
+    notices = [_FLOAT16] if policy.dtype == "float16" else []
+    if "think_format" in config.rewards.functions:
+        notices += think_notices(policy.tokenizer, opened)
+    return notices
+
+
+def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
+    """With the day that chat templates are told, where they ask for it. A run that was begun when none was kept goes on
+    with today."""
+    day = config.data.chat_template_date
+    if day is None and begins and policy.tokenizer.asks_for_today:
+        day = date.today().isoformat()  # noqa: DTZ011 - that of whoever begins the run
+    if day is None:
+        return config
+    policy.date_templates(date.fromisoformat(day))
+    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, chat_template_date=day))
 
 
 def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
@@ -158,7 +217,9 @@ def _check_reference(learner: LearnerConfig) -> None:
         )
 
 
-def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_unknown: bool) -> list[tuple[int, ...]]:
+def _tokenized(
+    rows: PromptDataset, policy: Policy, config: RunConfig, stage: Stage | None, *, keeps_unknown: bool
+) -> list[tuple[int, ...]]:
     positions = policy.config.max_position_embeddings
     return tokenize_prompts(
         rows,
@@ -167,17 +228,24 @@ def _tokenized(rows: PromptDataset, policy: Policy, config: RunConfig, *, keeps_
         max_tokens=min(config.data.max_prompt_tokens or positions, positions - 1),
         vocab_size=policy.config.vocab_size,
         keeps_unknown=keeps_unknown,
+        tell=None if stage is None else stage.opening,
     )
 
 
 def _rewards(
-    config: RunConfig, given: Sequence[Reward], dataset: PromptDataset, held_out: PromptDataset | None
+    config: RunConfig,
+    given: Sequence[Reward],
+    dataset: PromptDataset,
+    held_out: PromptDataset | None,
+    acting: ActingWorld | None,
 ) -> tuple[RewardManager, RunConfig]:
     functions = config.rewards.functions
     if not functions and not given:
-        functions = (default_reward(dataset.columns, dataset.source),)
+        functions = (default_rewards(dataset, acting),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
-    manager = RewardManager([*functions, *given], config=config.rewards)
+    manager = make_rewards(
+        [*functions, *given], config.rewards, acting, [dataset] if held_out is None else [dataset, held_out]
+    )
     manager.check_columns(dataset.columns)
     if held_out is not None and (missing := dataset.columns - held_out.columns):
         raise DatasetError(
@@ -211,89 +279,3 @@ def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) 
         f"longest prompt takes {longest_prompt}"
     )
     return msgspec.structs.replace(config, generation=generation), [notice]
-
-
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """What of this machine matters to where work is placed."""
-
-    on_cpu: bool
-    cores: int | None
-    """Threads that OpenBLAS takes by itself; None where nobody can tell."""
-    worthwhile: int = 2**18
-    """Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a
-    processor beside the other gains."""
-    light: int = 2**27
-    """Bytes of weights up to which several processes decode faster than one: each reads all of them for every token."""
-
-
-def place_run(inputs: Inputs, machine: Machine) -> Plan:
-    """The config with every choice in it, and the memory that the run takes so. ConfigError where it cannot fit."""
-    config, policy = inputs.config, inputs.policy
-    worthwhile = _worthwhile(config, policy.config, inputs.longest_prompt, machine)
-    held = policy.base.weights or policy.weights
-    is_light = sum(array.nbytes for array in held.values()) <= machine.light
-    config = _placed(config, machine, worthwhile if is_light else 1)
-    config, streams = _streamed(config, machine, worthwhile)
-    if machine.on_cpu:
-        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
-    work = Workload(
-        policy=policy.config,
-        dtype=DTYPES[policy.dtype],
-        adapter=policy.base.adapter,
-        longest_prompt=inputs.longest_prompt,
-        on_cpu=machine.on_cpu,
-        streams=streams,
-    )
-    return plan_memory(config, work)
-
-
-def _worthwhile(config: RunConfig, policy: NetworkConfig, longest_prompt: int, machine: Machine) -> int:
-    """How many parts of a step may be worth a processor of their own."""
-    rows = config.learner.batch_size * config.generation.num_generations
-    tokens = config.learner.batch_size * longest_prompt + rows * config.generation.max_completion_length
-    return max(1, tokens * policy.hidden_size // machine.worthwhile)
-
-
-def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
-    """Decide where the generator runs, in how many processes (no more than `worthwhile`) and how many threads OpenBLAS
-    has, so that the resolved config says it."""
-    schedule, most = config.schedule, config.learner.batch_size
-    if (schedule.generator_processes or 1) > most:
-        raise ConfigError(
-            f"schedule.generator_processes is {schedule.generator_processes}, but a step has only {most} prompts "
-            f"(learner.batch_size) to deal to them; give at most {most}"
-        )
-    cores = machine.cores if machine.on_cpu else None
-    takes_turns = schedule.max_staleness == 0  # the generator with the learner
-    processes = schedule.generator_processes
-    if processes is None:
-        is_open = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
-        processes = min(cores or 1, worthwhile, most) if takes_turns and is_open else 1
-    where = schedule.generator
-    if where == "auto":
-        where = "process" if processes > 1 or (machine.on_cpu and not takes_turns) else "thread"
-    threads = schedule.blas_threads
-    if threads is None and cores:
-        sharers = 1 if where == "thread" else processes + (not takes_turns)
-        threads = max(1, cores // sharers)
-    streams = schedule.learner_streams if machine.on_cpu else 1
-    placed = msgspec.structs.replace(
-        schedule, generator=where, generator_processes=processes, blas_threads=threads, learner_streams=streams
-    )
-    return msgspec.structs.replace(config, schedule=placed)
-
-
-def _streamed(config: RunConfig, machine: Machine, worthwhile: int) -> tuple[RunConfig, int]:
-    """How many micro-batches the learner may well differentiate at a time, which the resolved config says where that
-    was asked for; where not, memory has its say, too."""
-    schedule, learner = config.schedule, config.learner
-    streams = 1
-    if machine.on_cpu and (schedule.generator == "process" or not schedule.max_staleness):
-        rows = learner.batch_size * config.generation.num_generations
-        cores = schedule.blas_threads or 1
-        if schedule.generator == "process" and not schedule.max_staleness:
-            cores *= schedule.generator_processes or 1  # which rest while the learner works
-        streams = min(schedule.learner_streams or min(cores, worthwhile), learner.gradient_accumulation_steps or rows)
-    if schedule.learner_streams is not None:
-        config = msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))
-    return config, streams

@@ -151,7 +151,7 @@ class LiveRun:
             self._ended.set()
 
     async def _run(self) -> None:
-        rewards, pipeline = self._prepared.inputs.rewards, self._pipeline
+        rewards, stage, pipeline = self._prepared.inputs.rewards, self._prepared.inputs.stage, self._pipeline
         pipeline.ledgers.sinks.open()
         try:
             await _beside(self._work, self._tell_sinks)
@@ -159,6 +159,9 @@ class LiveRun:
             with self._progress.at("stopping the rewards"):
                 for incident in await rewards.stop():
                     pipeline.tell(incident)
+            if stage is not None:
+                stage.manager.listen(pipeline.tell)
+                await stage.manager.stop()
             for incident in pipeline.unread_incidents:
                 pipeline.tell(incident)
             with anyio.CancelScope(shield=True):
@@ -178,6 +181,11 @@ class LiveRun:
                 self._prepared.inputs.rewards.trust()
             with self._progress.at("starting the rewards"):
                 await self._start_rewards()
+            if (stage := self._prepared.inputs.stage) is not None:
+                if self._prepared.start.checkpoint is not None:
+                    stage.manager.trust()
+                with self._progress.at("starting the environments"):
+                    await stage.manager.start()
             await _beside(self._train, self._requests.run)
         if self._stopping:
             with self._progress.at(f"saving step {self._pipeline.learner.version:,}"):
@@ -237,6 +245,7 @@ class LiveRun:
                 rewards=inputs.rewards,
                 progress=progress,
                 tell=tell,
+                stage=inputs.stage,
             )
 
     async def _tell_sinks(self) -> None:

@@ -22,6 +22,7 @@ from troupe.policy import (
     Sampler,
     decode_memory_bytes,
     fused_copy_bytes,
+    turn_memory_bytes,
 )
 from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
 from troupe.policy.network.tensors import network_bytes
@@ -228,17 +229,32 @@ def _laid_out_bytes(work: Workload) -> int:
 
 
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
-    """What decoding this many of the longest prompts takes; no more than the config allows a decode."""
+    """What decoding this many of the longest prompts takes; no more than the config allows a decode. Of rows that act
+    all rounds count that are under way."""
     generation, policy = config.generation, work.policy
-    needed = decode_memory_bytes(
-        policy,
-        [work.longest_prompt] * prompts,
-        generation.num_generations,
-        generation.max_completion_length,
-        work.dtype,
-        is_filtering=Sampler(generation).is_filtering,
-        **device_ways(policy, work.dtype, on_cpu=work.on_cpu),
-    )
+    ways = device_ways(policy, work.dtype, on_cpu=work.on_cpu)
+    is_filtering = Sampler(generation).is_filtering
+    if work.sessions:
+        rows, longest = prompts * generation.num_generations, max(work.longest_prompt, work.longest_history or 0)
+        needed = work.sessions * turn_memory_bytes(
+            policy,
+            [0] * rows,
+            [longest] * rows,
+            generation.max_completion_length,
+            work.dtype,
+            is_filtering=is_filtering,
+            **ways,
+        )
+    else:
+        needed = decode_memory_bytes(
+            policy,
+            [work.longest_prompt] * prompts,
+            generation.num_generations,
+            generation.max_completion_length,
+            work.dtype,
+            is_filtering=is_filtering,
+            **ways,
+        )
     return needed if generation.memory_limit_gb is None else min(needed, round(generation.memory_limit_gb * GB))
 
 

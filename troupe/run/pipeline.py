@@ -6,25 +6,23 @@ What must outlive an actor is therefore in `Ledgers`, outside its maker.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import msgspec
 
 from troupe.actors.checkpointer import Checkpointer
-from troupe.actors.generator.actor import Generator
-from troupe.actors.generator.remote import RemoteGenerator
-from troupe.actors.generator.wire import BaseSource, Setup
+from troupe.actors.conversations import Conversations
+from troupe.actors.environment import Environment
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
 from troupe.actors.learner.train import LearnerState, Snapshots
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
-from troupe.grpo import LearnerConfig
 from troupe.messages import Incident, Settle
-from troupe.policy import Weights, is_on_cpu
+from troupe.policy import Weights
 from troupe.records.standing import Change
 from troupe.rewards import TrainerState
+from troupe.run.generators import make_generator
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.resume.changes import ChangesLog
@@ -72,12 +70,17 @@ def build_pipeline(
     """
     factories = Factories() if factories is None else factories
     ledgers = Ledgers(prepared, factories, check_folder)
-    wiring = Wiring(max(ledgers.credits.limit, len(prepared.start.restored.alive)), factories.mailbox)
+    wiring = Wiring(
+        max(ledgers.credits.limit, len(prepared.start.restored.alive)),
+        factories.mailbox,
+        episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
+    )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     return Pipeline(
         roles=(
             Role(_prompter(prepared, wiring, ledgers)),
-            Role(_generator(prepared, wiring, ledgers, factories)),
+            Role(make_generator(prepared, wiring, ledgers, factories)),
+            *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
             Role(_scorer(prepared, wiring, ledgers)),
             Role(lambda: learner, restartable=False),
             Role(_checkpointer(wiring, ledgers)),
@@ -105,85 +108,18 @@ def _prompter(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[
     )
 
 
-def _most_at_once(prepared: Prepared) -> int | None:
-    """Prompts that a decode of the free schedule has at the most; None: the schedule is pinned."""
-    return prepared.config.learner.batch_size if prepared.config.schedule.mode == "free" else None
-
-
-def _generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories) -> Callable[[], Actor]:
-    config, policy = prepared.config, prepared.start.policy
-    shared: dict[str, Any] = {
-        "board": ledgers.board,
-        "device": ledgers.devices["generator"],
-        "handed_over": ledgers.handed_over,
-        "recorded": ledgers.recorded,
-        "report": wiring.reporters["generator"],
-    }
-    if ledgers.files is not None:
-        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
-        return partial(RemoteGenerator, wiring.generator, wiring.rollouts, setups=setups, files=ledgers.files, **shared)
+def _environment(wiring: Wiring, ledgers: Ledgers, conversations: Conversations) -> Callable[[], Actor]:
+    assert wiring.acting is not None
     return partial(
-        Generator,
-        wiring.generator,
+        Environment,
+        wiring.acting.environment,
         wiring.rollouts,
-        engine=partial(
-            factories.engine,
-            policy.config,
-            config.generation,
-            stop_ids=policy.eos_ids,
-            tokenizer=policy.tokenizer,
-            base=policy.base,
-            **({"records_experts": True} if records_experts(config.learner) else {}),
-        ),
-        decode_text=policy.tokenizer.decode_sampled,
-        seed=config.seed,
-        most_at_once=_most_at_once(prepared),
-        **shared,
-    )
-
-
-def records_experts(learner: LearnerConfig) -> bool:
-    """Whether the generator is to say which experts tokens went to."""
-    return learner.router_replay != "off"
-
-
-def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
-    """What each process of the generator is made of."""
-    config = prepared.config
-    schedule = config.schedule
-    processes = schedule.generator_processes or 1
-    return [
-        Setup(
-            name=f"generator {number}" if processes > 1 else "generator",
-            policy=prepared.start.policy.config,
-            base=_base_source(prepared),
-            generation=config.generation,
-            stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
-            tokenizer=str(prepared.inputs.source),
-            tokenizer_files=prepared.start.policy.companions.files,
-            seed=config.seed,
-            max_staleness=staleness,
-            most_at_once=_most_at_once(prepared),
-            live=live,
-            on_cpu=is_on_cpu(),
-            blas_threads=schedule.blas_threads,
-            records_experts=records_experts(config.learner),
-            limit_gb=prepared.memory.generator_limit_gb,
-        )
-        for number in range(processes)
-    ]
-
-
-def _base_source(prepared: Prepared) -> BaseSource | None:
-    """Where a process of the generator reads the base, where an adapter is trained."""
-    policy = prepared.start.policy
-    if policy.base.adapter is None:
-        return None
-    return BaseSource(
-        folder=str(prepared.inputs.source),
-        fingerprint=policy.base.fingerprint,
-        dtype=policy.dtype,
-        adapter=policy.base.adapter,
+        wiring.acting.observations,
+        wiring.acting.answered,
+        conversations=conversations,
+        alive=ledgers.prompts.alive.keys,
+        hold=wiring.acting.hold,
+        report=wiring.reporters["environment"],
     )
 
 
@@ -203,6 +139,7 @@ def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[]
             rows=prepared.inputs.schedule.rows,
         ),
         recorded=ledgers.recorded,
+        settled=None if prepared.inputs.stage is None else prepared.inputs.stage.manager.settled,
         report=wiring.reporters["scorer"],
     )
 
@@ -242,6 +179,7 @@ def _make_learner(
             rates=prepared.live.rates,
             base=policy.base,
             seed=config.seed,
+            gamma=config.environment.gamma,
         ),
         state=_starting_state(prepared, ledgers.board),
         board=ledgers.board,
@@ -306,7 +244,13 @@ def _metrics(wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
         sinks=ledgers.sinks,
         listeners=wiring.news,
         tally=ledgers.tally,
-        watched=(wiring.generator, wiring.scorer, wiring.learner, wiring.checkpointer),
+        watched=(
+            wiring.generator,
+            *([] if wiring.acting is None else [wiring.acting.environment]),
+            wiring.scorer,
+            wiring.learner,
+            wiring.checkpointer,
+        ),
         reporters=tuple(wiring.reporters.values()),
         closes=False,
         report=wiring.metrics_report,

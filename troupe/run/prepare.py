@@ -22,12 +22,14 @@ from troupe.records.layout import STORE
 from troupe.records.lost_steps import lost_steps
 from troupe.records.sinks.base import check_sinks
 from troupe.records.standing import Change
+from troupe.records.store.answers import stored_answers
 from troupe.records.store.write import check_store
 from troupe.rewards import Reward, RewardManager
 from troupe.run.config import RunConfig, check_config
 from troupe.run.folder import run_folder
-from troupe.run.inputs import Inputs, Machine, load_inputs, place_run
+from troupe.run.inputs import Inputs, load_inputs
 from troupe.run.memory import Plan
+from troupe.run.placement import Machine, place_run
 from troupe.run.resume.changes import ChangesLog, Live
 from troupe.run.resume.check import Resumption
 from troupe.run.resume.newest import (
@@ -39,10 +41,13 @@ from troupe.run.resume.newest import (
     restored_free,
     restored_pinned,
 )
+from troupe.run.stage import NOTHING_GIVEN, Acting
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import arithmetic
 from troupe.runtime.memory import check_wired_limit
 
+_ACTING = {"environment.factory", "environment.tools"}
+"""Who has answered."""
 _REWARDS = {"rewards.functions", "rewards.run"}
 """Which they are, and where they run."""
 
@@ -97,11 +102,13 @@ def prepare(
     to_show: bool = False,
     machine: Machine | None = None,
     rounding: dict[str, str] | None = None,
+    acting: Acting = NOTHING_GIVEN,
 ) -> Prepared:
     """Load and check everything. `rewards` are used beside those that the config names; `allow_changes` are the keys in
     which the config may differ from that of the run that is resumed. `to_show`: nothing is to be run, so that a few
     rows are enough where each has to be made; not in a resume, which compares all. `machine`, `rounding`: what of this
-    machine decides where work is placed, and what decides bits; None: it is looked at. Raises InputError."""
+    machine decides where work is placed, and what decides bits; None: it is looked at. `acting`: what there is to act
+    with beside what the config names. Raises InputError."""
     asked, notices = _check(config)
     folder = run_folder(asked, resume=resume)
     rounding = arithmetic() if rounding is None else rounding
@@ -111,11 +118,13 @@ def prepare(
         check_store(folder / STORE)
     if resumption is not None:
         asked = resumption.asked
-    inputs = load_inputs(asked, rewards, resumption, resume=resume, to_show=to_show)
+    inputs = load_inputs(asked, rewards, resumption, resume=resume, to_show=to_show, acting=acting)
     memory = place_run(inputs, machine)
     if resumption is not None:
         resumption = resumption.compared(memory.config)
     start = start_run(folder, memory.config, inputs, resumption, resume=resume)
+    if inputs.stage is not None and resumption is not None and not _ACTING & resumption.changed:
+        inputs.stage.recall(stored_answers(folder / STORE, start.first_step))
     return Prepared(
         config=msgspec.structs.replace(memory.config, output=str(folder)),
         folder=folder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from troupe.dataset import stop_making_rows
+from troupe.environments.loading import Factory
 from troupe.messages import (
     NOT_STARTED,
     Checkpoint,
@@ -35,6 +36,7 @@ from troupe.run.pipeline import Pipeline, build_pipeline
 from troupe.run.prepare import Prepared
 from troupe.run.result import RunResult, remove_summary
 from troupe.run.resume.changes import ChangesLog, check_change
+from troupe.run.stage import Acting
 from troupe.run.status import Progress
 from troupe.run.tables import anchored_reward
 
@@ -61,10 +63,14 @@ class Supervisor:
         *,
         resume: bool = False,
         allow_changes: Sequence[str] = (),
+        tools: Sequence[Callable[..., Any]] = (),
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         factories: Factories | None = None,
     ) -> None:
-        """`allow_changes`: keys in which the config may differ from that of the run that is resumed. `factories`: what
-        the run makes of threads, engines, files and sinks."""
+        """`allow_changes`: keys in which the config may differ from that of the run that is resumed. `tools`: functions
+        that the policy may call; `environment_factory`: what makes the environment that it acts in, or a table of such,
+        one of which a row's column `environment` names; as in TRL. `factories`: what the run makes of threads, engines,
+        files and sinks."""
         self.config = config
         self.notices: tuple[str, ...] = ()
         """What the user should know, one line each; filled on entering."""
@@ -73,6 +79,7 @@ class Supervisor:
         self._rewards = rewards
         self._resume = resume
         self._allow_changes = tuple(allow_changes)
+        self._acting = Acting(tools, environment_factory)
         self._entered = self._stopping = self._pausing = False
         self._requests: list[Callable[[Pipeline], None]] = []
         self._outside = Requests()
@@ -274,7 +281,7 @@ class Supervisor:
     def _prepare(self, place: RunFolder) -> Prepared:
         config = msgspec.structs.replace(self.config, output=str(place.path))
         prepared = self._factories.prepare(
-            config, self._rewards, resume=self._resume, allow_changes=self._allow_changes
+            config, self._rewards, resume=self._resume, allow_changes=self._allow_changes, acting=self._acting
         )
         place.check()  # loading takes a while
         remove_summary(place.path)  # before run.toml asks for more steps than it speaks of
@@ -294,13 +301,21 @@ def train(
     *,
     resume: bool = False,
     allow_changes: Sequence[str] = (),
+    tools: Sequence[Callable[..., Any]] = (),
+    environment_factory: Factory | Mapping[str, Factory] | None = None,
     factories: Factories | None = None,
 ) -> RunResult:
     """Run to the end and return what became of it; the blocking form of `Supervisor`."""
 
     async def run() -> RunResult:
         async with Supervisor(
-            config, rewards, resume=resume, allow_changes=allow_changes, factories=factories
+            config,
+            rewards,
+            resume=resume,
+            allow_changes=allow_changes,
+            tools=tools,
+            environment_factory=environment_factory,
+            factories=factories,
         ) as supervisor:
             await supervisor.wait()
         return supervisor.result

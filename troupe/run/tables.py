@@ -49,6 +49,19 @@ def anchored_reward(spec: Any, base: Path) -> Any:
     return f"{(base / expanded(file)).absolute()}:{name}"
 
 
+def anchored_environment(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """A section [environment] whose names of files are found from everywhere."""
+    anchored = dict(table)
+    factory, tools = table.get("factory"), table.get("tools")
+    if isinstance(factory, Mapping):
+        anchored["factory"] = {name: anchored_reward(spec, base) for name, spec in factory.items()}
+    elif factory is not None:
+        anchored["factory"] = anchored_reward(factory, base)
+    if isinstance(tools, list | tuple):
+        anchored["tools"] = [anchored_reward(spec, base) for spec in tools]
+    return anchored
+
+
 def copied(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table of its own, whose tables are its own too."""
     return {key: copied(value) if isinstance(value, Mapping) else value for key, value in table.items()}

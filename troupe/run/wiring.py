@@ -5,21 +5,29 @@
         │                    └────────────── weights (PolicyBoard) ─────────────┘  └──Update, GroupClosed──▶ Metrics
         └─────────────────────────────────── GroupClosed, Replace ──────────────┘
 
-Every actor also reports Incident and Span to Metrics, and the Checkpointer CheckpointWritten. The Scorer may hold the
-Prompter up (Hold). From outside come Pause, Resume, Step and Drain to the Prompter, Checkpoint and settings to the
-Learner.
+Where the policy acts in an environment or has tools, groups go to the Scorer by way of one more:
+
+    Generator ──RolloutGroup, TurnTaken──▶ Environment ──RolloutGroup──▶ Scorer
+        ▲                                    │      └──Answered──▶ Metrics
+        └──────────── Observation ───────────┘
+
+Every actor also reports Incident and Span to Metrics, and the Checkpointer CheckpointWritten. Scorer and Environment
+may hold the Prompter up (Hold). From outside come Pause, Resume, Step and Drain to the Prompter, Checkpoint and
+settings to the Learner.
 """
 
 from collections.abc import Callable
 
 from troupe.actors.metrics import Heard
 from troupe.messages import (
+    Answered,
     Checkpoint,
     CheckpointWritten,
     Drain,
     GroupClosed,
     Hold,
     Incident,
+    Observation,
     Pause,
     Prompt,
     Replace,
@@ -32,6 +40,7 @@ from troupe.messages import (
     Snapshot,
     Span,
     Step,
+    TurnTaken,
     Update,
 )
 from troupe.runtime.broadcast import Broadcast
@@ -48,14 +57,16 @@ _REPORTING = ("prompter", "generator", "scorer", "learner", "checkpointer")
 class Wiring:
     """The mailboxes of the actors, the channels into them, and the reporters, which send into that of Metrics."""
 
-    def __init__(self, live: int, mailbox: Callable[[str], Mailbox] = Mailbox) -> None:
-        """`live`: most groups that may be alive: so long, no send on the way of a group can ever wait in a circle."""
+    def __init__(self, live: int, mailbox: Callable[[str], Mailbox] = Mailbox, *, episodes: int = 0) -> None:
+        """`live`: most groups that may be alive: so long, no send on the way of a group can ever wait in a circle.
+        `episodes`: that a group has, where the policy acts; 0: it answers once."""
         self.prompter, self.generator, self.scorer = mailbox("prompter"), mailbox("generator"), mailbox("scorer")
         self.learner, self.checkpointer, self.metrics = mailbox("learner"), mailbox("checkpointer"), mailbox("metrics")
         prompter, learner, metrics = self.prompter, self.learner, self.metrics
 
         self.prompts = self.generator.channel("prompts", Prompt, bound=live)
         self.rollouts = self.scorer.channel("rollouts", RolloutGroup, bound=live)
+        """From whoever is before the Scorer."""
         self.scored = learner.channel("scored", ScoredGroup, bound=live)
         self.closed: Channel[GroupClosed | Replace] = prompter.channel("closed", GroupClosed, Replace, bound=live)
         self.closed_groups = metrics.channel("closed groups", GroupClosed, bound=live)
@@ -74,13 +85,30 @@ class Wiring:
             "settings", SetLearningRate, SetCheckpointEvery, bound=_REQUESTS, overflow="drop_oldest", side=True
         )
 
-        self.reporters = {actor: _reporter(actor, metrics) for actor in _REPORTING}
+        self.acting = Acting(self, mailbox("environment"), live, episodes) if episodes else None
+        """None where nobody acts."""
+        reporting = (*_REPORTING, "environment") if episodes else _REPORTING
+        self.reporters = {actor: _reporter(actor, metrics) for actor in reporting}
         """Of each actor but Metrics."""
         self.metrics_report = _side_reporter("metrics", "metrics incidents", metrics)
         self.supervisor_report = _side_reporter("supervisor", "incidents", metrics)
         """Never waits."""
         self.news: Broadcast[Heard] = Broadcast("news", Update, GroupClosed, Incident)
         """What Metrics is told, for any number of listeners."""
+
+
+class Acting:
+    """The mailbox of the Environment, and the channels from and to it."""
+
+    def __init__(self, wiring: Wiring, environment: Mailbox, live: int, episodes: int) -> None:
+        self.environment = environment
+        self.turns = environment.channel("turns", TurnTaken, bound=live * episodes)
+        """One of each episode at most: of an earlier generator's those may still lie here that a new one asks anew, and
+        the Environment reads on whatever else waits."""
+        self.sampled = environment.channel("sampled", RolloutGroup, bound=live)
+        self.observations = wiring.generator.channel("observations", Observation, bound=live * episodes, side=True)
+        self.answered = wiring.metrics.channel("answered", Answered, bound=_SPANS)
+        self.hold = wiring.prompter.channel("hold of environments", Hold, bound=1, overflow="newest", side=True)
 
 
 def _reporter(actor: str, metrics: Mailbox) -> Reporter:

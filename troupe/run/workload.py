@@ -22,6 +22,8 @@ class Workload(NamedTuple):
     longest_history: int | None = None
     """Tokens of the longest history that an episode is told anew with amid it, as the prompt of a row of its own; None:
     each completion is one row."""
+    sessions: int = 0
+    """Where the policy acts, rounds whose rows are kept at once by a generator; 0: it answers once."""
     adapter: Adapter | None = None
     """What alone is trained; None: the whole network."""
     streams: int = 1

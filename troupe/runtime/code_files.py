@@ -36,6 +36,26 @@ def spec_of(name: str, path: Path) -> ModuleSpec:
     return spec
 
 
+def name_of(found: object) -> str:
+    """By which another process finds a function or class: "FILE.py:NAME" or "MODULE:NAME".
+
+    Raises:
+        ValueError: where it cannot; with a clause that says why.
+    """
+    module, qualname = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    if module is None or qualname is None or "<" in qualname:
+        raise ValueError(
+            "cannot be loaded by name in another process, for it is a lambda, a local function or an object"
+        )
+    loaded = sys.modules.get(module)
+    there: object = loaded
+    for part in qualname.split("."):
+        there = getattr(there, part, None)
+    if there is not found or loaded is None or module == "__main__" or "." in qualname:
+        raise ValueError(f"cannot be loaded by name in another process: {module}.{qualname} is not to be found there")
+    return f"{loaded.__file__ if module.startswith(PREFIX) else module}:{qualname}"
+
+
 class RewardFileFinder:
     """The last of `sys.meta_path`."""
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import anyio
@@ -185,7 +186,8 @@ class Mailbox:
     done with messages at other times calls `take` and `done`.
 
     Channels opened with `side=True` (control) never keep a mailbox open: an actor ends when its work ends, however
-    long somebody could still ask something of it.
+    long somebody could still ask something of it. A reader that waits for an answer through one keeps it open itself
+    (`kept_open`).
     """
 
     def __init__(self, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -202,6 +204,7 @@ class Mailbox:
         self._arrival = anyio.Event()
         self._progress: anyio.Event | None = None  # made by who waits for it
         self._over = False
+        self._keeping = 0
 
     def channel(
         self,
@@ -229,7 +232,7 @@ class Mailbox:
     async def take(self) -> Any:
         """The next message, which stays in hand until `done`; `anyio.EndOfStream` when no more can come."""
         while not self._queue:
-            if self._over or all(channel.closed or channel.side for channel in self.channels):
+            if self._over or (not self._keeping and all(each.closed or each.side for each in self.channels)):
                 raise anyio.EndOfStream
             self._arrival = anyio.Event()
             await self._arrival.wait()
@@ -247,6 +250,16 @@ class Mailbox:
                 self.finished += 1
                 self._progressed()
                 return
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """The reader still waits for messages while in the body, though all channels may have closed but side ones."""
+        self._keeping += 1
+        try:
+            yield
+        finally:
+            self._keeping -= 1
+            self._arrival.set()
 
     def take_back(self) -> None:
         """Put everything in hand back at the head, in order of arrival, for the reader that comes next."""

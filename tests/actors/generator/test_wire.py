@@ -17,14 +17,17 @@ from troupe.actors.generator.wire import (
     PackedRollout,
     Prompts,
     Setup,
+    TurnEnded,
     decode_from_process,
     decode_in_process,
     pack_prompt,
     pack_rollout,
+    pack_turn,
     unpack_prompt,
     unpack_rollout,
+    unpack_turn,
 )
-from troupe.messages import Incident, Prompt, Rollout, Slot, Span
+from troupe.messages import Incident, Prompt, Rollout, RowStart, Slot, Span, TurnTaken
 from troupe.policy import PRESETS, GenerationConfig, NetworkConfig, YarnScaling
 from troupe.runtime.frames import MessageError, encode
 
@@ -47,6 +50,8 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         versions=draw(ids),
         finish_reason=draw(st.sampled_from(["stop", "length", "repetition", "aborted"])),
         text=draw(TEXTS),
+        observed=draw(st.sampled_from([(), ((0, 2), (4, 5))])),
+        rows=draw(st.sampled_from([(), (RowStart(start=0, prompt_ids=(1, 2), prompt_experts=b"\x01"),)])),
     )
 
 
@@ -73,6 +78,17 @@ def test_a_token_takes_its_numbers_and_no_more() -> None:
     assert packed.log_probs == struct.pack("3f", -0.5, -1.0, -2.0)
     assert packed.sampling_log_probs is None
     assert packed.versions == struct.pack("3i", 4, 4, 5)
+
+
+def test_a_turn_comes_out_as_it_went_in_but_for_its_prompt_which_stays() -> None:
+    prompt = make_prompt(1, 0)
+    taken = TurnTaken(
+        prompt=prompt, sample=2, turn=3, token_ids=(5, 2**31 - 1), finish_reason="length", start=9, room=7, asker=4
+    )
+    came = decode_from_process(encode(pack_turn(taken)))
+    assert isinstance(came, TurnEnded)
+    assert came.gid == prompt.gid
+    assert unpack_turn(came, prompt) == taken
 
 
 def test_of_a_prompt_goes_what_completes_it() -> None:

@@ -395,8 +395,8 @@ async def test_groups_without_signal_are_replaced_together_when_their_round_is_s
 
 
 def episodes(place: int, *, attempt: int = 0, turn_rewards: float = 0.0, version: int = 0) -> ScoredGroup:
-    """Three episodes, of which two have equal rewards and one has none: two turns each with something read between, the first told anew behind it. The
-    first one's last turn brings `turn_rewards`."""
+    """Three episodes, of which two have equal rewards and one has none: two turns each with something read between, the
+    first told anew behind it. The first one's last turn brings `turn_rewards`."""
     rollouts = [acted(2, 1, 2, rows=[(3, (5, 6))] if i == 0 else [], versions=[version] * 5) for i in range(3)]
     turns = [
         episode((0, 2), (3, 5), rewards=(0.0, turn_rewards if i == 0 else 0.0), states=("begun", "seen"))

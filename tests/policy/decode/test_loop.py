@@ -19,8 +19,8 @@ from tests.support.tiny import small_network
 from troupe.policy.decode import cache
 from troupe.policy.decode import loop as decoding
 from troupe.policy.decode.engine import RolloutEngine
-from troupe.policy.decode.loop import NOISE_BLOCK, noise_block, row_key
 from troupe.policy.decode.requests import Completion, GenerationConfig, RolloutRequest
+from troupe.policy.decode.rows import NOISE_BLOCK, noise_block, row_key
 from troupe.policy.decode.sampling import draw_by_shares
 from troupe.policy.load import load_policy
 from troupe.policy.model import Policy, random_policy

@@ -18,7 +18,7 @@ from troupe.policy.decode.memory import (
     decode_memory_bytes,
     fused_copy_bytes,
 )
-from troupe.policy.decode.requests import GenerationConfig, RolloutRequest
+from troupe.policy.decode.requests import GenerationConfig, RolloutRequest, TurnRequest
 from troupe.policy.model import random_policy
 from troupe.policy.network import attention
 from troupe.policy.network.architecture import NetworkConfig
@@ -187,6 +187,46 @@ def test_the_peak_is_never_more_than_a_tenth_over(sizes: dict[str, Any], lengths
     """How much less it is depends on how far MLX runs ahead, which a busy machine does not let it."""
     peak, formula = decode(config_of(**sizes), lengths, G, N)
     assert 0.1 * formula < peak < 1.1 * formula
+
+
+def take_turns(config: NetworkConfig, lengths: list[int], G: int, N: int, observed: int) -> list[float]:
+    """Three turns of a session → of each the peak beside the weights, over the bytes by the formula."""
+    policy = random_policy(config)
+    engine = RolloutEngine(config, GenerationConfig(max_completion_length=N), stop_ids=frozenset())
+    engine.load(policy.weights, 0)
+    engine.current_weights()
+    session, before = engine.session(), mx.get_active_memory()
+    rows, shares = [(place, sample) for place in range(len(lengths)) for sample in range(G)], []
+    for turn in range(3):
+        kept = [(lengths[place] + turn * (observed + N) - observed - 1) * bool(turn) for place, _ in rows]
+        ids = {row: (1,) * (observed if turn else lengths[row[0]]) for row in rows}
+        new = [len(ids[row]) + bool(turn) for row in rows]
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        requests = [TurnRequest(row=row, ids=ids[row], start=0, room=N, fresh=not turn) for row in rows]
+        list(session.decode(requests))
+        shares.append((mx.get_peak_memory() - before) / session.memory_bytes(kept, new, N))
+    return shares
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "G", "N", "observed"),
+    [
+        pytest.param({"head_dim": 32}, [4, 20, 9, 4], 8, 128, 50, marks=pytest.mark.slow),
+        ({"num_hidden_layers": 2}, [300], 8, 8, 200),
+        ({"num_hidden_layers": 2, "intermediate_size": 2048}, [32] * 16, 1, 1, 32),
+        ({"num_hidden_layers": 1, "vocab_size": 2000}, [100, 50, 20, 200], 4, 32, 10),
+        (MOE | {"num_hidden_layers": 4}, [10, 400, 30], 4, 8, 40),
+    ],
+)
+def test_the_peak_of_a_turn_is_never_more_than_a_tenth_over(
+    sizes: dict[str, Any], lengths: list[int], G: int, N: int, observed: int
+) -> None:
+    """The first reads prompts once that the formula counts for every row."""
+    first, *others = take_turns(config_of(**sizes), lengths, G, N, observed)
+    assert first < 1.1
+    for share in others:
+        assert 0.3 < share < 1.1
 
 
 def test_prompts_are_prefilled_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:

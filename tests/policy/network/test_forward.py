@@ -17,6 +17,7 @@ from tests.test_oracles import oracle
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.folders import read_model_folder
 from troupe.policy.network.architecture import NetworkConfig
+from troupe.policy.network.elementwise import is_on_cpu
 from troupe.policy.network.forward import WholeRows, hidden_states, project
 from troupe.policy.network.fusing import fuse_projections
 from troupe.policy.network.rotary import Rope, YarnScaling, attention_factor
@@ -285,8 +286,21 @@ def test_stretched_logits_are_those_of_transformers_at_any_position(rope: dict[s
     hidden = hidden_states(config, weights, mx.array(ids), attention=FarAlong(mx.array(starts, mx.int32)))
     ours = project(config, weights, hidden)
     assert float(mx.abs(ours).max()) > 1.0
-    assert float(mx.abs(ours - mx.array(theirs.tolist())).max()) <= 1e-4
+    slack = 1 if is_on_cpu() else 50  # the sines of MLX's kernel for NVIDIA cards, far from 0
+    assert float(mx.abs(ours - mx.array(theirs.tolist())).max()) <= 1e-4 * slack
 
 
 def _ranks(config: NetworkConfig) -> dict[str, int]:
     return {name: len(shape) for name, shape in expected_shapes(config).items()}
+
+
+@pytest.mark.parametrize("turned", [4, 64])
+def test_more_rows_than_a_small_kernel_takes(turned: int) -> None:
+    """On NVIDIA cards MLX 0.32.4's fails at 129 rows and fewer than 32 numbers."""
+    y, offsets = mx.random.normal((200, 2, 1, 64), key=mx.random.key(3)), mx.arange(200)
+    found = np.array(Rotation(turned, Rope(1e4, None), 1, offsets)(y))
+    angles = np.arange(200)[:, None] / 1e4 ** (np.arange(0, turned, 2) / turned)
+    a, b, rest = np.split(np.array(y)[:, :, 0], [turned // 2, turned], axis=-1)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    expected = np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
+    np.testing.assert_allclose(found[:, :, 0], expected, atol=2e-5 if is_on_cpu() else 1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ def test_variables_of_the_template() -> None:
 
 def test_strftime_now_is_the_local_time() -> None:
     assert render("{{ strftime_now('%Y') }}") in {str(datetime.now().astimezone().year + n) for n in (-1, 0)}
+
+
+def test_the_day_may_be_another() -> None:
+    today = ChatTemplate("{{ strftime_now('%d %b %Y, %H:%M') if strftime_now is defined }}", "t")
+    assert today.asks_for_today
+    assert not ChatTemplate("{{ messages }}", "t").asks_for_today
+    assert today.dated(date(2024, 2, 29)).render(HELLO) == "29 Feb 2024, 00:00"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from troupe.records.standing import Change
 from troupe.rewards import RewardManager, load_reward
 from troupe.run.config import config_table, write_config
 from troupe.run.folder import is_as_written
-from troupe.run.inputs import Machine
+from troupe.run.placement import Machine
 from troupe.run.prepare import Prepared, prepare
 from troupe.run.resume.changes import ChangesLog
 from troupe.run.resume.check import OPEN, Resumption, stored_config
@@ -102,7 +102,10 @@ def test_open_values_are_those_that_preparing_fills_in(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("troupe.run.memory.device_limit_gb", lambda: 0.05)
-    asked = changed(tiny_config(tiny_model, tmp_path), schedule__generator=None, learner__lr=None)
+    model = tmp_path / "dated"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d') }}")
+    asked = changed(tiny_config(model, tmp_path), schedule__generator=None, learner__lr=None)
     resolved = prepare(asked).config
     for key, is_open in OPEN.items():
         section, _, name = key.partition(".")

@@ -116,7 +116,7 @@ def test_new_weights_are_taken_amid_a_completion(
         if wave not in begun:
             begun.append(wave)
         deadline_s = time.monotonic() + 60
-        while wave in begun[1:2] and len(wave._versions) == 3 and wave._current_weights([0])[1][0] < 1:
+        while wave in begun[1:2] and wave.length == 3 and wave._current_weights([0])[1][0] < 1:
             three.set()
             assert time.monotonic() < deadline_s
             time.sleep(0.001)

@@ -9,10 +9,12 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import anyio
 import mlx.core as mx
 
+from troupe.actors.generator.acting import ActingGenerator
 from troupe.actors.generator.actor import Generator
 from troupe.actors.generator.wire import (
     BaseSource,
@@ -30,10 +32,11 @@ from troupe.actors.generator.wire import (
     Setup,
     decode_in_process,
     pack_rollout,
+    pack_turn,
     unpack_prompt,
 )
 from troupe.errors import ModelError, TroupeError
-from troupe.messages import Incident, Prompt, RolloutGroup, Span
+from troupe.messages import Incident, Observation, Prompt, RolloutGroup, Span, TurnTaken
 from troupe.policy import (
     Base,
     Companions,
@@ -86,10 +89,10 @@ class _GeneratorProcess:
         self._prompts: Channel[Prompt] = inbox.channel("prompts", Prompt, bound=setup.live)
         self._board: PolicyBoard[Weights] = PolicyBoard(setup.max_staleness)
         self._device, self._loader = DeviceThread("generator"), DeviceThread("weights")
-        self._generator = Generator(
-            inbox,
-            self._outbox.channel("rollouts", RolloutGroup, bound=setup.live),
-            engine=lambda: RolloutEngine(
+        self._observations: Channel[Observation] | None = None
+        groups = self._outbox.channel("rollouts", RolloutGroup, bound=setup.live)
+        shared: dict[str, Any] = {
+            "engine": lambda: RolloutEngine(
                 setup.policy,
                 setup.generation,
                 stop_ids=frozenset(setup.stop_ids),
@@ -97,18 +100,25 @@ class _GeneratorProcess:
                 base=self._base,
                 records_experts=setup.records_experts,
             ),
-            device=self._device,
-            board=self._board,
-            decode_text=tokenizer.decode_sampled,
-            seed=setup.seed,
-            most_at_once=setup.most_at_once,
-            report=Reporter(
+            "device": self._device,
+            "board": self._board,
+            "decode_text": tokenizer.decode_sampled,
+            "report": Reporter(
                 setup.name,
                 self._outbox.channel("incidents", Incident, bound=_INCIDENTS),
                 self._outbox.channel("spans", Span, bound=_SPANS, overflow="drop_oldest"),
                 process=os.getpid(),
             ),
-        )
+        }
+        self._generator: Generator | ActingGenerator
+        if setup.acts is None:
+            shared |= {"seed": setup.seed, "most_at_once": setup.most_at_once}
+            self._generator = Generator(inbox, groups, **shared)
+        else:
+            at_once = setup.live * setup.generation.num_generations
+            self._observations = inbox.channel("observations", Observation, bound=at_once, side=True)
+            turns = self._outbox.channel("turns", TurnTaken, bound=at_once)
+            self._generator = ActingGenerator(inbox, groups, turns, config=setup.acts, **shared)
 
     async def run(self) -> None:
         async with AsyncExitStack() as devices:
@@ -125,7 +135,9 @@ class _GeneratorProcess:
 
     async def _tell(self) -> None:
         async for message in self._outbox:
-            if isinstance(message, RolloutGroup):
+            if isinstance(message, TurnTaken):
+                message = pack_turn(message)
+            elif isinstance(message, RolloutGroup):
                 rollouts = tuple(map(pack_rollout, message.rollouts))
                 message = Completed(gid=message.prompt.gid, rollouts=rollouts, prompt_experts=message.prompt_experts)
             await self._connection.send(encode(message))
@@ -149,6 +161,8 @@ class _GeneratorProcess:
                 case NewWeights(version=version, path=path):
                     self._board.publish(version, await self._loader.run(_load, Path(path)))
                     await self._connection.send(encode(Loaded(version=version)))
+                case Observation() as observation if self._observations is not None:
+                    await self._observations.send(observation)
                 case Ping():
                     await self._connection.send(encode(Pong(now_s=time.perf_counter())))
                 case End():

@@ -7,11 +7,12 @@ anew.
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import ClassVar, TypeVar
 
 import anyio
 import msgspec
-from anyio.abc import TaskGroup
+from anyio.abc import TaskGroup, TaskStatus
 
 from troupe import errors
 from troupe.actors.generator.weights_files import WeightsFiles
@@ -30,13 +31,15 @@ from troupe.actors.generator.wire import (
     Refused,
     Setup,
     ToProcess,
+    TurnEnded,
     decode_from_process,
     pack_prompt,
     unpack_rollout,
+    unpack_turn,
 )
 from troupe.actors.ledgers import Rounds
 from troupe.errors import RunError, TroupeError
-from troupe.messages import Incident, Prompt, RolloutGroup, ScoredGroup, Span
+from troupe.messages import Incident, Observation, Prompt, RolloutGroup, ScoredGroup, Span, TurnTaken
 from troupe.policy import Weights
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
@@ -47,6 +50,7 @@ from troupe.runtime.process import ChildProcess
 from troupe.runtime.reporter import Reporter
 
 M = TypeVar("M")
+_ASKERS = count(1)
 
 
 class _Process:
@@ -62,6 +66,8 @@ class _Process:
         """Files that it has not said to have read."""
         self.made = 0
         """Tokens of the longest completion that it is at."""
+        self.asker = 0
+        """That its generator calls itself."""
         self.ended = anyio.Event()
 
     async def send(self, message: ToProcess) -> None:
@@ -76,7 +82,7 @@ class _Process:
 
 
 class RemoteGenerator(Actor):
-    """Receives Prompt; sends RolloutGroup as groups come back.
+    """Receives Prompt, and Observation where the policy acts; sends RolloutGroup as groups come back, and TurnTaken.
 
     With several processes the prompts of a round are dealt to them by place, j mod n, so that what is decoded together
     is a function of slots alone. Weights go by file: in the pinned schedule the version of a step with its prompts, in
@@ -96,14 +102,16 @@ class RemoteGenerator(Actor):
         board: PolicyBoard[Weights],
         files: WeightsFiles,
         device: DeviceThread,
+        turns: Channel[TurnTaken] | None = None,
         module: str = "troupe.actors.generator.process",
         handed_over: set[int] | None = None,
         recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`setups`: one a process. `device`: the thread that writes files. `module`: what each process runs.
-        `handed_over` and `recorded` are as for `Rounds`."""
-        super().__init__(inbox, [groups], report)
+        """`setups`: one a process. `device`: the thread that writes files. `turns`: where turns of episodes are
+        answered, where the policy acts. `module`: what each process runs. `handed_over` and `recorded` are as for
+        `Rounds`."""
+        super().__init__(inbox, [groups] if turns is None else [groups, turns], report)
         self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded)
         self._setups = setups
         self._pinned = setups[0].most_at_once is None
@@ -111,6 +119,10 @@ class RemoteGenerator(Actor):
         self._files = files
         self._device = device
         self._module = module
+        self._turns = turns
+        self._asker = next(_ASKERS)
+        self._sending = anyio.Lock()
+        self._came = anyio.Event()
         self._unsent: list[Prompt] = []
         self._shared, self._sharing = -1, anyio.Event()
         self._decoding: dict[int, tuple[list[Prompt], set[int]]] = {}
@@ -156,17 +168,21 @@ class RemoteGenerator(Actor):
         # within what the message took it may well be the same clock, as it is on Linux and macOS
         process.behind_s = behind_s if abs(behind_s) > (answered_s - asked_s) / 2 else 0.0
 
-    async def handle(self, message: Prompt) -> None:
+    async def handle(self, message: Prompt | Observation) -> None:
         """Collect the prompts of a round and have it decoded when it is whole; or have decoded what is there."""
+        if isinstance(message, Observation):
+            self.inbox.done(message)  # who comes after would ask again
+            await self._pass_on(message)
+            return
         if self._pinned:
             if prompts := self._rounds.gather(message):
-                await self._decode([prompts], self._board.pinned_for(message.slot.step))
+                await self._play([prompts], self._board.pinned_for(message.slot.step))
             return
         self._unsent.append(message)
         if not len(self.inbox):
             await self._until_shared(self._board.version)
             prompts, self._unsent = self._unsent, []
-            await self._decode([[prompt] for prompt in prompts], None)
+            await self._play([[prompt] for prompt in prompts], None)
 
     async def finish(self) -> None:
         """Wait until every process has told all."""
@@ -188,6 +204,32 @@ class RemoteGenerator(Actor):
             for version in process.lent.elements():
                 self._files.give_back(version)
 
+    async def _play(self, rounds: Sequence[list[Prompt]], version: int | None) -> None:
+        """Have rounds decoded; where the policy acts, beside others, since answers to those come in meanwhile."""
+        if self._turns is None:
+            await self._decode(rounds, version)
+        else:
+            await self.tasks.start(self._decode_beside, rounds, version)
+
+    async def _decode_beside(
+        self, rounds: Sequence[list[Prompt]], version: int | None, *, task_status: TaskStatus[None]
+    ) -> None:
+        with self.inbox.kept_open():
+            task_status.started()
+            await self._decode(rounds, version)
+            while any(prompt.gid in self._decoding for prompts in rounds for prompt in prompts):
+                await self._came.wait()
+
+    async def _pass_on(self, observation: Observation) -> None:
+        if observation.gid not in self._decoding or observation.asker != self._asker:
+            return
+        process = self._processes[self._prompt(observation.gid).slot.place % len(self._processes)]
+        await process.send(msgspec.structs.replace(observation, asker=process.asker))
+
+    def _prompt(self, gid: int) -> Prompt:
+        """Of a group that is being decoded."""
+        return next(prompt for prompt in self._decoding[gid][0] if prompt.gid == gid)
+
     async def _decode(self, rounds: Sequence[list[Prompt]], version: int | None) -> None:
         parts: dict[int, list[Prompt]] = defaultdict(list)
         for prompts in rounds:
@@ -207,12 +249,14 @@ class RemoteGenerator(Actor):
 
     async def _share(self, version: int, processes: Sequence[_Process]) -> None:
         """Tell processes of a version that they have not been told of."""
-        processes = [process for process in processes if version not in process.versions]
-        if not processes:
+        if all(version in process.versions for process in processes):
             return
         with self.report.span("wait for policy", kind="wait"):
             weights = await self._board.get(version)
-        await self._send_weights(version, weights, processes)
+        async with self._sending:  # another round may have had it sent meanwhile
+            processes = [process for process in processes if version not in process.versions]
+            if processes:
+                await self._send_weights(version, weights, processes)
 
     async def _follow(self) -> None:
         """Tell every process of each new version, the newest where several came at once."""
@@ -256,6 +300,10 @@ class RemoteGenerator(Actor):
         match message:
             case Completed():
                 await self._hand_over(message)
+            case TurnEnded() if self._turns is not None:
+                process.asker = message.asker
+                taken = unpack_turn(message, self._prompt(message.gid))
+                await self._turns.send(msgspec.structs.replace(taken, asker=self._asker))
             case Span():
                 shift_s = process.behind_s
                 self.report.forward(
@@ -274,14 +322,17 @@ class RemoteGenerator(Actor):
                 raise MessageError(f"the generator's process sent {type(message).__name__} out of turn")
 
     async def _hand_over(self, completed: Completed) -> None:
-        prompts, still_open = self._decoding.pop(completed.gid)
-        prompt = next(prompt for prompt in prompts if prompt.gid == completed.gid)
+        prompt = self._prompt(completed.gid)
+        prompts, still_open = self._decoding[completed.gid]
         rollouts = tuple(map(unpack_rollout, completed.rollouts))
         group = RolloutGroup(prompt=prompt, rollouts=rollouts, prompt_experts=completed.prompt_experts)
         await self._rounds.hand_over(group)
         still_open.discard(prompt.gid)
         if not still_open:
             self._rounds.finish(prompts)
+        del self._decoding[completed.gid]
+        self._came.set()
+        self._came = anyio.Event()
 
 
 def _expect(kind: type[M], message: FromProcess) -> M:

@@ -12,7 +12,8 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from troupe.messages import FinishReason, Incident, Prompt, Rollout, Slot, Span
+from troupe.actors.generator.acting import ActingConfig
+from troupe.messages import FinishReason, Incident, Observation, Prompt, Rollout, RowStart, Slot, Span, TurnTaken
 from troupe.policy import Adapter, GenerationConfig, NetworkConfig
 from troupe.runtime.frames import MessageError, decoder
 
@@ -55,6 +56,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     blas_threads: int | None = None
     records_experts: bool = False
     """As for `RolloutEngine`."""
+    acts: ActingConfig | None = None
+    """Where the policy acts."""
     limit_gb: float | None = None
     """Of MLX's memory in the process, in 10⁹ bytes; None leaves it its own."""
 
@@ -121,7 +124,9 @@ class PackedRollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     finish_reason: FinishReason
     text: str
     experts: bytes = b""
-    """As in `Rollout`."""
+    """As in `Rollout`, as are the next ones."""
+    observed: tuple[tuple[int, int], ...] = ()
+    rows: tuple[RowStart, ...] = ()
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -131,6 +136,20 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     rollouts: tuple[PackedRollout, ...]
     prompt_experts: bytes = b""
     """As in `RolloutGroup`."""
+
+
+class TurnEnded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A sample has ended its turn and waits; as in `TurnTaken`."""
+
+    gid: int
+    sample: int
+    turn: int
+    token_ids: bytes
+    """int32."""
+    finish_reason: FinishReason
+    start: int
+    room: int
+    asker: int
 
 
 class Made(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -152,8 +171,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """All that was to be told has been told."""
 
 
-ToProcess: TypeAlias = Setup | Ping | Prompts | NewWeights | End
-FromProcess: TypeAlias = Ready | Pong | Loaded | Completed | Made | Span | Incident | Refused | Ended
+ToProcess: TypeAlias = Setup | Ping | Prompts | NewWeights | Observation | End
+FromProcess: TypeAlias = Ready | Pong | Loaded | TurnEnded | Completed | Made | Span | Incident | Refused | Ended
 
 decode_in_process: Callable[[bytes], ToProcess] = decoder(ToProcess, "the generator and its process")
 """What the run says; MessageError for anything else."""
@@ -191,6 +210,8 @@ def pack_rollout(rollout: Rollout) -> PackedRollout:
         finish_reason=rollout.finish_reason,
         text=rollout.text,
         experts=rollout.experts,
+        observed=rollout.observed,
+        rows=rollout.rows,
     )
 
 
@@ -209,6 +230,36 @@ def unpack_rollout(packed: PackedRollout) -> Rollout:
         finish_reason=packed.finish_reason,
         text=packed.text,
         experts=packed.experts,
+        observed=packed.observed,
+        rows=packed.rows,
+    )
+
+
+def pack_turn(taken: TurnTaken) -> TurnEnded:
+    """The prompt stays behind."""
+    return TurnEnded(
+        gid=taken.prompt.gid,
+        sample=taken.sample,
+        turn=taken.turn,
+        token_ids=_ints(taken.token_ids),
+        finish_reason=taken.finish_reason,
+        start=taken.start,
+        room=taken.room,
+        asker=taken.asker,
+    )
+
+
+def unpack_turn(ended: TurnEnded, prompt: Prompt) -> TurnTaken:
+    """A turn as the environment is told of it."""
+    return TurnTaken(
+        prompt=prompt,
+        sample=ended.sample,
+        turn=ended.turn,
+        token_ids=_as_ints(ended.token_ids),
+        finish_reason=ended.finish_reason,
+        start=ended.start,
+        room=ended.room,
+        asker=ended.asker,
     )
 
 

@@ -64,7 +64,7 @@ def rows_of(groups: Sequence[RolloutGroup]) -> list[Row]:
 def _rows_of(rollout: Rollout, group: RolloutGroup, place: int, sample: int) -> list[Row]:
     T, sampled = len(rollout.token_ids), is_sampled(rollout)
     starts = [row.start for row in rollout.rows]
-    prompts: list[tuple[Sequence[int], bytes]] = [(row.prompt_ids, b"") for row in rollout.rows]
+    prompts: list[tuple[Sequence[int], bytes]] = [(row.prompt_ids, row.prompt_experts) for row in rollout.rows]
     if not starts or starts[0] > 0:
         starts, prompts = [0, *starts], [(group.prompt.prompt_ids, group.prompt_experts), *prompts]
     made = []

@@ -11,15 +11,16 @@ Source of the two-part attention: shared-prefix decoding as in Hydragen (arXiv:2
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from troupe.policy.decode.apart import attend_apart
 from troupe.policy.decode.states import PromptStates, RowStates
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import Places, attention_in_blocks, attention_mask, block_size, query_blocks
 from troupe.policy.network.delta import DeltaInputs, DeltaSizes
-from troupe.policy.network.elementwise import compiled, exponential, is_fast_here, is_on_cpu
+from troupe.policy.network.elementwise import is_fast_here, is_on_cpu
 from troupe.policy.network.forward import WholeRows, hidden_states
 from troupe.policy.network.routes import Routes
 from troupe.policy.network.tensors import Weights
@@ -187,12 +188,12 @@ class DecodingCache:
         self.length = 0
         """Own tokens that every row holds."""
         self._limit = limit
+        self.states = RowStates(prompts.states, width)
         self._prompt_lengths = prompts.lengths
         self._prompt_keys = prompts.keys
         self._prompt_values = prompts.values
         self._keys: list[mx.array] = []  # (S, K, w, N, d) a layer
         self._values: list[mx.array] = []
-        self._states = RowStates(prompts.states, width)
         self._far: tuple[tuple[int, int], mx.array] | None = None
         self._describe_prompts()
 
@@ -206,7 +207,31 @@ class DecodingCache:
     @property
     def arrays(self) -> list[mx.array]:
         """Every array held, to be evaluated with the token that was made last."""
-        return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values, *self._states.arrays]
+        return [*self._prompt_keys, *self._prompt_values, *self._keys, *self._values, *self.states.arrays]
+
+    @property
+    def prompt_lengths(self) -> Sequence[int]:
+        """How many tokens the prompt of each slot has."""
+        return self._prompt_lengths
+
+    @property
+    def layers(self) -> int:
+        """How many layers have keys and values here."""
+        return len(self._prompt_keys)
+
+    def prompts(self, layer: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of the slots' prompts in one layer, (S, K, P, d)."""
+        return self._prompt_keys[layer], self._prompt_values[layer]
+
+    def own(self, layer: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of the rows' own tokens in one layer, (B, K, N, d), when there are any."""
+        keys, values = (x[layer].transpose(0, 2, 1, 3, 4) for x in (self._keys, self._values))
+        return keys.reshape(-1, *keys.shape[2:]), values.reshape(-1, *values.shape[2:])
+
+    def empty(self, layer: int) -> None:
+        """Let go of what one layer holds; nothing is decoded any more."""
+        for kept in (self._prompt_keys, self._prompt_values, self._keys, self._values):
+            kept[layer : layer + 1] = [mx.array(0)] if layer < len(kept) else []
 
     def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None) -> mx.array:
         """The next token of every row (B,) → hidden states (B, D); the token is counted."""
@@ -230,7 +255,7 @@ class DecodingCache:
             hidden = self._hidden_from(window)
             keys, values = keys[..., -window:, :], values[..., -window:, :]
         if is_fast_here(q):
-            o = _attend_apart(q, prompt_keys, prompt_values, keys, values, hidden)
+            o = attend_apart(q, prompt_keys, prompt_values, keys, values, hidden)
             return o.transpose(0, 2, 1, 3, 4).reshape(B, H, 1, d)
         to_prompt = q.reshape(S, K, w * R, d) @ prompt_keys.swapaxes(-1, -2)
         if hidden is not None:
@@ -244,32 +269,43 @@ class DecodingCache:
 
     def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
         """T = 1."""
-        return self._states.recur(layer, inputs, sizes)
+        return self.states.recur(layer, inputs, sizes)
 
     def advance(self) -> None:
         """Count the token that every layer has just seen."""
         self.length += 1
 
-    def select(self, slots: Sequence[int], rows: Sequence[int], width: int) -> None:
-        """Keep only `rows` (indexes into the B of now, `width` for each slot to be) of the prompts in `slots`."""
-        S, K, w = len(self._prompt_lengths), self._prompt_keys[0].shape[1], self.width
-        if list(slots) != list(range(S)):
-            chosen = mx.array(list(slots))
-            self._prompt_keys = [x[chosen] for x in self._prompt_keys]
-            self._prompt_values = [x[chosen] for x in self._prompt_values]
-            self._prompt_lengths = [self._prompt_lengths[slot] for slot in slots]
-        index = mx.array(list(rows))
-
-        def pick(x: mx.array) -> mx.array:
-            d, N = x.shape[-1], x.shape[-2]
-            kept = x.transpose(0, 2, 1, 3, 4).reshape(S * w, K, N, d)[index]
-            return mx.contiguous(kept.reshape(len(slots), width, K, N, d).transpose(0, 2, 1, 3, 4))
-
-        self._keys = [pick(x) for x in self._keys]
-        self._values = [pick(x) for x in self._values]
-        self._states.select(rows)
+    def select(
+        self, slots: Sequence[int], rows: Sequence[int], width: int, before: Callable[[int], None] | None = None
+    ) -> None:
+        """Keep only `rows` (indexes into the B of now, `width` for each slot to be) of the prompts in `slots`. `before`
+        is called before each layer is touched, one after the other."""
+        whole = list(range(len(self._prompt_lengths)))
+        chosen, picked = None if list(slots) == whole else mx.array(list(slots)), mx.array(list(rows))
+        for layer in range(self.layers):
+            if before is not None:
+                before(layer)
+            arrays = self._select(layer, chosen, picked, (len(slots), width))
+            if before is not None:
+                mx.eval(arrays)
+        self._prompt_lengths = [self._prompt_lengths[slot] for slot in slots]
+        self.states.select(rows)
         self.width = width
         self._describe_prompts()
+
+    def _select(self, layer: int, slots: mx.array | None, rows: mx.array, shape: tuple[int, int]) -> list[mx.array]:
+        """The same in one layer; None: the prompts of all slots, in their order. → What became of its arrays."""
+        for prompts in (self._prompt_keys, self._prompt_values) if slots is not None else ():
+            prompts[layer] = prompts[layer][slots]
+        for kept in (self._keys, self._values) if layer < len(self._keys) else ():
+            S, K, w, N, d = kept[layer].shape
+            picked = kept[layer].transpose(0, 2, 1, 3, 4).reshape(S * w, K, N, d)[rows]
+            kept[layer] = mx.contiguous(picked.reshape(*shape, K, N, d).transpose(0, 2, 1, 3, 4))
+        return [
+            kept[layer]
+            for kept in (self._prompt_keys, self._prompt_values, self._keys, self._values)
+            if layer < len(kept)
+        ]
 
     def _hidden_from(self, window: int) -> mx.array | None:
         """The additive mask of prompt tokens that are padding, or too far back for the next token, (S, 1, 1, P); None
@@ -309,38 +345,3 @@ class DecodingCache:
         buffer[:, :, :, self.length] = new
         kept.insert(layer, buffer)
         return buffer[:, :, :, : self.length + 1]
-
-
-def _attend_apart(
-    q: mx.array,
-    prompt_keys: mx.array,
-    prompt_values: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    padding: mx.array | None,
-) -> mx.array:
-    """Scaled queries (S, K, w, R, d) → (S, K, w, R, d), on a CPU: with one softmax over two arrays of scores, which
-    are never joined, nor copied to be cut apart again.
-
-    With few queries BLAS takes a quarter less for keys · queriesᵀ than for the other way about.
-    """
-    S, K, w, R, d = q.shape
-    P = prompt_keys.shape[2]
-    to_prompt = (prompt_keys @ q.reshape(S, K, w * R, d).swapaxes(-1, -2)).swapaxes(-1, -2)
-    if padding is not None:
-        to_prompt = to_prompt + padding
-    to_prompt = to_prompt.reshape(S, K, w, R, P)
-    to_own = keys @ q.swapaxes(-1, -2)  # (S, K, w, N, R)
-    peak = mx.maximum(
-        mx.max(to_prompt, axis=-1, keepdims=True), mx.max(to_own, axis=-2, keepdims=True).swapaxes(-1, -2)
-    )
-    of_prompt = compiled(_power_below, to_prompt.shape)(to_prompt, peak)
-    of_own = compiled(_power_below, to_own.shape)(to_own, peak.swapaxes(-1, -2))
-    total = mx.sum(of_prompt, axis=-1, keepdims=True) + mx.sum(of_own, axis=-2, keepdims=True).swapaxes(-1, -2)
-    of_values = (of_prompt.reshape(S, K, w * R, P) @ prompt_values).reshape(q.shape)
-    o: mx.array = (of_values + of_own.swapaxes(-1, -2) @ values) / total
-    return o
-
-
-def _power_below(scores: mx.array, peak: mx.array) -> mx.array:
-    return exponential(scores - peak)

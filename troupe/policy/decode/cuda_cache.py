@@ -43,6 +43,14 @@ class CudaDecodingCache(DecodingCache):
     def arrays(self) -> list[mx.array]:
         return [*self._prompt_keys, *self._prompt_values, *self._own]
 
+    def own(self, layer: int) -> tuple[mx.array, mx.array]:
+        keys, values = mx.split(self._own[layer], 2, axis=1)
+        return keys, values
+
+    def empty(self, layer: int) -> None:
+        super().empty(layer)
+        self._own[layer : layer + 1] = [mx.array(0)] if layer < len(self._own) else []
+
     def forward(self, config: NetworkConfig, weights: Weights, ids: mx.array, routes: Routes | None = None) -> mx.array:
         """As `DecodingCache.forward`, with weights of `fuse_projections`, for networks without experts."""
         lengths, step = mx.array(self._prompt_lengths, mx.int32), mx.array([self.length], mx.int32)
@@ -62,11 +70,18 @@ class CudaDecodingCache(DecodingCache):
         self.advance()
         return y
 
-    def select(self, slots: Sequence[int], rows: Sequence[int], width: int) -> None:
-        super().select(slots, rows, width)
-        index = mx.array(list(rows))
-        self._own = [mx.contiguous(x[index]) for x in self._own]
+    def select(
+        self, slots: Sequence[int], rows: Sequence[int], width: int, before: Callable[[int], None] | None = None
+    ) -> None:
+        super().select(slots, rows, width, before)
         mx.eval(self._own)
+
+    def _select(self, layer: int, slots: mx.array | None, rows: mx.array, shape: tuple[int, int]) -> list[mx.array]:
+        found = super()._select(layer, slots, rows, shape)
+        if layer < len(self._own):
+            self._own[layer] = mx.contiguous(self._own[layer][rows])
+            found.append(self._own[layer])
+        return found
 
     def _make_room(self, layer: int, dtype: mx.Dtype) -> None:
         """Let the rows' own keys and values, (B, 2·K, N, d), have room for the next."""

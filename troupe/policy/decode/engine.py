@@ -4,34 +4,29 @@ Token ids in, token ids out. What is computed together, and when a finished row 
 requests and the tokens alone.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
-from typing import NamedTuple
+from typing import TypeVar
 
 from troupe.errors import ModelError
 from troupe.policy.adapter.base import Base
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cuda_cache import serves
+from troupe.policy.decode.loaded import LoadedWeights
 from troupe.policy.decode.loop import DecodeSetup, Wave
 from troupe.policy.decode.memory import decode_memory_bytes, device_ways
+from troupe.policy.decode.open_session import OpenSession
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
 from troupe.policy.decode.sampling import Sampler
+from troupe.policy.decode.session import Abort, TurnSession
 from troupe.policy.decode.stopping import StopRules
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import is_on_cpu
-from troupe.policy.network.tensors import Weights, weights_dtype
+from troupe.policy.network.tensors import Weights
 from troupe.policy.text.tokenizer import Tokenizer
 
-
-class _Mixed(NamedTuple):
-    """Policies over one base, laid out for rows of several."""
-
-    policies: Sequence[Weights]
-    places: Sequence[int]
-    """Of the rows' equal parts, among `policies`."""
-    network: Weights
+_Session = TypeVar("_Session", bound=TurnSession)
 
 
 class RolloutEngine:
@@ -70,12 +65,9 @@ class RolloutEngine:
         if tokenizer is not None and generation.xtc_probability > 0.0:
             spared = spared | tokenizer.special_ids | frozenset(tokenizer.encode("\n", add_special_tokens=False))
         self.sampler = Sampler(generation, spared)
-        self._base = Base() if base is None else base
+        self._weights = LoadedWeights(policy_config, Base() if base is None else base)
         self._records_experts = records_experts and bool(policy_config.sparse_layers)
-        self._loaded: dict[int, tuple[Weights, int]] = {}
-        self._prepared: dict[int, tuple[Weights, Weights, int]] = {}
-        self._mixed: _Mixed | None = None
-        self._aborted = threading.Event()
+        self._aborted = Abort()
         self.tokens = 0
         """Tokens that the longest row of the running decode has; for whoever asks how far it is, from any thread."""
 
@@ -85,9 +77,7 @@ class RolloutEngine:
         Beside a base they are what is trained; without any, the base decodes alone. There may be several policies over
         one base, by number: each request says which completes it, and those of all are decoded together.
         """
-        if policy and not self._base.is_whole:
-            raise ValueError("several policies can be decoded together only over one base")
-        self._loaded = {**self._loaded, policy: (weights, version)}
+        self._weights.load(weights, version, policy)
 
     def decode(self, requests: Sequence[RolloutRequest]) -> Iterator[CompletedGroup]:
         """Decode all requests together, or in as many waves as the memory limit asks for; `next` returns when another
@@ -104,6 +94,22 @@ class RolloutEngine:
         """
         waves = self._admit(requests)
         return self._decode(requests, waves)
+
+    def session(self, *, sessions: int = 1) -> TurnSession:
+        """Rows that go on over several turns; for the decoding thread. `abort` ends its decodes, too.
+
+        `sessions`: how many are open at once; each may have its share of memory_limit_gb.
+        """
+        return self._opened(TurnSession, sessions)
+
+    def open_session(self, *, sessions: int = 1) -> OpenSession:
+        """One whose turns join a decode that goes on."""
+        return self._opened(OpenSession, sessions)
+
+    def _opened(self, kind: type[_Session], sessions: int) -> _Session:
+        limit = self.generation.memory_limit_gb
+        limit_bytes = None if limit is None else limit * 1e9 / sessions
+        return kind(self._setup, self._weights, self._aborted, partial(setattr, self, "tokens"), limit_bytes)
 
     def stream(self, request: RolloutRequest) -> Iterator[int]:
         """Decode one request once → the ids of its completion as they come, the same as `decode` gives.
@@ -126,36 +132,15 @@ class RolloutEngine:
     def current_weights(self, slots: Sequence[int] = (0,)) -> tuple[Weights, Mapping[int, int]]:
         """The newest weights, laid out for decoding rows in equal parts of these policies, and the versions of all
         policies. For the decoding thread."""
-        loaded = self._loaded
-        versions = {policy: version for policy, (_, version) in loaded.items()}
-        if len(set(slots)) == 1:
-            weights, version = loaded[policy := slots[0]]
-            prepared = self._prepared.get(policy)
-            if prepared is None or prepared[0] is not weights:
-                self._prepared.pop(policy, None)
-                prepared = (weights, self._base.for_decoding(self.config, weights), version)
-                self._prepared[policy] = prepared
-            return prepared[1], versions
-        order = sorted(set(slots))
-        policies, places = [loaded[policy][0] for policy in order], [order.index(policy) for policy in slots]
-        mixed = self._mixed
-        if (
-            mixed is None
-            or mixed.places != places
-            or any(a is not b for a, b in zip(mixed.policies, policies, strict=False))
-        ):
-            network = self._base.for_mixed_decoding(self.config, policies, places)
-            mixed = self._mixed = _Mixed(policies, places, network)
-        return mixed.network, versions
+        return self._weights.current(slots)
 
     def release(self) -> None:
         """Let go of the weights and of what was made of them; `load` brings others. Not while decoding."""
-        self._loaded, self._prepared, self._mixed = {}, {}, None
+        self._weights.release()
 
     def memory_bytes(self, prompt_lengths: Sequence[int]) -> int:
         """What decoding prompts of these lengths together takes beside the weights."""
-        held = self._base.weights or next(iter(self._loaded.values()))[0]
-        config, dtype = self.config, weights_dtype(held)
+        config, dtype = self.config, self._weights.dtype
         room = config.max_position_embeddings - min(prompt_lengths)
         return decode_memory_bytes(
             config,
@@ -187,11 +172,11 @@ class RolloutEngine:
 
     def _admit(self, requests: Sequence[RolloutRequest]) -> list[range]:
         """Check the requests and make ready to decode → which of them are decoded together."""
-        if not self._loaded:
+        if not self._weights.policies:
             raise RuntimeError("decode came before load: the engine has no weights yet")
         for index, request in enumerate(requests):
             _check_request(self.config, index, request)
-            if request.policy not in self._loaded:
+            if request.policy not in self._weights.policies:
                 raise RuntimeError(f"request {index}: policy {request.policy} was not loaded")
         limit = self.generation.memory_limit_gb
         lengths = [len(request.prompt_ids) for request in requests]

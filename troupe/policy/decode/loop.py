@@ -8,27 +8,21 @@ Penalties look back over the prompt too, not only over what was sampled: the win
 prompt's last ones, as in mlx-lm.
 """
 
-import hashlib
 import math
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import mlx.core as mx
 
 from troupe.errors import RunError
 from troupe.policy.decode import cuda_kernels
-from troupe.policy.decode.cache import DecodingCache, join_prompts, prefill_chunks
+from troupe.policy.decode.cache import DecodingCache, PromptCache, join_prompts, prefill_chunks
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
+from troupe.policy.decode.histories import Departure
 from troupe.policy.decode.prompts import read_prompts
-from troupe.policy.decode.requests import (
-    CompletedGroup,
-    Completion,
-    FinishReason,
-    GenerationConfig,
-    RolloutRequest,
-)
+from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
+from troupe.policy.decode.rows import NOISE_BLOCK, Row, arrange, noise_from, row_key
 from troupe.policy.decode.sampling import Sampler, draw_by_shares
 from troupe.policy.decode.stopping import StopRules, StopWatch
 from troupe.policy.network.architecture import NetworkConfig
@@ -39,8 +33,6 @@ from troupe.policy.network.tensors import Weights, weights_dtype
 
 COMPACT_EVERY = 8
 """Finished rows leave the batch only at token positions that this divides."""
-NOISE_BLOCK = 16
-"""Uniform numbers that one hash of 64 bytes gives."""
 
 
 class DecodeSetup(NamedTuple):
@@ -57,58 +49,174 @@ class DecodeSetup(NamedTuple):
     """Whether it is noted which experts tokens go to."""
 
 
-class Row:
-    """One sample while it grows. `limit`: most tokens it may have."""
+CurrentWeights: TypeAlias = Callable[[Sequence[int]], tuple[Weights, Mapping[int, int]]]
+"""Gives, for each token, the weights for the policies of the slots, and the versions of all."""
 
-    def __init__(self, request: int, key: bytes, limit: int, watch: StopWatch, policy: int = 0) -> None:
-        self.request = request
-        self.policy = policy
-        self.key = key
-        self.limit = limit
-        self.watch = watch
-        self.token_ids: list[int] = []
-        self.log_probs: list[float] = []
-        self.sampling_log_probs: list[float] = []
-        self.finish_reason: FinishReason | None = None
-        self._experts = bytearray()
 
-    def push(self, token_id: int, log_prob: float, sampling_log_prob: float, experts: bytes = b"") -> None:
-        """Take the next token, and see whether it is the last. `experts`: those of the token before."""
-        self.token_ids.append(token_id)
-        self._experts += experts
-        self.log_probs.append(log_prob)
-        self.sampling_log_probs.append(sampling_log_prob)
-        self.finish_reason = self.watch.push(token_id)
-        if self.finish_reason is None and len(self.token_ids) == self.limit:
-            self.finish_reason = "length"
+class Batch:
+    """Rows that are decoded together, where these lie in the device's batch, and tokens not yet read back. What they
+    follow is read by `_prefill`."""
 
-    def completion(self, versions: Sequence[Mapping[int, int]]) -> Completion:
-        assert self.finish_reason is not None
-        return Completion(
-            token_ids=tuple(self.token_ids),
-            log_probs=tuple(self.log_probs),
-            sampling_log_probs=tuple(self.sampling_log_probs),
-            versions=tuple(of_all[self.policy] for of_all in versions[: len(self.token_ids)]),
-            finish_reason=self.finish_reason,
-            experts=bytes(self._experts),
+    def __init__(self, setup: DecodeSetup, slots: list[list[Row]], current_weights: CurrentWeights) -> None:
+        """`slots`: rows that share what they follow, all of one width."""
+        self._setup = setup
+        self._current_weights = current_weights
+        self._slots = slots
+        for row in self._rows:
+            row.begun = len(row.token_ids)
+        self._limit = max(row.limit - row.begun for row in self._rows)
+        self.length = 0
+        """Tokens of every row that were begun."""
+        self._unread: deque[tuple[int, list[Row], list[mx.array], mx.array | None, Mapping[int, int]]] = deque()
+        self._cache: DecodingCache | None = None
+        self._ids = mx.array([])
+        self._noise: list[mx.array] = []  # (B, NOISE_BLOCK) for the draw, and again for filters that want it
+        self._recent: mx.array | None = None
+
+    @property
+    def _rows(self) -> list[Row]:
+        return [row for slot in self._slots for row in slot]
+
+    def advance(self) -> bool:
+        """Make one more token of every row on the device and read back the one before → whether rows are left."""
+        t = self.length
+        if t < self._limit:
+            if t and t % COMPACT_EVERY == 0:
+                self._compact()
+            self._dispatch(t)
+        at_end = self.length >= self._limit
+        while len(self._unread) > (0 if at_end else 1):
+            self._read()
+        return any(row.finish_reason is None for row in self._rows)
+
+    def drain(self) -> None:
+        """Read back what is on its way."""
+        while self._unread:
+            self._read()
+
+    def abandon(self) -> None:
+        """Read back what is on its way, and end every row that is still open."""
+        self.drain()
+        for row in self._rows:
+            if row.finish_reason is None:
+                row.finish_reason = "aborted"
+
+    def _prefill(self) -> mx.array:
+        """Read what the rows follow → the hidden state of the last token of every slot, (S, D); opens the cache. Of
+        each kind of batch."""
+        raise NotImplementedError
+
+    def _open(self, prompts: PromptCache) -> None:
+        kind = CudaDecodingCache if self._setup.attends_by_kernel else DecodingCache
+        self._cache = kind(prompts, len(self._slots[0]), self._limit)
+
+    def _dispatch(self, t: int) -> None:
+        """Let the device make token t of every row."""
+        weights, versions = self._current_weights([slot[0].policy for slot in self._slots])
+        config, rows = self._setup.config, self._rows
+        routes = None
+        if self._cache is None:
+            hidden = self._prefill()
+        else:
+            routes = Routes(config) if self._setup.records_experts else None
+            hidden = self._cache.forward(config, weights, self._ids, routes)
+        logits = project(config, weights, hidden)
+        if t == 0:
+            logits = mx.repeat(logits, len(self._slots[0]), axis=0)
+        sampler = self._setup.sampler
+        if t % NOISE_BLOCK == 0:
+            purposes = [b"", b"filter"] if sampler.needs_uniforms else [b""]
+            keys, starts = [row.key for row in rows], [row.start + row.begun + t for row in rows]
+            self._noise = [noise_from(keys, starts, purpose) for purpose in purposes]
+        draw, *of_filters = [noise[:, t % NOISE_BLOCK] for noise in self._noise]
+        self._ids, *log_probs = draw_tokens(
+            sampler, logits, draw, self._recent, *of_filters, by_kernel=self._setup.draws_by_kernel
+        )
+        if self._recent is not None:
+            newest = self._ids[:, None].astype(mx.int32)
+            self._recent = mx.concatenate([self._recent[:, 1:], newest], axis=1)
+        own = None if routes is None else routes.chosen
+        mx.async_eval(self._ids, *log_probs, *([] if own is None else [own]))  # type: ignore[no-untyped-call]
+        self._unread.append((t, rows, [self._ids, *log_probs], own, versions))
+        self.length += 1
+
+    def _last_ids(self, histories: Sequence[Sequence[int]]) -> mx.array | None:
+        """The last W ids of what the rows of every slot follow, −1 before its first, (B, W); None where no penalty
+        wants them."""
+        W = self._setup.sampler.context_size
+        if W == 0:
+            return None
+        windows = [[*[-1] * (W - len(ids)), *ids[-W:]] for ids in histories]
+        return mx.repeat(mx.array(windows, dtype=mx.int32), len(self._slots[0]), axis=0)
+
+    def _read(self) -> None:
+        """Give every row its token of the oldest unread step; see which rows end."""
+        t, rows, arrays, routed, versions = self._unread.popleft()
+        experts = [b""] * len(rows) if routed is None else rows_as_bytes(routed)
+        ids = cast("list[int]", arrays[0].tolist())
+        log_probs = [cast("list[float]", column.tolist()) for column in arrays[1:]]
+        is_sound = math.isfinite(sum(log_probs[0]))
+        ended: list[Row] = []
+        for place, row in enumerate(rows):
+            if row.finish_reason is not None or row.made > t:
+                continue  # the row ended while this token was on its way, or it is a filler's copy
+            if not is_sound and not math.isfinite(log_probs[0][place]):
+                raise self._not_finite(t, row, versions[row.policy])
+            token = ids[place], log_probs[0][place], log_probs[-1][place]
+            if row.push(*token, versions[row.policy], experts[place]):
+                ended.append(row)
+        if ended:
+            self._ended(ended)
+
+    def _ended(self, rows: Sequence[Row]) -> None:
+        """Told of rows when their last token was read back."""
+
+    def _not_finite(self, t: int, row: Row, version: int) -> RunError:
+        """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
+        weights, _ = self._current_weights([row.policy])
+        dtype = str(weights_dtype(weights)).removeprefix("mlx.core.")
+        return RunError(
+            f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "
+            f"nothing can be drawn from them; the network overflows in {dtype} with the weights of version "
+            f"{version}: hold them in a type with more room (model.dtype, --dtype), or use "
+            "weights from before they grew so large"
         )
 
+    def _compact(self) -> None:
+        """Drop finished rows from the device's batch, where that saves rows."""
+        old = self._rows
+        slots = arrange(self._slots)
+        if len(slots) * len(slots[0]) == len(old) or self._cache is None:
+            return
+        place = {id(row): index for index, row in reversed(list(enumerate(old)))}  # a row, not the copy that fills
+        first = {slot[0].request: index for index, slot in reversed(list(enumerate(self._slots)))}
+        rows = [row for slot in slots for row in slot]
+        index = [place[id(row)] for row in rows]
+        departure = self._departure()
+        taking = None if departure is None else departure.take
+        self._cache.select([first[slot[0].request] for slot in slots], index, len(slots[0]), taking)
+        chosen = mx.array(index)
+        self._ids = self._ids[chosen]
+        self._noise = [noise[chosen] for noise in self._noise]
+        self._recent = None if self._recent is None else self._recent[chosen]
+        self._slots = slots
 
-class Wave:
-    """Requests that are decoded together: their rows, where these lie in the device's batch, and tokens not yet read
-    back."""
+    def _departure(self) -> Departure | None:
+        """What rows that have ended take along when they leave the cache."""
+        return None
+
+
+class Wave(Batch):
+    """Requests that are decoded together."""
 
     def __init__(
         self,
         setup: DecodeSetup,
         requests: Sequence[RolloutRequest],
         places: range,
-        current_weights: Callable[[Sequence[int]], tuple[Weights, Mapping[int, int]]],
+        current_weights: CurrentWeights,
     ) -> None:
-        """Those of `requests` at `places`. `current_weights` gives, for each token, the weights for the policies of the
-        slots, and the versions of all."""
-        self._setup = setup
-        self._current_weights = current_weights
+        """Those of `requests` at `places`."""
         self._prompts = [requests[index].prompt_ids for index in places]
         G, longest = setup.generation.num_generations, setup.generation.max_completion_length
         room, rules = setup.config.max_position_embeddings, setup.stop_rules
@@ -125,35 +233,10 @@ class Wave:
             ]
             for index, request in zip(places, requests[places.start : places.stop], strict=True)
         }
-        self._slots = [list(group) for group in self.groups.values()]  # the rows in the device's batch, slot by slot
-        self._limit = max(row.limit for slot in self._slots for row in slot)
-        self._versions: list[Mapping[int, int]] = []
-        self._unread: deque[tuple[int, list[Row], list[mx.array], mx.array | None]] = deque()
+        super().__init__(setup, [list(group) for group in self.groups.values()], current_weights)
         self._prompt_experts: list[bytes] = []
         self._waiting = list(places)
-        self._cache: DecodingCache | None = None
-        self._ids = mx.array([])
-        self._noise: list[mx.array] = []  # (B, NOISE_BLOCK) for the draw, and again for filters that want it
-        self._recent = self._last_of_prompts(setup.sampler.context_size)
-
-    def advance(self) -> bool:
-        """Make one more token of every row on the device and read back the one before → whether rows are left."""
-        t = len(self._versions)
-        if t < self._limit:
-            if t and t % COMPACT_EVERY == 0:
-                self._compact()
-            self._dispatch(t)
-        at_end = len(self._versions) >= self._limit
-        while len(self._unread) > (0 if at_end else 1):
-            self._read()
-        return any(row.finish_reason is None for slot in self._slots for row in slot)
-
-    def abandon(self) -> None:
-        """Read back what is on its way, and end every row that is still open."""
-        while self._unread:
-            self._read()
-        for row in (row for slot in self._slots for row in slot if row.finish_reason is None):
-            row.finish_reason = "aborted"
+        self._recent = self._last_ids(self._prompts)
 
     def pop_completed(self) -> Iterator[CompletedGroup]:
         """The groups that ended since the last call, in request order."""
@@ -161,42 +244,12 @@ class Wave:
             group = self.groups[index]
             if all(row.finish_reason for row in group):
                 self._waiting.remove(index)
-                completions = tuple(row.completion(self._versions) for row in group)
+                completions = tuple(row.completion() for row in group)
                 recorded = dict(zip(self.groups, self._prompt_experts, strict=False))
                 yield CompletedGroup(index=index, completions=completions, prompt_experts=recorded.get(index, b""))
 
-    def _dispatch(self, t: int) -> None:
-        """Let the device make token t of every row."""
-        weights, versions = self._current_weights([slot[0].policy for slot in self._slots])
-        config = self._setup.config
-        rows = [row for slot in self._slots for row in slot]
-        routes = None
-        if self._cache is None:
-            hidden = self._prefill()
-        else:
-            routes = Routes(config) if self._setup.records_experts else None
-            hidden = self._cache.forward(config, weights, self._ids, routes)
-        logits = project(config, weights, hidden)
-        if t == 0:
-            logits = mx.repeat(logits, self._setup.generation.num_generations, axis=0)
-        sampler = self._setup.sampler
-        if t % NOISE_BLOCK == 0:
-            purposes = [b"", b"filter"] if sampler.needs_uniforms else [b""]
-            self._noise = [noise_block([row.key for row in rows], t // NOISE_BLOCK, purpose) for purpose in purposes]
-        draw, *of_filters = [noise[:, t % NOISE_BLOCK] for noise in self._noise]
-        self._ids, *log_probs = draw_tokens(
-            sampler, logits, draw, self._recent, *of_filters, by_kernel=self._setup.draws_by_kernel
-        )
-        if self._recent is not None:
-            newest = self._ids[:, None].astype(mx.int32)
-            self._recent = mx.concatenate([self._recent[:, 1:], newest], axis=1)
-        own = None if routes is None else routes.chosen
-        mx.async_eval(self._ids, *log_probs, *([] if own is None else [own]))  # type: ignore[no-untyped-call]
-        self._unread.append((t, rows, [self._ids, *log_probs], own))
-        self._versions.append(versions)
-
     def _prefill(self) -> mx.array:
-        """Every prompt once → the hidden state of its last token, (requests, D); opens the cache."""
+        """Every prompt once."""
         hidden, parts = [], []
         for portion in prefill_chunks([len(prompt) for prompt in self._prompts]):
             weights, _ = self._current_weights([self._slots[i][0].policy for i in portion])
@@ -205,97 +258,8 @@ class Wave:
             parts.append(read.cache)
             hidden.append(read.last)
             self._prompt_experts += read.experts
-        kind = CudaDecodingCache if self._setup.attends_by_kernel else DecodingCache
-        self._cache = kind(join_prompts(parts), len(self._slots[0]), self._limit)
+        self._open(join_prompts(parts))
         return mx.concatenate(hidden)
-
-    def _last_of_prompts(self, W: int) -> mx.array | None:
-        """The last W ids of every row's prompt, −1 before its first, (B, W); None where no penalty wants them."""
-        if W == 0:
-            return None
-        windows = [[*[-1] * (W - len(prompt)), *prompt[-W:]] for prompt in self._prompts]
-        return mx.repeat(mx.array(windows, dtype=mx.int32), self._setup.generation.num_generations, axis=0)
-
-    def _read(self) -> None:
-        """Give every row its token of the oldest unread step; see which rows end."""
-        t, rows, arrays, routed = self._unread.popleft()
-        experts = [b""] * len(rows) if routed is None else rows_as_bytes(routed)
-        ids = cast("list[int]", arrays[0].tolist())
-        log_probs = [cast("list[float]", column.tolist()) for column in arrays[1:]]
-        is_sound = math.isfinite(sum(log_probs[0]))
-        for place, row in enumerate(rows):
-            if row.finish_reason is not None or len(row.token_ids) > t:
-                continue  # the row ended while this token was on its way, or it is a filler's copy
-            if not is_sound and not math.isfinite(log_probs[0][place]):
-                raise self._not_finite(t, row)
-            row.push(ids[place], log_probs[0][place], log_probs[-1][place], experts[place])
-
-    def _not_finite(self, t: int, row: Row) -> RunError:
-        """What was drawn is no token of the model's: the log-probability of any is NaN where a logit is not finite."""
-        weights, _ = self._current_weights([row.policy])
-        dtype = str(weights_dtype(weights)).removeprefix("mlx.core.")
-        return RunError(
-            f"request {row.request}: the logits for token {t} of a completion are not finite (NaN or infinity), and "
-            f"nothing can be drawn from them; the network overflows in {dtype} with the weights of version "
-            f"{self._versions[t][row.policy]}: hold them in a type with more room (model.dtype, --dtype), or use "
-            "weights from before they grew so large"
-        )
-
-    def _compact(self) -> None:
-        """Drop finished rows from the device's batch, where that saves rows."""
-        old = [row for slot in self._slots for row in slot]
-        slots = arrange(self._slots)
-        if len(slots) * len(slots[0]) == len(old) or self._cache is None:
-            return
-        place = {id(row): index for index, row in reversed(list(enumerate(old)))}  # a row, not the copy that fills
-        first = {slot[0].request: index for index, slot in reversed(list(enumerate(self._slots)))}
-        rows = [row for slot in slots for row in slot]
-        index = [place[id(row)] for row in rows]
-        self._cache.select([first[slot[0].request] for slot in slots], index, len(slots[0]))
-        chosen = mx.array(index)
-        self._ids = self._ids[chosen]
-        self._noise = [noise[chosen] for noise in self._noise]
-        self._recent = None if self._recent is None else self._recent[chosen]
-        self._slots = slots
-
-
-def arrange(slots: list[list[Row]]) -> list[list[Row]]:
-    """Lay unfinished rows out anew: slots of one width, each with rows of one request, as few rows as possible.
-
-    There are never more slots than before, so prompts never take more memory. A slot that lacks rows is filled up
-    with copies of its last. Without unfinished rows, or without gain, the result is what was given.
-    """
-    live: dict[int, list[Row]] = {}
-    for slot in slots:
-        for row in dict.fromkeys(slot):
-            if row.finish_reason is None:
-                live.setdefault(row.request, []).append(row)
-    best, best_width = len(slots) * len(slots[0]), 0
-    for width in range(max(map(len, live.values()), default=0), 0, -1):
-        count = sum(-(-len(rows) // width) for rows in live.values())
-        if count <= len(slots) and count * width < best:
-            best, best_width = count * width, width
-    if best_width == 0:
-        return slots
-    laid = [rows[i : i + best_width] for rows in live.values() for i in range(0, len(rows), best_width)]
-    return [slot + slot[-1:] * (best_width - len(slot)) for slot in laid]
-
-
-def row_key(request_key: Sequence[int], sample: int) -> bytes:
-    """What names the random stream of one sample: 16 bytes, distinct for distinct (request key, sample)."""
-    text = ",".join(map(str, (*request_key, sample)))
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def noise_block(keys: Sequence[bytes], block: int, purpose: bytes = b"") -> mx.array:
-    """Uniform numbers k/2²⁴ in [0, 1) for token positions block·16 … block·16+15 of rows → float32 (rows, 16).
-
-    Other purposes (at most 16 bytes) give independent numbers.
-    """
-    place = block.to_bytes(8, "little")
-    digests = b"".join(hashlib.blake2b(place, key=key, person=purpose).digest() for key in keys)
-    numbers = mx.array(cast(Any, memoryview(array("I", digests))))  # by the buffer protocol, as uint32
-    return (numbers >> 8).astype(mx.float32).reshape(len(keys), NOISE_BLOCK) * 2.0**-24
 
 
 def draw_tokens(

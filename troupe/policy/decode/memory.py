@@ -12,6 +12,10 @@ every row, H'·a·b + (k − 1)·C float32 (`DeltaSizes`). Besides, the larger o
   decoding, with B = S·G rows: 9·B·V float32 for logits and the draw (28 with filters or penalties), two steps being
   under way, 10·B·H·(P + N) float32 for scores, 8·B·(F + D) numbers, and twice one layer's own keys and values, for
   the room that grows; where updates copy, all own keys and values once more; four times one layer's states.
+A turn of a session counts each of its rows as a prompt of its own, B of them; and three times one layer's keys and
+values, for what is laid anew. What rows read behind what they hold, s of them T tokens each, takes
+s·T·(8·F + 8·D) numbers and, at most P tokens being seen, 7·s·H·b·P float32 on a CPU, elsewhere 2·s·H·T·P, no more than
+PORTION of them at a time.
 Where layers are mixtures of experts, with k of size F' for each token, F is k·(F' + D) if that is more.
 D hidden size, F intermediate size, L layers, H query heads, K key/value heads, d head size, V vocabulary. The part
 that is held is exact; the factors of the others are measured on a CPU with MLX 0.32, as upper ends.
@@ -26,8 +30,9 @@ import mlx.core as mx
 from troupe.policy.adapter.modules import Adapter, layer_of
 from troupe.policy.decode.cache import piece_length, prefill_chunks
 from troupe.policy.decode.cuda_cache import serves
+from troupe.policy.decode.histories import reading_portions
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.attention import attention_is_fused, block_size
+from troupe.policy.network.attention import PORTION, attention_is_fused, block_size
 from troupe.policy.network.delta_memory import forward_bytes
 from troupe.policy.network.linear import groups
 from troupe.policy.network.tensors import linear_shapes
@@ -99,29 +104,86 @@ def decode_memory_bytes(
     our own, where the step before still holds it. `dtype` is that of the weights. The formula stands at the head of
     this file.
     """
-    H, F, D, V = config.num_attention_heads, mlp_width(config), config.hidden_size, config.vocab_size
     L, size = config.attention_layers, dtype.size
-    P, B = max(prompt_lengths), len(prompt_lengths) * num_generations
     held = cache_bytes(config, prompt_lengths, num_generations, max_new_tokens, dtype)
     prompts_held = cache_bytes(config, prompt_lengths, 0, 0, dtype)
-    prefilling = 0.0
+    prefilling = _prefilling(config, prompt_lengths, size, writes_scores=writes_scores, in_blocks=in_blocks)
+    P, B = max(prompt_lengths), len(prompt_lengths) * num_generations
+    decoding = _decoding(config, B, P + max_new_tokens, size, is_filtering=is_filtering)
+    states, of_prompts = (_state_bytes(config, rows) for rows in (B, len(prompt_lengths)))
+    grown = held - prompts_held - config.delta_layers * (states - of_prompts)
+    decoding += grown * max(2 / L, 1.0 if copies_updates else 0.0)
+    return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
+
+
+def turn_memory_bytes(
+    config: NetworkConfig,
+    kept: Sequence[int],
+    new: Sequence[int],
+    max_new_tokens: int,
+    dtype: mx.Dtype,
+    *,
+    is_filtering: bool = False,
+    writes_scores: bool = True,
+    in_blocks: bool = True,
+    copies_updates: bool = False,
+) -> int:
+    """Bytes that a turn of rows (at least one) of a session takes beside the weights, what they hold counted in: rows
+    that hold `kept` tokens, read `new` ones and sample at most `max_new_tokens`.
+
+    As if each row lay by itself, with all its tokens in a prompt of its own; so this, too, is what all of them hold
+    when their turns have ended. Other arguments are those of `decode_memory_bytes`.
+    """
+    L, size, H = config.attention_layers, dtype.size, config.num_attention_heads
+    lengths = [a + b for a, b in zip(kept, new, strict=True)]
+    held = cache_bytes(config, lengths, 1, max_new_tokens, dtype)
+    read_held = cache_bytes(config, lengths, 0, 0, dtype)
+    states = config.delta_layers * _state_bytes(config, len(lengths))
+    reading = 0.0
+    if whole := [length for length, before in zip(lengths, kept, strict=True) if not before]:
+        reading = _prefilling(config, whole, size, writes_scores=writes_scores, in_blocks=in_blocks)
+    going_on = [(before, more) for before, more in zip(kept, new, strict=True) if before]
+    for portion in reading_portions([before for before, _ in going_on], [more for _, more in going_on], H):
+        s, T = len(portion), max(going_on[row][1] for row in portion)
+        seen = max(going_on[row][0] for row in portion) + T
+        scores = (
+            7 * block_size(T) * s * H * seen if in_blocks else 2 * max(H * s * seen, min(PORTION, H * s * T * seen))
+        )
+        reading = max(reading, 4 * scores + _through(config, s, T, size))
+    decoding = _decoding(config, len(lengths), max(lengths) + max_new_tokens, size, is_filtering=is_filtering)
+    decoding += (held - states - read_held) * (1.0 if copies_updates else 0.0)
+    return math.ceil(max(read_held * (1 + 3 / L) + 2 * states + reading, held + 3 * (held - states) / L + decoding))
+
+
+def _prefilling(
+    config: NetworkConfig, prompt_lengths: Sequence[int], size: int, *, writes_scores: bool, in_blocks: bool
+) -> float:
+    most = 0.0
     for portion in prefill_chunks(prompt_lengths):
         longest = max(prompt_lengths[i] for i in portion)
         piece = piece_length(len(portion), longest, writes_scores=writes_scores)
         written = 7 * block_size(piece) if in_blocks and piece < longest else 2 * piece
-        scores = len(portion) * H * longest * written * 4 if writes_scores else 0
-        if config.delta_layers:
-            prefilling = max(
-                prefilling, forward_bytes(config.delta, len(portion), piece) + len(portion) * piece * 4 * D * size
-            )
-        prefilling = max(prefilling, scores + len(portion) * piece * 8 * (F + D) * size)
-    decoding = (
-        (28.0 if is_filtering else 9.0) * B * V * 4 + 10 * B * H * (P + max_new_tokens) * 4 + 8 * B * (F + D) * size
-    )
-    states, of_prompts = (_state_bytes(config, rows) for rows in (B, len(prompt_lengths)))
-    grown = held - prompts_held - config.delta_layers * (states - of_prompts)
-    decoding += grown * max(2 / L, 1.0 if copies_updates else 0.0) + 4 * states
-    return math.ceil(max(prompts_held * (1 + 1 / L) + prefilling, held + decoding))
+        scores = len(portion) * config.num_attention_heads * longest * written * 4 if writes_scores else 0
+        most = max(most, scores + _mlp(config, len(portion) * piece, size), _through(config, len(portion), piece, size))
+    return most
+
+
+def _mlp(config: NetworkConfig, tokens: int, size: int) -> int:
+    return tokens * 8 * (mlp_width(config) + config.hidden_size) * size
+
+
+def _through(config: NetworkConfig, rows: int, T: int, size: int) -> float:
+    """The largest inside of a layer, scores apart."""
+    most: float = _mlp(config, rows * T, size)
+    if config.delta_layers:
+        most = max(most, forward_bytes(config.delta, rows, T) + rows * T * 4 * config.hidden_size * size)
+    return most
+
+
+def _decoding(config: NetworkConfig, rows: int, seen: int, size: int, *, is_filtering: bool) -> float:
+    H, V = config.num_attention_heads, config.vocab_size
+    found = (28.0 if is_filtering else 9.0) * rows * V * 4 + 10 * rows * H * seen * 4
+    return found + 8 * rows * (mlp_width(config) + config.hidden_size) * size + 4 * _state_bytes(config, rows)
 
 
 def mlp_width(config: NetworkConfig) -> int:

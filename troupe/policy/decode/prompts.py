@@ -42,7 +42,7 @@ def read_prompts(
         found = mx.take_along_axis(states, mx.array(lengths)[:, None, None] - 1, axis=1)[:, 0]
         recorded += [] if routes is None else [routes.chosen]
         mx.eval(found, part.arrays, recorded)
-        return ReadPrompts(part, found, _of_prompts(recorded, lengths))
+        return ReadPrompts(part, found, of_prompts(recorded, lengths))
     pieced, ends = PiecedPromptCache(lengths), dict[int, mx.array]()
     for start in range(0, width, size):
         routes = Routes(config) if records_experts else None
@@ -50,10 +50,10 @@ def read_prompts(
         recorded += [] if routes is None else [routes.chosen]
         mx.eval(recorded)
     last = mx.stack([ends[place] for place in range(len(prompts))])
-    return ReadPrompts(pieced, last, _of_prompts(recorded, lengths))
+    return ReadPrompts(pieced, last, of_prompts(recorded, lengths))
 
 
-def _of_prompts(pieces: Sequence[mx.array], lengths: Sequence[int]) -> list[bytes]:
+def of_prompts(pieces: Sequence[mx.array], lengths: Sequence[int]) -> list[bytes]:
     """Of each prompt, without what stands in its padding; each piece has the next tokens of all."""
     if not pieces:
         return []

@@ -78,3 +78,39 @@ class CompletedGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """(G,) in sample order."""
     prompt_experts: bytes = b""
     """Where recorded, those of the prompt's tokens."""
+
+
+class TurnRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn of a row that goes on over several."""
+
+    row: tuple[int, ...]
+    """Names the row and its random stream: the key of a request, and the sample."""
+    ids: tuple[int, ...]
+    """To be read before sampling, at least one: the whole prompt of a new row, else what is new since its last turn."""
+    start: int
+    """Tokens that the rollout has so far, what it read between turns included: as many numbers of the random stream are
+    passed over."""
+    room: int
+    """Most tokens of this turn. The model's positions may leave less."""
+    fresh: bool = False
+    """A new row begins: what was kept under its name is forgotten."""
+    last: bool = False
+    """Nothing of the row need be kept after this turn."""
+    policy: int = 0
+    """Which of the policies that are loaded completes it; one for all rows of a call."""
+
+
+class CompletedTurn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A turn of a row, when it has ended; fields are those of `Completion`."""
+
+    row: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    sampling_log_probs: tuple[float, ...]
+    versions: tuple[int, ...]
+    finish_reason: FinishReason
+    experts: bytes = b""
+    """Where recorded, the experts that its tokens but the last went to."""
+    read_experts: bytes = b""
+    """Where recorded, those of what was read before: the last token of the turn before and what came behind it, or the
+    whole prompt of a new row."""

@@ -24,6 +24,10 @@ class PromptStates:
         """Every array held."""
         return [x for state in self.layers for x in state]
 
+    def go_on(self, before: "PromptStates", more: Sequence[int]) -> None:
+        """Begin with what other tokens left behind, `more` being how many there are behind them."""
+        self._lengths, self.layers = list(more), before.layers
+
     def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes, start: int) -> mx.array:
         """Tokens of all prompts from place `start` on, padded on the right → o float32 (S, T, H, b), all computed."""
         S, T = inputs.mixed.shape[:2]
@@ -38,7 +42,7 @@ class PromptStates:
             mx.eval(state)
             outputs.append(o)
             left.append(state)
-        after = _joined(left)
+        after = joined(left)
         mx.eval(after)
         self.layers[layer : layer + 1] = [after]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
@@ -46,7 +50,7 @@ class PromptStates:
     def join(self, parts: Sequence["PromptStates"]) -> None:
         """Take over the states of several, one behind the other; these are emptied layer by layer to spare memory."""
         for _ in range(len(parts[0].layers)):
-            self.layers.append(_joined([part.layers.pop(0) for part in parts]))
+            self.layers.append(joined([part.layers.pop(0) for part in parts]))
             mx.eval(self.layers[-1])
 
 
@@ -71,6 +75,11 @@ class RowStates:
         o, self.layers[layer] = one_step(inputs, self.layers[layer], sizes)
         return o
 
+    def of(self, rows: Sequence[int]) -> list[DeltaState]:
+        """What some rows leave, by their places."""
+        index = mx.array(list(rows))
+        return [state.of(index) for state in self.layers]
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, by their places now, in this order."""
         index = mx.array(list(rows))
@@ -79,5 +88,6 @@ class RowStates:
             mx.eval(self.layers[place])
 
 
-def _joined(states: Sequence[DeltaState]) -> DeltaState:
+def joined(states: Sequence[DeltaState]) -> DeltaState:
+    """Of several rows, one behind the other."""
     return states[0] if len(states) == 1 else DeltaState(*(mx.concatenate(list(x)) for x in zip(*states, strict=True)))

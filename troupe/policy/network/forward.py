@@ -20,7 +20,7 @@ from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import attention_mask
 from troupe.policy.network.delta import DeltaInputs, DeltaSizes, DeltaState, gated_norm, rates, through_rows
 from troupe.policy.network.dropout import Dropout
-from troupe.policy.network.experts import Places, Routed, Stack, likeliest, shares
+from troupe.policy.network.experts import Places, Routed, Stack, are_few, likeliest, shares
 from troupe.policy.network.gating import gated
 from troupe.policy.network.head import embed
 from troupe.policy.network.linear import JOINED, A, Linear
@@ -225,9 +225,19 @@ class Layer:
             return self.linear("mlp.down_proj")(gated(activation, *self.inputs(GATE_UP, h)))
         rows = h.reshape(-1, h.shape[-1])
         routed = self.routed(rows)
+        if are_few(self.spec.experts, routed.chosen):
+            return self._mixed_one_by_one(rows, routed).reshape(x.shape)
         places = Places.of(routed.chosen)
         y = self.stack("down")(gated(activation, *self.expert_inputs(rows, places)), places.experts)
         return self.mixed(routed, places, y).reshape(x.shape)
+
+    def _mixed_one_by_one(self, rows: mx.array, routed: Routed) -> mx.array:
+        """The same for few tokens (N, D), each of which is k times in a row."""
+        experts, k = routed.chosen.reshape(-1), routed.chosen.shape[1]
+        repeated = mx.repeat(rows, k, axis=0)
+        gate, up = (self.stack(name)(repeated, experts, is_sorted=False) for name in ("gate", "up"))
+        y = self.stack("down")(gated(self.family.activation, gate, up), experts, is_sorted=False)
+        return self._added_up(routed, y.reshape(len(rows), k, -1))
 
     def routed(self, rows: mx.array) -> Routed:
         """Where tokens (N, D) go, in a layer that is a mixture of experts."""
@@ -248,9 +258,12 @@ class Layer:
 
     def mixed(self, routed: Routed, places: Places, y: mx.array) -> mx.array:
         """What experts give (n, D), in their order, added up by the shares → (N, D)."""
+        return self._added_up(routed, places.collected(y, len(routed.chosen)))
+
+    def _added_up(self, routed: Routed, parts: mx.array) -> mx.array:
+        """What experts give of each token (N, k, D), by their shares → (N, D)."""
         assert self.spec.experts is not None
-        parts = shares(self.spec.experts, *routed).astype(y.dtype)
-        return mx.sum(places.collected(y, len(parts)) * parts[..., None], axis=1)
+        return mx.sum(parts * shares(self.spec.experts, *routed).astype(parts.dtype)[..., None], axis=1)
 
     def behind_attention(self, x: mx.array, o: mx.array) -> mx.array:
         """What attention adds to x, where `o` is what its last product gives."""

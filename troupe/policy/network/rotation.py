@@ -6,6 +6,10 @@ from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu
 from troupe.policy.network.rotary import Rope, attention_factor, inverse_frequencies
 
+_FEWEST = 32
+"""Numbers of a head that a fused kernel is given; of fewer MLX 0.32.4's for NVIDIA cards turns at most 128 rows, and
+fails with more."""
+
 
 class Rotations:
     """Of a network: one for each way in which positions turn in its layers."""
@@ -29,7 +33,7 @@ class Rotation:
         self._offset = offset
         self._periods: mx.array | None = None
         frequencies = mx.array(inverse_frequencies(self._d, *rope))
-        self._has_tables = is_on_cpu()  # elsewhere one fused kernel is faster
+        self._has_tables = is_on_cpu() or turned < _FEWEST  # elsewhere one fused kernel is faster
         if rope.scaling is not None:
             self._periods = 1.0 / frequencies
         if self._has_tables:

@@ -12,8 +12,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
-from functools import cached_property
+from datetime import date, datetime, time
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,11 +38,24 @@ _MAX_SOURCE = 1_000_000  # characters of a template
 class ChatTemplate:
     """One Jinja chat template, compiled when first used."""
 
-    def __init__(self, source: str, origin: str, special_tokens: Mapping[str, Any] | None = None) -> None:
-        """`origin` names the file in messages; `special_tokens` (`eos_token`, …) are variables of the template."""
+    def __init__(
+        self, source: str, origin: str, special_tokens: Mapping[str, Any] | None = None, day: date | None = None
+    ) -> None:
+        """`origin` names the file in messages; `special_tokens` (`eos_token`, …) are variables of the template; `day`:
+        the date that it is told where it asks for today's, as several do; None: today's."""
         self.source = source
         self.origin = origin
         self.special_tokens = dict(special_tokens or {})
+        self._day = day
+
+    def dated(self, day: date) -> ChatTemplate:
+        """The same on another day."""
+        return ChatTemplate(self.source, self.origin, self.special_tokens, day)
+
+    @property
+    def asks_for_today(self) -> bool:
+        """Whether what it makes may depend on the day."""
+        return "strftime_now" in self.source
 
     def render(
         self,
@@ -65,6 +78,7 @@ class ChatTemplate:
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 "range": budget.range,
+                "strftime_now": partial(_written, self._day),
                 **kwargs,
             }
             try:
@@ -238,7 +252,6 @@ def _environment() -> Sandbox:
     environment.filters["tojson"] = _to_json
     environment.guard_filters()
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -262,7 +275,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN + 50 else f"{text[:_MOST_SHOWN]} … ({len(text)} characters)"
 
 
-def _strftime_now(format: str) -> str:  # noqa: A002 – templates may name the argument
+def _written(day: date | None, format: str) -> str:  # noqa: A002 – templates may name the argument
     if len(format) > _MOST_SHOWN or re.search(r"%[^a-zA-Z%]*\d\d\d", format):
         raise OverflowError(f"strftime_now: a format of {len(format)} characters; use a short one, without widths")
-    return datetime.now().astimezone().strftime(format)
+    now = datetime.now().astimezone() if day is None else datetime.combine(day, time())
+    return now.strftime(format)

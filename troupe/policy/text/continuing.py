@@ -24,8 +24,8 @@ from troupe.policy.text.tokenizer import Tokenizer
 Message: TypeAlias = Mapping[str, Any]
 History: TypeAlias = Literal["keep", "fork"]
 
-_FOR_PROMPTS = frozenset({"continue_final_message", "add_generation_prompt", "chat_template"})
-"""Arguments of a chat template that are about one prompt, not about its conversation."""
+_NO_VARIABLES = frozenset({"continue_final_message", "add_generation_prompt", "chat_template", "tools", "messages"})
+"""Arguments of a chat template that are about one prompt, or given otherwise."""
 
 
 class Following(NamedTuple):
@@ -50,8 +50,8 @@ class Continuer:
         guards: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """`tools`: JSON schemas. `end_ids`: what the policy may end a turn with beside the tokenizer's own
-        (`Policy.eos_ids`). `template_kwargs`: as `encode_prompt` takes them.
+        """`tools`: JSON schemas; where none are given, those of `template_kwargs`, which are as `encode_prompt` takes
+        them. `end_ids`: what the policy may end a turn with beside the tokenizer's own end (`Policy.eos_ids`).
 
         `guards`: text of a message that looks like a control token stays text, but for that of the prompt. Off, it
         becomes the token, as with TRL; of all other texts the ids are the same.
@@ -59,13 +59,14 @@ class Continuer:
         Raises ModelError where there is no chat template.
         """
         kwargs = dict(template_kwargs or {})
-        self._tokenizer, self._tools, self._kwargs = tokenizer, list(tools or ()) or None, kwargs
+        tools = list(tools or kwargs.get("tools") or ()) or None
+        self._tokenizer, self._tools, self._kwargs = tokenizer, tools, kwargs
         self._continued = kwargs.get("continue_final_message")
         self._forks, self._guards = history == "fork", guards
         eos = tokenizer.eos_token_id
         self._end_ids = frozenset(end_ids) | (frozenset() if eos is None else {eos})
         template = tokenizer.chat_template(bool(tools), kwargs.get("chat_template"))
-        variables = {name: value for name, value in kwargs.items() if name not in _FOR_PROMPTS}
+        variables = {name: value for name, value in kwargs.items() if name not in _NO_VARIABLES}
         self._template = template
         self._seams = Seams(tokenizer, template, self._end_ids, variables)
         self._histories = Histories(template, self._tools, variables, self._seams)
@@ -127,7 +128,7 @@ class Continuer:
         told = self._histories.rewritten(before, turn, after, self._seams.before(after, stand_ins).text)
         if told is None:
             return None
-        return tuple(self._tokenizer.encode(told, add_special_tokens=False, stand_ins=stand_ins))
+        return tuple(self._tokenizer.encode_restored(told, stand_ins))
 
     def _prompt_length(self, messages: Sequence[Message]) -> int:
         turns = (place for place, message in enumerate(messages) if message.get("role") == "assistant")
@@ -159,9 +160,3 @@ def joined(sampled_ids: tuple[int, ...], seam: Seam, end_ids: Collection[int]) -
             behind = sampled_ids[place + 1 :]
             return rest[len(behind) :] if rest[: len(behind)] == behind else seam.ids
     return seam.ids
-
-
-def fits(following: Following, room: int) -> bool:
-    """Whether ids may be put behind a row that has `room` for so many tokens. Where not, the episode ends, and the
-    messages are dropped, as TRL does. A new row is not asked."""
-    return following.prompt_ids is not None or len(following.ids) <= room

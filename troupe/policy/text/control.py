@@ -2,7 +2,7 @@
 
 Templates put what was said between their own control tokens, and only of the rendered whole ids are made. So what is
 written like a control token is replaced before rendering by a stand-in, a word that occurs nowhere else, and
-`Tokenizer.encode` reads the stand-in as the text that it stands for. Where nothing is written so, nothing changes.
+`Tokenizer.encode_restored` reads the stand-in as what it stands for. Where nothing is written so, nothing changes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

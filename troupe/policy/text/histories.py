@@ -51,15 +51,15 @@ class Histories:
         self._template, self._tools, self._variables, self._seams = template, tools, dict(variables), seams
         self._keeps: dict[Kind, bool] = {}
 
-    def tell(self, messages: Sequence[Mapping[str, Any]], *, begins: bool = True) -> str:
-        """A conversation as the template tells it, with the header of a next turn where one `begins`.
+    def tell(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as the template tells it, with the header of a next turn.
 
         Where it never reads thoughts from a key of their own, they are told within the content, as they were sampled.
         """
         plain = plain_messages(messages)
         if not self._template.reads_thoughts:
             plain = [_with_thoughts_within(message) for message in plain]
-        return self._template.render(plain, self._tools, begins, **self._variables)
+        return self._template.render(plain, self._tools, True, **self._variables)
 
     def keeps(self, kind: Kind) -> bool:
         """Whether conversations of a kind never change what was told."""
@@ -80,22 +80,26 @@ class Histories:
         refuses to tell is not changed.
         """
         try:
-            before, now = self.tell(messages), self.tell([*messages, said, *new])
+            now = self.tell([*messages, said, *new])
+            return None if self._stands(now, messages, said, tail) else now
         except ModelError:
             return None
-        if len(before) + len(tail) <= len(now) and now.startswith(before) and now.endswith(tail):
-            told = now[len(before) : len(now) - len(tail)]
-            if all(part in told for part in _parts(said)):
-                return None
-        return now
+
+    def _stands(self, now: str, messages: Sequence[Mapping[str, Any]], said: Mapping[str, Any], tail: str) -> bool:
+        """Whether what was told before `said`, and what it says, stands in what is told now."""
+        parts = _parts(said)
+        if not now.endswith(tail) or any(part not in now for part in parts):
+            return False
+        before = self.tell(messages)
+        told = now[len(before) : max(0, len(now) - len(tail))]
+        return now.startswith(before) and all(part in told for part in parts)
 
     def _probe(self, messages: list[dict[str, Any]], said: dict[str, Any], new: list[dict[str, Any]]) -> bool:
         try:
-            self.tell([*messages, said, *new])
-            tail = self._seams.before(new).text
+            now = self.tell([*messages, said, *new])
+            return self._stands(now, messages, said, self._seams.before(new).text)
         except ModelError:
             return False
-        return self.rewritten(messages, said, new, tail) is None
 
     def _made_up(self, kind: Kind) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]]:
         """Conversations of a kind: messages, a turn, and what follows."""

@@ -14,7 +14,7 @@ from troupe.errors import ModelError
 from troupe.policy.text.chat import ChatTemplate, plain_messages
 from troupe.policy.text.tokenizer import Tokenizer
 
-ToolMessages: TypeAlias = Sequence[Mapping[str, Any]]
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 TOOL_ROLES = frozenset({"tool", "ipython"})
 """Roles of messages that hold what a tool gave."""
@@ -41,10 +41,11 @@ class Seams:
     ) -> None:
         """`end_ids`: what a policy may end a turn with; `variables` go to the template."""
         self._tokenizer, self._template, self._variables = tokenizer, template, dict(variables)
+        self._added = frozenset(tokenizer.added_tokens.values())
         self._end_texts = [text for text, id_ in tokenizer.added_tokens.items() if id_ in end_ids]
         self._closings: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {}
 
-    def before(self, new: ToolMessages, stand_ins: Mapping[str, str] | None = None) -> Seam:
+    def before(self, new: Messages, stand_ins: Mapping[str, str] | None = None) -> Seam:
         """What stands between a turn of the assistant and its next, where `new` is said in between.
 
         Raises ModelError where the template cannot render that, or closes a call in another way when something follows.
@@ -54,13 +55,13 @@ class Seams:
         told = self._behind_mark(calls, new)
         if not told.startswith(closing):
             raise ModelError(
-                f"{self._template.origin}: the chat template ends an assistant's turn with {closing!r}, but with "
-                f"{told[: len(closing)]!r} where another message follows, so nothing can be put behind a turn; use a "
-                "template that ends turns in one way"
+                f"{self._template.origin}: the chat template closes a call with {closing!r}, but with "
+                f"{told[: len(closing)]!r} where another message follows, so nothing can be put behind it; use a "
+                "template that closes calls in one way"
             )
         text = told[len(closing) :]
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, stand_ins=stand_ins))
-        return Seam(text, ids, has_end and bool(ids) and ids[0] in self._tokenizer.added_tokens.values())
+        ids = tuple(self._tokenizer.encode_restored(text, stand_ins or {}))
+        return Seam(text, ids, has_end and bool(ids) and ids[0] in self._added)
 
     def _closing(self, calls: tuple[tuple[str, str], ...]) -> tuple[str, bool]:
         """What closes the calls of a turn before its end, and whether there is a token that ends it."""
@@ -80,7 +81,7 @@ class Seams:
             places = [place for name in names if name and (place := text.find(name)) >= 0]
         return min(places, default=None)
 
-    def _behind_mark(self, calls: tuple[tuple[str, str], ...], new: ToolMessages | None) -> str:
+    def _behind_mark(self, calls: tuple[tuple[str, str], ...], new: Messages | None) -> str:
         """The rendered text behind the mark; `new` None: of the turn alone, without the next one's header."""
         refused: ModelError | None = None
         for begun in self._begun(calls):
@@ -117,7 +118,7 @@ class Seams:
                 yield [_ASKED, {"role": "assistant", "content": "", "tool_calls": made}]
 
 
-def _calls(new: ToolMessages) -> tuple[tuple[str, str], ...]:
+def _calls(new: Messages) -> tuple[tuple[str, str], ...]:
     """Names and ids of the calls that the messages answer: of the first, and of all that give an id."""
     answers = [message for message in new if message.get("role") in TOOL_ROLES]
     if not answers or new[0].get("role") not in TOOL_ROLES:

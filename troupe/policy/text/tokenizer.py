@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -74,6 +76,17 @@ class Tokenizer:
         tokens = read_tokens(folder, config, vocabulary)
         return cls(vocabulary, tokens, load_chat_templates(folder, config, tokens.named))
 
+    def dated(self, day: date) -> Tokenizer:
+        """The same, but its chat templates take `day` for today."""
+        other = copy(self)
+        other._templates = {name: template.dated(day) for name, template in self._templates.items()}
+        return other
+
+    @property
+    def asks_for_today(self) -> bool:
+        """Whether a chat template writes today's date."""
+        return any(template.asks_for_today for template in self._templates.values())
+
     @property
     def vocab_size(self) -> int:
         """1 + the largest id, added tokens included. A model may have more logits than this, rounded up for speed."""
@@ -99,16 +112,19 @@ class Tokenizer:
         """Ids that `decode` leaves out."""
         return self._special
 
-    def encode(
-        self, text: str, add_special_tokens: bool = True, stand_ins: Mapping[str, str] | None = None
-    ) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Added tokens written in the text become their ids, special ones too.
 
         `add_special_tokens` adds what the tokenizer itself puts around a text: the begin of a text for Llama 3 and
-        Gemma, nothing for Qwen3 and SmolLM2. Each of the `stand_ins` found in the text is read as the text that it
-        stands for, in which no added token is looked for.
+        Gemma, nothing for Qwen3 and SmolLM2.
         """
-        ids: list[int] = list(self._prefix) if add_special_tokens else []
+        ids = self.encode_restored(text, {})
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_restored(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
+        """Ids of a text in which words stand for others, which are read as mere text: no added token is looked for in
+        them. Nothing is put around it."""
+        ids: list[int] = []
         for raw in self._split_raw(text):
             if isinstance(raw, int):
                 ids.append(raw)
@@ -117,8 +133,8 @@ class Tokenizer:
                 if isinstance(piece, int):
                     ids.append(piece)
                 else:
-                    ids.extend(self._pairs.encode(_restored(piece, stand_ins) if stand_ins else piece))
-        return [*ids, *self._suffix] if add_special_tokens else ids
+                    ids.extend(self._pairs.encode(_restored(piece, stand_ins)))
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id without a token."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from troupe.messages import CheckpointWritten, GroupClosed, Incident, Update
+from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, Update
+from troupe.records.store.answers import answer_statements, forgetting_statement
 from troupe.records.store.format import (
     DamagedStoreError,
     GroupRows,
@@ -29,7 +30,7 @@ class SqliteSink:
     """
 
     name = "sqlite"
-    takes: tuple[type, ...] = (Update, GroupClosed, Incident, CheckpointWritten)
+    takes: tuple[type, ...] = (Update, GroupClosed, Incident, CheckpointWritten, Answered)
 
     def __init__(
         self,
@@ -75,7 +76,9 @@ class SqliteSink:
         elif isinstance(message, Incident):
             self._others.append(incident_statement(message, self._step, self._clock()))
         elif isinstance(message, CheckpointWritten):
-            self._others += checkpoint_statements(message, self._clock())
+            self._others += [*checkpoint_statements(message, self._clock()), forgetting_statement()]
+        elif isinstance(message, Answered):
+            self._others += answer_statements(message)
 
     def flush(self) -> None:
         if not self._opened:

@@ -5,6 +5,7 @@ machines     which machine a start ran on; stores of older versions have no such
 steps        one row a learner batch, its metrics as JSON
 groups       one row a group that has ended, under the step that it ended with
 completions  one row a sample of a group
+answers      one row a turn of a sample whose step may still be made again; see `answers.py`
 episodes     one row a sample that acted in an environment or called tools; see `episodes.py`
 incidents    what went wrong, of all starts
 checkpoints  those written; `removed_at` of those that made room for newer ones

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from troupe.records.store.answers import ANSWERS
 from troupe.records.store.episodes import ADD_EPISODE
 from troupe.records.store.format import (
     ADD_COMPLETION,
@@ -68,7 +69,7 @@ class StoreWriter:
                 self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
                 self._file = path.stat()
                 with self._transaction() as do:
-                    for table in ADDED_SINCE:
+                    for table in (*ADDED_SINCE, ANSWERS):
                         do.execute(table)
                     self.start = self._begin(do, first_step, start, (clock(), os.getpid(), first_step, program))
                     do.execute("INSERT OR IGNORE INTO machines VALUES (?,?)", (self.start, safe_text(machine)))

@@ -6,7 +6,6 @@ The function is named, not sent: the workers load it by file or module. Argument
 from __future__ import annotations
 
 import signal
-import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ from troupe.rewards.faults import Fault
 from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
 from troupe.rewards.processes.calls import LOOK, Broken, Call, Loaded, Raised, Scores, decode_reply
 from troupe.rewards.runners import Runner, not_started
-from troupe.runtime.code_files import PREFIX
+from troupe.runtime.code_files import name_of
 from troupe.runtime.frames import FrameError, encode
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.roles import together
@@ -263,24 +262,10 @@ def process_spec(reward: Reward, spec: str | None, otherwise: str = 'run it as "
         raise RewardError(f'reward {name} is a RewardActor and lives in the event loop; run it as "auto"')
     if spec is not None:
         return spec
-    module, qualname = getattr(reward, "__module__", None), getattr(reward, "__qualname__", None)
-    if module is None or qualname is None or "<" in qualname:
-        raise RewardError(
-            f"{reward_place(reward)}reward {name} cannot be loaded by name in another process, for it is a lambda, "
-            f"a local function or an object; {remedy}"
-        )
-    loaded = sys.modules.get(module)
-    found: Any = loaded
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    if found is not reward or loaded is None or module == "__main__" or "." in qualname:
-        raise RewardError(
-            f"{reward_place(reward)}reward {name} cannot be loaded by name in another process: {module}.{qualname} "
-            f"is not to be found there; {remedy}"
-        )
-    if module.startswith(PREFIX):
-        return f"{loaded.__file__}:{qualname}"
-    return f"{module}:{qualname}"
+    try:
+        return name_of(reward)
+    except ValueError as error:
+        raise RewardError(f"{reward_place(reward)}reward {name} {error}; {remedy}") from None
 
 
 def _read(reply: Scores, size: int) -> Outcome:

@@ -34,6 +34,7 @@ from troupe.run.resume.changes import (
 
 OPEN: dict[str, Any] = {
     "rewards.functions": (),
+    "data.chat_template_date": None,
     "generation.memory_limit_gb": None,
     "learner.lr": None,
     "learner.gradient_accumulation_steps": None,
@@ -57,7 +58,7 @@ SETTLED_BY_CONTENTS = (
     "data.answer_column",
     "data.system_prompt",
 )
-_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions")
+_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions|environment\..+")
 """Keys of which it depends what is sampled, and what scores it gets."""
 
 

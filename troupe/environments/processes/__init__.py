@@ -1,0 +1,1 @@
+"""Environments and tools in processes that can be killed."""

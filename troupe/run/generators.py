@@ -1,0 +1,123 @@
+"""The maker of a run's generator: in a thread or in processes, of completions or of episodes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from troupe.actors.generator.acting import ActingConfig, ActingGenerator
+from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.episodes import EpisodeLimits
+from troupe.actors.generator.remote import RemoteGenerator
+from troupe.actors.generator.wire import BaseSource, Setup
+from troupe.grpo import LearnerConfig
+from troupe.policy import is_on_cpu
+from troupe.run.ledgers import Factories, Ledgers
+from troupe.run.prepare import Prepared
+from troupe.run.stage import sessions_of
+from troupe.run.wiring import Wiring
+from troupe.runtime.actor import Actor
+
+
+def _most_at_once(prepared: Prepared) -> int | None:
+    """Prompts that a decode of the free schedule has at the most; None: the schedule is pinned."""
+    return prepared.config.learner.batch_size if prepared.config.schedule.mode == "free" else None
+
+
+def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories) -> Callable[[], Actor]:
+    config, policy = prepared.config, prepared.start.policy
+    shared: dict[str, Any] = {
+        "board": ledgers.board,
+        "device": ledgers.devices["generator"],
+        "handed_over": ledgers.handed_over,
+        "recorded": ledgers.recorded,
+        "report": wiring.reporters["generator"],
+    }
+    acting = wiring.acting
+    groups = wiring.rollouts if acting is None else acting.sampled
+    if ledgers.files is not None:
+        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
+        turns = None if acting is None else acting.turns
+        return partial(
+            RemoteGenerator, wiring.generator, groups, setups=setups, files=ledgers.files, turns=turns, **shared
+        )
+    shared |= {
+        "engine": partial(
+            factories.engine,
+            policy.config,
+            config.generation,
+            stop_ids=policy.eos_ids,
+            tokenizer=policy.tokenizer,
+            base=policy.base,
+            **({"records_experts": True} if records_experts(config.learner) else {}),
+        ),
+        "decode_text": policy.tokenizer.decode_sampled,
+    }
+    if acting is not None:
+        acts = acting_config(prepared)
+        return partial(ActingGenerator, wiring.generator, groups, acting.turns, config=acts, **shared)
+    return partial(
+        Generator, wiring.generator, groups, seed=config.seed, most_at_once=_most_at_once(prepared), **shared
+    )
+
+
+def acting_config(prepared: Prepared) -> ActingConfig:
+    """What episodes are sampled with."""
+    config, stage = prepared.config, prepared.inputs.stage
+    assert stage is not None
+    return ActingConfig(
+        seed=config.seed,
+        limits=EpisodeLimits(
+            num_generations=config.generation.num_generations,
+            max_completion_length=config.generation.max_completion_length,
+            context=stage.rules.context,
+            max_turns=stage.rules.max_turns,
+        ),
+        sessions=sessions_of(config.schedule),
+        most_at_once=_most_at_once(prepared),
+    )
+
+
+def records_experts(learner: LearnerConfig) -> bool:
+    """Whether the generator is to say which experts tokens went to."""
+    return learner.router_replay != "off"
+
+
+def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
+    """What each process of the generator is made of."""
+    config = prepared.config
+    schedule = config.schedule
+    processes = schedule.generator_processes or 1
+    return [
+        Setup(
+            name=f"generator {number}" if processes > 1 else "generator",
+            policy=prepared.start.policy.config,
+            base=_base_source(prepared),
+            generation=config.generation,
+            stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
+            tokenizer=str(prepared.inputs.source),
+            tokenizer_files=prepared.start.policy.companions.files,
+            seed=config.seed,
+            max_staleness=staleness,
+            most_at_once=_most_at_once(prepared),
+            live=live,
+            on_cpu=is_on_cpu(),
+            blas_threads=schedule.blas_threads,
+            records_experts=records_experts(config.learner),
+            acts=acting_config(prepared) if prepared.inputs.stage is not None else None,
+            limit_gb=prepared.memory.generator_limit_gb,
+        )
+        for number in range(processes)
+    ]
+
+
+def _base_source(prepared: Prepared) -> BaseSource | None:
+    """Where a process of the generator reads the base, where an adapter is trained."""
+    policy = prepared.start.policy
+    if policy.base.adapter is None:
+        return None
+    return BaseSource(
+        folder=str(prepared.inputs.source),
+        fingerprint=policy.base.fingerprint,
+        dtype=policy.dtype,
+        adapter=policy.base.adapter,
+    )

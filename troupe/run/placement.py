@@ -1,0 +1,110 @@
+"""Placement of a run: where the generator runs, how many threads work, and what is chosen so that all of it fits the
+memory."""
+
+import msgspec
+
+from troupe.errors import ConfigError
+from troupe.policy import DTYPES, NetworkConfig
+from troupe.run.config import RunConfig
+from troupe.run.inputs import Inputs
+from troupe.run.memory import Plan, plan_memory
+from troupe.run.stage import sessions_of
+from troupe.run.workload import Workload
+from troupe.runtime import linux_cpu
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What of this machine matters to where work is placed."""
+
+    on_cpu: bool
+    cores: int | None
+    """Threads that OpenBLAS takes by itself; None where nobody can tell."""
+    worthwhile: int = 2**18
+    """Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a
+    processor beside the other gains."""
+    light: int = 2**27
+    """Bytes of weights up to which several processes decode faster than one: each reads all of them for every token."""
+
+
+def place_run(inputs: Inputs, machine: Machine) -> Plan:
+    """The config with every choice in it, and the memory that the run takes so. ConfigError where it cannot fit."""
+    config, policy = inputs.config, inputs.policy
+    worthwhile = _worthwhile(config, policy.config, inputs.longest_prompt, machine)
+    held = policy.base.weights or policy.weights
+    is_light = sum(array.nbytes for array in held.values()) <= machine.light
+    config = _placed(config, machine, worthwhile if is_light else 1)
+    config, streams = _streamed(config, machine, worthwhile)
+    if machine.on_cpu:
+        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
+    work = Workload(
+        policy=policy.config,
+        dtype=DTYPES[policy.dtype],
+        adapter=policy.base.adapter,
+        longest_prompt=inputs.longest_prompt,
+        on_cpu=machine.on_cpu,
+        streams=streams,
+        **_of_episodes(config, inputs),
+    )
+    return plan_memory(config, work)
+
+
+def _of_episodes(config: RunConfig, inputs: Inputs) -> dict[str, int]:
+    """What the memory of a run that acts follows from besides."""
+    stage = inputs.stage
+    if stage is None:
+        return {}
+    longest = stage.rules.context - config.generation.max_completion_length
+    sessions = {"sessions": sessions_of(config.schedule)}
+    return sessions | ({"longest_history": longest} if stage.begins_rows else {})
+
+
+def _worthwhile(config: RunConfig, policy: NetworkConfig, longest_prompt: int, machine: Machine) -> int:
+    """How many parts of a step may be worth a processor of their own."""
+    rows = config.learner.batch_size * config.generation.num_generations
+    tokens = config.learner.batch_size * longest_prompt + rows * config.generation.max_completion_length
+    return max(1, tokens * policy.hidden_size // machine.worthwhile)
+
+
+def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
+    """Decide where the generator runs, in how many processes (no more than `worthwhile`) and how many threads OpenBLAS
+    has, so that the resolved config says it."""
+    schedule, most = config.schedule, config.learner.batch_size
+    if (schedule.generator_processes or 1) > most:
+        raise ConfigError(
+            f"schedule.generator_processes is {schedule.generator_processes}, but a step has only {most} prompts "
+            f"(learner.batch_size) to deal to them; give at most {most}"
+        )
+    cores = machine.cores if machine.on_cpu else None
+    takes_turns = schedule.max_staleness == 0  # the generator with the learner
+    processes = schedule.generator_processes
+    if processes is None:
+        is_open = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
+        processes = min(cores or 1, worthwhile, most) if takes_turns and is_open else 1
+    where = schedule.generator
+    if where == "auto":
+        where = "process" if processes > 1 or (machine.on_cpu and not takes_turns) else "thread"
+    threads = schedule.blas_threads
+    if threads is None and cores:
+        sharers = 1 if where == "thread" else processes + (not takes_turns)
+        threads = max(1, cores // sharers)
+    streams = schedule.learner_streams if machine.on_cpu else 1
+    placed = msgspec.structs.replace(
+        schedule, generator=where, generator_processes=processes, blas_threads=threads, learner_streams=streams
+    )
+    return msgspec.structs.replace(config, schedule=placed)
+
+
+def _streamed(config: RunConfig, machine: Machine, worthwhile: int) -> tuple[RunConfig, int]:
+    """How many micro-batches the learner may well differentiate at a time, which the resolved config says where that
+    was asked for; where not, memory has its say, too."""
+    schedule, learner = config.schedule, config.learner
+    streams = 1
+    if machine.on_cpu and (schedule.generator == "process" or not schedule.max_staleness):
+        rows = learner.batch_size * config.generation.num_generations
+        cores = schedule.blas_threads or 1
+        if schedule.generator == "process" and not schedule.max_staleness:
+            cores *= schedule.generator_processes or 1  # which rest while the learner works
+        streams = min(schedule.learner_streams or min(cores, worthwhile), learner.gradient_accumulation_steps or rows)
+    if schedule.learner_streams is not None:
+        config = msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))
+    return config, streams
