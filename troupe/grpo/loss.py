@@ -178,7 +178,7 @@ def loss_and_tallies(
             tallies["policy_loss"] = mx.stack([loss, mx.array(0.0)])  # a sum over micro-batches, not a mean
             tallies |= {"controlled_entropy": tally(entropies, kept)} if config.use_adaptive_entropy else {}
             coef = config.entropy_coef if entropy_coef is None else entropy_coef
-            loss = loss - coef * _entropy_bonus(entropies, kept, normalizer)
+            loss = loss - _entropy_bonus(coef, entropies, kept, normalizer)
     return loss, {name: mx.stop_gradient(value) for name, value in tallies.items()}
 
 
@@ -213,9 +213,9 @@ def routing_tallies(routes: Routes, part: float) -> tuple[mx.array, Tallies]:
     return balance, tallies
 
 
-def _entropy_bonus(entropies: mx.array, kept: mx.array, normalizer: Normalizer) -> mx.array:
+def _entropy_bonus(coef: Scale, entropies: mx.array, kept: mx.array, normalizer: Normalizer) -> mx.array:
     count = mx.maximum(mx.sum(kept), 1.0) if normalizer.entropy is None else normalizer.entropy
-    return mx.sum(masked_sum(entropies, kept)) / count
+    return coef * mx.sum(masked_sum(entropies, kept)) / count
 
 
 def _entropy_mask(
