@@ -53,7 +53,9 @@ def checked_scale(advantage: Advantage, scale_rewards: ScaleRewards | None) -> S
     scale = SCALES[advantage][0] if scale_rewards is None else scale_rewards
     if scale not in SCALES[advantage]:
         choices = " or ".join(f'"{choice}"' for choice in SCALES[advantage])
-        raise ValueError(f'scale_rewards is "{scale}", but advantage = "{advantage}" goes with {choices}; leave it out')
+        raise ValueError(
+            f'scale_rewards is "{scale}", but advantage = "{advantage}" goes with {choices}; name that, or none'
+        )
     return scale
 
 

@@ -153,7 +153,6 @@ def loss_and_tallies(
     if objective.choice is not None and chosen is None:
         (chosen,) = chosen_tokens(objective.choice, [Places.of(new, old, known, A, mask, drawn)], config)
     x = PolicyInputs(new, log_ratio, ratio, A, mask, kept, importance_sampling_ratio, known, chosen)
-
     token_loss, tallies = objective.policy_term(x, config)
     if config.off_policy_mask_threshold is not None:
         token_loss = token_loss * off_policy_mask(new, sampling, A, mask, config.off_policy_mask_threshold)

@@ -101,6 +101,25 @@ def test_advantages_in_the_store_follow_from_the_rewards_in_the_store(
             assert advantages(group) == pytest.approx((r - r.mean()) / divisor, abs=1e-4)
 
 
+@pytest.mark.parametrize("advantage", ["rloo", "maxrl", "grpo_passk"])
+def test_other_advantages_in_the_store_follow_from_the_rewards_in_the_store(
+    tmp_path: Path, ragged_model: Path, advantage: str
+) -> None:
+    result = train(ragged_model, tmp_path, learner__advantage=advantage, learner__dynamic_sampling=True)
+    found = list(groups(result.folder))
+    assert found
+    for group in found:
+        r = rewards(group)
+        first, second = np.sort(r)[[-1, -2]]
+        expected = {
+            "rloo": (r - r.mean()) * len(r) / (len(r) - 1),
+            "maxrl": (r - r.mean()) / (r.mean() + 1e-6),
+            "grpo_passk": np.where(r == first, (first - second) / (r.std(ddof=1) + 1e-6), 0.0),
+        }[advantage]
+        assert advantages(group) == pytest.approx(expected, abs=1e-3)
+        assert any(advantages(group))  # those without signal were sampled anew
+
+
 def test_rewards_normalized_one_by_one_count_alike_however_large_they_are(tmp_path: Path, ragged_model: Path) -> None:
     def huge(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [1000.0 * (len(ids) % 3) for ids in completion_ids]
