@@ -54,8 +54,8 @@ def checked_scale(advantage: Advantage, scale_rewards: ScaleRewards | None) -> S
     if scale not in SCALES[advantage]:
         choices = " or ".join(f'"{choice}"' for choice in SCALES[advantage])
         raise ValueError(
-            f'scale_rewards is "{scale}", but advantage = "{advantage}" goes with {choices}; name one of them, or leave '
-            "scale_rewards out"
+            f'scale_rewards is "{scale}", but advantage = "{advantage}" goes with {choices}; name one of them, or '
+            "leave scale_rewards out"
         )
     return scale
 
