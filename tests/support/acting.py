@@ -115,6 +115,15 @@ def conversations_of(answers: Any, max_turns: int | None = 6) -> Conversations:
     return Conversations(answers, WORLD, {"game": FakeWords()}, understand=understand, rules=rules)
 
 
+class _Live(NamedTuple):
+    """A turn under way."""
+
+    request: TurnRequest
+    length: int
+    tokens: list[int]
+    versions: list[int]
+
+
 class ScriptedSession:
     """Turns end after as many tokens as follow from the row; tokens follow from weights, row and all that was read.
     What decodes together goes into the tokens, too: it has to be the same whenever a run is made again."""
@@ -123,38 +132,55 @@ class ScriptedSession:
         self._engine, self._together = engine, together
         self.read: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.calls: list[tuple[tuple[int, ...], ...]] = []
+        self._queue: list[TurnRequest] = []
 
     def decode(self, requests: Sequence[TurnRequest]) -> Iterator[list[CompletedTurn]]:
         rows = tuple(request.row for request in requests)
         self.calls.append(rows)
-        lengths: dict[tuple[int, ...], int] = {}
-        tokens: dict[tuple[int, ...], list[int]] = {}
-        for request in requests:
-            before = () if request.fresh else self.read[request.row]
-            self.read[request.row] = (*before, *request.ids)
-            lengths[request.row] = min(1 + digest(request.row, request.start)[0] % 5, request.room)
-            tokens[request.row] = []
-        versions: list[int] = []
+        live = [self._begun(request) for request in requests]
         yield []
-        for t in range(max(lengths.values())):
-            weights, version = self._engine.loaded()
-            versions.append(version)
-            ended = []
-            for request in requests:
-                row, so_far = request.row, tokens[request.row]
-                if t >= lengths[row]:
-                    continue
-                others = rows if self._together else ()
-                so_far.append(digest(weights["w"], self.read[row], so_far, request.start, others)[0] % 64)
-                if len(so_far) == lengths[row]:
-                    self.read[row] += tuple(so_far)
-                    ended.append(_completed(request, so_far, versions))
-            if ended:
+        while live:
+            if ended := self._advance(live, rows):
                 yield ended
+
+    def join(self, requests: Sequence[TurnRequest]) -> None:
+        self._queue += requests
+
+    def end(self) -> None:
+        """It ends whenever there is nothing to do: in virtual time nobody can wait in a thread."""
+
+    def serve(self) -> Iterator[list[CompletedTurn]]:
+        live: list[_Live] = []
+        while live or self._queue:
+            live += [self._begun(request) for request in self._queue]
+            self._queue = []
+            if ended := self._advance(live, ()):
+                yield ended
+
+    def _begun(self, request: TurnRequest) -> _Live:
+        before = () if request.fresh else self.read[request.row]
+        self.read[request.row] = (*before, *request.ids)
+        return _Live(request, min(1 + digest(request.row, request.start)[0] % 5, request.room), [], [])
+
+    def _advance(self, live: list[_Live], rows: tuple[Any, ...]) -> list[CompletedTurn]:
+        """One token more of each → the turns that ended with it."""
+        weights, version = self._engine.loaded()
+        ended = []
+        for turn in tuple(live):
+            row = turn.request.row
+            others = rows if self._together else ()
+            noise = digest(weights["w"], self.read[row], turn.tokens, turn.request.start, others)
+            turn.tokens.append(noise[0] % 64)
+            turn.versions.append(version)
+            if len(turn.tokens) == turn.length:
+                live.remove(turn)
+                self.read[row] += tuple(turn.tokens)
+                ended.append(_completed(turn.request, turn.tokens, turn.versions))
+        return ended
 
     def forget(self, rows: Sequence[tuple[int, ...]]) -> None:
         for row in rows:
-            del self.read[row]
+            self.read.pop(row, None)
 
     def close(self) -> None:
         self.read = {}

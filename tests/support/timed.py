@@ -108,9 +108,24 @@ class TimedEngine(ScriptedEngine):
     def __init__(self, work: Work, device: Device) -> None:
         super().__init__(0)
         self._work, self._device = work, device
+        self._queue: list[TurnRequest] = []
 
-    def session(self) -> Any:
+    def session(self, *, sessions: int = 1) -> Any:
         return self
+
+    def open_session(self) -> Any:
+        return self
+
+    def join(self, requests: Sequence[TurnRequest]) -> None:
+        self._queue += requests
+
+    def end(self) -> None:
+        """It ends whenever there is nothing to do."""
+
+    def serve(self) -> Iterator[list[CompletedTurn]]:
+        while self._queue:
+            requests, self._queue = self._queue, []
+            yield from self.decode(requests)
 
     def decode(self, requests: Sequence[TurnRequest]) -> Iterator[list[CompletedTurn]]:
         _, version = self.loaded()

@@ -168,6 +168,9 @@ class ScriptedEngine:
     def session(self, *, sessions: int = 1) -> ScriptedSession:
         return ScriptedSession(self, together=True)
 
+    def open_session(self) -> Any:
+        return ScriptedSession(self)
+
     def decode_lists(self, requests: Sequence[RolloutRequest]) -> Iterator[list[CompletedGroup]]:
         assert self._loaded is not None, "decoding without weights"
         self._aborted = False

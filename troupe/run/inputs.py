@@ -83,8 +83,7 @@ def load_inputs(
 ) -> Inputs:
     """Load what the config names; `given` rewards, and what there is to act with, are used beside those. InputError for
     what cannot be used."""
-    data, learner = config.data, config.learner
-    model = config.model.path
+    data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
     assert data.path is not None
     first = _SHOWN_ROWS if to_show and not resume else None
@@ -100,16 +99,16 @@ def load_inputs(
     if not resume:
         policy.check_stop_ids()
     config = _dated(config, policy, begins=not resume)
-    data = config.data
-    stage = None if world is None else Stage.of(world, policy, data)
+    stage = None if world is None else Stage.of(world, policy, config.data)
     prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
     longest = max(map(len, prompts.prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
-    stage = None if stage is None else stage.within(longest, config.generation.max_completion_length)
     notices += lowered
     opened = partial(opened_thought, policy.tokenizer)
     notices += _about(config, policy, opened(dataset[0].prompt, prompts.prompt_ids[0]))
-    notices += [] if stage is None else stage.notices(config)
+    if stage is not None:
+        stage = stage.within(longest, config.generation.max_completion_length)
+        notices += stage.notices(config)
     return Inputs(
         config=config,
         source=policy.path,
@@ -121,7 +120,7 @@ def load_inputs(
             prompts.prompt_ids,
             batch_size=learner.batch_size,
             seed=config.seed,
-            shuffle=data.shuffle,
+            shuffle=config.data.shuffle,
             opened=opened,
         ),
         evaluation=prompts.evaluation,

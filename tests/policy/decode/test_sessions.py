@@ -17,7 +17,7 @@ from tests.support.devices import compute_on
 from tests.support.families import family_configs, shaken_policy
 from tests.support.tiny import small_network
 from troupe.errors import ModelError
-from troupe.policy.decode import open_session
+from troupe.policy.decode import cuda_kernels, open_session
 from troupe.policy.decode.engine import RolloutEngine
 from troupe.policy.decode.open_session import OpenSession
 from troupe.policy.decode.requests import CompletedTurn, Completion, GenerationConfig, RolloutRequest, TurnRequest
@@ -26,6 +26,9 @@ from troupe.policy.model import Policy, random_policy
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "max_position_embeddings": 160, "num_hidden_layers": 2}
 POLICIES = {name: shaken_policy(config, seed=5) for name, config in family_configs(**SIZES).items()}
+WIDE = family_configs(**SIZES, head_dim=64)
+"""Of the kind that the kernels for NVIDIA cards serve."""
+POLICIES |= {f"{name}-wide": shaken_policy(WIDE[name], seed=5) for name in ("qwen3", "gemma3-untied")}
 PLAIN = random_policy(small_network(vocab_size=61, max_position_embeddings=160, initializer_range=0.25), seed=5)
 STOP = frozenset({7, 8, 9, 10})
 TOLERANCE = 2e-5 if mx.default_device() == mx.Device(mx.cpu) else 2e-2
@@ -115,6 +118,17 @@ def test_turns_are_those_of_whole_rows(family: str, elsewhere: bool, monkeypatch
         talk.take(talk.next(rows))
     assert len({len(turn.token_ids) for _, turn in talk.turns}) > 4
     assert largest_gap(policy, talk) < (TOLERANCE if family != "qwen3_5" else 4 * TOLERANCE)  # so are its plain decodes
+
+
+@pytest.mark.skipif(not cuda_kernels.are_available(), reason="MLX has no NVIDIA card here")
+@pytest.mark.parametrize("family", ["qwen3", "gemma3-untied"])
+def test_turns_in_16_bits_are_those_of_whole_rows(family: str) -> None:
+    policy = shaken_policy(WIDE[family], seed=5, dtype="bfloat16")
+    talk = Talk(engine_of(policy).session())
+    talk.take(first_turns())
+    for _ in range(2):
+        talk.take(talk.next(sorted(talk.history)))
+    assert largest_gap(policy, talk) < 0.5
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8, "repetition_penalty": 1.3, "xtc_probability": 0.5}])
@@ -294,13 +308,16 @@ def test_an_abort_ends_the_decode_and_rows_go_on_from_there() -> None:
 def test_a_decode_that_is_left_loses_its_rows_and_no_others() -> None:
     talk = Talk(engine_of(stop_ids=frozenset()).session())
     talk.take(first_turns())
-    decoding = talk.session.decode(talk.next([(1, 0, 0)]))
-    next(decoding)
+    short, long = talk.next([(1, 0, 0)], room=1), talk.next([(1, 0, 1)])
+    decoding = talk.session.decode([*short, *long])
+    assert next(decoding) == []
+    assert [turn.row for turn in next(decoding)] == [(1, 0, 0)]
     with pytest.raises(RuntimeError, match="has not ended"):
         talk.session.decode(talk.next([(1, 1, 0)]))
     decoding.close()  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="must be fresh"):
-        talk.session.decode(talk.next([(1, 0, 0)]))
+    for row in ((1, 0, 0), (1, 0, 1)):
+        with pytest.raises(ValueError, match="must be fresh"):
+            talk.session.decode(talk.next([row]))
     talk.take(talk.next([(1, 1, 0)]))
 
 

@@ -1,4 +1,4 @@
-"""A whole run with tools, of a policy that says what a script has: what is called, what comes of it, what is refused."""
+"""A whole run with tools, of a policy that says what a script has: calls, what comes of them, and bad input."""
 
 from __future__ import annotations
 

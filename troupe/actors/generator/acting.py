@@ -12,9 +12,10 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from troupe.actors.generator.episodes import EpisodeLimits, Episodes
+from troupe.actors.generator.table import Table
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Observation, Prompt, RolloutGroup, ScoredGroup, TurnTaken
-from troupe.policy import CompletedTurn, RolloutEngine, TurnRequest, TurnSession, Weights
+from troupe.policy import CompletedTurn, OpenSession, RolloutEngine, Weights
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
@@ -23,7 +24,7 @@ from troupe.runtime.reporter import Reporter
 
 _ASKERS = count(1)
 _GATHERS_S = 0.002
-"""Answers that come at the same moment come one by one: they are waited for, so that their turns are decoded together."""
+"""Answers of one moment come one by one: they are waited for, so that their turns are decoded together."""
 
 
 class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,36 +44,6 @@ class _Decoded(NamedTuple):
     turns: list[CompletedTurn]
     computed: list[tuple[str, float, float]]
     """What the device did since the one before, and when."""
-
-
-class _Table:
-    """Episodes whose turns are decoded together, and what they share."""
-
-    def __init__(self, episodes: Sequence[Episodes] = ()) -> None:
-        self.episodes = list(episodes)
-        self.session: TurnSession | None = None
-        """Of the engine; there from the first turn on."""
-        self.is_left = False
-        """Whether nobody wants what is being decoded."""
-        self.over: list[tuple[int, ...]] = []
-        """Rows that the session need not keep any more."""
-        self._news = anyio.Event()
-
-    @property
-    def waiting(self) -> bool:
-        return any(each.waiting for each in self.episodes)
-
-    @property
-    def ready(self) -> bool:
-        return any(each.ready for each in self.episodes)
-
-    async def news(self) -> None:
-        """Wait until something was heard since the last call."""
-        await self._news.wait()
-        self._news = anyio.Event()
-
-    def tell(self) -> None:
-        self._news.set()
 
 
 class ActingGenerator(Actor):
@@ -117,11 +88,12 @@ class ActingGenerator(Actor):
         self._asker = next(_ASKERS)
         self._engine: RolloutEngine
         self._at_device = anyio.Lock()  # which gives turns in the order of asking
-        self._playing: dict[int, tuple[_Table, Episodes]] = {}
+        self._playing: dict[int, tuple[Table, Episodes]] = {}
         """Group → where it is played, until it is handed over."""
         self._waiting: deque[Prompt] = deque()
         """Free schedule: prompts whose episodes were not begun yet."""
-        self._free: _Table | None = None
+        self._free: Table | None = None
+        self._served_by: OpenSession
 
     @property
     def made(self) -> int:
@@ -140,8 +112,8 @@ class ActingGenerator(Actor):
         elif self._config.most_at_once is not None:
             self._waiting.append(message)
             if self._free is None:
-                self._free = _Table()
-                await self.tasks.start(self._play_free, self._free)
+                self._free = Table()
+                await self.tasks.start(self._play_free, self._free, self._config.most_at_once)
             self._free.tell()
         elif prompts := self._rounds.gather(message):
             await self.tasks.start(self._play_pinned, prompts)
@@ -166,7 +138,7 @@ class ActingGenerator(Actor):
             self._rounds.finish(prompts)
 
     async def _play_round(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
-        table = _Table()
+        table = Table()
         await self._begin(prompts, table)
         with self.report.span("wait for policy", step=step, kind="wait"):
             await self._board.get(version)
@@ -179,36 +151,69 @@ class ActingGenerator(Actor):
                 await self._decode(table, step)
         await self._leave(table)
 
-    async def _play_free(self, table: _Table, *, task_status: TaskStatus[None]) -> None:
-        open_: list[Prompt] = []
+    async def _play_free(self, table: Table, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
         with self.inbox.kept_open():
             task_status.started()
-            while self._waiting or open_:
-                while self._waiting:
-                    prompt = self._waiting.popleft()
-                    open_.append(prompt)
-                    if await self._rounds.left([prompt], as_one=False):
-                        await self._begin([prompt], table)
-                for prompt in [each for each in open_ if not self._is_played([each])]:
-                    open_.remove(prompt)
-                    self._rounds.finish([prompt])
-                table.episodes = [each for each in table.episodes if not each.ended]
+            while await self._turn_over(table):
                 if table.ready:
-                    await self._decode_newest(table)
-                elif open_:
+                    await self._decode_newest(table, most_at_once)
+                else:
                     await table.news()
                     await anyio.sleep(_GATHERS_S)
             self._free = None
         await self._leave(table)
 
-    async def _decode_newest(self, table: _Table) -> None:
+    async def _turn_over(self, table: Table) -> bool:
+        """Be done with prompts whose groups were handed over, and begin those that came → whether any are played."""
+        for prompt in [each for each in table.prompts if not self._is_played([each])]:
+            table.prompts.remove(prompt)
+            self._rounds.finish([prompt])
+        table.episodes = [each for each in table.episodes if not each.ended]
+        while self._waiting:
+            prompt = self._waiting.popleft()
+            if await self._rounds.left([prompt], as_one=False):
+                table.prompts.append(prompt)
+                await self._begin([prompt], table)
+            else:
+                self._rounds.finish([prompt])
+        return bool(table.prompts)
+
+    async def _decode_newest(self, table: Table, most_at_once: int) -> None:
+        """Decode what is ready, and what becomes so meanwhile, until nothing is under way."""
         version, weights = await self._board.newer_than(-1)
         self._engine.load(weights, version)
+        if table.session is None:
+            self._served_by = table.session = await self._device.run(self._engine.open_session, plain=True)
+        session = self._served_by
+        session.join(table.requests(most_at_once))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._follow, version)
-            await self._decode(table, None)
+            tasks.start_soon(self._join_more, table, session, most_at_once)
+            with self.report.span("generate"):
+                while table.under_way:
+                    await self._read(table, self._timed(table, self._served(table, session)), None, session.end)
             tasks.cancel_scope.cancel()
-        self._engine.release()  # of a version that came when all was decoded
+        self._engine.release()
+
+    def _served(self, table: Table, session: OpenSession) -> Callable[[], Iterator[list[CompletedTurn]]]:
+        """What decodes until nothing is under way. Of rows that have ended, some lie with the others until then."""
+
+        def serve() -> Iterator[list[CompletedTurn]]:
+            ended: list[tuple[int, ...]] = []
+            for turns in session.serve():
+                yield turns
+                ended += table.over
+                table.forget()
+            session.forget(ended)
+
+        return serve
+
+    async def _join_more(self, table: Table, session: OpenSession, most_at_once: int) -> None:
+        while True:
+            await table.news()
+            await self._turn_over(table)
+            if table.under_way:  # else it is ending
+                session.join(table.requests(most_at_once))
 
     async def _follow(self, version: int) -> None:
         """Have every version that is newer used from the next token on."""
@@ -216,7 +221,7 @@ class ActingGenerator(Actor):
             version, weights = await self._board.newer_than(version)
             self._engine.load(weights, version)
 
-    async def _begin(self, prompts: Sequence[Prompt], table: _Table) -> None:
+    async def _begin(self, prompts: Sequence[Prompt], table: Table) -> None:
         """Have the environments of these begun."""
         config = self._config
         episodes = Episodes(prompts, config.limits, seed=config.seed, decode_text=self._decode_text)
@@ -231,41 +236,49 @@ class ActingGenerator(Actor):
     async def _ask(self, turn: TurnTaken) -> None:
         await self._turns.send(msgspec.structs.replace(turn, asker=self._asker))
 
-    async def _decode(self, table: _Table, step: int | None) -> None:
-        """Decode what is ready at a table, and ask about each turn when it has ended."""
-        of_row: dict[tuple[int, ...], Episodes] = {}
-        requests: list[TurnRequest] = []
-        for episodes in [each for each in table.episodes if each.ready][: self._config.most_at_once]:
-            found = episodes.requests()
-            requests += found
-            of_row |= {request.row: episodes for request in found}
-        over, table.over = table.over, []
+    async def _decode(self, table: Table, step: int) -> None:
+        """Decode what is ready at a table, together."""
+        requests = table.requests()
+
+        def decoding() -> Iterator[list[CompletedTurn]]:
+            if table.session is None:
+                table.session = self._engine.session(sessions=self._config.sessions)
+            table.forget()
+            return table.session.decode(requests)
+
         with self.report.span("generate", step=step):
-            decoding = self._decoded(table, over, requests)
-            async with self._device.iterate(decoding, on_leave=partial(self._abandon, table)) as decoded:
-                while item := await decoded.next():
-                    for name, start_s, end_s in item.computed:
-                        self.report.record(name, start_s, end_s, step=step)
-                    for turn in item.turns:
-                        await self._ask(of_row[turn.row].add(turn))
+            await self._read(table, self._timed(table, decoding), step)
             self._engine.release()  # the next step has other weights, and the learner needs room
 
-    def _abandon(self, table: _Table) -> None:
+    async def _read(
+        self,
+        table: Table,
+        decoding: Iterator[_Decoded],
+        step: int | None,
+        at_rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Ask about each turn when it has ended. `at_rest` is called when none is under way."""
+        async with self._device.iterate(decoding, on_leave=partial(self._abandon, table)) as decoded:
+            while item := await decoded.next():
+                for name, start_s, end_s in item.computed:
+                    self.report.record(name, start_s, end_s, step=step)
+                for turn in item.turns:
+                    await self._ask(table.add(turn))
+                if not table.under_way:
+                    at_rest()
+                table.tell()  # there may be room for others
+
+    def _abandon(self, table: Table) -> None:
         table.is_left = True
         self._engine.abort()
 
-    def _decoded(
-        self, table: _Table, over: Sequence[tuple[int, ...]], requests: Sequence[TurnRequest]
-    ) -> Iterator[_Decoded]:
-        """Turns as they end; for the device's thread."""
-        if table.session is None:
-            table.session = self._engine.session(sessions=self._config.sessions)
-        table.session.forget(over)
-        computed: list[tuple[str, float, float]] = []
-        start_s = time.perf_counter()
-        decoding = table.session.decode(requests)
+    def _timed(self, table: Table, begin: Callable[[], Iterator[list[CompletedTurn]]]) -> Iterator[_Decoded]:
+        """Turns as they end, and when the device worked for them; for its thread."""
+        decoding = begin()
         if table.is_left:  # before it began, which has forgotten the abort
             self._engine.abort()
+        computed: list[tuple[str, float, float]] = []
+        start_s = time.perf_counter()
         for turns in decoding:
             end_s = time.perf_counter()
             computed.append(("decode" if turns else "prefill", start_s, end_s))
@@ -274,6 +287,6 @@ class ActingGenerator(Actor):
                 computed = []
             start_s = time.perf_counter()
 
-    async def _leave(self, table: _Table) -> None:
+    async def _leave(self, table: Table) -> None:
         if table.session is not None:
             await self._device.run(table.session.close, plain=True)

@@ -53,7 +53,8 @@ class OpenSession(TurnSession):
 
     def serve(self) -> Iterator[list[CompletedTurn]]:
         """Decode what joins; `next` returns the turns that ended at the same token, none when others have come in, and
-        waits while there is nothing to do. An abort ends it, and turns that wait are forgotten."""
+        waits while there is nothing to do. An abort ends it, and turns that wait are forgotten. Who leaves before the
+        end loses the rows under way."""
         if self._is_decoding:
             raise RuntimeError("the decode before has not ended; go through it first, or close it")
         self._aborted.clear()
@@ -71,12 +72,12 @@ class OpenSession(TurnSession):
             while self._has_work(turns):
                 turns += self._joined(turns)
                 yield from self._decode_wave(turns, pauses)
-                turns = _live(turns)
+                turns = _live(turns)  # those that are left when somebody leaves are lost
         finally:
             with self._aborted.changed:
                 self._is_decoding = self._is_ending = False
                 self._queue.clear()
-            self.forget([turn.request.row for turn in turns if turn.row.finish_reason is None])
+            self.forget([turn.request.row for turn in turns])
 
     def _has_work(self, turns: Sequence[Turn]) -> bool:
         """Wait until there is something to do → whether there is, or all has ended."""

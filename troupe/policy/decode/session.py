@@ -123,15 +123,16 @@ class TurnSession:
         return turn_memory_bytes(config, kept, new, room, dtype, is_filtering=filters, **ways)
 
     def _decode(self, turns: Sequence[Turn]) -> Iterator[list[CompletedTurn]]:
-        left = list(turns)
+        left, is_left = list(turns), True
         try:
             while left:
                 count = self._make_room(left)
                 yield from self._decode_wave(left[:count])
                 left = left[count:] if not self._aborted.is_set() else []
+            is_left = False
         finally:
             self._is_decoding = False
-            self.forget([turn.request.row for turn in turns if turn.row.finish_reason is None])
+            self.forget([turn.request.row for turn in turns if is_left or turn.row.finish_reason is None])
 
     def _decode_wave(
         self, turns: Sequence[Turn], pauses: Callable[[TurnBatch], bool] = lambda _: False
