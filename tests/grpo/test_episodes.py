@@ -25,8 +25,8 @@ from troupe.grpo import (
     turn_advantages,
 )
 from troupe.grpo.batch import micro_batches
+from troupe.grpo.batch_gradient import BatchGradient
 from troupe.grpo.log_probs import DifferentiatedByMlx
-from troupe.grpo.step import BatchGradient
 from troupe.policy.network.packing import distinct_prompts
 
 FOLDER = Path(__file__).parents[1] / "data" / "trl"

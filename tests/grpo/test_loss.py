@@ -13,7 +13,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from troupe.grpo.config import Level, LossConfig, LossType
+from troupe.grpo.choices import Places, chosen_tokens
+from troupe.grpo.comparisons import entropy_threshold, high_entropy_mask, upper_epsilon
+from troupe.grpo.config import BY_TOKENS, Level, LossConfig, LossType
 from troupe.grpo.loss import (
     EntropyControl,
     batch_normalizer,
@@ -23,7 +25,8 @@ from troupe.grpo.loss import (
     loss_and_tallies,
     selective_log_softmax,
 )
-from troupe.grpo.objectives import averages, entropy_threshold, high_entropy_mask, merge, upper_epsilon
+from troupe.grpo.objectives import OBJECTIVES
+from troupe.grpo.tallies import averages, merge
 
 B, T = 6, 7
 
@@ -49,7 +52,19 @@ CONFIGS = [
     LossConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.04, entropy_coef=0.01)
     for loss_type in get_args(LossType)
     for level in ("token", "sequence")
+    if level == "token" or loss_type not in BY_TOKENS
 ]
+
+
+def chosen_of(fields: dict[str, mx.array], config: LossConfig) -> mx.array | None:
+    """The tokens that the loss type chooses of all rows together."""
+    choice = OBJECTIVES[config.loss_type].choice
+    if choice is None:
+        return None
+    names = ("per_token_logps", "old_per_token_logps", "sampling_per_token_logps", "advantages", "completion_mask")
+    (chosen,) = chosen_tokens(choice, [Places.of(*(fields[name] for name in names))], config)
+    assert 0 < float(mx.sum(chosen)) < B * T / 2
+    return chosen
 
 
 ENTROPY_SETTINGS: list[dict[str, Any]] = [
@@ -64,13 +79,16 @@ KL_SETTINGS: list[dict[str, Any]] = [{}, {"beta": 0.04}, {"beta": 0.04, "use_bia
 
 @pytest.mark.parametrize("entropy", ENTROPY_SETTINGS, ids=["", "quantile", "bonus", "both", "adaptive"])
 @pytest.mark.parametrize("kl", KL_SETTINGS, ids=["", "kl", "kl-plain"])
-@pytest.mark.parametrize("level", get_args(Level))
-@pytest.mark.parametrize("loss_type", get_args(LossType))
+@pytest.mark.parametrize(
+    ("loss_type", "level"), [(config.loss_type, config.importance_sampling_level) for config in CONFIGS]
+)
 def test_the_parts_of_a_batch_add_up_to_its_loss_gradient_and_metrics(
     loss_type: LossType, level: Level, kl: dict[str, Any], entropy: dict[str, Any]
 ) -> None:
-    config = LossConfig(loss_type=loss_type, importance_sampling_level=level, **kl, **entropy)
+    some: dict[str, Any] = {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1, "kl_cov_ratio": 0.2}
+    config = LossConfig(loss_type=loss_type, importance_sampling_level=level, **kl, **entropy, **some)
     whole = arrays()
+    chosen = chosen_of(whole, config)
     mask, threshold, kept = whole["completion_mask"], None, None
     if config.top_entropy_quantile < 1.0:
         threshold = entropy_threshold(whole["entropies"], mask, config.top_entropy_quantile)
@@ -87,6 +105,8 @@ def test_the_parts_of_a_batch_add_up_to_its_loss_gradient_and_metrics(
     ) -> tuple[mx.array, dict[str, mx.array]]:
         part: dict[str, Any] = {name: value[rows] for name, value in whole.items()}
         part |= {"per_token_logps": log_probs[rows], "entropies": entropies[rows]}
+        if given and chosen is not None:
+            part["chosen"] = chosen[rows]
         return loss_and_tallies(config=config, max_completion_length=9, entropy_coef=0.3, **given, **part)
 
     value_and_grad = mx.value_and_grad(loss, argnums=(0, 1))

@@ -12,12 +12,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from troupe.grpo import objectives
+from troupe.grpo import comparisons
 from troupe.grpo.config import CorrectionMode, LossConfig, LossType
-from troupe.grpo.objectives import OBJECTIVES, PolicyInputs, averages, merge, nan_max, nan_min, row_fractions, tally
+from troupe.grpo.objectives import OBJECTIVES
+from troupe.grpo.policy_terms import PolicyInputs
+from troupe.grpo.tallies import averages, merge, nan_max, nan_min, row_fractions, tally
 
 
-def term(loss_type: LossType, ratio: float, advantage: float, rho: float | None = None, **settings: Any) -> float:
+def term(
+    loss_type: LossType,
+    ratio: float,
+    advantage: float,
+    rho: float | None = None,
+    chosen: float | None = None,
+    **settings: Any,
+) -> float:
     """The policy term of one token whose log-prob is −2."""
     x = PolicyInputs(
         log_probs=mx.array([[-2.0]]),
@@ -27,6 +36,8 @@ def term(loss_type: LossType, ratio: float, advantage: float, rho: float | None 
         mask=mx.ones((1, 1)),
         token_mask=mx.ones((1, 1)),
         sampler_ratio=None if rho is None else mx.array([[rho]]),
+        sampling_log_probs=mx.array([[-2.0 - math.log(ratio)]]),
+        chosen=None if chosen is None else mx.array([[chosen]]),
     )
     loss, _ = OBJECTIVES[loss_type].policy_term(x, LossConfig(loss_type=loss_type, **settings))
     return float(loss.item())  # type: ignore[arg-type]
@@ -88,16 +99,16 @@ MASK = mx.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
 
 def test_ratios_of_tokens_and_of_sequences() -> None:
     log_ratio = mx.array([[0.5, -0.1, 7.0], [3.0, 3.0, 3.0]])
-    token = objectives.importance_ratio(log_ratio, MASK, "token")
+    token = comparisons.importance_ratio(log_ratio, MASK, "token")
     np.testing.assert_allclose(np.array(token)[0, :2], [math.exp(0.5), math.exp(-0.1)], rtol=1e-6)
-    sequence = objectives.importance_ratio(log_ratio, MASK, "sequence")
+    sequence = comparisons.importance_ratio(log_ratio, MASK, "sequence")
     np.testing.assert_allclose(np.array(sequence), [[math.exp(0.2)], [1.0]], rtol=1e-6)
 
 
 def test_what_overflows_under_the_mask_leaves_no_gradient() -> None:
     def loss(new: mx.array) -> mx.array:
-        difference = objectives.masked_difference(new, mx.zeros_like(new), MASK)
-        return mx.sum(objectives.masked_sum(mx.exp(difference), MASK))
+        difference = comparisons.masked_difference(new, mx.zeros_like(new), MASK)
+        return mx.sum(comparisons.masked_sum(mx.exp(difference), MASK))
 
     grad = mx.grad(loss)(mx.array([[0.0, math.log(2.0), 1e4], [1e4, 1e4, 1e4]]))
     np.testing.assert_allclose(np.array(grad), [[1, 2, 0], [0, 0, 0]], rtol=1e-6)
@@ -106,7 +117,7 @@ def test_what_overflows_under_the_mask_leaves_no_gradient() -> None:
 def test_the_kl_estimate_is_zero_at_the_reference_and_positive_elsewhere() -> None:
     log_probs = mx.array([[-1.0, -2.0, -3.0]])
     ref = mx.array([[-1.0, -2.5, -2.0]])
-    kl = objectives.reference_kl(log_probs, ref, mx.ones((1, 3)))
+    kl = comparisons.reference_kl(log_probs, ref, mx.ones((1, 3)))
     np.testing.assert_allclose(np.array(kl), [[0, math.exp(-0.5) - 0.5, math.e - 2]], atol=1e-6)
 
 
@@ -114,7 +125,7 @@ def test_the_off_policy_mask_drops_bad_rows_that_the_policy_has_left() -> None:
     sampling = mx.array([[0.0, 0.0], [0.0, 0.0], [0.0, math.nan], [0.0, 0.0]])
     now = mx.array([[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0]])
     advantages = mx.array([[1.0], [-1.0], [-1.0], [-1.0]])
-    kept = objectives.off_policy_mask(now, sampling, advantages, mx.ones((4, 2)), 0.6)
+    kept = comparisons.off_policy_mask(now, sampling, advantages, mx.ones((4, 2)), 0.6)
     assert kept.tolist() == [[1.0], [0.0], [1.0], [1.0]]
 
 
@@ -122,14 +133,14 @@ def test_the_entropy_threshold_is_numpys_quantile_of_the_unmasked() -> None:
     rng = np.random.default_rng(3)
     entropies, mask = rng.random((4, 7)).astype(np.float32), (rng.random((4, 7)) < 0.5).astype(np.float32)
     for top in (0.0, 0.2, 0.5, 0.99, 1.0):
-        threshold = objectives.entropy_threshold(mx.array(entropies), mx.array(mask), top)
+        threshold = comparisons.entropy_threshold(mx.array(entropies), mx.array(mask), top)
         np.testing.assert_allclose(threshold.item(), np.quantile(entropies[mask > 0], 1 - top), rtol=1e-6)
 
 
 def test_no_token_reaches_the_threshold_of_nothing() -> None:
-    threshold = objectives.entropy_threshold(mx.ones((2, 3)), mx.zeros((2, 3)), 0.5)
+    threshold = comparisons.entropy_threshold(mx.ones((2, 3)), mx.zeros((2, 3)), 0.5)
     assert threshold.item() == math.inf
-    assert mx.sum(objectives.high_entropy_mask(mx.ones((2, 3)), mx.ones((2, 3)), threshold)).item() == 0.0
+    assert mx.sum(comparisons.high_entropy_mask(mx.ones((2, 3)), mx.ones((2, 3)), threshold)).item() == 0.0
 
 
 def test_sampler_corrections() -> None:
@@ -142,9 +153,9 @@ def test_sampler_corrections() -> None:
         "sequence_mask": [0.5],
     }
     for mode, row in expected.items():
-        ratio = objectives.sampler_correction(old, sampling, mask, mode, 0.5, 1.5)
+        ratio = comparisons.sampler_correction(old, sampling, mask, mode, 0.5, 1.5)
         np.testing.assert_allclose(np.array(ratio), [row], rtol=1e-6)
-    unbounded = objectives.sampler_correction(old, sampling, mask, "token_mask", None, None)
+    unbounded = comparisons.sampler_correction(old, sampling, mask, "token_mask", None, None)
     np.testing.assert_allclose(np.array(unbounded), [[2.0, 0.25, 1.0]], rtol=1e-6)
 
 

@@ -34,17 +34,16 @@ from troupe.grpo import (
     selective_log_softmax,
     sync_reference,
 )
-from troupe.grpo.loss import EntropyControl, has_entropy_bonus, loss_and_tallies, sampler_tallies
-from troupe.grpo.objectives import (
-    averages,
+from troupe.grpo.comparisons import (
     entropy_threshold,
     high_entropy_mask,
     importance_ratio,
     masked_difference,
-    merge,
     reference_kl,
     sampler_correction,
 )
+from troupe.grpo.loss import EntropyControl, has_entropy_bonus, loss_and_tallies, sampler_tallies
+from troupe.grpo.tallies import averages, merge
 from troupe.messages import RolloutGroup, ScoredGroup
 from troupe.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 

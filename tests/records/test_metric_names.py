@@ -40,6 +40,7 @@ class Judge(RewardActor):
     [
         {"beta": 0.1},
         {"loss_type": "cispo"},
+        {"loss_type": "clip_cov", "advantage": "rloo"},
         {"loss_type": "vespo", "importance_sampling_level": "sequence"},
         {"use_adaptive_entropy": True, "entropy_coef": 0.01},
     ],

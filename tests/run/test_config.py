@@ -81,6 +81,12 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("learner.epochs=1.5", "learner.epochs is 1.5: expected int, got float"),
         ("learner.epochs=true", "learner.epochs is True: expected int, got bool"),
         ("learner.scale_rewards=all", "learner.scale_rewards is 'all': give one of 'group', 'batch', 'none'"),
+        ("learner.advantage=gae", "learner.advantage is 'gae': give one of 'grpo', 'rloo', 'maxrl', 'grpo_passk'"),
+        ("learner={advantage='maxrl',scale_rewards='group'}", 'scale_rewards is "group", but advantage = "maxrl" goes'),
+        (
+            "learner={loss_type='dppo',importance_sampling_level='sequence'}",
+            'but loss_type "dppo" has ratios of its own',
+        ),
         ("model.dtype=int8", "model.dtype is 'int8': give one of 'float32', 'bfloat16', 'float16'"),
         ("schedule.max_staleness=-1", "schedule.max_staleness is -1: expected int >= 0"),
         ("schedule.on_stale=keep", "schedule.on_stale is 'keep': give one of 'drop', 'requeue', 'correct'"),

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from troupe.grpo import LossConfig, Normalizer, batch_normalizer
-from troupe.grpo.objectives import entropy_threshold, high_entropy_mask
+from troupe.grpo.comparisons import entropy_threshold, high_entropy_mask
 
 OVER_THE_GENERATION_BATCH = {"dapo", "cispo", "vespo"}
 """Loss types that TRL divides by the tokens of a whole generation batch."""

@@ -152,6 +152,7 @@ def describe_plan(prepared: Prepared) -> list[str]:
     weights = rewards.weights or (1.0,) * len(prepared.inputs.rewards.names)
     scored = [f"{name} × {weight:g}" for name, weight in zip(prepared.inputs.rewards.names, weights, strict=False)]
     limit = prepared.memory.limit_gb
+    compares = "" if learner.advantage == "grpo" else f" with the advantage {learner.advantage}"
     steps = f"{prepared.inputs.total_steps} steps into {prepared.folder}; nothing was written"
     if prepared.start.first_step:
         done = f"{prepared.start.first_step} of them done"
@@ -164,7 +165,8 @@ def describe_plan(prepared: Prepared) -> list[str]:
         f"a step: {learner.batch_size} prompts × {generation.num_generations} completions of at most "
         f"{generation.max_completion_length} tokens, at temperature {generation.temperature:g}",
         f"rewards: {', '.join(scored)}",
-        f"learning: {learner.loss_type}, learning rate {learner.lr:g} ({learner.lr_scheduler}), beta {learner.beta:g}",
+        f"learning: {learner.loss_type}{compares}, learning rate {learner.lr:g} ({learner.lr_scheduler}), "
+        f"beta {learner.beta:g}",
         f"schedule: {config.schedule.mode}, max_staleness {config.schedule.max_staleness}; a checkpoint every "
         f"{config.checkpoint.every} steps",
         *describe_memory(prepared.memory.phases).splitlines(),

@@ -3,26 +3,23 @@
 Formulas, defaults and metric names are those of TRL 1.16, with one exception: a group of equal rewards gets exactly 0
 and a standard deviation of exactly 0, where rounding would leave a spurious signal.
 
-Shapes: B = groups × G rows, group by group; F reward functions. All is float32, but where scores differ by little of
-their size: 1e8 and 1e8 + 1 are the same number there. Such scores are float64 until their mean is gone.
+Shapes: B = groups × G rows, group by group; F reward functions. All is float32, but where `reward_table` says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
 
 import mlx.core as mx
 
-from troupe.grpo.config import Aggregation, ScaleRewards
+from troupe.grpo.config import Advantage, Aggregation, ScaleRewards, checked_aggregation, checked_scale
+from troupe.grpo.reward_table import RewardTable, Rows, weighted_sum
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it."""
-_OFFSET = 2.0**-10
-"""Scores that differ by less than this part of their size have an offset that is to go before float32."""
-_NOISE = 2.0**-50
-"""Of their size: a smaller difference is what float64 sums leave of equal scores."""
+_OF_BEST, _OF_MEAN = 1e-6, 1e-6
+"""As `EPSILON`, in verl's pass@k advantage and in MaxRL's."""
 _NOTHING = 1e-8
 """A difference that counts as none, as TRL has it for standard deviations."""
 
@@ -30,8 +27,9 @@ _NOTHING = 1e-8
 def compute_advantages(
     rewards: mx.array,
     num_generations: int,
-    scale_rewards: ScaleRewards = "group",
+    scale_rewards: ScaleRewards | None = None,
     *,
+    advantage: Advantage = "grpo",
     weights: Sequence[float] | None = None,
     multi_objective_aggregation: Aggregation = "sum_then_normalize",
     left_out: Collection[int] = (),
@@ -44,14 +42,19 @@ def compute_advantages(
     A_i = (R_i − mean of its group) / (σ + 1e-4), σ with ddof 1 of the group or of the batch; "none" does not divide
     (Liu et al. 2025, arXiv:2503.20783). "normalize_then_sum" (GDPO 2026, arXiv:2601.05242): each function is
     normalized within its group first, then the weighted sum is normalized over the batch; `scale_rewards` does not
-    matter. Raises `ValueError` where shapes do not fit or a choice is unknown.
+    matter. That is the `advantage` "grpo"; the others compare the sums R_i otherwise, see `leave_one_out` ("rloo"),
+    `over_the_mean` ("maxrl") and `of_the_best` ("grpo_passk"). `scale_rewards` None: "group", where the advantage has
+    it. Raises `ValueError` where shapes do not fit or choices do not go together.
     """
+    scale_rewards = checked_scale(advantage, scale_rewards)
+    checked_aggregation(advantage, multi_objective_aggregation)
     table = RewardTable(rewards, num_generations, weights, left_out)
+    if advantage != "grpo":
+        advantages = _OTHERS[advantage](table.totals(num_generations), scale_rewards)
+        return mx.where(mx.isnan(advantages), 0.0, advantages).reshape(-1)
     advantages = _compared(table, num_generations, multi_objective_aggregation)
     if multi_objective_aggregation == "normalize_then_sum":
-        total = advantages.reshape(1, -1)
-        # Each group's scores have mean 0 and so has the batch, but for rounding, which is no signal.
-        advantages = _divided(mx.where(total == 0.0, 0.0, _centered(total)), _spread(total))
+        advantages = _normalized(advantages)
     else:
         groups = advantages
         advantages = _centered(groups)
@@ -108,17 +111,22 @@ def spread_within_groups(
     rewards: mx.array,
     num_generations: int,
     *,
+    advantage: Advantage = "grpo",
     weights: Sequence[float] | None = None,
     multi_objective_aggregation: Aggregation = "sum_then_normalize",
     left_out: Collection[int] = (),
 ) -> tuple[float, float]:
     """The mean of the groups' standard deviations (ddof 1) of the weighted sum, and the part of the groups in which
-    nothing differs of what advantages compare, so that they say nothing for any `scale_rewards`.
+    nothing differs of what advantages compare, so that they are 0 for any `scale_rewards`.
 
     Groups with fewer than two rewards have no deviation; NaN where no group has. Arguments as for `compute_advantages`.
     """
     table = RewardTable(rewards, num_generations, weights, left_out)
     within = _spread(table.totals(num_generations).values)
+    if advantage != "grpo":
+        values = _OTHERS[advantage](table.totals(num_generations), "none")
+        without = mx.all(mx.isnan(values) | (values == 0.0), axis=-1)
+        return float(_mean(within.reshape(1, -1))), float(mx.mean(without.astype(mx.float32)))
     compared = _spread(_compared(table, num_generations, multi_objective_aggregation))
     return float(_mean(within.reshape(1, -1))), float(_part_of_nothing(compared))
 
@@ -137,6 +145,57 @@ def _compared(table: RewardTable, G: int, aggregation: Aggregation) -> mx.array:
         groups = mx.where(table.missing.reshape(-1, 1, G), math.nan, groups)
     scores = _divided(_centered(groups), _spread(groups)).swapaxes(1, 2).reshape(-1, table.functions)
     return weighted_sum(scores, table.weights).reshape(-1, G)
+
+
+def leave_one_out(rewards: Rows, scale_rewards: ScaleRewards) -> mx.array:
+    """R_i − the mean of the other rewards of its group, (B/G, G); a lone reward has none.
+
+    RLOO (Ahmadian et al. 2024, arXiv:2402.14740) as TRL has it; "batch" is its `normalize_advantages`.
+    """
+    values = rewards.values
+    others = mx.sum(mx.logical_not(mx.isnan(values)), axis=-1, keepdims=True) - 1
+    advantages = mx.where(others > 0, _centered(values) * (others + 1) / mx.maximum(others, 1), math.nan)
+    return _normalized(advantages) if scale_rewards == "batch" else advantages
+
+
+def over_the_mean(rewards: Rows, scale_rewards: ScaleRewards) -> mx.array:
+    """(R_i − mean) / (mean + 1e-6) of its group, (B/G, G) (MaxRL, Tajwar et al. 2026, arXiv:2602.02710).
+
+    The mean is how often the policy succeeds: the rarer, the more a success counts. It is meant for rewards of 0 and
+    above; a group whose mean is not above 0 has the advantages 0.
+    """
+    mean = rewards.means + _mean(rewards.values)
+    return mx.where(mean > 0.0, _centered(rewards.values) / (mean + _OF_MEAN), 0.0)
+
+
+def of_the_best(rewards: Rows, scale_rewards: ScaleRewards) -> mx.array:
+    """The best of a group has its lead over the second best, all others 0, (B/G, G): what it adds to the best of G
+    (Pass@k, Walder and Karkhanis 2025, arXiv:2503.19595, as verl has it). "group" divides by σ + 1e-6.
+    """
+    values = rewards.values
+    if values.shape[-1] < 2:
+        return mx.zeros_like(values)
+    ranked = mx.sort(mx.where(mx.isnan(values), -math.inf, values), axis=-1)
+    best, second = ranked[..., -1:], ranked[..., -2:-1]
+    lead = mx.where(second > -math.inf, best - second, 0.0)
+    if scale_rewards == "group":
+        lead = lead / (mx.where(lead > 0.0, _std(values), 0.0) + _OF_BEST)
+    return mx.where(values == best, lead, 0.0)
+
+
+_OTHERS: dict[str, Callable[[Rows, ScaleRewards], mx.array]] = {
+    "rloo": leave_one_out,
+    "maxrl": over_the_mean,
+    "grpo_passk": of_the_best,
+}
+"""Advantages, but "grpo": the rewards of groups (B/G, G), what divides → (B/G, G), NaN where there is none."""
+
+
+def _normalized(x: mx.array) -> mx.array:
+    """Numbers that have the mean 0 in each group, over the deviation of all; the same shape."""
+    flat = x.reshape(1, -1)
+    # Each group's numbers have mean 0 and so has the batch, but for rounding, which is no signal.
+    return _divided(mx.where(flat == 0.0, 0.0, _centered(flat)), _spread(flat)).reshape(x.shape)
 
 
 def _mean(x: mx.array) -> mx.array:
@@ -178,110 +237,3 @@ def _constant(x: mx.array) -> mx.array:
     largest = mx.max(mx.where(missing, -math.inf, x), axis=-1, keepdims=True)
     smallest = mx.min(mx.where(missing, math.inf, x), axis=-1, keepdims=True)
     return largest == smallest
-
-
-class Rows(NamedTuple):
-    """Numbers (…, n), NaN = missing, whose differences along the last axis are what counts."""
-
-    values: mx.array
-    """float32; without their mean where that was an offset."""
-    means: mx.array
-    """(…, 1) that was taken away: 0 where nothing was."""
-
-
-class RewardTable:
-    """Scores (B, F), or (B,) of one function, float32 or float64, with a weight for each function.
-
-    NaN = missing. `left_out`: rows that have no reward, whatever scores they have. ValueError where shapes do not fit.
-    """
-
-    def __init__(
-        self,
-        rewards: mx.array,
-        num_generations: int,
-        weights: Sequence[float] | None = None,
-        left_out: Collection[int] = (),
-    ) -> None:
-        if rewards.ndim not in (1, 2) or rewards.size == 0:
-            raise ValueError(f"rewards has the shape {rewards.shape}; give (B,) or (B, n_functions), not empty")
-        B, self.functions = rewards.shape if rewards.ndim == 2 else (rewards.size, 1)
-        if num_generations < 1 or B % num_generations:
-            raise ValueError(
-                f"{B} rewards do not make groups of num_generations = {num_generations}; give a multiple of it"
-            )
-        if weights is not None and len(weights) != self.functions:
-            raise ValueError(f"{len(weights)} weights for {self.functions} reward functions; give one for each")
-        listed: list[Any] = rewards.tolist()  # type: ignore[assignment]
-        self._scores: list[list[float]] = listed if rewards.ndim == 2 else [[score] for score in listed]
-        self._left_out = frozenset(left_out)
-        self.missing = mx.array([i in self._left_out for i in range(B)]) if self._left_out else None
-        """(B,) which rows are left out; None: no row is."""
-        self._weights = [1.0] * self.functions if weights is None else [float(weight) for weight in weights]
-        self._array = mx.array(self._scores)
-        self.weights = mx.array(self._weights)
-        """(F,) float32."""
-
-    def totals(self, n: int) -> Rows:
-        """(B/n, n) weighted sums of the scores that are there; NaN where none is, or the row is left out."""
-        plain = weighted_sum(self._array, self.weights)
-        if self.missing is not None:
-            plain = mx.where(self.missing, math.nan, plain)
-        pairs = [self._total(index) for index in range(len(self._scores))]
-        return _rows(plain.reshape(-1, n), [_Centered.of(pairs[i : i + n]) for i in range(0, len(pairs), n)])
-
-    def columns(self, n: int) -> Rows:
-        """(B/n, F, n) scores by function, NaN where one is missing; also of rows that are left out."""
-        plain = self._array.reshape(-1, n, self.functions).swapaxes(1, 2)
-        centered = [
-            _Centered.of([(row[j], abs(row[j])) for row in self._scores[i : i + n]])
-            for i in range(0, len(self._scores), n)
-            for j in range(self.functions)
-        ]
-        return _rows(plain, centered)
-
-    def _total(self, index: int) -> tuple[float, float]:
-        """A row's reward, NaN where it has none, and the size of what is added up."""
-        terms = [w * s for w, s in zip(self._weights, self._scores[index], strict=True) if not math.isnan(s)]
-        if not terms or index in self._left_out:
-            return math.nan, math.nan
-        if not all(map(math.isfinite, terms)):
-            return math.inf, math.inf
-        return sum(terms), sum(map(abs, terms))
-
-
-def weighted_sum(table: mx.array, weights: mx.array) -> mx.array:
-    """Σ_j w_j·r_ij over the numbers of a row of (B, F): (B,); NaN where there is none."""
-    missing = mx.isnan(table)
-    total = mx.sum(mx.where(missing, 0.0, table * weights), axis=1)
-    return mx.where(mx.all(missing, axis=1), math.nan, total)
-
-
-class _Centered(NamedTuple):
-    """Numbers without their mean, both float64."""
-
-    values: list[float]
-    mean: float
-
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[float, float]]) -> _Centered | None:
-        """Of numbers, NaN = missing, each with the size of what it is the sum of; None where they have no offset."""
-        there = [value for value, _ in pairs if not math.isnan(value)]
-        size = max((size for value, size in pairs if not math.isnan(value)), default=math.inf)
-        if not math.isfinite(size) or len(there) < 2:
-            return None
-        if not max(size * _NOISE, _NOTHING) < max(there) - min(there) < size * _OFFSET:
-            return None
-        middle = there[0]
-        mean = middle + math.fsum(value - middle for value in there) / len(there)
-        return cls([value - mean for value, _ in pairs], mean)
-
-
-def _rows(plain: mx.array, centered: Sequence[_Centered | None]) -> Rows:
-    """`plain` (…, n), but for the rows that are centered."""
-    n = plain.shape[-1]
-    means = mx.array([0.0 if row is None else row.mean for row in centered]).reshape(*plain.shape[:-1], 1)
-    if not any(centered):
-        return Rows(plain, means)
-    values = mx.array([[0.0] * n if row is None else row.values for row in centered]).reshape(plain.shape)
-    is_centered = mx.array([row is not None for row in centered]).reshape(*plain.shape[:-1], 1)
-    return Rows(mx.where(is_centered, values, plain), means)

@@ -4,9 +4,25 @@ from typing import Annotated, Literal
 
 import msgspec
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gmpo"]
+LossType = Literal[
+    "grpo",
+    "bnpo",
+    "dr_grpo",
+    "dapo",
+    "luspo",
+    "cispo",
+    "sapo",
+    "vespo",
+    "gmpo",
+    "rloo",
+    "dppo",
+    "m2po",
+    "clip_cov",
+    "kl_cov",
+]
 Level = Literal["token", "sequence"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Advantage = Literal["grpo", "rloo", "maxrl", "grpo_passk"]
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Scheduler = Literal["linear", "constant", "cosine"]
@@ -16,16 +32,48 @@ TurnAdvantages = Literal["off", "gigpo"]
 NonNegative = Annotated[float, msgspec.Meta(ge=0.0)]
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Part = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
+BY_TOKENS: tuple[LossType, ...] = ("rloo", "dppo", "m2po", "clip_cov", "kl_cov")
+"""Loss types that have no form with `importance_sampling_level = "sequence"`."""
+SCALES: dict[Advantage, tuple[ScaleRewards, ...]] = {
+    "grpo": ("group", "batch", "none"),
+    "rloo": ("none", "batch"),
+    "maxrl": ("none",),
+    "grpo_passk": ("group", "none"),
+}
+"""What each advantage may be divided by; where `scale_rewards` does not say, by the first."""
+
+
+def checked_scale(advantage: Advantage, scale_rewards: ScaleRewards | None) -> ScaleRewards:
+    """What an advantage is divided by; ValueError where it may not be divided by that."""
+    scale = SCALES[advantage][0] if scale_rewards is None else scale_rewards
+    if scale not in SCALES[advantage]:
+        choices = " or ".join(f'"{choice}"' for choice in SCALES[advantage])
+        raise ValueError(
+            f'scale_rewards is "{scale}", but advantage = "{advantage}" goes with {choices}; name one of them, or '
+            "leave scale_rewards out"
+        )
+    return scale
+
+
+def checked_aggregation(advantage: Advantage, aggregation: Aggregation) -> None:
+    """ValueError where rewards that are normalized one by one would be compared in another way too."""
+    if advantage != "grpo" and aggregation != "sum_then_normalize":
+        raise ValueError(
+            f'multi_objective_aggregation is "{aggregation}", which is an advantage by itself (GDPO), and advantage is '
+            f'"{advantage}"; leave one of the two out'
+        )
+
 
 class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the loss is made of. `troupe.grpo.objectives` has the formula of each loss type."""
+    """What the loss is made of. `troupe.grpo.policy_terms` has the formula of each loss type."""
 
     loss_type: LossType = "dapo"
-    """The policy term, and what a completion weighs; see `troupe.grpo.objectives`."""
+    """The policy term, and what a completion weighs; see `troupe.grpo.policy_terms`."""
     importance_sampling_level: Level = "token"
     """Whether ratios are taken per token (GRPO) or as a geometric mean over the completion (GSPO)."""
     epsilon: NonNegative = 0.2
@@ -50,6 +98,24 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """In "vespo": the exponent where the advantage is below 0."""
     vespo_lambda_neg: NonNegative = 2.0
     """In "vespo": the decay where the advantage is below 0."""
+    dppo_mask_high: NonNegative = 0.2
+    """In "dppo": a token of positive advantage is left out where its probability has risen by more than this."""
+    dppo_mask_low: NonNegative = 0.2
+    """In "dppo": one of negative advantage, where it has fallen by more than this."""
+    dppo_kl_tau: NonNegative = 1e-3
+    """In "dppo": weight of the squared log-ratio."""
+    m2_threshold: NonNegative = 0.04
+    """In "m2po": the largest mean of squared log-ratios; tokens with the largest are left out until it is reached."""
+    clip_cov_ratio: Part = 0.0002
+    """In "clip_cov": part of the tokens that lose their gradient."""
+    clip_cov_lb: float = 1.0
+    """In "clip_cov": they are drawn from those whose covariance is above this,"""
+    clip_cov_ub: float = 5.0
+    """and below this."""
+    kl_cov_ratio: Part = 0.0002
+    """In "kl_cov": part of the tokens, those of highest covariance, that pay for leaving the old policy."""
+    ppo_kl_coef: NonNegative = 0.1
+    """In "kl_cov": what they pay, times the size of the log-ratio."""
     off_policy_mask_threshold: NonNegative | None = None
     """Rows of negative advantage whose mean log-prob fell by more than this are left out; None leaves none out."""
     top_entropy_quantile: Fraction = 1.0
@@ -68,6 +134,16 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The weight rises to this and no further."""
 
     def __post_init__(self) -> None:
+        if self.importance_sampling_level == "sequence" and self.loss_type in BY_TOKENS:
+            raise ValueError(
+                f'importance_sampling_level is "sequence", but loss_type "{self.loss_type}" has ratios of its own; '
+                "leave importance_sampling_level out"
+            )
+        if self.clip_cov_lb > self.clip_cov_ub:
+            raise ValueError(
+                f"clip_cov_lb is {self.clip_cov_lb}, above clip_cov_ub = {self.clip_cov_ub}; lower the one or raise "
+                "the other"
+            )
         if self.entropy_coef_min > self.entropy_coef_max:
             raise ValueError(
                 f"entropy_coef_min is {self.entropy_coef_min}, above entropy_coef_max = {self.entropy_coef_max}; "
@@ -105,8 +181,11 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     router_replay: Replay = "off"
     """In a network with experts: "on" has the learner send each token to the experts that the generator sent it to
     (arXiv:2510.11370), "measure" only counts where its own routers choose others (`router/flips`)."""
-    scale_rewards: ScaleRewards = "group"
-    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing."""
+    advantage: Advantage = "grpo"
+    """How a completion's reward is compared with those of its group; see `advantages.compute_advantages`."""
+    scale_rewards: ScaleRewards | None = None
+    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing. None: "group" for
+    "grpo" and "grpo_passk", "none" for the others."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """How several reward functions become one advantage; see `advantages.compute_advantages`."""
     turn_advantages: TurnAdvantages = "off"
@@ -143,7 +222,7 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """Weigh by ρ, how much likelier the learner finds a token than the sampler did (TRL's name; the sampler here is
     Troupe's own generator, with its older weights and other kernels)."""
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """See `objectives.sampler_correction`."""
+    """See `comparisons.sampler_correction`."""
     vllm_importance_sampling_clip_min: NonNegative | None = None
     """Lower bound of ρ; None is no bound."""
     vllm_importance_sampling_clip_max: NonNegative | None = 3.0
@@ -151,8 +230,20 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        checked_scale(self.advantage, self.scale_rewards)
+        checked_aggregation(self.advantage, self.multi_objective_aggregation)
+        if self.loss_type == "rloo" and self.turn_advantages != "off":
+            raise ValueError(
+                f'turn_advantages is "{self.turn_advantages}", but loss_type "rloo" weighs whole completions; leave '
+                "turn_advantages out or take another loss_type"
+            )
         if self.sync_ref_model and self.beta == 0.0:
             raise ValueError(
                 "sync_ref_model is on and beta is 0, so that there is no reference policy to synchronize; "
                 "set beta above 0 or leave sync_ref_model off"
             )
+
+    @property
+    def scale(self) -> ScaleRewards:
+        """What advantages are divided by, `scale_rewards` or what goes with the advantage."""
+        return checked_scale(self.advantage, self.scale_rewards)

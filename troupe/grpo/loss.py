@@ -15,24 +15,20 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.grpo.config import LossConfig
-from troupe.grpo.objectives import (
-    OBJECTIVES,
-    PolicyInputs,
-    Scale,
-    Tallies,
-    averages,
+from troupe.grpo.choices import Places, chosen_tokens, known_log_probs
+from troupe.grpo.comparisons import (
     entropy_threshold,
     high_entropy_mask,
     importance_ratio,
     masked_difference,
     masked_sum,
-    nan_max,
-    nan_min,
     off_policy_mask,
     reference_kl,
-    tally,
 )
+from troupe.grpo.config import LossConfig
+from troupe.grpo.objectives import OBJECTIVES, Scale
+from troupe.grpo.policy_terms import PolicyInputs
+from troupe.grpo.tallies import Tallies, averages, nan_max, nan_min, tally
 from troupe.policy.network.routes import Routes
 
 
@@ -81,6 +77,7 @@ def grpo_loss(
     sampling_per_token_logps: mx.array | None = None,
     importance_sampling_ratio: mx.array | None = None,
     entropy_threshold: mx.array | None = None,
+    chosen: mx.array | None = None,
     entropy_coef: Scale | None = None,
     normalizer: Normalizer | None = None,
     max_completion_length: int | None = None,
@@ -90,8 +87,9 @@ def grpo_loss(
     `per_token_logps` (B, T) of the current policy; `old_per_token_logps` (B, T) of the policy at the start of the
     batch, None = the current one, without gradient; `advantages` (B,) or (B, T); `completion_mask` (B, T) of 0 and 1.
     `ref_per_token_logps` (B, T) is needed where beta ≠ 0, `entropies` (B, T) where the configuration uses them (and
-    for the metric). `sampling_per_token_logps` (B, T), default the old ones, serve the off-policy mask;
-    `importance_sampling_ratio` (B, T) or (B, 1) is ρ, see `objectives.sampler_correction`. `entropy_threshold` () and
+    for the metric). `sampling_per_token_logps` (B, T), default the old ones, serve the off-policy mask, "dppo"
+    and "m2po"; `importance_sampling_ratio` (B, T) or (B, 1) is ρ, see `comparisons.sampler_correction`.
+    `entropy_threshold` (), `chosen` (B, T), which tokens the choice of the loss type takes (see `grpo.choices`), and
     `normalizer` are those of these rows alone unless given; `max_completion_length` is read for the latter.
     `entropy_coef` is the weight of the entropy bonus in force, default `config.entropy_coef`; where it is adaptive, the
     metric `controlled_entropy` is what its controller goes by.
@@ -108,6 +106,7 @@ def grpo_loss(
         sampling_per_token_logps=sampling_per_token_logps,
         importance_sampling_ratio=importance_sampling_ratio,
         entropy_threshold=entropy_threshold,
+        chosen=chosen,
         entropy_coef=entropy_coef,
         normalizer=normalizer,
         max_completion_length=max_completion_length,
@@ -132,26 +131,30 @@ def loss_and_tallies(
     sampling_per_token_logps: mx.array | None = None,
     importance_sampling_ratio: mx.array | None = None,
     entropy_threshold: mx.array | None = None,
+    chosen: mx.array | None = None,
     entropy_coef: Scale | None = None,
     normalizer: Normalizer | None = None,
     max_completion_length: int | None = None,
     shares: mx.array | None = None,
+    drawn: mx.array | None = None,
 ) -> tuple[mx.array, Tallies]:
-    """As `grpo_loss`, with tallies for metrics, which add up over micro-batches; `shares` (B,) as `Batch.shares`."""
+    """As `grpo_loss`, with tallies for metrics, which add up over micro-batches; `shares` (B,) as `Batch.shares`, and
+    `drawn` (B, T) as `choices.draws` makes it, by which tokens are chosen at random."""
     _check(per_token_logps, advantages, completion_mask, config, ref_per_token_logps, entropies)
     objective = OBJECTIVES[config.loss_type]
-    new = per_token_logps.astype(mx.float32)
+    new, mask = per_token_logps.astype(mx.float32), completion_mask.astype(mx.float32)
     old = mx.stop_gradient(new) if old_per_token_logps is None else old_per_token_logps
-    mask = completion_mask.astype(mx.float32)
     A = advantages if advantages.ndim == 2 else advantages[:, None]
+    sampling = old if sampling_per_token_logps is None else sampling_per_token_logps
     log_ratio = masked_difference(new, old, mask)
     ratio = importance_ratio(log_ratio, mask, config.importance_sampling_level)
     kept = _entropy_mask(entropies, mask, config, entropy_threshold)
-    x = PolicyInputs(new, log_ratio, ratio, A, mask, kept, importance_sampling_ratio)
-
+    known = known_log_probs(sampling, old)
+    if objective.choice is not None and chosen is None:
+        (chosen,) = chosen_tokens(objective.choice, [Places.of(new, old, known, A, mask, drawn)], config)
+    x = PolicyInputs(new, log_ratio, ratio, A, mask, kept, importance_sampling_ratio, known, chosen)
     token_loss, tallies = objective.policy_term(x, config)
     if config.off_policy_mask_threshold is not None:
-        sampling = old if sampling_per_token_logps is None else sampling_per_token_logps
         token_loss = token_loss * off_policy_mask(new, sampling, A, mask, config.off_policy_mask_threshold)
     if config.top_entropy_quantile < 1.0 and not objective.takes_entropy_mask:
         token_loss = token_loss * kept
@@ -159,9 +162,8 @@ def loss_and_tallies(
         token_loss = token_loss * importance_sampling_ratio
 
     if normalizer is None:
-        normalizer = batch_normalizer(
-            config, rows=mask.shape[0], tokens=mx.sum(mask), max_completion_length=max_completion_length
-        )
+        rows, tokens = mask.shape[0], mx.sum(mask)
+        normalizer = batch_normalizer(config, rows=rows, tokens=tokens, max_completion_length=max_completion_length)
     loss = mx.sum(objective.reduced(token_loss, mask, shares))
     if ref_per_token_logps is not None and config.beta != 0.0:
         kl = reference_kl(new, ref_per_token_logps, mask)
@@ -173,11 +175,9 @@ def loss_and_tallies(
         tallies["entropy"] = tally(entropies, mask)
         if has_entropy_bonus(config):
             tallies["policy_loss"] = mx.stack([loss, mx.array(0.0)])  # a sum over micro-batches, not a mean
-            if config.use_adaptive_entropy:
-                tallies["controlled_entropy"] = tally(entropies, kept)
+            tallies |= {"controlled_entropy": tally(entropies, kept)} if config.use_adaptive_entropy else {}
             coef = config.entropy_coef if entropy_coef is None else entropy_coef
-            count = mx.maximum(mx.sum(kept), 1.0) if normalizer.entropy is None else normalizer.entropy
-            loss = loss - coef * mx.sum(masked_sum(entropies, kept)) / count
+            loss = loss - _entropy_bonus(coef, entropies, kept, normalizer)
     return loss, {name: mx.stop_gradient(value) for name, value in tallies.items()}
 
 
@@ -210,6 +210,11 @@ def routing_tallies(routes: Routes, part: float) -> tuple[mx.array, Tallies]:
     if routes.flips is not None:
         tallies["router/flips"] = routes.flips
     return balance, tallies
+
+
+def _entropy_bonus(coef: Scale, entropies: mx.array, kept: mx.array, normalizer: Normalizer) -> mx.array:
+    count = mx.maximum(mx.sum(kept), 1.0) if normalizer.entropy is None else normalizer.entropy
+    return coef * mx.sum(masked_sum(entropies, kept)) / count
 
 
 def _entropy_mask(

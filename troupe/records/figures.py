@@ -201,6 +201,7 @@ FIGURES = {
     "clip_ratio/low_mean": Figure(chart="clip_ratio", name="below", of="loss"),
     "clip_ratio/high_mean": Figure(chart="clip_ratio", name="above", of="loss"),
     "cispo_clip_ratio": Figure(chart="clip_ratio", name="clipped weight", of="loss"),
+    "covariance/chosen": Figure(chart="clip_ratio", name="chosen by covariance", of="loss"),
     "grad_norm": Figure(".3f", "gradient norm", ("learning", "gradient"), status=".3f", chart="grad_norm"),
     "learning_rate": Figure(".2e", "learning rate", ("learning", "rate"), status=".2e", chart="learning_rate"),
     "advantages/abs_mean": Figure(chart="advantages", name="mean size"),

@@ -72,11 +72,7 @@ GRPO_CONFIG = (
     _same("learner", "sapo_temperature_pos", "sapo_temperature_neg"),
     _same("learner", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     _same("learner", "off_policy_mask_threshold", "use_bias_correction_kl"),
-    _same(
-        "learner",
-        "vllm_importance_sampling_correction",
-        note="corrects for older weights of Troupe's own generator",
-    ),
+    _same("learner", "vllm_importance_sampling_correction", note="for older weights of Troupe's own generator"),
     _same("learner", "vllm_importance_sampling_mode"),
     _same("learner", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
     _a("vllm_importance_sampling_cap", "learner.vllm_importance_sampling_clip_max"),
@@ -104,11 +100,7 @@ GRPO_CONFIG = (
 OTHER_COMMANDS = (
     _a("--model_name_or_path", "model.path", "models of the families that are known"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
-    _a(
-        "--dataset_config --dataset_train_split",
-        "data.path",
-        "within the name: `hf:NAME?config=…&split=…`",
-    ),
+    _a("--dataset_config --dataset_train_split", "data.path", "within the name: `hf:NAME?config=…&split=…`"),
     _a("--dataset_test_split", "data.eval_path", "within the name: `hf:NAME?split=…`"),
     _a("--dtype --torch_dtype", "model.dtype"),
     _a("--reward_model_name_or_path", "rewards.functions", "a reward model is yours to call, in a function"),
@@ -119,6 +111,11 @@ OTHER_COMMANDS = (
     _a("--num-return-sequences", "generation.num_generations"),
     _a("--apply-chat-template --use-default-chat-template", "data.chat"),
     _a("--chat-template-config", "data.chat_template_kwargs"),
+    _a("adv_estimator --advantage-estimator", "learner.advantage", "`gdpo` is `learner.multi_objective_aggregation`"),
+    _a("normalize_advantages norm_adv_by_std_in_grpo", "learner.scale_rewards", '`"batch"`, and `"group"` or `"none"`'),
+    _a("loss_mode", "learner.loss_type", "`clip_cov` and `kl_cov` too; `dppo_tv` is `dppo`, `vanilla` is `dapo`"),
+    _a("clip_ratio_low clip_ratio_high", "learner.epsilon learner.epsilon_high"),
+    _a("kl_tau", "learner.dppo_kl_tau"),
 )
 
 MLX_LM_LORA = (

@@ -49,7 +49,8 @@ def test_every_loss_type_teaches_something_and_tells_of_its_own_clipping(
     for line in lines(run):
         assert math.isfinite(line["loss"])
         assert line["grad_norm"] > 0
-        assert ("clip_ratio/region_mean" in line) == (loss_type not in ("cispo", "sapo", "vespo"))
+        assert ("clip_ratio/region_mean" in line) == (loss_type not in ("cispo", "sapo", "vespo", "kl_cov"))
+        assert ("covariance/chosen" in line) == (loss_type in ("clip_cov", "kl_cov"))
         for owner, name in OF_ITS_OWN.items():
             assert (name in line) == (owner == loss_type)
     assert 0 < distance(policy_of(run), untrained) < 10
@@ -98,6 +99,25 @@ def test_advantages_in_the_store_follow_from_the_rewards_in_the_store(
             r = rewards(group)
             divisor = {"group": np.std(r, ddof=1) + 1e-4, "batch": of_batch + 1e-4, "none": 1.0}[scale]
             assert advantages(group) == pytest.approx((r - r.mean()) / divisor, abs=1e-4)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "maxrl", "grpo_passk"])
+def test_other_advantages_in_the_store_follow_from_the_rewards_in_the_store(
+    tmp_path: Path, ragged_model: Path, advantage: str
+) -> None:
+    result = train(ragged_model, tmp_path, learner__advantage=advantage, learner__dynamic_sampling=True)
+    found = list(groups(result.folder))
+    assert found
+    for group in found:
+        r = rewards(group)
+        first, second = np.sort(r)[[-1, -2]]
+        expected = {
+            "rloo": (r - r.mean()) * len(r) / (len(r) - 1),
+            "maxrl": (r - r.mean()) / (r.mean() + 1e-6),
+            "grpo_passk": np.where(r == first, (first - second) / (r.std(ddof=1) + 1e-6), 0.0),
+        }[advantage]
+        assert advantages(group) == pytest.approx(expected, abs=1e-3)
+        assert any(advantages(group))  # those without signal were sampled anew
 
 
 def test_rewards_normalized_one_by_one_count_alike_however_large_they_are(tmp_path: Path, ragged_model: Path) -> None:

@@ -47,13 +47,13 @@ def score_arguments(
 def advantages_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float]) -> mx.array:
     """Advantages (B,) by the learner's settings; `weights` maps each reward's name to its weight."""
     table = score_arguments(groups, config, weights)
-    return compute_advantages(**table, scale_rewards=config.scale_rewards)
+    return compute_advantages(**table, scale_rewards=config.scale, advantage=config.advantage)
 
 
 def turns_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapping[str, float], gamma: float) -> Turns:
     """The turns of all completions, compared by the learner's settings."""
     rewards = [reward for group in groups for reward in weighted_rewards(group, weights)]
-    return compared_turns([group.group for group in groups], rewards, gamma, config.scale_rewards)
+    return compared_turns([group.group for group in groups], rewards, gamma, config.scale)
 
 
 def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[float | None, ...]:
@@ -71,7 +71,7 @@ def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, 
 
     Without signal are groups whose weighted rewards, as far as they are there, are all equal. That holds for every
     `scale_rewards`, since each compares a completion with its own group first; also where rewards are normalized one by
-    one and cancel out.
+    one and cancel out; with "grpo_passk" those without a best one, with "maxrl" those whose mean is not above 0.
     """
     if mx.any(advantages_of([group], config, weights) != 0.0).item():
         return True
@@ -83,7 +83,7 @@ def group_statistics(
 ) -> dict[str, float]:
     """Rewards and completions of the groups, and what reward functions logged themselves (mean over the groups)."""
     table = score_arguments(groups, config, weights)
-    rewards = reward_statistics(**table, scale_rewards=config.scale_rewards, names=list(weights))
+    rewards = reward_statistics(**table, scale_rewards=config.scale, names=list(weights))
     # what rewards log comes first: it may not stand in for the metrics that are ours
     return {
         **logged_means(groups),
@@ -102,7 +102,8 @@ def spread_statistics(
     TRL's figures of these names are those of `reward_statistics`: it takes the deviation of the batch for the second
     where the batch is what scales, and so counts no group then.
     """
-    within, part = spread_within_groups(**score_arguments(groups, config, weights))
+    arguments = score_arguments(groups, config, weights)
+    within, part = spread_within_groups(**arguments, advantage=config.advantage)
     return {"reward_std_within_groups": within, "frac_reward_zero_std": part}
 
 

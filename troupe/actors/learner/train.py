@@ -74,7 +74,7 @@ class BatchTrainer:
     ) -> None:
         """`streams`: micro-batches that are differentiated at a time. `rates`: first step → peak learning rate, rising,
         where it is not the config's. `base`: what the weights complete; None: they are the whole network.
-        `seed`: of the run, for dropout. `gamma`: by which a turn's reward counts less than that of the turn before."""
+        `seed`: of the run, for what is drawn. `gamma`: by which a turn's reward counts less than the one before."""
         self.config = config
         self.reward_weights = reward_weights
         self.total_steps = total_steps
@@ -92,6 +92,7 @@ class BatchTrainer:
         self._streams: list[mx.Stream] = []
         self._rates = list(rates)
         self._gamma = gamma
+        self._seed = seed
 
     def open(self) -> None:
         """Get ready, on the thread that `train` will be called on."""
@@ -172,6 +173,7 @@ class BatchTrainer:
                 max_completion_length=self._max_completion_length,
                 on_part=on_part,
                 streams=self._streams,
+                seed=self._seed,
             )
 
     def learning_rates(self, step: int) -> list[float]:

@@ -47,11 +47,12 @@ class Dropout(NamedTuple):
 def _dropped(
     x: mx.array, keys: mx.array, columns: mx.array, salt: mx.array, least: mx.array, kept: mx.array
 ) -> mx.array:
-    h = _mixed(keys + salt) + columns.astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32)
-    return mx.where(_mixed(h) >= least, x * kept, mx.array(0, x.dtype))
+    h = mixed_bits(keys + salt) + columns.astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32)
+    return mx.where(mixed_bits(h) >= least, x * kept, mx.array(0, x.dtype))
 
 
-def _mixed(h: mx.array) -> mx.array:
+def mixed_bits(h: mx.array) -> mx.array:
+    """Numbers uint32 → numbers of which each bit depends on all bits."""
     h = (h ^ (h >> 16)) * mx.array(0x85EBCA6B, mx.uint32)
     h = (h ^ (h >> 13)) * mx.array(0xC2B2AE35, mx.uint32)
     return h ^ (h >> 16)
@@ -87,8 +88,9 @@ def token_keys(
     lengths += [max(0, len(completion) - 1) for completion in completions]
     # no CRC: those of two seeds differ as those of two rows may, which would then swap what they lose
     salt = int.from_bytes(hashlib.sha256(f"{seed}:{pass_number}".encode()).digest()[:4], "little")
+    golden = mx.array(_GOLDEN, mx.uint32)
     parts = [
-        _mixed(mx.arange(length).astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32) + mx.array(start ^ salt, mx.uint32))
+        mixed_bits(mx.arange(length).astype(mx.uint32) * golden + mx.array(start ^ salt, mx.uint32))
         for start, length in zip(starts, lengths, strict=True)
     ]
     return mx.concatenate(parts)

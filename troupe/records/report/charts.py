@@ -48,6 +48,7 @@ _OURS = (
     "completions/",
     "advantages/",
     "clip_ratio/",
+    "covariance/",
     "sampling/",
     "groups/",
     "queue/",

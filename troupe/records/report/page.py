@@ -58,6 +58,7 @@ _SETTINGS = (
     ("rewards", "rewards.functions"),
     ("weights of rewards", "rewards.weights"),
     ("loss", "learner.loss_type"),
+    ("advantage", "learner.advantage"),
     ("learning rate", "learner.lr"),
     ("KL coefficient", "learner.beta"),
     ("prompts a step", "learner.batch_size"),

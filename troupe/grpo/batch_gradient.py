@@ -1,0 +1,201 @@
+"""The gradient of a learner batch: that of its micro-batches, which share what only the whole batch tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from troupe.grpo.batch import Batch, micro_batches
+from troupe.grpo.choices import Places, chosen_tokens, draws, known_log_probs
+from troupe.grpo.comparisons import entropy_threshold, high_entropy_mask, sampler_correction
+from troupe.grpo.config import LearnerConfig
+from troupe.grpo.log_probs import PolicyLogProbs
+from troupe.grpo.loss import batch_normalizer, has_entropy_bonus, loss_and_tallies, routing_tallies, sampler_tallies
+from troupe.grpo.objectives import OBJECTIVES
+from troupe.grpo.tallies import Tallies, averages, merge
+from troupe.policy.gradient.backward import side_by_side
+from troupe.policy.gradient.parts import Gradients
+from troupe.policy.network.routes import Routes
+from troupe.policy.network.tensors import Weights
+
+
+class _MicroBatch(NamedTuple):
+    """A micro-batch with what stays the same over all passes; (B, T) each."""
+
+    batch: Batch
+    old: mx.array | None
+    """Of the policy that sampled; None: of the only pass itself, which is the same where nothing is dropped."""
+    ref: mx.array | None
+    chosen: mx.array | None = None
+    """Tokens that the loss type chooses in a pass."""
+    drawn: mx.array | None = None
+    """What it chooses them by, where the micro-batch is the whole batch."""
+
+
+class BatchGradient:
+    """The gradient of a batch, once for each of its passes.
+
+    What the passes share is computed first: old and reference log-probs, the normalizer, the entropy threshold.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        batch: Batch,
+        log_probs: PolicyLogProbs,
+        config: LearnerConfig,
+        *,
+        ref_weights: Weights | None,
+        max_completion_length: int | None,
+        streams: Sequence[mx.Stream],
+        seed: int = 0,
+    ) -> None:
+        """`weights`: those of the old log-probs. The other arguments are those of `train_on_batch`."""
+        self._log_probs = log_probs
+        self._config = config
+        self._streams = streams
+        self._seed = seed
+        self._choice = OBJECTIVES[config.loss_type].choice
+        self._rows = batch.num_rows
+        if self._choice is not None and batch.keys is None:
+            batch = replace(batch, keys=tuple((row, row) for row in range(batch.num_rows)))
+        self._micros: list[_MicroBatch] = []
+        parts = micro_batches(batch.with_shares(), config.gradient_accumulation_steps or 1, max_completion_length)
+        keeps_old = config.num_iterations > 1 or log_probs.has_dropout
+        some_entropies = config.top_entropy_quantile < 1.0
+        entropies = []
+        for part in parts:
+            old = ref = None
+            if keeps_old or (some_entropies and len(parts) > 1):
+                old, part_entropies = log_probs(weights, part, **self._routes(part))
+                mx.eval(old, part_entropies)
+                entropies.append(part_entropies)
+            if config.beta != 0.0 and ref_weights is not None:
+                ref, _ = log_probs(ref_weights, part, **self._routes(part))
+                mx.eval(ref)
+            self._micros.append(_MicroBatch(part, old if keeps_old else None, ref))
+
+        self._entropy_threshold = entropy_tokens = None
+        if some_entropies and entropies:
+            masks = mx.concatenate([part.completion_mask.reshape(-1) for part in parts])
+            flat = mx.concatenate([part_entropies.reshape(-1) for part_entropies in entropies])
+            self._entropy_threshold = entropy_threshold(flat, masks, config.top_entropy_quantile)
+            entropy_tokens = mx.sum(high_entropy_mask(flat, masks, self._entropy_threshold))
+        self._normalizer = batch_normalizer(
+            config,
+            rows=batch.num_samples,
+            tokens=mx.sum(batch.completion_mask),
+            entropy_tokens=entropy_tokens,
+            max_completion_length=max_completion_length,
+        )
+
+    def at(self, weights: Weights, entropy_coef: float, pass_number: int) -> tuple[Gradients, Tallies]:
+        """The gradient by `weights`, and `loss` and metrics, each (); as many micro-batches at a time as there are
+        streams. `entropy_coef`: the weight of the entropy bonus in force. `pass_number`: from 0."""
+        total: Gradients = {}
+        values: list[tuple[mx.array, Tallies]] = []
+        lanes = max(1, len(self._streams))
+        micros = self._chosen(weights, pass_number)
+        for first in range(0, len(micros), lanes):
+            works = []
+            for micro in micros[first : first + lanes]:
+                batch, routes = replace(micro.batch, pass_number=pass_number), self._routes(micro.batch, balances=True)
+                loss = partial(self._loss, micro, entropy_coef, routes.get("routes"))
+                works.append(self._log_probs.gradients(weights, batch, loss, **routes))
+            for portion in side_by_side(works, self._streams, values):
+                for name in list(portion) if len(self._micros) > 1 else ():
+                    # sums of low-precision gradients are kept in float32; popped, a sum takes the memory of the last
+                    grad = portion.pop(name).astype(mx.float32)
+                    portion[name] = total.pop(name) + grad if name in total else grad
+                    del grad
+                mx.async_eval(portion)  # type: ignore[no-untyped-call]
+                total |= portion
+            mx.eval(total, values)
+        total_loss = mx.sum(mx.stack([loss for loss, _ in values]))
+        return total, {"loss": total_loss, **averages(merge([tallies for _, tallies in values]))}
+
+    def _chosen(self, weights: Weights, pass_number: int) -> list[_MicroBatch]:
+        """The micro-batches with what the loss type chooses of the whole batch by these weights, or what it is drawn by
+        where one micro-batch is the whole, whose own log-probs then do."""
+        if self._choice is None:
+            return self._micros
+        drawn = [self._draws(micro.batch, pass_number) for micro in self._micros]
+        if len(self._micros) == 1 and not self._log_probs.has_dropout:
+            return [self._micros[0]._replace(drawn=drawn[0])]
+        parts = []
+        for micro, numbers in zip(self._micros, drawn, strict=True):
+            new = micro.old
+            if pass_number > 0 or new is None:
+                new, _ = self._log_probs(weights, micro.batch, **self._routes(micro.batch))
+            old = new if micro.old is None else micro.old
+            sampling = known_log_probs(micro.batch.sampling_log_probs, old)
+            parts.append(Places.of(new, old, sampling, micro.batch.advantages, micro.batch.completion_mask, numbers))
+            mx.eval(parts[-1])
+        chosen = chosen_tokens(self._choice, parts, self._config)
+        return [micro._replace(chosen=taken) for micro, taken in zip(self._micros, chosen, strict=True)]
+
+    def _draws(self, batch: Batch, pass_number: int) -> mx.array:
+        assert batch.keys is not None
+        rows = [own for _, own in batch.keys]
+        return draws(rows, batch.completion_mask.shape[1], seed=self._seed, pass_number=pass_number)
+
+    def _routes(self, batch: Batch, *, balances: bool = False) -> dict[str, Routes]:
+        """`routes` for one pass over a micro-batch, where the settings ask for anything of experts."""
+        config = self._config
+        if config.router_aux_loss_coef == 0.0 and config.router_replay == "off":
+            return {}
+        balance = config.router_aux_loss_coef * batch.num_rows / self._rows if balances else 0.0
+        routes = self._log_probs.routes(batch, follows=config.router_replay == "on", balance=balance)
+        if routes is None:
+            raise ValueError("router_aux_loss_coef and router_replay are for networks with experts; leave them out")
+        return {"routes": routes}
+
+    def _loss(
+        self,
+        micro: _MicroBatch,
+        entropy_coef: float,
+        routes: Routes | None,
+        log_probs: mx.array,
+        entropies: mx.array,
+    ) -> tuple[mx.array, Tallies]:
+        """The share of one micro-batch in the loss of the batch."""
+        config, batch, mask = self._config, micro.batch, micro.batch.completion_mask
+        if not has_entropy_bonus(config):
+            entropies = mx.stop_gradient(entropies)
+        old = mx.stop_gradient(log_probs) if micro.old is None else micro.old
+        correction, sampling = None, {}
+        if config.vllm_importance_sampling_correction:
+            correction = sampler_correction(
+                old,
+                batch.sampling_log_probs,
+                mask,
+                config.vllm_importance_sampling_mode,
+                config.vllm_importance_sampling_clip_min,
+                config.vllm_importance_sampling_clip_max,
+            )
+            sampling = sampler_tallies(old, batch.sampling_log_probs, correction, mask)
+        loss, tallies = loss_and_tallies(
+            log_probs,
+            old,
+            batch.advantages,
+            mask,
+            config,
+            ref_per_token_logps=micro.ref,
+            entropies=entropies,
+            sampling_per_token_logps=batch.sampling_log_probs,
+            importance_sampling_ratio=correction,
+            entropy_threshold=self._entropy_threshold,
+            chosen=micro.chosen,
+            drawn=micro.drawn,
+            entropy_coef=entropy_coef,
+            normalizer=self._normalizer,
+            shares=batch.shares,
+        )
+        if routes is None:
+            return loss, tallies | sampling
+        balance, routing = routing_tallies(routes, batch.num_rows / self._rows)
+        return loss + balance, tallies | sampling | routing
