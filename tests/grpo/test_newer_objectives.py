@@ -128,7 +128,7 @@ CASES: list[tuple[LossType, dict[str, Any], Callable[..., float], Callable[[Give
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize(("loss_type", "settings", "formula", "choose"), CASES, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("loss_type", "settings", "formula", "choose"), CASES, ids=lambda v: getattr(v, "__name__", str(v))[:30])
 def test_losses_and_gradients_are_those_of_the_formulas(
     loss_type: LossType,
     settings: dict[str, Any],
