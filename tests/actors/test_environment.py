@@ -105,6 +105,16 @@ async def test_turns_are_answered_and_make_an_episode() -> None:
     assert manager.asked[-1] == ("close", PROMPT.gid, 0, 2)
 
 
+@pytest.mark.parametrize(("done", "reward"), [(False, 0.0), (True, None)])
+async def test_what_was_cut_off_before_any_reward_is_worth_nothing(done: bool, reward: float | None) -> None:
+    """But an environment that ends episodes without a reward has none to give."""
+    talks = over(Manager(Answer(said={}), Answer(said={}, messages=ASKED, done=done)))
+    await talks.answer(turn(0))
+    await talks.answer(turn(1, 7, 8, reason="length"))
+    group, _ = await talks.end(RolloutGroup(prompt=PROMPT, rollouts=(make_rollout([7, 8]),)))
+    assert group.episodes[0].reward == reward
+
+
 async def test_who_asks_again_gets_what_was_answered() -> None:
     manager = Manager(Answer(said={}), *(Answer(said={}, messages=ASKED) for _ in range(3)))
     talks = over(manager)

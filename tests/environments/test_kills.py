@@ -38,7 +38,7 @@ async def main():
             for sample in range(4):
                 what = saying(act={"what": "hang"}) if sample % 2 else saying("hang")
                 group.start_soon(lambda: played(manager, what, name=EpisodeName(0, sample)))
-            runner = manager._player.runner
+            runner = manager._answerer.runner
             pids = [worker._child.pid for pool in (runner._environments, runner._tools) for worker in pool._all]
             print(*pids, flush=True)
 
@@ -65,7 +65,7 @@ async def heard_with(kills: int, factory: str) -> tuple[dict[EpisodeName, list[s
     heard: dict[EpisodeName, list[str]] = {}
     chance = random.Random(5)
     async with playing("process", factory, ("double",), processes=2, retries=5) as (manager, incidents):
-        runner: Any = manager._player.runner
+        runner: Any = manager._answerer.runner
 
         async def kill() -> None:
             for _ in range(kills):

@@ -325,5 +325,5 @@ def closed(times: int) -> bool:
 
 
 def pools_of(manager: EnvironmentManager) -> list[Any]:
-    runner: Any = manager._player.runner
+    runner: Any = manager._answerer.runner
     return [runner._environments, runner._tools]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.support.extras import extra
-from tests.support.seats import PlainSeat
+from tests.support.handles import PlainHandle
 from tests.support.tiny import byte_symbols
 from troupe.environments.calls import CallStyle, parse_turn, which_calls
 from troupe.environments.turns import answer_turn, open_episode
@@ -278,10 +278,10 @@ async def ours(
     played, calls, failures = [], 0, 0
     for row, script in zip(rows_of(scripts), scripts.values(), strict=True):
         live = environment() if environment else None
-        seat = PlainSeat(live, tools)
-        continuer = Continuer(tokenizer, tools=seat.spec.schemas, history="keep")  # as TRL always does
+        handle = PlainHandle(live, tools)
+        continuer = Continuer(tokenizer, tools=handle.spec.schemas, history="keep")  # as TRL always does
         columns = {key: value for key, value in row.items() if key != "prompt"}
-        opening = await open_episode(seat.spec, seat, row["prompt"], columns)
+        opening = await open_episode(handle.spec, handle, row["prompt"], columns)
         prompt = list(opening.messages) or row["prompt"]
         messages, ids, mask = list(prompt), list[int](), list[int]()
         for place in range(MOST_CALLING_TURNS + 1):
@@ -289,11 +289,11 @@ async def ours(
             sampled = sampled[: MOST_TOKENS - len(ids)]
             ids, mask = ids + sampled, mask + [1] * len(sampled)
             text = tokenizer.decode(sampled, skip_special_tokens=True)
-            said = parse_turn(text, style, seat.spec.tools)
+            said = parse_turn(text, style, handle.spec.tools)
             if place == MOST_CALLING_TURNS:
                 messages.append(said.message)
                 break
-            answer = await answer_turn(seat.spec, seat, said)
+            answer = await answer_turn(handle.spec, handle, said)
             calls += len(answer.calls)
             failures += sum(bool(call.error) for call in answer.calls)
             between = () if answer.done else continuer.following(messages, said.message, sampled, answer.messages).ids

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.support.seats import PlainSeat
+from tests.support.handles import PlainHandle
 from troupe.environments import StepResult
 from troupe.environments.calls import parse_turn
 from troupe.environments.convention import Call, EnvironmentFault, Said
@@ -90,7 +90,7 @@ def told(answer: Answer) -> list[tuple[str, str]]:
 
 
 async def test_calls_in_order_then_the_async_ones_which_run_together() -> None:
-    seat = PlainSeat(functions=[double, fail, slow])
+    handle = PlainHandle(functions=[double, fail, slow])
     calls = [
         Call(name="slow", arguments={"number": 1, "wait": 0.3}),
         Call(name="slow", arguments={"numbr": 1}),
@@ -100,7 +100,7 @@ async def test_calls_in_order_then_the_async_ones_which_run_together() -> None:
         Call(name="none", arguments={}),
         Call(name="fail", arguments={"why": "it's"}),
     ]
-    answer = await answer_turn(seat.spec, seat, said(*calls))
+    answer = await answer_turn(handle.spec, handle, said(*calls))
     assert told(answer) == [
         ("slow", "{'error': \"slow() got an unexpected keyword argument 'numbr'\"}"),
         ("double", "4"),
@@ -118,25 +118,25 @@ async def test_calls_in_order_then_the_async_ones_which_run_together() -> None:
 
 
 async def test_a_tool_cannot_change_what_was_said() -> None:
-    seat = PlainSeat(functions=[spoil])
+    handle = PlainHandle(functions=[spoil])
     call = Call(name="spoil", arguments={"items": [1]})
-    assert (await answer_turn(seat.spec, seat, said(call))).calls[0].arguments == {"items": [1]}
+    assert (await answer_turn(handle.spec, handle, said(call))).calls[0].arguments == {"items": [1]}
 
 
 async def test_without_calls_and_without_step_the_episode_has_ended() -> None:
-    seat = PlainSeat(functions=[double])
-    answer = await answer_turn(seat.spec, seat, said(text="Done."))
+    handle = PlainHandle(functions=[double])
+    answer = await answer_turn(handle.spec, handle, said(text="Done."))
     assert (answer.done, answer.messages, answer.said["content"]) == (True, (), "Done.")
-    assert (await open_episode(seat.spec, seat, PROMPT, {})).messages == ()
-    assert seat.asked == []
+    assert (await open_episode(handle.spec, handle, PROMPT, {})).messages == ()
+    assert handle.asked == []
 
 
 async def test_reset_has_the_columns_that_it_takes_and_adds_to_the_last_message() -> None:
-    seat = PlainSeat(Game())
-    answer = await open_episode(seat.spec, seat, PROMPT, {"secret": 7, "other": 1})
+    handle = PlainHandle(Game())
+    answer = await open_episode(handle.spec, handle, PROMPT, {"secret": 7, "other": 1})
     assert answer.messages == (PROMPT[0], {"role": "user", "content": "Begin. Guess!"})
     assert PROMPT[1]["content"] == "Begin. "
-    assert seat.asked[0] == ("reset", {"secret": 7, "prompt": PROMPT})
+    assert handle.asked[0] == ("reset", {"secret": 7, "prompt": PROMPT})
     assert (answer.state, answer.done) == ("state Guess!", False)
 
 
@@ -145,20 +145,20 @@ async def test_blocks_of_text_are_put_together_with_text() -> None:
         def reset(self, **columns: Any) -> Any:
             return [{"type": "text", "text": "b"}]
 
-    seat = PlainSeat(Blocks())
-    (message,) = (await open_episode(seat.spec, seat, "a", {})).messages
+    handle = PlainHandle(Blocks())
+    (message,) = (await open_episode(handle.spec, handle, "a", {})).messages
     assert message["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
 async def test_step_is_given_what_calls_no_tool() -> None:
-    seat = PlainSeat(Game())
-    await open_episode(seat.spec, seat, PROMPT, {"secret": 7})
-    tool = await answer_turn(seat.spec, seat, said(Call(name="hint"), text="Let me see."))
+    handle = PlainHandle(Game())
+    await open_episode(handle.spec, handle, PROMPT, {"secret": 7})
+    tool = await answer_turn(handle.spec, handle, said(Call(name="hint"), text="Let me see."))
     assert (told(tool), tool.reward, tool.state) == ([("hint", "7")], None, "state 7")
-    missed = await answer_turn(seat.spec, seat, parse_turn("<think>6?</think> 6", "hermes", seat.spec.tools))
+    missed = await answer_turn(handle.spec, handle, parse_turn("<think>6?</think> 6", "hermes", handle.spec.tools))
     assert missed.messages == ({"role": "user", "content": "no"},)
     assert (missed.reward, missed.done, missed.info) == (0.0, False, {"said": "6", "thing": [1]})
-    won = await answer_turn(seat.spec, seat, said(text="7"))
+    won = await answer_turn(handle.spec, handle, said(text="7"))
     assert (won.messages, won.reward, won.done, won.state) == ((), 1.0, True, "state ")
 
 
@@ -179,9 +179,9 @@ async def test_what_step_must_not_return_makes_the_episode_missing(result: Any, 
         def step(self, text: str) -> Any:
             return result
 
-    seat = PlainSeat(Odd())
+    handle = PlainHandle(Odd())
     with pytest.raises(EnvironmentFault, match=message):
-        await answer_turn(seat.spec, seat, said())
+        await answer_turn(handle.spec, handle, said())
 
 
 @pytest.mark.parametrize("result", [("a", 1, False, {}), ("a", 1, False, False, {})])
@@ -192,20 +192,20 @@ async def test_gymnasiums_tuples_are_taken(result: Any) -> None:
         def step(self, text: str) -> Any:
             return result
 
-    seat = PlainSeat(Gym())
-    answer = await answer_turn(seat.spec, seat, said())
+    handle = PlainHandle(Gym())
+    answer = await answer_turn(handle.spec, handle, said())
     assert (answer.messages, answer.reward, answer.done) == (({"role": "user", "content": "a"},), 1.0, False)
 
 
 async def test_a_fault_of_an_async_tool_comes_when_all_have_ended() -> None:
-    class Broken(PlainSeat):
+    class Broken(PlainHandle):
         async def call(self, name: str, arguments: Any) -> Any:
             if arguments["number"] == 1:
                 raise EnvironmentFault("its process died")
             return await super().call(name, arguments)
 
-    seat = Broken(functions=[slow])
+    handle = Broken(functions=[slow])
     calls = [Call(name="slow", arguments={"number": n, "wait": 0.05}) for n in (1, 2)]
     with pytest.raises(EnvironmentFault, match="died"):
-        await answer_turn(seat.spec, seat, said(*calls))
-    assert seat.asked == [("slow", {"number": 2, "wait": 0.05})]
+        await answer_turn(handle.spec, handle, said(*calls))
+    assert handle.asked == [("slow", {"number": 2, "wait": 0.05})]

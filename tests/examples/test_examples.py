@@ -18,7 +18,10 @@ PAGES = {path: path.read_text(encoding="utf-8") for path in EXAMPLES.rglob("*.md
 HEADS = {path: path.read_text(encoding="utf-8").split('"""')[1] for path in EXAMPLES.rglob("*.py")}
 
 
-MADE = [EXAMPLES / "smollm2" / ".." / ".." / "models" / name for name in ("smollm2", "smollm2-4bit")]
+MADE = [
+    *(EXAMPLES / "smollm2" / ".." / ".." / "models" / name for name in ("smollm2", "smollm2-4bit")),
+    *(EXAMPLES / name / "policy" for name in ("higher_lower", "code_agent")),
+]
 """Models that an example makes before it trains them."""
 SHIPPED = sorted(
     path
@@ -73,7 +76,7 @@ def test_every_toml_that_ships_is_a_whole_config(path: Path) -> None:
 def test_the_guide_names_the_same_examples_and_commands() -> None:
     guide = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[([^\]]+)\].*\| (?:`([^`]+)`|[^|]*) \| [^|]+ \|$", TABLE, re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 11
     for name, shown in rows:
         assert f"| `{name}" in guide
         assert f"`{shown}`" in guide or not shown, shown

@@ -237,14 +237,14 @@ def _run(work: Work, folder: str, steps: int, ends_s: list[float], schedule: Sch
         checkpoint=CheckpointConfig(every=99),
     )
     answers: Any = TimedAnswers(work)
-    stage: Any = SimpleNamespace(
+    acting_setup: Any = SimpleNamespace(
         manager=answers,
         rules=Rules(context=CONTEXT),
         conversations=lambda: Conversations(
             answers, WORLD, {"game": OneToken()}, understand=understand, rules=Rules(context=CONTEXT)
         ),
     )
-    prepared = prepared_run(config, RewardManager([_numbers], config=config.rewards), rows=4, stage=stage)
+    prepared = prepared_run(config, RewardManager([_numbers], config=config.rewards), rows=4, acting_setup=acting_setup)
     ledger = Ledger(99)
     factories = virtual_factories(prepared, Hooks(), ledger)
     computing = {"generator": generator, "learner": learner}

@@ -302,8 +302,8 @@ class SilentSink:
         pass
 
 
-def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, stage: Any = None) -> Prepared:
-    """What `prepare` would give, for weights that are one number. `stage`: where the policy acts."""
+def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_setup: Any = None) -> Prepared:
+    """What `prepare` would give, for weights that are one number. `acting_setup`: where the policy acts."""
     assert config.output is not None
     dataset = PromptDataset.from_rows([{"prompt": f"prompt {i}", "answer": str(i)} for i in range(rows)])
     tokenizer = SimpleNamespace(decode_sampled=lambda ids: " ".join(map(str, ids)), pad_token_id=0)
@@ -339,7 +339,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, stage: An
             evaluation=None,
             rewards=rewards,
             longest_prompt=2,
-            stage=stage,
+            acting_setup=acting_setup,
             total_steps=config.learner.max_steps or 1,
             description="",
             notices=(),

@@ -247,6 +247,8 @@ class Conversations:
         answers = [told.answer for told in turns]
         failed = next((answer.failed for answer in (opening.answer, *answers) if answer.failed), ending.failed)
         reward = self._summed(answers) if ending.reward is None else ending.reward
+        if reward is None and self.spec_of(prompt).has_step and answers and not answers[-1].done:
+            reward = 0.0  # cut off before the environment had said what it is worth
         return Episode(
             environment=self.spec_of(prompt).name,
             opening=opening.answer,

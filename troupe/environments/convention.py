@@ -151,8 +151,8 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
         return content if isinstance(content, str) else ""
 
 
-class Seat(Protocol):
-    """A live environment and the tools beside it, at arm's length: what the manager gives to who plays an episode.
+class Handle(Protocol):
+    """A live environment and the tools beside it, at arm's length: what the manager gives to who answers an episode.
 
     Each raises EnvironmentFault for what makes the episode missing.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from troupe.environments.seats import Talk
+from troupe.environments.handles import Talk
 from troupe.environments.settings import EnvironmentConfig
 from troupe.messages import Incident
 from troupe.messages.episodes import Answer

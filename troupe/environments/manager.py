@@ -18,13 +18,13 @@ from typing import Any
 import anyio
 import msgspec
 
+from troupe.environments.answering import Answerer, ended
 from troupe.environments.convention import EnvironmentFault, EnvironmentSpec, Said, World
 from troupe.environments.events import Ending, EnvironmentEvents, View
 from troupe.environments.gate import Missing
+from troupe.environments.handles import Talk
 from troupe.environments.ledger import ENDING, EpisodeLedger, EpisodeName
-from troupe.environments.playing import Player, ended
 from troupe.environments.runners import close_probes
-from troupe.environments.seats import Talk
 from troupe.environments.settings import EnvironmentConfig
 from troupe.messages import Incident, PromptText
 from troupe.messages.episodes import Answer
@@ -67,7 +67,7 @@ class EnvironmentManager:
         self._world, self._config = world, config
         self._ledger = EpisodeLedger() if ledger is None else ledger
         self._events = EnvironmentEvents(config)
-        self._player = Player(
+        self._answerer = Answerer(
             world, config, self._events, wants_attributes=wants_attributes, sleep=sleep, jitter=jitter
         )
         self._talks: dict[int, dict[int, Talk]] = {}
@@ -91,7 +91,7 @@ class EnvironmentManager:
     @property
     def down(self) -> Mapping[str, str]:
         """Environments that are down, by name: why."""
-        return {name: gate.why for name, gate in self._player.gates.items() if gate.why is not None}
+        return {name: gate.why for name, gate in self._answerer.gates.items() if gate.why is not None}
 
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once with every incident; it must not raise."""
@@ -99,7 +99,7 @@ class EnvironmentManager:
 
     def trust(self) -> None:
         """Take it that the environments have worked before: their code does not end the run any more."""
-        for gate in self._player.gates.values():
+        for gate in self._answerer.gates.values():
             gate.proven |= {"open", "answer", "end"}
 
     async def start(self) -> None:
@@ -107,7 +107,7 @@ class EnvironmentManager:
         try:
             if self._config.run != "loop":
                 await close_probes(self._world, self._config)
-            await self._player.runner.start()
+            await self._answerer.runner.start()
         except BaseException:
             await self.stop()
             raise
@@ -115,13 +115,13 @@ class EnvironmentManager:
     async def stop(self) -> None:
         """End everything, cancelled or not: nothing is left behind but threads that hang."""
         with anyio.CancelScope(shield=True):
-            await self._player.tries.end(0.0)
+            await self._answerer.tries.end(0.0)
             await ended([asked.task for asked in self._asked.values()], 0.0)
             for talk in self._all_talks():
-                self._player.lose(talk)
+                self._answerer.lose(talk)
             self._talks.clear()
-            await self._player.errands.end(_END_S)
-            for left in await self._player.runner.stop():
+            await self._answerer.errands.end(_END_S)
+            for left in await self._answerer.runner.stop():
                 self._events.tell("environment_error", left)
 
     async def __aenter__(self) -> EnvironmentManager:
@@ -181,7 +181,7 @@ class EnvironmentManager:
         """The group is scored: its environments may be used for others. Its answers stay in the ledger, until that
         forgets them."""
         for talk in self._talks.pop(gid, {}).values():
-            self._player.errands.begin(self._settle(talk))
+            self._answerer.errands.begin(self._settle(talk))
 
     def forget(self, gid: int) -> None:
         """The group is closed: nobody will ask for any of it again."""
@@ -224,16 +224,16 @@ class EnvironmentManager:
             if answers and answers[-1].failed:
                 answer = Answer(said=message, failed=answers[-1].failed)
             else:
-                answer = await self._player.ask(talk, turn, answers, said)
+                answer = await self._answerer.ask(talk, turn, answers, said)
         except EnvironmentFault as fault:
             kind = fault.kind if isinstance(fault, Missing) else "environment_error"
             self._events.tell(kind, str(fault), talk, turn)
             answer = Answer(said=message, failed=str(fault))
-            self._player.lose(talk)
+            self._answerer.lose(talk)
         except BaseException:
-            self._player.lose(talk)
+            self._answerer.lose(talk)
             raise
-        if (found := self._player.runner.needs_process) is not None:
+        if (found := self._answerer.runner.needs_process) is not None:
             self._events.once(
                 "environment_needs_process",
                 "",
@@ -248,7 +248,7 @@ class EnvironmentManager:
             await asyncio.wait([asked.task])
         if (live := talk.live) is not None:
             talk.live = None
-            await self._player.runner.give_back(live)
+            await self._answerer.runner.give_back(live)
 
     def _talk(self, name: EpisodeName) -> Talk:
         talk = self._talks.get(name.gid, {}).get(name.sample)

@@ -16,8 +16,8 @@ from troupe.environments.convention import (
     Content,
     EnvironmentFault,
     EnvironmentSpec,
+    Handle,
     Said,
-    Seat,
     ToolError,
     ToolSpec,
 )
@@ -27,7 +27,7 @@ from troupe.messages.groups import PromptText
 from troupe.rewards.convention import own_copy
 
 
-async def open_episode(spec: EnvironmentSpec, seat: Seat, prompt: PromptText, columns: Mapping[str, Any]) -> Answer:
+async def open_episode(spec: EnvironmentSpec, handle: Handle, prompt: PromptText, columns: Mapping[str, Any]) -> Answer:
     """Turn 0: the environment is reset with the row's columns, `prompt` among them; what it returns is put behind the
     last message of the prompt, or behind a plain prompt, as in TRL.
 
@@ -40,8 +40,8 @@ async def open_episode(spec: EnvironmentSpec, seat: Seat, prompt: PromptText, co
     given = {"prompt": prompt, **columns}
     if spec.reset_takes is not None:
         given = {name: value for name, value in given.items() if name in spec.reset_takes}
-    observation = await seat.reset(given)
-    state = await seat.state_id(text_of(observation)) if spec.has_state_id else None
+    observation = await handle.reset(given)
+    state = await handle.state_id(text_of(observation)) if spec.has_state_id else None
     return Answer(
         said={},
         messages=() if observation is None else tuple(with_observation(prompt, observation)),
@@ -65,7 +65,7 @@ def _as_blocks(content: Content) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-async def answer_turn(spec: EnvironmentSpec, seat: Seat, said: Said) -> Answer:
+async def answer_turn(spec: EnvironmentSpec, handle: Handle, said: Said) -> Answer:
     """What comes back for a turn: of tools where it calls any, else of the environment's `step`, else nothing.
 
     Raises:
@@ -73,23 +73,23 @@ async def answer_turn(spec: EnvironmentSpec, seat: Seat, said: Said) -> Answer:
     """
     began = anyio.current_time()
     if said.calls:
-        answer = await _call_tools(spec, seat, said)
+        answer = await _call_tools(spec, handle, said)
     elif spec.has_step:
-        answer = await _take_step(spec, seat, said)
+        answer = await _take_step(spec, handle, said)
     else:
         answer = Answer(said=said.message, done=True)
     return msgspec.structs.replace(answer, seconds=anyio.current_time() - began)
 
 
-async def _take_step(spec: EnvironmentSpec, seat: Seat, said: Said) -> Answer:
-    result = await seat.step(said.text)
+async def _take_step(spec: EnvironmentSpec, handle: Handle, said: Said) -> Answer:
+    result = await handle.step(said.text)
     observation = result.observation or ""
     return Answer(
         said=said.message,
         messages=({"role": "user", "content": observation},) if observation or not result.done else (),
         done=result.done,
         reward=result.reward,
-        state=await seat.state_id(observation) if spec.has_state_id else None,
+        state=await handle.state_id(observation) if spec.has_state_id else None,
         info=result.info,
     )
 
@@ -103,7 +103,7 @@ class _Made(NamedTuple):
     seconds: float
 
 
-async def _call_tools(spec: EnvironmentSpec, seat: Seat, said: Said) -> Answer:
+async def _call_tools(spec: EnvironmentSpec, handle: Handle, said: Said) -> Answer:
     at_once: list[_Made] = []
     together: list[Call] = []
     for call in said.calls:
@@ -113,15 +113,15 @@ async def _call_tools(spec: EnvironmentSpec, seat: Seat, said: Said) -> Answer:
         elif tool.is_async and _can_begin(tool, call):
             together.append(call)
         else:
-            at_once.append(await _made(seat, call))
-    made = [*at_once, *await _all_made(seat, together)]
+            at_once.append(await _made(handle, call))
+    made = [*at_once, *await _all_made(handle, together)]
     messages = tuple({"role": "tool", "name": each.call.name or "unknown", "content": each.content} for each in made)
     told = "\n".join(text_of(each.content) for each in made)
     return Answer(
         said=said.message,
         messages=messages,
         calls=tuple(_recorded(each) for each in made),
-        state=await seat.state_id(told) if spec.has_state_id else None,
+        state=await handle.state_id(told) if spec.has_state_id else None,
     )
 
 
@@ -132,14 +132,14 @@ def _can_begin(tool: ToolSpec, call: Call) -> bool:
     return given >= set(parameters.get("required", ())) and given <= parameters["properties"].keys()
 
 
-async def _all_made(seat: Seat, calls: list[Call]) -> list[_Made]:
+async def _all_made(handle: Handle, calls: list[Call]) -> list[_Made]:
     """Those of async tools, together. A fault of one is raised when all have ended."""
     made: dict[int, _Made] = {}
     faults: list[EnvironmentFault] = []
 
     async def make(index: int, call: Call) -> None:
         try:
-            made[index] = await _made(seat, call)
+            made[index] = await _made(handle, call)
         except EnvironmentFault as fault:
             faults.append(fault)
 
@@ -151,10 +151,10 @@ async def _all_made(seat: Seat, calls: list[Call]) -> list[_Made]:
     return [made[index] for index in range(len(calls))]
 
 
-async def _made(seat: Seat, call: Call) -> _Made:
+async def _made(handle: Handle, call: Call) -> _Made:
     began = anyio.current_time()
     try:
-        content = await seat.call(call.name, own_copy(call.arguments))
+        content = await handle.call(call.name, own_copy(call.arguments))
     except ToolError as error:
         return _failed(call, str(error), anyio.current_time() - began)
     return _Made(call, content, "", anyio.current_time() - began)

@@ -31,8 +31,8 @@ from troupe.policy import (
     opened_thought,
 )
 from troupe.rewards import Reward, RewardManager, RewardsConfig, exact_answer_reward
-from troupe.run.playing import Player, number_of_row
-from troupe.run.stage import NOTHING_GIVEN, Acting, Stage, default_rewards, load_acting, make_rewards
+from troupe.run.acting import NOTHING_GIVEN, Acting, ActingSetup, default_rewards, load_acting, make_rewards
+from troupe.run.held_out import HeldOutEpisodes, number_of_row
 from troupe.run.status import Progress
 from troupe.runtime.device import DeviceThread
 
@@ -135,13 +135,13 @@ async def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     tell: Callable[[Incident], None] | None = None,
-    stage: Stage | None = None,
+    acting_setup: ActingSetup | None = None,
     rows_at_once: int = 128,
 ) -> Evaluation:
     """Complete every row once and score it. Greedy where `generation.temperature` is 0, as it should be to compare.
 
     `progress` learns how many rows are completed, `tell` why a score is missing, when that is known; the gid of an
-    incident is the number of its row. `stage`: where the policy acts.
+    incident is the number of its row. `acting_setup`: where the policy acts.
     """
     if not len(dataset):
         raise InputError(f"{dataset.source}: no rows to evaluate")
@@ -152,26 +152,26 @@ async def evaluate(
     scores: dict[str, list[float]] = {}
     incidents: list[Incident] = []
 
-    player = None
-    if stage is not None:
-        stage.manager.listen(partial(_note, incidents, tell))
-        player = Player(stage, policy, once, device, seed=seed, progress=progress)
+    held_out = None
+    if acting_setup is not None:
+        acting_setup.manager.listen(partial(_note, incidents, tell))
+        held_out = HeldOutEpisodes(acting_setup, policy, once, device, seed=seed, progress=progress)
     for start in range(0, len(dataset), rows_at_once):
         places = range(start, min(start + rows_at_once, len(dataset)))
-        if player is None:
+        if held_out is None:
             groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0), progress)
         else:
-            groups = await player.play([_prompt_of(policy, dataset, prompt_ids, i, -1 - i) for i in places])
+            groups = await held_out.run([_prompt_of(policy, dataset, prompt_ids, i, -1 - i) for i in places])
         texts += [group.rollouts[0].text for group in groups]
         if rewards is not None:
             for result in await rewards.score_groups(groups, tell=partial(_note, None, tell)):
                 incidents += map(_by_row, result.incidents)
                 for name, (score,) in result.scores.items():
                     scores.setdefault(name, []).extend([] if score is None else [score])
-        if player is not None:
-            player.conversations.forget(())
-    if stage is not None:
-        stage.manager.listen(None)
+        if held_out is not None:
+            held_out.conversations.forget(())
+    if acting_setup is not None:
+        acting_setup.manager.listen(None)
     return Evaluation(
         rows=len(dataset),
         accuracy=_accuracy(dataset, texts),
@@ -294,9 +294,9 @@ async def evaluate_folder(
         await begun.enter_async_context(manager)
         policy = await device.run(partial(load_policy, model, dtype, adapter=adapter))
         policy.check_stop_ids()
-        stage = None if world is None else Stage.of(world, policy, data)
-        if stage is not None:
-            await begun.enter_async_context(stage.manager)
+        acting_setup = None if world is None else ActingSetup.of(world, policy, data)
+        if acting_setup is not None:
+            await begun.enter_async_context(acting_setup.manager)
         positions = policy.config.max_position_embeddings
         limit = min(data.max_prompt_tokens or positions, positions - 1)
         prompt_ids = tokenize_prompts(
@@ -305,7 +305,7 @@ async def evaluate_folder(
             data,
             max_tokens=limit,
             vocab_size=policy.config.vocab_size,
-            tell=None if stage is None else stage.opening,
+            tell=None if acting_setup is None else acting_setup.opening,
         )
         return await evaluate(
             policy,
@@ -316,5 +316,5 @@ async def evaluate_folder(
             rewards=manager,
             seed=seed,
             progress=progress,
-            stage=stage,
+            acting_setup=acting_setup,
         )

@@ -11,9 +11,9 @@ from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.grpo import LearnerConfig
 from troupe.policy import is_on_cpu
+from troupe.run.acting import sessions_of
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
-from troupe.run.stage import sessions_of
 from troupe.run.wiring import Wiring
 from troupe.runtime.actor import Actor
 
@@ -62,15 +62,15 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
 
 def acting_config(prepared: Prepared) -> ActingConfig:
     """What episodes are sampled with."""
-    config, stage = prepared.config, prepared.inputs.stage
-    assert stage is not None
+    config, acting_setup = prepared.config, prepared.inputs.acting_setup
+    assert acting_setup is not None
     return ActingConfig(
         seed=config.seed,
         limits=EpisodeLimits(
             num_generations=config.generation.num_generations,
             max_completion_length=config.generation.max_completion_length,
-            context=stage.rules.context,
-            max_turns=stage.rules.max_turns,
+            context=acting_setup.rules.context,
+            max_turns=acting_setup.rules.max_turns,
         ),
         sessions=sessions_of(config.schedule),
         most_at_once=_most_at_once(prepared),
@@ -103,7 +103,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
             on_cpu=is_on_cpu(),
             blas_threads=schedule.blas_threads,
             records_experts=records_experts(config.learner),
-            acts=acting_config(prepared) if prepared.inputs.stage is not None else None,
+            acts=acting_config(prepared) if prepared.inputs.acting_setup is not None else None,
             limit_gb=prepared.memory.generator_limit_gb,
         )
         for number in range(processes)

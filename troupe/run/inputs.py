@@ -18,17 +18,18 @@ from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
 from troupe.records.metric_names import check_metric
 from troupe.rewards import Reward, RewardManager
-from troupe.run.config import RunConfig
-from troupe.run.resume.check import Resumption
-from troupe.run.stage import (
+from troupe.run.acting import (
     NOTHING_GIVEN,
     Acting,
+    ActingSetup,
     ActingWorld,
-    Stage,
+    check_turn_advantages,
     default_rewards,
     load_acting,
     make_rewards,
 )
+from troupe.run.config import RunConfig
+from troupe.run.resume.check import Resumption
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
@@ -63,7 +64,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
-    stage: Stage | None = None
+    acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
     total_steps: int
     description: str
@@ -88,7 +89,7 @@ def load_inputs(
     first = _SHOWN_ROWS if to_show and not resume else None
     dataset = PromptDataset.load(data.path, data, first=first)
     held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
-    world = load_acting(config.environment, acting)
+    world = _load_world(config, acting)
     rewards, config = _rewards(config, given, dataset, held_out, world)
     notices = _best_by(config, rewards, resumption)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
@@ -98,16 +99,16 @@ def load_inputs(
     if not resume:
         policy.check_stop_ids()
     config = _dated(config, policy, begins=not resume)
-    stage = None if world is None else Stage.of(world, policy, config.data)
-    prompts = _tell_prompts(dataset, held_out, policy, config, stage, resumption)
+    acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
+    prompts = _tell_prompts(dataset, held_out, policy, config, acting_setup, resumption)
     longest = max(map(len, prompts.prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
     notices += lowered
     opened = partial(opened_thought, policy.tokenizer)
     notices += _about(config, policy, opened(dataset[0].prompt, prompts.prompt_ids[0]))
-    if stage is not None:
-        stage = stage.within(longest, config.generation.max_completion_length)
-        notices += stage.notices(config)
+    if acting_setup is not None:
+        acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
+        notices += acting_setup.notices(config)
     return Inputs(
         config=config,
         source=policy.path,
@@ -125,7 +126,7 @@ def load_inputs(
         evaluation=prompts.evaluation,
         rewards=rewards,
         longest_prompt=longest,
-        stage=stage,
+        acting_setup=acting_setup,
         total_steps=count_steps(
             dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
         ),
@@ -147,16 +148,16 @@ def _tell_prompts(
     held_out: PromptDataset | None,
     policy: Policy,
     config: RunConfig,
-    stage: Stage | None,
+    acting_setup: ActingSetup | None,
     resumption: Resumption | None,
 ) -> _Told:
     kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
     keeps_unknown = kept == config.data.chat_template_kwargs
-    prompt_ids = _tokenized(dataset, policy, config, stage, keeps_unknown=keeps_unknown)
+    prompt_ids = _tokenized(dataset, policy, config, acting_setup, keeps_unknown=keeps_unknown)
     described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     if held_out is None:
         return _Told(prompt_ids, None, described)
-    held_out_ids = _tokenized(held_out, policy, config, stage, keeps_unknown=keeps_unknown)
+    held_out_ids = _tokenized(held_out, policy, config, acting_setup, keeps_unknown=keeps_unknown)
     described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     return _Told(prompt_ids, EvalSet(dataset=held_out, prompt_ids=held_out_ids), described)
 
@@ -167,6 +168,12 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
     if "think_format" in config.rewards.functions:
         notices += think_notices(policy.tokenizer, opened)
     return notices
+
+
+def _load_world(config: RunConfig, given: Acting) -> ActingWorld | None:
+    world = load_acting(config.environment, given)
+    check_turn_advantages(config.learner, world)
+    return world
 
 
 def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
@@ -216,7 +223,7 @@ def _check_reference(learner: LearnerConfig) -> None:
 
 
 def _tokenized(
-    rows: PromptDataset, policy: Policy, config: RunConfig, stage: Stage | None, *, keeps_unknown: bool
+    rows: PromptDataset, policy: Policy, config: RunConfig, acting_setup: ActingSetup | None, *, keeps_unknown: bool
 ) -> list[tuple[int, ...]]:
     positions = policy.config.max_position_embeddings
     return tokenize_prompts(
@@ -226,7 +233,7 @@ def _tokenized(
         max_tokens=min(config.data.max_prompt_tokens or positions, positions - 1),
         vocab_size=policy.config.vocab_size,
         keeps_unknown=keeps_unknown,
-        tell=None if stage is None else stage.opening,
+        tell=None if acting_setup is None else acting_setup.opening,
     )
 
 

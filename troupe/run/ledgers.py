@@ -74,7 +74,9 @@ class Ledgers:
         """Groups that the Generator has sent on while the round that they are part of is still being decoded."""
         self.recorded = dict(restored.recorded)
         """Gid → groups that were sampled and scored before the run was resumed."""
-        self.conversations = None if prepared.inputs.stage is None else prepared.inputs.stage.conversations()
+        self.conversations = (
+            None if prepared.inputs.acting_setup is None else prepared.inputs.acting_setup.conversations()
+        )
         """What was said in the episodes that are under way, where the policy acts."""
         self.tally = Tally()
         self.sinks = Sinks(

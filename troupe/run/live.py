@@ -151,7 +151,11 @@ class LiveRun:
             self._ended.set()
 
     async def _run(self) -> None:
-        rewards, stage, pipeline = self._prepared.inputs.rewards, self._prepared.inputs.stage, self._pipeline
+        rewards, acting_setup, pipeline = (
+            self._prepared.inputs.rewards,
+            self._prepared.inputs.acting_setup,
+            self._pipeline,
+        )
         pipeline.ledgers.sinks.open()
         try:
             await _beside(self._work, self._tell_sinks)
@@ -159,9 +163,9 @@ class LiveRun:
             with self._progress.at("stopping the rewards"):
                 for incident in await rewards.stop():
                     pipeline.tell(incident)
-            if stage is not None:
-                stage.manager.listen(pipeline.tell)
-                await stage.manager.stop()
+            if acting_setup is not None:
+                acting_setup.manager.listen(pipeline.tell)
+                await acting_setup.manager.stop()
             for incident in pipeline.unread_incidents:
                 pipeline.tell(incident)
             with anyio.CancelScope(shield=True):
@@ -181,11 +185,11 @@ class LiveRun:
                 self._prepared.inputs.rewards.trust()
             with self._progress.at("starting the rewards"):
                 await self._start_rewards()
-            if (stage := self._prepared.inputs.stage) is not None:
+            if (acting_setup := self._prepared.inputs.acting_setup) is not None:
                 if self._prepared.start.checkpoint is not None:
-                    stage.manager.trust()
+                    acting_setup.manager.trust()
                 with self._progress.at("starting the environments"):
-                    await stage.manager.start()
+                    await acting_setup.manager.start()
             await _beside(self._train, self._requests.run)
         if self._stopping:
             with self._progress.at(f"saving step {self._pipeline.learner.version:,}"):
@@ -245,7 +249,7 @@ class LiveRun:
                 rewards=inputs.rewards,
                 progress=progress,
                 tell=tell,
-                stage=inputs.stage,
+                acting_setup=inputs.acting_setup,
             )
 
     async def _tell_sinks(self) -> None:

@@ -139,7 +139,7 @@ def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[]
             rows=prepared.inputs.schedule.rows,
         ),
         recorded=ledgers.recorded,
-        settled=None if prepared.inputs.stage is None else prepared.inputs.stage.manager.settled,
+        settled=None if prepared.inputs.acting_setup is None else prepared.inputs.acting_setup.manager.settled,
         report=wiring.reporters["scorer"],
     )
 

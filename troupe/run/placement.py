@@ -5,10 +5,10 @@ import msgspec
 
 from troupe.errors import ConfigError
 from troupe.policy import DTYPES, NetworkConfig
+from troupe.run.acting import sessions_of
 from troupe.run.config import RunConfig
 from troupe.run.inputs import Inputs
 from troupe.run.memory import Plan, plan_memory
-from troupe.run.stage import sessions_of
 from troupe.run.workload import Workload
 from troupe.runtime import linux_cpu
 
@@ -50,12 +50,12 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
 
 def _of_episodes(config: RunConfig, inputs: Inputs) -> dict[str, int]:
     """What the memory of a run that acts follows from besides."""
-    stage = inputs.stage
-    if stage is None:
+    acting_setup = inputs.acting_setup
+    if acting_setup is None:
         return {}
-    longest = stage.rules.context - config.generation.max_completion_length
+    longest = acting_setup.rules.context - config.generation.max_completion_length
     sessions = {"sessions": sessions_of(config.schedule)}
-    return sessions | ({"longest_history": longest} if stage.begins_rows else {})
+    return sessions | ({"longest_history": longest} if acting_setup.begins_rows else {})
 
 
 def _worthwhile(config: RunConfig, policy: NetworkConfig, longest_prompt: int, machine: Machine) -> int:

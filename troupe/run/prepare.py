@@ -25,6 +25,7 @@ from troupe.records.standing import Change
 from troupe.records.store.answers import stored_answers
 from troupe.records.store.write import check_store
 from troupe.rewards import Reward, RewardManager
+from troupe.run.acting import NOTHING_GIVEN, Acting
 from troupe.run.config import RunConfig, check_config
 from troupe.run.folder import run_folder
 from troupe.run.inputs import Inputs, load_inputs
@@ -41,7 +42,6 @@ from troupe.run.resume.newest import (
     restored_free,
     restored_pinned,
 )
-from troupe.run.stage import NOTHING_GIVEN, Acting
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import arithmetic
 from troupe.runtime.memory import check_wired_limit
@@ -123,8 +123,8 @@ def prepare(
     if resumption is not None:
         resumption = resumption.compared(memory.config)
     start = start_run(folder, memory.config, inputs, resumption, resume=resume)
-    if inputs.stage is not None and resumption is not None and not _ACTING & resumption.changed:
-        inputs.stage.recall(stored_answers(folder / STORE, start.first_step))
+    if inputs.acting_setup is not None and resumption is not None and not _ACTING & resumption.changed:
+        inputs.acting_setup.recall(stored_answers(folder / STORE, start.first_step))
     return Prepared(
         config=msgspec.structs.replace(memory.config, output=str(folder)),
         folder=folder,

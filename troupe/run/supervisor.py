@@ -27,6 +27,7 @@ from troupe.messages import (
     Update,
 )
 from troupe.rewards import Reward
+from troupe.run.acting import Acting
 from troupe.run.beside import Exchange, Requests, Setting
 from troupe.run.config import RunConfig, check_config
 from troupe.run.folder import RunFolder
@@ -36,7 +37,6 @@ from troupe.run.pipeline import Pipeline, build_pipeline
 from troupe.run.prepare import Prepared
 from troupe.run.result import RunResult, remove_summary
 from troupe.run.resume.changes import ChangesLog, check_change
-from troupe.run.stage import Acting
 from troupe.run.status import Progress
 from troupe.run.tables import anchored_reward
 

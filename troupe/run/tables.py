@@ -5,7 +5,9 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
+from troupe.environments.adapters import ADAPTERS
 from troupe.errors import ConfigError
 from troupe.runtime.files import expanded
 
@@ -54,12 +56,28 @@ def anchored_environment(table: Mapping[str, Any], base: Path) -> dict[str, Any]
     anchored = dict(table)
     factory, tools = table.get("factory"), table.get("tools")
     if isinstance(factory, Mapping):
-        anchored["factory"] = {name: anchored_reward(spec, base) for name, spec in factory.items()}
+        anchored["factory"] = {name: _anchored_factory(spec, base) for name, spec in factory.items()}
     elif factory is not None:
-        anchored["factory"] = anchored_reward(factory, base)
+        anchored["factory"] = _anchored_factory(factory, base)
     if isinstance(tools, list | tuple):
         anchored["tools"] = [anchored_reward(spec, base) for spec in tools]
     return anchored
+
+
+def _anchored_factory(spec: Any, base: Path) -> Any:
+    """As `anchored_reward`; of what an adapter takes, also the files that its options name."""
+    prefix, colon, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    if not colon or prefix not in ADAPTERS:
+        return anchored_reward(spec, base)
+    name, mark, query = rest.partition("?")
+    options = [_anchored_option(part, base) for part in query.split("&")]
+    return f"{prefix}:{anchored_reward(name, base)}{mark}{'&'.join(options)}"
+
+
+def _anchored_option(part: str, base: Path) -> str:
+    key, equals, value = part.partition("=")
+    anchored = anchored_reward(unquote(value), base)
+    return part if anchored == unquote(value) else f"{key}{equals}{quote(anchored, safe='/:')}"
 
 
 def copied(table: Mapping[str, Any]) -> dict[str, Any]:

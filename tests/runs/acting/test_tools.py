@@ -163,6 +163,12 @@ def test_most_turns_are_counted_as_trl_does_with_one_more(caller: Path, tmp_path
         pytest.param({"environment__max_turns": 0}, ConfigError, ["environment.max_turns is 0"], id="no turn"),
         pytest.param({"tools": ["bare"]}, WorldError, ["tools.py", "bare"], id="a tool without hints"),
         pytest.param({"tools": ["nobody"]}, WorldError, ["tools.py", "nobody"], id="no such tool"),
+        pytest.param(
+            {"learner__turn_advantages": "gigpo"},
+            ConfigError,
+            ["turn_advantages", "state_id"],
+            id="states without names",
+        ),
         pytest.param({"data__chat": "auto"}, WorldError, ["prompts.json", "data.chat"], id="texts are no conversation"),
     ],
 )

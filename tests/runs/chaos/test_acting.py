@@ -29,7 +29,7 @@ def drive(plan: Plan, *, most_delay_s: float = 0.0) -> tuple[Report, FakeAnswers
     """A run of the plan, in which the policy acts; environments take up to so many virtual seconds."""
     dice = random.Random(plan.seed)
     answers = FakeAnswers(lambda: dice.random() ** 4 * most_delay_s)
-    stage: Any = SimpleNamespace(
+    acting_setup: Any = SimpleNamespace(
         manager=answers, conversations=lambda: conversations_of(answers), rules=Rules(context=CONTEXT)
     )
     with TemporaryDirectory(prefix="troupe-acting-") as folder:
@@ -38,7 +38,9 @@ def drive(plan: Plan, *, most_delay_s: float = 0.0) -> tuple[Report, FakeAnswers
         config = msgspec.structs.replace(config, generation=generation)
         chaos, ledger = Chaos(plan), Ledger((plan.max_staleness + 1) * plan.prompts)
         rewards = rewards_of(chaos)
-        prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows, stage=stage)
+        prepared = prepared_run(
+            config, RewardManager(rewards, config=config.rewards), plan.rows, acting_setup=acting_setup
+        )
         run = Supervisor(config, factories=virtual_factories(prepared, chaos, ledger))
         with seeded(plan.seed):
             report = virtual_time.run(perform, run, chaos, ledger, rewards[0])

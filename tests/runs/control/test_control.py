@@ -251,7 +251,7 @@ def test_the_status_names_every_live_group_and_who_has_it(tmp_path: Path) -> Non
         assert {group.slot.step for group in status.groups} == {0, 1}
         assert all(19 < group.age_s <= 20 for group in status.groups)
         assert not any(group.waiting for group in status.groups)
-        assert "of group 0 for" in status.doing["scorer"]
+        assert "4 × score waits" in status.doing["scorer"]
         released.set()
 
     virtual = VirtualRun(tmp_path, waits)

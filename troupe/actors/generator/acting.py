@@ -12,7 +12,7 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from troupe.actors.generator.episodes import EpisodeLimits, Episodes
-from troupe.actors.generator.table import Table
+from troupe.actors.generator.pool import Pool
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Observation, Prompt, RolloutGroup, ScoredGroup, TurnTaken
 from troupe.policy import CompletedTurn, OpenSession, RolloutEngine, Weights
@@ -88,11 +88,11 @@ class ActingGenerator(Actor):
         self._asker = next(_ASKERS)
         self._engine: RolloutEngine
         self._at_device = anyio.Lock()  # which gives turns in the order of asking
-        self._playing: dict[int, tuple[Table, Episodes]] = {}
-        """Group → where it is played, until it is handed over."""
+        self._open: dict[int, tuple[Pool, Episodes]] = {}
+        """Group → what it is decoded with, until it is handed over."""
         self._waiting: deque[Prompt] = deque()
         """Free schedule: prompts whose episodes were not begun yet."""
-        self._free: Table | None = None
+        self._free: Pool | None = None
         self._served_by: OpenSession
 
     @property
@@ -112,108 +112,108 @@ class ActingGenerator(Actor):
         elif self._config.most_at_once is not None:
             self._waiting.append(message)
             if self._free is None:
-                self._free = Table()
-                await self.tasks.start(self._play_free, self._free, self._config.most_at_once)
+                self._free = Pool()
+                await self.tasks.start(self._run_free, self._free, self._config.most_at_once)
             self._free.tell()
         elif prompts := self._rounds.gather(message):
-            await self.tasks.start(self._play_pinned, prompts)
+            await self.tasks.start(self._run_pinned, prompts)
 
     async def _hear(self, observation: Observation) -> None:
-        if observation.gid not in self._playing or observation.asker != self._asker:
+        if observation.gid not in self._open or observation.asker != self._asker:
             return
-        table, episodes = self._playing[observation.gid]
+        pool, episodes = self._open[observation.gid]
         if (row := episodes.observe(observation)) is not None:
-            table.over.append(row)
+            pool.over.append(row)
         for group in episodes.pop_finished():
             await self._rounds.hand_over(group)
-            del self._playing[group.prompt.gid]
-        table.tell()
+            del self._open[group.prompt.gid]
+        pool.tell()
 
-    async def _play_pinned(self, prompts: list[Prompt], *, task_status: TaskStatus[None]) -> None:
+    async def _run_pinned(self, prompts: list[Prompt], *, task_status: TaskStatus[None]) -> None:
         with self.inbox.kept_open():
             task_status.started()
             if await self._rounds.left(prompts, as_one=True):
                 step = prompts[0].slot.step
-                await self._play_round(prompts, step, self._board.pinned_for(step))
+                await self._run_round(prompts, step, self._board.pinned_for(step))
             self._rounds.finish(prompts)
 
-    async def _play_round(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
-        table = Table()
-        await self._begin(prompts, table)
+    async def _run_round(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
+        pool = Pool()
+        await self._begin(prompts, pool)
         with self.report.span("wait for policy", step=step, kind="wait"):
             await self._board.get(version)
-        while self._is_played(prompts):
-            if table.waiting or not table.ready:
-                await table.news()
+        while self._are_open(prompts):
+            if pool.waiting or not pool.ready:
+                await pool.news()
                 continue
             async with self._at_device:
                 self._engine.load(await self._board.get(version), version)
-                await self._decode(table, step)
-        await self._leave(table)
+                await self._decode(pool, step)
+        await self._leave(pool)
 
-    async def _play_free(self, table: Table, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
+    async def _run_free(self, pool: Pool, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
         with self.inbox.kept_open():
             task_status.started()
-            while await self._turn_over(table):
-                if table.ready:
-                    await self._decode_newest(table, most_at_once)
+            while await self._turn_over(pool):
+                if pool.ready:
+                    await self._decode_newest(pool, most_at_once)
                 else:
-                    await table.news()
+                    await pool.news()
                     await anyio.sleep(_GATHERS_S)
             self._free = None
-        await self._leave(table)
+        await self._leave(pool)
 
-    async def _turn_over(self, table: Table) -> bool:
-        """Be done with prompts whose groups were handed over, and begin those that came → whether any are played."""
-        for prompt in [each for each in table.prompts if not self._is_played([each])]:
-            table.prompts.remove(prompt)
+    async def _turn_over(self, pool: Pool) -> bool:
+        """Be done with prompts whose groups were handed over, and begin those that came → whether any are open."""
+        for prompt in [each for each in pool.prompts if not self._are_open([each])]:
+            pool.prompts.remove(prompt)
             self._rounds.finish([prompt])
-        table.episodes = [each for each in table.episodes if not each.ended]
+        pool.episodes = [each for each in pool.episodes if not each.ended]
         while self._waiting:
             prompt = self._waiting.popleft()
             if await self._rounds.left([prompt], as_one=False):
-                table.prompts.append(prompt)
-                await self._begin([prompt], table)
+                pool.prompts.append(prompt)
+                await self._begin([prompt], pool)
             else:
                 self._rounds.finish([prompt])
-        return bool(table.prompts)
+        return bool(pool.prompts)
 
-    async def _decode_newest(self, table: Table, most_at_once: int) -> None:
+    async def _decode_newest(self, pool: Pool, most_at_once: int) -> None:
         """Decode what is ready, and what becomes so meanwhile, until nothing is under way."""
         version, weights = await self._board.newer_than(-1)
         self._engine.load(weights, version)
-        if table.session is None:
-            self._served_by = table.session = await self._device.run(self._engine.open_session, plain=True)
+        if pool.session is None:
+            self._served_by = pool.session = await self._device.run(self._engine.open_session, plain=True)
         session = self._served_by
-        session.join(table.requests(most_at_once))
+        session.join(pool.requests(most_at_once))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._follow, version)
-            tasks.start_soon(self._join_more, table, session, most_at_once)
+            tasks.start_soon(self._join_more, pool, session, most_at_once)
             with self.report.span("generate"):
-                while table.under_way:
-                    await self._read(table, self._timed(table, self._served(table, session)), None, session.end)
+                while pool.under_way:
+                    await self._read(pool, self._timed(pool, self._served(pool, session)), None, session.end)
             tasks.cancel_scope.cancel()
         self._engine.release()
 
-    def _served(self, table: Table, session: OpenSession) -> Callable[[], Iterator[list[CompletedTurn]]]:
+    def _served(self, pool: Pool, session: OpenSession) -> Callable[[], Iterator[list[CompletedTurn]]]:
         """What decodes until nothing is under way. Of rows that have ended, some lie with the others until then."""
 
         def serve() -> Iterator[list[CompletedTurn]]:
             ended: list[tuple[int, ...]] = []
             for turns in session.serve():
                 yield turns
-                ended += table.over
-                table.forget()
+                ended += pool.over
+                pool.forget()
             session.forget(ended)
 
         return serve
 
-    async def _join_more(self, table: Table, session: OpenSession, most_at_once: int) -> None:
+    async def _join_more(self, pool: Pool, session: OpenSession, most_at_once: int) -> None:
         while True:
-            await table.news()
-            await self._turn_over(table)
-            if table.under_way:  # else it is ending
-                session.join(table.requests(most_at_once))
+            await pool.news()
+            await self._turn_over(pool)
+            if pool.under_way:  # else it is ending
+                session.join(pool.requests(most_at_once))
 
     async def _follow(self, version: int) -> None:
         """Have every version that is newer used from the next token on."""
@@ -221,61 +221,61 @@ class ActingGenerator(Actor):
             version, weights = await self._board.newer_than(version)
             self._engine.load(weights, version)
 
-    async def _begin(self, prompts: Sequence[Prompt], table: Table) -> None:
+    async def _begin(self, prompts: Sequence[Prompt], pool: Pool) -> None:
         """Have the environments of these begun."""
         config = self._config
         episodes = Episodes(prompts, config.limits, seed=config.seed, decode_text=self._decode_text)
-        table.episodes.append(episodes)
-        self._playing |= {prompt.gid: (table, episodes) for prompt in prompts}
+        pool.episodes.append(episodes)
+        self._open |= {prompt.gid: (pool, episodes) for prompt in prompts}
         for turn in episodes.openings:
             await self._ask(turn)
 
-    def _is_played(self, prompts: Sequence[Prompt]) -> bool:
-        return any(prompt.gid in self._playing for prompt in prompts)
+    def _are_open(self, prompts: Sequence[Prompt]) -> bool:
+        return any(prompt.gid in self._open for prompt in prompts)
 
     async def _ask(self, turn: TurnTaken) -> None:
         await self._turns.send(msgspec.structs.replace(turn, asker=self._asker))
 
-    async def _decode(self, table: Table, step: int) -> None:
-        """Decode what is ready at a table, together."""
-        requests = table.requests()
+    async def _decode(self, pool: Pool, step: int) -> None:
+        """Decode what is ready at a pool, together."""
+        requests = pool.requests()
 
         def decoding() -> Iterator[list[CompletedTurn]]:
-            if table.session is None:
-                table.session = self._engine.session(sessions=self._config.sessions)
-            table.forget()
-            return table.session.decode(requests)
+            if pool.session is None:
+                pool.session = self._engine.session(sessions=self._config.sessions)
+            pool.forget()
+            return pool.session.decode(requests)
 
         with self.report.span("generate", step=step):
-            await self._read(table, self._timed(table, decoding), step)
+            await self._read(pool, self._timed(pool, decoding), step)
             self._engine.release()  # the next step has other weights, and the learner needs room
 
     async def _read(
         self,
-        table: Table,
+        pool: Pool,
         decoding: Iterator[_Decoded],
         step: int | None,
         at_rest: Callable[[], None] = lambda: None,
     ) -> None:
         """Ask about each turn when it has ended. `at_rest` is called when none is under way."""
-        async with self._device.iterate(decoding, on_leave=partial(self._abandon, table)) as decoded:
+        async with self._device.iterate(decoding, on_leave=partial(self._abandon, pool)) as decoded:
             while item := await decoded.next():
                 for name, start_s, end_s in item.computed:
                     self.report.record(name, start_s, end_s, step=step)
                 for turn in item.turns:
-                    await self._ask(table.add(turn))
-                if not table.under_way:
+                    await self._ask(pool.add(turn))
+                if not pool.under_way:
                     at_rest()
-                table.tell()  # there may be room for others
+                pool.tell()  # there may be room for others
 
-    def _abandon(self, table: Table) -> None:
-        table.is_left = True
+    def _abandon(self, pool: Pool) -> None:
+        pool.is_left = True
         self._engine.abort()
 
-    def _timed(self, table: Table, begin: Callable[[], Iterator[list[CompletedTurn]]]) -> Iterator[_Decoded]:
+    def _timed(self, pool: Pool, begin: Callable[[], Iterator[list[CompletedTurn]]]) -> Iterator[_Decoded]:
         """Turns as they end, and when the device worked for them; for its thread."""
         decoding = begin()
-        if table.is_left:  # before it began, which has forgotten the abort
+        if pool.is_left:  # before it began, which has forgotten the abort
             self._engine.abort()
         computed: list[tuple[str, float, float]] = []
         start_s = time.perf_counter()
@@ -287,6 +287,6 @@ class ActingGenerator(Actor):
                 computed = []
             start_s = time.perf_counter()
 
-    async def _leave(self, table: Table) -> None:
-        if table.session is not None:
-            await self._device.run(table.session.close, plain=True)
+    async def _leave(self, pool: Pool) -> None:
+        if pool.session is not None:
+            await self._device.run(pool.session.close, plain=True)

@@ -1,8 +1,8 @@
 """Episodes as the generator sees them, in token ids: which samples wait, what is to be decoded next, and the rollouts
 that come of it.
 
-Nothing here decodes, asks or waits. Whoever plays sends the turns that are to be answered, tells what came back, and
-decodes the requests; so a run, an evaluation and a test play in the same way.
+Nothing here decodes, asks or waits. Whoever runs them sends the turns that are to be answered, tells what came back,
+and decodes the requests; so a run, an evaluation and a test run them in the same way.
 """
 
 from collections import deque

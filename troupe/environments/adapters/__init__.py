@@ -19,7 +19,9 @@ class Place(NamedTuple):
     """Of Troupe's that installs the package."""
 
 
-ADAPTERS: dict[str, Place] = {}
+ADAPTERS: dict[str, Place] = {
+    name: Place(f"{__name__}.{name}", name) for name in ("gymnasium", "openenv", "textarena", "verifiers")
+}
 """Prefix → place."""
 
 

@@ -1,4 +1,4 @@
-"""A seat without arm's length: an environment and functions called in place."""
+"""A handle without arm's length: an environment and functions called in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from troupe.environments.describing import describe, describe_tool
 from troupe.environments.results import checked_reset, checked_state, checked_step, tool_content
 
 
-class PlainSeat:
+class PlainHandle:
     """Calls what it is given, and remembers what was asked."""
 
     def __init__(self, environment: Any = None, functions: Sequence[Callable[..., Any]] = ()) -> None:

@@ -9,7 +9,7 @@ from troupe.actors.conversations import Conversations
 from troupe.actors.generator.episodes import EpisodeLimits, Episodes
 from troupe.messages import Prompt, RolloutGroup, TurnTaken
 from troupe.policy import CompletedTurn, GenerationConfig, Policy, TurnRequest, TurnSession
-from troupe.run.stage import Stage
+from troupe.run.acting import ActingSetup
 from troupe.run.status import Progress
 from troupe.runtime.device import DeviceThread
 
@@ -19,12 +19,12 @@ def number_of_row(gid: int) -> int:
     return -1 - gid if gid < 0 else gid
 
 
-class Player:
-    """Plays held-out rows with one policy."""
+class HeldOutEpisodes:
+    """Runs held-out rows with one policy."""
 
     def __init__(
         self,
-        stage: Stage,
+        acting_setup: ActingSetup,
         policy: Policy,
         generation: GenerationConfig,
         device: DeviceThread,
@@ -33,20 +33,20 @@ class Player:
         progress: Progress | None = None,
     ) -> None:
         """`progress` is told of each sample that has ended."""
-        self.conversations: Conversations = stage.conversations()
+        self.conversations: Conversations = acting_setup.conversations()
         """To be forgotten when their groups are scored."""
         self._policy, self._device, self._seed, self._progress = policy, device, seed, progress
         self._engine = policy.engine(generation)
         self._limits = EpisodeLimits(
             num_generations=generation.num_generations,
             max_completion_length=generation.max_completion_length,
-            context=stage.rules.context,
-            max_turns=stage.rules.max_turns,
+            context=acting_setup.rules.context,
+            max_turns=acting_setup.rules.max_turns,
         )
         self._news = anyio.Event()
 
-    async def play(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        """Play all prompts together, in turns → their groups with episodes, in order."""
+    async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        """Run the episodes of all prompts together, in turns → their groups with episodes, in order."""
         episodes = Episodes(prompts, self._limits, seed=self._seed, decode_text=self._policy.tokenizer.decode_sampled)
         session = await self._device.run(self._engine.session, plain=True)
         try:

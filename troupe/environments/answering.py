@@ -1,4 +1,4 @@
-"""Playing the turns of episodes: each in its turn at the gate, on a seat of its own, and saved afterwards."""
+"""Answering the turns of episodes: each in its turn at the gate, on a handle of its own, and saved afterwards."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import msgspec
 from troupe.environments.convention import EnvironmentFault, Said, World
 from troupe.environments.events import Ending, EnvironmentEvents
 from troupe.environments.gate import Gate
+from troupe.environments.handles import Handle, Talk, told
 from troupe.environments.ledger import ENDING
 from troupe.environments.live import Died, Gone, Late, Raised, Runner
 from troupe.environments.processes.runner import ProcessRunner
 from troupe.environments.runners import LocalRunner
-from troupe.environments.seats import Seat, Talk, told
 from troupe.environments.settings import EnvironmentConfig
 from troupe.environments.turns import answer_turn, open_episode
 from troupe.messages.episodes import Answer
@@ -61,8 +61,8 @@ async def ended(tasks: Collection[asyncio.Task[Any]], grace_s: float) -> None:
                 task.cancel()
 
 
-class Player:
-    """Plays the turns of all episodes of a world."""
+class Answerer:
+    """Asking the turns of all episodes of a world."""
 
     def __init__(
         self,
@@ -110,24 +110,24 @@ class Player:
     async def _opened(self, talk: Talk) -> Answer:
         self.lose(talk)
         async with self._places:
-            seat = self._seat(talk, 0, [])
-            answer = await _PLAYS.open(talk, seat)
-            return await self._saved(talk, 0, seat, answer)
+            handle = self._handle(talk, 0, [])
+            answer = await _ASKING.open(talk, handle)
+            return await self._saved(talk, 0, handle, answer)
 
     async def _answered(self, talk: Talk, turn: int, answers: list[Answer], said: Said) -> Answer:
         async with self._places:
-            seat = self._seat(talk, turn, answers)
-            answer = await _PLAYS.answer(talk, seat, said)
-            return await self._saved(talk, turn, seat, answer)
+            handle = self._handle(talk, turn, answers)
+            answer = await _ASKING.answer(talk, handle, said)
+            return await self._saved(talk, turn, handle, answer)
 
     async def _ended(self, talk: Talk, answers: list[Answer]) -> Answer:
         wanted = talk.spec.has_reward or self._wants_attributes or (talk.live is not None and not talk.live.is_lost)
         if not talk.spec.is_live or not wanted:
             return Ending().answer
         async with self._places:
-            seat = self._seat(talk, ENDING, answers)
+            handle = self._handle(talk, ENDING, answers)
             try:
-                reward, attributes = await seat.end()
+                reward, attributes = await handle.end()
             except EnvironmentFault:
                 if talk.spec.has_reward or self._wants_attributes:
                     raise
@@ -139,13 +139,13 @@ class Player:
             self.errands.begin(self.runner.give_back(live))
         return Ending(reward=reward, attributes=attributes).answer
 
-    async def _saved(self, talk: Talk, turn: int, seat: Seat, answer: Answer) -> Answer:
+    async def _saved(self, talk: Talk, turn: int, handle: Handle, answer: Answer) -> Answer:
         """The answer, with what the environment has saved of itself after it."""
         talk.seen = turn
-        if not talk.spec.can_save or not seat.touched:
+        if not talk.spec.can_save or not handle.touched:
             return answer
         try:
-            return msgspec.structs.replace(answer, saved=await seat.save())
+            return msgspec.structs.replace(answer, saved=await handle.save())
         except (Died, Gone):  # that the process is gone shows when it is next needed
             return answer
         except (Raised, Late) as error:
@@ -153,14 +153,14 @@ class Player:
             self.events.once("environment_unsaved", talk.spec.name, what)
             return answer
 
-    def _seat(self, talk: Talk, turn: int, answers: list[Answer]) -> Seat:
-        return Seat(
+    def _handle(self, talk: Talk, turn: int, answers: list[Answer]) -> Handle:
+        return Handle(
             talk,
             turn,
             answers,
             self.runner,
             self._config,
-            plays=_PLAYS,
+            asking=_ASKING,
             tell=self.events.tell,
             pause=self.gates[talk.spec.name].pause,
         )
@@ -184,22 +184,22 @@ class Player:
             await self.runner.give_back(talk.live)
 
 
-class _Plays:
-    """How turns are played."""
+class _Asking:
+    """How turns are asked."""
 
-    async def open(self, talk: Talk, seat: Any) -> Answer:
+    async def open(self, talk: Talk, handle: Any) -> Answer:
         """The opening."""
-        return await self._alone(open_episode(talk.spec, seat, talk.prompt, talk.columns))
+        return await self._alone(open_episode(talk.spec, handle, talk.prompt, talk.columns))
 
-    async def answer(self, talk: Talk, seat: Any, said: Said) -> Answer:
+    async def answer(self, talk: Talk, handle: Any, said: Said) -> Answer:
         """A turn."""
-        return await self._alone(answer_turn(talk.spec, seat, said))
+        return await self._alone(answer_turn(talk.spec, handle, said))
 
-    async def _alone(self, playing: Coroutine[Any, Any, Answer]) -> Answer:
+    async def _alone(self, asked: Coroutine[Any, Any, Answer]) -> Answer:
         try:
-            return await playing
+            return await asked
         except BaseExceptionGroup as group:  # of tools that are called together
             raise first_fault(group) from None
 
 
-_PLAYS = _Plays()
+_ASKING = _Asking()

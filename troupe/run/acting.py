@@ -1,5 +1,5 @@
-"""Stage: where the policy acts. The tools and environments of a run, who runs them, and how what is said there becomes
-ids and is understood."""
+"""Where the policy acts: the tools and environments of a run, who runs them, and how what is said there becomes ids and
+is understood."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from troupe.environments.loading import Factory, check_rows, load_world
 from troupe.environments.manager import EnvironmentManager
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
+from troupe.grpo import LearnerConfig
 from troupe.messages import Answered, PromptText
 from troupe.policy import Policy, Tokenizer, opened_thought
 from troupe.policy.text.continuing import Continuer
@@ -98,6 +99,20 @@ def load_acting(config: EnvironmentConfig, given: Acting) -> ActingWorld | None:
     return ActingWorld(config, load_world(config, given.tools, given.environment_factory))
 
 
+def check_turn_advantages(learner: LearnerConfig, acting: ActingWorld | None) -> None:
+    """ConfigError where turns are to be compared that no environment names the states of."""
+    if learner.turn_advantages == "off":
+        return
+    specs = [] if acting is None else list(acting.world.environments.values())
+    if not any(spec.has_state_id for spec in specs):
+        names = ", ".join(spec.label for spec in specs if spec.label) or "there is no environment"
+        raise ConfigError(
+            f"learner.turn_advantages is {learner.turn_advantages!r}, which compares turns that began in the same "
+            f"state, but no environment says which are the same ({names}); give it a method "
+            "state_id(self, observation) -> str"
+        )
+
+
 def sessions_of(schedule: ScheduleConfig) -> int:
     """Rounds of episodes that a generator may have under way at once."""
     return 1 + schedule.max_staleness if schedule.mode == "pinned" else 1
@@ -140,8 +155,8 @@ def _looks(reward: Reward) -> bool:
     return callable(reward) and "environments" in Signature.of(reward).names
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """What episodes are played with."""
+class ActingSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What episodes are run with."""
 
     world: World
     manager: EnvironmentManager
@@ -153,7 +168,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be known of how it is talked with, one line each."""
 
     @classmethod
-    def of(cls, acting: ActingWorld, policy: Policy, data: DataConfig) -> Stage:
+    def of(cls, acting: ActingWorld, policy: Policy, data: DataConfig) -> ActingSetup:
         """That of a policy. ConfigError, ModelError for a chat template that cannot tell of tools or go on."""
         config, world = acting.config, acting.world
         words = {
@@ -183,7 +198,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
             told=tuple(dict.fromkeys(notices)),
         )
 
-    def within(self, longest_prompt: int, max_completion_length: int) -> Stage:
+    def within(self, longest_prompt: int, max_completion_length: int) -> ActingSetup:
         """With the bound for rows that memory is planned for: what an environment adds to a prompt, or a history that
         is told anew, may be as long as a completion."""
         most = longest_prompt + 2 * max_completion_length

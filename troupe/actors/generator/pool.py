@@ -1,4 +1,4 @@
-"""Table: episodes whose turns are decoded together, in one session of the engine."""
+"""Pool: episodes whose turns are decoded together, in one session of the engine."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from troupe.messages import Prompt, TurnTaken
 from troupe.policy import CompletedTurn, TurnRequest, TurnSession
 
 
-class Table:
+class Pool:
     """Episodes whose turns are decoded together, and what they share."""
 
     def __init__(self, episodes: Sequence[Episodes] = ()) -> None:
         self.episodes = list(episodes)
         self.prompts: list[Prompt] = []
-        """Free schedule: those that are played."""
+        """Free schedule: those that are open."""
         self.session: TurnSession | None = None
         """Of the engine; there from the first turn on."""
         self.is_left = False

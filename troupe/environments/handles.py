@@ -1,4 +1,4 @@
-"""Who plays an episode: the live environment that it has, how it comes by one, and what it may ask of it.
+"""Who answers an episode: the live environment that it has, how it comes by one, and what it may ask of it.
 
 An episode whose live environment is gone, with its process or because it was given up, is brought back when it next
 needs one: by what it has saved, and by doing once more what came after that.
@@ -43,13 +43,13 @@ class Talk:
         """Whether it was told already that it was brought back differently."""
 
 
-class Plays(Protocol):
-    """How turns are played on a seat (`turns.py`)."""
+class Asking(Protocol):
+    """How turns are asked on a handle (`turns.py`)."""
 
-    async def open(self, talk: Talk, seat: Any) -> Answer:
+    async def open(self, talk: Talk, handle: Any) -> Answer:
         """The opening."""
 
-    async def answer(self, talk: Talk, seat: Any, said: Said) -> Answer:
+    async def answer(self, talk: Talk, handle: Any, said: Said) -> Answer:
         """A turn."""
 
 
@@ -60,7 +60,7 @@ class Tells(Protocol):
         """An incident."""
 
 
-class Seat:
+class Handle:
     """What an episode may ask in one turn."""
 
     def __init__(
@@ -71,13 +71,13 @@ class Seat:
         runner: Runner,
         config: EnvironmentConfig,
         *,
-        plays: Plays,
+        asking: Asking,
         tell: Tells,
         pause: Callable[[int], Awaitable[None]] = anyio.sleep,
     ) -> None:
         """`answers`: to the turns before this one. `pause(n)` waits before the n-th further attempt."""
         self._talk, self._turn, self._answers = talk, turn, answers
-        self._runner, self._config, self._plays, self._tell, self._pause = runner, config, plays, tell, pause
+        self._runner, self._config, self._asking, self._tell, self._pause = runner, config, asking, tell, pause
         self._budget = Budget(config.turn_timeout_s)
         self._done: list[Deed] = []
         """In this turn, by the environment."""
@@ -209,12 +209,12 @@ class Seat:
                 raise
 
     async def _repeat(self, live: Live, turn: int, answer: Answer) -> None:
-        """Play a turn once more that was answered."""
-        talk, seat = self._talk, Repeated(live, answer, self._config, self._check_repeats)
+        """Ask a turn once more that was answered."""
+        talk, handle = self._talk, Repeated(live, answer, self._config, self._check_repeats)
         if not turn:
-            again = await self._plays.open(talk, seat)
+            again = await self._asking.open(talk, handle)
         elif (said := talk.said.get(turn)) is not None:
-            again = await self._plays.answer(talk, seat, said)
+            again = await self._asking.answer(talk, handle, said)
         else:
             raise Missing(f"its environment cannot be brought back: what was said in turn {turn} was not told again")
         if not talk.differs and (again.messages, again.done, again.reward) != (
@@ -246,7 +246,7 @@ class Seat:
 
 
 class Repeated:
-    """A seat on which a turn is played once more: the environment is asked again, tools for all are not."""
+    """A handle on which a turn is asked once more: the environment is asked again, tools for all are not."""
 
     def __init__(self, live: Live, answer: Answer, config: EnvironmentConfig, check: Callable[[], None]) -> None:
         self._live, self._answer, self._check = live, answer, check
