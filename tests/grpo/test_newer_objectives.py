@@ -127,8 +127,12 @@ CASES: list[tuple[LossType, dict[str, Any], Callable[..., float], Callable[[Give
 ]
 
 
+def named(value: object) -> str:
+    return str(getattr(value, "__name__", value))[:30]
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize(("loss_type", "settings", "formula", "choose"), CASES, ids=lambda v: getattr(v, "__name__", str(v))[:30])
+@pytest.mark.parametrize(("loss_type", "settings", "formula", "choose"), CASES, ids=named)
 def test_losses_and_gradients_are_those_of_the_formulas(
     loss_type: LossType,
     settings: dict[str, Any],
