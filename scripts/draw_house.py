@@ -82,7 +82,7 @@ def picture(rooms: dict[str, Room], imports: Counter[tuple[str, str]]) -> str:
     return f"""\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" aria-labelledby="title" \
 font-family="system-ui, -apple-system, 'Segoe UI', sans-serif" font-size="14">
-  <title id="title">Four floors of three rooms; imports go down, or to the left</title>
+  <title id="title">Four floors of rooms; imports go down, or to the left</title>
   <!-- written by scripts/draw_house.py -->
   <rect x="1" y="1" width="{_WIDTH - 2}" height="{height - 2}" rx="12" fill="#f8fafc" stroke="#cbd5e1"/>
   <g fill="none" stroke-linecap="round">
