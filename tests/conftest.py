@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
+import hypothesis
 import pytest
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on a card; before MLX: figures to compare with are float32
@@ -14,6 +15,10 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on a card; before MLX: figures 
 import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
 from tests.support.fakes import OPEN_DEVICES
 from tests.support.tiny import write_tiny_model
+
+
+hypothesis.settings.register_profile("busy", deadline=None)  # a machine may do other things meanwhile
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture
