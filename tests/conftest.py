@@ -16,7 +16,6 @@ import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
 from tests.support.fakes import OPEN_DEVICES
 from tests.support.tiny import write_tiny_model
 
-
 hypothesis.settings.register_profile("busy", deadline=None)  # a machine may do other things meanwhile
 hypothesis.settings.load_profile("busy")
 
