@@ -196,7 +196,7 @@ def theirs(
     folder: Path, scripts: dict[str, Script], style: CallStyle, tools: list[Any], environment: Any
 ) -> tuple[list[Played], Figures]:
     """By a whole GRPOTrainer, whose policy is the script."""
-    torch, transformers, trl = extra("torch"), extra("transformers"), extra("trl")
+    torch, transformers, trl = extra("torch"), extra("transformers"), pytest.importorskip("trl")
     seen: dict[str, Any] = {}
 
     def captured(completions: list[Any], **given: Any) -> list[float]:
@@ -314,7 +314,7 @@ async def test_episodes_are_those_of_trl(
     template: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    source = getattr(extra("trl.chat_template_utils"), template)
+    source = getattr(pytest.importorskip("trl.chat_template_utils"), template)
     folder = write_tokenizer(tmp_path / "tokenizer", source)
     style = which_calls(source)
     assert style is not None
