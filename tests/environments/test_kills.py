@@ -64,7 +64,7 @@ async def heard_with(kills: int, factory: str) -> tuple[dict[EpisodeName, list[s
     """What 8 episodes have heard while processes were killed, and the kinds of incidents."""
     heard: dict[EpisodeName, list[str]] = {}
     chance = random.Random(5)
-    async with playing("process", factory, ("double",), processes=2, retries=5) as (manager, incidents):
+    async with playing("process", factory, ("double",), processes=2, retries=30) as (manager, incidents):
         runner: Any = manager._answerer.runner
 
         async def kill() -> None:

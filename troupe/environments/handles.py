@@ -175,11 +175,19 @@ class Handle:
             if talk.live is not None and talk.live.is_lost:
                 await self._runner.throw_away(talk.live)
                 talk.live = None
-            if talk.live is None:
-                talk.live = await self._brought_back()
+            tries = 0
+            while talk.live is None:
+                try:
+                    talk.live = await self._brought_back()
+                except (Died, Gone) as error:
+                    tries += 1
+                    if tries == _MOST_RETURNS or (isinstance(error, Died) and error.itself):
+                        raise Missing(f"its environment could not be brought back: {told(error)}") from None
+                    await self._pause(tries)
             return talk.live
 
     async def _brought_back(self) -> Live:
+        """Died or Gone where its new process ends meanwhile."""
         answers, is_new = self._answers, not self._answers and not self._done
         if is_new:
             return await begun(self._runner, self._talk.spec)
@@ -192,11 +200,10 @@ class Handle:
                 await self._repeat(live, turn, answers[turn])
             for deed in self._done:
                 await self._redo(live, deed)
-        except (Raised, Late, Died, Gone) as error:
+        except BaseException as error:
             await self._runner.throw_away(live)
-            raise Missing(f"its environment could not be brought back: {told(error)}") from None
-        except BaseException:
-            await self._runner.throw_away(live)
+            if isinstance(error, Raised | Late):
+                raise Missing(f"its environment could not be brought back: {told(error)}") from None
             raise
         return live
 
