@@ -58,6 +58,7 @@ def test_only_what_is_gone_and_shipped_is_moved(tmp_path: Path) -> None:
     assert moved_demo_file(str(there)) == str(there)
 
 
+@pytest.mark.slow
 async def test_a_run_of_the_demo_before_its_move_resumes_to_the_same_bits(tmp_path: Path) -> None:
     before = tmp_path / "troupe" / "demo"
     shutil.copytree(DEMO, before)

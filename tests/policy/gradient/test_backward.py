@@ -212,6 +212,7 @@ VOCABULARY, HIDDEN = 20_000, 32
 LOGITS_BYTES, INPUT_BYTES = 512 * VOCABULARY * 4, 512 * HIDDEN * 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mlx_waits")
 def test_logits_are_never_there_at_once_and_layers_leave_little_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "BLOCK_NUMBERS_ON_CPU", 2**17)

@@ -48,6 +48,7 @@ def uninterrupted(folder: Path, **settings: Any) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = uninterrupted(tmp_path, **PINNED)
     assert run_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=2, seed=2) == 2
