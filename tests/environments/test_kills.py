@@ -69,7 +69,7 @@ async def heard_with(kills: int, factory: str) -> tuple[dict[EpisodeName, list[s
 
         async def kill() -> None:
             for _ in range(kills):
-                await anyio.sleep(chance.uniform(0.0, 0.2))
+                await anyio.sleep(chance.uniform(0.05, 0.35))
                 workers = [worker for worker in runner._environments._all if not worker.is_over]
                 if workers:
                     with suppress(ProcessLookupError):

@@ -179,15 +179,14 @@ class Handle:
             while talk.live is None:
                 try:
                     talk.live = await self._brought_back()
-                except (Died, Gone) as error:
+                except Missing as error:
                     tries += 1
-                    if tries == _MOST_RETURNS or (isinstance(error, Died) and error.itself):
-                        raise Missing(f"its environment could not be brought back: {told(error)}") from None
+                    if tries == _MOST_RETURNS or not error.passing or error.kind != "environment_died":
+                        raise
                     await self._pause(tries)
             return talk.live
 
     async def _brought_back(self) -> Live:
-        """Died or Gone where its new process ends meanwhile."""
         answers, is_new = self._answers, not self._answers and not self._done
         if is_new:
             return await begun(self._runner, self._talk.spec)
@@ -202,8 +201,11 @@ class Handle:
                 await self._redo(live, deed)
         except BaseException as error:
             await self._runner.throw_away(live)
-            if isinstance(error, Raised | Late):
-                raise Missing(f"its environment could not be brought back: {told(error)}") from None
+            if isinstance(error, Raised | Late | Died | Gone):
+                why = f"its environment could not be brought back: {told(error)}"
+                if isinstance(error, Raised | Late):
+                    raise Missing(why) from None
+                raise Missing(why, "environment_died", passing=not getattr(error, "itself", False)) from None
             raise
         return live
 
