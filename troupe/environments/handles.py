@@ -22,7 +22,8 @@ from troupe.messages.groups import PromptText
 T = TypeVar("T")
 
 _MOST_RETURNS = 5
-"""Times that one answer may find its environment gone and have it brought back."""
+"""Times that one answer may find its environment gone and have it brought back, and tries at each to do so while new
+processes end."""
 
 
 class Talk:
