@@ -11,7 +11,7 @@ import troupe
 
 FLOORS = (
     ("messages", "policy", "grpo"),
-    ("runtime", "dataset", "rewards", "environments"),
+    ("runtime", "dataset", "rewards", "environments", "cluster"),
     ("checkpoint", "records", "actors"),
     ("run", "daemon", "cli"),
 )
