@@ -19,6 +19,7 @@ from troupe.grpo.config import LearnerConfig
 from troupe.grpo.log_probs import DifferentiatedByMlx, PolicyLogProbs
 from troupe.grpo.loss import EntropyControl, entropy_control, has_entropy_bonus
 from troupe.grpo.optimizer import OptimizerState, adamw_update_in_place, clip_scale, global_norm
+from troupe.grpo.ranks import Ranks, check_alike
 from troupe.policy.network.tensors import Weights
 
 
@@ -48,6 +49,7 @@ def train_on_batch(
     on_part: Callable[[str], None] = lambda name: None,
     streams: Sequence[mx.Stream] = (),
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> StepResult:
     """Trains on one batch. `state` is used up: it is empty afterwards, and the result has the new one.
 
@@ -58,8 +60,10 @@ def train_on_batch(
     An update whose loss or gradient norm is not finite is skipped, and with it the passes left. `on_part` is called
     when what comes before the passes (`prepare`) and each of them (`pass`) has been computed. With `streams` as many
     micro-batches are differentiated at a time, each on one of them, which is for processors with several cores; it
-    changes no bit. `seed`: of the run, for what a loss type draws at random. Raises `ValueError` for an argument that
-    is missing, or a learning rate outside [0, 1].
+    changes no bit. `seed`: of the run, for what a loss type draws at random. `ranks`: the processes that do the same
+    with the same arguments at the same time, each with its share of the lanes; None: this one does all. Raises
+    `ValueError` for an argument that is missing, or a learning rate outside [0, 1]; `RunError` where ranks come to
+    different weights.
     """
     rates = _checked_rates(lr, config, ref_weights)
     gradient = BatchGradient(
@@ -71,6 +75,7 @@ def train_on_batch(
         max_completion_length=max_completion_length,
         streams=streams,
         seed=seed,
+        ranks=ranks,
     )
     on_part("prepare")
 
@@ -92,6 +97,8 @@ def train_on_batch(
         control = control.after_update(numbers.get("controlled_entropy", math.inf), config)
         new_state |= control.as_state(config)
         on_part("pass")
+    if ranks is not None:
+        check_alike(ranks, new_weights)
     summary = _summary(passes, control, config)
     summary |= {"learning_rate": rates[len(passes) - 1], "nonfinite": float(not updated)}
     return StepResult(weights=new_weights, optimizer_state=new_state, metrics=summary, updated=updated)
