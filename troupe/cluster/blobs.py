@@ -1,0 +1,223 @@
+"""Blobs: bytes of any size in the memory of the message server, in chunks with sums.
+
+A blob called SUBJECT has its chunks below SUBJECT.0, SUBJECT.1, …, and below SUBJECT.head, which is put last, what they
+are. Who reads looks at the head first: a blob is whole or it is not there.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from itertools import islice
+from typing import Annotated, Protocol
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from troupe.errors import RunError
+from troupe.runtime.backoff import backoff_s
+from troupe.runtime.frames import MessageError, decoder, encode
+
+CHUNK_BYTES = 4 * 1024 * 1024
+MAX_BLOB_BYTES = 1024 * 1024 * CHUNK_BYTES
+_AT_ONCE = 8
+_TRIES = 5
+_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 2.0
+_SUM_BYTES = hashlib.sha256().digest_size
+
+
+class Store(Protocol):
+    """Of the connection to a message server what blobs need; `Bus` is one."""
+
+    async def put(self, subject: str, data: bytes) -> None:
+        """Keep a message; the newest of its subject counts."""
+
+    async def get(self, subject: str) -> bytes | None:
+        """The newest message of a subject; None where there is none."""
+
+    async def purge(self, subject: str) -> None:
+        """Forget the messages of a subject, in which `>` stands for all below."""
+
+
+class BlobHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """What the chunks of a blob are."""
+
+    size: Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOB_BYTES)]
+    """Bytes of all."""
+    chunk: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES)]
+    """Bytes of each but the last."""
+    sums: bytes
+    """SHA-256 of each, one after another."""
+
+    @property
+    def count(self) -> int:
+        """Chunks that there are."""
+        return -(-self.size // self.chunk)
+
+    @property
+    def digest(self) -> str:
+        """Of the whole: SHA-256 of the sums, as `digest_of` gives it for the bytes."""
+        return hashlib.sha256(self.sums).hexdigest()
+
+
+class BlobMissingError(Exception):
+    """A blob is not there, or went while it was read."""
+
+
+_decode_head: Callable[[bytes], BlobHead] = decoder(BlobHead, "the run and a worker")
+
+
+def in_chunks(pieces: Iterable[bytes | memoryview], size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The same bytes in chunks of `size`, the last one shorter; of each piece only what is asked for is looked at."""
+    chunk = bytearray()
+    for piece in pieces:
+        rest = memoryview(piece).cast("B")
+        while len(chunk) + len(rest) >= size:
+            taken = size - len(chunk)
+            chunk += rest[:taken]
+            rest = rest[taken:]
+            yield bytes(chunk)
+            chunk.clear()
+        chunk += rest
+    if chunk:
+        yield bytes(chunk)
+
+
+class Sums:
+    """The sums of bytes that come chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._sums = bytearray()
+        self._size = self._chunk = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Take the next chunk in; all but the last are of one size."""
+        self._sums += hashlib.sha256(chunk).digest()
+        self._size += len(chunk)
+        self._chunk = max(self._chunk, len(chunk))
+
+    @property
+    def head(self) -> BlobHead:
+        """Of what has come."""
+        return BlobHead(size=self._size, chunk=max(1, self._chunk), sums=bytes(self._sums))
+
+
+def digest_of(pieces: Iterable[bytes | memoryview]) -> str:
+    """The digest of bytes, in whatever pieces they come: that of a blob of them in chunks of the usual size."""
+    sums = Sums()
+    for chunk in in_chunks(pieces):
+        sums.add(chunk)
+    return sums.head.digest
+
+
+async def put_blob(store: Store, subject: str, chunks: AsyncIterator[bytes]) -> BlobHead:
+    """Put chunks, all but the last of one size of at most 4 MB, as they come → the head, which is put last."""
+    sums, number = Sums(), 0
+    async for chunk in chunks:
+        await anyio.to_thread.run_sync(sums.add, chunk)
+        await store.put(f"{subject}.{number}", chunk)
+        number += 1
+    head = sums.head
+    await store.put(f"{subject}.head", encode(head))
+    return head
+
+
+async def put_bytes(store: Store, subject: str, data: bytes, *, chunk: int = CHUNK_BYTES) -> BlobHead:
+    """Put bytes that are there already."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for each in in_chunks([data], chunk):
+            yield each
+
+    return await put_blob(store, subject, chunks())
+
+
+async def drop_blob(store: Store, subject: str) -> None:
+    """Remove a blob, its head first."""
+    await store.purge(f"{subject}.head")
+    await store.purge(f"{subject}.>")
+
+
+async def head_of(store: Store, subject: str) -> BlobHead:
+    """What a blob is. BlobMissingError where it is not there; MessageError where its head is none."""
+    data = await store.get(f"{subject}.head")
+    if data is None:
+        raise BlobMissingError(subject)
+    head = _decode_head(data)
+    if len(head.sums) != head.count * _SUM_BYTES:
+        raise MessageError(f"{subject}.head: {len(head.sums)} bytes of sums for {head.count} chunks")
+    return head
+
+
+async def get_blob(store: Store, subject: str, sink: Callable[[bytes], Awaitable[None]], *, most: int) -> BlobHead:
+    """Give the chunks of a blob of at most `most` bytes to `sink` in order, each checked, while the next ones come.
+
+    BlobMissingError where it is not there, or goes meanwhile; MessageError where its head is none; RunError where a
+    chunk comes damaged again and again.
+    """
+    head = await head_of(store, subject)
+    if head.size > most:
+        raise MessageError(f"{subject}: {head.size:,} bytes, of which there may be {most:,}")
+    coming: deque[_Chunk] = deque()
+    fault: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+        numbers = iter(range(head.count))
+        while fault is None:
+            for number in islice(numbers, _AT_ONCE - len(coming)):
+                coming.append(_Chunk(store, subject, head, number))
+                tasks.start_soon(coming[-1].fetch)
+            if not coming:
+                break
+            chunk = coming.popleft()
+            await chunk.ended.wait()
+            fault = chunk.fault
+            if fault is None:
+                await sink(chunk.data)
+        tasks.cancel_scope.cancel()
+    if fault is not None:
+        raise fault
+    return head
+
+
+async def get_bytes(store: Store, subject: str, *, most: int) -> bytes:
+    """A whole blob; as `get_blob`."""
+    data = bytearray()
+
+    async def add(chunk: bytes) -> None:
+        data.extend(chunk)
+
+    await get_blob(store, subject, add, most=most)
+    return bytes(data)
+
+
+class _Chunk:
+    """One chunk on its way."""
+
+    def __init__(self, store: Store, subject: str, head: BlobHead, number: int) -> None:
+        self._store, self._subject = store, f"{subject}.{number}"
+        self._sum = head.sums[number * _SUM_BYTES : (number + 1) * _SUM_BYTES]
+        self.data = b""
+        self.fault: Exception | None = None
+        self.ended = anyio.Event()
+
+    async def fetch(self) -> None:
+        """Ask until it is there, or it is known that it will not be."""
+        try:
+            self.data = await self._fetched()
+        except Exception as error:  # raised where the chunk is waited for
+            self.fault = error
+        self.ended.set()
+
+    async def _fetched(self) -> bytes:
+        for nth in range(1, _TRIES + 1):
+            data = await self._store.get(self._subject)
+            if data is None:
+                raise BlobMissingError(self._subject)
+            if await anyio.to_thread.run_sync(_sum, data) == self._sum:
+                return data
+            await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))
+        raise RunError(f"{self._subject}: came damaged {_TRIES} times; what was put there is not what its head says")
+
+
+def _sum(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
