@@ -6,37 +6,28 @@ are. Who reads looks at the head first: a blob is whole or it is not there.
 
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing
 from itertools import islice
-from typing import Annotated, Protocol
+from typing import Annotated, TypeVar
 
 import anyio
 import anyio.to_thread
 import msgspec
 
+from troupe.cluster.bus import CHUNK_BYTES, Bus, NoAnswer
 from troupe.errors import RunError
 from troupe.runtime.backoff import backoff_s
 from troupe.runtime.frames import MessageError, decoder, encode
 
-CHUNK_BYTES = 4 * 1024 * 1024
+T = TypeVar("T")
+
 MAX_BLOB_BYTES = 1024 * 1024 * CHUNK_BYTES
 _AT_ONCE = 8
 _TRIES = 5
 _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 2.0
+_ASIDE_BYTES = 128 * 1024
 _SUM_BYTES = hashlib.sha256().digest_size
-
-
-class Store(Protocol):
-    """Of the connection to a message server what blobs need; `Bus` is one."""
-
-    async def put(self, subject: str, data: bytes) -> None:
-        """Keep a message; the newest of its subject counts."""
-
-    async def get(self, subject: str) -> bytes | None:
-        """The newest message of a subject; None where there is none."""
-
-    async def purge(self, subject: str) -> None:
-        """Forget the messages of a subject, in which `>` stands for all below."""
 
 
 class BlobHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -110,37 +101,39 @@ def digest_of(pieces: Iterable[bytes | memoryview]) -> str:
     return sums.head.digest
 
 
-async def put_blob(store: Store, subject: str, chunks: AsyncIterator[bytes]) -> BlobHead:
-    """Put chunks, all but the last of one size of at most 4 MB, as they come → the head, which is put last."""
+async def put_blob(bus: Bus, subject: str, chunks: AsyncGenerator[bytes, None]) -> BlobHead:
+    """Put chunks, all but the last of one size of at most 4 MB, as they come → the head, which is put last. NoAnswer
+    where the connection is lost meanwhile."""
     sums, number = Sums(), 0
-    async for chunk in chunks:
-        await anyio.to_thread.run_sync(sums.add, chunk)
-        await store.put(f"{subject}.{number}", chunk)
-        number += 1
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            await _aside(sums.add, chunk)
+            await bus.put(f"{subject}.{number}", chunk)
+            number += 1
     head = sums.head
-    await store.put(f"{subject}.head", encode(head))
+    await bus.put(f"{subject}.head", encode(head))
     return head
 
 
-async def put_bytes(store: Store, subject: str, data: bytes, *, chunk: int = CHUNK_BYTES) -> BlobHead:
+async def put_bytes(bus: Bus, subject: str, data: bytes, *, chunk: int = CHUNK_BYTES) -> BlobHead:
     """Put bytes that are there already."""
 
-    async def chunks() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncGenerator[bytes, None]:
         for each in in_chunks([data], chunk):
             yield each
 
-    return await put_blob(store, subject, chunks())
+    return await put_blob(bus, subject, chunks())
 
 
-async def drop_blob(store: Store, subject: str) -> None:
+async def drop_blob(bus: Bus, subject: str) -> None:
     """Remove a blob, its head first."""
-    await store.purge(f"{subject}.head")
-    await store.purge(f"{subject}.>")
+    await bus.purge(f"{subject}.head")
+    await bus.purge(f"{subject}.>")
 
 
-async def head_of(store: Store, subject: str) -> BlobHead:
+async def head_of(bus: Bus, subject: str) -> BlobHead:
     """What a blob is. BlobMissingError where it is not there; MessageError where its head is none."""
-    data = await store.get(f"{subject}.head")
+    data = await _got(bus, f"{subject}.head")
     if data is None:
         raise BlobMissingError(subject)
     head = _decode_head(data)
@@ -149,13 +142,13 @@ async def head_of(store: Store, subject: str) -> BlobHead:
     return head
 
 
-async def get_blob(store: Store, subject: str, sink: Callable[[bytes], Awaitable[None]], *, most: int) -> BlobHead:
+async def get_blob(bus: Bus, subject: str, sink: Callable[[bytes], Awaitable[None]], *, most: int) -> BlobHead:
     """Give the chunks of a blob of at most `most` bytes to `sink` in order, each checked, while the next ones come.
 
     BlobMissingError where it is not there, or goes meanwhile; MessageError where its head is none; RunError where a
     chunk comes damaged again and again.
     """
-    head = await head_of(store, subject)
+    head = await head_of(bus, subject)
     if head.size > most:
         raise MessageError(f"{subject}: {head.size:,} bytes, of which there may be {most:,}")
     coming: deque[_Chunk] = deque()
@@ -164,7 +157,7 @@ async def get_blob(store: Store, subject: str, sink: Callable[[bytes], Awaitable
         numbers = iter(range(head.count))
         while fault is None:
             for number in islice(numbers, _AT_ONCE - len(coming)):
-                coming.append(_Chunk(store, subject, head, number))
+                coming.append(_Chunk(bus, subject, head, number))
                 tasks.start_soon(coming[-1].fetch)
             if not coming:
                 break
@@ -179,22 +172,22 @@ async def get_blob(store: Store, subject: str, sink: Callable[[bytes], Awaitable
     return head
 
 
-async def get_bytes(store: Store, subject: str, *, most: int) -> bytes:
+async def get_bytes(bus: Bus, subject: str, *, most: int) -> bytes:
     """A whole blob; as `get_blob`."""
     data = bytearray()
 
     async def add(chunk: bytes) -> None:
         data.extend(chunk)
 
-    await get_blob(store, subject, add, most=most)
+    await get_blob(bus, subject, add, most=most)
     return bytes(data)
 
 
 class _Chunk:
     """One chunk on its way."""
 
-    def __init__(self, store: Store, subject: str, head: BlobHead, number: int) -> None:
-        self._store, self._subject = store, f"{subject}.{number}"
+    def __init__(self, bus: Bus, subject: str, head: BlobHead, number: int) -> None:
+        self._bus, self._subject = bus, f"{subject}.{number}"
         self._sum = head.sums[number * _SUM_BYTES : (number + 1) * _SUM_BYTES]
         self.data = b""
         self.fault: Exception | None = None
@@ -210,13 +203,33 @@ class _Chunk:
 
     async def _fetched(self) -> bytes:
         for nth in range(1, _TRIES + 1):
-            data = await self._store.get(self._subject)
+            data = await _got(self._bus, self._subject)
             if data is None:
                 raise BlobMissingError(self._subject)
-            if await anyio.to_thread.run_sync(_sum, data) == self._sum:
+            if await _aside(_sum, data) == self._sum:
                 return data
             await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))
         raise RunError(f"{self._subject}: came damaged {_TRIES} times; what was put there is not what its head says")
+
+
+async def _got(bus: Bus, subject: str) -> bytes | None:
+    """What is stored, however long the connection is lost meanwhile. NoAnswer where this end is not let in."""
+    nth = 0
+    while True:
+        try:
+            return await bus.get(subject)
+        except NoAnswer as error:
+            if error.why in ("refused", "untrusted"):
+                raise
+            nth += 1
+            await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))
+
+
+async def _aside(function: Callable[[bytes], T], data: bytes) -> T:
+    """In a thread, where it takes more than a moment."""
+    if len(data) < _ASIDE_BYTES:
+        return function(data)
+    return await anyio.to_thread.run_sync(function, data)
 
 
 def _sum(data: bytes) -> bytes:
