@@ -1,7 +1,7 @@
 """What workers and the run tell each other: msgpack structs, checked and bounded on both sides.
 
-A worker asks, below `RUN.hub.NAME.VERB`, and is answered; nothing is sent to it unasked. What a kind of work says within
-these frames (parts, calls) stands with that work, as bytes.
+A worker asks, below `RUN.hub.NAME.VERB`, and is answered; nothing is sent to it unasked. What a kind of work says
+within these frames (parts, calls) stands with that work, as bytes.
 """
 
 from __future__ import annotations
