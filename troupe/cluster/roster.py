@@ -126,7 +126,7 @@ class Roster:
         self._services.pop(service.offer, None)
 
     def worker(self, name: str) -> Worker:
-        """The one of this name that is here. `OffenceError` where there is none: it was lost, and has not beaten since."""
+        """The newest of this name. `OffenceError` where there is none."""
         worker = self._workers.get(name)
         if worker is None:
             raise OffenceError(f"no worker {name} is known")
