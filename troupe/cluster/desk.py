@@ -18,8 +18,8 @@ from troupe.runtime.frames import MessageError, encode
 from troupe.runtime.reporter import Reporter
 
 Handler: TypeAlias = Callable[[str, bytes], Awaitable[bytes]]
-"""Worker's name, body → body of the answer. Raises `OffenceError` for what may not be asked, `DeclineError` for who is not
-taken, `MessageError` for what is no message."""
+"""Worker's name, body → body of the answer. Raises `OffenceError` for what may not be asked, `DeclineError` for who is
+not taken, `MessageError` for what is no message."""
 
 MOST_OFFENCES = 8
 """Of one worker in one start of a run."""

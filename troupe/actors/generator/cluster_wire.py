@@ -93,13 +93,21 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     verdict: Verdict
 
 
-class TurnAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Answer to `turn`, whose body is a `TurnEnded`."""
+class Observe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`observe`: what is there to be read? Answered with `Observed` within `PULL_WAIT_S`.
 
-    observation: Observation | None = None
-    """None: it is not there yet; ask again."""
-    gone: bool = False
-    """Nobody waits for this turn any more."""
+    A turn is told with `turn`, whose body is a `TurnEnded` and whose answer is empty; it may be told again.
+    """
+
+    after: Annotated[int, msgspec.Meta(ge=0)]
+    """Number of the newest observation that the worker has; 0: none in this session."""
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Observations in order, from `first` on."""
+
+    first: int
+    observations: tuple[Observation, ...]
 
 
 class Spans(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,6 +136,7 @@ decode_pull: Callable[[bytes], Pull] = decoder(Pull, "a worker and the run")
 decode_pulled: Callable[[bytes], Pulled] = decoder(Pulled, "the run and a worker")
 decode_done: Callable[[bytes], Done] = decoder(Done, "a worker and the run")
 decode_accepted: Callable[[bytes], Accepted] = decoder(Accepted, "the run and a worker")
-decode_turn_answer: Callable[[bytes], TurnAnswer] = decoder(TurnAnswer, "the run and a worker")
+decode_observe: Callable[[bytes], Observe] = decoder(Observe, "a worker and the run")
+decode_observed: Callable[[bytes], Observed] = decoder(Observed, "the run and a worker")
 decode_spans: Callable[[bytes], Spans] = decoder(Spans, "a worker and the run")
 decode_state: Callable[[bytes], GenerateState] = decoder(GenerateState, "the run and a worker")
