@@ -1,4 +1,4 @@
-"""Policy versions by way of the message server: a worker's files are the run's weights, bit by bit, however they came."""
+"""Policy versions by way of the message server: a worker's files are the run's weights, however they came."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ from troupe.runtime.frames import MessageError
 
 def file_of(weights: Weights) -> bytes:
     return b"".join(map(bytes, safetensors_chunks(weights)))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if holds():
+            return
+        await anyio.sleep(0.02)
+    raise AssertionError("it never came to that")
 
 
 def version(number: int, size: int = 3000) -> Weights:
@@ -103,11 +115,11 @@ def test_versions_come_as_changes_and_a_late_worker_takes_what_it_needs(tmp_path
         assert pair.forms() == [None, 0, 0, 0, None, 4, 4, 4]
         assert pair.publisher.sent_bytes < 4 * len(file_of(version(0)))
         await pair.check(6)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["00000004.safetensors", "00000006.safetensors"]
+        assert names_in(tmp_path) == ["00000004.safetensors", "00000006.safetensors"]
         await pair.check(2)
         pair.files.keep([7])
         await pair.check(7)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["00000004.safetensors", "00000007.safetensors"]
+        assert names_in(tmp_path) == ["00000004.safetensors", "00000007.safetensors"]
 
     drive(tmp_path, test, full_every=4)
 
@@ -160,7 +172,7 @@ def test_damage_for_good_is_an_error(tmp_path: Path) -> None:
         pair.broker.stored["r1.w.v0.head"] = head.replace(pair.publisher.there[0].digest.encode(), b"0" * 64)
         with pytest.raises(RunError, match="version 0 of the policy came damaged"):
             await pair.files.fetch(0)
-        assert not list(tmp_path.iterdir())
+        assert not names_in(tmp_path)
 
     drive(tmp_path, test)
 
@@ -173,17 +185,14 @@ def test_a_board_is_followed_and_a_new_server_gets_everything_again(tmp_path: Pa
         async with anyio.create_task_group() as tasks:
             board.publish(0, version(0))
             tasks.start_soon(lambda: pair.publisher.follow(board, every=every))
-            while pair.publisher.newest < 0:
-                await anyio.sleep(0.01)
+            await until(lambda: pair.publisher.newest == 0)
             board.publish(1, version(1))
             board.publish(2, version(2))
-            while pair.publisher.newest < 2:
-                await anyio.sleep(0.01)
+            await until(lambda: pair.publisher.newest == 2)
             assert sorted(pair.publisher.there) == ([0, 1, 2] if every else [0, 2])
             await pair.check(2)
             pair.broker.restart()
-            while "r1.w.v2.head" not in pair.broker.stored or pair.publisher.newest < 2:
-                await anyio.sleep(0.05)
+            await until(lambda: "r1.w.v2.head" in pair.broker.stored and pair.publisher.newest == 2)
             assert sorted(pair.publisher.there) == ([1, 2] if every else [2])
             assert pair.broker.stored["r1.w.setup.0"] == b"how to work"
             await pair.check(2)
