@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, starmap
 
 import mlx.core as mx
 
@@ -48,7 +48,8 @@ class Lanes:
         self._held = [numbers or range(1) for numbers in self._ranges]
         self.numbers = self._held[ranks.rank]
         """Of this rank's micro-batches."""
-        self._ends = {number: lane for lane, (start, stop) in enumerate(pairwise(edges)) for number in range(start, stop)}
+        ranges = starmap(range, pairwise(edges))
+        self._lane = {number: lane for lane, numbers in enumerate(ranges) for number in numbers}
 
     @property
     def own(self) -> list[Batch]:
@@ -58,7 +59,7 @@ class Lanes:
     @property
     def lane_of_own(self) -> list[int]:
         """The lane of each of them."""
-        return [self._ends[number] for number in self.numbers]
+        return [self._lane[number] for number in self.numbers]
 
     def everywhere(self, own: Sequence[mx.array]) -> list[mx.array]:
         """(B, T) of each micro-batch of this rank → of each micro-batch of the batch."""
@@ -111,7 +112,7 @@ class Lanes:
         names = sorted(merged[0][1])
         shapes = [(), *(merged[0][1][name].shape for name in names)]
         rows = mx.stack([_line([loss, *(tallies[name] for name in names)]) for loss, tallies in merged])
-        rows = mx.pad(rows, ((0, self._lanes // self._ranks.size - len(merged)), (0, 0)))
+        rows = mx.pad(rows, [(0, self._lanes // self._ranks.size - len(merged)), (0, 0)])
         table = mx.concatenate([of_rank for (of_rank,) in self._ranks.gather([rows])])[: self._filled]
         edges = [0, *accumulate(map(math.prod, shapes))]
         columns = [table[:, a:b].reshape(-1, *shape) for shape, (a, b) in zip(shapes, pairwise(edges), strict=True)]

@@ -91,7 +91,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
         Setup(
             name=f"generator {number}" if processes > 1 else "generator",
             policy=prepared.start.policy.config,
-            base=_base_source(prepared),
+            base=base_source(prepared),
             generation=config.generation,
             stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
             tokenizer=str(prepared.inputs.source),
@@ -110,7 +110,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
     ]
 
 
-def _base_source(prepared: Prepared) -> BaseSource | None:
+def base_source(prepared: Prepared) -> BaseSource | None:
     """Where a process of the generator reads the base, where an adapter is trained."""
     policy = prepared.start.policy
     if policy.base.adapter is None:

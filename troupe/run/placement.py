@@ -7,6 +7,7 @@ from troupe.errors import ConfigError
 from troupe.policy import DTYPES, NetworkConfig
 from troupe.run.acting import sessions_of
 from troupe.run.config import RunConfig
+from troupe.run.devices import Cards
 from troupe.run.inputs import Inputs
 from troupe.run.memory import Plan, plan_memory
 from troupe.run.workload import Workload
@@ -17,6 +18,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What of this machine matters to where work is placed."""
 
     on_cpu: bool
+    cards: Cards | None = None
+    """Who has which card, where they are shared out."""
     cores: int | None
     """Threads that OpenBLAS takes by itself; None where nobody can tell."""
     worthwhile: int = 2**18
@@ -43,9 +46,24 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         longest_prompt=inputs.longest_prompt,
         on_cpu=machine.on_cpu,
         streams=streams,
+        ranks=ranks_of(config, machine),
+        cards=1 if machine.cards is None else len(set(machine.cards.generators)),
         **_of_episodes(config, inputs),
     )
     return plan_memory(config, work)
+
+
+def ranks_of(config: RunConfig, machine: Machine) -> int:
+    """How many processes learn together. ConfigError where they could not have what each needs."""
+    if machine.cards is not None:
+        return len(machine.cards.ranks)
+    ranks = config.schedule.learner_ranks or 1
+    if ranks > 1 and not machine.on_cpu:
+        raise ConfigError(
+            f"schedule.learner_ranks is {ranks}, but each rank has an NVIDIA card of its own, and no such cards are "
+            "seen here; leave it out"
+        )
+    return ranks
 
 
 def _of_episodes(config: RunConfig, inputs: Inputs) -> dict[str, int]:

@@ -88,11 +88,11 @@ class _Rank:
             seed=setup.seed,
         )
         self._trainer.ranks = self._ranks
-        weights = _read(begin.weights)
+        weights, before = _read(begin.weights), begin.optimizer_state
         return LearnerState(
             version=begin.version,
             weights=weights,
-            optimizer_state=adamw_init(weights) if begin.optimizer_state is None else dict(_read(begin.optimizer_state)),
+            optimizer_state=adamw_init(weights) if before is None else dict(_read(before)),
             reference=None if begin.reference is None else _read(begin.reference),
         )
 

@@ -8,7 +8,7 @@ import bisect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import msgspec
@@ -21,8 +21,9 @@ from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.grpo.ranks import OneRank, Ranks
-from troupe.messages import ScoredGroup, Snapshot, Unfinished
+from troupe.messages import MemberStatus, ScoredGroup, Snapshot, Unfinished
 from troupe.policy import Base, NetworkConfig, Weights
+from troupe.runtime.device import DeviceThread
 from troupe.runtime.linux_cpu import blas_limited
 from troupe.runtime.mailbox import Mailbox
 
@@ -52,6 +53,25 @@ class Learned(NamedTuple):
     """Gid → (G,) of the groups that were trained on."""
     parts: list[tuple[str, float, float]]
     """Parts of the work, with start and end (`time.perf_counter`)."""
+
+
+class OtherRanks(Protocol):
+    """The processes that learn every batch together with this one."""
+
+    async def start(self, state: LearnerState, device: DeviceThread) -> None:
+        """Start them with a state."""
+
+    async def watch(self) -> None:
+        """See that they are well, until cancelled; raises where they are not."""
+
+    async def meet(self, device: DeviceThread) -> None:
+        """Come together, while they are watched."""
+
+    async def aclose(self) -> None:
+        """End them."""
+
+    def statuses(self) -> tuple[MemberStatus, ...]:
+        """What each is at."""
 
 
 class BatchTrainer:
@@ -94,6 +114,7 @@ class BatchTrainer:
         self._rates = list(rates)
         self._gamma = gamma
         self._seed = seed
+        self.others: OtherRanks | None = None
         self.ranks: Ranks = OneRank()
         """That learn a batch together."""
         self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None

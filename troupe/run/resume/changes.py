@@ -72,6 +72,9 @@ RULES: dict[str, Rule] = {
     "learner.*": "by name",
     "schedule.mode": "never",
     "schedule.generator": "free",
+    "schedule.learner_ranks": "free",  # the lanes decide the bits
+    "schedule.devices": "free",
+    "schedule.rank_timeout_s": "free",
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",
     "checkpoint.*": "free",
