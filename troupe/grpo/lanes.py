@@ -80,15 +80,16 @@ class Lanes:
         """To add this rank's gradients in."""
         return GradientSums(self.lane_of_own, keeps_dtype=len(self.parts) == 1 and self._lanes == 1)
 
-    def total(self, sums: GradientSums) -> Gradients:
-        """The gradient of the batch, of every rank's sums; evaluated."""
+    def total(self, sums: GradientSums, at_once: int = GATHERED_AT_ONCE) -> Gradients:
+        """The gradient of the batch, of every rank's sums, which give each other so many numbers `at_once`;
+        evaluated."""
         own = sums.total()
         if self._ranks.size == 1:
             return own
         present = sum(1 for numbers in self._ranges if numbers)
         parts: dict[str, list[mx.array]] = {name: [] for name in own}
         shapes = {name: own[name].shape for name in own}
-        for portion in _portions(own):
+        for portion in _portions(own, at_once):
             gathered = self._ranks.gather([own[name].reshape(-1)[part] for name, part in portion])
             added = [_as_tree(list(column)) for column in zip(*gathered[:present], strict=True)]
             mx.eval(added)
@@ -205,10 +206,10 @@ def _line(arrays: Sequence[mx.array]) -> mx.array:
     return mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays])
 
 
-def _portions(grads: Gradients) -> Iterator[list[tuple[str, slice]]]:
+def _portions(grads: Gradients, at_once: int) -> Iterator[list[tuple[str, slice]]]:
     """Names in order with parts of their arrays laid flat, so many numbers a portion."""
     portion: list[tuple[str, slice]] = []
-    room = GATHERED_AT_ONCE
+    room = at_once
     for name in sorted(grads):
         size, start = grads[name].size, 0
         while start < size:
@@ -218,6 +219,6 @@ def _portions(grads: Gradients) -> Iterator[list[tuple[str, slice]]]:
             start = stop
             if room == 0:
                 yield portion
-                portion, room = [], GATHERED_AT_ONCE
+                portion, room = [], at_once
     if portion:
         yield portion

@@ -36,9 +36,9 @@ class OneRank:
         return [list(arrays)]
 
 
-def check_alike(ranks: Ranks, weights: Mapping[str, mx.array]) -> None:
-    """Raise RunError unless all ranks have the same weights, to the bit."""
-    if ranks.size == 1:
+def check_alike(ranks: Ranks | None, weights: Mapping[str, mx.array]) -> None:
+    """Raise RunError unless all ranks have the same weights, to the bit; None is one rank."""
+    if ranks is None or ranks.size == 1:
         return
     digests: list[Any] = [of_rank.item() for (of_rank,) in ranks.gather([digest(weights)])]
     if odd := [rank for rank, value in enumerate(digests) if value != digests[0]]:
