@@ -48,6 +48,10 @@ class Members(Protocol):
         """Have members take parts until cancelled. Raises TroupeError where the run must end, anything else where the
         actor is to be made anew."""
 
+    @property
+    def needs(self) -> str:
+        """What must come from outside before the work goes on, as `Actor.needs`."""
+
     def statuses(self) -> Sequence[MemberStatus]:
         """What is known of each, now."""
 
