@@ -3,6 +3,7 @@ memory."""
 
 import msgspec
 
+from troupe.actors.schedule import ScheduleConfig
 from troupe.errors import ConfigError
 from troupe.policy import DTYPES, NetworkConfig
 from troupe.run.acting import sessions_of
@@ -33,7 +34,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
     held = policy.base.weights or policy.weights
     is_light = sum(array.nbytes for array in held.values()) <= machine.light
     config = _placed(config, machine, worthwhile if is_light else 1)
-    config, streams = _streamed(config, machine, worthwhile)
+    config, streams = _streamed(config, machine, worthwhile, _given_parts(inputs.config.schedule))
     if machine.on_cpu:
         linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
     work = Workload(
@@ -105,22 +106,27 @@ def _check_parts(schedule: ScheduleConfig, most: int) -> None:
 def _sharers(schedule: ScheduleConfig, where: str, processes: int) -> int:
     """How many that compute at the same time share the processor; where parts are given, whoever decodes them: bits
     depend on it."""
-    if schedule.parts is None and where == "thread":
+    parts = _given_parts(schedule)
+    if parts is None and where == "thread":
         return 1
-    return (schedule.parts or processes) + (schedule.max_staleness > 0)
+    return (parts or processes) + (schedule.max_staleness > 0)
 
 
-def _streamed(config: RunConfig, machine: Machine, worthwhile: int) -> tuple[RunConfig, int]:
+def _given_parts(schedule: ScheduleConfig) -> int | None:
+    return schedule.parts if schedule.mode == "pinned" else None
+
+
+def _streamed(config: RunConfig, machine: Machine, worthwhile: int, given: int | None) -> tuple[RunConfig, int]:
     """How many micro-batches the learner may well differentiate at a time, which the resolved config says where that
-    was asked for; where not, memory has its say, too."""
+    was asked for; where not, memory has its say, too. `given`: the parts that were asked for."""
     schedule, learner = config.schedule, config.learner
-    streams = 1
+    streams, parts = 1, schedule.parts or 1
+    at_once = parts if given is None else min(parts, machine.cores or parts)
     if machine.on_cpu and (schedule.generator == "process" or not schedule.max_staleness):
         rows = learner.batch_size * config.generation.num_generations
         cores = schedule.blas_threads or 1
         if not schedule.max_staleness:
-            cores *= schedule.parts or 1  # whose processes rest while the learner works
-            if config.schedule.parts
+            cores *= at_once  # which rest while the learner works
         streams = min(schedule.learner_streams or min(cores, worthwhile), learner.gradient_accumulation_steps or rows)
     if schedule.learner_streams is not None:
         config = msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))

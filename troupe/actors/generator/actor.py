@@ -32,8 +32,9 @@ class Generator(Actor):
 
     Pinned schedule: a round (the prompts of one step and attempt) is decoded when all its prompts are there and exactly
     the version that the step is pinned to is published, one part after another. What is decoded together is therefore a
-    function of slots and tokens, never of timing. Waiting for a version never holds up a replacement that this very version waits
-    for: step k is prompted with the credits of step k − η − 1, which come back after version k − η was published.
+    function of slots and tokens, never of timing. Waiting for a version never holds up a replacement that this very
+    version waits for: step k is prompted with the credits of step k − η − 1, which come back after version k − η was
+    published.
 
     Free schedule: the prompts that are there are decoded at once, with the newest version, and every newer one is taken
     at the token after it was published, while caches are kept.
@@ -59,7 +60,8 @@ class Generator(Actor):
         report: Reporter | None = None,
     ) -> None:
         """`most_at_once`: how many prompts a decode of the free schedule has at the most; None: the schedule is pinned.
-        `parts`: `schedule.parts`, in the pinned one. `handed_over` and `recorded` are as for `Rounds`. `decode_text` is called on the device's thread.
+        `parts`: `schedule.parts`, in the pinned one. `handed_over` and `recorded` are as for `Rounds`. `decode_text` is
+        called on the device's thread.
         """
         super().__init__(inbox, [groups], report)
         self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded, report=self.report)

@@ -223,9 +223,9 @@ class Crew:
             self._over.popitem(last=False)
         if not work.left:
             del self._open[work.part.name]
-            if work.holder is not None:
-                self._made.pop(work.holder.name, None)
         await self._hand_over(group)
+        if work.holder is not None and not self._held_by(work.holder):
+            self._made.pop(work.holder.name, None)
         return "taken"
 
     def progress(self, member: Member, tokens: int) -> None:

@@ -9,8 +9,8 @@ import anyio
 
 from troupe.actors.generator.child import CHILD_FAULTS, MODULE, GeneratorChild, Listener
 from troupe.actors.generator.crew import Crew
-from troupe.actors.generator.wire import Setup
 from troupe.actors.generator.weights_files import WeightsFiles
+from troupe.actors.generator.wire import Setup
 from troupe.errors import RunError, TroupeError
 from troupe.messages import Incident, MemberState, MemberStatus, Observation, RolloutGroup, Span, TurnTaken
 from troupe.policy import Weights
@@ -66,6 +66,11 @@ class LocalProcesses:
     def needs(self) -> str:
         """Nothing: they come by themselves."""
         return ""
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that are there."""
+        return [process.pid for process in self._processes if process.pid is not None]
 
     def statuses(self) -> list[MemberStatus]:
         """One a process."""
@@ -127,6 +132,10 @@ class _Process:
         self._finishing = False
         self._alone = anyio.CancelScope()  # while there is no process
         self._over = anyio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
 
     def status(self) -> MemberStatus:
         """What it is at."""

@@ -61,7 +61,7 @@ class RemoteGenerator(Actor):
         super().__init__(inbox, [groups] if turns is None else [groups, turns], report)
         self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded)
         self._make_members = members
-        self._members: Sequence[Members] = ()
+        self.sources: Sequence[Members] = ()
         self._board, self._parts = board, parts
         self._crew = Crew(
             self._hand_over,
@@ -81,12 +81,12 @@ class RemoteGenerator(Actor):
 
     def members(self) -> Sequence[MemberStatus]:
         """Everybody who decodes."""
-        return [status for source in self._members for status in source.statuses()]
+        return [status for source in self.sources for status in source.statuses()]
 
     @property
     def needs(self) -> str:
         """What members need, where any does."""
-        return next((source.needs for source in self._members if source.needs), "")
+        return next((source.needs for source in self.sources if source.needs), "")
 
     async def run(self) -> None:
         """Run while members work."""
@@ -95,9 +95,9 @@ class RemoteGenerator(Actor):
 
     async def start(self) -> None:
         """Let members come."""
-        self._members = self._make_members()
+        self.sources = self._make_members()
         self._working.start_soon(self._crew.watch)
-        for source in self._members:
+        for source in self.sources:
             self._working.start_soon(source.run, self._crew)
 
     async def handle(self, message: Prompt | Observation) -> None:
@@ -117,7 +117,7 @@ class RemoteGenerator(Actor):
 
     async def finish(self) -> None:
         """Let members end well."""
-        for source in self._members:
+        for source in self.sources:
             await source.finish()
 
     async def stop(self) -> None:
