@@ -160,9 +160,7 @@ class Audits:
         if len(names) == 1 or len(set(bits.values())) > 1:
             own = bits_of(await judge.decode(audit.part))
             settled.liars = {
-                name: "tokens" if theirs[0] != own[0] else "log-probs"
-                for name, theirs in bits.items()
-                if theirs != own
+                name: "tokens" if theirs[0] != own[0] else "log-probs" for name, theirs in bits.items() if theirs != own
             }
         if self._open.get(part) is audit:
             del self._open[part]

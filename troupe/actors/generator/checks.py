@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -72,9 +73,7 @@ def _check(rollout: Rollout, limits: ResultLimits, *, version: int | None, newes
             raise MessageError(f"it has {each} for a log-probability")
     if version is not None and any(each != version for each in versions):
         raise MessageError(f"its weights are not those of version {version}")
-    if any(a > b for a, b in zip(versions, versions[1:], strict=False)) or (
-        versions and not 0 <= versions[0] <= versions[-1] <= newest
-    ):
+    if any(a > b for a, b in pairwise(versions)) or (versions and not 0 <= versions[0] <= versions[-1] <= newest):
         raise MessageError(f"its versions do not rise from 0 to {newest} at most")
     _check_ranges(rollout, limits)
 

@@ -1,7 +1,8 @@
 """ClusterMembers: workers on the network as members of the crew.
 
-Workers ask (`cluster_wire.py`), and are answered: with parts on lease, with observations, and with how the run stands. What
-they send is checked before anybody looks at it. In the pinned schedule a worker first shows that its bits are the run's.
+Workers ask (`cluster_wire.py`), and are answered: with parts on lease, with observations, and with how the run stands.
+What they send is checked before anybody looks at it. In the pinned schedule a worker first shows that its bits are the
+run's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import anyio
 import msgspec
@@ -28,10 +29,12 @@ from troupe.actors.generator.cluster_wire import (
     Terms,
     Verdict,
     decode_done,
+    decode_dropped,
     decode_kin,
     decode_observe,
     decode_pull,
     decode_spans,
+    decode_whole,
 )
 from troupe.actors.generator.crew import Crew
 from troupe.actors.generator.parts import Part
@@ -113,10 +116,12 @@ class ClusterMembers:
         facts: Facts | None = None,
         judge: Judge | None = None,
         audits: Audits | None = None,
+        put_whole: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         """`terms`: what every worker is told. `versions`: those that workers can have now. `probe`: from a version to
         what a worker decodes to be kin, which `judge` decodes too; None: anybody may generate. `facts`: this
-        machine's. `audits`: which parts are decoded twice."""
+        machine's. `audits`: which parts are decoded twice. `put_whole`: has a version put where workers find it, as a
+        whole."""
         self._roster = roster
         self._limits, self._decode_text = limits, decode_text
         self._terms, self._versions = terms, versions
@@ -124,6 +129,7 @@ class ClusterMembers:
         self._references: dict[int, tuple[str, str]] = {}
         self._judging = anyio.Lock()
         self._audits = audits or Audits(0.0)
+        self._put_whole = put_whole
         self._desk = desk
         self._members: dict[str, ClusterWorker] = {}
         self._asked: OrderedDict[int, tuple[Part, set[str]]] = OrderedDict()
@@ -136,6 +142,8 @@ class ClusterMembers:
             ("done", self._done),
             ("turn", self._turn),
             ("observe", self._observe),
+            ("dropped", self._dropped),
+            ("full", self._full),
             ("span", self._span),
         ):
             desk.register(verb, handler)
@@ -207,9 +215,12 @@ class ClusterMembers:
         if member.scope is not None:
             member.scope.cancel()
         self._audits.gone(member.name)
-        if self._crew is not None:
-            self._crew.lost(member, reason)
-            self._crew.report.forget_member(member.name)
+        if (crew := self._crew) is not None:
+            if worker.state == "ended":
+                crew.renew(member, ())
+            else:
+                crew.lost(member, reason)
+            crew.report.forget_member(member.name)
 
     def _kin_here(self) -> list[ClusterWorker]:
         here = [self._members.get(worker.name) for worker in self._roster.here("generate")]
@@ -384,6 +395,20 @@ class ClusterMembers:
     async def _observe(self, name: str, body: bytes) -> bytes:
         ask = decode_observe(body)
         return encode(await self._member(name).observed(ask.after))
+
+    async def _dropped(self, name: str, body: bytes) -> bytes:
+        dropped, member = decode_dropped(body), self._member(name)
+        if self._crew is not None:
+            self._crew.lost(member, f"its generator: {dropped.reason}", dropped.parts)
+            self._audits.renew(name, ())
+        return b""
+
+    async def _full(self, name: str, body: bytes) -> bytes:
+        wanted = decode_whole(body).version
+        self._roster.worker(name)
+        if self._put_whole is not None and wanted in self._versions():
+            await self._put_whole(wanted)
+        return b""
 
     async def _span(self, name: str, body: bytes) -> bytes:
         spans, worker = decode_spans(body).spans, self._roster.worker(name)
