@@ -81,6 +81,10 @@ class Audits:
         if self._judge is not None and _drawn(self._seed, part.name) < self._share:
             self._open[part.name] = _Audit(part, name)
 
+    def forget(self, part: str) -> None:
+        """An audit has come to nothing."""
+        self._open.pop(part, None)
+
     def concerns(self, part: str, name: str) -> bool:
         """Whether the answers of a member to a part are kept for an audit."""
         audit = self._open.get(part)

@@ -16,15 +16,13 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
-from troupe.actors.generator.audits import Audits, Judge
-from troupe.actors.generator.checks import ResultLimits, bits_of, checked_group
+from troupe.actors.generator.audits import Audits
+from troupe.actors.generator.checks import ResultLimits, checked_group
+from troupe.actors.generator.child import CHILD_FAULTS
 from troupe.actors.generator.cluster_wire import (
     Accepted,
     GenerateState,
     KinVerdict,
-    Observed,
-    PartFrame,
-    Probe,
     Pulled,
     Terms,
     Verdict,
@@ -36,66 +34,21 @@ from troupe.actors.generator.cluster_wire import (
     decode_spans,
     decode_whole,
 )
+from troupe.actors.generator.cluster_worker import ANSWER_S, ClusterWorker, Pull, frame_of
 from troupe.actors.generator.crew import Crew
+from troupe.actors.generator.kin import Kinship
 from troupe.actors.generator.parts import Part
-from troupe.actors.generator.wire import TurnEnded, pack_prompt, unpack_turn
+from troupe.actors.generator.wire import TurnEnded, unpack_turn
 from troupe.cluster.desk import DeclineError, Desk, OffenceError
 from troupe.cluster.roster import Roster, Worker
-from troupe.cluster.wire import PULL_WAIT_S, Facts, Offer
-from troupe.messages import MemberStatus, Observation, RolloutGroup
+from troupe.cluster.wire import PULL_WAIT_S, Offer
+from troupe.messages import MemberStatus, RolloutGroup
 from troupe.runtime.frames import MessageError, decoder, encode
 
-_ANSWER_S = PULL_WAIT_S - 2.0
-_MOST_OBSERVATIONS = 256
-"""In one frame."""
 _REMEMBERED = 8192
 """Groups of which it is known who was asked for them."""
 
 _decode_turn: Callable[[bytes], TurnEnded] = decoder(TurnEnded, "a worker and the run")
-
-
-class _Pull:
-    """One ask for work, which may be asked again until its answer has come."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.parts: list[Part] = []
-        self.answered = anyio.Event()
-
-
-class ClusterWorker:
-    """One worker that generates, in one session."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.name = worker.name
-        self.kin = False
-        """Whether it may have parts."""
-        self.pulls: dict[int, _Pull] = {}
-        """Those whose answer it may not have yet, by number."""
-        self.newest_pull = 0
-        self.scope: anyio.CancelScope | None = None
-        """Of the pull that waits."""
-        self._observations: list[Observation] = []
-        self._first = 1
-        """Number of the first of them."""
-        self._came = anyio.Event()
-
-    async def observe(self, observation: Observation) -> None:
-        """As of `Member`: it reads this when it asks."""
-        self._observations.append(observation)
-        self._came.set()
-
-    async def observed(self, after: int) -> Observed:
-        """What there is behind those that it has, as soon as there is something, or nothing after a while."""
-        while self._observations and self._first <= after:
-            self._observations.pop(0)
-            self._first += 1
-        if not self._observations:
-            self._came = anyio.Event()
-            with anyio.move_on_after(_ANSWER_S):
-                await self._came.wait()
-        return Observed(first=self._first, observations=tuple(self._observations[:_MOST_OBSERVATIONS]))
 
 
 class ClusterMembers:
@@ -112,22 +65,17 @@ class ClusterMembers:
         decode_text: Callable[[Sequence[int]], str],
         terms: Terms,
         versions: Callable[[], Collection[int]],
-        probe: Callable[[int], Part] | None = None,
-        facts: Facts | None = None,
-        judge: Judge | None = None,
+        kinship: Kinship | None = None,
         audits: Audits | None = None,
         put_whole: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
-        """`terms`: what every worker is told. `versions`: those that workers can have now. `probe`: from a version to
-        what a worker decodes to be kin, which `judge` decodes too; None: anybody may generate. `facts`: this
-        machine's. `audits`: which parts are decoded twice. `put_whole`: has a version put where workers find it, as a
+        """`terms`: what every worker is told. `versions`: those that workers can have now. `kinship`: None: anybody may
+        generate. `audits`: which parts are decoded twice. `put_whole`: has a version put where workers find it, as a
         whole."""
         self._roster = roster
         self._limits, self._decode_text = limits, decode_text
         self._terms, self._versions = terms, versions
-        self._probe, self._facts, self._judge = probe, facts or Facts(), judge
-        self._references: dict[int, tuple[str, str]] = {}
-        self._judging = anyio.Lock()
+        self._kinship = kinship
         self._audits = audits or Audits(0.0)
         self._put_whole = put_whole
         self._desk = desk
@@ -176,10 +124,11 @@ class ClusterMembers:
     def admit(self, worker: Worker, details: bytes) -> bytes:
         """As of `Service`."""
         member = ClusterWorker(worker)
-        member.kin = self._probe is None
+        member.kin = self._kinship is None
         self._members[worker.name] = member
         worker.detail = "" if member.kin else "showing that its bits are the run's"
-        return encode(msgspec.structs.replace(self._terms, probe=self._new_probe(), versions=tuple(self._versions())))
+        probe = None if self._kinship is None else self._kinship.probe()
+        return encode(msgspec.structs.replace(self._terms, probe=probe, versions=tuple(sorted(self._versions()))))
 
     def renew(self, worker: Worker, held: Sequence[str], pulled: int) -> Sequence[str]:
         """As of `Service`."""
@@ -239,50 +188,20 @@ class ClusterMembers:
             raise OffenceError(f"worker {name} asks as one that generates, and is not admitted to it")
         return member
 
-    def _new_probe(self) -> Probe | None:
-        versions = self._versions()
-        if self._probe is None or not versions:
-            return None
-        return Probe(part=_frame(self._probe(max(versions))))
-
     async def _kin(self, name: str, body: bytes) -> bytes:
         answer, worker = decode_kin(body), self._roster.worker(name)
         member = self._members.get(name)
         if member is None:
             raise OffenceError("it does not offer to generate")
-        if self._probe is None or self._judge is None or member.kin:
-            member.kin, worker.state, worker.detail = True, "idle", ""
-            return encode(KinVerdict(admitted=True))
-        if answer.version not in self._references:
-            if answer.version not in self._versions():
-                return encode(KinVerdict(admitted=False, probe=self._new_probe()))
-            async with self._judging:
-                if answer.version not in self._references:
-                    try:
-                        groups = await self._judge.decode(self._probe(answer.version))
-                    except LookupError:
-                        return encode(KinVerdict(admitted=False, probe=self._new_probe()))
-                    self._references[answer.version] = bits_of(groups)
-        differing = _difference((answer.token_ids, answer.log_probs), self._references[answer.version])
-        if differing:
-            reason = self._why_not_kin(differing, worker.facts)
-            self._roster.refuse(worker, reason)
-            raise DeclineError(reason)
+        if self._kinship is not None and not member.kin:
+            reason = await self._kinship.why_not(answer, worker.facts)
+            if reason is None:
+                return encode(KinVerdict(admitted=False, probe=self._kinship.probe()))
+            if reason:
+                self._roster.refuse(worker, reason)
+                raise DeclineError(reason)
         member.kin, worker.state, worker.detail = True, "idle", ""
         return encode(KinVerdict(admitted=True))
-
-    def _why_not_kin(self, differing: str, theirs: Facts) -> str:
-        ours = self._facts
-        facts = [
-            f"{field}: {getattr(theirs, field) or 'not told'} there, {getattr(ours, field) or 'not told'} here"
-            for field in ("troupe", "mlx", "device", "blas")
-            if getattr(theirs, field) != getattr(ours, field)
-        ]
-        return (
-            f"in the pinned schedule only a worker may generate whose bits are the run's; {differing} "
-            f"({'; '.join(facts) or 'though Troupe, MLX, device and BLAS are the same'}); let it serve a run with "
-            'schedule.mode = "free", or make the machines alike'
-        )
 
     async def _pull(self, name: str, body: bytes) -> bytes:
         ask, member = decode_pull(body), self._member(name)
@@ -293,17 +212,17 @@ class ClusterMembers:
         if pull is None:
             if ask.number <= member.newest_pull:
                 return encode(Pulled(parts=()))  # what it had then it has lost since
-            pull = member.pulls[ask.number] = _Pull(ask.number)
+            pull = member.pulls[ask.number] = Pull(ask.number)
             member.newest_pull = ask.number
             self._tasks.start_soon(self._take, self._crew, member, pull, ask.most)
         with anyio.move_on_after(PULL_WAIT_S):
             await pull.answered.wait()
-        return encode(Pulled(parts=tuple(map(_frame, pull.parts))))
+        return encode(Pulled(parts=tuple(map(frame_of, pull.parts))))
 
-    async def _take(self, crew: Crew, member: ClusterWorker, pull: _Pull, most: int) -> None:
+    async def _take(self, crew: Crew, member: ClusterWorker, pull: Pull, most: int) -> None:
         """Parts for a pull: another's to be audited, or open ones."""
         try:
-            with anyio.move_on_after(_ANSWER_S) as member.scope:
+            with anyio.move_on_after(ANSWER_S) as member.scope:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._take_audit, member, pull, tasks.cancel_scope)
                     parts = await crew.take(member, most=self._share(most))
@@ -316,7 +235,7 @@ class ClusterMembers:
                     self._audits.given(part, member.name)
             pull.answered.set()
 
-    async def _take_audit(self, member: ClusterWorker, pull: _Pull, scope: anyio.CancelScope) -> None:
+    async def _take_audit(self, member: ClusterWorker, pull: Pull, scope: anyio.CancelScope) -> None:
         part = await self._audits.take(member.name)
         pull.parts.append(part)
         scope.cancel()
@@ -370,7 +289,12 @@ class ClusterMembers:
 
     async def _settle(self, crew: Crew, part: str) -> None:
         """Wait for the second opinion on a part; put out who lied, and hand over what holds."""
-        settled = await self._audits.settle(part, lambda: len(self._kin_here()) > 1)
+        try:
+            settled = await self._audits.settle(part, lambda: len(self._kin_here()) > 1)
+        except (LookupError, *CHILD_FAULTS) as error:
+            self._audits.forget(part)  # so that it is given out anew
+            self._roster.tell("audit_failed", f"part {part} could not be compared, and is decoded anew: {error}")
+            return
         for liar, what in settled.liars.items():
             told = f"its part {part} has other {what} than the run's own generator makes with the same weights"
             self._roster.tell("worker_lied", f"worker {liar}: {told}")
@@ -422,15 +346,3 @@ class ClusterMembers:
                     )
                     self._crew.report.forward(told)
         return b""
-
-
-def _frame(part: Part) -> PartFrame:
-    size = len(part.prompts)
-    packed = tuple(pack_prompt(prompt, round_size=size) for prompt in part.prompts)
-    return PartFrame(name=part.name, version=part.version, prompts=packed)
-
-
-def _difference(theirs: tuple[str, str], ours: tuple[str, str]) -> str:
-    if theirs[0] != ours[0]:
-        return "it draws other tokens for the same prompts"
-    return "" if theirs[1] == ours[1] else "its tokens are the run's, and the bits of their log-probs are not"

@@ -111,7 +111,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dropped`: the worker's generator was lost while it decoded these. Parts that cost many generators end the run."""
+    """`dropped`: the worker's generator was lost on these. A part that costs many generators ends the run."""
 
     parts: Annotated[tuple[str, ...], msgspec.Meta(max_length=4096)]
     reason: Annotated[str, msgspec.Meta(max_length=2000)]
