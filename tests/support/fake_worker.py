@@ -1,4 +1,4 @@
-"""A worker that generates without a generator: what it answers follows from gid and sample. It may lie, stop, and die."""
+"""A worker that generates without a generator: what it answers follows from gid and sample. It may lie and die."""
 
 from __future__ import annotations
 

@@ -165,10 +165,7 @@ class ClusterMembers:
             member.scope.cancel()
         self._audits.gone(member.name)
         if (crew := self._crew) is not None:
-            if worker.state == "ended":
-                crew.renew(member, ())
-            else:
-                crew.lost(member, reason)
+            crew.renew(member, ())  # which no part is to blame for: cables are pulled, and machines sleep
             crew.report.forget_member(member.name)
 
     def _kin_here(self) -> list[ClusterWorker]:
