@@ -158,7 +158,7 @@ def test_a_generator_that_fails_is_made_anew_beside_the_same_base(tmp_path: Path
     whole = train_adapter(ragged_model, tmp_path / "whole", **DORA)
     config = adapter_config(ragged_model, tmp_path / "faulty", **DORA)
     result = troupe.train(config, [weigh_ids], factories=Factories(engine=engine))
-    assert result.incidents == {"process_restarted": 1}
+    assert result.incidents == {"actor_restarted": 1}
     assert len(made) == 2
     assert same_bits(policy_of(result.folder), policy_of(whole.folder))
 
