@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
     "schedule.learner_ranks": "free",  # the lanes decide the bits
     "schedule.devices": "free",
     "schedule.rank_timeout_s": "free",
+    "schedule.generator_processes": "free",
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",
     "checkpoint.*": "free",
