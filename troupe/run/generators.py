@@ -43,7 +43,9 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
             files=ledgers.files,
             device=ledgers.devices["generator"],
             report=wiring.reporters["generator"],
-            envs=[] if cards is None else [cards.of_generator(i) for i in range(config.schedule.generator_processes or 1)],
+            envs=[]
+            if cards is None
+            else [cards.of_generator(i) for i in range(config.schedule.generator_processes or 1)],
         )
         return partial(
             RemoteGenerator,

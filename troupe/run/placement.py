@@ -91,13 +91,14 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
     _check_parts(schedule, most)
     cores = machine.cores if machine.on_cpu else None
     takes_turns = schedule.max_staleness == 0  # the generator with the learner
-    processes = schedule.generator_processes
+    processes = schedule.generator_processes or _for_cards(schedule, machine.cards)
     if processes is None:
         is_open = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
         processes = min(cores or 1, worthwhile, schedule.parts or most) if takes_turns and is_open else 1
     where = schedule.generator
     if where == "auto":
-        where = "process" if processes > 1 or (machine.on_cpu and not takes_turns) else "thread"
+        is_elsewhere = machine.cards is not None and machine.cards.generators[0] != machine.cards.ranks[0]
+        where = "process" if processes > 1 or is_elsewhere or (machine.on_cpu and not takes_turns) else "thread"
     threads = schedule.blas_threads
     if threads is None and cores:
         threads = max(1, cores // _sharers(schedule, where, processes))
@@ -110,6 +111,13 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
         learner_streams=schedule.learner_streams if machine.on_cpu else 1,
     )
     return msgspec.structs.replace(config, schedule=placed)
+
+
+def _for_cards(schedule: ScheduleConfig, cards: Cards | None) -> int | None:
+    """A process of the generator for each of its cards, where there is work for them; None: cards decide nothing."""
+    if cards is None or schedule.generator == "thread":
+        return None
+    return min(len(cards.generators), schedule.parts or 1) if schedule.mode == "pinned" else len(cards.generators)
 
 
 def _check_parts(schedule: ScheduleConfig, most: int) -> None:

@@ -21,6 +21,7 @@ import msgspec
 from troupe.errors import RunError
 
 LOOPBACK = "127.0.0.1"
+_TOLD_WITHIN_S = 1.0
 Backend = Literal["ring", "nccl"]
 
 
@@ -88,9 +89,16 @@ class MlxRanks:
         try:
             yield
         except RuntimeError as error:
-            raise RunError(f"the learner's ranks lost each other: {error}") from None
+            raise RunError(self._why(error)) from None
         finally:
             self.waiting_since_s = None
+
+    def _why(self, error: RuntimeError) -> str:
+        """What became of the others, which whoever watches them may be about to say."""
+        until_s = time.perf_counter() + _TOLD_WITHIN_S
+        while self.broken is None and time.perf_counter() < until_s:
+            time.sleep(0.01)
+        return self.broken or f"the learner's ranks lost each other: {error}"
 
 
 _joined: list[Meeting] = []
