@@ -1,12 +1,11 @@
 """Generating: the work of a worker that decodes parts, with one generator's process after another."""
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from troupe.actors.generator.checks import bits_of
@@ -40,8 +39,9 @@ from troupe.runtime.device import DeviceThread
 from troupe.runtime.frames import encode
 from troupe.runtime.roles import decisive_fault
 
-MOST_DEATHS = 5
-"""Processes in a row that end with nothing done: then the machine cannot do it."""
+MOST_DEATHS = 3
+"""Processes in a row that end with nothing done: then this machine cannot do it, and goes before its losses end the
+run."""
 _FIRST_S, _LONGEST_S = 0.5, 30.0
 _LONG_S = PULL_WAIT_S + 10.0
 _SETUP_BYTES = 1024 * 1024 * 1024
@@ -68,13 +68,14 @@ class Generating:
         tell: Callable[[str], None] = lambda text: None,
         start: StartChild | None = None,
         folder: Callable[[int], AbstractContextManager[Path]] = scratch_folder,
+        device: Callable[[], AbstractAsyncContextManager[DeviceThread]] = lambda: DeviceThread("versions"),
         pause_s: Callable[[int], float] = lambda nth: backoff_s(nth, _FIRST_S, _LONGEST_S),
     ) -> None:
         """`tell` is given what a person should know. `start`: makes the process. `folder`: for so many bytes.
-        `pause_s`: before the n-th process after one that has ended."""
+        `device`: where versions are made of changes. `pause_s`: before the n-th process after one that has ended."""
         self._bus, self._run, self._here, self._tell, self._folder = bus, run, here, tell, folder
         self._start = start or self._start_child
-        self._pause_s = pause_s
+        self._device, self._pause_s = device, pause_s
         self._hands = Hands()
         self._newest = Newest()
         self._life: ChildLife | None = None
@@ -97,6 +98,12 @@ class Generating:
         """As of `Work`."""
         return None if self._life is None or self._life.child.newest < 0 else self._life.child.newest
 
+    @property
+    def summary(self) -> str:
+        """As of `Work`."""
+        groups = self.groups + (0 if self._life is None else self._life.groups)
+        return f"{groups:,} groups" if groups else ""
+
     def details(self) -> bytes:
         """Nothing: what it computes with stands beside."""
         return b""
@@ -118,13 +125,13 @@ class Generating:
         self._newest.tell(max(terms.versions, default=-1))
         self.doing = "reading what the run is"
         frame = await self._until_there(lambda: get_bytes(self._bus, self._stored(terms.setup), most=_SETUP_BYTES))
-        setup = await anyio.to_thread.run_sync(own_setup, frame, link.name, self._here)
+        setup = own_setup(frame, link.name, self._here)
         size = await self._until_there(self._size)
 
         async def damaged(version: int) -> None:
             await link.ask("full", encode(WholeVersion(version=version)))
 
-        async with DeviceThread("versions") as device, anyio.create_task_group() as telling:
+        async with self._device() as device, anyio.create_task_group() as telling:
             with self._folder((setup.max_staleness + _MORE_VERSIONS) * size) as folder:
                 files = VersionFiles(self._bus, self._run, folder, device, damaged=damaged)
                 await self._with_children(link, terms, setup, files, telling)
@@ -146,6 +153,7 @@ class Generating:
                 raise fault
             reason = f"its generator ended: {fault}"[:_REASON_CHARS]
             lost = self._hands.drop_unmade()
+            self.groups += life.groups
             if self._given_up:
                 continue
             self._tell(reason)
