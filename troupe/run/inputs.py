@@ -29,6 +29,7 @@ from troupe.run.acting import (
     make_rewards,
 )
 from troupe.run.config import RunConfig
+from troupe.run.engines import check_engine_inputs
 from troupe.run.resume.check import Resumption
 
 _SHOWN_ROWS = 4
@@ -101,6 +102,7 @@ def load_inputs(
     config = _dated(config, policy, begins=not resume)
     acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
     prompts = _tell_prompts(dataset, held_out, policy, config, acting_setup, resumption)
+    check_engine_inputs(config, policy, dataset, prompts.prompt_ids, acts=acting_setup is not None)
     longest = max(map(len, prompts.prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
     notices += lowered
