@@ -102,7 +102,6 @@ def load_inputs(
     config = _dated(config, policy, begins=not resume)
     acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
     prompts = _tell_prompts(dataset, held_out, policy, config, acting_setup, resumption)
-    check_engine_inputs(config, policy, dataset, prompts.prompt_ids, acts=acting_setup is not None)
     longest = max(map(len, prompts.prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
     notices += lowered
@@ -156,6 +155,7 @@ def _tell_prompts(
     kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
     keeps_unknown = kept == config.data.chat_template_kwargs
     prompt_ids = _tokenized(dataset, policy, config, acting_setup, keeps_unknown=keeps_unknown)
+    check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
     described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     if held_out is None:
         return _Told(prompt_ids, None, described)
