@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "schedule.mode": "never",
     "schedule.engines": "free",
     "schedule.generator": "free",
+    "schedule.generator_processes": "free",
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",
     "checkpoint.*": "free",
