@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import SocketAttribute, SocketStream
 
 Change = Callable[[dict[str, Any]], Any]
@@ -40,7 +40,8 @@ class FakeServer:
         self.most_at_once = self.under_way = 0
         self.port = 0
         self._dice = random.Random(1)
-        self._scope: anyio.CancelScope | None = None
+        self._scope: anyio.CancelScope
+        self._back: anyio.Event | None = None
 
     @property
     def url(self) -> str:
@@ -57,33 +58,31 @@ class FakeServer:
     @asynccontextmanager
     async def stopped(self) -> AsyncIterator[None]:
         """It is gone, with all connections, while the body goes on; then it is back, and has forgotten all."""
-        assert self._scope is not None
-        self._away = anyio.Event()
+        self._back, self._is_back = anyio.Event(), anyio.Event()
         self._scope.cancel()
         self.adapters.clear()
         yield
-        self._away.set()
-        while self._scope is None:
-            await anyio.sleep(0.01)
+        self._back.set()
+        await self._is_back.wait()
 
     async def _listen(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        self._is_back = anyio.Event()
         while True:
             listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=self.port)
             self.port = listener.extra(SocketAttribute.local_port)
             async with listener:
                 with anyio.CancelScope() as self._scope:
-                    if task_status is not None:
+                    self._is_back.set()
+                    if self._back is None:
                         task_status.started()
                     await listener.serve(self._serve)
-            task_status, self._scope = None, None  # type: ignore[assignment]
-            await self._away.wait()
+            assert self._back is not None
+            await self._back.wait()
 
     async def _serve(self, stream: SocketStream) -> None:
         async with stream:
-            try:
+            with suppress(anyio.BrokenResourceError, anyio.EndOfStream):
                 await self._answer(stream)
-            except (anyio.BrokenResourceError, anyio.EndOfStream):
-                pass
 
     async def _answer(self, stream: SocketStream) -> None:
         read = b""
@@ -118,7 +117,7 @@ class FakeServer:
         self.most_at_once = max(self.most_at_once, self.under_way)
         try:
             fault = self.faults.popleft() if self.faults else None
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             if fault == "hang":
                 await anyio.sleep_forever()
             if fault == "cut":
@@ -170,6 +169,3 @@ def with_choice(**changes: Any) -> Change:
         return answer
 
     return change
-
-
-NAN = math.nan

@@ -84,6 +84,11 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 "generator works in a thread beside the learner; set schedule.generator to 'process', or leave one out"
             )
 
+    @property
+    def engines_alone(self) -> bool:
+        """Whether nobody here decodes."""
+        return bool(self.engines) and self.generator == "auto"
+
 
 class PromptSchedule:
     """The endless stream of prompts, addressed by slot."""

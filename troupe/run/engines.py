@@ -20,7 +20,6 @@ from troupe.actors.generator.engines.server import EngineServer, Sampling
 from troupe.actors.generator.engines.settings import EngineConfig
 from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
-from troupe.messages import Slot
 from troupe.policy import MAX_SHARD_BYTES, Policy, Weights, completion_statistics, save_model_folder
 from troupe.policy.adapter.files import save_adapter
 from troupe.policy.decode.stopping import StopRules
@@ -148,11 +147,6 @@ def engine_members(
         probe_ids=probe_ids,
         own_log_probs=_own_log_probs(config, bare),
     )
-
-
-def probe_slot() -> Slot:
-    """Of the prompt that engines are tried with."""
-    return Slot(step=0, place=0)
 
 
 def _server(

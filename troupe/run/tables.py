@@ -124,9 +124,11 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_none(value: Any) -> Any:
-    """A table without what is None, also in its tables; any other value as it is."""
+    """A table without what is None, also in its tables and lists of tables; any other value as it is."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(item) for item in value]
     return value
 
 

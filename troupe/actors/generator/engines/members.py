@@ -27,7 +27,7 @@ from troupe.policy import Weights
 from troupe.runtime.backoff import backoff_s
 from troupe.runtime.device import DeviceThread
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 """Before an engine that failed is tried again."""
 _FAREWELL_S = 5.0
 _RECENT_S = 30.0
@@ -195,7 +195,8 @@ class EngineMembers:
         engine.failures += 1
         if engine.failures == 1:
             kind = "engine_refused" if is_refused else "engine_lost"
-            message = f"{engine.name}: {error}; what it had goes to others, and it is tried again from time to time"
+            had = "what it had goes to others, and " if engine.was_ready else ""
+            message = f"{engine.name}: {error}; {had}it is tried again from time to time"
             await self._tell(crew, kind, message)
 
     async def _work(self, engine: Engine, crew: Crew) -> None:
