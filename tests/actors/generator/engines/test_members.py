@@ -49,6 +49,7 @@ class Bench:
         self.crew = Crew(self._hand_over, board=self.board, report=self.reports.reporter("generator"), pinned=False)
         self.tokenizer = tokenizer
         self.own = -1.0
+        self.key: str | None = None
 
     def publish(self, version: int) -> None:
         weights = {"w": mx.full(2, version)}
@@ -61,13 +62,13 @@ class Bench:
     def server(self, fake: FakeServer, way: EngineWay = "none", **settings: Any) -> EngineServer:
         generation = GenerationConfig(num_generations=G, max_completion_length=LENGTH, **settings.pop("generation", {}))
         config = EngineConfig(url=fake.url, **{"kind": "vllm", "most": 2, "timeout_s": 5.0, **settings})
-        client = HttpClient(config.base_url, timeout_s=config.timeout_s, key=settings.get("key"))
+        client = HttpClient(config.base_url, timeout_s=config.timeout_s, key=self.key)
         dialect: Dialect = VllmDialect(client, "base", run=str(self.folder), stop_ids=[256], seed=0)
         if config.kind == "mlx-lm":
             dialect = MlxLmDialect("base", self.tokenizer)
         rules = StopRules(frozenset([256]))
         sampling = Sampling(generation=generation, rules=rules, vocab_size=CONFIG.vocab_size, tokenizer=self.tokenizer)
-        return EngineServer(config, client, dialect, way, sampling, "base")
+        return EngineServer(config, client, dialect, way, sampling, "base", first_pause_s=0.01)
 
     @asynccontextmanager
     async def working(self, *servers: EngineServer) -> AsyncIterator[EngineMembers]:
@@ -82,6 +83,7 @@ class Bench:
             device=device_thread("generator"),
             probe_ids=(65, 66),
             own_log_probs=lambda weights, prompt, ids: [self.own] * len(ids),
+            first_pause_s=0.02,
         )
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(members.run, self.crew)
@@ -94,22 +96,19 @@ class Bench:
             for part in parts_of([make_prompt(step, place) for place in range(places)], None, None):
                 self.crew.submit(part)
 
-    async def until(self, groups: int, within_s: float = 10.0) -> None:
-        with anyio.fail_after(within_s):
-            while len(self.groups) < groups:
-                await anyio.sleep(0.01)
+    async def until(self, groups: int) -> None:
+        await until(lambda: len(self.groups) >= groups)
+
+
+async def until(holds: Callable[[], object]) -> None:
+    with anyio.fail_after(10):
+        while not holds():  # noqa: ASYNC110 - what is waited for tells nobody
+            await anyio.sleep(0.01)
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr("troupe.actors.generator.engines.server._FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("troupe.actors.generator.engines.members._FIRST_PAUSE_S", 0.02)
+def bench(tmp_path: Path, tokenizer: Tokenizer) -> Bench:
     return Bench(tmp_path, tokenizer)
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 pytestmark = pytest.mark.anyio
@@ -247,10 +246,7 @@ async def test_an_engine_that_goes_away_gives_back_what_it_has_and_comes_back(be
             lost = members.statuses()[0]
             assert lost.state == "lost"
             assert not lost.leases
-        bench.groups.clear()
-        with anyio.fail_after(5):
-            while members.statuses()[0].state != "idle":
-                await anyio.sleep(0.01)
+        await until(lambda: members.statuses()[0].state == "idle")
     kinds = [incident.kind for incident in await bench.reports.incidents()]
     assert kinds == ["engine_lost", "engine_back"]
 
@@ -326,10 +322,9 @@ async def test_mlx_lm_gets_text_that_reads_as_the_same_ids_and_a_request_a_sampl
 async def test_the_key_goes_in_a_header_and_into_no_message(bench: Bench) -> None:
     async with FakeServer().running() as fake:
         fake.faults.append(401)
-        server = bench.server(fake)
-        server._client._key = "s3cret"
+        bench.key = "s3cret"
         with pytest.RaisesGroup(pytest.RaisesExc(RunError, match="401"), flatten_subgroups=True) as caught:
-            async with bench.working(server):
+            async with bench.working(bench.server(fake)):
                 await bench.until(1)
     assert fake.headers[0]["authorization"] == "Bearer s3cret"
     assert "s3cret" not in repr(caught.value.exceptions)

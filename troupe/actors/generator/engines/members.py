@@ -27,8 +27,7 @@ from troupe.policy import Weights
 from troupe.runtime.backoff import backoff_s
 from troupe.runtime.device import DeviceThread
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
-"""Before an engine that failed is tried again."""
+_LONGEST_PAUSE_S = 10.0
 _FAREWELL_S = 5.0
 _RECENT_S = 30.0
 _APART = 1.0
@@ -123,14 +122,17 @@ class EngineMembers:
         device: DeviceThread,
         probe_ids: tuple[int, ...],
         own_log_probs: LogProbs,
+        first_pause_s: float = 0.5,
     ) -> None:
         """`device`: the thread that writes weights. `probe_ids`: a prompt of the run. `own_log_probs`: what tells an
-        engine with another model."""
+        engine with another model. `first_pause_s`: before an engine that failed is tried again; each further one in a
+        row is twice as long."""
         self._engines = [Engine(server) for server in servers]
         self._folders = folders
         self._device = device
         self._probe_ids = probe_ids
         self._own_log_probs = own_log_probs
+        self._first_pause_s = first_pause_s
 
     async def run(self, crew: Crew) -> None:
         """Have the engines take prompts. RunError where one cannot be used from the beginning."""
@@ -167,8 +169,7 @@ class EngineMembers:
                 await self._work(engine, crew)
             except (EngineDownError, EngineRefusedError) as error:
                 await self._set_aside(engine, crew, error)
-            pause_s = backoff_s(engine.failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
-            await anyio.sleep(pause_s)
+            await anyio.sleep(backoff_s(engine.failures, self._first_pause_s, _LONGEST_PAUSE_S))
 
     async def _make_ready(self, engine: Engine, crew: Crew) -> None:
         """See that it is there, can be used, and has the newest weights."""

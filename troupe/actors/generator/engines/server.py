@@ -15,7 +15,7 @@ from troupe.runtime.backoff import backoff_s
 from troupe.runtime.http_client import HttpClient
 from troupe.runtime.roles import together
 
-_TRIES, _FIRST_PAUSE_S = 4, 0.5
+_TRIES = 4
 """Of a request that is answered by a fault which may pass."""
 _PROBED = 8  # tokens
 _CERTAIN = 1e-4
@@ -36,9 +36,18 @@ class EngineServer:
     what comes is of no use."""
 
     def __init__(
-        self, config: EngineConfig, client: HttpClient, dialect: Dialect, way: EngineWay, sampling: Sampling, model: str
+        self,
+        config: EngineConfig,
+        client: HttpClient,
+        dialect: Dialect,
+        way: EngineWay,
+        sampling: Sampling,
+        model: str,
+        *,
+        first_pause_s: float = 0.5,
     ) -> None:
-        """`way`: how weights reach it. `model`: its name for the model that the run begins with."""
+        """`way`: how weights reach it. `model`: its name for the model that the run begins with. `first_pause_s`:
+        before a request is repeated; each further time twice as long."""
         self.config = config
         self.dialect = dialect
         self.way = way
@@ -46,6 +55,7 @@ class EngineServer:
         """The weights that it has by itself."""
         self._client = client
         self._sampling = sampling
+        self._first_pause_s = first_pause_s
 
     async def probe(self, prompt_ids: tuple[int, ...]) -> None:
         """See whether it gives ids and log-probs, and of which distribution; with the weights that it has by itself."""
@@ -108,7 +118,7 @@ class EngineServer:
             except EngineDownError as fault:
                 if not fault.again:
                     raise
-            await anyio.sleep(backoff_s(nth, _FIRST_PAUSE_S))
+            await anyio.sleep(backoff_s(nth, self._first_pause_s))
         return await self._ask(request, held)
 
     async def _ask(self, request: Request, held: Held) -> list[Sampled]:
