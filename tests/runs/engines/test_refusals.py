@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from tests.support.fakes import tiny_config, weigh_ids
+from tests.support.games import acting, write_player
 from tests.support.tiny import write_tiny_model
 from troupe.errors import ConfigError, DatasetError
 from troupe.run.config import load_config, write_config
+from troupe.run.memory import peak_bytes
 from troupe.run.prepare import Prepared, prepare
 
 MLX = {"url": "http://127.0.0.1:8080", "kind": "mlx-lm"}
@@ -43,24 +45,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"schedule__engines": [VLLM], "adapter__kind": "dora"}, "vLLM has no DoRA"),
     "no key": ({"schedule__engines": [{**VLLM, "api_key_env": "TROUPE_TEST_NONE"}]}, "TROUPE_TEST_NONE is not set"),
     "no folder": ({"schedule__engines": [{**VLLM, "weights_folder": "/not/there"}]}, "there is no such folder"),
-    "acts": ({"environment__tools": ["tools.py:look"]}, "cannot act"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_go_with_engines_is_refused_by_its_key(tmp_path: Path, ragged_model: Path, case: str) -> None:
     settings, reason = REFUSED[case]
-    if case == "acts":
-        (tmp_path / "tools.py").write_text(
-            'def look(at: str) -> str:\n    """Look.\n\n    Args:\n        at: What.\n    """\n    return at\n'
-        )
-        settings = {"environment__tools": [f"{tmp_path}/tools.py:look"]}
-        prompts = [{"prompt": [{"role": "user", "content": "a"}]}]
-        (tmp_path / "chat.json").write_text(json.dumps(prompts))
-        settings |= {"data__path": str(tmp_path / "chat.json")}
     with pytest.raises(ConfigError, match=reason) as caught:
         prepared(ragged_model, tmp_path, **settings)
     assert "s3cret" not in str(caught.value)
+
+
+def test_engines_do_not_act(tmp_path: Path) -> None:
+    settings = acting(tmp_path) | FREE
+    with pytest.raises(ConfigError, match="cannot act in an environment"):
+        prepare(tiny_config(write_player(tmp_path), tmp_path, **settings, schedule__engines=[MLX]))
 
 
 def test_a_prompt_that_no_text_is_read_as_is_refused_where_prompts_go_as_text(tmp_path: Path) -> None:
@@ -85,7 +84,7 @@ def test_engines_alone_leave_the_learner_all_there_is(tmp_path: Path, ragged_mod
         beside.config.schedule.blas_threads is not None
         and alone.config.schedule.blas_threads >= beside.config.schedule.blas_threads
     )
-    assert alone.memory.peak_gb < beside.memory.peak_gb
+    assert peak_bytes(alone.memory.phases) < peak_bytes(beside.memory.phases)
 
 
 def test_a_stored_config_with_engines_is_read_back_and_paths_count_from_the_file(
@@ -102,7 +101,8 @@ def test_a_stored_config_with_engines_is_read_back_and_paths_count_from_the_file
     assert "s3cret" not in (tmp_path / "run.toml").read_text()
     assert any("in the clear" in notice for notice in run.notices)
     (tmp_path / "mine.toml").write_text(
-        '[schedule]\nmode = "free"\n[[schedule.engines]]\nurl = "http://h:1"\nkind = "vllm"\nweights_folder = "shared"\n'
+        '[schedule]\nmode = "free"\n'
+        '[[schedule.engines]]\nurl = "http://h:1"\nkind = "vllm"\nweights_folder = "shared"\n'
     )
     monkeypatch.chdir("/")
     assert load_config(tmp_path / "mine.toml").schedule.engines[0].weights_folder == str(tmp_path / "shared")
