@@ -139,6 +139,7 @@ def _folders(place: Path) -> Iterator[Path]:
 
 
 def locked_folder(place: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor that holds its lock: without one, `remove_leftovers` takes it away."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         lock = os.open(folder, os.O_RDONLY)
