@@ -136,13 +136,10 @@ def engine_members(
     bare = policy.having({})
     make = partial(_server, config, bare, folder, source, _sampling(config, bare))
     places = {engine.weights_folder for engine in config.schedule.engines}
-    assert len(places) <= 1, "checked by the schedule"
-    place = next(iter(places), None)
+    folders = partial(EngineFolders, folder, partial(_save, bare), size_of=partial(_size_of, bare))
     return lambda: EngineMembers(
         [make(number, engine) for number, engine in enumerate(config.schedule.engines)],
-        folders=EngineFolders(
-            folder, partial(_save, bare), place=None if place is None else Path(place), size_of=partial(_size_of, bare)
-        ),
+        folders={place: folders(place=None if place is None else Path(place)) for place in places},
         device=device,
         probe_ids=probe_ids,
         own_log_probs=_own_log_probs(config, bare),

@@ -79,7 +79,7 @@ class Bench:
         folders = EngineFolders(self.folder, save, size_of=lambda weights: 100, shared_memory=self.folder / "none")
         members = EngineMembers(
             servers,
-            folders=folders,
+            folders={None: folders},
             device=device_thread("generator"),
             probe_ids=(65, 66),
             own_log_probs=lambda weights, prompt, ids: [self.own] * len(ids),

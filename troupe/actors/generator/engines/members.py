@@ -8,7 +8,7 @@ go on.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import count
 
@@ -118,15 +118,15 @@ class EngineMembers:
         self,
         servers: Sequence[EngineServer],
         *,
-        folders: EngineFolders,
+        folders: Mapping[str | None, EngineFolders],
         device: DeviceThread,
         probe_ids: tuple[int, ...],
         own_log_probs: LogProbs,
         first_pause_s: float = 0.5,
     ) -> None:
-        """`device`: the thread that writes weights. `probe_ids`: a prompt of the run. `own_log_probs`: what tells an
-        engine with another model. `first_pause_s`: before an engine that failed is tried again; each further one in a
-        row is twice as long."""
+        """`folders`: by `weights_folder`. `device`: the thread that writes weights. `probe_ids`: a prompt of the run.
+        `own_log_probs`: what tells an engine with another model. `first_pause_s`: before an engine that failed is tried
+        again; each further one in a row is twice as long."""
         self._engines = [Engine(server) for server in servers]
         self._folders = folders
         self._device = device
@@ -141,7 +141,8 @@ class EngineMembers:
                 for engine in self._engines:
                     tasks.start_soon(self._serve, engine, crew)
         finally:
-            self._folders.close()
+            for folders in self._folders.values():
+                folders.close()
 
     def statuses(self) -> Sequence[MemberStatus]:
         return [engine.status() for engine in self._engines]
@@ -268,10 +269,11 @@ class EngineMembers:
                 await self._check(engine, weights, server.as_begun)
             engine.held = server.as_begun
             return
-        self._folders.lend(version)
+        folders = self._folders_of(engine)
+        folders.lend(version)
         engine.lent.append(version)
         with crew.report.span("write weights"):
-            folder = await self._device.run(self._folders.write, version, weights)
+            folder = await self._device.run(folders.write, version, weights)
         with crew.report.span("load weights"):
             held = await server.dialect.load(server.way, version, folder)
             if replaces or not engine.is_checked:
@@ -303,7 +305,10 @@ class EngineMembers:
 
     def _give_back(self, engine: Engine, version: int) -> None:
         engine.lent.remove(version)
-        self._folders.give_back(version)
+        self._folders_of(engine).give_back(version)
+
+    def _folders_of(self, engine: Engine) -> EngineFolders:
+        return self._folders[engine.server.config.weights_folder]
 
     async def _tell(self, crew: Crew, kind: str, message: str) -> None:
         await crew.report.incident(Incident(actor=crew.report.actor, kind=kind, message=message))

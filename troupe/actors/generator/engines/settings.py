@@ -65,8 +65,6 @@ def check_engines(engines: tuple[EngineConfig, ...], mode: str, generator: str) 
             "schedule.engines are there, but schedule.generator is 'thread'; leave it out, so that engines alone "
             "complete prompts, or set it to 'process', so that one of ours does so beside them"
         )
-    if len({engine.weights_folder for engine in engines}) > 1:
-        raise ValueError("schedule.engines name several weights_folder; give all of them the same one")
     names = [engine.name for engine in engines]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"schedule.engines has {twice[0]} twice; give each server once, and raise its `most`")
