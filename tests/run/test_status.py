@@ -36,6 +36,7 @@ from troupe.run.status import (
     of_actors,
     queues,
     stall,
+    with_needs,
     with_waits,
 )
 from troupe.runtime.actor import Actor
@@ -120,12 +121,12 @@ async def test_what_everybody_does_is_told_in_words() -> None:
         scorer.report.span("c"),
     ):
         elsewhere = Span(actor="generator", name="generate", start_s=time.perf_counter(), end_s=math.inf, process=7)
-        generator.report.forward(elsewhere)
+        generator.report.forward(msgspec.structs.replace(elsewhere, member="laptop"))
         now_s = time.perf_counter() + 300.0
         told = doing([prompter, generator, scorer, learner], now_s)
     assert told == {
         "prompter": "waits: idle for 300.0 s",
-        "generator": "generate for 300.0 s",
+        "generator": "generate at laptop for 300.0 s",
         "scorer": "score of group 7 for 300.0 s, a for 300.0 s, b for 300.0 s, and 1 more",
         "learner": "learn for 300.0 s",
     }
@@ -272,6 +273,18 @@ def test_what_is_waited_for_comes_first() -> None:
     assert both is not None
     assert both.what == "waiting for reward a and b"
     assert both.detail == ": connection refused (12 tries, 34 s); odd (1 try, 0 s); scoring step 1"
+
+
+async def test_what_must_be_brought_comes_before_what_goes_on_meanwhile() -> None:
+    class Alone(Working):
+        needs = "waiting for a worker: troupe worker --join o/join/worker.toml"
+
+    actors = actors_of_a_run()
+    assert with_needs(Activity(what="learning step 1"), actors) == Activity(what="learning step 1")
+    told = with_needs(Activity(what="learning step 1"), [*actors, Alone("generator")])
+    assert told is not None
+    assert told.text == f"{Alone.needs}; learning step 1"
+    assert told.waiting
 
 
 async def test_a_judge_that_does_not_listen_is_told_of_before_the_first_step(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
 import anyio
+import msgspec
 import pytest
 
 from tests.support.fakes import taken
@@ -68,6 +70,18 @@ async def test_a_child_tells_of_beginnings_too_and_the_parent_knows_what_it_is_a
     for span in await taken(child_box):
         desk.report.forward(span)
     assert await desk.told() == [("decode", 0.0, 2.0, 0)]
+
+
+async def test_members_with_the_same_pid_are_not_mixed_up(desk: Desk) -> None:
+    begun = Span(actor="generator", name="decode", start_s=0.0, end_s=math.inf, process=77, member="laptop")
+    desk.report.forward(begun)
+    desk.report.forward(msgspec.structs.replace(begun, member="studio"))
+    desk.report.forward(msgspec.structs.replace(begun, member="studio", end_s=1.0))
+    assert [span.member for span in desk.report.doing] == ["laptop"]
+    desk.report.forget_member("studio")
+    assert len(desk.report.doing) == 1
+    desk.report.forget_member("laptop")
+    assert desk.report.doing == []
 
 
 async def test_what_one_task_does_within_its_work_shares_the_lane_and_what_others_do_does_not(desk: Desk) -> None:

@@ -34,6 +34,7 @@ from troupe.messages.groups import (
     ScoredGroup,
     Slot,
 )
+from troupe.messages.members import MemberKind, MemberState, MemberStatus
 from troupe.messages.steps import (
     CheckpointWritten,
     ClosedState,
@@ -70,6 +71,9 @@ __all__ = [
     "Hold",
     "Incident",
     "LiveGroup",
+    "MemberKind",
+    "MemberState",
+    "MemberStatus",
     "Observation",
     "OpenGroup",
     "Past",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from troupe.messages.groups import Slot
+from troupe.messages.members import MemberStatus
 
 Phase = Literal["starting", "running", "paused", "held", "draining", "stopping", "ended", "failed", "restarting"]
 """Where a run stands. starting: what comes before the first prompt; held: a reward is down, so no step is begun;
@@ -168,6 +169,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """None where there is nothing to tell: before the start, after the end, in a pause."""
     notice: str = ""
     """What whoever looks at the run should see first, such as that it is ending and what can be done about it."""
+    members: tuple[MemberStatus, ...] = ()
+    """Who does work of the run in a process of its own, here or elsewhere; those that are gone stay for a while."""
 
 
 NOT_STARTED = Status(

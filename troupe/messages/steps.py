@@ -180,4 +180,6 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lane: int = 0
     """Spans of an actor that overlap are in different lanes, unless one is a part of the other."""
     process: int | None = None
-    """Pid of the child process that did it; None: the run's own process."""
+    """Pid of the process that did it, on whatever machine; None: the run's own process."""
+    member: str = ""
+    """Name of the member (`MemberStatus.name`) that did it; empty where it has none."""

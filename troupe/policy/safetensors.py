@@ -62,6 +62,11 @@ class StoredTensor(msgspec.Struct, frozen=True):
     data_offsets: tuple[_Count, _Count]
     """Its bytes, counted from the end of the header."""
 
+    @property
+    def bytes_each(self) -> int:
+        """Of one of its numbers, where that is whole bytes."""
+        return _BITS[self.dtype] // 8
+
 
 def read_header(file: Path) -> list[tuple[str, StoredTensor]]:
     """The tensors of a file by name, in the order of the header, where one may stand twice; their data are not read.

@@ -21,7 +21,7 @@ from troupe.run.folder import RunFolder
 from troupe.run.pipeline import Pipeline
 from troupe.run.prepare import Prepared
 from troupe.run.result import RunResult, write_summary
-from troupe.run.status import Progress, doing, of_actors, queues, with_waits
+from troupe.run.status import Progress, doing, of_actors, queues, with_needs, with_waits
 from troupe.runtime import linux_cpu
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.memory import memory_limited, memory_wired
@@ -126,6 +126,7 @@ class LiveRun:
             metrics=dict(updates[-1].metrics) if updates else {},
             activity=None if self._ended.is_set() else self._activity(now_s),
             notice=self.notice,
+            members=tuple(member for actor in pipeline.actors for member in actor.members()),
         )
 
     def _activity(self, now_s: float) -> Activity | None:
@@ -134,7 +135,7 @@ class LiveRun:
             at = msgspec.structs.replace(at, what=f"starting the reward {prepared.inputs.rewards.starting}")
         if at is None and self._running:
             at = of_actors(self._pipeline.actors, now_s, prepared.config.generation.max_completion_length)
-        return with_waits(at, prepared.inputs.rewards.waits)
+        return with_waits(with_needs(at, self._pipeline.actors), prepared.inputs.rewards.waits)
 
     async def run(self) -> None:
         """Go to the end, well or not; then `result` or `fault` is there, and `ended` is set."""

@@ -128,8 +128,8 @@ def _in_words(going_on: Sequence[Span], now_s: float, most: int = 3) -> str:
     others = [span for span in going_on if span.name not in many]
     room = most - len(words)
     words += [
-        f"{'waits: ' if span.kind == 'wait' else ''}{span.name}{'' if span.gid is None else f' of group {span.gid}'} "
-        f"for {now_s - span.start_s:.1f} s"
+        f"{'waits: ' if span.kind == 'wait' else ''}{span.name}{'' if span.gid is None else f' of group {span.gid}'}"
+        f"{f' at {span.member}' if span.member else ''} for {now_s - span.start_s:.1f} s"
         for span in others[:room]
     ]
     more = max(0, len(many) - most) + max(0, len(others) - room)
@@ -208,6 +208,15 @@ def _asked(span: str) -> str:
     if kind == "tool":
         return span[:_LONGEST_NAME]
     return f"environment {name[:_LONGEST_NAME]}" if kind in ("step", "reset") and name else "environments"
+
+
+def with_needs(activity: Activity | None, actors: Iterable[Actor]) -> Activity | None:
+    """The same, and before it what an actor must be given from outside."""
+    needs = [actor.needs for actor in actors if actor.needs]
+    if not needs:
+        return activity
+    rest = "" if activity is None else f"; {activity.text}"
+    return Activity(what="; ".join(needs), detail=rest, waiting=True)
 
 
 def with_waits(activity: Activity | None, waits: Mapping[str, Wait], of: str = "reward") -> Activity | None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import anyio
 from anyio.abc import TaskGroup
 
-from troupe.messages import Incident
+from troupe.messages import Incident, MemberStatus
 from troupe.runtime.broadcast import Broadcast
 from troupe.runtime.mailbox import Channel, Mailbox
 from troupe.runtime.reporter import Reporter
@@ -63,6 +63,15 @@ class Actor(ABC):
     def made(self) -> int:
         """How much of the work in hand is done, in a unit that the actor names; 0 where that is not known."""
         return 0
+
+    def members(self) -> Sequence[MemberStatus]:
+        """Who does this actor's work in processes of their own, here or elsewhere."""
+        return ()
+
+    @property
+    def needs(self) -> str:
+        """What must come from outside before the work goes on, as in `waiting for …`; empty: nothing."""
+        return ""
 
     async def run(self) -> None:
         """Run from `start` to the end of the mailbox.

@@ -46,7 +46,7 @@ class Reporter:
         self._spans = spans
         self._open: dict[asyncio.Task[Any] | None, list[_Timed]] = {}
         self._lanes: list[float] = []  # since when each lane is free; ∞ while a span is open in it
-        self._elsewhere: dict[tuple[int | None, int, str, float], Span] = {}  # what child processes are at
+        self._elsewhere: dict[tuple[str, int | None, int, str, float], Span] = {}  # what other processes are at
 
     async def incident(self, incident: Incident) -> None:
         """Report a fault that does not stop the run; waits for room."""
@@ -103,19 +103,23 @@ class Reporter:
         self.record(name, now_s, now_s, step=step, gid=gid, gids=gids)
 
     def forward(self, span: Span) -> None:
-        """Pass on what a child process tells of, its times already by the clock of this one."""
-        key = span.process, span.lane, span.name, span.start_s
+        """Pass on what another process tells of, its times already by the clock of this one."""
+        key = span.member, span.process, span.lane, span.name, span.start_s
         if span.end_s == math.inf:
             self._elsewhere[key] = span
         else:
             # and the spans within it, whose own ends were dropped on the way
-            for inner in [k for k in self._elsewhere if k[:2] == key[:2] and k[3] >= span.start_s]:
+            for inner in [k for k in self._elsewhere if k[:3] == key[:3] and k[4] >= span.start_s]:
                 del self._elsewhere[inner]
             self._tell(span)
 
     def forget(self, process: int) -> None:
         """A child process has ended, whatever it was at."""
         self._elsewhere = {key: span for key, span in self._elsewhere.items() if span.process != process}
+
+    def forget_member(self, member: str) -> None:
+        """A member is gone, whatever it was at."""
+        self._elsewhere = {key: span for key, span in self._elsewhere.items() if span.member != member}
 
     @property
     def doing(self) -> list[Span]:

@@ -88,7 +88,7 @@ class Times:
         wait: defaultdict[object, list[Interval]] = defaultdict(list)
         for span in spans:
             lanes = work if span.kind == "work" else wait
-            lanes[span.process, span.lane].append((max(span.start_s, start_s), min(span.end_s, end_s)))
+            lanes[span.member, span.process, span.lane].append((max(span.start_s, start_s), min(span.end_s, end_s)))
         working: list[Interval] = []
         for lane, intervals in work.items():
             in_lane = union(intervals)

@@ -221,3 +221,16 @@ def test_every_group_can_be_followed_from_its_first_span_to_its_last(
     pairs = {(a.name, b.name) for a in spans for b in spans if a.gid == b.gid and a.end_s <= b.start_s}
     ways_around = {(a, c) for a, b in pairs for b_, c in pairs if b == b_}
     assert {(start.name, end.name) for _, start, end in trace.arrows} == pairs - ways_around
+
+
+def test_a_member_keeps_its_tracks_under_its_name_whatever_its_pid_and_whoever_else_has_it(tmp_path: Path) -> None:
+    spans = [
+        span("generator", "decode", 1.0, 1.5, process=77, member="laptop"),
+        span("generator", "decode", 1.0, 1.5, process=77, member="studio"),
+        span("generator", "decode", 1.0, 1.5, process=77),
+        span("generator", "decode", 2.0, 2.5, process=78, member="laptop"),
+    ]
+    events = traced(tmp_path, *spans)
+    names = {each["pid"]: each["args"]["name"] for each in events if each["name"] == "process_name"}
+    drawn = [names[piece.process] for piece in read_trace(events).slices]
+    assert drawn == ["laptop", "studio", "troupe generator", "laptop"]

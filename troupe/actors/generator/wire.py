@@ -1,11 +1,12 @@
 """What the generator and its processes tell each other: msgpack frames, token ids and log-probs as packed arrays.
 
 The process gets of a prompt what it needs to complete it, and of a completion everything comes back. Numbers are int32
-and float32 in the machine's own byte order: frames never leave it.
+and float32, little-endian: what is packed here goes to other machines, too.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
@@ -264,11 +265,11 @@ def unpack_turn(ended: TurnEnded, prompt: Prompt) -> TurnTaken:
 
 
 def _ints(values: Iterable[int]) -> bytes:
-    return array("i", values).tobytes()
+    return _little(array("i", values)).tobytes()
 
 
 def _floats(values: Sequence[float]) -> bytes:
-    return array("f", values).tobytes()
+    return _little(array("f", values)).tobytes()
 
 
 def _as_ints(data: bytes) -> tuple[int, ...]:
@@ -284,4 +285,11 @@ def _filled(values: array[Number], data: bytes) -> array[Number]:
         values.frombytes(data)
     except ValueError:
         raise MessageError(f"an array of {len(data)} bytes is not made of numbers of {values.itemsize}") from None
+    return _little(values)
+
+
+def _little(values: array[Number], byteorder: str = sys.byteorder) -> array[Number]:
+    """From this machine's byte order to little-endian, or back."""
+    if byteorder == "big":
+        values.byteswap()
     return values

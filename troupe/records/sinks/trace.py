@@ -1,8 +1,9 @@
 """The timeline: spans written as trace events that Perfetto and chrome://tracing open.
 
-Every actor has a track, and one more for each lane in which it did something at the same time; child processes are
-processes of their own. Arrows follow a group: from each span of a gid to the spans of that gid that came next, so that
-where several rewards score a group at once the arrows part and meet again.
+Every actor has a track, and one more for each lane in which it did something at the same time; child processes and
+members, such as workers on other machines, are processes of their own. Arrows follow a group: from each span of a gid
+to the spans of that gid that came next, so that where several rewards score a group at once the arrows part and meet
+again.
 
 Format: the JSON array form of the Trace Event Format, times in microseconds. The array is left open while the run goes
 on, which the format allows, and what is flushed are whole events, so that the file of a crashed run opens too. A file
@@ -18,6 +19,7 @@ import msgspec
 from troupe.messages import GroupClosed, Span
 
 _MAIN_PROCESS = 1
+_FIRST_MEMBER = 1 << 22  # above every pid: those of two machines may be equal
 _PARTS = 8  # of a microsecond: eighths are exact in decimal and in binary, whatever a reader multiplies them with
 _MAX_LANES = 1000  # of an actor, for the order of tracks
 _MOST_BYTES = 256 * 2**20  # of a file: viewers hold all of it in memory, several times over
@@ -69,6 +71,7 @@ class TraceWriter:
         self._written = 0
         self._processes: set[int] = set()
         self._actors: dict[str, int] = {}
+        self._members: dict[str, int] = {}
         self._tracks: dict[tuple[int, str, int], int] = {}
         self._spans: dict[int, list[_Drawn]] = {}
         self._arrows = 0
@@ -121,8 +124,8 @@ class TraceWriter:
         self._name_process(_MAIN_PROCESS, "troupe")
 
     def _draw(self, span: Span) -> None:
-        process = _MAIN_PROCESS if span.process is None else span.process
-        track = self._tracks.get((process, span.actor, span.lane)) or self._track(process, span.actor, span.lane)
+        process = self._process_of(span)
+        track = self._tracks.get((process, span.actor, span.lane)) or self._track(process, span)
         start, end = int(span.start_s * 1e6 * _PARTS), int(span.end_s * 1e6 * _PARTS)
         ts = start / _PARTS
         args = _Args(span.step, span.gid, span.gids)
@@ -154,9 +157,16 @@ class TraceWriter:
         self._event("s", past.process, past.track, name, cat="group", ts=past.ts, id=number)
         self._event("f", span.process, span.track, name, cat="group", ts=span.ts, id=number, bp="e")
 
-    def _track(self, process: int, actor: str, lane: int) -> int:
+    def _process_of(self, span: Span) -> int:
+        """Its number in the file: a member keeps its own, in whatever process and on whatever machine it is."""
+        if span.member:
+            return self._members.setdefault(span.member, _FIRST_MEMBER + len(self._members))
+        return _MAIN_PROCESS if span.process is None else span.process
+
+    def _track(self, process: int, span: Span) -> int:
+        actor, lane = span.actor, span.lane
         if process not in self._processes:
-            self._name_process(process, f"troupe {actor}")
+            self._name_process(process, span.member or f"troupe {actor}")
         track = self._tracks[process, actor, lane] = len(self._tracks) + 1
         order = self._actors.setdefault(actor, len(self._actors)) * _MAX_LANES + min(lane, _MAX_LANES - 1)
         self._event("M", process, track, "thread_name", args={"name": actor if not lane else f"{actor} {lane + 1}"})
