@@ -14,7 +14,7 @@ from troupe.errors import RewardError
 from troupe.rewards.convention import checked_scores
 from troupe.rewards.extras import RewardLog
 from troupe.rewards.faults import Fault
-from troupe.rewards.loading import is_code
+from troupe.rewards.loading import is_own
 from troupe.rewards.processes.asking import Lost, Worker
 from troupe.rewards.processes.calls import Broken, Raised, Scores
 from troupe.runtime.elsewhere import Code, DistantChild, Elsewhere, Service
@@ -82,7 +82,7 @@ class DistantWorker(Worker):
 def reward_service(spec: str, name: str) -> Service:
     """What another machine is to load for a reward. RewardError where its file cannot be read."""
     try:
-        return Service("rewards", {"": Code.of(spec, is_ours=not is_code(spec))})
+        return Service("rewards", {"": Code.of(spec, is_ours=is_own(spec))})
     except OSError as error:
         raise RewardError(f"reward {name}: {Path(spec.rpartition(':')[0])} cannot be read: {error}") from error
 
