@@ -22,17 +22,23 @@ PICTURE = HOUSE.parent / "docs" / "images" / "house.svg"
 FLOORS = (
     ("run", "daemon", "cli"),
     ("checkpoint", "records", "actors"),
-    ("runtime", "dataset", "rewards"),
+    ("runtime", "dataset", "rewards", "environments", "cluster"),
     ("messages", "policy", "grpo"),
 )
 """From the top: imports go down, or to the left."""
 COLOURS = ("#6366f1", "#0ea5e9", "#10b981", "#f59e0b")
 """Of each floor's boxes, and of the lines that leave them."""
 
-_WIDTH, _SIDE, _BOX, _HEIGHT, _GAP, _TOP = 860, 44, 216, 96, 70, 50
-_BETWEEN = (_WIDTH - 2 * _SIDE - 3 * _BOX) / 2
-_AISLES = (_SIDE / 2, _SIDE + _BOX + _BETWEEN / 2, _SIDE + 2 * _BOX + 1.5 * _BETWEEN, _WIDTH - _SIDE / 2)
+_WIDTH, _SIDE, _BOX, _HEIGHT, _GAP, _TOP = 1120, 48, 164, 112, 74, 54
+_PITCH = (_WIDTH - 2 * _SIDE - _BOX) / 4
+_COLUMNS = {3: (0.5, 2.0, 3.5), 5: (0.0, 1.0, 2.0, 3.0, 4.0)}
+"""Rooms of a floor → how many pitches from the left each lies, so that there are aisles through all floors."""
+_BESIDE = (_PITCH - _BOX) / 2
+_AISLES = (_SIDE / 2, *(_SIDE + _PITCH * k - _BESIDE for k in (2, 3)), _WIDTH - _SIDE / 2)
 """Where lines pass by a floor, from the left."""
+_LANE = 5
+_LINE = 22
+"""Characters of a sentence that a box has room for on a line."""
 
 
 class Room(msgspec.Struct, frozen=True):
@@ -101,7 +107,7 @@ def _place(name: str) -> tuple[int, int]:
 
 def _corner(name: str) -> tuple[float, float]:
     floor, side = _place(name)
-    return _SIDE + side * (_BOX + _BETWEEN), _TOP + floor * (_HEIGHT + _GAP)
+    return _SIDE + _COLUMNS[len(FLOORS[floor])][side] * _PITCH, _TOP + floor * (_HEIGHT + _GAP)
 
 
 def _lines(imports: Counter[tuple[str, str]]) -> Iterator[str]:
@@ -112,7 +118,7 @@ def _lines(imports: Counter[tuple[str, str]]) -> Iterator[str]:
         lane = 0.0
         if pair in aisles:
             together = sorted((each for each in aisles if aisles[each] == aisles[pair]), key=_slope)
-            lane = aisles[pair] + 5 * (together.index(pair) - (len(together) - 1) / 2)
+            lane = aisles[pair] + _LANE * (together.index(pair) - (len(together) - 1) / 2)
         yield (
             f'    <path data-from="{pair[0]}" data-to="{pair[1]}" d="{_path(pair, imports, lane)}" '
             f'stroke="{COLOURS[_place(pair[0])[0]]}" stroke-width="{width:.1f}" stroke-opacity="0.5"/>'
@@ -169,14 +175,16 @@ def _last(above: str, below: str) -> float:
 def _box(room: Room) -> str:
     (x, y), colour = _corner(room.name), COLOURS[_place(room.name)[0]]
     middle = x + _BOX / 2
+    most = 1 if len(room.sentence) <= _LINE else 2 if len(room.sentence) <= 1.8 * _LINE else 3
     said = next(
-        rows for width in range(20, 99) if len(rows := textwrap.wrap(room.sentence, width, break_on_hyphens=False)) <= 2
+        rows
+        for width in range(12, 99)
+        if len(rows := textwrap.wrap(room.sentence, width, break_on_hyphens=False)) <= most
     )
-    said = [room.sentence] if len(room.sentence) <= 28 else said
     size = f"{room.files} files · {room.lines:,} lines"
     sentence = "\n".join(
-        f'    <text x="{middle:.0f}" y="{y + 46 + 17 * number + (8 if len(said) == 1 else 0):.0f}" fill="#475569" '
-        f'font-size="13">{escape(row)}</text>'
+        f'    <text x="{middle:.0f}" y="{y + 46 + 16 * number + 8 * (3 - len(said)):.0f}" fill="#475569" '
+        f'font-size="12">{escape(row)}</text>'
         for number, row in enumerate(said)
     )
     return f"""\
@@ -185,7 +193,7 @@ def _box(room: Room) -> str:
 stroke-width="1.6"/>
     <text x="{middle:.0f}" y="{y + 25:.0f}" fill="#0f172a" font-size="15" font-weight="600">{room.name}</text>
 {sentence}
-    <text x="{middle:.0f}" y="{y + 85:.0f}" fill="#94a3b8" font-size="11">{size}</text>
+    <text x="{middle:.0f}" y="{y + 100:.0f}" fill="#94a3b8" font-size="11">{size}</text>
   </g>"""
 
 

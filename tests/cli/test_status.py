@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from tests.daemon.control.test_protocol import STATUS
-from troupe.cli.control import describe, duration, headline
+from tests.records.members import ALONE, CROWD, STUDIO
+from troupe.cli.status import describe, duration, headline
 from troupe.messages import Activity, LiveGroup, Restarting, Slot
 
 
@@ -101,3 +102,13 @@ def test_what_the_run_is_at_comes_first_and_nothing_acts_on_a_terminal() -> None
 def test_a_notice_comes_first() -> None:
     lines = describe(msgspec.structs.replace(STATUS, notice="finishing step 4"), "o").splitlines()
     assert lines[1] == "  notice        finishing step 4"
+
+
+def test_workers_have_a_line_each_and_a_lone_process_none() -> None:
+    before = describe(STATUS, "o").splitlines()
+    assert describe(msgspec.structs.replace(STATUS, members=(ALONE,)), "o").splitlines() == before
+    lines = describe(msgspec.structs.replace(STATUS, members=(*CROWD, *(STUDIO,) * 40)), "o").splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  workers"))
+    assert lines[at] == "  workers       1 of 43 at work, 16,530 tokens/s, 1 gone"
+    assert lines[at + 2] == "                studio: silent with 12.0.2, 398 tokens/s, heard of 12.3 s ago"
+    assert lines[at + 33] == "                and 12 more"

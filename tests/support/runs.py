@@ -25,7 +25,7 @@ from troupe.run.result import RunResult
 STORED: dict[str, Any] = {"metrics__sinks": ["jsonl", "sqlite"], "schedule__blas_threads": 1}
 """A run whose completions can be looked at, and that leaves the other cores to other tests."""
 
-_TIMED = ("time", "tokens_per_second", "memory", "queue/", "spans_dropped")
+_TIMED = ("time", "tokens_per_second", "memory", "queue/", "cluster/", "spans_dropped")
 """Parts of the names of metrics that are of clocks and machines."""
 
 

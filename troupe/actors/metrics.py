@@ -2,13 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import anyio
 import msgspec
 
-from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, Settle, Span, Update
+from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, MemberStatus, Settle, Span, Update
+from troupe.records.members import cluster_figures
 from troupe.records.sinks.sinks import Sinks
 from troupe.runtime.actor import Actor
 from troupe.runtime.broadcast import Broadcast
@@ -55,12 +56,14 @@ class Metrics(Actor):
         tally: Tally,
         watched: Sequence[Mailbox] = (),
         reporters: Sequence[Reporter] = (),
+        members: Callable[[], Iterable[MemberStatus]] = tuple,
         closes: bool = True,
         report: Reporter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`watched`: mailboxes whose queues are told. `reporters`: of the actors, to see what they are at.
-        `closes`: whether sinks and listeners are closed at the end; not where there is more to tell after it."""
+        """`watched`: mailboxes whose queues are told. `reporters`: of the actors, to see what they are at. `members`:
+        who does their work elsewhere. `closes`: whether sinks and listeners are closed at the end; not where there is
+        more to tell after it."""
         super().__init__(inbox, [listeners] if closes else [], report)
         self._closes = closes
         self._listeners = listeners
@@ -68,6 +71,7 @@ class Metrics(Actor):
         self._tally = tally
         self._watched = watched
         self._reporters = reporters
+        self._members = members
         self._clock = clock
         self._times = StepTimes(clock())
 
@@ -94,7 +98,8 @@ class Metrics(Actor):
             self._note(incident)
             self._sinks.write(incident)
         if isinstance(message, Update):
-            message = msgspec.structs.replace(message, metrics=message.metrics | self._queues() | self._step_times())
+            figures = self._queues() | self._step_times() | cluster_figures(self._members())
+            message = msgspec.structs.replace(message, metrics=message.metrics | figures)
         if isinstance(message, Heard):
             self._listeners.send_nowait(message)
         self._sinks.write(message)

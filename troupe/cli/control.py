@@ -9,7 +9,6 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, fail, report_errors
+from troupe.cli.status import describe, row
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask, encode_line
 from troupe.daemon.main import keep_alive
@@ -25,11 +25,9 @@ from troupe.daemon.orders import Order
 from troupe.daemon.units import launchd, systemd
 from troupe.errors import ConfigError, InputError, RunError
 from troupe.messages import (
-    NOTHING_TOLD,
     Checkpoint,
     Drain,
     GetStatus,
-    LiveGroup,
     Pause,
     Refused,
     Resume,
@@ -38,16 +36,14 @@ from troupe.messages import (
     Step,
     Stop,
 )
-from troupe.records.figures import FIGURES, function_of, written
 from troupe.records.standing import describe_standing, read_standing, silence_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
 from troupe.runtime.machine import unusable_backend
-from troupe.runtime.terminal import EXIT_FAULT, one_line, tell, tell_json
+from troupe.runtime.terminal import EXIT_FAULT, tell, tell_json
 
 _ANSWER_S, _HOPE_S, _DEATH_S = 15.0, 6.0, 10.0  # a daemon answers for its trainer after 5 s
 _LOADING_S = 90.0  # of a reward, before there is an answer
-_WIDTH = 14  # of the labels of a status
 _FOLDER = click.Path(path_type=Path)
 _out = click.argument("folder", metavar="OUT_DIR", type=_FOLDER)
 
@@ -154,89 +150,6 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
     tell(describe(found, str(folder)))
     if (address := read_address(folder)) is not None:
         tell(row("live page", address))
-
-
-def describe(status: Status, name: str) -> str:
-    """A Status as a person reads it at a glance: several lines, without a newline at the end."""
-    lines = [headline(status, name)]
-
-    def add(label: str, text: str) -> None:
-        lines.append(row(label, text))
-
-    if status.notice:
-        add("notice", status.notice)
-    if status.restarting is not None:
-        failure = status.restarting
-        when = f"in {failure.next_try_s:.0f} s" if failure.next_try_s else "now"
-        add("restarting", f"start {failure.attempt} of {failure.limit} {when}; {failure.reason}")
-    if status.activity is not None:
-        add("now", status.activity.text)
-    figures = [
-        f"{metric} {written(status.metrics[metric], figure.status)}"
-        for metric, figure in FIGURES.items()
-        if figure.status and metric in status.metrics
-    ]
-    for start in range(0, len(figures), 5):
-        add("newest step" if start == 0 else "", "  ".join(figures[start : start + 5]))
-    for key, value in sorted(status.metrics.items()):
-        if (function := function_of(key)) is not None:
-            add("reward", f"{function} {written(value, '.4f')}")
-    for reason in status.held:
-        add("held", reason)
-    for reward, reason in status.rewards_down.items():
-        add("down", f"{reward}: {reason}")
-    if status.groups:
-        add("groups", _groups(status.groups))
-    for actor, what in status.doing.items():
-        if what != NOTHING_TOLD:
-            add(actor, what)
-    if status.restarts:
-        add("new actors", _counts(status.restarts))
-    if status.incidents:
-        add("incidents", _counts(status.incidents))
-    return "\n".join(lines)
-
-
-def row(label: str, text: str) -> str:
-    """One line below the headline."""
-    return f"  {label:<{_WIDTH}}{one_line(text)}"
-
-
-def headline(status: Status, name: str) -> str:
-    """Where the run stands, on one line."""
-    line = f"{one_line(name)}: {status.phase}"
-    if status.total_steps:
-        line += f", step {status.step:,} of {status.total_steps:,} ({status.step / status.total_steps:.0%})"
-    left_s = (status.total_steps - status.step) * status.metrics.get("step_time", 0.0)
-    if left_s > 0 and status.phase == "running":
-        line += f", about {duration(left_s)} left at the newest step's pace"
-    return line
-
-
-def duration(seconds: float) -> str:
-    """A time in the two units that matter: `3 h 05 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours:02d} h"
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _groups(groups: tuple[LiveGroup, ...]) -> str:
-    owners = Counter(group.owner for group in groups)
-    waiting = Counter(group.owner for group in groups if group.waiting)
-    who = [
-        f"{owner} {count}" + (f" ({waiting[owner]} waiting)" if waiting[owner] else "")
-        for owner, count in owners.items()
-    ]
-    return f"{len(groups)} alive: {', '.join(who)}; the oldest is {duration(max(g.age_s for g in groups))} old"
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

@@ -7,6 +7,8 @@ import msgspec
 MemberKind: TypeAlias = Literal["process", "worker", "engine", "rank"]
 MemberState: TypeAlias = Literal["starting", "idle", "working", "waiting", "silent", "lost", "refused", "ended"]
 
+_GONE = frozenset({"lost", "refused", "ended"})
+
 
 class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One process of the generator, worker, external engine or rank of the learner, as of now."""
@@ -29,3 +31,8 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """That it computes on, in words."""
     detail: str = ""
     """Why it is in this state, where that needs words."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it may still do work."""
+        return self.state not in _GONE

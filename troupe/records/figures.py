@@ -159,6 +159,12 @@ CHARTS = {
         "seconds",
         smooth=False,
     ),
+    "cluster_speed": ChartSpec(
+        "The run", "Tokens a second elsewhere", "Of workers and engines together, at the end of a step."
+    ),
+    "cluster_members": ChartSpec(
+        "The run", "Workers and engines", "That were there at the end of a step.", smooth=False
+    ),
     "peak_memory": ChartSpec("The run", "Peak memory", "Most that the arrays took in a step.", "gigabytes"),
     "queues": ChartSpec("The run", "Waiting in queues", "Messages, at the end of a step.", smooth=False),
 }
@@ -237,6 +243,8 @@ FIGURES = {
     **dict.fromkeys(_IN_FILES_ONLY, Figure()),
     **dict.fromkeys(_OF_SOME_LOSSES, Figure(of="loss")),
     "spans_dropped": Figure(of="machinery"),
+    "cluster/members": Figure(chart="cluster_members", name="there", of="machinery"),
+    "cluster/tokens_per_second": Figure(chart="cluster_speed", name="all", of="machinery"),
     **{
         f"time/{work}/exposed_s": Figure(chart="exposed", name=name, of="machinery")
         for work, name in _BESIDE_DEVICE.items()

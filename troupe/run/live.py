@@ -18,7 +18,7 @@ from troupe.policy import Policy, load_policy
 from troupe.run.beside import RequestHandler, Requests, StallWatch, groups_of, watch_folder
 from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
-from troupe.run.pipeline import Pipeline
+from troupe.run.pipeline import Pipeline, members_of
 from troupe.run.prepare import Prepared
 from troupe.run.result import RunResult, write_summary
 from troupe.run.status import Progress, doing, of_actors, queues, with_needs, with_waits
@@ -126,7 +126,7 @@ class LiveRun:
             metrics=dict(updates[-1].metrics) if updates else {},
             activity=None if self._ended.is_set() else self._activity(now_s),
             notice=self.notice,
-            members=tuple(member for actor in pipeline.actors for member in actor.members()),
+            members=tuple(members_of(pipeline.roles)),
         )
 
     def _activity(self, now_s: float) -> Activity | None:

@@ -4,7 +4,7 @@ An actor that fails is made anew (all but the Learner): its maker gives it the s
 What must outlive an actor is therefore in `Ledgers`, outside its maker.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import msgspec
@@ -18,7 +18,7 @@ from troupe.actors.learner.train import LearnerState, Snapshots
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
-from troupe.messages import Incident, Settle
+from troupe.messages import Incident, MemberStatus, Settle
 from troupe.policy import Weights
 from troupe.records.standing import Change
 from troupe.rewards import TrainerState
@@ -76,20 +76,26 @@ def build_pipeline(
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
     )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
+    roles = (
+        Role(_prompter(prepared, wiring, ledgers)),
+        Role(make_generator(prepared, wiring, ledgers, factories)),
+        *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
+        Role(_scorer(prepared, wiring, ledgers)),
+        Role(lambda: learner, restartable=False),
+        Role(_checkpointer(wiring, ledgers)),
+    )
     return Pipeline(
-        roles=(
-            Role(_prompter(prepared, wiring, ledgers)),
-            Role(make_generator(prepared, wiring, ledgers, factories)),
-            *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
-            Role(_scorer(prepared, wiring, ledgers)),
-            Role(lambda: learner, restartable=False),
-            Role(_checkpointer(wiring, ledgers)),
-            Role(_metrics(wiring, ledgers)),
-        ),
+        roles=(*roles, Role(_metrics(wiring, ledgers, partial(members_of, roles)))),
         learner=learner,
         wiring=wiring,
         ledgers=ledgers,
     )
+
+
+def members_of(roles: Iterable[Role]) -> Iterator[MemberStatus]:
+    """Who does the actors' work in processes of their own, here or elsewhere."""
+    for role in roles:
+        yield from role.actor.members()
 
 
 def _prompter(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
@@ -237,7 +243,7 @@ def _checkpointer(wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
     )
 
 
-def _metrics(wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
+def _metrics(wiring: Wiring, ledgers: Ledgers, members: Callable[[], Iterable[MemberStatus]]) -> Callable[[], Actor]:
     return partial(
         Metrics,
         wiring.metrics,
@@ -252,6 +258,7 @@ def _metrics(wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
             wiring.checkpointer,
         ),
         reporters=tuple(wiring.reporters.values()),
+        members=members,
         closes=False,
         report=wiring.metrics_report,
     )

@@ -6,6 +6,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from tests.records.members import ALONE, CROWD
 from tests.records.sinks.steps import Clock, closed, status, update
 from troupe.messages import Activity, GroupClosed, Incident, Slot
 from troupe.records.figures import queue_depths
@@ -232,3 +233,19 @@ def test_a_notice_stands_where_a_line_is_kept_free_for_it() -> None:
     ]
     display.add(update(100, total_steps=100))
     assert "finishing" not in "\n".join(drawn(display))
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_workers_have_a_line_that_says_first_how_many_are_at_work(width: int) -> None:
+    display = Display(RUN, clock=Clock())
+    display.add(update(1, METRICS))
+    before = drawn(display, width)
+    display.add(status(members=(ALONE,)))
+    assert [text.split() for text in drawn(display, width)[1:]] == [text.split() for text in before[1:]]
+    display.add(status(members=CROWD))
+    shown = line(display, "workers", width)
+    assert shown.startswith("workers   1 of 3 at work, 610")
+    assert cell_len(shown) <= width
+    assert len(drawn(display, width)) == len(before) + 1
+    if width == 160:
+        assert shown.endswith("1 gone   laptop 212  studio silent 12 s  old-mini refused  judge idle")

@@ -110,6 +110,19 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     observations: tuple[Observation, ...]
 
 
+class Dropped(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dropped`: the worker's generator was lost on these. A part that costs many generators ends the run."""
+
+    parts: Annotated[tuple[str, ...], msgspec.Meta(max_length=4096)]
+    reason: Annotated[str, msgspec.Meta(max_length=2000)]
+
+
+class WholeVersion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`full`: a version is wanted whole, since it could not be made of its change."""
+
+    version: int
+
+
 class Spans(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`span`: what was done there, by the worker's `time.perf_counter`; may be lost."""
 
@@ -138,5 +151,7 @@ decode_done: Callable[[bytes], Done] = decoder(Done, "a worker and the run")
 decode_accepted: Callable[[bytes], Accepted] = decoder(Accepted, "the run and a worker")
 decode_observe: Callable[[bytes], Observe] = decoder(Observe, "a worker and the run")
 decode_observed: Callable[[bytes], Observed] = decoder(Observed, "the run and a worker")
+decode_dropped: Callable[[bytes], Dropped] = decoder(Dropped, "a worker and the run")
+decode_whole: Callable[[bytes], WholeVersion] = decoder(WholeVersion, "a worker and the run")
 decode_spans: Callable[[bytes], Spans] = decoder(Spans, "a worker and the run")
 decode_state: Callable[[bytes], GenerateState] = decoder(GenerateState, "the run and a worker")

@@ -36,7 +36,7 @@ _FILES = {
     "live.css": ("live.css", "text/css; charset=utf-8"),
     **{
         f"{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
-        for name in ("format", "charts", "show", "live", "buttons")
+        for name in ("format", "charts", "show", "members", "live", "buttons")
     },
 }
 _ASSETS = Path(__file__).with_name("assets")

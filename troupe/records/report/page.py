@@ -23,6 +23,7 @@ from troupe.records.report.charts import Chart, Section, Values, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.report.static import read_asset, script_safe
 from troupe.records.store.episodes import StoredEpisode
+from troupe.records.store.members import StoredMember
 from troupe.records.store.read import StoredCompletion
 from troupe.records.text import prompt_text, shown
 
@@ -39,6 +40,7 @@ _LONGEST_NAME = 100
 """Characters of what is told of a line."""
 _MOST_WAITS = 12
 """Environments and tools of which is told how long they took."""
+_MOST_MEMBERS = 100
 _MOST_SCORES = 2
 """Scores on held-out rows among the figures that one reads first; with more there is a table."""
 _BADGES: dict[State, str] = {
@@ -98,6 +100,7 @@ def report_page(run: RunPicture) -> str:
     sections = sections_of(run)
     script = "".join(map(read_asset, _SCRIPTS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    members = run.stored.members if _is_crowd(run.stored.members) else ()
     pages = jinja2.Environment(
         autoescape=True, finalize=_harmless, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -121,9 +124,17 @@ def report_page(run: RunPicture) -> str:
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
         incidents_shown=INCIDENTS_SHOWN,
+        members=members[-_MOST_MEMBERS:],
+        members_left_out=max(0, len(members) - _MOST_MEMBERS),
         settings=list(_settings(run.config)),
         written=words.date(time.time()),
     )
+
+
+def _is_crowd(members: Sequence[StoredMember]) -> bool:
+    """Whether they say more than that each start had its generator in a process."""
+    starts = [member.start for member in members]
+    return len(starts) > len(set(starts)) or any(member.kind != "process" for member in members)
 
 
 def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from troupe.messages import Activity, GroupClosed, Incident, Status, Update
+from troupe.records.members import Comings
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.display import Display, shown_metrics
 from troupe.runtime.outlets import Outlet, outlet_of
@@ -134,6 +135,7 @@ class PlainSink:
         self._has_stepped = False
         self._at = ""
         self._repeats = Repeats()
+        self._comings = Comings()
 
     def open(self) -> None:
         self._say(f"{self._run.name}: step {self._run.first_step} of {self._run.total_steps}, into {self._run.folder}")
@@ -150,8 +152,11 @@ class PlainSink:
                 self._last_s = now_s
                 figures = "  ".join(f"{label} {value}" for label, value in shown_metrics(message.metrics))
                 self._say(f"step {message.step}/{message.total_steps}  {figures}")
-        elif isinstance(message, Status) and message.activity is not None:
-            self._tell_of(message.activity, now_s)
+        elif isinstance(message, Status):
+            for line in self._comings.look(message.members):
+                self._say(line)
+            if message.activity is not None:
+                self._tell_of(message.activity, now_s)
         for line in self._repeats.counted(now_s):
             self._say(f"incidents: {line}")
 

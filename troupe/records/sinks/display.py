@@ -17,6 +17,7 @@ from rich.text import Text
 
 from troupe.messages import GroupClosed, Incident, Phase, Status, Update
 from troupe.records.figures import FIGURES, function_of, queue_depths, written
+from troupe.records.members import at_a_glance, called, summary, worth_telling
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.digest import Sample, samples_of
 from troupe.runtime.terminal import one_line
@@ -116,6 +117,7 @@ class Display:
         yield _side_by_side(dict(self._panels()), width)
         yield Text()
         yield self._queues()
+        yield from self._members()
         yield from self._newest(width)
         yield self._trouble()
 
@@ -182,6 +184,17 @@ class Display:
         for name, depth in depths:
             parts += [(f"{name} ", "dim"), (f"{depth:<5}", "" if depth else "dim")]
         return _row("queues", *parts)
+
+    def _members(self) -> Iterator[Text]:
+        """Who does the run's work elsewhere, where there is more than one generator in a process."""
+        members = () if self._status is None else self._status.members
+        if not worth_telling(members):
+            return
+        parts = [(f"{summary(members)}   ", "")]
+        for member in members:
+            style = "" if member.state == "working" else "dim" if member.state in ("idle", "ended") else "yellow"
+            parts += [(f"{one_line(member.name, self._encoding)} ", "dim"), (f"{at_a_glance(member)}  ", style)]
+        yield _row(called(members), *parts)
 
     def _newest(self, width: int) -> Iterator[Text]:
         room, sample = max(8, width - _LABEL_WIDTH), self._sample

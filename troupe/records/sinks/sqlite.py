@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, Update
+from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, Status, Update
 from troupe.records.store.answers import answer_statements, forgetting_statement
 from troupe.records.store.format import (
     DamagedStoreError,
@@ -18,6 +18,7 @@ from troupe.records.store.format import (
     incident_statement,
     step_rows,
 )
+from troupe.records.store.members import MemberBook
 from troupe.records.store.write import StoreWriter, set_aside
 from troupe.runtime.held_folder import HeldFolder
 
@@ -30,7 +31,7 @@ class SqliteSink:
     """
 
     name = "sqlite"
-    takes: tuple[type, ...] = (Update, GroupClosed, Incident, CheckpointWritten, Answered)
+    takes: tuple[type, ...] = (Update, GroupClosed, Incident, CheckpointWritten, Answered, Status)
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class SqliteSink:
         self._groups: list[GroupRows] = []
         self._steps: deque[StepRows] = deque()
         self._others: list[Statement] = []
+        self._members = MemberBook(clock)
 
     def open(self) -> None:
         """Begin a start of the run: what will be made again is removed."""
@@ -79,6 +81,8 @@ class SqliteSink:
             self._others += [*checkpoint_statements(message, self._clock()), forgetting_statement()]
         elif isinstance(message, Answered):
             self._others += answer_statements(message)
+        elif isinstance(message, Status) and message.members:
+            self._others += self._members.look(message.members)
 
     def flush(self) -> None:
         if not self._opened:

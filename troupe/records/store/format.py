@@ -7,6 +7,7 @@ groups       one row a group that has ended, under the step that it ended with
 completions  one row a sample of a group
 answers      one row a turn of a sample whose step may still be made again; see `answers.py`
 episodes     one row a sample that acted in an environment or called tools; see `episodes.py`
+members      one row a worker, process, engine or rank and start that it worked in; see `members.py`
 incidents    what went wrong, of all starts
 checkpoints  those written; `removed_at` of those that made room for newer ones
 """
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 from troupe.errors import OutputError
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Rollout, Update
 from troupe.records.store.episodes import EPISODES, episode_rows
+from troupe.records.store.members import MEMBERS
 from troupe.records.store.text import json_text, safe_text
 
 FORMAT = 1
@@ -44,7 +46,7 @@ TABLES = (
     " removed_at REAL)",
 )
 MACHINES = "CREATE TABLE IF NOT EXISTS machines (start INTEGER PRIMARY KEY, machine TEXT)"
-ADDED_SINCE = (MACHINES, *EPISODES)
+ADDED_SINCE = (MACHINES, *EPISODES, MEMBERS)
 """Tables that stores of older versions lack."""
 TO_BE_MADE_AGAIN = (
     ("steps", "step"),

@@ -16,6 +16,7 @@ from troupe.messages import ClosedState, PromptText
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store.episodes import COLUMNS, StoredEpisode, has_episodes, stored_episode
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer, unpacked
+from troupe.records.store.members import StoredMember, stored_members
 
 Choice = Literal["best", "worst", "random", "all"]
 """Which completions: those with the highest or lowest value, some by lot, or all in the order of groups."""
@@ -225,6 +226,10 @@ class StoredRun:
         if not ask("SELECT count(*) FROM sqlite_master WHERE name = 'machines'").fetchone()[0]:
             return {}
         return dict(ask("SELECT start, machine FROM machines WHERE machine != '' ORDER BY start"))
+
+    def members(self) -> list[StoredMember]:
+        """Who did work in a process of its own, start by start."""
+        return list(stored_members(self._connection))
 
     def steps_with_completions(self) -> list[int]:
         """The first and the newest step that have any; none, or one, where there are no two."""

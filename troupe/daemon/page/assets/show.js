@@ -88,6 +88,7 @@ function showStatus() {
   showActors();
   showQueues();
   showGroups();
+  showMembers();
 }
 
 function showButtons(phase) {

@@ -1,0 +1,345 @@
+"""ClusterMembers: workers on the network as members of the crew.
+
+Workers ask (`cluster_wire.py`), and are answered: with parts on lease, with observations, and with how the run stands.
+What they send is checked before anybody looks at it. In the pinned schedule a worker first shows that its bits are the
+run's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from troupe.actors.generator.audits import Audits
+from troupe.actors.generator.checks import ResultLimits, checked_group
+from troupe.actors.generator.child import CHILD_FAULTS
+from troupe.actors.generator.cluster_wire import (
+    Accepted,
+    GenerateState,
+    KinVerdict,
+    Pulled,
+    Terms,
+    Verdict,
+    decode_done,
+    decode_dropped,
+    decode_kin,
+    decode_observe,
+    decode_pull,
+    decode_spans,
+    decode_whole,
+)
+from troupe.actors.generator.cluster_worker import ANSWER_S, ClusterWorker, Pull, frame_of
+from troupe.actors.generator.crew import Crew
+from troupe.actors.generator.kin import Kinship
+from troupe.actors.generator.parts import Part
+from troupe.actors.generator.wire import TurnEnded, unpack_turn
+from troupe.cluster.desk import DeclineError, Desk, OffenceError
+from troupe.cluster.roster import Roster, Worker
+from troupe.cluster.wire import PULL_WAIT_S, Offer
+from troupe.messages import MemberStatus, RolloutGroup
+from troupe.runtime.frames import MessageError, decoder, encode
+
+_REMEMBERED = 8192
+"""Groups of which it is known who was asked for them."""
+
+_decode_turn: Callable[[bytes], TurnEnded] = decoder(TurnEnded, "a worker and the run")
+
+
+class ClusterMembers:
+    """A service of the roster, and `Members` of the crew; outlives the actor, whose crew it is given by `run`."""
+
+    offer: Offer = "generate"
+
+    def __init__(
+        self,
+        desk: Desk,
+        roster: Roster,
+        *,
+        limits: ResultLimits,
+        decode_text: Callable[[Sequence[int]], str],
+        terms: Terms,
+        versions: Callable[[], Collection[int]],
+        kinship: Kinship | None = None,
+        audits: Audits | None = None,
+        put_whole: Callable[[int], Awaitable[None]] | None = None,
+    ) -> None:
+        """`terms`: what every worker is told. `versions`: those that workers can have now. `kinship`: None: anybody may
+        generate. `audits`: which parts are decoded twice. `put_whole`: has a version put where workers find it, as a
+        whole."""
+        self._roster = roster
+        self._limits, self._decode_text = limits, decode_text
+        self._terms, self._versions = terms, versions
+        self._kinship = kinship
+        self._audits = audits or Audits(0.0)
+        self._put_whole = put_whole
+        self._desk = desk
+        self._members: dict[str, ClusterWorker] = {}
+        self._asked: OrderedDict[int, tuple[Part, set[str]]] = OrderedDict()
+        """Group → its part, and the names of those who had it."""
+        self._crew: Crew | None = None
+        self._tasks: TaskGroup
+        for verb, handler in (
+            ("kin", self._kin),
+            ("pull", self._pull),
+            ("done", self._done),
+            ("turn", self._turn),
+            ("observe", self._observe),
+            ("dropped", self._dropped),
+            ("full", self._full),
+            ("span", self._span),
+        ):
+            desk.register(verb, handler)
+
+    async def run(self, crew: Crew) -> None:
+        """Give out the parts of a crew until cancelled; those of an earlier one are nobody's any more."""
+        async with anyio.create_task_group() as self._tasks:
+            self._crew = crew
+            self._audits.begin()
+            for member in self._members.values():
+                member.pulls.clear()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                self._crew = None
+
+    def statuses(self) -> Sequence[MemberStatus]:
+        """Every worker of the roster."""
+        return self._roster.statuses()
+
+    async def finish(self) -> None:
+        """Nothing is to be done: workers are told of the run's end when they ask."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is work and no worker for it."""
+        crew = self._crew
+        return crew is not None and crew.queued > 0 and not self._kin_here()
+
+    def admit(self, worker: Worker, details: bytes) -> bytes:
+        """As of `Service`."""
+        member = ClusterWorker(worker)
+        member.kin = self._kinship is None
+        self._members[worker.name] = member
+        worker.detail = "" if member.kin else "showing that its bits are the run's"
+        probe = None if self._kinship is None else self._kinship.probe()
+        return encode(msgspec.structs.replace(self._terms, probe=probe, versions=tuple(sorted(self._versions()))))
+
+    def renew(self, worker: Worker, held: Sequence[str], pulled: int) -> Sequence[str]:
+        """As of `Service`."""
+        member, crew = self._members[worker.name], self._crew
+        for number in [number for number in member.pulls if number <= pulled]:
+            if member.pulls[number].answered.is_set():
+                del member.pulls[number]
+        if crew is None or member.worker is not worker:
+            return held
+        on_their_way = [part.name for pull in member.pulls.values() for part in pull.parts]
+        leased = [*held, *on_their_way, *self._audits.waiting_of(member.name)]
+        self._audits.renew(member.name, leased)
+        drop = [name for name in crew.renew(member, leased) if not self._audits.is_second(name, member.name)]
+        worker.leases["generate"] = tuple(name for name in held if name not in drop)
+        if worker.here and worker.state != "starting":
+            worker.state = "working" if worker.leases["generate"] else "idle"
+        return [name for name in drop if name in held]
+
+    def state(self, worker: Worker) -> bytes:
+        """As of `Service`."""
+        crew = self._crew
+        versions = tuple(sorted(self._versions()))
+        waiting = 0 if crew is None else crew.queued
+        newest = versions[-1] if versions else -1
+        return encode(GenerateState(newest=newest, wanted=versions, open_parts=waiting, share=self._share(4096)))
+
+    def gone(self, worker: Worker, reason: str) -> None:
+        """As of `Service`."""
+        member = self._members.get(worker.name)
+        if member is None or member.worker is not worker:
+            return
+        member.pulls.clear()
+        if member.scope is not None:
+            member.scope.cancel()
+        self._audits.gone(member.name)
+        if (crew := self._crew) is not None:
+            crew.renew(member, ())  # which no part is to blame for: cables are pulled, and machines sleep
+            crew.report.forget_member(member.name)
+
+    def _kin_here(self) -> list[ClusterWorker]:
+        here = [self._members.get(worker.name) for worker in self._roster.here("generate")]
+        return [member for member in here if member is not None and member.kin]
+
+    def _share(self, most: int) -> int:
+        """Of the parts that nobody has, what one who asks should have."""
+        waiting = 0 if self._crew is None else self._crew.queued
+        return max(1, min(most, math.ceil(waiting / max(1, len(self._kin_here())))))
+
+    def _member(self, name: str) -> ClusterWorker:
+        """The one that asks, where it may have work."""
+        self._roster.worker(name)
+        member = self._members.get(name)
+        if member is None or not member.kin:
+            raise OffenceError(f"worker {name} asks as one that generates, and is not admitted to it")
+        return member
+
+    async def _kin(self, name: str, body: bytes) -> bytes:
+        answer, worker = decode_kin(body), self._roster.worker(name)
+        member = self._members.get(name)
+        if member is None:
+            raise OffenceError("it does not offer to generate")
+        if self._kinship is not None and not member.kin:
+            reason = await self._kinship.why_not(answer, worker.facts)
+            if reason is None:
+                return encode(KinVerdict(admitted=False, probe=self._kinship.probe()))
+            if reason:
+                self._roster.refuse(worker, reason)
+                raise DeclineError(reason)
+        member.kin, worker.state, worker.detail = True, "idle", ""
+        return encode(KinVerdict(admitted=True))
+
+    async def _pull(self, name: str, body: bytes) -> bytes:
+        ask, member = decode_pull(body), self._member(name)
+        if self._crew is None or self._roster.run_state() == "ended":
+            await anyio.sleep(1.0)  # between two actors; whoever asks comes back at once
+            return encode(Pulled(parts=()))
+        pull = member.pulls.get(ask.number)
+        if pull is None:
+            if ask.number <= member.newest_pull:
+                return encode(Pulled(parts=()))  # what it had then it has lost since
+            pull = member.pulls[ask.number] = Pull(ask.number)
+            member.newest_pull = ask.number
+            self._tasks.start_soon(self._take, self._crew, member, pull, ask.most)
+        with anyio.move_on_after(PULL_WAIT_S):
+            await pull.answered.wait()
+        return encode(Pulled(parts=tuple(map(frame_of, pull.parts))))
+
+    async def _take(self, crew: Crew, member: ClusterWorker, pull: Pull, most: int) -> None:
+        """Parts for a pull: another's to be audited, or open ones."""
+        try:
+            with anyio.move_on_after(ANSWER_S) as member.scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._take_audit, member, pull, tasks.cancel_scope)
+                    parts = await crew.take(member, most=self._share(most))
+                    pull.parts += parts
+                    tasks.cancel_scope.cancel()
+        finally:
+            for part in pull.parts:
+                self._remember(part, member.name)
+                if crew.pinned and not self._limits.acts:
+                    self._audits.given(part, member.name)
+            pull.answered.set()
+
+    async def _take_audit(self, member: ClusterWorker, pull: Pull, scope: anyio.CancelScope) -> None:
+        part = await self._audits.take(member.name)
+        pull.parts.append(part)
+        scope.cancel()
+
+    def _remember(self, part: Part, name: str) -> None:
+        for prompt in part.prompts:
+            _, names = self._asked.setdefault(prompt.gid, (part, set()))
+            names.add(name)
+            self._asked.move_to_end(prompt.gid)
+        while len(self._asked) > _REMEMBERED:
+            self._asked.popitem(last=False)
+
+    async def _done(self, name: str, body: bytes) -> bytes:
+        done, member = decode_done(body), self._member(name)
+        part, names = self._asked.get(done.completed.gid, (None, set[str]()))
+        if part is None or name not in names:
+            raise OffenceError(f"it completed group {done.completed.gid}, which it was not asked for")
+        prompt = part.prompt_of(done.completed.gid)
+        versions = self._versions()
+        try:
+            group = checked_group(
+                done.completed,
+                prompt,
+                self._limits,
+                version=part.version,
+                newest=max(versions, default=0),
+                decode_text=self._decode_text,
+            )
+        except MessageError as error:
+            self._desk.put_out(name, f"what it sent cannot be: {error}")
+            raise DeclineError(str(error)) from None
+        crew = self._crew
+        if crew is None:
+            return encode(Accepted(verdict="foreign"))
+        if self._audits.concerns(part.name, name):
+            return encode(Accepted(verdict=self._audited(crew, name, part, group)))
+        verdict = await crew.completed(member, group)
+        if verdict == "differs":
+            self._desk.put_out(name, f"it answered group {prompt.gid} once more, and otherwise")
+        return encode(Accepted(verdict=verdict))
+
+    def _audited(self, crew: Crew, name: str, part: Part, group: RolloutGroup) -> Verdict:
+        """Keep a group of a part that is decoded twice."""
+        match self._audits.add(part.name, name, group):
+            case "differs":
+                self._desk.put_out(name, f"it answered group {group.prompt.gid} once more, and otherwise")
+                return "differs"
+            case "whole":
+                self._tasks.start_soon(self._settle, crew, part.name)
+        return "taken"
+
+    async def _settle(self, crew: Crew, part: str) -> None:
+        """Wait for the second opinion on a part; put out who lied, and hand over what holds."""
+        try:
+            settled = await self._audits.settle(part, lambda: len(self._kin_here()) > 1)
+        except (LookupError, *CHILD_FAULTS) as error:
+            self._audits.forget(part)  # so that it is given out anew
+            self._roster.tell("audit_failed", f"part {part} could not be compared, and is decoded anew: {error}")
+            return
+        for liar, what in settled.liars.items():
+            told = f"its part {part} has other {what} than the run's own generator makes with the same weights"
+            self._roster.tell("worker_lied", f"worker {liar}: {told}")
+            self._desk.put_out(liar, told)
+        member = self._members.get(settled.first)
+        for group in settled.groups:
+            if member is not None and await crew.completed(member, group) == "differs":
+                self._desk.put_out(member.name, f"it answered group {group.prompt.gid} once more, and otherwise")
+
+    async def _turn(self, name: str, body: bytes) -> bytes:
+        ended, member = _decode_turn(body), self._member(name)
+        part, names = self._asked.get(ended.gid, (None, set[str]()))
+        if part is None or name not in names:
+            raise OffenceError(f"it tells of a turn in group {ended.gid}, which it was not asked for")
+        if self._crew is not None:
+            taken = unpack_turn(ended, part.prompt_of(ended.gid))
+            if not 0 <= taken.sample < self._limits.num_generations:
+                raise OffenceError(f"it tells of a turn of sample {taken.sample}")
+            await self._crew.turn_taken(member, taken)
+        return b""
+
+    async def _observe(self, name: str, body: bytes) -> bytes:
+        ask = decode_observe(body)
+        return encode(await self._member(name).observed(ask.after))
+
+    async def _dropped(self, name: str, body: bytes) -> bytes:
+        dropped, member = decode_dropped(body), self._member(name)
+        if self._crew is not None:
+            self._crew.lost(member, f"its generator: {dropped.reason}", dropped.parts)
+            self._audits.renew(name, ())
+        return b""
+
+    async def _full(self, name: str, body: bytes) -> bytes:
+        wanted = decode_whole(body).version
+        self._roster.worker(name)
+        if self._put_whole is not None and wanted in self._versions():
+            await self._put_whole(wanted)
+        return b""
+
+    async def _span(self, name: str, body: bytes) -> bytes:
+        spans, worker = decode_spans(body).spans, self._roster.worker(name)
+        if self._crew is not None:
+            now_s, shift_s = time.perf_counter(), worker.shift_s
+            for span in spans:
+                start_s, end_s = span.start_s + shift_s, span.end_s + shift_s
+                if math.isfinite(start_s) and start_s <= now_s and (end_s == math.inf or start_s <= end_s <= now_s):
+                    told = msgspec.structs.replace(
+                        span, actor="generator", member=name, start_s=start_s, end_s=end_s, gid=None, gids=()
+                    )
+                    self._crew.report.forward(told)
+        return b""

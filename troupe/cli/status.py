@@ -1,0 +1,110 @@
+"""A run's status as a person reads it at a glance."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from troupe.messages import NOTHING_TOLD, LiveGroup, MemberStatus, Status
+from troupe.records.figures import FIGURES, function_of, written
+from troupe.records.members import called, summary, told, worth_telling
+from troupe.runtime.terminal import one_line
+
+_WIDTH = 14
+"""Of the labels."""
+_MOST_MEMBERS = 32
+"""That have a line each."""
+
+
+def describe(status: Status, name: str) -> str:
+    """A Status as a person reads it at a glance: several lines, without a newline at the end."""
+    lines = [headline(status, name)]
+
+    def add(label: str, text: str) -> None:
+        lines.append(row(label, text))
+
+    if status.notice:
+        add("notice", status.notice)
+    if status.restarting is not None:
+        failure = status.restarting
+        when = f"in {failure.next_try_s:.0f} s" if failure.next_try_s else "now"
+        add("restarting", f"start {failure.attempt} of {failure.limit} {when}; {failure.reason}")
+    if status.activity is not None:
+        add("now", status.activity.text)
+    lines += _members(status.members)
+    figures = [
+        f"{metric} {written(status.metrics[metric], figure.status)}"
+        for metric, figure in FIGURES.items()
+        if figure.status and metric in status.metrics
+    ]
+    for start in range(0, len(figures), 5):
+        add("newest step" if start == 0 else "", "  ".join(figures[start : start + 5]))
+    for key, value in sorted(status.metrics.items()):
+        if (function := function_of(key)) is not None:
+            add("reward", f"{function} {written(value, '.4f')}")
+    for reason in status.held:
+        add("held", reason)
+    for reward, reason in status.rewards_down.items():
+        add("down", f"{reward}: {reason}")
+    if status.groups:
+        add("groups", _groups(status.groups))
+    for actor, what in status.doing.items():
+        if what != NOTHING_TOLD:
+            add(actor, what)
+    if status.restarts:
+        add("new actors", _counts(status.restarts))
+    if status.incidents:
+        add("incidents", _counts(status.incidents))
+    return "\n".join(lines)
+
+
+def _members(members: Sequence[MemberStatus]) -> list[str]:
+    """All of them, and each on a line of its own; nothing where they say no more than the run itself."""
+    if not worth_telling(members):
+        return []
+    more = len(members) - _MOST_MEMBERS
+    return [
+        row(called(members), summary(members)),
+        *(row("", f"{member.name}: {told(member)}") for member in members[:_MOST_MEMBERS]),
+        *([row("", f"and {more:,} more")] if more > 0 else []),
+    ]
+
+
+def row(label: str, text: str) -> str:
+    """One line below the headline."""
+    return f"  {label:<{_WIDTH}}{one_line(text)}"
+
+
+def headline(status: Status, name: str) -> str:
+    """Where the run stands, on one line."""
+    line = f"{one_line(name)}: {status.phase}"
+    if status.total_steps:
+        line += f", step {status.step:,} of {status.total_steps:,} ({status.step / status.total_steps:.0%})"
+    left_s = (status.total_steps - status.step) * status.metrics.get("step_time", 0.0)
+    if left_s > 0 and status.phase == "running":
+        line += f", about {duration(left_s)} left at the newest step's pace"
+    return line
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that matter: `3 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _groups(groups: tuple[LiveGroup, ...]) -> str:
+    owners = Counter(group.owner for group in groups)
+    waiting = Counter(group.owner for group in groups if group.waiting)
+    who = [
+        f"{owner} {count}" + (f" ({waiting[owner]} waiting)" if waiting[owner] else "")
+        for owner, count in owners.items()
+    ]
+    return f"{len(groups)} alive: {', '.join(who)}; the oldest is {duration(max(g.age_s for g in groups))} old"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
