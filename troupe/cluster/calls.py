@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 import anyio
 
-import troupe
 from troupe.cluster.call_wire import (
     DONE,
     MOST_SESSIONS,
@@ -37,6 +36,7 @@ from troupe.cluster.wire import Offer
 from troupe.rewards.loading import is_own
 from troupe.runtime.elsewhere import Service, ServiceKind
 from troupe.runtime.frames import encode
+from troupe.runtime.machine import VERSION
 
 KINDS: tuple[ServiceKind, ...] = ("rewards", "environments")
 PATIENCE_S = 3.0
@@ -78,8 +78,8 @@ class _Machine:
         offered, key = self.offered.get(service.kind), encode(service)
         if offered is None or not self.worker.here:
             return ""
-        if offered.troupe != troupe.__version__:
-            return f"has Troupe {offered.troupe}, and the run {troupe.__version__}"
+        if offered.troupe != VERSION:
+            return f"has Troupe {offered.troupe}, and the run {VERSION}"
         for code, there in [(code, offered.code) for code in service.named.values()] + [
             (code, offered.tools) for code in service.tools
         ]:
@@ -147,9 +147,9 @@ class _Kind:
 class Calls:
     """An `Elsewhere`; one event loop."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: the roster's."""
-        self._clock = clock
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, patience_s: float = PATIENCE_S) -> None:
+        """`clock`: the roster's; `patience_s`: as `PATIENCE_S`."""
+        self._clock, self._patience_s = clock, patience_s
         self._tell: Callable[[str, str], None] = lambda kind, message: None
         self._machines: dict[str, _Machine] = {}
         self._waiting: list[Session] = []
@@ -193,7 +193,7 @@ class Calls:
         self._place()
         try:
             while not session.has_begun:
-                with anyio.move_on_after(PATIENCE_S) as scope:
+                with anyio.move_on_after(self._patience_s) as scope:
                     await session.moved.wait()
                 if scope.cancelled_caught:
                     self._check(session)

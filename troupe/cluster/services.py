@@ -13,7 +13,6 @@ from typing import Protocol
 import anyio
 import anyio.abc
 
-import troupe
 from troupe.cluster.call_wire import (
     DONE,
     MOST_BYTES,
@@ -39,6 +38,7 @@ from troupe.rewards.processes import asking as rewards
 from troupe.rewards.processes.calls import Broken
 from troupe.runtime.elsewhere import Code, Service
 from troupe.runtime.frames import FrameError, encode
+from troupe.runtime.machine import VERSION
 from troupe.runtime.process import ChildProcess
 from troupe.runtime.roles import first_fault
 
@@ -84,7 +84,7 @@ class OwnCode:
     @property
     def details(self) -> Mapping[Offer, bytes]:
         """For `Hello`."""
-        version = troupe.__version__
+        version = VERSION
         told: dict[Offer, bytes] = {}
         if "rewards" in self._offers:
             told["rewards"] = encode(Offered(troupe=version, code=tuple(self._rewards)))

@@ -28,7 +28,7 @@ class Lost(msgspec.Struct, frozen=True):
     is_away: bool = False
     """Whether it went with its machine, so that the same call is to be made elsewhere."""
     is_wrong: bool = False
-    """Whether what it answered is no answer."""
+    """Whether another machine has answered what is no answer, which says nothing of the samples."""
 
 
 class Worker:
@@ -81,10 +81,13 @@ class Worker:
             reply = decode_reply(await self._child.receive())
         except (anyio.EndOfStream, anyio.BrokenResourceError, FrameError) as error:
             fault = Fault("reward_error", str(error), by_code=self._ended_itself)
-            return Lost(fault, is_wrong=isinstance(error, MessageError))
+            return self._no_answer(fault) if isinstance(error, MessageError) else Lost(fault, self.is_away)
         if isinstance(reply, Loaded):
-            return Lost(Fault("reward_error", "its process answered out of turn"), is_wrong=True)
+            return self._no_answer(Fault("reward_error", "its process answered out of turn"))
         return reply
+
+    def _no_answer(self, fault: Fault) -> Lost:
+        return Lost(fault)
 
     @property
     def _ended_itself(self) -> bool:

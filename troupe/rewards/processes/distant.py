@@ -64,7 +64,7 @@ class DistantWorker(Worker):
         """Have one call made, and its answer checked."""
         reply = await super().ask(frame, size)
         if isinstance(reply, Lost):
-            return self._wrong(reply) if reply.is_wrong else Lost(reply.fault, self.is_away)
+            return reply
         if isinstance(reply, Broken):  # by another machine alone no run is ended
             return Raised(reply.message[:_LONGEST_FAULT], by_code=True)
         if isinstance(reply, Raised):
@@ -72,11 +72,11 @@ class DistantWorker(Worker):
         try:
             return _checked(reply, self._name, size)
         except RewardError as error:
-            return self._wrong(Lost(Fault("reward_error", f"another machine answered what is no score: {error}")))
+            return self._no_answer(Fault("reward_error", f"another machine answered what is no score: {error}"))
 
-    def _wrong(self, lost: Lost) -> Lost:
-        self._distant.accuse(lost.fault.message)
-        return lost
+    def _no_answer(self, fault: Fault) -> Lost:
+        self._distant.accuse(fault.message)
+        return Lost(fault, is_wrong=True)
 
 
 def reward_service(spec: str, name: str) -> Service:

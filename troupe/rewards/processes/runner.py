@@ -139,7 +139,7 @@ class ProcessRunner(Runner):
                 return Lost(Fault(reply.kind, f"{reply.message}; its process was killed"), is_away)
             if isinstance(reply, Lost):
                 await worker.kill()
-                return reply
+                return reply.fault if reply.is_wrong else reply
             if self._started:
                 self._idle.append(worker)
             else:
