@@ -138,7 +138,9 @@ class Liar:
         number, told = 0, dict[str, int]()
         got: dict[str, int] = {}
         while True:
-            orders: Orders = decode_orders(await link.ask(PULL, encode(Pull(number=number, sessions=got))))
+            orders: Orders = decode_orders(
+                await link.ask(PULL, encode(Pull(kind="rewards", number=number, sessions=got)))
+            )
             number += 1
             for begin in orders.begin:
                 if begin.session not in got:
@@ -154,7 +156,7 @@ class Liar:
 
     async def _tell(self, link: Link, session: str, told: dict[str, int], frame: bytes) -> None:
         told[session] += 1
-        await link.ask(DONE, encode(Done(session=session, number=told[session] - 1, frame=frame)))
+        await link.ask(DONE, encode(Done(kind="rewards", session=session, number=told[session] - 1, frame=frame)))
 
 
 LIES = {
@@ -172,7 +174,7 @@ async def test_what_is_no_answer_is_missing_and_told_and_after_three_the_worker_
     async with at_site() as site, on_workers(site, f"{FILE}:lengths", breaker_failures=0) as manager:
         code = Code.of(f"{FILE}:lengths", is_ours=False)
         details = encode(Offered(troupe=_version(), code=(code,)))
-        site.join("liar", OwnCode([]), serve=liar, details={"rewards": details})
+        site.join_as("liar", liar, {"rewards": details})
         for _ in range(3):
             result = await score(manager, "ab", "c")
             assert result.scores == {"lengths": (None, None)}
@@ -189,7 +191,7 @@ async def test_what_is_no_answer_is_missing_and_told_and_after_three_the_worker_
 async def test_that_the_convention_is_broken_ends_no_run_when_another_machine_says_so() -> None:
     async with at_site() as site, on_workers(site, f"{FILE}:lengths") as manager:
         details = encode(Offered(troupe=_version(), code=(Code.of(f"{FILE}:lengths", is_ours=False),)))
-        site.join("liar", OwnCode([]), serve=Liar(encode(Broken("return a list"))), details={"rewards": details})
+        site.join_as("liar", Liar(encode(Broken("return a list"))), {"rewards": details})
         result = await score(manager, "ab")
         assert result.scores == {"lengths": (None,)}
         assert "return a list" in result.incidents[0].message
@@ -201,7 +203,7 @@ async def test_another_file_or_another_troupe_is_not_asked_and_said(tmp_path: Pa
     async with at_site() as site, on_workers(site, f"{FILE}:lengths") as manager:
         site.join("edited", OwnCode(["rewards"], rewards=[f"{other}:lengths"]))
         old = encode(Offered(troupe="0.1", code=(Code.of(f"{FILE}:lengths", is_ours=False),)))
-        site.join("old", OwnCode([]), details={"rewards": old})
+        site.join_as("old", Liar(), {"rewards": old})
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(score, manager, "ab")
             await until(lambda: manager.down)

@@ -4,8 +4,9 @@ links; processes are real."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import anyio
 
@@ -15,9 +16,11 @@ from troupe.cluster.calls import Calls
 from troupe.cluster.desk import Desk
 from troupe.cluster.link import Link
 from troupe.cluster.roster import Roster
-from troupe.cluster.services import OwnCode, serve_calls
-from troupe.cluster.wire import BEAT_S, Beat, Hello, Offer
+from troupe.cluster.services import OwnCode, Serving
+from troupe.cluster.wire import BEAT_S, Beat, Facts, Hello, Offer
 from troupe.messages import Incident
+from troupe.run.worker.session import Worker
+from troupe.runtime.elsewhere import ServiceKind
 from troupe.runtime.frames import encode
 from troupe.runtime.reporter import Reporter
 
@@ -43,20 +46,28 @@ class Site:
         """Of the incidents so far."""
         return [incident.kind for incident in self.incidents]
 
-    def join(
-        self, name: str, own: OwnCode, serve: Serve | None = None, details: dict[Offer, bytes] | None = None
-    ) -> None:
-        """A worker begins; `serve` is what it does instead of what it should."""
-        told = dict(own.details) if details is None else details
+    def join(self, name: str, own: OwnCode, *kinds: ServiceKind) -> None:
+        """A worker begins that offers rewards, or these."""
+        works = [Serving(kind, own, tell=self.said.append) for kind in kinds or ("rewards",)]
+        self._begin(name, Worker(self._link(name), works, Facts(), tell=self.said.append).run())
+
+    def join_as(self, name: str, serve: Serve, details: Mapping[Offer, bytes]) -> None:
+        """One begins that offers this and does what `serve` does."""
 
         async def work() -> None:
-            link = Link(self.broker.bus(name), self.broker.run)
-            await link.hello(Hello(instance=name, offers=tuple(told), details=told))
+            link = self._link(name)
+            await link.hello(Hello(instance=name, offers=tuple(details), details=details))
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_beat, link)
-                await (serve_calls(link, own, tell=self.said.append) if serve is None else serve(link))
+                await serve(link)
 
-        self._workers[name] = asyncio.get_running_loop().create_task(work())
+        self._begin(name, work())
+
+    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._workers[name] = asyncio.get_running_loop().create_task(work)
+
+    def _link(self, name: str) -> Link:
+        return Link(self.broker.bus(name), self.broker.run)
 
     def pull_cable(self, name: str) -> None:
         """Nothing comes through to or from a worker any more."""

@@ -10,7 +10,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from troupe.runtime.elsewhere import Code, Service
+from troupe.runtime.elsewhere import Code, Service, ServiceKind
 from troupe.runtime.frames import decoder
 
 PULL = "call.pull"
@@ -29,7 +29,7 @@ _Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=100)]
 
 
 class Offered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """In `Hello.details`: what the worker's owner lets run there."""
+    """In `Hello.details`: what of a kind the worker's owner lets run there."""
 
     troupe: Annotated[str, msgspec.Meta(max_length=100)]
     """Its version."""
@@ -40,6 +40,7 @@ class Offered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Pull(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`call.pull`: what is to be done? Answered with `Orders`."""
 
+    kind: ServiceKind
     number: int
     """Of a worker's session, growing: an older one that comes late is not listened to."""
     sessions: Annotated[dict[_Name, int], msgspec.Meta(max_length=2 * MOST_SESSIONS)] = {}
@@ -80,6 +81,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`call.done`: a process has answered, or has ended."""
 
+    kind: ServiceKind
     session: _Name
     number: int
     """From 0, one more for each."""

@@ -49,11 +49,10 @@ _FLAGS = {"rewards": "--offers rewards --reward", "environments": "--offers envi
 
 
 class _Machine:
-    """A worker that offers rewards or environments, as long as its session."""
+    """A worker that offers rewards, or environments, as long as its session."""
 
-    def __init__(self, worker: Worker, clock: Callable[[], float]) -> None:
-        self.worker = worker
-        self.offered: dict[ServiceKind, Offered] = {}
+    def __init__(self, worker: Worker, kind: ServiceKind, offered: Offered, clock: Callable[[], float]) -> None:
+        self.worker, self.kind, self.offered = worker, kind, offered
         self.sessions: dict[str, Session] = {}
         self.ending: dict[str, float] = {}
         """Those that it has to end → in how many seconds."""
@@ -75,8 +74,8 @@ class _Machine:
     def objection(self, service: Service) -> str | None:
         """Why it cannot have this; None where it can. Empty where there is nothing to say: it is not here, or offers
         nothing like it."""
-        offered, key = self.offered.get(service.kind), encode(service)
-        if offered is None or not self.worker.here:
+        offered, key = self.offered, encode(service)
+        if service.kind != self.kind or not self.worker.here:
             return ""
         if offered.troupe != VERSION:
             return f"has Troupe {offered.troupe}, and the run {VERSION}"
@@ -141,7 +140,7 @@ class _Kind:
         return b""
 
     def gone(self, worker: Worker, reason: str) -> None:
-        self._calls.gone(worker, reason)
+        self._calls.gone(worker, self._kind, reason)
 
 
 class Calls:
@@ -151,7 +150,7 @@ class Calls:
         """`clock`: the roster's; `patience_s`: as `PATIENCE_S`."""
         self._clock, self._patience_s = clock, patience_s
         self._tell: Callable[[str, str], None] = lambda kind, message: None
-        self._machines: dict[str, _Machine] = {}
+        self._machines: dict[tuple[str, ServiceKind], _Machine] = {}
         self._waiting: list[Session] = []
         self._epoch, self._count = secrets.token_hex(4), 0
 
@@ -165,16 +164,14 @@ class Calls:
 
     def admit(self, worker: Worker, kind: ServiceKind, offered: Offered) -> None:
         """A worker offers this."""
-        machine = self._machines.get(worker.name)
-        if machine is None or machine.worker is not worker:
-            if machine is not None:
-                self.gone(machine.worker, "it has begun anew")
-            machine = self._machines[worker.name] = _Machine(worker, self._clock)
-        machine.offered[kind] = offered
+        before = self._machines.get((worker.name, kind))
+        if before is not None:
+            self.gone(before.worker, kind, "it has begun anew")
+        self._machines[worker.name, kind] = _Machine(worker, kind, offered, self._clock)
 
-    def gone(self, worker: Worker, reason: str) -> None:
+    def gone(self, worker: Worker, kind: ServiceKind, reason: str) -> None:
         """What a worker had is lost."""
-        machine = self._machines.get(worker.name)
+        machine = self._machines.get((worker.name, kind))
         if machine is None or machine.worker is not worker:
             return
         for session in list(machine.sessions.values()):
@@ -209,7 +206,7 @@ class Calls:
 
     def _check(self, session: Session) -> None:
         """Take a process back from a worker that does not begin it."""
-        machine = self._machines.get(session.worker)
+        machine = self._machines.get((session.worker, session.service.kind))
         if machine is not None and not session.has_begun and self._clock() - session.given_s > BEGUN_S:
             self.strike(machine, session.service, f"it was not begun within {BEGUN_S:g} s")
             self._take_from(machine, session)
@@ -263,17 +260,14 @@ class Calls:
         self._tell("worker_offence", f"worker {name}, {service.label}: {why}{more}")
 
     def _show(self, machine: _Machine) -> None:
-        for kind in machine.offered:
-            machine.worker.leases[kind] = tuple(
-                f"{session.service.label} {name}"
-                for name, session in machine.sessions.items()
-                if session.service.kind == kind
-            )
+        machine.worker.leases[machine.kind] = tuple(
+            f"{session.service.label} ({name})" for name, session in machine.sessions.items()
+        )
 
     def _why(self, service: Service) -> str | None:
         """Why nobody can have this; None where somebody can."""
         objections: list[str] = []
-        for name, machine in self._machines.items():
+        for (name, _), machine in self._machines.items():
             objection = machine.objection(service)
             if objection is None:
                 return None
@@ -285,14 +279,15 @@ class Calls:
             f"{_FLAGS[service.kind]} {named}{''.join(f'; {each}' for each in objections)}"
         )
 
-    def _machine(self, name: str) -> _Machine | None:
-        machine = self._machines.get(name)
+    def _machine(self, name: str, kind: ServiceKind) -> _Machine | None:
+        machine = self._machines.get((name, kind))
         if machine is not None:
             machine.asked_s = self._clock()
         return machine
 
     async def _pull(self, name: str, body: bytes) -> bytes:
-        pull, machine = decode_pull(body), self._machine(name)
+        pull = decode_pull(body)
+        machine = self._machine(name, pull.kind)
         if machine is None or pull.number < machine.newest:
             return encode(Orders())
         machine.newest = pull.number
@@ -316,7 +311,8 @@ class Calls:
         return encode(orders)
 
     async def _done(self, name: str, body: bytes) -> bytes:
-        done, machine = decode_done(body), self._machine(name)
+        done = decode_done(body)
+        machine = self._machine(name, done.kind)
         session = None if machine is None else machine.sessions.get(done.session)
         if machine is not None and session is not None:
             session.answered(done)

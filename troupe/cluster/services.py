@@ -26,7 +26,7 @@ from troupe.cluster.call_wire import (
     Pull,
     decode_orders,
 )
-from troupe.cluster.wire import Offer
+from troupe.cluster.wire import Offer, RunState
 from troupe.environments.adapters import ADAPTERS
 from troupe.environments.processes import asking as environments
 from troupe.environments.processes.wire import Broken as BrokenWorld
@@ -36,7 +36,7 @@ from troupe.errors import ConfigError, RunError, sayable
 from troupe.rewards.loading import is_own
 from troupe.rewards.processes import asking as rewards
 from troupe.rewards.processes.calls import Broken
-from troupe.runtime.elsewhere import Code, Service
+from troupe.runtime.elsewhere import Code, Service, ServiceKind
 from troupe.runtime.frames import FrameError, encode
 from troupe.runtime.machine import VERSION
 from troupe.runtime.process import ChildProcess
@@ -81,18 +81,11 @@ class OwnCode:
         self._environments = {_code(spec, is_ours=spec.partition(":")[0] in ADAPTERS): spec for spec in environments}
         self._tools = {_code(spec, is_ours=False): spec for spec in tools}
 
-    @property
-    def details(self) -> Mapping[Offer, bytes]:
-        """For `Hello`."""
-        version = VERSION
-        told: dict[Offer, bytes] = {}
-        if "rewards" in self._offers:
-            told["rewards"] = encode(Offered(troupe=version, code=tuple(self._rewards)))
-        if "environments" in self._offers:
-            told["environments"] = encode(
-                Offered(troupe=version, code=tuple(self._environments), tools=tuple(self._tools))
-            )
-        return told
+    def offered(self, kind: ServiceKind) -> Offered:
+        """What of a kind may run here."""
+        if kind == "rewards":
+            return Offered(troupe=VERSION, code=tuple(self._rewards))
+        return Offered(troupe=VERSION, code=tuple(self._environments), tools=tuple(self._tools))
 
     def reward(self, service: Service) -> str:
         """The owner's name of a reward that is asked for. _Refused where there is none."""
@@ -137,33 +130,84 @@ def _own(named: Mapping[Code, str], code: Code, what: str, *, is_ours: bool) -> 
     raise _Refused(f"the file of {what} {code.name} was changed while the worker ran; start the worker anew")
 
 
-async def serve_calls(link: Asks, own: OwnCode, *, tell: Callable[[str], None] = lambda text: None) -> None:
-    """Run what a run asks for, until the link says that there is no more; then nothing is left of it.
+class Serving:
+    """A `Work`: the rewards, or the environments and tools, that a worker runs."""
 
-    `tell` is given what a person should know. Raises what `link.ask` does.
-    """
-    bench = _Bench(link, own, tell)
-    try:
-        async with anyio.create_task_group() as tasks:
-            await bench.pull(tasks)
-    except BaseExceptionGroup as group:
-        raise first_fault(group) from None
+    tokens_per_second: float | None = None
+    version: int | None = None
+    pulled = 0
+
+    def __init__(self, kind: ServiceKind, own: OwnCode, *, tell: Callable[[str], None] = lambda text: None) -> None:
+        """`tell` is given what a person should know."""
+        self.offer: Offer = kind
+        self._kind, self._own, self._tell = kind, own, tell
+        self._bench: _Bench | None = None
+        self._answers = 0
+
+    @property
+    def held(self) -> Collection[str]:
+        """Names of its processes."""
+        return () if self._bench is None else self._bench.names
+
+    @property
+    def doing(self) -> str:
+        """How many there are."""
+        count = len(self.held)
+        return f"{count} process{'' if count == 1 else 'es'} of {self._kind}" if count else ""
+
+    @property
+    def summary(self) -> str:
+        """How much they have answered."""
+        return f"{self._answers} answers of {self._kind}" if self._answers else ""
+
+    def details(self) -> bytes:
+        """What may run here."""
+        return encode(self._own.offered(self._kind))
+
+    def pulse(self, state: RunState, details: bytes, drop: Sequence[str]) -> None:
+        """Nothing: what is to be dropped is told with the answers to pulls."""
+
+    async def serve(self, link: Asks, details: bytes) -> None:
+        """Run what the run asks for, until cancelled or the link says that there is no more; then nothing is left."""
+        self._bench = bench = _Bench(link, self._kind, self._own, self._tell, self._count)
+        try:
+            async with anyio.create_task_group() as tasks:
+                await bench.pull(tasks)
+        except BaseExceptionGroup as group:
+            raise first_fault(group) from None
+        finally:
+            self._bench = None
+
+    def _count(self) -> None:
+        self._answers += 1
 
 
 class _Bench:
     """The processes of a worker for one session of it."""
 
-    def __init__(self, link: Asks, own: OwnCode, tell: Callable[[str], None]) -> None:
-        self._link, self._own, self._tell = link, own, tell
+    def __init__(
+        self,
+        link: Asks,
+        kind: ServiceKind,
+        own: OwnCode,
+        tell: Callable[[str], None],
+        on_answer: Callable[[], None],
+    ) -> None:
+        self._link, self._kind, self._own, self._tell, self._on_answer = link, kind, own, tell, on_answer
         self._held: dict[str, _Held] = {}
         self._ended: deque[str] = deque(maxlen=_ENDED)
+
+    @property
+    def names(self) -> list[str]:
+        """Of those there are."""
+        return list(self._held)
 
     async def pull(self, tasks: anyio.abc.TaskGroup) -> None:
         """Ask what is to be done, and do it."""
         number = 0
         while True:
             in_hand = {name: held.got for name, held in self._held.items()}
-            ask = encode(Pull(number=number, sessions=in_hand))
+            ask = encode(Pull(kind=self._kind, number=number, sessions=in_hand))
             answer = await self._link.ask(PULL, ask, wait_s=2 * WAIT_S + 5)
             try:
                 orders = decode_orders(answer)
@@ -215,6 +259,8 @@ class _Bench:
         if len(self._held) > MOST_SESSIONS:
             raise _Refused(f"there are {MOST_SESSIONS} processes here already")
         service = held.service
+        if service.kind != self._kind:
+            raise _Refused(f"{service.kind} were asked for, and {self._kind} are offered")
         if service.kind == "rewards":
             spec = self._own.reward(service)
             self._tell(f"a process of reward {spec} is begun")
@@ -235,9 +281,10 @@ class _Bench:
                 self._tell(f"{held.service.label}: an answer of {len(frame):,} bytes is too long; its process is ended")
                 return
             await self._done(held, frame)
+            self._on_answer()
 
     async def _done(self, held: _Held, frame: bytes | None, *, code: int = 0, how: str = "") -> None:
-        done = Done(session=held.name, number=held.answers, frame=frame, code=code, how=how[-10_000:])
+        done = Done(kind=self._kind, session=held.name, number=held.answers, frame=frame, code=code, how=how[-10_000:])
         held.answers += 1
         await self._link.ask(DONE, encode(done), wait_s=10.0)
 

@@ -35,7 +35,7 @@ class EnvironmentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     run: Run = "thread"
     """Where environments and tools run: `thread`, async functions in the event loop and others in threads; `loop`, all
     in the event loop, for what takes microseconds; `process`, in processes that can be killed; `worker`, in such
-    processes of workers on other machines, which offer them (`troupe worker --offers environments`)."""
+    processes of workers on other machines, which offer them (`--offers environments`)."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 4
     """With `run = "process"` or `"worker"`, how many, on all workers together; each does one thing at a time, and an
     episode stays in its own. Where there are environments and tools, so many for each."""

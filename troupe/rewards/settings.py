@@ -21,7 +21,7 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     run: tuple[Run, ...] | None = None
     """Where each runs, one a function: "auto", an async function in the event loop and a sync one in a thread (in the
     event loop too where its attribute `quick` is true), "process", in processes that can be killed, or "worker", in
-    such processes of workers on other machines, which offer it (`troupe worker --offers rewards`). An "auto" one that
+    such processes of workers on other machines, which offer it (`--offers rewards`). An "auto" one that
     turns out to need a process moves to some by itself. None: all "auto", but for those whose attribute `run` is
     "process", as some of our own."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 2
