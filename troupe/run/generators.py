@@ -6,14 +6,17 @@ from typing import Any
 
 from troupe.actors.generator.acting import ActingConfig, ActingGenerator
 from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.crew import Members
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
+from troupe.messages import Slot
 from troupe.policy import is_on_cpu
 from troupe.run.acting import sessions_of
+from troupe.run.engines import engine_members
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.wiring import Wiring
@@ -26,7 +29,7 @@ def _most_at_once(prepared: Prepared) -> int | None:
 
 
 def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories) -> Callable[[], Actor]:
-    config, policy, cards = prepared.config, prepared.start.policy, prepared.cards
+    config, policy = prepared.config, prepared.start.policy
     shared: dict[str, Any] = {
         "board": ledgers.board,
         "handed_over": ledgers.handed_over,
@@ -35,23 +38,12 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
     }
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
-    if ledgers.files is not None:
-        local = partial(
-            LocalProcesses,
-            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
-            board=ledgers.board,
-            files=ledgers.files,
-            device=ledgers.devices["generator"],
-            report=wiring.reporters["generator"],
-            envs=[]
-            if cards is None
-            else [cards.of_generator(i) for i in range(config.schedule.generator_processes or 1)],
-        )
+    if sources := _sources(prepared, wiring, ledgers):
         return partial(
             RemoteGenerator,
             wiring.generator,
             groups,
-            members=lambda: [local()],
+            members=lambda: [source() for source in sources],
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
             **shared,
@@ -81,6 +73,35 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
         parts=_parts(config.schedule),
         **shared,
     )
+
+
+def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> list[Callable[[], Members]]:
+    """The makers of those who decode elsewhere; none where the generator is a thread."""
+    config, device = prepared.config, ledgers.devices["generator"]
+    sources: list[Callable[[], Members]] = []
+    if ledgers.files is not None:
+        local = partial(
+            LocalProcesses,
+            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
+            board=ledgers.board,
+            files=ledgers.files,
+            device=device,
+            report=wiring.reporters["generator"],
+            envs=_envs(prepared),
+        )
+        sources.append(local)
+    if config.schedule.engines:
+        inputs = prepared.inputs
+        probe_ids = inputs.schedule.prompt(Slot(step=0, place=0)).prompt_ids
+        policy = prepared.start.policy
+        sources.append(engine_members(config, policy, prepared.folder, inputs.source, probe_ids, device))
+    return sources
+
+
+def _envs(prepared: Prepared) -> list[dict[str, str]]:
+    """What each process of the generator has in its environment besides, where cards are shared out."""
+    processes = prepared.config.schedule.generator_processes or 1
+    return [] if prepared.cards is None else [prepared.cards.of_generator(number) for number in range(processes)]
 
 
 def _parts(schedule: ScheduleConfig) -> int:

@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
     "learner.max_nonfinite_steps": "free",
     "learner.*": "by name",
     "schedule.mode": "never",
+    "schedule.engines": "free",
     "schedule.generator": "free",
     "schedule.learner_ranks": "free",  # the lanes decide the bits
     "schedule.devices": "free",
