@@ -79,6 +79,8 @@ class Desk:
         """`run`: the run's name in subjects."""
         self.over = False
         """Whether the run has ended: then everybody is told so."""
+        self.told_over: set[str] = set()
+        """Who has been told so."""
         self.offences: Counter[str] = Counter()
         """Worker → what it asked wrongly so far."""
         self.on_put_out: Callable[[str, str], None] = lambda worker, reason: None
@@ -140,6 +142,7 @@ class Desk:
     async def _answer(self, worker: str, asker: _Asker, verb: str, data: bytes) -> Answer:
         ask = decode_ask(data)
         if self.over:
+            self.told_over.add(worker)
             return Over()
         handler = self._handlers.get(verb)
         if handler is None:
@@ -150,7 +153,7 @@ class Desk:
         if isinstance(body, Incomplete):
             return body
         answer = await handler(worker, body)
-        return Over() if self.over else Whole(body=answer)
+        return Whole(body=answer)
 
     def _joined(self, asker: _Asker, ask: Ask) -> bytes | Incomplete:
         """The body, once all its pieces are there."""

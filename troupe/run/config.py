@@ -15,6 +15,7 @@ import tomli_w
 
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
+from troupe.cluster.settings import ClusterConfig
 from troupe.dataset import DataConfig, anchored_source
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
@@ -74,6 +75,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     daemon: DaemonConfig = DaemonConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
