@@ -19,8 +19,10 @@ import pytest
 from tests.support.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids, write_ragged_model
 from tests.support.straight import Straight, run_straight
 from troupe import Supervisor
+from troupe.actors.generator.child import GeneratorChild
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.weights_files import SHARED_MEMORY, remove_leftovers
+from troupe.actors.generator.wire import Setup
 from troupe.errors import ConfigError, ModelError
 from troupe.policy import Weights, load_policy
 from troupe.run.config import load_config
@@ -189,7 +191,7 @@ async def test_a_killed_process_is_restarted_and_changes_nothing(
     sizes = {"learner__batch_size": 4, "generation__max_completion_length": 48, "schedule__max_staleness": 1}
     config = tiny_config(ragged_model, tmp_path, **PLACED | sizes)
     result = await watch.drive(Supervisor(config, [kill_at_first]))
-    assert result.incidents == {"actor_restarted": 1}
+    assert result.incidents == {"process_restarted": 1}
     assert result.closed_groups == {"trained": 16}
     assert same_bits(final(result), straight_of(config).weights)
     watch.check_nothing_is_left(processes=2)
@@ -208,7 +210,7 @@ async def main():
         async for update in run.updates():
             pipeline = run._pipeline
             generator = pipeline.roles[1].actor
-            print(generator._processes[0].child.pid, pipeline.ledgers.files._folder, flush=True)
+            print(generator.sources[0].pids[0], pipeline.ledgers.files._folder, flush=True)
 
 anyio.run(main)
 """
@@ -242,13 +244,12 @@ async def test_a_tokenizer_that_the_process_cannot_load_ends_the_run_as_bad_inpu
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ragged_model: Path, watch: Watch
 ) -> None:
     """The process refuses it; no restart is tried."""
-    begin = RemoteGenerator.start
+    start = GeneratorChild.start
 
-    async def start(self: RemoteGenerator) -> None:
-        self._setups = [msgspec.structs.replace(s, tokenizer_files={"tokenizer.json": b"{}"}) for s in self._setups]
-        await begin(self)
+    async def spoiled(setup: Setup, *args: Any, **options: Any) -> GeneratorChild:
+        return await start(msgspec.structs.replace(setup, tokenizer_files={"tokenizer.json": b"{}"}), *args, **options)
 
-    monkeypatch.setattr(RemoteGenerator, "start", start)
+    monkeypatch.setattr(GeneratorChild, "start", spoiled)
     with pytest.raises(ModelError, match="tokenizer"):
         await watch.drive(Supervisor(tiny_config(ragged_model, tmp_path, **PLACED), [weigh_ids]))
     assert len(watch.children) == 1

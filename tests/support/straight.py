@@ -28,6 +28,12 @@ class Straight(NamedTuple):
     num_tokens: int
 
 
+def _parts(config: RunConfig, prompts: list[Prompt]) -> list[list[Prompt]]:
+    parts = config.schedule.parts or 1
+    dealt = [[prompt for prompt in prompts if prompt.slot.place % parts == number] for number in range(parts)]
+    return [part for part in dealt if part]
+
+
 def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
     """A pinned run with one reward that wants `completion_ids` alone."""
     learner, generation = config.learner, config.generation
@@ -75,7 +81,8 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
         places = list(range(P))
         for attempt in range(learner.max_resampling_attempts + 1 if learner.dynamic_sampling else 1):
             prompts = [schedule.prompt(Slot(step=step, place=place, attempt=attempt)) for place in places]
-            groups = complete(prompts, versions[sampled_from], sampled_from) if prompts else []
+            decoded = [complete(part, versions[sampled_from], sampled_from) for part in _parts(config, prompts)]
+            groups = sorted((group for part in decoded for group in part), key=lambda group: group.group.prompt.slot)
             num_tokens += sum(
                 len(g.group.prompt.prompt_ids) + len(r.token_ids) for g in groups for r in g.group.rollouts
             )

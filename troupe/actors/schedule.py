@@ -47,13 +47,18 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     where it works beside the learner (max_staleness ≥ 1) on a CPU, whose threads MLX keeps from overlapping, or where
     several of them share its work; else a thread."""
     generator_processes: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    """Processes that the prompts of a step are dealt to by their place in it, where the generator is a process. None:
-    1; but on a CPU with max_staleness 0 one a core, where the work is worth it and the weights are light (128 MB), if
-    neither `generator`, `blas_threads` nor `memory_limit_gb` is given."""
+    """Processes that decode, where the generator is a process: each takes one part of a step after another. None: 1;
+    but on a CPU with max_staleness 0 one a core, where the work is worth it and the weights are light (128 MB), if
+    neither `generator`, `blas_threads` nor `memory_limit_gb` is given. How many there are changes no bit of a pinned
+    run whose `parts` stay the same."""
+    parts: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Into how many parts a pinned step is cut: the prompts whose place is the same modulo `parts` are decoded
+    together, beside no others, by whoever is free. It decides bits, as what is decoded together rounds together; who
+    decodes does not. At most `batch_size`. None: as many as processes decode. The free schedule has no parts."""
     blas_threads: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Threads of OpenBLAS, in the training process and in each of the generator's; None: on a CPU as many as it takes
-    by itself, divided among the processes that work at the same time. Matrix products may be rounded differently with
-    another number of them."""
+    by itself, divided among the processes that work at the same time, or among `parts` where those are given. Matrix
+    products may be rounded differently with another number of them."""
     learner_streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Micro-batches that the learner differentiates at a time, each on a core of its own with one thread of OpenBLAS;
     at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as there are

@@ -7,8 +7,10 @@ from typing import Any
 from troupe.actors.generator.acting import ActingConfig, ActingGenerator
 from troupe.actors.generator.actor import Generator
 from troupe.actors.generator.episodes import EpisodeLimits
+from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.wire import BaseSource, Setup
+from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
 from troupe.policy import is_on_cpu
 from troupe.run.acting import sessions_of
@@ -27,7 +29,6 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
     config, policy = prepared.config, prepared.start.policy
     shared: dict[str, Any] = {
         "board": ledgers.board,
-        "device": ledgers.devices["generator"],
         "handed_over": ledgers.handed_over,
         "recorded": ledgers.recorded,
         "report": wiring.reporters["generator"],
@@ -35,12 +36,25 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
     if ledgers.files is not None:
-        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
-        turns = None if acting is None else acting.turns
+        local = partial(
+            LocalProcesses,
+            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
+            board=ledgers.board,
+            files=ledgers.files,
+            device=ledgers.devices["generator"],
+            report=wiring.reporters["generator"],
+        )
         return partial(
-            RemoteGenerator, wiring.generator, groups, setups=setups, files=ledgers.files, turns=turns, **shared
+            RemoteGenerator,
+            wiring.generator,
+            groups,
+            members=lambda: [local()],
+            parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
+            turns=None if acting is None else acting.turns,
+            **shared,
         )
     shared |= {
+        "device": ledgers.devices["generator"],
         "engine": partial(
             factories.engine,
             policy.config,
@@ -53,15 +67,25 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
         "decode_text": policy.tokenizer.decode_sampled,
     }
     if acting is not None:
-        acts = acting_config(prepared)
+        acts = acting_config(prepared, _parts(config.schedule))
         return partial(ActingGenerator, wiring.generator, groups, acting.turns, config=acts, **shared)
     return partial(
-        Generator, wiring.generator, groups, seed=config.seed, most_at_once=_most_at_once(prepared), **shared
+        Generator,
+        wiring.generator,
+        groups,
+        seed=config.seed,
+        most_at_once=_most_at_once(prepared),
+        parts=_parts(config.schedule),
+        **shared,
     )
 
 
-def acting_config(prepared: Prepared) -> ActingConfig:
-    """What episodes are sampled with."""
+def _parts(schedule: ScheduleConfig) -> int:
+    return schedule.parts or 1
+
+
+def acting_config(prepared: Prepared, parts: int = 1) -> ActingConfig:
+    """What episodes are sampled with. `parts`: that a generator makes of a round itself."""
     config, acting_setup = prepared.config, prepared.inputs.acting_setup
     assert acting_setup is not None
     return ActingConfig(
@@ -73,6 +97,7 @@ def acting_config(prepared: Prepared) -> ActingConfig:
             max_turns=acting_setup.rules.max_turns,
         ),
         sessions=sessions_of(config.schedule),
+        parts=parts,
         most_at_once=_most_at_once(prepared),
     )
 

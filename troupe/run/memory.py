@@ -161,8 +161,10 @@ def _processes(config: RunConfig) -> int:
 
 
 def _most_prompts(config: RunConfig) -> int:
-    """Prompts of a step that one generator has."""
-    return math.ceil(config.learner.batch_size / max(_processes(config), 1))
+    """Prompts of a step that are there to be decoded together."""
+    schedule = config.schedule
+    parts = schedule.parts if schedule.mode == "pinned" else None
+    return math.ceil(config.learner.batch_size / (parts or max(_processes(config), 1)))
 
 
 def _process_bytes(config: RunConfig, phases: Phases, decode_gb: float) -> float:

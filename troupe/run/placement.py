@@ -3,6 +3,7 @@ memory."""
 
 import msgspec
 
+from troupe.actors.schedule import ScheduleConfig
 from troupe.errors import ConfigError
 from troupe.policy import DTYPES, NetworkConfig
 from troupe.run.acting import sessions_of
@@ -33,7 +34,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
     held = policy.base.weights or policy.weights
     is_light = sum(array.nbytes for array in held.values()) <= machine.light
     config = _placed(config, machine, worthwhile if is_light else 1)
-    config, streams = _streamed(config, machine, worthwhile)
+    config, streams = _streamed(config, machine, worthwhile, _given_parts(inputs.config.schedule))
     if machine.on_cpu:
         linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
     work = Workload(
@@ -69,41 +70,63 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
     """Decide where the generator runs, in how many processes (no more than `worthwhile`) and how many threads OpenBLAS
     has, so that the resolved config says it."""
     schedule, most = config.schedule, config.learner.batch_size
-    if (schedule.generator_processes or 1) > most:
-        raise ConfigError(
-            f"schedule.generator_processes is {schedule.generator_processes}, but a step has only {most} prompts "
-            f"(learner.batch_size) to deal to them; give at most {most}"
-        )
+    _check_parts(schedule, most)
     cores = machine.cores if machine.on_cpu else None
     takes_turns = schedule.max_staleness == 0  # the generator with the learner
     processes = schedule.generator_processes
     if processes is None:
         is_open = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
-        processes = min(cores or 1, worthwhile, most) if takes_turns and is_open else 1
+        processes = min(cores or 1, worthwhile, schedule.parts or most) if takes_turns and is_open else 1
     where = schedule.generator
     if where == "auto":
         where = "process" if processes > 1 or (machine.on_cpu and not takes_turns) else "thread"
     threads = schedule.blas_threads
     if threads is None and cores:
-        sharers = 1 if where == "thread" else processes + (not takes_turns)
-        threads = max(1, cores // sharers)
-    streams = schedule.learner_streams if machine.on_cpu else 1
+        threads = max(1, cores // _sharers(schedule, where, processes))
     placed = msgspec.structs.replace(
-        schedule, generator=where, generator_processes=processes, blas_threads=threads, learner_streams=streams
+        schedule,
+        generator=where,
+        generator_processes=processes,
+        parts=schedule.parts or processes,
+        blas_threads=threads,
+        learner_streams=schedule.learner_streams if machine.on_cpu else 1,
     )
     return msgspec.structs.replace(config, schedule=placed)
 
 
-def _streamed(config: RunConfig, machine: Machine, worthwhile: int) -> tuple[RunConfig, int]:
+def _check_parts(schedule: ScheduleConfig, most: int) -> None:
+    for name, number in (("parts", schedule.parts), ("generator_processes", schedule.generator_processes)):
+        if (number or 1) > most and (schedule.parts is None or name == "parts"):
+            raise ConfigError(
+                f"schedule.{name} is {number}, but a step has only {most} prompts (learner.batch_size) to be dealt; "
+                f"give at most {most}"
+            )
+
+
+def _sharers(schedule: ScheduleConfig, where: str, processes: int) -> int:
+    """How many that compute at the same time share the processor; where parts are given, whoever decodes them: bits
+    depend on it."""
+    parts = _given_parts(schedule)
+    if parts is None and where == "thread":
+        return 1
+    return (parts or processes) + (schedule.max_staleness > 0)
+
+
+def _given_parts(schedule: ScheduleConfig) -> int | None:
+    return schedule.parts if schedule.mode == "pinned" else None
+
+
+def _streamed(config: RunConfig, machine: Machine, worthwhile: int, given: int | None) -> tuple[RunConfig, int]:
     """How many micro-batches the learner may well differentiate at a time, which the resolved config says where that
-    was asked for; where not, memory has its say, too."""
+    was asked for; where not, memory has its say, too. `given`: the parts that were asked for."""
     schedule, learner = config.schedule, config.learner
-    streams = 1
+    streams, parts = 1, schedule.parts or 1
+    at_once = parts if given is None else min(parts, machine.cores or parts)
     if machine.on_cpu and (schedule.generator == "process" or not schedule.max_staleness):
         rows = learner.batch_size * config.generation.num_generations
         cores = schedule.blas_threads or 1
-        if schedule.generator == "process" and not schedule.max_staleness:
-            cores *= schedule.generator_processes or 1  # which rest while the learner works
+        if not schedule.max_staleness:
+            cores *= at_once  # which rest while the learner works
         streams = min(schedule.learner_streams or min(cores, worthwhile), learner.gradient_accumulation_steps or rows)
     if schedule.learner_streams is not None:
         config = msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, learner_streams=streams))

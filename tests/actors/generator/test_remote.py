@@ -19,11 +19,11 @@ from tests.actors.generator.child_generator import OF_EVERY
 from tests.support.fakes import Reports, device_thread, ended, make_prompt, taken
 from tests.support.tiny import CONFIG
 from troupe.actors.generator import process as generator_process
-from troupe.actors.generator import remote as remote_generator
+from troupe.actors.generator.child import GeneratorChild
+from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import (
-    Completed,
     Made,
     NewWeights,
     Setup,
@@ -75,17 +75,26 @@ class Rig:
         self.folder = folder
         self.files = WeightsFiles(folder, at_once=3, shared_memory=folder / "none")
         self.handed_over: set[int] = set()
+        report = self.reports.reporter("generator")
+        self.local = partial(
+            LocalProcesses,
+            setups,
+            board=self.board,
+            files=self.files,
+            device=device_thread("weights"),
+            report=report,
+            module=module,
+            restarts=Restarts(limit=1, first_s=0.01),
+        )
         self.make = partial(
             RemoteGenerator,
             self.inbox,
             self.scorer.channel("rollouts", RolloutGroup, bound=9),
-            setups=setups,
+            members=lambda: [self.local()],
             board=self.board,
-            files=self.files,
-            device=device_thread("weights"),
-            module=module,
+            parts=len(setups) if setups[0].most_at_once is None else None,
             handed_over=self.handed_over,
-            report=self.reports.reporter("generator"),
+            report=report,
         )
 
     async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
@@ -117,9 +126,9 @@ async def test_groups_come_back_whole_and_the_end_travels_on(tmp_path: Path, mon
 async def test_how_far_the_process_is_is_known_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, hand_over = [], RemoteGenerator._hand_over
 
-    async def watched(generator: RemoteGenerator, completed: Completed) -> None:
+    async def watched(generator: RemoteGenerator, group: RolloutGroup) -> None:
         seen.append(generator.made)
-        await hand_over(generator, completed)
+        await hand_over(generator, group)
 
     monkeypatch.setattr(RemoteGenerator, "_hand_over", watched)
     await Rig(tmp_path, monkeypatch).run([make_prompt(0, 0), make_prompt(0, 1)])
@@ -186,7 +195,7 @@ async def test_old_versions_go_when_the_board_lets_go(tmp_path: Path, monkeypatc
             with anyio.fail_after(60):
                 for _ in range(2):
                     await anext(rig.scorer)
-        assert [process.lent for process in actor._processes] == [{}], "nothing is kept of a version that was read"
+        assert not +rig.files._lent, "nothing is kept of a version that was read"
         rig.prompts.close()
     assert rig.left() == ["00000001.safetensors", "00000002.safetensors"]
     rig.files.close()
@@ -208,17 +217,17 @@ async def test_free_prompts_follow_the_newest_version_of_their_time(
 ) -> None:
     """However long its file takes: the process loads what it is told in order, so none is completed with older ones."""
     told: list[int | str] = []
-    send, write = remote_generator._Process.send, WeightsFiles.write
+    send, write = GeneratorChild._send, WeightsFiles.write
 
-    async def listed(process: Any, message: ToProcess) -> None:
+    async def listed(child: GeneratorChild, message: ToProcess) -> None:
         told.append(message.version if isinstance(message, NewWeights) else type(message).__name__)
-        await send(process, message)
+        await send(child, message)
 
     def slow(files: WeightsFiles, version: int, weights: Any) -> Path:
         time.sleep(0.05)
         return write(files, version, weights)
 
-    monkeypatch.setattr(remote_generator._Process, "send", listed)
+    monkeypatch.setattr(GeneratorChild, "_send", listed)
     monkeypatch.setattr(WeightsFiles, "write", slow)
     rig = Rig(tmp_path, monkeypatch, setups=[msgspec.structs.replace(SETUP, most_at_once=4)])
     async with anyio.create_task_group() as tasks:
@@ -247,7 +256,7 @@ async def test_free_prompts_follow_the_newest_version_of_their_time(
         ("turn", MessageError, r"sent Ready out of turn"),
     ],
 )
-async def test_faults_of_the_process_are_faults_of_the_actor(
+async def test_a_process_that_fails_again_and_again_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, cause: type[Exception], message: str
 ) -> None:
     rig = Rig(tmp_path, monkeypatch, does)
@@ -255,7 +264,8 @@ async def test_faults_of_the_process_are_faults_of_the_actor(
         await rig.run([make_prompt(0, 0), make_prompt(0, 1)])
     assert isinstance(caught.value.__cause__, cause)
     assert "it was restarted 1 times" in str(caught.value)
-    assert len(rig.inbox) == 2, "nothing was lost"
+    assert [incident.kind for incident in await rig.reports.incidents()] == ["process_restarted"]
+    assert len(rig.inbox.in_hand) == 2, "nothing was lost"
     rig.files.close()
 
 
@@ -274,7 +284,7 @@ async def test_what_no_restart_mends_is_final(
 ) -> None:
     rig = Rig(tmp_path, monkeypatch, does)
     with pytest.raises(error, match=message):
-        await rig.run([make_prompt(0, 0)])
+        await rig.run([make_prompt(0, 0), make_prompt(0, 1)])
     assert await rig.reports.incidents() == []
 
 
@@ -294,5 +304,5 @@ async def test_a_process_that_dies_between_two_groups_is_followed_by_one_that_do
     prompts = [make_prompt(0, 0), make_prompt(0, 1)]
     groups = await rig.run(prompts)
     assert [group.prompt for group in groups] == prompts, "each once"
-    assert [incident.kind for incident in await rig.reports.incidents()] == ["actor_restarted", "bored"]
+    assert [incident.kind for incident in await rig.reports.incidents()] == ["process_restarted", "bored"]
     rig.files.close()

@@ -12,6 +12,7 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from troupe.actors.generator.episodes import EpisodeLimits, Episodes
+from troupe.actors.generator.parts import Part, parts_of
 from troupe.actors.generator.pool import Pool
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Observation, Prompt, RolloutGroup, ScoredGroup, TurnTaken
@@ -33,7 +34,9 @@ class ActingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int
     limits: EpisodeLimits
     sessions: int = 1
-    """Rounds that are under way at once, at most."""
+    """Parts of rounds that are under way at once, at most."""
+    parts: int = 1
+    """`schedule.parts`, in the pinned schedule."""
     most_at_once: int | None = None
     """Prompts whose turns are decoded together in the free schedule, at most; None: the schedule is pinned."""
 
@@ -49,10 +52,10 @@ class _Decoded(NamedTuple):
 class ActingGenerator(Actor):
     """Receives Prompt and Observation; sends TurnTaken, and RolloutGroup when a group's last episode has ended.
 
-    Pinned schedule: the episodes of a round are decoded in turns: turn t of all that go on, in slot order, together,
-    when all their observations are there. So what is decoded together is a function of slots and tokens, however long
-    an environment takes. Several rounds are under way, each with the version that its step is pinned to; their turns
-    take the device one after the other, in the order in which they are ready, which changes no bit of any.
+    Pinned schedule: the episodes of a part of a round are decoded in turns: turn t of all that go on, in slot order,
+    together, when all their observations are there. So what is decoded together is a function of slots and tokens,
+    however long an environment takes. Several parts are under way, each with the version that its step is pinned to;
+    their turns take the device one after the other, in the order in which they are ready, which changes no bit of any.
 
     Free schedule: whatever is ready is decoded together, with the newest version at each token. All prompts that are
     there have their episodes begun, so that some are decoded while others wait for their environments.
@@ -87,7 +90,8 @@ class ActingGenerator(Actor):
         self._config = config
         self._asker = next(_ASKERS)
         self._engine: RolloutEngine
-        self._at_device = anyio.Lock()  # which gives turns in the order of asking
+        self._sessions = anyio.Semaphore(config.sessions)
+        self._at_device = anyio.Lock()  # both give turns in the order of asking
         self._open: dict[int, tuple[Pool, Episodes]] = {}
         """Group → what it is decoded with, until it is handed over."""
         self._waiting: deque[Prompt] = deque()
@@ -132,12 +136,18 @@ class ActingGenerator(Actor):
     async def _run_pinned(self, prompts: list[Prompt], *, task_status: TaskStatus[None]) -> None:
         with self.inbox.kept_open():
             task_status.started()
-            if await self._rounds.left(prompts, as_one=True):
-                step = prompts[0].slot.step
-                await self._run_round(prompts, step, self._board.pinned_for(step))
+            version = self._board.pinned_for(prompts[0].slot.step)
+            async with anyio.create_task_group() as tasks:
+                for part in parts_of(prompts, self._config.parts, version):
+                    if await self._rounds.left(part.prompts, as_one=True):
+                        tasks.start_soon(self._run_part, part, version)
             self._rounds.finish(prompts)
 
-    async def _run_round(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
+    async def _run_part(self, part: Part, version: int) -> None:
+        async with self._sessions:
+            await self._run_episodes(part.prompts, part.step, version)
+
+    async def _run_episodes(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
         pool = Pool()
         await self._begin(prompts, pool)
         with self.report.span("wait for policy", step=step, kind="wait"):

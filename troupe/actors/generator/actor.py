@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import anyio
 
+from troupe.actors.generator.parts import parts_of
 from troupe.actors.learner.batch import as_rollouts
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup
@@ -29,10 +30,11 @@ class _Decoded(NamedTuple):
 class Generator(Actor):
     """Receives Prompt; sends RolloutGroup in the order in which groups finish.
 
-    Pinned schedule: a round's decode (the prompts of one step and attempt) starts when all its prompts are there and
-    exactly the version that the step is pinned to is published. What is decoded together is therefore a function of
-    slots and tokens, never of timing. Waiting for a version never holds up a replacement that this very version waits
-    for: step k is prompted with the credits of step k − η − 1, which come back after version k − η was published.
+    Pinned schedule: a round (the prompts of one step and attempt) is decoded when all its prompts are there and exactly
+    the version that the step is pinned to is published, one part after another. What is decoded together is therefore a
+    function of slots and tokens, never of timing. Waiting for a version never holds up a replacement that this very
+    version waits for: step k is prompted with the credits of step k − η − 1, which come back after version k − η was
+    published.
 
     Free schedule: the prompts that are there are decoded at once, with the newest version, and every newer one is taken
     at the token after it was published, while caches are kept.
@@ -52,12 +54,14 @@ class Generator(Actor):
         decode_text: Callable[[Sequence[int]], str],
         seed: int,
         most_at_once: int | None = None,
+        parts: int = 1,
         handed_over: set[int] | None = None,
         recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`most_at_once`: how many prompts a decode of the free schedule has at the most; None: the schedule is pinned.
-        `handed_over` and `recorded` are as for `Rounds`. `decode_text` is called on the device's thread.
+        `parts`: `schedule.parts`, in the pinned one. `handed_over` and `recorded` are as for `Rounds`. `decode_text` is
+        called on the device's thread.
         """
         super().__init__(inbox, [groups], report)
         self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded, report=self.report)
@@ -65,7 +69,7 @@ class Generator(Actor):
         self._board = board
         self._decode_text = decode_text
         self._seed = seed
-        self._most_at_once = most_at_once
+        self._most_at_once, self._parts = most_at_once, parts
         self._undecoded: list[Prompt] = []
         self._device = device
         self._engine: RolloutEngine
@@ -92,12 +96,13 @@ class Generator(Actor):
 
     async def _decode_pinned(self, prompts: list[Prompt]) -> None:
         step = prompts[0].slot.step
-        if await self._rounds.left(prompts, as_one=True):
-            version = self._board.pinned_for(step)
-            with self.report.span("wait for policy", step=step, kind="wait"):
-                weights = await self._board.get(version)
-            self._engine.load(weights, version)
-            await self._decode(prompts, step)
+        version = self._board.pinned_for(step)
+        for part in parts_of(prompts, self._parts, version):
+            if await self._rounds.left(part.prompts, as_one=True):
+                with self.report.span("wait for policy", step=step, kind="wait"):
+                    weights = await self._board.get(version)
+                self._engine.load(weights, version)
+                await self._decode(part.prompts, step)
         self._rounds.finish(prompts)
 
     async def _decode_newest(self, prompts: list[Prompt]) -> None:

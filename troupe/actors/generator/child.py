@@ -106,10 +106,10 @@ class GeneratorChild:
         self._behind_s = 0.0
         """Seconds to add to its clock for the time of this process."""
         self._prompts: dict[int, Prompt] = {}
-        self._read: dict[int, anyio.Event] = {}
-        """Version that it was told of → whether it has read it; gone where it would not keep it."""
-        self._came = anyio.Event()
-        self._ended = anyio.Event()
+        self._told: dict[int, bool] = {}
+        """Version that it was told of, and would keep → whether it has read it."""
+        self._reading, self._came, self._over = anyio.Event(), anyio.Event(), anyio.Event()
+        self._ended = False
 
     @classmethod
     async def start(
@@ -141,22 +141,28 @@ class GeneratorChild:
 
     async def run(self) -> None:
         """Listen until the child has ended, as it was asked to. Raises as `start`, and what the listener raises."""
-        while not self._ended.is_set():
-            await self._act_on(await self._receive())
+        try:
+            while not self._ended:
+                await self._act_on(await self._receive())
+        finally:
+            self._over.set()
 
     async def load(self, version: int, path: Path) -> None:
         """Have it read the safetensors file of a version, and wait until it has. A version is read once; one that is
         older than it may keep beside what it has is not read at all."""
-        if version < max(self._read, default=-1) - self.setup.max_staleness:
-            return
-        if version not in self._read:
-            self._read[version] = anyio.Event()
+        if version >= max(self._told, default=-1) - self.setup.max_staleness and version not in self._told:
+            self._told[version] = False
             await self._send(NewWeights(version=version, path=str(path)))
-        await self._read[version].wait()
+        await self.loaded(version)
 
     def has(self, version: int) -> bool:
         """Whether it was told of a version, and would keep it."""
-        return version in self._read
+        return version in self._told
+
+    async def loaded(self, version: int) -> None:
+        """Wait until it has read this version, or one that is newer by more than it keeps beside that."""
+        while version >= self.newest - self.setup.max_staleness and not self._told.get(version):
+            await self._reading.wait()
 
     async def decode(self, *parts: Part) -> None:
         """Give it parts; what they are pinned to was loaded, or in the free schedule any version. Groups come to the
@@ -182,9 +188,9 @@ class GeneratorChild:
             await self._came.wait()
 
     async def finish(self) -> None:
-        """No more parts will come; wait until it has told all, for which `run` must be listening."""
+        """No more parts will come; wait until it has told all, or has failed. `run` must be listening."""
         await self._send(End())
-        await self._ended.wait()
+        await self._over.wait()
 
     def kill(self) -> None:
         """End it at once."""
@@ -192,7 +198,7 @@ class GeneratorChild:
 
     async def aclose(self) -> None:
         """End it, by force where it has not told all. Nothing of it is left afterwards. Safe to call twice."""
-        if not self._ended.is_set():
+        if not self._ended:
             self.kill()
         await self._child.aclose()
 
@@ -233,13 +239,15 @@ class GeneratorChild:
                 self._listener.on_made(tokens)
             case Incident():
                 await self._listener.on_incident(message)
-            case Loaded(version=version) if version in self._read:
+            case Loaded(version=version) if version in self._told:
+                self._told[version] = True
                 self.newest = max(self.newest, version)
-                self._read[version].set()
-                for old in [v for v in self._read if v < self.newest - self.setup.max_staleness]:
-                    self._read.pop(old).set()
+                for old in [v for v in self._told if v < self.newest - self.setup.max_staleness]:
+                    del self._told[old]
+                self._reading.set()
+                self._reading = anyio.Event()
             case Ended():
-                self._ended.set()
+                self._ended = True
             case _:
                 raise MessageError(f"the generator's process sent {type(message).__name__} out of turn")
 

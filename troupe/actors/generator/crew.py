@@ -48,6 +48,10 @@ class Members(Protocol):
         """Have members take parts until cancelled. Raises TroupeError where the run must end, anything else where the
         actor is to be made anew."""
 
+    @property
+    def needs(self) -> str:
+        """What must come from outside before the work goes on, as `Actor.needs`."""
+
     def statuses(self) -> Sequence[MemberStatus]:
         """What is known of each, now."""
 
@@ -219,9 +223,9 @@ class Crew:
             self._over.popitem(last=False)
         if not work.left:
             del self._open[work.part.name]
-            if work.holder is not None:
-                self._made.pop(work.holder.name, None)
         await self._hand_over(group)
+        if work.holder is not None and not self._held_by(work.holder):
+            self._made.pop(work.holder.name, None)
         return "taken"
 
     def progress(self, member: Member, tokens: int) -> None:

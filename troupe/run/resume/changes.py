@@ -72,6 +72,7 @@ RULES: dict[str, Rule] = {
     "learner.*": "by name",
     "schedule.mode": "never",
     "schedule.generator": "free",
+    "schedule.generator_processes": "free",
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",
     "checkpoint.*": "free",

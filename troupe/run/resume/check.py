@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import Checkpoint, Made, list_checkpoints, read_made
 from troupe.errors import CheckpointError, ConfigError
 from troupe.records.layout import RUN_TOML
@@ -42,6 +43,7 @@ OPEN: dict[str, Any] = {
     "checkpoint.overlap": None,
     "schedule.generator": "auto",
     "schedule.generator_processes": None,
+    "schedule.parts": None,
     "schedule.blas_threads": None,
     "schedule.learner_streams": None,
 }
@@ -93,7 +95,7 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
         stored = _made_with(folder, stored, newest)
         asked = config
         for key, is_open in OPEN.items():
-            if value_of(asked, key) == is_open:
+            if value_of(asked, key) == is_open and key != _left_open(config.schedule, stored.schedule):
                 asked = with_value(asked, key, value_of(stored, key), f"{folder / RUN_TOML}")
         made = ChangesLog(folder).read()
         for key in known_keys():  # a file that was mended to say what was set meanwhile asks for nothing new
@@ -207,9 +209,27 @@ def stored_config(folder: Path) -> RunConfig | None:
         raise ConfigError(f"{error}; {remedy}, or resume with the newer Troupe that may have written it") from None
     if stored.model.path is None or stored.data.path is None:
         raise ConfigError(f"{file}: model.path or data.path is missing, so a part of the file is gone; {remedy}")
-    if stored.schedule.learner_streams is None:  # of a Troupe without streams, on which products are rounded otherwise
+    return _as_of_then(stored, file)
+
+
+def _as_of_then(stored: RunConfig, file: Path) -> RunConfig:
+    """With what earlier Troupes did and did not say."""
+    schedule = stored.schedule
+    if schedule.learner_streams is None:  # there were none, and products were rounded otherwise
         stored = with_value(stored, "schedule.learner_streams", 1, f"{file}")
+    if schedule.parts is None:  # prompts were dealt to processes for good
+        parts = 1 if schedule.generator == "thread" else schedule.generator_processes or 1
+        stored = with_value(stored, "schedule.parts", parts, f"{file}")
     return stored
+
+
+def _left_open(asked: ScheduleConfig, stored: ScheduleConfig) -> str:
+    """The key whose stored value goes not with where the generator is to run now."""
+    if asked.generator == "thread" and stored.generator == "process":
+        return "schedule.generator_processes"
+    if asked.generator == "auto" and (asked.generator_processes or 1) > 1 and stored.generator == "thread":
+        return "schedule.generator"
+    return ""
 
 
 def _made_with(folder: Path, stored: RunConfig, newest: Made) -> RunConfig:
@@ -218,7 +238,7 @@ def _made_with(folder: Path, stored: RunConfig, newest: Made) -> RunConfig:
     if not newest.config or is_as_written(folder / RUN_TOML):
         return stored
     try:
-        return load_config(None, [newest.config])
+        return _as_of_then(load_config(None, [newest.config]), folder / RUN_TOML)
     except ConfigError:
         return stored
 
