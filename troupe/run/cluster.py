@@ -129,9 +129,7 @@ class Hub:
         self.roster = Roster(self.desk, report, lease_s=cluster.lease_s, run_state=lambda: self._state())
         self._publisher = WeightsPublisher(self.network.bus, self.network.run, device)
         self._publisher.shelve(SETUP, lambda: [encode(_for_workers(setup))])
-        self._judge = RunJudge(
-            msgspec.structs.replace(setup, name="judge"), board=board, files=files, device=device
-        )
+        self._judge = RunJudge(msgspec.structs.replace(setup, name="judge"), board=board, files=files, device=device)
         self.members = ClusterMembers(
             self.desk,
             self.roster,

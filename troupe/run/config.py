@@ -1,7 +1,6 @@
 """The whole configuration of a run: one frozen struct a section, read from TOML, checked before any work starts.
 
-Each section's struct lives with the room that it configures; this module joins them, reads files and overrides, and
-says what is wrong with them in the user's words.
+Each section's struct lives with the room that it configures; here they are joined, read, and checked.
 """
 
 import math

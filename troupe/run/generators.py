@@ -6,6 +6,7 @@ from typing import Any
 
 from troupe.actors.generator.acting import ActingConfig, ActingGenerator
 from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.crew import Members
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
@@ -14,6 +15,7 @@ from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
 from troupe.policy import is_on_cpu
 from troupe.run.acting import sessions_of
+from troupe.run.cluster import Hub
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.wiring import Wiring
@@ -25,7 +27,10 @@ def _most_at_once(prepared: Prepared) -> int | None:
     return prepared.config.learner.batch_size if prepared.config.schedule.mode == "free" else None
 
 
-def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories) -> Callable[[], Actor]:
+def make_generator(
+    prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories, hub: Hub | None = None
+) -> Callable[[], Actor]:
+    """`hub`: what workers speak to, where the run is served."""
     config, policy = prepared.config, prepared.start.policy
     shared: dict[str, Any] = {
         "board": ledgers.board,
@@ -36,19 +41,34 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
     if ledgers.files is not None:
+        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
         local = partial(
             LocalProcesses,
-            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
+            setups,
             board=ledgers.board,
             files=ledgers.files,
             device=ledgers.devices["generator"],
             report=wiring.reporters["generator"],
         )
+        if hub is not None:
+            hub.attach(
+                report=wiring.supervisor_report,
+                setup=setups[0],
+                policy=policy,
+                board=ledgers.board,
+                files=ledgers.files,
+                device=ledgers.devices["generator"],
+            )
+
+        def members() -> list[Members]:
+            here: list[Members] = [local()] if hub is None or config.cluster.local_parts else []
+            return here if hub is None else [*here, hub.members]
+
         return partial(
             RemoteGenerator,
             wiring.generator,
             groups,
-            members=lambda: [local()],
+            members=members,
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
             **shared,

@@ -97,7 +97,9 @@ def probe_part(version: int, prompts: Sequence[Sequence[int]], *, max_staleness:
 
 def probe_answer(taken: TurnTaken) -> Observation:
     """What follows a turn of a probe, where the policy acts: its first one is sampled, and that is all."""
-    return Observation(gid=taken.prompt.gid, sample=taken.sample, turn=taken.turn, done=taken.turn > 0, asker=taken.asker)
+    return Observation(
+        gid=taken.prompt.gid, sample=taken.sample, turn=taken.turn, done=taken.turn > 0, asker=taken.asker
+    )
 
 
 def probe_prompts(seed: int, *, count: int, length: int, vocab_size: int) -> list[list[int]]:
