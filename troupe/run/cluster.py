@@ -171,7 +171,7 @@ class Hub:
         self.desk.over = True
         with anyio.move_on_after(_GOODBYE_S):
             while not {worker.name for worker in self.roster.everybody_here()} <= self.desk.told_over:
-                await anyio.sleep(0.1)
+                await self.desk.told.wait()
 
     async def _put_whole(self, version: int) -> None:
         weights = self._board.kept.get(version)

@@ -48,8 +48,8 @@ class LiveRun:
         hub: Hub | None = None,
     ) -> None:
         """`device`: the thread that held-out rows are answered in, and that the last checkpoint of a run that was
-        stopped is written in. `ended`: set at the end. `began_s`: when the run was begun (`time.perf_counter`). `hub`: what workers
-        speak to, where the run is served."""
+        stopped is written in. `ended`: set at the end. `began_s`: when the run was begun (`time.perf_counter`).
+        `hub`: what workers speak to, where the run is served."""
         self.result: RunResult | None = None
         self.fault: BaseException | None = None
         """What made the run fail."""
