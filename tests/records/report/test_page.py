@@ -11,8 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.records.report.folders import finish, make_run, metrics_of, tell
+from tests.records.members import ALONE, LAPTOP
+from tests.records.report.folders import Clock, finish, make_run, metrics_of, tell
 from tests.records.report.pages import Page
+from tests.records.sinks.steps import status
 from tests.support.stored import LONG_RESULT, acted, acted_rollout, closed, update
 from troupe.messages import Answer, CheckpointWritten, Incident, PromptText, ToolCall
 from troupe.records.layout import STORE
@@ -306,3 +308,26 @@ def test_a_run_without_a_step_has_a_page(tmp_path: Path, store: bool) -> None:
     page = page_of(tmp_path)
     assert page.data["charts"] == []
     assert "No step is done yet" in page.visible
+
+
+def test_who_did_the_work_elsewhere_is_told_as_text(tmp_path: Path) -> None:
+    make_run(tmp_path, 2)
+    assert "Who did the work" not in report_page(read_run(tmp_path))
+    odd = msgspec.structs.replace(LAPTOP, name="<i>odd</i>", detail="{{ 7 }}", state="lost", leases=())
+    sink = SqliteSink(tmp_path / STORE, first_step=2, clock=Clock(1_700_000_000.0))
+    sink.open()
+    for members in ((LAPTOP, odd, ALONE), (LAPTOP, odd, ALONE)):
+        sink.write(status(members=members))
+        sink.flush()
+    sink.close()
+    told = read_run(tmp_path).stored.members
+    assert [(one.name, one.tokens > 0) for one in told] == [
+        ("<i>odd</i>", False),
+        ("generator 1", True),
+        ("laptop", True),
+    ]
+    page = report_page(read_run(tmp_path))
+    assert "Who did the work" in page
+    assert "&lt;i&gt;odd&lt;/i&gt;" in page
+    assert "lost: {{ 7 }}" in page
+    assert "<i>odd" not in page

@@ -142,7 +142,7 @@ def test_a_process_of_the_generator_that_is_killed_is_made_anew_beside_the_same_
     whole = train_adapter(ragged_model, tmp_path / "whole")
     result = train_adapter(ragged_model, tmp_path / "killed", deadly, **PROCESS)
     assert killed == [1]
-    assert result.incidents == {"actor_restarted": 1}
+    assert result.incidents == {"process_restarted": 1}
     assert same_bits(policy_of(result.folder), policy_of(whole.folder))
     assert completions(result.folder) == completions(whole.folder)
 

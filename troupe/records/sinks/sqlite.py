@@ -104,6 +104,9 @@ class SqliteSink:
     def close(self) -> None:
         """Close the file; groups whose step has not ended are made again by who resumes, and not kept."""
         self._opened = False
+        if self._store is not None and (rest := self._members.rest()):
+            with suppress(OSError, DamagedStoreError):
+                self._store.do(rest)
         self._disconnect()
         if self._held is not None:
             self._held.close()

@@ -79,6 +79,7 @@ class MemberBook:
         self._clock = clock
         self._known: dict[str, _Known] = {}
         self._written_s = float("-inf")
+        self._unwritten: set[str] = set()
 
     def look(self, members: Iterable[MemberStatus]) -> list[_Statement]:
         """The statements that are due: at once for who comes or goes, now and then for all."""
@@ -89,7 +90,15 @@ class MemberBook:
                 changed.add(member.name)
         if now_s >= self._written_s + _EVERY_S:
             self._written_s, changed = now_s, set(self._known)
-        return [(_PUT, self._known[name].row()) for name in sorted(changed)]
+        self._unwritten = self._known.keys() - changed
+        return self._rows(changed)
+
+    def rest(self) -> list[_Statement]:
+        """What was not due yet; at the end."""
+        return self._rows(self._unwritten)
+
+    def _rows(self, names: Iterable[str]) -> list[_Statement]:
+        return [(_PUT, self._known[name].row()) for name in sorted(names)]
 
 
 def stored_members(connection: sqlite3.Connection) -> Iterator[StoredMember]:
