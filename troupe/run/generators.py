@@ -10,6 +10,7 @@ from troupe.actors.generator.crew import Members
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
+from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
@@ -41,34 +42,11 @@ def make_generator(
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
     if ledgers.files is not None:
-        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
-        local = partial(
-            LocalProcesses,
-            setups,
-            board=ledgers.board,
-            files=ledgers.files,
-            device=ledgers.devices["generator"],
-            report=wiring.reporters["generator"],
-        )
-        if hub is not None:
-            hub.attach(
-                report=wiring.supervisor_report,
-                setup=setups[0],
-                policy=policy,
-                board=ledgers.board,
-                files=ledgers.files,
-                device=ledgers.devices["generator"],
-            )
-
-        def members() -> list[Members]:
-            here: list[Members] = [local()] if hub is None or config.cluster.local_parts else []
-            return here if hub is None else [*here, hub.members]
-
         return partial(
             RemoteGenerator,
             wiring.generator,
             groups,
-            members=members,
+            members=_members(prepared, wiring, ledgers, ledgers.files, hub),
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
             **shared,
@@ -98,6 +76,21 @@ def make_generator(
         parts=_parts(config.schedule),
         **shared,
     )
+
+
+def _members(
+    prepared: Prepared, wiring: Wiring, ledgers: Ledgers, files: WeightsFiles, hub: Hub | None
+) -> Callable[[], list[Members]]:
+    """A maker of the sources of those who decode."""
+    setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
+    shared: dict[str, Any] = {"board": ledgers.board, "files": files, "device": ledgers.devices["generator"]}
+    local = partial(LocalProcesses, setups, report=wiring.reporters["generator"], **shared)
+    if hub is None:
+        return lambda: [local()]
+    hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=prepared.start.policy, **shared)
+    if not prepared.config.cluster.local_parts:
+        return lambda: [hub.members]
+    return lambda: [local(), hub.members]
 
 
 def _parts(schedule: ScheduleConfig) -> int:
