@@ -63,6 +63,10 @@ class Lines:
 
 def state_of(worker: Worker) -> str:
     """What a worker is at, in a word or some."""
+    if worker.link.connection == "untrusted":
+        return "what answers at the run's address has no certificate of this run; waiting for the run's own server"
+    if worker.link.connection != "connected":
+        return "waiting for the run's server"
     if worker.link.away_since_s is not None:
         return f"waiting for the run, for {time.monotonic() - worker.link.away_since_s:.0f} s"
     if worker.state is None:

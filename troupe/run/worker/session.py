@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import anyio
 
@@ -61,13 +62,12 @@ class Worker:
             except SessionGoneError:
                 self._tell("the run has begun anew; joining it again")
 
-    async def bye(self) -> None:
-        """Tell the run that this worker goes, if it can be told at once."""
-        with anyio.move_on_after(_BYE_S, shield=True):
-            try:
-                await self._link.ask("bye", encode(Bye(reason="it was asked to end")), wait_s=_BYE_S)
-            except Exception:  # whatever the run has to say to that
-                return
+    async def bye(self) -> bool:
+        """Tell the run that this worker goes; whether it could be told at once."""
+        with anyio.move_on_after(_BYE_S, shield=True), suppress(Exception):  # whatever the run has to say to that
+            await self._link.ask("bye", encode(Bye(reason="it was asked to end")), wait_s=_BYE_S)
+            return True
+        return False
 
     async def _session(self) -> None:
         self.state = None
