@@ -16,7 +16,7 @@ import anyio
 import msgspec
 
 from troupe.actors.generator.weights_files import WeightsFiles
-from troupe.actors.learner.collective import Backend, MlxRanks, arrange
+from troupe.actors.learner.collective import Backend, Meeting, MlxRanks, arrange
 from troupe.actors.learner.rank_wire import (
     Beat,
     Begin,
@@ -83,14 +83,18 @@ class RankProcesses:
         trainer: BatchTrainer,
         report: Reporter | None = None,
         end: Callable[[str], None] = end_at_once,
+        grace_s: float = GRACE_S,
+        module: str = RANK_MODULE,
+        here: Callable[[Meeting, int], MlxRanks] = MlxRanks,
     ) -> None:
         """`environments`: what is added to that of each child. `folder`: of the run. `silent_s`: how long a rank may
-        be silent, or all may wait for each other. `end`: ends this process where it hangs."""
-        self._setup, self._environments = setup, environments
-        self._folder, self._silent_s, self._end = folder, silent_s, end
+        be silent, or all may wait for each other. `end`: ends this process where it hangs for `grace_s` after the
+        others are gone. `module`: what a child runs. `here`: makes what this process is among the ranks."""
+        self._setup, self._environments, self._module = setup, environments, module
+        self._folder, self._silent_s, self._end, self._grace_s = folder, silent_s, end, grace_s
         self._report = Reporter("learner") if report is None else report
         self._meeting = arrange(backend, 1 + len(environments))
-        self._here = MlxRanks(self._meeting, 0)
+        self._here = here(self._meeting, 0)
         self._ranks: list[_Rank] = []
         self._unsent: list[bytes] = []
         self._something = anyio.Event()
@@ -106,7 +110,7 @@ class RankProcesses:
         try:
             with self._report.span("start ranks"):
                 for rank, environment in enumerate(self._environments, 1):
-                    self._ranks.append(_Rank(rank, await ChildProcess.start(RANK_MODULE, env=environment)))
+                    self._ranks.append(_Rank(rank, await ChildProcess.start(self._module, env=environment)))
                 paths = await device.run(_write, files, state)
                 async with anyio.create_task_group() as starting:
                     for rank, each in enumerate(self._ranks, 1):
@@ -236,7 +240,7 @@ class RankProcesses:
             if (broken := self._here.broken) is not None:
                 if self._here.waiting_since_s is None:
                     raise RunError(broken)
-                if (broken_s := broken_s + _LOOK_S) > GRACE_S:
+                if (broken_s := broken_s + _LOOK_S) > self._grace_s:
                     self._end(broken)
                 continue
             for each in self._ranks:
