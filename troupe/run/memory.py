@@ -18,6 +18,7 @@ from rich.table import Table
 
 from troupe.errors import ConfigError
 from troupe.grpo import optimizer_state_bytes, update_bytes
+from troupe.grpo.lanes import in_lanes
 from troupe.policy import (
     Sampler,
     decode_memory_bytes,
@@ -316,7 +317,7 @@ def _check_decode_limit(config: RunConfig, work: Workload) -> None:
 
 def _notice(config: RunConfig, choice: _Choice, phases: Phases, limit_gb: float) -> str:
     P, rows = _most_prompts(config), config.learner.batch_size * config.generation.num_generations
-    micro = choice.micro_batches
+    micro = in_lanes(choice.micro_batches, config.learner.lanes)
     measures = [
         f"decoding {choice.prompts} of {P} prompts at a time" if choice.prompts < P else "decoding a step at once",
         f"learning in {micro} micro-batches of {math.ceil(rows / micro)} rows" if micro > 1 else "learning at once",
