@@ -6,14 +6,17 @@ from typing import Any
 
 from troupe.actors.generator.acting import ActingConfig, ActingGenerator
 from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.crew import Members
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
+from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
 from troupe.policy import is_on_cpu
 from troupe.run.acting import sessions_of
+from troupe.run.cluster import Hub
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.wiring import Wiring
@@ -25,7 +28,10 @@ def _most_at_once(prepared: Prepared) -> int | None:
     return prepared.config.learner.batch_size if prepared.config.schedule.mode == "free" else None
 
 
-def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories) -> Callable[[], Actor]:
+def make_generator(
+    prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories, hub: Hub | None = None
+) -> Callable[[], Actor]:
+    """`hub`: what workers speak to, where the run is served."""
     config, policy = prepared.config, prepared.start.policy
     shared: dict[str, Any] = {
         "board": ledgers.board,
@@ -36,19 +42,11 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
     if ledgers.files is not None:
-        local = partial(
-            LocalProcesses,
-            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
-            board=ledgers.board,
-            files=ledgers.files,
-            device=ledgers.devices["generator"],
-            report=wiring.reporters["generator"],
-        )
         return partial(
             RemoteGenerator,
             wiring.generator,
             groups,
-            members=lambda: [local()],
+            members=_members(prepared, wiring, ledgers, ledgers.files, hub),
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
             **shared,
@@ -78,6 +76,21 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
         parts=_parts(config.schedule),
         **shared,
     )
+
+
+def _members(
+    prepared: Prepared, wiring: Wiring, ledgers: Ledgers, files: WeightsFiles, hub: Hub | None
+) -> Callable[[], list[Members]]:
+    """A maker of the sources of those who decode."""
+    setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
+    shared: dict[str, Any] = {"board": ledgers.board, "files": files, "device": ledgers.devices["generator"]}
+    local = partial(LocalProcesses, setups, report=wiring.reporters["generator"], **shared)
+    if hub is None:
+        return lambda: [local()]
+    hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=prepared.start.policy, **shared)
+    if not prepared.config.cluster.local_parts:
+        return lambda: [hub.members]
+    return lambda: [local(), hub.members]
 
 
 def _parts(schedule: ScheduleConfig) -> int:

@@ -22,6 +22,7 @@ from troupe.messages import Incident, MemberStatus, Settle
 from troupe.policy import Weights
 from troupe.records.standing import Change
 from troupe.rewards import TrainerState
+from troupe.run.cluster import Hub
 from troupe.run.generators import make_generator
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
@@ -62,11 +63,16 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_pipeline(
-    prepared: Prepared, factories: Factories | None = None, *, check_folder: Callable[[], None] = lambda: None
+    prepared: Prepared,
+    factories: Factories | None = None,
+    *,
+    check_folder: Callable[[], None] = lambda: None,
+    hub: Hub | None = None,
 ) -> Pipeline:
     """Open every channel and hand each actor its own. Nothing runs yet.
 
-    `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
+    `check_folder`: raises FolderGoneError where the run folder is not in its place any more. `hub`: what workers speak
+    to, where the run is served.
     """
     factories = Factories() if factories is None else factories
     ledgers = Ledgers(prepared, factories, check_folder)
@@ -78,7 +84,7 @@ def build_pipeline(
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     roles = (
         Role(_prompter(prepared, wiring, ledgers)),
-        Role(make_generator(prepared, wiring, ledgers, factories)),
+        Role(make_generator(prepared, wiring, ledgers, factories, hub)),
         *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
         Role(_scorer(prepared, wiring, ledgers)),
         Role(lambda: learner, restartable=False),

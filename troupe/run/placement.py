@@ -85,7 +85,7 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
         threads = max(1, cores // _sharers(schedule, where, processes))
     placed = msgspec.structs.replace(
         schedule,
-        generator=where,
+        generator=where if config.cluster.serve is None else "process",  # beside members elsewhere; no bit changes
         generator_processes=processes,
         parts=schedule.parts or processes,
         blas_threads=threads,

@@ -78,6 +78,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.*": "free",
     "metrics.*": "free",
     "daemon.*": "free",
+    "cluster.*": "free",
 }
 """Key → rule; `SECTION.*` is for the keys of a section that are not named themselves."""
 
