@@ -16,10 +16,11 @@ from troupe.cluster.version_files import VersionFiles
 from troupe.cluster.wire import PULL_WAIT_S
 from troupe.messages import Incident, RolloutGroup, Span, TurnTaken
 from troupe.run.worker.hands import Hands
+from troupe.runtime.backoff import backoff_s
 from troupe.runtime.frames import encode
 
 _LONG_S = PULL_WAIT_S + 10.0
-_AGAIN_S = 0.5
+_SOON_S, _AGAIN_S = 0.01, 0.5
 _SPANS_S = 1.0
 
 
@@ -128,6 +129,7 @@ class ChildLife:
     async def _have(self, name: str, version: int) -> bool:
         """Have the child read a version; False where the part that needs it is not wanted any more."""
         self._reading[version] += 1
+        nth = 0
         try:
             while not self.child.has(version):
                 if name not in self._hands:
@@ -137,8 +139,9 @@ class ChildLife:
                     return False
                 try:
                     await self.child.load(version, await self._files.fetch(version))
-                except BlobMissingError:
-                    await anyio.sleep(_AGAIN_S)
+                except BlobMissingError:  # it is being published
+                    nth += 1
+                    await anyio.sleep(backoff_s(nth, _SOON_S, _AGAIN_S))
         finally:
             self._reading -= Counter([version])
         return True
