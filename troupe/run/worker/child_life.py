@@ -13,6 +13,7 @@ from troupe.actors.generator.wire import Completed, pack_rollout, pack_turn
 from troupe.cluster.blobs import BlobMissingError
 from troupe.cluster.link import Link
 from troupe.cluster.version_files import VersionFiles
+from troupe.cluster.versions import Newest, decode_newest
 from troupe.cluster.wire import PULL_WAIT_S
 from troupe.messages import Incident, RolloutGroup, Span, TurnTaken
 from troupe.run.worker.hands import Hands
@@ -24,7 +25,7 @@ _SOON_S, _AGAIN_S = 0.01, 0.5
 _SPANS_S = 1.0
 
 
-class Newest:
+class NewestVersion:
     """What the run has said of its versions last."""
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class ChildLife:
         link: Link,
         files: VersionFiles,
         hands: Hands,
-        newest: Newest,
+        newest: NewestVersion,
         telling: TaskGroup,
         *,
         tell: Callable[[str], None],
@@ -78,6 +79,8 @@ class ChildLife:
         self.child, self._tasks = child, tasks
         self._tasks.start_soon(child.run)
         self._tasks.start_soon(self._follow)
+        if child.setup.most_at_once is not None:
+            self._tasks.start_soon(self._hear_of_newest)
         self._tasks.start_soon(self._tell_spans)
         if child.setup.acts is not None:
             self._tasks.start_soon(self._observe)
@@ -147,10 +150,17 @@ class ChildLife:
         return True
 
     async def _fresh(self) -> None:
-        """Wait until the child has a version that is not too old to be trained on."""
-        oldest = max(0, self._newest.version - self.child.setup.max_staleness)
+        """Wait until the child has the newest version of this moment, or one that leaves time enough until what it
+        samples would be too old to be trained on."""
+        oldest = max(0, self._newest.version - self.child.setup.max_staleness // 2)
         while self.child.newest < oldest:
             await self._loaded.wait()
+
+    async def _hear_of_newest(self) -> None:
+        """Know of each version as soon as it is published; beats alone would be too late for short steps."""
+        while True:
+            body = encode(Newest(version=self._newest.version))
+            self._newest.tell(decode_newest(await self._link.ask("newest", body, wait_s=_LONG_S)).version)
 
     async def _follow(self) -> None:
         """Have the child read the newest version, whenever there is another."""
