@@ -10,13 +10,14 @@ from troupe.actors.generator.crew import Members
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
-from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
+from troupe.messages import Slot
 from troupe.policy import is_on_cpu
 from troupe.run.acting import sessions_of
 from troupe.run.cluster import Hub
+from troupe.run.engines import engine_members
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.wiring import Wiring
@@ -41,12 +42,12 @@ def make_generator(
     }
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
-    if ledgers.files is not None:
+    if sources := _sources(prepared, wiring, ledgers, hub):
         return partial(
             RemoteGenerator,
             wiring.generator,
             groups,
-            members=_members(prepared, wiring, ledgers, ledgers.files, hub),
+            members=lambda: [source() for source in sources],
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
             **shared,
@@ -78,19 +79,23 @@ def make_generator(
     )
 
 
-def _members(
-    prepared: Prepared, wiring: Wiring, ledgers: Ledgers, files: WeightsFiles, hub: Hub | None
-) -> Callable[[], list[Members]]:
-    """A maker of the sources of those who decode."""
-    setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
-    shared: dict[str, Any] = {"board": ledgers.board, "files": files, "device": ledgers.devices["generator"]}
-    local = partial(LocalProcesses, setups, report=wiring.reporters["generator"], **shared)
-    if hub is None:
-        return lambda: [local()]
-    hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=prepared.start.policy, **shared)
-    if not prepared.config.cluster.local_parts:
-        return lambda: [hub.members]
-    return lambda: [local(), hub.members]
+def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | None) -> list[Callable[[], Members]]:
+    """The makers of those who decode elsewhere; none where the generator is a thread."""
+    config, device = prepared.config, ledgers.devices["generator"]
+    policy, sources = prepared.start.policy, list[Callable[[], Members]]()
+    if ledgers.files is not None:
+        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
+        shared: dict[str, Any] = {"board": ledgers.board, "files": ledgers.files, "device": device}
+        if hub is None or config.cluster.local_parts:
+            sources.append(partial(LocalProcesses, setups, report=wiring.reporters["generator"], **shared))
+        if hub is not None:
+            hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=policy, **shared)
+            sources.append(lambda: hub.members)
+    if config.schedule.engines:
+        inputs = prepared.inputs
+        probe_ids = inputs.schedule.prompt(Slot(step=0, place=0)).prompt_ids
+        sources.append(engine_members(config, policy, prepared.folder, inputs.source, probe_ids, device))
+    return sources
 
 
 def _parts(schedule: ScheduleConfig) -> int:
