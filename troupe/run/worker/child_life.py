@@ -8,6 +8,7 @@ from anyio.abc import TaskGroup
 
 from troupe.actors.generator.child import GeneratorChild
 from troupe.actors.generator.cluster_wire import MAX_SPANS, Done, Observe, Spans, decode_accepted, decode_observed
+from troupe.actors.generator.kin import probe_answer
 from troupe.actors.generator.parts import Part
 from troupe.actors.generator.wire import Completed, pack_rollout, pack_turn
 from troupe.cluster.blobs import BlobMissingError
@@ -96,7 +97,10 @@ class ChildLife:
 
     async def on_turn(self, taken: TurnTaken) -> None:
         """As of `Listener`."""
-        self._tasks.start_soon(self._tell_turn, taken)
+        if self._probe is not None and self._probe.asks_for(taken.prompt.gid):
+            await self.child.observe(probe_answer(taken))
+        else:
+            self._tasks.start_soon(self._tell_turn, taken)
 
     async def on_incident(self, incident: Incident) -> None:
         """As of `Listener`."""
@@ -219,9 +223,13 @@ class _Probe:
         self.whole = anyio.Event()
         self._left = {prompt.gid for prompt in part.prompts}
 
+    def asks_for(self, gid: int) -> bool:
+        """Whether a group that is not there yet is one of its."""
+        return gid in self._left
+
     def add(self, group: RolloutGroup) -> bool:
         """Whether the group is one of its."""
-        if group.prompt.gid not in self._left:
+        if not self.asks_for(group.prompt.gid):
             return False
         self._left.discard(group.prompt.gid)
         self.groups.append(group)
