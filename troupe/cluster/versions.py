@@ -47,7 +47,7 @@ class VersionHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Newest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`newest`: the newest version that the worker knows of; answered with the run's, as soon as that is newer, or after
+    """`newest`: the newest version that the worker knows of; answered with the run's, when that is newer, or after
     a while."""
 
     version: int
