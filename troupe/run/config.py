@@ -29,6 +29,7 @@ from troupe.run.folder_names import moved_demo_file, policy_folder
 from troupe.run.tables import (
     anchored_environment,
     anchored_reward,
+    anchored_schedule,
     copied,
     lay_over,
     says,
@@ -228,9 +229,9 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
-    environment = table.get("environment")
-    if isinstance(environment, dict):
-        table["environment"] = anchored_environment(environment, base)
+    for section, anchored in (("environment", anchored_environment), ("schedule", anchored_schedule)):
+        if isinstance(table.get(section), dict):
+            table[section] = anchored(table[section], base)
 
 
 class _Sources(NamedTuple):

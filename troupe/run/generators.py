@@ -6,14 +6,17 @@ from typing import Any
 
 from troupe.actors.generator.acting import ActingConfig, ActingGenerator
 from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.crew import Members
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
+from troupe.messages import Slot
 from troupe.policy import is_on_cpu
 from troupe.run.acting import sessions_of
+from troupe.run.engines import engine_members
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.wiring import Wiring
@@ -35,20 +38,12 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
     }
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
-    if ledgers.files is not None:
-        local = partial(
-            LocalProcesses,
-            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
-            board=ledgers.board,
-            files=ledgers.files,
-            device=ledgers.devices["generator"],
-            report=wiring.reporters["generator"],
-        )
+    if sources := _sources(prepared, wiring, ledgers):
         return partial(
             RemoteGenerator,
             wiring.generator,
             groups,
-            members=lambda: [local()],
+            members=lambda: [source() for source in sources],
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
             **shared,
@@ -78,6 +73,28 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
         parts=_parts(config.schedule),
         **shared,
     )
+
+
+def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> list[Callable[[], Members]]:
+    """The makers of those who decode elsewhere; none where the generator is a thread."""
+    config, device = prepared.config, ledgers.devices["generator"]
+    sources: list[Callable[[], Members]] = []
+    if ledgers.files is not None:
+        local = partial(
+            LocalProcesses,
+            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
+            board=ledgers.board,
+            files=ledgers.files,
+            device=device,
+            report=wiring.reporters["generator"],
+        )
+        sources.append(local)
+    if config.schedule.engines:
+        inputs = prepared.inputs
+        probe_ids = inputs.schedule.prompt(Slot(step=0, place=0)).prompt_ids
+        policy = prepared.start.policy
+        sources.append(engine_members(config, policy, prepared.folder, inputs.source, probe_ids, device))
+    return sources
 
 
 def _parts(schedule: ScheduleConfig) -> int:

@@ -206,9 +206,10 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         held[_VERSIONS_THERE] = processes * (held.get(_BASE, 0) + held["policy versions"])
         held[_ON_THE_WAY] = held["policy versions"]
     layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
+    decoders = 0 if config.schedule.engines_alone else max(processes, 1)
     generating = {
-        _LAID_OUT: max(processes, 1) * layouts * _laid_out_bytes(work),
-        "decode": max(processes, 1) * _decode_bytes(config, work, choice.prompts),
+        _LAID_OUT: decoders * layouts * _laid_out_bytes(work),
+        "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
     held_while_learning = held | (generating if staleness or processes else {})
     adds_up = choice.micro_batches > 1 or work.longest_history is not None

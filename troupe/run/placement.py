@@ -78,11 +78,13 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
         is_open = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
         processes = min(cores or 1, worthwhile, schedule.parts or most) if takes_turns and is_open else 1
     where = schedule.generator
-    if where == "auto":
+    if schedule.engines_alone:
+        processes = 1
+    elif where == "auto":
         where = "process" if processes > 1 or (machine.on_cpu and not takes_turns) else "thread"
     threads = schedule.blas_threads
     if threads is None and cores:
-        threads = max(1, cores // _sharers(schedule, where, processes))
+        threads = max(1, cores // _sharers(schedule, "thread" if schedule.engines_alone else where, processes))
     placed = msgspec.structs.replace(
         schedule,
         generator=where,
@@ -122,7 +124,7 @@ def _streamed(config: RunConfig, machine: Machine, worthwhile: int, given: int |
     schedule, learner = config.schedule, config.learner
     streams, parts = 1, schedule.parts or 1
     at_once = parts if given is None else min(parts, machine.cores or parts)
-    if machine.on_cpu and (schedule.generator == "process" or not schedule.max_staleness):
+    if machine.on_cpu and (schedule.generator != "thread" or not schedule.max_staleness):
         rows = learner.batch_size * config.generation.num_generations
         cores = schedule.blas_threads or 1
         if not schedule.max_staleness:

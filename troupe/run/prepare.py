@@ -27,6 +27,7 @@ from troupe.records.store.write import check_store
 from troupe.rewards import Reward, RewardManager
 from troupe.run.acting import NOTHING_GIVEN, Acting
 from troupe.run.config import RunConfig, check_config
+from troupe.run.engines import check_engines
 from troupe.run.folder import run_folder
 from troupe.run.inputs import Inputs, load_inputs
 from troupe.run.memory import Plan
@@ -153,7 +154,7 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
         raise ConfigError(
             "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"
         )
-    return config, notices + check_wired_limit(config.wired_limit_gb)
+    return config, notices + check_wired_limit(config.wired_limit_gb) + check_engines(config)
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

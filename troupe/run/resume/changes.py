@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
     "learner.max_nonfinite_steps": "free",
     "learner.*": "by name",
     "schedule.mode": "never",
+    "schedule.engines": "free",
     "schedule.generator": "free",
     "schedule.generator_processes": "free",
     "schedule.watchdog_s": "free",
