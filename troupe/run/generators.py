@@ -87,7 +87,8 @@ def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | No
         setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
         shared: dict[str, Any] = {"board": ledgers.board, "files": ledgers.files, "device": device}
         if hub is None or config.cluster.local_parts:
-            sources.append(partial(LocalProcesses, setups, report=wiring.reporters["generator"], **shared))
+            report, envs = wiring.reporters["generator"], _envs(prepared)
+            sources.append(partial(LocalProcesses, setups, report=report, envs=envs, **shared))
         if hub is not None:
             hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=policy, **shared)
             sources.append(lambda: hub.members)
@@ -96,6 +97,12 @@ def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | No
         probe_ids = inputs.schedule.prompt(Slot(step=0, place=0)).prompt_ids
         sources.append(engine_members(config, policy, prepared.folder, inputs.source, probe_ids, device))
     return sources
+
+
+def _envs(prepared: Prepared) -> list[dict[str, str]]:
+    """What each process of the generator has in its environment besides, where cards are shared out."""
+    processes = prepared.config.schedule.generator_processes or 1
+    return [] if prepared.cards is None else [prepared.cards.of_generator(number) for number in range(processes)]
 
 
 def _parts(schedule: ScheduleConfig) -> int:
@@ -134,7 +141,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
         Setup(
             name=f"generator {number}" if processes > 1 else "generator",
             policy=prepared.start.policy.config,
-            base=_base_source(prepared),
+            base=base_source(prepared),
             generation=config.generation,
             stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
             tokenizer=str(prepared.inputs.source),
@@ -153,7 +160,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
     ]
 
 
-def _base_source(prepared: Prepared) -> BaseSource | None:
+def base_source(prepared: Prepared) -> BaseSource | None:
     """Where a process of the generator reads the base, where an adapter is trained."""
     policy = prepared.start.policy
     if policy.base.adapter is None:
