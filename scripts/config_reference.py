@@ -49,6 +49,7 @@ _SECTIONS = {
     "checkpoint": "What is kept. See [resuming](resuming.md).",
     "metrics": "Where metrics go. See [metrics](metrics.md).",
     "daemon": "How `troupe daemon` keeps a run alive. See [daemon](daemon.md).",
+    "cluster": "How workers on other machines do a part of the work.",
 }
 
 
