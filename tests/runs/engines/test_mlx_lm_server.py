@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -80,6 +81,19 @@ def test_a_server_that_is_killed_comes_back_and_no_prompt_is_lost(tmp_path: Path
     assert len(gids) == len(set(gids))
     places = Counter(in_store(result.folder, "select step, place from groups where state = 'trained'"))
     assert set(places.values()) == {1}
+
+
+def test_an_engine_and_a_process_of_ours_share_the_prompts(tmp_path: Path, ragged_model: Path) -> None:
+    with mlx_lm_server(ragged_model, tmp_path) as server:
+        beside = {"schedule__generator": "process", "schedule__max_staleness": 1, "learner__max_steps": 12}
+        beside |= {"schedule__on_stale": "correct"}
+        settings = settings_of(server.url, tmp_path / "weights", most=1) | beside
+        run = train(ragged_model, tmp_path, weigh_ids, **settings, metrics__sinks=["jsonl", "sqlite", "trace"]).folder
+    trace = json.loads((Path(run) / "trace.json").read_text())
+    tracks = {event["args"]["name"] for event in trace if event.get("name") == "process_name"}
+    assert any(f"engine 127.0.0.1:{server.port}" in track for track in tracks), tracks
+    assert Counter(state for (state,) in in_store(run, "select state from groups"))["trained"] == 24
+    assert incidents(run) == []
 
 
 def test_another_model_is_refused_with_the_reason(tmp_path: Path, ragged_model: Path) -> None:
