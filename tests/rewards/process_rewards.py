@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from troupe.rewards import RewardActor, RewardSample, TrainerState
@@ -181,3 +182,27 @@ def sets(environments: list[Any], **columns: Any) -> list[float]:
     for environment in environments:
         environment.moves = 0
     return [0.0] * len(environments)
+
+
+def marks(completions: list[str], answer: list[str], log_extra: Callable[[str, Sequence[Any]], None]) -> list[float]:
+    log_extra("marked", [f"{a}!" for a in answer])
+    return [float(len(a)) for a in answer]
+
+
+def waits_for(completions: list[str]) -> list[float]:
+    """Leaves a file of its own in the folder that the completion names and waits for the file `go` there."""
+    folder = Path(completions[0])
+    (folder / str(os.getpid())).touch()
+    while not (folder / "go").exists():
+        time.sleep(0.02)
+    return [2.0] * len(completions)
+
+
+def pids(completions: list[str]) -> list[float]:
+    """Writes the process's number to the file that a completion names; hangs at "hang"."""
+    for completion in completions:
+        if completion == "hang":
+            time.sleep(600)
+        with Path(completion).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+    return [1.0] * len(completions)

@@ -107,7 +107,7 @@ async def put_blob(bus: Bus, subject: str, chunks: AsyncGenerator[bytes, None]) 
     sums, number = Sums(), 0
     async with aclosing(chunks):
         async for chunk in chunks:
-            await _aside(sums.add, chunk)
+            await aside(sums.add, chunk)
             await bus.put(f"{subject}.{number}", chunk)
             number += 1
     head = sums.head
@@ -206,7 +206,7 @@ class _Chunk:
             data = await _got(self._bus, self._subject)
             if data is None:
                 raise BlobMissingError(self._subject)
-            if await _aside(_sum, data) == self._sum:
+            if await aside(_sum, data) == self._sum:
                 return data
             await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))
         raise RunError(f"{self._subject}: came damaged {_TRIES} times; what was put there is not what its head says")
@@ -225,7 +225,7 @@ async def _got(bus: Bus, subject: str) -> bytes | None:
             await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))
 
 
-async def _aside(function: Callable[[bytes], T], data: bytes) -> T:
+async def aside(function: Callable[[bytes], T], data: bytes) -> T:
     """In a thread, where it takes more than a moment."""
     if len(data) < _ASIDE_BYTES:
         return function(data)

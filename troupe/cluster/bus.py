@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol, TypeAlias
 
+from troupe.errors import RunError
+
 HUB = "hub"
 """The name of the run's own user; no worker has it."""
 MAX_BYTES = 8 * 1024 * 1024
@@ -37,6 +39,10 @@ class TooLargeError(ValueError):
     """A message is longer than `MAX_BYTES`; it was not sent."""
 
 
+class FullError(RunError):
+    """The server does not store any more: its memory for that is full."""
+
+
 class Bus(Protocol):
     """One end of the run's messages, usable from any asyncio loop."""
 
@@ -61,7 +67,7 @@ class Bus(Protocol):
 
     async def put(self, subject: str, data: bytes) -> None:
         """Store a message in place of an older one of its subject, below `RUN.w`; returns when it is stored. NoAnswer,
-        TooLargeError. The hub only."""
+        TooLargeError, FullError. The hub only."""
 
     async def get(self, subject: str) -> bytes | None:
         """The message that is stored under a subject; None where there is none. NoAnswer."""

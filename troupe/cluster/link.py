@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import anyio
 
-from troupe.cluster.bus import Bus, NoAnswer, hub_subject
+from troupe.cluster.bus import Bus, BusState, NoAnswer, hub_subject
 from troupe.cluster.wire import (
     Admitted,
     Answer,
@@ -58,6 +58,11 @@ class Link:
     def name(self) -> str:
         """The worker's."""
         return self._bus.name
+
+    @property
+    def connection(self) -> BusState:
+        """To the run's server, now."""
+        return self._bus.state
 
     async def hello(self, hello: Hello) -> Admitted:
         """Ask to be taken, for as long as it takes. DeclinedError, RunEndedError."""

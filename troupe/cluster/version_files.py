@@ -4,9 +4,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
-from troupe.cluster.blobs import BlobHead, BlobMissingError, Sums, get_blob, in_chunks
+from troupe.cluster.blobs import BlobHead, BlobMissingError, Sums, aside, get_blob, in_chunks
 from troupe.cluster.bus import Bus
 from troupe.cluster.deltas import applied
 from troupe.cluster.versions import VersionHead, decode_version_head, version_subject
@@ -107,7 +106,7 @@ class VersionFiles:
         with drafted(path) as draft, draft.open("wb") as file:
 
             async def write(chunk: bytes) -> None:
-                await anyio.to_thread.run_sync(file.write, chunk)
+                await aside(file.write, chunk)
 
             head = await get_blob(self._bus, blob, write, most=most)
             file.flush()

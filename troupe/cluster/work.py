@@ -33,6 +33,10 @@ class Work(Protocol):
     def doing(self) -> str:
         """In few words, for people; empty where that is nothing."""
 
+    @property
+    def summary(self) -> str:
+        """What it has done so far, for people, such as `24 groups`; empty where that is nothing."""
+
     def details(self) -> bytes:
         """What the run is told of it with `hello`."""
 

@@ -21,7 +21,9 @@ from troupe.environments.processes.runner import ProcessRunner
 from troupe.environments.runners import LocalRunner
 from troupe.environments.settings import EnvironmentConfig
 from troupe.environments.turns import answer_turn, open_episode
+from troupe.errors import WorldError
 from troupe.messages.episodes import Answer
+from troupe.runtime.elsewhere import Elsewhere
 from troupe.runtime.roles import first_fault
 
 _END_S = 5.0
@@ -73,16 +75,23 @@ class Answerer:
         wants_attributes: bool = False,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        """WorldError with `run = "process"`, for what was given in Python and cannot be loaded by name."""
+        """`elsewhere`: where other machines are.
+
+        Raises:
+            WorldError: where it runs in processes, for what was given in Python and cannot be loaded by name; where it
+                runs on other machines, and there are none.
+        """
         self._config, self.events, self._wants_attributes = config, events, wants_attributes
         self.errands, self.tries = Errands(), Errands()
-        self.runner: Runner = ProcessRunner(world, config) if config.run == "process" else LocalRunner(world, config)
+        self.runner = _runner(world, config, events, elsewhere)
         self.gates = {
             name: Gate(spec.label or "of tools", config, partial(self._changed, name), sleep=sleep, jitter=jitter)
             for name, spec in world.environments.items()
         }
-        self._places = anyio.CapacityLimiter(_ANY_NUMBER if config.run == "process" else config.concurrency)
+        in_processes = isinstance(self.runner, ProcessRunner)
+        self._places = anyio.CapacityLimiter(_ANY_NUMBER if in_processes else config.concurrency)
         self._openings: dict[str, Talk] = {}
         """By environment, the newest that has succeeded, or the first: what it is tried with whether it is back."""
 
@@ -182,6 +191,19 @@ class Answerer:
         await self._opened(talk)
         if talk.live is not None:
             await self.runner.give_back(talk.live)
+
+
+def _runner(world: World, config: EnvironmentConfig, events: EnvironmentEvents, elsewhere: Elsewhere | None) -> Runner:
+    if config.run == "process":
+        return ProcessRunner(world, config)
+    if config.run != "worker":
+        return LocalRunner(world, config)
+    if elsewhere is None:
+        raise WorldError(
+            'environment.run = "worker" needs a run that workers can join; give --serve HOST:PORT, or run it in a '
+            '"process"'
+        )
+    return ProcessRunner(world, config, elsewhere, events.machines_changed)
 
 
 class _Asking:

@@ -83,6 +83,13 @@ class EnvironmentEvents:
             self._told.add((kind, label))
             self.tell(kind, message)
 
+    def machines_changed(self, why: str | None) -> None:
+        """No machine that could run environments and tools is there, and why; or with None, one is."""
+        if why is None:
+            self.tell("environment_back", "environments and tools have a worker; their calls go on")
+        else:
+            self.tell("waiting_for_workers", f"environments and tools wait, and no step is begun: {why}")
+
     def changed(self, label: str, why: str | None, down_s: float) -> None:
         """An environment is down, and why; or with None, it is back after so many seconds."""
         if why is None:

@@ -154,6 +154,9 @@ class Live(ABC):
 class Runner(ABC):
     """Where environments live and tools run."""
 
+    awaited: str | None = None
+    """Why no machine is to be had that could run them; None: one is, or they run on this one."""
+
     @property
     def needs_process(self) -> str | None:
         """What code has asked for that works in a process of its own only, and where; None where it has not."""
@@ -232,7 +235,7 @@ def attributes_of(instance: Any) -> dict[str, Any]:
         if name.startswith("_") or callable(value):
             continue
         try:
-            if not _is_plain(value):
+            if not is_plain(value):
                 continue
             data = msgspec.msgpack.encode({name: value})
         except (RecursionError, OverflowError, ValueError):  # a list that holds itself, a number of more than 64 bits
@@ -243,12 +246,12 @@ def attributes_of(instance: Any) -> dict[str, Any]:
     return found
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether it is of the types that JSON has, tuples and bytes besides, all the way down."""
     if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if type(value) is dict:
-        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+        return all(type(key) is str for key in value) and all(map(is_plain, value.values()))
     return value is None or type(value) in (bool, int, float, str, bytes)
 
 

@@ -28,6 +28,7 @@ from troupe.environments.runners import close_probes
 from troupe.environments.settings import EnvironmentConfig
 from troupe.messages import Incident, PromptText
 from troupe.messages.episodes import Answer
+from troupe.runtime.elsewhere import Elsewhere
 
 _END_S = 5.0
 """That what is under way may take at the end."""
@@ -56,19 +57,27 @@ class EnvironmentManager:
         wants_attributes: bool = False,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """`wants_attributes`: whether rewards take `environments`, so that instances in this process are kept until
         `settled`, and one that was lost is brought back for its attributes alone. `sleep` and `jitter` pace the
-        retries.
+        retries. `elsewhere`: where other machines are, for `run = "worker"`.
 
         Raises:
-            WorldError: with `run = "process"`, for what was given in Python and cannot be loaded by name.
+            WorldError: where it runs in processes, for what was given in Python and cannot be loaded by name; where it
+                runs on other machines, and there are none.
         """
         self._world, self._config = world, config
         self._ledger = EpisodeLedger() if ledger is None else ledger
         self._events = EnvironmentEvents(config)
         self._answerer = Answerer(
-            world, config, self._events, wants_attributes=wants_attributes, sleep=sleep, jitter=jitter
+            world,
+            config,
+            self._events,
+            wants_attributes=wants_attributes,
+            sleep=sleep,
+            jitter=jitter,
+            elsewhere=elsewhere,
         )
         self._talks: dict[int, dict[int, Talk]] = {}
         self._asked: dict[EpisodeName, _Asked] = {}
@@ -91,7 +100,9 @@ class EnvironmentManager:
     @property
     def down(self) -> Mapping[str, str]:
         """Environments that are down, by name: why."""
-        return {name: gate.why for name, gate in self._answerer.gates.items() if gate.why is not None}
+        awaited = self._answerer.runner.awaited
+        whys = {name: awaited if gate.why is None else gate.why for name, gate in self._answerer.gates.items()}
+        return {name: why for name, why in whys.items() if why is not None}
 
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have one listener called at once with every incident; it must not raise."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-Run: TypeAlias = Literal["loop", "thread", "process"]
+Run: TypeAlias = Literal["loop", "thread", "process", "worker"]
 History: TypeAlias = Literal["keep", "fork"]
 Calls: TypeAlias = Literal["auto", "hermes", "xml"]
 OnLost: TypeAlias = Literal["repeat", "missing"]
@@ -34,10 +34,11 @@ class EnvironmentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Answers that are waited for at once, where they are not given in processes."""
     run: Run = "thread"
     """Where environments and tools run: `thread`, async functions in the event loop and others in threads; `loop`, all
-    in the event loop, for what takes microseconds; `process`, in processes that can be killed."""
+    in the event loop, for what takes microseconds; `process`, in processes that can be killed; `worker`, in such
+    processes of workers on other machines, which offer them (`--offers environments`)."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 4
-    """With `run = "process"`, how many; each does one thing at a time, and an episode stays in its own. Where there are
-    environments and tools, so many for each."""
+    """With `run = "process"` or `"worker"`, how many, on all workers together; each does one thing at a time, and an
+    episode stays in its own. Where there are environments and tools, so many for each."""
     breaker_failures: Annotated[int, msgspec.Meta(ge=0)] = 8
     """Answers in a row that fail by errors of a kind that passes, or the time limit, after which an environment is
     taken to be down: no step is begun until one succeeds. In as many groups its code may fail before it has worked
@@ -56,8 +57,8 @@ class EnvironmentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     on_lost: OnLost = "repeat"
     """What becomes of an episode amid which a run was killed, where its environment cannot save itself: `repeat`, a new
     environment is brought to where it was by the calls that were answered; `missing`, the episode has no reward. So it
-    is, too, where a process of environments had to be killed. Functions that are tools are never called again for what
-    was answered."""
+    is, too, where a process of environments had to be killed, or a worker was lost with them. Functions that are tools
+    are never called again for what was answered."""
 
     def __post_init__(self) -> None:
         if isinstance(self.factory, dict) and not self.factory:

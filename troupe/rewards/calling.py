@@ -80,6 +80,8 @@ class Caller:
         """The newest fault while the breaker is open; None: the service is taken to be up."""
         self.proven = False
         """Whether the reward has worked, or calls are to wait even if it never has."""
+        self.machines_changed: Callable[[str | None], None] = lambda why: None
+        """Called when `awaited` begins, with why, and when it ends."""
         self.remedy: Callable[[str], str] = lambda message: "correct it and start again"
         """What to do about code that has never worked and failed by such a fault."""
         self._failures = 0
@@ -91,6 +93,37 @@ class Caller:
         self._moved = anyio.Event()
         self._since_s = 0.0
         self._retired = False
+        self.awaited: str | None = None
+        """Why no machine can make a call now; None: one can, or calls are made on this one."""
+        self._waits_end = set[anyio.CancelScope]()
+
+    @property
+    def down(self) -> str | None:
+        """Why calls wait, where they do: the breaker is open, or no machine is there."""
+        return self.awaited if self.why is None else self.why
+
+    def waits_for_machines(self, why: str | None) -> None:
+        """No machine that could make a call is there, and why; or with None, one is. What was retired stays as it
+        was: nothing is to be made by it."""
+        if self._retired:
+            return
+        was_awaited, self.awaited = self.awaited is not None, why
+        if was_awaited != (why is not None):
+            self.machines_changed(why)
+
+    @contextmanager
+    def until_retired(self) -> Iterator[None]:
+        """A wait within ends with Exchanged when the reward is retired."""
+        if self._retired:
+            raise Exchanged
+        with anyio.CancelScope() as scope:
+            self._waits_end.add(scope)
+            try:
+                yield
+            finally:
+                self._waits_end.discard(scope)
+        if scope.cancelled_caught:
+            raise Exchanged
 
     @contextmanager
     def limited(self) -> Iterator[Attempt]:
@@ -153,6 +186,8 @@ class Caller:
         """Another reward takes over: calls that wait end with Exchanged."""
         self._retired = True
         self._moved.set()
+        for scope in self._waits_end:
+            scope.cancel()
 
     async def _try(
         self, call: Callable[[], Awaitable[Any]], attempting: Callable[[], AbstractContextManager[Attempt]]

@@ -215,7 +215,7 @@ class NamedReward:
             try:
                 if self.is_started:
                     await runner.start()
-                was_down = old.runner.caller.why is not None
+                was_down = old.runner.caller.down is not None
                 step = first_step(was_down)
             except BaseException:
                 with anyio.CancelScope(shield=True):
@@ -243,7 +243,7 @@ class NamedReward:
                 return version
         candidates = (self.now, *reversed(self.before)) if step is not None else ()
         version = next((one for one in candidates if one.first_step <= (step or 0)), self.now)
-        return self.now if version.runner.caller.why is not None else version  # none waits for one that was replaced
+        return self.now if version.runner.caller.down is not None else version  # none waits for one that was replaced
 
     def _take_over(self, version: RewardVersion) -> None:
         """Where the new version does not work the run waits for yet another, and goes on."""

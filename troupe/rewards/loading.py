@@ -104,6 +104,13 @@ def is_code(spec: str) -> bool:
     return bool(colon) and kind not in _KINDS
 
 
+def is_own(spec: str) -> bool:
+    """Whether a name is that of a reward of our own, so that nobody's code is run to load it but ours and that of the
+    packages it is known to need."""
+    kind = spec.partition(":")[0]
+    return spec in BUILTIN or spec == "reasoning_gym" or kind in (*NUMBERED, "math_verify") or spec[:7] == "format:"
+
+
 def default_reward(columns: Set[str], source: str, *, environment_rewards: bool = False) -> str:
     """Name of the reward for rows with such columns where none is named. `environment_rewards`: whether there are
     environments that give rewards.

@@ -16,22 +16,19 @@ from types import TracebackType
 from typing import Any
 
 import anyio
-import msgspec
 
 from troupe.errors import RewardError
 from troupe.messages import Incident, PromptText, RolloutGroup
-from troupe.rewards.actor import RewardActor
-from troupe.rewards.calling import Caller
 from troupe.rewards.convention import OF_ENVIRONMENTS, Reward
 from troupe.rewards.episodes import environments_of
 from troupe.rewards.exchange import NamedReward, RewardVersion
 from troupe.rewards.faults import in_short
 from troupe.rewards.loading import load_reward
+from troupe.rewards.making import RunnerMaker
 from troupe.rewards.outcomes import Batch, GroupScores, Outcome, RewardEvents, Wait, incident_of, joined, round_of
-from troupe.rewards.processes.runner import ProcessRunner, process_spec
-from troupe.rewards.runners import ActorRunner, FunctionRunner, Runner
-from troupe.rewards.settings import RewardsConfig, checked_run, checked_weights, own_config, unique_names
+from troupe.rewards.settings import RewardsConfig, checked_run, checked_weights, unique_names
 from troupe.rewards.watching import begins, ends
+from troupe.runtime.elsewhere import Elsewhere
 from troupe.runtime.isolation import THREADS
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import together
@@ -50,18 +47,20 @@ class RewardManager:
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         jitter: Callable[[], float] = random.random,
         look_s: float = 60.0,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """A text is loaded by `load_reward`. `weights` default to the config's, those to each reward's attribute
         `weight`, that to 1. `environments`: gid → the (G,) environments of a group, None for those that are not here;
         to be given where there are any. `sleep` and `jitter` pace the retries. `look_s`: that the code of a reward may
-        take to load before it is said that it cannot be exchanged for another.
+        take to load before it is said that it cannot be exchanged for another. `elsewhere`: where other machines are
+        that may run rewards.
 
         Raises:
             RewardError: no reward, one that cannot be called as a reward, or weights of another length.
         """
         self._config = RewardsConfig() if config is None else config
         self._environments = environments
-        self._sleep, self._jitter, self._look_s = sleep, jitter, look_s
+        self._look_s = look_s
         given = (
             [reward_funcs] if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) else reward_funcs
         )
@@ -72,10 +71,9 @@ class RewardManager:
         self.weights = checked_weights(self._config.weights if weights is None else weights, self.names, rewards)
         self._events = RewardEvents(self._config)
         runs = checked_run(self._config.run, self.names, rewards)
+        makers = RunnerMaker(self._config, self._events, sleep, jitter, elsewhere)
         self._named = {
-            name: NamedReward(
-                name, reward, text if isinstance(text, str) else None, partial(self._runner, name, run == "process")
-            )
+            name: NamedReward(name, reward, text if isinstance(text, str) else None, partial(makers.runner, name, run))
             for name, reward, text, run in zip(self.names, rewards, given, runs, strict=True)
         }
         self.starting: str | None = None
@@ -84,7 +82,7 @@ class RewardManager:
     @property
     def down(self) -> Mapping[str, str]:
         """Rewards that are down, by name: why."""
-        whys = {name: reward.now.runner.caller.why for name, reward in self._named.items()}
+        whys = {name: reward.now.runner.caller.down for name, reward in self._named.items()}
         return {name: why for name, why in whys.items() if why is not None}
 
     @property
@@ -329,21 +327,3 @@ class RewardManager:
     def _combined(self, batch: Batch, outcomes: Sequence[Outcome]) -> GroupScores:
         of_all = [outcome.of_group(batch) for outcome in outcomes]
         return GroupScores.combined(dict(zip(self.names, of_all, strict=True)), self.weights, batch.gid)
-
-    def _runner(self, name: str, in_process: bool, reward: Reward, spec: str | None) -> Runner:
-        """What runs a reward that a text may name."""
-        config = own_config(reward, name, self._config)
-        if in_process:
-            spec = process_spec(reward, spec)
-            config = msgspec.structs.replace(config, concurrency=config.processes)
-        changed = partial(self._events.breaker_changed, name)
-        caller = Caller(name, config, changed, sleep=self._sleep, jitter=self._jitter)
-        if isinstance(reward, RewardActor):
-            return ActorRunner(reward, caller)
-        if in_process and spec is not None:
-            return ProcessRunner(reward, caller, spec)
-
-        def in_processes() -> Runner:
-            return ProcessRunner(reward, caller, process_spec(reward, spec, "do without what has it moved"))
-
-        return FunctionRunner(reward, caller, elsewhere=in_processes, moved=partial(self._events.moved, name))

@@ -305,6 +305,13 @@ class RewardEvents:
             f"troupe set OUT_DIR rewards.{name}=FILE.py:NAME",
         )
 
+    def machines_changed(self, name: str, why: str | None) -> None:
+        """No machine that could run a reward is there, and why; or with None, one is."""
+        if why is None:
+            self._tell("reward_back", f"reward {name} has a worker; its calls go on")
+        else:
+            self._tell("waiting_for_workers", f"reward {name} waits, and no step is begun: {why}")
+
     def moved(self, name: str, why: str) -> None:
         """A function runs in processes from now on."""
         self._tell(

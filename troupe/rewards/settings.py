@@ -10,7 +10,7 @@ import msgspec
 from troupe.errors import RewardError
 from troupe.rewards.convention import Reward, reward_name, unwrapped
 
-Run: TypeAlias = Literal["auto", "process"]
+Run: TypeAlias = Literal["auto", "process", "worker"]
 
 
 class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,11 +20,13 @@ class RewardsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What `load_reward` takes: "length", "exact_answer", "format:REGEX", "FILE.py:NAME", …"""
     run: tuple[Run, ...] | None = None
     """Where each runs, one a function: "auto", an async function in the event loop and a sync one in a thread (in the
-    event loop too where its attribute `quick` is true), or "process", in processes that can be killed. An "auto" one
-    that turns out to need a process moves to some by itself. None: all "auto", but for those whose attribute `run` is
+    event loop too where its attribute `quick` is true), "process", in processes that can be killed, or "worker", in
+    such processes of workers on other machines, which offer it (`--offers rewards`). An "auto" one that
+    turns out to need a process moves to some by itself. None: all "auto", but for those whose attribute `run` is
     "process", as some of our own."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 2
-    """Processes of each function that runs in some; each makes one call at a time."""
+    """Processes of each function that runs in some, on all workers together where it runs there; each makes one call at
+    a time."""
     weights: tuple[float, ...] | None = None
     """One a function; None: all 1."""
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0

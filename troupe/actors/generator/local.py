@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import msgspec
 
 from troupe.actors.generator.child import CHILD_FAULTS, MODULE, GeneratorChild, Listener
 from troupe.actors.generator.crew import Crew
@@ -191,7 +192,8 @@ class _Process:
         await self._report.incident(incident)
 
     def on_span(self, span: Span) -> None:
-        self._report.forward(span)
+        actor = self._report.actor  # whoever does its work
+        self._report.forward(msgspec.structs.replace(span, actor=actor, member="" if self.name == actor else self.name))
 
     def on_made(self, tokens: int) -> None:
         self._crew.progress(self, tokens)

@@ -112,7 +112,7 @@ class WeightsFiles:
                 continue
             tried.append(f"{place} has {self.free(place) / 1e9:.3g} GB free")
             if self.free(place) >= needed:
-                self._folder, self._lock = _locked_folder(place)
+                self._folder, self._lock = locked_folder(place)
                 return
         raise RunError(
             f"weights for the generator's process take {needed / 1e9:.3g} GB of files, but {' and '.join(tried)}; make "
@@ -138,7 +138,8 @@ def _folders(place: Path) -> Iterator[Path]:
         yield from place.glob(f"{_PREFIX}*")
 
 
-def _locked_folder(place: Path) -> tuple[Path, int]:
+def locked_folder(place: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor that holds its lock: without one, `remove_leftovers` takes it away."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         lock = os.open(folder, os.O_RDONLY)

@@ -71,6 +71,8 @@ class Desk:
                 return self._result(deed, deed.name, deed.called(function))
             case Do(number=int(number), deed=deed):
                 environment, instance = self._taken[number]
+                if deed.what == "call" and self._world.environments[environment].tool(deed.name) is None:
+                    raise ValueError(f"{deed.name!r} is no tool of {self._label(environment)}")
                 return self._result(deed, self._label(environment), deed.called(instance))
             case Leave(number, again):
                 environment, instance = self._taken.pop(number)

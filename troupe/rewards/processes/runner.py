@@ -5,13 +5,11 @@ The function is named, not sent: the workers load it by file or module. Argument
 
 from __future__ import annotations
 
-import signal
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import anyio
-import msgspec
 
 from troupe.errors import RewardError
 from troupe.rewards.calling import Attempt, Caller
@@ -30,82 +28,17 @@ from troupe.rewards.convention import (
 from troupe.rewards.extras import RewardLog, TrainerState
 from troupe.rewards.faults import Fault
 from troupe.rewards.outcomes import Batch, Outcome, as_outcome, finite, summed
-from troupe.rewards.processes.calls import LOOK, Broken, Call, Loaded, Raised, Scores, decode_reply
+from troupe.rewards.processes.asking import Lost, Worker
+from troupe.rewards.processes.calls import LOOK, Broken, Call, Raised, Scores
+from troupe.rewards.processes.distant import DistantWorker
 from troupe.rewards.runners import Runner, not_started
 from troupe.runtime.code_files import name_of
-from troupe.runtime.frames import FrameError, encode
-from troupe.runtime.process import ChildProcess
+from troupe.runtime.elsewhere import Elsewhere
+from troupe.runtime.frames import encode
 from troupe.runtime.roles import together
 
-_WORKER = "troupe.rewards.processes.worker"
-_ENVIRONMENT = {"PYTHONHASHSEED": "0"}
-"""Sets of texts have one order, so that a score does not depend on the process that gave it."""
-_KILLED_BY = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-"""Signals that others send: a system without memory, an operator."""
-
-
-class Lost(msgspec.Struct, frozen=True):
-    """The worker had to be killed, or has died."""
-
-    fault: Fault
-
-
-class Worker:
-    """One process with the reward loaded."""
-
-    def __init__(self, child: ChildProcess) -> None:
-        self._child = child
-
-    @classmethod
-    async def start(cls, spec: str, name: str, *how: str) -> Worker:
-        """Spawn it and wait until the reward is loaded. `how`: LOOK, to have it end then.
-
-        Raises:
-            RewardError: where it cannot be loaded, or the process does not start or ends.
-        """
-        try:
-            child = await ChildProcess.start(_WORKER, spec, *how, env=_ENVIRONMENT)
-        except OSError as error:  # no memory, processes or files left: a machine's fault, which may pass
-            raise RewardError(f"reward {name}: its process could not be started: {error}") from error
-        try:
-            reply = decode_reply(await child.receive())
-        except anyio.EndOfStream as error:
-            await child.aclose(0.0)
-            raise RewardError(f"reward {name}: its process ended while it was loaded: {error}") from None
-        except FrameError as error:
-            await child.aclose(0.0)
-            raise RewardError(f"reward {name}: its process did not answer as a reward's does: {error}") from error
-        except BaseException:
-            await child.aclose(0.0)
-            raise
-        if not isinstance(reply, Loaded):
-            await child.aclose(0.0)
-            raise RewardError(f"reward {name}: {reply.message if isinstance(reply, Broken) else reply}")
-        return cls(child)
-
-    async def ask(self, frame: bytes) -> Scores | Raised | Broken | Lost:
-        """Have one call made."""
-        try:
-            await self._child.send(frame)
-            reply = decode_reply(await self._child.receive())
-        except (anyio.EndOfStream, anyio.BrokenResourceError, FrameError) as error:
-            return Lost(Fault("reward_error", str(error), by_code=self._ended_itself))
-        return Lost(Fault("reward_error", "its process answered out of turn")) if isinstance(reply, Loaded) else reply
-
-    @property
-    def _ended_itself(self) -> bool:
-        """Whether it left, or crashed, which the same code does again, as opposed to having been killed by others."""
-        code = self._child.returncode
-        return code is not None and -code not in _KILLED_BY
-
-    async def kill(self) -> None:
-        """Kill its process group and wait until it is gone."""
-        self._child.kill()
-        await self._child.aclose(0.0)
-
-    async def stop(self, grace_s: float) -> None:
-        """Let it end, and kill it where it does not."""
-        await self._child.aclose(grace_s)
+_MOST_MACHINES = 5
+"""That one call may lose."""
 
 
 class ProcessRunner(Runner):
@@ -114,12 +47,14 @@ class ProcessRunner(Runner):
     A call past its deadline is ended by killing the worker's process group. Its samples, and those of a call in which
     the worker died, are then tried one by one, so that the sample at fault is missing and its neighbours are not; not
     where `scope` is set on the function, which says that its samples are compared with each other. A worker that is
-    gone is replaced when it is needed.
+    gone is replaced when it is needed. On other machines, where one is begun when it is needed first, a call that was
+    lost with its machine is made again as it is.
     """
 
-    def __init__(self, reward: RewardFunction, caller: Caller, spec: str) -> None:
+    def __init__(self, reward: RewardFunction, caller: Caller, spec: str, elsewhere: Elsewhere | None = None) -> None:
+        """`elsewhere`: where the workers are, unless they are on this machine."""
         super().__init__(reward, caller)
-        self._function, self._spec = reward, spec
+        self._function, self._spec, self._elsewhere = reward, spec, elsewhere
         self._signature = check_signature(reward)
         self._apart = getattr(unwrapped(reward), "scope", None) is None
         self._workers = anyio.CapacityLimiter(caller.config.processes)
@@ -133,6 +68,8 @@ class ProcessRunner(Runner):
         async def begin() -> None:
             self._idle.append(await self._new_worker())
 
+        if self._elsewhere is not None:  # nobody need be there yet
+            return
         await together([begin] * self.caller.config.processes)
 
     async def stop(self) -> Fault | None:
@@ -172,6 +109,14 @@ class ProcessRunner(Runner):
         return _merged({i: part for i, part in parts.items() if isinstance(part, Outcome)}, faults, batch.size)
 
     async def _once(self, batch: Batch) -> Outcome | Fault | Lost:
+        """One call, of another worker where one is lost with its machine."""
+        for _ in range(_MOST_MACHINES):
+            answer = await self._of_one(batch)
+            if not (isinstance(answer, Lost) and answer.is_away):
+                break
+        return answer
+
+    async def _of_one(self, batch: Batch) -> Outcome | Fault | Lost:
         """One call of one worker."""
         frame = self._frame(batch)
         async with self._workers:
@@ -183,17 +128,18 @@ class ProcessRunner(Runner):
                     return Fault("reward_error", str(error))
             try:
                 with self.caller.limited() as attempt:
-                    attempt.outcome = await worker.ask(frame)
+                    attempt.outcome = await worker.ask(frame, batch.size)
             except BaseException:
                 await worker.kill()  # it is still busy
                 raise
             reply: Scores | Raised | Broken | Lost | Fault = attempt.outcome
             if isinstance(reply, Fault):
+                is_away = worker.is_away
                 await worker.kill()
-                return Lost(Fault(reply.kind, f"{reply.message}; its process was killed"))
+                return Lost(Fault(reply.kind, f"{reply.message}; its process was killed"), is_away)
             if isinstance(reply, Lost):
                 await worker.kill()
-                return reply
+                return reply.fault if reply.is_wrong else reply
             if self._started:
                 self._idle.append(worker)
             else:
@@ -206,6 +152,11 @@ class ProcessRunner(Runner):
 
     async def _new_worker(self) -> Worker:
         limit_s = self.caller.config.start_timeout_s
+        if self._elsewhere is not None:
+            with self.caller.until_retired():
+                return await DistantWorker.open(
+                    self._elsewhere, self._spec, self.name, limit_s, self.caller.waits_for_machines
+                )
         try:
             with anyio.fail_after(limit_s):
                 return await Worker.start(self._spec, self.name)

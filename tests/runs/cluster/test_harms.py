@@ -1,0 +1,182 @@
+"""One run, with none, one, two and three workers, and with everything done to them that happens to machines: equal
+weights, every group once, nobody left."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.clusters import LEASE_S, a_cluster, alone, check_same, until
+from tests.support.kills import EVERY, STEPS
+
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="what is left over is looked for in /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run as it goes without workers."""
+    return alone(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers(tmp_path: Path, whole: Path, workers: int) -> None:
+    with a_cluster(tmp_path) as cluster:
+        for number in range(workers):
+            cluster.join("worker" if not number else f"more-{number}")
+        cluster.finish()
+        check_same(cluster.out, whole)
+
+
+def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) -> None:
+    dice, killed, runs = random.Random(7), 0, 0
+    while killed < 20:
+        runs += 1
+        with a_cluster(tmp_path / str(runs)) as cluster:
+            for name in ("worker", "other"):
+                cluster.join(name)
+            while cluster.goes_on:
+                name = dice.choice(("worker", "other"))
+                until(lambda name=name: cluster.at_work(name) or not cluster.goes_on, f"{name} at work")  # type: ignore[misc]
+                time.sleep(dice.random() * 0.5)
+                if cluster.goes_on:
+                    cluster.harm(name)
+                    killed += 1
+                    cluster.join(name)
+            cluster.finish()
+            check_same(cluster.out, whole)
+    assert runs <= 10
+
+
+def test_all_are_killed_and_another_joins(tmp_path: Path, whole: Path) -> None:
+    with a_cluster(tmp_path) as cluster:
+        for name in ("worker", "other"):
+            cluster.join(name)
+        assert cluster.at_step(5)
+        for name in ("worker", "other"):
+            cluster.harm(name)
+        until(lambda: "waiting for a worker" in _activity(cluster), "the run says that it waits")
+        cluster.join("third")
+        cluster.finish()
+        check_same(cluster.out, whole)
+
+
+def _activity(cluster: object) -> str:
+    status = getattr(cluster, "status")()  # noqa: B009
+    return "" if status is None or status.activity is None else status.activity.text
+
+
+def test_the_server_is_killed(tmp_path: Path, whole: Path) -> None:
+    with a_cluster(tmp_path) as cluster:
+        for name in ("worker", "other"):
+            cluster.join(name)
+        for step in (4, 10, 16):
+            if cluster.at_step(step):
+                before = cluster.server()
+                assert before is not None
+                os.kill(before, signal.SIGKILL)
+                until(lambda before=before: cluster.server() not in (None, before), "another server")  # type: ignore[misc]
+        cluster.finish()
+        check_same(cluster.out, whole)
+
+
+def test_the_run_is_killed_and_gone_on_with(tmp_path: Path, whole: Path) -> None:
+    with a_cluster(tmp_path) as cluster:
+        for name in ("worker", "other"):
+            cluster.join(name)
+        for step in (2 * EVERY, 6 * EVERY):
+            assert cluster.at_step(step)
+            cluster.kill_run()
+            until(lambda: cluster.server() is None, "the server ends with the run")
+            cluster.start(resume=True)
+        cluster.finish()
+        check_same(cluster.out, whole)
+
+
+def test_a_worker_that_stands_still_for_long(tmp_path: Path, whole: Path) -> None:
+    with a_cluster(tmp_path) as cluster:
+        for name in ("worker", "other"):
+            cluster.join(name)
+        assert cluster.at_step(3)
+        until(lambda: cluster.at_work("other") or not cluster.goes_on, "at work")
+        cluster.harm("other", signal.SIGSTOP)
+        time.sleep(4 * LEASE_S)
+        cluster.harm("other", signal.SIGCONT)
+        cluster.finish()
+        check_same(cluster.out, whole)
+
+
+def test_one_joins_late(tmp_path: Path, whole: Path) -> None:
+    with a_cluster(tmp_path) as cluster:
+        cluster.join("worker")
+        assert cluster.at_step(STEPS // 2)
+        cluster.join("late")
+        cluster.finish()
+        check_same(cluster.out, whole)
+
+
+def test_a_cable_is_pulled(tmp_path: Path, whole: Path) -> None:
+    with two_hosts() as (here, there, cable), a_cluster(tmp_path, host="10.77.3.1", inside=here) as cluster:
+        cluster.join("worker", inside=there)
+        cluster.join("other", inside=here)
+        assert cluster.at_step(3)
+        until(lambda: cluster.at_work("worker") or not cluster.goes_on, "at work")
+        subprocess.run([*here, "ip", "link", "set", cable, "down"], check=True)
+        time.sleep(15.0)
+        subprocess.run([*here, "ip", "link", "set", cable, "up"], check=True)
+        cluster.finish()
+        check_same(cluster.out, whole)
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
+    """Two network namespaces with a cable between them → commands that run others in each, and the cable's end in the
+    first, which is 10.77.3.1. Skips where that needs rights that are not there."""
+    names = [f"troupe-{side}-{os.getpid()}" for side in "ab"]
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", names[0]], check=False).returncode:
+        pytest.skip("network namespaces need iproute2 and root")
+    try:
+        cable = f"tr{os.getpid() % 100000}"
+        inside = [("ip", "netns", "exec", name) for name in names]
+        for command in (
+            ["ip", "netns", "add", names[1]],
+            [
+                "ip",
+                "link",
+                "add",
+                f"{cable}a",
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"{cable}b",
+                "netns",
+                names[1],
+            ],
+            *([*inside[i], "ip", "addr", "add", f"10.77.3.{i + 1}/24", "dev", f"{cable}{'ab'[i]}"] for i in (0, 1)),
+            *(
+                [*inside[i], "ip", "link", "set", device, "up"]
+                for i in (0, 1)
+                for device in ("lo", f"{cable}{'ab'[i]}")
+            ),
+        ):
+            subprocess.run(command, check=True)
+        yield inside[0], inside[1], f"{cable}a"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
