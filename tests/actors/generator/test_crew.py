@@ -178,7 +178,7 @@ async def test_a_part_that_costs_one_member_after_another_ends_the_run() -> None
 
 async def test_answers_to_turns_go_to_who_asked_and_to_nobody_else() -> None:
     rig, one, other = Rig(), Someone("one"), Someone("other")
-    (part,) = rig.submit(0, 1, 1)
+    (part,) = rig.submit(0, 2, 1)
     turn = TurnTaken(
         prompt=part.prompts[0], sample=0, turn=0, token_ids=(), finish_reason="stop", start=0, room=9, asker=77
     )
@@ -190,9 +190,10 @@ async def test_answers_to_turns_go_to_who_asked_and_to_nobody_else() -> None:
     answer = Observation(gid=part.prompts[0].gid, sample=0, turn=0, ids=(1,), asker=asked.asker)
     await rig.crew.observe(answer)
     assert one.observed == [msgspec.structs.replace(answer, asker=77)]
+    await rig.crew.completed(one, make_group(part.prompts[0]))
     rig.crew.lost(one, "gone")
     await rig.crew.take(other)
-    await rig.crew.turn_taken(other, turn)
+    await rig.crew.turn_taken(other, turn)  # what is decoded together goes on together, whatever was there before
     await rig.crew.observe(answer)
     assert other.observed == [], "what another asked for"
     await rig.crew.observe(msgspec.structs.replace(answer, asker=rig.turns[1].asker))

@@ -25,7 +25,7 @@ from troupe.runtime.roles import Role
 
 pytestmark = [pytest.mark.anyio, pytest.mark.alone, pytest.mark.no_cover]
 SLOW = pytest.mark.slow
-PATIENCE_S = 300.0
+PATIENCE_S = 120.0
 SIZES: dict[str, Any] = {
     "learner__batch_size": 5,
     "schedule__blas_threads": 1,
