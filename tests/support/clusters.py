@@ -65,6 +65,7 @@ class Cluster:
         self._environment = {**os.environ, "COLUMNS": "120", _MARK: self._mark}
         self.run: subprocess.Popen[bytes]
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._joins: dict[str, int] = {}
 
     def start(self, *, resume: bool = False) -> None:
         """Begin the run, or go on with it, and wait until it can be joined."""
@@ -84,6 +85,7 @@ class Cluster:
         ticket = self.out / "join" / f"{name}.toml"
         if not ticket.exists():
             self.invite(name)
+        self._joins[name] = self._told_to_have_joined(name) + 1
         arguments = ["worker", "--join", str(ticket), "--device", device]
         self.workers[name] = self._troupe(name, *arguments, inside=inside)
 
@@ -123,9 +125,16 @@ class Cluster:
         return None if status is None else next((one for one in status.members if one.name == name), None)
 
     def at_work(self, name: str) -> bool:
-        """Whether a worker has parts on lease now."""
+        """Whether a worker, as it was started last, has parts on lease now."""
+        if self._told_to_have_joined(name) < self._joins[name]:
+            return False
         member = self.member(name)
-        return member is not None and bool(member.leases)
+        return member is not None and member.state == "working" and bool(member.leases)
+
+    def _told_to_have_joined(self, name: str) -> int:
+        with suppress(OSError):
+            return (self._folder / f"{name}.log").read_bytes().count(b"joined the run")
+        return 0
 
     @property
     def steps(self) -> int:
