@@ -73,7 +73,8 @@ def write_config(folder: Path, args: argparse.Namespace, name: str, *, lanes: in
     parts = lanes if lanes > 1 else 1
     schedule: dict[str, Any] = {"learner_ranks": ranks, "parts": parts, "rank_timeout_s": args.timeout}
     if not seen_cards():
-        schedule |= {"generator": "thread", "blas_threads": 1, "learner_streams": 1}
+        schedule |= {"blas_threads": 1, "learner_streams": 1}
+        schedule |= {"generator": "process", "generator_processes": ranks} if ranks > 1 else {"generator": "thread"}
     table = {
         "output": str(folder / name),
         "model": {"path": str(folder / "policy")},

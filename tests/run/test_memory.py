@@ -227,14 +227,15 @@ def test_ranks_on_a_processor_share_its_memory_and_on_cards_have_one_each() -> N
     assert "other ranks" not in plan_memory(config, WORK._replace(ranks=2, on_cpu=False)).phases["learn"]
 
 
-def test_processes_of_the_generator_are_spread_over_the_cards() -> None:
+def test_processes_of_the_generator_on_other_cards_take_nothing_here() -> None:
     config = config_of(schedule__generator="process", schedule__generator_processes=3)
     work = WORK._replace(on_cpu=False)
     versions = [
         plan_memory(config, each).phases["generate"]["policy versions of the generator"]
-        for each in (work, work._replace(cards=2), work._replace(cards=3))
+        for each in (work, work._replace(beside=2), work._replace(beside=1))
     ]
     assert versions == [3 * WEIGHTS, 2 * WEIGHTS, WEIGHTS]
+    assert plan_memory(config, work._replace(beside=0)).phases == plan_memory(config_of(), work).phases
 
 
 def test_streams_that_nobody_asked_for_are_given_up_before_a_run_is_refused() -> None:
