@@ -58,7 +58,7 @@ class Rig:
 async def test_a_step_is_decoded_part_by_part() -> None:
     engine = FakeEngine(order=[1, 0])
     rig = Rig(engine, parts=2)
-    prompts = [make_prompt(0, place, round_size=4) for place in range(4)]
+    prompts = [make_prompt(0, place, batch_size=4) for place in range(4)]
     await send_all(rig.prompts, prompts)
     await rig.generator.run()
     assert [[request.key[2] for request in decode] for decode in engine.requests] == [[0, 2], [1, 3]]
