@@ -442,12 +442,13 @@ def test_more_processes_than_prompts_a_step_are_refused(tmp_path: Path, tiny_mod
 def test_parts_that_are_given_place_a_run_alike_whoever_decodes(tmp_path: Path, tiny_model: Path) -> None:
     """What decides bits must not follow from the number of processes then."""
     found = set()
-    for whose in ({"generator": "thread"}, *({"generator": "process", "generator_processes": n} for n in (1, 2, 3))):
-        settings = {f"schedule__{key}": value for key, value in whose.items()}
+    for processes in range(4):
+        generator = "process" if processes else "thread"
+        settings: dict[str, Any] = {"schedule__generator": generator, "schedule__generator_processes": processes or 1}
         config = tiny_config(tiny_model, tmp_path, learner__batch_size=6, schedule__parts=4, **settings)
         placed = prepare(config, [weigh_ids], machine=Machine(on_cpu=True, cores=8, worthwhile=64)).config
         schedule, learner = placed.schedule, placed.learner
-        assert (schedule.parts, schedule.generator) == (4, whose["generator"])
+        assert (schedule.parts, schedule.generator) == (4, generator)
         found.add((schedule.blas_threads, schedule.learner_streams, learner.gradient_accumulation_steps))
     assert found == {(2, 8, 9)}
 
