@@ -49,6 +49,7 @@ _SECTIONS = {
     "checkpoint": "What is kept. See [resuming](resuming.md).",
     "metrics": "Where metrics go. See [metrics](metrics.md).",
     "daemon": "How `troupe daemon` keeps a run alive. See [daemon](daemon.md).",
+    "cluster": "How workers on other machines do a part of the work.",
 }
 
 
@@ -83,10 +84,15 @@ def kind(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(kind(part) for part in get_args(hint) if part is not type(None))
     if origin is tuple:
-        return f"list of {kind(get_args(hint)[0])}"
+        item = get_args(hint)[0]
+        return "list of tables" if _is_struct(item) else f"list of {kind(item)}"
     if origin is dict:
         return "table"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
+
+
+def _is_struct(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, msgspec.Struct)
 
 
 def _bounds(meta: msgspec.Meta) -> str:
@@ -107,15 +113,31 @@ def _default(value: Any) -> str:
     return f"`{value if value != {} else '{}'}`"
 
 
-def _table(struct: type[msgspec.Struct], prefix: str) -> list[str]:
+def _default_of(field: msgspec.structs.FieldInfo) -> str:
+    if field.required:
+        return "required"
+    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    return f"default {_default(default)}"
+
+
+def _tables(struct: type[msgspec.Struct], prefix: str) -> list[str]:
+    """Tables that stand several times within a section, each under a heading."""
+    lines = []
+    for name, hint in get_type_hints(struct).items():
+        if get_origin(hint) is tuple and _is_struct(item := get_args(hint)[0]):
+            lines += ["", f"### [[{prefix}{name}]]", "", *_table(item, f"{prefix}{name}.", rule=f"{prefix}{name}")]
+    return lines
+
+
+def _table(struct: type[msgspec.Struct], prefix: str, rule: str | None = None) -> list[str]:
+    """`rule`: the key whose rule holds for all of them; None: each has its own."""
     hints, texts = get_type_hints(struct, include_extras=True), meanings(struct)
     lines = ["| key | meaning |", "|---|---|"]
     for field in msgspec.structs.fields(struct):
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+        if _is_struct(field.type):
             continue
-        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
         key = f"{prefix}{field.name}"
-        told = [kind(hints[field.name]), f"default {_default(default)}", f"resume: {rule_of(key)}"]
+        told = [kind(hints[field.name]), _default_of(field), f"resume: {rule_of(rule or key)}"]
         cells = ["<br>".join([f"`{key}`", *told]), texts.get(field.name, "")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
@@ -125,8 +147,9 @@ def reference() -> str:
     """The whole page."""
     lines = [_HEAD, _SECTIONS[""], "", *_table(RunConfig, "")]
     for field in msgspec.structs.fields(RunConfig):
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+        if _is_struct(field.type):
             lines += ["", f"## [{field.name}]", "", _SECTIONS[field.name], "", *_table(field.type, f"{field.name}.")]
+            lines += _tables(field.type, f"{field.name}.")
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ LAPTOP = MemberStatus(
     device="MacBook Pro, Apple M2",
 )
 STUDIO = MemberStatus(
-    name="studio", kind="worker", state="silent", leases=("12.0.2",), tokens_per_second=398.0, last_beat_s=12.3
+    name="studio", kind="worker", state="silent", last_beat_s=12.3, detail="nothing was heard of it for 10 s"
 )
 STRANGER = MemberStatus(
     name="old-mini",

@@ -131,7 +131,9 @@ class Cluster:
 
     def server(self) -> int | None:
         """Pid of the message server."""
-        return next((pid for pid, command in self.left() if "nats-server" in command.partition("\0")[0]), None)
+        return next(
+            (pid for pid, command in self.left() if Path(command.partition("\0")[0]).name == "nats-server"), None
+        )
 
     def finish(self) -> None:
         """The run must end well by itself, and its workers with it; nobody is left."""
@@ -142,15 +144,18 @@ class Cluster:
         until(lambda: not self.left(), f"no process left: {self.left()}", 20.0)
 
     def left(self) -> list[tuple[int, str]]:
-        """Pid and command of everything that was started here, by whomever, and lives."""
+        """Pid and command of everything that was started here, by whomever, and lives: what has the mark, or the run's
+        folder on its command line, since the server is given no environment."""
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
             with suppress(OSError):
-                if f"{_MARK}={self._mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append((int(entry.name), (entry / "cmdline").read_bytes().decode(errors="replace")))
-        return [(pid, command) for pid, command in found if command]
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                marked = f"{_MARK}={self._mark}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                if command and (marked or str(self.out) in command):
+                    found.append((int(entry.name), command))
+        return found
 
     def close(self) -> None:
         """End whatever is left."""

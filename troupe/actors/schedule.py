@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from troupe.actors.generator.engines.settings import EngineConfig, check_engines
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import ConfigError, DatasetError, InputError
 from troupe.messages import Prompt, PromptText, Slot
@@ -64,10 +65,23 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as there are
     cores for it if the work is worth it, but 1 where the generator works in the same process meanwhile. On a GPU it is
     always 1. Give 1 where several runs share one process and are to be reproducible: OpenBLAS belongs to all."""
+    learner_ranks: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Processes that learn a batch together, each its share of the `learner.lanes`, a power of two. None: on NVIDIA
+    cards as many as there are cards for them; elsewhere 1."""
+    devices: tuple[str, ...] = ()
+    """Which card does what, as "0:learner,generator": a rank of the learner has a card of its own, processes of the
+    generator take theirs in turn. Empty: where `learner.lanes` is above 1, ranks on the first cards, generators on the
+    others, or on all of them."""
+    rank_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    """Seconds after which a rank that is not heard of, or ranks that all wait for each other, end the run."""
+    engines: tuple[EngineConfig, ...] = ()
+    """External engines that complete prompts in the free schedule: one table `[[schedule.engines]]` each; see
+    docs/engines.md. With `generator` left out they alone do, with "process" one of ours beside them."""
     watchdog_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     """Seconds without movement after which an incident says who waits for what; 0: never."""
 
     def __post_init__(self) -> None:
+        check_engines(self.engines, self.mode, self.generator)
         if self.generator == "thread" and (self.generator_processes or 1) > 1:
             raise ValueError(
                 f"schedule.generator_processes is {self.generator_processes}, but schedule.generator is 'thread'; set "
@@ -78,6 +92,11 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"schedule.learner_streams is {self.learner_streams}, but with max_staleness {self.max_staleness} the "
                 "generator works in a thread beside the learner; set schedule.generator to 'process', or leave one out"
             )
+
+    @property
+    def engines_alone(self) -> bool:
+        """Whether nobody here decodes."""
+        return bool(self.engines) and self.generator == "auto"
 
 
 class PromptSchedule:

@@ -35,6 +35,7 @@ TRAIN_KEYS = {
     "max_steps": "learner.max_steps",
     "seed": "seed",
     "memory_limit": "memory_limit_gb",
+    "serve": "cluster.serve",
 }
 """Parameter of `troupe train` → the key that it sets."""
 _PLAIN_WORDS = {"output", "seed"}

@@ -53,7 +53,7 @@ def control() -> None:
     """Speak with a run."""
 
 
-@control.command(cls=Command, keys={"output": "output", "page": "daemon.page"})
+@control.command(cls=Command, keys={"output": "output", "page": "daemon.page", "serve": "cluster.serve"})
 @click.argument("run_toml", metavar="RUN.toml|OUT_DIR", type=_FOLDER)
 @click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: output in RUN.toml, or OUT_DIR.")
 @click.option("--set", "settings", multiple=True, metavar="section.key=value", help="Any config key; may be repeated.")
@@ -71,6 +71,7 @@ def control() -> None:
     metavar="[PORT]",
     help="Serve a live page on 127.0.0.1, at this port or at one that is free.",
 )
+@click.option("--serve", metavar="HOST:PORT", help="Let workers join, at this address of this machine.")
 @click.option(
     "--print-unit", type=click.Choice(["systemd", "launchd"]), help="Print a unit file for this run; start nothing."
 )
@@ -81,6 +82,7 @@ def daemon(
     settings: tuple[str, ...],
     allow_changes: tuple[str, ...],
     page: str | None,
+    serve: str | None,
     print_unit: str | None,
 ) -> None:
     """Train in the foreground, and go on by itself whatever happens.
@@ -91,6 +93,8 @@ def daemon(
     """
     if page is not None:
         settings = (*settings, f"daemon.page={_port(page)}")
+    if serve is not None:
+        settings = (*settings, f"cluster.serve={serve}")
     order = Order.given(run_toml, output, settings, allow_changes)
     if print_unit is not None:
         tell({"systemd": systemd, "launchd": launchd}[print_unit](order), newline=False)

@@ -73,6 +73,7 @@ _LAST_WORDS_S = 0.5
 @click.option("--max-steps", type=int, help="Stop after so many learner batches.")
 @click.option("--seed", type=int, help="Changes the run.  [default: 0]")
 @click.option("--memory-limit", type=float, metavar="GB", help="Most that the run's arrays may take.")
+@click.option("--serve", metavar="HOST:PORT", help="Let workers join, at this address of this machine.")
 @click.option("--resume", is_flag=True, help="Go on with the run in OUT_DIR from its newest whole checkpoint.")
 @click.option(
     "--allow-change",

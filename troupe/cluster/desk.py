@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, TypeAlias
 
+import anyio
+
 from troupe.cluster.wire import Answer, Ask, Declined, Incomplete, Over, Unknown, Whole, Wrong, decode_ask
 from troupe.messages import Incident
 from troupe.runtime.frames import MessageError, encode
@@ -79,6 +81,10 @@ class Desk:
         """`run`: the run's name in subjects."""
         self.over = False
         """Whether the run has ended: then everybody is told so."""
+        self.told_over: set[str] = set()
+        """Who has been told so."""
+        self.told = anyio.Event()
+        """Set, and made anew, when somebody was."""
         self.offences: Counter[str] = Counter()
         """Worker → what it asked wrongly so far."""
         self.on_put_out: Callable[[str, str], None] = lambda worker, reason: None
@@ -140,6 +146,9 @@ class Desk:
     async def _answer(self, worker: str, asker: _Asker, verb: str, data: bytes) -> Answer:
         ask = decode_ask(data)
         if self.over:
+            self.told_over.add(worker)
+            self.told.set()
+            self.told = anyio.Event()
             return Over()
         handler = self._handlers.get(verb)
         if handler is None:
@@ -150,7 +159,7 @@ class Desk:
         if isinstance(body, Incomplete):
             return body
         answer = await handler(worker, body)
-        return Over() if self.over else Whole(body=answer)
+        return Whole(body=answer)
 
     def _joined(self, asker: _Asker, ask: Ask) -> bytes | Incomplete:
         """The body, once all its pieces are there."""

@@ -10,8 +10,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import anyio
@@ -111,7 +110,6 @@ class Roster:
         self._clock = clock
         self._services: dict[Offer, Service] = {}
         self._workers: dict[str, Worker] = {}
-        self._changed = anyio.Event()
         desk.register("hello", self._hello)
         desk.register("beat", self._beat)
         desk.register("bye", self._bye)
@@ -136,6 +134,10 @@ class Roster:
         """Those who may have such work."""
         return [worker for worker in self._workers.values() if worker.here and offer in worker.offers]
 
+    def everybody_here(self) -> list[Worker]:
+        """Those who may have work of any kind."""
+        return [worker for worker in self._workers.values() if worker.here]
+
     def statuses(self) -> tuple[MemberStatus, ...]:
         """Every worker of this start, by name."""
         return tuple(self._status(self._workers[name]) for name in sorted(self._workers))
@@ -157,12 +159,6 @@ class Roster:
             for worker in list(self._workers.values()):
                 if worker.here and now_s - worker.heard_s > self.lease_s:
                     self._end(worker.name, "silent", f"nothing was heard of it for {self.lease_s:g} s")
-
-    @contextmanager
-    def until_left(self) -> Iterator[Callable[[], bool]]:
-        """Within the body everybody who asks is told that the run has ended; a function: whether all know it."""
-        self._desk.over = True
-        yield lambda: not any(worker.here for worker in self._workers.values())
 
     async def _hello(self, name: str, body: bytes) -> bytes:
         hello = decode_hello(body)
@@ -189,15 +185,12 @@ class Roster:
                 details[offer] = self._services[offer].admit(worker, hello.details.get(offer, b""))
         self._workers[name] = worker
         self._desk.begin(name, worker.session)
-        offers = ", ".join(worker.offers)
-        self.tell("worker_joined", f"worker {name} joined ({offers}; {hello.facts.device or 'device not told'})")
         return encode(Admitted(session=worker.session, state=self.run_state(), lease_s=self.lease_s, details=details))
 
     async def _beat(self, name: str, body: bytes) -> bytes:
         beat, worker = decode_beat(body), self.worker(name)
         worker.heard(beat, self._clock(), time.perf_counter())
         if worker.state in ("silent", "lost"):
-            self.tell("worker_back", f"worker {name} is back; what it had went to others")
             worker.state, worker.detail = "idle", ""
         drop: dict[Offer, tuple[str, ...]] = {}
         details: dict[Offer, bytes] = {}
@@ -224,8 +217,6 @@ class Roster:
                 service.gone(worker, reason)
         if state in ("silent", "lost"):
             self.tell("worker_lost", f"worker {name}: {reason}; what it had goes to others")
-        elif state == "ended":
-            self.tell("worker_left", f"worker {name} has left: {reason}")
 
     def _status(self, worker: Worker) -> MemberStatus:
         return MemberStatus(

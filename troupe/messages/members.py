@@ -7,7 +7,7 @@ import msgspec
 MemberKind: TypeAlias = Literal["process", "worker", "engine", "rank"]
 MemberState: TypeAlias = Literal["starting", "idle", "working", "waiting", "silent", "lost", "refused", "ended"]
 
-_GONE = frozenset({"lost", "refused", "ended"})
+_GONE = frozenset({"silent", "lost", "refused", "ended"})
 
 
 class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):

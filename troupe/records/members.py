@@ -93,14 +93,13 @@ def doing(member: MemberStatus) -> str:
 
 
 def _state(state: MemberState, leases: Sequence[str]) -> str:
-    if state not in ("working", "silent") or not leases:
+    if state != "working" or not leases:
         return state
     more = len(leases) - _MOST_LEASES
-    named = ", ".join(leases[:_MOST_LEASES]) + (f" and {more} more" if more > 0 else "")
-    return f"working on {named}" if state == "working" else f"silent with {named}"
+    return f"working on {', '.join(leases[:_MOST_LEASES])}" + (f" and {more} more" if more > 0 else "")
 
 
 def _silence(member: MemberStatus) -> str:
-    if member.last_beat_s is None or (member.is_here and member.state != "silent" and member.last_beat_s < _QUIET_S):
+    if member.last_beat_s is None or (member.is_here and member.last_beat_s < _QUIET_S):
         return ""
     return f"heard of {words.seconds(member.last_beat_s)} ago"

@@ -1,7 +1,6 @@
 """The whole configuration of a run: one frozen struct a section, read from TOML, checked before any work starts.
 
-Each section's struct lives with the room that it configures; this module joins them, reads files and overrides, and
-says what is wrong with them in the user's words.
+Each section's struct lives with the room that it configures; here they are joined, read, and checked.
 """
 
 import math
@@ -15,6 +14,7 @@ import tomli_w
 
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
+from troupe.cluster.settings import ClusterConfig
 from troupe.dataset import DataConfig, anchored_source
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
@@ -29,6 +29,7 @@ from troupe.run.folder_names import moved_demo_file, policy_folder
 from troupe.run.tables import (
     anchored_environment,
     anchored_reward,
+    anchored_schedule,
     copied,
     lay_over,
     says,
@@ -40,8 +41,6 @@ from troupe.runtime.files import expanded, read_toml
 
 _SOURCES = ("path", "eval_path")
 """Keys of [data] that name prompts."""
-
-
 _WHOLE = {"rank", "rank_pattern", "alpha_pattern"}
 """Keys of [adapter] that stand beside each other, at their defaults, only in a config that was written out whole."""
 
@@ -74,6 +73,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     daemon: DaemonConfig = DaemonConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -228,9 +228,9 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
-    environment = table.get("environment")
-    if isinstance(environment, dict):
-        table["environment"] = anchored_environment(environment, base)
+    for section, anchored in (("environment", anchored_environment), ("schedule", anchored_schedule)):
+        if isinstance(table.get(section), dict):
+            table[section] = anchored(table[section], base)
 
 
 class _Sources(NamedTuple):

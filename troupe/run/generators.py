@@ -6,14 +6,18 @@ from typing import Any
 
 from troupe.actors.generator.acting import ActingConfig, ActingGenerator
 from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.crew import Members
 from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.generator.local import LocalProcesses
 from troupe.actors.generator.remote import RemoteGenerator
 from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
+from troupe.messages import Slot
 from troupe.policy import is_on_cpu
 from troupe.run.acting import sessions_of
+from troupe.run.cluster import Hub
+from troupe.run.engines import engine_members
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.wiring import Wiring
@@ -25,7 +29,10 @@ def _most_at_once(prepared: Prepared) -> int | None:
     return prepared.config.learner.batch_size if prepared.config.schedule.mode == "free" else None
 
 
-def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories) -> Callable[[], Actor]:
+def make_generator(
+    prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories, hub: Hub | None = None
+) -> Callable[[], Actor]:
+    """`hub`: what workers speak to, where the run is served."""
     config, policy = prepared.config, prepared.start.policy
     shared: dict[str, Any] = {
         "board": ledgers.board,
@@ -35,20 +42,12 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
     }
     acting = wiring.acting
     groups = wiring.rollouts if acting is None else acting.sampled
-    if ledgers.files is not None:
-        local = partial(
-            LocalProcesses,
-            _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound),
-            board=ledgers.board,
-            files=ledgers.files,
-            device=ledgers.devices["generator"],
-            report=wiring.reporters["generator"],
-        )
+    if sources := _sources(prepared, wiring, ledgers, hub):
         return partial(
             RemoteGenerator,
             wiring.generator,
             groups,
-            members=lambda: [local()],
+            members=lambda: [source() for source in sources],
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
             **shared,
@@ -78,6 +77,32 @@ def make_generator(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factori
         parts=_parts(config.schedule),
         **shared,
     )
+
+
+def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | None) -> list[Callable[[], Members]]:
+    """The makers of those who decode elsewhere; none where the generator is a thread."""
+    config, device = prepared.config, ledgers.devices["generator"]
+    policy, sources = prepared.start.policy, list[Callable[[], Members]]()
+    if ledgers.files is not None:
+        setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
+        shared: dict[str, Any] = {"board": ledgers.board, "files": ledgers.files, "device": device}
+        if hub is None or config.cluster.local_parts:
+            report, envs = wiring.reporters["generator"], _envs(prepared)
+            sources.append(partial(LocalProcesses, setups, report=report, envs=envs, **shared))
+        if hub is not None:
+            hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=policy, **shared)
+            sources.append(lambda: hub.members)
+    if config.schedule.engines:
+        inputs = prepared.inputs
+        probe_ids = inputs.schedule.prompt(Slot(step=0, place=0)).prompt_ids
+        sources.append(engine_members(config, policy, prepared.folder, inputs.source, probe_ids, device))
+    return sources
+
+
+def _envs(prepared: Prepared) -> list[dict[str, str]]:
+    """What each process of the generator has in its environment besides, where cards are shared out."""
+    processes = prepared.config.schedule.generator_processes or 1
+    return [] if prepared.cards is None else [prepared.cards.of_generator(number) for number in range(processes)]
 
 
 def _parts(schedule: ScheduleConfig) -> int:
@@ -116,7 +141,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
         Setup(
             name=f"generator {number}" if processes > 1 else "generator",
             policy=prepared.start.policy.config,
-            base=_base_source(prepared),
+            base=base_source(prepared),
             generation=config.generation,
             stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
             tokenizer=str(prepared.inputs.source),
@@ -135,7 +160,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
     ]
 
 
-def _base_source(prepared: Prepared) -> BaseSource | None:
+def base_source(prepared: Prepared) -> BaseSource | None:
     """Where a process of the generator reads the base, where an adapter is trained."""
     policy = prepared.start.policy
     if policy.base.adapter is None:

@@ -29,6 +29,7 @@ from troupe.run.acting import (
     make_rewards,
 )
 from troupe.run.config import RunConfig
+from troupe.run.engines import check_engine_inputs
 from troupe.run.resume.check import Resumption
 
 _SHOWN_ROWS = 4
@@ -154,6 +155,7 @@ def _tell_prompts(
     kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
     keeps_unknown = kept == config.data.chat_template_kwargs
     prompt_ids = _tokenized(dataset, policy, config, acting_setup, keeps_unknown=keeps_unknown)
+    check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
     described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
     if held_out is None:
         return _Told(prompt_ids, None, described)

@@ -20,6 +20,7 @@ from troupe.records.sinks.make import make_sinks
 from troupe.records.sinks.sinks import Sinks
 from troupe.records.sinks.thread import SinkThread
 from troupe.records.sinks.trace import TraceWriter
+from troupe.run.cluster import OpenNetwork, open_network
 from troupe.run.config import config_table
 from troupe.run.prepare import Prepared, prepare
 from troupe.runtime.board import Credits, PolicyBoard
@@ -53,6 +54,7 @@ class Factories(msgspec.Struct, frozen=True, kw_only=True):
     writer: Callable[..., CheckpointWriter] = CheckpointWriter
     sinks: Callable[[Prepared], list[Sink]] = sinks_of
     sink_thread: Callable[..., SinkThread] = SinkThread
+    network: OpenNetwork = open_network
 
 
 class Ledgers:

@@ -16,6 +16,7 @@ from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, Phase, Status, Update
 from troupe.policy import Policy, load_policy
 from troupe.run.beside import RequestHandler, Requests, StallWatch, groups_of, watch_folder
+from troupe.run.cluster import Hub
 from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
 from troupe.run.pipeline import Pipeline, members_of
@@ -44,9 +45,11 @@ class LiveRun:
         *,
         ended: anyio.Event,
         began_s: float,
+        hub: Hub | None = None,
     ) -> None:
         """`device`: the thread that held-out rows are answered in, and that the last checkpoint of a run that was
-        stopped is written in. `ended`: set at the end. `began_s`: when the run was begun (`time.perf_counter`)."""
+        stopped is written in. `ended`: set at the end. `began_s`: when the run was begun (`time.perf_counter`).
+        `hub`: what workers speak to, where the run is served."""
         self.result: RunResult | None = None
         self.fault: BaseException | None = None
         """What made the run fail."""
@@ -64,6 +67,9 @@ class LiveRun:
         self._progress = Progress()
         self._stall = StallWatch(pipeline, prepared.live.watchdog_s, lambda: self.phase in ("paused", "held"))
         self._requests = RequestHandler(prepared, pipeline, place, requests, set_watchdog=self._stall.set_limit)
+        self._hub = hub
+        if hub is not None:
+            hub.follow(lambda: "paused" if self.phase in ("paused", "held") else "running")
         self._newest_update = pipeline.wiring.news.listen(1, Update)
 
     def stop(self) -> None:
@@ -159,7 +165,7 @@ class LiveRun:
         )
         pipeline.ledgers.sinks.open()
         try:
-            await _beside(self._work, self._tell_sinks)
+            await _beside(self._work if self._hub is None else self._served, self._tell_sinks)
         finally:
             with self._progress.at("stopping the rewards"):
                 for incident in await rewards.stop():
@@ -176,6 +182,17 @@ class LiveRun:
         self._place.check()
         self.result = self._result()
         write_summary(self.result)
+
+    async def _served(self) -> None:
+        """Work while workers are answered, and let them know that it is done."""
+        hub = self._hub
+        assert hub is not None
+
+        async def work() -> None:
+            await self._work()
+            await hub.say_over()
+
+        await _beside(work, hub.run)
 
     async def _work(self) -> None:
         """All that sinks are told of."""

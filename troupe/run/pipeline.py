@@ -22,7 +22,9 @@ from troupe.messages import Incident, MemberStatus, Settle
 from troupe.policy import Weights
 from troupe.records.standing import Change
 from troupe.rewards import TrainerState
+from troupe.run.cluster import Hub
 from troupe.run.generators import make_generator
+from troupe.run.learning import make_trainer
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.resume.changes import ChangesLog
@@ -62,11 +64,16 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_pipeline(
-    prepared: Prepared, factories: Factories | None = None, *, check_folder: Callable[[], None] = lambda: None
+    prepared: Prepared,
+    factories: Factories | None = None,
+    *,
+    check_folder: Callable[[], None] = lambda: None,
+    hub: Hub | None = None,
 ) -> Pipeline:
     """Open every channel and hand each actor its own. Nothing runs yet.
 
-    `check_folder`: raises FolderGoneError where the run folder is not in its place any more.
+    `check_folder`: raises FolderGoneError where the run folder is not in its place any more. `hub`: what workers speak
+    to, where the run is served.
     """
     factories = Factories() if factories is None else factories
     ledgers = Ledgers(prepared, factories, check_folder)
@@ -78,7 +85,7 @@ def build_pipeline(
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     roles = (
         Role(_prompter(prepared, wiring, ledgers)),
-        Role(make_generator(prepared, wiring, ledgers, factories)),
+        Role(make_generator(prepared, wiring, ledgers, factories, hub)),
         *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
         Role(_scorer(prepared, wiring, ledgers)),
         Role(lambda: learner, restartable=False),
@@ -153,12 +160,7 @@ def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[]
 def _make_learner(
     prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories, check_folder: Callable[[], None]
 ) -> Learner:
-    config, policy, changes, prompts = (
-        prepared.config,
-        prepared.start.policy,
-        ChangesLog(prepared.folder),
-        ledgers.prompts,
-    )
+    config, changes, prompts = prepared.config, ChangesLog(prepared.folder), ledgers.prompts
 
     def keep_rate(step: int, lr: float) -> None:
         check_folder()
@@ -173,20 +175,7 @@ def _make_learner(
             snapshots=wiring.snapshots,
         ),
         device=ledgers.devices["learner"],
-        trainer=factories.trainer(
-            config.learner,
-            policy.config,
-            reward_weights=dict(zip(prepared.inputs.rewards.names, prepared.inputs.rewards.weights, strict=True)),
-            temperature=config.generation.temperature,
-            max_completion_length=config.generation.max_completion_length,
-            pad_id=policy.pad_id,
-            total_steps=prepared.inputs.total_steps,
-            streams=config.schedule.learner_streams or 1,
-            rates=prepared.live.rates,
-            base=policy.base,
-            seed=config.seed,
-            gamma=config.environment.gamma,
-        ),
+        trainer=make_trainer(prepared, factories, wiring.reporters["learner"]),
         state=_starting_state(prepared, ledgers.board),
         board=ledgers.board,
         gathering=gathering_for(

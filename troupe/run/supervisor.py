@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from troupe.messages import (
 from troupe.rewards import Reward
 from troupe.run.acting import Acting
 from troupe.run.beside import Exchange, Requests, Setting
+from troupe.run.cluster import opened
 from troupe.run.config import RunConfig, check_config
 from troupe.run.folder import RunFolder
 from troupe.run.ledgers import Factories
@@ -88,6 +90,7 @@ class Supervisor:
         self._factories = Factories() if factories is None else factories
         self._device = self._factories.device("supervisor")
         self._place: RunFolder | None = None
+        self._network = AsyncExitStack()
         self._live: LiveRun | None = None
         """There when everything is loaded."""
         self._pipeline: Pipeline
@@ -106,17 +109,31 @@ class Supervisor:
                 prepared = await self._device.run(self._prepare, place, on_cancel=stop_making_rows)
             self.config, self.notices, self._prepared = prepared.config, prepared.notices, prepared.without_arrays()
             self.lost = prepared.start.lost
-            self._pipeline = build_pipeline(prepared, self._factories, check_folder=place.check)
+            hub = None
+            if prepared.config.cluster.serve is not None:
+                with self._progress.at("starting the message server"):
+                    network = opened(prepared.config, place.path, self._factories.network)
+                    hub = await self._network.enter_async_context(network)
+                self.notices += hub.notices
+            self._pipeline = build_pipeline(prepared, self._factories, check_folder=place.check, hub=hub)
             live = LiveRun(
-                prepared, self._pipeline, place, self._device, self._outside, ended=self._ended, began_s=began_s
+                prepared,
+                self._pipeline,
+                place,
+                self._device,
+                self._outside,
+                ended=self._ended,
+                began_s=began_s,
+                hub=hub,
             )
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
         except BaseException:
             if self._place is not None:
                 self._place.remove_traces()
-            self._leave()
             with anyio.CancelScope(shield=True):
+                await self._network.aclose()
+                self._leave()
                 await self._device.close()
             raise
         self._live = live
@@ -135,8 +152,9 @@ class Supervisor:
         try:
             await self._tasks.__aexit__(None, None, None)  # the body's error goes on as itself, not in a group
         finally:
-            self._leave()
             with anyio.CancelScope(shield=True):
+                await self._network.aclose()
+                self._leave()
                 for device in (*self._pipeline.ledgers.devices.values(), self._device):
                     await device.close()
             if self._pipeline.ledgers.files is not None:

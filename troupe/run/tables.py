@@ -64,6 +64,27 @@ def anchored_environment(table: Mapping[str, Any], base: Path) -> dict[str, Any]
     return anchored
 
 
+def anchored_schedule(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """A section [schedule] whose names of folders are found from everywhere."""
+    anchored = dict(table)
+    if isinstance(engines := table.get("engines"), list | tuple):
+        anchored["engines"] = [_anchored_engine(engine, base) for engine in engines]
+    return anchored
+
+
+def _anchored_engine(engine: Any, base: Path) -> Any:
+    """Its folder of weights, and its model where that is a folder here; a name that only the server knows stays."""
+    if not isinstance(engine, Mapping):
+        return engine
+    anchored = dict(engine)
+    if isinstance(folder := engine.get("weights_folder"), str):
+        anchored["weights_folder"] = str((base / expanded(folder)).absolute())
+    model = engine.get("model")
+    if isinstance(model, str) and (base / expanded(model)).is_dir():
+        anchored["model"] = str((base / expanded(model)).absolute())
+    return anchored
+
+
 def _anchored_factory(spec: Any, base: Path) -> Any:
     """As `anchored_reward`; of what an adapter takes, also the files that its options name."""
     prefix, colon, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
@@ -103,9 +124,11 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_none(value: Any) -> Any:
-    """A table without what is None, also in its tables; any other value as it is."""
+    """A table without what is None, also in its tables and lists of tables; any other value as it is."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(item) for item in value]
     return value
 
 

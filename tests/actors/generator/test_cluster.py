@@ -89,6 +89,7 @@ class Hub:
             versions=lambda: [0],
             kinship=kinship if pinned else None,
             audits=Audits(audit, judge=self),
+            needs="a worker",
         )
         self.roster.add(self.members)
         self.crew = Crew(self.take_over, board=PolicyBoard(0), report=self.report, pinned=pinned)
@@ -228,7 +229,7 @@ def test_who_is_no_kin_is_refused_with_the_reason() -> None:
         hub.submit(1)
         async with hub.open([worker]):
             await hub.until(lambda: bool(worker.why))
-            assert hub.members.waits
+            assert hub.members.needs == "a worker"
         assert "the bits of their log-probs are not" in worker.why
         assert not hub.got
         assert hub.incidents["worker_refused"] == 1

@@ -244,8 +244,8 @@ def test_workers_have_a_line_that_says_first_how_many_are_at_work(width: int) ->
     assert [text.split() for text in drawn(display, width)[1:]] == [text.split() for text in before[1:]]
     display.add(status(members=CROWD))
     shown = line(display, "workers", width)
-    assert shown.startswith("workers   1 of 3 at work, 610")
+    assert shown.startswith("workers   1 of 2 at work, 212")
     assert cell_len(shown) <= width
     assert len(drawn(display, width)) == len(before) + 1
     if width == 160:
-        assert shown.endswith("1 gone   laptop 212  studio silent 12 s  old-mini refused  judge idle")
+        assert shown.endswith("2 gone   laptop 212  studio silent 12 s  old-mini refused  judge idle")

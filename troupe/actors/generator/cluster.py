@@ -68,16 +68,17 @@ class ClusterMembers:
         kinship: Kinship | None = None,
         audits: Audits | None = None,
         put_whole: Callable[[int], Awaitable[None]] | None = None,
+        needs: str = "",
     ) -> None:
         """`terms`: what every worker is told. `versions`: those that workers can have now. `kinship`: None: anybody may
         generate. `audits`: which parts are decoded twice. `put_whole`: has a version put where workers find it, as a
-        whole."""
+        whole. `needs`: what to say while there is work and nobody for it; empty: others do it."""
         self._roster = roster
         self._limits, self._decode_text = limits, decode_text
         self._terms, self._versions = terms, versions
         self._kinship = kinship
         self._audits = audits or Audits(0.0)
-        self._put_whole = put_whole
+        self._put_whole, self._needs = put_whole, needs
         self._desk = desk
         self._members: dict[str, ClusterWorker] = {}
         self._asked: OrderedDict[int, tuple[Part, set[str]]] = OrderedDict()
@@ -116,10 +117,10 @@ class ClusterMembers:
         """Nothing is to be done: workers are told of the run's end when they ask."""
 
     @property
-    def waits(self) -> bool:
-        """Whether there is work and no worker for it."""
+    def needs(self) -> str:
+        """What must come from outside, where there is work and nobody for it."""
         crew = self._crew
-        return crew is not None and crew.queued > 0 and not self._kin_here()
+        return self._needs if crew is not None and crew.queued and not self._kin_here() else ""
 
     def admit(self, worker: Worker, details: bytes) -> bytes:
         """As of `Service`."""

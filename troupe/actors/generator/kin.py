@@ -13,7 +13,7 @@ from troupe.actors.generator.cluster_wire import KinAnswer, Probe
 from troupe.actors.generator.cluster_worker import frame_of
 from troupe.actors.generator.parts import Part
 from troupe.cluster.wire import Facts
-from troupe.messages import Prompt, Slot
+from troupe.messages import Observation, Prompt, Slot, TurnTaken
 
 ATTEMPT = 1_000_000
 """Of the probe's slots, which no group of the run has."""
@@ -42,7 +42,7 @@ class Kinship:
 
     async def why_not(self, answer: KinAnswer, facts: Facts) -> str | None:
         """Why a worker is no kin, and empty where it is; None: its version cannot be compared any more."""
-        reference = await self._reference(answer.version)
+        reference = await self.prepare(answer.version)
         if reference is None:
             return None
         if answer.token_ids != reference[0]:
@@ -60,7 +60,8 @@ class Kinship:
             'a run with schedule.mode = "free"'
         )
 
-    async def _reference(self, version: int) -> tuple[str, str] | None:
+    async def prepare(self, version: int) -> tuple[str, str] | None:
+        """What the run itself makes of the probe with a version; None where that is gone."""
         async with self._judging:
             if version not in self._references and version in self._versions():
                 try:
@@ -91,6 +92,13 @@ def probe_part(version: int, prompts: Sequence[Sequence[int]], *, max_staleness:
             )
             for place, ids in enumerate(prompts)
         ),
+    )
+
+
+def probe_answer(taken: TurnTaken) -> Observation:
+    """What follows a turn of a probe, where the policy acts: its first one is sampled, and that is all."""
+    return Observation(
+        gid=taken.prompt.gid, sample=taken.sample, turn=taken.turn, done=taken.turn > 0, asker=taken.asker
     )
 
 

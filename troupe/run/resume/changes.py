@@ -71,13 +71,18 @@ RULES: dict[str, Rule] = {
     "learner.max_nonfinite_steps": "free",
     "learner.*": "by name",
     "schedule.mode": "never",
+    "schedule.engines": "free",
     "schedule.generator": "free",
+    "schedule.learner_ranks": "free",  # the lanes decide the bits
+    "schedule.devices": "free",
+    "schedule.rank_timeout_s": "free",
     "schedule.generator_processes": "free",
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",
     "checkpoint.*": "free",
     "metrics.*": "free",
     "daemon.*": "free",
+    "cluster.*": "free",
 }
 """Key → rule; `SECTION.*` is for the keys of a section that are not named themselves."""
 

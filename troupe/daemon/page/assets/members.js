@@ -2,7 +2,7 @@
 "use strict";
 
 const PLURALS = { process: "processes", worker: "workers", engine: "engines", rank: "ranks" };
-const GONE = ["lost", "refused", "ended"];
+const GONE = ["silent", "lost", "refused", "ended"];
 const DOTS = { working: "k-busy", starting: "k-idle", idle: "k-idle", waiting: "k-wait", silent: "k-warn", lost: "k-bad", refused: "k-bad", ended: "k-idle" };
 
 function crowdOf(members) {
@@ -16,13 +16,13 @@ function crowdOf(members) {
 
 function doingOf({ state, leases, detail }) {
   const named = leases.slice(0, 3).join(", ") + (leases.length > 3 ? ` and ${leases.length - 3} more` : "");
-  const text = !leases.length || GONE.includes(state) ? state : state === "silent" ? `silent with ${named}` : state === "working" ? `working on ${named}` : state;
+  const text = state === "working" && leases.length ? `working on ${named}` : state;
   return detail ? `${text}: ${detail}` : text;
 }
 
 function factsOfMember({ version, last_beat_s: beat, device, state, offers }) {
   const facts = version === null || GONE.includes(state) ? [] : [`version ${whole(version)}`];
-  if (beat !== null && (beat >= 5 || state === "silent" || GONE.includes(state))) facts.push(`heard of ${figure(beat, "seconds")} ago`);
+  if (beat !== null && (beat >= 5 || GONE.includes(state))) facts.push(`heard of ${figure(beat, "seconds")} ago`);
   if (offers.join() !== "generate") facts.push(`offers ${offers.join(", ")}`);
   return [...facts, ...(device ? [device] : [])].join(" · ");
 }

@@ -1,0 +1,1 @@
+"""External engines: servers of other programs that complete prompts, in the free schedule."""

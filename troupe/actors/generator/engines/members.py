@@ -1,0 +1,336 @@
+"""EngineMembers: external engines, servers of other programs, as members of a crew; in the free schedule only.
+
+An engine takes prompts while it has room, each completed with the newest weights at that moment, and hands its groups
+over whole. One that is down, or answers what is of no use, gives back what it has and is tried again later; the others
+go on.
+"""
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import count
+
+import anyio
+import msgspec
+
+from troupe.actors.generator.crew import Crew
+from troupe.actors.generator.engines.answers import EngineDownError, EngineRefusedError
+from troupe.actors.generator.engines.dialects import Held
+from troupe.actors.generator.engines.folders import EngineFolders
+from troupe.actors.generator.engines.server import EngineServer
+from troupe.actors.generator.parts import Part
+from troupe.errors import RunError
+from troupe.messages import Incident, MemberState, MemberStatus, Observation, Rollout, RolloutGroup, Span
+from troupe.policy import Weights
+from troupe.runtime.backoff import backoff_s
+from troupe.runtime.device import DeviceThread
+
+_LONGEST_PAUSE_S = 10.0
+_FAREWELL_S = 5.0
+_RECENT_S = 30.0
+_APART = 1.0
+"""Nats by which an engine's log-probs may differ from ours in the mean: other kernels and types make hundredths, four
+bits a weight a few tenths, another model several."""
+
+LogProbs = Callable[[Weights, Sequence[int], Sequence[int]], list[float]]
+"""(weights, prompt, completion) → what the learner's own network says of each token; on the device's thread."""
+
+
+class Engine:
+    """One engine, as the crew knows it."""
+
+    def __init__(self, server: EngineServer) -> None:
+        self.server = server
+        self.name = server.config.name
+        self.state: MemberState = "starting"
+        self.detail = ""
+        self.held: Held | None = None
+        """The newest weights that it has; None: it is not known to have any."""
+        self.users: Counter[int] = Counter()
+        """Prompts under way, by version."""
+        self.changing = anyio.Lock()
+        self.old: list[Held] = []
+        """Weights before these, which something is still asked of."""
+        self.lent: list[int] = []
+        """Versions whose folders it has on loan."""
+        self.is_checked = False
+        """Whether its log-probs were compared since it came."""
+        self.parts: set[str] = set()
+        self.freed, self.left = anyio.Event(), anyio.Event()
+        """A part is over; a prompt is."""
+        self.lanes: set[int] = set()
+        self.failures = 0
+        """In a row, with no group in between."""
+        self.was_ready = False
+        self.heard_s: float | None = None
+        self._made: deque[tuple[float, int]] = deque()
+
+    async def observe(self, observation: Observation) -> None:
+        """Nothing acts here."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the last half minute."""
+        now_s = time.perf_counter()
+        while self._made and self._made[0][0] < now_s - _RECENT_S:
+            self._made.popleft()
+        return sum(tokens for _, tokens in self._made) / _RECENT_S
+
+    def made(self, rollouts: Sequence[Rollout]) -> None:
+        """It has completed a prompt."""
+        self.failures = 0
+        self.heard_s = time.perf_counter()
+        self._made.append((self.heard_s, sum(len(rollout.token_ids) for rollout in rollouts)))
+
+    def take_lane(self) -> int:
+        """The first free one on its track."""
+        lane = next(lane for lane in count() if lane not in self.lanes)
+        self.lanes.add(lane)
+        return lane
+
+    def done_with(self, name: str) -> None:
+        """A part is over, or given back."""
+        self.parts.discard(name)
+        self.freed.set()
+        self.freed = anyio.Event()
+
+    def status(self) -> MemberStatus:
+        """As shown."""
+        return MemberStatus(
+            name=self.name,
+            kind="engine",
+            state=("working" if self.parts else "idle") if self.state == "working" else self.state,
+            leases=tuple(sorted(self.parts)),
+            tokens_per_second=self.tokens_per_second,
+            last_beat_s=None if self.heard_s is None else time.perf_counter() - self.heard_s,
+            version=None if self.held is None else self.held.version,
+            device=f"{self.server.config.kind} at {self.server.config.base_url}",
+            detail=self.detail,
+        )
+
+
+class EngineMembers:
+    """A source of members: the engines that the config names."""
+
+    def __init__(
+        self,
+        servers: Sequence[EngineServer],
+        *,
+        folders: Mapping[str | None, EngineFolders],
+        device: DeviceThread,
+        probe_ids: tuple[int, ...],
+        own_log_probs: LogProbs,
+        first_pause_s: float = 0.5,
+    ) -> None:
+        """`folders`: by `weights_folder`. `device`: the thread that writes weights. `probe_ids`: a prompt of the run.
+        `own_log_probs`: what tells an engine with another model. `first_pause_s`: before an engine that failed is tried
+        again; each further one in a row is twice as long."""
+        self._engines = [Engine(server) for server in servers]
+        self._folders = folders
+        self._device = device
+        self._probe_ids = probe_ids
+        self._own_log_probs = own_log_probs
+        self._first_pause_s = first_pause_s
+
+    async def run(self, crew: Crew) -> None:
+        """Have the engines take prompts. RunError where one cannot be used from the beginning."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                for engine in self._engines:
+                    tasks.start_soon(self._serve, engine, crew)
+        finally:
+            for folders in self._folders.values():
+                folders.close()
+
+    def statuses(self) -> Sequence[MemberStatus]:
+        return [engine.status() for engine in self._engines]
+
+    @property
+    def needs(self) -> str:
+        """What is waited for, where no engine can take prompts."""
+        if any(engine.state in ("working", "ended") for engine in self._engines):
+            return ""
+        engine = self._engines[0]
+        return f"waiting for {engine.name}" + (f": {engine.detail}" if engine.detail else "")
+
+    async def finish(self) -> None:
+        """Have the engines forget what they were given."""
+        for engine in self._engines:
+            engine.state = "ended"
+            with suppress(EngineDownError, EngineRefusedError), anyio.move_on_after(_FAREWELL_S):
+                if engine.held is not None and engine.server.way != "none":
+                    await engine.server.dialect.forget(engine.held)
+
+    async def _serve(self, engine: Engine, crew: Crew) -> None:
+        while True:
+            try:
+                await self._make_ready(engine, crew)
+                await self._work(engine, crew)
+            except (EngineDownError, EngineRefusedError) as error:
+                await self._set_aside(engine, crew, error)
+            await anyio.sleep(backoff_s(engine.failures, self._first_pause_s, _LONGEST_PAUSE_S))
+
+    async def _make_ready(self, engine: Engine, crew: Crew) -> None:
+        """See that it is there, can be used, and has the newest weights."""
+        await engine.server.probe(self._probe_ids)
+        if engine.server.way != "none":
+            await engine.server.dialect.tidy()
+        async with self._using_newest(engine, crew):
+            pass
+        if engine.failures:
+            await self._tell(crew, "engine_back", f"{engine.name} answers again, and takes prompts")
+        engine.state, engine.detail, engine.was_ready = "working", "", True
+        engine.heard_s = time.perf_counter()
+
+    async def _set_aside(self, engine: Engine, crew: Crew, error: EngineDownError | EngineRefusedError) -> None:
+        crew.renew(engine, ())
+        engine.parts.clear()
+        for version in tuple(engine.lent):
+            self._give_back(engine, version)
+        engine.old, engine.held, engine.is_checked = [], None, False
+        is_refused = isinstance(error, EngineRefusedError)
+        engine.state, engine.detail = ("refused" if is_refused else "lost"), str(error)
+        if is_refused and not engine.was_ready:
+            raise RunError(f"{engine.name} cannot be used: {error}")
+        engine.failures += 1
+        if engine.failures == 1:
+            kind = "engine_refused" if is_refused else "engine_lost"
+            had = "what it had goes to others, and " if engine.was_ready else ""
+            message = f"{engine.name}: {error}; {had}it is tried again from time to time"
+            await self._tell(crew, kind, message)
+
+    async def _work(self, engine: Engine, crew: Crew) -> None:
+        """Take prompts and complete them, until one cannot be completed."""
+        failed: list[tuple[Part, EngineDownError | EngineRefusedError]] = []
+        async with anyio.create_task_group() as decodes:
+
+            async def decode(part: Part) -> None:
+                try:
+                    await self._decode(engine, crew, part)
+                except (EngineDownError, EngineRefusedError) as error:
+                    failed.append((part, error))
+                    decodes.cancel_scope.cancel()
+
+            while True:
+                freed = engine.freed
+                if (room := engine.server.config.most - len(engine.parts)) < 1:
+                    await freed.wait()
+                    continue
+                for part in await crew.take(engine, most=room):
+                    engine.parts.add(part.name)
+                    decodes.start_soon(decode, part)
+        if failed:  # else it was cancelled from outside
+            part, error = failed[0]
+            if isinstance(error, EngineRefusedError) or error.of_request:
+                crew.lost(engine, str(error), [part.name])
+            raise error
+
+    async def _decode(self, engine: Engine, crew: Crew, part: Part) -> None:
+        for prompt in part.prompts:
+            async with self._using_newest(engine, crew) as held:
+                with _span(engine, crew, part, prompt.gid):
+                    rollouts = await engine.server.complete(prompt, held)
+            engine.made(rollouts)
+            with anyio.CancelScope(shield=True):  # else a group could be lost that counts as handed over
+                await crew.completed(engine, RolloutGroup(prompt=prompt, rollouts=rollouts))
+        engine.done_with(part.name)
+        await self._forget_old(engine)
+
+    @asynccontextmanager
+    async def _using_newest(self, engine: Engine, crew: Crew) -> AsyncIterator[Held]:
+        """The newest weights, which it then has; they stay there meanwhile."""
+        while engine.held is None or engine.held.version < self._wanted(engine, crew):
+            async with engine.changing:
+                if engine.held is None or engine.held.version < self._wanted(engine, crew):
+                    await self._change(engine, crew)
+        held = engine.held
+        engine.users[held.version] += 1
+        try:
+            yield held
+        finally:
+            engine.users[held.version] -= 1
+            engine.left.set()
+            engine.left = anyio.Event()
+
+    def _wanted(self, engine: Engine, crew: Crew) -> int:
+        return 0 if engine.server.way == "none" else crew.board.version
+
+    async def _change(self, engine: Engine, crew: Crew) -> None:
+        """Give it the newest weights."""
+        server = engine.server
+        replaces = server.dialect.replaces(server.way)
+        while replaces and engine.users.total():
+            await engine.left.wait()
+        version, weights = await crew.board.newer_than(-1)
+        if server.way == "none":
+            if version == 0:  # else nobody has these weights any more
+                await self._check(engine, weights, server.as_begun)
+            engine.held = server.as_begun
+            return
+        folders = self._folders_of(engine)
+        folders.lend(version)
+        engine.lent.append(version)
+        with crew.report.span("write weights"):
+            folder = await self._device.run(folders.write, version, weights)
+        with crew.report.span("load weights"):
+            held = await server.dialect.load(server.way, version, folder)
+            if replaces or not engine.is_checked:
+                await self._check(engine, weights, held)
+        if engine.held is not None:
+            engine.old.append(engine.held)
+        engine.held = held
+        await self._forget_old(engine)
+
+    async def _check(self, engine: Engine, weights: Weights, held: Held) -> None:
+        """EngineRefusedError where it samples from another model."""
+        sampled = await engine.server.sample_some(self._probe_ids, held)
+        own = await self._device.run(self._own_log_probs, weights, self._probe_ids, sampled.token_ids)
+        apart = sum(abs(a - b) for a, b in zip(own, sampled.log_probs, strict=True)) / len(own)
+        if not apart <= _APART:
+            raise EngineRefusedError(
+                f"its log-probs differ from the learner's by {apart:.2g} nats a token (at most {_APART:g} are "
+                "allowed): it has another model, or the weights did not reach it"
+            )
+        engine.is_checked = True
+
+    async def _forget_old(self, engine: Engine) -> None:
+        """Let go of weights that nothing is asked of any more."""
+        for held in [old for old in engine.old if not engine.users[old.version]]:
+            engine.old.remove(held)
+            with suppress(EngineDownError, EngineRefusedError):
+                await engine.server.dialect.forget(held)
+            self._give_back(engine, held.version)
+
+    def _give_back(self, engine: Engine, version: int) -> None:
+        engine.lent.remove(version)
+        self._folders_of(engine).give_back(version)
+
+    def _folders_of(self, engine: Engine) -> EngineFolders:
+        return self._folders[engine.server.config.weights_folder]
+
+    async def _tell(self, crew: Crew, kind: str, message: str) -> None:
+        await crew.report.incident(Incident(actor=crew.report.actor, kind=kind, message=message))
+
+
+@contextmanager
+def _span(engine: Engine, crew: Crew, part: Part, gid: int) -> Iterator[None]:
+    """Time the body on the engine's track."""
+    lane = engine.take_lane()
+    span = Span(
+        actor=crew.report.actor,
+        name="generate",
+        start_s=time.perf_counter(),
+        end_s=math.inf,
+        step=part.step,
+        gid=gid,
+        lane=lane,
+        member=engine.name,
+    )
+    crew.report.forward(span)
+    try:
+        yield
+    finally:
+        engine.lanes.discard(lane)
+        crew.report.forward(msgspec.structs.replace(span, end_s=time.perf_counter()))

@@ -1,0 +1,21 @@
+"""The `[cluster]` section of a configuration."""
+
+from typing import Annotated
+
+import msgspec
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How workers on other machines do a run's work. Nothing here changes what is computed in the pinned schedule."""
+
+    serve: str | None = None
+    """HOST:PORT at which workers find the run: an address of this machine, `0.0.0.0` for all of them; port 0: one that
+    is free. None: no workers."""
+    lease_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 15.0
+    """Seconds after a worker was heard of last, when what it had in hand goes to another."""
+    audit: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    """Share of the parts that a worker has decoded of which a second member, or the run itself, makes the same before
+    they are used; who answers otherwise is put out. In the pinned schedule, and not where the policy acts."""
+    local_parts: bool = True
+    """Whether the generator's processes of this machine decode beside the workers. false: nobody decodes while there is
+    no worker, and the run says that it waits."""

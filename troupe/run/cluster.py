@@ -1,0 +1,221 @@
+"""Hub: the run's side of a cluster: its message server, its desk, the weights that workers read, and who generates.
+
+Opened before the actors are made, so that a first worker's join file lies there before anything waits; it works beside
+them, and ends with the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from troupe.actors.generator.audits import Audits
+from troupe.actors.generator.checks import ResultLimits
+from troupe.actors.generator.cluster import ClusterMembers
+from troupe.actors.generator.cluster_wire import Terms
+from troupe.actors.generator.judge import RunJudge
+from troupe.actors.generator.kin import Kinship, probe_part, probe_prompts
+from troupe.actors.generator.parts import Part
+from troupe.actors.generator.weights_files import WeightsFiles
+from troupe.actors.generator.wire import Setup
+from troupe.cluster.bus import Bus
+from troupe.cluster.desk import Desk
+from troupe.cluster.facts import facts_here
+from troupe.cluster.roster import Roster
+from troupe.cluster.versions import WeightsPublisher
+from troupe.cluster.wire import RunState
+from troupe.messages import Incident
+from troupe.policy import Policy, Weights
+from troupe.run.config import RunConfig
+from troupe.runtime.board import PolicyBoard
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.frames import encode
+from troupe.runtime.reporter import Reporter
+
+JOIN = "join"
+"""In the run folder: what workers join with, for its owner alone."""
+FIRST_JOIN_FILE = Path(JOIN) / "worker.toml"
+SETUP = "setup"
+"""Name of the blob of what a worker's generator is made of."""
+_GOODBYE_S = 6.0
+"""For workers to hear that the run has ended."""
+_MOST_ROWS = 64
+"""Of one episode, as far as its tokens are counted."""
+_PROBE_PROMPTS, _PROBE_TOKENS = 2, 16
+
+
+class Network(msgspec.Struct, frozen=True):
+    """A message server that is there, and the hub's end of it."""
+
+    run: str
+    """The run's id, in subjects."""
+    bus: Bus
+    addresses: tuple[str, ...]
+
+
+OpenNetwork: TypeAlias = Callable[[Path, str, Callable[[str], None]], AbstractAsyncContextManager[Network]]
+"""(the run's `join`, HOST:PORT, who is told in the event loop of what befalls the server) → it, while it is there."""
+
+
+@asynccontextmanager
+async def open_network(join: Path, serve: str, tell: Callable[[str], None]) -> AsyncIterator[Network]:
+    """A nats-server of the run's own, as a child of this process. InputError where that cannot be."""
+    from troupe.cluster.connection import connect  # packages that a run without workers does not need
+    from troupe.cluster.server import serving
+
+    loop = asyncio.get_running_loop()
+
+    def tell_in_loop(line: str) -> None:
+        loop.call_soon_threadsafe(tell, line)
+
+    served = serving(join, serve, tell=tell_in_loop)
+    server = await anyio.to_thread.run_sync(served.__enter__)
+    try:
+        async with connect(server.ticket) as bus:
+            yield Network(server.run, bus, tuple(server.addresses))
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(served.__exit__, None, None, None)
+
+
+class Hub:
+    """What workers speak to. Made within `opened`; `attach` gives it the run's parts, and `run` is its work."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.network: Network
+        self.members: ClusterMembers
+        """Who generates elsewhere."""
+        self.desk: Desk
+        self.roster: Roster
+        self._config, self._folder = config, folder
+        self._report: Reporter | None = None
+        self._untold: list[str] = []
+        self._judge: RunJudge
+        self._publisher: WeightsPublisher
+        self._board: PolicyBoard[Weights]
+        self._state: Callable[[], RunState] = lambda: "running"
+
+    def tell(self, line: str) -> None:
+        """What befalls the message server."""
+        if self._report is None:
+            self._untold.append(line)
+        else:
+            self._report.incident_nowait(Incident(actor=self._report.actor, kind="message_server", message=line))
+
+    def attach(
+        self,
+        *,
+        report: Reporter,
+        setup: Setup,
+        policy: Policy,
+        board: PolicyBoard[Weights],
+        files: WeightsFiles,
+        device: DeviceThread,
+    ) -> None:
+        """Make what workers speak to. `setup`: of a generator's process here, which the judge has. `device`: the thread
+        that reads weights and writes files."""
+        self._report, self._board = report, board
+        for line in self._untold:
+            self.tell(line)
+        cluster, pinned = self._config.cluster, self._config.schedule.mode == "pinned"
+        self.desk = Desk(self.network.run, report)
+        self.roster = Roster(self.desk, report, lease_s=cluster.lease_s, run_state=lambda: self._state())
+        self._publisher = WeightsPublisher(self.network.bus, self.network.run, device)
+        self._publisher.shelve(SETUP, lambda: [encode(_for_workers(setup))])
+        self._judge = RunJudge(msgspec.structs.replace(setup, name="judge"), board=board, files=files, device=device)
+        self.members = ClusterMembers(
+            self.desk,
+            self.roster,
+            limits=_limits(self._config, policy, setup),
+            decode_text=policy.tokenizer.decode_sampled,
+            terms=Terms(setup=SETUP),
+            versions=lambda: self._publisher.there,
+            kinship=self._kinship(setup, policy) if pinned else None,
+            audits=Audits(cluster.audit if pinned else 0.0, seed=self._config.seed, judge=self._judge),
+            put_whole=self._put_whole,
+            needs="" if cluster.local_parts else f"waiting for a worker: troupe worker --join {self._first_join_file}",
+        )
+        self.roster.add(self.members)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know, one line each."""
+        where = ", ".join(self.network.addresses)
+        return (f"workers find this run at {where}: troupe worker --join {self._first_join_file}",)
+
+    @property
+    def _first_join_file(self) -> Path:
+        return self._folder / FIRST_JOIN_FILE
+
+    def follow(self, state: Callable[[], RunState]) -> None:
+        """Tell workers how the run stands."""
+        self._state = state
+
+    async def run(self) -> None:
+        """Answer workers and publish weights, until cancelled."""
+        pinned = self._config.schedule.mode == "pinned"
+        async with self.desk.open(self.network.bus), anyio.create_task_group() as tasks:
+            tasks.start_soon(self.roster.watch)
+            tasks.start_soon(self._judge.run)
+            await self._publisher.follow(self._board, every=pinned)
+
+    async def say_over(self) -> None:
+        """Have workers hear that the run has ended, for as long as that takes them and no longer than a few seconds."""
+        self.desk.over = True
+        with anyio.move_on_after(_GOODBYE_S):
+            while not {worker.name for worker in self.roster.everybody_here()} <= self.desk.told_over:
+                await self.desk.told.wait()
+
+    async def _put_whole(self, version: int) -> None:
+        weights = self._board.kept.get(version)
+        if weights is not None:
+            await self._publisher.full(version, weights)
+
+    def _kinship(self, setup: Setup, policy: Policy) -> Kinship:
+        prompts = probe_prompts(
+            self._config.seed,
+            count=min(_PROBE_PROMPTS, self._config.learner.batch_size),
+            length=_PROBE_TOKENS,
+            vocab_size=policy.config.vocab_size,
+        )
+
+        def part(version: int) -> Part:
+            return probe_part(version, prompts, max_staleness=setup.max_staleness)
+
+        return Kinship(part, self._judge, lambda: self._publisher.there, facts_here())
+
+
+def _for_workers(setup: Setup) -> Setup:
+    """Without what is this machine's alone."""
+    return msgspec.structs.replace(setup, name="worker", limit_gb=None)
+
+
+def _limits(config: RunConfig, policy: Policy, setup: Setup) -> ResultLimits:
+    network, generation, longest = policy.config, config.generation, config.generation.max_completion_length
+    if setup.acts is not None:
+        longest = _MOST_ROWS * setup.acts.limits.max_completion_length
+    return ResultLimits(
+        vocab_size=network.vocab_size,
+        num_generations=generation.num_generations,
+        max_completion_length=longest,
+        context=network.max_position_embeddings,
+        stop_ids=frozenset(setup.stop_ids),
+        has_stop_strings=bool(generation.stop),
+        acts=setup.acts is not None,
+    )
+
+
+@asynccontextmanager
+async def opened(config: RunConfig, folder: Path, network: OpenNetwork = open_network) -> AsyncIterator[Hub]:
+    """The hub of a run that is served, with the message server there and the first worker's join file written."""
+    assert config.cluster.serve is not None
+    hub = Hub(config, folder)
+    async with network(folder / JOIN, config.cluster.serve, hub.tell) as hub.network:
+        yield hub
