@@ -174,7 +174,7 @@ class Connection:
                     self._say(state)
             else:
                 failures += 1
-                pause_s = backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+                pause_s = backoff_s(1 if refusals else failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
                 await asyncio.sleep(_REFUSED_PAUSE_S if self._state == "refused" else pause_s)
                 continue
             try:

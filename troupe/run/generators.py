@@ -66,7 +66,7 @@ def make_generator(
         "decode_text": policy.tokenizer.decode_sampled,
     }
     if acting is not None:
-        acts = acting_config(prepared, _parts(config.schedule))
+        acts = acting_config(prepared)
         return partial(ActingGenerator, wiring.generator, groups, acting.turns, config=acts, **shared)
     return partial(
         Generator,
@@ -111,8 +111,8 @@ def _parts(schedule: ScheduleConfig) -> int:
     return schedule.parts or 1
 
 
-def acting_config(prepared: Prepared, parts: int = 1) -> ActingConfig:
-    """What episodes are sampled with. `parts`: that a generator makes of a round itself."""
+def acting_config(prepared: Prepared) -> ActingConfig:
+    """What episodes are sampled with."""
     config, acting_setup = prepared.config, prepared.inputs.acting_setup
     assert acting_setup is not None
     return ActingConfig(
@@ -124,7 +124,7 @@ def acting_config(prepared: Prepared, parts: int = 1) -> ActingConfig:
             max_turns=acting_setup.rules.max_turns,
         ),
         sessions=sessions_of(config.schedule),
-        parts=parts,
+        parts=_parts(config.schedule),
         most_at_once=_most_at_once(prepared),
     )
 
@@ -150,6 +150,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
             tokenizer_files=prepared.start.policy.companions.files,
             seed=config.seed,
             max_staleness=staleness,
+            parts=_parts(schedule),
             most_at_once=_most_at_once(prepared),
             live=live,
             on_cpu=is_on_cpu(),

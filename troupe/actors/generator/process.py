@@ -109,7 +109,7 @@ class _GeneratorProcess:
         }
         self._generator: Generator | ActingGenerator
         if setup.acts is None:
-            shared |= {"seed": setup.seed, "most_at_once": setup.most_at_once}
+            shared |= {"seed": setup.seed, "most_at_once": setup.most_at_once, "parts": setup.parts}
             self._generator = Generator(inbox, groups, **shared)
         else:
             at_once = setup.live * setup.generation.num_generations
