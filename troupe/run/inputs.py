@@ -10,7 +10,7 @@ import msgspec
 
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.cluster.calls import Calls
-from troupe.dataset import PromptDataset
+from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
@@ -89,10 +89,7 @@ def load_inputs(
     """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
     data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
-    assert data.path is not None
-    first = _SHOWN_ROWS if to_show and not resume else None
-    dataset = PromptDataset.load(data.path, data, first=first)
-    held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
+    dataset, held_out = _rows(data, _SHOWN_ROWS if to_show and not resume else None)
     calls = None if config.cluster.serve is None else Calls()
     world = _load_world(config, acting, calls)
     rewards, config = _rewards(config, given, dataset, held_out, world, calls)
@@ -139,6 +136,13 @@ def load_inputs(
         description="\n".join(prompts.described),
         notices=tuple(notices),
     )
+
+
+def _rows(data: DataConfig, first: int | None) -> tuple[PromptDataset, PromptDataset | None]:
+    """The rows to train on and the held-out ones, or the `first` of each."""
+    assert data.path is not None
+    dataset = PromptDataset.load(data.path, data, first=first)
+    return dataset, PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
 
 
 class _Told(NamedTuple):
