@@ -7,6 +7,7 @@ out its help.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 import click
 
@@ -78,9 +79,18 @@ def _section(name: str, command: click.Command) -> list[str]:
     return lines
 
 
+def _flat(commands: Mapping[str, click.Command]) -> dict[str, click.Command]:
+    """Commands by their whole names; a group's stand for it."""
+    flat: dict[str, click.Command] = {}
+    for name, command in commands.items():
+        parts = command.commands if isinstance(command, click.Group) else {}
+        flat |= {f"{name} {part}": each for part, each in parts.items()} or {name: command}
+    return flat
+
+
 def reference() -> str:
     """The whole page."""
-    commands = troupe.load_all()
+    commands = _flat(troupe.load_all())
     first = ["train", "generate", "eval", "inspect", "doctor"]
     rest = [name for name in commands if name not in first]
     lines = [_HEAD]

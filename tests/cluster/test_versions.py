@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.fake_bus import FakeBroker
+from tests.support.fake_bus import FakeBroker, FakeBus
 from troupe.cluster.blobs import BlobMissingError
-from troupe.cluster.bus import HUB
+from troupe.cluster.bus import HUB, NoAnswer, Why
 from troupe.cluster.deltas import applied, deltas
 from troupe.cluster.version_files import VersionFiles
 from troupe.cluster.versions import WeightsPublisher
@@ -50,6 +50,19 @@ def version(number: int, size: int = 3000) -> Weights:
     return weights
 
 
+class Losing(FakeBus):
+    """A bus of which what is got is lost as often as there are reasons."""
+
+    def __init__(self, broker: FakeBroker, name: str, losses: list[Why]) -> None:
+        super().__init__(broker, name)
+        self._losses = losses
+
+    async def get(self, subject: str) -> bytes | None:
+        if self._losses:
+            raise NoAnswer(subject, self._losses.pop())
+        return await super().get(subject)
+
+
 class Pair:
     """A publisher and a worker's files, on one fake server."""
 
@@ -58,7 +71,8 @@ class Pair:
         self.publisher = WeightsPublisher(self.broker.bus(HUB), "r1", device, full_every=full_every)
         self.known: dict[int, Weights] = {}
         self.asked_full: list[int] = []
-        self.files = VersionFiles(self.broker.bus("w"), "r1", folder, device, damaged=self.damaged)
+        self.losses: list[Why] = []
+        self.files = VersionFiles(Losing(self.broker, "w", self.losses), "r1", folder, device, damaged=self.damaged)
 
     async def publish(self, number: int) -> None:
         self.known[number] = version(number)
@@ -122,6 +136,19 @@ def test_versions_come_as_changes_and_a_late_worker_takes_what_it_needs(tmp_path
         assert names_in(tmp_path) == ["00000004.safetensors", "00000007.safetensors"]
 
     drive(tmp_path, test, full_every=4)
+
+
+def test_a_connection_that_is_lost_for_a_while_ends_no_fetch(tmp_path: Path) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.publish(0)
+        pair.losses += ["lost", "timeout", "lost"]
+        await pair.check(0)
+        assert pair.losses == []
+        pair.losses.append("refused")
+        with pytest.raises(NoAnswer):
+            await pair.files.fetch(1)
+
+    drive(tmp_path, test)
 
 
 def test_what_changes_too_much_or_has_another_shape_comes_whole(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_continuous_integration_runs_exactly_the_readmes_test_command() -> None:
     shown = subprocess.run(
         ["bash", "-c", f'{extract}\nprintf %s "$command"'], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert shown.stdout == "./setup.sh test && .venv/bin/pytest"
+    assert shown.stdout == "./setup.sh test cluster && .venv/bin/pytest"
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *TOGETHER])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import anyio
+import msgspec
 
 from tests.support.extras import extra
 from troupe.cluster.bus import asked_subjects, asker_of
 from troupe.cluster.connection import Connection, connect
+from troupe.cluster.keys import server_name
 from troupe.cluster.server import MessageServer, serving
 from troupe.cluster.ticket import Ticket, read_ticket
 
@@ -62,3 +67,75 @@ async def echoing(hub: Connection, run: str) -> AsyncIterator[list[str]]:
 
     async with hub.serve(asked_subjects(run), answer):
         yield asked
+
+
+class Raw:
+    """Somebody who speaks to a server byte by byte, as an intruder would."""
+
+    def __init__(self, address: str, run: str, ca: str | None, tls: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
+        """`ca` None: believes any server."""
+        host, _, port = address.rpartition(":")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.maximum_version = tls
+        if ca is None:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        else:
+            context.load_verify_locations(cadata=ca)
+        plain = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+        try:
+            self._socket = context.wrap_socket(plain, server_hostname=server_name(run))
+        except BaseException:
+            plain.close()
+            raise
+        self._buffer = b""
+        self.info = msgspec.json.decode(self.line().removeprefix(b"INFO "))
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.close()
+
+    def send(self, data: bytes) -> None:
+        """Send it; that the server has closed meanwhile is not seen here."""
+        with suppress(OSError):
+            self._socket.sendall(data)
+
+    def line(self) -> bytes:
+        """The server's next line; empty where it has closed."""
+        while b"\r\n" not in self._buffer:
+            try:
+                got = self._socket.recv(65536)
+            except TimeoutError:
+                raise
+            except OSError:
+                got = b""
+            if not got:
+                return b""
+            self._buffer += got
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        return line
+
+    def join(self, seed: str | None, **more: object) -> bytes:
+        """Say who this is → what the server answers to a ping: PONG, or an error."""
+        said: dict[str, object] = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
+        if seed is not None:
+            pair = extra("nkeys").from_seed(bytearray(seed.encode()))
+            signed = pair.sign(self.info["nonce"].encode())
+            said |= {"nkey": pair.public_key.decode(), "sig": base64.b64encode(signed).decode()}
+        self.send(b"CONNECT " + msgspec.json.encode(said | more) + b"\r\nPING\r\n")
+        return self.line()
+
+    def told(self, *frames: bytes) -> list[bytes]:
+        """Send frames, then a ping → what the server says to them before it answers that, or closes."""
+        self.send(b"".join(frames) + b"PING\r\n")
+        said = []
+        while (line := self.line()) and line != b"PONG":
+            said.append(line)
+        return said
+
+
+def published(subject: str, data: bytes = b"x", reply: str = "") -> bytes:
+    """The frame that publishes."""
+    return f"PUB {subject} {reply} {len(data)}\r\n".encode() + data + b"\r\n"

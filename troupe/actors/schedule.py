@@ -65,6 +65,15 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     at least as many are made where `gradient_accumulation_steps` is not given. None: on a CPU as many as there are
     cores for it if the work is worth it, but 1 where the generator works in the same process meanwhile. On a GPU it is
     always 1. Give 1 where several runs share one process and are to be reproducible: OpenBLAS belongs to all."""
+    learner_ranks: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Processes that learn a batch together, each its share of the `learner.lanes`, a power of two. None: on NVIDIA
+    cards as many as there are cards for them; elsewhere 1."""
+    devices: tuple[str, ...] = ()
+    """Which card does what, as "0:learner,generator": a rank of the learner has a card of its own, processes of the
+    generator take theirs in turn. Empty: where `learner.lanes` is above 1, ranks on the first cards, generators on the
+    others, or on all of them."""
+    rank_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    """Seconds after which a rank that is not heard of, or ranks that all wait for each other, end the run."""
     engines: tuple[EngineConfig, ...] = ()
     """External engines that complete prompts in the free schedule: one table `[[schedule.engines]]` each; see
     docs/engines.md. With `generator` left out they alone do, with "process" one of ours beside them."""

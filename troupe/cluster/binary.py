@@ -27,9 +27,10 @@ _PACKAGED = {
 run."""
 
 
-def find_server() -> Path:
-    """The program, of a version that serves. InputError: there is none, and how to get one."""
-    packaged, refused = Path(sysconfig.get_path("scripts")) / PROGRAM, ""
+def find_server(packaged: Path | None = None) -> Path:
+    """The program, of a version that serves; `packaged`: where the package puts its own. InputError: there is none, and
+    how to get one."""
+    packaged, refused = packaged or Path(sysconfig.get_path("scripts")) / PROGRAM, ""
     for found in filter(None, (shutil.which(PROGRAM), str(packaged))):
         file = Path(found)
         if not file.is_file():

@@ -133,7 +133,7 @@ async def drop_blob(bus: Bus, subject: str) -> None:
 
 async def head_of(bus: Bus, subject: str) -> BlobHead:
     """What a blob is. BlobMissingError where it is not there; MessageError where its head is none."""
-    data = await _got(bus, f"{subject}.head")
+    data = await get_stored(bus, f"{subject}.head")
     if data is None:
         raise BlobMissingError(subject)
     head = _decode_head(data)
@@ -203,7 +203,7 @@ class _Chunk:
 
     async def _fetched(self) -> bytes:
         for nth in range(1, _TRIES + 1):
-            data = await _got(self._bus, self._subject)
+            data = await get_stored(self._bus, self._subject)
             if data is None:
                 raise BlobMissingError(self._subject)
             if await aside(_sum, data) == self._sum:
@@ -212,7 +212,7 @@ class _Chunk:
         raise RunError(f"{self._subject}: came damaged {_TRIES} times; what was put there is not what its head says")
 
 
-async def _got(bus: Bus, subject: str) -> bytes | None:
+async def get_stored(bus: Bus, subject: str) -> bytes | None:
     """What is stored, however long the connection is lost meanwhile. NoAnswer where this end is not let in."""
     nth = 0
     while True:

@@ -23,6 +23,7 @@ Subscription: TypeAlias = Any
 
 DIAL_S = 8.0
 _FLUSH_S = 10
+_LEAVE_S = 0.3
 _PING_S, _PINGS = 5, 2
 """A server that answers so many pings not is gone; a cable may be pulled without a word."""
 _PENDING_BYTES = 16 * 1024 * 1024
@@ -96,7 +97,7 @@ class Dialed:
         """End it, and what is being asked."""
         self._end("closed")
         with suppress(Exception):
-            await asyncio.wait_for(self._client.close(), 1.0)
+            await asyncio.wait_for(self._client.close(), _LEAVE_S)
 
     def _end(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -158,7 +159,7 @@ async def dial(address: str, ticket: Ticket, tls: ssl.SSLContext) -> Dialed | tu
             await dialed.listen()
     except failures as error:
         with suppress(Exception):
-            await asyncio.wait_for(client.close(), 1.0)
+            await asyncio.wait_for(client.close(), _LEAVE_S)
         return _failed(error), f"{address}: {told[-1] if isinstance(error, TimeoutError) and told else _worded(error)}"
     return dialed
 

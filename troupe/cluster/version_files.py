@@ -5,7 +5,7 @@ from pathlib import Path
 
 import anyio
 
-from troupe.cluster.blobs import BlobHead, BlobMissingError, Sums, aside, get_blob, in_chunks
+from troupe.cluster.blobs import BlobHead, BlobMissingError, Sums, aside, get_blob, get_stored, in_chunks
 from troupe.cluster.bus import Bus
 from troupe.cluster.deltas import applied
 from troupe.cluster.versions import VersionHead, decode_version_head, version_subject
@@ -61,7 +61,7 @@ class VersionFiles:
 
     async def _head(self, version: int) -> VersionHead:
         subject = version_subject(self._run, version, "head")
-        data = await self._bus.get(subject)
+        data = await get_stored(self._bus, subject)
         if data is None:
             raise BlobMissingError(subject)
         head = decode_version_head(data)

@@ -109,13 +109,19 @@ class WeightsPublisher:
         """Publish what is on the board until cancelled: every version that it keeps (`every`), or always the newest
         that there is when the one before is done."""
         while True:
+            seen = board.version
             try:
                 await self._catch_up(board, every=every)
             except NoAnswer:
                 await anyio.sleep(_LOOK_S)
                 continue
             with anyio.move_on_after(_LOOK_S):
-                await board.newer_than(board.version)
+                await board.newer_than(seen)
+
+    async def until_there(self, version: int) -> None:
+        """Wait until workers can have a version, or a newer one."""
+        while self.newest < version:
+            await self._published.wait()
 
     async def tell_newest(self, worker: str, body: bytes) -> bytes:
         """The handler of the verb `newest`."""

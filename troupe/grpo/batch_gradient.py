@@ -13,10 +13,12 @@ from troupe.grpo.batch import Batch, micro_batches
 from troupe.grpo.choices import Places, chosen_tokens, draws, known_log_probs
 from troupe.grpo.comparisons import entropy_threshold, high_entropy_mask, sampler_correction
 from troupe.grpo.config import LearnerConfig
+from troupe.grpo.lanes import Lanes, in_lanes
 from troupe.grpo.log_probs import PolicyLogProbs
 from troupe.grpo.loss import batch_normalizer, has_entropy_bonus, loss_and_tallies, routing_tallies, sampler_tallies
 from troupe.grpo.objectives import OBJECTIVES
-from troupe.grpo.tallies import Tallies, averages, merge
+from troupe.grpo.ranks import OneRank, Ranks
+from troupe.grpo.tallies import Tallies, averages
 from troupe.policy.gradient.backward import side_by_side
 from troupe.policy.gradient.parts import Gradients
 from troupe.policy.network.routes import Routes
@@ -39,7 +41,8 @@ class _MicroBatch(NamedTuple):
 class BatchGradient:
     """The gradient of a batch, once for each of its passes.
 
-    What the passes share is computed first: old and reference log-probs, the normalizer, the entropy threshold.
+    What the passes share is computed first: old and reference log-probs, the normalizer, the entropy threshold. Where
+    several ranks learn, each computes what belongs to its lanes, and all come to the same gradient.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class BatchGradient:
         max_completion_length: int | None,
         streams: Sequence[mx.Stream],
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         """`weights`: those of the old log-probs. The other arguments are those of `train_on_batch`."""
         self._log_probs = log_probs
@@ -64,11 +68,13 @@ class BatchGradient:
         if self._choice is not None and batch.keys is None:
             batch = replace(batch, keys=tuple((row, row) for row in range(batch.num_rows)))
         self._micros: list[_MicroBatch] = []
-        parts = micro_batches(batch.with_shares(), config.gradient_accumulation_steps or 1, max_completion_length)
+        number = in_lanes(config.gradient_accumulation_steps or 1, config.lanes)
+        parts = micro_batches(batch.with_shares(), number, max_completion_length)
+        self._lanes = Lanes(parts, config.lanes, OneRank() if ranks is None else ranks)
         keeps_old = config.num_iterations > 1 or log_probs.has_dropout
         some_entropies = config.top_entropy_quantile < 1.0
         entropies = []
-        for part in parts:
+        for part in self._lanes.own:
             old = ref = None
             if keeps_old or (some_entropies and len(parts) > 1):
                 old, part_entropies = log_probs(weights, part, **self._routes(part))
@@ -82,7 +88,8 @@ class BatchGradient:
         self._entropy_threshold = entropy_tokens = None
         if some_entropies and entropies:
             masks = mx.concatenate([part.completion_mask.reshape(-1) for part in parts])
-            flat = mx.concatenate([part_entropies.reshape(-1) for part_entropies in entropies])
+            everywhere = self._lanes.everywhere(entropies)
+            flat = mx.concatenate([part_entropies.reshape(-1) for part_entropies in everywhere])
             self._entropy_threshold = entropy_threshold(flat, masks, config.top_entropy_quantile)
             entropy_tokens = mx.sum(high_entropy_mask(flat, masks, self._entropy_threshold))
         self._normalizer = batch_normalizer(
@@ -96,47 +103,47 @@ class BatchGradient:
     def at(self, weights: Weights, entropy_coef: float, pass_number: int) -> tuple[Gradients, Tallies]:
         """The gradient by `weights`, and `loss` and metrics, each (); as many micro-batches at a time as there are
         streams. `entropy_coef`: the weight of the entropy bonus in force. `pass_number`: from 0."""
-        total: Gradients = {}
+        sums = self._lanes.sums()
         values: list[tuple[mx.array, Tallies]] = []
-        lanes = max(1, len(self._streams))
+        at_once = max(1, len(self._streams))
         micros = self._chosen(weights, pass_number)
-        for first in range(0, len(micros), lanes):
+        for first in range(0, len(micros), at_once):
             works = []
-            for micro in micros[first : first + lanes]:
+            for micro in micros[first : first + at_once]:
                 batch, routes = replace(micro.batch, pass_number=pass_number), self._routes(micro.batch, balances=True)
                 loss = partial(self._loss, micro, entropy_coef, routes.get("routes"))
                 works.append(self._log_probs.gradients(weights, batch, loss, **routes))
             for portion in side_by_side(works, self._streams, values):
-                for name in list(portion) if len(self._micros) > 1 else ():
-                    # sums of low-precision gradients are kept in float32; popped, a sum takes the memory of the last
-                    grad = portion.pop(name).astype(mx.float32)
-                    portion[name] = total.pop(name) + grad if name in total else grad
-                    del grad
-                mx.async_eval(portion)  # type: ignore[no-untyped-call]
-                total |= portion
-            mx.eval(total, values)
-        total_loss = mx.sum(mx.stack([loss for loss, _ in values]))
-        return total, {"loss": total_loss, **averages(merge([tallies for _, tallies in values]))}
+                mx.async_eval(sums.add(portion))  # type: ignore[no-untyped-call]
+            mx.eval(sums.arrays, values)
+        loss_of_all, tallies = self._lanes.merged(values)
+        return self._lanes.total(sums), {"loss": loss_of_all, **averages(tallies)}
 
     def _chosen(self, weights: Weights, pass_number: int) -> list[_MicroBatch]:
         """The micro-batches with what the loss type chooses of the whole batch by these weights, or what it is drawn by
         where one micro-batch is the whole, whose own log-probs then do."""
         if self._choice is None:
             return self._micros
-        drawn = [self._draws(micro.batch, pass_number) for micro in self._micros]
-        if len(self._micros) == 1 and not self._log_probs.has_dropout:
-            return [self._micros[0]._replace(drawn=drawn[0])]
-        parts = []
-        for micro, numbers in zip(self._micros, drawn, strict=True):
+        lanes, micros = self._lanes, self._micros
+        drawn = [self._draws(part, pass_number) for part in lanes.parts]
+        if len(lanes.parts) == 1 and not self._log_probs.has_dropout:
+            return [micros[0]._replace(drawn=drawn[0])]
+        now: list[mx.array] = []
+        for micro in micros:
             new = micro.old
             if pass_number > 0 or new is None:
                 new, _ = self._log_probs(weights, micro.batch, **self._routes(micro.batch))
-            old = new if micro.old is None else micro.old
-            sampling = known_log_probs(micro.batch.sampling_log_probs, old)
-            parts.append(Places.of(new, old, sampling, micro.batch.advantages, micro.batch.completion_mask, numbers))
-            mx.eval(parts[-1])
-        chosen = chosen_tokens(self._choice, parts, self._config)
-        return [micro._replace(chosen=taken) for micro, taken in zip(self._micros, chosen, strict=True)]
+            mx.eval(new)
+            now.append(new)
+        before = [new if micro.old is None else micro.old for micro, new in zip(micros, now, strict=True)]
+        places = []
+        columns = lanes.parts, lanes.everywhere(now), lanes.everywhere(before), drawn
+        for part, new, old, numbers in zip(*columns, strict=True):
+            sampling = known_log_probs(part.sampling_log_probs, old)
+            places.append(Places.of(new, old, sampling, part.advantages, part.completion_mask, numbers))
+            mx.eval(places[-1])
+        chosen = chosen_tokens(self._choice, places, self._config)
+        return [micro._replace(chosen=chosen[number]) for micro, number in zip(micros, lanes.numbers, strict=True)]
 
     def _draws(self, batch: Batch, pass_number: int) -> mx.array:
         assert batch.keys is not None

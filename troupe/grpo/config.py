@@ -172,6 +172,9 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     gradient_accumulation_steps: AtLeastOne | None = None
     """Micro-batches that a batch is *split* into (TRL multiplies); lower peak memory, the same gradient. None: one,
     or as many as a run's memory limit asks for."""
+    lanes: AtLeastOne = 1
+    """Shares of a batch whose gradients are summed apart and then added as a binary tree, a power of two: as many
+    ranks may learn together, and their number changes no bit (see `troupe.grpo.lanes`)."""
     gradient_checkpointing: bool | None = None
     """Compute the inside of layers again for the gradient instead of keeping it: less memory, more work, the same
     gradient. None: no, unless a run's memory limit asks for it."""
@@ -230,6 +233,8 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lanes & (self.lanes - 1):
+            raise ValueError(f"lanes is {self.lanes}, but lanes are added as a binary tree; give a power of two")
         checked_scale(self.advantage, self.scale_rewards)
         checked_aggregation(self.advantage, self.multi_objective_aggregation)
         if self.loss_type == "rloo" and self.turn_advantages != "off":

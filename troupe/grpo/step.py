@@ -19,6 +19,7 @@ from troupe.grpo.config import LearnerConfig
 from troupe.grpo.log_probs import DifferentiatedByMlx, PolicyLogProbs
 from troupe.grpo.loss import EntropyControl, entropy_control, has_entropy_bonus
 from troupe.grpo.optimizer import OptimizerState, adamw_update_in_place, clip_scale, global_norm
+from troupe.grpo.ranks import Ranks, check_alike
 from troupe.policy.network.tensors import Weights
 
 
@@ -48,6 +49,7 @@ def train_on_batch(
     on_part: Callable[[str], None] = lambda name: None,
     streams: Sequence[mx.Stream] = (),
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> StepResult:
     """Trains on one batch. `state` is used up: it is empty afterwards, and the result has the new one.
 
@@ -58,8 +60,9 @@ def train_on_batch(
     An update whose loss or gradient norm is not finite is skipped, and with it the passes left. `on_part` is called
     when what comes before the passes (`prepare`) and each of them (`pass`) has been computed. With `streams` as many
     micro-batches are differentiated at a time, each on one of them, which is for processors with several cores; it
-    changes no bit. `seed`: of the run, for what a loss type draws at random. Raises `ValueError` for an argument that
-    is missing, or a learning rate outside [0, 1].
+    changes no bit. `seed`: of the run, for what a loss type draws at random. `ranks`: the processes that do the same
+    with the same arguments at the same time, each with its share of the lanes; None: this one does all. Raises
+    `ValueError` for an argument that is missing or a learning rate outside [0, 1], `RunError` where ranks differ.
     """
     rates = _checked_rates(lr, config, ref_weights)
     gradient = BatchGradient(
@@ -71,30 +74,28 @@ def train_on_batch(
         max_completion_length=max_completion_length,
         streams=streams,
         seed=seed,
+        ranks=ranks,
     )
     on_part("prepare")
-
-    control = entropy_control(state, config)
+    control, adamw = entropy_control(state, config), _adamw_settings(config)
     new_weights, new_state = dict(weights), dict(state)
     state.clear()
-    adamw = _adamw_settings(config)
     passes: list[dict[str, float]] = []
     updated = True
     for pass_number, rate in enumerate(rates):
         grads, values = gradient.at(new_weights, control.in_force(config), pass_number)
-        norm = global_norm(grads)
-        values["grad_norm"] = norm
+        values["grad_norm"] = norm = global_norm(grads)
         passes.append(numbers := _numbers(values))
-        if not (updated := math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+        if not (updated := all(math.isfinite(numbers[name]) for name in ("loss", "grad_norm"))):
             break
         scale = clip_scale(norm, config.max_grad_norm)
         adamw_update_in_place(new_weights, grads, new_state, lr=rate, grad_scale=scale, **adamw)
         control = control.after_update(numbers.get("controlled_entropy", math.inf), config)
         new_state |= control.as_state(config)
         on_part("pass")
-    summary = _summary(passes, control, config)
-    summary |= {"learning_rate": rates[len(passes) - 1], "nonfinite": float(not updated)}
-    return StepResult(weights=new_weights, optimizer_state=new_state, metrics=summary, updated=updated)
+    check_alike(ranks, new_weights)
+    metrics = _summary(passes, rates, control, config, updated=updated)
+    return StepResult(weights=new_weights, optimizer_state=new_state, metrics=metrics, updated=updated)
 
 
 def _numbers(values: Mapping[str, mx.array]) -> dict[str, float]:
@@ -122,7 +123,14 @@ def _checked_rates(lr: float | Sequence[float], config: LearnerConfig, ref_weigh
     return rates
 
 
-def _summary(passes: Sequence[Mapping[str, float]], control: EntropyControl, config: LearnerConfig) -> dict[str, float]:
+def _summary(
+    passes: Sequence[Mapping[str, float]],
+    rates: Sequence[float],
+    control: EntropyControl,
+    config: LearnerConfig,
+    *,
+    updated: bool,
+) -> dict[str, float]:
     """The mean over the passes, or their extreme under a name that ends in "min" or "max"; and where the entropy bonus
     is left by them."""
     summary = {"entropy_coef": control.coef} if has_entropy_bonus(config) else {}
@@ -134,7 +142,7 @@ def _summary(passes: Sequence[Mapping[str, float]], control: EntropyControl, con
             summary[name] = max(column)
         else:
             summary[name] = math.fsum(column) / len(column)
-    return summary
+    return {**summary, "learning_rate": rates[len(passes) - 1], "nonfinite": float(not updated)}
 
 
 def _with_gradient(

@@ -183,3 +183,5 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Pid of the process that did it, on whatever machine; None: the run's own process."""
     member: str = ""
     """Name of the member (`MemberStatus.name`) that did it; empty where it has none."""
+    part: str = ""
+    """Name of the part of a step that it belongs to, where it belongs to one."""

@@ -72,7 +72,7 @@ GRPO_CONFIG = (
     _same("learner", "sapo_temperature_pos", "sapo_temperature_neg"),
     _same("learner", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     _same("learner", "off_policy_mask_threshold", "use_bias_correction_kl"),
-    _same("learner", "vllm_importance_sampling_correction", note="for older weights of Troupe's own generator"),
+    _same("learner", "vllm_importance_sampling_correction", note="for older weights, and for engines"),
     _same("learner", "vllm_importance_sampling_mode"),
     _same("learner", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
     _a("vllm_importance_sampling_cap", "learner.vllm_importance_sampling_clip_max"),
@@ -171,7 +171,11 @@ ADAPTERS = (
 )
 
 ABSENT = (
-    _a("use_vllm vllm_… use_transformers_… transformers_… cache_implementation", "", "Troupe generates itself"),
+    _a(
+        "use_vllm vllm_… use_transformers_… transformers_… cache_implementation",
+        "",
+        "Troupe generates itself; in `free`, [external engines](engines.md) may, too",
+    ),
     _a(
         "steps_per_generation generation_batch_size",
         "",

@@ -141,6 +141,7 @@ class Hub:
             kinship=self._kinship(setup, policy) if pinned else None,
             audits=Audits(cluster.audit if pinned else 0.0, seed=self._config.seed, judge=self._judge),
             put_whole=self._put_whole,
+            until_there=self._publisher.until_there,
             needs="" if cluster.local_parts else f"waiting for a worker: troupe worker --join {self._first_join_file}",
         )
         self.roster.add(self.members)

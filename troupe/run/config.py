@@ -41,8 +41,6 @@ from troupe.runtime.files import expanded, read_toml
 
 _SOURCES = ("path", "eval_path")
 """Keys of [data] that name prompts."""
-
-
 _WHOLE = {"rank", "rank_pattern", "alpha_pattern"}
 """Keys of [adapter] that stand beside each other, at their defaults, only in a config that was written out whole."""
 

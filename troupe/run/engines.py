@@ -143,6 +143,7 @@ def engine_members(
         device=device,
         probe_ids=probe_ids,
         own_log_probs=_own_log_probs(config, bare),
+        alone=config.schedule.engines_alone,
     )
 
 

@@ -66,7 +66,7 @@ def make_generator(
         "decode_text": policy.tokenizer.decode_sampled,
     }
     if acting is not None:
-        acts = acting_config(prepared, _parts(config.schedule))
+        acts = acting_config(prepared)
         return partial(ActingGenerator, wiring.generator, groups, acting.turns, config=acts, **shared)
     return partial(
         Generator,
@@ -87,7 +87,8 @@ def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | No
         setups = _setups(prepared, ledgers.board.max_staleness, live=wiring.prompts.stats().bound)
         shared: dict[str, Any] = {"board": ledgers.board, "files": ledgers.files, "device": device}
         if hub is None or config.cluster.local_parts:
-            sources.append(partial(LocalProcesses, setups, report=wiring.reporters["generator"], **shared))
+            report, envs = wiring.reporters["generator"], _envs(prepared)
+            sources.append(partial(LocalProcesses, setups, report=report, envs=envs, **shared))
         if hub is not None:
             hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=policy, **shared)
             sources.append(lambda: hub.members)
@@ -98,12 +99,18 @@ def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | No
     return sources
 
 
+def _envs(prepared: Prepared) -> list[dict[str, str]]:
+    """What each process of the generator has in its environment besides, where cards are shared out."""
+    processes = prepared.config.schedule.generator_processes or 1
+    return [] if prepared.cards is None else [prepared.cards.of_generator(number) for number in range(processes)]
+
+
 def _parts(schedule: ScheduleConfig) -> int:
     return schedule.parts or 1
 
 
-def acting_config(prepared: Prepared, parts: int = 1) -> ActingConfig:
-    """What episodes are sampled with. `parts`: that a generator makes of a round itself."""
+def acting_config(prepared: Prepared) -> ActingConfig:
+    """What episodes are sampled with."""
     config, acting_setup = prepared.config, prepared.inputs.acting_setup
     assert acting_setup is not None
     return ActingConfig(
@@ -115,7 +122,7 @@ def acting_config(prepared: Prepared, parts: int = 1) -> ActingConfig:
             max_turns=acting_setup.rules.max_turns,
         ),
         sessions=sessions_of(config.schedule),
-        parts=parts,
+        parts=_parts(config.schedule),
         most_at_once=_most_at_once(prepared),
     )
 
@@ -134,13 +141,14 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
         Setup(
             name=f"generator {number}" if processes > 1 else "generator",
             policy=prepared.start.policy.config,
-            base=_base_source(prepared),
+            base=base_source(prepared),
             generation=config.generation,
             stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
             tokenizer=str(prepared.inputs.source),
             tokenizer_files=prepared.start.policy.companions.files,
             seed=config.seed,
             max_staleness=staleness,
+            parts=_parts(schedule),
             most_at_once=_most_at_once(prepared),
             live=live,
             on_cpu=is_on_cpu(),
@@ -153,7 +161,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
     ]
 
 
-def _base_source(prepared: Prepared) -> BaseSource | None:
+def base_source(prepared: Prepared) -> BaseSource | None:
     """Where a process of the generator reads the base, where an adapter is trained."""
     policy = prepared.start.policy
     if policy.base.adapter is None:

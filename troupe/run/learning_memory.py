@@ -2,6 +2,7 @@
 
 import math
 
+from troupe.grpo.lanes import GATHERED_AT_ONCE, in_lanes
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.policy import MicroBatch, gradient_memory_bytes
 from troupe.policy.network.attention import attention_is_fused
@@ -14,6 +15,7 @@ def learning_bytes(config: RunConfig, work: Workload, micro_batches: int, *, rec
 
     `recompute`: layers are computed twice. `micro_batches` of a step of which each completion is one row.
     """
+    is_cut = in_lanes(micro_batches, config.learner.lanes) > 1
     return max(
         gradient_memory_bytes(
             work.policy,
@@ -33,14 +35,25 @@ def learning_bytes(config: RunConfig, work: Workload, micro_batches: int, *, rec
             adapter=work.adapter,
         )
         for micro_batch in _largest_micro_batches(config, work, micro_batches)
-        for adds_up in {micro_batches > 1, micro_batches > 1 or work.longest_history is not None}
+        for adds_up in {is_cut, is_cut or work.longest_history is not None}
     )
+
+
+def lanes_bytes(config: RunConfig, work: Workload) -> int:
+    """What sums of gradients take beside the one that grows, while lanes wait for each other to be added."""
+    return 4 * work.trained * (config.learner.lanes // work.ranks).bit_length() - 4 * work.trained
+
+
+def gathered_bytes(work: Workload) -> int:
+    """What ranks give each other of their gradients at a time."""
+    return 0 if work.ranks == 1 else 4 * min(work.trained, GATHERED_AT_ONCE) * (2 + work.ranks)
 
 
 def _largest_micro_batches(config: RunConfig, work: Workload, micro_batches: int) -> list[MicroBatch]:
     """What rows that completions begin with make, and what those do that follow a history told anew, of which there are
     as many as take the same places (`grpo.batch.micro_batches`)."""
     P, G = config.learner.batch_size, config.generation.num_generations
+    micro_batches = in_lanes(micro_batches, config.learner.lanes)
     rows = math.ceil(P * G / micro_batches)
     is_whole_groups = rows % G == 0 and P * G % micro_batches == 0
     T = config.generation.max_completion_length

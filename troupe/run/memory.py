@@ -27,7 +27,7 @@ from troupe.policy import (
 from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
 from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
-from troupe.run.learning_memory import learning_bytes
+from troupe.run.learning_memory import gathered_bytes, lanes_bytes, learning_bytes
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
@@ -201,7 +201,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
-    processes = _processes(config)
+    processes = _processes(config) if work.cards == 1 else math.ceil(_processes(config) / work.cards)
     if processes:
         held[_VERSIONS_THERE] = processes * (held.get(_BASE, 0) + held["policy versions"])
         held[_ON_THE_WAY] = held["policy versions"]
@@ -212,16 +212,33 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
     held_while_learning = held | (generating if staleness or processes else {})
-    adds_up = choice.micro_batches > 1 or work.longest_history is not None
+    adds_up = choice.micro_batches > 1 or learner.lanes > 1 or work.longest_history is not None
     learning = learning_bytes(config, work, choice.micro_batches, recompute=choice.checkpointing)
     gradients = 4 * numbers if adds_up else weights
     learn = {"gradients": gradients, "forward and backward": choice.streams * (learning - gradients)}
+    if lanes := lanes_bytes(config, work):
+        learn["sums of lanes"] = lanes
     if learner.num_iterations > 1:
         learn["next policy"] = weights
     update = {"gradients": gradients, "moving weights": update_bytes(numbers, work.largest, kind)}
     if learner.num_iterations > 1:  # else the next policy takes the place of the gradients bit by bit
         update["next policy"] = weights
-    return {"generate": held | generating, "learn": held_while_learning | learn, "update": held_while_learning | update}
+    if gathered := gathered_bytes(work):
+        update["gradients of other ranks"] = gathered
+    phases = {"generate": held | generating, "learn": held_while_learning | learn}
+    return _with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
+
+
+def _with_other_ranks(
+    phases: dict[str, dict[str, int]], held: Mapping[str, int], learn: Mapping[str, int], work: Workload
+) -> dict[str, dict[str, int]]:
+    """On a processor all ranks share its memory; elsewhere each has a card, and that of rank 0 holds the most."""
+    if not work.on_cpu or work.ranks == 1:
+        return phases
+    own = ("optimizer state", "reference policy", _BASE)
+    each = sum(held.get(name, 0) for name in own) + (4 if work.adapter else work.dtype.size) * work.trained
+    each += sum(learn.values())  # MLX keeps what it has once taken
+    return {name: {**items, "other ranks": (work.ranks - 1) * each} for name, items in phases.items()}
 
 
 def _laid_out_bytes(work: Workload) -> int:

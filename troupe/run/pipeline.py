@@ -24,6 +24,7 @@ from troupe.records.standing import Change
 from troupe.rewards import TrainerState
 from troupe.run.cluster import Hub
 from troupe.run.generators import make_generator
+from troupe.run.learning import make_trainer
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.resume.changes import ChangesLog
@@ -159,12 +160,7 @@ def _scorer(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[]
 def _make_learner(
     prepared: Prepared, wiring: Wiring, ledgers: Ledgers, factories: Factories, check_folder: Callable[[], None]
 ) -> Learner:
-    config, policy, changes, prompts = (
-        prepared.config,
-        prepared.start.policy,
-        ChangesLog(prepared.folder),
-        ledgers.prompts,
-    )
+    config, changes, prompts = prepared.config, ChangesLog(prepared.folder), ledgers.prompts
 
     def keep_rate(step: int, lr: float) -> None:
         check_folder()
@@ -179,20 +175,7 @@ def _make_learner(
             snapshots=wiring.snapshots,
         ),
         device=ledgers.devices["learner"],
-        trainer=factories.trainer(
-            config.learner,
-            policy.config,
-            reward_weights=dict(zip(prepared.inputs.rewards.names, prepared.inputs.rewards.weights, strict=True)),
-            temperature=config.generation.temperature,
-            max_completion_length=config.generation.max_completion_length,
-            pad_id=policy.pad_id,
-            total_steps=prepared.inputs.total_steps,
-            streams=config.schedule.learner_streams or 1,
-            rates=prepared.live.rates,
-            base=policy.base,
-            seed=config.seed,
-            gamma=config.environment.gamma,
-        ),
+        trainer=make_trainer(prepared, factories, wiring.reporters["learner"]),
         state=_starting_state(prepared, ledgers.board),
         board=ledgers.board,
         gathering=gathering_for(

@@ -8,6 +8,7 @@ from troupe.errors import ConfigError
 from troupe.policy import DTYPES, NetworkConfig
 from troupe.run.acting import sessions_of
 from troupe.run.config import RunConfig
+from troupe.run.devices import Cards
 from troupe.run.inputs import Inputs
 from troupe.run.memory import Plan, plan_memory
 from troupe.run.workload import Workload
@@ -18,6 +19,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What of this machine matters to where work is placed."""
 
     on_cpu: bool
+    cards: Cards | None = None
+    """Who has which card, where they are shared out."""
     cores: int | None
     """Threads that OpenBLAS takes by itself; None where nobody can tell."""
     worthwhile: int = 2**18
@@ -44,9 +47,24 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         longest_prompt=inputs.longest_prompt,
         on_cpu=machine.on_cpu,
         streams=streams,
+        ranks=ranks_of(config, machine),
+        cards=1 if machine.cards is None else len(set(machine.cards.generators)),
         **_of_episodes(config, inputs),
     )
     return plan_memory(config, work)
+
+
+def ranks_of(config: RunConfig, machine: Machine) -> int:
+    """How many processes learn together. ConfigError where they could not have what each needs."""
+    if machine.cards is not None:
+        return len(machine.cards.ranks)
+    ranks = config.schedule.learner_ranks or 1
+    if ranks > 1 and not machine.on_cpu:
+        raise ConfigError(
+            f"schedule.learner_ranks is {ranks}, but each rank has an NVIDIA card of its own, and no such cards are "
+            "seen here; leave it out"
+        )
+    return ranks
 
 
 def _of_episodes(config: RunConfig, inputs: Inputs) -> dict[str, int]:
@@ -73,7 +91,7 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
     _check_parts(schedule, most)
     cores = machine.cores if machine.on_cpu else None
     takes_turns = schedule.max_staleness == 0  # the generator with the learner
-    processes = schedule.generator_processes
+    processes = schedule.generator_processes or _for_cards(schedule, machine.cards)
     if processes is None:
         is_open = schedule.generator == "auto" and schedule.blas_threads is None and config.memory_limit_gb is None
         processes = min(cores or 1, worthwhile, schedule.parts or most) if takes_turns and is_open else 1
@@ -81,7 +99,8 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
     if schedule.engines_alone:
         processes = 1
     elif where == "auto":
-        where = "process" if processes > 1 or (machine.on_cpu and not takes_turns) else "thread"
+        is_elsewhere = machine.cards is not None and machine.cards.generators[0] != machine.cards.ranks[0]
+        where = "process" if processes > 1 or is_elsewhere or (machine.on_cpu and not takes_turns) else "thread"
     threads = schedule.blas_threads
     if threads is None and cores:
         threads = max(1, cores // _sharers(schedule, "thread" if schedule.engines_alone else where, processes))
@@ -94,6 +113,13 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
         learner_streams=schedule.learner_streams if machine.on_cpu else 1,
     )
     return msgspec.structs.replace(config, schedule=placed)
+
+
+def _for_cards(schedule: ScheduleConfig, cards: Cards | None) -> int | None:
+    """A process of the generator for each of its cards, where there is work for them; None: cards decide nothing."""
+    if cards is None or schedule.generator == "thread":
+        return None
+    return min(len(cards.generators), schedule.parts or 1) if schedule.mode == "pinned" else len(cards.generators)
 
 
 def _check_parts(schedule: ScheduleConfig, most: int) -> None:

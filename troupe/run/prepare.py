@@ -27,11 +27,12 @@ from troupe.records.store.write import check_store
 from troupe.rewards import Reward, RewardManager
 from troupe.run.acting import NOTHING_GIVEN, Acting
 from troupe.run.config import RunConfig, check_config
+from troupe.run.devices import Cards, claim_cards
 from troupe.run.engines import check_engines
 from troupe.run.folder import run_folder
 from troupe.run.inputs import Inputs, load_inputs
 from troupe.run.memory import Plan
-from troupe.run.placement import Machine, place_run
+from troupe.run.placement import Machine, place_run, ranks_of
 from troupe.run.resume.changes import ChangesLog, Live
 from troupe.run.resume.check import Resumption
 from troupe.run.resume.newest import (
@@ -66,6 +67,10 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     start: Start
     rounding: dict[str, str] = {}
     """What of this machine decides the bits."""
+    ranks: int = 1
+    """Processes that learn a batch together."""
+    cards: Cards | None = None
+    """Who has which card, where they are shared out."""
     rewards_stood: bool = False
     """Whether an earlier start of the run named the same rewards, all of them in its config."""
     notices: tuple[str, ...]
@@ -110,10 +115,11 @@ def prepare(
     rows are enough where each has to be made; not in a resume, which compares all. `machine`, `rounding`: what of this
     machine decides where work is placed, and what decides bits; None: it is looked at. `acting`: what there is to act
     with beside what the config names. Raises InputError."""
-    asked, notices = _check(config)
+    asked, notices, cards = _check(config)
     folder = run_folder(asked, resume=resume)
     rounding = arithmetic() if rounding is None else rounding
-    machine = Machine(on_cpu=is_on_cpu(), cores=linux_cpu.blas_threads()) if machine is None else machine
+    if machine is None:
+        machine = Machine(on_cpu=is_on_cpu(), cores=linux_cpu.blas_threads(), cards=cards)
     resumption = Resumption.of(folder, asked, allow_changes, rounding) if resume else None
     if resume and "sqlite" in asked.metrics.sinks:
         check_store(folder / STORE)
@@ -133,14 +139,18 @@ def prepare(
         memory=memory,
         start=start,
         rounding=rounding,
+        ranks=ranks_of(memory.config, machine),
+        cards=machine.cards,
         rewards_stood=not rewards and resumption is not None and not _REWARDS & resumption.changed,
         notices=(*notices, *inputs.notices, *start.policy.notices, *memory.notices, *start.notices),
     )
 
 
-def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The config, and what the user should know of the machine, as far as nothing has to be loaded for it."""
+def _check(config: RunConfig) -> tuple[RunConfig, list[str], Cards | None]:
+    """The config, what the user should know of the machine, as far as nothing has to be loaded for it, and who has
+    which card of it."""
     config = check_config(config)
+    cards = claim_cards(config)
     check_sinks(config.metrics)
     notices: list[str] = []
     if is_on_cpu():
@@ -154,7 +164,7 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
         raise ConfigError(
             "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"
         )
-    return config, notices + check_wired_limit(config.wired_limit_gb) + check_engines(config)
+    return config, notices + check_wired_limit(config.wired_limit_gb) + check_engines(config), cards
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,10 @@ class Workload(NamedTuple):
     """Where the policy acts, rounds whose rows are kept at once by a generator; 0: it answers once."""
     adapter: Adapter | None = None
     """What alone is trained; None: the whole network."""
+    ranks: int = 1
+    """Processes that learn a batch together."""
+    cards: int = 1
+    """That the generator's processes are spread over; the plan is that of the card of rank 0, which has the most."""
     streams: int = 1
     """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
 

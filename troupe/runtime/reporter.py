@@ -67,11 +67,12 @@ class Reporter:
         gid: int | None = None,
         gids: Sequence[int] = (),
         kind: SpanKind = "work",
+        part: str = "",
     ) -> AbstractContextManager[Any]:
         """Time the body as one span of work, or of waiting named for what is waited for, on the actor's track."""
         if self._spans is None:
             return _SILENT
-        return _Timed(self, name, step, gid, gids, kind)
+        return _Timed(self, name, step, gid, gids, kind, part)
 
     def record(
         self,
@@ -150,12 +151,20 @@ class Reporter:
 class _Timed:
     """One open span of a reporter."""
 
-    __slots__ = ("_gid", "_gids", "_kind", "_name", "_report", "_stack", "_step", "_task", "lane", "last_s", "start_s")
+    __slots__ = ("_report", "_stack", "_task", "_told", "lane", "last_s", "start_s")
 
     def __init__(
-        self, report: Reporter, name: str, step: int | None, gid: int | None, gids: Sequence[int], kind: SpanKind
+        self,
+        report: Reporter,
+        name: str,
+        step: int | None,
+        gid: int | None,
+        gids: Sequence[int],
+        kind: SpanKind,
+        part: str = "",
     ) -> None:
-        self._report, self._name, self._step, self._gid, self._gids, self._kind = report, name, step, gid, gids, kind
+        self._report = report
+        self._told = name, step, gid, gids, kind, part
 
     def __enter__(self) -> None:
         report = self._report
@@ -188,15 +197,17 @@ class _Timed:
 
     def until(self, end_s: float) -> Span:
         """The span as it would be if it ended then."""
+        name, step, gid, gids, kind, part = self._told
         return Span(
             actor=self._report.actor,
-            name=self._name,
+            name=name,
             start_s=self.start_s,
             end_s=end_s,
-            kind=self._kind,
-            step=self._step,
-            gid=self._gid,
-            gids=tuple(self._gids),
+            kind=kind,
+            step=step,
+            gid=gid,
+            gids=tuple(gids),
             lane=self.lane,
             process=self._report.process,
+            part=part,
         )

@@ -145,9 +145,10 @@ class ActingGenerator(Actor):
 
     async def _run_part(self, part: Part, version: int) -> None:
         async with self._sessions:
-            await self._run_episodes(part.prompts, part.step, version)
+            await self._run_episodes(part, version)
 
-    async def _run_episodes(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
+    async def _run_episodes(self, part: Part, version: int) -> None:
+        prompts, step = part.prompts, part.step
         pool = Pool()
         await self._begin(prompts, pool)
         with self.report.span("wait for policy", step=step, kind="wait"):
@@ -158,7 +159,7 @@ class ActingGenerator(Actor):
                 continue
             async with self._at_device:
                 self._engine.load(await self._board.get(version), version)
-                await self._decode(pool, step)
+                await self._decode(pool, step, part.name)
         await self._leave(pool)
 
     async def _run_free(self, pool: Pool, most_at_once: int, *, task_status: TaskStatus[None]) -> None:
@@ -246,7 +247,7 @@ class ActingGenerator(Actor):
     async def _ask(self, turn: TurnTaken) -> None:
         await self._turns.send(msgspec.structs.replace(turn, asker=self._asker))
 
-    async def _decode(self, pool: Pool, step: int) -> None:
+    async def _decode(self, pool: Pool, step: int, part: str) -> None:
         """Decode what is ready at a pool, together."""
         requests = pool.requests()
 
@@ -256,7 +257,7 @@ class ActingGenerator(Actor):
             pool.forget()
             return pool.session.decode(requests)
 
-        with self.report.span("generate", step=step):
+        with self.report.span("generate", step=step, part=part):
             await self._read(pool, self._timed(pool, decoding), step)
             self._engine.release()  # the next step has other weights, and the learner needs room
 

@@ -102,7 +102,7 @@ class Generator(Actor):
                 with self.report.span("wait for policy", step=step, kind="wait"):
                     weights = await self._board.get(version)
                 self._engine.load(weights, version)
-                await self._decode(part.prompts, step)
+                await self._decode(part.prompts, step, part.name)
         self._rounds.finish(prompts)
 
     async def _decode_newest(self, prompts: list[Prompt]) -> None:
@@ -122,9 +122,9 @@ class Generator(Actor):
             version, weights = await self._board.newer_than(version)
             self._engine.load(weights, version)
 
-    async def _decode(self, prompts: Sequence[Prompt], step: int | None) -> None:
+    async def _decode(self, prompts: Sequence[Prompt], step: int | None, part: str = "") -> None:
         requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=self._key(prompt)) for prompt in prompts]
-        with self.report.span("generate", step=step):
+        with self.report.span("generate", step=step, part=part):
             decoding = self._engine.decode_lists(requests)  # before anybody can leave: it forgets an abort
             async with self._device.iterate(self._completed(decoding), on_leave=self._engine.abort) as completed:
                 while decoded := await completed.next():

@@ -117,6 +117,7 @@ class Crew:
         self._most_losses = most_losses
         self._open: dict[str, _Work] = {}
         self._by_gid: dict[int, _Work] = {}
+        """Also groups that are over, of parts that are open: who has such a part decodes all of it."""
         self._over: OrderedDict[int, _Over] = OrderedDict()
         self._queue: list[tuple[bool, int, int, str]] = []  # whether it is new, step, order of coming, name
         self._order = count()
@@ -217,12 +218,11 @@ class Crew:
             return "foreign"
         work.left.remove(gid)
         work.losses = 0
-        del self._by_gid[gid]
         self._over[gid] = _Over(work.part.prompt_of(gid), work.asked, _digest(group) if self.pinned else b"")
         while len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
         if not work.left:
-            del self._open[work.part.name]
+            self._close(work)
         await self._hand_over(group)
         if work.holder is not None and not self._held_by(work.holder):
             self._made.pop(work.holder.name, None)
@@ -259,6 +259,11 @@ class Crew:
         )
         await self.report.incident(Incident(actor=self.report.actor, kind="answers_differ", message=message, gid=gid))
         return "differs"
+
+    def _close(self, work: _Work) -> None:
+        del self._open[work.part.name]
+        for prompt in work.part.prompts:
+            del self._by_gid[prompt.gid]
 
     def _held_by(self, member: Member) -> list[_Work]:
         return [work for work in self._open.values() if work.holder is member]

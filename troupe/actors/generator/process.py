@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from troupe.actors.generator.acting import ActingGenerator
 from troupe.actors.generator.actor import Generator
+from troupe.actors.generator.bases import read_base
 from troupe.actors.generator.wire import (
-    BaseSource,
     Completed,
     End,
     Ended,
@@ -35,17 +35,14 @@ from troupe.actors.generator.wire import (
     pack_turn,
     unpack_prompt,
 )
-from troupe.errors import ModelError, TroupeError
+from troupe.errors import TroupeError
 from troupe.messages import Incident, Observation, Prompt, RolloutGroup, Span, TurnTaken
 from troupe.policy import (
     Base,
     Companions,
-    NetworkConfig,
     RolloutEngine,
     Tokenizer,
     Weights,
-    network_fingerprint,
-    read_model_folder,
 )
 from troupe.runtime import linux_cpu
 from troupe.runtime.board import PolicyBoard
@@ -112,7 +109,7 @@ class _GeneratorProcess:
         }
         self._generator: Generator | ActingGenerator
         if setup.acts is None:
-            shared |= {"seed": setup.seed, "most_at_once": setup.most_at_once}
+            shared |= {"seed": setup.seed, "most_at_once": setup.most_at_once, "parts": setup.parts}
             self._generator = Generator(inbox, groups, **shared)
         else:
             at_once = setup.live * setup.generation.num_generations
@@ -125,7 +122,7 @@ class _GeneratorProcess:
             await devices.enter_async_context(self._device)
             await devices.enter_async_context(self._loader)
             if self._setup.base is not None:
-                self._base = await self._loader.run(_read_base, self._setup.policy, self._setup.base)
+                self._base = await self._loader.run(read_base, self._setup.policy, self._setup.base)
             await self._connection.send(encode(Ready()))
             await together([self._listen, self._generate, self._tell_made])
 
@@ -167,18 +164,6 @@ class _GeneratorProcess:
                     await self._connection.send(encode(Pong(now_s=time.perf_counter())))
                 case End():
                     self._prompts.close()
-
-
-def _read_base(config: NetworkConfig, source: BaseSource) -> Base:
-    """The base that the run began with, as the run holds it. ModelError where the folder is another model's by now."""
-    folder = Path(source.folder)
-    if network_fingerprint(folder) != source.fingerprint:
-        raise ModelError(
-            f"{folder}: the base was changed since the run began, so that its adapter cannot be sampled from; restore "
-            "it and resume"
-        )
-    read, weights = read_model_folder(folder, source.dtype, expand=config.quantization is None)
-    return Base.of(read, dict(weights), source.adapter, name=source.folder, fingerprint=source.fingerprint)
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:

@@ -31,9 +31,18 @@ _PREFIX = "troupe-weights-"
 class WeightsFiles:
     """The files of one run. `write` may be called in any one thread; the rest belongs to the event loop."""
 
-    def __init__(self, run: Path, *, at_once: int, shared_memory: Path = SHARED_MEMORY) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        at_once: int,
+        shared_memory: Path = SHARED_MEMORY,
+        reader: str = "the generator's process",
+        remedy: str = "set schedule.generator to thread",
+    ) -> None:
         """`run`: the run folder, where the files lie if memory has no room for them. `at_once`: how many files there
-        may be at the same time."""
+        may be at the same time. `reader`, and what to do where there is no room for it: for errors."""
+        self._reader, self._remedy = reader, remedy
         self.free: Callable[[Path], int] = free_bytes
         """Bytes that are free at a place."""
         self._places = (shared_memory, run)
@@ -59,8 +68,7 @@ class WeightsFiles:
                 file.writelines(safetensors_chunks(weights))
         except (OSError, RuntimeError) as error:
             raise RunError(
-                f"{path}: the weights for the generator's process could not be written: {error}; make room, or set "
-                "schedule.generator to thread"
+                f"{path}: the weights for {self._reader} could not be written: {error}; make room, or {self._remedy}"
             ) from None
         self._written.add(version)
         return path
@@ -115,8 +123,8 @@ class WeightsFiles:
                 self._folder, self._lock = locked_folder(place)
                 return
         raise RunError(
-            f"weights for the generator's process take {needed / 1e9:.3g} GB of files, but {' and '.join(tried)}; make "
-            "room, or set schedule.generator to thread"
+            f"weights for {self._reader} take {needed / 1e9:.3g} GB of files, but {' and '.join(tried)}; make room, or "
+            f"{self._remedy}"
         )
 
 

@@ -49,6 +49,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     does not matter."""
     seed: int
     max_staleness: int
+    parts: int = 1
+    """`schedule.parts`; what comes together is one of them."""
     most_at_once: int | None
     """Prompts that are decoded together in the free schedule; None: the schedule is pinned."""
     live: int

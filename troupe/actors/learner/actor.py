@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import anyio
 import msgspec
+from anyio.abc import TaskGroup
 
 from troupe.actors.learner.gathering import Gathering, StepGroups, gid_of, slot_of
 from troupe.actors.learner.measures import (
@@ -22,6 +23,7 @@ from troupe.messages import (
     Checkpoint,
     GroupClosed,
     Incident,
+    MemberStatus,
     Replace,
     ScoredGroup,
     SetCheckpointEvery,
@@ -56,6 +58,7 @@ class Learner(Actor):
     """
 
     name = "learner"
+    _watching: TaskGroup
     closing_s = 10.0
     """That sending the end of a step may take when the run is being stopped."""
 
@@ -102,6 +105,19 @@ class Learner(Actor):
         """The weights of that version."""
         return self._state.weights
 
+    def members(self) -> tuple[MemberStatus, ...]:
+        """The other ranks, where there are any."""
+        return () if self._trainer.others is None else self._trainer.others.statuses()
+
+    async def run(self) -> None:
+        """Run while the other ranks are watched."""
+        if self._trainer.others is None:
+            await super().run()
+            return
+        async with anyio.create_task_group() as self._watching:
+            await super().run()
+            self._watching.cancel_scope.cancel()
+
     async def handle(self, message: ScoredGroup | Checkpoint | SetLearningRate | SetCheckpointEvery) -> None:
         """Collect groups and learn every step that is complete; or do as is requested."""
         match message:
@@ -119,12 +135,21 @@ class Learner(Actor):
     async def start(self) -> None:
         """Time and peak memory of the first step count from here. A start before may have left one that is whole."""
         self._meter.begin()
+        if (others := self._trainer.others) is not None:
+            await others.start(self._state, self._device)
+            self._watching.start_soon(others.watch)
+            await others.meet(self._device)
         await self._device.run(self._trainer.open)
         await self._learn_what_is_ready()
 
     async def finish(self) -> None:
         """The run is over: its last version becomes the final policy."""
         await self._send_snapshot(final=True)
+
+    async def stop(self) -> None:
+        """End the other ranks."""
+        if self._trainer.others is not None:
+            await self._trainer.others.aclose()
 
     async def _examine(self, groups: Sequence[ScoredGroup]) -> None:
         """Have those sampled anew that nothing can be learned from, as often as a place may be."""

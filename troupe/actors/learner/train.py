@@ -8,7 +8,7 @@ import bisect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import msgspec
@@ -20,8 +20,10 @@ from troupe.actors.learner.scores import group_statistics, has_signal, spread_st
 from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
-from troupe.messages import ScoredGroup, Snapshot, Unfinished
+from troupe.grpo.ranks import OneRank, Ranks
+from troupe.messages import MemberStatus, ScoredGroup, Snapshot, Unfinished
 from troupe.policy import Base, NetworkConfig, Weights
+from troupe.runtime.device import DeviceThread
 from troupe.runtime.linux_cpu import blas_limited
 from troupe.runtime.mailbox import Mailbox
 
@@ -51,6 +53,25 @@ class Learned(NamedTuple):
     """Gid → (G,) of the groups that were trained on."""
     parts: list[tuple[str, float, float]]
     """Parts of the work, with start and end (`time.perf_counter`)."""
+
+
+class OtherRanks(Protocol):
+    """The processes that learn every batch together with this one."""
+
+    async def start(self, state: LearnerState, device: DeviceThread) -> None:
+        """Start them with a state."""
+
+    async def watch(self) -> None:
+        """See that they are well, until cancelled; raises where they are not."""
+
+    async def meet(self, device: DeviceThread) -> None:
+        """Come together, while they are watched."""
+
+    async def aclose(self) -> None:
+        """End them."""
+
+    def statuses(self) -> tuple[MemberStatus, ...]:
+        """What each is at."""
 
 
 class BatchTrainer:
@@ -93,6 +114,11 @@ class BatchTrainer:
         self._rates = list(rates)
         self._gamma = gamma
         self._seed = seed
+        self.others: OtherRanks | None = None
+        self.ranks: Ranks = OneRank()
+        """That learn a batch together."""
+        self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None
+        """Called with every step before it is learned: the version that it begins with, and learning rates."""
 
     def open(self) -> None:
         """Get ready, on the thread that `train` will be called on."""
@@ -118,25 +144,37 @@ class BatchTrainer:
         def end_part(name: str) -> None:
             parts.append((name, parts[-1][2] if parts else began_s, time.perf_counter()))
 
-        weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
         advantages: dict[int, tuple[float, ...]] = {}
-        metrics = self.describe(step)
+        metrics, batch = self.describe(step), None
         if trained := step.ending("trained"):
             assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
-            result = self.learn(state, assembled.batch, end_part)
-            weights, optimizer_state = result.weights, result.optimizer_state
-            skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
+            batch = assembled.batch
             advantages = {gid_of(group): a for group, a in zip(trained, assembled.advantages, strict=True)}
-            metrics = {**assembled.metrics, **metrics, **result.metrics}
-        state = LearnerState(
+            metrics = {**assembled.metrics, **metrics}
+        self.told(state.version, batch, self.learning_rates(state.version))
+        state, of_result = self.advance(state, batch, end_part)
+        state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
+        return Learned(state, {**metrics, **of_result}, advantages, parts)
+
+    def advance(
+        self, state: LearnerState, batch: Batch | None, on_part: Callable[[str], None]
+    ) -> tuple[LearnerState, dict[str, float]]:
+        """The state after a step, which without a batch makes no update, and the metrics of learning."""
+        weights, optimizer_state, skipped_in_a_row = state.weights, state.optimizer_state, 0
+        metrics: dict[str, float] = {}
+        if batch is not None:
+            result = self.learn(state, batch, on_part)
+            weights, optimizer_state, metrics = result.weights, result.optimizer_state, result.metrics
+            skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
+        after = LearnerState(
             version=state.version + 1,
             weights=weights,
             optimizer_state=optimizer_state,
             reference=self._followed(state, weights),
-            num_tokens=state.num_tokens + num_tokens(step.groups),
+            num_tokens=state.num_tokens,
             skipped_in_a_row=skipped_in_a_row,
         )
-        return Learned(state, metrics, advantages, parts)
+        return after, metrics
 
     def describe(self, step: StepGroups) -> dict[str, float]:
         """Rewards and completions of all groups with scores, also those left out of the batch."""
@@ -174,6 +212,7 @@ class BatchTrainer:
                 on_part=on_part,
                 streams=self._streams,
                 seed=self._seed,
+                ranks=self.ranks,
             )
 
     def learning_rates(self, step: int) -> list[float]:

@@ -29,6 +29,7 @@ class _Args(msgspec.Struct, omit_defaults=True):
     step: int | None = None
     gid: int | None = None
     gids: tuple[int, ...] = ()
+    part: str = ""
 
 
 class _Slice(msgspec.Struct):
@@ -128,7 +129,7 @@ class TraceWriter:
         track = self._tracks.get((process, span.actor, span.lane)) or self._track(process, span)
         start, end = int(span.start_s * 1e6 * _PARTS), int(span.end_s * 1e6 * _PARTS)
         ts = start / _PARTS
-        args = _Args(span.step, span.gid, span.gids)
+        args = _Args(span.step, span.gid, span.gids, span.part)
         self._append(_Slice("X", process, track, span.name, span.kind, ts, max(end - start, 1) / _PARTS, args))
         for gid in span.gids if span.gid is None else (span.gid, *span.gids):
             self._follow(gid, _Drawn(span.start_s, span.end_s, process, track, ts))

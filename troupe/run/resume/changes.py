@@ -73,6 +73,9 @@ RULES: dict[str, Rule] = {
     "schedule.mode": "never",
     "schedule.engines": "free",
     "schedule.generator": "free",
+    "schedule.learner_ranks": "free",  # the lanes decide the bits
+    "schedule.devices": "free",
+    "schedule.rank_timeout_s": "free",
     "schedule.generator_processes": "free",
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",

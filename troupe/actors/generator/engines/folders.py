@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from troupe.actors.generator.weights_files import SHARED_MEMORY, free_bytes, locked_folder
+from troupe.actors.generator.weights_files import SHARED_MEMORY, free_bytes, locked_folder, remove_leftovers
 from troupe.errors import RunError
 from troupe.policy import Weights
 
@@ -92,6 +92,8 @@ class EngineFolders:
             if not (place.is_dir() and os.access(place, os.W_OK)):
                 tried.append(f"{place} is no folder that can be written")
                 continue
+            if self._is_shared:
+                remove_leftovers(place, place)
             if (free := free_bytes(place)) >= needed:
                 self._folder, self._lock = locked_folder(place)
                 if self._is_shared:

@@ -5,110 +5,32 @@ over whole. One that is down, or answers what is of no use, gives back what it h
 go on.
 """
 
-import math
-import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from itertools import count
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 
 import anyio
-import msgspec
 
 from troupe.actors.generator.crew import Crew
 from troupe.actors.generator.engines.answers import EngineDownError, EngineRefusedError
 from troupe.actors.generator.engines.dialects import Held
+from troupe.actors.generator.engines.engine import Engine
 from troupe.actors.generator.engines.folders import EngineFolders
 from troupe.actors.generator.engines.server import EngineServer
 from troupe.actors.generator.parts import Part
 from troupe.errors import RunError
-from troupe.messages import Incident, MemberState, MemberStatus, Observation, Rollout, RolloutGroup, Span
+from troupe.messages import Incident, MemberStatus, RolloutGroup
 from troupe.policy import Weights
 from troupe.runtime.backoff import backoff_s
 from troupe.runtime.device import DeviceThread
 
 _LONGEST_PAUSE_S = 10.0
 _FAREWELL_S = 5.0
-_RECENT_S = 30.0
 _APART = 1.0
 """Nats by which an engine's log-probs may differ from ours in the mean: other kernels and types make hundredths, four
 bits a weight a few tenths, another model several."""
 
 LogProbs = Callable[[Weights, Sequence[int], Sequence[int]], list[float]]
 """(weights, prompt, completion) → what the learner's own network says of each token; on the device's thread."""
-
-
-class Engine:
-    """One engine, as the crew knows it."""
-
-    def __init__(self, server: EngineServer) -> None:
-        self.server = server
-        self.name = server.config.name
-        self.state: MemberState = "starting"
-        self.detail = ""
-        self.held: Held | None = None
-        """The newest weights that it has; None: it is not known to have any."""
-        self.users: Counter[int] = Counter()
-        """Prompts under way, by version."""
-        self.changing = anyio.Lock()
-        self.old: list[Held] = []
-        """Weights before these, which something is still asked of."""
-        self.lent: list[int] = []
-        """Versions whose folders it has on loan."""
-        self.is_checked = False
-        """Whether its log-probs were compared since it came."""
-        self.parts: set[str] = set()
-        self.freed, self.left = anyio.Event(), anyio.Event()
-        """A part is over; a prompt is."""
-        self.lanes: set[int] = set()
-        self.failures = 0
-        """In a row, with no group in between."""
-        self.was_ready = False
-        self.heard_s: float | None = None
-        self._made: deque[tuple[float, int]] = deque()
-
-    async def observe(self, observation: Observation) -> None:
-        """Nothing acts here."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the last half minute."""
-        now_s = time.perf_counter()
-        while self._made and self._made[0][0] < now_s - _RECENT_S:
-            self._made.popleft()
-        return sum(tokens for _, tokens in self._made) / _RECENT_S
-
-    def made(self, rollouts: Sequence[Rollout]) -> None:
-        """It has completed a prompt."""
-        self.failures = 0
-        self.heard_s = time.perf_counter()
-        self._made.append((self.heard_s, sum(len(rollout.token_ids) for rollout in rollouts)))
-
-    def take_lane(self) -> int:
-        """The first free one on its track."""
-        lane = next(lane for lane in count() if lane not in self.lanes)
-        self.lanes.add(lane)
-        return lane
-
-    def done_with(self, name: str) -> None:
-        """A part is over, or given back."""
-        self.parts.discard(name)
-        self.freed.set()
-        self.freed = anyio.Event()
-
-    def status(self) -> MemberStatus:
-        """As shown."""
-        return MemberStatus(
-            name=self.name,
-            kind="engine",
-            state=("working" if self.parts else "idle") if self.state == "working" else self.state,
-            leases=tuple(sorted(self.parts)),
-            tokens_per_second=self.tokens_per_second,
-            last_beat_s=None if self.heard_s is None else time.perf_counter() - self.heard_s,
-            version=None if self.held is None else self.held.version,
-            device=f"{self.server.config.kind} at {self.server.config.base_url}",
-            detail=self.detail,
-        )
 
 
 class EngineMembers:
@@ -122,16 +44,18 @@ class EngineMembers:
         device: DeviceThread,
         probe_ids: tuple[int, ...],
         own_log_probs: LogProbs,
+        alone: bool = True,
         first_pause_s: float = 0.5,
     ) -> None:
         """`folders`: by `weights_folder`. `device`: the thread that writes weights. `probe_ids`: a prompt of the run.
-        `own_log_probs`: what tells an engine with another model. `first_pause_s`: before an engine that failed is tried
-        again; each further one in a row is twice as long."""
+        `own_log_probs`: what tells an engine with another model. `alone`: nobody else decodes. `first_pause_s`: before
+        an engine that failed is tried again; each further one in a row is twice as long."""
         self._engines = [Engine(server) for server in servers]
         self._folders = folders
         self._device = device
         self._probe_ids = probe_ids
         self._own_log_probs = own_log_probs
+        self._alone = alone
         self._first_pause_s = first_pause_s
 
     async def run(self, crew: Crew) -> None:
@@ -150,7 +74,7 @@ class EngineMembers:
     @property
     def needs(self) -> str:
         """What is waited for, where no engine can take prompts."""
-        if any(engine.state in ("working", "ended") for engine in self._engines):
+        if not self._alone or any(engine.state in ("working", "ended") for engine in self._engines):
             return ""
         engine = self._engines[0]
         return f"waiting for {engine.name}" + (f": {engine.detail}" if engine.detail else "")
@@ -181,8 +105,7 @@ class EngineMembers:
             pass
         if engine.failures:
             await self._tell(crew, "engine_back", f"{engine.name} answers again, and takes prompts")
-        engine.state, engine.detail, engine.was_ready = "working", "", True
-        engine.heard_s = time.perf_counter()
+        engine.ready()
 
     async def _set_aside(self, engine: Engine, crew: Crew, error: EngineDownError | EngineRefusedError) -> None:
         crew.renew(engine, ())
@@ -230,7 +153,7 @@ class EngineMembers:
     async def _decode(self, engine: Engine, crew: Crew, part: Part) -> None:
         for prompt in part.prompts:
             async with self._using_newest(engine, crew) as held:
-                with _span(engine, crew, part, prompt.gid):
+                with engine.span(crew.report, part.step, prompt.gid):
                     rollouts = await engine.server.complete(prompt, held)
             engine.made(rollouts)
             with anyio.CancelScope(shield=True):  # else a group could be lost that counts as handed over
@@ -312,25 +235,3 @@ class EngineMembers:
 
     async def _tell(self, crew: Crew, kind: str, message: str) -> None:
         await crew.report.incident(Incident(actor=crew.report.actor, kind=kind, message=message))
-
-
-@contextmanager
-def _span(engine: Engine, crew: Crew, part: Part, gid: int) -> Iterator[None]:
-    """Time the body on the engine's track."""
-    lane = engine.take_lane()
-    span = Span(
-        actor=crew.report.actor,
-        name="generate",
-        start_s=time.perf_counter(),
-        end_s=math.inf,
-        step=part.step,
-        gid=gid,
-        lane=lane,
-        member=engine.name,
-    )
-    crew.report.forward(span)
-    try:
-        yield
-    finally:
-        engine.lanes.discard(lane)
-        crew.report.forward(msgspec.structs.replace(span, end_s=time.perf_counter()))

@@ -1,0 +1,59 @@
+"""The maker of what learns: the trainer, and its other ranks where several processes learn together."""
+
+from troupe.actors.learner.rank_wire import RankSetup
+from troupe.actors.learner.ranks import RankProcesses
+from troupe.actors.learner.train import BatchTrainer
+from troupe.policy import is_on_cpu
+from troupe.run.generators import base_source
+from troupe.run.ledgers import Factories
+from troupe.run.prepare import Prepared
+from troupe.runtime.reporter import Reporter
+
+
+def make_trainer(prepared: Prepared, factories: Factories, report: Reporter) -> BatchTrainer:
+    """By the settings of the run."""
+    config, policy, rewards = prepared.config, prepared.start.policy, prepared.inputs.rewards
+    trainer = factories.trainer(
+        config.learner,
+        policy.config,
+        reward_weights=dict(zip(rewards.names, rewards.weights, strict=True)),
+        temperature=config.generation.temperature,
+        max_completion_length=config.generation.max_completion_length,
+        pad_id=policy.pad_id,
+        total_steps=prepared.inputs.total_steps,
+        streams=config.schedule.learner_streams or 1,
+        rates=prepared.live.rates,
+        base=policy.base,
+        seed=config.seed,
+        gamma=config.environment.gamma,
+    )
+    if prepared.ranks > 1:
+        cards, on_cpu = prepared.cards, is_on_cpu()
+        trainer.others = RankProcesses(
+            _rank_setup(prepared, on_cpu=on_cpu),
+            [{} if cards is None else cards.of_rank(rank) for rank in range(1, prepared.ranks)],
+            backend="ring" if on_cpu else "nccl",
+            folder=prepared.folder,
+            silent_s=config.schedule.rank_timeout_s,
+            trainer=trainer,
+            report=report,
+        )
+    return trainer
+
+
+def _rank_setup(prepared: Prepared, *, on_cpu: bool) -> RankSetup:
+    config, policy = prepared.config, prepared.start.policy
+    return RankSetup(
+        learner=config.learner,
+        policy=policy.config,
+        base=base_source(prepared),
+        temperature=config.generation.temperature,
+        max_completion_length=config.generation.max_completion_length,
+        pad_id=policy.pad_id,
+        total_steps=prepared.inputs.total_steps,
+        streams=config.schedule.learner_streams or 1,
+        seed=config.seed,
+        on_cpu=on_cpu,
+        blas_threads=config.schedule.blas_threads,
+        limit_gb=None if on_cpu else prepared.memory.limit_gb,
+    )
