@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +21,7 @@ from tests.support.kills import STEPS, P, newest_step, read_store, write_run
 from tests.support.runs import lines, timeless
 from troupe.daemon.control.protocol import NobodyThereError, ask
 from troupe.errors import RunError
-from troupe.messages import GetStatus, MemberStatus, Status
+from troupe.messages import Done, GetStatus, MemberStatus, Pause, Resume, Status
 
 _MARK = "TROUPE_TEST_CLUSTER"
 _PATIENCE_S = 240.0
@@ -29,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "schedule__parts": 4,
     "schedule__max_staleness": 1,
     "schedule__generator": "thread",
+    "metrics__sinks": ["jsonl", "sqlite", "trace"],
 }
 """Of the run whichever way it is decoded."""
 SERVING: dict[str, Any] = {"cluster__lease_s": LEASE_S, "cluster__local_parts": False}
@@ -62,6 +65,7 @@ class Cluster:
         self._environment = {**os.environ, "COLUMNS": "120", _MARK: self._mark}
         self.run: subprocess.Popen[bytes]
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._joins: dict[str, int] = {}
 
     def start(self, *, resume: bool = False) -> None:
         """Begin the run, or go on with it, and wait until it can be joined."""
@@ -81,8 +85,32 @@ class Cluster:
         ticket = self.out / "join" / f"{name}.toml"
         if not ticket.exists():
             self.invite(name)
+        self._joins[name] = self._told_to_have_joined(name) + 1
         arguments = ["worker", "--join", str(ticket), "--device", device]
         self.workers[name] = self._troupe(name, *arguments, inside=inside)
+
+    def gather(self, *names: str) -> None:
+        """Start workers, and have the run begin its steps when all are ready, so that each has work."""
+        self.asked(Pause())
+        for name in names:
+            self.join(name)
+        until(lambda: all(self.is_ready(name) for name in names), f"{names} are ready\n{self.log('run')}")
+        self.asked(Resume())
+
+    def asked(self, request: Pause | Resume) -> None:
+        """Ask the run for something, as soon as it answers."""
+
+        def is_heeded() -> bool:
+            with suppress(NobodyThereError, RunError, OSError):
+                return isinstance(ask(self.out, request, 10.0), Done)
+            return False
+
+        until(is_heeded, f"{request}\n{self.log('run')}")
+
+    def is_ready(self, name: str) -> bool:
+        """Whether a worker has been taken, has proved what it must, and may have work."""
+        member = self.member(name)
+        return member is not None and member.state in ("idle", "working") and member.version is not None
 
     def status(self) -> Status | None:
         """What the run says; None where it does not answer."""
@@ -97,9 +125,16 @@ class Cluster:
         return None if status is None else next((one for one in status.members if one.name == name), None)
 
     def at_work(self, name: str) -> bool:
-        """Whether a worker has parts on lease now."""
+        """Whether a worker, as it was started last, has parts on lease now."""
+        if self._told_to_have_joined(name) < self._joins[name]:
+            return False
         member = self.member(name)
-        return member is not None and bool(member.leases)
+        return member is not None and member.state == "working" and bool(member.leases)
+
+    def _told_to_have_joined(self, name: str) -> int:
+        with suppress(OSError):
+            return (self._folder / f"{name}.log").read_bytes().count(b"joined the run")
+        return 0
 
     @property
     def steps(self) -> int:
@@ -123,6 +158,27 @@ class Cluster:
         self.workers[name].send_signal(what)
         if what == signal.SIGKILL:
             self.workers.pop(name).wait()
+
+    def harm_all(self, name: str, what: int) -> None:
+        """Send a signal to a worker and to the processes that it has started."""
+        worker = self.workers[name]
+        with suppress(OSError):
+            children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text()
+            for pid in map(int, children.split()):
+                os.kill(pid, what)
+        worker.send_signal(what)
+
+    def parts_by_member(self) -> dict[str, int]:
+        """Worker → parts that it decoded, by the run's timeline."""
+        events = json.loads((self.out / "trace.json").read_bytes())
+        names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+        return dict(
+            Counter(
+                names[e["pid"]]
+                for e in events
+                if e["ph"] == "X" and e["name"] == "generate" and e["pid"] in names and names[e["pid"]] in self.workers
+            )
+        )
 
     def kill_run(self) -> None:
         """As the kernel does when memory runs out."""

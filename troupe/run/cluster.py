@@ -128,6 +128,7 @@ class Hub:
         self.desk = Desk(self.network.run, report)
         self.roster = Roster(self.desk, report, lease_s=cluster.lease_s, run_state=lambda: self._state())
         self._publisher = WeightsPublisher(self.network.bus, self.network.run, device)
+        self.desk.register("newest", self._publisher.tell_newest)
         self._publisher.shelve(SETUP, lambda: [encode(_for_workers(setup))])
         self._judge = RunJudge(msgspec.structs.replace(setup, name="judge"), board=board, files=files, device=device)
         self.members = ClusterMembers(
@@ -140,6 +141,7 @@ class Hub:
             kinship=self._kinship(setup, policy) if pinned else None,
             audits=Audits(cluster.audit if pinned else 0.0, seed=self._config.seed, judge=self._judge),
             put_whole=self._put_whole,
+            until_there=self._publisher.until_there,
             needs="" if cluster.local_parts else f"waiting for a worker: troupe worker --join {self._first_join_file}",
         )
         self.roster.add(self.members)

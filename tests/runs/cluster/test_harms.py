@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clusters import LEASE_S, a_cluster, alone, check_same, until
+from tests.support.clusters import a_cluster, alone, check_same, until
 from tests.support.kills import EVERY, STEPS
 
 pytestmark = [
@@ -35,10 +35,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers(tmp_path: Path, whole: Path, workers: int) -> None:
     with a_cluster(tmp_path) as cluster:
-        for number in range(workers):
-            cluster.join("worker" if not number else f"more-{number}")
+        names = ["worker", "second", "third"][:workers]
+        cluster.gather(*names)
         cluster.finish()
         check_same(cluster.out, whole)
+        decoded = cluster.parts_by_member()
+        assert set(decoded) == set(names), decoded
+        assert sum(decoded.values()) >= STEPS * 4  # and probes
 
 
 def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) -> None:
@@ -46,8 +49,7 @@ def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) ->
     while killed < 20:
         runs += 1
         with a_cluster(tmp_path / str(runs)) as cluster:
-            for name in ("worker", "other"):
-                cluster.join(name)
+            cluster.gather("worker", "other")
             while cluster.goes_on:
                 name = dice.choice(("worker", "other"))
                 until(lambda name=name: cluster.at_work(name) or not cluster.goes_on, f"{name} at work")  # type: ignore[misc]
@@ -58,13 +60,12 @@ def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) ->
                     cluster.join(name)
             cluster.finish()
             check_same(cluster.out, whole)
-    assert runs <= 10
+    assert runs <= 12
 
 
 def test_all_are_killed_and_another_joins(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path) as cluster:
-        for name in ("worker", "other"):
-            cluster.join(name)
+        cluster.gather("worker", "other")
         assert cluster.at_step(5)
         for name in ("worker", "other"):
             cluster.harm(name)
@@ -81,8 +82,7 @@ def _activity(cluster: object) -> str:
 
 def test_the_server_is_killed(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path) as cluster:
-        for name in ("worker", "other"):
-            cluster.join(name)
+        cluster.gather("worker", "other")
         for step in (4, 10, 16):
             if cluster.at_step(step):
                 before = cluster.server()
@@ -95,8 +95,7 @@ def test_the_server_is_killed(tmp_path: Path, whole: Path) -> None:
 
 def test_the_run_is_killed_and_gone_on_with(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path) as cluster:
-        for name in ("worker", "other"):
-            cluster.join(name)
+        cluster.gather("worker", "other")
         for step in (2 * EVERY, 6 * EVERY):
             assert cluster.at_step(step)
             cluster.kill_run()
@@ -108,13 +107,12 @@ def test_the_run_is_killed_and_gone_on_with(tmp_path: Path, whole: Path) -> None
 
 def test_a_worker_that_stands_still_for_long(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path) as cluster:
-        for name in ("worker", "other"):
-            cluster.join(name)
+        cluster.gather("worker", "other")
         assert cluster.at_step(3)
         until(lambda: cluster.at_work("other") or not cluster.goes_on, "at work")
-        cluster.harm("other", signal.SIGSTOP)
-        time.sleep(4 * LEASE_S)
-        cluster.harm("other", signal.SIGCONT)
+        cluster.harm_all("other", signal.SIGSTOP)
+        time.sleep(12.0)
+        cluster.harm_all("other", signal.SIGCONT)
         cluster.finish()
         check_same(cluster.out, whole)
 

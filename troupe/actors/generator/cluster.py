@@ -51,6 +51,9 @@ _REMEMBERED = 8192
 _decode_turn: Callable[[bytes], TurnEnded] = decoder(TurnEnded, "a worker and the run")
 
 
+async def _at_once(version: int) -> None: ...
+
+
 class ClusterMembers:
     """A service of the roster, and `Members` of the crew; outlives the actor, whose crew it is given by `run`."""
 
@@ -69,17 +72,17 @@ class ClusterMembers:
         audits: Audits | None = None,
         put_whole: Callable[[int], Awaitable[None]] | None = None,
         needs: str = "",
+        until_there: Callable[[int], Awaitable[None]] = _at_once,
     ) -> None:
         """`terms`: what every worker is told. `versions`: those that workers can have now. `kinship`: None: anybody may
         generate. `audits`: which parts are decoded twice. `put_whole`: has a version put where workers find it, as a
-        whole. `needs`: what to say while there is work and nobody for it; empty: others do it."""
-        self._roster = roster
+        whole. `needs`: what to say while there is work and nobody for it; empty: others do it. `until_there`: waits
+        until workers can have a version."""
+        self._desk, self._roster = desk, roster
         self._limits, self._decode_text = limits, decode_text
         self._terms, self._versions = terms, versions
-        self._kinship = kinship
-        self._audits = audits or Audits(0.0)
-        self._put_whole, self._needs = put_whole, needs
-        self._desk = desk
+        self._kinship, self._audits = kinship, audits or Audits(0.0)
+        self._put_whole, self._needs, self._until_there = put_whole, needs, until_there
         self._members: dict[str, ClusterWorker] = {}
         self._asked: OrderedDict[int, tuple[Part, set[str]]] = OrderedDict()
         """Group → its part, and the names of those who had it."""
@@ -215,6 +218,8 @@ class ClusterMembers:
             self._tasks.start_soon(self._take, self._crew, member, pull, ask.most)
         with anyio.move_on_after(PULL_WAIT_S):
             await pull.answered.wait()
+            for version in {part.version for part in pull.parts if part.version is not None}:
+                await self._until_there(version)  # before that it could do nothing but ask for it
         return encode(Pulled(parts=tuple(map(frame_of, pull.parts))))
 
     async def _take(self, crew: Crew, member: ClusterWorker, pull: Pull, most: int) -> None:
@@ -251,8 +256,7 @@ class ClusterMembers:
         part, names = self._asked.get(done.completed.gid, (None, set[str]()))
         if part is None or name not in names:
             raise OffenceError(f"it completed group {done.completed.gid}, which it was not asked for")
-        prompt = part.prompt_of(done.completed.gid)
-        versions = self._versions()
+        prompt, versions = part.prompt_of(done.completed.gid), self._versions()
         try:
             group = checked_group(
                 done.completed,
