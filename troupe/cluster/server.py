@@ -148,9 +148,7 @@ class MessageServer:
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_END_S)
-            with suppress(ProcessLookupError, PermissionError):  # the group of both; a Mac refuses the dead
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end_group(process)
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
@@ -278,6 +276,18 @@ class MessageServer:
         """What the server wrote last, for a message."""
         lines = self._log_since(max(self._log_size() - 2000, 0)).splitlines()
         return _LOG_LINE.sub(r"\1 ", lines[-1])[:200] if lines else "it wrote nothing"
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a process and its children, and wait until nothing is."""
+    until = time.monotonic() + _END_S
+    with suppress(ProcessLookupError, PermissionError):  # a Mac refuses where only the dead are left
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.005)
+    process.wait()
 
 
 class _NotThereError(Exception):
