@@ -27,6 +27,7 @@ from troupe.cluster.addresses import ANYWHERE, Place, reachable
 from troupe.cluster.binary import find_server
 from troupe.cluster.bus import HUB, MAX_BYTES
 from troupe.cluster.keys import certify, client_context, new_seed, public_key, server_name
+from troupe.cluster.knocks import Knocks
 from troupe.cluster.ticket import Ticket, write_secret
 from troupe.cluster.users import CONNECTIONS, FIRST, SERVER, UserList, Users, accounts
 from troupe.errors import ConfigError, InputError
@@ -155,7 +156,7 @@ class MessageServer:
 
     def _watch(self) -> None:
         """Start it again when it has died; have it follow the list of users."""
-        failures = 0
+        failures, knocks = 0, Knocks(self._log, self._tell)
         while not self._ending.wait(_LOOK_S):
             try:
                 known = self.users.read()
@@ -164,8 +165,10 @@ class MessageServer:
                 self._complain(f"the list of users cannot be read, the last one holds: {error}")
             if self._process is None or self._process.poll() is not None:
                 failures = self._again(known, failures)
-            elif known is not None and known.digest != self._applied:
-                self._reload(known)
+            elif known is not None:
+                if known.digest != self._applied:
+                    self._reload(known)
+                knocks.look(known)
 
     def _again(self, known: UserList | None, failures: int) -> int:
         """One attempt to start it anew → how many failed in a row."""
