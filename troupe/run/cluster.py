@@ -161,8 +161,8 @@ class Hub:
         told = (f"workers find this run at {where}: troupe worker --join {self._first_join_file}",)
         if schedule.mode == "pinned" and (schedule.parts or 1) == 1:
             told += (
-                "a step of this run is one part (schedule.parts is 1), which one member decodes while others wait; a run "
-                "that begins with more parts is shared",
+                "a step of this run is one part (schedule.parts is 1), which one member decodes while others wait; a "
+                "run that begins with more parts is shared",
             )
         return told
 
