@@ -11,9 +11,8 @@ import pytest
 
 from tests.rewards import process_rewards
 from tests.rewards.scoring import is_alive, no_sleep
-from tests.support.services import Site, at_site
-from troupe.cluster.call_wire import DONE, PULL, Done, Offered, Orders, Pull, decode_orders
-from troupe.cluster.link import Link
+from tests.support.services import Liar, Site, at_site
+from troupe.cluster.call_wire import Offered
 from troupe.cluster.services import OwnCode, _Refused
 from troupe.errors import ConfigError, RewardError
 from troupe.rewards import RewardManager, RewardsConfig
@@ -60,6 +59,7 @@ async def test_files_modules_and_our_own_rewards_give_what_they_give_here() -> N
     assert expected.incidents == ()
 
 
+@pytest.mark.slow
 async def test_a_call_goes_to_another_worker_when_its_own_is_lost_in_the_middle(tmp_path: Path) -> None:
     own = OwnCode(["rewards"], rewards=[f"{FILE}:waits_for"])
     async with at_site(lease_s=2.0) as site, on_workers(site, f"{FILE}:waits_for") as manager:
@@ -116,6 +116,7 @@ async def test_a_reward_nobody_offers_can_be_exchanged_while_its_calls_wait() ->
         assert found[0].scores == {"lengths": (1.0,)}
 
 
+@pytest.mark.slow
 async def test_a_call_past_its_limit_is_killed_there_and_missing(tmp_path: Path) -> None:
     async with at_site() as site, on_workers(site, f"{FILE}:pids", timeout_s=0.8) as manager:
         site.join("w", OwnCode(["rewards"], rewards=[f"{FILE}:pids"]))
@@ -125,38 +126,6 @@ async def test_a_call_past_its_limit_is_killed_there_and_missing(tmp_path: Path)
         pids = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
         await site.leave("w")
         await until(lambda: not any(map(is_alive, pids)))
-
-
-class Liar:
-    """A worker that offers everything and answers what it likes."""
-
-    def __init__(self, *answers: bytes) -> None:
-        self.answers = answers
-        self.begun = 0
-
-    async def __call__(self, link: Link) -> None:
-        number, told = 0, dict[str, int]()
-        got: dict[str, int] = {}
-        while True:
-            orders: Orders = decode_orders(
-                await link.ask(PULL, encode(Pull(kind="rewards", number=number, sessions=got)))
-            )
-            number += 1
-            for begin in orders.begin:
-                if begin.session not in got:
-                    self.begun += 1
-                    got[begin.session] = told[begin.session] = 0
-                    await self._tell(link, begin.session, told, encode(Loaded()))
-            for piece in orders.pieces:
-                got[piece.session] = piece.number + 1
-                for answer in self.answers:
-                    await self._tell(link, piece.session, told, answer)
-            for name in orders.end:
-                got.pop(name, None)
-
-    async def _tell(self, link: Link, session: str, told: dict[str, int], frame: bytes) -> None:
-        told[session] += 1
-        await link.ask(DONE, encode(Done(kind="rewards", session=session, number=told[session] - 1, frame=frame)))
 
 
 LIES = {

@@ -81,13 +81,13 @@ class Cluster:
         code = self._troupe("cluster", "cluster", "invite", str(self.out), name).wait(_PATIENCE_S)
         assert code == 0, self.log("cluster")
 
-    def join(self, name: str = "worker", *, inside: tuple[str, ...] = (), device: str = "cpu") -> None:
-        """Start a worker, anew where it was killed."""
+    def join(self, name: str = "worker", *options: str, inside: tuple[str, ...] = (), device: str = "cpu") -> None:
+        """Start a worker, anew where it was killed; `options` of its command."""
         ticket = self.out / "join" / f"{name}.toml"
         if not ticket.exists():
             self.invite(name)
         self._joins[name] = self._told_to_have_joined(name) + 1
-        arguments = ["worker", "--join", str(ticket), "--device", device]
+        arguments = ["worker", "--join", str(ticket), "--device", device, *options]
         self.workers[name] = self._troupe(name, *arguments, inside=inside)
 
     def gather(self, *names: str) -> None:

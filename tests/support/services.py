@@ -4,7 +4,7 @@ links; processes are real."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -12,6 +12,7 @@ import anyio
 
 from tests.support.fake_bus import FakeBroker
 from troupe.cluster.bus import HUB
+from troupe.cluster.call_wire import DONE, PULL, Done, Orders, Pull, decode_orders
 from troupe.cluster.calls import Calls
 from troupe.cluster.desk import Desk
 from troupe.cluster.link import Link
@@ -19,6 +20,7 @@ from troupe.cluster.roster import Roster
 from troupe.cluster.services import OwnCode, Serving
 from troupe.cluster.wire import BEAT_S, Beat, Facts, Hello, Offer
 from troupe.messages import Incident
+from troupe.rewards.processes.calls import Loaded
 from troupe.run.worker.session import Worker
 from troupe.runtime.elsewhere import ServiceKind
 from troupe.runtime.frames import encode
@@ -73,6 +75,10 @@ class Site:
         """Nothing comes through to or from a worker any more."""
         self.broker.cut.add(name)
 
+    def kill(self, name: str) -> None:
+        """A worker ends without a word."""
+        self._workers[name].cancel()
+
     async def leave(self, *names: str) -> None:
         """Workers end."""
         for name in names or list(self._workers):
@@ -80,6 +86,47 @@ class Site:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+
+
+class Liar:
+    """A worker that begins all that it is asked for and answers what it likes."""
+
+    def __init__(
+        self,
+        *answers: bytes,
+        kind: ServiceKind = "rewards",
+        loaded: bytes = encode(Loaded()),
+        first: Sequence[bytes] = (),
+    ) -> None:
+        """Every frame gets the `answers`, but for those that get one of `first` each. `loaded`: what is said to a
+        process that begins."""
+        self.begun = 0
+        self._answers, self._kind, self._loaded, self._first = answers, kind, loaded, list(first)
+        self._told: dict[str, int] = {}
+
+    async def __call__(self, link: Link) -> None:
+        number = 0
+        got: dict[str, int] = {}
+        while True:
+            ask = encode(Pull(kind=self._kind, number=number, sessions=got))
+            orders: Orders = decode_orders(await link.ask(PULL, ask))
+            number += 1
+            for begin in orders.begin:
+                if begin.session not in got:
+                    self.begun += 1
+                    got[begin.session] = self._told[begin.session] = 0
+                    await self._tell(link, begin.session, self._loaded)
+            for piece in orders.pieces:
+                got[piece.session] = piece.number + 1
+                for answer in [self._first.pop(0)] if self._first else self._answers:
+                    await self._tell(link, piece.session, answer)
+            for name in orders.end:
+                got.pop(name, None)
+
+    async def _tell(self, link: Link, session: str, frame: bytes) -> None:
+        self._told[session] += 1
+        done = Done(kind=self._kind, session=session, number=self._told[session] - 1, frame=frame)
+        await link.ask(DONE, encode(done))
 
 
 class _Listening(Reporter):

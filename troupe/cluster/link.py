@@ -26,8 +26,11 @@ from troupe.runtime.backoff import backoff_s
 from troupe.runtime.frames import encode
 
 HELLO_WAIT_S = 10.0
+AT_ONCE = 24
+"""Asks under way, besides beats and those that wait for work: of more at once the run would leave some unanswered."""
 LATER_S = 5.0
 """Before a worker that may be taken later asks again."""
+_AT_ANY_TIME = {"beat", "bye"}
 _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 2.0
 
 
@@ -53,6 +56,7 @@ class Link:
         """`time.monotonic` of the first ask that nobody answers; None while asks are answered."""
         self._bus, self._run, self._tell = bus, run, tell
         self._messages = 0
+        self._places = anyio.Semaphore(AT_ONCE)
 
     @property
     def name(self) -> str:
@@ -85,6 +89,12 @@ class Link:
 
         RunEndedError, DeclinedError, SessionGoneError; RunError where the run says that this may not be asked.
         """
+        if wait_s > HELLO_WAIT_S or verb in _AT_ANY_TIME:
+            return await self._asked(verb, body, wait_s)
+        async with self._places:
+            return await self._asked(verb, body, wait_s)
+
+    async def _asked(self, verb: str, body: bytes, wait_s: float) -> bytes:
         self._messages += 1
         pieces = pieces_of(body, session=self.session, message=self._messages)
         missing: tuple[int, ...] = tuple(range(len(pieces)))

@@ -15,6 +15,7 @@ import msgspec
 from troupe.cluster.blobs import MAX_BLOB_BYTES, digest_of, drop_blob, in_chunks, put_blob
 from troupe.cluster.bus import Bus, NoAnswer, stored_subject
 from troupe.cluster.deltas import are_alike, deltas
+from troupe.cluster.wire import PULL_WAIT_S
 from troupe.policy import Weights
 from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
 from troupe.runtime.board import PolicyBoard
@@ -24,7 +25,7 @@ from troupe.runtime.reporter import Reporter
 
 FULL_EVERY = 32
 """A version so much newer than the base of deltas is put whole."""
-_WORTH = 0.8
+_WORTH = 0.6
 """A delta is at most so much of the whole."""
 _LOOK_S = 1.0
 """How often it is seen whether the server was started anew."""
@@ -45,6 +46,14 @@ class VersionHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The version that it is told as a change of; None: it is there whole."""
 
 
+class Newest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`newest`: the newest version that the worker knows of; answered with the run's, when that is newer, or after
+    a while."""
+
+    version: int
+
+
+decode_newest: Callable[[bytes], Newest] = decoder(Newest, "the run and a worker")
 decode_version_head: Callable[[bytes], VersionHead] = decoder(VersionHead, "the run and a worker")
 
 
@@ -77,6 +86,7 @@ class WeightsPublisher:
         self._base: tuple[int, Weights] | None = None
         self._epoch = -1
         self._putting = anyio.Lock()
+        self._published = anyio.Event()
         self.sent_bytes = 0
         """That versions took on their way to the server, so far."""
 
@@ -99,13 +109,27 @@ class WeightsPublisher:
         """Publish what is on the board until cancelled: every version that it keeps (`every`), or always the newest
         that there is when the one before is done."""
         while True:
+            seen = board.version
             try:
                 await self._catch_up(board, every=every)
             except NoAnswer:
                 await anyio.sleep(_LOOK_S)
                 continue
             with anyio.move_on_after(_LOOK_S):
-                await board.newer_than(board.version)
+                await board.newer_than(seen)
+
+    async def until_there(self, version: int) -> None:
+        """Wait until workers can have a version, or a newer one."""
+        while self.newest < version:
+            await self._published.wait()
+
+    async def tell_newest(self, worker: str, body: bytes) -> bytes:
+        """The handler of the verb `newest`."""
+        known = decode_newest(body).version
+        with anyio.move_on_after(PULL_WAIT_S - 2.0):
+            while self.newest <= known:
+                await self._published.wait()
+        return encode(Newest(version=self.newest))
 
     async def publish(self, version: int, weights: Weights) -> None:
         """Put a version, unless it is there: as a change where that is less, else whole. NoAnswer."""
@@ -121,6 +145,8 @@ class WeightsPublisher:
             if head.base is None:
                 self._base = version, weights
             self._there[version] = head
+            self._published.set()
+            self._published = anyio.Event()
 
     async def full(self, version: int, weights: Weights) -> None:
         """Put a version whole that is there as a change: a worker cannot make it of that. NoAnswer."""

@@ -32,6 +32,7 @@ from troupe.rewards import (
 )
 from troupe.rewards.convention import Signature
 from troupe.run.config import RunConfig
+from troupe.runtime.elsewhere import Elsewhere
 
 
 class Acting(NamedTuple):
@@ -59,8 +60,9 @@ class Understanding:
 class ActingWorld:
     """The tools and environments of a run, and who runs them: all that can be known before a model is loaded."""
 
-    def __init__(self, config: EnvironmentConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: EnvironmentConfig, world: World, elsewhere: Elsewhere | None = None) -> None:
+        """`elsewhere`: where other machines are that may run them."""
+        self.config, self.world, self._elsewhere = config, world, elsewhere
         self.manager: EnvironmentManager
 
     @property
@@ -81,22 +83,22 @@ class ActingWorld:
     def begin(self, rewards: RewardManager) -> None:
         """Make the manager, when it is known who looks at environments afterwards."""
         wants = any(not callable(reward) or _looks(reward) for reward in rewards.rewards)
-        self.manager = EnvironmentManager(self.world, self.config, wants_attributes=wants)
+        self.manager = EnvironmentManager(self.world, self.config, wants_attributes=wants, elsewhere=self._elsewhere)
 
     def environments(self, gid: int) -> list[Any] | None:
         """Of a group, as rewards get them."""
         return self.manager.environments(gid)
 
 
-def load_acting(config: EnvironmentConfig, given: Acting) -> ActingWorld | None:
-    """What `config` names and what is given besides; None where that is nothing.
+def load_acting(config: EnvironmentConfig, given: Acting, elsewhere: Elsewhere | None = None) -> ActingWorld | None:
+    """What `config` names and what is given besides; None where that is nothing. `elsewhere`: where other machines are.
 
     Raises:
         WorldError: for an environment or a tool that cannot be used.
     """
     if not config.is_on and not given.tools and given.environment_factory is None:
         return None
-    return ActingWorld(config, load_world(config, given.tools, given.environment_factory))
+    return ActingWorld(config, load_world(config, given.tools, given.environment_factory), elsewhere)
 
 
 def check_turn_advantages(learner: LearnerConfig, acting: ActingWorld | None) -> None:
@@ -129,16 +131,18 @@ def make_rewards(
     config: RewardsConfig,
     acting: ActingWorld | None,
     datasets: Iterable[PromptDataset] = (),
+    *,
+    elsewhere: Elsewhere | None = None,
 ) -> RewardManager:
     """The rewards, with those of environments that have `get_reward`, unless the reward `environment` gives them
-    already; as in TRL. Without weights for them these are 1.
+    already; as in TRL. Without weights for them these are 1. `elsewhere`: where other machines are.
 
     Raises:
         RewardError: for a reward that cannot be used.
         WorldError: for a row of `datasets` that no episode can begin with.
     """
     if acting is None:
-        return RewardManager(rewards, config=config)
+        return RewardManager(rewards, config=config, elsewhere=elsewhere)
     for rows in datasets:
         check_rows(acting.world, rows, rows.source)
     is_named = any(reward == "environment" or reward is environment_reward for reward in rewards)
@@ -146,7 +150,9 @@ def make_rewards(
     weights = config.weights
     if weights is not None and len(weights) == len(rewards):
         weights = (*weights, *(1.0 for _ in own))
-    manager = RewardManager([*rewards, *own], weights, config, environments=acting.environments)
+    if config.run is not None and len(config.run) == len(rewards):
+        config = msgspec.structs.replace(config, run=(*config.run, *("auto" for _ in own)))
+    manager = RewardManager([*rewards, *own], weights, config, environments=acting.environments, elsewhere=elsewhere)
     acting.begin(manager)
     return manager
 

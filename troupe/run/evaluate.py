@@ -285,7 +285,10 @@ async def evaluate_folder(
     """
     data = DataConfig() if data is None else data
     rows = await _loaded(dataset, data)
-    world = load_acting(EnvironmentConfig() if environment is None else environment, acting)
+    environment = EnvironmentConfig() if environment is None else environment
+    if environment.run == "worker":  # there is no run here that workers could join
+        environment = msgspec.structs.replace(environment, run="process")
+    world = load_acting(environment, acting)
     functions = list(rewards) or [default_rewards(rows, world)]
     manager = make_rewards(functions, RewardsConfig(), world, [rows])
     manager.check_columns(rows.columns)

@@ -91,6 +91,8 @@ def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | No
             sources.append(partial(LocalProcesses, setups, report=report, envs=envs, **shared))
         if hub is not None:
             hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=policy, **shared)
+            assert prepared.inputs.calls is not None
+            prepared.inputs.calls.join(hub.desk, hub.roster)
             sources.append(lambda: hub.members)
     if config.schedule.engines:
         inputs = prepared.inputs

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import msgspec
 
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
-from troupe.dataset import PromptDataset
+from troupe.cluster.calls import Calls
+from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import ConfigError, DatasetError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
@@ -67,6 +68,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens."""
     acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
+    calls: Calls | None = None
+    """Rewards and environments on workers; None: no worker can join the run."""
     total_steps: int
     description: str
     """What there is to train and to evaluate on, in lines."""
@@ -86,12 +89,10 @@ def load_inputs(
     """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
     data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
-    assert data.path is not None
-    first = _SHOWN_ROWS if to_show and not resume else None
-    dataset = PromptDataset.load(data.path, data, first=first)
-    held_out = PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
-    world = _load_world(config, acting)
-    rewards, config = _rewards(config, given, dataset, held_out, world)
+    dataset, held_out = _rows(data, _SHOWN_ROWS if to_show and not resume else None)
+    calls = None if config.cluster.serve is None else Calls()
+    world = _load_world(config, acting, calls)
+    rewards, config = _rewards(config, given, dataset, held_out, world, calls)
     notices = _best_by(config, rewards, resumption)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
     assert policy.path is not None
@@ -128,12 +129,20 @@ def load_inputs(
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
+        calls=calls,
         total_steps=count_steps(
             dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
         ),
         description="\n".join(prompts.described),
         notices=tuple(notices),
     )
+
+
+def _rows(data: DataConfig, first: int | None) -> tuple[PromptDataset, PromptDataset | None]:
+    """The rows to train on and the held-out ones, or the `first` of each."""
+    assert data.path is not None
+    dataset = PromptDataset.load(data.path, data, first=first)
+    return dataset, PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
 
 
 class _Told(NamedTuple):
@@ -172,8 +181,8 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
     return notices
 
 
-def _load_world(config: RunConfig, given: Acting) -> ActingWorld | None:
-    world = load_acting(config.environment, given)
+def _load_world(config: RunConfig, given: Acting, calls: Calls | None) -> ActingWorld | None:
+    world = load_acting(config.environment, given, calls)
     check_turn_advantages(config.learner, world)
     return world
 
@@ -245,14 +254,14 @@ def _rewards(
     dataset: PromptDataset,
     held_out: PromptDataset | None,
     acting: ActingWorld | None,
+    calls: Calls | None,
 ) -> tuple[RewardManager, RunConfig]:
     functions = config.rewards.functions
     if not functions and not given:
         functions = (default_rewards(dataset, acting),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
-    manager = make_rewards(
-        [*functions, *given], config.rewards, acting, [dataset] if held_out is None else [dataset, held_out]
-    )
+    datasets = [dataset] if held_out is None else [dataset, held_out]
+    manager = make_rewards([*functions, *given], config.rewards, acting, datasets, elsewhere=calls)
     manager.check_columns(dataset.columns)
     if held_out is not None and (missing := dataset.columns - held_out.columns):
         raise DatasetError(

@@ -8,22 +8,25 @@ from anyio.abc import TaskGroup
 
 from troupe.actors.generator.child import GeneratorChild
 from troupe.actors.generator.cluster_wire import MAX_SPANS, Done, Observe, Spans, decode_accepted, decode_observed
+from troupe.actors.generator.kin import probe_answer
 from troupe.actors.generator.parts import Part
 from troupe.actors.generator.wire import Completed, pack_rollout, pack_turn
 from troupe.cluster.blobs import BlobMissingError
 from troupe.cluster.link import Link
 from troupe.cluster.version_files import VersionFiles
+from troupe.cluster.versions import Newest, decode_newest
 from troupe.cluster.wire import PULL_WAIT_S
 from troupe.messages import Incident, RolloutGroup, Span, TurnTaken
 from troupe.run.worker.hands import Hands
+from troupe.runtime.backoff import backoff_s
 from troupe.runtime.frames import encode
 
 _LONG_S = PULL_WAIT_S + 10.0
-_AGAIN_S = 0.5
+_SOON_S, _AGAIN_S = 0.01, 0.5
 _SPANS_S = 1.0
 
 
-class Newest:
+class NewestVersion:
     """What the run has said of its versions last."""
 
     def __init__(self) -> None:
@@ -49,7 +52,7 @@ class ChildLife:
         link: Link,
         files: VersionFiles,
         hands: Hands,
-        newest: Newest,
+        newest: NewestVersion,
         telling: TaskGroup,
         *,
         tell: Callable[[str], None],
@@ -73,12 +76,17 @@ class ChildLife:
         self._loaded = anyio.Event()
 
     def begin(self, child: GeneratorChild, tasks: TaskGroup) -> None:
-        """The child is ready: listen, keep it at the newest version, answer its turns, in tasks that end with it."""
+        """The child is ready: listen, and keep it at the newest version, in tasks that end with it."""
         self.child, self._tasks = child, tasks
         self._tasks.start_soon(child.run)
         self._tasks.start_soon(self._follow)
+        if child.setup.most_at_once is not None:
+            self._tasks.start_soon(self._hear_of_newest)
         self._tasks.start_soon(self._tell_spans)
-        if child.setup.acts is not None:
+
+    def begin_work(self) -> None:
+        """The run gives work to this worker: hear of answers to turns."""
+        if self.child.setup.acts is not None:
             self._tasks.start_soon(self._observe)
 
     async def on_group(self, group: RolloutGroup) -> None:
@@ -92,7 +100,10 @@ class ChildLife:
 
     async def on_turn(self, taken: TurnTaken) -> None:
         """As of `Listener`."""
-        self._tasks.start_soon(self._tell_turn, taken)
+        if self._probe is not None and self._probe.asks_for(taken.prompt.gid):
+            await self.child.observe(probe_answer(taken))
+        else:
+            self._tasks.start_soon(self._tell_turn, taken)
 
     async def on_incident(self, incident: Incident) -> None:
         """As of `Listener`."""
@@ -128,6 +139,7 @@ class ChildLife:
     async def _have(self, name: str, version: int) -> bool:
         """Have the child read a version; False where the part that needs it is not wanted any more."""
         self._reading[version] += 1
+        nth = 0
         try:
             while not self.child.has(version):
                 if name not in self._hands:
@@ -137,17 +149,25 @@ class ChildLife:
                     return False
                 try:
                     await self.child.load(version, await self._files.fetch(version))
-                except BlobMissingError:
-                    await anyio.sleep(_AGAIN_S)
+                except BlobMissingError:  # it is being published
+                    nth += 1
+                    await anyio.sleep(backoff_s(nth, _SOON_S, _AGAIN_S))
         finally:
             self._reading -= Counter([version])
         return True
 
     async def _fresh(self) -> None:
-        """Wait until the child has a version that is not too old to be trained on."""
-        oldest = max(0, self._newest.version - self.child.setup.max_staleness)
+        """Wait until the child has the newest version of this moment, or one that leaves time enough until what it
+        samples would be too old to be trained on."""
+        oldest = max(0, self._newest.version - self.child.setup.max_staleness // 2)
         while self.child.newest < oldest:
             await self._loaded.wait()
+
+    async def _hear_of_newest(self) -> None:
+        """Know of each version as soon as it is published; beats alone would be too late for short steps."""
+        while True:
+            body = encode(Newest(version=self._newest.version))
+            self._newest.tell(decode_newest(await self._link.ask("newest", body, wait_s=_LONG_S)).version)
 
     async def _follow(self) -> None:
         """Have the child read the newest version, whenever there is another."""
@@ -206,9 +226,13 @@ class _Probe:
         self.whole = anyio.Event()
         self._left = {prompt.gid for prompt in part.prompts}
 
+    def asks_for(self, gid: int) -> bool:
+        """Whether a group that is not there yet is one of its."""
+        return gid in self._left
+
     def add(self, group: RolloutGroup) -> bool:
         """Whether the group is one of its."""
-        if group.prompt.gid not in self._left:
+        if not self.asks_for(group.prompt.gid):
             return False
         self._left.discard(group.prompt.gid)
         self.groups.append(group)

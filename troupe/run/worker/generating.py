@@ -30,7 +30,7 @@ from troupe.cluster.version_files import VersionFiles
 from troupe.cluster.versions import decode_version_head, version_subject
 from troupe.cluster.wire import PULL_WAIT_S, Offer, RunState
 from troupe.errors import RunError, TroupeError
-from troupe.run.worker.child_life import ChildLife, Newest
+from troupe.run.worker.child_life import ChildLife, NewestVersion
 from troupe.run.worker.hands import Hands, part_of
 from troupe.run.worker.scratch import scratch_folder
 from troupe.run.worker.setup import Here, own_setup
@@ -77,7 +77,7 @@ class Generating:
         self._start = start or self._start_child
         self._device, self._pause_s = device, pause_s
         self._hands = Hands()
-        self._newest = Newest()
+        self._newest = NewestVersion()
         self._life: ChildLife | None = None
         self._given_up = self._is_kin = False
         self.groups = self.pulled = 0
@@ -121,7 +121,7 @@ class Generating:
     async def serve(self, link: Link, details: bytes) -> None:
         """As of `Work`."""
         terms = decode_terms(details)
-        self._hands, self._newest, self._is_kin, self.pulled = Hands(), Newest(), False, 0
+        self._hands, self._newest, self._is_kin, self.pulled = Hands(), NewestVersion(), False, 0
         self._newest.tell(max(terms.versions, default=-1))
         self.doing = "reading what the run is"
         frame = await self._until_there(lambda: get_bytes(self._bus, self._stored(terms.setup), most=_SETUP_BYTES))
@@ -175,6 +175,7 @@ class Generating:
                 if not self._is_kin:
                     await self._prove(link, terms, life)
                     self._is_kin = True
+                life.begin_work()
                 await self._pull(link, life, tasks)
         finally:
             self._life = None
