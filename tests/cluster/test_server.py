@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.extras import extra
-from tests.support.nats import PATIENCE_S, server
+from tests.support.nats import PATIENCE_S, Raw, server
 from troupe.cluster import binary
 from troupe.cluster.addresses import Place, reachable
 from troupe.cluster.server import parse_place
-from troupe.cluster.ticket import read_ticket
+from troupe.cluster.ticket import Ticket, read_ticket
 from troupe.errors import ConfigError, InputError
 
 
@@ -73,6 +73,39 @@ def test_a_run_keeps_its_key_its_users_and_its_port_when_it_goes_on(tmp_path: Pa
         third.users.invite("two")
     with server(tmp_path, "127.0.0.1:0") as fourth:  # join files follow an address that changes
         assert read_ticket(tmp_path / "join" / "two.toml").addresses == fourth.addresses != third.addresses
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_list_of_users_that_is_damaged_opens_no_door_and_closes_none(tmp_path: Path) -> None:
+    told: list[str] = []
+    with server(tmp_path, tell=told.append) as message_server:
+        ticket = read_ticket(tmp_path / "join" / "worker.toml")
+        file = tmp_path / "join" / "users.toml"
+        whole = file.read_bytes()
+        for damage in (b"run = 1", b"\xff", b'run = "r1"\nusers = [{ name = "x", key = "*" }]', None):
+            if damage is None:
+                file.unlink()
+            else:
+                file.write_bytes(damage)
+            told.clear()
+            wait_for(lambda: any("cannot be read" in line for line in told))
+            with Raw(ticket.addresses[0], ticket.run, ticket.ca) as worker:
+                assert worker.join(ticket.seed) == b"PONG"
+        os.kill(message_server.pids[-1], signal.SIGKILL)  # it is started again by the list as it was
+        wait_for(lambda: message_server.starts == 2 and len(message_server.pids) == 2)
+        wait_for(lambda: any("started again" in line for line in told))
+        file.write_bytes(whole)
+        file.chmod(0o600)
+        message_server.users.revoke("worker")
+        wait_for(lambda: answer_to(ticket) != b"PONG")
+
+
+def answer_to(ticket: Ticket) -> bytes:
+    try:
+        with Raw(ticket.addresses[0], ticket.run, ticket.ca) as worker:
+            return worker.join(ticket.seed)
+    except OSError:
+        return b"PONG"  # not there yet
 
 
 def test_an_address_that_cannot_be_had_is_refused_before_anything_starts(tmp_path: Path) -> None:

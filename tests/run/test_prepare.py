@@ -439,6 +439,27 @@ def test_more_processes_than_prompts_a_step_are_refused(tmp_path: Path, tiny_mod
         prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids])
 
 
+def test_parts_that_are_given_place_a_run_alike_whoever_decodes(tmp_path: Path, tiny_model: Path) -> None:
+    """What decides bits must not follow from the number of processes then."""
+    found = set()
+    for processes in range(4):
+        generator = "process" if processes else "thread"
+        settings: dict[str, Any] = {"schedule__generator": generator, "schedule__generator_processes": processes or 1}
+        config = tiny_config(tiny_model, tmp_path, learner__batch_size=6, schedule__parts=4, **settings)
+        placed = prepare(config, [weigh_ids], machine=Machine(on_cpu=True, cores=8, worthwhile=64)).config
+        schedule, learner = placed.schedule, placed.learner
+        assert (schedule.parts, schedule.generator) == (4, generator)
+        found.add((schedule.blas_threads, schedule.learner_streams, learner.gradient_accumulation_steps))
+    assert found == {(2, 8, 9)}
+
+
+@pytest.mark.parametrize("generator", ["thread", "process"])
+def test_a_step_has_at_most_as_many_parts_as_prompts(tmp_path: Path, tiny_model: Path, generator: str) -> None:
+    config = tiny_config(tiny_model, tmp_path, schedule__parts=3, schedule__generator=generator)
+    with pytest.raises(ConfigError, match=r"schedule\.parts is 3, but a step has only 2 prompts .* at most 2"):
+        prepare(config, [weigh_ids])
+
+
 def test_without_openblas_no_threads_are_named(tmp_path: Path, tiny_model: Path) -> None:
     machine = Machine(on_cpu=True, cores=None)
     assert prepare(tiny_config(tiny_model, tmp_path), [weigh_ids], machine=machine).config.schedule.blas_threads is None

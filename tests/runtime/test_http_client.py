@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import ssl
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import pytest
-from anyio.abc import SocketAttribute, SocketStream, TaskStatus
+from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskStatus
+from anyio.streams.tls import TLSListener
 
 from troupe.runtime.http_client import HttpClient, HttpError, checked_url, is_in_the_clear, key_from
 
@@ -112,6 +116,38 @@ async def test_https_to_a_server_without_a_certificate_that_is_trusted_is_refuse
         with pytest.raises(HttpError):
             await HttpClient(url.replace("http:", "https:"), key="k3y", timeout_s=0.2).get("/")
     assert ssl.create_default_context().verify_mode == ssl.CERT_REQUIRED
+
+
+async def test_https_to_a_server_that_the_system_trusts_is_read_and_under_another_name_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("openssl is not there to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    made = [*command.split(), "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)  # noqa: ASYNC221 - nothing else goes on
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    async def serve(stream: ByteStream) -> None:
+        async with stream:
+            await stream.receive()
+            await stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nyes")
+
+    async with anyio.create_task_group() as tasks:
+        plain = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        port = plain.extra(SocketAttribute.local_port)
+        listener = TLSListener(plain, context, standard_compatible=False)
+        tasks.start_soon(listener.serve, serve)
+        with pytest.raises(HttpError, match="certificate"):
+            await HttpClient(f"https://localhost:{port}").get("/")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert await HttpClient(f"https://localhost:{port}").get("/") == (200, b"yes")
+        with pytest.raises(HttpError, match="certificate"):
+            await HttpClient(f"https://127.0.0.1:{port}").get("/")
+        tasks.cancel_scope.cancel()
+    await listener.aclose()
 
 
 @pytest.mark.parametrize(

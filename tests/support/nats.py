@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -24,11 +24,13 @@ PATIENCE_S = 30.0
 
 
 @contextmanager
-def server(folder: Path, serve: str = "127.0.0.1:0") -> Iterator[MessageServer]:
+def server(
+    folder: Path, serve: str = "127.0.0.1:0", tell: Callable[[str], None] = lambda line: None
+) -> Iterator[MessageServer]:
     """The message server of a run whose folder this is; the test is skipped where there is none to be had."""
     extra("nkeys")
     folder.mkdir(exist_ok=True)
-    with serving(folder / "join", serve, store_bytes=STORE_BYTES) as serving_now:
+    with serving(folder / "join", serve, store_bytes=STORE_BYTES, tell=tell) as serving_now:
         yield serving_now
 
 

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import anyio
 import msgspec
 
-from troupe.cluster.bus import MAX_BYTES, BusState, FullError, Handler, NoAnswer, checked_size
+from troupe.cluster.bus import HUB, BusState, FullError, Handler, NoAnswer, checked_size
 from troupe.cluster.dialing import Dialed, Untold, dial
 from troupe.cluster.keys import check_packages, client_context, public_key
 from troupe.cluster.serving import Served
 from troupe.cluster.ticket import Ticket
-from troupe.cluster.users import stream_of
+from troupe.cluster.users import stream, stream_of
 from troupe.runtime.backoff import backoff_s
 
 T = TypeVar("T")
@@ -193,6 +193,8 @@ class Connection:
             self._server = dialed.server
             self._epoch += 1
         try:
+            if self.name == HUB:
+                await self._declare(dialed)
             for one in self._served:
                 await dialed.subscribe(one.subject, one.arrived)
         except Exception as error:  # it ended while it began
@@ -239,37 +241,27 @@ class Connection:
             except NoAnswer as error:
                 if error.why != "nobody" or declared:
                     raise
-                await self._declare()
+                if self._dialed is not None:
+                    await self._declare(self._dialed)
                 continue
             if "error" in reply:
                 raise FullError(f"the message server does not store {len(data)} bytes: {reply['error']['description']}")
             return
 
-    async def _declare(self) -> None:
+    async def _declare(self, dialed: Dialed) -> None:
         """Make the stream, where the server has none."""
-        run = self._ticket.run
-        await self._api(
-            "CREATE",
-            {
-                "name": stream_of(run),
-                "subjects": [f"{run}.w.>"],
-                "storage": "memory",
-                "retention": "limits",
-                "max_msgs_per_subject": 1,
-                "max_msg_size": MAX_BYTES,
-                "discard": "new",
-                "discard_new_per_subject": False,
-                "allow_direct": True,
-                "num_replicas": 1,
-                "duplicate_window": 0,
-                "max_consumers": 1,
-            },
-        )
+        body = msgspec.json.encode(stream(self._ticket.run))
+        async with asyncio.timeout(STORE_S):
+            reply = await dialed.ask(f"$JS.API.STREAM.CREATE.{stream_of(self._ticket.run)}", body)
+        _checked(reply, "CREATE")
 
     async def _api(self, verb: str, body: dict[str, Any]) -> None:
         stream = stream_of(self._ticket.run)
         where = f"$JS.API.STREAM.{verb}.{stream}"
-        reply = msgspec.json.decode(await self._asked(where, msgspec.json.encode(body), STORE_S))
-        error = reply.get("error")
-        if error and error.get("code") != _NO_STREAM:
-            raise FullError(f"the message server refuses {verb.lower()}: {error['description']}")
+        _checked(await self._asked(where, msgspec.json.encode(body), STORE_S), verb)
+
+
+def _checked(reply: bytes, verb: str) -> None:
+    error = msgspec.json.decode(reply).get("error")
+    if error and error.get("code") != _NO_STREAM:
+        raise FullError(f"the message server refuses {verb.lower()}: {error['description']}")

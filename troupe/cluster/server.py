@@ -27,6 +27,7 @@ from troupe.cluster.addresses import ANYWHERE, Place, reachable
 from troupe.cluster.binary import find_server
 from troupe.cluster.bus import HUB, MAX_BYTES
 from troupe.cluster.keys import certify, client_context, new_seed, public_key, server_name
+from troupe.cluster.knocks import Knocks
 from troupe.cluster.ticket import Ticket, write_secret
 from troupe.cluster.users import CONNECTIONS, FIRST, SERVER, UserList, Users, accounts
 from troupe.errors import ConfigError, InputError
@@ -36,7 +37,7 @@ APPLIED = "applied"
 """In the server's folder while it runs: the digest of the users that it goes by."""
 _LOOK_S = 0.25
 _START_S = 20.0
-_END_S = 3.0
+_END_S, _DEATH_S = 3.0, 0.5
 _RELOAD_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _HEADERS_BYTES = 4096
@@ -51,7 +52,8 @@ class MessageServer:
 
     def __init__(self, folder: Path, place: Place, store_bytes: int, tell: Callable[[str], None]) -> None:
         self.users = Users.open(folder)
-        self.run = self.users.read().run
+        self._known = self.users.read()
+        self.run = self._known.run
         """The run's id."""
         self._program = find_server()
         self._place = place
@@ -115,6 +117,7 @@ class MessageServer:
 
     def _launch(self, known: UserList) -> None:
         """Start the process by the users as they are now, and wait until it answers."""
+        self._known = known
         self._configure(known)
         read_end, self._lifeline = os.pipe()
         try:
@@ -148,33 +151,37 @@ class MessageServer:
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_END_S)
-            with suppress(ProcessLookupError, PermissionError):  # the group of both; a Mac refuses the dead
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end_group(process)
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
 
     def _watch(self) -> None:
         """Start it again when it has died; have it follow the list of users."""
-        failures = 0
+        failures, knocks = 0, Knocks(self._log, self._tell)
         while not self._ending.wait(_LOOK_S):
             try:
                 known = self.users.read()
+                self._known = known
             except (ConfigError, OSError) as error:
-                known = None
+                known = self._known
                 self._complain(f"the list of users cannot be read, the last one holds: {error}")
-            if self._process is None or self._process.poll() is not None:
-                failures = self._again(known, failures)
-            elif known is not None and known.digest != self._applied:
-                self._reload(known)
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    failures = self._again(known, failures)
+                    continue
+                if known.digest != self._applied:
+                    self._reload(known)
+                knocks.look(known)
+            except OSError as error:  # of the disk
+                self._complain(f"the message server is not looked after: {error}")
 
-    def _again(self, known: UserList | None, failures: int) -> int:
+    def _again(self, known: UserList, failures: int) -> int:
         """One attempt to start it anew → how many failed in a row."""
         if not failures:
             self._tell(f"the message server has ended; it is started again ({self._last_line()})")
         self._kill()
-        if known is None or (failures and self._ending.wait(backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S))):
+        if failures and self._ending.wait(backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)):
             return failures + 1
         try:
             self._launch(known)
@@ -280,6 +287,18 @@ class MessageServer:
         return _LOG_LINE.sub(r"\1 ", lines[-1])[:200] if lines else "it wrote nothing"
 
 
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a process and its children, and wait until nothing is."""
+    until = time.monotonic() + _DEATH_S
+    with suppress(ProcessLookupError, PermissionError):  # a Mac refuses where only the dead are left
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.005)
+    process.wait()
+
+
 class _NotThereError(Exception):
     """The server did not come up."""
 
@@ -290,7 +309,7 @@ def parse_place(text: str) -> Place:
     host = host.removeprefix("[").removesuffix("]")
     if not (colon and host and port.isdecimal() and int(port) < 65536):
         raise ConfigError(
-            f"--serve {text}: this is no HOST:PORT; this machine's own: 127.0.0.1:0, all of its addresses: "
+            f"--serve: {text!r} is no HOST:PORT; this machine's own: 127.0.0.1:0, all of its addresses: "
             f"{ANYWHERE[0]}:4222"
         )
     return Place(host, int(port))

@@ -15,7 +15,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds after a worker was heard of last, when what it had in hand goes to another."""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
     """Share of the parts that a worker has decoded of which a second member, or the run itself, makes the same before
-    they are used; who answers otherwise is put out. In the pinned schedule, and not where the policy acts."""
+    they are used; who answers otherwise is put out. Not where the policy acts. In the free schedule, where bits may
+    differ, log-probs of that share are computed anew instead."""
+    max_logp_difference: Annotated[float, msgspec.Meta(gt=0)] = 0.5
+    """In the free schedule: mean difference, in nats a token, between the log-probs that a worker tells and the newest
+    policy's, above which it is put out."""
     local_parts: bool = True
     """Whether the generator's processes of this machine decode beside the workers. false: nobody decodes while there is
     no worker, and the run says that it waits."""

@@ -158,6 +158,22 @@ def stream_of(run: str) -> str:
     return f"{run}-w"
 
 
+def stream(run: str) -> dict[str, Any]:
+    """That stream, as it is declared."""
+    return {
+        "name": stream_of(run),
+        "subjects": [stored_subject(run, ">")],
+        "storage": "memory",
+        "retention": "limits",
+        "max_msgs_per_subject": 1,
+        "max_msg_size": MAX_BYTES,
+        "discard": "new",
+        "allow_direct": True,
+        "num_replicas": 1,
+        "max_consumers": 1,
+    }
+
+
 def accounts(known: UserList, hub_key: str, store_bytes: int) -> dict[str, Any]:
     """The server's accounts, as its configuration has them. A change of users changes nothing else: servers that are
     told of other imports while they run lose some."""
@@ -167,7 +183,7 @@ def accounts(known: UserList, hub_key: str, store_bytes: int) -> dict[str, Any]:
         "SYS": {},
         "HUB": {
             "users": [{"nkey": hub_key}],
-            "jetstream": {"max_mem": store_bytes, "max_file": 0, "max_streams": 1, "max_consumers": 1},
+            "jetstream": {"max_mem": store_bytes, "max_file": 0, "max_streams": 4, "max_consumers": 1},
             "exports": [{"service": subject} for subject in (asks, read)],
         },
         "WORKERS": {

@@ -25,7 +25,7 @@ from troupe.runtime.reporter import Reporter
 
 FULL_EVERY = 32
 """A version so much newer than the base of deltas is put whole."""
-_WORTH = 0.8
+_WORTH = 0.6
 """A delta is at most so much of the whole."""
 _LOOK_S = 1.0
 """How often it is seen whether the server was started anew."""

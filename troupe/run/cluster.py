@@ -20,9 +20,11 @@ from troupe.actors.generator.audits import Audits
 from troupe.actors.generator.checks import ResultLimits
 from troupe.actors.generator.cluster import ClusterMembers
 from troupe.actors.generator.cluster_wire import Terms
+from troupe.actors.generator.estimates import Estimates
 from troupe.actors.generator.judge import RunJudge
 from troupe.actors.generator.kin import Kinship, probe_part, probe_prompts
 from troupe.actors.generator.parts import Part
+from troupe.actors.generator.trust import Trust
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import Setup
 from troupe.cluster.bus import Bus
@@ -31,8 +33,9 @@ from troupe.cluster.facts import facts_here
 from troupe.cluster.roster import Roster
 from troupe.cluster.versions import WeightsPublisher
 from troupe.cluster.wire import RunState
-from troupe.messages import Incident
+from troupe.messages import Incident, RolloutGroup
 from troupe.policy import Policy, Weights
+from troupe.policy.gradient.backward import completion_statistics
 from troupe.run.config import RunConfig
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
@@ -139,7 +142,12 @@ class Hub:
             terms=Terms(setup=SETUP),
             versions=lambda: self._publisher.there,
             kinship=self._kinship(setup, policy) if pinned else None,
-            audits=Audits(cluster.audit if pinned else 0.0, seed=self._config.seed, judge=self._judge),
+            trust=Trust(
+                self.desk,
+                self.roster,
+                audits=Audits(cluster.audit, seed=self._config.seed, judge=self._judge) if pinned else None,
+                estimates=None if pinned or setup.acts is not None else self._estimates(policy, device),
+            ),
             put_whole=self._put_whole,
             until_there=self._publisher.until_there,
             needs="" if cluster.local_parts else f"waiting for a worker: troupe worker --join {self._first_join_file}",
@@ -179,6 +187,23 @@ class Hub:
         weights = self._board.kept.get(version)
         if weights is not None:
             await self._publisher.full(version, weights)
+
+    def _estimates(self, policy: Policy, device: DeviceThread) -> Estimates:
+        config, temperature = policy.config, self._config.generation.temperature
+        base = policy.base
+
+        def compute(weights: Weights, group: RolloutGroup) -> list[list[float]]:
+            prompts = [group.prompt.prompt_ids] * len(group.rollouts)
+            completions = [rollout.token_ids for rollout in group.rollouts]
+            found = completion_statistics(config, base.completed(config, weights), prompts, completions, temperature)
+            rows: list[list[float]] = found.log_probs.tolist()  # type: ignore[assignment]
+            return rows
+
+        async def log_probs(group: RolloutGroup) -> list[list[float]]:
+            return await device.run(compute, self._board.kept[self._board.version], group)
+
+        cluster = self._config.cluster
+        return Estimates(log_probs, share=cluster.audit, bound=cluster.max_logp_difference, seed=self._config.seed)
 
     def _kinship(self, setup: Setup, policy: Policy) -> Kinship:
         prompts = probe_prompts(

@@ -123,8 +123,14 @@ def _way(policy: Policy, engine: EngineConfig, key: str) -> EngineWay:
     if engine.weights not in ("auto", ours):
         what = "the whole network is" if adapter is None else "an adapter is"
         raise ConfigError(f"{key}.weights is '{engine.weights}', but {what} trained; say '{ours}', or leave it out")
-    if adapter is not None and adapter.kind == "dora" and engine.kind == "vllm":
-        raise ConfigError(f"{key}: vLLM has no DoRA; train with adapter.kind = 'lora', or take another engine")
+    if adapter is not None and engine.kind == "vllm":
+        if adapter.kind == "dora":
+            raise ConfigError(f"{key}: vLLM has no DoRA; train with adapter.kind = 'lora', or take another engine")
+        if len(set(adapter.modules.values())) > 1:
+            raise ConfigError(
+                f"{key}: vLLM takes one rank and scale for all modules; leave out adapter.rank_pattern and "
+                "adapter.alpha_pattern, or take another engine"
+            )
     return ours
 
 

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.anyio
 class Rig:
     """A generator over a fake engine; version 0 is on the board."""
 
-    def __init__(self, engine: FakeEngine, *, max_staleness: int = 0, most_at_once: int | None = None) -> None:
+    def __init__(
+        self, engine: FakeEngine, *, max_staleness: int = 0, most_at_once: int | None = None, parts: int = 1
+    ) -> None:
         self.reports, self.inbox, self.scorer = Reports(), Mailbox("generator"), Mailbox("scorer")
         self.prompts: Channel[Prompt] = self.inbox.channel("prompts", Prompt, bound=9)
         self.board: PolicyBoard[Any] = PolicyBoard(max_staleness)
@@ -46,10 +48,24 @@ class Rig:
             decode_text=lambda ids: bytes(ids).decode(),
             seed=7,
             most_at_once=most_at_once,
+            parts=parts,
             handed_over=self.handed_over,
             report=self.reports.reporter("generator"),
         )
         self.generator = self.make()
+
+
+async def test_a_step_is_decoded_part_by_part() -> None:
+    engine = FakeEngine(order=[1, 0])
+    rig = Rig(engine, parts=2)
+    prompts = [make_prompt(0, place, batch_size=4) for place in range(4)]
+    await send_all(rig.prompts, prompts)
+    await rig.generator.run()
+    assert [[request.key[2] for request in decode] for decode in engine.requests] == [[0, 2], [1, 3]]
+    spans = [report for report in await taken(rig.reports.mailbox) if isinstance(report, Span)]
+    assert [span.part for span in spans if span.name == "generate"] == ["0.0.0", "0.0.1"]
+    assert {group.prompt.gid for group in await taken(rig.scorer)} == {prompt.gid for prompt in prompts}
+    assert rig.handed_over == set(), "the round is done with"
 
 
 async def test_a_step_is_decoded_when_complete_and_groups_leave_as_they_finish() -> None:

@@ -29,8 +29,10 @@ from troupe.actors.generator.checks import ResultLimits, bits_of
 from troupe.actors.generator.cluster import ClusterMembers
 from troupe.actors.generator.cluster_wire import Terms
 from troupe.actors.generator.crew import Crew
+from troupe.actors.generator.estimates import Estimates
 from troupe.actors.generator.kin import Kinship, probe_part
 from troupe.actors.generator.parts import Part, parts_of
+from troupe.actors.generator.trust import Trust
 from troupe.cluster.bus import HUB
 from troupe.cluster.desk import Desk
 from troupe.cluster.roster import Roster
@@ -70,7 +72,9 @@ def prompts_of(step: int, places: int) -> list[Prompt]:
 class Hub:
     """The run's side, with a judge that is honest."""
 
-    def __init__(self, broker: FakeBroker, *, pinned: bool = True, audit: float = 0.0) -> None:
+    def __init__(
+        self, broker: FakeBroker, *, pinned: bool = True, audit: float = 0.0, estimates: Estimates | None = None
+    ) -> None:
         self.broker = broker
         self.told = Mailbox("told")
         self.report = Reporter("generator", self.told.channel("incidents", Incident, bound=10_000))
@@ -88,7 +92,7 @@ class Hub:
             terms=Terms(setup="setup"),
             versions=lambda: [0],
             kinship=kinship if pinned else None,
-            audits=Audits(audit, judge=self),
+            trust=Trust(self.desk, self.roster, audits=Audits(audit, judge=self), estimates=estimates),
             needs="a worker",
         )
         self.roster.add(self.members)
@@ -374,5 +378,35 @@ def test_a_worker_begun_again_waits_for_its_old_lease_and_one_that_says_goodbye_
                 assert 10.0 < anyio.current_time() - began_s < 30.0
                 tasks.cancel_scope.cancel()
         hub.check(gids)
+
+    virtual_time.run(drive)
+
+
+def test_where_bits_may_differ_a_worker_is_put_out_whose_log_probs_are_far_from_the_policys() -> None:
+    async def log_probs(group: RolloutGroup) -> list[tuple[float, ...]]:
+        return [rollout.log_probs for rollout in completions(group.prompt, 0).rollouts]
+
+    def shifted(by: float) -> Callable[[RolloutGroup], RolloutGroup]:
+        def lie(group: RolloutGroup) -> RolloutGroup:
+            rollouts = []
+            for rollout in group.rollouts:
+                told = tuple(each - by for each in rollout.log_probs)
+                rollouts.append(msgspec.structs.replace(rollout, log_probs=told, sampling_log_probs=told))
+            return msgspec.structs.replace(group, rollouts=tuple(rollouts))
+
+        return lie
+
+    async def drive() -> None:
+        broker = FakeBroker()
+        hub = Hub(broker, pinned=False, estimates=Estimates(log_probs, share=1.0, bound=0.5))
+        liar = FakeWorker(broker.bus("liar"), broker.run, answers=shifted(0.7), most=4)
+        other = FakeWorker(broker.bus("other"), broker.run, answers=shifted(0.3), most=4)
+        gids = hub.submit(40)
+        async with hub.open([liar, other]):
+            await hub.until(lambda: len(hub.got) == len(gids))
+            assert [status.is_here for status in hub.members.statuses()] == [False, True]
+        assert "differ from the policy's by 0.7 nats" in liar.why
+        assert not other.why
+        assert hub.incidents["worker_lied"] == 1
 
     virtual_time.run(drive)

@@ -306,3 +306,22 @@ async def test_a_process_that_dies_between_two_groups_is_followed_by_one_that_do
     assert [group.prompt for group in groups] == prompts, "each once"
     assert [incident.kind for incident in await rig.reports.incidents()] == ["process_restarted", "bored"]
     rig.files.close()
+
+
+async def test_one_of_two_processes_dies_and_the_other_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHILD_MARK", str(tmp_path / "mark"))
+    started, start = list[int](), GeneratorChild.start
+
+    async def counted(*args: Any, **options: Any) -> GeneratorChild:
+        child = await start(*args, **options)
+        started.append(child.pid)
+        return child
+
+    monkeypatch.setattr(GeneratorChild, "start", counted)
+    rig = Rig(tmp_path, monkeypatch, "die once", setups=[SETUP, msgspec.structs.replace(SETUP, name="other")])
+    prompts = [make_prompt(step, place, batch_size=4) for step in range(2) for place in range(4)]
+    groups = await rig.run(prompts)
+    assert sorted(group.prompt.gid for group in groups) == sorted(prompt.gid for prompt in prompts)
+    assert len(started) <= 3, "where it is over before, the dead one needs no successor"
+    assert [i.kind for i in await rig.reports.incidents() if i.kind != "bored"] == ["process_restarted"]
+    rig.files.close()

@@ -129,6 +129,40 @@ def test_a_run_of_a_troupe_without_streams_goes_on_without(
     assert prepare(asked, [weigh_ids], resume=True, machine=machine).config.schedule.learner_streams == 1
 
 
+@pytest.mark.parametrize(
+    ("was", "asked", "placed"),
+    [
+        pytest.param(("process", 3), {"generator": "thread"}, ("thread", 1, 3), id="processes, then a thread"),
+        pytest.param(("process", 3), {"generator_processes": 2}, ("process", 2, 3), id="fewer processes"),
+        pytest.param(("process", 2), {}, ("process", 2, 2), id="the same"),
+        pytest.param(("thread", 1), {"generator": "process"}, ("process", 1, 1), id="a thread, then a process"),
+        pytest.param(("thread", 1), {"generator_processes": 2}, ("process", 2, 1), id="a thread, then two processes"),
+    ],
+)
+def test_who_decodes_may_change_where_parts_and_threads_stay(
+    tmp_path: Path,
+    ragged_model: Path,
+    stored: RunConfig,
+    was: tuple[str, int],
+    asked: dict[str, Any],
+    placed: tuple[str, int, int],
+) -> None:
+    """In a run of a Troupe that knew no parts, on a machine with other cores."""
+    settings: dict[str, Any] = {"generation__max_completion_length": 500, "learner__batch_size": 3}
+    made = {"schedule__generator": was[0], "schedule__generator_processes": was[1], "schedule__blas_threads": 2}
+    write_config(changed(stored, learner__batch_size=3, schedule__parts=None, **made), tmp_path / "run" / RUN_TOML)
+    assert "\nparts" not in (tmp_path / "run" / RUN_TOML).read_text()
+    given = {"generator": "auto"} | asked
+    config = tiny_config(ragged_model, tmp_path, **settings, **{f"schedule__{key}": v for key, v in given.items()})
+    machine = Machine(on_cpu=True, cores=7, worthwhile=1)
+    schedule = prepare(config, [weigh_ids], resume=True, machine=machine).config.schedule
+    assert (schedule.generator, schedule.generator_processes, schedule.parts) == placed
+    assert schedule.blas_threads == 2
+    other = changed(config, schedule__parts=placed[2] % 3 + 1)
+    with pytest.raises(CheckpointError, match=r"schedule\.parts"):
+        prepare(other, [weigh_ids], resume=True, machine=machine)
+
+
 def test_what_is_left_open_stays_as_it_was_chosen(tmp_path: Path, ragged_model: Path, stored: RunConfig) -> None:
     config = changed(
         stored,

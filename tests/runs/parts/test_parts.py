@@ -191,3 +191,15 @@ async def test_episodes_survive_kills(player: Path, tmp_path: Path) -> None:
     assert len(killer.killed) >= 3
     assert result.closed_groups == {"trained": 50}
     assert same_bits(policy_of(result.folder), policy_of(run.result.folder))
+
+
+@SLOW
+@pytest.mark.parametrize("acts", [False, True])
+async def test_the_free_schedule_survives_kills(ragged_model: Path, player: Path, tmp_path: Path, acts: bool) -> None:
+    settings = SIZES | whose(2) | {"schedule__mode": "free", "learner__max_steps": 12}
+    settings = acting(tmp_path, **settings) if acts else settings
+    killer = Killer(seed=4, rarity=4)
+    result = await kill_through(tiny_config(player if acts else ragged_model, tmp_path, **settings), killer)
+    assert len(killer.killed) >= 3
+    assert result.complete
+    assert sum(number for state, number in result.closed_groups.items() if state != "stale") == 60

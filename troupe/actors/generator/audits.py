@@ -78,7 +78,7 @@ class Audits:
         audit = self._open.get(part.name)
         if audit is not None and audit.second == name:
             return
-        if self._judge is not None and _drawn(self._seed, part.name) < self._share:
+        if self._judge is not None and drawn(self._seed, part.name) < self._share:
             self._open[part.name] = _Audit(part, name)
 
     def forget(self, part: str) -> None:
@@ -173,6 +173,6 @@ class Audits:
         return settled
 
 
-def _drawn(seed: int, name: str) -> float:
+def drawn(seed: int, name: str) -> float:
     """A number in [0, 1) that follows from seed and name."""
     return int.from_bytes(hashlib.sha256(f"audit {seed} {name}".encode()).digest()[:8], "big") / 2**64

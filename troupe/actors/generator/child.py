@@ -109,7 +109,7 @@ class GeneratorChild:
         self._told: dict[int, bool] = {}
         """Version that it was told of, and would keep → whether it has read it."""
         self._reading, self._came, self._over = anyio.Event(), anyio.Event(), anyio.Event()
-        self._ended = False
+        self._finishing = self._ended = False
 
     @classmethod
     async def start(
@@ -150,6 +150,8 @@ class GeneratorChild:
     async def load(self, version: int, path: Path) -> None:
         """Have it read the safetensors file of a version, and wait until it has. A version is read once; one that is
         older than it may keep beside what it has is not read at all."""
+        if self._finishing:
+            return
         if version >= max(self._told, default=-1) - self.setup.max_staleness and version not in self._told:
             self._told[version] = False
             await self._send(NewWeights(version=version, path=str(path)))
@@ -188,7 +190,9 @@ class GeneratorChild:
             await self._came.wait()
 
     async def finish(self) -> None:
-        """No more parts will come; wait until it has told all, or has failed. `run` must be listening."""
+        """No more parts will come, and no weights; wait until it has told all, or has failed. `run` must be
+        listening."""
+        self._finishing = True
         await self._send(End())
         await self._over.wait()
 

@@ -16,16 +16,13 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
-from troupe.actors.generator.audits import Audits
 from troupe.actors.generator.checks import ResultLimits, checked_group
-from troupe.actors.generator.child import CHILD_FAULTS
 from troupe.actors.generator.cluster_wire import (
     Accepted,
     GenerateState,
     KinVerdict,
     Pulled,
     Terms,
-    Verdict,
     decode_done,
     decode_dropped,
     decode_kin,
@@ -38,11 +35,12 @@ from troupe.actors.generator.cluster_worker import ANSWER_S, ClusterWorker, Pull
 from troupe.actors.generator.crew import Crew
 from troupe.actors.generator.kin import Kinship
 from troupe.actors.generator.parts import Part
+from troupe.actors.generator.trust import Trust
 from troupe.actors.generator.wire import TurnEnded, unpack_turn
 from troupe.cluster.desk import DeclineError, Desk, OffenceError
 from troupe.cluster.roster import Roster, Worker
 from troupe.cluster.wire import PULL_WAIT_S, Offer
-from troupe.messages import MemberStatus, RolloutGroup
+from troupe.messages import MemberStatus
 from troupe.runtime.frames import MessageError, decoder, encode
 
 _REMEMBERED = 8192
@@ -69,19 +67,19 @@ class ClusterMembers:
         terms: Terms,
         versions: Callable[[], Collection[int]],
         kinship: Kinship | None = None,
-        audits: Audits | None = None,
+        trust: Trust | None = None,
         put_whole: Callable[[int], Awaitable[None]] | None = None,
         needs: str = "",
         until_there: Callable[[int], Awaitable[None]] = _at_once,
     ) -> None:
         """`terms`: what every worker is told. `versions`: those that workers can have now. `kinship`: None: anybody may
-        generate. `audits`: which parts are decoded twice. `put_whole`: has a version put where workers find it, as a
-        whole. `needs`: what to say while there is work and nobody for it; empty: others do it. `until_there`: waits
+        generate. `trust`: what of their answers is looked at. `put_whole`: has a version put where workers find it, as
+        a whole. `needs`: what to say while there is work and nobody for it; empty: others do it. `until_there`: waits
         until workers can have a version."""
         self._desk, self._roster = desk, roster
         self._limits, self._decode_text = limits, decode_text
         self._terms, self._versions = terms, versions
-        self._kinship, self._audits = kinship, audits or Audits(0.0)
+        self._kinship, self._trust = kinship, trust or Trust(desk, roster)
         self._put_whole, self._needs, self._until_there = put_whole, needs, until_there
         self._members: dict[str, ClusterWorker] = {}
         self._asked: OrderedDict[int, tuple[Part, set[str]]] = OrderedDict()
@@ -104,7 +102,7 @@ class ClusterMembers:
         """Give out the parts of a crew until cancelled; those of an earlier one are nobody's any more."""
         async with anyio.create_task_group() as self._tasks:
             self._crew = crew
-            self._audits.begin()
+            self._trust.audits.begin()
             for member in self._members.values():
                 member.pulls.clear()
             try:
@@ -130,6 +128,7 @@ class ClusterMembers:
         member = ClusterWorker(worker)
         member.kin = self._kinship is None
         self._members[worker.name] = member
+        worker.state = "idle" if member.kin else "starting"
         worker.detail = "" if member.kin else "showing that its bits are the run's"
         probe = None if self._kinship is None else self._kinship.probe()
         return encode(msgspec.structs.replace(self._terms, probe=probe, versions=tuple(sorted(self._versions()))))
@@ -143,9 +142,9 @@ class ClusterMembers:
         if crew is None or member.worker is not worker:
             return held
         on_their_way = [part.name for pull in member.pulls.values() for part in pull.parts]
-        leased = [*held, *on_their_way, *self._audits.waiting_of(member.name)]
-        self._audits.renew(member.name, leased)
-        drop = [name for name in crew.renew(member, leased) if not self._audits.is_second(name, member.name)]
+        leased = [*held, *on_their_way, *self._trust.audits.waiting_of(member.name)]
+        self._trust.audits.renew(member.name, leased)
+        drop = [name for name in crew.renew(member, leased) if not self._trust.audits.is_second(name, member.name)]
         worker.leases["generate"] = tuple(name for name in held if name not in drop)
         if worker.here and worker.state != "starting":
             worker.state = "working" if worker.leases["generate"] else "idle"
@@ -167,7 +166,7 @@ class ClusterMembers:
         member.pulls.clear()
         if member.scope is not None:
             member.scope.cancel()
-        self._audits.gone(member.name)
+        self._trust.audits.gone(member.name)
         if (crew := self._crew) is not None:
             crew.renew(member, ())  # which no part is to blame for: cables are pulled, and machines sleep
             crew.report.forget_member(member.name)
@@ -235,11 +234,11 @@ class ClusterMembers:
             for part in pull.parts:
                 self._remember(part, member.name)
                 if crew.pinned and not self._limits.acts:
-                    self._audits.given(part, member.name)
+                    self._trust.audits.given(part, member.name)
             pull.answered.set()
 
     async def _take_audit(self, member: ClusterWorker, pull: Pull, scope: anyio.CancelScope) -> None:
-        part = await self._audits.take(member.name)
+        part = await self._trust.audits.take(member.name)
         pull.parts.append(part)
         scope.cancel()
 
@@ -272,39 +271,25 @@ class ClusterMembers:
         crew = self._crew
         if crew is None:
             return encode(Accepted(verdict="foreign"))
-        if self._audits.concerns(part.name, name):
-            return encode(Accepted(verdict=self._audited(crew, name, part, group)))
+        if self._trust.audits.concerns(part.name, name):
+            verdict, is_whole = self._trust.audited(name, part, group)
+            if is_whole:
+                self._tasks.start_soon(self._settle, crew, part.name)
+            return encode(Accepted(verdict=verdict))
         verdict = await crew.completed(member, group)
         if verdict == "differs":
             self._desk.put_out(name, f"it answered group {prompt.gid} once more, and otherwise")
+        elif verdict == "taken" and self._trust.estimates is not None and self._trust.estimates.chooses(part.name):
+            self._tasks.start_soon(self._trust.estimate, name, group)
         return encode(Accepted(verdict=verdict))
 
-    def _audited(self, crew: Crew, name: str, part: Part, group: RolloutGroup) -> Verdict:
-        """Keep a group of a part that is decoded twice."""
-        match self._audits.add(part.name, name, group):
-            case "differs":
-                self._desk.put_out(name, f"it answered group {group.prompt.gid} once more, and otherwise")
-                return "differs"
-            case "whole":
-                self._tasks.start_soon(self._settle, crew, part.name)
-        return "taken"
-
     async def _settle(self, crew: Crew, part: str) -> None:
-        """Wait for the second opinion on a part; put out who lied, and hand over what holds."""
-        try:
-            settled = await self._audits.settle(part, lambda: len(self._kin_here()) > 1)
-        except (LookupError, *CHILD_FAULTS) as error:
-            self._audits.forget(part)  # so that it is given out anew
-            self._roster.tell("audit_failed", f"part {part} could not be compared, and is decoded anew: {error}")
-            return
-        for liar, what in settled.liars.items():
-            told = f"its part {part} has other {what} than the run's own generator makes with the same weights"
-            self._roster.tell("worker_lied", f"worker {liar}: {told}")
-            self._desk.put_out(liar, told)
-        member = self._members.get(settled.first)
-        for group in settled.groups:
+        """Hand over what an audit says that holds."""
+        name, groups = await self._trust.settle(part, lambda: len(self._kin_here()) > 1)
+        member = self._members.get(name)
+        for group in groups:
             if member is not None and await crew.completed(member, group) == "differs":
-                self._desk.put_out(member.name, f"it answered group {group.prompt.gid} once more, and otherwise")
+                self._desk.put_out(name, f"it answered group {group.prompt.gid} once more, and otherwise")
 
     async def _turn(self, name: str, body: bytes) -> bytes:
         ended, member = _decode_turn(body), self._member(name)
@@ -326,7 +311,7 @@ class ClusterMembers:
         dropped, member = decode_dropped(body), self._member(name)
         if self._crew is not None:
             self._crew.lost(member, f"its generator: {dropped.reason}", dropped.parts)
-            self._audits.renew(name, ())
+            self._trust.audits.renew(name, ())
         return b""
 
     async def _full(self, name: str, body: bytes) -> bytes:

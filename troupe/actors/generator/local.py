@@ -235,6 +235,8 @@ class _Process:
         version = -1
         while True:
             version, _ = await self._weights.board.newer_than(version)
+            if self._finishing:
+                return
             await self._weights.give(child, version)
 
     async def _wait(self, fault: Exception) -> None:

@@ -76,14 +76,17 @@ class ChildLife:
         self._loaded = anyio.Event()
 
     def begin(self, child: GeneratorChild, tasks: TaskGroup) -> None:
-        """The child is ready: listen, keep it at the newest version, answer its turns, in tasks that end with it."""
+        """The child is ready: listen, and keep it at the newest version, in tasks that end with it."""
         self.child, self._tasks = child, tasks
         self._tasks.start_soon(child.run)
         self._tasks.start_soon(self._follow)
         if child.setup.most_at_once is not None:
             self._tasks.start_soon(self._hear_of_newest)
         self._tasks.start_soon(self._tell_spans)
-        if child.setup.acts is not None:
+
+    def begin_work(self) -> None:
+        """The run gives work to this worker: hear of answers to turns."""
+        if self.child.setup.acts is not None:
             self._tasks.start_soon(self._observe)
 
     async def on_group(self, group: RolloutGroup) -> None:

@@ -175,6 +175,7 @@ class Generating:
                 if not self._is_kin:
                     await self._prove(link, terms, life)
                     self._is_kin = True
+                life.begin_work()
                 await self._pull(link, life, tasks)
         finally:
             self._life = None

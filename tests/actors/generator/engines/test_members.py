@@ -82,7 +82,7 @@ class Bench:
             folders={None: folders},
             device=device_thread("generator"),
             probe_ids=(65, 66),
-            own_log_probs=lambda weights, prompt, ids: [self.own] * len(ids),
+            own_log_probs=lambda weights, prompt, ids: [self.own - 0.04 * float(weights["w"][0])] * len(ids),
             first_pause_s=0.02,
         )
         async with anyio.create_task_group() as tasks:
@@ -286,6 +286,22 @@ async def test_an_adapter_is_loaded_by_name_for_each_version_and_forgotten_when_
         assert fake.adapters == set()
     assert [group.rollouts[0].versions[0] for group in bench.groups] == [0, 0, 1, 1, 1]
     assert not list(bench.folder.glob("troupe-weights-*"))
+
+
+async def test_an_engine_that_goes_on_with_the_first_adapter_is_found_out(bench: Bench) -> None:
+    """Its log-probs stay near those of version 0, while ours move away."""
+    async with FakeServer().running() as fake, bench.working(bench.server(fake, "adapter")) as members:
+        bench.submit(places=1)
+        await bench.until(1)
+        bench.publish(5)
+        bench.submit(1, places=1)
+        await until(lambda: members.statuses()[0].state == "refused" or len(bench.groups) > 1)
+        assert len(bench.groups) == 2  # not looked at yet
+        bench.publish(12)
+        bench.submit(2, places=1)
+        await until(lambda: members.statuses()[0].state == "refused")
+        assert "new adapters do not reach it" in members.statuses()[0].detail
+    assert len(bench.groups) == 2
 
 
 async def test_whole_weights_are_reloaded_when_nothing_is_under_way(bench: Bench) -> None:

@@ -35,8 +35,8 @@ class Engine:
         """Weights before these, which something is still asked of."""
         self.lent: list[int] = []
         """Versions whose folders it has on loan."""
-        self.is_checked = False
-        """Whether its log-probs were compared since it came."""
+        self.checked_version: int | None = None
+        """The newest with whose log-probs its own were compared since it came."""
         self.parts: set[str] = set()
         self.freed, self.left = anyio.Event(), anyio.Event()
         """A part is over; a prompt is."""

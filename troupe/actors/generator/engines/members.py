@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 import anyio
 
 from troupe.actors.generator.crew import Crew
-from troupe.actors.generator.engines.answers import EngineDownError, EngineRefusedError
+from troupe.actors.generator.engines.answers import EngineDownError, EngineRefusedError, Sampled
 from troupe.actors.generator.engines.dialects import Held
 from troupe.actors.generator.engines.engine import Engine
 from troupe.actors.generator.engines.folders import EngineFolders
@@ -25,6 +25,10 @@ from troupe.runtime.device import DeviceThread
 
 _LONGEST_PAUSE_S = 10.0
 _FAREWELL_S = 5.0
+_CHECKED_EVERY = 10
+"""Versions of an adapter, of which the first, as of one that a run begins with, may change nothing."""
+_NOISE = 0.05
+"""Nats by which kernels and types may make log-probs differ."""
 _APART = 1.0
 """Nats by which an engine's log-probs may differ from ours in the mean: other kernels and types make hundredths, four
 bits a weight a few tenths, another model several."""
@@ -55,6 +59,7 @@ class EngineMembers:
         self._device = device
         self._probe_ids = probe_ids
         self._own_log_probs = own_log_probs
+        self._first_adapter: tuple[int, Weights] | None = None
         self._alone = alone
         self._first_pause_s = first_pause_s
 
@@ -83,9 +88,10 @@ class EngineMembers:
         """Have the engines forget what they were given."""
         for engine in self._engines:
             engine.state = "ended"
+            held = [] if engine.held is None or engine.server.way == "none" else [*engine.old, engine.held]
             with suppress(EngineDownError, EngineRefusedError), anyio.move_on_after(_FAREWELL_S):
-                if engine.held is not None and engine.server.way != "none":
-                    await engine.server.dialect.forget(engine.held)
+                for each in held:
+                    await engine.server.dialect.forget(each)
 
     async def _serve(self, engine: Engine, crew: Crew) -> None:
         while True:
@@ -112,7 +118,7 @@ class EngineMembers:
         engine.parts.clear()
         for version in tuple(engine.lent):
             self._give_back(engine, version)
-        engine.old, engine.held, engine.is_checked = [], None, False
+        engine.old, engine.held, engine.checked_version = [], None, None
         is_refused = isinstance(error, EngineRefusedError)
         engine.state, engine.detail = ("refused" if is_refused else "lost"), str(error)
         if is_refused and not engine.was_ready:
@@ -199,7 +205,7 @@ class EngineMembers:
             folder = await self._device.run(folders.write, version, weights)
         with crew.report.span("load weights"):
             held = await server.dialect.load(server.way, version, folder)
-            if replaces or not engine.is_checked:
+            if self._is_due(engine, version):
                 await self._check(engine, weights, held)
         if engine.held is not None:
             engine.old.append(engine.held)
@@ -209,14 +215,35 @@ class EngineMembers:
     async def _check(self, engine: Engine, weights: Weights, held: Held) -> None:
         """EngineRefusedError where it samples from another model."""
         sampled = await engine.server.sample_some(self._probe_ids, held)
-        own = await self._device.run(self._own_log_probs, weights, self._probe_ids, sampled.token_ids)
-        apart = sum(abs(a - b) for a, b in zip(own, sampled.log_probs, strict=True)) / len(own)
+        apart = await self._apart(weights, sampled)
         if not apart <= _APART:
             raise EngineRefusedError(
                 f"its log-probs differ from the learner's by {apart:.2g} nats a token (at most {_APART:g} are "
                 "allowed): it has another model, or the weights did not reach it"
             )
-        engine.is_checked = True
+        engine.checked_version = held.version
+        if engine.server.way != "adapter":
+            return
+        if self._first_adapter is None:
+            self._first_adapter = held.version, weights
+        version, first = self._first_adapter
+        if apart > _NOISE and 2.0 * (from_first := await self._apart(first, sampled)) < apart:
+            raise EngineRefusedError(
+                f"its log-probs are {apart:.2g} nats a token from those of version {held.version}, and "
+                f"{from_first:.2g} from those of version {version}: new adapters do not reach it"
+            )
+
+    async def _apart(self, weights: Weights, sampled: Sampled) -> float:
+        """Mean difference between an engine's log-probs and ours, in nats."""
+        own = await self._device.run(self._own_log_probs, weights, self._probe_ids, sampled.token_ids)
+        return sum(abs(a - b) for a, b in zip(own, sampled.log_probs, strict=True)) / len(own)
+
+    def _is_due(self, engine: Engine, version: int) -> bool:
+        """Whether log-probs are to be compared with those of weights that it is given."""
+        server, checked = engine.server, engine.checked_version
+        if checked is None or server.dialect.replaces(server.way):
+            return True
+        return server.way == "adapter" and version >= checked + _CHECKED_EVERY
 
     async def _forget_old(self, engine: Engine) -> None:
         """Let go of weights that nothing is asked of any more."""
