@@ -32,11 +32,11 @@ def judge(cluster: Cluster, name: str) -> None:
     cluster.join(name, "--offers", "rewards", "--reward", f"{cluster.config.parent / 'rewards.py'}:slow_digits")
 
 
-def at_work(cluster: Cluster, *names: str) -> None:
-    """Wait until workers have processes."""
-    for name in names:
-        until(lambda name=name: cluster.at_work(name) or not cluster.goes_on, f"{name} at work")  # type: ignore[misc]
-    assert cluster.goes_on
+def at_work(cluster: Cluster) -> str:
+    """Wait until a worker has processes → its name."""
+    names = list(cluster.workers)
+    until(lambda: any(map(cluster.at_work, names)) or not cluster.goes_on, "a worker at work")
+    return next(name for name in names if cluster.at_work(name))
 
 
 def check(out: Path, whole: Path) -> None:
@@ -53,13 +53,13 @@ def test_workers_that_score_and_are_killed(tmp_path: Path, whole: Path) -> None:
         for name in ("worker", "other"):
             judge(cluster, name)
         while cluster.goes_on and killed < 8:
-            name = dice.choice(("worker", "other"))
-            until(lambda name=name: cluster.at_work(name) or not cluster.goes_on, f"{name} at work")  # type: ignore[misc]
-            time.sleep(dice.random() * 0.5)
-            if cluster.goes_on:
-                cluster.harm(name)
-                killed += 1
-                judge(cluster, name)
+            for name in dice.sample(("worker", "other"), 2):
+                if cluster.at_work(name):
+                    time.sleep(dice.random() * 0.5)
+                    cluster.harm(name)
+                    killed += 1
+                    judge(cluster, name)
+            time.sleep(0.05)
         cluster.finish()
         check(cluster.out, whole)
     assert killed >= 4
@@ -69,11 +69,11 @@ def test_a_worker_that_stands_still_and_a_run_that_is_killed(tmp_path: Path, who
     with a_cluster(tmp_path, **SERVED) as cluster:
         for name in ("worker", "other"):
             judge(cluster, name)
-        at_work(cluster, "worker", "other")
-        cluster.harm("other", signal.SIGSTOP)
+        name = at_work(cluster)
+        cluster.harm(name, signal.SIGSTOP)
         time.sleep(LEASE_S + 1)
-        cluster.harm("other", signal.SIGCONT)
-        at_work(cluster, "worker")
+        cluster.harm(name, signal.SIGCONT)
+        at_work(cluster)
         cluster.kill_run()
         until(lambda: cluster.server() is None, "the server ends with the run")
         cluster.start(resume=True)
@@ -84,8 +84,7 @@ def test_a_worker_that_stands_still_and_a_run_that_is_killed(tmp_path: Path, who
 def test_without_a_worker_the_run_waits_and_goes_on_when_one_comes(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path, **SERVED) as cluster:
         judge(cluster, "worker")
-        at_work(cluster, "worker")
-        cluster.harm("worker")
+        cluster.harm(at_work(cluster))
 
         def says_that_it_waits() -> bool:
             status = cluster.status()
