@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections import deque
@@ -11,7 +12,6 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import SocketAttribute, SocketStream
 
 Change = Callable[[dict[str, Any]], Any]
 """A whole answer → another, or bytes that are sent as they are."""
@@ -40,8 +40,8 @@ class FakeServer:
         self.most_at_once = self.under_way = 0
         self.port = 0
         self._dice = random.Random(1)
-        self._scope: anyio.CancelScope
-        self._back: anyio.Event | None = None
+        self._server: asyncio.Server
+        self._serving: set[asyncio.Task[Any]] = set()
 
     @property
     def url(self) -> str:
@@ -50,68 +50,66 @@ class FakeServer:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[FakeServer]:
         """While the body goes on, but for `stopped`."""
-        async with anyio.create_task_group() as tasks:
-            await tasks.start(self._listen)
+        await self._listen()
+        try:
             yield self
-            tasks.cancel_scope.cancel()
+        finally:
+            await self._leave()
 
     @asynccontextmanager
     async def stopped(self) -> AsyncIterator[None]:
         """It is gone, with all connections, while the body goes on; then it is back, and has forgotten all."""
-        self._back, self._is_back = anyio.Event(), anyio.Event()
-        self._scope.cancel()
+        await self._leave()
         self.adapters.clear()
         yield
-        self._back.set()
-        await self._is_back.wait()
+        await self._listen()
 
-    async def _listen(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        self._is_back = anyio.Event()
-        while True:
-            listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=self.port)
-            self.port = listener.extra(SocketAttribute.local_port)
-            async with listener:
-                with anyio.CancelScope() as self._scope:
-                    self._is_back.set()
-                    if self._back is None:
-                        task_status.started()
-                    await listener.serve(self._serve)
-            assert self._back is not None
-            await self._back.wait()
+    async def _listen(self) -> None:
+        # asyncio's own: one that awaits an accept cannot be cancelled without a race
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
 
-    async def _serve(self, stream: SocketStream) -> None:
-        async with stream:
-            with suppress(anyio.BrokenResourceError, anyio.EndOfStream):
-                await self._answer(stream)
+    async def _leave(self) -> None:
+        self._server.close()
+        for task in tuple(self._serving):
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
 
-    async def _answer(self, stream: SocketStream) -> None:
-        read = b""
-        while b"\r\n\r\n" not in read:
-            read += await stream.receive()
-        head, _, body = read.partition(b"\r\n\r\n")
-        first, *lines = head.decode().split("\r\n")
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        try:
+            with suppress(OSError, EOFError, asyncio.CancelledError):
+                await self._answer(reader, writer)
+        finally:
+            self._serving.discard(task)
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        first, *lines = head.decode().removesuffix("\r\n\r\n").split("\r\n")
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
         self.headers.append(headers)
-        while len(body) < int(headers.get("content-length", "0")):
-            body += await stream.receive()
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
         method, path, _ = first.split(" ")
         if method == "GET":
             models = [{"id": name} for name in sorted(self.adapters)]
-            await self._send(stream, 200, json.dumps({"data": models}).encode())
+            await self._send(writer, 200, json.dumps({"data": models}).encode())
         elif path == "/v1/completions":
-            await self._complete(stream, json.loads(body))
+            await self._complete(writer, json.loads(body))
         else:
-            await self._order(stream, path, json.loads(body))
+            await self._order(writer, path, json.loads(body))
 
-    async def _order(self, stream: SocketStream, path: str, body: dict[str, Any]) -> None:
+    async def _order(self, writer: asyncio.StreamWriter, path: str, body: dict[str, Any]) -> None:
         self.told.append((path, body))
         if path == "/v1/load_lora_adapter":
             self.adapters.add(body["lora_name"])
         elif path == "/v1/unload_lora_adapter":
             self.adapters.discard(body["lora_name"])
-        await self._send(stream, 200, b"{}")
+        await self._send(writer, 200, b"{}")
 
-    async def _complete(self, stream: SocketStream, body: dict[str, Any]) -> None:
+    async def _complete(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         self.asked.append(body)
         self.under_way += 1
         self.most_at_once = max(self.most_at_once, self.under_way)
@@ -123,14 +121,14 @@ class FakeServer:
             if fault == "cut":
                 return
             if isinstance(fault, int):
-                await self._send(stream, fault, b'{"error": "as it was told"}')
+                await self._send(writer, fault, b'{"error": "as it was told"}')
                 return
             if body["model"].startswith("troupe-") and body["model"] not in self.adapters:
-                await self._send(stream, 404, b'{"error": "no such model"}')
+                await self._send(writer, 404, b'{"error": "no such model"}')
                 return
             answer = self.change(self._completions(body))
             data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-            await self._send(stream, 200, data, cut=fault == "half")
+            await self._send(writer, 200, data, cut=fault == "half")
         finally:
             self.under_way -= 1
 
@@ -152,9 +150,10 @@ class FakeServer:
             )
         return {"object": "text_completion", "choices": choices, "usage": {"prompt_tokens": len(body["prompt"])}}
 
-    async def _send(self, stream: SocketStream, status: int, body: bytes, *, cut: bool = False) -> None:
+    async def _send(self, writer: asyncio.StreamWriter, status: int, body: bytes, *, cut: bool = False) -> None:
         head = f"HTTP/1.1 {status} So\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        await stream.send(head.encode() + (body[: len(body) // 2] if cut else body))
+        writer.write(head.encode() + (body[: len(body) // 2] if cut else body))
+        await writer.drain()
 
 
 def with_choice(**changes: Any) -> Change:

@@ -91,7 +91,7 @@ def test_an_engine_and_a_process_of_ours_share_the_prompts(tmp_path: Path, ragge
         run = train(ragged_model, tmp_path, weigh_ids, **settings, metrics__sinks=["jsonl", "sqlite", "trace"]).folder
     trace = json.loads((Path(run) / "trace.json").read_text())
     tracks = {event["args"]["name"] for event in trace if event.get("name") == "process_name"}
-    assert any(f"engine 127.0.0.1:{server.port}" in track for track in tracks), tracks
+    assert any(f"127.0.0.1:{server.port}" in track for track in tracks), tracks
     assert Counter(state for (state,) in in_store(run, "select state from groups"))["trained"] == 24
     assert incidents(run) == []
 

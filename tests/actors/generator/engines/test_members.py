@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,6 +37,17 @@ PROBES = 1  # requests before the first prompt, where nothing has to be found ou
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_pretrained(write_tiny_model(tmp_path_factory.mktemp("engine")))
+
+
+class Faults(deque[Any]):
+    """As many faults as are asked for: one of five completions has one."""
+
+    def __init__(self, dice: random.Random) -> None:
+        super().__init__([None])
+        self._dice = dice
+
+    def popleft(self) -> Any:
+        return self._dice.choice([500, 429, "cut", "half", "hang"]) if self._dice.random() < 0.2 else None
 
 
 class Bench:
@@ -249,6 +262,39 @@ async def test_an_engine_that_goes_away_gives_back_what_it_has_and_comes_back(be
         await until(lambda: members.statuses()[0].state == "idle")
     kinds = [incident.kind for incident in await bench.reports.incidents()]
     assert kinds == ["engine_lost", "engine_back"]
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+async def test_whatever_engines_do_every_group_comes_once(bench: Bench, seed: int) -> None:
+    dice = random.Random(seed)
+    wrong = with_choice(token_ids=[40], logprobs={"token_logprobs": [-1.0]})
+
+    def faulty(fake: FakeServer) -> None:
+        fake.faults = Faults(dice)
+        fake.change = lambda answer: wrong(answer) if dice.random() < 0.02 else answer
+
+    async with (
+        FakeServer().running() as one,
+        FakeServer().running() as other,
+        bench.working(bench.server(one, "adapter", timeout_s=0.2), bench.server(other, "reload", timeout_s=0.2)),
+    ):
+        bench.submit(0)
+        await bench.until(2)
+        faulty(one)
+        faulty(other)
+        for step in range(1, 16):
+            bench.publish(step)
+            bench.submit(step)
+            if step == 8:
+                async with one.stopped():
+                    await anyio.sleep(0.05)
+            await anyio.sleep(0.02)
+        await bench.until(32)
+        await anyio.sleep(0.05)
+    assert sorted(group.prompt.gid for group in bench.groups) == list(range(32))
+    for group in bench.groups:
+        [version] = {version for rollout in group.rollouts for version in rollout.versions}
+        assert version >= group.prompt.slot.step  # the newest when it was begun, and its step came with a version
 
 
 async def test_a_prompt_that_no_answer_comes_to_ends_the_run_by_name(bench: Bench) -> None:

@@ -221,22 +221,22 @@ async def post(client: HttpClient, path: str, body: dict[str, Any]) -> bytes:
     try:
         answer = await client.post(path, msgspec.json.encode(body))
     except HttpError as fault:
-        raise EngineDownError(f"{client.place}{path}: {fault}", again=not fault.late) from None
-    return _checked(client, path, answer.status, answer.body)
+        raise EngineDownError(f"{path}: {fault}", again=not fault.late) from None
+    return _checked(path, answer.status, answer.body)
 
 
 async def _get(client: HttpClient, path: str) -> bytes:
     try:
         answer = await client.get(path)
     except HttpError as fault:
-        raise EngineDownError(f"{client.place}{path}: {fault}", again=not fault.late) from None
-    return _checked(client, path, answer.status, answer.body)
+        raise EngineDownError(f"{path}: {fault}", again=not fault.late) from None
+    return _checked(path, answer.status, answer.body)
 
 
-def _checked(client: HttpClient, path: str, status: int, body: bytes) -> bytes:
+def _checked(path: str, status: int, body: bytes) -> bytes:
     if status == 200:
         return body
-    said = f"{client.place}{path}: status {status}: {shown(body)}"
+    said = f"{path}: status {status}: {shown(body)}"
     if status >= 500 or status in _MAY_PASS:
         raise EngineDownError(said, of_request=True)
     raise EngineRefusedError(said)

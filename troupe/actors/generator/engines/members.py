@@ -82,7 +82,7 @@ class EngineMembers:
         if not self._alone or any(engine.state in ("working", "ended") for engine in self._engines):
             return ""
         engine = self._engines[0]
-        return f"waiting for {engine.name}" + (f": {engine.detail}" if engine.detail else "")
+        return f"waiting for engine {engine.name}" + (f": {engine.detail}" if engine.detail else "")
 
     async def finish(self) -> None:
         """Have the engines forget what they were given."""
@@ -110,7 +110,7 @@ class EngineMembers:
         async with self._using_newest(engine, crew):
             pass
         if engine.failures:
-            await self._tell(crew, "engine_back", f"{engine.name} answers again, and takes prompts")
+            await self._tell(crew, "engine_back", f"engine {engine.name} answers again, and takes prompts")
         engine.ready()
 
     async def _set_aside(self, engine: Engine, crew: Crew, error: EngineDownError | EngineRefusedError) -> None:
@@ -122,12 +122,12 @@ class EngineMembers:
         is_refused = isinstance(error, EngineRefusedError)
         engine.state, engine.detail = ("refused" if is_refused else "lost"), str(error)
         if is_refused and not engine.was_ready:
-            raise RunError(f"{engine.name} cannot be used: {error}")
+            raise RunError(f"engine {engine.name} cannot be used: {error}")
         engine.failures += 1
         if engine.failures == 1:
             kind = "engine_refused" if is_refused else "engine_lost"
             had = "what it had goes to others, and " if engine.was_ready else ""
-            message = f"{engine.name}: {error}; {had}it is tried again from time to time"
+            message = f"engine {engine.name}: {error}; {had}it is tried again from time to time"
             await self._tell(crew, kind, message)
 
     async def _work(self, engine: Engine, crew: Crew) -> None:

@@ -47,8 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def name(self) -> str:
-        """As it is called on screens and in incidents."""
-        return f"engine {checked_url(self.url).netloc}"
+        """As it is called on screens and in incidents: host and port."""
+        return checked_url(self.url).netloc
 
 
 def check_engines(engines: tuple[EngineConfig, ...], mode: str, generator: str) -> None:
