@@ -242,6 +242,7 @@ def _limits(config: RunConfig, policy: Policy, setup: Setup) -> ResultLimits:
         stop_ids=frozenset(setup.stop_ids),
         has_stop_strings=bool(generation.stop),
         acts=setup.acts is not None,
+        experts=network.num_experts if setup.records_experts else 0,
     )
 
 
