@@ -54,6 +54,8 @@ class FakeChild:
     async def decode(self, *parts: Part) -> None:
         self._living()
         for part in parts:
+            if part.name in self.parts:
+                continue
             self.parts[part.name] = {prompt.gid for prompt in part.prompts}
             self._send.send_nowait(part)
 
