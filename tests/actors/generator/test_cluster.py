@@ -307,7 +307,12 @@ def test_what_cannot_be_a_completion_puts_its_worker_out() -> None:
         assert not hub.got
         assert hub.crew.queued == 3
 
+    def experts(group: RolloutGroup) -> RolloutGroup:
+        bad = msgspec.structs.replace(group.rollouts[0], experts=b"\xff")
+        return msgspec.structs.replace(group, rollouts=(bad, *group.rollouts[1:]))
+
     for lie, says in (
+        (experts, "names experts that are none"),
         (nan, "nan for a log-probability"),
         (foreign_token, "none of 50"),
         (other_text, "text is not that of its tokens"),
