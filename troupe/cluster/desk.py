@@ -110,13 +110,15 @@ class Desk:
         asker.session = session
         asker.unfinished.clear()
 
-    def put_out(self, worker: str, reason: str) -> None:
-        """Answer nothing of this worker's any more in this start of the run."""
+    def put_out(self, worker: str, reason: str) -> bool:
+        """Answer nothing of this worker's any more in this start of the run; whether it was still answered."""
         asker = self._askers.setdefault(worker, _Asker())
-        if asker.put_out is None:
-            asker.put_out = reason
-            self._tell("worker_put_out", f"worker {worker} was put out: {reason}")
-            self.on_put_out(worker, reason)
+        if asker.put_out is not None:
+            return False
+        asker.put_out = reason
+        self._tell("worker_put_out", f"worker {worker} was put out: {reason}")
+        self.on_put_out(worker, reason)
+        return True
 
     async def answer(self, subject: str, data: bytes) -> bytes:
         """The frame that answers a frame."""

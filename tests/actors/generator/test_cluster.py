@@ -188,7 +188,7 @@ def test_what_a_silent_worker_had_goes_to_another_and_its_late_answer_changes_no
     virtual_time.run(drive)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32), pinned=st.booleans())
 def test_however_messages_are_lost_late_or_answered_twice_each_group_comes_once(seed: int, pinned: bool) -> None:
     async def drive() -> None:
