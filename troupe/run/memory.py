@@ -34,6 +34,7 @@ from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
 _VERSIONS_THERE = "policy versions of the generator"
 _ON_THE_WAY = "policy versions on the way"
+_CHANGED = "version that changes are told against"
 _BASE = "base"
 _LAID_OUT = "weights laid out for decoding"
 
@@ -201,6 +202,8 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         held = {_BASE: network_bytes(work.policy, work.dtype), **held}
     if learner.beta:
         held["reference policy"] = weights
+    if config.cluster.serve is not None and config.cluster.full_every > 1:
+        held[_CHANGED] = weights
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
