@@ -126,12 +126,14 @@ async def test_a_server_that_is_killed_is_there_again_and_empty(tmp_path: Path) 
 
 
 async def test_a_revoked_key_is_cut_off_and_a_new_one_of_the_name_is_not(tmp_path: Path) -> None:
-    with server(tmp_path) as message_server:
+    gone: list[str] = []
+    with server(tmp_path, revoked=gone.append) as message_server:
         run = message_server.run
         tickets = message_server.ticket, ticket_of(message_server, "worker"), ticket_of(message_server, "other")
         async with ends(*tickets) as (hub, worker, other), echoing(hub, run):
             message_server.users.revoke("worker")
             await until(worker, "refused")
+            assert gone == ["worker"]
             with pytest.raises(NoAnswer, match="refused"):
                 await worker.request(hub_subject(run, "worker", "x"), b"", timeout_s=5.0)
             async with ends(ticket_of(message_server, "worker")) as (again,):
