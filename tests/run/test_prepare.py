@@ -453,6 +453,25 @@ def test_parts_that_are_given_place_a_run_alike_whoever_decodes(tmp_path: Path, 
     assert found == {(2, 8, 9)}
 
 
+@pytest.mark.parametrize(
+    ("parts", "mode", "serve", "told"),
+    [
+        (None, "pinned", "127.0.0.1:0", 1),
+        (2, "pinned", "127.0.0.1:0", 0),
+        (None, "free", "127.0.0.1:0", 0),
+        (None, "pinned", None, 0),
+    ],
+)
+def test_who_waits_for_workers_is_told_that_one_part_is_one_workers(
+    tmp_path: Path, tiny_model: Path, parts: int | None, mode: str, serve: str | None, told: int
+) -> None:
+    settings: dict[str, Any] = {"schedule__mode": mode}
+    settings |= {} if parts is None else {"schedule__parts": parts}
+    settings |= {} if serve is None else {"cluster__serve": serve}
+    prepared = prepare(tiny_config(tiny_model, tmp_path, **settings), [weigh_ids])
+    assert sum("schedule.parts is 1" in notice for notice in prepared.notices) == told
+
+
 @pytest.mark.parametrize("generator", ["thread", "process"])
 def test_a_step_has_at_most_as_many_parts_as_prompts(tmp_path: Path, tiny_model: Path, generator: str) -> None:
     config = tiny_config(tiny_model, tmp_path, schedule__parts=3, schedule__generator=generator)

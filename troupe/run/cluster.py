@@ -169,8 +169,14 @@ class Hub:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know, one line each."""
-        where = ", ".join(self.network.addresses)
-        return (f"workers find this run at {where}: troupe worker --join {self._first_join_file}",)
+        where, schedule = ", ".join(self.network.addresses), self._config.schedule
+        told = [f"workers find this run at {where}: troupe worker --join {self._first_join_file}"]
+        if schedule.mode == "pinned" and (schedule.parts or 1) == 1:
+            told.append(
+                "a step of this run is one part (schedule.parts is 1), which one member decodes while others wait; a "
+                "run that begins with more parts is shared"
+            )
+        return tuple(told)
 
     @property
     def _first_join_file(self) -> Path:

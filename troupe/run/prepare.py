@@ -142,7 +142,14 @@ def prepare(
         ranks=ranks_of(memory.config, machine),
         cards=machine.cards,
         rewards_stood=not rewards and resumption is not None and not _REWARDS & resumption.changed,
-        notices=(*notices, *inputs.notices, *start.policy.notices, *memory.notices, *start.notices),
+        notices=(
+            *notices,
+            *inputs.notices,
+            *start.policy.notices,
+            *memory.notices,
+            *start.notices,
+            *([] if resume else _of_parts(memory.config)),
+        ),
     )
 
 
@@ -165,6 +172,17 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str], Cards | None]:
             "data.path is missing: name a .json or .jsonl file of prompts (-d PROMPTS.json), or another source"
         )
     return config, notices + check_wired_limit(config.wired_limit_gb) + check_engines(config), cards
+
+
+def _of_parts(config: RunConfig) -> list[str]:
+    """What whoever waits for workers should know of parts."""
+    schedule = config.schedule
+    if config.cluster.serve is None or schedule.mode == "free" or (schedule.parts or 1) > 1:
+        return []
+    return [
+        "schedule.parts is 1, so a step is decoded by one at a time, however many workers there are; give two or three "
+        "for each of them (with another number the run has other bits)"
+    ]
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
