@@ -74,4 +74,4 @@ def test_the_line_of_now_says_what_the_worker_is_at() -> None:
     assert line() == "w: waiting for work"
     assert line(doing="starting its generator") == "w: starting its generator"
     busy = line(held=("12.0.1", "12.0.3"), version=12, tokens_per_second=1234.5, summary="24 groups")
-    assert busy == "w: working · part 12.0.1 and 1 more · version 12 · 1,234 tokens/s · 24 groups"
+    assert busy == "w: working · 1,234 tokens/s · 24 groups · version 12 · part 12.0.1 and 1 more"

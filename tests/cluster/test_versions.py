@@ -226,3 +226,15 @@ def test_a_board_is_followed_and_a_new_server_gets_everything_again(tmp_path: Pa
             tasks.cancel_scope.cancel()
 
     drive(tmp_path, test)
+
+
+def test_where_all_versions_go_whole_none_is_held_for_changes(tmp_path: Path) -> None:
+    async def test(pair: Pair) -> None:
+        for number in range(3):
+            await pair.publish(number)
+        assert pair.forms() == [None, None, None]
+        await pair.publisher.keep([2])
+        assert sorted(pair.publisher.there) == [2]
+        await pair.check(2)
+
+    drive(tmp_path, test, full_every=1)

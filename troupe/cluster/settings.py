@@ -27,6 +27,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Whether the generator's processes of this machine decode beside the workers. false: nobody decodes while there is
     no worker, and the run says that it waits."""
 
+    full_every: Annotated[int, msgspec.Meta(ge=1)] = 32
+    """Of so many versions of the policy one goes to workers whole, and the others as what has changed since, which for
+    low learning rates is a small part. It takes one more version in memory; 1: all of them go whole."""
+
     def __post_init__(self) -> None:
         found = None if self.serve is None else _PLACE.fullmatch(self.serve)
         if self.serve is not None and (found is None or int(found[2]) > 65535):

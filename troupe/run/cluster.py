@@ -142,7 +142,7 @@ class Hub:
         cluster, pinned = self._config.cluster, self._config.schedule.mode == "pinned"
         self.desk = Desk(self.network.run, report)
         self.roster = Roster(self.desk, report, lease_s=cluster.lease_s, run_state=lambda: self._state())
-        self._publisher = WeightsPublisher(self.network.bus, self.network.run, device)
+        self._publisher = WeightsPublisher(self.network.bus, self.network.run, device, full_every=cluster.full_every)
         self.desk.register("newest", self._publisher.tell_newest)
         self._publisher.shelve(SETUP, lambda: [encode(_for_workers(setup))])
         self._judge = RunJudge(msgspec.structs.replace(setup, name="judge"), board=board, files=files, device=device)
@@ -254,6 +254,7 @@ def _limits(config: RunConfig, policy: Policy, setup: Setup) -> ResultLimits:
         stop_ids=frozenset(setup.stop_ids),
         has_stop_strings=bool(generation.stop),
         acts=setup.acts is not None,
+        experts=network.num_experts if setup.records_experts else 0,
     )
 
 

@@ -30,6 +30,8 @@ class ResultLimits(msgspec.Struct, frozen=True, kw_only=True):
     has_stop_strings: bool
     acts: bool
     """Whether completions are episodes of turns."""
+    experts: int = 0
+    """Of a layer, where it is recorded which of them tokens go to; 0: it is not."""
 
 
 def checked_group(
@@ -47,6 +49,7 @@ def checked_group(
     """
     if len(completed.rollouts) != limits.num_generations:
         raise MessageError(f"{len(completed.rollouts)} completions came where {limits.num_generations} were asked for")
+    _check_experts(completed.prompt_experts, limits)
     rollouts = []
     for number, packed in enumerate(completed.rollouts):
         try:
@@ -87,9 +90,22 @@ def _check_ranges(rollout: Rollout, limits: ResultLimits) -> None:
         if not last <= start <= stop <= length:
             raise MessageError("what it has read lies outside of it")
         last = stop
+    _check_experts(rollout.experts, limits)
     for row in rollout.rows:
+        _check_experts(row.prompt_experts, limits)
         if not 0 <= row.start <= length or not all(0 <= each < limits.vocab_size for each in row.prompt_ids):
             raise MessageError("a row of it cannot be")
+
+
+def _check_experts(data: bytes, limits: ResultLimits) -> None:
+    """The learner looks experts up by these ids."""
+    if not data:
+        return
+    ids: Iterable[int] = data
+    if limits.experts > 256:
+        ids = (data[i] | data[i + 1] << 8 for i in range(0, len(data) - 1, 2))
+    if not limits.experts or max(ids, default=0) >= limits.experts:
+        raise MessageError(f"it names experts that are none of {limits.experts}")
 
 
 def _check_end(rollout: Rollout, limits: ResultLimits, most: int) -> None:
