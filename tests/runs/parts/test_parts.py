@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,10 @@ class Killer:
         if alive and not self._dice.randrange(self._rarity):
             await anyio.sleep(self._dice.random() * 0.02)
             pid = self._dice.choice(alive)
-            if pid in self._pids:
-                self.killed.add(pid)
-                os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                if pid in self._pids - self.killed:
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed.add(pid)
         return weigh_ids(completion_ids)
 
 
