@@ -73,7 +73,8 @@ def write_config(folder: Path, args: argparse.Namespace, name: str, *, lanes: in
     parts = lanes if lanes > 1 else 1
     schedule: dict[str, Any] = {"learner_ranks": ranks, "parts": parts, "rank_timeout_s": args.timeout}
     if not seen_cards():
-        schedule |= {"generator": "thread", "blas_threads": 1, "learner_streams": 1}
+        schedule |= {"blas_threads": 1, "learner_streams": 1}
+        schedule |= {"generator": "process", "generator_processes": ranks} if ranks > 1 else {"generator": "thread"}
     table = {
         "output": str(folder / name),
         "model": {"path": str(folder / "policy")},
@@ -102,22 +103,39 @@ class Run:
     def __init__(self, folder: Path, config: Path, name: str, cards: int, *more: str) -> None:
         self.output = folder / name
         self.log = folder / f"{name}.log"
-        environment = dict(os.environ)
+        environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         if seen_cards():
             environment[VISIBLE] = ",".join(seen_cards()[:cards])
         command = [sys.executable, "-m", "troupe", "train", str(config), *more]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        self.began_s = time.perf_counter()
+        self.began_s, self.began_at, self.wall_s = time.perf_counter(), time.time(), 0.0
+        self.seen_s: dict[str, float] = {}
+        """Seconds after the start at which files were there, and the last step was told of."""
 
     def wait(self, limit_s: float) -> int:
-        """Its exit code; killed at the limit."""
-        try:
-            return self.process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Its exit code. At the limit it is killed, having written its stacks into its log."""
+        code = self._ended_within(limit_s)
+        if code is None:
+            self.process.send_signal(signal.SIGABRT)
+            self._ended_within(5.0)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            return -9
+        self.wall_s = round(time.perf_counter() - self.began_s, 2)
+        return -9 if code is None else code
+
+    def _ended_within(self, limit_s: float) -> int | None:
+        until_s = time.perf_counter() + limit_s
+        while (code := self.process.poll()) is None and time.perf_counter() < until_s:
+            for name in ("metrics.jsonl", "final", "summary.json"):
+                path = self.output / name
+                if path.exists():
+                    self.seen_s.setdefault(name, round(time.perf_counter() - self.began_s, 2))
+                    if name == "metrics.jsonl":
+                        self.seen_s["last step"] = round(path.stat().st_mtime - self.began_at, 2)
+            time.sleep(0.1)
+        return code
 
     def steps(self) -> list[dict[str, Any]]:
         """Metrics of the steps done."""
@@ -139,8 +157,9 @@ def measure(folder: Path, args: argparse.Namespace, name: str, *, lanes: int, ra
     code = run.wait(args.limit)
     rows = run.steps()[WARM_UP:]
     line: dict[str, Any] = {"run": name, "lanes": lanes, "ranks": ranks, "exit": code, "digest": run.digest()}
+    line |= {"wall_s": run.wall_s, "seen_s": run.seen_s}
     if code:
-        line["log"] = run.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        line["log"] = run.log.read_text(encoding="utf-8", errors="replace")[-6000:]
     if rows:
         for key in ("step_time", "learn_time", "tokens_per_second", "peak_memory_gb"):
             line[key] = round(statistics.median(row[key] for row in rows), 4)

@@ -29,7 +29,7 @@ from troupe.runtime.machine import VERSION
 
 pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
-TURNS = 12
+TURNS = 40
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ async def heard_with(losses: int, factory: str) -> dict[EpisodeName, list[str]]:
     heard: dict[EpisodeName, list[str]] = {}
     chance = random.Random(7)
     async with (
-        at_site(lease_s=1.0) as site,
+        at_site(lease_s=5.0) as site,
         playing_at(site, factory, ("double",), processes=2) as (manager, incidents),
         anyio.create_task_group() as group,
     ):
@@ -177,7 +177,8 @@ async def heard_with(losses: int, factory: str) -> dict[EpisodeName, list[str]]:
 
         async def lose() -> None:
             for number in range(losses):
-                await anyio.sleep(chance.uniform(0.1, 0.8))
+                await until(lambda number=number: site.processes(f"w{number}") or site.processes(f"w{number + 1}"))  # type: ignore[misc]
+                await anyio.sleep(chance.uniform(0.0, 1.5))
                 (site.pull_cable if number % 2 else site.kill)(f"w{number}")
                 site.join(f"w{number + 2}", own(factory, ["double"]), "environments")
 
@@ -186,7 +187,7 @@ async def heard_with(losses: int, factory: str) -> dict[EpisodeName, list[str]]:
             for sample in range(8):
                 episodes.start_soon(play, manager, EpisodeName(sample // 4, sample % 4), heard)
         group.cancel_scope.cancel()
-        assert incidents == []
+        assert {incident.kind for incident in incidents} <= {"waiting_for_workers", "environment_back"}
     return heard
 
 
@@ -195,4 +196,4 @@ async def heard_with(losses: int, factory: str) -> dict[EpisodeName, list[str]]:
 async def test_workers_that_are_lost_change_nothing_that_an_episode_hears(factory: str) -> None:
     straight = await heard_with(0, factory)
     assert all(len(each) == TURNS + 1 for each in straight.values())
-    assert await heard_with(20, factory) == straight
+    assert await heard_with(8, factory) == straight

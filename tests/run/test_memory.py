@@ -205,6 +205,39 @@ def test_micro_batches_side_by_side_are_as_many_at_least_and_all_take_memory() -
     assert beside.phases["learn"]["gradients"] == alone.phases["learn"]["gradients"]
 
 
+def test_lanes_cut_the_batch_and_their_sums_wait_for_each_other() -> None:
+    whole, cut = plan_memory(config_of(), WORK), plan_memory(config_of(learner__gradient_accumulation_steps=4), WORK)
+    one = plan_memory(config_of(learner__lanes=4), WORK).phases
+    waiting = {"sums of lanes": 2 * 4 * NUMBERS}  # of two lanes, and of one, beside that under way
+    assert one == {**cut.phases, "learn": {**cut.phases["learn"], **waiting}}
+    two = plan_memory(config_of(learner__lanes=4), WORK._replace(ranks=2, on_cpu=False)).phases
+    assert two["learn"]["sums of lanes"] == 4 * NUMBERS
+    assert two["update"]["gradients of other ranks"] == 4 * 4 * NUMBERS
+    assert "sums of lanes" not in plan_memory(config_of(learner__lanes=4), WORK._replace(ranks=4)).phases["learn"]
+    assert "sums of lanes" not in whole.phases["learn"]
+
+
+def test_ranks_on_a_processor_share_its_memory_and_on_cards_have_one_each() -> None:
+    config = config_of(learner__lanes=2, learner__beta=0.1)
+    alone = plan_memory(config, WORK).phases
+    shared = plan_memory(config, WORK._replace(ranks=2)).phases
+    assert shared["learn"]["other ranks"] == 2 * WEIGHTS + STATE + sum(
+        alone["learn"][name] for name in ("gradients", "forward and backward")
+    )
+    assert "other ranks" not in plan_memory(config, WORK._replace(ranks=2, on_cpu=False)).phases["learn"]
+
+
+def test_processes_of_the_generator_on_other_cards_take_nothing_here() -> None:
+    config = config_of(schedule__generator="process", schedule__generator_processes=3)
+    work = WORK._replace(on_cpu=False)
+    versions = [
+        plan_memory(config, each).phases["generate"]["policy versions of the generator"]
+        for each in (work, work._replace(beside=2), work._replace(beside=1))
+    ]
+    assert versions == [3 * WEIGHTS, 2 * WEIGHTS, WEIGHTS]
+    assert plan_memory(config, work._replace(beside=0)).phases == plan_memory(config_of(), work).phases
+
+
 def test_streams_that_nobody_asked_for_are_given_up_before_a_run_is_refused() -> None:
     work = WORK._replace(streams=12)
     plan = plan_memory(config_of(), work)

@@ -26,6 +26,7 @@ from troupe.actors.generator.wire import Setup
 from troupe.errors import ConfigError, ModelError
 from troupe.policy import Weights, load_policy
 from troupe.run.config import load_config
+from troupe.run.devices import Cards
 from troupe.run.placement import Machine
 from troupe.run.prepare import prepare
 from troupe.run.result import RunResult
@@ -294,6 +295,34 @@ def test_on_a_gpu_there_is_one_stream_whatever_was_asked_for(tmp_path: Path, tin
     config = tiny_config(tiny_model, tmp_path, **{f"schedule__{key}": value for key, value in settings.items()})
     schedule = prepare(config, [weigh_ids], machine=Machine(on_cpu=False, cores=2)).config.schedule
     assert (schedule.generator, schedule.learner_streams) == ("thread", 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cards", "expected"),
+    [
+        ({"schedule__parts": 2}, Cards(("0", "1"), ("0", "1")), ("process", 2)),
+        ({"schedule__parts": 2}, Cards(("0",), ("0", "1", "2")), ("process", 2)),
+        ({}, Cards(("0", "1"), ("0", "1")), ("thread", 1)),
+        ({}, Cards(("0", "1"), ("2", "3")), ("process", 1)),
+        ({"schedule__mode": "free"}, Cards(("0", "1"), ("2", "3")), ("process", 2)),
+        ({"schedule__parts": 2, "schedule__generator": "thread"}, Cards(("0", "1"), ("0", "1")), ("thread", 1)),
+    ],
+)
+def test_each_card_of_the_generator_has_a_process_where_there_is_a_part_for_it(
+    tmp_path: Path, tiny_model: Path, settings: dict[str, Any], cards: Cards, expected: tuple[str, int]
+) -> None:
+    config = tiny_config(tiny_model, tmp_path, **{"schedule__generator": "auto", "learner__lanes": 2, **settings})
+    prepared = prepare(config, [weigh_ids], machine=Machine(on_cpu=False, cores=2, cards=cards))
+    schedule = prepared.config.schedule
+    assert (schedule.generator, schedule.generator_processes) == expected
+    assert (prepared.ranks, prepared.cards) == (len(cards.ranks), cards)
+
+
+def test_ranks_without_cards_are_for_processors_alone(tmp_path: Path, tiny_model: Path) -> None:
+    config = tiny_config(tiny_model, tmp_path, learner__lanes=2, schedule__learner_ranks=2)
+    assert prepare(config, [weigh_ids], machine=Machine(on_cpu=True, cores=2)).ranks == 2
+    with pytest.raises(ConfigError, match=r"learner_ranks is 2, but each rank has an NVIDIA card"):
+        prepare(config, [weigh_ids], machine=Machine(on_cpu=False, cores=2))
 
 
 def test_a_generator_in_a_thread_beside_the_learner_leaves_no_streams() -> None:

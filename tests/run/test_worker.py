@@ -29,7 +29,7 @@ from troupe.errors import RunError, TroupeError
 from troupe.policy import GenerationConfig
 from troupe.run.worker.generating import Generating
 from troupe.run.worker.session import Worker
-from troupe.run.worker.setup import Here, own_setup
+from troupe.run.worker.setup import Here, own_setup, read_setup
 from troupe.runtime.frames import encode
 from troupe.runtime.roles import decisive_fault
 
@@ -283,10 +283,10 @@ def test_a_setup_that_asks_for_what_a_run_may_not_is_refused(
     changes: dict[str, object], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        own_setup(encode(msgspec.structs.replace(SETUP, **changes)), "w", Here(on_cpu=True))
+        read_setup(encode(msgspec.structs.replace(SETUP, **changes)))
 
 
 def test_a_setup_gets_what_is_this_machines_own() -> None:
-    made = own_setup(encode(SETUP), "w", Here(on_cpu=True, limit_gb=3.0))
+    made = own_setup(read_setup(encode(SETUP)), "w", Here(on_cpu=True, limit_gb=3.0))
     assert (made.name, made.on_cpu, made.limit_gb) == ("w", True, 3.0)
     assert made.blas_threads == SETUP.blas_threads

@@ -22,6 +22,7 @@ from tests.support.runs import lines, timeless
 from troupe.daemon.control.protocol import NobodyThereError, ask
 from troupe.errors import RunError
 from troupe.messages import Done, GetStatus, MemberStatus, Pause, Resume, Status
+from troupe.runtime.terminal import EXIT_INTERRUPTED
 
 _MARK = "TROUPE_TEST_CLUSTER"
 _PATIENCE_S = 240.0
@@ -192,11 +193,15 @@ class Cluster:
         )
 
     def finish(self) -> None:
-        """The run must end well by itself, and its workers with it; nobody is left."""
+        """The run must end well by itself, and its workers with it; nobody is left. Who came too late to hear of the
+        end waits for the run to be gone on with, until told to end."""
         code = self.run.wait(_PATIENCE_S)
         assert code == 0, self.log("run")
         for name, worker in self.workers.items():
-            assert worker.wait(60.0) == 0, self.log(name)
+            heard = self._told_to_have_joined(name) >= self._joins[name]
+            if not heard:
+                worker.terminate()
+            assert worker.wait(60.0) in ((0,) if heard else (0, EXIT_INTERRUPTED)), self.log(name)
         until(lambda: not self.left(), f"no process left: {self.left()}", 20.0)
 
     def left(self) -> list[tuple[int, str]]:

@@ -71,6 +71,10 @@ class Site:
     def _link(self, name: str) -> Link:
         return Link(self.broker.bus(name), self.broker.run)
 
+    def processes(self, name: str) -> int:
+        """That a worker has, as the run sees it."""
+        return sum(len(status.leases) for status in self.roster.statuses() if status.name == name)
+
     def pull_cable(self, name: str) -> None:
         """Nothing comes through to or from a worker any more."""
         self.broker.cut.add(name)

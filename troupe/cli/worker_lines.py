@@ -80,17 +80,17 @@ def state_of(worker: Worker) -> str:
 
 
 def now_line(worker: Worker) -> str:
-    """The line of now: name, what it is at, what it has, how fast it is."""
-    held = [name for work in worker.works for name in work.held]
+    """The line of now, what matters most first: a narrow terminal shows its beginning."""
     parts = [f"{worker.link.name}: {state_of(worker)}"]
-    if held:
-        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-        parts.append(f"part {held[0]}{more}")
-    versions = [work.version for work in worker.works if work.version is not None]
-    if versions:
-        parts.append(f"version {max(versions)}")
     paces = [work.tokens_per_second for work in worker.works if work.tokens_per_second is not None]
     if paces:
         parts.append(f"{sum(paces):,.0f} tokens/s")
     parts += [said for work in worker.works if (said := work.summary)]
+    versions = [work.version for work in worker.works if work.version is not None]
+    if versions:
+        parts.append(f"version {max(versions)}")
+    held = [name for work in worker.works for name in work.held]
+    if held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        parts.append(f"part {held[0]}{more}")
     return " · ".join(parts)

@@ -67,6 +67,11 @@ class _Machine:
     def heard_s(self) -> float:
         return max(self.asked_s, self.worker.heard_s)
 
+    def show_state(self) -> None:
+        """Say what it does, unless it generates as well, of which others tell."""
+        if self.worker.here and "generate" not in self.worker.offers:
+            self.worker.state = "working" if any(self.worker.leases.values()) else "idle"
+
     def wake(self) -> None:
         self.changed.set()
         self.changed = anyio.Event()
@@ -134,6 +139,7 @@ class _Kind:
         return b""
 
     def renew(self, worker: Worker, held: Sequence[str], pulled: int) -> Sequence[str]:
+        self._calls.alive(worker, self._kind)
         return ()
 
     def state(self, worker: Worker) -> bytes:
@@ -168,6 +174,11 @@ class Calls:
         if before is not None:
             self.gone(before.worker, kind, "it has begun anew")
         self._machines[worker.name, kind] = _Machine(worker, kind, offered, self._clock)
+
+    def alive(self, worker: Worker, kind: ServiceKind) -> None:
+        """A worker was heard of."""
+        if (machine := self._machines.get((worker.name, kind))) is not None and machine.worker is worker:
+            machine.show_state()
 
     def gone(self, worker: Worker, kind: ServiceKind, reason: str) -> None:
         """What a worker had is lost."""
@@ -263,6 +274,7 @@ class Calls:
         machine.worker.leases[machine.kind] = tuple(
             f"{session.service.label} ({name})" for name, session in machine.sessions.items()
         )
+        machine.show_state()
 
     def _why(self, service: Service) -> str | None:
         """Why nobody can have this; None where somebody can."""

@@ -28,6 +28,7 @@ T = TypeVar("T")
 STORE_S = 20.0
 """That the server may take to store, give or forget a message."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REFUSED_PAUSE_S = 0.2, 3.0, 10.0
+_BEGIN_S = 15.0
 _REFUSALS = 4
 """In a row, after which a key counts as unknown: one that was just made may not have come to the server yet."""
 _NO_STREAM = 404
@@ -193,17 +194,18 @@ class Connection:
             self._server = dialed.server
             self._epoch += 1
         try:
-            if self.name == HUB:
-                await self._declare(dialed)
-            for one in self._served:
-                await dialed.subscribe(one.subject, one.arrived)
+            async with asyncio.timeout(_BEGIN_S):
+                if self.name == HUB:
+                    await self._declare(dialed)
+                for one in self._served:
+                    await dialed.subscribe(one.subject, one.arrived)
         except Exception as error:  # it ended while it began
             dialed.reason = str(error)
             return
         self._dialed, self._detail = dialed, ""
         self._changed.set()
         self._say("connected")
-        await dialed.ended.wait()
+        await dialed.until_ended()
 
     def _say(self, state: BusState) -> None:
         if state != self._state:

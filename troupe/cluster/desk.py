@@ -25,11 +25,10 @@ not taken, `MessageError` for what is no message."""
 
 MOST_OFFENCES = 8
 """Of one worker in one start of a run."""
-MOST_IN_FLIGHT = 4096
-"""Asks of one worker that are being answered."""
 MOST_A_SECOND = 1000
-"""Asks of one worker, over some seconds."""
-_BURST_S = 5.0
+"""Asks of one worker, after a burst; more have to wait, of which a bus lets in a few dozen."""
+_BURST = 5000.0
+_LONGEST_WAIT_S = 5.0
 _MOST_UNFINISHED = 4
 """Bodies of one worker of which some pieces are missing."""
 _MOST_NAMES = 1024
@@ -60,18 +59,16 @@ class _Asker:
         self.session = ""
         self.put_out: str | None = None
         self.offences = 0
-        self.in_flight = 0
-        self.allowance = MOST_A_SECOND * _BURST_S
+        self.allowance = _BURST
         self.asked_s = 0.0
         self.unfinished: dict[int, dict[int, bytes]] = {}
         """Number of a body → its pieces."""
 
-    def may_ask(self, now_s: float) -> bool:
-        """Whether this is not too much at once."""
-        gained = (now_s - self.asked_s) * MOST_A_SECOND
-        self.allowance = min(self.allowance + gained, MOST_A_SECOND * _BURST_S) - 1
+    def wait_s(self, now_s: float) -> float:
+        """How long one more ask has to wait."""
+        self.allowance = min(self.allowance + (now_s - self.asked_s) * MOST_A_SECOND, _BURST) - 1
         self.asked_s = now_s
-        return self.allowance >= 0 and self.in_flight < MOST_IN_FLIGHT
+        return min(_LONGEST_WAIT_S, max(0.0, -self.allowance / MOST_A_SECOND))
 
 
 class Desk:
@@ -113,13 +110,15 @@ class Desk:
         asker.session = session
         asker.unfinished.clear()
 
-    def put_out(self, worker: str, reason: str) -> None:
-        """Answer nothing of this worker's any more in this start of the run."""
+    def put_out(self, worker: str, reason: str) -> bool:
+        """Answer nothing of this worker's any more in this start of the run; whether it was still answered."""
         asker = self._askers.setdefault(worker, _Asker())
-        if asker.put_out is None:
-            asker.put_out = reason
-            self._tell("worker_put_out", f"worker {worker} was put out: {reason}")
-            self.on_put_out(worker, reason)
+        if asker.put_out is not None:
+            return False
+        asker.put_out = reason
+        self._tell("worker_put_out", f"worker {worker} was put out: {reason}")
+        self.on_put_out(worker, reason)
+        return True
 
     async def answer(self, subject: str, data: bytes) -> bytes:
         """The frame that answers a frame."""
@@ -129,10 +128,8 @@ class Desk:
         asker = self._askers.setdefault(worker, _Asker())
         if asker.put_out is not None:
             return encode(Declined(reason=asker.put_out))
-        if not asker.may_ask(self._clock()):
-            self._offend(worker, asker, "it asks too much at once")
-            return encode(Wrong(reason="too much is asked at once"))
-        asker.in_flight += 1
+        if wait_s := asker.wait_s(self._clock()):
+            await anyio.sleep(wait_s)
         try:
             return encode(await self._answer(worker, asker, verb, data))
         except (MessageError, OffenceError) as error:
@@ -140,8 +137,6 @@ class Desk:
             return encode(Wrong(reason=str(error)))
         except DeclineError as error:
             return encode(Declined(reason=str(error), later=error.later))
-        finally:
-            asker.in_flight -= 1
 
     async def _answer(self, worker: str, asker: _Asker, verb: str, data: bytes) -> Answer:
         ask = decode_ask(data)

@@ -27,6 +27,7 @@ _LEAVE_S = 0.3
 _PING_S, _PINGS = 5, 2
 """A server that answers so many pings not is gone; a cable may be pulled without a word."""
 _PENDING_BYTES = 16 * 1024 * 1024
+_LOOK_S = 1.0
 _NOBODY, _NONE = "503", "404"
 
 
@@ -87,6 +88,14 @@ class Dialed:
 
         self._subscribed[subject] = await self._client.subscribe(subject, cb=hear)
         await self._client.flush(_FLUSH_S)
+
+    async def until_ended(self) -> None:
+        """Wait for the end. The client is looked at besides: of an end while it closes or connects it does not tell."""
+        while not self.ended.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.ended.wait(), _LOOK_S)
+            if not self._client.is_connected:
+                self._end("the connection ended")
 
     async def unsubscribe(self, subject: str) -> None:
         """Hear no more of a subject."""

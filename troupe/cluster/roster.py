@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -34,6 +34,8 @@ from troupe.messages.members import MemberState, MemberStatus
 from troupe.runtime.frames import encode
 from troupe.runtime.reporter import Reporter
 
+_MOST_TOLD = 1000
+"""Incidents of a kind, in one start of the run."""
 _CLOCKS = 64
 """Beats that the difference of two clocks is taken from."""
 
@@ -108,6 +110,7 @@ class Roster:
         self._desk = desk
         self._report = report
         self._clock = clock
+        self._told: Counter[str] = Counter()
         self._services: dict[Offer, Service] = {}
         self._workers: dict[str, Worker] = {}
         desk.register("hello", self._hello)
@@ -143,7 +146,12 @@ class Roster:
         return tuple(self._status(self._workers[name]) for name in sorted(self._workers))
 
     def tell(self, kind: str, message: str) -> None:
-        """Report an incident."""
+        """Report an incident, of each kind no more than can still be read."""
+        self._told[kind] += 1
+        if self._told[kind] > _MOST_TOLD:
+            return
+        if self._told[kind] == _MOST_TOLD:
+            message += "; no more of this kind are told"
         self._report.incident_nowait(Incident(actor=self._report.actor, kind=kind, message=message))
 
     def refuse(self, worker: Worker, reason: str) -> None:

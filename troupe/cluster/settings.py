@@ -1,8 +1,11 @@
 """The `[cluster]` section of a configuration."""
 
+import re
 from typing import Annotated
 
 import msgspec
+
+_PLACE = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,3 +26,15 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     local_parts: bool = True
     """Whether the generator's processes of this machine decode beside the workers. false: nobody decodes while there is
     no worker, and the run says that it waits."""
+
+    full_every: Annotated[int, msgspec.Meta(ge=1)] = 32
+    """Of so many versions of the policy one goes to workers whole, and the others as what has changed since, which for
+    low learning rates is a small part. It takes one more version in memory; 1: all of them go whole."""
+
+    def __post_init__(self) -> None:
+        found = None if self.serve is None else _PLACE.fullmatch(self.serve)
+        if self.serve is not None and (found is None or int(found[2]) > 65535):
+            raise ValueError(
+                f"cluster.serve is {self.serve!r}, which is no HOST:PORT; for workers on this machine give "
+                "127.0.0.1:0, for others one of its addresses, or 0.0.0.0:4222 for all of them"
+            )

@@ -142,7 +142,7 @@ class WeightsPublisher:
                 head = await self._as_delta(version, weights) or await self._whole(version, weights)
             if self._bus.epoch != epoch:
                 raise NoAnswer(version_subject(self._run, version), "lost", "the server was started anew")
-            if head.base is None:
+            if head.base is None and self._full_every > 1:
                 self._base = version, weights
             self._there[version] = head
             self._published.set()

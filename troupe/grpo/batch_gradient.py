@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -57,8 +57,11 @@ class BatchGradient:
         streams: Sequence[mx.Stream],
         seed: int = 0,
         ranks: Ranks | None = None,
+        on_part: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """`weights`: those of the old log-probs. The other arguments are those of `train_on_batch`."""
+        """`weights`: those of the old log-probs. `on_part`: called where there are several ranks when this one has made
+        its share of a gradient (`gradient`), and when all are added (`gather`). The other arguments are those of
+        `train_on_batch`."""
         self._log_probs = log_probs
         self._config = config
         self._streams = streams
@@ -71,6 +74,7 @@ class BatchGradient:
         number = in_lanes(config.gradient_accumulation_steps or 1, config.lanes)
         parts = micro_batches(batch.with_shares(), number, max_completion_length)
         self._lanes = Lanes(parts, config.lanes, OneRank() if ranks is None else ranks)
+        self._on_part = on_part if ranks is not None and ranks.size > 1 else lambda name: None
         keeps_old = config.num_iterations > 1 or log_probs.has_dropout
         some_entropies = config.top_entropy_quantile < 1.0
         entropies = []
@@ -116,8 +120,11 @@ class BatchGradient:
             for portion in side_by_side(works, self._streams, values):
                 mx.async_eval(sums.add(portion))  # type: ignore[no-untyped-call]
             mx.eval(sums.arrays, values)
+        self._on_part("gradient")
         loss_of_all, tallies = self._lanes.merged(values)
-        return self._lanes.total(sums), {"loss": loss_of_all, **averages(tallies)}
+        total = self._lanes.total(sums)
+        self._on_part("gather")
+        return total, {"loss": loss_of_all, **averages(tallies)}
 
     def _chosen(self, weights: Weights, pass_number: int) -> list[_MicroBatch]:
         """The micro-batches with what the loss type chooses of the whole batch by these weights, or what it is drawn by

@@ -56,7 +56,8 @@ def digest(weights: Mapping[str, mx.array]) -> mx.array:
         flat = weights[name].reshape(-1)
         for start in range(0, flat.size, UPDATED_AT_ONCE):
             total = total * 3 + _weighed(flat[start : start + UPDATED_AT_ONCE])
-            mx.eval(total)
+            mx.async_eval(total)  # type: ignore[no-untyped-call]
+    mx.eval(total)
     return total
 
 

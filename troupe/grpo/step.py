@@ -56,13 +56,13 @@ def train_on_batch(
     `weights` and `state` (from `optimizer.adamw_init` or an earlier batch) are flat dicts of evaluated arrays; `lr` is
     one learning rate, or one for each of the `num_iterations` updates; `ref_weights` are needed where beta ≠ 0,
     `max_completion_length` for loss_type "dr_grpo". The old log-probs are those of `weights`, which stay as they are.
-    A `log_probs_fn` without a gradient of its own is differentiated by MLX.
-    An update whose loss or gradient norm is not finite is skipped, and with it the passes left. `on_part` is called
-    when what comes before the passes (`prepare`) and each of them (`pass`) has been computed. With `streams` as many
-    micro-batches are differentiated at a time, each on one of them, which is for processors with several cores; it
-    changes no bit. `seed`: of the run, for what a loss type draws at random. `ranks`: the processes that do the same
-    with the same arguments at the same time, each with its share of the lanes; None: this one does all. Raises
-    `ValueError` for an argument that is missing or a learning rate outside [0, 1], `RunError` where ranks differ.
+    A `log_probs_fn` without a gradient of its own is differentiated by MLX. An update whose loss or gradient norm is
+    not finite is skipped, and with it the passes left. `on_part` is called when what comes before the passes
+    (`prepare`) and each of them (`pass`) has been computed. With `streams` as many micro-batches are differentiated at
+    a time, each on one of them, which is for processors with several cores; it changes no bit. `seed`: of the run, for
+    what a loss type draws at random. `ranks`: the processes that do the same with the same arguments at the same time,
+    each with its share of the lanes; None: this one does all. Raises `ValueError` for an argument that is missing or a
+    learning rate outside [0, 1], `RunError` where ranks differ.
     """
     rates = _checked_rates(lr, config, ref_weights)
     gradient = BatchGradient(
@@ -75,13 +75,13 @@ def train_on_batch(
         streams=streams,
         seed=seed,
         ranks=ranks,
+        on_part=on_part,
     )
     on_part("prepare")
     control, adamw = entropy_control(state, config), _adamw_settings(config)
     new_weights, new_state = dict(weights), dict(state)
     state.clear()
-    passes: list[dict[str, float]] = []
-    updated = True
+    passes, updated = list[dict[str, float]](), True
     for pass_number, rate in enumerate(rates):
         grads, values = gradient.at(new_weights, control.in_force(config), pass_number)
         values["grad_norm"] = norm = global_norm(grads)

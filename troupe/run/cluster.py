@@ -130,7 +130,7 @@ class Hub:
         cluster, pinned = self._config.cluster, self._config.schedule.mode == "pinned"
         self.desk = Desk(self.network.run, report)
         self.roster = Roster(self.desk, report, lease_s=cluster.lease_s, run_state=lambda: self._state())
-        self._publisher = WeightsPublisher(self.network.bus, self.network.run, device)
+        self._publisher = WeightsPublisher(self.network.bus, self.network.run, device, full_every=cluster.full_every)
         self.desk.register("newest", self._publisher.tell_newest)
         self._publisher.shelve(SETUP, lambda: [encode(_for_workers(setup))])
         self._judge = RunJudge(msgspec.structs.replace(setup, name="judge"), board=board, files=files, device=device)
@@ -157,8 +157,14 @@ class Hub:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know, one line each."""
-        where = ", ".join(self.network.addresses)
-        return (f"workers find this run at {where}: troupe worker --join {self._first_join_file}",)
+        where, schedule = ", ".join(self.network.addresses), self._config.schedule
+        told = [f"workers find this run at {where}: troupe worker --join {self._first_join_file}"]
+        if schedule.mode == "pinned" and (schedule.parts or 1) == 1:
+            told.append(
+                "a step of this run is one part (schedule.parts is 1), which one member decodes while others wait; a "
+                "run that begins with more parts is shared"
+            )
+        return tuple(told)
 
     @property
     def _first_join_file(self) -> Path:
@@ -236,6 +242,7 @@ def _limits(config: RunConfig, policy: Policy, setup: Setup) -> ResultLimits:
         stop_ids=frozenset(setup.stop_ids),
         has_stop_strings=bool(generation.stop),
         acts=setup.acts is not None,
+        experts=network.num_experts if setup.records_experts else 0,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+
+import mlx.core as mx
 
 from troupe.actors.generator.engines.dialects import (
     Dialect,
@@ -20,10 +22,11 @@ from troupe.actors.generator.engines.server import EngineServer, Sampling
 from troupe.actors.generator.engines.settings import EngineConfig
 from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError, DatasetError
-from troupe.policy import MAX_SHARD_BYTES, Policy, Weights, completion_statistics, save_model_folder
-from troupe.policy.adapter.files import save_adapter
+from troupe.policy import Policy, Weights, completion_statistics
 from troupe.policy.decode.stopping import StopRules
-from troupe.policy.safetensors import safetensors_bytes
+from troupe.policy.model_files import ADAPTER_CONFIG, WEIGHTS_FILE
+from troupe.policy.network.tensors import as_stored
+from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
 from troupe.run.config import RunConfig
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.http_client import HttpClient, is_in_the_clear, key_from
@@ -180,10 +183,21 @@ def _sampling(config: RunConfig, policy: Policy) -> Sampling:
 
 
 def _save(policy: Policy, path: Path, weights: Weights) -> None:
-    if (files := policy.base.files_of(policy.config, weights)) is not None:
-        save_adapter(path, files)
+    """Write a folder as checkpoints are, so that a card's arrays stay on the card; but with nothing put on a disk for
+    good."""
+    path.mkdir()
+    files = policy.base.files_of(policy.config, weights)
+    tensors: Mapping[str, tuple[Mapping[str, mx.array], dict[str, str]]]
+    if files is None:
+        policy.companions.write(path, policy.config, weights)
+        tensors = {WEIGHTS_FILE: (as_stored(policy.config, weights), {"format": "pt"})}
     else:
-        save_model_folder(path, policy.config, weights, policy.companions, MAX_SHARD_BYTES)
+        (path / ADAPTER_CONFIG).write_bytes(files.settings)
+        tensors = files.tensors
+    for name, (arrays, metadata) in tensors.items():
+        mx.eval(list(arrays.values()))
+        with (path / name).open("wb") as file:
+            file.writelines(safetensors_chunks(arrays, metadata))
 
 
 def _size_of(policy: Policy, weights: Weights) -> int:

@@ -88,7 +88,7 @@ def _sources(prepared: Prepared, wiring: Wiring, ledgers: Ledgers, hub: Hub | No
         shared: dict[str, Any] = {"board": ledgers.board, "files": ledgers.files, "device": device}
         if hub is None or config.cluster.local_parts:
             report, envs = wiring.reporters["generator"], _envs(prepared)
-            sources.append(partial(LocalProcesses, setups, report=report, envs=envs, **shared))
+            sources.append(partial(LocalProcesses, setups, report=report, envs=envs, hosts=ledgers.hosts, **shared))
         if hub is not None:
             hub.attach(report=wiring.supervisor_report, setup=setups[0], policy=policy, **shared)
             assert prepared.inputs.calls is not None

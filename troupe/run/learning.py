@@ -1,16 +1,19 @@
 """The maker of what learns: the trainer, and its other ranks where several processes learn together."""
 
+from functools import partial
+
+from troupe.actors.generator.hosted import GeneratorHost
 from troupe.actors.learner.rank_wire import RankSetup
 from troupe.actors.learner.ranks import RankProcesses
 from troupe.actors.learner.train import BatchTrainer
 from troupe.policy import is_on_cpu
 from troupe.run.generators import base_source
-from troupe.run.ledgers import Factories
+from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.runtime.reporter import Reporter
 
 
-def make_trainer(prepared: Prepared, factories: Factories, report: Reporter) -> BatchTrainer:
+def make_trainer(prepared: Prepared, factories: Factories, ledgers: Ledgers, report: Reporter) -> BatchTrainer:
     """By the settings of the run."""
     config, policy, rewards = prepared.config, prepared.start.policy, prepared.inputs.rewards
     trainer = factories.trainer(
@@ -29,19 +32,22 @@ def make_trainer(prepared: Prepared, factories: Factories, report: Reporter) -> 
     )
     if prepared.ranks > 1:
         cards, on_cpu = prepared.cards, is_on_cpu()
-        trainer.others = RankProcesses(
-            _rank_setup(prepared, on_cpu=on_cpu),
+        host = GeneratorHost(ledgers.board, policy.base, ledgers.devices["generator"])
+        ranks = trainer.others = RankProcesses(
+            _rank_setup(prepared, ledgers, on_cpu=on_cpu),
             [{} if cards is None else cards.of_rank(rank) for rank in range(1, prepared.ranks)],
             backend="ring" if on_cpu else "nccl",
             folder=prepared.folder,
             silent_s=config.schedule.rank_timeout_s,
             trainer=trainer,
+            host=host,
             report=report,
         )
+        ledgers.hosts += [partial(ranks.generator, rank) for rank in prepared.hosts]
     return trainer
 
 
-def _rank_setup(prepared: Prepared, *, on_cpu: bool) -> RankSetup:
+def _rank_setup(prepared: Prepared, ledgers: Ledgers, *, on_cpu: bool) -> RankSetup:
     config, policy = prepared.config, prepared.start.policy
     return RankSetup(
         learner=config.learner,
@@ -55,5 +61,6 @@ def _rank_setup(prepared: Prepared, *, on_cpu: bool) -> RankSetup:
         seed=config.seed,
         on_cpu=on_cpu,
         blas_threads=config.schedule.blas_threads,
+        max_staleness=ledgers.board.max_staleness,
         limit_gb=None if on_cpu else prepared.memory.limit_gb,
     )

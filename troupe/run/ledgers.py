@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from troupe.actors.checkpointer import CheckpointWriter, gids_of
+from troupe.actors.generator.local import Start
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.learner.train import BatchTrainer
 from troupe.actors.ledgers import CheckpointLedger, OpenGroups, PromptLedger
@@ -93,6 +94,8 @@ class Ledgers:
         """Weights for the generator's processes, where it has any; close them at the end, too."""
         if schedule.generator == "process":
             self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2)
+        self.hosts: list[Start] = []
+        """Who starts the generator's first processes beside the learner's ranks."""
         self.devices = {name: factories.device(name) for name in ("generator", "learner", "checkpointer")}
         """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
         computes."""

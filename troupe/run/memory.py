@@ -18,6 +18,7 @@ from rich.table import Table
 
 from troupe.errors import ConfigError
 from troupe.grpo import optimizer_state_bytes, update_bytes
+from troupe.grpo.lanes import in_lanes
 from troupe.policy import (
     Sampler,
     decode_memory_bytes,
@@ -33,6 +34,7 @@ from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
 _VERSIONS_THERE = "policy versions of the generator"
 _ON_THE_WAY = "policy versions on the way"
+_CHANGED = "version that changes are told against"
 _BASE = "base"
 _LAID_OUT = "weights laid out for decoding"
 
@@ -81,13 +83,13 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
     for choice in (fastest, *others):
         phases = _phases(config, work, choice)
         if peak_bytes(phases) <= _usable_gb(limit_gb) * GB:
-            told = (_notice(config, choice, phases, limit_gb),)
-            room_gb = _decode_room_gb(phases, _usable_gb(limit_gb)) / max(_processes(config), 1)
-            each_gb = _process_bytes(config, phases, room_gb) / GB / (1.0 - RESERVE)
+            told = (_notice(config, work, choice, phases, limit_gb),)
+            room_gb = _decode_room_gb(phases, _usable_gb(limit_gb)) / max(_processes(config, work), 1)
+            each_gb = _process_bytes(config, work, phases, room_gb) / GB / (1.0 - RESERVE)
             return Plan(
                 config=_resolved(config, choice, room_gb),
-                limit_gb=limit_gb - _processes(config) * each_gb - phases["generate"].get(_ON_THE_WAY, 0) / GB,
-                generator_limit_gb=each_gb if _processes(config) else None,
+                limit_gb=limit_gb - _processes(config, work) * each_gb - phases["generate"].get(_ON_THE_WAY, 0) / GB,
+                generator_limit_gb=each_gb if _processes(config, work) else None,
                 phases=phases,
                 notices=told if config.memory_limit_gb is not None or choice != fastest else (),
             )
@@ -96,7 +98,7 @@ def plan_memory(config: RunConfig, work: Workload) -> Plan:
     refusal = _refusal(config, phases, limit_gb)
     if config.memory_limit_gb is not None:
         raise ConfigError(refusal)
-    tried = _resolved(config, least, phases["generate"]["decode"] / GB / max(_processes(config), 1))
+    tried = _resolved(config, least, phases["generate"]["decode"] / GB / max(_processes(config, work), 1))
     return Plan(config=tried, limit_gb=None, phases=phases, notices=(f"{refusal}; it is tried all the same",))
 
 
@@ -140,7 +142,7 @@ def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
     """
     learner, generation = config.learner, config.generation
     rows = learner.batch_size * generation.num_generations
-    most = _most_prompts(config)
+    most = _most_prompts(config, work)
     prompts = _portions(most) if generation.memory_limit_gb is None else [most]
     counts, twice = [math.ceil(rows / portion) for portion in _portions(rows)], [False, True]
     if learner.gradient_accumulation_steps is not None:
@@ -155,23 +157,25 @@ def _choices(config: RunConfig, work: Workload) -> list[_Choice]:
     return [choice for choice in choices if choice.micro_batches >= choice.streams]
 
 
-def _processes(config: RunConfig) -> int:
+def _processes(config: RunConfig, work: Workload) -> int:
     """Processes beside the training process; 0 where the generator is a thread of it."""
+    if work.beside is not None:
+        return work.beside
     return config.schedule.generator_processes or 1 if config.schedule.generator == "process" else 0
 
 
-def _most_prompts(config: RunConfig) -> int:
+def _most_prompts(config: RunConfig, work: Workload) -> int:
     """Prompts of a step that are there to be decoded together."""
     schedule = config.schedule
     parts = schedule.parts if schedule.mode == "pinned" else None
-    return math.ceil(config.learner.batch_size / (parts or max(_processes(config), 1)))
+    return math.ceil(config.learner.batch_size / (parts or max(_processes(config, work), 1)))
 
 
-def _process_bytes(config: RunConfig, phases: Phases, decode_gb: float) -> float:
+def _process_bytes(config: RunConfig, work: Workload, phases: Phases, decode_gb: float) -> float:
     """What one process of the generator may take: its policy versions, and a decode."""
     items = phases["generate"]
     held = items.get(_VERSIONS_THERE, 0) + items[_LAID_OUT]
-    return held / max(_processes(config), 1) + decode_gb * GB
+    return held / max(_processes(config, work), 1) + decode_gb * GB
 
 
 def _portions(count: int) -> list[int]:
@@ -198,10 +202,12 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         held = {_BASE: network_bytes(work.policy, work.dtype), **held}
     if learner.beta:
         held["reference policy"] = weights
+    if config.cluster.serve is not None and config.cluster.full_every > 1:
+        held[_CHANGED] = weights
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
-    processes = _processes(config) if work.cards == 1 else math.ceil(_processes(config) / work.cards)
+    processes = _processes(config, work)
     if processes:
         held[_VERSIONS_THERE] = processes * (held.get(_BASE, 0) + held["policy versions"])
         held[_ON_THE_WAY] = held["policy versions"]
@@ -314,9 +320,9 @@ def _check_decode_limit(config: RunConfig, work: Workload) -> None:
         )
 
 
-def _notice(config: RunConfig, choice: _Choice, phases: Phases, limit_gb: float) -> str:
-    P, rows = _most_prompts(config), config.learner.batch_size * config.generation.num_generations
-    micro = choice.micro_batches
+def _notice(config: RunConfig, work: Workload, choice: _Choice, phases: Phases, limit_gb: float) -> str:
+    P, rows = _most_prompts(config, work), config.learner.batch_size * config.generation.num_generations
+    micro = in_lanes(choice.micro_batches, config.learner.lanes)
     measures = [
         f"decoding {choice.prompts} of {P} prompts at a time" if choice.prompts < P else "decoding a step at once",
         f"learning in {micro} micro-batches of {math.ceil(rows / micro)} rows" if micro > 1 else "learning at once",

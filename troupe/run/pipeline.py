@@ -175,7 +175,7 @@ def _make_learner(
             snapshots=wiring.snapshots,
         ),
         device=ledgers.devices["learner"],
-        trainer=make_trainer(prepared, factories, wiring.reporters["learner"]),
+        trainer=make_trainer(prepared, factories, ledgers, wiring.reporters["learner"]),
         state=_starting_state(prepared, ledgers.board),
         board=ledgers.board,
         gathering=gathering_for(

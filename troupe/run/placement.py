@@ -1,6 +1,8 @@
 """Placement of a run: where the generator runs, how many threads work, and what is chosen so that all of it fits the
 memory."""
 
+from itertools import takewhile
+
 import msgspec
 
 from troupe.actors.schedule import ScheduleConfig
@@ -48,7 +50,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         on_cpu=machine.on_cpu,
         streams=streams,
         ranks=ranks_of(config, machine),
-        cards=1 if machine.cards is None else len(set(machine.cards.generators)),
+        beside=_beside(config, machine),
         **_of_episodes(config, inputs),
     )
     return plan_memory(config, work)
@@ -65,6 +67,29 @@ def ranks_of(config: RunConfig, machine: Machine) -> int:
             "seen here; leave it out"
         )
     return ranks
+
+
+def hosts_of(config: RunConfig, machine: Machine) -> tuple[int, ...]:
+    """Ranks beside which the first processes of the generator are threads: those of the same cards; on a processor
+    where the two take turns."""
+    schedule, ranks = config.schedule, ranks_of(config, machine)
+    if ranks == 1 or schedule.generator != "process":
+        return ()
+    processes = schedule.generator_processes or 1
+    if machine.cards is None:
+        takes_turns = schedule.max_staleness == 0 and config.memory_limit_gb is None
+        return tuple(range(min(processes, ranks))) if takes_turns else ()
+    of_learner = machine.cards.ranks
+    shared = takewhile(of_learner.__contains__, machine.cards.generators[:processes])
+    return tuple(map(of_learner.index, shared))
+
+
+def _beside(config: RunConfig, machine: Machine) -> int | None:
+    if machine.cards is None or config.schedule.generator != "process":
+        return None
+    hosted, processes = len(hosts_of(config, machine)), config.schedule.generator_processes or 1
+    others = [machine.cards.of_generator(number) for number in range(hosted, processes)]
+    return others.count(machine.cards.of_rank(0))
 
 
 def _of_episodes(config: RunConfig, inputs: Inputs) -> dict[str, int]:

@@ -32,7 +32,7 @@ from troupe.run.engines import check_engines
 from troupe.run.folder import run_folder
 from troupe.run.inputs import Inputs, load_inputs
 from troupe.run.memory import Plan
-from troupe.run.placement import Machine, place_run, ranks_of
+from troupe.run.placement import Machine, hosts_of, place_run, ranks_of
 from troupe.run.resume.changes import ChangesLog, Live
 from troupe.run.resume.check import Resumption
 from troupe.run.resume.newest import (
@@ -69,6 +69,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """What of this machine decides the bits."""
     ranks: int = 1
     """Processes that learn a batch together."""
+    hosts: tuple[int, ...] = ()
+    """Ranks beside which the first processes of the generator are threads."""
     cards: Cards | None = None
     """Who has which card, where they are shared out."""
     rewards_stood: bool = False
@@ -140,6 +142,7 @@ def prepare(
         start=start,
         rounding=rounding,
         ranks=ranks_of(memory.config, machine),
+        hosts=hosts_of(memory.config, machine),
         cards=machine.cards,
         rewards_stood=not rewards and resumption is not None and not _REWARDS & resumption.changed,
         notices=(

@@ -28,8 +28,9 @@ class Workload(NamedTuple):
     """What alone is trained; None: the whole network."""
     ranks: int = 1
     """Processes that learn a batch together."""
-    cards: int = 1
-    """That the generator's processes are spread over; the plan is that of the card of rank 0, which has the most."""
+    beside: int | None = None
+    """Processes of the generator that share the memory of rank 0, where others do not; the plan is that of its card,
+    which has the most."""
     streams: int = 1
     """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
 

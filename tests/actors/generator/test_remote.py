@@ -137,7 +137,7 @@ async def test_how_far_the_process_is_is_known_here(tmp_path: Path, monkeypatch:
 
 async def test_a_process_tells_how_far_it_is_when_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator_process, "_MADE_EVERY_S", 0.001)
-    part = generator_process._GeneratorProcess.__new__(generator_process._GeneratorProcess)
+    part = generator_process.GeneratorProcess.__new__(generator_process.GeneratorProcess)
     generator, frames = SimpleNamespace(made=0), list[bytes]()
 
     async def send(frame: bytes) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.clusters import a_cluster, alone, check_same, until
-from tests.support.kills import EVERY, STEPS
+from tests.support.kills import EVERY, STEPS, P
+from tests.support.runs import completions, in_store, lines
 
 pytestmark = [
     pytest.mark.alone,
@@ -178,3 +179,29 @@ def two_hosts() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_free_with_a_worker_that_is_slow_and_one_that_is_killed(tmp_path: Path) -> None:
+    with a_cluster(tmp_path, schedule__mode="free", schedule__max_staleness=2) as cluster:
+        cluster.gather("worker", "slow")
+        killed = False
+        while cluster.goes_on:
+            cluster.harm_all("slow", signal.SIGSTOP)
+            time.sleep(0.3)
+            cluster.harm_all("slow", signal.SIGCONT)
+            time.sleep(0.1)
+            if not killed and cluster.steps >= STEPS // 2:
+                killed = True
+                cluster.harm("worker")
+                cluster.join("worker")
+        cluster.finish()
+        assert [line["step"] for line in lines(cluster.out)] == list(range(1, STEPS + 1))
+        slots = in_store(cluster.out, "SELECT slot_step, place, attempt FROM groups")
+        assert len(slots) == len(set(slots)), "each group ends once"
+        attempts = {(step, place): [a for s, p, a in slots if (s, p) == (step, place)] for step, place, _ in slots}
+        assert attempts.keys() == {(step, place) for step in range(STEPS) for place in range(P)}, "no prompt is lost"
+        assert all(sorted(of_one) == list(range(len(of_one))) for of_one in attempts.values())
+        trained = [one for one in completions(cluster.out) if one.state == "trained"]
+        assert {one.step for one in trained} == set(range(1, STEPS + 1))
+        assert all(one.step - 1 - min(version for version, _ in one.versions) <= 2 for one in trained)
+        assert set(cluster.parts_by_member()) == {"worker", "slow"}

@@ -30,6 +30,8 @@ class ResultLimits(msgspec.Struct, frozen=True, kw_only=True):
     has_stop_strings: bool
     acts: bool
     """Whether completions are episodes of turns."""
+    experts: int = 0
+    """Of a layer, where it is recorded which of them tokens go to; 0: it is not."""
 
 
 def checked_group(
@@ -47,6 +49,7 @@ def checked_group(
     """
     if len(completed.rollouts) != limits.num_generations:
         raise MessageError(f"{len(completed.rollouts)} completions came where {limits.num_generations} were asked for")
+    _check_experts(completed.prompt_experts, limits)
     rollouts = []
     for number, packed in enumerate(completed.rollouts):
         try:
@@ -68,9 +71,12 @@ def _check(rollout: Rollout, limits: ResultLimits, *, version: int | None, newes
         raise MessageError(f"it has {len(ids)} tokens, of which there may be 1 to {limits.max_completion_length}")
     if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
         raise MessageError(f"it has token {min(ids)} or {max(ids)}, which is none of {limits.vocab_size}")
-    for each in (*rollout.log_probs, *rollout.sampling_log_probs):
-        if not math.isfinite(each) or each > _ABOVE_0:
-            raise MessageError(f"it has {each} for a log-probability")
+    for each in (rollout.log_probs, rollout.sampling_log_probs):
+        if (
+            not math.isfinite(sum(each)) or max(each, default=0.0) > _ABOVE_0
+        ):  # a sum of float32 is finite where all are
+            worst = next((value for value in each if not math.isfinite(value) or value > _ABOVE_0), math.inf)
+            raise MessageError(f"it has {worst} for a log-probability")
     if version is not None and any(each != version for each in versions):
         raise MessageError(f"its weights are not those of version {version}")
     if any(a > b for a, b in pairwise(versions)) or (versions and not 0 <= versions[0] <= versions[-1] <= newest):
@@ -87,9 +93,22 @@ def _check_ranges(rollout: Rollout, limits: ResultLimits) -> None:
         if not last <= start <= stop <= length:
             raise MessageError("what it has read lies outside of it")
         last = stop
+    _check_experts(rollout.experts, limits)
     for row in rollout.rows:
+        _check_experts(row.prompt_experts, limits)
         if not 0 <= row.start <= length or not all(0 <= each < limits.vocab_size for each in row.prompt_ids):
             raise MessageError("a row of it cannot be")
+
+
+def _check_experts(data: bytes, limits: ResultLimits) -> None:
+    """The learner looks experts up by these ids."""
+    if not data:
+        return
+    ids: Iterable[int] = data
+    if limits.experts > 256:
+        ids = (data[i] | data[i + 1] << 8 for i in range(0, len(data) - 1, 2))
+    if not limits.experts or max(ids, default=0) >= limits.experts:
+        raise MessageError(f"it names experts that are none of {limits.experts}")
 
 
 def _check_end(rollout: Rollout, limits: ResultLimits, most: int) -> None:

@@ -65,6 +65,21 @@ class Listener(Protocol):
         """How many the longest completion under way has; about once a second."""
 
 
+class Child(Protocol):
+    """A process, or what is spoken to like one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def send(self, frame: bytes) -> None: ...
+
+    async def receive(self) -> bytes: ...
+
+    def kill(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
 class Pace:
     """Tokens a second of late, while there was work."""
 
@@ -95,8 +110,10 @@ class Pace:
 class GeneratorChild:
     """One running child; made by `start`, which is followed by `run` in a task and in the end by `aclose`."""
 
-    def __init__(self, child: ChildProcess, setup: Setup, listener: Listener) -> None:
+    def __init__(self, child: Child, setup: Setup, listener: Listener, *, holds_from: int | None = None) -> None:
+        """`holds_from`: the first version that is where it works without being brought there; None: each is brought."""
         self.setup = setup
+        self.holds_from = holds_from
         self.newest = -1
         """The newest version that it has read."""
         self.parts: dict[str, set[int]] = {}
@@ -126,7 +143,14 @@ class GeneratorChild:
             TroupeError: it says that it cannot work, which no other one could either.
             One of CHILD_FAULTS: it failed.
         """
-        child = cls(await ChildProcess.start(module, env=env), setup, listener)
+        return await cls.over(await ChildProcess.start(module, env=env), setup, listener)
+
+    @classmethod
+    async def over(
+        cls, process: Child, setup: Setup, listener: Listener, *, holds_from: int | None = None
+    ) -> "GeneratorChild":
+        """The same with a process that is there."""
+        child = cls(process, setup, listener, holds_from=holds_from)
         try:
             await child._begin()
         except BaseException:
@@ -147,14 +171,14 @@ class GeneratorChild:
         finally:
             self._over.set()
 
-    async def load(self, version: int, path: Path) -> None:
-        """Have it read the safetensors file of a version, and wait until it has. A version is read once; one that is
-        older than it may keep beside what it has is not read at all."""
+    async def load(self, version: int, path: Path | None) -> None:
+        """Have it read the safetensors file of a version, and wait until it has; None: it is there by itself. A version
+        is read once; one that is older than it may keep beside what it has is not read at all."""
         if self._finishing:
             return
         if version >= max(self._told, default=-1) - self.setup.max_staleness and version not in self._told:
             self._told[version] = False
-            await self._send(NewWeights(version=version, path=str(path)))
+            await self._send(NewWeights(version=version, path="" if path is None else str(path)))
         await self.loaded(version)
 
     def has(self, version: int) -> bool:

@@ -20,6 +20,9 @@ from troupe.runtime.device import DeviceThread
 from troupe.runtime.reporter import Reporter
 from troupe.runtime.roles import Restarts, decisive_fault
 
+Start = Callable[[Setup, Listener], Awaitable[GeneratorChild]]
+"""As `GeneratorChild.start`."""
+
 
 class LocalProcesses:
     """One member a setup. A process that dies is followed by another, while the rest go on; its parts come to whoever
@@ -40,21 +43,23 @@ class LocalProcesses:
         report: Reporter,
         envs: Sequence[Mapping[str, str]] = (),
         module: str = MODULE,
+        hosts: Sequence[Start] = (),
         restarts: Restarts | None = None,
     ) -> None:
         """`device`: the thread that writes files. `envs`: what each process has in its environment besides, one a
-        setup. `module`: what a process runs. `restarts`: of each process; those count between which nothing was done.
+        setup. `module`: what a process runs. `hosts`: who starts the first ones otherwise. `restarts`: of each process;
+        those count between which nothing was done.
         """
         weights = _Weights(board, files, device, report)
         self._processes = [
             _Process(
                 setup,
-                partial(GeneratorChild.start, module=module, env=env),
+                hosts[number] if number < len(hosts) else partial(GeneratorChild.start, module=module, env=env),
                 weights,
                 report,
                 restarts or Restarts(),
             )
-            for setup, env in zip(setups, envs or [{}] * len(setups), strict=True)
+            for number, (setup, env) in enumerate(zip(setups, envs or [{}] * len(setups), strict=True))
         ]
 
     async def run(self, crew: Crew) -> None:
@@ -97,6 +102,9 @@ class _Weights:
         """Have a child read a version that the board has, and wait until it has."""
         if child.has(version):
             return await child.loaded(version)
+        if child.holds_from is not None and version >= child.holds_from:
+            await self.board.get(version)
+            return await child.load(version, None)
         self._files.lend(version)
         try:
             path = await self._write(version, await self.board.get(version))
@@ -116,7 +124,7 @@ class _Process:
     def __init__(
         self,
         setup: Setup,
-        start: Callable[[Setup, Listener], Awaitable[GeneratorChild]],
+        start: Start,
         weights: _Weights,
         report: Reporter,
         restarts: Restarts,

@@ -9,7 +9,7 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import mlx.core as mx
@@ -68,24 +68,42 @@ async def run_generator(connection: Connection) -> None:
         with linux_cpu.blas_limited(setup.blas_threads), memory_limited(setup.limit_gb):
             if setup.on_cpu:
                 linux_cpu.take_buffers(1 + (setup.blas_threads or 1))
-            await _GeneratorProcess(connection, setup).run()
+            await GeneratorProcess(connection, setup).run()
     except TroupeError as error:
         await connection.send(encode(Refused(kind=type(error).__name__, message=str(error))))
         while True:
             await connection.receive()  # until the run has read it and closes
 
 
-class _GeneratorProcess:
+class Frames(Protocol):
+    """What frames come and go by."""
+
+    async def send(self, frame: bytes) -> None: ...
+
+    async def receive(self) -> bytes: ...
+
+
+class GeneratorProcess:
     """The generator with its wires."""
 
-    def __init__(self, connection: Connection, setup: Setup) -> None:
+    def __init__(
+        self,
+        connection: Frames,
+        setup: Setup,
+        *,
+        board: PolicyBoard[Weights] | None = None,
+        base: Base | None = None,
+        device: DeviceThread | None = None,
+    ) -> None:
+        """`board`, `base`, `device`: what is there already, where the process learns, too; not closed at the end."""
         self._connection, self._setup = connection, setup
-        self._base = Base()
+        self._base, self._has_base = Base() if base is None else base, base is not None
         tokenizer = _tokenizer(setup)
         inbox, self._outbox = Mailbox("generator"), Mailbox("outbox")
         self._prompts: Channel[Prompt] = inbox.channel("prompts", Prompt, bound=setup.live)
-        self._board: PolicyBoard[Weights] = PolicyBoard(setup.max_staleness)
-        self._device, self._loader = DeviceThread("generator"), DeviceThread("weights")
+        self._board: PolicyBoard[Weights] = PolicyBoard(setup.max_staleness) if board is None else board
+        self._device, self._loader = device or DeviceThread("generator"), DeviceThread("weights")
+        self._threads = [self._loader] if device is not None else [self._device, self._loader]
         self._observations: Channel[Observation] | None = None
         groups = self._outbox.channel("rollouts", RolloutGroup, bound=setup.live)
         shared: dict[str, Any] = {
@@ -119,9 +137,9 @@ class _GeneratorProcess:
 
     async def run(self) -> None:
         async with AsyncExitStack() as devices:
-            await devices.enter_async_context(self._device)
-            await devices.enter_async_context(self._loader)
-            if self._setup.base is not None:
+            for thread in self._threads:
+                await devices.enter_async_context(thread)
+            if self._setup.base is not None and not self._has_base:
                 self._base = await self._loader.run(read_base, self._setup.policy, self._setup.base)
             await self._connection.send(encode(Ready()))
             await together([self._listen, self._generate, self._tell_made])
@@ -156,7 +174,10 @@ class _GeneratorProcess:
                     for packed in prompts:
                         self._prompts.send_nowait(unpack_prompt(packed))
                 case NewWeights(version=version, path=path):
-                    self._board.publish(version, await self._loader.run(_load, Path(path)))
+                    if path:
+                        self._board.publish(version, await self._loader.run(_load, Path(path)))
+                    else:
+                        await self._board.get(version)
                     await self._connection.send(encode(Loaded(version=version)))
                 case Observation() as observation if self._observations is not None:
                     await self._observations.send(observation)

@@ -55,5 +55,5 @@ class Trust:
             self._lied(name, f"its log-probs differ from the policy's by {mean:.2g} nats a token")
 
     def _lied(self, name: str, told: str) -> None:
-        self._roster.tell("worker_lied", f"worker {name}: {told}")
-        self._desk.put_out(name, told)
+        if self._desk.put_out(name, told):
+            self._roster.tell("worker_lied", f"worker {name}: {told}")

@@ -74,7 +74,6 @@ class MlxRanks:
         """Every rank's arrays, all of one dtype, in one piece. RunError where a rank is gone."""
         flat = mx.concatenate([array.reshape(-1) for array in arrays])
         edges = [0, *accumulate(array.size for array in arrays)]
-        mx.eval(flat)
         with self._waits():
             lines = mx.distributed.all_gather(flat, group=self._group).reshape(self.size, -1)
             mx.eval(lines)

@@ -6,12 +6,15 @@ computes the share of its lanes.
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
 import mlx.core as mx
+from anyio.abc import TaskGroup
 
 from troupe.actors.generator.bases import read_base
+from troupe.actors.generator.hosted import GeneratorHost, Line
 from troupe.actors.learner.collective import MlxRanks
 from troupe.actors.learner.rank_wire import (
     Beat,
@@ -19,8 +22,10 @@ from troupe.actors.learner.rank_wire import (
     Done,
     Join,
     Learn,
+    OfGenerator,
     Ready,
     Refused,
+    ToGenerator,
     decode_in_rank,
     unpack_batch,
 )
@@ -29,6 +34,7 @@ from troupe.errors import TroupeError
 from troupe.grpo import adamw_init
 from troupe.policy import Base, Weights
 from troupe.runtime import linux_cpu
+from troupe.runtime.board import PolicyBoard
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.frames import Connection, encode
 from troupe.runtime.memory import memory_limited
@@ -63,14 +69,20 @@ class _Rank:
     def __init__(self, connection: Connection, begin: Begin, device: DeviceThread) -> None:
         self._connection, self._begin, self._device = connection, begin, device
         self._ranks = MlxRanks(begin.meeting, begin.rank)
+        self._board: PolicyBoard[Weights] = PolicyBoard(begin.setup.max_staleness)
+        self._lines: dict[int, Line] = {}
+        self._tasks: TaskGroup
         self._rates: Sequence[float] = ()
         self._trainer: BatchTrainer
         self._state: LearnerState
 
     async def run(self) -> None:
         self._state = await self._device.run(self._load)
+        self._board.publish(self._state.version, self._state.weights)
         await self._connection.send(encode(Ready(device=str(mx.default_device()))))
-        await together([self._listen, self._tell_alive])
+        async with DeviceThread("generator") as thread:
+            self._host = GeneratorHost(self._board, self._trainer.base, thread)
+            await together([self._listen, self._tell_alive, self._host.run, self._pass_on])
 
     def _load(self) -> LearnerState:
         begin, setup = self._begin, self._begin.setup
@@ -100,7 +112,7 @@ class _Rank:
         self._trainer.open()
         self._ranks.join()
 
-    def _learn(self, message: Learn) -> tuple[tuple[str, float, float], ...]:
+    def _learn(self, message: Learn) -> tuple[LearnerState, tuple[tuple[str, float, float], ...]]:
         parts: list[tuple[str, float, float]] = []
         began_s = time.perf_counter()
 
@@ -111,8 +123,7 @@ class _Rank:
         assert isinstance(self._trainer, _Trainer)
         self._trainer.rates = message.rates
         self._state, _ = self._trainer.advance(self._state, batch, end_part)
-        mx.eval(self._state.weights, self._state.optimizer_state, self._state.reference or {})
-        return tuple(parts)
+        return self._state, tuple(parts)
 
     async def _listen(self) -> None:
         """Until the learner closes the connection, which ends all the rest."""
@@ -121,8 +132,39 @@ class _Rank:
                 case Join():
                     await self._device.run(self._join)
                 case Learn() as message:
-                    parts = await self._device.run(self._learn, message)
-                    await self._connection.send(encode(Done(version=self._state.version, parts=parts)))
+                    self._tasks.start_soon(self._advance, message)
+                case ToGenerator() as message:
+                    await self._to_generator(message)
+
+    async def _advance(self, message: Learn) -> None:
+        """The learner says nothing more of learning before this is done."""
+        state, parts = await self._device.run(self._learn, message)
+        self._board.publish(state.version, state.weights)
+        await self._connection.send(encode(Done(version=state.version, parts=parts)))
+
+    async def _pass_on(self) -> None:
+        """Run what goes on beside listening."""
+        async with anyio.create_task_group() as self._tasks:
+            await anyio.sleep_forever()
+
+    async def _to_generator(self, message: ToGenerator) -> None:
+        line = self._lines.get(message.session)
+        if message.frame is None:
+            if line is not None:
+                line.close()
+            return
+        if line is None:
+            line = self._lines[message.session] = self._host.open()
+            self._tasks.start_soon(self._of_generator, message.session, line)
+        with suppress(anyio.BrokenResourceError):
+            await line.send(message.frame)
+
+    async def _of_generator(self, session: int, line: Line) -> None:
+        with suppress(anyio.EndOfStream):
+            while True:
+                await self._connection.send(encode(OfGenerator(session=session, frame=await line.receive())))
+        del self._lines[session]
+        await self._connection.send(encode(OfGenerator(session=session, frame=None, why=line.why)))
 
     async def _tell_alive(self) -> None:
         waited_for: float | None = None

@@ -34,6 +34,8 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     blas_threads: int | None = None
     limit_gb: float | None = None
     """Of MLX's memory in a child, in 10⁹ bytes; None leaves it its own."""
+    max_staleness: int = 0
+    """Versions that are kept beside the newest, for a generator there."""
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -84,6 +86,25 @@ class Learn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     rates: tuple[float, ...]
 
 
+class ToGenerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A frame for the generator beside the rank, the first one its setup."""
+
+    session: int
+    """Which generator; a number that was not there before begins a new one."""
+    frame: bytes | None
+    """None: nothing more will be read of it."""
+
+
+class OfGenerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A frame of the generator."""
+
+    session: int
+    frame: bytes | None
+    """None: it has ended."""
+    why: str = ""
+    """Why, where that needs words."""
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """The rank has loaded what it learns from."""
 
@@ -111,8 +132,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     message: str
 
 
-ToRank: TypeAlias = Begin | Join | Learn
-FromRank: TypeAlias = Ready | Beat | Done | Refused
+ToRank: TypeAlias = Begin | Join | Learn | ToGenerator
+FromRank: TypeAlias = Ready | Beat | Done | OfGenerator | Refused
 
 decode_in_rank: Callable[[bytes], ToRank] = decoder(ToRank, "the learner and its ranks")
 """What the learner says; MessageError for anything else."""

@@ -9,23 +9,30 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import anyio
 import msgspec
+from anyio.abc import TaskGroup
 
+from troupe.actors.generator.child import GeneratorChild, Listener
+from troupe.actors.generator.hosted import GeneratorHost, HostedChild, Line
 from troupe.actors.generator.weights_files import WeightsFiles
-from troupe.actors.learner.collective import Backend, MlxRanks, arrange
+from troupe.actors.generator.wire import Setup
+from troupe.actors.learner.collective import Backend, Meeting, MlxRanks, arrange
 from troupe.actors.learner.rank_wire import (
     Beat,
     Begin,
     Done,
     Join,
     Learn,
+    OfGenerator,
     RankSetup,
     Ready,
     Refused,
+    ToGenerator,
     decode_from_rank,
     pack_batch,
 )
@@ -46,6 +53,7 @@ GRACE_S = 10.0
 """That a collective may take to notice that the other ranks are gone."""
 RANK_MODULE = "troupe.actors.learner.rank_process"
 _LOOK_S = 0.25
+_SESSIONS = count(1)
 _LAST_WORDS_S = 2.0
 
 
@@ -67,6 +75,8 @@ class _Rank:
         self.version: int | None = None
         self.waits = False
         self.device = ""
+        self.lines: dict[int, Line] = {}
+        """Of generators there, by session."""
 
 
 class RankProcesses:
@@ -81,32 +91,41 @@ class RankProcesses:
         folder: Path,
         silent_s: float,
         trainer: BatchTrainer,
+        host: GeneratorHost | None = None,
         report: Reporter | None = None,
         end: Callable[[str], None] = end_at_once,
+        grace_s: float = GRACE_S,
+        module: str = RANK_MODULE,
+        here: Callable[[Meeting, int], MlxRanks] = MlxRanks,
     ) -> None:
         """`environments`: what is added to that of each child. `folder`: of the run. `silent_s`: how long a rank may
-        be silent, or all may wait for each other. `end`: ends this process where it hangs."""
-        self._setup, self._environments = setup, environments
-        self._folder, self._silent_s, self._end = folder, silent_s, end
+        be silent, or all may wait for each other. `host`: of the generator beside rank 0, where one may be. `end`: ends
+        this process where it hangs for `grace_s` after the others are gone. `module`: what a child runs. `here`: makes
+        what this process is among the ranks."""
+        self._setup, self._environments, self._module = setup, environments, module
+        self._folder, self._silent_s, self._end, self._grace_s = folder, silent_s, end, grace_s
         self._report = Reporter("learner") if report is None else report
         self._meeting = arrange(backend, 1 + len(environments))
-        self._here = MlxRanks(self._meeting, 0)
+        self._here = here(self._meeting, 0)
         self._ranks: list[_Rank] = []
         self._unsent: list[bytes] = []
         self._something = anyio.Event()
         self._is_learning = self._is_closing = False
+        self._met, self._host = anyio.Event(), host
+        self._watching: TaskGroup
+        self._first = 0
         self._loop: asyncio.AbstractEventLoop
         trainer.ranks, trainer.told = self._here, self._tell
 
     async def start(self, state: LearnerState, device: DeviceThread) -> None:
         """Start the processes with this state. RunError where one cannot."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._first = asyncio.get_running_loop(), state.version
         remedy = "set schedule.learner_ranks to 1"
         files = WeightsFiles(self._folder, at_once=3, reader="the learner's ranks", remedy=remedy)
         try:
             with self._report.span("start ranks"):
                 for rank, environment in enumerate(self._environments, 1):
-                    self._ranks.append(_Rank(rank, await ChildProcess.start(RANK_MODULE, env=environment)))
+                    self._ranks.append(_Rank(rank, await ChildProcess.start(self._module, env=environment)))
                 paths = await device.run(_write, files, state)
                 async with anyio.create_task_group() as starting:
                     for rank, each in enumerate(self._ranks, 1):
@@ -132,14 +151,17 @@ class RankProcesses:
             for each in self._ranks:
                 await each.child.send(encode(Join()))
             await device.run(self._here.join)
+        self._met.set()
 
     async def watch(self) -> None:
         """Pass on what is to be told, and see that all are well, until cancelled. RunError where one is not."""
-        async with anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as self._watching:
             for each in self._ranks:
-                tasks.start_soon(self._listen, each)
-            tasks.start_soon(self._send_on)
-            tasks.start_soon(self._look)
+                self._watching.start_soon(self._listen, each)
+            self._watching.start_soon(self._send_on)
+            self._watching.start_soon(self._look)
+            if self._host is not None:
+                self._watching.start_soon(self._host.run)
 
     async def aclose(self) -> None:
         """End the children. Safe to call twice."""
@@ -150,6 +172,38 @@ class RankProcesses:
         for each in ranks:
             await each.child.aclose()
             self._report.forget(each.child.pid)
+
+    async def generator(self, rank: int, setup: Setup, listener: Listener) -> GeneratorChild:
+        """A generator beside a rank, as `GeneratorChild.start`, once all are there."""
+        await self._met.wait()
+        if rank == 0:
+            assert self._host is not None
+            return await self._host.start(setup, listener)
+        ours, theirs = Line.pair()
+        each, session = self._ranks[rank - 1], next(_SESSIONS)
+        each.lines[session] = theirs
+        self._watching.start_soon(self._bring, each, session, theirs)
+        child = HostedChild(ours, each.child.pid)
+        return await GeneratorChild.over(child, setup, listener, holds_from=self._first)
+
+    async def _bring(self, each: _Rank, session: int, line: Line) -> None:
+        """What is said to a generator, until nothing more is."""
+        with suppress(anyio.BrokenResourceError):
+            with suppress(anyio.EndOfStream):
+                while True:
+                    await each.child.send(encode(ToGenerator(session=session, frame=await line.receive())))
+            await each.child.send(encode(ToGenerator(session=session, frame=None)))
+
+    async def _take(self, each: _Rank, message: OfGenerator) -> None:
+        line = each.lines.get(message.session)
+        if line is None:
+            return
+        if message.frame is None:
+            del each.lines[message.session]
+            line.close(message.why)
+            return
+        with suppress(anyio.BrokenResourceError):
+            await line.send(message.frame)
 
     def statuses(self) -> tuple[MemberStatus, ...]:
         """What each of them is at."""
@@ -210,6 +264,8 @@ class RankProcesses:
                 case Done(version=version, parts=parts):
                     each.version, each.waits, self._is_learning = version, False, False
                     self._show(each, version - 1, parts)
+                case OfGenerator() as said:
+                    await self._take(each, said)
                 case Refused(message=why):
                     return self._break(each, why)
 
@@ -236,7 +292,7 @@ class RankProcesses:
             if (broken := self._here.broken) is not None:
                 if self._here.waiting_since_s is None:
                     raise RunError(broken)
-                if (broken_s := broken_s + _LOOK_S) > GRACE_S:
+                if (broken_s := broken_s + _LOOK_S) > self._grace_s:
                     self._end(broken)
                 continue
             for each in self._ranks:

@@ -99,12 +99,13 @@ class BatchTrainer:
         self.config = config
         self.reward_weights = reward_weights
         self.total_steps = total_steps
+        self.base = Base() if base is None else base
         self._log_probs = CompletionLogProbs(
             policy_config,
             temperature,
             recompute=config.gradient_checkpointing or False,
             entropy_gradient=has_entropy_bonus(config),
-            base=Base() if base is None else base,
+            base=self.base,
             seed=seed,
         )
         self._max_completion_length = max_completion_length

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import anyio
+import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from troupe.actors.generator.checks import bits_of
@@ -33,7 +34,7 @@ from troupe.errors import RunError, TroupeError
 from troupe.run.worker.child_life import ChildLife, NewestVersion
 from troupe.run.worker.hands import Hands, part_of
 from troupe.run.worker.scratch import scratch_folder
-from troupe.run.worker.setup import Here, own_setup
+from troupe.run.worker.setup import Here, own_setup, read_setup
 from troupe.runtime.backoff import backoff_s
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.frames import encode
@@ -125,7 +126,11 @@ class Generating:
         self._newest.tell(max(terms.versions, default=-1))
         self.doing = "reading what the run is"
         frame = await self._until_there(lambda: get_bytes(self._bus, self._stored(terms.setup), most=_SETUP_BYTES))
-        setup = own_setup(frame, link.name, self._here)
+        told = read_setup(frame)
+        if told.base is None:
+            setup = own_setup(told, link.name, self._here)
+        else:  # whose files are gone through
+            setup = await anyio.to_thread.run_sync(own_setup, told, link.name, self._here)
         size = await self._until_there(self._size)
 
         async def damaged(version: int) -> None:

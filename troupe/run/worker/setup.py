@@ -24,9 +24,8 @@ class Here(msgspec.Struct, frozen=True, kw_only=True):
     """Of MLX's memory, in 10⁹ bytes."""
 
 
-def own_setup(frame: bytes, name: str, here: Here) -> Setup:
-    """The run's setup for this machine. MessageError where the frame is none, RunError where it asks for what a run may
-    not, ModelError where the base is not here. Reads the base's header."""
+def read_setup(frame: bytes) -> Setup:
+    """The run's setup. MessageError where the frame is none, RunError where it asks for what a run may not."""
     setup = decode_in_process(frame)
     if not isinstance(setup, Setup):
         raise RunError(f"the run sent a {type(setup).__name__} as the setup of its generator")
@@ -35,6 +34,11 @@ def own_setup(frame: bytes, name: str, here: Here) -> Setup:
             raise RunError(f"the run sent a file of its tokenizer under the name {file!r}, which may lead elsewhere")
     if not setup.tokenizer_files:
         raise RunError("the run sent no files of its tokenizer")
+    return setup
+
+
+def own_setup(setup: Setup, name: str, here: Here) -> Setup:
+    """The setup for this machine. ModelError where the base is not here. Takes a while where there is one."""
     base = None if setup.base is None else _base_here(setup.base, here.model)
     return msgspec.structs.replace(setup, name=name, base=base, on_cpu=here.on_cpu, limit_gb=here.limit_gb)
 

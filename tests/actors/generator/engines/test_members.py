@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -312,7 +313,8 @@ async def test_a_prompt_that_no_answer_comes_to_ends_the_run_by_name(bench: Benc
 
 async def test_an_adapter_is_loaded_by_name_for_each_version_and_forgotten_when_nothing_uses_it(bench: Bench) -> None:
     async with FakeServer().running() as fake, bench.working(bench.server(fake, "adapter", most=1)) as members:
-        fake.adapters |= {"troupe-deadbeef-3", "others"}
+        ours = hashlib.sha256(str(bench.folder).encode()).hexdigest()[:8]
+        fake.adapters |= {"troupe-deadbeef-3", "others", f"troupe-{ours}-99"}  # the last, of a start that was killed
         bench.submit()
         await bench.until(2)
         bench.publish(1)

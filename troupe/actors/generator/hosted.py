@@ -1,0 +1,136 @@
+"""Generators within a process that learns: the same as in processes of their own, on weights that are there already.
+
+A rank of the learner has each version the moment that it has learned it; a generator beside it needs no file. What it
+is told and tells are the frames of `wire.py`, over a pair of queues.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from troupe.actors.generator.child import GeneratorChild, Listener
+from troupe.actors.generator.process import GeneratorProcess
+from troupe.actors.generator.wire import Refused, Setup, decode_in_process
+from troupe.errors import TroupeError
+from troupe.policy import Base, Weights
+from troupe.runtime.board import PolicyBoard
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.frames import encode
+from troupe.runtime.process import ChildEnded
+
+_MOST_FRAMES = 100_000
+
+
+class Line:
+    """One end of a connection within a process, as `Connection` has it."""
+
+    def __init__(self, out: MemoryObjectSendStream[bytes], into: MemoryObjectReceiveStream[bytes]) -> None:
+        """Made by `pair`."""
+        self.why = ""
+        """Why the other side has closed, where that needs words."""
+        self._out, self._into = out, into
+        self._other: Line
+
+    @classmethod
+    def pair(cls) -> tuple[Line, Line]:
+        """Two ends."""
+        out, into = anyio.create_memory_object_stream[bytes](_MOST_FRAMES)
+        back, onto = anyio.create_memory_object_stream[bytes](_MOST_FRAMES)
+        one, two = cls(out, onto), cls(back, into)
+        one._other, two._other = two, one
+        return one, two
+
+    async def send(self, frame: bytes) -> None:
+        """BrokenResourceError where the other side has closed."""
+        try:
+            await self._out.send(frame)
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            raise anyio.BrokenResourceError(self.why or "the connection is closed") from None
+
+    async def receive(self) -> bytes:
+        """The next frame; EndOfStream where none will come."""
+        try:
+            return await self._into.receive()
+        except anyio.ClosedResourceError:
+            raise anyio.EndOfStream from None
+
+    def close(self, why: str = "") -> None:
+        """What was sent is still read by the other side, and then the end. Safe to call twice."""
+        self._other.why = self._other.why or why
+        self._out.close()
+        self._into.close()
+
+
+class HostedChild:
+    """As a `ChildProcess`, without a process of its own."""
+
+    def __init__(self, end: Line, pid: int) -> None:
+        self.pid = pid
+        self._end = end
+
+    async def send(self, frame: bytes) -> None:
+        """One frame."""
+        await self._end.send(frame)
+
+    async def receive(self) -> bytes:
+        """The next frame; ChildEnded where none will come."""
+        try:
+            return await self._end.receive()
+        except anyio.EndOfStream:
+            raise ChildEnded(f"the generator beside the learner ended: {self._end.why or 'it was closed'}") from None
+
+    def kill(self) -> None:
+        """It ends at its next token."""
+        self._end.close()
+
+    async def aclose(self) -> None:
+        """As `kill`: nothing is left that would have to be waited for."""
+        self._end.close()
+
+
+class GeneratorHost:
+    """Where generators of this process run, one at a time."""
+
+    def __init__(self, board: PolicyBoard[Weights], base: Base, device: DeviceThread) -> None:
+        """`board`: where what is learned here is published. `base`: what that completes. `device`: the thread that
+        decodes."""
+        self._board, self._base, self._device = board, base, device
+        self._opened, self._open = anyio.create_memory_object_stream[Line](16)
+
+    async def start(self, setup: Setup, listener: Listener) -> GeneratorChild:
+        """A generator in this process, as `GeneratorChild.start`. It has all versions."""
+        return await GeneratorChild.over(HostedChild(self.open(), os.getpid()), setup, listener, holds_from=0)
+
+    def open(self) -> Line:
+        """To speak to one that begins when the one before has ended."""
+        ours, theirs = Line.pair()
+        self._opened.send_nowait(theirs)
+        return ours
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._serve(await self._open.receive())
+
+    async def _serve(self, end: Line) -> None:
+        why = ""
+        try:
+            setup = decode_in_process(await end.receive())
+            assert isinstance(setup, Setup)
+            await GeneratorProcess(end, setup, board=self._board, base=self._base, device=self._device).run()
+        except anyio.EndOfStream:
+            pass
+        except TroupeError as error:
+            with suppress(anyio.BrokenResourceError):
+                await end.send(encode(Refused(kind=type(error).__name__, message=str(error))))
+            with suppress(anyio.EndOfStream):
+                while True:
+                    await end.receive()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        finally:
+            end.close(why)
