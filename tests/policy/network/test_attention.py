@@ -163,10 +163,14 @@ def test_what_is_fused_where(
         assert not attention_is_fused(head_dim, dtype, gradient=False, on_cpu=True)
 
 
-@pytest.mark.parametrize(("generation", "is_fused"), [(7, False), (8, True), (12, True), (None, True)])
-def test_older_cards_have_nothing_fused(
-    generation: int | None, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("generation", "told", "is_fused"),
+    [(7, "1", False), (8, "1", True), (8, "0", False), (12, "1", True), (None, "1", True)],
+)
+def test_older_cards_have_nothing_fused_nor_where_mlx_is_told_so(
+    generation: int | None, told: str, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MLX_CUDA_USE_CUDNN_SDPA", told)
     info = {} if generation is None else {"compute_capability_major": generation}
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: info)

@@ -14,6 +14,7 @@ Shapes: B rows, H query heads, K key/value heads, d head size; T queries, which 
 b queries, which may see s keys.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
@@ -27,6 +28,7 @@ BLOCK = 64
 PORTION = 2**26
 """Scores that are written out at a time: a GPU is busy with fewer, and an array of them is 128 MB in 16-bit types."""
 _LARGEST_CUDNN = 128
+_WITHOUT_CUDNN = "MLX_CUDA_USE_CUDNN_SDPA"
 _METAL_HEADS = frozenset({64, 72, 80, 96, 128})
 """Head sizes that Metal has a kernel for, and one that is faster."""
 
@@ -203,8 +205,9 @@ def attention_is_fused(head_dim: int, dtype: mx.Dtype, *, gradient: bool, on_cpu
 
 @cache
 def _has_cudnn_attention() -> bool:
-    """Whether the card is of the generation that cuDNN's attention begins with, Ampere, or a later one."""
-    return int(mx.device_info().get("compute_capability_major", 8)) >= 8
+    """Whether the card is of the generation that cuDNN's attention begins with, Ampere, or a later one, and MLX is not
+    told to do without it."""
+    return os.environ.get(_WITHOUT_CUDNN) != "0" and int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
 
 def portion(rows: int, heads: int, kv_heads: int, places: int) -> tuple[int, int]:
