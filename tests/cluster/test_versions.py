@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import anyio
 import mlx.core as mx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import virtual_time
 from tests.support.fake_bus import FakeBroker, FakeBus
+from tests.support.fake_child import InlineDevice
 from troupe.cluster.blobs import BlobMissingError
 from troupe.cluster.bus import HUB, NoAnswer, Why
 from troupe.cluster.deltas import applied, deltas
@@ -202,6 +207,50 @@ def test_damage_for_good_is_an_error(tmp_path: Path) -> None:
         assert not names_in(tmp_path)
 
     drive(tmp_path, test)
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10_000), every=st.booleans())
+def test_whatever_befalls_server_and_chunks_a_worker_has_the_weights_of_the_run(
+    seed: int, every: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    random, folder = Random(seed), tmp_path_factory.mktemp("versions")
+
+    async def harm(broker: FakeBroker) -> None:
+        while True:
+            await anyio.sleep(random.expovariate(1 / 5))
+            broker.away = True
+            if random.random() < 0.4:
+                broker.restart()
+            await anyio.sleep(random.random() * 3)
+            broker.away = False
+
+    async def main() -> None:
+        device: Any = InlineDevice()
+        pair = Pair(folder, device, full_every=3)
+        pair.broker.delay_s = lambda subject: random.random() * 0.2
+        pair.broker.damage = lambda subject, data: data[:-1] if random.random() < 0.02 and data[5:] else data
+        board: PolicyBoard[Weights] = PolicyBoard(1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: pair.publisher.follow(board, every=every))
+            tasks.start_soon(harm, pair.broker)
+            for number in range(12):
+                pair.known[number] = version(number, 200)
+                board.publish(number, pair.known[number])
+                await anyio.sleep(random.expovariate(1 / 3))
+                await pair.publisher.until_there(number)
+                newest = pair.publisher.newest
+                for _ in range(1000):
+                    with suppress(BlobMissingError, NoAnswer, MessageError):
+                        path = await pair.files.fetch(newest)
+                        break
+                    await anyio.sleep(0.3)
+                assert path.name == f"{newest:08d}.safetensors"
+                assert path.read_bytes() == file_of(pair.known[newest])
+                pair.files.keep([newest])
+            tasks.cancel_scope.cancel()
+
+    virtual_time.run(main)
 
 
 @pytest.mark.parametrize("every", [True, False])

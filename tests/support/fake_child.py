@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +54,8 @@ class FakeChild:
     async def decode(self, *parts: Part) -> None:
         self._living()
         for part in parts:
+            if part.name in self.parts:
+                continue
             self.parts[part.name] = {prompt.gid for prompt in part.prompts}
             self._send.send_nowait(part)
 
@@ -133,6 +135,14 @@ class InlineDevice:
 
     async def run(self, function: Callable[..., Any], *args: Any, plain: bool = False) -> Any:
         return function(*args)
+
+    @asynccontextmanager
+    async def iterate(self, iterator: Iterator[Any], *, on_leave: Callable[[], None]) -> AsyncIterator[Any]:
+        async def following() -> Any:
+            await anyio.sleep(0.01)
+            return next(iterator, None)
+
+        yield SimpleNamespace(next=following)
 
     async def __aenter__(self) -> Any:
         return self

@@ -187,7 +187,7 @@ class _Chunk:
     """One chunk on its way."""
 
     def __init__(self, bus: Bus, subject: str, head: BlobHead, number: int) -> None:
-        self._bus, self._subject = bus, f"{subject}.{number}"
+        self._bus, self._blob, self._head, self._subject = bus, subject, head, f"{subject}.{number}"
         self._sum = head.sums[number * _SUM_BYTES : (number + 1) * _SUM_BYTES]
         self.data = b""
         self.fault: Exception | None = None
@@ -208,6 +208,8 @@ class _Chunk:
                 raise BlobMissingError(self._subject)
             if await aside(_sum, data) == self._sum:
                 return data
+            if await head_of(self._bus, self._blob) != self._head:
+                raise BlobMissingError(self._blob)  # another is being put there, as when the server has begun anew
             await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))
         raise RunError(f"{self._subject}: came damaged {_TRIES} times; what was put there is not what its head says")
 
@@ -219,7 +221,7 @@ async def get_stored(bus: Bus, subject: str) -> bytes | None:
         try:
             return await bus.get(subject)
         except NoAnswer as error:
-            if error.why in ("refused", "untrusted"):
+            if error.why == "refused":
                 raise
             nth += 1
             await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))

@@ -18,9 +18,10 @@ import msgspec
 from troupe.cluster.bus import HUB, BusState, FullError, Handler, NoAnswer, checked_size
 from troupe.cluster.dialing import Dialed, Untold, dial
 from troupe.cluster.keys import check_packages, client_context, public_key
+from troupe.cluster.server_settings import stream
 from troupe.cluster.serving import Served
 from troupe.cluster.ticket import Ticket
-from troupe.cluster.users import stream, stream_of
+from troupe.cluster.users import stream_of
 from troupe.runtime.backoff import backoff_s
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ T = TypeVar("T")
 STORE_S = 20.0
 """That the server may take to store, give or forget a message."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REFUSED_PAUSE_S = 0.2, 3.0, 10.0
+_BEGIN_S = 15.0
 _REFUSALS = 4
 """In a row, after which a key counts as unknown: one that was just made may not have come to the server yet."""
 _NO_STREAM = 404
@@ -193,17 +195,18 @@ class Connection:
             self._server = dialed.server
             self._epoch += 1
         try:
-            if self.name == HUB:
-                await self._declare(dialed)
-            for one in self._served:
-                await dialed.subscribe(one.subject, one.arrived)
+            async with asyncio.timeout(_BEGIN_S):
+                if self.name == HUB:
+                    await self._declare(dialed)
+                for one in self._served:
+                    await dialed.subscribe(one.subject, one.arrived)
         except Exception as error:  # it ended while it began
             dialed.reason = str(error)
             return
         self._dialed, self._detail = dialed, ""
         self._changed.set()
         self._say("connected")
-        await dialed.ended.wait()
+        await dialed.until_ended()
 
     def _say(self, state: BusState) -> None:
         if state != self._state:

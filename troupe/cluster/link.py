@@ -26,6 +26,10 @@ from troupe.runtime.backoff import backoff_s
 from troupe.runtime.frames import encode
 
 HELLO_WAIT_S = 10.0
+NOT_LET_IN = (
+    "the run's server does not know this worker's key, or knows it no more; ask for a join file: "
+    "troupe cluster invite OUT NAME"
+)
 AT_ONCE = 24
 """Asks under way, besides beats and those that wait for work: of more at once the run would leave some unanswered."""
 LATER_S = 5.0
@@ -112,10 +116,7 @@ class Link:
                 reply = await self._bus.request(hub_subject(self._run, self.name, verb), data, timeout_s=wait_s)
             except NoAnswer as error:
                 if error.why == "refused":
-                    raise DeclinedError(
-                        "the run's server does not know this worker's key, or knows it no more; ask for a join file: "
-                        "troupe cluster invite OUT NAME"
-                    ) from None
+                    raise DeclinedError(NOT_LET_IN) from None
                 nth += 1
                 self._away(error)
                 await anyio.sleep(backoff_s(nth, _PAUSE_S, _LONGEST_PAUSE_S))

@@ -79,7 +79,7 @@ class VersionFiles:
         else:
             base = await self._head(head.base)
             if base.base is not None:
-                raise RunError(f"version {head.base} is the base of changes and not there whole")
+                raise BlobMissingError(f"version {head.base}, whole")  # all is being put there anew
             digest = await self._changed(head, await self._made(base), path)
         if digest != head.digest:
             path.unlink(missing_ok=True)

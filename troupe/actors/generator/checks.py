@@ -71,9 +71,12 @@ def _check(rollout: Rollout, limits: ResultLimits, *, version: int | None, newes
         raise MessageError(f"it has {len(ids)} tokens, of which there may be 1 to {limits.max_completion_length}")
     if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
         raise MessageError(f"it has token {min(ids)} or {max(ids)}, which is none of {limits.vocab_size}")
-    for each in (*rollout.log_probs, *rollout.sampling_log_probs):
-        if not math.isfinite(each) or each > _ABOVE_0:
-            raise MessageError(f"it has {each} for a log-probability")
+    for each in (rollout.log_probs, rollout.sampling_log_probs):
+        if (
+            not math.isfinite(sum(each)) or max(each, default=0.0) > _ABOVE_0
+        ):  # a sum of float32 is finite where all are
+            worst = next((value for value in each if not math.isfinite(value) or value > _ABOVE_0), math.inf)
+            raise MessageError(f"it has {worst} for a log-probability")
     if version is not None and any(each != version for each in versions):
         raise MessageError(f"its weights are not those of version {version}")
     if any(a > b for a, b in pairwise(versions)) or (versions and not 0 <= versions[0] <= versions[-1] <= newest):

@@ -72,6 +72,8 @@ class ChildLife:
         self._tell = tell
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self._probe: _Probe | None = None
+        self._given: dict[str, dict[int, RolloutGroup | None]] = {}
+        """Parts that the child was given → their groups, as far as it has made them."""
         self._reading: Counter[int] = Counter()
         self._loaded = anyio.Event()
 
@@ -94,9 +96,10 @@ class ChildLife:
         self.done += 1
         if self._probe is not None and self._probe.add(group):
             return
-        part = self._hands.made(group.prompt.gid)
-        if part is not None:
-            self._telling.start_soon(self._tell_group, part, group)
+        for groups in self._given.values():
+            if group.prompt.gid in groups:
+                groups[group.prompt.gid] = group
+        self._made(group)
 
     async def on_turn(self, taken: TurnTaken) -> None:
         """As of `Listener`."""
@@ -123,8 +126,16 @@ class ChildLife:
             await self._fresh()
         elif not await self._have(part.name, part.version):
             return
-        if part.name in self._hands:
-            await self.child.decode(part)
+        if part.name not in self._hands:
+            return
+        if part.name in self.child.parts:  # it was taken away meanwhile, and has come again
+            for group in self._given.get(part.name, {}).values():
+                if group is not None:
+                    self._made(group)
+            return
+        self._given = {name: groups for name, groups in self._given.items() if name in self.child.parts}
+        self._given[part.name] = dict.fromkeys(prompt.gid for prompt in part.prompts)
+        await self.child.decode(part)
 
     async def decode_probe(self, part: Part) -> list[RolloutGroup]:
         """What a probe comes to. BlobMissingError where its version has gone."""
@@ -135,6 +146,12 @@ class ChildLife:
         await self._probe.whole.wait()
         groups, self._probe = self._probe.groups, None
         return groups
+
+    def _made(self, group: RolloutGroup) -> None:
+        """Tell the run of a group, if it wants it."""
+        part = self._hands.made(group.prompt.gid)
+        if part is not None:
+            self._telling.start_soon(self._tell_group, part, group)
 
     async def _have(self, name: str, version: int) -> bool:
         """Have the child read a version; False where the part that needs it is not wanted any more."""

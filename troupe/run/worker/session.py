@@ -7,7 +7,8 @@ from contextlib import suppress
 
 import anyio
 
-from troupe.cluster.link import Link, RunEndedError, SessionGoneError
+from troupe.cluster.bus import NoAnswer
+from troupe.cluster.link import NOT_LET_IN, DeclinedError, Link, RunEndedError, SessionGoneError
 from troupe.cluster.wire import (
     BEAT_S,
     Admitted,
@@ -89,6 +90,8 @@ class Worker:
             fault = decisive_fault(error)
             if isinstance(fault, FrameError):
                 raise RunError(f"the run says what this worker does not understand: {fault}") from None
+            if isinstance(fault, NoAnswer):  # from what is stored, where waiting would not help
+                raise DeclinedError(NOT_LET_IN) from None
             raise fault from None
 
     async def _serve(self, work: Work, admitted: Admitted) -> None:
