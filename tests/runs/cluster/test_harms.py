@@ -44,7 +44,7 @@ def test_any_number_of_workers(tmp_path: Path, whole: Path, workers: int) -> Non
         check_same(cluster.out, whole)
         decoded = cluster.parts_by_member()
         assert set(decoded) == set(names), decoded
-        assert sum(decoded.values()) >= STEPS * 4  # and probes
+        assert sum(decoded.values()) >= STEPS * 3  # spans of a worker's last second may be lost
 
 
 def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) -> None:
