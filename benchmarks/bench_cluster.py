@@ -47,7 +47,7 @@ from troupe.cluster.ticket import read_ticket
 from troupe.cluster.users import Users
 from troupe.messages import Incident, Observation, Prompt, Rollout, RolloutGroup, Slot, Span
 from troupe.policy import PRESETS, NetworkConfig, Policy, Weights, load_policy, parameter_count, random_policy
-from troupe.run.cluster import Hub, Network, open_network, opened
+from troupe.run.cluster import Hear, Hub, Network, open_network, opened
 from troupe.run.config import RunConfig
 from troupe.run.worker.generating import Generating
 from troupe.run.worker.machine import asked_machine
@@ -204,8 +204,8 @@ class Rig:
         """The hub at work."""
 
         @asynccontextmanager
-        async def counted(join: Path, serve: str, tell: Callable[[str], None]) -> AsyncIterator[Network]:
-            async with open_network(join, serve, tell) as network:
+        async def counted(join: Path, serve: str, tell: Hear, revoked: Hear) -> AsyncIterator[Network]:
+            async with open_network(join, serve, tell, revoked) as network:
                 self.bus = CountedBus(network.bus)
                 yield msgspec.structs.replace(network, bus=self.bus)
 

@@ -9,6 +9,10 @@ compares: `speedup` in whole steps a second over the first run, and `equal`, whe
 bit. `plain` is one card with one lane and one part, as a run on one card is by itself. On a processor (`--model tiny`)
 ranks are processes that share it, which shows bits and nothing of speed.
 
+With `--explain` the first run is made twice, and of each step is told what it can be compared by: rewards, which
+follow from all tokens, how far their log-probs lie from the learner's, loss, norm of the gradient. The first that
+differs says where bits part: in decoding (reward, difference), in the gradient, or in the update (the step behind it).
+
 With `--kills`, in a run of the most ranks, one is killed and in another one stopped while it learns: `ended_s`, how
 long the run took to end; then it is resumed, and its weights are compared, too.
 """
@@ -41,6 +45,15 @@ from troupe.cli.demo import DEMO_CONFIG
 from troupe.run.devices import VISIBLE, seen_cards
 
 WARM_UP = 2
+TOLD = (
+    "reward",
+    "completions/mean_length",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "entropy",
+    "loss",
+    "grad_norm",
+)
 REWARD = '''"""A score that costs nothing."""
 
 
@@ -160,6 +173,8 @@ def measure(folder: Path, args: argparse.Namespace, name: str, *, lanes: int, ra
     line |= {"wall_s": run.wall_s, "seen_s": run.seen_s}
     if code:
         line["log"] = run.log.read_text(encoding="utf-8", errors="replace")[-6000:]
+    if args.explain:
+        line["told"] = [{name: row.get(name) for name in TOLD} for row in run.steps()]
     if rows:
         for key in ("step_time", "learn_time", "tokens_per_second", "peak_memory_gb"):
             line[key] = round(statistics.median(row[key] for row in rows), 4)
@@ -167,6 +182,14 @@ def measure(folder: Path, args: argparse.Namespace, name: str, *, lanes: int, ra
         line["parts_s"] = spans(run.output)
     print(json.dumps(line), flush=True)
     return line
+
+
+def parting(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first step in which two runs differ, and in what; None: in none."""
+    for step, (left, right) in enumerate(zip(one, other, strict=False)):
+        if differing := {name: [left[name], right[name]] for name in TOLD if repr(left[name]) != repr(right[name])}:
+            return {"step": step, **differing}
+    return None
 
 
 def spans(output: Path) -> dict[str, float]:
@@ -228,6 +251,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--plain", action="store_true", help="also one card with one lane and one part")
     parser.add_argument("--kills", action="store_true")
+    parser.add_argument("--explain", action="store_true")
     parser.add_argument("--timeout", type=float, default=15.0, help="rank_timeout_s")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that a run may take")
     parser.add_argument("--folder", type=Path)
@@ -238,6 +262,11 @@ def main() -> None:
         write_inputs(folder, args)
         lanes = max(args.ranks)
         runs = [measure(folder, args, f"ranks-{ranks}", lanes=lanes, ranks=ranks) for ranks in args.ranks]
+        if args.explain:
+            again = measure(folder, args, "again", lanes=lanes, ranks=args.ranks[0])
+            others = {"again": again, **{run["run"]: run for run in runs[1:]}}
+            for name, other in others.items():
+                print(json.dumps({"compared": name, "parts": parting(runs[0]["told"], other["told"])}), flush=True)
         if args.plain:
             measure(folder, args, "plain", lanes=1, ranks=1)
         digests = [run["digest"] for run in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -125,13 +126,32 @@ async def test_a_server_that_is_killed_is_there_again_and_empty(tmp_path: Path) 
         assert message_server.starts == 3
 
 
-async def test_a_revoked_key_is_cut_off_and_a_new_one_of_the_name_is_not(tmp_path: Path) -> None:
+@pytest.mark.slow
+async def test_twenty_kills_of_the_server_at_any_moment_are_each_outlived(tmp_path: Path) -> None:
+    moments = random.Random(7)
     with server(tmp_path) as message_server:
+        run = message_server.run
+        tickets = message_server.ticket, ticket_of(message_server, "worker")
+        async with ends(*tickets) as (hub, worker), echoing(hub, run):
+            for _ in range(20):
+                await anyio.sleep(moments.uniform(0.0, 0.6))  # also while they come back from the last one
+                for pid in message_server.pids[-1:]:
+                    os.kill(pid, signal.SIGKILL)
+                with anyio.fail_after(10.0):
+                    assert await answer_of(worker, run, b"again") == b"worker:again"
+            await hub.put(stored_subject(run, "7"), b"weights")
+            assert await worker.get(stored_subject(run, "7")) == b"weights"
+
+
+async def test_a_revoked_key_is_cut_off_and_a_new_one_of_the_name_is_not(tmp_path: Path) -> None:
+    gone: list[str] = []
+    with server(tmp_path, revoked=gone.append) as message_server:
         run = message_server.run
         tickets = message_server.ticket, ticket_of(message_server, "worker"), ticket_of(message_server, "other")
         async with ends(*tickets) as (hub, worker, other), echoing(hub, run):
             message_server.users.revoke("worker")
             await until(worker, "refused")
+            assert gone == ["worker"]
             with pytest.raises(NoAnswer, match="refused"):
                 await worker.request(hub_subject(run, "worker", "x"), b"", timeout_s=5.0)
             async with ends(ticket_of(message_server, "worker")) as (again,):

@@ -52,4 +52,8 @@ def test_the_same_is_told_ever_less_often_and_nothing_else_is_lost_for_it(tmp_pa
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) == 3600
     log.write_text(WORKER)  # a new file
     knocks.look(KNOWN)
+    knocks.look(UserList(run="r1"))
     assert told == ['worker mini tried what it may not; the last from 10.0.0.7: Publish Violation - Subject "x"']
+    log.write_text(STRANGER.replace("UB", KEY))
+    knocks.look(UserList(run="r1"))
+    assert told[1].startswith("worker mini, whose key is good no more, asks to be let in; the last from 10.0.0.9")

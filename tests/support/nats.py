@@ -25,12 +25,15 @@ PATIENCE_S = 30.0
 
 @contextmanager
 def server(
-    folder: Path, serve: str = "127.0.0.1:0", tell: Callable[[str], None] = lambda line: None
+    folder: Path,
+    serve: str = "127.0.0.1:0",
+    tell: Callable[[str], None] = lambda line: None,
+    revoked: Callable[[str], None] = lambda name: None,
 ) -> Iterator[MessageServer]:
     """The message server of a run whose folder this is; the test is skipped where there is none to be had."""
     extra("nkeys")
     folder.mkdir(exist_ok=True)
-    with serving(folder / "join", serve, store_bytes=STORE_BYTES, tell=tell) as serving_now:
+    with serving(folder / "join", serve, store_bytes=STORE_BYTES, tell=tell, revoked=revoked) as serving_now:
         yield serving_now
 
 

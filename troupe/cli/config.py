@@ -36,16 +36,17 @@ TRAIN_KEYS = {
     "seed": "seed",
     "memory_limit": "memory_limit_gb",
     "serve": "cluster.serve",
+    "devices": "schedule.devices",
 }
 """Parameter of `troupe train` → the key that it sets."""
 _PLAIN_WORDS = {"output", "seed"}
 """Keys that a message may have as a word of its own."""
 _ABOUT = {"chat": "chat template"}
 """Parameter → what messages call that which it asks for."""
-_SINGULAR = {"rewards": "--reward", "tools": "--tool"}
+_SINGULAR = {"rewards": "--reward", "tools": "--tool", "devices": "--device"}
 """Those that may be repeated → the flag."""
-_NAMING = {"model", "adapter", "dataset", "eval_data", "rewards", "environment", "tools"}
-"""Those that name a file, a folder or a function."""
+_NAMING = {"model", "adapter", "dataset", "eval_data", "rewards", "environment", "tools", "devices"}
+"""Those that name a file, a folder, a function or a card."""
 
 
 def train_config(

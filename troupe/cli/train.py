@@ -74,6 +74,7 @@ _LAST_WORDS_S = 0.5
 @click.option("--seed", type=int, help="Changes the run.  [default: 0]")
 @click.option("--memory-limit", type=float, metavar="GB", help="Most that the run's arrays may take.")
 @click.option("--serve", metavar="HOST:PORT", help="Let workers join, at this address of this machine.")
+@click.option("--device", "devices", multiple=True, metavar="N:ROLES", help="What a card does; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on with the run in OUT_DIR from its newest whole checkpoint.")
 @click.option(
     "--allow-change",
@@ -170,9 +171,19 @@ def describe_plan(prepared: Prepared) -> list[str]:
         f"beta {learner.beta:g}",
         f"schedule: {config.schedule.mode}, max_staleness {config.schedule.max_staleness}; a checkpoint every "
         f"{config.checkpoint.every} steps",
+        *([] if prepared.ranks == 1 else [_describe_ranks(prepared)]),
         *describe_memory(prepared.memory.phases).splitlines(),
         "memory limit: none" if limit is None else f"memory limit: {config.memory_limit_gb or limit:g} GB",
     ]
+
+
+def _describe_ranks(prepared: Prepared) -> str:
+    """How many learn together, and on which cards."""
+    lanes, cards = prepared.config.learner.lanes, prepared.cards
+    told = f"learner: {prepared.ranks} ranks of a batch in {lanes} lanes"
+    if cards is None:
+        return told
+    return f"{told}, on the cards {', '.join(cards.ranks)}; generators on {', '.join(cards.generators)}"
 
 
 def _count(number: int) -> str:

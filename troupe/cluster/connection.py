@@ -18,9 +18,10 @@ import msgspec
 from troupe.cluster.bus import HUB, BusState, FullError, Handler, NoAnswer, checked_size
 from troupe.cluster.dialing import Dialed, Untold, dial
 from troupe.cluster.keys import check_packages, client_context, public_key
+from troupe.cluster.server_settings import stream
 from troupe.cluster.serving import Served
 from troupe.cluster.ticket import Ticket
-from troupe.cluster.users import stream, stream_of
+from troupe.cluster.users import stream_of
 from troupe.runtime.backoff import backoff_s
 
 T = TypeVar("T")

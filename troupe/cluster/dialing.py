@@ -24,6 +24,7 @@ Subscription: TypeAlias = Any
 DIAL_S = 8.0
 _FLUSH_S = 10
 _LEAVE_S = 0.3
+_LOOK_S = 0.2
 _PING_S, _PINGS = 5, 2
 """A server that answers so many pings not is gone; a cable may be pulled without a word."""
 _PENDING_BYTES = 16 * 1024 * 1024
@@ -57,10 +58,13 @@ class Dialed:
         self._numbers = itertools.count()
         self._asked: dict[str, tuple[str, asyncio.Future[bytes]]] = {}
         self._subscribed: dict[str, Subscription] = {}
+        self._all: list[Subscription] = []
+        self._watching: asyncio.Task[None] | None = None
 
     async def listen(self) -> None:
-        """Hear the replies; to be called once, first."""
-        await self._client.subscribe(f"{self._inbox}.*", cb=self._replied)
+        """Hear the replies, and notice the end; to be called once, first."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+        self._all = [await self._client.subscribe(f"{self._inbox}.*", cb=self._replied)]
 
     async def ask(self, subject: str, data: bytes) -> bytes:
         """One request → its reply. NoAnswer where nobody serves it, or the connection ends; Untold."""
@@ -78,6 +82,7 @@ class Dialed:
         try:
             await self._client.publish(subject, data, reply=reply)
         except Exception as error:
+            self._end(str(error))
             raise NoAnswer(subject, "lost", str(error)) from None
 
     async def subscribe(self, subject: str, arrived: Callable[[Dialed, Msg], None]) -> None:
@@ -87,6 +92,7 @@ class Dialed:
             arrived(self, message)
 
         self._subscribed[subject] = await self._client.subscribe(subject, cb=hear)
+        self._all.append(self._subscribed[subject])
         await self._client.flush(_FLUSH_S)
 
     async def until_ended(self) -> None:
@@ -105,8 +111,19 @@ class Dialed:
     async def close(self) -> None:
         """End it, and what is being asked."""
         self._end("closed")
+        if self._watching is not None:
+            self._watching.cancel()
         with suppress(Exception):
             await asyncio.wait_for(self._client.close(), _LEAVE_S)
+        for subscription in self._all:
+            with suppress(Exception):  # the client leaves their tasks where it ended by itself
+                subscription._stop_processing()
+
+    async def _watch(self) -> None:
+        """The client does not always tell that its connection has ended."""
+        while self._client.is_connected:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(_LOOK_S)
+        self._end("the connection ended")
 
     def _end(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -167,8 +184,7 @@ async def dial(address: str, ticket: Ticket, tls: ssl.SSLContext) -> Dialed | tu
             dialed = Dialed(client, ticket.name)
             await dialed.listen()
     except failures as error:
-        with suppress(Exception):
-            await asyncio.wait_for(client.close(), _LEAVE_S)
+        await (dialed or Dialed(client, ticket.name)).close()
         return _failed(error), f"{address}: {told[-1] if isinstance(error, TimeoutError) and told else _worded(error)}"
     return dialed
 

@@ -18,6 +18,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Run the command to its end → its exit code, or 1 where a signal ended it."""
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the run's; what is ignored would be so in the command
+    os.umask(0o077)
     lifeline = int(sys.argv[1])
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     parent = os.getpid()

@@ -20,16 +20,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from troupe.cluster import keeper
 from troupe.cluster.addresses import ANYWHERE, Place, reachable
 from troupe.cluster.binary import find_server
-from troupe.cluster.bus import HUB, MAX_BYTES
+from troupe.cluster.bus import HUB
 from troupe.cluster.keys import certify, client_context, new_seed, public_key, server_name
 from troupe.cluster.knocks import Knocks
+from troupe.cluster.server_settings import LOG, LOG_BYTES, server_settings
 from troupe.cluster.ticket import Ticket, write_secret
-from troupe.cluster.users import CONNECTIONS, FIRST, SERVER, UserList, Users, accounts
+from troupe.cluster.users import FIRST, SERVER, User, UserList, Users
 from troupe.errors import ConfigError, InputError
 from troupe.runtime.backoff import backoff_s
 
@@ -40,9 +40,6 @@ _START_S = 20.0
 _END_S, _DEATH_S = 3.0, 0.5
 _RELOAD_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
-_HEADERS_BYTES = 4096
-_PENDING_BYTES = 64 * 1024 * 1024
-_LOG_BYTES = 1024 * 1024
 _RELOADED, _NOT_RELOADED = "Reloaded server configuration", "Failed to reload"
 _LOG_LINE = re.compile(r"^\[\d+\] [\d/]+ [\d:.]+ (\[\w+\]) ")
 
@@ -50,7 +47,9 @@ _LOG_LINE = re.compile(r"^\[\d+\] [\d/]+ [\d:.]+ (\[\w+\]) ")
 class MessageServer:
     """The server of one run. Made by `serving`."""
 
-    def __init__(self, folder: Path, place: Place, store_bytes: int, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, place: Place, store_bytes: int, tell: Callable[[str], None], revoked: Callable[[str], None]
+    ) -> None:
         self.users = Users.open(folder)
         self._known = self.users.read()
         self.run = self._known.run
@@ -58,7 +57,7 @@ class MessageServer:
         self._program = find_server()
         self._place = place
         self._store_bytes = store_bytes
-        self._tell = tell
+        self._tell, self._revoked = tell, revoked
         self._folder = folder / SERVER
         self._seed = new_seed()
         self._ca = certify(self._folder, self.run)
@@ -68,6 +67,7 @@ class MessageServer:
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="troupe-message-server", daemon=True)
         self._applied = self._complained = ""
+        self._served: tuple[User, ...] = ()
         self.starts = 0
         """How often it was started."""
 
@@ -217,8 +217,12 @@ class MessageServer:
             self._tell(text)
 
     def _note(self, known: UserList) -> None:
+        """The server goes by these users now."""
+        gone, self._served = set(self._served) - set(known.users), known.users
         self._applied = known.digest
         write_secret(self._folder / APPLIED, known.digest.encode())
+        for user in gone:
+            self._revoked(user.name)
 
     def _answers(self) -> bool:
         """Whether the server speaks as it should; only one with this run's certificate does."""
@@ -235,36 +239,10 @@ class MessageServer:
 
     @property
     def _log(self) -> Path:
-        return self._folder / "nats.log"
+        return self._folder / LOG
 
     def _configure(self, known: UserList) -> None:
-        store = self._folder / "store"
-        settings: dict[str, Any] = {
-            "server_name": known.run,
-            "host": self._place.host,
-            "port": self._place.port,
-            "tls": {
-                "cert_file": str(self._folder / "server.pem"),
-                "key_file": str(self._folder / "server.key"),
-                "handshake_first": True,
-                "min_version": "1.3",
-                "timeout": 3,
-            },
-            "authorization": {"timeout": 3},
-            "system_account": "SYS",
-            "accounts": accounts(known, public_key(self._seed), self._store_bytes),
-            "jetstream": {"store_dir": str(store), "max_mem": self._store_bytes, "max_file": 0},
-            "max_payload": MAX_BYTES + _HEADERS_BYTES,
-            "max_pending": _PENDING_BYTES,
-            "max_connections": CONNECTIONS,
-            "max_control_line": 2048,
-            "write_deadline": "10s",
-            "ping_interval": "10s",
-            "ping_max": 2,
-            "log_file": str(self._log),
-            "log_size_limit": _LOG_BYTES,
-            "logfile_max_num": 2,
-        }
+        settings = server_settings(known, public_key(self._seed), self._place, self._folder, self._store_bytes)
         write_secret(Path(self._config), json.dumps(settings, indent=1).encode())
 
     def _log_size(self) -> int:
@@ -277,7 +255,7 @@ class MessageServer:
         try:
             with self._log.open("rb") as file:
                 file.seek(size if size <= self._log_size() else 0)
-                return file.read(_LOG_BYTES).decode(errors="replace")
+                return file.read(LOG_BYTES).decode(errors="replace")
         except OSError:
             return ""
 
@@ -322,16 +300,18 @@ def serving(
     *,
     store_bytes: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    revoked: Callable[[str], None] = lambda name: None,
 ) -> Iterator[MessageServer]:
     """The message server of a run, from the beginning to the end of the block; `folder`: the run's `join`.
 
     `store_bytes`: how much of weights it may hold, half of this machine's memory where not given. `tell` hears, in
-    another thread, of what befalls it. Blocks for a moment. InputError: no program, no packages, no such address.
+    another thread, of what befalls it, `revoked` the name of a worker whose key is good no more.
+    Blocks for a moment. InputError: no program, no packages, no such address.
     """
     if store_bytes is None:
         store_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     place = parse_place(serve)
-    server = MessageServer(folder, place, store_bytes, tell)
+    server = MessageServer(folder, place, store_bytes, tell, revoked)
     try:
         server.start()
         yield server

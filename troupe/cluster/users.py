@@ -1,9 +1,6 @@
-"""The users of a run's message server: names and public keys, in `OUT/join/users.toml`; and what each of them may do.
+"""The users of a run's message server: names and public keys, in `OUT/join/users.toml`.
 
-Who invites or revokes changes the file; the run that is live sees it and has the server follow. Workers have an account
-apart from the hub's on the server: what they may ask of the hub and read of the weights is imported into it, and
-nothing else of the hub's can be named there. So a reply, which a server sends wherever the asker wants it, never lands
-among what is stored. Of that account a worker may publish and hear only what has its name.
+Who invites or revokes changes the file; the run that is live sees it and has the server follow.
 """
 
 import fcntl
@@ -13,12 +10,10 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import tomli_w
 
-from troupe.cluster.bus import MAX_BYTES, asked_subjects, hub_subject, inbox_of, stored_subject
 from troupe.cluster.keys import check_packages, new_seed, public_key
 from troupe.cluster.ticket import RUN, Ticket, check_name, check_private, read_ticket, write_secret, write_ticket
 from troupe.errors import ConfigError
@@ -31,10 +26,6 @@ SERVER = "server"
 FIRST = "worker"
 """The name of the worker that is invited before anybody asks."""
 USERS, CA = "users.toml", "ca.pem"
-CONNECTIONS = 512
-"""That the server has at once."""
-_KEPT_CONNECTIONS = 16
-"""Of them, which workers cannot take."""
 
 
 class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,49 +147,6 @@ class Users:
 def stream_of(run: str) -> str:
     """The name of the stream that holds what is stored for all workers."""
     return f"{run}-w"
-
-
-def stream(run: str) -> dict[str, Any]:
-    """That stream, as it is declared."""
-    return {
-        "name": stream_of(run),
-        "subjects": [stored_subject(run, ">")],
-        "storage": "memory",
-        "retention": "limits",
-        "max_msgs_per_subject": 1,
-        "max_msg_size": MAX_BYTES,
-        "discard": "new",
-        "allow_direct": True,
-        "num_replicas": 1,
-        "max_consumers": 1,
-    }
-
-
-def accounts(known: UserList, hub_key: str, store_bytes: int) -> dict[str, Any]:
-    """The server's accounts, as its configuration has them. A change of users changes nothing else: servers that are
-    told of other imports while they run lose some."""
-    asks = asked_subjects(known.run)
-    read = f"$JS.API.DIRECT.GET.{stream_of(known.run)}.{stored_subject(known.run, '>')}"
-    return {
-        "SYS": {},
-        "HUB": {
-            "users": [{"nkey": hub_key}],
-            "jetstream": {"max_mem": store_bytes, "max_file": 0, "max_streams": 4, "max_consumers": 1},
-            "exports": [{"service": subject} for subject in (asks, read)],
-        },
-        "WORKERS": {
-            "users": [{"nkey": user.key, "permissions": _allowed(known.run, user, read)} for user in known.users],
-            "imports": [{"service": {"account": "HUB", "subject": subject}} for subject in (asks, read)],
-            "limits": {"max_connections": CONNECTIONS - _KEPT_CONNECTIONS, "max_payload": MAX_BYTES},
-        },
-    }
-
-
-def _allowed(run: str, user: User, read: str) -> dict[str, Any]:
-    return {
-        "publish": {"allow": [hub_subject(run, user.name, ">"), read]},
-        "subscribe": {"allow": [f"{inbox_of(user.name)}.>"]},
-    }
 
 
 def _write(file: Path, known: UserList) -> None:

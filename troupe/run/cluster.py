@@ -63,22 +63,27 @@ class Network(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]
 
 
-OpenNetwork: TypeAlias = Callable[[Path, str, Callable[[str], None]], AbstractAsyncContextManager[Network]]
-"""(the run's `join`, HOST:PORT, who is told in the event loop of what befalls the server) → it, while it is there."""
+Hear: TypeAlias = Callable[[str], None]
+OpenNetwork: TypeAlias = Callable[[Path, str, Hear, Hear], AbstractAsyncContextManager[Network]]
+"""(the run's `join`, HOST:PORT, who is told in the event loop of what befalls the server, and of a worker whose key is
+good no more) → it, while it is there."""
 
 
 @asynccontextmanager
-async def open_network(join: Path, serve: str, tell: Callable[[str], None]) -> AsyncIterator[Network]:
+async def open_network(join: Path, serve: str, tell: Hear, revoked: Hear) -> AsyncIterator[Network]:
     """A nats-server of the run's own, as a child of this process. InputError where that cannot be."""
     from troupe.cluster.connection import connect  # packages that a run without workers does not need
     from troupe.cluster.server import serving
 
     loop = asyncio.get_running_loop()
 
-    def tell_in_loop(line: str) -> None:
-        loop.call_soon_threadsafe(tell, line)
+    def in_loop(hear: Hear) -> Hear:
+        def told(text: str) -> None:
+            loop.call_soon_threadsafe(hear, text)
 
-    served = serving(join, serve, tell=tell_in_loop)
+        return told
+
+    served = serving(join, serve, tell=in_loop(tell), revoked=in_loop(revoked))
     server = await anyio.to_thread.run_sync(served.__enter__)
     try:
         async with connect(server.ticket) as bus:
@@ -111,6 +116,13 @@ class Hub:
             self._untold.append(line)
         else:
             self._report.incident_nowait(Incident(actor=self._report.actor, kind="message_server", message=line))
+
+    def revoked(self, name: str) -> None:
+        """A worker's key is good no more: what it has goes to others at once."""
+        if self._report is not None:
+            for worker in self.roster.everybody_here():
+                if worker.name == name:
+                    self.roster.refuse(worker, "its key was revoked")
 
     def attach(
         self,
@@ -251,5 +263,5 @@ async def opened(config: RunConfig, folder: Path, network: OpenNetwork = open_ne
     """The hub of a run that is served, with the message server there and the first worker's join file written."""
     assert config.cluster.serve is not None
     hub = Hub(config, folder)
-    async with network(folder / JOIN, config.cluster.serve, hub.tell) as hub.network:
+    async with network(folder / JOIN, config.cluster.serve, hub.tell, hub.revoked) as hub.network:
         yield hub

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -70,15 +71,35 @@ def made(folder: Path, name: str, settings: dict[str, Any], ranks: int) -> Path:
     return out
 
 
+def spans(out: Path) -> list[tuple[str, int]]:
+    """Names, and the process that each belongs to on the timeline."""
+    events = json.loads((out / "trace.json").read_text())
+    return [(event["name"], event["pid"]) for event in events if event["ph"] == "X"]
+
+
 def ranks_alive() -> list[str]:
     return [line for line in processes() if "troupe.actors.learner.rank_process" in line]
 
 
-@pytest.mark.parametrize("settings", [WHOLE, ADAPTER], ids=["whole", "adapter"])
+HOSTED: dict[str, Any] = ADAPTER | {
+    "schedule__generator": "process",
+    "schedule__generator_processes": 2,
+    "schedule__parts": 2,
+    "metrics__sinks": ["jsonl", "sqlite", "trace"],
+}
+"""Of several ranks two decode, each on what it has learned."""
+
+
+@pytest.mark.parametrize("settings", [WHOLE, ADAPTER, HOSTED], ids=["whole", "adapter", "hosted"])
 def test_one_two_and_four_ranks_make_the_same_run(tmp_path: Path, settings: dict[str, Any]) -> None:
     one = made(tmp_path, "one", settings, 1)
     for ranks in (2, 4):
-        check_same(made(tmp_path, f"ranks-{ranks}", settings, ranks), one)
+        out = made(tmp_path, f"ranks-{ranks}", settings, ranks)
+        check_same(out, one)
+        if settings is HOSTED:
+            decoded = [(name, pid) for name, pid in spans(out) if name == "decode"]
+            assert len(set(decoded)) == 2
+            assert "write weights" not in [name for name, _ in spans(out)]
     assert ranks_alive() == []
 
 

@@ -131,6 +131,8 @@ class ClusterMembers:
         worker.state = "idle" if member.kin else "starting"
         worker.detail = "" if member.kin else "showing that its bits are the run's"
         probe = None if self._kinship is None else self._kinship.probe()
+        if self._kinship is not None and self._crew is not None:
+            self._tasks.start_soon(self._kinship.begin)
         return encode(msgspec.structs.replace(self._terms, probe=probe, versions=tuple(sorted(self._versions()))))
 
     def renew(self, worker: Worker, held: Sequence[str], pulled: int) -> Sequence[str]:

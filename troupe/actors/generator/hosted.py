@@ -7,10 +7,11 @@ is told and tells are the frames of `wire.py`, over a pair of queues.
 from __future__ import annotations
 
 import os
+from collections import deque
 from contextlib import suppress
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+import anyio.lowlevel
 
 from troupe.actors.generator.child import GeneratorChild, Listener
 from troupe.actors.generator.process import GeneratorProcess
@@ -22,47 +23,49 @@ from troupe.runtime.device import DeviceThread
 from troupe.runtime.frames import encode
 from troupe.runtime.process import ChildEnded
 
-_MOST_FRAMES = 100_000
-
 
 class Line:
-    """One end of a connection within a process, as `Connection` has it."""
+    """One end of a connection within a process, as `Connection` has it; nothing waits for room."""
 
-    def __init__(self, out: MemoryObjectSendStream[bytes], into: MemoryObjectReceiveStream[bytes]) -> None:
+    def __init__(self) -> None:
         """Made by `pair`."""
         self.why = ""
         """Why the other side has closed, where that needs words."""
-        self._out, self._into = out, into
+        self._frames: deque[bytes] = deque()
+        self._came = anyio.Event()
+        self._closed = False
         self._other: Line
 
     @classmethod
     def pair(cls) -> tuple[Line, Line]:
         """Two ends."""
-        out, into = anyio.create_memory_object_stream[bytes](_MOST_FRAMES)
-        back, onto = anyio.create_memory_object_stream[bytes](_MOST_FRAMES)
-        one, two = cls(out, onto), cls(back, into)
+        one, two = cls(), cls()
         one._other, two._other = two, one
         return one, two
 
     async def send(self, frame: bytes) -> None:
-        """BrokenResourceError where the other side has closed."""
-        try:
-            await self._out.send(frame)
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
-            raise anyio.BrokenResourceError(self.why or "the connection is closed") from None
+        """BrokenResourceError where either side has closed."""
+        if self._closed or self._other._closed:
+            raise anyio.BrokenResourceError(self.why or "the connection is closed")
+        self._other._frames.append(frame)
+        self._other._came.set()
+        await anyio.lowlevel.checkpoint()
 
     async def receive(self) -> bytes:
         """The next frame; EndOfStream where none will come."""
-        try:
-            return await self._into.receive()
-        except anyio.ClosedResourceError:
-            raise anyio.EndOfStream from None
+        while not self._frames:
+            if self._closed or self._other._closed:
+                raise anyio.EndOfStream
+            self._came = anyio.Event()
+            await self._came.wait()
+        return self._frames.popleft()
 
     def close(self, why: str = "") -> None:
         """What was sent is still read by the other side, and then the end. Safe to call twice."""
         self._other.why = self._other.why or why
-        self._out.close()
-        self._into.close()
+        self._closed = True
+        for line in (self, self._other):
+            line._came.set()
 
 
 class HostedChild:
@@ -99,7 +102,8 @@ class GeneratorHost:
         """`board`: where what is learned here is published. `base`: what that completes. `device`: the thread that
         decodes."""
         self._board, self._base, self._device = board, base, device
-        self._opened, self._open = anyio.create_memory_object_stream[Line](16)
+        self._opened: deque[Line] = deque()
+        self._open = anyio.Event()
 
     async def start(self, setup: Setup, listener: Listener) -> GeneratorChild:
         """A generator in this process, as `GeneratorChild.start`. It has all versions."""
@@ -108,13 +112,17 @@ class GeneratorHost:
     def open(self) -> Line:
         """To speak to one that begins when the one before has ended."""
         ours, theirs = Line.pair()
-        self._opened.send_nowait(theirs)
+        self._opened.append(theirs)
+        self._open.set()
         return ours
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await self._serve(await self._open.receive())
+            while not self._opened:
+                self._open = anyio.Event()
+                await self._open.wait()
+            await self._serve(self._opened.popleft())
 
     async def _serve(self, end: Line) -> None:
         why = ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from random import Random
 
 import anyio
 
 from troupe.actors.generator.audits import Judge
 from troupe.actors.generator.checks import bits_of
+from troupe.actors.generator.child import CHILD_FAULTS
 from troupe.actors.generator.cluster_wire import KinAnswer, Probe
 from troupe.actors.generator.cluster_worker import frame_of
 from troupe.actors.generator.parts import Part
@@ -59,6 +61,12 @@ class Kinship:
             f"({told or 'though Troupe, MLX, device and BLAS are the same'}); make the machines alike, or let it serve "
             'a run with schedule.mode = "free"'
         )
+
+    async def begin(self) -> None:
+        """Have the run's own answer ready when a worker's comes; where that fails, it is tried then."""
+        if versions := self._versions():
+            with suppress(*CHILD_FAULTS):
+                await self.prepare(max(versions))
 
     async def prepare(self, version: int) -> tuple[str, str] | None:
         """What the run itself makes of the probe with a version; None where that is gone."""

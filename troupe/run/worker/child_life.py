@@ -23,7 +23,7 @@ from troupe.runtime.frames import encode
 
 _LONG_S = PULL_WAIT_S + 10.0
 _SOON_S, _AGAIN_S = 0.01, 0.5
-_SPANS_S = 1.0
+_SPANS_S = 0.2
 
 
 class NewestVersion:
