@@ -13,7 +13,8 @@ from tests.rewards import process_rewards
 from tests.rewards.scoring import is_alive, no_sleep
 from tests.support.services import Liar, Site, at_site
 from troupe.cluster.call_wire import Offered
-from troupe.cluster.services import OwnCode, _Refused
+from troupe.cluster.link import Link
+from troupe.cluster.services import OwnCode, Serving, _Refused
 from troupe.errors import ConfigError, RewardError
 from troupe.rewards import RewardManager, RewardsConfig
 from troupe.rewards.processes.calls import Broken, Loaded, Scores
@@ -126,6 +127,34 @@ async def test_a_call_past_its_limit_is_killed_there_and_missing(tmp_path: Path)
         pids = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
         await site.leave("w")
         await until(lambda: not any(map(is_alive, pids)))
+
+
+class Twice:
+    """A link on which the first answer to everything is lost."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def ask(self, verb: str, body: bytes = b"", *, wait_s: float = 10.0) -> bytes:
+        await self._link.ask(verb, body, wait_s=wait_s)
+        return await self._link.ask(verb, body, wait_s=wait_s)
+
+
+async def test_what_is_asked_twice_is_done_once(tmp_path: Path) -> None:
+    own = OwnCode(["rewards"], rewards=[f"{FILE}:pids"])
+    serving = Serving("rewards", own)
+
+    async def serve(link: Link) -> None:
+        await serving.serve(Twice(link), b"")
+
+    async with at_site() as site, on_workers(site, f"{FILE}:pids") as manager:
+        site.join_as("w", serve, {"rewards": serving.details()})
+        for _ in range(3):
+            assert (await score(manager, str(tmp_path / "pids"))).scores == {"pids": (1.0,)}
+        pids = (tmp_path / "pids").read_text().split()
+        assert len(pids) == 3
+        assert len(set(pids)) == 1
+        assert site.kinds() == []
 
 
 LIES = {

@@ -76,6 +76,8 @@ class Dialed:
             return await future
         finally:
             del self._asked[number]
+            if future.done() and not future.cancelled():
+                future.exception()  # seen, also where it ended while the request was sent
 
     async def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         """Send a message. NoAnswer where the connection has ended."""

@@ -38,6 +38,7 @@ from troupe.cluster.desk import Desk
 from troupe.cluster.roster import Roster
 from troupe.cluster.wire import Facts
 from troupe.messages import Incident, Prompt, RolloutGroup, Slot
+from troupe.policy import Weights
 from troupe.runtime.board import PolicyBoard
 from troupe.runtime.mailbox import Mailbox
 from troupe.runtime.reporter import Reporter
@@ -90,13 +91,17 @@ class Hub:
             limits=LIMITS,
             decode_text=text_of,
             terms=Terms(setup="setup"),
-            versions=lambda: [0],
+            versions=lambda: self.there,
             kinship=kinship if pinned else None,
             trust=Trust(self.desk, self.roster, audits=Audits(audit, judge=self), estimates=estimates),
             needs="a worker",
         )
+        self.there = [0]
+        """Versions that the message server holds."""
         self.roster.add(self.members)
-        self.crew = Crew(self.take_over, board=PolicyBoard(0), report=self.report, pinned=pinned)
+        board: PolicyBoard[Weights] = PolicyBoard(0)
+        board.publish(0, {})
+        self.crew = Crew(self.take_over, board=board, report=self.report, pinned=pinned)
 
     async def take_over(self, group: RolloutGroup) -> None:
         self.got[group.prompt.gid] = group
@@ -269,6 +274,21 @@ def test_a_liar_is_found_by_audits_and_nothing_of_its_part_is_used(
         assert hub.incidents["worker_put_out"] == 1
 
     virtual_time.run(drive)
+
+
+def test_a_server_that_was_begun_anew_and_holds_no_weights_yet_makes_no_liar_of_a_worker() -> None:
+    async def main() -> None:
+        broker = FakeBroker()
+        hub, worker = Hub(broker), FakeWorker(broker.bus("one"), broker.run)
+        hub.crew.board.publish(2, {})
+        for part in parts_of(prompts_of(0, 6), 3, 2):
+            hub.crew.submit(part)
+        hub.there = []
+        async with hub.open([worker]):
+            await hub.until(lambda: len(hub.got) == 6 or bool(worker.why), 60.0)
+        assert not worker.why
+
+    virtual_time.run(main)
 
 
 def test_what_cannot_be_a_completion_puts_its_worker_out() -> None:

@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.clusters import a_cluster, alone, check_same, until
+from tests.support.clusters import Cluster, a_cluster, alone, check_same, until
 from tests.support.kills import EVERY, STEPS, P
 from tests.support.runs import completions, in_store, lines
+from troupe.messages import Pause, Resume
 
 pytestmark = [
     pytest.mark.alone,
@@ -42,7 +44,7 @@ def test_any_number_of_workers(tmp_path: Path, whole: Path, workers: int) -> Non
         check_same(cluster.out, whole)
         decoded = cluster.parts_by_member()
         assert set(decoded) == set(names), decoded
-        assert sum(decoded.values()) >= STEPS * 4  # and probes
+        assert sum(decoded.values()) >= STEPS * 3  # spans of a worker's last second may be lost
 
 
 def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) -> None:
@@ -110,10 +112,9 @@ def test_a_worker_that_stands_still_for_long(tmp_path: Path, whole: Path) -> Non
     with a_cluster(tmp_path) as cluster:
         cluster.gather("worker", "other")
         assert cluster.at_step(3)
-        until(lambda: cluster.at_work("other") or not cluster.goes_on, "at work")
-        cluster.harm_all("other", signal.SIGSTOP)
-        time.sleep(12.0)
-        cluster.harm_all("other", signal.SIGCONT)
+        until(lambda: cluster.at_work("other"), "at work")
+        stop, go_on = (partial(cluster.harm_all, "other", what) for what in (signal.SIGSTOP, signal.SIGCONT))
+        away(cluster, "other", stop, go_on, for_s=12.0)
         cluster.finish()
         check_same(cluster.out, whole)
 
@@ -132,12 +133,23 @@ def test_a_cable_is_pulled(tmp_path: Path, whole: Path) -> None:
         cluster.join("worker", inside=there)
         cluster.join("other", inside=here)
         assert cluster.at_step(3)
-        until(lambda: cluster.at_work("worker") or not cluster.goes_on, "at work")
-        subprocess.run([*here, "ip", "link", "set", cable, "down"], check=True)
-        time.sleep(15.0)
-        subprocess.run([*here, "ip", "link", "set", cable, "up"], check=True)
+        until(lambda: cluster.at_work("worker"), "at work")
+        pull, plug = (partial(subprocess.run, [*here, "ip", "link", "set", cable, what]) for what in ("down", "up"))
+        away(cluster, "worker", pull, plug, for_s=15.0)
         cluster.finish()
         check_same(cluster.out, whole)
+
+
+def away(cluster: Cluster, name: str, begin: Callable[[], object], end: Callable[[], object], *, for_s: float) -> None:
+    """Have a worker out of reach for a while: others go on with what it had. Then the run waits until it is back."""
+    begin()
+    began_s = time.monotonic()
+    until(lambda: not cluster.is_ready(name), f"{name} is missed")
+    cluster.asked(Pause())
+    time.sleep(max(0.0, for_s - (time.monotonic() - began_s)))
+    end()
+    until(lambda: cluster.is_ready(name), f"{name} is back")
+    cluster.asked(Resume())
 
 
 @contextmanager

@@ -257,20 +257,19 @@ class ClusterMembers:
         part, names = self._asked.get(done.completed.gid, (None, set[str]()))
         if part is None or name not in names:
             raise OffenceError(f"it completed group {done.completed.gid}, which it was not asked for")
-        prompt, versions = part.prompt_of(done.completed.gid), self._versions()
+        prompt, crew = part.prompt_of(done.completed.gid), self._crew
         try:
             group = checked_group(
                 done.completed,
                 prompt,
                 self._limits,
                 version=part.version,
-                newest=max(versions, default=0),
+                newest=0 if crew is None else crew.board.version,  # a server begun anew holds no version for a moment
                 decode_text=self._decode_text,
             )
         except MessageError as error:
             self._desk.put_out(name, f"what it sent cannot be: {error}")
             raise DeclineError(str(error)) from None
-        crew = self._crew
         if crew is None:
             return encode(Accepted(verdict="foreign"))
         if self._trust.audits.concerns(part.name, name):
