@@ -69,7 +69,7 @@ def test_workers_with_environments_are_killed_amid_episodes(
             play_for(cluster, name)
         while cluster.goes_on:
             for name in dice.sample(("worker", "other"), 2):
-                if killed < 8 and cluster.at_work(name):
+                if killed < 4 and cluster.at_work(name):
                     time.sleep(dice.random() * 0.6)
                     if cluster.goes_on:
                         cluster.harm(name)
@@ -81,4 +81,4 @@ def test_workers_with_environments_are_killed_amid_episodes(
         assert figures(cluster.out) == figures(whole)
         ends = [gid for (gid,) in in_store(cluster.out, "SELECT gid FROM groups")]
         assert len(ends) == len(set(ends)) == STEPS * 4
-    assert killed >= 4
+    assert killed >= 3

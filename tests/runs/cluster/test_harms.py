@@ -49,11 +49,11 @@ def test_any_number_of_workers(tmp_path: Path, whole: Path, workers: int) -> Non
 
 def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) -> None:
     dice, killed, runs = random.Random(7), 0, 0
-    while killed < 20:
+    while killed < 10:
         runs += 1
         with a_cluster(tmp_path / str(runs)) as cluster:
             cluster.gather("worker", "other")
-            while cluster.goes_on:
+            while cluster.goes_on and killed < 10:
                 name = dice.choice(("worker", "other"))
                 until(lambda name=name: cluster.at_work(name) or not cluster.goes_on, f"{name} at work")  # type: ignore[misc]
                 time.sleep(dice.random() * 0.5)
@@ -63,7 +63,7 @@ def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) ->
                     cluster.join(name)
             cluster.finish()
             check_same(cluster.out, whole)
-    assert runs <= 12
+    assert runs <= 6
 
 
 def test_all_are_killed_and_another_joins(tmp_path: Path, whole: Path) -> None:

@@ -52,7 +52,7 @@ def test_workers_that_score_and_are_killed(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path, **SERVED) as cluster:
         for name in ("worker", "other"):
             judge(cluster, name)
-        while cluster.goes_on and killed < 8:
+        while cluster.goes_on and killed < 4:
             for name in dice.sample(("worker", "other"), 2):
                 if cluster.at_work(name):
                     time.sleep(dice.random() * 0.5)
@@ -62,7 +62,7 @@ def test_workers_that_score_and_are_killed(tmp_path: Path, whole: Path) -> None:
             time.sleep(0.05)
         cluster.finish()
         check(cluster.out, whole)
-    assert killed >= 4
+    assert killed >= 3
 
 
 def test_a_worker_that_stands_still_and_a_run_that_is_killed(tmp_path: Path, whole: Path) -> None:

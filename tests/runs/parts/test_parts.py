@@ -106,8 +106,8 @@ def test_episodes_are_the_same_whoever_decodes_them(
 ) -> None:
     monkeypatch.setenv("GAME_DELAY_S", "0.01")
     found = []
-    for staleness in (0, 1):
-        for decoders in (0, 1, 2, 3):
+    for staleness, several in ((0, (3,)), (1, (1, 2))):
+        for decoders in (0, *several):
             folder = tmp_path / f"{staleness} {decoders}"
             settings = SIZES | {"schedule__parts": 2, "schedule__max_staleness": staleness} | whose(decoders)
             result = train(tiny_config(player, folder, **acting(folder, **settings)), [weigh_ids])
@@ -168,11 +168,10 @@ async def test_a_process_that_is_killed_costs_the_others_nothing(tmp_path: Path,
 
 
 @SLOW
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_twenty_processes_are_killed_and_no_bit_is_lost(tmp_path: Path, ragged_model: Path, seed: int) -> None:
+async def test_twenty_processes_are_killed_and_no_bit_is_lost(tmp_path: Path, ragged_model: Path) -> None:
     settings = SIZES | whose(3) | {"schedule__parts": 3, "learner__max_steps": 24}
     config = tiny_config(ragged_model, tmp_path, **settings)
-    killer = Killer(seed, rarity=4)
+    killer = Killer(seed=1, rarity=4)
     result = await kill_through(config, killer)
     assert len(killer.killed) >= 20
     assert result.closed_groups == {"trained": 24 * 5}
