@@ -52,18 +52,19 @@ def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) ->
     while killed < 10:
         runs += 1
         with a_cluster(tmp_path / str(runs)) as cluster:
-            cluster.gather("worker", "other")
+            names = ["worker", "other"]
+            cluster.gather(*names)
             while cluster.goes_on and killed < 10:
-                name = dice.choice(("worker", "other"))
-                until(lambda name=name: cluster.at_work(name) or not cluster.goes_on, f"{name} at work")  # type: ignore[misc]
-                time.sleep(dice.random() * 0.5)
-                if cluster.goes_on:
+                name = next(filter(cluster.at_work, dice.sample(names, 2)), None)
+                if name is not None:
+                    time.sleep(dice.random() * 0.3)
                     cluster.harm(name)
                     killed += 1
-                    cluster.join(name)
+                    names[names.index(name)] = f"new-{killed}"  # its own name is another's until its lease has ended
+                    cluster.join(f"new-{killed}")
             cluster.finish()
             check_same(cluster.out, whole)
-    assert runs <= 6
+    assert runs <= 10
 
 
 def test_all_are_killed_and_another_joins(tmp_path: Path, whole: Path) -> None:
