@@ -183,7 +183,7 @@ async def heard_with(losses: int, factory: str) -> dict[EpisodeName, list[str]]:
                 site.join(f"w{number + 2}", own(factory, ["double"]), "environments")
                 if number % 2:  # what is asked is given up after five losses in a row, as a slow machine may have them
                     before = {name: len(each) for name, each in heard.items()}
-                    while any(len(heard[name]) == turns <= TURNS for name, turns in before.items()):
+                    while any(len(heard[name]) == turns <= TURNS for name, turns in before.items()):  # noqa: ASYNC110
                         await anyio.sleep(0.05)
 
         group.start_soon(lose)
