@@ -77,9 +77,7 @@ CASES: dict[str, tuple[Rows, float, bool]] = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("as_quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "other"])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_whole_logits_row_by_row(
-    config: NetworkConfig, case: str, as_quick: bool
-) -> None:
+def test_gradients_are_those_of_whole_logits_row_by_row(config: NetworkConfig, case: str, as_quick: bool) -> None:
     rows, temperature, recompute = CASES[case]
     recompute = recompute is as_quick
     weights = init_weights(config, mx.random.key(3))

@@ -238,7 +238,7 @@ def test_what_is_fused_is_one_whole_that_nobody_waits_for(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU lets go later")
-@pytest.mark.parametrize(("rows", "share"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("rows", "share"), [(1, 1), (2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_the_peak_is_that_of_a_portion(rows: int, share: int, rows_cut: Callable[[int], None]) -> None:
     """Of `rows` rows, or of a `share`-th of one row's heads."""
     q, k, v, o_grad = rectangles(8, 4, 2, 256)

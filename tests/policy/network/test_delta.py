@@ -108,7 +108,9 @@ def peak_of(work: Any) -> int:
     return int(mx.get_peak_memory() - before)
 
 
-@pytest.mark.parametrize(("rows", "T"), [pytest.param(1, 700, marks=SLOW), (8, 300), pytest.param(40, 64, marks=SLOW), (2, 2500)])
+@pytest.mark.parametrize(
+    ("rows", "T"), [pytest.param(1, 700, marks=SLOW), (8, 300), pytest.param(40, 64, marks=SLOW), (2, 2500)]
+)
 @pytest.mark.parametrize("sizes", [DeltaSizes(2, 4, 32, 32, 4), pytest.param(DeltaSizes(4, 4, 16, 64, 4), marks=SLOW)])
 def test_memory_stays_below_the_formula(rows: int, T: int, sizes: DeltaSizes) -> None:
     inputs, state = drawn(rows, T, sizes)

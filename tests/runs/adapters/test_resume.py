@@ -200,7 +200,8 @@ def spoil(model: Path, becomes: str) -> None:
         write_tiny_model(model, RAGGED, seed=1)
 
 
-@pytest.mark.parametrize("becomes", ["another", pytest.param("nothing", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("becomes", ["another", "nothing"])
 def test_a_process_of_the_generator_takes_no_other_base_than_the_one_that_the_run_began_with(
     tmp_path: Path, becomes: str
 ) -> None:
