@@ -14,7 +14,8 @@ head      beside what is kept, hidden states of M targets; of each logit of a bl
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
           `_layer_bytes` has (of a gated delta net `backward_bytes`), and the layer's own gradients; on a GPU three
           times, for it prepares the next chunk early and lets go of nothing within a chunk; there, where attention's
-          gradient writes scores out, four arrays of the scores that are written at a time
+          gradient writes scores out, four arrays of the scores that are written at a time, or 18 bytes of each where
+          that is done by ourselves (`exact_gradient.py`)
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32
 
@@ -34,11 +35,14 @@ import msgspec
 
 from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, layer_of
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.attention import block_size, scores_at_a_time
+from troupe.policy.network.attention import block_size, exact_portion, gradient_is_exact, scores_at_a_time
 from troupe.policy.network.delta_memory import backward_bytes
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
 from troupe.policy.network.tensors import linear_shapes, network_shapes, parameter_count
+
+_EXACT_BYTES = 18
+"""Of each score, in attention's exact gradient."""
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +115,10 @@ def gradient_memory_bytes(
     if writes_scores and not on_cpu:
         places = padded(batch.prompt_length + batch.completion_length - 1)
         heads = config.num_attention_heads, config.num_key_value_heads
-        back += 4 * scores_at_a_time(batch.rows, *heads, places) * size
+        if gradient_is_exact(dtype):
+            back += _EXACT_BYTES * scores_at_a_time(batch.rows, *heads, places, exact_portion())
+        else:
+            back += 4 * scores_at_a_time(batch.rows, *heads, places) * size
     first = kept + table * size + back
     gradients = 0 if adds_up else numbers * each
     tables = (4.2 if on_cpu else 7.3) if adds_up else 3.1

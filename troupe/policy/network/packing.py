@@ -176,7 +176,7 @@ class Packing:
         """
         if self._whole_rows is not None:
             q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
-            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad, window)
+            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad, _by_token(attended[0]), window)
         else:
             o, normalizer = attended
             mean = mx.sum(_by_token(o_grad).astype(mx.float32) * _by_token(o), axis=-1)
@@ -235,11 +235,18 @@ def _attend_in_whole_rows(
 
 
 def _gradient_in_whole_rows(
-    rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array, window: int | None
+    rows: WholeRows,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    o_grad: mx.array,
+    o: mx.array,
+    window: int | None,
 ) -> list[mx.array]:
-    """The cotangents for `_attend_in_whole_rows`, all (N, heads, d)."""
-    q, k, v = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v))
-    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2), window)
+    """The cotangents for `_attend_in_whole_rows`, from that of its result `o`: all (N, heads, d)."""
+    q, k, v, o = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v, o))
+    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2), o, window)
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]
 
 
