@@ -137,9 +137,9 @@ def rows_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 ON_CUDA = [
-    (128, mx.bfloat16, True, False),
-    (64, mx.float16, True, False),
-    (16, mx.bfloat16, True, False),
+    (128, mx.bfloat16, True, True),
+    (64, mx.float16, True, True),
+    (16, mx.bfloat16, True, True),
     (128, mx.float32, False, False),
     (256, mx.bfloat16, False, False),
     (12, mx.bfloat16, False, False),
@@ -177,7 +177,7 @@ def test_older_cards_have_nothing_fused_nor_where_mlx_is_told_so(
     monkeypatch.setattr(mx, "device_info", lambda: info)
     attention._has_cudnn_attention.cache_clear()
     try:
-        assert attention_is_fused(128, mx.bfloat16, gradient=False, on_cpu=False) == is_fused
+        assert attention_is_fused(128, mx.bfloat16, gradient=True, on_cpu=False) == is_fused
     finally:
         attention._has_cudnn_attention.cache_clear()
 

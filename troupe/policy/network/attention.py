@@ -188,15 +188,14 @@ def _bias(sees: mx.array) -> mx.array:
 def attention_is_fused(head_dim: int, dtype: mx.Dtype, *, gradient: bool, on_cpu: bool, windowed: bool = False) -> bool:
     """Whether MLX computes attention of whole rows, or its `gradient`, without writing scores out.
 
-    cuDNN has the forward pass for 16-bit types, unless tokens see back only so far (`windowed`), and a gradient that is
-    not the same twice (`exact_gradient.py`); Metal has only the forward pass, a CPU (`on_cpu`) nothing.
+    cuDNN has both for 16-bit types, unless tokens see back only so far (`windowed`), but a gradient that is not the
+    same each time (see `gradient_is_exact`); Metal only the forward pass, a CPU (`on_cpu`) nothing.
     """
     if on_cpu:
         return False
     if mx.cuda.is_available():
         return (
-            not gradient
-            and not windowed
+            not windowed
             and dtype.size == 2
             and head_dim % 8 == 0
             and head_dim <= _LARGEST_CUDNN
@@ -213,7 +212,7 @@ def _has_cudnn_attention() -> bool:
 
 
 def gradient_is_exact(dtype: mx.Dtype) -> bool:
-    """Whether the gradient for whole rows is written out here, because MLX's would not be the same twice."""
+    """Whether the gradient for whole rows is written out by ourselves where it is to be the same each time."""
     return mx.cuda.is_available() and dtype.size == 2
 
 
@@ -221,7 +220,7 @@ def gradient_is_exact(dtype: mx.Dtype) -> bool:
 def exact_portion() -> int:
     """Scores at a time of such a gradient: the more, the fewer pauses, where a card has room for them."""
     memory = int(mx.device_info().get("memory_size", 0)) if mx.cuda.is_available() else 0
-    return 4 * PORTION if memory >= 64e9 else PORTION
+    return PORTION * (8 if memory >= 100e9 else 4 if memory >= 64e9 else 1)
 
 
 def portion(rows: int, heads: int, kv_heads: int, places: int, most: int) -> tuple[int, int]:
@@ -257,11 +256,12 @@ def gradient_of_rows(
     v: mx.array,
     scale: float,
     o_grad: mx.array,
-    o: mx.array,
+    o: mx.array | None = None,
     window: int | None = None,
 ) -> list[mx.array]:
-    """The cotangents of q, k and v from that of `o`, which `attention_of_rows` gave; the same bits each time."""
-    if gradient_is_exact(q.dtype):
+    """The cotangents of q, k and v from that of `o`, which `attention_of_rows` gave; the same bits each time, but
+    without `o` not on an NVIDIA card."""
+    if o is not None and gradient_is_exact(q.dtype):
         exact = partial(exact_gradient, scale=scale, window=window)
         return _in_portions(exact, [q, k, v, o_grad, o], exact_portion())
     attend = _attending(q.shape[2], scale, window)
