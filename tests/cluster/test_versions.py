@@ -73,7 +73,9 @@ class Pair:
 
     def __init__(self, folder: Path, device: DeviceThread, *, full_every: int = 32) -> None:
         self.broker = FakeBroker()
-        self.publisher = WeightsPublisher(self.broker.bus(HUB), "r1", device, full_every=full_every)
+        self.told: list[str] = []
+        bus = self.broker.bus(HUB)
+        self.publisher = WeightsPublisher(bus, "r1", device, full_every=full_every, tell=self.told.append)
         self.known: dict[int, Weights] = {}
         self.asked_full: list[int] = []
         self.losses: list[Why] = []
@@ -275,6 +277,36 @@ def test_a_board_is_followed_and_a_new_server_gets_everything_again(tmp_path: Pa
             tasks.cancel_scope.cancel()
 
     drive(tmp_path, test)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_what_a_full_server_has_no_room_for_is_put_when_there_is_some(tmp_path: Path, every: bool) -> None:
+    async def main() -> None:
+        device: Any = InlineDevice()
+        pair, board = Pair(tmp_path, device, full_every=1), PolicyBoard[Weights](0)
+        board.publish(0, version(0))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: pair.publisher.follow(board, every=every))
+            await pair.publisher.until_there(0)
+            pair.broker.room = 1.5 * len(file_of(version(0)))
+            board.publish(1, version(1))
+            await anyio.sleep(30.0)
+            assert pair.publisher.newest == (1 if every else 0), "room is made where older versions are wanted no more"
+            pair.broker.room /= 2
+            board.publish(2, version(2))
+            await anyio.sleep(30.0)
+            assert pair.publisher.newest < 2
+            assert not [subject for subject in pair.broker.stored if ".v2." in subject]
+            pair.broker.room *= 4
+            await pair.publisher.until_there(2)
+            await pair.check(2)
+            await anyio.sleep(5.0)
+            tasks.cancel_scope.cancel()
+        assert len(pair.told) == (4 if every else 2)
+        assert "it is tried again" in pair.told[0]
+        assert "stores what workers need again" in pair.told[-1]
+
+    virtual_time.run(main)
 
 
 def test_where_all_versions_go_whole_none_is_held_for_changes(tmp_path: Path) -> None:

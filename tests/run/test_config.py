@@ -72,6 +72,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("learner.lr={peak=1.0}", "learner.lr: expected float, got a table"),
         ("learner.lr='fast'", "learner.lr is 'fast': expected float, got str"),
         ("learner.lr=-1", "learner.lr is -1: expected float >= 0.0"),
+        ("cluster.lease_s=3", "cluster.lease_s is 3, but workers are heard of every 2 s"),
         ("learner.lr=nan", "learner.lr is nan; give a finite number"),
         ("learner.lr=-inf", "learner.lr is -inf; give a finite number"),
         ("rewards.weights=[1, inf]", "rewards.weights[1] is inf; give a finite number"),

@@ -140,6 +140,24 @@ def test_workers_share_a_run_to_its_end(tmp_path: Path, pinned: bool) -> None:
     virtual_time.run(drive)
 
 
+def test_who_waits_for_a_name_that_another_has_hears_of_the_end(tmp_path: Path) -> None:
+    async def drive() -> None:
+        broker = FakeBroker()
+        machine, second = Machine(broker, "a", tmp_path / "1"), Machine(broker, "a", tmp_path / "2")
+        async with run_of(broker) as (hub, tasks):
+            await publish(broker)
+            tasks.start_soon(machine.work)
+            await hub.until(lambda: bool(hub.roster.everybody_here()))
+            tasks.start_soon(second.work)
+            await hub.until(lambda: any("not taken yet" in line for line in second.said))
+            with anyio.fail_after(10.0):
+                await hub.roster.say_over()
+            await anyio.sleep(0.5)
+            assert [machine.why, second.why] == ["over", "over"]
+
+    virtual_time.run(drive)
+
+
 @settings(max_examples=6)
 @given(seed=st.integers(0, 10_000))
 def test_workers_and_their_children_are_killed_all_the_time_and_messages_are_lost(

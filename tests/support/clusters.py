@@ -26,7 +26,7 @@ from troupe.runtime.terminal import EXIT_INTERRUPTED
 
 _MARK = "TROUPE_TEST_CLUSTER"
 _PATIENCE_S = 240.0
-LEASE_S = 3.0
+LEASE_S = 5.0
 
 SETTINGS: dict[str, Any] = {
     "schedule__parts": 4,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
 
-from troupe.cluster.bus import HUB, Bus, BusState, Handler, NoAnswer, checked_size
+from troupe.cluster.bus import HUB, Bus, BusState, FullError, Handler, NoAnswer, checked_size
 
 
 class FakeBroker:
@@ -33,6 +34,8 @@ class FakeBroker:
         """Names of those whose cable is pulled."""
         self.revoked: set[str] = set()
         self.away = False
+        self.room: float = math.inf
+        """Bytes that may be stored."""
         self.tasks: set[asyncio.Future[bytes]] = set()
         self.failures: list[BaseException] = []
         """What handlers raised; whoever asked got no reply."""
@@ -121,6 +124,9 @@ class FakeBus:
         checked_size(subject, data)
         assert self.name == HUB, "workers store nothing"
         await self._at_server(subject)
+        others = sum(len(each) for where, each in self._broker.stored.items() if where != subject)
+        if others + len(data) > self._broker.room:
+            raise FullError(f"the message server does not store {len(data)} bytes: no room")
         self._broker.stored[subject] = bytes(data)
 
     async def get(self, subject: str) -> bytes | None:

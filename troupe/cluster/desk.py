@@ -80,6 +80,8 @@ class Desk:
         """Whether the run has ended: then everybody is told so."""
         self.told_over: set[str] = set()
         """Who has been told so."""
+        self.told_at_hello: set[str] = set()
+        """Of them, names that somebody asked to be taken as."""
         self.told = anyio.Event()
         """Set, and made anew, when somebody was."""
         self.offences: Counter[str] = Counter()
@@ -142,6 +144,8 @@ class Desk:
         ask = decode_ask(data)
         if self.over:
             self.told_over.add(worker)
+            if verb == "hello":
+                self.told_at_hello.add(worker)
             self.told.set()
             self.told = anyio.Event()
             return Over()

@@ -32,7 +32,7 @@ NOT_LET_IN = (
 )
 AT_ONCE = 24
 """Asks under way, besides beats and those that wait for work: of more at once the run would leave some unanswered."""
-LATER_S = 5.0
+LATER_S = 2.0
 """Before a worker that may be taken later asks again."""
 _AT_ANY_TIME = {"beat", "bye"}
 _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 2.0

@@ -36,6 +36,8 @@ from troupe.runtime.reporter import Reporter
 
 _MOST_TOLD = 1000
 """Incidents of a kind, in one start of the run."""
+_WAITING_S = 10.0
+"""After which somebody who may ask again, and has not, is gone."""
 _CLOCKS = 64
 """Beats that the difference of two clocks is taken from."""
 
@@ -113,6 +115,8 @@ class Roster:
         self._told: Counter[str] = Counter()
         self._services: dict[Offer, Service] = {}
         self._workers: dict[str, Worker] = {}
+        self._waiting: dict[str, float] = {}
+        """Name that another has → when somebody asked for it last."""
         desk.register("hello", self._hello)
         desk.register("beat", self._beat)
         desk.register("bye", self._bye)
@@ -159,6 +163,16 @@ class Roster:
         self._end(worker.name, "refused", reason)
         self.tell("worker_refused", f"worker {worker.name} was refused: {reason}")
 
+    async def say_over(self) -> None:
+        """The run has ended: wait until everybody here has heard it, and who waits for a name that another has."""
+        self._desk.over, now_s = True, self._clock()
+        waiting = {name for name, asked_s in self._waiting.items() if now_s - asked_s < _WAITING_S}
+        while not (
+            {worker.name for worker in self.everybody_here()} <= self._desk.told_over
+            and waiting <= self._desk.told_at_hello
+        ):
+            await self._desk.told.wait()
+
     async def watch(self) -> None:
         """Notice who is silent, until cancelled."""
         while True:
@@ -176,6 +190,7 @@ class Roster:
             )
         now_s, old = self._clock(), self._workers.get(name)
         if old is not None and old.here and old.instance != hello.instance:
+            self._waiting[name] = now_s
             raise DeclineError(
                 f"another worker is here as {name}, or was until a moment ago; a second one needs a name of its own: "
                 "troupe cluster invite",
@@ -192,6 +207,7 @@ class Roster:
             if offer in self._services:
                 details[offer] = self._services[offer].admit(worker, hello.details.get(offer, b""))
         self._workers[name] = worker
+        self._waiting.pop(name, None)
         self._desk.begin(name, worker.session)
         return encode(Admitted(session=worker.session, state=self.run_state(), lease_s=self.lease_s, details=details))
 

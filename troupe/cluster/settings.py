@@ -7,6 +7,9 @@ import msgspec
 
 _PLACE = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
+_SHORTEST_LEASE_S = 5.0
+"""Two beats and a half."""
+
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How workers on other machines do a run's work. Nothing here changes what is computed in the pinned schedule."""
@@ -14,8 +17,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     serve: str | None = None
     """HOST:PORT at which workers find the run: an address of this machine, `0.0.0.0` for all of them; port 0: one that
     is free. None: no workers."""
-    lease_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 15.0
-    """Seconds after a worker was heard of last, when what it had in hand goes to another."""
+    lease_s: Annotated[float, msgspec.Meta(le=3600)] = 15.0
+    """Seconds after a worker was heard of last, when what it had in hand goes to another; 5 or more, since workers
+    are heard of every 2 s."""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
     """Share of the parts that a worker has decoded of which a second member, or the run itself, makes the same before
     they are used; who answers otherwise is put out. Not where the policy acts. In the free schedule, where bits may
@@ -32,6 +36,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     low learning rates is a small part. It takes one more version in memory; 1: all of them go whole."""
 
     def __post_init__(self) -> None:
+        if not self.lease_s >= _SHORTEST_LEASE_S:
+            raise ValueError(
+                f"cluster.lease_s is {self.lease_s:g}, but workers are heard of every 2 s, and one beat may be lost or "
+                f"late: give {_SHORTEST_LEASE_S:g} or more"
+            )
         found = None if self.serve is None else _PLACE.fullmatch(self.serve)
         if self.serve is not None and (found is None or int(found[2]) > 65535):
             raise ValueError(

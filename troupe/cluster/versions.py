@@ -6,6 +6,7 @@ version is.
 """
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated
 
 import anyio
@@ -13,7 +14,7 @@ import anyio.to_thread
 import msgspec
 
 from troupe.cluster.blobs import MAX_BLOB_BYTES, digest_of, drop_blob, in_chunks, put_blob
-from troupe.cluster.bus import Bus, NoAnswer, stored_subject
+from troupe.cluster.bus import Bus, FullError, NoAnswer, stored_subject
 from troupe.cluster.deltas import are_alike, deltas
 from troupe.cluster.wire import PULL_WAIT_S
 from troupe.policy import Weights
@@ -29,6 +30,8 @@ _WORTH = 0.6
 """A delta is at most so much of the whole."""
 _LOOK_S = 1.0
 """How often it is seen whether the server was started anew."""
+_FULL_S = 2.0
+"""Before what a full server did not store is put once more."""
 _KEPT_FREE = 2
 
 Pieces = Iterable[bytes | memoryview]
@@ -76,10 +79,12 @@ class WeightsPublisher:
         *,
         full_every: int = FULL_EVERY,
         report: Reporter | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`full_every`: of so many versions one is put whole."""
+        """`full_every`: of so many versions one is put whole. `tell`: of a server that is full, and no more."""
         self._bus, self._run, self._device, self._full_every = bus, run, device, full_every
-        self._report = report or Reporter("publisher")
+        self._report, self._tell = report or Reporter("publisher"), tell
+        self._full = False
         self._shelf: dict[str, Callable[[], Pieces]] = {}
         self._shelved: set[str] = set()
         self._there: dict[int, VersionHead] = {}
@@ -107,7 +112,7 @@ class WeightsPublisher:
 
     async def follow(self, board: PolicyBoard[Weights], *, every: bool) -> None:
         """Publish what is on the board until cancelled: every version that it keeps (`every`), or always the newest
-        that there is when the one before is done."""
+        that there is when the one before is done. What the server has no room for is put again and again."""
         while True:
             seen = board.version
             try:
@@ -115,6 +120,12 @@ class WeightsPublisher:
             except NoAnswer:
                 await anyio.sleep(_LOOK_S)
                 continue
+            except FullError as error:
+                await self._make_room(error, board.kept if every else [self.newest])
+                continue
+            if self._full:
+                self._full = False
+                self._tell("the message server stores what workers need again")
             with anyio.move_on_after(_LOOK_S):
                 await board.newer_than(seen)
 
@@ -132,14 +143,19 @@ class WeightsPublisher:
         return encode(Newest(version=self.newest))
 
     async def publish(self, version: int, weights: Weights) -> None:
-        """Put a version, unless it is there: as a change where that is less, else whole. NoAnswer."""
+        """Put a version, unless it is there: as a change where that is less, else whole. NoAnswer, FullError."""
         async with self._putting:
             self._notice_epoch()
             if version in self._there:
                 return
             epoch = self._bus.epoch
             with self._report.span("publish weights", step=version):
-                head = await self._as_delta(version, weights) or await self._whole(version, weights)
+                try:
+                    head = await self._as_delta(version, weights) or await self._whole(version, weights)
+                except FullError:
+                    with suppress(NoAnswer, FullError):
+                        await self._bus.purge(version_subject(self._run, version, ">"))
+                    raise
             if self._bus.epoch != epoch:
                 raise NoAnswer(version_subject(self._run, version), "lost", "the server was started anew")
             if head.base is None and self._full_every > 1:
@@ -149,7 +165,7 @@ class WeightsPublisher:
             self._published = anyio.Event()
 
     async def full(self, version: int, weights: Weights) -> None:
-        """Put a version whole that is there as a change: a worker cannot make it of that. NoAnswer."""
+        """Put a version whole that is there as a change: a worker cannot make it of that. NoAnswer, FullError."""
         async with self._putting:
             head = self._there.get(version)
             if head is not None and head.base is not None:
@@ -166,6 +182,14 @@ class WeightsPublisher:
                 del self._there[version]
                 await self._bus.purge(version_subject(self._run, version, "head"))
                 await self._bus.purge(version_subject(self._run, version, ">"))
+
+    async def _make_room(self, error: FullError, kept: Iterable[int]) -> None:
+        if not self._full:
+            self._full = True
+            self._tell(f"{error}; it is tried again, and workers wait for what they do not have")
+        with suppress(NoAnswer, FullError):
+            await self.keep(kept)
+        await anyio.sleep(_FULL_S)
 
     async def _catch_up(self, board: PolicyBoard[Weights], *, every: bool) -> None:
         self._notice_epoch()

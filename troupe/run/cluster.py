@@ -142,7 +142,9 @@ class Hub:
         cluster, pinned = self._config.cluster, self._config.schedule.mode == "pinned"
         self.desk = Desk(self.network.run, report)
         self.roster = Roster(self.desk, report, lease_s=cluster.lease_s, run_state=lambda: self._state())
-        self._publisher = WeightsPublisher(self.network.bus, self.network.run, device, full_every=cluster.full_every)
+        self._publisher = WeightsPublisher(
+            self.network.bus, self.network.run, device, full_every=cluster.full_every, tell=self.tell
+        )
         self.desk.register("newest", self._publisher.tell_newest)
         self._publisher.shelve(SETUP, lambda: [encode(_for_workers(setup))])
         self._judge = RunJudge(msgspec.structs.replace(setup, name="judge"), board=board, files=files, device=device)
@@ -196,10 +198,8 @@ class Hub:
 
     async def say_over(self) -> None:
         """Have workers hear that the run has ended, for as long as that takes them and no longer than a few seconds."""
-        self.desk.over = True
         with anyio.move_on_after(_GOODBYE_S):
-            while not {worker.name for worker in self.roster.everybody_here()} <= self.desk.told_over:
-                await self.desk.told.wait()
+            await self.roster.say_over()
 
     async def _put_whole(self, version: int) -> None:
         weights = self._board.kept.get(version)

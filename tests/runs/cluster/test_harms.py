@@ -141,10 +141,14 @@ def test_a_cable_is_pulled(tmp_path: Path, whole: Path) -> None:
 
 
 def away(cluster: Cluster, name: str, begin: Callable[[], object], end: Callable[[], object], *, for_s: float) -> None:
-    """Have a worker out of reach for a while: others go on with what it had. Then the run waits until it is back."""
+    """Have a worker out of reach for a while: it is missed, and others go on with what it had. The run, which is short,
+    waits before and after that."""
     begin()
     began_s = time.monotonic()
+    cluster.asked(Pause())
     until(lambda: not cluster.is_ready(name), f"{name} is missed")
+    cluster.asked(Resume())
+    assert cluster.at_step(cluster.steps + 3)
     cluster.asked(Pause())
     time.sleep(max(0.0, for_s - (time.monotonic() - began_s)))
     end()

@@ -104,7 +104,7 @@ class Pace:
     def per_second(self) -> float | None:
         """None while nothing is known."""
         busy_s = self._busy_s + (0.0 if self._since_s is None else time.perf_counter() - self._since_s)
-        return self._tokens / busy_s if self._tokens else None
+        return self._tokens / busy_s if self._tokens and busy_s > 0 else None
 
 
 class GeneratorChild:

@@ -87,6 +87,7 @@ def completion_gradients(
     of_base: bool = True,
     dropout: Dropout | None = None,
     routes: Routes | None = None,
+    deterministic: bool = True,
 ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
     """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
@@ -96,8 +97,9 @@ def completion_gradients(
     Without `entropy_gradient` the entropies count as constants. Without `of_base` only the adapters beside the
     matrices are trained: nothing else has a gradient, and layers below the lowest of them are not gone back through.
     `dropout`, `routes`: of the packed tokens. Where these balance experts, that loss counts in the gradients alone.
+    Not `deterministic`: where that is faster, sums may be made in another order each time.
     """
-    packing = Packing(prompts, completions)
+    packing = Packing(prompts, completions, deterministic=deterministic)
     rotations = Rotations(config, packing.ids.shape[0], packing.offset)
     x = embedded(config, weights, packing.ids[None])
     layers = [Layer(config, weights, index, dropout, routes) for index in range(config.num_hidden_layers)]
