@@ -95,8 +95,7 @@ def completion_gradients(
     `loss` maps what `completion_statistics` gives of the same arguments to a scalar and arrays besides. With
     `recompute` only the input of each layer is kept. Without `entropy_gradient` entropies are constants; without
     `of_base` only adapters beside matrices are trained. `dropout`, `routes`: of the packed tokens; a loss that balances
-    experts counts in the gradients alone. Not `deterministic`: sums may be made in another order each time, where that
-    is faster.
+    experts counts in the gradients alone. Not `deterministic`: sums may have another order each time.
     """
     packing = Packing(prompts, completions, deterministic=deterministic)
     rotations = Rotations(config, packing.ids.shape[0], packing.offset)
