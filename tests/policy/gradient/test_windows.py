@@ -33,7 +33,7 @@ def row(n: int, seed: int) -> list[int]:
 
 
 @pytest.mark.usefixtures("device_path")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "lengths",
     [

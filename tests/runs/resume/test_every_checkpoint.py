@@ -231,6 +231,7 @@ def check_closed(closed: list[GroupClosed]) -> None:
     assert all(sorted(numbers) == list(range(len(numbers))) for numbers in attempts.values())
 
 
+@SLOW
 async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who_have_their_scores(
     tmp_path: Path, ragged_model: Path
 ) -> None:

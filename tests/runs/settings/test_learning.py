@@ -166,7 +166,9 @@ FOLLOWS = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
 @pytest.mark.parametrize(
     ("option", "values", "others", "metric", "factor"),
     [
-        ("beta", (10.0, 0.001), {"lr_scheduler": "constant", "max_steps": 8}, "kl", 0.5),
+        pytest.param(
+            *("beta", (10.0, 0.001), {"lr_scheduler": "constant", "max_steps": 8}, "kl", 0.5), marks=pytest.mark.slow
+        ),
         pytest.param(
             *("ref_model_mixup_alpha", (0.5, 0.0), {"max_steps": 6, **FOLLOWS}, "kl", 1.0), marks=pytest.mark.slow
         ),
