@@ -48,3 +48,23 @@ def mlx_waits() -> Iterator[None]:
     before = mx.set_memory_limit(1)
     yield
     mx.set_memory_limit(before)
+
+
+_SKIPPED: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        _SKIPPED.add(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _SKIPPED.add(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write what was left out into the file that TROUPE_SKIPPED names, a line each, for `pytest @FILE`."""
+    file = os.environ.get("TROUPE_SKIPPED")
+    if file and not hasattr(session.config, "workerinput"):
+        Path(file).write_text("".join(f"{name}\n" for name in sorted(_SKIPPED)), encoding="utf-8")

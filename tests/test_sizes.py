@@ -21,8 +21,8 @@ def test_no_file_is_longer(name: str) -> None:
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for name, tree in trees().items():
-        for node in ast.walk(tree):
+    for name, nodes in trees().items():
+        for node in nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{name}:{node.name}", node
 

@@ -67,6 +67,7 @@ async def scored_in_a_run(reward: str, group: RolloutGroup) -> tuple[tuple[float
     return next(iter(result.scores.values())), told
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_reward_that_forks_makes_its_steps_with_the_right_scores(tmp_path: Path) -> None:
     folder = copy_case("fork-in-reward", tmp_path)
@@ -91,7 +92,10 @@ def test_it_does_so_to_the_end(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.alone
-@pytest.mark.parametrize("name", ["one_process_each", "os_fork", "async_fork", "pool"])
+@pytest.mark.parametrize(
+    "name",
+    ["one_process_each", "os_fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("async_fork", "pool"))],
+)
 async def test_every_way_to_fork_is_scored_in_a_process(tmp_path: Path, name: str) -> None:
     reward = copy_case("fork-in-reward", tmp_path) / "rewards.py"
     scores, told = await scored_in_a_run(f"{reward}:{name}", saying("a", "four", ""))
@@ -101,7 +105,7 @@ async def test_every_way_to_fork_is_scored_in_a_process(tmp_path: Path, name: st
 
 @pytest.mark.anyio
 @pytest.mark.alone
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 async def test_processes_that_are_not_forked_stay_and_find_the_functions_of_the_file(
     tmp_path: Path, method: str
 ) -> None:
@@ -144,7 +148,12 @@ def test_a_reward_that_wants_the_main_thread_trains_on_its_scores(tmp_path: Path
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("name", "right"),
-    [("acc", (1.0, 0.0)), ("acc_swallow", (1.0, 0.0)), ("with_alarm", (1.0, 0.0)), ("get_loop", (1.0, 2.0))],
+    [
+        ("acc", (1.0, 0.0)),
+        pytest.param("acc_swallow", (1.0, 0.0), marks=pytest.mark.slow),
+        pytest.param("with_alarm", (1.0, 0.0), marks=pytest.mark.slow),
+        ("get_loop", (1.0, 2.0)),
+    ],
 )
 async def test_so_does_every_other_one(tmp_path: Path, name: str, right: tuple[float, ...]) -> None:
     pytest.importorskip("math_verify")

@@ -185,7 +185,7 @@ def test_rows_are_made_once_and_then_kept(made: Path, capsys: pytest.CaptureFixt
     assert rows_made(made) == 6 + 7 + 6, "others are others"
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed", "empty", "other", "folder"])
+@pytest.mark.parametrize("harm", ["cut", "changed", pytest.param("empty", marks=pytest.mark.slow), "other", "folder"])
 def test_kept_rows_that_are_not_whole_are_made_anew(made: Path, tmp_path: Path, harm: str) -> None:
     source = "reasoning_gym:slow?size=2&pause_s=0"
     first = PromptDataset.load(source)

@@ -176,7 +176,7 @@ def operations_of(
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PowerCut()], ids=["disk", "power"])
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "again"])
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_whatever_fails_the_old_or_the_new_state_is_whole(
     run: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, exists: bool, every: int
 ) -> None:

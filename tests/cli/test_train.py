@@ -266,7 +266,7 @@ def f(completions, completion_ids, **columns):
 """
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("signal_name", ["SIGINT", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_an_interrupt_or_a_closed_terminal_finishes_the_step_and_can_be_resumed(
     workplace: Path, signal_name: str
 ) -> None:

@@ -94,7 +94,7 @@ async def test_a_worker_gives_a_server_without_tls_no_key(served: MessageServer)
     async def pretend(stream: anyio.abc.SocketStream) -> None:
         async with stream:
             await stream.send(b'INFO {"server_id":"x","version":"2.15.1","max_payload":1,"nonce":"abc"}\r\n')
-            with anyio.move_on_after(1.0):
+            with anyio.move_on_after(0.4):
                 try:
                     while True:
                         heard.append(await stream.receive())

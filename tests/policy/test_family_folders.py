@@ -137,9 +137,15 @@ def adapted(policy: Policy, **settings: Any) -> Policy:
 
 
 @EACH
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("on_cpu", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "on_cpu", "dtype"),
+    [
+        pytest.param(kind, on_cpu, dtype, marks=() if on_cpu == (kind == dtype_s_kind) else pytest.mark.slow)
+        for dtype, dtype_s_kind in (("float32", "lora"), ("bfloat16", "dora"))
+        for kind in ("lora", "dora")
+        for on_cpu in (True, False)
+    ],
+)
 def test_an_adapter_beside_it_is_the_fused_network_and_decoded_as_that(
     name: str, kind: str, on_cpu: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

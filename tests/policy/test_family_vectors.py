@@ -87,7 +87,7 @@ def test_greedy_tokens_of_rows_that_are_decoded_together(name: str) -> None:
 
 @pytest.mark.usefixtures("device_path")
 @EACH
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_log_probs_and_all_gradients(name: str, recompute: bool) -> None:
     config, weights = read_model_folder(folder_of(name), "float32")
     theirs, grpo = stored(name), CASES[name]["grpo"]

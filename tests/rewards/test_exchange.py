@@ -236,7 +236,7 @@ OTHERS = {
         ("good:nope", "good.py: has no 'nope'"),
         ("missing:f", "missing.py: no such file"),
         ("ends:f", "its process ended while it was loaded: .* ended with exit code 0"),
-        ("hangs:f", "was not loaded after 2 s"),
+        pytest.param("hangs:f", "was not loaded after 2 s", marks=pytest.mark.slow),
         ("wrong:f", "wrong.py:1: the file does not import: ZeroDivisionError"),
         ("wide:f", "its replacement would be once a batch"),
         ("asks:f", "requires no_such_column"),

@@ -84,7 +84,11 @@ def answered(name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("module", "parser"), [("mlx_lm.lora", "build_parser"), ("mlx_lm.generate", "setup_arg_parser")]
+    ("module", "parser"),
+    [
+        pytest.param("mlx_lm.lora", "build_parser", marks=pytest.mark.slow),
+        ("mlx_lm.generate", "setup_arg_parser"),
+    ],
 )
 def test_every_flag_of_mlx_lm_is_answered(module: str, parser: str) -> None:
     pytest.importorskip("mlx_lm")

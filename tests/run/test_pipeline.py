@@ -48,11 +48,13 @@ SYNCED = {"learner__beta": 0.05, "learner__sync_ref_model": True, "learner__ref_
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"schedule__max_staleness": 1},
         {"learner__num_iterations": 2, "learner__gradient_accumulation_steps": 2, "learner__beta": 0.05},
         {"generation__temperature": 0.7, "generation__top_k": 20, "seed": 5, "learner__loss_type": "dr_grpo"},
-        {**SYNCED, "learner__ref_model_sync_steps": 3, "learner__num_iterations": 2},
+        pytest.param(
+            {**SYNCED, "learner__ref_model_sync_steps": 3, "learner__num_iterations": 2}, marks=pytest.mark.slow
+        ),
         {**SYNCED, "learner__ref_model_sync_steps": 1, "schedule__max_staleness": 1, "learner__num_iterations": 2},
         {"learner__use_adaptive_entropy": True, "learner__entropy_target": 9.0, "learner__entropy_coef_delta": 0.01},
     ],
@@ -88,7 +90,7 @@ def test_dynamic_sampling_equals_the_plain_loop_whatever_the_delays(
     straight = run_straight(tiny_config(ragged_model, tmp_path, **settings), often_equal)
     assert sum(straight.filtered) >= 3, "the case is worth its name"
     closed: list[list[GroupClosed]] = []
-    for seed in range(4):
+    for seed in range(2):
         sink = FakeSink()
         config = tiny_config(ragged_model, tmp_path / str(seed), **settings)
         result = troupe.train(config, [delayed(seed, reward=often_equal)], factories=with_sinks(sink))
@@ -113,7 +115,7 @@ def test_dynamic_sampling_equals_the_plain_loop_whatever_the_delays(
         assert last == "trained" or (last == "filtered" and len(messages) == attempts + 1)
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("max_staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_delays_change_nothing(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
     runs = []
     for name, reward in (("sync", weigh_ids), ("late", delayed(seed=2)), ("later", delayed(seed=3))):
@@ -207,7 +209,7 @@ def test_every_data_channel_holds_all_live_groups(tmp_path: Path, ragged_model: 
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("max_staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_run_below_a_memory_limit_equals_the_plain_loop_with_its_choices(
     tmp_path: Path, ragged_model: Path, max_staleness: int
 ) -> None:

@@ -217,6 +217,7 @@ anyio.run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="leftovers in memory are a matter of Linux")
 async def test_a_killed_run_leaves_no_process_and_the_next_start_no_file(tmp_path: Path, ragged_model: Path) -> None:
     command = [sys.executable, "-c", RUN, str(ragged_model), str(tmp_path)]

@@ -188,7 +188,7 @@ def test_a_supervisor_can_be_made_before_there_is_an_event_loop(tmp_path: Path, 
     assert anyio.run(run).complete
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("max_staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 async def test_a_drained_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
     settings = {"schedule__max_staleness": max_staleness, "learner__max_steps": 7}
     whole = await drive(tiny_config(ragged_model, tmp_path / "whole", **settings), delayed(1))
@@ -207,7 +207,7 @@ async def test_a_drained_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_mod
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 async def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
     settings = {"schedule__max_staleness": max_staleness, "learner__max_steps": 6}
     whole = await drive(tiny_config(ragged_model, tmp_path / "whole", **settings))
@@ -241,7 +241,10 @@ FULL = {
 
 @pytest.mark.parametrize(
     ("ending", "max_staleness"),
-    [("drain", 0), ("stop", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("drain", 1), ("stop", 0)))],
+    [
+        ("stop", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("drain", 0), ("drain", 1), ("stop", 0))),
+    ],
 )
 async def test_a_run_that_resamples_and_follows_goes_on_to_the_same_bits(
     tmp_path: Path, ragged_model: Path, max_staleness: int, ending: str
@@ -291,7 +294,7 @@ async def test_an_end_amid_a_round_of_replacements(tmp_path: Path, ragged_model:
         assert (run.result.steps, run.result.closed_groups) == (1, {"filtered": BATCH_SIZE, "trained": BATCH_SIZE})
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("max_staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 async def test_a_run_without_any_signal_ends_with_the_weights_that_it_had(
     tmp_path: Path, ragged_model: Path, max_staleness: int
 ) -> None:

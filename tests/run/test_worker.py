@@ -158,7 +158,7 @@ def test_who_waits_for_a_name_that_another_has_hears_of_the_end(tmp_path: Path) 
     virtual_time.run(drive)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 10_000))
 def test_workers_and_their_children_are_killed_all_the_time_and_messages_are_lost(
     tmp_path_factory: pytest.TempPathFactory, seed: int

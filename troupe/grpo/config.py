@@ -178,6 +178,9 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     gradient_checkpointing: bool | None = None
     """Compute the inside of layers again for the gradient instead of keeping it: less memory, more work, the same
     gradient. None: no, unless a run's memory limit asks for it."""
+    deterministic: bool = True
+    """Gradients have the same bits each time on every device. false: on NVIDIA cards attention's gradient is cuDNN's,
+    which is faster and adds in another order each time; elsewhere nothing changes."""
     router_aux_loss_coef: NonNegative = 0.0
     """Weight of the load-balancing loss of a network with experts, of each micro-batch: what keeps its routers from
     sending most tokens to a few experts. Zero computes none."""

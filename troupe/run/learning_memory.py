@@ -32,6 +32,7 @@ def learning_bytes(config: RunConfig, work: Workload, micro_batches: int, *, rec
                 on_cpu=work.on_cpu,
                 windowed=work.policy.has_windows,
             ),
+            deterministic=config.learner.deterministic,
             adapter=work.adapter,
         )
         for micro_batch in _largest_micro_batches(config, work, micro_batches)

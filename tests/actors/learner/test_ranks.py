@@ -103,7 +103,13 @@ async def test_a_step_is_told_and_a_rank_that_dies_of_it_ends_the_others(tmp_pat
     assert not rig.ended
 
 
-@pytest.mark.parametrize(("harm", "why"), [("silent", "rank 1: not heard of"), ("stuck", "all of them have waited")])
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        ("silent", "rank 1: not heard of"),
+        pytest.param("stuck", "all of them have waited", marks=[pytest.mark.slow, pytest.mark.alone]),
+    ],
+)
 async def test_ranks_that_hang_with_this_one_end_the_process(tmp_path: Path, harm: str, why: str) -> None:
     rig = Rig(tmp_path, harm)
     async with rig.started(), anyio.create_task_group() as tasks:

@@ -106,7 +106,7 @@ def cases(draw: st.DrawFn) -> tuple[list[RolloutRequest], GenerationConfig, froz
 
 
 @pytest.mark.parametrize("family", POLICIES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(cases(), st.sampled_from([(cache.WHOLE_PROMPT, cache.PIECE_TOKENS), (5, 9), (20, 64), (0, 1)]), st.booleans())
 def test_any_batch_is_its_rows_alone(
     family: str,

@@ -179,7 +179,7 @@ def test_the_peak_is_close_to_the_formula(sizes: dict[str, Any], lengths: list[i
         ({"num_hidden_layers": 2, "intermediate_size": 2048}, [32] * 16, 1, 1),
         ({"num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 2}, [4], 32, 100),
         ({"num_hidden_layers": 1, "vocab_size": 2000}, [100, 50, 20, 200], 8, 64),
-        (MOE, [10, 400, 30], 4, 20),
+        pytest.param(MOE, [10, 400, 30], 4, 20, marks=pytest.mark.slow),
         (MOE | {"num_experts_per_tok": 4, "moe_intermediate_size": 32, "num_hidden_layers": 4}, [8] * 4, 8, 64),
     ],
 )

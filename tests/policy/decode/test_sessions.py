@@ -261,7 +261,7 @@ def test_rows_that_are_forgotten_or_take_their_last_turn_hold_nothing() -> None:
     session.close()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+@pytest.mark.parametrize("family", [pytest.param("gemma3", marks=pytest.mark.slow), "qwen3_5"])
 def test_within_a_memory_limit_histories_are_dropped_and_read_anew(family: str) -> None:
     """For one long row, or some of many short ones: in waves, for which others have to make room."""
     policy = POLICIES[family]

@@ -63,17 +63,23 @@ def check(ours: Any, theirs: Any, tolerance: float = 3e-5) -> None:
         assert float(difference) <= tolerance * scale, name
 
 
+CASES: dict[str, tuple[Rows, float, bool]] = {
+    "ragged": (RAGGED, 1.0, False),
+    "cooler": (RAGGED, 0.6, True),
+    "group": (GROUP, 1.0, True),
+    "one token": (([[4]], [[5]]), 1.0, False),
+    "none": (([[4, 5], [6]], [[], []]), 1.0, True),
+}
+"""Rows, temperature, and how the quick test computes activations; the slow one does the other."""
+
+
 @pytest.mark.usefixtures("device_path")
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(
-    ("rows", "temperature"),
-    [(RAGGED, 1.0), (RAGGED, 0.6), (GROUP, 1.0), (([[4]], [[5]]), 1.0), (([[4, 5], [6]], [[], []]), 1.0)],
-    ids=["ragged", "cooler", "group", "one token", "none"],
-)
-def test_gradients_are_those_of_whole_logits_row_by_row(
-    config: NetworkConfig, rows: Rows, temperature: float, recompute: bool
-) -> None:
+@pytest.mark.parametrize("as_quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "other"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_whole_logits_row_by_row(config: NetworkConfig, case: str, as_quick: bool) -> None:
+    rows, temperature, recompute = CASES[case]
+    recompute = recompute is as_quick
     weights = init_weights(config, mx.random.key(3))
     ours = gradients(config, weights, rows, temperature=temperature, recompute=recompute)
     assert ours[2].keys() == expected_shapes(config).keys()

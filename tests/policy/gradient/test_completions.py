@@ -91,7 +91,12 @@ def check(config: NetworkConfig, prompts: Any, completions: Any, temperature: fl
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize(
     ("rows", "temperature"),
-    [((PROMPTS, COMPLETIONS), 1.0), ((PROMPTS, COMPLETIONS), 0.6), (GROUP, 1.0), (([[4]], [[5]]), 1.0)],
+    [
+        pytest.param((PROMPTS, COMPLETIONS), 1.0, marks=pytest.mark.slow),
+        ((PROMPTS, COMPLETIONS), 0.6),
+        pytest.param(GROUP, 1.0, marks=pytest.mark.slow),
+        (([[4]], [[5]]), 1.0),
+    ],
     ids=["ragged", "cooler", "group", "one token"],
 )
 def test_rows_are_as_each_alone(config: NetworkConfig, rows: tuple[Any, Any], temperature: float) -> None:

@@ -24,13 +24,16 @@ WINDOWED = {
     if config.has_windows
 }
 
+QUICK = {3, 40}
+"""Below a block of queries; the others, as long as nothing, a block and more than all rows, take longer."""
+
 
 def row(n: int, seed: int) -> list[int]:
     return [(7 * i + 31 * seed) % 600 for i in range(n)]
 
 
 @pytest.mark.usefixtures("device_path")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -40,7 +43,13 @@ def row(n: int, seed: int) -> list[int]:
     ],
     ids=["ragged", "equal", "short and long"],
 )
-@pytest.mark.parametrize("config", WINDOWED.values(), ids=WINDOWED)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if config.sliding_window in QUICK else pytest.mark.slow)
+        for name, config in WINDOWED.items()
+    ],
+)
 def test_gradients_are_those_of_each_row_alone(config: Any, lengths: list[tuple[int, int]], recompute: bool) -> None:
     weights = init_weights(config, mx.random.key(3))
     rows = [row(p, p) for p, _ in lengths], [row(c, index + 50) for index, (_, c) in enumerate(lengths)]

@@ -97,6 +97,9 @@ def test_an_inverse_stays_exact_where_all_keys_are_the_same() -> None:
     assert largest(unit_lower_inverse(whole) @ (whole + mx.eye(64)) - mx.eye(64)) == 0.0
 
 
+SLOW = pytest.mark.slow
+
+
 def peak_of(work: Any) -> int:
     gc.collect()
     before = mx.get_active_memory()
@@ -105,8 +108,10 @@ def peak_of(work: Any) -> int:
     return int(mx.get_peak_memory() - before)
 
 
-@pytest.mark.parametrize(("rows", "T"), [(1, 700), (8, 300), (40, 64), (2, 2500)])
-@pytest.mark.parametrize("sizes", [DeltaSizes(2, 4, 32, 32, 4), DeltaSizes(4, 4, 16, 64, 4)])
+@pytest.mark.parametrize(
+    ("rows", "T"), [pytest.param(1, 700, marks=SLOW), (8, 300), pytest.param(40, 64, marks=SLOW), (2, 2500)]
+)
+@pytest.mark.parametrize("sizes", [DeltaSizes(2, 4, 32, 32, 4), pytest.param(DeltaSizes(4, 4, 16, 64, 4), marks=SLOW)])
 def test_memory_stays_below_the_formula(rows: int, T: int, sizes: DeltaSizes) -> None:
     inputs, state = drawn(rows, T, sizes)
     peak = peak_of(lambda: through_rows(inputs, state, sizes, paced=True))

@@ -81,8 +81,16 @@ def test_the_day_may_be_another() -> None:
             "{% set r = range(999)|list %}{% for i in r %}{% for j in r|select %}{% endfor %}{% endfor %}",
             "200000 steps",
         ),
-        ("{% macro m(n) %}{{ m(n - 1) + m(n - 1) if n }}{% endmacro %}{{ m(40) }}", "200000 steps"),
-        ("{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 40 }}{% endfor %}", "200000 steps"),
+        pytest.param(
+            "{% macro m(n) %}{{ m(n - 1) + m(n - 1) if n }}{% endmacro %}{{ m(40) }}",
+            "200000 steps",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 40 }}{% endfor %}",
+            "200000 steps",
+            marks=pytest.mark.slow,
+        ),
         ("{{ lipsum(n=1000000) }}", "lipsum"),
         ("{{ ''.__class__ }}", "__class__"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "forbidden"),

@@ -81,7 +81,7 @@ async def test_logs_columns_and_the_trainer_state_cross_and_so_does_nan() -> Non
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("hang", "no answer within 2 s; its process was killed"),
+        pytest.param("hang", "no answer within 2 s; its process was killed", marks=pytest.mark.slow),
         ("exit", "exit code 7"),
         pytest.param("crash", "SIGSEGV", marks=pytest.mark.slow),
     ],

@@ -60,9 +60,9 @@ def test_a_run_plays(plain: RunResult) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"environment__run": "loop"}, id="in the loop"),
+        pytest.param({"environment__run": "loop"}, id="in the loop", marks=pytest.mark.slow),
         pytest.param({"environment__run": "process", "environment__processes": 2}, id="in processes"),
-        pytest.param({"environment__concurrency": 1}, id="one after the other"),
+        pytest.param({"environment__concurrency": 1}, id="one after the other", marks=pytest.mark.slow),
         pytest.param(
             {"schedule__generator": "process", "schedule__generator_processes": 1}, id="generator in a process"
         ),
@@ -77,6 +77,7 @@ def test_wherever_it_runs_the_weights_are_the_same(
     assert same_bits(policy_of(again.folder), policy_of(plain.folder))
 
 
+@pytest.mark.slow
 def test_a_step_behind_it_is_the_same_in_two_processes_as_in_two(player: Path, tmp_path: Path) -> None:
     settings = {
         "schedule__max_staleness": 1,

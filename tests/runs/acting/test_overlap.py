@@ -13,7 +13,7 @@ WORKS = [
     pytest.param(Work(turn_s=(1.0, 1.0), answer_s=(4.0, 0.0), learn_s=2.0), id="one tool"),
     pytest.param(Work(turn_s=(1.0, 1.0, 1.0), answer_s=(3.0, 3.0, 3.0), learn_s=6.0), id="learning takes most"),
     pytest.param(Work(turn_s=(2.0, 2.0, 2.0), answer_s=(3.5, 3.5, 0.0), learn_s=1.0), id="sampling takes most"),
-    pytest.param(Work(turn_s=(1.0,) * 10, answer_s=(1.5,) * 10, learn_s=5.0), id="ten turns"),
+    pytest.param(Work(turn_s=(1.0,) * 10, answer_s=(1.5,) * 10, learn_s=5.0), id="ten turns", marks=pytest.mark.slow),
 ]
 
 

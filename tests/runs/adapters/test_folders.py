@@ -77,7 +77,11 @@ def test_the_final_folder_is_what_was_learned_and_beside_its_base_the_policy(
     assert float(apart) > 0.1  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("settings", [LORA, DORA, LORA | {"adapter__init": "gaussian"}], ids=["lora", "dora", "init"])
+@pytest.mark.parametrize(
+    "settings",
+    [LORA, pytest.param(DORA, marks=pytest.mark.slow), LORA | {"adapter__init": "gaussian"}],
+    ids=["lora", "dora", "init"],
+)
 def test_an_adapter_that_was_not_trained_is_the_base_to_the_bit(
     tmp_path: Path, ragged_model: Path, settings: dict[str, Any]
 ) -> None:
@@ -157,6 +161,7 @@ def put_in_cache(model: Path, cache: Path) -> None:
     (kept / "refs" / "main").write_text("abc")
 
 
+@pytest.mark.slow
 def test_a_base_that_has_a_hub_id_is_named_by_it_and_found_on_another_machine(
     desk: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

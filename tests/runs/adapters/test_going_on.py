@@ -37,10 +37,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, ragged_model: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["peft/dora", "peft/patterns", "mlx/default"]
+    ["peft/patterns", "mlx/default"]
     + [
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("peft/all", "peft/rslora", "peft/last-layers", "mlx/all-layers", "mlx/dora")
+        for name in ("peft/dora", "peft/all", "peft/rslora", "peft/last-layers", "mlx/all-layers", "mlx/dora")
     ],
 )
 def test_a_run_goes_on_with_what_another_tool_wrote_and_writes_what_it_is_again(

@@ -49,7 +49,7 @@ def test_the_reference_is_the_base_which_the_first_step_is_at_and_a_strong_beta_
     assert 0 < near[-1] < 0.5 * far[-1]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_into_how_many_micro_batches_a_step_is_split_changes_no_gradient_also_where_prompts_are_equal(
     tmp_path: Path, ragged_model: Path, dropout: float
 ) -> None:
@@ -65,10 +65,9 @@ def test_into_how_many_micro_batches_a_step_is_split_changes_no_gradient_also_wh
             ).folder,
             "grad_norm",
         )
-        for number in (1, 2, 6)
+        for number in (1, 6)
     ]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    assert norms[2] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_dropout_is_in_what_is_learned_and_not_in_what_is_sampled(tmp_path: Path, ragged_model: Path) -> None:
@@ -84,7 +83,7 @@ def test_dropout_is_in_what_is_learned_and_not_in_what_is_sampled(tmp_path: Path
     assert settings["lora_dropout"] == settings["lora_parameters"]["dropout"] == 0.5
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_each_pass_over_a_batch_drops_something_else(tmp_path: Path, ragged_model: Path, dropout: float) -> None:
     """Where nothing is learned, passes without dropout are all the same."""
     settings: dict[str, Any] = LORA | {"adapter__dropout": dropout, "learner__lr": 0.0}

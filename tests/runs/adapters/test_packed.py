@@ -87,7 +87,8 @@ def test_what_is_learned_beside_a_packed_base_is_learned_beside_its_numbers(
     assert not same_bits(policy_of(one.folder), policy_of(other.folder))
 
 
-@pytest.mark.parametrize("settings", [LORA, pytest.param(DORA, marks=pytest.mark.slow)], ids=["lora", "dora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [LORA, DORA], ids=["lora", "dora"])
 def test_beside_a_packed_base_too_a_process_writes_the_same_and_a_run_goes_on(
     tmp_path: Path, packed: Path, settings: dict[str, Any]
 ) -> None:

@@ -43,9 +43,9 @@ PROCESS: dict[str, Any] = {"schedule__generator": "process"}
 @pytest.mark.parametrize(
     ("settings", "staleness"),
     [
-        pytest.param(LORA, 1, id="lora"),
+        pytest.param(LORA, 1, id="lora", marks=SLOW),
         pytest.param(LORA | {"adapter__use_rslora": True, "adapter__init": "gaussian"}, 0, id="rslora", marks=SLOW),
-        pytest.param(DORA, 2, id="dora"),
+        pytest.param(DORA, 2, id="dora", marks=SLOW),
         pytest.param(LORA | {"adapter__dropout": 0.5}, 0, id="dropout", marks=SLOW),
         pytest.param(LAST, 0, id="few modules of the last layer", marks=SLOW),
         pytest.param(LORA | {"learner__gradient_checkpointing": True}, 0, id="layers computed twice", marks=SLOW),
@@ -126,6 +126,8 @@ def test_a_generator_in_two_processes_writes_the_same_each_time(
     assert completions(one.folder) == completions(two.folder)
 
 
+@SLOW
+@pytest.mark.alone
 def test_a_process_of_the_generator_that_is_killed_is_made_anew_beside_the_same_base(
     tmp_path: Path, ragged_model: Path
 ) -> None:

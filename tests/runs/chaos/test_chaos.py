@@ -17,7 +17,7 @@ from troupe.runtime.mailbox import Channel
 pytestmark = pytest.mark.no_cover  # other tests cover what these shake; the tracer would triple their time
 
 PLAYS, BLOCK = 1000, 50
-FAST = 150
+FAST = 50
 """Runs that the ordinary tests have; the others are slow."""
 
 PLAIN = Plan(

@@ -154,7 +154,8 @@ def test_each_staleness_gives_other_weights(tmp_path: Path, ragged_model: Path) 
     assert not any(same_bits(one, other) for i, one in enumerate(loops) for other in loops[:i])
 
 
-@pytest.mark.parametrize(("max_staleness", "ending"), [(2, "drain"), pytest.param(3, "stop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("max_staleness", "ending"), [(2, "drain"), (3, "stop")])
+@pytest.mark.slow
 async def test_with_more_staleness_too_a_run_goes_on_to_the_same_bits(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, ending: str
 ) -> None:

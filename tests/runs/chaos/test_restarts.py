@@ -131,7 +131,10 @@ def assert_faults_leave_no_trace(
             assert run.result.closed_groups == calm.result.closed_groups, where
 
 
-@pytest.mark.parametrize("actor", ACTORS)
+@pytest.mark.parametrize(
+    "actor",
+    [pytest.param(actor, marks=() if actor in {"generator", "scorer"} else pytest.mark.slow) for actor in ACTORS],
+)
 def test_a_fault_at_an_await_is_mended_and_leaves_no_trace(tmp_path: Path, actor: str) -> None:
     every = 9 if actor == "metrics" else 1
     assert_faults_leave_no_trace(tmp_path, "pinned, overlapping", actor, every=every, in_a_row=1)
@@ -165,7 +168,7 @@ def test_an_actor_that_goes_on_failing_ends_the_run(tmp_path: Path, actor: str) 
         run_with_faults(tmp_path, "pinned, overlapping", actor, tuple(range(7, 99)))
 
 
-@pytest.mark.parametrize("place", ["decode", "text", "reward", "disk"])
+@pytest.mark.parametrize("place", ["decode", pytest.param("text", marks=pytest.mark.slow), "reward", "disk"])
 def test_a_real_run_in_which_work_fails_once_equals_the_plain_loop(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

@@ -117,7 +117,7 @@ SLOW = pytest.mark.slow
     ("staleness", "settings", "reward"),
     [
         (0, {}, weigh_ids),
-        (1, {}, weigh_ids),
+        pytest.param(1, {}, weigh_ids, marks=SLOW),
         pytest.param(3, {}, weigh_ids, marks=SLOW),
         pytest.param(0, RESAMPLING, often_equal, marks=SLOW),
         (2, RESAMPLING, often_equal),
@@ -149,7 +149,7 @@ async def test_a_pinned_run_goes_on_from_any_checkpoint_to_the_same_bits(
 async def test_scores_that_a_checkpoint_holds_are_not_asked_for_again(tmp_path: Path, ragged_model: Path) -> None:
     """With a reward that would give others: what was scored before the checkpoint stays as it was."""
     kept = 0
-    for seed in range(4):
+    for seed in range(2):
         folder = tmp_path / str(seed)
         whole = await Part(
             config_of(ragged_model, folder, schedule__max_staleness=2), Judge(seed, moody=True)
@@ -231,6 +231,7 @@ def check_closed(closed: list[GroupClosed]) -> None:
     assert all(sorted(numbers) == list(range(len(numbers))) for numbers in attempts.values())
 
 
+@SLOW
 async def test_a_free_round_that_is_scored_in_one_call_goes_on_without_those_who_have_their_scores(
     tmp_path: Path, ragged_model: Path
 ) -> None:

@@ -32,6 +32,7 @@ def test_a_reward_in_processes_gives_the_run_that_it_gives_here(tmp_path: Path, 
     assert there.incidents == {}
 
 
+@pytest.mark.slow
 def test_a_reward_that_moves_to_processes_gives_the_run_that_it_gives_there_and_after_a_resume(
     tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -137,7 +137,10 @@ def test_a_group_with_a_single_score_is_set_aside_and_told_and_the_others_are_tr
 
 @pytest.mark.parametrize(
     ("fails", "kind", "said"),
-    [(True, "reward_error", "ValueError: cannot parse this one"), (False, "reward_timeout", "")],
+    [
+        (True, "reward_error", "ValueError: cannot parse this one"),
+        pytest.param(False, "reward_timeout", "", marks=pytest.mark.slow),
+    ],
     ids=["raises", "hangs"],
 )
 def test_a_reward_that_fails_once_costs_one_group_and_says_why(

@@ -166,8 +166,12 @@ FOLLOWS = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
 @pytest.mark.parametrize(
     ("option", "values", "others", "metric", "factor"),
     [
-        ("beta", (10.0, 0.001), {"lr_scheduler": "constant", "max_steps": 8}, "kl", 0.5),
-        ("ref_model_mixup_alpha", (0.5, 0.0), {"max_steps": 6, **FOLLOWS}, "kl", 1.0),
+        pytest.param(
+            *("beta", (10.0, 0.001), {"lr_scheduler": "constant", "max_steps": 8}, "kl", 0.5), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("ref_model_mixup_alpha", (0.5, 0.0), {"max_steps": 6, **FOLLOWS}, "kl", 1.0), marks=pytest.mark.slow
+        ),
         ("entropy_coef", (-0.5, 0.5), {"lr_scheduler": "constant", "max_steps": 6}, "entropy", 0.98),
     ],
     ids=["a strong beta keeps near", "a reference halfway lies between", "a bonus keeps open"],
@@ -208,7 +212,11 @@ def test_a_batch_trained_on_twice_moves_the_policy_further_and_leaves_the_ratio_
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("gradient_accumulation_steps", 2), ("gradient_accumulation_steps", 6), ("gradient_checkpointing", True)],
+    [
+        pytest.param("gradient_accumulation_steps", 2, marks=pytest.mark.slow),
+        ("gradient_accumulation_steps", 6),
+        ("gradient_checkpointing", True),
+    ],
 )
 def test_what_saves_memory_does_not_change_what_is_learned(
     tmp_path: Path, ragged_model: Path, plain: Path, untrained: Weights, option: str, value: Any

@@ -73,6 +73,8 @@ class CompletionLogProbs:
     """What the weights complete; empty: they are the whole network."""
     seed: int = 0
     """Of the run, for dropout."""
+    deterministic: bool = True
+    """As for `completion_gradients`."""
 
     def routes(self, batch: Batch, *, follows: bool, balance: float = 0.0) -> Routes | None:
         """Those of one pass over a batch."""
@@ -109,6 +111,7 @@ class CompletionLogProbs:
             of_base=not self.base.is_whole,
             dropout=self._dropout(batch),
             routes=routes,
+            deterministic=self.deterministic,
         )
         return self._of_trained(network, chunks) if self.base.is_whole else chunks
 

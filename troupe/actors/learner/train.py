@@ -107,6 +107,7 @@ class BatchTrainer:
             entropy_gradient=has_entropy_bonus(config),
             base=self.base,
             seed=seed,
+            deterministic=config.deterministic,
         )
         self._max_completion_length = max_completion_length
         self._pad_id = pad_id

@@ -87,17 +87,17 @@ def completion_gradients(
     of_base: bool = True,
     dropout: Dropout | None = None,
     routes: Routes | None = None,
+    deterministic: bool = True,
 ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
     """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
-    The arrays of a chunk are to be begun when it comes, and to be there before the chunk after the next is asked for:
-    the device is kept busy and the memory low. `loss` maps what `completion_statistics` gives of the same arguments to
-    a scalar and arrays besides. With `recompute` only the input of each layer is kept and the rest computed again.
-    Without `entropy_gradient` the entropies count as constants. Without `of_base` only the adapters beside the
-    matrices are trained: nothing else has a gradient, and layers below the lowest of them are not gone back through.
-    `dropout`, `routes`: of the packed tokens. Where these balance experts, that loss counts in the gradients alone.
+    The arrays of a chunk are to be begun when it comes, and to be there before the chunk after the next is asked for.
+    `loss` maps what `completion_statistics` gives of the same arguments to a scalar and arrays besides. With
+    `recompute` only the input of each layer is kept. Without `entropy_gradient` entropies are constants; without
+    `of_base` only adapters beside matrices are trained. `dropout`, `routes`: of the packed tokens; a loss that balances
+    experts counts in the gradients alone. Not `deterministic`: sums may have another order each time.
     """
-    packing = Packing(prompts, completions)
+    packing = Packing(prompts, completions, deterministic=deterministic)
     rotations = Rotations(config, packing.ids.shape[0], packing.offset)
     x = embedded(config, weights, packing.ids[None])
     layers = [Layer(config, weights, index, dropout, routes) for index in range(config.num_hidden_layers)]

@@ -14,7 +14,8 @@ head      beside what is kept, hidden states of M targets; of each logit of a bl
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
           `_layer_bytes` has (of a gated delta net `backward_bytes`), and the layer's own gradients; on a GPU three
           times, for it prepares the next chunk early and lets go of nothing within a chunk; there, where attention's
-          gradient writes scores out, four arrays of the scores that are written at a time
+          gradient writes scores out, four arrays of the scores that are written at a time, or 18 bytes of each where
+          that is done by ourselves (`exact_gradient.py`)
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32
 
@@ -34,11 +35,14 @@ import msgspec
 
 from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, layer_of
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.attention import block_size, scores_at_a_time
+from troupe.policy.network.attention import block_size, exact_portion, gradient_is_exact, scores_at_a_time
 from troupe.policy.network.delta_memory import backward_bytes
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
 from troupe.policy.network.tensors import linear_shapes, network_shapes, parameter_count
+
+_EXACT_BYTES = 18
+"""Of each score, in attention's exact gradient."""
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,14 +78,15 @@ def gradient_memory_bytes(
     adds_up: bool = False,
     on_cpu: bool = True,
     writes_scores: bool = False,
+    deterministic: bool = True,
     adapter: Adapter | None = None,
 ) -> int:
     """Bytes that the gradient of a micro-batch takes beside the weights, the gradients included.
 
     `recompute` and `entropy_gradient` as for `completion_gradients`; `dtype` is that of the weights. `adds_up`: the
     gradients are added to float32 sums, which are counted too. `on_cpu`: attention writes its scores out and blocks of
-    logits are small; elsewhere attention is one kernel, but with `writes_scores` its gradient is not. With an `adapter`
-    nothing else is trained. The formula stands at the head of this file.
+    logits are small; elsewhere attention is one kernel, but with `writes_scores` its gradient is not, nor where it is
+    `deterministic` on an NVIDIA card. With an `adapter` nothing else is trained. The formula: at the head of this file.
     """
     D, L, V, size = config.hidden_size, config.num_hidden_layers, config.vocab_size, dtype.size
     N, M = batch.tokens, batch.targets
@@ -108,15 +113,23 @@ def gradient_memory_bytes(
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
     back += 0 if adapter is None else _beside_bytes(config, adapter, dtype, N)
     back *= 1 if on_cpu else 3
-    if writes_scores and not on_cpu:
-        places = padded(batch.prompt_length + batch.completion_length - 1)
-        heads = config.num_attention_heads, config.num_key_value_heads
-        back += 4 * scores_at_a_time(batch.rows, *heads, places) * size
+    if not on_cpu:
+        exact = deterministic and gradient_is_exact(dtype)
+        back += _scores_bytes(config, batch, size, exact=exact) if exact or writes_scores else 0
     first = kept + table * size + back
     gradients = 0 if adds_up else numbers * each
     tables = (4.2 if on_cpu else 7.3) if adds_up else 3.1
     last = gradients + max(back, tables * table * size + 6 * N * D * 4)
     return math.ceil(sums + max(head, first, last))
+
+
+def _scores_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, exact: bool) -> int:
+    """What attention's gradient makes where it writes scores out, some rows or heads at a time."""
+    places = padded(batch.prompt_length + batch.completion_length - 1)
+    sizes = batch.rows, config.num_attention_heads, config.num_key_value_heads, places
+    if exact:
+        return _EXACT_BYTES * scores_at_a_time(*sizes, exact_portion())
+    return 4 * scores_at_a_time(*sizes) * size
 
 
 def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, tokens: int) -> int:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from troupe.policy.network.elementwise import compiled, exponential
+from troupe.policy.network.exact_gradient import exact_gradient
 
 BLOCK = 64
 """About so many queries are taken together: fewer waste less on keys out of sight, more suit matrix products."""
@@ -187,8 +188,8 @@ def _bias(sees: mx.array) -> mx.array:
 def attention_is_fused(head_dim: int, dtype: mx.Dtype, *, gradient: bool, on_cpu: bool, windowed: bool = False) -> bool:
     """Whether MLX computes attention of whole rows, or its `gradient`, without writing scores out.
 
-    cuDNN has both for 16-bit types, unless tokens see back only so far (`windowed`); Metal only the forward pass, a CPU
-    (`on_cpu`) nothing.
+    cuDNN has both for 16-bit types, unless tokens see back only so far (`windowed`), but a gradient that is not the
+    same each time (see `gradient_is_exact`); Metal only the forward pass, a CPU (`on_cpu`) nothing.
     """
     if on_cpu:
         return False
@@ -210,16 +211,28 @@ def _has_cudnn_attention() -> bool:
     return os.environ.get(_WITHOUT_CUDNN) != "0" and int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
 
-def portion(rows: int, heads: int, kv_heads: int, places: int) -> tuple[int, int]:
+def gradient_is_exact(dtype: mx.Dtype) -> bool:
+    """Whether the gradient for whole rows is written out by ourselves where it is to be the same each time."""
+    return mx.cuda.is_available() and dtype.size == 2
+
+
+@cache
+def exact_portion() -> int:
+    """Scores at a time of such a gradient: the more, the fewer pauses, where a card has room for them."""
+    memory = int(mx.device_info().get("memory_size", 0)) if mx.cuda.is_available() else 0
+    return PORTION * (8 if memory >= 100e9 else 4 if memory >= 64e9 else 1)
+
+
+def portion(rows: int, heads: int, kv_heads: int, places: int, most: int) -> tuple[int, int]:
     """How many rows, and of these how many key/value heads with their queries, are taken together where scores are
-    written out: of one row's heads, too, no more than have PORTION scores, but one at the least."""
+    written out: of one row's heads, too, no more than have `most` scores, but one at the least."""
     each = heads * places**2
-    return _even(rows, PORTION // each), _even(kv_heads, PORTION * kv_heads // each)
+    return _even(rows, most // each), _even(kv_heads, most * kv_heads // each)
 
 
-def scores_at_a_time(rows: int, heads: int, kv_heads: int, places: int) -> int:
-    """Scores of one portion."""
-    some, kv = portion(rows, heads, kv_heads, places)
+def scores_at_a_time(rows: int, heads: int, kv_heads: int, places: int, most: int | None = None) -> int:
+    """Scores of one portion, of PORTION or `most` of them."""
+    some, kv = portion(rows, heads, kv_heads, places, PORTION if most is None else most)
     return some * kv * (heads // kv_heads) * places**2
 
 
@@ -238,9 +251,19 @@ def attention_of_rows(q: mx.array, k: mx.array, v: mx.array, scale: float, windo
 
 
 def gradient_of_rows(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array, window: int | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    o_grad: mx.array,
+    o: mx.array | None = None,
+    window: int | None = None,
 ) -> list[mx.array]:
-    """The cotangents of q, k and v from that of what `attention_of_rows` gave."""
+    """The cotangents of q, k and v from that of `o`, which `attention_of_rows` gave; the same bits each time, but
+    without `o` not on an NVIDIA card."""
+    if o is not None and gradient_is_exact(q.dtype):
+        exact = partial(exact_gradient, scale=scale, window=window)
+        return _in_portions(exact, [q, k, v, o_grad, o], exact_portion())
     attend = _attending(q.shape[2], scale, window)
 
     def gradient(q: mx.array, k: mx.array, v: mx.array, o_grad: mx.array) -> list[mx.array]:
@@ -265,13 +288,15 @@ def _attending(S: int, scale: float, window: int | None) -> Callable[[mx.array, 
     return attend
 
 
-def _in_portions(function: Callable[..., list[mx.array]], arrays: Sequence[mx.array]) -> list[mx.array]:
+def _in_portions(
+    function: Callable[..., list[mx.array]], arrays: Sequence[mx.array], most: int | None = None
+) -> list[mx.array]:
     """`function` of queries, keys and whatever else there is of rows and heads, portion by portion.
 
     Each is there before the next is begun, since a GPU holds the memory of all that it has been given to do.
     """
     (B, H, S, _), K = arrays[0].shape, arrays[1].shape[1]
-    rows, heads = portion(B, H, K, S)
+    rows, heads = portion(B, H, K, S, PORTION if most is None else most)
     by_rows: list[list[mx.array]] = []
     found: list[mx.array] = []
     for row in range(0, B, rows):

@@ -39,8 +39,12 @@ class Attended(NamedTuple):
 class Packing:
     """Where each token of R prompts and completions stands in one row (1, N); an `Attention` over that row."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
-        """R prompts of at least one id, R completions. Neighbouring equal prompts are taken as one."""
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, deterministic: bool = True
+    ) -> None:
+        """R prompts of at least one id, R completions. Neighbouring equal prompts are taken as one. `deterministic`:
+        gradients have the same bits each time, on every device."""
+        self._deterministic = deterministic
         distinct, sizes = distinct_prompts(prompts)
         G = max(sizes)
         inner = [max(0, len(completion) - 1) for completion in completions]
@@ -176,7 +180,8 @@ class Packing:
         """
         if self._whole_rows is not None:
             q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
-            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad, window)
+            o = _by_token(attended[0]) if self._deterministic else None
+            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad, o, window)
         else:
             o, normalizer = attended
             mean = mx.sum(_by_token(o_grad).astype(mx.float32) * _by_token(o), axis=-1)
@@ -235,11 +240,20 @@ def _attend_in_whole_rows(
 
 
 def _gradient_in_whole_rows(
-    rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, o_grad: mx.array, window: int | None
+    rows: WholeRows,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    o_grad: mx.array,
+    o: mx.array | None,
+    window: int | None,
 ) -> list[mx.array]:
-    """The cotangents for `_attend_in_whole_rows`, all (N, heads, d)."""
+    """The cotangents for `_attend_in_whole_rows`, from that of its result `o`: all (N, heads, d). Without `o` they may
+    have other bits each time."""
     q, k, v = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v))
-    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2), window)
+    o = None if o is None else rows.spread(o).swapaxes(1, 2)
+    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2), o, window)
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]
 
 
