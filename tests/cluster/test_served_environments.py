@@ -176,15 +176,12 @@ async def heard_with(losses: int, factory: str) -> dict[EpisodeName, list[str]]:
             site.join(f"w{number}", own(factory, ["double"]), "environments")
 
         async def lose() -> None:
+            await until(lambda: len(heard) == 8 and all(heard.values()))  # a tool for all is not called a second time
             for number in range(losses):
                 await until(lambda number=number: site.processes(f"w{number}") or site.processes(f"w{number + 1}"))  # type: ignore[misc]
                 await anyio.sleep(chance.uniform(0.0, 1.5))
                 (site.pull_cable if number % 2 else site.kill)(f"w{number}")
                 site.join(f"w{number + 2}", own(factory, ["double"]), "environments")
-                if number % 2:  # what is asked is given up after five losses in a row, as a slow machine may have them
-                    before = {name: len(each) for name, each in heard.items()}
-                    while any(len(heard[name]) == turns <= TURNS for name, turns in before.items()):  # noqa: ASYNC110
-                        await anyio.sleep(0.05)
 
         group.start_soon(lose)
         async with anyio.create_task_group() as episodes:

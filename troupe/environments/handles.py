@@ -14,7 +14,7 @@ import anyio
 from troupe.environments.convention import Content, EnvironmentSpec, Said, StepResult, ToolError
 from troupe.environments.gate import Missing
 from troupe.environments.ledger import EpisodeName
-from troupe.environments.live import ITS_END, NO_ANSWER, Budget, Deed, Died, Gone, Late, Live, Raised, Runner
+from troupe.environments.live import ITS_END, NO_ANSWER, Away, Budget, Deed, Died, Gone, Late, Live, Raised, Runner
 from troupe.environments.settings import EnvironmentConfig
 from troupe.messages.episodes import Answer, ToolCall
 from troupe.messages.groups import PromptText
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _MOST_RETURNS = 5
 """Times that one answer may find its environment gone and have it brought back, and tries at each to do so while new
-processes end."""
+processes end; those that were lost with a machine do not count."""
 
 
 class Talk:
@@ -154,11 +154,13 @@ class Handle:
         raise AssertionError
 
     async def _do(self, deed: Deed) -> Any:
-        for _ in range(_MOST_RETURNS):
+        returns = 0
+        while returns < _MOST_RETURNS:
             live = await self._live()
             try:
                 result = await live.do(deed, self._budget)
-            except Gone:  # with what another episode did; it was not begun
+            except Gone as error:  # with what another episode did; it was not begun
+                returns += not isinstance(error, Away)
                 continue
             except Raised:
                 if deed.what == "call":
@@ -180,6 +182,8 @@ class Handle:
             while talk.live is None:
                 try:
                     talk.live = await self._brought_back()
+                except Away:
+                    continue
                 except Missing as error:
                     tries += 1
                     if tries == _MOST_RETURNS or not error.passing or error.kind != "environment_died":
@@ -202,7 +206,7 @@ class Handle:
                 await self._redo(live, deed)
         except BaseException as error:
             await self._runner.throw_away(live)
-            if isinstance(error, Raised | Late | Died | Gone):
+            if isinstance(error, Raised | Late | Died | Gone) and not isinstance(error, Away):
                 why = f"its environment could not be brought back: {told(error)}"
                 if isinstance(error, Raised | Late):
                     raise Missing(why) from None
@@ -309,9 +313,11 @@ def resetting(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> Deed:
 
 
 async def begun(runner: Runner, spec: EnvironmentSpec, *, new: bool = False) -> Live:
-    """A live environment; Missing where none can be made."""
+    """A live environment; Missing where none can be made, Away where the machine went meanwhile."""
     try:
         return await runner.take(spec, new=new)
+    except Away:
+        raise
     except Raised as error:
         raise Missing(f"could not be made: {error.told}", passing=error.passing) from None
     except Late as error:

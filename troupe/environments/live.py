@@ -108,6 +108,10 @@ class Gone(Exception):  # noqa: N818
     """The process had ended before it was asked, through no fault of who asks."""
 
 
+class Away(Gone):
+    """The machine that the process was on is away, which says nothing about the process, however often it comes."""
+
+
 class Budget:
     """The seconds that one answer may take; what is asked at the same time counts once."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from troupe.environments.adapters import ADAPTERS
-from troupe.environments.live import MOST_BYTES, Budget, Deed, Died, Gone, Late, given, is_plain, read
+from troupe.environments.live import MOST_BYTES, Away, Budget, Deed, Died, Gone, Late, given, is_plain, read
 from troupe.environments.processes.asking import Worker
 from troupe.environments.processes.wire import Broken, Done, Threw
 from troupe.environments.settings import EnvironmentConfig
@@ -61,9 +61,9 @@ class DistantWorker(Worker):
     async def _answered(self, frame: bytes | None, budget: Budget) -> Done | Threw | Broken:
         try:
             reply = await super()._answered(frame, budget)
-        except (Late, Died) as error:
+        except (Late, Died, Gone) as error:
             if self._distant.is_away:
-                raise Gone(f"its machine is away: {error}") from None
+                raise Away(f"its machine is away: {error}") from None
             raise
         if frame is not None and isinstance(reply, Broken):
             await self.kill()
