@@ -58,6 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return alone(folder, **settings(folder, environment__run="loop"))
 
 
+@pytest.mark.soak
 def test_workers_with_environments_are_killed_amid_episodes(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

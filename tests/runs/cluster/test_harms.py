@@ -35,7 +35,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return alone(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)]
+)
 def test_any_number_of_workers(tmp_path: Path, whole: Path, workers: int) -> None:
     with a_cluster(tmp_path) as cluster:
         names = ["worker", "second", "third"][:workers]
@@ -47,6 +49,7 @@ def test_any_number_of_workers(tmp_path: Path, whole: Path, workers: int) -> Non
         assert sum(decoded.values()) >= STEPS * 3  # spans of a worker's last second may be lost
 
 
+@pytest.mark.soak
 def test_workers_that_are_killed_again_and_again(tmp_path: Path, whole: Path) -> None:
     dice, killed, runs = random.Random(7), 0, 0
     while killed < 8:

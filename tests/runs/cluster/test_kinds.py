@@ -47,6 +47,7 @@ def scratch_folders() -> set[Path]:
     return set(SHARED_MEMORY.glob("troupe-weights-*"))
 
 
+@pytest.mark.soak
 def test_an_adapter_is_all_that_travels_and_a_killed_worker_leaves_nothing_for_long(tmp_path: Path) -> None:
     whole = alone(tmp_path / "alone", **ADAPTER)
     before = scratch_folders()
@@ -63,6 +64,7 @@ def test_an_adapter_is_all_that_travels_and_a_killed_worker_leaves_nothing_for_l
         check_learned_alike(cluster.out, whole)
 
 
+@pytest.mark.soak
 def test_a_policy_that_acts_has_its_turns_answered_by_the_run(tmp_path: Path) -> None:
     settings = acting(tmp_path) | {
         "model__path": str(write_player(tmp_path / "player")),
@@ -89,6 +91,7 @@ def test_a_policy_that_acts_has_its_turns_answered_by_the_run(tmp_path: Path) ->
         check_learned_alike(cluster.out, whole)
 
 
+@pytest.mark.soak
 def test_in_the_free_schedule_no_prompt_is_lost_or_trained_twice_however_slow_a_worker_is(tmp_path: Path) -> None:
     with a_cluster(tmp_path, schedule__mode="free", schedule__max_staleness=3) as cluster:
         cluster.gather("worker", "slow")

@@ -47,6 +47,7 @@ def check(out: Path, whole: Path) -> None:
     check_each_once(out, STEPS)
 
 
+@pytest.mark.soak
 def test_workers_that_score_and_are_killed(tmp_path: Path, whole: Path) -> None:
     dice, killed = random.Random(3), 0
     with a_cluster(tmp_path, **SERVED) as cluster:
@@ -65,6 +66,7 @@ def test_workers_that_score_and_are_killed(tmp_path: Path, whole: Path) -> None:
     assert killed >= 3
 
 
+@pytest.mark.soak
 def test_a_worker_that_stands_still_and_a_run_that_is_killed(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path, **SERVED) as cluster:
         for name in ("worker", "other"):
@@ -81,6 +83,7 @@ def test_a_worker_that_stands_still_and_a_run_that_is_killed(tmp_path: Path, who
         check(cluster.out, whole)
 
 
+@pytest.mark.soak
 def test_without_a_worker_the_run_waits_and_goes_on_when_one_comes(tmp_path: Path, whole: Path) -> None:
     with a_cluster(tmp_path, **SERVED) as cluster:
         judge(cluster, "worker")

@@ -83,6 +83,7 @@ def test_a_server_that_is_killed_comes_back_and_no_prompt_is_lost(tmp_path: Path
     assert set(places.values()) == {1}
 
 
+@pytest.mark.soak
 def test_an_engine_and_a_process_of_ours_share_the_prompts(tmp_path: Path, ragged_model: Path) -> None:
     with mlx_lm_server(ragged_model, tmp_path) as server:
         beside = {"schedule__generator": "process", "schedule__max_staleness": 1, "learner__max_steps": 12}
@@ -106,6 +107,7 @@ def test_another_model_is_refused_with_the_reason(tmp_path: Path, ragged_model: 
     assert "cannot be used" in str(caught.value)
 
 
+@pytest.mark.soak
 def test_a_run_that_is_killed_leaves_nothing_for_long(tmp_path: Path, ragged_model: Path) -> None:
     with mlx_lm_server(ragged_model, tmp_path) as server:
         script, weights = tmp_path / "run.py", tmp_path / "weights"

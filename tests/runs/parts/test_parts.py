@@ -178,6 +178,7 @@ async def test_twenty_processes_are_killed_and_no_bit_is_lost(tmp_path: Path, ra
     assert same_bits(policy_of(result.folder), run_straight(config, weigh_ids).weights)
 
 
+@pytest.mark.soak
 @SLOW
 async def test_episodes_survive_kills(player: Path, tmp_path: Path) -> None:
     settings = SIZES | {"schedule__parts": 3, "learner__max_steps": 10}
@@ -191,6 +192,7 @@ async def test_episodes_survive_kills(player: Path, tmp_path: Path) -> None:
     assert same_bits(policy_of(result.folder), policy_of(run.result.folder))
 
 
+@pytest.mark.soak
 @SLOW
 @pytest.mark.parametrize("acts", [False, True])
 async def test_the_free_schedule_survives_kills(ragged_model: Path, player: Path, tmp_path: Path, acts: bool) -> None:

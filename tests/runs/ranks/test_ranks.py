@@ -90,7 +90,11 @@ HOSTED: dict[str, Any] = ADAPTER | {
 """Of several ranks two decode, each on what it has learned."""
 
 
-@pytest.mark.parametrize("settings", [WHOLE, ADAPTER, HOSTED], ids=["whole", "adapter", "hosted"])
+@pytest.mark.parametrize(
+    "settings",
+    [WHOLE, pytest.param(ADAPTER, marks=pytest.mark.soak), pytest.param(HOSTED, marks=pytest.mark.soak)],
+    ids=["whole", "adapter", "hosted"],
+)
 def test_one_two_and_four_ranks_make_the_same_run(tmp_path: Path, settings: dict[str, Any]) -> None:
     one = made(tmp_path, "one", settings, 1)
     for ranks in (2, 4):
@@ -125,6 +129,7 @@ def test_ranks_that_are_killed_and_stopped_end_the_run_and_others_go_on_with_it(
     assert {kind for kind, _ in incidents(out)} == {"rank_lost"}
 
 
+@pytest.mark.soak
 def test_a_daemon_goes_on_with_a_run_that_has_lost_a_rank(tmp_path: Path) -> None:
     pauses = {"daemon__first_pause_s": 0.05, "daemon__longest_pause_s": 0.05}
     whole = made(tmp_path, "whole", LANES | pauses, 1)
