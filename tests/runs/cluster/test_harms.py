@@ -116,7 +116,6 @@ def test_a_worker_that_stands_still_for_long(tmp_path: Path, whole: Path) -> Non
     with a_cluster(tmp_path) as cluster:
         cluster.gather("worker", "other")
         assert cluster.at_step(3)
-        until(lambda: cluster.at_work("other"), "at work")
         stop, go_on = (partial(cluster.harm_all, "other", what) for what in (signal.SIGSTOP, signal.SIGCONT))
         away(cluster, "other", stop, go_on, for_s=12.0)
         cluster.finish()
@@ -137,7 +136,6 @@ def test_a_cable_is_pulled(tmp_path: Path, whole: Path) -> None:
         cluster.join("worker", inside=there)
         cluster.join("other", inside=here)
         assert cluster.at_step(3)
-        until(lambda: cluster.at_work("worker"), "at work")
         pull, plug = (partial(subprocess.run, [*here, "ip", "link", "set", cable, what]) for what in ("down", "up"))
         away(cluster, "worker", pull, plug, for_s=15.0)
         cluster.finish()
@@ -223,5 +221,8 @@ def test_free_with_a_worker_that_is_slow_and_one_that_is_killed(tmp_path: Path) 
         assert all(sorted(of_one) == list(range(len(of_one))) for of_one in attempts.values())
         trained = [one for one in completions(cluster.out) if one.state == "trained"]
         assert {one.step for one in trained} == set(range(1, STEPS + 1))
-        assert all(one.step - 1 - min(version for version, _ in one.versions) <= 2 for one in trained)
+        newest = {
+            step: max(v for one in trained if one.step == step for v, _ in one.versions) for step in range(1, STEPS + 1)
+        }
+        assert all(step - 1 - version <= 2 for step, version in newest.items()), "stale tokens alone teach nothing"
         assert set(cluster.parts_by_member()) == {"worker", "slow"}
