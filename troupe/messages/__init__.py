@@ -24,6 +24,7 @@ from troupe.messages.control import (
     Stop,
 )
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
+from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
 from troupe.messages.groups import (
     FinishReason,
     Prompt,
@@ -65,6 +66,9 @@ __all__ = [
     "Done",
     "Drain",
     "Episode",
+    "Evaluated",
+    "EvaluatedRow",
+    "EvaluatedSample",
     "FinishReason",
     "GetStatus",
     "GroupClosed",

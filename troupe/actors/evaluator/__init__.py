@@ -1,0 +1,1 @@
+"""Evaluation while training goes on: sets of rows, answered with pinned versions."""

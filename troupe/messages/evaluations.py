@@ -1,0 +1,43 @@
+"""Evaluated: what a version of the policy came to on one set of rows that it is not trained on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+
+class EvaluatedSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One completion of a row."""
+
+    text: str
+    tokens: int
+    finish_reason: str
+    score: float | None
+    """Weighted sum of the set's rewards; None where none gave one, or one is missing through a fault."""
+    scores: Mapping[str, float | None] = {}
+    """By reward."""
+
+
+class EvaluatedRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One row of a set."""
+
+    row: int
+    prompt: Any
+    """A text, or messages."""
+    columns: Mapping[str, Any]
+    samples: tuple[EvaluatedSample, ...]
+
+
+class Evaluated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Evaluator → Metrics: a set was evaluated with a version; once for each of both."""
+
+    version: int
+    """Learner batches that the policy had learned from."""
+    name: str
+    """Of the set."""
+    metrics: Mapping[str, float]
+    """`eval/NAME/…`, such as `eval/NAME/avg@4`, its standard error `eval/NAME/avg@4_se`, `eval/NAME/pass@4`."""
+    rows: tuple[EvaluatedRow, ...]
+    """In order."""
+    seconds: float = 0.0
+    """From its first token to its last score."""
