@@ -24,7 +24,7 @@ from troupe.messages.control import (
     Stop,
 )
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
-from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
+from troupe.messages.evaluations import Evaluate, Evaluated, EvaluatedRow, EvaluatedSample
 from troupe.messages.groups import (
     FinishReason,
     Prompt,
@@ -66,6 +66,7 @@ __all__ = [
     "Done",
     "Drain",
     "Episode",
+    "Evaluate",
     "Evaluated",
     "EvaluatedRow",
     "EvaluatedSample",

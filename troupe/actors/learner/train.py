@@ -290,7 +290,7 @@ class Snapshots:
     ) -> Snapshot:
         """Everything a checkpoint of `state` needs, by reference.
 
-        `published`: the versions on the board; `collected`: the groups that the learner has; those in its `inbox` are
+        `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the learner has; those in its `inbox` are
         found there.
         """
         means = {name: total / count for name, (total, count) in self._sums.items()}
