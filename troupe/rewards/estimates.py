@@ -7,7 +7,7 @@ other. A score that is missing is left out, never 0; a row without any is left o
 import math
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
@@ -41,9 +41,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """That both have a score of."""
     left_out: int
     """That only one has, or none."""
-    better: tuple[Hashable, ...]
+    better: tuple[Any, ...]
     """Rows whose mean score is higher with the second."""
-    worse: tuple[Hashable, ...]
+    worse: tuple[Any, ...]
     difference: float
     """Mean over rows of the second's mean score less the first's."""
     low: float | None

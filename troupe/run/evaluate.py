@@ -10,15 +10,17 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from troupe.actors.evaluator.decoding import EvalSet, RowPrompts, row_of
+from troupe.actors.evaluator.rows import evaluated_row
+from troupe.actors.evaluator.settings import HELD_OUT, EvaluationSet
 from troupe.actors.schedule import tokenize_prompts
 from troupe.dataset import DataConfig, PromptDataset, stop_making_rows
 from troupe.environments.settings import EnvironmentConfig
-from troupe.errors import ConfigError, InputError
-from troupe.messages import EvaluatedRow, EvaluatedSample, Incident, RolloutGroup
-from troupe.policy import GenerationConfig, Policy, load_policy
+from troupe.errors import ConfigError
+from troupe.messages import Evaluate, EvaluatedRow, Incident
+from troupe.policy import GenerationConfig, Policy, load_policy, opened_thought
 from troupe.policy.decode.sampling import GREEDY_BELOW
-from troupe.records.conversations import sampled_tokens
-from troupe.rewards import GroupScores, Reward, RewardManager, RewardsConfig
+from troupe.rewards import Reward, RewardManager, RewardsConfig
 from troupe.rewards.estimates import figures, reward_means
 from troupe.run.acting import (
     NOTHING_GIVEN,
@@ -29,13 +31,10 @@ from troupe.run.acting import (
     load_acting,
     make_rewards,
 )
-from troupe.run.completing import complete, prompt_of
-from troupe.run.held_out import HeldOutEpisodes, number_of_row
+from troupe.run.decoders import make_decoder
 from troupe.run.status import Progress
 from troupe.runtime.device import DeviceThread
-
-SAMPLES_AT_ONCE = 128
-"""Completed together, and then scored."""
+from troupe.runtime.reporter import Reporter
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,8 +43,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     table: tuple[EvaluatedRow, ...]
     """Every row with its samples, in order."""
     figures: dict[str, float] = {}
-    """`avg@K`, `pass@k`, `maj@K`, `accuracy`, each with its standard error (`…_se`), `length`, `clipped`, `missing`, and
-    the mean of each reward."""
+    """`avg@K`, `pass@k`, `maj@K` and `accuracy`, each with its standard error (`…_se`), `length`, `clipped`, `missing`,
+    and the mean of each reward."""
     incidents: tuple[Incident, ...] = ()
     """Why scores are missing."""
 
@@ -75,100 +74,18 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(sample.text for row in self.table for sample in row.samples)
 
 
-async def evaluate(
-    policy: Policy,
-    dataset: PromptDataset,
-    prompt_ids: Sequence[tuple[int, ...]],
-    *,
-    generation: GenerationConfig,
-    device: DeviceThread,
-    num_samples: int = 1,
-    rewards: RewardManager | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    tell: Callable[[Incident], None] | None = None,
-    acting_setup: ActingSetup | None = None,
-    done: Sequence[EvaluatedRow] = (),
-    each: Callable[[Sequence[EvaluatedRow]], None] | None = None,
-) -> Evaluation:
-    """Complete every row `num_samples` times and score it. Greedy where `generation.temperature` is 0.
-
-    `progress` learns how many samples are completed, `tell` why a score is missing, when that is known; the gid of an
-    incident is the number of its row. `acting_setup`: where the policy acts. `done`: the first rows, where they were
-    evaluated before. `each` is given the others, some at a time, as soon as they are scored.
-    """
-    if not len(dataset):
-        raise InputError(f"{dataset.source}: no rows to evaluate")
-    if progress is not None:
-        progress.total, progress.done = len(dataset) * num_samples, len(done) * num_samples
-    samples = msgspec.structs.replace(generation, num_generations=num_samples)
-    table, incidents = list(done), list[Incident]()
-    held_out = None
-    if acting_setup is not None:
-        acting_setup.manager.listen(partial(_note, incidents, tell))
-        held_out = HeldOutEpisodes(acting_setup, policy, samples, device, seed=seed, progress=progress)
-    for places in pieces(len(dataset), num_samples, len(done)):
-        if held_out is None:
-            groups = await complete(policy, dataset, prompt_ids, places, samples, device, (seed, 0), progress)
-        else:
-            groups = await held_out.run([prompt_of(policy, dataset, prompt_ids, i, -1 - i) for i in places])
-        results: list[GroupScores | None] = [None] * len(groups)
-        if rewards is not None:
-            results = list(await rewards.score_groups(groups, tell=partial(_note, None, tell)))
-        rows = [_row_of(group, result) for group, result in zip(groups, results, strict=True)]
-        incidents += [_by_row(incident) for result in results if result is not None for incident in result.incidents]
-        table += rows
-        if each is not None:
-            each(rows)
-        if held_out is not None:
-            held_out.conversations.forget(())
-    if acting_setup is not None:
-        acting_setup.manager.listen(None)
-    return Evaluation(table=tuple(table), figures=figures(table), incidents=tuple(incidents))
-
-
-def pieces(rows: int, num_samples: int, done: int = 0) -> list[range]:
-    """The places of the rows that are completed together; the same ones wherever an evaluation goes on."""
-    size = max(1, SAMPLES_AT_ONCE // num_samples)
-    return [range(start, min(start + size, rows)) for start in range(done, rows, size)]
-
-
-def _row_of(group: RolloutGroup, result: GroupScores | None) -> EvaluatedRow:
-    prompt = group.prompt
-    samples = tuple(
-        EvaluatedSample(
-            text=rollout.text,
-            tokens=sampled_tokens(rollout),
-            finish_reason=rollout.finish_reason,
-            score=None if result is None else result.rewards[i],
-            scores={} if result is None else {name: column[i] for name, column in result.scores.items()},
-        )
-        for i, rollout in enumerate(group.rollouts)
-    )
-    return EvaluatedRow(row=prompt.row, prompt=prompt.prompt, columns=prompt.columns, samples=samples)
-
-
-def _by_row(incident: Incident) -> Incident:
-    return msgspec.structs.replace(incident, gid=None if incident.gid is None else number_of_row(incident.gid))
-
-
-def _note(kept: list[Incident] | None, tell: Callable[[Incident], None] | None, incident: Incident) -> None:
-    """Tell of an incident, and keep it where it would come no other way."""
-    if kept is not None:
-        kept.append(_by_row(incident))
-    if tell is not None:
-        tell(_by_row(incident))
-
-
 class Questions(msgspec.Struct, frozen=True, kw_only=True):
     """What models are asked, and how: checked, and the same for each of them."""
 
     rows: PromptDataset
     rewards: tuple[str | Reward, ...]
     data: DataConfig
+    settings: EvaluationSet
     generation: GenerationConfig
+    """With the settings of the set."""
     scoring: RewardsConfig
-    num_samples: int
+    pass_at: tuple[int, ...] | None
+    """Each k of pass@k; None: powers of 2."""
     seed: int
     world: ActingWorld | None
 
@@ -177,6 +94,11 @@ class Questions(msgspec.Struct, frozen=True, kw_only=True):
         manager = make_rewards(self.rewards, self.scoring, self.world, [self.rows])
         manager.check_columns(self.rows.columns)
         return manager
+
+    def worth(self, table: Sequence[EvaluatedRow], incidents: tuple[Incident, ...] = ()) -> Evaluation:
+        """What all rows come to."""
+        found = figures(table, passes_from=self.settings.passes_from, pass_at_ks=self.pass_at)
+        return Evaluation(table=tuple(table), figures=found, incidents=incidents)
 
 
 async def ask(
@@ -187,6 +109,8 @@ async def ask(
     generation: GenerationConfig | None = None,
     scoring: RewardsConfig | None = None,
     num_samples: int = 1,
+    passes_from: float = 1.0,
+    pass_at: Sequence[int] | None = None,
     limit: int | None = None,
     seed: int = 0,
     environment: EnvironmentConfig | None = None,
@@ -194,28 +118,38 @@ async def ask(
 ) -> Questions:
     """Read the rows and load what scores them. Without rewards the rows must say what is right (`default_reward`).
 
-    `data` says how rows are read, as in a run; its paths do not count. `limit`: only the first rows. `environment` and
-    `acting`: what a policy acts with, if it does. Raises InputError.
+    `data` says how rows are read, as in a run; its paths do not count. `generation`: None is greedy, up to 256 tokens.
+    `passes_from`: the score from which a completion passes; `pass_at`: each k of pass@k. `limit`: only the first rows.
+    `environment` and `acting`: what a policy acts with, if it does. Raises InputError.
     """
-    generation = GenerationConfig(temperature=0.0, max_completion_length=256) if generation is None else generation
+    generation = generation or GenerationConfig(temperature=0.0, max_completion_length=256)
     if num_samples > 1 and generation.temperature < GREEDY_BELOW:
         raise ConfigError(
             f"{num_samples} samples a row at temperature {generation.temperature:g} are all alike; give a temperature "
             "(1.0 is usual), or one sample"
         )
-    data = DataConfig() if data is None else data
+    data = data or DataConfig()
     rows = await _loaded(dataset, data, limit)
-    environment = EnvironmentConfig() if environment is None else environment
+    environment = environment or EnvironmentConfig()
     if environment.run == "worker":  # there is no run here that workers could join
         environment = msgspec.structs.replace(environment, run="process")
     world = load_acting(environment, acting)
+    settings = EvaluationSet(
+        name=HELD_OUT,
+        path=str(dataset),
+        num_samples=num_samples,
+        temperature=generation.temperature,
+        limit=limit,
+        passes_from=passes_from,
+    )
     questions = Questions(
         rows=rows,
         rewards=tuple(rewards) or (default_rewards(rows, world),),
         data=data,
-        generation=generation,
-        scoring=RewardsConfig() if scoring is None else scoring,
-        num_samples=num_samples,
+        settings=settings,
+        generation=settings.generation(generation),
+        scoring=scoring or RewardsConfig(),
+        pass_at=None if pass_at is None else tuple(pass_at),
         seed=seed,
         world=world,
     )
@@ -235,10 +169,14 @@ async def answer(
 ) -> Evaluation:
     """Have a model folder, or one with an adapter beside it, complete the rows, and score them.
 
-    `done` and `each` are those of `evaluate`. Raises InputError.
+    `progress` learns how many rows are completed. `done`: the first rows, where they were evaluated before, up to the
+    end of one of the `pieces`. `each` is given those of a piece as soon as they are scored. Raises InputError.
     """
-    if len(done) == len(questions.rows):
-        return Evaluation(table=tuple(done), figures=figures(done))
+    rows = questions.rows
+    if progress is not None:
+        progress.total, progress.done = len(rows), len(done)
+    if len(done) == len(rows):
+        return questions.worth(done)
     async with AsyncExitStack() as begun:
         device = await begun.enter_async_context(DeviceThread("evaluation"))
         manager = await begun.enter_async_context(questions.manager())
@@ -249,27 +187,63 @@ async def answer(
             await begun.enter_async_context(acting_setup.manager)
         positions = policy.config.max_position_embeddings
         prompt_ids = tokenize_prompts(
-            questions.rows,
+            rows,
             policy.tokenizer,
             questions.data,
             max_tokens=min(questions.data.max_prompt_tokens or positions, positions - 1),
             vocab_size=policy.config.vocab_size,
             tell=None if acting_setup is None else acting_setup.opening,
         )
-        return await evaluate(
-            policy,
-            questions.rows,
-            prompt_ids,
-            generation=questions.generation,
-            num_samples=questions.num_samples,
-            device=device,
-            rewards=manager,
-            seed=questions.seed,
-            progress=progress,
-            acting_setup=acting_setup,
-            done=done,
-            each=each,
-        )
+        of = EvalSet(settings=questions.settings, dataset=rows, prompt_ids=prompt_ids, rewards=manager)
+        return await _answers(of, policy, device, questions, acting_setup, progress, done, each)
+
+
+async def _answers(
+    of: EvalSet,
+    policy: Policy,
+    device: DeviceThread,
+    questions: Questions,
+    acting_setup: ActingSetup | None,
+    progress: Progress | None,
+    done: Sequence[EvaluatedRow],
+    each: Callable[[Sequence[EvaluatedRow]], None] | None,
+) -> Evaluation:
+    """The same pieces, decoded with the same noise, as of a run's evaluation of a set of this name."""
+    table, incidents = list(done), list[Incident]()
+    decoder = make_decoder(
+        partial(policy.engine, questions.generation),
+        questions.generation,
+        device,
+        tokenizer=policy.tokenizer,
+        acting_setup=acting_setup,
+        seed=questions.seed,
+        report=Reporter("evaluation"),
+    )
+
+    def count() -> None:
+        if progress is not None:
+            progress.done += 1
+
+    if acting_setup is not None:
+        acting_setup.manager.listen(incidents.append)
+    for piece in RowPrompts(of, 0, partial(opened_thought, policy.tokenizer)).pieces(0):
+        if piece[0].row < len(done):
+            continue
+        groups = await decoder.complete(piece, Evaluate(version=0, weights=policy.weights), count)
+        results = await of.rewards.score_groups(groups)
+        decoder.forget(groups)
+        rows = [evaluated_row(group, result) for group, result in zip(groups, results, strict=True)]
+        incidents += [incident for result in results for incident in result.incidents]
+        table += rows
+        if each is not None:
+            each(rows)
+    if acting_setup is not None:
+        acting_setup.manager.listen(None)
+    return questions.worth(table, tuple(map(_by_row, incidents)))
+
+
+def _by_row(incident: Incident) -> Incident:
+    return msgspec.structs.replace(incident, gid=None if incident.gid is None else row_of(incident.gid))
 
 
 async def evaluate_folder(
@@ -312,6 +286,4 @@ async def _loaded(source: str | Path, data: DataConfig, limit: int | None) -> Pr
     except anyio.get_cancelled_exc_class():
         stop_making_rows()
         raise
-    if limit is None or len(rows) <= limit:
-        return rows
-    return PromptDataset([rows[i] for i in range(limit)], rows.source, rows.in_all)
+    return rows if limit is None or len(rows) <= limit else rows.head(limit)

@@ -5,19 +5,21 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from troupe.actors.evaluator.decoding import pieces
 from troupe.dataset import PromptDataset
 from troupe.errors import OutputError
 from troupe.messages import EvaluatedRow, EvaluatedSample
 from troupe.policy.load import resolve_base
 from troupe.policy.model_files import model_fingerprint
 from troupe.records.store.text import json_text, safe_text
-from troupe.run.evaluate import Questions, pieces
+from troupe.run.evaluate import Questions
 
 _LONGEST = 60
 
@@ -51,16 +53,20 @@ class EvaluationFile:
 
     def __enter__(self) -> "EvaluationFile":
         """OutputError where the file cannot be written, is in use, or is of something else."""
-        try:
-            self._file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._go_on(self._file)
-        except BlockingIOError:
-            raise OutputError(f"{self._path}: another evaluation writes it; give another file") from None
-        except OSError as error:
-            raise OutputError(
-                f"{self._path}: cannot be written: {error.strerror or error}; give another file"
-            ) from None
+        with ExitStack() as begun:
+            try:
+                if self._path.exists() and not self._path.is_file():
+                    raise OutputError(f"{self._path}: is no file; give one")
+                file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+                self._file = begun.enter_context(file)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._go_on(file)
+            except BlockingIOError:
+                raise OutputError(f"{self._path}: another evaluation writes it; give another file") from None
+            except OSError as error:
+                reason = error.strerror or error
+                raise OutputError(f"{self._path}: cannot be written: {reason}; give another file") from None
+            begun.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,7 +93,7 @@ class EvaluationFile:
             return
         self._check(lines[0] if lines else whole)
         offset = len(lines[0])
-        lines, size = lines[1:], self._questions.num_samples
+        lines, size = lines[1:], self._questions.settings.num_samples
         for model in self._models:
             rows = self._whole_rows(model, lines)
             self.done[model] = rows
@@ -114,7 +120,7 @@ class EvaluationFile:
 
     def _whole_rows(self, model: str, lines: Sequence[bytes]) -> list[EvaluatedRow]:
         """The first rows of a model whose lines are all there, up to the end of a piece."""
-        dataset, size, rows = self._questions.rows, self._questions.num_samples, list[EvaluatedRow]()
+        dataset, size, rows = self._questions.rows, self._questions.settings.num_samples, list[EvaluatedRow]()
         for row in range(min(len(dataset), len(lines) // size)):
             samples = _samples_of(model, row, lines[row * size : (row + 1) * size])
             if samples is None:
@@ -138,12 +144,12 @@ class EvaluationFile:
 
 
 def identity_of(models: Sequence[tuple[str, Path | None]], questions: Questions, dtype: str | None) -> dict[str, Any]:
-    """What an evaluation is of, so that one of something else is not taken for it. `models`: each with the adapter beside
-    it. Raises ModelError."""
+    """What an evaluation is of, so that one of something else is not taken for it. `models`: each with the adapter that
+    lies beside it. Raises ModelError."""
     return {
         "models": [_model_identity(path, adapter) for path, adapter in models],
         "rows": _rows_identity(questions.rows),
-        "samples": questions.num_samples,
+        "samples": questions.settings.num_samples,
         "rewards": [reward if isinstance(reward, str) else reward.__class__.__name__ for reward in questions.rewards],
         "seed": questions.seed,
         "dtype": dtype,

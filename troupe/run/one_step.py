@@ -1,5 +1,7 @@
-"""One step's batch as plain arrays, without actors: the same engine, rewards and batch as in a run, called one after the
-other."""
+"""One step's batch as plain arrays, without actors.
+
+The same engine, rewards and batch as in a run, called one after the other.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,14 +9,13 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.learner.batch import assemble
+from troupe.actors.learner.batch import as_rollouts, assemble
 from troupe.actors.schedule import tokenize_prompts
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.grpo import LearnerConfig
-from troupe.messages import PromptText, ScoredGroup
-from troupe.policy import GenerationConfig, Policy
+from troupe.messages import Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
+from troupe.policy import CompletedGroup, GenerationConfig, Policy, RolloutRequest, opened_thought
 from troupe.rewards import Reward, RewardManager
-from troupe.run.completing import complete
 from troupe.runtime.device import DeviceThread
 
 
@@ -62,7 +63,7 @@ async def generate_and_score(
     )
     async with RewardManager(rewards) as manager, DeviceThread("rollouts") as device:
         manager.check_columns(dataset.columns)
-        groups = await complete(policy, dataset, prompt_ids, range(len(dataset)), generation, device, (seed, step))
+        groups = await _complete(policy, dataset, prompt_ids, generation, device, (seed, step))
         results = await manager.score_groups(groups)
         scored = [
             ScoredGroup(group=group, scores=result.scores, logged=result.metrics, faulted=result.faulted)
@@ -85,3 +86,44 @@ async def generate_and_score(
             )
 
         return await device.run(to_arrays)
+
+
+async def _complete(
+    policy: Policy,
+    dataset: PromptDataset,
+    prompt_ids: Sequence[tuple[int, ...]],
+    generation: GenerationConfig,
+    device: DeviceThread,
+    key: tuple[int, int],
+) -> list[RolloutGroup]:
+    """Complete all rows together, as places of one step; `key` is (seed, step).
+
+    A cancelled caller waits for one token, not for the longest completion.
+    """
+    seed, step = key
+    engine = policy.engine(generation)
+    requests = [RolloutRequest(prompt_ids=ids, key=(seed, step, place, 0)) for place, ids in enumerate(prompt_ids)]
+    decoding = await device.run(engine.decode, requests)
+    completed: list[CompletedGroup] = await device.run(list, decoding, on_cancel=engine.abort)
+    groups = []
+    for group in sorted(completed, key=lambda group: group.index):
+        prompt = _prompt_of(policy, dataset, prompt_ids, group.index, step)
+        rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
+        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
+    return groups
+
+
+def _prompt_of(
+    policy: Policy, dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...]], place: int, step: int
+) -> Prompt:
+    row = dataset[place]
+    return Prompt(
+        gid=place,
+        slot=Slot(step=step, place=place),
+        epoch=0,
+        row=place,
+        prompt=row.prompt,
+        prompt_ids=prompt_ids[place],
+        columns=row.columns,
+        opened=opened_thought(policy.tokenizer, row.prompt, prompt_ids[place]),
+    )
