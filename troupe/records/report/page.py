@@ -21,9 +21,9 @@ from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.report.static import CHART_SCRIPTS, CHART_STYLES, read_asset, script_safe
+from troupe.records.store.completions import StoredCompletion
 from troupe.records.store.episodes import StoredEpisode
 from troupe.records.store.members import StoredMember
-from troupe.records.store.read import StoredCompletion
 from troupe.records.text import prompt_text, shown
 
 _SCRIPTS = (*CHART_SCRIPTS, "bars.js", "report.js")
