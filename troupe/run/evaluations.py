@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from troupe.actors.checkpointer import Judged
 from troupe.actors.evaluator.actor import Evaluator, SetWork
 from troupe.actors.evaluator.asking import Evaluations
 from troupe.actors.evaluator.decoding import CompletionDecoder, Decoder, EvalSet, RowPrompts

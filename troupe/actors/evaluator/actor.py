@@ -10,7 +10,7 @@ import anyio.to_thread
 import msgspec
 
 from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts, row_of
-from troupe.actors.evaluator.ledger import EvaluationLedger, Result
+from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.errors import RewardError
 from troupe.messages import Evaluate, Evaluated, EvaluatedRow, EvaluatedSample, Incident, RolloutGroup
 from troupe.rewards import GroupScores
@@ -80,16 +80,14 @@ class Evaluator(Actor):
         finally:
             self._doing = ""
         figures = figures_of(of.name, rows, passes_from=of.settings.passes_from)
-        result = Result(version=message.version, name=of.name, metrics=figures)
-        await self._evaluated.send(
-            Evaluated(
-                version=message.version,
-                name=of.name,
-                metrics=figures,
-                rows=tuple(rows),
-                seconds=time.perf_counter() - began_s,
-            )
+        result = Evaluated(
+            version=message.version,
+            name=of.name,
+            metrics=figures,
+            rows=tuple(rows),
+            seconds=time.perf_counter() - began_s,
         )
+        await self._evaluated.send(result)
         await self._evaluated.settled()
         await self._written()
         self._ledger.add(result)

@@ -136,4 +136,3 @@ class CompletionDecoder:
 
     def forget(self, groups: Sequence[RolloutGroup]) -> None:
         """Nothing is kept."""
-
