@@ -272,7 +272,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         identity=identity,
         policy=policy if checkpoint is None else policy.having(checkpoint.weights),
         evaluated=evaluated,
-        untrained=policy.weights if _lacks_first(config, inputs, checkpoint, evaluated) else None,
+        untrained=policy.weights if checkpoint is not None and _lacks_first(config, inputs, evaluated) else None,
         reference=_reference(config, policy, checkpoint),
         optimizer_state=optimizer_state,
         checkpoint=checkpoint,
@@ -289,12 +289,10 @@ def _evaluated(folder: Path, last: int) -> tuple[Evaluated, ...]:
     return tuple(each for each in read_evaluations(folder) if each.version <= last)
 
 
-def _lacks_first(
-    config: RunConfig, inputs: Inputs, checkpoint: Checkpoint | None, evaluated: Sequence[Evaluated]
-) -> bool:
+def _lacks_first(config: RunConfig, inputs: Inputs, evaluated: Sequence[Evaluated]) -> bool:
     """Whether the untrained policy is still to be evaluated on some set."""
     ledger = EvaluationLedger([each.name for each in inputs.sets], evaluated)
-    return checkpoint is not None and config.evaluation.is_due(0) and bool(ledger.lacks(0))
+    return config.evaluation.is_due(0) and bool(ledger.lacks(0))
 
 
 def _changes(

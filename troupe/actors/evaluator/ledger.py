@@ -22,7 +22,8 @@ class EvaluationLedger:
     """
 
     def __init__(self, names: Sequence[str] = (), results: Iterable[Evaluated] = (), run: Path | None = None) -> None:
-        """`names`: of the sets. `results`: of an earlier start, up to the step that this one goes on from. `run`: the folder."""
+        """`names`: of the sets. `results`: of an earlier start, up to the step that this one goes on from. `run`:
+        the folder."""
         self.names = tuple(names)
         self._run = run
         self._results = {(result.version, result.name): result for result in results}
