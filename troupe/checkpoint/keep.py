@@ -119,9 +119,7 @@ def _step_folders(run: Path) -> Iterator[Path]:
             yield folder
 
 
-def _best_version(
-    folders: dict[int, Path], config: CheckpointConfig, judged: Mapping[int, float] | None
-) -> int | None:
+def _best_version(folders: dict[int, Path], config: CheckpointConfig, judged: Mapping[int, float] | None) -> int | None:
     """The version whose metric is best; None where none has it."""
     sign = 1.0 if config.greater_is_better else -1.0
     values = {version: sign * value for version, value in (judged or {}).items() if version in folders}

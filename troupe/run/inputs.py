@@ -15,6 +15,7 @@ from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
+from troupe.messages import PromptText
 from troupe.policy import NetworkConfig, Policy, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
@@ -118,14 +119,7 @@ def load_inputs(
         fingerprint=fingerprint,
         policy=policy,
         dataset=dataset,
-        schedule=PromptSchedule(
-            dataset,
-            prompt_ids,
-            batch_size=learner.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            opened=opened,
-        ),
+        schedule=_schedule(config, dataset, prompt_ids, opened),
         sets=sets,
         rewards=rewards,
         longest_prompt=longest,
@@ -153,6 +147,22 @@ def _tokenizer(
         vocab_size=policy.config.vocab_size,
         keeps_unknown=kept == config.data.chat_template_kwargs,
         tell=None if acting_setup is None else acting_setup.opening,
+    )
+
+
+def _schedule(
+    config: RunConfig,
+    dataset: PromptDataset,
+    prompt_ids: Sequence[tuple[int, ...]],
+    opened: Callable[[PromptText, Sequence[int]], str],
+) -> PromptSchedule:
+    return PromptSchedule(
+        dataset,
+        prompt_ids,
+        batch_size=config.learner.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        opened=opened,
     )
 
 

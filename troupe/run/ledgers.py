@@ -17,7 +17,6 @@ from troupe.actors.metrics import Tally
 from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.messages import CheckpointWritten, Snapshot
 from troupe.policy import RolloutEngine, Weights
-from troupe.records.layout import EVALUATIONS
 from troupe.records.sinks.base import RunInfo, Sink
 from troupe.records.sinks.make import make_sinks
 from troupe.records.sinks.sinks import Sinks
@@ -92,7 +91,7 @@ class Ledgers:
             thread=factories.sink_thread,
         )
         self.evaluations = EvaluationLedger(
-            [each.name for each in prepared.inputs.sets], prepared.start.evaluated, prepared.folder / EVALUATIONS
+            [each.name for each in prepared.inputs.sets], prepared.start.evaluated, prepared.folder
         )
         self.writer = _make_writer(prepared, factories, self, check_folder)
         self.files: WeightsFiles | None = None

@@ -48,8 +48,9 @@ class LiveRun:
         began_s: float,
         hub: Hub | None = None,
     ) -> None:
-        """`device`: the thread that the last checkpoint of a run that was stopped is written in. `ended`: set at the end. `began_s`: when the run was begun (`time.perf_counter`).
-        `hub`: what workers speak to, where the run is served."""
+        """`device`: the thread that the last checkpoint of a run that was stopped is written in. `ended`: set at the
+        end. `began_s`: when the run was begun (`time.perf_counter`). `hub`: what workers speak to, where the run is
+        served."""
         self.result: RunResult | None = None
         self.fault: BaseException | None = None
         """What made the run fail."""
@@ -138,6 +139,7 @@ class LiveRun:
             activity=None if self._ended.is_set() else self._activity(now_s),
             notice=self.notice,
             members=tuple(members_of(pipeline.roles)),
+            evaluated=pipeline.ledgers.evaluations.first_and_newest,
         )
 
     def _activity(self, now_s: float) -> Activity | None:

@@ -1,4 +1,4 @@
-"""EvaluationLedger: what evaluations came to, in `evaluations.json` of the run folder, and which are under way; and
+"""EvaluationLedger: what evaluations came to, in `evaluations.jsonl` of the run folder, and which are under way; and
 whether a run that gets no better is to end."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -8,19 +8,9 @@ import anyio
 import msgspec
 
 from troupe.actors.evaluator.settings import EvaluationConfig
-from troupe.messages import Evaluate
+from troupe.messages import Evaluate, Evaluated
 from troupe.policy import Weights
-from troupe.records.layout import EVALUATIONS
-from troupe.runtime.files import drafted
-
-
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a version came to on one set."""
-
-    version: int
-    name: str
-    """Of the set."""
-    metrics: dict[str, float]
+from troupe.records.evaluations import write_evaluations
 
 
 class EvaluationLedger:
@@ -31,10 +21,11 @@ class EvaluationLedger:
     again.
     """
 
-    def __init__(self, names: Sequence[str] = (), results: Iterable[Result] = (), path: Path | None = None) -> None:
-        """`names`: of the sets. `results`: of an earlier start, up to the step that this one goes on from."""
+    def __init__(self, names: Sequence[str] = (), results: Iterable[Evaluated] = (), run: Path | None = None) -> None:
+        """`names`: of the sets. `results`: of an earlier start, up to the step that this one goes on from. `run`:
+        the folder."""
         self.names = tuple(names)
-        self._path = path
+        self._run = run
         self._results = {(result.version, result.name): result for result in results}
         self._pending: dict[int, Weights] = {}
         self.ends_run = anyio.Event()
@@ -46,9 +37,18 @@ class EvaluationLedger:
         return self._pending
 
     @property
-    def results(self) -> tuple[Result, ...]:
+    def results(self) -> tuple[Evaluated, ...]:
         """All, by version."""
         return tuple(self._results[key] for key in sorted(self._results))
+
+    @property
+    def first_and_newest(self) -> tuple[Evaluated, ...]:
+        """Of each set."""
+        told: list[Evaluated] = []
+        for name in self.names:
+            of = [result for result in self.results if result.name == name]
+            told += [*of[:1], *of[1:][-1:]]
+        return tuple(told)
 
     def lacks(self, version: int) -> list[str]:
         """Sets without a result of this version."""
@@ -67,9 +67,10 @@ class EvaluationLedger:
         """A version is asked for."""
         self._pending = {**self._pending, message.version: message.weights}
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Evaluated) -> None:
         """A set is done with."""
-        self._results = {**self._results, (result.version, result.name): result}
+        kept = msgspec.structs.replace(result, rows=())
+        self._results = {**self._results, (result.version, result.name): kept}
 
     def end(self, version: int) -> None:
         """A version is done with."""
@@ -77,18 +78,8 @@ class EvaluationLedger:
 
     def write(self) -> None:
         """Put all results into the file, whole or not at all. OSError where the disk fails."""
-        if self._path is not None:
-            with drafted(self._path, durable=True) as draft:
-                draft.write_bytes(msgspec.json.format(msgspec.json.encode(self.results), indent=1) + b"\n")
-
-
-def read_results(run: Path, last: int) -> tuple[Result, ...]:
-    """What the file of a run has of versions up to `last`; nothing where it is missing or harmed."""
-    try:
-        found = msgspec.json.decode((run / EVALUATIONS).read_bytes(), type=tuple[Result, ...])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return ()
-    return tuple(result for result in found if result.version <= last)
+        if self._run is not None:
+            write_evaluations(self._run, self.results)
 
 
 class EarlyStop(msgspec.Struct, frozen=True, kw_only=True):

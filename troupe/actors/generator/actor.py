@@ -127,7 +127,9 @@ class Generator(Actor):
             await self._decode_now(prompts, step, part)
 
     async def _decode_now(self, prompts: Sequence[Prompt], step: int | None, part: str) -> None:
-        requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=key_of(self._seed, prompt.slot)) for prompt in prompts]
+        requests = [
+            RolloutRequest(prompt_ids=prompt.prompt_ids, key=key_of(self._seed, prompt.slot)) for prompt in prompts
+        ]
         with self.report.span("generate", step=step, part=part):
             decoding = self._engine.decode_lists(requests)  # before anybody can leave: it forgets an abort
             async with self._device.iterate(self._completed(decoding), on_leave=self._engine.abort) as completed:

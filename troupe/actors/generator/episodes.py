@@ -221,4 +221,3 @@ class Episodes:
     def pop_finished(self) -> list[RolloutGroup]:
         """The groups whose last sample has ended since the last call, without what became of them outside."""
         return [self._finished.popleft() for _ in range(len(self._finished))]
-

@@ -290,8 +290,8 @@ class Snapshots:
     ) -> Snapshot:
         """Everything a checkpoint of `state` needs, by reference.
 
-        `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the learner has; those in its `inbox` are
-        found there.
+        `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the
+        learner has; those in its `inbox` are found there.
         """
         means = {name: total / count for name, (total, count) in self._sums.items()}
         return Snapshot(

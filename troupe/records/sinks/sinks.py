@@ -165,17 +165,11 @@ class Sinks:
     def _has_settled(self, version: int) -> bool:
         if not self._opened:
             return not any(isinstance(sink, DurableSink) for sink in self._sinks)
-        return all(
-            thread.settled >= version or self._is_away(thread)
-            for thread in self._threads
-            if thread.durable
-        )
+        return all(thread.settled >= version or self._is_away(thread) for thread in self._threads if thread.durable)
 
     def _is_away(self, thread: SinkThread) -> bool:
         """Whether it holds up nobody."""
-        return (
-            thread not in self._threads or thread.trouble is not None or thread.fault(self._timeout_s) is not None
-        )
+        return thread not in self._threads or thread.trouble is not None or thread.fault(self._timeout_s) is not None
 
     def _tell_listeners(self) -> None:
         for listener in tuple(self._listeners):
