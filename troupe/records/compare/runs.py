@@ -20,6 +20,7 @@ from troupe.records.compare.settings import (
 )
 from troupe.records.report.picture import RunPicture, read_run
 from troupe.records.standing import Summary, read_summary
+from troupe.records.store.evaluations import stored_evaluations, stored_rows
 from troupe.records.store.read import StoredRun, open_store
 
 MOST_RUNS = 32
@@ -106,7 +107,7 @@ def _check(folders: Sequence[Path]) -> None:
 def _held_out(folder: Path) -> dict[str, HeldOut]:
     try:
         with open_store(folder) as run:
-            if hasattr(run, "evaluations") and (found := held_out_of(run.evaluations())):
+            if found := held_out_of(stored_evaluations(run.connection)):
                 return {name: _with_rows(run, held_out) for name, held_out in found.items()}
     except OutputError:  # its picture has a note of it
         pass
@@ -118,6 +119,6 @@ def _with_rows(run: StoredRun, held_out: HeldOut) -> HeldOut:
     first, newest = min(versions), max(versions)
     return msgspec.structs.replace(
         held_out,
-        rows=run.evaluated_rows(newest, held_out.name),
-        first_rows=run.evaluated_rows(first, held_out.name) if first != newest else (),
+        rows=stored_rows(run.connection, newest, held_out.name),
+        first_rows=stored_rows(run.connection, first, held_out.name) if first != newest else (),
     )

@@ -163,6 +163,7 @@ class StoredRun:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self.path = connection, path
+        self.connection = connection  # for what other files read of it
         connection.create_function("score", 2, _score, deterministic=True)
 
     def overview(self) -> Overview:
