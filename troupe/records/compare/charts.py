@@ -7,6 +7,7 @@ from statistics import fmean
 
 import msgspec
 
+from troupe.records.compare.held_out import is_share
 from troupe.records.compare.runs import Group, RunComparison
 from troupe.records.figures import CHARTS, ChartSpec, function_of, lines_of, named_by
 from troupe.records.report.charts import Chart, Line, Section, Values, sections_of
@@ -48,11 +49,9 @@ class Overlay:
             for run, join in zip(found.runs, self._joined, strict=True)
         ]
         self._bands = {at: group for at, group in enumerate(found.groups) if len(group.runs) > 1}
-        self._colours = {
-            name: at % _COLOURS + 1
-            for at, group in enumerate(found.groups)
-            for name in (group.name, *(found.runs[place].name for place in group.runs))
-        }
+        within = [place for group in self._bands.values() for place in group.runs]
+        names = [group.name for group in found.groups] + [found.runs[place].name for place in within]
+        self._colours = {name: at % _COLOURS + 1 for at, name in enumerate(names)}
 
     def laid(self) -> Laid:
         """All charts of all runs."""
@@ -71,9 +70,7 @@ class Overlay:
             Section(title=name, charts=tuple(charts.get(name, ())), flat=tuple(flat.get(name, ()))) for name in names
         ]
         within = [self._found.runs[place].name for group in self._bands.values() for place in group.runs]
-        return Laid(
-            sections=tuple(sections), axes=tuple(self._axes), colours=self._colours, within=tuple(within)
-        )
+        return Laid(sections=tuple(sections), axes=tuple(self._axes), colours=self._colours, within=tuple(within))
 
     def _metrics(self) -> Iterator[tuple[ChartSpec, str, str]]:
         """(chart, title, metric) of each metric that a run has, in the order in which they are looked at."""
@@ -122,7 +119,9 @@ class Overlay:
     def _band(self, group: Group, points: Mapping[int, Sequence[tuple[float, float]]]) -> Line:
         """The mean of the seeds, and from the least to the most of them, at the steps that two of them have."""
         steps = sorted({step for one in points.values() for step, _ in one})
-        seen = [(int(step), [value for one in points.values() if (value := _at(one, step)) is not None]) for step in steps]
+        seen = [
+            (int(step), [value for one in points.values() if (value := _at(one, step)) is not None]) for step in steps
+        ]
         seen = [(step, values) for step, values in seen if len(values) > 1]
         axes = self._axes_of([step for step, _ in seen], list(points))
         return Line(
@@ -149,12 +148,14 @@ class Overlay:
         """Each figure of each set, by the version that was evaluated."""
         charts = []
         for name in dict.fromkeys(name for run in self._found.runs for name in run.held_out):
-            figures = dict.fromkeys(f for run in self._found.runs if name in run.held_out for f in run.held_out[name].figures)
+            figures = dict.fromkeys(
+                f for run in self._found.runs if name in run.held_out for f in run.held_out[name].figures
+            )
             for figure in figures:
                 lines = tuple(self._held_out_lines(name, figure))
-                spec = ChartSpec(
-                    _HELD_OUT, f"{name}: {figure}", "By the steps learned from; bars are standard errors.", smooth=False
-                )
+                written = "percent" if is_share(figure) else "number"
+                about = "By the steps learned from; bars are standard errors."
+                spec = ChartSpec(_HELD_OUT, f"{name}: {figure}", about, written, least=None, smooth=False)
                 charts.append(Chart(key=f"eval/{name}/{figure}", spec=spec, lines=lines))
         return Section(title=_HELD_OUT, charts=tuple(charts))
 

@@ -37,6 +37,16 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     """Of the first version, where that is another."""
 
     @property
+    def versions(self) -> list[int]:
+        """Those that were evaluated, ascending."""
+        return sorted({point.version for points in self.figures.values() for point in points})
+
+    @property
+    def newest(self) -> int:
+        """The newest version that was evaluated."""
+        return self.versions[-1]
+
+    @property
     def headline(self) -> str:
         """The figure that tells most."""
         return next(
@@ -81,6 +91,11 @@ def held_out_before(summary: Summary) -> dict[str, HeldOut]:
 def paired(first: HeldOut, second: HeldOut) -> Comparison | None:
     """The newest versions of two runs on the rows that both were asked; None where they share none."""
     return compared(_by_prompt(first.rows), _by_prompt(second.rows))
+
+
+def is_share(figure: str) -> bool:
+    """Whether a figure of a set is a part of its rows."""
+    return figure == "accuracy" or figure.startswith(("pass@", "maj@"))
 
 
 def prompt_key(prompt: Any) -> str:

@@ -37,15 +37,15 @@ class SharedPrompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shared_in_training(folders: Sequence[Path]) -> list[SharedPrompt]:
-    """Prompts that all runs have trained on; those first that lie furthest apart in the run that has them closest.
-    None where a store cannot be read."""
+    """Prompts that all runs have trained on; those first that they had furthest apart, then latest. None
+    where a store cannot be read."""
     try:
         ends = []
         for folder in folders:
             with open_store(folder) as run:
                 ends.append(prompt_ends(run.connection))
         shared = [key for key in ends[0] if all(key in other for other in ends[1:])]
-        shared.sort(key=lambda key: -min(other[key].last_step - other[key].first_step for other in ends))
+        shared.sort(key=lambda key: min(_telling(other[key]) for other in ends), reverse=True)
         chosen = shared[:MOST_PROMPTS]
         columns = [_answers(folder, [one[key] for key in chosen]) for folder, one in zip(folders, ends, strict=True)]
         prompts = _prompts(folders[0], [ends[0][key] for key in chosen])
@@ -56,6 +56,10 @@ def shared_in_training(folders: Sequence[Path]) -> list[SharedPrompt]:
         for prompt, *answers_of_runs in zip(prompts, *columns, strict=True)
         if (answers := tuple(answers_of_runs))
     ]
+
+
+def _telling(ends: PromptEnds) -> tuple[int, int]:
+    return ends.last_step - ends.first_step, ends.last_step
 
 
 def _answers(folder: Path, ends: Sequence[PromptEnds]) -> list[tuple[Answers, Answers]]:
@@ -87,7 +91,7 @@ def shared_held_out(runs: Sequence[Mapping[str, HeldOut]]) -> list[SharedPrompt]
         shared.sort(key=lambda key: -_spread([rows[key] for rows in lasts]))
         for key in shared[:MOST_PROMPTS]:
             answers = tuple(
-                (_told(_version(one, 0), first[key]), _told(_version(one, -1), last[key]))
+                (_told(one.versions[0], first[key]), _told(one.newest, last[key]))
                 for one, first, last in zip(sets, firsts, lasts, strict=True)
             )
             found.append(SharedPrompt(source=name, prompt=prompt_text(lasts[0][key].prompt), answers=answers))
@@ -107,18 +111,9 @@ def _spread(rows: Sequence[EvaluatedRow]) -> float:
     return max(means) - min(means)
 
 
-def _version(one: HeldOut, place: int) -> int:
-    versions = sorted({point.version for points in one.figures.values() for point in points})
-    return versions[place]
-
-
 def _told(version: int, row: EvaluatedRow) -> Answers:
     samples = tuple(
-        AnsweredSample(
-            text=sample.text, reward=sample.score, finish_reason=sample.finish_reason, tokens=sample.tokens
-        )
+        AnsweredSample(text=sample.text, reward=sample.score, finish_reason=sample.finish_reason, tokens=sample.tokens)
         for sample in row.samples[:MOST_SAMPLES]
     )
     return Answers(step=version, samples=samples)
-
-

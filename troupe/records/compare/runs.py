@@ -115,8 +115,7 @@ def _held_out(folder: Path) -> dict[str, HeldOut]:
 
 
 def _with_rows(run: StoredRun, held_out: HeldOut) -> HeldOut:
-    versions = [point.version for points in held_out.figures.values() for point in points]
-    first, newest = min(versions), max(versions)
+    first, newest = held_out.versions[0], held_out.newest
     return msgspec.structs.replace(
         held_out,
         rows=stored_rows(run.connection, newest, held_out.name),
