@@ -1,6 +1,6 @@
 """`troupe compare`: runs beside each other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from troupe.cli.commands import Number, report_errors
 from troupe.cli.report import ask_status
 from troupe.cli.tables import Column, lines_width, screen_width, table
 from troupe.records.compare.held_out import paired
-from troupe.records.compare.listing import find_runs
+from troupe.records.compare.listing import runs_meant
 from troupe.records.compare.runs import RunComparison, read_runs
 from troupe.records.compare.words import (
     HeldOutTable,
@@ -38,17 +38,12 @@ def compare(folders: tuple[Path, ...], *, reach: float | None, as_json: bool) ->
 
     RUN is the folder of a run, or one that runs lie in. Held-out rows are compared with the first run's, row by row.
     """
-    found = read_runs(run_folders(folders), ask_status, reach)
+    found = read_runs(runs_meant(folders), ask_status, reach)
     if as_json:
         tell_json(msgspec.json.encode(as_builtins(found)).decode())
         return
     for line in show(found, screen_width()):
         tell(line)
-
-
-def run_folders(folders: Sequence[Path]) -> list[Path]:
-    """The runs that are meant: a folder that runs lie in stands for all of them."""
-    return [run for folder in folders for run in (list(find_runs(folder)) if folder.is_dir() else []) or [folder]]
 
 
 def show(found: RunComparison, width: int) -> Iterator[str]:

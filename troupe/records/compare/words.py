@@ -30,30 +30,43 @@ def short(value: float) -> str:
 
 def run_figures(found: RunComparison) -> list[Figure]:
     """What is told of each run besides its name and how far it is."""
+    if all(run.figures.last is None for run in found.runs):
+        return _held_out_figures(found)
     level = found.level.reward
     soon = [
         Figure(f"steps to {level:g}", lambda run: run.figures.reached_step, lambda value: f"{value:,.0f}", 3),
         Figure(f"time to {level:g}", lambda run: run.figures.reached_s, words.seconds, 4),
     ]
-    return (
-        [
-            Figure("first", lambda run: run.figures.first, short, 6),
-            Figure("last", lambda run: run.figures.last, short),
-            Figure("best", lambda run: run.figures.best, short, 1),
-            Figure("area", lambda run: run.figures.area, short, 5),
-            *(soon if level is not None else ()),
-            Figure("tokens", lambda run: run.picture.tokens, words.number, 8),
-            Figure("time", lambda run: run.picture.seconds, words.seconds, 7),
-        ]
-        if any(run.figures.last is not None for run in found.runs)
-        else []
-    )
+    return [
+        Figure("first", lambda run: run.figures.first, short, 6),
+        Figure("last", lambda run: run.figures.last, short),
+        Figure("best", lambda run: run.figures.best, short, 1),
+        Figure("area", lambda run: run.figures.area, short, 5),
+        *(soon if level is not None else ()),
+        *_held_out_figures(found),
+        Figure("tokens", lambda run: run.picture.tokens, words.number, 8),
+        Figure("time", lambda run: run.picture.seconds, words.seconds, 7),
+    ]
+
+
+def _held_out_figures(found: RunComparison) -> list[Figure]:
+    """The most telling one of the first set that all runs were asked; none where there is no such set."""
+    name = next((name for name in found.runs[0].held_out if all(name in run.held_out for run in found.runs)), None)
+    if name is None:
+        return []
+    figure = found.runs[0].held_out[name].headline
+
+    def newest(run: ComparedRun) -> float | None:
+        points = run.held_out[name].figures.get(figure, ())
+        return points[-1].value if points else None
+
+    return [Figure(f"{name} {figure}", newest, lambda value: _figure(figure, value), 2)]
 
 
 def about_figures(found: RunComparison) -> str:
     """What the figures are, in a sentence."""
     level = found.level
-    steps = "step" if level.window == 1 else f"{level.window:,} steps"
+    steps = "one step" if level.window == 1 else f"{level.window:,} steps"
     return (
         f"First, last and best are mean rewards of {steps}; area is the mean reward of steps 1 to {level.steps:,}, "
         "which all runs have made."

@@ -34,8 +34,8 @@ def rendered(
     filters: Filters | None = None,
     **values: Any,
 ) -> str:
-    """The template `name` with its scripts, styles and data in it. Files are those of `folder`, or else those that pages
-    share."""
+    """The template `name` with its scripts, styles and data in it. Files are those of `folder`, or else those that
+    pages share."""
     script = "\n".join(read_asset(one, folder) for one in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pages = jinja2.Environment(
