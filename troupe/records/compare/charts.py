@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from statistics import fmean
+from typing import TypeVar
 
 import msgspec
 
@@ -19,6 +20,8 @@ _FEWEST_POINTS = 100
 _COLOURS = 8
 _OTHERS = "Other metrics"
 _HELD_OUT = "Held-out rows"
+
+T = TypeVar("T")
 
 
 class Laid(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +45,7 @@ class Overlay:
         self._joined = [ceil(len(run.picture.metrics.steps) / most) or 1 for run in found.runs]
         self._axes = [
             Axes(
-                step=tuple(int(step) for step in _ends(run.picture.metrics.steps, join)),
+                step=_ends(run.picture.metrics.steps, join),
                 time=_ends(run.picture.metrics.seconds, join),
                 tokens=_ends(run.picture.metrics.tokens, join),
             )
@@ -139,10 +142,7 @@ class Overlay:
         for name in ("time", "tokens"):
             there = [_points(self._axes[p].step, values) for p in places if (values := getattr(self._axes[p], name))]
             ways.append(tuple(_mean_at(there, step) for step in steps) if there else ())
-        axes = Axes(step=tuple(steps), time=ways[0], tokens=ways[1])
-        if axes not in self._axes:
-            self._axes.append(axes)
-        return self._axes.index(axes)
+        return self._place_of(Axes(step=tuple(steps), time=ways[0], tokens=ways[1]))
 
     def _held_out(self) -> Section:
         """Each figure of each set, by the version that was evaluated."""
@@ -175,22 +175,25 @@ class Overlay:
             if len(there) > 1:
                 yield msgspec.structs.replace(self._band(group, there), points=True)
         for place, points in curves.items():
-            run = self._found.runs[place].name
-            whole = Axes.of(self._found.runs[place].picture.metrics).at(point.version for point in points)
-            if whole not in self._axes:
-                self._axes.append(whole)
+            run = self._found.runs[place]
+            axes = Axes.of(run.picture.metrics).at(point.version for point in points)
             yield Line(
-                name=run,
+                name=run.name,
                 mean=tuple(point.value for point in points),
                 errors=tuple(point.se for point in points) if any(point.se for point in points) else (),
                 points=True,
-                axes=self._axes.index(whole),
-                run=run,
-                colour=self._colours[run],
+                axes=self._place_of(axes),
+                run=run.name,
+                colour=self._colours[run.name],
             )
 
+    def _place_of(self, axes: Axes) -> int:
+        if axes not in self._axes:
+            self._axes.append(axes)
+        return self._axes.index(axes)
 
-def _ends(values: Sequence[float | None], join: int) -> Values:
+
+def _ends(values: Sequence[T], join: int) -> tuple[T, ...]:
     """The last of each `join` values."""
     return tuple(values[min(at + join, len(values)) - 1] for at in range(0, len(values), join))
 

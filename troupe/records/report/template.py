@@ -25,7 +25,8 @@ Filters = Mapping[str, Callable[..., Any]]
 
 
 def rendered(
-    name: str,
+    template: str,
+    /,
     *,
     scripts: Sequence[str],
     styles: Sequence[str],
@@ -34,7 +35,7 @@ def rendered(
     filters: Filters | None = None,
     **values: Any,
 ) -> str:
-    """The template `name` with its scripts, styles and data in it. Files are those of `folder`, or else those that
+    """The template with its scripts, styles and data in it. Files are those of `folder`, or else those that
     pages share."""
     script = "\n".join(read_asset(one, folder) for one in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -43,7 +44,7 @@ def rendered(
     )
     pages.filters |= {"date": words.date, "number": words.number, "seconds": words.seconds, "bytes": words.size}
     pages.filters |= filters or {}
-    return pages.from_string(read_asset(name, folder)).render(
+    return pages.from_string(read_asset(template, folder)).render(
         style=Markup("".join(read_asset(one, folder) for one in styles)),
         script=Markup(script),
         digest=digest,
