@@ -36,6 +36,15 @@ def one_line(text: str, encoding: str = "utf-8") -> str:
     return text.encode(encoding, errors="backslashreplace").decode(encoding, errors="replace")
 
 
+def can_write(text: str, encoding: str) -> bool:
+    """Whether an encoding has every letter of a text."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def safe_json(text: str) -> str:
     """JSON that means the same, and in which nothing acts."""
     return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

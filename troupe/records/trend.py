@@ -1,0 +1,67 @@
+"""How one figure went through a run, in as many letters as there is room for: from its first value to its newest, and
+an area below its curve."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from troupe.records.curves import Curves
+from troupe.runtime.terminal import can_write
+
+_MOST_POINTS = 512
+_BLOCKS, _LETTERS = " ▁▂▃▄▅▆▇█", " .:#"
+"""How much of a letter is filled, from nothing to all of it; the second where there are no blocks."""
+_VALUE = "value"
+
+
+class Trend:
+    """Takes a figure step by step, for ever; of many steps it keeps means."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.newest: float | None = None
+        """Of the newest step that has a finite one."""
+        self.steps: tuple[int, int] = (0, 0)
+        """The first and the newest step that have one."""
+        self._curves = Curves(_MOST_POINTS)
+
+    def add(self, step: int, value: float) -> None:
+        """The value of one more step; what is no finite number is left out."""
+        if not math.isfinite(value):
+            return
+        if self.first is None:
+            self.first, self.steps = value, (step, step)
+        self.newest, self.steps = value, (self.steps[0], step)
+        self._curves.add(step, {_VALUE: value})
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The curve, a mean for each point."""
+        found = self._curves.curves().get(_VALUE)
+        return () if found is None else tuple(value for value in found.mean if value is not None)
+
+
+def area(values: Sequence[float], width: int, rows: int = 1, *, encoding: str = "utf-8") -> list[str]:
+    """What lies below the curve of finite values, drawn in `rows` lines of `width` letters, the highest first.
+
+    The least value fills the least of a letter, the largest all rows; where all are equal, half of them are filled.
+    """
+    levels = _BLOCKS if can_write(_BLOCKS, encoding) else _LETTERS
+    most = len(levels) - 1
+    least, largest = min(values, default=0.0), max(values, default=0.0)
+    heights = []
+    for value in _spread(values, width):
+        part = (value / 2 - least / 2) / (largest / 2 - least / 2) if largest > least else 0.5  # halves: no overflow
+        heights.append(1 + round(part * (rows * most - 1)))
+    return [
+        "".join(levels[min(max(height - below, 0), most)] for height in heights).ljust(width)
+        for below in range((rows - 1) * most, -1, -most)
+    ]
+
+
+def _spread(values: Sequence[float], width: int) -> Iterator[float]:
+    """One value a column: the mean of those that share it, or one over several columns."""
+    for column in range(width if values else 0):
+        first = column * len(values) // width
+        last = max(first + 1, (column + 1) * len(values) // width)
+        shared = values[first:last]
+        yield math.fsum(value / len(shared) for value in shared)
