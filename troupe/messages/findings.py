@@ -1,0 +1,20 @@
+"""Finding: something that keeps a run from learning, or that its figures say is going wrong, as rules over them see it."""
+
+import msgspec
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a rule of `records.diagnosis` found. It is no fault, and none of the incidents."""
+
+    rule: str
+    """A short fixed word; the metric `diagnosis/RULE` is 1 while the finding holds."""
+    title: str
+    """What is wrong, in a few words."""
+    since: int
+    """Step from which on it holds."""
+    evidence: str
+    """The figures that say so, in a sentence without its end."""
+    remedy: str
+    """One thing that may help and can be typed: a `--set section.key=value`, or a command."""
+    until: int | None = None
+    """Step with which it was over; None: it holds."""
