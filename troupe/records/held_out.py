@@ -12,17 +12,13 @@ _SHARES = ("accuracy", "pass@", "maj@")
 """Those that are parts of 1."""
 
 
-class SetStanding(msgspec.Struct):
+class SetStanding(msgspec.Struct, kw_only=True):
     """One set so far."""
 
     figure: str
     """What stands after `eval/NAME/`."""
-    first: float
-    newest: float
-    version: int
-    """Of the newest evaluation."""
-    best: float
-    best_version: int
+    values: dict[int, float] = {}
+    """Version → its value, in the order in which they were told."""
     error: float | None = None
     """Standard error of the newest."""
 
@@ -30,10 +26,13 @@ class SetStanding(msgspec.Struct):
         def told(value: float) -> str:
             return f"{value:.1%}" if self.figure.startswith(_SHARES) else f"{value:.3f}"
 
-        way = told(self.newest) if self.version == 0 else f"{told(self.first)} → {told(self.newest)}"
+        first, newest = next(iter(self.values)), next(reversed(self.values))
         error = "" if self.error is None else f" ± {told(self.error)}"
-        best = "" if self.version == 0 else f", best {told(self.best)} at step {self.best_version:,}"
-        return f"{self.figure} {way}{error} at step {self.version:,}{best}"
+        line = f"{told(self.values[newest])}{error} at step {newest:,}"
+        if first == newest:
+            return f"{self.figure} {line}"
+        best = max(self.values, key=lambda version: self.values[version])
+        return f"{self.figure} {told(self.values[first])} → {line}, best {told(self.values[best])} at step {best:,}"
 
 
 class HeldOut:
@@ -44,25 +43,15 @@ class HeldOut:
 
     def add(self, version: int, name: str, metrics: Mapping[str, float]) -> None:
         """The figures `eval/NAME/…` of one set with one version."""
-        before = self.sets.get(name)
         figures = {key.removeprefix(f"{_PREFIX}{name}/"): value for key, value in metrics.items()}
-        figure = before.figure if before is not None and before.figure in figures else most_telling(figures)
-        if figure is None:
-            return
-        value = figures[figure]
-        if before is None or before.figure != figure:
-            before = SetStanding(
-                figure=figure, first=value, newest=value, version=version, best=value, best_version=version
-            )
-        is_better = value > before.best
-        self.sets[name] = msgspec.structs.replace(
-            before,
-            newest=value,
-            version=version,
-            error=figures.get(figure + _ERROR),
-            best=value if is_better else before.best,
-            best_version=version if is_better else before.best_version,
-        )
+        standing = self.sets.get(name)
+        if standing is None:
+            if (figure := most_telling(figures)) is None:
+                return
+            standing = self.sets[name] = SetStanding(figure=figure)
+        if standing.figure in figures:
+            standing.values[version] = figures[standing.figure]
+            standing.error = figures.get(standing.figure + _ERROR)
 
 
 def most_telling(figures: Mapping[str, float]) -> str | None:

@@ -2,7 +2,7 @@
 an area below its curve."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from troupe.records.curves import Curves
 from troupe.runtime.terminal import can_write
@@ -43,25 +43,27 @@ class Trend:
 def area(values: Sequence[float], width: int, rows: int = 1, *, encoding: str = "utf-8") -> list[str]:
     """What lies below the curve of finite values, drawn in `rows` lines of `width` letters, the highest first.
 
-    The least value fills the least of a letter, the largest all rows; where all are equal, half of them are filled.
+    The least column fills the least of a letter, the largest all rows; where all are equal, half of them are filled.
     """
     levels = _BLOCKS if can_write(_BLOCKS, encoding) else _LETTERS
     most = len(levels) - 1
-    least, largest = min(values, default=0.0), max(values, default=0.0)
-    heights = []
-    for value in _spread(values, width):
-        part = (value / 2 - least / 2) / (largest / 2 - least / 2) if largest > least else 0.5  # halves: no overflow
-        heights.append(1 + round(part * (rows * most - 1)))
+    columns = spread(values, width)
+    least, largest = min(columns, default=0.0), max(columns, default=0.0)
+    heights = [max(1, rows * most // 2)] * len(columns)
+    if largest > least:
+        across = largest / 2 - least / 2  # halves: no overflow
+        heights = [1 + round((value / 2 - least / 2) / across * (rows * most - 1)) for value in columns]
     return [
         "".join(levels[min(max(height - below, 0), most)] for height in heights).ljust(width)
         for below in range((rows - 1) * most, -1, -most)
     ]
 
 
-def _spread(values: Sequence[float], width: int) -> Iterator[float]:
-    """One value a column: the mean of those that share it, or one over several columns."""
+def spread(values: Sequence[float], width: int) -> list[float]:
+    """One value a column: the mean of those that share it, or one over several columns; nothing of nothing."""
+    found = []
     for column in range(width if values else 0):
         first = column * len(values) // width
-        last = max(first + 1, (column + 1) * len(values) // width)
-        shared = values[first:last]
-        yield math.fsum(value / len(shared) for value in shared)
+        shared = values[first : max(first + 1, (column + 1) * len(values) // width)]
+        found.append(math.fsum(value / len(shared) for value in shared))
+    return found

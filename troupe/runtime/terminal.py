@@ -45,6 +45,11 @@ def can_write(text: str, encoding: str) -> bool:
     return True
 
 
+def arrows(text: str, encoding: str) -> str:
+    """The text, with -> for → where an encoding lacks that."""
+    return text if can_write("→", encoding) else text.replace("→", "->")
+
+
 def safe_json(text: str) -> str:
     """JSON that means the same, and in which nothing acts."""
     return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

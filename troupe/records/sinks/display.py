@@ -14,7 +14,8 @@ from rich.cells import chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from troupe.messages import Evaluated, GroupClosed, Incident, Phase, Status, Update
+from troupe.messages import Evaluated, Finding, GroupClosed, Incident, Phase, Status, Update
+from troupe.records.diagnosis import in_a_line
 from troupe.records.figures import FIGURES, function_of, queue_depths, written
 from troupe.records.held_out import HeldOut
 from troupe.records.members import at_a_glance, called, summary, worth_telling
@@ -23,6 +24,7 @@ from troupe.records.sinks.digest import Sample, samples_of
 from troupe.records.sinks.drawing import (
     GAP,
     LABEL_WIDTH,
+    NOTHING,
     Block,
     bar,
     beside,
@@ -34,8 +36,8 @@ from troupe.records.sinks.drawing import (
     row,
     shaded,
 )
-from troupe.records.trend import Trend, area
-from troupe.runtime.terminal import can_write, one_line
+from troupe.records.trend import Trend, area, spread
+from troupe.runtime.terminal import arrows, one_line
 
 _PANELS = ("learning", "completions", "speed")
 _PANEL_WIDTH = 18
@@ -49,7 +51,6 @@ _NARROWEST_BAR = 4
 _MOST_SETS = 3
 """Sets with held-out rows that have a line."""
 _ANSWER_LINES, _MOST_ANSWER_LINES = 2, 6
-_NOTHING = "–"
 _PACE_STEPS = 32
 """Newest steps that say how long the others will take."""
 _MOST_TEXT = 1000
@@ -89,7 +90,6 @@ class Display:
 
     def __init__(self, run: RunInfo, *, encoding: str = "utf-8", clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._encoding, self._clock = run, encoding, clock
-        self._arrow = "→" if can_write("→", encoding) else "to"
         self._began_s = clock()
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
@@ -97,6 +97,7 @@ class Display:
         self._reward, self._held_out = Trend(), HeldOut()
         self._sample: Sample | None = None
         self._status: Status | None = None
+        self._findings: Sequence[Finding] = ()
         self._incidents = 0
         self._last_incident = ""
 
@@ -106,13 +107,14 @@ class Display:
             self._metrics, self._step, self._total_steps = message.metrics, message.step, message.total_steps
             self._ends.append((message.step, self._clock()))
             self._reward.add(message.step, message.metrics.get("reward", math.nan))
+            self._findings = message.findings
         elif isinstance(message, Evaluated):
             self._held_out.add(message.version, message.name, message.metrics)
         elif isinstance(message, GroupClosed):
             if samples := samples_of(message):
                 self._sample = samples[0]
         elif isinstance(message, Status):
-            self._status = message
+            self._status, self._findings = message, message.findings
         elif isinstance(message, Incident):
             self._incidents += 1
             self._last_incident = f"{message.actor}: {message.message}"
@@ -133,7 +135,7 @@ class Display:
         """How far the run is, what it is at, and what somebody should look at."""
         now = self._banner() or self._now()
         yield Block([self._title(), self._progress(width), now, self._trouble()])
-        yield Block([Text()], rank=9)
+        yield Block([self._diagnosis()], rank=0 if self._findings else 9)
 
     def _middle(self, width: int, height: int, chart: int) -> Iterator[Block]:
         """The reward and the figures of the step."""
@@ -202,7 +204,7 @@ class Display:
         """What the run is at, or waits for."""
         activity = None if self._status is None else self._status.activity
         if activity is None:
-            return row("now", (_NOTHING, "dim"))
+            return row("now", (NOTHING, "dim"))
         return row("now", (one_line(activity.text, self._encoding), "yellow" if activity.waiting else "cyan"))
 
     def _left_s(self) -> float | None:
@@ -217,16 +219,16 @@ class Display:
         """The way of the reward, and its first and newest value above it."""
         trend, room = self._reward, max(1, width - LABEL_WIDTH)
         if trend.first is None or trend.newest is None:
-            told = "nan" if self._metrics.get("reward") is not None else _NOTHING
-            return [row("reward", (told, "bold")), *(Text() for _ in range(rows))]
+            told = "nan" if "reward" in self._metrics else f"{NOTHING} with the first step"
+            return [row("reward", (told, "dim")), *(Text() for _ in range(rows))]
         first, newest = written(trend.first, ".3f"), written(trend.newest, ".3f")
-        way = newest if trend.steps[0] == trend.steps[1] else f"{first} {self._arrow} {newest}"
-        spread = next((f"   {label} {value}" for label, value in _figures("reward", self._metrics)[1:]), "")
+        way = newest if trend.steps[0] == trend.steps[1] else arrows(f"{first} → {newest}", self._encoding)
+        in_group = next((f"   {label} {value}" for label, value in _figures("reward", self._metrics)[1:]), "")
         steps = f"   step {trend.steps[0]:,} to {trend.steps[1]:,}" if trend.steps[0] < trend.steps[1] else ""
-        values = trend.values
+        values = spread(trend.values, room)
         drawn = area(values, room, rows, encoding=self._encoding)
         edges = [written(max(values), ".3f"), *[""] * (rows - 2), written(min(values), ".3f")] if rows > 1 else [""]
-        heading = line((f"{'reward':<{LABEL_WIDTH}}", "bold"), (way, "bold"), (spread, "dim"), (steps, "dim"))
+        heading = line((f"{'reward':<{LABEL_WIDTH}}", "bold"), (way, "bold"), (in_group, "dim"), (steps, "dim"))
         labels = [(f"{edge:>{LABEL_WIDTH - 1}} ", "dim") for edge in edges]
         return [heading, *(line(label, *parts) for label, parts in zip(labels, shaded(drawn, _REWARD), strict=True))]
 
@@ -245,7 +247,11 @@ class Display:
     def _held_out_lines(self) -> list[Text]:
         """How the sets of held-out rows stand, a line each."""
         return [
-            row("held-out", (f"{one_line(name, self._encoding)}  ", "dim"), (self._told(str(standing)), ""))
+            row(
+                "held-out",
+                (f"{one_line(name, self._encoding)}  ", "dim"),
+                (arrows(str(standing), self._encoding), ""),
+            )
             for name, standing in list(self._held_out.sets.items())[:_MOST_SETS]
         ]
 
@@ -255,7 +261,7 @@ class Display:
         parts: list[tuple[str, str]] = []
         for name, depth in depths:
             parts += [(f"{name} ", "dim"), (f"{depth:<5}", "" if depth else "dim")]
-        return row("queues", *parts)
+        return row("queues", *(parts or [(NOTHING, "dim")]))
 
     def _members(self) -> Iterator[Text]:
         """Who does the run's work elsewhere, where there is more than one generator in a process."""
@@ -270,7 +276,7 @@ class Display:
 
     def _newest(self, width: int, most: int) -> Iterator[Text]:
         room, sample = max(8, width - LABEL_WIDTH), self._sample
-        prompt = answer = reward = ""
+        prompt, answer, reward = NOTHING, "", ""
         if sample is not None:
             prompt = fitted(one_line(_ends(sample.prompt), self._encoding), room)
             reward = "no score  " if math.isnan(sample.reward) else f"{sample.reward:.3f}  "
@@ -297,14 +303,19 @@ class Display:
         last = one_line(self._last_incident[:_MOST_TEXT], self._encoding)
         return row("incidents", (f" {self._incidents} ", _BADGE), (f" {last}", "yellow"))
 
-    def _told(self, text: str) -> str:
-        return text if self._arrow == "→" else text.replace("→", self._arrow)
+    def _diagnosis(self) -> Text:
+        """The most serious of what its figures say is wrong; an empty line where there is nothing."""
+        if not (findings := self._findings):
+            return Text()
+        told = one_line(in_a_line(findings), self._encoding)
+        title = one_line(findings[0].title, self._encoding)
+        return row("diagnosis", (f" {title} ", _BADGE), (told.removeprefix(title).removeprefix(":"), "yellow"))
 
 
 def _figures(heading: str, metrics: Mapping[str, float]) -> Sequence[tuple[str, str]]:
     """(label, value) of what is measured; places for all of it before the first step."""
     return [
-        (figure.panel[1], written(metrics[metric], figure.spec, figure.unit) if metrics else _NOTHING)
+        (figure.panel[1], written(metrics[metric], figure.spec, figure.unit) if metrics else NOTHING)
         for metric, figure in FIGURES.items()
         if figure.panel[0] == heading and (metric in metrics or not metrics)
     ]

@@ -13,6 +13,8 @@ LABEL_WIDTH = 10
 """Of what stands before a line."""
 GAP = 3
 """Between panels."""
+NOTHING = "–"
+"""In the place of what has not come yet."""
 Figures = Sequence[tuple[str, str]]
 """(label, value) of each line of a panel."""
 
@@ -87,7 +89,9 @@ def shaded(area: Sequence[str], style: str) -> list[list[tuple[str, str]]]:
 def panel(heading: str, figures: Figures, width: int) -> list[Text]:
     """Figures below their heading, each line `width` cells."""
     lines = [_cell((heading, "bold cyan"), ("", ""), width)]
-    return lines + [_cell((label, "dim"), (value, ""), width) for label, value in figures]
+    return lines + [
+        _cell((label, "dim"), (value, "dim" if value == NOTHING else ""), width) for label, value in figures
+    ]
 
 
 def beside(columns: Sequence[Sequence[Text]], gap: int = GAP) -> list[Text]:
