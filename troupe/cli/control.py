@@ -17,7 +17,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, fail, report_errors
-from troupe.cli.status import describe, row
+from troupe.cli.status import describe, describe_trend, row
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask, encode_line
 from troupe.daemon.main import keep_alive
@@ -37,6 +37,7 @@ from troupe.messages import (
     Stop,
 )
 from troupe.records.standing import describe_standing, read_standing, silence_of
+from troupe.records.trend import Trend, stored_rewards, trend_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
 from troupe.runtime.machine import unusable_backend
@@ -132,7 +133,7 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
             if as_json:
                 tell_json(msgspec.json.encode(found).decode())
             else:
-                tell(f"{folder}: {describe_standing(found)}")
+                tell("\n".join([f"{folder}: {describe_standing(found)}", *describe_trend(*_trend(folder))]))
         if not watch or not goes_on:
             return
         time.sleep(interval)
@@ -151,9 +152,15 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
         return
     if clear:
         click.clear()  # on a terminal
-    tell(describe(found, str(folder)))
+    trend, encoding = _trend(folder)
+    tell(describe(found, str(folder), trend=trend, encoding=encoding))
     if (address := read_address(folder)) is not None:
         tell(row("live page", address))
+
+
+def _trend(folder: Path) -> tuple[Trend, str]:
+    """The way of the reward so far, and the encoding of what is printed."""
+    return trend_of(stored_rewards(folder)), sys.stdout.encoding or "utf-8"
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

@@ -3,8 +3,11 @@ an area below its curve."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
+from troupe.errors import OutputError
 from troupe.records.curves import Curves
+from troupe.records.store.read import open_store
 from troupe.runtime.terminal import can_write
 
 _MOST_POINTS = 512
@@ -38,6 +41,24 @@ class Trend:
         """The curve, a mean for each point."""
         found = self._curves.curves().get(_VALUE)
         return () if found is None else tuple(value for value in found.mean if value is not None)
+
+
+def stored_rewards(folder: Path, up_to: int | None = None) -> tuple[tuple[int, float], ...]:
+    """(step, reward) of steps of a run that lie evenly, from the first to the newest (or `up_to`); nothing where there
+    is no store that can be read now."""
+    try:
+        with open_store(folder) as store:
+            return tuple(store.values("reward", _MOST_POINTS, up_to))
+    except OutputError:
+        return ()
+
+
+def trend_of(points: Sequence[tuple[int, float]]) -> Trend:
+    """The trend of (step, value)."""
+    trend = Trend()
+    for step, value in points:
+        trend.add(step, value)
+    return trend
 
 
 def area(values: Sequence[float], width: int, rows: int = 1, *, encoding: str = "utf-8") -> list[str]:

@@ -36,7 +36,7 @@ from troupe.records.sinks.drawing import (
     row,
     shaded,
 )
-from troupe.records.trend import Trend, area, spread
+from troupe.records.trend import area, spread, trend_of
 from troupe.runtime.terminal import arrows, one_line
 
 _PANELS = ("learning", "completions", "speed")
@@ -94,7 +94,7 @@ class Display:
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
         self._metrics: Mapping[str, float] = {}
-        self._reward, self._held_out = Trend(), HeldOut()
+        self._reward, self._held_out = trend_of(run.past), HeldOut()
         self._sample: Sample | None = None
         self._status: Status | None = None
         self._findings: Sequence[Finding] = ()
