@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import anyio
@@ -36,6 +36,8 @@ from troupe.messages import (
     Step,
     Stop,
 )
+from troupe.records.diagnosis import in_full
+from troupe.records.diagnosis.past import diagnose
 from troupe.records.standing import describe_standing, read_standing, silence_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
@@ -133,6 +135,7 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
                 tell_json(msgspec.json.encode(found).decode())
             else:
                 tell(f"{folder}: {describe_standing(found)}")
+                _tell_findings(folder)
         if not watch or not goes_on:
             return
         time.sleep(interval)
@@ -154,6 +157,14 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
     tell(describe(found, str(folder)))
     if (address := read_address(folder)) is not None:
         tell(row("live page", address))
+
+
+def _tell_findings(folder: Path) -> None:
+    """Of a run that does not answer, as far as its steps can be read."""
+    with suppress(InputError):
+        for finding in diagnose(folder):
+            if finding.until is None:
+                tell(row("diagnosis", in_full(finding, str(folder))))
 
 
 def _add_request(name: str, request: Request, text: str) -> None:
