@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import anyio
@@ -36,6 +36,8 @@ from troupe.messages import (
     Step,
     Stop,
 )
+from troupe.records.diagnosis import in_full
+from troupe.records.diagnosis.past import diagnose
 from troupe.records.standing import describe_standing, read_standing, silence_of
 from troupe.records.trend import Trend, stored_rewards, trend_of
 from troupe.run.tables import anchored_reward, parse_setting
@@ -134,6 +136,7 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
                 tell_json(msgspec.json.encode(found).decode())
             else:
                 tell("\n".join([f"{folder}: {describe_standing(found)}", *describe_trend(*_trend(folder))]))
+                _tell_findings(folder)
         if not watch or not goes_on:
             return
         time.sleep(interval)
@@ -161,6 +164,14 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
 def _trend(folder: Path) -> tuple[Trend, str]:
     """The way of the reward so far, and the encoding of what is printed."""
     return trend_of(stored_rewards(folder)), sys.stdout.encoding or "utf-8"
+
+
+def _tell_findings(folder: Path) -> None:
+    """Of a run that does not answer, as far as its steps can be read."""
+    with suppress(InputError):
+        for finding in diagnose(folder):
+            if finding.until is None:
+                tell(row("diagnosis", in_full(finding, str(folder))))
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from troupe.messages.findings import Finding
 from troupe.messages.evaluations import Evaluated
+from troupe.messages.findings import Finding
 from troupe.messages.groups import Slot
 from troupe.messages.members import MemberStatus
 

@@ -1,10 +1,11 @@
-"""Finding: something that keeps a run from learning, or that its figures say is going wrong, as rules over them see it."""
+"""Finding: what the figures of a run say is wrong with it."""
 
 import msgspec
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a rule of `records.diagnosis` found. It is no fault, and none of the incidents."""
+    """Something that keeps a run from learning, as a rule of `records.diagnosis` sees it; no fault, and none of the
+    incidents."""
 
     rule: str
     """A short fixed word; the metric `diagnosis/RULE` is 1 while the finding holds."""

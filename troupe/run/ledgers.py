@@ -16,6 +16,7 @@ from troupe.actors.metrics import Tally
 from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.messages import CheckpointWritten, Snapshot
 from troupe.policy import RolloutEngine, Weights
+from troupe.records.diagnosis.past import begin_again
 from troupe.records.sinks.base import RunInfo, Sink
 from troupe.records.sinks.make import make_sinks
 from troupe.records.sinks.sinks import Sinks
@@ -84,7 +85,8 @@ class Ledgers:
             None if prepared.inputs.acting_setup is None else prepared.inputs.acting_setup.conversations()
         )
         """What was said in the episodes that are under way, where the policy acts."""
-        self.tally = Tally()
+        table, first = config_table(config), prepared.start.first_step
+        self.tally = Tally(diagnosis=begin_again(table, prepared.folder, first))
         self.sinks = Sinks(
             factories.sinks(prepared),
             timeout_s=config.metrics.sink_timeout_s,

@@ -12,7 +12,14 @@ WINDOW = 20
 """Steps that are looked at together: a step of GRPO has some hundred completions, too few to say anything by itself."""
 EARLY = 8
 """Steps that the run began with, of which the mean is what it began at."""
-_MAIN = re.compile(r"eval/(?P<name>.+)/(?P<figure>avg@\d+|accuracy)")
+LOOKED_AT = (
+    "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "learning_rate", "nonfinite", "weights/moved",
+    "clip_ratio/region_mean", "completions/mean_length", "completions/clipped_ratio",
+    "completions/clipped_in_thoughts", "epoch", "step_time", "time/reward/exposed_s",
+)  # fmt: skip
+"""The metrics that rules know of."""
+_WITH_PEAKS = ("reward", "reward_std", "learning_rate")
+_MAIN = re.compile(r"eval/.+/(avg@\d+|accuracy)")
 """The figures of an evaluation that say how good it was; of several the first counts."""
 
 
@@ -33,9 +40,9 @@ class History:
         self._config = config
         self.step = 0
         """The newest."""
+        self._steps = 0
         self._from_the_start = False
-        self._early: list[Mapping[str, Any]] = []
-        self._newest: deque[Mapping[str, Any]] = deque(maxlen=2 * WINDOW)
+        self._columns = {name: _Column() for name in LOOKED_AT}
         self._means: dict[str, float | None] = {}
         self._peaks: dict[str, float] = {}
         self._rewards = array("d")
@@ -44,30 +51,29 @@ class History:
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One more step."""
-        if not self._newest:
+        if not self._steps:
             self._from_the_start = step == 1
-            self._rewards.extend([math.nan] * step)
         self.step = step
-        self._newest.append(metrics)
-        if len(self._early) < EARLY:
-            self._early.append(metrics)
+        self._steps += 1
+        for name, column in self._columns.items():
+            column.add(_finite(metrics.get(name)))
         self._means.clear()
-        for name in ("reward_std", "learning_rate"):
+        for name in _WITH_PEAKS:
             if (mean := self.mean(name)) is not None:
                 self._peaks[name] = max(mean, self._peaks.get(name, mean))
-        reward = self.mean("reward")
-        self._rewards.extend([math.nan if reward is None else reward] * (step + 1 - len(self._rewards)))
+        mean = self.mean("reward")
+        self._rewards.extend([math.nan] * (step - len(self._rewards)))
+        self._rewards.append(math.nan if mean is None else mean)
 
     def add_evaluation(self, version: int, metrics: Mapping[str, Any]) -> None:
         """What one set came to; told once more, it takes the place of what was told."""
         for name, value in metrics.items():
-            if (found := _MAIN.fullmatch(name)) is None or not _is_finite(value):
+            if _MAIN.fullmatch(name) is None or math.isnan(_finite(value)):
                 continue
-            series = f"eval/{found['name']}/{found['figure']}"
-            error = metrics.get(f"{name}_se")
-            kept = [one for one in self._evaluations.get(series, ()) if one.step != version]
-            kept.append(Evaluation(version, value, error if _is_finite(error) else None))
-            self._evaluations[series] = sorted(kept)
+            error = _finite(metrics.get(f"{name}_se"))
+            kept = [one for one in self._evaluations.get(name, ()) if one.step != version]
+            kept.append(Evaluation(version, value, None if math.isnan(error) else error))
+            self._evaluations[name] = sorted(kept)
             return
 
     def evaluations(self) -> Iterator[tuple[str, list[Evaluation]]]:
@@ -83,11 +89,11 @@ class History:
     @property
     def is_full(self) -> bool:
         """Whether there are enough steps to look at."""
-        return len(self._newest) >= WINDOW
+        return self._steps >= WINDOW
 
     def values(self, name: str) -> list[float]:
         """Those of a metric in the newest steps that have it, in order."""
-        return _values(list(self._newest)[-WINDOW:], name)
+        return self._columns[name].newest()
 
     def mean(self, name: str) -> float | None:
         """Over the newest steps; None before there is a window of them, or where fewer than half of it have it."""
@@ -104,16 +110,16 @@ class History:
 
     def before(self, name: str) -> float | None:
         """The mean over the window before the newest one."""
-        return _mean(_values(list(self._newest)[:-WINDOW], name), WINDOW // 2)
+        return _mean(self._columns[name].before(), WINDOW // 2)
 
     def start(self, name: str) -> float | None:
         """The mean over the steps that the run began with; None where those are not known, or a part of the window."""
-        if not self._from_the_start or self.step < EARLY + WINDOW:
+        if not self._from_the_start or self._steps < EARLY + WINDOW:
             return None
-        return _mean(_values(self._early, name), EARLY // 2)
+        return _mean(self._columns[name].first, EARLY // 2)
 
     def peak(self, name: str) -> float | None:
-        """The highest mean of any window so far, of `reward_std` or `learning_rate`."""
+        """The highest mean of any window so far, of `reward`, `reward_std` or `learning_rate`."""
         return self._peaks.get(name)
 
     def reward_at(self, step: int) -> float | None:
@@ -122,13 +128,32 @@ class History:
         return None if math.isnan(value) else value
 
 
-def _values(steps: list[Mapping[str, Any]], name: str) -> list[float]:
-    return [value for metrics in steps if _is_finite(value := metrics.get(name))]
+class _Column:
+    """One metric, step by step; NaN where a step has none."""
+
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        """Of the steps that the run began with."""
+        self._newest: deque[float] = deque(maxlen=2 * WINDOW)
+        self._steps = 0
+
+    def add(self, value: float) -> None:
+        if self._steps < EARLY and not math.isnan(value):
+            self.first.append(value)
+        self._steps += 1
+        self._newest.append(value)
+
+    def newest(self) -> list[float]:
+        return [value for value in list(self._newest)[-WINDOW:] if value == value]
+
+    def before(self) -> list[float]:
+        return [value for value in list(self._newest)[:-WINDOW] if value == value]
 
 
 def _mean(values: list[float], least: int) -> float | None:
-    return sum(values) / len(values) if len(values) >= least else None
+    return math.fsum(values) / len(values) if len(values) >= least else None
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _finite(value: Any) -> float:
+    """NaN of what is no finite number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan

@@ -35,11 +35,13 @@ EXPOSED, EXPOSED_S = 0.3, 0.5
 """Part of a step in which the device waits for rewards, and seconds of it."""
 EPOCHS, FEW_ROWS = 20.0, 64.0
 """Passes over so few rows after which they are known by heart."""
-MOVED = 1e-3
-"""Part of the 16-bit weights that an update moves. At the usual 1e-6 it is some hundredths; at a thousandth the policy
-that samples is, for dozens of steps, the same."""
+MOVED = 2e-5
+"""Part of the 16-bit weights that an update moves. At the usual rate of 1e-6 it is 2e-4 to 1e-3 (SmolLM2-135M, whose
+weights are large); ten times below the least of that the policy that samples stays the same for hundreds of steps."""
 SKIPPED = 2
 """Updates of a window that were not finite: one may be a batch's own fault."""
+LOST = 0.5
+"""Part of the spread of rewards by which the reward is below its best: more than data in another order makes of it."""
 FELL = 0.1
 """Part of the best evaluation that is a fall, where no standard error is told."""
 
@@ -113,6 +115,16 @@ def _is_below(one: Evaluation, best: Evaluation) -> bool:
     return best.value - one.value > max(error, 1e-9)
 
 
+def _reward_down(of: History) -> Found | None:
+    now, start = of.mean("reward"), of.start("reward")
+    if now is None or start is None:
+        return None
+    best = max(of.peak("reward") or start, start)
+    if best - now <= LOST * (of.peak("reward_std") or 0.0) + _chance(of):
+        return None
+    return Found(f"the reward fell from {best:.3f} to {now:.3f}", _other_rate(of, 0.5))
+
+
 def _entropy_collapse(of: History) -> Found | None:
     now, start = of.mean("entropy"), of.start("entropy")
     if now is None or start is None or now > ENTROPY_LOW or now > ENTROPY_FALL * start or _goes_well(of):
@@ -164,7 +176,7 @@ def _unmoved(of: History) -> Found | None:
     if min(rates) < 0.5 * peak or rates[-1] > 1.05 * rates[0]:  # it warms up, or fades out
         return None
     times = min(100.0, max(10.0, 10.0 * MOVED / part if part > 0 else 100.0))
-    return Found(f"an update moves {part:.3%} of the 16-bit weights", _other_rate(of, times))
+    return Found(f"an update moves {100 * part:.2g}% of the 16-bit weights", _other_rate(of, times))
 
 
 def _lengths(of: History) -> Found | None:
@@ -239,6 +251,7 @@ RULES = (
     Rule("entropy_explosion", "the policy becomes noise", _entropy_explosion),
     Rule("kl_explosion", "far from the reference", _kl_explosion),
     Rule("held_out_down", "learned by heart", _held_out_down),
+    Rule("reward_down", "the reward falls", _reward_down),
     Rule("entropy_collapse", "nothing left to try", _entropy_collapse),
     Rule("no_signal", "no signal", _no_signal),
     Rule("cut", "cut at the limit", _cut),

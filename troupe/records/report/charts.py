@@ -53,6 +53,7 @@ _OURS = (
     "groups/",
     "queue/",
     "time/",
+    "diagnosis/",
     "tokens/",
 )
 """How metrics begin that are no reward's own."""
