@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from troupe.messages import NOTHING_TOLD, LiveGroup, MemberStatus, Status
 from troupe.records.diagnosis import in_full
 from troupe.records.figures import FIGURES, function_of, written
+from troupe.records.held_out import HeldOut
 from troupe.records.members import called, summary, told, worth_telling
 from troupe.records.trend import Trend, area
 from troupe.runtime.terminal import arrows, one_line
@@ -39,10 +40,15 @@ def describe(status: Status, name: str, *, trend: Trend | None = None, encoding:
     for reward, reason in status.rewards_down.items():
         add("down", f"{reward}: {reason}")
     for finding in status.findings:
-        add("diagnosis", in_full(finding))
+        add("diagnosis", in_full(finding, name))
     if status.incidents:
         add("incidents", _counts(status.incidents))
     lines += describe_trend(trend, encoding)
+    held_out = HeldOut()
+    for evaluated in status.evaluated:
+        held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
+    for each, standing in held_out.sets.items():
+        add("held-out", arrows(f"{each}  {standing}", encoding))
     lines += _figures(status.metrics)
     lines += _members(status.members)
     if status.groups:

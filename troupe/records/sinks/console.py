@@ -183,7 +183,7 @@ class PlainSink:
         """Each once when it begins, and once more when it begins again."""
         for finding in findings:
             if (finding.rule, finding.since) not in self._found:
-                self._say(f"diagnosis: {in_full(finding)}")
+                self._say(f"diagnosis: {in_full(finding, self._run.folder)}")
         self._found = frozenset((finding.rule, finding.since) for finding in findings)
 
     def _tell_of(self, activity: Activity, now_s: float) -> None:

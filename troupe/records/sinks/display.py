@@ -115,6 +115,8 @@ class Display:
                 self._sample = samples[0]
         elif isinstance(message, Status):
             self._status, self._findings = message, message.findings
+            for evaluated in message.evaluated:  # before this start, too
+                self._held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
         elif isinstance(message, Incident):
             self._incidents += 1
             self._last_incident = f"{message.actor}: {message.message}"
@@ -307,7 +309,7 @@ class Display:
         """The most serious of what its figures say is wrong; an empty line where there is nothing."""
         if not (findings := self._findings):
             return Text()
-        told = one_line(in_a_line(findings), self._encoding)
+        told = one_line(in_a_line(findings, self._run.folder), self._encoding)
         title = one_line(findings[0].title, self._encoding)
         return row("diagnosis", (f" {title} ", _BADGE), (told.removeprefix(title).removeprefix(":"), "yellow"))
 
