@@ -100,6 +100,8 @@ class Metrics(Actor):
             self._times.add(message)
             self._sinks.write(message)
             return
+        if isinstance(message, Evaluated):
+            self._tally.diagnosis.add_evaluation(message.version, message.metrics)
         if isinstance(message, Answered | Evaluated):
             self._sinks.write(message)
             return

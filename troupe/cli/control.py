@@ -171,7 +171,7 @@ def _tell_findings(folder: Path) -> None:
     with suppress(InputError):
         for finding in diagnose(folder):
             if finding.until is None:
-                tell(row("diagnosis", in_full(finding, str(folder))))
+                tell(row("diagnosis", in_full(finding)))
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

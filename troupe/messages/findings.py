@@ -16,6 +16,6 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     evidence: str
     """The figures that say so, in a sentence without its end."""
     remedy: str
-    """One thing that may help and can be typed: a `--set section.key=value`, or a command."""
+    """One thing that may help: a `--set section.key=value`."""
     until: int | None = None
     """Step with which it was over; None: it holds."""

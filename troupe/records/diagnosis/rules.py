@@ -122,7 +122,7 @@ def _reward_down(of: History) -> Found | None:
     best = max(of.peak("reward") or start, start)
     if best - now <= LOST * (of.peak("reward_std") or 0.0) + _chance(of):
         return None
-    return Found(f"the reward fell from {best:.3f} to {now:.3f}", _other_rate(of, 0.5))
+    return Found(f"from {best:.3f} at best to {now:.3f}", _other_rate(of, 0.5))
 
 
 def _entropy_collapse(of: History) -> Found | None:
@@ -237,9 +237,9 @@ def _chance(of: History) -> float:
 
 
 def _other_rate(of: History, times: float) -> str:
-    """The learning rate that the run has, times something, as a command for a run that goes on."""
+    """The learning rate that the run has, times something."""
     rate = of.peak("learning_rate") or of.setting("learner.lr") or 1e-6
-    return f"troupe set OUT_DIR learner.lr={_one_digit(rate * times)}"
+    return f"--set learner.lr={_one_digit(rate * times)}"
 
 
 def _one_digit(value: float) -> str:

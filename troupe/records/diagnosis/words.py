@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from troupe.messages import Finding
 
-_FOLDER = "OUT_DIR"
-"""Stands in commands for the run folder, as in their help texts."""
+_SET = "--set "
+_SET_LIVE = ("learner.lr",)
+"""Keys of remedies that may change while a run goes on."""
 
 
 def in_a_line(findings: Sequence[Finding], folder: str = "") -> str:
@@ -18,13 +19,19 @@ def in_a_line(findings: Sequence[Finding], folder: str = "") -> str:
 
 
 def in_full(finding: Finding, folder: str = "") -> str:
-    """One finding in a sentence. `folder`: of the run, for the command in it."""
-    when = f"since step {finding.since:,}"
-    if finding.until is not None:
-        when = f"steps {finding.since:,} to {finding.until:,}"
-    return f"{finding.title}: {finding.evidence} ({when}); try {remedy_for(finding, folder)}"
+    """One finding in a sentence. `folder`: of the run, where it goes on and can be spoken to."""
+    return f"{finding.title}: {finding.evidence} ({steps_of(finding)}); try {remedy_for(finding, folder)}"
+
+
+def steps_of(finding: Finding) -> str:
+    """When it holds or held."""
+    if finding.until is None:
+        return f"since step {finding.since:,}"
+    return f"steps {finding.since:,} to {finding.until:,}"
 
 
 def remedy_for(finding: Finding, folder: str = "") -> str:
-    """The remedy, with the run folder in it where one is given."""
-    return finding.remedy.replace(_FOLDER, shlex.quote(folder)) if folder else finding.remedy
+    """The remedy; for a run that goes on in a folder the command that it heeds, where there is one."""
+    setting = finding.remedy.removeprefix(_SET)
+    is_live = bool(folder) and setting.partition("=")[0] in _SET_LIVE
+    return f"troupe set {shlex.quote(folder)} {setting}" if is_live else finding.remedy

@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from markupsafe import Markup
 
 from troupe.records import text as words
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
+from troupe.records.diagnosis import in_a_line, remedy_for, steps_of
 from troupe.records.figures import named_by
 from troupe.records.report.charts import Chart, Section, Values, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
@@ -50,6 +52,8 @@ _BADGES: dict[State, str] = {
     **dict.fromkeys(("restarting", "crashed"), "bad"),
     "new": "",
 }
+_OVER: tuple[State, ...] = ("finished", "stopped", "crashed", "new")
+"""Nobody is there who could be asked for something."""
 _ACTORS = ("generator", "environment", "scorer", "learner", "checkpointer", "prompter", "metrics")
 _BESIDE = {"environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging"}
 _SETTINGS = (
@@ -100,13 +104,14 @@ def report_page(run: RunPicture) -> str:
     sections = sections_of(run)
     script = "".join(map(read_asset, _SCRIPTS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    live = run.folder if run.state not in _OVER else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
     pages = jinja2.Environment(
         autoescape=True, finalize=_harmless, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     pages.filters |= {
         "date": words.date, "number": words.number, "seconds": words.seconds, "bytes": words.size, "plain": _value,
-        "facts": facts_of,
+        "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of,
     }  # fmt: skip
     return pages.from_string(read_asset("report.html")).render(
         style=Markup(read_asset("style.css")),
@@ -114,6 +119,7 @@ def report_page(run: RunPicture) -> str:
         digest=digest,
         data=Markup(script_safe(chart_data(run, sections))),
         run=run,
+        holding=in_a_line([finding for finding in run.findings if finding.until is None], live),
         name=Path(run.folder).name,
         badge=_BADGES[run.state],
         facts=list(_facts(run)),
