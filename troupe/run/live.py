@@ -140,6 +140,7 @@ class LiveRun:
             notice=self.notice,
             members=tuple(members_of(pipeline.roles)),
             evaluated=pipeline.ledgers.evaluations.first_and_newest,
+            findings=pipeline.ledgers.tally.diagnosis.findings,
         )
 
     def _activity(self, now_s: float) -> Activity | None:
@@ -286,6 +287,11 @@ class LiveRun:
             rewards_before=self._of_rewards(before),
             rewards_after=self._of_rewards(after),
             stopped_early=self._stopped_early,
+            findings=tally.diagnosis.all_findings,
+            accuracy_before=before.accuracy if before else None,
+            accuracy_after=after.accuracy if after else None,
+            rewards_before=before.scored if before else {},
+            rewards_after=after.scored if after else {},
         )
 
     def _held_out(self, version: int) -> dict[str, float]:
