@@ -288,10 +288,6 @@ class LiveRun:
             rewards_after=self._of_rewards(after),
             stopped_early=self._stopped_early,
             findings=tally.diagnosis.all_findings,
-            accuracy_before=before.accuracy if before else None,
-            accuracy_after=after.accuracy if after else None,
-            rewards_before=before.scored if before else {},
-            rewards_after=after.scored if after else {},
         )
 
     def _held_out(self, version: int) -> dict[str, float]:
