@@ -5,6 +5,9 @@ from typing import Any
 
 import msgspec
 
+HELD_OUT = "held_out"
+"""Name of the set of `data.eval_path`."""
+
 
 class EvaluatedSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One completion of a row."""
