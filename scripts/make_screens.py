@@ -34,7 +34,7 @@ import troupe  # noqa: F401 - before MLX, so that OpenBLAS is loaded first
 # isort: split
 import click
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from troupe.cli.demo import DEMO_CONFIG
@@ -69,6 +69,15 @@ async def my_judge(completions, answer, **columns):
     writer.close()
     return exact_answer_reward(completions, answer=answer)
 '''
+THEME = TerminalTheme(
+    (24, 26, 31),
+    (210, 212, 216),
+    [(30, 30, 30), (224, 90, 90), (90, 190, 110), (214, 170, 80)]
+    + [(90, 140, 240), (190, 120, 220), (80, 190, 200), (200, 200, 200)],
+    [(110, 110, 110), (255, 120, 120), (130, 220, 150), (240, 200, 110)]
+    + [(130, 170, 255), (220, 150, 250), (120, 220, 230), (255, 255, 255)],
+)
+"""Background, letters, and the eight colours of a terminal, plain and bright."""
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
@@ -279,7 +288,7 @@ def as_svg(text: str, name: str) -> str:
         console = Console(width=COLUMNS, record=True, file=nowhere, force_terminal=True, color_system="truecolor")
         lines = [*text.rstrip("\n").split("\n"), *[""] * ROWS][:ROWS]
         console.print(Text.from_ansi("\n".join(lines)), no_wrap=True, crop=True)
-        return console.export_svg(title="troupe train", theme=MONOKAI, code_format=SVG, unique_id=name)
+        return console.export_svg(title="troupe train", theme=THEME, code_format=SVG, unique_id=name)
 
 
 @click.command()
