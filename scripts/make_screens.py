@@ -33,6 +33,7 @@ import troupe  # noqa: F401 - before MLX, so that OpenBLAS is loaded first
 
 # isort: split
 import click
+from rich.color import parse_rgb_hex
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
@@ -69,13 +70,18 @@ async def my_judge(completions, answer, **columns):
     writer.close()
     return exact_answer_reward(completions, answer=answer)
 '''
+
+
+def colours(told: str) -> list[tuple[int, int, int]]:
+    """Colours that are told in hexadecimal digits."""
+    return [parse_rgb_hex(colour) for colour in told.split()]
+
+
 THEME = TerminalTheme(
     (24, 26, 31),
     (210, 212, 216),
-    [(30, 30, 30), (224, 90, 90), (90, 190, 110), (214, 170, 80)]
-    + [(90, 140, 240), (190, 120, 220), (80, 190, 200), (200, 200, 200)],
-    [(110, 110, 110), (255, 120, 120), (130, 220, 150), (240, 200, 110)]
-    + [(130, 170, 255), (220, 150, 250), (120, 220, 230), (255, 255, 255)],
+    colours("1e1e1e e05a5a 5abe6e d6aa50 5a8cf0 be78dc 50bec8 c8c8c8"),
+    colours("6e6e6e ff7878 82dc96 f0c86e 82aaff dc96fa 78dce6 ffffff"),
 )
 """Background, letters, and the eight colours of a terminal, plain and bright."""
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
