@@ -45,7 +45,7 @@ from troupe.messages import (
 )
 from troupe.policy import Base, Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.rewards import RewardManager
-from troupe.run.inputs import Inputs
+from troupe.run.inputs import Inputs, curriculum_for
 from troupe.run.ledgers import Factories
 from troupe.run.prepare import Prepared, Start
 from troupe.run.resume.newest import Identity, Restored
@@ -335,6 +335,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
                 batch_size=config.learner.batch_size,
                 seed=config.seed,
                 shuffle=True,
+                curriculum=curriculum_for(config, dataset, rewards),
             ),
             evaluation=None,
             rewards=rewards,

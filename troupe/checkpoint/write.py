@@ -14,6 +14,7 @@ import msgspec
 
 from troupe.checkpoint.files import Chunks, FileSum, make_folders, sum_file, write_file
 from troupe.checkpoint.state import (
+    CURRICULUM_FILE,
     MADE_FILE,
     MANIFEST,
     MODEL_FILE,
@@ -78,6 +79,8 @@ def save_checkpoint(
         for name, arrays in files.items():
             folder.write(name, safetensors_chunks(arrays))
         folder.write(UNFINISHED_FILE, [unfinished])
+        if checkpoint.curriculum is not None:
+            folder.write(CURRICULUM_FILE, [msgspec.msgpack.encode(checkpoint.curriculum)])
         if checkpoint.made != Made():
             folder.write(MADE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.made))])
         folder.write(STATE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.state))])

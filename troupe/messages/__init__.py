@@ -23,6 +23,7 @@ from troupe.messages.control import (
     Step,
     Stop,
 )
+from troupe.messages.curriculum import CurriculumState, Pool, RowRecord, StepRows
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
 from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
 from troupe.messages.groups import (
@@ -63,6 +64,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWritten",
     "ClosedState",
+    "CurriculumState",
     "Done",
     "Drain",
     "Episode",
@@ -83,6 +85,7 @@ __all__ = [
     "Past",
     "Pause",
     "Phase",
+    "Pool",
     "Prompt",
     "PromptText",
     "Refused",
@@ -92,6 +95,7 @@ __all__ = [
     "Resume",
     "Rollout",
     "RolloutGroup",
+    "RowRecord",
     "RowStart",
     "ScoredGroup",
     "Set",
@@ -104,6 +108,7 @@ __all__ = [
     "SpanKind",
     "Status",
     "Step",
+    "StepRows",
     "Stop",
     "ToolCall",
     "Turn",
