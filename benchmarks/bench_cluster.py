@@ -295,6 +295,7 @@ async def workers(rig: Rig, hub: Hub, count: int, *, instant: bool) -> AsyncIter
 
 def configured(args: argparse.Namespace, folder: Path, mode: str) -> RunConfig:
     """The settings that matter here."""
+    staleness = 4 if mode == "free" else args.steps + 1  # so that all steps are pinned to version 0
     return troupe.load_config(
         DEMO_CONFIG,
         [
@@ -302,7 +303,7 @@ def configured(args: argparse.Namespace, folder: Path, mode: str) -> RunConfig:
                 "output": str(folder),
                 "generation": {"num_generations": args.group, "max_completion_length": args.new_tokens},
                 "learner": {"batch_size": args.groups},
-                "schedule": {"mode": mode, "max_staleness": 4 if mode == "free" else 1, "parts": args.groups // 2},
+                "schedule": {"mode": mode, "max_staleness": staleness, "parts": args.groups // 2},
                 "cluster": {"serve": "127.0.0.1:0", "audit": 0.0, "local_parts": False},
             }
         ],

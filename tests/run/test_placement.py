@@ -20,8 +20,8 @@ from tests.support.fakes import delayed, often_equal, same_bits, tiny_config, we
 from tests.support.straight import Straight, run_straight
 from troupe import Supervisor
 from troupe.actors.generator.child import GeneratorChild
+from troupe.actors.generator.locked_folder import SHARED_MEMORY, remove_leftovers
 from troupe.actors.generator.remote import RemoteGenerator
-from troupe.actors.generator.weights_files import SHARED_MEMORY, remove_leftovers
 from troupe.actors.generator.wire import Setup
 from troupe.errors import ConfigError, ModelError
 from troupe.policy import Weights, load_policy
@@ -76,7 +76,7 @@ class Watch:
                 files = run._pipeline.ledgers.files
                 await run.wait()
                 if files is not None and files._folder is not None:
-                    self.folders.append(files._folder)
+                    self.folders.append(files._folder.path)
         return run.result
 
     def check_nothing_is_left(self, processes: int) -> None:
@@ -211,7 +211,7 @@ async def main():
         async for update in run.updates():
             pipeline = run._pipeline
             generator = pipeline.roles[1].actor
-            print(generator.sources[0].pids[0], pipeline.ledgers.files._folder, flush=True)
+            print(generator.sources[0].pids[0], pipeline.ledgers.files._folder.path, flush=True)
 
 anyio.run(main)
 """
@@ -228,7 +228,7 @@ async def test_a_killed_run_leaves_no_process_and_the_next_start_no_file(tmp_pat
     with anyio.fail_after(PATIENCE_S):
         while Path(f"/proc/{pid}").exists():  # noqa: ASYNC110, ASYNC240 - nobody tells us
             await anyio.sleep(0.01)
-    remove_leftovers(tmp_path)  # as every start does
+    remove_leftovers(SHARED_MEMORY, tmp_path)  # as every start does
     assert not Path(folder).exists()  # noqa: ASYNC240
 
 

@@ -8,7 +8,17 @@ from typing import Any, TypeAlias
 import anyio
 import msgspec
 
-from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, MemberStatus, Settle, Span, Update
+from troupe.messages import (
+    Answered,
+    CheckpointWritten,
+    Evaluated,
+    GroupClosed,
+    Incident,
+    MemberStatus,
+    Settle,
+    Span,
+    Update,
+)
 from troupe.records.members import cluster_figures
 from troupe.records.sinks.sinks import Sinks
 from troupe.runtime.actor import Actor
@@ -36,8 +46,8 @@ class Tally(msgspec.Struct, kw_only=True):
 
 
 class Metrics(Actor):
-    """Receives Update, GroupClosed, Incident, CheckpointWritten, Answered, Span and Settle; broadcasts the first three,
-    of which a slow listener keeps the newest.
+    """Receives Update, GroupClosed, Incident, CheckpointWritten, Answered, Evaluated, Span and Settle; broadcasts the
+    first three, of which a slow listener keeps the newest.
 
     It adds to each Update what only it can see: how long the queues are, and where the time of the step went. Nothing
     here waits: sinks have threads of their own. One that fails or hangs is switched off, or tried again later, which is
@@ -80,14 +90,14 @@ class Metrics(Actor):
         self._sinks.open()
 
     async def handle(
-        self, message: Update | GroupClosed | Incident | CheckpointWritten | Answered | Span | Settle
+        self, message: Update | GroupClosed | Incident | CheckpointWritten | Answered | Evaluated | Span | Settle
     ) -> None:
         """Count, pass on, and give to every sink; or have what they were given put on the disk."""
         if isinstance(message, Span):
             self._times.add(message)
             self._sinks.write(message)
             return
-        if isinstance(message, Answered):
+        if isinstance(message, Answered | Evaluated):
             self._sinks.write(message)
             return
         if isinstance(message, Settle):

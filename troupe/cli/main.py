@@ -12,9 +12,9 @@ from troupe.cli.control import control
 from troupe.runtime.machine import VERSION, missing_backend
 from troupe.runtime.terminal import EXIT_BAD_INPUT
 
-_LOADED = {name: name for name in ("train", "generate", "inspect", "report", "doctor", "fuse", "worker", "cluster")} | {
-    "eval": "evaluate"
-}
+_LOADED = {
+    name: name for name in ("train", "generate", "inspect", "report", "doctor", "fuse", "worker", "cluster", "runs")
+} | {"eval": "evaluate"}
 """Command → the file of this room, and the name in it."""
 
 

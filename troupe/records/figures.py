@@ -184,9 +184,10 @@ OF_EPISODES = ("turns", "calls", "failures")
 _IN_FILES_ONLY = (
     "nonfinite", "advantages/mean", "advantages/frac_zero", "completions/min_length",
     "completions/min_terminated_length", "completions/max_terminated_length", "groups/resampled",
-    "groups/filtered_token_fraction", "tokens/stale_fraction", "sampling/sampling_logp_difference/mean",
-    "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min",
-    "sampling/importance_sampling_ratio/max", "num_tokens", "epoch", "learn_tokens_per_second",
+    "groups/filtered_token_fraction", "tokens/stale_fraction", "tokens/trained",
+    "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/max",
+    "num_tokens", "epoch", "learn_tokens_per_second",
 )  # fmt: skip
 _OF_SOME_LOSSES = (
     "policy_loss", "aux_loss", "router/flips", "entropy_coef", "controlled_entropy", "clip_ratio/low_min",

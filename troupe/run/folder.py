@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from troupe.actors.generator.weights_files import remove_leftovers
+from troupe.actors.generator.locked_folder import SHARED_MEMORY, remove_leftovers
 from troupe.dataset import source_name
 from troupe.errors import ConfigError, FolderGoneError, OutputError
 from troupe.records.layout import RUN_TOML, is_of_no_run
@@ -97,7 +97,7 @@ class RunFolder:
         """Clear away what a killed run left, and store the config. OutputError where the folder cannot be written."""
         self.check()
         try:
-            remove_leftovers(self.path)
+            remove_leftovers(SHARED_MEMORY, self.path)
             _store(config, self.path / RUN_TOML)
             self._config = config
         except OSError as error:

@@ -15,7 +15,8 @@ import pytest
 
 from tests.support.fakes import same_bits
 from troupe.actors.generator import weights_files
-from troupe.actors.generator.weights_files import WeightsFiles, free_bytes, remove_leftovers
+from troupe.actors.generator.locked_folder import free_bytes, remove_leftovers
+from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.errors import RunError
 
 WEIGHTS = {"a": mx.array([[1.0, -2.5], [3.0, 1e-30]]), "b": mx.array([1, 2, 3]).astype(mx.bfloat16)}
@@ -88,7 +89,7 @@ def test_the_run_folder_serves_where_memory_has_no_room(files: WeightsFiles, tmp
 
 def test_no_room_anywhere_is_told_before_anything_is_written(files: WeightsFiles, tmp_path: Path) -> None:
     files.free = lambda place: 100
-    with pytest.raises(RunError, match=r"take 8\.2e-07 GB of files, but .*memory has 1e-07 GB .*schedule\.generator"):
+    with pytest.raises(RunError, match=r"8\.2e-07 GB are needed, but .*memory has 1e-07 GB .*schedule\.generator"):
         files.write(0, WEIGHTS)
     assert names(tmp_path) == []
 
@@ -140,18 +141,18 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_of_the_living(tmp_path: P
     with subprocess.Popen([*command, "live"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
         assert living.stdout is not None
         path = Path(living.stdout.readline().strip())
-        remove_leftovers(tmp_path, shared_memory=memory)
+        remove_leftovers(memory, tmp_path)
         assert path.is_file()
         assert not dead.exists()
         assert not (tmp_path / "troupe-weights-there").exists()
         assert other.exists()
         living.kill()
-    remove_leftovers(tmp_path, shared_memory=memory)
+    remove_leftovers(memory, tmp_path)
     assert list(memory.iterdir()) == [other]
 
 
 def test_places_that_are_not_there_hold_no_leftovers(tmp_path: Path) -> None:
-    remove_leftovers(tmp_path / "no run", shared_memory=tmp_path / "no memory")
+    remove_leftovers(tmp_path / "no memory", tmp_path / "no run")
 
 
 def test_a_folder_that_was_taken_for_a_leftover_is_made_anew(
@@ -190,7 +191,7 @@ def test_a_folder_that_another_run_is_about_to_remove_is_left_to_it(
     (taken,) = (folder for folder in memory.iterdir() if folder != path.parent)
     assert list(taken.iterdir()) == []
     os.close(others[0])
-    remove_leftovers(memory, shared_memory=memory)
+    remove_leftovers(memory)
     assert list(memory.iterdir()) == [path.parent], "what is in use is locked"
     files.close()
 

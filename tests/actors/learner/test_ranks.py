@@ -37,6 +37,9 @@ class Here:
     def join(self) -> None:
         pass
 
+    def break_up(self, why: str) -> None:
+        self.broken = why
+
 
 class Rig:
     """A learner's ranks, three of them children that do each what is named."""

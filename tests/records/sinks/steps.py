@@ -9,6 +9,9 @@ import msgspec
 from tests.support.fakes import make_rollout
 from troupe.messages import (
     NOT_STARTED,
+    Evaluated,
+    EvaluatedRow,
+    EvaluatedSample,
     GroupClosed,
     Phase,
     Prompt,
@@ -66,3 +69,20 @@ def closed(
 def status(phase: Phase = "running", **fields: object) -> Status:
     """What a run is doing."""
     return msgspec.structs.replace(NOT_STARTED, phase=phase, **fields)
+
+
+def evaluated(version: int, value: float = 0.5, name: str = "held_out") -> Evaluated:
+    """A version was evaluated on a set of two rows with a sample each."""
+    rows = tuple(
+        EvaluatedRow(
+            row=row,
+            prompt=f"{row}+1=",
+            columns={"answer": str(row + 1)},
+            samples=(
+                EvaluatedSample(text="1", tokens=1, finish_reason="stop", score=1.0 - row, scores={"exact": 1.0 - row}),
+            ),
+        )
+        for row in range(2)
+    )
+    metrics = {f"eval/{name}/avg@1": value, f"eval/{name}/avg@1_se": 0.1}
+    return Evaluated(version=version, name=name, metrics=metrics, rows=rows, seconds=2.0)

@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from tests.records.sinks.oracles import package
-from tests.records.sinks.steps import status, update
+from tests.records.sinks.steps import evaluated, status, update
 from troupe.messages import NOT_STARTED, Incident, LiveGroup, Restarting, Slot
 from troupe.records.sinks.prometheus import PrometheusSink, exposition
 
@@ -170,3 +170,14 @@ def test_a_port_that_is_taken_is_the_sinks_own_failure() -> None:
         taken.listen()
         with pytest.raises(OSError, match="in use"):
             PrometheusSink(taken.getsockname()[1]).open()
+
+
+def test_the_newest_evaluation_of_each_set_is_told() -> None:
+    sink = PrometheusSink(0)
+    for message in (evaluated(0, 0.25), evaluated(8, 0.5), evaluated(8, 1.0, "math")):
+        sink.write(message)
+    sink.flush()
+    lines = exposition(sink._status).splitlines()
+    assert 'troupe_evaluation{set="held_out",figure="avg@1"} 0.5' in lines
+    assert 'troupe_evaluation{set="math",figure="avg@1"} 1.0' in lines
+    assert 'troupe_evaluation_version{set="held_out"} 8.0' in lines

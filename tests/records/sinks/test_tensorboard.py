@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.records.sinks.oracles import package
-from tests.records.sinks.steps import closed, feed, update
+from tests.records.sinks.steps import closed, evaluated, feed, update
 from troupe.messages import Incident
 from troupe.records.sinks.base import DurableSink, RunInfo
 from troupe.records.sinks.jsonl import AppendedFile
@@ -158,3 +158,9 @@ def test_what_it_does_not_care_for_changes_nothing(tmp_path: Path) -> None:
     assert steps == [0, 1]
     tags = {value.tag for event in events_in(next(tmp_path.iterdir())) for value in event.summary.value}
     assert "completions/text_summary" not in tags
+
+
+def test_evaluations_are_points_at_their_version(tmp_path: Path) -> None:
+    feed(made(tmp_path), evaluated(0, 0.25), update(1, loss=1.0), update(2, loss=1.0), evaluated(1, 0.75))
+    feed(made(tmp_path, 1, at_s=2000.0), evaluated(2, 1.0))
+    assert curves(tmp_path)["eval/held_out/avg_1"] == {0: 0.25, 1: 0.75, 2: 1.0}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.records.sinks.steps import closed, update
+from tests.records.sinks.steps import closed, evaluated, update
 from troupe.messages import Incident
 from troupe.records.sinks.base import MetricsConfig, RunInfo, Sink
 from troupe.records.sinks.jsonl import JsonlSink
@@ -33,6 +33,7 @@ class Tracker:
         self.resumed, self.offline, self.step, self.starting_step = False, True, 0, 0
         self.fails: set[str] = set()
         self.gate: threading.Event | None = None
+        self.summary: dict[str, float] = {}
         self.Settings = self.Histogram = self.Table = lambda *given, **named: SimpleNamespace(given=given, **named)
 
     def init(self, **named: Any) -> Tracker:
@@ -48,6 +49,9 @@ class Tracker:
     def finish(self) -> None:
         self._meet("finish")
         self.finished += 1
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        assert (name, step_metric) == ("eval/*", "eval/version")
 
     @property
     def steps(self) -> list[int]:
@@ -240,3 +244,23 @@ async def test_one_that_hangs_costs_nobody_else_anything(tmp_path: Path, kind: s
     assert incident.message.startswith(f"the sink {kind} is switched off: it has not come back for 61 s")
     tracker.gate.set()
     assert await sinks.close() == ()
+
+
+def test_evaluations_are_told_once_and_where_steps_cannot_be_told_late_with_the_next_one(
+    tmp_path: Path, kind: str, tracker: Tracker
+) -> None:
+    messages = evaluated(0, 0.25), update(1), evaluated(1, 0.5), evaluated(1, 0.75, "math"), update(2), evaluated(2)
+    feed(sink_of(kind, tmp_path), *messages)
+    figures = {"eval/held_out/avg@1": 0.5, "eval/math/avg@1": 0.75}
+    told = [(step, {name: row[name] for name in row if name in figures}) for step, row in tracker.rows]
+    if kind == "trackio":
+        assert told[2:] == [(1, {name: value}) for name, value in figures.items()] + [(2, {}), (2, told[-1][1])]
+        assert told[:2] == [(0, {"eval/held_out/avg@1": 0.25}), (1, {})]
+    else:
+        assert told == [(1, {"eval/held_out/avg@1": 0.25}), (2, figures)]
+        assert [row["eval/version"] for _, row in tracker.rows] == [0, 1]
+        assert tracker.summary["eval/version"] == 2
+    feed(sink_of(kind, tmp_path, 2), evaluated(2), *(update(step) for step in range(3, 10)), evaluated(9, 1.0))
+    late = [(step, row["eval/held_out/avg@1"]) for step, row in tracker.rows if "eval/held_out/avg@1" in row][-1]
+    assert late == ((9, 1.0) if kind == "trackio" else (10, 1.0))
+    assert sum("eval/held_out/avg@1" in row for _, row in tracker.rows) == (4 if kind == "trackio" else 3)

@@ -17,7 +17,7 @@ from tests.support.fakes import write_prompts
 from tests.support.games import acting, write_player
 from tests.support.kills import STEPS, P
 from tests.support.runs import in_store, lines, timeless
-from troupe.actors.generator.weights_files import SHARED_MEMORY
+from troupe.actors.generator.locked_folder import SHARED_MEMORY
 
 pytestmark = [
     pytest.mark.alone,

@@ -1,31 +1,22 @@
 """Weights for other processes of the run: one safetensors file a policy version, in memory where there is room.
 
 A file appears whole (it is written under another name first) and goes when its version can be asked for no more and
-nobody is still reading it. The folder of the files is locked by the run that made it; the system drops the lock of a
-run that was killed, and the next start of any run removes what it left.
+nobody is still reading it.
 
 What is mapped and what is copied: writing copies the arrays into the file, whose pages in /dev/shm are memory
 themselves; `mx.load` maps nothing, it reads the file once into arrays of the process that loads. So a version is held
 once by the learner, once by the file, and once by each process that has loaded it.
 """
 
-import fcntl
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from troupe.actors.generator.locked_folder import SHARED_MEMORY, LockedFolder, free_bytes, roomy_folder
 from troupe.errors import RunError
 from troupe.policy import Weights
 from troupe.policy.safetensors import safetensors_bytes, safetensors_chunks
 from troupe.runtime.files import drafted
-
-SHARED_MEMORY = Path("/dev/shm")
-"""Where files are memory, on Linux; on other systems there is no such folder."""
-_PREFIX = "troupe-weights-"
 
 
 class WeightsFiles:
@@ -47,8 +38,7 @@ class WeightsFiles:
         """Bytes that are free at a place."""
         self._places = (shared_memory, run)
         self._at_once = at_once
-        self._folder: Path | None = None
-        self._lock: int | None = None
+        self._folder: LockedFolder | None = None
         self._lent: Counter[int] = Counter()
         self._kept: frozenset[int] = frozenset()
         self._written: set[int] = set()
@@ -57,8 +47,7 @@ class WeightsFiles:
         """The file of a version; written unless it is there. RunError where the disk has no room."""
         needed = safetensors_bytes(weights)
         if self._folder is None:
-            self._open(self._at_once * needed)
-        assert self._folder is not None
+            self._folder = self._opened(self._at_once * needed)
         path = self._path(version)
         if version in self._written:
             return path
@@ -91,10 +80,7 @@ class WeightsFiles:
         """Remove all that is left. Safe to call twice."""
         folder, self._folder = self._folder, None
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            folder.close()
         self._written.clear()
 
     def _tidy(self) -> None:
@@ -106,64 +92,15 @@ class WeightsFiles:
 
     def _path(self, version: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"{version:08d}.safetensors"
+        return self._folder.path / f"{version:08d}.safetensors"
 
     def _check_room(self, needed: int) -> None:
         assert self._folder is not None
-        if (free := self.free(self._folder)) < needed:
+        if (free := self.free(self._folder.path)) < needed:
             raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
 
-    def _open(self, needed: int) -> None:
-        tried = []
-        for place in self._places:
-            if not (place.is_dir() and os.access(place, os.W_OK)):
-                continue
-            tried.append(f"{place} has {self.free(place) / 1e9:.3g} GB free")
-            if self.free(place) >= needed:
-                self._folder, self._lock = locked_folder(place)
-                return
-        raise RunError(
-            f"weights for {self._reader} take {needed / 1e9:.3g} GB of files, but {' and '.join(tried)}; make room, or "
-            f"{self._remedy}"
-        )
-
-
-def remove_leftovers(run: Path, shared_memory: Path = SHARED_MEMORY) -> None:
-    """Remove the files of runs of this user that were killed, in memory and in this run's folder."""
-    for place in (shared_memory, run):
-        for folder in _folders(place):
-            with suppress(OSError):  # somebody else's, or removed meanwhile
-                lock = os.open(folder, os.O_RDONLY)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its run lives
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(lock)
-
-
-def _folders(place: Path) -> Iterator[Path]:
-    with suppress(OSError):
-        yield from place.glob(f"{_PREFIX}*")
-
-
-def locked_folder(place: Path) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock: without one, `remove_leftovers` takes it away."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-        lock = os.open(folder, os.O_RDONLY)
-        taken = False  # for a leftover, by a run that starts at this very moment and removes it
+    def _opened(self, needed: int) -> LockedFolder:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            taken = True
-        except OSError:  # a file system without locks: leftovers stay there
-            pass
-        if not taken and folder.exists():
-            return folder, lock
-        os.close(lock)
-
-
-def free_bytes(place: Path) -> int:
-    """That its file system has for us."""
-    room = os.statvfs(place)
-    return room.f_bavail * room.f_frsize
+            return roomy_folder(self._places, needed, self.free)
+        except OSError as error:
+            raise RunError(f"weights for {self._reader}: {error}; make room, or {self._remedy}") from None

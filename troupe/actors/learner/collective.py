@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,8 +52,7 @@ class MlxRanks:
         self.rank, self.size = rank, meeting.size
         self.waiting_since_s: float | None = None
         """On `time.perf_counter`, since when this rank has waited for the others; None: it does not."""
-        self.broken: str | None = None
-        """Why no collective can be had any more; may be set by anybody."""
+        self._why_broken, self._is_broken = "", threading.Event()
         self._meeting = meeting
         self._group: mx.distributed.Group
 
@@ -80,6 +80,16 @@ class MlxRanks:
         cut = list(zip(arrays, pairwise(edges), strict=True))
         return [[line[start:stop].reshape(array.shape) for array, (start, stop) in cut] for line in lines]
 
+    @property
+    def broken(self) -> str | None:
+        """Why no collective can be had any more."""
+        return self._why_broken if self._is_broken.is_set() else None
+
+    def break_up(self, why: str) -> None:
+        """No collective can be had any more. May be called in any thread."""
+        self._why_broken = why
+        self._is_broken.set()
+
     @contextmanager
     def _waits(self) -> Iterator[None]:
         if self.broken is not None:
@@ -94,9 +104,7 @@ class MlxRanks:
 
     def _why(self, error: RuntimeError) -> str:
         """What became of the others, which whoever watches them may be about to say."""
-        until_s = time.perf_counter() + _TOLD_WITHIN_S
-        while self.broken is None and time.perf_counter() < until_s:
-            time.sleep(0.01)
+        self._is_broken.wait(_TOLD_WITHIN_S)
         return self.broken or f"the learner's ranks lost each other: {error}"
 
 

@@ -280,8 +280,9 @@ class RankProcesses:
         if self._here.broken is not None or self._is_closing:
             return
         who = "the learner's ranks" if each is None else f"the learner's {each.name}"
-        self._here.broken = f"{who}: {why}; the other ranks were ended, resume the run"
-        self._report.incident_nowait(Incident(actor="learner", kind="rank_lost", message=self._here.broken))
+        message = f"{who}: {why}; the other ranks were ended, resume the run"
+        self._here.break_up(message)
+        self._report.incident_nowait(Incident(actor="learner", kind="rank_lost", message=message))
         for rank in self._ranks:
             rank.child.kill()
 

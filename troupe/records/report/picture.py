@@ -35,7 +35,7 @@ State = Literal[Phase, "finished", "stopped", "crashed", "new"]
 new: nothing is done, and nobody is at it."""
 
 INCIDENTS_SHOWN = 60
-_STATES: dict[str, State] = {
+STATES: dict[str, State] = {
     "complete": "finished",
     "ended": "stopped",
     "cut off": "crashed",
@@ -160,7 +160,7 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
 def _state(fate: Standing, status: Status | None) -> State:
     if status is not None and status.phase != "ended" and status.phase != "failed":
         return status.phase
-    return _STATES[fate.fate]
+    return STATES[fate.fate]
 
 
 def _describe(fate: Standing, status: Status | None) -> str:
@@ -270,18 +270,23 @@ def _changes(path: Path) -> Iterator[Change]:
 
 
 def _total_steps(fate: Standing, status: Status | None, config: dict[str, Any], metrics: Thinned) -> int | None:
-    """From who knows: the run itself, its summary, its config, or how far an epoch has come."""
+    """From who knows: the run itself, or its files."""
     if status is not None and status.total_steps:
         return status.total_steps
+    return planned_steps(fate, config, metrics.steps[-1] if metrics.steps else 0, _last(metrics, "epoch"))
+
+
+def planned_steps(fate: Standing, config: dict[str, Any], step: int, epoch: float | None) -> int | None:
+    """How many steps a run will have, by its config, its summary, or how far through the epochs its newest step is."""
     learner = config.get("learner")
     learner = learner if isinstance(learner, dict) else {}
     if isinstance(most := learner.get("max_steps"), int):
         return most
     if fate.total_steps is not None:
         return fate.total_steps
-    epochs, epoch = learner.get("epochs"), _last(metrics, "epoch")
+    epochs = learner.get("epochs")
     if isinstance(epochs, int) and epoch:
-        return math.ceil(round(epochs * metrics.steps[-1] / epoch, 6))
+        return math.ceil(round(epochs * step / epoch, 6))
     return None
 
 

@@ -7,7 +7,7 @@ that exist once a reward, a queue or an actor share a name and say whose they ar
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import msgspec
 from anyio.from_thread import start_blocking_portal
 
-from troupe.messages import NOT_STARTED, Incident, Phase, Status, Update
+from troupe.messages import NOT_STARTED, Evaluated, Incident, Phase, Status, Update
 from troupe.records.figures import queue_depths
 from troupe.runtime.http import HttpRequest, HttpResponse, HttpServer, RefusedError
 
@@ -39,7 +39,7 @@ class PrometheusSink:
     """Serves `/metrics` on this machine: what the newest messages say."""
 
     name = "prometheus"
-    takes: tuple[type, ...] = (Update, Incident, Status)
+    takes: tuple[type, ...] = (Update, Incident, Evaluated, Status)
 
     def __init__(self, port: int) -> None:
         """`port` 0: any that is free; `port` then tells which, once it is open."""
@@ -47,6 +47,7 @@ class PrometheusSink:
         self._status: Status = NOT_STARTED
         self._newest: Update | None = None
         self._incidents: Counter[str] = Counter()
+        self._evaluated: dict[str, Evaluated] = {}
         self._serving = ExitStack()
 
     def open(self) -> None:
@@ -63,6 +64,8 @@ class PrometheusSink:
             self._status = message
         elif isinstance(message, Update):
             self._newest = message
+        elif isinstance(message, Evaluated):
+            self._evaluated[message.name] = msgspec.structs.replace(message, rows=())
         elif isinstance(message, Incident):
             self._incidents[message.kind] += 1
 
@@ -82,7 +85,8 @@ class PrometheusSink:
                 metrics=newest.metrics,
             )
         told = {kind: max(count, status.incidents.get(kind, 0)) for kind, count in self._incidents.items()}
-        self._status = msgspec.structs.replace(status, incidents=status.incidents | told)
+        evaluated = (*status.evaluated, *self._evaluated.values())
+        self._status = msgspec.structs.replace(status, incidents=status.incidents | told, evaluated=evaluated)
 
     def close(self) -> None:
         self._serving.close()
@@ -148,6 +152,7 @@ def exposition(status: Status) -> str:
         page.add("troupe_restart_attempt", status.restarting.attempt, about="The start after a failure, as it lasts.")
     for metric, value in status.metrics.items():
         _add_metric(page, metric, value)
+    _add_evaluations(page, status.evaluated)
     return page.text()
 
 
@@ -161,6 +166,15 @@ def _add_metric(page: _Page, metric: str, value: float) -> None:
             return
     name = f"troupe_{_NOT_IN_A_NAME.sub('_', metric).strip('_')}"
     page.add(name, value, about=f"{_one_line(metric)} of the newest step.")
+
+
+def _add_evaluations(page: _Page, evaluated: Sequence[Evaluated]) -> None:
+    """The newest of each set."""
+    for one in {one.name: one for one in sorted(evaluated, key=lambda one: one.version)}.values():
+        page.add("troupe_evaluation_version", one.version, {"set": one.name}, about="Newest version evaluated, by set.")
+        for metric, value in one.metrics.items():
+            labels = {"set": one.name, "figure": metric.removeprefix(f"eval/{one.name}/")}
+            page.add("troupe_evaluation", value, labels, about="Figures of the newest evaluation, by set.")
 
 
 def _number(value: float) -> str:

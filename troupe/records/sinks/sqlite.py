@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from troupe.messages import Answered, CheckpointWritten, GroupClosed, Incident, Status, Update
+from troupe.messages import Answered, CheckpointWritten, Evaluated, GroupClosed, Incident, Status, Update
 from troupe.records.store.answers import answer_statements, forgetting_statement
+from troupe.records.store.evaluations import evaluation_statements
 from troupe.records.store.format import (
     DamagedStoreError,
     GroupRows,
@@ -31,7 +32,7 @@ class SqliteSink:
     """
 
     name = "sqlite"
-    takes: tuple[type, ...] = (Update, GroupClosed, Incident, CheckpointWritten, Answered, Status)
+    takes: tuple[type, ...] = (Update, GroupClosed, Incident, CheckpointWritten, Answered, Evaluated, Status)
 
     def __init__(
         self,
@@ -81,6 +82,8 @@ class SqliteSink:
             self._others += [*checkpoint_statements(message, self._clock()), forgetting_statement()]
         elif isinstance(message, Answered):
             self._others += answer_statements(message)
+        elif isinstance(message, Evaluated):
+            self._others += evaluation_statements(message, self._clock())
         elif isinstance(message, Status) and message.members:
             self._others += self._members.look(message.members)
 

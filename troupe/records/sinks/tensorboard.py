@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-from troupe.messages import GroupClosed, Incident, Update
+from troupe.messages import Evaluated, GroupClosed, Incident, Update
 from troupe.records.sinks.base import RunInfo, package
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
 from troupe.records.sinks.jsonl import AppendedFile
@@ -33,7 +33,7 @@ class TensorBoardSink:
     """
 
     name = "tensorboard"
-    takes: tuple[type, ...] = (Update, GroupClosed)
+    takes: tuple[type, ...] = (Update, GroupClosed, Evaluated)
 
     def __init__(
         self,
@@ -63,7 +63,11 @@ class TensorBoardSink:
 
     def write(self, message: object) -> None:
         """Take a message; a step is written by the `flush` after its Update."""
-        if (digest := self._digest.add(message)) is not None:
+        if isinstance(message, Evaluated):
+            digest: StepDigest | None = StepDigest(step=message.version, metrics=dict(message.metrics))
+        else:
+            digest = self._digest.add(message)
+        if digest is not None:
             self._unpacked.append((self._clock(), digest))
 
     def flush(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 import msgspec
 
-from troupe.messages import GroupClosed, Update
+from troupe.messages import Evaluated, GroupClosed, Update
 from troupe.records.layout import METRICS
 from troupe.records.sinks.base import MetricsConfig, RunInfo, SinkName, package, wandb_mode
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
@@ -24,10 +24,12 @@ _PATIENCE = 0.8
 """Part of `sink_timeout_s` after which a tracker gives up by itself, and so can say why."""
 _TRACKIO = "0."
 """Versions of trackio in which a run knows its next step."""
+_VERSION = "eval/version"
+"""By which Weights & Biases draws evaluations."""
 _COLUMNS = ("step", "prompt", "completion", "reward", "scores", "tokens")
 
 
-class Tracked(msgspec.Struct, frozen=True, kw_only=True):
+class Tracked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Under what name a run is tracked; `wandb.json` or `trackio.json` in its folder."""
 
     id: str
@@ -35,13 +37,15 @@ class Tracked(msgspec.Struct, frozen=True, kw_only=True):
     """The newest step that was told."""
     kept: int = 0
     """The newest step that was there when a start began, or had ended well."""
+    evaluated: dict[str, int] = {}
+    """Set → its newest version of which an evaluation was told."""
 
 
 class _Tracker(ABC):
     """What both have in common."""
 
     name: str
-    takes: tuple[type, ...] = (Update, GroupClosed)
+    takes: tuple[type, ...] = (Update, GroupClosed, Evaluated)
     _log_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, run: RunInfo, config: MetricsConfig) -> None:
@@ -61,12 +65,16 @@ class _Tracker(ABC):
         for step, metrics in steps_between(Path(self._run.folder) / METRICS, newest, self._run.first_step):
             self._tell(StepDigest(step=step, metrics=metrics))
         newest = max(self._run.first_step, newest)
-        self._tracked = Tracked(id=self._tracked.id, step=newest, kept=newest)
+        self._tracked = msgspec.structs.replace(self._tracked, step=newest, kept=newest)
         self._digest = Digest(newest=newest, samples=self._config.completions, every=self._config.completions_every)
         _write(self._path, self._tracked)
 
     def write(self, message: object) -> None:
-        """Take a message; a step is told when it has ended."""
+        """Take a message; a step is told when it has ended, an evaluation once."""
+        if isinstance(message, Evaluated):
+            if self._there is not None and message.version > self._tracked.evaluated.get(message.name, -1):
+                self._tell_evaluation(message)
+            return
         digest = self._digest.add(message)
         if digest is not None and self._there is not None:
             self._tell(digest)
@@ -93,6 +101,15 @@ class _Tracker(ABC):
         """The newest step that was told before; where the tracker itself says so, it knows better than our file."""
         return self._tracked.step
 
+    def _tell_evaluation(self, evaluated: Evaluated) -> None:
+        """Tell of an evaluation, later than of its step."""
+        self._tell(StepDigest(step=evaluated.version, metrics=dict(evaluated.metrics)))
+        self._note([evaluated])
+
+    def _note(self, told: Sequence[Evaluated]) -> None:
+        newest = self._tracked.evaluated | {one.name: one.version for one in told}
+        self._tracked = msgspec.structs.replace(self._tracked, evaluated=newest)
+
     def _tell(self, digest: StepDigest) -> None:
         """Tell of a step that has ended."""
         there = package(cast("SinkName", self.name))
@@ -110,7 +127,40 @@ class WandbSink(_Tracker):
     name = "wandb"
     _log_options: ClassVar[Mapping[str, Any]] = {"commit": True}
 
+    def __init__(self, run: RunInfo, config: MetricsConfig) -> None:
+        super().__init__(run, config)
+        self._evaluated: list[Evaluated] = []
+        """What the next step is told with: of one that was told, no more can be."""
+
+    def close(self) -> None:
+        if self._there is not None and self._evaluated:
+            if self._tracked.step >= self._run.total_steps:
+                super()._tell(StepDigest(step=self._tracked.step + 1, metrics=self._figures()))
+            else:  # who resumes goes on with that step
+                self._there.summary.update(self._figures())
+            self._note(self._evaluated)
+        super().close()
+
+    def _tell_evaluation(self, evaluated: Evaluated) -> None:
+        self._evaluated.append(evaluated)
+
+    def _tell(self, digest: StepDigest) -> None:
+        super()._tell(msgspec.structs.replace(digest, metrics=digest.metrics | self._figures()))
+        self._note(self._evaluated)
+        self._evaluated = []
+
+    def _figures(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for one in self._evaluated:
+            figures |= {**one.metrics, _VERSION: float(one.version)}
+        return figures
+
     def _begin(self, name: str, *, goes_on: bool) -> Any:
+        there = self._join(name)
+        there.define_metric("eval/*", step_metric=_VERSION)
+        return there
+
+    def _join(self, name: str) -> Any:
         wandb = package("wandb")
         return wandb.init(
             project=self._config.wandb_project,

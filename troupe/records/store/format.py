@@ -7,6 +7,8 @@ groups       one row a group that has ended, under the step that it ended with
 completions  one row a sample of a group
 answers      one row a turn of a sample whose step may still be made again; see `answers.py`
 episodes     one row a sample that acted in an environment or called tools; see `episodes.py`
+evaluations, evaluation_rows, evaluation_samples  what the policy came to on rows that it is not trained on; see
+             `evaluations.py`
 members      one row a worker, process, engine or rank and start that it worked in; see `members.py`
 incidents    what went wrong, of all starts
 checkpoints  those written; `removed_at` of those that made room for newer ones
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 from troupe.errors import OutputError
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, Rollout, Update
 from troupe.records.store.episodes import EPISODES, episode_rows
+from troupe.records.store.evaluations import EVALUATIONS, EVALUATIONS_MADE_AGAIN
 from troupe.records.store.members import MEMBERS
 from troupe.records.store.text import json_text, safe_text
 
@@ -46,7 +49,7 @@ TABLES = (
     " removed_at REAL)",
 )
 MACHINES = "CREATE TABLE IF NOT EXISTS machines (start INTEGER PRIMARY KEY, machine TEXT)"
-ADDED_SINCE = (MACHINES, *EPISODES, MEMBERS)
+ADDED_SINCE = (MACHINES, *EPISODES, MEMBERS, *EVALUATIONS)
 """Tables that stores of older versions lack."""
 TO_BE_MADE_AGAIN = (
     ("steps", "step"),
@@ -54,6 +57,7 @@ TO_BE_MADE_AGAIN = (
     ("completions", "step"),
     ("episodes", "step"),
     ("checkpoints", "version"),
+    *EVALUATIONS_MADE_AGAIN,
 )
 
 ADD_GROUP = "INSERT OR REPLACE INTO groups VALUES (?,?,?,?,?,?,?,?,?,?)"

@@ -16,6 +16,7 @@ from troupe.messages import ClosedState, PromptText
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store.episodes import COLUMNS, StoredEpisode, has_episodes, stored_episode
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer, unpacked
+from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
 
 Choice = Literal["best", "worst", "random", "all"]
@@ -190,6 +191,10 @@ class StoredRun:
         finally:
             ask("COMMIT")
 
+    def glance(self) -> Glance:
+        """Its first and its newest step, and how long it went on."""
+        return read_glance(self._connection)
+
     def has_step(self, step: int) -> bool:
         """Whether anything of a step is stored: itself, or groups that ended with it."""
         tables = ("steps", "groups")
@@ -261,13 +266,9 @@ class StoredRun:
             yield _completion(row)
 
     def _rewards(self) -> dict[str, tuple[float | None, float | None]]:
-        ends = []
-        for order in ("", "DESC"):
-            row = self._connection.execute(f"SELECT metrics FROM steps ORDER BY step {order} LIMIT 1").fetchone()
-            ends.append({} if row is None else msgspec.json.decode(row[0]))
-        first, newest = ends
-        names = [n for n in newest if n == "reward" or (n.startswith("rewards/") and n.endswith("/mean"))]
-        return {name: (first.get(name), newest[name]) for name in names}
+        ends = self.glance()
+        names = [n for n in ends.newest if n == "reward" or (n.startswith("rewards/") and n.endswith("/mean"))]
+        return {name: (ends.first.get(name), ends.newest[name]) for name in names}
 
 
 @contextmanager

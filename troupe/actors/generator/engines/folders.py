@@ -1,16 +1,14 @@
 """Weights for external engines: a folder a policy version, in memory where there is room.
 
-A folder stays while it is the newest or somebody has it on loan. All lie in one folder that is locked by the run that
-made it, as `weights_files.py` has it: what a killed run leaves, the next start of any run removes.
+A folder stays while it is the newest or somebody has it on loan. All lie in one `LockedFolder`.
 """
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from troupe.actors.generator.weights_files import SHARED_MEMORY, free_bytes, locked_folder, remove_leftovers
+from troupe.actors.generator.locked_folder import SHARED_MEMORY, LockedFolder, remove_leftovers, roomy_folder
 from troupe.errors import RunError
 from troupe.policy import Weights
 
@@ -36,8 +34,7 @@ class EngineFolders:
         self._is_shared = place is not None
         self._save = save
         self._size_of = size_of
-        self._folder: Path | None = None
-        self._lock: int | None = None
+        self._folder: LockedFolder | None = None
         self._lent: Counter[int] = Counter()
         self._written: set[int] = set()
 
@@ -45,7 +42,7 @@ class EngineFolders:
         """The folder of a version; written unless it is there. RunError where it cannot be written."""
         try:
             if self._folder is None:
-                self._open(_AT_ONCE * self._size_of(weights))
+                self._folder = self._opened(_AT_ONCE * self._size_of(weights))
             path = self._path(version)
             if version not in self._written:
                 shutil.rmtree(path, ignore_errors=True)
@@ -75,29 +72,18 @@ class EngineFolders:
         """Remove all that is left. Safe to call twice; `write` begins anew."""
         folder, self._folder = self._folder, None
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            folder.close()
         self._written.clear()
         self._lent.clear()
 
     def _path(self, version: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"{version:08d}"
+        return self._folder.path / f"{version:08d}"
 
-    def _open(self, needed: int) -> None:
-        tried = []
-        for place in self._places:
-            if not (place.is_dir() and os.access(place, os.W_OK)):
-                tried.append(f"{place} is no folder that can be written")
-                continue
-            if self._is_shared:
-                remove_leftovers(place, place)
-            if (free := free_bytes(place)) >= needed:
-                self._folder, self._lock = locked_folder(place)
-                if self._is_shared:
-                    self._folder.chmod(0o755)  # engines there may run as somebody else
-                return
-            tried.append(f"{place} has {free / 1e9:.3g} GB free")
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, but {' and '.join(tried)}")
+    def _opened(self, needed: int) -> LockedFolder:
+        if self._is_shared:
+            remove_leftovers(*self._places)
+        folder = roomy_folder(self._places, needed)
+        if self._is_shared:
+            folder.path.chmod(0o755)  # engines there may run as somebody else
+        return folder
