@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from rich.console import Console
 
 from tests.support.fakes import make_scored
 from tests.support.stored import LONG_RESULT, acted, acted_rollout, closed, rows, tool_turn, update
-from troupe.cli.inspect import Block, as_renderable, as_text, describe_versions, show_completions
+from troupe.cli.blocks import Block, as_renderable, as_text, describe_versions, show_completions
 from troupe.cli.main import main
 from troupe.messages import CheckpointWritten, GroupClosed, Incident, ToolCall
 from troupe.records.layout import STORE
 from troupe.records.sinks.sqlite import SqliteSink
-from troupe.records.store.read import Query, open_store
+from troupe.records.store.completions import Query
+from troupe.records.store.read import open_store
 from troupe.records.text import shown
 
 
@@ -108,6 +110,12 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
         (["--gid", "0", "--worst", "1"], [0.1]),
         (["--state", "trained", "--best", "1"], [1.6]),
         (["--state", "filtered"], []),
+        (["--steps", "1:1", "--best", "2"], [1.5, 1.3]),
+        (["--steps", ":1", "--worst", "1"], [0.1]),
+        (["--steps", "2:", "--worst", "1"], [0.2]),
+        (["--row", "3"], [1.2, 1.4, 1.6]),
+        (["--prompt", "user: hi", "--finish-reason", "stop", "--step", "1"], [1.1, 1.3, 1.5]),
+        (["--text", "no such text"], []),
     ],
 )
 def test_what_is_chosen(folder: Path, options: list[str], expected: list[float]) -> None:
@@ -124,7 +132,7 @@ def test_a_listing_for_a_person_ends_somewhere(folder: Path) -> None:
     with open_store(folder) as stored:
         text = "".join(map(as_text, show_completions(stored, Query(step=2), most=4)))
     assert text.count(", sample ") == 4
-    assert "2 more: ask for fewer, or for a number (--best K), or write them out (--jsonl FILE)" in text
+    assert "2 more: ask for fewer, or for a number (--best K), or write them out (--export FILE)" in text
     assert run(folder, "--best", "6").count(", sample ") == 6
 
 
@@ -360,3 +368,48 @@ def test_folded_lines_of_a_conversation_are_no_speakers(episodes: Path) -> None:
         line.strip("│ ") if line[2:4] != "  " else "" for line in capture.get().split("\n") if line.startswith("│")
     ]
     assert {line.replace("\x1b[1m", "")[:2] for line in lines if line} == {"──"}
+
+
+def test_an_export_is_a_dataset(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sft.jsonl"
+    assert run(folder, "--export", str(file), "--min-reward", "1.5") == f"2 completions written to {file}\n"
+    talk, _ = map(json.loads, file.read_text().splitlines())
+    assert (talk["reward"], talk["step"], talk["row"], talk["sample"]) == (1.5, 1, 1, 2)
+    assert talk["prompt"] == [{"role": "user", "content": "Hi\x1b[31m"}]
+    assert [one["role"] for one in talk["completion"]] == ["assistant"]
+    assert (talk["scores"], talk["columns"], talk["tokens"]) == ({"r": 0.75}, {}, 3)
+    run(folder, "--export", str(file), "--gid", "0")
+    plain = json.loads(file.read_text().splitlines()[0])
+    assert isinstance(plain["prompt"], str)
+    assert isinstance(plain["completion"], str)
+    assert plain["columns"] == {"answer": "7"}
+
+
+@pytest.mark.parametrize(
+    ("which", "gid", "is_talk"), [("folder", 1, True), ("folder", 0, False), ("episodes", 0, True)]
+)
+def test_an_export_to_parquet_holds_the_same(
+    request: pytest.FixtureRequest, tmp_path: Path, which: str, gid: int, is_talk: bool
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    files = [tmp_path / name for name in ("a.jsonl", "a.parquet")]
+    for file in files:
+        run(request.getfixturevalue(which), "--export", str(file), "--gid", str(gid))
+    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+    rows = parquet.read_table(files[1]).to_pylist()
+    assert len(rows) == len(lines) > 0
+    for row, line in zip(rows, lines, strict=True):
+        assert all(row[name] == line[name] for name in ("reward", "step", "sample", "finish_reason", "tokens"))
+        assert json.loads(row["columns"]) == line["columns"]
+        said = [one.get("content") or "" for one in line["completion"]] if is_talk else line["completion"]
+        assert ([one["content"] for one in row["completion"]] if is_talk else row["completion"]) == said
+
+
+def test_parquet_without_its_package_is_told_before_anything_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    said = run(folder, "--export", str(tmp_path / "a.parquet"), code=2)
+    assert "writing Parquet needs the package pyarrow" in said
+    assert "or give a name that ends in .jsonl" in said
+    assert not (tmp_path / "a.parquet").exists()

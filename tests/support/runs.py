@@ -18,7 +18,8 @@ import troupe
 from tests.support.fakes import tiny_config, weigh_ids
 from troupe.cli.main import main
 from troupe.policy import Weights, load_policy
-from troupe.records.store.read import Query, StoredCompletion, open_store
+from troupe.records.store.completions import Query, StoredCompletion
+from troupe.records.store.read import open_store
 from troupe.rewards import Reward
 from troupe.run.result import RunResult
 

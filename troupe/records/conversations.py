@@ -10,7 +10,7 @@ import msgspec
 
 from troupe.messages import ChatMessage, Episode, PromptText, Rollout, RolloutGroup, RowStart, ToolCall, Turn
 from troupe.records import text as words
-from troupe.records.store.read import StoredCompletion
+from troupe.records.store.completions import StoredCompletion
 from troupe.records.store.text import json_text, safe_text
 
 Ranges = Sequence[tuple[int, int]]

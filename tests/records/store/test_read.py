@@ -18,7 +18,8 @@ from troupe.errors import InputError, OutputError
 from troupe.messages import CheckpointWritten, ClosedState, GroupClosed, Incident
 from troupe.records.layout import STORE
 from troupe.records.sinks.sqlite import SqliteSink
-from troupe.records.store.read import Query, StoredRun, open_store
+from troupe.records.store.completions import Query
+from troupe.records.store.read import StoredRun, open_store
 
 STATES: list[ClosedState] = ["trained", "filtered", "quarantined"]
 

@@ -13,7 +13,7 @@ import pytest
 from tests.support.fakes import often_equal, weigh_ids
 from tests.support.runs import completions, done, in_store, incidents, lines, names_in, refused, summary, train
 from troupe.policy import load_policy
-from troupe.records.store.read import StoredCompletion
+from troupe.records.store.completions import StoredCompletion
 
 STEPS = 6
 

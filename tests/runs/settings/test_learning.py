@@ -15,7 +15,7 @@ from tests.support.fakes import often_equal, ones, same_bits, weigh_ids
 from tests.support.runs import column, completions, distance, lines, policy_of, train
 from troupe.grpo.config import LossType
 from troupe.policy import Weights, load_policy
-from troupe.records.store.read import StoredCompletion
+from troupe.records.store.completions import StoredCompletion
 
 TWICE = {"learner__num_iterations": 2, "learner__max_steps": 2}
 """Enough for ratios other than 1, on which the loss types differ."""

@@ -22,9 +22,9 @@ from troupe.records.figures import named_by
 from troupe.records.report.charts import Chart, Section, Values, sections_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
 from troupe.records.report.static import read_asset, script_safe
+from troupe.records.store.completions import StoredCompletion
 from troupe.records.store.episodes import StoredEpisode
 from troupe.records.store.members import StoredMember
-from troupe.records.store.read import StoredCompletion
 from troupe.records.text import prompt_text, shown
 
 _SCRIPTS = ("format.js", "charts.js", "bars.js", "report.js")

@@ -17,13 +17,12 @@ from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
 from troupe.records.standing import Change, Standing, Summary, describe_standing, read_standing, read_summary
+from troupe.records.store.completions import Query, StoredCompletion
 from troupe.records.store.members import StoredMember
 from troupe.records.store.read import (
     Overview,
-    Query,
     Start,
     StoredCheckpoint,
-    StoredCompletion,
     StoredIncident,
     StoredRun,
     open_store,

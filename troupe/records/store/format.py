@@ -40,10 +40,12 @@ TABLES = (
     "CREATE TABLE groups (gid INTEGER PRIMARY KEY, step INTEGER, slot_step INTEGER, place INTEGER, attempt INTEGER,"
     " row INTEGER, epoch INTEGER, state TEXT, prompt TEXT, columns TEXT)",
     "CREATE INDEX groups_by_step ON groups (step)",
+    "CREATE INDEX groups_by_row ON groups (row)",
     "CREATE TABLE completions (gid INTEGER, sample INTEGER, step INTEGER, text TEXT, token_ids BLOB, versions TEXT,"
     " finish_reason TEXT, reward REAL, advantage REAL, scores TEXT, extra TEXT, log_probs BLOB,"
     " PRIMARY KEY (gid, sample))",
-    "CREATE INDEX completions_by_step ON completions (step)",
+    "CREATE INDEX completions_by_step ON completions"
+    " (step, gid, sample, reward, advantage, finish_reason, length(token_ids))",  # all that is looked for besides texts
     "CREATE TABLE incidents (start INTEGER, step INTEGER, time REAL, actor TEXT, kind TEXT, message TEXT, gid INTEGER)",
     "CREATE TABLE checkpoints (version INTEGER PRIMARY KEY, folder TEXT, bytes INTEGER, seconds REAL, time REAL,"
     " removed_at REAL)",

@@ -4,23 +4,20 @@ The connection can neither change the file nor hold up who writes.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from troupe.errors import InputError, OutputError
-from troupe.messages import ClosedState, PromptText
+from troupe.errors import OutputError
 from troupe.records.layout import RUN_TOML, STORE
-from troupe.records.store.episodes import COLUMNS, StoredEpisode, has_episodes, stored_episode
-from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer, unpacked
+from troupe.records.store import completions
+from troupe.records.store.completions import Key, Piece, Query, StoredCompletion
+from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
-
-Choice = Literal["best", "worst", "random", "all"]
-"""Which completions: those with the highest or lowest value, some by lot, or all in the order of groups."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,41 +65,6 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     starts: tuple[Start, ...]
 
 
-class StoredCompletion(msgspec.Struct, frozen=True, kw_only=True):
-    """One completion with all that is known of it."""
-
-    step: int
-    """That its group ended with."""
-    gid: int
-    sample: int
-    slot_step: int
-    place: int
-    attempt: int
-    row: int | None
-    """Of the dataset, from 0."""
-    epoch: int | None
-    state: ClosedState
-    prompt: PromptText | None
-    columns: dict[str, Any] | None
-    """The other columns of the dataset row."""
-    text: str
-    token_ids: list[int]
-    versions: list[tuple[int, int]]
-    """(policy version, how many tokens in a row it made)."""
-    finish_reason: str
-    reward: float | None
-    """Weighted sum of the scores; None where there is none."""
-    advantage: float | None
-    """None where the group was not trained on."""
-    scores: dict[str, float | None]
-    """Reward → score; None where it is missing."""
-    extra: dict[str, Any]
-    log_probs: list[float] | None
-    """None where they were not stored."""
-    episode: StoredEpisode | None = None
-    """None where it answered once."""
-
-
 class StoredStep(msgspec.Struct, frozen=True, kw_only=True):
     """One learner batch."""
 
@@ -129,33 +91,7 @@ class StoredIncident(msgspec.Struct, frozen=True, kw_only=True):
     times: int = 1
 
 
-class Query(msgspec.Struct, frozen=True, kw_only=True):
-    """Which completions are wanted; every condition must hold."""
-
-    choice: Choice = "all"
-    count: int | None = None
-    """At most; None: no limit."""
-    step: int | None = None
-    """None: of any step."""
-    gid: int | None = None
-    state: ClosedState | None = None
-    reward: str | None = None
-    """The score that `choice`, `least` and `most` look at; None: the weighted sum."""
-    least: float | None = None
-    most: float | None = None
-
-
-_COLUMNS = (
-    "c.step, c.gid, c.sample, g.slot_step, g.place, g.attempt, g.row, g.epoch, g.state, g.prompt, g.columns, c.text,"
-    " c.token_ids, c.versions, c.finish_reason, c.reward, c.advantage, c.scores, c.extra, c.log_probs"
-)
 _FIGURES = msgspec.json.Decoder(dict[str, float | None])
-_ORDERS: dict[Choice, str] = {
-    "best": "value DESC, c.gid, c.sample",
-    "worst": "value, c.gid, c.sample",
-    "random": "random()",
-    "all": "c.step, c.gid, c.sample",
-}
 
 
 class StoredRun:
@@ -163,7 +99,7 @@ class StoredRun:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self.path = connection, path
-        connection.create_function("score", 2, _score, deterministic=True)
+        completions.prepare(connection)
 
     def overview(self) -> Overview:
         """What happened so far."""
@@ -248,22 +184,19 @@ class StoredRun:
 
     def count(self, query: Query) -> int:
         """How many completions there are for the query, without its `count`."""
-        where, values = _conditions(query)
-        found: int = self._connection.execute(f"SELECT count(*) {where}", values).fetchone()[0]
-        return found
+        return completions.count(self._connection, query)
 
     def completions(self, query: Query) -> Iterator[StoredCompletion]:
-        """The completions, in the order that the query says; those without a value come last, or not at all where it
-        chooses by value."""
-        acted = has_episodes(self._connection)
-        where, values = _conditions(query, episodes=acted)
-        more = "".join(f", e.{name}" if acted else ", NULL" for name in COLUMNS)
-        sql = f"SELECT {_COLUMNS}{more}, {_value(query)} AS value {where}"
-        if query.choice in ("best", "worst"):
-            sql += " AND value IS NOT NULL"
-        sql += f" ORDER BY {_ORDERS[query.choice]} LIMIT :count"
-        for row in self._connection.execute(sql, values | {"count": -1 if query.count is None else query.count}):
-            yield _completion(row)
+        """The completions, in the order that the query says."""
+        return completions.load(self._connection, completions.keys(self._connection, query))
+
+    def piece(self, query: Query, count: int, after: Key | None = None, *, patience_s: float = 0.1) -> Piece:
+        """Some completions of a query, as `completions.piece` finds them."""
+        return completions.piece(self._connection, query, count, after, patience_s=patience_s)
+
+    def load(self, keys: Iterable[Key]) -> Iterator[StoredCompletion]:
+        """The completions that were found."""
+        return completions.load(self._connection, iter(keys))
 
     def _rewards(self) -> dict[str, tuple[float | None, float | None]]:
         ends = self.glance()
@@ -307,43 +240,5 @@ def open_store(folder: Path) -> Iterator[StoredRun]:
         ) from None
 
 
-def _conditions(query: Query, *, episodes: bool = False) -> tuple[str, dict[str, Any]]:
-    """FROM and WHERE of a query, with the episodes on demand, and the values in them."""
-    conditions = {
-        "step": "c.step = :step",
-        "gid": "c.gid = :gid",
-        "state": "g.state = :state",
-        "least": f"{_value(query)} >= :least",
-        "most": f"{_value(query)} <= :most",
-    }
-    values = {key: value for key in conditions if (value := getattr(query, key)) is not None}
-    where = " AND ".join(["TRUE", *(conditions[key] for key in values)])
-    join = " LEFT JOIN episodes e ON e.gid = c.gid AND e.sample = c.sample" if episodes else ""
-    return f"FROM completions c JOIN groups g USING (gid){join} WHERE {where}", values | {"reward": query.reward}
-
-
-def _value(query: Query) -> str:
-    return "c.reward" if query.reward is None else "score(c.scores, :reward)"
-
-
-def _score(scores: str, name: str) -> float | None:
-    value: float | None = msgspec.json.decode(scores).get(name)
-    return value
-
-
 def _struct(kind: Any, row: tuple[Any, ...]) -> Any:
     return kind(**dict(zip(kind.__struct_fields__, row, strict=True)))
-
-
-def _completion(row: tuple[Any, ...]) -> StoredCompletion:
-    *names, _ = StoredCompletion.__struct_fields__
-    fields: dict[str, Any] = dict(zip(names, row, strict=False))  # then come an episode's, and the value
-    for name in ("prompt", "columns", "versions", "scores", "extra"):
-        fields[name] = None if fields[name] is None else msgspec.json.decode(fields[name])
-    fields["token_ids"] = unpacked("i", fields["token_ids"])
-    if fields["log_probs"] is not None:
-        fields["log_probs"] = unpacked("f", fields["log_probs"])
-    try:
-        return msgspec.convert(fields | {"episode": stored_episode(row[len(names) : -1])}, StoredCompletion)
-    except msgspec.MsgspecError as error:
-        raise InputError(f"group {fields['gid']}, sample {fields['sample']}: not as a run stores it: {error}") from None
