@@ -97,7 +97,8 @@ def test_a_run_may_end_when_all_is_mastered_and_what_is_under_way_is_finished() 
     of = curriculum(rows=2, ahead=1, attempts=0, stop_when_retired=True)
     assert of.end is None
     of.learned(1, [(0, 1.0), (1, 1.0)], 1)
-    assert (of.is_retired, of.end) == (True, 2), "step 1 was chosen before"
+    assert of.is_retired
+    assert int(of.end or 0) == 2, "step 1 was chosen before"
     assert "ends after step 2" in of.retirement
     again = curriculum(rows=2, ahead=1, attempts=0, stop_when_retired=True)
     again.restore(of.state(), 1)

@@ -13,13 +13,13 @@ from troupe.checkpoint.keep import list_checkpoints
 from troupe.checkpoint.state import (
     BEHIND_FILE,
     CONFIG_FILE,
-    CURRICULUM_FILE,
     FORMAT,
     MADE_FILE,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
     REFERENCE_FILE,
+    ROWS_FILE,
     STATE_FILE,
     UNFINISHED_FILE,
     Checkpoint,
@@ -85,7 +85,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         made=read_made(path),
         reference=_load_like(path / REFERENCE_FILE, weights) if REFERENCE_FILE in names else None,
         unfinished=read_unfinished(path / UNFINISHED_FILE) if UNFINISHED_FILE in names else Unfinished(),
-        curriculum=_read_curriculum(path / CURRICULUM_FILE) if CURRICULUM_FILE in names else None,
+        curriculum=_read_curriculum(path / ROWS_FILE) if ROWS_FILE in names else None,
     )
 
 

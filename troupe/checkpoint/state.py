@@ -17,7 +17,7 @@ which ids end a text, which scores a fault took, and with what the run was made.
 MANIFEST = "MANIFEST.json"
 CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE = "config.json", "model.safetensors", "optimizer.safetensors"
 STATE_FILE, REFERENCE_FILE, UNFINISHED_FILE = "state.json", "reference.safetensors", "unfinished.msgpack"
-MADE_FILE, CURRICULUM_FILE = "made.json", "curriculum.msgpack"
+MADE_FILE, ROWS_FILE = "made.json", "rows.msgpack"
 BEHIND_FILE = re.compile(r"behind-(\d{8,})\.safetensors")
 TEMPORARY_PREFIX, REPLACED_PREFIX = ".writing-", ".replaced-"
 

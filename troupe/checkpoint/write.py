@@ -14,13 +14,13 @@ import msgspec
 
 from troupe.checkpoint.files import Chunks, FileSum, make_folders, sum_file, write_file
 from troupe.checkpoint.state import (
-    CURRICULUM_FILE,
     MADE_FILE,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
     REFERENCE_FILE,
     REPLACED_PREFIX,
+    ROWS_FILE,
     STATE_FILE,
     TEMPORARY_PREFIX,
     UNFINISHED_FILE,
@@ -80,7 +80,7 @@ def save_checkpoint(
             folder.write(name, safetensors_chunks(arrays))
         folder.write(UNFINISHED_FILE, [unfinished])
         if checkpoint.curriculum is not None:
-            folder.write(CURRICULUM_FILE, [msgspec.msgpack.encode(checkpoint.curriculum)])
+            folder.write(ROWS_FILE, [msgspec.msgpack.encode(checkpoint.curriculum)])
         if checkpoint.made != Made():
             folder.write(MADE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.made))])
         folder.write(STATE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.state))])
