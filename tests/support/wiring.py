@@ -449,11 +449,17 @@ class ScriptedTrainer(BatchTrainer):
     def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Any:
         if self._real:
             return super().assemble(groups, oldest)
-        batch = [(g.group.prompt, g.group.rollouts, g.scores) for g in groups]
+        batch = ScriptedBatch((g.group.prompt, g.group.rollouts, g.scores) for g in groups)
         return SimpleNamespace(batch=batch, metrics={}, advantages=[(0.0,) * len(g.group.rollouts) for g in groups])
 
     def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
         return super().without_signal(groups) if self._real else {gid_of(g) for g in groups if not _has_signal(g)}
+
+
+class ScriptedBatch(list[Any]):
+    """What is hashed, in the place of arrays."""
+
+    completion_mask = SimpleNamespace(sum=lambda: 0.0)
 
 
 def _digest_of_batch(batch: Any) -> bytes:

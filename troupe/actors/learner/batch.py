@@ -176,7 +176,6 @@ def assemble(
         batch = batch.with_tokens([row.has_young(oldest) for row in rows])
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
     by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
-    metrics["tokens/trained"] = float(batch.completion_mask.sum())
     return Assembled(batch=batch, advantages=by_group, metrics=metrics)
 
 

@@ -153,7 +153,7 @@ class BatchTrainer:
             assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
             batch = assembled.batch
             advantages = {gid_of(group): a for group, a in zip(trained, assembled.advantages, strict=True)}
-            metrics = {**assembled.metrics, **metrics}
+            metrics = {**assembled.metrics, **metrics, "tokens/trained": float(batch.completion_mask.sum())}
         self.told(state.version, batch, self.learning_rates(state.version))
         state, of_result = self.advance(state, batch, end_part)
         state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
