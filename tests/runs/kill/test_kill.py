@@ -60,13 +60,6 @@ def uninterrupted(folder: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = uninterrupted(tmp_path, **PINNED)
-    assert run_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=2, seed=2) == 2
-    check_pinned(tmp_path / "out", whole)
-
-
-@pytest.mark.slow
 def test_a_killed_run_chooses_the_same_rows_by_their_pass_rates(tmp_path: Path) -> None:
     rows = json.loads((DEMO_CONFIG.parent / "arithmetic.json").read_text())[:24]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from troupe.actors.learner.episodes import Turns, compared_turns, episode_statistics
-from troupe.actors.learner.rollouts import length_statistics, logged_means
+from troupe.actors.learner.rollouts import length_statistics, logged_means, thought_statistics
 from troupe.dataset import CurriculumConfig
 from troupe.dataset.curriculum import pass_rate
 from troupe.grpo import LearnerConfig, compute_advantages, reward_statistics, spread_within_groups
@@ -104,9 +104,23 @@ def group_statistics(
     return {
         **logged_means(groups),
         **rewards,
+        **quantile_statistics([reward for group in groups for reward in weighted_rewards(group, weights)]),
         **length_statistics([rollout for g in groups for rollout in g.group.rollouts]),
+        **thought_statistics(groups),
         **episode_statistics([g.group for g in groups]),
     }
+
+
+def quantile_statistics(rewards: Sequence[float | None]) -> dict[str, float]:
+    """`reward/q10`, `/q25`, `/q50`, `/q75` and `/q90` of the rewards that are there, between two of them in proportion;
+    NaN where there is none."""
+    there = sorted(reward for reward in rewards if reward is not None)
+    found = {}
+    for percent in (10, 25, 50, 75, 90):
+        below, part = divmod(percent * (len(there) - 1), 100)
+        pair = there[below : below + 2] if there else [math.nan]
+        found[f"reward/q{percent}"] = pair[0] + (pair[-1] - pair[0]) * part / 100
+    return found
 
 
 def spread_statistics(
