@@ -99,6 +99,7 @@ class StoredRun:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self.path = connection, path
+        self.connection = connection  # for what other files read of it
         completions.prepare(connection)
 
     def overview(self) -> Overview:
