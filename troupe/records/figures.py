@@ -46,28 +46,29 @@ class ChartSpec(msgspec.Struct, frozen=True):
     least: float | None = 0.0
     """A value that the vertical axis reaches."""
     smooth: bool = True
+    bands: tuple[tuple[str, str], ...] = ()
+    """The metrics that are the lower and the upper edge of bands about the first line, the widest first."""
     spread: tuple[str, ...] = ()
-    """Metrics of which the first that is measured is the half width of a band about the first line."""
-    edges: tuple[str, ...] = ()
-    """The metrics that are the lower and the upper edge of such a band."""
+    """Where no such band is measured: metrics of which the first that is there is the half width of one, which ends
+    where the line itself is highest and lowest."""
     parts: bool = False
     """Whether the means of the reward functions belong to it."""
     of_names: tuple[str, str] | None = None
     """Every metric that begins and ends so is a line of it, named by what is between."""
-    empty: str = ""
-    """What is said where nothing is measured."""
 
 
 _SPREADS = "reward_std_within_groups", "reward_std"
-_LENGTHS = "completions/min_length", "completions/max_length"
+_LENGTHS = (("completions/min_length", "completions/max_length"),)
+_QUANTILES = ("reward/q10", "reward/q90"), ("reward/q25", "reward/q75")
 
 CHARTS = {
     "reward": ChartSpec(
         "Reward",
         "Reward",
-        "Weighted sum of all rewards: mean of a step, and about it the standard deviation within groups (where that is "
-        "not measured: over the batch).",
+        "Weighted sum of all rewards: mean of a step, and about it where 80 % and 50 % of its completions lie "
+        "(of runs of older versions: the standard deviation within groups).",
         least=None,
+        bands=_QUANTILES,
         spread=_SPREADS,
         parts=True,
     ),
@@ -90,7 +91,6 @@ CHARTS = {
         "Learning",
         "KL to the reference",
         "How far the policy has moved from where it began, nats a token.",
-        empty="not measured (learner.beta is 0)",
     ),
     "entropy": ChartSpec("Learning", "Entropy", "Nats a token: near 0 the policy writes the same again and again."),
     "clip_ratio": ChartSpec(
@@ -109,7 +109,7 @@ CHARTS = {
         "Completions",
         "Tokens a completion",
         "Mean, and between the shortest and the longest of a step.",
-        edges=_LENGTHS,
+        bands=_LENGTHS,
     ),
     "clipped_ratio": ChartSpec(
         "Completions", "Cut at the limit", "Part of the completions that did not end by themselves.", "percent"
@@ -124,7 +124,7 @@ CHARTS = {
         "Episodes",
         "Turns an episode",
         "Mean, and between the least and the most of a step.",
-        edges=("turns/min", "turns/max"),
+        bands=(("turns/min", "turns/max"),),
     ),
     "observations": ChartSpec(
         "Episodes", "Tokens read", "What tools and environments answered in an episode; the policy did not write it."
@@ -204,6 +204,7 @@ FIGURES = {
     "reward_std": Figure(
         ".3f", "± over the batch", ("reward", "± in all"), status=".4f", chart="spread", name="over the batch"
     ),
+    **dict.fromkeys(("reward/q10", "reward/q25", "reward/q50", "reward/q75", "reward/q90"), Figure()),
     "frac_reward_zero_std": Figure(chart="no_signal", name="all rewards equal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
     "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
@@ -269,8 +270,10 @@ OF_EVERY_STEP = tuple(metric for metric, figure in FIGURES.items() if figure.of 
 LIVE = frozenset(
     {
         *(metric for metric, figure in FIGURES.items() if figure.status),
-        *(metric for key in (*OVERVIEW, *OF_EPISODES) for metric in (*CHARTS[key].spread, *CHARTS[key].edges)),
+        *(metric for key in (*OVERVIEW, *OF_EPISODES) for metric in CHARTS[key].spread),
+        *(metric for key in (*OVERVIEW, *OF_EPISODES) for band in CHARTS[key].bands for metric in band),
         *(metric for metric, figure in FIGURES.items() if figure.chart in OF_EPISODES),
+        "num_tokens",
     }
 )
 """What the live page keeps of a step, besides the means of the reward functions."""
@@ -283,8 +286,11 @@ def lines_of(key: str) -> list[tuple[str, str]]:
 
 def live_charts() -> list[dict[str, Any]]:
     """The most telling charts as the script of the live page takes them; `optional`: those that not every run has."""
-    told = [(key, {"lines": lines_of(key), "optional": key in OF_EPISODES}) for key in (*OVERVIEW, *OF_EPISODES)]
-    return [msgspec.to_builtins(CHARTS[key]) | more for key, more in told]
+    told = []
+    for key in (*OVERVIEW, *OF_EPISODES):
+        is_optional = not any(figure.of == "step" for figure in FIGURES.values() if figure.chart == key)
+        told.append(msgspec.to_builtins(CHARTS[key]) | {"key": key, "lines": lines_of(key), "optional": is_optional})
+    return told
 
 
 def written(value: float, spec: str, unit: str = "") -> str:

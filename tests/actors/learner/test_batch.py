@@ -291,6 +291,7 @@ def test_figures_of_two_groups() -> None:
         "tone": 2.5,
         "reward": mean,
         "reward_std": math.sqrt(sum((x - mean) ** 2 for x in totals) / 3),
+        **{f"reward/q{percent}": q for percent, q in ((10, 0.6), (25, 1.5), (50, 2.0), (75, 2.0), (90, 2.0))},
         "frac_reward_zero_std": 0.5,
         "rewards/a/mean": 1.25,
         "rewards/a/std": math.sqrt((0.25**2 + 1.25**2 + 0.75**2 + 0.75**2) / 3),

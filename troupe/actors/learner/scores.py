@@ -88,10 +88,23 @@ def group_statistics(
     return {
         **logged_means(groups),
         **rewards,
+        **quantile_statistics([reward for group in groups for reward in weighted_rewards(group, weights)]),
         **length_statistics([rollout for g in groups for rollout in g.group.rollouts]),
         **thought_statistics(groups),
         **episode_statistics([g.group for g in groups]),
     }
+
+
+def quantile_statistics(rewards: Sequence[float | None]) -> dict[str, float]:
+    """`reward/q10`, `/q25`, `/q50`, `/q75` and `/q90` of the rewards that are there, between two of them in proportion;
+    NaN where there is none."""
+    there = sorted(reward for reward in rewards if reward is not None)
+    found = {}
+    for percent in (10, 25, 50, 75, 90):
+        below, part = divmod(percent * (len(there) - 1), 100)
+        pair = there[below : below + 2] if there else [math.nan]
+        found[f"reward/q{percent}"] = pair[0] + (pair[-1] - pair[0]) * part / 100
+    return found
 
 
 def spread_statistics(

@@ -6,6 +6,10 @@ from typing import Any
 import msgspec
 
 _SHARED = Path(__file__).with_name("assets")
+CHART_SCRIPTS = ("vendor/uPlot.iife.min.js", "format.js", "settings.js", "series.js", "plot.js", "save.js", "charts.js")
+"""What draws charts, in the order in which it is loaded."""
+CHART_STYLES = ("vendor/uPlot.min.css", "style.css")
+"""How pages with charts look, likewise."""
 
 
 def read_asset(name: str, folder: Path = _SHARED) -> str:

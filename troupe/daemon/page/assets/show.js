@@ -70,9 +70,9 @@ function showStatus() {
   const left = pace !== null && total ? (total - step) * pace : null;
   say("left", phase === "ended" || left === 0 ? "none" : left === null ? "–" : duration(left));
   say("left-more", pace === null ? " " : `${figure(pace, "seconds")} a step`);
-  const spread = newest("reward_std_within_groups");
+  const first = column("reward").find(known);
   say("reward", figure(newest("reward")));
-  say("reward-more", spread === null ? " " : `± ${figure(spread)} within groups`);
+  say("reward-more", known(first) ? `from ${figure(first)}` : " ");
   say("speed", figure(newest("tokens_per_second"), "integer"));
   const length = newest("completions/mean_length");
   say("speed-more", length === null ? " " : `${figure(Math.round(10 * length) / 10)} a completion`);
@@ -105,11 +105,14 @@ function showButtons(phase) {
   for (const button of at("buttons").children) button.disabled = !goes || !can[button.dataset.ask].includes(phase);
 }
 
-// never "nothing" beside a number of incidents
-function calmly(count) {
+// never "nothing" beside an incident: some are the daemon's own, which the run does not count
+function calmly() {
   if (status.phase === "paused") return "Paused: no step is begun until you resume.";
+  const kinds = { ...status.incidents };
+  for (const { kind, times } of incidents) if (!(kind in status.incidents)) kinds[kind] = (kinds[kind] || 0) + (times || 1);
+  const count = sum(kinds);
   if (!count) return "Nothing needs your attention.";
-  return `Nothing holds the run up now. Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(status.incidents)}.`;
+  return `Nothing holds the run up now. Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(kinds)}.`;
 }
 
 // as records/diagnosis/words.py tells it
@@ -136,7 +139,7 @@ function showNotes() {
   if (Object.keys(status.restarts).length) notes.push(["", `Actors that were made anew: ${Object.entries(status.restarts).map(([name, times]) => `${name} ${times}×`).join(", ")}`]);
   const parent = at("notes");
   const calm = notes.length === 0;
-  if (calm) notes.push(["calm", calmly(sum(status.incidents))]);
+  if (calm) notes.push(["calm", calmly()]);
   fill(parent, notes, (to) => html("p", "note", to), (node, [kind, text]) => {
     node.className = `note ${kind}`;
     if (node.textContent !== text) node.textContent = text;
