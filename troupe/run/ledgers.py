@@ -22,6 +22,7 @@ from troupe.records.sinks.make import make_sinks
 from troupe.records.sinks.sinks import Sinks
 from troupe.records.sinks.thread import SinkThread
 from troupe.records.sinks.trace import TraceWriter
+from troupe.records.trend import stored_rewards
 from troupe.run.cluster import OpenNetwork, open_network
 from troupe.run.config import config_table
 from troupe.run.prepare import Prepared, prepare
@@ -33,13 +34,15 @@ from troupe.runtime.mailbox import Mailbox
 
 def sinks_of(prepared: Prepared) -> list[Sink]:
     """The sinks that the config names."""
+    first_step = prepared.start.first_step
     run = RunInfo(
         name=prepared.folder.name,
         folder=str(prepared.folder),
         total_steps=prepared.inputs.total_steps,
-        first_step=prepared.start.first_step,
+        first_step=first_step,
         program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
+        past=stored_rewards(prepared.folder, first_step) if first_step else (),
         config=config_table(prepared.config),
     )
     return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
