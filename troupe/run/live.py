@@ -140,6 +140,7 @@ class LiveRun:
             notice=self.notice,
             members=tuple(members_of(pipeline.roles)),
             evaluated=pipeline.ledgers.evaluations.first_and_newest,
+            findings=pipeline.ledgers.tally.diagnosis.findings,
         )
 
     def _activity(self, now_s: float) -> Activity | None:
@@ -281,6 +282,7 @@ class LiveRun:
             closed_groups=dict(tally.closed_groups),
             incidents=dict(tally.incidents),
             switched_off_sinks=dict(tally.switched_off_sinks),
+            findings=tally.diagnosis.all_findings,
             accuracy_before=before.get("accuracy"),
             accuracy_after=after.get("accuracy"),
             rewards_before=self._of_rewards(before),
