@@ -25,6 +25,7 @@ from troupe.messages.control import (
 )
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
 from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
+from troupe.messages.findings import Finding
 from troupe.messages.groups import (
     FinishReason,
     Prompt,
@@ -69,6 +70,7 @@ __all__ = [
     "Evaluated",
     "EvaluatedRow",
     "EvaluatedSample",
+    "Finding",
     "FinishReason",
     "GetStatus",
     "GroupClosed",

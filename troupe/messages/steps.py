@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from troupe.messages.findings import Finding
 from troupe.messages.groups import ScoredGroup, Slot
 
 ClosedState = Literal["trained", "filtered", "stale", "quarantined"]
@@ -31,6 +32,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Batches that the whole run will have."""
     metrics: dict[str, float]
     """Every metric of the step, under TRL's names where TRL has them."""
+    findings: tuple[Finding, ...] = ()
+    """What the figures so far say is wrong, the most serious first. Metrics adds them."""
 
 
 class OpenGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

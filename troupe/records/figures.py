@@ -30,8 +30,8 @@ class Figure(msgspec.Struct, frozen=True):
     name: str = ""
     """The name of its line in the chart; empty: the chart's title."""
     of: Literal["step", "loss", "episodes", "machinery"] = "step"
-    """step: every step has it; loss: whether a step has it depends on the loss; episodes: where the policy acts;
-    machinery: of queues and of time."""
+    """step: every step has it; loss: whether a step has it depends on the loss, the weights or what is sampled;
+    episodes: where the policy acts; machinery: of queues and of time."""
 
 
 class ChartSpec(msgspec.Struct, frozen=True):
@@ -97,6 +97,12 @@ CHARTS = {
         "Learning", "Clipped tokens", "Part of the tokens whose ratio lies outside the clip range.", "percent"
     ),
     "grad_norm": ChartSpec("Learning", "Gradient norm", "Before clipping (learner.max_grad_norm)."),
+    "moved": ChartSpec(
+        "Learning",
+        "Weights that an update moves",
+        "Part of the 16-bit weights that are another number afterwards.",
+        "percent",
+    ),
     "learning_rate": ChartSpec("Learning", "Learning rate", "Of the step's last update.", "scientific", smooth=False),
     "advantages": ChartSpec("Learning", "Advantages", "Of the completions trained on."),
     "lengths": ChartSpec(
@@ -211,6 +217,7 @@ FIGURES = {
     "cispo_clip_ratio": Figure(chart="clip_ratio", name="clipped weight", of="loss"),
     "covariance/chosen": Figure(chart="clip_ratio", name="chosen by covariance", of="loss"),
     "grad_norm": Figure(".3f", "gradient norm", ("learning", "gradient"), status=".3f", chart="grad_norm"),
+    "weights/moved": Figure(chart="moved", of="loss"),
     "learning_rate": Figure(".2e", "learning rate", ("learning", "rate"), status=".2e", chart="learning_rate"),
     "advantages/abs_mean": Figure(chart="advantages", name="mean size"),
     "advantages/std": Figure(chart="advantages", name="spread"),
@@ -220,6 +227,7 @@ FIGURES = {
     "completions/max_length": Figure(",.0f", panel=("completions", "longest")),
     "completions/mean_terminated_length": Figure(chart="lengths", name="those that ended by themselves"),
     "completions/clipped_ratio": Figure(".1%", panel=("completions", "cut off"), chart="clipped_ratio"),
+    "completions/clipped_in_thoughts": Figure(chart="clipped_ratio", name="before </think>", of="loss"),
     "turns/mean": Figure(".1f", "turns", status=".1f", chart="turns", name="mean", of="episodes"),
     "observations/mean_tokens": Figure(chart="observations", name="tokens", of="episodes"),
     "tools/call_frequency": Figure(".2f", "calls", chart="calls", name="calls", of="episodes"),

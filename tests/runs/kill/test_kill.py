@@ -49,13 +49,6 @@ def uninterrupted(folder: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = uninterrupted(tmp_path, **PINNED)
-    assert run_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=2, seed=2) == 2
-    check_pinned(tmp_path / "out", whole)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["thread", "process"])
 def test_pinned_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str) -> None:
     settings = PINNED | {"schedule__generator": generator}

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from troupe.actors.learner.episodes import Turns, compared_turns, episode_statistics
-from troupe.actors.learner.rollouts import length_statistics, logged_means
+from troupe.actors.learner.rollouts import length_statistics, logged_means, thought_statistics
 from troupe.grpo import LearnerConfig, compute_advantages, reward_statistics, spread_within_groups
 from troupe.messages import ScoredGroup
 
@@ -90,6 +90,7 @@ def group_statistics(
         **rewards,
         **quantile_statistics([reward for group in groups for reward in weighted_rewards(group, weights)]),
         **length_statistics([rollout for g in groups for rollout in g.group.rollouts]),
+        **thought_statistics(groups),
         **episode_statistics([g.group for g in groups]),
     }
 

@@ -68,6 +68,7 @@ _OURS = (
     "groups/",
     "queue/",
     "time/",
+    "diagnosis/",
     "tokens/",
 )
 """How metrics begin that are no reward's own."""

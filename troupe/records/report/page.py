@@ -1,30 +1,24 @@
-"""The picture of a run → one HTML page that needs no other file and no network.
+"""The picture of a run → one HTML page; how its parts are put together is in `template.py`."""
 
-What a policy wrote, what rewards logged and what errors said are put in as text: the template escapes them, the data of
-the charts stands in a script tag that is no script and holds no `<`, and the page's policy allows no script but ours.
-"""
-
-import base64
-import hashlib
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import msgspec
-from markupsafe import Markup
 
 from troupe.records import text as words
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
+from troupe.records.diagnosis import in_a_line, remedy_for, steps_of
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
-from troupe.records.report.static import CHART_SCRIPTS, CHART_STYLES, read_asset, script_safe
+from troupe.records.report.static import CHART_SCRIPTS, CHART_STYLES
+from troupe.records.report.template import rendered
 from troupe.records.store.completions import StoredCompletion
 from troupe.records.store.episodes import StoredEpisode
 from troupe.records.store.members import StoredMember
-from troupe.records.text import prompt_text, shown
+from troupe.records.text import prompt_text
 
 _SCRIPTS = (*CHART_SCRIPTS, "bars.js", "report.js")
 _LONGEST_TEXT = 20_000
@@ -33,18 +27,18 @@ _LONGEST_SAID = 6000
 """Characters of what is said at once in a conversation, and of a tool's result."""
 _MOST_SAID = 60
 """Messages of a conversation."""
-_LONGEST = 100_000
-"""Characters of anything else."""
 _MOST_MEMBERS = 100
 _MOST_SCORES = 2
 """Scores on held-out rows among the figures that one reads first; with more there is a table."""
-_BADGES: dict[State, str] = {
+BADGES: dict[State, str] = {
     "finished": "good",
     **dict.fromkeys(("running", "starting"), "busy"),
     **dict.fromkeys(("paused", "held", "draining", "stopping", "stopped"), "warn"),
     **dict.fromkeys(("restarting", "crashed"), "bad"),
     "new": "",
 }
+_OVER: tuple[State, ...] = ("finished", "stopped", "crashed", "new")
+"""Nobody is there who could be asked for something."""
 _SETTINGS = (
     ("model", "model.path"),
     ("weights", "model.dtype"),
@@ -94,24 +88,18 @@ def report_page(run: RunPicture) -> str:
     bars = bars_of(run)
     charts = [chart for section in sections for chart in section.charts]
     data = chart_data(charts, [Axes.of(run.metrics)], marks_of(run)) | {"bars": bars}
-    script = "\n".join(map(read_asset, _SCRIPTS))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    live = run.folder if run.state not in _OVER else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
-    pages = jinja2.Environment(
-        autoescape=True, finalize=_harmless, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    pages.filters |= {
-        "date": words.date, "number": words.number, "seconds": words.seconds, "bytes": words.size, "plain": _value,
-        "facts": facts_of,
-    }  # fmt: skip
-    return pages.from_string(read_asset("report.html")).render(
-        style=Markup("".join(map(read_asset, CHART_STYLES))),
-        script=Markup(script),
-        digest=digest,
-        data=Markup(script_safe(data)),
+    return rendered(
+        "report.html",
+        scripts=_SCRIPTS,
+        styles=CHART_STYLES,
+        data=data,
+        filters={"plain": _value, "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of},
         run=run,
+        holding=in_a_line([finding for finding in run.findings if finding.until is None], live),
         name=Path(run.folder).name,
-        badge=_BADGES[run.state],
+        badge=BADGES[run.state],
         facts=list(_facts(run)),
         progress=None if not run.total_steps else min(100.0, 100.0 * run.step / run.total_steps),
         tiles=list(_tiles(run)),
@@ -123,7 +111,6 @@ def report_page(run: RunPicture) -> str:
         members=members[-_MOST_MEMBERS:],
         members_left_out=max(0, len(members) - _MOST_MEMBERS),
         settings=list(_settings(run.config)),
-        written=words.date(time.time()),
     )
 
 
@@ -217,11 +204,6 @@ def _episode_facts(episode: StoredEpisode, length: int) -> Iterator[str]:
         yield f"waited {words.seconds(waited)}"
     if episode.failed:
         yield "no whole episode"
-
-
-def _harmless(value: Any) -> Any:
-    """What the template puts in: text in which nothing acts, and that has an end. It escapes it afterwards."""
-    return value if isinstance(value, Markup) else shown(str(value)[:_LONGEST])
 
 
 def _cut(text: str, longest: int = _LONGEST_TEXT) -> tuple[str, int]:

@@ -99,6 +99,7 @@ class StoredRun:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self.path = connection, path
+        self.connection = connection  # for what other files read of it
         completions.prepare(connection)
 
     def overview(self) -> Overview:
@@ -151,6 +152,21 @@ class StoredRun:
             except (msgspec.DecodeError, TypeError) as error:
                 raise DamagedStoreError(f"step {step}: {error}") from None
             yield StoredStep(step=step, start=start, unix_s=unix_s, metrics=figures)
+
+    def values(self, metric: str, most: int, up_to: int | None = None) -> list[tuple[int, float]]:
+        """(step, value) of a figure at no more than `most` steps, the first and the newest (or `up_to`) among them."""
+        found = self.step_range()
+        if found is None:
+            return []
+        first, newest = found
+        newest = newest if up_to is None else min(newest, up_to)
+        apart = max(1, -(-(newest - first) // max(1, most - 1)))
+        steps = {*range(first, newest, apart), newest} if newest >= first else set()
+        rows = self._connection.execute(
+            f"SELECT step, metrics FROM steps WHERE step IN ({','.join(map(str, steps))}) ORDER BY step"
+        )
+        told = ((step, _FIGURES.decode(metrics).get(metric)) for step, metrics in rows)
+        return [(step, value) for step, value in told if value is not None]
 
     def newest_incidents(self, count: int) -> list[StoredIncident]:
         """At most `count`, the newest first; those that are alike are one."""

@@ -2,6 +2,7 @@
 "use strict";
 
 const GROUPS = 8;
+const FINDINGS = 3;
 const REPORTS = / (incidents|spans)$/;
 
 // ---- words
@@ -115,6 +116,12 @@ function calmly() {
   return `${waits ? "" : "Nothing holds the run up now. "}Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(kinds)}.`;
 }
 
+// as records/diagnosis/words.py tells it
+function diagnosed({ title, evidence, since, remedy }) {
+  const command = remedy.replace(/^--set (?=learner\.lr=)/, `troupe set ${at("folder").textContent} `);
+  return `Diagnosis: ${title}: ${evidence} (since step ${whole(since)}); try ${command}`;
+}
+
 function showNotes() {
   const notes = [];
   if (over) notes.push([over.well ? "" : "bad", over.message]);
@@ -130,6 +137,8 @@ function showNotes() {
   const holds = ({ sign }) => status.held.some((reason) => reason.startsWith(sign));
   for (const reason of status.held) if (!down.some(({ sign }) => reason.startsWith(sign))) notes.push(["warn", `No step is begun: ${reason}`]);
   for (const one of down) notes.push(["warn", `The ${one.sign}${holds(one) ? ", so no step is begun" : ""}: ${one.reason}`]);
+  for (const finding of status.findings.slice(0, FINDINGS)) notes.push(["warn", diagnosed(finding)]);
+  if (status.findings.length > FINDINGS) notes.push(["warn", `Diagnosis: ${status.findings.length - FINDINGS} more`]);
   if (Object.keys(status.restarts).length) notes.push(["", `Actors that were made anew: ${Object.entries(status.restarts).map(([name, times]) => `${name} ${times}×`).join(", ")}`]);
   const parent = at("notes");
   const calm = notes.length === 0;
