@@ -82,26 +82,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_two_models_in_one_object_and_a_file_that_is_gone_on_with(desk: Path) -> None:
-    flags = [
-        *[
-            "eval",
-            "-m",
-            "models/a",
-            "-m",
-            "models/b",
-            "-d",
-            "p.jsonl",
-            "--reward",
-            "r.py:f",
-            "-n",
-            "4",
-            "--limit",
-            "5",
-            "--pass-at",
-            "1,3",
-        ]
-    ]
-    flags += [*["--max-new-tokens", "4", "--jsonl", "all.jsonl", "--rows", "--json"]]
+    flags = ["eval", "-m", "models/a", "-m", "models/b", "-d", "p.jsonl", "--reward", "r.py:f", "-n", "4"]
+    flags += ["--limit", "5", "--pass-at", "1,3", "--max-new-tokens", "4", "--jsonl", "all.jsonl", "--rows", "--json"]
     told: dict[str, Any] = json.loads(done(*flags))
     assert [one["model"] for one in told["models"]] == ["a", "b"]
     assert {name for name in told["models"][0]["figures"] if "pass@" in name} >= {"pass@1", "pass@3"}

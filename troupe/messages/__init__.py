@@ -23,6 +23,7 @@ from troupe.messages.control import (
     Step,
     Stop,
 )
+from troupe.messages.curriculum import CurriculumState, Pool, RowRecord, StepRows
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
 from troupe.messages.evaluations import Evaluate, Evaluated, EvaluatedRow, EvaluatedSample
 from troupe.messages.findings import Finding
@@ -64,6 +65,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWritten",
     "ClosedState",
+    "CurriculumState",
     "Done",
     "Drain",
     "Episode",
@@ -86,6 +88,7 @@ __all__ = [
     "Past",
     "Pause",
     "Phase",
+    "Pool",
     "Prompt",
     "PromptText",
     "Refused",
@@ -95,6 +98,7 @@ __all__ = [
     "Resume",
     "Rollout",
     "RolloutGroup",
+    "RowRecord",
     "RowStart",
     "ScoredGroup",
     "Set",
@@ -107,6 +111,7 @@ __all__ = [
     "SpanKind",
     "Status",
     "Step",
+    "StepRows",
     "Stop",
     "ToolCall",
     "Turn",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from troupe.actors.curriculum import Curriculum
 from troupe.actors.evaluator.decoding import EvalSet
 from troupe.actors.evaluator.settings import HELD_OUT
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
@@ -119,7 +120,7 @@ def load_inputs(
         fingerprint=fingerprint,
         policy=policy,
         dataset=dataset,
-        schedule=_schedule(config, dataset, prompt_ids, opened),
+        schedule=_schedule(config, dataset, prompt_ids, rewards, opened),
         sets=sets,
         rewards=rewards,
         longest_prompt=longest,
@@ -154,6 +155,7 @@ def _schedule(
     config: RunConfig,
     dataset: PromptDataset,
     prompt_ids: Sequence[tuple[int, ...]],
+    rewards: RewardManager,
     opened: Callable[[PromptText, Sequence[int]], str],
 ) -> PromptSchedule:
     return PromptSchedule(
@@ -163,6 +165,7 @@ def _schedule(
         seed=config.seed,
         shuffle=config.data.shuffle,
         opened=opened,
+        curriculum=curriculum_for(config, dataset, rewards),
     )
 
 
@@ -175,6 +178,25 @@ def _described(
         name = "held out" if each.name == HELD_OUT else f"evaluated as {each.name}"
         told.append(f"{name}: {describe_prompts(each.dataset, each.prompt_ids, policy.tokenizer)}")
     return "\n".join(told)
+
+
+def curriculum_for(config: RunConfig, dataset: PromptDataset, rewards: RewardManager) -> Curriculum | None:
+    """What chooses the rows; None where each epoch has all of them. ConfigError for a reward that there is not."""
+    settings, learner, schedule = config.curriculum, config.learner, config.schedule
+    if not settings.enabled:
+        return None
+    if settings.reward is not None and settings.reward not in rewards.names:
+        names = ", ".join(rewards.names)
+        raise ConfigError(f"curriculum.reward is {settings.reward!r}, but the run's rewards are {names}; name one")
+    return Curriculum(
+        settings,
+        dataset,
+        batch_size=learner.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        ahead=schedule.max_staleness if schedule.mode == "pinned" else None,
+        attempts=learner.max_resampling_attempts if learner.dynamic_sampling else 0,
+    )
 
 
 def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:

@@ -282,12 +282,12 @@ class LiveRun:
             closed_groups=dict(tally.closed_groups),
             incidents=dict(tally.incidents),
             switched_off_sinks=dict(tally.switched_off_sinks),
+            findings=tally.diagnosis.all_findings,
             accuracy_before=before.get("accuracy"),
             accuracy_after=after.get("accuracy"),
             rewards_before=self._of_rewards(before),
             rewards_after=self._of_rewards(after),
             stopped_early=self._stopped_early,
-            findings=tally.diagnosis.all_findings,
         )
 
     def _held_out(self, version: int) -> dict[str, float]:

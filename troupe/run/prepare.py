@@ -17,7 +17,7 @@ from troupe.actors.schedule import count_steps
 from troupe.checkpoint import Checkpoint
 from troupe.errors import ConfigError
 from troupe.grpo import adamw_init
-from troupe.messages import Evaluated, Unfinished
+from troupe.messages import CurriculumState, Evaluated, Unfinished
 from troupe.policy import DTYPES, Policy, Weights, is_on_cpu
 from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import STORE
@@ -268,6 +268,9 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     evaluated = () if checkpoint is None else _evaluated(folder, checkpoint.state.version)
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
+    curriculum = inputs.schedule.curriculum
+    if curriculum is not None and checkpoint is not None:  # without records, all rows are as if never seen
+        curriculum.restore(checkpoint.curriculum or CurriculumState(), checkpoint.state.version)
     return Start(
         identity=identity,
         policy=policy if checkpoint is None else policy.having(checkpoint.weights),
