@@ -48,6 +48,7 @@ from troupe.messages.steps import (
     Snapshot,
     Span,
     SpanKind,
+    TokenFigures,
     Unfinished,
     Update,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "Status",
     "Step",
     "Stop",
+    "TokenFigures",
     "ToolCall",
     "Turn",
     "TurnTaken",

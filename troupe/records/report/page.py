@@ -27,7 +27,12 @@ from troupe.records.store.episodes import StoredEpisode
 from troupe.records.store.members import StoredMember
 from troupe.records.text import prompt_text, shown
 
-_SCRIPTS = ("format.js", "charts.js", "bars.js", "report.js")
+_SCRIPTS = (
+    *("format.js", "charts.js", "bars.js"),
+    *("conversation.js", "difference.js", "completion.js", "completions.js", "embedded.js"),
+    "report.js",
+)
+_STYLES = ("style.css", "completions.css")
 _LONGEST_TEXT = 20_000
 """Characters of a prompt or a completion."""
 _LONGEST_SAID = 6000
@@ -109,10 +114,10 @@ def report_page(run: RunPicture) -> str:
         "facts": facts_of,
     }  # fmt: skip
     return pages.from_string(read_asset("report.html")).render(
-        style=Markup(read_asset("style.css")),
+        style=Markup("\n".join(map(read_asset, _STYLES))),
         script=Markup(script),
         digest=digest,
-        data=Markup(script_safe(chart_data(run, sections))),
+        data=Markup(script_safe({**chart_data(run, sections), "completions": run.stored.browsed})),
         run=run,
         name=Path(run.folder).name,
         badge=_BADGES[run.state],
@@ -123,6 +128,7 @@ def report_page(run: RunPicture) -> str:
         has_waits=bool(_wait_bars(run)),
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
+        browses=bool(run.stored.browsed.get("rows")),
         incidents_shown=INCIDENTS_SHOWN,
         members=members[-_MOST_MEMBERS:],
         members_left_out=max(0, len(members) - _MOST_MEMBERS),
