@@ -26,8 +26,8 @@ _STARTS = 240
 """Characters of a text in a list."""
 _TEXT, _PROMPT, _SAID, _MOST_SAID, _COLUMN, _NAME = 200_000, 20_000, 6000, 60, 2000, 100
 """Characters of a text, a prompt, what is said at once in a conversation, how much of it, a dataset column, a name."""
-_IN_A_PAGE_TEXT, _IN_A_PAGE = 8000, 1_000_000
-"""Characters of a text, and bytes of all completions, in a page that carries them."""
+_IN_A_PAGE_TEXT, _IN_A_PAGE_TOKENS, _IN_A_PAGE = 8000, 4000, 1_000_000
+"""In a page that carries them: characters of a text, tokens of which figures are shown, bytes of all completions."""
 _MOST_IN_A_PAGE = 400
 _STEPS, _ROWS, _OF_A_ROW = 40, 8, 20
 """Steps and dataset rows that a page follows, and groups of each row."""
@@ -158,8 +158,9 @@ def part_of(run: StoredRun, folder: Path) -> dict[str, Any]:
     for completion in run.load(_chosen(run, total)):
         opened = open_completion(completion, _IN_A_PAGE_TEXT)
         if opened.colours:
-            tokenizer = tokenizer or run_tokenizer(folder)
-            of_tokens = tokens_of(completion, tokenizer) if tokenizer is not None else None
+            of_tokens = None
+            if len(completion.token_ids) <= _IN_A_PAGE_TOKENS and (tokenizer := tokenizer or run_tokenizer(folder)):
+                of_tokens = tokens_of(completion, tokenizer)
             opened = msgspec.structs.replace(opened, of_tokens=of_tokens, colours=opened.colours if of_tokens else ())
         is_new = opened.prompt not in prompts
         takes = len(msgspec.json.encode(opened)) - (0 if is_new else len(opened.prompt.encode(errors="replace")))

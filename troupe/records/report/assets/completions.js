@@ -185,6 +185,7 @@ function troupeCompletions(parent, source) {
   function field(name, label, node) {
     const box = html("label", "", controls, label);
     box.append(node);
+    node.setAttribute("aria-label", label);
     fields[name] = node;
     node.addEventListener("input", () => {
       clearTimeout(typing);
